@@ -22,6 +22,7 @@ import io
 import json
 import logging
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -241,6 +242,9 @@ def report_index(folder: Path, count: int, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from library.checkpoints.overwriting import FileKind, check_target
+    from library.errors import UserError
+
     parser.add_argument("--folder", help="folder for the images, which are kept; unset: a temporary folder")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10000, 100000])
     parser.add_argument("--index", type=int, help="rows of a made-up index, in place of --sizes")
@@ -251,11 +255,22 @@ def main() -> None:
         print(json.dumps(measure(args.measure, args.folder)))
         return
     with tempfile.TemporaryDirectory() as temporary:
+        folders = {size: Path(args.folder or temporary) / f"pictures_{size}" for size in args.sizes}
         if args.index:
-            report_index(Path(args.folder or temporary) / f"index_{args.index}", args.index, args.rounds)
-            return
-        for size in args.sizes:
-            report(Path(args.folder or temporary) / f"pictures_{size}", size, args.rounds)
+            folders = {args.index: Path(args.folder or temporary) / f"index_{args.index}"}
+        try:
+            kind = FileKind("a folder of this benchmark", is_of_benchmark, is_folder=True)
+            for folder in folders.values():
+                check_target("--folder", folder, kind)
+        except UserError as error:
+            parser.error(str(error))
+        for size, folder in folders.items():
+            (report_index if args.index else report)(folder, size, args.rounds)
+
+
+def is_of_benchmark(folder: Path) -> bool:
+    """Return True if a folder has only files of the names that this benchmark, and the suite's indices, have."""
+    return all(re.fullmatch(r"\d{6}\.(jpg|png|txt|tar)|\..*", path.name) for path in folder.iterdir())
 
 
 if __name__ == "__main__":

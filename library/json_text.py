@@ -29,8 +29,13 @@ def parse_json(text: str | bytes, allow_nan: bool = True) -> Any:
     except UnicodeEncodeError:
         raise InvalidJson("it contains half of a surrogate pair, such as \\ud800, which is not a character") from None
     except ValueError as error:
-        raise InvalidJson(str(error)) from error
+        raise InvalidJson(explain_parse_error(error)) from error
     return value
+
+
+def explain_parse_error(error: Exception) -> str:
+    """Return the reason why a text could not be parsed, without Python's advice on long numbers."""
+    return "it has a number of thousands of digits" if "integer string conversion" in str(error) else str(error)
 
 
 def refuse_constant(name: str) -> None:

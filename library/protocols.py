@@ -14,6 +14,8 @@ from library.memory.codecs.codec import RequestedFormat
 from library.options.caching import TextCachingOptions
 from library.types import Batch, Conditioning, Noised, Prompt, Tokens
 
+POSTERIOR_MEAN = "posterior mean"
+
 
 @dataclass(frozen=True)
 class LatentSpec:
@@ -27,6 +29,12 @@ class LatentSpec:
     max_references: int = 0  # reference images that the denoiser accepts, for edit models
     has_alpha: bool = False  # images are encoded as RGBA, opaque ones included
     patch: int = 1  # latents along each side of one of the denoiser's tokens
+    computed_as: str = ""  # in caches and states; changes with the way in which latents are computed
+
+    @property
+    def vae_suffix(self) -> str:
+        """The end of the VAE's name in cache entries."""
+        return f" {self.computed_as}" if self.computed_as else ""
 
     def fits(self, width: int, height: int) -> bool:
         """Return True if images of this size can be encoded and divided into tokens. Bucket sides always fit."""
@@ -123,7 +131,18 @@ class Objective(Protocol):
         """True if a sample's offset shifts the noise level that is drawn for it."""
         ...
 
-    def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator, offsets_B: Tensor | None = None) -> Noised: ...
+    @property
+    def num_strata(self) -> int:
+        """The number of equal parts of the distribution of noise levels that are drawn equally often; 1 for one."""
+        ...
+
+    def corrupt(
+        self,
+        clean_BCHW: Tensor,
+        generator: torch.Generator,
+        offsets_B: Tensor | None = None,
+        uniforms_B: Tensor | None = None,
+    ) -> Noised: ...
     def draw_noise(self, clean_BCHW: Tensor, generator: torch.Generator) -> Tensor:
         """Draw the noise that `corrupt` adds, float32."""
         ...

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import psutil
 
-Kind = Literal["latents", "texts", "weights"]
+Kind = Literal["latents", "texts", "weights", "verify"]
 NAME = re.compile(rf"(?:{'|'.join(get_args(Kind))})-(?P<process>\d+)-\w{{8}}")
 
 

@@ -10,7 +10,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.errors import UserError
 from tools.command import check_output, make_parser, run
-from tools.convert_lora import convert
+from tools.convert_lora import WRITER, convert
 
 EXAMPLES = "  python3 networks/convert_flux_lora.py --src_path from_ai_toolkit.safetensors --dst_path mine.safetensors"
 NAMINGS = {"sd-scripts": "kohya", "ai-toolkit": "diffusers"}
@@ -30,7 +30,7 @@ def rename(args: argparse.Namespace) -> None:
     """Read, rename and write the LoRA. Keys that the other naming does not support are dropped and reported."""
     if args.src == args.dst:
         raise UserError(f"--src and --dst are both {args.src}; there is nothing to rename")
-    check_output("--dst_path", args.dst_path, [args.src_path])
+    check_output("--dst_path", args.dst_path, WRITER, [args.src_path])
     convert(args.src_path, args.dst_path, NAMINGS[args.dst], drop_unsupported=True)  # type: ignore[arg-type]
 
 

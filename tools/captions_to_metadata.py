@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.checkpoints.files import atomic_path
-from library.checkpoints.overwriting import FileType, check_overwrite
-from library.data.description.image_extensions import image_extensions
+from library.checkpoints.overwriting import FileKind, check_target, known_by_start
+from library.data.description.image_extensions import describe_unread, image_extensions
 from library.data.sources.folders.metadata_file import read_table
 from library.errors import UserError
 from library.options.encodings import decode_utf8
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 ENDINGS = {"caption": ".caption", "tags": ".txt"}  # by field of the metadata file
 TABLE_OF_TABLES = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*(\}|"(?!general")[^"]+"\s*:\s*\{)')  # not a dataset file
-METADATA = FileType("a metadata file", lambda start: TABLE_OF_TABLES.match(start) is not None)
+METADATA = known_by_start("a metadata file", lambda start: TABLE_OF_TABLES.match(start) is not None)
 EXAMPLES = """\
   python3 tools/captions_to_metadata.py pictures pictures.json --full_path --recursive --caption_extension .txt
   python3 tools/captions_to_metadata.py pictures pictures.json --full_path --recursive --field tags"""
@@ -40,11 +40,11 @@ def list_images(folder: Path, is_recursive: bool) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     endings = image_extensions()
-    entries = folder.rglob("*") if is_recursive else folder.iterdir()
-    images = sorted(path for path in entries if path.suffix in endings and path.is_file())
+    entries = sorted(folder.rglob("*") if is_recursive else folder.iterdir())
+    images = [path for path in entries if path.suffix in endings and path.is_file()]
     if not images:
         hint = "" if is_recursive else "; --recursive with --full_path searches its subfolders"
-        raise UserError(f"{folder} has no images{hint}")
+        raise UserError(f"{folder} has no images{hint}{describe_unread(path.name for path in entries)}")
     return images
 
 
@@ -53,12 +53,18 @@ def check_name(path: Path) -> None:
     if path.suffix.lower() == ".jsonl":
         raise UserError(f"{path}: the metadata file is a JSON object, not JSON lines; use a name that ends in .json")
     # No inputs are passed: as in sd-scripts, several calls may collect into one file, which is then also read.
-    check_place("out_json", path)
-    check_overwrite("out_json", path, METADATA)
+    check_place("out_json", path, METADATA)
+
+
+def check_table(path: Path, table: Mapping[str, Any]) -> None:
+    """Raise UserError if an existing metadata file describes images that `table`, which replaces it, lacks."""
+    kind = FileKind("a metadata file of the same images", lambda path: read_table(str(path)).keys() <= table.keys())
+    check_target("out_json", path, kind)
 
 
 def write_table(path: Path, table: dict[str, Any]) -> None:
-    """Write a metadata file atomically."""
+    """Write a metadata file atomically. Raises UserError as `check_table` does."""
+    check_table(path, table)
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(table, indent=2, ensure_ascii=False), encoding="utf-8")
 

@@ -1,7 +1,8 @@
 """Inspect an adapter file: ranks, alphas and norms by block, problems, and the programs that can use it.
 
-The norms are those of the factors and of the change alpha / rank * up @ down. The exit status is 0 for a usable file
-and 1 for an unusable one: truncated, with non-finite values, or with one half of a pair missing.
+The norms are those of the factors and of the change alpha / rank * up @ down. With --base_model the last line says how
+large the change is beside the weights that it changes. The exit status is 0 for a usable file and 1 for an unusable
+one: truncated, with non-finite values, or with one half of a pair missing.
 """
 
 import argparse
@@ -13,17 +14,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import library  # noqa: F401  # checks the packages before they are imported
+
 from torch import Tensor
 from tqdm import tqdm
 
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from library.architectures.specs import list_specs
+from library.checkpoints.base_model import BaseModel
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.compatibility import Reading, describe, problems, readings
 from library.checkpoints.files import file_in_folder, load_state_dict, read_metadata
 from library.checkpoints.recognition import recognise_adapter
+from library.checkpoints.relative_change import format_change, relative_norm
+from library.errors import UserError
 from library.models.identify import find_spec
 from networks.core.changes.parameter_keys import ALPHA
 from networks.core.files.adapter_file import (
@@ -45,10 +50,12 @@ from networks.core.files.inspection import (
 )
 from networks.core.files.module_weights import ModuleWeights, value_problems
 from networks.core.files.renaming import list_some_keys
+from tools.base_models import open_base_model
 from tools.command import command, make_parser
 
 EXAMPLES = """\
   python3 tools/check_lora_weights.py --model my_cat.safetensors
+  python3 tools/check_lora_weights.py --model my_cat.safetensors --base_model sd15.safetensors
   python3 tools/check_lora_weights.py --model my_cat.safetensors --json > report.json"""
 
 
@@ -62,19 +69,28 @@ class Report:
     modules: list[ModuleFacts]
     blocks: list[BlockFacts]
     programs: tuple[Reading, ...]
+    relative_change: float | None  # |W' - W| / |W| over the weights that the base model has; None without one
+    num_compared: int  # modules with such a weight
     problems: list[str]  # the file cannot be used
     warnings: list[str]  # the file can be used, but is unusual
 
 
-def check(path: Path) -> Report:
-    """Read and check an adapter file or a folder saved by PEFT. Raises UserError if it cannot be read."""
+def check(path: Path, base_model: BaseModel | None = None) -> Report:
+    """Read and check an adapter file or a folder saved by PEFT, beside the base model's weights if there is one.
+
+    Raises UserError if it cannot be read or belongs to another base model.
+    """
     origin = str(path)
     path = file_in_folder(path, origin)
-    return judge(load_state_dict(path), read_metadata(path), origin, peft_settings(path))
+    return judge(load_state_dict(path), read_metadata(path), origin, peft_settings(path), base_model)
 
 
 def judge(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], origin: str, settings: PeftSettings | None = None
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    origin: str,
+    settings: PeftSettings | None = None,
+    base_model: BaseModel | None = None,
 ) -> Report:
     """Check the tensors of an adapter file; `settings` are those of PEFT's adapter_config.json, if there is one."""
     file = sort_tensors(tensors, metadata, origin)
@@ -85,6 +101,7 @@ def judge(
     base = recognise_adapter(specs, shapes, metadata)
     file_problems: list[str] = []
     facts: list[ModuleFacts] = []
+    norms: list[tuple[float, float]] = []
     lone_alphas = [module.keys[ALPHA] for module in modules.values() if module.tensors.keys() == {ALPHA}]
     for module in tqdm(modules.values(), desc="modules", disable=None, leave=False):
         file_problems += value_problems(module)
@@ -93,7 +110,11 @@ def judge(
         problem = structure_problem(module)
         if problem is None:
             # Applied once, here: PEFT's recorded alpha is multiplied into a LoKr of whole matrices.
-            facts.append(module_facts(with_alpha(module, recorded)))
+            module = with_alpha(module, recorded)
+            facts.append(module_facts(module))
+            weight = None if base_model is None else find_weight(module, base_model)
+            if weight is not None and module.changes("weight"):
+                norms.append(module.change_norms(weight))
         else:
             file_problems.append(problem)
     if len(modules) == len(lone_alphas):
@@ -103,10 +124,24 @@ def judge(
     warnings = list(find_warnings(list(modules.values()), facts, list(file.unknown), base))
     if lone_alphas and len(modules) > len(lone_alphas):
         warnings.append(f"alphas without weights, which have no effect: {list_some_keys(lone_alphas)}")
+    if base_model is not None and facts and not norms:
+        raise UserError(f"--base_model {base_model.path} has none of the modules of {origin}; name its own base model")
     name = base.name if base else None
     alphas = {key: float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha") and tensor.numel() == 1}
     programs = readings(specs, shapes, metadata, alphas)
-    return Report(origin, name, count_dtypes(tensors), facts, group_by_block(facts), programs, file_problems, warnings)
+    return Report(
+        origin, name, count_dtypes(tensors), facts, group_by_block(facts), programs, relative_norm(norms), len(norms),
+        file_problems, warnings,
+    )  # fmt: skip
+
+
+def find_weight(module: ModuleWeights, base: BaseModel) -> Tensor | None:
+    """Return the base model's weight that a module changes; None if the checkpoint has none of its name."""
+    if module.layout.read is None:  # only recognised
+        return None
+    names = base.names.find(module.name)
+    candidates = [module.name, *([] if names is None else [names.kohya])]
+    return next((base.read(name) for name in candidates if base.shape(name) is not None), None)
 
 
 def find_warnings(
@@ -154,6 +189,16 @@ def format_text(report: Report) -> Iterator[str]:
     yield from (f"  {reason}" for reason in problems(report.programs))
     yield from (f"warning: {text}" for text in report.warnings)
     yield from (f"problem: {text}" for text in report.problems)
+    yield format_size(report)
+
+
+def format_size(report: Report) -> str:
+    """Return the line about the size of the change, beside the base model's weights if they were given."""
+    if report.relative_change is None:
+        size = math.hypot(*(module.update_norm or 0 for module in report.modules))
+        return f"|change| is {size:.4g}; --base_model tells how much of the base model's weights that is"
+    share = f"{report.num_compared} of {len(report.modules)} modules"
+    return f"compared with the base model ({share}), {format_change(report.relative_change)}"
 
 
 def format_blocks(blocks: Sequence[BlockFacts]) -> Iterator[str]:
@@ -186,6 +231,7 @@ def setup_parser() -> argparse.ArgumentParser:
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--model", type=Path, help="the adapter file, or a folder saved by PEFT")
     inputs.add_argument("file", type=Path, nargs="?", help="the same, as a positional argument")
+    parser.add_argument("--base_model", help="its base model, whose weights the change is compared with")
     formats = parser.add_mutually_exclusive_group()
     formats.add_argument("--json", action="store_true", help="print everything as JSON, single modules included")
     formats.add_argument("-s", "--show_all_keys", action="store_true", help="also list every key: dtype, shape, norm")
@@ -195,7 +241,8 @@ def setup_parser() -> argparse.ArgumentParser:
 def print_report(args: argparse.Namespace) -> int:
     """Print the report. Return 1 if the file is unusable, else 0."""
     path = args.model or args.file
-    report = check(path)
+    base = None if args.base_model is None else open_base_model("--base_model", Path(args.base_model))
+    report = check(path, base)
     if args.json:
         print(format_json(report))
     else:

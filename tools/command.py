@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from library.checkpoints.files import SAFETENSORS_SUFFIXES, is_safetensors
-from library.checkpoints.overwriting import check_not_input
+from library.checkpoints.marks import mark_of
+from library.checkpoints.overwriting import FileKind, check_target, marked
 from library.errors import UserError
 from library.formatting import escape_controls
 from library.hidden_libraries import BITSANDBYTES, hide_library
@@ -169,33 +170,41 @@ def resolve_ratios(args: argparse.Namespace, unset: float) -> list[float]:
     return ratios
 
 
-def check_output(flag: str, path: Path, inputs: Iterable[Path | None] = ()) -> None:
-    """Raise UserError unless the extension selects a weight file format and the file can be written."""
+def check_extension(flag: str, path: Path) -> None:
+    """Raise UserError unless the extension selects a weight file format."""
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{flag} {path}: the name must end in one of {', '.join(SUFFIXES)}, which chooses the format")
-    check_place(flag, path, inputs)
 
 
-def check_safetensors_output(flag: str, path: Path, inputs: Iterable[Path | None] = ()) -> None:
-    """Raise UserError unless the file can be written and has an extension of safetensors, the only supported format."""
+def check_output(flag: str, path: Path, writer: str, inputs: Iterable[Path | None] = ()) -> None:
+    """Raise UserError unless the extension selects a weight file format and the file can be written by `writer`, a
+    command, without a loss."""
+    check_extension(flag, path)
+    check_place(flag, path, written_by(writer, path), inputs)
+
+
+def check_safetensors_output(flag: str, path: Path, writer: str, inputs: Iterable[Path | None] = ()) -> None:
+    """Raise UserError as `check_output` does, and for other extensions than those of safetensors."""
     if not is_safetensors(path):
         raise UserError(f"{flag} {path}: the name must end in {' or '.join(SAFETENSORS_SUFFIXES)}, the only format")
-    check_place(flag, path, inputs)
+    check_place(flag, path, written_by(writer, path), inputs)
 
 
-def check_place(flag: str, path: Path, inputs: Iterable[Path | None] = ()) -> None:
-    """Raise UserError if `path` is a folder, cannot be written, or would overwrite one of `inputs`."""
-    if path.is_dir():
-        raise UserError(f"{flag} {path} is a folder; use the name of a file")
-    check_not_input(flag, path, inputs)
+def written_by(writer: str, path: Path) -> FileKind:
+    """Return the kind of the files that a command marks as its own."""
+    return marked(f"a file that {writer} wrote to this name", mark_of(writer, path))
+
+
+def check_place(flag: str, path: Path, kind: FileKind, inputs: Iterable[Path | None] = ()) -> None:
+    """Raise UserError if `path` cannot be written, or would replace an input or what the command did not write."""
+    check_target(flag, path, kind, inputs)
     check_folder(flag, path)
 
 
-def check_new_folder(flag: str, path: Path) -> None:
-    """Raise UserError if `path` exists or cannot be created as a folder."""
-    if path.exists():
-        raise UserError(f"{flag} {path} already exists; use the name of a new folder")
-    check_folder(flag, path)
+def check_output_folder(flag: str, path: Path, writer: str) -> None:
+    """Raise UserError if a diffusers folder cannot be written, or would replace what the command did not write."""
+    kind = marked(f"a model that {writer} wrote, with its files only", mark_of(writer, path), is_folder=True)
+    check_place(flag, path, kind)
 
 
 def check_folder(flag: str, path: Path) -> None:

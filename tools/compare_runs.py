@@ -9,9 +9,9 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.checkpoints.overwriting import check_overwrite
-from library.training.report_page.comparison import build_comparison, file_of_run
-from library.training.report_page.page import REPORT
+from library.checkpoints.overwriting import check_target
+from library.training.report_page.comparison import build_comparison
+from library.training.report_page.page import COMPARISON
 from library.training.report_page.writer import write_page
 from tools.command import command, make_parser
 
@@ -29,9 +29,8 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def compare(args: argparse.Namespace) -> None:
     """Write the page. Raises UserError for a run that cannot be read."""
-    page = build_comparison(args.runs)
-    check_overwrite("--output", args.output, REPORT, [file_of_run(path) for path in args.runs])
-    write_page(args.output, page)
+    check_target("--output", args.output, COMPARISON, [path for path in args.runs if path.is_file()])
+    write_page(args.output, build_comparison(args.runs))
     logger.info("wrote %s", args.output)
 
 

@@ -13,12 +13,14 @@ from statistics import mean
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import library  # noqa: F401  # checks the packages before they are imported
 
 import torch
 from PIL import Image
 
-from library.checkpoints.files import atomic_path, display_path, file_in_folder
-from library.checkpoints.overwriting import PNG, check_overwrite
+from library.checkpoints.files import display_path, file_in_folder
+from library.checkpoints.marks import mark_of, save_image
+from library.checkpoints.overwriting import check_target
 from library.errors import UserError
 from library.options.output.saving import SavingOptions
 from library.options.training.run import MAX_SEED
@@ -29,17 +31,18 @@ from library.training.evaluation.prompt_images import show_with_references
 from library.training.evaluation.prompts import read_prompts, refuse_strengths, resolve_all
 from library.training.evaluation.strength_response import FEWEST, measure_response
 from library.training.offline.adapter_files import Stack
-from library.training.offline.contact_sheet import arrange, draw_rows
+from library.training.offline.contact_sheet import Row, arrange, draw_rows
 from library.training.report_page.writer import add_sheet
 from library.training.reporting.sample_images import encode_data_url
 from library.training.saving.checkpoints import Names
 from library.training.saving.saved_files import drop_copies, files_of_run
 from library.types import Prompt
-from tools.command import check_at_least_one, make_training_parser, training_command
+from tools.command import check_at_least_one, make_training_parser, training_command, written_by
 from tools.plan_memory import read_training_options
 
 logger = logging.getLogger(__name__)
 
+WRITER = "tools/contact_sheet.py"
 LARGEST_IN_REPORT = 1800, 12_000  # maximum width and height in pixels
 
 EXAMPLES = """\
@@ -171,7 +174,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     check_at_least_one(args, "side")
     if not options.preview.sample_prompts:
         raise UserError("--sample_prompts contains no prompts")
-    files = drop_copies(choose_files(args.files, options.saving))
+    files = choose_files(args.files, options.saving)
     target = (
         args.sheet or Names.build(options.saving).path_with_ending("-sheet.png")
         if options.saving.output_dir
@@ -179,7 +182,8 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     )
     if target is None:
         raise UserError("--sheet is not set; set the PNG to write, or --output_dir")
-    check_overwrite("--sheet", target, PNG, [*files, Path(options.preview.sample_prompts)])
+    check_target("--sheet", target, written_by(WRITER, target), [*files, Path(options.preview.sample_prompts)])
+    files = drop_copies(files)
     arch, device = base.build(options), find_device()
     draw = partial(draw_rows, options.network, options.precision, options.memory, arch)
     specs = read_prompts(Path(options.preview.sample_prompts))
@@ -187,16 +191,15 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     columns, spec = expand_columns(resolve_all(specs, arch), args.seeds), arch.codec.spec
     if args.multipliers is not None:
         stacks: list[Stack] = [[(file, s)] if s else [] for file in files for s in args.multipliers]
-        drawn_rows = list(draw(stacks, columns, device))
+        drawn_rows = list(draw([Row(stack, columns) for stack in stacks], device))
         sheet = arrange_strips(drawn_rows, files, columns, args.multipliers, args.side, spec)
     else:
-        images = list(draw([[], *([(file, 1.0)] for file in files)], columns, device))
+        images = list(draw([Row([], columns), *(Row([(file, 1.0)], columns) for file in files)], device))
         images = [
             [show_with_references(p, image, spec) for p, image in zip(columns, row, strict=True)] for row in images
         ]
         sheet = arrange(images, label_rows(files), [f"{prompt.seed}: {prompt.text}" for prompt in columns], args.side)
-    with atomic_path(target) as temporary:
-        sheet.save(temporary, format="PNG")
+    save_image(target, sheet, mark_of(WRITER, target))
     logger.info("wrote %s", target)
     if options.saving.output_dir and (report := Names.build(options.saving).of_report()).is_file():
         # A run that is still going on rewrites its report; the lock keeps the two writers apart.

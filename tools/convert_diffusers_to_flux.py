@@ -9,6 +9,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import library  # noqa: F401  # checks the packages before they are imported
 
 from tqdm import tqdm
 
@@ -16,6 +17,7 @@ from library.architectures.flux.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.files import save_safetensors
+from library.checkpoints.marks import mark_of
 from library.checkpoints.weights import Weights, list_first_names
 from library.errors import UserError
 from library.models.identify import base_of_file
@@ -24,6 +26,7 @@ from tools.command import add_file_precision, check_safetensors_output, command,
 FLAG = "--diffusers_path"
 FOLDER = "transformer"
 MODELS = ("flux", "chroma")
+WRITER = "tools/convert_diffusers_to_flux.py"
 EXAMPLES = """\
   python3 tools/convert_diffusers_to_flux.py --diffusers_path FLUX.1-dev --save_to flux1-dev.safetensors \\
       --save_precision bf16"""
@@ -65,12 +68,12 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def convert(args: argparse.Namespace) -> None:
     """Read, rename and write the weights."""
-    check_safetensors_output("--save_to", args.save_to, [args.diffusers_path])
+    check_safetensors_output("--save_to", args.save_to, WRITER, [args.diffusers_path])
     dtype = dtype_of_file(args.save_precision)
     weights = open_transformer(args.diffusers_path)
     keys = tqdm(weights.shapes, desc="converting", unit="tensor")
     tensors = {key: weights.read(key).to(dtype) if dtype is not None else weights.read(key) for key in keys}
-    save_safetensors(args.save_to, tensors, {"format": "pt"})
+    save_safetensors(args.save_to, tensors, {"format": "pt"}, mark_of(WRITER, args.save_to))
     print(f"{args.save_to}: {len(tensors)} weights")
 
 

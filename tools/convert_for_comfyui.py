@@ -13,7 +13,7 @@ from library.checkpoints.adapter_names import FileNaming
 from library.errors import UserError
 from library.version import add_version
 from tools.command import check_output, run
-from tools.convert_lora import convert, read_adapter, spec_for_file
+from tools.convert_lora import WRITER, convert, read_adapter, spec_for_file
 
 
 def command(description: str | None, base: str, to: FileNaming, back: FileNaming | None) -> Callable[..., int]:
@@ -42,6 +42,7 @@ def setup_parser(description: str | None) -> argparse.ArgumentParser:
 
 def rename(base: str, to: FileNaming, back: FileNaming | None, args: argparse.Namespace) -> None:
     """Read, rename and write the file. Raises UserError for another base model, and if there is nothing to rename."""
+    check_output("dst_path", args.dst_path, WRITER, [args.src_path])
     spec = spec_for_file(read_adapter(args.src_path, "src_path"), str(args.src_path))
     if spec.name != base:
         raise UserError(f"{args.src_path} is an adapter of {spec.title}; use tools/convert_lora.py")
@@ -50,6 +51,5 @@ def rename(base: str, to: FileNaming, back: FileNaming | None, args: argparse.Na
             f"--reverse: {args.src_path} needs no renaming, because training and all tools use ComfyUI's names for "
             f"{spec.title}; pass it to --network_weights as it is"
         )
-    check_output("dst_path", args.dst_path, [args.src_path])
     renamed = convert(args.src_path, args.dst_path, (back or to) if args.reverse else to, drop_unsupported=False)
     print(f"{args.dst_path}: {len(renamed.file.modules)} modules renamed")

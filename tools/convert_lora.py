@@ -11,15 +11,17 @@ import logging
 import sys
 from pathlib import Path
 
-import torch
-
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import library  # noqa: F401  # checks the packages before they are imported
+
+import torch
 
 from library.architectures.specs import list_specs
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.compatibility import programs_that_read
+from library.checkpoints.marks import mark_of
 from library.checkpoints.recognition import recognise_adapter, require_spec
 from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, save_adapter_file
@@ -29,6 +31,7 @@ from tools.command import check_output, command, make_parser
 
 logger = logging.getLogger(__name__)
 
+WRITER = "tools/convert_lora.py"
 EXAMPLES = """\
   python3 tools/convert_lora.py --model my_cat.safetensors --save_to my_cat_diffusers.safetensors --to diffusers
   python3 tools/convert_lora.py --model from_peft.safetensors --save_to for_comfyui.safetensors --to kohya"""
@@ -71,7 +74,7 @@ def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) 
             "%d modules are written as float32: their alpha / rank cannot be multiplied into the file's dtype exactly",
             len(renamed.widened),
         )
-    save_adapter_file(save_to, renamed.file)
+    save_adapter_file(save_to, renamed.file, mark=mark_of(WRITER, save_to))
     return renamed
 
 
@@ -96,7 +99,7 @@ def best_namings(spec: BaseModelSpec) -> str:
 
 
 def convert_and_report(args: argparse.Namespace) -> None:
-    check_output("--save_to", args.save_to, [args.model])
+    check_output("--save_to", args.save_to, WRITER, [args.model])
     renamed = convert(args.model, args.save_to, args.to, args.drop_unsupported)
     print(f"{args.save_to}: {len(renamed.file.modules)} modules in the {args.to} naming")
 

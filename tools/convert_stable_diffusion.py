@@ -16,6 +16,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import library  # noqa: F401  # checks the packages before they are imported
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from library.checkpoints.files import (
     save_safetensors,
 )
 from library.checkpoints.folders import atomic_folder
+from library.checkpoints.marks import mark_folder, mark_of
 from library.checkpoints.weights import Weights
 from library.errors import UserError
 from library.memory.devices import SAVE_DTYPES
@@ -39,13 +41,14 @@ from library.models.clip.clip import clip_of_folder
 from library.models.loading import Component
 from library.models.vae.vae import vae_of_checkpoint, vae_of_folder
 from tools.base_models import find_base
-from tools.command import SUFFIXES, check_new_folder, check_output, command, make_parser, parse_dtype
+from tools.command import SUFFIXES, check_output, check_output_folder, command, make_parser, parse_dtype
 
 logger = logging.getLogger(__name__)
 
 SOURCE, TARGET = "model_to_load", "model_to_save"
 REFERENCES = {"sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd2": "stabilityai/stable-diffusion-2-1"}
 COUNTS = ("epoch", "global_step")
+WRITER = "tools/convert_stable_diffusion.py"
 EXAMPLES = """\
   python3 tools/convert_stable_diffusion.py sd15_folder sd15.safetensors --fp16
   python3 tools/convert_stable_diffusion.py sd15.safetensors sd15_folder --reference_model other_sd15"""
@@ -95,16 +98,17 @@ def write_file(model: Opened, args: argparse.Namespace, dtype: torch.dtype | Non
     elif model.base == "sd2":
         # A diffusers folder lacks tensors by which programs recognise a single file of SD 2.x.
         tensors.update(layouts.build_unused_tensors(tensors, dtype))
+    mark = mark_of(WRITER, args.model_to_save)
     if is_safetensors(args.model_to_save):
         if args.epoch or args.global_step:
             logger.warning("--epoch and --global_step have no effect: a .safetensors file cannot store them")
-        save_safetensors(args.model_to_save, tensors, parse_metadata(args.metadata))
+        save_safetensors(args.model_to_save, tensors, parse_metadata(args.metadata), mark)
     else:
         if args.metadata is not None:
             logger.warning("--metadata has no effect: only a .safetensors file can store it")
         old_counts = read_counts(model.path)
         save_pickle_state_dict(
-            args.model_to_save, tensors, {n: getattr(args, n) + old_counts.get(n, 0) for n in COUNTS}
+            args.model_to_save, tensors, {n: getattr(args, n) + old_counts.get(n, 0) for n in COUNTS}, mark
         )
     return len(tensors)
 
@@ -177,6 +181,7 @@ def write_folder(model: Opened, args: argparse.Namespace, dtype: torch.dtype | N
             num_weights += len(tensors)
         shutil.copytree(reference / "tokenizer", folder / "tokenizer")
         write_scheduler(reference, folder)
+        mark_folder(folder, mark_of(WRITER, args.model_to_save))
     return num_weights
 
 
@@ -246,9 +251,9 @@ def convert(args: argparse.Namespace) -> None:
     for flag in (flag for flag, value in (folder_only if to_file else file_only).items() if value):
         logger.warning("%s has no effect: %s is a %s", flag, args.model_to_save, "file" if to_file else "folder")
     if to_file:
-        check_output(TARGET, args.model_to_save, [Path(args.model_to_load)])
+        check_output(TARGET, args.model_to_save, WRITER, [Path(args.model_to_load)])
     else:
-        check_new_folder(TARGET, args.model_to_save)
+        check_output_folder(TARGET, args.model_to_save, WRITER)
     model = open_source(args.model_to_load, "sd1" if args.v1 else "sd2" if args.v2 else None, args.variant)
     if to_file:
         num_weights = write_file(model, args, dtype)

@@ -18,13 +18,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+NEEDS_PACKAGES = False  # read by library/requirements.py
 ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(ROOT))
 
 from library.installed import GET_TORCH, explain_unused_gpu, find_lack, install_command, list_nvidia_gpus, version_of  # noqa: E402
+from library.requirements import package_of, python_problem, suggest_python  # noqa: E402
 from library.version import add_version  # noqa: E402
-from tools.start import python_problem  # noqa: E402
+from tools.front_ends.journal import FrontEndError, Place, compare_with_journal, read_journal  # noqa: E402
 
 GIB = 2**30
 LEAST_FREE_GIB = 8  # main memory, through which checkpoints are loaded
@@ -62,10 +64,26 @@ def python_lines() -> Iterator[Line]:
     """Report the interpreter, the operating system, and the revision of this suite."""
     version = f"{platform.python_version()}, {8 * struct.calcsize('P')} bit, {hide_user_name(sys.executable)}"
     problem = python_problem(sys.version_info[:2])
-    fix = f"{problem}; install one of these from https://www.python.org" if problem else ""
+    fix = f"{problem}; {suggest_python()}" if problem else ""
     yield Line("Python", version, fix, bool(problem))
     yield Line("system", platform.platform())
-    yield Line("suite", revision())
+    yield suite_line(Place(ROOT))
+
+
+def suite_line(place: Place) -> Line:
+    """Report the revision of this suite; inside a front end, whether its files are as they were installed."""
+    try:
+        journal = read_journal(place) if place.journal.exists() else None
+    except FrontEndError as error:
+        return Line("suite", "its files cannot be checked", hide_user_name(str(error)), True)
+    if journal is None:
+        return Line("suite", revision())
+    front_end = f"{journal.version} in {hide_user_name(str(place.folder))}"
+    problem = str(compare_with_journal(place, journal))
+    if not problem:
+        return Line("suite", f"{front_end}, as installed")
+    fix = "`python3 tools/front_end.py` with the front end's folder, in the suite's own folder, installs it again"
+    return Line("suite", f"{front_end}, {problem}", fix, True)
 
 
 def revision() -> str:
@@ -90,8 +108,8 @@ def requirement_line(text: str) -> Line | None:
     try:
         from packaging.requirements import Requirement
     except ImportError:  # packaging comes with pip and transformers
-        name = text.split(">")[0].split(";")[0].strip()
-        return Line(name, version_of(name) or "missing", "", version_of(name) is None)
+        name = package_of(text)
+        return None if name is None else Line(name, version_of(name) or "missing", "", version_of(name) is None)
     requirement = Requirement(text)
     if requirement.marker is not None and not requirement.marker.evaluate():
         return None

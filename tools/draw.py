@@ -6,21 +6,31 @@ encoders, and its storage in memory are set by the options of its training scrip
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.checkpoints.files import atomic_path, file_in_folder
-from library.checkpoints.overwriting import PNG, check_overwrite
+from library.checkpoints.files import file_in_folder
+from library.checkpoints.marks import mark_of, save_image
+from library.checkpoints.overwriting import check_target, marked
 from library.errors import UserError
 from library.training.command_line.checks import check_precision, check_values
-from library.training.evaluation.prompts import parse_strip, read_prompts, refuse_strengths, resolve_all
+from library.training.evaluation.prompts import (
+    RANGES,
+    PromptSpec,
+    parse_strip,
+    read_prompts,
+    refuse_strengths,
+    resolve_all,
+)
 from library.training.offline.adapter_files import Stack
-from library.training.offline.contact_sheet import arrange, draw_rows
+from library.training.offline.contact_sheet import Row, arrange, draw_rows
 from library.training.reporting.sample_images import Drawn, write_image
 from tools.base_models import find_base
 from tools.command import make_training_parser, training_command
@@ -41,14 +51,29 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", nargs="+", action="extend", default=[], metavar="FILE[:STRENGTH]", help="adapters")
     parser.add_argument("--prompt", nargs="+", default=[], help="prompts, with options as in a prompt file")
     parser.add_argument("--prompts", type=Path, help="file with prompts, as --sample_prompts takes it")
-    parser.add_argument("--strengths", type=float, nargs="+", help="factors for all adapters, one row each in a sheet")
+    parser.add_argument(
+        "--strengths", type=parse_strength, nargs="+", help="factors for all adapters, one row each in a sheet"
+    )
     parser.add_argument("--seed", type=parse_seed, default=1, help="seed of prompts without one (default: 1)")
     parser.add_argument("--output", type=Path, default=Path("output/drawn"), help="folder (default: output/drawn)")
     return parser
 
 
+def parse_strength(text: str) -> float:
+    """Parse a strength. Raises argparse.ArgumentTypeError for what is none, such as nan."""
+    low, high = RANGES["strength"]
+    try:
+        strength = float(text)
+    except ValueError:
+        strength = math.nan
+    if not low <= strength <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} is no strength; use a number from {low:g} to {high:g}")
+    return strength
+
+
 def parse_adapter(text: str) -> tuple[Path, float]:
-    """Parse FILE[:STRENGTH]; the default strength is 1. Raises UserError if the file does not exist."""
+    """Parse FILE[:STRENGTH]; the default strength is 1. Raises UserError if the file does not exist or the strength is
+    not finite."""
     # A colon may belong to the path instead, as in C:\adapter.safetensors.
     name, _, strength = text.rpartition(":")
     try:
@@ -57,6 +82,8 @@ def parse_adapter(text: str) -> tuple[Path, float]:
         path, factor = Path(text), 1.0
     if not path.exists():
         raise UserError(f"--adapter {path} does not exist")
+    if not math.isfinite(factor):
+        raise UserError(f"--adapter {text}: the strength is {factor}; use a number, such as 0.8")
     return file_in_folder(path, f"--adapter {path}"), factor
 
 
@@ -65,46 +92,95 @@ def scale_strengths(files: Stack, factor: float) -> Stack:
     return [(file, strength * factor) for file, strength in files if strength * factor]
 
 
+def read_specs(args: argparse.Namespace) -> list[PromptSpec]:
+    """Return the prompts of --prompt and --prompts, all with a seed. Raises UserError if there are none."""
+    if not args.prompt and not args.prompts:
+        raise UserError("there is nothing to draw; give --prompt, or --prompts with a file")
+    lines = enumerate(args.prompt, 1)
+    specs = [spec for number, line in lines for spec in parse_strip(line, f"--prompt {number}")]
+    specs += read_prompts(args.prompts, "--prompts") if args.prompts else []
+    if args.strengths is not None:
+        refuse_strengths(specs, "--strengths")
+    return [replace(spec, seed=args.seed) if spec.seed is None else spec for spec in specs]
+
+
+@dataclass(frozen=True)
+class Target:
+    """An image to draw: the number of its prompt, from 1, and its place."""
+
+    number: int
+    strength: float  # a factor of all adapters
+    path: Path
+    mark: str
+
+
+def plan_rows(
+    args: argparse.Namespace, training: Sequence[str], files: Stack, specs: Sequence[PromptSpec]
+) -> list[list[Target]]:
+    """Return a row of images for each strength, as adapters are attached once for each: those of --strengths for every
+    prompt, else those of the prompts, in their order."""
+
+    def plan(number: int, spec: PromptSpec, strength: float) -> Target:
+        ending = f"_{strength:g}" if args.strengths is not None or strength != 1 else ""
+        path = args.output / f"{number:02}{ending}_{spec.seed}.png"
+        mark = make_mark(path, args.model, training, scale_strengths(files, strength), spec)
+        return Target(number, strength, path, mark)
+
+    numbered = list(enumerate(specs, 1))
+    if args.strengths is not None:
+        return [[plan(number, spec, strength) for number, spec in numbered] for strength in args.strengths]
+    own = [1.0 if spec.strength is None else spec.strength for spec in specs]
+    return [
+        [plan(number, spec, strength) for (number, spec), s in zip(numbered, own, strict=True) if s == strength]
+        for strength in dict.fromkeys(own)
+    ]
+
+
+def make_mark(path: Path, model: str, training: Sequence[str], *content: object) -> str:
+    """Return the mark of an image, which holds a digest of what is drawn: another prompt or adapter replaces none."""
+    digest = blake2b(repr((model, list(training), content)).encode("utf-8", "surrogatepass"), digest_size=8)
+    return mark_of(f"tools/draw.py {digest.hexdigest()}", path)
+
+
 def draw(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Draw and write the images. Raises UserError for invalid options, and for files that do not fit the model."""
     files = [parse_adapter(text) for text in args.adapter]
-    if not args.prompt and not args.prompts:
-        raise UserError("there is nothing to draw; give --prompt, or --prompts with a file")
-    path, spec = find_base("MODEL", args.model, "unet", "transformer", "text_encoder")
-    model_options = [*spec.script_flag.split(), "--pretrained_model_name_or_path", str(path)]
+    specs = read_specs(args)
+    rows = plan_rows(args, training, files, specs)
+    sheet = args.output / "strengths.png"
+    sheet_mark = make_mark(sheet, args.model, training, files, args.strengths, specs)
+    targets = [(target.path, target.mark) for row in rows for target in row]
+    for path, mark in [*targets, *([] if args.strengths is None else [(sheet, sheet_mark)])]:
+        check_target(
+            "--output", path, marked("the image that this command draws there", mark), [file for file, _ in files]
+        )
+    if not files and any(target.strength != 1 for row in rows for target in row):
+        logger.warning("strengths have no effect: they are those of --adapter, and none is given")
+    model, spec = find_base("MODEL", args.model, "unet", "transformer", "text_encoder")
+    model_options = [*spec.script_flag.split(), "--pretrained_model_name_or_path", str(model)]
     _, options = read_training_options(spec.script, [*model_options, *training])
     check_values(options)
     check_precision(options)
     arch = spec.build(options)
-    lines = enumerate(args.prompt, 1)
-    specs = [spec for number, line in lines for spec in parse_strip(line, f"--prompt {number}")]
-    specs += read_prompts(args.prompts) if args.prompts else []
-    refuse_strengths(specs, "--strengths")
     prompts = resolve_all(specs, arch)
-    prompts = [replace(prompt, seed=args.seed) if prompt.seed is None else prompt for prompt in prompts]
-    factors = [1.0] if args.strengths is None else args.strengths
-    sheet = args.output / "strengths.png"
-    targets = {
-        (factor, number): args.output
-        / f"{number:02}{'' if args.strengths is None else f'_{factor:g}'}_{prompt.seed}.png"
-        for factor in factors
-        for number, prompt in enumerate(prompts, 1)
-    }
-    inputs = [file for file, _ in files]
-    for target in [*targets.values(), *([] if args.strengths is None else [sheet])]:
-        check_overwrite("--output", target, PNG, inputs)
-    rows = []
-    stacks, device = [scale_strengths(files, factor) for factor in factors], find_device()
-    drawn_rows = draw_rows(options.network, options.precision, options.memory, arch, stacks, prompts, device)
-    for factor, images in zip(factors, drawn_rows, strict=True):
-        for number, (prompt, image) in enumerate(zip(prompts, images, strict=True), 1):
-            write_image(targets[factor, number], Drawn(number, prompt, image))
-            logger.info("wrote %s", targets[factor, number])
-        rows.append(images)
+    prompts_by_row = [[replace(prompts[target.number - 1], strength=target.strength) for target in row] for row in rows]
+    drawn_rows = draw_rows(
+        options.network, options.precision, options.memory, arch,
+        [
+            Row(scale_strengths(files, row[0].strength), row_prompts)
+            for row, row_prompts in zip(rows, prompts_by_row, strict=True)
+        ],
+        find_device(),
+    )  # fmt: skip
+    images = []
+    for row, row_prompts, drawn in zip(rows, prompts_by_row, drawn_rows, strict=True):
+        for target, prompt, image in zip(row, row_prompts, drawn, strict=True):
+            write_image(target.path, Drawn(target.number, prompt, image), target.mark)
+            logger.info("wrote %s", target.path)
+        images.append(drawn)
     if args.strengths is not None:
-        labels = [f"strength {factor:g}" for factor in factors]
-        with atomic_path(sheet) as temporary:
-            arrange(rows, labels, [f"{p.seed}: {p.text}" for p in prompts], 512).save(temporary, format="PNG")
+        labels = [f"strength {strength:g}" for strength in args.strengths]
+        save_image(sheet, arrange(images, labels, [f"{p.seed}: {p.text}" for p in prompts], 512), sheet_mark)
         logger.info("wrote %s", sheet)
 
 

@@ -10,23 +10,28 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import library  # noqa: F401  # checks the packages before they are imported
 
 import torch
 from tqdm import tqdm
 
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from library.checkpoints.files import atomic_path
+from library.checkpoints.marks import mark_of
 from library.errors import UserError
 from library.json_text import parse_json
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, require_layouts, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora, norm
 from networks.core.kinds.dylora import resolve_nested_rank
-from tools.command import check_output, check_place, command, make_parser, with_comment
+from tools.command import check_extension, check_output, command, make_parser, with_comment
 
+WRITER = "tools/extract_lora_from_dylora.py"
 EXAMPLES = """\
   python3 tools/extract_lora_from_dylora.py --model cat.safetensors --save_to cat_cut.safetensors --unit 4
       cat_cut-0004.safetensors, cat_cut-0008.safetensors, ... up to the full rank
@@ -214,14 +219,18 @@ def extract(args: argparse.Namespace) -> None:
     if args.save_to is None and not args.report:
         raise UserError("--save_to is missing: set the base name of the files, or use --report to only print the ranks")
     if args.save_to is not None:
-        check_output("--save_to", args.save_to)
+        check_extension("--save_to", args.save_to)
     nested = open_nested(args.model)
     ranks = choose_ranks(nested, args.unit, args.rank)
     if args.save_to is not None:
         for rank in ranks:
-            check_place("--save_to", name_file(args.save_to, rank), [args.model])
-        for rank in tqdm(ranks, desc="cutting", unit="file"):
-            save_adapter_file(name_file(args.save_to, rank), cut_file(nested, rank))
+            check_output("--save_to", name_file(args.save_to, rank), WRITER, [args.model])
+        # All files or none: an exit status of 1 says that nothing was written.
+        with ExitStack() as unfinished:
+            for rank in tqdm(ranks, desc="cutting", unit="file"):
+                path = name_file(args.save_to, rank)
+                temporary = unfinished.enter_context(atomic_path(path))
+                save_adapter_file(temporary, cut_file(nested, rank), mark=mark_of(WRITER, path))
     if args.report:
         print("rank  relative difference to the full update")
         for rank, difference in measure_differences(nested, ranks):

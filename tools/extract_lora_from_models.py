@@ -14,14 +14,16 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import library  # noqa: F401  # checks the packages before they are imported
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from library.checkpoints.base_model import BaseModel
+from library.checkpoints.marks import mark_of
 from library.errors import UserError
 from library.memory.devices import SAVE_DTYPES
 from networks.core.changes.svd import best_factors, clamp_factors
@@ -45,6 +47,7 @@ from tools.command import (
 
 logger = logging.getLogger(__name__)
 
+WRITER = "tools/extract_lora_from_models.py"
 EXAMPLES = """\
   python3 tools/extract_lora_from_models.py --model_org sd15.safetensors --model_tuned tuned.safetensors \\
       --save_to tuned_lora.safetensors --dim 32
@@ -195,7 +198,7 @@ def check(args: argparse.Namespace) -> None:
             f"--clamp_quantile is {args.clamp_quantile:g}; use a value above 0.5 and up to 1, which disables it"
         )
     check_finite("--min_diff", args.min_diff)
-    check_output("--save_to", args.save_to, [args.model_org, args.model_tuned])
+    check_output("--save_to", args.save_to, WRITER, [args.model_org, args.model_tuned])
 
 
 def check_bases(args: argparse.Namespace, org: BaseModel, tuned: BaseModel) -> None:
@@ -221,7 +224,8 @@ def extract(args: argparse.Namespace) -> None:
     check_bases(args, org, tuned)
     modules = extract_modules(org, tuned, args, device)
     file = AdapterFile(str(args.save_to), {m.name: m for m in modules}, make_metadata(args, org), {})
-    save_adapter_file(args.save_to, to_saved_naming(file, spec_for(org).names), parse_dtype(args.save_precision))
+    named, dtype = to_saved_naming(file, spec_for(org).names), parse_dtype(args.save_precision)
+    save_adapter_file(args.save_to, named, dtype, mark_of(WRITER, args.save_to))
     print(f"{args.save_to}: {len(modules)} modules, rank {args.dim}")
 
 

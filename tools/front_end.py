@@ -1,139 +1,133 @@
 """Install this suite into a front end in place of its sd-scripts; --restore undoes this.
 
-Supports kohya_ss, LoRA_Easy_Training_Scripts, fluxgym, lora-scripts, and any other front end with an `sd-scripts`
-folder.
+Supports kohya_ss, LoRA_Easy_Training_Scripts, fluxgym, lora-scripts, LoRA Forge, musubi-tuner, and any other front end
+with an `sd-scripts` or `musubi-tuner` folder. Needs only Python's standard library. Files of yours in these folders are
+kept.
 """
 
 import argparse
 import logging
-import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    NEEDS_PACKAGES = False  # read by library/requirements.py
 
-from library.architectures.specs import list_specs
-from library.errors import UserError
-from tools.command import command, make_parser
+from library.version import VERSION, add_version
+from tools.front_ends.journal import FrontEndError, compare_with_journal, read_journal
+from tools.front_ends.layouts import FOLDERS, MUSUBI_FOLDERS, ROOT, Layout, find_layouts
+from tools.front_ends.place import install, restore
+from tools.front_ends.submodule import NONE, find_submodule, read_update
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("sd-scripts", "sd_scripts", "backend/sd_scripts", "scripts/stable", "scripts/dev")  # where front ends look
-FILES = ("*.py", "*.txt", "pyproject.toml", "LICENSE", "README.md")
-PACKAGES = ("configs", "docs", "finetune", "library", "networks", "tools")
-ENVIRONMENTS = ("venv", ".venv")  # LoRA_Easy keeps its environment in the scripts' folder
-KEPT = ".original"  # suffix of the front end's own scripts
-
-WHOLE = "trains every weight of a model, but this suite trains only adapters. Use {own}, or sd-scripts"
-OTHER = "{what}, which this suite does not support. Use sd-scripts"
-INVERSION = OTHER.format(what="trains a word of the text encoder (textual inversion)")
-CONTROL = OTHER.format(what="trains a ControlNet")
-TAGGER = OTHER.format(what="writes captions")
-PREFIXES = sorted(spec.script.removesuffix("train_network.py") for spec in list_specs())
-ABSENT = {
-    **{f"{prefix}train.py": WHOLE.format(own=f"{prefix}train_network.py") for prefix in PREFIXES if prefix},
-    **dict.fromkeys(("train_db.py", "fine_tune.py"), WHOLE.format(own="train_network.py")),
-    **{f"{prefix}train_textual_inversion.py": INVERSION for prefix in PREFIXES},
-    **{f"{prefix}train_control_net{ending}.py": CONTROL for prefix in PREFIXES for ending in ("", "_lllite")},
-    **{
-        f"finetune/{name}.py": TAGGER for name in ("make_captions", "make_captions_by_git", "tag_images_by_wd14_tagger")
-    },
-}
-"""Scripts of sd-scripts that front ends start and this suite lacks, with the message that each one exits with."""
+EXAMPLES = """examples:
+  python3 tools/front_end.py ../kohya_ss
+  python3 tools/front_end.py ../kohya_ss --check
+  python3 tools/front_end.py ../kohya_ss --restore"""
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = make_parser(
-        __doc__, "  python3 tools/front_end.py ../kohya_ss\n  python3 tools/front_end.py ../kohya_ss --restore"
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="folder of the front end")
-    parser.add_argument("--restore", action="store_true", help="put the front end's own scripts back")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--restore", action="store_true", help="put the front end's own scripts back")
+    action.add_argument("--check", action="store_true", help="compare what is installed with the journal")
+    add_version(parser)
     return parser
 
 
-def install(args: argparse.Namespace) -> None:
-    """Install or restore. Raises UserError if the folder is not a front end."""
-    if not args.folder.is_dir():
-        raise UserError(f"{args.folder} is not a folder; use the folder of the front end")
-    if ROOT.is_relative_to(args.folder.resolve()) and not args.restore:
-        raise UserError(f"{args.folder} contains this suite; clone the suite next to the front end and run it there")
-    folders = [args.folder / name for name in FOLDERS if (args.folder / name).is_dir()]
-    if not folders:
-        raise UserError(
-            f"{args.folder} has none of the folders {', '.join(FOLDERS)}; is it a front end for sd-scripts?"
-        )
-    for folder in folders:
-        original = folder.with_name(folder.name + KEPT)
-        if args.restore:
-            restore(folder, original)
-        elif original.exists():
-            copy_to(folder)
-            remove_old_modules(folder / "library")
-            logger.info("updated %s", folder)
-        else:
-            # Copied to a new folder first: if the copy fails, the front end still has its own scripts.
-            new = folder.with_name(f"{folder.name}.new")
-            shutil.rmtree(new, ignore_errors=True)
-            copy_to(new)
-            replace(folder, new, original)
-            logger.info("installed into %s; the front end's own scripts are in %s", folder, original)
-
-
-def copy_to(place: Path) -> None:
-    """Copy the suite, and write placeholders for the scripts that it lacks."""
-    for source in (path for pattern in (*FILES, *PACKAGES) for path in ROOT.glob(pattern)):
-        if source.is_dir():
-            shutil.copytree(
-                source, place / source.name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
+def main(argv: Sequence[str] | None = None) -> int:
+    """Install, check or restore. Return the exit status: 0 success, 1 an error or a difference, 130 interrupted."""
+    args = setup_parser().parse_args(argv)
+    handler = logging.StreamHandler()
+    handler.addFilter(escape_controls)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    try:
+        if ROOT.is_relative_to(args.folder.resolve()) and not (args.restore or args.check):
+            raise FrontEndError(
+                f"{args.folder} contains this suite; clone the suite next to the front end and run it there"
             )
+        layouts = require_layouts(args.folder)
+        if args.check:
+            return check(args.folder, layouts)
+        for layout in layouts if not args.restore else find_installed(args.folder, layouts):
+            change(layout, args.folder, args.restore)
+    except (FrontEndError, OSError) as error:
+        print(f"error: {escape(str(error))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to continue, or --restore to undo it", file=sys.stderr)
+        return 130
+    return 0
+
+
+def escape_controls(record: logging.LogRecord) -> bool:
+    """Write control characters as escapes, so that names of files cannot steer a terminal."""
+    record.msg, record.args = escape(record.getMessage()), ()
+    return True
+
+
+def escape(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def require_layouts(front_end: Path) -> list[Layout]:
+    """Return the folders of scripts in a front end. Raises FrontEndError if there are none."""
+    if not front_end.is_dir():
+        raise FrontEndError(f"{front_end} is not a folder; use the folder of the front end")
+    layouts = find_layouts(front_end)
+    if not layouts:
+        names = ", ".join((*FOLDERS, *MUSUBI_FOLDERS))
+        raise FrontEndError(f"{front_end} has none of the folders {names}; is it a front end for sd-scripts?")
+    return layouts
+
+
+def find_installed(front_end: Path, layouts: Sequence[Layout]) -> list[Layout]:
+    """Return the folders that this suite was installed into. Raises FrontEndError if there are none."""
+    installed = [layout for layout in layouts if layout.place.journal.exists()]
+    if not installed:
+        for layout in layouts:
+            restore(layout.place, None)  # says what is missing
+    return installed
+
+
+def change(layout: Layout, front_end: Path, restores: bool) -> None:
+    """Install into a folder, or restore it."""
+    place, submodule = layout.place, find_submodule(layout.folder, front_end)
+    if restores:
+        restore(place, submodule)
+        logger.info("restored %s", layout.folder)
+        return
+    is_update = install(place, layout.list_contents(), VERSION, not layout.is_musubi, submodule)
+    where = f"; the front end's own files are in {place.original}" if place.original.is_dir() else ""
+    logger.info("%s %s%s", "updated" if is_update else "installed into", layout.folder, where)
+    if submodule is not None:
+        logger.info("git submodule update skips %s in %s until --restore", submodule.name, submodule.repository)
+
+
+def check(front_end: Path, layouts: Sequence[Layout]) -> int:
+    """Compare each folder with its journal. Return 1 if one differs, or git would replace it."""
+    status = 0
+    for layout in find_installed(front_end, layouts):
+        journal = read_journal(layout.place)
+        assert journal is not None, "find_installed looks for the journal"
+        problem = str(compare_with_journal(layout.place, journal))
+        submodule = find_submodule(layout.folder, front_end)
+        if not problem and submodule is not None and read_update(submodule) != NONE:
+            problem = f"git submodule update would replace it: {submodule.setting} is no longer {NONE}"
+        if problem:
+            status = 1
+            logger.warning("%s is not as installed: %s", layout.folder, problem)
+            logger.warning("  -> python3 tools/front_end.py %s installs it again and keeps your files", front_end)
         else:
-            place.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, place / source.name)
-    requirements = place / "requirements.txt"
-    # Front ends install torch for the user's GPU first, and `pip install -U` would replace it, so torch is dropped
-    # here. LoRA_Easy imports `library` from its own folder, so the suite is installed too, as sd-scripts does.
-    lines = [line for line in requirements.read_text("utf-8").splitlines(True) if not line.startswith("torch>=")]
-    requirements.write_text("".join([*lines, "-e .\n"]), encoding="utf-8")
-    for name, sentence in ABSENT.items():
-        text = f'"""Written by tools/front_end.py."""\n\nraise SystemExit({f"{name} {sentence}"!r})\n'
-        (place / name).write_text(text, encoding="utf-8")
+            logger.info("%s is as installed: lora-training-suite %s", layout.folder, journal.version)
+    return status
 
-
-def remove_old_modules(library: Path) -> None:
-    """Delete modules that an earlier version of the suite had. Modules in other packages may be the user's own."""
-    # The modules of some folders are choices of an option, so an old one would still be offered.
-    for path in library.rglob("*.py"):
-        if not (ROOT / "library" / path.relative_to(library)).exists():
-            path.unlink()
-
-
-def replace(place: Path, new: Path, original: Path) -> None:
-    """Replace a folder by `new` and keep it as `original`; its virtual environments stay in place."""
-    place.rename(original)
-    new.rename(place)
-    move_environments(original, place)
-
-
-def restore(place: Path, original: Path) -> None:
-    """Put the front end's own folder back. Raises UserError if nothing was installed."""
-    if not original.is_dir():
-        raise UserError(f"{original} is missing, so nothing was installed into {place}")
-    move_environments(place, original)
-    shutil.rmtree(place)
-    original.rename(place)
-    logger.info("restored %s", place)
-
-
-def move_environments(source: Path, target: Path) -> None:
-    """Move virtual environments between folders that swap names, because their files contain their own path."""
-    for name in ENVIRONMENTS:
-        if (source / name).is_dir():
-            (source / name).rename(target / name)
-
-
-main = command(setup_parser, install)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,12 +19,14 @@ from typing import Any
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import library  # noqa: F401  # checks the packages before they are imported
 
 import toml
 
 from library.checkpoints.files import atomic_path, remove_temporary
 from library.checkpoints.hashes import digest_of_file
-from library.checkpoints.overwriting import FileType, check_overwrite
+from library.checkpoints.marks import MARK_FIELD, mark_of
+from library.checkpoints.overwriting import FileKind, check_target, judge, known_by_start, marked
 from library.data.decoding.images import open_image
 from library.data.description.image_extensions import image_extensions
 from library.data.description.keys import ALL_KEYS
@@ -62,10 +64,8 @@ EXAMPLES = """\
   python3 tools/make_shards.py --script train_network.py --pretrained_model_name_or_path base.safetensors \\
     --dataset_config configs/examples/dataset.toml --out shards --cache_latents_to_disk"""
 DESCRIPTION = "dataset.toml"
-FIRST_LINE = "# Written by tools/make_shards.py and replaced by its next call."
-SHARDS_FILE = FileType("a dataset file of make_shards.py", lambda start: start.startswith(FIRST_LINE.encode()))
-# No content proves that a shard is one of ours, so shards that no journal lists are never overwritten.
-SHARD = FileType("a shard of an earlier call", lambda start: False)
+WRITER = "tools/make_shards.py"
+JOURNAL = known_by_start("a list of shards", lambda start: start.startswith(b"["))
 CACHES = ("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk")
 ENDING = ".txt"
 MEMBERS = ("caption_extension", "caption_column", "image_column", "control_dirs", "control_columns")  # keys of sources
@@ -122,6 +122,33 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def write_first_line(dataset_config: Path) -> str:
+    """Return the first line of the dataset file for the shards of another one, which tells it from further ones."""
+    return f"# Written by {WRITER} from {digest_source(str(dataset_config))} and replaced by its next call."
+
+
+def digest_source(source: str) -> str:
+    """Return a digest of a folder, file or address."""
+    full = source if "://" in source else os.path.abspath(source)
+    return blake2b(os.fsencode(full), digest_size=8).hexdigest()
+
+
+def shard_kind(source: str, path: Path) -> FileKind:
+    """Return the kind of a shard with images of `source`, so that no other source with this name replaces it."""
+    return marked(f"a shard that {WRITER} packed from {source}", make_mark(source, path))
+
+
+def make_mark(source: str, path: Path) -> str:
+    return mark_of(f"{WRITER} {digest_source(source)}", path)
+
+
+def check_shards(out: Path, name: str, source: str) -> None:
+    """Raise UserError if the folder has shards or a list of them that an earlier call for this source did not write."""
+    for path in list_shards(out, name):
+        check_target("--out", path, shard_kind(source, path))
+    check_target("--out", Journal.of(out, name).path, JOURNAL)
+
+
 def name_members(subset: ScannedSubset) -> Iterator[Packed]:
     """Yield the images of a subset with their names in the shard; plain and unique file names are kept."""
     uncaptioned, names = set(subset.without_caption), set[str]()
@@ -141,18 +168,14 @@ def name_members(subset: ScannedSubset) -> Iterator[Packed]:
         yield Packed(image, stem, None if image.key in uncaptioned else image.caption)
 
 
-def write_shards(subset: ScannedSubset, out: Path, name: str, shard_bytes: float, storage: Storage) -> str:
+def write_shards(subset: ScannedSubset, source: str, out: Path, name: str, shard_bytes: float, storage: Storage) -> str:
     """Write the images of a subset with their captions. Return the brace pattern of the shard files.
 
-    The leading shards of an earlier call are kept, as far as this call would write the same content.
+    The leading shards of an earlier call are kept, as far as this call would write the same content. Raises UserError
+    for a file of a shard's name that another program wrote meanwhile.
     """
     remove_temporary(out, lambda stem: re.fullmatch(rf"{re.escape(name)}-\d{{5}}", stem) is not None)
-    journal, members = Journal(out / f".{name}-shards.json"), iter(name_members(subset))
-    if not journal.path.exists():  # no earlier call wrote shards of this name
-        for path in list_shards(out, name):
-            check_overwrite("--out", path, SHARD)
-        # Written before the first shard, so that the next call takes the shards of an interrupted one for ours.
-        journal.write([])
+    journal, members = Journal.of(out, name), iter(name_members(subset))
     shards, members = find_kept_shards(journal.read(), members, len(subset.images), out, shard_bytes, storage)
     with progress_bar(f"packing {name}", len(subset.images)) as bar:
         if shards:
@@ -160,14 +183,16 @@ def write_shards(subset: ScannedSubset, out: Path, name: str, shard_bytes: float
             logger.info("keeping %d shards of %s with %d images", len(shards), name, bar.done)
         while (first := next(members, None)) is not None:
             path = out / f"{name}-{len(shards):05}.tar"
+            check_target("--out", path, shard_kind(source, path))
             with atomic_path(path) as temporary:
-                written, is_full = write_shard(temporary, chain([first], members), shard_bytes, storage, bar)
+                mark = make_mark(source, path)
+                written, is_full = write_shard(temporary, mark, chain([first], members), shard_bytes, storage, bar)
                 inputs = digest_inputs(written, shard_bytes, storage)
                 size, digest = temporary.stat().st_size, digest_of_file(temporary)
             shards.append(Shard(path.name, size, digest, len(written), is_full, inputs))
             journal.write(shards)
     for path in list_shards(out, name):
-        if path.name not in {shard.name for shard in shards}:
+        if path.name not in {shard.name for shard in shards} and judge(path, shard_kind(source, path)) == "ours":
             logger.info("deleted %s from an earlier call", path)
             path.unlink()
     return f"{name}-{{00000..{len(shards) - 1:05}}}.tar"
@@ -180,11 +205,11 @@ def list_shards(out: Path, name: str) -> list[Path]:
 
 
 def write_shard(
-    path: Path, members: Iterator[Packed], shard_bytes: float, storage: Storage, bar: Bar
+    path: Path, mark: str, members: Iterator[Packed], shard_bytes: float, storage: Storage, bar: Bar
 ) -> tuple[list[Packed], bool]:
     """Write the next images to one shard. Return those images, and whether the shard is full."""
     written: list[Packed] = []
-    with tarfile.open(path, "w") as archive:
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={MARK_FIELD: mark}) as archive:
         for member in members:
             content, text = storage.whole(member.image)[1], member.text
             add_member(archive, f"{member.stem}{choose_extension(member.image, content)}", content)
@@ -220,6 +245,10 @@ class Journal:
     """The file next to a subset's shards that lists the complete ones."""
 
     path: Path
+
+    @classmethod
+    def of(cls, out: Path, name: str) -> "Journal":
+        return cls(out / f".{name}-shards.json")
 
     def read(self) -> list[Shard]:
         """Read the list; return an empty one if the file is missing or damaged."""
@@ -305,27 +334,41 @@ def refuse_other_folders(dataset: DatasetConfig) -> None:
 
 def pack(config: RunDataConfig, out: Path, shard_bytes: float, storage: Storage) -> list[list[str]]:
     """Write each source once. Return the shard pattern of each subset, by dataset."""
-    patterns: dict[tuple[Any, ...], str] = {}
-    names: set[str] = set()
-    patterns_by_dataset: list[list[str]] = []
     for dataset in config.datasets:
         # All datasets are checked before the first is packed, which can take long.
         refuse_other_folders(dataset)
+    names = name_sources(config)
+    for subset, name in names.values():
+        check_shards(out, name, subset.source)
+    patterns: dict[tuple[Any, ...], str] = {}
+    for key, (subset, name) in names.items():
+        scanned = load_source(subset.source_key).scan(subset, storage, 16)
+        if not scanned.images:
+            raise NoDataFound(f"there are no images in {subset.source}; remove the subset")
+        patterns[key] = write_shards(scanned, subset.source, out, name, shard_bytes, storage)
+    return [
+        [(out / patterns[make_key(subset)]).resolve().as_posix() for subset in dataset.subsets]
+        for dataset in config.datasets
+    ]
+
+
+def make_key(subset: SubsetConfig) -> tuple[Any, ...]:
+    """Return what subsets with the same shards have in common: their files, and the rules that change captions."""
+    rules = subset.captions
+    files = (subset.source, subset.caption_extension, subset.caption_column, subset.image_column)
+    references = (subset.control_dirs, subset.control_columns)
+    return (files, references, rules.enable_wildcard, rules.caption_separator)
+
+
+def name_sources(config: RunDataConfig) -> dict[tuple[Any, ...], tuple[SubsetConfig, str]]:
+    """Return the first subset of each source with the name of its shards, by `make_key`."""
+    names: dict[tuple[Any, ...], tuple[SubsetConfig, str]] = {}
+    taken: set[str] = set()
     for dataset in config.datasets:
-        patterns_by_dataset.append([])
         for subset in dataset.subsets:
-            rules = subset.captions
-            files = (subset.source, subset.caption_extension, subset.caption_column, subset.image_column)
-            references = (subset.control_dirs, subset.control_columns)
-            key = (files, references, rules.enable_wildcard, rules.caption_separator)  # the rules that change captions
-            if key not in patterns:
-                scanned = load_source(subset.source_key).scan(subset, storage, 16)
-                if not scanned.images:
-                    raise NoDataFound(f"there are no images in {subset.source}; remove the subset")
-                name = name_shards(subset, names)
-                patterns[key] = write_shards(scanned, out, name, shard_bytes, storage)
-            patterns_by_dataset[-1].append((out / patterns[key]).resolve().as_posix())
-    return patterns_by_dataset
+            if (key := make_key(subset)) not in names:
+                names[key] = subset, name_shards(subset, taken)
+    return names
 
 
 def name_shards(subset: SubsetConfig, taken: set[str]) -> str:
@@ -378,12 +421,15 @@ def make_shards(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Write shards, index and dataset file. Raises UserError for invalid options and unreadable images."""
     options = read_options(args, training)
     config, storage = load_dataset_config(options), Storage(options.caching.cache_dir)
-    path = args.out / DESCRIPTION
-    check_overwrite("--out", path, SHARDS_FILE, [Path(str(options.dataset.dataset_config))])
+    path, source = args.out / DESCRIPTION, Path(str(options.dataset.dataset_config))
+    first_line = write_first_line(source)
+    name, line = f"a dataset file that {WRITER} wrote from {source}", first_line.encode()
+    kind = known_by_start(name, lambda start: start.startswith(line))
+    check_target("--out", path, kind, [source])
     patterns = pack(config, args.out, args.shard_mb * 1e6, storage)
     content = toml.dumps(describe_shards(read_description(str(options.dataset.dataset_config)), patterns))
     with atomic_path(path) as temporary:
-        temporary.write_text(f"{FIRST_LINE}\n{content}", encoding="utf-8")
+        temporary.write_text(f"{first_line}\n{content}", encoding="utf-8")
     options = options.with_values({"dataset_config": path, "cache_dir": None})
     count = sum(len(subset.images) for dataset in collect(load_dataset_config(options)) for subset in dataset.subsets)
     logger.info("%d images are in the shards of %s", count, args.out)

@@ -47,7 +47,8 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def open_parts(args: argparse.Namespace) -> list[tuple[BaseModel, Path]]:
     """Return each checkpoint with the file to write. Raises UserError if one of the two is missing."""
-    parts = [(open_base_model("--flux_model", args.sd_model), args.save_to)] if args.sd_model is not None else []
+    parts = [] if args.sd_model is None else [("--flux_model", args.sd_model, args.save_to, open_base_model)]
+    inputs = [*args.models, args.sd_model, args.clip_l, args.t5xxl]
     for flag, path, save_to, opener in (
         ("--clip_l", args.clip_l, args.clip_l_save_to, open_clip_l),
         ("--t5xxl", args.t5xxl, args.t5xxl_save_to, open_t5xxl),
@@ -55,9 +56,9 @@ def open_parts(args: argparse.Namespace) -> list[tuple[BaseModel, Path]]:
         if (path is None) != (save_to is None):
             raise UserError(f"{flag} and {flag}_save_to must be used together: the file to read, and the file to write")
         if path is not None:
-            check_output(f"{flag}_save_to", save_to, [*args.models, args.sd_model, args.clip_l, args.t5xxl])
-            parts.append((opener(flag, path), save_to))
-    return parts
+            check_output(f"{flag}_save_to", save_to, merge_lora.WRITER, inputs)
+            parts.append((flag, path, save_to, opener))
+    return [(opener(flag, path), save_to) for flag, path, save_to, opener in parts]
 
 
 def list_modules(parts: Sequence[BaseModel]) -> set[str]:

@@ -20,17 +20,19 @@ from dataclasses import dataclass, replace
 from math import isclose
 from pathlib import Path
 
-from torch import Tensor
-from tqdm import tqdm
-
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import library  # noqa: F401  # checks the packages before they are imported
+
+from torch import Tensor
+from tqdm import tqdm
 
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_keys import is_of_text_encoder
 from library.checkpoints.base_model import BaseModel, WeightFile
 from library.checkpoints.files import is_safetensors, read_metadata, save_pickle_state_dict, save_safetensors
 from library.checkpoints.folders import atomic_folder
+from library.checkpoints.marks import mark_folder, mark_of
 from library.errors import UserError
 from library.memory.devices import SAVE_DTYPES
 from library.randomness import generator_for
@@ -44,8 +46,8 @@ from tools.command import (
     add_device,
     add_save_precision,
     check_at_least_one,
-    check_new_folder,
     check_output,
+    check_output_folder,
     command,
     make_parser,
     resolve_ratios,
@@ -67,6 +69,7 @@ from tools.merge_adapters import (
 
 logger = logging.getLogger(__name__)
 
+WRITER = "tools/merge_lora.py"
 EXAMPLES = """\
   python3 tools/merge_lora.py --sd_model sd15.safetensors --models cat.safetensors --ratios 0.8 \\
       --save_to sd15_cat.safetensors
@@ -92,7 +95,7 @@ def merge_into_checkpoint(
         if base.is_folder:
             write_folder(base, merge, save_to)
         else:
-            write(save_to, merge.merge_tensors(base.files[0]), metadata)
+            write(save_to, merge.merge_tensors(base.files[0]), metadata, mark_of(WRITER, save_to))
     return len(changes)
 
 
@@ -182,12 +185,12 @@ class CheckpointMerge:
         return new
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], mark: str) -> None:
     """Write one weight file atomically."""
     if is_safetensors(path):
-        save_safetensors(path, tensors, metadata)
+        save_safetensors(path, tensors, metadata, mark)
     else:
-        save_pickle_state_dict(path, tensors)
+        save_pickle_state_dict(path, tensors, mark=mark)
 
 
 def write_folder(base: BaseModel, merge: CheckpointMerge, save_to: Path) -> None:
@@ -204,6 +207,7 @@ def write_folder(base: BaseModel, merge: CheckpointMerge, save_to: Path) -> None
         for part, file in parts.items():
             name = model_lookup.weight_files(part)[0][0]
             save_safetensors(folder / part / name, merge.merge_tensors(file), {"format": "pt"})
+        mark_folder(folder, mark_of(WRITER, save_to))
 
 
 def checkpoint_metadata(base: BaseModel, adapters: Sequence[Weighted], save_to: Path) -> dict[str, str]:
@@ -282,9 +286,9 @@ def check(args: argparse.Namespace) -> list[float]:
         if args.sd_model is not None:
             raise UserError(f"--{flag} is only for merging into one LoRA and cannot be used with --sd_model; remove it")
     if args.sd_model is not None and args.sd_model.is_dir():
-        check_new_folder("--save_to", args.save_to)
+        check_output_folder("--save_to", args.save_to, WRITER)
     else:
-        check_output("--save_to", args.save_to, [*args.models, args.sd_model, args.base_model])
+        check_output("--save_to", args.save_to, WRITER, [*args.models, args.sd_model, args.base_model])
     return ratios
 
 
@@ -344,7 +348,8 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
     modules = merge_adapters(adapters, resolve_ranks(args, adapters), arithmetic, trained_on, joining)
     metadata = make_metadata(adapters, modules, args.save_to, not args.no_metadata)
     file = AdapterFile(str(args.save_to), {module.name: module for module in modules}, metadata, {})
-    save_adapter_file(args.save_to, to_names_of_training(file), arithmetic.save_dtype or arithmetic.dtype)
+    dtype = arithmetic.save_dtype or arithmetic.dtype
+    save_adapter_file(args.save_to, to_names_of_training(file), dtype, mark_of(WRITER, args.save_to))
     print(f"{args.save_to}: {len(modules)} modules, rank {metadata.get('ss_network_dim', 'none')}")
 
 

@@ -10,15 +10,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import library  # noqa: F401  # checks the packages before they are imported
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from library.checkpoints import model_lookup
 from library.checkpoints.files import read_metadata
+from library.checkpoints.marks import mark_of
 from library.checkpoints.weights import Weights
 from library.errors import UserError, list_few
 from library.memory.devices import SAVE_DTYPES
@@ -29,6 +31,7 @@ from tools.merge_lora import write
 logger = logging.getLogger(__name__)
 
 UNET = "model.diffusion_model."
+WRITER = "tools/merge_models.py"
 EXAMPLES = """\
   python3 tools/merge_models.py --models first.safetensors second.safetensors --ratios 0.7 0.3 \\
       --output merged.safetensors --saving_precision fp16"""
@@ -106,7 +109,7 @@ def setup_parser() -> argparse.ArgumentParser:
 def merge(args: argparse.Namespace) -> None:
     """Read, merge and write the checkpoints."""
     ratios = resolve_ratios(args, 1 / len(args.models))
-    check_output("--output", args.output, args.models)
+    check_output("--output", args.output, WRITER, args.models)
     device = resolve_device(args.device)
     folders = [path for path in args.models if path.is_dir()]
     if folders:
@@ -123,7 +126,7 @@ def merge(args: argparse.Namespace) -> None:
     kept: dict[str, str] = {
         key: metadata[key] for key in ("modelspec.sai_model_spec", "modelspec.architecture") if key in metadata
     }
-    write(args.output, saved, {**kept, **modelspec(args.output, args.models)})
+    write(args.output, saved, {**kept, **modelspec(args.output, args.models)}, mark_of(WRITER, args.output))
     print(f"{args.output}: {len(tensors)} weights of {len(models)} files")
 
 

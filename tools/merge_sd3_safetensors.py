@@ -13,6 +13,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import library  # noqa: F401  # checks the packages before they are imported
 
 import torch
 from tqdm import tqdm
@@ -31,6 +32,7 @@ from library.architectures.sd3.options import Sd3TextOptions
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.files import read_metadata, save_safetensors
+from library.checkpoints.marks import mark_of
 from library.checkpoints.weights import Weights, configure, open_weights
 from library.errors import UserError
 from library.models.identify import base_of_file, refuse_other
@@ -42,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 WHOLE = (DENOISER_PREFIX, VAE_PREFIX, *TEXT_PREFIXES.values())  # name prefixes in a file with several parts
 LDM_VAE = "encoder.mid.block_1.conv1.weight"
+WRITER = "tools/merge_sd3_safetensors.py"
 EXAMPLES = """\
   python3 tools/merge_sd3_safetensors.py --dit sd3.5_large.safetensors --clip_l clip_l.safetensors \\
       --clip_g clip_g.safetensors --t5xxl t5xxl_fp16.safetensors --output sd3.5_large_all.safetensors"""
@@ -132,7 +135,7 @@ def find_file(part: PartFile) -> Path:
 def merge(args: argparse.Namespace) -> None:
     """Check the parts and write them as one file."""
     parts = list_parts(args)
-    check_safetensors_output("--output", args.output, [part.path for part in parts])
+    check_safetensors_output("--output", args.output, WRITER, [part.path for part in parts])
     dtype = dtype_of_file(args.save_precision)
     check(parts)
     # Scales of 8-bit weights belong to their weights: either both are copied, or the weights are decoded.
@@ -143,7 +146,7 @@ def merge(args: argparse.Namespace) -> None:
         tensor = combined.read(key)
         tensors[key] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
     kept = {key: value for key, value in read_metadata(args.dit).items() if "hash" not in key}
-    save_safetensors(args.output, tensors, kept or {"format": "pt"})
+    save_safetensors(args.output, tensors, kept or {"format": "pt"}, mark_of(WRITER, args.output))
     print(f"{args.output}: {len(tensors)} weights of {len(parts)} files")
 
 

@@ -20,7 +20,7 @@ from library.errors import UserError
 from library.memory.devices import DTYPES
 from tools.base_models import find_base
 from tools.cache_latents import cache_images
-from tools.captions_to_metadata import check_name, list_images, write_table
+from tools.captions_to_metadata import check_name, check_table, list_images, write_table
 from tools.command import command, make_parser
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ def prepare(args: argparse.Namespace) -> None:
     """Encode the images and write the metadata file."""
     check_name(args.out_json)
     table = read_table(str(args.in_json))
+    check_table(args.out_json, table)  # encoding takes long
     images = list_images(args.train_data_dir, args.recursive)
     # The plan gets the entries instead of reading the file again, so that the images that are encoded and the entries
     # that are written agree even if the file changes meanwhile.

@@ -10,9 +10,9 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.checkpoints.overwriting import check_overwrite
+from library.checkpoints.overwriting import check_target
 from library.errors import UserError
-from library.training.report_page.page import REPORT
+from library.training.report_page.page import report_kind
 from library.training.report_page.server import ReportServer
 from library.training.report_page.writer import build_report, read_events, write_page
 from tools.command import command, make_parser
@@ -41,10 +41,10 @@ def make_report(args: argparse.Namespace) -> None:
                 server.serve_forever()
         return
     path = args.output or args.events.with_name(f"{args.events.stem}-report.html")
-    check_overwrite("--output", path, REPORT, [args.events])
     record = read_events(args.events)
     if record.is_empty:
         raise UserError(f"{args.events} has no events; use the file written by --log_events")
+    check_target("--output", path, report_kind(record.name), [args.events])
     write_page(path, build_report(record))
     logger.info("wrote %s", path)
 

@@ -6,30 +6,36 @@ Training resizes images by itself: this command saves disk space and the time to
 """
 
 import argparse
+import os
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from filecmp import cmp
+from functools import partial
+from hashlib import blake2b
 from math import sqrt
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import library  # noqa: F401  # checks the packages before they are imported
 
 from PIL import Image
 from tqdm import tqdm
 
-from library.checkpoints.files import atomic_path
+from library.checkpoints.files import copy_atomically
+from library.checkpoints.marks import mark_of, save_image
+from library.checkpoints.overwriting import FileKind, check_target, marked
 from library.data.decoding.images import Pixels, read_pixels, resize
 from library.data.description.buckets import Size
-from library.data.description.image_extensions import image_extensions
+from library.data.description.image_extensions import describe_unread, image_extensions
 from library.errors import UserError
 from tools.command import check_at_least_one, command, make_parser
 
 DEFAULT_RESOLUTIONS = "512x512,384x384,256x256,128x128"
 FILTERS = {name: name for name in ("area", "cubic", "nearest", "linear", "box")} | {"lanczos4": "lanczos"}
-JPEG_QUALITY = 100
+WRITER = "tools/resize_images.py"
 CACHES = (".npz", "metadata_cache.json")  # endings of files derived from the old images
 EXAMPLES = """\
   python3 tools/resize_images.py pictures pictures_small --max_resolution 1024x1024,512x512 --divisible_by 64 \\
@@ -80,8 +86,26 @@ def write_sizes(image: Path, folder: Path, resizing: Resizing) -> None:
         resized = resize_image(pixels, limit, resizing)
         if 0 in resized.shape:
             raise UserError(f"{image} has less than --divisible_by {resizing.divisible_by} pixels on a side")
-        with atomic_path(folder / f"{image.stem}{suffix}{resizing.ending}") as temporary:
-            Image.fromarray(resized).save(temporary, quality=JPEG_QUALITY)
+        path = folder / f"{image.stem}{suffix}{resizing.ending}"
+        save_image(path, Image.fromarray(resized), make_mark(image, path))
+
+
+def make_mark(image: Path, path: Path) -> str:
+    """Return the mark of a smaller copy, which holds a digest of the original's path: others replace none."""
+    digest = blake2b(os.fsencode(image.resolve()), digest_size=8)
+    return mark_of(f"{WRITER} {digest.hexdigest()}", path)
+
+
+def check_targets(
+    images: Sequence[Path], copies: Sequence[tuple[Path, Path]], target: Path, resizing: Resizing
+) -> None:
+    """Raise UserError if the target folder has files that would be lost."""
+    for image in images:
+        for suffix in resizing.suffixes():
+            path = target / f"{image.stem}{suffix}{resizing.ending}"
+            check_target("dst_img_folder", path, marked(f"a smaller copy of {image}", make_mark(image, path)))
+    for file, path in copies:
+        check_target("dst_img_folder", path, FileKind(f"a copy of {file}", partial(cmp, file, shallow=False)))
 
 
 def check_names(images: Sequence[Path]) -> None:
@@ -107,29 +131,30 @@ def resize_all(args: argparse.Namespace) -> None:
     files = sorted(path for path in source.iterdir() if path.is_file() and not path.name.startswith("."))
     images = [path for path in files if path.suffix in image_extensions()]
     if not images:
-        raise UserError(f"{source} has no images; subfolders are not searched")
+        unread = describe_unread(path.name for path in files)
+        raise UserError(f"{source} has no images; subfolders are not searched{unread}")
     check_names(images)
+    others = [path for path in files if path not in set(images) and not path.name.endswith(CACHES)]
+    copies = plan_copies(others, images, target, resizing, args)
+    check_targets(images, copies, target, resizing)
     target.mkdir(parents=True, exist_ok=True)
     for image in tqdm(images, desc="resizing", unit="image"):
         write_sizes(image, target, resizing)
-    others = [path for path in files if path not in set(images) and not path.name.endswith(CACHES)]
-    num_copied = copy_others(others, images, target, resizing, args)
-    print(f"{target}: {len(images)} images at {len(resizing.resolutions)} resolutions, {num_copied} other files")
+    for file, copy in copies:
+        copy_atomically(file, copy)
+    print(f"{target}: {len(images)} images at {len(resizing.resolutions)} resolutions, {len(copies)} other files")
 
 
-def copy_others(
+def plan_copies(
     files: Sequence[Path], images: Sequence[Path], target: Path, resizing: Resizing, args: argparse.Namespace
-) -> int:
-    """Copy the other files, on request those named like an image once per resolution; return the number of copies."""
+) -> list[tuple[Path, Path]]:
+    """Return the other files with their copies, on request a copy per resolution of those named like an image."""
     stems = {image.stem for image in images}
-    copies = [
+    return [
         (file, target / f"{file.stem}{suffix}{file.suffix}")
         for file in files
         for suffix in (resizing.suffixes() if args.copy_associated_files and file.stem in stems else ("",))
     ]
-    for file, copy in copies:
-        shutil.copy(file, copy)
-    return len(copies)
 
 
 def setup_parser() -> argparse.ArgumentParser:

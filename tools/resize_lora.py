@@ -13,13 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import library  # noqa: F401  # checks the packages before they are imported
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from library.checkpoints.marks import mark_of
 from library.errors import UserError
 from library.randomness import generator_for
 from networks.core.changes.svd import (
@@ -54,6 +56,7 @@ from tools.command import (
 
 logger = logging.getLogger(__name__)
 
+WRITER = "tools/resize_lora.py"
 EXAMPLES = """\
   python3 tools/resize_lora.py --model cat.safetensors --save_to cat_8.safetensors --new_rank 8
   python3 tools/resize_lora.py --model cat.safetensors --save_to cat_small.safetensors --new_rank 32 \\
@@ -227,10 +230,10 @@ def resolve_measure(args: argparse.Namespace) -> Measure:
 def resize(args: argparse.Namespace) -> None:
     """Read, resize and write the file."""
     measure = resolve_measure(args)
-    check_output("--save_to", args.save_to, [args.model])
+    check_output("--save_to", args.save_to, WRITER, [args.model])
     file = read_adapter_file(args.model, "--model")
     resized = resize_file(file, measure, resolve_device(args.device), args.verbose)
-    save_adapter_file(args.save_to, resized, parse_dtype(args.save_precision))
+    save_adapter_file(args.save_to, resized, parse_dtype(args.save_precision), mark_of(WRITER, args.save_to))
     print(f"{args.save_to}: {len(resized.modules)} modules, rank {resized.metadata['ss_network_dim']}")
 
 

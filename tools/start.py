@@ -20,14 +20,14 @@ import time
 from collections import deque
 from pathlib import Path
 
+NEEDS_PACKAGES = False  # read by library/requirements.py
 ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(ROOT))
 
+from library.requirements import python_path, python_problem, suggest_python  # noqa: E402
 from library.version import add_version  # noqa: E402
 
-OLDEST_PYTHON = (3, 10)
-NEWEST_PYTHON = (3, 14)
 RUN_REQUIREMENTS = ("requirements.txt",)
 TEST_REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
 LOCK = ("requirements.lock",)
@@ -51,40 +51,14 @@ class StartError(Exception):
 # --- Python ---
 
 
-def python_problem(version: "tuple[int, int]") -> "str | None":
-    """Return why this Python version is not supported; None if it is."""
-    if OLDEST_PYTHON <= version <= NEWEST_PYTHON:
-        return None
-    age = "too old" if version < OLDEST_PYTHON else "too new"
-    oldest, newest = (".".join(map(str, v)) for v in (OLDEST_PYTHON, NEWEST_PYTHON))
-    return f"Python {version[0]}.{version[1]} is {age}: this suite runs on Python {oldest} to {newest}"
-
-
-def supported_python_on_path() -> "str | None":
-    """Return the newest supported Python on the PATH, such as `python3.14`; None if there is none."""
-    for minor in range(NEWEST_PYTHON[1], OLDEST_PYTHON[1] - 1, -1):
-        name = f"python3.{minor}"
-        if shutil.which(name):
-            return name
-    return None
-
-
 def check_python(version: "tuple[int, int]") -> None:
     """Raise StartError with the fix if this Python version is not supported."""
     problem = python_problem(version)
-    if problem is None:
-        return
-    other = supported_python_on_path()
-    fix = f"run `{other} tools/start.py`" if other else "install one of these from https://www.python.org"
-    raise StartError(f"{problem}; {fix}")
+    if problem is not None:
+        raise StartError(f"{problem}; {suggest_python()}")
 
 
 # --- the environment ---
-
-
-def python_path(venv: Path) -> Path:
-    """Return the path of a virtual environment's Python."""
-    return venv / "Scripts" / "python.exe" if os.name == "nt" else venv / "bin" / "python"
 
 
 def read_version(python: Path) -> "tuple[int, int, int] | None":
@@ -274,9 +248,9 @@ def training_command(python: Path, threads: int) -> "list[str]":
 
 
 def image_command(python: Path) -> "list[str]":
-    """Return the command that draws the same prompts without and with the adapter."""
+    """Return the command that draws the same prompts without and with the adapter, also into the report."""
     command = [str(python), "tools/quickstart/draw_before_after.py", "--base", TOY_BASE, "--lora", ADAPTER]
-    return [*command, "--prompts", PROMPTS, "--out", IMAGE]
+    return [*command, "--prompts", PROMPTS, "--out", IMAGE, "--report", REPORT]
 
 
 def pytest_command(python: Path, slow: bool, pytest_arguments: "list[str]") -> "list[str]":

@@ -211,6 +211,8 @@ def explain_inexact(program: Program, content: Content, key: Key) -> str | None:
     # Training divides by the norm of base + change, ComfyUI and Forge by that of the base alone. In measured files the
     # difference is 1 to 3 % of the change.
     if program in ("ComfyUI", "Forge", "A1111-style") and is_dora_per_output(leaves):
+        if leaves["dora_scale"][:1] == (1,):
+            return "it takes the magnitudes (DoRA) of a layer with one output for one per output"
         return "DoRA with one magnitude per output acts differently there than in training"
     has_limit = "alpha" in leaves and key.module not in content.without_limit
     if program == "ComfyUI" and leaves.keys() & OFT and (has_limit or "rescale" in leaves):
@@ -223,8 +225,24 @@ def explain_inexact(program: Program, content: Content, key: Key) -> str | None:
 
 
 def is_dora_per_output(leaves: Mapping[str, tuple[int, ...]]) -> bool:
-    """Return True if DoRA has one magnitude per output row; programs test this by the length of the first axis."""
-    return leaves.get("dora_scale", (1,))[:1] != (1,)
+    """Return True if programs take DoRA's magnitudes for one per output row: the first axis is as long as the weight's.
+
+    That holds for magnitudes per input, (1, I), too if the weight has one row.
+    """
+    magnitudes = leaves.get("dora_scale")
+    return magnitudes is not None and (magnitudes[:1] != (1,) or count_outputs(leaves) == 1)
+
+
+def count_outputs(leaves: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Return the number of outputs of the layer that a module changes; None for factors that do not tell."""
+    for up in ("lora_up.weight", "lora_B.weight"):
+        if up in leaves:
+            return leaves[up][0]
+    if "hada_w1_a" in leaves:  # (O, R), or (R, O) with a core
+        return leaves["hada_w1_a"][1 if "hada_t1" in leaves else 0]
+    outer = leaves.get("lokr_w1", leaves.get("lokr_w1_a"))
+    inner = leaves.get("lokr_w2", leaves.get("lokr_w2_a", ())[:: -1 if LOKR_CORE in leaves else 1])
+    return outer[0] * inner[0] if outer and inner else None
 
 
 # --- files that a program refuses as a whole ---

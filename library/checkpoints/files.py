@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
-from zipfile import is_zipfile
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from torch import Tensor
 
+from library.checkpoints.marks import MARK_FIELD
 from library.errors import UserError
 from library.json_text import parse_json
 
@@ -282,18 +283,26 @@ def remove_temporary(folder: Path, is_wanted: Callable[[str], bool]) -> None:
 
 
 def save_safetensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    mark: str | None = None,
 ) -> None:
-    """Write tensors and metadata to a safetensors file, atomically."""
+    """Write tensors, metadata and the command's mark to a safetensors file, atomically."""
     from safetensors.torch import save_file
 
+    fields = {k: v for k, v in (metadata or {}).items() if k != MARK_FIELD}  # metadata may be those of another file
+    fields |= {} if mark is None else {MARK_FIELD: mark}
     with atomic_path(path) as temporary:
         # safetensors refuses views that are not contiguous.
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, dict(metadata) if metadata else None)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, fields or None)
 
 
 def save_pickle_state_dict(
-    path: str | Path, tensors: Mapping[str, Tensor], counts: Mapping[str, int] | None = None
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    counts: Mapping[str, int] | None = None,
+    mark: str | None = None,
 ) -> None:
     """Write a .ckpt or .pt file for `torch.load(weights_only=True)`, atomically and without metadata.
 
@@ -302,6 +311,15 @@ def save_pickle_state_dict(
     """
     with atomic_path(path) as temporary:
         torch.save(dict(tensors) if counts is None else {"state_dict": dict(tensors), **counts}, temporary)
+        if mark is not None:
+            mark_pickle(temporary, mark)
+
+
+def mark_pickle(path: Path, mark: str) -> None:
+    """Store the mark as the comment of torch's zip archive, which readers ignore; other formats stay unmarked."""
+    if is_zipfile(path):
+        with ZipFile(path, "a") as archive:
+            archive.comment = mark.encode()
 
 
 def _broken(path: Path, problem: str) -> UserError:

@@ -126,11 +126,22 @@ def modelspec_metadata(options: TrainOptions, architecture: Mapping[str, str], s
     }
     values.update((name, getattr(texts, f"metadata_{name}")) for name in MODELSPEC_TEXTS)
     metadata = {key: value for key, value in architecture.items() if key.startswith("modelspec.")}
+    if texts.metadata_arch:
+        metadata["modelspec.architecture"] = f"{texts.metadata_arch}/lora"
     if options.dataset.resolution:
-        sides = [int(side) for side in str(options.dataset.resolution).split(",")]
-        metadata["modelspec.resolution"] = f"{sides[0]}x{sides[-1]}"
+        metadata["modelspec.resolution"] = modelspec_resolution("resolution", str(options.dataset.resolution))
+    if texts.metadata_reso:
+        metadata["modelspec.resolution"] = modelspec_resolution("metadata_reso", texts.metadata_reso)
     metadata.update((f"modelspec.{name}", value) for name, value in values.items() if value)
     return metadata
+
+
+def modelspec_resolution(flag: str, text: str) -> str:
+    """Format SIDE or WIDTH,HEIGHT as modelspec writes resolutions, WIDTHxHEIGHT. Raises UserError for other texts."""
+    sides = [side.strip() for side in text.split(",")]
+    if len(sides) > 2 or not all(side.isdecimal() and len(side) <= 6 and int(side) > 0 for side in sides):
+        raise UserError(f"--{flag} is {text}; use a side or WIDTH,HEIGHT in pixels, such as 1024 or 1024,768")
+    return f"{int(sides[0])}x{int(sides[-1])}"
 
 
 def file_metadata(
@@ -152,12 +163,13 @@ def commit_hash() -> str | None:
     # git would otherwise answer for a repository further up, such as that of a front end.
     if not (checkout / ".git").exists():
         return None
-    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    # In a front end's folder .git is that of sd-scripts, which has no such file.
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD", "HEAD:library/version.py"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip() or None
+    return result.stdout.split()[0]
 
 
 def _text(value: Any) -> str:

@@ -98,6 +98,8 @@ def with_quantised(weights: Weights) -> Weights:
 def check_scales(weights: Weights, scales: Mapping[str, str], configs: Mapping[str, Config]) -> None:
     """Raise UserError naming the layers with missing, negative or non-finite scales, or scales of 0 for codes that
     are not 0."""
+    if not scales:
+        check_marked(weights)
     # A file may contain plain fp8 weights if only another model in it, or only its matrices, are scaled.
     scaled_kinds = {(model_in_file(key), 2) for key in weights.shapes if key.endswith(MARK)}
     scaled_kinds |= {
@@ -126,6 +128,23 @@ def check_scales(weights: Weights, scales: Mapping[str, str], configs: Mapping[s
                 f"{weights.origin}: these quantised layers {problem} and cannot be decoded: {list_few(layers)}. "
                 "Download the file again, or use a bf16 file of this model"
             )
+
+
+def check_marked(weights: Weights) -> None:
+    """Raise UserError for fp8 weights of a model that is marked as scaled, in a file without any scale."""
+    marked = {model_in_file(key) for key in weights.shapes if key.endswith(MARK)}
+    names = [
+        name
+        for name in weights.shapes
+        if not name.endswith(MARK)  # the marker itself may be fp8
+        and ("" in marked or model_in_file(name) in marked)
+        and is_plain_fp8(weights, name)
+    ]
+    if names:
+        raise UserError(
+            f"{weights.origin} is marked as {MARK}, but has no scales for its fp8 weights: {list_few(names)}. "
+            "Download the file again, or use a bf16 file of this model"
+        )
 
 
 def check_layout(weights: Weights, layer: str, scale: str, config: Config) -> None:

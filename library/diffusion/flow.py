@@ -23,6 +23,7 @@ from library.diffusion.timesteps import (
     takes_offset,
 )
 from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error
+from library.errors import UserError
 from library.memory.devices import send
 from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
 from library.options.training.loss import LossOptions
@@ -30,6 +31,8 @@ from library.options.training.noise import NoiseOptions
 from library.types import Noised
 
 logger = logging.getLogger(__name__)
+
+MOST_REDRAWS = 1000
 
 Target = Literal["noise - latent", "latent - noise", "latent"]
 
@@ -53,7 +56,7 @@ class FlowMatching:
 
     `corrupt` draws from its generator in this order, skipping what is disabled: noise; strength and values of the extra
     input noise; noise levels. The strength is one number for the batch. The drawn levels are rescaled to the range
-    between the lowest and the highest timestep.
+    between the lowest and the highest timestep, unless `keeps_shape`.
     """
 
     noise: NoiseOptions
@@ -65,6 +68,8 @@ class FlowMatching:
     has_whole_timesteps: bool = False  # levels are thousandths, 0 to 999
     tells_whole_timesteps: bool = False  # the denoiser gets its timestep rounded down to a whole number
     takes_offset: bool = False  # levels are computed from normal values, to which an offset can be added
+    num_strata: int = 1  # equal parts of the distribution of levels, each drawn equally often
+    keeps_shape: bool = False  # levels outside of the range are drawn again, instead of rescaling all to the range
     timestep: int | None = None  # of every sample, if fixed for validation
 
     def __post_init__(self) -> None:
@@ -72,12 +77,19 @@ class FlowMatching:
         resolve_timestep_range(self.noise, NUM_TIMESTEPS)
         check_huber(self.weighting)
 
-    def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator, offsets_B: Tensor | None = None) -> Noised:
+    def corrupt(
+        self,
+        clean_BCHW: Tensor,
+        generator: torch.Generator,
+        offsets_B: Tensor | None = None,
+        uniforms_B: Tensor | None = None,
+    ) -> Noised:
         """Add noise at a level drawn for each sample. Tensors keep the latents' dtype and device; the arithmetic is
         float32.
 
         `timesteps_B` is 1000 times the level, float32, rounded down if `tells_whole_timesteps`. Offsets are added to
-        the normal values from which the levels are computed, if there are any (`takes_offset`).
+        the normal values from which the levels are computed, if there are any (`takes_offset`). `uniforms_B` are the
+        draws from `stratify` that the levels are computed from.
         """
         clean = clean_BCHW.float()
         noise_BCHW = self.draw_noise(clean, generator)
@@ -88,7 +100,7 @@ class FlowMatching:
             input_noise_BCHW = noise_BCHW + gamma * draw_normal(clean.shape, generator, clean.device)
         B, _, H, W = clean.shape
         # Timesteps stay in float32: those of bfloat16 are 4 apart between 512 and 1000.
-        timesteps_B = send(self.draw_timesteps(B, H, W, generator, offsets_B), clean.device)
+        timesteps_B = send(self.draw_timesteps(B, H, W, generator, offsets_B, uniforms_B), clean.device)
         sigmas_B = timesteps_B / NUM_TIMESTEPS
         sigmas_B111 = sigmas_B.view(-1, 1, 1, 1)
         return Noised(
@@ -104,16 +116,49 @@ class FlowMatching:
         return draw_normal(clean_BCHW.shape, generator, clean_BCHW.device)
 
     def draw_timesteps(
-        self, B: int, H: int, W: int, generator: torch.Generator, offsets_B: Tensor | None = None
+        self,
+        B: int,
+        H: int,
+        W: int,
+        generator: torch.Generator,
+        offsets_B: Tensor | None = None,
+        uniforms_B: Tensor | None = None,
     ) -> Tensor:
         """Draw timesteps, 1000 times the noise level, float32, on the CPU. If the range is empty, every sample gets
-        its upper limit."""
+        its upper limit. Raises UserError if `keeps_shape` and the levels hardly ever lie in the range."""
         lowest, highest = resolve_timestep_range(self.noise, NUM_TIMESTEPS)
         if self.timestep is not None or lowest >= highest:
             return torch.full((B,), float(highest if self.timestep is None else self.timestep))
-        timesteps_B = self.draw_levels(B, H, W, generator, offsets_B) * (highest - lowest) + lowest
+        if self.keeps_shape:
+            timesteps_B = self.draw_inside(lowest, highest, (B, H, W), generator, offsets_B, uniforms_B)
+        else:
+            levels_B = self.draw_levels(B, H, W, generator, offsets_B, uniforms_B)
+            timesteps_B = levels_B * (highest - lowest) + lowest
         # A drawn level of 1 would be `highest` itself, which is outside of the range.
         return timesteps_B.floor().clamp(max=highest - 1) if self.has_whole_timesteps else timesteps_B
+
+    def draw_inside(
+        self,
+        lowest: int,
+        highest: int,
+        shape: tuple[int, int, int],
+        generator: torch.Generator,
+        offsets_B: Tensor | None,
+        uniforms_B: Tensor | None,
+    ) -> Tensor:
+        """Draw timesteps of the whole distribution until each lies in the range."""
+        timesteps_B = NUM_TIMESTEPS * self.draw_levels(*shape, generator, offsets_B, uniforms_B)
+        for _ in range(MOST_REDRAWS):
+            is_inside_B = (timesteps_B >= lowest) & (timesteps_B <= highest)
+            if is_inside_B.all():
+                return timesteps_B
+            redrawn_B = NUM_TIMESTEPS * self.draw_levels(*shape, generator, offsets_B)
+            timesteps_B = torch.where(is_inside_B, timesteps_B, redrawn_B)
+        raise UserError(
+            f"--preserve_distribution_shape: in {MOST_REDRAWS} draws no noise level lay between --min_timestep "
+            f"{lowest} and --max_timestep {highest}; widen the range, choose another --timestep_sampling, or leave the "
+            "option out"
+        )
 
     def noise_levels(self, noised: Noised) -> Tensor:
         """Return the share of noise in the latents, float32, shape B."""
@@ -199,6 +244,8 @@ def build_sampled_flow(
         weighting.weighting_scheme if weights_loss else "none",
         tells_whole_timesteps=tells_whole_timesteps,
         takes_offset=takes_offset(weighting, sampling),
+        num_strata=sampling.num_timestep_buckets or 1,
+        keeps_shape=sampling.preserve_distribution_shape,
     )
 
 

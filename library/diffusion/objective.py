@@ -45,11 +45,22 @@ class DDPM:
         """False: timesteps are drawn uniformly, not from a normal value that an offset could shift."""
         return False
 
-    def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator, offsets_B: Tensor | None = None) -> Noised:
+    @property
+    def num_strata(self) -> int:
+        """1: timesteps are drawn independently."""
+        return 1
+
+    def corrupt(
+        self,
+        clean_BCHW: Tensor,
+        generator: torch.Generator,
+        offsets_B: Tensor | None = None,
+        uniforms_B: Tensor | None = None,
+    ) -> Noised:
         """Add noise at a timestep drawn for each sample. Tensors keep the latents' dtype and device; the arithmetic is
         float32.
 
-        Offsets are ignored.
+        Offsets and given draws are ignored.
         """
         options = self.noise
         clean = clean_BCHW.float()

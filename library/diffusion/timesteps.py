@@ -14,10 +14,15 @@ from torch import Tensor
 from library.errors import UserError
 from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
 from library.options.training.noise import NoiseOptions
+from library.randomness import generator_for, random_for
 
 
 class LevelSampler(Protocol):
-    """A function that draws shares of noise, shape B. Offsets, if supported, add to each sample's normal value."""
+    """A function that draws shares of noise, shape B.
+
+    Offsets, if supported, add to each sample's normal value. `uniforms_B`, in 0..1, replaces the draws that a level is
+    computed from; a normal value is then their quantile.
+    """
 
     def __call__(
         self,
@@ -26,6 +31,7 @@ class LevelSampler(Protocol):
         latent_width: int,
         generator: torch.Generator,
         offsets_B: Tensor | None = None,
+        uniforms_B: Tensor | None = None,
         /,
     ) -> Tensor: ...
 
@@ -58,9 +64,36 @@ def resolution_shift(latent_height: int, latent_width: int, ends: Ends = FLUX_SH
     return math.exp(low + (high - low) * (num_tokens - min_tokens) / (max_tokens - min_tokens))
 
 
-def draw_moved_normal(num_samples: int, generator: torch.Generator, offsets_B: Tensor | None) -> Tensor:
-    """Draw standard normal values and add each sample's offset."""
-    z_B = torch.randn(num_samples, generator=generator)
+def stratify(num_strata: int, seed: int, first: int, num_samples: int) -> Tensor:
+    """Return uniform values in 0..1, float32, shape B, for the draws `first`, `first` + 1, ... of a run.
+
+    Of each `num_strata` successive draws one lies in each of as many equal parts of 0..1, in random order. A value
+    depends only on the seed and the number of its draw.
+    """
+
+    def value(draw: int) -> float:
+        group, place = divmod(draw, num_strata)
+        # Each group of draws has its own permutation of the strata.
+        stratum = int(torch.randperm(num_strata, generator=generator_for(seed, "strata", group))[place])
+        return (stratum + random_for(seed, "level", draw).random()) / num_strata
+
+    return torch.tensor([value(draw) for draw in range(first, first + num_samples)])
+
+
+def draw_uniform(num_samples: int, generator: torch.Generator, uniforms_B: Tensor | None) -> Tensor:
+    """Draw uniform values in 0..1, unless they are given."""
+    return torch.rand(num_samples, generator=generator) if uniforms_B is None else uniforms_B
+
+
+def draw_moved_normal(
+    num_samples: int, generator: torch.Generator, offsets_B: Tensor | None, uniforms_B: Tensor | None = None
+) -> Tensor:
+    """Draw standard normal values, or take the quantiles of given uniform ones, and add each sample's offset."""
+    if uniforms_B is None:
+        z_B = torch.randn(num_samples, generator=generator)
+    else:
+        # 0 and 1, to which float32 rounds, have no finite quantile.
+        z_B = torch.special.ndtri(uniforms_B.clamp(SMALLEST_DRAW, 1 - SMALLEST_DRAW))
     return z_B if offsets_B is None else z_B + offsets_B
 
 
@@ -73,7 +106,11 @@ def takes_offset(weighting: FlowWeightingOptions, sampling: FlowSamplingOptions 
 
 
 def draw_scheme(
-    options: FlowWeightingOptions, num_samples: int, generator: torch.Generator, offsets_B: Tensor | None = None
+    options: FlowWeightingOptions,
+    num_samples: int,
+    generator: torch.Generator,
+    offsets_B: Tensor | None = None,
+    uniforms_B: Tensor | None = None,
 ) -> Tensor:
     """Draw values in 0..1 from the density of the weighting scheme; uniform for schemes that only weight the loss.
 
@@ -81,9 +118,9 @@ def draw_scheme(
     u) with scale c (Esser et al. 2024, section 3.1).
     """
     if options.weighting_scheme == "logit_normal":
-        z_B = draw_moved_normal(num_samples, generator, offsets_B)
+        z_B = draw_moved_normal(num_samples, generator, offsets_B, uniforms_B)
         return torch.sigmoid(options.logit_mean + options.logit_std * z_B)
-    u_B = torch.rand(num_samples, generator=generator)
+    u_B = draw_uniform(num_samples, generator, uniforms_B)
     if options.weighting_scheme == "mode":
         c = options.mode_scale
         # Rounding, and large scales, lead outside of 0..1.
@@ -106,20 +143,30 @@ def build_shifted_scheme(options: FlowWeightingOptions, shift: float) -> LevelSa
     """Build SD3's level sampler: draws from the weighting scheme, shifted."""
 
     def draw(
-        num_samples: int, _height: int, _width: int, generator: torch.Generator, offsets_B: Tensor | None = None
+        num_samples: int,
+        _height: int,
+        _width: int,
+        generator: torch.Generator,
+        offsets_B: Tensor | None = None,
+        uniforms_B: Tensor | None = None,
     ) -> Tensor:
-        return shift_sigmas(draw_scheme(options, num_samples, generator, offsets_B), shift)
+        return shift_sigmas(draw_scheme(options, num_samples, generator, offsets_B, uniforms_B), shift)
 
     return draw
 
 
 def draw_logsnr(
-    mean: float, deviation: float, num_samples: int, generator: torch.Generator, offsets_B: Tensor | None = None
+    mean: float,
+    deviation: float,
+    num_samples: int,
+    generator: torch.Generator,
+    offsets_B: Tensor | None = None,
+    uniforms_B: Tensor | None = None,
 ) -> Tensor:
     """Draw levels with a normally distributed log-SNR, 2 log((1 - sigma) / sigma) (Choi et al. 2024,
     arXiv:2411.14793). Positive offsets move a level toward noise."""
     away_B = None if offsets_B is None else -offsets_B
-    return torch.sigmoid(-(mean + deviation * draw_moved_normal(num_samples, generator, away_B)) / 2)
+    return torch.sigmoid(-(mean + deviation * draw_moved_normal(num_samples, generator, away_B, uniforms_B)) / 2)
 
 
 def build_level_sampler(
@@ -145,20 +192,21 @@ def build_level_sampler(
         latent_width: int,
         generator: torch.Generator,
         offsets_B: Tensor | None = None,
+        uniforms_B: Tensor | None = None,
     ) -> Tensor:
         if kind == "sigma":
             # The table descends, so a draw near 1 means little noise.
             away_B = None if offsets_B is None else -offsets_B
-            u_B = draw_scheme(weighting, num_samples, generator, away_B)
+            u_B = draw_scheme(weighting, num_samples, generator, away_B, uniforms_B)
             # A draw of exactly 1 has no entry.
             indices_B = (u_B * NUM_TIMESTEPS).long().clamp(max=NUM_TIMESTEPS - 1)
             return shift_sigmas((NUM_TIMESTEPS - indices_B) / NUM_TIMESTEPS, shift)
         if kind == "logsnr":
-            return draw_logsnr(*style, num_samples, generator, offsets_B)
+            return draw_logsnr(*style, num_samples, generator, offsets_B, uniforms_B)
         if kind in ("uniform", "nextdit_shift"):
-            q_B = torch.rand(num_samples, generator=generator)
+            q_B = draw_uniform(num_samples, generator, uniforms_B)
         else:
-            q_B = torch.sigmoid(k * draw_moved_normal(num_samples, generator, offsets_B))
+            q_B = torch.sigmoid(k * draw_moved_normal(num_samples, generator, offsets_B, uniforms_B))
         if kind in ("uniform", "sigmoid"):
             return q_B
         if kind == "shift":

@@ -2,6 +2,8 @@
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from library.memory.blocks import recompute
+from library.memory.pinned import empty_host_copy, rounded_size
 
 CopyStreams = dict[torch.device, torch.cuda.Stream]
 
@@ -20,8 +23,10 @@ class RecomputeFromMainMemory:
     recomputed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, budget: "PinnedBudget | None" = None) -> None:
+        """Inputs within `budget` are pinned, all of them without one."""
         self.streams: CopyStreams = {}
+        self.budget = budget or PinnedBudget()
         self.last: Callable[[], BlockInputs | None] = lambda: None
 
     def __call__(self, block: nn.Module, *inputs: Any, **named: Any) -> Any:
@@ -34,7 +39,7 @@ class RecomputeFromMainMemory:
         }
         moved_keys = {identify_values(value) for value in (*inputs, *named.values()) if id(value) in moved_ids}
         # Autograd's graph keeps the inputs alive. A strong reference here would also keep those of a discarded graph.
-        block_inputs = BlockInputs(self.last, self.streams)
+        block_inputs = BlockInputs(self.last, self.streams, self.budget)
         self.last = weakref.ref(block_inputs)
 
         def pack(tensor: Tensor) -> Tensor | tuple[BlockInputs, int]:
@@ -56,18 +61,40 @@ def identify_values(tensor: Tensor) -> tuple[int, torch.Size]:
     return tensor.data_ptr(), tensor.shape
 
 
+@dataclass
+class PinnedBudget:
+    """Pinned memory for inputs, which several runners share."""
+
+    most_bytes: float = inf
+    num_bytes: int = 0  # in use
+
+    def allocate(self, tensor: Tensor) -> Tensor:
+        """Return main memory for a copy of a tensor: pinned, or pageable beyond the budget or if it is refused."""
+        size = rounded_size(tensor.nbytes)
+        if self.num_bytes + size > self.most_bytes:
+            return torch.empty_like(tensor, device="cpu")
+        copy = empty_host_copy(tensor)
+        if copy.is_pinned():
+            self.num_bytes += size
+            weakref.finalize(copy, self.release, size).atexit = False
+        return copy
+
+    def release(self, size: int) -> None:
+        self.num_bytes -= size
+
+
 class BlockInputs:
     """The inputs of one block in main memory. `before` returns those of the previous block, or None if freed."""
 
-    def __init__(self, before: Callable[[], "BlockInputs | None"], streams: CopyStreams) -> None:
-        self.before, self.streams = before, streams
+    def __init__(self, before: Callable[[], "BlockInputs | None"], streams: CopyStreams, budget: PinnedBudget) -> None:
+        self.before, self.streams, self.budget = before, streams, budget
         self.offloaded: list[tuple[Tensor, torch.device]] = []
         self.fetched: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
 
     def add(self, tensor: Tensor) -> int:
-        """Copy a tensor to main memory and return its index. The host does not wait for a GPU."""
+        """Copy a tensor to main memory and return its index. The host does not wait for a GPU, if it is pinned."""
         on_gpu = tensor.device.type == "cuda"
-        copy = torch.empty_like(tensor, device="cpu", pin_memory=on_gpu)
+        copy = self.budget.allocate(tensor) if on_gpu else torch.empty_like(tensor, device="cpu")
         if on_gpu:
             stream = self.stream(tensor.device)
             stream.wait_stream(torch.cuda.current_stream(tensor.device))

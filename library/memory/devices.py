@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.memory.pinned import pin_if_possible
 from library.memory.small_convolutions import use_matmul_convolutions
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
-SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --save_precision
+SAVE_DTYPES = {"float": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Dtypes by the value of --save_precision."""
 
 
 def tensors_of(*modules: nn.Module) -> list[Tensor]:
@@ -40,7 +42,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     # A plain copy blocks the host until the GPU reaches it, and so does every copy of unpinned memory. torch reuses the
     # memory pinned here once the copy is done.
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
+        tensor = pin_if_possible(tensor)
     return tensor.to(device, non_blocking=device.type in ("cuda", "cpu"))  # other devices may read freed memory
 
 

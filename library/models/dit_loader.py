@@ -9,26 +9,30 @@ import torch
 from torch import nn
 
 from library.checkpoints.base_files import BaseFiles, open_base, open_without_base
-from library.checkpoints.model_lookup import read_json
 from library.checkpoints.weights import Weights
 from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
+from library.models.clip.clip import CLIP_WORDS
 from library.models.language_models import WORDS
 from library.models.loading import (
+    Absent,
     Component,
     LoadPart,
     MaybeComponent,
-    get_first_side,
     materialise,
     open_if_there,
     text_encoder_dtype,
 )
+from library.models.shapes import shape_of
+from library.models.t5 import WORDS as T5_WORDS
 from library.models.vae.vae import resolve_vae_dtype
 from library.options.caching import CachingOptions, TextCachingOptions
 from library.options.dit import DitTrainOptions
 from library.options.machine.memory import PrecisionOptions
 from library.options.model import BASE_FLAG, ModelOptions
+
+EMBEDDINGS = (WORDS, T5_WORDS[0], CLIP_WORDS)  # the word embeddings of language models, T5 and CLIP
 
 OptionsT = TypeVar("OptionsT", bound=DitTrainOptions)
 
@@ -54,6 +58,14 @@ class Part:
     dtype: torch.dtype
     load_as: LoadPart
 
+    @property
+    def num_words(self) -> int | None:
+        """The vocabulary size of a text encoder; None if its files are missing."""
+        if isinstance(self.component, Absent):
+            return None
+        shapes = self.component.weights.shapes
+        return shape_of(shapes, next((name for name in EMBEDDINGS if name in shapes), WORDS))[0]
+
     def load(self) -> nn.Module:
         return self.load_as(self.component, self.dtype)
 
@@ -76,8 +88,8 @@ class DitLoader:
 
     @property
     def num_words(self) -> int | None:
-        """The vocabulary size of a language model used as text encoder; None if its files are missing."""
-        return get_first_side(self.text.component, WORDS)
+        """The vocabulary size of the first text encoder; None if its files are missing."""
+        return self.text.num_words
 
     def text_encoders(self) -> list[nn.Module]:
         return [part.load() for part in self.texts]
@@ -170,15 +182,3 @@ def open_encoder(
     if options.model.pretrained_model_name_or_path:
         return open_loader(options)
     return build_loader(options, *open_encoder_files(options.model, options.parts.text_encoder, flag))
-
-
-def recorded_as_distilled(path: Path) -> bool | None:
-    """Return `is_distilled` of a diffusers folder's model_index.json; None for a file, or if the entry is missing."""
-    recorded = read_json(path / "model_index.json").get("is_distilled") if path.is_dir() else None
-    return None if recorded is None else bool(recorded)
-
-
-def name_in_folder(name: str) -> str:
-    """Return "<parent folder>/<name>" of a file or folder, in lower case."""
-    path = Path(name).expanduser().absolute()
-    return f"{path.parent.name}/{path.name}".lower()

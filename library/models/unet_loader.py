@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from library.checkpoints.base_files import BaseFiles, open_base
+from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.models.clip.clip import CLIP_WORDS, load_clip
@@ -92,13 +93,16 @@ def open_unet_loader(
         latent_channels=needs.channels,
         dtype=DTYPES[options.precision.mixed_precision],
         vae_dtype=resolve_vae_dtype(options.model, options.precision.mixed_precision),
-        uses_xformers=should_use_xformers(options.memory),
+        uses_xformers=should_use_xformers(options.memory, options.faults.deterministic),
         inpaints=inpaints,
     )
 
 
-def should_use_xformers(memory: MemoryOptions) -> bool:
-    """Return True if attention runs in xformers instead of torch's scaled dot product attention."""
+def should_use_xformers(memory: MemoryOptions, is_deterministic: bool) -> bool:
+    """Return True if attention runs in xformers instead of torch's scaled dot product attention.
+
+    Raises UserError if `is_deterministic` (--deterministic) excludes it.
+    """
     # Both compute the same, so torch's also replaces a missing xformers, with a warning: front ends request xformers by
     # default.
     if memory.mem_eff_attn:
@@ -110,6 +114,12 @@ def should_use_xformers(memory: MemoryOptions) -> bool:
             "which computes the same in as little memory"
         )
         return False
+    # torch's deterministic mode makes some versions of xformers choose other kernels, and others fail.
+    if memory.xformers and is_deterministic:
+        raise UserError(
+            "--deterministic excludes --xformers, whose backward pass adds in varying order; leave --xformers out: "
+            "torch's scaled dot product attention (sdpa) needs as little memory"
+        )
     return memory.xformers
 
 

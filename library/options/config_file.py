@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
+from library.json_text import explain_parse_error
 from library.options.base import Options, option
 from library.options.encodings import decode_utf8
 
@@ -42,6 +43,7 @@ else:
     import tomli as tomllib
 
 
+MOST_BITS = 1023  # of an integer that converts to a float
 BACKSLASH_HINT = "a backslash in double quotes begins a special character: write paths with / or in single quotes"
 
 
@@ -70,15 +72,18 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
         # tomllib's words for the backslashes of Windows paths: most are unescaped, that of \Users begins a hex value.
         is_about_backslash = any(words in str(error) for words in ("Unescaped", "Invalid hex value"))
         hint = "; " + BACKSLASH_HINT if is_about_backslash else ""
-        raise UserError(f"{flag} {path} is not valid TOML: {error}{hint}") from None
-    refuse_nul(tables, f"{flag} {path}")
+        raise UserError(f"{flag} {path} is not valid TOML: {explain_parse_error(error)}{hint}") from None
+    refuse_unusable(tables, f"{flag} {path}")
     return tables
 
 
-def refuse_nul(value: Any, origin: str) -> None:
-    """Raise UserError if a string in nested tables and lists contains NUL, which ends a path for the system."""
+def refuse_unusable(value: Any, origin: str) -> None:
+    """Raise UserError if nested tables and lists have a string with NUL, which ends a path for the system, or an
+    integer that no float holds, such as a hexadecimal one of thousands of digits."""
     if isinstance(value, str) and "\0" in value:
         raise UserError(f"{origin} has a NUL character in a text: {value[:60]!r}; remove it")
+    if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        raise UserError(f"{origin} has a number of more than 300 digits; use a smaller one")
     if isinstance(value, (dict, list)):
         for item in value.values() if isinstance(value, dict) else value:
-            refuse_nul(item, origin)
+            refuse_unusable(item, origin)

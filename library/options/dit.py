@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from library.options.base import Options, group, option
+from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
+from library.options.machine.compiling import COMPILERS, CompileOptions
 from library.options.machine.memory import ScaledPrecisionOptions
 from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
@@ -18,6 +19,17 @@ from library.options.training.flow import (
 )
 
 OWN_ATTENTION = "attention is torch's scaled dot product, which has flash attention of its own"
+IN_MIXED_PRECISION = "attention is computed in the format of --mixed_precision; --mixed_precision no is 32 bits"
+EMBEDDERS_STAY = "the embedders stay on the GPU; --blocks_to_swap offloads blocks"
+NEVER_MAPPED = "tensors are read from files piece by piece, and NumPy maps none"
+NO_GUIDANCE_INPUT = "training takes no guidance scale; previews take theirs from the prompt (--l, --g)"
+TILED_IF_NEEDED = "the VAE works in tiles by itself where memory runs out"
+VAE_DTYPE = "the VAE runs in the format of --mixed_precision, or in 32 bits with --no_half_vae"
+TEXT_ENCODER_DTYPE = "text encoders run in the format of --mixed_precision"
+FORMATS: Mapping[str, str] = {  # of musubi-tuner's options that name a dtype, by value of --mixed_precision
+    "float32": "no", "fp32": "no", "float": "no", "bfloat16": "bf16", "bf16": "bf16", "float16": "fp16", "fp16": "fp16",
+    "half": "fp16",
+}  # fmt: skip
 OptionsT = TypeVar("OptionsT", bound="DitTrainOptions")
 
 
@@ -42,6 +54,61 @@ class DitOptions(Options):
         ignored="the samples of a batch share one call of attention",
         help="Has no effect: the samples of a batch share one call of attention.",
     )
+    flash3: bool = option(
+        False, ignored=OWN_ATTENTION, own=True, help=f"Has no effect, like --flash_attn: {OWN_ATTENTION}."
+    )
+    use_32bit_attention: bool = option(
+        False, ignored=IN_MIXED_PRECISION, own=True, help=f"Has no effect: {IN_MIXED_PRECISION}."
+    )
+    gradient_checkpointing_cpu_offload: bool = option(
+        False, affects_training=False, help="musubi-tuner's name of --cpu_offload_checkpointing."
+    )
+    img_in_txt_in_offloading: bool = option(
+        False, ignored=EMBEDDERS_STAY, own=True, help=f"Has no effect: {EMBEDDERS_STAY}."
+    )
+    disable_numpy_memmap: bool = option(False, ignored=NEVER_MAPPED, own=True, help=f"Has no effect: {NEVER_MAPPED}.")
+    vae_tiling: bool = option(False, ignored=TILED_IF_NEEDED, own=True, help=f"Has no effect: {TILED_IF_NEEDED}.")
+    vae_dtype: str | None = option(
+        None,
+        ignored=VAE_DTYPE,
+        own=True,
+        choices=tuple(FORMATS),
+        help=f"Number format of the VAE. float32 is --no_half_vae; others have no effect: {VAE_DTYPE}.",
+    )
+    text_encoder_dtype: str | None = option(
+        None,
+        ignored=TEXT_ENCODER_DTYPE,
+        own=True,
+        choices=tuple(FORMATS),
+        help=f"Number format of the text encoders. Has no effect: {TEXT_ENCODER_DTYPE}.",
+    )
+    dynamo_mode: str | None = option(
+        None, own=True, choices=("default", "reduce-overhead", "max-autotune"), help="Old name of --compile_mode."
+    )
+    dynamo_fullgraph: bool = option(False, own=True, help="Old name of --compile_fullgraph.")
+    dynamo_dynamic: bool = option(False, own=True, help="Old name of --compile_dynamic true.")
+    guidance_scale: float | None = option(
+        None, ignored=NO_GUIDANCE_INPUT, own=True, help=f"Has no effect: {NO_GUIDANCE_INPUT}."
+    )
+
+
+DYNAMO_BACKENDS = (  # accelerate's names
+    "NO", "EAGER", "AOT_EAGER", "INDUCTOR", "AOT_TS_NVFUSER", "NVPRIMS_NVFUSER", "CUDAGRAPHS", "OFI", "FX2TRT",
+    "ONNXRT", "TENSORRT", "AOT_TORCHXLA_TRACE_ONCE", "TORCHXLA_TRACE_ONCE", "IPEX", "TVM", "HPU",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DitCompileOptions(CompileOptions):
+    """Compiling the blocks of the denoiser."""
+
+    dynamo_backend: str = redeclare(
+        CompileOptions,
+        "dynamo_backend",
+        "inductor",
+        choices=(*COMPILERS, *DYNAMO_BACKENDS),
+        help="Compiler that --torch_compile uses. musubi-tuner's names in upper case compile by themselves, except NO.",
+    )
 
 
 ALTERNATIVES: Mapping[str, str] = {
@@ -50,13 +117,7 @@ ALTERNATIVES: Mapping[str, str] = {
     "ae": "use --vae",
     **dict.fromkeys(("t5xxl", "clip_l", "qwen3", "gemma2", "byt5"), "use --text_encoder"),
     "split_mode": "use --blocks_to_swap",
-    "gradient_checkpointing_cpu_offload": "use --cpu_offload_checkpointing",
-    "use_pinned_memory_for_block_swap": "blocks are pinned where the system allows it",
-    "block_swap_h2d_only": "frozen weights are never copied back",
     "dit_dtype": "use --mixed_precision",
-    "vae_dtype": "use --no_half_vae for 32 bits",
-    "use_32bit_attention": "use --mixed_precision no for 32 bits",
-    "disable_numpy_memmap": "files are never mapped into memory",
 }
 """Replacements for options of other scripts and programs, appended to the error for such an option."""
 
@@ -76,6 +137,7 @@ class DitTrainOptions(TrainOptions):
     `flow_sampling`."""
 
     precision: ScaledPrecisionOptions = group(ScaledPrecisionOptions)
+    compiling: DitCompileOptions = group(DitCompileOptions)
     dit: DitOptions = group(DitOptions)
     parts: PartOptions = group(PartOptions)
     text_caching: TextCachingOptions = group(TextCachingOptions)
@@ -87,9 +149,36 @@ class DitTrainOptions(TrainOptions):
 
     @classmethod
     def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
-        """Build the options from parsed arguments, and apply `dit`."""
+        """Build the options from parsed arguments, and apply musubi-tuner's."""
         options = super().from_args(args)
-        return resolve_dit(options, options.dit.dit)
+        return resolve_dit(options.with_values(translate_words(options)), options.dit.dit)
+
+
+def translate_words(options: DitTrainOptions) -> Mapping[str, object]:
+    """Return the values of the options that musubi-tuner's options stand for, and unset those that are obeyed."""
+    words, mixed_precision = options.dit, options.precision.mixed_precision
+    values: dict[str, object] = {}
+    if words.gradient_checkpointing_cpu_offload:
+        values |= {"cpu_offload_checkpointing": True, "gradient_checkpointing_cpu_offload": False}
+    if words.vae_dtype is not None and FORMATS[words.vae_dtype] == "no":
+        values |= {"no_half_vae": True, "vae_dtype": None}
+    # musubi-tuner's names of the backends are upper-case, and select compiling by themselves.
+    if (backend := options.compiling.dynamo_backend).isupper():
+        default = CompileOptions.defaults()["dynamo_backend"]
+        values |= {"dynamo_backend": default}
+        values |= {} if backend == "NO" else {"compile": True, "compile_backend": backend.lower()}
+    if words.dynamo_mode is not None:
+        values |= {"compile_mode": words.dynamo_mode, "dynamo_mode": None}
+    if words.dynamo_fullgraph:
+        values |= {"compile_fullgraph": True, "dynamo_fullgraph": False}
+    if words.dynamo_dynamic:
+        values |= {"compile_dynamic": "true", "dynamo_dynamic": False}
+    values |= {
+        name: None
+        for name in ("vae_dtype", "text_encoder_dtype")
+        if FORMATS.get(getattr(words, name) or "") == mixed_precision
+    }
+    return values
 
 
 def resolve_dit(options: OptionsT, dit: str | None) -> OptionsT:

@@ -17,7 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.files import atomic_path
+from library.checkpoints.files import atomic_path, is_safetensors, mark_pickle
+from library.checkpoints.marks import RUN, mark_of
+from library.checkpoints.relative_change import relative_norm
 from library.errors import UserError
 from library.suggestions import nearest_name
 
@@ -57,6 +59,8 @@ class NetworkModule:
     None before images are drawn,
     `on_gradients()` before each optimizer step, when its gradients are complete and not clipped yet,
     `apply_max_norm_regularization(limit, device) -> (count, mean, maximum)`,
+    `prepare_for(shapes, source)` before the optimizer is built, with the shapes in the state that the run continues,
+    `change_norms() -> Iterable[(norm of the change, norm of the base weight)]` at the end of a run,
     `merge_to(text_encoder, unet, weights, dtype, device)`,
     `merging(weights, device) -> Iterable[Merging]`, which ours have, so that files are merged while the base is read,
     `stack_with(others) -> Multiplexer` for sweeps, once all of these networks are installed.
@@ -197,6 +201,10 @@ class AdoptedNetwork:
         result = self._needed("load_weights", "--network_weights")(str(path))
         logger.info("loaded network weights: %s", result)
 
+    def prepare_for(self, shapes: Mapping[str, Sequence[int]], source: str) -> None:
+        """Let the network take the form of weights that are loaded once the optimizer is built."""
+        self._optional("prepare_for", shapes, source)
+
     def merge_to(
         self,
         text_encoder: TextEncoder,
@@ -302,6 +310,14 @@ class AdoptedNetwork:
         numbers = self._needed("apply_max_norm_regularization", "--scale_weight_norms")(limit, device)
         return torch.tensor([float(value) for value in numbers], dtype=torch.float64)
 
+    def relative_change(self) -> float | None:
+        """Return |W' - W| / |W| over all adapted weights; None if the network does not measure it.
+
+        Reads every adapted weight once, decoded if it is stored in a format.
+        """
+        method = self._method("change_norms")
+        return None if method is None else relative_norm(method())
+
     def save_weights(self, path: str | Path, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
         """Write the network atomically; the extension decides the format."""
         # Adapters that copy a convolution's weight copy its layout too (LyCORIS' algo=full), which safetensors refuses.
@@ -309,6 +325,8 @@ class AdoptedNetwork:
         try:
             with atomic_path(path) as temporary:
                 self._method("save_weights")(str(temporary), dtype, metadata)
+                if not is_safetensors(temporary):  # whose metadata names the run
+                    mark_pickle(temporary, mark_of(RUN, Path(path)))
         finally:
             hook.remove()
 

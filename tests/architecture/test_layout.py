@@ -17,11 +17,11 @@ MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path 
 LAYERS = (
     ("library.errors", "library.suggestions", "library.formatting", "library.json_text"),
     ("library.types", "library.randomness", "library.collector", "library.hidden_libraries", "library.launcher"),
-    ("library.version", "library.installed"),
+    ("library.version", "library.requirements", "library.installed", "library.determinism"),
     ("library.heartbeat", "library.progress", "library.processes", "library.temporary_folders"),
     ("library.options",),
     ("library.checkpoints",),
-    ("library.memory.small_convolutions", "library.memory.devices"),
+    ("library.memory.small_convolutions", "library.memory.devices", "library.memory.pinned"),
     ("library.memory.codecs",),
     ("library.memory.formats", "library.memory.offload", "library.memory"),
     ("library.memory.planner",),
@@ -72,7 +72,7 @@ IMPORTED = ("train_util", "model_util", "sdxl_model_util", "flux_train_utils", "
 ENTRY_POINTS = {f"library.{name}" for name in IMPORTED} | {
     module for module in MODULES if module.startswith("networks.") and not module.startswith("networks.core")
 }
-PACKAGES = ("library", "networks", "networks.core", "library.data", "library.training")  # each has an empty __init__
+PACKAGES = ("library", "networks", "networks.core", "library.data", "library.training")  # their __init__ has no names
 
 # In addition to the order: layers that must not import one below them, except for the listed modules.
 FORBIDDEN = {

@@ -6,30 +6,23 @@ from pathlib import Path
 
 import pytest
 
+from library.requirements import module_of
 from tests.architecture.sources import ROOT, python_files, scripts, source_of, text_of
 
 OURS = {"library", "networks", "tools", "finetune", "tests", "benchmarks", *(path.stem for path in ROOT.glob("*.py"))}
-MODULE_OF = {
-    "charset-normalizer": "charset_normalizer",
-    "huggingface-hub": "huggingface_hub",
-    "lion-pytorch": "lion_pytorch",
-    "lycoris-lora": "lycoris",
-    "opencv-python-headless": "cv2",
-    "pillow": "PIL",
-    "pre-commit": "pre_commit",
-}
+IMPORTED_AS = {"lycoris-lora": "lycoris"}  # of requirements-dev.txt
 NAMED_WHEN_MISSING = {
     "dadaptation", "fsspec", "lion_pytorch", "prodigyopt", "pyarrow", "pynvml", "schedulefree", "wandb", "xformers",
 }  # fmt: skip
-COMMANDS = {"ipykernel", "mypy", "pre_commit", "pytest-xdist", "ruff"}  # used as commands, not imported
+COMMANDS = {"ipykernel", "mypy", "pre_commit", "pytest_xdist", "ruff"}  # used as commands, not imported
 FOR_PIP = {"aiobotocore"}  # listed so that pip resolves versions faster
 
 
 def modules_required(file_name: str) -> set[str]:
     """Return the modules that a requirements file installs, without those of included files."""
     lines = (ROOT / file_name).read_text(encoding="utf-8").splitlines()
-    names = [re.split(r"[<>=!;\[ ]", line)[0].lower() for line in lines if line and not line.startswith(("-", "#"))]
-    return {MODULE_OF.get(name.replace("_", "-"), name) for name in names}
+    names = [re.split(r"[<>=!;\[ ]", line)[0] for line in lines if line and not line.startswith(("-", "#"))]
+    return {IMPORTED_AS.get(name, module_of(name)) for name in names}
 
 
 def imported_by(path: Path) -> set[str]:

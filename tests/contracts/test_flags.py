@@ -12,6 +12,7 @@ import pytest
 
 from library.options.base import int_or_float
 from library.options.train import TrainOptions
+from tests.contracts.help_texts import find_help_problems
 from train_network import setup_parser
 
 LIST = Path(__file__).parent / "data" / "flags_train_network.json"
@@ -19,6 +20,8 @@ FLAGS: list[dict[str, Any]] = json.loads(LIST.read_text(encoding="utf-8"))
 
 SINCE_0_11 = {  # options that some or all sd-scripts scripts have since 0.11, with their defaults
     "cuda_allow_tf32": False,
+    "block_swap_h2d_only": False,
+    "block_swap_ring_size": 2,
     "compile": False,
     "compile_backend": "inductor",
     "compile_cache_size_limit": None,
@@ -28,8 +31,10 @@ SINCE_0_11 = {  # options that some or all sd-scripts scripts have since 0.11, w
     "cuda_cudnn_benchmark": False,
     "skip_image_resolution": None,
     "train_inpainting": False,
+    "use_pinned_memory_for_block_swap": False,
 }
 SINCE_0_11_OF_FLOW_MODELS = {"show_timesteps": None, "show_timesteps_resolution": "1024", "show_timesteps_offset": 0.0}
+OF_MUSUBI_FOR_FLOW_MODELS = {"num_timestep_buckets", "preserve_distribution_shape"}
 OURS = {  # the options above and those that sd-scripts does not have, with their defaults
     **SINCE_0_11,
     "audit_only": False,
@@ -51,6 +56,8 @@ OURS = {  # the options above and those that sd-scripts does not have, with thei
     "gradient_checkpointing_every": 1,
     "keep_best_checkpoint": False,
     "log_events": None,
+    "metadata_arch": None,
+    "metadata_reso": None,
     "no_report": False,
     "on_nonfinite": "skip",
     "pair_slider": None,
@@ -89,7 +96,8 @@ CHOICES_OF_OTHERS = {
     "logsnr",
     "qinglong_flux",
     "qinglong_qwen",
-}  # musubi-tuner's
+}  # musubi-tuner's values of timestep_sampling
+OTHER_CHOICES = {*CHOICES_OF_OTHERS, "fp32"}  # fp32 is musubi-tuner's --save_precision float
 
 
 def describe(action: argparse.Action) -> dict[str, Any]:
@@ -101,7 +109,7 @@ def describe(action: argparse.Action) -> dict[str, Any]:
         "type": "bool" if is_flag else action.type.__name__,
         "default": action.default,
         "nargs": action.nargs,
-        "choices": None if action.choices is None else [c for c in action.choices if c not in CHOICES_OF_OTHERS],
+        "choices": None if action.choices is None else [c for c in action.choices if c not in OTHER_CHOICES],
     }
 
 
@@ -134,11 +142,16 @@ def test_only_flags_have_no_type(parser: argparse.ArgumentParser) -> None:
 
 
 def test_every_option_has_its_own_help_text(parser: argparse.ArgumentParser) -> None:
-    helps = {action.dest: action.help or "" for action in actions_of(parser)}
-    assert len(set(helps.values())) == 193 + len(OURS)
-    for dest, text in helps.items():
-        shown = text.split("/")[0]  # one front end shows only this part
-        assert len(shown.split()) >= 4 and shown.endswith("."), dest
+    assert len(actions_of(parser)) == 193 + len(OURS)
+    assert not [*find_help_problems(actions_of(parser))]
+
+
+def test_a_help_that_front_ends_cut_is_named_with_the_reason() -> None:
+    texts = ("Rank and/or alpha of it.", "Rank of the adapter.", "Rank of the adapter.", "Rank.")
+    actions = [argparse.Action([f"--x{i}"], f"x{i}", help=text) for i, text in enumerate(texts)]
+    cut, same, short = find_help_problems(actions)
+    assert cut.startswith("--x0 has a / in its help, before which one front end cuts it")
+    assert same == "--x2 has the help of --x1: write its own" and short.startswith("--x3 needs a help of four words")
 
 
 def test_help_can_be_printed(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """The options that each other script adds to those of train_network.py are an interface too.
 
-`data/flags_<script>.json` are the literal lists of sd-scripts' options.
+`data/flags_<script>.json` are the literal lists of sd-scripts' options; for base models that sd-scripts does not train,
+those that commands and settings written for musubi-tuner and for this suite use.
 """
 
 import argparse
@@ -11,8 +12,19 @@ from typing import Any
 
 import pytest
 
+from library.architectures.specs import list_specs
 from library.options.train import TrainOptions
-from tests.contracts.test_flags import FLAGS, LIST, OURS, SINCE_0_11_OF_FLOW_MODELS, actions_of, describe
+from tests.contracts.help_texts import find_help_problems
+from tests.contracts.test_flags import (
+    CHOICES_OF_OTHERS,
+    FLAGS,
+    LIST,
+    OF_MUSUBI_FOR_FLOW_MODELS,
+    OURS,
+    SINCE_0_11_OF_FLOW_MODELS,
+    actions_of,
+    describe,
+)
 
 SCRIPTS = sorted(path.stem.removeprefix("flags_") for path in LIST.parent.glob("flags_*.json") if path != LIST)
 ADDED: dict[str, list[dict[str, Any]]] = {
@@ -26,11 +38,15 @@ OURS_HERE = {
 OURS_WITH_TEXT_CACHE = {"text_cache_variants", "text_encoder_cpu"}  # HunyuanImage has the second there too
 NUMBER_OF_OPTIONS = {
     "anima_train_network": 27,
+    "flux_2_train_network": 32,
     "flux_train_network": 22,
     "hunyuan_image_train_network": 21,
+    "krea2_train_network": 34,
     "lumina_train_network": 20,
+    "qwen_image_21_train_network": 31,
     "sd3_train_network": 25,
     "sdxl_train_network": 3,
+    "zimage_train_network": 32,
 }
 
 
@@ -61,18 +77,28 @@ def test_there_is_no_unlisted_option(script: str) -> None:
     added = {flag["dest"] for flag in ADDED[script]}
     if script != "sdxl_train_network":
         added |= SINCE_0_11_OF_FLOW_MODELS.keys()
+    if script not in ("sdxl_train_network", "sd3_train_network"):
+        added |= OF_MUSUBI_FOR_FLOW_MODELS
     assert names == TrainOptions.defaults().keys() | added | OURS_WITH_TEXT_CACHE | OURS_HERE.get(script, set())
     assert names >= OURS.keys()
     assert len(ADDED[script]) == NUMBER_OF_OPTIONS[script]
 
 
+def test_every_training_script_has_a_list() -> None:
+    scripts = {spec.script.removesuffix(".py") for spec in list_specs()}
+    assert scripts - {"train_network"} == set(SCRIPTS) == NUMBER_OF_OPTIONS.keys()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flow_models_have_the_timestep_sampling_of_musubi_tuner(script: str) -> None:
+    action = parser_of(script)._option_string_actions.get("--timestep_sampling")
+    if action is not None:
+        assert set(action.choices or ()) >= CHOICES_OF_OTHERS
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_option_has_its_own_help_text(script: str) -> None:
-    actions = actions_of(parser_of(script))
-    assert len({action.help for action in actions}) == len(actions)
-    for action in actions:
-        shown = (action.help or "").split("/")[0]  # one front end shows only this part
-        assert len(shown.split()) >= 4 and shown.endswith("."), action.dest
+    assert not [*find_help_problems(actions_of(parser_of(script)))]
 
 
 # How the options are resolved

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from library.training.reporting.step_times import IN_STEP
 from library.training.saving.state import read_facts
+from library.version import NAME, VERSION
 from tests.running import ROOT, Finished, launch_command
 
 pytestmark = pytest.mark.slow
@@ -44,6 +45,8 @@ def test_a_launched_run_prints_what_front_ends_parse(
     done = launch([*six_steps, "--logging_dir", str(logs), "--log_prefix", "run-", "--save_every_n_steps", "2"])
     assert done.status == 0, done.stderr
     assert HEADER in done.stdout
+    first = next(line for line in done.stderr.splitlines() if re.match(r"\d{4}-", line))  # the launcher's are not dated
+    assert first.endswith(f"INFO     {NAME} {VERSION}")
     assert re.findall(r"^epoch\s+(\d+)/(\d+)", done.stdout, re.MULTILINE) == [("1", "2"), ("2", "2")]
     assert "import network module: networks.lora" in done.stdout
     saved = re.findall(r"^saving checkpoint: (.*)$", done.stdout, re.MULTILINE)
@@ -55,7 +58,10 @@ def test_a_launched_run_prints_what_front_ends_parse(
     assert re.search(r"\|\s*(\d+)/(\d+)\s*\[.*?(\d+\.?\d*)\s*(it/s|s/it)", done.stderr)
     assert "caching latents" in done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    wanted = r"trained networks\.lora of rank 4 on sd: 6 steps in \d+ s; the adapter is \S*mine\.safetensors$"
+    wanted = (
+        r"trained networks\.lora of rank 4 on sd: 6 steps in \d+ s; the adapter is \S*mine\.safetensors; "
+        r"it changes the adapted weights by [\d.]+%: [^:]+$"
+    )
     assert re.search(wanted, last), last
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -109,6 +109,9 @@ MARKER = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
 UNUSABLE = {
     "missing beside others": fp8_layers(None),
     "missing beside the marker": {"b.weight": fp8_layers()["b.weight"], **MARKER},
+    "missing beside the marker, a vector": {"b.weight": fp8_layers()["b.weight"][0].clone(), **MARKER},
+    "missing beside the marker, a kernel": {"b.weight": fp8_layers()["b.weight"][..., None, None].clone(), **MARKER},
+    "missing beside the marker, in a model": {"model.diffusion_model.b.weight": fp8_layers()["b.weight"], **MARKER},
     "missing in a described layer": {k: t for k, t in STORED.items() if k != "turned.weight_scale"},
     "zero": fp8_layers(0.0),
     "negative": fp8_layers([[0.5], [0.5], [-0.5], [0.5]]),
@@ -122,7 +125,7 @@ UNUSABLE = {
 def test_a_missing_or_invalid_scale_is_rejected_naming_the_layer(case: str, tmp_path: Path) -> None:
     save_file(UNUSABLE[case], tmp_path / "a.safetensors")
     layer = "nvfp4" if "nvfp4" in case else "turned" if "described" in case else "b"
-    with pytest.raises(UserError, match=rf"a\.safetensors: these quantised layers have .*: {layer}\. Download"):
+    with pytest.raises(UserError, match=rf"a\.safetensors.* (have|has) .*: (model.*)?{layer}(\.weight)?\. Download"):
         open_checkpoint(tmp_path / "a.safetensors")
 
 

@@ -54,7 +54,7 @@ def test_pinned_and_staged_copies_are_both_used_and_give_equal_results(
     opened: list[object] = []
     open_streams: Callable[..., object] = streamed.open_streams
     if streams is StagedStreams:
-        monkeypatch.setattr(streamed, "pin", lambda masters, reserve: Pinned(frozenset(), "it is not wanted"))
+        monkeypatch.setattr(streamed, "pin", lambda masters, reserve, share: Pinned(frozenset(), "it is not wanted"))
     monkeypatch.setattr(
         streamed, "open_streams", lambda *stream_arguments: opened.append(open_streams(*stream_arguments)) or opened[-1]
     )

@@ -89,3 +89,18 @@ def test_nothing_is_written_without_an_output_path_and_good_images_are_reported_
     done = train(["--train_data_dir", str(images), "--resolution", "64", "--caption_extension", ".txt", "--audit_only"])
     assert done.status == 0 and "no problems found in the images" in done.stderr
     assert sorted(images.rglob("*")) == before
+
+
+def test_options_that_a_dataset_file_overrides_are_warned_of(train: Train, tmp_path: Path) -> None:
+    images = make_images(tmp_path / "images", 2)
+    file = tmp_path / "data.toml"
+    file.write_text(
+        f"[[datasets]]\nresolution = 64\nbatch_size = 4\n[[datasets.subsets]]\nimage_dir = '{images.as_posix()}'\n"
+    )
+    done = train(
+        ["--dataset_config", str(file), "--resolution", "128", "--train_batch_size", "2", "--audit_only"],
+        "train_network",
+    )
+    assert done.status == 0, done.stderr
+    assert f"--resolution 128 has no effect: {file} sets resolution = 64; change it there" in done.stderr
+    assert f"--train_batch_size 2 has no effect: {file} sets batch_size = 4; change it there" in done.stderr

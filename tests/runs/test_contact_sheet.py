@@ -106,7 +106,7 @@ def test_strengths_side_by_side_match_a_preview_line_with_several_strengths(
 
     assert contact_sheet.main([*sheet, str(tmp_path / "strip.txt"), *words]) == 1
     log = capfd.readouterr().err
-    assert "strip.txt, line 1: strength (--am) is for the previews of a training; remove it, and use --multipl" in log
+    assert "strip.txt, line 1: remove strength (--am); --multipliers sets the strengths of all prompts" in log
 
 
 def test_files_and_seeds_can_be_chosen(train: Train, base_arguments: list[str], tmp_path: Path) -> None:

@@ -63,6 +63,22 @@ def test_strengths_range_from_the_base_image_to_the_preview(name: str, train: Tr
     assert Image.open(drawn / "strengths.png").size[1] > 3 * 64
 
 
+def test_a_strength_in_a_prompt_is_that_of_the_adapters(train: Train, tmp_path: Path) -> None:
+    model, out = train_adapter(train, "sd", tmp_path)
+    words = [model[1], "--adapter", str(out / "mine.safetensors"), "--output", str(tmp_path / "drawn")]
+    assert draw.main([*words, "--prompt", f"{PROMPT} --am 0,1", PROMPT]) == 0
+    base, full, plain = (pixels(tmp_path / "drawn" / f"{name}_3.png") for name in ("01_0", "02", "03"))
+    assert np.abs(base - preview(out, "e000000")).max() <= 1
+    assert np.array_equal(full, plain) and np.abs(full - base).max() > 2
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-999", "1e3", "much"])
+def test_a_strength_that_is_no_number_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        draw.main(["model", "--prompt", "a", "--strengths", text])
+    assert f"'{text}' is no strength; use a number from -100 to 100" in capsys.readouterr().err
+
+
 def test_several_adapters_add_up_like_a_merged_model(train: Train, tmp_path: Path) -> None:
     model, out = train_adapter(train, "sd", tmp_path / "a")
     _, other = train_adapter(train, "sd", tmp_path / "b", "--seed", "9")
@@ -91,8 +107,13 @@ def test_several_adapters_add_up_like_a_merged_model(train: Train, tmp_path: Pat
             "--adapter gone.safetensors does not exist",
         ),
         (["gone.safetensors", "--prompt", "a"], "gone.safetensors"),
-        (["{model}", "--prompt", "a --w none"], "--prompt 1"),
-        (["{model}", "--prompt", "a --am -1,1"], "remove it, and use --strengths"),
+        (["{model}", "--prompt", "a --w none"], "error: --prompt 1: width (--w)"),
+        (
+            ["{model}", "--prompt", "a --am -1,1", "--strengths", "2"],
+            "--prompt 1: remove strength (--am); --strengths",
+        ),
+        (["{model}", "--prompts", "gone.txt"], "--prompts is gone.txt, but there is no such file"),
+        (["{model}", "--prompt", "a", "--adapter", "{model}/model_index.json:nan"], "the strength is nan"),
         (["{model}", "--prompt", "a", "--blocks_to_swap", "-3"], "--blocks_to_swap is -3; use at least 0"),
     ],
 )

@@ -47,6 +47,14 @@ def test_a_dry_run_reports_its_requirements_and_writes_nothing(
     assert sum(encoded) == (2 if options else 0)
 
 
+def test_a_resolution_far_from_the_base_models_own_is_warned_of(train: Train, base_arguments: list[str]) -> None:
+    for side, is_far in ((64, False), (24, True)):  # the tiny model's folder states 64
+        done = train([*base_arguments, "--resolution", str(side), "--debug_dataset"])
+        assert done.status == 0, done.stderr
+        line = f"resolution is {side}x{side}, but this base model is trained at 512x512"
+        assert (line in done.stderr) == is_far
+
+
 ROUNDED = ["--mixed_precision", "bf16", "--full_bf16", "--stochastic_rounding"]
 
 

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from library.architectures.specs import list_specs
+from library.version import NAME, VERSION
 from tests.running import make_images
 from tests.runs.bases import BASES
-from tools.front_end import ABSENT, FOLDERS, main
+from tools.front_end import main
+from tools.front_ends.layouts import ABSENT, FOLDERS, PREFIXES
 
 
 @pytest.fixture
@@ -43,16 +46,16 @@ def test_a_training_runs_from_the_front_end_and_the_folder_can_be_restored(front
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "mine.safetensors").is_file()
-    old_format, own_adapter = (
-        front_end / "sd-scripts/library/memory/formats/old.py",
-        front_end / "sd-scripts/networks/own.py",
-    )
-    for path in (old_format, own_adapter):
-        path.write_text("")
+    assert f"{NAME} {VERSION}" in done.stderr.splitlines()[0]
+    own_adapter = front_end / "sd-scripts/networks/own.py"
+    own_adapter.write_text("mine")
     assert main([str(front_end)]) == 0  # a second call updates
-    assert not old_format.exists() and own_adapter.exists()
+    assert own_adapter.read_text() == "mine" and main([str(front_end), "--check"]) == 0
     assert main([str(front_end), "--restore"]) == 0
-    assert sorted(path.name for path in front_end.iterdir()) == ["sd-scripts"]
+    assert sorted(path.name for path in front_end.iterdir()) == ["sd-scripts", "sd-scripts.aside"]
+    assert [path for path in (front_end / "sd-scripts.aside").rglob("*") if path.is_file()] == [
+        front_end / "sd-scripts.aside/networks/own.py"
+    ]
     assert sorted(path.name for path in (front_end / "sd-scripts").iterdir()) == [
         "only_there.py",
         "train_network.py",
@@ -62,7 +65,7 @@ def test_a_training_runs_from_the_front_end_and_the_folder_can_be_restored(front
 
 
 @pytest.mark.parametrize("script", ["sdxl_train.py", "train_db.py", "finetune/tag_images_by_wd14_tagger.py"])
-def test_unsupported_scripts_exit_with_a_one_sentence_message(script: str, front_end: Path) -> None:
+def test_absent_scripts_exit_with_a_one_sentence_message(script: str, front_end: Path) -> None:
     assert main([str(front_end)]) == 0
     done = start(front_end, script, "--pretrained_model_name_or_path", "x")
     assert done.returncode == 1 and done.stdout == ""
@@ -76,6 +79,24 @@ def test_suggested_scripts_exist_and_none_is_shadowed() -> None:
         word for text in ABSENT.values() for word in text.replace(",", " ").split() if word.endswith("_network.py")
     }
     assert suggested and all((root / name).is_file() for name in suggested)
+
+
+def test_musubi_tuners_own_command_line_starts_this_suites_script(tmp_path: Path) -> None:
+    """The training ends at the missing model, which is named by musubi-tuner's flag."""
+    script = tmp_path / "musubi-tuner" / "src" / "musubi_tuner" / "zimage_train_network.py"
+    script.parent.mkdir(parents=True)
+    script.write_text("raise SystemExit('the old one')\n")
+    assert main([str(tmp_path / "musubi-tuner")]) == 0
+    command = [sys.executable, str(script), "--dit", "none.safetensors", "--output_dir", str(tmp_path)]
+    command += ["--network_module", "networks.lora_zimage", "--train_data_dir", str(tmp_path), "--resolution", "64"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
+    assert done.returncode == 1 and f"{NAME} {VERSION}" in done.stderr.splitlines()[0]
+    assert "none.safetensors" in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_every_script_of_sd_scripts_that_this_suite_lacks_is_replaced() -> None:
+    prefixes = {spec.script.removesuffix("train_network.py") for spec in list_specs()}
+    assert prefixes == set(PREFIXES)
 
 
 def test_other_folders_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

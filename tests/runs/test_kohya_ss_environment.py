@@ -45,9 +45,35 @@ def python_of_kohya_ss() -> Path:
     return folder / "bin" / "python"
 
 
+@pytest.fixture(scope="module")
+def installed_scripts(tmp_path_factory: pytest.TempPathFactory, python_of_kohya_ss: Path) -> Path:
+    """Return the folder of the scripts in a front end like kohya_ss, after a start of kohya_ss.
+
+    It is a git repository with sd-scripts as a submodule, which kohya_ss updates when it starts.
+    """
+    folder = tmp_path_factory.mktemp("front_end")
+
+    def git(place: str, *words: str) -> None:
+        settings = ["-c", "protocol.file.allow=always", "-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", folder / place, *settings, *words], check=True, capture_output=True)
+
+    for name in ("sd-scripts", "kohya_ss"):
+        (folder / name).mkdir()
+        (folder / name / "train_network.py").write_text("raise SystemExit('the old one')\n")
+        git(name, "init")
+        git(name, "add", "--all")
+        git(name, "commit", "--message", "scripts")
+    git("kohya_ss", "submodule", "add", str(folder / "sd-scripts"), "sd-scripts")
+    git("kohya_ss", "commit", "--message", "sd-scripts")
+    # The front end's Python has no packages that this command could need before they are installed.
+    subprocess.run([python_of_kohya_ss, "-I", "-S", ROOT / "tools/front_end.py", folder / "kohya_ss"], check=True)
+    git("kohya_ss", "submodule", "update", "--init", "--recursive")
+    return folder / "kohya_ss" / "sd-scripts"
+
+
 @pytest.mark.parametrize("name", sorted(BASES.keys() - NEED_NEWER))
 def test_a_base_model_trains_the_same_in_both_environments(
-    tmp_path: Path, train: Callable[..., Finished], python_of_kohya_ss: Path, name: str
+    tmp_path: Path, train: Callable[..., Finished], python_of_kohya_ss: Path, installed_scripts: Path, name: str
 ) -> None:
     base = BASES[name]
     make_images(tmp_path / "data" / "1_thing", 2)
@@ -61,8 +87,8 @@ def test_a_base_model_trains_the_same_in_both_environments(
         ]  # fmt: skip
 
     model = base.build(tmp_path / "model")
-    command = [python_of_kohya_ss, f"{base.script}.py", *words("there")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    command = [python_of_kohya_ss, installed_scripts / f"{base.script}.py", *words("there")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=installed_scripts.parent)
     assert done.returncode == 0, done.stderr
     assert train(words("here"), base.script).status == 0
     there, here = (load_file(tmp_path / f"{output_name}.safetensors") for output_name in ("there", "here"))

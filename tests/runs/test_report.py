@@ -1,14 +1,19 @@
 """The HTML report of a run."""
 
 import re
+import subprocess
+import sys
+from base64 import b64decode
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from library.training.report_page.writer import read_report
 from tests.running import Finished
-from tools import report
+from tools import report, start
 
 Train = Callable[..., Finished]
 
@@ -83,3 +88,23 @@ def test_a_file_without_events_is_rejected(tmp_path: Path, capsys: pytest.Captur
     assert report.main([str(path)]) == 1
     assert f"{path} has no events; use the file written by --log_events" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_the_quickstarts_report_shows_images_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run both commands of the quickstart, shortened."""
+    (tmp_path / "prompts.txt").write_text("a small blue heart on a gray background --w 64 --h 64 --s 2 --l 2 --d 1\n")
+    python = Path(sys.executable)
+    names = {"ADAPTER": "quickstart.safetensors", "IMAGE": "image.png", "REPORT": "quickstart-report.html"}
+    for constant, name in {**names, "PROMPTS": "prompts.txt"}.items():
+        monkeypatch.setattr(start, constant, str(tmp_path / name))
+    shortened = ["--output_dir", str(tmp_path), "--max_train_steps", "1"]
+    for command in ([*start.training_command(python, 1), *shortened], start.image_command(python)):
+        done = subprocess.run(command, cwd=start.ROOT, env=start.child_environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    shown = read_report(tmp_path / "quickstart-report.html")
+    assert shown.step == 1 and shown.sheet is not None
+    with (
+        Image.open(BytesIO(b64decode(shown.sheet.partition(",")[2]))) as image,
+        Image.open(tmp_path / "image.png") as drawn,
+    ):
+        assert image.size == drawn.size

@@ -8,6 +8,7 @@ from library.training.report_page.comparison import build_comparison
 from library.training.report_page.page import read_data
 from library.training.report_page.record import Record
 from library.training.report_page.writer import build_report, write_page
+from library.training.reporting.events import Warned
 from library.training.sweep.ranking import MeasuredAdapter, add_runs, log_ranking, rank
 from tests.browser import CHROMIUM, ask
 from tests.event_lines import EVIL, lines_of, thumbnail, whole_run
@@ -62,8 +63,8 @@ def test_charts_are_drawn_the_slider_works_and_texts_are_escaped(page: str, tmp_
     result, errors = ask(page, LOOK, tmp_path)
     assert errors == [] and "failed" not in result, (errors, result)
     assert result["headings"] == [
-        "Loss", "Validation", "Previews", "Which file to keep", "Saved files", "Optimization", "Speed and memory",
-        "Warnings", "Data", "Run",
+        "Warnings", "Loss", "Validation", "Previews", "Which file to keep", "Saved files", "Optimization",
+        "Speed and memory", "Data", "Run",
     ]  # fmt: skip
     assert len(result["drawn"]) == 13 and min(result["drawn"]) >= 3  # axes, grid, and at least one line
     assert result["points"] == 782  # of 128 steps each
@@ -98,6 +99,89 @@ def test_the_page_of_a_run_that_has_just_begun_is_shown(tmp_path: Path) -> None:
         script = "const sheet = document.querySelector('img.sheet'); await sheet.decode(); return document.title;"
         result, errors = ask(build_report(record), script, tmp_path)
         assert (result, errors) == ("cat: running or killed", [])
+
+
+LAYOUT = """
+const below = plots.map((plot) => plot.height - (plot.bbox.top + plot.bbox.height) / devicePixelRatio);
+const free = [...document.querySelectorAll(".charts")].map((grid) =>
+  grid.getBoundingClientRect().right - grid.lastElementChild.getBoundingClientRect().right);
+return {below, free};
+"""
+
+
+@in_browser
+def test_no_space_is_left_below_or_beside_charts(page: str, tmp_path: Path) -> None:
+    result, errors = ask(page, LAYOUT, tmp_path)
+    assert errors == [] and len(result["below"]) == 13
+    assert max(result["below"]) <= 32  # the numbers of the axis
+    assert len(result["free"]) == 4 and max(result["free"]) < 1
+
+
+PRINT = """
+plots.forEach((plot) => plot.setSize({width: 1100, height: 300}));
+await new Promise((resolve) => queueMicrotask(resolve));  // uPlot draws then
+const inside = [...document.querySelectorAll("canvas")].map((canvas) => {
+  const [inner, outer] = [canvas, canvas.closest(".chart")].map((one) => one.getBoundingClientRect());
+  return inner.width > 300 && inner.right <= outer.right && inner.bottom <= outer.bottom;
+});
+const style = (one) => getComputedStyle(document.querySelector(one));
+const breaks = [".chart", ".shown figure", "tr"].map((one) => style(one).breakInside);
+return {inside, breaks, heading: style("h2").breakAfter};
+"""
+
+
+@in_browser
+def test_printing_cuts_no_chart(page: str, tmp_path: Path) -> None:
+    """Check the style for paper on a screen of its width, with charts that keep the size of a wide window."""
+    assert page.count("@media print") == 1
+    on_paper = page.replace("@media print {", "@media screen { main { width: 640px; }")
+    result, errors = ask(on_paper, PRINT, tmp_path)
+    assert errors == [] and len(result["inside"]) == 13 and all(result["inside"])
+    assert (result["breaks"], result["heading"]) == (["avoid"] * 3, "avoid")
+
+
+BARS = """
+const plot = plots.at(-1), canvas = plot.root.querySelector("canvas");
+const row = Math.round(plot.bbox.top + plot.bbox.height * 0.6);
+const {data} = canvas.getContext("2d").getImageData(0, row, canvas.width, 1);
+const isBar = (x) => data[4 * x + 2] - data[4 * x] > 40 && data[4 * x + 3] > 100;
+const bars = [];
+for (let x = 0; x < canvas.width; x++)
+  if (isBar(x)) (x && isBar(x - 1)) ? bars.at(-1)[1]++ : bars.push([x, 1]);
+const {left, width} = plot.bbox;
+return {bars, left, right: left + width, scale: plot.scales.x, ratio: devicePixelRatio};
+"""
+
+
+@in_browser
+@pytest.mark.parametrize("counts", [[[9, 32]], [[8, 20], [9, 32]], [[5, 20], [9, 18], [300, 32]]])
+def test_each_caption_length_is_a_whole_bar(tmp_path: Path, counts: list[list[int]]) -> None:
+    """Captions of one length make one bar over that length alone."""
+    record = Record()
+    for line in lines_of(whole_run(20)):
+        if line["event"] == "audit":
+            line["caption_lengths"]["counts"] = counts
+        record.add(line)
+    result, errors = ask(build_report(record), BARS, tmp_path)
+    assert errors == []
+    assert len(result["bars"]) == len(counts) - (counts[-1][0] == 300)  # bins of five: 5 and 9 share one
+    lengths = (result["right"] - result["left"]) / (result["scale"]["max"] - result["scale"]["min"])  # pixels of one
+    for left, width in result["bars"]:
+        assert left > result["left"] and left + width < result["right"]
+        assert width <= 62 * result["ratio"] and width < 5 * lengths
+
+
+@in_browser
+def test_only_the_first_warnings_are_unfolded(tmp_path: Path) -> None:
+    record = Record()
+    for line in lines_of([*whole_run(20), *(Warned("warning", "a", f"warning {n}") for n in range(7))]):
+        record.add(line)
+    script = """
+      const heading = document.querySelector("h2"), folded = heading.parentElement.querySelector("details");
+      return [heading.textContent, folded.querySelectorAll("td").length / 3, folded.open, folded.innerText];
+    """
+    result, errors = ask(build_report(record), script, tmp_path)
+    assert errors == [] and result[:3] == ["Warnings", 3, False] and result[3].startswith("3 more")
 
 
 COMPARE = """

@@ -1,9 +1,11 @@
 """Adapters trained together over one base model equal those trained separately."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,6 @@ from library.training.loop import loop, stacked_step
 from library.training.report_page.page import read_data
 from library.training.report_page.writer import read_report
 from library.training.run import optimization
-from library.training.saving.checkpoints import Writer
 from tests.running import Finished, make_images
 from tests.runs.bases import BASES
 from tests.tolerances import SUMS_OF_A_RUN
@@ -137,8 +138,14 @@ def test_damaged_weights_that_are_to_be_saved_end_one_adapter(train: Train, word
 def test_a_file_that_is_saved_elsewhere_costs_no_other_adapter(
     train: Train, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blocked = tmp_path / "out" / "mine-lr0.5.safetensors"
-    monkeypatch.setattr(Writer, "check_space", lambda writer: (blocked / "x").mkdir(parents=True, exist_ok=True))
+    blocked, plain = tmp_path / "out" / "mine-lr0.5.safetensors", os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target) == blocked:
+            raise PermissionError(1, "Operation not permitted")
+        plain(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
     more = ["--sweep", "learning_rate=0.5,1", "--max_train_steps", "1", *MEASURED[-1:]]
     done = train([*words, *more], "flux_train_network")
     assert done.status == 1 and f"training is complete, but {blocked} could not be written" in done.stderr

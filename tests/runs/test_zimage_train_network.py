@@ -82,7 +82,7 @@ def test_the_commands_of_musubi_tuner_cache_and_train(
         "zimage_cache_latents", f"{LATENTS} --skip_existing --keep_cache --num_workers 1", path_replacements
     )
     assert "3 entries reused unchecked (--skip_cache_check), 0 to encode" in again.stderr
-    texts = run_command("zimage_cache_text_encoder_outputs", TEXTS, path_replacements)
+    texts = run_command("zimage_cache_text_encoder_outputs", f"{TEXTS} --device cpu", path_replacements)
     assert "text cache: 0 files reused, 4 to encode" in texts.stderr  # three captions and the empty one
     assert len(list((tmp_path / "images").glob("*_zimage.npz"))) == 3
     done = train_zimage(TRAINING.format(**path_replacements).split())
@@ -107,6 +107,7 @@ def test_the_commands_of_musubi_tuner_cache_and_train(
 def test_a_caching_command_names_the_missing_file(path_replacements: dict[str, str], script: str, flag: str) -> None:
     line = [sys.executable, str(ROOT / f"{script}.py"), "--dataset_config", path_replacements["data"]]
     for more, message in (
+        (["--device", "gpu:7"], "--device gpu:7 cannot be used"),
         ([], f"{flag} is missing: name its file or folder, or the whole model with --dit"),
         ([flag, path_replacements["dit"]], f"{flag} {path_replacements['dit']} is not a"),
         ([flag, path_replacements["vae"], "--batch_size", "0"], "--batch_size is 0, but must be at least 1"),
@@ -177,6 +178,30 @@ def test_a_training_adapter_is_merged_and_not_saved(train_zimage: Train, argumen
     assert load_file(tmp_path / "out" / "mine.safetensors")[
         "diffusion_model.layers.0.attention.to_q.lora_A.weight"
     ].shape == (4, CONFIG.width)
+
+
+def test_stratified_levels_of_a_cut_off_distribution_with_rex_resume_exactly(
+    train_zimage: Train, arguments: list[str], tmp_path: Path
+) -> None:
+    words = [
+        *arguments, "--num_timestep_buckets", "7", "--min_timestep", "150", "--max_timestep", "850",
+        "--preserve_distribution_shape", "--lr_scheduler", "rex", "--lr_warmup_steps", "1",
+        "--metadata_arch", "mine", "--metadata_reso", "512,768", "--save_precision", "fp32",
+    ]  # fmt: skip
+    plain = train_zimage([word for word in words if word not in ("--num_timestep_buckets", "7")])
+    whole = train_zimage([*words, "--save_state", "--save_every_n_steps", "1"])
+    assert whole.status == plain.status == 0, whole.stderr
+    assert "has no effect" not in whole.stderr
+    assert whole.losses != plain.losses
+    file = tmp_path / "out" / "mine.safetensors"
+    expected = load_file(file)
+    resumed = train_zimage([*words, "--resume", str(tmp_path / "out" / "mine-step00000001-state")])
+    assert resumed.status == 0, resumed.stderr
+    actual = load_file(file)
+    assert all(torch.equal(actual[key], weight) for key, weight in expected.items())
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    assert (metadata["modelspec.architecture"], metadata["modelspec.resolution"]) == ("mine/lora", "512x768")
 
 
 def test_training_continues_from_a_musubi_tuner_file(train_zimage: Train, arguments: list[str], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tests import nondeterministic_operations
 from tests.simulated_gpu.build import extension
 
 GIB = 2**30
@@ -32,6 +33,7 @@ class Settings:
     memory_bytes: int = 8 * GIB  # of each
     pin_limit_bytes: int = 1 << 40  # limit of pinned memory; about one GiB under WSL2
     capability: float = 8.9
+    has_atomics: bool = False  # dQ of attention has noise in its last bit, except in deterministic mode
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,11 @@ def insert(settings: Settings = Settings()) -> Simulation:
     with contextlib.suppress(ImportError):
         importlib.import_module("bitsandbytes")  # without a visible GPU it would choose its CPU kernels
     simulation = Simulation(extension(), settings)
+    simulation.extension.refuse_in_deterministic_mode(set(nondeterministic_operations.names()))
     replace_torch_cuda(simulation)
     order_threads(simulation.extension)
     watch_reads(simulation.extension)
+    add_in_any_order(simulation)
     replace_nccl(simulation.extension)
     return simulation
 
@@ -363,6 +367,32 @@ def watch_reads(ext: ModuleType) -> None:
 
     for name in ("item", "numpy", "tolist"):
         setattr(Tensor, name, watched(name))
+
+
+def add_in_any_order(simulation: Simulation) -> None:
+    """Add noise to the gradient of attention's query where `has_atomics`, as the atomic adds of CUDA's fused kernels.
+
+    In torch's strict deterministic mode these kernels add in a fixed order.
+    """
+    attention = torch.nn.functional.scaled_dot_product_attention
+    noise = torch.Generator()
+    noise.seed()  # differs in each process
+
+    def perturb(gradient: Tensor) -> Tensor | None:
+        warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        if not simulation.settings.has_atomics or (torch.are_deterministic_algorithms_enabled() and not warns_only):
+            return None
+        signs = torch.rand(gradient.shape, generator=noise) * 2 - 1
+        return gradient * (1 + torch.finfo(gradient.dtype).eps * signs.to(gradient.device)).to(gradient.dtype)
+
+    @functools.wraps(attention)
+    def with_noise(query: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        if query.device.type == "cuda" and query.requires_grad:
+            query = query.view_as(query)  # the hook is for this use of the tensor alone
+            query.register_hook(perturb)
+        return attention(query, *arguments, **named)
+
+    torch.nn.functional.scaled_dot_product_attention = with_noise
 
 
 def replace_nccl(ext: ModuleType) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.simulated_gpu.build import obstacle
-from tests.simulated_gpu.device import Simulation, insert
+from tests.simulated_gpu.device import Settings, Simulation, insert
 
 SIMULATION = pytest.StashKey[Simulation]()
 MOST_SHOWN = 6
@@ -26,8 +26,13 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     return int(pytest.ExitCode.OK)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help_text = "add noise to attention's backward pass, as atomic adds do outside deterministic mode"
+    parser.addoption("--simulate_atomics", action="store_true", help=help_text)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[SIMULATION] = insert()
+    config.stash[SIMULATION] = insert(Settings(has_atomics=config.getoption("--simulate_atomics")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -133,6 +133,7 @@ struct Simulation {
   std::vector<std::pair<std::string, std::string>> reports;
   std::set<std::pair<std::string, std::string>> reported;
   std::map<std::string, int64_t> waits;      // how often the host waited for a device, by operation and source location
+  std::set<std::string> refused;  // operations that CUDA refuses in torch's deterministic mode
   std::map<std::string, int64_t> attention;  // calls, by the kernel that CUDA would choose and source location
   int64_t num_operations = 0;
   std::unordered_set<std::string> interned;
@@ -802,6 +803,8 @@ class Call {  // one operation: converts its arguments to CPU tensors and its re
       TORCH_CHECK((is(COPY_FROM_CPU) || is(TAKE_CPU)) && !is_wrong_way,
                   "Expected all tensors to be on the same device, but found at least two devices, cuda:", int(device_), " and cpu! (", name_, ")");
     }
+    if (is(simulation().refused) && (in_order_.empty() || schema_.name().find("cumsum") == std::string::npos || in_order_[0].is_floating_point()))
+      at::globalContext().alertNotDeterministic(schema_.name().substr(6));  // raises in deterministic mode only
     std::string text = at_place(name_);
     {
       Locked lock;
@@ -1223,6 +1226,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   at::setHostAllocator(CUDA, &pinned_allocator, 255);
   at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&choose_attention);
   m.def("configure", &configure);
+  m.def("refuse_in_deterministic_mode", [](const std::set<std::string>& names) { simulation().refused = names; });
   m.def("clear_reports", &clear_reports);
   m.def("reports", [] { Locked lock; return simulation().reports; });
   m.def("waits", [] { Locked lock; return simulation().waits; });

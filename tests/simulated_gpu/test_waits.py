@@ -43,7 +43,7 @@ def kinds(simulated_gpu: Simulation) -> set[str]:
     return {fault.kind for fault in simulated_gpu.faults()}
 
 
-def pin_nothing(masters: Any, reserve: int) -> pinning.Pinned:
+def pin_nothing(masters: Any, reserve: int, share: float) -> pinning.Pinned:
     return pinning.Pinned(frozenset(), "it is not wanted")
 
 

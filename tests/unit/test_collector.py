@@ -28,15 +28,29 @@ def test_garbage_collection_is_paused_during_imports_and_always_resumed() -> Non
     assert len(lists) < gc.get_freeze_count() <= count, "only once in a process"
 
 
-@pytest.mark.parametrize(("module", "num_kept"), [("triton", "0"), ("trident", "more")])
-def test_kept_objects_are_deleted_at_exit_if_triton_is_loaded(module: str, num_kept: str) -> None:
+IN_A_RUN = """
+from library.collector import keep_imported
+keep_imported("a test")
+"""
+IN_A_TEST = """
+from types import SimpleNamespace
+from tests.conftest import freeze_collected
+freeze_collected(SimpleNamespace(stash={}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "num_kept", "freeze"),
+    [("triton", "0", IN_A_RUN), ("trident", "more", IN_A_RUN), ("triton", "0", IN_A_TEST)],
+    ids=["run", "run without triton", "pytest"],
+)
+def test_kept_objects_are_deleted_at_exit_if_triton_is_loaded(module: str, num_kept: str, freeze: str) -> None:
     """Triton reports its objects that are still alive as leaked."""
     code = f"""
 import atexit, gc, sys
 atexit.register(lambda: print("more" if gc.get_freeze_count() else 0))  # runs last
-from library.collector import keep_imported
 sys.modules[{module!r}] = sys
-keep_imported("a test")
+{freeze}
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [num_kept]

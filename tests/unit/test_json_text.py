@@ -16,7 +16,7 @@ def test_surrogate_pairs_are_decoded_to_characters(text: str) -> None:
         ("[" * 100_000, "nested too deeply"),
         ('{"a": "\\ud800"}', "half of a surrogate pair"),
         ('{"\\uDFFF": 1}', "half of a surrogate pair"),
-        ("1" * 5000, "integer string conversion"),
+        ("1" * 5000, "a number of thousands of digits"),
         ("{", "Expecting property name"),
         (b'"\xff"', "can't decode byte 0xff"),
     ],

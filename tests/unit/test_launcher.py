@@ -13,13 +13,18 @@ from tests.running import ROOT, STARTED
 from tests.tiers import first_is_fast
 
 AT_THE_IMPORT_OF_TORCH = """
-import os, platform, runpy, sys
+import importlib.machinery, os, platform, runpy, sys
 
 class Watch:
     def find_spec(self, name, path=None, target=None):
-        if name == "torch":
-            print(*map(os.environ.get, ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "PYTORCH_CUDA_ALLOC_CONF")))
-            raise SystemExit(0)
+        return importlib.machinery.ModuleSpec(name, self) if name == "torch" else None
+
+    def create_module(self, spec):
+        print(*map(os.environ.get, ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "PYTORCH_CUDA_ALLOC_CONF")))
+        raise SystemExit(0)
+
+    def exec_module(self, module):
+        pass
 
 sys.meta_path.insert(0, Watch())
 os.getloadavg = lambda: (0.0, 0.0, 0.0)

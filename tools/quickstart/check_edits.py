@@ -8,20 +8,24 @@ import argparse
 import sys
 from pathlib import Path
 
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import library  # noqa: F401  # checks the packages before they are imported
+
 import numpy as np
 from PIL import Image
 
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+from library.checkpoints.overwriting import check_target
 from library.errors import UserError, list_few
 from tools import draw
 from tools.command import command, make_parser
+from tools.quickstart.toy_files import text_kind, write_text
 from tools.quickstart.toy_world import QUICKSTART, ImageArray, find_foreground, look_at
 
 EXAMPLES = """\
   python3 tools/quickstart/check_edits.py --references output/toy_asked/other --results output/toy_asked/red \\
     --output output/toy_asked/drawn --adapter output/toy_recolour/toy_recolour.safetensors"""
+FIRST_LINE = "# Written by tools/quickstart/check_edits.py"
 PROMPT_OPTIONS = "--w 64 --h 64 --s 20 --g 1"
 ATTRIBUTES = ("shape", "colour", "background")
 LEAST_OVERLAP = 0.5
@@ -55,6 +59,8 @@ def judge(image: ImageArray, partner: ImageArray) -> dict[str, bool]:
 
 def check_edits(args: argparse.Namespace) -> None:
     """Draw the edits, check and print."""
+    prompts = args.output / "prompts.txt"
+    check_target("--output", prompts, text_kind("a file of prompts by this command", FIRST_LINE))
     partners = sorted(args.results.glob("*.png"))
     if not partners:
         raise UserError(f"--results {args.results} has no .png files; make_pairs.py --caption draws pairs")
@@ -66,9 +72,7 @@ def check_edits(args: argparse.Namespace) -> None:
         f"{PROMPT_OPTIONS} --d {number}"
         for number, path in enumerate(partners, 1)
     ]
-    args.output.mkdir(parents=True, exist_ok=True)
-    prompts = args.output / "prompts.txt"
-    prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(prompts, "\n".join([FIRST_LINE, *lines]) + "\n")
     adapter = [] if args.adapter is None else ["--adapter", str(args.adapter)]
     arguments = [str(args.base), "--prompts", str(prompts), "--output", str(args.output), *adapter]
     if draw.main([*arguments, "--t5xxl_max_token_length", "16"]):

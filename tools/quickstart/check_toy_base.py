@@ -11,18 +11,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import library  # noqa: F401  # checks the packages before they are imported
+
 import numpy as np
 import torch
 
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+from library.checkpoints.overwriting import check_target
 from tools.command import command, make_parser
 from tools.quickstart.sampling import GUIDANCE_SCALE, SAMPLING_STEPS, Prompt, load_pipeline, sample
+from tools.quickstart.toy_files import image_kind
 from tools.quickstart.toy_world import HELD_OUT_SHAPES, QUICKSTART, ImageArray, Scene, list_scenes, look_at
 
 logger = logging.getLogger(__name__)
 
+WRITER = "tools/quickstart/check_toy_base.py"
 ATTRIBUTES = ("shape", "colour", "background", "style", "size")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -49,10 +53,12 @@ def save_grid(images: Sequence[ImageArray], path: Path, num_columns: int = 20) -
     """Write images as a grid into one PNG."""
     from PIL import Image
 
+    from library.checkpoints.marks import save_image
+
     blank = np.zeros_like(images[0])
     filled = [*images, *[blank] * (-len(images) % num_columns)]
     rows = [np.concatenate(filled[n : n + num_columns], axis=1) for n in range(0, len(filled), num_columns)]
-    Image.fromarray(np.concatenate(rows)).save(path)
+    save_image(path, Image.fromarray(np.concatenate(rows)), WRITER)
 
 
 def format_shares(shares: dict[str, float]) -> str:
@@ -87,6 +93,8 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def print_shares(args: argparse.Namespace) -> None:
     """Sample, check and print."""
+    if args.image is not None:
+        check_target("--image", args.image, image_kind(WRITER))
     logger.info("DDIM, %d steps, guidance %g, %s", SAMPLING_STEPS, GUIDANCE_SCALE, args.dtype)
     print("\n".join(check(load_pipeline(args.base, DTYPES[args.dtype]), args.count, args.seed, args.image)))
 

@@ -1,6 +1,7 @@
 """Show what a LoRA taught the quickstart's base model, with the same prompts and seeds before and after.
 
-Writes one image, `before | after`, and prints the share of samples in each half that show their prompt.
+Writes one image, `before | after`, and prints the share of samples in each half that show their prompt. With --report
+the image is shown in the report of the run too.
 """
 
 import argparse
@@ -9,20 +10,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
-
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from library.launcher import prepare_for_torch
 
     prepare_for_torch()  # before torch is imported
 
+from PIL import Image, ImageDraw, ImageFont
+
+from library.checkpoints.marks import save_image
+from library.checkpoints.overwriting import check_target
+from library.training.report_page.writer import add_sheet
+from library.training.reporting.sample_images import encode_data_url
 from tools.command import command, make_parser
 from tools.quickstart.sampling import count_right, load_pipeline, merge_lora, read_prompts, sample
+from tools.quickstart.toy_files import image_kind
 from tools.quickstart.toy_world import QUICKSTART, ImageArray
 
 logger = logging.getLogger(__name__)
 
+WRITER = "tools/quickstart/draw_before_after.py"
 ENLARGEMENT = 2
 NUM_COLUMNS = 4  # in each half
 GAP = 8
@@ -54,6 +61,7 @@ def draw_before_and_after(base: Path, lora: Path, prompts_file: Path, out: Path)
     """Write the image. Return the shares of samples that show their prompt, before and after."""
     from safetensors.torch import load_file
 
+    check_target("--out", out, image_kind(WRITER), [lora, prompts_file])
     prompts = read_prompts(prompts_file)
     weights = load_file(lora)
     pipeline = load_pipeline(base)
@@ -62,8 +70,7 @@ def draw_before_and_after(base: Path, lora: Path, prompts_file: Path, out: Path)
     after = sample(pipeline, prompts)
     shares = count_right(before, prompts) / len(prompts), count_right(after, prompts) / len(prompts)
     titles = (f"before: {shares[0]:.0%} as asked", f"after: {shares[1]:.0%} as asked")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    arrange(before, after, titles).save(out)
+    save_image(out, arrange(before, after, titles), WRITER)
     return shares
 
 
@@ -74,12 +81,16 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lora", type=Path, required=True, help="LoRA file (kohya's key names) trained on it")
     parser.add_argument("--prompts", type=Path, default=QUICKSTART / "prompts.txt", help="prompts, one per line")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--report", type=Path, help="report of the run, in which the image is shown too")
     return parser
 
 
 def draw(args: argparse.Namespace) -> None:
     """Write the image and print the shares."""
     before, after = draw_before_and_after(args.base, args.lora, args.prompts, args.out)
+    if args.report is not None:
+        with Image.open(args.out) as image:
+            add_sheet(args.report, encode_data_url(image, *image.size))
     print(f"samples that show their prompt: {before:.0%} before, {after:.0%} after; see {args.out}")
 
 

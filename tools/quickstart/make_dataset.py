@@ -9,18 +9,23 @@ import logging
 import sys
 from pathlib import Path
 
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import library  # noqa: F401  # checks the packages before they are imported
+
 import numpy as np
 from PIL import Image
 
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+from library.checkpoints.overwriting import check_target
 from tools.command import command, make_parser
+from tools.quickstart.toy_files import check_scene, save_scene, text_kind, write_text
 from tools.quickstart.toy_world import HELD_OUT_SHAPES, KNOWN_SHAPES, QUICKSTART, draw_scene, list_scenes
 
 logger = logging.getLogger(__name__)
 
 NUM_TRAINED_PROMPTS = 14
+WRITER = "tools/quickstart/make_dataset.py"
+HEADING = "# the first {} combinations are not in the dataset"
 PROMPT_OPTIONS = "--w 64 --h 64 --s 20 --l 2"
 
 
@@ -29,14 +34,16 @@ def make_dataset(args: argparse.Namespace) -> None:
     rng = np.random.default_rng(args.seed)
     shape, scenes = args.shape, list_scenes((args.shape,))
     shuffled = [scenes[int(n)] for n in rng.permutation(len(scenes))]
-    args.out.mkdir(parents=True, exist_ok=True)
-    for n, scene in enumerate(shuffled[: args.num_images]):
-        Image.fromarray(draw_scene(scene, rng)).save(args.out / f"{shape}_{n:02}.png", optimize=True)
-        (args.out / f"{shape}_{n:02}.txt").write_text(scene.caption() + "\n", encoding="utf-8")
+    paths = [args.out / f"{shape}_{n:02}.png" for n in range(args.num_images)]
+    check_target("--prompts", args.prompts, text_kind(f"a file of prompts by {WRITER}", HEADING.format(r"\d+")))
+    for path in paths:
+        check_scene("--out", path, WRITER)
+    for path, scene in zip(paths, shuffled, strict=False):
+        save_scene(path, Image.fromarray(draw_scene(scene, rng)), WRITER, scene.caption())
     prompted = shuffled[args.num_images :] + shuffled[:NUM_TRAINED_PROMPTS]
     lines = [f"{scene.caption()} {PROMPT_OPTIONS} --d {n + 1}" for n, scene in enumerate(prompted)]
-    heading = f"# the first {len(shuffled) - args.num_images} combinations are not in the dataset"
-    args.prompts.write_text("\n".join([heading, *lines]) + "\n", encoding="utf-8")
+    heading = HEADING.format(len(shuffled) - args.num_images)
+    write_text(args.prompts, "\n".join([heading, *lines]) + "\n")
     logger.info("%s: %d images; %s: %d prompts", args.out, args.num_images, args.prompts, len(lines))
 
 

@@ -13,19 +13,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import library  # noqa: F401  # checks the packages before they are imported
+
 import numpy as np
 from PIL import Image
 
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from library.errors import UserError
 from tools.command import command, make_parser
+from tools.quickstart.toy_files import check_scene, save_scene
 from tools.quickstart.toy_world import COLOURS, SIZES, Scene, draw_scene, list_scenes
 
 EXAMPLES = """\
   python3 tools/quickstart/make_pairs.py --out output/toy_pairs --words blue other
   python3 tools/quickstart/make_pairs.py --out output/toy_edits --caption "make the shape red" --words red other"""
+WRITER = "tools/quickstart/make_pairs.py"
 OTHER = "other"  # a different other colour in each pair
 WORDS = {"colour": tuple(COLOURS), "size": tuple(SIZES)}
 
@@ -57,6 +60,9 @@ def make_pairs(args: argparse.Namespace) -> None:
             f"--words {' '.join(args.words)}: give two of {', '.join(COLOURS)}, one of them and {OTHER}, or "
             f"{' '.join(SIZES)}"
         )
+    for word in args.words:
+        for number in range(args.count):
+            check_scene("--out", args.out / word / f"{number:03}.png", WRITER)
     rng = np.random.default_rng(args.seed)
     scenes = [scene for scene in list_scenes() if getattr(scene, attribute) == args.words[0]]
     for number in range(args.count):
@@ -66,14 +72,11 @@ def make_pairs(args: argparse.Namespace) -> None:
             args.words[0],
             other_words[number % len(other_words)] if args.words[1] == OTHER else args.words[1],
         ]
-        for word, image in zip(
-            args.words, draw_pair(scene, attribute, pair_words, 1000 * args.seed + number), strict=True
-        ):
-            (args.out / word).mkdir(parents=True, exist_ok=True)
-            image.save(args.out / word / f"{number:03}.png")
         both_words = " or ".join(pair_words) if args.name_both else ""
         caption = args.caption or " ".join(scene.caption().replace(args.words[0], both_words).split())
-        (args.out / args.words[0] / f"{number:03}.txt").write_text(caption + "\n", encoding="utf-8")
+        images = draw_pair(scene, attribute, pair_words, 1000 * args.seed + number)
+        for word, image, text in zip(args.words, images, (caption, None), strict=True):
+            save_scene(args.out / word / f"{number:03}.png", image, WRITER, text)
 
 
 main = command(setup_parser, make_pairs)

@@ -17,16 +17,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import library  # noqa: F401  # checks the packages before they are imported
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from tools.command import command, make_parser
+from tools.quickstart.toy_files import check_model_folder, new_model
 from tools.quickstart.toy_world import (
     CAPTION_TEMPLATES,
     IMAGE_SIZE,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+WRITER = "tools/quickstart/make_toy_base.py"
 SCALING_FACTOR = 0.18215  # trainers of SD 1.x hardcode this factor
 NUM_TIMESTEPS = 1000
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -372,6 +375,7 @@ def make_toy_base(args: argparse.Namespace) -> None:
     """Train every part and write the folder."""
     from diffusers import AutoencoderKL
 
+    check_model_folder("--out", args.out, WRITER)
     scenes = list_scenes()
     captions_SK = [[scene.caption(template) for template in CAPTION_TEMPLATES] for scene in scenes]
     with tempfile.TemporaryDirectory() as folder:
@@ -386,7 +390,8 @@ def make_toy_base(args: argparse.Namespace) -> None:
         ids_SKT = torch.stack([tokenize(tokenizer, captions) for captions in captions_SK])
         empty_T = tokenize(tokenizer, [""])[0]
         unet, text_encoder = train_unet(latents_SPCHW, ids_SKT, empty_T, tokenizer, args.unet_steps, args.seed)
-        save_base(args.out, vae, unet, text_encoder, tokenizer, Path(folder))
+        with new_model(args.out, WRITER) as out:
+            save_base(out, vae, unet, text_encoder, tokenizer, Path(folder))
     weights = list(args.out.rglob("*.safetensors"))
     logger.info("%s: %.1f MB of weights", args.out, sum(path.stat().st_size for path in weights) / 1e6)
 

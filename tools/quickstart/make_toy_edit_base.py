@@ -17,14 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import library  # noqa: F401  # checks the packages before they are imported
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
-
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from library.architectures.flux.model import Flux, FluxConfig
 from library.architectures.flux.reference import diffusers_model, diffusers_state
@@ -32,6 +33,7 @@ from library.diffusion.timesteps import shift_sigmas
 from library.models.vae.flux import SCALE, SHIFT, map_latents
 from tools.command import command, make_parser
 from tools.quickstart.make_toy_base import SCALING_FACTOR, Trainer, to_tensor
+from tools.quickstart.toy_files import check_model_folder, new_model
 from tools.quickstart.toy_world import (
     BACKGROUNDS,
     COLOURS,
@@ -46,6 +48,7 @@ from tools.quickstart.toy_world import (
 
 logger = logging.getLogger(__name__)
 
+WRITER = "tools/quickstart/make_toy_edit_base.py"
 TOY_BASE = QUICKSTART / "toy_base"
 COPIES = 4  # of each latent channel of the quickstart's VAE
 TEXT_WIDTH, POOLED_WIDTH, NUM_TEXT_TOKENS = 64, 32, 16
@@ -246,7 +249,16 @@ def save_part(folder: Path, config: dict[str, Any], state: dict[str, Tensor], st
     save_file(halves, folder / f"{stem}.safetensors", {"format": "pt"})
 
 
-def make_toy_edit_base(out: Path, num_edits: int, num_steps: int, seed: int) -> None:
+def make_toy_edit_base(args: argparse.Namespace) -> None:
+    """Check the folder, train the transformer and write all files."""
+    check_model_folder("--out", args.out, WRITER)
+    with new_model(args.out, WRITER) as out:
+        write_model(out, args.num_edits, args.steps, args.seed)
+    weights = list(args.out.rglob("*.safetensors"))
+    logger.info("%s: %.1f MB of weights", args.out, sum(path.stat().st_size for path in weights) / 1e6)
+
+
+def write_model(out: Path, num_edits: int, num_steps: int, seed: int) -> None:
     """Train the transformer and write the folder."""
     torch.manual_seed(seed)
     (out / "tokenizer").mkdir(parents=True, exist_ok=True)
@@ -270,8 +282,6 @@ def make_toy_edit_base(out: Path, num_edits: int, num_steps: int, seed: int) -> 
     diffusers_transformer = diffusers_model(model)
     state = diffusers_state(model.state_dict(), CONFIG.width)
     save_part(out / "transformer", json.loads(diffusers_transformer.to_json_string()), state, "diffusion_pytorch_model")
-    weights = list(out.rglob("*.safetensors"))
-    logger.info("%s: %.1f MB of weights", out, sum(path.stat().st_size for path in weights) / 1e6)
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -283,7 +293,7 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-main = command(setup_parser, lambda args: make_toy_edit_base(args.out, args.num_edits, args.steps, args.seed))
+main = command(setup_parser, make_toy_edit_base)
 
 if __name__ == "__main__":
     sys.exit(main())

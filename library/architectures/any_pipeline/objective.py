@@ -41,9 +41,14 @@ def build_flow(options: PipelineOptions, predict: PipelinePredict) -> FlowMatchi
     downscale, is_own = predict.convention.downscale, sampling.timestep_sampling == "pipeline"
 
     def draw_like_pipeline(
-        num_samples: int, height: int, width: int, generator: torch.Generator, offsets_B: Tensor | None = None
+        num_samples: int,
+        height: int,
+        width: int,
+        generator: torch.Generator,
+        offsets_B: Tensor | None = None,
+        uniforms_B: Tensor | None = None,
     ) -> Tensor:
-        q_B = torch.sigmoid(draw_moved_normal(num_samples, generator, offsets_B))
+        q_B = torch.sigmoid(draw_moved_normal(num_samples, generator, offsets_B, uniforms_B))
         return shift_sigmas(q_B, predict.shift((height * downscale, width * downscale)))
 
     return FlowMatching(
@@ -54,4 +59,6 @@ def build_flow(options: PipelineOptions, predict: PipelinePredict) -> FlowMatchi
         "raw",
         weighting.weighting_scheme,
         takes_offset=is_own or takes_offset(weighting, sampling),
+        num_strata=sampling.num_timestep_buckets or 1,
+        keeps_shape=sampling.preserve_distribution_shape,
     )

@@ -19,13 +19,10 @@ from library.architectures.flux.text import FluxText, T5Text
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import FlowMatching, build_sampled_flow
-from library.models.clip.clip import CLIP_WORDS
 from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import ClipTokens
 from library.models.dit_loader import DitLoader
-from library.models.loading import get_first_side
 from library.models.recipe import Recipe, folders_of, ignored_by_flow
-from library.models.t5 import WORDS as T5_WORDS
 from library.models.t5 import load_t5_tokenizer, precisions
 from library.models.vae.flux import map_latents
 from library.protocols import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
@@ -160,9 +157,7 @@ def build_objective(options: FluxOptions) -> FlowMatching:
 def build_text(options: FluxOptions, loader: DitLoader) -> FluxText:
     """Build the text pipeline. Tokenizers are searched next to the base model, T5's also next to its encoder."""
     default_length = T5_TOKENS_SCHNELL if is_schnell(loader.denoiser_weights) else T5_TOKENS_DEV
-    clip = load_tokenizer(
-        loader.path, options.model.tokenizer_cache_dir, get_first_side(loader.text.component, CLIP_WORDS)
-    )
+    clip = load_tokenizer(loader.path, options.model.tokenizer_cache_dir, loader.num_words)
     return FluxText(ClipTokens(clip), build_t5_text(options, loader, default_length, ("tokenizer_2",)))
 
 
@@ -173,7 +168,7 @@ def build_t5_text(options: FluxOptions, loader: DitLoader, default_length: int, 
     """
     length = options.flux.t5xxl_max_token_length
     model_folders = folders_of(loader.path, options.flux.t5xxl)
-    cache_dir, num_words = options.model.tokenizer_cache_dir, get_first_side(loader.texts[-1].component, T5_WORDS[0])
+    cache_dir, num_words = options.model.tokenizer_cache_dir, loader.texts[-1].num_words
     return T5Text(
         tokenizer=load_t5_tokenizer([f / name for f in model_folders for name in folders], cache_dir, num_words),
         num_tokens=default_length if length is None else length,

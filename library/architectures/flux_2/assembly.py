@@ -10,13 +10,21 @@ from functools import partial
 from library.architectures.flux_2.load import open_encoder, open_loader
 from library.architectures.flux_2.options import Flux2Options
 from library.architectures.flux_2.predict import predict, preview_sampler
-from library.architectures.flux_2.releases import DEV, FLAG, Release, TextEncoder, is_distilled, modelspec_architecture
+from library.architectures.flux_2.releases import (
+    DEV,
+    DISTILLED_KLEIN,
+    FLAG,
+    Release,
+    TextEncoder,
+    modelspec_architecture,
+)
 from library.architectures.flux_2.text import build_chat_text
 from library.architectures.flux_2.vae import PackedLatents
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import RECORDS, FlowMatching, build_sampled_flow
 from library.models.adapter_views import view_denoiser
+from library.models.distilled import is_distilled
 from library.models.dit_loader import DitLoader
 from library.models.language_models import ChatText
 from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
@@ -56,8 +64,10 @@ def build(options: Flux2Options) -> Architecture:
     """
     RECIPE.check(options)
     loader, release = open_loader(options)
-    base_name = options.model.pretrained_model_name_or_path or ""
-    distilled = is_distilled(release, options.parts.model_version, base_name, loader.path)
+    version = options.parts.model_version
+    chosen = None if version is None else "base" not in version
+    # Every dev imitates guidance, which it takes as an input.
+    distilled = release is DEV or is_distilled(DISTILLED_KLEIN, chosen, loader.path)
     if distilled and not options.network.base_weights:
         logger.warning(
             "%s is %s, which is distilled: training undoes the distillation. Train on FLUX.2 klein base, whose "

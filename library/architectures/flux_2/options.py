@@ -26,7 +26,7 @@ class Flux2ModelOptions(PartOptions):
         usual=True,
         choices=VERSIONS,
         help="Which FLUX.2 the base is. Unset recognises it from the file; distilled klein is then told from base by "
-        "is_distilled in a folder's model_index.json, or by the name of the file or folder.",
+        "is_distilled in a folder's model_index.json, or by words such as base in the name.",
     )
 
 
@@ -39,7 +39,6 @@ class Flux2SamplingOptions(FlowSamplingOptions):
 
 INSTEAD: Mapping[str, str] = {
     **ALTERNATIVES,
-    "guidance_scale": "dev is trained with a guidance of 1; use --g or --l in a prompt line to guide a preview",
     "fp8_vl": "use --fp8_text_encoder",
     "fp8_llm": "use --fp8_text_encoder",
 }

@@ -12,7 +12,7 @@ from library.architectures.flux_2 import mistral
 from library.architectures.flux_2.model import Flux2Config
 from library.checkpoints.weights import Weights
 from library.errors import UserError
-from library.models.dit_loader import name_in_folder, recorded_as_distilled
+from library.models.distilled import DistilledRelease
 from library.models.language_models import WORDS, remove_last_norm, with_first_layers
 from library.models.loading import Component, MaybeComponent, materialise
 from library.models.qwen3 import Qwen3Release, empty_qwen3, load_qwen3_tokenizer, qwen3_component
@@ -102,6 +102,7 @@ DEV = Release("dev", "FLUX.2 dev", 15360, MISTRAL)
 KLEIN_4B = Release("klein-4b", "FLUX.2 klein 4B", 7680, qwen3_encoder("4B"))
 KLEIN_9B = Release("klein-9b", "FLUX.2 klein 9B", 12288, qwen3_encoder("8B"))
 RELEASES = (DEV, KLEIN_4B, KLEIN_9B)
+DISTILLED_KLEIN = DistilledRelease("--model_version", distilled_by_default=frozenset(("klein",)))
 
 
 def modelspec_architecture(release: Release) -> str:
@@ -168,18 +169,3 @@ def check_encoder(release: Release, encoder: MaybeComponent, config: Flux2Config
             f"{FLAG} {encoder.weights.origin} has width {width}, but the transformer expects {states} states of width "
             f"{config.text_width / states:g}; use {release.encoder.hub_name}"
         )
-
-
-def is_distilled(release: Release, version: str | None, base_name: str, path: Path) -> bool:
-    """Return True for a distilled model: dev, and klein without base.
-
-    Distilled and base klein have the same names and shapes. The first of these decides: --model_version; `is_distilled`
-    in the folder's model_index.json; whether `base_name`, the name that was given, or its parent folder's has "klein",
-    and neither has "base".
-    """
-    if release is DEV:
-        return True
-    if version is not None:
-        return "base" not in version
-    recorded, name = recorded_as_distilled(path), name_in_folder(base_name)
-    return "klein" in name and "base" not in name if recorded is None else recorded

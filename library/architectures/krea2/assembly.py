@@ -6,7 +6,7 @@ Start here to read this package.
 import logging
 from functools import partial
 
-from library.architectures.krea2.load import QWEN3_VL, is_turbo, open_encoder, open_loader, open_turbo
+from library.architectures.krea2.load import QWEN3_VL, TURBO, open_encoder, open_loader, open_turbo
 from library.architectures.krea2.options import Krea2Options
 from library.architectures.krea2.predict import predict, preview_sampler
 from library.architectures.krea2.text import LAYERS, MARKS, Krea2Text
@@ -14,6 +14,7 @@ from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import RECORDS, FlowMatching, build_sampled_flow
 from library.models.adapter_views import view_denoiser
+from library.models.distilled import is_distilled
 from library.models.dit_loader import DitLoader
 from library.models.qwen3 import load_qwen3_tokenizer
 from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
@@ -55,8 +56,8 @@ def build(options: Krea2Options) -> Architecture:
     """
     RECIPE.check(options)
     loader = open_loader(options)
-    # By the given name, because a repository of the hub lies in a cache folder whose name says nothing.
-    turbo = is_turbo(options.parts.dit_variant, options.model.pretrained_model_name_or_path or "", loader.path)
+    variant = options.parts.dit_variant
+    turbo = is_distilled(TURBO, None if variant is None else variant == "turbo", loader.path)
     if turbo and not options.network.base_weights:
         logger.warning(
             "%s is Krea 2 Turbo, which is distilled: training undoes the distillation, and previews blur. Train on "

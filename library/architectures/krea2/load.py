@@ -1,6 +1,5 @@
 """Loading of Krea 2 checkpoints: three files, one file with everything, or a diffusers folder."""
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,14 +18,8 @@ from library.checkpoints.recognition import is_dora
 from library.checkpoints.weights import Weights, configure
 from library.errors import UserError
 from library.models import dit_loader
-from library.models.dit_loader import (
-    DitLoader,
-    check_input_width,
-    name_in_folder,
-    open_dit,
-    open_dit_loader,
-    recorded_as_distilled,
-)
+from library.models.distilled import DistilledRelease
+from library.models.dit_loader import DitLoader, check_input_width, open_dit, open_dit_loader
 from library.models.identify import open_denoiser
 from library.models.language_models import WORDS, choose_load, with_first_layers
 from library.models.loading import Component, check_text_width
@@ -38,6 +31,7 @@ from library.options.model import BASE_FLAG
 
 MODEL = "Krea 2"
 TURBO_FLAG = "--turbo_dit"
+TURBO = DistilledRelease("--dit_variant", base_words=frozenset(("raw",)))
 QWEN3_VL = Qwen3Release("--text_encoder", "Qwen/Qwen3-VL-4B-Instruct", "text_encoders.qwen3vl_4b.transformer.model.")
 
 
@@ -117,17 +111,3 @@ def open_qwen3_vl(name: str | None, base: BaseFiles) -> Component:
     """Open Qwen3-VL from --text_encoder or from the base model, without its unused layers."""
     config, weights = base.open_text_encoder(QWEN3_VL.flag, name, FOLDER, QWEN3_VL.prefix)
     return with_first_layers(qwen3_vl_component(weights, config, QWEN3_VL), LAYERS[-1], QWEN3_VL.flag)
-
-
-def is_turbo(variant: str | None, base_name: str, path: Path) -> bool:
-    """Return True for a distilled checkpoint.
-
-    Turbo and Raw have the same names and shapes. The first of these decides: --dit_variant; `is_distilled` in the
-    folder's model_index.json; the word "turbo" in `base_name`, the name that was given, or in that of its
-    parent folder.
-    """
-    if variant is not None:
-        return variant == "turbo"
-    recorded = recorded_as_distilled(path)
-    # No letter may precede the word, as in "deturbo".
-    return re.search(r"(?<![a-z])turbo", name_in_folder(base_name)) is not None if recorded is None else recorded

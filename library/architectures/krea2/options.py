@@ -7,6 +7,7 @@ from library.options.base import group, option, redeclare
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
 from library.options.training.flow import FlowSamplingOptions
 
+CACHED_BY_SYSTEM = "the system caches the file of --turbo_dit while main memory has room for it"
 IN_PLACE = "previews swap all weights in place on the GPU"
 
 
@@ -23,7 +24,7 @@ class Krea2ModelOptions(PartOptions):
         usual=True,
         choices=("raw", "turbo"),
         help="Which Krea 2 the base is: turbo is distilled, and previews take 8 steps without guidance. Unset reads "
-        "is_distilled in a folder's model_index.json, or looks for the word turbo in the name of the file or folder.",
+        "is_distilled in a folder's model_index.json, or looks for words such as turbo in the name.",
     )
     turbo_dit: str | None = option(
         None,
@@ -40,6 +41,9 @@ class Krea2ModelOptions(PartOptions):
         help="File or folder of Krea 2 Turbo, stored as the base is, to draw previews with: 8 steps without guidance. "
         "It is read for each event of previews and takes as much main memory as the base.",
     )
+    turbo_dit_cache: bool = option(
+        False, ignored=CACHED_BY_SYSTEM, own=True, affects_training=False, help=f"Has no effect: {CACHED_BY_SYSTEM}."
+    )
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,7 @@ class Krea2SamplingOptions(FlowSamplingOptions):
 
 INSTEAD: Mapping[str, str] = {
     **ALTERNATIVES,
-    "guidance_scale": "the model is trained without guidance; use --l in a prompt line to guide a preview",
     "model_version": "use --dit_variant",
-    "turbo_dit_cache": "the system caches the file while main memory has room for it",
     "fp8_vl": "use --fp8_text_encoder",
     "fp8_llm": "use --fp8_text_encoder",
 }

@@ -27,7 +27,6 @@ class QwenImage21SamplingOptions(FlowSamplingOptions):
 
 INSTEAD: Mapping[str, str] = {
     **ALTERNATIVES,
-    "guidance_scale": "the model is trained without guidance; use --l in a prompt line to guide a preview",
     "fp8_llm": "use --fp8_vl",
     "fp8_text_encoder": "use --fp8_vl",
     "model_version": "there is one Qwen-Image 2.1; remove it",

@@ -27,10 +27,8 @@ from library.models.clip.clip import CLIP_WORDS, PROJECTION
 from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import ClipTokens
 from library.models.dit_loader import DitLoader
-from library.models.loading import get_first_side
 from library.models.recipe import Recipe, folders_of, ignored_by_flow
 from library.models.shapes import shape_of
-from library.models.t5 import WORDS as T5_WORDS
 from library.models.t5 import load_t5_tokenizer, precisions
 from library.models.vae.latents import KlLatents
 from library.protocols import Architecture, LatentSpec, LiveText, Preview, PromptDefaults, TextCacheSpec, leave_sizes
@@ -100,12 +98,12 @@ def stretch_positions(denoiser: nn.Module, sizes: Sequence[tuple[int, int]]) -> 
 def build_text(options: Sd3Options, loader: DitLoader) -> Sd3Text:
     """Build the text pipeline with the options' limits and masks; tokenizers are searched next to the base model."""
     text, cache_dir = options.text, options.model.tokenizer_cache_dir
-    clip = load_tokenizer(loader.path, cache_dir, get_first_side(loader.text.component, CLIP_WORDS))
+    clip = load_tokenizer(loader.path, cache_dir, loader.num_words)
     # Without T5 the loader has two encoders.
     t5 = None
     for part in loader.texts[2:]:
         folders = [folder / T5_TOKENIZER for folder in folders_of(loader.path, text.t5xxl)]
-        t5 = load_t5_tokenizer(folders, cache_dir, get_first_side(part.component, T5_WORDS[0]))
+        t5 = load_t5_tokenizer(folders, cache_dir, part.num_words)
     return Sd3Text(ClipTokens(clip), t5, text.t5xxl_max_token_length, text.apply_lg_attn_mask, text.apply_t5_attn_mask)
 
 

@@ -7,13 +7,14 @@ import logging
 from functools import partial
 
 from library.architectures.specs import list_specs
-from library.architectures.zimage.load import QWEN3, is_turbo, open_encoder, open_loader
+from library.architectures.zimage.load import QWEN3, TURBO, open_encoder, open_loader
 from library.architectures.zimage.options import ZImageOptions
 from library.architectures.zimage.text import BEGIN, END, build_chat_text
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import RECORDS, FlowMatching, build_sampled_flow
 from library.diffusion.samplers import build_shifted_sampler
 from library.models.adapter_views import view_denoiser
+from library.models.distilled import is_distilled
 from library.models.dit_loader import DitLoader
 from library.models.language_models import ChatText
 from library.models.next_dit import predict
@@ -45,7 +46,7 @@ RECIPE = Recipe(
     ),
     records=RECORDS,
 )  # fmt: skip
-CODEC = map_latents("_zimage.npz")
+CODEC = map_latents("_zimage.npz", takes_mean=True)  # as diffusers' and musubi-tuner's training does
 LATENTS = CODEC.spec
 
 
@@ -56,8 +57,8 @@ def build(options: ZImageOptions) -> Architecture:
     """
     RECIPE.check(options)
     loader = open_loader(options)
-    # By the given name, because a repository of the hub lies in a cache folder whose name says nothing.
-    turbo = is_turbo(options.parts.model_version, options.model.pretrained_model_name_or_path or "")
+    version = options.parts.model_version
+    turbo = is_distilled(TURBO, None if version is None else version == "turbo", loader.path)
     if turbo and not options.network.base_weights:
         logger.warning(
             "%s is Z-Image Turbo, which is distilled: training undoes the distillation, and previews blur. Add "

@@ -1,6 +1,5 @@
 """Loading of Z-Image checkpoints: three files, one file with everything, or a diffusers folder."""
 
-import re
 from collections.abc import Callable
 from functools import partial
 
@@ -13,7 +12,8 @@ from library.architectures.zimage.options import ZImageOptions
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights, configure, select_weights
 from library.models import dit_loader
-from library.models.dit_loader import DitLoader, check_input_width, name_in_folder, open_dit, open_dit_loader
+from library.models.distilled import DistilledRelease
+from library.models.dit_loader import DitLoader, check_input_width, open_dit, open_dit_loader
 from library.models.identify import open_denoiser
 from library.models.language_models import WORDS, choose_load
 from library.models.loading import Component, check_text_width
@@ -22,6 +22,7 @@ from library.models.vae.flux import CHANNELS, open_ae
 from library.models.vae.vae import load_vae
 
 MODEL = "Z-Image"
+TURBO = DistilledRelease("--model_version")
 QWEN3 = Qwen3Release("--text_encoder", "Qwen/Qwen3-4B", "text_encoders.qwen3_4b.transformer.model.")
 MARK = "cap_pad_token"
 UNUSED = "norm_final.weight"  # in checkpoints, but unused by the model
@@ -69,15 +70,3 @@ def open_qwen3(name: str | None, base: BaseFiles) -> Component:
     """Open Qwen3 from --text_encoder or from the base model."""
     _, weights = base.open_text_encoder(QWEN3.flag, name, FOLDER, QWEN3.prefix)
     return qwen3_component(weights, QWEN3)
-
-
-def is_turbo(version: str | None, base_name: str) -> bool:
-    """Return True for a distilled checkpoint.
-
-    Turbo and Base have the same names and shapes. --model_version decides, or without it the word "turbo" in
-    `base_name`, the name that was given, or that of its parent folder, unless "de" precedes it.
-    """
-    if version is not None:
-        return version == "turbo"
-    name = name_in_folder(base_name)
-    return re.search(r"(?<![a-z])turbo", name) is not None and re.search(r"de[-_ ]?turbo", name) is None

@@ -20,8 +20,8 @@ class ZImageModelOptions(PartOptions):
         None,
         usual=True,
         choices=("base", "turbo", "de-turbo"),
-        help="Which Z-Image the base is: turbo is distilled, and previews take 8 steps without guidance. Unset looks "
-        "for the word turbo in the name of the file or folder.",
+        help="Which Z-Image the base is: turbo is distilled, and previews take 8 steps without guidance. Unset reads "
+        "is_distilled in a folder's model_index.json, or looks for words such as turbo in the name.",
     )
 
 
@@ -35,7 +35,6 @@ class ZImageSamplingOptions(FlowSamplingOptions):
 
 INSTEAD: Mapping[str, str] = {
     **ALTERNATIVES,
-    "guidance_scale": "the model is trained without guidance; use --l in a prompt line to guide a preview",
     "fp8_vl": "use --fp8_llm",
     "fp8_text_encoder": "use --fp8_llm",
 }

@@ -21,9 +21,9 @@ from torch import Tensor
 from library.checkpoints.files import load_state_dict, save_safetensors
 from library.data.caching.filling import ADD_ENCODERS, CheckedJob, Codec, fill
 from library.data.caching.stores import CacheFiles, TextStore, default_text_file
-from library.data.caching.text_files import WORDS, Identity, Row, TextFile, judge, strip_padding, write_texts
+from library.data.caching.text_files import NOTE, WORDS, Identity, Row, TextFile, judge, strip_padding, write_texts
 from library.data.decoding.images import DamagedImage
-from library.data.decoding.npz import MISSING, Verdict
+from library.data.decoding.npz import MISSING, Verdict, archive_kind
 from library.data.plan.data_plan import DataPlan
 from library.data.scanned.names import same_file_key
 from library.errors import NotThere, UserError, list_few, needing
@@ -236,7 +236,8 @@ def text_codec(encode: Callable[[], EncodeSome], spec: TextCacheSpec, identity: 
                 encode()
             write_files(share, encode, spec, identity)
 
-    return Codec(WORDS, judge_job, make)
+    names = {NOTE, *spec.keys, *spec.constants}
+    return Codec(WORDS, archive_kind("a cache of text features", names.__contains__), judge_job, make)
 
 
 def write_files(

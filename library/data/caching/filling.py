@@ -10,8 +10,10 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
+from library.checkpoints.overwriting import FileKind, check_target
 from library.data.decoding.npz import MISSING, CacheWords, Verdict, clear_left_overs
 from library.data.decoding.threads import read_many
 from library.data.scanned.names import same_file_key
@@ -52,6 +54,7 @@ class Codec(Generic[JobT]):
     """The operations in which caches differ."""
 
     words: CacheWords
+    kind: FileKind  # of the files that may be replaced
     judge: Callable[[JobT], Verdict]
     make: Callable[[Sequence[CheckedJob[JobT]]], None]  # encodes and writes; called in every process, even with no jobs
     candidates: Callable[[JobT], Iterable[JobT]] = lambda job: (job,)  # the job with each possible file name
@@ -64,7 +67,7 @@ def fill(
     """Bring every file up to date, each process its share. Return the jobs with the files that hold them.
 
     Valid files are kept, so an interrupted run can continue. Unfinished files of killed runs are deleted. With
-    `skips_check`, existing files are trusted.
+    `skips_check`, existing files are trusted. Raises UserError for a file in the place of an entry that is no cache.
     """
     usable: list[JobT] = []
     if processes.is_main:
@@ -79,6 +82,9 @@ def fill(
         return [result for result in results if result.verdict.fault is not None]
 
     stale = find_stale(jobs, "")
+    for result in stale:
+        if result.verdict.fault != MISSING:
+            check_target(f"--{codec.words.flag}_to_disk:", Path(result.path), codec.kind)
     codec.make(assign_jobs(stale, processes.rank, processes.count))
     processes.wait_for_all(codec.words.caching)
     # Files on another machine's local disk are missing here, and each machine has to make them itself. On a shared disk

@@ -33,6 +33,7 @@ from library.data.decoding.npz import (
     CacheWords,
     EntryError,
     Verdict,
+    archive_kind,
     describe_damage,
     open_npz,
     open_to_read,
@@ -42,10 +43,13 @@ from library.data.description.buckets import Shape, Size, crop_ltrb
 from library.data.scanned.images import ScannedImage, Version
 from library.data.sources.storage.storage import Storage
 from library.json_text import parse_json
-from library.protocols import LatentSpec
+from library.protocols import POSTERIOR_MEAN, LatentSpec
 
 WORDS = CacheWords(
     "latent cache", "entries", "latents", "cache_latents", "checking the latent cache", "caching latents"
+)
+KIND = archive_kind(
+    "a latent cache", lambda entry: entry.startswith(("latents", "original_size", "crop_ltrb", "origin"))
 )
 
 
@@ -240,6 +244,8 @@ def judge(file: LatentFile, image: ScannedImage, expected: Expected, storage: St
 
 def origin_fault(origin: Origin, image: ScannedImage, expected: Expected, storage: Storage) -> str | None:
     """Return what has changed since the entry was written, or None."""
+    if expected.vae == f"{origin.vae} {POSTERIOR_MEAN}":
+        return "made of random samples by an earlier version, where the VAE's mean is needed"
     if origin.vae != expected.vae:
         return "made with another VAE, or with it in another precision"
     if origin.bucket != list(expected.shape.bucket) or origin.resized != list(expected.shape.resized):

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 from library.data.caching.filling import ADD_ENCODERS, CheckedJob, Codec, fill
 from library.data.caching.latent_files import (
+    KIND,
     WORDS,
     Expected,
     LatentFile,
@@ -41,6 +42,7 @@ from library.formatting import format_count
 from library.options.caching import CachingOptions
 from library.processes import ALONE, Processes
 from library.progress import progress_bar
+from library.protocols import LatentSpec
 from library.randomness import generator_for
 
 logger = logging.getLogger(__name__)
@@ -138,9 +140,9 @@ def cache_latents(
     encode_jobs(kept[processes.local_rank :: processes.local_count])
     if on_disk:
         skips_check = options.skip_cache_check
-        vae = "" if skips_check else expected_vae(vae_identity, on_disk)
+        vae = "" if skips_check else expected_vae(vae_identity, on_disk, plan.spec)
         codec = Codec(
-            WORDS, partial(judge_job, entries, vae), make, partial(iterate_named_jobs, plan), log_unknown_origins
+            WORDS, KIND, partial(judge_job, entries, vae), make, partial(iterate_named_jobs, plan), log_unknown_origins
         )
         kept += fill(codec, on_disk, skips_check, plan.num_workers, processes)
     else:
@@ -226,10 +228,11 @@ def locate_file(sample: Sample, plan: DataPlan) -> LatentFile:
 # Validity of files
 
 
-def expected_vae(vae_identity: Callable[[], str], jobs: Sequence[Job]) -> str:
+def expected_vae(vae_identity: Callable[[], str], jobs: Sequence[Job], spec: LatentSpec) -> str:
     """Return the identity of the VAE that must have made the entries: the VAE of this run.
 
-    If its files are missing, it is the VAE of the first entry that names one, and all entries must match it.
+    If its files are missing, it is the VAE of the first entry that names one, and all entries must match it. Both end
+    in the suffix of `spec`.
     """
     try:
         return vae_identity()
@@ -239,7 +242,8 @@ def expected_vae(vae_identity: Callable[[], str], jobs: Sequence[Job]) -> str:
             error,
         )
     origins = (origin_of_file(job.file) for job in jobs if job.file is not None)
-    return next((origin.vae.removesuffix(OPAQUE) for origin in origins if origin is not None), "")
+    names = (origin.vae.removesuffix(OPAQUE) for origin in origins if origin is not None)
+    return next((name.removesuffix(spec.vae_suffix) + spec.vae_suffix for name in names), "")
 
 
 def iterate_named_jobs(plan: DataPlan, job: Job) -> Iterator[Job]:

@@ -6,6 +6,7 @@ Arrays are uint8, HWC or HW; sizes are (width, height).
 import io
 import os
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from library.data.description.buckets import Shape, Size
-from library.data.description.image_extensions import load_plugin
+from library.data.description.image_extensions import load_plugin, plugin_for
 from library.errors import UserError
 
 Pixels = NDArray[np.uint8]
@@ -39,14 +40,25 @@ def open_image(path: str, content: bytes | io.RawIOBase | None = None) -> Image.
     """Open an image and read its header. `content` is the file's content or an open file. Raises UserError naming a
     file that is not an image."""
     load_plugin(os.path.splitext(path)[1][1:].lower())
-    try:
-        opened: Any = io.BytesIO(content) if isinstance(content, bytes) else path if content is None else content
-        return Image.open(opened)
-    except UnidentifiedImageError:
-        is_empty = content == b"" if content is not None else os.path.getsize(path) == 0
-        raise UserError(f"{path} is {'empty' if is_empty else 'not an image that can be read'}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+    opened: Any = io.BytesIO(content) if isinstance(content, bytes) else path if content is None else content
+    for _ in range(2):  # the second time with the plug-in of an image whose name has another extension
+        try:
+            return Image.open(opened)
+        except UnidentifiedImageError:
+            head = read_head(opened)
+            if plugin := plugin_for(path, head):
+                raise UserError(f"{path} cannot be read: it requires {plugin}") from None
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+    raise UserError(f"{path} is {'not an image that can be read' if head else 'empty'}")
+
+
+def read_head(opened: Any) -> bytes:
+    """Return the first 12 bytes of a path or an open file."""
+    with open(opened, "rb") if isinstance(opened, str) else nullcontext(opened) as file:
+        file.seek(0)
+        head: bytes = file.read(12)
+    return head
 
 
 def read_orientation(image: Image.Image) -> int:
@@ -77,6 +89,8 @@ def decode_all(image: Image.Image, path: str) -> None:
     """Decode an opened image. Raises DamagedImage if the pixels are truncated or damaged."""
     try:
         image.load()
+    except MemoryError:  # says nothing about the image
+        raise
     except Exception as error:  # damaged pixels raise OSError, SyntaxError, struct.error, zlib.error, ...
         raise DamagedImage(f"{path} is damaged: {error}") from None
 

@@ -5,7 +5,7 @@ import re
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ import numpy as np
 
 from library.checkpoints.files import atomic_path
 from library.checkpoints.folders import LONGEST_ON_WINDOWS
+from library.checkpoints.marks import ZIP_START
+from library.checkpoints.overwriting import FileKind, read_start
 from library.errors import UserError
 
 DAMAGE = (
@@ -71,6 +73,25 @@ def describe_damage(error: BaseException) -> str:
     return MISSING if isinstance(error, FileNotFoundError) else DAMAGED
 
 
+def archive_kind(name: str, is_entry: Callable[[str], bool]) -> FileKind:
+    """Return the kind of a cache's archives, by whichever program: with at least one entry that `is_entry` accepts.
+
+    A damaged archive, and a file of zeros as a power cut leaves it, count as the cache's own.
+    """
+
+    def is_own(path: Path) -> bool:
+        start = read_start(path)
+        if not start.startswith(ZIP_START):
+            return not start.strip(b"\0")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return any(is_entry(entry.removesuffix(".npy")) for entry in archive.namelist())
+        except DAMAGE:
+            return True
+
+    return FileKind(name, is_own)
+
+
 @contextmanager
 def open_to_read(path: str, words: CacheWords) -> Iterator[Mapping[str, Any]]:
     """Open an archive. Raises UserError naming the file if it is missing or damaged, or if the block raises
@@ -82,8 +103,11 @@ def open_to_read(path: str, words: CacheWords) -> Iterator[Mapping[str, Any]]:
     except DAMAGE as error:
         fault = describe_damage(error)
         reason = f"{fault}: {error}" if fault == DAMAGED else fault
-    delete = "delete it and " if fault == DAMAGED else ""  # the check at the start does not read whole files
-    raise UserError(f"the {words.name} {path} is {reason}; {delete}run again without --skip_cache_check to rebuild it")
+    # The check at the start finds all but two faults: a file that was deleted since, and damage in the middle of one,
+    # which it does not read.
+    fixes = {MISSING: "run again", DAMAGED: "delete it and run again"}
+    fix = fixes.get(fault, "run again without --skip_cache_check")
+    raise UserError(f"the {words.name} {path} is {reason}; {fix} to rebuild it")
 
 
 @contextmanager

@@ -20,6 +20,7 @@ class CaptionRules:
     keep_tokens_separator: str = ""
     secondary_separator: str | None = None
     enable_wildcard: bool = False
+    enable_multiline_caption: bool = False
     caption_prefix: str | None = None
     caption_suffix: str | None = None
     caption_dropout_rate: float = 0.0
@@ -99,7 +100,10 @@ def caption_variant(image: str, text: str, rules: CaptionRules, variant: int) ->
 
 
 def caption_lines(text: str, rules: CaptionRules) -> list[str]:
-    """Return the lines to draw from: all non-blank lines with enable_wildcard, else the first. Never empty."""
+    """Return the texts to draw from, at least one: the whole text with enable_multiline_caption, all non-blank lines
+    with enable_wildcard, else the first line."""
+    if rules.enable_multiline_caption:
+        return [text]
     lines = text.split("\n")
     if not rules.enable_wildcard:
         return lines[:1]

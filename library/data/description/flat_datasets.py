@@ -4,10 +4,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from library.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 SOURCES = {"image_directory": "image_dir", "image_jsonl_file": "metadata_file"}  # its key -> the key of a subset
-REFERENCES = {"control_directory": "control_dirs", "no_resize_control": "control_no_resize"}
+REFERENCES = {"control_directory": "control_dirs"}
+# Its keys at any level, earlier with the name of a model before them -> ours.
+RENAMED = {"no_resize_control": "control_no_resize", "control_resolution": "control_resolution"}
 CACHES = "cache_directory"
 BUCKET_STEP, MAX_BUCKET = 0, 1024  # 0 selects the step that the base model requires
 
@@ -21,9 +25,30 @@ def with_subsets(content: Mapping[str, Any], path: str) -> dict[str, Any]:
     datasets = content.get("datasets")
     if not isinstance(datasets, list):
         return dict(content)
-    general = content.get("general")
+    renamed = rename_keys(content, path)
+    general = renamed.get("general")
     tables = [general] if isinstance(general, dict) else []
-    return {**content, "datasets": [with_subset(dataset, tables, path) for dataset in datasets]}
+    return {**renamed, "datasets": [with_subset(dataset, tables, path) for dataset in renamed["datasets"]]}
+
+
+def rename_keys(content: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return the content with our names of musubi-tuner's keys, in `general` and in datasets without subsets.
+
+    Raises UserError for a key under two names with different values.
+    """
+    renamed = {**content, "datasets": [rename_in(table, path) for table in content["datasets"]]}
+    return {**renamed, "general": rename_in(content["general"], path)} if "general" in content else renamed
+
+
+def rename_in(table: Any, path: str) -> Any:
+    if not isinstance(table, dict) or "subsets" in table:
+        return table
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        name = next((ours for theirs, ours in RENAMED.items() if key == theirs or key.endswith(f"_{theirs}")), key)
+        if values.setdefault(name, value) != value:
+            raise UserError(f"{path}: {key} has another value than a key of the same meaning; remove one of them")
+    return values
 
 
 def with_subset(dataset: Any, outer: Sequence[Mapping[str, Any]], path: str) -> Any:

@@ -14,6 +14,7 @@ Level = Literal["general", "dataset", "subset"]
 FILTERS = (*INTERPOLATIONS, "box")
 
 
+LARGEST_SIDE = 2**14  # of a trained or reference image, in pixels
 LARGEST = 2**31  # upper limit of a number; also excludes nan and inf
 
 
@@ -37,6 +38,7 @@ INT = Kind("an int", lambda v: isinstance(v, int) and abs(v) < LARGEST, int)
 FLOAT = Kind("a float (with a decimal point)", lambda v: isinstance(v, float) and math.isfinite(v))
 NUMBER = Kind("a number", lambda v: isinstance(v, (int, float)) and abs(v) < LARGEST, float)
 TEXT = Kind("a string", lambda v: isinstance(v, str))
+EXTENSION = Kind("a string", TEXT.fits, lambda v: v if v.startswith(".") else f".{v}")
 TEXTS = Kind(
     "a string or a list of strings",
     lambda v: isinstance(v, str) or (isinstance(v, list) and bool(v) and all(isinstance(item, str) for item in v)),
@@ -49,6 +51,12 @@ SIZE = Kind(
     "an int or [width, height]",
     lambda v: (isinstance(v, int) and not isinstance(v, bool) and abs(v) < LARGEST) or _is_pair(v, int),
     lambda v: (int(v[0]), int(v[1])) if isinstance(v, (list, tuple)) else (int(v), int(v)),
+)
+# Images of a larger side exhaust main memory before any model sees them.
+IMAGE_SIZE = Kind(
+    f"{SIZE.name} of at most {LARGEST_SIDE} pixels",
+    lambda v: SIZE.fits(v) and max(SIZE.convert(v)) <= LARGEST_SIDE,
+    SIZE.convert,
 )
 SHARE = Kind("a float from 0.0 to 1.0", lambda v: isinstance(v, float) and 0 <= v <= 1)
 FILTER = Kind(f"one of {', '.join(FILTERS)}", lambda v: v in FILTERS)
@@ -81,7 +89,7 @@ FILE_SOURCES = tuple(name for name in SOURCES if name not in ("image_dir", "meta
 
 DATASET_KEYS = (
     _with_option("batch_size", INT, 1, GD, flag="train_batch_size"),
-    _with_option("resolution", SIZE, None, GD),
+    _with_option("resolution", IMAGE_SIZE, None, GD),
     _with_option("enable_bucket", BOOL, False, GD),
     _with_option("min_bucket_reso", INT, 256, GD),
     _with_option("max_bucket_reso", INT, 1024, GD),
@@ -99,6 +107,7 @@ SUBSET_KEYS = (
     _with_option("keep_tokens_separator", TEXT, "", GDS),
     _with_option("secondary_separator", TEXT, None, GDS),
     _with_option("enable_wildcard", BOOL, False, GDS),
+    Key("enable_multiline_caption", BOOL, False, GDS),
     _with_option("caption_prefix", TEXT, None, GDS),
     _with_option("caption_suffix", TEXT, None, GDS),
     _with_option("caption_dropout_rate", NUMBER, 0.0, GDS),
@@ -124,14 +133,14 @@ SUBSET_KEYS = (
     Key("is_reg", BOOL, False, ONLY_S, ("dreambooth",)),
     # sd-scripts refuses alpha_mask above a subset.
     Key("alpha_mask", BOOL, False, ONLY_S, ("dreambooth", "metadata"), "alpha_mask"),
-    Key("caption_extension", TEXT, ".caption", GDS, ("dreambooth", "masked"), "caption_extension"),
+    Key("caption_extension", EXTENSION, ".caption", GDS, ("dreambooth", "masked"), "caption_extension"),
     Key("cache_info", BOOL, False, GDS, ("dreambooth", "masked")),  # no option: that has its own warning
     Key("metadata_file", TEXT, None, ONLY_S, ("metadata",)),
     Key("conditioning_data_dir", TEXT, None, ONLY_S, ("masked",)),
     Key("control_dirs", TEXTS, (), ONLY_S),
     Key("control_columns", TEXTS, (), GDS, ("dreambooth",)),
     Key("opposite_dir", TEXT, None, ONLY_S),
-    Key("control_resolution", SIZE, None, GDS),
+    Key("control_resolution", IMAGE_SIZE, None, GDS),
     Key("control_no_resize", BOOL, False, GDS),
 )
 

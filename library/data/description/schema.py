@@ -15,6 +15,7 @@ from library.data.description.keys import (
     ALL_KEYS,
     DATASET_KEYS,
     FILE_SOURCES,
+    IMAGE_SIZE,
     LARGEST,
     REQUIRED,
     SUBSET_KEYS,
@@ -23,10 +24,11 @@ from library.data.description.keys import (
     Style,
     is_allowed_at,
 )
+from library.data.description.overridden import find_overridden
 from library.data.description.source_keys import SOURCES, keys_used_by
 from library.errors import UserError
 from library.json_text import InvalidJson, parse_json
-from library.options.config_file import read_toml, refuse_nul
+from library.options.config_file import read_toml, refuse_unusable
 from library.options.dataset import OWN_INDEX, DatasetOptions
 from library.options.encodings import decode_utf8
 from library.options.ranges import is_finite_number
@@ -164,11 +166,12 @@ def read_dataset_config(data: DatasetOptions, fallbacks: Table) -> RunDataConfig
     if problems:
         raise UserError(f"{path}: " + "\n  ".join(["invalid dataset description", *problems]))
     general = content.get("general", {})
+    tables = [(dataset, resolve_style(dataset, data.masked_loss)) for dataset in content.get("datasets", [])]
+    for line in find_overridden(tables, general, fallbacks, path):
+        logger.warning("%s", line)
     datasets = tuple(
-        build_dataset(
-            dataset, general, fallbacks, resolve_style(dataset, data.masked_loss), f"{path}: data['datasets'][{i}]"
-        )
-        for i, dataset in enumerate(content.get("datasets", []))
+        build_dataset(dataset, general, fallbacks, style, f"{path}: data['datasets'][{i}]")
+        for i, (dataset, style) in enumerate(tables)
     )
     warn_of_unused(general, {dataset.style for dataset in datasets}, path)
     return RunDataConfig(datasets, is_from_file=True)
@@ -208,7 +211,7 @@ def read_description(path: str) -> dict[str, Any]:
         raise UserError(f"{label} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{label}: expected a table with general and datasets, got {type(content).__name__}")
-    refuse_nul(content, label)
+    refuse_unusable(content, label)
     return content
 
 
@@ -299,7 +302,7 @@ def table_problems(table: Table, place: str, level: Level, style: Style | None) 
         elif not is_allowed_at(key, level, style):
             problems.append(f"{place}['{name}'] {explain_where_it_belongs(key, level)}")
         elif not key.kind.fits(value):
-            problems.append(f"{place}['{name}'] is {value!r}, but must be {key.kind.name}{explain_limit(value)}")
+            problems.append(f"{place}['{name}'] is {value!r}, but must be {key.kind.name}{explain_limit(key, value)}")
     return problems
 
 
@@ -411,9 +414,6 @@ def build_subset(subset: Table, outer: Sequence[Table], style: Style, place: str
     if values.pop("cache_info"):
         logger.warning("%s['cache_info'] has no effect: %s", place, OWN_INDEX)
     rules = CaptionRules(**{field.name: values.pop(field.name) for field in fields(CaptionRules)})
-    extension = values["caption_extension"]
-    if not extension.startswith("."):
-        values["caption_extension"] = f".{extension}"
     check_subset(values, rules, place)
     check_attributes(values["custom_attributes"], place)
     patterns_by_source = {name: values.pop(name) for name in FILE_SOURCES}
@@ -492,9 +492,10 @@ def check_opposites(values: Table, place: str) -> None:
         )
 
 
-def explain_limit(value: Any) -> str:
+def explain_limit(key: Key, value: Any) -> str:
     """Return the end of a message about a wrong value: the limit, if the number is too large for any key."""
-    return " below 2^31" if isinstance(value, (int, float)) and abs(value) >= LARGEST else ""
+    is_too_large = isinstance(value, (int, float)) and abs(value) >= LARGEST
+    return " below 2^31" if is_too_large and key.kind is not IMAGE_SIZE else ""
 
 
 # Folder arguments

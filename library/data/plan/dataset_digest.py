@@ -7,8 +7,10 @@ from dataclasses import asdict
 from hashlib import blake2b
 from itertools import islice
 from os.path import basename
+from pathlib import Path
 from typing import Any
 
+from library.checkpoints.hashes import digest_of_file
 from library.data.decoding.threads import read_many
 from library.data.description.schema import RunDataConfig
 from library.data.plan.samples import Samples
@@ -75,6 +77,14 @@ def content_digest(path: str) -> str:
     return digest.hexdigest()
 
 
+def whole_digest(path: str) -> str:
+    """Return the digest of a file's whole content; "" if it cannot be read."""
+    try:
+        return digest_of_file(Path(path))
+    except OSError:
+        return ""
+
+
 def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) -> dict[str, Any]:
     """Return counts and digests of images, captions and settings. Moving a folder as a whole does not change them."""
     settings = asdict(config)
@@ -84,6 +94,9 @@ def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) 
             for name in WHERE:
                 subset.pop(name)
             subset.pop("is_forgetting_probe")  # changes the list of images, too
+            # States of runs without the key were saved before it existed.
+            if not subset["captions"]["enable_multiline_caption"]:
+                subset["captions"].pop("enable_multiline_caption")
     images, captions = blake2b(digest_size=16), blake2b(digest_size=16)
     first = 0
     for subset, scanned in enumerate(samples.subsets):

@@ -6,7 +6,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
-from library.data.description.image_extensions import image_extensions
+from library.data.description.image_extensions import group_unread, image_extensions, list_unread
 from library.data.scanned.images import ScannedImages
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.folders.listing import CAPTION_ENDINGS
@@ -26,10 +26,9 @@ def folder_lines(subset: ScannedSubset, are_trained: bool = True) -> Iterator[Li
     if config.style == "metadata" or not config.image_dir or not os.path.isdir(config.image_dir):
         return
     source = f"  {config.source}:"
-    unread = sorted(name for name in subset.aside if name.rpartition(".")[2].lower() not in CAPTION_ENDINGS)
-    if unread:
-        effect = "images have unsupported extensions; convert or rename them to .png or .jpg"
-        yield logging.WARNING, f"{source} {len(unread)} {effect}: {list_few(unread)}"
+    unread = list_unread(subset.aside)
+    for effect, names in group_unread(unread).items():
+        yield logging.WARNING, f"{source} {len(names)} images {effect}: {list_few(names)}"
     yield from caption_lines(subset, unread, source)
     if are_trained and len(subset.images) <= MOST_COMPARED:
         pairs = [f"{os.path.basename(b)} = {os.path.basename(a)}" for a, b in equal_images(subset.images)]

@@ -9,7 +9,7 @@ import numpy as np
 from library.data.decoding.images import has_alpha, open_image
 from library.data.decoding.threads import read_many
 from library.data.description.schema import RunDataConfig, SubsetConfig
-from library.data.plan.dataset_digest import content_digest
+from library.data.plan.dataset_digest import content_digest, whole_digest
 from library.data.plan.folder_audit import MOST_COMPARED, Line
 from library.data.plan.samples import Samples
 from library.data.scanned.images import ScannedImage, ScannedImages
@@ -163,12 +163,14 @@ def content_lines(images: ScannedImages, source: str, storage: Storage, has_alph
 
 
 def is_same_file(image: ScannedImage, reference: ScannedImage) -> bool:
-    """Return True if both files appear to have the same content, by their digests."""
+    """Return True if both files have the same content, in larger files the same ends."""
     if image.location is not None and reference.location is not None:
         return image.location.digest == reference.location.digest
     if image.size != reference.size or os.path.getsize(image.key) != os.path.getsize(reference.key):
         return False
-    return content_digest(image.key) == content_digest(reference.key)
+    # Most copies that were edited differ in the parts of the short digest, and need not be read whole.
+    is_alike = content_digest(image.key) == content_digest(reference.key)
+    return is_alike and whole_digest(image.key) == whole_digest(reference.key)
 
 
 def is_transparent(reference: ScannedImage, storage: Storage) -> bool:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from library.data.decoding.images import Pixels, read_size
 from library.data.description.buckets import BucketRules, ReferenceRules, Shape, Size, assign_shapes, cover
+from library.data.description.image_extensions import describe_unread
 from library.data.description.schema import DatasetConfig, NoDataFound, SubsetConfig
 from library.data.plan.folder_audit import images_below
 from library.data.plan.order import Bucket, regularisation_repeats
@@ -141,7 +142,8 @@ def check_images(datasets: Sequence[ScannedDataset]) -> None:
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     if not any(subset.images and not subset.config.is_reg for subset in subsets):
         sources = [subset.config.source for subset in subsets if not subset.config.is_reg]
-        below = "".join(images_below(source) for source in sources) + describe_skipped(subsets)
+        unread = describe_unread(name for subset in subsets for name in subset.aside)
+        below = "".join(map(images_below, sources)) + unread + describe_skipped(subsets)
         raise NoDataFound(
             f"no training images in {list_few(sources)}{below}" if sources else "no subset is left to train on"
         )
@@ -151,6 +153,7 @@ def check_images(datasets: Sequence[ScannedDataset]) -> None:
             raise UserError(
                 f"there are no images in {subset.config.source}"
                 + (f" that can be used ({reasons})" if reasons else "")
+                + describe_unread(subset.aside)
                 + describe_skipped([subset])
                 + "; use another folder or remove the subset"
             )

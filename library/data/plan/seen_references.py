@@ -13,9 +13,10 @@ from library.data.decoding.images import Pixels, Placement, apply_placement, cro
 from library.data.decoding.tensors import to_pixels
 from library.data.decoding.threads import read_many
 from library.data.description.schema import SubsetConfig
-from library.data.plan.dataset_digest import content_digest
+from library.data.plan.dataset_digest import whole_digest
 from library.data.plan.samples import Sample, Samples, check_size
-from library.data.sources.storage.storage import Storage
+from library.data.scanned.images import ScannedImage
+from library.data.sources.storage.storage import Storage, is_remote
 from library.errors import UserError
 from library.types import CaptionWithImages
 
@@ -50,15 +51,10 @@ class SeenReferences:
                         f"{config.source}: {name} changes reference images in every draw, but the text encoder, "
                         "whose outputs are cached, sees them too; remove it"
                     )
-        paths = list(
-            {
-                reference.key: None
-                for sample in sample_by_number.values()
-                for reference in sample.image.references
-                if not reference.location
-            }
-        )
-        contents = dict(zip(paths, read_many(content_digest, paths, num_threads, "reading references"), strict=True))
+        # In rows that differ in their captions alone, references repeat.
+        references = list({one: None for sample in sample_by_number.values() for one in sample.image.references})
+        digests = read_many(partial(digest_reference, storage=storage), references, num_threads, "reading references")
+        contents = dict(zip(references, digests, strict=True))
         digests_N = np.zeros(len(samples), dtype=np.uint64)
         for number, sample in sample_by_number.items():
             digests_N[number] = digest_references(sample, subsets[sample.subset].resize_interpolation, contents)
@@ -92,10 +88,19 @@ class SeenReferences:
         )
 
 
-def digest_references(sample: Sample, interpolation: str | None, contents: Mapping[str, str]) -> int:
-    """Return a digest of the references of a sample; never 0. `contents` maps files to digests."""
+def digest_reference(reference: ScannedImage, storage: Storage) -> str:
+    """Return the digest of a reference's whole content; for an image at a URL that of its ends, as in the index."""
+    if reference.location is None:
+        return whole_digest(reference.key)
+    if is_remote(reference.location.file):
+        return reference.location.digest
+    return blake2b(storage.read(reference.location), digest_size=16).hexdigest()
+
+
+def digest_references(sample: Sample, interpolation: str | None, contents: Mapping[ScannedImage, str]) -> int:
+    """Return a digest of the references of a sample; never 0. `contents` maps references to digests."""
     records = [
-        (contents[one.key] if one.location is None else one.location.digest, shape.bucket, shape.resized)
+        (contents[one], shape.bucket, shape.resized)
         for one, shape in zip(sample.image.references, sample.shape.references, strict=True)
     ]
     # 0 stands for a sample without references.

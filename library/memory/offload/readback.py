@@ -5,12 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.memory.pinned import empty_host_copy
+
 
 class Readback:
     """Device values that the host reads later, waiting only for the work that was queued before them.
 
     This is the only place of a step where the host waits for a GPU. `.item()`, `.tolist()` and plain copies would wait
-    until the GPU has finished all queued work.
+    until the GPU has finished all queued work, and so does the copy here if no memory can be pinned.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -18,7 +20,7 @@ class Readback:
         self._arrived: Any = None
         self._values = values
         if values.device.type == "cuda":
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values = empty_host_copy(values)
             self._values.copy_(values, non_blocking=True)
             # This is the host's longest wait of a step. A blocking event leaves the core to the data loader's workers.
             self._arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]

@@ -35,9 +35,16 @@ def allocate_own_master(block: int, num_bytes: int) -> tuple[Tensor, bool]:
 
 
 def stream(
-    stacks: Stacks, num_offloaded: Sequence[int], device: torch.device, make_master: MakeMaster = allocate_own_master
+    stacks: Stacks,
+    num_offloaded: Sequence[int],
+    device: torch.device,
+    make_master: MakeMaster = allocate_own_master,
+    num_slots: int = NUM_SLOTS,
+    pinned_share: float = 1.0,
 ) -> Ring[Tensor, Tensor] | None:
     """Keep `num_offloaded[i]` blocks of stack i in main memory, and provide their weights through slots on `device`.
+
+    They take at most `pinned_share` of the memory that can be pinned.
 
     The weights of these blocks must be frozen, see `library.memory.frozen`. Norms, biases and all other parameters stay
     on the model's device. Return the ring, or None if no block is offloaded.
@@ -48,7 +55,7 @@ def stream(
         return None
     layouts = [list(spans(frozen_layers(block))) for block in blocks]
     masters = [take_out(number, layout, make_master) for number, layout in enumerate(layouts)]
-    ring = Ring(masters, open_streams(masters, device))
+    ring = Ring(masters, open_streams(masters, device, num_slots, pinned_share))
     for number, layout in enumerate(layouts):
         for layer in {span.layer: None for span in layout}:
             layer.handle = OffloadedHandle(ring, number, [span for span in layout if span.layer is layer])
@@ -97,17 +104,26 @@ class OffloadedHandle:
         return {name: part.to(device) for name, part in parts_in(self.layout, self.ring.masters[self.number]).items()}
 
 
-def open_streams(masters: Sequence[Tensor], device: torch.device) -> Streams[Tensor, Tensor]:
+def pinned_bytes(model: nn.Module) -> int:
+    """Return the bytes of pinned memory that hold a model's offloaded blocks."""
+    handles = [layer.handle for layer in frozen_layers(model)]
+    rings = {id(handle.ring): handle.ring for handle in handles if isinstance(handle, OffloadedHandle)}
+    return sum(len(master) for ring in rings.values() for master in ring.masters if master.is_pinned())
+
+
+def open_streams(
+    masters: Sequence[Tensor], device: torch.device, num_slots: int = NUM_SLOTS, pinned_share: float = 1.0
+) -> Streams[Tensor, Tensor]:
     """Open the fastest streams from these masters to the device, and log the choice."""
     largest, total = max(map(len, masters)), sum(map(len, masters))
     summary = f"{len(masters)} blocks ({total / 1e9:.2f} GB) are offloaded to main memory"
     if device.type != "cuda":
         logger.info("%s; without a GPU this saves nothing and copies each block in every pass", summary)
-        return HostStreams(NUM_SLOTS, largest, device)
-    pinned = pin(masters, reserve=staging_bytes(largest))
+        return HostStreams(num_slots, largest, device)
+    pinned = pin(masters, staging_bytes(largest), pinned_share)
     if pinned.reason is None:
         logger.info("%s (pinned): they are copied while others compute", summary)
-        return CudaStreams(NUM_SLOTS, largest, device)
+        return CudaStreams(num_slots, largest, device)
     unpinned_sizes = [len(master) for master in masters if master.data_ptr() not in pinned.addresses]
     logger.warning(
         "%s, of which %d (%.2f GB) cannot be pinned: %s. These are copied twice, which can take longer than computing "
@@ -117,4 +133,4 @@ def open_streams(masters: Sequence[Tensor], device: torch.device) -> Streams[Ten
         sum(unpinned_sizes) / 1e9,
         pinned.reason,
     )
-    return StagedStreams(NUM_SLOTS, largest, device, pinned.addresses)
+    return StagedStreams(num_slots, largest, device, pinned.addresses)

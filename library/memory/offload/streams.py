@@ -4,7 +4,6 @@ Every implementation keeps two promises. `start(slot, master)` fills a slot only
 on the device, including reads of the slot's old bytes. Work queued after `ready(slot)` sees the slot filled.
 """
 
-import logging
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
@@ -12,9 +11,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from library.memory.offload.pinning import clear_last_error
-
-logger = logging.getLogger(__name__)
+from library.memory.pinned import rounded_size, try_to_pin
 
 NUM_STAGING = 2
 PIECE = 64 << 20  # bytes of a staging buffer; WSL2 pins 0.5 to 1 GiB in total, and torch rounds up to powers of two
@@ -130,18 +127,13 @@ class StagedStreams(CudaStreams):
 
 def staging_bytes(num_bytes: int) -> int:
     """Return the bytes of the staging buffers for blocks of up to `num_bytes`. torch rounds each to a power of two."""
-    return NUM_STAGING << (min(PIECE, num_bytes) - 1).bit_length()
+    return NUM_STAGING * rounded_size(min(PIECE, num_bytes))
 
 
 def staging_buffers(num_bytes: int) -> list[Tensor]:
     """Return pinned buffers, or an empty list if the system refuses them."""
-    try:
-        return [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(NUM_STAGING)]
-    except RuntimeError as error:
-        clear_last_error()
-        logger.warning(
-            "no staging buffers of %.0f MB can be pinned (%s): blocks are copied from pageable memory, which is slower",
-            num_bytes / 1e6,
-            str(error).splitlines()[0],
-        )
-        return []
+    buffers = [
+        try_to_pin(lambda: torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)) for _ in range(NUM_STAGING)
+    ]
+    pinned = [buffer for buffer in buffers if buffer is not None]
+    return pinned if len(pinned) == NUM_STAGING else []

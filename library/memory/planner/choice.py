@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from library.memory.offload.ring import NUM_SLOTS
 from library.memory.planner.gpus import Gpu
 from library.memory.planner.prediction import CountedStep, MemoryMode, Predicted, predict
 
@@ -18,6 +19,7 @@ class Allowed:
     offloads_inputs: Sequence[bool] = (False, True)
     num_offloaded: int | None = None  # None: chosen by the planner
     shared_by: int = 1  # processes; with more than one, no block is offloaded
+    num_slots: int = NUM_SLOTS  # of offloaded blocks on the device
 
     def modes(self) -> Iterator[MemoryMode]:
         """Yield every combination, with the fixed number of offloaded blocks or none."""
@@ -25,7 +27,8 @@ class Allowed:
             for every in self.recompute_every:
                 # Without recomputation no block inputs are kept that could be offloaded.
                 for wait in self.offloads_inputs if every is not None else (False,):
-                    yield MemoryMode(weight_format, every, wait, self.num_offloaded or 0, self.shared_by)
+                    count = self.num_offloaded or 0
+                    yield MemoryMode(weight_format, every, wait, count, self.shared_by, self.num_slots)
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,9 @@ class Choice:
 
 def choose(step: CountedStep, allowed: Allowed, gpu: Gpu, correction: float = 1.0) -> Choice:
     """Choose the simplest candidate within `WORTH` of the fastest time; of equals, the faster or smaller one."""
-    candidates = tuple(fit_mode(step, mode, allowed, gpu, correction) for mode in allowed.modes())
+    predictions = [fit_mode(step, mode, allowed, gpu, correction) for mode in allowed.modes()]
+    # Inputs that cannot be pinned make the host wait for each of them, so the planner does not choose this by itself.
+    candidates = tuple(p for p in predictions if p.pins_inputs or all(allowed.offloads_inputs))
     fitting = [candidate for candidate in candidates if candidate.device_bytes <= gpu.memory_bytes]
     least_s = min((candidate.seconds for candidate in fitting), default=0.0)
     near = [candidate for candidate in fitting if (1 - WORTH) * candidate.seconds <= least_s]

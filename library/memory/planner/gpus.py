@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 
 from library.errors import UserError
-from library.memory.offload.pinning import MOST
+from library.memory.pinned import empty_host_copy, max_pinned_bytes
 
 GIB = 2**30
 UNITS = {"": GIB, "g": GIB, "gb": GIB, "gib": GIB, "m": 2**20, "mb": 2**20, "mib": 2**20}
@@ -30,7 +29,6 @@ REACHED = 0.6  # share of one large product's speed that a whole step reaches [d
 LAUNCH_S = 20e-6
 
 STAGING = 10e9  # bytes per second of one thread that copies within main memory [derived]
-WSL_PINNABLE_BYTES = GIB // 2  # 0.5 to 1 GiB are published, for any machine
 
 
 @dataclass(frozen=True)
@@ -46,10 +44,13 @@ class Gpu:
     pinnable_bytes: int | None = None  # of main memory; None: no limit
     staging: float = STAGING  # bytes per second through buffers, for memory that is not pinned
 
-    def copy_seconds(self, num_bytes: int) -> float:
-        """Return the seconds to copy offloaded weights to the GPU. Bytes beyond `pinnable_bytes` are staged."""
-        pinned = num_bytes if self.pinnable_bytes is None else min(num_bytes, self.pinnable_bytes)
-        return pinned / self.bus + (num_bytes - pinned) / min(self.bus, self.staging)
+    def pinned_bytes(self, num_bytes: int, share: float = 1.0) -> int:
+        """Return how many bytes can be pinned within a share of `pinnable_bytes`."""
+        return num_bytes if self.pinnable_bytes is None else min(num_bytes, int(share * self.pinnable_bytes))
+
+    def copy_seconds(self, num_bytes: int, num_pinned: int) -> float:
+        """Return the seconds to copy bytes between main memory and the GPU. Those that are not pinned are staged."""
+        return num_pinned / self.bus + (num_bytes - num_pinned) / min(self.bus, self.staging)
 
 
 # Speeds of a training step from published figures: 60 % of the vendors' dense bfloat16 peak with float32 accumulation,
@@ -130,10 +131,10 @@ def parse_size(flag: str, text: str) -> MemorySize:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if match is None or match[2] not in UNITS or float(match[1]) <= 0:
         raise UserError(f"{flag}: {text!r} is not a memory size; use e.g. 12GB or 11500MB")
-    num_bytes = round(float(match[1]) * UNITS[match[2]])
+    num_bytes = float(match[1]) * UNITS[match[2]]  # infinite for hundreds of digits
     if num_bytes > LARGEST_GPU:
-        raise UserError(f"{flag}: {text!r} is {num_bytes / GIB:g} GiB, more than any GPU has; use e.g. 24GB")
-    return MemorySize(num_bytes, "." not in match[1] and match[2] in NAMES_A_GPU)
+        raise UserError(f"{flag}: {text[:40]!r} is {num_bytes / GIB:g} GiB, more than any GPU has; use e.g. 24GB")
+    return MemorySize(round(num_bytes), "." not in match[1] and match[2] in NAMES_A_GPU)
 
 
 def typical_gpu(size: MemorySize) -> Gpu:
@@ -162,12 +163,12 @@ def benchmark_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, s
         return best_s
 
     matrix = torch.randn(side, side, dtype=dtype, device=device)
-    host = torch.empty(side, side, dtype=dtype, pin_memory=on_gpu)
+    host = empty_host_copy(matrix) if on_gpu else torch.empty_like(matrix)
     product_s = seconds(lambda: matrix @ matrix)
     num_bytes = host.numel() * host.element_size()
     copy_s = seconds(lambda: matrix.copy_(host, non_blocking=True))
     clone_s = seconds(lambda: matrix.clone())  # read and written
-    pageable = torch.empty_like(host, pin_memory=False)
+    pageable = torch.empty(side, side, dtype=dtype)
     staged_s = seconds(lambda: pageable.copy_(host))
     name = torch.cuda.get_device_name(device) if on_gpu else "this processor"
     return Gpu(
@@ -179,10 +180,3 @@ def benchmark_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, s
         pinnable_bytes=max_pinned_bytes(),
         staging=num_bytes / staged_s,
     )
-
-
-def max_pinned_bytes() -> int:
-    """Return the bytes of this machine's main memory that can be pinned."""
-    if "microsoft" in platform.release().lower():
-        return WSL_PINNABLE_BYTES
-    return int(MOST * psutil.virtual_memory().total)

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from library.memory.offload.pinning import SHARE_BESIDE_INPUTS
+from library.memory.offload.ring import NUM_SLOTS
+from library.memory.pinned import rounded_size
 from library.memory.planner.gpus import GIB, LAUNCH_S, Gpu
 from library.memory.planner.steps import CountedOptimizer, StepSegment, Timeline, compute_peak_bytes
 from library.memory.planner.weights import ModelWeights, StorageCost
@@ -27,6 +30,7 @@ class MemoryMode:
     offloads_inputs: bool = False  # inputs of recomputed blocks are kept in main memory between the passes
     num_offloaded: int = 0  # --blocks_to_swap
     shared_by: int = 1  # processes over which the denoiser is sharded, --shard_base
+    num_slots: int = NUM_SLOTS  # on the device, for the offloaded blocks, --block_swap_ring_size
 
     @property
     def complexity(self) -> int:
@@ -64,6 +68,7 @@ class CountedStep:
     most_offloaded: int
     multiplies_codes: bool = False  # the step was counted with --base_arithmetic 8bit
     gradientless: GradientlessPasses | None = None  # None if a step has only a forward and a backward pass
+    batch_bytes: int = 0  # of pinned main memory, from which batches are copied
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class Predicted:
     host_bytes: int  # of main memory, for offloaded blocks and inputs
     peak: str  # the phase that needs most memory
     error: float | None  # of the weight format, relative to a layer's output; None without a format
+    pins_inputs: bool  # False if offloaded inputs cannot be pinned beside offloaded weights and batches
 
 
 def predict(step: CountedStep, mode: MemoryMode, gpu: Gpu, correction: float = 1.0) -> Predicted:
@@ -95,7 +101,7 @@ def predict(step: CountedStep, mode: MemoryMode, gpu: Gpu, correction: float = 1
     if mode.shared_by > 1:
         denoiser_bytes = step.weights.shared_bytes(cost, mode.shared_by)
     else:
-        denoiser_bytes = step.weights.resident_bytes(cost, offloaded)
+        denoiser_bytes = step.weights.resident_bytes(cost, offloaded, mode.num_slots)
     weight_bytes = denoiser_bytes + encoder_bytes + step.other_bytes
     kept_bytes = step.optimizer.state + step.held_gradient_bytes
     passes = step.gradientless
@@ -107,8 +113,15 @@ def predict(step: CountedStep, mode: MemoryMode, gpu: Gpu, correction: float = 1
     training_bytes = step.adapter_bytes + round(correction * max(pass_bytes, optimizer_bytes))
     block_sizes = step.weights.block_bytes(cost)
     streamed_bytes = sum(block_sizes[block_index] for block_index in offloaded)
-    input_bytes = sum(offloaded_input_bytes(step, mode))
-    seconds = predict_seconds(parts, cost.slowdown, streamed_bytes, input_bytes, gpu, passes)
+    input_sizes = offloaded_input_bytes(step, mode)
+    input_bytes, pinned_other_bytes = sum(input_sizes), step.batch_bytes + sum(map(rounded_size, input_sizes))
+    pinned_weight_bytes = gpu.pinned_bytes(streamed_bytes, SHARE_BESIDE_INPUTS if mode.offloads_inputs else 1.0)
+    pins_inputs = (
+        not input_sizes or gpu.pinnable_bytes is None or pinned_weight_bytes + pinned_other_bytes <= gpu.pinnable_bytes
+    )
+    weights_s = gpu.copy_seconds(streamed_bytes, pinned_weight_bytes)
+    inputs_s = gpu.copy_seconds(input_bytes, input_bytes if pins_inputs else 0)
+    seconds = predict_seconds(parts, cost.slowdown, weights_s, inputs_s, gpu, passes, mode.num_slots > 1)
     seconds *= 1 + COST_OF_OFFLOADING * len(offloaded) / max(1, len(block_sizes))
     # The allocator's overhead comes from temporary tensors; weights are allocated once.
     device_bytes = weight_bytes + round((1 + ALLOCATOR_SHARE) * training_bytes) + CONTEXT_BYTES
@@ -123,6 +136,7 @@ def predict(step: CountedStep, mode: MemoryMode, gpu: Gpu, correction: float = 1
         streamed_bytes + input_bytes,
         peak,
         cost.error,
+        pins_inputs,
     )
 
 
@@ -153,25 +167,29 @@ def offloaded_input_bytes(step: CountedStep, mode: MemoryMode) -> list[int]:
 def predict_seconds(
     parts: list[StepSegment],
     slowdown: float,
-    streamed: int,
-    inputs: int,
+    weights_s: float,
+    inputs_s: float,
     gpu: Gpu,
     gradientless: GradientlessPasses | None = None,
+    overlaps: bool = True,
 ) -> float:
     """Return the seconds of a step: in each pass the longer of computing and copying, which run in parallel.
 
-    Streamed weights are copied to the GPU in both passes. Block inputs are copied to main memory in the first and back
-    in the second pass. They share the bus. Computing is the sum of arithmetic, memory traffic of the GPU and kernel
-    launches. Large models hide part of the last two, small ones do not.
+    Streamed weights are copied to the GPU in both passes, in `weights_s`. Block inputs are copied to main memory in the
+    first and back in the second pass, in `inputs_s`. They share the bus. Unless a slot is free for it (`overlaps`), a
+    block is copied after the one before has computed. Computing is the sum of arithmetic, memory traffic of the GPU and
+    kernel launches. Large models hide part of the last two, small ones do not.
     """
     compute_s = {False: 0.0, True: 0.0}
     for part in parts:
         segment = part.segment
         seconds = slowdown * segment.flops / gpu.flops + segment.moved / gpu.bandwidth + segment.launches * LAUNCH_S
         compute_s[part.is_backward] += seconds
-    copy_s = gpu.copy_seconds(streamed) + inputs / gpu.bus
-    total = sum(max(seconds, copy_s) for seconds in compute_s.values())
+
+    def together(compute: float, stream: float, other: float = 0.0) -> float:
+        return max(compute, stream + other) if overlaps else max(compute, other) + stream
+
+    total = sum(together(seconds, weights_s, inputs_s) for seconds in compute_s.values())
     if gradientless is None:
         return total
-    stream_s = gradientless.num_passes * gpu.copy_seconds(streamed)
-    return total + max(gradientless.num_batches * compute_s[False], stream_s)
+    return total + together(gradientless.num_batches * compute_s[False], gradientless.num_passes * weights_s)

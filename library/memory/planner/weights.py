@@ -120,12 +120,12 @@ class ModelWeights:
         """Return the bytes of each offloadable block."""
         return [bytes_of_all(counts, cost) for counts in self._counts[1]]
 
-    def resident_bytes(self, cost: StorageCost, offloaded: Collection[int]) -> int:
+    def resident_bytes(self, cost: StorageCost, offloaded: Collection[int], num_slots: int = NUM_SLOTS) -> int:
         """Return the bytes on the device with the blocks in `offloaded` offloaded, including their slots."""
         sizes = self.block_bytes(cost)
         resident = sum(size for i, size in enumerate(sizes) if i not in offloaded)
         # Every slot has the size of the largest offloaded block.
-        slots = NUM_SLOTS * max((sizes[i] for i in offloaded), default=0)
+        slots = num_slots * max((sizes[i] for i in offloaded), default=0)
         return self.fixed_bytes + bytes_of_all(self._counts[0], cost) + resident + slots
 
     def shared_bytes(self, cost: StorageCost, num_processes: int) -> int:

@@ -13,7 +13,7 @@ from library.models.shapes import shape_of
 from library.models.vae.checkpoint_keys import VAE_PREFIXES
 from library.models.vae.latents import KlLatents
 from library.models.vae.vae import single_vae, vae_of_folder
-from library.protocols import LatentSpec
+from library.protocols import POSTERIOR_MEAN, LatentSpec
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +23,11 @@ FOLDER = "vae"  # in a diffusers folder
 MARK = "decoder.conv_in.weight"
 
 
-def map_latents(cache_suffix: str, max_references: int = 0) -> KlLatents:
+def map_latents(cache_suffix: str, max_references: int = 0, takes_mean: bool = False) -> KlLatents:
     """Return the latents of a base model whose tokens are 2 x 2 latents, with 16 channels and 8 pixels a side."""
-    spec = LatentSpec(CHANNELS, 8, 16, cache_suffix, False, max_references, patch=2)
-    return KlLatents(spec, SCALE, SHIFT, caches_normalized=True)
+    computed_as = POSTERIOR_MEAN if takes_mean else ""
+    spec = LatentSpec(CHANNELS, 8, 16, cache_suffix, False, max_references, patch=2, computed_as=computed_as)
+    return KlLatents(spec, SCALE, SHIFT, caches_normalized=True, takes_mean=takes_mean)
 
 
 def open_ae(model: str, name: str | None, base: BaseFiles, flag: str = "--ae") -> Component:

@@ -13,22 +13,25 @@ from library.protocols import LatentSpec
 
 @dataclass(frozen=True)
 class KlLatents:
-    """Latents of diffusers' AutoencoderKL; the cache holds posterior samples, before or after shift and scale."""
+    """Latents of diffusers' AutoencoderKL. The cache holds posterior samples or means, before or after shift and
+    scale."""
 
     spec: LatentSpec
     scale: float  # scales latents to about unit variance
     shift: float = 0.0  # subtracted before scaling
     caches_normalized: bool = False  # cached after shift and scale
+    takes_mean: bool = False  # of the posterior, in place of a sample
 
     def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         """Return samples of the posterior, float32: mean + std * noise, with each image's own generator.
 
-        Without generators return the mean. With `caches_normalized` the result is shifted and scaled.
+        Without generators, or with `takes_mean`, return the mean. With `caches_normalized` the result is shifted and
+        scaled.
         """
         model: Any = vae
         posterior = model.encode(pixels_BCHW.to(model.device, model.dtype)).latent_dist
         latents_BCHW: Tensor = posterior.mean.float()
-        if generators is not None:
+        if generators is not None and not self.takes_mean:
             assert len(generators) == len(pixels_BCHW)
             # From each image's own generator, so that latents do not depend on the batch.
             noise_BCHW = torch.stack([torch.randn(latents_BCHW.shape[1:], generator=g) for g in generators])

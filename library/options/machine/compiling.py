@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from library.options.base import Options, option
 
 ON = ("compile", "torch_compile")
+COMPILERS = (
+    "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt", "onnxrt",
+    "tensort", "ipex", "tvm",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,20 +57,7 @@ class CompileOptions(Options):
         needs="torch_compile",
         takes_other_values=True,  # torch knows which of them are installed
         help="Compiler that --torch_compile uses.",
-        choices=(
-            "eager",
-            "aot_eager",
-            "inductor",
-            "aot_ts_nvfuser",
-            "nvprims_nvfuser",
-            "cudagraphs",
-            "ofi",
-            "fx2trt",
-            "onnxrt",
-            "tensort",
-            "ipex",
-            "tvm",
-        ),
+        choices=COMPILERS,
     )
 
     cuda_graphs: bool = option(

@@ -8,6 +8,14 @@ from library.options.machine.base_formats import BASE_FORMATS
 ONE_FORMAT = {  # excluded by the older 8-bit options
     f"base_format={'|'.join(name for name in BASE_FORMATS if name != 'fp8')}": "each names a format of the same weights"
 }
+ONLY_TO_THE_GPU = (
+    "swapped blocks are frozen and always only copied to the GPU, with every base model and without "
+    "--gradient_checkpointing too"
+)
+PINNED = "swapped blocks are in pinned memory as far as the system allows it"
+THROUGH_MAIN_MEMORY = (
+    "models are loaded one after the other through main memory; --fp8_base halves what the largest takes"
+)
 ATTENTION_MODES = ("torch", "xformers", "flash", "sageattn", "sdpa")  # values of --attn_mode
 
 
@@ -47,15 +55,37 @@ class MemoryOptions(Options):
         None,
         at_least=0,
         usual=True,
-        own=True,
         affects_training=False,
         help="Number of the denoiser's blocks whose weights are offloaded to main memory until they are needed. Saves "
         "GPU memory; the cost in time depends on how long a block computes. In models with two kinds of blocks, half "
         "of the number are offloaded from the first kind, and two blocks of the second kind count as one; if one kind "
         "has too few, more of the other are offloaded.",
     )
+    block_swap_ring_size: int = option(
+        2,
+        at_least=1,
+        needs="blocks_to_swap",
+        own=True,
+        affects_training=False,
+        help="Number of GPU buffers through which the blocks of --blocks_to_swap pass. 2 copies one block while "
+        "another computes, more also hide copies of uneven length, and 1 takes the least memory but copies and "
+        "computes in turn.",
+    )
+    block_swap_h2d_only: bool = option(
+        False,
+        ignored=ONLY_TO_THE_GPU,
+        own=True,
+        affects_training=False,
+        help=f"Has no effect: {ONLY_TO_THE_GPU}.",
+    )
+    use_pinned_memory_for_block_swap: bool = option(
+        False, ignored=PINNED, own=True, affects_training=False, help=f"Has no effect: {PINNED}."
+    )
     lowram: bool = option(
-        False, affects_training=False, help="Load models directly to the GPU, for machines with little main memory."
+        False,
+        affects_training=False,
+        ignored=THROUGH_MAIN_MEMORY,
+        help=f"Has no effect: {THROUGH_MAIN_MEMORY}.",
     )
     highvram: bool = option(
         False,

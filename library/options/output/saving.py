@@ -18,8 +18,8 @@ class SavingOptions(Options, affects_training=False):
     save_precision: str | None = option(
         None,
         usual=True,
-        help="Number format of saved weights: float, fp16 or bf16. Unset keeps the format of training.",
-        choices=(None, "float", "fp16", "bf16"),
+        help="Number format of saved weights: float (or fp32), fp16 or bf16. Unset keeps the format of training.",
+        choices=(None, "float", "fp32", "fp16", "bf16"),
     )
     save_model_as: str = option(
         "safetensors",
@@ -180,6 +180,14 @@ class MetadataOptions(Options, affects_training=False):
     metadata_description: str | None = option(None, help="Description of the model in the file's metadata.")
     metadata_license: str | None = option(None, help="License of the model in the file's metadata.")
     metadata_tags: str | None = option(None, help="Tags of the model in the file's metadata, separated by commas.")
+    metadata_reso: str | None = option(
+        None,
+        own=True,
+        help="Resolution of the model in the file's metadata, SIDE or WIDTH,HEIGHT. Unset uses --resolution.",
+    )
+    metadata_arch: str | None = option(
+        None, own=True, help="Architecture of the model in the file's metadata. Unset uses the base model's."
+    )
     metadata_usage_hint: str | None = option(None, help="Hint in the file's metadata on how to use the model.")
     metadata_thumbnail: str | None = option(
         None,

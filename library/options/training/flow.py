@@ -80,6 +80,21 @@ class FlowSamplingOptions(Options, needs_images=True):
         needs="timestep_sampling=sigma|shift",
         help="How far --timestep_sampling sigma and shift push noise levels toward pure noise. 1 leaves them alone.",
     )
+    num_timestep_buckets: int | None = option(
+        None,
+        at_least=0,
+        at_most=1000,  # whole timesteps
+        own=True,
+        help="Divide the distribution of noise levels into N equal parts and draw each equally often, so that small "
+        "datasets see all levels evenly. Unset, 0 or 1 draws each level independently.",
+    )
+    preserve_distribution_shape: bool = option(
+        False,
+        own=True,
+        needs=("min_timestep", "max_timestep"),
+        help="Cut the distribution of noise levels off at --min_timestep and --max_timestep, instead of scaling it to "
+        "fit between them.",
+    )
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,6 @@ class ScheduleOptions(Options):
         None,
         is_share=True,
         sweep_name="minlr",
-        help="Learning rate at the end as a share of that at the start, for cosine_with_min_lr and "
-        "warmup_stable_decay.",
+        help="Learning rate at the end as a share of that at the start, for cosine_with_min_lr, warmup_stable_decay "
+        "and rex (unset: 0.01).",
     )

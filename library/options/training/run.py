@@ -76,8 +76,8 @@ class FaultOptions(Options, own=True):
     )
     deterministic: bool = option(
         False,
-        help="Make two runs with the same seed on the same GPU bitwise equal, by avoiding kernels that sum in varying "
-        "order; steps may take longer. Runs on the CPU always are.",
+        help="Make two runs with the same seed on the same GPU bitwise equal, by kernels that add in a fixed order; "
+        "steps may take longer. An operation without such a kernel ends the run. Runs on the CPU always are equal.",
     )
     selftest: bool = option(
         False,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from library.checkpoints.overwriting import check_overwrite
+from library.checkpoints.overwriting import check_target
 from library.data.decoding.images import read_pixels
 from library.data.plan.audit_findings import Finding, inspect
 from library.data.plan.data_plan import DataPlan, build_plan
@@ -15,7 +15,7 @@ from library.errors import UserError
 from library.options.train import TrainOptions
 from library.protocols import LatentSpec
 from library.training.command_line.pairs import show_pairs
-from library.training.report_page.page import REPORT
+from library.training.report_page.page import report_kind
 from library.training.report_page.record import Record
 from library.training.report_page.writer import build_report, write_page
 from library.training.reporting.event_stream import WarningEvents, plain
@@ -53,7 +53,7 @@ def audit_only(options: TrainOptions, latents: LatentSpec, warnings: WarningEven
             End("finished", None, time.time() - began, None, None, None),
         ]
         path = Names.build(options.saving).path_with_ending("-audit.html")
-        check_overwrite("--audit_only:", path, REPORT)
+        check_target("--audit_only:", path, report_kind(options.saving.output_name))
         write_page(path, build_report(collect_events(events)))
         logger.info("full report with thumbnails: %s", path)
 

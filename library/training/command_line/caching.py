@@ -1,10 +1,12 @@
 """Commands that encode a dataset for later runs."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from library.data.plan.data_plan import DataPlan, build_plan
@@ -55,6 +57,9 @@ def add_command_options(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     """Add the options of musubi-tuner's caching commands; models run in bf16 by default, as there."""
     parser.add_argument("--batch_size", type=int, help="Images or captions that are encoded at a time.")
     parser.add_argument("--num_workers", type=int, help="Threads that read images: --max_data_loader_n_workers.")
+    parser.add_argument(
+        "--device", help="Device to encode on, such as cpu or cuda:1. Unset is the GPU if there is one."
+    )
     parser.add_argument("--skip_existing", action="store_true", help="Trust files by name: --skip_cache_check.")
     parser.add_argument("--keep_cache", action="store_true", help=NEVER_DELETED)
     parser.set_defaults(mixed_precision="bf16", max_data_loader_n_workers=0)
@@ -63,6 +68,8 @@ def add_command_options(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 
 def with_command_options(args: argparse.Namespace, batch_size: str, **values: object) -> argparse.Namespace:
     """Translate the options of `add_command_options`; `batch_size` is the name of that option."""
+    if args.device is not None:
+        select_device(args.device)
     overrides = {"skip_cache_check": args.skip_existing or args.skip_cache_check}
     if args.batch_size is not None:
         if args.batch_size < 1:
@@ -71,6 +78,17 @@ def with_command_options(args: argparse.Namespace, batch_size: str, **values: ob
     if args.num_workers is not None:
         overrides["max_data_loader_n_workers"] = args.num_workers
     return argparse.Namespace(**{**vars(args), **overrides, **values})
+
+
+def select_device(text: str) -> None:
+    """Make accelerate use a device. Raises UserError if the device is unknown or absent."""
+    try:
+        torch.empty(1, device=text)
+    # torch raises AssertionError where it was built without the device.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {text} cannot be used ({reason}); use cpu, or leave it out") from None
+    os.environ["ACCELERATE_TORCH_DEVICE"] = text
 
 
 def cache_images_to_disk(

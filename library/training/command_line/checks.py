@@ -4,14 +4,13 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 
 import torch
 
 from library.checkpoints.folders import ADDED_TO_NAMES, LONGEST_ON_WINDOWS
-from library.checkpoints.metadata import thumbnail_url
-from library.checkpoints.overwriting import check_not_input, check_overwrite
+from library.checkpoints.metadata import modelspec_resolution, thumbnail_url
 from library.data.concepts.prompts_file import FLAG as PROMPTS_FLAG
 from library.data.concepts.prompts_file import read_prompt_pairs
 from library.errors import UserError
@@ -25,27 +24,24 @@ from library.options.machine.memory import PrecisionOptions
 from library.options.model import ModelOptions
 from library.options.no_effect import find_unused, is_requested, is_set
 from library.options.output.preview import PreviewOptions
-from library.options.output.saving import MetadataOptions
 from library.options.ranges import check_ranges
 from library.options.requirements import check_requirements, unsupported
 from library.options.train import TrainOptions
 from library.options.training.concepts import ConceptOptions
 from library.options.training.network import NetworkOptions
 from library.options.training.noise import NoiseOptions
-from library.options.training.optimizer import OptimizerOptions
+from library.training.command_line.doubtful import find_doubtful
+from library.training.command_line.targets import check_targets
 from library.training.evaluation.preview import PreviewSchedule
 from library.training.evaluation.prompts import check_sampler, read_prompts
 from library.training.optimization.optimizers import class_path, resolve_optimizer_type
-from library.training.report_page.page import REPORT
 from library.training.reporting.trackers import read_tracker_config, tracker_kind
 from library.training.saving.checkpoints import Names, state_folder
 
 logger = logging.getLogger(__name__)
 
-PASSWORD = re.compile(r"(?P<scheme>\w+://)[^\s/@:]*:[^\s/@]+@(?P<host>[^\s/]*)")
-ADAPTIVE = ("adam", "lion")  # their step size equals the learning rate, whatever the gradient
-HIGH_RATE = 5e-3  # ten times the value that front ends and guides use for small adapters
-SETS_OWN_RATE = ("prodigy", "dadapt", "adafactor")  # have their own warnings about unusual rates
+# The lookbehind keeps the search linear: without it every letter of a long word begins a scheme.
+PASSWORD = re.compile(r"(?P<scheme>(?<!\w)\w+://)[^\s/@:]*:[^\s/@]+@(?P<host>[^\s/]*)")
 FILE_OF_STATE = f".training.{'0' * 12}.safetensors"  # while it is written
 SQUARES_IN_DTYPE_OF_WEIGHTS = (
     "torch.optim.Adam", "torch.optim.NAdam", "torch.optim.RAdam", "torch.optim.RMSprop", "prodigyopt.",
@@ -185,45 +181,14 @@ def check_output(options: TrainOptions) -> None:
     check_output_name(saving.output_name or "")
     # Read now, because a wrong path would otherwise fail at the first save and lose the training.
     thumbnail_url(options.metadata.metadata_thumbnail)
+    if options.metadata.metadata_reso:
+        modelspec_resolution("metadata_reso", options.metadata.metadata_reso)
     names = Names.build(saving)
     check_lengths(names)
+    check_targets(options)
     path = names.of_end()
-    if path.is_dir():
-        raise UserError(f"--output_name: {path} is a folder, but the adapter is saved under that name; use another")
-    check_overwriting(options)
     if path.exists() and not (options.state.resume or options.state.autoresume):
         logger.warning("%s already exists and will be overwritten when the run ends", path)
-
-
-def check_overwriting(options: TrainOptions) -> None:
-    """Raise UserError if the run would overwrite one of its inputs, or if the report would overwrite another file."""
-    inputs = find_input_files(options, is_resumed=bool(options.state.resume or options.state.autoresume))
-    names = Names.build(options.saving)
-    # Every save writes a file of the run's name with a step or an epoch, so inputs of such names would be overwritten
-    # too.
-    for input_path in inputs:
-        is_of_run = names.has_stem(input_path.stem) and input_path.suffix == names.of_end().suffix
-        if is_of_run and input_path.parent.resolve() == names.folder.resolve():
-            check_not_input("--output_name:", input_path, [input_path])
-    values = options.flat()
-    for name, facts in type(options).facts().items():
-        if facts.names_output and values[name]:
-            check_not_input(f"--{name}", Path(values[name]), inputs)
-    if not options.reports.no_report:
-        for page in (names.of_report(), *([names.of_sweep()] if options.sweep.sweep else [])):
-            check_overwrite("--output_name:", page, REPORT, inputs)
-
-
-def find_input_files(options: Options, is_resumed: bool) -> list[Path]:
-    """Return the input files that the options name.
-
-    A resumed run takes its weights from the state and reads only the shapes of an adapter file.
-    """
-    outputs = {name for name, facts in type(options).facts().items() if facts.names_output}
-    left_out = {*outputs, *(["network_weights"] if is_resumed else [])}
-    values = [value for name, value in options.flat().items() if name not in left_out]
-    candidates = [text for value in values for text in (value if isinstance(value, list) else [value])]
-    return [Path(text) for text in candidates if isinstance(text, str | Path) and os.path.isfile(text)]
 
 
 def check_output_name(name: str) -> None:
@@ -371,14 +336,6 @@ def warn_of_fp16_vae(model: ModelOptions, mixed_precision: str) -> None:
         )
 
 
-def gpu_without_bf16() -> str | None:
-    """Return the name of a CUDA GPU older than Ampere, the first generation with bf16 tensor cores; else None."""
-    # ROCm numbers its GPUs by another scheme, so the comparison would say nothing there.
-    if not torch.cuda.is_available() or torch.version.hip or torch.cuda.get_device_capability() >= (8, 0):
-        return None
-    return torch.cuda.get_device_name()
-
-
 def has_accelerator() -> bool:
     """Return True if torch finds a device other than the CPU."""
     return torch.accelerator.is_available()
@@ -412,61 +369,3 @@ def check_previews(preview: PreviewOptions) -> None:
     if not PreviewSchedule.build(preview).is_empty and preview.sample_prompts:
         check_sampler(preview.sample_sampler, "--sample_sampler")
         read_prompts(Path(preview.sample_prompts))
-
-
-def find_doubtful(options: TrainOptions) -> Iterator[str]:
-    """Yield a line for every valid setting that is probably a mistake."""
-    if options.noise.zero_terminal_snr and not options.model.v_parameterization:
-        yield (
-            "--zero_terminal_snr leaves no signal at the last timestep, where a model that predicts noise learns "
-            "nothing; it is meant for --v_parameterization"
-        )
-    # accelerate launch passes its own option on in this variable.
-    launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if options.precision.mixed_precision == "no" and launcher_precision != "no":
-        yield (
-            f"accelerate launch has --mixed_precision {launcher_precision}, which has no effect: the script's own "
-            f"option counts, and that is no; give --mixed_precision {launcher_precision} to the script"
-        )
-    if options.precision.mixed_precision == "bf16" and (gpu := gpu_without_bf16()) is not None:
-        yield (
-            f"--mixed_precision bf16: {gpu} has no units for bf16, so products are emulated and attention takes far "
-            "more memory; --mixed_precision fp16 is faster there"
-        )
-    yield from find_lost_metadata(options.metadata, options.saving.save_model_as)
-    yield from find_doubtful_rates(options.network, options.optimizer)
-
-
-def find_lost_metadata(metadata: MetadataOptions, file_type: str) -> Iterator[str]:
-    """Yield a line for every given option whose text a file of this type cannot hold."""
-    values, defaults = metadata.flat(), MetadataOptions.defaults()
-    for name in values if file_type in ("ckpt", "pt") else ():
-        if name != "no_metadata" and is_set(values[name], defaults[name]):
-            yield f"--{name} has no effect: files of --save_model_as {file_type} hold no metadata"
-
-
-def find_doubtful_rates(network: NetworkOptions, optimizer: OptimizerOptions) -> Iterator[str]:
-    """Yield a line where the denoiser's adapter trains with the default rate, which is meant for whole models, and for
-    every rate at which Adam and its relatives destroy an adapter."""
-    name, rate = resolve_optimizer_type(optimizer), optimizer.learning_rate
-    if name.lower().startswith(SETS_OWN_RATE):
-        return
-    is_named = network.unet_lr is not None or network.network_train_text_encoder_only
-    if not is_named and rate == OptimizerOptions.learning_rate:
-        # Lion's authors recommend rates 3 to 10 times lower than Adam's (Chen et al. 2023).
-        usual = "3e-5" if "lion" in name.lower() else "1e-4"
-        rank, alpha = network.network_dim, network.network_alpha
-        weaker = f", and --network_alpha {alpha:g} of --network_dim {rank} weakens it more"
-        yield (
-            f"--learning_rate is {rate:g}, the default for training whole models and far too low for an adapter"
-            f"{weaker if rank is not None and 0 < alpha < rank else ''}; {usual} is usual with {name}"
-        )
-    rates = {"unet_lr": network.unet_lr, "text_encoder_lr": max(network.text_encoder_lr or (), default=None)}
-    if network.unet_lr is None:
-        rates["learning_rate"] = rate
-    for flag, value in rates.items() if any(part in name.lower() for part in ADAPTIVE) else ():
-        if value is not None and value >= HIGH_RATE:
-            yield (
-                f"--{flag} is {value:g}, at which {name} usually destroys an adapter within a few steps; 1e-4 is "
-                "usual, 1e-3 is high"
-            )

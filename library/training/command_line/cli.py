@@ -12,7 +12,7 @@ from library.options.base import Options
 from library.options.leco import list_ignored_by_leco, list_refused_by_leco
 from library.options.output.console import ConsoleOptions
 from library.options.train import TrainOptions
-from library.training.command_line.console import forgive_write_errors, setup_logging
+from library.training.command_line.console import forgive_write_errors, start_run_log
 from library.training.command_line.help import EXAMPLES, EXAMPLES_OF_PROMPTS, TrainingParser
 from library.training.command_line.recipes import read_recipe
 from library.training.config_file import (
@@ -149,7 +149,7 @@ def from_program(parser: argparse.ArgumentParser, args: argparse.Namespace) -> a
 
     Raises ConfigFileError for an invalid value.
     """
-    setup_logging(ConsoleOptions.from_args(argparse.Namespace(**{**ConsoleOptions.defaults(), **vars(args)})))
+    start_run_log(ConsoleOptions.from_args(argparse.Namespace(**{**ConsoleOptions.defaults(), **vars(args)})))
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     toml_values = {name: to_toml_value(value) for name, value in vars(args).items() if value is not None}
     # A program's namespace has a value for every option. Only those that differ from the default override the recipe.
@@ -174,10 +174,10 @@ def to_toml_value(value: Any) -> Any:
 def start_logging(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Start logging as the options say; exit with status 1 if the log cannot be written."""
     try:
-        setup_logging(ConsoleOptions.from_args(args))
+        start_run_log(ConsoleOptions.from_args(args))
     except ValueError as error:
         # The requested log failed, so the error goes to a console with default options.
-        setup_logging(ConsoleOptions())
+        start_run_log(ConsoleOptions())
         logger.error("%s", error)
         parser.exit(1)
 

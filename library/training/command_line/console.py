@@ -9,15 +9,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from library.checkpoints.overwriting import FileType, check_overwrite
+from library.checkpoints.overwriting import FileKind, check_target, read_start
 from library.errors import UserError
 from library.formatting import escape_controls
 from library.launcher import launched_rank
 from library.options.output.console import ConsoleOptions
+from library.version import NAME, VERSION
+
+logger = logging.getLogger(__name__)
 
 DATED = logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", "%Y-%m-%d %H:%M:%S")
 LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # the start of a line by `build_handler`
-LOG = FileType("a log file", lambda start: LOG_LINE.match(start) is not None)
 LINES = "\n\t"  # control characters that messages may contain
 CONSOLE = "console of "  # prefix of the name of the handler that shows log lines
 
@@ -142,6 +144,15 @@ def setup_logging(options: ConsoleOptions) -> None:
     )
 
 
+def start_run_log(options: ConsoleOptions) -> None:
+    """Configure logging as `setup_logging` does, and log this suite's name and version.
+
+    That is the first line of every run's log, because front ends start scripts from folders that several programs fill.
+    """
+    setup_logging(options)
+    logger.info("%s %s", NAME, VERSION)
+
+
 def resolve_log_level(options: ConsoleOptions) -> int:
     """Return the lowest level to show; the default is INFO."""
     name = options.console_log_level or "INFO"
@@ -149,6 +160,12 @@ def resolve_log_level(options: ConsoleOptions) -> int:
     if not isinstance(level, int):
         raise UserError(f"--console_log_level is {name}; use DEBUG, INFO, WARNING, ERROR or CRITICAL")
     return level
+
+
+def is_log(path: Path) -> bool:
+    """Return True for a log by this suite, and for a text named .log, as sd-scripts writes it."""
+    start = read_start(path)
+    return LOG_LINE.match(start) is not None or (path.suffix == ".log" and b"\0" not in start)
 
 
 def build_handlers(options: ConsoleOptions) -> list[logging.Handler]:
@@ -160,8 +177,7 @@ def build_handlers(options: ConsoleOptions) -> list[logging.Handler]:
     if options.console_log_file:
         path = Path(options.console_log_file)
         try:
-            if path.suffix != ".log":
-                check_overwrite("--console_log_file", path, LOG)
+            check_target("--console_log_file", path, FileKind("a log file", is_log))
             path.parent.mkdir(parents=True, exist_ok=True)
             file = logging.FileHandler(path, mode="w", encoding="utf-8", errors="backslashreplace")
         except OSError as error:

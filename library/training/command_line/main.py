@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+from bdb import BdbQuit
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -21,6 +22,7 @@ from library.training.command_line.show_timesteps import resolve_timestep_previe
 from library.training.command_line.training import train_alone
 from library.training.failures.failure import StoppedByError
 from library.training.failures.interruption import Interrupted, Interruption
+from library.training.failures.out_of_memory import describe_out_of_memory, is_out_of_memory
 from library.training.reporting.event_stream import capture_warnings
 from library.training.saving.resume import AlreadyComplete
 
@@ -129,14 +131,19 @@ OUR_FAULT = (
 def report_error(error: Exception, args: argparse.Namespace | None = None) -> None:
     """Print the error that ended a run, and what was saved. `args` are the options as typed.
 
-    User errors and errors of the operating system are printed as a sentence; anything else is a bug and keeps its
-    traceback.
+    User errors, errors of the operating system, memory that ran out and a debugger's quit are printed as sentences;
+    anything else is a bug and keeps its traceback.
     """
     # A full disk or missing rights: the operating system refused something for a file.
     is_from_system = isinstance(error, OSError) and error.errno is not None and error.filename is not None
     if isinstance(error, StoppedByError) and isinstance(error.__cause__, Exception):
         report_error(error.__cause__, args)
         logger.error("%s", error)
+    elif isinstance(error, BdbQuit):
+        logger.error("the debugger ended the run")
+    elif is_out_of_memory(error):
+        logger.error("%s", describe_out_of_memory(error))
+        logger.debug("where it was found:", exc_info=error)
     elif isinstance(error, UserError) or is_from_system:
         # --dit is musubi-tuner's name of the base model's flag; the message has the one that was typed.
         is_dit = getattr(args, "dit", None) and not getattr(args, "pretrained_model_name_or_path", None)

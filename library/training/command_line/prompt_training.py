@@ -14,7 +14,7 @@ from library.options.output.console import ConsoleOptions
 from library.options.train import TrainOptions
 from library.training.command_line.checks import ignore_message
 from library.training.command_line.cli import build_parser_of_prompts
-from library.training.command_line.console import setup_logging
+from library.training.command_line.console import start_run_log
 from library.training.command_line.main import main, report_error
 from library.training.config_file import config_path, flatten, load_toml
 
@@ -39,7 +39,7 @@ def main_by_prompts(recognise: Recognise, elsewhere: Callable[[str], str], argv:
             read_prompt_pairs(Path(prompts), warn=ignore_message)
         spec = recognise(base) if base else None
     except UserError as error:
-        setup_logging(ConsoleOptions())
+        start_run_log(ConsoleOptions())
         report_error(error)
         return 1
     if spec is not None:

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from library.checkpoints.overwriting import FileType, open_lock_file
+from library.checkpoints.overwriting import known_by_start, open_lock_file
 from library.errors import UserError
 from library.json_text import parse_json
 from library.launcher import launched_rank
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 LOCKED_ERRORS = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # held by another process
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # by the file system
-LOCK = FileType("a lock file of a run", lambda start: start.startswith(b'{"host": '))
+LOCK = known_by_start("a lock file of a run", lambda start: start.startswith(b'{"host": '))
 FAR_BYTE = 1 << 30  # Windows forbids reading locked bytes, so the lock lies behind the text
 
 

@@ -8,7 +8,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from library.checkpoints.overwriting import PNG, check_overwrite
+from library.checkpoints.marks import mark_of, save_image
+from library.checkpoints.overwriting import check_target, marked
 from library.diffusion.flow import FlowMatching
 from library.diffusion.timesteps import NUM_TIMESTEPS, scheme_weights
 from library.errors import UserError
@@ -20,6 +21,7 @@ from library.training.reporting.console_lines import announce
 
 logger = logging.getLogger(__name__)
 
+WRITER = "--show_timesteps image"
 NUM_DRAWS = 100_000  # a bin with a fiftieth of the draws is accurate to about 2 %
 NUM_BINS = 50
 BIN_SIZE = NUM_TIMESTEPS // NUM_BINS
@@ -51,8 +53,10 @@ def show_timesteps(
 
     `downscale` is in pixels per latent. Raises UserError for an invalid resolution, or an image without a folder.
     """
-    height, width = read_resolution(options.show_timesteps_resolution)
     image_path = image_place(saving) if options.show_timesteps == "image" else None
+    if image_path is not None:
+        check_target(f"{WRITER}:", image_path, marked("an image of timesteps", mark_of(WRITER, image_path)))
+    height, width = read_resolution(options.show_timesteps_resolution)
     offset = options.show_timesteps_offset
     if offset and not objective.takes_offset:
         logger.warning(
@@ -69,9 +73,7 @@ def show_timesteps(
         for line in (title, *table_lines(levels)):
             announce(line)
     else:
-        check_overwrite("--show_timesteps image:", image_path, PNG)
-        image_path.parent.mkdir(parents=True, exist_ok=True)
-        plot(levels, title).save(image_path)
+        save_image(image_path, plot(levels, title), mark_of(WRITER, image_path))
         logger.info("the distribution of noise levels is in %s", image_path)
 
 

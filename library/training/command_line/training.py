@@ -13,6 +13,7 @@ import torch
 from library.collector import freeze_imports
 from library.data.debug_dataset import show_batches
 from library.data.training_data import TrainingData
+from library.determinism import deterministic, explain_nondeterminism
 from library.errors import UserError
 from library.hidden_libraries import BITSANDBYTES, hide_library, import_diffusers_hiding_libraries
 from library.installed import NEEDED_BY_ALL, check_gpu_is_used, check_installed
@@ -34,12 +35,13 @@ from library.training.failures.out_of_memory import explain_out_of_memory
 from library.training.loop.adapter_run import PreparedRun
 from library.training.loop.loop import train
 from library.training.models import opening
-from library.training.models.cuda_kernels import cuda_kernels, deterministic
+from library.training.models.cuda_kernels import cuda_kernels
 from library.training.models.opening import open_accelerator
 from library.training.planning.advice import memory_hints
 from library.training.planning.correction import MemoryWatch
 from library.training.planning.fit import Fit
 from library.training.planning.fit_run import fit_run
+from library.training.report_page.page import TITLES
 from library.training.reporting.console_lines import format_finished
 from library.training.reporting.event_stream import EventsOfAll, WarningEvents
 from library.training.reporting.events import Audit, Planned
@@ -275,6 +277,7 @@ def train_prepared(
             for adapter in prepared:
                 stack.enter_context(save_last_good(adapter.writer))
                 stack.enter_context(save_on_error(adapter.writer, adapter.progress, adapter.run.plan))
+            stack.enter_context(explain_nondeterminism())
             # Entered last, so that other processes hear of a failure before this one saves.
             stack.enter_context(processes.reporting_failures())
             train(prepared, interruption, MemoryWatch.build(first.run, fitted), memory_hints, clearly_worse)
@@ -286,12 +289,26 @@ def train_prepared(
             adapter_events.summary = speed
     last_step = first.run.plan.max_train_steps
     are_over = [adapter.progress.step >= last_step or bool(adapter.progress.ended) for adapter in prepared]
-    for adapter in (
-        adapter for adapter, is_over in zip(prepared, are_over, strict=True) if processes.is_main and is_over
-    ):
-        with log_prefix(adapter.run.label):
-            log_end(adapter, first_step, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    for adapter in (adapter for adapter, is_over in zip(prepared, are_over, strict=True) if is_over):
+        # A sharded weight is gathered by all processes together.
+        measures = processes.is_main or adapter.run.context.models.sharded is not None
+        change = measure_change(adapter) if measures else None
+        if processes.is_main:
+            with log_prefix(adapter.run.label):
+                log_end(adapter, first_step, seconds, change)
     return all(are_over)
+
+
+def measure_change(prepared: PreparedRun) -> float | None:
+    """Return the size of an adapter's change relative to the base model's weights; None if it cannot be measured."""
+    with prepared.writer.saved_weights():
+        try:
+            return prepared.run.context.network.relative_change()
+        except torch.OutOfMemoryError:
+            # The run is saved, and a layer's weight in float32 is all that did not fit.
+            logger.info("the size of the change is not measured: out of GPU memory; tools/check_lora_weights.py does")
+            return None
 
 
 def rank_adapters(
@@ -300,7 +317,7 @@ def rank_adapters(
     """Log the ranking of a sweep's adapters, and write its page."""
     names = Names.build(saving)
     page = names.of_sweep() if writes_page else None
-    title = f"Sweep of {saving.output_name or names.folder.name}"
+    title = TITLES["sweep"] + (saving.output_name or names.folder.name)
     log_ranking(rank(collect_standing(prepared, sweep)), title, page)
 
 
@@ -316,8 +333,8 @@ def complete_sweep_page(options: OptionsT, adapters: Mapping[str, OptionsT]) -> 
         )
 
 
-def log_end(prepared: PreparedRun, first_step: int, seconds: float) -> None:
-    """Log what a complete run has trained in `seconds` since `first_step`, and the suggested file."""
+def log_end(prepared: PreparedRun, first_step: int, seconds: float, change: float | None) -> None:
+    """Log what a complete run has trained in `seconds` since `first_step`, its size, and the suggested file."""
     run, names, network = prepared.run, prepared.writer.names, prepared.run.options.network
     if prepared.progress.ended == NOT_FINITE:  # already reported
         run.events.end("error", f"it ended alone: {NOT_FINITE}")
@@ -328,6 +345,8 @@ def log_end(prepared: PreparedRun, first_step: int, seconds: float) -> None:
         logger.info("%s", format_choice(choice))
     rank = f" of rank {network.network_dim}" if network.network_dim else ""
     trained = f"{network.network_module}{rank} on {run.context.arch.name}"
-    best, run.events.file = prepared.validation.record.best, str(names.of_end())
+    beside = prepared.writer.beside
+    end, best_file = (beside.get(path, path) for path in (names.of_end(), names.of_best()))
+    best, run.events.file = prepared.validation.record.best, str(end)
     num_steps = prepared.progress.step - first_step
-    logger.info("%s", format_finished(trained, num_steps, seconds, names.of_end(), best, names.of_best()))
+    logger.info("%s", format_finished(trained, num_steps, seconds, end, change, best, best_file))

@@ -1,6 +1,7 @@
 """Previews during training: schedule, prompts and files. The base model's `Preview` draws them."""
 
 import logging
+from bdb import BdbQuit
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from library.determinism import deterministic_mode
 from library.diffusion.guidance import apply_guidance, needs_negative
 from library.errors import UserError
 from library.memory.devices import move_to_device, release_memory
@@ -40,7 +42,7 @@ from library.training.reporting.sample_images import (
     is_written,
     to_image,
     write_grid,
-    write_image,
+    write_preview,
 )
 from library.training.reporting.trackers import Charts
 from library.training.run_parts import Run
@@ -169,7 +171,7 @@ class Previews:
         # None where text encoders train, so that the features change.
         self._encoded = None if run.context.models.text_encoders else cached
         if run.context.models.text_encoders and prompts and not run.context.trains_text_encoder:
-            with evaluating(run, PREVIEWS):
+            with evaluating(run, PREVIEWS), deterministic_mode(False):
                 self._encoded = encode_with_loaded(run.context, prompts, cached)
 
     def before_training(self, interruption: Interruption) -> bool:
@@ -222,7 +224,11 @@ class Previews:
         try:
             release_memory(run.options.memory.highvram)
             denoiser, precision = context.models.denoiser, run.options.precision
-            with evaluating(run, PREVIEWS), with_preview_weights(context.arch.preview, precision, denoiser):
+            with (
+                evaluating(run, PREVIEWS),
+                deterministic_mode(False),
+                with_preview_weights(context.arch.preview, precision, denoiser),
+            ):
                 vae = context.models.vae
                 # A run with cached latents has unloaded the VAE. It is loaded for these previews alone.
                 if vae is None:
@@ -247,6 +253,8 @@ class Previews:
                 write_grid(grid_path(run.options.saving, event), drawn)
             self._report_strengths(drawn, step, epoch)
             self._charts.log_images(drawn, step, epoch)
+        except BdbQuit:  # of a debugger
+            raise
         except Exception as error:
             give_up("the previews", error)
         finally:
@@ -291,13 +299,14 @@ class Previews:
                 return []
             image = decode(run.context, vae, latents_BCHW, self._vae_fallback)
             drawn = Drawn(index, prompt, show_with_references(prompt, image, run.context.arch.codec.spec))
-            path = image_path(run.options.saving, event, index, prompt.seed)
-            write_image(path, drawn)
+            path = write_preview(image_path(run.options.saving, event, index, prompt.seed), drawn)
             with tqdm.external_write_mode():
                 logger.info("preview %d: %s", index, path)
             if run.events.is_on:
                 run.events.emit(build_preview_event(drawn, path, step, epoch))
             return [drawn]
+        except BdbQuit:  # of a debugger
+            raise
         except Exception as error:
             give_up(f"preview {index} ({prompt.text})", error)
             return []

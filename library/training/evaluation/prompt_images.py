@@ -11,7 +11,7 @@ from torch import nn
 from library.data.decoding.images import Pixels, apply_placement, crop_at_centre, read_pixels, with_alpha
 from library.data.decoding.tensors import to_pixels
 from library.data.description.buckets import ReferenceRules, Shape, cover
-from library.data.plan.dataset_digest import content_digest
+from library.data.plan.dataset_digest import whole_digest
 from library.diffusion.inpainting import draw_mask
 from library.protocols import Architecture, LatentSpec
 from library.training.step.context import StepContext
@@ -54,7 +54,7 @@ def resolve_seen_text(prompt: Prompt, text: str, arch: Architecture) -> str:
     """Return a prompt's text for the text encoder, with the reference images if the encoder sees them."""
     if not prompt.reference_paths or arch.text_cache is None or arch.text_cache.places_key is None:
         return text
-    digest = f"{[content_digest(str(path)) for path in prompt.reference_paths]} {prompt.width}x{prompt.height}"
+    digest = f"{[whole_digest(str(path)) for path in prompt.reference_paths]} {prompt.width}x{prompt.height}"
     return CaptionWithImages(
         text, digest, lambda: tuple(map(to_pixels, read_placed_references(prompt, arch.codec.spec)))
     )

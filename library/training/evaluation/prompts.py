@@ -55,7 +55,7 @@ LINE_OPTIONS: Mapping[str, str] = {
 class PromptSpec:
     """The settings of one prompt; None if not given. Field names are the keys in TOML and JSON."""
 
-    place: str  # "prompts.txt, line 3", for messages
+    place: str  # "--sample_prompts prompts.txt, line 3", for messages
     prompt: str
     negative_prompt: str | None = None
     width: int | None = None
@@ -93,61 +93,61 @@ RANGES: Mapping[str, tuple[float, float]] = {
 """Setting -> the smallest and the largest value that means something, as int where only whole numbers do."""
 
 
-def read_prompts(path: Path) -> list[PromptSpec]:
-    """Read the prompts of a file, in order; none for an empty file.
+def read_prompts(path: Path, flag: str = FLAG) -> list[PromptSpec]:
+    """Read the prompts of a file, which the option `flag` names, in order; none for an empty file.
 
     Raises UserError naming the file, the line or entry, and what to do.
     """
     kind = path.suffix.lower()
     if kind not in (".txt", ".toml", ".json"):
-        raise UserError(f"{FLAG} is {path}; use a .txt file with a prompt a line, or a .toml or .json file")
+        raise UserError(f"{flag} is {path}; use a .txt file with a prompt a line, or a .toml or .json file")
     if kind == ".toml":
-        return list(specs_in_toml(path))
-    text = read_text(path, FLAG)
-    return list(specs_in_text(path, text) if kind == ".txt" else specs_in_json(path, text))
+        return list(specs_in_toml(path, flag))
+    text, label = read_text(path, flag), f"{flag} {path}"
+    return list(specs_in_text(label, text) if kind == ".txt" else specs_in_json(label, text))
 
 
-def specs_in_text(path: Path, text: str) -> Iterator[PromptSpec]:
+def specs_in_text(label: str, text: str) -> Iterator[PromptSpec]:
     """Yield one prompt per line, skipping blank lines and comments (`#`)."""
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
-            yield from parse_strip(line, f"{path}, line {number}")
+            yield from parse_strip(line, f"{label}, line {number}")
 
 
-def specs_in_toml(path: Path) -> Iterator[PromptSpec]:
+def specs_in_toml(path: Path, flag: str) -> Iterator[PromptSpec]:
     """Yield the prompts of a TOML file: `[prompt]` holds shared settings, each `[[prompt.subset]]` is one image."""
-    tables = read_toml(path, FLAG)
+    tables, label = read_toml(path, flag), f"{flag} {path}"
     if not tables:
         return
     shared, subsets = tables.get("prompt"), None
     if isinstance(shared, dict):
         subsets = shared.get("subset")
     if tables.keys() != {"prompt"} or not isinstance(subsets, list) or not isinstance(shared, dict):
-        raise UserError(f"{FLAG} {path} must have a table [prompt], which all share, and a [[prompt.subset]] each")
+        raise UserError(f"{label} must have a table [prompt], which all share, and a [[prompt.subset]] each")
     common = {key: value for key, value in shared.items() if key != "subset"}
     for number, subset in enumerate(subsets, start=1):
-        place = f"{path}, [[prompt.subset]] number {number}"
+        place = f"{label}, [[prompt.subset]] number {number}"
         if not isinstance(subset, dict):
-            raise UserError(f"{FLAG} {place} is {subset!r}; it must be a table")
+            raise UserError(f"{place} is {subset!r}; it must be a table")
         yield parse_prompt_table({**common, **subset}, place)
 
 
-def specs_in_json(path: Path, text: str) -> Iterator[PromptSpec]:
+def specs_in_json(label: str, text: str) -> Iterator[PromptSpec]:
     """Yield the prompts of a list of objects, or of strings like lines of a .txt file."""
     try:
         entries = parse_json(text) if text.strip() else []
     except InvalidJson as error:
-        raise UserError(f"{FLAG} {path} is not valid JSON: {error}") from None
+        raise UserError(f"{label} is not valid JSON: {error}") from None
     if not isinstance(entries, list):
-        raise UserError(f'{FLAG} {path} must be a list of prompts: [{{"prompt": "a cat"}}]')
+        raise UserError(f'{label} must be a list of prompts: [{{"prompt": "a cat"}}]')
     for number, entry in enumerate(entries, start=1):
-        place = f"{path}, entry {number}"
+        place = f"{label}, entry {number}"
         if isinstance(entry, str):
             yield parse_line(entry, place)
         elif isinstance(entry, dict):
             yield parse_prompt_table(entry, place)
         else:
-            raise UserError(f"{FLAG} {place} is {entry!r}; it must be a string or an object")
+            raise UserError(f"{place} is {entry!r}; it must be a string or an object")
 
 
 def parse_strip(line: str, place: str) -> Iterator[PromptSpec]:
@@ -175,12 +175,12 @@ def parse_line(line: str, place: str) -> PromptSpec:
         key = LINE_OPTIONS.get(letters.lower())
         if key is None:
             raise UserError(
-                f"{FLAG} {place}: --{letters} is no option of a prompt{did_you_mean(letters, LINE_OPTIONS, NEAR)}. "
+                f"{place}: --{letters} is no option of a prompt{did_you_mean(letters, LINE_OPTIONS, NEAR)}. "
                 f"There are {', '.join(f'--{name}' for name in LINE_OPTIONS)}, each with a space before its value; "
                 'a prompt that itself has " --" in it can stand in a .toml or .json file'
             )
         if key in table and key != REFERENCES:
-            raise UserError(f"{FLAG} {place}: --{letters} is given twice; keep one")
+            raise UserError(f"{place}: --{letters} is given twice; keep one")
         value, _, trailing = (text.strip(), "", "") if key in WORDS else text.strip().partition(" ")
         if key == REFERENCES:
             table[key] = [*table.get(key, []), value]
@@ -202,29 +202,27 @@ def parse_prompt_table(table: Mapping[str, Any], place: str) -> PromptSpec:
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key not in KEYS:
-            raise UserError(
-                f"{FLAG} {place}: there is no {key!r}{did_you_mean(key, KEYS, NEAR)}. There are {', '.join(KEYS)}"
-            )
+            raise UserError(f"{place}: there is no {key!r}{did_you_mean(key, KEYS, NEAR)}. There are {', '.join(KEYS)}")
         if value is not None:
             values[key] = check_setting(key, value, place)
     if "prompt" not in values:
-        raise UserError(f'{FLAG} {place} has no text; give one with "prompt"')
+        raise UserError(f'{place} has no text; give one with "prompt"')
     return PromptSpec(place=place, **values)
 
 
 def check_setting(key: str, value: Any, place: str) -> Any:
     """Convert a value to its type. A seed of -1 means no seed, as in other programs."""
     if key == "sample_sampler":
-        check_sampler(value, f"{FLAG} {place}: {label(key)}")
+        check_sampler(value, f"{place}: {describe_setting(key)}")
         return value
     if key == REFERENCES:
         paths = [value] if isinstance(value, str) else value
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-            raise UserError(f"{FLAG} {place}: {key} is {value!r}; give the path of an image, or a list of them")
+            raise UserError(f"{place}: {key} is {value!r}; give the path of an image, or a list of them")
         return tuple(paths)
     if key not in RANGES:
         if not isinstance(value, str):
-            raise UserError(f"{FLAG} {place}: {key} is {value!r}; give text in quotes")
+            raise UserError(f"{place}: {key} is {value!r}; give text in quotes")
         return value
     if key == "seed" and value == -1:
         return None
@@ -232,10 +230,10 @@ def check_setting(key: str, value: Any, place: str) -> Any:
     # A whole float such as 512.0 passes, because some front ends write every number so.
     if not is_finite_number(value) or value != kind(value):
         number = "a whole number" if kind is int else "a number"
-        raise UserError(f"{FLAG} {place}: {label(key)} is {value!r}; give {number}")
+        raise UserError(f"{place}: {describe_setting(key)} is {value!r}; give {number}")
     if not low <= value <= high:
         raise UserError(
-            f"{FLAG} {place}: {label(key)} is {value}; use {low:g} to {high if kind is int else f'{high:g}'}"
+            f"{place}: {describe_setting(key)} is {value}; use {low:g} to {high if kind is int else f'{high:g}'}"
         )
     return kind(value)
 
@@ -247,7 +245,7 @@ def check_sampler(name: Any, setting: str) -> None:
         raise UserError(f"{setting} is {name!r}{did_you_mean(str(name), known, NEAR)}; use one of {', '.join(known)}")
 
 
-def label(key: str) -> str:
+def describe_setting(key: str) -> str:
     """Format a setting with its name in TOML and in a line: `width (--w)`."""
     return f"{key} (--{next(letters for letters, name in LINE_OPTIONS.items() if name == key)})"
 
@@ -267,13 +265,13 @@ def resolve(spec: PromptSpec, defaults: PromptDefaults, inpaints: bool = False, 
     if spec.controlnet_image is not None:
         logger.warning(
             "%s: %s is ignored, because no ControlNet is loaded in adapter training",
-            spec.place, label("controlnet_image"),
+            spec.place, describe_setting("controlnet_image"),
         )  # fmt: skip
     scale = defaults.scale if spec.scale is None else spec.scale
     if scale <= 1 and spec.negative_prompt:
         logger.warning(
             "%s: %s has no effect at %s %g, which is no guidance; give a scale above 1, or remove it",
-            spec.place, label("negative_prompt"), label("scale"), scale,
+            spec.place, describe_setting("negative_prompt"), describe_setting("scale"), scale,
         )  # fmt: skip
     return Prompt(
         text=spec.prompt,
@@ -299,7 +297,7 @@ def refuse_strengths(specs: Sequence[PromptSpec], flag: str) -> None:
     for spec in specs:
         if spec.strength is not None:
             raise UserError(
-                f"{FLAG} {spec.place}: {label('strength')} is for the previews of a training; remove it, and use {flag}"
+                f"{spec.place}: remove {describe_setting('strength')}; {flag} sets the strengths of all prompts"
             )
 
 
@@ -307,8 +305,8 @@ def read_inpainted_image(spec: PromptSpec) -> Path:
     """Return the prompt's image for an inpainting model."""
     if spec.image_path is None:
         raise UserError(
-            f"{FLAG} {spec.place} names no image to paint in; give one with {label('image_path')}, whose transparent "
-            "part is painted anew, or a random part where nothing is transparent"
+            f"{spec.place} names no image to paint in; give one with {describe_setting('image_path')}, whose "
+            "transparent part is painted anew, or a random part where nothing is transparent"
         )
     return require_file(Path(spec.image_path), "image_path", spec.place)
 
@@ -316,7 +314,7 @@ def read_inpainted_image(spec: PromptSpec) -> Path:
 def require_file(path: Path, key: str, place: str) -> Path:
     """Return the path. Raises UserError if there is no file."""
     if not path.is_file():
-        raise UserError(f"{FLAG} {place}: {label(key)} is {path}, but there is no such file")
+        raise UserError(f"{place}: {describe_setting(key)} is {path}, but there is no such file")
     return path
 
 
@@ -328,8 +326,8 @@ def read_references(spec: PromptSpec, max_references: int) -> tuple[Path, ...]:
         return ()
     if len(paths) > max_references:
         raise UserError(
-            f"{FLAG} {spec.place}: {label(REFERENCES)} names {len(paths)} images, but this base model takes at most "
-            f"{max_references}"
+            f"{spec.place}: {describe_setting(REFERENCES)} names {len(paths)} images, but this base model takes at "
+            f"most {max_references}"
         )
     return tuple(require_file(Path(path), REFERENCES, spec.place) for path in paths)
 
@@ -347,6 +345,6 @@ def take_setting(spec: PromptSpec, key: str, default: Any) -> Any:
     """Return a prompt's setting, or the default with a warning if the base model does not support it."""
     value = getattr(spec, key)
     if default is None and value is not None:
-        logger.warning("%s: %s has no effect on this base model", spec.place, label(key))
+        logger.warning("%s: %s has no effect on this base model", spec.place, describe_setting(key))
         return None
     return default if value is None else value

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from library.determinism import NotDeterministicError
 from library.training.failures.nonfinite import NonFiniteError
 from library.training.reporting.progress import Progress
 from library.training.saving.checkpoints import NonFiniteWeights, SavedElsewhere, Writer
@@ -12,7 +13,8 @@ from library.training.step.accumulation import Plan
 
 logger = logging.getLogger(__name__)
 
-NOTHING_TO_SAVE = (NonFiniteError, NonFiniteWeights, NotWrittenError, SavedElsewhere)  # or saving failed
+# Saving failed, or what would be saved is not what was asked for.
+NOTHING_TO_SAVE = (NonFiniteError, NotDeterministicError, NonFiniteWeights, NotWrittenError, SavedElsewhere)
 
 
 class StoppedByError(Exception):

@@ -1,5 +1,6 @@
 """Out-of-memory errors that say what was being done, how much memory there was, and which options save how much."""
 
+import errno
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +18,24 @@ from library.training.reporting.step_events import peak_of_main_memory
 from library.training.run_parts import Run
 
 WORDS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "cannot allocate memory")
-# Messages of cuDNN without workspace memory, and of the allocator where NVML is not available (WSL, MIG;
-# pytorch#112377). Other faults may contain these words too.
-DISGUISED = ("unable to find an engine to execute this computation", "nvml_success == r internal assert")
+# torch's allocator and the system, a thread's stack, the loader of shared libraries, and C code of Python
+OF_THE_CPU = ("defaultcpuallocator", "allocate memory", "new thread", "map segment", "exception set", "an exception")
+# torch's allocator raises OutOfMemoryError for a GPU's memory. With so much of it free, CUDA lacks main memory to pin.
+OF_CUDA, FREE_SHARE = "cuda error: out of memory", 0.1
+# Messages of cuDNN without workspace memory, of the allocator where NVML is not available (WSL, MIG;
+# pytorch#112377), of the loader of shared libraries, and of Python where a thread gets no stack or C code loses a
+# MemoryError. Other faults may contain these words too.
+DISGUISED = (
+    "unable to find an engine to execute this computation",
+    "nvml_success == r internal assert",
+    "failed to map segment from shared object",
+    "can't start new thread",
+    "without exception set",
+    "without setting an exception",
+)
+
+
+OTHER_PROGRAMS = "other programs that run on this machine use its memory too"
 
 
 class OutOfMemoryError(UserError):
@@ -50,7 +66,33 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return True if memory ran out, or probably did: torch's own error on GPUs, RuntimeError on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in (*WORDS, *DISGUISED))
+    if isinstance(error, OSError):  # such as a process that cannot be forked
+        return error.errno == errno.ENOMEM
+    words = (*WORDS, *DISGUISED) if isinstance(error, RuntimeError) else DISGUISED
+    is_of_such_kind = isinstance(error, RuntimeError | ImportError | SystemError)
+    return is_of_such_kind and any(text in str(error).lower() for text in words)
+
+
+def describe_out_of_memory(error: BaseException) -> str:
+    """Describe an out-of-memory error outside of `explain_out_of_memory`, such as in the main process' data."""
+    is_on_gpu = isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_available()
+    lines = [
+        f"{likely(error)}out of memory",
+        f"memory: {memory_figures(torch.device('cuda' if is_on_gpu else 'cpu'))}",
+        f"to save memory: {OTHER_PROGRAMS}",
+        "to save memory: --max_data_loader_n_workers 0 loads images without further processes",
+        first_line(error),
+    ]
+    return "\n  ".join(lines)
+
+
+def likely(error: BaseException) -> str:
+    """Return "probably " for a message that other faults have too."""
+    return "probably " if any(words in str(error).lower() for words in DISGUISED) else ""
+
+
+def first_line(error: BaseException) -> str:
+    return f"the error itself: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
 
 
 @contextmanager
@@ -68,21 +110,51 @@ def explain_out_of_memory(
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
+        if device.type == "cuda" and lacks_main_memory(error, device):
+            raise OutOfMemoryError("\n  ".join(explain_main_memory(doing, options, error))) from error
         predicted = memory_hints()
         ignored = None if options.concepts is None else list_ignored_by_leco(type(options))
         others = find_savings(options.flat(), sizes(), device, bool(predicted), ignored)
-        likely = "probably " if any(words in str(error).lower() for words in DISGUISED) else ""
         lines = [
-            f"{likely}out of memory while {doing}{f', {shape}' if shape else ''}",
+            f"{likely(error)}out of memory while {doing}{f', {shape}' if shape else ''}",
             f"memory: {memory_figures(device)}",
             *(f"to save memory: {line} (predicted)" for line in predicted),
             *(f"to save memory: {line}" for line in others),
-            f"the error itself: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            first_line(error),
         ]
         raise OutOfMemoryError("\n  ".join(lines)) from error
+
+
+def lacks_main_memory(error: BaseException, device: torch.device) -> bool:
+    """Return True if a run on a GPU lacks main memory, or main memory that can be pinned."""
+    text = str(error).lower()
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    if isinstance(error, MemoryError | OSError) or any(words in text for words in OF_THE_CPU):
+        return True
+    free, total = torch.cuda.mem_get_info(device)
+    return OF_CUDA in text and free > FREE_SHARE * total
+
+
+def explain_main_memory(doing: str, options: TrainOptions, error: BaseException) -> Iterator[str]:
+    """Yield the lines of the message where a run on a GPU lacks main memory."""
+    values = options.flat()
+    yield f"{likely(error)}out of main memory while {doing}"
+    yield f"main memory: {memory_figures(torch.device('cpu'))}, {format_bytes(psutil.virtual_memory().available)} free"
+    if options.memory.num_offloaded:
+        yield "to save main memory: a smaller --blocks_to_swap keeps fewer blocks there"
+    if options.memory.offloads_inputs:
+        yield "to save main memory: without --cpu_offload_checkpointing the inputs of blocks stay on the GPU"
+    for name in ("cache_latents", "cache_text_encoder_outputs"):
+        if values.get(name) and not values.get(f"{name}_to_disk"):
+            yield f"to save main memory: --{name}_to_disk keeps them on the disk"
+    if values["max_data_loader_n_workers"]:
+        yield "to save main memory: --max_data_loader_n_workers 0 loads images in the training process"
+    yield f"to save main memory: {OTHER_PROGRAMS}; WSL2 has the share that .wslconfig gives it"
+    yield first_line(error)
 
 
 def memory_figures(device: torch.device) -> str:
@@ -138,7 +210,7 @@ def find_all_savings(
         held = format_bytes(16 * sizes.num_trained)
         yield f"a smaller --network_dim shrinks the adapter, its gradient and its optimizer, about {held} together"
     if device.type == "cpu":
-        yield "other programs that run on this machine use its memory too"
+        yield OTHER_PROGRAMS
 
 
 def activation_savings(values: Mapping[str, Any], is_predicted: bool) -> Iterator[str]:

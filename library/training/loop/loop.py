@@ -11,7 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from library.determinism import explain_nondeterminism
 from library.training.failures.interruption import Interruption
+from library.training.failures.nondeterministic import find_nondeterministic_module
 from library.training.failures.out_of_memory import explain_out_of_memory, measure_sizes
 from library.training.loop.adapter_run import AdapterRun, PreparedRun
 from library.training.loop.ahead import Ahead, CudaCopies
@@ -65,7 +67,7 @@ def train(
             adapter.begin()
     delete_outdated(adapter_runs)
     num_profiled = run.options.trackers.profile if is_main else 0
-    profile = adapters[0].writer.names.path_with_ending("-profile.json.gz")
+    profile = adapters[0].writer.names.of_profile()
     with ExitStack() as stack:
         # At exit torch waits five seconds for each worker that still runs, kills it and prints a traceback.
         stack.callback(run.batches.close)
@@ -199,10 +201,11 @@ def accumulate_gradients(
         size = len(window.batch_indices) if number < num_local else math.inf
         doing = f"computing step {window.step + 1}, forward and backward"
         shape, predicted = describe_shape(batch), partial(memory_hints, runs, batch)
-        with explain_out_of_memory(
-            doing, run.options, run.context.device, shape, lambda: measure_sizes(run), predicted
+        batch_number = run.plan.batch_number(window.epoch, batch_index)
+        with (
+            explain_nondeterminism(partial(find_nondeterministic_module, run, batch, batch_number, window.step)),
+            explain_out_of_memory(doing, run.options, run.context.device, shape, lambda: measure_sizes(run), predicted),
         ):
-            batch_number = run.plan.batch_number(window.epoch, batch_index)
             if is_stacked(runs, batch):
                 batch_losses = backward_stacked(runs, batch, batch_number, size, window.step)
             else:

@@ -42,7 +42,7 @@ class PendingStep:
 class Updates:
     """Updates the weights step by step and reports each step once.
 
-    A non-finite step is skipped: weights, optimizer and learning rate stay as they are.
+    A non-finite step is skipped: weights, their average, optimizer and learning rate stay as they are.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class Updates:
             scaler.unscale_(optimizer)
         rates = [float(rate) for rate in run.optimization.schedule.get_last_lr()]
         run.norms.measure(optimizer, window.step)
-        numbers = self._update(window, losses)
+        numbers, is_taken = self._update(window, losses)
         limited = None
         if self._norm_limit is not None:
             # After the optimizer step. sd-scripts limits norms after every batch that a step accumulates.
             limited = Readback(run.context.network.limit_norms(self._norm_limit, run.context.device))
-        if run.optimization.average is not None:
-            run.optimization.average.update()
+        if is_taken:
+            self._finish_step()
         self._last = PendingStep(window, numbers, rates, limited, is_judged=not self.reports_late)
 
     def report(self) -> None:
@@ -83,7 +83,7 @@ class Updates:
             return
         pending, self._last = self._last, None
         if not pending.is_judged and self._allows(pending.window, pending.numbers):
-            self._run.optimization.schedule.step()
+            self._finish_step()
         *losses, norm = pending.numbers.read()
         limited = None
         if pending.limited is not None:
@@ -106,26 +106,33 @@ class Updates:
             raise
         self.report()
 
-    def _update(self, window: Window, losses: Tensor) -> Readback:
-        """Return the losses and the gradient norm."""
+    def _finish_step(self) -> None:
+        """Advance what follows from a step that was not skipped; the weights are still those after it."""
+        optimization = self._run.optimization
+        optimization.schedule.step()
+        if optimization.average is not None:
+            optimization.average.update()
+
+    def _update(self, window: Window, losses: Tensor) -> tuple[Readback, bool]:
+        """Return the losses and the gradient norm, and True if the step is known to be taken."""
         run, optimizer, scaler = self._run, self._run.optimization.optimizer, self._run.optimization.scaler
         parameters = run.context.network.trainable_parameters()
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         values = torch.cat([losses.to(norm.device), norm.float().view(1)])
         # Losses and norm travel together: the host reads from the device once per step.
-        numbers = Readback(values)
+        numbers, is_taken = Readback(values), False
         if self.reports_late:
             with left_out_if(optimizer, (~values.isfinite()).any()):
                 self._step_optimizer(parameters, norm, window.step)
         elif self._allows(window, numbers):
             run.context.network.note_gradients()
             self._step_optimizer(parameters, norm, window.step)
-            run.optimization.schedule.step()
+            is_taken = True
         if scaler is not None:
             # Also after a skipped step: it halves the loss scale once `unscale_` has found an overflow.
             scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        return numbers
+        return numbers, is_taken
 
     def _allows(self, window: Window, numbers: Readback) -> bool:
         *losses, norm = numbers.read()

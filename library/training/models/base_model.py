@@ -111,7 +111,9 @@ def encode_images(
             return fallback.run(vae(), compute)
 
     # The hash is computed only if latents go into files: it reads all weights, 0.4 s for 84 million of them.
-    return cache_latents(plan, encode, cache(lambda: hash_module(vae())), caching, seed, processes, vae)
+    return cache_latents(
+        plan, encode, cache(lambda: hash_module(vae()) + plan.spec.vae_suffix), caching, seed, processes, vae
+    )
 
 
 def hash_module(module: nn.Module) -> str:

@@ -4,9 +4,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from library.memory.activations import RecomputeFromMainMemory
+from library.memory.activations import PinnedBudget, RecomputeFromMainMemory
 from library.memory.blocks import BlockRunner, Every, plain, recompute, run_encoder_layers_with
 from library.memory.compiled import Compiled, CompileSettings
+from library.memory.offload.streamed import pinned_bytes
+from library.memory.pinned import pinning_limit
 from library.options.machine.compiling import CompileOptions
 from library.options.machine.memory import MemoryOptions
 from library.protocols import Architecture
@@ -34,12 +36,13 @@ def choose_block_runner(
         model.eval().requires_grad_(False)
     for network in networks:
         network.module.train()
-    runner = block_runner(memory)
+    budget = PinnedBudget(pinning_limit() - pinned_bytes(models.denoiser))
+    runner = block_runner(memory, budget)
     if compiling.is_on:
         runner = Compiled(runner, compile_settings(compiling))
     arch.run_blocks_with(models.denoiser, runner)
     for encoder in models.text_encoders if trains_text_encoders else []:
-        run_encoder_layers_with(encoder, block_runner(memory))
+        run_encoder_layers_with(encoder, block_runner(memory, budget))
     for network in networks if memory.recomputes else ():
         network.enable_gradient_checkpointing()
 
@@ -64,9 +67,12 @@ def compile_settings(options: CompileOptions) -> CompileSettings:
     return settings if limit is None else replace(settings, most_graphs=limit)
 
 
-def block_runner(memory: MemoryOptions) -> BlockRunner:
-    """Return how one model's blocks run. Each model needs its own runner, because every n-th block is counted."""
+def block_runner(memory: MemoryOptions, budget: PinnedBudget | None = None) -> BlockRunner:
+    """Return how one model's blocks run; offloaded inputs are pinned within `budget`.
+
+    Each model needs its own runner, because every n-th block is counted.
+    """
     if not memory.recomputes:
         return plain
-    runner = RecomputeFromMainMemory() if memory.offloads_inputs else recompute
+    runner = RecomputeFromMainMemory(budget) if memory.offloads_inputs else recompute
     return Every(memory.gradient_checkpointing_every, runner) if memory.gradient_checkpointing_every > 1 else runner

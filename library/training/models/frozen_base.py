@@ -23,12 +23,13 @@ from library.memory.frozen import (
     multiply_codes,
     store_all_in,
 )
+from library.memory.offload.pinning import SHARE_BESIDE_INPUTS
 from library.memory.offload.sharded import PEAK_BLOCKS, ShardedModel
 from library.memory.offload.shared import place_for, share_masters
 from library.memory.offload.streamed import bytes_of_parts, stream
 from library.memory.planner.weights import ModelWeights, StorageCost
 from library.options.machine.distributed import DistributedOptions
-from library.options.machine.memory import PrecisionOptions
+from library.options.machine.memory import MemoryOptions, PrecisionOptions
 from library.processes import Processes
 from library.protocols import Architecture
 from library.training.models.compute import Compute
@@ -104,7 +105,7 @@ def open_sharded(options: DistributedOptions, processes: Processes) -> ShardedMo
 
 def resolve_base(
     precision: PrecisionOptions,
-    num_offloaded: int,
+    memory: MemoryOptions,
     arch: Architecture,
     models: Models,
     compute: Compute,
@@ -125,8 +126,8 @@ def resolve_base(
     if precision.text_encoder_format is not None and models.text_encoders:
         count = store_in_format(precision.text_encoder_format, *models.text_encoders)
         logger.info("text encoders: %d layers in %s", count, precision.text_encoder_format)
-    if num_offloaded:
-        offload_blocks(num_offloaded, arch.stacks(models.denoiser), compute.device, processes)
+    if memory.num_offloaded:
+        offload_blocks(memory, arch.stacks(models.denoiser), compute.device, processes)
     if models.sharded is not None:
         shard_blocks(models.sharded, models.denoiser, arch.stacks(models.denoiser))
     move_to_device(models.denoiser, compute.device)
@@ -173,24 +174,26 @@ def shard_blocks(sharded: ShardedModel, denoiser: nn.Module, stacks: Stacks) -> 
     )
 
 
-def offload_blocks(num_blocks: int, stacks: Stacks, device: torch.device, processes: Processes) -> None:
-    """Offload the weights of `num_blocks` blocks; blocks without a weight format keep their dtype.
+def offload_blocks(memory: MemoryOptions, stacks: Stacks, device: torch.device, processes: Processes) -> None:
+    """Offload the weights of --blocks_to_swap blocks; blocks without a weight format keep their dtype.
 
     Processes of one machine wait for the first one, which copies the weights into shared files. Once all have mapped
     these files they are unlinked, so that the memory is freed as soon as the last process ends.
     """
     store_all_in(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
-    num_offloaded = count_offloaded_blocks(num_blocks, stacks)
+    num_offloaded = count_offloaded_blocks(memory.num_offloaded, stacks)
+    num_slots = memory.block_swap_ring_size
+    share = SHARE_BESIDE_INPUTS if memory.offloads_inputs else 1.0
     if processes.local_count == 1:
-        stream(stacks, num_offloaded, device)
+        stream(stacks, num_offloaded, device, num_slots=num_slots, pinned_share=share)
         return
     num_bytes = sum(bytes_of_parts(block) for stack in stacks for block in stack)
     folder = Path(processes.shared_folder("weights", place_for(num_bytes)))
     if processes.is_local_main:
-        stream(stacks, num_offloaded, device, share_masters(folder, is_first=True))
+        stream(stacks, num_offloaded, device, share_masters(folder, is_first=True), num_slots, share)
     processes.wait_for_all("weights in main memory")
     if not processes.is_local_main:
-        stream(stacks, num_offloaded, device, share_masters(folder, is_first=False))
+        stream(stacks, num_offloaded, device, share_masters(folder, is_first=False), num_slots, share)
     processes.wait_for_all("mapping the weights in main memory")
     if processes.is_local_main:
         shutil.rmtree(folder, ignore_errors=True)  # Windows keeps mapped files until the process ends

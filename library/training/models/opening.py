@@ -1,9 +1,11 @@
 """Opens the processes, the seed and the data of a run, before any model is loaded."""
 
 import logging
+import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from library.collector import freeze_imports
@@ -14,6 +16,7 @@ from library.data.plan.data_plan import DataPlan, build_plan
 from library.data.training_data import TrainingData
 from library.errors import UserError
 from library.hidden_libraries import hide_library
+from library.json_text import parse_json
 from library.launcher import restart_count
 from library.options.output.trackers import TrackerOptions
 from library.options.train import TrainOptions
@@ -28,6 +31,8 @@ from library.training.saving.state import StateManifest
 logger = logging.getLogger(__name__)
 
 NO_TRACKERS = TrackerOptions()
+LATENT_PIXELS = 8  # per latent of the U-Nets whose folders state a size
+LARGEST_FACTOR = 2.0  # sides beyond it are far from a base model's own; 512 on a model of 1024 px is usual
 
 
 def choose_seed(seed: int | None, processes: Processes, state: StateManifest | None) -> int:
@@ -87,9 +92,38 @@ def open_data_plan(options: TrainOptions, arch: Architecture, seed: int, num_pro
             )
         plan = plan.with_seen_references()
     plan.audit(logger)
-    for line in idle_offsets(plan.config, arch.objective):
+    sides = native_sides(arch.metadata, options.model.pretrained_model_name_or_path)
+    for line in (*idle_offsets(plan.config, arch.objective), *far_resolutions(plan.config, sides)):
         logger.warning("%s", line)
     return plan
+
+
+def native_sides(metadata: Mapping[str, str], base: str | None) -> list[int]:
+    """Return the sides in pixels that a base model is known to be trained at: its family's, then those that a diffusers
+    folder states."""
+    sides = [int(metadata["modelspec.resolution"].partition("x")[0])] if "modelspec.resolution" in metadata else []
+    if base is None:
+        return sides
+    for part, pixels in (("unet", LATENT_PIXELS), ("vae", 1)):
+        try:
+            config = parse_json((Path(base) / part / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        side = config.get("sample_size") if isinstance(config, dict) else None
+        sides += [side * pixels] if isinstance(side, int) else []
+    return sides
+
+
+def far_resolutions(config: RunDataConfig, sides: Sequence[int]) -> Iterator[str]:
+    """Yield a line if every data set has far more or fewer pixels than the base model was trained at, by `sides`."""
+    trained = [math.sqrt(math.prod(dataset.resolution)) for dataset in config.datasets]
+    factors = [max(side / own, own / side) for side in trained for own in sides]
+    if factors and min(factors) > LARGEST_FACTOR:
+        sizes = ", ".join(dict.fromkeys("{}x{}".format(*dataset.resolution) for dataset in config.datasets))
+        yield (
+            f"resolution is {sizes}, but this base model is trained at {sides[0]}x{sides[0]}; so far from it an "
+            f"adapter learns the base model's faults at that size; use about {sides[0]}"
+        )
 
 
 def idle_offsets(config: RunDataConfig, objective: Objective) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from library.memory.blocks import plain
-from library.options.machine.memory import PrecisionOptions
+from library.options.machine.memory import MemoryOptions, PrecisionOptions
 from library.processes import ALONE
 from library.protocols import Architecture
 from library.training.models.compute import Compute
@@ -27,10 +27,10 @@ Row = Path | None
 
 
 def resolve_models(
-    precision: PrecisionOptions, num_offloaded: int, arch: Architecture, models: Models, compute: Compute
+    precision: PrecisionOptions, memory: MemoryOptions, arch: Architecture, models: Models, compute: Compute
 ) -> None:
     """Store the models as in a training with these options, for inference only."""
-    resolve_base(precision, num_offloaded, arch, models, compute, replace(ALONE, device=compute.device))
+    resolve_base(precision, memory, arch, models, compute, replace(ALONE, device=compute.device))
     for model in (models.denoiser, *models.text_encoders):
         model.eval().requires_grad_(False)
     # Nothing is differentiated, so nothing has to be recomputed.

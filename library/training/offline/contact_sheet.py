@@ -32,6 +32,14 @@ INK, PAPER = (30, 30, 30), (255, 255, 255)
 
 
 @dataclass(frozen=True)
+class Row:
+    """The images that the same adapters draw."""
+
+    files: Stack
+    prompts: Sequence[Prompt]
+
+
+@dataclass(frozen=True)
 class Loaded:
     """The base model, loaded once for all files."""
 
@@ -45,11 +53,10 @@ def draw_rows(
     precision: PrecisionOptions,
     memory: MemoryOptions,
     arch: Architecture,
-    rows: Sequence[Stack],
-    prompts: Sequence[Prompt],
+    rows: Sequence[Row],
     device: torch.device,
 ) -> Iterator[list[Image.Image]]:
-    """Draw the images of all prompts for one row of files after another.
+    """Draw the images of one row after another.
 
     The base model is stored and computes as in a training with these options, including merged adapters. An image
     equals the preview of a run with the same weights, prompt and seed. Raises UserError for a file that does not fit.
@@ -60,13 +67,13 @@ def draw_rows(
         )
     check_base(precision.denoiser_format, memory.num_offloaded, arch)
     compute = Compute.build(precision, device)
-    loaded = load(network, precision, memory, arch, rows, prompts, compute)
+    loaded = load(network, precision, memory, arch, rows, compute)
     for row in rows:
-        with torch.no_grad(), install_adapters(row, loaded.context.models, compute) as adapter:
+        with torch.no_grad(), install_adapters(row.files, loaded.context.models, compute) as adapter:
             context, encoded = replace(loaded.context, network=adapter), loaded.encoded
             if encoded is None:
-                encoded = encode_prompts(arch, context.models.text_encoders, compute.autocast, prompts)
-            yield [draw(context, loaded.vae, prompt, encoded) for prompt in prompts]
+                encoded = encode_prompts(arch, context.models.text_encoders, compute.autocast, row.prompts)
+            yield [draw(context, loaded.vae, prompt, encoded) for prompt in row.prompts]
 
 
 def load(
@@ -74,14 +81,14 @@ def load(
     precision: PrecisionOptions,
     memory: MemoryOptions,
     arch: Architecture,
-    rows: Sequence[Stack],
-    prompts: Sequence[Prompt],
+    rows: Sequence[Row],
     compute: Compute,
 ) -> Loaded:
     """Load the models to the device; text encoders are unloaded before the denoiser is loaded unless a file changes
     them."""
     encoders = [encoder.to(compute.device).eval() for encoder in arch.load.text_encoders()]
-    files = [*map(Path, network.base_weights or ()), *(file for row in rows for file, _ in row)]
+    files = [*map(Path, network.base_weights or ()), *(file for row in rows for file, _ in row.files)]
+    prompts = [prompt for row in rows for prompt in row.prompts]
     encoded = None
     if not any(keys_of_text_encoders(file) for file in files):
         encoded = encode_prompts(arch, encoders, compute.autocast, prompts)
@@ -90,7 +97,7 @@ def load(
     vae = move_to_device(arch.load.vae(), compute.device)
     models = load_frozen(network, precision.denoiser_format, arch, encoders, vae, compute, READER)
     arch.fit_to_sizes(models.denoiser, [(prompt.width, prompt.height) for prompt in prompts])
-    resolve_models(precision, memory.num_offloaded, arch, models, compute)
+    resolve_models(precision, memory, arch, models, compute)
 
     def no_captions(captions: Sequence[str]) -> Conditioning:
         raise AssertionError(f"nothing is trained on {captions}")

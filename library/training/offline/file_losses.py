@@ -95,7 +95,7 @@ def losses_of_files(
     loaded = load_models(options, arch, seed, plan, compute, (), processes, READER)
     if not loaded.models.text_encoders:
         check_text_parts(rows)
-    resolve_models(options.precision, options.memory.num_offloaded, arch, loaded.models, compute)
+    resolve_models(options.precision, options.memory, arch, loaded.models, compute)
     batches = PlannedBatches(plan, loaded.latents, loaded.texts)
     held_out, probe = resolve_measurements(options.validation, options.noise, batches.validation, seed)
     trained = select_all(batches.measured(indices), held_out)

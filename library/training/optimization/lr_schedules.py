@@ -4,6 +4,7 @@ Steps are optimizer steps: `step()` is called once after each, whatever the numb
 the run.
 """
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,12 +25,13 @@ logger = logging.getLogger(__name__)
 FLAG = "--lr_scheduler_args"
 ADAFACTOR = "adafactor"
 CONSTANT = "constant"
+REX_LAST = 0.01  # share of the learning rate at the end of rex, as in musubi-tuner
 WITHOUT_WARMUP = {CONSTANT: "use constant_with_warmup", "piecewise_constant": "write it into step_rules"}
 USERS: Mapping[str, Sequence[str]] = {  # option -> the schedules that it belongs to
     "lr_decay_steps": ("warmup_stable_decay",),
     "lr_scheduler_power": ("polynomial",),
     "lr_scheduler_timescale": ("inverse_sqrt",),
-    "lr_scheduler_min_lr_ratio": ("cosine_with_min_lr", "warmup_stable_decay"),
+    "lr_scheduler_min_lr_ratio": ("cosine_with_min_lr", "warmup_stable_decay", "rex"),
     "lr_scheduler_num_cycles": ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
 }
 
@@ -56,7 +58,7 @@ def build_schedule(options: ScheduleOptions, built: BuiltOptimizer, max_train_st
     if built.has_relative_step:
         return adafactor_rates(options, built, warmup_steps)
     if options.lr_scheduler_type:
-        return schedule_of_class(options, optimizer, arguments, warmup_steps)
+        return schedule_of_class(options, optimizer, arguments, warmup_steps, max_train_steps)
     name = options.lr_scheduler.lower()
     if name.partition(":")[0] == ADAFACTOR:
         raise UserError(
@@ -139,9 +141,10 @@ def build_named_schedule(
             "min_lr_ratio": options.lr_scheduler_min_lr_ratio or 0.0,
         },
         "piecewise_constant": {},
+        "rex": {**warmup, **length, "min_lr_ratio": options.lr_scheduler_min_lr_ratio},
     }
     functions = {kind.value: function for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()}
-    functions["piecewise_constant"] = get_piecewise_constant_schedule
+    functions |= {"piecewise_constant": get_piecewise_constant_schedule, "rex": build_rex_schedule}
     check_name(name, list(arguments_of))
     check_settings(name, options, arguments, warmup_steps, decay_steps, max_train_steps)
     ours = arguments_of[name]
@@ -160,6 +163,33 @@ def build_named_schedule(
         functions[name], [optimizer], arguments, flag=FLAG, ours=ours, set_elsewhere=set_elsewhere
     )
     return schedule
+
+
+def build_rex_schedule(
+    optimizer: Optimizer,
+    num_warmup_steps: int,
+    num_training_steps: int,
+    min_lr_ratio: float | None = None,
+    rex_alpha: float = 0.1,
+    rex_beta: float = 0.9,
+) -> LambdaLR:
+    """Build the reflected exponential schedule (REX; Chen et al. 2021, arXiv:2107.04197) with musubi-tuner's constants.
+
+    With z falling from 1 to 0 after the warm-up, the rate falls from 1 to r = `min_lr_ratio` (0.01 if None) of itself:
+    r + (1 - r) z / (rex_alpha + rex_beta z). The warm-up rises linearly from r.
+    """
+    r = REX_LAST if min_lr_ratio is None else min_lr_ratio
+    num_falling_steps = num_training_steps - num_warmup_steps
+
+    def factor(step: int) -> float:
+        if step < num_warmup_steps:
+            return r + (1 - r) * step / num_warmup_steps
+        if step >= num_training_steps:
+            return r
+        z = (num_training_steps - step) / num_falling_steps
+        return r + (1 - r) * z / (rex_alpha + rex_beta * z)
+
+    return LambdaLR(optimizer, factor)
 
 
 def check_name(name: str, known: list[str]) -> None:
@@ -228,25 +258,42 @@ def check_settings(
 
 
 def schedule_of_class(
-    options: ScheduleOptions, optimizer: Optimizer, arguments: Mapping[str, Any], warmup_steps: int
+    options: ScheduleOptions,
+    optimizer: Optimizer,
+    arguments: Mapping[str, Any],
+    warmup_steps: int,
+    max_train_steps: int,
 ) -> LRScheduler:
-    """Build a third-party schedule as cls(optimizer, **lr_scheduler_args)."""
+    """Build a third-party schedule as cls(optimizer, **lr_scheduler_args).
+
+    A class that names `num_warmup_steps` or `num_training_steps` gets them, unless the arguments set them.
+    """
     name = options.lr_scheduler_type
-    if warmup_steps:
-        raise UserError(
-            f"--lr_warmup_steps is {options.lr_warmup_steps}, but --lr_scheduler_type {name} takes all its settings "
-            "from --lr_scheduler_args; leave --lr_warmup_steps out"
-        )
     if options.lr_scheduler != ScheduleOptions.lr_scheduler:
         logger.warning("--lr_scheduler %s has no effect: --lr_scheduler_type %s wins", options.lr_scheduler, name)
     path = name if "." in name else f"{torch.optim.lr_scheduler.__name__}.{name}"
     cls = import_class(path, "--lr_scheduler_type", name)
     if issubclass(cls, ReduceLROnPlateau):
         check_name("reduce_lr_on_plateau", [])
+    parameters = inspect.signature(cls).parameters
+    if warmup_steps and ("num_warmup_steps" not in parameters or "num_warmup_steps" in arguments):
+        reason = "sets num_warmup_steps" if "num_warmup_steps" in arguments else "has no num_warmup_steps"
+        where = FLAG if "num_warmup_steps" in arguments else f"--lr_scheduler_type {name}"
+        raise UserError(
+            f"--lr_warmup_steps is {options.lr_warmup_steps}, but {where} {reason}; leave --lr_warmup_steps out"
+        )
+    ours = {"num_training_steps": max_train_steps} if "num_training_steps" in parameters else {}
+    # 0 is "not given", for which the class may have a default of its own.
+    if "num_warmup_steps" in parameters and (warmup_steps or is_required(parameters["num_warmup_steps"])):
+        ours["num_warmup_steps"] = warmup_steps
     schedule: LRScheduler = call_with_keywords(
-        cls, [optimizer], arguments, flag=FLAG, set_elsewhere={"optimizer": "", "last_epoch": ""}
+        cls, [optimizer], arguments, flag=FLAG, ours=ours, set_elsewhere={"optimizer": "", "last_epoch": ""}
     )
     return schedule
+
+
+def is_required(parameter: inspect.Parameter) -> bool:
+    return parameter.default is parameter.empty
 
 
 @dataclass(frozen=True, eq=False)

@@ -168,6 +168,8 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any
         built.train()
         return built
 
+    if torch.are_deterministic_algorithms_enabled():
+        check_order_of_sums(build(build_small_groups(parameter_groups)).optimizer, optimizer_type)
     if arguments:
         check_step(build(build_small_groups(parameter_groups)), optimizer_type, arguments)
     return build(parameter_groups)
@@ -295,6 +297,20 @@ def adafactor_keywords(arguments: Mapping[str, Any]) -> dict[str, Any]:
         logger.warning("Adafactor with warmup_init=True needs relative_step=True, which is switched on")
         keywords["relative_step"] = True
     return keywords
+
+
+def check_order_of_sums(optimizer: Optimizer, optimizer_type: str) -> None:
+    """Raise UserError for an optimizer whose kernels torch's deterministic mode does not reach and which add in varying
+    order: bitsandbytes' sum the norm of an update or gradient with atomic adds where they limit it."""
+    settings = getattr(optimizer, "args", None)
+    limits_update = getattr(settings, "max_unorm", 0) > 0
+    limits_gradient = getattr(settings, "percentile_clipping", 100) < 100  # removed in bitsandbytes 0.50
+    if type(optimizer).__module__.startswith(BITSANDBYTES) and (limits_update or limits_gradient):
+        argument = "max_unorm" if limits_update else "percentile_clipping"
+        raise UserError(
+            f"--deterministic excludes --optimizer_type {optimizer_type} with {argument}, whose kernels add in varying "
+            f"order; leave {argument} out of {FLAG}, or use AdamW8bit"
+        )
 
 
 def check_fused_backward_pass(is_adafactor: bool, optimizer_type: str) -> None:

@@ -7,6 +7,7 @@ from math import ceil
 import torch
 
 from library.errors import NotThere
+from library.memory.pinned import max_pinned_bytes
 from library.memory.planner.choice import Allowed
 from library.memory.planner.gpus import Gpu, MemorySize, typical_gpu
 from library.memory.planner.prediction import CountedStep, MemoryMode, Predicted, predict
@@ -46,7 +47,8 @@ def memory_hints(runs: Sequence[Run], batch: Batch) -> list[str]:
 def gpu_like(device: torch.device) -> Gpu:
     """Return a common GPU with this one's memory size; only relative times are shown."""
     is_gpu = device.type == "cuda"
-    return typical_gpu(MemorySize(torch.cuda.get_device_properties(device).total_memory if is_gpu else 0))
+    gpu = typical_gpu(MemorySize(torch.cuda.get_device_properties(device).total_memory if is_gpu else 0))
+    return replace(gpu, pinnable_bytes=max_pinned_bytes()) if is_gpu else gpu
 
 
 def lines(step: CountedStep, used: MemoryMode, allowed: Allowed, gpu: Gpu) -> Iterator[str]:
@@ -63,12 +65,14 @@ def lines(step: CountedStep, used: MemoryMode, allowed: Allowed, gpu: Gpu) -> It
 
 
 def candidates(step: CountedStep, allowed: Allowed, gpu: Gpu) -> Iterator[Predicted]:
-    """Yield every configuration with no blocks offloaded, half of them, and as many as possible."""
+    """Yield every configuration with no blocks offloaded, half of them, and as many as possible, where offloaded inputs
+    can be pinned."""
     # --shard_base excludes offloaded blocks.
     max_offloaded = step.most_offloaded if allowed.shared_by == 1 else 0
     counts = sorted({0, max_offloaded // 2, max_offloaded})
     for mode in allowed.modes():
-        yield from (predict(step, replace(mode, num_offloaded=num_offloaded), gpu) for num_offloaded in counts)
+        predictions = [predict(step, replace(mode, num_offloaded=num_offloaded), gpu) for num_offloaded in counts]
+        yield from (predicted for predicted in predictions if predicted.pins_inputs)
 
 
 def pick_evenly(hints: Sequence[str]) -> list[str]:

@@ -4,7 +4,7 @@ computing.
 Models, adapter, optimizer and loss are built as in the run, on fake tensors that only have shapes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +27,7 @@ from library.memory.formats.int8 import clear_hadamard_cache
 from library.memory.frozen import frozen_layers, layers_in_blocks, multiply_codes
 from library.memory.offload.encoders import least_bytes
 from library.memory.offload.streamed import choose_blocks
+from library.memory.pinned import rounded_size
 from library.memory.planner.counter import OperationCounter
 from library.memory.planner.fakes import emulate_cuda_norms, give_fakes
 from library.memory.planner.prediction import CountedStep, GradientlessPasses
@@ -210,6 +211,7 @@ def count_run(
         most_offloaded=most_offloaded(stacks),
         multiplies_codes=options.precision.multiplies_codes,
         gradientless=gradientless,
+        batch_bytes=count_pinned_batches(fake, () if arch.text_cache is None else arch.text_cache.on_host),
     )
     return CountedRun(batch, step, tuple(stage for stage in (images, captions) if stage is not None), preview)
 
@@ -339,6 +341,14 @@ def fake_batch(arch: Architecture, shape: BatchShape, conditioning: Conditioning
         else tuple(torch.empty(shape.count, 3, height, width) for width, height in shape.reference_sizes),
         reference_latents=tuple(map(torch.empty, references)) if has_latents else (),
     )
+
+
+def count_pinned_batches(batch: Batch, on_host: Collection[str]) -> int:
+    """Return the bytes of pinned memory from which batches are copied: one that is computed and one ahead. Features in
+    `on_host` are not copied."""
+    tensors = [batch.pixels_BCHW, batch.latents_BCHW, *batch.reference_pixels, *batch.reference_latents]
+    tensors += [feature for name, feature in (batch.conditioning or {}).items() if name not in on_host]
+    return 2 * sum(rounded_size(tensor.nbytes) for tensor in tensors if tensor is not None)
 
 
 def count_rise(

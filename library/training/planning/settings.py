@@ -26,6 +26,7 @@ def resolve_memory_mode(
         recompute_every=memory.gradient_checkpointing_every if memory.recomputes else None,
         offloads_inputs=memory.offloads_inputs,
         num_offloaded=memory.num_offloaded,
+        num_slots=memory.block_swap_ring_size,
         shared_by=num_shares(distributed),
     )
 
@@ -42,6 +43,7 @@ def option_values(mode: MemoryMode) -> dict[str, Any]:
         "gradient_checkpointing_every": mode.recompute_every or 1,
         "cpu_offload_checkpointing": mode.offloads_inputs,
         "blocks_to_swap": mode.num_offloaded or None,
+        "block_swap_ring_size": mode.num_slots,
         "shard_base": mode.shared_by > 1,
         "shard_group": mode.shared_by if mode.shared_by > 1 else None,
     }
@@ -78,6 +80,7 @@ def resolve_allowed(fit: FitOptions, memory: MemoryOptions, mode: MemoryMode) ->
         recompute_every=(mode.recompute_every,) if memory.recomputes else EVERY,
         offloads_inputs=(True,) if mode.offloads_inputs or memory.cpu_offload_checkpointing else (False, True),
         num_offloaded=memory.blocks_to_swap,
+        num_slots=mode.num_slots,
         shared_by=mode.shared_by,
     )
 

@@ -41,6 +41,16 @@ const color = (name) => getComputedStyle(document.documentElement).getPropertyVa
 const shade = (number, alpha = "") => color(`--c${number % 8}`) + alpha;
 const plots = [];
 
+const WIDEST_BAR = 60;  // pixels
+const WHOLE_NUMBERS = [1, 2, 5].flatMap((digit) => [digit, 10 * digit, 100 * digit, 1000 * digit]).sort((a, b) => a - b);
+
+/** Return the range of an axis with a bar at each of `x`: a bar of room at each end, and at least six whole numbers. */
+function barRange(x) {
+  const first = x[0], end = x.at(-1), width = x.length > 1 ? x[1] - first : 1;
+  const room = Math.max(width, Math.ceil((5 - (end - first)) / 2));
+  return [first - room, end + room];
+}
+
 /**
  * Return [element, draw] for a chart of lines over `x`. A line is {label, y, low, high, dots}; the area between `low` and
  * `high` is shaded. Call `draw` once the element is in the page, because uPlot needs its width.
@@ -50,8 +60,8 @@ function chart(title, x, lines, {wide = false, unit = "step", bars = false} = {}
   const series = [{label: unit}], values = [x], bands = [];
   lines.forEach((line, number) => {
     const look = {label: line.label, stroke: () => shade(number), width: 1.5, spanGaps: true, value: (_, v) => short(v)};
-    if (bars) Object.assign(look, {fill: () => shade(number, "99"), paths: uPlot.paths.bars({size: [0.8]})});
-    look.points = {show: Boolean(line.dots) || x.length < 3};
+    if (bars) Object.assign(look, {fill: () => shade(number, "99"), paths: uPlot.paths.bars({size: [0.8, WIDEST_BAR]})});
+    look.points = {show: !bars && (Boolean(line.dots) || x.length < 3)};
     series.push(look);
     values.push(line.y);
     if (line.low) {
@@ -67,8 +77,8 @@ function chart(title, x, lines, {wide = false, unit = "step", bars = false} = {}
     ...sides(),
     series,
     bands,
-    scales: {x: {time: false}},
-    axes: [axis, {...axis, size: 70, values: (_, ticks) => ticks.map((tick) => short(tick))}],
+    scales: bars ? {x: {time: false, range: () => barRange(x)}, y: {range: (_, low, high) => [0, 1.1 * high]}} : {x: {time: false}},
+    axes: [{...axis, size: 30, ...(bars ? {incrs: WHOLE_NUMBERS} : {})}, {...axis, size: 70, values: (_, ticks) => ticks.map((tick) => short(tick))}],
     cursor: {sync: {key: unit}},
     legend: {show: lines.length > 1 || !bars},
   };

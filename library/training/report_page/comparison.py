@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
-from library.training.report_page.page import ENDING, build_page
+from library.training.report_page.page import ENDING, TITLES, build_page
 from library.training.report_page.record import Record
 from library.training.report_page.writer import read_events, read_report
 
@@ -94,7 +94,7 @@ def build_comparison(paths: Sequence[Path]) -> str:
     runs = [{"label": label, **select_shown(record)} for label, record in zip(labels, records, strict=True)]
     rows = differences(records)
     data = {"runs": runs, "differences": rows, "is_measured_alike": is_measured_alike(records)}
-    return build_page(" and ".join(labels), SCRIPT, data)
+    return build_page(TITLES["comparison"] + " and ".join(labels), SCRIPT, data)
 
 
 def select_shown(record: Record) -> Mapping[str, Any]:

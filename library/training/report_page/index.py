@@ -1,13 +1,14 @@
 """index.html: all runs of an output folder on one page, with links to their reports."""
 
 import logging
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from library.checkpoints.overwriting import check_overwrite
+from library.checkpoints.overwriting import check_target
 from library.errors import UserError
-from library.training.report_page.page import ENDING, REPORT, build_page
+from library.training.report_page.page import ENDING, INDEX, build_page
 from library.training.report_page.record import Record
 from library.training.report_page.writer import read_report, write_page
 
@@ -17,40 +18,87 @@ FILE_NAME = "index.html"
 MOST_RUNS = 100  # the latest ones; a report may hold megabytes of previews
 
 
+Stamp = tuple[int, int]
+
+
+def read_stamp(path: Path) -> Stamp | None:
+    """Return (time, size) of a file; None for anything else."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return (status.st_mtime_ns, status.st_size) if stat.S_ISREG(status.st_mode) else None
+
+
 class IndexWriter:
-    """Writes the index at the start and at the end of a run, after its report."""
+    """Writes the index of a folder whenever it finds the report of its run rewritten; comes after that report's
+    writer."""
 
     name = "the index of runs"
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, report: Path) -> None:
+        self.report = report
+        self._stamp = read_stamp(report)  # at the last index; that of an earlier run is no reason to write one
+        self._runs = IndexedRuns(report.parent)
+        self._is_reported = False  # whether a problem was logged
 
     def take(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        if any(line["event"] == "plan" for line in lines):
-            self.close()
+        self.close()
 
     def close(self) -> None:
+        stamp = read_stamp(self.report)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
         try:
-            write_index(self.folder)
+            write_index(self._runs)
         except (OSError, UserError) as error:
-            logger.warning("%s was not written: %s", self.folder / FILE_NAME, error)
+            if not self._is_reported:
+                logger.warning("%s was not written: %s", self.report.with_name(FILE_NAME), error)
+            self._is_reported = True
 
 
-def write_index(folder: Path) -> None:
+class IndexedRuns:
+    """The runs of a folder, of which only those are read again whose report has changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._by_path: dict[Path, tuple[Stamp, dict[str, Any] | None]] = {}  # None if it is no report
+
+    def summarize(self) -> list[dict[str, Any]]:
+        """Return the summaries of the latest runs, latest first; logs reports that cannot be read once."""
+        found = {path: read_stamp(path) for path in self.folder.glob(f"*{ENDING}")}
+        stamps = {path: stamp for path, stamp in found.items() if stamp is not None}
+        latest = sorted(stamps, key=lambda path: stamps[path], reverse=True)[:MOST_RUNS]
+        old = self._by_path
+        self._by_path = {
+            path: old[path] if path in old and old[path][0] == stamps[path] else (stamps[path], read_summary(path))
+            for path in latest
+        }
+        return [summary for _, summary in self._by_path.values() if summary is not None]
+
+
+def read_summary(path: Path) -> dict[str, Any] | None:
+    """Return the summary of a run; None, with a warning, if its report cannot be read."""
+    try:
+        return summarize(read_report(path), path)
+    except UserError as error:
+        logger.warning("%s; it is not part of %s", error, FILE_NAME)
+        return None
+
+
+def build_index(runs: IndexedRuns, reload_s: int | None = None) -> str:
+    """Build the page of a folder's runs; it reloads every `reload_s` seconds."""
+    title = f"Runs in {runs.folder.resolve().name}"
+    return build_page(title, "index.js", {"title": title, "runs": runs.summarize()}, reload_s)
+
+
+def write_index(runs: IndexedRuns) -> None:
     """Write the index of a folder with at least two reports. Raises UserError if another program's index.html
     exists."""
-    reports = sorted(folder.glob(f"*{ENDING}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)[:MOST_RUNS]
-    if len(reports) < 2:
-        return
-    check_overwrite("index of the runs:", folder / FILE_NAME, REPORT)
-    runs = []
-    for path in reports:
-        try:
-            runs.append(summarize(read_report(path), path))
-        except UserError as error:
-            logger.warning("%s; it is not part of %s", error, FILE_NAME)
-    title = f"Runs in {folder.resolve().name}"
-    write_page(folder / FILE_NAME, build_page(title, "index.js", {"title": title, "runs": runs}))
+    if len(list(runs.folder.glob(f"*{ENDING}"))) >= 2:
+        check_target("index of the runs:", runs.folder / FILE_NAME, INDEX)
+        write_page(runs.folder / FILE_NAME, build_index(runs))
 
 
 def summarize(record: Record, path: Path) -> dict[str, Any]:

@@ -7,22 +7,46 @@ these scripts only, and nothing is fetched, whatever captions, prompts and file 
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from functools import cache
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
-from library.checkpoints.overwriting import FileType
+from library.checkpoints.overwriting import FileKind, known_by_start
 from library.json_text import parse_json
 
 HERE = Path(__file__).parent
 UPLOT = ("uplot/uPlot.iife.min.js", "uplot/uPlot.min.css")
 SHARED = {"comparison.js": ("runs.js",), "sweep.js": ("runs.js",)}  # scripts to load before others
 POLICY_START = "default-src 'none'; img-src data:"
-REPORT = FileType("a report", lambda start: escape(POLICY_START).encode() in start)
+TITLE = re.compile(rb"<title>([^<]*)(</title>)?")
+TITLES = {"index": "Runs in ", "sweep": "Sweep of ", "comparison": "Comparison of "}  # their starts, by page
 ENDING = "-report.html"  # of a run's file name
 START, END = '<script type="application/json" id="data">', "</script>"
+
+
+def page_kind(name: str, is_title: Callable[[str], bool]) -> FileKind:
+    """Return the kind of the pages that `build_page` writes with such a title."""
+
+    def recognises(start: bytes) -> bool:
+        match = TITLE.search(start)
+        is_ours = escape(POLICY_START).encode() in start and match is not None
+        return is_ours and match is not None and is_title(unescape(match[1].decode("utf-8", "replace")))
+
+    return known_by_start(name, recognises)
+
+
+def report_kind(output_name: str | None) -> FileKind:
+    """Return the kind of the report of a run of this name."""
+    name = output_name or "last"
+    return page_kind(f"a report of a run named {name}", lambda title: title == name)
+
+
+INDEX = page_kind("a report index", lambda title: title.startswith(TITLES["index"]))
+SWEEP = page_kind("a report of a sweep", lambda title: title.startswith(TITLES["sweep"]))
+COMPARISON = page_kind("a comparison of runs", lambda title: title.startswith(TITLES["comparison"]))
 
 
 def build_page(title: str, script: str, data: Mapping[str, Any], reload_s: int | None = None) -> str:

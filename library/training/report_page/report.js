@@ -5,6 +5,7 @@ const record = readData();
 const {plan, audit, curves} = record;
 const last = record.sessions.at(-1);
 const steps = stepsOf(record);
+const FIRST_WARNINGS = 5;  // the others are folded
 const present = (...lines) => lines.filter((line) => line);
 /** Return a line for each curve whose name starts with `prefix` and a space; the rest of the name is its label. */
 const linesOf = (prefix) =>
@@ -116,7 +117,7 @@ function previews() {
   const cell = (time, n) => make("td", {}, time.pictures[n] ? make("img", {src: time.pictures[n], alt: label(time), loading: "lazy"}) : null);
   const rows = numbers.map((n) => make("tr", {}, make("th", {}, record.prompts[n].prompt + strength(n)), times.map((time) => cell(time, n))));
   const grid = make("table", {class: "times"}, make("tr", {}, make("th"), times.map((time) => make("th", {}, label(time)))), rows);
-  const all = make("details", {}, make("summary", {}, "All prompts and steps"), make("div", {class: "scroll"}, grid));
+  const all = make("details", times.length === 2 ? {open: ""} : {}, make("summary", {}, "All prompts and steps"), make("div", {class: "scroll"}, grid));
   section("Previews", ...slider(times.map((time) => ({label: label(time), figures: figures(time)})), "time"), all);
 }
 
@@ -176,8 +177,10 @@ function choice() {
 function warnings() {
   if (!record.warnings.length) return;
   const rows = record.warnings.map(({level, text, count}) => [level, text, count > 1 ? `${count} times` : ""]);
-  const more = record.num_warnings_left_out;
-  section("Warnings", table(["", "", ""], rows), more ? make("p", {class: "dim"}, `${more} more are in the log.`) : null);
+  const more = record.num_warnings_left_out, rest = rows.slice(FIRST_WARNINGS);
+  const hidden = rest.length ? make("details", {}, make("summary", {}, `${rest.length} more`), table(["", "", ""], rest)) : null;
+  const inLog = more ? make("p", {class: "dim"}, `${more} more are in the log.`) : null;
+  section("Warnings", table(["", "", ""], rows.slice(0, FIRST_WARNINGS)), hidden, inLog);
 }
 
 function data() {
@@ -252,6 +255,6 @@ function run() {
   page.append(make("details", {}, make("summary", {}, "Stages"), table(["stage", "time", ""], stages)));
 }
 
-for (const part of [head, losses, validations, previews, strengths, sheet, choice, files, optimization, speed, warnings, findings, data, run]) {
+for (const part of [head, warnings, losses, validations, previews, strengths, sheet, choice, files, optimization, speed, findings, data, run]) {
   part();
 }

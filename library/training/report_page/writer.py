@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from library.checkpoints.files import atomic_path
+from library.checkpoints.overwriting import find_place
 from library.errors import UserError
 from library.json_text import parse_json
-from library.training.report_page.page import build_page, read_data
+from library.training.report_page.page import build_page, read_data, report_kind
 from library.training.report_page.record import Record
 from library.training.reporting.event_checks import check_line
 
@@ -57,6 +58,7 @@ class ReportWriter:
     def _write(self) -> None:
         """Write the page. If it cannot be written (open in another program, or a full disk), try again when due."""
         try:
+            self.path = find_place(self.path, report_kind(self._record.name))
             write_page(self.path, build_report(self._record, self._reload_s))
         except OSError as error:
             if not self._is_reported:
@@ -91,8 +93,15 @@ def write_page(path: Path, page: str) -> None:
         temporary.write_text(page, encoding="utf-8", newline="\n")
 
 
+def check_regular(path: Path) -> None:
+    """Raise UserError for a pipe or device, which might never end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file; name a report or a file of --log_events")
+
+
 def read_report(path: Path) -> Record:
     """Read the record of a report. Raises UserError for another file."""
+    check_regular(path)
     try:
         return Record.from_json(read_data(path.read_text(encoding="utf-8")))
     except OSError as error:
@@ -106,6 +115,7 @@ def read_events(path: Path) -> Record:
 
     Raises UserError naming the first line that is not an event.
     """
+    check_regular(path)
     try:
         with path.open(encoding="utf-8") as file:
             return collect_record(file, str(path))

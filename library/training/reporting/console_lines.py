@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from library.checkpoints.relative_change import format_change
 from library.formatting import escape_controls
 from library.launcher import launched_rank
 from library.training.step.accumulation import Plan
@@ -91,13 +92,22 @@ class StepBar:
 
 
 def format_finished(
-    trained: str, num_steps: int, seconds: float, file: Path, best: tuple[int, float] | None, best_file: Path
+    trained: str,
+    num_steps: int,
+    seconds: float,
+    file: Path,
+    change: float | None,
+    best: tuple[int, float] | None,
+    best_file: Path,
 ) -> str:
     """Describe what was trained, for how long, and where it was saved: the last line of a complete run.
 
-    `num_steps` were run in `seconds`, without those before a resume; `best` is (step, validation loss).
+    `num_steps` were run in `seconds`, without those before a resume; `change` is relative to the base model's weights;
+    `best` is (step, validation loss).
     """
     line = f"trained {trained}: {num_steps} steps in {duration(seconds)}; the adapter is {file}"
+    if change is not None:
+        line += f"; {format_change(change)}"
     if best is None:
         return line
     line += f"; the validation loss was lowest after step {best[0]}, {best[1]:.4f}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any, Protocol
 
-from library.checkpoints.overwriting import FileType, check_overwrite
+from library.checkpoints.overwriting import check_target, known_by_start
 from library.errors import UserError
 from library.progress import State
 from library.training.reporting.events import End, EndReason, Event, Plan, Planned, Stage, Step, Warned
@@ -21,7 +21,7 @@ from library.training.reporting.events import End, EndReason, Event, Plan, Plann
 logger = logging.getLogger(__name__)
 
 FLAG = "--log_events"
-EVENT_LOG = FileType("an event log", lambda start: start.startswith(b'{"v":'))  # the start of `Event.as_line`
+EVENT_LOG = known_by_start("an event log", lambda start: start.startswith(b'{"v":'))  # the start of `Event.as_line`
 PROGRESS_S = 1.0  # seconds between progress events of a stage
 
 Line = dict[str, Any]
@@ -210,7 +210,7 @@ def open_event_file(path: Path, goes_on: bool) -> JsonLines:
     Raises UserError for a file with other content, or one that cannot be written.
     """
     try:
-        check_overwrite(FLAG, path, EVENT_LOG)
+        check_target(FLAG, path, EVENT_LOG)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file():
             with path.open("rb+") as file:

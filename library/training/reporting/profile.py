@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from library.checkpoints.files import atomic_path
+from library.checkpoints.overwriting import find_place, known_by_start
 
 logger = logging.getLogger(__name__)
 
+PROFILE = known_by_start("a profile of a run", lambda start: start.startswith(b"\x1f\x8b"))  # gzip
 NUM_BEFORE = 2  # steps before it: the first initializes, the second warms up the profiler
 
 
@@ -30,14 +32,15 @@ def profile_steps(num_steps: int, path: Path, device: torch.device) -> Iterator[
     from torch.profiler import ProfilerActivity, profile, schedule
 
     def write(trace: Any) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        place = find_place(path, PROFILE)
+        place.parent.mkdir(parents=True, exist_ok=True)
         # torch compresses a trace line by line, with a hundred thousand lines per second of training
-        with atomic_path(path) as packed, TemporaryDirectory(dir=path.parent) as folder:
+        with atomic_path(place) as packed, TemporaryDirectory(dir=place.parent) as folder:
             plain = Path(folder) / "trace.json"
             trace.export_chrome_trace(str(plain))
             with plain.open("rb") as source, gzip.open(packed, "wb", compresslevel=6) as target:
                 shutil.copyfileobj(source, target)
-        logger.info("a trace of steps for https://ui.perfetto.dev: %s", path)
+        logger.info("a trace of steps for https://ui.perfetto.dev: %s", place)
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     plan = schedule(wait=NUM_BEFORE - 1, warmup=1, active=num_steps, repeat=1)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from library.checkpoints.files import atomic_path
+from library.checkpoints.marks import RUN, mark_of, save_image
+from library.checkpoints.overwriting import find_place, marked
 from library.options.output.saving import SavingOptions
 from library.training.reporting.events import Preview
 from library.types import Prompt
@@ -116,18 +116,25 @@ def composite_on_white(image: Image.Image) -> Image.Image:
 
 
 def write_grid(path: Path, drawn: Sequence[Drawn]) -> None:
-    """Write the images of one event as a grid, atomically."""
-    with atomic_path(path) as temporary:
-        to_grid([preview.image for preview in drawn]).save(temporary, format="PNG")
+    """Write the images of one event as a grid, beside a file that another program has put there."""
+    path = find_preview_place(path)
+    save_image(path, to_grid([preview.image for preview in drawn]), mark_of(RUN, path))
 
 
-def write_image(path: Path, drawn: Drawn) -> None:
+def write_preview(path: Path, drawn: Drawn) -> Path:
+    """Write a preview, beside a file that another program has put there. Return its path."""
+    path = find_preview_place(path)
+    write_image(path, drawn, mark_of(RUN, path))
+    return path
+
+
+def find_preview_place(path: Path) -> Path:
+    return find_place(path, marked("a preview of this run", mark_of(RUN, path)))
+
+
+def write_image(path: Path, drawn: Drawn, mark: str) -> None:
     """Write a PNG atomically, with the prompt in the text field that other programs read."""
-    info = PngInfo()
-    # Prompts may be in any language, and PNG's tEXt chunk holds Latin-1 only.
-    info.add_itxt("parameters", format_parameters(drawn.prompt))
-    with atomic_path(path) as temporary:
-        drawn.image.save(temporary, format="PNG", pnginfo=info)
+    save_image(path, drawn.image, mark, {"parameters": format_parameters(drawn.prompt)})
 
 
 def format_parameters(prompt: Prompt) -> str:

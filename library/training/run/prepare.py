@@ -12,6 +12,7 @@ from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture
 from library.training.evaluation.preview import collect_texts, read_wanted_prompts
+from library.training.evaluation.untaught_words import caption_texts, describe_untaught, find_untaught_words
 from library.training.loop.adapter_run import PreparedRun
 from library.training.models.arithmetic import check_arithmetic
 from library.training.models.base_model import load_models
@@ -28,9 +29,11 @@ from library.training.reporting.trackers import Charts, loggable_options, start_
 from library.training.run.run_events import build_plan_event
 from library.training.run.runs import AdapterRequest, Shared, build_run, prepare_run
 from library.training.saving.checkpoints import save_dtype
-from library.training.saving.resume import resolve_starting_steps
+from library.training.saving.resume import check_latents, resolve_starting_steps
+from library.training.saving.state import network_shapes
 from library.training.step.accumulation import Plan
 from library.training.sweep_record import SweepRecord
+from library.types import Prompt
 from networks.core.protocol import multiplex
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,9 @@ def prepare(
     first_steps = resolve_starting_steps(
         [adapter.options for adapter in adapters], plan, [adapter.state for adapter in adapters]
     )
+    for adapter in adapters:
+        if adapter.state is not None and data.prompts is None:
+            check_latents(adapter.state, arch.codec.spec.computed_as)
     # Check what needs no weights before reading them and encoding images, which takes minutes.
     check_base(options.precision.denoiser_format, options.memory.num_offloaded, arch)
     if options.precision.multiplies_codes:
@@ -72,17 +78,21 @@ def prepare(
         with needing("--sample_prompts draws images; give the VAE, or leave it out"):
             # Reads the header of the file only, which is enough to notice that there is none.
             to_meta_device(arch.load).vae()
+        warn_of_untaught_words(prompts, data, arch)
     texts = collect_texts(prompts, arch)
     network_module = options.network.network_module or ""
     loaded = load_models(options, arch, seed, data, compute, texts, processes, network_module)
-    resolve_base(options.precision, options.memory.num_offloaded, arch, loaded.models, compute, processes)
+    resolve_base(options.precision, options.memory, arch, loaded.models, compute, processes)
     # After the base model has its weight formats and devices: a network module may read the weights that it adapts.
     networks = []
     for adapter in adapters:
         with log_prefix(adapter.label):
-            networks.append(
-                open_network(adapter.options.network, adapter.options.precision, adapter.seed, loaded.models, compute)
+            network = open_network(
+                adapter.options.network, adapter.options.precision, adapter.seed, loaded.models, compute
             )
+            if adapter.state is not None:
+                network.prepare_for(network_shapes(adapter.state), str(adapter.state.path))
+            networks.append(network)
     multiplexer = None
     if len(networks) > 1:
         multiplexer = multiplex(networks, options.network.network_module or "")
@@ -109,6 +119,16 @@ def prepare(
             resumed_from = None if adapter.state is None else str(adapter.state.path)
             adapter.events.emit(build_plan_event(prepared_run.run, counts, prepared_run.progress.step, resumed_from))
     return prepared
+
+
+def warn_of_untaught_words(prompts: Sequence[Prompt], data: TrainingData, arch: Architecture) -> None:
+    """Warn about words that every preview prompt has and no caption, such as a misspelt trigger word."""
+    if data.image_plan is None:
+        return
+    captions = caption_texts(data.image_plan)
+    words = find_untaught_words([prompt.text for prompt in prompts], captions, arch.text.count_tokens)
+    if words:
+        logger.warning("%s", describe_untaught(words))
 
 
 def format_sharing(count: int, share: float | None) -> str:

@@ -1,6 +1,7 @@
 """The events of a run from start to end, for the events file and the report."""
 
 import sys
+from bdb import BdbQuit
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
@@ -66,7 +67,7 @@ def open_events(
         except AlreadyComplete:
             events.end("already complete")
             raise
-        except Interrupted:
+        except (Interrupted, BdbQuit):  # a signal, or the quit of a debugger
             events.end("stopped")
             raise
         except BaseException as error:
@@ -88,7 +89,7 @@ def open_sinks(options: TrainOptions, stack: ExitStack) -> list[Sink]:
     if not options.reports.no_report:
         report = Names.build(options.saving).of_report()
         sinks.append(ReportWriter(report, earlier_record(report) if resumes else None, options.reports.report_live))
-        sinks.append(IndexWriter(report.parent))  # after the report, which it reads
+        sinks.append(IndexWriter(report))  # after the report, which it reads
     return sinks
 
 

@@ -20,7 +20,7 @@ from library.training.reporting.progress import Part, Progress
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import Names, Schedule, Writer
 from library.training.saving.hub import Uploads
-from library.training.saving.resume import record_options, report_differences
+from library.training.saving.resume import LATENTS, record_options, report_differences
 from library.training.saving.state import (
     OptimizerState,
     Stateful,
@@ -112,7 +112,7 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
             seed=run.context.seed,
             num_processes=run.processes.count,
             options=record_options(options),
-            dataset=data.identity_with_contents,
+            dataset={**data.identity_with_contents, LATENTS: run.context.arch.codec.spec.computed_as},
             network=run.context.network.module,
             keepers=stateful_parts(run, progress, validation),
             done=done,

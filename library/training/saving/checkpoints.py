@@ -9,17 +9,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
 
 from library.checkpoints.base_model_spec import BaseModelSpec
-from library.checkpoints.compatibility import describe, readings
-from library.checkpoints.files import is_safetensors
-from library.checkpoints.folders import remove_folder
 from library.checkpoints.metadata import file_metadata, modelspec_metadata
-from library.checkpoints.weights import open_safetensors
+from library.checkpoints.overwriting import FileKind, find_place
 from library.errors import UserError
 from library.formatting import format_bytes
 from library.memory.devices import SAVE_DTYPES
@@ -27,11 +23,13 @@ from library.options.output.saving import SavingOptions, StateOptions
 from library.options.train import TrainOptions
 from library.training.reporting.console_lines import announce
 from library.training.reporting.event_stream import Events
-from library.training.reporting.events import Removed, Saved, SavedFor
+from library.training.reporting.events import Saved, SavedFor
 from library.training.reporting.progress import Part, Progress
 from library.training.saving.hub import Uploads
+from library.training.saving.own_files import adapter_kind, count_bytes, delete, remove, state_kind
+from library.training.saving.readers import readers_line
 from library.training.saving.rescue import NotWrittenError, free_bytes, write_somewhere
-from library.training.saving.state import MOMENT, is_of_run
+from library.training.saving.state import MOMENT, STATE, is_of_run
 from networks.core.protocol import AdoptedNetwork
 
 logger = logging.getLogger(__name__)
@@ -84,8 +82,21 @@ class Names:
         """Return a file of the run that is not weights, such as its report."""
         return self.folder / f"{self.output_name or 'last'}{ending}"
 
+    @property
+    def adapter_kind(self) -> FileKind:
+        """Return the kind of this run's weight files, to tell them from other files of these names."""
+        return adapter_kind(self.output_name)
+
+    @property
+    def state_kind(self) -> FileKind:
+        """Return the kind of this run's states, to tell them from other folders of these names."""
+        return state_kind(self.output_name, self.starts)
+
     def of_report(self) -> Path:
         return self.path_with_ending("-report.html")
+
+    def of_profile(self) -> Path:
+        return self.path_with_ending("-profile.json.gz")
 
     def of_sweep(self) -> Path:
         return self.path_with_ending("-sweep.html")
@@ -104,7 +115,7 @@ class Names:
 
 def state_folder(weights: Path) -> Path:
     """Return the state folder that belongs to a weights file."""
-    return weights.with_name(f"{weights.stem}-state")
+    return weights.with_name(weights.stem + STATE)
 
 
 @dataclass(frozen=True)
@@ -185,6 +196,14 @@ class Schedule:
         return outdated is not None and stop <= outdated * step // epoch
 
 
+@dataclass(frozen=True)
+class Written:
+    """Where a file or a state was saved."""
+
+    location: Path
+    is_settled: bool  # False if a write error kept it from its place, so that a later save may repair that
+
+
 @dataclass
 class Rotation:
     """Deletions of outdated files, delayed until every adapter of the run has saved the same step."""
@@ -211,6 +230,7 @@ class Writer:
     state_bytes: Callable[[], int] = lambda: 0  # estimated size of a state
     specs: Sequence[BaseModelSpec] = ()  # of the base models that a file may belong to
     rescued: dict[str, Path] = field(default_factory=dict)  # the newest files written to another location, by kind
+    beside: dict[Path, Path] = field(default_factory=dict)  # where weights went whose place another program had taken
     events: Events = field(default_factory=Events)
     mentioned: set[str] = field(default_factory=set)  # messages about programs that were logged, to log each once
     rotation: Rotation = field(default_factory=Rotation)
@@ -256,13 +276,15 @@ class Writer:
         if not self.is_main:
             return
         path, state_options = self.names.of_end(), self.options.state
-        location = self.write(path, progress.step, epoch, is_last=True)
+        written = self._write(path, progress.step, epoch, is_last=True)
         if state_options.save_state or state_options.save_state_on_train_end or state_options.autoresume:
             # A later start with this state writes the file again unless it is in its place and nothing else is left.
-            done = {*progress.done, "end"} if location == path and is_complete else progress.done
+            done = {*progress.done, "end"} if written.is_settled and is_complete else progress.done
             self._save_state(path, progress.step, epoch, done, is_last=True)
-        if location != path:
-            raise SavedElsewhere(f"training is complete, but {path} could not be written: the adapter is {location}")
+        if not written.is_settled:
+            raise SavedElsewhere(
+                f"training is complete, but {path} could not be written: the adapter is {written.location}"
+            )
         announce("model saved.")
 
     def save_interrupted(self, progress: Progress, epoch: int) -> None:
@@ -292,15 +314,19 @@ class Writer:
         path = self.names.of_step(progress.step)
         self.write(path, progress.step, epoch, is_last=True)
         progress.stops = sorted({*progress.stops, progress.step})
-        folder = self._save_state(path, progress.step, epoch, progress.done, is_last=True)
+        folder = self._save_state(path, progress.step, epoch, progress.done, is_last=True).location
         return f"--resume {folder}" + (" or --autoresume" if folder == state_folder(path) else "")
 
     def write(self, path: Path, step: int, epoch: int, is_last: bool = False) -> Path:
-        """Write the adapter atomically to `path`, or to another location if that fails. Return the location.
+        """Write the adapter atomically to `path`, or to another location if that fails or another program has put a
+        file there. Return the location.
 
         Raises NonFiniteWeights, keeping an earlier file, if the weights are damaged; NotWrittenError if no location can
         take the file.
         """
+        return self._write(path, step, epoch, is_last).location
+
+    def _write(self, path: Path, step: int, epoch: int, is_last: bool = False) -> Written:
         # Front ends read this line, "removing old checkpoint" and "model saved." from the output.
         announce(f"\nsaving checkpoint: {path}")
         saved_at = time.time()
@@ -312,19 +338,22 @@ class Writer:
                     "files saved before stay"
                 )
             metadata = self._metadata(step, epoch, saved_at)
+            target = find_place(path, self.names.adapter_kind)
             location = write_somewhere(
-                path,
+                target,
                 f".{self.names.extension}",
                 bytes_in_file(self.network.module, dtype),
                 lambda location: self.network.save_weights(location, dtype, metadata),
             )
-        self._keep_newest_rescue("weights", location, path)
+        self._keep_newest_rescue("weights", location, target)
+        if target != path:
+            self.beside[path] = location
         self.events.emit(
             Saved("weights", self.names.find_purpose(path), step, epoch, str(location), count_bytes(location))
         )
         self._tell_readers(location)
         self.uploads.send(location, is_last)
-        return location
+        return Written(location, location == target)
 
     def check_space(self) -> None:
         """Check before training that the disk has room for what the run will write.
@@ -363,35 +392,38 @@ class Writer:
     def _save(self, path: Path, progress: Progress, epoch: int, part: Part) -> bool:
         """Write the weights and, if requested, the state; nothing if the run resumes from that state.
 
-        Return True if both are in their places; otherwise no older file may be deleted.
+        Return True if both are settled; otherwise no older file may be deleted.
         """
         if part in progress.done:
             return True
         try:
-            is_in_place = self.write(path, progress.step, epoch) == path
-            done = {*progress.done, part} if is_in_place else progress.done
+            is_settled = self._write(path, progress.step, epoch).is_settled
+            done = {*progress.done, part} if is_settled else progress.done
             if self.options.state.save_state:
-                is_in_place &= self._save_state(path, progress.step, epoch, done) == state_folder(path)
+                is_settled &= self._save_state(path, progress.step, epoch, done).is_settled
         except NotWrittenError as error:
             logger.error("%s; training continues", error)
             return False
         progress.done.add(part)
-        return is_in_place
+        return is_settled
 
-    def _save_state(self, weights: Path, step: int, epoch: int, done: Collection[Part], is_last: bool = False) -> Path:
-        """Write the state that belongs to a weights file. Return its folder. Raises NotWrittenError."""
+    def _save_state(
+        self, weights: Path, step: int, epoch: int, done: Collection[Part], is_last: bool = False
+    ) -> Written:
+        """Write the state that belongs to a weights file. Raises NotWrittenError."""
         folder = state_folder(weights)
         announce(f"\nsaving state: {folder}")
+        target = find_place(folder, self.names.state_kind)
         location = write_somewhere(
-            folder, "", self.state_bytes(), lambda location: self.write_state(location, step, epoch, done)
+            target, "", self.state_bytes(), lambda location: self.write_state(location, step, epoch, done)
         )
-        self._keep_newest_rescue("state", location, folder)
+        self._keep_newest_rescue("state", location, target)
         self.events.emit(
             Saved("state", self.names.find_purpose(weights), step, epoch, str(location), count_bytes(location))
         )
         if self.options.hub.save_state_to_huggingface:
             self.uploads.send(location, is_last)
-        return location
+        return Written(location, location == target)
 
     def _keep_newest_rescue(self, kind: str, location: Path, path: Path) -> None:
         """Delete the previous file in another location, so that a run does not fill the disk for temporary files."""
@@ -410,9 +442,9 @@ class Writer:
             return
         weights, state = outdated
         if weights is not None:
-            self.rotation.deletions.append(partial(remove, "checkpoint", name_of(weights), self.events))
+            self.rotation.deletions.append(self._removal(name_of(weights)))
         if state is not None and self.options.state.save_state:
-            self.rotation.deletions.append(partial(remove, "state", state_folder(name_of(state)), self.events))
+            self.rotation.deletions.append(self._removal_of_state(name_of(state)))
         self._outdate_stops(progress, epoch)
         self.rotation.saved_step = progress.step
 
@@ -422,12 +454,15 @@ class Writer:
         kept_stop = max(stops, default=0) if not self.options.state.save_state else None
         weight_stops = [stop for stop in stops if self.schedule.outdates_stop(stop, step, epoch)]
         state_stops = [stop for stop in stops if self._states.outdates_stop(stop, step, epoch) and stop != kept_stop]
-        deletions = self.rotation.deletions
-        deletions += [partial(remove, "checkpoint", self.names.of_step(stop), self.events) for stop in weight_stops]
-        deletions += [
-            partial(remove, "state", state_folder(self.names.of_step(stop)), self.events) for stop in state_stops
-        ]
+        self.rotation.deletions += [self._removal(self.names.of_step(stop)) for stop in weight_stops]
+        self.rotation.deletions += [self._removal_of_state(self.names.of_step(stop)) for stop in state_stops]
         progress.stops = [stop for stop in stops if stop not in weight_stops or stop not in state_stops]
+
+    def _removal(self, weights: Path) -> Callable[[], None]:
+        return partial(remove, "checkpoint", weights, self.names.adapter_kind, self.events)
+
+    def _removal_of_state(self, weights: Path) -> Callable[[], None]:
+        return partial(remove, "state", state_folder(weights), self.names.state_kind, self.events)
 
     def _tell_readers(self, path: Path) -> None:
         """Log which programs read a file's keys; for later files of a run only if that has changed."""
@@ -448,33 +483,10 @@ class Writer:
         return file_metadata(training, modelspec, step=step, epoch=epoch, saved_at=saved_at, is_full=is_full)
 
 
-def readers_line(specs: Sequence[BaseModelSpec], path: Path) -> str | None:
-    """Describe how many keys a file has and which programs read them; None if that is unknown."""
-    if not is_safetensors(path):
-        return None
-    try:
-        weights = open_safetensors(path)
-        # For OFT the value of alpha, not only its key, decides which programs read the file.
-        alpha_keys = [
-            f"{key.removesuffix('.oft_blocks')}.alpha" for key in weights.shapes if key.endswith(".oft_blocks")
-        ]
-        alphas = {key: float(weights.read(key)) for key in alpha_keys if weights.shapes.get(key) == ()}
-    except (OSError, ValueError) as error:  # a third-party network may write any content
-        return f"its keys cannot be read back: {error}"
-    readers = readings(specs, weights.shapes, weights.metadata, alphas)
-    return f"{len(weights.shapes)} keys, {describe(readers)}" if readers else None
-
-
 def bytes_in_file(module: nn.Module, dtype: torch.dtype | None) -> int:
     """Estimate the size of an adapter's file; its metadata take a few kilobytes."""
     # A cast on the meta device allocates nothing.
     return sum((p if dtype is None else p.to("meta", dtype)).nbytes for p in module.parameters())
-
-
-def count_bytes(path: Path) -> int:
-    """Count the bytes of a file, or of all files of a folder."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)
 
 
 def weights_are_finite(module: nn.Module) -> bool:
@@ -490,19 +502,3 @@ def save_dtype(save_precision: str | None) -> torch.dtype | None:
     if save_precision not in SAVE_DTYPES:
         raise UserError(f"--save_precision is {save_precision}; it must be one of {', '.join(SAVE_DTYPES)}")
     return SAVE_DTYPES[save_precision]
-
-
-def remove(kind: Literal["checkpoint", "state"], path: Path, events: Events) -> None:
-    """Delete an outdated file, if it exists."""
-    if path.exists():
-        announce(f"removing old {kind}: {path}")
-        delete(path)
-        events.emit(Removed(str(path)))
-
-
-def delete(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
-    if path.is_dir():
-        remove_folder(path)
-    else:
-        path.unlink(missing_ok=True)

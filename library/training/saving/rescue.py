@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from library.checkpoints.overwriting import names_beside
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -51,14 +52,9 @@ def write_somewhere(path: Path, ending: str, num_bytes: int, write: Callable[[Pa
 def places(path: Path, ending: str) -> Iterator[Path]:
     """Yield `path`, then other locations at which nothing exists."""
     yield path
-    name = f"{path.name.removesuffix(ending)}-rescued"
     for folder in (path.parent, path.absolute().parent.parent, Path(tempfile.gettempdir())):
-        numbers = iter(range(2, 10_000))
-        location = folder / f"{name}{ending}"
         # `exists` would take a broken link for a free name.
-        while os.path.lexists(location):
-            location = folder / f"{name}-{next(numbers)}{ending}"
-        yield location
+        yield next(place for place in names_beside(path, ending, folder) if not os.path.lexists(place))
 
 
 def free_bytes(folder: Path) -> int | None:

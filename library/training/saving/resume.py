@@ -52,6 +52,9 @@ EFFECTS: Mapping[OnResume | None, tuple[int, str]] = {
 }
 
 
+LATENTS = "latents"  # in the data of a state: how they were computed
+
+
 class AlreadyComplete(Exception):
     """The state belongs to a run that is complete."""
 
@@ -110,6 +113,15 @@ def batches_of_state(accumulation: int, facts: StateManifest | None, num_process
         facts.num_processes, num_processes, total // num_processes, total,
     )  # fmt: skip
     return {"gradient_accumulation_steps": total // num_processes}
+
+
+def check_latents(facts: StateManifest, computed_as: str) -> None:
+    """Raise UserError for a state of an earlier version that computed latents in another way."""
+    if facts.dataset.get(LATENTS, "") != computed_as:
+        raise UserError(
+            f"the state {facts.path} is of an earlier version, which trained this base model on random samples of the "
+            "VAE's latents in place of their mean; start from the LoRA file with --network_weights instead"
+        )
 
 
 def find_state(options: TrainOptions, processes: Processes) -> StateManifest | None:

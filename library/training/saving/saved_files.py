@@ -6,18 +6,21 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from library.checkpoints.files import LENGTH_BYTES, PEFT_STEM, holds_safetensors, read_header, read_metadata
+from library.checkpoints.marks import MARK_FIELD
+from library.checkpoints.overwriting import judge
 from library.training.saving.checkpoints import Names
 
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
-ABOUT_TRAINING = ("ss_", "sshs_", "modelspec.")  # prefixes of metadata about when and how a file was made
+ABOUT_TRAINING = ("ss_", "sshs_", "modelspec.", MARK_FIELD)  # prefixes of metadata about when and how a file was made
 STEP_IN_NAME = re.compile(r"-step(\d{8})$")
 
 
 def files_of_run(names: Names) -> list[Path]:
-    """Return the run's files, sorted by training steps, then by name."""
-    paths = (path for path in names.folder.glob(f"*.{names.extension}") if names.has_stem(path.stem))
+    """Return the run's files, sorted by training steps, then by name; foreign files of such names are left out."""
+    paths = [path for path in names.folder.glob(f"*.{names.extension}") if names.has_stem(path.stem)]
+    paths = [path for path in paths if path.is_file() and judge(path, names.adapter_kind) == "ours"]
     return sorted(paths, key=lambda path: (read_num_steps(path), path.name))
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from library.checkpoints.files import load_state_dict, save_safetensors
+from library.checkpoints.files import load_state_dict, read_header, save_safetensors
 from library.checkpoints.folders import atomic_folder
 from library.checkpoints.hashes import digest_of_file
 from library.checkpoints.tree_json import dump_tree, load_tree
@@ -222,6 +222,11 @@ def load_network(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
         tensor.copy_(weights[name])
 
 
+def network_shapes(facts: StateManifest) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the network's weights in a state by name."""
+    return {name: entry.shape for name, entry in read_header(facts.path / NETWORK_FILE).tensors.items()}
+
+
 def restore(facts: StateManifest, network: nn.Module, keepers: Mapping[str, Stateful]) -> None:
     """Restore a state into the parts of a run.
 
@@ -318,7 +323,8 @@ def strip_arguments(name: str) -> str:
 
 
 MOMENT = r"-step\d+|-\d{6,7}"  # of saving, after the run's name. Epochs have six digits, dates in names often eight.
-STATE_ENDING = re.compile(rf"({MOMENT})?-state")
+STATE = "-state"  # end of a state folder's name
+STATE_ENDING = re.compile(rf"({MOMENT})?{STATE}")
 
 
 def is_of_run(text: str, names: Iterable[str], ending: re.Pattern[str]) -> bool:
@@ -340,10 +346,15 @@ def iterate_states(folder: Path, names: tuple[str, ...]) -> Iterator[StateManife
             except UserError as error:
                 logger.warning("%s is left out: %s", entry.name, error)
                 continue
-            # The state of the end of a run named cat-251130 has the name of one of a run named cat.
-            recorded = str(facts.options.get("output_name") or "")
-            if recorded in ("", *names) or not is_state_name(entry.name, (recorded,)):
+            if is_recorded_for(str(facts.options.get("output_name") or ""), entry.name, names):
                 yield facts
+
+
+def is_recorded_for(recorded: str, folder: str, names: tuple[str, ...]) -> bool:
+    """Return True if a state belongs to a run with one of `names`; it records the run's name `recorded`, or ""."""
+    # The state of the end of a run named cat-251130 has the name of one of a run named cat. A state that was renamed by
+    # hand belongs to the run that it is named after.
+    return recorded in ("", *names) or not is_state_name(folder, (recorded,))
 
 
 def newest_state(folder: Path, names: tuple[str, ...]) -> StateManifest | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from library.data.description.schema import PRESERVATION, level_offset
+from library.diffusion.timesteps import stratify
 from library.errors import UserError
 from library.memory.devices import send
 from library.protocols import Objective
@@ -59,10 +60,12 @@ def add_noise_to(context: StepContext, batch: Batch, batch_number: int, is_check
     latents_BCHW = load_latents(context, batch, seed_generator, is_checked)
     clean_BCHW = context.arch.codec.normalize(latents_BCHW)
     generator = generator_for(context.seed, "noise", batch_number)
+    objective, B = context.arch.objective, len(clean_BCHW)
     offsets_B = torch.tensor([level_offset(attributes) for attributes in batch.attributes])
-    if not offsets_B.any():
-        return context.arch.objective.corrupt(clean_BCHW, generator)
-    return context.arch.objective.corrupt(clean_BCHW, generator, offsets_B)
+    uniforms_B = None
+    if objective.num_strata > 1:
+        uniforms_B = stratify(objective.num_strata, context.seed, batch_number * B, B)
+    return objective.corrupt(clean_BCHW, generator, offsets_B if offsets_B.any() else None, uniforms_B)
 
 
 def loss_of(context: StepContext, batch: Batch, batch_number: int) -> Tensor:

@@ -26,6 +26,7 @@ from library.training.sweep.strength import (
     describe_strengths,
     find_kept_strengths,
     is_alpha_strength,
+    varied_ranks,
 )
 
 logger = logging.getLogger(__name__)
@@ -66,8 +67,8 @@ def split_options(options: OptionsT) -> tuple[OptionsT, dict[str, OptionsT]]:
         ", ".join(combination.label for combination in combinations),
     )
     swept = dict(parse_word(item, options) for item in options.sweep.sweep)
-    adapters = [(combination.options.network, combination.chosen) for combination in combinations]
-    for line in describe_strengths(adapters, find_kept_strengths(options.network, swept)):
+    adapters = [(c.options.network, varied_ranks(options.network, swept, c.chosen)) for c in combinations]
+    for line in describe_strengths(adapters, find_kept_strengths(options.network, swept), swept):
         logger.info("%s", line)
     values = options.flat()
     # These belong to the run, not to its first adapter.
@@ -92,8 +93,8 @@ def expand_combinations(options: OptionsT) -> list[Combination[OptionsT]]:
     if num_adapters > MOST_ADAPTERS:
         raise UserError(f"--sweep names {num_adapters} adapters; at most {MOST_ADAPTERS} can be trained in one run")
     warn_of_replaced(options, names)
-    strengths = find_kept_strengths(options.network, dict(swept))
-    combinations = []
+    words, combinations = dict(swept), []
+    strengths = find_kept_strengths(options.network, words)
     for texts in product(*(texts for _, texts in swept)):
         chosen = dict(zip(names, texts, strict=True))
         label = "-".join(
@@ -101,7 +102,8 @@ def expand_combinations(options: OptionsT) -> list[Combination[OptionsT]]:
             f"{short_names.get(name, name.rpartition('.')[2].replace('_', ''))}{short_value(text)}"
             for name, text in chosen.items()
         )
-        combinations.append(Combination(label, chosen, resolve_adapter(options, chosen, label, strengths)))
+        ranks = varied_ranks(options.network, words, chosen)
+        combinations.append(Combination(label, chosen, resolve_adapter(options, chosen, label, ranks, strengths)))
     if len(combinations) < 2:
         raise UserError(f"--sweep {' '.join(options.sweep.sweep or ())} names a single adapter; give it two or more")
     labels = [
@@ -170,15 +172,22 @@ def short_value(text: str) -> str:
 
 
 def resolve_adapter(
-    options: OptionsT, chosen: Mapping[str, str], label: str, strengths: Sequence[Strength]
+    options: OptionsT,
+    chosen: Mapping[str, str],
+    label: str,
+    ranks: Mapping[str, str],
+    strengths: Sequence[Strength],
 ) -> OptionsT:
-    """Return the options of one adapter. Raises UserError for a value that is invalid or has no effect."""
+    """Return the options of one adapter; `ranks` are its `varied_ranks`.
+
+    Raises UserError for a value that is invalid or has no effect.
+    """
     values = options.flat()
     overrides: dict[str, Any] = {
         "sweep": None,
         "output_name": "-".join(filter(None, (options.saving.output_name, label))),
     }
-    for name, text in chosen.items():
+    for name, text in {**chosen, **ranks}.items():
         table, _, key = name.partition(".")
         if key:
             other_arguments = [
@@ -194,7 +203,8 @@ def resolve_adapter(
     resolved = options.with_values(overrides)
     if is_alpha_strength(resolved.network):
         for strength in strengths:
-            resolved = resolved.with_values(strength.as_option(resolved.network, chosen[strength.rank_name]))
+            if strength.rank_name in ranks:
+                resolved = resolved.with_values(strength.as_option(resolved.network, ranks[strength.rank_name]))
     for line in find_idle_words(resolved, resolved.network, chosen):
         raise UserError(f"--sweep {line}")
     return resolved

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from library.checkpoints.overwriting import find_place
 from library.formatting import align_columns
 from library.training.evaluation.choice import CONFIDENCE, Compared, choose, is_clearly_worse
 from library.training.evaluation.choosing import format_interval
 from library.training.loop.adapter_run import PreparedRun
 from library.training.report_page.comparison import select_shown
-from library.training.report_page.page import build_page, read_data
+from library.training.report_page.page import SWEEP, build_page, read_data
 from library.training.report_page.writer import read_report, write_page
 from library.training.reporting.event_stream import plain
 from library.training.sweep_record import SweepRecord
@@ -128,6 +129,7 @@ def log_ranking(ranking: Ranking, title: str, page: Path | None) -> None:
     """Log the ranking, and write its page if requested."""
     for line in format_ranking(ranking) if ranking.num_images else ():
         logger.info("%s", line)
+    page = None if page is None else find_place(page, SWEEP)
     where = "" if page is None else f"; the ranking is {page}"
     logger.info("sweep: %s%s", ranking.verdict, where)
     if page is not None:

@@ -1,5 +1,5 @@
-"""Alpha for adapters whose rank a sweep varies: alpha / rank is kept, so that they differ in rank and not in
-strength."""
+"""What follows a rank that a sweep varies: alpha, so that adapters differ in rank and not in strength, and the rank of
+convolutions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ ROTATIONS = ("networks.oft", "networks.boft")  # prefixes of module names
 
 @dataclass(frozen=True)
 class Strength:
-    """The ratio alpha / rank of the options, for a rank that the sweep varies without its alpha."""
+    """The ratio alpha / rank of the options, for a rank that varies in the sweep without its alpha."""
 
     rank_name: str  # a key of ALPHA_NAMES
     alpha: float
@@ -43,17 +43,42 @@ def find_kept_strengths(network: NetworkOptions, words: Mapping[str, Sequence[st
     A given alpha belongs to the rank given next to the sweep, else to the first rank of the sweep.
     """
     arguments = parse_network_args(network.network_args)
-    ranks = {NETWORK_DIM: str(network.network_dim or ""), CONV_DIM: arguments.get("conv_dim", "")}
+    ranks = given_ranks(network)
     alphas = {NETWORK_DIM: str(network.network_alpha), CONV_DIM: arguments.get("conv_alpha", DEFAULT_CONV_ALPHA)}
     strengths = []
     for name, alpha_name in ALPHA_NAMES.items():
-        if name in words and alpha_name not in words:
-            known = [int(text) for text in (ranks[name], *words[name]) if text.isdecimal() and int(text)]
+        varies = name in words or (name == CONV_DIM and NETWORK_DIM in words)
+        if varies and alpha_name not in words:
+            known = positive_numbers(ranks[name], *words.get(name, ()))
             try:
                 strengths += [Strength(name, float(alphas[name]), rank) for rank in known[:1]]
             except ValueError as error:
                 raise UserError(f"--network_args conv_alpha={alphas[name]} is not a number; correct it") from error
     return strengths
+
+
+def given_ranks(network: NetworkOptions) -> dict[str, str]:
+    """Return the ranks of the options by name, "" for one that is not given."""
+    conv_dim = parse_network_args(network.network_args).get("conv_dim", "")
+    return {NETWORK_DIM: str(network.network_dim or ""), CONV_DIM: conv_dim}
+
+
+def positive_numbers(*texts: str) -> list[int]:
+    return [int(text) for text in texts if text.isdecimal() and int(text)]
+
+
+def varied_ranks(
+    network: NetworkOptions, words: Mapping[str, Sequence[str]], chosen: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the ranks of one adapter of a sweep that differ from the options: those `chosen`, and a given conv_dim,
+    which follows a swept network_dim unless `words` of the sweep name it too."""
+    ranks = {name: chosen[name] for name in ALPHA_NAMES if name in chosen}
+    given = given_ranks(network)
+    conv_dims = positive_numbers(given[CONV_DIM])
+    if NETWORK_DIM in words and CONV_DIM not in words and conv_dims and positive_numbers(chosen[NETWORK_DIM]):
+        first_rank = positive_numbers(given[NETWORK_DIM], *words[NETWORK_DIM])[0]
+        ranks[CONV_DIM] = str(max(1, round(conv_dims[0] * int(chosen[NETWORK_DIM]) / first_rank)))
+    return ranks
 
 
 def is_alpha_strength(network: NetworkOptions) -> bool:
@@ -63,22 +88,23 @@ def is_alpha_strength(network: NetworkOptions) -> bool:
 
 
 def describe_strengths(
-    adapters: Sequence[tuple[NetworkOptions, Mapping[str, str]]], strengths: Sequence[Strength]
+    adapters: Sequence[tuple[NetworkOptions, Mapping[str, str]]],
+    strengths: Sequence[Strength],
+    words: Mapping[str, Sequence[str]],
 ) -> Iterator[str]:
-    """Yield a line for each swept rank; `adapters` holds each adapter's options and swept values."""
-    affected = [(network, chosen) for network, chosen in adapters if is_alpha_strength(network)]
+    """Yield a line for each rank that varies with `words` of the sweep; `adapters` holds each adapter's options and its
+    `varied_ranks`."""
+    affected = [ranks for network, ranks in adapters if is_alpha_strength(network)]
     for strength in strengths if affected else ():
         name, alpha_name = (full.rpartition(".")[2] for full in (strength.rank_name, ALPHA_NAMES[strength.rank_name]))
-        ranks = dict.fromkeys(chosen[strength.rank_name] for _, chosen in affected)
-        pairs = ", ".join(f"alpha {strength.alpha_at(rank):g} at rank {rank}" for rank in ranks)
+        varied = dict.fromkeys(ranks[strength.rank_name] for ranks in affected if strength.rank_name in ranks)
+        pairs = ", ".join(f"alpha {strength.alpha_at(rank):g} at rank {rank}" for rank in varied)
         if strength.alpha:  # 0 means the rank
             yield (
                 f"--sweep {name} keeps alpha / rank at {strength.alpha / strength.rank:g}: {pairs}; add "
                 f"{alpha_name}=VALUE to --sweep to set alpha yourself"
             )
-    network, chosen = adapters[0]
-    conv_dim = parse_network_args(network.network_args).get("conv_dim")
-    if NETWORK_DIM in chosen and CONV_DIM not in chosen and conv_dim:
-        yield (
-            f"--sweep network_dim leaves conv_dim at {conv_dim} for every adapter; add conv_dim to --sweep to change it"
-        )
+    followed = {ranks[NETWORK_DIM]: ranks[CONV_DIM] for _, ranks in adapters if ranks.keys() >= {NETWORK_DIM, CONV_DIM}}
+    if followed and CONV_DIM not in words:
+        pairs = ", ".join(f"{conv_dim} at rank {rank}" for rank, conv_dim in followed.items())
+        yield f"--sweep network_dim takes conv_dim along: {pairs}; add conv_dim=VALUE to --sweep to set it yourself"

@@ -43,7 +43,7 @@ def read_delta(delta: Delta, tensors: ModuleTensors, layer: nn.Module | None) ->
         change = ScaledDelta(layer, delta, alpha)
     else:
         weight = None if layer is None else get_weight(layer)
-        decomposition = Decompose(weight, is_per_output=are_per_output(magnitudes))
+        decomposition = Decompose(weight, is_per_output=are_per_output(magnitudes.shape))
         change = DoRA(layer, delta, alpha, decomposition, magnitudes=magnitudes)
     change.alpha_value = alpha  # an alpha of 0 in a file means 0, not the rank
     return change

@@ -79,6 +79,9 @@ class ScaledDelta(WithAlpha):
             self.add_module(name, child)
         for name, parameter in delta.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
+        for name, buffer in delta.named_buffers(recurse=False):
+            assert name != ALPHA
+            self.register_buffer(name, buffer, persistent=name in delta.state_dict())
         # nn.Module would register the delta as a child, and keys would get a level that files do not have.
         object.__setattr__(self, "delta", delta)
         object.__setattr__(self, "layer", layer)  # not registered: it belongs to the base model
@@ -89,6 +92,14 @@ class ScaledDelta(WithAlpha):
             delta.start_moving()
         # The strength in the forward pass comes from alpha_value, so a training state that is loaded must set it too.
         self.register_load_state_dict_post_hook(lambda change, _: change.read_alpha())  # type: ignore[no-untyped-call]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScaledDelta":
+        """Move or cast. Parameters keep their identity, buffers are replaced, so the delta gets its own again."""
+        super()._apply(fn, recurse)
+        assert isinstance(self.delta, nn.Module)
+        for name, _ in list(self.delta.named_buffers(recurse=False)):
+            setattr(self.delta, name, self.get_buffer(name))
+        return self
 
     @property
     def fast_keys(self) -> frozenset[str]:

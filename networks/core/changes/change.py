@@ -266,6 +266,14 @@ def match_dtype(factor: Tensor, x: Tensor) -> Tensor:
     return x if torch.is_autocast_enabled(x.device.type) else x.to(factor.dtype)
 
 
+@torch.no_grad()
+def change_norms(change: Change, base: Tensor) -> tuple[float, float]:
+    """Return the Frobenius norms (of what the change adds to a layer's weight `base`, of `base`) at strength 1."""
+    # In float32: bf16 would round a small change away.
+    base = base.detach().float()
+    return float((change.merged(base).float() - base).norm()), float(base.norm())
+
+
 def stand_in(shape: tuple[int, ...]) -> nn.Module:
     """Return a layer on the meta device with a weight of `shape`, (O, I) or (O, I, h, w), for files read alone."""
     num_outputs, num_inputs, *kernel = shape

@@ -4,7 +4,8 @@ Letters: O output features or channels, I input features or channels, R rank, h 
 rows, whichever have magnitudes.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from networks.core.arguments.network_arguments import Requirement, argument
 from networks.core.arguments.values import parse_bool
 from networks.core.changes.alpha import SCALAR, ScaledDelta
-from networks.core.changes.change import ChangeSize, Delta, Forward, get_weight
+from networks.core.changes.change import ChangeSize, Delta, Forward, get_weight, weight_shape
 from networks.core.changes.dropout import NO_DROPOUT, Dropout
 from networks.core.changes.parameter_keys import DORA_SCALE
 
@@ -29,12 +30,21 @@ CHUNK_VALUES = 2**22  # values of the base weight that are cast at once
 HOST = torch.device("cpu")
 
 
-def are_per_output(magnitudes: Tensor) -> bool:
+def are_per_output(shape: Sequence[int]) -> bool:
     """Return True if magnitudes are per output, (O,), (O, 1) or (O, 1, 1, 1), not per input, (1, I) or (1, I, 1, 1).
 
     A single magnitude counts as per output: some layers have one output, none has one input.
     """
-    return magnitudes.numel() == 1 or magnitudes.shape[0] != 1
+    return math.prod(shape) == 1 or shape[0] != 1
+
+
+def can_have_magnitudes(layer: nn.Module) -> bool:
+    """Return True if programs read a layer's magnitudes as they are trained, which needs two outputs.
+
+    ComfyUI, Forge and A1111-style loaders take magnitudes for those of outputs if their first axis is as long as the
+    weight's. (1, I), one per input, fits a weight (1, I) too, and its columns would be divided by the norm of the row.
+    """
+    return weight_shape(layer)[0] > 1
 
 
 @dataclass(frozen=True)
@@ -145,6 +155,15 @@ class DoRA(ScaledDelta):
         if self.dora_scale.dtype.itemsize == 2:
             self.dora_scale.data = unrounded.to(self.dora_scale.device)
         return self
+
+
+def add_magnitudes(change: ScaledDelta, has_constant_norm: bool, is_per_output: bool) -> DoRA:
+    """Return a change with the same delta that has magnitudes too."""
+    assert change.layer is not None
+    decomposition = Decompose(get_weight(change.layer), has_constant_norm, is_per_output)
+    has_scalar = change.scalar is not None
+    dora = DoRA(change.layer, change.delta, change.alpha_value, decomposition, change.drops, has_scalar)
+    return dora.to(change.alpha.device)
 
 
 class Decompose:

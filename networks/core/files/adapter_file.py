@@ -160,8 +160,10 @@ def adapter_tensors(file: AdapterFile) -> dict[str, Tensor]:
     return {**tensors, **file.unknown}
 
 
-def save_adapter_file(path: str | Path, file: AdapterFile, dtype: torch.dtype | None = None) -> None:
-    """Write an adapter file atomically, with its floating-point tensors in `dtype` or unchanged.
+def save_adapter_file(
+    path: str | Path, file: AdapterFile, dtype: torch.dtype | None = None, mark: str | None = None
+) -> None:
+    """Write an adapter file atomically, with the command's mark and its floating-point tensors in `dtype` or unchanged.
 
     .safetensors files include the metadata and new hashes. Other extensions get a pickled state dict without metadata.
     """
@@ -171,15 +173,20 @@ def save_adapter_file(path: str | Path, file: AdapterFile, dtype: torch.dtype | 
         key: tensor.detach().to("cpu", dtype if dtype and tensor.is_floating_point() else tensor.dtype).contiguous()
         for key, tensor in adapter_tensors(file).items()
     }
-    save_network(path, tensors, file.metadata)
+    save_network(path, tensors, file.metadata, mark)
 
 
-def save_network(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> None:
+def save_network(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None,
+    mark: str | None = None,
+) -> None:
     """Write adapters atomically: .safetensors with metadata and both hashes, otherwise a pickled state dict."""
     if is_safetensors(path):
-        save_safetensors(path, tensors, with_hashes(tensors, metadata or {}))
+        save_safetensors(path, tensors, with_hashes(tensors, metadata or {}), mark)
     else:
-        save_pickle_state_dict(path, tensors)
+        save_pickle_state_dict(path, tensors, mark=mark)
 
 
 COMPUTED: tuple[KeyLayout, ...] = (*(layout for layout in list_layouts() if layout.read is not None), PIECES)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from networks.core.changes import qkv_rows
-from networks.core.changes.change import Change, Misfit
+from networks.core.changes.change import Change, Misfit, change_norms
 from networks.core.changes.dora import are_per_output
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 from networks.core.kinds import lora
@@ -67,7 +67,7 @@ class ModuleWeights:
     @property
     def is_dora_per_output(self) -> bool:
         """True if magnitudes are per output, as in PEFT."""
-        return self.is_dora and self.layout.shape_of is not None and are_per_output(self.magnitudes)
+        return self.is_dora and self.layout.shape_of is not None and are_per_output(self.magnitudes.shape)
 
     @property
     def is_larger_kernel(self) -> bool:
@@ -148,6 +148,13 @@ class ModuleWeights:
         """
         try:
             return self.change(dtype).merged(base.to(dtype), strength, parameter)
+        except Misfit as misfit:
+            raise UserError(self._describe(misfit)) from None
+
+    def change_norms(self, base: Tensor) -> tuple[float, float]:
+        """Return the Frobenius norms (of what it adds to `base`, of `base`). Raises UserError for another size."""
+        try:
+            return change_norms(self.change(), base)
         except Misfit as misfit:
             raise UserError(self._describe(misfit)) from None
 

@@ -257,7 +257,7 @@ def check_layout(name: str, size: ChangeSize, expected: KeyLayout, group: Mappin
             f"{name} has magnitudes (DoRA) in {source}; set --network_args dora_wd=True, or add --dim_from_weights to "
             "take the form from the file"
         )
-    magnitudes = "output" if (is_per_output := are_per_output(group[DORA_SCALE])) else "input"
+    magnitudes = "output" if (is_per_output := are_per_output(group[DORA_SCALE].shape)) else "input"
     if magnitudes != size.magnitudes:
         raise UserError(
             f"{name} has one magnitude for each {magnitudes} (DoRA) in {source}; set --network_args "

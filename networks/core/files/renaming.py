@@ -59,7 +59,7 @@ def rename(
     for entry, members in groups.items():
         dtypes = {dtype for member in members for dtype in qkv_rows.dtypes_of(member.tensors)}
         for name, tensors in rename_module(entry, members, to, file.origin, are_apart):
-            is_peft_dora = to == "diffusers" and DORA_SCALE in tensors and are_per_output(tensors[DORA_SCALE])
+            is_peft_dora = to == "diffusers" and DORA_SCALE in tensors and are_per_output(tensors[DORA_SCALE].shape)
             if is_peft_dora:
                 tensors = {**tensors, DORA_SCALE: qkv_rows.to_peft_magnitudes(tensors[DORA_SCALE])}
             keys = {key: f"{name}.{ending(key, to, is_peft_dora)}" for key in tensors}

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.errors import UserError
+from library.errors import UserError, list_few
 from networks.core.arguments.common import RankArguments, RateArguments, TargetArguments
 from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings
-from networks.core.changes.dora import DoraArguments
+from networks.core.changes.dora import DoraArguments, can_have_magnitudes
 from networks.core.changes.init import InitArguments
 from networks.core.changes.parameter_keys import DORA_SCALE
 from networks.core.changes.qkv_pieces import group_by_rows
@@ -85,6 +85,7 @@ def create_network(
             f"nothing to train: with --network_dim {rank} and these --network_args every module has the rank 0"
         )
     report_new_members(targets, arguments, members)
+    report_without_magnitudes(arguments, members)
     warn_of_idle_patterns(models, targets, arguments)
     network = AdapterNetwork(members, targets, arguments, maker.noise)
     network.start_step = kind.prepare([member.adapter for member in members], arguments)
@@ -131,6 +132,7 @@ def create_network_from_weights(
     network = AdapterNetwork(members, targets, arguments, maker.noise, str(file), spelling)
     if not for_inference:
         check_forms(kind, arguments, groups, str(file))
+        report_without_magnitudes(arguments, members)
         target_modules = [member.adapter.target for member in members]
         warn_of_unmatched(targets, target_modules, "network_reg_lrs", arguments.of(RateArguments).network_reg_lrs or ())
         network.start_step = kind.prepare([member.adapter for member in members], arguments)
@@ -172,6 +174,19 @@ def report_new_members(targets: AdapterTargets, arguments: NetworkArguments, mem
             "init=%s: factors start at a part of the weights; the saved LoRA takes it out again, at twice the rank",
             init.init,
         )
+
+
+def report_without_magnitudes(arguments: NetworkArguments, members: Sequence[Member]) -> None:
+    """Log the layers that DoRA leaves to the plain change of its kind."""
+    adapters = [member.adapter for member in members if member.adapter.target.kind != "norm"]
+    if not arguments.of(DoraArguments).dora_wd:
+        return
+    names = [a.target.name for a in adapters if not (can_have_magnitudes(a.target.module) or a.change.size.magnitudes)]
+    if names:
+        logger.info(
+            "--network_args dora_wd: %s has one output and gets no magnitudes, which ComfyUI, Forge and A1111-style "
+            "loaders would read differently", list_few(names),
+        )  # fmt: skip
 
 
 def warn_of_idle_patterns(models: Sequence[AdaptedModel], targets: AdapterTargets, arguments: NetworkArguments) -> None:

@@ -11,7 +11,7 @@ from networks.core.arguments.network_arguments import NetworkArguments
 from networks.core.changes import qkv_pieces
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.change import Change, ModuleTensors
-from networks.core.changes.dora import DoraArguments, are_per_output
+from networks.core.changes.dora import DoraArguments, are_per_output, can_have_magnitudes
 from networks.core.changes.parameter_keys import DORA_SCALE
 from networks.core.changes.request import ChangeRequest
 from networks.core.changes.tlora import NoiseLevels
@@ -62,7 +62,7 @@ class MemberMaker:
             request = replace(
                 self.request(model, target, settings.rank, settings.alpha),
                 has_core=arguments.of(StructureArguments).use_tucker and target.kind == "conv",
-                is_decomposed=dora.dora_wd,
+                is_decomposed=dora.dora_wd and can_have_magnitudes(target.module),
                 is_per_output=dora.wd_on_output,
             )
             yield self.member(model, target, self.change(request), settings)
@@ -128,8 +128,8 @@ class MemberMaker:
             tensors=tensors,
             source=source,
             has_core=layout.has_core(tensors),
-            is_decomposed=has_magnitudes or dora.dora_wd,
-            is_per_output=are_per_output(tensors[DORA_SCALE]) if has_magnitudes else dora.wd_on_output,
+            is_decomposed=has_magnitudes or (dora.dora_wd and can_have_magnitudes(target.module)),
+            is_per_output=are_per_output(tensors[DORA_SCALE].shape) if has_magnitudes else dora.wd_on_output,
         )
 
     def change(self, request: ChangeRequest) -> Change:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from library.errors import UserError
 from networks.core.arguments.common import LR_LISTS, RateArguments
 from networks.core.arguments.network_arguments import NetworkArguments
 from networks.core.changes.adapter import Adapter
-from networks.core.changes.change import Change, FollowsGradients
+from networks.core.changes.alpha import ScaledDelta
+from networks.core.changes.change import Change, FollowsGradients, change_norms, get_weight
+from networks.core.changes.dora import DoraArguments, add_magnitudes, are_per_output, can_have_magnitudes
 from networks.core.changes.dropout import Dropout
 from networks.core.changes.ggpo import GgpoArguments
+from networks.core.changes.parameter_keys import DORA_SCALE
 from networks.core.changes.qkv_pieces import InRows, changes_in
 from networks.core.changes.tlora import NoiseLevels
 from networks.core.files.adapter_file import open_adapter, save_network, sort_tensors
@@ -174,10 +178,31 @@ class AdapterNetwork(nn.Module):
         Raises UserError if nothing in the file matches or a rank differs.
         """
         has_pieces = any(isinstance(member.adapter.change, InRows) for member in self.members)
-        report = load_into(self.adapters, to_own_names(open_adapter(file), self.targets.names, has_pieces))
+        adapter_file = to_own_names(open_adapter(file), self.targets.names, has_pieces)
+        shapes = {f"{n}.{key}": t.shape for n, m in adapter_file.modules.items() for key, t in m.tensors.items()}
+        self.prepare_for(shapes, file)
+        report = load_into(self.adapters, adapter_file)
         for line in report.warnings():
             logger.warning(line)
         return report.summary()
+
+    def prepare_for(self, shapes: Mapping[str, Sequence[int]], source: str) -> None:
+        """Take the form of weights with these shapes, which are loaded later; call it before the optimizer is built.
+
+        In files and states of earlier versions, layers with one output have magnitudes.
+        """
+        dora = self.arguments.of(DoraArguments)
+        for name, adapter in self.adapters.items():
+            shape, change = shapes.get(f"{name}.{DORA_SCALE}"), adapter.change
+            if shape is None or not dora.dora_wd or can_have_magnitudes(adapter.target.module):
+                continue
+            if isinstance(change, ScaledDelta) and not change.size.magnitudes:
+                adapter.change = add_magnitudes(change, dora.dora_constant_norm, are_per_output(shape))
+                self.add_module(name, as_module(adapter))
+                logger.warning(
+                    "%s keeps the magnitudes (DoRA) that it has in %s; ComfyUI, Forge and A1111-style loaders read "
+                    "them differently, because the layer has one output", name, source,
+                )  # fmt: skip
 
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
         """Write the adapters atomically: .safetensors with metadata and hashes, otherwise a pickled state dict."""
@@ -288,6 +313,14 @@ class AdapterNetwork(nn.Module):
             change.scale_(ratio)
         scaled_norms = norms * ratios
         return torch.stack([(ratios < 1).sum().to(scaled_norms.dtype), scaled_norms.mean(), scaled_norms.max()])
+
+    def change_norms(self) -> Iterator[tuple[float, float]]:
+        """Yield the norms (of the change, of the base model's weight) of each adapted layer."""
+        for member in self.members:
+            change, module = member.adapter.change, as_module(member.adapter)
+            if "weight" in change.changed_parameters:
+                device = next(chain(module.parameters(), module.buffers())).device
+                yield change_norms(change, get_weight(member.adapter.target.module).to(device))
 
     def _warn_of_idle_rates(self) -> None:
         """Warn about rates in the network arguments for a side of the base model that has no adapter."""

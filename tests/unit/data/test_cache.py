@@ -20,9 +20,10 @@ from library.data.caching.filling import assign_jobs
 from library.data.caching.latents import cache_latents, plan_jobs
 from library.data.plan.data_plan import DataPlan
 from library.data.training_data import open_batches
+from library.errors import NotThere
 from library.options.caching import CachingOptions
 from library.processes import Processes
-from library.protocols import LatentSpec
+from library.protocols import POSTERIOR_MEAN, LatentSpec
 from tests.unit.data.builders import (
     SPEC,
     averaging_vae,
@@ -373,6 +374,25 @@ def test_changed_settings_invalidate_every_entry(folder, arguments, vae):
     assert cache(folder, arguments, vae=vae)[1] == 0
 
 
+def test_entries_with_random_samples_by_an_earlier_version_are_encoded_again(folder, caplog):
+    spec = replace(SPEC, computed_as=POSTERIOR_MEAN)
+    line = "3 stale (3 made of random samples by an earlier version, where the VAE's mean is needed"
+
+    def missing() -> str:
+        raise NotThere("it is missing")
+
+    cache(folder)
+    with caplog.at_level(logging.INFO):
+        with pytest.raises(NotThere):
+            cache_latents(open_folder(folder, spec=spec), averaging_vae(), missing, DISK, 1)
+        assert caplog.text.count(line) == 1
+        assert cache(folder, vae=f"vae{spec.vae_suffix}", spec=spec)[1] == 3
+        assert caplog.text.count(line) == 2
+        cache_latents(open_folder(folder, spec=spec), averaging_vae(), missing, DISK, 1)
+        assert cache(folder, vae=f"vae{spec.vae_suffix}", spec=spec)[1] == 0
+    assert caplog.text.count(line) == 2
+
+
 def test_another_resolution_encodes_every_image_again(folder):
     cache(folder)
     plan = plan_of(options_of("--resolution 128", "--train_data_dir", str(folder)))
@@ -460,8 +480,21 @@ def test_an_invalid_file_passed_by_skip_cache_check_stops_the_run(folder, spoil,
     spoil(folder)
     skipping = CachingOptions(cache_latents=True, cache_latents_to_disk=True, skip_cache_check=True)
     batches, _ = cache(folder, options=skipping)
-    with pytest.raises(ValueError, match=rf"p0_0064x0064_sd\.npz is {message}"):
+    with pytest.raises(ValueError, match=rf"p0_0064x0064_sd\.npz is {message}") as error:
         batches_of(batches)
+    assert ("without --skip_cache_check" in str(error.value)) == (spoil is not truncate)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fix"),
+    [(truncate, "delete it and run again to rebuild it"), (Path.unlink, "is missing; run again to rebuild it")],
+)
+def test_a_file_that_breaks_after_the_check_is_named_without_options_that_nobody_gave(folder, spoil, fix):
+    batches, _ = cache(folder, options=DISK)
+    spoil(folder if spoil is truncate else file_of(folder))
+    with pytest.raises(ValueError, match=r"p0_0064x0064_sd\.npz is ") as error:
+        batches_of(batches)
+    assert str(error.value).endswith(fix) and "skip_cache_check" not in str(error.value)
 
 
 # Interruption and failure

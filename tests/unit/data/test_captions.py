@@ -66,6 +66,13 @@ def test_every_line_gets_the_prefix_and_suffix():
     assert lines == {"P l1 S", "P l2 S", "P l3 S"}
 
 
+def test_a_multiline_caption_is_drawn_whole_with_one_prefix_and_its_wildcards():
+    assert compose_many("l1\nl2", enable_multiline_caption=True, caption_prefix="P", caption_suffix="S") == {
+        "P l1\nl2 S"
+    }
+    assert compose_many("a {b|c}\nd", enable_multiline_caption=True, enable_wildcard=True) == {"a b\nd", "a c\nd"}
+
+
 def test_prefix_and_suffix_drop_with_the_tags_they_join_unless_they_are_kept():
     assert compose("a, b", caption_prefix="P", caption_suffix="S", caption_tag_dropout_rate=1.0) == ""
     kept = {"caption_prefix": "P |||", "caption_suffix": "||| S", "keep_tokens_separator": "|||"}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from library.checkpoints.overwriting import known_by_start
 from library.data.caching.filling import CheckedJob, Codec, fill
 from library.data.decoding.npz import MISSING, CacheWords, Verdict, open_to_write
 from library.errors import UserError
@@ -15,6 +16,8 @@ from library.processes import ALONE, Processes
 from tests.unit.test_processes import Board
 
 WORDS = CacheWords("word cache", "words", "words", "cache_words", "checking words", "caching words")
+
+KIND = known_by_start("a word", lambda start: start != b"mine")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Cache:
 
     @property
     def codec(self) -> Codec[Job]:
-        return Codec(WORDS, self.judge, self.make, self.named)
+        return Codec(WORDS, KIND, self.judge, self.make, self.named)
 
     def named(self, job: Job) -> Iterator[Job]:
         yield job
@@ -106,3 +109,11 @@ def test_the_error_for_an_unwritable_folder_suggests_a_solution(tmp_path: Path) 
     with pytest.raises(UserError, match=r"the word cache .* cannot be written .*use --cache_words to keep words"):
         fill(Cache().codec, jobs_of(tmp_path / "file", "a"), False, 1, ALONE)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_that_is_no_cache_is_kept(tmp_path: Path) -> None:
+    jobs, cache = jobs_of(tmp_path, "a", "b"), Cache()
+    Path(jobs[1].path).write_text("mine")
+    with pytest.raises(UserError, match=r"--cache_words_to_disk: .*b.txt exists and is a text file, not a word"):
+        fill(cache.codec, jobs, False, 1, ALONE)
+    assert Path(jobs[1].path).read_text() == "mine" and not cache.made

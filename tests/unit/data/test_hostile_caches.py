@@ -40,10 +40,7 @@ def put_bomb(path: Path) -> None:
     assert path.stat().st_size < 1 << 16
 
 
-ATTACKS = [put_pipe, put_npy, put_bomb]
-
-
-@pytest.mark.parametrize("spoil", ATTACKS)
+@pytest.mark.parametrize("spoil", [put_pipe, put_bomb])
 def test_hostile_latent_files_are_encoded_again(folder: Path, spoil, caplog: pytest.LogCaptureFixture) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
     before = latents_by_key(cache(folder)[0])
     spoil(file_of(folder))
@@ -52,7 +49,16 @@ def test_hostile_latent_files_are_encoded_again(folder: Path, spoil, caplog: pyt
     assert "1 damaged" in caplog.text
 
 
-@pytest.mark.parametrize("spoil", ATTACKS)
+@pytest.mark.parametrize("spoil", [put_npy, put_bomb])
+def test_files_that_are_no_cache_are_refused_unread(tmp_path: Path, spoil) -> None:  # type: ignore[no-untyped-def]
+    first = texts.cache(texts.write_data(tmp_path))
+    spoil(texts.file_of(tmp_path))
+    with pytest.raises(UserError, match="not a cache of text features"):
+        texts.cache(tmp_path)
+    assert first.encoded
+
+
+@pytest.mark.parametrize("spoil", [put_pipe])
 def test_hostile_text_cache_files_are_encoded_again(tmp_path: Path, spoil) -> None:  # type: ignore[no-untyped-def]
     first = texts.cache(texts.write_data(tmp_path))
     spoil(texts.file_of(tmp_path))

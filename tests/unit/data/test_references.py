@@ -173,6 +173,15 @@ def test_dataset_files_of_musubi_tuner_are_read(tmp_path: Path) -> None:
     steps = "bucket_reso_steps = 0\nmin_bucket_reso = 0\nmax_bucket_reso = 256"
     expected = plan(tmp_path, keys, dataset=steps)
     assert data_plan.config == expected.config and list(data_plan.samples) == list(expected.samples)
+    earlier = flat.replace("no_resize_control", "qwen_image_edit_no_resize_control").replace(
+        "control_resolution", "qwen_image_edit_control_resolution"
+    )
+    general = flat.replace("no_resize_control = true", "") + "[general]\nflux_kontext_no_resize_control = true\n"
+    for name, text in (("earlier", earlier), ("general", general)):
+        assert plan_of(write_config(tmp_path / f"{name}.toml", text), spec=SPEC).config == expected.config
+    twice = f"{flat}qwen_image_edit_control_resolution = [64, 64]\n"
+    with pytest.raises(UserError, match="qwen_image_edit_control_resolution has another value"):
+        plan_of(write_config(tmp_path / "twice.toml", twice), spec=SPEC)
 
 
 # Sizes

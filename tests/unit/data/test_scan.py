@@ -76,6 +76,21 @@ def test_with_wildcards_all_nonblank_lines_are_kept(tmp_path):
     assert scan(tmp_path, FOLDER + "enable_wildcard = true").images[0].caption == "one\ntwo"
 
 
+def test_multiline_captions_are_kept_whole_at_every_level(tmp_path):
+    write_image(tmp_path / "pictures/a.png").with_suffix(".txt").write_text("a cat\n\non a sofa \n")
+    write_image(tmp_path / "pictures/b.png").with_suffix(".txt").write_text("one line")
+    option = "enable_multiline_caption = true\n"
+    whole = ["a cat\n\non a sofa", "one line"]
+    for scanned in (
+        scan(tmp_path, FOLDER + option),
+        scan(tmp_path, FOLDER, option),
+        scan(tmp_path, FOLDER, f"[general]\n{option}"),
+        scan(tmp_path, f"{FOLDER}{option}enable_wildcard = true"),
+    ):
+        assert [image.caption for image in scanned.images] == whole
+    assert scan(tmp_path, FOLDER).images[0].caption == "a cat"
+
+
 def test_face_crops_share_the_caption_of_their_image(tmp_path):
     folder = tmp_path / "pictures"
     write_image(folder / "me_10_20_30_40.png")
@@ -176,20 +191,21 @@ def test_a_stem_does_not_match_the_beginning_of_another_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("entry", "plain", "wildcard"),
+    ("entry", "plain", "wildcard", "multiline"),
     [
-        ({"caption": "a b", "tags": "x, y"}, "a b,x, y", "a b,x, y"),
-        ({"caption": "a\n\nb", "tags": "x\ny"}, "a,x,y", "a,x,y\nb,x,y"),
-        ({"tags": "x, y"}, "x, y", "x, y"),
-        ({"caption": "a"}, "a", "a"),
-        ({}, "", ""),
+        ({"caption": "a b", "tags": "x, y"}, "a b,x, y", "a b,x, y", "a b,x, y"),
+        ({"caption": "a\n\nb", "tags": "x\ny"}, "a,x,y", "a,x,y\nb,x,y", "a\nb,x,y"),
+        ({"tags": "x, y"}, "x, y", "x, y", "x, y"),
+        ({"caption": "a"}, "a", "a", "a"),
+        ({}, "", "", ""),
     ],
 )
-def test_caption_and_tags_are_combined(tmp_path, entry, plain, wildcard):
+def test_caption_and_tags_are_combined(tmp_path, entry, plain, wildcard, multiline):
     write_image(tmp_path / "pictures/p.png")
     write_metadata(tmp_path, {"p": entry})
     assert scan(tmp_path, METADATA).images[0].caption == plain
     assert scan(tmp_path, METADATA + "enable_wildcard = true").images[0].caption == wildcard
+    assert scan(tmp_path, METADATA + "enable_multiline_caption = true").images[0].caption == multiline
 
 
 def test_json_lines_files_are_read(tmp_path):

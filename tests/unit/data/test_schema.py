@@ -124,12 +124,19 @@ MISTAKES = [
     ),
     (
         SUBSET.replace("resolution = 512", f"resolution = {10**30}"),
-        "0, but must be an int or [width, height] below 2^31",
+        "0, but must be an int or [width, height] of at most 16384 pixels",
     ),
     (
         SUBSET.replace("resolution = 512", f"resolution = 512\nbatch_size = {10**30}"),
         f"['batch_size'] is {10**30}, but must be an int below 2^31",
     ),
+    (
+        SUBSET + "control_resolution = 100000",
+        "['control_resolution'] is 100000, but must be an int or [width, height] of",
+    ),
+    (SUBSET + "control_resolution = [64, 100000]", "['control_resolution'] is [64, 100000], but must be an int or "),
+    (SUBSET + f"keep_tokens = {'9' * 5000}", "data.toml is not valid TOML: it has a number of thousands of digits"),
+    (SUBSET + f"keep_tokens = 0x{'f' * 5000}", "data.toml has a number of more than 300 digits; use a smaller one"),
     (SUBSET + "token_warmup_step = nan", "['token_warmup_step'] is nan, but must be a number"),
     (SUBSET + "token_warmup_step = inf", "['token_warmup_step'] is inf, but must be a number below 2^31"),
     (SUBSET + "caption_dropout_rate = nan", "['caption_dropout_rate'] is nan, but must be a"),
@@ -193,6 +200,8 @@ def test_syntax_errors_name_file_line_and_column(tmp_path):
     message = catch_mistakes(tmp_path, "[general]\nbatch_size = = 2\n")
     assert "data.toml is not valid TOML" in message and "line 2, column 14" in message
     assert "line 1 column 2" in catch_mistakes(tmp_path, "{bad", name="data.json")
+    long = f'{{"datasets": {"9" * 5000}}}'
+    assert "is not valid JSON: it has a number of thousands" in catch_mistakes(tmp_path, long, name="data.json")
 
 
 def test_missing_files_and_other_formats_are_refused(tmp_path):
@@ -311,7 +320,9 @@ def test_a_dataset_class_has_no_images_to_load():
         load_dataset_config(options_of("--dataset_class my.Set"))
 
 
-@pytest.mark.parametrize("arguments", ["--resolution 1,2,3", "--resolution big", "--face_crop_aug_range 1"])
+@pytest.mark.parametrize(
+    "arguments", ["--resolution 1,2,3", "--resolution 99999", "--resolution big", "--face_crop_aug_range 1"]
+)
 def test_options_that_cannot_be_parsed_are_refused_by_name(arguments):
     with pytest.raises(ValueError, match=arguments.split()[0]):
         load_dataset_config(options_of("--train_data_dir a " + arguments))
@@ -330,3 +341,28 @@ def test_configurations_are_immutable(tmp_path):
     with pytest.raises(dataclasses.FrozenInstanceError):
         subset.num_repeats = 2  # type: ignore[misc]
     assert write_config(tmp_path / "x.toml", SUBSET).dataset.dataset_config == tmp_path / "x.toml"
+
+
+TWO_SIZES = SUBSET + SUBSET.replace("resolution = 512\n", "").replace('"a"', '"b"')
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        (SUBSET, "--resolution 1024", "--resolution 1024 has no effect: {path} sets resolution = 512; change it there"),
+        (SUBSET, "--resolution 512,512", ""),
+        (SUBSET, "--train_batch_size 4", ""),  # the file says nothing
+        ("[general]\nbatch_size = 2\n" + SUBSET, "--train_batch_size 4", "--train_batch_size 4 has no effect: {path} "),
+        ("[general]\nbatch_size = 2\n" + SUBSET, "--train_batch_size 1", ""),  # as front ends send the default
+        (TWO_SIZES, "--resolution 768,1024", "--resolution 768,1024 is used in 1 of 2 data sets only: {path} sets"),
+        (TWO_SIZES, "--resolution 512", ""),
+        (SUBSET + "flip_aug = false\n", "--flip_aug", "--flip_aug has no effect: {path} sets flip_aug = false;"),
+        (SUBSET + "caption_extension = 'txt'\n", "--caption_extension .txt", ""),
+        (SUBSET + "num_repeats = 2\n", "--dataset_repeats 3", "--dataset_repeats 3 has no effect: {path} sets num_rep"),
+    ],
+)
+def test_options_that_the_file_overrides_are_warned_about_where_the_values_differ(
+    tmp_path, caplog, text, arguments, message
+):
+    load(tmp_path, text, arguments)
+    assert message.format(path=tmp_path / "data.toml") in caplog.text and bool(message) == bool(caplog.text)

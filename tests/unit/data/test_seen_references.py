@@ -14,6 +14,9 @@ from library.data.caching.captions import Encoders, TextEncoding, cache_texts, c
 from library.data.caching.latents import cache_latents
 from library.data.decoding.images import DamagedImage, Pixels, change_colour, read_pixels, resize, with_alpha
 from library.data.plan.data_plan import DataPlan
+from library.data.plan.seen_references import digest_reference
+from library.data.scanned.images import ImageLocation, ScannedImage
+from library.data.sources.storage.storage import Storage
 from library.data.training_data import open_batches
 from library.errors import UserError
 from library.options.caching import CachingOptions, TextCachingOptions
@@ -102,6 +105,35 @@ def test_a_text_changes_with_the_content_and_the_crop_of_a_reference(tmp_path: P
     after = texts(plan(tmp_path))
     assert before[0] == after[0] and before[1] != after[1]
     assert all(a != b for a, b in zip(after, texts(plan(tmp_path, "control_resolution = 128")), strict=True))
+
+
+def change_one_byte(path: Path, start: int = 0) -> None:
+    """Change a byte between the parts that short digests of an uncompressed image read."""
+    content = bytearray(path.read_bytes())
+    content[start + 250_000] ^= 255
+    path.write_bytes(bytes(content))
+
+
+def test_a_text_changes_with_the_middle_of_an_uncompressed_reference(tmp_path: Path) -> None:
+    plan(tmp_path)
+    path = sorted((tmp_path / "before").glob("*.png"))[1]
+    bitmap = path.with_suffix(".bmp")
+    Image.fromarray(np.zeros((512, 512, 3), dtype=np.uint8)).save(bitmap)
+    path.unlink()
+    before = texts(plan(tmp_path))
+    change_one_byte(bitmap)
+    after = texts(plan(tmp_path))
+    assert before[0] == after[0] and before[1] != after[1]
+
+
+def test_a_reference_in_a_larger_file_is_known_by_its_whole_content_too(tmp_path: Path) -> None:
+    path = tmp_path / "shard.tar"
+    path.write_bytes(bytes(600_000))
+    location = ImageLocation(str(path), "a.bmp", 512, 500_000, "digest of its ends")
+    reference = ScannedImage("shard.tar/a.bmp", "", (64, 64), location=location)
+    before = digest_reference(reference, Storage())
+    change_one_byte(path, 512)
+    assert digest_reference(reference, Storage()) != before
 
 
 def encoding_of(options: TextCachingOptions, calls: list[list[str]]) -> TextEncoding:

@@ -1,12 +1,14 @@
 """Cached text features: variants of captions, files compatible with sd-scripts, and staleness."""
 
 import dataclasses
+import io
 import json
 import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from library.data.caching.captions import CachedTexts, Encoders, TextEncoding, cache_texts
 from library.data.caching.text_files import TextFile, stack_rows
+from library.data.decoding import npz
 from library.data.description.captions import CaptionRules, caption_variant
 from library.data.plan.data_plan import DataPlan
 from library.data.training_data import TrainingBatches, open_batches
@@ -344,7 +347,7 @@ def test_a_file_of_another_program_is_encoded_again(tmp_path, caplog, leaves_not
     assert_same_features(TextFile(str(file_of(folder)), KEYS).read(again.encoded[0]), features(again.encoded[0]))
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "note"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "zeros", "note"])
 def test_a_damaged_file_is_encoded_again(tmp_path, damage):
     folder = write_data(tmp_path)
     cache(folder)
@@ -353,10 +356,26 @@ def test_a_damaged_file_is_encoded_again(tmp_path, damage):
     if damage == "note":
         rewrite(path, True, captions=np.frombuffer(json.dumps([1, "x"]).encode(), dtype=np.uint8))
     else:
-        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"no archive"}[damage])
+        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "zeros": bytes(5000)}[damage])
     again = cache(folder)
     assert len(again.encoded) == 1
     assert len(draws_of(again.batches)) == 6
+
+
+def test_a_file_that_is_no_cache_is_kept(tmp_path):
+    folder = write_data(tmp_path)
+    cache(folder)
+    for content in (b"no archive", npz_bytes(depth=np.zeros(4))):
+        file_of(folder).write_bytes(content)
+        with pytest.raises(UserError, match=r"_to_disk: .* not a cache of text features"):
+            cache(folder)
+        assert file_of(folder).read_bytes() == content
+
+
+def npz_bytes(**arrays):
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
 
 
 def test_flipped_bits_are_detected_when_read(tmp_path):
@@ -423,11 +442,17 @@ def test_captions_are_encoded_in_batches_of_the_given_size(tmp_path):
         assert_same_features(row, features(caption))
 
 
-def test_the_error_for_an_unwritable_folder_suggests_a_solution(tmp_path):
+def test_the_error_for_an_unwritable_folder_suggests_a_solution(tmp_path, monkeypatch):
     folder = write_data(tmp_path)
-    file_of(folder).mkdir()  # not even root can replace a folder by a file
-    with pytest.raises(ValueError, match=r"p0_tiny_te.npz cannot be written.*use --cache_text_encoder_outputs to keep"):
+    monkeypatch.setattr(npz, "atomic_path", refuse)  # root can write everywhere
+    with pytest.raises(ValueError, match=r"_tiny_te.npz cannot be written.*use --cache_text_encoder_outputs to keep"):
         cache(folder)
+
+
+@contextmanager
+def refuse(path):
+    raise PermissionError(13, "Permission denied", str(path))
+    yield
 
 
 @pytest.mark.parametrize("options", [MEMORY, DISK], ids=["memory", "disk"])

@@ -279,3 +279,32 @@ def test_settings_of_other_objectives_are_reported_as_unused(settings: dict[str,
     assert list(find_unused(AnimaOptions(), IGNORES)) == []
     (line,) = find_unused(AnimaOptions().with_values(settings), IGNORES)
     assert line.startswith(message)
+
+
+def test_a_kept_shape_is_the_distribution_cut_off_at_the_range() -> None:
+    """The levels are those of the whole distribution that lie in the range, at 0.2 to 0.5."""
+    noise = NoiseOptions(min_timestep=200, max_timestep=500)
+    settings = SimpleNamespace(loss=LossOptions(), flow_weighting=FlowWeightingOptions())
+    samplings = {keeps: FlowSamplingOptions("sigmoid", preserve_distribution_shape=keeps) for keeps in (False, True)}
+    kept, scaled, whole = (
+        build_sampled_flow(SimpleNamespace(**vars(settings), noise=options, flow_sampling=samplings[keeps]))
+        .draw_timesteps(50_000, H, W, torch.Generator().manual_seed(4))
+        .sort()
+        .values
+        for keeps, options in ((True, noise), (False, noise), (False, NoiseOptions()))
+    )
+    inside = whole[(whole >= 200) & (whole <= 500)]
+    quantiles = torch.linspace(0.01, 0.99, 50)
+    torch.testing.assert_close(kept.quantile(quantiles), inside.quantile(quantiles), rtol=0, atol=5)
+    assert kept[0] >= 200 and kept[-1] <= 500
+    assert (scaled.quantile(quantiles) - inside.quantile(quantiles)).abs().max() > 20
+
+
+def test_a_range_that_is_never_drawn_is_an_error() -> None:
+    sampling = FlowSamplingOptions("shift", discrete_flow_shift=1e6, preserve_distribution_shape=True)
+    options = SimpleNamespace(
+        noise=NoiseOptions(max_timestep=10), loss=LossOptions(), flow_sampling=sampling,
+        flow_weighting=FlowWeightingOptions(),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"--preserve_distribution_shape.*--max_timestep 10; widen the range"):
+        build_sampled_flow(options).draw_timesteps(2, H, W, torch.Generator().manual_seed(4))

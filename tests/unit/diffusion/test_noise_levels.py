@@ -15,8 +15,9 @@ from library.diffusion.timesteps import (
     resolution_shift,
     scheme_weights,
     shift_sigmas,
+    stratify,
 )
-from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
+from library.options.training.flow import HYBRIDS, TIMESTEP_SAMPLINGS, FlowSamplingOptions, FlowWeightingOptions
 
 N = 200_000
 KS_LIMIT = 1.95 / N**0.5  # Kolmogorov-Smirnov's 99.9 % point
@@ -205,3 +206,24 @@ def test_scheme_weights_match_their_formulas() -> None:
 
 def test_weights_stay_finite_without_noise() -> None:
     assert scheme_weights("sigma_sqrt", torch.tensor([0.0, 1e-5])).tolist() == pytest.approx([1e6, 1e6])
+
+
+@pytest.mark.parametrize("num_strata", [2, 7, 1000])
+def test_of_successive_draws_one_lies_in_each_stratum_wherever_a_batch_begins(num_strata: int) -> None:
+    groups = stratify(num_strata, 5, 0, 3 * num_strata).view(3, num_strata)
+    assert all(torch.equal((row * num_strata).long().sort().values, torch.arange(num_strata)) for row in groups)
+    assert num_strata < 7 or not torch.equal((groups[0] * num_strata).long(), (groups[1] * num_strata).long())
+    assert torch.equal(stratify(num_strata, 5, 3, 3), groups.flatten()[3:6])
+    assert not torch.equal(stratify(num_strata, 6, 0, num_strata), groups[0])
+
+
+@pytest.mark.parametrize("kind", TIMESTEP_SAMPLINGS)
+def test_stratified_levels_have_the_same_distribution_and_steadier_means(kind: str) -> None:
+    weighting = {"weighting_scheme": "logit_normal"} if kind == "sigma" else {}
+    reference = sample_levels(timestep_sampling=kind, **weighting)
+    draw = build_level_sampler(FlowSamplingOptions(kind), FlowWeightingOptions(**weighting))
+    drawn = draw(4000, 64, 64, generator(), None, stratify(10, 3, 0, 4000))
+    quantiles = torch.linspace(0.02, 0.98, 25)
+    torch.testing.assert_close(drawn.quantile(quantiles), reference.quantile(quantiles), rtol=0, atol=0.03)
+    spread, independent = drawn.view(-1, 10).mean(1).std(), reference.view(-1, 10).mean(1).std()
+    assert spread < (0.9 if kind in HYBRIDS else 0.6) * independent  # a fifth of some hybrids is independent

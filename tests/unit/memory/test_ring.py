@@ -14,6 +14,7 @@ from library.errors import UserError
 from library.memory.codecs.plain import Plain
 from library.memory.frozen import layers_in_blocks, store_all_in
 from library.memory.offload import pinning, shared
+from library.memory.offload.ring import Ring
 from library.memory.offload.shared import share_masters
 from library.memory.offload.streamed import allocate_own_master, choose_blocks, stream
 from library.memory.offload.streams import CudaStreams, HostStreams, StagedStreams
@@ -42,6 +43,38 @@ def test_only_weights_are_offloaded_and_all_of_their_memory_is_released() -> Non
     assert outside <= remaining  # norms and biases
     num_bytes = sum(4 * before[name].numel() for name in before if before[name].ndim == 2 and "_blocks" in name)
     assert 0 < sum(map(len, ring.masters)) < num_bytes
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 3, 5])
+def test_slots_hold_the_requested_block_and_the_ones_that_follow(num_slots: int) -> None:
+    masters = [torch.full((8,), number, dtype=torch.uint8) for number in range(6)]
+    ring = Ring(masters, HostStreams(num_slots, 8, CPU))
+    forward = list(range(6))
+    backward = forward[::-1]
+    for step in range(3):
+        before = ring.num_missed
+        for block, following in pairwise([*forward, *backward, 0]):
+            assert ring.need(block).eq(block).all()
+            if step and num_slots > 1 and following != block:
+                assert following in ring.held
+        if step:
+            assert ring.num_missed - before == (10 if num_slots == 1 else 0)
+
+
+def test_a_ring_of_another_size_changes_no_gradient() -> None:
+    deep = DEEP["flux"]
+    gradients = []
+    for num_slots in (1, 2, 3):
+        model = deep.frozen(65)
+        store_all_in(Plain(), layers_in_blocks(model).values())
+        ring = stream(deep.stacks(model), [2, 3], CPU, num_slots=num_slots)
+        assert ring is not None and len(ring.streams.slots) == num_slots
+        latents, *rest = deep.values()
+        latents.requires_grad_()
+        model(latents, *rest).square().mean().backward()
+        gradients.append(latents.grad)
+    assert gradients[0].abs().sum() > 0
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
 @pytest.mark.parametrize(("num_blocks", "count"), [(6, 1), (6, 3), (6, 4), (19, 17), (38, 36), (57, 20), (3, 1)])
@@ -167,10 +200,20 @@ def test_room_for_the_staging_buffers_is_left(reserve: int, num_pinned: int, lim
 
 
 def test_most_of_main_memory_is_left_unpinned(limited_runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pinning.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 1000}))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"total": 1000}))
     masters = buffers(5)
     result = pinning.pin(masters)
     assert len(result.addresses) == 4 and "0.0 GB is more than 40% of main memory" in str(result.reason)
+
+
+@pytest.mark.parametrize(("total", "num_pinned"), [(10_000, 2), (1000, 2)])
+def test_half_of_what_can_be_pinned_is_left_to_inputs(
+    total: int, num_pinned: int, limited_runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runtime refuses the sixth buffer of 100 bytes; 40 % of 1000 bytes are four buffers."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"total": total}))
+    masters = buffers(8)
+    assert len(pinning.pin(masters, share=0.5).addresses) == len(limited_runtime.pinned) == num_pinned
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 13])

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from library.checkpoints.files import load_state_dict, save_safetensors
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.change import Change, ChangeSize, Forward, Misfit
+from networks.core.changes.dora import Decompose
+from networks.core.changes.low_rank import LowRank
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.reading_writing import network_tensors
 from networks.core.registry import layouts
 from networks.core.registry.key_layout import KeyLayout
 from networks.core.targets.targets import TargetModule
 from tests.tolerances import FLOAT64
-from tests.unit.networks.one_layer import double
+from tests.unit.networks.one_layer import adapter_on, double, module_of
 
 LEAF = "toy_Q"
 
@@ -121,3 +123,41 @@ def test_a_norm_limit_reduces_the_rotation() -> None:
     before = adapter.change.norm()
     adapter.change.scale_(torch.tensor(0.25))
     assert math.isclose(adapter.change.norm().item(), before.item() / 4, rel_tol=1e-12)
+
+
+# Buffers of a delta
+
+
+class Masked(LowRank):
+    """A kind of a third party whose delta has buffers of its own: two in files, one that is computed again."""
+
+    def __init__(self, layer: nn.Module, rank: int) -> None:
+        super().__init__(layer, rank)
+        self.register_buffer("levels", torch.linspace(0, 1, rank))
+        self.register_buffer("seed", torch.tensor(31))
+        self.register_buffer("scratch", torch.zeros(rank), persistent=False)
+
+    def up_factor(self) -> Tensor:
+        levels = self.get_buffer("levels")
+        return super().up_factor() * levels
+
+
+@pytest.mark.parametrize("is_decomposed", [False, True])
+def test_the_buffers_of_a_delta_are_saved_moved_and_loaded(tmp_path: Path, is_decomposed: bool) -> None:
+    layer = nn.Linear(6, 5)
+    join = Decompose(layer.weight) if is_decomposed else None
+    adapter = adapter_on(layer, Masked(layer, 4), 2.0, join)
+    change = module_of(adapter)
+    assert {"levels", "seed"} < change.state_dict().keys() and "scratch" not in change.state_dict()
+    with torch.no_grad():
+        change.lora_up.weight.normal_()
+    save_safetensors(tmp_path / "a.safetensors", network_tensors({"x": adapter}, None))
+    stored = load_state_dict(tmp_path / "a.safetensors")
+    other = adapter_on(layer, Masked(layer, 4), 2.0, join)
+    module_of(other).levels.zero_()
+    other.change.load({key.removeprefix("x."): tensor for key, tensor in stored.items()})
+    for module in (change, module_of(other)):
+        module.double()
+        assert module.delta.levels is module.levels and module.levels.dtype == torch.float64
+        assert module.delta.seed is module.seed and module.seed.dtype == torch.int64
+    assert torch.equal(other.change.weight(), change.weight()) and change.weight().any()

@@ -14,8 +14,9 @@ from library.options.base import FACTS, scalar_type
 from library.options.leco import leco_options, list_ignored_by_leco
 from library.options.no_effect import find_unused
 from library.options.train import TrainOptions
-from library.training.command_line.checks import check_choices, find_input_files, ignored_for_concepts
+from library.training.command_line.checks import check_choices, ignored_for_concepts
 from library.training.command_line.cli import normalize
+from library.training.command_line.targets import find_input_files
 from library.training.config_file import SECRETS
 from library.training.reporting.trackers import loggable_options
 from library.training.run.run_events import list_changed_options
@@ -139,4 +140,4 @@ def test_output_paths_are_not_declared_as_inputs(tmp_path: Path) -> None:
             path.touch()
             options = TrainOptions().with_values({field.name: str(path)})
             is_output = TrainOptions.facts()[field.name].names_output
-            assert find_input_files(options, is_resumed=False) == ([] if is_output else [path])
+            assert find_input_files(options) == ([] if is_output else [path])

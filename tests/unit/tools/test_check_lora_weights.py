@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from library.checkpoints.files import save_safetensors
+from library.checkpoints.relative_change import format_change
 from tests.unit.tools.adapter_files import CONV, LINEAR, tensors, write
 from tools.check_lora_weights import judge, main
 
 ROOT = Path(__file__).parents[3]
+TOY = ROOT / "configs" / "quickstart" / "toy_base"
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 
 
 def test_an_intact_file_exits_with_0_and_lists_its_content(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,3 +112,17 @@ def test_the_old_path_is_the_same_command(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "3 modules, Stable Diffusion 1.x" in done.stdout
+
+
+def test_the_size_is_said_beside_the_base_models_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One layer of the toy base model changed by a hundredth of its weight."""
+    weight = load_file(TOY / "unet" / "diffusion_pytorch_model.safetensors")[LAYER]
+    path = tmp_path / "a.safetensors"
+    name = f"lora_unet_{LAYER.removesuffix('.weight').replace('.', '_')}"
+    save_safetensors(path, {f"{name}.diff": weight * 0.01})
+    assert main([str(path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"|change| is {float(weight.norm()) / 100:.4g}; --base")
+    assert main([str(path), "--base_model", str(TOY)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"compared with the base model (1 of 1 modules), {format_change(0.01)}" and "1.00%" in last
+    assert main([str(write(tmp_path / "b.safetensors", 958)), "--base_model", str(TOY)]) == 1

@@ -15,7 +15,7 @@ from library.errors import UserError
 from library.options.output.console import ConsoleOptions
 from library.training.command_line.console import setup_logging
 from tests.unit.tools import adapter_files
-from tools.command import check_new_folder, check_output, run
+from tools.command import check_output, check_output_folder, run
 from tools.resize_lora import main as resize
 
 NAME = "bitsandbytes"
@@ -55,8 +55,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     (tmp_path / "link.safetensors").symlink_to("in.safetensors")
     (tmp_path / "folder.safetensors").mkdir()
     paths = [None, Path("none.safetensors"), tmp_path / "in.safetensors"]
-    check_output("--save_to", Path("new/folder/out.safetensors"), paths)
-    check_new_folder("--save_to", Path("new/folder"))
+    check_output("--save_to", Path("new/folder/out.safetensors"), "tools/x.py", paths)
+    check_output_folder("--save_to", Path("new/folder"), "tools/x.py")
     for name, words in (
         ("in.safetensors", "is also read by this command and would be lost"),
         ("link.safetensors", "is also read by this command and would be lost"),
@@ -65,12 +65,12 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
         ("out.gguf", "the name must end in one of"),
     ):
         with pytest.raises(UserError, match=words):
-            check_output("--save_to", Path(name), paths)
+            check_output("--save_to", Path(name), "tools/x.py", paths)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root can write everywhere
     with pytest.raises(UserError, match=f"{tmp_path} is not writable; change its permissions"):
-        check_output("--save_to", Path("new/out.safetensors"))
-    with pytest.raises(UserError, match="already exists"):
-        check_new_folder("--save_to", tmp_path)
+        check_output("--save_to", Path("new/out.safetensors"), "tools/x.py")
+    with pytest.raises(UserError, match="exists and is a folder of 3 entries, not a model"):
+        check_output_folder("--save_to", tmp_path, "tools/x.py")
     assert sorted(os.listdir()) == ["folder.safetensors", "in.safetensors", "link.safetensors"]
 
 

@@ -21,7 +21,8 @@ def test_metadata_is_kept_and_the_hashes_match_the_new_file(tmp_path: Path) -> N
     assert run(model, out, "generic") == 0
     metadata = read_metadata(out)
     model_hash, legacy_hash = sshs_hashes(load_state_dict(out), metadata)
-    assert metadata == {**METADATA, "sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash}
+    hashes = {"sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash}
+    assert metadata == {**METADATA, **hashes, "written_by": "tools/convert_lora.py: b.safetensors"}
 
 
 @pytest.mark.parametrize("to", ["generic", "diffusers"])

@@ -45,7 +45,8 @@ def test_a_folder_is_converted_to_a_file_with_the_same_weights(model: tuple[bool
     is_v2, folder, file = model
     out = tmp_path / "out.safetensors"
     assert convert(folder, out, "--metadata", "{'name': 'mine'}", "--bf16") == 0
-    assert read_metadata(out) == {"name": "mine"}
+    mark = "tools/convert_stable_diffusion.py: out.safetensors"
+    assert read_metadata(out) == {"name": "mine", "written_by": mark}
     actual, expected = load_state_dict(out), load_state_dict(file)
     if is_v2:  # unused weights are made up: a third layer, the projection, the temperature
         prefix, num_layers = "cond_stage_model.model.", 2
@@ -138,7 +139,7 @@ def test_a_variant_of_a_folder_can_be_read(tmp_path: Path, capsys: pytest.Captur
     ("words", "expected"),
     [
         (["{file}", "{tmp}/v1.5", "--reference_model", "{folder}"], "ends in .5: a file ends in one of"),
-        (["{file}", "{folder}", "--reference_model", "{folder}"], "already exists"),
+        (["{file}", "{folder}", "--reference_model", "{folder}"], "not a model that tools/convert"),
         (["{file}", "{tmp}/new", "--reference_model", "{tmp}"], "has no scheduler/scheduler_config.json"),
         (["{file}", "{tmp}/new.ckpt", "--v2"], "this is an SD 1.x model; remove --v2"),
         (["{file}", "{tmp}/new.ckpt", "--v1", "--v2"], "--v1 and --v2 exclude each other"),

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.unit.tools.small_suite import build_small_suite, write_files
 from tools import doctor, start
 from tools.doctor import Line
+from tools.front_ends.journal import Place
 
 
 def torch_like(cuda: str | None = None, **gpu: Any) -> Any:
@@ -154,3 +156,16 @@ def test_start_runs_doctor_with_or_without_the_environment(
     assert script == "tools/doctor.py"
     assert python == (str(start.python_path(Path("/some/venv"))) if is_there else sys.executable)
     assert ("is not ready, so this Python is checked" in capsys.readouterr().out) is not is_there
+
+
+def test_files_that_another_program_put_into_the_folder_are_wrong(tmp_path: Path) -> None:
+    """Front ends may check sd-scripts out over the suite that was installed there."""
+    suite = build_small_suite(tmp_path / "suite")
+    write_files(tmp_path / "gui", {"sd-scripts/train_network.py": "theirs"})
+    assert suite.run(tmp_path / "gui").returncode == 0
+    place = Place(tmp_path / "gui" / "sd-scripts")
+    assert not doctor.suite_line(place).is_wrong and "as installed" in doctor.suite_line(place).found
+    write_files(tmp_path / "gui", {"sd-scripts/train_network.py": "theirs"})
+    line = doctor.suite_line(place)
+    assert line.is_wrong and "changed: train_network.py" in line.found and "front_end.py" in line.fix
+    assert not doctor.suite_line(Place(doctor.ROOT)).is_wrong  # this checkout is in no front end

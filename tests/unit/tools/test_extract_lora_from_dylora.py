@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from errno import ENOSPC
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from library.checkpoints.files import load_state_dict, read_metadata, save_pickle_state_dict, save_safetensors
 from library.checkpoints.hashes import sshs_hashes
-from networks.core.files.adapter_file import read_adapter_file
+from library.checkpoints.marks import mark_of
+from networks.core.files.adapter_file import AdapterFile, read_adapter_file
 from tests.tolerances import EXACT, FLOAT32_SAME_MATH
+from tools import extract_lora_from_dylora as tool
 from tools.extract_lora_from_dylora import main, open_nested
 
 ROOT = Path(__file__).parents[3]
@@ -107,6 +110,27 @@ def test_impossible_rank_names_the_possible_ones(
     assert main(["--model", str(nested), "--save_to", str(nested.parent / "cut.safetensors"), *arguments]) == 1
     assert message in capsys.readouterr().err
     assert not list(nested.parent.glob("cut*"))
+
+
+def test_a_status_of_1_says_that_nothing_was_written(
+    nested: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk is full at the third of four files; the file of an earlier run stays."""
+    before = nested.parent / "cut-0002.safetensors"
+    save_safetensors(before, nested_tensors(51), mark=mark_of(tool.WRITER, before))
+    content, honest, saved = before.read_bytes(), tool.save_adapter_file, []
+
+    def save(path: Path, file: AdapterFile, mark: str) -> None:
+        if len(saved) == 2:
+            raise OSError(ENOSPC, "No space left on device", str(path))
+        saved.append(path)
+        honest(path, file, mark=mark)
+
+    monkeypatch.setattr(tool, "save_adapter_file", save)
+    assert main(["--model", str(nested), "--save_to", str(nested.parent / "cut.safetensors"), "--unit", "2"]) == 1
+    assert "cut-0006." in capsys.readouterr().err and len(saved) == 2
+    assert sorted(path.name for path in nested.parent.iterdir()) == ["cat.safetensors", before.name]
+    assert before.read_bytes() == content
 
 
 def test_the_report_is_the_distance_of_the_dense_changes(nested: Path, capsys: pytest.CaptureFixture[str]) -> None:

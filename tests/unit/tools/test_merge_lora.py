@@ -224,8 +224,9 @@ def test_conflicting_options_are_refused(
 def test_an_existing_folder_is_not_written_to(
     tmp_path: Path, tiny_sd_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
     assert merge("--sd_model", tiny_sd_folder, "--models", "a.safetensors", "--save_to", tmp_path) == 1
-    assert "already exists" in capsys.readouterr().err
+    assert "exists and is a folder of 1 entries, not a model that tools/merge_lora.py wrote" in capsys.readouterr().err
 
 
 # --- several adapters into one ---

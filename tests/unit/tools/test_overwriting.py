@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from library.checkpoints.files import save_safetensors
 from library.data.sources.indexed.parquet_index import index_lock
 from library.errors import UserError
 from library.options.output.console import ConsoleOptions
@@ -59,11 +60,13 @@ def test_packing_does_not_overwrite_foreign_dataset_files_and_archives(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--dataset_config", str(shutil.copy(dataset, tmp_path / "data.toml")), "--out", str(tmp_path / "mine")]
-    assert "dataset.toml exists, is not a dataset file of make_shards.py" in refusal_of(capsys, make_shards.main(words))
+    assert "dataset.toml exists and is a text file, not a dataset file that tools/make_shards.py" in refusal_of(
+        capsys, make_shards.main(words)
+    )
     dataset.unlink()
     archive = tmp_path / "mine" / "cats-00007.tar"
     archive.write_bytes(b"another program's")
-    assert "cats-00007.tar exists, is not a shard" in refusal_of(capsys, make_shards.main(words))
+    assert "cats-00007.tar exists and is a text file, not a shard" in refusal_of(capsys, make_shards.main(words))
     assert archive.read_bytes() == b"another program's"
     archive.unlink()
     assert make_shards.main(words) == 0 == make_shards.main(words)  # its own earlier output is replaced
@@ -74,7 +77,7 @@ def test_an_event_file_replaces_event_files_only(tmp_path: Path, content: str) -
     path = tmp_path / "events.jsonl"
     for goes_on in (False, True):
         path.write_text(content)
-        with pytest.raises(UserError, match="exists, is not an event log and would be overwritten"):
+        with pytest.raises(UserError, match="not an event log: it would be lost"):
             open_event_file(path, goes_on)
         assert path.read_text() == content
     path.write_text(EVENT)
@@ -92,7 +95,7 @@ def test_a_log_file_replaces_log_files_only(tmp_path: Path) -> None:
         handler.close()
         assert len(path.read_text().splitlines()) == 1
     path.write_text("a caption")
-    with pytest.raises(UserError, match="exists, is not a log file and would be overwritten"):
+    with pytest.raises(UserError, match="exists and is a text file, not a log file"):
         build_handlers(ConsoleOptions(console_log_file=str(path)))
     assert path.read_text() == "a caption"
 
@@ -104,7 +107,7 @@ def test_html_pages_do_not_overwrite_their_input_or_files_of_another_type(
     path.write_text(EVENT)
     assert "is also read by this command" in refusal_of(capsys, report.main([str(path), "--output", str(path)]))
     page.write_text("<!doctype html><p>mine")
-    assert "is not a report" in refusal_of(capsys, report.main([str(path), "--output", str(page)]))
+    assert "not a report of a run" in refusal_of(capsys, report.main([str(path), "--output", str(page)]))
     assert (path.read_text(), page.read_text()) == (EVENT, "<!doctype html><p>mine")
     page.unlink()
     assert report.main([str(path), "--output", str(page)]) == 0 == report.main([str(path), "--output", str(page)])
@@ -119,7 +122,7 @@ def test_a_metadata_file_replaces_metadata_files_only(tmp_path: Path, capsys: py
     words = [str(tmp_path / "cats"), str(out), "--in_json", str(tmp_path / "in.json")]
     for content in ("[1, 2]", '{"general": {}}', EVENT, "lr = 1"):
         out.write_text(content)
-        assert "is not a metadata file" in refusal_of(capsys, captions_to_metadata.main(words))
+        assert "not a metadata file" in refusal_of(capsys, captions_to_metadata.main(words))
         assert out.read_text() == content
     out.unlink()
     assert captions_to_metadata.main(words) == 0 == captions_to_metadata.main(words)
@@ -136,7 +139,7 @@ def test_lock_files_do_not_overwrite_links_and_other_files(tmp_path: Path, kind:
             lock.symlink_to(target)
         else:
             lock.write_text("mine")
-        with pytest.raises(UserError, match="symbolic link" if kind == "link" else "is not an? (empty )?lock file"):
+        with pytest.raises(UserError, match="symbolic link" if kind == "link" else "not an? (empty )?lock file"):
             with run_lock(options.saving) if lock.name == ".m.lock" else index_lock(index):
                 pass
         assert target.read_text() == lock.read_text() == "mine"
@@ -147,6 +150,8 @@ def test_training_does_not_overwrite_the_files_it_reads(tmp_path: Path) -> None:
     words = ["--network_module", "networks.lora", *words]
     for name in ("cat.safetensors", "cat-000002.safetensors", "base.safetensors", "prompts.txt"):
         (tmp_path / name).write_bytes(b"read")
+    for name in ("cat.safetensors", "cat-000002.safetensors"):
+        save_safetensors(tmp_path / name, {}, {"ss_network_module": "networks.lora", "ss_output_name": "cat"})
     base, prompts = str(tmp_path / "base.safetensors"), str(tmp_path / "prompts.txt")
     check_output(options_of("", *words, base))
     for more in (
@@ -157,12 +162,16 @@ def test_training_does_not_overwrite_the_files_it_reads(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match="is also read by this command and would be lost"):
             check_output(options_of("", *words, *more))
-    check_output(options_of("", *words, base, "--network_weights", str(tmp_path / "cat.safetensors"), "--autoresume"))
+    # Without a state, --autoresume starts from these weights.
+    words = [*words, base, "--network_weights", str(tmp_path / "cat.safetensors")]
+    with pytest.raises(UserError, match="is also read by this command and would be lost"):
+        check_output(options_of("", *words, "--autoresume"))
+    check_output(options_of("", *words, "--resume", str(tmp_path / "another-state")))
 
 
 def test_training_does_not_overwrite_pages_that_are_not_reports(tmp_path: Path) -> None:
     (tmp_path / "cat-report.html").write_text("<p>mine")
     words = ["--network_module", "networks.lora", "--output_dir", str(tmp_path), "--output_name", "cat"]
     options = options_of("", *words, "--pretrained_model_name_or_path", "base.safetensors")
-    with pytest.raises(UserError, match="is not a report"):
+    with pytest.raises(UserError, match="not a report"):
         check_output(options)

@@ -122,6 +122,7 @@ def test_the_quickstart_generates_an_image_with_the_adapter_it_trained() -> None
     assert command[1] == "tools/quickstart/draw_before_after.py"
     assert command[command.index("--lora") + 1] == start.ADAPTER
     assert command[command.index("--out") + 1] == start.IMAGE
+    assert command[command.index("--report") + 1] == start.REPORT
 
 
 @pytest.mark.parametrize(
@@ -257,7 +258,7 @@ def test_supported_python_versions_pass(version: tuple[int, int]) -> None:
 
 def test_the_error_for_an_unsupported_python_names_a_supported_one_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start.shutil, "which", lambda name: "/usr/bin/" + name if name == "python3.12" else None)
-    with pytest.raises(start.StartError, match=r"run `python3\.12 tools/start\.py`"):
+    with pytest.raises(start.StartError, match=r"run the same command with `python3\.12`"):
         start.check_python((3, 9))
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import time
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from library.architectures.flux.options import FluxModelOptions
 from library.architectures.sd3.options import Sd3TrainingOptions
 from library.checkpoints.folders import ADDED_TO_NAMES, LONGEST_ON_WINDOWS, atomic_folder
+from library.data.sources.storage.object_storage import SIGNED, URL
 from library.errors import UserError
 from library.options.base import group
 from library.options.machine.compiling import CompileOptions
@@ -248,7 +250,7 @@ def test_debug_dataset_needs_no_model_and_no_output() -> None:
         {"log_with": "tensorboard"},
         {"min_bucket_reso": 512, "max_bucket_reso": 256, "enable_bucket": True},
         {"mixed_precision": "fp8"},
-        {"save_precision": "fp32"},
+        {"save_precision": "fp64"},
         {"loss_type": "mse"},
         {"log_with": "none"},
         {"max_train_steps": 0},
@@ -310,6 +312,11 @@ def test_options_without_effect_on_the_base_model_are_reported_with_the_reason()
     assert list(find_unused(make_options(), ignores)) == []
 
 
+def test_lowram_is_said_to_have_no_effect() -> None:
+    (line,) = find_unused(make_options(lowram=True), {})
+    assert line.startswith("--lowram has no effect: models are loaded one after the other through main memory")
+
+
 @pytest.mark.parametrize(
     ("values", "line"),
     [
@@ -326,14 +333,35 @@ def test_an_unmet_requirement_is_named(values: dict[str, Any], line: str) -> Non
 
 
 def test_a_learning_rate_too_low_to_train_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
-    (line,) = warnings_of(caplog, learning_rate=2e-6, network_dim=16, network_alpha=1)
-    assert "--learning_rate is 2e-06" in line and "--network_alpha 1 of --network_dim 16" in line and "1e-4" in line
+    (line,) = warnings_of(caplog, learning_rate=2e-6, network_dim=8)
+    assert "--learning_rate is 2e-06" in line and "1e-4" in line
     caplog.clear()
     (line,) = warnings_of(caplog, learning_rate=2e-6, optimizer_type="Lion", network_alpha=4, network_dim=4)
     assert "3e-5 is usual with Lion" in line and "--network_alpha" not in line
     caplog.clear()
     for values in ({"unet_lr": 1e-4}, {"optimizer_type": "Prodigy"}, {"network_train_text_encoder_only": True}):
         assert not any("far too low" in line for line in warnings_of(caplog, learning_rate=2e-6, **values))
+
+
+@pytest.mark.parametrize(
+    ("values", "strength"),
+    [
+        ({"network_dim": 32}, "1/32"),
+        ({"network_dim": 64, "network_alpha": 2}, "1/32"),
+        ({"network_dim": 256, "network_args": ["rslora=True"]}, "1/16"),
+        ({"network_dim": 8}, None),
+        ({"network_dim": 32, "network_alpha": 16}, None),
+        ({"network_dim": 32, "network_alpha": 0}, None),  # the rank
+        ({"network_dim": 32, "network_module": "networks.oft"}, None),
+        ({"network_dim": 32, "network_module": "lycoris.kohya", "network_args": ["algo=lokr"]}, None),
+        ({"network_dim": 32, "optimizer_type": "Prodigy"}, None),
+    ],
+)
+def test_an_alpha_far_below_the_rank_is_warned_about(
+    caplog: pytest.LogCaptureFixture, values: dict[str, Any], strength: str | None
+) -> None:
+    lines = [line for line in warnings_of(caplog, **values) if "--network_alpha is" in line]
+    assert [f"acts at {strength} of its strength" in line for line in lines] == ([True] if strength else [])
 
 
 @pytest.mark.parametrize(
@@ -587,3 +615,19 @@ def test_metadata_that_no_file_holds_is_named(caplog: pytest.LogCaptureFixture) 
         f"--{name} has no effect: files of --save_model_as ckpt hold no metadata"
         for name in ("training_comment", "metadata_title")
     ]
+
+
+@pytest.mark.parametrize("pattern", [checks.PASSWORD, SIGNED, URL], ids=["PASSWORD", "SIGNED", "URL"])
+@pytest.mark.parametrize("unit", ["a", "a:", "a@", "://:", "x-amz-"], ids=repr)
+def test_the_search_for_secrets_takes_time_in_proportion_to_the_text(unit: str, pattern: re.Pattern[str]) -> None:
+    """Small texts first: a search in quadratic time would take hours for a megabyte."""
+
+    def seconds(num_letters: int) -> float:
+        text = unit * (num_letters // len(unit))
+        start = time.process_time()
+        assert pattern.search(text) is None
+        return time.process_time() - start
+
+    assert seconds(20_000) < 0.2
+    half = seconds(500_000)
+    assert seconds(1_000_000) < 4 * half + 0.1

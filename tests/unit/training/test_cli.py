@@ -17,6 +17,7 @@ from library.options.config_file import read_toml
 from library.options.train import TrainOptions
 from library.training.command_line.cli import build_parser, normalize, parse
 from library.training.config_file import ConfigFileError, read_config, write_config
+from library.version import NAME, VERSION
 from tests.tiers import first_is_fast
 
 ROOT = Path(__file__).parents[3]
@@ -259,7 +260,8 @@ def test_values_lost_by_repeating_an_option_are_named(caplog: pytest.LogCaptureF
     secrets = ["--huggingface_token", "hf_a", "--huggingface_token", "hf_b"]
     args = parse(PARSER, [*words, "--network_arg", "rank_dropout=0.1", "unit=2", "--lowram", *secrets])
     assert (args.network_args, args.seed) == (["rank_dropout=0.1", "unit=2"], 3)
-    (record,) = caplog.records
+    version, record = caplog.records
+    assert version.getMessage() == f"{NAME} {VERSION}"
     assert record.message == (
         "--network_args is given 3 times and the last one counts: conv_dim=4 conv_alpha=1 has no effect; write all "
         "values behind one --network_args"

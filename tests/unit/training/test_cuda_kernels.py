@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from library.determinism import deterministic
 from library.options.machine.kernels import KernelOptions
 from library.options.no_effect import find_unused
 from library.options.train import TrainOptions
 from library.training.command_line import training
-from library.training.models.cuda_kernels import cuda_kernels, deterministic
+from library.training.models.cuda_kernels import cuda_kernels
 from tests.running import Finished
 
 

@@ -16,6 +16,7 @@ from library.errors import UserError
 from library.memory.codecs.codec import AS_IN_FILE
 from library.memory.frozen import layers_in_blocks
 from library.memory.offload import shared
+from library.options.machine.memory import MemoryOptions
 from library.options.no_effect import find_unused
 from library.options.train import TrainOptions
 from library.processes import Processes
@@ -122,7 +123,7 @@ def test_shared_weights_have_no_file_once_all_processes_have_mapped_them(
 
     def let_wait(rank: int) -> None:
         processes = Processes(rank, 2, rank, 2, store=board)
-        offload_blocks(4, deep.stacks(models[rank]), torch.device("cpu"), processes)
+        offload_blocks(MemoryOptions(blocks_to_swap=4), deep.stacks(models[rank]), torch.device("cpu"), processes)
         processes.wait_for_all("the end")
 
     with ThreadPoolExecutor(2) as pool:

@@ -37,7 +37,9 @@ class Line(nn.Module):
 class Halves:
     """An objective whose target is half of the latents, without noise, so every number can be computed by hand."""
 
-    def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator) -> Noised:
+    num_strata = 1
+
+    def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator, offsets_B: None, uniforms_B: None) -> Noised:
         zeros_B = torch.zeros(len(clean_BCHW))
         return Noised(clean_BCHW, clean_BCHW, clean_BCHW, zeros_B, zeros_B)
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from library.options.training.optimizer import OptimizerOptions, ScheduleOptions
 from library.training.optimization.lr_schedules import (
@@ -58,6 +59,14 @@ def after_warmup(s: int, decay: Callable[[float], float], warmup: int = WARMUP) 
     return s / warmup if s < warmup else decay((s - warmup) / (T - warmup))
 
 
+def rex(s: int, last: float, alpha: float, beta: float) -> float:
+    """Rise from `last` to 1, then fall back to it by musubi-tuner's formula."""
+    if s < WARMUP:
+        return last + (1 - last) * s / WARMUP
+    z = (T - s) / (T - WARMUP)
+    return last + (1 - last) * z / (alpha + beta * z)
+
+
 def inverse_sqrt(s: int, warmup: int, timescale: int) -> float:
     return s / warmup if s < warmup else 1 / math.sqrt((s + timescale - warmup) / timescale)
 
@@ -101,6 +110,13 @@ CURVES: list[tuple[str, dict[str, Any], Callable[[int], float]]] = [
         {"lr_decay_steps": 0.3, "lr_scheduler_min_lr_ratio": 0.1},
         stable_decay,
     ),
+    ("rex", {}, lambda s: rex(s, 0.01, 0.1, 0.9)),
+    (
+        "rex",
+        {"lr_scheduler_min_lr_ratio": 0.2, "lr_scheduler_args": ["rex_alpha=0.5", "rex_beta=0.5"]},
+        lambda s: rex(s, 0.2, 0.5, 0.5),
+    ),
+    ("rex", {"lr_warmup_steps": 0}, lambda s: 0.01 + 0.99 * (1 - s / T) / (0.1 + 0.9 * (1 - s / T))),
     (
         "piecewise_constant",
         {"lr_warmup_steps": 0, "lr_scheduler_args": ["step_rules='1:10,0.5:25,0.1'"]},
@@ -192,6 +208,31 @@ def test_a_scheduler_class_is_built_as_configured() -> None:
     assert schedule.T_max == 7
 
 
+class Ramp(LambdaLR):
+    """A schedule of a user: warm-up, then a fall to 0 at the end of the run."""
+
+    def __init__(self, optimizer: Optimizer, num_warmup_steps: int = 5, num_training_steps: int | None = None) -> None:
+        self.lengths = num_warmup_steps, num_training_steps
+        super().__init__(optimizer, lambda step: 1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "lengths"),
+    [
+        ({"lr_warmup_steps": 0.1}, (3, 30)),
+        ({"lr_warmup_steps": 7}, (7, 30)),
+        ({}, (5, 30)),
+        ({"lr_scheduler_args": ["num_warmup_steps=2", "num_training_steps=9"]}, (2, 9)),
+    ],
+)
+def test_a_class_that_names_warmup_and_length_gets_those_of_the_run(
+    values: dict[str, Any], lengths: tuple[int, int]
+) -> None:
+    options = ScheduleOptions(lr_scheduler_type=f"{__name__}.Ramp", **values)
+    schedule = build_schedule(options, optimizer_of(), 30)
+    assert isinstance(schedule, Ramp) and schedule.lengths == lengths
+
+
 # --- what goes wrong ------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +258,18 @@ def test_a_scheduler_class_is_built_as_configured() -> None:
         ({"lr_scheduler": "cosine", "lr_scheduler_args": ["cycles=2"]}, "cycles is unknown to .* accepts num_cycles"),
         ({"lr_scheduler": "cosine", "lr_scheduler_args": ["num_warmup_steps=2"]}, "use --lr_warmup_steps"),
         ({"lr_scheduler_type": "CosineLR"}, "has no class CosineLR"),
-        ({"lr_scheduler_type": "CosineAnnealingLR", "lr_warmup_steps": 3}, "leave --lr_warmup_steps out"),
+        (
+            {"lr_scheduler_type": "CosineAnnealingLR", "lr_warmup_steps": 3},
+            "CosineAnnealingLR has no num_warmup_steps; leave --lr_warmup_steps out",
+        ),
+        (
+            {
+                "lr_scheduler_type": f"{__name__}.Ramp",
+                "lr_warmup_steps": 3,
+                "lr_scheduler_args": ["num_warmup_steps=2"],
+            },
+            "--lr_scheduler_args sets num_warmup_steps; leave --lr_warmup_steps out",
+        ),
         ({"lr_scheduler_type": "CosineAnnealingLR"}, "refuses its settings .*T_max"),
         ({"lr_scheduler_type": "ReduceLROnPlateau"}, "waits for a validation loss"),
         ({"lr_scheduler_type": "nowhere.Rex"}, "needs the library nowhere: pip install nowhere"),

@@ -27,6 +27,41 @@ def test_an_impossible_allocation_is_recognised() -> None:
     assert is_out_of_memory(failed.value)
 
 
+GPU_LACKS = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+PIN_REFUSED = RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+CPU_LACKS = RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize(
+    ("error", "free", "is_of_host"),
+    [
+        (GPU_LACKS, 8, False),
+        (CPU_LACKS, 0, True),
+        (MemoryError(), 0, True),
+        (PIN_REFUSED, 8, True),
+        (PIN_REFUSED, 0, False),
+    ],
+)
+def test_a_run_on_a_gpu_that_lacks_main_memory_says_so(
+    error: Exception, free: int, is_of_host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA reports main memory that cannot be pinned in the words that it has for its own."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free << 30, 8 << 30))
+    for name in ("max_memory_allocated", "max_memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 1 << 30)
+    options = make_options(
+        blocks_to_swap=2, gradient_checkpointing=True, cpu_offload_checkpointing=True, cache_latents=True
+    )
+    with pytest.raises(OutOfMemoryError) as failed:
+        with explain_out_of_memory("computing step 3", options, torch.device("cuda"), "2 images of 64x64"):
+            raise error
+    text = str(failed.value)
+    assert text.startswith("out of main memory while computing step 3\n  main memory: peak ") == is_of_host
+    for advice in ("a smaller --blocks_to_swap", "without --cpu_offload_checkpointing", "--cache_latents_to_disk"):
+        assert (f"to save main memory: {advice}" in text) == is_of_host
+    assert ("--base_format int8" in text) != is_of_host and ("taken from the GPU" in text) != is_of_host
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
 def test_out_of_memory_errors_of_gpus_and_of_python_are_recognised(error: Exception) -> None:
     assert is_out_of_memory(error)

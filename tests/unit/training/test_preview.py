@@ -32,7 +32,7 @@ from library.training.evaluation.without_side_effects import evaluating
 from library.training.failures.interruption import Interrupted, Interruption
 from library.training.failures.vae_memory import VaeFallback
 from library.training.reporting.event_stream import Events
-from library.training.reporting.sample_images import Drawn, format_parameters, image_path, write_grid, write_image
+from library.training.reporting.sample_images import Drawn, format_parameters, image_path, write_grid, write_preview
 from library.types import Prompt
 from networks.core.protocol import AdoptedNetwork
 from tests.parity.test_preview import prompt_of
@@ -75,7 +75,7 @@ def test_files_have_the_names_that_front_ends_expect(
 def test_an_image_file_contains_its_prompt(tmp_path: Path) -> None:
     prompt = prompt_of(text="a café 猫", num_steps=4)
     path = tmp_path / "sample" / "a.png"
-    write_image(path, Drawn(0, prompt, Image.new("RGB", (8, 8), (1, 2, 3))))
+    write_preview(path, Drawn(0, prompt, Image.new("RGB", (8, 8), (1, 2, 3))))
     with Image.open(path) as image:
         assert image.info["parameters"] == format_parameters(prompt)
         assert image.getpixel((0, 0)) == (1, 2, 3)

@@ -60,9 +60,11 @@ def test_a_seed_of_minus_one_means_no_seed() -> None:
 
 def test_text_files_may_have_comments_blank_and_indented_lines(tmp_path: Path) -> None:
     path = written(tmp_path, "p.txt", "\ufeff# a comment\n\n   a cat --d 1\r\n#\n\ta dog\n  # another\nкот 猫")
-    assert [(w.prompt, w.place) for w in read_prompts(path)] == [
-        ("a cat", f"{path}, line 3"), ("a dog", f"{path}, line 5"), ("кот 猫", f"{path}, line 7"),
-    ]  # fmt: skip
+    assert [(w.prompt, w.place) for w in read_prompts(path, "--prompts")] == [
+        ("a cat", f"--prompts {path}, line 3"),
+        ("a dog", f"--prompts {path}, line 5"),
+        ("кот 猫", f"--prompts {path}, line 7"),
+    ]
 
 
 def test_toml_files_have_shared_settings_and_a_table_per_image(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from library.checkpoints.relative_change import judge_change
 from library.training.reporting.console_lines import announce, duration, format_finished, rate_values
 from library.training.reporting.progress import LossAverage
 
@@ -74,10 +75,13 @@ def test_durations_have_two_units_at_most(seconds: float, words: str) -> None:
 
 def test_the_last_line_names_steps_duration_file_and_best_checkpoint(tmp_path: Path) -> None:
     end, best = tmp_path / "m.safetensors", tmp_path / "m-best.safetensors"
-    line = format_finished("networks.lora of rank 4 on sd", 40, 65, end, None, best)
+    line = format_finished("networks.lora of rank 4 on sd", 40, 65, end, None, None, best)
     assert line == f"trained networks.lora of rank 4 on sd: 40 steps in 1 min 05 s; the adapter is {end}"
     lowest = "; the validation loss was lowest after step 30, 0.1250"
+    assert format_finished("x", 40, 65, end, 0.0021, None, best).endswith(
+        f"{end}; it changes the adapted weights by 0.21%: {judge_change(0.0021)}"
+    )
     hint = " (--keep_best_checkpoint keeps those weights)"
-    assert format_finished("x", 40, 65, end, (30, 0.125), best).endswith(lowest + hint)
+    assert format_finished("x", 40, 65, end, None, (30, 0.125), best).endswith(lowest + hint)
     best.touch()
-    assert format_finished("x", 40, 65, end, (30, 0.125), best).endswith(f"{lowest}: {best}")
+    assert format_finished("x", 40, 65, end, None, (30, 0.125), best).endswith(f"{lowest}: {best}")

@@ -22,6 +22,7 @@ from library.training.saving import checkpoints, rescue
 from library.training.saving.checkpoints import Names, SavedElsewhere, Schedule, Writer
 from library.training.saving.hub import Uploads
 from library.training.saving.rescue import NotWrittenError, places, write_somewhere
+from library.training.saving.state import FACTS_FILE
 from networks.core.protocol import AdoptedNetwork
 
 
@@ -56,7 +57,7 @@ def writer_to(output: Path, network: Network, **state: Any) -> Writer:
         if network.refuses(folder):
             raise OSError(28, "No space left on device")
         folder.mkdir()
-        (folder / "done").write_text(" ".join(sorted(done)))
+        (folder / FACTS_FILE).write_text(" ".join(sorted(done)))
 
     return Writer(
         options=TrainOptions().with_values({"output_dir": str(output), "output_name": "x", **state}),
@@ -65,7 +66,7 @@ def writer_to(output: Path, network: Network, **state: Any) -> Writer:
         schedule=Schedule(1, None, 1, None, 1),
         network=AdoptedNetwork(network),
         architecture={},
-        metadata={},
+        metadata={"ss_network_module": "networks.lora"},
         base_files=hashes,
         saved_weights=nullcontext,
         write_state=write_state,
@@ -117,6 +118,21 @@ def test_on_a_full_disk_weights_are_saved_to_the_temporary_folder(
     assert caplog.text.count("No space left on device") == 3
 
 
+def test_a_foreign_file_with_the_name_of_an_outdated_one_is_not_deleted(output: Path) -> None:
+    writer = writer_to(output, Network(), save_state=True)
+    for step in (1, 2):
+        writer.save_after_step(Progress(step), 1)
+    save_safetensors(output / "x-step00000001.safetensors", {"model.out": torch.ones(1)})
+    state = output / "x-step00000001-state"
+    (state / "notes.txt").write_text("mine")
+    for step in (3, 4):
+        writer.save_after_step(Progress(step), 1)
+        writer.delete_outdated()
+    remaining = {"x-step00000001.safetensors", "x-step00000003.safetensors", "x-step00000004.safetensors"}
+    assert {path.name for path in output.glob("*.safetensors")} == remaining
+    assert (state / "notes.txt").read_text() == "mine" and not (output / "x-step00000002-state").exists()
+
+
 def test_no_older_file_is_deleted_if_the_newer_one_was_saved_elsewhere(output: Path) -> None:
     writer = writer_to(output, Network(lambda path: "step00000003." in path.name))  # including its temporary name
     for step in (1, 2, 3):
@@ -145,14 +161,14 @@ def test_a_state_that_cannot_be_saved_is_reported_with_a_way_to_continue(
     writer = writer_to(output, Network(lambda path: path == output / "x-step00000007-state"))
     writer.save_interrupted(Progress(7), 1)
     place = output / "x-step00000007-state-rescued"
-    assert (place / "done").is_file()
+    assert (place / FACTS_FILE).is_file()
     assert f"give the same command with --resume {place}\n" in capsys.readouterr().out
 
 
 def test_a_state_saved_with_rescued_weights_does_not_count_them_as_written(output: Path) -> None:
     writer = writer_to(output, Network(lambda path: "step00000001." in path.name), save_state=True)
     writer.save_after_step(Progress(1), 1)
-    assert (output / "x-step00000001-state" / "done").read_text() == ""
+    assert (output / "x-step00000001-state" / FACTS_FILE).read_text() == ""
 
 
 def test_free_space_is_checked_before_writing(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,13 +110,30 @@ def test_a_swept_alpha_is_unchanged() -> None:
 
 def test_convolutions_keep_their_strength_if_their_rank_is_swept() -> None:
     args = ["conv_dim=8", "conv_alpha=2"]
-    assert alphas("network_dim=4,16", network_alpha=4, network_args=args) == [(4, args), (16, args)]
     assert alphas("conv_dim=4,16", network_alpha=4, network_args=args) == [
         (4, ["conv_dim=4", "conv_alpha=1"]),
         (4, ["conv_dim=16", "conv_alpha=4"]),
     ]
     assert alphas("conv_dim=4,16") == [(1, ["conv_dim=4"]), (1, ["conv_dim=16", "conv_alpha=4"])]
     assert alphas("conv_dim=4,16", "conv_alpha=3", network_args=args)[1] == (1, ["conv_dim=16", "conv_alpha=3"])
+
+
+def test_the_rank_of_convolutions_follows_a_swept_rank_with_its_strength() -> None:
+    args = ["conv_dim=8", "conv_alpha=2"]
+    with_dim: dict[str, object] = {"network_dim": 16, "network_alpha": 8, "network_args": args}
+    assert alphas("network_dim=4,16", **with_dim) == [(2, ["conv_dim=2", "conv_alpha=0.5"]), (8, args[1:] + args[:1])]
+    assert alphas("network_dim=4,16", network_alpha=4, network_args=args[:1]) == [
+        (4, ["conv_dim=8"]),
+        (16, ["conv_dim=32", "conv_alpha=4"]),
+    ]
+    assert alphas("network_dim=4,16", "conv_dim=3", **with_dim)[0] == (2, ["conv_dim=3", "conv_alpha=0.75"])
+    assert alphas("network_dim=4,16", "conv_alpha=3", **with_dim)[0] == (2, ["conv_alpha=3", "conv_dim=2"])
+    unchanged = ["conv_dim=0"]
+    assert alphas("network_dim=4,16", network_args=unchanged) == [(1, unchanged), (4, unchanged)]
+    assert alphas("network_dim=1,16", network_dim=16, network_args=["conv_dim=4", "rslora=True"])[0][1] == [
+        "rslora=True",
+        "conv_dim=1",
+    ]
 
 
 @pytest.mark.parametrize("values", [{"network_module": "networks.oft"}, {"network_args": ["rslora=True"]}])
@@ -131,7 +148,10 @@ def test_the_alpha_of_each_rank_is_logged(caplog: pytest.LogCaptureFixture) -> N
     assert lines == [
         "--sweep network_dim keeps alpha / rank at 0.5: alpha 2 at rank 4, alpha 8 at rank 16; add "
         "network_alpha=VALUE to --sweep to set alpha yourself",
-        "--sweep network_dim leaves conv_dim at 8 for every adapter; add conv_dim to --sweep to change it",
+        "--sweep conv_dim keeps alpha / rank at 0.125: alpha 1 at rank 8, alpha 4 at rank 32; add conv_alpha=VALUE to "
+        "--sweep to set alpha yourself",
+        "--sweep network_dim takes conv_dim along: 8 at rank 4, 32 at rank 16; add conv_dim=VALUE to --sweep to set it "
+        "yourself",
     ]
 
 

@@ -13,6 +13,7 @@ from library.training.failures.nonfinite import NonFiniteError, NonFiniteGuard
 from library.training.failures.nonfinite_trace import find_first_damage
 from library.training.loop.loop import accumulate_gradients
 from library.training.loop.update import Updates, skips_by_itself
+from library.training.optimization.ema import WeightAverage
 from library.training.reporting.step_events import StepResult
 from library.training.run_parts import Run
 from library.training.step.accumulation import Window
@@ -36,7 +37,9 @@ def run_steps(values: list[float], is_late: bool, **options: Any) -> tuple[Run, 
     """Run step i with the batch `values[i]`; return the run, the reported results and the weight after each step."""
     batches = batches_with(values)
     run = run_of(0.7, tuple(batches), optimizer_type="AdamW", **options)
-    run = replace(run, plan=replace(run.plan, num_batches=len(values), accumulation=1))
+    average = WeightAverage(run.context.network.trainable_parameters(), 0.5, 0)
+    optimization = replace(run.optimization, average=average)
+    run = replace(run, plan=replace(run.plan, num_batches=len(values), accumulation=1), optimization=optimization)
     results: list[StepResult] = []
     updates, weights = Updates(run, NonFiniteGuard(run), None, results.append), []
     assert updates.reports_late, "AdamW is fused where nothing else is asked for"
@@ -68,6 +71,20 @@ def test_late_reports_do_not_change_weights_or_results(schedule: str, caplog: py
     assert torch.equal(weights[1], weights[2]) and torch.equal(weights[3], weights[5])
     lines = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
     assert len(lines) == 6 and lines[:3] == lines[3:]
+
+
+@pytest.mark.parametrize("is_late", [True, False])
+def test_the_moving_average_stays_on_skipped_steps(is_late: bool) -> None:
+    values = [GOOD, GOOD, DAMAGED, DAMAGED, GOOD]
+    run, _, weights = run_steps(values, is_late)
+    average = run.optimization.average
+    assert average is not None and average.num_updates == 3
+    # The decay rises as (1 + n) / (10 + n) for the n-th update after the first.
+    wanted = weights[0]
+    for number, step in ((1, 1), (2, 4)):
+        decay = (1 + number) / (10 + number)
+        wanted = decay * wanted + (1 - decay) * weights[step]
+    assert torch.allclose(average.values[0], wanted, rtol=1e-6, atol=0)
 
 
 def test_a_step_is_reported_once_the_next_one_is_computed() -> None:

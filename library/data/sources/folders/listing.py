@@ -4,11 +4,10 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from library.data.description.image_extensions import image_extensions
+from library.data.description.image_extensions import OTHER_IMAGES, image_extensions
 from library.data.sources.folders.image_index import FolderIndex, Stamps, compute_stamps
 from library.errors import UserError
 
-OTHER_IMAGES = frozenset(("gif", "tif", "tiff", "heic", "heif", "avif", "jxl", "tga", "psd"))
 CAPTION_ENDINGS = ("txt", "caption", "cap", "tags")  # written by caption tools
 
 

@@ -77,9 +77,14 @@ def find_image(key: str, image_dir: str | None, listings: dict[str, dict[str, st
 
 
 def combine_caption(entry: MetadataEntry, rules: CaptionRules) -> str:
-    """Combine caption and tags of an entry. With enable_wildcard, the tags are added to every line of the caption."""
+    """Combine caption and tags of an entry.
+
+    The tags are added to every line with enable_wildcard, and to the whole caption with enable_multiline_caption.
+    """
     lines = [line.strip() for line in (entry.caption or "").splitlines() if line.strip()]
-    if not rules.enable_wildcard:
+    if rules.enable_multiline_caption:
+        lines = ["\n".join(lines)] if lines else []
+    elif not rules.enable_wildcard:
         lines = lines[:1]
     tags = (entry.tags or "").strip().replace("\n", rules.caption_separator)
     if tags:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from library.data.description.buckets import Size
+from library.data.description.image_extensions import describe_unread
 from library.data.scanned.subsets import Listing
 from library.data.sources.folders.listing import list_files
 from library.data.sources.folders.reading import sizes_anywhere
@@ -26,6 +27,11 @@ def names_by_stem(key: str, folder: str) -> dict[str, list[str]]:
     return names
 
 
+def unread_in(folder: str) -> str:
+    """Return a remark on the images of a folder that are not read, or ""."""
+    return describe_unread(list_files(folder).aside)
+
+
 def list_stems(listing: Listing) -> list[str]:
     """Return the file name of each image without extension."""
     return [os.path.splitext(os.path.basename(path))[0] for path in listing.paths]
@@ -39,7 +45,9 @@ def add_masks(listing: Listing) -> None:
     stems = list_stems(listing)
     missing = [path for path, stem in zip(listing.paths, stems, strict=True) if stem not in masks]
     if missing:
-        raise UserError(f"{format_count(len(missing), 'image')} without a mask in {folder}: {list_few(missing)}")
+        raise UserError(
+            f"{format_count(len(missing), 'image')} without a mask in {folder}: {list_few(missing)}{unread_in(folder)}"
+        )
     surplus = [masks[stem] for stem in sorted(masks.keys() - set(stems))]
     if surplus:
         raise UserError(
@@ -89,7 +97,7 @@ def opposites_in(folder: str, paths: Sequence[str], stems: Sequence[str], surplu
     if unclear:
         raise UserError(
             f"opposite_dir {folder}: {len(unclear)} of {len(paths)} images do not have exactly one partner of their "
-            f"name there: {list_few(unclear)}; add or remove images"
+            f"name there: {list_few(unclear)}; add or remove images{unread_in(folder)}"
         )
     surplus += [os.path.join(folder, name) for stem in sorted(partners.keys() - set(stems)) for name in partners[stem]]
     return [os.path.join(folder, partners[stem][0]) for stem in stems]
@@ -105,6 +113,7 @@ def references_in(folder: str, paths: Sequence[str], stems: Sequence[str], surpl
         raise UserError(
             f"control_dirs {folder}: {len(missing)} of {len(paths)} images have no reference image there: "
             f"{list_few(missing)}; add images of the same names, or train these images in a subset without control_dirs"
+            + unread_in(folder)
         )
     unclear = [f"{stem} ({', '.join(names)})" for stem, names in matches.items() if not is_in_order(stem, names)]
     if unclear:

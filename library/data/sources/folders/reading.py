@@ -50,7 +50,7 @@ def read_caption(path: str) -> tuple[int, str]:
         raise NotUtf8(f"the caption file {path} {describe_encoding(content, error)}") from None
     except OSError as error:
         raise UserError(f"the caption file {path} cannot be read: {error.strerror}") from None
-    # All lines are kept, so that one index serves runs with and without enable_wildcard.
+    # All lines are kept, so that one index serves all rules about lines.
     return compute_stamp(status, time.time_ns()), stripped_lines(text.removeprefix("\ufeff"))
 
 
@@ -88,9 +88,9 @@ def sizes_anywhere(paths: Sequence[str], num_threads: int, title: str, keeps_ind
 
 
 def parse_caption(text: str, rules: CaptionRules) -> str:
-    """Return the caption from the stripped lines of a file: the first line, or all non-blank lines with
-    enable_wildcard."""
-    if "\n" not in text:
+    """Return the caption from the stripped lines of a file: the first line, all non-blank lines with enable_wildcard,
+    or the whole text with enable_multiline_caption."""
+    if "\n" not in text or rules.enable_multiline_caption:
         return text
     if rules.enable_wildcard:
         return "\n".join(line for line in text.split("\n") if line)

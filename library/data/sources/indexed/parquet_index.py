@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from library.checkpoints.files import atomic_path
-from library.checkpoints.overwriting import FileType, open_lock_file
+from library.checkpoints.overwriting import known_by_start, open_lock_file
 from library.data.scanned.images import FileStamp
 from library.data.scanned.names import short_digest
 from library.data.sources.indexed.parquet_files import pyarrow_parquet
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 2
 ABOUT = b"about"
-LOCK = FileType("an empty lock file", lambda start: False)
+LOCK = known_by_start("an empty lock file", lambda start: False)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from library.data.decoding.images import read_size
 from library.data.description.buckets import Size
-from library.data.description.image_extensions import image_extensions
+from library.data.description.image_extensions import PLUGINS, image_extensions
 from library.data.scanned.images import END_BYTES, digest_content, digest_of_ends
 from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
 from library.data.sources.folders.reading import MOST_CAPTION_BYTES, stripped_lines
@@ -67,7 +67,8 @@ class CaptionRule:
 
 def rows_of_tar(window: Window, label: str, rule: CaptionRule) -> list[Row]:
     """Return the images of a tar file, in order. Raises UserError if it is damaged, or if captions are not UTF-8."""
-    endings = {ending[1:] for ending in image_extensions()}
+    # Images whose plug-in is missing become rows with that problem.
+    endings = {ending[1:] for ending in image_extensions()}.union(PLUGINS, map(str.upper, PLUGINS))
     caption_endings = (rule.ending, "txt", "json")
     images: dict[str, Row] = {}
     duplicates: list[Row] = []

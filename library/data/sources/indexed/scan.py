@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from library.data.description.image_extensions import PLUGINS, load_plugin
 from library.data.description.schema import SubsetConfig, strip_secrets
 from library.data.scanned.columns import Texts
 from library.data.scanned.images import FileStamp, ImageLocations, Reader, References, ScannedImages
@@ -102,10 +103,11 @@ def describe_files(
     values = {name: getattr(config, name) for name in keys}
     if "caption_extension" in values:
         values["caption_extension"] = config.caption_extension.removeprefix(".")
+    plugins = " ".join(filter(load_plugin, PLUGINS))  # an installed plug-in makes more images readable
     folder = os.path.dirname(labels[0])
     # Names relative to the folder, so that a moved folder keeps its index.
     indexed_files = IndexedFiles(
-        [name.removeprefix(f"{folder}/") for name in labels], stamps, f"{key} {list(values.values())}"
+        [name.removeprefix(f"{folder}/") for name in labels], stamps, f"{key} {list(values.values())} {plugins}"
     )
     return files, labels, indexed_files
 

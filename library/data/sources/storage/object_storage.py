@@ -24,8 +24,9 @@ PACKAGES = {  # protocol -> pip package
     "oci": "ocifs", "oss": "ossfs", "webdav": "webdav4", "dropbox": "dropboxdrivefs", "gdrive": "gdrivefs",
 }  # fmt: skip
 MARKS = ("ETag", "etag", "blob_id", "xet_hash", "LastModified", "last_modified", "mtime")  # most reliable first
-URL = re.compile(r"\w+://[^\s'\"<>)]+")
-SIGNED = re.compile(r"(?i)\b((?:x-amz-[\w-]+|signature|token|key|password|secret)=)[^\s&'\"]+")
+# The lookbehinds keep the searches linear: without them every letter of a long word begins a match.
+URL = re.compile(r"(?<!\w)\w+://[^\s'\"<>)]+")
+SIGNED = re.compile(r"(?i)((?:(?<![\w-])x-amz-[\w-]+|\b(?:signature|token|key|password|secret))=)[^\s&'\"]+")
 
 
 def open_file_system(url: str) -> tuple[Any, str]:

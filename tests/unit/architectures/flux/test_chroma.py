@@ -160,3 +160,13 @@ def test_an_adapter_is_recognised_by_its_layers_and_then_by_its_metadata(
     shapes = {f"lora_unet_{module}.lora_down.weight": (4, 3072) for module in modules}
     spec = recognise_adapter(list_specs(), shapes, {"ss_base_model_version": version} if version else {})
     assert spec is not None and spec.name == base
+
+
+def test_the_vocabulary_of_a_loader_is_that_of_its_first_text_encoder(tiny: list[str], tmp_path: Path) -> None:
+    """Chroma's is T5, FLUX.1's CLIP, whose word embeddings have other names than a language model's."""
+    chroma = open_loader(options_of(tiny))
+    assert chroma.num_words == chroma.text_encoders()[0].get_parameter("shared.weight").shape[0]
+    flux = open_loader(options_of(build_tiny_flux(tmp_path, 7)))
+    embeddings = [encoder.get_input_embeddings().weight for encoder in flux.text_encoders()]  # type: ignore[operator]
+    assert [part.num_words for part in flux.texts] == [len(weight) for weight in embeddings]
+    assert flux.num_words == len(embeddings[0])

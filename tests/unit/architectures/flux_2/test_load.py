@@ -1,6 +1,5 @@
 """FLUX.2 models load alike in every layout; other files are refused with what they are."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -19,7 +18,6 @@ from library.architectures.flux_2.releases import (
     DEV,
     KLEIN_4B,
     KLEIN_9B,
-    is_distilled,
     recognise_encoder,
     recognise_release,
 )
@@ -219,32 +217,6 @@ def test_a_text_encoder_alone_is_recognised_by_its_names_and_width(
             recognise_encoder(weights, version)
     else:
         assert recognise_encoder(weights, version) is expected.encoder
-
-
-@pytest.mark.parametrize(
-    ("version", "path", "expected"),
-    [
-        (None, "flux-2-klein-4b-fp8.safetensors", True),
-        (None, "flux2-klein-base-4b.safetensors", False),
-        (None, "FLUX.2-klein-9B/model.safetensors", True),
-        (None, "black-forest-labs/FLUX.2-klein-base-9B", False),
-        (None, "mine.safetensors", False),
-        ("klein-4b", "mine.safetensors", True),
-        ("klein-base-4b", "flux-2-klein-4b.safetensors", False),
-    ],
-)
-def test_a_distilled_klein_is_recognised_by_model_version_or_file_name(
-    version: str | None, path: str, expected: bool
-) -> None:
-    assert is_distilled(KLEIN_4B, version, path, Path(path)) is expected
-    assert is_distilled(DEV, version, path, Path(path)) is True
-
-
-@pytest.mark.parametrize("distilled", [False, True])
-def test_a_distilled_folder_is_recognised_by_its_model_index(tmp_path: Path, distilled: bool) -> None:
-    (tmp_path / "model_index.json").write_text(json.dumps({"is_distilled": distilled}))
-    assert is_distilled(KLEIN_9B, None, "klein", tmp_path) is distilled
-    assert is_distilled(KLEIN_9B, "klein-9b", "klein", tmp_path) is True
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Krea 2 models load alike in every layout; other files are refused with what they are."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from krea2_train_network import setup_parser
 from library.architectures.krea2.assembly import build
-from library.architectures.krea2.load import is_turbo, open_loader
+from library.architectures.krea2.load import open_loader
 from library.architectures.krea2.options import Krea2Options
 from library.architectures.krea2.reference import diffusers_state
 from library.architectures.krea2.text import LAYERS
@@ -100,29 +99,6 @@ def test_the_text_encoder_may_be_kept_in_8_bits(tiny: list[str]) -> None:
 
 
 # Recognising Turbo
-
-
-@pytest.mark.parametrize(
-    ("variant", "path", "expected"),
-    [
-        (None, "turbo.safetensors", True),
-        (None, "krea2_turbo_bf16.safetensors", True),
-        (None, "krea/Krea-2-Turbo", True),
-        (None, "Krea-2-Turbo/transformer.safetensors", True),
-        (None, "raw.safetensors", False),
-        ("turbo", "mine.safetensors", True),
-        ("raw", "krea2_turbo.safetensors", False),
-    ],
-)
-def test_turbo_is_recognised_by_dit_variant_or_file_name(variant: str | None, path: str, expected: bool) -> None:
-    assert is_turbo(variant, path, Path(path)) is expected
-
-
-def test_a_distilled_folder_is_recognised_by_its_model_index(tmp_path: Path) -> None:
-    (tmp_path / "turbo").mkdir()
-    for is_distilled in (True, False):
-        (tmp_path / "turbo" / "model_index.json").write_text(json.dumps({"is_distilled": is_distilled}))
-        assert is_turbo(None, str(tmp_path / "turbo"), tmp_path / "turbo") is is_distilled
 
 
 def test_turbo_without_a_training_adapter_is_warned_about_once(

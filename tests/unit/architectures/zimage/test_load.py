@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.architectures.zimage.assembly import build
-from library.architectures.zimage.load import is_turbo, open_loader
+from library.architectures.zimage.load import open_loader
 from library.architectures.zimage.options import ZImageOptions
 from library.architectures.zimage.reference import diffusers_state
 from library.errors import UserError
@@ -86,24 +86,6 @@ def test_the_text_encoder_may_be_kept_in_8_bits(tiny: list[str]) -> None:
 
 
 # Recognising Turbo
-
-
-@pytest.mark.parametrize(
-    ("version", "path", "expected"),
-    [
-        (None, "z_image_turbo_bf16.safetensors", True),
-        (None, "Tongyi-MAI/Z-Image-Turbo", True),
-        (None, "Z-Image-Turbo/transformer.safetensors", True),
-        (None, "z_image_de_turbo_v1_bf16.safetensors", False),
-        (None, "Z-Image-De-Turbo", False),
-        (None, "z_image_bf16.safetensors", False),
-        ("turbo", "mine.safetensors", True),
-        ("base", "z_image_turbo.safetensors", False),
-        ("de-turbo", "z_image_turbo.safetensors", False),
-    ],
-)
-def test_turbo_is_recognised_by_model_version_or_file_name(version: str | None, path: str, expected: bool) -> None:
-    assert is_turbo(version, path) is expected
 
 
 def test_turbo_without_a_training_adapter_is_warned_about_once(

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from library.memory.devices import bytes_of
+from library.memory.pinned import max_pinned_bytes
 from library.memory.planner.choice import Allowed, choose
-from library.memory.planner.gpus import GIB, Gpu, MemorySize, benchmark_gpu, max_pinned_bytes, parse_size, typical_gpu
+from library.memory.planner.gpus import GIB, Gpu, MemorySize, benchmark_gpu, parse_size, typical_gpu
 from library.memory.planner.prediction import (
     ALLOCATOR_SHARE,
     CONTEXT_BYTES,
@@ -104,6 +105,17 @@ def test_offloaded_blocks_need_two_slots_and_take_time_on_a_slow_bus() -> None:
     assert fast.host_bytes == 3 * 40 * MIB
 
 
+def test_each_further_slot_takes_a_block_of_memory_and_a_single_one_copies_and_computes_in_turn() -> None:
+    step, gpu = counted_step(), make_gpu(0, 3e6)
+    one, two, four = (predict(step, MemoryMode(num_offloaded=3, num_slots=n), gpu) for n in (1, 2, 4))
+    assert four.tensor_bytes - two.tensor_bytes == 2 * (two.tensor_bytes - one.tensor_bytes) == 2 * 40 * MIB
+    assert four.seconds == two.seconds
+    copied = 3 * 40 * MIB / 3e6
+    assert one.seconds == pytest.approx((96 + 2 * copied) * (1 + 0.05 * 3 / 8))
+    allowed = Allowed(num_slots=3)
+    assert {candidate.mode.num_slots for candidate in choose(step, allowed, gpu).candidates} == {3}
+
+
 @pytest.mark.parametrize("shared_by", [2, 8])
 def test_a_sharded_base_takes_its_share_and_the_blocks_being_gathered(shared_by: int) -> None:
     """The weights are 20 and 8 x 40 MiB; `PEAK_BLOCKS` is measured as 3.6 blocks."""
@@ -171,6 +183,27 @@ def test_blocks_that_cannot_be_pinned_are_copied_at_staging_speed() -> None:
         predicted = predict(step, mode, replace(gpu, staging=staging)).seconds
         assert predicted == pytest.approx(2 * seconds * (1 + 0.05 * 3 / 8))
     assert predict(step, mode, replace(gpu, pinnable_bytes=None)).seconds == pytest.approx(2.4 * (1 + 0.05 * 3 / 8))
+
+
+def test_inputs_are_offloaded_only_where_they_can_be_pinned() -> None:
+    """Eight inputs of 10 MiB, each pinned as 16 MiB: beside weights they have half of what can be pinned."""
+    step, allowed = counted_step(), Allowed(recompute_every=(1,), num_offloaded=0)
+    kept, offloaded = (
+        predict(step, MemoryMode(recompute_every=1, offloads_inputs=x), make_gpu(0)) for x in (False, True)
+    )
+    assert kept.device_bytes > offloaded.device_bytes and offloaded.host_bytes == 80 * MIB
+    gpu = make_gpu(offloaded.device_bytes)
+    for pinnable, is_chosen in ((None, True), (128 * MIB, True), (127 * MIB, False)):
+        chosen = choose(step, allowed, replace(gpu, pinnable_bytes=pinnable)).chosen
+        assert (chosen is not None and chosen.mode.offloads_inputs) == is_chosen
+    beside = replace(allowed, num_offloaded=2)  # two blocks of 40 MiB
+    for pinnable, is_chosen in ((208 * MIB, True), (207 * MIB, False)):
+        candidates = choose(step, beside, replace(gpu, pinnable_bytes=pinnable)).candidates
+        assert any(candidate.mode.offloads_inputs for candidate in candidates) == is_chosen
+    with_batches = replace(step, batch_bytes=MIB)
+    assert choose(with_batches, allowed, replace(gpu, pinnable_bytes=128 * MIB)).chosen is None
+    fixed = choose(step, replace(allowed, offloads_inputs=(True,)), replace(gpu, pinnable_bytes=1)).chosen
+    assert fixed is not None and fixed.seconds > offloaded.seconds - 1e-6, "the user's own choice is kept"
 
 
 def test_copies_of_offloaded_inputs_overlap_with_arithmetic() -> None:
@@ -273,9 +306,12 @@ def test_other_words_are_not_sizes(text: str) -> None:
         parse_size("--fit", text)
 
 
-def test_a_gpu_name_without_a_size_is_not_a_size() -> None:
-    with pytest.raises(ValueError, match="--cards: '4090' is 4090 GiB, more than any GPU has"):
-        parse_size("--cards", "4090")
+@pytest.mark.parametrize(
+    ("text", "words"), [("4090", "'4090' is 4090 GiB"), ("9" * 80, "9' is 1e\\+80 GiB"), ("9" * 400, "9' is inf GiB")]
+)
+def test_a_gpu_name_without_a_size_is_not_a_size(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=f"--cards: '?.*{words}, more than any GPU has"):
+        parse_size("--cards", text)
 
 
 def test_a_typical_gpu_has_at_most_the_given_memory() -> None:

@@ -12,7 +12,7 @@ from library.memory.planner.gpus import GIB, Gpu
 from library.memory.planner.prediction import CONTEXT_BYTES
 from library.processes import Processes
 from library.training.planning import fit_run
-from library.training.planning.counting import BatchShape, fake_batch, shape_of_batch
+from library.training.planning.counting import BatchShape, count_pinned_batches, fake_batch, shape_of_batch
 from library.training.planning.fit_run import count_adapter_run, largest_batch, measure_gpu
 from tests.unit.data.builders import SPEC
 from tests.unit.training.test_checks import make_options
@@ -80,3 +80,12 @@ def test_a_counted_batch_has_the_reference_images_of_the_described_one(has_laten
     assert latents == ([(2, 4, 2, 6), (2, 4, 8, 8)] if has_latents else [])
     sized = replace(batch, sizes_B6=torch.tensor([[32.0, 64, 0, 0, 32, 64]] * 2))
     assert shape_of_batch(sized, SPEC.downscale) == shape
+
+
+def test_batches_that_are_copied_count_as_pinned_memory() -> None:
+    """Two batches of 2 x 4 x 4 x 8 latents and of captions, in powers of two; features of the host are not copied."""
+    arch: Any = SimpleNamespace(codec=SimpleNamespace(spec=SPEC), text=SimpleNamespace(max_tokens=3))
+    features = {"states": torch.empty(2, 3, 5), "ids": torch.empty(2, 3)}
+    batch = fake_batch(arch, BatchShape(2, 64, 32), features, True)
+    assert count_pinned_batches(batch, ("ids",)) == 2 * (1024 + 128)
+    assert count_pinned_batches(batch, ()) == 2 * (1024 + 128 + 32)

@@ -1,13 +1,15 @@
 """index.html, which lists all runs of a folder."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from library.training.report_page.index import FILE_NAME, IndexWriter
+from library.training.report_page import index
+from library.training.report_page.index import FILE_NAME, IndexedRuns, IndexWriter, write_index
 from library.training.report_page.page import read_data
 from library.training.report_page.record import Record
-from library.training.report_page.writer import build_report, write_page
+from library.training.report_page.writer import ReportWriter, build_report, read_report, write_page
 from tests import browser
 from tests.event_lines import EVIL, lines_of, plan, start, whole_run
 
@@ -21,11 +23,13 @@ def add_run(folder: Path, name: str, num_lines: int | None = None, num_steps: in
 
 
 def test_the_index_lists_runs_with_state_loss_preview_and_link(tmp_path: Path) -> None:
+    writer = IndexWriter(tmp_path / "cat-report.html")
     complete_run = add_run(tmp_path, "cat")
-    IndexWriter(tmp_path).close()
+    writer.close()
     assert not (tmp_path / FILE_NAME).exists()  # a single run needs no index
+    writer = IndexWriter(tmp_path / "dog-report.html")
     add_run(tmp_path, "dog", num_lines=9)
-    IndexWriter(tmp_path).take(lines_of([start("dog"), plan(20)]))
+    writer.take(lines_of([start("dog"), plan(20)]))
     runs = {run["name"]: run for run in read_data((tmp_path / FILE_NAME).read_text(encoding="utf-8"))["runs"]}
     assert {name: run["state"] for name, run in runs.items()} == {"cat": "finished", "dog": "running, or killed"}
     assert (
@@ -39,19 +43,45 @@ def test_the_index_lists_runs_with_state_loss_preview_and_link(tmp_path: Path) -
     assert runs["dog"]["file"] == "dog-report.html" and runs["dog"]["step"] == 2
 
 
+def index_of(folder: Path) -> dict[str, dict[str, Any]]:
+    return {run["name"]: run for run in read_data((folder / FILE_NAME).read_text(encoding="utf-8"))["runs"]}
+
+
+def test_the_index_follows_the_report_and_reads_no_other_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of hours is not shown as it began, and a hundred other runs take no time."""
+    add_run(tmp_path, "cat")
+    now, path, lines = [0.0], tmp_path / "dog-report.html", lines_of(whole_run(30, "dog"))
+    sinks = [ReportWriter(path, None, clock=lambda: now[0]), IndexWriter(path)]
+    begin = next(i for i, line in enumerate(lines) if line["event"] == "plan") + 1
+    read: list[str] = []
+    monkeypatch.setattr(index, "read_report", lambda path: read.append(path.name) or read_report(path))
+    for until, seconds, step in ((begin, 0.0, 0), (6, 29.0, 0), (6, 31.0, None), (None, 90.0, 30)):
+        now[0] = seconds
+        for sink in sinks:
+            sink.take(lines[:until])
+        expected = read_report(path).step
+        assert index_of(tmp_path)["dog"]["step"] == expected and (step is None or step == expected)
+        lines = lines[until or 0 :]
+    assert read.count("cat-report.html") == 1 and read.count("dog-report.html") == 3
+
+
 def test_an_index_of_another_program_is_not_overwritten(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     add_run(tmp_path, "cat")
     add_run(tmp_path, "dog")
     (tmp_path / FILE_NAME).write_text("<html>mine</html>")
-    IndexWriter(tmp_path).close()
-    assert (tmp_path / FILE_NAME).read_text() == "<html>mine</html>" and "is not a report" in caplog.text
+    writer = IndexWriter(tmp_path / "cow-report.html")
+    for num_steps in (5, 10):
+        add_run(tmp_path, "cow", num_steps=num_steps)
+        writer.close()
+    assert caplog.text.count("was not written") == 1
+    assert (tmp_path / FILE_NAME).read_text() == "<html>mine</html>" and "not a report index" in caplog.text
 
 
 def test_a_damaged_report_is_omitted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("cat", "dog"):
         add_run(tmp_path, name)
     (tmp_path / "cow-report.html").write_text("cut off")
-    IndexWriter(tmp_path).close()
+    write_index(IndexedRuns(tmp_path))
     assert len(read_data((tmp_path / FILE_NAME).read_text(encoding="utf-8"))["runs"]) == 2
     assert "cow-report.html is not a report" in caplog.text
 
@@ -64,7 +94,7 @@ def test_the_index_opens_in_a_browser(tmp_path: Path) -> None:
     for line in lines_of(whole_run(20, EVIL)):
         record.add(line)
     write_page(path, build_report(record))
-    IndexWriter(tmp_path).close()
+    write_index(IndexedRuns(tmp_path))
     script = """
       const rows = [...document.querySelectorAll("tr")].slice(1);
       const link = (row) => row.querySelector("a").getAttribute("href");

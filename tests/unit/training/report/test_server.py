@@ -1,17 +1,21 @@
 """tools/report.py --serve: which files it serves and to which clients."""
 
 import http.client
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
 from library.errors import UserError
+from library.training.report_page.index import IndexedRuns, write_index
 from library.training.report_page.page import read_data
 from library.training.report_page.server import ReportServer
 from library.training.report_page.writer import ReportWriter, build_report, read_events
 from tests.event_lines import lines_of, plan, start, whole_run
+from tools import report
 
 TAG = '<meta http-equiv="refresh" content="10">'
 
@@ -104,3 +108,41 @@ def test_a_live_report_is_written_every_10_s_and_reloads_until_the_end(tmp_path:
     assert TAG in path.read_text() != first
     writer.close()
     assert TAG not in path.read_text()
+
+
+@pytest.mark.parametrize("name", ["my cat", "猫の絵", "100% cat?", "a+b#c"])
+def test_reports_of_any_name_are_served_as_the_index_links_them(server: ReportServer, folder: Path, name: str) -> None:
+    file = f"{name}-report.html"
+    ReportWriter(folder / file, None).take(lines_of([start(name), plan(7)]))
+    runs = read_data(get(server)[1])["runs"]
+    assert {run["file"] for run in runs} == {"cat-report.html", file}
+    status, page = get(server, f"/{quote(file, safe='')}?from=index")
+    assert status == 200 and read_data(page)["plan"]["max_train_steps"] == 7
+    assert get(server, "/index.html?again")[0] == 200
+
+
+def test_the_index_is_built_anew_and_that_of_another_program_is_not_served(server: ReportServer, folder: Path) -> None:
+    (folder / "index.html").write_text("<script>steal()</script>")
+    assert "steal" not in get(server, "/index.html")[1] + get(server, "/")[1]
+    ReportWriter(folder / "dog-report.html", None).take(lines_of([start("dog"), plan(7)]))
+    for path in ("/", "/index.html"):
+        status, page = get(server, path)
+        assert status == 200 and TAG in page and {run["name"] for run in read_data(page)["runs"]} == {"cat", "dog"}
+    (folder / "dog-report.html").unlink()
+    assert read_data(get(server)[1])["name"] == "cat"
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 99999])
+def test_a_port_that_does_not_exist_is_named(folder: Path, port: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main([str(folder), "--serve", "--port", str(port)]) == 1
+    assert capsys.readouterr().err == f"error: --port is {port}; use a number from 0 (any free port) to 65535\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_do_not_hang_a_command(folder: Path, server: ReportServer, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(folder / "pipe-report.html")
+    assert get(server, "/pipe-report.html")[0] == 404 and get(server)[0] == 200
+    write_index(IndexedRuns(folder))
+    for words in ([], ["--serve"]):
+        assert report.main([str(folder / "pipe-report.html"), *words]) == 1
+    assert capsys.readouterr().err.count("pipe-report.html is not a regular file; name a report or a file of") == 2

@@ -1,0 +1,52 @@
+"""Options whose values a dataset file replaces."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from library.data.description.keys import ALL_KEYS, DATASET_KEYS, Key, Style
+from library.options.no_effect import is_set
+
+Table = Mapping[str, Any]
+
+
+def find_overridden(
+    datasets: Sequence[tuple[Table, Style]], general: Table, fallbacks: Table, path: str
+) -> Iterator[str]:
+    """Yield a line for every given option that the dataset file at `path` overrides with another value.
+
+    `fallbacks` holds the values of options by key. Front ends send every option, so one at its default counts as not
+    given.
+    """
+    for key in ALL_KEYS.values():
+        value = fallbacks.get(key.name)
+        if key.flag is None or value is None or not is_set(key.kind.convert(value), key.default):
+            continue
+        given = key.kind.convert(value)
+        in_file = list(values_in_file(key, datasets, general))
+        others = list(dict.fromkeys(format_value(v) for v in in_file if v is not None))
+        if not others or given in in_file:
+            continue
+        num_used = in_file.count(None)
+        unit = "data sets" if key in DATASET_KEYS else "subsets"
+        effect = f"is used in {num_used} of {len(in_file)} {unit} only" if num_used else "has no effect"
+        option = f"--{key.flag}" if value is True else f"--{key.flag} {format_value(given)}"
+        yield f"{option} {effect}: {path} sets {key.name} = {' and '.join(others)}; change it there"
+
+
+def values_in_file(key: Key, datasets: Sequence[tuple[Table, Style]], general: Table) -> Iterator[Any]:
+    """Yield the file's value for each data set, or for each subset if the key belongs there; None if it sets none."""
+    for dataset, style in datasets:
+        if style not in key.styles:
+            continue
+        for subset in ({},) if key in DATASET_KEYS else dataset["subsets"]:
+            found = (table[key.name] for table in (subset, dataset, general) if table.get(key.name) is not None)
+            value = next(found, None)
+            yield None if value is None else key.kind.convert(value)
+
+
+def format_value(value: Any) -> str:
+    """Format a value as in the file; a square as one side."""
+    if isinstance(value, tuple):
+        return str(value[0]) if value[0] == value[-1] else ",".join(map(str, value))
+    return json.dumps(value, ensure_ascii=False)

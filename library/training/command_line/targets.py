@@ -1,0 +1,90 @@
+"""Checks before a run that its saves replace no input and nothing that another command wrote."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from library.checkpoints.overwriting import FileKind, check_not_input, check_target
+from library.options.base import Options
+from library.options.train import TrainOptions
+from library.training.report_page.page import SWEEP, report_kind
+from library.training.reporting.events import SavedFor
+from library.training.reporting.profile import PROFILE
+from library.training.saving.checkpoints import Names
+from library.training.saving.state import STATE, is_state_name, newest_state
+
+FLAG = "--output_name:"
+
+
+def check_targets(options: TrainOptions) -> None:
+    """Raise UserError if the run would replace one of its inputs, or what no run of this name wrote."""
+    names, inputs = Names.build(options.saving), find_input_files(options)
+    for input_path in inputs:
+        # Every save writes a file of the run's name with a step or an epoch, so inputs of such names would be lost too.
+        is_of_run = names.has_stem(input_path.stem) and input_path.suffix == names.of_end().suffix
+        if not is_of_run or input_path.parent.resolve() != names.folder.resolve():
+            continue
+        # A resumed run takes its weights from the state and reads only the shapes of an adapter file.
+        if str(input_path) != str(options.network.network_weights) or not goes_on(options, names):
+            check_not_input(FLAG, input_path, [input_path])
+    values = options.flat()
+    for name, facts in type(options).facts().items():
+        if facts.names_output and values[name]:
+            check_not_input(f"--{name}", Path(values[name]), inputs)
+    for path, kind in list_saves(options, names):
+        check_target(FLAG, path, kind)
+    for path, kind in list_reports(options, names):
+        check_target(FLAG, path, kind, inputs)
+
+
+def goes_on(options: TrainOptions, names: Names) -> bool:
+    """Return True if the run continues from a state."""
+    if options.state.resume:
+        return True
+    return options.state.autoresume and newest_state(names.folder, names.starts) is not None
+
+
+def list_saves(options: TrainOptions, names: Names) -> Iterator[tuple[Path, FileKind]]:
+    """Yield the existing files and folders that scheduled saves of the run may replace, each with the kind to expect.
+
+    How many steps and epochs there are is not known yet, so any number counts.
+    """
+    weights, states = scheduled_saves(options)
+    for entry in sorted(names.folder.iterdir()) if names.folder.is_dir() else ():
+        if entry.suffix == names.of_end().suffix and names.has_stem(entry.stem):
+            if names.find_purpose(entry) in weights:
+                yield entry, names.adapter_kind
+        elif is_state_name(entry.name, names.starts):
+            stem = entry.name.removesuffix(STATE)
+            if names.find_purpose(names.folder / f"{stem}{names.of_end().suffix}") in states:
+                yield entry, names.state_kind
+
+
+def list_reports(options: TrainOptions, names: Names) -> Iterator[tuple[Path, FileKind]]:
+    """Yield the other files that the run writes beside its weights, each with its kind."""
+    if not options.reports.no_report:
+        yield names.of_report(), report_kind(names.output_name)
+        if options.sweep.sweep:
+            yield names.of_sweep(), SWEEP
+    if options.trackers.profile:
+        yield names.of_profile(), PROFILE
+
+
+def scheduled_saves(options: TrainOptions) -> tuple[set[SavedFor], set[SavedFor]]:
+    """Return the purposes for which the run saves weights, and those for which it saves states."""
+    saving, state = options.saving, options.state
+    scheduled: set[SavedFor] = {"step"} if saving.save_every_n_steps else set()
+    if saving.save_every_n_epochs or saving.save_n_epoch_ratio:
+        scheduled.add("epoch")
+    ends = state.save_state or state.save_state_on_train_end or state.autoresume
+    states: set[SavedFor] = {"end"} if ends else set()
+    best: set[SavedFor] = {"best"} if options.validation.keep_best_checkpoint else set()
+    return {"end", *scheduled, *best}, states | (scheduled if state.save_state else set())
+
+
+def find_input_files(options: Options) -> list[Path]:
+    """Return the input files that the options name."""
+    outputs = {name for name, facts in type(options).facts().items() if facts.names_output}
+    values = [value for name, value in options.flat().items() if name not in outputs]
+    candidates = [text for value in values for text in (value if isinstance(value, list) else [value])]
+    return [Path(text) for text in candidates if isinstance(text, str | Path) and os.path.isfile(text)]

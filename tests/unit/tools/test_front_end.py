@@ -1,0 +1,180 @@
+"""tools/front_end.py keeps the user's files and runs without any package."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.front_end_kills import read_tree
+from tests.unit.tools.small_suite import MINE, SmallSuite, check_all_kept, write_files
+
+
+def test_install_update_and_restore_keep_the_users_files_and_name_what_is_moved(suite: SmallSuite, gui: Path) -> None:
+    before = read_tree(gui)
+    assert suite.run(gui).returncode == 0
+    installed = read_tree(gui)
+    write_files(gui, MINE)
+    again = suite.run(gui)
+    assert again.returncode == 0, again.stderr
+    tree = read_tree(gui)
+    for path, content in MINE.items():
+        place = path.replace("sd-scripts/", "sd-scripts.aside/", 1) if path in installed else path
+        assert tree[place] == content
+        assert (str(gui / path) in again.stderr) == (path in installed)
+    assert {path: tree[path] for path in installed} == installed
+    done = suite.run(gui, "--restore")
+    assert done.returncode == 0, done.stderr
+    tree = read_tree(gui)
+    assert {path: text for path, text in tree.items() if not path.startswith("sd-scripts.aside")} == before
+    check_all_kept(tree, MINE)
+    for name in ("output", "logs", "library"):
+        assert f"{gui}/sd-scripts/{name} is not as installed, or is yours" in done.stderr
+    assert suite.run(gui, "--restore").returncode == 1
+
+
+def test_an_update_removes_modules_that_the_suite_no_longer_has(suite: SmallSuite, gui: Path) -> None:
+    write_files(suite.root, {"library/formats/old.py": "", "library/formats/edited.py": ""})
+    assert suite.run(gui).returncode == 0
+    (gui / "sd-scripts/library/formats/edited.py").write_text("my edit")
+    for path in (suite.root / "library/formats").iterdir():
+        path.unlink()
+    assert suite.run(gui).returncode == 0
+    assert not (gui / "sd-scripts/library/formats").exists()
+    assert (gui / "sd-scripts.aside/library/formats/edited.py").read_text() == "my edit"
+
+
+@pytest.mark.parametrize("name", ["sd-scripts.original", "sd-scripts.journal.json", "sd-scripts.journal.part"])
+def test_files_of_other_programs_beside_the_folder_are_not_touched(suite: SmallSuite, gui: Path, name: str) -> None:
+    write_files(gui, {f"{name}/x" if name.endswith("original") else name: "mine"})
+    before = read_tree(gui)
+    refused = suite.run(gui)
+    assert refused.returncode == 1 and name in refused.stderr and "rename" in refused.stderr
+    assert read_tree(gui) == before
+
+
+def test_a_link_in_the_folder_is_moved_and_not_followed(suite: SmallSuite, gui: Path, tmp_path: Path) -> None:
+    assert suite.run(gui).returncode == 0
+    own = tmp_path / "own_networks"
+    (gui / "sd-scripts/networks").rename(own)
+    (gui / "sd-scripts/networks").symlink_to(own)
+    (own / "lora.py").write_text("my edit")
+    assert suite.run(gui).returncode == 0
+    assert (own / "lora.py").read_text() == "my edit" and not (gui / "sd-scripts/networks").is_symlink()
+    assert (gui / "sd-scripts.aside/networks").is_symlink()
+
+
+def test_check_names_what_another_program_changed(suite: SmallSuite, gui: Path) -> None:
+    assert suite.run(gui, "--check").returncode == 1  # nothing is installed
+    assert suite.run(gui).returncode == 0
+    fine = suite.run(gui, "--check")
+    assert fine.returncode == 0 and "lora-training-suite" in fine.stderr
+    write_files(gui, {"sd-scripts/train_network.py": "theirs again", "sd-scripts/library/mine.py": ""})
+    (gui / "sd-scripts/networks/lora.py").unlink()
+    wrong = suite.run(gui, "--check")
+    assert wrong.returncode == 1
+    assert "changed: train_network.py; missing: networks/lora.py" in wrong.stderr and "mine.py" not in wrong.stderr
+
+
+@pytest.mark.parametrize("folder", ["scripts/sd-scripts", "backend/sd_scripts", "scripts/stable"])
+def test_the_folders_of_front_ends_are_known(suite: SmallSuite, tmp_path: Path, folder: str) -> None:
+    write_files(tmp_path / "gui", {f"{folder}/train_network.py": "theirs", f"{folder}/.git/HEAD": "ref: x"})
+    assert suite.run(tmp_path / "gui").returncode == 0
+    assert (tmp_path / "gui" / folder / "train_network.py").read_text() == "print('ours')\n"
+    assert (tmp_path / "gui" / folder / ".git/HEAD").exists()
+
+
+MUSUBI = {
+    "zimage_train_network.py": "class ZImageNetworkTrainer: pass\nif __name__ == '__main__': print('theirs')\n",
+    "wan_train_network.py": "print('theirs')\n",
+    "zimage_train.py": "from musubi_tuner.zimage_train_network import ZImageNetworkTrainer\nprint('fine-tuning')\n",
+    "networks/lora_wan.py": "",
+}
+
+
+@pytest.mark.parametrize("folder", ["src/musubi_tuner", "musubi-tuner", "musubi-tuner/src/musubi_tuner"])
+def test_musubi_tuner_gets_short_files_and_keeps_its_other_scripts(
+    suite: SmallSuite, tmp_path: Path, folder: str
+) -> None:
+    gui = tmp_path / "gui"
+    write_files(gui, {f"{folder}/{name}": text for name, text in MUSUBI.items()})
+    before = read_tree(gui)
+    assert suite.run(gui).returncode == 0
+    assert start(gui / folder / "zimage_train_network.py", "--dit", "x") == "ours ['--dit', 'x']\n"
+    assert start(gui / folder / "wan_train_network.py") == "theirs\n"
+    if folder.startswith("musubi-tuner/src") or folder.startswith("src"):
+        # Full fine-tuning imports the trainer's class from the script.
+        assert start(gui / folder / "zimage_train.py", path=(gui / folder).parent) == "fine-tuning\n"
+    assert (gui / folder / "zimage_cache_latents.py").exists()
+    write_files(gui, {f"{folder}/notes.txt": "mine"})
+    assert suite.run(gui, "--check").returncode == 0
+    assert suite.run(gui, "--restore").returncode == 0
+    assert read_tree(gui) == {**before, f"{folder}/notes.txt": "mine"}
+
+
+def start(script: Path, *words: str, path: Path | None = None) -> str:
+    """Start a script as a front end does, and return what it prints."""
+    environment = {"PYTHONDONTWRITEBYTECODE": "1", **({"PYTHONPATH": str(path)} if path else {})}
+    command = [sys.executable, "-S", str(script), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_captioners_are_those_of_the_original_with_its_own_modules(suite: SmallSuite, gui: Path) -> None:
+    text = "import sys\nimport beside\nfrom library.train_util import WHOSE\nprint(WHOSE, sys.argv[1:])\n"
+    write_files(gui, {"sd-scripts/finetune/make_captions.py": text, "sd-scripts/finetune/beside.py": ""})
+    assert suite.run(gui).returncode == 0
+    # kohya_ss puts the scripts' folder on the path.
+    printed = start(gui / "sd-scripts/finetune/make_captions.py", "images", path=gui / "sd-scripts")
+    assert printed == "theirs ['images']\n"
+    missing = subprocess.run(
+        [sys.executable, str(gui / "sd-scripts/finetune/tag_images_by_wd14_tagger.py")], capture_output=True, text=True
+    )
+    assert missing.returncode == 1 and "use another tagger" in missing.stderr and missing.stderr.count("\n") == 1
+
+
+def test_a_journal_with_paths_outside_its_folder_is_refused(suite: SmallSuite, gui: Path) -> None:
+    assert suite.run(gui).returncode == 0
+    journal = gui / "sd-scripts.journal.json"
+    facts: dict[str, Any] = json.loads(journal.read_text())
+    journal.write_text(json.dumps({**facts, "files": {"../mine": ["0"]}}))
+    refused = suite.run(gui, "--restore")
+    assert refused.returncode == 1 and "not a journal" in refused.stderr
+
+
+def test_names_of_files_cannot_steer_the_terminal(suite: SmallSuite, gui: Path) -> None:
+    assert suite.run(gui).returncode == 0
+    write_files(gui, {"sd-scripts/\x1b[31mred 猫.txt": "mine"})
+    done = suite.run(gui, "--restore")
+    assert done.returncode == 0 and "/\\x1b[31mred 猫.txt" in done.stderr and "\x1b" not in done.stderr
+
+
+def test_a_front_end_that_was_restored_by_hand_is_left_alone(suite: SmallSuite, gui: Path) -> None:
+    before = read_tree(gui)
+    assert suite.run(gui).returncode == 0
+    for name in ("library", "networks", "finetune"):
+        shutil.rmtree(gui / "sd-scripts" / name)
+    shutil.copytree(gui / "sd-scripts.original", gui / "sd-scripts", dirs_exist_ok=True)
+    shutil.rmtree(gui / "sd-scripts.original")
+    tree = read_tree(gui)
+    for words in ((), ("--restore",)):
+        refused = suite.run(gui, *words)
+        assert refused.returncode == 1 and "delete" in refused.stderr and "sd-scripts.journal.json" in refused.stderr
+        assert read_tree(gui) == tree
+    (gui / "sd-scripts.journal.json").unlink()
+    assert before.items() <= read_tree(gui).items()
+    assert suite.run(gui).returncode == 0
+
+
+def test_a_file_where_files_are_moved_to_is_named(suite: SmallSuite, gui: Path) -> None:
+    assert suite.run(gui).returncode == 0
+    write_files(gui, {"sd-scripts.aside": "mine", "sd-scripts/output/cat.safetensors": "my LoRA"})
+    refused = suite.run(gui, "--restore")
+    assert refused.returncode == 1 and "sd-scripts.aside" in refused.stderr and "rename" in refused.stderr
+    (gui / "sd-scripts.aside").rename(gui / "mine.txt")
+    assert suite.run(gui, "--restore").returncode == 0
+    assert (gui / "sd-scripts.aside/output/cat.safetensors").read_text() == "my LoRA"

@@ -1,0 +1,1 @@
+"""How this suite is put into a front end's folder and taken out again. Needs only Python's standard library."""
