@@ -38,6 +38,7 @@ OURS_HERE = {
 OURS_WITH_TEXT_CACHE = {"text_cache_variants", "text_encoder_cpu"}  # HunyuanImage has the second there too
 NUMBER_OF_OPTIONS = {
     "anima_train_network": 27,
+    "diffusers_train_network": 12,
     "flux_2_train_network": 32,
     "flux_train_network": 22,
     "hunyuan_image_train_network": 21,
@@ -75,7 +76,7 @@ def test_option_is_declared_as_listed(script: str, wanted: dict[str, Any]) -> No
 def test_there_is_no_unlisted_option(script: str) -> None:
     names = {action.dest for action in actions_of(parser_of(script))}
     added = {flag["dest"] for flag in ADDED[script]}
-    if script != "sdxl_train_network":
+    if script not in ("sdxl_train_network", "diffusers_train_network"):
         added |= SINCE_0_11_OF_FLOW_MODELS.keys()
     if script not in ("sdxl_train_network", "sd3_train_network"):
         added |= OF_MUSUBI_FOR_FLOW_MODELS
