@@ -79,7 +79,7 @@ def require_spec(
     """Return the base model of an adapter file. Raises UserError naming `origin` if it is not recognised."""
     spec = recognise_adapter(specs, shapes, metadata)
     if spec is None:
-        known = ", ".join(spec.title for spec in specs)
+        known = ", ".join(spec.title for spec in specs if spec.adapter)
         raise UserError(f"{origin}: its base model cannot be recognised from its keys; supported: {known}")
     return spec
 

@@ -18,6 +18,7 @@ from library.requirements import (
     module_of,
     package_of,
     python_path,
+    quote,
 )
 from library.version import VERSION
 
@@ -31,12 +32,12 @@ SCRIPTS = [
 BARE = [sys.executable, "-S", "-E"]  # without site-packages
 
 
-def describe_setup() -> str:
+def describe_setup(python: Path = Path(sys.executable)) -> str:
     """Return what a Python without packages is told to run: the suite's environment where it has been set up."""
     ours = ROOT / ".venv"
     if python_path(ours).exists():
         return f": run the same command with {python_path(ours)}"
-    pip = f"{sys.executable} -m pip install -r {ROOT / 'requirements.txt'}"
+    pip = f"{quote(python)} -m pip install -r {ROOT / 'requirements.txt'}"
     command = f"python3 {ROOT / 'tools' / 'start.py'} setup"
     return f": run `{command}` and the same command with {python_path(ours)}, or install them here with `{pip}`"
 
@@ -76,7 +77,7 @@ def test_a_new_environment_without_packages_gets_the_sentence(tmp_path: Path) ->
     venv.create(tmp_path / "a b", with_pip=False)
     done = start("train_network.py", "--output_dir", str(tmp_path), python=(str(python_path(tmp_path / "a b")), "-E"))
     assert done.returncode == 1 and done.stderr.startswith(f"error: {python_path(tmp_path / 'a b')} lacks packages")
-    assert describe_setup().replace(sys.executable, f'"{python_path(tmp_path / "a b")}"') in done.stderr
+    assert done.stderr.endswith(f"{describe_setup(python_path(tmp_path / 'a b'))}\n")
 
 
 def test_a_program_that_imports_the_library_gets_pythons_own_error() -> None:
