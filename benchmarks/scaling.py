@@ -119,9 +119,9 @@ def train(script: str, *arguments: str) -> dict[str, Any]:
 def command_line(model: str, folder: Path, num_steps: int) -> tuple[str, list[str]]:
     """Return the script and its options."""
     from tests.running import make_images
-    from tests.runs.bases import base_of
+    from tests.tiny.bases import BASES
 
-    base = base_of(model)
+    base = BASES[model]
     (folder / model).mkdir()
     words = [*base.build(folder / model), "--network_module", base.module, "--network_dim", "16", "--no_report"]
     if not (folder / "data").exists():

@@ -32,7 +32,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums of several threads depend on their number
 
 from tests.running import ROOT, make_images
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 
 FIXED_TIME = 1_700_000_000.0
 TRAINING = [
@@ -58,53 +58,6 @@ RUNS: Mapping[str, list[str]] = {
     ],
     "fp8": ["--mixed_precision", "bf16", "--fp8_base", "--gradient_checkpointing", "--network_args", "dora_wd=True"],
     "cached": ["--cache_latents_to_disk", "--network_train_unet_only", "--optimizer_type", "Lion"],
-}  # fmt: skip
-CONVOLUTIONS = ["conv_dim=2", "conv_alpha=1", "use_tucker=True", "train_norm=True", "rank_dropout=0.1"]
-TEXT_CACHE = ["--network_train_unet_only", "--cache_text_encoder_outputs_to_disk", "--cache_latents"]
-MORE_RUNS: Mapping[str, Mapping[str, list[str]]] = {  # by base model
-    "sd": {
-        "convolutions": ["--network_args", *CONVOLUTIONS],
-        "blocks": [
-            "--network_args", "down_lr_weight=cosine", "up_lr_weight=1,1,0,0,1,1,1,1,1,1,1,1", "mid_lr_weight=2",
-        ],
-        "lycoris": ["--network_module", "lycoris.kohya", "--network_args", "algo=lokr", "preset=attn-mlp", "factor=2"],
-        # Every argument on the page that describes sd-scripts' options of an SD adapter, as in its examples.
-        "page": [
-            "--mixed_precision", "bf16", "--optimizer_type", "adamw8bit", "--learning_rate", "1e-4",
-            "--gradient_checkpointing", "--network_dim", "8", "--network_alpha", "4", "--network_args", "conv_dim=4",
-            "conv_alpha=2", "loraplus_lr_ratio=4", "loraplus_unet_lr_ratio=3", "loraplus_text_encoder_lr_ratio=2",
-            "rank_dropout=0.1", "module_dropout=0.1", "dora_wd=True", "use_tucker=True", "use_scalar=True",
-            "train_norm=True",
-        ],
-        "page_blocks": [
-            "--network_args", f"block_dims={','.join(['4'] * 25)}", f"block_alphas={','.join(['2'] * 25)}",
-            f"conv_block_dims={','.join(['2'] * 25)}", f"conv_block_alphas={','.join(['1'] * 25)}",
-        ],
-        "page_dylora": ["--network_module", "networks.dylora", "--network_args", "dyloRA=2"],
-    },
-    "sd2": {"v": ["--v_parameterization", "--zero_terminal_snr", "--min_snr_gamma", "5"]},
-    "sdxl": {"convolutions": ["--network_args", *CONVOLUTIONS], "text_cache": TEXT_CACHE},
-    "flux": {
-        "text_cache": TEXT_CACHE,
-        "page": [
-            "--network_args", "img_attn_dim=4", "txt_attn_dim=4", "img_mlp_dim=2", "txt_mlp_dim=2", "img_mod_dim=2",
-            "txt_mod_dim=2", "single_dim=4", "single_mod_dim=2", "in_dims=2,2,2,2,2", "train_t5xxl=True",
-            "train_double_block_indices=0", "train_single_block_indices=0-1", "split_qkv=True",
-        ],
-        "page_train_blocks": ["--network_args", "train_blocks=single"],
-    },
-    "chroma": {
-        "text_cache": TEXT_CACHE,
-        "approximator": ["--network_args", "train_approximator=True", "in_dims=2,0,0,0,2", "train_t5xxl=True"],
-    },
-    "sd3": {"text_cache": TEXT_CACHE},
-    "lumina": {"text_cache": TEXT_CACHE},
-    "anima": {"text_cache": TEXT_CACHE, "text_adapter": ["--network_args", "train_llm_adapter=True"]},
-    "hunyuan_image": {"text_cache": TEXT_CACHE},
-    "zimage": {"text_cache": TEXT_CACHE},
-    "flux_2": {"text_cache": TEXT_CACHE},
-    "krea2": {"text_cache": TEXT_CACHE},
-    "qwen_image_21": {"text_cache": TEXT_CACHE},
 }  # fmt: skip
 TOOLS: Mapping[str, list[str]] = {  # run on a training's adapter {mine}; output goes to {out}
     "show_metadata": ["tools/show_metadata.py", "{mine}"],
@@ -176,7 +129,7 @@ def lines_to_compare(part: Any) -> list[str]:
 def cases(only: str) -> Iterator[tuple[str, Seen]]:
     """Run the cases whose name contains `only`, and yield each name and result."""
     for base in BASES:
-        runs = {**RUNS, **MORE_RUNS.get(base, {})}
+        runs = {**RUNS, **BASES[base].runs}
         wanted = {case: words for case, words in runs.items() if only in f"{base}/{case}"}
         if not wanted:
             continue

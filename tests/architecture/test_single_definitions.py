@@ -16,7 +16,7 @@ GONE = (
     "is_foreseen", "without_effect", "AT_LEAST_ONE", "NOT_NEGATIVE", "DDPM_ONLY", "refuse_settings", "FluxPredict",
     "LuminaPredict", "SdxlPredict", "predict_for_preview", "Keeper", "Wish", "Allotment", "torch_optimizer",
     "recognise_base", "names_of_base", "all_tables", "unet_generation", "pipeline_base", "FILE_MARKS", "NAME_MARKS",
-    "RANKS_BY_TYPE", "OPENERS", "ACCEPTED", "BASES", "TrainingSet", "use_latents", "use_texts", "fix_captions",
+    "RANKS_BY_TYPE", "OPENERS", "ACCEPTED", "TrainingSet", "use_latents", "use_texts", "fix_captions",
     "limit_to_largest_batch", "limit_to_measured", "LatentFiles", "TextFiles",
 )  # fmt: skip
 GRAMMAR = "library/checkpoints/adapter_keys.py"

@@ -26,7 +26,7 @@ from library.architectures.flux.options import FluxOptions
 from library.checkpoints.files import read_metadata
 from library.errors import UserError
 from tests.running import make_images
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 from tests.unit.training.test_hub import FolderHub, hub  # noqa: F401
 
 TRAINERS: dict[str, Any] = {

@@ -11,8 +11,8 @@ import pytest
 from library.checkpoints.files import load_state_dict, read_metadata
 from networks.core.registry.layouts import list_kinds
 from tests.running import Finished, make_images
-from tests.runs.bases import BASES
 from tests.runs.test_resume import ALL_RANDOM, interrupt_and_resume
+from tests.tiny.bases import BASES
 
 Train = Callable[..., Finished]
 KINDS = sorted(kind.network_module for kind in list_kinds() if kind.network_module)

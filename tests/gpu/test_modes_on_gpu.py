@@ -15,6 +15,7 @@ from library.memory.offload import streamed
 from library.memory.offload.pinning import Pinned
 from library.memory.offload.streams import CudaStreams, StagedStreams
 from tests.gpu.device import DEVICE, GPU_ONLY, ON_GPU
+from tests.parity.deep import DEEP
 from tests.parity.modes import Mode, gradients
 
 pytestmark = ON_GPU
@@ -30,7 +31,7 @@ FAST = ("flux-none-plain", "flux-fp8-recompute_from_main_memory")
 MODES = [
     pytest.param(*mode, marks=[] if "-".join(mode) in FAST else pytest.mark.slow, id="-".join(mode))
     for mode in product(
-        ("sd", "flux", "lumina", "sd3", "hunyuan_image", "anima", "zimage", "flux_2", "krea2", "qwen_image_21"),
+        DEEP,
         ("none", "fp8", "int8_rotated", "nf4_double"),
         ("plain", "recompute_from_main_memory"),
     )
@@ -67,7 +68,6 @@ def test_pinned_and_staged_copies_are_both_used_and_give_equal_results(
 def test_swapped_weights_take_two_slots_of_gpu_memory() -> None:
     from library.memory.codecs.plain import Plain
     from library.memory.frozen import layers_in_blocks, store_all_in
-    from tests.parity.deep import DEEP
 
     deep = DEEP["flux"]
     model = deep.frozen(91)

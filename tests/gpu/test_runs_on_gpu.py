@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.gpu.device import GPU_ONLY, ON_GPU, RUNS_ON_CPU
 from tests.running import ROOT, Finished
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 
 pytestmark = ON_GPU
 # One SGD step from zero equals the gradient. bfloat16 keeps 8 bits of each factor: over a dozen layers two summation

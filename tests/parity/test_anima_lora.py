@@ -15,8 +15,7 @@ from networks import dylora, lora, lora_anima, lora_fa
 from networks.core.files.adapter_file import adapter_tensors, read_adapter_file, save_adapter_file
 from networks.core.files.renaming import rename
 from tests.parity.denoisers import save_trained
-from tests.parity.test_anima_model import inputs, oracle_of
-from tests.tiny.anima import tiny_anima
+from tests.tiny.anima import inputs, oracle_of, tiny_anima
 from tests.tolerances import FLOAT32_DEEP
 
 DOORS = {"lora_anima": lora_anima, "lora": lora, "lora_fa": lora_fa, "dylora": dylora}

@@ -1,55 +1,13 @@
 """Anima's denoiser against diffusers' CosmosTransformer3DModel and AnimaTextConditioner with the same weights."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
-from library.architectures.anima.model import Anima
-from library.architectures.anima.reference import diffusers_models
 from tests.parity.denoisers import assert_checkpointing_keeps_gradients
-from tests.tiny.anima import CONFIG, NUM_T5_WORDS, tiny_anima
+from tests.tiny.anima import inputs, oracle, tiny_anima
 from tests.tolerances import FLOAT32_DEEP
 
 SIZES = [(8, 8), (4, 14), (18, 6)]  # of the latent
-NUM_SOURCE, NUM_WORDS = 9, 7
-Values = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def inputs(H: int, W: int, seed: int = 0) -> Values:
-    """Latents, noise levels, Qwen3's states and their mask, T5's ids and their mask; captions differ in length."""
-    g = torch.Generator().manual_seed(seed)
-    latents = torch.randn(2, 16, H, W, generator=g).requires_grad_()
-    source_mask = torch.ones(2, NUM_SOURCE)
-    source_mask[0, 5:] = 0
-    source = (torch.randn(2, NUM_SOURCE, CONFIG.adapter.source_width, generator=g) * source_mask[..., None]).detach()
-    ids = torch.randint(NUM_T5_WORDS, (2, NUM_WORDS), generator=g)
-    mask = torch.ones(2, NUM_WORDS, dtype=torch.int64)
-    mask[1, 4:] = 0
-    return latents, torch.tensor([0.125, 0.875]), source.requires_grad_(), source_mask, ids, mask
-
-
-def oracle_velocity(transformer: Any, latents: Tensor, sigmas: Tensor, text: Tensor) -> Tensor:
-    padding = torch.zeros_like(latents[:, :1])  # passed as a channel, since the model's own method needs torchvision
-    frames = torch.cat([latents, padding], dim=1)[:, :, None]
-    sample: Tensor = transformer(hidden_states=frames, timestep=sigmas, encoder_hidden_states=text).sample[:, :, 0]
-    return sample
-
-
-def oracle_of(transformer: Any, conditioner: Any) -> Callable[..., Tensor]:
-    """Return a function that combines both models and takes our arguments."""
-
-    def run(latents: Tensor, sigmas: Tensor, source: Tensor, source_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        text = conditioner(source, ids, target_attention_mask=mask, source_attention_mask=source_mask)
-        return oracle_velocity(transformer, latents, sigmas, text)
-
-    return run
-
-
-def oracle(model: Anima) -> Callable[..., Tensor]:
-    return oracle_of(*diffusers_models(model))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -16,9 +16,8 @@ from library.architectures.anima.options import AnimaOptions
 from library.architectures.anima.reference import diffusers_models
 from library.models.vae.qwen_image import MEAN, STD
 from library.types import Prompt
-from tests.parity.test_anima_model import oracle_velocity
 from tests.parity.test_preview import ours
-from tests.tiny.anima import build_tiny_anima
+from tests.tiny.anima import build_tiny_anima, oracle_velocity
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAMPLED
 
 CAPTIONS = ["a red cat", "dog", ""]

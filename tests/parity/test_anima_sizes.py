@@ -16,8 +16,7 @@ from networks.core.files.adapter_file import adapter_tensors, read_adapter_file
 from networks.core.files.renaming import rename
 from tests.parity.denoisers import save_trained
 from tests.parity.test_anima_lora import predict_by_diffusers
-from tests.parity.test_anima_model import inputs, oracle
-from tests.tiny.anima import CONFIG, tiny_anima
+from tests.tiny.anima import CONFIG, inputs, oracle, tiny_anima
 from tests.tolerances import FLOAT32_DEEP
 
 DEEP = replace(CONFIG, width=36, head_width=12, mlp_width=108, modulation_rank=5, num_blocks=31)

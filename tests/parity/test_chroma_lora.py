@@ -12,8 +12,7 @@ from networks import lora, lora_fa, lora_flux
 from networks.core.files.adapter_file import adapter_tensors, read_adapter_file
 from networks.core.files.renaming import rename
 from tests.parity.denoisers import save_trained
-from tests.parity.test_chroma_model import inputs, oracle_output, velocity
-from tests.tiny.chroma import tiny_chroma
+from tests.tiny.chroma import inputs, oracle_output, tiny_chroma, velocity
 from tests.tolerances import FLOAT32_DEEP
 
 

@@ -1,51 +1,18 @@
 """Chroma's denoiser against diffusers' ChromaTransformer2DModel with the same weights."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.flux.model import PATCH, Flux
+from library.architectures.flux.model import PATCH
 from library.architectures.flux.predict import with_first_padding
 from library.architectures.flux.reference import diffusers_model
 from library.models.patches import patchify
 from tests.parity.denoisers import assert_checkpointing_keeps_gradients
-from tests.tiny.chroma import CONFIG, tiny_chroma
+from tests.tiny.chroma import CONFIG, NUM_TEXT, inputs, oracle_output, tiny_chroma, velocity
 from tests.tolerances import FLOAT32_DEEP
-
-NUM_TEXT = 9
-
-
-def inputs(H: int, W: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return latents, noise levels, text."""
-    g = torch.Generator().manual_seed(seed)
-    latents = torch.randn(2, 16, H, W, generator=g).requires_grad_()
-    text = torch.randn(2, NUM_TEXT, CONFIG.text_width, generator=g).requires_grad_()
-    return latents, torch.tensor([0.1875, 0.8125]), text
-
-
-def velocity(model: Flux, latents: Tensor, sigmas: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return our velocity as patches, with the guidance that diffusers assumes."""
-    return patchify(model(latents, sigmas, text, None, torch.zeros_like(sigmas), mask), PATCH)
-
-
-def oracle_output(theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return diffusers' velocity as patches, with the positions and mask of its pipeline."""
-    from diffusers import ChromaPipeline
-
-    B, C, H, W = latents.shape
-    packed = ChromaPipeline._pack_latents(latents, B, C, H, W)
-    place = (B, H // 2, W // 2, latents.device, torch.float32)
-    return theirs(  # type: ignore[no-any-return]
-        packed,
-        encoder_hidden_states=text,
-        timestep=sigmas,
-        img_ids=ChromaPipeline._prepare_latent_image_ids(*place),
-        txt_ids=torch.zeros(text.shape[1], 3),
-        attention_mask=ChromaPipeline._prepare_attention_mask(None, B, packed.shape[1], torch.bool, mask),  # type: ignore[arg-type]
-    ).sample
 
 
 @pytest.mark.parametrize("size", [(8, 8), (4, 14), (18, 6)], ids=str)

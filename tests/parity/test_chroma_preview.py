@@ -14,9 +14,8 @@ from library.architectures.flux.model import PATCH
 from library.architectures.flux.options import FluxOptions
 from library.models.patches import patchify
 from library.types import Prompt
-from tests.parity.test_chroma_model import oracle_output
 from tests.parity.test_preview import ours
-from tests.tiny.chroma import build_tiny_chroma
+from tests.tiny.chroma import build_tiny_chroma, oracle_output
 from tests.tolerances import FLOAT32_SAMPLED
 
 NUM_TOKENS = 20

@@ -34,11 +34,10 @@ from tests.parity.test_concepts import (
     context_of,
     merge_into,
 )
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 from tests.tolerances import FLOAT32_SAMPLED
 
-FLOWS = [name for name in BASES if name not in ("sd", "sd2", "sdxl")]
-DRAWN_WITHOUT_GUIDANCE = ("flux", "qwen_image_21")  # flux: its guidance is distilled
+FLOWS = [name for name, base in BASES.items() if base.is_flow]
 
 
 def arch_of(name: str, folder: Path) -> Architecture:
@@ -119,7 +118,7 @@ def test_latents_target_and_loss_match_a_float64_recomputation(
 ) -> None:
     context, denoiser = make()
     guidance = resolve_guidance(ConceptOptions(), context.arch.preview.defaults)
-    assert guidance == (1.0 if name in DRAWN_WITHOUT_GUIDANCE else 3.0)
+    assert guidance == (1.0 if BASES[name].draws_without_guidance else 3.0)
     batch = batch_of(replace(CONCEPT, guidance=guidance))
     base = Recomputed(context, denoiser, batch)
     assert batch.concept is not None

@@ -4,62 +4,30 @@ Every named layer has random values, so a wrong name, row order or strength is d
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from library.architectures.anima import adapter_names as anima_names
-from library.architectures.flux import adapter_names as flux_names
-from library.architectures.flux_2 import adapter_names as flux_2_names
-from library.architectures.hunyuan_image import adapter_names as hunyuan_image_names
-from library.architectures.krea2 import adapter_names as krea2_names
-from library.architectures.lumina import adapter_names as lumina_names
-from library.architectures.qwen_image_21 import adapter_names as qwen_image_21_names
-from library.architectures.sd import adapter_names as sd_names
 from library.architectures.sd import targets as sd_targets
-from library.architectures.sd3 import adapter_names as sd3_names
-from library.architectures.sdxl import adapter_names as sdxl_names
 from library.architectures.sdxl import targets as sdxl_targets
 from library.architectures.specs import list_specs
-from library.architectures.zimage import adapter_names as zimage_names
 from library.checkpoints.adapter_names import BaseNames, FileNaming
 from library.checkpoints.files import load_state_dict, save_safetensors
 from library.checkpoints.recognition import recognise_adapter
 from library.errors import UserError
-from library.models.unet.checkpoint_keys import UnetLayout
 from networks import lora
 from networks.core.files.adapter_file import adapter_tensors, parse_adapter
 from networks.core.files.foreign_names import add_model
 from networks.core.files.renaming import rename
-from tests.parity import (
-    test_anima_model,
-    test_flux_2_model,
-    test_flux_model,
-    test_hunyuan_image_model,
-    test_krea2_model,
-    test_lumina_model,
-    test_qwen_image_21_model,
-    test_sd3_model,
-    test_zimage_model,
-)
-from tests.tiny import sd, sdxl
-from tests.tiny.anima import tiny_anima
-from tests.tiny.flux import build_tiny_flux, tiny_flux
-from tests.tiny.flux_2 import tiny_flux_2
-from tests.tiny.hunyuan_image import tiny_hunyuan_image
-from tests.tiny.init import fixed_init
-from tests.tiny.krea2 import tiny_krea2
-from tests.tiny.lumina import tiny_lumina
-from tests.tiny.qwen_image_21 import tiny_qwen_image_21
-from tests.tiny.sd3 import CONFIGS, diffusers_mmdit, mmdit_weights, tiny_mmdit
-from tests.tiny.zimage import tiny_zimage
+from tests.tiny.base import Base, Pair, layers_of
+from tests.tiny.bases import BASES
+from tests.tiny.flux import build_tiny_flux
+from tests.tiny.sd3 import CONFIGS
 from tests.tolerances import FLOAT32_DEEP
 from tools import convert_lora, merge_lora
 
@@ -67,213 +35,20 @@ SEED = 7
 Tensors = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A denoiser of ours and diffusers', with the same weights."""
-
-    names: BaseNames
-    seen: nn.Module  # ours, with the paths of adapter files
-    theirs: Mapping[str, Any]  # by the prefix of their names
-    predict: Callable[[], Tensor]
-    their_prediction: Callable[[], Tensor]
-
-    @property
-    def layers(self) -> dict[str, nn.Module]:
-        """Return our named Linear layers and convolutions by Kohya name."""
-        named_modules = {module.kohya for module in self.names.modules}
-        by_kohya_name = {f"lora_unet_{path.replace('.', '_')}": module for path, module in layers_of(self.seen)}
-        return {name: module for name, module in by_kohya_name.items() if name in named_modules}
-
-    @property
-    def their_layers(self) -> dict[str, nn.Module]:
-        """Return the layers of diffusers by its names."""
-        layers = {f"{prefix}.{path}": m for prefix, part in self.theirs.items() for path, m in layers_of(part)}
-        return {name: module for name, module in layers.items() if self.names.find(name) is not None}
+PAIRS: Mapping[str, Callable[[], Pair]] = {size: pair for base in BASES.values() for size, pair in base.pairs.items()}
+UNNAMED: Mapping[str, str] = {size: base.unnamed for base in BASES.values() for size in base.pairs}
+NIGHTLY = {"sd2", "sdxl", *CONFIGS} - {min(CONFIGS)}  # sizes and relatives of others
+FUSED = [  # one layer here is several in diffusers
+    next(iter(base.pairs)) for base in BASES.values() if base.pairs and any(m.pieces for m in base.spec.names.modules)
+]
+NAMED = [name for name in FUSED if UNNAMED[name] == Base.unnamed]
 
 
-def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((path, m) for path, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
-
-
-def flux() -> Pair:
-    ours = tiny_flux(SEED)
-    theirs, values = test_flux_model.diffusers_model(ours), [v.detach() for v in test_flux_model.inputs(6, 10)]
-
-    def predict() -> Tensor:
-        return test_flux_model.patchify(ours(*values), test_flux_model.PATCH)
-
-    return Pair(
-        flux_names.NAMES,
-        ours,
-        {"transformer": theirs},
-        predict,
-        lambda: test_flux_model.oracle_output(theirs, *values),
-    )
-
-
-def sd3(size: str) -> Pair:
-    config = CONFIGS[size]
-    ours, theirs = tiny_mmdit(config, SEED), diffusers_mmdit(config, mmdit_weights(config, SEED))
-    values = {name: value.detach() for name, value in test_sd3_model.inputs(config, (16, 12), 6).items()}
-    return Pair(
-        sd3_names.NAMES,
-        ours,
-        {"transformer": theirs},
-        lambda: test_sd3_model.run_ours(ours, values),
-        lambda: test_sd3_model.run_theirs(theirs, values),
-    )
-
-
-def lumina() -> Pair:
-    ours = tiny_lumina(SEED)
-    theirs, values = (
-        test_lumina_model.diffusers_model(ours),
-        [v.detach() for v in test_lumina_model.inputs(6, 10, (5, 2))],
-    )
-    return Pair(
-        lumina_names.NAMES,
-        ours,
-        {"transformer": theirs},
-        lambda: ours(*values),
-        lambda: test_lumina_model.oracle_output(theirs, *values),
-    )
-
-
-def hunyuan_image() -> Pair:
-    ours = tiny_hunyuan_image(SEED)
-    theirs = test_hunyuan_image_model.diffusers_model(ours)
-    values = {name: value.detach() for name, value in test_hunyuan_image_model.inputs(3, 5).items()}
-    return Pair(
-        hunyuan_image_names.NAMES,
-        ours,
-        {"transformer": theirs},
-        lambda: ours(*values.values()),
-        lambda: test_hunyuan_image_model.oracle_output(theirs, values),
-    )
-
-
-def zimage() -> Pair:
-    ours = tiny_zimage(SEED)
-    theirs, values = (
-        test_zimage_model.diffusers_model(ours),
-        [v.detach() for v in test_zimage_model.inputs(6, 10, (5, 40))],
-    )
-    return Pair(
-        zimage_names.NAMES,
-        ours,
-        {"transformer": theirs},
-        lambda: ours(*values),
-        lambda: test_zimage_model.oracle_output(theirs, *values),
-    )
-
-
-def flux_2() -> Pair:
-    ours = tiny_flux_2(SEED, is_dev=True)
-    theirs, values = test_flux_2_model.diffusers_model(ours), [v.detach() for v in test_flux_2_model.inputs(3, 5)]
-    return Pair(
-        flux_2_names.NAMES,
-        ours,
-        {"transformer": theirs},
-        lambda: ours(*values),
-        lambda: test_flux_2_model.oracle_output(theirs, *values),
-    )
-
-
-def krea2() -> Pair:
-    ours = tiny_krea2(SEED)
-    theirs, values = test_krea2_model.diffusers_model(ours), [v.detach() for v in test_krea2_model.inputs(4, 6)]
-    return Pair(
-        krea2_names.NAMES,
-        ours,
-        {"transformer": theirs},
-        lambda: ours(*values),
-        lambda: test_krea2_model.oracle_output(theirs, *values),
-    )
-
-
-def qwen_image_21() -> Pair:
-    ours = tiny_qwen_image_21(SEED)
-    theirs = test_qwen_image_21_model.diffusers_model(ours)
-    values = [v.detach() for v in test_qwen_image_21_model.inputs(4, 6)]
-    return Pair(
-        qwen_image_21_names.NAMES,
-        ours,
-        {"transformer": theirs},
-        lambda: ours(*values),
-        lambda: test_qwen_image_21_model.oracle_output(theirs, *values),
-    )
-
-
-def anima() -> Pair:
-    ours = tiny_anima(SEED)
-    transformer, conditioner = test_anima_model.diffusers_models(ours)
-    values = [value.detach() for value in test_anima_model.inputs(6, 10)]
-    run = test_anima_model.oracle_of(transformer, conditioner)
-    theirs = {"transformer": transformer, "text_conditioner": conditioner}
-    return Pair(anima_names.NAMES, ours, theirs, lambda: ours(*values), lambda: run(*values))
-
-
-def unet(base: str, config: dict[str, Any], layout: UnetLayout) -> Pair:
-    """Build a U-Net pair; both models are diffusers', with names derived for the tiny layout as for the full size."""
-    from diffusers import UNet2DConditionModel
-
-    models = []
-    for _ in range(2):
-        model: Any = UNet2DConditionModel(**config)
-        model.load_state_dict(fixed_init(model, SEED))
-        models.append(model.requires_grad_(False).eval())
-    ours, theirs = models
-    g = torch.Generator().manual_seed(8)
-    latents, text = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 9, config["cross_attention_dim"], generator=g)
-    more: dict[str, Any] = {}
-    if base == "sdxl":
-        width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
-        more = {"added_cond_kwargs": {"text_embeds": torch.randn(2, width, generator=g), "time_ids": sizes}}
-
-    def run(model: Any) -> Tensor:
-        return model(latents, torch.tensor([31, 742]), text, **more).sample  # type: ignore[no-any-return]
-
-    module = sdxl_names.unet_module if base == "sdxl" else sd_names.unet_module
-    paths = [path for path, _ in layers_of(ours)]
-    return Pair(
-        BaseNames(base, tuple(module(path, layout) for path in paths)),
-        sdxl_targets.unet_view(ours, layout) if base == "sdxl" else ours,
-        {"unet": theirs},
-        lambda: run(ours),
-        lambda: run(theirs),
-    )
-
-
-PAIRS: Mapping[str, Callable[[], Pair]] = {
-    "sd1": partial(unet, "sd1", sd.UNET, sd.UNET_LAYOUT),
-    "sd2": partial(unet, "sd2", sd.UNET_V2, sd.UNET_LAYOUT),
-    "sdxl": partial(unet, "sdxl", sdxl.UNET, sdxl.UNET_LAYOUT),
-    "flux": flux,
-    **{size: partial(sd3, size) for size in CONFIGS},
-    "lumina": lumina,
-    "hunyuan_image": hunyuan_image,
-    "anima": anima,
-    "zimage": zimage,
-    "flux_2": flux_2,
-    "krea2": krea2,
-    "qwen_image_21": qwen_image_21,
-}
-UNNAMED = {  # layers that no argument adapts; files with them are rejected
-    "hunyuan_image": r"(?!double_blocks|single_blocks)",
-    "anima": r"llm_adapter\.out_proj$",
-}
-
-
-QUICK = [name for name in PAIRS if name not in ("sd2", "sdxl", *CONFIGS)] + [min(CONFIGS)]
-
-
-@pytest.fixture(params=[pytest.param(n, marks=() if n in QUICK else pytest.mark.nightly) for n in PAIRS])
+@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.nightly if n in NIGHTLY else ()) for n in PAIRS])
 def pair(request: pytest.FixtureRequest) -> Pair:
     built: Pair = PAIRS[request.param]()
     unnamed = [path for path, layer in layers_of(built.seen) if layer not in built.layers.values()]
-    expected = UNNAMED.get(request.param, "$^")
-    assert all(re.match(expected, path) for path in unnamed)
+    assert all(re.match(UNNAMED[request.param], path) for path in unnamed)
     if not unnamed:
         assert len(built.their_layers) == sum(len(list(layers_of(part))) for part in built.theirs.values())
     torch.testing.assert_close(built.predict(), built.their_prediction(), **FLOAT32_DEEP)
@@ -540,10 +315,10 @@ def file_of_kind(pair: Pair, kind: str) -> tuple[Tensors, dict[str, Tensor]]:
     return tensors, after
 
 
-@pytest.mark.parametrize("base", ["flux", "sd3", "lumina", "zimage", "flux_2"])
-def test_output_magnitudes_of_all_parts_of_a_fused_layer_are_joined(base: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NAMED)
+def test_output_magnitudes_of_all_parts_of_a_fused_layer_are_joined(name: str, tmp_path: Path) -> None:
     """Such a file can be trained further and is saved under Kohya names."""
-    pair = PAIRS[base if base != "sd3" else next(name for name in PAIRS if name in CONFIGS)]()
+    pair = PAIRS[name]()
     tensors, after = file_of_kind(pair, "DoRA")
     path = str(tmp_path / "a.safetensors")
     save_safetensors(path, tensors)
@@ -560,10 +335,10 @@ def test_output_magnitudes_of_all_parts_of_a_fused_layer_are_joined(base: str, t
 
 
 @pytest.mark.parametrize("kind", ["LoKr", "LoHa"])
-@pytest.mark.parametrize("base", ["flux", "sd3", "lumina", "hunyuan_image", "zimage", "flux_2"])
-def test_training_continues_from_other_kinds_on_parts_of_a_fused_layer(base: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FUSED)
+def test_training_continues_from_other_kinds_on_parts_of_a_fused_layer(name: str, kind: str, tmp_path: Path) -> None:
     """The file is saved under its original names."""
-    pair = PAIRS[base if base != "sd3" else next(name for name in PAIRS if name in CONFIGS)]()
+    pair = PAIRS[name]()
     tensors, after = file_of_kind(pair, kind)
     unnamed = [f"lycoris_{n.split('.', 1)[1].replace('.', '_')}." for n in after if pair.names.find(n) is None]
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(tuple(unnamed))}
@@ -607,10 +382,10 @@ def test_training_continues_from_other_kinds_on_parts_of_a_fused_layer(base: str
 
 
 @pytest.mark.parametrize("kind", ["LoKr", "LoHa"])
-@pytest.mark.parametrize("base", ["flux", "sd3", "lumina", "zimage", "flux_2"])
-def test_other_kinds_on_parts_of_a_fused_layer_are_merged(base: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NAMED)
+def test_other_kinds_on_parts_of_a_fused_layer_are_merged(name: str, kind: str, tmp_path: Path) -> None:
     """This includes layers whose row halves are swapped in diffusers."""
-    pair = PAIRS[base if base != "sd3" else next(name for name in PAIRS if name in CONFIGS)]()
+    pair = PAIRS[name]()
     tensors, after = file_of_kind(pair, kind)
     path = str(tmp_path / "a.safetensors")
     save_safetensors(path, tensors)
@@ -641,7 +416,7 @@ def test_unmerged_modules_of_base_weights_are_named(tmp_path: Path, caplog: pyte
 
 
 def test_merge_lora_accepts_diffusers_names_of_every_layer(tmp_path: Path) -> None:
-    pair = flux()
+    pair = PAIRS["flux"]()
     save_safetensors(tmp_path / "theirs.safetensors", diffusers_file(pair))
     words = ["--models", str(tmp_path / "theirs.safetensors"), "--save_to", str(tmp_path / "merged.safetensors")]
     assert merge_lora.main(["--sd_model", build_tiny_flux(tmp_path / "model", SEED)[1], *words]) == 0
@@ -652,7 +427,7 @@ def test_merge_lora_accepts_diffusers_names_of_every_layer(tmp_path: Path) -> No
 
 def test_merge_lora_accepts_lokr_on_parts_of_a_fused_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Merge such FLUX.1 files of SimpleTuner and ai-toolkit into a checkpoint, and into one LoRA of full rank."""
-    pair = flux()
+    pair = PAIRS["flux"]()
     tensors, after = file_of_kind(pair, "LoKr")
     model, file = build_tiny_flux(tmp_path / "model", SEED)[1], str(tmp_path / "a.safetensors")
     save_safetensors(file, tensors)

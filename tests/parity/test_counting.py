@@ -34,22 +34,15 @@ from library.types import Batch, CaptionWithImages
 from networks.core.protocol import adopt, open_network_module
 from tests.parity.tiny_models import opened_with
 from tests.running import SCRIPTS
-from tests.runs.bases import BASES
 from tests.runs.test_memory_modes import quantise_and_dequantise
+from tests.tiny.bases import BASES
 from tests.unit.memory.planner.made_up import allocated_peak
 
 pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options configures logging
 
+# Rotary tables and caption features of small models are up to 3 %; at full size each part is less than 0.4 %.
 SHARE = 0.03
-# In such small models buffers inside convolutions are 4 %, rotary tables and caption features 3 %, and copies of
-# Krea 2's twelve states per caption token, which fake tensors do not need, 5 %. At full size each is less than
-# 0.4 %.
-SHARES = {"sdxl": 0.05, "qwen_image_21": 0.04, "krea2": 0.05}
 SHAPE = BatchShape(2, 256, 192)
-SHAPES = {
-    **dict.fromkeys(("sdxl", "lumina"), BatchShape(4, 384, 256)),  # with large images small tensors count less
-    "krea2": BatchShape(2, 768, 512),  # with smaller images the text fusion would be the peak
-}
 CPU = torch.device("cpu")
 FAST = (("sd", False), ("flux", True))  # the others repeat these checks
 
@@ -114,11 +107,11 @@ def test_the_counted_step_matches_the_allocator_for_every_base_model(
     name: str, recomputes: bool, tmp_path: Path
 ) -> None:
     options, arch = open_tiny(name, tmp_path / "model", "--mixed_precision", "no")
-    shape = SHAPES.get(name, SHAPE)
+    shape = BatchShape(*BASES[name].count_shape)
     counted = count_run(options, arch, shape, CPU)
     torch.manual_seed(94)
     real = allocated_peak(real_step(options, arch, shape, recomputes))
-    assert planned_peak(counted, recomputes) == pytest.approx(real, rel=SHARES.get(name, SHARE))
+    assert planned_peak(counted, recomputes) == pytest.approx(real, rel=BASES[name].count_share)
 
 
 @pytest.mark.nightly
@@ -142,7 +135,7 @@ def test_the_counted_step_of_pairs_matches_the_allocator(
     torch.manual_seed(96)
     real = allocated_peak(real_step(options, arch, shape, recomputes))
     counted = compute_peak_bytes(list(step.timeline.expand(lambda i: recomputes, lambda i: True)))
-    assert counted + step.held_gradient_bytes == pytest.approx(real, rel=SHARES.get(name, SHARE))
+    assert counted + step.held_gradient_bytes == pytest.approx(real, rel=SHARE)
     assert (step.held_gradient_bytes > 0) == (words[0] == "--pair_slider")
     assert (step.gradientless is None) == (words[0] == "--pair_slider")
 
@@ -238,7 +231,7 @@ def test_the_counted_encoding_of_references_matches_the_allocator(tmp_path: Path
     pixels_BCHW = torch.rand(1, 3, 256, 384)
     with torch.no_grad():
         real = allocated_peak(lambda: arch.codec.encode(vae, pixels_BCHW, [generator_for(0, "planned")]))
-    assert images.rise_of_one == pytest.approx(real, rel=SHARES["qwen_image_21"])
+    assert images.rise_of_one == pytest.approx(real, rel=BASES["qwen_image_21"].count_share)
 
 
 def reopen(options: TrainOptions, arch: Architecture) -> tuple[TrainOptions, Architecture]:

@@ -11,35 +11,10 @@ from library.architectures.flux_2.reference import diffusers_model
 from library.diffusion.references import reference_features
 from library.types import Noised
 from tests.parity.denoisers import assert_checkpointing_keeps_gradients
-from tests.tiny.flux_2 import CONFIG, tiny_flux_2
+from tests.tiny.flux_2 import CONFIG, inputs, oracle_output, tiny_flux_2
 from tests.tolerances import FLOAT32_DEEP
 
 SIZES = [(8, 8), (3, 7), (9, 2)]  # of the latent, each of whose pixels is a token
-NUM_TEXT = 24
-
-
-def inputs(h: int, w: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return latents, noise levels, text, guidance."""
-    g = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, CONFIG.in_features, h, w, generator=g).requires_grad_()
-    text = torch.randn(2, NUM_TEXT, CONFIG.text_width, generator=g).requires_grad_()
-    return latents, torch.tensor([0.125, 0.875]), text, torch.tensor([1.0, 4.0])
-
-
-def oracle_output(theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, guidance: Tensor) -> Tensor:
-    """Return diffusers' output, with tokens and positions built as in its pipeline."""
-    from diffusers import Flux2KleinPipeline as Pipeline
-
-    tokens = theirs(
-        Pipeline._pack_latents(latents),
-        encoder_hidden_states=text,
-        timestep=sigmas,
-        img_ids=Pipeline._prepare_latent_ids(latents),
-        txt_ids=Pipeline._prepare_text_ids(text),
-        guidance=guidance if theirs.config.guidance_embeds else None,
-        return_dict=False,
-    )[0]
-    return tokens.transpose(1, 2).reshape(latents.shape)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("is_dev", [False, True], ids=["klein", "dev"])

@@ -18,9 +18,8 @@ from library.architectures.flux_2.options import Flux2Options
 from library.architectures.flux_2.predict import sampling_shift
 from library.architectures.flux_2.vae import statistics
 from library.types import Prompt
-from tests.parity.test_flux_2_model import oracle_output
 from tests.parity.test_preview import ours
-from tests.tiny.flux_2 import MISTRAL, build_tiny_flux_2
+from tests.tiny.flux_2 import MISTRAL, build_tiny_flux_2, oracle_output
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAMPLED
 
 PROMPT = Prompt(

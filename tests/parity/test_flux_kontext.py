@@ -13,8 +13,7 @@ from library.diffusion.references import reference_features, references_in
 from library.models.patches import patchify
 from library.models.vae.flux import map_latents
 from library.types import Noised
-from tests.parity.test_flux_model import inputs
-from tests.tiny.flux import tiny_flux, tiny_vae
+from tests.tiny.flux import inputs, tiny_flux, tiny_vae
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAME_MATH
 
 SIZES = [((8, 8), (8, 8)), ((4, 14), (10, 6)), ((12, 6), (4, 20))]  # of the latent and of its reference

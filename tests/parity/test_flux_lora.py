@@ -18,8 +18,7 @@ from networks.core.files.foreign_names import add_model
 from networks.core.files.renaming import rename
 from tests.contracts.test_lora_keys_flux1 import FACTS
 from tests.parity.denoisers import save_trained
-from tests.parity.test_flux_model import inputs, oracle_output
-from tests.tiny.flux import tiny_flux
+from tests.tiny.flux import inputs, oracle_output, tiny_flux
 from tests.tolerances import FLOAT32_DEEP
 from tests.unit.networks.toy import randomize
 from tools.convert_lora import spec_for_file

@@ -1,49 +1,16 @@
 """FLUX.1's denoiser against diffusers' FluxTransformer2DModel with the same weights."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from library.architectures.flux.model import PATCH
 from library.architectures.flux.reference import diffusers_model
 from library.models.patches import patchify
 from tests.parity.denoisers import assert_checkpointing_keeps_gradients
-from tests.tiny.flux import CONFIG, tiny_flux
+from tests.tiny.flux import NUM_TEXT, inputs, oracle_output, tiny_flux
 from tests.tolerances import FLOAT32_DEEP
 
 SIZES = [(8, 8), (4, 14), (18, 6)]  # of the latent
-NUM_TEXT = 7
-
-
-def inputs(H: int, W: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return latents, noise levels, text, pooled text, guidance."""
-    g = torch.Generator().manual_seed(seed)
-    latents = torch.randn(2, 16, H, W, generator=g).requires_grad_()
-    text = torch.randn(2, NUM_TEXT, CONFIG.text_width, generator=g).requires_grad_()
-    pooled = torch.randn(2, CONFIG.pooled_width, generator=g).requires_grad_()
-    return latents, torch.tensor([0.125, 0.875]), text, pooled, torch.tensor([1.0, 3.5])
-
-
-def oracle_output(
-    theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, pooled: Tensor, guidance: Tensor | None
-) -> Tensor:
-    """Return diffusers' velocity as patches, with the image ids of its pipeline."""
-    from diffusers import FluxPipeline
-
-    h, w = latents.shape[-2] // 2, latents.shape[-1] // 2
-    B, C, H, W = latents.shape
-    packed = FluxPipeline._pack_latents(latents, B, C, H, W)
-    return theirs(  # type: ignore[no-any-return]
-        packed,
-        encoder_hidden_states=text,
-        pooled_projections=pooled,
-        timestep=sigmas,
-        guidance=guidance,
-        img_ids=FluxPipeline._prepare_latent_image_ids(B, h, w, latents.device, torch.float32),
-        txt_ids=torch.zeros(text.shape[1], 3),
-    ).sample
 
 
 @pytest.mark.parametrize("has_guidance", [True, False], ids=["dev", "schnell"])

@@ -19,7 +19,7 @@ from library.types import Concept
 from tests.device_reads import HostWaits, NoWaiting, move_fakes, on_device
 from tests.device_standin import DEVICE, device_without_float64
 from tests.parity.test_counting import open_tiny
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 
 pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options configures logging
 

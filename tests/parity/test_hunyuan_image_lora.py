@@ -14,8 +14,7 @@ from networks import dylora, lora, lora_fa, lora_hunyuan_image
 from networks.core.files.adapter_file import adapter_tensors, read_adapter_file
 from networks.core.files.renaming import rename
 from tests.parity.denoisers import save_trained
-from tests.parity.test_hunyuan_image_model import inputs, oracle_output
-from tests.tiny.hunyuan_image import tiny_hunyuan_image
+from tests.tiny.hunyuan_image import inputs, oracle_output, tiny_hunyuan_image
 from tests.tolerances import FLOAT32_DEEP
 from tests.unit.networks.toy import randomize
 

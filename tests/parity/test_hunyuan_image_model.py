@@ -1,46 +1,14 @@
 """HunyuanImage 2.1's denoiser against diffusers' HunyuanImageTransformer2DModel with the same weights."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from library.architectures.hunyuan_image.reference import diffusers_model
 from library.memory.blocks import recompute, run_blocks_with
-from tests.tiny.hunyuan_image import CONFIG, tiny_hunyuan_image
+from tests.tiny.hunyuan_image import GLYPH_MASKS, inputs, oracle_output, tiny_hunyuan_image
 from tests.tolerances import FLOAT32_DEEP
 
 SIZES = [(4, 4), (2, 7), (9, 3)]  # of the latent
-NUM_TEXT, NUM_GLYPHS = 7, 5
-TEXT_MASK = [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]]
-GLYPH_MASKS = {
-    "some": [[1, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
-    "none": [[0] * NUM_GLYPHS] * 3,
-}
-
-
-def inputs(H: int, W: int, glyphs: str = "some", seed: int = 0) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return {
-        "latents": torch.randn(3, CONFIG.in_features, H, W, generator=g).requires_grad_(),
-        "timesteps": torch.tensor([125.0, 875.0, 501.0]),
-        "text": torch.randn(3, NUM_TEXT, CONFIG.text_width, generator=g).requires_grad_(),
-        "text_mask": torch.tensor(TEXT_MASK),
-        "glyphs": torch.randn(3, NUM_GLYPHS, CONFIG.glyph_width, generator=g).requires_grad_(),
-        "glyph_mask": torch.tensor(GLYPH_MASKS[glyphs]),
-    }
-
-
-def oracle_output(theirs: Any, values: dict[str, Tensor]) -> Tensor:
-    return theirs(  # type: ignore[no-any-return]
-        values["latents"],
-        values["timesteps"],
-        encoder_hidden_states=values["text"],
-        encoder_attention_mask=values["text_mask"],
-        encoder_hidden_states_2=values["glyphs"],
-        encoder_attention_mask_2=values["glyph_mask"],
-    ).sample
 
 
 @pytest.mark.parametrize("glyphs", list(GLYPH_MASKS))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.parity.test_counting import BatchShape, open_tiny, real_step
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 
 pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options configures logging
 

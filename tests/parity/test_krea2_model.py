@@ -1,46 +1,14 @@
 """Krea 2's denoiser against diffusers' Krea2Transformer2DModel with the same weights."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from library.architectures.krea2.reference import diffusers_model, diffusers_state
 from tests.parity.denoisers import assert_checkpointing_keeps_gradients
-from tests.tiny.krea2 import CONFIG, tiny_krea2
+from tests.tiny.krea2 import CONFIG, LENGTHS, inputs, oracle_output, tiny_krea2
 from tests.tolerances import FLOAT32_DEEP
 
 SIZES = [(8, 8), (4, 10), (14, 2)]  # of the latent
-LENGTHS = (9, 5)  # tokens of the captions
-
-
-def inputs(h: int, w: int, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return latents, noise levels, zero-padded text, and its mask."""
-    g = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, 16, h, w, generator=g).requires_grad_()
-    mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
-    text = torch.randn(2, max(lengths), CONFIG.num_states * CONFIG.fusion.width, generator=g) * mask[..., None]
-    return latents, torch.tensor([0.125, 0.875]), text.requires_grad_(), mask
-
-
-def oracle_output(theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-    """Return diffusers' output, with tokens and positions built as in its pipeline."""
-    from types import SimpleNamespace
-
-    from diffusers import Krea2Pipeline
-
-    B, C, H, W = latents.shape
-    pipeline: Any = SimpleNamespace(patch_size=2, vae_scale_factor=8)
-    tokens = theirs(
-        Krea2Pipeline._pack_latents(pipeline, latents, B, C, H, W),
-        encoder_hidden_states=text.unflatten(-1, (theirs.config.num_text_layers, -1)),
-        timestep=sigmas,
-        position_ids=Krea2Pipeline.prepare_position_ids(text.shape[1], H // 2, W // 2, text.device),
-        encoder_attention_mask=mask.bool(),
-        return_dict=False,
-    )[0]
-    return Krea2Pipeline._unpack_latents(pipeline, tokens, 8 * H, 8 * W)[:, :, 0]  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (7, 7)], ids=["padded", "equal"])

@@ -13,9 +13,8 @@ from krea2_train_network import setup_parser
 from library.architectures.krea2.assembly import build
 from library.architectures.krea2.options import Krea2Options
 from library.types import Prompt
-from tests.parity.test_krea2_model import oracle_output
 from tests.parity.test_preview import ours
-from tests.tiny.krea2 import build_tiny_krea2
+from tests.tiny.krea2 import build_tiny_krea2, oracle_output
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAMPLED
 
 PROMPT = Prompt(

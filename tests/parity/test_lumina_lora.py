@@ -14,8 +14,7 @@ from networks.core.files.adapter_file import adapter_tensors, parse_adapter, rea
 from networks.core.files.renaming import rename
 from tests.contracts.test_lora_keys_lumina2 import LORA
 from tests.parity.denoisers import save_trained
-from tests.parity.test_lumina_model import inputs, oracle_output
-from tests.tiny.lumina import tiny_lumina
+from tests.tiny.lumina import inputs, oracle_output, tiny_lumina
 from tests.tolerances import FLOAT32_DEEP
 from tests.unit.networks.toy import randomize
 

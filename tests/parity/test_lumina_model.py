@@ -1,32 +1,14 @@
 """Lumina Image 2.0's denoiser against diffusers' Lumina2Transformer2DModel with the same weights."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from library.architectures.lumina.reference import diffusers_model
 from tests.parity.denoisers import assert_checkpointing_keeps_gradients
-from tests.tiny.lumina import CONFIG, tiny_lumina
+from tests.tiny.lumina import MASKS, inputs, oracle_output, tiny_lumina
 from tests.tolerances import FLOAT32_DEEP
 
 SIZES = [(8, 8), (4, 14), (18, 6)]  # of the latent
-NUM_TEXT = 7
-MASKS = {"whole": (NUM_TEXT, NUM_TEXT), "even": (4, 4), "uneven": (5, 2)}  # tokens of each caption
-
-
-def inputs(H: int, W: int, tokens: tuple[int, int] = MASKS["whole"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return latents, times, text, and the mask of its caption tokens."""
-    g = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, 16, H, W, generator=g).requires_grad_()
-    text = torch.randn(2, NUM_TEXT, CONFIG.text_width, generator=g).requires_grad_()
-    mask = torch.tensor([[1] * n + [0] * (NUM_TEXT - n) for n in tokens])
-    return latents, torch.tensor([0.125, 0.875]), text, mask
-
-
-def oracle_output(theirs: Any, latents: Tensor, times: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-    return theirs(latents, times, text, mask, return_dict=False)[0]  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("tokens", MASKS.values(), ids=MASKS)

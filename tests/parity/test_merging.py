@@ -1,5 +1,6 @@
 """--base_weights merged while the base model is read, compared with merging into a loaded model."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,29 +15,19 @@ from library.training.models.frozen_models import load_frozen
 from library.training.step.context import Models
 from networks.core.protocol import adopt, open_network_module
 from tests.parity.tiny_models import opened_with
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 from tests.weight_formats import CODECS
 
 pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options configures logging
 
-KINDS = {  # network module -> arguments for one base model each; together they cover all contents of files
-    "sd": ("networks.lora", {"conv_dim": "2", "train_norm": "True", "dora_wd": "True"}),
-    "sdxl": ("networks.lokr", {"factor": "2", "conv_dim": "2"}),
-    "flux": ("networks.oft_v2", {}),
-    "chroma": ("networks.lora_flux", {}),
-    "sd3": ("networks.loha", {}),
-    "lumina": ("networks.boft", {}),
-    "anima": ("networks.lora_anima", {"train_llm_adapter": "True"}),
-    "hunyuan_image": ("networks.dylora", {}),
-    "zimage": ("networks.lora_zimage", {"include_patterns": "['.*']"}),
-    "krea2": ("networks.lora_krea2", {}),
-    "flux_2": ("networks.lora_flux_2", {"in_dims": "[2,2,2,2,2,2,2]"}),
-    "qwen_image_21": ("networks.lora_qwen_image_21", {"in_dims": "[2,2,2,2]"}),
+# Files that together have all contents that files can have.
+KINDS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    name: base.merged or (base.module, {}) for name, base in BASES.items()
 }
 FAST = ("sd", "flux")
 
 
-def write_adapter_file(path: Path, arch: Architecture, seed: int, module: str, arguments: dict[str, str]) -> str:
+def write_adapter_file(path: Path, arch: Architecture, seed: int, module: str, arguments: Mapping[str, str]) -> str:
     """Write a file for the base model with random parameters."""
     encoders = arch.load.text_encoders()
     view = arch.view(encoders, arch.load.denoiser())

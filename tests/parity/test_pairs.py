@@ -20,7 +20,7 @@ from library.types import Batch, Noised
 from tests.parity.test_concepts import context_of, merge_into
 from tests.parity.test_concepts_flow import FLOWS, arch_of
 from tests.parity.tiny_models import opened_with
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 
 pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options configures logging
 
@@ -95,7 +95,7 @@ class Recomputed:
         if self.name not in FLOWS:
             return noised.noise_BCHW
         velocity = noised.noise_BCHW - noised.clean_BCHW
-        return -velocity if self.name in ("lumina", "zimage") else velocity
+        return -velocity if BASES[self.name].is_velocity_reversed else velocity
 
 
 @pytest.mark.parametrize("name", NAMES)

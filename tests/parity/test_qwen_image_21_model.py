@@ -13,55 +13,10 @@ from library.architectures.qwen_image_21.reference import diffusers_model
 from library.diffusion.references import reference_features
 from library.types import Noised
 from tests.parity.denoisers import assert_checkpointing_keeps_gradients
-from tests.tiny.qwen_image_21 import CONFIG, tiny_qwen_image_21
+from tests.tiny.qwen_image_21 import LENGTHS, PLACES, inputs, oracle_output, references, tiny_qwen_image_21
 from tests.tolerances import FLOAT32_DEEP
 
 SIZES = [(8, 8), (2, 6), (10, 4)]  # of the latent, each of whose pixels is a token
-LENGTHS = (24, 13)
-SHOWN = ((4, 2), (2, 6))  # sizes of two reference images
-PLACES = (5, 9)  # number of text tokens before each reference
-
-
-def inputs(h: int, w: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return latents, noise levels, text, and its mask."""
-    g = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, CONFIG.in_features, h, w, generator=g).requires_grad_()
-    text = torch.randn(2, LENGTHS[0], CONFIG.text_width, generator=g).requires_grad_()
-    mask = torch.arange(LENGTHS[0])[None] < torch.tensor(LENGTHS)[:, None]
-    return latents, torch.tensor([0.125, 0.875]), text, mask.long()
-
-
-def references(count: int) -> list[Tensor]:
-    g = torch.Generator().manual_seed(8)
-    return [torch.randn(2, CONFIG.in_features, *side, generator=g).requires_grad_() for side in SHOWN[:count]]
-
-
-def oracle_output(
-    theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, mask: Tensor, shown: Sequence[Tensor] = ()
-) -> Tensor:
-    """Run samples separately without padding, as diffusers places the image after the longest caption of a batch."""
-    outputs = []
-    for b, length in enumerate(mask.sum(1).tolist()):
-        images = [image[b : b + 1].flatten(2).transpose(1, 2) for image in (*shown, latents)]
-        sides = [(1, *image.shape[-2:]) for image in (*shown, latents)]
-        is_slot = torch.zeros(0, dtype=torch.bool)
-        states, last = text.new_zeros(1, 0, text.shape[2]), 0
-        for place, (_, h, w) in zip((*PLACES[: len(shown)], length), sides, strict=True):
-            num_slots = h * w // 4
-            is_text = [torch.zeros(place - last, dtype=torch.bool), torch.ones(num_slots, dtype=torch.bool)]
-            is_slot = torch.cat([is_slot, *is_text])
-            slots = text.new_zeros(1, num_slots if place < length else 0, text.shape[2])  # for the image
-            states, last = torch.cat([states, text[b : b + 1, last:place], slots], dim=1), place
-        tokens = theirs(
-            torch.cat(images, dim=1),
-            encoder_hidden_states=states,
-            timestep=sigmas[b : b + 1],
-            img_shapes=[sides],
-            img_mask=is_slot[None],
-            return_dict=False,
-        )[0]
-        outputs.append(tokens[:, -images[-1].shape[1] :].transpose(1, 2).reshape(latents[b : b + 1].shape))
-    return torch.cat(outputs)
 
 
 def our_output(

@@ -1,44 +1,27 @@
 """Our denoiser of Stable Diffusion 3 against diffusers' SD3Transformer2DModel with the same weights."""
 
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from library.architectures.sd3.model import MMDiT, MMDiTConfig
 from library.memory.blocks import recompute, run_blocks_with
-from tests.tiny.sd3 import CONFIGS, DUAL, PLAIN, diffusers_mmdit, mmdit_weights, tiny_mmdit
+from tests.tiny.sd3 import (
+    CONFIGS,
+    DUAL,
+    PLAIN,
+    diffusers_mmdit,
+    inputs,
+    mmdit_weights,
+    run_ours,
+    run_theirs,
+    tiny_mmdit,
+)
 
 SEED = 41
 SIZES = ((16, 16), (24, 12), (10, 30))
-
-
-def inputs(config: MMDiTConfig, size: tuple[int, int], seed: int) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return {
-        "latents": torch.randn(2, config.in_channels, *size, generator=g).requires_grad_(),
-        "timesteps": torch.tensor([37.0, 912.0]),
-        "context": torch.randn(2, 9, config.context_width, generator=g).requires_grad_(),
-        "pooled": torch.randn(2, config.pooled_width, generator=g).requires_grad_(),
-    }
-
-
-def run_ours(model: MMDiT, values: dict[str, Tensor]) -> Tensor:
-    velocity: Tensor = model(values["latents"], values["timesteps"], values["context"], values["pooled"])
-    return velocity
-
-
-def run_theirs(model: Any, values: dict[str, Tensor]) -> Tensor:
-    velocity: Tensor = model(
-        hidden_states=values["latents"],
-        timestep=values["timesteps"],
-        encoder_hidden_states=values["context"],
-        pooled_projections=values["pooled"],
-    ).sample
-    return velocity
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -25,7 +25,7 @@ from library.training.run.prepare import prepare
 from library.training.run.runs import AdapterRequest
 from library.training.run_parts import Run
 from tests.running import SCRIPTS, make_images
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 from tests.tolerances import SUMS_OF_A_PASS
 from tests.unit.memory.planner.made_up import allocated_peak
 

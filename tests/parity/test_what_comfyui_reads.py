@@ -9,16 +9,10 @@ from torch import Tensor
 from library.checkpoints.adapter_keys import AdapterKey, is_of_text_encoder
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from tests.contracts.full_size import facts
-from tests.parity.test_what_diffusers_reads import EVERYTHING, claim_about, file_of
+from tests.parity.test_what_diffusers_reads import claim_about, file_of
+from tests.tiny.bases import BASES
 
-VARIANTS = {
-    "flux": "in_dims=[5,6,7,8,9]",
-    "chroma": "in_dims=[5,6,7,8,9]",
-    "sd3": "emb_dims=[5,6,7,8,9,10]",
-    "lumina": "embedder_dims=[5,6,7]",
-    "anima": EVERYTHING,
-    **dict.fromkeys(("zimage", "flux_2", "krea2", "qwen_image_21", "hunyuan_image"), "default"),
-}
+VARIANTS = {name: base.in_comfyui for name, base in BASES.items() if base.in_comfyui}
 
 
 @cache

@@ -1,35 +1,14 @@
 """Z-Image's denoiser against diffusers' ZImageTransformer2DModel with the same weights."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from library.architectures.zimage.reference import diffusers_model
 from tests.parity.denoisers import assert_checkpointing_keeps_gradients
-from tests.tiny.zimage import CONFIG, tiny_zimage
+from tests.tiny.zimage import LENGTHS, inputs, oracle_output, tiny_zimage
 from tests.tolerances import FLOAT32_DEEP
 
 SIZES = [(16, 16), (4, 14), (18, 6)]  # of the latent: 64, 28 and 27 tokens; the last two are padded
-NUM_TEXT = 40
-LENGTHS = {"whole": (40, 40), "multiple": (32, 32), "one multiple": (5, 31), "uneven": (3, 40)}  # of the captions
-
-
-def inputs(H: int, W: int, lengths: tuple[int, int] = LENGTHS["whole"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return latents, times, text, and the mask of its caption tokens."""
-    g = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, 16, H, W, generator=g).requires_grad_()
-    text = torch.randn(2, NUM_TEXT, CONFIG.text_width, generator=g).requires_grad_()
-    mask = torch.tensor([[1] * n + [0] * (NUM_TEXT - n) for n in lengths])
-    return latents, torch.tensor([0.125, 0.875]), text, mask
-
-
-def oracle_output(theirs: Any, latents: Tensor, times: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-    """Return diffusers' output; it takes captions as a list without padding and images as one-frame videos."""
-    captions = [states[: int(sample_mask.sum())] for states, sample_mask in zip(text, mask, strict=True)]
-    frames = theirs(list(latents[:, :, None]), times, captions, return_dict=False)[0]
-    return torch.stack(frames)[:, :, 0]
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)

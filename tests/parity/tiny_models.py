@@ -6,7 +6,7 @@ from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.training.command_line.cli import parse
 from tests.running import SCRIPTS
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 
 
 def opened_with(name: str, arguments: list[str]) -> tuple[TrainOptions, Architecture]:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from library.training.report_page.writer import read_report
 from library.training.saving.saved_files import read_num_steps
 from tests.running import Finished, make_images
-from tests.runs.bases import BASES
 from tests.runs.test_events import events_of, of_kind
+from tests.tiny.bases import BASES
 from tools import choose_checkpoint
 
 Train = Callable[..., Finished]

@@ -14,7 +14,7 @@ from PIL import Image
 from library.training.offline.contact_sheet import GAP, LABEL_HEIGHT, LABEL_WIDTH, arrange
 from library.training.report_page.writer import read_report
 from tests.running import Finished, make_images
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 from tools import contact_sheet
 
 Train = Callable[..., Finished]

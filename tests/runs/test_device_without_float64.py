@@ -12,7 +12,7 @@ from library.processes import Processes
 from library.training.command_line import training
 from tests.device_standin import device_without_float64
 from tests.running import Finished, make_images
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 
 Train = Callable[..., Finished]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.running import make_images
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 
 ROOT = Path(__file__).parents[2]
 ONLY_FOR_DOCKER = ("FROM", "ARG", "WORKDIR")

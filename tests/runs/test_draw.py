@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.running import Finished, make_images
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 from tools import contact_sheet, draw, merge_lora
 
 Train = Callable[..., Finished]

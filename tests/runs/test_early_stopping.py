@@ -7,7 +7,7 @@ import pytest
 from library.checkpoints.files import load_state_dict, read_metadata
 from tests.ranks import Job, Rank, run_ranks
 from tests.running import make_images
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 from tests.tolerances import SUMS_OF_A_RUN
 
 pytestmark = pytest.mark.nightly

@@ -13,7 +13,8 @@ from library.checkpoints.files import load_state_dict, read_metadata
 from library.checkpoints.recognition import recognise_adapter
 from networks.core.files.adapter_file import read_adapter_file
 from tests.running import ROOT, Finished, make_images
-from tests.runs.bases import BASES, Base
+from tests.tiny.base import Base
+from tests.tiny.bases import BASES
 
 Train = Callable[..., Finished]
 

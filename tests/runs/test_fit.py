@@ -13,7 +13,7 @@ from library.memory.planner.prediction import MemoryMode, predict
 from library.training.planning import correction
 from library.training.planning.correction import Gauge
 from tests.running import Finished, make_images
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 from tools.plan_memory import count
 
 Train = Callable[..., Finished]

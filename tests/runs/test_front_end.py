@@ -10,7 +10,7 @@ import pytest
 from library.architectures.specs import list_specs
 from library.version import NAME, VERSION
 from tests.running import make_images
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 from tools.front_end import main
 from tools.front_ends.layouts import ABSENT, FOLDERS, PREFIXES
 

@@ -14,7 +14,7 @@ from library.checkpoints.files import LENGTH_BYTES, read_header
 from library.data.decoding.npz import LEFT_OVER
 from tests.killing import Job, run_jobs
 from tests.running import make_images
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.running import Finished, make_images
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 
 PINS = Path(__file__).with_name("kohya_ss.txt")
 ROOT = Path(__file__).parents[2]
-NEED_NEWER = {
-    "anima",
-    "flux_2",
-    "hunyuan_image",
-    "krea2",
-    "qwen_image_21",
-}  # tests/runs/test_old_packages.py tests their errors
 
 pytestmark = pytest.mark.nightly
 
@@ -71,7 +64,7 @@ def installed_scripts(tmp_path_factory: pytest.TempPathFactory, python_of_kohya_
     return folder / "kohya_ss" / "sd-scripts"
 
 
-@pytest.mark.parametrize("name", sorted(BASES.keys() - NEED_NEWER))
+@pytest.mark.parametrize("name", sorted(name for name, base in BASES.items() if not base.needs_newer))
 def test_a_base_model_trains_the_same_in_both_environments(
     tmp_path: Path, train: Callable[..., Finished], python_of_kohya_ss: Path, installed_scripts: Path, name: str
 ) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from library.checkpoints.files import load_state_dict, read_metadata
 from tests.ranks import Job, run_ranks
 from tests.running import Finished
-from tests.runs.bases import BASES
 from tests.runs.test_exit_status import stop_in_step  # noqa: F401
+from tests.tiny.bases import BASES
 from tests.tiny.inpainting import widen_folder
 
 Train = Callable[..., Finished]

@@ -8,7 +8,7 @@ import torch
 
 from library.checkpoints.files import load_state_dict, read_metadata
 from tests.running import Finished
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 
 Leco = Callable[..., Finished]
 
@@ -19,7 +19,7 @@ target_class = "a cat"
 positive = "red"
 negative = "blue dog"
 """
-FLOWS = [name for name in BASES if name not in ("sd", "sd2", "sdxl")]
+FLOWS = [name for name, base in BASES.items() if base.is_flow]
 
 
 QUICK = ("sd", "flux")
@@ -72,7 +72,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_with_every_memory_mode(
     ups = [tensor for key, tensor in expected.items() if "lora_up" in key or "lora_B" in key]
     assert sum(float(tensor.abs().max()) > 0 for tensor in ups) == len(ups) > 3
     metadata = read_metadata(tmp_path / "whole" / "mine.safetensors")
-    assert metadata["ss_leco_denoise_guidance_scale"] == ("1.0" if name in ("flux", "qwen_image_21") else "3.0")
+    assert metadata["ss_leco_denoise_guidance_scale"] == ("1.0" if BASES[name].draws_without_guidance else "3.0")
     assert metadata["ss_leco_prompt_count"] == "4"
     warnings = [
         line for line in uninterrupted.stderr.splitlines() if "no effect" in line or "converts the output" in line

@@ -13,8 +13,8 @@ from PIL import Image
 
 from library.models.unet_loader import UnetLoader
 from tests.running import Finished, make_images
-from tests.runs.bases import BASES
 from tests.runs.test_resume import load_saved
+from tests.tiny.bases import BASES
 from tests.unit.data.builders import batches_of, content_of, options_of, plan_of, write_image
 from tests.unit.data.shard_builders import shards_of, write_parquet
 from tools import make_shards

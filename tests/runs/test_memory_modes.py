@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,54 +15,24 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.running import ROOT, Finished, make_images
-from tests.runs.bases import BASES
-from tests.tiny import anima, chroma, flux, flux_2, hunyuan_image, krea2, lumina, qwen_image_21, zimage
+from tests.tiny.bases import BASES
 
 Train = Callable[..., Finished]
 
-DEEPER = {  # enough blocks that some can be swapped besides the two that must stay
-    "flux": (flux, replace(flux.CONFIG, num_double=4, num_single=5)),
-    "chroma": (chroma, replace(chroma.CONFIG, num_double=4, num_single=5)),
-    "lumina": (lumina, replace(lumina.CONFIG, num_layers=4)),
-    "anima": (anima, replace(anima.CONFIG, num_blocks=4)),
-    "hunyuan_image": (hunyuan_image, replace(hunyuan_image.CONFIG, num_double=4, num_single=6)),
-    "zimage": (zimage, replace(zimage.CONFIG, num_layers=4)),
-    "krea2": (krea2, replace(krea2.CONFIG, num_blocks=4)),
-    "flux_2": (flux_2, replace(flux_2.CONFIG, num_double=4, num_single=5)),
-    "qwen_image_21": (qwen_image_21, replace(qwen_image_21.CONFIG, num_blocks=4)),
-}
-WAITING = {
-    "flux": "2",
-    "chroma": "2",
-    "lumina": "2",
-    "anima": "2",
-    "hunyuan_image": "3",
-    "zimage": "2",
-    "flux_2": "2",
-    "krea2": "2",
-    "qwen_image_21": "2",
-    "sd": "9",
-    "sdxl": "9",
-}
 NIGHTLY = [
-    pytest.param(name, marks=pytest.mark.nightly)
-    for name in ("chroma", "lumina", "anima", "hunyuan_image", "zimage", "flux_2", "krea2", "qwen_image_21", "sdxl")
-]
+    pytest.param(name, marks=pytest.mark.nightly) for name in BASES if name not in ("flux", "sd2")
+]  # sd2: like sd
 OFFLOADED = ("--gradient_checkpointing", "--cpu_offload_checkpointing", "--gradient_checkpointing_every", "2")
 
 
-@pytest.fixture(scope="module", params=["flux", pytest.param("sd", marks=pytest.mark.nightly), *NIGHTLY])
+@pytest.fixture(scope="module", params=["flux", *NIGHTLY])
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
 def model(name: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        if name in DEEPER:
-            module, config = DEEPER[name]
-            patch.setattr(module, "CONFIG", config)
-        return BASES[name].build(tmp_path_factory.mktemp(name))
+    return BASES[name].build_deep(tmp_path_factory.mktemp(name))
 
 
 @pytest.fixture
@@ -105,7 +74,7 @@ def test_swapped_blocks_and_offloaded_activations_do_not_change_results(
     run: Callable[..., Finished], name: str, tmp_path: Path
 ) -> None:
     run("plain")
-    swapped = run("swapped", "--blocks_to_swap", WAITING[name], *OFFLOADED)
+    swapped = run("swapped", "--blocks_to_swap", BASES[name].blocks_to_swap, *OFFLOADED)
     assert "offloaded to main memory; without a GPU this saves nothing" in swapped.stderr
     assert are_identical(tmp_path / "plain", tmp_path / "swapped")
 
@@ -114,12 +83,12 @@ def test_blocks_are_swapped_in_their_stored_format(run: Callable[..., Finished],
     form = ["--base_format", "nf4_double", "--mixed_precision", "bf16"]
     stored = run("stored", *form)
     assert "layers in nf4_double" in stored.stderr
-    run("swapped", *form, "--blocks_to_swap", WAITING[name], "--gradient_checkpointing")
+    run("swapped", *form, "--blocks_to_swap", BASES[name].blocks_to_swap, "--gradient_checkpointing")
     assert are_identical(tmp_path / "stored", tmp_path / "swapped")
 
 
 def test_a_dry_run_uses_the_requested_memory_mode(run: Callable[..., Finished], name: str, tmp_path: Path) -> None:
-    done = run("dry", "--dry_run", "--blocks_to_swap", WAITING[name], "--base_format", "int8_rotated")
+    done = run("dry", "--dry_run", "--blocks_to_swap", BASES[name].blocks_to_swap, "--base_format", "int8_rotated")
     assert "offloaded to main memory" in done.stderr and "layers in int8_rotated" in done.stderr
     assert not (tmp_path / "dry" / "mine.safetensors").exists()
 
@@ -128,7 +97,7 @@ def test_8_bit_matmul_trains_like_dequantised_weights(run: Callable[..., Finishe
     """Losses agree within 2 %, the effect of rounding activations to 8 bits in a few layers."""
     form = ["--base_format", "int8_rotated", "--mixed_precision", "bf16"]
     decoded = run("decoded", *form)
-    waiting = ["--blocks_to_swap", WAITING[name], "--gradient_checkpointing"]
+    waiting = ["--blocks_to_swap", BASES[name].blocks_to_swap, "--gradient_checkpointing"]
     multiplied = run("multiplied", *form, "--base_arithmetic", "8bit", *waiting)
     assert re.search(r"denoiser: \d+ layers multiply in 8 bits", multiplied.stderr)
     assert ("convolutions" in multiplied.stderr) == (name in ("sd", "sdxl"))
@@ -173,9 +142,9 @@ HALF = ("--mixed_precision", "bf16", "--base_format", "nf4", "--unsloth_offload_
 def test_the_selftest_passes_and_does_not_change_training(
     run: Callable[..., Finished], name: str, mode: tuple[str, ...], tmp_path: Path
 ) -> None:
-    done = run("tested", *mode, "--blocks_to_swap", WAITING[name], "--selftest")
+    done = run("tested", *mode, "--blocks_to_swap", BASES[name].blocks_to_swap, "--selftest")
     assert re.search(r"self-test: \d+ gradients in \d+ blocks equal those of the plain mode: off by 0\.0e", done.stderr)
-    run("untested", *mode, "--blocks_to_swap", WAITING[name])
+    run("untested", *mode, "--blocks_to_swap", BASES[name].blocks_to_swap)
     assert are_identical(tmp_path / "tested", tmp_path / "untested")
 
 
@@ -192,7 +161,7 @@ def test_a_fault_found_by_the_selftest_ends_the_run_before_training(
 
     monkeypatch.setattr(Ring, "need", wrong_slot)
     with pytest.raises(AssertionError, match=r"--selftest: \d+ of \d+ gradients in \d+ blocks are not those"):
-        run("wrong", "--blocks_to_swap", WAITING[name], "--selftest")
+        run("wrong", "--blocks_to_swap", BASES[name].blocks_to_swap, "--selftest")
     assert not (tmp_path / "wrong" / "mine.safetensors").exists()
 
 

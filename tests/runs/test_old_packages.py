@@ -6,16 +6,11 @@ import pytest
 
 from library import installed
 from tests.running import SCRIPTS, Finished
+from tests.tiny.bases import BASES
 
 KOHYA_SS = {"transformers": "4.54.1", "diffusers": "0.32.2"}
 LORA_SCRIPTS = {"transformers": "4.44.0", "diffusers": "0.25.0"}
-REFUSED = {
-    "anima_train_network": "diffusers 0.32.2",
-    "flux_2_train_network": "diffusers 0.32.2",
-    "hunyuan_image_train_network": "transformers 4.54.1",
-    "krea2_train_network": "transformers 4.54.1",
-    "qwen_image_21_train_network": "diffusers 0.32.2",
-}
+REFUSED = {base.script: base.needs_newer for base in BASES.values() if base.needs_newer}
 
 
 def error_of(

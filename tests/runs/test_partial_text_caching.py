@@ -8,7 +8,7 @@ import torch
 
 from library.checkpoints.files import load_state_dict
 from tests.running import Finished, make_images
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 
 Run = Callable[..., Finished]
 CACHED, ON_DISK = "--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk"

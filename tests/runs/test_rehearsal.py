@@ -8,7 +8,7 @@ from torch import Tensor
 
 from library.checkpoints.weights import Weights
 from tests.running import SCRIPTS, Finished, make_images
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 
 Train = Callable[..., Finished]
 

@@ -11,7 +11,7 @@ import pytest
 from library.checkpoints.files import load_state_dict
 from tests.ranks import Job, run_ranks
 from tests.running import ROOT, Finished, make_images
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 
 Arguments = Callable[[str], list[str]]
 CHANGES = ["--optimizer_type", "SGD", "--optimizer_args", "momentum=0.9", "--learning_rate", "0.3"]

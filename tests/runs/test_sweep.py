@@ -17,7 +17,7 @@ from library.training.report_page.page import read_data
 from library.training.report_page.writer import read_report
 from library.training.run import optimization
 from tests.running import Finished, make_images
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 from tests.tolerances import SUMS_OF_A_RUN
 
 Train = Callable[..., Finished]

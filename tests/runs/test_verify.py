@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.running import make_images
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 from tools import verify
 
 pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options configures logging

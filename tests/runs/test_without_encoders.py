@@ -8,8 +8,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.running import Finished, make_images
-from tests.runs.bases import BASES, Base
 from tests.runs.test_resume import load_saved
+from tests.tiny.base import Base
+from tests.tiny.bases import BASES
 from tools import make_shards
 
 Train = Callable[..., Finished]

@@ -4,7 +4,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,10 @@ from library.training.loop import loop
 from library.training.loop.adapter_run import AdapterRun
 from library.training.reporting.step_times import StepTimes
 from tests.running import Finished, make_images
-from tests.runs.bases import BASES
-from tests.runs.test_memory_modes import DEEPER, WAITING
 from tests.simulated_gpu.device import Simulation
 from tests.tiers import first_is_fast
-from tests.tiny import sd3
+from tests.tiny.base import Base
+from tests.tiny.bases import BASES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("simulated_gpu")]
 
@@ -48,7 +46,6 @@ MASKS = frozenset(
     }
 )
 OFFLOADED = ("--gradient_checkpointing", "--cpu_offload_checkpointing")
-SWAPPED = {**WAITING, "sd2": "9", "sd3": "2"}
 
 
 class StepWaits:
@@ -103,7 +100,7 @@ def run(train: Run, tmp_path: Path, waits: StepWaits) -> Run:
         name: str, *more: str, folder: str = "out", caches_text: bool = True, allowed: frozenset[str] = frozenset()
     ) -> Finished:
         base = BASES[name]
-        models[name] = models.get(name) or build(name, tmp_path / "model")
+        models[name] = models.get(name) or base.build_deep(tmp_path / "model")
         caching = CACHED if caches_text and name not in ENCODES else ()
         arguments = [
             *models[name], *caching, "--train_data_dir", str(tmp_path / "data"), "--caption_extension",
@@ -120,16 +117,6 @@ def run(train: Run, tmp_path: Path, waits: StepWaits) -> Run:
         return done
 
     return start
-
-
-def build(name: str, folder: Path) -> list[str]:
-    """Write a tiny model with enough blocks that some can be offloaded; return the arguments that name it."""
-    with pytest.MonkeyPatch.context() as patch:
-        if name in DEEPER:
-            module, config = DEEPER[name]
-            patch.setattr(module, "CONFIG", config)
-        patch.setitem(sd3.CONFIGS, "sd3-medium", replace(sd3.PLAIN, depth=4))
-        return BASES[name].build(folder)
 
 
 def assert_same(a: Path, b: Path) -> None:
@@ -153,7 +140,7 @@ def test_swapped_blocks_and_offloaded_activations_train_without_faults(
 ) -> None:
     """The self-test compares every gradient with the plain mode; the file is compared with that of a plain run."""
     stored = ["--cache_latents", *([] if form == "none" else ["--base_format", form])]
-    done = run(name, *stored, "--blocks_to_swap", SWAPPED[name], *OFFLOADED, "--selftest")
+    done = run(name, *stored, "--blocks_to_swap", BASES[name].blocks_to_swap, *OFFLOADED, "--selftest")
     assert "(pinned): they are copied while others compute" in done.stderr
     assert re.search(r"self-test: \d+ gradients in \d+ blocks equal those of the plain mode", done.stderr)
     run(name, *stored, folder="plain")
@@ -162,7 +149,7 @@ def test_swapped_blocks_and_offloaded_activations_train_without_faults(
 
 @pytest.mark.parametrize("name", first_is_fast(["flux", "sdxl"]))
 def test_fp16_with_a_loss_scale_trains_without_faults(run: Run, name: str, tmp_path: Path) -> None:
-    run(name, "--mixed_precision", "fp16", *OFFLOADED, "--blocks_to_swap", SWAPPED[name])
+    run(name, "--mixed_precision", "fp16", *OFFLOADED, "--blocks_to_swap", BASES[name].blocks_to_swap)
     assert any(weight.any() for weight in load_file(tmp_path / "out" / "mine.safetensors").values())
 
 
@@ -180,7 +167,7 @@ def test_blocks_that_cannot_be_pinned_train_without_faults(run: Run, simulated_g
     with pytest.MonkeyPatch.context() as patch:
         nothing = Pinned(frozenset(), "it is not wanted")
         patch.setattr("library.memory.offload.streamed.pin", lambda masters, reserve, share: nothing)
-        done = run("flux", "--blocks_to_swap", SWAPPED["flux"], *OFFLOADED, allowed=of_thread)
+        done = run("flux", "--blocks_to_swap", BASES["flux"].blocks_to_swap, *OFFLOADED, allowed=of_thread)
     assert re.search(r"of which \d+ \([\d.]+ GB\) cannot be pinned: it is not wanted", done.stderr)
     run("flux", folder="plain")
     assert_same(tmp_path / "out", tmp_path / "plain")
@@ -191,7 +178,7 @@ def test_previews_and_validation_between_steps_have_no_faults(run: Run, name: st
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
     drawing = ["--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "1"]
     validating = ["--validation_split", "0.3", "--validate_every_n_steps", "2"]
-    swapping = ["--blocks_to_swap", SWAPPED[name], *OFFLOADED]
+    swapping = ["--blocks_to_swap", BASES[name].blocks_to_swap, *OFFLOADED]
     run(name, *drawing, *validating, *swapping)
     assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 3
     run(name, *validating, *swapping, folder="plain")
@@ -209,7 +196,7 @@ def test_a_sweep_trains_without_faults(run: Run, precision: str, tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux", "sd"])
 def test_a_resumed_run_equals_the_uninterrupted_one(run: Run, name: str, tmp_path: Path) -> None:
-    common = ["--blocks_to_swap", SWAPPED[name], *OFFLOADED, "--network_dropout", "0.1", "--deterministic"]
+    common = ["--blocks_to_swap", BASES[name].blocks_to_swap, *OFFLOADED, "--network_dropout", "0.1", "--deterministic"]
     run(name, *common, "--max_train_steps", "4")
     run(name, *common, "--max_train_steps", "2", "--save_state", folder="half")
     state = str(tmp_path / "half" / "mine-state")
@@ -231,21 +218,17 @@ def test_encoding_captions_in_each_step_trains_without_faults(run: Run, name: st
     run(name, "--network_train_unet_only", caches_text=False, allowed=MASKS)
 
 
-# Calls that store all scores: tiny Lumina has head size 12, and the single attention of HunyuanImage's VAE in
-# diffusers has no head dimension (4,096 tokens at 2048 px, 64 MB of scores).
-MATH = {
-    "lumina": r"math: query \w+ \[2, 6, \d+, 12\].*",
-    "hunyuan_image": r"math: .* at .*/autoencoder_kl_hunyuanimage.py.*",
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BASES)
 def test_no_attention_of_a_step_falls_back_to_the_math_kernel(run: Run, name: str, simulated_gpu: Simulation) -> None:
     run(name)
     kernels = simulated_gpu.attention()
-    assert any(text.startswith(("flash", "efficient")) for text in kernels) or name in MATH
-    assert [text for text in kernels if text.startswith("math") and not re.fullmatch(MATH.get(name, ""), text)] == []
+    assert (
+        any(text.startswith(("flash", "efficient")) for text in kernels)
+        or BASES[name].math_attention != Base.math_attention
+    )
+    allowed = BASES[name].math_attention
+    assert [text for text in kernels if text.startswith("math") and not re.fullmatch(allowed, text)] == []
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ import torch
 from library.checkpoints.files import load_state_dict
 from tests.ranks import Job
 from tests.running import make_images
-from tests.runs.bases import BASES
 from tests.simulated_gpu.ranks import run_ranks
+from tests.tiny.bases import BASES
 from tests.tolerances import SUMS_OF_A_RUN
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.usefixtures("simulated_gpu")]

@@ -2,17 +2,28 @@
 
 import json
 import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from library.architectures.anima.adapter_names import NAMES
 from library.architectures.anima.llm_adapter import AdapterConfig
-from library.architectures.anima.model import Anima, AnimaConfig
+from library.architectures.anima.model import Anima, AnimaConfig, read_config
+from library.architectures.anima.reference import conditioner_config, diffusers_models, transformer_config
+from library.models.adapter_views import view_both
 from library.models.names import inverse
 from library.models.vae.qwen_image import ENDS, MIDDLE, QUANT, RESIDUAL
+from tests.contracts.full_size import facts
+from tests.tiny.base import TEXT_CACHE, Base, Deep, InDiffusers, Pair
 from tests.tiny.flux import write_t5_tokenizer
+from tests.tiny.headers import shapes_of, write_headers
 from tests.tiny.init import fixed_init
+from tests.tiny.keys import kohya, peft
 from tests.tiny.parts import tiny_denoiser
 
 QWEN_WIDTH = 40
@@ -132,3 +143,123 @@ def write_qwen3_tokenizer(folder: Path) -> int:
 def tiny_anima(seed: int, config: AnimaConfig | None = None) -> Anima:
     """Return the denoiser alone, with random weights."""
     return tiny_denoiser(Anima, config or CONFIG, seed)
+
+
+# Its inputs, and the output of diffusers' transformer
+
+NUM_SOURCE, NUM_WORDS = 9, 7
+Values = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def inputs(H: int, W: int, seed: int = 0) -> Values:
+    """Latents, noise levels, Qwen3's states and their mask, T5's ids and their mask; captions differ in length."""
+    g = torch.Generator().manual_seed(seed)
+    latents = torch.randn(2, 16, H, W, generator=g).requires_grad_()
+    source_mask = torch.ones(2, NUM_SOURCE)
+    source_mask[0, 5:] = 0
+    source = (torch.randn(2, NUM_SOURCE, CONFIG.adapter.source_width, generator=g) * source_mask[..., None]).detach()
+    ids = torch.randint(NUM_T5_WORDS, (2, NUM_WORDS), generator=g)
+    mask = torch.ones(2, NUM_WORDS, dtype=torch.int64)
+    mask[1, 4:] = 0
+    return latents, torch.tensor([0.125, 0.875]), source.requires_grad_(), source_mask, ids, mask
+
+
+def oracle_velocity(transformer: Any, latents: Tensor, sigmas: Tensor, text: Tensor) -> Tensor:
+    padding = torch.zeros_like(latents[:, :1])  # passed as a channel, since the model's own method needs torchvision
+    frames = torch.cat([latents, padding], dim=1)[:, :, None]
+    sample: Tensor = transformer(hidden_states=frames, timestep=sigmas, encoder_hidden_states=text).sample[:, :, 0]
+    return sample
+
+
+def oracle_of(transformer: Any, conditioner: Any) -> Callable[..., Tensor]:
+    """Return a function that combines both models and takes our arguments."""
+
+    def run(latents: Tensor, sigmas: Tensor, source: Tensor, source_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        text = conditioner(source, ids, target_attention_mask=mask, source_attention_mask=source_mask)
+        return oracle_velocity(transformer, latents, sigmas, text)
+
+    return run
+
+
+def oracle(model: Anima) -> Callable[..., Tensor]:
+    return oracle_of(*diffusers_models(model))
+
+
+def write_full_size(folder: Path, num_blocks: int = 28) -> list[str]:
+    """Repeat the last of the inventory's 28 blocks as often as `num_blocks` asks."""
+    parts = facts("anima")["components"]
+    last = {name: shape for name, shape in parts["dit"].items() if name.startswith("blocks.27.")}
+    more = {name.replace("27", str(n), 1): shape for n in range(28, num_blocks) for name, shape in last.items()}
+    write_t5_tokenizer(folder / "t5_tokenizer")
+    write_qwen3_tokenizer(folder / "tokenizer")
+    tables = {"pretrained_model_name_or_path": {**parts["dit"], **more}, "qwen3": parts["qwen3_0.6b"]}
+    return write_headers(folder, {flag: shapes_of(table) for flag, table in {**tables, "vae": parts["vae"]}.items()})
+
+
+def full_size_in_diffusers() -> dict[str, nn.Module]:
+    from diffusers import AnimaTextConditioner, CosmosTransformer3DModel
+
+    config = read_config(shapes_of(facts("anima")["components"]["dit"]))
+    return {
+        "transformer": CosmosTransformer3DModel(**transformer_config(config)),
+        "text_conditioner": AnimaTextConditioner(**conditioner_config(config.adapter)),
+    }
+
+
+def pair() -> Pair:
+    ours = tiny_anima(7)
+    transformer, conditioner = diffusers_models(ours)
+    values, run = [value.detach() for value in inputs(6, 10)], oracle_of(transformer, conditioner)
+    theirs = {"transformer": transformer, "text_conditioner": conditioner}
+    return Pair(NAMES, ours, theirs, lambda: ours(*values), lambda: run(*values))
+
+
+EVERYTHING = "include_patterns everything + train_llm_adapter"
+BASES = (
+    Base(
+        name="anima",
+        script="anima_train_network",
+        module="networks.lora_anima",
+        build=lambda f: [*build_tiny_anima(f, 57), "--qwen3_max_token_length", "32", "--t5_max_token_length", "32"],
+        adapts_text_encoders=True,
+        written=("anima", "anima-preview"),
+        runs={"text_cache": TEXT_CACHE, "text_adapter": ["--network_args", "train_llm_adapter=True"]},
+        deeper={"num_blocks": 6},
+        needs_newer="diffusers 0.32.2",
+        default_shift=1.0,
+        deep=Deep(
+            lambda: Anima(replace(CONFIG, num_blocks=6)),
+            lambda: tuple(value.detach() for value in inputs(8, 6, seed=44)),
+            view_both,
+            most_graphs=2,
+        ),
+        pairs={"anima": pair},
+        unnamed=r"llm_adapter\.out_proj$",
+        verified={"anima": lambda: tiny_anima(68, replace(CONFIG, num_blocks=4))},
+        merged=("networks.lora_anima", {"train_llm_adapter": "True"}),
+        full_size={
+            "Anima": (1024, write_full_size),
+            "Anima, 40 blocks": (1024, partial(write_full_size, num_blocks=40)),
+        },
+        readers=(
+            ("anima kohya, self attention", "ANNNA", kohya("unet.blocks.0.self_attn.q_proj", 2048)),
+            ("anima kohya, cross attention", "ANNNN", kohya("unet.blocks.0.cross_attn.q_proj", 2048)),
+            ("anima kohya, output", "ANNNN", kohya("unet.blocks.0.self_attn.output_proj", 2048)),
+            ("anima kohya, all of it", "ANNNS", kohya("unet.blocks.0.self_attn.q_proj", 2048)
+             | kohya("unet.x_embedder.proj.1", 72) | kohya("unet.t_embedder.1.linear_1", 2048)
+             | kohya("unet.final_layer.linear", 2048) | kohya("unet.blocks.0.adaln_modulation_mlp.1", 2048)),
+            ("anima kohya, text adapter", "ANNNN", kohya("unet.llm_adapter.blocks.0.self_attn.q_proj", 1024)),
+            ("anima generic", "ANNAA", peft("diffusion_model.blocks.0.cross_attn.q_proj", 2048)),
+        ),
+        listing=lambda: facts("lora_keys_anima"),
+        in_diffusers=InDiffusers(
+            full_size_in_diffusers,
+            "AnimaLoraLoaderMixin",
+            (
+                "default", "train_llm_adapter=true", EVERYTHING, "network_train_unet_only",
+                "network_train_text_encoder_only",
+            ),
+        ),
+        in_comfyui=EVERYTHING,
+    ),
+)  # fmt: skip

@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from library.architectures.flux.model import Flux, FluxConfig
-from library.architectures.flux.reference import diffusers_config, diffusers_state
+from library.architectures.flux.adapter_names import NAMES
+from library.architectures.flux.assembly import view
+from library.architectures.flux.model import PATCH, Flux, FluxConfig
+from library.architectures.flux.reference import diffusers_config, diffusers_model, diffusers_state
+from library.models.patches import patchify
 from library.models.vae.checkpoint_keys import vae_to_ldm
+from tests.contracts.full_size import facts
+from tests.tiny.base import TEXT_CACHE, Base, Deep, InDiffusers, Pair
+from tests.tiny.headers import shapes_of, write_headers
 from tests.tiny.init import fixed_init
+from tests.tiny.keys import kohya, peft
 from tests.tiny.parts import BASE, Parts, prefixed, tiny_denoiser, write_files, write_folder, write_whole
 from tests.tiny.sd import CLIP, write_tokenizer
 from tests.tiny.sd import VAE as SD_VAE
@@ -148,3 +155,118 @@ def write_t5_tokenizer(folder: Path) -> int:
 def tiny_flux(seed: int, has_guidance: bool = True) -> Flux:
     """Return the denoiser alone, with random weights."""
     return tiny_denoiser(Flux, replace(CONFIG, has_guidance=has_guidance), seed)
+
+
+# Its inputs, and the output of diffusers' transformer
+
+NUM_TEXT = 7
+
+
+def inputs(H: int, W: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return latents, noise levels, text, pooled text, guidance."""
+    g = torch.Generator().manual_seed(seed)
+    latents = torch.randn(2, 16, H, W, generator=g).requires_grad_()
+    text = torch.randn(2, NUM_TEXT, CONFIG.text_width, generator=g).requires_grad_()
+    pooled = torch.randn(2, CONFIG.pooled_width, generator=g).requires_grad_()
+    return latents, torch.tensor([0.125, 0.875]), text, pooled, torch.tensor([1.0, 3.5])
+
+
+def oracle_output(
+    theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, pooled: Tensor, guidance: Tensor | None
+) -> Tensor:
+    """Return diffusers' velocity as patches, with the image ids of its pipeline."""
+    from diffusers import FluxPipeline
+
+    h, w = latents.shape[-2] // 2, latents.shape[-1] // 2
+    B, C, H, W = latents.shape
+    packed = FluxPipeline._pack_latents(latents, B, C, H, W)
+    return theirs(  # type: ignore[no-any-return]
+        packed,
+        encoder_hidden_states=text,
+        pooled_projections=pooled,
+        timestep=sigmas,
+        guidance=guidance,
+        img_ids=FluxPipeline._prepare_latent_image_ids(B, h, w, latents.device, torch.float32),
+        txt_ids=torch.zeros(text.shape[1], 3),
+    ).sample
+
+
+def write_full_size(folder: Path) -> list[str]:
+    parts = facts("flux1")["components"]
+    write_tokenizer(folder / "tokenizer")
+    write_t5_tokenizer(folder / "tokenizer_2")
+    names = {"pretrained_model_name_or_path": "dit", "clip_l": "clip_l", "t5xxl": "t5xxl", "ae": "ae"}
+    return write_headers(folder, {flag: shapes_of(parts[part]) for flag, part in names.items()})
+
+
+def diffusers_models() -> dict[str, nn.Module]:
+    from diffusers import FluxTransformer2DModel
+
+    return {"transformer": FluxTransformer2DModel(guidance_embeds=True)}
+
+
+def pair() -> Pair:
+    ours, values = tiny_flux(7), [value.detach() for value in inputs(6, 10)]
+    theirs = diffusers_model(ours)
+    return Pair(
+        NAMES,
+        ours,
+        {"transformer": theirs},
+        lambda: patchify(ours(*values), PATCH),
+        lambda: oracle_output(theirs, *values),
+    )
+
+
+DEEPER = {"num_double": 4, "num_single": 6}
+PAGE = [
+    "--network_args", "img_attn_dim=4", "txt_attn_dim=4", "img_mlp_dim=2", "txt_mlp_dim=2", "img_mod_dim=2",
+    "txt_mod_dim=2", "single_dim=4", "single_mod_dim=2", "in_dims=2,2,2,2,2", "train_t5xxl=True",
+    "train_double_block_indices=0", "train_single_block_indices=0-1", "split_qkv=True",
+]  # fmt: skip
+BASES = (
+    Base(
+        name="flux",
+        script="flux_train_network",
+        module="networks.lora_flux",
+        build=lambda folder: [*build_tiny_flux(folder, 54), "--t5xxl_max_token_length", "32"],
+        adapts_text_encoders=True,
+        written=("flux1", "flux-1-dev"),
+        runs={
+            "text_cache": TEXT_CACHE,
+            "page": PAGE,
+            "page_train_blocks": ["--network_args", "train_blocks=single"],
+        },
+        deeper=DEEPER,
+        draws_without_guidance=True,
+        offset_words=("--timestep_sampling", "flux_shift", "--sigmoid_scale", "0.7"),
+        deep=Deep(
+            lambda: Flux(replace(CONFIG, **DEEPER)),
+            lambda: tuple(value.detach() for value in inputs(8, 6, seed=43)),
+            view,
+            most_graphs=4,
+        ),
+        pairs={"flux": pair},
+        verified={
+            "flux": lambda: tiny_denoiser(Flux, replace(CONFIG, num_double=3, num_single=4), 61),
+            "flux schnell": lambda: tiny_flux(63, has_guidance=False),
+        },
+        merged=("networks.oft_v2", {}),
+        full_size={"FLUX.1": (1024, write_full_size)},
+        readers=(
+            ("flux kohya", "AANAA", kohya("unet.double_blocks.0.img_attn_qkv", 3072)),
+            ("flux generic", "AANNA", peft("diffusion_model.double_blocks.0.img_attn.qkv", 3072)),
+            ("flux diffusers", "AANAA", peft("transformer.single_transformer_blocks.0.attn.to_q", 3072)),
+        ),
+        listing=lambda: facts("lora_keys_flux1"),
+        in_diffusers=InDiffusers(
+            diffusers_models,
+            "FluxLoraLoaderMixin",
+            (
+                "default", "in_dims=[5,6,7,8,9]", "train_t5xxl=True", "train_blocks=single",
+                "network_train_text_encoder_only",
+            ),
+            clip_widths=(768,),
+        ),
+        in_comfyui="in_dims=[5,6,7,8,9]",
+    ),
+)  # fmt: skip

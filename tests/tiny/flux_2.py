@@ -1,19 +1,27 @@
 """A tiny but complete FLUX.2 model, klein or dev: three files, one file of all, or a diffusers folder."""
 
 import json
+import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from library.architectures.flux_2.adapter_names import KEYS, NAMES, NUM_BLOCKS
 from library.architectures.flux_2.model import Flux2, Flux2Config
-from library.architectures.flux_2.reference import diffusers_config, diffusers_state
+from library.architectures.flux_2.reference import diffusers_config, diffusers_model, diffusers_state
 from library.architectures.flux_2.vae import ORIGINAL
+from library.models.adapter_views import view_denoiser
+from library.models.loading import build_on_meta_device
 from tests.tiny import zimage
+from tests.tiny.base import Base, Deep, Dit, InDiffusers, Pair, pair_of
 from tests.tiny.flux import ldm_vae
+from tests.tiny.headers import write_headers
 from tests.tiny.init import fixed_init
+from tests.tiny.keys import kohya, lora_of, peft
 from tests.tiny.parts import BASE, Parts, prefixed, tiny_denoiser, write_files, write_folder, write_whole
 from tests.tiny.sd import VAE as SD_VAE
 from tests.tiny.zimage import MERGES, write_qwen3_tokenizer
@@ -176,3 +184,125 @@ def write_mistral_tokenizer(folder: Path) -> int:
 def tiny_flux_2(seed: int, is_dev: bool = False) -> Flux2:
     """Return the denoiser alone, with random weights."""
     return tiny_denoiser(Flux2, replace(CONFIG, has_guidance=is_dev), seed)
+
+
+# Its inputs, and the output of diffusers' transformer
+
+NUM_TEXT = 24
+
+
+def inputs(h: int, w: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return latents, noise levels, text, guidance."""
+    g = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, CONFIG.in_features, h, w, generator=g).requires_grad_()
+    text = torch.randn(2, NUM_TEXT, CONFIG.text_width, generator=g).requires_grad_()
+    return latents, torch.tensor([0.125, 0.875]), text, torch.tensor([1.0, 4.0])
+
+
+def oracle_output(theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, guidance: Tensor) -> Tensor:
+    """Return diffusers' output, with tokens and positions built as in its pipeline."""
+    from diffusers import Flux2KleinPipeline as Pipeline
+
+    tokens = theirs(
+        Pipeline._pack_latents(latents),
+        encoder_hidden_states=text,
+        timestep=sigmas,
+        img_ids=Pipeline._prepare_latent_ids(latents),
+        txt_ids=Pipeline._prepare_text_ids(text),
+        guidance=guidance if theirs.config.guidance_embeds else None,
+        return_dict=False,
+    )[0]
+    return tokens.transpose(1, 2).reshape(latents.shape)  # type: ignore[no-any-return]
+
+
+def write_full_size(config: Flux2Config, release: str, folder: Path) -> list[str]:
+    if release == "dev":
+        write_mistral_tokenizer(folder / "tokenizer")
+    else:
+        write_qwen3_tokenizer(folder / "tokenizer", QWEN3_SPECIAL)
+    denoiser, encoder = build_on_meta_device(Flux2, config), full_size_encoder(release)
+    files = {"pretrained_model_name_or_path": denoiser, "text_encoder": encoder, "vae": full_size_vae()}
+    return write_headers(folder, files)
+
+
+def diffusers_models() -> dict[str, nn.Module]:
+    from diffusers import Flux2Transformer2DModel
+
+    return {"transformer": Flux2Transformer2DModel(**diffusers_config(DEV))}
+
+
+def pair() -> Pair:
+    ours = tiny_flux_2(7, is_dev=True)
+    return pair_of(NAMES, ours, diffusers_model(ours), inputs(3, 5), oracle_output)
+
+
+DEEPER = {"num_double": 4, "num_single": 6}
+DIT = Dit(
+    build=build_tiny_flux_2,
+    stored_layer="double_blocks.0.img_attn.qkv",
+    mark="<think>",
+    encoder="Qwen/Qwen3-4B",
+    names=NAMES,
+    model=partial(tiny_flux_2, 7, is_dev=True),
+    values=lambda: [value.detach() for value in inputs(3, 5)],
+    theirs=diffusers_model,
+    run_theirs=oracle_output,
+    pipeline="Flux2Pipeline",
+    layer=("lora_unet_single_blocks_0_linear2", "single_blocks.0.linear2"),
+    blocks=("double_blocks.", "single_blocks.", "transformer_blocks.", "single_transformer_blocks."),
+    own=({}, {"in_dims": "[2,2,2,2,2,2,2]"}),
+    plain={"split_qkv": "True"},
+    trainers=[
+        ("musubi-tuner", False), ("ai-toolkit", False), ("ai-toolkit", True), ("SimpleTuner", True),
+        ("OneTrainer, kohya", True), ("OneTrainer", True),
+    ],
+    converted=(
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
+        "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight",
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
+    ),
+    architectures={"files": "Flux.2-klein-4b", "whole": "Flux.2-dev"},
+)  # fmt: skip
+BASES = (
+    Base(
+        name="flux_2",
+        script="flux_2_train_network",
+        module="networks.lora_flux_2",
+        build=lambda folder: build_tiny_flux_2(folder, 61),
+        written=("flux_2", "Flux.2-klein-4b"),
+        deeper=DEEPER,
+        needs_newer="diffusers 0.32.2",
+        default_shift=math.exp(1.15),  # at 4096 tokens, the larger end
+        deep=Deep(
+            lambda: Flux2(replace(CONFIG, **DEEPER)),
+            lambda: tuple(value.detach() for value in inputs(4, 6)),
+            view_denoiser,
+            most_graphs=4,
+        ),
+        pairs={"flux_2": pair},
+        verified={
+            "flux_2 klein": lambda: tiny_denoiser(Flux2, replace(CONFIG, num_double=3, num_single=4), 70),
+            "flux_2 dev": lambda: tiny_denoiser(
+                Flux2, replace(CONFIG, num_double=3, num_single=4, has_guidance=True), 71
+            ),
+        },
+        merged=("networks.lora_flux_2", {"in_dims": "[2,2,2,2,2,2,2]"}),
+        full_size={
+            "FLUX.2 klein 4B": (1024, partial(write_full_size, KLEIN_4B, "klein-4b")),
+            "FLUX.2 klein 9B": (1024, partial(write_full_size, KLEIN_9B, "klein-9b")),
+            "FLUX.2 dev": (1024, partial(write_full_size, DEV, "dev")),
+        },
+        readers=(
+            ("flux.2, as it is saved", "ANNAN", peft("diffusion_model.double_blocks.0.img_attn.qkv", 4096)),
+            ("flux.2 klein 4B", "ANNAN", peft("diffusion_model.single_blocks.0.linear2", 12288)),
+            ("flux.2 diffusers", "ANNAN", peft("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", 3072)),
+            ("flux.2 kohya", "ANNAN", kohya("unet.double_blocks.0.txt_mlp.2", 9216)),
+            ("flux.2 kohya, modulation", "ANNNN", kohya("unet.single_stream_modulation.lin", 3072)),
+            ("flux.2 diffusers, modulation", "NNNAN", peft("transformer.single_stream_modulation.linear", 3072)),
+        ),
+        listing=lambda: lora_of(build_on_meta_device(Flux2, DEV), KEYS.linear_paths(NUM_BLOCKS)),
+        in_diffusers=InDiffusers(diffusers_models, "Flux2LoraLoaderMixin"),
+        in_comfyui="default",
+        dit=DIT,
+    ),
+)

@@ -2,17 +2,25 @@
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from library.architectures.hunyuan_image.adapter_names import NAMES
 from library.architectures.hunyuan_image.checkpoint_keys import to_original
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig
 from library.architectures.hunyuan_image.qwen import TEMPLATE, qwen_config
-from library.architectures.hunyuan_image.reference import diffusers_config, diffusers_state
+from library.architectures.hunyuan_image.reference import diffusers_config, diffusers_model, diffusers_state
+from library.models.adapter_views import view_denoiser
+from tests.contracts.full_size import facts
+from tests.tiny.base import Base, Deep, Pair, pair_of
+from tests.tiny.headers import shapes_of, write_headers
 from tests.tiny.init import fixed_init
+from tests.tiny.keys import kohya, peft
 from tests.tiny.parts import BASE, Parts, tiny_denoiser, write_files, write_folder
 
 Layout = Literal["files", "diffusers"]
@@ -160,3 +168,100 @@ def write_qwen_tokenizer(folder: Path) -> int:
 def tiny_hunyuan_image(seed: int) -> HunyuanImage:
     """Return the denoiser alone, with random weights."""
     return tiny_denoiser(HunyuanImage, CONFIG, seed)
+
+
+# Its inputs, and the output of diffusers' transformer
+
+NUM_TEXT, NUM_GLYPHS = 7, 5
+TEXT_MASK = [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]]
+GLYPH_MASKS = {
+    "some": [[1, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
+    "none": [[0] * NUM_GLYPHS] * 3,
+}
+
+
+def inputs(H: int, W: int, glyphs: str = "some", seed: int = 0) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "latents": torch.randn(3, CONFIG.in_features, H, W, generator=g).requires_grad_(),
+        "timesteps": torch.tensor([125.0, 875.0, 501.0]),
+        "text": torch.randn(3, NUM_TEXT, CONFIG.text_width, generator=g).requires_grad_(),
+        "text_mask": torch.tensor(TEXT_MASK),
+        "glyphs": torch.randn(3, NUM_GLYPHS, CONFIG.glyph_width, generator=g).requires_grad_(),
+        "glyph_mask": torch.tensor(GLYPH_MASKS[glyphs]),
+    }
+
+
+def oracle_output(theirs: Any, values: dict[str, Tensor]) -> Tensor:
+    return theirs(  # type: ignore[no-any-return]
+        values["latents"],
+        values["timesteps"],
+        encoder_hidden_states=values["text"],
+        encoder_attention_mask=values["text_mask"],
+        encoder_hidden_states_2=values["glyphs"],
+        encoder_attention_mask_2=values["glyph_mask"],
+    ).sample
+
+
+BYT5_WORDS = {"shared.weight": (1510, 1472)}  # the inventory omits them
+DEEPER = {"num_double": 4, "num_single": 6}
+
+
+def write_full_size(folder: Path) -> list[str]:
+    parts = facts("hunyuan_image")["components"]
+    write_qwen_tokenizer(folder / "tokenizer")
+    names = {"pretrained_model_name_or_path": "dit", "vae": "vae", "text_encoder": "qwen2_5_vl"}
+    shapes = {flag: shapes_of(parts[part]) for flag, part in names.items()}
+    return write_headers(folder, {**shapes, "byt5": {**shapes_of(parts["byt5"]), **BYT5_WORDS}})
+
+
+def detached(values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    return tuple(value.detach() for value in values.values())
+
+
+def pair() -> Pair:
+    ours, values = tiny_hunyuan_image(7), inputs(3, 5)
+
+    def run_theirs(theirs: Any, *given: Tensor) -> Tensor:
+        return oracle_output(theirs, dict(zip(values, given, strict=True)))
+
+    return pair_of(NAMES, ours, diffusers_model(ours), detached(values), run_theirs)
+
+
+BASES = (
+    Base(
+        name="hunyuan_image",
+        script="hunyuan_image_train_network",
+        module="networks.lora_hunyuan_image",
+        build=lambda folder: build_tiny_hunyuan_image(folder, 58),
+        written=("hunyuan-image-2.1", "hunyuan-image-2.1"),
+        deeper=DEEPER,
+        blocks_to_swap="3",
+        needs_newer="transformers 4.54.1",
+        # The single attention of the VAE has no head dimension (4,096 tokens at 2048 px, 64 MB of scores).
+        math_attention=r"math: .* at .*/autoencoder_kl_hunyuanimage.py.*",
+        offset_words=("--timestep_sampling", "shift", "--sigmoid_scale", "0.7"),
+        deep=Deep(
+            lambda: HunyuanImage(replace(CONFIG, **DEEPER)),
+            lambda: detached(inputs(4, 6, seed=46)),
+            view_denoiser,
+            most_graphs=4,
+        ),
+        pairs={"hunyuan_image": pair},
+        unnamed=r"(?!double_blocks|single_blocks)",
+        verified={
+            "hunyuan_image": lambda: tiny_denoiser(HunyuanImage, replace(CONFIG, num_double=3, num_single=4), 69)
+        },
+        merged=("networks.dylora", {}),
+        full_size={"HunyuanImage 2.1": (2048, write_full_size)},
+        readers=(
+            ("hunyuan, the module paths", "NNNNN", kohya("unet.double_blocks.0.img_mlp.fc1", 3584)),
+            ("hunyuan, ComfyUI's names", "ANNNN", kohya("unet.double_blocks.0.img_mlp.0", 3584)),
+            ("hunyuan diffusers", "NNNNN", peft("transformer.single_transformer_blocks.0.attn.to_q", 3584)),
+            ("hunyuan diffusers, double blocks", "NNNNN", peft("transformer.transformer_blocks.0.attn.to_q", 3584)),
+            ("hunyuan generic", "ANNNN", peft("diffusion_model.double_blocks.0.img_attn.qkv", 3584)),
+        ),
+        listing=lambda: facts("lora_keys_hunyuan_image"),
+        in_comfyui="default",
+    ),
+)

@@ -1,14 +1,24 @@
 """A tiny but complete Krea 2 model: three files, one file of all, or a diffusers folder."""
 
 import json
+import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
+from library.architectures.krea2.adapter_names import KEYS, NAMES, NUM_BLOCKS
 from library.architectures.krea2.model import AttentionConfig, Krea2Config, SingleStreamDiT
-from library.architectures.krea2.reference import diffusers_config, diffusers_state
+from library.architectures.krea2.reference import diffusers_config, diffusers_model, diffusers_state
+from library.models.adapter_views import view_denoiser
+from library.models.loading import build_on_meta_device
 from tests.tiny.anima import VAE, to_original, vae_state
+from tests.tiny.base import Base, Deep, Dit, InDiffusers, Pair, pair_of
+from tests.tiny.headers import write_headers
+from tests.tiny.keys import kohya, lora_of, peft
 from tests.tiny.parts import BASE, Parts, prefixed, tiny_denoiser, write_files, write_folder, write_whole
 from tests.tiny.qwen3_vl import tiny_qwen3_vl
 from tests.tiny.zimage import write_qwen3_tokenizer
@@ -97,3 +107,120 @@ def full_size_vae() -> Any:
 def tiny_krea2(seed: int) -> SingleStreamDiT:
     """Return the denoiser alone, with random weights."""
     return tiny_denoiser(SingleStreamDiT, CONFIG, seed)
+
+
+# Its inputs, and the output of diffusers' transformer
+
+LENGTHS = (9, 5)  # tokens of the captions
+
+
+def inputs(h: int, w: int, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return latents, noise levels, zero-padded text, and its mask."""
+    g = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 16, h, w, generator=g).requires_grad_()
+    mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
+    text = torch.randn(2, max(lengths), CONFIG.num_states * CONFIG.fusion.width, generator=g) * mask[..., None]
+    return latents, torch.tensor([0.125, 0.875]), text.requires_grad_(), mask
+
+
+def oracle_output(theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    """Return diffusers' output, with tokens and positions built as in its pipeline."""
+    from types import SimpleNamespace
+
+    from diffusers import Krea2Pipeline
+
+    B, C, H, W = latents.shape
+    pipeline: Any = SimpleNamespace(patch_size=2, vae_scale_factor=8)
+    tokens = theirs(
+        Krea2Pipeline._pack_latents(pipeline, latents, B, C, H, W),
+        encoder_hidden_states=text.unflatten(-1, (theirs.config.num_text_layers, -1)),
+        timestep=sigmas,
+        position_ids=Krea2Pipeline.prepare_position_ids(text.shape[1], H // 2, W // 2, text.device),
+        encoder_attention_mask=mask.bool(),
+        return_dict=False,
+    )[0]
+    return Krea2Pipeline._unpack_latents(pipeline, tokens, 8 * H, 8 * W)[:, :, 0]  # type: ignore[no-any-return]
+
+
+def full_size() -> SingleStreamDiT:
+    return build_on_meta_device(SingleStreamDiT, FULL_SIZE)
+
+
+def write_full_size(folder: Path) -> list[str]:
+    write_qwen3_tokenizer(folder / "tokenizer")
+    files = {"pretrained_model_name_or_path": full_size(), "text_encoder": full_size_qwen3_vl(), "vae": full_size_vae()}
+    return write_headers(folder, files)
+
+
+def diffusers_models() -> dict[str, nn.Module]:
+    from diffusers import Krea2Transformer2DModel
+
+    return {"transformer": Krea2Transformer2DModel()}
+
+
+def pair() -> Pair:
+    ours = tiny_krea2(7)
+    return pair_of(NAMES, ours, diffusers_model(ours), inputs(4, 6), oracle_output)
+
+
+DIT = Dit(
+    build=build_tiny_krea2,
+    stored_layer="blocks.0.attn.wq",
+    mark="<|im_end|>",
+    encoder="Qwen/Qwen3-VL-4B-Instruct",
+    names=NAMES,
+    model=partial(tiny_krea2, 7),
+    values=lambda: [value.detach() for value in inputs(4, 6)],
+    theirs=diffusers_model,
+    run_theirs=oracle_output,
+    pipeline="Krea2Pipeline",
+    layer=("lora_unet_blocks_0_attn_wq", "blocks.0.attn.wq"),
+    blocks=("",),
+    own=({"mlp_dim": "0", "txtfusion_dim": "2"}, {}),
+    plain={"exclude_patterns": "['.*']", "include_patterns": r"['blocks\..*\.attn\..*']"},
+    trainers=[
+        ("musubi-tuner", False), ("ai-toolkit", False), ("PEFT", False), ("SimpleTuner", True),
+        ("OneTrainer, kohya", True),
+    ],
+    converted=(
+        "lora_unet_blocks_0_attn_wq.lora_down.weight",
+        "diffusion_model.blocks.0.attn.wq.lora_A.weight",
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
+    ),
+    architectures={"files": "Krea-2", "whole": "Krea-2"},
+)  # fmt: skip
+BASES = (
+    Base(
+        name="krea2",
+        script="krea2_train_network",
+        module="networks.lora_krea2",
+        build=lambda folder: build_tiny_krea2(folder, 62),
+        written=("krea2", "Krea-2"),
+        deeper={"num_blocks": 6},
+        needs_newer="transformers 4.54.1",
+        default_shift=math.exp(0.5 + 0.65 * (4096 - 256) / (6400 - 256)),
+        other_options=("turbo_dit_cache",),
+        deep=Deep(
+            lambda: SingleStreamDiT(replace(CONFIG, num_blocks=6)),
+            lambda: tuple(value.detach() for value in inputs(4, 6)),
+            view_denoiser,
+            most_graphs=6,
+        ),
+        pairs={"krea2": pair},
+        verified={"krea2": lambda: tiny_denoiser(SingleStreamDiT, replace(CONFIG, num_blocks=3), 72)},
+        count_share=0.05,  # copies of twelve states per caption token, which fake tensors do not need
+        count_shape=(2, 768, 512),  # with smaller images the text fusion would be the peak
+        full_size={"Krea 2": (1024, write_full_size)},
+        readers=(
+            ("krea 2, as it is saved", "ANNAN", peft("diffusion_model.blocks.0.attn.wq", 6144)),
+            ("krea 2 kohya", "ANNNN", kohya("unet.blocks.0.mlp.gate", 6144)),
+            ("krea 2 kohya, diffusers' paths", "NNNNN", kohya("unet.transformer_blocks.0.attn.to_gate", 6144)),
+            ("krea 2 diffusers", "ANNAN", peft("transformer.transformer_blocks.0.ff.gate", 6144)),
+            ("krea 2, diffusers' paths in ComfyUI's place", "NNNNN", peft("diffusion_model.text_fusion.projector", 12)),
+        ),
+        listing=lambda: lora_of(full_size(), KEYS.linear_paths(NUM_BLOCKS)),
+        in_diffusers=InDiffusers(diffusers_models, "Krea2LoraLoaderMixin"),
+        in_comfyui="default",
+        dit=DIT,
+    ),
+)

@@ -2,18 +2,26 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from library.architectures.qwen_image_21.adapter_names import NAMES, NUM_BLOCKS, linear_paths
 from library.architectures.qwen_image_21.model import QwenImage21, QwenImage21Config
-from library.architectures.qwen_image_21.reference import diffusers_config
+from library.architectures.qwen_image_21.reference import diffusers_config, diffusers_model
+from library.models.adapter_views import view_denoiser
+from library.models.loading import build_on_meta_device
 from library.models.qwen3_vl_vision import DEEPSTACK, NUM_HEADS
 from library.models.vae.qwen_image import ENDS, MIDDLE, QUANT, RESIDUAL
+from tests.tiny.base import Base, Deep, Dit, InDiffusers, Pair, pair_of
+from tests.tiny.headers import write_headers
 from tests.tiny.init import fixed_init
+from tests.tiny.keys import kohya, lora_of, peft
 from tests.tiny.parts import BASE, Parts, tiny_denoiser, write_files, write_folder, write_whole
 from tests.tiny.qwen3_vl import TEXT
 from tests.tiny.zimage import SPECIAL, write_qwen3_tokenizer
@@ -139,3 +147,140 @@ def full_size_vae() -> Any:
 
     with torch.device("meta"):
         return AutoencoderKLQwenImage21()
+
+
+# Its inputs, and the output of diffusers' transformer
+
+LENGTHS = (24, 13)
+SHOWN = ((4, 2), (2, 6))  # sizes of two reference images
+PLACES = (5, 9)  # number of text tokens before each reference
+
+
+def inputs(h: int, w: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return latents, noise levels, text, and its mask."""
+    g = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, CONFIG.in_features, h, w, generator=g).requires_grad_()
+    text = torch.randn(2, LENGTHS[0], CONFIG.text_width, generator=g).requires_grad_()
+    mask = torch.arange(LENGTHS[0])[None] < torch.tensor(LENGTHS)[:, None]
+    return latents, torch.tensor([0.125, 0.875]), text, mask.long()
+
+
+def references(count: int) -> list[Tensor]:
+    g = torch.Generator().manual_seed(8)
+    return [torch.randn(2, CONFIG.in_features, *side, generator=g).requires_grad_() for side in SHOWN[:count]]
+
+
+def oracle_output(
+    theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, mask: Tensor, shown: Sequence[Tensor] = ()
+) -> Tensor:
+    """Run samples separately without padding, as diffusers places the image after the longest caption of a batch."""
+    outputs = []
+    for b, length in enumerate(mask.sum(1).tolist()):
+        images = [image[b : b + 1].flatten(2).transpose(1, 2) for image in (*shown, latents)]
+        sides = [(1, *image.shape[-2:]) for image in (*shown, latents)]
+        is_slot = torch.zeros(0, dtype=torch.bool)
+        states, last = text.new_zeros(1, 0, text.shape[2]), 0
+        for place, (_, h, w) in zip((*PLACES[: len(shown)], length), sides, strict=True):
+            num_slots = h * w // 4
+            is_text = [torch.zeros(place - last, dtype=torch.bool), torch.ones(num_slots, dtype=torch.bool)]
+            is_slot = torch.cat([is_slot, *is_text])
+            slots = text.new_zeros(1, num_slots if place < length else 0, text.shape[2])  # for the image
+            states, last = torch.cat([states, text[b : b + 1, last:place], slots], dim=1), place
+        tokens = theirs(
+            torch.cat(images, dim=1),
+            encoder_hidden_states=states,
+            timestep=sigmas[b : b + 1],
+            img_shapes=[sides],
+            img_mask=is_slot[None],
+            return_dict=False,
+        )[0]
+        outputs.append(tokens[:, -images[-1].shape[1] :].transpose(1, 2).reshape(latents[b : b + 1].shape))
+    return torch.cat(outputs)
+
+
+def full_size() -> QwenImage21:
+    return build_on_meta_device(QwenImage21, FULL_SIZE)
+
+
+def write_full_size(folder: Path) -> list[str]:
+    write_qwen3_tokenizer(folder / "tokenizer", MARKS)
+    files = {"pretrained_model_name_or_path": full_size(), "text_encoder": full_size_encoder(), "vae": full_size_vae()}
+    return write_headers(folder, files)
+
+
+def diffusers_models() -> dict[str, nn.Module]:
+    from diffusers import QwenImage21Transformer2DModel
+
+    return {"transformer": QwenImage21Transformer2DModel()}
+
+
+def pair() -> Pair:
+    ours = tiny_qwen_image_21(7)
+    return pair_of(NAMES, ours, diffusers_model(ours), inputs(4, 6), oracle_output)
+
+
+GATE, FUSED = (f"transformer_blocks.0.img_mlp.{layer}" for layer in ("gate_layer", "gate_up"))
+DIT = Dit(
+    build=build_tiny_qwen_image_21,
+    stored_layer="transformer_blocks.0.attn.to_q",
+    mark="<|image_pad|>",
+    encoder="Qwen/Qwen3-VL-8B-Instruct",
+    names=NAMES,
+    model=partial(tiny_qwen_image_21, 7),
+    values=lambda: [value.detach() for value in inputs(4, 6)],
+    theirs=diffusers_model,
+    run_theirs=oracle_output,
+    pipeline="QwenImage21Pipeline",
+    layer=("lora_unet_transformer_blocks_0_img_mlp_gate_layer", "transformer_blocks.0.img_mlp.gate_layer"),
+    blocks=("transformer_blocks.",),
+    own=({}, {"in_dims": "[2,2,2,2]"}),
+    plain={"attn_dim": "0"},
+    trainers=[("musubi-tuner", False), ("ai-toolkit", False), ("SimpleTuner", False)],
+    converted=(
+        "lora_unet_transformer_blocks_0_img_mlp_gate_layer.lora_down.weight",
+        "diffusion_model.transformer_blocks.0.img_mlp.gate_layer.lora_A.weight",
+        "transformer.transformer_blocks.0.img_mlp.gate_layer.lora_A.weight",
+    ),
+    architectures={"files": "Qwen-Image-2.1", "whole": "Qwen-Image-2.1"},  # the second fuses two of the layers
+    prefix="transformer",
+    other_kinds="transformer.",
+)
+BASES = (
+    Base(
+        name="qwen_image_21",
+        script="qwen_image_21_train_network",
+        module="networks.lora_qwen_image_21",
+        build=lambda folder: build_tiny_qwen_image_21(folder, 62),
+        written=("qwen_image_21", "Qwen-Image-2.1"),
+        deeper={"num_blocks": 6},
+        needs_newer="diffusers 0.32.2",
+        draws_without_guidance=True,
+        default_shift=3.0,
+        other_options=("dit_config",),
+        deep=Deep(
+            lambda: QwenImage21(replace(CONFIG, num_blocks=6)),
+            lambda: tuple(value.detach() for value in inputs(4, 6)),
+            view_denoiser,
+            most_graphs=2,
+        ),
+        pairs={"qwen_image_21": pair},
+        verified={"qwen_image_21": lambda: tiny_denoiser(QwenImage21, replace(CONFIG, num_blocks=3), 73)},
+        count_share=0.04,
+        merged=("networks.lora_qwen_image_21", {"in_dims": "[2,2,2,2]"}),
+        full_size={"Qwen-Image 2.1": (1024, write_full_size)},
+        readers=(
+            ("qwen-image 2.1, as it is saved", "ANNAN", peft(f"transformer.{GATE}", 4096)),
+            ("qwen-image 2.1 generic", "ANNAN", peft("diffusion_model.transformer_blocks.31.attn.to_q", 4096)),
+            ("qwen-image 2.1 generic, gates", "NNNAN", peft(f"diffusion_model.{GATE}", 4096)),
+            ("qwen-image 2.1 generic, fused", "ANNNN", peft(f"diffusion_model.{FUSED}", 4096)),
+            ("qwen-image 2.1 diffusers, fused", "NNNNN", peft(f"transformer.{FUSED}", 4096)),
+            ("qwen-image 2.1 kohya", "ANNAN", kohya("unet.transformer_blocks.0.img_mlp.out", 12288)),
+            ("qwen-image 2.1 kohya, proj", "NNNAN", kohya("unet.transformer_blocks.0.img_mlp.proj", 4096)),
+            ("qwen-image 2.1 kohya, gates", "NNNNN", kohya(f"unet.{GATE}", 4096)),
+        ),
+        listing=lambda: lora_of(full_size(), linear_paths(NUM_BLOCKS)),
+        in_diffusers=InDiffusers(diffusers_models, "QwenImageLoraLoaderMixin"),
+        in_comfyui="default",
+        dit=DIT,
+    ),
+)

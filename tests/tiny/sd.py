@@ -2,16 +2,28 @@
 
 import gzip
 import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
+from library.architectures.sd import assembly
+from library.architectures.sd.adapter_names import unet_module
 from library.architectures.sd.load import CLIP_PREFIXES
+from library.checkpoints.adapter_names import BaseNames
 from library.models.unet.checkpoint_keys import UNET_PREFIX, UnetLayout, unet_to_ldm
+from library.models.unet.unet import run_unet_blocks_with, unet_stacks
 from library.models.vae.checkpoint_keys import VAE_PREFIX, vae_to_ldm
+from tests.contracts.full_size import facts
+from tests.tiny.base import Base, Deep, Pair, layers_of, path_argument
+from tests.tiny.headers import shapes_of, write_headers
 from tests.tiny.init import fixed_init
+from tests.tiny.keys import Shapes, kohya, peft
 from tests.tiny.open_clip import to_open_clip
 from tests.tiny.parts import Parts
 from tests.tiny.parts import write_folder as write_parts
@@ -163,3 +175,126 @@ def full_size_keys() -> dict[str, Any]:
     """
     facts: dict[str, Any] = json.loads(gzip.decompress(FULL_SIZE.read_bytes()))
     return facts
+
+
+def write_full_size(folder: Path) -> list[str]:
+    write_tokenizer(folder / "tokenizer")
+    return write_headers(folder, {"pretrained_model_name_or_path": shapes_of(facts("sd15")["checkpoint"])})
+
+
+def unet_values() -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(42)
+    latents = torch.randn(2, 4, 8, 8, generator=generator)
+    text = torch.randn(2, 7, UNET["cross_attention_dim"], generator=generator)  # type: ignore[call-overload]
+    return latents, torch.tensor([17, 801]), text
+
+
+def view_with_clip(encoders: Sequence[nn.Module], denoiser: nn.Module) -> Any:
+    return assembly.view([*encoders, CLIPTextModel(CLIPTextConfig(**CLIP))], denoiser)
+
+
+def pair(base: str, config: Mapping[str, Any]) -> Pair:
+    """Build a U-Net pair; both models are diffusers', with names derived for the tiny layout as for the full size."""
+    ours, theirs = unets(config)
+    generator = torch.Generator().manual_seed(8)
+    latents = torch.randn(2, 4, 8, 8, generator=generator)
+    text = torch.randn(2, 9, config["cross_attention_dim"], generator=generator)
+    names = BaseNames(base, tuple(unet_module(path, UNET_LAYOUT) for path, _ in layers_of(ours)))
+    ours_and_theirs = [
+        lambda model=model: model(latents, torch.tensor([31, 742]), text).sample for model in (ours, theirs)
+    ]
+    return Pair(names, ours, {"unet": theirs}, *ours_and_theirs)
+
+
+def unets(config: Mapping[str, Any]) -> list[Any]:
+    """Return two U-Nets of diffusers with the same weights."""
+    models = []
+    for _ in range(2):
+        model: Any = UNet2DConditionModel(**config)
+        model.load_state_dict(fixed_init(model, 7))
+        models.append(model.requires_grad_(False).eval())
+    return models
+
+
+CONVOLUTIONS = ["conv_dim=2", "conv_alpha=1", "use_tucker=True", "train_norm=True", "rank_dropout=0.1"]
+SD1_UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+SD1_FF = "unet.down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2"
+SD1_ORIGINAL = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k"
+CLIP_LAYER = "text_model.encoder.layers.{}.self_attn.q_proj"
+
+
+def clips(make: Callable[[str, int], Shapes], prefix: str, width: int = 768) -> Shapes:
+    """Return the adapter keys of seven modules of a text encoder."""
+    shapes: Shapes = {}
+    for layer in range(7):
+        shapes |= make(prefix + CLIP_LAYER.format(layer), width)
+    return shapes
+
+
+# Every argument on the page that describes sd-scripts' options of an SD adapter, as in its examples.
+PAGE = [
+    "--mixed_precision", "bf16", "--optimizer_type", "adamw8bit", "--learning_rate", "1e-4",
+    "--gradient_checkpointing", "--network_dim", "8", "--network_alpha", "4", "--network_args", "conv_dim=4",
+    "conv_alpha=2", "loraplus_lr_ratio=4", "loraplus_unet_lr_ratio=3", "loraplus_text_encoder_lr_ratio=2",
+    "rank_dropout=0.1", "module_dropout=0.1", "dora_wd=True", "use_tucker=True", "use_scalar=True", "train_norm=True",
+]  # fmt: skip
+BASES = (
+    Base(
+        name="sd",
+        script="train_network",
+        module="networks.lora",
+        build=lambda folder: path_argument(build_tiny_sd(folder, 51)),
+        spec_name="sd1",
+        adapts_text_encoders=True,
+        written=("sd_v1", "stable-diffusion-v1"),
+        runs={
+            "convolutions": ["--network_args", *CONVOLUTIONS],
+            "blocks": [
+                "--network_args", "down_lr_weight=cosine", "up_lr_weight=1,1,0,0,1,1,1,1,1,1,1,1", "mid_lr_weight=2",
+            ],
+            "lycoris": [
+                "--network_module", "lycoris.kohya", "--network_args", "algo=lokr", "preset=attn-mlp", "factor=2",
+            ],
+            "page": PAGE,
+            "page_blocks": [
+                "--network_args", f"block_dims={','.join(['4'] * 25)}", f"block_alphas={','.join(['2'] * 25)}",
+                f"conv_block_dims={','.join(['2'] * 25)}", f"conv_block_alphas={','.join(['1'] * 25)}",
+            ],
+            "page_dylora": ["--network_module", "networks.dylora", "--network_args", "dyloRA=2"],
+        },
+        blocks_to_swap="9",
+        deep=Deep(
+            lambda: UNet2DConditionModel(**UNET),
+            unet_values,
+            view_with_clip,
+            most_graphs=12,
+            stacks=unet_stacks,
+            run_blocks_with=run_unet_blocks_with,
+        ),
+        pairs={"sd1": partial(pair, "sd1", UNET)},
+        merged=("networks.lora", {"conv_dim": "2", "train_norm": "True", "dora_wd": "True"}),
+        full_size={"SD 1.5": (512, write_full_size)},
+        readers=(
+            ("kohya", "AAAAA", kohya(SD1_UNET) | clips(kohya, "text_encoder.")),
+            ("generic", "ANNNS", peft(SD1_ORIGINAL) | clips(peft, "text_encoders.clip_l.transformer.")),
+            ("generic without text encoder", "AANNA", peft(SD1_ORIGINAL)),
+            ("mixed: generic U-Net, kohya text encoder", "AASNA", peft(SD1_ORIGINAL) | clips(kohya, "text_encoder.")),
+            ("diffusers", "SNNAS", peft(SD1_UNET) | peft(SD1_FF) | clips(peft, "text_encoder.")),
+        ),
+    ),
+    Base(
+        name="sd2",
+        script="train_network",
+        module="networks.lora",
+        build=lambda folder: path_argument(build_tiny_sd(folder, 52, is_v2=True), "--v2"),
+        adapts_text_encoders=True,
+        written=("sd_v2_v", "stable-diffusion-v2-768-v"),
+        runs={"v": ["--v_parameterization", "--zero_terminal_snr", "--min_snr_gamma", "5"]},
+        blocks_to_swap="9",
+        pairs={"sd2": partial(pair, "sd2", UNET_V2)},
+        readers=(
+            ("sd2 kohya", "AAAAS", kohya(SD1_UNET, 1024) | clips(kohya, "text_encoder.", 1024)),
+            ("sd2 diffusers", "SNNAS", peft(SD1_UNET, 1024) | clips(peft, "text_encoder.", 1024)),
+        ),
+    ),
+)  # fmt: skip

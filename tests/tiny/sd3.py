@@ -2,17 +2,25 @@
 
 import gzip
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from library.architectures.sd3.adapter_names import NAMES
+from library.architectures.sd3.assembly import view
 from library.architectures.sd3.load import DENOISER_PREFIX, TEXT_PREFIXES
 from library.architectures.sd3.model import MMDiT, MMDiTConfig
 from library.models.vae.checkpoint_keys import VAE_PREFIX, vae_to_ldm
+from tests.contracts.full_size import facts
+from tests.tiny.base import Base, Deep, InDiffusers, Pair, path_argument
 from tests.tiny.flux import write_t5_tokenizer
+from tests.tiny.headers import shapes_of, write_headers
 from tests.tiny.init import fixed_init
+from tests.tiny.keys import kohya, peft
 from tests.tiny.sd import write_tokenizer
 
 FULL_SIZE = Path(__file__).parents[1] / "contracts" / "data" / "sd3.json.gz"
@@ -122,8 +130,10 @@ VAE = {
 }
 
 
-def build_tiny_sd3(folder: Path, seed: int, name: str = "sd3-medium", with_text: bool = True) -> Path:
-    """Write a tiny model of the size `name` of CONFIGS as a combined single file, and return its path.
+def build_tiny_sd3(
+    folder: Path, seed: int, name: str = "sd3-medium", with_text: bool = True, config: MMDiTConfig | None = None
+) -> Path:
+    """Write a tiny model of the size `name` of CONFIGS, or `config`, as a combined single file, and return its path.
 
     Next to it are tokenizer/, tokenizer_3/ (T5's) and the separate files clip_l, clip_g, t5xxl and vae. `with_text`
     also puts the text encoders into the single file. Images of 64 px have 8x8 latents.
@@ -136,7 +146,7 @@ def build_tiny_sd3(folder: Path, seed: int, name: str = "sd3-medium", with_text:
     parts["vae"] = ldm_vae(seed + 9)
     for part, state in parts.items():
         save_file(state, folder / f"{part}.safetensors")
-    tensors = {DENOISER_PREFIX + key: tensor for key, tensor in mmdit_weights(CONFIGS[name], seed).items()}
+    tensors = {DENOISER_PREFIX + key: tensor for key, tensor in mmdit_weights(config or CONFIGS[name], seed).items()}
     tensors |= {VAE_PREFIX + key: tensor for key, tensor in parts["vae"].items()}
     if with_text:
         for part, prefix in TEXT_PREFIXES.items():
@@ -182,3 +192,96 @@ def ldm_vae(seed: int) -> dict[str, Tensor]:
         is_projection = ".attentions." in name and tensor.ndim == 2
         tensors[vae_to_ldm(name, 4)] = tensor[:, :, None, None] if is_projection else tensor
     return tensors
+
+
+# Its inputs, and the output of diffusers' transformer
+
+
+def inputs(config: MMDiTConfig, size: tuple[int, int], seed: int) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "latents": torch.randn(2, config.in_channels, *size, generator=g).requires_grad_(),
+        "timesteps": torch.tensor([37.0, 912.0]),
+        "context": torch.randn(2, 9, config.context_width, generator=g).requires_grad_(),
+        "pooled": torch.randn(2, config.pooled_width, generator=g).requires_grad_(),
+    }
+
+
+def run_ours(model: MMDiT, values: dict[str, Tensor]) -> Tensor:
+    velocity: Tensor = model(values["latents"], values["timesteps"], values["context"], values["pooled"])
+    return velocity
+
+
+def run_theirs(model: Any, values: dict[str, Tensor]) -> Tensor:
+    velocity: Tensor = model(
+        hidden_states=values["latents"],
+        timestep=values["timesteps"],
+        encoder_hidden_states=values["context"],
+        pooled_projections=values["pooled"],
+    ).sample
+    return velocity
+
+
+def write_full_size(folder: Path) -> list[str]:
+    inventory = facts("sd3")
+    write_tokenizer(folder / "tokenizer")
+    write_t5_tokenizer(folder / "tokenizer_3")
+    denoiser = shapes_of(inventory["mmdit"]["sd3-medium"], "model.diffusion_model.")
+    shapes = {"pretrained_model_name_or_path": denoiser | shapes_of(inventory["parts"]["vae"])}
+    shapes |= {part: shapes_of(inventory["parts"][part]) for part in ("clip_l", "clip_g", "t5xxl")}
+    return write_headers(folder, shapes)
+
+
+def diffusers_models() -> dict[str, nn.Module]:
+    from diffusers import SD3Transformer2DModel
+
+    sizes = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+    return {"transformer": SD3Transformer2DModel(sample_size=128, pos_embed_max_size=192, **sizes)}
+
+
+def pair(size: str) -> Pair:
+    config = CONFIGS[size]
+    ours, theirs = tiny_mmdit(config, 7), diffusers_mmdit(config, mmdit_weights(config, 7))
+    values = {name: value.detach() for name, value in inputs(config, (16, 12), 6).items()}
+    return Pair(
+        NAMES, ours, {"transformer": theirs}, lambda: run_ours(ours, values), lambda: run_theirs(theirs, values)
+    )
+
+
+CONFIG = PLAIN
+BASES = (
+    Base(
+        name="sd3",
+        script="sd3_train_network",
+        module="networks.lora_sd3",
+        build=lambda folder: path_argument(build_tiny_sd3(folder, 55, config=CONFIG), "--t5xxl_max_token_length", "16"),
+        adapts_text_encoders=True,
+        written=("medium", "stable-diffusion-3-medium"),
+        deeper={"depth": 6},
+        offset_words=("--weighting_scheme", "logit_normal", "--logit_std", "1.4", "--training_shift", "2"),
+        offset_factor=1.4,
+        deep=Deep(
+            lambda: MMDiT(replace(PLAIN, depth=6)),
+            lambda: tuple(value.detach() for value in inputs(PLAIN, (8, 6), seed=45).values()),
+            view,
+            most_graphs=4,
+        ),
+        pairs={size: partial(pair, size) for size in CONFIGS},
+        verified={f"sd3 {name}": partial(tiny_mmdit, config, 65) for name, config in CONFIGS.items()},
+        merged=("networks.loha", {}),
+        full_size={"SD3 medium": (1024, write_full_size)},
+        readers=(
+            ("sd3 kohya", "AANNN", kohya("unet.joint_blocks.0.x_block_attn_qkv", 1536)),
+            ("sd3 generic", "AANNA", peft("diffusion_model.joint_blocks.0.x_block.attn.qkv", 1536)),
+            ("sd3 diffusers", "ANNAA", peft("transformer.transformer_blocks.0.attn.to_q", 1536)),
+        ),
+        listing=lambda: full_size_keys()["lora"]["sd3-medium"],
+        in_diffusers=InDiffusers(
+            diffusers_models,
+            "SD3LoraLoaderMixin",
+            ("default", "emb_dims=[5,6,7,8,9,10]", "train_t5xxl=True", "network_train_text_encoder_only"),
+            clip_widths=(768, 1280),
+        ),
+        in_comfyui="emb_dims=[5,6,7,8,9,10]",
+    ),
+)

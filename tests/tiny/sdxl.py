@@ -7,13 +7,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from library.architectures.sdxl.adapter_names import unet_module
 from library.architectures.sdxl.load import CLIP_G_PREFIX, CLIP_L_PREFIX
+from library.architectures.sdxl.targets import unet_view
+from library.checkpoints.adapter_names import BaseNames
 from library.models.unet.checkpoint_keys import UNET_PREFIX, UnetLayout, unet_to_ldm
+from tests.contracts.full_size import facts
+from tests.tiny.base import TEXT_CACHE, Base, Pair, layers_of, path_argument
+from tests.tiny.headers import shapes_of, write_headers
 from tests.tiny.init import fixed_init
+from tests.tiny.keys import kohya
 from tests.tiny.open_clip import to_open_clip
 from tests.tiny.parts import Parts
 from tests.tiny.parts import write_folder as write_parts
-from tests.tiny.sd import CLIP, SCHEDULER, VAE, vae_tensors, write_tokenizer
+from tests.tiny.sd import CLIP, CONVOLUTIONS, SCHEDULER, VAE, unets, vae_tensors, write_tokenizer
 
 Layout = Literal["diffusers", "safetensors"]
 
@@ -108,3 +115,43 @@ def ldm_tensors(states: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     clip_l = {CLIP_L_PREFIX + name: tensor for name, tensor in states["text_encoder"].items()}
     clip_g = {CLIP_G_PREFIX + name: tensor for name, tensor in to_open_clip(states["text_encoder_2"]).items()}
     return unet | clip_l | clip_g | vae_tensors(states["vae"])
+
+
+def write_full_size(folder: Path) -> list[str]:
+    write_tokenizer(folder / "tokenizer")
+    return write_headers(folder, {"pretrained_model_name_or_path": shapes_of(facts("sdxl")["checkpoint"])})
+
+
+def pair() -> Pair:
+    """Build a U-Net pair; both models are diffusers', with names derived for the tiny layout as for the full size."""
+    ours, theirs = unets(UNET)
+    generator = torch.Generator().manual_seed(8)
+    latents = torch.randn(2, 4, 8, 8, generator=generator)
+    text = torch.randn(2, 9, WIDTH1 + WIDTH2, generator=generator)
+    pooled, sizes = torch.randn(2, WIDTH2, generator=generator), torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
+    more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
+    names = BaseNames("sdxl", tuple(unet_module(path, UNET_LAYOUT) for path, _ in layers_of(ours)))
+    runs = [
+        lambda model=model: model(latents, torch.tensor([31, 742]), text, **more).sample for model in (ours, theirs)
+    ]
+    return Pair(names, unet_view(ours, UNET_LAYOUT), {"unet": theirs}, *runs)
+
+
+BASES = (
+    Base(
+        name="sdxl",
+        script="sdxl_train_network",
+        module="networks.lora",
+        build=lambda folder: path_argument(build_tiny_sdxl(folder, 53)),
+        adapts_text_encoders=True,
+        written=("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+        runs={"convolutions": ["--network_args", *CONVOLUTIONS], "text_cache": TEXT_CACHE},
+        blocks_to_swap="9",
+        pairs={"sdxl": pair},
+        count_share=0.05,  # buffers inside convolutions are 4 % of so small a model, and less than 0.4 % at full size
+        count_shape=(4, 384, 256),  # with large images small tensors count less
+        merged=("networks.lokr", {"factor": "2", "conv_dim": "2"}),
+        full_size={"SDXL": (1024, write_full_size)},
+        readers=(("sdxl kohya", "AAAAA", kohya("unet.input_blocks.4.1.transformer_blocks.0.attn2.to_k", 2048)),),
+    ),
+)

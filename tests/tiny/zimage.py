@@ -1,15 +1,24 @@
 """A tiny but complete Z-Image model: three files, one file of all, or a diffusers folder."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
+from library.architectures.zimage.adapter_names import KEYS, NAMES, NUM_BLOCKS
 from library.architectures.zimage.model import ZImage, ZImageConfig
-from library.architectures.zimage.reference import diffusers_config, diffusers_state
+from library.architectures.zimage.reference import diffusers_config, diffusers_model, diffusers_state
+from library.models.adapter_views import view_denoiser
+from library.models.loading import build_on_meta_device
+from tests.tiny.base import Base, Deep, Dit, InDiffusers, Pair, pair_of
 from tests.tiny.flux import VAE, ldm_vae
+from tests.tiny.headers import flux_vae, write_headers
 from tests.tiny.init import fixed_init
+from tests.tiny.keys import kohya, lora_of, peft
 from tests.tiny.parts import BASE, Parts, prefixed, tiny_denoiser, write_files, write_folder, write_whole
 
 Layout = Literal["files", "whole", "diffusers"]
@@ -119,3 +128,108 @@ def write_qwen3_tokenizer(folder: Path, special: tuple[str, ...] = SPECIAL) -> i
 def tiny_zimage(seed: int) -> ZImage:
     """Return the denoiser alone, with random weights."""
     return tiny_denoiser(ZImage, CONFIG, seed)
+
+
+# Its inputs, and the output of diffusers' transformer
+
+NUM_TEXT = 40
+LENGTHS = {"whole": (40, 40), "multiple": (32, 32), "one multiple": (5, 31), "uneven": (3, 40)}  # of the captions
+
+
+def inputs(H: int, W: int, lengths: tuple[int, int] = LENGTHS["whole"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return latents, times, text, and the mask of its caption tokens."""
+    g = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 16, H, W, generator=g).requires_grad_()
+    text = torch.randn(2, NUM_TEXT, CONFIG.text_width, generator=g).requires_grad_()
+    mask = torch.tensor([[1] * n + [0] * (NUM_TEXT - n) for n in lengths])
+    return latents, torch.tensor([0.125, 0.875]), text, mask
+
+
+def oracle_output(theirs: Any, latents: Tensor, times: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    """Return diffusers' output; it takes captions as a list without padding and images as one-frame videos."""
+    captions = [states[: int(sample_mask.sum())] for states, sample_mask in zip(text, mask, strict=True)]
+    frames = theirs(list(latents[:, :, None]), times, captions, return_dict=False)[0]
+    return torch.stack(frames)[:, :, 0]
+
+
+def full_size() -> ZImage:
+    return build_on_meta_device(ZImage, FULL_SIZE)
+
+
+def write_full_size(folder: Path) -> list[str]:
+    write_qwen3_tokenizer(folder / "tokenizer")
+    files = {"pretrained_model_name_or_path": full_size(), "text_encoder": full_size_qwen3(), "vae": flux_vae()}
+    return write_headers(folder, files)
+
+
+def diffusers_models() -> dict[str, nn.Module]:
+    from diffusers import ZImageTransformer2DModel
+
+    return {"transformer": ZImageTransformer2DModel()}
+
+
+def pair() -> Pair:
+    ours = tiny_zimage(7)
+    return pair_of(NAMES, ours, diffusers_model(ours), inputs(6, 10, (5, 40)), oracle_output)
+
+
+DIT = Dit(
+    build=build_tiny_zimage,
+    stored_layer="layers.0.attention.qkv",
+    mark="<|im_end|>",
+    encoder="Qwen/Qwen3-4B",
+    names=NAMES,
+    model=partial(tiny_zimage, 7),
+    values=lambda: [value.detach() for value in inputs(6, 10, (5, 40))],
+    theirs=diffusers_model,
+    run_theirs=oracle_output,
+    pipeline="ZImagePipeline",
+    layer=("lora_unet_layers_0_attention_out", "layers.0.attention.to_out.0"),
+    blocks=("layers.",),
+    own=({}, {"embedder_dims": "[2,2,2]", "include_patterns": "['.*']"}),
+    plain={"split_qkv": "True"},
+    trainers=[
+        (name, True) for name in ("musubi-tuner", "ai-toolkit", "SimpleTuner", "OneTrainer, kohya", "OneTrainer")
+    ],
+    converted=(
+        "lora_unet_layers_0_attention_qkv.lora_down.weight",
+        "diffusion_model.layers.0.attention.qkv.lora_A.weight",
+        "diffusion_model.layers.0.attention.to_q.lora_A.weight",
+    ),
+    architectures={"files": "Z-Image", "whole": "Z-Image"},
+)
+BASES = (
+    Base(
+        name="zimage",
+        script="zimage_train_network",
+        module="networks.lora_zimage",
+        build=lambda folder: build_tiny_zimage(folder, 60),
+        written=("zimage", "Z-Image"),
+        deeper={"num_layers": 6},
+        is_velocity_reversed=True,
+        default_shift=2.0,
+        deep=Deep(
+            lambda: ZImage(replace(CONFIG, num_layers=6)),
+            lambda: tuple(value.detach() for value in inputs(8, 6, (5, 40))),
+            view_denoiser,
+            most_graphs=6,
+        ),
+        pairs={"zimage": pair},
+        verified={"zimage": lambda: tiny_denoiser(ZImage, replace(CONFIG, num_layers=4), 67)},
+        merged=("networks.lora_zimage", {"include_patterns": "['.*']"}),
+        full_size={"Z-Image": (1024, write_full_size)},
+        readers=(
+            ("zimage, as it is saved", "ANNAN", peft("diffusion_model.layers.0.attention.to_q", 3840)),
+            ("zimage, its last part", "ANNAN", peft("diffusion_model.layers.0.attention.to_out.0", 3840)),
+            ("zimage diffusers", "ANNAN", peft("transformer.layers.0.attention.to_q", 3840)),
+            ("zimage kohya", "ANNAN", kohya("unet.layers.0.attention.qkv", 3840)),
+            ("zimage kohya, by musubi-tuner", "NNNAN", kohya("unet.layers.0.attention.to_q", 3840)),
+            ("zimage generic", "ANNNN", peft("diffusion_model.layers.0.attention.qkv", 3840)),
+            ("zimage generic, feed-forward", "ANNAN", peft("diffusion_model.layers.0.feed_forward.w1", 3840)),
+        ),
+        listing=lambda: lora_of(full_size(), KEYS.linear_paths(NUM_BLOCKS)),
+        in_diffusers=InDiffusers(diffusers_models, "ZImageLoraLoaderMixin"),
+        in_comfyui="default",
+        dit=DIT,
+    ),
+)
