@@ -4,7 +4,6 @@ import importlib
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,42 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.architectures.specs import list_specs
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.errors import UserError
 from library.protocols import Loader
-from tests.runs.bases import BASES
+from tests.tiny.base import Dit
+from tests.tiny.bases import BASES
 from tests.tiny.changes import assert_same_models, in_two_files, rename_token, without
 from tests.tiny.flux_2 import build_tiny_flux_2
-from tests.tiny.krea2 import build_tiny_krea2
-from tests.tiny.qwen_image_21 import build_tiny_qwen_image_21
-from tests.tiny.zimage import build_tiny_zimage
 
 BASE = "--pretrained_model_name_or_path"
 
 
-@dataclass(frozen=True)
-class Dit:
-    """A tiny model of one base model that uses musubi-tuner's options."""
-
-    build: Callable[..., list[str]]  # folder, seed, layout
-    layer: str  # stored as fp8 codes with one scale
-    mark: str  # a token of the text encoder's template
-    hub_name: str  # of the text encoder
-
-
-DITS: Mapping[str, Dit] = {
-    "zimage": Dit(build_tiny_zimage, "layers.0.attention.qkv", "<|im_end|>", "Qwen/Qwen3-4B"),
-    "flux_2": Dit(build_tiny_flux_2, "double_blocks.0.img_attn.qkv", "<think>", "Qwen/Qwen3-4B"),
-    "krea2": Dit(build_tiny_krea2, "blocks.0.attn.wq", "<|im_end|>", "Qwen/Qwen3-VL-4B-Instruct"),
-    "qwen_image_21": Dit(
-        build_tiny_qwen_image_21, "transformer_blocks.0.attn.to_q", "<|image_pad|>", "Qwen/Qwen3-VL-8B-Instruct"
-    ),
-}
-
-
-def spec_of(name: str) -> BaseModelSpec:
-    return next(spec for spec in list_specs() if spec.script == f"{BASES[name].script}.py")
+DITS: Mapping[str, Dit] = {name: base.dit for name, base in BASES.items() if base.dit is not None}
 
 
 def parse_options(spec: BaseModelSpec, arguments: list[str]) -> Any:
@@ -58,7 +33,7 @@ def parse_options(spec: BaseModelSpec, arguments: list[str]) -> Any:
 
 def open_tiny(name: str, arguments: list[str]) -> Loader:
     loaded = importlib.import_module(f"library.architectures.{name}.load").open_loader(
-        parse_options(spec_of(name), arguments)
+        parse_options(BASES[name].spec, arguments)
     )
     return loaded[0] if isinstance(loaded, tuple) else loaded  # type: ignore[no-any-return]  # FLUX.2 adds its release
 
@@ -83,7 +58,7 @@ def test_a_sharded_model_is_given_by_its_first_file(name: str, tiny: list[str], 
 
 
 def test_fp8_files_load_with_their_scales(name: str, tiny: list[str], tmp_path: Path) -> None:
-    state, layer = load_file(tiny[1]), DITS[name].layer
+    state, layer = load_file(tiny[1]), DITS[name].stored_layer
     scale = state[f"{layer}.weight"].abs().max() / 448
     codes = (state[f"{layer}.weight"] / scale).to(torch.float8_e4m3fn)
     other = {**state, f"{layer}.weight": codes, f"{layer}.scale_weight": scale, "scaled_fp8": torch.zeros(2)}
@@ -112,9 +87,9 @@ def test_a_tokenizer_without_the_special_tokens_of_the_template_is_refused(name:
     dit = DITS[name]
     arguments = dit.build(tmp_path, 3)
     rename_token(tmp_path / "tokenizer", dit.mark)
-    message = f"has no {dit.mark}: it belongs to another model; use that of {dit.hub_name}"
+    message = f"has no {dit.mark}: it belongs to another model; use that of {dit.encoder}"
     with pytest.raises(UserError, match=re.escape(message)):
-        spec_of(name).build(parse_options(spec_of(name), arguments))
+        BASES[name].spec.build(parse_options(BASES[name].spec, arguments))
 
 
 # Other models' files
@@ -144,9 +119,9 @@ def test_the_error_for_a_file_of_another_model_names_its_script(
 ) -> None:
     arguments, other = list(arguments_by_model[script_of]), arguments_by_model[file_of]
     arguments[arguments.index(BASE) + 1] = other[other.index(BASE) + 1]
-    is_called = rf"this is {re.escape(spec_of(file_of).called)} (model|checkpoint); " if file_of in DITS else ""
+    is_called = rf"this is {re.escape(BASES[file_of].spec.called)} (model|checkpoint); " if file_of in DITS else ""
     with pytest.raises(UserError, match=rf"{is_called}use {BASES[file_of].script}\.py"):
-        spec_of(script_of).build(parse_options(spec_of(script_of), arguments))
+        BASES[script_of].spec.build(parse_options(BASES[script_of].spec, arguments))
 
 
 @pytest.mark.parametrize(
@@ -155,6 +130,8 @@ def test_the_error_for_a_file_of_another_model_names_its_script(
     ids=[*DITS, "flux_2 dev"],
 )
 def test_a_folder_is_recognised_by_its_pipeline(name: str, build: Callable[..., list[str]], tmp_path: Path) -> None:
-    flux = spec_of("flux")
-    with pytest.raises(UserError, match=rf"this is {re.escape(spec_of(name).called)} model; use {name}_train_network"):
+    flux = BASES["flux"].spec
+    with pytest.raises(
+        UserError, match=rf"this is {re.escape(BASES[name].spec.called)} model; use {name}_train_network"
+    ):
         flux.build(parse_options(flux, build(tmp_path, 3, "diffusers")[:2]))

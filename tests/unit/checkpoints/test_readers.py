@@ -1,7 +1,6 @@
 """The rules for which keys of an adapter file each inference program uses, one case each."""
 
 import re
-from collections.abc import Callable
 
 import pytest
 
@@ -10,31 +9,10 @@ from library.architectures.specs import list_specs
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.compatibility import Reading, describe, problems, readings
 from library.checkpoints.recognition import base_in_metadata, recognise_adapter
-
-Shapes = dict[str, tuple[int, ...]]
-
-SD1_UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
-SD1_FF = "unet.down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2"
-SD1_ORIGINAL = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k"
-CLIP = "text_model.encoder.layers.{}.self_attn.q_proj"
-
-
-def kohya(path: str, width: int = 768, num_outputs: int = 320) -> Shapes:
-    name = path.replace("text_encoder.", "lora_te.").replace("unet.", "lora_unet.").replace(".", "_")
-    down, up = (4, width), (num_outputs, 4)
-    return {f"{name}.alpha": (), f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-
-
-def peft(path: str, width: int = 768, num_outputs: int = 320) -> Shapes:
-    return {f"{path}.lora_A.weight": (4, width), f"{path}.lora_B.weight": (num_outputs, 4)}
-
-
-def clips(make: Callable[[str, int], Shapes], prefix: str, width: int = 768) -> Shapes:
-    """Return seven modules of a text encoder."""
-    shapes: Shapes = {}
-    for layer in range(7):
-        shapes |= make(prefix + CLIP.format(layer), width)
-    return shapes
+from tests.tiny.bases import BASES
+from tests.tiny.keys import Shapes, kohya, peft
+from tests.tiny.lumina import full_block
+from tests.tiny.sd import CLIP_LAYER, SD1_FF, SD1_UNET, clips
 
 
 def usage_letters(shapes: Shapes) -> str:
@@ -46,80 +24,7 @@ def reading_of(program: str, shapes: Shapes) -> Reading:
     return next(reading for reading in readings(list_specs(), shapes, {}) if reading.program == program)
 
 
-def lumina_block(place: str, has_modulation: bool = True) -> Shapes:
-    """Return every module of one block in the generic naming."""
-    names = ["attention.qkv", "attention.out", *(f"feed_forward.w{n}" for n in (1, 2, 3))]
-    shapes: Shapes = {}
-    for name in [*names, *(["adaLN_modulation.1"] if has_modulation else [])]:
-        shapes |= peft(f"diffusion_model.{place}.{name}", 2304)
-    return shapes
-
-
-CHROMA = kohya("unet.double_blocks.0.img_attn_qkv", 3072) | kohya("unet.distilled_guidance_layer.in_proj", 64)
-CHROMA_T5: Shapes = {"lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight": (4, 4096),
-                     "lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_up.weight": (4096, 4)}  # fmt: skip
-NAMINGS = [  # ComfyUI, Forge, A1111-style, diffusers, stable-diffusion.cpp
-    ("kohya", "AAAAA", kohya(SD1_UNET) | clips(kohya, "text_encoder.")),
-    ("generic", "ANNNS", peft(SD1_ORIGINAL) | clips(peft, "text_encoders.clip_l.transformer.")),
-    ("generic without text encoder", "AANNA", peft(SD1_ORIGINAL)),
-    ("mixed: generic U-Net, kohya text encoder", "AASNA", peft(SD1_ORIGINAL) | clips(kohya, "text_encoder.")),
-    ("diffusers", "SNNAS", peft(SD1_UNET) | peft(SD1_FF) | clips(peft, "text_encoder.")),
-    ("sd2 kohya", "AAAAS", kohya(SD1_UNET, 1024) | clips(kohya, "text_encoder.", 1024)),
-    ("sd2 diffusers", "SNNAS", peft(SD1_UNET, 1024) | clips(peft, "text_encoder.", 1024)),
-    ("sdxl kohya", "AAAAA", kohya("unet.input_blocks.4.1.transformer_blocks.0.attn2.to_k", 2048)),
-    ("flux kohya", "AANAA", kohya("unet.double_blocks.0.img_attn_qkv", 3072)),
-    ("flux generic", "AANNA", peft("diffusion_model.double_blocks.0.img_attn.qkv", 3072)),
-    ("flux diffusers", "AANAA", peft("transformer.single_transformer_blocks.0.attn.to_q", 3072)),
-    ("chroma kohya", "SANNS", CHROMA | CHROMA_T5),
-    ("chroma generic", "AANNA", peft("diffusion_model.distilled_guidance_layer.in_proj", 64)),
-    ("chroma diffusers", "NNNAA", peft("transformer.distilled_guidance_layer.in_proj", 64)),
-    ("sd3 kohya", "AANNN", kohya("unet.joint_blocks.0.x_block_attn_qkv", 1536)),
-    ("sd3 generic", "AANNA", peft("diffusion_model.joint_blocks.0.x_block.attn.qkv", 1536)),
-    ("sd3 diffusers", "ANNAA", peft("transformer.transformer_blocks.0.attn.to_q", 1536)),
-    ("lumina kohya", "ANNNN", kohya("unet.layers.0.attention.qkv", 2304)),
-    ("lumina generic, a whole block", "ANNAN", lumina_block("layers.0")),
-    ("lumina generic, a part of a block", "ANNNN", peft("diffusion_model.layers.0.attention.qkv", 2304)),
-    ("lumina diffusers", "NNNAN", peft("transformer.noise_refiner.0.attn.to_q", 2304)),
-    ("zimage, as it is saved", "ANNAN", peft("diffusion_model.layers.0.attention.to_q", 3840)),
-    ("zimage, its last part", "ANNAN", peft("diffusion_model.layers.0.attention.to_out.0", 3840)),
-    ("zimage diffusers", "ANNAN", peft("transformer.layers.0.attention.to_q", 3840)),
-    ("zimage kohya", "ANNAN", kohya("unet.layers.0.attention.qkv", 3840)),
-    ("zimage kohya, by musubi-tuner", "NNNAN", kohya("unet.layers.0.attention.to_q", 3840)),
-    ("zimage generic", "ANNNN", peft("diffusion_model.layers.0.attention.qkv", 3840)),
-    ("zimage generic, feed-forward", "ANNAN", peft("diffusion_model.layers.0.feed_forward.w1", 3840)),
-    ("flux.2, as it is saved", "ANNAN", peft("diffusion_model.double_blocks.0.img_attn.qkv", 4096)),
-    ("flux.2 klein 4B", "ANNAN", peft("diffusion_model.single_blocks.0.linear2", 12288)),
-    ("flux.2 diffusers", "ANNAN", peft("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", 3072)),
-    ("flux.2 kohya", "ANNAN", kohya("unet.double_blocks.0.txt_mlp.2", 9216)),
-    ("flux.2 kohya, modulation", "ANNNN", kohya("unet.single_stream_modulation.lin", 3072)),
-    ("flux.2 diffusers, modulation", "NNNAN", peft("transformer.single_stream_modulation.linear", 3072)),
-    ("krea 2, as it is saved", "ANNAN", peft("diffusion_model.blocks.0.attn.wq", 6144)),
-    ("krea 2 kohya", "ANNNN", kohya("unet.blocks.0.mlp.gate", 6144)),
-    ("krea 2 kohya, diffusers' paths", "NNNNN", kohya("unet.transformer_blocks.0.attn.to_gate", 6144)),
-    ("krea 2 diffusers", "ANNAN", peft("transformer.transformer_blocks.0.ff.gate", 6144)),
-    ("krea 2, diffusers' paths in ComfyUI's place", "NNNNN", peft("diffusion_model.text_fusion.projector", 12)),
-    ("qwen-image 2.1, as it is saved", "ANNAN", peft("transformer.transformer_blocks.0.img_mlp.gate_layer", 4096)),
-    ("qwen-image 2.1 generic", "ANNAN", peft("diffusion_model.transformer_blocks.31.attn.to_q", 4096)),
-    ("qwen-image 2.1 generic, gates", "NNNAN", peft("diffusion_model.transformer_blocks.0.img_mlp.gate_layer", 4096)),
-    ("qwen-image 2.1 generic, fused", "ANNNN", peft("diffusion_model.transformer_blocks.0.img_mlp.gate_up", 4096)),
-    ("qwen-image 2.1 diffusers, fused", "NNNNN", peft("transformer.transformer_blocks.0.img_mlp.gate_up", 4096)),
-    ("qwen-image 2.1 kohya", "ANNAN", kohya("unet.transformer_blocks.0.img_mlp.out", 12288)),
-    ("qwen-image 2.1 kohya, proj", "NNNAN", kohya("unet.transformer_blocks.0.img_mlp.proj", 4096)),
-    ("qwen-image 2.1 kohya, gates", "NNNNN", kohya("unet.transformer_blocks.0.img_mlp.gate_layer", 4096)),
-    ("hunyuan, the module paths", "NNNNN", kohya("unet.double_blocks.0.img_mlp.fc1", 3584)),
-    ("hunyuan, ComfyUI's names", "ANNNN", kohya("unet.double_blocks.0.img_mlp.0", 3584)),
-    ("hunyuan diffusers", "NNNNN", peft("transformer.single_transformer_blocks.0.attn.to_q", 3584)),
-    ("hunyuan diffusers, double blocks", "NNNNN", peft("transformer.transformer_blocks.0.attn.to_q", 3584)),
-    ("hunyuan generic", "ANNNN", peft("diffusion_model.double_blocks.0.img_attn.qkv", 3584)),
-    ("anima kohya, self attention", "ANNNA", kohya("unet.blocks.0.self_attn.q_proj", 2048)),
-    ("anima kohya, cross attention", "ANNNN", kohya("unet.blocks.0.cross_attn.q_proj", 2048)),
-    ("anima kohya, output", "ANNNN", kohya("unet.blocks.0.self_attn.output_proj", 2048)),
-    ("anima kohya, all of it", "ANNNS", kohya("unet.blocks.0.self_attn.q_proj", 2048)
-     | kohya("unet.x_embedder.proj.1", 72) | kohya("unet.t_embedder.1.linear_1", 2048)
-     | kohya("unet.final_layer.linear", 2048) | kohya("unet.blocks.0.adaln_modulation_mlp.1", 2048)),
-    ("anima kohya, text adapter", "ANNNN", kohya("unet.llm_adapter.blocks.0.self_attn.q_proj", 1024)),
-    ("anima generic", "ANNAA", peft("diffusion_model.blocks.0.cross_attn.q_proj", 2048)),
-]  # fmt: skip
+NAMINGS = [case for base in BASES.values() for case in base.readers]  # a letter for each of PROGRAMS
 
 
 @pytest.mark.parametrize(("expected", "shapes"), [case[1:] for case in NAMINGS], ids=[case[0] for case in NAMINGS])
@@ -211,7 +116,7 @@ def test_comfyui_ignores_chromas_approximator_under_diffusers_names() -> None:
 
 
 def test_comfyui_ignores_only_the_attention_layers_of_diffusers_names() -> None:
-    reading = reading_of("ComfyUI", peft(SD1_UNET) | peft(SD1_FF) | peft("text_encoder." + CLIP.format(0)))
+    reading = reading_of("ComfyUI", peft(SD1_UNET) | peft(SD1_FF) | peft("text_encoder." + CLIP_LAYER.format(0)))
     assert reading.unused == tuple(peft(SD1_UNET)) and reading.inexact == ()
 
 
@@ -242,7 +147,7 @@ def test_diffusers_refuses_a_mix_of_namings() -> None:
 
 
 def test_diffusers_refuses_the_final_layer_of_lumina_in_the_generic_naming() -> None:
-    body, last = lumina_block("layers.0"), peft("diffusion_model.final_layer.linear", 2304)
+    body, last = full_block("layers.0"), peft("diffusion_model.final_layer.linear", 2304)
     assert reading_of("diffusers", body).amount == "all"
     assert reading_of("diffusers", body | last).amount == "none"
 
@@ -254,7 +159,7 @@ def test_diffusers_ignores_the_input_layers_of_flux(path: str) -> None:
 
 
 def test_diffusers_uses_flux_adapters_of_clip_but_not_of_t5() -> None:
-    clip = {k.replace("lora_te_", "lora_te1_"): s for k, s in kohya("text_encoder." + CLIP.format(0)).items()}
+    clip = {k.replace("lora_te_", "lora_te1_"): s for k, s in kohya("text_encoder." + CLIP_LAYER.format(0)).items()}
     t5 = {
         k.replace("lora_te_", "lora_te3_"): s for k, s in kohya("text_encoder.encoder.block.0.layer.0.q", 4096).items()
     }
@@ -301,7 +206,7 @@ def test_comfyui_diffusers_and_forge_do_not_read_t5_of_sd3_under_diffusers_names
 
 
 TEXT_ONLY = clips(peft, "text_encoder.") | clips(peft, "text_encoder_2.", 1280)
-BOTH_CLIPS = {f"lora_te{n}_{CLIP.format(0).replace('.', '_')}.lora_down.weight": (4, 768) for n in (1, 2)}
+BOTH_CLIPS = {f"lora_te{n}_{CLIP_LAYER.format(0).replace('.', '_')}.lora_down.weight": (4, 768) for n in (1, 2)}
 
 
 @pytest.mark.parametrize("version", ["sdxl_base_v1-0", "5-medium"])
@@ -359,20 +264,16 @@ def test_metadata_distinguishes_base_models_with_the_same_names(key: str, value:
     assert spec is not None and spec.name == ("hunyuan_image" if is_recognised else "flux")
 
 
-HEADERS = {
-    "sd1": ("sd_v1", "stable-diffusion-v1"), "sd2": ("sd_v2_v", "stable-diffusion-v2-768-v"),
-    "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"), "sd3": ("5-medium", "stable-diffusion-3-5-medium"),
-    "flux": ("flux1", "flux-1-dev"), "chroma": ("chroma", "chroma"), "lumina": ("lumina2", "lumina-2"),
-    "hunyuan_image": ("hunyuan-image-2.1", "hunyuan-image-2.1"), "anima": ("anima", "anima-preview"),
-    "zimage": ("zimage", "Z-Image"), "flux_2": ("flux_2_klein_4b", "Flux.2-klein-4b"), "krea2": ("krea2", "Krea-2"),
-    "qwen_image_21": ("qwen_image_21", "Qwen-Image-2.1"), "any_pipeline": ("any_pipeline", "AuraFlowPipeline"),
-}  # fmt: skip
+WRITTEN = {base.spec.name: base.written for base in BASES.values()} | {
+    "any_pipeline": ("any_pipeline", "AuraFlowPipeline")
+}
 
 
 @pytest.mark.parametrize("spec", list_specs(), ids=lambda spec: spec.name)
 def test_the_base_model_is_recognised_from_either_metadata_field(spec: BaseModelSpec) -> None:
-    version, architecture = HEADERS[spec.name]
+    version, architecture = WRITTEN[spec.name]
     assert base_in_metadata(list_specs(), {"ss_base_model_version": version}) is spec
+    assert base_in_metadata(list_specs(), {"ss_base_model_version": f"{version}_of_a_release"}) is spec
     assert base_in_metadata(list_specs(), {"modelspec.architecture": f"{architecture}/lora"}) is spec
 
 
@@ -385,9 +286,9 @@ def test_stable_diffusion_cpp_ignores_q_k_v_of_the_text_encoder_of_sd2() -> None
     out = "text_encoder.text_model.encoder.layers.0.self_attn.out_proj"
     reading = reading_of(
         "stable-diffusion.cpp",
-        kohya(SD1_UNET, 1024) | kohya("text_encoder." + CLIP.format(0), 1024) | kohya(out),
+        kohya(SD1_UNET, 1024) | kohya("text_encoder." + CLIP_LAYER.format(0), 1024) | kohya(out),
     )
-    assert reading.unused == tuple(kohya("text_encoder." + CLIP.format(0)))
+    assert reading.unused == tuple(kohya("text_encoder." + CLIP_LAYER.format(0)))
 
 
 def test_a_program_that_does_not_support_the_base_model_is_reported() -> None:

@@ -119,19 +119,19 @@ def test_a_later_runner_replaces_the_first() -> None:
 
 
 def flux() -> tuple[nn.Module, list[Tensor]]:
-    from tests.parity.test_flux_model import inputs, tiny_flux
+    from tests.tiny.flux import inputs, tiny_flux
 
     return tiny_flux(3), list(inputs(8, 6))
 
 
 def lumina() -> tuple[nn.Module, list[Tensor]]:
-    from tests.parity.test_lumina_model import inputs, tiny_lumina
+    from tests.tiny.lumina import inputs, tiny_lumina
 
     return tiny_lumina(3), list(inputs(8, 6))
 
 
 def anima() -> tuple[nn.Module, list[Tensor]]:
-    from tests.parity.test_anima_model import inputs, tiny_anima
+    from tests.tiny.anima import inputs, tiny_anima
 
     return tiny_anima(4), list(inputs(8, 6))
 

@@ -16,8 +16,8 @@ from library.memory.offload.encoders import count_streamed_bytes, least_bytes, p
 from library.memory.offload.streamed import OffloadedHandle
 from library.memory.planner.stages import Stage
 from tests.parity.tiny_models import opened_with
-from tests.runs.bases import BASES
 from tests.tiers import first_is_fast
+from tests.tiny.bases import BASES
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a red cat", "dog"], ["a dog"]

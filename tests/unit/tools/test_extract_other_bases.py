@@ -1,6 +1,7 @@
 """tools/extract_lora_from_models.py on transformers: a merged change is extracted again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -13,36 +14,31 @@ from library.checkpoints.files import read_metadata
 from networks.core.files.adapter_file import read_adapter_file
 from networks.core.files.renaming import rename
 from networks.core.targets.targets import TargetModule
-from tests.tiers import first_is_fast
-from tests.tiny.anima import build_tiny_anima
+from tests.tiny.base import Base
+from tests.tiny.bases import BASES
 from tests.tiny.chroma import build_tiny_chroma
 from tests.tiny.flux import build_tiny_flux
-from tests.tiny.flux_2 import build_tiny_flux_2
-from tests.tiny.hunyuan_image import build_tiny_hunyuan_image
-from tests.tiny.krea2 import build_tiny_krea2
-from tests.tiny.lumina import build_tiny_lumina
-from tests.tiny.qwen_image_21 import build_tiny_qwen_image_21, with_fused_gates
+from tests.tiny.qwen_image_21 import with_fused_gates
 from tests.tiny.sd3 import build_tiny_sd3
-from tests.tiny.zimage import build_tiny_zimage
 from tests.tolerances import FLOAT32_DEEP
 from tools import extract_lora_from_models, merge_lora
 from tools.base_models import find_adapter_targets, open_base_model, spec_for
 
 SEED, RANK = 41, 3
-BASES: dict[str, tuple[Callable[[Path], str], str]] = {
-    "flux": (lambda folder: build_tiny_flux(folder, SEED)[1], "flux1"),
+
+
+def path_of(base: Base, folder: Path) -> str:
+    arguments = base.build(folder)
+    return arguments[arguments.index("--pretrained_model_name_or_path") + 1]
+
+
+MODELS: Mapping[str, tuple[Callable[[Path], str], str]] = {  # and ss_base_model_version
+    **{name: (partial(path_of, base), base.written[0]) for name, base in BASES.items() if base.is_flow},
     "flux in one file": (lambda folder: build_tiny_flux(folder, SEED + 1, "whole")[1], "flux1"),
-    "chroma": (lambda folder: build_tiny_chroma(folder, SEED + 6)[1], "chroma"),
     "chroma in one file": (lambda folder: build_tiny_chroma(folder, SEED + 7, "whole")[1], "chroma"),
-    "sd3": (lambda folder: str(build_tiny_sd3(folder, SEED + 2, "sd3.5-medium")), "5-medium"),
-    "lumina": (lambda folder: build_tiny_lumina(folder, SEED + 3)[1], "lumina2"),
-    "hunyuan_image": (lambda folder: build_tiny_hunyuan_image(folder, SEED + 4)[1], "hunyuan-image-2.1"),
-    "anima": (lambda folder: build_tiny_anima(folder, SEED + 5)[1], "anima"),
-    "zimage": (lambda folder: build_tiny_zimage(folder, SEED + 8)[1], "zimage"),
-    "flux_2": (lambda folder: build_tiny_flux_2(folder, SEED + 9)[1], "flux_2"),
-    "krea2": (lambda folder: build_tiny_krea2(folder, SEED + 10)[1], "krea2"),
-    "qwen_image_21": (lambda folder: build_tiny_qwen_image_21(folder, SEED + 10)[1], "qwen_image_21"),
+    "sd3.5": (lambda folder: str(build_tiny_sd3(folder, SEED + 2, "sd3.5-medium")), "5-medium"),
 }
+CASES = [name if name == "flux" else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 
 
 def write_tuned_checkpoint(base: Path, save_to: Path, target_modules: list[TargetModule]) -> None:
@@ -58,9 +54,9 @@ def write_tuned_checkpoint(base: Path, save_to: Path, target_modules: list[Targe
     save_file(tensors, save_to)
 
 
-@pytest.mark.parametrize("name", first_is_fast(BASES))
+@pytest.mark.parametrize("name", CASES)
 def test_the_extracted_lora_merged_back_gives_the_tuned_checkpoint(tmp_path: Path, name: str) -> None:
-    build, version = BASES[name]
+    build, version = MODELS[name]
     base = Path(build(tmp_path))
     _, target_modules = find_adapter_targets(open_base_model("base", base), with_convolutions=False)
     assert len(target_modules) > 5
@@ -82,7 +78,7 @@ def test_the_extracted_lora_merged_back_gives_the_tuned_checkpoint(tmp_path: Pat
 
 def test_a_lora_is_extracted_from_files_with_fused_layers(tmp_path: Path) -> None:
     """Qwen-Image 2.1's gate layers may be fused in either file; the LoRA is the same."""
-    base = Path(BASES["qwen_image_21"][0](tmp_path))
+    base = Path(MODELS["qwen_image_21"][0](tmp_path))
     write_tuned_checkpoint(
         base, tmp_path / "tuned", find_adapter_targets(open_base_model("base", base), with_convolutions=False)[1]
     )

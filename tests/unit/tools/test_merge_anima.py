@@ -13,9 +13,8 @@ from library.checkpoints.files import read_metadata
 from networks import lora_anima
 from networks.core.files.adapter_file import read_adapter_file, save_adapter_file
 from networks.core.files.renaming import rename
-from tests.parity.test_anima_model import inputs
 from tests.tiers import first_is_fast
-from tests.tiny.anima import build_tiny_anima
+from tests.tiny.anima import build_tiny_anima, inputs
 from tests.tolerances import FLOAT32_DEEP
 from tests.unit.architectures.anima.test_load import open_tiny
 from tests.unit.networks.toy import randomize

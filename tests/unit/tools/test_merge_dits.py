@@ -1,7 +1,6 @@
-"""tools/merge_lora.py and tools/convert_lora.py on four base models: the merged checkpoint computes what the model
+"""tools/merge_lora.py and tools/convert_lora.py: the merged checkpoint computes what the model
 with the adapter did, in every naming."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,52 +19,22 @@ from tests.tolerances import FLOAT32_DEEP
 from tests.unit.architectures import test_dit_files
 from tools import convert_lora, merge_lora
 
-KEYS: Mapping[
-    str, tuple[str, str, str]
-] = {  # the first key of a converted file in the naming of kohya, ComfyUI and diffusers
-    "zimage": (
-        "lora_unet_layers_0_attention_qkv.lora_down.weight",
-        "diffusion_model.layers.0.attention.qkv.lora_A.weight",
-        "diffusion_model.layers.0.attention.to_q.lora_A.weight",
-    ),
-    "flux_2": (
-        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
-        "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight",
-        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
-    ),
-    "krea2": (
-        "lora_unet_blocks_0_attn_wq.lora_down.weight",
-        "diffusion_model.blocks.0.attn.wq.lora_A.weight",
-        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
-    ),
-    "qwen_image_21": (
-        "lora_unet_transformer_blocks_0_img_mlp_gate_layer.lora_down.weight",
-        "diffusion_model.transformer_blocks.0.img_mlp.gate_layer.lora_A.weight",
-        "transformer.transformer_blocks.0.img_mlp.gate_layer.lora_A.weight",
-    ),
-}
-ARCHITECTURES: Mapping[tuple[str, str], str] = {  # modelspec.architecture of a merged file
-    ("zimage", "files"): "Z-Image",
-    ("zimage", "whole"): "Z-Image",
-    ("flux_2", "files"): "Flux.2-klein-4b",
-    ("flux_2", "whole"): "Flux.2-dev",
-    ("krea2", "files"): "Krea-2",
-    ("krea2", "whole"): "Krea-2",
-    ("qwen_image_21", "files"): "Qwen-Image-2.1",
-    ("qwen_image_21", "whole"): "Qwen-Image-2.1",  # its file fuses two of the layers
+ARCHITECTURES = {
+    (name, layout): architecture
+    for name, case in DITS.items()
+    for layout, architecture in case.dit.architectures.items()
 }
 
 
 @pytest.mark.parametrize("naming", first_is_fast(["kohya", "generic", "diffusers"]))
 @pytest.mark.parametrize(("name", "layout"), ARCHITECTURES)
 def test_the_merged_checkpoint_matches_the_adapted_model(tmp_path: Path, name: str, layout: Any, naming: Any) -> None:
-    dit = DITS[name]
+    case, dit = DITS[name], DITS[name].dit
     is_dev = ARCHITECTURES[name, layout] == "Flux.2-dev"
-    build = test_dit_files.DITS[name].build
-    arguments = build_tiny_flux_2(tmp_path, 33, layout, is_dev=True) if is_dev else build(tmp_path, 33, layout)
+    arguments = build_tiny_flux_2(tmp_path, 33, layout, is_dev=True) if is_dev else dit.build(tmp_path, 33, layout)
     denoiser = test_dit_files.open_tiny(name, arguments).denoiser()
     values, lora = dit.values(), tmp_path / "lora.safetensors"
-    base, expected = save_trained(dit.module, lora, dit.own[-1], denoiser, lambda: denoiser(*values))
+    base, expected = save_trained(case.module, lora, dit.own[-1], denoiser, lambda: denoiser(*values))
     assert (expected - base).abs().max() > 0.01
     save_adapter_file(tmp_path / "renamed.safetensors", rename(read_adapter_file(lora), dit.names, naming).file)
     merged = tmp_path / "merged.safetensors"
@@ -77,7 +46,7 @@ def test_the_merged_checkpoint_matches_the_adapted_model(tmp_path: Path, name: s
     assert read_metadata(merged)["modelspec.architecture"] == ARCHITECTURES[name, layout]
 
 
-@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("name", DITS)
 def test_a_merged_lora_has_the_names_of_a_trained_one(name: str, tmp_path: Path) -> None:
     """ComfyUI would ignore some layers under kohya's names."""
     path, to = tmp_path / "lora.safetensors", tmp_path / "merged.safetensors"
@@ -92,13 +61,13 @@ def test_a_merged_lora_has_the_names_of_a_trained_one(name: str, tmp_path: Path)
         torch.testing.assert_close(merged.modules[module.name].weight(), 1.25 * module.weight(), **FLOAT32_DEEP)
 
 
-@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("name", DITS)
 def test_the_command_converts_into_every_naming(name: str, tmp_path: Path) -> None:
     lora = tmp_path / "lora.safetensors"
     DITS[name].trained_file(DITS[name].module, lora, {})
     if name == "flux_2":
         save_file(load_file(lora), lora, {"ss_base_model_version": "flux_2"})  # sizes do not identify a tiny model
-    for naming, key in zip(("kohya", "generic", "diffusers"), KEYS[name], strict=True):
+    for naming, key in zip(("kohya", "generic", "diffusers"), DITS[name].dit.converted, strict=True):
         path = tmp_path / f"{naming}.safetensors"
         assert convert_lora.main(["--model", str(lora), "--save_to", str(path), "--to", naming]) == 0
         assert key in {name for module in read_adapter_file(path).modules.values() for name in module.keys.values()}

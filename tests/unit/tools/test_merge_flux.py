@@ -12,9 +12,8 @@ from library.checkpoints.files import read_metadata
 from networks import lora_flux
 from networks.core.files.adapter_file import read_adapter_file, save_adapter_file
 from networks.core.files.renaming import rename
-from tests.parity.test_flux_model import inputs
 from tests.tiers import first_is_fast
-from tests.tiny.flux import build_tiny_flux, tiny_flux
+from tests.tiny.flux import build_tiny_flux, inputs, tiny_flux
 from tests.tolerances import FLOAT32_DEEP
 from tests.unit.networks.toy import randomize
 from tools import merge_lora

@@ -14,8 +14,7 @@ from library.models.adapter_views import view_denoiser
 from networks import lora_hunyuan_image
 from networks.core.files.adapter_file import read_adapter_file, save_adapter_file
 from networks.core.files.renaming import rename
-from tests.parity.test_hunyuan_image_model import inputs
-from tests.tiny.hunyuan_image import build_tiny_hunyuan_image, tiny_hunyuan_image
+from tests.tiny.hunyuan_image import build_tiny_hunyuan_image, inputs, tiny_hunyuan_image
 from tests.tolerances import FLOAT32_DEEP
 from tests.unit.networks.toy import randomize
 from tools import merge_lora

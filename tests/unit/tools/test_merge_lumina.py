@@ -15,9 +15,8 @@ from library.models.adapter_views import view_both
 from networks import lora_lumina
 from networks.core.files.adapter_file import read_adapter_file, save_adapter_file
 from networks.core.files.renaming import rename
-from tests.parity.test_lumina_model import inputs
 from tests.tiers import first_is_fast
-from tests.tiny.lumina import build_tiny_lumina
+from tests.tiny.lumina import build_tiny_lumina, inputs
 from tests.tolerances import FLOAT32_DEEP
 from tests.unit.architectures.lumina.test_load import open_tiny
 from tests.unit.networks.toy import randomize

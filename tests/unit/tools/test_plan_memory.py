@@ -10,7 +10,7 @@ from library.memory.planner.gpus import GIB
 from library.memory.planner.steps import compute_peak_bytes
 from library.memory.planner.weights import StorageCost
 from tests.contracts.header_only import FULL_SIZE
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 from tests.unit.memory.planner.made_up import allocated_peak
 from tools.plan_memory import count, main
 

@@ -6,8 +6,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +17,7 @@ from torch import Tensor, nn
 from library.architectures.specs import list_specs
 from library.models.reference import select_first_and_last, with_weights
 from library.training.config_file import SECRETS
-from tests.tiny.anima import tiny_anima
-from tests.tiny.chroma import tiny_chroma
-from tests.tiny.flux import tiny_flux
-from tests.tiny.flux_2 import tiny_flux_2
-from tests.tiny.hunyuan_image import tiny_hunyuan_image
-from tests.tiny.init import fixed_init
-from tests.tiny.krea2 import tiny_krea2
-from tests.tiny.lumina import tiny_lumina
-from tests.tiny.qwen_image_21 import tiny_qwen_image_21
-from tests.tiny.sd3 import CONFIGS, tiny_mmdit
-from tests.tiny.zimage import tiny_zimage
+from tests.tiny.bases import BASES
 from tools import verify
 from tools.plan_memory import read_training_options
 from tools.verify import (
@@ -44,32 +32,9 @@ from tools.verify import (
 EXACT = 1e-5  # of the largest value, in float32
 
 
-def of_size(model: Any, seed: int, **changes: Any) -> Any:
-    """Return a model of the same class with random weights and other sizes."""
-    with torch.device("meta"):
-        other = type(model)(replace(model.config, **changes))
-    other.load_state_dict(fixed_init(other, seed), assign=True)
-    return other.requires_grad_(False).eval()
-
-
-def denoisers() -> dict[str, Callable[[], nn.Module]]:
-    """Return model builders by name; most models have more blocks than are compared."""
-    streams, refined = {"num_double": 3, "num_single": 4}, {"num_layers": 4}
-    builders: dict[str, Callable[[], nn.Module]] = {
-        "flux": lambda: of_size(tiny_flux(61), 61, **streams),
-        "flux schnell": lambda: tiny_flux(63, has_guidance=False),
-        "flux chroma": lambda: of_size(tiny_chroma(62), 62, **streams),
-        "flux chroma with one block": lambda: of_size(tiny_chroma(64), 64, num_double=1, num_single=1),
-        "lumina": lambda: of_size(tiny_lumina(66), 66, **refined),
-        "zimage": lambda: of_size(tiny_zimage(67), 67, **refined),
-        "anima": lambda: of_size(tiny_anima(68), 68, num_blocks=4),
-        "hunyuan_image": lambda: of_size(tiny_hunyuan_image(69), 69, **streams),
-        "flux_2 klein": lambda: of_size(tiny_flux_2(70), 70, **streams),
-        "flux_2 dev": lambda: of_size(tiny_flux_2(71, is_dev=True), 71, **streams),
-        "krea2": lambda: of_size(tiny_krea2(72), 72, num_blocks=3),
-        "qwen_image_21": lambda: of_size(tiny_qwen_image_21(73), 73, num_blocks=3),
-    }
-    return builders | {f"sd3 {name}": partial(tiny_mmdit, config, 65) for name, config in CONFIGS.items()}
+DENOISERS: Mapping[str, Callable[[], nn.Module]] = {  # most have more blocks than are compared
+    name: build for base in BASES.values() for name, build in base.verified.items()
+}
 
 
 def package_of(model: nn.Module) -> str:
@@ -84,20 +49,20 @@ def difference(model: nn.Module) -> float:
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("name", denoisers())
+@pytest.mark.parametrize("name", DENOISERS)
 def test_our_denoisers_match_diffusers_in_their_first_and_last_blocks(name: str) -> None:
-    assert difference(denoisers()[name]()) < EXACT
+    assert difference(DENOISERS[name]()) < EXACT
 
 
 def test_each_of_our_denoisers_is_compared() -> None:
     """Every package with its own denoiser has a reference."""
     packages = {Path(spec.build.__code__.co_filename).parent for spec in list_specs()}
     expected = {folder.name for folder in packages if (folder / "model.py").exists()}
-    assert expected == {name.split()[0] for name in denoisers()}
+    assert expected == {name.split()[0] for name in DENOISERS}
     assert all((folder / "reference.py").exists() for folder in packages if folder.name in expected)
 
 
-@pytest.mark.parametrize("name", {name.split()[0]: name for name in denoisers()}.values())
+@pytest.mark.parametrize("name", DENOISERS)
 def test_a_denoiser_with_other_outputs_is_detected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In diffusers' class, one matrix of the last block is a tenth larger."""
 
@@ -105,7 +70,7 @@ def test_a_denoiser_with_other_outputs_is_detected(name: str, monkeypatch: pytes
         last = [key for key, tensor in state.items() if re.search(r"(blocks|layers)\.\d", key) and tensor.ndim == 2][-1]
         return with_weights(model, {**state, last: 1.1 * state[last]})
 
-    model = denoisers()[name]()
+    model = DENOISERS[name]()
     module = importlib.import_module(f"{package_of(model)}.reference")
     monkeypatch.setattr(module, "with_weights", with_another_weight)
     assert difference(model) > 100 * EXACT
@@ -114,7 +79,7 @@ def test_a_denoiser_with_other_outputs_is_detected(name: str, monkeypatch: pytes
 def test_a_class_that_the_installed_diffusers_lacks_is_reported_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     import diffusers
 
-    model = denoisers()["lumina"]()
+    model = DENOISERS["lumina"]()
     assert re.fullmatch(r"first and last blocks differ .*", compare_with_diffusers(model, package_of(model)).found)
     monkeypatch.delattr(diffusers, "Lumina2Transformer2DModel")
     monkeypatch.delitem(diffusers._class_to_module, "Lumina2Transformer2DModel")

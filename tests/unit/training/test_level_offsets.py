@@ -1,6 +1,7 @@
 """custom_attributes.timestep_sampling.offset shifts the noise levels of its own subset only."""
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,40 +17,17 @@ from library.options.training.loss import LossOptions
 from library.options.training.noise import NoiseOptions
 from library.training.models.opening import idle_offsets
 from library.training.step.losses import add_noise_to
+from tests.tiny.bases import BASES
 from tests.unit.data.builders import write_config
 
 OFFSETS = [0.0, 0.5, -0.25]
-FACTOR = {
-    "anima": 0.7,
-    "flux": 0.7,
-    "flux_2": 0.7,
-    "hunyuan_image": 0.7,
-    "krea2": 0.7,
-    "lumina": 0.7,
-    "qwen_image_21": 0.7,
-    "sd3": 1.4,
-    "zimage": 0.7,
-}  # applied to the normal variate
-WORDS = {
-    "anima": ["--sigmoid_scale", "0.7"],
-    "flux": ["--timestep_sampling", "flux_shift", "--sigmoid_scale", "0.7"],
-    "flux_2": ["--sigmoid_scale", "0.7"],
-    "hunyuan_image": ["--timestep_sampling", "shift", "--sigmoid_scale", "0.7"],
-    "krea2": ["--sigmoid_scale", "0.7"],
-    "lumina": ["--sigmoid_scale", "0.7"],
-    "qwen_image_21": ["--sigmoid_scale", "0.7"],
-    "zimage": ["--sigmoid_scale", "0.7"],
-    "sd3": ["--weighting_scheme", "logit_normal", "--logit_std", "1.4", "--training_shift", "2"],
-}
+MODELS = [name for name, base in BASES.items() if base.is_flow and not base.spec.script_flag]
 
 
-def objective_of(model: str, words: list[str]) -> Any:
-    options = importlib.import_module(f"library.architectures.{model}.options")
-    kind = next(value for name, value in vars(options).items() if name.lower() == model.replace("_", "") + "options")
-    parser = importlib.import_module(f"{model}_train_network").setup_parser()
-    return importlib.import_module(f"library.architectures.{model}.assembly").build_objective(
-        kind.from_args(parser.parse_args(words))
-    )
+def objective_of(model: str, words: Sequence[str]) -> Any:
+    base = BASES[model]
+    parser = importlib.import_module(base.script).setup_parser()
+    return base.assembly.build_objective(base.spec.options.from_args(parser.parse_args(words)))
 
 
 def noised(objective: Any, attributes: list[dict[str, Any]]) -> Any:
@@ -66,14 +44,16 @@ def logits(sigmas_B: Tensor) -> Tensor:
     return torch.logit(sigmas_B.double())
 
 
-@pytest.mark.parametrize("model", sorted(WORDS))
+@pytest.mark.parametrize("model", MODELS)
 def test_the_offset_shifts_the_logit_of_a_noise_level(model: str) -> None:
-    objective = objective_of(model, WORDS[model])
+    objective = objective_of(model, BASES[model].offset_words)
     plain = noised(objective, [{}, {"other": 1}, {"timestep_sampling": {}}])
     moved = noised(objective, [{"timestep_sampling": {"offset": offset}} for offset in OFFSETS])
     difference_B = logits(moved.sigmas_B) - logits(plain.sigmas_B)
     atol = 0.05 if model == "sd3" else 1e-4  # whole thousandths there
-    torch.testing.assert_close(difference_B, FACTOR[model] * torch.tensor(OFFSETS).double(), rtol=0, atol=atol)
+    torch.testing.assert_close(
+        difference_B, BASES[model].offset_factor * torch.tensor(OFFSETS).double(), rtol=0, atol=atol
+    )
     assert torch.equal(moved.noise_BCHW, plain.noise_BCHW) and moved.sigmas_B[0] == plain.sigmas_B[0]
 
 

@@ -12,18 +12,23 @@ from PIL import Image
 
 from library.training.command_line.main import main
 from library.training.command_line.show_timesteps import BAR_WIDTH, MARGIN, NUM_BINS, NUM_DRAWS, PLOT_HEIGHT
+from tests.tiny.bases import BASES
 
 Cdf = Callable[[float], float]
-MODELS = ["anima", "flux", "flux_2", "hunyuan_image", "krea2", "lumina", "qwen_image_21", "sd3", "zimage"]
+MODELS = [name for name, base in BASES.items() if base.is_flow and not base.spec.script_flag]
 
 
 def run(model: str, *words: str) -> int:
-    script = importlib.import_module(f"{model}_train_network")
-    options = importlib.import_module(f"library.architectures.{model}.options")
-    kind = next(value for name, value in vars(options).items() if name.lower() == model.replace("_", "") + "options")
-    parts = importlib.import_module(f"library.architectures.{model}.assembly")
-    parser, objective = script.setup_parser(), parts.build_objective
-    return main(parser, kind, parts.build, list(words), latents=parts.LATENTS, objective=objective)
+    base, script = BASES[model], importlib.import_module(BASES[model].script)
+    parts = base.assembly
+    return main(
+        script.setup_parser(),
+        base.spec.options,
+        parts.build,
+        list(words),
+        latents=parts.LATENTS,
+        objective=parts.build_objective,
+    )
 
 
 def normal_behind(mean: float, deviation: float, shift: float = 1.0) -> Cdf:
@@ -61,11 +66,7 @@ def evenly_pushed(level: float) -> float:
 @pytest.mark.parametrize(
     ("model", "words", "cdf"),
     [
-        ("anima", [], normal_behind(0, 1)),
-        ("zimage", [], normal_behind(0, 1, 2.0)),
-        ("qwen_image_21", [], normal_behind(0, 1, 3.0)),
-        ("flux_2", [], normal_behind(0, 1, FLUX_1024)),
-        ("krea2", [], normal_behind(0, 1, math.exp(0.5 + 0.65 * (4096 - 256) / (6400 - 256)))),
+        *((n, [], normal_behind(0, 1, b.default_shift)) for n, b in BASES.items() if b.default_shift is not None),
         ("krea2", ["--show_timesteps_resolution", "1280"], normal_behind(0, 1, math.exp(1.15))),
         ("flux_2", ["--show_timesteps_resolution", "256"], normal_behind(0, 1, math.exp(0.5))),
         (
