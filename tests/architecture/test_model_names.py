@@ -10,6 +10,7 @@ import pytest
 
 from library.architectures.specs import list_specs
 from library.checkpoints.base_model_spec import BaseModelSpec
+from tests.tiny.bases import BASES
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ROOT / "library" / "architectures"
@@ -28,15 +29,8 @@ MAY_NAME_MODELS = {
     "library/flux_train_utils.py": DOORS,
     "library/model_util.py": DOORS,
     "library/sdxl_model_util.py": DOORS,
-    "networks/lora_anima.py": DOORS,
-    "networks/lora_flux.py": DOORS,
-    "networks/lora_flux_2.py": DOORS,
-    "networks/lora_hunyuan_image.py": DOORS,
-    "networks/lora_krea2.py": DOORS,
-    "networks/lora_lumina.py": DOORS,
-    "networks/lora_qwen_image_21.py": DOORS,
-    "networks/lora_sd3.py": DOORS,
-    "networks/lora_zimage.py": DOORS,
+    # the network modules for one model
+    **{f"{base.module.replace('.', '/')}.py": DOORS for base in BASES.values() if base.module != "networks.lora"},
     "networks/oft_flux.py": DOORS,
     "networks/convert_flux_lora.py": DOORS,
     "networks/convert_anima_lora_to_comfy.py": DOORS,

@@ -12,43 +12,18 @@ from typing import Any
 
 import pytest
 
+from library.architectures.anima.options import AnimaOptions
 from library.architectures.specs import list_specs
-from library.options.train import TrainOptions
 from tests.contracts.help_texts import find_help_problems
-from tests.contracts.test_flags import (
-    CHOICES_OF_OTHERS,
-    FLAGS,
-    LIST,
-    OF_MUSUBI_FOR_FLOW_MODELS,
-    OURS,
-    SINCE_0_11_OF_FLOW_MODELS,
-    actions_of,
-    describe,
-)
+from tests.contracts.test_flags import FLAGS, LIST, actions_of, describe
+from tests.running import STARTED
 
 SCRIPTS = sorted(path.stem.removeprefix("flags_") for path in LIST.parent.glob("flags_*.json") if path != LIST)
 ADDED: dict[str, list[dict[str, Any]]] = {
     script: json.loads((LIST.parent / f"flags_{script}.json").read_text(encoding="utf-8")) for script in SCRIPTS
 }
-OURS_HERE = {
-    "anima_train_network": {"qwen_image_vae_2d"},
-    "sdxl_train_network": {"text_encoder_batch_size", "correct_crop_coordinates"},
-}
-"""Options that the script of that name in sd-scripts 0.10 does not have, besides `OURS` and those below."""
-OURS_WITH_TEXT_CACHE = {"text_cache_variants", "text_encoder_cpu"}  # HunyuanImage has the second there too
-NUMBER_OF_OPTIONS = {
-    "anima_train_network": 27,
-    "diffusers_train_network": 12,
-    "flux_2_train_network": 32,
-    "flux_train_network": 22,
-    "hunyuan_image_train_network": 21,
-    "krea2_train_network": 34,
-    "lumina_train_network": 20,
-    "qwen_image_21_train_network": 31,
-    "sd3_train_network": 25,
-    "sdxl_train_network": 3,
-    "zimage_train_network": 32,
-}
+EVERYWHERE = {flag["dest"] for flags in (FLAGS, *ADDED.values()) for flag in flags}
+SAMPLING_OF_MUSUBI_TUNER = {"flux2_shift", "qwen_shift", "krea2_shift", "logsnr", "qinglong_flux", "qinglong_qwen"}
 
 
 @cache
@@ -67,7 +42,7 @@ def parse(script: str, *words: str) -> argparse.Namespace:
     ids=lambda value: value if isinstance(value, str) else value["dest"],
 )
 def test_option_is_declared_as_listed(script: str, wanted: dict[str, Any]) -> None:
-    actual = describe(parser_of(script)._option_string_actions[wanted["flags"][0]])
+    actual = describe(parser_of(script)._option_string_actions[wanted["flags"][0]], wanted)
     assert actual == wanted
     assert type(actual["default"]) is type(wanted["default"])
 
@@ -75,26 +50,22 @@ def test_option_is_declared_as_listed(script: str, wanted: dict[str, Any]) -> No
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_there_is_no_unlisted_option(script: str) -> None:
     names = {action.dest for action in actions_of(parser_of(script))}
-    added = {flag["dest"] for flag in ADDED[script]}
-    if script not in ("sdxl_train_network", "diffusers_train_network"):
-        added |= SINCE_0_11_OF_FLOW_MODELS.keys()
-    if script not in ("sdxl_train_network", "sd3_train_network"):
-        added |= OF_MUSUBI_FOR_FLOW_MODELS
-    assert names == TrainOptions.defaults().keys() | added | OURS_WITH_TEXT_CACHE | OURS_HERE.get(script, set())
-    assert names >= OURS.keys()
-    assert len(ADDED[script]) == NUMBER_OF_OPTIONS[script]
+    listed = {flag["dest"] for flag in (*FLAGS, *ADDED[script])}
+    options = STARTED[script].options
+    own = {name for name, facts in options.facts().items() if facts.own}
+    assert names == options.defaults().keys() >= listed
+    assert names <= own | EVERYWHERE
 
 
 def test_every_training_script_has_a_list() -> None:
-    scripts = {spec.script.removesuffix(".py") for spec in list_specs()}
-    assert scripts - {"train_network"} == set(SCRIPTS) == NUMBER_OF_OPTIONS.keys()
+    assert {spec.script.removesuffix(".py") for spec in list_specs()} - {"train_network"} == set(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_flow_models_have_the_timestep_sampling_of_musubi_tuner(script: str) -> None:
     action = parser_of(script)._option_string_actions.get("--timestep_sampling")
     if action is not None:
-        assert set(action.choices or ()) >= CHOICES_OF_OTHERS
+        assert set(action.choices or ()) >= SAMPLING_OF_MUSUBI_TUNER
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -170,3 +141,9 @@ def test_every_abbreviation_of_a_listed_option_still_means_that_option(script: s
             if now != meant:
                 lost[start] = now
     assert not lost
+
+
+def test_the_parser_sets_the_options() -> None:
+    options = AnimaOptions.from_args(parse("anima_train_network", "--qwen3", "q.safetensors", "--attn_mode", "sdpa"))
+    assert (options.text.qwen3, options.computing.attn_mode) == ("q.safetensors", "sdpa")
+    assert (options.flow_sampling.timestep_sampling, options.flow_sampling.discrete_flow_shift) == ("sigmoid", 1.0)

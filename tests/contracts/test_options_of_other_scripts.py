@@ -9,6 +9,7 @@ import pytest
 from library.architectures.scripts import Script, describe_scripts, list_scripts
 from library.architectures.specs import list_specs
 from library.training.command_line.cli import parse
+from tests.tiny.bases import BASES
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +21,8 @@ ALL = {name for script in SCRIPTS for name in script.options.defaults()}
 IN_PROMPTS = {"g", "l"}
 OF_OTHER_PROGRAMS = {  # musubi-tuner, sd-scripts before Anima was released
     "dit", "dit_path", "timestep_sample_method", "gradient_checkpointing_cpu_offload", "dit_dtype", "vae_dtype",
-    "use_32bit_attention", "disable_numpy_memmap", "turbo_dit_cache", "dit_config",
+    "use_32bit_attention", "disable_numpy_memmap", 
+    *(name for base in BASES.values() for name in base.other_options),
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.contracts.test_docs_commands import PAGES, ROOT, commands_of
 from tests.running import Finished, make_images
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 from tests.tiny.flux import build_tiny_flux
 from tests.tiny.sd import build_tiny_sd
 from tests.tiny.sd3 import build_tiny_sd3
@@ -32,15 +32,13 @@ NOT_RUN = {  # start of a command -> where it is tested, or why it cannot run he
     "python3 tools/front_end.py": "tests/runs/test_front_end.py",
     "python3 tools/report.py output/quickstart --serve": "tests/unit/training/report/test_server.py",
     "python3 sdxl_train_network.py --recipe": "tests/runs/test_recipes.py",
-    "python3 flux_2_cache_": "tests/runs/test_flux_2_train_network.py",
-    "python3 krea2_cache_": "tests/runs/test_krea2_train_network.py",
-    "python3 qwen_image_21_cache_": "tests/runs/test_qwen_image_21_train_network.py",
-    "python3 zimage_cache_": "tests/runs/test_zimage_train_network.py",
+    **{f"python3 {name}_cache_": f"tests/runs/test_{name}_train_network.py" for name, b in BASES.items() if b.dit},
     "accelerate launch --multi_gpu": "tests/runs/test_processes.py",
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu": "tests/runs/test_processes.py",
 }
 BASE_OF_SCRIPT = {
-    **{base.script: name for name, base in reversed(BASES.items())}, "train_leco": "sd", "sdxl_train_leco": "sdxl",
+    **{base.script: name for name, base in BASES.items() if not base.spec.script_flag},
+    "train_leco": "sd", "sdxl_train_leco": "sdxl",
 }  # fmt: skip
 EXAMPLES_OF_PAIRS = ("pairs.toml", "preferences.toml", "toy_edits.toml", "toy_preferences.toml", "toy_sizes.toml")
 MANY_TRAININGS = {

@@ -11,18 +11,22 @@ from safetensors import safe_open
 from library.architectures.scripts import ROOT
 from library.training.command_line.recipes import FOLDER, list_recipes
 from tests.running import Finished, make_images
-from tests.runs.bases import BASES
+from tests.tiny.base import Base
+from tests.tiny.bases import BASES
 from tools.recipes import main
 
 Train = Callable[..., Finished]
 NAMES = [recipe.name for recipe in list_recipes()]
-# First word of a recipe's name -> base model name in the tests.
-BASE_OF = {"sd15": "sd", "sd35": "sd3", "flux2": "flux_2", "hunyuan": "hunyuan_image", "qwen": "qwen_image_21"}
 
 
-def base_of(name: str) -> str:
-    word = name.partition("_")[0]
-    return BASE_OF.get(word, word)
+def base_of(name: str) -> Base:
+    """Return the base model of a recipe: one script trains relatives, which a setting selects."""
+    (recipe,) = (recipe for recipe in list_recipes() if recipe.name == name)
+    text = (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
+    bases = [base for base in BASES.values() if f"{base.script}.py" == recipe.script]
+    settings = {base.name: base.spec.script_flag.removeprefix("--").partition(" ") for base in bases}
+    selected = [b for b in bases if (s := settings[b.name])[0] and f'{s[0]} = "{s[2]}"' in text]
+    return (selected or [base for base in bases if not base.spec.script_flag])[0]
 
 
 QUICK = ("sd15_character", "flux_character")
@@ -41,7 +45,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_a_recipe_is_planned_and_dry_run(name: str, train: Train, data: Path) -> None:
     """At 64 px on a simulated GPU no option is ignored, and the largest batch of the dataset is computed."""
-    base = BASES[base_of(name)]
+    base = base_of(name)
     (recipe,) = (candidate for candidate in list_recipes() if candidate.name == name)
     assert recipe.script == f"{base.script}.py" and recipe.title
     size = ["--fit", "12GB"] if "sd15" not in name else []
