@@ -27,19 +27,19 @@ class Certainty(IntEnum):
 
     FAMILY = 1  # shared by several models; used if nothing stronger is found
     PART = 2  # names of a part that other models also have, such as a text encoder
-    SHARED = 3  # names that another model also has, combined with a sign that it lacks
-    OWN = 4  # names or sizes that only this model has
+    NAMES = 3  # names of the layers of its blocks, whatever their size
+    OWN = 4  # names together with sizes, or names of layers that make it what it is
 
 
 @dataclass(frozen=True)
 class Sign:
-    """Evidence of a base model: tensor names in a file, and sizes if other models share the names."""
+    """Evidence of a base model: what it has. All that a sign lists is required; none lists what other models have."""
 
     pattern: str  # regular expression, searched in tensor names
     certainty: Certainty = Certainty.OWN
     width: int | None = None  # a matching tensor must have this many inputs
     num_axes: int | None = None  # and this many dimensions
-    unless: str = ""  # regular expression that no name may match
+    every_name: str = ""  # regular expression that every name in the file must match
 
     def is_in(self, shapes: Shapes) -> bool:
         matching = [shape for name, shape in shapes.items() if re.search(self.pattern, name)]
@@ -47,7 +47,7 @@ class Sign:
             matching = [shape for shape in matching if shape[1:2] == (self.width,)]
         if self.num_axes is not None:
             matching = [shape for shape in matching if len(shape) == self.num_axes]
-        return bool(matching) and not (self.unless and any(re.search(self.unless, name) for name in shapes))
+        return bool(matching) and all(re.search(self.every_name, name) for name in shapes)
 
 
 # --- what inference programs read ---
@@ -133,11 +133,18 @@ class BaseModelSpec:
 
 
 def recognise(
-    specs: Sequence[BaseModelSpec], shapes: Shapes, signs_of: Callable[[BaseModelSpec], Sequence[Sign]]
+    specs: Sequence[BaseModelSpec],
+    shapes: Shapes,
+    signs_of: Callable[[BaseModelSpec], Sequence[Sign]],
+    count_known: Callable[[BaseModelSpec], int] = lambda spec: 0,
 ) -> BaseModelSpec | None:
-    """Return the base model with the strongest sign in a file (the first of equals), or None if there is no sign."""
-    candidates = [
-        (max((sign.certainty for sign in signs_of(spec) if sign.is_in(shapes)), default=0), spec) for spec in specs
-    ]
-    certainty, spec = max(candidates, key=lambda pair: pair[0], default=(0, None))
-    return spec if certainty else None
+    """Return the base model with the strongest sign in a file, or None if there is no sign.
+
+    Of equally strong ones, `count_known` decides, by how much of the file each model knows, then their order.
+    """
+    certainties = [max((sign.certainty for sign in signs_of(s) if sign.is_in(shapes)), default=0) for s in specs]
+    strongest = max(certainties, default=0)
+    if not strongest:
+        return None
+    rivals = [spec for spec, certainty in zip(specs, certainties, strict=True) if certainty == strongest]
+    return rivals[0] if len(rivals) == 1 else max(rivals, key=count_known)

@@ -28,21 +28,29 @@ def recognise_adapter(
     """Return the base model of an adapter file, or None if it cannot be recognised.
 
     `shapes` has every key of the file. The base model in the metadata is trusted unless another one has more of the
-    modules. Without it, sizes decide between base models that share names. Base models share text encoders, so a file
-    with only text encoder keys belongs to the base model in its metadata.
+    modules. Without it, the strongest sign decides, and between equally strong ones the number of modules that a base
+    model has.
+    Base models share text encoders, so a file with only text encoder keys belongs to the base model in its
+    metadata.
     """
     shapes = _add_models(specs, shapes)
     recorded = base_in_metadata(specs, metadata)
-    if recorded is not None and (
-        all(re.match(TEXT_ENCODER, to_underscores(key)) for key in shapes) or _has_most_modules(recorded, specs, shapes)
-    ):
-        return recorded
+    modules = {key.module for key in map(AdapterKey.parse, shapes) if key is not None}
+
+    def count_known(spec: BaseModelSpec) -> int:
+        return sum(spec.names.find(module) is not None for module in modules)
+
+    if recorded is not None:
+        is_text = all(re.match(TEXT_ENCODER, to_underscores(key)) for key in shapes)
+        if is_text or count_known(recorded) == max(map(count_known, specs)) > 0:
+            return recorded
     products = composed_shapes(shapes)
     return recognise(
-        # `recognise` takes the first of equally strong signs, so the recorded base model goes first.
+        # The first of equals is recognised, so the recorded base model goes first.
         sorted(specs, key=lambda spec: spec is not recorded),
         {_flat(key): tuple(shape) if _gives_width(key) else products.get(key, ()) for key, shape in shapes.items()},
         lambda spec: spec.adapter,
+        count_known,
     )
 
 
@@ -62,15 +70,6 @@ def base_in_metadata(specs: Sequence[BaseModelSpec], metadata: Mapping[str, str]
     version, architecture = (metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture"))
     by_version = next((spec for spec in specs if re.match(spec.version, version)), None)
     return by_version or next((spec for spec in specs if re.match(spec.architecture, architecture)), None)
-
-
-def _has_most_modules(
-    recorded: BaseModelSpec, specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int]]
-) -> bool:
-    """Return True if no other base model has more of the file's modules than `recorded`, and it has at least one."""
-    modules = {key.module for key in map(AdapterKey.parse, shapes) if key is not None}
-    num_known = {spec.name: sum(spec.names.find(module) is not None for module in modules) for spec in specs}
-    return num_known[recorded.name] == max(num_known.values()) > 0
 
 
 def require_spec(

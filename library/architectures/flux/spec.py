@@ -33,7 +33,6 @@ CHROMA_ONLY = r"distilled_guidance_layer"
 CHROMA_INPUTS = Gap(
     KOHYA, r"lora_unet_(img|txt)_in", "it does not support LoRA for Chroma's input layers under kohya's names"
 )
-MODULATION = r"_(mod|modulation)_lin|_norm1?(_context)?_linear"  # in blocks; Chroma has none
 
 LOST_INPUTS = Gap(KOHYA, INPUTS, "it does not find FLUX.1's input layers under kohya's names")
 LOST_PARTS = Gap(
@@ -78,10 +77,10 @@ SPECS = (
         script="flux_train_network.py",
         options=FluxOptions,
         build=build,
-        checkpoint=(Sign(r"double_blocks\.|single_transformer_blocks\.", Certainty.SHARED),),
+        checkpoint=(Sign(r"double_blocks\.|single_transformer_blocks\.", Certainty.NAMES),),
         adapter=(
-            Sign(r"^transformer_transformer_blocks_.*_attn_to_q_", width=WIDTH, unless=CHROMA_ONLY),
-            Sign(r"_((double|single)_blocks|single_transformer_blocks)_\d+_", Certainty.SHARED),
+            Sign(r"^transformer_transformer_blocks_.*_attn_to_q_", width=WIDTH),
+            Sign(r"_((double|single)_blocks|single_transformer_blocks)_\d+_", Certainty.NAMES),
         ),
         version=r"flux(?!_2)",
         architecture=r"flux-1",
@@ -111,9 +110,9 @@ SPECS = (
         checkpoint=(Sign(rf"\b{CHROMA_ONLY}\."),),
         adapter=(
             Sign(rf"_{CHROMA_ONLY}_"),
-            # Chroma's blocks have FLUX.1's names: if a file has no other names, its metadata decides.
-            Sign(r"^transformer_transformer_blocks_.*_attn_to_q_", width=WIDTH, unless=MODULATION),
-            Sign(r"_((double|single)_blocks|single_transformer_blocks)_\d+_", Certainty.SHARED, unless=MODULATION),
+            # Chroma's blocks are FLUX.1's without modulation: if a file has no other layers, its metadata decides.
+            Sign(r"^transformer_transformer_blocks_.*_attn_to_q_", width=WIDTH),
+            Sign(r"_((double|single)_blocks|single_transformer_blocks)_\d+_", Certainty.NAMES),
         ),
         version=r"chroma",
         architecture=r"chroma",

@@ -12,12 +12,11 @@ from library.checkpoints.base_model_spec import ALL, DIFFUSERS, KOHYA, NONE, Bas
 from library.checkpoints.weights import Weights, configure
 from library.models.transformer_file import TransformerFile
 
-WIDTHS = (4096, 6144)  # of klein 9B and dev; klein 4B is as wide as FLUX.1
-# Names that FLUX.2 lacks in transformers of the same width: Krea 2's and Qwen-Image 2.1's.
-OTHERS = (
-    r"_attn_to_gate_|_ff_(gate|up|down)_|_img_mlp_(gate_(layer|up)|proj|out)_"
-    r"|(?<!single)_transformer_blocks_(8|9|\d\d)_"
+BLOCKS = (
+    r"_(double|single)_blocks_\d+_"
+    r"|_transformer_blocks_\d+_(attn_(to_(q|k|v|out_0|add_out)|add_[qkv]_proj)|ff(_context)?_linear_in)_"
 )
+WIDTHS = (4096, 6144)  # of klein 9B and dev; klein 4B is as wide as FLUX.1
 # klein 4B is as wide as FLUX.1, but its SwiGLU has another width inside.
 KLEIN_4B_MLP, KLEIN_4B_SINGLE = 9216, 12288  # inputs of the second layers of its MLP and of its single blocks
 
@@ -60,10 +59,7 @@ SPECS = (
         checkpoint=(Sign(r"(^|\.)(single|double)_stream_modulation(_img|_txt)?\.lin"),),
         adapter=(
             Sign(r"_(single|double)_stream_modulation_|_attn_to_qkv_mlp_proj|_ff(_context)?_linear_(in|out)_"),
-            *(
-                Sign(r"_((double|single)_blocks|(single_)?transformer_blocks)_\d+_", width=width, unless=OTHERS)
-                for width in WIDTHS
-            ),
+            *(Sign(BLOCKS, width=width) for width in WIDTHS),
             Sign(r"_double_blocks_\d+_(img|txt)_mlp_2_", width=KLEIN_4B_MLP),
             Sign(r"_single_blocks_\d+_linear2_", width=KLEIN_4B_SINGLE),
             Sign(r"_single_transformer_blocks_\d+_attn_to_out_"),

@@ -30,6 +30,8 @@ def refuse_unread_names(modules: Mapping[str, FileNaming | None]) -> str | None:
     return None
 
 
+WIDTH = 6144
+
 FILE = TransformerFile(
     base="krea2",
     title="Krea 2",
@@ -52,8 +54,9 @@ SPECS = (
         build=build,
         checkpoint=(Sign(r"(^|\.)(txtfusion|text_fusion)\.projector\."),),
         adapter=(
-            Sign(r"_(txtfusion|text_fusion)_|_attn_to_gate_|(?<!img)_(mlp|ff)_(gate|up|down)_(?!proj|layer)"),
+            Sign(r"_(txtfusion|text_fusion)_|_blocks_\d+_(attn_to_gate|(mlp|ff)_(gate|up|down))_"),
             Sign(r"_blocks_\d+_attn_(wq|wk|wv|wo|gate)_"),
+            Sign(r"_transformer_blocks_\d+_attn_to_(q|k|v|out_0)_", width=WIDTH),
         ),
         version=r"krea2",
         architecture=r"(?i)krea-2",

@@ -66,9 +66,9 @@ SPECS = (
         script="lumina_train_network.py",
         options=LuminaOptions,
         build=build,
-        checkpoint=(Sign(r"cap_embedder\.|context_refiner\.", Certainty.SHARED),),
+        checkpoint=(Sign(r"cap_embedder\.|context_refiner\.", Certainty.NAMES),),
         adapter=(
-            Sign(r"_(noise_refiner|context_refiner)_|(unet|diffusion_model|transformer)_layers_\d+_", Certainty.SHARED),
+            Sign(r"_(noise_refiner|context_refiner)_|(unet|diffusion_model|transformer)_layers_\d+_", Certainty.NAMES),
         ),
         version=r"lumina",
         architecture=r"lumina-2",

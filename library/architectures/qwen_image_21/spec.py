@@ -57,7 +57,7 @@ SPECS = (
         checkpoint=(Sign(r"(^|\.)txt_in\.text_norm\.weight$"),),
         adapter=(
             Sign(r"_img_mlp_(gate_layer|gate_up|proj|out)_|_txt_in_(in|out)_layer_"),
-            Sign(r"(?<!single)_transformer_blocks_\d+_attn_to_(q|k|v|out_0)_", width=WIDTH, unless=r"_ff_|_single_"),
+            Sign(r"_transformer_blocks_\d+_attn_to_(q|k|v|out_0)_", width=WIDTH),
         ),
         version=r"qwen_image_21",
         architecture=r"(?i)qwen-image-2\.1",

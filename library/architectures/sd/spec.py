@@ -51,7 +51,7 @@ SPECS = (
         build=build,
         checkpoint=(
             Sign(UNET, Certainty.FAMILY),
-            Sign(TEXT_INPUT, Certainty.SHARED, width=SD1_TEXT_WIDTH),
+            Sign(TEXT_INPUT, Certainty.NAMES, width=SD1_TEXT_WIDTH),
         ),
         adapter=(
             Sign(ADAPTED_UNET, Certainty.FAMILY),
@@ -80,7 +80,7 @@ SPECS = (
         script_flag="--v2",
         checkpoint=(
             Sign(r"cond_stage_model\.model\."),
-            Sign(TEXT_INPUT, Certainty.SHARED, width=SD2_TEXT_WIDTH),
+            Sign(TEXT_INPUT, Certainty.NAMES, width=SD2_TEXT_WIDTH),
             Sign(ATTENTION_INPUT, Certainty.PART, num_axes=2),  # SD 1.x has 1x1 convolutions there
         ),
         adapter=(

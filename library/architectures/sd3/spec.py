@@ -40,7 +40,7 @@ SPECS = (
         checkpoint=(Sign(r"joint_blocks\."),),
         adapter=(
             Sign(r"_joint_blocks_"),
-            Sign(r"^transformer_transformer_blocks_", Certainty.SHARED, unless=r"_single_transformer_blocks_"),
+            Sign(r"^transformer_transformer_blocks_", Certainty.NAMES),
         ),
         version=r"(5-)?(medium|large)|sd3",
         architecture=r"stable-diffusion-3",

@@ -48,8 +48,12 @@ SPECS = (
         adapter=(
             Sign(ADAPTED_TEXT_INPUT, width=TEXT_WIDTH),
             Sign(rf"{ADAPTED_UNET}.*_transformer_blocks_[1-9]"),
-            # SD3 has these two text encoders too, together with T5.
-            Sign(r"^(lora_te2_|text_encoder_2_|text_encoders_clip_g_)", Certainty.PART, unless=r"^lora_te3_"),
+            # It has two text encoders.
+            Sign(
+                r"^(lora_te2_|text_encoder_2_|text_encoders_clip_g_)",
+                Certainty.PART,
+                every_name=r"^(?!lora_te)|^lora_te[12]?_",
+            ),
             Sign(r"^lora_unet_(input|middle|output)_block", Certainty.PART),
         ),
         version=r"sdxl",

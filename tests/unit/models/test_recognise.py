@@ -1,13 +1,18 @@
 """Recognition of a checkpoint's base model."""
 
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from library.architectures.sdxl.load import CLIP_G_PREFIX, single_file_parts
 from library.architectures.specs import list_specs
-from library.checkpoints.base_model_spec import BaseModelSpec
+from library.checkpoints.adapter_names import NAMINGS, FileNaming
+from library.checkpoints.base_model_spec import BaseModelSpec, Shapes, Sign
+from library.checkpoints.recognition import recognise_adapter
 from library.checkpoints.weights import Weights, select_weights
 from library.errors import NotThere
 from library.models.identify import (
@@ -22,6 +27,8 @@ from library.models.identify import (
 from library.models.loading import Absent
 from library.models.unet.checkpoint_keys import UNET_PREFIX
 from tests.contracts.full_size import checkpoint, facts
+from tests.parity.test_what_diffusers_reads import file_of
+from tests.tiny.bases import BASES
 
 ATTENTION = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 PROJECTION = "model.diffusion_model.input_blocks.1.1.proj_in.weight"
@@ -117,25 +124,58 @@ def test_an_unnamed_folder_with_two_text_encoders_is_recognised_as_sdxl(tmp_path
     refuse_other_folder(SPECS, "--flag", tmp_path, "sdxl")
 
 
-FULL_SIZE = [  # (file of names, path to them in it, base model)
-    ("sd15", ("checkpoint",), "sd1"), ("sd21", ("checkpoint",), "sd2"), ("sdxl", ("checkpoint",), "sdxl"),
-    ("flux1", ("components", "dit"), "flux"), ("chroma", ("components", "dit"), "chroma"),
-    ("lumina2", ("components", "dit"), "lumina"),
-    ("anima", ("components", "dit"), "anima"), ("hunyuan_image", ("components", "dit"), "hunyuan_image"),
-    ("sd3", ("mmdit", "sd3-medium"), "sd3"), ("sd3", ("mmdit", "sd3.5-medium"), "sd3"),
-]  # fmt: skip
+ONE_FILE = {title: name for name, base in BASES.items() for title in base.full_size}
+SD35 = ("sd3.5-medium", "sd3.5-large")
 
 
-@pytest.mark.parametrize(("file", "path", "base"), FULL_SIZE)
-def test_full_size_checkpoints_match_one_base_model_best(file: str, path: tuple[str, ...], base: str) -> None:
-    content = facts(file)
-    for step in path:
-        content = content[step]
-    shapes = {key: tuple(shape) for key, shape in content.items()}
-    best_certainty = {
-        spec.name: max((s.certainty for s in spec.checkpoint if s.is_in(shapes)), default=0) for spec in SPECS
-    }
-    assert [name for name, certainty in best_certainty.items() if certainty == max(best_certainty.values())] == [base]
+def strongest(shapes: Shapes, signs_of: Callable[[BaseModelSpec], Sequence[Sign]]) -> list[str]:
+    """Return the base models with the strongest sign in a file."""
+    found = {spec.name: max((s.certainty for s in signs_of(spec) if s.is_in(shapes)), default=0) for spec in SPECS}
+    return [name for name, certainty in found.items() if certainty == max(found.values()) > 0]
+
+
+def denoiser_header(arguments: list[str]) -> Shapes:
+    """Return the shapes in the base model's file, of which no weights are read."""
+    with Path(arguments[arguments.index("--pretrained_model_name_or_path") + 1]).open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+@pytest.mark.parametrize("title", ONE_FILE)
+def test_one_base_model_claims_a_full_size_checkpoint(title: str, tmp_path: Path) -> None:
+    base = BASES[ONE_FILE[title]]
+    shapes = denoiser_header(base.full_size[title][1](tmp_path))
+    assert strongest(shapes, lambda spec: spec.checkpoint) == [base.spec.name]
+    stripped = {name.removeprefix(UNET_PREFIX): shape for name, shape in shapes.items()}
+    if base.is_flow:  # the denoiser alone, under its own names
+        assert strongest(stripped, lambda spec: spec.checkpoint) == [base.spec.name]
+
+
+@pytest.mark.parametrize("size", SD35)
+def test_one_base_model_claims_sd35(size: str) -> None:
+    shapes = {name: tuple(shape) for name, shape in facts("sd3")["mmdit"][size].items()}
+    assert strongest(shapes, lambda spec: spec.checkpoint) == ["sd3"]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_one_base_model_claims_a_tiny_checkpoint(name: str, tmp_path: Path) -> None:
+    base, arguments = BASES[name], BASES[name].build(tmp_path)
+    path = Path(arguments[arguments.index("--pretrained_model_name_or_path") + 1])
+    if path.is_dir():
+        shapes = load_file(path / "unet" / "diffusion_pytorch_model.safetensors")
+        named = {f"unet.{key}": tuple(tensor.shape) for key, tensor in shapes.items()}
+        assert strongest(named, lambda spec: spec.checkpoint) in ([base.spec.name], ["sd1", base.spec.name])
+    else:
+        assert strongest(denoiser_header(arguments), lambda spec: spec.checkpoint) == [base.spec.name]
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize("name", [name for name, base in BASES.items() if base.listing])
+def test_a_full_size_adapter_is_recognised_without_metadata(name: str, naming: FileNaming) -> None:
+    """Chroma's default layers are a part of FLUX.1's, so its metadata decides."""
+    tensors, _ = file_of(name, "default", naming)
+    spec = recognise_adapter(SPECS, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, {})
+    assert name_of(spec) == ("flux" if name == "chroma" else BASES[name].spec.name)
 
 
 def test_a_unet_alone_loads_where_the_text_encoders_are_optional() -> None:
