@@ -3,13 +3,14 @@
 import argparse
 
 from library.architectures.knots.options import KnotsOptions
+from library.architectures.scripts import OtherScripts
 from library.launcher import prepare_for_torch
 from library.training.command_line.cli import build_parser, check_words
 
 
 def setup_parser() -> argparse.ArgumentParser:
     """Return the parser with every option of this script. Front ends read it."""
-    return build_parser(KnotsOptions)
+    return build_parser(KnotsOptions, elsewhere=OtherScripts("knots_train_network.py"))
 
 
 if __name__ == "__main__":

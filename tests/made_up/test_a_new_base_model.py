@@ -1,4 +1,5 @@
-"""A base model is one package and one script: a made-up one is added to an otherwise unchanged project copy."""
+"""A made-up base model (a package, a script, facts for the tests) is added to a copy of the project without other
+changes, and the suites run for it."""
 
 import json
 import shutil
@@ -26,6 +27,33 @@ SHAPES = {
     **{f"{DENOISER}knots.{n}.mix": (WIDTH, 2 * WIDTH) for n in range(2)},
     **{f"{DENOISER}knots.{n}.lift": (WIDTH, WIDTH) for n in range(2)},
 }  # fmt: skip
+ADDED = {  # file or folder here -> its place in the project
+    "knots": "library/architectures/knots",
+    "knots_train_network.py": "knots_train_network.py",
+    "knots_in_tests.py": "tests/tiny/knots.py",
+}
+SUITES = (  # the others are nightly
+    "tests/contracts/test_training_scripts.py",
+    "tests/parity/test_compiled.py",
+    "tests/parity/test_counting.py",
+    "tests/parity/test_host_waits.py",
+    "tests/parity/test_merging.py",
+    "tests/runs/test_every_architecture.py::test_with_every_feature_on_a_resumed_run_equals_the_uninterrupted_one",
+    "tests/runs/test_memory_modes.py::test_swapped_blocks_and_offloaded_activations_do_not_change_results",
+    "tests/runs/test_old_packages.py",
+    "tests/unit/architectures/test_dit_files.py",
+    "tests/unit/checkpoints/test_readers.py",
+    "tests/unit/models/test_recognise.py",
+)
+NOT_KNOTS = {  # what these tests need and it lacks
+    "kohya_ss": "an environment with other packages",
+    "lycoris": "class names that LyCORIS knows",
+    "loha or lokr": "numbered layers called blocks or layers",
+    "8_bit_checkpoint": "the same",
+    "plan_models": "a row in docs/memory.md",
+    "streamed_layers": "a text encoder of several layers",
+    "cached_features": "a VAE in a file of its own",
+}
 TOOLS = """
 import contextlib, importlib, io, json, sys
 said = []
@@ -75,13 +103,10 @@ def write_model(path: Path) -> None:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     folder = tmp_path_factory.mktemp("made_up")
     root = folder / "project"
-    for name in ("library", "networks", "tools"):
-        shutil.copytree(ROOT / name, root / name)
-    for script in ("train_network.py", "train_leco.py"):
-        shutil.copy(ROOT / script, root)
-    # Only these two are added.
-    shutil.copytree(HERE / "knots", root / "library" / "architectures" / "knots")
-    shutil.copy(HERE / "knots_train_network.py", root)
+    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.safetensors"))
+    for added, place in ADDED.items():  # nothing else is, and no existing file is changed
+        assert not (root / place).exists()
+        (shutil.copytree if (HERE / added).is_dir() else shutil.copy)(HERE / added, root / place)
     write_model(folder / "knots.safetensors")
     make_images(folder / "data" / "1_thing", 3, seed=973)
     words = [
@@ -167,3 +192,40 @@ def test_train_leco_trains_it_with_its_own_options(project: Project, tmp_path: P
     tensors = load_state_dict(tmp_path / "out" / "mine.safetensors")
     ups = [tensor for key, tensor in tensors.items() if "lora_up" in key]
     assert len(ups) == 4 and all(float(up.abs().max()) > 0 for up in ups)
+
+
+def run_suites(project: Project, *words: str) -> set[str]:
+    """Run the tests that have the model's name; return the files of those that passed. Raise AssertionError if any
+    failed."""
+    chosen = f"(knots or Knots) and not ({' or '.join(NOT_KNOTS)})"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rA",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+        "-k",
+        chosen,
+        *words,
+    ]
+    done = subprocess.run(command, cwd=project.root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
+    return {line.split()[1].partition("::")[0] for line in done.stdout.splitlines() if line.startswith("PASSED ")}
+
+
+def test_the_suites_that_all_base_models_share_run_for_it(project: Project) -> None:
+    assert run_suites(project, "-m", "not gpu", *SUITES) == {suite.partition("::")[0] for suite in SUITES}
+
+
+@pytest.mark.nightly
+def test_every_suite_runs_for_it(project: Project) -> None:
+    assert len(run_suites(project, "-m", "not gpu", "tests")) > 30
+
+
+@pytest.mark.nightly
+def test_its_runs_have_no_faults_on_the_simulated_gpu(project: Project) -> None:
+    words = ["-p", "tests.simulated_gpu.plugin", "-m", "gpu", "tests/simulated_gpu", "tests/gpu"]
+    assert len(run_suites(project, *words)) > 1

@@ -24,7 +24,6 @@ from tests.tiny.bases import BASES
 pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options configures logging
 
 SHAPE = BatchShape(2, 64, 64)
-ENCODES = ("sd", "sd2")  # encode captions in every step; the others cache text features
 
 QUICK_BASES = ("sd", "flux", "qwen_image_21")
 
@@ -34,7 +33,7 @@ def take_step(name: str, folder: Path, *more: str, concept: Concept | None = Non
 
     With a `concept` the batch has no images.
     """
-    cached = () if name in ENCODES else ("--cache_text_encoder_outputs", "--network_train_unet_only")
+    cached = ("--cache_text_encoder_outputs", "--network_train_unet_only") if BASES[name].caches_text else ()
     options, arch = open_tiny(name, folder, *cached, *more)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
         meta = run_on_meta_device(options, arch, [options])

@@ -20,7 +20,6 @@ BASE_FLAG = "--pretrained_model_name_or_path"
 MODELS = ("--vae", "--ae", "--clip_l", "--clip_g", "--t5xxl", "--gemma2", "--qwen3", "--text_encoder", "--byt5")
 CACHES = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]
 FAST = ("sdxl", "flux", "sd3")
-KEEPS_TEXT = ("sd", "sd2")  # their captions are encoded in every step
 
 
 def delete_encoders(words: list[str], keeps_text: bool) -> None:
@@ -55,7 +54,7 @@ def cached(tmp_path: Path, fresh_process: None) -> Cached:
             *base.build(tmp_path / "model"), "--network_train_unet_only", "--seed", "6", "--network_dim", "2",
             "--network_module", base.module, "--learning_rate", "1e-3", "--max_train_steps", "3", "--no_report",
             "--max_data_loader_n_workers", "0", "--output_name", "mine",
-            *(CACHES[:1] if name in KEEPS_TEXT else CACHES),
+            *(CACHES if base.caches_text else CACHES[:1]),
         ]  # fmt: skip
         out = tmp_path / "shards"
         packing_arguments = [*words, "--dataset_config", str(tmp_path / "data.toml"), "--out", str(out)]
@@ -72,14 +71,14 @@ def test_a_run_with_cached_features_is_the_same_without_the_encoders(
     base, words, _ = cached(name)
     with_models = train([*words, "--output_dir", str(tmp_path / "with")], script=base.script)
     assert with_models.status == 0 and "which is missing" not in with_models.stderr, with_models.stderr
-    delete_encoders(words, name in KEEPS_TEXT)
+    delete_encoders(words, not BASES[name].caches_text)
     if name == "sd3":  # nothing else shows that T5 encoded captions too
         words += ["--t5xxl", str(tmp_path / "t5xxl.safetensors")]
     without = train([*words, "--output_dir", str(tmp_path / "without")], script=base.script)
     assert without.status == 0, without.stderr
     assert without.losses == with_models.losses and len(without.losses) == 3
     assert without.stderr.count("latents are not verified against their VAE, which is missing") == 1
-    assert without.stderr.count("text features are not verified against their encoders") == (name not in KEEPS_TEXT)
+    assert without.stderr.count("text features are not verified against their encoders") == BASES[name].caches_text
     expected, other = load_saved(tmp_path / "with"), load_saved(tmp_path / "without")
     assert expected.keys() == other.keys() and all(bool((expected[key] == other[key]).all()) for key in expected)
 

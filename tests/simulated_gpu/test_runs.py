@@ -37,7 +37,6 @@ ALLOWED = {
     "unpinned copy to the device at library/memory/offload/streams.py (copy)",
     "unpinned copy to the host at library/memory/offload/readback.py (__init__)",
 }
-ENCODES = ("sd", "sd2")  # encode captions in every step; the others use cached features, as users do
 CACHED = ("--cache_text_encoder_outputs", "--network_train_unet_only")
 MASKS = frozenset(
     {
@@ -101,7 +100,7 @@ def run(train: Run, tmp_path: Path, waits: StepWaits) -> Run:
     ) -> Finished:
         base = BASES[name]
         models[name] = models.get(name) or base.build_deep(tmp_path / "model")
-        caching = CACHED if caches_text and name not in ENCODES else ()
+        caching = CACHED if caches_text and base.caches_text else ()  # as users do
         arguments = [
             *models[name], *caching, "--train_data_dir", str(tmp_path / "data"), "--caption_extension",
             ".txt", "--resolution", "64", "--train_batch_size", "2", "--output_dir", str(tmp_path / folder),
@@ -212,7 +211,7 @@ def test_a_run_with_fit_trains_without_faults(run: Run, room: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in BASES if name not in ENCODES])
+@pytest.mark.parametrize("name", [name for name, base in BASES.items() if base.caches_text])
 def test_encoding_captions_in_each_step_trains_without_faults(run: Run, name: str) -> None:
     """transformers reads the values of attention masks, so every text encoder except CLIP makes the host wait."""
     run(name, "--network_train_unet_only", caches_text=False, allowed=MASKS)

@@ -190,6 +190,11 @@ class Base:
         return import_module(self.spec.build.__module__)
 
     @property
+    def caches_text(self) -> bool:
+        """False if its captions are encoded in every step."""
+        return "cache_text_encoder_outputs" in self.spec.options.defaults()
+
+    @property
     def is_flow(self) -> bool:
         return "build_objective" in vars(self.assembly)
 

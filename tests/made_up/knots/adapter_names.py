@@ -2,7 +2,7 @@
 
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
 
-NUM_BLOCKS = 2
+NUM_BLOCKS = 8
 LAYERS = ("mix", "lift")
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from library.memory.devices import send
 from library.types import Conditioning, Tokens
 
 
@@ -26,4 +27,4 @@ class ByteText:
         """Return {"text": (B, T, M)}; gradients flow."""
         (encoder,) = encoders
         (ids_BT,) = tokens.ids_BLT
-        return {"text": encoder(ids_BT.to(next(encoder.parameters()).device))}
+        return {"text": encoder(send(ids_BT, next(encoder.parameters()).device))}
