@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from library.training.models import frozen_base
 from tests.running import Finished, make_images
-from tests.runs.bases import BASES
+from tests.tiny.bases import BASES
 
 
 @pytest.fixture
