@@ -12,7 +12,6 @@ from library.architectures.qwen_image_21.predict import predict
 from library.architectures.qwen_image_21.reference import diffusers_model
 from library.diffusion.references import reference_features
 from library.types import Noised
-from tests.parity.denoisers import assert_checkpointing_keeps_gradients
 from tests.tiny.qwen_image_21 import LENGTHS, PLACES, inputs, oracle_output, references, tiny_qwen_image_21
 from tests.tolerances import FLOAT32_DEEP
 
@@ -59,10 +58,6 @@ def test_clean_tokens_do_not_depend_on_the_noise_level() -> None:
     num_clean = LENGTHS[0] + 8
     assert torch.equal(states[0][:, :num_clean], states[1][:, :num_clean])
     assert not torch.allclose(states[0][:, num_clean:], states[1][:, num_clean:])
-
-
-def test_gradient_checkpointing_does_not_change_gradients() -> None:
-    assert_checkpointing_keeps_gradients(tiny_qwen_image_21(3), lambda: inputs(4, 6))
 
 
 def test_blocks_compile_without_graph_breaks() -> None:

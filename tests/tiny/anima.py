@@ -19,7 +19,7 @@ from library.models.adapter_views import view_both
 from library.models.names import inverse
 from library.models.vae.qwen_image import ENDS, MIDDLE, QUANT, RESIDUAL
 from tests.contracts.full_size import facts
-from tests.tiny.base import TEXT_CACHE, Base, Deep, InDiffusers, Pair
+from tests.tiny.base import TEXT_CACHE, Base, Compared, Deep, InDiffusers, Pair
 from tests.tiny.flux import write_t5_tokenizer
 from tests.tiny.headers import shapes_of, write_headers
 from tests.tiny.init import fixed_init
@@ -227,6 +227,15 @@ BASES = (
         deeper={"num_blocks": 6},
         needs_newer="diffusers 0.32.2",
         default_shift=1.0,
+        compared={
+            "anima": Compared(
+                partial(tiny_anima, 1),
+                diffusers_models,
+                {str(size): partial(inputs, *size) for size in ((8, 8), (4, 14), (18, 6))},
+                lambda theirs, *values: oracle_of(*theirs)(*values),
+                least=0.01,  # few of the 512 positions are words
+            )
+        },
         deep=Deep(
             lambda: Anima(replace(CONFIG, num_blocks=6)),
             lambda: tuple(value.detach() for value in inputs(8, 6, seed=44)),

@@ -92,6 +92,18 @@ def pair_of(
 
 
 @dataclass(frozen=True)
+class Compared:
+    """A tiny denoiser with outputs and gradients equal to those of diffusers' model."""
+
+    model: Callable[[], Any]
+    theirs: Callable[[Any], Any]
+    inputs: Mapping[str, Callable[[], Values]]  # by name; gradients are compared of those that require one
+    run_theirs: Callable[..., Tensor]
+    run: Callable[..., Tensor] = lambda model, *values: model(*values)
+    least: float = 0.1  # every compared tensor has a larger value
+
+
+@dataclass(frozen=True)
 class InDiffusers:
     """How diffusers loads the adapter files of a full-size model."""
 
@@ -156,6 +168,7 @@ class Base:
     offset_factor: float = 0.7  # applied to the normal variate
 
     # --- the denoiser ---
+    compared: Mapping[str, Compared] = field(default_factory=dict)
     deep: Deep | None = None
     pairs: Mapping[str, Callable[[], Pair]] = field(default_factory=dict)
     unnamed: str = r"(?!)"  # pattern of layers that no argument adapts; files with them are rejected

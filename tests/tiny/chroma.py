@@ -1,6 +1,7 @@
 """A tiny but complete Chroma model, the relative of FLUX.1: three files, one file of all, or a diffusers folder."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ from torch import Tensor, nn
 
 from library.architectures.flux.approximator import ApproximatorConfig
 from library.architectures.flux.model import PATCH, Flux, FluxConfig
-from library.architectures.flux.reference import diffusers_config, diffusers_state
+from library.architectures.flux.predict import with_first_padding
+from library.architectures.flux.reference import diffusers_config, diffusers_model, diffusers_state
 from library.models.patches import patchify
 from tests.contracts.full_size import facts
 from tests.tiny import flux
-from tests.tiny.base import TEXT_CACHE, Base, InDiffusers
+from tests.tiny.base import TEXT_CACHE, Base, Compared, InDiffusers
 from tests.tiny.flux import (
     Layout,
     ldm_vae,
@@ -108,6 +110,12 @@ def diffusers_models() -> dict[str, nn.Module]:
     return {"transformer": ChromaTransformer2DModel()}
 
 
+def masked(H: int, W: int, lengths: tuple[int, int] | None) -> tuple[Tensor | None, ...]:
+    """Return latents, noise levels, text and the mask of caption tokens, if any."""
+    is_text = None if lengths is None else torch.arange(NUM_TEXT) < torch.tensor(lengths)[:, None]
+    return (*inputs(H, W), None if is_text is None else with_first_padding(is_text))
+
+
 APPROXIMATOR = "distilled_guidance_layer.in_proj"
 T5_OUTPUT = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
 BASES = (
@@ -124,6 +132,20 @@ BASES = (
             "approximator": ["--network_args", "train_approximator=True", "in_dims=2,0,0,0,2", "train_t5xxl=True"],
         },
         deeper={"num_double": 4, "num_single": 6},
+        compared={
+            # The block counts are odd and different, so that modulation rows in the wrong order would show.
+            "chroma": Compared(
+                partial(tiny_chroma, 21, replace(CONFIG, num_double=3, num_single=4)),
+                diffusers_model,
+                {
+                    f"{size} {lengths}": partial(masked, *size, lengths)
+                    for size in ((8, 8), (4, 14), (18, 6))
+                    for lengths in (None, (3, 7), (0, NUM_TEXT))
+                },
+                oracle_output,
+                velocity,
+            )
+        },
         verified={
             "flux chroma": lambda: tiny_chroma(62, replace(CONFIG, num_double=3, num_single=4)),
             "flux chroma with one block": lambda: tiny_chroma(64, replace(CONFIG, num_double=1, num_single=1)),

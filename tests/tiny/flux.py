@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from library.architectures.flux.reference import diffusers_config, diffusers_mod
 from library.models.patches import patchify
 from library.models.vae.checkpoint_keys import vae_to_ldm
 from tests.contracts.full_size import facts
-from tests.tiny.base import TEXT_CACHE, Base, Deep, InDiffusers, Pair
+from tests.tiny.base import TEXT_CACHE, Base, Compared, Deep, InDiffusers, Pair
 from tests.tiny.headers import shapes_of, write_headers
 from tests.tiny.init import fixed_init
 from tests.tiny.keys import kohya, peft
@@ -217,6 +218,15 @@ def pair() -> Pair:
     )
 
 
+def run(model: Flux, *values: Any) -> Tensor:
+    return patchify(model(*values), PATCH)
+
+
+def unguided(H: int, W: int) -> tuple[Tensor | None, ...]:
+    return (*inputs(H, W)[:4], None)
+
+
+SIZES = ((8, 8), (4, 14), (18, 6))  # of the latent
 DEEPER = {"num_double": 4, "num_single": 6}
 PAGE = [
     "--network_args", "img_attn_dim=4", "txt_attn_dim=4", "img_mlp_dim=2", "txt_mlp_dim=2", "img_mod_dim=2",
@@ -239,6 +249,18 @@ BASES = (
         deeper=DEEPER,
         draws_without_guidance=True,
         offset_words=("--timestep_sampling", "flux_shift", "--sigmoid_scale", "0.7"),
+        compared={
+            "flux dev": Compared(
+                partial(tiny_flux, 1), diffusers_model, {str(s): partial(inputs, *s) for s in SIZES}, oracle_output, run
+            ),
+            "flux schnell": Compared(
+                partial(tiny_flux, 1, has_guidance=False),
+                diffusers_model,
+                {str(size): partial(unguided, *size) for size in SIZES},
+                oracle_output,
+                run,
+            ),
+        },
         deep=Deep(
             lambda: Flux(replace(CONFIG, **DEEPER)),
             lambda: tuple(value.detach() for value in inputs(8, 6, seed=43)),

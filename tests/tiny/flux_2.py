@@ -17,7 +17,7 @@ from library.architectures.flux_2.vae import ORIGINAL
 from library.models.adapter_views import view_denoiser
 from library.models.loading import build_on_meta_device
 from tests.tiny import zimage
-from tests.tiny.base import Base, Deep, Dit, InDiffusers, Pair, pair_of
+from tests.tiny.base import Base, Compared, Deep, Dit, InDiffusers, Pair, pair_of
 from tests.tiny.flux import ldm_vae
 from tests.tiny.headers import write_headers
 from tests.tiny.init import fixed_init
@@ -273,6 +273,15 @@ BASES = (
         deeper=DEEPER,
         needs_newer="diffusers 0.32.2",
         default_shift=math.exp(1.15),  # at 4096 tokens, the larger end
+        compared={
+            f"flux_2 {name}": Compared(
+                partial(tiny_flux_2, 1, is_dev),
+                diffusers_model,
+                {str(size): partial(inputs, *size) for size in ((8, 8), (3, 7), (9, 2))},  # each pixel is a token
+                oracle_output,
+            )
+            for name, is_dev in (("klein", False), ("dev", True))
+        },
         deep=Deep(
             lambda: Flux2(replace(CONFIG, **DEEPER)),
             lambda: tuple(value.detach() for value in inputs(4, 6)),

@@ -16,7 +16,7 @@ from library.architectures.krea2.reference import diffusers_config, diffusers_mo
 from library.models.adapter_views import view_denoiser
 from library.models.loading import build_on_meta_device
 from tests.tiny.anima import VAE, to_original, vae_state
-from tests.tiny.base import Base, Deep, Dit, InDiffusers, Pair, pair_of
+from tests.tiny.base import Base, Compared, Deep, Dit, InDiffusers, Pair, pair_of
 from tests.tiny.headers import write_headers
 from tests.tiny.keys import kohya, lora_of, peft
 from tests.tiny.parts import BASE, Parts, prefixed, tiny_denoiser, write_files, write_folder, write_whole
@@ -200,6 +200,18 @@ BASES = (
         needs_newer="transformers 4.54.1",
         default_shift=math.exp(0.5 + 0.65 * (4096 - 256) / (6400 - 256)),
         other_options=("turbo_dit_cache",),
+        compared={
+            "krea2": Compared(
+                partial(tiny_krea2, 1),
+                diffusers_model,
+                {
+                    f"{size} {lengths}": partial(inputs, *size, lengths)
+                    for size in ((8, 8), (4, 10), (14, 2))
+                    for lengths in (LENGTHS, (7, 7))
+                },
+                oracle_output,
+            )
+        },
         deep=Deep(
             lambda: SingleStreamDiT(replace(CONFIG, num_blocks=6)),
             lambda: tuple(value.detach() for value in inputs(4, 6)),

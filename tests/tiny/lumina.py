@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from library.architectures.lumina.model import LuminaConfig, NextDiT
 from library.architectures.lumina.reference import diffusers_config, diffusers_model, diffusers_state
 from library.models.adapter_views import view_both
 from tests.contracts.full_size import facts
-from tests.tiny.base import Base, Deep, InDiffusers, Pair, pair_of
+from tests.tiny.base import Base, Compared, Deep, InDiffusers, Pair, pair_of
 from tests.tiny.flux import VAE, ldm_vae
 from tests.tiny.headers import flux_vae, shapes_of, write_headers
 from tests.tiny.init import fixed_init
@@ -162,6 +163,18 @@ BASES = (
         deeper={"num_layers": 6},
         math_attention=r"math: query \w+ \[2, 6, \d+, 12\].*",  # the tiny model's head size is 12
         is_velocity_reversed=True,
+        compared={
+            "lumina": Compared(
+                partial(tiny_lumina, 1),
+                diffusers_model,
+                {
+                    f"{size} {name}": partial(inputs, *size, tokens)
+                    for size in ((8, 8), (4, 14), (18, 6))
+                    for name, tokens in MASKS.items()
+                },
+                oracle_output,
+            )
+        },
         deep=Deep(
             lambda: NextDiT(replace(CONFIG, num_layers=6)),
             lambda: tuple(value.detach() for value in inputs(8, 6, tokens=(7, 4))),

@@ -14,7 +14,7 @@ from library.architectures.zimage.model import ZImage, ZImageConfig
 from library.architectures.zimage.reference import diffusers_config, diffusers_model, diffusers_state
 from library.models.adapter_views import view_denoiser
 from library.models.loading import build_on_meta_device
-from tests.tiny.base import Base, Deep, Dit, InDiffusers, Pair, pair_of
+from tests.tiny.base import Base, Compared, Deep, Dit, InDiffusers, Pair, pair_of
 from tests.tiny.flux import VAE, ldm_vae
 from tests.tiny.headers import flux_vae, write_headers
 from tests.tiny.init import fixed_init
@@ -208,6 +208,18 @@ BASES = (
         deeper={"num_layers": 6},
         is_velocity_reversed=True,
         default_shift=2.0,
+        compared={
+            "zimage": Compared(
+                partial(tiny_zimage, 1),
+                diffusers_model,
+                {
+                    f"{size} {name}": partial(inputs, *size, lengths)
+                    for size in ((16, 16), (4, 14), (18, 6))  # 64, 28 and 27 tokens; the last two are padded
+                    for name, lengths in LENGTHS.items()
+                },
+                oracle_output,
+            )
+        },
         deep=Deep(
             lambda: ZImage(replace(CONFIG, num_layers=6)),
             lambda: tuple(value.detach() for value in inputs(8, 6, (5, 40))),

@@ -1,0 +1,59 @@
+"""Our denoisers against those of diffusers with equal weights."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.parity.denoisers import assert_checkpointing_keeps_gradients
+from tests.tiny.base import Compared
+from tests.tiny.bases import BASES
+from tests.tolerances import FLOAT32_DEEP
+
+COMPARED = {name: compared for base in BASES.values() for name, compared in base.compared.items()}
+COMPILED = {name: base.deep for name, base in BASES.items() if base.deep is not None and base.is_flow}
+
+
+@pytest.mark.parametrize(
+    ("compared", "case"),
+    [
+        pytest.param(compared, case, id=f"{name}, {case}")
+        for name, compared in COMPARED.items()
+        for case in compared.inputs
+    ],
+)
+def test_outputs_and_input_gradients_match_diffusers(compared: Compared, case: str) -> None:
+    ours = compared.model()
+    theirs = compared.theirs(ours)
+    results = []
+    for run, model in ((compared.run, ours), (compared.run_theirs, theirs)):
+        values = compared.inputs[case]()
+        output = run(model, *values)
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(5))
+        wanted = [value for value in values if value is not None and value.requires_grad]
+        results.append((output, *torch.autograd.grad((output * weights).sum(), wanted)))
+    for ours_value, theirs_value in zip(*results, strict=True):
+        assert theirs_value.abs().max() > compared.least
+        torch.testing.assert_close(ours_value, theirs_value, **FLOAT32_DEEP)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_gradient_checkpointing_does_not_change_gradients(name: str) -> None:
+    deep = COMPILED[name]
+
+    def values() -> list[torch.Tensor]:
+        first, *others = deep.values()
+        return [first.clone().requires_grad_(), *others]
+
+    assert_checkpointing_keeps_gradients(deep.frozen(3), values)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_blocks_compile_without_graph_breaks(name: str) -> None:
+    torch.compiler.reset()  # graphs compiled by other tests count toward the limit
+    deep = COMPILED[name]
+    model = deep.frozen(4)
+    expected = model(*deep.values())
+    for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for block in blocks:
+            block.compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(model(*deep.values()), expected, **FLOAT32_DEEP)
