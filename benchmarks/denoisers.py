@@ -38,19 +38,18 @@ from library.architectures.sd3.model import MMDiT, MMDiTConfig  # noqa: E402
 from library.architectures.zimage.model import ZImage  # noqa: E402
 from library.memory.devices import move_to_device  # noqa: E402
 from library.memory.planner.counter import OperationCounter  # noqa: E402
-from tests.parity import (  # noqa: E402  # noqa: E402
-    test_anima_model,
-    test_chroma_model,
-    test_flux_2_model,
-    test_flux_model,
-    test_hunyuan_image_model,
-    test_krea2_model,
-    test_lumina_model,
-    test_qwen_image_21_model,
-    test_sd3_model,
-    test_zimage_model,
+from tests.tiny import (  # noqa: E402
+    anima,
+    chroma,
+    flux,
+    flux_2,
+    hunyuan_image,
+    krea2,
+    lumina,
+    qwen_image_21,
+    sd3,
+    zimage,
 )
-from tests.tiny import flux_2, krea2, qwen_image_21, sd3, zimage  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NUM_TEXT = 128
@@ -122,7 +121,7 @@ def flux_pair(side: int, dtype: torch.dtype) -> Pair:
     sigmas, pooled, guidance = torch.tensor([0.5]), torch.randn(1, FLUX.pooled_width, dtype=dtype), torch.tensor([1.0])
     return Pair(
         lambda x, text: ours(x, sigmas, text, pooled, guidance),
-        lambda x, text: test_flux_model.oracle_output(theirs, x, sigmas.to(dtype), text, pooled, guidance.to(dtype)),
+        lambda x, text: flux.oracle_output(theirs, x, sigmas.to(dtype), text, pooled, guidance.to(dtype)),
         values,
         (ours, theirs),
     )
@@ -135,7 +134,7 @@ def chroma_pair(side: int, dtype: torch.dtype) -> Pair:
     sigmas = torch.tensor([0.5])
     return Pair(
         lambda x, text: ours(x, sigmas, text, None, torch.zeros_like(sigmas)),
-        lambda x, text: test_chroma_model.oracle_output(theirs, x, sigmas.to(dtype), text),
+        lambda x, text: chroma.oracle_output(theirs, x, sigmas.to(dtype), text),
         values,
         (ours, theirs),
     )
@@ -147,8 +146,8 @@ def sd3_pair(side: int, dtype: torch.dtype, config: MMDiTConfig = SD3) -> Pair:
     values = random_inputs((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, config.context_width), dtype=dtype)
     more = {"timesteps": torch.tensor([500.0]), "pooled": torch.randn(1, config.pooled_width, dtype=dtype)}
     return Pair(
-        lambda x, text: test_sd3_model.run_ours(ours, {"latents": x, "context": text, **more}),
-        lambda x, text: test_sd3_model.run_theirs(theirs, {"latents": x, "context": text, **more}),
+        lambda x, text: sd3.run_ours(ours, {"latents": x, "context": text, **more}),
+        lambda x, text: sd3.run_theirs(theirs, {"latents": x, "context": text, **more}),
         values,
         (ours, theirs),
     )
@@ -161,7 +160,7 @@ def lumina_pair(side: int, dtype: torch.dtype) -> Pair:
     times, mask = torch.tensor([0.5]), torch.ones(1, NUM_TEXT, dtype=torch.long)
     return Pair(
         lambda x, text: ours(x, times, text, mask),
-        lambda x, text: test_lumina_model.oracle_output(theirs, x, times.to(dtype), text, mask),
+        lambda x, text: lumina.oracle_output(theirs, x, times.to(dtype), text, mask),
         values,
         (ours, theirs),
     )
@@ -172,7 +171,7 @@ def anima_pair(side: int, dtype: torch.dtype) -> Pair:
     transformer, conditioner = (cast(model, dtype) for model in diffusers_models(ours))
     values = random_inputs((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, ANIMA.adapter.source_width), dtype=dtype)
     sigmas, ids, mask = torch.tensor([0.5]), torch.randint(32128, (1, NUM_TEXT)), torch.ones(1, NUM_TEXT)
-    run = test_anima_model.oracle_of(transformer, conditioner)
+    run = anima.oracle_of(transformer, conditioner)
     return Pair(
         lambda x, source: ours(x, sigmas, source, mask, ids, mask.long()),
         lambda x, source: run(x, sigmas.to(dtype), source, mask, ids, mask.long()),
@@ -193,9 +192,7 @@ def hunyuan_image_pair(side: int, dtype: torch.dtype) -> Pair:
     times = torch.tensor([500.0])
     return Pair(
         lambda x, text: ours(x, times, text, *more.values()),
-        lambda x, text: test_hunyuan_image_model.oracle_output(
-            theirs, {"latents": x, "timesteps": times, "text": text, **more}
-        ),
+        lambda x, text: hunyuan_image.oracle_output(theirs, {"latents": x, "timesteps": times, "text": text, **more}),
         values,
         (ours, theirs),
     )
@@ -208,7 +205,7 @@ def flux_2_pair(side: int, dtype: torch.dtype) -> Pair:
     sigmas, guidance = torch.tensor([0.5]), torch.tensor([1.0])
     return Pair(
         lambda x, text: ours(x, sigmas, text),
-        lambda x, text: test_flux_2_model.oracle_output(theirs, x, sigmas.to(dtype), text, guidance),
+        lambda x, text: flux_2.oracle_output(theirs, x, sigmas.to(dtype), text, guidance),
         values,
         (ours, theirs),
     )
@@ -223,7 +220,7 @@ def krea2_pair(side: int, dtype: torch.dtype) -> Pair:
     sigmas, mask = torch.tensor([0.5]), torch.ones(1, NUM_TEXT, dtype=torch.long)
     return Pair(
         lambda x, text: ours(x, sigmas, text, mask),
-        lambda x, text: test_krea2_model.oracle_output(theirs, x, sigmas.to(dtype), text, mask),
+        lambda x, text: krea2.oracle_output(theirs, x, sigmas.to(dtype), text, mask),
         values,
         (ours, theirs),
     )
@@ -238,7 +235,7 @@ def qwen_image_21_pair(side: int, dtype: torch.dtype) -> Pair:
     sigmas, mask = torch.tensor([0.5]), torch.ones(1, NUM_TEXT, dtype=torch.long)
     return Pair(
         lambda x, text: ours(x, sigmas, text, mask),
-        lambda x, text: test_qwen_image_21_model.oracle_output(theirs, x, sigmas.to(dtype), text, mask),
+        lambda x, text: qwen_image_21.oracle_output(theirs, x, sigmas.to(dtype), text, mask),
         values,
         (ours, theirs),
     )
@@ -251,7 +248,7 @@ def zimage_pair(side: int, dtype: torch.dtype) -> Pair:
     times, mask = torch.tensor([0.5]), torch.ones(1, NUM_TEXT, dtype=torch.long)
     return Pair(
         lambda x, text: ours(x, times, text, mask),
-        lambda x, text: test_zimage_model.oracle_output(theirs, x, times.to(dtype), text, mask),
+        lambda x, text: zimage.oracle_output(theirs, x, times.to(dtype), text, mask),
         values,
         (ours, theirs),
     )

@@ -1,6 +1,7 @@
 """Chroma's denoiser against diffusers' ChromaTransformer2DModel with the same weights."""
 
 import torch
+from torch import Tensor
 
 from library.architectures.flux.model import PATCH
 from library.architectures.flux.predict import with_first_padding

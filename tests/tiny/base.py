@@ -161,6 +161,8 @@ class Base:
     math_attention: str = r"(?!)"  # pattern of attention calls that no fused kernel supports
     other_options: tuple[str, ...] = ()  # of other programs, for which its script names a replacement
 
+    releases: tuple[tuple[str, ...], ...] = ()  # options that select further releases
+
     # --- the objective of flow models ---
     is_velocity_reversed: bool = False  # points to the image
     default_shift: float | None = None  # of its default noise levels at 1024 px, if these are logit-normal

@@ -270,6 +270,7 @@ BASES = (
         module="networks.lora_flux_2",
         build=lambda folder: build_tiny_flux_2(folder, 61),
         written=("flux_2", "Flux.2-klein-4b"),
+        releases=tuple(("--model_version", v) for v in ("klein-4b", "klein-base-4b", "klein-base-9b", "dev")),
         deeper=DEEPER,
         needs_newer="diffusers 0.32.2",
         default_shift=math.exp(1.15),  # at 4096 tokens, the larger end

@@ -196,6 +196,7 @@ BASES = (
         module="networks.lora_krea2",
         build=lambda folder: build_tiny_krea2(folder, 62),
         written=("krea2", "Krea-2"),
+        releases=(("--dit_variant", "turbo"), ("--dit_variant", "raw")),
         deeper={"num_blocks": 6},
         needs_newer="transformers 4.54.1",
         default_shift=math.exp(0.5 + 0.65 * (4096 - 256) / (6400 - 256)),

@@ -205,6 +205,7 @@ BASES = (
         module="networks.lora_zimage",
         build=lambda folder: build_tiny_zimage(folder, 60),
         written=("zimage", "Z-Image"),
+        releases=tuple(("--model_version", version) for version in ("turbo", "base", "de-turbo")),
         deeper={"num_layers": 6},
         is_velocity_reversed=True,
         default_shift=2.0,
