@@ -19,8 +19,8 @@ from networks import lora_krea2
 from networks.core.changes.alpha import ScaledDelta
 from networks.core.network.network import AdapterNetwork
 from tests.running import STARTED, Finished, make_images
-from tests.runs.bases import BASES
 from tests.tiers import first_is_fast
+from tests.tiny.bases import BASES
 from tests.tolerances import FLOAT32_SAME_MATH
 
 EPS = torch.finfo(torch.float32).eps
