@@ -1,8 +1,6 @@
 """krea2_train_network.py on a tiny Krea 2 model: musubi-tuner's commands, previews, resuming, and third-party
 files."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,26 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from tests.running import ROOT, Finished, make_images
-from tests.tiny.krea2 import CONFIG, build_tiny_krea2
+from tests.running import Finished
+from tests.runs.musubi_tuner import paths_of, run_command
+from tests.tiny.krea2 import CONFIG, DIT, build_tiny_krea2
 
 Train = Callable[..., Finished]
 
-# The three documented commands of musubi-tuner, without its script folder and accelerate's launcher.
-LATENTS = "--dataset_config {data} --vae {vae}"
-TEXTS = "--dataset_config {data} --text_encoder {text} --batch_size 2"
-TRAINING = (
-    "--dit {dit} --vae {vae} --dataset_config {data} --sdpa --mixed_precision bf16 --timestep_sampling shift "
-    "--weighting_scheme none --discrete_flow_shift 2.5 --optimizer_type AdamW --learning_rate 1e-4 "
-    "--gradient_checkpointing --max_data_loader_n_workers 2 --persistent_data_loader_workers "
-    "--network_module networks.lora_krea2 --network_dim 32 --network_alpha 32 --max_train_epochs 1 "
-    "--save_every_n_epochs 1 --seed 42 --output_dir {out} --output_name name-of-lora"
-)
+TRAINING = DIT.training
 SHOWN = ("--sample_prompts", "prompts.txt", "--sample_at_first")
-NUM_LAYERS = 8 * (CONFIG.num_blocks + CONFIG.num_layerwise + CONFIG.num_refiners) + 8
 
 
 @pytest.fixture(scope="session")
@@ -55,33 +43,14 @@ def arguments(tiny_arguments: list[str], images: Path, tmp_path: Path) -> list[s
 
 @pytest.fixture
 def path_replacements(tiny_arguments: list[str], tmp_path: Path) -> dict[str, str]:
-    """Return replacements for the paths in the documented commands."""
-    make_images(tmp_path / "images", 3)
-    (tmp_path / "data.toml").write_text(
-        '[general]\nresolution = [80, 64]\ncaption_extension = ".txt"\nbatch_size = 1\nenable_bucket = true\n'
-        "bucket_no_upscale = false\n\n[[datasets]]\n"
-        f'image_directory = "{tmp_path / "images"}"\ncache_directory = "{tmp_path / "cache"}"\nnum_repeats = 1\n'
-    )
-    dit, vae, text = tiny_arguments[1::2]
-    return {"dit": dit, "vae": vae, "text": text, "data": str(tmp_path / "data.toml"), "out": str(tmp_path / "out")}
-
-
-def run_command(script: str, words: str, path_replacements: dict[str, str]) -> Finished:
-    line = [sys.executable, str(ROOT / f"{script}.py"), *words.format(**path_replacements).split()]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return Finished(done.returncode, done.stdout, done.stderr)
+    return paths_of(tiny_arguments, tmp_path)
 
 
 @pytest.mark.nightly
-def test_the_commands_of_musubi_tuner_cache_and_train(
-    train_krea2: Train, path_replacements: dict[str, str], tmp_path: Path
-) -> None:
-    """Caption features are stored unpadded in 16 bits, and their size is reported before encoding."""
-    first = run_command("krea2_cache_latents", LATENTS, path_replacements)
-    assert "latent cache: 0 entries reused, 3 to encode" in first.stderr
-    texts = run_command("krea2_cache_text_encoder_outputs", TEXTS, path_replacements)
-    assert "text cache: 0 files reused, 4 to encode" in texts.stderr  # three captions and the empty one
+def test_caption_features_are_cached_without_padding(path_replacements: dict[str, str], tmp_path: Path) -> None:
+    """Features are stored unpadded in 16 bits, and their size is reported before encoding."""
+    texts = "--dataset_config {data} --text_encoder {text} --batch_size 2"
+    log = run_command("krea2_cache_text_encoder_outputs", texts, path_replacements)
     num_tokens = []
     for file in (tmp_path / "images").glob("*_krea2_te.npz"):
         with np.load(file) as archive:
@@ -90,20 +59,7 @@ def test_the_commands_of_musubi_tuner_cache_and_train(
         num_tokens.append(len(mask))
     assert len(num_tokens) == 4 and len(set(num_tokens)) > 1
     size = 2 * 12 * CONFIG.fusion.width * sum(num_tokens) / 1e6
-    assert f"caching text encoder outputs of 4 captions on disk, about {size:.1f} MB" in texts.stderr
-    done = train_krea2(TRAINING.format(**path_replacements).split())  # without the text encoder
-    assert done.status == 0, done.stderr
-    assert "latent cache: 3 entries reused, 0 to encode" in done.stderr
-    assert "text cache: 4 files reused, 0 to encode" in done.stderr
-    file = tmp_path / "out" / "name-of-lora.safetensors"
-    tensors = load_file(file)
-    assert len(tensors) == 2 * NUM_LAYERS
-    assert tensors["diffusion_model.blocks.0.attn.wq.lora_A.weight"].shape == (32, CONFIG.block.width)
-    assert any(float(t.abs().max()) > 0 for key, t in tensors.items() if key.endswith("lora_B.weight"))
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    assert metadata["ss_base_model_version"] == "krea2"
-    assert metadata["modelspec.architecture"] == "Krea-2/lora"
+    assert f"caching text encoder outputs of 4 captions on disk, about {size:.1f} MB" in log
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(train_krea2: Train, arguments: list[str], tmp_path: Path) -> None:
@@ -146,29 +102,9 @@ def test_musubi_tuners_fp8_and_block_swap_options_train(train_krea2: Train, path
 
 
 @pytest.mark.nightly
-def test_training_continues_from_a_musubi_tuner_file(train_krea2: Train, arguments: list[str], tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(1)
-    theirs = {}
-    for part, rows in (("attn_wk", CONFIG.block.width // 2), ("attn_gate", CONFIG.block.width)):
-        stem = f"lora_unet_blocks_0_{part}"
-        theirs[f"{stem}.lora_down.weight"] = torch.randn(2, CONFIG.block.width, generator=generator)
-        theirs[f"{stem}.lora_up.weight"] = 0.01 * torch.randn(rows, 2, generator=generator)
-        theirs[f"{stem}.alpha"] = torch.tensor(1.0)
-    save_file(theirs, tmp_path / "musubi.safetensors")
-    done = train_krea2([*arguments, "--network_weights", str(tmp_path / "musubi.safetensors"), "--dim_from_weights"])
-    assert done.status == 0, done.stderr
-    saved = load_file(tmp_path / "out" / "mine.safetensors")
-    assert {key: t.shape[0] for key, t in saved.items() if key.endswith("lora_A.weight")} == {
-        f"diffusion_model.blocks.0.attn.{part}.lora_A.weight": 2 for part in ("wk", "gate")
-    }
-
-
-@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--text_encoder", "missing.safetensors"], "--text_encoder missing.safetensors does not exist"),
-        (["--network_train_text_encoder_only"], "its text encoder cannot be trained"),
         (["--model_version", "turbo"], "use --dit_variant"),
         (["--dit_variant", "base"], "invalid choice: 'base'"),
         (["--fp8_vl"], "use --fp8_text_encoder"),

@@ -1,7 +1,5 @@
 """qwen_image_21_train_network.py on a tiny model: musubi-tuner's commands, pairs, and alpha channels."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,26 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.running import ROOT, Finished, make_images
-from tests.tiny.qwen_image_21 import CONFIG, build_tiny_qwen_image_21
+from tests.running import Finished, make_images
+from tests.tiny.qwen_image_21 import build_tiny_qwen_image_21
 from tools import choose_checkpoint
 
 Train = Callable[..., Finished]
-
-# The three documented commands of musubi-tuner, without its script folder and accelerate's launcher; instead of
-# --vae_tiling, meant for large images, they set the VAE's batch size.
-LATENTS = "--dataset_config {data} --vae {vae} --batch_size 2"
-TEXTS = "--dataset_config {data} --text_encoder {text} --batch_size 1"
-TRAINING = (
-    "--dit {dit} --dataset_config {data} --sdpa --mixed_precision bf16 --gradient_checkpointing "
-    "--network_module networks.lora_qwen_image_21 --network_dim 16 --network_alpha 16 --optimizer_type AdamW "
-    "--learning_rate 1e-4 --timestep_sampling shift --discrete_flow_shift 3.0 --weighting_scheme none "
-    "--max_train_steps 2 --save_every_n_steps 200 --output_dir {out} --output_name qwen_image_21_lora"
-)
-NUM_LAYERS = 7 * CONFIG.num_blocks
 
 
 @pytest.fixture(scope="session")
@@ -57,48 +42,6 @@ def load_saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
 
 def are_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(weight, b[key]) for key, weight in a.items())
-
-
-def run_command(script: str, words: str, names: dict[str, str]) -> str:
-    line = [sys.executable, str(ROOT / f"{script}.py"), *words.format(**names).split()]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-@pytest.mark.nightly
-def test_the_commands_of_musubi_tuner_cache_and_train(
-    train_qwen: Train, tiny_arguments: list[str], tmp_path: Path
-) -> None:
-    """Text-to-image training from caches needs neither VAE nor text encoder."""
-    make_images(tmp_path / "images", 3)
-    (tmp_path / "data.toml").write_text(
-        '[general]\nresolution = [96, 64]\ncaption_extension = ".txt"\nbatch_size = 1\nenable_bucket = true\n'
-        f'\n[[datasets]]\nimage_directory = "{tmp_path / "images"}"\n'
-    )
-    names = {
-        "dit": tiny_arguments[1], "vae": tiny_arguments[3], "text": tiny_arguments[5],
-        "data": str(tmp_path / "data.toml"), "out": str(tmp_path / "out"),
-    }  # fmt: skip
-    log = run_command("qwen_image_21_cache_latents", LATENTS, names)
-    assert "latent cache: 0 entries reused, 3 to encode" in log
-    log = run_command("qwen_image_21_cache_text_encoder_outputs", TEXTS, names)
-    assert "text cache: 0 files reused, 4 to encode" in log  # three captions and the empty one
-    tokenizer = ["--tokenizer_cache_dir", str(Path(tiny_arguments[1]).parent)]
-    done = train_qwen([*TRAINING.format(**names).split(), *tokenizer])
-    assert done.status == 0, done.stderr
-    assert "latent cache: 3 entries reused, 0 to encode" in done.stderr
-    assert "text cache: 4 files reused, 0 to encode" in done.stderr
-    file = tmp_path / "out" / "qwen_image_21_lora.safetensors"
-    tensors = load_file(file)
-    assert len(tensors) == 2 * NUM_LAYERS
-    name = "transformer.transformer_blocks.0.img_mlp.gate_layer.lora_A.weight"
-    assert tensors[name].shape == (16, CONFIG.width)
-    assert any(float(t.abs().max()) > 0 for key, t in tensors.items() if key.endswith("lora_B.weight"))
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    assert metadata["ss_base_model_version"] == "qwen_image_21"
-    assert metadata["modelspec.architecture"] == "Qwen-Image-2.1/lora"
 
 
 def pairs(tmp_path: Path) -> Path:
@@ -234,9 +177,6 @@ def test_the_alpha_channel_is_trained_unless_it_is_used_as_a_mask(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--text_encoder", "missing.safetensors"], "--text_encoder missing.safetensors does not exist"),
-        (["--network_train_text_encoder_only"], "its text encoder cannot be trained"),
-        (["--timestep_sampling", "ideogram4_shift"], "invalid choice: 'ideogram4_shift'"),
         (["--model_version", "edit"], "there is one Qwen-Image 2.1"),
         (["--qwen3", "x.safetensors"], "use --text_encoder"),
         (["--fp8_llm"], "use --fp8_vl"),

@@ -1,7 +1,5 @@
 """zimage_train_network.py on a tiny Z-Image model: musubi-tuner's commands, previews, and third-party files."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,21 +9,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.running import ROOT, Finished, make_images
-from tests.tiny.zimage import CONFIG, build_tiny_zimage
+from tests.running import Finished
+from tests.runs.musubi_tuner import paths_of
+from tests.tiny.zimage import CONFIG, DIT, build_tiny_zimage
 
 Train = Callable[..., Finished]
 
-# The three documented commands of musubi-tuner, without its script folder and accelerate's launcher.
-LATENTS = "--dataset_config {data} --vae {vae}"
-TEXTS = "--dataset_config {data} --text_encoder {text} --batch_size 16"
-TRAINING = (
-    "--dit {dit} --vae {vae} --text_encoder {text} --dataset_config {data} --sdpa --mixed_precision bf16 "
-    "--timestep_sampling shift --weighting_scheme none --discrete_flow_shift 2.0 --optimizer_type {optimizer} "
-    "--learning_rate 1e-4 --gradient_checkpointing --max_data_loader_n_workers 2 --persistent_data_loader_workers "
-    "--network_module networks.lora_zimage --network_dim 32 --max_train_epochs {epochs} --save_every_n_epochs 1 "
-    "--seed 42 --output_dir {out} --output_name name-of-lora"
-)
+TRAINING = DIT.training
 
 
 @pytest.fixture(scope="session")
@@ -51,70 +41,7 @@ def arguments(tiny_arguments: list[str], images: Path, tmp_path: Path) -> list[s
 
 @pytest.fixture
 def path_replacements(tiny_arguments: list[str], tmp_path: Path) -> dict[str, str]:
-    """Return replacements for the paths in the documented commands."""
-    make_images(tmp_path / "images", 3)
-    (tmp_path / "data.toml").write_text(
-        '[general]\nresolution = [80, 64]\ncaption_extension = ".txt"\nbatch_size = 1\nenable_bucket = true\n'
-        "bucket_no_upscale = false\n\n[[datasets]]\n"
-        f'image_directory = "{tmp_path / "images"}"\ncache_directory = "{tmp_path / "cache"}"\nnum_repeats = 1\n'
-    )
-    dit, vae, text = tiny_arguments[1], tiny_arguments[3], tiny_arguments[5]
-    return {
-        "dit": dit, "vae": vae, "text": text, "data": str(tmp_path / "data.toml"), "optimizer": "AdamW", "epochs": "1",
-        "out": str(tmp_path / "out"),
-    }  # fmt: skip
-
-
-def run_command(script: str, words: str, path_replacements: dict[str, str]) -> Finished:
-    line = [sys.executable, str(ROOT / f"{script}.py"), *words.format(**path_replacements).split()]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return Finished(done.returncode, done.stdout, done.stderr)
-
-
-@pytest.mark.nightly
-def test_the_commands_of_musubi_tuner_cache_and_train(
-    train_zimage: Train, path_replacements: dict[str, str], tmp_path: Path
-) -> None:
-    first = run_command("zimage_cache_latents", LATENTS, path_replacements)
-    assert "latent cache: 0 entries reused, 3 to encode" in first.stderr
-    again = run_command(
-        "zimage_cache_latents", f"{LATENTS} --skip_existing --keep_cache --num_workers 1", path_replacements
-    )
-    assert "3 entries reused unchecked (--skip_cache_check), 0 to encode" in again.stderr
-    texts = run_command("zimage_cache_text_encoder_outputs", f"{TEXTS} --device cpu", path_replacements)
-    assert "text cache: 0 files reused, 4 to encode" in texts.stderr  # three captions and the empty one
-    assert len(list((tmp_path / "images").glob("*_zimage.npz"))) == 3
-    done = train_zimage(TRAINING.format(**path_replacements).split())
-    assert done.status == 0, done.stderr
-    assert "latent cache: 3 entries reused, 0 to encode" in done.stderr
-    assert "text cache: 4 files reused, 0 to encode" in done.stderr
-    file = tmp_path / "out" / "name-of-lora.safetensors"
-    tensors = load_file(file)
-    assert len(tensors) == 2 * 7 * CONFIG.num_layers
-    assert tensors["diffusion_model.layers.0.attention.to_q.lora_A.weight"].shape == (32, CONFIG.width)
-    assert any(float(t.abs().max()) > 0 for key, t in tensors.items() if key.endswith("lora_B.weight"))
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    assert metadata["ss_base_model_version"] == "zimage"
-    assert metadata["modelspec.architecture"] == "Z-Image/lora"
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize(
-    ("script", "flag"), [("zimage_cache_latents", "--vae"), ("zimage_cache_text_encoder_outputs", "--text_encoder")]
-)
-def test_a_caching_command_names_the_missing_file(path_replacements: dict[str, str], script: str, flag: str) -> None:
-    line = [sys.executable, str(ROOT / f"{script}.py"), "--dataset_config", path_replacements["data"]]
-    for more, message in (
-        (["--device", "gpu:7"], "--device gpu:7 cannot be used"),
-        ([], f"{flag} is missing: name its file or folder, or the whole model with --dit"),
-        ([flag, path_replacements["dit"]], f"{flag} {path_replacements['dit']} is not a"),
-        ([flag, path_replacements["vae"], "--batch_size", "0"], "--batch_size is 0, but must be at least 1"),
-    ):
-        done = subprocess.run([*line, *more], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 1 and message in done.stderr, done.stderr
-        assert "Traceback" not in done.stderr
+    return paths_of(tiny_arguments, tmp_path)
 
 
 def test_musubi_tuners_fp8_and_block_swap_options_train(train_zimage: Train, path_replacements: dict[str, str]) -> None:
@@ -204,28 +131,9 @@ def test_stratified_levels_of_a_cut_off_distribution_with_rex_resume_exactly(
     assert (metadata["modelspec.architecture"], metadata["modelspec.resolution"]) == ("mine/lora", "512x768")
 
 
-def test_training_continues_from_a_musubi_tuner_file(train_zimage: Train, arguments: list[str], tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(1)
-    theirs = {}
-    for part in ("to_q", "to_k", "to_v", "to_out_0"):
-        stem = f"lora_unet_layers_0_attention_{part}"
-        theirs[f"{stem}.lora_down.weight"] = torch.randn(2, CONFIG.width, generator=generator)
-        theirs[f"{stem}.lora_up.weight"] = 0.01 * torch.randn(CONFIG.width, 2, generator=generator)
-        theirs[f"{stem}.alpha"] = torch.tensor(1.0)
-    save_file(theirs, tmp_path / "musubi.safetensors")
-    done = train_zimage([*arguments, "--network_weights", str(tmp_path / "musubi.safetensors"), "--dim_from_weights"])
-    assert done.status == 0, done.stderr
-    saved = load_file(tmp_path / "out" / "mine.safetensors")
-    ranks = {key.split(".")[4]: t.shape[0] for key, t in saved.items() if key.endswith("lora_A.weight")}
-    assert ranks == {"to_q": 6, "to_k": 6, "to_v": 6, "to_out": 2}
-
-
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--text_encoder", "missing.safetensors"], "--text_encoder missing.safetensors does not exist"),
-        (["--network_train_text_encoder_only"], "its text encoder cannot be trained"),
-        (["--timestep_sampling", "ideogram4_shift"], "invalid choice: 'ideogram4_shift'"),
         (["--qwen3", "x.safetensors"], "use --text_encoder"),
     ],
     ids=str,

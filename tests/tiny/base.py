@@ -113,6 +113,16 @@ class InDiffusers:
     clip_widths: tuple[int, ...] = ()  # of the CLIPs whose adapters it loads
 
 
+def training_command(files: str, sampling: str, module: str) -> str:
+    """Return musubi-tuner's documented command for training, with {paths}."""
+    return (
+        f"{files} --dataset_config {{data}} --sdpa --mixed_precision bf16 {sampling} --weighting_scheme none "
+        "--optimizer_type AdamW --learning_rate 1e-4 --gradient_checkpointing --max_data_loader_n_workers 2 "
+        f"--persistent_data_loader_workers --network_module {module} --network_dim 32 --max_train_epochs 1 "
+        "--save_every_n_epochs 1 --seed 42 --output_dir {out} --output_name name-of-lora"
+    )
+
+
 @dataclass(frozen=True)
 class Dit:
     """A transformer whose LoRA is saved in names that other programs read, with options of musubi-tuner."""
@@ -134,6 +144,12 @@ class Dit:
     trainers: Sequence[tuple[str, bool]]  # (trainer, True if it uses diffusers paths)
     converted: tuple[str, str, str]  # the first key of a file in the namings of kohya, ComfyUI and diffusers
     architectures: Mapping[str, str]  # layout -> modelspec.architecture of a merged file
+    trained: Mapping[str, Callable[[Path], list[str]]]  # release, if there are several -> its tiny model
+    training: str  # musubi-tuner's command, with {paths}
+    num_adapted: int  # layers that it adapts
+    saved: tuple[str, int]  # the name of one in the file, and its inputs
+    theirs_in_file: Mapping[str, tuple[int, int]]  # underscored layers of a musubi-tuner file -> rows and columns
+    continued_ranks: Mapping[str, int]  # saved layer -> rank, after training from that file of rank 2
     prefix: str = "diffusion_model"  # prefix in saved files
     other_kinds: str = ""  # prefix in files of other kinds than LoRA; Kohya names if empty
 

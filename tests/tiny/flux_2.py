@@ -17,7 +17,7 @@ from library.architectures.flux_2.vae import ORIGINAL
 from library.models.adapter_views import view_denoiser
 from library.models.loading import build_on_meta_device
 from tests.tiny import zimage
-from tests.tiny.base import Base, Compared, Deep, Dit, InDiffusers, Pair, pair_of
+from tests.tiny.base import Base, Compared, Deep, Dit, InDiffusers, Pair, pair_of, training_command
 from tests.tiny.flux import ldm_vae
 from tests.tiny.headers import write_headers
 from tests.tiny.init import fixed_init
@@ -262,6 +262,22 @@ DIT = Dit(
         "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
     ),
     architectures={"files": "Flux.2-klein-4b", "whole": "Flux.2-dev"},
+    trained={
+        "klein-base-4b": lambda folder: build_tiny_flux_2(folder, 31),
+        "dev": lambda folder: build_tiny_flux_2(folder, 32, is_dev=True),
+    },
+    training=training_command(
+        "--dit {dit} --vae {vae} --text_encoder {text}",
+        "--timestep_sampling flux2_shift",
+        "networks.lora_flux_2",
+    ),
+    num_adapted=8 * CONFIG.num_double + 2 * CONFIG.num_single,
+    saved=("diffusion_model.double_blocks.0.img_attn.qkv", CONFIG.width),
+    theirs_in_file={
+        "double_blocks_0_img_attn_qkv": (3 * CONFIG.width, CONFIG.width),
+        "double_blocks_0_txt_attn_proj": (CONFIG.width, CONFIG.width),
+    },
+    continued_ranks={f"diffusion_model.double_blocks.0.{part}": 2 for part in ("img_attn.qkv", "txt_attn.proj")},
 )  # fmt: skip
 BASES = (
     Base(

@@ -16,7 +16,7 @@ from library.architectures.krea2.reference import diffusers_config, diffusers_mo
 from library.models.adapter_views import view_denoiser
 from library.models.loading import build_on_meta_device
 from tests.tiny.anima import VAE, to_original, vae_state
-from tests.tiny.base import Base, Compared, Deep, Dit, InDiffusers, Pair, pair_of
+from tests.tiny.base import Base, Compared, Deep, Dit, InDiffusers, Pair, pair_of, training_command
 from tests.tiny.headers import write_headers
 from tests.tiny.keys import kohya, lora_of, peft
 from tests.tiny.parts import BASE, Parts, prefixed, tiny_denoiser, write_files, write_folder, write_whole
@@ -188,6 +188,19 @@ DIT = Dit(
         "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
     ),
     architectures={"files": "Krea-2", "whole": "Krea-2"},
+    trained={"": lambda folder: build_tiny_krea2(folder, 31)},
+    training=training_command(
+        "--dit {dit} --vae {vae}",
+        "--timestep_sampling shift --discrete_flow_shift 2.5",
+        "networks.lora_krea2",
+    ),
+    num_adapted=8 * (CONFIG.num_blocks + CONFIG.num_layerwise + CONFIG.num_refiners) + 8,
+    saved=("diffusion_model.blocks.0.attn.wq", CONFIG.block.width),
+    theirs_in_file={
+        "blocks_0_attn_wk": (CONFIG.block.width // 2, CONFIG.block.width),
+        "blocks_0_attn_gate": (CONFIG.block.width, CONFIG.block.width),
+    },
+    continued_ranks={f"diffusion_model.blocks.0.attn.{part}": 2 for part in ("wk", "gate")},
 )  # fmt: skip
 BASES = (
     Base(

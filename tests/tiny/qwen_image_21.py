@@ -18,7 +18,7 @@ from library.models.adapter_views import view_denoiser
 from library.models.loading import build_on_meta_device
 from library.models.qwen3_vl_vision import DEEPSTACK, NUM_HEADS
 from library.models.vae.qwen_image import ENDS, MIDDLE, QUANT, RESIDUAL
-from tests.tiny.base import Base, Deep, Dit, InDiffusers, Pair, pair_of
+from tests.tiny.base import Base, Deep, Dit, InDiffusers, Pair, pair_of, training_command
 from tests.tiny.headers import write_headers
 from tests.tiny.init import fixed_init
 from tests.tiny.keys import kohya, lora_of, peft
@@ -242,6 +242,16 @@ DIT = Dit(
         "transformer.transformer_blocks.0.img_mlp.gate_layer.lora_A.weight",
     ),
     architectures={"files": "Qwen-Image-2.1", "whole": "Qwen-Image-2.1"},  # the second fuses two of the layers
+    trained={"": lambda folder: build_tiny_qwen_image_21(folder, 31)},
+    training=training_command(
+        "--dit {dit}",
+        "--timestep_sampling shift --discrete_flow_shift 3.0",
+        "networks.lora_qwen_image_21",
+    ),
+    num_adapted=7 * CONFIG.num_blocks,
+    saved=("transformer.transformer_blocks.0.img_mlp.gate_layer", CONFIG.width),
+    theirs_in_file={"transformer_blocks_0_attn_to_q": (CONFIG.width, CONFIG.width)},
+    continued_ranks={"transformer.transformer_blocks.0.attn.to_q": 2},
     prefix="transformer",
     other_kinds="transformer.",
 )

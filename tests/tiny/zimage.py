@@ -14,7 +14,7 @@ from library.architectures.zimage.model import ZImage, ZImageConfig
 from library.architectures.zimage.reference import diffusers_config, diffusers_model, diffusers_state
 from library.models.adapter_views import view_denoiser
 from library.models.loading import build_on_meta_device
-from tests.tiny.base import Base, Compared, Deep, Dit, InDiffusers, Pair, pair_of
+from tests.tiny.base import Base, Compared, Deep, Dit, InDiffusers, Pair, pair_of, training_command
 from tests.tiny.flux import VAE, ldm_vae
 from tests.tiny.headers import flux_vae, write_headers
 from tests.tiny.init import fixed_init
@@ -197,6 +197,21 @@ DIT = Dit(
         "diffusion_model.layers.0.attention.to_q.lora_A.weight",
     ),
     architectures={"files": "Z-Image", "whole": "Z-Image"},
+    trained={"": lambda folder: build_tiny_zimage(folder, 31)},
+    training=training_command(
+        "--dit {dit} --vae {vae} --text_encoder {text}",
+        "--timestep_sampling shift --discrete_flow_shift 2.0",
+        "networks.lora_zimage",
+    ),
+    num_adapted=7 * CONFIG.num_layers,
+    saved=("diffusion_model.layers.0.attention.to_q", CONFIG.width),
+    theirs_in_file={
+        f"layers_0_attention_{part}": (CONFIG.width, CONFIG.width) for part in ("to_q", "to_k", "to_v", "to_out_0")
+    },
+    continued_ranks={  # q, k and v are one layer
+        f"diffusion_model.layers.0.attention.{part}": rank
+        for part, rank in {"to_q": 6, "to_k": 6, "to_v": 6, "to_out.0": 2}.items()
+    },
 )
 BASES = (
     Base(
