@@ -94,7 +94,6 @@ def test_a_preview_uses_the_settings_of_its_model_version(
         (["--model_version", "dev"], "--model_version is dev, but"),
         (["--model_version", "klein"], "invalid choice: 'klein'"),
         (["--qwen3", "x.safetensors"], "use --text_encoder"),
-        (["--guidance_scale", "1.0"], "dev is trained with a guidance of 1"),
     ],
     ids=str,
 )

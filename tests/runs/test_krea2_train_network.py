@@ -108,7 +108,6 @@ def test_musubi_tuners_fp8_and_block_swap_options_train(train_krea2: Train, path
         (["--model_version", "turbo"], "use --dit_variant"),
         (["--dit_variant", "base"], "invalid choice: 'base'"),
         (["--fp8_vl"], "use --fp8_text_encoder"),
-        (["--guidance_scale", "1.0"], "the model is trained without guidance"),
         (["--turbo_dit", "missing.safetensors"], "--turbo_dit missing.safetensors does not exist"),
         (["--turbo_dit", "x.safetensors", *SHOWN, "--blocks_to_swap", "2"], "previews swap all weights in place"),
         (["--turbo_dit", "x.safetensors", *SHOWN, "--base_weights", "y"], "previews would lack them"),

@@ -97,7 +97,7 @@ def test_a_caching_command_names_the_missing_file(
     for more, message in (
         (["--device", "gpu:7"], "--device gpu:7 cannot be used"),
         ([], f"{flag} is missing: name its file or folder, or the whole model with --dit"),
-        ([flag, paths["dit"]], f"{flag} {paths['dit']} is not a"),
+        ([flag, paths["dit"]], f"{flag} {paths['dit']} is not "),
         ([flag, paths["vae"], "--batch_size", "0"], "--batch_size is 0, but must be at least 1"),
     ):
         done = subprocess.run([*line, *more], capture_output=True, text=True, timeout=300)
