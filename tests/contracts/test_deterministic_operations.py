@@ -17,8 +17,8 @@ from library.training.planning.counting import BatchShape, count_run
 from tests import nondeterministic_operations
 from tests.nondeterministic_operations import REFUSED, is_refused, listed_by_torch
 from tests.parity.tiny_models import opened_with
-from tests.runs.bases import BASES
 from tests.tiers import first_is_fast
+from tests.tiny.bases import BASES
 
 CPU = torch.device("cpu")
 

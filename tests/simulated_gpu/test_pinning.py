@@ -13,8 +13,9 @@ from library.memory.offload.ring import Ring
 from library.memory.offload.streams import StagedStreams, staging_bytes
 from library.memory.pinned import warn_of_refusal
 from tests.simulated_gpu.device import Simulation
-from tests.simulated_gpu.test_runs import OFFLOADED, SWAPPED, Run, assert_same, run, waits  # noqa: F401
+from tests.simulated_gpu.test_runs import OFFLOADED, Run, assert_same, run, waits  # noqa: F401
 from tests.tiers import first_is_fast
+from tests.tiny.bases import BASES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("simulated_gpu")]
 NUM_BLOCKS, NUM_BYTES = 6, 4096
@@ -78,7 +79,7 @@ def test_inputs_beyond_the_budget_are_pageable_until_others_are_freed() -> None:
     assert budget.num_bytes == 2 * 4096 and budget.allocate(values).is_pinned()
 
 
-SWAPS = ("--blocks_to_swap", SWAPPED["flux"], "--gradient_checkpointing")
+SWAPS = ("--blocks_to_swap", BASES["flux"].blocks_to_swap, "--gradient_checkpointing")
 LIMITED = [
     ((), 0),
     (("--cache_latents",), 0),
