@@ -125,7 +125,10 @@ def test_an_unnamed_folder_with_two_text_encoders_is_recognised_as_sdxl(tmp_path
 
 
 ONE_FILE = {title: name for name, base in BASES.items() for title in base.full_size}
-SD35 = ("sd3.5-medium", "sd3.5-large")
+OTHER_SIZES = [  # (file of names, path to them in it, base model)
+    ("sd21", ("checkpoint",), "sd2"),
+    ("sd3", ("mmdit", "sd3.5-medium"), "sd3"), ("sd3", ("mmdit", "sd3.5-large"), "sd3"),
+]  # fmt: skip
 
 
 def strongest(shapes: Shapes, signs_of: Callable[[BaseModelSpec], Sequence[Sign]]) -> list[str]:
@@ -151,10 +154,13 @@ def test_one_base_model_claims_a_full_size_checkpoint(title: str, tmp_path: Path
         assert strongest(stripped, lambda spec: spec.checkpoint) == [base.spec.name]
 
 
-@pytest.mark.parametrize("size", SD35)
-def test_one_base_model_claims_sd35(size: str) -> None:
-    shapes = {name: tuple(shape) for name, shape in facts("sd3")["mmdit"][size].items()}
-    assert strongest(shapes, lambda spec: spec.checkpoint) == ["sd3"]
+@pytest.mark.parametrize(("file", "path", "base"), OTHER_SIZES)
+def test_one_base_model_claims_other_sizes(file: str, path: tuple[str, ...], base: str) -> None:
+    content = facts(file)
+    for step in path:
+        content = content[step]
+    shapes = {name: tuple(shape) for name, shape in content.items()}
+    assert strongest(shapes, lambda spec: spec.checkpoint) == [base]
 
 
 @pytest.mark.parametrize("name", BASES)
