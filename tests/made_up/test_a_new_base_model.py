@@ -103,7 +103,7 @@ def write_model(path: Path) -> None:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     folder = tmp_path_factory.mktemp("made_up")
     root = folder / "project"
-    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.safetensors"))
+    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".*", "__pycache__"))
     for added, place in ADDED.items():  # nothing else is, and no existing file is changed
         assert not (root / place).exists()
         (shutil.copytree if (HERE / added).is_dir() else shutil.copy)(HERE / added, root / place)
