@@ -23,8 +23,8 @@ from library.training.saving.checkpoints import weights_are_finite
 from library.training.saving.state import read_facts
 from tests.contracts.overwriting import CALLS, INPUTS, WITHOUT_TARGET, Call
 from tests.running import ROOT, STARTED, Finished, make_images
-from tests.runs.bases import BASES
 from tests.tiers import first_is_fast
+from tests.tiny.bases import BASES
 
 Train = Callable[..., Finished]
 FOLDERS = (".", "tools", "tools/quickstart", "networks", "finetune", "benchmarks")
