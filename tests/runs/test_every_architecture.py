@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from library.architectures.specs import list_specs
 from library.checkpoints.files import load_state_dict, read_metadata
@@ -73,7 +74,7 @@ def test_with_every_feature_on_a_resumed_run_equals_the_uninterrupted_one(
     lines = [[line.split("validation after")[1] for line in done.stderr.splitlines() if "validation after" in line]
              for done in (uninterrupted, rest)]  # fmt: skip
     assert len(lines[0]) > 1 and lines[1] == lines[0][-len(lines[1]) :]
-    images = [sorted(path.read_bytes() for path in (tmp_path / name / "sample").glob("*.png"))
+    images = [sorted(Image.open(path).tobytes() for path in (tmp_path / name / "sample").glob("*.png"))
                 for name in ("whole", "rest")]  # fmt: skip
     assert images[0] == images[1] and len(images[0]) == 1
 
