@@ -104,3 +104,16 @@ def test_options_that_a_dataset_file_overrides_are_warned_of(train: Train, tmp_p
     assert done.status == 0, done.stderr
     assert f"--resolution 128 has no effect: {file} sets resolution = 64; change it there" in done.stderr
     assert f"--train_batch_size 2 has no effect: {file} sets batch_size = 4; change it there" in done.stderr
+
+
+def test_an_option_typed_with_its_default_is_warned_of_too(train: Train, tmp_path: Path) -> None:
+    images = make_images(tmp_path / "images", 2)
+    text = "[[datasets]]\nresolution = 64\nbatch_size = 4\n[[datasets.subsets]]\n"
+    (tmp_path / "data.toml").write_text(f"{text}image_dir = '{images.as_posix()}'\n")
+    words = ["--dataset_config", str(tmp_path / "data.toml"), "--audit_only"]
+    line = f"--train_batch_size 1 has no effect: {tmp_path / 'data.toml'} sets batch_size = 4; change it there"
+    for typed in (["--train_batch_size", "1"], ["--train_batch_size=1"]):
+        assert train([*words, *typed], "train_network").stderr.count(line) == 1
+    assert "has no effect" not in train(words, "train_network").stderr
+    (tmp_path / "data.toml").write_text("datasets = 3")
+    assert "must be an array of tables" in train([*words, "--train_batch_size", "1"], "train_network").stderr

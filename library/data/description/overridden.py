@@ -1,7 +1,7 @@
 """Options whose values a dataset file replaces."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from library.data.description.keys import ALL_KEYS, DATASET_KEYS, Key, Style
@@ -11,18 +11,25 @@ Table = Mapping[str, Any]
 
 
 def find_overridden(
-    datasets: Sequence[tuple[Table, Style]], general: Table, fallbacks: Table, path: str
+    datasets: Sequence[tuple[Table, Style]],
+    general: Table,
+    fallbacks: Table,
+    path: str,
+    typed: Collection[str] | None = None,
 ) -> Iterator[str]:
     """Yield a line for every given option that the dataset file at `path` overrides with another value.
 
-    `fallbacks` holds the values of options by key. Front ends send every option, so one at its default counts as not
-    given.
+    `fallbacks` holds the values of options by key. An option at its default counts as not given; with `typed`, the
+    lines are for these options at their defaults instead.
     """
     for key in ALL_KEYS.values():
         value = fallbacks.get(key.name)
-        if key.flag is None or value is None or not is_set(key.kind.convert(value), key.default):
+        if key.flag is None or value is None:
             continue
         given = key.kind.convert(value)
+        is_default = not is_set(given, key.default)
+        if is_default != (typed is not None and key.flag in typed):
+            continue
         in_file = list(values_in_file(key, datasets, general))
         others = list(dict.fromkeys(format_value(v) for v in in_file if v is not None))
         if not others or given in in_file:

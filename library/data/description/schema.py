@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -175,6 +175,20 @@ def read_dataset_config(data: DatasetOptions, fallbacks: Table) -> RunDataConfig
     )
     warn_of_unused(general, {dataset.style for dataset in datasets}, path)
     return RunDataConfig(datasets, is_from_file=True)
+
+
+def warn_of_overridden_defaults(options: TrainOptions, typed: Collection[str]) -> None:
+    """Warn of options that were typed with their default, and that the dataset file overrides with another value."""
+    data = options.dataset
+    if data.dataset_config is None or data.dataset_class:
+        return
+    path = str(data.dataset_config)
+    content = with_subsets(read_description(path), path)
+    if find_problems(content, data.masked_loss):
+        return  # the file is refused when it is loaded
+    tables = [(dataset, resolve_style(dataset, data.masked_loss)) for dataset in content.get("datasets", [])]
+    for line in find_overridden(tables, content.get("general", {}), option_values(options.flat()), path, typed):
+        logger.warning("%s", line)
 
 
 def warn_of_idle_masks(data: DatasetOptions, config: RunDataConfig) -> None:

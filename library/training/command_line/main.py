@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from library.data.debug_dataset import show_batches
+from library.data.description.schema import warn_of_overridden_defaults
 from library.diffusion.flow import FlowMatching
 from library.errors import UserError
 from library.options.model import BASE_FLAG
@@ -110,6 +111,7 @@ def train_as_asked(
     # The events open later; warnings of the checks are kept for them and for the page of an audit.
     with capture_warnings() as warnings:
         check(options)
+        warn_of_overridden_defaults(options, {word.partition("=")[0].removeprefix("--") for word in command or ()})
         if latents is not None and options.dataset.audit_only:
             audit_only(options, latents, warnings)
             return True
