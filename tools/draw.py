@@ -8,9 +8,10 @@ import argparse
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import count
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
@@ -18,7 +19,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.checkpoints.files import file_in_folder
 from library.checkpoints.marks import mark_of, save_image
-from library.checkpoints.overwriting import check_target, marked
+from library.checkpoints.overwriting import FileKind, check_target, judge, marked
 from library.errors import UserError
 from library.training.command_line.checks import check_precision, check_values
 from library.training.evaluation.prompts import (
@@ -39,6 +40,8 @@ from tools.plan_memory import read_training_options
 
 logger = logging.getLogger(__name__)
 
+DRAWN = Path("output/drawn")
+
 EXAMPLES = """\
   python3 tools/draw.py configs/quickstart/toy_base --prompt "a red circle on blue --w 64 --h 64"
   python3 tools/draw.py model.safetensors --adapter output/my_cat/my_cat.safetensors \\
@@ -55,7 +58,9 @@ def setup_parser() -> argparse.ArgumentParser:
         "--strengths", type=parse_strength, nargs="+", help="factors for all adapters, one row each in a sheet"
     )
     parser.add_argument("--seed", type=parse_seed, default=1, help="seed of prompts without one (default: 1)")
-    parser.add_argument("--output", type=Path, default=Path("output/drawn"), help="folder (default: output/drawn)")
+    parser.add_argument(
+        "--output", type=Path, help=f"folder (default: {DRAWN.as_posix()}, or with a number if it has other images)"
+    )
     return parser
 
 
@@ -114,15 +119,51 @@ class Target:
     mark: str
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The images to draw into a folder, a row for each strength, and the sheet of --strengths."""
+
+    rows: list[list[Target]]
+    sheet: tuple[Path, str] | None  # with its mark
+
+    def places(self) -> Iterator[tuple[Path, FileKind]]:
+        targets = [(target.path, target.mark) for row in self.rows for target in row]
+        for path, mark in [*targets, *([] if self.sheet is None else [self.sheet])]:
+            yield path, marked("the image that this command draws there", mark)
+
+
+def plan_images(args: argparse.Namespace, training: Sequence[str], files: Stack, specs: Sequence[PromptSpec]) -> Plan:
+    """Plan the images for --output, or for the first default folder without images of other commands.
+
+    Raises UserError if --output has such images, or if an adapter would be replaced.
+    """
+
+    def plan(folder: Path) -> Plan:
+        sheet = folder / "strengths.png"
+        mark = make_mark(sheet, args.model, training, files, args.strengths, specs)
+        rows = plan_rows(args, folder, training, files, specs)
+        return Plan(rows, None if args.strengths is None else (sheet, mark))
+
+    if args.output is None:
+        folders = (DRAWN if number == 1 else DRAWN.with_name(f"{DRAWN.name}-{number}") for number in count(1))
+        plans = map(plan, folders)
+        chosen = next(p for p in plans if all(judge(path, kind) != "foreign" for path, kind in p.places()))
+    else:
+        chosen = plan(args.output)
+    for path, kind in chosen.places():
+        check_target("--output", path, kind, [file for file, _ in files])
+    return chosen
+
+
 def plan_rows(
-    args: argparse.Namespace, training: Sequence[str], files: Stack, specs: Sequence[PromptSpec]
+    args: argparse.Namespace, folder: Path, training: Sequence[str], files: Stack, specs: Sequence[PromptSpec]
 ) -> list[list[Target]]:
     """Return a row of images for each strength, as adapters are attached once for each: those of --strengths for every
     prompt, else those of the prompts, in their order."""
 
     def plan(number: int, spec: PromptSpec, strength: float) -> Target:
         ending = f"_{strength:g}" if args.strengths is not None or strength != 1 else ""
-        path = args.output / f"{number:02}{ending}_{spec.seed}.png"
+        path = folder / f"{number:02}{ending}_{spec.seed}.png"
         mark = make_mark(path, args.model, training, scale_strengths(files, strength), spec)
         return Target(number, strength, path, mark)
 
@@ -146,14 +187,8 @@ def draw(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Draw and write the images. Raises UserError for invalid options, and for files that do not fit the model."""
     files = [parse_adapter(text) for text in args.adapter]
     specs = read_specs(args)
-    rows = plan_rows(args, training, files, specs)
-    sheet = args.output / "strengths.png"
-    sheet_mark = make_mark(sheet, args.model, training, files, args.strengths, specs)
-    targets = [(target.path, target.mark) for row in rows for target in row]
-    for path, mark in [*targets, *([] if args.strengths is None else [(sheet, sheet_mark)])]:
-        check_target(
-            "--output", path, marked("the image that this command draws there", mark), [file for file, _ in files]
-        )
+    planned = plan_images(args, training, files, specs)
+    rows = planned.rows
     if not files and any(target.strength != 1 for row in rows for target in row):
         logger.warning("strengths have no effect: they are those of --adapter, and none is given")
     model, spec = find_base("MODEL", args.model, "unet", "transformer", "text_encoder")
@@ -178,7 +213,8 @@ def draw(args: argparse.Namespace, training: Sequence[str]) -> None:
             write_image(target.path, Drawn(target.number, prompt, image), target.mark)
             logger.info("wrote %s", target.path)
         images.append(drawn)
-    if args.strengths is not None:
+    if planned.sheet is not None:
+        sheet, sheet_mark = planned.sheet
         labels = [f"strength {strength:g}" for strength in args.strengths]
         save_image(sheet, arrange(images, labels, [f"{p.seed}: {p.text}" for p in prompts], 512), sheet_mark)
         logger.info("wrote %s", sheet)

@@ -63,6 +63,21 @@ def test_strengths_range_from_the_base_image_to_the_preview(name: str, train: Tr
     assert Image.open(drawn / "strengths.png").size[1] > 3 * 64
 
 
+def test_other_images_go_to_another_folder_unless_one_is_named(
+    tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words, prompts = [str(tiny_sd_folder), "--prompt"], ("a cat", "a dog")
+    for prompt in (*prompts, *prompts):
+        assert draw.main([*words, f"{prompt} --w 64 --h 64 --s 1"]) == 0
+    first, second = (Path(f"output/{name}/01_1.png") for name in ("drawn", "drawn-2"))
+    assert sorted(Path("output").rglob("*.png")) == [first, second]
+    assert not np.array_equal(pixels(first), pixels(second))
+    content = first.read_bytes()
+    assert draw.main([*words, "a cow --w 64 --h 64 --s 1", "--output", "output/drawn"]) == 1
+    assert f"--output {first} exists and is a PNG image" in capsys.readouterr().err and first.read_bytes() == content
+
+
 def test_a_strength_in_a_prompt_is_that_of_the_adapters(train: Train, tmp_path: Path) -> None:
     model, out = train_adapter(train, "sd", tmp_path)
     words = [model[1], "--adapter", str(out / "mine.safetensors"), "--output", str(tmp_path / "drawn")]
