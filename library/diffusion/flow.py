@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from library.diffusion.noise import draw_normal, draw_strength
+from library.diffusion.noise import draw_normal, perturb_input
 from library.diffusion.timesteps import (
     NUM_TIMESTEPS,
     PATCH,
@@ -93,11 +93,7 @@ class FlowMatching:
         """
         clean = clean_BCHW.float()
         noise_BCHW = self.draw_noise(clean, generator)
-        input_noise_BCHW = noise_BCHW
-        if self.noise.ip_noise_gamma:
-            # Only the input is perturbed; the target keeps the plain noise (Ning et al. 2023, arXiv:2301.11706).
-            gamma = draw_strength(self.noise.ip_noise_gamma, self.noise.ip_noise_gamma_random_strength, generator)
-            input_noise_BCHW = noise_BCHW + gamma * draw_normal(clean.shape, generator, clean.device)
+        input_noise_BCHW = perturb_input(noise_BCHW, self.noise, generator)
         B, _, H, W = clean.shape
         # Timesteps stay in float32: those of bfloat16 are 4 apart between 512 and 1000.
         timesteps_B = send(self.draw_timesteps(B, H, W, generator, offsets_B, uniforms_B), clean.device)

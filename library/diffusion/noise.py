@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from library.memory.devices import send
+from library.options.training.noise import NoiseOptions
 
 
 def draw_normal(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
@@ -19,6 +20,17 @@ def draw_normal(shape: tuple[int, ...], generator: torch.Generator, device: torc
 def draw_strength(strength: float, is_random: bool, generator: torch.Generator) -> float:
     """Return `strength`, or if random a uniform value between 0 and `strength`. A fixed strength draws nothing."""
     return strength * torch.rand((), generator=generator).item() if is_random else strength
+
+
+def perturb_input(noise_BCHW: Tensor, options: NoiseOptions, generator: torch.Generator) -> Tensor:
+    """Return the noise of the denoiser's input: plus white noise times --ip_noise_gamma, if that is set.
+
+    The target keeps the plain noise (Ning et al. 2023, arXiv:2301.11706).
+    """
+    if not options.ip_noise_gamma:
+        return noise_BCHW
+    gamma = draw_strength(options.ip_noise_gamma, options.ip_noise_gamma_random_strength, generator)
+    return noise_BCHW + gamma * draw_normal(tuple(noise_BCHW.shape), generator, noise_BCHW.device)
 
 
 def add_offset(

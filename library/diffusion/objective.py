@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from library.diffusion.noise import add_coarse_noise, add_offset, draw_normal, draw_strength
+from library.diffusion.noise import add_coarse_noise, add_offset, draw_normal, draw_strength, perturb_input
 from library.diffusion.schedules import ddpm_abar, sigmas_of, snr_of
 from library.diffusion.timesteps import NUM_TIMESTEPS, draw_timesteps, resolve_timestep_range
 from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error, snr_weights
@@ -62,18 +62,13 @@ class DDPM:
 
         Offsets and given draws are ignored.
         """
-        options = self.noise
         clean = clean_BCHW.float()
         noise_BCHW = self.draw_noise(clean, generator)
         cpu_timesteps_B = draw_timesteps(
             len(clean), self.min_timestep, self.max_timestep, generator, num_timesteps=len(self.abar_T)
         )
         timesteps_B = send(cpu_timesteps_B, clean.device)
-        input_noise_BCHW = noise_BCHW
-        if options.ip_noise_gamma:
-            # Only the input is perturbed; the target keeps the plain noise (Ning et al. 2023, arXiv:2301.11706).
-            gamma = draw_strength(options.ip_noise_gamma, options.ip_noise_gamma_random_strength, generator)
-            input_noise_BCHW = noise_BCHW + gamma * draw_normal(clean.shape, generator, clean.device)
+        input_noise_BCHW = perturb_input(noise_BCHW, self.noise, generator)
         signal_B111, noise_B111 = self._scales(timesteps_B)
         return Noised(
             latents_BCHW=(signal_B111 * clean + noise_B111 * input_noise_BCHW).to(clean_BCHW.dtype),

@@ -16,7 +16,7 @@ from torch import Tensor
 from library.diffusion.noise import draw_normal
 from library.diffusion.schedules import BETA_END, BETA_START, ddpm_abar, sigmas_of
 from library.diffusion.timesteps import NUM_TIMESTEPS, shift_sigmas
-from library.options.output.samplers import ALIASES, SAMPLERS
+from library.options.output.sampler_names import ALIASES, SAMPLERS
 from library.types import Prompt
 
 Velocity = Literal["noise - latent", "latent - noise"]
