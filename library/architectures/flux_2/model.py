@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from library.architectures.flux_2.positions import NUM_AXES, REFERENCE_STEP, image_positions, text_positions
 from library.architectures.flux_2.targets import TARGETS
 from library.errors import UserError
 from library.models.double_stream import (
@@ -30,8 +31,6 @@ from library.models.shapes import ShapeReader
 from library.models.sinusoids import FREQUENCIES
 
 ROPE_BASE = 2000
-REFERENCE_STEP = 10  # between reference images on the first axis of positions
-NUM_AXES = 4  # image, row, column, text token
 
 
 @dataclass(frozen=True)
@@ -132,22 +131,3 @@ class Flux2(StreamTransformer):
         yield from repeat(torch.cat([layer.rows(vec_BM) for layer in double], dim=1), len(self.double_blocks))
         yield from repeat(self.single_stream_modulation.rows(vec_BM), len(self.single_blocks))
         yield vec_BM
-
-
-def text_positions(num_tokens: int, device: torch.device) -> Tensor:
-    """Return positions of text tokens, shape (L, 4): token i at (0, 0, 0, i)."""
-    ids_L4 = torch.zeros(num_tokens, NUM_AXES, dtype=torch.long, device=device)
-    ids_L4[:, 3] = torch.arange(num_tokens, device=device)
-    return ids_L4
-
-
-def image_positions(h: int, w: int, device: torch.device, t: int = 0) -> Tensor:
-    """Return positions of an image's tokens, shape (h w, 4): row y and column x at (t, y, x, 0).
-
-    The noisy image has t = 0, reference i (from 1) has t = `REFERENCE_STEP` i.
-    """
-    ids_T4 = torch.zeros(h * w, NUM_AXES, dtype=torch.long, device=device)
-    ids_T4[:, 0] = t
-    ids_T4[:, 1] = torch.arange(h, device=device).repeat_interleave(w)
-    ids_T4[:, 2] = torch.arange(w, device=device).repeat(h)
-    return ids_T4

@@ -7,8 +7,8 @@ from typing import Any
 
 from library.data.description.buckets import BucketRules
 from library.data.plan.audit import MOST_COUNTED_AT_START, TokenLimit
+from library.data.plan.dataset_metadata import TagFrequency
 from library.data.plan.samples import Draws
-from library.data.plan.summary import TagFrequency
 from library.data.scanned.columns import Texts
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 

@@ -18,6 +18,7 @@ from library.data.plan.audit import MOST_COUNTED_AT_START, TokenLimit, audit_lin
 from library.data.plan.audit_values import dataset_facts
 from library.data.plan.collect import collect
 from library.data.plan.dataset_digest import dataset_identity, image_digests
+from library.data.plan.dataset_metadata import TagFrequency, dataset_metadata, tag_frequency
 from library.data.plan.order import epoch_batches
 from library.data.plan.references import check_pairs, check_references
 from library.data.plan.samples import (
@@ -30,7 +31,6 @@ from library.data.plan.samples import (
     resolve_fixed_shape,
 )
 from library.data.plan.seen_references import SeenReferences
-from library.data.plan.summary import TagFrequency, dataset_metadata, tag_frequency
 from library.data.plan.validation_split import Split, split_datasets, unchanging
 from library.data.scanned.subsets import ScannedDataset
 from library.data.sources.storage.storage import Storage

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, option
-from library.options.output.samplers import ALIASES, SAMPLERS
+from library.options.output.sampler_names import ALIASES, SAMPLERS
 
 TIMES = ("sample_every_n_epochs", "sample_every_n_steps", "sample_at_first")
 

@@ -14,7 +14,7 @@ from typing import Any
 from library.errors import UserError
 from library.json_text import InvalidJson, parse_json
 from library.options.config_file import read_text, read_toml
-from library.options.output.samplers import ALIASES, SAMPLERS
+from library.options.output.sampler_names import ALIASES, SAMPLERS
 from library.options.ranges import is_finite_number
 from library.options.training.run import MAX_SEED
 from library.protocols import Architecture, PromptDefaults

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from library.data.description.schema import NoDataFound
-from library.data.plan import summary
+from library.data.plan import dataset_metadata
 from library.data.plan.data_plan import build_plan
 from tests.unit.data.builders import SPEC, options_of, plan_of, write_config, write_folder, write_image
 
@@ -328,7 +328,7 @@ def test_the_tag_frequency_keeps_only_the_most_common_tags(tmp_path: Path, monke
     options = write_config(tmp_path / "data.toml", text + 'caption_extension = ".txt"\n')
     all_tags = plan_of(options).metadata(options.dataset)["ss_tag_frequency"]["pictures"]
     assert len(all_tags) == 13 and all_tags["a cat"] == 12
-    monkeypatch.setattr(summary, "MOST_TAGS", 3)
+    monkeypatch.setattr(dataset_metadata, "MOST_TAGS", 3)
     few = plan_of(options).metadata(options.dataset)["ss_tag_frequency"]["pictures"]
     assert len(few) == 3 and few["a cat"] == 12 and all(all_tags[tag] == count for tag, count in few.items())
 

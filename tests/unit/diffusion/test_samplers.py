@@ -6,7 +6,7 @@ from torch import Tensor
 
 from library.diffusion.samplers import FlowSampler, Sampler, adams_bashforth, betas_of, build_ddpm_sampler, even_sigmas
 from library.diffusion.schedules import abar_of, ddpm_abar, scaled_linear_betas
-from library.options.output.samplers import ALIASES, SAMPLERS
+from library.options.output.sampler_names import ALIASES, SAMPLERS
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 
 
