@@ -25,6 +25,7 @@ from tests.contracts.overwriting import CALLS, INPUTS, WITHOUT_TARGET, Call
 from tests.running import ROOT, STARTED, Finished, make_images
 from tests.tiers import first_is_fast
 from tests.tiny.bases import BASES
+from tests.tiny.pipelines import build_tiny_pipeline
 
 Train = Callable[..., Finished]
 FOLDERS = (".", "tools", "tools/quickstart", "networks", "finetune", "benchmarks")
@@ -171,6 +172,9 @@ def training_words(tmp_path: Path, script: str, model: list[str]) -> list[str]:
 
 def model_of(path: str, folder: Path) -> list[str]:
     """Return the options that select a tiny base model for a script."""
+    if path == "diffusers_train_network.py":
+        build_tiny_pipeline("AuraFlowPipeline").save_pretrained(folder)
+        return ["--pretrained_model_name_or_path", str(folder), "--network_module", "networks.lora"]
     name = {"train_leco.py": "sd", "sdxl_train_leco.py": "sdxl"}.get(path) or MODEL_OF[path]
     return [*BASES[name].build(folder), "--network_module", BASES[name].module]
 

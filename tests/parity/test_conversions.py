@@ -443,7 +443,7 @@ def test_merge_lora_accepts_lokr_on_parts_of_a_fused_layer(tmp_path: Path, capsy
     for path in (merged, again):
         pair.seen.load_state_dict(load_state_dict(path))
         torch.testing.assert_close(pair.predict(), pair.their_prediction(), **FLOAT32_DEEP)
-    words = ["--model", file, "--save_to", single, "--to", "kohya"]
+    words = ["--model", file, "--save_to", str(tmp_path / "kohya.safetensors"), "--to", "kohya"]
     assert convert_lora.main(words) == 1
     assert "is LoKr of a part of lora_unet_" in capsys.readouterr().err
     assert convert_lora.main([*words, "--drop_unsupported"]) == 0

@@ -123,7 +123,7 @@ def test_concurrent_copies_do_not_change_results(base: str, seed: int, monkeypat
     mode = Mode(base, place="streamed", adapter="dora")
     alone = gradients(mode)
 
-    def open_streams(masters: list[Tensor], device: torch.device) -> ThreadStreams:
+    def open_streams(masters: list[Tensor], *rest: object) -> ThreadStreams:
         return ThreadStreams(2, max(map(len, masters)), seed)
 
     monkeypatch.setattr(streamed, "open_streams", open_streams)
@@ -134,7 +134,7 @@ def test_missing_waits_for_concurrent_copies_are_detected(monkeypatch: pytest.Mo
     mode = Mode("flux", place="streamed")
     alone = gradients(mode)
 
-    def open_streams(masters: list[Tensor], device: torch.device) -> ThreadStreams:
+    def open_streams(masters: list[Tensor], *rest: object) -> ThreadStreams:
         return ThreadStreams(2, max(map(len, masters)), seed=66, longest=0.1)  # longer than a block computes
 
     monkeypatch.setattr(streamed, "open_streams", open_streams)

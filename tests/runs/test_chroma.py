@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from library.checkpoints.files import read_metadata
@@ -94,7 +95,7 @@ def test_negative_prompt_and_guidance_scale_change_the_image(run: Callable[..., 
     prompts.write_text("\n".join(lines) + "\n")
     done = run("a", "--sample_prompts", str(prompts), "--sample_at_first", "--max_train_steps", "1")
     assert done.status == 0, done.stderr
-    images = [path.read_bytes() for path in sorted((tmp_path / "out" / "sample").glob("*_e000000_*.png"))]
+    images = [Image.open(path).tobytes() for path in sorted((tmp_path / "out" / "sample").glob("*_e000000_*.png"))]
     assert len(images) == 4 and len(set(images[:3])) == 3
     assert images[3] == images[2], "what a prompt that says nothing gets"
 

@@ -15,6 +15,7 @@ from tests.contracts.test_docs_commands import PAGES, ROOT, commands_of
 from tests.running import Finished, make_images
 from tests.tiny.bases import BASES
 from tests.tiny.flux import build_tiny_flux
+from tests.tiny.pipelines import build_tiny_pipeline
 from tests.tiny.sd import build_tiny_sd
 from tests.tiny.sd3 import build_tiny_sd3
 from tests.tiny.sdxl import build_tiny_sdxl
@@ -133,7 +134,10 @@ def with_tiny_models(words: list[str], folder: Path, script: str) -> list[str]:
             arguments.pop()  # its option name
         else:
             arguments.append(word)
-    if names_model:
+    if names_model and script == "diffusers_train_network":
+        build_tiny_pipeline("AuraFlowPipeline").save_pretrained(folder)
+        arguments += ["--pretrained_model_name_or_path", str(folder)]
+    elif names_model:
         kind = arguments[arguments.index("--model_type") + 1] if "--model_type" in arguments else BASE_OF_SCRIPT[script]
         kind = "flux" if script == "train_leco" and "--clip_l" in words else kind
         arguments += BASES[kind].build(folder)
@@ -179,6 +183,9 @@ def test_the_commands_of_a_page_run_in_order(page: Path, place: Path, train: Tra
     if page.name == "memory.md":
         build_tiny_flux(place, 54)
         (place / "flux1.safetensors").rename("flux1-dev.safetensors")
+    if page.name == "faults.md":
+        done = train(["--config_file", "configs/quickstart/train.toml", "--max_train_steps", "1"], "train_network")
+        assert done.status == 0, done.stderr
     for command in runnable(page):
         run_command(command, place, train)
 

@@ -165,7 +165,7 @@ def test_an_error_is_an_event_and_a_dry_run_writes_none(
     [
         (["--log_events", "-", "--console_log_simple"], "both write to standard output"),
         (["--log_events", "{tmp}/data"], "is a folder"),
-        (["--log_events", "{tmp}/data/2_thing/00.png"], "is not an event log"),
+        (["--log_events", "{tmp}/data/2_thing/00.png"], "is a PNG image, not an event log"),
     ],
 )
 def test_an_unwritable_event_path_is_rejected(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -148,7 +149,7 @@ def test_previews_are_drawn_at_full_strength(leco: Leco, tmp_path: Path) -> None
     leco(*draw, "--sample_at_first", "--network_weights", file, "--output_dir", str(tmp_path / "again"))
     (after,) = (tmp_path / "out" / "sample").glob("*000001_00*.png")
     (first,) = (tmp_path / "again" / "sample").glob("*e000000_00*.png")
-    assert after.read_bytes() == first.read_bytes()
+    assert Image.open(after).tobytes() == Image.open(first).tobytes()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from library.checkpoints.files import load_state_dict
 from tests.running import Finished, make_images
@@ -39,7 +40,7 @@ def load_saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def images_of(tmp_path: Path, name: str) -> list[bytes]:
-    return [path.read_bytes() for path in sorted((tmp_path / "out" / "sample").glob(f"{name}_*.png"))]
+    return [Image.open(path).tobytes() for path in sorted((tmp_path / "out" / "sample").glob(f"{name}_*.png"))]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ FOLDER = "sample"  # in `output_dir`; front ends show its files and fail if it c
 GRID_FOLDER = "sample_grid"  # next to it
 GRID_GAP = 4  # pixels
 TIMESTAMP = "%Y%m%d%H%M%S"
+TIME_IN_NAME = re.compile(r"_\d{14}(?=[_.])")
 THUMBNAIL_SIDE = 256  # longer side of the copy in events, in pixels
 MARK = "\0"  # placeholder for a timestamp; no file name contains it
 
@@ -118,18 +119,23 @@ def composite_on_white(image: Image.Image) -> Image.Image:
 def write_grid(path: Path, drawn: Sequence[Drawn]) -> None:
     """Write the images of one event as a grid, beside a file that another program has put there."""
     path = find_preview_place(path)
-    save_image(path, to_grid([preview.image for preview in drawn]), mark_of(RUN, path))
+    save_image(path, to_grid([preview.image for preview in drawn]), preview_mark(path))
 
 
 def write_preview(path: Path, drawn: Drawn) -> Path:
     """Write a preview, beside a file that another program has put there. Return its path."""
     path = find_preview_place(path)
-    write_image(path, drawn, mark_of(RUN, path))
+    write_image(path, drawn, preview_mark(path))
     return path
 
 
 def find_preview_place(path: Path) -> Path:
-    return find_place(path, marked("a preview of this run", mark_of(RUN, path)))
+    return find_place(path, marked("a preview of this run", preview_mark(path)))
+
+
+def preview_mark(path: Path) -> str:
+    """Return the mark of a preview; without the time in its name, so that equal previews are equal files."""
+    return mark_of(RUN, path.with_name(TIME_IN_NAME.sub("", path.name)))
 
 
 def write_image(path: Path, drawn: Drawn, mark: str) -> None:
