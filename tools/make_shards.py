@@ -357,7 +357,8 @@ def make_key(subset: SubsetConfig) -> tuple[Any, ...]:
     rules = subset.captions
     files = (subset.source, subset.caption_extension, subset.caption_column, subset.image_column)
     references = (subset.control_dirs, subset.control_columns)
-    return (files, references, rules.enable_wildcard, rules.caption_separator)
+    lines = (rules.enable_wildcard, rules.enable_multiline_caption)
+    return (files, references, lines, rules.caption_separator)
 
 
 def name_sources(config: RunDataConfig) -> dict[tuple[Any, ...], tuple[SubsetConfig, str]]:

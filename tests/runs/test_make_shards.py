@@ -94,6 +94,18 @@ def test_shards_train_like_their_source(shard_mb: str, write_dataset: Path, tmp_
     assert len(list(out.glob(".picture_index-*.parquet"))) == 1  # both datasets read the same shards
 
 
+def test_subsets_that_read_other_lines_of_captions_have_shards_of_their_own(tmp_path: Path) -> None:
+    write_image(tmp_path / "cats" / "a.png", (64, 64)).with_suffix(".txt").write_text("first\nsecond")
+    subset = f"[[datasets.subsets]]\nimage_dir = '{(tmp_path / 'cats').as_posix()}'\n"
+    text = f"[general]\ncaption_extension = '.txt'\nresolution = 64\n[[datasets]]\n{subset}{subset}"
+    for rule in ("enable_multiline_caption", "enable_wildcard"):
+        source, out = tmp_path / f"{rule}.toml", tmp_path / rule
+        source.write_text(f"{text}{rule} = true\n")
+        assert make_shards.main(["--dataset_config", str(source), "--out", str(out)]) == 0
+        captions = [s.image.caption for s in plan_of(options_of("--dataset_config", str(out / "dataset.toml"))).samples]
+        assert captions == ["first", "first\nsecond"]
+
+
 def test_the_same_images_give_the_same_shards(write_dataset: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         assert make_shards.main(["--dataset_config", str(write_dataset), "--out", str(tmp_path / name)]) == 0
