@@ -10,26 +10,28 @@ from library.options.no_effect import is_set
 Table = Mapping[str, Any]
 
 
-def find_overridden(
-    datasets: Sequence[tuple[Table, Style]],
-    general: Table,
-    fallbacks: Table,
-    path: str,
-    typed: Collection[str] | None = None,
-) -> Iterator[str]:
-    """Yield a line for every given option that the dataset file at `path` overrides with another value.
+def given_keys(fallbacks: Table) -> list[Key]:
+    """Return the keys whose options differ from their defaults; `fallbacks` holds the values of options by key."""
+    return [key for key in keys_with_options(fallbacks) if is_set(key.kind.convert(fallbacks[key.name]), key.default)]
 
-    `fallbacks` holds the values of options by key. An option at its default counts as not given; with `typed`, the
-    lines are for these options at their defaults instead.
-    """
-    for key in ALL_KEYS.values():
-        value = fallbacks.get(key.name)
-        if key.flag is None or value is None:
-            continue
+
+def typed_default_keys(fallbacks: Table, typed: Collection[str]) -> list[Key]:
+    """Return the keys whose options, among the names in `typed`, have their defaults."""
+    given = given_keys(fallbacks)
+    return [key for key in keys_with_options(fallbacks) if key.flag in typed and key not in given]
+
+
+def keys_with_options(fallbacks: Table) -> list[Key]:
+    return [key for key in ALL_KEYS.values() if key.flag is not None and fallbacks.get(key.name) is not None]
+
+
+def find_overridden(
+    keys: Sequence[Key], datasets: Sequence[tuple[Table, Style]], general: Table, fallbacks: Table, path: str
+) -> Iterator[str]:
+    """Yield a line for every one of `keys` whose option the dataset file at `path` overrides with another value."""
+    for key in keys:
+        value = fallbacks[key.name]
         given = key.kind.convert(value)
-        is_default = not is_set(given, key.default)
-        if is_default != (typed is not None and key.flag in typed):
-            continue
         in_file = list(values_in_file(key, datasets, general))
         others = list(dict.fromkeys(format_value(v) for v in in_file if v is not None))
         if not others or given in in_file:

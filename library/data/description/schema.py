@@ -24,7 +24,7 @@ from library.data.description.keys import (
     Style,
     is_allowed_at,
 )
-from library.data.description.overridden import find_overridden
+from library.data.description.overridden import find_overridden, given_keys, typed_default_keys
 from library.data.description.source_keys import SOURCES, keys_used_by
 from library.errors import UserError
 from library.json_text import InvalidJson, parse_json
@@ -166,8 +166,8 @@ def read_dataset_config(data: DatasetOptions, fallbacks: Table) -> RunDataConfig
     if problems:
         raise UserError(f"{path}: " + "\n  ".join(["invalid dataset description", *problems]))
     general = content.get("general", {})
-    tables = [(dataset, resolve_style(dataset, data.masked_loss)) for dataset in content.get("datasets", [])]
-    for line in find_overridden(tables, general, fallbacks, path):
+    tables = with_styles(content, data)
+    for line in find_overridden(given_keys(fallbacks), tables, general, fallbacks, path):
         logger.warning("%s", line)
     datasets = tuple(
         build_dataset(dataset, general, fallbacks, style, f"{path}: data['datasets'][{i}]")
@@ -179,16 +179,21 @@ def read_dataset_config(data: DatasetOptions, fallbacks: Table) -> RunDataConfig
 
 def warn_of_overridden_defaults(options: TrainOptions, typed: Collection[str]) -> None:
     """Warn of options that were typed with their default, and that the dataset file overrides with another value."""
-    data = options.dataset
-    if data.dataset_config is None or data.dataset_class:
+    data, fallbacks = options.dataset, option_values(options.flat())
+    keys = typed_default_keys(fallbacks, typed)
+    if not keys or data.dataset_config is None or data.dataset_class:
         return
     path = str(data.dataset_config)
     content = with_subsets(read_description(path), path)
     if find_problems(content, data.masked_loss):
         return  # the file is refused when it is loaded
-    tables = [(dataset, resolve_style(dataset, data.masked_loss)) for dataset in content.get("datasets", [])]
-    for line in find_overridden(tables, content.get("general", {}), option_values(options.flat()), path, typed):
+    for line in find_overridden(keys, with_styles(content, data), content.get("general", {}), fallbacks, path):
         logger.warning("%s", line)
+
+
+def with_styles(content: Table, data: DatasetOptions) -> list[tuple[Table, Style]]:
+    """Return the data sets of a checked description, each with its style."""
+    return [(dataset, resolve_style(dataset, data.masked_loss)) for dataset in content.get("datasets", [])]
 
 
 def warn_of_idle_masks(data: DatasetOptions, config: RunDataConfig) -> None:
