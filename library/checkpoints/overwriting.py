@@ -1,4 +1,4 @@
-"""What a command may replace: nothing but the files and folders that it wrote itself."""
+"""Protection of files and folders: a command replaces only those that it wrote itself."""
 
 import logging
 import os

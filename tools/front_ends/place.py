@@ -36,7 +36,7 @@ STAYING = (".git", "venv", ".venv")
 
 Digests = Mapping[str, Sequence[str]]
 Content = Path | bytes
-"""What is installed: a file of this suite, or text made for the front end."""
+"""A file of this suite, or text made for the front end."""
 
 
 def install(

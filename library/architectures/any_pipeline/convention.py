@@ -37,7 +37,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """What the denoiser is told at the noise levels of the pipeline's own steps."""
+    """The values of the denoiser's level arguments at the noise levels of the pipeline's own steps."""
 
     levels: tuple[float, ...]
     values: tuple[float, ...]

@@ -64,7 +64,7 @@ class PipelineLatents:
 
 @dataclass(frozen=True, eq=False)
 class ReadySize:
-    """What a prediction for one size of the image needs, on the denoiser's device."""
+    """Maps and tables of predictions for one size of the image, on the denoiser's device."""
 
     maps: SizeMaps
     into: Map  # latents -> the denoiser's argument

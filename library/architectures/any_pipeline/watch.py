@@ -66,7 +66,7 @@ class Step:
 
 @dataclass
 class Trace:
-    """What was seen while one image was drawn."""
+    """The calls of denoiser, scheduler and VAE while one image was drawn."""
 
     calls: list[Call] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Answers:
-    """What stands in for models during a drawing."""
+    """The values that replace the models' results during a drawing."""
 
     outputs: Callable[[int], Any] | None = None  # for the denoiser's call number i
     samples: Callable[[int, Tensor], Tensor | None] | None = None  # for the result of step i; None keeps it

@@ -1,5 +1,5 @@
-"""What follows a rank that a sweep varies: alpha, so that adapters differ in rank and not in strength, and the rank of
-convolutions."""
+"""Options that follow a rank that a sweep varies: alpha, so that adapters differ in rank and not in strength, and the
+rank of convolutions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
