@@ -128,10 +128,10 @@ def modelspec_metadata(options: TrainOptions, architecture: Mapping[str, str], s
     metadata = {key: value for key, value in architecture.items() if key.startswith("modelspec.")}
     if texts.metadata_arch:
         metadata["modelspec.architecture"] = f"{texts.metadata_arch}/lora"
-    if options.dataset.resolution:
-        metadata["modelspec.resolution"] = modelspec_resolution("resolution", str(options.dataset.resolution))
     if texts.metadata_reso:
         metadata["modelspec.resolution"] = modelspec_resolution("metadata_reso", texts.metadata_reso)
+    elif options.dataset.resolution:
+        metadata["modelspec.resolution"] = modelspec_resolution("resolution", str(options.dataset.resolution))
     metadata.update((f"modelspec.{name}", value) for name, value in values.items() if value)
     return metadata
 
