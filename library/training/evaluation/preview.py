@@ -253,8 +253,6 @@ class Previews:
                 write_grid(grid_path(run.options.saving, event), drawn)
             self._report_strengths(drawn, step, epoch)
             self._charts.log_images(drawn, step, epoch)
-        except BdbQuit:  # of a debugger
-            raise
         except Exception as error:
             give_up("the previews", error)
         finally:
@@ -305,8 +303,6 @@ class Previews:
             if run.events.is_on:
                 run.events.emit(build_preview_event(drawn, path, step, epoch))
             return [drawn]
-        except BdbQuit:  # of a debugger
-            raise
         except Exception as error:
             give_up(f"preview {index} ({prompt.text})", error)
             return []
@@ -336,7 +332,9 @@ def epoch_event(epoch: int) -> str:
 
 
 def give_up(task: str, error: Exception) -> None:
-    """Log why something was not drawn."""
+    """Log why something was not drawn. Raises a debugger's quit again, which ends the run."""
+    if isinstance(error, BdbQuit):
+        raise error
     with tqdm.external_write_mode():
         logger.error("%s failed, training continues: %s: %s", task, type(error).__name__, error)
     logger.debug("where it failed:", exc_info=error)
