@@ -74,13 +74,13 @@ def find_place(path: Path, kind: FileKind) -> Path:
     since the start, as the log then says. Never raises for that."""
     if judge(path, kind) != "foreign":
         return path
-    names = names_beside(path, "" if kind.is_folder else path.suffix)
+    names = alternative_names(path, "" if kind.is_folder else path.suffix)
     place = next(name for name in names if not os.path.lexists(name) or judge(name, kind) == "ours")
     logger.warning("%s is %s, not %s, and is kept; saving %s instead", path, describe(path), kind.name, place)
     return place
 
 
-def names_beside(path: Path, ending: str, folder: Path | None = None) -> Iterator[Path]:
+def alternative_names(path: Path, ending: str, folder: Path | None = None) -> Iterator[Path]:
     """Yield other names for a path, `<name>-rescued<ending>` and so on, in its folder or in another `folder`."""
     stem = f"{path.name.removesuffix(ending)}-rescued"
     for number in count(1):

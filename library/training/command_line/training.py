@@ -345,8 +345,8 @@ def log_end(prepared: PreparedRun, first_step: int, seconds: float, change: floa
         logger.info("%s", format_choice(choice))
     rank = f" of rank {network.network_dim}" if network.network_dim else ""
     trained = f"{network.network_module}{rank} on {run.context.arch.name}"
-    beside = prepared.writer.beside
-    end, best_file = (beside.get(path, path) for path in (names.of_end(), names.of_best()))
+    relocated = prepared.writer.relocated
+    end, best_file = (relocated.get(path, path) for path in (names.of_end(), names.of_best()))
     best, run.events.file = prepared.validation.record.best, str(end)
     num_steps = prepared.progress.step - first_step
     logger.info("%s", format_finished(trained, num_steps, seconds, end, change, best, best_file))

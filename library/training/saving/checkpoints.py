@@ -230,7 +230,7 @@ class Writer:
     state_bytes: Callable[[], int] = lambda: 0  # estimated size of a state
     specs: Sequence[BaseModelSpec] = ()  # of the base models that a file may belong to
     rescued: dict[str, Path] = field(default_factory=dict)  # the newest files written to another location, by kind
-    beside: dict[Path, Path] = field(default_factory=dict)  # where weights went whose place another program had taken
+    relocated: dict[Path, Path] = field(default_factory=dict)  # weights whose place another program had taken
     events: Events = field(default_factory=Events)
     mentioned: set[str] = field(default_factory=set)  # messages about programs that were logged, to log each once
     rotation: Rotation = field(default_factory=Rotation)
@@ -347,7 +347,7 @@ class Writer:
             )
         self._keep_newest_rescue("weights", location, target)
         if target != path:
-            self.beside[path] = location
+            self.relocated[path] = location
         self.events.emit(
             Saved("weights", self.names.find_purpose(path), step, epoch, str(location), count_bytes(location))
         )

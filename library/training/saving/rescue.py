@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from library.checkpoints.overwriting import names_beside
+from library.checkpoints.overwriting import alternative_names
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def places(path: Path, ending: str) -> Iterator[Path]:
     yield path
     for folder in (path.parent, path.absolute().parent.parent, Path(tempfile.gettempdir())):
         # `exists` would take a broken link for a free name.
-        yield next(place for place in names_beside(path, ending, folder) if not os.path.lexists(place))
+        yield next(place for place in alternative_names(path, ending, folder) if not os.path.lexists(place))
 
 
 def free_bytes(folder: Path) -> int | None:
