@@ -1,18 +1,14 @@
 """Dataset files of musubi-tuner, in which each [[datasets]] is a single folder or metadata file."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from library.errors import UserError
 
-logger = logging.getLogger(__name__)
-
 SOURCES = {"image_directory": "image_dir", "image_jsonl_file": "metadata_file"}  # its key -> the key of a subset
 REFERENCES = {"control_directory": "control_dirs"}
 # Its keys at any level, earlier with the name of a model before them -> ours.
 RENAMED = {"no_resize_control": "control_no_resize", "control_resolution": "control_resolution"}
-CACHES = "cache_directory"
 BUCKET_STEP, MAX_BUCKET = 0, 1024  # 0 selects the step that the base model requires
 
 
@@ -28,7 +24,7 @@ def with_subsets(content: Mapping[str, Any], path: str) -> dict[str, Any]:
     renamed = rename_keys(content, path)
     general = renamed.get("general")
     tables = [general] if isinstance(general, dict) else []
-    return {**renamed, "datasets": [with_subset(dataset, tables, path) for dataset in renamed["datasets"]]}
+    return {**renamed, "datasets": [with_subset(dataset, tables) for dataset in renamed["datasets"]]}
 
 
 def rename_keys(content: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -51,19 +47,17 @@ def rename_in(table: Any, path: str) -> Any:
     return values
 
 
-def with_subset(dataset: Any, outer: Sequence[Mapping[str, Any]], path: str) -> Any:
+def with_subset(dataset: Any, outer: Sequence[Mapping[str, Any]]) -> Any:
     """Return a dataset with its subset; `outer` holds the tables from which it inherits keys."""
     if not isinstance(dataset, dict) or "subsets" in dataset or not dataset.keys() & SOURCES.keys():
         return dataset
-    if CACHES in dataset:
-        logger.warning("%s: cache_directory has no effect: caches are kept beside the images", path)
     resolution = next((table["resolution"] for table in (dataset, *outer) if "resolution" in table), MAX_BUCKET)
     sides = resolution if isinstance(resolution, list) else [resolution]
     longest = max((side for side in sides if isinstance(side, int)), default=MAX_BUCKET)
     bucket_defaults = {"bucket_reso_steps": BUCKET_STEP, "min_bucket_reso": BUCKET_STEP, "max_bucket_reso": 4 * longest}
     given_keys = {key for table in (dataset, *outer) for key in table}
     names = SOURCES | REFERENCES
-    dataset_values = {key: value for key, value in dataset.items() if key not in names and key != CACHES}
+    dataset_values = {key: value for key, value in dataset.items() if key not in names}
     subset = {name: dataset[key] for key, name in names.items() if key in dataset}
     return {
         **{key: value for key, value in bucket_defaults.items() if key not in given_keys},

@@ -140,6 +140,7 @@ SUBSET_KEYS = (
     Key("control_dirs", TEXTS, (), ONLY_S),
     Key("control_columns", TEXTS, (), GDS, ("dreambooth",)),
     Key("opposite_dir", TEXT, None, ONLY_S),
+    Key("cache_directory", TEXT, None, ("dataset", "subset")),
     Key("control_resolution", IMAGE_SIZE, None, GDS),
     Key("control_no_resize", BOOL, False, GDS),
 )

@@ -73,6 +73,7 @@ class SubsetConfig:
     conditioning_data_dir: str | None
     control_dirs: tuple[str, ...]  # folders of reference images, in the order of the model's inputs
     control_columns: tuple[str, ...]  # columns of reference images in Parquet files, in the same order
+    cache_directory: str | None  # folder of its caches; None: the images' folders
     opposite_dir: str | None  # folder with the partners of pairs: rejected images, or the other end of a slider
     control_resolution: tuple[int, int] | None  # width, height
     control_no_resize: bool

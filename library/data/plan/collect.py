@@ -28,10 +28,11 @@ def collect(config: RunDataConfig, storage: Storage | None = None, num_threads: 
 
     def scan(subset: SubsetConfig) -> ScannedSubset | None:
         try:
-            return load_source(subset.source_key).scan(subset, storage, num_threads)
+            scanned = load_source(subset.source_key).scan(subset, storage, num_threads)
         except NotUtf8 as error:
             encodings.append(str(error))
             return None
+        return replace(scanned, images=replace(scanned.images, cache_directory=subset.cache_directory))
 
     datasets = tuple(collect_dataset(dataset, scan) for dataset in config.datasets)
     if encodings:

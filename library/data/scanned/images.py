@@ -96,6 +96,7 @@ class ScannedImage(NamedTuple):
     tags: str | None = None  # the tags field of a metadata file, for statistics
     location: ImageLocation | None = None  # None: the image is the file `key`
     references: tuple["ScannedImage", ...] = ()  # in the order of the edit model's inputs
+    cache_directory: str | None = None  # of its subset
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +184,7 @@ class ScannedImages(Column[ScannedImage]):
     tags: Texts | None = None
     locations: ImageLocations | None = None
     references: References | None = None
+    cache_directory: str | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -198,6 +200,7 @@ class ScannedImages(Column[ScannedImage]):
             None if self.tags is None else self.tags[index],
             None if locations is None else locations.of(index, name),
             () if self.references is None else self.references.of_image(index),
+            self.cache_directory,
         )
 
     def __iter__(self) -> Iterator[ScannedImage]:
@@ -207,7 +210,8 @@ class ScannedImages(Column[ScannedImage]):
         masks, tags = self.masks or nothing, self.tags or nothing
         references: Any = self.references or repeat(())
         # Not strict, because repeat() never ends.
-        rows: Any = zip(self.each_key(), self.captions, sizes, masks, tags, locations, references, strict=False)
+        columns = (self.each_key(), self.captions, sizes, masks, tags, locations, references)
+        rows: Any = zip(*columns, repeat(self.cache_directory), strict=False)
         return map(ScannedImage._make, rows)
 
     def __eq__(self, other: object) -> bool:

@@ -282,6 +282,25 @@ def test_images_that_share_a_file_name_do_not_share_latents(tmp_path):
     assert len(latents) == 2 and len({str(latent) for latent in latents.values()}) == 2
 
 
+def test_caches_go_to_the_cache_directory_of_their_dataset(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_image(tmp_path / name / "p.png", seed=ord(name))
+    subsets = "".join(f"[[datasets.subsets]]\nimage_dir = '{{here}}/{name}'\n" for name in ("a", "b"))
+
+    def encode(project: str) -> int:
+        text = f"[[datasets]]\nresolution = 64\ncache_directory = '{{here}}/{project}'\n{subsets}"
+        calls: list[int] = []
+        plan = plan_of(write_config(tmp_path / "data.toml", text))
+        store = cache_latents(plan, averaging_vae(calls), lambda: "vae", DISK, 1)
+        assert len(set(map(str, latents_by_key(open_batches(plan, store)).values()))) == 2
+        return sum(calls)
+
+    assert [encode(project) for project in ("one", "one", "other")] == [2, 0, 2]
+    names = {path.relative_to(tmp_path).parts[0]: path.name for path in tmp_path.rglob("*.npz")}
+    assert names == dict.fromkeys(("one", "other"), "p_0064x0064_sd.npz")
+    assert [path.name for name in ("a", "b") for path in (tmp_path / name).iterdir()] == ["p.png", "p.png"]
+
+
 # What makes an entry stale
 
 

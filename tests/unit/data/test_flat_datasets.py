@@ -25,7 +25,7 @@ bucket_no_upscale = false
 """
 
 
-def test_a_dataset_that_is_a_folder_has_one_subset(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_dataset_that_is_a_folder_has_one_subset(tmp_path: Path) -> None:
     config = read_config(
         tmp_path / "data.toml",
         f"""{GENERAL}
@@ -45,10 +45,10 @@ bucket_no_upscale = true
     assert (first.min_bucket_reso, first.max_bucket_reso, first.bucket_reso_steps) == (0, 3840, 0)
     (subset,) = first.subsets
     assert (subset.image_dir, subset.num_repeats, subset.caption_extension) == ("images", 3, ".txt")
+    assert subset.cache_directory == "cache"
     (subset,) = second.subsets
     assert (subset.metadata_file, subset.num_repeats, subset.style) == ("more.jsonl", 1, "metadata")
     assert second.bucket_no_upscale and second.resolution == (512, 512)
-    assert caplog.text.count("cache_directory has no effect: caches are kept beside the images") == 1
 
 
 def test_a_flat_dataset_equals_one_with_a_subset(tmp_path: Path) -> None:

@@ -201,23 +201,27 @@ class Storage:
     def cache_stem(self, image: ScannedImage) -> str:
         """Return the path prefix of an image's cache files: next to an image, or in a folder next to its larger file.
 
-        Under `cache_dir`, each folder of larger files has a folder of its own, because two may contain files of the
-        same name.
+        Under the subset's `cache_directory`, and under `cache_dir` for larger files, each folder of sources has a
+        folder of its own, because two may contain files of the same name.
         """
-        location = image.location
+        location, cache_dir = image.location, image.cache_directory or self.cache_dir
         if location is None:
-            return os.path.splitext(image.key)[0]
-        if is_remote(image.key):
+            stem = os.path.splitext(image.key)[0]
+            if image.cache_directory is None:
+                return stem
+            folder, name = os.path.split(stem)
+            return os.path.join(image.cache_directory, folder_name(folder), name)
+        if is_remote(image.key) and cache_dir is None:
             self.required_cache_dir("caches of images at URLs")
         shard = image.key.removesuffix(location.name).rstrip("/")
         if shard:
             name = safe_name(os.path.splitext(location.name)[0])
             folder, file = os.path.split(shard)
-        elif self.cache_dir is None:  # a Parquet file has the image's path
+        elif cache_dir is None:  # a Parquet file has the image's path
             return os.path.splitext(image.key)[0]
         else:
             folder, file, name = os.path.dirname(image.key), "", short_digest(image.key)
-        folder = folder if self.cache_dir is None else os.path.join(self.cache_dir, folder_name(folder))
+        folder = folder if cache_dir is None else os.path.join(cache_dir, folder_name(folder))
         return os.path.join(folder, f"{os.path.splitext(file)[0] or 'images'}.cache", name)
 
 
