@@ -3,7 +3,10 @@
 import argparse
 
 from library.architectures.flux.options import FluxOptions
+from library.data.description.schema import level_offset as timestep_sampling_offset
 from library.training.command_line.cli import add_missing
+
+__all__ = ["add_flux_train_arguments", "timestep_sampling_offset"]  # LoRA Forge looks for the second name
 
 
 def add_flux_train_arguments(parser: argparse.ArgumentParser) -> None:

@@ -28,6 +28,7 @@ OPTIONS = "an option of sd-scripts that has a model in its name or is for one al
 MAY_NAME_MODELS = {
     "library/flux_train_utils.py": DOORS,
     "library/model_util.py": DOORS,
+    "library/qwen_image_autoencoder_kl_2d.py": DOORS,
     "library/sdxl_model_util.py": DOORS,
     # the network modules for one model
     **{f"{base.module.replace('.', '/')}.py": DOORS for base in BASES.values() if base.module != "networks.lora"},

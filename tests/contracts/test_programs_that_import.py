@@ -21,11 +21,22 @@ import lumina_train_network
 import sd3_train_network
 import sdxl_train_network
 import train_network
-from library import flux_train_utils, huggingface_util, model_util, sdxl_model_util, train_util, utils
+from library import args as args_util
+from library import (
+    compile_utils,
+    flux_train_utils,
+    huggingface_util,
+    model_util,
+    qwen_image_autoencoder_kl_2d,
+    sdxl_model_util,
+    train_util,
+    utils,
+)
 from library.architectures.flux.options import FluxOptions
 from library.checkpoints.files import read_metadata
 from library.errors import UserError
-from tests.running import make_images
+from library.models.vae.qwen_image_2d import ImageConv
+from tests.running import ROOT, make_images
 from tests.tiny.bases import BASES
 from tests.unit.training.test_hub import FolderHub, hub  # noqa: F401
 
@@ -193,6 +204,28 @@ def test_hash_functions_match_the_metadata_of_saved_files(tmp_path: Path) -> Non
     data = (tmp_path / "x.safetensors").read_bytes()
     assert legacy_hash == hashlib.sha256(data[0x100000 : 0x100000 + 0x10000]).hexdigest()[:8]
     assert model_hash == hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+
+
+def test_lora_forge_finds_what_its_guard_looks_for() -> None:
+    # A file that must exist, and the text that it must have, where git does not know the scripts' commits.
+    marks = {
+        "compile_utils": "", "qwen_image_autoencoder_kl_2d": "", "args": '"--show_timesteps"',
+        "flux_train_utils": "timestep_sampling_offset",
+    }  # fmt: skip
+    for name, text in marks.items():
+        assert text in (ROOT / f"library/{name}.py").read_text(encoding="utf-8")
+    parser = argparse.ArgumentParser()
+    compile_utils.add_compile_arguments(parser)
+    assert parser.parse_args(["--compile"]).compile
+    assert args_util.read_config_from_file is train_util.read_config_from_file
+    assert flux_train_utils.timestep_sampling_offset({"timestep_sampling": {"offset": 0.3}}) == 0.3
+
+
+def test_the_vae_for_images_is_loaded_by_its_file(tmp_path: Path) -> None:
+    words = BASES["anima"].build(tmp_path)
+    vae = qwen_image_autoencoder_kl_2d.load_vae(words[words.index("--vae") + 1], device="cpu", disable_mmap=True)
+    assert any(isinstance(layer, ImageConv) for layer in vae.modules())
+    assert {parameter.dtype for parameter in vae.parameters()} == {torch.float32}
 
 
 def test_fluxgym_adds_the_options_of_flux_to_the_common_parser() -> None:
