@@ -5,10 +5,11 @@ Meant for front ends that build their forms from the output; docs/capabilities.s
 
 import argparse
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,31 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.architectures.scripts import ROOT
 from library.architectures.specs import list_specs
+from library.data.concepts.prompts_file import FLAG_KEYS, PAIR_KEYS, SLIDER_KEYS, TEXT_KEYS
+from library.data.description.keys import ALL_KEYS, Key
 from library.errors import UserError
-from library.options.base import Facts, Options, int_or_float
+from library.options.base import Facts, Options, int_or_float, is_group, typed_fields
 from library.options.leco import LecoOptions
 from library.options.machine.base_formats import BASE_FORMATS
+from library.options.training.optimizer import ScheduleOptions
 from library.suggestions import nearest_name
+from library.training.command_line.recipes import list_recipes
+from library.training.optimization.lr_schedules import arguments_by_name
+from library.training.optimization.optimizers import KNOWN
 from library.version import NAME, VERSION
 from networks.core.arguments.common import COMMON
 from networks.core.arguments.network_arguments import list_declared
+from networks.core.arguments.values import FORMS, ValueForm
 from networks.core.changes.dora import DoraArguments
 from networks.core.registry.adapter_kind import AdapterKind
 from networks.core.registry.layouts import list_kinds
 from tools.command import command, make_parser
 
 SCRIPTS = ("*train_network.py", "*train_leco.py")
+CACHING = ("*_cache_latents.py", "*_cache_text_encoder_outputs.py")
 TYPES = {str: "text", Path: "path", int: "int", float: "float", int_or_float: "steps"}
+TEXT = ValueForm("text")
+RECIPE = "recipe"
 EXAMPLES = """\
   python3 tools/capabilities.py --json > capabilities.json
   python3 tools/capabilities.py --script train_network.py --json"""
@@ -56,48 +67,126 @@ def list_capabilities(scripts: Sequence[str]) -> dict[str, Any]:
                 "script": spec.script,
                 "script_flag": spec.script_flag or None,
                 "network_arguments": dict(spec.network_arguments),
+                "has_no_effect": dict(spec.ignores),
             }
             for spec in list_specs()
         ],
         "scripts": [{"name": name, "options": list(describe_options(name))} for name in scripts],
         "network_modules": [describe_kind(kind) for kind in list_kinds() if kind.network_module],
         "base_formats": list(BASE_FORMATS),
+        "dataset_keys": [describe_key(key) for key in ALL_KEYS.values()],
+        "prompts_file_keys": describe_prompt_keys(),
+        "caching_scripts": [describe_command(path) for pattern in CACHING for path in sorted(ROOT.glob(pattern))],
+        "tools": [describe_command(path) for path in list_tools()],
     }
 
 
 def describe_options(script: str) -> Iterator[dict[str, Any]]:
     """Yield a description of every option of a script, combining its parser and its declaration."""
     parser = importlib.import_module(script.removesuffix(".py")).setup_parser()
-    kinds: list[type[Options]] = [LecoOptions]
-    kinds += [spec.options for spec in list_specs() if script in (spec.script, spec.prompts_script)]
+    specs = [spec for spec in list_specs() if script in (spec.script, spec.prompts_script)]
+    kinds: list[type[Options]] = [LecoOptions, *(spec.options for spec in specs)]
     facts = {name: option_facts for kind in kinds for name, option_facts in kind.facts().items()}
+    group_ids = {heading: name for kind in kinds for heading, name in list_groups(kind)}
+    # An option that one of the script's base models obeys has an effect.
+    ignored = {name: why for name, why in specs[0].ignores.items() if all(name in spec.ignores for spec in specs)}
+    known = {
+        "optimizer_type": list(KNOWN),
+        "lr_scheduler": list(arguments_by_name(ScheduleOptions(), 0, 0, 1)),
+        "network_module": [kind.network_module for kind in list_kinds() if kind.network_module],
+        RECIPE: [recipe.name for recipe in list_recipes() if recipe.script == script],
+    }
     # argparse has no public way to list the groups of a parser.
     for group in parser._action_groups:
         for action in group._group_actions:
             if action.dest != "help":
-                yield describe_option(action, group.title, facts[action.dest])
+                yield describe_option(action, facts[action.dest], ignored.get(action.dest), known.get(action.dest)) | {
+                    "group": group.title,
+                    "group_id": group_ids[group.title],
+                }
 
 
-def describe_option(action: argparse.Action, group: str, facts: Facts) -> dict[str, Any]:
-    type_name = "flag" if action.nargs == 0 else TYPES[action.type or str]
+def list_groups(kind: type[Options], name: str = "script") -> Iterator[tuple[str, str]]:
+    """Yield (heading in the help, stable name) of every group of options."""
+    yield kind.heading(), name
+    for field, hint in typed_fields(kind):
+        if is_group(hint):
+            yield from list_groups(hint, field.name)
+
+
+def describe_option(
+    action: argparse.Action, facts: Facts, ignored: str | None, known: Sequence[str] | None
+) -> dict[str, Any]:
+    """Return the description of an option; `known` lists values of one that has no fixed choices."""
     return {
-        "name": action.dest,
-        "flag": action.option_strings[0],
-        "group": group,
-        "type": type_name,
-        "is_list": action.nargs not in (None, 0, "?"),
-        "default": action.default,
-        "choices": None if action.choices is None else list(action.choices),
-        "takes_other_values": facts.takes_other_values,
+        **describe_action(action),
+        **({"type": "path"} if facts.path else {}),
+        "path_kind": facts.path,
+        "choices": known if action.choices is None else list(action.choices),
+        "takes_other_values": known is not None and action.dest != RECIPE,
         "minimum": 0 if facts.is_share else facts.at_least,
         "exclusive_minimum": facts.above,
         "maximum": 1 if facts.is_share else facts.at_most,
         "needs_one_of": list(facts.requires or facts.needs),
         "excludes": sorted(facts.excludes),
-        "has_no_effect": facts.ignored,
+        "has_no_effect": facts.ignored or ignored,
         "is_usual": facts.usual,
         "in_sd_scripts": not facts.own,
+    }
+
+
+def describe_action(action: argparse.Action) -> dict[str, Any]:
+    """Return what a parser knows of an option or, if its flag is None, of a positional argument."""
+    return {
+        "name": action.dest,
+        "flag": action.option_strings[0] if action.option_strings else None,
+        "type": "flag" if action.nargs == 0 else TYPES.get(action.type or str, "text"),
+        "is_list": action.nargs not in (None, 0, "?"),
+        "is_required": action.required,
+        "default": None if action.default is argparse.SUPPRESS else action.default,
+        "choices": None if action.choices is None else list(action.choices),
         "help": (action.help or "").replace("%%", "%"),
+    }
+
+
+def describe_command(path: Path) -> dict[str, Any]:
+    """Return the description of a tool or a caching script."""
+    name = path.relative_to(ROOT).with_suffix("").as_posix()
+    parser = importlib.import_module(name.replace("/", ".")).setup_parser()
+    actions = [action for action in parser._actions if action.dest not in ("help", "version")]
+    return {
+        "name": f"{name}.py",
+        "description": parser.description,
+        "options": [describe_action(action) for action in actions],
+    }
+
+
+def list_tools() -> Iterator[Path]:
+    """Yield the tools; other modules in their folder have no parser."""
+    for path in sorted((ROOT / "tools").glob("*.py")):
+        setup = getattr(importlib.import_module(f"tools.{path.stem}"), "setup_parser", None)
+        if setup is not None and all(p.default is not p.empty for p in inspect.signature(setup).parameters.values()):
+            yield path
+
+
+def describe_key(key: Key) -> dict[str, Any]:
+    """Return the description of a key of the dataset file."""
+    return {
+        "name": key.name,
+        "value": key.kind.name,
+        "default": key.default,
+        "levels": list(key.levels),
+        "styles": list(key.styles),
+        "default_option": key.flag,
+    }
+
+
+def describe_prompt_keys() -> dict[str, list[dict[str, str]]]:
+    """Return the keys of --prompts_file, of an entry and of a slider."""
+    kinds = {**dict.fromkeys(TEXT_KEYS, "text"), **dict.fromkeys(FLAG_KEYS, "flag")}
+    return {
+        entry: [{"name": key, "type": kinds.get(key, "number or list")} for key in keys]
+        for entry, keys in (("pair", PAIR_KEYS), ("slider", SLIDER_KEYS))
     }
 
 
@@ -113,6 +202,7 @@ def describe_kind(kind: AdapterKind) -> dict[str, Any]:
             {
                 "name": name,
                 "aliases": list(argument.aliases),
+                **asdict(FORMS.get(argument.parse, TEXT)),
                 "default": defaults[name],
                 "needs": argument.requires.words if argument.requires else None,
                 "help": argument.help,
@@ -144,7 +234,7 @@ def print_capabilities(args: argparse.Namespace) -> None:
         raise UserError(f"--script {args.script} is not a training script; use {suggestion or ', '.join(scripts)}")
     capabilities = list_capabilities([args.script] if args.script else scripts)
     if args.json:
-        print(json.dumps(capabilities, ensure_ascii=True))
+        print(json.dumps(capabilities, ensure_ascii=True, default=str))  # paths
     else:
         print("\n".join(show(capabilities)))
 

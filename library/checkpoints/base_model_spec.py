@@ -125,6 +125,7 @@ class BaseModelSpec:
     """Returns (text encoders, denoiser) of a checkpoint on the meta device, as network modules see them."""
     adapter_metadata: Callable[[str, bool], Mapping[str, str]]
     """Returns the metadata of an adapter, from `BaseModel.architecture` and whether the model predicts velocity."""
+    ignores: Mapping[str, str] = field(default_factory=dict)  # options without effect, each with the reason
     block_weights: BlockWeights | None = None  # None if no program uses such lists for it
     script_flag: str = ""  # selects this model if the script trains several
     prompts_script: str = "train_leco.py"  # trains concepts from prompts alone

@@ -11,6 +11,8 @@ OptionsT = TypeVar("OptionsT", bound="Options")
 
 FACTS = "facts"  # metadata key of a field that is not passed to argparse
 
+PathKind = Literal["file", "folder", "file or folder", "model", "new file", "new folder"]
+"""A path of an option: a model is a file, a folder or a name on the hub; a new one is created if missing."""
 OnResume = Literal["new rate", "new length", "kept by the optimizer"]
 
 
@@ -51,13 +53,13 @@ class Facts:
     # The effect of a new value on a resumed run; None if the run then differs from an uninterrupted one.
     on_resume: OnResume | None = None
 
+    # What the path is that the value is; None for other values.
+    path: PathKind | None = None
     # Abbreviation of the option in a sweep's file names, "" if the value suffices; None if the option cannot differ
     # between the adapters of a run.
     sweep_name: str | None = None
     # 0 means unset.
     zero_is_unset: bool = False
-    # The value is the path of a file that the run writes.
-    names_output: bool = False
     # A password, which must not appear in any file or tracker.
     secret: bool = False
     # Trackers may show the value (--log_config).
@@ -154,18 +156,22 @@ class Options:
         return by_name
 
     @classmethod
+    def heading(cls) -> str:
+        """Return the title of the options in the help: the first line of the docstring."""
+        return (cls.__doc__ or cls.__name__).partition("\n")[0].rstrip(".")
+
+    @classmethod
     def add_to(cls, parser: argparse.ArgumentParser) -> None:
         """Declare every option of this class and its groups on `parser`.
 
-        Each class is an argument group, titled by the first line of its docstring.
+        Each class is an argument group, titled by its heading.
         """
-        heading = (cls.__doc__ or cls.__name__).partition("\n")[0].rstrip(".")
         section = None
         for f, kind in typed_fields(cls):
             if is_group(kind):
                 kind.add_to(parser)
                 continue
-            section = section or parser.add_argument_group(heading)
+            section = section or parser.add_argument_group(cls.heading())
             assert f.default is not MISSING, f.name
             keywords = {key: value for key, value in f.metadata.items() if key != FACTS}
             if kind is bool:

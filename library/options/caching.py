@@ -29,6 +29,7 @@ class CachingOptions(Options, needs_images=True):
     )
     cache_dir: str | None = option(
         None,
+        path="new folder",
         own=True,
         affects_training=False,
         help="Folder for the index, latents and text features of tar shards and Parquet files, and for what is read "

@@ -17,6 +17,7 @@ class ConfigFileOptions(Options, affects_training=False):
 
     config_file: str | None = option(
         None,
+        path="file",
         usual=True,
         help='TOML file with options, one "name = value" a line; .toml may be left out. Sections only group lines, and'
         " the command line overrides the file.",

@@ -16,6 +16,7 @@ class DatasetOptions(Options, needs_images=True):
 
     dataset_config: Path | None = option(
         None,
+        path="file",
         usual=True,
         kept_in_state=True,
         help="TOML or JSON file that describes data sets and their folders. Replaces --train_data_dir, "
@@ -23,6 +24,7 @@ class DatasetOptions(Options, needs_images=True):
     )
     train_data_dir: str | None = option(
         None,
+        path="folder",
         usual=True,
         kept_in_state=True,
         logged=False,
@@ -31,6 +33,7 @@ class DatasetOptions(Options, needs_images=True):
     )
     reg_data_dir: str | None = option(
         None,
+        path="folder",
         usual=True,
         kept_in_state=True,
         logged=False,
@@ -39,6 +42,7 @@ class DatasetOptions(Options, needs_images=True):
     )
     in_json: str | None = option(
         None,
+        path="file",
         kept_in_state=True,
         help="JSON file with captions and tags of the images below --train_data_dir, instead of caption files.",
     )
@@ -156,6 +160,7 @@ class DatasetOptions(Options, needs_images=True):
     )
     conditioning_data_dir: str | None = option(
         None,
+        path="folder",
         kept_in_state=True,
         logged=False,
         help="Folder with mask images, named like the training images, for --masked_loss.",

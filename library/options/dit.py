@@ -39,6 +39,7 @@ class DitOptions(Options):
 
     dit: str | None = option(
         None,
+        path="model",
         logged=False,
         help="The base model, as --pretrained_model_name_or_path, in musubi-tuner's words. As there, latents and text "
         "features are then cached in files.",
@@ -127,7 +128,10 @@ class PartOptions(Options):
     """The parts of the base model."""
 
     text_encoder: str | None = option(
-        None, usual=True, help="File or folder of the text encoder. Unset takes it from the base."
+        None,
+        path="file or folder",
+        usual=True,
+        help="File or folder of the text encoder. Unset takes it from the base.",
     )
 
 

@@ -13,6 +13,7 @@ class ModelOptions(Options):
 
     pretrained_model_name_or_path: str | None = option(
         None,
+        path="model",
         usual=True,
         logged=False,
         help="Base model that the adapter is trained on: a checkpoint file, a folder in diffusers layout, or a Hugging"
@@ -26,6 +27,7 @@ class ModelOptions(Options):
     )
     vae: str | None = option(
         None,
+        path="model",
         usual=True,
         logged=False,
         help="VAE used instead of the base model's own: a file, a folder or a Hugging Face name.",
@@ -37,6 +39,7 @@ class ModelOptions(Options):
     )
     tokenizer_cache_dir: str | None = option(
         None,
+        path="new folder",
         affects_training=False,
         logged=False,
         help="Folder that keeps tokenizers, for machines without internet. Unset uses those of the model or of Hugging"

@@ -39,5 +39,6 @@ SPECS = (
         open_for_merging=open_base_model,
         view_for_networks=view_for_networks,
         adapter_metadata=RECIPE.of_checkpoint,
+        ignores=RECIPE.ignores,
     ),
 )

@@ -43,5 +43,6 @@ SPECS = (
         open_for_merging=refuse_merging,
         view_for_networks=refuse_view,
         adapter_metadata=RECIPE.of_checkpoint,
+        ignores=RECIPE.ignores,
     ),
 )

@@ -98,6 +98,7 @@ SPECS = (
         open_for_merging=FILE.open,
         view_for_networks=FILE.view_for_networks,
         adapter_metadata=RECIPE.of_checkpoint,
+        ignores=RECIPE.ignores,
     ),
     BaseModelSpec(
         name="chroma",
@@ -129,5 +130,6 @@ SPECS = (
         open_for_merging=CHROMA_FILE.open,
         view_for_networks=CHROMA_FILE.view_for_networks,
         adapter_metadata=CHROMA_RECIPE.of_checkpoint,
+        ignores=CHROMA_RECIPE.ignores,
     ),
 )

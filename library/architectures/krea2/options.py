@@ -16,7 +16,10 @@ class Krea2ModelOptions(PartOptions):
     """The parts of the base model."""
 
     text_encoder: str | None = option(
-        None, usual=True, help="File or folder of the text encoder Qwen3-VL 4B. Unset takes it from the base."
+        None,
+        path="file or folder",
+        usual=True,
+        help="File or folder of the text encoder Qwen3-VL 4B. Unset takes it from the base.",
     )
     fp8_text_encoder: bool = option(False, help="Keep the text encoder in 8 bits.")
     dit_variant: str | None = option(
@@ -28,6 +31,7 @@ class Krea2ModelOptions(PartOptions):
     )
     turbo_dit: str | None = option(
         None,
+        path="file or folder",
         usual=True,
         affects_training=False,
         needs="sample_prompts",

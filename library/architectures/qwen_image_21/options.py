@@ -13,7 +13,10 @@ class QwenImage21ModelOptions(PartOptions):
     """The parts of the base model."""
 
     text_encoder: str | None = option(
-        None, usual=True, help="File or folder of the text encoder Qwen3-VL 8B. Unset takes it from the base."
+        None,
+        path="file or folder",
+        usual=True,
+        help="File or folder of the text encoder Qwen3-VL 8B. Unset takes it from the base.",
     )
     fp8_vl: bool = option(False, help="Keep the text encoder Qwen3-VL in 8 bits.")
 

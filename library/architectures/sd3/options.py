@@ -15,13 +15,20 @@ class Sd3TextOptions(Options):
     """The text encoders and their use by the denoiser."""
 
     clip_l: str | None = option(
-        None, usual=True, help="File or folder of the text encoder CLIP-L. Unset takes it from the base."
+        None,
+        path="file or folder",
+        usual=True,
+        help="File or folder of the text encoder CLIP-L. Unset takes it from the base.",
     )
     clip_g: str | None = option(
-        None, usual=True, help="File or folder of the text encoder CLIP-G. Unset takes it from the base."
+        None,
+        path="file or folder",
+        usual=True,
+        help="File or folder of the text encoder CLIP-G. Unset takes it from the base.",
     )
     t5xxl: str | None = option(
         None,
+        path="file or folder",
         usual=True,
         help="File or folder of the text encoder T5-XXL. Unset takes it from the base model, and trains without T5 if "
         "that has none.",

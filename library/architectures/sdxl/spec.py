@@ -67,6 +67,7 @@ SPECS = (
         open_for_merging=open_base_model,
         view_for_networks=view_for_networks,
         adapter_metadata=adapter_metadata,
+        ignores=RECIPE.ignores,
         block_weights=BLOCK_WEIGHTS,
     ),
 )

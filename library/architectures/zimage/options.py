@@ -13,7 +13,10 @@ class ZImageModelOptions(PartOptions):
     """The parts of the base model."""
 
     text_encoder: str | None = option(
-        None, usual=True, help="File or folder of the text encoder Qwen3 4B. Unset takes it from the base."
+        None,
+        path="file or folder",
+        usual=True,
+        help="File or folder of the text encoder Qwen3 4B. Unset takes it from the base.",
     )
     fp8_llm: bool = option(False, help="Keep the text encoder Qwen3 in 8 bits.")
     model_version: str | None = option(

@@ -64,6 +64,7 @@ SPECS = (
         open_for_merging=FILE.open,
         view_for_networks=FILE.view_for_networks,
         adapter_metadata=RECIPE.of_checkpoint,
+        ignores=RECIPE.ignores,
         variants={r"siglip_embedder\.": "Z-Image Omni, which cannot be trained"},
     ),
 )

@@ -71,6 +71,7 @@ class DistributedOptions(Options, affects_training=False):
     )
     offload_optimizer_nvme_path: str | None = option(
         None,
+        path="new folder",
         needs="deepspeed",
         unsupported="the optimizer's states are small",
         help="Folder on a fast disk for the optimizer's states that DeepSpeed moves to nvme.",
@@ -85,6 +86,7 @@ class DistributedOptions(Options, affects_training=False):
     )
     offload_param_nvme_path: str | None = option(
         None,
+        path="new folder",
         needs="deepspeed",
         unsupported="--blocks_to_swap keeps blocks of the base model in main memory",
         help="Folder on a fast disk for the weights that DeepSpeed moves to nvme.",

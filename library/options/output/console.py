@@ -17,7 +17,7 @@ class ConsoleOptions(Options, affects_training=False):
     )
     console_log_file: str | None = option(
         None,
-        names_output=True,
+        path="new file",
         help="File for the log messages; the terminal then shows errors only. Overwritten at the start of each run.",
     )
     console_log_simple: bool = option(

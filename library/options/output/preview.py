@@ -35,6 +35,7 @@ class PreviewOptions(Options, affects_training=False):
     )
     sample_prompts: str | None = option(
         None,
+        path="file",
         usual=True,
         needs=TIMES,
         help="File with the prompts to draw images of: .txt with one a line, .toml or .json.",

@@ -11,8 +11,8 @@ class ReportOptions(Options, affects_training=False, own=True):
 
     log_events: str | None = option(
         None,
+        path="new file",
         unless="dry_run",
-        names_output=True,
         help="File for the events of the run, one JSON object per line, for front ends and other programs; - is "
         "standard output. Overwritten at the start, appended to with --resume and --autoresume.",
     )

@@ -9,7 +9,9 @@ from library.options.base import Options, option
 class SavingOptions(Options, affects_training=False):
     """When and where weights are written."""
 
-    output_dir: str | None = option(None, usual=True, logged=False, help="Folder for saved files; created if missing.")
+    output_dir: str | None = option(
+        None, path="new folder", usual=True, logged=False, help="Folder for saved files; created if missing."
+    )
     output_name: str | None = option(
         None,
         usual=True,
@@ -135,7 +137,9 @@ class StateOptions(Options, affects_training=False):
         zero_is_unset=True,
         help="Delete states saved after steps once they are more than N steps old. Unset goes by --save_last_n_steps.",
     )
-    resume: str | None = option(None, usual=True, help="Folder of a saved training state to continue from.")
+    resume: str | None = option(
+        None, path="folder", usual=True, help="Folder of a saved training state to continue from."
+    )
     autoresume: bool = option(
         False,
         usual=True,

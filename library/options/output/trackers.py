@@ -13,6 +13,7 @@ class TrackerOptions(Options, affects_training=False):
 
     logging_dir: str | None = option(
         None,
+        path="new folder",
         usual=True,
         logged=False,
         help="Folder for charts of loss and learning rates; each run makes its own folder inside. Unset draws none.",
@@ -34,6 +35,7 @@ class TrackerOptions(Options, affects_training=False):
     wandb_run_name: str | None = option(None, help="Name of the run in wandb. Unset lets wandb choose.")
     log_tracker_config: str | None = option(
         None,
+        path="file",
         needs=DRAWN,
         help="TOML file with further settings of tensorboard and wandb, a table for each.",
     )

@@ -14,6 +14,7 @@ class ConceptOptions(Options):
 
     prompts_file: str | None = option(
         None,
+        path="file",
         usual=True,
         kept_in_state=True,
         help="TOML file with the prompts: how each of them is changed, and at which size. docs/train_leco.md lists "

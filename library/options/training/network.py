@@ -49,6 +49,7 @@ class NetworkOptions(Options):
     )
     network_weights: str | None = option(
         None,
+        path="file",
         usual=True,
         kept_in_state=True,
         sweep_name="from_",
@@ -73,6 +74,7 @@ class NetworkOptions(Options):
     )
     base_weights: list[str] | None = option(
         None,
+        path="file",
         help="Adapter files to merge into the base model before training. They are not part of the saved file.",
         nargs="*",
     )

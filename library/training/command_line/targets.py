@@ -29,7 +29,7 @@ def check_targets(options: TrainOptions) -> None:
             check_not_input(FLAG, input_path, [input_path])
     values = options.flat()
     for name, facts in type(options).facts().items():
-        if facts.names_output and values[name]:
+        if facts.path == "new file" and values[name]:
             check_not_input(f"--{name}", Path(values[name]), inputs)
     for path, kind in list_saves(options, names):
         check_target(FLAG, path, kind)
@@ -84,7 +84,7 @@ def scheduled_saves(options: TrainOptions) -> tuple[set[SavedFor], set[SavedFor]
 
 def find_input_files(options: Options) -> list[Path]:
     """Return the input files that the options name."""
-    outputs = {name for name, facts in type(options).facts().items() if facts.names_output}
+    outputs = {name for name, facts in type(options).facts().items() if facts.path == "new file"}
     values = [value for name, value in options.flat().items() if name not in outputs]
     candidates = [text for value in values for text in (value if isinstance(value, list) else [value])]
     return [Path(text) for text in candidates if isinstance(text, str | Path) and os.path.isfile(text)]

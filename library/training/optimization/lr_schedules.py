@@ -121,28 +121,7 @@ def build_named_schedule(
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
     decay_steps = resolve_num_steps(options.lr_decay_steps, max_train_steps, "--lr_decay_steps")
-    warmup, length = {"num_warmup_steps": warmup_steps}, {"num_training_steps": max_train_steps}
-    # transformers counts whole waves here (0.5 is its default); the option counts half ones, as in sd-scripts.
-    half_waves = {"num_cycles": options.lr_scheduler_num_cycles / 2}
-    arguments_of: dict[str, dict[str, Any]] = {
-        CONSTANT: {},
-        "constant_with_warmup": warmup,
-        "linear": {**warmup, **length},
-        "cosine": {**warmup, **length},
-        "cosine_with_restarts": {**warmup, **length, "num_cycles": options.lr_scheduler_num_cycles},
-        "polynomial": {**warmup, **length, "power": options.lr_scheduler_power},
-        "inverse_sqrt": {**warmup, "timescale": options.lr_scheduler_timescale},
-        "cosine_with_min_lr": {**warmup, **length, **half_waves, "min_lr_rate": options.lr_scheduler_min_lr_ratio},
-        "warmup_stable_decay": {
-            **warmup,
-            **half_waves,
-            "num_stable_steps": max_train_steps - warmup_steps - decay_steps,
-            "num_decay_steps": decay_steps,
-            "min_lr_ratio": options.lr_scheduler_min_lr_ratio or 0.0,
-        },
-        "piecewise_constant": {},
-        "rex": {**warmup, **length, "min_lr_ratio": options.lr_scheduler_min_lr_ratio},
-    }
+    arguments_of = arguments_by_name(options, warmup_steps, decay_steps, max_train_steps)
     functions = {kind.value: function for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()}
     functions |= {"piecewise_constant": get_piecewise_constant_schedule, "rex": build_rex_schedule}
     check_name(name, list(arguments_of))
@@ -163,6 +142,34 @@ def build_named_schedule(
         functions[name], [optimizer], arguments, flag=FLAG, ours=ours, set_elsewhere=set_elsewhere
     )
     return schedule
+
+
+def arguments_by_name(
+    options: ScheduleOptions, warmup_steps: int, decay_steps: int, max_train_steps: int
+) -> dict[str, dict[str, Any]]:
+    """Return the schedules of --lr_scheduler by name, each with the arguments that it gets from options."""
+    warmup, length = {"num_warmup_steps": warmup_steps}, {"num_training_steps": max_train_steps}
+    # transformers counts whole waves here (0.5 is its default); the option counts half ones, as in sd-scripts.
+    half_waves = {"num_cycles": options.lr_scheduler_num_cycles / 2}
+    return {
+        CONSTANT: {},
+        "constant_with_warmup": warmup,
+        "linear": {**warmup, **length},
+        "cosine": {**warmup, **length},
+        "cosine_with_restarts": {**warmup, **length, "num_cycles": options.lr_scheduler_num_cycles},
+        "polynomial": {**warmup, **length, "power": options.lr_scheduler_power},
+        "inverse_sqrt": {**warmup, "timescale": options.lr_scheduler_timescale},
+        "cosine_with_min_lr": {**warmup, **length, **half_waves, "min_lr_rate": options.lr_scheduler_min_lr_ratio},
+        "warmup_stable_decay": {
+            **warmup,
+            **half_waves,
+            "num_stable_steps": max_train_steps - warmup_steps - decay_steps,
+            "num_decay_steps": decay_steps,
+            "min_lr_ratio": options.lr_scheduler_min_lr_ratio or 0.0,
+        },
+        "piecewise_constant": {},
+        "rex": {**warmup, **length, "min_lr_ratio": options.lr_scheduler_min_lr_ratio},
+    }
 
 
 def build_rex_schedule(

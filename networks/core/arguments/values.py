@@ -187,3 +187,28 @@ def _check_expression(pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise UserError(f"{pattern!r} is no regular expression: {error}") from None
+
+
+@dataclass(frozen=True)
+class ValueForm:
+    """The form of a value, for authors of forms: its type, whether it is a list, and its range."""
+
+    type: str  # as of an option: "flag", "int", "float" or "text"
+    is_list: bool = False
+    minimum: float | None = None
+    exclusive_minimum: float | None = None
+    exclusive_maximum: float | None = None
+
+
+FORMS: Mapping[Callable[[str], object], ValueForm] = {  # of parsers; the values of others are texts
+    parse_bool: ValueForm("flag"),
+    parse_rank: ValueForm("int", minimum=0),
+    parse_unit: ValueForm("int", minimum=1),
+    parse_factor: ValueForm("int", minimum=-1),
+    parse_number: ValueForm("float", minimum=0),
+    parse_power: ValueForm("float", exclusive_minimum=0),
+    parse_probability: ValueForm("float", minimum=0, exclusive_maximum=1),
+    parse_ranks: ValueForm("int", is_list=True, minimum=0),
+    parse_numbers: ValueForm("float", is_list=True, minimum=0),
+    parse_embedder_ranks: ValueForm("int", is_list=True, minimum=0),
+}

@@ -139,5 +139,5 @@ def test_output_paths_are_not_declared_as_inputs(tmp_path: Path) -> None:
             path = tmp_path / field.name
             path.touch()
             options = TrainOptions().with_values({field.name: str(path)})
-            is_output = TrainOptions.facts()[field.name].names_output
+            is_output = TrainOptions.facts()[field.name].path == "new file"
             assert find_input_files(options) == ([] if is_output else [path])

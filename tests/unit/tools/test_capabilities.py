@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from typing import Any
 
 import pytest
@@ -53,6 +54,36 @@ def test_options_carry_type_range_and_group(described: dict[str, Any]) -> None:
     assert options["network_dim"]["minimum"] == 1 or options["network_dim"]["exclusive_minimum"] == 0
     assert options["mixed_precision"]["choices"] == ["no", "fp16", "bf16"]
     assert not options["fit"]["in_sd_scripts"] and options["fit"]["group"]
+
+
+def test_options_without_effect_on_a_model_carry_the_reason_that_its_runs_log(described: dict[str, Any]) -> None:
+    scripts = {script["name"]: {item["name"]: item for item in script["options"]} for script in described["scripts"]}
+    for name in ("v2", "clip_skip", "min_snr_gamma"):
+        assert scripts["flux_2_train_network.py"][name]["has_no_effect"]
+        assert scripts["train_network.py"][name]["has_no_effect"] is None
+    flux = scripts["flux_train_network.py"]
+    assert flux["clip_l"]["has_no_effect"] is None, "FLUX.1 reads it, only Chroma does not"
+    models = {model["name"]: model["has_no_effect"] for model in described["base_models"]}
+    assert "clip_l" in models["chroma"] and "clip_l" not in models["flux"]
+
+
+def test_forms_know_paths_choices_and_commands(described: dict[str, Any]) -> None:
+    (script,) = (entry for entry in described["scripts"] if entry["name"] == "flux_2_train_network.py")
+    options = {entry["name"]: entry for entry in script["options"]}
+    paths = {name: item["path_kind"] for name, item in options.items() if item["type"] == "path"}
+    assert paths["output_dir"] == "new folder" and paths["dit"] == "model" and paths["base_weights"] == "file"
+    undeclared = {
+        name for name, item in options.items()
+        if item["path_kind"] is None and item["type"] != "flag" and re.match(r"(File|Folder)\b(?! name)", item["help"])
+    }  # fmt: skip
+    assert undeclared == {"huggingface_path_in_repo"}  # not on this machine
+    assert "Prodigy" in options["optimizer_type"]["choices"] and options["optimizer_type"]["takes_other_values"]
+    assert "rex" in options["lr_scheduler"]["choices"] and "networks.lokr" in options["network_module"]["choices"]
+    assert options["recipe"]["choices"] and not options["recipe"]["takes_other_values"]
+    assert {"resolution", "cache_directory"} <= {key["name"] for key in described["dataset_keys"]}
+    assert "flux_2_cache_latents.py" in {script["name"] for script in described["caching_scripts"]}
+    tools = {tool["name"]: {item["flag"] for item in tool["options"]} for tool in described["tools"]}
+    assert "--save_to" in tools["tools/merge_lora.py"]
 
 
 def test_every_network_module_lists_its_arguments(described: dict[str, Any]) -> None:
