@@ -5,6 +5,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from library.architectures.specs import list_specs
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.data.description.schema import RunDataConfig, load_dataset_config, parse_numbers
 from library.errors import UserError
-from library.memory.planner.gpus import parse_size, typical_gpu
+from library.memory.planner.gpus import GIB, parse_size, typical_gpu
 from library.options.dataset import DatasetOptions
 from library.options.requirements import check_requirements
 from library.options.train import TrainOptions
@@ -32,6 +33,7 @@ from library.training.planning.fit_run import count_sweep
 from library.training.sweep.combinations import split_options
 from tools.command import make_training_parser, training_command
 
+SYSTEM_BYTES = 6 * GIB  # of main memory: a desktop, and Python with the libraries [derived]
 GPU = torch.device("cuda")  # the device to plan for; it need not exist
 EXAMPLES = """\
   python3 tools/plan_memory.py --script flux_train_network.py --cards 8GB,12GB,16GB,24GB \\
@@ -59,6 +61,9 @@ def read_training_options(script: str, arguments: Sequence[str]) -> tuple[BaseMo
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_training_parser(__doc__, EXAMPLES, "flux_train_network.py")
+    parser.add_argument(
+        "--main_memory", default="32GB", help="main memory of the machine, for offloaded weights (default: %(default)s)"
+    )
     parser.add_argument("--cards", default="8GB,12GB,16GB,24GB", help="memory of the GPUs (default: %(default)s)")
     return parser
 
@@ -107,6 +112,7 @@ def largest_batch(config: RunDataConfig) -> BatchShape:
 
 def plan(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Print a table for each GPU size."""
+    main_memory = parse_size("--main_memory", args.main_memory).num_bytes - SYSTEM_BYTES
     sizes = [parse_size("--cards", text) for text in args.cards.split(",")]
     options, arch, batch, counted = count(args.script, training)
     with mute_logging():
@@ -116,7 +122,8 @@ def plan(args: argparse.Namespace, training: Sequence[str]) -> None:
     num_steps = options.run.max_train_steps if options.run.max_train_epochs is None else None
     for size in sizes:
         print()
-        for line in fit_to(counted, options, typical_gpu(size), sweep, num_steps).lines():
+        gpu = replace(typical_gpu(size), main_memory_bytes=main_memory)
+        for line in fit_to(counted, options, gpu, sweep, num_steps).lines():
             print(line)
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import psutil
 import torch
 
 from library.errors import UserError
@@ -42,6 +43,7 @@ class Gpu:
     bandwidth: float  # bytes per second within its own memory
     nominal_bytes: int | None = None  # nominal size, if the user gave one
     pinnable_bytes: int | None = None  # of main memory; None: no limit
+    main_memory_bytes: float = float("inf")  # free for offloaded weights and inputs
     staging: float = STAGING  # bytes per second through buffers, for memory that is not pinned
 
     def pinned_bytes(self, num_bytes: int, share: float = 1.0) -> int:
@@ -178,5 +180,6 @@ def benchmark_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, s
         bus=num_bytes / copy_s,
         bandwidth=2 * num_bytes / clone_s,
         pinnable_bytes=max_pinned_bytes(),
+        main_memory_bytes=psutil.virtual_memory().available,
         staging=num_bytes / staged_s,
     )

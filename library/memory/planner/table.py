@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from library.formatting import format_count
-from library.memory.planner.choice import Choice
+from library.memory.planner.choice import Choice, fits
 from library.memory.planner.gpus import GIB
 from library.memory.planner.prediction import MemoryMode, Predicted
 
@@ -14,7 +14,7 @@ def format_gib(num_bytes: int) -> str:
 
 def select_shown(choice: Choice) -> tuple[Predicted, ...]:
     """Return the candidates that fit, or all if none does."""
-    fitting = tuple(candidate for candidate in choice.candidates if candidate.device_bytes <= choice.gpu.memory_bytes)
+    fitting = tuple(candidate for candidate in choice.candidates if fits(candidate, choice.gpu))
     return fitting or choice.candidates
 
 
@@ -28,14 +28,13 @@ def iterate_rows(
     has_errors = any(candidate.error is not None for candidate in choice.candidates)
     yield (
         *("", "options", "GPU memory", "free", "tensors", "main memory"),
-        *(["error"] if has_errors else []),
+        *(["weight error"] if has_errors else []),
         "batch",
         *(["run"] if num_passes else []),
     )
     for candidate in select_shown(choice):
-        fits = candidate.device_bytes <= choice.gpu.memory_bytes
         yield (
-            "->" if candidate is choice.chosen else "" if fits else "x",
+            "->" if candidate is choice.chosen else "" if fits(candidate, choice.gpu) else "x",
             describe(candidate.mode),
             format_gib(candidate.device_bytes),
             format_gib(max(0, choice.gpu.memory_bytes - candidate.device_bytes)),

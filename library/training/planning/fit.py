@@ -63,6 +63,9 @@ class Fit:
         if self.choice.chosen is None:
             yield self.shortage()
         else:
+            if self.choice.lacks_spare:
+                left = self.choice.gpu.memory_bytes - self.choice.chosen.device_bytes
+                yield f"only {format_gib(left)} stays free, which is little: nothing leaves more"
             yield self.peak_line(self.choice.chosen)
             fixed = format_options(self.values(), type(self.options).defaults())
             yield (
@@ -123,6 +126,11 @@ class Fit:
         training = step.adapter_bytes + step.gradient_bytes + step.optimizer.state
         activations = least.tensor_bytes - least.weight_bytes - training
         missing = format_gib(least.device_bytes - self.choice.gpu.memory_bytes)
+        if least.device_bytes <= self.choice.gpu.memory_bytes:
+            return (
+                f"nothing fits: {describe(least.mode)} needs {format_gib(least.host_bytes)} of main memory, and "
+                f"{format_gib(int(self.choice.gpu.main_memory_bytes))} are free. {SMALLER_WEIGHTS}"
+            )
         smaller = "--train_batch_size or --resolution" if self.options.concepts is None else IN_PROMPTS
         return (
             f"nothing fits: the least is {format_gib(least.device_bytes)} with {describe(least.mode)}, {missing} too "

@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 # CUDA loads most kernels on first use, so a context takes less here than CONTEXT_BYTES. [derived]
 BARE_CONTEXT_BYTES = 7 * GIB // 20
-MARGIN_BYTES = 3 * GIB // 10  # for a desktop that takes more during the run
 
 
 def largest_batch(sizes: BatchSizes) -> BatchShape:
@@ -34,7 +33,7 @@ def free_memory(device: torch.device) -> int:
     """Return the GPU memory available to a run, including this process's existing context."""
     if device.type != "cuda":
         raise UserError("--fit auto measures the free memory of the GPU, and there is none; give a size such as 12GB")
-    return torch.cuda.mem_get_info(device)[0] + BARE_CONTEXT_BYTES - MARGIN_BYTES
+    return torch.cuda.mem_get_info(device)[0] + BARE_CONTEXT_BYTES
 
 
 def measure_gpu(size_or_auto: str, mixed_precision: str, processes: Processes) -> Gpu:
