@@ -35,7 +35,7 @@ from library.memory.blocks import BlockRunner, plain, recompute, run_blocks_with
 from library.memory.compiled import Compiled, CompileSettings  # noqa: E402
 from library.memory.frozen import frozen_layers, multiply_codes  # noqa: E402
 from library.memory.planner.counter import FlopCounter  # noqa: E402
-from library.memory.planner.gpus import measure_peak_flops  # noqa: E402
+from library.memory.planner.measured import measure_peak_flops  # noqa: E402
 from networks import lora  # noqa: E402
 
 NUM_WARM, NUM_TIMED = 3, 10

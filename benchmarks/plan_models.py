@@ -1,37 +1,46 @@
-"""Predict memory and time of all base models on common GPUs, as tables for docs/memory.md.
+"""Count a usual training of every base model, for tools/plan_memory.py --cards and the table of docs/memory.md.
 
 Nothing is measured and no weights are read: the base models are files that contain only a header. Takes about two
 minutes.
 
     python benchmarks/plan_models.py
-    python benchmarks/plan_models.py --models FLUX.1 --formats bf16 int8 nf4
-    python benchmarks/plan_models.py --write docs/memory.md
+    python benchmarks/plan_models.py --models FLUX.1 --cards "RTX 3060 12GB" 24GB
+    python benchmarks/plan_models.py --write
 """
 
 import argparse
+import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from library.memory.planner.gpus import parse_size, typical_gpu  # noqa: E402
-from library.memory.planner.table import format_gib  # noqa: E402
-from library.options.train import TrainOptions  # noqa: E402
-from library.training.planning.counting import CountedRun  # noqa: E402
-from library.training.planning.fit import Fit, fit_to  # noqa: E402
+from library.formatting import format_gib  # noqa: E402
+from library.memory.planner.choice import Allowed  # noqa: E402
+from library.memory.planner.gpus import TYPICAL, Gpu, parse_cards  # noqa: E402
+from library.memory.planner.known import FILE, KnownFormat, KnownMode, KnownModel, load_models, plan  # noqa: E402
+from library.memory.planner.prediction import CountedStep, MemoryMode, apply_mode, pass_work, predict  # noqa: E402
+from library.memory.planner.weights import StorageCost  # noqa: E402
+from library.training.command_line.recipes import FOLDER, list_recipes  # noqa: E402
+from library.training.config_file import load_toml  # noqa: E402
 from library.training.planning.settings import describe  # noqa: E402
 from tests.contracts.header_only import FULL_SIZE, FullSize  # noqa: E402
-from tools.plan_memory import count  # noqa: E402
+from tools.counted_plan import count  # noqa: E402
+from tools.plan_memory import SYSTEM_BYTES  # noqa: E402
 
 CARDS = ("8GB", "12GB", "16GB", "24GB")
+FORMATS = ("bf16", "int8_rotated", "int8", "nf4")
 RANK = 16
 CACHES_TEXT = {"train_network"}  # scripts that cannot cache text encoder outputs
+PAGE, BEGIN, END = ROOT / "docs" / "memory.md", "<!-- plan_models: begin -->\n", "<!-- plan_models: end -->"
+MIB = 2**20
+MAIN_MEMORY_BYTES = 32 * 2**30 - SYSTEM_BYTES
 
 
 def arguments_for(model: FullSize, folder: Path) -> list[str]:
@@ -43,83 +52,126 @@ def arguments_for(model: FullSize, folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def cell(found: Fit) -> str:
-    """Return the table cell of one GPU: the chosen settings, or the memory that the model needs at least."""
-    chosen = found.choice.chosen
-    if chosen is None:
-        return f"needs {format_gib(found.choice.least.device_bytes)}"
-    mode = describe(replace(chosen.mode, weight_format=None))  # the row names the format
-    return f"{format_gib(chosen.device_bytes)}, {chosen.seconds:.2f} s: `{mode}`"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of docs/memory.md, between comments with its name."""
-
-    name: str
-    models: Sequence[str]
-    formats: Sequence[str]
-
-    def rows(self, cards: Sequence[str]) -> Iterator[str]:
-        """Yield the Markdown lines: one row per model and weight format, one column per GPU."""
-        yield f"| base model | {' | '.join(cards)} |"
-        yield f"|---|{'---|' * len(cards)}"
-        for name in self.models:
-            yield from rows_of(name, self.formats, cards)
-
-    def put_into(self, page: str, lines: Sequence[str]) -> str:
-        """Return the page with the table's content replaced by `lines`."""
-        begin, end = f"<!-- plan_models: {self.name} -->\n", f"<!-- end: {self.name} -->"
-        before, rest = page.split(begin)
-        return before + begin + "".join(f"{line}\n" for line in lines) + end + rest.split(end)[1]
-
-
-FLUX_2 = tuple(name for name in FULL_SIZE if name.startswith("FLUX.2"))
-TABLES = (
-    Table("all models", tuple(FULL_SIZE), ("bf16",)),
-    Table(
-        "fewer bits", ("FLUX.1", *FLUX_2, "Krea 2", "Qwen-Image 2.1", "Z-Image", "HunyuanImage 2.1"), ("int8", "nf4")
-    ),
-)
-
-
-@cache
-def counted(name: str) -> tuple[TrainOptions, CountedRun]:
+def count_model(title: str) -> KnownModel:
     """Count the operations and memory of a usual training of a base model."""
-    model = FULL_SIZE[name]
+    model = FULL_SIZE[title]
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
-        options, _, _, found = count(model.script, arguments_for(model, Path(folder) / "model"))
-        print(f"{name}: {time.process_time() - began:.1f} CPU seconds", file=sys.stderr)
-    return options, found
+        arguments = arguments_for(model, Path(folder) / "model")
+        _, _, _, counted = count(model.script, arguments)
+        disk = sum(map(size_of_data, Path(folder).rglob("*.safetensors")))
+        print(f"{title}: {time.process_time() - began:.1f} CPU seconds", file=sys.stderr)
+    step = counted.step
+    modes = [replace(mode, weight_format=None) for mode in Allowed().modes()]
+    return KnownModel(
+        title,
+        model.side,
+        num_passes(model, arguments),
+        disk // MIB,
+        [known_format(step, name) for name in FORMATS],
+        [known_mode(step, mode) for mode in modes],
+    )
 
 
-def rows_of(name: str, formats: Sequence[str], cards: Sequence[str]) -> Iterator[str]:
-    """Yield the rows of one base model, one per weight format."""
-    options, found = counted(name)
-    sizes = [parse_size("--cards", card) for card in cards]
-    for weight_format in formats:
-        wanted = options.with_values({"fit_formats": [weight_format]})
-        cells = [cell(fit_to(found, wanted, typical_gpu(size))) for size in sizes]
-        yield f"| {name}, {FULL_SIZE[name].side} px, {weight_format} | {' | '.join(cells)} |"
+def size_of_data(path: Path) -> int:
+    """Return the bytes that a file of this header has with its weights."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+
+
+def num_passes(model: FullSize, arguments: Sequence[str]) -> int:
+    """Return the passes of the first recipe for this model."""
+    for recipe in list_recipes():
+        values: Mapping[str, Any] = {
+            key: value for table in load_toml(FOLDER / f"{recipe.name}.toml").values() for key, value in table.items()
+        }
+        kind = values.get("model_type")
+        if recipe.script == f"{model.script}.py" and (kind is None or kind in arguments) == (kind != "chroma"):
+            return int(values["max_train_steps"]) * int(values.get("gradient_accumulation_steps", 1))
+    return 0
+
+
+def known_format(step: CountedStep, name: str) -> KnownFormat:
+    cost, counts = StorageCost.of(name), range(step.most_offloaded + 1)
+    predicted = [predict(step, MemoryMode(name, num_offloaded=number), TYPICAL[0]) for number in counts]
+    blocks = max(1, len(step.weights.blocks))
+    return KnownFormat(
+        name,
+        cost.error,
+        cost.slowdown,
+        [p.weight_bytes // MIB for p in predicted],
+        [p.host_bytes // MIB for p in predicted],
+        [round(len(step.offloaded_indices(number)) / blocks, 4) for number in counts],
+    )
+
+
+def known_mode(step: CountedStep, mode: MemoryMode) -> KnownMode:
+    forward, backward = pass_work(apply_mode(step, mode))
+    predicted = {name: predict(step, replace(mode, weight_format=name), TYPICAL[0]) for name in FORMATS}
+    return KnownMode(
+        "" if describe(mode) == "plain" else describe(mode),
+        mode.complexity,
+        forward,
+        backward,
+        predicted[FORMATS[0]].host_bytes // MIB,
+        {name: (p.device_bytes - p.weight_bytes) // MIB for name, p in predicted.items()},
+    )
+
+
+def to_json(models: Sequence[KnownModel]) -> str:
+    """Return the content of the data file: a line per model."""
+    entries = [asdict(model) for model in models]
+    for entry in entries:
+        for mode in entry["modes"]:
+            for side in ("forward", "backward"):
+                mode[side] = list(mode[side].values())
+    return "[\n" + ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in entries) + "\n]\n"
+
+
+def table(models: Sequence[KnownModel], gpus: Mapping[str, Gpu]) -> Iterator[str]:
+    """Yield the Markdown lines: one row per model, one column per GPU."""
+    yield f"| base model | {' | '.join(gpus)} |"
+    yield f"|---|{'---|' * len(gpus)}"
+    for model in models:
+        yield f"| {model.title}, {model.side} px | {' | '.join(cell(model, gpu) for gpu in gpus.values())} |"
+
+
+def gpus_of(cards: Sequence[str]) -> dict[str, Gpu]:
+    """Return the GPU of each name or size, in a machine with the usual main memory."""
+    return {card: replace(parse_cards(card)[0], main_memory_bytes=MAIN_MEMORY_BYTES) for card in cards}
+
+
+def cell(model: KnownModel, gpu: Gpu) -> str:
+    """Return the table cell of one GPU: the chosen settings, or the memory that the model needs at least."""
+    found = plan(model, gpu)
+    if found.chosen is None:
+        return f"needs {format_gib(found.least_bytes)}"
+    return f"{format_gib(found.chosen.device_bytes)}, {found.chosen.seconds:.2f} s: `{found.chosen.options}`"
+
+
+def put_into(page: str, lines: Sequence[str]) -> str:
+    """Return the page with the table replaced by `lines`."""
+    before, rest = page.split(BEGIN)
+    return before + BEGIN + "".join(f"{line}\n" for line in lines) + END + rest.split(END)[1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(FULL_SIZE), choices=list(FULL_SIZE))
     parser.add_argument("--cards", nargs="+", default=CARDS)
-    parser.add_argument("--formats", nargs="+", default=["bf16"], help="values of --base_format, one row each")
-    parser.add_argument("--write", metavar="PAGE", help="page, such as docs/memory.md, with tables to replace")
+    parser.add_argument("--write", action="store_true", help="write the counts, and the table of docs/memory.md")
     args = parser.parse_args()
-    if args.write is None:
-        for line in Table("asked for", args.models, args.formats).rows(args.cards):
-            print(line, flush=True)
-        return
-    path = Path(args.write)
-    page = path.read_text(encoding="utf-8")
-    for table in TABLES:
-        page = table.put_into(page, list(table.rows(CARDS)))
-    path.write_text(page, encoding="utf-8")
+    models = [count_model(title) for title in args.models]
+    if args.write:
+        kept = {} if set(args.models) == set(FULL_SIZE) else {model.title: model for model in load_models()}
+        kept |= {model.title: model for model in models}
+        models = [kept[title] for title in FULL_SIZE if title in kept]
+        FILE.write_text(to_json(models), encoding="utf-8")
+    lines = list(table(models, gpus_of(args.cards)))
+    if args.write:
+        PAGE.write_text(put_into(PAGE.read_text(encoding="utf-8"), lines), encoding="utf-8")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

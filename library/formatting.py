@@ -6,6 +6,11 @@ from collections.abc import Sequence
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
+def format_gib(num_bytes: int) -> str:
+    """Format as GiB (binary units), as GPU memory is counted."""
+    return f"{num_bytes / 2**30:.1f} GiB"
+
+
 def format_bytes(num_bytes: int) -> str:
     """Format as GB, or as MB below one GB (decimal units)."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
@@ -25,3 +30,15 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
 def escape_controls(text: str, keep: str = "") -> str:
     """Write control characters as escapes, so that names and texts from files cannot steer a terminal."""
     return CONTROL.sub(lambda match: match[0] if match[0] in keep else f"\\x{ord(match[0]):02x}", text)
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Align the first two columns left, the others right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

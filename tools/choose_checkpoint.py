@@ -41,7 +41,7 @@ from library.training.saving.checkpoints import Names
 from library.training.saving.saved_files import drop_copies, read_num_steps
 from tools.command import make_training_parser, training_command
 from tools.contact_sheet import choose_files, find_device
-from tools.plan_memory import read_training_options
+from tools.counted_plan import read_training_options
 
 logger = logging.getLogger(__name__)
 

@@ -38,7 +38,7 @@ from library.training.saving.checkpoints import Names
 from library.training.saving.saved_files import drop_copies, files_of_run
 from library.types import Prompt
 from tools.command import check_at_least_one, make_training_parser, training_command, written_by
-from tools.plan_memory import read_training_options
+from tools.counted_plan import read_training_options
 
 logger = logging.getLogger(__name__)
 

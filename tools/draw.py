@@ -36,7 +36,7 @@ from library.training.reporting.sample_images import Drawn, write_image
 from tools.base_models import find_base
 from tools.command import make_training_parser, training_command
 from tools.contact_sheet import find_device, parse_seed
-from tools.plan_memory import read_training_options
+from tools.counted_plan import read_training_options
 
 logger = logging.getLogger(__name__)
 

@@ -55,7 +55,7 @@ from library.training.models.compute import Compute
 from library.training.models.opening import open_accelerator, open_data_plan
 from library.training.models.text_caching import prepare_text, resolve_text_cache
 from tools.command import make_training_parser, training_command
-from tools.plan_memory import read_training_options, spec_of_script
+from tools.counted_plan import read_training_options, spec_of_script
 
 logger = logging.getLogger(__name__)
 

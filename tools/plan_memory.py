@@ -1,133 +1,82 @@
-"""Predict the memory and time of a training run from its options and the headers of the checkpoint. Needs no GPU and
-reads no weights."""
+"""Predict memory and time of a training: of usual trainings of every model, or with its options of one. Needs no GPU.
+
+With --script and a training's options only the headers of the checkpoint are read. Without, the counts kept in
+library/memory/planner/models.json are used, and no package and no file of a model is needed.
+"""
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+NEEDS_PACKAGES = False  # read by library/requirements.py
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    import library  # noqa: F401  # checks the packages before they are imported
 
-import torch
-
-from library.architectures.specs import list_specs
-from library.checkpoints.base_model_spec import BaseModelSpec
-from library.data.description.schema import RunDataConfig, load_dataset_config, parse_numbers
-from library.errors import UserError
-from library.memory.planner.gpus import GIB, parse_size, typical_gpu
-from library.options.dataset import DatasetOptions
-from library.options.requirements import check_requirements
-from library.options.train import TrainOptions
-from library.protocols import Architecture
-from library.training.command_line.checks import check_network, check_precision
-from library.training.command_line.cli import parse
-from library.training.models.check_batches import mute_logging
-from library.training.planning.counting import BatchShape, CountedRun, count_run
-from library.training.planning.fit import fit_to
-from library.training.planning.fit_run import count_sweep
-from library.training.sweep.combinations import split_options
-from tools.command import make_training_parser, training_command
+from library.errors import UserError  # noqa: E402
+from library.formatting import columns  # noqa: E402
+from library.memory.planner.gpus import GIB, Gpu, parse_cards, parse_size  # noqa: E402
+from library.memory.planner.known import load_models, plan, rows  # noqa: E402
+from library.requirements import describe_missing, list_missing  # noqa: E402
+from library.version import add_version  # noqa: E402
 
 SYSTEM_BYTES = 6 * GIB  # of main memory: a desktop, and Python with the libraries [derived]
-GPU = torch.device("cuda")  # the device to plan for; it need not exist
 EXAMPLES = """\
+examples:
+  python3 tools/plan_memory.py --cards "RTX 3060 12GB"
+  python3 tools/plan_memory.py --cards 4090,16GB --main_memory 64GB
   python3 tools/plan_memory.py --script flux_train_network.py --cards 8GB,12GB,16GB,24GB \\
     --pretrained_model_name_or_path flux1-dev.safetensors --clip_l clip_l.safetensors --t5xxl t5xxl.safetensors \\
     --ae ae.safetensors --network_module networks.lora_flux --network_dim 16 --mixed_precision bf16 \\
     --cache_latents --cache_text_encoder_outputs --resolution 1024"""
 
 
-def spec_of_script(name: str) -> BaseModelSpec:
-    """Return the base model of a training script. Raises UserError listing the scripts if there is no such script."""
-    # Of several base models with one script, the first needs no flag to be selected.
-    specs = {spec.script: spec for spec in reversed(list_specs())}
-    script = f"{name.removesuffix('.py')}.py"
-    if script not in specs:
-        raise UserError(f"--script {name} is not a training script; use one of {', '.join(sorted(specs, key=len))}")
-    return specs[script]
-
-
-def read_training_options(script: str, arguments: Sequence[str]) -> tuple[BaseModelSpec, Any]:
-    """Return a script's base model and its parsed training options. Raises UserError for invalid options."""
-    spec = spec_of_script(script)
-    parser = importlib.import_module(spec.script.removesuffix(".py")).setup_parser()
-    return spec, spec.options.from_args(parse(parser, arguments))
-
-
 def setup_parser() -> argparse.ArgumentParser:
-    parser = make_training_parser(__doc__, EXAMPLES, "flux_train_network.py")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--script", help="training script; all other options are then those of the training")
+    parser.add_argument(
+        "--cards", default="8GB,12GB,16GB,24GB", help='names or memory of GPUs, "3060 12GB,4090" (default: %(default)s)'
+    )
     parser.add_argument(
         "--main_memory", default="32GB", help="main memory of the machine, for offloaded weights (default: %(default)s)"
     )
-    parser.add_argument("--cards", default="8GB,12GB,16GB,24GB", help="memory of the GPUs (default: %(default)s)")
-    return parser
+    return add_version(parser)
 
 
-def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architecture, BatchShape, CountedRun]:
-    """Count the operations and memory of a training run; return its options, base model, largest batch and count.
-
-    Raises UserError for invalid options.
-    """
-    spec, options = read_training_options(name, arguments)
-    if not options.network.network_module:
-        raise UserError("--network_module is not set; use networks.lora for a LoRA")
-    if options.distributed.shard_base and not options.distributed.shard_group:
-        raise UserError("--shard_base: set --shard_group to the number of processes that share the base model")
-    check_requirements(options)
-    check_precision(options)
-    check_network(options.network)
-    data = options.dataset
-    batch = largest_batch(load_dataset_config(options)) if data.dataset_config else batch_of_options(data)
-    with mute_logging():  # the training run itself logs these messages
-        options, adapters = split_options(options)
-        arch = spec.build(options)
-        return options, arch, batch, count_run(options, arch, batch, GPU, list(adapters.values()))
+def show_models(gpus: Sequence[Gpu]) -> None:
+    """Print a table of all models for each GPU."""
+    models = load_models()
+    for gpu in gpus:
+        size = "" if gpu.nominal_bytes is None else f" of {gpu.nominal_bytes / GIB:g} GB"
+        print(f"\n{gpu.name}, {gpu.memory_bytes / GIB:.1f} GiB free{size}: LoRA of rank 16, batch 1, predicted")
+        print("\n".join(columns([*rows([plan(model, gpu) for model in models])])))
 
 
-def batch_of_options(data: DatasetOptions) -> BatchShape:
-    """Return the batch of --resolution and --train_batch_size. Raises UserError if no resolution is set."""
-    if not data.resolution:
-        raise UserError("--resolution is not set; set the training size, such as 512 or 512,768")
-    sides = parse_numbers("--resolution", data.resolution, int, (1, 2), "512 or 768,512")
-    return BatchShape(data.train_batch_size, sides[0], sides[-1])
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit status: 0 success, 1 user error."""
+    args, training = setup_parser().parse_known_args(argv)
+    try:
+        main_memory = parse_size("--main_memory", args.main_memory).num_bytes - SYSTEM_BYTES
+        named = [gpu for card in args.cards.split(",") for gpu in parse_cards(card)]
+        gpus = [replace(gpu, main_memory_bytes=main_memory) for gpu in named]
+        if args.script is None:
+            if training:
+                raise UserError(f"{training[0]} belongs to a training; add --script, such as flux_train_network.py")
+            show_models(gpus)
+            return 0
+        if missing := list_missing():
+            raise UserError(describe_missing(missing))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    from tools.command import act
+    from tools.counted_plan import plan as plan_counted
 
+    return act(lambda: plan_counted(args.script, training, gpus))
 
-def largest_batch(config: RunDataConfig) -> BatchShape:
-    """Return the largest batch of a data set, whose images need not exist.
-
-    Every bucket has at most as many pixels as the resolution; each folder of `control_dirs` counts as one reference.
-    """
-    shapes = [
-        BatchShape(d.batch_size, *d.resolution, (s.control_resolution or d.resolution,) * len(s.control_dirs))
-        for d in config.datasets
-        for s in d.subsets
-    ]
-    return max(shapes, key=lambda shape: shape.num_pixels)
-
-
-def plan(args: argparse.Namespace, training: Sequence[str]) -> None:
-    """Print a table for each GPU size."""
-    main_memory = parse_size("--main_memory", args.main_memory).num_bytes - SYSTEM_BYTES
-    sizes = [parse_size("--cards", text) for text in args.cards.split(",")]
-    options, arch, batch, counted = count(args.script, training)
-    with mute_logging():
-        _, adapters = split_options(options)
-        sweep = count_sweep(options, arch, batch, GPU, list(adapters.values()))
-    print(f"{arch.name}, {batch.count} x {batch.width}x{batch.height}, {options.network.network_module}")
-    num_steps = options.run.max_train_steps if options.run.max_train_epochs is None else None
-    for size in sizes:
-        print()
-        gpu = replace(typical_gpu(size), main_memory_bytes=main_memory)
-        for line in fit_to(counted, options, gpu, sweep, num_steps).lines():
-            print(line)
-
-
-main = training_command(setup_parser, plan)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -30,11 +30,11 @@ from torch import Tensor, nn
 
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.errors import UserError
+from library.formatting import format_gib
 from library.installed import version_of
 from library.memory.devices import DTYPES
-from library.memory.planner.gpus import benchmark_gpu
+from library.memory.planner.measured import benchmark_gpu
 from library.memory.planner.prediction import MemoryMode, predict
-from library.memory.planner.table import format_gib
 from library.models.reference import MissingClass
 from library.options.config_file import ConfigFileOptions
 from library.options.output.console import ConsoleOptions
@@ -52,7 +52,7 @@ from library.training.models.check_batches import mute_logging
 from library.training.planning.settings import describe, resolve_memory_mode
 from networks.core.protocol import OURS
 from tools.command import make_training_parser, training_command
-from tools.plan_memory import count, read_training_options
+from tools.counted_plan import count, read_training_options
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_STEPS, RESUMED_AT = 20, 10

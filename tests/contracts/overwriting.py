@@ -171,7 +171,7 @@ WITHOUT_TARGET: Mapping[str, str] = {
     "networks/check_lora_weights.py": NOTHING,
     "benchmarks/visible_change.py": NOTHING,
     "networks/lora_interrogator.py": NOTHING,
-    "benchmarks/plan_models.py": "replaces tables between their marks in a page",
+    "benchmarks/plan_models.py": "replaces the counts that it wrote, and a table between marks in a page",
     "benchmarks/startup.py": "has its own test: it is no command of users",
     **{
         f"benchmarks/{name}.py": ELSEWHERE

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from library.memory.planner.gpus import measure_peak_flops
+from library.memory.planner.measured import measure_peak_flops
 from library.training.reporting.step_times import StepTimes, measure_pressure
 from tests.gpu.device import DEVICE, ON_GPU
 from tests.unit.training.test_step_times import batch_of

@@ -14,7 +14,7 @@ from library.training.planning import correction
 from library.training.planning.correction import Gauge
 from tests.running import Finished, make_images
 from tests.tiny.bases import BASES
-from tools.plan_memory import count
+from tools.counted_plan import count
 
 Train = Callable[..., Finished]
 MIB = 2**20

@@ -1,16 +1,11 @@
-"""Memory, arithmetic and bus speeds of GPUs."""
+"""Memory, arithmetic and bus speeds of GPUs, as published. Needs no torch."""
 
 import platform
 import re
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import psutil
-import torch
-
 from library.errors import UserError
-from library.memory.pinned import empty_host_copy, max_pinned_bytes
 
 GIB = 2**30
 UNITS = {"": GIB, "g": GIB, "gb": GIB, "gib": GIB, "m": 2**20, "mb": 2**20, "mib": 2**20}
@@ -55,44 +50,97 @@ class Gpu:
         return num_pinned / self.bus + (num_bytes - num_pinned) / min(self.bus, self.staging)
 
 
-# Speeds of a training step from published figures: 60 % of the vendors' dense bfloat16 peak with float32 accumulation,
-# 80 % of the memory bandwidth, and bus speeds as measured in practice. Not measured on a GPU here.
-TYPICAL = (
-    Gpu("RTX 4060", 8 * GIB, 18e12, 12.5e9, 218e9),
-    Gpu("RTX 4070", 12 * GIB, 35e12, 24e9, 403e9),
-    Gpu("RTX 4060 Ti 16 GB", 16 * GIB, 26e12, 12.5e9, 230e9),
-    Gpu("RTX 3090", 24 * GIB, 43e12, 24e9, 749e9),
-    Gpu("RTX 5090", 32 * GIB, 125e12, 50e9, 1434e9),
-    Gpu("H100", 80 * GIB, 593e12, 50e9, 2680e9),
-)
+@dataclass(frozen=True)
+class Card:
+    """A GPU as its vendor describes it. Sources: the vendors' data sheets."""
+
+    name: str
+    memory_gb: tuple[int, ...]  # several where it is sold with different amounts; empty where any is possible
+    peak: float  # dense 16-bit FLOP/s, with float32 accumulation where the vendor names it
+    bandwidth: float  # bytes per second
+    bus: float  # bytes per second from main memory, as measured in practice for its PCIe generation and lanes
+
+    def gpu(self, memory_bytes: int) -> Gpu:
+        """Return the speeds that a training step reaches: 60 % of the arithmetic and 80 % of the bandwidth."""
+        return Gpu(self.name, memory_bytes, REACHED * self.peak, self.bus, 0.8 * self.bandwidth)
 
 
-# Vendors' dense 16-bit FLOP/s with float32 accumulation. The first name that the device name contains counts.
-PEAKS = (
-    ("B200", 2250e12), ("GH200", 989e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12),
-    ("H100", 989e12), ("A100", 312e12), ("A800", 312e12), ("A10G", 70e12), ("A10", 125e12), ("A40", 150e12),
-    ("RTX A6000", 155e12), ("RTX 6000 Ada", 364e12), ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12),
-    ("V100", 125e12), ("T4", 65e12), ("RTX 5090", 210e12), ("RTX 5080", 113e12), ("RTX 4090", 165e12),
-    ("RTX 4080 SUPER", 104e12), ("RTX 4080", 97.5e12), ("RTX 4070 Ti SUPER", 88e12), ("RTX 4070 Ti", 80e12),
-    ("RTX 4070 SUPER", 71e12), ("RTX 4070", 58e12), ("RTX 4060 Ti", 44e12), ("RTX 4060", 30e12),
-    ("RTX 3090 Ti", 80e12), ("RTX 3090", 71e12), ("RTX 3080 Ti", 68e12), ("RTX 3080", 60e12), ("RTX 3060", 25.5e12),
+GEN3, GEN4_X8, GEN4, GEN5 = 12.5e9, 12.5e9, 24e9, 50e9
+
+
+def _cards(bus: float, *rows: tuple[str, int | tuple[int, ...], float, float]) -> Iterator[Card]:
+    """Yield cards of a bus: name, memory in GB, peak in TFLOP/s, bandwidth in GB/s."""
+    for name, memory, peak, bandwidth in rows:
+        yield Card(name, memory if isinstance(memory, tuple) else (memory,), peak * 1e12, bandwidth * 1e9, bus)
+
+
+CARDS = (
+    *_cards(
+        GEN5, ("B200", 180, 2250, 8000), ("GH200", 96, 989, 4000), ("H200", 141, 989, 4800),
+        ("H100 PCIe", 80, 756, 2000), ("H100 NVL", 94, 835, 3900), ("H100", 80, 989, 3350),
+        ("RTX 5090", 32, 210, 1792), ("RTX 5080", 16, 113, 960), ("RTX 5070 Ti", 16, 88, 896),
+        ("RTX 5070", 12, 61.7, 672), ("RX 9070 XT", 16, 195, 640), ("RX 9070", 16, 145, 640),
+        ("MI300X", 192, 1307, 5300),
+    ),
+    *_cards(
+        GEN4, ("RTX 5060 Ti", (8, 16), 47.4, 448), ("RTX 5060", 8, 38.4, 448), ("A100", (40, 80), 312, 1555),
+        ("A800", 80, 312, 2039), ("A10G", 24, 70, 600), ("A10", 24, 125, 600), ("A40", 48, 150, 696),
+        ("RTX A6000", 48, 155, 768), ("RTX 6000 Ada", 48, 364, 960), ("L40S", 48, 362, 864), ("L40", 48, 181, 864),
+        ("L4", 24, 121, 300), ("RTX 4090", 24, 165, 1008), ("RTX 4080 SUPER", 16, 104, 736),
+        ("RTX 4080", 16, 97.5, 717), ("RTX 4070 Ti SUPER", 16, 88, 672), ("RTX 4070 Ti", 12, 80, 504),
+        ("RTX 4070 SUPER", 12, 71, 504), ("RTX 4070", 12, 58, 504), ("RTX 3090 Ti", 24, 80, 1008),
+        ("RTX 3090", 24, 71, 936), ("RTX 3080 Ti", 12, 68, 912), ("RTX 3080", (10, 12), 60, 760),
+        ("RTX 3070 Ti", 8, 43.5, 608), ("RTX 3070", 8, 40.6, 448), ("RTX 3060 Ti", 8, 32.4, 448),
+        ("RTX 3060", (8, 12), 25.5, 360), ("RX 7900 XTX", 24, 123, 960), ("RX 7900 XT", 20, 103, 800),
+        ("RX 7800 XT", 16, 74.6, 624), ("Arc A770", (8, 16), 137, 560),
+    ),
+    *_cards(GEN4_X8, ("RTX 4060 Ti", (8, 16), 44, 288), ("RTX 4060", 8, 30, 272), ("Arc B580", 12, 117, 456)),
+    *_cards(GEN3, ("V100", (16, 32), 125, 900), ("T4", 16, 65, 320), ("RTX 2080 Ti", 11, 53.8, 616)),
+    # Apple's processors share their memory with the GPU, so nothing is copied over a bus.
+    *_cards(
+        200e9, ("M1 Max", (), 10.4, 400), ("M2 Max", (), 13.6, 400), ("M3 Max", (), 14.2, 400),
+        ("M4 Max", (), 18.4, 546), ("M2 Ultra", (), 27.2, 800), ("M3 Ultra", (), 28.2, 819),
+    ),
 )  # fmt: skip
+BRANDS = re.compile(r"\b(nvidia|geforce|amd|radeon|intel|apple|gpu)\b")
 
 
-def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Return a GPU's peak FLOP/s, or None without CUDA.
+def spelling(name: str) -> str:
+    """Return a name without brand, spaces and case, for comparison."""
+    return re.sub(r"[\s-]+", "", BRANDS.sub("", name.lower()))
 
-    For 16 bits it is the vendor's figure, if known, otherwise that of one large product.
+
+def find_card(name: str) -> Card | None:
+    """Return the card of a name as people write it: "RTX 4070 Ti Super", "3060", "7900 XTX"; None for others."""
+    wanted = spelling(name)
+    for card in CARDS:
+        full = spelling(card.name)
+        if wanted in (full, re.sub(r"^(rtx|rx|arc)", "", full)):
+            return card
+    return None
+
+
+def parse_cards(text: str) -> list[Gpu]:
+    """Return the GPUs of a name, a name with a size, or a size: "RTX 3060 12GB", "4090", "12GB".
+
+    A name without a size gives a GPU for each amount of memory that it is sold with. Raises UserError for a name that
+    is not known, and for one that comes with any amount.
     """
-    if device.type != "cuda":
-        return None
-    if dtype in (torch.bfloat16, torch.float16):
-        device_name = torch.cuda.get_device_name(device)
-        for name, flops in PEAKS:
-            if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", device_name):  # an "RTX A4000" is not an A40
-                return flops
-    # The benchmark reports the share that a whole step reaches; the peak is the speed of the product itself.
-    return benchmark_gpu(device, 0, dtype).flops / REACHED
+    match = re.fullmatch(r"(.*?)\s*\b(\d+(?:\.\d+)?\s*(?:gb|gib|mb|mib))", text.strip(), re.IGNORECASE)
+    name, size = (match[1], match[2]) if match else (text.strip(), "")
+    card = find_card(name) if name else None
+    if card is None and re.fullmatch(r"\d{1,3}", name):
+        name, size = "", name  # "24" is a size
+    if not name:
+        return [typical_gpu(parse_size("--cards", size))]
+    if card is None:
+        raise UserError(f"--cards: {text!r} is not known; give its memory, such as 24GB")
+    if not size and not card.memory_gb:
+        raise UserError(f"--cards: {text!r} comes with any amount of memory; write {card.name} 64GB")
+    sizes = [parse_size("--cards", text) for text in ([size] if size else [f"{gb}GB" for gb in card.memory_gb])]
+    return [
+        replace(card.gpu(size.free_bytes), nominal_bytes=size.num_bytes if size.names_gpu else None) for size in sizes
+    ]
 
 
 @dataclass(frozen=True)
@@ -139,47 +187,19 @@ def parse_size(flag: str, text: str) -> MemorySize:
     return MemorySize(round(num_bytes), "." not in match[1] and match[2] in NAMES_A_GPU)
 
 
+# Common GPUs by memory, the smallest first.
+TYPICAL = tuple(
+    card.gpu(memory * GIB)
+    for name, memory in (
+        ("RTX 4060", 8), ("RTX 4070", 12), ("RTX 4060 Ti", 16), ("RTX 3090", 24), ("RTX 5090", 32), ("H100", 80),
+    )
+    for card in CARDS
+    if card.name == name
+)  # fmt: skip
+
+
 def typical_gpu(size: MemorySize) -> Gpu:
     """Return a common GPU with about this memory: the largest that does not have more, or the smallest."""
     smaller = [gpu for gpu in TYPICAL if reported_bytes(gpu.memory_bytes) <= size.num_bytes]
     closest = smaller[-1] if smaller else TYPICAL[0]
     return replace(closest, memory_bytes=size.free_bytes, nominal_bytes=size.num_bytes if size.names_gpu else None)
-
-
-def benchmark_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, side: int = 4096) -> Gpu:
-    """Measure this device with one large product, and with copies from main memory, within it and within the device.
-
-    This takes about 0.1 s.
-    """
-    on_gpu = device.type == "cuda"
-
-    def seconds(run: Callable[[], object]) -> float:
-        run()  # warm-up
-        best_s = float("inf")
-        for _ in range(3):
-            start = time.perf_counter()
-            run()
-            if on_gpu:
-                torch.cuda.synchronize(device)
-            best_s = min(best_s, time.perf_counter() - start)
-        return best_s
-
-    matrix = torch.randn(side, side, dtype=dtype, device=device)
-    host = empty_host_copy(matrix) if on_gpu else torch.empty_like(matrix)
-    product_s = seconds(lambda: matrix @ matrix)
-    num_bytes = host.numel() * host.element_size()
-    copy_s = seconds(lambda: matrix.copy_(host, non_blocking=True))
-    clone_s = seconds(lambda: matrix.clone())  # read and written
-    pageable = torch.empty(side, side, dtype=dtype)
-    staged_s = seconds(lambda: pageable.copy_(host))
-    name = torch.cuda.get_device_name(device) if on_gpu else "this processor"
-    return Gpu(
-        name,
-        memory_bytes,
-        flops=REACHED * 2 * side**3 / product_s,
-        bus=num_bytes / copy_s,
-        bandwidth=2 * num_bytes / clone_s,
-        pinnable_bytes=max_pinned_bytes(),
-        main_memory_bytes=psutil.virtual_memory().available,
-        staging=num_bytes / staged_s,
-    )

@@ -1,12 +1,13 @@
 """Predicted memory and time of a step, in one memory mode on a given GPU."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from library.memory.offload.pinning import SHARE_BESIDE_INPUTS
 from library.memory.offload.ring import NUM_SLOTS
 from library.memory.pinned import rounded_size
-from library.memory.planner.gpus import GIB, LAUNCH_S, Gpu
+from library.memory.planner.gpus import GIB, Gpu
+from library.memory.planner.speed import StepSpeed, Work
 from library.memory.planner.steps import CountedOptimizer, StepSegment, Timeline, compute_peak_bytes
 from library.memory.planner.weights import ModelWeights, StorageCost
 
@@ -14,9 +15,6 @@ from library.memory.planner.weights import ModelWeights, StorageCost
 # the allocator as a share of a step's tensors.
 CONTEXT_BYTES = 7 * GIB // 10
 ALLOCATOR_SHARE = 0.05
-
-# Share of time that offloading all blocks costs. 5 % are published for 47 of 48 blocks on an H100.
-COST_OF_OFFLOADING = 0.05
 
 FORWARD_BACKWARD, OPTIMIZER_STEP = "forward and backward pass", "optimizer step"
 
@@ -85,6 +83,14 @@ class Predicted:
     error: float | None  # of the weight format, relative to a layer's output; None without a format
     pins_inputs: bool  # False if offloaded inputs cannot be pinned beside offloaded weights and batches
 
+    @property
+    def weight_format(self) -> str | None:
+        return self.mode.weight_format
+
+    @property
+    def complexity(self) -> int:
+        return self.mode.complexity
+
 
 def predict(step: CountedStep, mode: MemoryMode, gpu: Gpu, correction: float = 1.0) -> Predicted:
     """Predict the memory and time in a mode.
@@ -121,8 +127,10 @@ def predict(step: CountedStep, mode: MemoryMode, gpu: Gpu, correction: float = 1
     )
     weights_s = gpu.copy_seconds(streamed_bytes, pinned_weight_bytes)
     inputs_s = gpu.copy_seconds(input_bytes, input_bytes if pins_inputs else 0)
-    seconds = predict_seconds(parts, cost.slowdown, weights_s, inputs_s, gpu, passes, mode.num_slots > 1)
-    seconds *= 1 + COST_OF_OFFLOADING * len(offloaded) / max(1, len(block_sizes))
+    forward, backward = pass_work(parts)
+    ahead = (0.0, 0.0) if passes is None else (passes.num_batches, passes.num_passes)
+    speed = StepSpeed(forward, backward, cost.slowdown, *ahead, overlaps=mode.num_slots > 1)
+    seconds = speed.seconds(gpu, weights_s, inputs_s, len(offloaded) / max(1, len(block_sizes)))
     # The allocator's overhead comes from temporary tensors; weights are allocated once.
     device_bytes = weight_bytes + round((1 + ALLOCATOR_SHARE) * training_bytes) + CONTEXT_BYTES
     # The tensors of the passes are freed before the optimizer steps, so the larger of the two is the peak.
@@ -138,6 +146,14 @@ def predict(step: CountedStep, mode: MemoryMode, gpu: Gpu, correction: float = 1
         cost.error,
         pins_inputs,
     )
+
+
+def pass_work(parts: Iterable[StepSegment]) -> tuple[Work, Work]:
+    """Return the work of the forward and of the backward pass."""
+    totals = {False: Work(), True: Work()}
+    for part in parts:
+        totals[part.is_backward] += Work(part.segment.flops, part.segment.moved, part.segment.launches)
+    return totals[False], totals[True]
 
 
 def apply_mode(step: CountedStep, mode: MemoryMode) -> list[StepSegment]:
@@ -162,34 +178,3 @@ def offloaded_input_bytes(step: CountedStep, mode: MemoryMode) -> list[int]:
             block_index if block_index < step.first_block_index else block_index - step.first_block_index
         )
     ]
-
-
-def predict_seconds(
-    parts: list[StepSegment],
-    slowdown: float,
-    weights_s: float,
-    inputs_s: float,
-    gpu: Gpu,
-    gradientless: GradientlessPasses | None = None,
-    overlaps: bool = True,
-) -> float:
-    """Return the seconds of a step: in each pass the longer of computing and copying, which run in parallel.
-
-    Streamed weights are copied to the GPU in both passes, in `weights_s`. Block inputs are copied to main memory in the
-    first and back in the second pass, in `inputs_s`. They share the bus. Unless a slot is free for it (`overlaps`), a
-    block is copied after the one before has computed. Computing is the sum of arithmetic, memory traffic of the GPU and
-    kernel launches. Large models hide part of the last two, small ones do not.
-    """
-    compute_s = {False: 0.0, True: 0.0}
-    for part in parts:
-        segment = part.segment
-        seconds = slowdown * segment.flops / gpu.flops + segment.moved / gpu.bandwidth + segment.launches * LAUNCH_S
-        compute_s[part.is_backward] += seconds
-
-    def together(compute: float, stream: float, other: float = 0.0) -> float:
-        return max(compute, stream + other) if overlaps else max(compute, other) + stream
-
-    total = sum(together(seconds, weights_s, inputs_s) for seconds in compute_s.values())
-    if gradientless is None:
-        return total
-    return total + together(gradientless.num_batches * compute_s[False], gradientless.num_passes * weights_s)

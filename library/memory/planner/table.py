@@ -1,15 +1,11 @@
 """Table of candidates for users."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
-from library.formatting import format_count
-from library.memory.planner.choice import Choice, fits
-from library.memory.planner.gpus import GIB
+from library.formatting import columns, format_count, format_gib
+from library.memory.planner.choice import Choice
 from library.memory.planner.prediction import MemoryMode, Predicted
-
-
-def format_gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.1f} GiB"
+from library.memory.planner.selection import fits
 
 
 def select_shown(choice: Choice) -> tuple[Predicted, ...]:
@@ -54,15 +50,3 @@ def format_table(choice: Choice, describe: Callable[[MemoryMode], str], num_pass
         count = format_count(len(others), "other configuration")
         lines.append(f"too large: {count}; the smallest needs {format_gib(min(others))}")
     return lines
-
-
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align the first two columns left, the others right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -7,11 +7,11 @@ from math import ceil
 import torch
 
 from library.errors import NotThere
+from library.formatting import format_gib
 from library.memory.pinned import max_pinned_bytes
 from library.memory.planner.choice import Allowed
 from library.memory.planner.gpus import Gpu, MemorySize, typical_gpu
 from library.memory.planner.prediction import CountedStep, MemoryMode, Predicted, predict
-from library.memory.planner.table import format_gib
 from library.training.planning.counting import count_run, shape_of_batch
 from library.training.planning.settings import describe, resolve_allowed_ever, resolve_memory_mode
 from library.training.run_parts import Run

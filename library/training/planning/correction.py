@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from library.formatting import format_gib
 from library.memory.planner.choice import choose
-from library.memory.planner.table import format_gib
 from library.training.models.block_running import choose_block_runner
 from library.training.planning.fit import Fit
 from library.training.planning.settings import describe, option_values

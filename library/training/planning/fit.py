@@ -4,11 +4,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from library.formatting import format_gib
 from library.memory.planner.choice import Allowed, Choice, choose
 from library.memory.planner.gpus import GIB, Gpu
 from library.memory.planner.prediction import CONTEXT_BYTES, Predicted, predict
 from library.memory.planner.stages import Stage
-from library.memory.planner.table import format_gib, format_table
+from library.memory.planner.table import format_table
 from library.options.train import TrainOptions
 from library.training.planning.counting import CountedRun
 from library.training.planning.previews import CountedPreview

@@ -9,7 +9,8 @@ import torch
 from library.data.training_data import BatchSizes
 from library.errors import UserError, needing
 from library.memory.devices import DTYPES
-from library.memory.planner.gpus import GIB, Gpu, benchmark_gpu, parse_size
+from library.memory.planner.gpus import GIB, Gpu, parse_size
+from library.memory.planner.measured import benchmark_gpu
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture

@@ -7,7 +7,7 @@ from typing import Any
 from library.checkpoints.weights import to_meta_device
 from library.data.training_data import TrainingData, open_batches
 from library.errors import needing
-from library.memory.planner.gpus import measure_peak_flops
+from library.memory.planner.measured import measure_peak_flops
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture

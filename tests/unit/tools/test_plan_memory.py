@@ -1,5 +1,7 @@
 """tools/plan_memory.py: tables for GPUs that are not installed, from checkpoints that may lack their weights."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,11 @@ from library.memory.planner.gpus import GIB
 from library.memory.planner.steps import compute_peak_bytes
 from library.memory.planner.weights import StorageCost
 from tests.contracts.header_only import FULL_SIZE
+from tests.running import ROOT
 from tests.tiny.bases import BASES
 from tests.unit.memory.planner.made_up import allocated_peak
-from tools.plan_memory import count, main
+from tools.counted_plan import count
+from tools.plan_memory import main
 
 pytestmark = pytest.mark.usefixtures("fresh_process")  # parsing options sets up logging
 
@@ -46,6 +50,21 @@ def test_a_table_is_printed_for_each_gpu(tmp_path: Path, capsys: pytest.CaptureF
     assert "23.0 GiB free of 24 GB (counted as RTX 3090" in printed
     assert printed.count("encoding captions: 0.7 GiB with --text_encoder_batch_size 8") == 2
     assert printed.count("peak of the run: encoding images, 0.7 GiB") == 2
+
+
+def test_usual_trainings_of_all_models_need_neither_a_file_nor_a_package() -> None:
+    line = [sys.executable, "-S", "-E", str(ROOT / "tools" / "plan_memory.py"), "--cards"]
+    done = subprocess.run([*line, "RTX 3060"], capture_output=True, text=True, check=True)
+    assert "of 8 GB" in done.stdout and "of 12 GB" in done.stdout
+    assert all(done.stdout.count(f"{title}, ") >= 2 for title in FULL_SIZE)
+    for card, message in (
+        ("GTX 660", "--cards: 'GTX 660' is not known; give its memory, such as 24GB"),
+        ("M3 Max", "write M3 Max 64GB"),
+    ):
+        done = subprocess.run([*line, card], capture_output=True, text=True)
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run([*line, "24GB", "--script", "train_network.py"], capture_output=True, text=True)
+    assert done.returncode == 1 and "lacks packages of this suite" in done.stderr
 
 
 @pytest.mark.slow
@@ -93,7 +112,7 @@ def test_the_dataset_determines_the_largest_batch(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--cards", "12TB", "--resolution", "64"), "--cards: '12TB' is not a memory size"),
+        (("--cards", "12TB", "--resolution", "64"), "--cards: '12TB' is not known; give its memory"),
         ((), "--resolution is not set"),
         (
             ("--resolution", "64", "--script", "flux.py"),

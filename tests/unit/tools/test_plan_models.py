@@ -1,61 +1,73 @@
-"""The tables of docs/memory.md match the output of benchmarks/plan_models.py."""
+"""The kept counts and the table of docs/memory.md match what benchmarks/plan_models.py counts and plans."""
 
-import re
-from collections.abc import Sequence
+import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks.plan_models import CARDS, TABLES, Table, rows_of
+from benchmarks.plan_models import (
+    BEGIN,
+    CARDS,
+    END,
+    FORMATS,
+    PAGE,
+    arguments_for,
+    count_model,
+    gpus_of,
+    put_into,
+    table,
+    to_json,
+)
+from library.memory.planner.gpus import TYPICAL, parse_cards
+from library.memory.planner.known import FILE, load_models, plan
+from library.training.planning.fit import fit_to
+from tests.contracts.header_only import FULL_SIZE
+from tools.counted_plan import count
 
-PAGE = Path(__file__).parents[3] / "docs" / "memory.md"
-# A row takes up to 18 CPU seconds. Models that are not listed are nightly.
+# A model takes up to 6 CPU seconds. Those that are not listed are nightly.
 SLOW = ("Anima", "FLUX.1")
 
 pytestmark = pytest.mark.usefixtures("fresh_process")  # parsing options sets up logging
 
 
-def lines_on_page(table: Table) -> list[str]:
-    match = re.search(
-        f"<!-- plan_models: {table.name} -->\n(.*?)<!-- end: {table.name} -->", PAGE.read_text("utf-8"), re.DOTALL
-    )
-    assert match is not None
-    return match[1].splitlines()
+def tier_of(title: str) -> pytest.MarkDecorator:
+    return pytest.mark.slow if title in SLOW else pytest.mark.nightly
 
 
-def mark(name: str) -> pytest.MarkDecorator:
-    return pytest.mark.slow if name in SLOW else pytest.mark.nightly
+@pytest.mark.parametrize("title", [pytest.param(title, marks=tier_of(title)) for title in FULL_SIZE])
+def test_the_kept_counts_are_those_of_the_planner(title: str) -> None:
+    (kept,) = (entry for entry in json.loads(FILE.read_text(encoding="utf-8")) if entry["title"] == title)
+    assert json.loads(to_json([count_model(title)])) == [kept]
+
+
+@pytest.mark.slow
+def test_a_plan_of_kept_counts_is_that_of_the_checkpoint(tmp_path: Path) -> None:
+    model = FULL_SIZE["FLUX.1"]
+    options, _, _, counted = count(model.script, arguments_for(model, tmp_path))
+    options = options.with_values({"fit_formats": list(FORMATS)})
+    (known,) = (known for known in load_models() if known.title == "FLUX.1")
+    for gpu in TYPICAL:
+        chosen, expected = plan(known, gpu).chosen, fit_to(counted, options, gpu).choice.chosen
+        assert chosen is not None and expected is not None
+        assert chosen.seconds == pytest.approx(expected.seconds, rel=2e-3)
+        assert chosen.device_bytes == pytest.approx(expected.device_bytes, abs=4 * 2**20)
+        assert (chosen.weight_format, chosen.complexity) == (expected.weight_format, expected.complexity)
+
+
+def test_the_table_of_the_page_has_every_model() -> None:
+    assert {model.title for model in load_models()} == FULL_SIZE.keys()
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == put_into(page, list(table(load_models(), gpus_of(CARDS))))
+    assert put_into(f"before\n{BEGIN}old\n{END}\nafter", ["| new |"]) == f"before\n{BEGIN}| new |\n{END}\nafter"
 
 
 @pytest.mark.parametrize(
-    ("table", "name"),
+    ("text", "names"),
     [
-        pytest.param(table, name, marks=mark(name), id=f"{table.name}-{name}")
-        for table in TABLES
-        for name in table.models
+        ("3060 12gb", ["RTX 3060"]), ("RTX 3060", ["RTX 3060"] * 2), ("4070 Ti Super", ["RTX 4070 Ti SUPER"]),
+        ("7900 XTX", ["RX 7900 XTX"]), ("m3 max 64GB", ["M3 Max"]), ("16GB", ["RTX 4060 Ti"]), ("4090", ["RTX 4090"]),
+        ("24", ["RTX 3090"]), ("a100 80GB", ["A100"]),
     ],
-)
-def test_the_rows_of_a_model_match_the_planner(table: Table, name: str) -> None:
-    on_page = [line for line in lines_on_page(table) if is_row_of(line, name)]
-    assert on_page == list(rows_of(name, table.formats, CARDS))
-
-
-def is_row_of(line: str, name: str) -> bool:
-    return re.match(rf"\| {re.escape(name)}, \d+ px, ", line) is not None
-
-
-@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
-def test_every_model_and_format_has_its_row(table: Table) -> None:
-    head, rule, *rows = lines_on_page(table)
-    assert head == f"| base model | {' | '.join(CARDS)} |" and rule.count("---") == len(CARDS) + 1
-    assert names_of(rows) == [f"{name}, {form}" for name in table.models for form in table.formats]
-
-
-def names_of(rows: Sequence[str]) -> list[str]:
-    return [re.sub(r", \d+ px", "", row.split(" | ")[0].removeprefix("| ")) for row in rows]
-
-
-def test_tables_are_replaced_in_place() -> None:
-    table = Table("mine", (), ())
-    page = "before\n<!-- plan_models: mine -->\nold\n<!-- end: mine -->\nafter"
-    assert table.put_into(page, ["| new |"]) == page.replace("old", "| new |")
+)  # fmt: skip
+def test_gpus_are_found_as_people_write_them(text: str, names: list[str]) -> None:
+    assert [gpu.name for gpu in parse_cards(text)] == names

@@ -19,7 +19,7 @@ from library.models.reference import select_first_and_last, with_weights
 from library.training.config_file import SECRETS
 from tests.tiny.bases import BASES
 from tools import verify
-from tools.plan_memory import read_training_options
+from tools.counted_plan import read_training_options
 from tools.verify import (
     PlannedStep,
     compare_files,

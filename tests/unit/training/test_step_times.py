@@ -11,9 +11,10 @@ from torch import nn
 
 from library.memory.blocks import plain, recompute
 from library.memory.frozen import frozen_layers, multiply_codes, store_in
-from library.memory.planner import gpus
+from library.memory.planner import measured
 from library.memory.planner.counter import FlopCounter
-from library.memory.planner.gpus import PEAKS, measure_peak_flops
+from library.memory.planner.gpus import CARDS
+from library.memory.planner.measured import measure_peak_flops
 from library.training.reporting.step_times import IN_STEP, StepTimes
 from library.types import Batch
 from tests.weight_formats import CODECS
@@ -213,7 +214,9 @@ def test_peak_flops_are_known_by_gpu_name(monkeypatch):
     }  # fmt: skip
     for name, flops in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        monkeypatch.setattr(gpus, "benchmark_gpu", lambda *args: SimpleNamespace(flops=0.0))
+        monkeypatch.setattr(measured, "benchmark_gpu", lambda *args: SimpleNamespace(flops=0.0))
         assert measure_peak_flops(torch.device("cuda"), torch.bfloat16) == (flops or 0.0)
-    for place, (name, _) in enumerate(PEAKS):
-        assert not any(earlier in name for earlier, _ in PEAKS[:place]), f"{name} is never reached"
+    names = [card.name for card in CARDS]
+    for place, name in enumerate(names):
+        hidden = [earlier for earlier in names[:place] if f" {earlier} " in f" {name} "]
+        assert not hidden, f"{name} is never reached"

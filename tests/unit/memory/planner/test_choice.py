@@ -12,7 +12,8 @@ from torch import nn
 from library.memory.devices import bytes_of
 from library.memory.pinned import max_pinned_bytes
 from library.memory.planner.choice import Allowed, choose
-from library.memory.planner.gpus import GIB, Gpu, MemorySize, benchmark_gpu, parse_size, typical_gpu
+from library.memory.planner.gpus import GIB, Gpu, MemorySize, parse_size, typical_gpu
+from library.memory.planner.measured import benchmark_gpu
 from library.memory.planner.prediction import (
     ALLOCATOR_SHARE,
     CONTEXT_BYTES,

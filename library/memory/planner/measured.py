@@ -1,0 +1,66 @@
+"""Speeds of the devices of this machine."""
+
+import re
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+
+from library.memory.pinned import empty_host_copy, max_pinned_bytes
+from library.memory.planner.gpus import CARDS, REACHED, Gpu
+
+
+def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return a GPU's peak FLOP/s, or None without CUDA.
+
+    For 16 bits it is the vendor's figure, if known, otherwise that of one large product.
+    """
+    if device.type != "cuda":
+        return None
+    if dtype in (torch.bfloat16, torch.float16):
+        device_name = torch.cuda.get_device_name(device)
+        for card in CARDS:
+            if re.search(rf"(?<!\w){re.escape(card.name)}(?!\w)", device_name, re.IGNORECASE):  # an A4000 is no A40
+                return card.peak
+    # The benchmark reports the share that a whole step reaches; the peak is the speed of the product itself.
+    return benchmark_gpu(device, 0, dtype).flops / REACHED
+
+
+def benchmark_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, side: int = 4096) -> Gpu:
+    """Measure this device with one large product, and with copies from main memory, within it and within the device.
+
+    This takes about 0.1 s.
+    """
+    on_gpu = device.type == "cuda"
+
+    def seconds(run: Callable[[], object]) -> float:
+        run()  # warm-up
+        best_s = float("inf")
+        for _ in range(3):
+            start = time.perf_counter()
+            run()
+            if on_gpu:
+                torch.cuda.synchronize(device)
+            best_s = min(best_s, time.perf_counter() - start)
+        return best_s
+
+    matrix = torch.randn(side, side, dtype=dtype, device=device)
+    host = empty_host_copy(matrix) if on_gpu else torch.empty_like(matrix)
+    product_s = seconds(lambda: matrix @ matrix)
+    num_bytes = host.numel() * host.element_size()
+    copy_s = seconds(lambda: matrix.copy_(host, non_blocking=True))
+    clone_s = seconds(lambda: matrix.clone())  # read and written
+    pageable = torch.empty(side, side, dtype=dtype)
+    staged_s = seconds(lambda: pageable.copy_(host))
+    name = torch.cuda.get_device_name(device) if on_gpu else "this processor"
+    return Gpu(
+        name,
+        memory_bytes,
+        flops=REACHED * 2 * side**3 / product_s,
+        bus=num_bytes / copy_s,
+        bandwidth=2 * num_bytes / clone_s,
+        pinnable_bytes=max_pinned_bytes(),
+        main_memory_bytes=psutil.virtual_memory().available,
+        staging=num_bytes / staged_s,
+    )

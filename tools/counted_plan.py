@@ -1,0 +1,99 @@
+"""tools/plan_memory.py with a training's options: what it counts in the headers of the checkpoint."""
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from library.architectures.specs import list_specs
+from library.checkpoints.base_model_spec import BaseModelSpec
+from library.data.description.schema import RunDataConfig, load_dataset_config, parse_numbers
+from library.errors import UserError
+from library.memory.planner.gpus import Gpu
+from library.options.dataset import DatasetOptions
+from library.options.requirements import check_requirements
+from library.options.train import TrainOptions
+from library.protocols import Architecture
+from library.training.command_line.checks import check_network, check_precision
+from library.training.command_line.cli import parse
+from library.training.models.check_batches import mute_logging
+from library.training.planning.counting import BatchShape, CountedRun, count_run
+from library.training.planning.fit import fit_to
+from library.training.planning.fit_run import count_sweep
+from library.training.sweep.combinations import split_options
+
+GPU = torch.device("cuda")  # the device to plan for; it need not exist
+
+
+def spec_of_script(name: str) -> BaseModelSpec:
+    """Return the base model of a training script. Raises UserError listing the scripts if there is no such script."""
+    # Of several base models with one script, the first needs no flag to be selected.
+    specs = {spec.script: spec for spec in reversed(list_specs())}
+    script = f"{name.removesuffix('.py')}.py"
+    if script not in specs:
+        raise UserError(f"--script {name} is not a training script; use one of {', '.join(sorted(specs, key=len))}")
+    return specs[script]
+
+
+def read_training_options(script: str, arguments: Sequence[str]) -> tuple[BaseModelSpec, Any]:
+    """Return a script's base model and its parsed training options. Raises UserError for invalid options."""
+    spec = spec_of_script(script)
+    parser = importlib.import_module(spec.script.removesuffix(".py")).setup_parser()
+    return spec, spec.options.from_args(parse(parser, arguments))
+
+
+def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architecture, BatchShape, CountedRun]:
+    """Count the operations and memory of a training run; return its options, base model, largest batch and count.
+
+    Raises UserError for invalid options.
+    """
+    spec, options = read_training_options(name, arguments)
+    if not options.network.network_module:
+        raise UserError("--network_module is not set; use networks.lora for a LoRA")
+    if options.distributed.shard_base and not options.distributed.shard_group:
+        raise UserError("--shard_base: set --shard_group to the number of processes that share the base model")
+    check_requirements(options)
+    check_precision(options)
+    check_network(options.network)
+    data = options.dataset
+    batch = largest_batch(load_dataset_config(options)) if data.dataset_config else batch_of_options(data)
+    with mute_logging():  # the training run itself logs these messages
+        options, adapters = split_options(options)
+        arch = spec.build(options)
+        return options, arch, batch, count_run(options, arch, batch, GPU, list(adapters.values()))
+
+
+def batch_of_options(data: DatasetOptions) -> BatchShape:
+    """Return the batch of --resolution and --train_batch_size. Raises UserError if no resolution is set."""
+    if not data.resolution:
+        raise UserError("--resolution is not set; set the training size, such as 512 or 512,768")
+    sides = parse_numbers("--resolution", data.resolution, int, (1, 2), "512 or 768,512")
+    return BatchShape(data.train_batch_size, sides[0], sides[-1])
+
+
+def largest_batch(config: RunDataConfig) -> BatchShape:
+    """Return the largest batch of a data set, whose images need not exist.
+
+    Every bucket has at most as many pixels as the resolution; each folder of `control_dirs` counts as one reference.
+    """
+    shapes = [
+        BatchShape(d.batch_size, *d.resolution, (s.control_resolution or d.resolution,) * len(s.control_dirs))
+        for d in config.datasets
+        for s in d.subsets
+    ]
+    return max(shapes, key=lambda shape: shape.num_pixels)
+
+
+def plan(script: str, training: Sequence[str], gpus: Sequence[Gpu]) -> None:
+    """Print a table for each GPU. Raises UserError for invalid options."""
+    options, arch, batch, counted = count(script, training)
+    with mute_logging():
+        _, adapters = split_options(options)
+        sweep = count_sweep(options, arch, batch, GPU, list(adapters.values()))
+    print(f"{arch.name}, {batch.count} x {batch.width}x{batch.height}, {options.network.network_module}")
+    num_steps = options.run.max_train_steps if options.run.max_train_epochs is None else None
+    for gpu in gpus:
+        print()
+        for line in fit_to(counted, options, gpu, sweep, num_steps).lines():
+            print(line)
