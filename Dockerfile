@@ -2,8 +2,10 @@
 #
 #   docker build -t lora-training .
 #   docker build -t lora-training --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
-#   docker run --rm --gpus all --shm-size 2g -v "$PWD/models:/models" -v "$PWD/output:/app/output" lora-training \
-#     python sdxl_train_network.py --recipe sdxl_character --pretrained_model_name_or_path /models/sdxl.safetensors ...
+#   docker run --rm --gpus all --shm-size 2g --user "$(id -u):$(id -g)" \
+#     -v "$PWD/pictures:/pictures:ro" -v "$PWD/models:/models:ro" -v "$PWD/output:/output" -v lora-hub:/hub \
+#     lora-training python sdxl_train_network.py --recipe sdxl_character \
+#     --pretrained_model_name_or_path /models/sdxl.safetensors --train_data_dir /pictures --output_dir /output
 FROM python:3.12-slim
 
 # Triton, which --compile uses, builds with a C compiler.
@@ -15,6 +17,11 @@ COPY requirements.txt ./
 # Before all else: builds after a change of the sources reuse these layers.
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url $TORCH_INDEX} "$(grep ^torch requirements.txt)"
 RUN pip install --no-cache-dir -r requirements.txt
+# Any user may write there, so that --user gives the files to whoever starts the container.
+RUN install -d -m 1777 /output /hub
+ENV HF_HOME=/hub HOME=/tmp
+VOLUME /pictures /models /output /hub
+USER 1000
 COPY . .
 
 CMD ["python", "tools/start.py", "doctor"]

@@ -27,6 +27,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.requirements import python_path, python_problem, suggest_python  # noqa: E402
 from library.version import add_version  # noqa: E402
+from tools import torch_builds  # noqa: E402
 
 RUN_REQUIREMENTS = ("requirements.txt",)
 TEST_REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
@@ -42,6 +43,13 @@ PROMPTS = "configs/quickstart/prompts.txt"
 ADAPTER = "output/quickstart/quickstart.safetensors"
 IMAGE = "output/quickstart/before_after.png"
 REPORT = "output/quickstart/quickstart-report.html"
+
+
+class Source:
+    """Where packages come from: a folder of wheels, and a build of torch; None where this machine decides."""
+
+    def __init__(self, wheels: "Path | None", torch: "str | None") -> None:
+        self.wheels, self.torch = wheels, torch
 
 
 class StartError(Exception):
@@ -102,13 +110,14 @@ def make_stamps(venv: Path, version: "tuple[int, int, int]", names: "tuple[str, 
     return {venv / f"start-{name}.stamp": f"{digest_text(ROOT / name)} {version}" for name in names}
 
 
-def install_command(python: Path, requirement_names: "list[str]") -> "list[str]":
+def install_command(python: Path, requirement_names: "list[str]", options: "tuple[str, ...]" = ()) -> "list[str]":
     """Return the command that installs requirement files, with uv if it is installed, else with pip."""
     uv = shutil.which("uv")
     if uv is None:
         command = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
     else:
         command = [uv, "pip", "install", "--python", str(python), *uv_indexes()]
+    command += options
     for name in requirement_names:
         command += ["-r", str(ROOT / name)]
     return command
@@ -126,6 +135,39 @@ def uv_indexes() -> "list[str]":
     return [*words, "--index-strategy", "unsafe-best-match"] if "--extra-index-url" in words else words
 
 
+def chooses_packages(python: Path) -> bool:
+    """Return True if the user's settings of pip say where packages come from, or which versions."""
+    names = ("index-url", "extra-index-url", "find-links", "constraint", "no-index")
+    if any(os.environ.get("PIP_" + name.upper().replace("-", "_")) for name in names):
+        return True
+    command = [str(python), "-m", "pip", "config", "list"]
+    settings = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+    return any(f".{name}=".encode() in settings for name in names)
+
+
+def install_torch(venv: Path, python: Path, tag: "str | None") -> None:
+    """Install the newest torch whose build has kernels for this machine's GPU, or the build of a tag.
+
+    Without a tag, an installed torch stays, and settings of pip that say where packages come from decide. Raises
+    StartError if no build has kernels, or if the installation fails.
+    """
+    has_torch = run([str(python), "-c", "import torch"], quiet=True) == 0
+    if tag is None and (has_torch or chooses_packages(python)):
+        return
+    try:
+        choice = torch_builds.named(tag) if tag else torch_builds.choose()
+    except torch_builds.NoBuild as error:
+        raise StartError(str(error)) from None
+    if choice.index is not None and not torch_builds.is_reachable(choice.index):
+        print(f"{choice.index} cannot be reached, so torch comes from PyPI; `doctor` checks it", flush=True)
+        return
+    source = "PyPI" if choice.index is None else choice.index
+    print(f"{choice.reason}: installing {choice.requirement} from {source} (another build: --torch TAG)", flush=True)
+    index = () if choice.index is None else ("--index-url", choice.index)
+    again = ("--force-reinstall",) if tag and has_torch else ()
+    install(venv, python, [], (*index, *again, choice.requirement))
+
+
 def check_disk(venv: Path) -> None:
     """Raise StartError if the disk of `venv` has too little space for the packages."""
     free_bytes = shutil.disk_usage(str(venv)).free
@@ -136,18 +178,13 @@ def check_disk(venv: Path) -> None:
         )
 
 
-def install(venv: Path, python: Path, requirement_names: "list[str]") -> None:
+def install(venv: Path, python: Path, requirement_names: "list[str]", options: "tuple[str, ...]" = ()) -> None:
     """Install the requirement files and show the progress. Raises StartError with the last error lines."""
     check_disk(venv)
-    print("Installing " + " and ".join(requirement_names) + f" into {venv}", flush=True)
-    if sys.platform == "linux" and shutil.which("nvidia-smi") is None:
-        print(
-            "No NVIDIA GPU found, but on Linux torch includes several GB of CUDA. For the smaller CPU build, stop\n"
-            "here, set PIP_EXTRA_INDEX_URL to the CPU address on https://pytorch.org/get-started, and start again.",
-            flush=True,
-        )
+    if requirement_names:
+        print("Installing " + " and ".join(requirement_names) + f" into {venv}", flush=True)
     last_lines = deque(maxlen=15)  # type: deque[str]
-    exit_code = run(install_command(python, requirement_names), keep_errors_in=last_lines)
+    exit_code = run(install_command(python, requirement_names, options), keep_errors_in=last_lines)
     if exit_code != 0:
         is_full = any("No space left" in line or "not enough space" in line.lower() for line in last_lines)
         cause = "the disk is full" if is_full else f"the installer ended with status {exit_code}"
@@ -159,8 +196,10 @@ def install(venv: Path, python: Path, requirement_names: "list[str]") -> None:
         )
 
 
-def ready_python(venv: Path, requirement_names: "tuple[str, ...]") -> Path:
+def ready_python(venv: Path, requirement_names: "tuple[str, ...]", source: "Source | None" = None) -> Path:
     """Return the environment's Python, after installing the requirement files if they are not up to date.
+
+    `source` says where packages come from.
 
     Stamps are removed before the installer starts and written after it ends, so an interrupted installation is
     repeated.
@@ -176,13 +215,18 @@ def ready_python(venv: Path, requirement_names: "tuple[str, ...]") -> Path:
     if problem:
         raise StartError(f"{venv}: {problem}; delete that folder or use another one with --venv")
     stamps = make_stamps(venv, version, requirement_names)
-    if not all(path.is_file() and path.read_text(encoding="utf-8") == content for path, content in stamps.items()):
+    is_ready = all(path.is_file() and path.read_text(encoding="utf-8") == content for path, content in stamps.items())
+    if not is_ready or (source is not None and source.torch):
         for path in venv.glob("start-*.stamp"):
             path.unlink()
         # Environments made by uv, and interrupted ones, have no pip.
         if shutil.which("uv") is None and run([str(python), "-m", "pip", "--version"], quiet=True) != 0:
             run([str(python), "-m", "ensurepip", "--default-pip"])
-        install(venv, python, list(requirement_names))
+        wheels, tag = (None, None) if source is None else (source.wheels, source.torch)
+        if wheels is None and requirement_names != LOCK:
+            install_torch(venv, python, tag)
+        offline = () if wheels is None else ("--no-index", "--find-links", str(wheels))
+        install(venv, python, list(requirement_names), offline)
         for path, content in stamps.items():
             path.write_text(content, encoding="utf-8")
     return python
@@ -352,6 +396,10 @@ def setup_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="quickstart | test | setup | doctor")
     commands.required = True
     setup = commands.add_parser("setup", parents=[common], help="create the environment, with the packages for tests")
+    setup.add_argument("--torch", metavar="TAG", help="build of torch: cpu, cu126, rocm6.4, xpu ...; unset: by the GPU")
+    setup.add_argument(
+        "--offline", type=Path, metavar="DIR", help="install from the wheels in this folder (`pip download` fills it)"
+    )
     setup.add_argument("--locked", action="store_true", help="the versions in requirements.lock, without test packages")
     commands.add_parser("doctor", parents=[common], help="check this machine, for you or a bug report")
     commands.add_parser(
@@ -389,7 +437,13 @@ def main(arguments: "list[str]") -> int:
         if args.command == "doctor":
             return run_doctor(venv)
         if args.command == "setup":
-            print(f"Ready: {ready_python(venv, LOCK if args.locked else TEST_REQUIREMENTS)}")
+            if args.offline is not None and not any(args.offline.glob("*.whl")):
+                raise StartError(
+                    f"--offline {args.offline} has no wheels; on a machine with a network run "
+                    f"`python3 -m pip download -d {args.offline} -r requirements.txt`"
+                )
+            names = LOCK if args.locked else RUN_REQUIREMENTS if args.offline else TEST_REQUIREMENTS
+            print(f"Ready: {ready_python(venv, names, Source(args.offline, args.torch))}")
             return 0
         return quickstart(venv)
     except StartError as error:

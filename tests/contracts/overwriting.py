@@ -164,6 +164,7 @@ WITHOUT_TARGET: Mapping[str, str] = {
     "tools/interrogate_lora.py": NOTHING,
     "tools/plan_memory.py": NOTHING,
     "tools/recipes.py": NOTHING,
+    "tools/release.py": "refuses a folder that exists",
     "tools/show_metadata.py": NOTHING,
     "tools/start.py": "installs packages and starts other commands",
     "tools/verify.py": ELSEWHERE,

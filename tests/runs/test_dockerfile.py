@@ -15,7 +15,8 @@ from tests.running import make_images
 from tests.tiny.bases import BASES
 
 ROOT = Path(__file__).parents[2]
-ONLY_FOR_DOCKER = ("FROM", "ARG", "WORKDIR")
+ONLY_FOR_DOCKER = ("FROM", "ARG", "WORKDIR", "ENV", "VOLUME", "USER")
+FOLDERS = "install -d -m 1777 /output /hub"
 
 
 def instructions() -> Iterator[tuple[str, str]]:
@@ -38,6 +39,12 @@ def test_copied_files_exist_and_the_sources_are_copied_last() -> None:
     assert names.index("FROM") == 0 and names[-2:] == ["COPY", "CMD"]
 
 
+def test_it_runs_as_no_root_and_keeps_files_outside_the_container() -> None:
+    found = dict(instructions())
+    assert found["USER"] == "1000" and set(found["VOLUME"].split()) == {"/pictures", "/models", "/output", "/hub"}
+    assert "HF_HOME=/hub" in found["ENV"] and ("RUN", FOLDERS) in instructions()
+
+
 @pytest.mark.nightly
 @pytest.mark.skipif(getattr(os, "getuid", lambda: 1)() != 0, reason="its commands install packages of the system")
 def test_its_commands_build_an_environment_that_trains(tmp_path: Path) -> None:
@@ -52,7 +59,7 @@ def test_its_commands_build_an_environment_that_trains(tmp_path: Path) -> None:
 
     for name, rest in instructions():
         if name == "RUN":
-            run("bash", "-ec", rest.replace("rm -rf /var/lib/apt/lists/*", "true"))
+            run("bash", "-ec", rest.replace("rm -rf /var/lib/apt/lists/*", "true").replace(FOLDERS, "true"))
         elif name == "COPY":
             wanted = rest.split()[:-1]
             for file in tracked_files() if wanted == ["."] else map(Path, wanted):

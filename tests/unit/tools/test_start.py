@@ -9,7 +9,7 @@ import pytest
 from library.options.config_file import read_toml
 from library.options.output.saving import SavingOptions
 from library.training.saving.checkpoints import Names
-from tools import start
+from tools import start, torch_builds
 
 PYTHON = Path("/venv/bin/python")
 
@@ -29,13 +29,94 @@ def installs(requirements: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[s
     recorded: list[list[str]] = []
     monkeypatch.setattr(start, "read_version", lambda python: (3, 11, 7))
     monkeypatch.setattr(start, "run", lambda command, **how: 0)
-    monkeypatch.setattr(start, "install", lambda venv, python, names: recorded.append(names))
+    monkeypatch.setattr(start, "install", lambda venv, python, names, options=(): recorded.append(names))
+    monkeypatch.setattr(start, "install_torch", lambda venv, python, tag: None)
     (requirements / "venv").mkdir()
     return recorded
 
 
 def prepare(root: Path, names: tuple[str, ...]) -> None:
     start.ready_python(root / "venv", names)
+
+
+# --- the build of torch ---
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "driver", "tag"),
+    [
+        ("RTX 5090", 12.0, 580, "cu130"), ("RTX 5090", 12.0, 570, "cu128"), ("RTX 4090", 8.9, 590, "cu130"),
+        ("RTX 4090", 8.9, 550, "cu126"), ("GTX 1080 Ti", 6.1, 580, "cu126"), ("Tesla V100", 7.0, 535, "cu126"),
+        ("RTX 3090", 8.6, 470, "cu118"),
+    ],
+)  # fmt: skip
+def test_the_newest_torch_with_kernels_for_the_card_is_chosen(
+    name: str, capability: float, driver: int, tag: str
+) -> None:
+    choice = torch_builds.choose_cuda([("GT 710", 3.5, driver), (name, capability, driver)])
+    assert choice.index == torch_builds.INDEX + tag and name in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("gpu", "message"),
+    [
+        (("GTX 660", 3.0, 470), "no build of torch from 2.6 on has kernels for GTX 660 .*use --torch cpu"),
+        (("RTX 5090", 12.0, 520), "RTX 5090 has driver 520, but torch needs 525 or newer: update the driver"),
+    ],
+)
+def test_a_card_without_kernels_or_an_old_driver_ends_with_the_fix(gpu: tuple[str, float, int], message: str) -> None:
+    with pytest.raises(torch_builds.NoBuild, match=message):
+        torch_builds.choose_cuda([gpu])
+
+
+def test_machines_without_nvidia_get_their_own_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"nvidia-smi": "", "xpu-smi": ""}
+    monkeypatch.setattr(torch_builds, "read", lambda command: answers[command[0]])
+    monkeypatch.setattr(torch_builds, "list_amd", lambda: ["gfx1100"])
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert torch_builds.choose().index == torch_builds.INDEX + torch_builds.ROCM_TAG
+    monkeypatch.setattr(torch_builds, "list_amd", lambda: ["gfx803"])
+    assert torch_builds.choose().index == torch_builds.INDEX + "cpu"
+    answers["xpu-smi"] = "| 0 | Intel Arc B580 |"
+    assert torch_builds.choose().index == torch_builds.INDEX + "xpu"
+    answers["nvidia-smi"] = "NVIDIA GeForce RTX 4090, 8.9, 580.65\nNVIDIA GeForce GTX 1060, 6.1, 580.65\n"
+    assert torch_builds.choose().reason == "NVIDIA GeForce RTX 4090 (compute capability 8.9, driver 580)"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    answers["nvidia-smi"] = ""
+    assert torch_builds.choose().index is None
+
+
+def test_torch_is_chosen_unless_it_is_there_or_pip_is_told_where_packages_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[tuple[str, ...]] = []
+    monkeypatch.setattr(start, "install", lambda venv, python, names, options: commands.append(options))
+    monkeypatch.setattr(start, "chooses_packages", lambda python: told)
+    monkeypatch.setattr(start, "run", lambda command, quiet: int(not has_torch))
+    monkeypatch.setattr(torch_builds, "is_reachable", lambda index: True)
+    monkeypatch.setattr(torch_builds, "choose", lambda: torch_builds.choose_cuda([("RTX 4090", 8.9, 580)]))
+    for told, has_torch in ((True, False), (False, True)):  # noqa: B007
+        start.install_torch(Path("venv"), PYTHON, None)
+    assert not commands
+    told, has_torch = False, False
+    start.install_torch(Path("venv"), PYTHON, None)
+    has_torch = True
+    start.install_torch(Path("venv"), PYTHON, "cu126")
+    index = torch_builds.INDEX
+    assert commands == [
+        ("--index-url", index + "cu130", "torch>=2.9"),
+        ("--index-url", index + "cu126", "--force-reinstall", "torch>=2.6,<2.15"),
+    ]
+
+
+def test_an_offline_folder_is_the_only_source(requirements: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[object] = []
+    monkeypatch.setattr(start, "read_version", lambda python: (3, 11, 7))
+    monkeypatch.setattr(start, "run", lambda command, **how: 0)
+    monkeypatch.setattr(start, "install", lambda *call: recorded.append(call[2:]))
+    monkeypatch.setattr(torch_builds, "choose", lambda: pytest.fail("no index may be asked"))
+    (requirements / "venv").mkdir()
+    start.ready_python(requirements / "venv", start.RUN_REQUIREMENTS, start.Source(Path("wheels"), None))
+    assert recorded == [(["requirements.txt"], ("--no-index", "--find-links", "wheels"))]
+    assert start.main(["setup", "--venv", str(requirements / "venv"), "--offline", str(requirements)]) == 1
 
 
 # --- when it installs ---
@@ -84,7 +165,7 @@ def test_an_interrupted_installation_is_repeated(
     prepare(requirements, start.RUN_REQUIREMENTS)
     (requirements / "requirements.txt").write_text("torch>=2.10\n")
 
-    def stop(venv: Path, python: Path, names: list[str]) -> None:
+    def stop(venv: Path, python: Path, names: list[str], options: tuple[str, ...]) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as interrupted:
@@ -294,7 +375,7 @@ def test_a_pip_failure_shows_its_last_lines_and_a_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complaint: str, cause: str
 ) -> None:
     pip = [sys.executable, "-c", f"import sys; sys.stderr.write('ERROR: {complaint}\\n'); sys.exit(1)"]
-    monkeypatch.setattr(start, "install_command", lambda python, names: pip)
+    monkeypatch.setattr(start, "install_command", lambda python, names, options: pip)
     monkeypatch.setattr(start, "check_disk", lambda venv: None)
     with pytest.raises(start.StartError) as error:
         start.install(tmp_path, PYTHON, ["requirements.txt"])

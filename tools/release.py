@@ -1,0 +1,70 @@
+"""Pack the committed files into archives of a release, with their SHA-256 sums. Needs only Python and git."""
+
+import argparse
+import hashlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+NEEDS_PACKAGES = False  # read by library/requirements.py
+ROOT = Path(__file__).resolve().parents[1]
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(ROOT))
+
+from library.errors import UserError  # noqa: E402
+from library.version import NAME, VERSION, add_version  # noqa: E402
+
+FORMATS = ("tar.gz", "zip")
+SUMS = "SHA256SUMS"
+EXAMPLES = """\
+examples:
+  python3 tools/release.py dist
+  cd dist && sha256sum --check SHA256SUMS"""
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output_dir", type=Path, help="folder for the archives; it must not exist")
+    return add_version(parser)
+
+
+def git(*words: str) -> bytes:
+    """Return what git prints in the repository. Raises UserError with git's message if it fails."""
+    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True)
+    if done.returncode != 0:
+        raise UserError(f"git {words[0]} failed: {done.stderr.decode(errors='replace').strip()}")
+    return done.stdout
+
+
+def pack(folder: Path) -> None:
+    """Write the archives of the current commit and their sums. Raises UserError for uncommitted changes."""
+    if folder.exists():
+        raise UserError(f"{folder} exists; name a new folder")
+    if changed := git("status", "--porcelain", "--untracked-files=no").decode():
+        raise UserError(f"these changes are not committed, so the release would lack them:\n{changed.rstrip()}")
+    name = f"{NAME}-{VERSION}"
+    archives = {f"{name}.{form}": git("archive", f"--format={form}", f"--prefix={name}/", "HEAD") for form in FORMATS}
+    folder.mkdir(parents=True)
+    for file, content in archives.items():
+        (folder / file).write_bytes(content)
+    sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {file}\n" for file, content in archives.items())
+    (folder / SUMS).write_text(sums, encoding="utf-8")
+    print(f"{folder}: {', '.join([*archives, SUMS])}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit status: 0 success, 1 user error."""
+    args = setup_parser().parse_args(argv)
+    try:
+        pack(args.output_dir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""Which build of torch has kernels for this machine's GPU.
+
+The facts are those of PyTorch's release notes and support matrix (RELEASE.md of its repository). An old Python must be
+able to parse this file, so annotations are quoted.
+"""
+
+import platform
+import re
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+INDEX = "https://download.pytorch.org/whl/"
+SECONDS = 20  # for a driver's tool to answer
+
+
+class NoBuild(Exception):
+    """No build has kernels for the GPU; the message says why, and what to do."""
+
+
+class CudaBuild:
+    """A CUDA build: the compute capabilities that it has kernels for, the driver that it needs, its torch versions."""
+
+    def __init__(self, tag: str, capabilities: "tuple[float, float]", driver: int, versions: str) -> None:
+        self.tag, self.capabilities, self.driver, self.versions = tag, capabilities, driver, versions
+
+    def has(self, capability: float) -> bool:
+        return self.capabilities[0] <= capability <= self.capabilities[1]
+
+
+# The newest torch first. A driver of 525 runs all of CUDA 12, one of 580 all of CUDA 13.
+CUDA_BUILDS = (
+    CudaBuild("cu130", (7.5, 12.1), 580, "torch>=2.9"),
+    CudaBuild("cu126", (5.0, 9.0), 525, "torch>=2.6,<2.15"),
+    CudaBuild("cu128", (7.5, 12.1), 525, "torch>=2.7,<2.11"),
+    CudaBuild("cu118", (5.0, 9.0), 450, "torch>=2.6,<2.8"),
+)
+ROCM_TAG, ROCM_VERSIONS = "rocm6.4", "torch>=2.8"
+ROCM_TARGETS = (
+    "gfx900", "gfx906", "gfx908", "gfx90a", "gfx942", "gfx1030", "gfx1100", "gfx1101", "gfx1102", "gfx1200", "gfx1201",
+)  # fmt: skip
+
+
+class Choice:
+    """A build to install: the index (None: PyPI's), the requirement for torch, and the reason for the user."""
+
+    def __init__(self, index: "str | None", requirement: str, reason: str) -> None:
+        self.index, self.requirement, self.reason = index, requirement, reason
+
+
+def read(command: "list[str]") -> str:
+    """Return what a driver's tool prints; "" if it is missing or fails."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.decode("utf-8", "replace") if done.returncode == 0 else ""
+
+
+def list_nvidia() -> "list[tuple[str, float, int]]":
+    """Return (name, compute capability, major version of the driver) of each NVIDIA GPU."""
+    printed = read(["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"])
+    rows = [re.split(r"\s*,\s*", line.strip()) for line in printed.splitlines()]
+    return [
+        (row[0], float(row[1]), int(row[2].split(".")[0]))
+        for row in rows
+        if len(row) == 3 and re.match(r"\d+\.\d+$", row[1]) and re.match(r"\d+", row[2])
+    ]
+
+
+def list_amd() -> "list[str]":
+    """Return the targets ("gfx1100") of AMD's GPUs, as the Linux driver lists them."""
+    targets = []
+    for path in sorted(Path("/sys/class/kfd/kfd/topology/nodes").glob("*/properties")):
+        match = re.search(r"^gfx_target_version (\d+)$", path.read_text(), re.MULTILINE)
+        number = int(match.group(1)) if match else 0  # 110001 is gfx1101; processors have 0
+        if number:
+            targets.append(f"gfx{number // 10000}{number // 100 % 100:x}{number % 100:x}")
+    return targets
+
+
+def choose_cuda(gpus: "list[tuple[str, float, int]]") -> Choice:
+    """Return the build with the newest torch for the newest GPU. Raises NoBuild if there is none."""
+    name, capability, driver = max(gpus, key=lambda gpu: gpu[1])
+    builds = [build for build in CUDA_BUILDS if build.has(capability)]
+    if not builds:
+        raise NoBuild(
+            f"no build of torch from 2.6 on has kernels for {name} (compute capability {capability}); to train on the "
+            "processor, use --torch cpu"
+        )
+    fitting = [build for build in builds if build.driver <= driver]
+    if not fitting:
+        least = min(build.driver for build in builds)
+        raise NoBuild(
+            f"{name} has driver {driver}, but torch needs {least} or newer: update the driver, then run this again"
+        )
+    build = fitting[0]
+    reason = f"{name} (compute capability {capability}, driver {driver})"
+    return Choice(INDEX + build.tag, build.versions, reason)
+
+
+def is_reachable(index: str) -> bool:
+    """Return True if an index of wheels answers."""
+    try:
+        with urllib.request.urlopen(index + "/torch/", timeout=SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+def choose() -> Choice:
+    """Return the build for this machine. Raises NoBuild if its GPU has none."""
+    gpus = list_nvidia()
+    if gpus:
+        return choose_cuda(gpus)
+    if sys.platform == "darwin":
+        return Choice(None, "torch>=2.6", "Apple's processor" if platform.machine() == "arm64" else "no GPU")
+    targets = list_amd() if sys.platform == "linux" else []
+    usable = [target for target in targets if target in ROCM_TARGETS]
+    if usable:
+        return Choice(INDEX + ROCM_TAG, ROCM_VERSIONS, f"AMD GPU {usable[0]}")
+    if read(["xpu-smi", "discovery"]):
+        return Choice(INDEX + "xpu", "torch>=2.8", "Intel GPU")
+    none = f"AMD GPU {targets[0]} without kernels in torch" if targets else "no GPU"
+    return Choice(INDEX + "cpu" if sys.platform == "linux" else None, "torch>=2.6", none)
+
+
+def named(tag: str) -> Choice:
+    """Return the build of a tag that the user gives, such as cpu, cu126, rocm6.4 or xpu."""
+    versions = {build.tag: build.versions for build in CUDA_BUILDS}
+    return Choice(INDEX + tag, versions.get(tag, "torch>=2.6"), f"--torch {tag}")
