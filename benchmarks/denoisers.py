@@ -2,17 +2,19 @@
 
 The models have full width and one block of each kind. The weights are random and frozen; the gradients of latents and
 text are computed. Both implementations take turns in one run, and the fastest pass of each counts. Memory is the peak
-of the tensors' storage in addition to weights and inputs. Both ratios are ours to theirs.
+of the tensors' storage in addition to weights and inputs. Both ratios are ours to theirs. With --compile, the last line
+of a model is the time of ours with compiled blocks, and its ratio to ours without.
 
     python benchmarks/denoisers.py
-    python benchmarks/denoisers.py --models flux --precision bf16 --tokens 1024 --profile
+    python benchmarks/denoisers.py --models flux --precision bf16 --tokens 1024 --compile --profile
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ from library.architectures.lumina.model import LuminaConfig, NextDiT  # noqa: E4
 from library.architectures.qwen_image_21.model import QwenImage21  # noqa: E402
 from library.architectures.sd3.model import MMDiT, MMDiTConfig  # noqa: E402
 from library.architectures.zimage.model import ZImage  # noqa: E402
+from library.memory.blocks import plain, run_blocks_with  # noqa: E402
+from library.memory.compiled import Compiled, CompileSettings  # noqa: E402
 from library.memory.devices import move_to_device  # noqa: E402
 from library.memory.planner.counter import OperationCounter  # noqa: E402
 from tests.tiny import (  # noqa: E402
@@ -114,159 +118,121 @@ def random_inputs(*shapes: tuple[int, ...], dtype: torch.dtype) -> Values:
     return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
 
 
-def flux_pair(side: int, dtype: torch.dtype) -> Pair:
-    ours = ours_of(Flux, FLUX, dtype)
-    theirs = theirs_of("flux", ours, dtype)
-    values = random_inputs((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, FLUX.text_width), dtype=dtype)
-    sigmas, pooled, guidance = torch.tensor([0.5]), torch.randn(1, FLUX.pooled_width, dtype=dtype), torch.tensor([1.0])
+def make_pair(
+    ours: Any, theirs: Any, oracle: Run, text_width: int, side: int, more: Sequence[Any] = (),
+    oracle_more: Sequence[Any] | None = None, channels: int = 16, patch: int = 2, level: float = 0.5,
+) -> Pair:  # fmt: skip
+    """Return both models with common inputs: latents of `side` patches a side, a noise level, text and `more`."""
+    dtype = next(ours.parameters()).dtype
+    values = random_inputs((1, channels, patch * side, patch * side), (1, NUM_TEXT, text_width), dtype=dtype)
+    levels = torch.tensor([level])
+    others = more if oracle_more is None else oracle_more
     return Pair(
-        lambda x, text: ours(x, sigmas, text, pooled, guidance),
-        lambda x, text: flux.oracle_output(theirs, x, sigmas.to(dtype), text, pooled, guidance.to(dtype)),
+        lambda x, text: ours(x, levels, text, *more),
+        lambda x, text: oracle(theirs, x, levels.to(dtype), text, *others),
         values,
         (ours, theirs),
     )
+
+
+def flux_pair(side: int, dtype: torch.dtype) -> Pair:
+    ours = ours_of(Flux, FLUX, dtype)
+    more = torch.randn(1, FLUX.pooled_width, dtype=dtype), torch.ones(1, dtype=dtype)
+    return make_pair(ours, theirs_of("flux", ours, dtype), flux.oracle_output, FLUX.text_width, side, more)
 
 
 def chroma_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(Flux, CHROMA, dtype)
     theirs = theirs_of("flux", ours, dtype)
-    values = random_inputs((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, CHROMA.text_width), dtype=dtype)
-    sigmas = torch.tensor([0.5])
-    return Pair(
-        lambda x, text: ours(x, sigmas, text, None, torch.zeros_like(sigmas)),
-        lambda x, text: chroma.oracle_output(theirs, x, sigmas.to(dtype), text),
-        values,
-        (ours, theirs),
-    )
+    return make_pair(ours, theirs, chroma.oracle_output, CHROMA.text_width, side, (None, torch.zeros(1)), ())
 
 
 def sd3_pair(side: int, dtype: torch.dtype, config: MMDiTConfig = SD3) -> Pair:
     ours = ours_of(MMDiT, config, dtype)
+    pooled = torch.randn(1, config.pooled_width, dtype=dtype)
+
+    def run(model: Any, x: Tensor, levels: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
+        return sd3.run_theirs(model, {"latents": x, "timesteps": levels, "context": text, "pooled": pooled})
+
     theirs = sd3.diffusers_mmdit(config, ours.state_dict()).to(dtype)
-    values = random_inputs((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, config.context_width), dtype=dtype)
-    more = {"timesteps": torch.tensor([500.0]), "pooled": torch.randn(1, config.pooled_width, dtype=dtype)}
-    return Pair(
-        lambda x, text: sd3.run_ours(ours, {"latents": x, "context": text, **more}),
-        lambda x, text: sd3.run_theirs(theirs, {"latents": x, "context": text, **more}),
-        values,
-        (ours, theirs),
-    )
-
-
-def lumina_pair(side: int, dtype: torch.dtype) -> Pair:
-    ours = ours_of(NextDiT, LUMINA, dtype)
-    theirs = theirs_of("lumina", ours, dtype)
-    values = random_inputs((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, LUMINA.text_width), dtype=dtype)
-    times, mask = torch.tensor([0.5]), torch.ones(1, NUM_TEXT, dtype=torch.long)
-    return Pair(
-        lambda x, text: ours(x, times, text, mask),
-        lambda x, text: lumina.oracle_output(theirs, x, times.to(dtype), text, mask),
-        values,
-        (ours, theirs),
-    )
+    return make_pair(ours, theirs, run, config.context_width, side, [pooled], level=500.0)
 
 
 def anima_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(Anima, ANIMA, dtype)
     transformer, conditioner = (cast(model, dtype) for model in diffusers_models(ours))
-    values = random_inputs((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, ANIMA.adapter.source_width), dtype=dtype)
-    sigmas, ids, mask = torch.tensor([0.5]), torch.randint(32128, (1, NUM_TEXT)), torch.ones(1, NUM_TEXT)
-    run = anima.oracle_of(transformer, conditioner)
-    return Pair(
-        lambda x, source: ours(x, sigmas, source, mask, ids, mask.long()),
-        lambda x, source: run(x, sigmas.to(dtype), source, mask, ids, mask.long()),
-        values,
-        (ours, transformer),
-    )
+    ids, mask = torch.randint(32128, (1, NUM_TEXT)), torch.ones(1, NUM_TEXT)
+
+    def run(model: Any, *values: Tensor) -> Tensor:
+        x, levels, source, source_mask, ids, mask = values
+        return anima.oracle_of(model, conditioner)(x, levels, source, source_mask, ids, mask)
+
+    return make_pair(ours, transformer, run, ANIMA.adapter.source_width, side, (mask, ids, mask.long()))
 
 
 def hunyuan_image_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(HunyuanImage, HUNYUAN_IMAGE, dtype)
-    theirs = theirs_of("hunyuan_image", ours, dtype)
-    values = random_inputs((1, 64, side, side), (1, NUM_TEXT, HUNYUAN_IMAGE.text_width), dtype=dtype)
-    more = {
-        "text_mask": torch.ones(1, NUM_TEXT, dtype=torch.long),
-        "glyphs": torch.randn(1, 32, HUNYUAN_IMAGE.glyph_width, dtype=dtype),
-        "glyph_mask": torch.ones(1, 32, dtype=torch.long),
-    }
-    times = torch.tensor([500.0])
-    return Pair(
-        lambda x, text: ours(x, times, text, *more.values()),
-        lambda x, text: hunyuan_image.oracle_output(theirs, {"latents": x, "timesteps": times, "text": text, **more}),
-        values,
-        (ours, theirs),
-    )
+    names = ("latents", "timesteps", "text", "text_mask", "glyphs", "glyph_mask")
+    masks = [torch.ones(1, length, dtype=torch.long) for length in (NUM_TEXT, 32)]
+    more = masks[0], torch.randn(1, 32, HUNYUAN_IMAGE.glyph_width, dtype=dtype), masks[1]
+
+    def run(model: Any, *values: Tensor) -> Tensor:
+        return hunyuan_image.oracle_output(model, dict(zip(names, values, strict=True)))
+
+    theirs, width = theirs_of("hunyuan_image", ours, dtype), HUNYUAN_IMAGE.text_width
+    return make_pair(ours, theirs, run, width, side, more, channels=64, patch=1, level=500.0)
 
 
 def flux_2_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(Flux2, FLUX_2, dtype)
-    theirs = theirs_of("flux_2", ours, dtype)
-    values = random_inputs((1, FLUX_2.in_features, side, side), (1, NUM_TEXT, FLUX_2.text_width), dtype=dtype)
-    sigmas, guidance = torch.tensor([0.5]), torch.tensor([1.0])
-    return Pair(
-        lambda x, text: ours(x, sigmas, text),
-        lambda x, text: flux_2.oracle_output(theirs, x, sigmas.to(dtype), text, guidance),
-        values,
-        (ours, theirs),
+    theirs, channels = theirs_of("flux_2", ours, dtype), FLUX_2.in_features
+    guidance = [torch.tensor([1.0])]
+    return make_pair(
+        ours, theirs, flux_2.oracle_output, FLUX_2.text_width, side, (), guidance, channels=channels, patch=1
     )
 
 
-def krea2_pair(side: int, dtype: torch.dtype) -> Pair:
-    ours = ours_of(SingleStreamDiT, KREA2, dtype)
-    theirs = theirs_of("krea2", ours, dtype)
-    values = random_inputs(
-        (1, 16, 2 * side, 2 * side), (1, NUM_TEXT, KREA2.num_states * KREA2.fusion.width), dtype=dtype
-    )
-    sigmas, mask = torch.tensor([0.5]), torch.ones(1, NUM_TEXT, dtype=torch.long)
-    return Pair(
-        lambda x, text: ours(x, sigmas, text, mask),
-        lambda x, text: krea2.oracle_output(theirs, x, sigmas.to(dtype), text, mask),
-        values,
-        (ours, theirs),
-    )
-
-
-def qwen_image_21_pair(side: int, dtype: torch.dtype) -> Pair:
-    ours = ours_of(QwenImage21, QWEN_IMAGE_21, dtype)
-    theirs = theirs_of("qwen_image_21", ours, dtype)
-    values = random_inputs(
-        (1, QWEN_IMAGE_21.in_features, side, side), (1, NUM_TEXT, QWEN_IMAGE_21.text_width), dtype=dtype
-    )
-    sigmas, mask = torch.tensor([0.5]), torch.ones(1, NUM_TEXT, dtype=torch.long)
-    return Pair(
-        lambda x, text: ours(x, sigmas, text, mask),
-        lambda x, text: qwen_image_21.oracle_output(theirs, x, sigmas.to(dtype), text, mask),
-        values,
-        (ours, theirs),
-    )
-
-
-def zimage_pair(side: int, dtype: torch.dtype) -> Pair:
-    ours = ours_of(ZImage, ZIMAGE, dtype)
-    theirs = theirs_of("zimage", ours, dtype)
-    values = random_inputs((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, ZIMAGE.text_width), dtype=dtype)
-    times, mask = torch.tensor([0.5]), torch.ones(1, NUM_TEXT, dtype=torch.long)
-    return Pair(
-        lambda x, text: ours(x, times, text, mask),
-        lambda x, text: zimage.oracle_output(theirs, x, times.to(dtype), text, mask),
-        values,
-        (ours, theirs),
-    )
+def masked_pair(
+    name: str, kind: Callable[[Any], nn.Module], config: Any, oracle: Run, text_width: int, side: int,
+    dtype: torch.dtype, channels: int = 16, patch: int = 2,
+) -> Pair:  # fmt: skip
+    """Return a model that takes the mask of the text after it."""
+    ours, mask = ours_of(kind, config, dtype), torch.ones(1, NUM_TEXT, dtype=torch.long)
+    theirs = theirs_of(name, ours, dtype)
+    return make_pair(ours, theirs, oracle, text_width, side, [mask], channels=channels, patch=patch)
 
 
 PAIRS: Mapping[str, Callable[[int, torch.dtype], Pair]] = {
     "flux": flux_pair,
     "chroma": chroma_pair,
     "sd3": sd3_pair,
-    "sd3.5": lambda side, dtype: sd3_pair(side, dtype, SD35),
-    "lumina": lumina_pair,
+    "sd3.5": partial(sd3_pair, config=SD35),
+    "lumina": partial(masked_pair, "lumina", NextDiT, LUMINA, lumina.oracle_output, LUMINA.text_width),
     "anima": anima_pair,
     "hunyuan_image": hunyuan_image_pair,
     "flux_2": flux_2_pair,
-    "krea2": krea2_pair,
-    "qwen_image_21": qwen_image_21_pair,
-    "zimage": zimage_pair,
-}
+    "krea2": partial(
+        masked_pair, "krea2", SingleStreamDiT, KREA2, krea2.oracle_output, KREA2.num_states * KREA2.fusion.width
+    ),
+    "qwen_image_21": partial(
+        masked_pair, "qwen_image_21", QwenImage21, QWEN_IMAGE_21, qwen_image_21.oracle_output,
+        QWEN_IMAGE_21.text_width, channels=QWEN_IMAGE_21.in_features, patch=1,
+    ),
+    "zimage": partial(masked_pair, "zimage", ZImage, ZIMAGE, zimage.oracle_output, ZIMAGE.text_width),
+}  # fmt: skip
+
+
+def compile_ours(pair: Pair) -> Run:
+    """Return our implementation with compiled blocks."""
+    compiled = Compiled(plain, CompileSettings(is_dynamic=False))
+
+    def run(*values: Tensor) -> Tensor:
+        run_blocks_with(pair.modules[0], compiled)
+        output = pair.ours(*values)
+        run_blocks_with(pair.modules[0], plain)
+        return output
+
+    return run
 
 
 def step(run: Run, values: Values, with_autocast: bool) -> tuple[Tensor, ...]:
@@ -312,6 +278,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="image tokens")
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
+    parser.add_argument("--compile", action="store_true", help="also time ours with compiled blocks")
     parser.add_argument("--profile", action="store_true", help="print a profile of both")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -326,6 +293,11 @@ def main() -> None:
         sizes = [peak_bytes(pair, run, with_autocast) / 2**20 for run in runs]
         memory = f"{sizes[0]:10.0f}{sizes[1]:8.0f}{sizes[0] / sizes[1]:7.2f}"
         print(f"{name:15}{ours:9.2f}{theirs:10.2f}{ours / theirs:7.2f}{memory}{off:9.0e}", flush=True)
+        if args.compile:
+            run = compile_ours(pair)
+            first = seconds(lambda: step(run, pair.values, with_autocast))  # noqa: B023
+            took = min(seconds(lambda: step(run, pair.values, with_autocast)) for _ in range(args.passes))  # noqa: B023
+            print(f"  compiled {took:.2f} s ({took / ours:.2f}); the first pass took {first:.0f} s", flush=True)
         for run in runs if args.profile else ():
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
                 step(run, pair.values, with_autocast)

@@ -2,13 +2,15 @@
 FLUX.1.
 
 Each model runs eager, compiled, and with 8-bit matrix products, and next to these as a bare loop on diffusers and PEFT
-with the same inputs, loss, optimizer and rank. Weights have full size, are random and made on the GPU, so nothing has
-to be downloaded. Images have 512 pixels a side for SD 1.5 and 1024 for the others; the batch size is 3 for SD3 and 1
-for the others. bf16, AdamW, LoRA of rank 16, no recomputation unless requested. Each mode runs in a separate process;
-modes that do not fit are reported as such. TFLOP/s and MFU count the operations of the eager step, relative to the
-GPU's 16-bit peak.
+with the same inputs, loss, optimizer and rank; with --memory, eager and in each memory mode. Weights have full size,
+are random and made on the GPU, so nothing has to be downloaded. Images have 512 pixels a side for SD 1.5 and 1024 for
+the others; the batch size is 3 for SD3 and 1 for the others. bf16, AdamW, LoRA of rank 16, no recomputation unless
+requested. Each mode runs in a separate process, with at most `--budget` GB of the GPU's memory (torch's own share,
+without the CUDA context); modes that do not fit are reported as such. TFLOP/s and MFU count the operations of the eager
+step, relative to the GPU's 16-bit peak. The last column is the time relative to the bare loop, or to the first mode.
 
     python benchmarks/gpu_step.py
+    python benchmarks/gpu_step.py --memory --models flux sdxl --budget 8
     python benchmarks/gpu_step.py --models flux --modes eager bare --recompute
     python benchmarks/gpu_step.py --device cpu --tiny      # smoke test; the figures mean nothing
 """
@@ -30,17 +32,33 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils._pytree import tree_map_only  # noqa: E402
 
-from benchmarks.gpu_memory import RANK, Mode, Subject, build_randomly, flux, random_weight, sdxl  # noqa: E402
-from library.memory.blocks import BlockRunner, plain, recompute, run_blocks_with, stacks_of  # noqa: E402
+from benchmarks.gpu_models import (  # noqa: E402
+    MEMORY_MODES,
+    RUNNERS,
+    Mode,
+    Subject,
+    build_randomly,
+    flux,
+    random_weight,
+    sdxl,
+)
+from library.memory.blocks import run_blocks_with, stacks_of  # noqa: E402
 from library.memory.compiled import Compiled, CompileSettings  # noqa: E402
 from library.memory.frozen import frozen_layers, multiply_codes  # noqa: E402
 from library.memory.planner.counter import FlopCounter  # noqa: E402
 from library.memory.planner.measured import measure_peak_flops  # noqa: E402
 from networks import lora  # noqa: E402
 
-NUM_WARM, NUM_TIMED = 3, 10
-MODES = ("eager", "compiled", "8bit", "8bit compiled", "bare")
-IN_8_BITS = "int8_rotated"
+RANK, NUM_WARM, NUM_TIMED = 16, 3, 10
+EAGER, BARE = Mode(runner="plain"), "bare"
+IN_8_BITS = replace(EAGER, weight_format="int8_rotated", multiplies_codes=True)
+STEP_MODES = {
+    "eager": EAGER,
+    "compiled": replace(EAGER, compiles=True),
+    "8bit": IN_8_BITS,
+    "8bit compiled": replace(IN_8_BITS, compiles=True),
+}
+MODES = {**STEP_MODES, **{str(mode): mode for mode in MEMORY_MODES}}
 
 Step = Callable[..., Tensor]
 
@@ -160,14 +178,13 @@ def step_of(run: Callable[[], Any], optimizer: torch.optim.Optimizer, device: to
     return step
 
 
-def our_step(subject: Subject, mode: str, recomputes: bool, device: torch.device) -> tuple[Step, int]:
+def our_step(subject: Subject, mode: Mode, device: torch.device) -> tuple[Step, int]:
     """Return a step of our denoiser with our adapter, and the number of trained parameters."""
-    weight_format = IN_8_BITS if mode.startswith("8bit") else "none"
-    model = build_randomly(subject, Mode(weight_format), device)
-    if weight_format != "none":
+    model = build_randomly(subject, mode, device)
+    if mode.multiplies_codes:
         multiply_codes(frozen_layers(model))
-    runner: BlockRunner = recompute if recomputes else plain
-    subject.run_blocks_with(model, Compiled(runner, CompileSettings()) if mode.endswith("compiled") else runner)
+    runner = RUNNERS[mode.runner]()
+    subject.run_blocks_with(model, Compiled(runner, CompileSettings()) if mode.compiles else runner)
     seen = subject.view(model)
     network = lora.create_network(1.0, RANK, RANK, None, [], seen)
     network.apply_to([], seen, False, True)
@@ -210,13 +227,14 @@ def bare_step(subject: Subject, peer: Peer, recomputes: bool, device: torch.devi
 
 
 def measure(name: str, mode: str, is_tiny: bool, recomputes: bool, device: torch.device) -> dict[str, float]:
-    """Return seconds, peak GiB and trained parameters of a mode, and for "eager" the FLOPs of a step."""
+    """Return seconds, GiB (of tensors, taken) and trained parameters of a mode, and for "eager" a step's FLOPs."""
     make_subject, make_peer = SUBJECTS[name]
     subject = make_subject(is_tiny)
-    if mode == "bare":
+    if mode == BARE:
         step, num_trained = bare_step(subject, make_peer(is_tiny), recomputes, device)
     else:
-        step, num_trained = our_step(subject, mode, recomputes, device)
+        wanted = replace(MODES[mode], runner="recompute") if recomputes else MODES[mode]
+        step, num_trained = our_step(subject, wanted, device)
     is_gpu, flops = device.type == "cuda", 0
     assert step().isfinite(), "the loss of the random weights is not finite"
     if mode == "eager":
@@ -233,12 +251,16 @@ def measure(name: str, mode: str, is_tiny: bool, recomputes: bool, device: torch
     if is_gpu:
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - began) / NUM_TIMED
-    peak = torch.cuda.max_memory_allocated() / 2**30 if is_gpu else 0.0
-    return {"seconds": seconds, "peak": peak, "trained": num_trained, "flops": flops}
+    peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if is_gpu else (0, 0)
+    figures = {"allocated": peaks[0] / 2**30, "reserved": peaks[1] / 2**30, "trained": num_trained, "flops": flops}
+    return {"seconds": seconds, **figures}
 
 
 def child(args: argparse.Namespace) -> None:
     """Measure one mode and print the result as JSON."""
+    if args.budget is not None and args.device == "cuda":
+        total = torch.cuda.get_device_properties(args.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.budget * 1e9 / total))
     try:
         found = measure(args.models[0], args.modes[0], args.tiny, args.recompute, torch.device(args.device))
     except torch.OutOfMemoryError:
@@ -250,6 +272,7 @@ def run_in_child(args: argparse.Namespace, model: str, mode: str) -> dict[str, f
     """Measure one mode in a separate process; return its figures, or the reason why there are none."""
     command = [sys.executable, __file__, "--child", "--models", model, "--modes", mode, "--device", args.device]
     command += ["--tiny"] * args.tiny + ["--recompute"] * args.recompute
+    command += [] if args.budget is None else ["--budget", str(args.budget)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=args.seconds)
     except subprocess.TimeoutExpired:
@@ -263,7 +286,9 @@ def run_in_child(args: argparse.Namespace, model: str, mode: str) -> dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--modes", nargs="+", choices=[*MODES, BARE], default=[*STEP_MODES, BARE])
+    parser.add_argument("--memory", action="store_true", help="eager and in every memory mode, in place of --modes")
+    parser.add_argument("--budget", type=float, help="GB of GPU memory; unset: all of it")
     parser.add_argument("--recompute", action="store_true", help="recompute all blocks, in ours and the bare loop")
     parser.add_argument("--seconds", type=int, default=120, help="time limit of one mode")
     parser.add_argument("--device", default="cuda")
@@ -277,20 +302,22 @@ def main() -> None:
     peak = measure_peak_flops(device, torch.bfloat16)
     gpu_name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU: these figures say nothing about a GPU"
     print(f"{gpu_name}, torch {torch.__version__}, peak {f'{peak / 1e12:.0f} TFLOP/s' if peak else 'unknown'}")
+    modes = ["eager", *map(str, MEMORY_MODES)] if args.memory else args.modes
     for model in args.models:
-        print(f"{model:16} s/step  TFLOP/s    MFU  peak GiB   trained  bare / it")
-        results = {mode: run_in_child(args, model, mode) for mode in args.modes}
-        plain_one, bare = results.get("eager"), results.get("bare")
-        flops = plain_one["flops"] if isinstance(plain_one, dict) else 0.0
+        print(f"{model:54} s/step  TFLOP/s    MFU tensors GiB taken GiB   trained  ratio")
+        results = {mode: run_in_child(args, model, mode) for mode in modes}
+        measured = {mode: found for mode, found in results.items() if not isinstance(found, str)}
+        flops = measured.get("eager", {}).get("flops", 0.0)
+        first = measured.get(BARE) or next(iter(measured.values()), None)
         for mode, found in results.items():
-            if isinstance(found, str):
-                print(f"  {mode:14} {found}")
+            if isinstance(found, str) or first is None:
+                print(f"  {mode:52} {found}")
                 continue
             rate = flops / found["seconds"]
             share = f"{rate / peak:7.1%}" if peak else f"{'':>7}"
-            ratio = f"{bare['seconds'] / found['seconds']:11.2f}" if isinstance(bare, dict) else ""
-            figures = f"{found['seconds']:7.3f}{rate / 1e12:9.1f}{share}{found['peak']:10.2f}{found['trained']:10.0f}"
-            print(f"  {mode:14}{figures}{ratio}", flush=True)
+            memory = f"{found['allocated']:12.2f}{found['reserved']:10.2f}{found['trained']:10.0f}"
+            ratio = found["seconds"] / first["seconds"]
+            print(f"  {mode:52}{found['seconds']:7.3f}{rate / 1e12:9.1f}{share}{memory}{ratio:7.2f}", flush=True)
 
 
 if __name__ == "__main__":

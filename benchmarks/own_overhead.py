@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from benchmarks.trainer_tax import build_images  # noqa: E402
+from tests.running import make_images  # noqa: E402
 
 LEVELS = (32, 64, 64, 64)
 WARM_UP = 20  # steps that fill caches and optimizer states
@@ -89,25 +89,18 @@ def build_model(folder: Path) -> None:
     unet.save_pretrained(folder / "unet")
 
 
-def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, list[nn.Parameter]]:
-    """Return the milliseconds of a step of the real loop, and the parameters that it trains."""
+def prepare_runs(words: Sequence[str], learning_rates: Sequence[float]) -> list[Any]:
+    """Prepare train_network.py with these options, as far as the loop: one adapter for each learning rate."""
     import train_network
     from library.architectures.sd.assembly import build
     from library.options.train import TrainOptions
     from library.processes import from_accelerator
     from library.training.command_line.cli import parse
-    from library.training.loop import loop
     from library.training.models import opening
     from library.training.reporting.event_stream import Events, open_event_file
     from library.training.run import runs
     from library.training.run.prepare import prepare
 
-    words = [
-        "--pretrained_model_name_or_path", str(folder / "model"), "--train_data_dir", str(folder / "pictures"),
-        "--caption_extension", ".txt", "--resolution", "64", "--output_dir", str(folder / "out"), "--network_module",
-        "networks.lora", "--network_dim", "4", "--learning_rate", "1e-4", "--seed", "1", "--max_train_steps",
-        str(10**6), "--cache_latents", "--max_data_loader_n_workers", "0", "--network_train_unet_only", *more,
-    ]  # fmt: skip
     options = TrainOptions.from_args(parse(train_network.setup_parser(), words))
     arch = build(options)
     accelerator = opening.open_accelerator(options.precision.mixed_precision, options.trackers)
@@ -115,8 +108,26 @@ def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, li
     plan = opening.open_data_plan(options, arch, 1, processes.count)
     path = options.reports.log_events
     events = Events([] if path is None else [open_event_file(Path(path), False)])
-    wanted = runs.AdapterRequest(options, 1, None, events)
-    (prepared,) = prepare(options, arch, 1, plan, accelerator, processes, [wanted])
+    wanted = [
+        runs.AdapterRequest(
+            options.with_values({"learning_rate": rate}), 1, None, events, f"adapter {number}" if number else ""
+        )
+        for number, rate in enumerate(learning_rates)
+    ]
+    return list(prepare(options, arch, 1, plan, accelerator, processes, wanted))
+
+
+def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, list[nn.Parameter]]:
+    """Return the milliseconds of a step of the real loop, and the parameters that it trains."""
+    from library.training.loop import loop
+
+    words = [
+        "--pretrained_model_name_or_path", str(folder / "model"), "--train_data_dir", str(folder / "pictures"),
+        "--caption_extension", ".txt", "--resolution", "64", "--output_dir", str(folder / "out"), "--network_module",
+        "networks.lora", "--network_dim", "4", "--seed", "1", "--max_train_steps", str(10**6), "--cache_latents",
+        "--max_data_loader_n_workers", "0", "--network_train_unet_only", *more,
+    ]  # fmt: skip
+    (prepared,) = prepare_runs(words, [1e-4])
     context = prepared.run.context
     weights = context.network.trainable_parameters()
 
@@ -165,8 +176,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             build_model(folder / "model")
-            (folder / "pictures").mkdir()
-            build_images(folder / "pictures" / "200_x", 64, 8)
+            make_images(folder / "pictures" / "200_x", 8)
             more = [str(folder / word) if word in ("logs", "events.jsonl") else word for word in CASES[case]]
             ours, weights = our_ms(folder, num_steps, more)
             bare = bare_ms(weights, num_steps, more)

@@ -23,14 +23,15 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from benchmarks.own_overhead import prepare_runs  # noqa: E402
 from benchmarks.reading_in_a_format import CONFIG as FLUX  # noqa: E402
-from benchmarks.trainer_tax import build_images  # noqa: E402
 from library.architectures.flux.model import Flux  # noqa: E402
 from networks.core.changes.adapter import Adapter  # noqa: E402
 from networks.core.changes.alpha import ScaledDelta  # noqa: E402
 from networks.core.changes.low_rank import LowRank  # noqa: E402
 from networks.core.network.multiplexer import AdapterMultiplexer  # noqa: E402
 from networks.core.targets.targets import TargetModule  # noqa: E402
+from tests.running import make_images  # noqa: E402
 
 CPU = torch.device("cpu")
 TOY_SIDE = 64
@@ -54,35 +55,18 @@ def compare(name: str, together: Work, apart: Work, rounds: int) -> None:
 
 def toy(args: argparse.Namespace, folder: Path, *network_args: str) -> tuple[Work, Work]:
     """Return steps of the toy base model: all adapters in one pass, and one pass per adapter."""
-    import train_network
-    from library.architectures.sd.assembly import build
-    from library.options.train import TrainOptions
-    from library.processes import from_accelerator
-    from library.training.command_line.cli import parse
     from library.training.loop import loop
     from library.training.loop.stacked_step import backward_stacked
-    from library.training.models import opening
-    from library.training.reporting.event_stream import Events
-    from library.training.run import runs
-    from library.training.run.prepare import prepare
     from library.training.run_parts import Run
 
     words = [
         "--pretrained_model_name_or_path", str(ROOT / "configs/quickstart/toy_base"), "--train_data_dir",
         str(folder / "pictures"), "--caption_extension", ".txt", "--resolution", str(TOY_SIDE), "--train_batch_size",
         "1", "--output_dir", str(folder / "out"), "--network_module", "networks.lora", "--network_dim", str(args.rank),
-        "--optimizer_type", "AdamW", "--learning_rate", "1e-4", "--cache_latents", "--max_data_loader_n_workers", "0",
+        "--optimizer_type", "AdamW", "--cache_latents", "--max_data_loader_n_workers", "0",
         "--network_train_unet_only", *(["--network_args", *network_args] if network_args else []),
     ]  # fmt: skip
-    options = TrainOptions.from_args(parse(train_network.setup_parser(), words))
-    accelerator = opening.open_accelerator(options.precision.mixed_precision, options.trackers)
-    arch, processes = build(options), from_accelerator(accelerator)
-    plan = opening.open_data_plan(options, arch, 1, 1)
-    wanted = [
-        runs.AdapterRequest(options.with_values({"learning_rate": 1e-4 * (i + 1)}), 1, None, Events(), f"adapter {i}")
-        for i in range(args.adapters)
-    ]
-    prepared = prepare(options, arch, 1, plan, accelerator, processes, wanted)
+    prepared = prepare_runs(words, [1e-4 * (i + 1) for i in range(args.adapters)])
     runs = [one.run for one in prepared]
     for run in runs:
         run.context.network.start_epoch(*run.context.models.network_view)
@@ -188,9 +172,7 @@ def main() -> int:
     print(f"{args.adapters} adapters of rank {args.rank}, batch 1, one thread{'':12} in one      apart    ratio")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        build_images(folder / "pictures_", TOY_SIDE, 4)
-        (folder / "pictures").mkdir()
-        (folder / "pictures_").rename(folder / "pictures" / "1_thing")
+        make_images(folder / "pictures" / "1_thing", 4, TOY_SIDE)
         compare("toy base model, attention", *toy(args, folder), args.rounds)
         compare("toy base model, convolutions too", *toy(args, folder, f"conv_dim={args.rank}"), args.rounds)
     rounds = max(1, args.rounds // 2)

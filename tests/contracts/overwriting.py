@@ -177,9 +177,8 @@ WITHOUT_TARGET: Mapping[str, str] = {
     **{
         f"benchmarks/{name}.py": ELSEWHERE
         for name in (
-            "activation_memory", "adapters", "compile", "denoisers", "eight_bit", "format_errors", "gpu_memory",
-            "gpu_step", "image_vae", "latent_caching", "own_overhead", "quickstart", "reading_in_a_format", "scaling",
-            "sweep", "trainer_tax",
+            "adapters", "denoisers", "format_errors", "gpu_step", "image_vae", "latent_caching", "own_overhead",
+            "quickstart", "reading_in_a_format", "scaling", "sweep",
         )
     },
 }  # fmt: skip

@@ -26,7 +26,7 @@ NOT_RUN = {  # start of a command -> where it is tested, or why it cannot run he
     "source .venv/bin/activate": "a matter of the shell",
     "python3 tools/start.py": "tests/runs/test_quickstart.py and tests/unit/tools/test_start.py",
     "python3 -m": "programs of others",
-    "python3 benchmarks/gpu_": "needs a card; tests/runs/test_memory_modes.py runs both in small",
+    "python3 benchmarks/gpu_": "needs a card; tests/runs/test_memory_modes.py runs it in small",
     "python3 tools/quickstart/check_adapter.py": "tests/runs/test_leco_toy.py and test_toy_preferences.py",
     "python3 tools/quickstart/check_edits.py": "tests/runs/test_toy_edits.py",
     "python3 tools/verify.py": "tests/runs/test_verify.py; with --fit auto it needs a GPU",

@@ -166,17 +166,13 @@ def test_a_fault_found_by_the_selftest_ends_the_run_before_training(
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("subject", ["flux", "sdxl"])
-def test_the_gpu_benchmark_runs_on_a_small_model(subject: str) -> None:
-    mode = json.dumps({"weight_format": "nf4", "share": 0.5, "runner": "from_main_memory"})
-    command = [sys.executable, "benchmarks/gpu_memory.py", "--device", "cpu", "--tiny", "--models", subject]
-    done = subprocess.run([*command, "--mode", mode], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["seconds"] > 0
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("mode", ["eager", "8bit", "bare"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "eager", "8bit", "bare", "nf4, 50% of the blocks offloaded, recompute",
+        "bf16, 85% of the blocks offloaded, from main memory",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("subject", ["sd3", "flux", "sdxl"])
 def test_the_step_benchmark_runs_on_a_small_model(subject: str, mode: str) -> None:
     command = [sys.executable, "benchmarks/gpu_step.py", "--device", "cpu", "--tiny", "--child", "--models", subject]

@@ -1,51 +1,29 @@
-"""Measure peak memory and seconds of a training step on a GPU in each memory mode, with FLUX.1 and SDXL in
-full size.
+"""Denoisers in full size with random weights made on the GPU, in each memory mode, for benchmarks/gpu_step.py."""
 
-Weights are random and made on the GPU, so nothing has to be downloaded. Images have 1024 x 1024 pixels; batch size 1,
-LoRA of rank 16 on every layer, AdamW, bf16. Each mode runs in a separate process, with at most `--budget` GB of the
-GPU's memory (torch's own share, without the CUDA context); modes that do not fit are reported as such. Ratios are
-relative to the first mode of a model that fits.
-
-    python benchmarks/gpu_memory.py
-    python benchmarks/gpu_memory.py --models sdxl --budget 8
-    python benchmarks/gpu_memory.py --device cpu --tiny          # smoke test; the figures mean nothing
-"""
-
-import argparse
-import json
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+from torch import Tensor, nn
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.utils._pytree import tree_map_only  # noqa: E402
-
-from library.memory.activations import RecomputeFromMainMemory  # noqa: E402
-from library.memory.blocks import BlockRunner, Every, Stacks, plain, recompute, run_blocks_with, stacks_of  # noqa: E402
-from library.memory.codecs.plain import Plain  # noqa: E402
-from library.memory.codecs.weight_format import load_format  # noqa: E402
-from library.memory.frozen import layers_in_blocks, store_in  # noqa: E402
-from library.memory.offload.streamed import choose_blocks, stream  # noqa: E402
-from networks import lora  # noqa: E402
-
-RANK, NUM_WARM, NUM_TIMED = 16, 2, 5
+from library.memory.activations import RecomputeFromMainMemory
+from library.memory.blocks import BlockRunner, Every, Stacks, plain, recompute, run_blocks_with, stacks_of
+from library.memory.codecs.plain import Plain
+from library.memory.codecs.weight_format import load_format
+from library.memory.frozen import layers_in_blocks, store_in
+from library.memory.offload.streamed import choose_blocks, stream
 
 
 @dataclass(frozen=True)
 class Mode:
-    """A memory mode; `share` of the blocks of each kind are offloaded to main memory."""
+    """How a denoiser is kept and run; `share` of the blocks of each kind are offloaded to main memory."""
 
     weight_format: str = "none"
     share: float = 0.0
     runner: str = "recompute"
+    compiles: bool = False
+    multiplies_codes: bool = False  # with 8-bit matrix products
 
     def __str__(self) -> str:
         waits = f", {self.share:.0%} of the blocks offloaded" if self.share else ""
@@ -53,8 +31,7 @@ class Mode:
         return f"{name}{waits}, {self.runner.replace('_', ' ')}"
 
 
-MODES = (
-    Mode(runner="plain"),
+MEMORY_MODES = (
     Mode(),
     Mode(runner="every_2"),
     Mode(runner="from_main_memory"),
@@ -140,9 +117,6 @@ def sdxl(is_tiny: bool) -> Subject:
     )
 
 
-SUBJECTS = {"flux": flux, "sdxl": sdxl}
-
-
 def random_weight(like: Tensor, device: torch.device) -> Tensor:
     return torch.randn(like.shape, dtype=torch.bfloat16, device=device) / max(1, like[0].numel()) ** 0.5
 
@@ -160,8 +134,7 @@ def build_randomly(subject: Subject, mode: Mode, device: torch.device) -> nn.Mod
         for i in choose_blocks(len(stack), count)
         for layer in stack[i].modules()
     }
-    for path, layer in layers_in_blocks(model).items():
-        del path
+    for layer in layers_in_blocks(model).values():
         place = torch.device("cpu") if layer in waits else device
         weight = random_weight(layer.weight, device)  # type: ignore[arg-type]
         if mode.weight_format == "none" and layer not in waits:
@@ -182,94 +155,3 @@ def build_randomly(subject: Subject, mode: Mode, device: torch.device) -> nn.Mod
     model.requires_grad_(False).eval()
     stream(stacks, counts, device)
     return model
-
-
-def measure(subject: Subject, mode: Mode, device: torch.device) -> dict[str, float]:
-    """Return the peak GiB and the seconds of a step."""
-    model = build_randomly(subject, mode, device)
-    subject.run_blocks_with(model, RUNNERS[mode.runner]())
-    seen = subject.view(model)
-    network = lora.create_network(1.0, RANK, RANK, None, [], seen)
-    network.apply_to([], seen, False, True)
-    network.to(device)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=device.type == "cuda")
-
-    values, named = tree_map_only(Tensor, lambda tensor: tensor.to(device), subject.values())
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
-            output = model(*values, **named)
-        getattr(output, "sample", output).float().square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    for _ in range(NUM_WARM):
-        step()
-    is_gpu = device.type == "cuda"
-    if is_gpu:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(NUM_TIMED):
-        step()
-    if is_gpu:
-        torch.cuda.synchronize()
-    seconds = (time.perf_counter() - start) / NUM_TIMED
-    peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if is_gpu else (0, 0)
-    return {"allocated": peaks[0] / 2**30, "reserved": peaks[1] / 2**30, "seconds": seconds}
-
-
-def child(args: argparse.Namespace) -> None:
-    """Measure one mode and print the result as JSON."""
-    device = torch.device(args.device)
-    if args.budget is not None and device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.budget * 1e9 / total))
-    try:
-        found = measure(SUBJECTS[args.models[0]](args.tiny), Mode(**json.loads(args.mode)), device)
-    except torch.OutOfMemoryError:
-        found = {}
-    print(json.dumps(found))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
-    parser.add_argument("--budget", type=float, help="GB of GPU memory; unset: all of it")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="models of a few narrow blocks")
-    parser.add_argument("--mode", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.mode is not None:
-        child(args)
-        return
-    if args.device == "cuda":
-        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.budget or 'all'} GB")
-    for model in args.models:
-        print(f"{model:48}{'tensors GiB':>12}{'taken GiB':>11}{'s/step':>9}{'ratio':>7}")
-        first: float | None = None
-        for mode in MODES:
-            command = [
-                sys.executable,
-                __file__,
-                "--models",
-                model,
-                "--device",
-                args.device,
-                "--mode",
-                json.dumps(asdict(mode)),
-            ]
-            command += ["--tiny"] * args.tiny + (["--budget", str(args.budget)] if args.budget is not None else [])
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(done.stderr)
-            found = json.loads(done.stdout.splitlines()[-1])
-            if not found:
-                print(f"{mode!s:48}{'does not fit':>12}")
-                continue
-            first = first or found["seconds"]
-            figures = f"{found['allocated']:12.2f}{found['reserved']:11.2f}{found['seconds']:9.3f}"
-            print(f"{mode!s:48}{figures}{found['seconds'] / first:7.2f}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
