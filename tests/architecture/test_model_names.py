@@ -49,8 +49,6 @@ MAY_NAME_MODELS = {
     "tools/cache_text_encoder_outputs.py": OPTIONS,
     "tools/extract_lora_from_models.py": OPTIONS,
     "tools/plan_memory.py": "the example of its help is a command line of one model",
-    "tools/quickstart/make_toy_base.py": "makes a model of this kind for the quickstart",
-    "tools/quickstart/make_toy_edit_base.py": "makes a model of this kind for the pairs of the toy world",
     "tools/quickstart/sampling.py": "draws with the model of the quickstart",
     "library/options/model.py": OPTIONS,
     "library/options/output/preview.py": OPTIONS,

@@ -132,23 +132,22 @@ CALLS: Mapping[str, tuple[Call, ...]] = {
         Call("{sd} {out}/x --reference_model {sd_folder}", "{out}/x", "slow"),
     ),
     "tools/convert_diffusers20_original_sd.py": (Call("{sd} {out}/x.ckpt", "{out}/x.ckpt", "slow"),),
-    "tools/quickstart/make_dataset.py": tuple(
+    "benchmarks/toys/make_dataset.py": tuple(
         Call("--out {out} --prompts {out}/prompts.txt --num_images 2", target)
         for target in ("{out}/heart_01.png", "{out}/heart_01.txt", "{out}/prompts.txt")
     ),
-    "tools/quickstart/make_pairs.py": tuple(
+    "benchmarks/toys/make_pairs.py": tuple(
         Call("--out {out} --words red blue --count 2", target)
         for target in ("{out}/red/001.png", "{out}/blue/001.png", "{out}/red/001.txt")
     ),
-    "tools/quickstart/make_toy_base.py": (Call(TOY_BASE, "{out}/base", "nightly"),),
-    "tools/quickstart/make_toy_edit_base.py": (
+    "benchmarks/toys/make_toy_base.py": (Call(TOY_BASE, "{out}/base", "nightly"),),
+    "benchmarks/toys/make_toy_edit_base.py": (
         Call("--out {out}/base --num_edits 60 --steps 2", "{out}/base", "nightly"),
     ),
     "tools/quickstart/draw_before_after.py": (
         Call("--lora {toy_lora} --prompts {prompts} --out {out}/x.png", "{out}/x.png", "nightly"),
     ),
-    "tools/quickstart/check_toy_base.py": (Call("--count 2 --image {out}/x.png", "{out}/x.png", "nightly"),),
-    "tools/quickstart/check_edits.py": (
+    "benchmarks/toys/check_edits.py": (
         Call("--references {images} --results {images} --output {out}", "{out}/prompts.txt", "nightly"),
     ),
 }  # fmt: skip
@@ -168,9 +167,8 @@ WITHOUT_TARGET: Mapping[str, str] = {
     "tools/show_metadata.py": NOTHING,
     "tools/start.py": "installs packages and starts other commands",
     "tools/verify.py": ELSEWHERE,
-    "tools/quickstart/check_adapter.py": NOTHING,
+    "benchmarks/toys/check_adapter.py": NOTHING,
     "networks/check_lora_weights.py": NOTHING,
-    "benchmarks/visible_change.py": NOTHING,
     "networks/lora_interrogator.py": NOTHING,
     "benchmarks/plan_models.py": "replaces the counts that it wrote, and a table between marks in a page",
     "benchmarks/startup.py": "has its own test: it is no command of users",

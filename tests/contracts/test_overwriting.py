@@ -28,7 +28,7 @@ from tests.tiny.bases import BASES
 from tests.tiny.pipelines import build_tiny_pipeline
 
 Train = Callable[..., Finished]
-FOLDERS = (".", "tools", "tools/quickstart", "networks", "finetune", "benchmarks")
+FOLDERS = (".", "tools", "tools/quickstart", "networks", "finetune", "benchmarks", "benchmarks/toys")
 SMALL_INPUTS = ("images", "dataset", "table", "prompts", "events", "events_2")  # valid also where nothing may be read
 CACHING = {
     "tools/cache_latents.py": "sd", "tools/cache_text_encoder_outputs.py": "sdxl",

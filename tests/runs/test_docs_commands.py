@@ -27,8 +27,8 @@ NOT_RUN = {  # start of a command -> where it is tested, or why it cannot run he
     "python3 tools/start.py": "tests/runs/test_quickstart.py and tests/unit/tools/test_start.py",
     "python3 -m": "programs of others",
     "python3 benchmarks/gpu_": "needs a card; tests/runs/test_memory_modes.py runs it in small",
-    "python3 tools/quickstart/check_adapter.py": "tests/runs/test_leco_toy.py and test_toy_preferences.py",
-    "python3 tools/quickstart/check_edits.py": "tests/runs/test_toy_edits.py",
+    "python3 benchmarks/toys/check_adapter.py": "tests/runs/test_leco_toy.py and test_toy_preferences.py",
+    "python3 benchmarks/toys/check_edits.py": "tests/runs/test_toy_edits.py",
     "python3 tools/verify.py": "tests/runs/test_verify.py; with --fit auto it needs a GPU",
     "python3 tools/front_end.py": "tests/runs/test_front_end.py",
     "python3 tools/report.py output/quickstart --serve": "tests/unit/training/report/test_server.py",
@@ -160,7 +160,7 @@ def run_command(command: str, place: Path, train: Train) -> None:
     words = shlex.split(command)
     words = words[2:] if words[0] == "accelerate" else words[1:]
     script, arguments = Path(words[0]), words[1:]
-    if script.parts[0] == "tools":
+    if script.parts[0] in ("tools", "benchmarks"):
         arguments = [word.removeprefix("path/to/") for word in arguments]
         if "--prompt" in arguments and "--w" not in " ".join(arguments):  # 512 pixels in 30 steps take minutes
             arguments[arguments.index("--prompt") + 1] += " --s 2 --w 64 --h 64"

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from benchmarks.toys import check_adapter
 from tests.running import ROOT, Finished
-from tools.quickstart import check_adapter
 from tools.quickstart.sampling import Prompt, load_pipeline, merge_lora, sample
 from tools.quickstart.toy_world import Scene, look_at
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.toys import make_toy_edit_base
 from tests.running import ROOT
-from tools.quickstart import make_toy_edit_base
 from tools.quickstart.sampling import Prompt, load_pipeline, sample
 
 pytestmark = pytest.mark.nightly

@@ -18,13 +18,12 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from PIL import Image, ImageDraw, ImageFont
 
-from library.checkpoints.marks import save_image
-from library.checkpoints.overwriting import check_target
+from library.checkpoints.marks import read_mark, save_image
+from library.checkpoints.overwriting import FileKind, check_target
 from library.training.report_page.writer import add_sheet
 from library.training.reporting.sample_images import encode_data_url
 from tools.command import command, make_parser
 from tools.quickstart.sampling import count_right, load_pipeline, merge_lora, read_prompts, sample
-from tools.quickstart.toy_files import image_kind
 from tools.quickstart.toy_world import QUICKSTART, ImageArray
 
 logger = logging.getLogger(__name__)
@@ -61,7 +60,8 @@ def draw_before_and_after(base: Path, lora: Path, prompts_file: Path, out: Path)
     """Write the image. Return the shares of samples that show their prompt, before and after."""
     from safetensors.torch import load_file
 
-    check_target("--out", out, image_kind(WRITER), [lora, prompts_file])
+    kind = FileKind(f"an image that {WRITER} wrote", lambda path: read_mark(path) == WRITER)
+    check_target("--out", out, kind, [lora, prompts_file])
     prompts = read_prompts(prompts_file)
     weights = load_file(lora)
     pipeline = load_pipeline(base)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.toys import check_edits, make_pairs
+from benchmarks.toys.make_toy_base import to_tensor
+from benchmarks.toys.make_toy_edit_base import KNOWN_EDITS, SCALING_FACTOR, TOY_BASE, draw_edits, make_vae
 from library.models.vae.flux import map_latents
-from tools.quickstart import check_edits, make_pairs
-from tools.quickstart.make_toy_base import to_tensor
-from tools.quickstart.make_toy_edit_base import KNOWN_EDITS, SCALING_FACTOR, TOY_BASE, draw_edits, make_vae
 from tools.quickstart.toy_world import draw_scene, list_scenes, look_at
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools.quickstart import make_pairs
+from benchmarks.toys import make_pairs
 from tools.quickstart.toy_world import look_at
 
 pytestmark = pytest.mark.slow

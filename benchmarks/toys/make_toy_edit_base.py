@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
+from benchmarks.toys.make_toy_base import SCALING_FACTOR, Trainer, to_tensor
+from benchmarks.toys.toy_files import check_model_folder, new_model
 from library.architectures.flux.model import Flux, FluxConfig
 from library.architectures.flux.reference import diffusers_model, diffusers_state
 from library.diffusion.timesteps import shift_sigmas
 from library.models.vae.flux import SCALE, SHIFT, map_latents
 from tools.command import command, make_parser
-from tools.quickstart.make_toy_base import SCALING_FACTOR, Trainer, to_tensor
-from tools.quickstart.toy_files import check_model_folder, new_model
 from tools.quickstart.toy_world import (
     BACKGROUNDS,
     COLOURS,
@@ -48,7 +48,7 @@ from tools.quickstart.toy_world import (
 
 logger = logging.getLogger(__name__)
 
-WRITER = "tools/quickstart/make_toy_edit_base.py"
+WRITER = "benchmarks/toys/make_toy_edit_base.py"
 TOY_BASE = QUICKSTART / "toy_base"
 COPIES = 4  # of each latent channel of the quickstart's VAE
 TEXT_WIDTH, POOLED_WIDTH, NUM_TEXT_TOKENS = 64, 32, 16
@@ -285,7 +285,7 @@ def write_model(out: Path, num_edits: int, num_steps: int, seed: int) -> None:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, "  python3 tools/quickstart/make_toy_edit_base.py --out output/toy_edit_base")
+    parser = make_parser(__doc__, "  python3 benchmarks/toys/make_toy_edit_base.py --out output/toy_edit_base")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--num_edits", type=int, default=3000, help="training pairs (default: 3000)")
     parser.add_argument("--steps", type=int, default=7000, help="training steps of the transformer (default: 7000)")

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
+from benchmarks.toys.toy_files import check_model_folder, new_model
 from tools.command import command, make_parser
-from tools.quickstart.toy_files import check_model_folder, new_model
 from tools.quickstart.toy_world import (
     CAPTION_TEMPLATES,
     IMAGE_SIZE,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WRITER = "tools/quickstart/make_toy_base.py"
+WRITER = "benchmarks/toys/make_toy_base.py"
 SCALING_FACTOR = 0.18215  # trainers of SD 1.x hardcode this factor
 NUM_TIMESTEPS = 1000
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -397,7 +397,7 @@ def make_toy_base(args: argparse.Namespace) -> None:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, "  python3 tools/quickstart/make_toy_base.py --out configs/quickstart/toy_base")
+    parser = make_parser(__doc__, "  python3 benchmarks/toys/make_toy_base.py --out configs/quickstart/toy_base")
     parser.add_argument("--out", type=Path, default=QUICKSTART / "toy_base", help="folder to write")
     parser.add_argument("--seed", type=int, default=1, help="seed of images, weights and training")
     parser.add_argument("--vae_steps", type=int, default=3000, help="training steps of the VAE")

@@ -20,15 +20,15 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 import numpy as np
 from PIL import Image
 
+from benchmarks.toys.toy_files import check_scene, save_scene
 from library.errors import UserError
 from tools.command import command, make_parser
-from tools.quickstart.toy_files import check_scene, save_scene
 from tools.quickstart.toy_world import COLOURS, SIZES, Scene, draw_scene, list_scenes
 
 EXAMPLES = """\
-  python3 tools/quickstart/make_pairs.py --out output/toy_pairs --words blue other
-  python3 tools/quickstart/make_pairs.py --out output/toy_edits --caption "make the shape red" --words red other"""
-WRITER = "tools/quickstart/make_pairs.py"
+  python3 benchmarks/toys/make_pairs.py --out output/toy_pairs --words blue other
+  python3 benchmarks/toys/make_pairs.py --out output/toy_edits --caption "make the shape red" --words red other"""
+WRITER = "benchmarks/toys/make_pairs.py"
 OTHER = "other"  # a different other colour in each pair
 WORDS = {"colour": tuple(COLOURS), "size": tuple(SIZES)}
 

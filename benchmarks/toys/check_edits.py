@@ -15,17 +15,17 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 import numpy as np
 from PIL import Image
 
+from benchmarks.toys.toy_files import text_kind, write_text
 from library.checkpoints.overwriting import check_target
 from library.errors import UserError, list_few
 from tools import draw
 from tools.command import command, make_parser
-from tools.quickstart.toy_files import text_kind, write_text
 from tools.quickstart.toy_world import QUICKSTART, ImageArray, find_foreground, look_at
 
 EXAMPLES = """\
-  python3 tools/quickstart/check_edits.py --references output/toy_asked/other --results output/toy_asked/red \\
+  python3 benchmarks/toys/check_edits.py --references output/toy_asked/other --results output/toy_asked/red \\
     --output output/toy_asked/drawn --adapter output/toy_recolour/toy_recolour.safetensors"""
-FIRST_LINE = "# Written by tools/quickstart/check_edits.py"
+FIRST_LINE = "# Written by benchmarks/toys/check_edits.py"
 PROMPT_OPTIONS = "--w 64 --h 64 --s 20 --g 1"
 ATTRIBUTES = ("shape", "colour", "background")
 LEAST_OVERLAP = 0.5

@@ -17,18 +17,18 @@ from library.checkpoints.overwriting import FileKind, check_target, known_by_sta
 
 def check_scene(flag: str, path: Path, writer: str) -> None:
     """Raise UserError unless the image `path`, and the caption beside it, are free or were written by `writer`."""
-    check_target(flag, path, image_kind(writer))
+    check_target(flag, path, FileKind(f"an image that {writer} wrote", partial(is_by, writer)))
     # A caption has no mark of its own.
     check_target(flag, path.with_suffix(".txt"), FileKind(f"a caption by {writer}", partial(has_own_image, writer)))
 
 
+def is_by(writer: str, path: Path) -> bool:
+    """Return True if a command wrote a file, under any name; the command may have been in another folder."""
+    return (read_mark(path) or "").rpartition("/")[2] == Path(writer).name
+
+
 def has_own_image(writer: str, caption: Path) -> bool:
-    return read_mark(caption.with_suffix(".png")) == writer
-
-
-def image_kind(writer: str) -> FileKind:
-    """Return the kind of the images that a command of the toy world writes, under any name."""
-    return FileKind(f"an image that {writer} wrote", lambda path: read_mark(path) == writer)
+    return is_by(writer, caption.with_suffix(".png"))
 
 
 def save_scene(path: Path, image: Image.Image, writer: str, caption: str | None = None) -> None:
@@ -52,7 +52,7 @@ def text_kind(name: str, first_line: str) -> FileKind:
 
 def check_model_folder(flag: str, path: Path, writer: str) -> None:
     """Raise UserError unless a folder is free or holds a model that `writer` wrote."""
-    kind = FileKind(f"a model that {writer} wrote", lambda path: read_mark(path) == writer, is_folder=True)
+    kind = FileKind(f"a model that {writer} wrote", partial(is_by, writer), is_folder=True)
     check_target(flag, path, kind)
 
 

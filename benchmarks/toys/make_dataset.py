@@ -16,15 +16,15 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 import numpy as np
 from PIL import Image
 
+from benchmarks.toys.toy_files import check_scene, save_scene, text_kind, write_text
 from library.checkpoints.overwriting import check_target
 from tools.command import command, make_parser
-from tools.quickstart.toy_files import check_scene, save_scene, text_kind, write_text
 from tools.quickstart.toy_world import HELD_OUT_SHAPES, KNOWN_SHAPES, QUICKSTART, draw_scene, list_scenes
 
 logger = logging.getLogger(__name__)
 
 NUM_TRAINED_PROMPTS = 14
-WRITER = "tools/quickstart/make_dataset.py"
+WRITER = "benchmarks/toys/make_dataset.py"
 HEADING = "# the first {} combinations are not in the dataset"
 PROMPT_OPTIONS = "--w 64 --h 64 --s 20 --l 2"
 
@@ -48,7 +48,7 @@ def make_dataset(args: argparse.Namespace) -> None:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, "  python3 tools/quickstart/make_dataset.py --shape heart")
+    parser = make_parser(__doc__, "  python3 benchmarks/toys/make_dataset.py --shape heart")
     parser.add_argument("--out", type=Path, default=QUICKSTART / "dataset", help="folder of images and captions")
     parser.add_argument("--prompts", type=Path, default=QUICKSTART / "prompts.txt", help="file of prompts to write")
     parser.add_argument("--shape", choices=(*HELD_OUT_SHAPES, *KNOWN_SHAPES), default="heart", help="shape to draw")

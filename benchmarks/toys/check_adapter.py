@@ -1,0 +1,115 @@
+"""Measure an adapter on the quickstart's base model, or that model alone: what its images show, judged by their pixels.
+
+Prints, for each caption and strength, the share of images with its shape and its colour, the share that shows all of it
+but the size, and the mean radius of the shapes. At other strengths than 0, if 0 is measured too, the mean difference
+from its images, in values of 0 to 255, follows. Prints, for each caption, the rank correlation (Spearman) of strength
+and radius over all its images. Without captions, those of the known world and of the unseen shapes are drawn.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import library  # noqa: F401  # checks the packages before they are imported
+
+import numpy as np
+
+from library.checkpoints.files import load_state_dict
+from library.training.evaluation.strength_response import rank_correlation
+from tools.command import command, make_parser
+from tools.contact_sheet import parse_numbers
+from tools.quickstart.sampling import Prompt, load_pipeline, merge_lora, sample
+from tools.quickstart.toy_world import (
+    HELD_OUT_SHAPES,
+    KNOWN_SHAPES,
+    QUICKSTART,
+    ImageArray,
+    list_scenes,
+    look_at,
+    parse_caption,
+)
+
+EXAMPLES = """\
+  python3 benchmarks/toys/check_adapter.py output/toy_slider/toy_slider.safetensors \\
+    --captions "a red circle on a white background" --strengths=-2,-1,0,1,2
+  python3 benchmarks/toys/check_adapter.py --strengths 0 --count 200"""
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.add_argument("adapter", type=Path, nargs="?", help="adapter file that was trained on the base model")
+    parser.add_argument("--base", type=Path, default=QUICKSTART / "toy_base", help="diffusers folder")
+    parser.add_argument("--captions", nargs="+", help="captions of the toy world; unset: those of the known world")
+    parser.add_argument(
+        "--strengths", type=parse_numbers, default=[0.0, 1.0], help="separated by commas (default: 0,1)"
+    )
+    parser.add_argument("--colour", default="", help="colour to count for captions without one")
+    parser.add_argument("--count", type=int, default=32, help="images per caption and strength (default: 32)")
+    return parser
+
+
+def list_prompts(captions: Sequence[str] | None, count: int) -> dict[str, list[Prompt]]:
+    """Return `count` prompts for each caption; without captions, of scenes of each part of the toy world."""
+    if captions is not None:
+        return {caption: [Prompt(caption, seed) for seed in range(count)] for caption in captions}
+    parts = {"known world": KNOWN_SHAPES, **{f"{shape}, never seen": (shape,) for shape in HELD_OUT_SHAPES}}
+    return {name: draw_prompts(shapes, count) for name, shapes in parts.items()}
+
+
+def draw_prompts(shapes: tuple[str, ...], count: int) -> list[Prompt]:
+    """Choose scenes, repeating one only after all have been used, and give each a seed."""
+    rng, scenes = np.random.default_rng(1), list_scenes(shapes)
+    order = np.concatenate([rng.permutation(len(scenes)) for _ in range(-(-count // len(scenes)))])[:count]
+    return [Prompt(scenes[int(row)].caption(), 1000 + number) for number, row in enumerate(order)]
+
+
+def draw_images(args: argparse.Namespace, strength: float, prompts: Mapping[str, Sequence[Prompt]]) -> list[Any]:
+    """Return the images of each caption; the seeds are the same at every strength."""
+    pipeline: Any = load_pipeline(args.base)
+    if strength and args.adapter is not None:
+        merge_lora(pipeline, load_state_dict(args.adapter), strength)
+    return [sample(pipeline, of_caption) for of_caption in prompts.values()]
+
+
+def describe(prompts: Sequence[Prompt], colour: str, images: Mapping[float, Sequence[ImageArray]]) -> Iterator[str]:
+    """Yield the lines of a caption's images by strength; `colour` is counted if the caption names none."""
+    expected = [parse_caption(f"{prompt.caption} {colour}") for prompt in prompts]
+    strengths: list[float] = []
+    all_radii: list[float] = []
+    for strength, drawn in images.items():
+        seen = [look_at(image) for image in drawn]
+        pairs = list(zip(seen, expected, strict=True))
+        shape, tint = mean(s.shape == e.shape for s, e in pairs), mean(s.colour == e.colour for s, e in pairs)
+        radii = [image.radius for image in seen if image.radius]
+        radius = f"{mean(radii):.1f} px" if radii else "unknown"
+        line = f"  strength {strength:4g}: shape {shape:.1%}, colour {tint:.1%}, radius {radius}"
+        line += f", as asked {mean(s.shows(e) for s, e in pairs):.1%}"
+        if strength and 0.0 in images:
+            difference = np.abs(np.stack(drawn).astype(float) - np.stack(images[0.0])).mean()
+            line += f", differs by {difference:.1f} of 255"
+        yield line
+        strengths += [strength] * len(radii)
+        all_radii += radii
+    if len(images) > 1:
+        correlation = rank_correlation(strengths, all_radii)
+        yield f"  rank correlation of strength and radius: {correlation:.2f}, {len(all_radii)} images"
+
+
+def check(args: argparse.Namespace) -> None:
+    """Draw, check and print."""
+    prompts = list_prompts(args.captions, args.count)
+    drawn = {strength: draw_images(args, strength, prompts) for strength in args.strengths}
+    for number, (caption, of_caption) in enumerate(prompts.items()):
+        images = {strength: by_caption[number] for strength, by_caption in drawn.items()}
+        print("\n".join([caption, *describe(of_caption, args.colour, images)]))
+
+
+main = command(setup_parser, check)
+
+if __name__ == "__main__":
+    sys.exit(main())
