@@ -51,7 +51,7 @@ from networks.core.files.inspection import (
 from networks.core.files.module_weights import ModuleWeights, value_problems
 from networks.core.files.renaming import list_some_keys
 from tools.base_models import open_base_model
-from tools.command import command, make_parser
+from tools.command import add_file, command, make_parser
 
 EXAMPLES = """\
   python3 tools/check_lora_weights.py --model my_cat.safetensors
@@ -228,9 +228,7 @@ def list_keys(path: Path) -> Iterator[str]:
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
-    inputs = parser.add_mutually_exclusive_group(required=True)
-    inputs.add_argument("--model", type=Path, help="the adapter file, or a folder saved by PEFT")
-    inputs.add_argument("file", type=Path, nargs="?", help="the same, as a positional argument")
+    add_file(parser, "the adapter file, or a folder saved by PEFT")
     parser.add_argument("--base_model", help="its base model, whose weights the change is compared with")
     formats = parser.add_mutually_exclusive_group()
     formats.add_argument("--json", action="store_true", help="print everything as JSON, single modules included")

@@ -4,9 +4,10 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +29,20 @@ FILE_PRECISIONS = {
     **dict.fromkeys(("fp8_e5m2", "float8_e5m2"), torch.float8_e5m2),
 }
 """Names of the precisions of whole checkpoints, as other programs spell them."""
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "model": {"type": Path, "required": True, "help": "the adapter file to read, of any trainer, or a folder by PEFT"},
+    "models": {"type": Path, "nargs": "+", "required": True, "help": "the files to merge"},
+    "ratios": {"type": float, "nargs": "+", "help": "share of each file"},
+    "save_to": {"type": Path, "required": True, "help": "the file to write: .safetensors keeps the metadata"},
+    "new_rank": {"type": int, "help": "rank of the result"},
+    "new_conv_rank": {"type": int, "help": "rank of kernels larger than 1x1; unset: --new_rank"},
+    "precision": {"choices": tuple(SAVE_DTYPES), "default": "float", "help": "precision of the arithmetic"},
+    "save_precision": {"choices": tuple(SAVE_DTYPES), "help": "precision of the file; unset: as in the input"},
+    "device": {"default": "cpu", "help": "device to compute on, for example cuda (default: cpu)"},
+    "no_metadata": {"action": "store_true", "help": "write no modelspec.* metadata"},
+    "v2": {"action": "store_true", "help": "has no effect: checkpoints are recognised"},
+}
+"""The options that several tools have, by name."""
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".sft")
 
 
@@ -89,15 +104,11 @@ def complete_options(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     return argparse.Namespace(**values)
 
 
-def make_parser(description: str | None, examples: str) -> argparse.ArgumentParser:
+def make_parser(description: str | None, examples: str = "") -> argparse.ArgumentParser:
     """Return a parser that prints `examples` below its help."""
-    return add_version(
-        argparse.ArgumentParser(
-            description=description,
-            epilog=f"examples:\n{examples}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-    )
+    epilog = f"examples:\n{examples}" if examples else None
+    layout = argparse.RawDescriptionHelpFormatter
+    return add_version(argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=layout))
 
 
 def make_training_parser(
@@ -115,9 +126,17 @@ def make_training_parser(
     return parser
 
 
-def add_save_precision(parser: argparse.ArgumentParser, unset: str) -> None:
-    """Add --save_precision for an adapter file; `unset` describes the default."""
-    parser.add_argument("--save_precision", choices=tuple(SAVE_DTYPES), help=f"precision of the file; unset: {unset}")
+def add_options(parser: argparse.ArgumentParser, *names: str, **changes: Mapping[str, Any]) -> None:
+    """Add options of `OPTIONS`, in this order; `changes` has what a tool says differently, by name."""
+    for name in names:
+        parser.add_argument(f"--{name}", **{**OPTIONS[name], **changes.get(name, {})})
+
+
+def add_file(parser: argparse.ArgumentParser, title: str) -> None:
+    """Add --model and the same file as a positional argument, one of which is required."""
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("--model", type=Path, help=title)
+    inputs.add_argument("file", type=Path, nargs="?", help="the same, as a positional argument")
 
 
 def add_file_precision(parser: argparse.ArgumentParser) -> None:
@@ -132,10 +151,6 @@ def dtype_of_file(name: str | None) -> torch.dtype | None:
     if name.lower() not in FILE_PRECISIONS:
         raise UserError(f"--save_precision is {name}; use one of {', '.join(FILE_PRECISIONS)}")
     return FILE_PRECISIONS[name.lower()]
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", help="device to compute on, for example cuda (default: cpu)")
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:

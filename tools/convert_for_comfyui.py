@@ -1,48 +1,42 @@
-"""Rename the keys of an adapter file for ComfyUI: the shared code of two sd-scripts commands, whose modules are in
-networks/.
+"""Rename the keys of an adapter file: what three sd-scripts commands do, whose modules are in networks/.
 
 Users should call tools/convert_lora.py, which supports all base models and namings.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from library.checkpoints.adapter_names import FileNaming
 from library.errors import UserError
-from library.version import add_version
-from tools.command import check_output, run
-from tools.convert_lora import WRITER, convert, read_adapter, spec_for_file
+from tools import command as tool
+from tools.adapters import read_adapter, spec_for_file
+from tools.convert_lora import WRITER, convert
+
+NAMINGS: dict[str, FileNaming] = {"sd-scripts": "kohya", "ai-toolkit": "diffusers"}
 
 
 def command(description: str | None, base: str, to: FileNaming, back: FileNaming | None) -> Callable[..., int]:
-    """Return the `main` of such a module, for files of base model `base`: convert to naming `to`, or with --reverse to
+    """Return the `main` of a module for files of base model `base`: convert to naming `to`, or with --reverse to
     naming `back`.
 
     `back` is None if sd-scripts has no naming of its own.
     """
 
-    def main(argv: Sequence[str] | None = None) -> int:
-        return run(setup_parser(description), partial(rename, base, to, back), argv)
+    def setup_parser() -> argparse.ArgumentParser:
+        parser = tool.make_parser(description)
+        parser.add_argument("src_path", type=Path, help="the adapter file to read")
+        parser.add_argument("dst_path", type=Path, help="the adapter file to write")
+        parser.add_argument("--reverse", action="store_true", help="rename from ComfyUI's names to those of training")
+        return parser
 
-    return main
-
-
-def setup_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return the commands' options."""
-    parser = add_version(argparse.ArgumentParser(description=description))
-    parser.add_argument("src_path", type=Path, help="the adapter file to read")
-    parser.add_argument("dst_path", type=Path, help="the adapter file to write")
-    parser.add_argument(
-        "--reverse", action="store_true", help="rename from ComfyUI's names to those that training writes"
-    )
-    return parser
+    return tool.command(setup_parser, partial(rename, base, to, back))
 
 
 def rename(base: str, to: FileNaming, back: FileNaming | None, args: argparse.Namespace) -> None:
     """Read, rename and write the file. Raises UserError for another base model, and if there is nothing to rename."""
-    check_output("dst_path", args.dst_path, WRITER, [args.src_path])
+    tool.check_output("dst_path", args.dst_path, WRITER, [args.src_path])
     spec = spec_for_file(read_adapter(args.src_path, "src_path"), str(args.src_path))
     if spec.name != base:
         raise UserError(f"{args.src_path} is an adapter of {spec.title}; use tools/convert_lora.py")
@@ -53,3 +47,25 @@ def rename(base: str, to: FileNaming, back: FileNaming | None, args: argparse.Na
         )
     renamed = convert(args.src_path, args.dst_path, (back or to) if args.reverse else to, drop_unsupported=False)
     print(f"{args.dst_path}: {len(renamed.file.modules)} modules renamed")
+
+
+def command_by_trainer(description: str | None) -> Callable[..., int]:
+    """Return the `main` of a module that renames between the names of two trainers."""
+
+    def setup_parser() -> argparse.ArgumentParser:
+        parser = tool.make_parser(description)
+        parser.add_argument("--src", choices=tuple(NAMINGS), default="ai-toolkit", help="whose names the file has")
+        parser.add_argument("--dst", choices=tuple(NAMINGS), default="sd-scripts", help="whose names to write")
+        parser.add_argument("--src_path", type=Path, required=True, help="the LoRA to read")
+        parser.add_argument("--dst_path", type=Path, required=True, help="the LoRA to write")
+        return parser
+
+    return tool.command(setup_parser, rename_by_trainer)
+
+
+def rename_by_trainer(args: argparse.Namespace) -> None:
+    """Read, rename and write the LoRA. Keys that the other naming does not support are dropped and reported."""
+    if args.src == args.dst:
+        raise UserError(f"--src and --dst are both {args.src}; there is nothing to rename")
+    tool.check_output("--dst_path", args.dst_path, WRITER, [args.src_path])
+    convert(args.src_path, args.dst_path, NAMINGS[args.dst], drop_unsupported=True)

@@ -15,19 +15,15 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import library  # noqa: F401  # checks the packages before they are imported
 
-import torch
-
-from library.architectures.specs import list_specs
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.compatibility import programs_that_read
 from library.checkpoints.marks import mark_of
-from library.checkpoints.recognition import recognise_adapter, require_spec
 from library.errors import UserError
-from networks.core.files.adapter_file import AdapterFile, read_adapter_file, save_adapter_file
-from networks.core.files.foreign_names import add_model
-from networks.core.files.renaming import Renamed, list_some_keys, rename, to_saved_naming
-from tools.command import check_output, command, make_parser
+from networks.core.files.adapter_file import save_adapter_file
+from networks.core.files.renaming import Renamed, list_some_keys, rename
+from tools.adapters import read_adapter, spec_for_file
+from tools.command import add_options, check_output, command, make_parser
 
 logger = logging.getLogger(__name__)
 
@@ -35,27 +31,6 @@ WRITER = "tools/convert_lora.py"
 EXAMPLES = """\
   python3 tools/convert_lora.py --model my_cat.safetensors --save_to my_cat_diffusers.safetensors --to diffusers
   python3 tools/convert_lora.py --model from_peft.safetensors --save_to for_comfyui.safetensors --to kohya"""
-
-
-def spec_for_file(file: AdapterFile, origin: str) -> BaseModelSpec:
-    """Return the spec of a file's base model. Raises UserError if it cannot be recognised."""
-    return require_spec(list_specs(), shapes_by_key(file), file.metadata, origin)
-
-
-def to_names_of_training(file: AdapterFile) -> AdapterFile:
-    """Return a file under the names that training saves, or as it is if its base model is not recognised."""
-    spec = recognise_adapter(list_specs(), shapes_by_key(file), file.metadata)
-    return file if spec is None else to_saved_naming(file, spec.names)
-
-
-def shapes_by_key(file: AdapterFile) -> dict[str, torch.Size]:
-    """Return the shape of every tensor by its key in the file."""
-    return {module.keys[key]: t.shape for module in file.modules.values() for key, t in module.tensors.items()}
-
-
-def read_adapter(path: Path, flag: str) -> AdapterFile:
-    """Read an adapter file of any trainer, or a folder saved by PEFT. Raises UserError naming `flag`."""
-    return add_model(read_adapter_file(path, flag), [spec.names for spec in list_specs()])
 
 
 def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) -> Renamed:
@@ -80,8 +55,7 @@ def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) 
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
-    parser.add_argument("--model", type=Path, required=True, help="the adapter file, or folder saved by PEFT, to read")
-    parser.add_argument("--save_to", type=Path, required=True, help="file to write; .safetensors keeps the metadata")
+    add_options(parser, "model", "save_to")
     parser.add_argument(
         "--to",
         choices=NAMINGS,

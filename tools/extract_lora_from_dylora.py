@@ -29,7 +29,7 @@ from networks.core.files.adapter_file import AdapterFile, read_adapter_file, req
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora, norm
 from networks.core.kinds.dylora import resolve_nested_rank
-from tools.command import check_extension, check_output, command, make_parser, with_comment
+from tools.command import add_options, check_extension, check_output, command, make_parser, with_comment
 
 WRITER = "tools/extract_lora_from_dylora.py"
 EXAMPLES = """\
@@ -204,8 +204,8 @@ def measure_differences(nested: Nested, ranks: Sequence[int]) -> Iterator[tuple[
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
-    parser.add_argument("--model", type=Path, required=True, help="the file trained with networks.dylora")
-    parser.add_argument("--save_to", type=Path, help="base name of the files, which gets the rank: cat.safetensors")
+    save_to = {"required": False, "help": "base name of the files, which gets the rank: cat.safetensors"}
+    add_options(parser, "model", "save_to", model={"help": "the file trained with networks.dylora"}, save_to=save_to)
     parser.add_argument("--unit", type=int, help="cut at every multiple of this, the full rank too; unset: as trained")
     parser.add_argument("--rank", type=int, nargs="+", help="cut at only these ranks")
     parser.add_argument("--report", action="store_true", help="print how far each rank is from the full rank")

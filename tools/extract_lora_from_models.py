@@ -23,19 +23,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from library.checkpoints.base_model import BaseModel
-from library.checkpoints.marks import mark_of
 from library.errors import UserError
 from library.memory.devices import SAVE_DTYPES
 from networks.core.changes.svd import best_factors, clamp_factors
-from networks.core.files.adapter_file import AdapterFile, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.files.renaming import to_saved_naming
 from networks.core.kinds import lora
 from networks.core.targets.targets import TargetModule
+from tools.adapters import write_lora
 from tools.base_models import find_adapter_targets, open_base_model, spec_for
 from tools.command import (
-    add_device,
-    add_save_precision,
+    add_options,
     check_at_least_one,
     check_finite,
     check_output,
@@ -160,13 +157,10 @@ def make_metadata(args: argparse.Namespace, base: BaseModel) -> dict[str, str]:
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
-    parser.add_argument(
-        "--model_org", type=Path, required=True, help="the original checkpoint: file or diffusers folder"
-    )
-    parser.add_argument(
-        "--model_tuned", type=Path, required=True, help="the tuned checkpoint: file or diffusers folder"
-    )
-    parser.add_argument("--save_to", type=Path, required=True, help="the LoRA to write: .safetensors, .ckpt or .pt")
+    for model, word in (("org", "original"), ("tuned", "tuned")):
+        title = f"the {word} checkpoint: file or diffusers folder"
+        parser.add_argument(f"--model_{model}", type=Path, required=True, help=title)
+        parser.add_argument(f"--load_{word}_model_to", help="has no effect: weights are read one by one")
     parser.add_argument("--dim", type=int, default=4, help="rank of Linear layers and 1x1 convolutions (default: 4)")
     parser.add_argument("--conv_dim", type=int, help="rank of larger kernels; unset: they are omitted")
     parser.add_argument(
@@ -176,17 +170,13 @@ def setup_parser() -> argparse.ArgumentParser:
         help="clamp the factors to this quantile, 0.99 in sd-scripts; costs accuracy (default: 1, off)",
     )
     parser.add_argument("--min_diff", type=float, default=0.01, help="least change of a text encoder (default: 0.01)")
-    parser.add_argument("--v2", action="store_true", help="require SD 2.x; the model is recognised anyway")
-    parser.add_argument("--sdxl", action="store_true", help="require SDXL; the model is recognised anyway")
+    for flag, title in (("v2", "SD 2.x"), ("sdxl", "SDXL")):
+        parser.add_argument(f"--{flag}", action="store_true", help=f"require {title}; the model is recognised anyway")
     parser.add_argument("--v_parameterization", action="store_true", help="record that the model predicts velocity")
     parser.add_argument("--load_precision", choices=tuple(SAVE_DTYPES), help="has no effect: weights stay as they are")
-    for model in ("original", "tuned"):
-        parser.add_argument(
-            f"--load_{model}_model_to", help="has no effect: weights are read one by one into main memory"
-        )
-    add_save_precision(parser, "float")
-    add_device(parser)
-    parser.add_argument("--no_metadata", action="store_true", help="write no modelspec.* metadata")
+    parser.add_argument("--mem_eff_safe_open", action="store_true", help="has no effect: weights are read one by one")
+    unset = {"help": "precision of the file; unset: float"}
+    add_options(parser, "save_to", "save_precision", "device", "no_metadata", save_precision=unset)
     return parser
 
 
@@ -223,10 +213,8 @@ def extract(args: argparse.Namespace) -> None:
     tuned = open_base_model("--model_tuned", args.model_tuned)
     check_bases(args, org, tuned)
     modules = extract_modules(org, tuned, args, device)
-    file = AdapterFile(str(args.save_to), {m.name: m for m in modules}, make_metadata(args, org), {})
-    named, dtype = to_saved_naming(file, spec_for(org).names), parse_dtype(args.save_precision)
-    save_adapter_file(args.save_to, named, dtype, mark_of(WRITER, args.save_to))
-    print(f"{args.save_to}: {len(modules)} modules, rank {args.dim}")
+    dtype = parse_dtype(args.save_precision)
+    write_lora(args.save_to, modules, make_metadata(args, org), WRITER, dtype, spec_for(org))
 
 
 main = command(setup_parser, extract)

@@ -26,9 +26,9 @@ from library.models.clip.clip import clip_body
 from library.protocols import Architecture
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts
 from networks.core.files.module_weights import ModuleWeights
+from tools.adapters import read_adapter
 from tools.base_models import find_base
-from tools.command import add_device, check_at_least_one, command, make_parser, resolve_device
-from tools.convert_lora import read_adapter
+from tools.command import add_options, check_at_least_one, command, make_parser, resolve_device
 
 ENCODERS = ("text_encoder.", "text_encoder_2.")  # prefixes of module names in diffusers' naming
 BODY = "text_model."
@@ -135,13 +135,11 @@ def interrogate(args: argparse.Namespace) -> None:
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
-    parser.add_argument("--v2", action="store_true", help="has no effect: checkpoints are recognised")
     parser.add_argument("--sd_model", required=True, help="checkpoint that the LoRA is for: a file or diffusers folder")
-    parser.add_argument("--model", type=Path, required=True, help="the LoRA, of any kind and trainer")
     parser.add_argument("--batch_size", type=int, default=16, help="words at a time (default: 16)")
     parser.add_argument("--clip_skip", type=int, help="layer to compare, counted from the end; unset: the last")
     parser.add_argument("--top", type=int, default=100, help="how many words to show (default: 100)")
-    add_device(parser)
+    add_options(parser, "model", "v2", "device")
     return parser
 
 

@@ -19,10 +19,10 @@ from library.checkpoints.base_model import BaseModel
 from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile
 from tools import merge_lora
+from tools.adapters import read_adapter
 from tools.base_models import open_base_model
 from tools.command import check_output, command
-from tools.convert_lora import read_adapter
-from tools.merge_adapters import Arithmetic, Strengths, Weighted, keep_ratios, rename_to_kohya
+from tools.merge_adapters import Arithmetic, Strengths, Weighted, keep_ratios, rename_to_kohya, square_strengths
 from tools.merge_lora import merge_into_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -106,6 +106,11 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
         with_metadata = bool(base.architecture) and not args.no_metadata  # a text encoder alone has no architecture
         num = merge_into_checkpoint(base, adapters, save_to, arithmetic, with_metadata)
         print(f"{save_to}: {len(adapters)} adapters merged into {num} modules")
+
+
+def merge_as_sd_scripts(args: argparse.Namespace) -> None:
+    """Merge as sd-scripts' command does: with --concat the ratios have its meaning. Raises UserError."""
+    merge(args, square_strengths)
 
 
 main = command(setup_parser, merge)

@@ -34,25 +34,24 @@ from library.checkpoints.files import is_safetensors, read_metadata, save_pickle
 from library.checkpoints.folders import atomic_folder
 from library.checkpoints.marks import mark_folder, mark_of
 from library.errors import UserError
-from library.memory.devices import SAVE_DTYPES
 from library.randomness import generator_for
-from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts, save_adapter_file
+from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts
 from networks.core.files.module_weights import ModuleWeights, make_name_error
 from networks.core.files.renaming import rename
 from networks.core.kinds import norm
 from tools import block_weights
+from tools.adapters import read_adapter, spec_for_file, write_lora
 from tools.base_models import open_base_model, spec_for
 from tools.command import (
-    add_device,
-    add_save_precision,
+    add_options,
     check_at_least_one,
     check_output,
     check_output_folder,
     command,
+    complete_options,
     make_parser,
     resolve_ratios,
 )
-from tools.convert_lora import read_adapter, spec_for_file, to_names_of_training
 from tools.merge_adapters import (
     Arithmetic,
     Joining,
@@ -229,20 +228,17 @@ def setup_parser(new_rank: int | None = None) -> argparse.ArgumentParser:
     """Return the command's options; `new_rank` is the default of --new_rank."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--sd_model", type=Path, help="checkpoint to merge into: a single file or a diffusers folder")
-    parser.add_argument("--v2", action="store_true", help="has no effect: checkpoints are recognised")
-    parser.add_argument("--save_to", type=Path, required=True, help="the file or, for a folder, the folder to write")
     parser.add_argument("--base_model", type=Path, help="checkpoint that OFT, BOFT or DoRA of --models was trained on")
-    parser.add_argument("--models", type=Path, nargs="+", required=True, help="LoRA files of any trainer")
-    parser.add_argument("--ratios", type=float, nargs="+", help="strength of each file; unset: 1 for all")
+    save_to = {"help": "the file or, for a folder, the folder to write"}
+    ratios = {"help": "strength of each file; unset: 1 for all"}
+    add_options(parser, "save_to", "models", "ratios", "v2", save_to=save_to, ratios=ratios)
     parser.add_argument("--lbws", nargs="+", help=block_weights.help_text())
     parser.add_argument("--concat", action="store_true", help="without --sd_model: exact, the ranks add")
     parser.add_argument("--shuffle", action="store_true", help="with --concat: no file can be extracted again")
-    parser.add_argument("--new_rank", type=int, default=new_rank, help="without --sd_model; unset: the largest rank")
-    parser.add_argument("--new_conv_rank", type=int, help="rank for kernels larger than 1x1; unset: --new_rank")
-    parser.add_argument("--precision", choices=tuple(SAVE_DTYPES), default="float", help="precision of the arithmetic")
-    add_save_precision(parser, "that of each tensor in a checkpoint, --precision in a LoRA")
-    add_device(parser)
-    parser.add_argument("--no_metadata", action="store_true", help="write no modelspec.* metadata")
+    rank = {"default": new_rank, "help": "without --sd_model; unset: the largest rank"}
+    unset = {"help": "precision of the file; unset: that of each tensor in a checkpoint, --precision in a LoRA"}
+    names = ("new_rank", "new_conv_rank", "precision", "save_precision", "device", "no_metadata")
+    add_options(parser, *names, new_rank=rank, save_precision=unset)
     return parser
 
 
@@ -325,7 +321,11 @@ def weigh_files(
 
 
 def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
-    """Read, merge and write; `strengths` interprets the ratios if factors are concatenated."""
+    """Read, merge and write; `strengths` interprets the ratios if factors are concatenated.
+
+    Programs that call this may leave out options. Raises UserError.
+    """
+    args = complete_options(setup_parser(), args)
     ratios = check(args)
     arithmetic = Arithmetic.from_args(args)
     files = [read_adapter(path, "--models") for path in args.models]
@@ -347,10 +347,12 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
         joining = Joining(strengths, shuffling)
     modules = merge_adapters(adapters, resolve_ranks(args, adapters), arithmetic, trained_on, joining)
     metadata = make_metadata(adapters, modules, args.save_to, not args.no_metadata)
-    file = AdapterFile(str(args.save_to), {module.name: module for module in modules}, metadata, {})
-    dtype = arithmetic.save_dtype or arithmetic.dtype
-    save_adapter_file(args.save_to, to_names_of_training(file), dtype, mark_of(WRITER, args.save_to))
-    print(f"{args.save_to}: {len(modules)} modules, rank {metadata.get('ss_network_dim', 'none')}")
+    write_lora(args.save_to, modules, metadata, WRITER, arithmetic.save_dtype or arithmetic.dtype)
+
+
+def merge_as_sd_scripts(args: argparse.Namespace) -> None:
+    """Merge as sd-scripts' command does: with --concat the ratios have its meaning. Raises UserError."""
+    merge(args, square_strengths)
 
 
 main = command(setup_parser, merge)

@@ -24,7 +24,7 @@ from library.checkpoints.marks import mark_of
 from library.checkpoints.weights import Weights
 from library.errors import UserError, list_few
 from library.memory.devices import SAVE_DTYPES
-from tools.command import add_device, check_output, command, make_parser, resolve_device, resolve_ratios
+from tools.command import add_options, check_output, command, make_parser, resolve_device, resolve_ratios
 from tools.merge_adapters import modelspec
 from tools.merge_lora import write
 
@@ -93,16 +93,15 @@ def warn_of_nonfinite(output: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
-    parser.add_argument("--models", type=Path, nargs="+", required=True, help="checkpoints, each a single file")
+    models = {"help": "checkpoints, each a single file"}
+    ratios = {"help": "share of each file; unset: equal shares"}
+    add_options(parser, "models", "ratios", "precision", "device", models=models, ratios=ratios)
     parser.add_argument("--output", type=Path, required=True, help="the file to write: .safetensors, .ckpt or .pt")
-    parser.add_argument("--ratios", type=float, nargs="+", help="share of each file; unset: equal shares")
     parser.add_argument("--unet_only", action="store_true", help="keep the text encoders and the VAE of the first file")
-    parser.add_argument("--precision", choices=tuple(SAVE_DTYPES), default="float", help="precision of the arithmetic")
     parser.add_argument(
         "--saving_precision", choices=tuple(SAVE_DTYPES), default="float", help="precision of the file (default: float)"
     )
     parser.add_argument("--show_skipped", action="store_true", help="name the weights that the first file lacks")
-    add_device(parser)
     return parser
 
 

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from library.checkpoints.marks import mark_of
 from library.errors import UserError
 from library.randomness import generator_for
 from networks.core.changes.svd import (
@@ -33,21 +32,16 @@ from networks.core.changes.svd import (
     rank_by_sum,
     svd_of_product,
 )
-from networks.core.files.adapter_file import (
-    COMPUTED,
-    AdapterFile,
-    read_adapter_file,
-    require_layouts,
-    save_adapter_file,
-)
+from networks.core.files.adapter_file import COMPUTED, AdapterFile, read_adapter_file, require_layouts
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora, norm
+from tools.adapters import write_adapter
 from tools.command import (
-    add_device,
-    add_save_precision,
+    add_options,
     check_at_least_one,
     check_output,
     command,
+    complete_options,
     make_parser,
     parse_dtype,
     resolve_device,
@@ -182,10 +176,8 @@ def make_metadata(file: AdapterFile, modules: Sequence[ModuleWeights], measure: 
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
-    parser.add_argument("--model", type=Path, required=True, help="the LoRA file to read, of any trainer")
-    parser.add_argument("--save_to", type=Path, required=True, help="the file to write: .safetensors, .ckpt or .pt")
-    parser.add_argument("--new_rank", type=int, default=4, help="rank; with a method, the largest (default: 4)")
-    parser.add_argument("--new_conv_rank", type=int, help="rank of larger kernels; unset: --new_rank")
+    rank = {"default": 4, "help": "rank; with a method, the largest (default: 4)"}
+    add_options(parser, "model", "save_to", "new_rank", "new_conv_rank", new_rank=rank)
     parser.add_argument(
         "--dynamic_method",
         choices=tuple(METHODS),
@@ -202,8 +194,7 @@ def setup_parser() -> argparse.ArgumentParser:
         "(default: 0, exact)",
     )
     parser.add_argument("--verbose", action="store_true", help="show for each module what its new rank keeps")
-    add_save_precision(parser, "as in the input file")
-    add_device(parser)
+    add_options(parser, "save_precision", "device")
     return parser
 
 
@@ -228,13 +219,13 @@ def resolve_measure(args: argparse.Namespace) -> Measure:
 
 
 def resize(args: argparse.Namespace) -> None:
-    """Read, resize and write the file."""
+    """Read, resize and write the file. Programs that call this may leave out options. Raises UserError."""
+    args = complete_options(setup_parser(), args)
     measure = resolve_measure(args)
     check_output("--save_to", args.save_to, WRITER, [args.model])
     file = read_adapter_file(args.model, "--model")
     resized = resize_file(file, measure, resolve_device(args.device), args.verbose)
-    save_adapter_file(args.save_to, resized, parse_dtype(args.save_precision), mark_of(WRITER, args.save_to))
-    print(f"{args.save_to}: {len(resized.modules)} modules, rank {resized.metadata['ss_network_dim']}")
+    write_adapter(args.save_to, resized, WRITER, parse_dtype(args.save_precision))
 
 
 main = command(setup_parser, resize)

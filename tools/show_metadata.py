@@ -20,7 +20,7 @@ from library.checkpoints.files import file_in_folder, holds_safetensors, read_he
 from library.errors import UserError
 from library.formatting import escape_controls
 from library.json_text import parse_json
-from tools.command import command, make_parser
+from tools.command import add_file, command, make_parser
 
 TAG_KEY = "ss_tag_frequency"
 TIME_KEYS = ("ss_training_started_at", "ss_training_finished_at")
@@ -99,9 +99,7 @@ def shorten(text: str) -> str:
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
-    inputs = parser.add_mutually_exclusive_group(required=True)
-    inputs.add_argument("--model", type=Path, help="a .safetensors file")
-    inputs.add_argument("file", type=Path, nargs="?", help="the same, as a positional argument")
+    add_file(parser, "a .safetensors file")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, with nested JSON unpacked")
     parser.add_argument("--key", help="print only this value, unchanged")
     parser.add_argument("--num_tags", type=int, default=20, help="tags to list")

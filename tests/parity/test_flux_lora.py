@@ -21,7 +21,7 @@ from tests.parity.denoisers import save_trained
 from tests.tiny.flux import inputs, oracle_output, tiny_flux
 from tests.tolerances import FLOAT32_DEEP
 from tests.unit.networks.toy import randomize
-from tools.convert_lora import spec_for_file
+from tools.adapters import spec_for_file
 
 DOORS = {"lora_flux": lora_flux, "lora": lora, "lora_fa": lora_fa, "dylora": dylora}
 

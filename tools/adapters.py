@@ -1,0 +1,49 @@
+"""What the tools for adapter files share: how a file is read, recognised and written."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from library.architectures.specs import list_specs
+from library.checkpoints.base_model_spec import BaseModelSpec
+from library.checkpoints.marks import mark_of
+from library.checkpoints.recognition import recognise_adapter, require_spec
+from networks.core.files.adapter_file import AdapterFile, read_adapter_file, save_adapter_file
+from networks.core.files.foreign_names import add_model
+from networks.core.files.module_weights import ModuleWeights
+from networks.core.files.renaming import to_saved_naming
+
+
+def read_adapter(path: Path, flag: str) -> AdapterFile:
+    """Read an adapter file of any trainer, or a folder saved by PEFT. Raises UserError naming `flag`."""
+    return add_model(read_adapter_file(path, flag), [spec.names for spec in list_specs()])
+
+
+def spec_for_file(file: AdapterFile, origin: str) -> BaseModelSpec:
+    """Return the spec of a file's base model. Raises UserError if it cannot be recognised."""
+    return require_spec(list_specs(), shapes_by_key(file), file.metadata, origin)
+
+
+def shapes_by_key(file: AdapterFile) -> dict[str, torch.Size]:
+    """Return the shape of every tensor by its key in the file."""
+    return {module.keys[key]: t.shape for module in file.modules.values() for key, t in module.tensors.items()}
+
+
+def write_adapter(
+    path: Path, file: AdapterFile, writer: str, dtype: torch.dtype | None = None, shown: AdapterFile | None = None
+) -> None:
+    """Write an adapter with the mark of its tool, and print how many modules of which rank it has (or `shown`)."""
+    save_adapter_file(path, file, dtype, mark_of(writer, path))
+    shown = file if shown is None else shown
+    print(f"{path}: {len(shown.modules)} modules, rank {shown.metadata.get('ss_network_dim', 'none')}")
+
+
+def write_lora(
+    path: Path, modules: Iterable[ModuleWeights], metadata: Mapping[str, str], writer: str, dtype: torch.dtype | None,
+    spec: BaseModelSpec | None = None,
+) -> None:  # fmt: skip
+    """Write a new LoRA under the names that training saves for its base model, which is recognised unless given."""
+    file = AdapterFile(str(path), {module.name: module for module in modules}, metadata, {})
+    spec = spec or recognise_adapter(list_specs(), shapes_by_key(file), metadata)
+    write_adapter(path, file if spec is None else to_saved_naming(file, spec.names), writer, dtype, file)
