@@ -1,4 +1,5 @@
 """Compare our own denoisers with diffusers' modules of the same weights: eager forward and backward pass on the CPU.
+Qwen-Image's VAE is compared on one image too, without and with the layers of --qwen_image_vae_2d, without gradients.
 
 The models have full width and one block of each kind. The weights are random and frozen; the gradients of latents and
 text are computed. Both implementations take turns in one run, and the fastest pass of each counts. Memory is the peak
@@ -13,6 +14,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -42,6 +44,8 @@ from library.memory.blocks import plain, run_blocks_with  # noqa: E402
 from library.memory.compiled import Compiled, CompileSettings  # noqa: E402
 from library.memory.devices import move_to_device  # noqa: E402
 from library.memory.planner.counter import OperationCounter  # noqa: E402
+from library.models.vae.qwen_image import qwen_image_latents, statistics  # noqa: E402
+from library.models.vae.qwen_image_2d import replace_layers_for_images  # noqa: E402
 from tests.tiny import (  # noqa: E402
     anima,
     chroma,
@@ -67,6 +71,7 @@ FLUX_2 = replace(flux_2.KLEIN_4B, num_double=1, num_single=1)
 KREA2 = replace(krea2.FULL_SIZE, num_layerwise=1, num_refiners=1, num_blocks=1)
 QWEN_IMAGE_21 = replace(qwen_image_21.FULL_SIZE, num_blocks=1)
 ZIMAGE = replace(zimage.FULL_SIZE, num_context_refiners=1, num_noise_refiners=1, num_layers=1)
+QWEN_IMAGE_VAE = {"base_dim": 96, "z_dim": 16, "temperal_downsample": [False, True, True]}
 HUNYUAN_IMAGE = HunyuanImageConfig(64, 3584, 128, 14336, 3584, 1, 1, False, 1472, 2048, 1, 14336)
 
 Run = Callable[..., Tensor]
@@ -202,6 +207,28 @@ def masked_pair(
     return make_pair(ours, theirs, oracle, text_width, side, [mask], channels=channels, patch=patch)
 
 
+def vae_pair(encodes: bool, is_2d: bool, side: int, dtype: torch.dtype) -> Pair:
+    """Return Qwen-Image's VAE on an image, and as diffusers runs it on a video of one frame; nothing is trained."""
+    from diffusers import AutoencoderKLQwenImage
+
+    theirs = AutoencoderKLQwenImage(**QWEN_IMAGE_VAE).to(dtype).eval().requires_grad_(False)
+    ours = replace_layers_for_images(deepcopy(theirs)) if is_2d else theirs
+    codec, (mean, std) = qwen_image_latents("_anima.npz"), statistics(torch.device("cpu"))
+    if encodes:
+        return Pair(
+            lambda x: codec.encode(ours, x, []),
+            lambda x: (theirs.encode(x[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std,
+            [torch.rand(1, 3, 16 * side, 16 * side, dtype=dtype) * 2 - 1],
+            (ours, theirs),
+        )
+    return Pair(
+        lambda z: codec.decode(ours, z),
+        lambda z: theirs.decode((z * std + mean)[:, :, None]).sample[:, :, 0],
+        [torch.randn(1, 16, 2 * side, 2 * side, dtype=dtype)],
+        (ours, theirs),
+    )
+
+
 PAIRS: Mapping[str, Callable[[int, torch.dtype], Pair]] = {
     "flux": flux_pair,
     "chroma": chroma_pair,
@@ -219,6 +246,10 @@ PAIRS: Mapping[str, Callable[[int, torch.dtype], Pair]] = {
         QWEN_IMAGE_21.text_width, channels=QWEN_IMAGE_21.in_features, patch=1,
     ),
     "zimage": partial(masked_pair, "zimage", ZImage, ZIMAGE, zimage.oracle_output, ZIMAGE.text_width),
+    "VAE, encode": partial(vae_pair, True, False),
+    "VAE, decode": partial(vae_pair, False, False),
+    "2d VAE, encode": partial(vae_pair, True, True),
+    "2d VAE, decode": partial(vae_pair, False, True),
 }  # fmt: skip
 
 
@@ -236,7 +267,10 @@ def compile_ours(pair: Pair) -> Run:
 
 
 def step(run: Run, values: Values, with_autocast: bool) -> tuple[Tensor, ...]:
-    """Return the output, and the gradients of the inputs."""
+    """Return the output, and the gradients of inputs that require them."""
+    if not any(value.requires_grad for value in values):
+        with torch.no_grad():
+            return (run(*values),)
     with torch.autocast("cpu", torch.bfloat16, enabled=with_autocast):
         output = run(*values)
     return output.detach(), *torch.autograd.grad(output.float().square().mean(), values)
@@ -293,7 +327,7 @@ def main() -> None:
         sizes = [peak_bytes(pair, run, with_autocast) / 2**20 for run in runs]
         memory = f"{sizes[0]:10.0f}{sizes[1]:8.0f}{sizes[0] / sizes[1]:7.2f}"
         print(f"{name:15}{ours:9.2f}{theirs:10.2f}{ours / theirs:7.2f}{memory}{off:9.0e}", flush=True)
-        if args.compile:
+        if args.compile and pair.values[0].requires_grad:
             run = compile_ours(pair)
             first = seconds(lambda: step(run, pair.values, with_autocast))  # noqa: B023
             took = min(seconds(lambda: step(run, pair.values, with_autocast)) for _ in range(args.passes))  # noqa: B023

@@ -175,7 +175,7 @@ WITHOUT_TARGET: Mapping[str, str] = {
     **{
         f"benchmarks/{name}.py": ELSEWHERE
         for name in (
-            "adapters", "denoisers", "format_errors", "gpu_step", "image_vae", "latent_caching", "own_overhead",
+            "adapters", "denoisers", "format_errors", "gpu_step", "latent_caching", "own_overhead",
             "quickstart", "reading_in_a_format", "scaling", "sweep",
         )
     },
