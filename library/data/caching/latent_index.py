@@ -5,25 +5,23 @@ The mark is a digest of everything on which `judge` depends: the image and its s
 damaged index only costs time.
 """
 
-import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from library.checkpoints.files import atomic_path
 from library.data.caching.latent_files import Expected, LatentFile, judge
-from library.data.decoding.npz import DAMAGE, MISSING, Verdict, open_npz
+from library.data.decoding.index_file import pack_names, read_arrays, unpack_names, write_arrays
+from library.data.decoding.npz import MISSING, Verdict
 from library.data.scanned.images import ScannedImage
 from library.data.sources.folders import image_index
 from library.data.sources.folders.image_index import UNSETTLED, compute_stamp
 from library.data.sources.storage.storage import Storage
-
-logger = logging.getLogger(__name__)
 
 FILE_NAME = ".latent_index.npz"
 VERSION = 1
@@ -116,25 +114,16 @@ def compute_mark(file: LatentFile, image: ScannedImage, image_stamps: Sequence[i
 
 def read_rows(folder: str) -> Rows:
     """Read the rows of a folder's index; none if it is missing or damaged."""
-    path = Path(folder) / FILE_NAME
-    try:
-        with open_npz(path) as archive:
-            names = os.fsdecode(archive["names"].tobytes()).split("\0")
-            stamps, marks = archive["stamps"].tolist(), archive["marks"].tolist()
-        return dict(zip(names, zip(stamps, marks, strict=True), strict=True))
-    except FileNotFoundError:
-        pass
-    except DAMAGE as error:
-        logger.warning("%s cannot be used and is rebuilt: %s", path, error)
-    return {}
+
+    def read(archive: Mapping[str, Any]) -> Rows:
+        entries = zip(archive["stamps"].tolist(), archive["marks"].tolist(), strict=True)
+        return dict(zip(unpack_names(archive["names"]), entries, strict=True))
+
+    return read_arrays(Path(folder) / FILE_NAME, read) or {}
 
 
 def write_rows(folder: str, rows: Rows) -> None:
     """Write the index of a folder atomically, if the folder is writable."""
     table = np.array(list(rows.values()), dtype=np.int64)
-    names = np.frombuffer(os.fsencode("\0".join(rows)), dtype=np.uint8)
-    try:
-        with atomic_path(Path(folder) / FILE_NAME) as temporary, temporary.open("wb") as file:
-            np.savez(file, names=names, stamps=table[:, 0], marks=table[:, 1])
-    except OSError as error:
-        logger.debug("the index of latents in %s is not written: %s", folder, error)
+    arrays = {"names": pack_names(list(rows)), "stamps": table[:, 0], "marks": table[:, 1]}
+    write_arrays(Path(folder) / FILE_NAME, arrays)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from library.data.decoding import index_file
 from library.data.decoding.threads import BLOCK, read_many
 from library.data.plan.data_plan import DataPlan
 from library.data.scanned.subsets import ScannedSubset
@@ -253,7 +254,7 @@ def test_failing_to_write_the_index_is_not_an_error(folder, monkeypatch, caplog)
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(image_index, "atomic_path", refuse)
+    monkeypatch.setattr(index_file, "atomic_path", refuse)
     assert len(build(folder).samples) == 5
     assert not (folder / image_index.FILE_NAME).exists() and caplog.text.count("WARNING") == 0
 

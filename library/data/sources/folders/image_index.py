@@ -6,7 +6,6 @@ unwritable folder, only costs time.
 """
 
 import json
-import logging
 import math
 import os
 import time
@@ -19,15 +18,12 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from library.checkpoints.files import atomic_path
-from library.data.decoding.npz import DAMAGE, open_npz
+from library.data.decoding.index_file import pack_names, read_arrays, unpack_names, write_arrays
 from library.data.decoding.threads import read_many
 from library.data.description.buckets import Size
 from library.data.scanned.columns import Sizes, Texts
 from library.errors import UserError
 from library.json_text import parse_json
-
-logger = logging.getLogger(__name__)
 
 FILE_NAME = ".picture_index.npz"  # front ends accept this extension among images
 VERSION = 2
@@ -180,26 +176,13 @@ class FolderIndex:
         is_equal = self.sizes.equals(sizes) and all(
             name in self.captions and self.captions[name].equals(table) for name, table in captions.items()
         )
-        if is_equal or len(sizes.names) < MIN_FILES:
-            return
-        try:
-            with atomic_path(Path(self.folder) / FILE_NAME) as temporary, temporary.open("wb") as file:
-                np.savez(file, **build_tables(sizes, captions))
-        except OSError as error:
-            logger.debug("the index of %s is not written: %s", self.folder, error)
+        if not is_equal and len(sizes.names) >= MIN_FILES:
+            write_arrays(Path(self.folder) / FILE_NAME, build_tables(sizes, captions))
 
 
 def open_index(folder: str) -> FolderIndex:
     """Read the index of a folder; empty if it is missing or damaged."""
-    path = Path(folder) / FILE_NAME
-    try:
-        with open_npz(path) as archive:
-            return FolderIndex(folder, *read_tables(archive))
-    except FileNotFoundError:
-        pass
-    except DAMAGE as error:
-        logger.warning("%s cannot be used and is rebuilt: %s", path, error)
-    return FolderIndex(folder)
+    return FolderIndex(folder, *(read_arrays(Path(folder) / FILE_NAME, read_tables) or ()))
 
 
 # The archive
@@ -209,19 +192,18 @@ def open_index(folder: str) -> FolderIndex:
 
 
 def build_tables(sizes: Table[Size | str], captions: Mapping[str, Table[str]]) -> dict[str, Any]:
-    """Return the arrays of the archive. Names are separated by NUL, which no name contains; texts are stored with
-    their lengths."""
+    """Return the arrays of the archive. Texts are stored with their lengths."""
     sides = [size if isinstance(size, tuple) else (0, 0) for size in sizes.values]
     paired = [ending for ending, table in captions.items() if table.names == list_own_captions(sizes.names, ending)]
     about = {"version": VERSION, "caption_extensions": list(captions), "paired": paired}
     arrays: dict[str, Any] = {
-        "about": _bytes(json.dumps(about).encode()),
-        "picture_names": _bytes(os.fsencode("\0".join(sizes.names))),
+        "about": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
+        "picture_names": pack_names(sizes.names),
         "picture_stamps": sizes.stamps,
         "picture_sizes": Sizes.of(sides).array_N2,
     }
     for number, table in enumerate(captions.values()):
-        arrays[f"caption_names_{number}"] = _bytes(os.fsencode("\0".join(table.names)))
+        arrays[f"caption_names_{number}"] = pack_names(table.names)
         arrays[f"caption_stamps_{number}"] = table.stamps
         texts = Texts.of(table.values)
         arrays[f"caption_lengths_{number}"] = texts.lengths.astype(np.int32)
@@ -250,12 +232,8 @@ def read_tables(archive: Mapping[str, Any]) -> tuple[Table[Size | str], dict[str
     return sizes, captions, frozenset(about["paired"]).intersection(captions)
 
 
-def _bytes(content: bytes) -> NDArray[np.uint8]:
-    return np.frombuffer(content, dtype=np.uint8)
-
-
 def _table(names: NDArray[np.uint8], stamps: Stamps, values: Sequence[Any]) -> Table[Any]:
-    table = Table(os.fsdecode(names.tobytes()).split("\0") if len(names) else [], stamps, values)
+    table = Table(unpack_names(names), stamps, values)
     if not len(table.names) == len(table.stamps) == len(table.values):
         raise UserError("its tables do not match")
     return table

@@ -19,6 +19,7 @@ import numpy as np
 
 from library.checkpoints.files import atomic_path
 from library.checkpoints.overwriting import known_by_start, open_lock_file
+from library.data.decoding.index_file import read_index_file
 from library.data.scanned.images import FileStamp
 from library.data.scanned.names import short_digest
 from library.data.sources.indexed.parquet_files import pyarrow_parquet
@@ -117,15 +118,8 @@ def write_table(table: Any, path: Path) -> None:
 
 def open_index(path: Path, files: IndexedFiles) -> Any:
     """Open a valid index; None if it is missing, damaged, or of other files."""
-    parquet = pyarrow_parquet()
-    try:
-        table = parquet.read_table(path, memory_map=True)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        logger.warning("%s cannot be used and is rebuilt: %s", path, error)
-        return None
-    if (table.schema.metadata or {}).get(ABOUT) != files.about():
+    table = read_index_file(path, lambda path: pyarrow_parquet().read_table(path, memory_map=True))
+    if table is None or (table.schema.metadata or {}).get(ABOUT) != files.about():
         return None
     if not is_plausible(table, files):
         logger.warning("%s is damaged and is rebuilt", path)
