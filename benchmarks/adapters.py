@@ -2,14 +2,13 @@
 
 The plain implementations are measured too: LoRA as three separate operations, and DoRA that builds the changed weight.
 All implementations of a layer take turns, so that a busy machine slows all of them alike; the median of the rounds
-counts. Memory is the peak of what one forward and backward pass allocates, without the weights.
+counts. Memory is counted: the peak of the tensors of one forward and backward pass beside the weights.
 
     python benchmarks/adapters.py
     python benchmarks/adapters.py --shapes sd15 flux --rank 16 --device cuda --dtype bf16
 """
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -20,13 +19,12 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler logs every start and stop
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.functional import conv2d, linear  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
+from library.memory.planner.counter import OperationCounter  # noqa: E402
 from networks.core.changes.alpha import ScaledDelta  # noqa: E402
 from networks.core.changes.change import Delta  # noqa: E402
 from networks.core.changes.dora import EPS, Decompose, DoRA  # noqa: E402
@@ -115,8 +113,9 @@ class Way:
 
 def ours(name: str, layer: Any, delta: Delta, decomposition: Any = None, has_scalar: bool = False) -> Way:
     """Return one of our adapters that adds `delta` to the weight; `decomposition` makes it a DoRA."""
-    change = ScaledDelta(layer, delta, float(delta.rank), has_scalar=has_scalar)
-    return perturb(name, layer, change if decomposition is None else DoRA(change, decomposition))
+    if decomposition is not None:
+        return perturb(name, layer, DoRA(layer, delta, float(delta.rank), decomposition))
+    return perturb(name, layer, ScaledDelta(layer, delta, float(delta.rank), has_scalar=has_scalar))
 
 
 def perturb(name: str, layer: Any, change: Any) -> Way:
@@ -183,24 +182,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def peak_bytes(call: Callable[[], None], device: torch.device) -> int:
-    """Return the peak of the memory that a call allocates."""
-    if device.type == "cuda":
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+def peak_bytes(call: Callable[[], None], kept: list[Tensor]) -> int:
+    """Return the peak of the memory that a call needs beside tensors that are there before it."""
+    counter = OperationCounter()
+    counter.leave_out(kept)
+    with counter:
         call()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    assert profiler.profiler is not None
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    now = peak = 0
-    for _, change in changes:
-        now += change
-        peak = max(peak, now)
-    return peak
+    return counter.peak
 
 
 def measure(shape: Shape, args: argparse.Namespace) -> list[str]:
@@ -215,7 +203,8 @@ def measure(shape: Shape, args: argparse.Namespace) -> list[str]:
     def autocast() -> Any:
         return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    calls = {way.name: (lambda way=way: one_pass(way, x, gradient, autocast)) for way in ways(layer, args.rank)}
+    found = ways(layer, args.rank)
+    calls = {way.name: (lambda way=way: one_pass(way, x, gradient, autocast)) for way in found}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -223,7 +212,8 @@ def measure(shape: Shape, args: argparse.Namespace) -> list[str]:
         for name, call in calls.items():
             times[name].append(seconds_of(call, device))
     middle = {name: statistics.median(values) for name, values in times.items()}
-    memory = {name: peak_bytes(call, device) for name, call in calls.items()}
+    kept = [x, gradient, *layer.parameters(), *(parameter for way in found for parameter in way.parameters)]
+    memory = {name: peak_bytes(call, kept) for name, call in calls.items()}
     alone, lora = middle["layer alone"], middle["LoRA"]
     lines = [
         f"{shape.name}, rank {args.rank}, {args.dtype} on {device.type}: the layer alone takes {alone * 1e3:.2f} ms"

@@ -107,6 +107,8 @@ def peer_of_unet(subject: Subject) -> Peer:
 def peer_of_sd3(is_tiny: bool) -> Peer:
     from diffusers import SD3Transformer2DModel
 
+    from tests.tiny.sd3 import run_theirs
+
     sizes: dict[str, Any] = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
     sizes |= {"sample_size": 128, "pos_embed_max_size": 192}
     if is_tiny:
@@ -114,9 +116,7 @@ def peer_of_sd3(is_tiny: bool) -> Peer:
         sizes |= {"pooled_projection_dim": 48, "sample_size": 16, "pos_embed_max_size": 24}
 
     def call(model: nn.Module, values: Any, named: Any) -> Tensor:
-        latents, timesteps, context, pooled = values
-        found: Tensor = model(latents, context, pooled, timesteps).sample
-        return found
+        return run_theirs(model, dict(zip(("latents", "timesteps", "context", "pooled"), values, strict=True)))
 
     return Peer(lambda: SD3Transformer2DModel(**sizes, out_channels=16), call, ("transformer_blocks.",))
 
@@ -124,28 +124,15 @@ def peer_of_sd3(is_tiny: bool) -> Peer:
 def peer_of_flux(is_tiny: bool) -> Peer:
     from diffusers import FluxTransformer2DModel
 
+    from tests.tiny.flux import oracle_output
+
     sizes: dict[str, Any] = {"guidance_embeds": True}
     if is_tiny:
         sizes |= {"num_layers": 4, "num_single_layers": 6, "num_attention_heads": 2, "attention_head_dim": 32}
         sizes |= {"joint_attention_dim": 32, "axes_dims_rope": (4, 14, 14)}
 
     def call(model: nn.Module, values: Any, named: Any) -> Tensor:
-        latents, sigmas, text, pooled, guidance = values
-        B, C, H, W = latents.shape
-        patches = latents.view(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W // 4, 4 * C)
-        places = torch.zeros(H // 2, W // 2, 3, device=latents.device)
-        places[..., 1] += torch.arange(H // 2, device=latents.device)[:, None]
-        places[..., 2] += torch.arange(W // 2, device=latents.device)[None]
-        found: Tensor = model(
-            hidden_states=patches,
-            encoder_hidden_states=text,
-            pooled_projections=pooled,
-            timestep=sigmas,
-            guidance=guidance,
-            img_ids=places.flatten(0, 1),
-            txt_ids=torch.zeros(text.shape[1], 3, device=latents.device),
-        ).sample
-        return found
+        return oracle_output(model, *values)
 
     return Peer(lambda: FluxTransformer2DModel(**sizes), call, ("transformer_blocks.",))
 

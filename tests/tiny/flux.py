@@ -188,7 +188,7 @@ def oracle_output(
         timestep=sigmas,
         guidance=guidance,
         img_ids=FluxPipeline._prepare_latent_image_ids(B, h, w, latents.device, torch.float32),
-        txt_ids=torch.zeros(text.shape[1], 3),
+        txt_ids=torch.zeros(text.shape[1], 3, device=text.device),
     ).sample
 
 
