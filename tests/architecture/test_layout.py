@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.architecture.sources import python_files, source_of
+from tests.architecture.sources import python_files, source_of, text_of
 
 PATHS = python_files("library", "networks")
 MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in PATHS}
@@ -181,3 +181,8 @@ def test_no_base_model_imports_another() -> None:
 def test_every_layer_exists() -> None:
     for part in LAYER:
         assert any(module == part or module.startswith(part + ".") for module in MODULES), part
+
+
+def test_old_paths_of_tools_have_no_options_of_their_own() -> None:
+    doors = [path for path in python_files("networks", "finetune") if len(path.parts) == 2]
+    assert len(doors) > 20 and [str(path) for path in doors if "add_argument" in text_of(path)] == []
