@@ -22,7 +22,7 @@ from library.requirements import (
 )
 from library.version import VERSION
 
-WITHOUT_PACKAGES = ("start.py", "front_end.py", "doctor.py", "plan_memory.py")
+WITHOUT_PACKAGES = ("start.py", "front_end.py", "doctor.py", "plan_memory.py", "release.py")
 SCRIPTS = [
     path.relative_to(ROOT).as_posix()
     for folder in (".", "tools", "tools/quickstart", "benchmarks/toys", "networks", "finetune")
