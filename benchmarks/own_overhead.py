@@ -97,24 +97,24 @@ def prepare_runs(words: Sequence[str], learning_rates: Sequence[float]) -> list[
     from library.processes import from_accelerator
     from library.training.command_line.cli import parse
     from library.training.models import opening
+    from library.training.models.requests import RequestedRun
     from library.training.reporting.event_stream import Events, open_event_file
-    from library.training.run import runs
     from library.training.run.prepare import prepare
+    from library.training.saving.checkpoints import Names
 
     options = TrainOptions.from_args(parse(train_network.setup_parser(), words))
     arch = build(options)
     accelerator = opening.open_accelerator(options.precision.mixed_precision, options.trackers)
     processes = from_accelerator(accelerator)
-    plan = opening.open_data_plan(options, arch, 1, processes.count)
+    requested = RequestedRun.resolve([options.with_values({"learning_rate": rate}) for rate in learning_rates], arch)
+    plan = opening.open_data_plan(options, arch, requested.text, 1, processes.count)
     path = options.reports.log_events
     events = Events([] if path is None else [open_event_file(Path(path), False)])
     wanted = [
-        runs.AdapterRequest(
-            options.with_values({"learning_rate": rate}), 1, None, events, f"adapter {number}" if number else ""
-        )
-        for number, rate in enumerate(learning_rates)
+        replace(adapter, seed=1, names=Names.build(options.saving), events=events, label=f"adapter {n}" if n else "")
+        for n, adapter in enumerate(requested.adapters)
     ]
-    return list(prepare(options, arch, 1, plan, accelerator, processes, wanted))
+    return list(prepare(replace(requested, adapters=wanted), 1, plan, accelerator, processes))
 
 
 def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, list[nn.Parameter]]:

@@ -33,6 +33,7 @@ from library.training.evaluation.choosing import (
 )
 from library.training.evaluation.measurement import Measurement
 from library.training.models.opening import open_data_plan
+from library.training.models.text_caching import TextPlan
 from library.training.offline.file_losses import FileLosses, Sides, adjust_for_measuring, losses_of_files
 from library.training.report_page.writer import add_event
 from library.training.reporting import events
@@ -158,8 +159,9 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     seed = choose_seed(options.run.seed, files)
     warn_of_other_splits(options.validation, files, seed)
     arch = base.build(options)
-    plan = open_data_plan(options, arch, seed, 1)
-    sides, losses = losses_of_files(options, arch, plan, seed, [None, *files], find_device())
+    text_plan = TextPlan.resolve(options.network, arch.text_cache)
+    plan = open_data_plan(options, arch, text_plan, seed, 1)
+    sides, losses = losses_of_files(options, text_plan, arch, plan, seed, [None, *files], find_device())
     choice = choose_measured(measure_files(sides, list(losses)), is_held_out=sides.held_out is not None)
     if choice is None:
         raise UserError("the loss of every file is NaN; use --mixed_precision bf16 or no")

@@ -14,10 +14,10 @@ from library.memory.planner.gpus import Gpu
 from library.options.dataset import DatasetOptions
 from library.options.requirements import check_requirements
 from library.options.train import TrainOptions
-from library.protocols import Architecture
 from library.training.command_line.checks import check_network, check_precision
 from library.training.command_line.cli import parse
 from library.training.models.check_batches import mute_logging
+from library.training.models.requests import RequestedRun
 from library.training.planning.counting import BatchShape, CountedRun, count_run
 from library.training.planning.fit import fit_to
 from library.training.planning.fit_run import count_sweep
@@ -43,8 +43,8 @@ def read_training_options(script: str, arguments: Sequence[str]) -> tuple[BaseMo
     return spec, spec.options.from_args(parse(parser, arguments))
 
 
-def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architecture, BatchShape, CountedRun]:
-    """Count the operations and memory of a training run; return its options, base model, largest batch and count.
+def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, RequestedRun, BatchShape, CountedRun]:
+    """Count the operations and memory of a training run; return its options, the run, its largest batch and the count.
 
     Raises UserError for invalid options.
     """
@@ -60,8 +60,8 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architectu
     batch = largest_batch(load_dataset_config(options)) if data.dataset_config else batch_of_options(data)
     with mute_logging():  # the training run itself logs these messages
         options, adapters = split_options(options)
-        arch = spec.build(options)
-        return options, arch, batch, count_run(options, arch, batch, GPU, list(adapters.values()))
+        run = RequestedRun.resolve(adapters.values(), spec.build(options))
+        return options, run, batch, count_run(run, batch, GPU)
 
 
 def batch_of_options(data: DatasetOptions) -> BatchShape:
@@ -87,11 +87,10 @@ def largest_batch(config: RunDataConfig) -> BatchShape:
 
 def plan(script: str, training: Sequence[str], gpus: Sequence[Gpu]) -> None:
     """Print a table for each GPU. Raises UserError for invalid options."""
-    options, arch, batch, counted = count(script, training)
+    options, run, batch, counted = count(script, training)
     with mute_logging():
-        _, adapters = split_options(options)
-        sweep = count_sweep(options, arch, batch, GPU, list(adapters.values()))
-    print(f"{arch.name}, {batch.count} x {batch.width}x{batch.height}, {options.network.network_module}")
+        sweep = count_sweep(run, batch, GPU)
+    print(f"{run.arch.name}, {batch.count} x {batch.width}x{batch.height}, {options.network.network_module}")
     num_steps = options.run.max_train_steps if options.run.max_train_epochs is None else None
     for gpu in gpus:
         print()

@@ -53,7 +53,7 @@ from library.training.command_line.checks import check_data
 from library.training.models.base_model import encode_images
 from library.training.models.compute import Compute
 from library.training.models.opening import open_accelerator, open_data_plan
-from library.training.models.text_caching import prepare_text, resolve_text_cache
+from library.training.models.text_caching import TextPlan, prepare_text
 from tools.command import make_training_parser, training_command
 from tools.counted_plan import read_training_options, spec_of_script
 
@@ -448,16 +448,17 @@ def fill_caches(script: str | None, options: TrainOptions) -> None:
     processes = from_accelerator(
         open_accelerator(options.precision.mixed_precision, options.trackers, options.distributed.ddp_timeout)
     )
-    plan = open_data_plan(options, arch, options.run.seed or 0, processes.count)
+    text = TextPlan.resolve(options.network, arch.text_cache)
+    plan = open_data_plan(options, arch, text, options.run.seed or 0, processes.count)
     if options.caching.cache_latents_to_disk:
         encode_images(arch.load.vae, arch.codec, options.caching, options.run.seed or 0, plan, processes)
     if caches_text:
-        if resolve_text_cache(options.network, arch.text_cache) is None:
+        if text.cached is None:
             raise UserError(
                 f"--{CACHES[1]} has no effect here: every text encoder trains, or none can be cached; remove it"
             )
         compute = Compute.build(options.precision, processes.device)
-        prepare_text(options, arch, plan, compute.device, compute.autocast, [], processes)
+        prepare_text(text, options.caching, options.precision, arch, plan, compute, [], processes)
 
 
 main = training_command(setup_parser, make_shards)

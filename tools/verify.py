@@ -36,6 +36,7 @@ from library.memory.devices import DTYPES
 from library.memory.planner.measured import benchmark_gpu
 from library.memory.planner.prediction import MemoryMode, predict
 from library.models.reference import MissingClass
+from library.options.base import Options
 from library.options.config_file import ConfigFileOptions
 from library.options.output.console import ConsoleOptions
 from library.options.output.preview import PreviewOptions
@@ -153,7 +154,8 @@ def run_checks(spec: BaseModelSpec, options: TrainOptions, training: Sequence[st
         return
     yield compare_resumed(spec, options, uninterrupted, folder)
     with mute_logging():
-        planned = predict_step(spec, options, training, uninterrupted)
+        mode = resolve_memory_mode(options.memory, options.precision, options.distributed)
+        planned = predict_step(spec, mode, options.precision.mixed_precision, training, uninterrupted)
     yield from compare_with_plan(uninterrupted.events("step"), planned, torch.cuda.is_available())
 
 
@@ -230,13 +232,14 @@ class Trial:
         yield Result(f"{NUM_STEPS} steps", text, len(finite) < NUM_STEPS)
 
 
-def prepare_trial(spec: BaseModelSpec, options: TrainOptions, folder: Path, changes: Mapping[str, Any]) -> Trial:
+def prepare_trial(spec: BaseModelSpec, options: Options, folder: Path, changes: Mapping[str, Any]) -> Trial:
     """Write the options of a short training run: those of the user's run after its recipe, file and command line,
     without passwords, overridden by `TRIAL_OPTIONS` and `changes`."""
     folder.mkdir()
-    seed = 1 if options.run.seed is None else options.run.seed
+    given = options.flat()
+    seed = 1 if given["seed"] is None else given["seed"]
     own = {"output_dir": str(folder), "log_events": str(folder / EVENTS_FILE), "seed": seed}
-    values = {**shorten_schedule(options.flat()), **TRIAL_OPTIONS, **own, **changes}
+    values = {**shorten_schedule(given), **TRIAL_OPTIONS, **own, **changes}
     defaults = type(options).defaults()
     written = {name: values[name] for name in defaults if name not in SECRETS and values[name] != defaults[name]}
     write_config(folder / OPTIONS_FILE, {name: to_toml_value(value) for name, value in written.items()})
@@ -257,10 +260,10 @@ def find_error(log: str) -> str:
     return f"{kinds[-1]}, see above" if kinds else "see above"
 
 
-def compare_resumed(spec: BaseModelSpec, options: TrainOptions, uninterrupted: Trial, folder: Path) -> Result:
+def compare_resumed(spec: BaseModelSpec, options: Options, uninterrupted: Trial, folder: Path) -> Result:
     """Continue the run from its state, and compare the adapters. Where equal bytes are not promised, continue it a
     second time: the two continued runs show how much rounding alone changes."""
-    is_exact = options.faults.deterministic or not torch.cuda.is_available()
+    is_exact = options.flat()["deterministic"] or not torch.cuda.is_available()
     adapters: list[Path] = []
     for name in ("again", "once-more"):
         resumed = prepare_trial(spec, options, folder / name, {"resume": str(uninterrupted.state)})
@@ -318,15 +321,16 @@ class PlannedStep:
     seconds: float  # of all batches of a step
 
 
-def predict_step(spec: BaseModelSpec, options: TrainOptions, training: Sequence[str], trial: Trial) -> PlannedStep:
+def predict_step(
+    spec: BaseModelSpec, mode: MemoryMode, mixed_precision: str, training: Sequence[str], trial: Trial
+) -> PlannedStep:
     """Predict a step with the run's settings; --fit has done so in the trial."""
     (plan,) = trial.events("plan")
     if (chosen := plan["planned"]) is not None:
         return PlannedStep(chosen["tensor_bytes"], chosen["seconds"] * plan["accumulation"])
     *_, counted = count(spec.script, training)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    mode = resolve_memory_mode(options.memory, options.precision, options.distributed)
-    predicted = predict(counted.step, mode, benchmark_gpu(device, 0, DTYPES[options.precision.mixed_precision]))
+    predicted = predict(counted.step, mode, benchmark_gpu(device, 0, DTYPES[mixed_precision]))
     return PlannedStep(predicted.tensor_bytes, predicted.seconds * plan["accumulation"])
 
 

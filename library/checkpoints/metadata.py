@@ -17,6 +17,7 @@ from typing import Any
 
 from library.checkpoints.hashes import sha256_of_file, webui_hash
 from library.errors import UserError
+from library.options.base import Options
 from library.options.model import ModelOptions
 from library.options.train import TrainOptions
 from library.options.training.averaging import FILES
@@ -111,27 +112,27 @@ def base_file_metadata(model: ModelOptions) -> dict[str, str]:
     return metadata
 
 
-def modelspec_metadata(options: TrainOptions, architecture: Mapping[str, str], saved_at: float) -> dict[str, str]:
+def modelspec_metadata(options: Options, architecture: Mapping[str, str], saved_at: float) -> dict[str, str]:
     """Return the non-empty `modelspec.*` keys for a file saved at `saved_at` (Unix time)."""
-    texts = options.metadata
-    title = texts.metadata_title or options.saving.output_name or f"LoRA@{saved_at}"
+    texts = options.flat()
+    title = texts["metadata_title"] or texts["output_name"] or f"LoRA@{saved_at}"
     values: dict[str, str | None] = {
         "sai_model_spec": "1.0.1",
         "implementation_version": f"{NAME}/{VERSION}+{(commit_hash() or 'unknown')[:12]}",
         "title": title,
         "date": datetime.fromtimestamp(int(saved_at)).isoformat(),
-        "timestep_range": _timestep_range(options.noise.min_timestep, options.noise.max_timestep),
-        "encoder_layer": None if options.model.clip_skip is None else str(options.model.clip_skip),
-        "thumbnail": thumbnail_url(texts.metadata_thumbnail),
+        "timestep_range": _timestep_range(texts["min_timestep"], texts["max_timestep"]),
+        "encoder_layer": None if texts["clip_skip"] is None else str(texts["clip_skip"]),
+        "thumbnail": thumbnail_url(texts["metadata_thumbnail"]),
     }
-    values.update((name, getattr(texts, f"metadata_{name}")) for name in MODELSPEC_TEXTS)
+    values.update((name, texts[f"metadata_{name}"]) for name in MODELSPEC_TEXTS)
     metadata = {key: value for key, value in architecture.items() if key.startswith("modelspec.")}
-    if texts.metadata_arch:
-        metadata["modelspec.architecture"] = f"{texts.metadata_arch}/lora"
-    if texts.metadata_reso:
-        metadata["modelspec.resolution"] = modelspec_resolution("metadata_reso", texts.metadata_reso)
-    elif options.dataset.resolution:
-        metadata["modelspec.resolution"] = modelspec_resolution("resolution", str(options.dataset.resolution))
+    if texts["metadata_arch"]:
+        metadata["modelspec.architecture"] = f"{texts['metadata_arch']}/lora"
+    if texts["metadata_reso"]:
+        metadata["modelspec.resolution"] = modelspec_resolution("metadata_reso", texts["metadata_reso"])
+    elif texts["resolution"]:
+        metadata["modelspec.resolution"] = modelspec_resolution("resolution", str(texts["resolution"]))
     metadata.update((f"modelspec.{name}", value) for name, value in values.items() if value)
     return metadata
 

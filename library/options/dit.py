@@ -155,19 +155,19 @@ class DitTrainOptions(TrainOptions):
     def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
         """Build the options from parsed arguments, and apply musubi-tuner's."""
         options = super().from_args(args)
-        return resolve_dit(options.with_values(translate_words(options)), options.dit.dit)
+        words = translate_words(options.dit, options.precision.mixed_precision, options.compiling.dynamo_backend)
+        return resolve_dit(options.with_values(words), options.dit.dit)
 
 
-def translate_words(options: DitTrainOptions) -> Mapping[str, object]:
+def translate_words(words: DitOptions, mixed_precision: str, backend: str) -> Mapping[str, object]:
     """Return the values of the options that musubi-tuner's options stand for, and unset those that are obeyed."""
-    words, mixed_precision = options.dit, options.precision.mixed_precision
     values: dict[str, object] = {}
     if words.gradient_checkpointing_cpu_offload:
         values |= {"cpu_offload_checkpointing": True, "gradient_checkpointing_cpu_offload": False}
     if words.vae_dtype is not None and FORMATS[words.vae_dtype] == "no":
         values |= {"no_half_vae": True, "vae_dtype": None}
     # musubi-tuner's names of the backends are upper-case, and select compiling by themselves.
-    if (backend := options.compiling.dynamo_backend).isupper():
+    if backend.isupper():
         default = CompileOptions.defaults()["dynamo_backend"]
         values |= {"dynamo_backend": default}
         values |= {} if backend == "NO" else {"compile": True, "compile_backend": backend.lower()}

@@ -66,8 +66,13 @@ class NetworkModule:
     `stack_with(others) -> Multiplexer` for sweeps, once all of these networks are installed.
     """
 
+    name: str  # to import it by
     create_network: Callable[..., Any]
     create_network_from_weights: Callable[..., tuple[Any, dict[str, Tensor]]]
+
+    @property
+    def is_ours(self) -> bool:
+        return self.name.startswith(OURS)
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ def open_network_module(name: str) -> NetworkModule:
     # An assertion or ValueError in one of our own modules is a bug and keeps its traceback.
     if not name.startswith(OURS):
         create, from_weights = _explain_errors(name, create), _explain_reading_errors(name, from_weights)
-    return NetworkModule(create, from_weights)
+    return NetworkModule(name, create, from_weights)
 
 
 def parse_network_args(items: Sequence[str] | None) -> dict[str, str]:

@@ -48,7 +48,8 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def resume_state(folder: Path) -> None:
     """Resume a run from the state in a folder."""
     network, optimizer = parts()
-    facts = find_state(options_of("--resume", str(folder)), ALONE)
+    options = options_of("--resume", str(folder))
+    facts = find_state(options.state, options.hub, None, ALONE)
     assert facts is not None
     require_undamaged(facts)
     restore(facts, network, {"optimizer": OptimizerState(optimizer, "torch.optim.AdamW")})

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,8 @@ from library.models.loading import materialise
 from library.processes import Order, Processes
 from library.training.models.compute import Compute
 from library.training.models.frozen_models import load_frozen
+from library.training.models.weight_formats import BaseFormats
+from networks.core.protocol import open_network_module
 from tests.parity.deep import DEEP
 from tests.parity.modes import CPU, Mode, gradients, shard_over_all
 from tests.parity.tiny_models import opened_with
@@ -133,19 +136,19 @@ def merged(*arguments: str) -> tuple[int, int, int, int, bool]:
     compute = Compute.build(options.precision, CPU)
     sharded = ShardedModel(CPU, dist.get_world_size(), dist.get_world_size())
     sharded.mesh  # noqa: B018
-    load_frozen(
-        options.network, options.precision.denoiser_format, arch, [], None, compute, "networks.lora"
-    )  # imports and memory held by the allocator
-    first, ours = growth(
-        lambda: load_frozen(
-            options.network, options.precision.denoiser_format, arch, [], None, compute, "networks.lora", sharded
-        )
+    load = partial(
+        load_frozen,
+        options.network,
+        BaseFormats.load(options.precision).denoiser,
+        arch,
+        [],
+        None,
+        compute,
+        open_network_module("networks.lora"),
     )
-    second, theirs = growth(
-        lambda: load_frozen(
-            options.network, options.precision.denoiser_format, arch, [], None, compute, "networks.lora"
-        )
-    )
+    load()  # imports and memory held by the allocator
+    first, ours = growth(partial(load, sharded))
+    second, theirs = growth(load)
     layers = layers_in_blocks(theirs.denoiser)
     sizes = [layer.weight.numel() * layer.weight.element_size() for layer in layers.values()]
     modules_by_name = dict(ours.denoiser.named_modules())

@@ -24,8 +24,9 @@ from library.training.models.base_model import LoadedModels
 from library.training.models.compute import Compute
 from library.training.models.frozen_base import use_8bit_matmul
 from library.training.models.network import create
+from library.training.models.requests import RequestedRun
 from library.training.models.step_context import step_context
-from library.training.models.weight_formats import format_while_reading
+from library.training.models.weight_formats import BaseFormats, format_while_reading
 from library.training.planning.counting import BatchShape, CountedRun, count_run, longest_caption
 from library.training.step.context import Models
 from library.training.step.losses import loss_of
@@ -52,11 +53,15 @@ def open_tiny(name: str, folder: Path, *more: str) -> tuple[TrainOptions, Archit
     return opened_with(name, [*BASES[name].build(folder), "--cache_latents", "--network_train_unet_only", *more])
 
 
+def count_options(options: TrainOptions, arch: Architecture, shape: BatchShape) -> CountedRun:
+    return count_run(RequestedRun.resolve([options], arch), shape, CPU)
+
+
 def real_step(options: TrainOptions, arch: Architecture, shape: BatchShape, recomputes: bool) -> Callable[[], None]:
     """Return the run's forward and backward pass on real weights and tensors."""
     encoders, denoiser = (
         arch.load.text_encoders(),
-        arch.load.denoiser(format_while_reading(options.precision.denoiser_format, merges=False)),
+        arch.load.denoiser(format_while_reading(BaseFormats.load(options.precision).denoiser, merges=False)),
     )
     if options.precision.multiplies_codes:
         use_8bit_matmul(denoiser)
@@ -108,7 +113,7 @@ def test_the_counted_step_matches_the_allocator_for_every_base_model(
 ) -> None:
     options, arch = open_tiny(name, tmp_path / "model", "--mixed_precision", "no")
     shape = BatchShape(*BASES[name].count_shape)
-    counted = count_run(options, arch, shape, CPU)
+    counted = count_options(options, arch, shape)
     torch.manual_seed(94)
     real = allocated_peak(real_step(options, arch, shape, recomputes))
     assert planned_peak(counted, recomputes) == pytest.approx(real, rel=BASES[name].count_share)
@@ -131,7 +136,7 @@ def test_the_counted_step_of_pairs_matches_the_allocator(
     """Preferences take one pass for both images after the reference pass; a slider takes one pass for each."""
     options, arch = open_tiny(name, tmp_path / "model", "--mixed_precision", "no", *words)
     shape = replace(SHAPE, reference_sizes=((SHAPE.width, SHAPE.height),))
-    step = count_run(options, arch, shape, CPU).step
+    step = count_options(options, arch, shape).step
     torch.manual_seed(96)
     real = allocated_peak(real_step(options, arch, shape, recomputes))
     counted = compute_peak_bytes(list(step.timeline.expand(lambda i: recomputes, lambda i: True)))
@@ -144,7 +149,7 @@ def test_the_counted_step_of_pairs_matches_the_allocator(
 def test_the_preference_reference_costs_a_forward_pass(tmp_path: Path) -> None:
     """The reference pass adds to the time, and to the peak if it decodes more than is kept."""
     options, arch = open_tiny("sd", tmp_path / "model", "--mixed_precision", "no", "--preference_loss", "dpo")
-    step = count_run(options, arch, replace(SHAPE, reference_sizes=((SHAPE.width, SHAPE.height),)), CPU).step
+    step = count_options(options, arch, replace(SHAPE, reference_sizes=((SHAPE.width, SHAPE.height),))).step
     gpu = replace(TYPICAL[0], memory_bytes=1 << 40)
     alone = replace(step, gradientless=None)
     assert 1.2 < predict(step, MemoryMode(), gpu).seconds / predict(alone, MemoryMode(), gpu).seconds < 1.5
@@ -160,7 +165,7 @@ def test_the_preference_reference_costs_a_forward_pass(tmp_path: Path) -> None:
 def test_activations_of_dora_per_output_are_counted(tmp_path: Path) -> None:
     words = ["--network_args", "dora_wd=True", "wd_on_output=True"]
     options, arch = open_tiny("flux", tmp_path / "model", "--mixed_precision", "no", *words)
-    counted = count_run(options, arch, SHAPE, CPU)
+    counted = count_options(options, arch, SHAPE)
     torch.manual_seed(99)
     real = allocated_peak(real_step(options, arch, SHAPE, False))
     assert planned_peak(counted, False) == pytest.approx(real, rel=SHARE)
@@ -175,7 +180,7 @@ def test_an_adapter_created_from_a_file_is_counted(tmp_path: Path) -> None:
     options, arch = open_tiny("flux", tmp_path / "model", "--mixed_precision", "no")
     of_file = {"network_module": "networks.lokr", "network_weights": str(path), "dim_from_weights": True}
     options = options.with_values({**of_file, "network_dim": None})
-    counted = count_run(options, arch, SHAPE, CPU)
+    counted = count_options(options, arch, SHAPE)
     torch.manual_seed(101)
     real = allocated_peak(real_step(options, arch, SHAPE, False))
     assert planned_peak(counted, False) == pytest.approx(real, rel=SHARE)
@@ -188,7 +193,7 @@ def test_memory_of_8_bit_matmul_is_counted(recomputes: bool, tmp_path: Path) -> 
     up to a tenth of so small a step."""
     arithmetic = ["--base_format", "int8_rotated", "--base_arithmetic", "8bit"]
     options, arch = open_tiny("flux", tmp_path / "model", "--mixed_precision", "no", *arithmetic)
-    counted = count_run(options, arch, SHAPE, CPU)
+    counted = count_options(options, arch, SHAPE)
     torch.manual_seed(97)
     real = allocated_peak(real_step(options, arch, SHAPE, recomputes))
     assert 0.9 * real < planned_peak(counted, recomputes) < 1.01 * real
@@ -197,13 +202,13 @@ def test_memory_of_8_bit_matmul_is_counted(recomputes: bool, tmp_path: Path) -> 
 
 def test_weights_stored_in_8_bits_are_counted_in_8_bits(tmp_path: Path) -> None:
     options, arch = open_tiny("flux", tmp_path / "model", "--mixed_precision", "bf16")
-    plain = count_run(options, arch, SHAPE, CPU).step
+    plain = count_options(options, arch, SHAPE).step
     path = Path(str(options.model.pretrained_model_name_or_path))
     codes, _ = quantise_and_dequantise(load_file(path))
     save_file(codes, path)
     num_codes = sum(value.numel() for value in codes.values() if value.dtype == torch.float8_e4m3fn)
     options, arch = reopen(options, arch)
-    step = count_run(options, arch, SHAPE, CPU).step
+    step = count_options(options, arch, SHAPE).step
     sizes = [counted.weights.resident_bytes(StorageCost.of(None), ()) for counted in (plain, step)]
     num_rows = sum(matrix.rows for block in step.weights.blocks for matrix in block)
     assert sizes[0] - sizes[1] == num_codes - 4 * num_rows, "16 bits become 8, and a scale for each row"
@@ -218,7 +223,7 @@ def test_the_counted_encoding_of_references_matches_the_allocator(tmp_path: Path
     words = ("--mixed_precision", "no", "--cache_text_encoder_outputs")
     options, arch = open_tiny("qwen_image_21", tmp_path / "model", *words)
     sizes = ((256, 192), (384, 256))
-    images, captions = count_run(options, arch, replace(SHAPE, reference_sizes=sizes), CPU).stages
+    images, captions = count_options(options, arch, replace(SHAPE, reference_sizes=sizes)).stages
     encoders, vae = arch.load.text_encoders(), arch.load.vae()
     assert captions.weights == bytes_of(*encoders)
     caption = CaptionWithImages(longest_caption(arch), "", lambda: tuple(torch.rand(4, h, w) * 2 - 1 for w, h in sizes))
@@ -242,8 +247,8 @@ def reopen(options: TrainOptions, arch: Architecture) -> tuple[TrainOptions, Arc
 @pytest.mark.nightly
 def test_a_moving_average_always_takes_four_bytes_per_trained_value(tmp_path: Path) -> None:
     options, arch = open_tiny("sd", tmp_path / "model", "--mixed_precision", "no")
-    plain = count_run(options, arch, SHAPE, CPU).step
-    averaged = count_run(options.with_values({"ema_decay": 0.99}), arch, SHAPE, CPU).step
+    plain = count_options(options, arch, SHAPE).step
+    averaged = count_options(options.with_values({"ema_decay": 0.99}), arch, SHAPE).step
     for part in ("state", "rise"):
         more = getattr(averaged.optimizer, part) - getattr(plain.optimizer, part)
         assert more == plain.gradient_bytes > 0  # gradients are float32 too
@@ -253,7 +258,7 @@ def test_progress_is_shown_while_counting(tmp_path: Path) -> None:
     options, arch = open_tiny("sd", tmp_path / "model", "--mixed_precision", "no")
     progress: list[tuple[str, str, int, int]] = []
     with listening(lambda *update: progress.append(update)):
-        count_run(options, arch, SHAPE, CPU)
+        count_options(options, arch, SHAPE)
     assert [done for _, state, done, _ in progress if state == "progress"] == [1, 2, 3, 4, 5]
     assert {(title, total) for title, _, _, total in progress} == {("counting memory", 5)}
     assert gc.isenabled()

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from library.training.models.base_model import LoadedModels
 from library.training.models.compute import Compute
+from library.training.models.requests import RequestedRun
 from library.training.models.step_context import step_context
-from library.training.models.text_caching import live_text, resolve_text_cache
 from library.training.planning.counting import BatchShape, count_captions, fake_batch, run_on_meta_device
 from library.training.step.losses import loss_of, start_batch
 from library.types import Concept
@@ -36,15 +36,15 @@ def take_step(name: str, folder: Path, *more: str, concept: Concept | None = Non
     cached = ("--cache_text_encoder_outputs", "--network_train_unet_only") if BASES[name].caches_text else ()
     options, arch = open_tiny(name, folder, *cached, *more)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
-        meta = run_on_meta_device(options, arch, [options])
-        spec = resolve_text_cache(options.network, arch.text_cache)
-        _, conditioning = count_captions(spec, meta, SHAPE)
+        requested = RequestedRun.resolve([options], arch)
+        meta = run_on_meta_device(requested)
+        _, conditioning = count_captions(requested.text.cached, meta, SHAPE)
         batch = fake_batch(arch, SHAPE, conditioning, options.caching.cache_latents)
     models, (network,), on_host = meta.models, meta.networks, arch.text_cache.on_host if arch.text_cache else ()
     with device_without_float64(), NoWaiting():
         move_fakes([models.denoiser, *models.text_encoders, network.module])
         network.prepare_gradients(*models.network_view)
-        loaded = LoadedModels(models, live_text(options.network, arch.text_cache), None)
+        loaded = LoadedModels(models, requested.text.live, None)
         trains_text = options.trains_text_encoders
         context = step_context(trains_text, 1, arch, 3, loaded, network, Compute.build(options.precision, DEVICE))
         assert batch.latents_BCHW is not None

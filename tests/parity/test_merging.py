@@ -12,6 +12,7 @@ from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.training.models.compute import Compute
 from library.training.models.frozen_models import load_frozen
+from library.training.models.weight_formats import BaseFormats
 from library.training.step.context import Models
 from networks.core.protocol import adopt, open_network_module
 from tests.parity.tiny_models import opened_with
@@ -77,7 +78,13 @@ def test_merging_while_reading_equals_merging_afterwards(name: str, form: str, t
     compute = Compute.build(options.precision, torch.device("cpu"))
     wanted = merge_afterwards(options, arch, compute, reader)
     actual = load_frozen(
-        options.network, options.precision.denoiser_format, arch, arch.load.text_encoders(), None, compute, reader
+        options.network,
+        BaseFormats.load(options.precision).denoiser,
+        arch,
+        arch.load.text_encoders(),
+        None,
+        compute,
+        open_network_module(reader),
     )
     plain = arch.load.denoiser()
     changed = [n for n, value in wanted.denoiser.state_dict().items() if not torch.equal(value, plain.state_dict()[n])]

@@ -5,6 +5,7 @@ They differ by the rounding of sums over more rows. The factors are random, as z
 
 import importlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from library.training.loop import loop
 from library.training.loop.stacked_step import backward_stacked
 from library.training.models import frozen_base, opening
 from library.training.models.block_running import choose_block_runner
+from library.training.models.requests import RequestedRun
 from library.training.planning.counting import BatchShape, count_run
-from library.training.reporting.event_stream import Events
 from library.training.run.prepare import prepare
-from library.training.run.runs import AdapterRequest
 from library.training.run_parts import Run
+from library.training.saving.checkpoints import Names
 from tests.running import SCRIPTS, make_images
 from tests.tiny.bases import BASES
 from tests.tolerances import SUMS_OF_A_PASS
@@ -83,14 +84,14 @@ def prepare_runs(
     options: TrainOptions = spec.options.from_args(parse(importlib.import_module(base.script).setup_parser(), words))
     accelerator = opening.open_accelerator(options.precision.mixed_precision, options.trackers)
     arch, processes = spec.build(options), from_accelerator(accelerator)
-    plan = opening.open_data_plan(options, arch, 21, 1)
+    each = [options.with_values({"output_name": label, **values}) for label, values in adapters.items()]
+    requested = RequestedRun.resolve(each, arch)
+    plan = opening.open_data_plan(options, arch, requested.text, 21, 1)
     wanted = [
-        AdapterRequest(
-            options.with_values({"output_name": label, **values}), values.get("seed", 21), None, Events(), label
-        )
-        for label, values in adapters.items()
+        replace(request, names=Names.build(request.options.saving), seed=values.get("seed", 21), label=label)
+        for request, (label, values) in zip(requested.adapters, adapters.items(), strict=True)
     ]
-    ready = prepare(options, arch, 21, plan, accelerator, processes, wanted)
+    ready = prepare(replace(requested, adapters=wanted), 21, plan, accelerator, processes)
     runs, generator = [prepared.run for prepared in ready], torch.Generator().manual_seed(74)
     for run in runs:
         run.context.network.start_epoch(*run.context.models.network_view)
@@ -167,8 +168,9 @@ def test_the_counted_shared_step_matches_the_allocator(fresh_process: None, tmp_
     context, (batch,) = runs[0].context, runs[0].batches.iterate_epoch(1, [0], lambda index: 0, 0, False)
     shape = BatchShape(2, 256, 192)
     adapters = [run.options for run in runs]
-    counted = count_run(adapters[0], context.arch, shape, CPU, adapters).step
-    alone = count_run(adapters[0], context.arch, shape, CPU).step
+    requested = RequestedRun.resolve(adapters, context.arch)
+    counted = count_run(requested, shape, CPU).step
+    alone = count_run(replace(requested, adapters=requested.adapters[:1]), shape, CPU).step
     options, networks = adapters[0], [run.context.network for run in runs]
     choose_block_runner(options.memory, options.compiling, False, context.arch, context.models, networks)
     for caption in batch.captions:

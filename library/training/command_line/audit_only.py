@@ -1,20 +1,28 @@
-"""The audit of a dataset before training (`audit_only`), without a base model."""
+"""Looks at the noise levels or the images of a run without a base model, such as the audit of a dataset."""
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
 from library.checkpoints.overwriting import check_target
+from library.data.debug_dataset import show_batches
 from library.data.decoding.images import read_pixels
+from library.data.description.schema import warn_of_overridden_defaults
 from library.data.plan.audit_findings import Finding, inspect
 from library.data.plan.data_plan import DataPlan, build_plan
+from library.diffusion.flow import FlowMatching
 from library.errors import UserError
+from library.options.base import Options
+from library.options.output.saving import SavingOptions
 from library.options.train import TrainOptions
 from library.protocols import LatentSpec
+from library.training.command_line.checks import check, check_values
 from library.training.command_line.pairs import show_pairs
+from library.training.command_line.show_timesteps import resolve_timestep_preview, show_timesteps
 from library.training.report_page.page import report_kind
 from library.training.report_page.record import Record
 from library.training.report_page.writer import build_report, write_page
@@ -26,17 +34,42 @@ from library.training.run.run_events import list_changed_options, versions
 from library.training.saving.checkpoints import Names
 
 logger = logging.getLogger(__name__)
+OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
 MOST_SHOWN = 60  # images per finding on the page
 
 
-def audit_only(options: TrainOptions, latents: LatentSpec, warnings: WarningEvents) -> None:
-    """Audit the data and log the result; with `output_dir`, also write it as a page with all warnings.
-
-    Raises UserError for mistakes in the description.
-    """
+def check_and_look(
+    options: OptionsT,
+    latents: LatentSpec | None,
+    objective: Callable[[OptionsT], FlowMatching] | None,
+    command: Sequence[str] | None,
+    warnings: WarningEvents,
+) -> bool:
+    """Check the options. Return True if they request a look that needs no base model, after showing it."""
+    # Timesteps need neither a model nor images, so only the values are checked.
+    if latents is not None and objective is not None and (preview := resolve_timestep_preview(options)) is not None:
+        check_values(options)
+        show_timesteps(preview, options.saving, options.run.seed or 0, objective(options), latents.downscale)
+        return True
+    check(options)
+    warn_of_overridden_defaults(options, {word.partition("=")[0].removeprefix("--") for word in command or ()})
+    audits, base = options.dataset.audit_only, options.model.pretrained_model_name_or_path
+    if latents is None or not (audits or (options.dataset.debug_dataset and not base)):
+        return False
     began = time.time()
-    plan = audit_images(options, latents)
+    plan = build_plan(options, latents, options.run.seed or 0, None, None)
+    plan.audit(logger)
+    if audits:
+        audit(plan, options, options.saving, warnings, began)
+        return True
+    logger.info("no base model is named, so captions are not counted in tokens: --pretrained_model_name_or_path does")
+    show_batches(plan)
+    return True
+
+
+def audit(plan: DataPlan, options: Options, saving: SavingOptions, warnings: WarningEvents, began: float) -> None:
+    """Log an audit of the images; with `output_dir`, also write it as a page with all warnings."""
     warning_events = warnings.kept()  # findings below have their own section
     has_alpha = plan.spec.has_alpha
     findings = inspect(plan.samples, plan.subsets, len(plan.split.trained), plan.storage, has_alpha=has_alpha)
@@ -44,7 +77,7 @@ def audit_only(options: TrainOptions, latents: LatentSpec, warnings: WarningEven
         logger.warning("%s", finding.line)
     if not findings:
         logger.info("no problems found in the images")
-    if options.saving.output_dir:
+    if saving.output_dir:
         events = [
             Start(None, list_changed_options(options), versions()),
             *warning_events,
@@ -52,20 +85,10 @@ def audit_only(options: TrainOptions, latents: LatentSpec, warnings: WarningEven
             *(FindingEvent(finding.text, show_images(finding, plan), len(finding.images)) for finding in findings),
             End("finished", None, time.time() - began, None, None, None),
         ]
-        path = Names.build(options.saving).path_with_ending("-audit.html")
-        check_target("--audit_only:", path, report_kind(options.saving.output_name))
+        path = Names.build(saving).path_with_ending("-audit.html")
+        check_target("--audit_only:", path, report_kind(saving.output_name))
         write_page(path, build_report(collect_events(events)))
         logger.info("full report with thumbnails: %s", path)
-
-
-def audit_images(options: TrainOptions, latents: LatentSpec) -> DataPlan:
-    """Read the described images without a base model, log the findings, and return the images.
-
-    Caption lengths in tokens are not measured.
-    """
-    plan = build_plan(options, latents, options.run.seed or 0, None, None)
-    plan.audit(logger)
-    return plan
 
 
 def show_images(finding: Finding, plan: DataPlan) -> Sequence[FoundImage]:

@@ -22,7 +22,7 @@ from library.training.failures.interruption import Interrupted, Interruption
 from library.training.models.base_model import encode_images
 from library.training.models.compute import Compute
 from library.training.models.opening import open_accelerator, open_data_plan
-from library.training.models.text_caching import prepare_text
+from library.training.models.text_caching import TextPlan, prepare_text
 
 OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 NEVER_DELETED = "Has no effect: cache files are never deleted."
@@ -49,8 +49,9 @@ def cache_captions(options: TrainOptions, arch: Architecture) -> None:
     """Encode every caption whose cache file is missing or stale. Raises UserError."""
     processes = from_accelerator(open_accelerator(options.precision.mixed_precision))
     compute = Compute.build(options.precision, processes.device)
-    plan = open_data_plan(options, arch, options.run.seed or 0, processes.count)
-    prepare_text(options, arch, plan, compute.device, compute.autocast, [], processes)
+    text = TextPlan.resolve(options.network, arch.text_cache)
+    plan = open_data_plan(options, arch, text, options.run.seed or 0, processes.count)
+    prepare_text(text, options.caching, options.precision, arch, plan, compute, [], processes)
 
 
 def add_command_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -30,7 +30,7 @@ from library.options.train import TrainOptions
 from library.options.training.concepts import ConceptOptions
 from library.options.training.network import NetworkOptions
 from library.options.training.noise import NoiseOptions
-from library.training.command_line.doubtful import find_doubtful
+from library.training.command_line import doubtful
 from library.training.command_line.targets import check_targets
 from library.training.evaluation.preview import PreviewSchedule
 from library.training.evaluation.prompts import check_sampler, read_prompts
@@ -138,7 +138,14 @@ def report_unused(options: TrainOptions, ignores: Mapping[str, str]) -> None:
     """Warn of every given option that has no effect; `ignores` lists those without effect for the base model."""
     if options.concepts is not None:
         ignores = {**ignores, **ignored_for_concepts(type(options), bool(options.preview.sample_prompts))}
-    for line in (*find_unused(options, ignores), *find_doubtful(options)):
+    for line in (
+        *find_unused(options, ignores),
+        *doubtful.find_doubtful_schedule(options.noise, options.model),
+        *doubtful.find_doubtful_precision(options.precision),
+        *doubtful.find_lost_metadata(options.metadata, options.saving.save_model_as),
+        *doubtful.find_doubtful_rates(options.network, options.optimizer),
+        *doubtful.find_weak_alpha(options.network, options.optimizer),
+    ):
         logger.warning("%s", line)
 
 
@@ -185,7 +192,7 @@ def check_output(options: TrainOptions) -> None:
         modelspec_resolution("metadata_reso", options.metadata.metadata_reso)
     names = Names.build(saving)
     check_lengths(names)
-    check_targets(options)
+    check_targets(options, names)
     path = names.of_end()
     if path.exists() and not (options.state.resume or options.state.autoresume):
         logger.warning("%s already exists and will be overwritten when the run ends", path)

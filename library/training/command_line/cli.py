@@ -51,7 +51,7 @@ def build_parser(
     return parser
 
 
-def build_parser_of_prompts(kind: type[TrainOptions], elsewhere: Callable[[str], str]) -> argparse.ArgumentParser:
+def build_parser_of_prompts(kind: type[Options], elsewhere: Callable[[str], str]) -> argparse.ArgumentParser:
     """Build the parser of a script that trains on prompts alone; options without effect there are accepted and
     hidden."""
     left_out = {*list_ignored_by_leco(kind), *list_refused_by_leco(kind)}

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 
 import torch
 
+from library.options.machine.memory import PrecisionOptions
+from library.options.model import ModelOptions
 from library.options.no_effect import is_set
 from library.options.output.saving import MetadataOptions
-from library.options.train import TrainOptions
 from library.options.training.network import NetworkOptions
+from library.options.training.noise import NoiseOptions
 from library.options.training.optimizer import OptimizerOptions
 from library.training.optimization.optimizers import resolve_optimizer_type
 from networks.core.protocol import is_switched_on
@@ -21,28 +23,29 @@ WEAK = 1 / 16  # alpha / rank from which on a usual learning rate teaches next t
 WITHOUT_ALPHA = ("oft", "boft", "ia3", "full", "lokr", "diag-oft", "glora", "norm")  # alpha means little or nothing
 
 
-def find_doubtful(options: TrainOptions) -> Iterator[str]:
-    """Yield a line for every valid setting that is probably a mistake."""
-    if options.noise.zero_terminal_snr and not options.model.v_parameterization:
+def find_doubtful_schedule(noise: NoiseOptions, model: ModelOptions) -> Iterator[str]:
+    """Yield a line if the noise schedule does not suit what the model predicts."""
+    if noise.zero_terminal_snr and not model.v_parameterization:
         yield (
             "--zero_terminal_snr leaves no signal at the last timestep, where a model that predicts noise learns "
             "nothing; it is meant for --v_parameterization"
         )
+
+
+def find_doubtful_precision(precision: PrecisionOptions) -> Iterator[str]:
+    """Yield a line if the launcher has another precision, and if this GPU lacks units for the precision."""
     # accelerate launch passes its own option on in this variable.
     launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if options.precision.mixed_precision == "no" and launcher_precision != "no":
+    if precision.mixed_precision == "no" and launcher_precision != "no":
         yield (
             f"accelerate launch has --mixed_precision {launcher_precision}, which has no effect: the script's own "
             f"option counts, and that is no; give --mixed_precision {launcher_precision} to the script"
         )
-    if options.precision.mixed_precision == "bf16" and (gpu := gpu_without_bf16()) is not None:
+    if precision.mixed_precision == "bf16" and (gpu := gpu_without_bf16()) is not None:
         yield (
             f"--mixed_precision bf16: {gpu} has no units for bf16, so products are emulated and attention takes far "
             "more memory; --mixed_precision fp16 is faster there"
         )
-    yield from find_lost_metadata(options.metadata, options.saving.save_model_as)
-    yield from find_doubtful_rates(options.network, options.optimizer)
-    yield from find_weak_alpha(options.network, options.optimizer)
 
 
 def find_lost_metadata(metadata: MetadataOptions, file_type: str) -> Iterator[str]:

@@ -7,24 +7,18 @@ from bdb import BdbQuit
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from library.data.debug_dataset import show_batches
-from library.data.description.schema import warn_of_overridden_defaults
 from library.diffusion.flow import FlowMatching
 from library.errors import UserError
 from library.options.model import BASE_FLAG
 from library.options.train import TrainOptions
 from library.protocols import Architecture, LatentSpec
-from library.training.command_line.audit_only import audit_images, audit_only
-from library.training.command_line.checks import check, check_values
 from library.training.command_line.cli import from_program, parse
 from library.training.command_line.console import forgive_write_errors
 from library.training.command_line.replaced import refuse_replaced
-from library.training.command_line.show_timesteps import resolve_timestep_preview, show_timesteps
-from library.training.command_line.training import train_alone
+from library.training.command_line.training import train_as_asked
 from library.training.failures.failure import StoppedByError
 from library.training.failures.interruption import Interrupted, Interruption
 from library.training.failures.out_of_memory import describe_out_of_memory, is_out_of_memory
-from library.training.reporting.event_stream import capture_warnings
 from library.training.saving.resume import AlreadyComplete
 
 logger = logging.getLogger(__name__)
@@ -92,37 +86,6 @@ def train_for_program(
         train_as_asked(options, build, latents, objective, Interruption())
     except AlreadyComplete as error:
         logger.info("%s", error)
-
-
-def train_as_asked(
-    options: OptionsT,
-    build: Callable[[OptionsT], Architecture],
-    latents: LatentSpec | None,
-    objective: Callable[[OptionsT], FlowMatching] | None,
-    interruption: Interruption,
-    command: Sequence[str] | None = None,
-) -> bool:
-    """Check the options, then train, or show timesteps or the dataset. Return True if the run is complete."""
-    # Timesteps need neither a model nor images, so only the values are checked.
-    if latents is not None and objective is not None and (preview := resolve_timestep_preview(options)) is not None:
-        check_values(options)
-        show_timesteps(preview, options.saving, options.run.seed or 0, objective(options), latents.downscale)
-        return True
-    # The events open later; warnings of the checks are kept for them and for the page of an audit.
-    with capture_warnings() as warnings:
-        check(options)
-        warn_of_overridden_defaults(options, {word.partition("=")[0].removeprefix("--") for word in command or ()})
-        if latents is not None and options.dataset.audit_only:
-            audit_only(options, latents, warnings)
-            return True
-        if latents is not None and options.dataset.debug_dataset and not options.model.pretrained_model_name_or_path:
-            plan = audit_images(options, latents)
-            logger.info(
-                "no base model is named, so captions are not counted in tokens: --pretrained_model_name_or_path does"
-            )
-            show_batches(plan)
-            return True
-        return train_alone(options, build, interruption, command, warnings)
 
 
 OUR_FAULT = (

@@ -1,12 +1,12 @@
 """Checks before a run that its saves replace no input and nothing that another command wrote."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from library.checkpoints.overwriting import FileKind, check_not_input, check_target
 from library.options.base import Options
-from library.options.train import TrainOptions
 from library.training.report_page.page import SWEEP, report_kind
 from library.training.reporting.events import SavedFor
 from library.training.reporting.profile import PROFILE
@@ -16,40 +16,43 @@ from library.training.saving.state import STATE, is_state_name, newest_state
 FLAG = "--output_name:"
 
 
-def check_targets(options: TrainOptions) -> None:
+def check_targets(options: Options, names: Names) -> None:
     """Raise UserError if the run would replace one of its inputs, or what no run of this name wrote."""
-    names, inputs = Names.build(options.saving), find_input_files(options)
+    inputs, values = find_input_files(options), options.flat()
     for input_path in inputs:
         # Every save writes a file of the run's name with a step or an epoch, so inputs of such names would be lost too.
         is_of_run = names.has_stem(input_path.stem) and input_path.suffix == names.of_end().suffix
         if not is_of_run or input_path.parent.resolve() != names.folder.resolve():
             continue
         # A resumed run takes its weights from the state and reads only the shapes of an adapter file.
-        if str(input_path) != str(options.network.network_weights) or not goes_on(options, names):
+        if str(input_path) != str(values["network_weights"]) or not goes_on(values, names):
             check_not_input(FLAG, input_path, [input_path])
-    values = options.flat()
     for name, facts in type(options).facts().items():
         if facts.path == "new file" and values[name]:
             check_not_input(f"--{name}", Path(values[name]), inputs)
-    for path, kind in list_saves(options, names):
+    for path, kind in list_saves(values, names):
         check_target(FLAG, path, kind)
-    for path, kind in list_reports(options, names):
-        check_target(FLAG, path, kind, inputs)
+    has_report = not values["no_report"]
+    for path, kind, is_written in (
+        (names.of_report(), report_kind(names.output_name), has_report),
+        (names.of_sweep(), SWEEP, has_report and values["sweep"]),
+        (names.of_profile(), PROFILE, values["profile"]),
+    ):
+        if is_written:
+            check_target(FLAG, path, kind, inputs)
 
 
-def goes_on(options: TrainOptions, names: Names) -> bool:
+def goes_on(values: Mapping[str, Any], names: Names) -> bool:
     """Return True if the run continues from a state."""
-    if options.state.resume:
-        return True
-    return options.state.autoresume and newest_state(names.folder, names.starts) is not None
+    return bool(values["resume"] or (values["autoresume"] and newest_state(names.folder, names.starts) is not None))
 
 
-def list_saves(options: TrainOptions, names: Names) -> Iterator[tuple[Path, FileKind]]:
+def list_saves(values: Mapping[str, Any], names: Names) -> Iterator[tuple[Path, FileKind]]:
     """Yield the existing files and folders that scheduled saves of the run may replace, each with the kind to expect.
 
     How many steps and epochs there are is not known yet, so any number counts.
     """
-    weights, states = scheduled_saves(options)
+    weights, states = scheduled_saves(values)
     for entry in sorted(names.folder.iterdir()) if names.folder.is_dir() else ():
         if entry.suffix == names.of_end().suffix and names.has_stem(entry.stem):
             if names.find_purpose(entry) in weights:
@@ -60,26 +63,15 @@ def list_saves(options: TrainOptions, names: Names) -> Iterator[tuple[Path, File
                 yield entry, names.state_kind
 
 
-def list_reports(options: TrainOptions, names: Names) -> Iterator[tuple[Path, FileKind]]:
-    """Yield the other files that the run writes beside its weights, each with its kind."""
-    if not options.reports.no_report:
-        yield names.of_report(), report_kind(names.output_name)
-        if options.sweep.sweep:
-            yield names.of_sweep(), SWEEP
-    if options.trackers.profile:
-        yield names.of_profile(), PROFILE
-
-
-def scheduled_saves(options: TrainOptions) -> tuple[set[SavedFor], set[SavedFor]]:
+def scheduled_saves(values: Mapping[str, Any]) -> tuple[set[SavedFor], set[SavedFor]]:
     """Return the purposes for which the run saves weights, and those for which it saves states."""
-    saving, state = options.saving, options.state
-    scheduled: set[SavedFor] = {"step"} if saving.save_every_n_steps else set()
-    if saving.save_every_n_epochs or saving.save_n_epoch_ratio:
+    scheduled: set[SavedFor] = {"step"} if values["save_every_n_steps"] else set()
+    if values["save_every_n_epochs"] or values["save_n_epoch_ratio"]:
         scheduled.add("epoch")
-    ends = state.save_state or state.save_state_on_train_end or state.autoresume
+    ends = values["save_state"] or values["save_state_on_train_end"] or values["autoresume"]
     states: set[SavedFor] = {"end"} if ends else set()
-    best: set[SavedFor] = {"best"} if options.validation.keep_best_checkpoint else set()
-    return {"end", *scheduled, *best}, states | (scheduled if state.save_state else set())
+    best: set[SavedFor] = {"best"} if values["keep_best_checkpoint"] else set()
+    return {"end", *scheduled, *best}, states | (scheduled if values["save_state"] else set())
 
 
 def find_input_files(options: Options) -> list[Path]:

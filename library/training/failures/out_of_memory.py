@@ -12,8 +12,9 @@ import torch
 from library.errors import UserError
 from library.formatting import format_bytes
 from library.memory.devices import bytes_of
+from library.options.base import Options
 from library.options.leco import list_ignored_by_leco
-from library.options.train import TrainOptions
+from library.options.machine.memory import MemoryOptions
 from library.training.reporting.step_events import peak_of_main_memory
 from library.training.run_parts import Run
 
@@ -98,7 +99,7 @@ def first_line(error: BaseException) -> str:
 @contextmanager
 def explain_out_of_memory(
     doing: str,
-    options: TrainOptions,
+    options: Options,
     device: torch.device,
     shape: str,
     sizes: Callable[[], Sizes] = Sizes,
@@ -114,10 +115,10 @@ def explain_out_of_memory(
         if not is_out_of_memory(error):
             raise
         if device.type == "cuda" and lacks_main_memory(error, device):
-            raise OutOfMemoryError("\n  ".join(explain_main_memory(doing, options, error))) from error
-        predicted = memory_hints()
-        ignored = None if options.concepts is None else list_ignored_by_leco(type(options))
-        others = find_savings(options.flat(), sizes(), device, bool(predicted), ignored)
+            raise OutOfMemoryError("\n  ".join(explain_main_memory(doing, options.flat(), error))) from error
+        predicted, values = memory_hints(), options.flat()
+        ignored = list_ignored_by_leco(type(options)) if "prompts_file" in values else None
+        others = find_savings(values, sizes(), device, bool(predicted), ignored)
         lines = [
             f"{likely(error)}out of memory while {doing}{f', {shape}' if shape else ''}",
             f"memory: {memory_figures(device)}",
@@ -139,14 +140,14 @@ def lacks_main_memory(error: BaseException, device: torch.device) -> bool:
     return OF_CUDA in text and free > FREE_SHARE * total
 
 
-def explain_main_memory(doing: str, options: TrainOptions, error: BaseException) -> Iterator[str]:
-    """Yield the lines of the message where a run on a GPU lacks main memory."""
-    values = options.flat()
+def explain_main_memory(doing: str, values: Mapping[str, Any], error: BaseException) -> Iterator[str]:
+    """Yield the lines of the message where a run on a GPU lacks main memory; `values` are those of all options."""
+    memory = MemoryOptions().with_values(values)
     yield f"{likely(error)}out of main memory while {doing}"
     yield f"main memory: {memory_figures(torch.device('cpu'))}, {format_bytes(psutil.virtual_memory().available)} free"
-    if options.memory.num_offloaded:
+    if memory.num_offloaded:
         yield "to save main memory: a smaller --blocks_to_swap keeps fewer blocks there"
-    if options.memory.offloads_inputs:
+    if memory.offloads_inputs:
         yield "to save main memory: without --cpu_offload_checkpointing the inputs of blocks stay on the GPU"
     for name in ("cache_latents", "cache_text_encoder_outputs"):
         if values.get(name) and not values.get(f"{name}_to_disk"):

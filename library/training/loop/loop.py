@@ -4,7 +4,7 @@ import logging
 import math
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Protocol
 
@@ -60,12 +60,8 @@ def train(
     bar = StepBar(plan.max_train_steps, step, is_main)
     adapter_runs = [AdapterRun(adapter, interruption, bar) for adapter in adapters]
     num_adapters = len(adapters) + (0 if run.sweep is None else len(run.sweep.ended))  # including those that have ended
-    stops = False
     epoch = plan.epoch_of(step)
-    for adapter in adapter_runs:
-        with adapter.prefix_logs():
-            adapter.begin()
-    delete_outdated(adapter_runs)
+    begin(adapter_runs)
     num_profiled = run.options.trackers.profile if is_main else 0
     profile = adapters[0].writer.names.of_profile()
     with ExitStack() as stack:
@@ -79,46 +75,78 @@ def train(
         active = end_early_stopped(adapter_runs, epoch)
         stops = any(adapter.lacks_previews for adapter in adapter_runs)
         for epoch in plan.epochs(step) if step < plan.max_train_steps and active and not stops else ():
-            announce_epoch(epoch, plan.num_epochs)
-            for adapter in active:
-                adapter.start_epoch()
+            start_epoch(active, epoch, plan.num_epochs)
             prefetcher = iterate_batches(run, epoch, step)
             batches = prefetcher if watch is None else watch.noting(prefetcher)
             for window in plan.windows(epoch, step):
-                if watch is not None:
-                    watch.before_step()
-                losses = accumulate_gradients(
-                    [adapter.run for adapter in active], window, batches, prefetcher.fetch, memory_hints
-                )
-                wants_stop = interruption.is_requested
-                for adapter, local_losses in zip(active, losses, strict=True):
-                    with adapter.ending_alone(any_goes_on(active, adapter)):
-                        stops = adapter.apply_gradients(window, local_losses, wants_stop) or stops
-                run.times.end_step()
-                profile_step()
-                if watch is not None:
-                    watch.after_step()
+                with watching(watch):
+                    sharing = [adapter.run for adapter in active]
+                    losses = accumulate_gradients(sharing, window, batches, prefetcher.fetch, memory_hints)
+                    stops = apply_gradients(active, window, losses, interruption.is_requested) or stops
+                    run.times.end_step()
+                    profile_step()
                 step += 1
-                active = [adapter for adapter in active if not adapter.progress.ended]
-                for adapter in active:
-                    with adapter.ending_alone(any_goes_on(active, adapter)):
-                        adapter.finish_step(window, stops)
+                active = finish_step(active, window, stops)
                 # Only the weights of this step can draw the previews that a signal cut off.
                 stops = stops or any(adapter.lacks_previews for adapter in active)
                 delete_outdated(active)
-                if find_worse is not None:
-                    active = end_worse(active, step, epoch, num_adapters, find_worse)
-                active = end_early_stopped(active, epoch)
+                active = end_early_stopped(end_worse(active, step, epoch, num_adapters, find_worse), epoch)
                 if stops or not active:
                     break
             if stops or not active:
                 break
     run.batches.report_skipped(logger)
+    end(active, epoch)
+    for failure in (adapter.failure for adapter in adapter_runs if adapter.failure is not None):
+        raise failure
+
+
+def begin(adapter_runs: Sequence[AdapterRun]) -> None:
+    """Do the work that precedes the first step of each adapter."""
+    for adapter in adapter_runs:
+        with adapter.prefix_logs():
+            adapter.begin()
+    delete_outdated(adapter_runs)
+
+
+def start_epoch(active: Sequence[AdapterRun], epoch: int, num_epochs: int) -> None:
+    announce_epoch(epoch, num_epochs)
+    for adapter in active:
+        adapter.start_epoch()
+
+
+@contextmanager
+def watching(watch: StepWatch | None) -> Iterator[None]:
+    """Tell `watch` when the step in the block begins and ends."""
+    if watch is not None:
+        watch.before_step()
+    yield
+    if watch is not None:
+        watch.after_step()
+
+
+def apply_gradients(active: Sequence[AdapterRun], window: Window, losses: Sequence[Tensor], wants_stop: bool) -> bool:
+    """Update each adapter. Return True if any process requests a stop."""
+    stops = False
+    for adapter, local_losses in zip(active, losses, strict=True):
+        with adapter.ending_alone(any_goes_on(active, adapter)):
+            stops = adapter.apply_gradients(window, local_losses, wants_stop) or stops
+    return stops
+
+
+def finish_step(active: Sequence[AdapterRun], window: Window, stops: bool) -> list[AdapterRun]:
+    """Count the step of each adapter, and do what is due after it. Return the adapters that the step has not ended."""
+    going_on = [adapter for adapter in active if not adapter.progress.ended]
+    for adapter in going_on:
+        with adapter.ending_alone(any_goes_on(going_on, adapter)):
+            adapter.finish_step(window, stops)
+    return going_on
+
+
+def end(active: Sequence[AdapterRun], epoch: int) -> None:
     for adapter in active:
         with adapter.prefix_logs():
             adapter.end(epoch)
-    for failure in (adapter.failure for adapter in adapter_runs if adapter.failure is not None):
-        raise failure
 
 
 def any_goes_on(active: Sequence[AdapterRun], adapter: AdapterRun) -> bool:
@@ -137,11 +165,11 @@ def delete_outdated(adapter_runs: Sequence[AdapterRun]) -> None:
 
 
 def end_worse(
-    active: list[AdapterRun], step: int, epoch: int, num_adapters: int, find_worse: FindWorse
+    active: list[AdapterRun], step: int, epoch: int, num_adapters: int, find_worse: FindWorse | None
 ) -> list[AdapterRun]:
     """End the adapters that are significantly worse, after saving their files. Return the others."""
     after = active[0].run.options.sweep.sweep_stop_after if active else None
-    if after is None or step < after:
+    if find_worse is None or after is None or step < after:
         return active
     losses = {adapter.run.label: adapter.validation.record.losses_after(step) for adapter in active}
     measured = {label: losses_G for label, losses_G in losses.items() if losses_G is not None}
@@ -157,10 +185,7 @@ def end_worse(
 
 def end_early_stopped(adapter_runs: Sequence[AdapterRun], epoch: int) -> list[AdapterRun]:
     """End the adapters whose validation stopped them, after saving. Return those that keep training."""
-    for adapter in adapter_runs:
-        if adapter.validation.stop_reason is not None and not adapter.progress.ended:
-            with adapter.prefix_logs():
-                adapter.end(epoch)
+    end([a for a in adapter_runs if a.validation.stop_reason is not None and not a.progress.ended], epoch)
     return [adapter for adapter in adapter_runs if not adapter.progress.ended]
 
 

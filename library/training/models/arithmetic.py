@@ -7,13 +7,13 @@ from torch import Tensor
 
 from library.checkpoints.weights import to_meta_device
 from library.errors import UserError
-from library.memory.codecs.codec import AS_IN_FILE
+from library.memory.codecs.codec import AS_IN_FILE, Codec
 from library.memory.codecs.matmul_8bit import Codes, input_gradient, output
-from library.memory.codecs.weight_format import load_format
+from library.memory.codecs.weight_format import WeightFormat
 from library.memory.frozen import FrozenLinear, frozen_layers
 from library.protocols import Architecture
 from library.training.models.compute import Compute
-from networks.core.protocol import OURS
+from networks.core.protocol import NetworkModule
 
 logger = logging.getLogger(__name__)
 
@@ -23,25 +23,26 @@ MOST_ERROR = 0.1  # relative error of a product; fp8 has 3 to 4 %
 NEEDS = "int8 needs a GPU of compute capability 7.5 (RTX 20), 8-bit floating point 8.9 (RTX 40, H100)"
 
 
-def check_arithmetic(name: str | None, module: str | None, arch: Architecture, compute: Compute) -> None:
+def check_arithmetic(
+    weight_format: WeightFormat | None, module: NetworkModule, arch: Architecture, compute: Compute
+) -> None:
     """Try each kind of 8-bit product that the run needs on its device.
 
-    `name` is the denoiser's weight format, None for that of its file; `module` is the network module. Raises UserError,
-    before weights are read, if there is nothing to multiply in 8 bits or the device cannot.
+    `weight_format` is the denoiser's, None for that of its file. Raises UserError, before weights are read, if there is
+    nothing to multiply in 8 bits or the device cannot.
     """
-    kinds = {code_dtype(name)} if name is not None else kinds_in_file(arch)
+    kinds = {code_dtype(weight_format.codec)} if weight_format is not None else kinds_in_file(arch)
     for kind in sorted(kinds, key=str):
         try_kind(kind, compute)
-    if module is not None and not module.startswith(OURS):
+    if not module.is_ours:
         logger.warning(
             "--base_arithmetic 8bit: layers that --network_module %s adapts multiply in 8 bits only where it calls "
             "them; where it computes with their weights these are decoded",
-            module,
+            module.name,
         )
 
 
-def code_dtype(name: str) -> torch.dtype:
-    codec = load_format(name).codec
+def code_dtype(codec: Codec) -> torch.dtype:
     codes = codec.codes(codec.encode(torch.ones(1, 8)))
     assert codes is not None, "options refuse other formats"
     return codes.codes_OI.dtype

@@ -21,9 +21,11 @@ from library.training.failures.vae_memory import VaeFallback
 from library.training.models.compute import Compute
 from library.training.models.frozen_base import open_sharded
 from library.training.models.frozen_models import load_frozen
-from library.training.models.text_caching import live_text, prepare_text
+from library.training.models.text_caching import TextPlan, prepare_text
+from library.training.models.weight_formats import BaseFormats
 from library.training.step.context import Models
 from library.types import Conditioning
+from networks.core.protocol import NetworkModule
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,15 @@ class LoadedModels:
 
 def load_models(
     options: TrainOptions,
+    formats: BaseFormats,
+    text_plan: TextPlan,
     arch: Architecture,
     seed: int,
     data: TrainingData,
     compute: Compute,
     prompts: Sequence[str],
     processes: Processes,
-    reader: str,
+    reader: NetworkModule,
 ) -> LoadedModels:
     """Encode images, captions and prompts if they are cached, then load what trains.
 
@@ -56,15 +60,12 @@ def load_models(
     """
     vae, latents = prepare_vae(options.caching, arch, seed, data, processes)
     release_memory(options.memory.highvram)
-    text = prepare_text(options, arch, data, compute.device, compute.autocast, prompts, processes)
+    text = prepare_text(text_plan, options.caching, options.precision, arch, data, compute, prompts, processes)
     release_memory(options.memory.highvram)
     sharded = open_sharded(options.distributed, processes)
-    models = load_frozen(
-        options.network, options.precision.denoiser_format, arch, text.encoders, vae, compute, reader, sharded
-    )
+    models = load_frozen(options.network, formats.denoiser, arch, text.encoders, vae, compute, reader, sharded)
     arch.fit_to_sizes(models.denoiser, [dataset.resolution for dataset in data.config.datasets])
-    live = live_text(options.network, arch.text_cache)
-    return LoadedModels(models, live, text.prompts, latents, text.store, text.concepts)
+    return LoadedModels(models, text_plan.live, text.prompts, latents, text.store, text.concepts)
 
 
 def prepare_vae(

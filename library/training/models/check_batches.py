@@ -4,8 +4,9 @@ Otherwise a wrong network argument or a missing optimizer would only show after 
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from importlib import import_module
 
 import torch
@@ -14,45 +15,43 @@ from torch import nn
 from library.checkpoints.weights import to_meta_device
 from library.collector import freeze_imports
 from library.errors import NotThere, UserError
-from library.options.training.network import NetworkOptions
-from library.options.training.optimizer import OptimizerOptions, ScheduleOptions
+from library.options.training.optimizer import ScheduleOptions
 from library.protocols import Architecture
 from library.training.models.network import create
+from library.training.models.requests import AdapterRequest
 from library.training.optimization.lr_schedules import Schedule, build_schedule
 from library.training.optimization.optimizers import build_optimizer
 from library.training.step.context import Models
-from networks.core.protocol import OURS, adopt, open_network_module
+from networks.core.protocol import adopt
 
 
-def check_batches(
-    network_options: NetworkOptions,
-    optimizer: OptimizerOptions,
-    scheduler: ScheduleOptions,
-    arch: Architecture,
-    max_train_steps: int,
-) -> None:
-    """Build adapter, optimizer and schedule as the run will, on meta models, and discard them.
+def check_batches(adapters: Sequence[AdapterRequest], arch: Architecture, max_train_steps: int) -> None:
+    """Build each adapter, its optimizer and its schedule as the run will, on meta models, and discard them.
 
-    Raises UserError for any option of these that would end the run later. Third-party network modules are only
-    imported, because they may need real weights.
+    Raises UserError for any option of these that would end the run later. Third-party network modules are left out,
+    because they may need real weights.
     """
-    name = network_options.network_module
-    assert name is not None
+    models = cache(partial(models_on_meta_device, arch))
     with mute_logging(), torch.random.fork_rng(devices=[]):
-        module = open_network_module(name)
-        groups = [{"params": [], "lr": optimizer.learning_rate}]
-        if name.startswith(OURS):  # other modules may compute with weights while being built
-            import_module("torch._dynamo")  # transformers' models import it too; torch 2.7 cannot under a device
-            with torch.device("meta"):
-                network = adopt(create(network_options, module, models_on_meta_device(arch)))
-            groups, _ = network.parameter_groups(
-                network_options.text_encoder_lr, network_options.unet_lr, optimizer.learning_rate
+        for adapter in adapters:
+            network, optimizer, scheduler = (
+                adapter.options.network,
+                adapter.options.optimizer,
+                adapter.options.schedule,
             )
-        # Some optimizers inspect their parameters when built, which fails on the meta device.
-        dummy_groups = [{**group, "params": [nn.Parameter(torch.zeros(2, 2))]} for group in groups]
-        built = build_optimizer(optimizer, dummy_groups)
-        schedule = build_schedule(scheduler, built, max_train_steps)
-        take_first_step(scheduler, schedule)
+            groups = [{"params": [], "lr": optimizer.learning_rate}]
+            if adapter.module.is_ours:
+                # transformers' models import it too; torch 2.7 cannot under a device.
+                import_module("torch._dynamo")
+                with torch.device("meta"):
+                    built_network = adopt(create(network, adapter.module, models()))
+                groups, _ = built_network.parameter_groups(
+                    network.text_encoder_lr, network.unet_lr, optimizer.learning_rate
+                )
+            # Some optimizers inspect their parameters when built, which fails on the meta device.
+            dummy_groups = [{**group, "params": [nn.Parameter(torch.zeros(2, 2))]} for group in groups]
+            built = build_optimizer(optimizer, dummy_groups)
+            take_first_step(scheduler, build_schedule(scheduler, built, max_train_steps))
 
 
 def take_first_step(options: ScheduleOptions, schedule: Schedule) -> None:

@@ -33,7 +33,7 @@ from library.options.machine.memory import MemoryOptions, PrecisionOptions
 from library.processes import Processes
 from library.protocols import Architecture
 from library.training.models.compute import Compute
-from library.training.models.weight_formats import check_format, store_in_format
+from library.training.models.weight_formats import BaseFormats, check_format, store_in_format
 from library.training.step.context import Models
 
 logger = logging.getLogger(__name__)
@@ -41,13 +41,13 @@ logger = logging.getLogger(__name__)
 NUM_STAYING = 2  # blocks of each kind that are not offloaded, as in sd-scripts
 
 
-def check_base(format_name: str | None, num_offloaded: int, arch: Architecture) -> None:
+def check_base(precision: PrecisionOptions, formats: BaseFormats, memory: MemoryOptions, arch: Architecture) -> None:
     """Raise UserError, before anything is read, for an unsupported weight format or number of blocks."""
-    check_format(format_name)
-    if num_offloaded:
+    check_format(precision.denoiser_format, formats.denoiser)
+    if memory.num_offloaded:
         denoiser = to_meta_device(arch.load).denoiser()
-        count_offloaded_blocks(num_offloaded, arch.stacks(denoiser))
-        check_main_memory(format_name, num_offloaded, denoiser)
+        count_offloaded_blocks(memory.num_offloaded, arch.stacks(denoiser))
+        check_main_memory(precision.denoiser_format, memory.num_offloaded, denoiser)
 
 
 def check_main_memory(format_name: str | None, num_offloaded: int, denoiser: nn.Module) -> None:
@@ -105,6 +105,7 @@ def open_sharded(options: DistributedOptions, processes: Processes) -> ShardedMo
 
 def resolve_base(
     precision: PrecisionOptions,
+    formats: BaseFormats,
     memory: MemoryOptions,
     arch: Architecture,
     models: Models,
@@ -118,13 +119,13 @@ def resolve_base(
     num_scaled = sum(isinstance(layer.decoder, Scaled) for layer in frozen_layers(models.denoiser))
     if num_scaled:
         logger.info("denoiser: %d layers in 8 bits, as the file has them", num_scaled)
-    if precision.denoiser_format is not None:
-        count = store_in_format(precision.denoiser_format, models.denoiser)
+    if formats.denoiser is not None:
+        count = store_in_format(formats.denoiser.codec, models.denoiser)
         logger.info("denoiser: %d layers in %s", count, precision.denoiser_format)
     if precision.multiplies_codes:
         use_8bit_matmul(models.denoiser)
-    if precision.text_encoder_format is not None and models.text_encoders:
-        count = store_in_format(precision.text_encoder_format, *models.text_encoders)
+    if formats.text_encoders is not None and models.text_encoders:
+        count = store_in_format(formats.text_encoders.codec, *models.text_encoders)
         logger.info("text encoders: %d layers in %s", count, precision.text_encoder_format)
     if memory.num_offloaded:
         offload_blocks(memory, arch.stacks(models.denoiser), compute.device, processes)

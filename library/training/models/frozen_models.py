@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from library.checkpoints.weights import to_meta_device
 from library.memory.codecs.codec import AsRead
+from library.memory.codecs.weight_format import WeightFormat
 from library.memory.offload.sharded import ShardedModel
 from library.options.training.network import NetworkOptions
 from library.protocols import Architecture
@@ -16,7 +17,7 @@ from library.training.models.compute import Compute
 from library.training.models.weight_formats import format_while_reading
 from library.training.reporting.console_lines import announce
 from library.training.step.context import Models
-from networks.core.protocol import OURS, adopt, open_network_module
+from networks.core.protocol import NetworkModule, adopt
 
 Change = Callable[[Tensor], Tensor]
 """Returns a parameter's value with an adapter merged into it."""
@@ -24,12 +25,12 @@ Change = Callable[[Tensor], Tensor]
 
 def load_frozen(
     options: NetworkOptions,
-    format_name: str | None,
+    weight_format: WeightFormat | None,
     arch: Architecture,
     text_encoders: list[nn.Module],
     vae: nn.Module | None,
     compute: Compute,
-    reader: str,
+    reader: NetworkModule,
     sharded: ShardedModel | None = None,
 ) -> Models:
     """Read the denoiser in its weight format, and merge adapters into it, the text encoders and the VAE.
@@ -38,16 +39,16 @@ def load_frozen(
     sharded, so that at most one weight exists in full precision. A third-party `reader` needs all weights at once,
     which sharding excludes (`sharding_values`). Raises UserError for a file that does not fit.
     """
-    merges, is_ours = bool(options.base_weights), reader.startswith(OURS)
-    assert is_ours or sharded is None or not merges
-    changes = changes_while_reading(options, arch, text_encoders, compute, reader) if is_ours else {}
-    codec = format_while_reading(format_name, merges, merges_afterwards=not is_ours)
+    merges = bool(options.base_weights)
+    assert reader.is_ours or sharded is None or not merges
+    changes = changes_while_reading(options, arch, text_encoders, compute, reader) if reader.is_ours else {}
+    codec = format_while_reading(weight_format, merges, merges_afterwards=not reader.is_ours)
     if changes or sharded is not None:
         denoiser = arch.load.denoiser(AsRead(codec, changes, None if sharded is None else sharded.take))
     else:
         denoiser = arch.load.denoiser(codec)
     models = Models(denoiser, text_encoders, vae, arch.view(text_encoders, denoiser), sharded)
-    if not is_ours:
+    if not reader.is_ours:
         merge_into_whole(options, models, compute, reader)
     for file, multiplier in iterate_base_weights(options):
         announce(f"merged {file} into the base model with multiplier {multiplier}")
@@ -62,7 +63,7 @@ def iterate_base_weights(options: NetworkOptions) -> Iterator[tuple[str, float]]
 
 
 def changes_while_reading(
-    options: NetworkOptions, arch: Architecture, text_encoders: list[nn.Module], compute: Compute, reader: str
+    options: NetworkOptions, arch: Architecture, text_encoders: list[nn.Module], compute: Compute, reader: NetworkModule
 ) -> Mapping[str, Change]:
     """Return the changes of the denoiser's parameters by name; text encoders are changed at once."""
     if not options.base_weights:
@@ -72,7 +73,7 @@ def changes_while_reading(
     text_encoder, denoiser = arch.view(text_encoders, meta)
     changes_by_name: dict[str, list[Change]] = defaultdict(list)
     for file, multiplier in iterate_base_weights(options):
-        network, weights = open_network_module(reader).create_network_from_weights(
+        network, weights = reader.create_network_from_weights(
             multiplier, file, None, text_encoder, denoiser, for_inference=True
         )
         for part in adopt(network).merging(weights, compute.device):
@@ -92,11 +93,11 @@ def apply_changes(changes: Sequence[Change], value: Tensor) -> Tensor:
     return value
 
 
-def merge_into_whole(options: NetworkOptions, models: Models, compute: Compute, reader: str) -> None:
+def merge_into_whole(options: NetworkOptions, models: Models, compute: Compute, reader: NetworkModule) -> None:
     """Let a third-party network module merge adapters into models that are completely loaded."""
     text_encoder, denoiser = models.network_view
     for file, multiplier in iterate_base_weights(options):
-        network, weights = open_network_module(reader).create_network_from_weights(
+        network, weights = reader.create_network_from_weights(
             multiplier, file, models.vae, text_encoder, denoiser, for_inference=True
         )
         adopt(network).merge_to(text_encoder, denoiser, weights, compute.dtype, compute.device)

@@ -1,17 +1,17 @@
-"""Opens the network module and attaches its adapter to the models."""
+"""Attaches the adapter of a network module to the models."""
 
 from typing import Any
 
 import torch
 
 from library.errors import UserError
-from library.options.machine.memory import PrecisionOptions
 from library.options.training.network import NetworkOptions
 from library.randomness import stream_seed
 from library.training.models.compute import Compute
+from library.training.models.requests import AdapterRequest
 from library.training.reporting.console_lines import announce
 from library.training.step.context import Models
-from networks.core.protocol import AdoptedNetwork, NetworkModule, adopt, open_network_module, parse_network_args
+from networks.core.protocol import AdoptedNetwork, NetworkModule, adopt, parse_network_args
 
 
 def network_keywords(options: NetworkOptions) -> dict[str, Any]:
@@ -20,20 +20,17 @@ def network_keywords(options: NetworkOptions) -> dict[str, Any]:
     return {"dropout": options.network_dropout, **parse_network_args(options.network_args)}
 
 
-def open_network(
-    options: NetworkOptions, precision: PrecisionOptions, seed: int, models: Models, compute: Compute
-) -> AdoptedNetwork:
+def open_network(request: AdapterRequest, models: Models, compute: Compute) -> AdoptedNetwork:
     """Attach a new adapter with its initial weights to the models' layers.
 
     Call after the models are loaded, because it replaces the forward of their layers, and before the optimizer is
-    built, which needs its parameters. Raises UserError if the module cannot be imported, an argument is wrong, or a
-    file does not fit.
+    built, which needs its parameters. Raises UserError if an argument is wrong or a file does not fit.
     """
+    options, precision = request.options.network, request.options.precision
     # The initial weights depend on the seed alone, not on what was loaded, cached or merged before.
-    torch.manual_seed(stream_seed(seed, "adapter"))
-    announce(f"import network module: {options.network_module}")
-    assert options.network_module is not None
-    network = adopt(create(options, open_network_module(options.network_module), models))
+    torch.manual_seed(stream_seed(request.seed, "adapter"))
+    announce(f"import network module: {request.module.name}")
+    network = adopt(create(options, request.module, models))
     network.apply_to(
         *models.network_view,
         not options.network_train_unet_only,
@@ -66,5 +63,5 @@ def create(options: NetworkOptions, module: NetworkModule, models: Models) -> An
             **keywords,
         )
     if network is None:
-        raise UserError(f"--network_module {options.network_module} made no network; see its own messages above")
+        raise UserError(f"--network_module {module.name} made no network; see its own messages above")
     return network

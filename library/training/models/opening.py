@@ -23,7 +23,7 @@ from library.options.train import TrainOptions
 from library.options.training.network import NetworkOptions
 from library.processes import Processes, register_rendezvous
 from library.protocols import Architecture, Objective
-from library.training.models.text_caching import check_text_caching, files_that_change_text, resolve_text_cache
+from library.training.models.text_caching import TextPlan, check_text_caching, files_that_change_text
 from library.training.optimization.optimizers import import_class
 from library.training.reporting.trackers import run_folder, tracker_kind
 from library.training.saving.state import StateManifest
@@ -52,14 +52,16 @@ def choose_seed(seed: int | None, processes: Processes, state: StateManifest | N
     return seed
 
 
-def open_training_data(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> TrainingData:
+def open_training_data(
+    options: TrainOptions, arch: Architecture, text: TextPlan, seed: int, num_processes: int
+) -> TrainingData:
     """Open prompts to train on, the user's dataset class, or the described images; log what was found."""
     if options.concepts is not None:
         require_no_text_changes(options.network)
         return open_prompt_pairs(options.concepts, options.run, arch, seed, num_processes)
     name = options.dataset.dataset_class
     if name is None:
-        return open_data_plan(options, arch, seed, num_processes)
+        return open_data_plan(options, arch, text, seed, num_processes)
     cls = import_class(name, "--dataset_class", name)
     warn_of_replaced(options.flat())
     dataset = open_own_dataset(cls, options.dataset, options.model.max_token_length, arch.codec.spec, seed)
@@ -77,15 +79,16 @@ def require_no_text_changes(options: NetworkOptions) -> None:
         )
 
 
-def open_data_plan(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> DataPlan:
+def open_data_plan(
+    options: TrainOptions, arch: Architecture, text: TextPlan, seed: int, num_processes: int
+) -> DataPlan:
     """Read the dataset description and the image headers, and log what was found."""
-    text, cached = arch.text, resolve_text_cache(options.network, arch.text_cache)
-    check_text_caching(options.network, arch.text_cache)
-    plan = build_plan(options, arch.codec.spec, seed, text.count_tokens, text.max_tokens, num_processes)
-    if cached is not None:
-        plan = plan.with_fixed_captions(cached.options.text_cache_variants)
+    check_text_caching(options.network, arch.text_cache, text)
+    plan = build_plan(options, arch.codec.spec, seed, arch.text.count_tokens, arch.text.max_tokens, num_processes)
+    if text.cached is not None:
+        plan = plan.with_fixed_captions(text.cached.options.text_cache_variants)
     if arch.text_cache is not None and arch.text_cache.places_key is not None and plan.has_references:
-        if cached is None:
+        if text.cached is None:
             raise UserError(
                 "the text encoder of this base model sees the reference images of the data set, for which its outputs "
                 "must be cached; add --cache_text_encoder_outputs"

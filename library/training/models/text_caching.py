@@ -16,10 +16,12 @@ from library.data.caching.text_files import stack_rows
 from library.data.training_data import TrainingData
 from library.errors import UserError, needing
 from library.memory.offload.encoders import place_encoders
-from library.options.train import TrainOptions
+from library.options.caching import CachingOptions
+from library.options.machine.memory import PrecisionOptions
 from library.options.training.network import NetworkOptions
 from library.processes import Processes
 from library.protocols import Architecture, LiveText, TextCacheSpec, TextPipeline
+from library.training.models.compute import Compute
 from library.training.step.context import Autocast
 from library.types import Conditioning
 from networks.core.protocol import is_switched_on
@@ -41,38 +43,40 @@ class RunText:
     concepts: Encoded | None = None  # features of the prompts that are trained without images
 
 
-def resolve_text_cache(options: NetworkOptions, spec: TextCacheSpec | None) -> TextCacheSpec | None:
-    """Return the spec if outputs of text encoders are cached; None if not, or if every encoder trains."""
-    if spec is None or not spec.options.cache_text_encoder_outputs:
-        return None
-    live = live_text(options, spec)
-    return None if live is not None and set(live.keys) == set(spec.keys) else spec
+@dataclass(frozen=True)
+class TextPlan:
+    """The plan for a run's text encoders."""
+
+    are_adapted: bool  # True if they get an adapter
+    cached: TextCacheSpec | None  # whose outputs are cached; None if nothing is, or if every encoder trains
+    live: LiveText | None  # those that train while others are cached; None if there are none
+
+    @classmethod
+    def resolve(cls, options: NetworkOptions, spec: TextCacheSpec | None) -> "TextPlan":
+        are_adapted = not options.network_train_unet_only
+        if spec is None or not spec.options.cache_text_encoder_outputs:
+            return cls(are_adapted, None, None)
+        live = spec.live if are_adapted else None
+        trains_all = live is not None and set(live.keys) == set(spec.keys)
+        return cls(are_adapted, None if trains_all else spec, live)
 
 
-def live_text(options: NetworkOptions, spec: TextCacheSpec | None) -> LiveText | None:
-    """Return the text encoders that train while others are cached; None if there are none."""
-    if spec is None or not spec.options.cache_text_encoder_outputs or options.network_train_unet_only:
-        return None
-    return spec.live
-
-
-def check_text_caching(options: NetworkOptions, spec: TextCacheSpec | None) -> None:
+def check_text_caching(options: NetworkOptions, spec: TextCacheSpec | None, plan: TextPlan) -> None:
     """Raise UserError if cached features would differ from what the run trains with; warn of options without effect."""
     if spec is None or not spec.options.cache_text_encoder_outputs:
         return
-    if spec.live is None and spec.can_train and not options.network_train_unet_only:
+    if spec.live is None and spec.can_train and plan.are_adapted:
         raise UserError(
             "--cache_text_encoder_outputs encodes the captions once and frees the text encoders, so these cannot get "
             "an adapter; add --network_train_unet_only, or leave out --cache_text_encoder_outputs"
         )
-    live = live_text(options, spec)
-    argument = None if live is None else live.excluded_by
+    argument = None if plan.live is None else plan.live.excluded_by
     if argument is not None and is_switched_on(options.network_args, argument):
         raise UserError(
             f"--network_args {argument}=True trains a text encoder whose outputs --cache_text_encoder_outputs takes "
             "before training; leave one of them out"
         )
-    if resolve_text_cache(options, spec) is None:
+    if plan.cached is None:
         logger.warning(
             "--cache_text_encoder_outputs has no effect: every text encoder trains, so every caption is encoded in "
             "each step; --network_train_unet_only trains the denoiser alone"
@@ -94,11 +98,12 @@ def files_that_change_text(options: NetworkOptions) -> Iterator[tuple[str, str]]
 
 
 def prepare_text(
-    options: TrainOptions,
+    plan: TextPlan,
+    caching: CachingOptions,
+    precision: PrecisionOptions,
     arch: Architecture,
     data: TrainingData,
-    device: torch.device,
-    autocast: Autocast,
+    compute: Compute,
     prompts: Sequence[str],
     processes: Processes,
 ) -> RunText:
@@ -107,31 +112,27 @@ def prepare_text(
     Encoders that train stay loaded. The others are not loaded at all if everything is on disk. If the options keep
     encoders on the CPU, those without an adapter never move to the device.
     """
-    spec = resolve_text_cache(options.network, arch.text_cache)
-    on_cpu = arch.text_cache is not None and arch.text_cache.options.text_encoder_cpu
+    device, on_cpu = compute.device, arch.text_cache is not None and arch.text_cache.options.text_encoder_cpu
     encoder_device = torch.device("cpu") if on_cpu else device
+    open_all = partial(open_encoders, arch, encoder_device, compute.autocast)
     if data.prompts is not None:
-        encoders = open_encoders(arch, encoder_device, autocast)  # which leave memory afterwards
+        encoders = open_all()  # which leave memory afterwards
         preview_features = encode_each(encoders.prompts, prompts)
         concept_features = encode_each(encoders.captions, data.prompts)
         return RunText([], prompts=preview_features, concepts=concept_features)
-    if spec is None:
-        is_adapted = not options.network.network_train_unet_only
-        if on_cpu and is_adapted:
+    if plan.cached is None:
+        if on_cpu and plan.are_adapted:
             logger.warning("--text_encoder_cpu has no effect: text encoders that get an adapter stay on the GPU")
-        return RunText([encoder.to(device if is_adapted else encoder_device) for encoder in arch.load.text_encoders()])
-
-    encoding = TextEncoding(
-        spec, partial(open_encoders, arch, encoder_device, autocast), options.precision.mixed_precision
-    )
+        place = device if plan.are_adapted else encoder_device
+        return RunText([encoder.to(place) for encoder in arch.load.text_encoders()])
     assert data.image_plan is not None, "options refuse caches of a user's class"
-    cached = cache_texts(data.image_plan, encoding, prompts, options.caching.skip_cache_check, processes)
+    encoding = TextEncoding(plan.cached, open_all, precision.mixed_precision)
+    cached = cache_texts(data.image_plan, encoding, prompts, caching.skip_cache_check, processes)
     features = {text: stack_rows([row], {}) for text, row in cached.prompts.items()}
-    live = live_text(options.network, spec)
-    if live is None:
+    if plan.live is None:
         return RunText([], cached.store, features)
     with needing("text encoders get an adapter without --network_train_unet_only; give them, or that option"):
-        return RunText([encoder.to(device) for encoder in live.load()], cached.store, features)
+        return RunText([encoder.to(device) for encoder in plan.live.load()], cached.store, features)
 
 
 def open_encoders(arch: Architecture, device: torch.device, autocast: Autocast) -> Encoders:

@@ -1,20 +1,34 @@
 """The weight formats of frozen models while reading, counting and training."""
 
 import importlib.util
+from dataclasses import dataclass
 
 from torch import nn
 
 from library.errors import UserError
 from library.hidden_libraries import unhide_library
 from library.memory.codecs.codec import AS_IN_FILE, AsInFile, Codec
-from library.memory.codecs.weight_format import load_format
+from library.memory.codecs.weight_format import WeightFormat, load_format
 from library.memory.frozen import frozen_layers, layers_in_blocks, store_all_in
 from library.options.machine.memory import PrecisionOptions
 
 
-def check_format(name: str | None) -> None:
+@dataclass(frozen=True)
+class BaseFormats:
+    """The weight formats of the frozen models; None keeps --mixed_precision or the format of the file."""
+
+    denoiser: WeightFormat | None
+    text_encoders: WeightFormat | None
+
+    @classmethod
+    def load(cls, precision: PrecisionOptions) -> "BaseFormats":
+        names = (precision.denoiser_format, precision.text_encoder_format)
+        return cls(*(None if name is None else load_format(name) for name in names))
+
+
+def check_format(name: str | None, weight_format: WeightFormat | None) -> None:
     """Raise UserError if a package that the weight format needs is missing."""
-    package = None if name is None else load_format(name).required_package
+    package = None if weight_format is None else weight_format.required_package
     if package is None:
         return
     # bitsandbytes is hidden from diffusers and peft, which import it without need, and so from `find_spec`.
@@ -26,7 +40,9 @@ def check_format(name: str | None) -> None:
         )
 
 
-def format_while_reading(name: str | None, merges: bool, merges_afterwards: bool = False) -> Codec | AsInFile | None:
+def format_while_reading(
+    weight_format: WeightFormat | None, merges: bool, merges_afterwards: bool = False
+) -> Codec | AsInFile | None:
     """Return the codec for the denoiser's weights while they are read; None keeps the compute dtype.
 
     Merging needs decoded weights: 8-bit weights of the file are decoded, and with `merges_afterwards`, which
@@ -34,26 +50,26 @@ def format_while_reading(name: str | None, merges: bool, merges_afterwards: bool
     """
     if merges and merges_afterwards:
         return None
-    if name is not None:
-        return load_format(name).codec
+    if weight_format is not None:
+        return weight_format.codec
     return None if merges else AS_IN_FILE
 
 
-def format_while_counting(precision: PrecisionOptions, merges: bool) -> Codec | AsInFile | None:
+def format_while_counting(
+    weight_format: WeightFormat | None, multiplies_codes: bool, merges: bool
+) -> Codec | AsInFile | None:
     """Return the codec for the denoiser's weights while the planner counts a step.
 
     The cost of decoding follows from `WeightFormat` and is added later, so a codec is needed only if its codes are
     multiplied directly.
     """
-    if precision.denoiser_format is not None and not precision.multiplies_codes:
-        return None if merges else AS_IN_FILE
-    return format_while_reading(precision.denoiser_format, merges)
+    return format_while_reading(weight_format if multiplies_codes else None, merges)
 
 
-def store_in_format(name: str, *models: nn.Module) -> int:
+def store_in_format(codec: Codec, *models: nn.Module) -> int:
     """Convert the blocks' remaining weights to a weight format. Return the number of layers that have it, including
     those that were converted while they were read."""
-    codec, num_layers = load_format(name).codec, 0
+    num_layers = 0
     for model in models:
         store_all_in(codec, layers_in_blocks(model).values())
         num_layers += sum(layer.decoder is codec for layer in frozen_layers(model))

@@ -15,6 +15,7 @@ from library.processes import ALONE
 from library.protocols import Architecture
 from library.training.models.compute import Compute
 from library.training.models.frozen_base import resolve_base
+from library.training.models.weight_formats import BaseFormats
 from library.training.step.context import Models
 from networks.core.protocol import AdoptedNetwork, adopt, open_network_module
 
@@ -27,10 +28,15 @@ Row = Path | None
 
 
 def resolve_models(
-    precision: PrecisionOptions, memory: MemoryOptions, arch: Architecture, models: Models, compute: Compute
+    precision: PrecisionOptions,
+    formats: BaseFormats,
+    memory: MemoryOptions,
+    arch: Architecture,
+    models: Models,
+    compute: Compute,
 ) -> None:
     """Store the models as in a training with these options, for inference only."""
-    resolve_base(precision, memory, arch, models, compute, replace(ALONE, device=compute.device))
+    resolve_base(precision, formats, memory, arch, models, compute, replace(ALONE, device=compute.device))
     for model in (models.denoiser, *models.text_encoders):
         model.eval().requires_grad_(False)
     # Nothing is differentiated, so nothing has to be recomputed.

@@ -19,12 +19,13 @@ from library.training.failures.vae_memory import VaeFallback
 from library.training.models.compute import Compute
 from library.training.models.frozen_base import check_base
 from library.training.models.frozen_models import load_frozen
+from library.training.models.weight_formats import BaseFormats
 from library.training.offline.adapter_files import READER, NoAdapter, Stack, install_adapters, resolve_models
 from library.training.reporting.sample_images import composite_on_white
 from library.training.step.conditioning import CaptionMemo
 from library.training.step.context import StepContext
 from library.types import Conditioning, Prompt
-from networks.core.protocol import AdoptedNetwork
+from networks.core.protocol import AdoptedNetwork, open_network_module
 
 GAP = 6  # pixels between images
 LABEL_WIDTH, LABEL_HEIGHT, LINE = 210, 58, 17
@@ -65,9 +66,10 @@ def draw_rows(
         raise UserError(
             "an option names a second model for the previews of a training; give that one as the base model"
         )
-    check_base(precision.denoiser_format, memory.num_offloaded, arch)
+    formats = BaseFormats.load(precision)
+    check_base(precision, formats, memory, arch)
     compute = Compute.build(precision, device)
-    loaded = load(network, precision, memory, arch, rows, compute)
+    loaded = load(network, precision, formats, memory, arch, rows, compute)
     for row in rows:
         with torch.no_grad(), install_adapters(row.files, loaded.context.models, compute) as adapter:
             context, encoded = replace(loaded.context, network=adapter), loaded.encoded
@@ -79,6 +81,7 @@ def draw_rows(
 def load(
     network: NetworkOptions,
     precision: PrecisionOptions,
+    formats: BaseFormats,
     memory: MemoryOptions,
     arch: Architecture,
     rows: Sequence[Row],
@@ -95,9 +98,9 @@ def load(
         encoders = []
         release_memory(memory.highvram)
     vae = move_to_device(arch.load.vae(), compute.device)
-    models = load_frozen(network, precision.denoiser_format, arch, encoders, vae, compute, READER)
+    models = load_frozen(network, formats.denoiser, arch, encoders, vae, compute, open_network_module(READER))
     arch.fit_to_sizes(models.denoiser, [(prompt.width, prompt.height) for prompt in prompts])
-    resolve_models(precision, memory, arch, models, compute)
+    resolve_models(precision, formats, memory, arch, models, compute)
 
     def no_captions(captions: Sequence[str]) -> Conditioning:
         raise AssertionError(f"nothing is trained on {captions}")

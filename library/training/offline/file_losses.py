@@ -25,7 +25,10 @@ from library.training.evaluation.validation import resolve_measurements
 from library.training.models.base_model import load_models
 from library.training.models.compute import Compute
 from library.training.models.step_context import step_context
+from library.training.models.text_caching import TextPlan
+from library.training.models.weight_formats import BaseFormats
 from library.training.offline.adapter_files import READER, Row, install_adapters, resolve_models
+from networks.core.protocol import open_network_module
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +72,7 @@ def adjust_for_measuring(options: OptionsT) -> OptionsT:
 
 def losses_of_files(
     options: TrainOptions,
+    text: TextPlan,
     arch: Architecture,
     plan: DataPlan,
     seed: int,
@@ -92,10 +96,11 @@ def losses_of_files(
     if not held_out.rows:  # mirrored images have no cached latents
         options = options.with_values({"cache_latents": False, "cache_latents_to_disk": False})
     compute, processes = Compute.build(options.precision, device), replace(ALONE, device=device)
-    loaded = load_models(options, arch, seed, plan, compute, (), processes, READER)
+    formats, reader = BaseFormats.load(options.precision), open_network_module(READER)
+    loaded = load_models(options, formats, text, arch, seed, plan, compute, (), processes, reader)
     if not loaded.models.text_encoders:
         check_text_parts(rows)
-    resolve_models(options.precision, options.memory, arch, loaded.models, compute)
+    resolve_models(options.precision, formats, options.memory, arch, loaded.models, compute)
     batches = PlannedBatches(plan, loaded.latents, loaded.texts)
     held_out, probe = resolve_measurements(options.validation, options.noise, batches.validation, seed)
     trained = select_all(batches.measured(indices), held_out)

@@ -12,17 +12,17 @@ from library.memory.pinned import max_pinned_bytes
 from library.memory.planner.choice import Allowed
 from library.memory.planner.gpus import Gpu, MemorySize, typical_gpu
 from library.memory.planner.prediction import CountedStep, MemoryMode, Predicted, predict
+from library.training.models.requests import RequestedRun
 from library.training.planning.counting import count_run, shape_of_batch
 from library.training.planning.settings import describe, resolve_allowed_ever, resolve_memory_mode
 from library.training.run_parts import Run
 from library.types import Batch
-from networks.core.protocol import OURS
 
 MOST_LINES = 6
 WORTH = 0.02  # fraction of the memory needed; smaller savings are not mentioned
 
 
-def memory_hints(runs: Sequence[Run], batch: Batch) -> list[str]:
+def memory_hints(requested: RequestedRun, runs: Sequence[Run], batch: Batch) -> list[str]:
     """Describe configurations of this step that need less memory than the current one, each saving more than a faster
     one.
 
@@ -30,12 +30,13 @@ def memory_hints(runs: Sequence[Run], batch: Batch) -> list[str]:
     third-party network modules, which may need real weights, and if no configuration saves much.
     """
     run = runs[0]
-    name, device = run.options.network.network_module, run.context.device
-    if name is None or not name.startswith(OURS):
+    labels, device = {run.label for run in runs}, run.context.device
+    sharing = replace(requested, adapters=[a for a in requested.adapters if a.label in labels])
+    if not sharing.adapters[0].module.is_ours:
         return []
     shape = shape_of_batch(batch, run.context.arch.codec.spec.downscale)
     try:
-        step = count_run(run.options, run.context.arch, shape, device, [r.options for r in runs]).step
+        step = count_run(sharing, shape, device).step
     except NotThere:  # a run with cached features may lack the text encoders that counting needs
         return []
     fewer = ["fewer adapters in one --sweep need about that much less"] if len(runs) > 1 else []

@@ -43,8 +43,6 @@ from library.memory.planner.steps import (
 )
 from library.memory.planner.weights import ModelWeights
 from library.options.caching import CachingOptions
-from library.options.machine.memory import PrecisionOptions
-from library.options.train import TrainOptions
 from library.options.training.concepts import ConceptOptions
 from library.options.training.network import NetworkOptions
 from library.options.training.optimizer import OptimizerOptions
@@ -59,8 +57,8 @@ from library.training.models.check_batches import mute_logging
 from library.training.models.compute import Compute
 from library.training.models.frozen_base import count_offloaded_blocks, most_offloaded
 from library.training.models.network import create
+from library.training.models.requests import AdapterRequest, RequestedRun
 from library.training.models.step_context import step_context
-from library.training.models.text_caching import live_text, resolve_text_cache
 from library.training.models.weight_formats import format_while_counting
 from library.training.optimization.optimizers import build_optimizer
 from library.training.planning.previews import CountedPreview, count_preview
@@ -68,7 +66,7 @@ from library.training.step.context import Models
 from library.training.step.joining import repeat_batch
 from library.training.step.losses import loss_of
 from library.types import Batch, CaptionWithImages, Conditioning
-from networks.core.protocol import AdoptedNetwork, adopt, multiplex, open_network_module
+from networks.core.protocol import AdoptedNetwork, adopt, multiplex
 
 T = TypeVar("T")
 
@@ -116,26 +114,24 @@ class CountedRun:
 class MetaRun:
     """The models of a run at full size on fake tensors, with the adapter attached."""
 
-    arch: Architecture
+    run: RequestedRun
     compute: Compute
     models: Models  # those that stay during training
     encoders: Sequence[nn.Module]  # all text encoders
     vae: nn.Module | None
-    networks: Sequence[AdoptedNetwork]  # several if adapters share a step (--sweep)
+    networks: Sequence[AdoptedNetwork]  # of each adapter
+
+    @property
+    def arch(self) -> Architecture:
+        return self.run.arch
 
 
-def count_run(
-    options: TrainOptions,
-    arch: Architecture,
-    batch: BatchShape,
-    device: torch.device,
-    adapters: Sequence[TrainOptions] = (),
-) -> CountedRun:
+def count_run(run: RequestedRun, batch: BatchShape, device: torch.device) -> CountedRun:
     """Count a run on `device` whose largest batch is `batch`. Raises UserError as the run's set-up would.
 
-    `adapters` holds the options of several adapters that share the base model; their dropout is ignored.
+    The dropout of several adapters that share the base model is ignored.
     """
-    adapters = adapters or (options,)
+    options, arch = run.options, run.arch
     with (
         progress_bar("counting memory…", NUM_COUNTS, leave=False) as bar,
         mute_logging(),
@@ -147,7 +143,7 @@ def count_run(
         # Fakes are CPU tensors, and autocast treats norms there otherwise than on a GPU.
         nullcontext() if device.type == "cpu" else emulate_cuda_norms(),
     ):
-        meta = run_on_meta_device(options, arch, adapters)
+        meta = run_on_meta_device(run)
         bar.update(1)
         denoiser, networks = meta.models.denoiser, meta.networks
         rows = rows_of_pass(options.pairs, batch)
@@ -157,7 +153,7 @@ def count_run(
         preview = count_preview(options.preview, arch, meta.vae, not caches_latents, counter_for(arch))
         captions, conditioning, gradientless = None, None, None
         if concepts is None:
-            spec = resolve_text_cache(options.network, arch.text_cache)
+            spec = run.text.cached
             captions, conditioning = count_captions(spec, meta, rows)
             if spec is not None and spec.places_key is not None and conditioning is not None:
                 no_places = torch.zeros(rows.count, len(rows.reference_sizes), dtype=torch.long)
@@ -172,12 +168,12 @@ def count_run(
         fake = fake_batch(arch, rows, conditioning, caches_latents)
         timeline = count_some_blocks(
             arch.chains(denoiser),
-            lambda repeats: count_step(options, meta, fake, repeats, partial(bar.update, 1)),
+            lambda repeats: count_step(meta, fake, repeats, partial(bar.update, 1)),
         )
         optimizer = add_optimizers(
             [
-                count_update(adapter.optimizer, adapter.network, bool(adapter.averaging.ema_decay), arch, network)
-                for adapter, network in zip(adapters, networks, strict=True)
+                count_update(o.optimizer, o.network, bool(o.averaging.ema_decay), arch, network)
+                for o, network in zip((adapter.options for adapter in run.adapters), networks, strict=True)
             ]
         )
         bar.update(1)
@@ -244,23 +240,22 @@ def storable_layers(model: nn.Module) -> list[nn.Module]:
     return [*layers_in_blocks(model).values(), *frozen_layers(model)]
 
 
-def run_on_meta_device(options: TrainOptions, arch: Architecture, adapters: Sequence[TrainOptions]) -> MetaRun:
+def run_on_meta_device(run: RequestedRun) -> MetaRun:
     """Build the models as in the run, in the active fake mode."""
-    encoders, denoiser, vae = load_fakes(
-        arch, format_while_counting(options.precision, bool(options.network.base_weights))
-    )
-    if options.precision.multiplies_codes:
+    options, arch = run.options, run.arch
+    multiplies, merges = options.precision.multiplies_codes, bool(options.network.base_weights)
+    encoders, denoiser, vae = load_fakes(arch, format_while_counting(run.formats.denoiser, multiplies, merges))
+    if multiplies:
         multiply_codes(frozen_layers(denoiser))
     staying = encoders
     if options.concepts is not None:
         staying = []
-    elif resolve_text_cache(options.network, arch.text_cache) is not None:
-        live = live_text(options.network, arch.text_cache)
-        staying = encoders[: 0 if live is None else live.num_encoders]
+    elif run.text.cached is not None:
+        staying = encoders[: 0 if run.text.live is None else run.text.live.num_encoders]
     needs_vae = not has_latents(options.caching, options.concepts)
     models = Models(denoiser, staying, vae if needs_vae else None, arch.view(staying, denoiser))
-    networks = [network_on_meta_device(adapter.network, adapter.precision, arch, models) for adapter in adapters]
-    return MetaRun(arch, Compute.build(options.precision, CPU), models, encoders, vae, networks)
+    networks = [network_on_meta_device(adapter, arch, models) for adapter in run.adapters]
+    return MetaRun(run, Compute.build(options.precision, CPU), models, encoders, vae, networks)
 
 
 def has_latents(caching: CachingOptions, concepts: ConceptOptions | None) -> bool:
@@ -268,12 +263,9 @@ def has_latents(caching: CachingOptions, concepts: ConceptOptions | None) -> boo
     return caching.cache_latents or concepts is not None
 
 
-def network_on_meta_device(
-    options: NetworkOptions, precision: PrecisionOptions, arch: Architecture, models: Models
-) -> AdoptedNetwork:
+def network_on_meta_device(adapter: AdapterRequest, arch: Architecture, models: Models) -> AdoptedNetwork:
     """Attach the adapter to the models."""
-    assert options.network_module is not None
-    module = open_network_module(options.network_module)
+    options, module, precision = adapter.options.network, adapter.module, adapter.options.precision
     if options.dim_from_weights:
         with unset_fake_temporarily():  # the file's real values determine ranks and forms
             network = adopt(create(options, module, models))
@@ -445,14 +437,12 @@ def count_prediction(meta: MetaRun, rows: BatchShape, features: Conditioning) ->
     return count_rise(arch, [meta.models.denoiser, *(network.module for network in meta.networks)], predict)[0]
 
 
-def count_step(
-    options: TrainOptions, meta: MetaRun, batch: Batch, repeats: Repeats, advance: Callable[[], None]
-) -> Timeline:
+def count_step(meta: MetaRun, batch: Batch, repeats: Repeats, advance: Callable[[], None]) -> Timeline:
     """Count a forward and backward pass, once with all blocks recomputed and once with none; gradients exist already
     if a step has several passes. `advance` is called after each."""
-    arch, models, networks = meta.arch, meta.models, meta.networks
-    loaded = LoadedModels(models, live_text(options.network, arch.text_cache), None)
-    multiplexer = multiplex(networks, options.network.network_module or "") if len(networks) > 1 else None
+    options, arch, models, networks = meta.run.options, meta.arch, meta.models, meta.networks
+    loaded = LoadedModels(models, meta.run.text.live, None)
+    multiplexer = multiplex(networks, meta.run.adapters[0].module.name) if len(networks) > 1 else None
     trains_text = options.trains_text_encoders
     contexts = []
     for i, network in enumerate(networks):

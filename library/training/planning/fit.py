@@ -42,7 +42,8 @@ class Fit:
             return {}
         sizes = {name: size for name, size in self.stage_sizes.items() if size and size != self.options.flat()[name]}
         off_the_card = {"text_encoder_cpu": True} if self.stage_sizes.get("text_encoder_batch_size") == 0 else {}
-        return changes(self.options, self.choice.chosen.mode) | sizes | off_the_card
+        own_format, memory = self.options.precision.denoiser_format, self.options.memory
+        return changes(self.options.flat(), own_format, memory, self.choice.chosen.mode) | sizes | off_the_card
 
     def lines(self) -> Iterator[str]:
         """Yield the table, and how to pin its marked line."""

@@ -1,7 +1,6 @@
 """Configures a run for the fastest execution that fits its GPU."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,12 +10,10 @@ from library.errors import UserError, needing
 from library.memory.devices import DTYPES
 from library.memory.planner.gpus import GIB, Gpu, parse_size
 from library.memory.planner.measured import benchmark_gpu
-from library.options.train import TrainOptions
 from library.processes import Processes
-from library.protocols import Architecture
+from library.training.models.requests import RequestedRun
 from library.training.planning.counting import BatchShape, CountedRun, count_run
 from library.training.planning.fit import Fit, Sweep, fit_to
-from networks.core.protocol import OURS
 
 logger = logging.getLogger(__name__)
 
@@ -52,63 +49,41 @@ def measure_gpu(size_or_auto: str, mixed_precision: str, processes: Processes) -
     return replace(gpu, flops=flops, bus=bus, bandwidth=bandwidth, staging=staging, nominal_bytes=nominal)
 
 
-def count_adapter_run(
-    options: TrainOptions,
-    arch: Architecture,
-    batch: BatchShape,
-    device: torch.device,
-    adapters: Sequence[TrainOptions] = (),
-) -> CountedRun:
+def count_adapter_run(run: RequestedRun, batch: BatchShape, device: torch.device) -> CountedRun:
     """Count the run. Raises UserError for third-party network modules that need real weights."""
-    name = options.network.network_module
-    assert name is not None
+    module = run.adapters[0].module
     try:
         with needing("--fit counts captions with the text encoders; give them, or leave it out"):
-            return count_run(options, arch, batch, device, adapters)
+            return count_run(run, batch, device)
     except UserError:
         raise
     except Exception as error:  # third-party code may raise anything when it reads missing values
-        if name.startswith(OURS):
+        if module.is_ours:
             raise
         raise UserError(
-            f"--fit cannot count what --network_module {name} does ({type(error).__name__}: {error}); leave out --fit "
-            "and set what saves memory yourself"
+            f"--fit cannot count what --network_module {module.name} does ({type(error).__name__}: {error}); leave out "
+            "--fit and set what saves memory yourself"
         ) from error
 
 
-def count_sweep(
-    options: TrainOptions,
-    arch: Architecture,
-    batch: BatchShape,
-    device: torch.device,
-    adapters: Sequence[TrainOptions],
-) -> Sweep | None:
+def count_sweep(run: RequestedRun, batch: BatchShape, device: torch.device) -> Sweep | None:
     """Count the adapter with the highest rank of several; None for a single one."""
-    if len(adapters) < 2:
+    if len(run.adapters) < 2:
         return None
-    largest = max(adapters, key=lambda adapter: adapter.network.network_dim or 0)
-    return Sweep(len(adapters), count_adapter_run(options, arch, batch, device, [largest]))
+    largest = max(run.adapters, key=lambda adapter: adapter.options.network.network_dim or 0)
+    return Sweep(len(run.adapters), count_adapter_run(replace(run, adapters=[largest]), batch, device))
 
 
-def fit_run(
-    options: TrainOptions,
-    arch: Architecture,
-    sizes: BatchSizes,
-    processes: Processes,
-    adapters: Sequence[TrainOptions] = (),
-) -> Fit:
-    """Choose how to run the largest batch, and log the candidates.
+def fit_run(run: RequestedRun, sizes: BatchSizes, processes: Processes) -> Fit:
+    """Choose how to run the largest batch, and log the candidates. Raises UserError if nothing fits.
 
-    `adapters` holds each adapter's options if several share the step. The architecture does not depend on the choice:
-    weight formats, recomputation and offloading are applied later.
-
-    Raises UserError if nothing fits.
+    The architecture does not depend on the choice: weight formats, recomputation and offloading are applied later.
     """
+    options = run.options
     assert options.fit.fit is not None
     gpu = measure_gpu(options.fit.fit, options.precision.mixed_precision, processes)
     batch = largest_batch(sizes)
-    counted = count_adapter_run(options, arch, batch, processes.device, adapters)
-    sweep = count_sweep(options, arch, batch, processes.device, adapters)
+    counted, sweep = count_adapter_run(run, batch, processes.device), count_sweep(run, batch, processes.device)
     fit = fit_to(counted, options, gpu, sweep, sizes.max_train_steps)
     if fit.choice.chosen is None:
         raise UserError("\n  ".join([f"--fit {options.fit.fit}", *fit.lines()]))

@@ -49,14 +49,15 @@ def option_values(mode: MemoryMode) -> dict[str, Any]:
     }
 
 
-def changes(options: TrainOptions, mode: MemoryMode) -> dict[str, Any]:
-    """Return a configuration's options that differ from the user's."""
-    values = options.flat()
+def changes(
+    values: Mapping[str, Any], own_format: str | None, memory: MemoryOptions, mode: MemoryMode
+) -> dict[str, Any]:
+    """Return a configuration's options that differ from the user's, which are `values`."""
     changed = {name: value for name, value in option_values(mode).items() if value != values[name]}
-    if mode.weight_format == options.precision.denoiser_format:  # whichever option requested it
+    if mode.weight_format == own_format:  # whichever option requested it
         changed.pop("base_format", None)
     # That option means both already.
-    if options.memory.unsloth_offload_checkpointing and mode.offloads_inputs:
+    if memory.unsloth_offload_checkpointing and mode.offloads_inputs:
         changed.pop("gradient_checkpointing", None)
         changed.pop("cpu_offload_checkpointing", None)
     return changed

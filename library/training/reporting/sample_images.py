@@ -66,9 +66,9 @@ def is_written(path_of: Callable[[str], Path], since: float) -> bool:
     return any(name.fullmatch(file.name) and file.stat().st_mtime >= since for file in files)
 
 
-def is_preview_stem(options: SavingOptions, stem: str) -> bool:
+def is_preview_stem(output_name: str | None, stem: str) -> bool:
     """Return True if a file with this stem is a preview or a grid of the run."""
-    name = f"{options.output_name}_" if options.output_name else ""
+    name = f"{output_name}_" if output_name else ""
     return re.fullmatch(re.escape(name) + r"e?\d{6,}(_\d{2,})?_\d{14}(_-?\d+)?", stem) is not None
 
 

@@ -20,10 +20,11 @@ from library.training.failures.out_of_memory import (
     measure_sizes,
     memory_figures,
 )
-from library.training.loop.loop import backward
+from library.training.loop.adapter_run import PreparedRun
+from library.training.loop.loop import MemoryHints, backward
 from library.training.loop.stacked_step import backward_stacked, is_stacked
 from library.training.loop.update import round_weights
-from library.training.planning.advice import memory_hints
+from library.training.run.selftest import test_itself
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import Writer
 from library.training.step.losses import add_noise_to, describe_shape
@@ -37,7 +38,19 @@ DRY_RUN_VALUES: dict[str, Any] = {  # caches stay in memory, no trackers, no upl
 }
 
 
-def try_largest_batch(runs: Sequence[Run], writer: Writer, batch_index: int) -> None:
+def try_out(prepared: Sequence[PreparedRun], largest: int | None, hints: MemoryHints) -> bool:
+    """Run what --selftest and --dry_run request; `largest` is the index of the largest batch, None without --dry_run.
+    Return True if nothing else is to be done."""
+    first = prepared[0].run
+    if first.options.faults.selftest:
+        with explain_out_of_memory("testing itself (--selftest)", first.options, first.context.device, ""):
+            test_itself(first)
+    if largest is not None:
+        try_largest_batch([adapter.run for adapter in prepared], prepared[0].writer, largest, hints)
+    return largest is not None
+
+
+def try_largest_batch(runs: Sequence[Run], writer: Writer, batch_index: int, hints: MemoryHints) -> None:
     """Train one step on a batch of the first epoch, then run a second pass, and log the memory needed.
 
     `runs` holds all adapters. The second pass runs with the optimizer state allocated, so it shows the peak of
@@ -47,7 +60,7 @@ def try_largest_batch(runs: Sequence[Run], writer: Writer, batch_index: int) -> 
     (batch,) = run.batches.iterate_epoch(1, [batch_index], lambda index: 0, 0, False)
     shape, sizes = describe_shape(batch), measure_sizes(run)
     logger.info("dry run: memory while loading and caching: %s", memory_figures(run.context.device))
-    doing, predicted = "training the largest batch (--dry_run)", partial(memory_hints, runs, batch)
+    doing, predicted = "training the largest batch (--dry_run)", partial(hints, runs, batch)
     with explain_out_of_memory(doing, run.options, run.context.device, shape, lambda: sizes, predicted):
         loss = forward_and_backward(runs, batch, batch_index)
         for adapter in runs:

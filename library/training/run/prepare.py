@@ -8,7 +8,6 @@ from library.checkpoints.weights import to_meta_device
 from library.data.training_data import TrainingData, open_batches
 from library.errors import needing
 from library.memory.planner.measured import measure_peak_flops
-from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture
 from library.training.evaluation.preview import collect_texts, read_wanted_prompts
@@ -21,13 +20,14 @@ from library.training.models.check_batches import check_batches
 from library.training.models.compute import Compute
 from library.training.models.frozen_base import check_base, resolve_base
 from library.training.models.network import open_network
+from library.training.models.requests import RequestedRun
 from library.training.reporting.console_lines import ImageCounts, announce_run
 from library.training.reporting.log_prefix import log_prefix
 from library.training.reporting.progress import Progress
 from library.training.reporting.step_times import StepTimes
 from library.training.reporting.trackers import Charts, loggable_options, start_trackers
 from library.training.run.run_events import build_plan_event
-from library.training.run.runs import AdapterRequest, Shared, build_run, prepare_run
+from library.training.run.runs import Shared, build_run, prepare_run
 from library.training.saving.checkpoints import save_dtype
 from library.training.saving.resume import check_latents, resolve_starting_steps
 from library.training.saving.state import network_shapes
@@ -40,39 +40,36 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(
-    options: TrainOptions,
-    arch: Architecture,
+    requested: RequestedRun,
     seed: int,
     data: TrainingData,
     accelerator: Any,
     processes: Processes,
-    adapters: Sequence[AdapterRequest],
     sweep: SweepRecord | None = None,
 ) -> list[PreparedRun]:
     """Load the models, attach the adapters, build their optimizers and restore their states.
 
-    `options` and `seed` are those shared by all `adapters`: images, base model, plan. Raises UserError for settings
-    that can only be checked here, such as a network argument.
+    `seed` is shared by all adapters. Raises UserError for settings that can only be checked here, such as a network
+    argument.
     """
+    options, adapters, arch, formats = requested.options, requested.adapters, requested.arch, requested.formats
+    module = adapters[0].module  # reads the adapters that are merged into the base model
     # Raises for a wrong value, which would otherwise be noticed only once everything is loaded and cached.
     save_dtype(options.saving.save_precision)
     require_same_data(data, processes)
     compute = Compute.build(options.precision, processes.device)
     plan = Plan.build(options.run, data.num_batches, processes.count)
     first_steps = resolve_starting_steps(
-        [adapter.options for adapter in adapters], plan, [adapter.state for adapter in adapters]
+        [(a.options.state, a.names.of_end(), a.state) for a in adapters if a.names is not None], plan
     )
     for adapter in adapters:
         if adapter.state is not None and data.prompts is None:
             check_latents(adapter.state, arch.codec.spec.computed_as)
     # Check what needs no weights before reading them and encoding images, which takes minutes.
-    check_base(options.precision.denoiser_format, options.memory.num_offloaded, arch)
+    check_base(options.precision, formats, options.memory, arch)
     if options.precision.multiplies_codes:
-        check_arithmetic(options.precision.denoiser_format, options.network.network_module, arch, compute)
-    for adapter in adapters:
-        check_batches(
-            adapter.options.network, adapter.options.optimizer, adapter.options.schedule, arch, plan.max_train_steps
-        )
+        check_arithmetic(formats.denoiser, module, arch, compute)
+    check_batches(adapters, arch, plan.max_train_steps)
     prompts = read_wanted_prompts(options.preview, arch) if processes.is_main else []
     if prompts:
         with needing("--sample_prompts draws images; give the VAE, or leave it out"):
@@ -80,22 +77,19 @@ def prepare(
             to_meta_device(arch.load).vae()
         warn_of_untaught_words(prompts, data, arch)
     texts = collect_texts(prompts, arch)
-    network_module = options.network.network_module or ""
-    loaded = load_models(options, arch, seed, data, compute, texts, processes, network_module)
-    resolve_base(options.precision, options.memory, arch, loaded.models, compute, processes)
+    loaded = load_models(options, formats, requested.text, arch, seed, data, compute, texts, processes, module)
+    resolve_base(options.precision, formats, options.memory, arch, loaded.models, compute, processes)
     # After the base model has its weight formats and devices: a network module may read the weights that it adapts.
     networks = []
     for adapter in adapters:
         with log_prefix(adapter.label):
-            network = open_network(
-                adapter.options.network, adapter.options.precision, adapter.seed, loaded.models, compute
-            )
+            network = open_network(adapter, loaded.models, compute)
             if adapter.state is not None:
                 network.prepare_for(network_shapes(adapter.state), str(adapter.state.path))
             networks.append(network)
     multiplexer = None
     if len(networks) > 1:
-        multiplexer = multiplex(networks, options.network.network_module or "")
+        multiplexer = multiplex(networks, module.name)
         share = None if data.prompts is not None else multiplexer.share_stacked(range(len(networks)))
         logger.info("%s", format_sharing(len(networks), share))
     # After all adapters are attached, because blocks are compiled with them.

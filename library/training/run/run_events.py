@@ -15,7 +15,7 @@ from library.errors import UserError
 from library.installed import version_of
 from library.launcher import launched_rank
 from library.options.base import Options
-from library.options.train import TrainOptions
+from library.options.output.reports import ReportOptions
 from library.progress import listening
 from library.training.config_file import SECRETS
 from library.training.failures.interruption import Interrupted
@@ -43,15 +43,23 @@ HIDDEN = "***"
 
 @contextmanager
 def open_events(
-    adapters: Iterable[TrainOptions], command: Sequence[str] | None, warnings: WarningEvents
+    adapters: Iterable[tuple[Options, ReportOptions, Names | None]],
+    resumes: bool,
+    command: Sequence[str] | None,
+    warnings: WarningEvents,
 ) -> Iterator[EventsOfAll]:
     """Open the event streams of a run's adapters in the main process; the last event says how the block ended.
 
-    A run that ends without an error and is not stopped is finished. If events go to standard output, everything else
-    goes to standard error.
+    `adapters` holds each one's options and the names of its files, None in a run that writes nothing. A run that ends
+    without an error and is not stopped is finished. If events go to standard output, everything else goes to standard
+    error.
     """
     with ExitStack() as stack:
-        streams = [(options, Events(open_sinks(options, stack))) for options in adapters]
+        is_written = launched_rank() == 0
+        streams = [
+            (options, Events(open_sinks(reports, names, resumes, stack) if names is not None and is_written else []))
+            for options, reports, names in adapters
+        ]
         events = EventsOfAll([stream for _, stream in streams])
         if not events.is_on:
             warnings.connect(events)  # from here on warnings are not buffered
@@ -75,20 +83,18 @@ def open_events(
             raise
 
 
-def open_sinks(options: TrainOptions, stack: ExitStack) -> list[Sink]:
-    """Open the sinks of a run's events: none in a dry run, which writes nothing, and none outside the main process."""
-    path, resumes = options.reports.log_events, bool(options.state.resume or options.state.autoresume)
-    if launched_rank() != 0 or options.faults.dry_run or options.dataset.debug_dataset:
-        return []
+def open_sinks(options: ReportOptions, names: Names, resumes: bool, stack: ExitStack) -> list[Sink]:
+    """Open the sinks of an adapter's events."""
+    path = options.log_events
     sinks: list[Sink] = []
     if path == "-":
         sinks.append(JsonLines(sys.stdout, f"{FLAG} -", closes=False))
         stack.enter_context(redirect_stdout(sys.stderr))
     elif path:
         sinks.append(open_event_file(Path(path), resumes))
-    if not options.reports.no_report:
-        report = Names.build(options.saving).of_report()
-        sinks.append(ReportWriter(report, earlier_record(report) if resumes else None, options.reports.report_live))
+    if not options.no_report:
+        report = names.of_report()
+        sinks.append(ReportWriter(report, earlier_record(report) if resumes else None, options.report_live))
         sinks.append(IndexWriter(report))  # after the report, which it reads
     return sinks
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from library.data.training_data import TrainingBatches, TrainingData
-from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture
 from library.training.evaluation.preview import Previews
@@ -14,8 +13,8 @@ from library.training.evaluation.validation import Validation
 from library.training.loop.adapter_run import PreparedRun
 from library.training.models.base_model import LoadedModels
 from library.training.models.compute import Compute
+from library.training.models.requests import AdapterRequest
 from library.training.models.step_context import step_context
-from library.training.reporting.event_stream import Events
 from library.training.reporting.progress import Progress
 from library.training.reporting.step_events import NormMeter
 from library.training.reporting.step_times import StepTimes
@@ -24,35 +23,10 @@ from library.training.run.optimization import build_optimization
 from library.training.run.shard_base_checks import preserves_in_step
 from library.training.run.writer import build_writer, go_on
 from library.training.run_parts import Run
-from library.training.saving.state import StateManifest
 from library.training.step.accumulation import Plan
 from library.training.sweep_record import SweepRecord
 from library.types import Conditioning, Prompt
 from networks.core.protocol import AdoptedNetwork, Multiplexer
-
-
-@dataclass(frozen=True)
-class AdapterRequest:
-    """An adapter to train; several may share the base model and the batches."""
-
-    options: TrainOptions  # of this adapter alone
-    seed: int  # for initialisation, noise and dropout
-    state: StateManifest | None  # the state to resume from
-    events: Events
-    label: str = ""  # its name in a sweep
-
-
-def request_adapter(
-    options: TrainOptions, seed: int, state: StateManifest | None, events: Events, label: str = ""
-) -> AdapterRequest:
-    """Describe an adapter of a run with this seed; a sweep may give the adapter its own seed.
-
-    All adapters are validated with the noise of the run's seed.
-    """
-    adapter_seed = options.run.seed if label and options.run.seed is not None else seed
-    if adapter_seed != seed and options.validation.validation_seed is None:
-        options = options.with_values({"validation_seed": seed})
-    return AdapterRequest(options, adapter_seed, state, events, label)
 
 
 @dataclass(frozen=True)
@@ -75,7 +49,7 @@ def build_run(request: AdapterRequest, network: AdoptedNetwork, shared: Shared, 
     """Build the run of the adapter with this index in the sweep."""
     options, arch, compute = request.options, shared.arch, shared.compute
     models = shared.loaded.models
-    optimization = build_optimization(options, network, models, shared.plan.max_train_steps, compute.device)
+    optimization = build_optimization(request, network, models, shared.plan.max_train_steps, compute.device)
     alone = nullcontext if shared.multiplexer is None else partial(shared.multiplexer.only, adapter_index)
     context = step_context(
         options.trains_text_encoders, options.caching.vae_batch_size, arch, request.seed, shared.loaded, network,
@@ -112,7 +86,8 @@ def prepare_run(
     state = request.state
     charts = charts.named(run.label)
     validation = Validation(run, charts)
-    writer = build_writer(run, progress, validation)
+    assert request.names is not None, "an adapter that is trained has names"
+    writer = build_writer(run, request.names, progress, validation)
     if not run.options.faults.dry_run:
         writer.check_space()
     if state is not None:  # after every stateful part exists, and before anything is drawn or measured

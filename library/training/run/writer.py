@@ -81,7 +81,7 @@ def bytes_of_state(run: Run) -> int:
     return sum(t.nbytes for t in (*weights_and_buffers(network.module).values(), *tensors, *expected, *averaged))
 
 
-def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer:
+def build_writer(run: Run, names: Names, progress: Progress, validation: Validation) -> Writer:
     """Build the writer of checkpoints; base files are hashed in the background meanwhile."""
     options, data, plan, built = run.options, run.data, run.plan, run.optimization.built
     facts = RunFacts(
@@ -121,7 +121,7 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
     return Writer(
         options=options,
         is_main=run.processes.is_main,
-        names=Names.build(options.saving),
+        names=names,
         schedule=Schedule.build(options.saving, plan.num_epochs),
         network=run.context.network,
         architecture=run.context.arch.metadata,

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -13,8 +13,7 @@ from library.checkpoints.folders import tidy
 from library.errors import UserError, list_few
 from library.formatting import format_count
 from library.options.base import OnResume, Options
-from library.options.output.saving import HubOptions, SavingOptions, StateOptions
-from library.options.train import TrainOptions
+from library.options.output.saving import HubOptions, StateOptions
 from library.options.training.network import NetworkOptions
 from library.processes import Processes
 from library.training.config_file import SECRETS
@@ -124,47 +123,42 @@ def check_latents(facts: StateManifest, computed_as: str) -> None:
         )
 
 
-def find_state(options: TrainOptions, processes: Processes) -> StateManifest | None:
+def find_state(
+    options: StateOptions, hub: HubOptions, names: Names | None, processes: Processes
+) -> StateManifest | None:
     """Find the named state, or the newest one if requested; None for a run that starts from the beginning.
 
     Raises UserError if the named folder is not a complete state, or if processes find different states.
     """
     facts = None
     if processes.is_main:
-        # These write nothing, and so they delete nothing.
-        if not (options.faults.dry_run or options.dataset.debug_dataset):
-            clear_up(options.saving)
-        facts = find_named_or_newest(options.state, options.hub, options.saving)
+        facts = find_named_or_newest(options, hub, names)
     path = processes.share("state", "" if facts is None else str(facts.path))
     if path and not processes.is_main:
         # A named state may be downloaded, to a folder of its own on each machine.
-        is_named = options.state.resume
-        facts = find_named_or_newest(options.state, options.hub, options.saving) if is_named else state_of_main(path)
+        facts = find_named_or_newest(options, hub, names) if options.resume else state_of_main(path)
     if path and facts is not None:
         digest = blake2b((facts.path / FACTS_FILE).read_bytes(), digest_size=8).hexdigest()
         processes.require_same("the state", f"step {facts.step} with digest {digest}")
     return facts
 
 
-def clear_up(saving: SavingOptions) -> None:
+def clear_up(names: Names) -> None:
     """Remove what a killed run of this name left half-written."""
-    if saving.output_dir:
-        names = Names.build(saving)
-        tidy(names.folder, partial(is_state_name, names=names.starts))
-        remove_temporary(names.folder, names.has_stem)
-        for folder in (FOLDER, GRID_FOLDER):
-            remove_temporary(names.folder / folder, partial(is_preview_stem, saving))
+    tidy(names.folder, partial(is_state_name, names=names.starts))
+    remove_temporary(names.folder, names.has_stem)
+    for folder in (FOLDER, GRID_FOLDER):
+        remove_temporary(names.folder / folder, partial(is_preview_stem, names.output_name))
 
 
-def find_named_or_newest(options: StateOptions, hub: HubOptions, saving: SavingOptions) -> StateManifest | None:
+def find_named_or_newest(options: StateOptions, hub: HubOptions, names: Names | None) -> StateManifest | None:
     """Find the state that the options name, or the newest one."""
     if options.resume:
         named = read_facts(fetch_state(options.resume, hub) if hub.resume_from_huggingface else Path(options.resume))
         require_undamaged(named)
         return named
-    if not options.autoresume or not saving.output_dir:
+    if not options.autoresume or names is None:
         return None
-    names = Names.build(saving)
     facts = newest_state(names.folder, names.starts)
     if facts is None:
         logger.info("--autoresume: there is no state in %s; starting from the beginning", names.folder)
@@ -181,11 +175,11 @@ def state_of_main(path: str) -> StateManifest:
     return read_facts(Path(path))
 
 
-def resolve_starting_step(options: StateOptions, saving: SavingOptions, plan: Plan, facts: StateManifest | None) -> int:
+def resolve_starting_step(options: StateOptions, end: Path, plan: Plan, facts: StateManifest | None) -> int:
     """Return the number of finished steps at the start: from the options, else from the state, else 0.
 
-    A step inside an epoch restarts the epoch unless its first batches are to be skipped. Raises AlreadyComplete or
-    UserError if no step is left.
+    `end` is the file of the finished run. A step inside an epoch restarts the epoch unless its first batches are to be
+    skipped. Raises AlreadyComplete or UserError if no step is left.
     """
     step, source = (0, "") if facts is None else (facts.step, f"the state {facts.path}")
     if options.initial_step is not None or options.initial_epoch is not None:
@@ -205,7 +199,7 @@ def resolve_starting_step(options: StateOptions, saving: SavingOptions, plan: Pl
         if facts is None and step:
             logger.info("%s without --resume: the learning rate schedule starts at its beginning", source)
     is_last = facts is not None and step == facts.step == plan.max_train_steps
-    if facts is not None and is_last and not ("end" in facts.done and Names.build(saving).of_end().exists()):
+    if facts is not None and is_last and not ("end" in facts.done and end.exists()):
         logger.info("%s is at the last step: what is left is to write the files of the end", source)
         return step
     if step and step >= plan.max_train_steps:
@@ -217,14 +211,15 @@ def resolve_starting_step(options: StateOptions, saving: SavingOptions, plan: Pl
 
 
 def resolve_starting_steps(
-    options: Sequence[TrainOptions], plan: Plan, states: Sequence[StateManifest | None]
+    adapters: Iterable[tuple[StateOptions, Path, StateManifest | None]], plan: Plan
 ) -> list[int]:
-    """Return each adapter's number of finished steps. Raises AlreadyComplete if all adapters are complete."""
+    """Return each adapter's number of finished steps, from (options, file of the end, state). Raises AlreadyComplete if
+    all adapters are complete."""
     steps: list[int | None] = []
     complete = AlreadyComplete("every adapter of --sweep has ended: nothing is left to train")
-    for adapter_options, facts in zip(options, states, strict=True):
+    for options, end, facts in adapters:
         try:
-            steps.append(resolve_starting_step(adapter_options.state, adapter_options.saving, plan, facts))
+            steps.append(resolve_starting_step(options, end, plan, facts))
         except AlreadyComplete as error:
             steps.append(None)
             complete = error

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from library.checkpoints.tree_json import load_tree
 from library.errors import UserError
-from library.options.output.saving import SavingOptions, StateOptions
-from library.options.train import TrainOptions
+from library.options.output.saving import HubOptions, StateOptions
 from library.processes import Processes
 from library.training.saving.checkpoints import Names
 from library.training.saving.resume import clear_up, find_state
@@ -40,21 +39,22 @@ class FoundStates:
         return first if first is None or self.record is None else replace(first, seed=self.record.seed)
 
 
-def find_states(options: TrainOptions, adapters: Mapping[str, TrainOptions], processes: Processes) -> FoundStates:
+def find_states(
+    options: StateOptions, hub: HubOptions, names: Mapping[str, Names | None], processes: Processes, clears: bool
+) -> FoundStates:
     """Find the states to resume from, by label; none for a run that starts from the beginning.
 
-    For a sweep, take the latest step for which every adapter still running has a state. Raises UserError if states
-    exist but no such step, or if another process finds other states.
+    `names` are those of each adapter's files, None without an output folder. For a sweep, take the latest step for
+    which every adapter still running has a state. `clears` deletes what killed runs left half-written. Raises UserError
+    if states exist but no such step, or if another process finds other states.
     """
-    if not options.sweep.sweep:
-        facts = find_state(options, processes)
+    adapters = {label: own for label, own in names.items() if own is not None}
+    for own in adapters.values() if clears and processes.is_main else ():
+        clear_up(own)
+    if "" in names:  # without a sweep
+        facts = find_state(options, hub, names[""], processes)
         return FoundStates({} if facts is None else {"": facts})
-    states: dict[str, StateManifest] = {}
-    if processes.is_main:
-        writes = not (options.faults.dry_run or options.dataset.debug_dataset)
-        for adapter in adapters.values() if writes else ():
-            clear_up(adapter.saving)
-        states = newest_of_all(options.state, {label: adapter.saving for label, adapter in adapters.items()})
+    states = newest_of_all(options, adapters) if processes.is_main else {}
     shared = processes.share("states", json.dumps({label: str(facts.path) for label, facts in states.items()}))
     if not processes.is_main:
         states = {label: read_facts(Path(path)) for label, path in json.loads(shared).items()}
@@ -66,7 +66,7 @@ def find_states(options: TrainOptions, adapters: Mapping[str, TrainOptions], pro
     return FoundStates(states, SweepRecord(seed, find_ended(states.values())))
 
 
-def newest_of_all(options: StateOptions, adapters: Mapping[str, SavingOptions]) -> dict[str, StateManifest]:
+def newest_of_all(options: StateOptions, adapters: Mapping[str, Names]) -> dict[str, StateManifest]:
     """Find complete states of the latest step that all adapters have, as seen by this process.
 
     Raises UserError if states exist but no such step, because starting from the beginning would overwrite them.
@@ -85,8 +85,7 @@ def newest_of_all(options: StateOptions, adapters: Mapping[str, SavingOptions]) 
     if not options.autoresume:
         return {}
     states: dict[str, dict[int, StateManifest]] = {}
-    for label, saving in adapters.items():
-        names = Names.build(saving)
+    for label, names in adapters.items():
         # Of two states of one step the one after which less is left to do.
         found_states = sorted(iterate_states(names.folder, names.starts), key=lambda facts: len(facts.done))
         states[label] = {facts.step: facts for facts in found_states}
@@ -99,7 +98,7 @@ def newest_of_all(options: StateOptions, adapters: Mapping[str, SavingOptions]) 
     if not any(states.values()):
         logger.info("--autoresume: there is no state of an adapter of --sweep; starting from the beginning")
         return {}
-    folder = next(iter(adapters.values())).output_dir
+    folder = next(iter(adapters.values())).folder
     steps_found = ", ".join(f"{label}: {sorted(steps) or 'none'}" for label, steps in states.items())
     raise UserError(
         "--autoresume: the adapters of --sweep have no undamaged states of a common step in --output_dir "
@@ -108,10 +107,10 @@ def newest_of_all(options: StateOptions, adapters: Mapping[str, SavingOptions]) 
     )
 
 
-def find_states_of_step(named: Path, adapters: Mapping[str, SavingOptions]) -> dict[str, StateManifest]:
+def find_states_of_step(named: Path, adapters: Mapping[str, Names]) -> dict[str, StateManifest]:
     """Return the states of the same step as the named one, by adapter label. Raises UserError for a state of no
     adapter."""
-    names = {label: Names.build(saving).starts[0] for label, saving in adapters.items()}
+    names = {label: adapter.starts[0] for label, adapter in adapters.items()}
     own_name = next((name for name in names.values() if is_state_name(named.name, (name,))), None)
     if own_name is None:
         raise UserError(

@@ -77,12 +77,12 @@ def test_previews_are_planned_at_the_largest_size(tmp_path: Path, capsys: pytest
     assert main(arguments) == 0 and "previews" not in capsys.readouterr().out
     assert main([*arguments, *previews]) == 0
     assert "previews of 128x192: 0.7 GiB\n" in capsys.readouterr().out
-    _, arch, _, counted = count("flux_train_network", [*arguments[2:], *previews])
+    _, run, _, counted = count("flux_train_network", [*arguments[2:], *previews])
     assert counted.preview is not None
-    vae = arch.load.vae()
+    vae = run.arch.load.vae()
     latents_BCHW = torch.randn(1, 16, 192 // 8, 128 // 8)
     with torch.no_grad():
-        real = allocated_peak(lambda: arch.codec.decode(vae, latents_BCHW))
+        real = allocated_peak(lambda: run.arch.codec.decode(vae, latents_BCHW))
     assert counted.preview.decoding_bytes == pytest.approx(real, rel=0.1)
     assert counted.preview.vae_bytes == bytes_of(vae)
 

@@ -18,6 +18,8 @@ from library.training.command_line.checks import check
 from library.training.models.arithmetic import check_arithmetic, try_kind
 from library.training.models.compute import Compute
 from library.training.models.frozen_base import use_8bit_matmul
+from library.training.models.weight_formats import BaseFormats
+from networks.core.protocol import open_network_module
 from tests.device_standin import device_without_float64
 from tests.unit.training.test_checks import NEEDED
 from tests.weight_formats import CODECS, EIGHT_BIT_FORMATS
@@ -28,6 +30,11 @@ COMPUTE = Compute(torch.device("cpu"), torch.float32, nullcontext)
 def make_options(**values: object) -> TrainOptions:
     named = {**NEEDED, "base_arithmetic": "8bit", **values}
     return TrainOptions.from_args(Namespace(**{**TrainOptions.defaults(), **named}))
+
+
+def check_device(options: TrainOptions) -> None:
+    module = open_network_module(options.network.network_module or "")
+    check_arithmetic(BaseFormats.load(options.precision).denoiser, module, build(options), COMPUTE)
 
 
 @pytest.mark.parametrize(
@@ -57,14 +64,14 @@ def test_8_bit_formats_and_one_old_name_are_accepted(form: str) -> None:
 def test_a_checkpoint_with_unquantized_weights_is_refused_before_it_is_read(tiny_sd_folder: Path) -> None:
     options = make_options(pretrained_model_name_or_path=str(tiny_sd_folder))
     with pytest.raises(UserError, match=r"the checkpoint has none that can be; add --base_format int8_rotated"):
-        check_arithmetic(options.precision.denoiser_format, options.network.network_module, build(options), COMPUTE)
+        check_device(options)
 
 
 @pytest.mark.parametrize("form", EIGHT_BIT_FORMATS)
 def test_only_fp8_on_a_cpu_is_warned_about(form: str, tiny_sd_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = make_options(pretrained_model_name_or_path=str(tiny_sd_folder), base_format=form)
     with caplog.at_level(logging.INFO):
-        check_arithmetic(options.precision.denoiser_format, options.network.network_module, build(options), COMPUTE)
+        check_device(options)
     warnings = [message for message in caplog.messages if "--base_arithmetic" in message]
     assert ["thousands of times slower" in message for message in warnings] == [True] * (form == "fp8")
 
@@ -95,7 +102,7 @@ def test_third_party_network_modules_are_warned_about(tiny_sd_folder: Path, capl
     for module, is_warned in (("networks.lora", False), ("lycoris.kohya", True)):
         options = make_options(network_module=module, **values)
         caplog.clear()
-        check_arithmetic(options.precision.denoiser_format, options.network.network_module, build(options), COMPUTE)
+        check_device(options)
         assert (f"layers that --network_module {module} adapts" in caplog.text) == is_warned
 
 

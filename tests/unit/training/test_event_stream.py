@@ -18,6 +18,7 @@ from library.options.train import TrainOptions
 from library.training.reporting.event_stream import Events, capture_warnings, open_event_file, plain
 from library.training.reporting.events import VERSION, Event, Removed, Stage
 from library.training.run.run_events import hide_secrets, open_events
+from library.training.saving.checkpoints import Names
 from tests.running import ROOT
 
 EVENTS = Event.__subclasses__()  # in definition order
@@ -116,7 +117,11 @@ def test_earlier_warnings_are_sent_when_events_start() -> None:
 
 def test_warnings_of_a_run_without_events_are_not_stored() -> None:
     options, sink = TrainOptions().with_values({"output_dir": "out", "no_report": True}), Kept()
-    with capture_warnings() as warnings, open_events([options], None, warnings) as silent:
+    names = Names.build(options.saving)
+    with (
+        capture_warnings() as warnings,
+        open_events([(options, options.reports, names)], False, None, warnings) as silent,
+    ):
         logging.getLogger("library.somewhere").warning("an hour later")
         assert not silent.is_on
         events = Events([sink])

@@ -14,15 +14,17 @@ from library.architectures.flux.options import FluxOptions
 from library.architectures.sd.assembly import build
 from library.errors import UserError
 from library.memory.codecs.codec import AS_IN_FILE
+from library.memory.codecs.weight_format import load_format
 from library.memory.frozen import layers_in_blocks
 from library.memory.offload import shared
 from library.options.machine.memory import MemoryOptions
 from library.options.no_effect import find_unused
 from library.options.train import TrainOptions
 from library.processes import Processes
+from library.protocols import Architecture
 from library.training.models import frozen_base
 from library.training.models.frozen_base import check_base, offload_blocks
-from library.training.models.weight_formats import format_while_reading, store_in_format
+from library.training.models.weight_formats import BaseFormats, format_while_reading, store_in_format
 from tests.parity.deep import DEEP
 from tests.unit.test_processes import Board
 from tests.unit.training.test_checks import NEEDED
@@ -36,6 +38,10 @@ def options(tiny: object, **values: object) -> TrainOptions:
     return TrainOptions.from_args(Namespace(**{**TrainOptions.defaults(), **named}))
 
 
+def check(options: TrainOptions, arch: Architecture) -> None:
+    check_base(options.precision, BaseFormats.load(options.precision), options.memory, arch)
+
+
 def test_nf4_without_bitsandbytes_names_the_package_to_install(
     tiny_sd_folder: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,16 +50,16 @@ def test_nf4_without_bitsandbytes_names_the_package_to_install(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
     with pytest.raises(UserError, match=r"--base_format nf4_double needs the library bitsandbytes.*--base_format int8"):
-        check_base(options_given.precision.denoiser_format, options_given.memory.blocks_to_swap or 0, arch)
-    check_base("int8", 0, arch)
+        check(options_given, arch)
+    check(options(tiny_sd_folder, base_format="int8"), arch)
 
 
 def test_layers_that_were_stored_while_reading_are_counted(tiny_sd_folder: object) -> None:
     arch = build(options(tiny_sd_folder))
-    codec = format_while_reading("int8", merges=False)
+    codec = format_while_reading(load_format("int8"), merges=False)
     num_layers = len(layers_in_blocks(arch.load.denoiser(None)))
     for denoiser in (arch.load.denoiser(None), arch.load.denoiser(codec)):
-        assert store_in_format("int8", denoiser) == num_layers > 0
+        assert store_in_format(load_format("int8").codec, denoiser) == num_layers > 0
 
 
 def test_the_error_for_too_little_main_memory_gives_numbers(
@@ -61,16 +67,16 @@ def test_the_error_for_too_little_main_memory_gives_numbers(
 ) -> None:
     options_given = options(tiny_sd_folder, blocks_to_swap=4)
     arch = build(options_given)
-    check_base(options_given.precision.denoiser_format, options_given.memory.blocks_to_swap or 0, arch)
+    check(options_given, arch)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000, total=2000))
     with pytest.raises(UserError, match=r"--blocks_to_swap 4: the denoiser takes .* GB of main memory.* GB are free"):
-        check_base(options_given.precision.denoiser_format, options_given.memory.blocks_to_swap or 0, arch)
+        check(options_given, arch)
 
 
 def test_too_many_blocks_to_swap_are_refused_before_anything_is_read(tiny_sd_folder: object) -> None:
     options_given = options(tiny_sd_folder, blocks_to_swap=40)
     with pytest.raises(UserError, match=r"--blocks_to_swap 40: the model has 18 blocks.*at most 16 can be swapped$"):
-        check_base(None, 40, build(options_given))
+        check(options_given, build(options_given))
 
 
 @pytest.mark.parametrize(
@@ -86,11 +92,9 @@ def test_too_many_blocks_to_swap_are_refused_before_anything_is_read(tiny_sd_fol
 def test_weights_are_encoded_while_they_are_read_unless_adapters_are_merged(
     values: dict[str, object], expected: object, tiny_sd_folder: object
 ) -> None:
-    options_given = options(tiny_sd_folder, **values)
-    assert (
-        format_while_reading(options_given.precision.denoiser_format, bool(options_given.network.base_weights))
-        is expected
-    )
+    given = options(tiny_sd_folder, **values)
+    denoiser = BaseFormats.load(given.precision).denoiser
+    assert format_while_reading(denoiser, bool(given.network.base_weights)) is expected
 
 
 @pytest.mark.parametrize(("blocks_to_swap", "number"), [(None, 18), (7, 7), (0, 0)])

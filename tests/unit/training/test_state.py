@@ -24,13 +24,13 @@ from library.options.output.saving import SavingOptions, StateOptions
 from library.options.train import TrainOptions
 from library.options.training.run import RunOptions
 from library.processes import ALONE, Processes
-from library.training.command_line.training import ResolvedOptions, keep_values_of_states
+from library.training.command_line.resolved import ResolvedOptions, keep_values_of_states
 from library.training.reporting.progress import Part
+from library.training.saving.checkpoints import Names
 from library.training.saving.resume import (
     AlreadyComplete,
     alpha_of_state,
     batches_of_state,
-    find_state,
     rates_of_state,
     record_options,
     report_differences,
@@ -39,6 +39,7 @@ from library.training.saving.resume import (
 )
 from library.training.saving.state import OptimizerState, StateManifest, read_facts, restore, save_state
 from library.training.step.accumulation import Plan
+from library.training.sweep.states import find_states
 from tests.unit.test_processes import Board
 
 DATASET = {"num_pictures": 6, "num_batches": 3, "pictures": "a", "captions": "b", "settings": "c"}
@@ -120,7 +121,7 @@ def test_a_state_with_one_flipped_bit_is_refused(tmp_path: Path, name: str, plac
     folder = written(tmp_path / "x-state")
     flip_bit(folder / name, place)
     with pytest.raises(ValueError, match=f"x-state is damaged: {name} is not as it was written; copy it again or use"):
-        find_state(options_with(tmp_path, resume=str(folder)), ALONE)
+        find_one(options_with(tmp_path, resume=str(folder)), ALONE)
 
 
 def test_a_flipped_bit_in_the_plain_values_is_detected(tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_autoresume_falls_back_to_the_older_intact_state(tmp_path: Path, caplog:
         written(tmp_path / name, step=step)
     flip_bit(tmp_path / "x-step00000009-state" / "network.safetensors", -1)
     flip_bit(tmp_path / "x-step00000008-state" / "train_state.json", 20)
-    facts = find_state(options_with(tmp_path, autoresume=True), ALONE)
+    facts = find_one(options_with(tmp_path, autoresume=True), ALONE)
     assert facts is not None and facts.step == 4
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert any("x-step00000009-state is left out" in line and "is damaged" in line for line in warnings)
@@ -149,7 +150,7 @@ def test_a_state_without_digests_is_read(tmp_path: Path) -> None:
     for name in ("digest", "digests", "done"):
         del content[name]
     (folder / "train_state.json").write_text(json.dumps(content))
-    facts = find_state(options_with(tmp_path, resume=str(folder)), ALONE)
+    facts = find_one(options_with(tmp_path, resume=str(folder)), ALONE)
     assert facts is not None and facts.step == 7 and not facts.done
 
 
@@ -311,11 +312,11 @@ def test_autoresume_tells_a_run_from_another_one_whose_name_is_longer(tmp_path: 
         for name in ("x", other)
     ]
     written(tmp_path / f"{other}-state", options=named[1])
-    assert find_state(named[0], ALONE) is None
-    facts = find_state(named[1], ALONE)
+    assert find_one(named[0], ALONE) is None
+    facts = find_one(named[1], ALONE)
     assert facts is not None and facts.path.name == f"{other}-state"
     written(tmp_path / "x-000002-state", step=3, options=named[0])
-    facts = find_state(named[0], ALONE)
+    facts = find_one(named[0], ALONE)
     assert facts is not None and facts.path.name == "x-000002-state"
 
 
@@ -324,14 +325,14 @@ def test_autoresume_uses_the_intact_state_with_the_most_steps(tmp_path: Path) ->
         written(tmp_path / name, step=step)
     (tmp_path / "x-step00000020-state" / "network.safetensors").unlink()
     written(tmp_path / "y-step00000050-state", step=50)
-    facts = find_state(options_with(tmp_path, autoresume=True), ALONE)
+    facts = find_one(options_with(tmp_path, autoresume=True), ALONE)
     assert facts is not None and facts.step == 12
 
 
 def test_of_two_states_of_the_same_step_the_more_complete_one_is_used(tmp_path: Path) -> None:
     for name, done in (("x-000002-state", ("epoch", "step")), ("x-step00000009-state", ("step",))):
         written(tmp_path / name, step=9, done=done)
-    facts = find_state(options_with(tmp_path, autoresume=True), ALONE)
+    facts = find_one(options_with(tmp_path, autoresume=True), ALONE)
     assert facts is not None and facts.path.name == "x-000002-state" and facts.done == {"step", "epoch"}
 
 
@@ -348,7 +349,7 @@ def test_unfinished_files_of_a_killed_process_are_deleted(tmp_path: Path) -> Non
         path.touch()
         path.with_name(f".{path.stem}.0123456789ab{path.suffix}").touch()
         path.with_name(f"..{path.stem}.0123456789ab.9876543210fe{path.suffix}").touch()
-    find_state(options_with(tmp_path), ALONE)
+    find_one(options_with(tmp_path), ALONE)
     remaining = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert {name for name in remaining if "/." not in f"/{name}"} == {*own_files, *of_others}
     hidden = {re.sub(r"(?<=/)\.+|\.[0-9a-f]{12}", "", f"/{name}")[1:] for name in remaining if "/." in f"/{name}"}
@@ -356,7 +357,7 @@ def test_unfinished_files_of_a_killed_process_are_deleted(tmp_path: Path) -> Non
 
 
 def test_autoresume_starts_from_the_beginning_without_a_state(tmp_path: Path) -> None:
-    assert find_state(options_with(tmp_path / "new", autoresume=True), ALONE) is None
+    assert find_one(options_with(tmp_path / "new", autoresume=True), ALONE) is None
 
 
 def test_unfinished_states_of_a_killed_process_are_deleted(tmp_path: Path) -> None:
@@ -366,14 +367,14 @@ def test_unfinished_states_of_a_killed_process_are_deleted(tmp_path: Path) -> No
     of_others = [".xy-000001-state.0123456789ab.unfinished", ".y-state.0123456789ab.unfinished"]
     for name in of_others:
         (tmp_path / name).mkdir()
-    facts = find_state(options_with(tmp_path, autoresume=True), ALONE)
+    facts = find_one(options_with(tmp_path, autoresume=True), ALONE)
     assert facts is not None and facts.step == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == [*of_others, "x-state"]
 
 
 def test_a_state_moved_aside_by_a_killed_process_is_restored_for_resume(tmp_path: Path) -> None:
     written(tmp_path / "x-state", step=5).rename(tmp_path / ".x-state.0123456789ab.replaced")
-    facts = find_state(options_with(tmp_path, resume=str(tmp_path / "x-state")), ALONE)
+    facts = find_one(options_with(tmp_path, resume=str(tmp_path / "x-state")), ALONE)
     assert facts is not None and facts.step == 5
 
 
@@ -381,15 +382,22 @@ def test_a_dry_run_does_not_touch_the_state_that_another_run_is_writing(tmp_path
     unfinished = tmp_path / ".x-state.0123456789ab.unfinished"
     unfinished.mkdir()
     options = options_with(tmp_path)
-    assert find_state(replace(options, faults=replace(options.faults, dry_run=True)), ALONE) is None
+    assert find_one(options, ALONE, clears=False) is None
     assert unfinished.is_dir()
+
+
+def find_one(options: TrainOptions, processes: Processes, clears: bool = True) -> StateManifest | None:
+    """Return the state from which a run without a sweep resumes."""
+    names = Names.build(options.saving) if options.saving.output_dir else None
+    found = find_states(options.state, options.hub, {"": names}, processes, clears)
+    return found.by_label.get("")
 
 
 def find_in_two(main: TrainOptions, other: TrainOptions) -> list[StateManifest | None]:
     """Return the state from which each of two processes resumes."""
     board = Board()
     with ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(find_state, o, Processes(r, 2, store=board)) for r, o in enumerate((main, other))]
+        futures = [pool.submit(find_one, o, Processes(r, 2, store=board)) for r, o in enumerate((main, other))]
         return [future.result() for future in futures]
 
 
@@ -444,7 +452,8 @@ def test_the_first_step_of_a_run(saved: int | None, state: dict[str, Any], expec
 
 
 def begin(options: TrainOptions, plan: Plan, facts: StateManifest | None) -> int:
-    return resolve_starting_step(options.state, options.saving, plan, facts)
+    end = Path(options.saving.output_dir or "") / "x.safetensors"
+    return resolve_starting_step(options.state, end, plan, facts)
 
 
 def test_a_run_with_nothing_left_is_refused_or_complete(tmp_path: Path) -> None:
@@ -536,7 +545,7 @@ def test_the_adapter_keeps_the_alpha_of_its_state(alpha: float, message: str, ca
 def test_a_sweep_whose_adapters_have_all_ended_says_so() -> None:
     """No adapter is left that could have a message of its own."""
     with pytest.raises(AlreadyComplete, match="every adapter of --sweep has ended: nothing is left to train"):
-        resolve_starting_steps([], Plan(1, 1, 4), [])
+        resolve_starting_steps([], Plan(1, 1, 4))
 
 
 def test_each_adapter_of_a_sweep_keeps_the_values_of_its_state() -> None:

@@ -12,6 +12,7 @@ from library.architectures.anima.assembly import build
 from library.architectures.anima.options import AnimaOptions
 from library.models.vae.qwen_image_2d import ImageConv, StripedNorm
 from library.training.models.base_model import hash_module
+from library.training.models.requests import RequestedRun
 from library.training.planning.counting import BatchShape, count_run
 from tests.running import Finished
 from tests.tiny.anima import build_tiny_anima
@@ -104,7 +105,9 @@ def test_the_planner_counts_less_memory_for_an_image(arguments: list[str]) -> No
     rises = []
     for flags in ((), ("--qwen_image_vae_2d",)):
         options = AnimaOptions.from_args(setup_parser().parse_args([*command, *flags]))
-        counted = count_run(options, build(options), BatchShape(1, 256, 256), torch.device("cpu"))
+        counted = count_run(
+            RequestedRun.resolve([options], build(options)), BatchShape(1, 256, 256), torch.device("cpu")
+        )
         (stage,) = (stage for stage in counted.stages if stage.name == "encoding images")
         rises.append(stage.rise_of_one)
     assert rises[1] < 0.7 * rises[0]

@@ -9,6 +9,7 @@ import pytest
 from library.memory.planner.choice import Allowed
 from library.memory.planner.gpus import TYPICAL
 from library.memory.planner.prediction import MemoryMode
+from library.training.models.requests import RequestedRun
 from library.training.planning import advice
 from library.training.planning.advice import lines, memory_hints, pick_evenly
 from tests.unit.memory.planner.test_choice import counted_step
@@ -50,8 +51,8 @@ def test_a_long_list_of_advice_is_shortened() -> None:
 
 def test_third_party_modules_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(advice, "count_run", None)
-    run: Any = SimpleNamespace(
-        options=make_options(network_module="lycoris.kohya"), context=SimpleNamespace(device=None)
-    )  # counting would fail
-    batch: Any = None
-    assert memory_hints([run], batch) == []
+    arch: Any = SimpleNamespace(text_cache=None)
+    requested = RequestedRun.resolve([make_options(network_module="lycoris.kohya")], arch)
+    run: Any = SimpleNamespace(label="", context=SimpleNamespace(device=None))
+    batch: Any = None  # counting would fail
+    assert memory_hints(requested, [run], batch) == []

@@ -11,6 +11,7 @@ import torch
 from library.memory.planner.gpus import GIB, Gpu
 from library.memory.planner.prediction import CONTEXT_BYTES
 from library.processes import Processes
+from library.training.models.requests import RequestedRun
 from library.training.planning import fit_run
 from library.training.planning.counting import BatchShape, count_pinned_batches, fake_batch, shape_of_batch
 from library.training.planning.fit_run import count_adapter_run, largest_batch, measure_gpu
@@ -59,13 +60,12 @@ def test_a_third_party_module_that_needs_real_values_is_named(monkeypatch: pytes
         raise RuntimeError("shape is invalid")
 
     monkeypatch.setattr(fit_run, "count_run", fails)
-    shape, nothing = BatchShape(1, 64, 64), SimpleNamespace()
-    arch: Any = nothing
-    device: Any = nothing
+    shape, device = BatchShape(1, 64, 64), torch.device("cpu")
+    arch: Any = SimpleNamespace(text_cache=None)
     with pytest.raises(ValueError, match=r"--fit cannot count what --network_module lycoris.kohya does \(RuntimeError"):
-        count_adapter_run(make_options(network_module="lycoris.kohya"), arch, shape, device)
+        count_adapter_run(RequestedRun.resolve([make_options(network_module="lycoris.kohya")], arch), shape, device)
     with pytest.raises(RuntimeError, match=r"^shape is invalid$"):
-        count_adapter_run(make_options(network_module="networks.lora"), arch, shape, device)
+        count_adapter_run(RequestedRun.resolve([make_options(network_module="networks.lora")], arch), shape, device)
 
 
 @pytest.mark.parametrize("has_latents", [True, False])

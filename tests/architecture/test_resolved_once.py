@@ -1,0 +1,76 @@
+"""What follows from the options of a run is resolved once, in `command_line/resolved.py`; stages take the values."""
+
+import ast
+import re
+from pathlib import Path
+
+from tests.architecture.sources import python_files, source_of, text_of
+
+# The number of calls in each file, with the reason for those outside.
+RESOLVED = "library/training/command_line/resolved.py"
+CALLS = {
+    "open_network_module": {
+        RESOLVED: 1,
+        "library/training/models/requests.py": 1,  # for commands that count or measure a run
+        "library/training/offline/adapter_files.py": 1,  # the reader of adapter files
+        "library/training/offline/contact_sheet.py": 1,
+        "library/training/offline/file_losses.py": 1,
+    },
+    "TextPlan.resolve": {
+        RESOLVED: 1,
+        "library/training/models/requests.py": 1,
+        "library/training/command_line/caching.py": 1,  # a command
+        "tools/choose_checkpoint.py": 1,
+        "tools/make_shards.py": 1,
+    },
+    "BaseFormats.load": {
+        RESOLVED: 2,  # again for the format that --fit chooses
+        "library/training/models/requests.py": 1,
+        "library/training/offline/contact_sheet.py": 1,
+        "library/training/offline/file_losses.py": 1,
+    },
+    "load_format": {
+        "library/training/models/weight_formats.py": 1,  # `BaseFormats.load`
+        "library/training/command_line/checks.py": 1,  # all formats, to name those that can multiply
+        "library/training/evaluation/preview_weights.py": 1,  # another file
+        "library/models/loading.py": 1,  # the format of a file
+        "library/memory/planner/weights.py": 1,  # each format that the planner considers
+    },
+    "Names.build": {
+        RESOLVED: 2,  # of each adapter, and of a sweep's page
+        "library/training/command_line/audit_only.py": 1,  # a command
+        "library/training/command_line/checks.py": 1,  # before the options are checked
+        "tools/choose_checkpoint.py": 1,
+        "tools/contact_sheet.py": 3,
+    },
+}
+MOST_IMPORTS = 30  # of the function that trains
+MOST_TAKING_ALL = 25  # functions that take all options
+
+
+TRAINING = Path("library/training/command_line/training.py")
+
+
+def test_only_listed_calls_resolve_a_value_of_the_run() -> None:
+    found: dict[str, dict[str, int]] = {name: {} for name in CALLS}
+    for path in python_files("library", "networks", "tools"):
+        for name in CALLS:
+            if count := len(re.findall(rf"(?<!def )\b{re.escape(name)}\(", text_of(path))):
+                found[name][path.as_posix()] = count
+    assert found == CALLS
+
+
+def test_the_function_that_trains_imports_few_names() -> None:
+    assert sum(len(names) or 1 for _, names in source_of(TRAINING).imports) <= MOST_IMPORTS
+
+
+def test_few_functions_take_all_options() -> None:
+    taking = [
+        node.name
+        for path in python_files("library", "networks", "tools")
+        if "TrainOptions" in text_of(path)
+        for node in ast.walk(ast.parse(text_of(path)))
+        if isinstance(node, ast.FunctionDef)
+        and any("TrainOptions" in ast.unparse(a.annotation) for a in node.args.args if a.annotation)
+    ]
+    assert len(taking) <= MOST_TAKING_ALL, taking
