@@ -32,7 +32,7 @@ from library.training.models.weight_formats import BaseFormats
 from library.training.planning.advice import memory_hints
 from library.training.planning.fit import Fit
 from library.training.planning.fit_run import fit_run
-from library.training.reporting.event_stream import Events, EventsOfAll, WarningEvents
+from library.training.reporting.event_stream import EventsOfAll, WarningEvents
 from library.training.reporting.events import Audit, Planned
 from library.training.reporting.log_prefix import log_prefix
 from library.training.run.dry_run import DRY_RUN_VALUES
@@ -184,7 +184,9 @@ def resolve_run(
     text, formats = TextPlan.resolve(shared.network, arch.text_cache), BaseFormats.load(shared.precision)
     data = opening.open_training_data(shared, arch, text, seed, processes.count)
     adapters = [
-        request_adapter(own, modules[label], options.names[label], seed, states.by_label.get(label), its, label)
+        give_seed(
+            AdapterRequest(own, modules[label], options.names[label], seed, states.by_label.get(label), its, label)
+        )
         for (label, own), its in zip(options.adapters.items(), events.each, strict=True)
         if label in modules
     ]
@@ -213,23 +215,14 @@ def keep_values_of_states(
     return options.with_each(next(iter(kept.values())), kept)
 
 
-def request_adapter(
-    options: OptionsT,
-    module: NetworkModule,
-    names: Names | None,
-    seed: int,
-    state: StateManifest | None,
-    events: Events,
-    label: str,
-) -> AdapterRequest:
-    """Describe an adapter of a run with this seed; a sweep may give the adapter its own seed.
-
-    All adapters are validated with the noise of the run's seed.
-    """
-    adapter_seed = options.run.seed if label and options.run.seed is not None else seed
-    if adapter_seed != seed and options.validation.validation_seed is None:
-        options = options.with_values({"validation_seed": seed})
-    return AdapterRequest(options, module, names, adapter_seed, state, events, label)
+def give_seed(request: AdapterRequest) -> AdapterRequest:
+    """Give an adapter of a sweep its own seed. All adapters are validated with the noise of the run's seed."""
+    options, seed = request.options, request.options.run.seed
+    if not request.label or seed is None or seed == request.seed:
+        return request
+    if options.validation.validation_seed is None:
+        options = options.with_values({"validation_seed": request.seed})
+    return replace(request, options=options, seed=seed)
 
 
 def fit_to_memory(run: ResolvedRun, processes: Processes, events: EventsOfAll) -> ResolvedRun:

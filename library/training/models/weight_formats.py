@@ -55,17 +55,6 @@ def format_while_reading(
     return None if merges else AS_IN_FILE
 
 
-def format_while_counting(
-    weight_format: WeightFormat | None, multiplies_codes: bool, merges: bool
-) -> Codec | AsInFile | None:
-    """Return the codec for the denoiser's weights while the planner counts a step.
-
-    The cost of decoding follows from `WeightFormat` and is added later, so a codec is needed only if its codes are
-    multiplied directly.
-    """
-    return format_while_reading(weight_format if multiplies_codes else None, merges)
-
-
 def store_in_format(codec: Codec, *models: nn.Module) -> int:
     """Convert the blocks' remaining weights to a weight format. Return the number of layers that have it, including
     those that were converted while they were read."""

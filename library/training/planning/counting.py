@@ -59,7 +59,7 @@ from library.training.models.frozen_base import count_offloaded_blocks, most_off
 from library.training.models.network import create
 from library.training.models.requests import AdapterRequest, RequestedRun
 from library.training.models.step_context import step_context
-from library.training.models.weight_formats import format_while_counting
+from library.training.models.weight_formats import format_while_reading
 from library.training.optimization.optimizers import build_optimizer
 from library.training.planning.previews import CountedPreview, count_preview
 from library.training.step.context import Models
@@ -244,7 +244,9 @@ def run_on_meta_device(run: RequestedRun) -> MetaRun:
     """Build the models as in the run, in the active fake mode."""
     options, arch = run.options, run.arch
     multiplies, merges = options.precision.multiplies_codes, bool(options.network.base_weights)
-    encoders, denoiser, vae = load_fakes(arch, format_while_counting(run.formats.denoiser, multiplies, merges))
+    # The cost of decoding follows from `WeightFormat` and is added later: only codes that are multiplied are counted.
+    codec = format_while_reading(run.formats.denoiser if multiplies else None, merges)
+    encoders, denoiser, vae = load_fakes(arch, codec)
     if multiplies:
         multiply_codes(frozen_layers(denoiser))
     staying = encoders

@@ -53,7 +53,6 @@ def prepare(
     argument.
     """
     options, adapters, arch, formats = requested.options, requested.adapters, requested.arch, requested.formats
-    module = adapters[0].module  # reads the adapters that are merged into the base model
     # Raises for a wrong value, which would otherwise be noticed only once everything is loaded and cached.
     save_dtype(options.saving.save_precision)
     require_same_data(data, processes)
@@ -65,6 +64,7 @@ def prepare(
     for adapter in adapters:
         if adapter.state is not None and data.prompts is None:
             check_latents(adapter.state, arch.codec.spec.computed_as)
+    module = adapters[0].module  # also reads the adapters that are merged into the base model
     # Check what needs no weights before reading them and encoding images, which takes minutes.
     check_base(options.precision, formats, options.memory, arch)
     if options.precision.multiplies_codes:
