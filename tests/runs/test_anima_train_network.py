@@ -162,29 +162,6 @@ def test_a_model_of_another_size_trains_with_swapped_blocks(
     assert "at most 5 can be swapped" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--weighted_captions"], "Qwen3 has no prompt weighting"),
-        (["--blocks_to_swap", "1"], "--blocks_to_swap 1: the model has 2 blocks and must keep 2 of each kind"),
-        (["--qwen3", "nowhere.safetensors"], "--qwen3 nowhere.safetensors does not exist"),
-        (["--qwen3", ""], "--qwen3 is missing"),
-        (["--vae", ""], "--vae is missing"),
-        (["--t5_max_token_length", "1"], "--t5_max_token_length is 1; use at least 2"),
-        (["--t5_tokenizer_path", "nowhere"], "--t5_tokenizer_path nowhere lacks tokenizer.json"),
-        (["--llm_adapter_path", "nowhere.safetensors"], "--llm_adapter_path nowhere.safetensors is not a file"),
-        (["--cache_text_encoder_outputs"], "add --network_train_unet_only"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-def test_invalid_combinations_raise_errors_that_name_the_option(
-    train_anima: Train, arguments: list[str], extra: list[str], message: str
-) -> None:
-    done = train_anima([*arguments, *extra])
-    assert done.status == 1
-    assert message in done.stderr
-
-
 def test_swapped_model_paths_are_recognised(
     train_anima: Train, train: Train, arguments: list[str], tiny_sd_file: Path
 ) -> None:
@@ -202,14 +179,6 @@ def test_swapped_model_paths_are_recognised(
     common = [word for word in arguments[6:] if word not in ("--qwen3_max_token_length", "--t5_max_token_length", "32")]
     done = train([*common, "--pretrained_model_name_or_path", base])
     assert done.status == 1 and "anima_train_network.py" in done.stderr
-
-
-def test_settings_without_effect_are_warned_about(train_anima: Train, arguments: list[str]) -> None:
-    idle = ["--attn_mode", "flash", "--split_attn", "--vae_chunk_size", "64", "--mlp_lr", "1e-5"]
-    done = train_anima([*arguments, *idle, "--max_train_steps", "1"])
-    assert done.status == 0, done.stderr
-    for name in ("attn_mode", "split_attn", "vae_chunk_size", "mlp_lr"):
-        assert f"--{name} has no effect" in done.stderr
 
 
 @pytest.mark.nightly

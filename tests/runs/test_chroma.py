@@ -112,13 +112,3 @@ def test_a_trained_file_merges_into_the_checkpoint(
     stems = {key.removesuffix(".weight").replace(".", "_") for key in changed}
     assert {f"lora_unet_{stem}" for stem in stems} == {key.split(".")[0] for key in file}
     assert read_metadata(merged)["modelspec.architecture"] == "chroma"
-
-
-def test_clip_l_is_not_needed_and_has_no_effect(
-    run: Callable[..., Finished],
-) -> None:
-    done = run("a", "--clip_l", "nowhere.safetensors", "--text_encoder_lr", "1e-4", "--max_train_steps", "1")
-    assert done.status == 0 and "--clip_l has no effect: Chroma reads captions only with T5" in done.stderr
-    assert "--text_encoder_lr has no effect: no text encoder has an adapter" in done.stderr
-    t5 = ("--network_args", "train_t5xxl=True", "--text_encoder_lr", "1e-4", "--max_train_steps", "1")
-    assert "--text_encoder_lr has no effect" not in run("b", *t5).stderr

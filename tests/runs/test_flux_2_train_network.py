@@ -86,19 +86,3 @@ def test_a_preview_uses_the_settings_of_its_model_version(
     assert done.status == 0, done.stderr
     assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
     assert ("which is distilled" in done.stderr) == (version != "klein-base-4b")
-
-
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--model_version", "dev"], "--model_version is dev, but"),
-        (["--model_version", "klein"], "invalid choice: 'klein'"),
-        (["--qwen3", "x.safetensors"], "use --text_encoder"),
-    ],
-    ids=str,
-)
-def test_invalid_values_end_the_run_before_loading(
-    train_flux_2: Train, arguments: list[str], extra: list[str], message: str
-) -> None:
-    done = train_flux_2([*arguments, *extra])
-    assert done.status != 0 and message in done.stderr

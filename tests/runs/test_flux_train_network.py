@@ -131,25 +131,6 @@ def test_a_preview_is_drawn(train_flux: Train, arguments: list[str], tmp_path: P
     assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
 
 
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--model_type", "chroma"], "this is a FLUX model; remove --model_type chroma"),
-        (["--blocks_to_swap", "4"], "--blocks_to_swap 4: the model has 2 and 2 blocks"),
-        (["--weighted_captions"], "T5 has no prompt weighting"),
-        (["--network_args", "train_double_block_indices=2"], "names block 2, but the base model has 2 of them: 0 to 1"),
-        (["--clip_l", "nowhere.safetensors"], "--clip_l nowhere.safetensors does not exist"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-def test_invalid_combinations_raise_errors_that_name_the_option(
-    train_flux: Train, arguments: list[str], extra: list[str], message: str
-) -> None:
-    done = train_flux([*arguments, *extra])
-    assert done.status == 1
-    assert message in done.stderr
-
-
 def test_a_checkpoint_of_another_base_model_is_recognised(
     train_flux: Train, train: Train, arguments: list[str], tiny_sd_file: Path
 ) -> None:

@@ -124,29 +124,6 @@ def test_a_preview_is_drawn(train_hunyuan: Train, arguments: list[str], tmp_path
     assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
 
 
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--blocks_to_swap", "4"], "--blocks_to_swap 4: the model has 2 and 2 blocks"),
-        (["--weighted_captions"], "Qwen2.5-VL has no prompt weighting"),
-        (["--network_train_text_encoder_only"], "HunyuanImage 2.1: its text encoders cannot be trained"),
-        (["--text_encoder", "nowhere.safetensors"], "--text_encoder nowhere.safetensors does not exist"),
-        (["--vae", "BYT5"], "is not a VAE: it has no decoder.conv_in.weight"),
-        (["--byt5", "VAE"], "is not a T5 encoder"),
-        (["--text_encoder", "BYT5"], "is not a Qwen2.5-VL text encoder"),
-        (["--pretrained_model_name_or_path", "VAE"], "it has no byt5_in.fc1.weight"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_invalid_combinations_raise_errors_that_name_the_option(
-    train_hunyuan: Train, arguments: list[str], extra: list[str], message: str
-) -> None:
-    files = {"VAE": arguments[3], "BYT5": arguments[7]}
-    done = train_hunyuan([*arguments, *(files.get(word, word) for word in extra)])
-    assert done.status == 1
-    assert message in done.stderr and extra[0] in done.stderr.replace("weighted_captions", extra[0].strip("-"))
-
-
 def test_a_checkpoint_of_another_base_model_is_recognised(
     train_hunyuan: Train, arguments: list[str], tiny_sd_file: Path
 ) -> None:

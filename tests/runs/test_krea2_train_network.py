@@ -17,7 +17,6 @@ from tests.tiny.krea2 import CONFIG, DIT, build_tiny_krea2
 Train = Callable[..., Finished]
 
 TRAINING = DIT.training
-SHOWN = ("--sample_prompts", "prompts.txt", "--sample_at_first")
 
 
 @pytest.fixture(scope="session")
@@ -99,26 +98,6 @@ def test_musubi_tuners_fp8_and_block_swap_options_train(train_krea2: Train, path
     assert "layers in 8 bits" in done.stderr
     done = train_krea2([*words, "--blocks_to_swap", "26"])
     assert done.status == 1 and "at most 0" in done.stderr
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--model_version", "turbo"], "use --dit_variant"),
-        (["--dit_variant", "base"], "invalid choice: 'base'"),
-        (["--fp8_vl"], "use --fp8_text_encoder"),
-        (["--turbo_dit", "missing.safetensors"], "--turbo_dit missing.safetensors does not exist"),
-        (["--turbo_dit", "x.safetensors", *SHOWN, "--blocks_to_swap", "2"], "previews swap all weights in place"),
-        (["--turbo_dit", "x.safetensors", *SHOWN, "--base_weights", "y"], "previews would lack them"),
-    ],
-    ids=str,
-)
-def test_invalid_values_end_the_run_before_loading(
-    train_krea2: Train, arguments: list[str], extra: list[str], message: str
-) -> None:
-    done = train_krea2([*arguments, *extra])
-    assert done.status != 0 and message in done.stderr
 
 
 def test_previews_use_turbo_and_do_not_change_training(

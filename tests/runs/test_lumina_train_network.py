@@ -188,33 +188,6 @@ def test_previews_are_drawn_with_and_without_cached_text(
     assert images[0] == images[1]
 
 
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--weighted_captions"], "Gemma has no prompt weighting"),
-        (["--network_args", "train_block_indices=2"], "names block 2, but the base model has 2 of them: 0 to 1"),
-        (["--gemma2", "nowhere.safetensors"], "--gemma2 nowhere.safetensors does not exist"),
-        (["--gemma2_max_token_length", "1"], "--gemma2_max_token_length is 1; use at least 2"),
-        (["--gemma2_max_token_length", "9"], "leaves no room for a caption within --gemma2_max_token_length 9"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-def test_invalid_combinations_raise_errors_that_name_the_option(
-    train_lumina: Train, arguments: list[str], extra: list[str], message: str
-) -> None:
-    done = train_lumina([*arguments, *extra])
-    assert done.status == 1
-    assert message in done.stderr
-
-
-def test_options_without_effect_are_warned_about(train_lumina: Train, arguments: list[str]) -> None:
-    idle = ["--use_flash_attn", "--use_sage_attn", "--sample_batch_size", "2", "--clip_skip", "2"]
-    done = train_lumina([*arguments, *idle, "--max_train_steps", "1"])
-    assert done.status == 0, done.stderr
-    for flag in idle:
-        assert not flag.startswith("--") or f"{flag} has no effect" in done.stderr
-
-
 def test_a_checkpoint_of_another_base_model_is_recognised(
     train_lumina: Train, train: Train, arguments: list[str], tiny_sd_file: Path, tmp_path: Path
 ) -> None:

@@ -172,29 +172,3 @@ def test_the_alpha_channel_is_trained_unless_it_is_used_as_a_mask(
         weights[name] = load_saved(tmp_path, name)
     assert not are_equal(weights["image"], weights["opaque"])
     assert not are_equal(weights["image"], weights["mask"]) and not are_equal(weights["mask"], weights["opaque"])
-
-
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--model_version", "edit"], "there is one Qwen-Image 2.1"),
-        (["--qwen3", "x.safetensors"], "use --text_encoder"),
-        (["--fp8_llm"], "use --fp8_vl"),
-    ],
-    ids=str,
-)
-def test_invalid_values_end_the_run_before_loading(
-    train_qwen: Train, tiny_arguments: list[str], images: Path, tmp_path: Path, extra: list[str], message: str
-) -> None:
-    done = train_qwen(
-        [
-            *tiny_arguments,
-            "--train_data_dir",
-            str(images),
-            "--resolution",
-            "64",
-            *settings(Path("none.toml"), tmp_path)[2:],
-            *extra,
-        ]
-    )
-    assert done.status != 0 and message in done.stderr

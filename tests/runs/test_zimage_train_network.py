@@ -129,17 +129,3 @@ def test_stratified_levels_of_a_cut_off_distribution_with_rex_resume_exactly(
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     assert (metadata["modelspec.architecture"], metadata["modelspec.resolution"]) == ("mine/lora", "512x768")
-
-
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--qwen3", "x.safetensors"], "use --text_encoder"),
-    ],
-    ids=str,
-)
-def test_invalid_values_end_the_run_before_loading(
-    train_zimage: Train, arguments: list[str], extra: list[str], message: str
-) -> None:
-    done = train_zimage([*arguments, *extra])
-    assert done.status != 0 and message in done.stderr

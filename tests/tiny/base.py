@@ -150,6 +150,7 @@ class Dit:
     saved: tuple[str, int]  # the name of one in the file, and its inputs
     theirs_in_file: Mapping[str, tuple[int, int]]  # underscored layers of a musubi-tuner file -> rows and columns
     continued_ranks: Mapping[str, int]  # saved layer -> rank, after training from that file of rank 2
+    encoder_in_8_bits: str = "--fp8_text_encoder"
     prefix: str = "diffusion_model"  # prefix in saved files
     other_kinds: str = ""  # prefix in files of other kinds than LoRA; Kohya names if empty
 
@@ -206,6 +207,12 @@ class Base:
     in_diffusers: InDiffusers | None = None
     in_comfyui: str = ""  # variant of `listing` to compare with the names that ComfyUI looks up; none if empty
     dit: Dit | None = None
+    in_layouts: Callable[..., list[str]] | None = None  # as `Dit.build`, for models without `dit`
+
+    @property
+    def layouts(self) -> Callable[..., list[str]] | None:
+        """Write a model into a folder from a seed in a layout: "files", "whole" or "diffusers"."""
+        return self.in_layouts if self.dit is None else self.dit.build
 
     @property
     def spec(self) -> BaseModelSpec:

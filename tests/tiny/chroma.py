@@ -159,6 +159,7 @@ BASES = (
             ("chroma generic", "AANNA", peft(f"diffusion_model.{APPROXIMATOR}", 64)),
             ("chroma diffusers", "NNNAA", peft(f"transformer.{APPROXIMATOR}", 64)),
         ),
+        in_layouts=build_tiny_chroma,
         listing=lambda: facts("lora_keys_chroma"),
         in_diffusers=InDiffusers(
             diffusers_models,

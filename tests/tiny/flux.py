@@ -279,6 +279,7 @@ BASES = (
             ("flux generic", "AANNA", peft("diffusion_model.double_blocks.0.img_attn.qkv", 3072)),
             ("flux diffusers", "AANAA", peft("transformer.single_transformer_blocks.0.attn.to_q", 3072)),
         ),
+        in_layouts=build_tiny_flux,
         listing=lambda: facts("lora_keys_flux1"),
         in_diffusers=InDiffusers(
             diffusers_models,

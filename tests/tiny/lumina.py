@@ -192,6 +192,7 @@ BASES = (
             ("lumina generic, a part of a block", "ANNNN", peft("diffusion_model.layers.0.attention.qkv", 2304)),
             ("lumina diffusers", "NNNAN", peft("transformer.noise_refiner.0.attn.to_q", 2304)),
         ),
+        in_layouts=build_tiny_lumina,
         listing=lambda: facts("lumina2")["lora"],
         in_diffusers=InDiffusers(
             diffusers_models,

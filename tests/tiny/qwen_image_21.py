@@ -250,6 +250,7 @@ DIT = Dit(
     ),
     num_adapted=7 * CONFIG.num_blocks,
     saved=("transformer.transformer_blocks.0.img_mlp.gate_layer", CONFIG.width),
+    encoder_in_8_bits="--fp8_vl",
     theirs_in_file={"transformer_blocks_0_attn_to_q": (CONFIG.width, CONFIG.width)},
     continued_ranks={"transformer.transformer_blocks.0.attn.to_q": 2},
     prefix="transformer",

@@ -205,6 +205,7 @@ DIT = Dit(
     ),
     num_adapted=7 * CONFIG.num_layers,
     saved=("diffusion_model.layers.0.attention.to_q", CONFIG.width),
+    encoder_in_8_bits="--fp8_llm",
     theirs_in_file={
         f"layers_0_attention_{part}": (CONFIG.width, CONFIG.width) for part in ("to_q", "to_k", "to_v", "to_out_0")
     },

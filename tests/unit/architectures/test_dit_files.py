@@ -1,29 +1,34 @@
-"""Files of the base models that use musubi-tuner's options: layouts that load alike, and files of other models."""
+"""Layouts and precisions in which every base model loads alike, and files of other models."""
 
 import importlib
 import re
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.errors import UserError
 from library.protocols import Loader
+from tests.tiers import first_is_fast
 from tests.tiny.base import Dit
 from tests.tiny.bases import BASES
 from tests.tiny.changes import assert_same_models, in_two_files, rename_token, without
 from tests.tiny.flux_2 import build_tiny_flux_2
 
 BASE = "--pretrained_model_name_or_path"
-
-
 DITS: Mapping[str, Dit] = {name: base.dit for name, base in BASES.items() if base.dit is not None}
+LAYOUTS: Mapping[str, Callable[..., list[str]]] = {
+    **{name: base.layouts for name, base in BASES.items() if base.layouts is not None},
+    "flux_2 dev": partial(build_tiny_flux_2, is_dev=True),
+}
 
 
 def parse_options(spec: BaseModelSpec, arguments: list[str]) -> Any:
@@ -32,10 +37,10 @@ def parse_options(spec: BaseModelSpec, arguments: list[str]) -> Any:
 
 
 def open_tiny(name: str, arguments: list[str]) -> Loader:
-    loaded = importlib.import_module(f"library.architectures.{name}.load").open_loader(
-        parse_options(BASES[name].spec, arguments)
-    )
-    return loaded[0] if isinstance(loaded, tuple) else loaded  # type: ignore[no-any-return]  # FLUX.2 adds its release
+    base = BASES[name.removesuffix(" dev")]
+    loader = importlib.import_module(f"library.architectures.{base.package}.load").open_loader
+    loaded = loader(parse_options(base.spec, arguments))
+    return loaded[0] if isinstance(loaded, tuple) else loaded  # type: ignore[no-any-return]  # some add a size or release
 
 
 @pytest.fixture(scope="module", params=DITS)
@@ -45,7 +50,56 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def tiny(name: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return DITS[name].build(tmp_path_factory.mktemp(name), 3)
+    return DITS[name].build(tmp_path_factory.mktemp(name), 7)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"), first_is_fast((name, layout) for name in LAYOUTS for layout in ("whole", "diffusers"))
+)
+def test_every_layout_gives_the_same_models(model: str, layout: str, tmp_path: Path) -> None:
+    actual, expected = (open_tiny(model, LAYOUTS[model](tmp_path / kind, 3, kind)) for kind in (layout, "files"))
+    assert_same_models(actual, expected)
+    assert len(actual.text_encoders()) == len(expected.text_encoders())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("is_diffusers", [False, True], ids=["original", "diffusers"])
+def test_a_single_file_may_have_either_layout_and_either_prefix(
+    name: str, tmp_path: Path, prefix: str, is_diffusers: bool
+) -> None:
+    model = DITS[name].model()
+    arguments = LAYOUTS[name if name != "flux_2" else "flux_2 dev"](tmp_path, 7)  # as `Dit.model`
+    expected = open_tiny(name, arguments)
+    state = (DITS[name].theirs(model) if is_diffusers else model).state_dict()
+    save_file({prefix + key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / "other.safetensors")
+    assert_same_models(open_tiny(name, [BASE, str(tmp_path / "other.safetensors"), *arguments[2:]]), expected)
+
+
+@pytest.mark.slow
+def test_the_text_encoder_may_be_kept_in_8_bits(name: str, tiny: list[str]) -> None:
+    ids, states = torch.arange(8)[None], []
+    for more in ([], [DITS[name].encoder_in_8_bits]):
+        encoder = open_tiny(name, [*tiny, *more]).text_encoders()[0]
+        states.append(encoder(ids, output_hidden_states=True).hidden_states[3])  # later layers amplify the rounding
+    assert not torch.equal(*states)
+    assert torch.nn.functional.cosine_similarity(*states, dim=-1).min() > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("base", BASES)
+def test_models_are_loaded_frozen_and_in_the_precision_of_the_run(base: str, precision: str, tmp_path: Path) -> None:
+    words = [*BASES[base].build(tmp_path), "--mixed_precision", precision, "--no_half_vae"]
+    spec = BASES[base].spec
+    load = spec.build(parse_options(spec, words)).load
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    models = [(model, dtype) for model in (load.denoiser(), *load.text_encoders())]
+    for model, expected in (*models, (load.vae(), torch.float32)):
+        assert {weight.dtype for weight in model.parameters()} == {expected}
+        assert not any(weight.requires_grad for weight in model.parameters())
+        assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+        assert not model.training and not any(m.training for m in model.modules() if isinstance(m, nn.Dropout))
 
 
 @pytest.mark.slow
@@ -68,19 +122,23 @@ def test_fp8_files_load_with_their_scales(name: str, tiny: list[str], tmp_path: 
 
 
 @pytest.mark.slow
-def test_parts_of_a_folder_can_be_replaced_by_files(name: str, tiny: list[str], tmp_path: Path) -> None:
-    folder = DITS[name].build(tmp_path / "folder", 4, "diffusers")
-    for part in ("vae", "text_encoder"):
-        shutil.rmtree(tmp_path / "folder" / part)
-    actual = open_tiny(name, [*folder, *tiny[tiny.index("--vae") :]]).text_encoders()[0].state_dict()
-    expected = open_tiny(name, tiny).text_encoders()[0].state_dict()
-    assert all(torch.equal(tensor, expected[key]) for key, tensor in actual.items())
+@pytest.mark.parametrize("model", LAYOUTS)
+def test_parts_of_a_folder_can_be_replaced_by_files(model: str, tmp_path: Path) -> None:
+    folder, files = (LAYOUTS[model](tmp_path / layout, 4, layout) for layout in ("diffusers", "files"))
+    shutil.rmtree(tmp_path / "diffusers" / "vae")
+    for flag, value in zip(files[2::2], files[3::2], strict=True):
+        folder += [flag, value]
+    assert_same_models(open_tiny(model, folder), open_tiny(model, files))
 
 
-@pytest.mark.parametrize("flag", ["--vae", "--text_encoder"])
-def test_the_error_for_a_missing_part_names_its_flag(name: str, tiny: list[str], flag: str) -> None:
-    with pytest.raises(UserError, match=f"{flag} is missing"):
-        open_tiny(name, without(tiny, flag))
+@pytest.mark.parametrize(
+    "base", first_is_fast(name for name, base in BASES.items() if base.spec.script not in ("train_network.py",))
+)
+def test_the_error_for_a_missing_part_names_its_flag(base: str, tmp_path: Path) -> None:
+    arguments = BASES[base].build(tmp_path)
+    for flag in (flag for flag, value in pairwise(arguments) if value.startswith(str(tmp_path))):
+        with pytest.raises(UserError, match=f"{flag} is missing"):
+            BASES[base].spec.build(parse_options(BASES[base].spec, without(arguments, flag)))
 
 
 def test_a_tokenizer_without_the_special_tokens_of_the_template_is_refused(name: str, tmp_path: Path) -> None:

@@ -26,29 +26,6 @@ def test_required_and_excluded_options_exist_in_some_script(kind: Any) -> None:
         assert {need.partition("=")[0] for need in (*facts.requires, *facts.excludes)} <= option_names, name
 
 
-def test_an_unmet_required_value_is_refused_naming_both_values() -> None:
-    assert refusal_of(full_fp16=True, mixed_precision="bf16") == (
-        "--full_fp16 needs --mixed_precision fp16, but that is bf16; set it, or leave out --full_fp16"
-    )
-    assert "needs --mixed_precision bf16 or fp16, but that is no;" in refusal_of(fp8_base=True)
-    check_requirements(FluxOptions().with_values({"fp8_base": True, "mixed_precision": "fp16"}))
-
-
-@pytest.mark.parametrize(
-    ("values", "other"),
-    [
-        ({"dim_from_weights": True}, "network_weights"),
-        ({"adaptive_noise_scale": -0.1}, "noise_offset"),
-        ({"scale_v_pred_loss_like_noise_pred": True}, "v_parameterization"),
-    ],
-)
-def test_an_option_without_the_option_that_it_requires_is_refused(values: dict[str, Any], other: str) -> None:
-    ((name, value),) = values.items()
-    flag = f"--{name}" if value is True else f"--{name} {value}"
-    assert refusal_of(**values) == f"{flag} needs --{other}, which is not set; set it, or leave out --{name}"
-    check_requirements(FluxOptions().with_values({**values, other: 0.1}))
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [

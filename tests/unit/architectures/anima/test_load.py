@@ -51,60 +51,6 @@ def test_sizes_are_read_from_the_weights(arguments: list[str]) -> None:
     assert loader.text_encoders()[0].config.rope_parameters["rope_theta"] == 1e6  # type: ignore[union-attr, index]
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_models_are_loaded_frozen_and_in_the_precision_of_the_run(arguments: list[str], precision: str) -> None:
-    loader = open_tiny([*arguments, "--mixed_precision", precision, "--no_half_vae"])
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16}[precision]
-    for module, expected in (
-        (loader.denoiser(), dtype),
-        (loader.text_encoders()[0], dtype),
-        (loader.vae(), torch.float32),
-    ):
-        assert {weight.dtype for weight in module.parameters()} == {expected}
-        assert not any(weight.requires_grad for weight in module.parameters()) and not module.training
-
-
-@pytest.mark.parametrize(
-    ("flag", "drop", "message"),
-    [
-        ("--pretrained_model_name_or_path", r"llm_adapter", "has no text adapter .* add --llm_adapter_path"),
-        ("--pretrained_model_name_or_path", r"adaln", "so it is not an Anima transformer"),
-        ("--pretrained_model_name_or_path", r"^net\.blocks\.0\.mlp\.layer1", "blocks.0.mlp.layer1.weight is missing"),
-        ("--qwen3", r"q_norm", "is not a Qwen3 text encoder"),
-        ("--vae", r"decoder", "is not the VAE of Qwen-Image"),
-    ],
-)
-def test_files_without_identifying_weights_are_refused_by_name(
-    arguments: list[str], tmp_path: Path, flag: str, drop: str, message: str
-) -> None:
-    source = Path(arguments[arguments.index(flag) + 1])
-    with pytest.raises(ValueError, match=message) as error:
-        open_tiny([*arguments, flag, write_changed_copy(source, tmp_path / "less.safetensors", drop)])
-    assert "less.safetensors" in str(error.value)
-
-
-@pytest.mark.parametrize("part", ["transformer", "qwen3"])
-def test_a_file_that_lacks_one_weight_is_refused_when_it_loads(arguments: list[str], tmp_path: Path, part: str) -> None:
-    flag, drop = {
-        "transformer": ("--pretrained_model_name_or_path", r"blocks\.1\.self_attn\.q_proj"),
-        "qwen3": ("--qwen3", r"layers\.1\.mlp\.up_proj"),
-    }[part]
-    source = Path(arguments[arguments.index(flag) + 1])
-    loader = open_tiny([*arguments, flag, write_changed_copy(source, tmp_path / "less.safetensors", drop)])
-    with pytest.raises(ValueError, match=r"less\.safetensors is incomplete: .* are missing: "):
-        loader.denoiser() if part == "transformer" else loader.text_encoders()
-
-
-def test_a_text_encoder_of_another_width_is_refused(arguments: list[str], tmp_path: Path) -> None:
-    state = {
-        key: tensor[:, :32].contiguous() if key.endswith("embed_tokens.weight") else tensor
-        for key, tensor in load_file(arguments[3]).items()
-    }
-    save_file(state, tmp_path / "narrow.safetensors")
-    with pytest.raises(ValueError, match=r"--qwen3 .*narrow.safetensors has width 32, .* expects 40; use Qwen/Qwen3"):
-        open_tiny([*arguments, "--qwen3", str(tmp_path / "narrow.safetensors")])
-
-
 @pytest.mark.parametrize("prefix", ["net.llm_adapter.", "llm_adapter.", ""])
 def test_a_text_adapter_from_a_separate_file_is_used(arguments: list[str], tmp_path: Path, prefix: str) -> None:
     other = build_tiny_anima(tmp_path, seed=72)

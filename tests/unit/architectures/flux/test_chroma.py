@@ -1,7 +1,6 @@
 """Files and options of --model_type chroma."""
 
 import logging
-import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from library.architectures.specs import list_specs
 from library.checkpoints.recognition import recognise_adapter
 from library.errors import UserError
 from library.protocols import Architecture
-from tests.tiny.changes import with_changes, without
+from tests.tiny.changes import without
 from tests.tiny.chroma import build_tiny_chroma
 from tests.tiny.flux import build_tiny_flux
 
@@ -34,44 +33,6 @@ def options_of(arguments: list[str]) -> FluxOptions:
 
 def build_arch(arguments: list[str]) -> Architecture:
     return build(options_of(arguments))
-
-
-def test_every_layout_gives_the_same_models(tiny: list[str], tmp_path: Path) -> None:
-    expected = open_loader(options_of(tiny))
-    for layout in ("whole", "diffusers"):
-        actual = open_loader(options_of(build_tiny_chroma(tmp_path / layout, 6, layout)))  # type: ignore[arg-type]
-        assert len(actual.text_encoders()) == 1
-        for theirs, ours in (
-            (expected.denoiser(), actual.denoiser()),
-            (expected.vae(), actual.vae()),
-            *zip(expected.text_encoders(), actual.text_encoders(), strict=True),
-        ):
-            state = ours.state_dict()
-            assert all(torch.equal(state[name], tensor) for name, tensor in theirs.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("flag", "changes", "message"),
-    [
-        (BASE, {"txt_in.weight": torch.ones(64, 48)}, "the transformer expects text features of width 48; use Ch"),
-        (BASE, {"txt_in.weight": None}, "txt_in.weight is missing; use a complete Chroma"),
-        (BASE, {"distilled_guidance_layer.in_proj.weight": None}, "in_proj.weight is missing; use a complete Chroma"),
-        (BASE, {"img_in.weight": torch.ones(64, 128)}, "the transformer takes 128 values per patch, but only 64"),
-        ("--ae", {"decoder.conv_in.weight": torch.ones(16, 4, 3, 3)}, "has 4 latent channels, but Chroma needs 16"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
-def test_an_incompatible_file_is_refused_with_the_reason(
-    tiny: list[str], tmp_path: Path, flag: str, changes: dict[str, torch.Tensor | None], message: str
-) -> None:
-    with pytest.raises(UserError, match=re.escape(message)):
-        build_arch(with_changes(tiny, flag, tmp_path, changes))
-
-
-def test_the_vae_and_t5_are_required_but_clip_is_not(tiny: list[str]) -> None:
-    for flag in ("--ae", "--t5xxl"):
-        with pytest.raises(UserError, match=f"{flag} is missing"):
-            build_arch(without(tiny, flag))
 
 
 @pytest.mark.parametrize("layout", ["files", "diffusers"])
@@ -111,12 +72,6 @@ def test_settings_that_chroma_was_not_trained_with_are_warned_about(
         "--model_prediction_type sigma_scaled converts the output to something other",
     ):
         assert line in caplog.text
-
-
-def test_clip_is_reported_as_unused(tiny: list[str]) -> None:
-    assert (
-        build_arch([*tiny, "--clip_l", "nowhere.safetensors"]).ignores["clip_l"] == "Chroma reads captions only with T5"
-    )
 
 
 def test_the_text_cache_holds_t5_features_and_the_other_entries_that_sd_scripts_reads(

@@ -1,6 +1,5 @@
 """Krea 2 models load alike in every layout; other files are refused with what they are."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,8 @@ from krea2_train_network import setup_parser
 from library.architectures.krea2.assembly import build
 from library.architectures.krea2.load import open_loader
 from library.architectures.krea2.options import Krea2Options
-from library.architectures.krea2.reference import diffusers_state
-from library.architectures.krea2.text import LAYERS
 from library.errors import UserError
 from library.models.dit_loader import DitLoader
-from library.models.language_models import encode_layers
-from tests.tiny.changes import assert_same_models, with_changes
 from tests.tiny.krea2 import build_tiny_krea2
 
 BASE = "--pretrained_model_name_or_path"
@@ -34,68 +29,6 @@ def options_of(arguments: list[str]) -> Krea2Options:
 
 def open_tiny(arguments: list[str]) -> DitLoader:
     return open_loader(options_of(arguments))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["whole", "diffusers"])
-def test_every_layout_gives_the_same_models(tiny: list[str], tmp_path: Path, layout: Any) -> None:
-    assert_same_models(open_tiny(build_tiny_krea2(tmp_path, 3, layout)), open_tiny(tiny))
-
-
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("is_diffusers", [False, True], ids=["original", "diffusers"])
-def test_a_single_file_may_have_either_layout_and_either_prefix(
-    tiny: list[str], tmp_path: Path, prefix: str, is_diffusers: bool
-) -> None:
-    state = load_file(tiny[1])
-    state = diffusers_state(state) if is_diffusers else state
-    save_file({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "other.safetensors")
-    for more in ([], ["--mixed_precision", "bf16"]):  # the modulation is reshaped and also cast
-        actual = open_tiny([BASE, str(tmp_path / "other.safetensors"), *tiny[2:], *more]).denoiser().state_dict()
-        expected = open_tiny([*tiny, *more]).denoiser().state_dict()
-        assert actual.keys() == expected.keys()
-        assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
-
-
-@pytest.mark.parametrize(
-    ("flag", "changes", "message"),
-    [
-        (BASE, {"first.weight": torch.ones(64, 16)}, "takes 16 values per patch, but only 64"),
-        (BASE, {"txtfusion.projector.weight": torch.ones(1, 8)}, "takes 8 states of the text encoder for each token"),
-        (
-            BASE,
-            {"txtfusion.layerwise_blocks.0.attn.wq.weight": torch.ones(32, 32)},
-            "has width 16, but the transformer expects text features of width 32; use Qwen/Qwen3-VL-4B-Instruct",
-        ),
-        (BASE, {"tmlp.0.weight": None}, "tmlp.0.weight is missing; use a complete Krea 2"),
-        (BASE, {"blocks.0.attn.wk.weight": torch.ones(48, 64)}, "width 64, heads of 16 and 3 heads of keys"),
-        (BASE, {"blocks.0.attn.qknorm.qnorm.scale": torch.ones(8)}, "heads of 8, which must be multiples of 16"),
-        ("--vae", {"decoder.conv1.weight": torch.ones(16, 4, 3, 3, 3)}, "has 4 latent channels, but Krea 2 needs 16"),
-        ("--vae", {"decoder.middle.0.residual.0.gamma": None}, "is not the VAE of Qwen-Image"),
-        ("--text_encoder", {"model.language_model.embed_tokens.weight": None}, "is not a Qwen3-VL text encoder"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_an_incompatible_file_is_refused_with_the_reason(
-    tiny: list[str], tmp_path: Path, flag: str, changes: dict[str, torch.Tensor | None], message: str
-) -> None:
-    with pytest.raises(UserError, match=re.escape(message)):
-        open_tiny(with_changes(tiny, flag, tmp_path, changes))
-
-
-def test_a_shallow_text_encoder_is_refused(tiny: list[str], tmp_path: Path) -> None:
-    state = {k: v for k, v in load_file(tiny[5]).items() if not re.search(r"language_model\.layers\.3\d\.", k)}
-    save_file(state, tmp_path / "shallow.safetensors")
-    with pytest.raises(UserError, match=r"shallow\.safetensors has 30 layers, but the first 35 are used"):
-        open_tiny([*tiny[:5], str(tmp_path / "shallow.safetensors")])
-
-
-def test_the_text_encoder_may_be_kept_in_8_bits(tiny: list[str]) -> None:
-    (full,), (quantised,) = open_tiny(tiny).text_encoders(), open_tiny([*tiny, "--fp8_text_encoder"]).text_encoders()
-    ids = torch.arange(8)[None]
-    expected, actual = (encode_layers(encoder, ids, torch.ones_like(ids), LAYERS[:3]) for encoder in (full, quantised))
-    assert not torch.equal(actual, expected)  # later layers of so narrow a model amplify the rounding error
-    assert torch.nn.functional.cosine_similarity(actual, expected, dim=-1).min() > 0.97
 
 
 # Recognising Turbo

@@ -12,7 +12,7 @@ from library.architectures.lumina.gemma import find_gemma_tokenizer, load_gemma_
 from library.architectures.lumina.text import LuminaText
 from tests.tiny.lumina import build_tiny_lumina
 from tests.tolerances import EXACT, FLOAT32_SAME_MATH
-from tests.unit.architectures.lumina.test_load import open_tiny
+from tests.unit.architectures.test_dit_files import open_tiny
 
 BEGIN, PADDING = 2, 0
 
@@ -55,7 +55,7 @@ def test_the_system_prompt_precedes_captions_that_are_not_empty(text: LuminaText
 
 
 def test_the_denoiser_gets_the_input_of_the_last_layer(tiny: list[str], text: LuminaText) -> None:
-    (encoder,) = open_tiny(tiny).text_encoders()
+    (encoder,) = open_tiny("lumina", tiny).text_encoders()
     seen: list[torch.Tensor] = []
     last = encoder.layers[-1]  # type: ignore[index]
     handle = last.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -71,12 +71,12 @@ def test_gemma_caps_its_attention_logits_whatever_the_default_of_transformers(
     from transformers import Gemma2Model
 
     monkeypatch.setattr(Gemma2Model, "_supports_sdpa", True)  # as up to 5.0; sdpa does not cap
-    (encoder,) = open_tiny(tiny).text_encoders()
+    (encoder,) = open_tiny("lumina", tiny).text_encoders()
     assert encoder.config._attn_implementation == "eager"  # type: ignore[union-attr]
 
 
 def test_padding_does_not_change_the_states_of_a_caption(tiny: list[str], text: LuminaText) -> None:
-    (encoder,) = open_tiny(tiny).text_encoders()
+    (encoder,) = open_tiny("lumina", tiny).text_encoders()
     few, many = replace(text, num_tokens=8), replace(text, num_tokens=40)
     short, long = (kind.encode([encoder], kind.tokenize(["red cat"])) for kind in (few, many))
     num = int(short["attention_mask"].sum())

@@ -16,7 +16,6 @@ from library.architectures.sd3.options import Sd3Options
 from library.architectures.sd3.targets import view
 from library.models.dit_loader import DitLoader
 from library.options.ranges import check_ranges
-from library.training.command_line.checks import report_unused
 from tests.tiny.sd3 import CONFIGS, build_tiny_sd3
 
 
@@ -92,15 +91,6 @@ def test_every_size_is_recognised_by_its_weights(tmp_path: Path, name: str) -> N
     assert metadata(Sd3Options(), config)["modelspec.architecture"] == f"stable-diffusion-3-{version}/lora"
 
 
-def test_models_are_loaded_frozen_and_in_the_training_dtype(sd3_file: Path) -> None:
-    loader = open_tiny(sd3_file, mixed_precision="bf16", no_half_vae=True)
-    models = [*loader.text_encoders(), loader.denoiser()]
-    assert {p.dtype for model in models for p in model.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in loader.vae().parameters()} == {torch.float32}
-    assert not any(p.requires_grad or p.is_meta for model in (*models, loader.vae()) for p in model.parameters())
-    assert not any(module.training for model in models for module in model.modules())
-
-
 def test_a_separate_vae_replaces_that_of_the_checkpoint(sd3_file: Path, tmp_path: Path) -> None:
     without = write_renamed_copy(
         sd3_file, tmp_path / "m" / "a.safetensors", lambda key: None if key.startswith("first_stage") else key
@@ -153,13 +143,6 @@ def test_encoders_of_other_models_are_refused(sd3_file: Path) -> None:
     assert "have 32 and 16 pooled features" in swapped and "not swapped" in swapped
 
 
-def test_missing_weights_are_reported_by_name(sd3_file: Path, tmp_path: Path) -> None:
-    dropped = f"{DENOISER_PREFIX}joint_blocks.1.x_block.mlp.fc2.bias"
-    path = write_renamed_copy(sd3_file, tmp_path / "m" / "a.safetensors", lambda key: None if key == dropped else key)
-    with pytest.raises(ValueError, match=r"incomplete: 1 of the .* missing: joint_blocks\.1\.x_block\.mlp\.fc2\.bias"):
-        open_tiny(path).denoiser()
-
-
 def test_other_models_are_refused_with_the_script_that_trains_them(tiny_sd_file: Path, tmp_path: Path) -> None:
     assert "this is an SD 1.x checkpoint; use train_network.py" in catch_refusal(tiny_sd_file)
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(3, 1)}, tmp_path / "flux.safetensors")
@@ -177,21 +160,6 @@ def test_a_path_that_is_not_a_single_file_is_refused(tiny_sd_folder: Path, tmp_p
 def test_prefixes_match_published_files() -> None:
     assert TEXT_PREFIXES["clip_l"] == "text_encoders.clip_l.transformer."
     assert DENOISER_PREFIX == "model.diffusion_model."
-
-
-@pytest.mark.parametrize(("flag", "value"), [("clip_skip", 2), ("noise_offset", 0.1), ("save_clip", True)])
-def test_options_without_effect_are_warned_about(
-    sd3_file: Path, caplog: pytest.LogCaptureFixture, flag: str, value: Any
-) -> None:
-    options = options_of(sd3_file, **{flag: value})
-    with caplog.at_level(logging.WARNING):
-        report_unused(options, build(options).ignores)
-    assert f"--{flag} has no effect: " in caplog.text
-
-
-def test_weighted_captions_are_refused(sd3_file: Path) -> None:
-    with pytest.raises(ValueError, match="--weighted_captions does not work with SD3"):
-        build(options_of(sd3_file, weighted_captions=True))
 
 
 @pytest.mark.parametrize("flag", ["clip_l_dropout_rate", "t5_dropout_rate", "pos_emb_random_crop_rate"])

@@ -1,0 +1,109 @@
+"""The sentences of messages.toml: what commands say of options and files that they cannot use."""
+
+import logging
+import re
+import shlex
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toml
+import torch
+from safetensors.torch import load_file, save_file
+
+from library.errors import UserError
+from library.training.command_line.checks import check, report_unused
+from library.training.command_line.cli import parse
+from tests.running import SCRIPTS, Finished
+from tests.tiny.base import path_argument
+from tests.tiny.bases import BASES
+from tests.tiny.sd import build_tiny_sd
+
+Row = Mapping[str, Any]
+TABLE: Mapping[str, list[Row]] = toml.loads(Path(__file__).with_name("messages.toml").read_text(encoding="utf-8"))
+BASE = "--pretrained_model_name_or_path"
+ONE_STEP = [
+    "--resolution", "64", "--network_dim", "4", "--learning_rate", "1e-4", "--max_train_steps", "1",
+    "--max_data_loader_n_workers", "0", "--output_name", "mine", "--no_report",
+]  # fmt: skip
+
+
+def rows(kind: str, fast: tuple[str | None, ...] = ()) -> Any:
+    """Return the rows of one kind as parameters; those of other base models than `fast` are slow."""
+    parameters = [
+        pytest.param(
+            row,
+            id=" ".join(str(row[key]) for key in ("base", "words", "shapes", "without") if key in row),
+            marks=() if row.get("base") in fast else pytest.mark.slow,
+        )
+        for row in TABLE[kind]
+    ]
+    return pytest.mark.parametrize("row", parameters)
+
+
+@cache
+def parser_of(script: str) -> Any:
+    return import_module(script).setup_parser()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
+    """Return a function that gives the options of a tiny model, which is built once."""
+
+    @cache
+    def build(name: str) -> list[str]:
+        folder = tmp_path_factory.mktemp(name)
+        return (
+            path_argument(build_tiny_sd(folder, 5, "safetensors")) if name == "sd file" else BASES[name].build(folder)
+        )
+
+    return build
+
+
+@rows("options", fast=(None,))
+def test_the_sentence_about_options(row: Row, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    script = row.get("script", "train_network")
+    files = [BASE, "model.safetensors", "--train_data_dir", "pictures", "--network_module", "networks.lora"]
+    words = [*files, *ONE_STEP, "--output_dir", str(tmp_path), *shlex.split(row["words"])]
+    options = SCRIPTS[script].options.from_args(parse(parser_of(script), words))
+    caplog.clear()
+    if "sentence" in row:
+        with pytest.raises(UserError, match=re.escape(row["sentence"])):
+            check(options)
+    else:
+        with caplog.at_level(logging.WARNING):
+            check(options)
+            report_unused(options, {})
+        assert row["warning"] in caplog.text
+
+
+@rows("file", fast=("zimage", "sd file"))
+def test_the_sentence_about_a_file(row: Row, model: Callable[[str], list[str]]) -> None:
+    arguments, base = list(model(row["base"])), BASES[row["base"].removesuffix(" file")]
+    place = arguments.index(row.get("flag", BASE)) + 1
+    state = {n: t for n, t in load_file(arguments[place]).items() if not re.search(row.get("without", r"(?!)"), n)}
+    state |= {name: torch.ones(shape) for name, shape in row.get("shapes", {}).items()}
+    changed = Path(arguments[place]).with_name("changed.safetensors")  # next to its tokenizer
+    save_file(state, changed)
+    arguments[place] = str(changed)
+    with pytest.raises(UserError, match=re.escape(row["sentence"])) as error:
+        load = base.spec.build(base.spec.options.from_args(parser_of(base.script).parse_args(arguments))).load
+        assert load.text_encoders() and load.denoiser() and load.vae()
+    changed.unlink()
+    assert any(name in str(error.value) for name in (changed.name, *arguments[::2]))
+
+
+@rows("run")
+def test_the_sentence_of_a_run(
+    row: Row, model: Callable[[str], list[str]], train: Callable[..., Finished], images: Path, tmp_path: Path
+) -> None:
+    base, files = BASES[row["base"]], model(row["base"])
+    places = {flag.removeprefix("--"): value for flag, value in zip(files[::2], files[1::2], strict=False)}
+    data = ["--train_data_dir", str(images), "--output_dir", str(tmp_path / "out"), "--network_module", base.module]
+    done = train([*files, *data, *ONE_STEP, *shlex.split(row["words"].format(**places))], script=base.script)
+    assert "Traceback" not in done.stderr
+    assert all(line in done.stderr for line in row.get("warnings", [row.get("sentence")])), done.stderr
+    assert (done.status == 0) == ("warnings" in row) == bool(list(tmp_path.rglob("mine*")))
