@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,14 +10,14 @@ from torch import Tensor
 
 from library.architectures.anima.adapter_names import NAMES
 from library.architectures.anima.model import Anima, AnimaConfig, read_config
+from library.architectures.anima.reference import diffusers_models
 from library.checkpoints.adapter_names import FileNaming
 from library.models.loading import build_on_meta_device
 from networks import lora_anima
 from networks.core.files.adapter_file import adapter_tensors, read_adapter_file
 from networks.core.files.renaming import rename
 from tests.parity.denoisers import save_trained
-from tests.parity.test_anima_lora import predict_by_diffusers
-from tests.tiny.anima import CONFIG, inputs, oracle, tiny_anima
+from tests.tiny.anima import CONFIG, inputs, oracle, oracle_of, tiny_anima
 from tests.tolerances import FLOAT32_DEEP
 
 DEEP = replace(CONFIG, width=36, head_width=12, mlp_width=108, modulation_rank=5, num_blocks=31)
@@ -45,6 +46,21 @@ def test_outputs_and_input_gradients_match_diffusers(config: AnimaConfig) -> Non
     for ours_value, theirs_value in zip(*results, strict=True):
         assert theirs_value.abs().max() > 0.1
         torch.testing.assert_close(ours_value, theirs_value, **FLOAT32_DEEP)
+
+
+def predict_by_diffusers(tensors: dict[str, Tensor], model: Anima) -> Tensor:
+    """Return the prediction of diffusers' models after its Anima reader has loaded the file."""
+    from diffusers.loaders.lora_pipeline import AnimaLoraLoaderMixin
+
+    reader: Any = AnimaLoraLoaderMixin
+    transformer, conditioner = diffusers_models(model)
+    state = reader.lora_state_dict(tensors)
+    assert all("lora" in key for key in state)
+    for part, theirs in (("transformer", transformer), ("text_conditioner", conditioner)):
+        part_state = {key: tensor for key, tensor in state.items() if key.startswith(f"{part}.")}
+        if part_state:
+            theirs.load_lora_adapter(part_state, prefix=part)
+    return oracle_of(transformer, conditioner)(*(value.detach() for value in inputs(6, 10)))
 
 
 @pytest.fixture(scope="module")

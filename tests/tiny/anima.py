@@ -222,6 +222,7 @@ BASES = (
         module="networks.lora_anima",
         build=lambda f: [*build_tiny_anima(f, 57), "--qwen3_max_token_length", "32", "--t5_max_token_length", "32"],
         adapts_text_encoders=True,
+        everything={"train_llm_adapter": "True", "include_patterns": ".*"},
         written=("anima", "anima-preview"),
         runs={"text_cache": TEXT_CACHE, "text_adapter": ["--network_args", "train_llm_adapter=True"]},
         deeper={"num_blocks": 6},

@@ -150,6 +150,9 @@ class Dit:
     saved: tuple[str, int]  # the name of one in the file, and its inputs
     theirs_in_file: Mapping[str, tuple[int, int]]  # underscored layers of a musubi-tuner file -> rows and columns
     continued_ranks: Mapping[str, int]  # saved layer -> rank, after training from that file of rank 2
+    full_size: Mapping[str, tuple[Any, int]]  # release -> its sizes and number of parameters
+    adapted: tuple[str, str]  # patterns of the paths that are adapted by default, and with the last of `own`
+    embedders: str  # pattern of the paths whose rank that sets to 2
     encoder_in_8_bits: str = "--fp8_text_encoder"
     prefix: str = "diffusion_model"  # prefix in saved files
     other_kinds: str = ""  # prefix in files of other kinds than LoRA; Kohya names if empty
@@ -165,6 +168,7 @@ class Base:
     build: Callable[[Path], list[str]]  # writes the model into a folder and returns the options that select it
     spec_name: str = ""  # of its BaseModelSpec; `name` if empty
     adapts_text_encoders: bool = False
+    everything: Mapping[str, str] = field(default_factory=dict)  # network arguments that adapt most layers
     written: tuple[str, str] = ("", "")  # ss_base_model_version and modelspec.architecture of its files
 
     # --- runs ---

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.architectures.flux.adapter_names import CHROMA_NAMES
 from library.architectures.flux.approximator import ApproximatorConfig
 from library.architectures.flux.model import PATCH, Flux, FluxConfig
 from library.architectures.flux.predict import with_first_padding
@@ -15,7 +16,7 @@ from library.architectures.flux.reference import diffusers_config, diffusers_mod
 from library.models.patches import patchify
 from tests.contracts.full_size import facts
 from tests.tiny import flux
-from tests.tiny.base import TEXT_CACHE, Base, Compared, InDiffusers
+from tests.tiny.base import TEXT_CACHE, Base, Compared, InDiffusers, Pair
 from tests.tiny.flux import (
     Layout,
     ldm_vae,
@@ -110,6 +111,13 @@ def diffusers_models() -> dict[str, nn.Module]:
     return {"transformer": ChromaTransformer2DModel()}
 
 
+def pair() -> Pair:
+    ours, values = tiny_chroma(27), [value.detach() for value in inputs(6, 10, 4)]
+    theirs = diffusers_model(ours)
+    predict = partial(velocity, ours, *values), partial(oracle_output, theirs, *values)
+    return Pair(CHROMA_NAMES, ours, {"transformer": theirs}, *predict)
+
+
 def masked(H: int, W: int, lengths: tuple[int, int] | None) -> tuple[Tensor | None, ...]:
     """Return latents, noise levels, text and the mask of caption tokens, if any."""
     is_text = None if lengths is None else torch.arange(NUM_TEXT) < torch.tensor(lengths)[:, None]
@@ -126,6 +134,7 @@ BASES = (
         build=lambda f: [
             *build_tiny_chroma(f, 59), "--guidance_scale", "0", "--t5xxl_max_token_length", "32",
         ],
+        everything={"train_approximator": "True", "in_dims": "[2,0,0,0,2]"},
         written=("chroma", "chroma"),
         runs={
             "text_cache": TEXT_CACHE,
@@ -146,6 +155,7 @@ BASES = (
                 velocity,
             )
         },
+        pairs={"chroma": pair},
         verified={
             "flux chroma": lambda: tiny_chroma(62, replace(CONFIG, num_double=3, num_single=4)),
             "flux chroma with one block": lambda: tiny_chroma(64, replace(CONFIG, num_double=1, num_single=1)),

@@ -240,6 +240,7 @@ BASES = (
         module="networks.lora_flux",
         build=lambda folder: [*build_tiny_flux(folder, 54), "--t5xxl_max_token_length", "32"],
         adapts_text_encoders=True,
+        everything={"split_qkv": "True", "in_dims": "[2,2,2,2,2]"},
         written=("flux1", "flux-1-dev"),
         runs={
             "text_cache": TEXT_CACHE,

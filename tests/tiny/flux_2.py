@@ -273,6 +273,13 @@ DIT = Dit(
     ),
     num_adapted=8 * CONFIG.num_double + 2 * CONFIG.num_single,
     saved=("diffusion_model.double_blocks.0.img_attn.qkv", CONFIG.width),
+    full_size={
+        "klein 4B": (KLEIN_4B, 3_875_544_576),
+        "klein 9B": (KLEIN_9B, 9_078_581_248),
+        "dev": (DEV, 32_223_281_152),
+    },
+    adapted=(r".*_blocks\.", "(?!final_layer)"),
+    embedders=r"(?!.*_blocks\.)",
     theirs_in_file={
         "double_blocks_0_img_attn_qkv": (3 * CONFIG.width, CONFIG.width),
         "double_blocks_0_txt_attn_proj": (CONFIG.width, CONFIG.width),
@@ -285,6 +292,7 @@ BASES = (
         script="flux_2_train_network",
         module="networks.lora_flux_2",
         build=lambda folder: build_tiny_flux_2(folder, 61),
+        everything=DIT.own[-1],
         written=("flux_2", "Flux.2-klein-4b"),
         releases=tuple(("--model_version", v) for v in ("klein-4b", "klein-base-4b", "klein-base-9b", "dev")),
         deeper=DEEPER,

@@ -234,6 +234,7 @@ BASES = (
         script="hunyuan_image_train_network",
         module="networks.lora_hunyuan_image",
         build=lambda folder: build_tiny_hunyuan_image(folder, 58),
+        everything={"split_qkv": "True"},
         written=("hunyuan-image-2.1", "hunyuan-image-2.1"),
         deeper=DEEPER,
         blocks_to_swap="3",

@@ -196,6 +196,9 @@ DIT = Dit(
     ),
     num_adapted=8 * (CONFIG.num_blocks + CONFIG.num_layerwise + CONFIG.num_refiners) + 8,
     saved=("diffusion_model.blocks.0.attn.wq", CONFIG.block.width),
+    full_size={"": (FULL_SIZE, 12_820_073_036)},
+    adapted=("", ""),
+    embedders=r"(?!)",
     theirs_in_file={
         "blocks_0_attn_wk": (CONFIG.block.width // 2, CONFIG.block.width),
         "blocks_0_attn_gate": (CONFIG.block.width, CONFIG.block.width),
@@ -208,6 +211,7 @@ BASES = (
         script="krea2_train_network",
         module="networks.lora_krea2",
         build=lambda folder: build_tiny_krea2(folder, 62),
+        everything=DIT.own[-1],
         written=("krea2", "Krea-2"),
         releases=(("--dit_variant", "turbo"), ("--dit_variant", "raw")),
         deeper={"num_blocks": 6},

@@ -246,6 +246,7 @@ BASES = (
         build=lambda folder: path_argument(build_tiny_sd(folder, 51)),
         spec_name="sd1",
         adapts_text_encoders=True,
+        everything={"conv_dim": "4"},
         written=("sd_v1", "stable-diffusion-v1"),
         runs={
             "convolutions": ["--network_args", *CONVOLUTIONS],
@@ -288,6 +289,7 @@ BASES = (
         module="networks.lora",
         build=lambda folder: path_argument(build_tiny_sd(folder, 52, is_v2=True), "--v2"),
         adapts_text_encoders=True,
+        everything={"conv_dim": "4"},
         written=("sd_v2_v", "stable-diffusion-v2-768-v"),
         runs={"v": ["--v_parameterization", "--zero_terminal_snr", "--min_snr_gamma", "5"]},
         blocks_to_swap="9",

@@ -144,6 +144,7 @@ BASES = (
         module="networks.lora",
         build=lambda folder: path_argument(build_tiny_sdxl(folder, 53)),
         adapts_text_encoders=True,
+        everything={"conv_dim": "4"},
         written=("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
         runs={"convolutions": ["--network_args", *CONVOLUTIONS], "text_cache": TEXT_CACHE},
         blocks_to_swap="9",

@@ -206,6 +206,9 @@ DIT = Dit(
     num_adapted=7 * CONFIG.num_layers,
     saved=("diffusion_model.layers.0.attention.to_q", CONFIG.width),
     encoder_in_8_bits="--fp8_llm",
+    full_size={"": (FULL_SIZE, 6_154_908_736)},
+    adapted=(r"layers\.(?!.*_modulation)", r"(?!all_final_layer)"),
+    embedders=r".*_embedder",
     theirs_in_file={
         f"layers_0_attention_{part}": (CONFIG.width, CONFIG.width) for part in ("to_q", "to_k", "to_v", "to_out_0")
     },
@@ -220,6 +223,7 @@ BASES = (
         script="zimage_train_network",
         module="networks.lora_zimage",
         build=lambda folder: build_tiny_zimage(folder, 60),
+        everything=DIT.own[-1],
         written=("zimage", "Z-Image"),
         releases=tuple(("--model_version", version) for version in ("turbo", "base", "de-turbo")),
         deeper={"num_layers": 6},

@@ -14,15 +14,13 @@ from library.architectures.sdxl.options import SdxlOptions
 from library.checkpoints.files import read_metadata
 from library.options.model import ModelOptions
 from library.options.train import TrainOptions
-from networks.lora import create_network, create_network_from_weights
-from tests.tolerances import FLOAT32_SAME_MATH
+from networks.lora import create_network
 from tools.extract_lora_from_models import main as extract
 from tools.merge_lora import main as merge
 
 pytestmark = pytest.mark.slow
 
 SLOW_FOLDER = pytest.param("tiny_sdxl_folder", marks=pytest.mark.nightly)  # a folder and a file of SD 2.x
-CHECKPOINTS = ("tiny_sd2_folder", "tiny_sd2_file", SLOW_FOLDER, "tiny_sdxl_file")
 
 
 def models_of(path: Path, is_sdxl: bool) -> tuple[list[nn.Module], nn.Module, Any]:
@@ -31,12 +29,6 @@ def models_of(path: Path, is_sdxl: bool) -> tuple[list[nn.Module], nn.Module, An
     arch = build_sdxl(SdxlOptions(model=model)) if is_sdxl else build_sd(TrainOptions(model=model))
     encoders, unet = arch.load.text_encoders(), arch.load.denoiser()
     return encoders, unet, arch.view(encoders, unet)
-
-
-def weights_of(path: Path, is_sdxl: bool) -> dict[str, Tensor]:
-    encoders, unet, _ = models_of(path, is_sdxl)
-    parts = {f"te{i}": encoder for i, encoder in enumerate(encoders)} | {"unet": unet}
-    return {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
 
 
 def random_lora(path: Path, is_sdxl: bool, to: Path, rank: int = 4) -> Path:
@@ -57,31 +49,6 @@ def copy_path(path: Path, folder: Path, name: str) -> Path:
     (folder / name).mkdir()
     (folder / name / "tokenizer").symlink_to(path.parent / "tokenizer")
     return folder / name / "model.safetensors"
-
-
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_merged_checkpoint_is_the_model_with_its_adapter_merged(
-    name: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    base, is_sdxl = request.getfixturevalue(name), "sdxl" in name
-    lora = random_lora(base, is_sdxl, tmp_path / "lora.safetensors")
-    to = copy_path(base, tmp_path, "merged")
-    arguments = ["--sd_model", str(base), "--models", str(lora), "--ratios", "0.5", "--save_to", str(to)]
-    assert merge(arguments) == 0
-    encoders, unet, view_of_models = models_of(base, is_sdxl)
-    network, weights = create_network_from_weights(0.5, str(lora), None, *view_of_models, for_inference=True)
-    network.merge_to(*view_of_models, weights)
-    parts = {f"te{i}": encoder for i, encoder in enumerate(encoders)} | {"unet": unet}
-    expected = {f"{part}.{key}": t for part, module in parts.items() for key, t in module.state_dict().items()}
-    actual, start = weights_of(to, is_sdxl), weights_of(base, is_sdxl)
-    changed = {key.rpartition(".")[0] for key in start if not torch.equal(actual[key], start[key])}
-    assert len(changed) == len(network.adapters)
-    for key, tensor in expected.items():
-        torch.testing.assert_close(actual[key], tensor, **FLOAT32_SAME_MATH)
-    if to.is_file():
-        architecture = read_metadata(to)["modelspec.architecture"]
-        assert architecture == ("stable-diffusion-xl-v1-base" if is_sdxl else "stable-diffusion-v2-512")
-        assert load_file(to).keys() == load_file(base).keys()
 
 
 @pytest.mark.parametrize("name", ["tiny_sd2_file", "tiny_sdxl_file", SLOW_FOLDER])
