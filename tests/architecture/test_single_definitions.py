@@ -8,17 +8,6 @@ import pytest
 from tests.architecture.sources import python_files, text_of
 
 TEXTS = {path.as_posix(): text_of(path) for path in python_files("library", "networks", "tools", "benchmarks")}
-
-GONE = (
-    "split_key", "flat_name", "OTHER_LEAVES", "NormAdapter", "AnyAdapter", "file_tensors",
-    "down_by_columns", "factors_of", "product_norm", "require_forms", "describe_form", "merged_weight", "merged_norm",
-    "LOW_RANK_FORMS", "LEAF_OF_NORM", "LORA_PARTS", "UP_FACTORS", "swap_pair", "HELD", "run_block", "keep_in_fp8",
-    "is_foreseen", "without_effect", "AT_LEAST_ONE", "NOT_NEGATIVE", "DDPM_ONLY", "refuse_settings", "FluxPredict",
-    "LuminaPredict", "SdxlPredict", "predict_for_preview", "Keeper", "Wish", "Allotment", "torch_optimizer",
-    "recognise_base", "names_of_base", "all_tables", "unet_generation", "pipeline_base", "FILE_MARKS", "NAME_MARKS",
-    "RANKS_BY_TYPE", "OPENERS", "ACCEPTED", "TrainingSet", "use_latents", "use_texts", "fix_captions",
-    "limit_to_largest_batch", "limit_to_measured", "LatentFiles", "TextFiles",
-)  # fmt: skip
 GRAMMAR = "library/checkpoints/adapter_keys.py"
 ONCE = {  # definition -> its file
     r"^def recognise_naming\(": GRAMMAR,
@@ -36,11 +25,6 @@ MAY_NAME_FACTORS = (
     "library/models/identify.py",  # markers of files that are not checkpoints
     "benchmarks/",  # reference implementations for comparison
 )
-
-
-def test_deleted_names_do_not_come_back() -> None:
-    back = {path: sorted({*GONE} & {*re.findall(r"\w+", text)}) for path, text in TEXTS.items()}
-    assert {path: names for path, names in back.items() if names} == {}
 
 
 @pytest.mark.parametrize("pattern", ONCE)

@@ -1,0 +1,74 @@
+"""Every message for the user names something to type or change: a flag, a key, a file or a command."""
+
+import ast
+import re
+from collections.abc import Iterator
+
+from tests.architecture.sources import python_files, scripts, text_of
+
+OF_THE_USER = (  # parts of the names of values that name a flag, a key, a file or a part of one
+    "flag|path|file|folder|dir|key|name|place|origin|source|where|url|label|setting|argument|index|item|caption|target"
+    "|image|prefix|start|missing|install_command|describe|list_few"
+)
+NAMED = re.compile(
+    r"--[\w{]"  # a flag
+    r"|`[^`]+`|\bpip install\b"  # a command
+    r"|\b[\w-]+\.(py|toml|json|txt|safetensors)\b"
+    r"|(?<![\w{.])[a-z]+(_[a-z0-9]+)+\b|\b\w+=\S|\bresolution is\b"  # a key
+    rf"|\{{[^}}]*(?i:{OF_THE_USER})[^}}]*\}}"
+)
+CALLER_ADDS = {  # files whose errors are reasons -> who puts flag and file before them
+    "library/errors.py": "the caller, as `what`",
+    "library/processes.py": "it names the process",
+    "library/architectures/": "library/models/dit_loader.py, the file whose sizes are read",
+    "library/models/": "the loader of a base model, flag and file",
+    "library/data/batches/planned.py": "the worker, whose message it is",
+    "library/data/decoding/npz.py": "library/data/decoding, the cache file",
+    "library/data/sources/folders/image_index.py": "the index file",
+    "library/training/optimization/ema.py": "the state that it belongs to",
+    "library/training/evaluation/": "the loop, which goes on without the preview",
+    "library/training/offline/contact_sheet.py": "the options file",
+    "library/memory/exchange.py": "--turbo_dit",
+    "networks/core/": "networks/core/arguments/network_arguments.py and networks/core/files/, argument or file",
+    "library/checkpoints/tree_json.py": "the optimizer's state",
+    "tools/quickstart/": "the toy world has no option for it",
+}
+
+
+def message_of(node: ast.expr) -> str:
+    """Return the text of a message with its values as {expression}."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr():
+            return "".join(map(message_of, node.values))
+        case ast.FormattedValue():
+            return f"{{{ast.unparse(node.value)}}}"
+        case ast.BinOp():
+            return message_of(node.left) + message_of(node.right)
+    return f"{{{ast.unparse(node)}}}"
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """Yield the file and text of every UserError that is made."""
+    for path in (*python_files("library", "networks", "tools"), *scripts()):
+        if "UserError" in text_of(path):
+            for node in ast.walk(ast.parse(text_of(path))):
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError":
+                    yield path.as_posix(), message_of(node.args[0])
+
+
+def test_every_message_names_something_to_type_or_change() -> None:
+    found = list(messages())
+    assert len({path for path, _ in found}) > 100
+    unnamed = [(path, text) for path, text in found if not NAMED.search(text)]
+    assert [f"{path}: {text}" for path, text in unnamed if not path.startswith(tuple(CALLER_ADDS))] == []
+    stale = [start for start in CALLER_ADDS if not any(path.startswith(start) for path, _ in unnamed)]
+    assert not stale, "these need no exception"
+
+
+def test_a_riddle_is_not_taken_for_a_message() -> None:
+    assert not NAMED.search("the images could not be drawn") and not NAMED.search("{error}: {round(value)}")
+    assert (
+        NAMED.search("--{name} is {number}") and NAMED.search("resolution_x is {a}") and NAMED.search("{path} is bad")
+    )
