@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -39,51 +38,6 @@ def run(train: Train, tiny: list[str], images: Path, tmp_path: Path) -> Callable
 
 def load_saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(tmp_path / "out" / f"{name}.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("module", "network_args"),
-    [
-        ("networks.lora_flux", ["split_qkv=True", "rank_dropout=0.1"]),
-        ("networks.lora_flux", ["dora_wd=True", "in_dims=[2,0,0,0,2]", "train_approximator=True"]),
-        ("networks.lora_flux", ["train_t5xxl=True", "use_scalar=True", "loraplus_lr_ratio=4"]),
-    ],
-    ids=str,
-)
-def test_adapters_train_the_selected_layers(
-    run: Callable[..., Finished], tmp_path: Path, module: str, network_args: list[str]
-) -> None:
-    done = run("a", "--network_module", module, "--network_args", *network_args)
-    assert done.status == 0, done.stderr
-    ups = {key: weight for key, weight in load_saved(tmp_path, "a").items() if key.endswith("lora_up.weight")}
-    assert all(weight.isfinite().all() and weight.abs().max() > 0 for weight in ups.values())
-    assert {key.split("_")[1] for key in ups} == {"unet"} | ({"te3"} if "train_t5xxl=True" in network_args else set())
-    assert any("distilled" in key for key in ups) == ("train_approximator=True" in network_args)
-    assert any("unet_img_in" in key for key in ups) == ("train_approximator=True" in network_args)
-    assert "--apply_t5_attn_mask is enabled" in done.stderr
-    metadata = read_metadata(tmp_path / "out" / "a.safetensors")
-    assert metadata["ss_base_model_version"] == "chroma" and metadata["modelspec.architecture"] == "chroma/lora"
-    assert (metadata["ss_apply_t5_attn_mask"], metadata["ss_guidance_scale"]) == ("True", "0.0")
-
-
-def test_cached_captions_train_the_same_and_sd_scripts_can_read_the_files(
-    run: Callable[..., Finished], images: Path, tmp_path: Path
-) -> None:
-    """No text encoder can be trained, so caching needs no further option."""
-    assert run("plain").status == 0
-    for name in ("first", "again"):
-        done = run(name, "--cache_text_encoder_outputs_to_disk")
-        assert done.status == 0, done.stderr
-    plain, first, again = (load_saved(tmp_path, name) for name in ("plain", "first", "again"))
-    for key, weight in plain.items():
-        torch.testing.assert_close(first[key], weight, rtol=1e-4, atol=1e-6)
-        assert torch.equal(first[key], again[key])
-    with np.load(images / "2_thing" / "00_flux_te.npz") as file:
-        shapes = {key: file[key].shape for key in ("l_pooled", "t5_out", "txt_ids", "t5_attn_mask")}
-        assert shapes == {"l_pooled": (77, 1), "t5_out": (32, 32), "txt_ids": (32, 3), "t5_attn_mask": (32,)}
-        assert file["apply_t5_attn_mask"]
-    done = run("t5", "--cache_text_encoder_outputs", "--network_args", "train_t5xxl=True")
-    assert done.status == 1 and "train_t5xxl=True trains a text encoder whose outputs" in done.stderr
 
 
 def test_negative_prompt_and_guidance_scale_change_the_image(run: Callable[..., Finished], tmp_path: Path) -> None:

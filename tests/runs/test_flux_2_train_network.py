@@ -20,30 +20,9 @@ def tiny_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return build_tiny_flux_2(tmp_path_factory.mktemp("tiny_flux_2"), seed=31)
 
 
-@pytest.fixture(scope="session")
-def tiny_dev(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return build_tiny_flux_2(tmp_path_factory.mktemp("tiny_flux_2_dev"), seed=32, is_dev=True)
-
-
 @pytest.fixture
 def train_flux_2(train: Train) -> Train:
     return partial(train, script="flux_2_train_network")
-
-
-@pytest.fixture
-def settings(images: Path, tmp_path: Path) -> list[str]:
-    """Return arguments for two training steps, without those of the base model."""
-    return [
-        "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64", "--train_batch_size",
-        "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
-        "networks.lora_flux_2", "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "2", "--seed",
-        "5", "--max_data_loader_n_workers", "0",
-    ]  # fmt: skip
-
-
-@pytest.fixture
-def arguments(tiny_arguments: list[str], settings: list[str]) -> list[str]:
-    return [*tiny_arguments, *settings]
 
 
 @pytest.fixture
@@ -71,18 +50,3 @@ def test_musubi_tuners_fp8_and_block_swap_options_train(train_flux_2: Train, pat
     assert "layers in 8 bits" in done.stderr
     done = train_flux_2([*TRAINING.format(**path_replacements).split(), "--blocks_to_swap", "29"])
     assert done.status == 1 and "at most 0" in done.stderr
-
-
-@pytest.mark.parametrize("version", ["klein-4b", "klein-base-4b", "dev"])
-def test_a_preview_uses_the_settings_of_its_model_version(
-    train_flux_2: Train, tiny_arguments: list[str], tiny_dev: list[str], settings: list[str], tmp_path: Path,
-    version: str,
-) -> None:  # fmt: skip
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a cat --w 64 --h 64 --d 1" + ("" if version == "klein-4b" else " --s 3") + "\n")
-    model = tiny_dev if version == "dev" else tiny_arguments
-    shown = ["--sample_prompts", str(prompts), "--sample_at_first", "--max_train_steps", "1"]
-    done = train_flux_2([*model, *settings, *shown, "--model_version", version])
-    assert done.status == 0, done.stderr
-    assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
-    assert ("which is distilled" in done.stderr) == (version != "klein-base-4b")

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -45,50 +44,12 @@ def load_saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
     return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("module", "network_args"),
-    [
-        ("networks.lora_flux", []),
-        ("networks.lora_flux", ["split_qkv=True", "rank_dropout=0.1"]),
-        ("networks.lora_flux", ["train_t5xxl=True", "use_scalar=True", "loraplus_lr_ratio=4"]),
-        *(
-            pytest.param(module, arguments, marks=pytest.mark.nightly)
-            for module, arguments in (
-                ("networks.lora_flux", ["dora_wd=True", "in_dims=[2,2,2,2,2]"]),
-                ("networks.lora", ["img_mod_dim=0", "single_dim=2", "train_double_block_indices=1"]),
-                ("networks.lora_fa", ["split_qkv=True"]),
-                ("networks.dylora", ["unit=2"]),
-            )
-        ),
-    ],
-    ids=str,
-)
-def test_every_adapter_kind_trains_and_is_reproducible_by_seed(
-    train_flux: Train, arguments: list[str], tmp_path: Path, module: str, network_args: list[str]
-) -> None:
-    extra = ["--network_module", module, *(["--network_args", *network_args] if network_args else [])]
-    for name in ("a", "b"):
-        done = train_flux([*arguments, *extra, "--output_name", name])
-        assert done.status == 0, done.stderr
-    a, b = load_saved(tmp_path, "a"), load_saved(tmp_path, "b")
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    ups = {key: weight for key, weight in a.items() if key.endswith("lora_up.weight")}
-    assert {key.split("_")[1] for key in ups} == {"te1", "unet"} | (
-        {"te3"} if "train_t5xxl=True" in network_args else set()
-    )
-    assert all(weight.isfinite().all() and weight.abs().max() > 0 for weight in ups.values())
-
-
-@pytest.mark.nightly
-def test_memory_modes_and_caches_do_not_change_results(train_flux: Train, arguments: list[str], tmp_path: Path) -> None:
-    alone = [*arguments, "--network_train_unet_only", "--cache_latents"]
-    assert train_flux([*alone, "--output_name", "plain"]).status == 0
-    done = train_flux([*alone, "--output_name", "other", "--gradient_checkpointing", "--cache_latents_to_disk"])
+def test_t5_trains_on_request(train_flux: Train, arguments: list[str], tmp_path: Path) -> None:
+    done = train_flux([*arguments, "--network_args", "train_t5xxl=True", "use_scalar=True", "loraplus_lr_ratio=4"])
     assert done.status == 0, done.stderr
-    plain, other = load_saved(tmp_path, "plain"), load_saved(tmp_path, "other")
-    for key, weight in plain.items():
-        torch.testing.assert_close(other[key], weight, rtol=1e-4, atol=1e-6)
-    assert any((tmp_path / "data" / "2_thing").glob("*_0064x0064_flux.npz"))
+    ups = {key: weight for key, weight in load_saved(tmp_path).items() if key.endswith("lora_up.weight")}
+    assert {key.split("_")[1] for key in ups} == {"te1", "te3", "unet"}
+    assert all(weight.isfinite().all() and weight.abs().max() > 0 for weight in ups.values())
 
 
 def test_schnell_trains_without_guidance_and_attention_masks_apply_to_both_models(
@@ -110,71 +71,6 @@ def test_schnell_trains_without_guidance_and_attention_masks_apply_to_both_model
     assert metadata["ss_apply_t5_attn_mask"] == "True"
 
 
-def test_training_continues_from_a_split_file(train_flux: Train, arguments: list[str], tmp_path: Path) -> None:
-    split = ["--network_args", "split_qkv=True"]
-    assert train_flux([*arguments, *split]).status == 0
-    first = load_saved(tmp_path)
-    assert first["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"].shape == (12, 64)
-    assert float(first["lora_unet_double_blocks_0_img_attn_qkv.alpha"]) == 3
-    weights = ["--network_weights", str(tmp_path / "out" / "mine.safetensors"), "--dim_from_weights"]
-    done = train_flux([*arguments, *split, *weights, "--output_name", "more"])
-    assert done.status == 0, done.stderr
-    more = load_saved(tmp_path, "more")
-    assert {key: weight.shape for key, weight in more.items()} == {key: weight.shape for key, weight in first.items()}
-
-
-def test_a_preview_is_drawn(train_flux: Train, arguments: list[str], tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red cat --w 64 --h 48 --s 2 --g 2.5 --d 1\n")
-    done = train_flux([*arguments, "--sample_prompts", str(prompts), "--sample_at_first"])
-    assert done.status == 0, done.stderr
-    assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
-
-
-def test_a_checkpoint_of_another_base_model_is_recognised(
-    train_flux: Train, train: Train, arguments: list[str], tiny_sd_file: Path
-) -> None:
-    done = train_flux([*arguments, "--pretrained_model_name_or_path", str(tiny_sd_file)])
-    assert done.status == 1 and "this is an SD 1.x model; use train_network.py" in done.stderr
-    flux = arguments[1]
-    done = train([*arguments[8:26], "--pretrained_model_name_or_path", flux])
-    assert done.status == 1 and "flux_train_network.py" in done.stderr
-
-
-@pytest.mark.nightly
-def test_cached_captions_train_the_same_and_sd_scripts_can_read_the_files(
-    train_flux: Train, arguments: list[str], images: Path, tmp_path: Path
-) -> None:
-    assert train_flux([*arguments, "--network_train_unet_only", "--output_name", "start"]).status == 0
-    start = str(tmp_path / "out" / "start.safetensors")
-    alone = [*arguments, "--network_train_unet_only", "--network_weights", start]
-    assert train_flux([*alone, "--output_name", "plain"]).status == 0
-    for name in ("first", "again"):
-        done = train_flux([*alone, "--cache_text_encoder_outputs_to_disk", "--output_name", name])
-        assert done.status == 0, done.stderr
-    plain, first, again = (load_saved(tmp_path, name) for name in ("plain", "first", "again"))
-    for key, weight in plain.items():
-        torch.testing.assert_close(first[key], weight, rtol=1e-4, atol=1e-6)
-        assert torch.equal(first[key], again[key])
-    with np.load(images / "2_thing" / "00_flux_te.npz") as file:
-        shapes = {key: file[key].shape for key in ("l_pooled", "t5_out", "txt_ids", "t5_attn_mask")}
-        assert shapes == {"l_pooled": (32,), "t5_out": (32, 32), "txt_ids": (32, 3), "t5_attn_mask": (32,)}
-        assert not file["apply_t5_attn_mask"]
-
-
-@pytest.mark.nightly
-def test_a_resumed_run_equals_the_uninterrupted_one(train_flux: Train, arguments: list[str], tmp_path: Path) -> None:
-    uninterrupted = [*arguments, "--max_train_steps", "4", "--network_args", "split_qkv=True"]
-    assert train_flux([*uninterrupted, "--output_name", "whole"]).status == 0
-    half = [*uninterrupted, "--output_name", "half", "--save_state", "--save_every_n_steps", "2"]
-    assert train_flux(half).status == 0
-    state = str(tmp_path / "out" / "half-step00000002-state")
-    done = train_flux([*uninterrupted, "--output_name", "resumed", "--resume", state])
-    assert done.status == 0, done.stderr
-    expected, resumed = load_saved(tmp_path, "whole"), load_saved(tmp_path, "resumed")
-    assert all(torch.equal(weight, resumed[key]) for key, weight in expected.items())
-
-
 @pytest.mark.nightly
 def test_gradient_checkpointing_of_text_encoders_does_not_change_results(
     train_flux: Train, arguments: list[str], tmp_path: Path
@@ -186,28 +82,6 @@ def test_gradient_checkpointing_of_text_encoders_does_not_change_results(
     plain, saving = load_saved(tmp_path, "plain"), load_saved(tmp_path, "saving")
     for key, weight in plain.items():
         torch.testing.assert_close(saving[key], weight, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.nightly
-def test_an_8_bit_base_model_trains_nearly_like_16_bit(train_flux: Train, arguments: list[str], tmp_path: Path) -> None:
-    half = [*arguments, "--mixed_precision", "bf16", "--max_train_steps", "2"]
-    losses = {}
-    for name, flags in (
-        ("bf16", []),
-        ("fp8", ["--fp8_base"]),
-        ("checkpointed", ["--fp8_base", "--gradient_checkpointing"]),
-    ):
-        done = train_flux([*half, *flags, "--output_name", name])
-        assert done.status == 0, done.stderr
-        losses[name] = done.losses[-1]
-    assert losses["fp8"] == pytest.approx(losses["bf16"], rel=0.05)
-    assert losses["checkpointed"] == pytest.approx(losses["fp8"], rel=0.02)
-    weights = ["--base_weights", str(tmp_path / "out" / "fp8.safetensors")]
-    done = train_flux([*half, "--fp8_base_unet", *weights, "--network_args", "dora_wd=True", "--output_name", "dora"])
-    assert done.status == 0, done.stderr
-    assert all(weight.isfinite().all() for weight in load_saved(tmp_path, "dora").values())
-    done = train_flux([*arguments, "--fp8_base"])
-    assert done.status == 1 and "--fp8_base needs --mixed_precision bf16 or fp16" in done.stderr
 
 
 def test_validation_uses_the_same_noise_levels_every_time(

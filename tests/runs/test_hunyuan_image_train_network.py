@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.architectures.hunyuan_image.adapter_names import NAMES
@@ -71,28 +70,6 @@ def test_every_adapter_kind_trains_and_saves_ComfyUI_names(
         assert len(ups) == 2 * 10 + 2 * 3
 
 
-@pytest.mark.nightly
-def test_caches_and_gradient_checkpointing_do_not_change_results(
-    train_hunyuan: Train, arguments: list[str], tmp_path: Path
-) -> None:
-    done = train_hunyuan([*arguments, "--cache_latents", "--output_name", "plain"])
-    assert done.status == 0, done.stderr
-    disk = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--gradient_checkpointing"]
-    done = train_hunyuan([*arguments, *disk, "--output_name", "other"])
-    assert done.status == 0, done.stderr
-    plain, other = load_saved(tmp_path, "plain"), load_saved(tmp_path, "other")
-    for key, weight in plain.items():
-        torch.testing.assert_close(other[key], weight, rtol=1e-4, atol=1e-6)
-    assert any((tmp_path / "data" / "2_thing").glob("*_0064x0064_hi.npz"))
-    assert (tmp_path / "data" / "2_thing" / "00_hi_te.npz").exists()
-    with safe_open(tmp_path / "out" / "other.safetensors", "pt") as file:
-        metadata = file.metadata()
-    assert metadata["ss_base_model_version"] == "hunyuan-image-2.1"
-    assert metadata["modelspec.architecture"] == "hunyuan-image-2.1/lora"
-    assert metadata["ss_discrete_flow_shift"] == "5.0"
-    assert "modelspec.prediction_type" not in metadata
-
-
 def test_training_continues_from_a_file_with_sd_scripts_names(
     train_hunyuan: Train, arguments: list[str], tmp_path: Path
 ) -> None:
@@ -114,18 +91,3 @@ def test_training_continues_from_a_file_with_sd_scripts_names(
     done = train_hunyuan([*arguments, *merged])
     assert done.status == 0, done.stderr
     assert "layers in 8 bits" in done.stderr and f"merged {theirs}" in done.stdout + done.stderr
-
-
-def test_a_preview_is_drawn(train_hunyuan: Train, arguments: list[str], tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text('a red cat with "words" --w 64 --h 96 --s 2 --l 2 --fs 3 --d 1\n')
-    done = train_hunyuan([*arguments, "--sample_prompts", str(prompts), "--sample_at_first", "--max_train_steps", "1"])
-    assert done.status == 0, done.stderr
-    assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
-
-
-def test_a_checkpoint_of_another_base_model_is_recognised(
-    train_hunyuan: Train, arguments: list[str], tiny_sd_file: Path
-) -> None:
-    done = train_hunyuan([*arguments, "--pretrained_model_name_or_path", str(tiny_sd_file)])
-    assert done.status == 1 and "this is an SD 1.x model; use train_network.py" in done.stderr

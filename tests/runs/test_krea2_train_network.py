@@ -61,24 +61,6 @@ def test_caption_features_are_cached_without_padding(path_replacements: dict[str
     assert f"caching text encoder outputs of 4 captions on disk, about {size:.1f} MB" in log
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(train_krea2: Train, arguments: list[str], tmp_path: Path) -> None:
-    """Captions of several lengths in a batch are cached in memory; a preview is drawn before the first step."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a cat --w 64 --h 64 --d 1 --s 2\n")
-    more = ["--cache_text_encoder_outputs", "--sample_prompts", str(prompts), "--sample_at_first", "--save_state"]
-    steps = [*arguments, *more, "--max_train_steps", "4"]
-    uninterrupted = train_krea2([*steps, "--save_every_n_steps", "2"])
-    assert uninterrupted.status == 0, uninterrupted.stderr
-    state = str(tmp_path / "out" / "mine-step00000002-state")
-    rest = train_krea2([*steps, "--output_dir", str(tmp_path / "rest"), "--resume", state])
-    assert rest.status == 0, rest.stderr
-    assert rest.losses == uninterrupted.losses[2:] and len(uninterrupted.losses) == 4
-    expected, other = (load_file(tmp_path / name / "mine.safetensors") for name in ("out", "rest"))
-    assert expected.keys() == other.keys()
-    assert all(torch.equal(expected[key], other[key]) for key in expected)
-    assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
-
-
 @pytest.mark.nightly
 def test_our_option_names_give_the_same_result(train_krea2: Train, path_replacements: dict[str, str]) -> None:
     theirs = train_krea2([*TRAINING.format(**path_replacements).split(), "--text_encoder", path_replacements["text"]])

@@ -92,18 +92,6 @@ def test_all_sd3_specific_options_work_together(
     assert again.losses == first.losses, "from the caches, with the same draws"
 
 
-def test_previews_and_validation_work(train: Train, arguments: Callable[..., list[str]], tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red cat --w 64 --h 96 --s 3 --d 7\n")
-    more = [
-        "--sample_prompts", str(prompts), "--sample_every_n_steps", "2", "--network_train_unet_only",
-        "--validation_split", "0.34", "--validate_every_n_steps", "1", "--clip_l_dropout_rate", "1",
-    ]  # fmt: skip
-    done = run(train, arguments("sd3-medium", "networks.lora_sd3", *more))
-    assert "num validation images * repeats / 学習画像の数×繰り返し回数: 1" in done.stdout
-    assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
-
-
 def test_dropping_out_a_text_encoder_changes_the_loss(train: Train, arguments: Callable[..., list[str]]) -> None:
     more = ("--network_train_unet_only", "--max_train_steps", "1", "--train_batch_size", "1")
     losses = [
@@ -111,28 +99,6 @@ def test_dropping_out_a_text_encoder_changes_the_loss(train: Train, arguments: C
         for flags in ([], ["--clip_l_dropout_rate", "1"], ["--t5_dropout_rate", "1"])
     ]
     assert len({tuple(loss) for loss in losses}) == 3
-
-
-def test_another_base_model_is_rejected_before_loading(
-    train: Train, arguments: Callable[..., list[str]], tiny_sd_file: Path
-) -> None:
-    line = arguments("sd3-medium", "networks.lora_sd3")
-    done = train([*line, "--pretrained_model_name_or_path", str(tiny_sd_file)], script="sd3_train_network")
-    assert done.status == 1 and "this is an SD 1.x checkpoint; use train_network.py" in done.stderr
-
-
-def test_training_continues_from_a_saved_file(
-    train: Train, arguments: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    line = arguments("sd3-medium", "networks.lora_sd3", "--network_args", "split_qkv=True")
-    run(train, line)
-    before = load_file(tmp_path / "out" / OUTPUT)
-    more = ["--network_weights", str(tmp_path / "out" / OUTPUT), "--output_name", "more"]
-    run(train, [*line, *more, "--learning_rate", "1e-12"])
-    after = load_file(tmp_path / "out" / "more.safetensors")
-    assert before.keys() == after.keys()
-    for key in before:
-        torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-9)
 
 
 @pytest.mark.nightly

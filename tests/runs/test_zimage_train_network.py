@@ -66,27 +66,6 @@ def test_a_jsonl_file_can_be_the_dataset(
     assert "3 images x 1 repeats" in done.stderr
 
 
-@pytest.mark.parametrize("version", ["turbo", "base"])
-def test_a_preview_uses_the_step_count_of_its_model_version(
-    train_zimage: Train, arguments: list[str], tmp_path: Path, version: str
-) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a cat --w 64 --h 64 --d 1\n")
-    shown = [
-        "--sample_prompts",
-        str(prompts),
-        "--sample_at_first",
-        "--max_train_steps",
-        "1",
-        "--model_version",
-        version,
-    ]
-    done = train_zimage([*arguments, *shown])
-    assert done.status == 0, done.stderr
-    assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
-    assert ("which is distilled" in done.stderr) == (version == "turbo")
-
-
 def test_a_training_adapter_is_merged_and_not_saved(train_zimage: Train, arguments: list[str], tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     adapter = {}

@@ -168,6 +168,7 @@ class Base:
     build: Callable[[Path], list[str]]  # writes the model into a folder and returns the options that select it
     spec_name: str = ""  # of its BaseModelSpec; `name` if empty
     adapts_text_encoders: bool = False
+    unused: str = r"(?!)"  # pattern of adapted layers whose output the model does not use
     everything: Mapping[str, str] = field(default_factory=dict)  # network arguments that adapt most layers
     written: tuple[str, str] = ("", "")  # ss_base_model_version and modelspec.architecture of its files
 

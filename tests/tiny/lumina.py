@@ -159,6 +159,7 @@ BASES = (
         module="networks.lora_lumina",
         build=lambda folder: [*build_tiny_lumina(folder, 56), "--gemma2_max_token_length", "32"],
         adapts_text_encoders=True,
+        unused="te_layers_2_",
         everything={"split_qkv": "True", "embedder_dims": "[2,2,2]"},
         written=("lumina2", "lumina-2"),
         deeper={"num_layers": 6},

@@ -256,6 +256,7 @@ BASES = (
         module="networks.lora_sd3",
         build=lambda folder: path_argument(build_tiny_sd3(folder, 55, config=CONFIG), "--t5xxl_max_token_length", "16"),
         adapts_text_encoders=True,
+        unused="context_block",
         everything={"split_qkv": "True", "emb_dims": "[2,2,2,2,2,2]"},
         written=("medium", "stable-diffusion-3-medium"),
         deeper={"depth": 6},

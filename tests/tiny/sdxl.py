@@ -144,6 +144,7 @@ BASES = (
         module="networks.lora",
         build=lambda folder: path_argument(build_tiny_sdxl(folder, 53)),
         adapts_text_encoders=True,
+        unused="lora_te1_text_model_encoder_layers_1_",
         everything={"conv_dim": "4"},
         written=("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
         runs={"convolutions": ["--network_args", *CONVOLUTIONS], "text_cache": TEXT_CACHE},

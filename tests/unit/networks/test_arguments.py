@@ -40,39 +40,6 @@ def test_values_may_already_be_typed_and_none_means_unset() -> None:
     assert got.given == {"conv_dim": 8, "block_dims": (1, 2), "neuron_dropout": 0.1}
 
 
-@pytest.mark.parametrize(
-    ("items", "message"),
-    [
-        ({"conv_dims": "8"}, "no argument conv_dims; did you mean conv_dim? Rank of convolutions larger than 1x1"),
-        ({"dylora": "8"}, "did you mean dyloRA? Ranks are trained in blocks of so many."),
-        ({"rank_drop_out": "0.1"}, "did you mean rank_dropout?"),
-        ({"qqq": "1"}, "known: conv_dim, conv_alpha"),
-        ({"conv_dim": "eight"}, "conv_dim=eight: expected a whole number"),
-        ({"conv_dim": "-1"}, "conv_dim=-1: expected 0 or more"),
-        ({"conv_dim": ""}, "conv_dim=: expected a whole number"),
-        ({"conv_dim": "8", "conv_alpha": "nan"}, "conv_alpha=nan: expected a number from 0"),
-        ({"rank_dropout": "1"}, "rank_dropout=1: expected a chance from 0 to below 1"),
-        ({"block_dims": "4;4"}, "block_dims=4;4: expected a whole number"),
-        ({"down_lr_weight": "cosin"}, "down_lr_weight=cosin: expected numbers with commas between them, or one of cos"),
-        ({"conv_block_dims": "4,4"}, "conv_block_dims needs block_dims"),
-        ({"ggpo_sigma": "-0.1"}, "ggpo_sigma=-0.1: expected a number from 0"),
-        ({"img_attn_dims": "4"}, "did you mean img_attn_dim?"),
-        ({"img_attn_dim": "-4"}, "img_attn_dim=-4: expected 0 or more"),
-        ({"in_dims": "[4,x]"}, "in_dims=[4,x]: expected a whole number"),
-        ({"train_double_block_indices": "3-1"}, "the range 3-1 runs backwards"),
-        ({"train_double_block_indices": "1;2"}, "numbers and ranges such as 0-3,7; '1;2' is none"),
-        ({"network_reg_dims": "img_attn"}, "'img_attn' has no '='"),
-        ({"network_reg_dims": "img_(attn=4"}, "'img_(attn' is no regular expression"),
-        ({"network_reg_lrs": "img=fast"}, "network_reg_lrs=img=fast: expected a number"),
-        ({"exclude_patterns": "[3]"}, "expected regular expressions"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_an_invalid_argument_is_named_with_a_fix(items: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        parse_arguments(items, of_models=list_network_arguments())
-
-
 def test_network_dropout_and_its_lycoris_name_are_equivalent() -> None:
     assert parse_arguments({"dropout": "0.25"}).given == {"neuron_dropout": 0.25}
     assert parse_arguments({"dropout": 0.25}, neuron_dropout=0.25).given == {"neuron_dropout": 0.25}

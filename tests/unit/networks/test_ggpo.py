@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from networks import loha, lora, lora_fa, tlora
+from networks import lora
 from networks.core.changes.ggpo import GgpoArguments, Perturbed, add_noise, draw
 from networks.core.changes.low_rank import LowRank
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
@@ -120,23 +120,6 @@ def test_states_contain_the_noise_and_adapter_files_do_not(tmp_path: Path) -> No
     network.save_weights(path, None, {})
     assert {key.partition(".")[2] for key in load_file(path)} == {"lora_down.weight", "lora_up.weight", "alpha"}
     other.load_weights(path)
-
-
-@pytest.mark.parametrize(
-    ("network_module", "arguments", "message"),
-    [
-        (loha, {}, "ggpo_sigma does not work with this --network_module: its noise is measured by the two factors"),
-        (lora_fa, {}, "both of them train"),
-        (lora, {"dora_wd": "True"}, "dora_wd does not work with ggpo_sigma and ggpo_beta"),
-        (tlora, {"init": "pissa"}, "init does not work with ggpo_sigma and ggpo_beta"),
-    ],
-)
-def test_incompatible_arguments_are_an_error_that_says_why(
-    network_module: Any, arguments: dict[str, str], message: str
-) -> None:
-    noise = {"ggpo_sigma": "0.1", "ggpo_beta": "0.2"}
-    with pytest.raises(ValueError, match=message):
-        network_module.create_network(1.0, 4, 2.0, None, *toy_models(309), **noise, **arguments)
 
 
 def test_only_one_of_the_two_arguments_is_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from library.memory.frozen import store_in
-from networks import dylora, loha, lora, lora_fa, tlora
+from networks import dylora, lora, lora_fa, tlora
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.init import FromStart, make_starting_delta
 from tests.tiers import first_is_fast
@@ -220,25 +220,6 @@ def test_rslora_divides_alpha_by_the_square_root_of_the_rank_in_memory_and_in_th
         assert scale == pytest.approx(alpha / math.sqrt(rank), rel=1e-6)
         leaves = network.adapters[name].change.stored_tensors()
         assert float(leaves["alpha"]) / rank == pytest.approx(scale, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("network_module", "arguments", "message"),
-    [
-        (loha, {"init": "pissa"}, "init does not work with this --network_module: it says where the two factors"),
-        (lora_fa, {"init": "olora"}, "both of them train"),
-        (dylora, {"init": "pissa"}, "init does not work with this --network_module"),
-        (lora, {"init": "pissa", "use_scalar": "True"}, "use_scalar does not work with init=pissa: a trained strength"),
-        (lora, {"init": "olora", "use_tucker": "True", "conv_dim": "2"}, "use_tucker does not work with init=olora"),
-        (lora, {"init": "best"}, "init=best: expected one of default, pissa"),
-        (lora, {"init": "orthogonal", "network_reg_dims": "mid=3"}, "needs even ranks.*has rank 3.*to 4"),
-    ],
-)
-def test_incompatible_arguments_are_an_error_that_says_why(
-    network_module: Any, arguments: dict[str, str], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        network_module.create_network(1.0, 4, 2.0, None, *toy_models(91), **arguments)
 
 
 def test_a_network_with_init_refuses_a_plain_file_and_stays_unchanged(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from library.diffusion.schedules import ddpm_abar
 from library.options.training.loss import LossOptions
 from library.options.training.noise import NoiseOptions
 from library.types import Noised
-from networks import loha, lora, lora_fa, tlora
+from networks import lora, lora_fa, tlora
 from networks.core.changes.low_rank import LowRank
 from networks.core.changes.qkv_split import SplitRank
 from networks.core.changes.tlora import NoiseLevels, NoiseMask
@@ -130,22 +130,6 @@ def test_the_tlora_argument_of_other_modules_equals_networks_tlora() -> None:
     assert torch.equal(models[1](x), others[1](x))
     frozen, _ = make_network(lora_fa, tlora="True")
     assert all(a.change.mask is not None for n, a in frozen.adapters.items() if n.startswith("lora_unet"))
-
-
-@pytest.mark.parametrize(
-    ("network_module", "arguments", "message"),
-    [
-        (loha, {"tlora": "True"}, "tlora does not work with this --network_module: it counts the ranks"),
-        (tlora, {"dora_wd": "True"}, "every sample of a batch has its own"),
-        (tlora, {"tlora_min_rank": "0"}, "expected 1 or more"),
-        (lora, {"tlora": "True", "tlora_power": "0"}, "expected a number above 0"),
-    ],
-)
-def test_incompatible_arguments_are_an_error_that_says_why(
-    network_module: Any, arguments: dict[str, str], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        network_module.create_network(1.0, 4, 2.0, None, *toy_models(78), **arguments)
 
 
 def test_a_tlora_setting_without_tlora_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:

@@ -239,50 +239,6 @@ def test_a_class_that_names_warmup_and_length_gets_those_of_the_run(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr_warmup_steps": 5}, "use constant_with_warmup"),
-        ({"lr_scheduler": "reduce_lr_on_plateau"}, "waits for a validation loss.*use cosine"),
-        ({"lr_scheduler": "cosine_warmup_with_min_lr"}, "cosine_with_min_lr with --lr_warmup_steps"),
-        ({"lr_scheduler": "cosin"}, "did you mean cosine?"),
-        ({"lr_scheduler": "cosine_with_min_lr"}, "needs --lr_scheduler_min_lr_ratio"),
-        ({"lr_scheduler": "piecewise_constant"}, "needs its rules"),
-        (
-            {"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ["step_rules='a'"]},
-            "refuses its settings .*step_rules=a",
-        ),
-        ({"lr_scheduler": "adafactor"}, "needs --optimizer_type Adafactor"),
-        ({"lr_scheduler": "adafactor:1e-4"}, "needs --optimizer_type Adafactor"),
-        (
-            {"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 30, "lr_decay_steps": 20},
-            "30 and 20 steps, together more than the 40 steps",
-        ),
-        ({"lr_scheduler": "cosine", "lr_scheduler_args": ["cycles=2"]}, "cycles is unknown to .* accepts num_cycles"),
-        ({"lr_scheduler": "cosine", "lr_scheduler_args": ["num_warmup_steps=2"]}, "use --lr_warmup_steps"),
-        ({"lr_scheduler_type": "CosineLR"}, "has no class CosineLR"),
-        (
-            {"lr_scheduler_type": "CosineAnnealingLR", "lr_warmup_steps": 3},
-            "CosineAnnealingLR has no num_warmup_steps; leave --lr_warmup_steps out",
-        ),
-        (
-            {
-                "lr_scheduler_type": f"{__name__}.Ramp",
-                "lr_warmup_steps": 3,
-                "lr_scheduler_args": ["num_warmup_steps=2"],
-            },
-            "--lr_scheduler_args sets num_warmup_steps; leave --lr_warmup_steps out",
-        ),
-        ({"lr_scheduler_type": "CosineAnnealingLR"}, "refuses its settings .*T_max"),
-        ({"lr_scheduler_type": "ReduceLROnPlateau"}, "waits for a validation loss"),
-        ({"lr_scheduler_type": "nowhere.Rex"}, "needs the library nowhere: pip install nowhere"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build_schedule(ScheduleOptions(**settings), optimizer_of(), T)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
         ({"lr_decay_steps": 5}, "--lr_decay_steps has no effect with --lr_scheduler cosine"),
         ({"lr_scheduler_power": 2.0}, "--lr_scheduler_power has no effect"),
         ({"lr_scheduler_num_cycles": 2}, "belongs to cosine_with_restarts"),

@@ -180,26 +180,6 @@ def refusal_of(**options: Any) -> str:
     return str(error.value)
 
 
-def test_two_conflicting_optimizer_options_are_refused() -> None:
-    assert "--use_8bit_adam and --use_lion_optimizer" in refusal_of(use_8bit_adam=True, use_lion_optimizer=True)
-    assert "--use_8bit_adam and --optimizer_type" in refusal_of(use_8bit_adam=True, optimizer_type="AdamW8bit")
-
-
-def test_an_unknown_name_names_the_nearest() -> None:
-    assert "did you mean AdamW8bit?" in refusal_of(optimizer_type="AdamW8bits")
-    assert "did you mean SGD?" in refusal_of(optimizer_type="sgd")
-    assert "did you mean DAdaptAdaGrad?" in refusal_of(optimizer_type="DAdaptAdagrat")
-
-
-def test_an_unresolvable_path_names_the_missing_part() -> None:
-    assert "pip install prodigy-plus-schedule-free" in refusal_of(optimizer_type="prodigyplus.ProdigyPlusScheduleFree")
-    assert "torch.optim has no class AdamWx" in refusal_of(optimizer_type="torch.optim.AdamWx")
-    assert "there is no module torch.optimm" in refusal_of(optimizer_type="torch.optimm.AdamW")
-    assert "not an optimizer" in refusal_of(optimizer_type="torch.nn.Linear")
-    assert "is not a path" in refusal_of(optimizer_type="torch..AdamW")
-    assert "LBFGS cannot train" in refusal_of(optimizer_type="LBFGS")
-
-
 @pytest.mark.parametrize(
     ("name", "module", "package"),
     [
@@ -255,23 +235,6 @@ def test_an_argument_is_split_at_its_first_equals_sign() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("weight_decay", "--optimizer_args 'weight_decay' is not key=value"),
-        ("=1", "--optimizer_args '=1' is not key=value"),
-        ("weight_decay=abc", "'abc' is not a Python value"),
-        ("weight_decay=", "'' is not a Python value"),
-        ("amsgrad=true", "True and False"),
-        ("wd=0.1", "--optimizer_args wd is unknown to AdamW; it accepts betas, eps, weight_decay"),
-        ("lr=1e-4", "use --learning_rate"),
-        ("betas=0.9,1.5", "AdamW refuses its settings (--optimizer_args: betas=(0.9, 1.5))"),
-    ],
-)
-def test_an_invalid_argument_is_named(argument: str, message: str) -> None:
-    assert message in refusal_of(optimizer_args=[argument])
-
-
 @pytest.mark.parametrize(("name", "argument"), [("RMSprop", "differentiable=True"), ("DAdaptSGD", "momentum=[[1]]")])
 def test_an_argument_on_which_the_first_step_fails_is_refused_at_the_start(name: str, argument: str) -> None:
     weights = [nn.Parameter(torch.ones(3, 5))]
@@ -279,10 +242,6 @@ def test_an_argument_on_which_the_first_step_fails_is_refused_at_the_start(name:
     with pytest.raises(UserError, match=rf"--optimizer_type {name} fails with --optimizer_args {argument[:5]}"):
         build_optimizer(OptimizerOptions(optimizer_type=name, optimizer_args=[argument]), [{"params": weights}])
     assert torch.equal(weights[0], torch.ones(3, 5)) and torch.equal(torch.get_rng_state(), before)
-
-
-def test_an_argument_given_twice_is_refused() -> None:
-    assert "gives eps twice" in refusal_of(optimizer_args=["eps=1e-8", "eps=1e-7"])
 
 
 # --- optimizers with rates of their own -----------------------------------------------------------------------------

@@ -49,31 +49,6 @@ def test_shared_options_keep_name_seed_and_events() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["learning_rate"], "write OPTION=A,B"),
-        (["learning_rate=1e-4,,2"], "write OPTION=A,B"),
-        (["network_dim=4,4"], "4 stands there twice"),
-        (["network_dim=4,8", "network_dim=2"], "names network_dim twice"),
-        (["network_dim=4"], "names a single adapter"),
-        (["network_dim=4,x"], "'x' is no value of --network_dim"),
-        (["network_dim=0,4"], "--network_dim is 0; use at least 1"),
-        (["learning_rat=1e-4,2e-4"], r"learning_rat: there is no such option \(did you mean learning_rate\?\)"),
-        (["train_batch_size=1,2"], "train_batch_size: it changes the images"),
-        (["min_snr_gamma=1,5"], "min_snr_gamma: it changes what the losses mean"),
-        (["mixed_precision=no,bf16"], "mixed_precision: all adapters share it"),
-        (["network_args=a,b"], "sweep one of its keys, such as network_args.KEY=A,B"),
-        (["network_weights=a/x.safetensors,b/x.safetensors"], "two adapters would have the name from_x"),
-        (["network_weights=a/x.safetensors,b/X.safetensors"], "two adapters would have the name from_x"),
-        (["ema_update_after_step=1,2"], "ema_update_after_step has no effect without --ema_decay"),
-    ],
-)
-def test_invalid_sweeps_are_refused(words: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        expand_combinations(options_of(*words))
-
-
 def test_a_million_combinations_are_counted_and_refused() -> None:
     words = [f"{name}={','.join(str(value + 1) for value in range(100))}" for name in ("network_dim", "network_alpha")]
     words.append("seed=" + ",".join(map(str, range(100))))
