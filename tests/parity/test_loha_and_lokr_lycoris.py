@@ -1,4 +1,4 @@
-"""LoKr against LyCORIS: equal initial values, outputs, gradients, merged weights and files, in both directions."""
+"""LoHa and LoKr against LyCORIS: equal initial values, outputs, gradients, merged weights and files."""
 
 from typing import Any
 
@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.dora import Decompose
+from networks.core.kinds.loha import LoHa
 from networks.core.kinds.lokr import factorize, make_fresh
 from networks.core.registry.layouts import make_change, recognise_layout
 from tests.unit.networks.one_layer import adapter_on, module_of
 
+loha: Any = pytest.importorskip("lycoris.modules.loha")
 lokr: Any = pytest.importorskip("lycoris.modules.lokr")
 general: Any = pytest.importorskip("lycoris.functional.general")
 
@@ -27,31 +29,49 @@ FORMS: dict[str, dict[str, Any]] = {
     "full": {"full_matrix": True, "factor": 4},
     "core": {"use_tucker": True, "factor": 2},
 }
+LOHA: dict[str, tuple[int, dict[str, Any]]] = {  # form -> rank and settings
+    "loha of few ranks": (2, {}),  # computed as a product of two factors
+    "loha": (9, {}),  # as a full matrix
+    "loha core of few ranks": (2, {"use_tucker": True}),
+    "loha core": (9, {"use_tucker": True}),
+}
 CASES = [
     (name, form, is_dora, has_scalar)
     for name in LAYERS
-    for form in FORMS
+    for form in (*FORMS, *LOHA)
     for is_dora in (False, True)
     for has_scalar in (False, True)
-    if form != "core" or name == "3x3"
+    if "core" not in form or name == "3x3"
 ]
+PLAIN = [(name, form) for name, form, is_dora, has_scalar in CASES if not is_dora and has_scalar]
 CLOSE = {"rtol": 1e-3, "atol": 2e-4}  # LyCORIS sums in another order, in float32
+
+
+def delta_of(layer: Any, form: str) -> Any:
+    if form in LOHA:
+        return LoHa(layer, LOHA[form][0], "core" in form)
+    settings = FORMS[form]
+    return make_fresh(
+        layer, 2, settings.get("factor", -1), settings.get("decompose_both", False),
+        settings.get("full_matrix", False), form == "core",
+    )  # fmt: skip
+
+
+def module_of_lycoris(layer: Any, form: str, alpha: float = 1.0, **more: Any) -> Any:
+    if form in LOHA:
+        return loha.LohaModule("x", layer, 1.0, LOHA[form][0], alpha, **LOHA[form][1], **more)
+    return lokr.LokrModule("x", layer, 1.0, 2, alpha, **FORMS[form], **more)
 
 
 def pair(name: str, form: str, is_dora: bool, has_scalar: bool) -> tuple[Adapter, Any, nn.Module]:
     """Return our adapter, LyCORIS's with the same weights, and the layer on which theirs is installed."""
     torch.manual_seed(2701 + CASES.index((name, form, is_dora, has_scalar)))
     layer: Any = LAYERS[name][0]().requires_grad_(False)
-    settings = FORMS[form]
-    delta = make_fresh(
-        layer, 2, settings.get("factor", -1), settings.get("decompose_both", False),
-        settings.get("full_matrix", False), form == "core",
-    )  # fmt: skip
+    delta = delta_of(layer, form)
     decomposition = Decompose(layer.weight) if is_dora else None
     ours = adapter_on(layer, delta, 3.0, decomposition, has_scalar=has_scalar)
-    theirs = lokr.LokrModule(
-        "x", layer, 1.0, 2, 3.0, use_scalar=has_scalar, weight_decompose=is_dora, wd_on_out=False, **settings
-    )
+    forms = {"use_scalar": has_scalar, "weight_decompose": is_dora, "wd_on_out": False}
+    theirs = module_of_lycoris(layer, form, 3.0, **forms)
     change = module_of(ours)
     with torch.no_grad():
         for parameter in change.parameters():
@@ -92,14 +112,14 @@ def test_layer_merged_weight_and_file_match_lycoris(name: str, form: str, is_dor
     torch.testing.assert_close(ours.merged()["weight"], merged, **CLOSE)
     mine, other = ours.change.stored_tensors(), theirs.custom_state_dict()
     assert {key: tensor.shape for key, tensor in mine.items()} == {key: tensor.shape for key, tensor in other.items()}
-    for key, tensor in other.items():
+    for key, tensor in other.items() if form in FORMS else ():
         if (
             key != "alpha" or not recognise_layout(mine).is_whole
         ):  # without a rank alpha has no meaning: LyCORIS stores the requested rank
             torch.testing.assert_close(mine[key], tensor.detach())
 
 
-@pytest.mark.parametrize(("name", "form"), [(name, form) for name, form, dora, scalar in CASES if not dora and scalar])
+@pytest.mark.parametrize(("name", "form"), [(name, form) for name, form in PLAIN if form in FORMS])
 def test_files_compute_the_same_in_both_programs(name: str, form: str) -> None:
     ours, theirs, layer = pair(name, form, False, True)
     base = layer.weight
@@ -119,18 +139,14 @@ def test_files_compute_the_same_in_both_programs(name: str, form: str) -> None:
     torch.testing.assert_close(base + again.get_weight(base.shape), merged, **CLOSE)
 
 
-@pytest.mark.parametrize(("name", "form"), [(name, form) for name, form, dora, scalar in CASES if not dora and scalar])
-def test_initial_values_equal_lycoris(name: str, form: str) -> None:
+@pytest.mark.parametrize("has_scalar", [False, True])
+@pytest.mark.parametrize(("name", "form"), PLAIN)
+def test_initial_values_equal_lycoris(name: str, form: str, has_scalar: bool) -> None:
     layer: Any = LAYERS[name][0]()
-    settings = FORMS[form]
     torch.manual_seed(2801)
-    ours = make_fresh(
-        layer, 2, settings.get("factor", -1), settings.get("decompose_both", False), settings.get("full_matrix", False),
-        form == "core",
-    )  # fmt: skip
+    ours = module_of(adapter_on(layer, delta_of(layer, form), 1.0, has_scalar=has_scalar))
     torch.manual_seed(2801)
-    theirs = lokr.LokrModule("x", layer, 1.0, 2, 1.0, **settings)
-    assert isinstance(ours, nn.Module)
+    theirs = module_of_lycoris(layer, form, use_scalar=has_scalar)
     for key, parameter in ours.named_parameters():
         assert torch.equal(parameter, theirs.get_parameter(key)), key
 

@@ -1,4 +1,4 @@
-"""LoKr files through every tool: checked, converted, resized, merged, for every base model."""
+"""LoHa and LoKr files through every tool: checked, converted, resized, merged, for every base model."""
 
 import json
 import re
@@ -24,6 +24,17 @@ RANK, ALPHA = 2, 3.0
 FORMS = ("w2 of factors", "both of factors", "w1 of factors", "whole")
 
 
+def loha_of(names: list[str], seed: int, num_inputs: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        for leaf, shape in (("w1_a", (9, RANK)), ("w1_b", (RANK, num_inputs)), ("w2_a", (9, RANK)),
+                            ("w2_b", (RANK, num_inputs))):  # fmt: skip
+            tensors[f"{name}.hada_{leaf}"] = torch.randn(shape, generator=generator)
+        tensors[f"{name}.alpha"] = torch.tensor(ALPHA)
+    return tensors
+
+
 def lokr_of(names: list[str], seed: int, num_inputs: int) -> dict[str, Tensor]:
     """Return a module of each form in turn, with 9 outputs: L is 3, M 4, K 3, and N the rest."""
     generator = torch.Generator().manual_seed(seed)
@@ -44,6 +55,9 @@ def changes(path: Path) -> dict[str, Tensor]:
 
 
 def formula(tensors: dict[str, Tensor], name: str) -> Tensor:
+    if f"{name}.hada_w1_a" in tensors:
+        a1, b1, a2, b2 = (tensors[f"{name}.hada_{leaf}"].double() for leaf in ("w1_a", "w1_b", "w2_a", "w2_b"))
+        return (a1 @ b1) * (a2 @ b2) * ALPHA / RANK
     parts = {key.rpartition("lokr_")[2]: t.double() for key, t in tensors.items() if key.startswith(f"{name}.lokr")}
     w1 = parts["w1"] if "w1" in parts else parts["w1_a"] @ parts["w1_b"]
     w2 = parts["w2"] if "w2" in parts else parts["w2_a"] @ parts["w2_b"]
@@ -56,20 +70,25 @@ def table(request: pytest.FixtureRequest) -> BaseNames:
     return names
 
 
+@pytest.fixture(params=["loha", "lokr"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-def model(table: BaseNames, tmp_path: Path) -> Path:
+def model(table: BaseNames, kind: str, tmp_path: Path) -> Path:
     """Write a file of four denoiser modules, starting with those that reveal the width."""
     names = [m.kohya for m in table.modules if re.search("^lora_unet_.*(blocks|layers)_[0-9]", m.kohya)]
     names = [name for name in names if "resnets" not in name and "layers_2" not in name]
     names.sort(key=lambda name: "attn2_to_k" not in name)
-    width = WIDTHS.get(table.base, 64)
-    metadata = {"ss_network_module": "networks.lokr", "ss_base_model_version": table.base}
-    save_safetensors(tmp_path / "a.safetensors", lokr_of(names[:4], 6001, width), metadata)
+    tensors = (loha_of if kind == "loha" else lokr_of)(names[:4], 3001, WIDTHS.get(table.base, 64))
+    metadata = {"ss_network_module": f"networks.{kind}", "ss_base_model_version": table.base}
+    save_safetensors(tmp_path / "a.safetensors", tensors, metadata)
     return tmp_path / "a.safetensors"
 
 
 def test_the_file_is_checked_and_its_base_model_recognised(
-    table: BaseNames, model: Path, capsys: pytest.CaptureFixture[str]
+    table: BaseNames, kind: str, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert check_lora_weights.main(["--model", str(model), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -78,7 +97,7 @@ def test_the_file_is_checked_and_its_base_model_recognised(
     for module in report["modules"]:
         is_whole = f"{module['name']}.lokr_w1" in tensors and f"{module['name']}.lokr_w2" in tensors
         sizes = (1, 1.0) if is_whole else (RANK, ALPHA)
-        assert (module["kind"], module["rank"], module["alpha"]) == ("lokr", *sizes)
+        assert (module["kind"], module["rank"], module["alpha"]) == (kind, *sizes)
         assert module["update_norm"] == pytest.approx(float(formula(tensors, module["name"]).norm()), rel=1e-6)
 
 
@@ -93,7 +112,7 @@ def test_the_file_is_converted_to_the_generic_naming_and_back(model: Path, tmp_p
         torch.testing.assert_close(after[name], change, rtol=1e-6, atol=1e-6)
 
 
-def test_converting_lokr_to_diffusers_is_refused(
+def test_converting_to_diffusers_is_refused(
     table: BaseNames, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exception: ComfyUI reads the diffusers names of Qwen-Image 2.1, so those files are converted."""
@@ -145,6 +164,17 @@ def test_merging_to_a_smaller_rank_logs_the_error(
     total = sum(float(formula(tensors, name).square().sum()) for name in merged)
     assert f"the LoRA misses {100 * (missed / total) ** 0.5:.1f}% of the sum of the changes (norm)" in caplog.text
     assert 0.005 < missed / total < 0.6
+
+
+def test_a_convolution_without_a_core_is_recognised_by_its_name() -> None:
+    tensors = {key.partition(".")[2]: tensor for key, tensor in loha_of([CONV], 3011, 45).items()}
+    module = ModuleWeights(CONV, tensors, {})
+    assert module.shape == (9, 5, 3, 3) and module.is_larger_kernel
+    base = torch.randn(9, 5, 3, 3)
+    expected = base + 0.5 * formula({f"x.{leaf}": t for leaf, t in tensors.items()}, "x").float().view_as(base)
+    torch.testing.assert_close(module.merged(base, 0.5), expected, **FLOAT32_SAME_MATH)
+    with pytest.raises(ValueError, match="changes a weight of the shape"):
+        module.merged(torch.randn(9, 4, 3, 3), 1.0)
 
 
 @pytest.mark.parametrize("form", range(4))
