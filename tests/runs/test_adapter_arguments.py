@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,7 +18,6 @@ PAGE_OPTIONS = [
     "--network_dim", "8", "--network_alpha", "4",
 ]  # fmt: skip
 PAGE_ARGUMENTS = ["conv_dim=4", "conv_alpha=2", "loraplus_lr_ratio=4", "rank_dropout=0.1", "dora_wd=True"]
-EVERY_ARGUMENT = [*PAGE_ARGUMENTS, "module_dropout=0.1", "use_tucker=True", "use_scalar=True", "train_norm=True"]
 
 
 def load_saved(tmp_path: Path, name: str = "mine") -> dict[str, Tensor]:
@@ -57,49 +55,6 @@ def test_the_documented_full_example_trains_and_loads_in_diffusers(
     assert num_loaded == sum(key.endswith(".alpha") for key in weights)
 
 
-@pytest.mark.nightly
-def test_all_arguments_together_train_and_training_continues_from_the_file(
-    train: Train, base_arguments: list[str], tmp_path: Path
-) -> None:
-    arguments = [*base_arguments, *PAGE_OPTIONS]
-    done = train([*arguments, "--network_args", *EVERY_ARGUMENT, "--output_name", "first"])
-    assert done.status == 0, done.stderr
-    first = load_saved(tmp_path, "first")
-    assert weight_suffixes(first) == {
-        "alpha", "dora_scale", "lora_down.weight", "lora_mid.weight", "lora_up.weight", "w_norm", "b_norm",
-    }  # fmt: skip
-    assert all(tensor.isfinite().all() for tensor in first.values())
-    assert all(w.abs().max() > 0 for key, w in first.items() if key.endswith(("w_norm", "b_norm", "lora_up.weight")))
-    file = str(tmp_path / "out" / "first.safetensors")
-    idle = ["--learning_rate", "1e-9", "--max_train_steps", "1", "--optimizer_type", "SGDNesterov"]
-    for name, extra in (
-        ("settings", ["--network_args", *EVERY_ARGUMENT]),
-        ("file", ["--dim_from_weights", "--network_args", "rank_dropout=0.1"]),
-    ):
-        done = train([*arguments, "--output_name", name, "--network_weights", file, *extra, *idle])
-        assert done.status == 0, done.stderr
-        again = load_saved(tmp_path, name)
-        assert again.keys() == first.keys()
-        for key, weight in first.items():
-            torch.testing.assert_close(again[key], weight, rtol=1e-4, atol=1e-5, msg=key)
-
-
-@pytest.mark.nightly
-def test_merged_adapters_start_from_the_same_loss_as_loaded_ones(
-    train: Train, base_arguments: list[str], tmp_path: Path
-) -> None:
-    forms = ["conv_dim=4", "dora_wd=1", "use_tucker=1", "use_scalar=1", "train_norm=1"]
-    arguments = [*base_arguments, "--network_args", *forms]
-    train([*arguments, "--output_name", "first", "--learning_rate", "0.02", "--max_train_steps", "6"])
-    file = str(tmp_path / "out" / "first.safetensors")
-    one_step = ["--max_train_steps", "1", "--output_name", "x"]
-    plain = train([*arguments, *one_step])
-    installed = train([*base_arguments, *one_step, "--network_weights", file, "--dim_from_weights"])
-    merged = train([*base_arguments, *one_step, "--base_weights", file])
-    assert installed.losses[0] == pytest.approx(merged.losses[0], rel=2e-3)
-    assert abs(plain.losses[0] - merged.losses[0]) > 0.01 * plain.losses[0]
-
-
 @pytest.mark.parametrize("module", ["networks.lora", "networks.lora_fa", "networks.dylora"])
 def test_norms_stay_within_the_limit_and_are_shown_in_the_progress_bar(
     train: Train, base_arguments: list[str], tmp_path: Path, module: str
@@ -128,12 +83,6 @@ def chart_names(folder: Path) -> set[str]:
     accumulator = EventAccumulator(str(events))
     accumulator.Reload()
     return set(accumulator.Tags()["scalars"])
-
-
-def test_a_negative_norm_limit_is_rejected(train: Train, base_arguments: list[str]) -> None:
-    done = train([*base_arguments, "--scale_weight_norms", "-1"])
-    assert done.status == 1
-    assert "--scale_weight_norms is -1" in done.stderr
 
 
 def test_a_module_that_cannot_limit_norms_trains_with_a_warning(

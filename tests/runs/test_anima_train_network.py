@@ -1,7 +1,6 @@
 """anima_train_network.py on a tiny Anima model: every adapter kind trains, saves and resumes."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from tests.running import Finished
-from tests.tiny import anima
 from tests.tiny.anima import build_tiny_anima
 
 Train = Callable[..., Finished]
@@ -57,21 +55,3 @@ def test_llm_adapter_path_replaces_the_models_text_adapter(
         assert done.status == 0, done.stderr
         losses.append(done.losses)
     assert losses[0] != losses[1]
-
-
-def test_a_model_of_another_size_trains_with_swapped_blocks(
-    train_anima: Train, common_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All but two of its blocks can be swapped, and the result is the same."""
-    monkeypatch.setattr(anima, "CONFIG", replace(anima.CONFIG, num_blocks=7, width=60, head_width=20, mlp_width=150))
-    words = [*build_tiny_anima(tmp_path / "deep", 42), *common_arguments, "--gradient_checkpointing"]
-    plain = train_anima([*words, "--output_name", "plain"])
-    waiting = train_anima([*words, "--output_name", "waiting", "--blocks_to_swap", "5"])
-    assert plain.status == 0 and waiting.status == 0, plain.stderr + waiting.stderr
-    assert waiting.losses == plain.losses
-    expected, actual = load_saved(tmp_path, "plain"), load_saved(tmp_path, "waiting")
-    assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
-    assert "lora_unet_blocks_6_mlp_layer2.lora_up.weight" in actual
-    done = train_anima([*words, "--blocks_to_swap", "6"])
-    assert done.status == 1 and "--blocks_to_swap 6: the model has 7 blocks" in done.stderr
-    assert "at most 5 can be swapped" in done.stderr

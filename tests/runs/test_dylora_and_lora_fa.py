@@ -28,36 +28,6 @@ def load_saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(path_of(tmp_path, name))
 
 
-@pytest.mark.parametrize("module", ["networks.dylora", pytest.param("networks.lora_fa", marks=pytest.mark.nightly)])
-def test_a_run_saves_the_keys_of_networks_lora_and_is_reproducible_by_seed(
-    train: Train, base_arguments: list[str], tmp_path: Path, module: str
-) -> None:
-    arguments = [*base_arguments, "--network_args", *CONV]
-    train([*arguments, "--output_name", "lora", "--max_train_steps", "1"])
-    for name in ("a", "b"):
-        done = train([*arguments, "--network_module", module, "--output_name", name, "--gradient_checkpointing"])
-        assert done.status == 0, done.stderr
-    plain, a, b = (load_saved(tmp_path, name) for name in ("lora", "a", "b"))
-    assert {key: w.shape for key, w in a.items()} == {key: w.shape for key, w in plain.items()}
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    ups = [w for key, w in a.items() if key.endswith("lora_up.weight")]
-    assert all(w.isfinite().all() and w.abs().max() > 0 for w in ups)
-
-
-@pytest.mark.parametrize("module", ["networks.dylora", "networks.lora_fa"])
-def test_gradient_checkpointing_with_dropout_does_not_change_results(
-    train: Train, base_arguments: list[str], tmp_path: Path, module: str
-) -> None:
-    drops = ["rank_dropout=0.2", "module_dropout=0.2"]
-    arguments = [*base_arguments, "--network_module", module, "--network_dropout", "0.2", "--network_args", *drops]
-    train([*arguments, "--output_name", "plain"])
-    done = train([*arguments, "--output_name", "saving", "--gradient_checkpointing"])
-    assert done.status == 0, done.stderr
-    plain, saving = load_saved(tmp_path, "plain"), load_saved(tmp_path, "saving")
-    for name, weight in plain.items():
-        torch.testing.assert_close(weight, saving[name], rtol=1e-4, atol=1e-6)
-
-
 def test_every_rank_extracted_from_a_trained_file_trains_and_merges(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
@@ -158,15 +128,6 @@ def test_down_factors_of_lora_fa_do_not_change(train: Train, base_arguments: lis
     assert all(torch.equal(more[key], last[key]) for key in downs)
 
 
-@pytest.mark.parametrize("module", ["networks.dylora", "networks.lora_fa"])
-def test_both_train_in_full_bf16(train: Train, base_arguments: list[str], tmp_path: Path, module: str) -> None:
-    done = train([*base_arguments, "--network_module", module, "--mixed_precision", "bf16", "--full_bf16"])
-    assert done.status == 0, done.stderr
-    weights = [w for name, w in load_saved(tmp_path, "mine").items() if not name.endswith(".alpha")]
-    assert {w.dtype for w in weights} == {torch.bfloat16}
-    assert all(w.isfinite().all() for w in weights)
-
-
 RECORDING = """
 from networks import tlora
 levels = []
@@ -200,18 +161,6 @@ def test_tlora_receives_noise_levels_in_training_and_validation_but_not_in_previ
     assert all(0 <= level < 1 for values in trained + validated for level in values)
     assert len({level for values in trained for level in values}) > 4
     assert levels[-1][1] is None  # the last previews are drawn after the last step, with all ranks
-
-
-def test_tlora_is_reproducible_and_saves_a_plain_lora(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
-    arguments = [*base_arguments, "--network_module", "networks.tlora", "--network_dim", "6"]
-    for name, more in (("a", []), ("b", ["--gradient_checkpointing"]), ("c", ["--network_args", "tlora_power=3"])):
-        done = train([*arguments, "--output_name", name, *more])
-        assert done.status == 0, done.stderr
-    a, b, c = (load_saved(tmp_path, name) for name in "abc")
-    for key, weight in a.items():
-        torch.testing.assert_close(weight, b[key], rtol=1e-4, atol=1e-6)
-    assert not all(torch.equal(a[key], c[key]) for key in a)
-    assert {key.partition(".")[2] for key in a} == {"lora_down.weight", "lora_up.weight", "alpha"}
 
 
 def test_a_pissa_run_on_an_8_bit_base_resumes_bit_for_bit_and_continues_from_its_file(

@@ -40,13 +40,3 @@ def test_our_option_names_give_the_same_result(
     ours = train_flux_2(words.format(**path_replacements).replace("flux2_shift", "flux_shift").split())
     assert theirs.status == ours.status == 0, ours.stderr
     assert theirs.losses == ours.losses and len(ours.losses) == 3
-
-
-def test_musubi_tuners_fp8_and_block_swap_options_train(train_flux_2: Train, path_replacements: dict[str, str]) -> None:
-    done = train_flux_2(
-        [*TRAINING.format(**path_replacements).split(), "--fp8_base", "--fp8_scaled", "--fp8_text_encoder"]
-    )
-    assert done.status == 0, done.stderr
-    assert "layers in 8 bits" in done.stderr
-    done = train_flux_2([*TRAINING.format(**path_replacements).split(), "--blocks_to_swap", "29"])
-    assert done.status == 1 and "at most 0" in done.stderr

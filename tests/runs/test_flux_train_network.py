@@ -107,19 +107,6 @@ def test_validation_uses_the_same_noise_levels_every_time(
     assert values == pytest.approx([values[0]] * len(values), rel=1e-6)
 
 
-@pytest.mark.nightly
-def test_lycoris_files_have_the_module_names_of_our_adapters(
-    train_flux: Train, arguments: list[str], tmp_path: Path
-) -> None:
-    pytest.importorskip("lycoris.kohya")
-    assert train_flux([*arguments, "--output_name", "ours"]).status == 0
-    other = ["--network_module", "lycoris.kohya", "--network_args", "algo=lora", "preset=attn-mlp"]
-    done = train_flux([*arguments, *other, "--output_name", "theirs"])
-    assert done.status == 0, done.stderr
-    ours, theirs = ({key.split(".")[0] for key in load_saved(tmp_path, name)} for name in ("ours", "theirs"))
-    assert ours == theirs
-
-
 @pytest.mark.parametrize("kind", ["lokr", "loha"])
 def test_a_file_with_separate_qkv_continues_resumes_and_keeps_its_names(
     train_flux: Train, arguments: list[str], tmp_path: Path, kind: str
@@ -160,3 +147,10 @@ def test_a_file_with_separate_qkv_continues_resumes_and_keeps_its_names(
     ]
     done = train_flux([*again, "--output_name", "again", "--max_train_steps", "1"])
     assert done.status == 0 and load_saved(tmp_path, "again").keys() == tensors.keys(), done.stderr
+
+
+def test_captions_cached_with_another_token_limit_are_encoded_again(train_flux: Train, arguments: list[str]) -> None:
+    words = [*arguments, "--network_train_unet_only", "--cache_text_encoder_outputs_to_disk"]
+    assert train_flux(words).status == 0
+    done = train_flux([*words, "--t5xxl_max_token_length", "24"])
+    assert done.status == 0 and "7 stale (7 made with other text encoders or settings" in done.stderr

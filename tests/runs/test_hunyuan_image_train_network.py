@@ -41,35 +41,6 @@ def load_saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
     return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("module", "network_args"),
-    [
-        ("networks.lora_hunyuan_image", ["network_reg_dims=img_mlp_fc1=8,_mod_=0", "split_qkv=True"]),
-        ("networks.lora", ["dora_wd=True", "rank_dropout=0.1"]),
-        ("networks.lora_fa", []),
-        ("networks.dylora", ["unit=2"]),
-    ],
-    ids=str,
-)
-def test_every_adapter_kind_trains_and_saves_ComfyUI_names(
-    train_hunyuan: Train, arguments: list[str], tmp_path: Path, module: str, network_args: list[str]
-) -> None:
-    extra = ["--network_module", module, *(["--network_args", *network_args] if network_args else [])]
-    done = train_hunyuan([*arguments, *extra])
-    assert done.status == 0, done.stderr
-    weights = load_saved(tmp_path)
-    names = {key.partition(".")[0] for key in weights}
-    assert all((known_module := NAMES.find(name)) is not None and known_module.kohya == name for name in names)
-    ups = {key: weight for key, weight in weights.items() if key.endswith("lora_up.weight")}
-    assert all(weight.isfinite().all() and weight.abs().max() > 0 for weight in ups.values())
-    if "split_qkv=True" in network_args:
-        assert weights["lora_unet_double_blocks_0_img_mlp_0.lora_down.weight"].shape == (8, 64)
-        assert weights["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"].shape == (12, 64)
-        assert len(ups) == 2 * (10 - 2) + 2 * 3
-    else:
-        assert len(ups) == 2 * 10 + 2 * 3
-
-
 def test_training_continues_from_a_file_with_sd_scripts_names(
     train_hunyuan: Train, arguments: list[str], tmp_path: Path
 ) -> None:

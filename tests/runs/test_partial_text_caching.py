@@ -90,13 +90,6 @@ def test_the_disk_cache_serves_runs_that_train_only_the_denoiser(run: Run, tmp_p
     assert all(torch.equal(alone[key], fresh[key]) for key in fresh) and not any("lora_te" in key for key in alone)
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3"])
-def test_a_trained_encoder_cannot_be_cached(run: Run, name: str) -> None:
-    done = run(name, "a", CACHED, "--network_args", "train_t5xxl=True")
-    assert done.status == 1
-    assert "--network_args train_t5xxl=True trains a text encoder whose outputs --cache_text_enc" in done.stderr
-
-
 def test_lumina_has_only_the_trained_encoder(run: Run, tmp_path: Path) -> None:
     assert run("lumina", "plain").status == 0
     done = run("lumina", "cached", ON_DISK)
@@ -113,9 +106,3 @@ def test_encoders_without_adapters_may_all_be_freed(run: Run, tmp_path: Path) ->
     assert done.status == 0, done.stderr
     alone, cached = load_saved(tmp_path, "alone"), load_saved(tmp_path, "cached")
     assert all(torch.equal(alone[key], cached[key]) for key in alone)
-
-
-@pytest.mark.parametrize("name", ["sdxl", "anima"])
-def test_combinations_that_sd_scripts_rejects_are_rejected(run: Run, name: str) -> None:
-    done = run(name, "a", CACHED)
-    assert done.status == 1 and "add --network_train_unet_only, or leave out --cache_text_encoder" in done.stderr

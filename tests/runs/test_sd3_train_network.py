@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.running import Finished, make_images
@@ -37,36 +36,6 @@ def run(train: Train, arguments: list[str]) -> Finished:
     done = train(arguments, script="sd3_train_network")
     assert done.status == 0, done.stderr
     return done
-
-
-def metadata_of(path: Path) -> dict[str, str]:
-    with safe_open(path, "pt") as file:
-        metadata: dict[str, str] = file.metadata()
-    return metadata
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize(
-    ("size", "module", "version"),
-    [
-        ("sd3-medium", "networks.lora_sd3", "medium"),
-        ("sd3.5-medium", "networks.lora_fa", "5-medium"),
-        ("sd3.5-large", "networks.dylora", "5-large"),
-    ],
-)
-def test_every_adapter_kind_trains_on_every_model_size(
-    train: Train, arguments: Callable[..., list[str]], tmp_path: Path, size: str, module: str, version: str
-) -> None:
-    done = run(train, arguments(size, module))
-    assert len(done.losses) == 2
-    weights = load_file(tmp_path / "out" / OUTPUT)
-    assert {key.split("_")[1] for key in weights} == {"te1", "te2", "unet"}
-    learned = [key for key, tensor in weights.items() if "lora_up" in key and tensor.abs().max() > 0]
-    assert any("joint_blocks" in key for key in learned) and any("lora_te2" in key for key in learned)
-    metadata = metadata_of(tmp_path / "out" / OUTPUT)
-    assert metadata["ss_base_model_version"] == version
-    assert metadata["ss_weighting_scheme"] == "uniform"
-    assert metadata["modelspec.architecture"] == f"stable-diffusion-3-{version}/lora"
 
 
 def test_all_sd3_specific_options_work_together(

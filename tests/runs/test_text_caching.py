@@ -206,12 +206,6 @@ def refusal_message(run: Run, arguments: list[str]) -> str:
     return done.stderr
 
 
-def test_text_encoders_that_get_an_adapter_are_not_cached(run: Run, base_arguments: list[str]) -> None:
-    assert "add --network_train_unet_only" in refusal_message(run, [*base_arguments, "--cache_text_encoder_outputs"])
-    both = [*base_arguments, "--cache_text_encoder_outputs", "--text_encoder_lr", "0"]
-    assert "add --network_train_unet_only" in refusal_message(run, both)
-
-
 def test_base_weights_for_the_text_encoder_are_rejected(run: Run, base_arguments: list[str], tmp_path: Path) -> None:
     run([*base_arguments, "--output_name", "both"])
     message = refusal_message(
@@ -221,20 +215,6 @@ def test_base_weights_for_the_text_encoder_are_rejected(run: Run, base_arguments
     run([*base_arguments, "--output_name", "unet", "--network_train_unet_only"])
     done, _, _ = run([*base_arguments, *CACHED, "--base_weights", str(tmp_path / "out" / "unet.safetensors")])
     assert done.status == 0, done.stderr
-
-
-@pytest.mark.parametrize("option", ["text_cache_variants", "text_encoder_batch_size"])
-def test_counts_below_one_are_rejected_and_unused_ones_warned_about(
-    run: Run, base_arguments: list[str], option: str
-) -> None:
-    assert f"--{option} is 0; use at least 1" in refusal_message(run, [*base_arguments, *CACHED, f"--{option}", "0"])
-    done, _, _ = run([*base_arguments, f"--{option}", "3"])
-    assert f"--{option} has no effect without --cache_text_encoder_outputs" in done.stderr
-
-
-def test_token_warmup_is_rejected(run: Run, base_arguments: list[str]) -> None:
-    message = refusal_message(run, [*base_arguments, *CACHED, "--token_warmup_step", "3"])
-    assert "--token_warmup_step changes captions in every step" in message
 
 
 def test_third_party_networks_see_no_text_encoder(run: Run, base_arguments: list[str], tmp_path: Path) -> None:

@@ -275,35 +275,6 @@ def test_a_dataset_without_images_ends_with_status_1(
     assert expected in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--network_args", "conv_din=4"], ["conv_din", "conv_dim"]),
-        (["--network_module", "networks.lorra"], ["networks.lorra", "networks.lora"]),
-        (["--optimizer_type", "AdamV"], ["AdamV"]),
-        (["--lr_scheduler", "cosinus"], ["cosinus"]),
-        (["--pretrained_model_name_or_path", "nowhere/model.safetensors"], ["nowhere/model.safetensors"]),
-        (["--v2"], ["--v2"]),
-        (["--sample_every_n_steps", "2", "--sample_prompts", "nothing.txt"], ["--sample_prompts", "nothing.txt"]),
-        (["--deepspeed"], ["--deepspeed", "not supported"]),
-        (["--compile", "--compile_backend", "inducter"], ["--compile_backend inducter", "inductor"]),
-        (["--torch_compile", "--dynamo_backend", "ofi"], ["--dynamo_backend ofi", "no such compiler"]),
-        (["--compile", "--compile_backend", "eager", "--compile_mode", "max-autotune"], ["--compile_mode", "inductor"]),
-        (["--metadata_thumbnail", "nothing.png"], ["--metadata_thumbnail"]),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else None,
-)
-def test_user_errors_are_reported_without_a_traceback(
-    train: Train, base_arguments: list[str], tmp_path: Path, options: list[str], words: list[str]
-) -> None:
-    done = train([*base_arguments, *options, "--console_log_simple"])
-    text = done.stdout + done.stderr
-    assert done.status == 1
-    assert all(word in text for word in words), text
-    assert "Traceback" not in text
-    assert not (tmp_path / "out").exists() or not files(tmp_path)
-
-
 @pytest.mark.parametrize(("num_steps", "wanted", "traced"), [(5, 2, 2), (3, 4, 1)])
 def test_tracing_steps_writes_a_file_and_does_not_change_results(
     train: Train, base_arguments: list[str], tmp_path: Path, num_steps: int, wanted: int, traced: int

@@ -157,14 +157,8 @@ def test_a_factor_that_differs_from_the_file_is_named_with_a_fix(tmp_path: Path)
         lokr.create_network(1.0, 1, 2.0, None, text, unet, factor="2").load_weights(path)
 
 
-def test_a_file_is_trained_further_only_with_its_own_network_module(tmp_path: Path) -> None:
-    path = str(tmp_path / "x.safetensors")
-    network, text, unet = trained(4091)
-    network.save_weights(path, None, {})
-    network.remove()
-    for other in (lora, loha):
-        with pytest.raises(ValueError, match=r"\*\.lokr_w.*Use --network_module networks.lokr"):
-            other.create_network_from_weights(1.0, path, None, text, unet)
+def test_arguments_that_lokr_does_not_take_are_refused() -> None:
+    text, unet = toy_models(4091)
     with pytest.raises(ValueError, match="split_qkv does not work with this --network_module: all rows"):
         lokr.create_network(1.0, 3, 2.0, None, text, unet, split_qkv="True")
     with pytest.raises(ValueError, match=r"--network_args factor=0: expected 1 or more"):
