@@ -4,7 +4,9 @@ import gc
 import logging
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,49 +60,21 @@ def _log_handlers() -> Iterator[None]:
     root.setLevel(level)
 
 
-@pytest.fixture(scope="session")
-def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny SD 1.x model as a diffusers folder; read-only."""
-    from tests.tiny.sd import build_tiny_sd
+def tiny_model(name: str, seed: int, **settings: Any) -> Any:
+    """Return a fixture with the path of a tiny model, a diffusers folder unless its layout is a single .safetensors
+    file with tokenizer/ next to it. It is read-only."""
 
-    return build_tiny_sd(tmp_path_factory.mktemp("tiny_sd_folder"), seed=11)
+    @pytest.fixture(scope="session")
+    def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        build = getattr(import_module(f"tests.tiny.{name}"), f"build_tiny_{name}")
+        path: Path = build(tmp_path_factory.mktemp(name), seed, **settings)
+        return path
 
-
-@pytest.fixture(scope="session")
-def tiny_sd_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weights of `tiny_sd_folder` as a single .safetensors file with tokenizer/ next to it; read-only."""
-    from tests.tiny.sd import build_tiny_sd
-
-    return build_tiny_sd(tmp_path_factory.mktemp("tiny_sd_file"), seed=11, layout="safetensors")
+    return model
 
 
-@pytest.fixture(scope="session")
-def tiny_sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny SD 2.x model as a diffusers folder; read-only."""
-    from tests.tiny.sd import build_tiny_sd
-
-    return build_tiny_sd(tmp_path_factory.mktemp("tiny_sd2_folder"), seed=21, is_v2=True)
-
-
-@pytest.fixture(scope="session")
-def tiny_sd2_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weights of `tiny_sd2_folder` as a single .safetensors file with tokenizer/ next to it; read-only."""
-    from tests.tiny.sd import build_tiny_sd
-
-    return build_tiny_sd(tmp_path_factory.mktemp("tiny_sd2_file"), seed=21, layout="safetensors", is_v2=True)
-
-
-@pytest.fixture(scope="session")
-def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny SDXL model as a diffusers folder; read-only."""
-    from tests.tiny.sdxl import build_tiny_sdxl
-
-    return build_tiny_sdxl(tmp_path_factory.mktemp("tiny_sdxl_folder"), seed=31)
-
-
-@pytest.fixture(scope="session")
-def tiny_sdxl_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weights of `tiny_sdxl_folder` as a single .safetensors file with tokenizer/ next to it; read-only."""
-    from tests.tiny.sdxl import build_tiny_sdxl
-
-    return build_tiny_sdxl(tmp_path_factory.mktemp("tiny_sdxl_file"), seed=31, layout="safetensors")
+tiny_sd_folder, tiny_sd_file = tiny_model("sd", 11), tiny_model("sd", 11, layout="safetensors")
+tiny_sd2_folder, tiny_sd2_file = (
+    tiny_model("sd", 21, layout=kind, is_v2=True) for kind in ("diffusers", "safetensors")
+)
+tiny_sdxl_folder, tiny_sdxl_file = tiny_model("sdxl", 31), tiny_model("sdxl", 31, layout="safetensors")

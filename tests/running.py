@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from library.architectures.scripts import OtherScripts
 from library.architectures.specs import list_specs
@@ -55,6 +57,11 @@ class Finished:
         return list({int(step): float(loss) for step, loss in shown}.values())
 
 
+def load_saved(folder: Path, name: str = "mine") -> dict[str, torch.Tensor]:
+    """Return the tensors of an adapter file that a run wrote into `out` of a folder."""
+    return load_file(folder / "out" / f"{name}.safetensors")
+
+
 def make_images(folder: Path, count: int, side: int = 64, seed: int = 0) -> Path:
     """Write smooth random images with captions of random words."""
     folder.mkdir(parents=True)
@@ -83,6 +90,15 @@ def base_arguments(tiny_sd_folder: Path, images: Path, tmp_path: Path) -> list[s
         str(tmp_path / "out"), "--output_name", "mine", "--network_module", "networks.lora", "--network_dim", "4",
         "--learning_rate", "1e-3", "--max_train_steps", "4", "--seed", "5", "--max_data_loader_n_workers", "0",
         "--no_report",
+    ]  # fmt: skip
+
+
+def small_run(images: Path, folder: Path, module: str, num_steps: str) -> list[str]:
+    """Return a command line for a short run into `out` of a folder, without the base model."""
+    return [
+        "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64", "--train_batch_size", "2",
+        "--output_dir", str(folder / "out"), "--output_name", "mine", "--network_module", module, "--network_dim", "4",
+        "--learning_rate", "1e-3", "--max_train_steps", num_steps, "--seed", "5", "--max_data_loader_n_workers", "0",
     ]  # fmt: skip
 
 

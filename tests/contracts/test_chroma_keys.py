@@ -1,6 +1,7 @@
 """Names and shapes of full-size Chroma files, of the model and of its adapters, are a contract."""
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,9 @@ from library.architectures.flux.targets import view_chroma
 from library.checkpoints.base_files import BaseFiles
 from library.models.loading import build_on_meta_device
 from library.models.t5 import empty_t5
-from networks.lora_flux import create_network, create_network_from_weights
+from networks.lora_flux import create_network
 from tests.contracts.full_size import facts, weights_of_shapes
-from tests.contracts.saved_tensors import listed_shapes, saved_shapes, saved_tensors
+from tests.contracts.saved_tensors import saved_shapes
 from tests.contracts.test_lora_keys_flux1 import T5_XXL
 
 BASE: Mapping[str, tuple[int, ...]] = {
@@ -50,23 +51,14 @@ def test_the_diffusers_layout_converts_to_our_shapes() -> None:
     assert dict(KEYS.from_diffusers(weights_of_shapes(shapes)).shapes) == BASE
 
 
-@pytest.fixture(scope="module")
-def models() -> tuple[list[nn.Module], nn.Module]:
+@cache
+def full_size_models() -> tuple[list[nn.Module], nn.Module]:
     return view_chroma([empty_t5(T5_XXL)], build_on_meta_device(Flux, FULL))
 
 
-def test_the_default_adapts_228_layers_of_the_blocks(models: tuple[list[nn.Module], nn.Module]) -> None:
-    actual = saved_shapes(create_network, models)
-    assert actual == LORA["default"] and len(actual) == 3 * 228
-
-
-@pytest.mark.parametrize("name", LORA["variants"])
-def test_network_arguments_give_the_listed_keys_and_shapes(
-    models: tuple[list[nn.Module], nn.Module], name: str
-) -> None:
-    variant = LORA["variants"][name]
-    actual = saved_shapes(create_network, models, **variant["network_args"])
-    assert actual == listed_shapes(LORA, name) and len(actual) == variant["num_keys"]
+@pytest.fixture(scope="module")
+def models() -> tuple[list[nn.Module], nn.Module]:
+    return full_size_models()
 
 
 def test_the_approximator_is_adapted_only_on_request(models: tuple[list[nn.Module], nn.Module]) -> None:
@@ -78,14 +70,6 @@ def test_the_approximator_is_adapted_only_on_request(models: tuple[list[nn.Modul
     }
     assert actual[f"{stem}_layers_4_out_layer.lora_up.weight"] == [5120, 4]
     assert all(CHROMA_NAMES.find(name) is not None for name in added)
-
-
-def test_a_network_from_a_file_has_the_keys_of_the_file(models: tuple[list[nn.Module], nn.Module]) -> None:
-    shapes = saved_shapes(create_network, models, train_approximator="True", train_t5xxl="True", in_dims="2,0,0,0,2")
-    file = {key: torch.ones(()) if not shape else torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    with torch.device("meta"):
-        network, _ = create_network_from_weights(1.0, "file", None, *models, file)
-    assert {key: list(tensor.shape) for key, tensor in saved_tensors(network).items()} == shapes
 
 
 def test_adapter_names_and_checkpoint_layers_correspond() -> None:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.running import Finished
+from tests.running import Finished, load_saved
 
 Train = Callable[..., Finished]
 
@@ -18,10 +18,6 @@ PAGE_OPTIONS = [
     "--network_dim", "8", "--network_alpha", "4",
 ]  # fmt: skip
 PAGE_ARGUMENTS = ["conv_dim=4", "conv_alpha=2", "loraplus_lr_ratio=4", "rank_dropout=0.1", "dora_wd=True"]
-
-
-def load_saved(tmp_path: Path, name: str = "mine") -> dict[str, Tensor]:
-    return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
 def weight_suffixes(weights: dict[str, Tensor]) -> set[str]:

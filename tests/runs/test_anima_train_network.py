@@ -5,10 +5,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from tests.running import Finished
+from tests.running import Finished, small_run
 from tests.tiny.anima import build_tiny_anima
 
 Train = Callable[..., Finished]
@@ -20,28 +18,15 @@ def tiny_anima_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture
-def common_arguments(images: Path, tmp_path: Path) -> list[str]:
-    """Return arguments for two training steps, without those of the base model."""
-    return [
-        "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
-        "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
-        "networks.lora_anima", "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "2", "--seed", "5",
-        "--max_data_loader_n_workers", "0", "--qwen3_max_token_length", "32", "--t5_max_token_length", "32",
-    ]  # fmt: skip
-
-
-@pytest.fixture
-def arguments(tiny_anima_arguments: list[str], common_arguments: list[str]) -> list[str]:
-    return [*tiny_anima_arguments, *common_arguments]
+def arguments(tiny_anima_arguments: list[str], images: Path, tmp_path: Path) -> list[str]:
+    """Return arguments for two training steps, on the tiny model."""
+    words = ["--qwen3_max_token_length", "32", "--t5_max_token_length", "32"]
+    return [*tiny_anima_arguments, *small_run(images, tmp_path, "networks.lora_anima", "2"), *words]
 
 
 @pytest.fixture
 def train_anima(train: Train) -> Train:
     return partial(train, script="anima_train_network")
-
-
-def load_saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
-    return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
 def test_llm_adapter_path_replaces_the_models_text_adapter(

@@ -36,10 +36,6 @@ def run(train: Train, tiny: list[str], images: Path, tmp_path: Path) -> Callable
     return lambda name, *more: start([*words, "--output_name", name, *more])
 
 
-def load_saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(tmp_path / "out" / f"{name}.safetensors")
-
-
 def test_negative_prompt_and_guidance_scale_change_the_image(run: Callable[..., Finished], tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     size = "--w 64 --h 48 --s 2 --d 1"

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from networks.core.kinds.dylora import STREAM
-from tests.running import Finished
+from tests.running import Finished, load_saved
 from tools.extract_lora_from_dylora import main as extract
 
 Train = Callable[..., Finished]
@@ -22,10 +21,6 @@ DYLORA = ["--network_module", "networks.dylora", "--network_dim", "8", "--networ
 
 def path_of(tmp_path: Path, name: str) -> Path:
     return tmp_path / "out" / f"{name}.safetensors"
-
-
-def load_saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(path_of(tmp_path, name))
 
 
 def test_every_rank_extracted_from_a_trained_file_trains_and_merges(

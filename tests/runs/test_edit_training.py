@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from library.training.evaluation.prompt_images import GAP
 from library.training.report_page.page import read_data
-from tests.running import Finished, make_images
+from tests.running import Finished, load_saved, make_images
 from tests.tiny.flux import build_tiny_flux
 from tests.tiny.flux_2 import build_tiny_flux_2
 from tools import contact_sheet
@@ -57,10 +56,6 @@ control_dirs = ["{(folder / "before").as_posix()}"]
 flip_aug = true
 """
     )
-
-
-def load_saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
-    return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
 def are_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

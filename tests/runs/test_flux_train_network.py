@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from tests.running import Finished
+from tests.running import Finished, load_saved, small_run
 from tests.runs.test_validation import charts, scalars
 from tests.tiny.flux import build_tiny_flux
 
@@ -26,22 +26,13 @@ def tiny_flux_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture
 def arguments(tiny_flux_arguments: list[str], images: Path, tmp_path: Path) -> list[str]:
     """Return arguments for three training steps."""
-    return [
-        *tiny_flux_arguments, "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
-        "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
-        "networks.lora_flux", "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "3", "--seed", "5",
-        "--max_data_loader_n_workers", "0", "--t5xxl_max_token_length", "32", "--model_prediction_type", "raw",
-        "--guidance_scale", "1",
-    ]  # fmt: skip
+    words = ["--t5xxl_max_token_length", "32", "--model_prediction_type", "raw", "--guidance_scale", "1"]
+    return [*tiny_flux_arguments, *small_run(images, tmp_path, "networks.lora_flux", "3"), *words]
 
 
 @pytest.fixture
 def train_flux(train: Train) -> Train:
     return partial(train, script="flux_train_network")
-
-
-def load_saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
-    return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
 def test_t5_trains_on_request(train_flux: Train, arguments: list[str], tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from library.architectures.hunyuan_image.adapter_names import NAMES
-from tests.running import Finished
+from tests.running import Finished, load_saved, small_run
 from tests.tiny.hunyuan_image import build_tiny_hunyuan_image
 
 Train = Callable[..., Finished]
@@ -24,21 +24,12 @@ def tiny_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def arguments(tiny_arguments: list[str], images: Path, tmp_path: Path) -> list[str]:
     """Return arguments for three training steps."""
     (images / "2_thing" / "00.txt").write_text('a red cat with "words" on it')
-    return [
-        *tiny_arguments, "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
-        "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
-        "networks.lora_hunyuan_image", "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "3",
-        "--seed", "5", "--max_data_loader_n_workers", "0",
-    ]  # fmt: skip
+    return [*tiny_arguments, *small_run(images, tmp_path, "networks.lora_hunyuan_image", "3")]
 
 
 @pytest.fixture
 def train_hunyuan(train: Train) -> Train:
     return partial(train, script="hunyuan_image_train_network")
-
-
-def load_saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
-    return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
 def test_training_continues_from_a_file_with_sd_scripts_names(

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
-from tests.running import Finished
+from tests.running import Finished, load_saved
 from tests.tiny.inpainting import widen_file, widen_folder
 
 Train = Callable[..., Finished]
@@ -24,10 +23,6 @@ def with_base_model(arguments: list[str], base: Path) -> list[str]:
 @pytest.fixture
 def inpainting(base_arguments: list[str], tiny_sd_folder: Path, tmp_path: Path) -> list[str]:
     return with_base_model(base_arguments, widen_folder(tiny_sd_folder, tmp_path / "inpainting", seed=51))
-
-
-def load_saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
 def test_training_uses_masks_and_a_resumed_run_equals_the_uninterrupted_one(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.running import Finished
+from tests.running import Finished, small_run
 from tests.runs.musubi_tuner import paths_of, run_command
 from tests.tiny.krea2 import CONFIG, build_tiny_krea2
 
@@ -30,12 +30,7 @@ def train_krea2(train: Train) -> Train:
 @pytest.fixture
 def arguments(tiny_arguments: list[str], images: Path, tmp_path: Path) -> list[str]:
     """Return arguments for two training steps."""
-    return [
-        *tiny_arguments, "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
-        "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
-        "networks.lora_krea2", "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "2", "--seed",
-        "5", "--max_data_loader_n_workers", "0",
-    ]  # fmt: skip
+    return [*tiny_arguments, *small_run(images, tmp_path, "networks.lora_krea2", "2")]
 
 
 @pytest.fixture

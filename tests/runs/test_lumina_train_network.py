@@ -5,10 +5,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from tests.running import Finished
+from tests.running import Finished, small_run
 from tests.tiny.lumina import build_tiny_lumina
 
 Train = Callable[..., Finished]
@@ -24,21 +22,13 @@ def tiny_lumina_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]
 @pytest.fixture
 def arguments(tiny_lumina_arguments: list[str], images: Path, tmp_path: Path) -> list[str]:
     """Return arguments for three training steps."""
-    return [
-        *tiny_lumina_arguments, "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
-        "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
-        "networks.lora_lumina", "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "3", "--seed",
-        "5", "--max_data_loader_n_workers", "0", "--gemma2_max_token_length", "60", "--system_prompt", SYSTEM,
-    ]  # fmt: skip
+    words = ["--gemma2_max_token_length", "60", "--system_prompt", SYSTEM]
+    return [*tiny_lumina_arguments, *small_run(images, tmp_path, "networks.lora_lumina", "3"), *words]
 
 
 @pytest.fixture
 def train_lumina(train: Train) -> Train:
     return partial(train, script="lumina_train_network")
-
-
-def load_saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
-    return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
 @pytest.mark.nightly

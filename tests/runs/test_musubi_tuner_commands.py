@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.checkpoints.files import read_metadata
-from tests.running import ROOT, Finished
+from tests.running import ROOT, Finished, small_run
 from tests.runs.musubi_tuner import paths_of, run_command
 from tests.tiny.base import Dit
 from tests.tiny.bases import BASES
@@ -76,12 +76,7 @@ def model(dit: Dit, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture
 def run(train: Train, name: str, model: list[str], images: Path, tmp_path: Path) -> Train:
     """Return `run(...)`, which trains two steps with more options."""
-    arguments = [
-        *model, "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
-        "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
-        BASES[name].module, "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "2", "--seed", "5",
-        "--max_data_loader_n_workers", "0",
-    ]  # fmt: skip
+    arguments = [*model, *small_run(images, tmp_path, BASES[name].module, "2")]
     return lambda *more: train([*arguments, *more], BASES[name].script)
 
 

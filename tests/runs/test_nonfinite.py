@@ -16,14 +16,10 @@ from library.training.loop import loop
 from library.training.run import optimization
 from library.training.run_parts import Run
 from library.training.step.context import StepContext
-from tests.running import Finished
+from tests.running import Finished, load_saved
 
 Train = Callable[..., Finished]
 Weights = dict[str, torch.Tensor]
-
-
-def load_saved(tmp_path: Path, name: str) -> Weights:
-    return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
 def are_equal(a: Weights, b: Weights) -> bool:

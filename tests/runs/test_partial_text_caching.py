@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from library.checkpoints.files import load_state_dict
-from tests.running import Finished, make_images
+from tests.running import Finished, load_saved, make_images
 from tests.tiny.bases import BASES
 
 Run = Callable[..., Finished]
@@ -33,10 +32,6 @@ def run(train: Callable[..., Finished], tmp_path: Path) -> Run:
         ], script=base.script)  # fmt: skip
 
     return start
-
-
-def load_saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_state_dict(tmp_path / "out" / f"{name}.safetensors")
 
 
 def images_of(tmp_path: Path, name: str) -> list[bytes]:

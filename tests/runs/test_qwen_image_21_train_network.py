@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
-from tests.running import Finished, make_images
+from tests.running import Finished, load_saved, make_images
 from tests.tiny.qwen_image_21 import build_tiny_qwen_image_21
 from tools import choose_checkpoint
 
@@ -34,10 +33,6 @@ def settings(config: Path, tmp_path: Path) -> list[str]:
         "--network_module", "networks.lora_qwen_image_21", "--network_dim", "4", "--learning_rate", "1e-3",
         "--max_train_steps", "4", "--seed", "5", "--max_data_loader_n_workers", "0",
     ]  # fmt: skip
-
-
-def load_saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
-    return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
 def are_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

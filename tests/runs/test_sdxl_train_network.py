@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.running import Finished
+from tests.running import Finished, small_run
 
 Train = Callable[..., Finished]
 SDXL = "sdxl_train_network"
@@ -19,11 +19,10 @@ SDXL = "sdxl_train_network"
 def sdxl_arguments(tiny_sdxl_folder: Path, images: Path, tmp_path: Path) -> list[str]:
     """Return arguments for two training steps on the tiny model."""
     return [
-        "--pretrained_model_name_or_path", str(tiny_sdxl_folder), "--train_data_dir", str(images),
-        "--caption_extension", ".txt", "--resolution", "64", "--train_batch_size", "2", "--output_dir",
-        str(tmp_path / "out"), "--output_name", "mine", "--network_module", "networks.lora", "--network_dim", "4",
-        "--learning_rate", "1e-3", "--max_train_steps", "2", "--seed", "5", "--max_data_loader_n_workers", "0",
-    ]  # fmt: skip
+        "--pretrained_model_name_or_path",
+        str(tiny_sdxl_folder),
+        *small_run(images, tmp_path, "networks.lora", "2"),
+    ]
 
 
 def up_factors(path: Path) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.running import Finished
+from tests.running import Finished, small_run
 from tests.runs.musubi_tuner import paths_of
 from tests.tiny.zimage import CONFIG, DIT, build_tiny_zimage
 
@@ -31,12 +31,7 @@ def train_zimage(train: Train) -> Train:
 @pytest.fixture
 def arguments(tiny_arguments: list[str], images: Path, tmp_path: Path) -> list[str]:
     """Return arguments for two training steps."""
-    return [
-        *tiny_arguments, "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
-        "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
-        "networks.lora_zimage", "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "2", "--seed",
-        "5", "--max_data_loader_n_workers", "0",
-    ]  # fmt: skip
+    return [*tiny_arguments, *small_run(images, tmp_path, "networks.lora_zimage", "2")]
 
 
 @pytest.fixture

@@ -87,15 +87,19 @@ def test_the_text_encoder_may_be_kept_in_8_bits(name: str, tiny: list[str]) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "dtype", "more"),
+    [("no", torch.float32, []), ("bf16", torch.bfloat16, ["--no_half_vae"]), ("fp16", torch.float16, [])],
+)
 @pytest.mark.parametrize("base", BASES)
-def test_models_are_loaded_frozen_and_in_the_precision_of_the_run(base: str, precision: str, tmp_path: Path) -> None:
-    words = [*BASES[base].build(tmp_path), "--mixed_precision", precision, "--no_half_vae"]
+def test_models_are_loaded_frozen_and_in_the_precision_of_the_run(
+    base: str, precision: str, dtype: torch.dtype, more: list[str], tmp_path: Path
+) -> None:
+    words = [*BASES[base].build(tmp_path), "--mixed_precision", precision, *more]
     spec = BASES[base].spec
     load = spec.build(parse_options(spec, words)).load
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     models = [(model, dtype) for model in (load.denoiser(), *load.text_encoders())]
-    for model, expected in (*models, (load.vae(), torch.float32)):
+    for model, expected in (*models, (load.vae(), torch.float32 if more else dtype)):
         assert {weight.dtype for weight in model.parameters()} == {expected}
         assert not any(weight.requires_grad for weight in model.parameters())
         assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))

@@ -10,10 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.anima.options import AnimaOptions
-from library.diffusion.flow import IGNORES, FlowMatching, Target, build_sampled_flow
+from library.diffusion.flow import FlowMatching, Target, build_sampled_flow
 from library.diffusion.timesteps import build_shifted_scheme
-from library.options.no_effect import find_unused
 from library.options.train import TrainOptions
 from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
 from library.options.training.loss import LossOptions
@@ -263,22 +261,6 @@ def test_settings_without_effect_are_warned_about(
     caplog: pytest.LogCaptureFixture, settings: dict[str, Any], message: str
 ) -> None:
     assert message in build_with_warnings(caplog, **settings)[1]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"logit_mean": 0.5}, "--logit_mean has no effect with --weighting_scheme uniform; it is for logit_normal"),
-        ({"sigmoid_scale": 2.0, "timestep_sampling": "uniform"}, "--sigmoid_scale has no effect with"),
-        ({"discrete_flow_shift": 2.0, "timestep_sampling": "flux_shift"}, "--discrete_flow_shift has no effect with"),
-        ({"noise_offset": 0.1}, "--noise_offset has no effect: it is for DDPM models"),
-        ({"min_snr_gamma": 5.0}, "--min_snr_gamma has no effect: it is for DDPM models"),
-    ],
-)
-def test_settings_of_other_objectives_are_reported_as_unused(settings: dict[str, Any], message: str) -> None:
-    assert list(find_unused(AnimaOptions(), IGNORES)) == []
-    (line,) = find_unused(AnimaOptions().with_values(settings), IGNORES)
-    assert line.startswith(message)
 
 
 def test_a_kept_shape_is_the_distribution_cut_off_at_the_range() -> None:

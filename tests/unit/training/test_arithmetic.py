@@ -37,24 +37,6 @@ def check_device(options: TrainOptions) -> None:
     check_arithmetic(BaseFormats.load(options.precision).denoiser, module, build(options), COMPUTE)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"base_format": "nf4"}, r"--base_format nf4 has none; use --base_format fp8 or int8 or int8_rotated"),
-        ({"base_format": "bf16"}, r"--base_format bf16 has none"),
-        ({"base_weights": ["a.safetensors"]}, r"--base_weights are merged into are whole again; add --base_format"),
-        (
-            {"base_format": "int8", "fit": "8GB", "fit_formats": ["fp8"]},
-            r"--fit_formats does not work with --base_arithmetic 8bit: .* set --base_format",
-        ),
-    ],
-    ids=["nf4", "bf16", "merged", "fitted"],
-)
-def test_other_weight_formats_are_refused(values: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        check(make_options(**values))
-
-
 @pytest.mark.parametrize("form", EIGHT_BIT_FORMATS)
 def test_8_bit_formats_and_one_old_name_are_accepted(form: str) -> None:
     check(make_options(base_format=form))

@@ -15,11 +15,9 @@ from library.architectures.flux.options import FluxModelOptions
 from library.architectures.sd3.options import Sd3TrainingOptions
 from library.checkpoints.folders import ADDED_TO_NAMES, LONGEST_ON_WINDOWS, atomic_folder
 from library.data.sources.storage.object_storage import SIGNED, URL
-from library.errors import UserError
 from library.options.base import group
 from library.options.machine.compiling import CompileOptions
 from library.options.model import ModelOptions
-from library.options.no_effect import find_unused
 from library.options.requirements import unsupported
 from library.options.train import TrainOptions
 from library.training.command_line import checks
@@ -98,10 +96,6 @@ def test_an_unsupported_option_stops_the_run(name: str) -> None:
     assert refusal_of(**{name: value}).startswith(f"--{name} is not supported: ")
 
 
-def test_cuda_graphs_is_refused_and_compile_is_named() -> None:
-    assert refusal_of(cuda_graphs=True).endswith("Use --compile instead, which is available for every base model.")
-
-
 def test_all_unsupported_options_are_listed_in_one_message() -> None:
     lines = refusal_of(zero_stage=3, deepspeed=True).splitlines()
     assert [line.split()[0] for line in lines] == ["--deepspeed", "--zero_stage"]
@@ -130,43 +124,6 @@ def test_the_replacement_for_deepspeed_is_named(flag: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("sample_prompts", "prompts.txt"),
-        ("sample_sampler", "euler_a"),
-        ("zero_stage", 3),
-        ("zero3_init_flag", True),
-        ("ddp_static_graph", True),
-        ("ddp_static_graph", True),
-        ("dynamo_backend", "eager"),
-        ("noise_offset_random_strength", True),
-        ("multires_noise_discount", 0.5),
-        ("ip_noise_gamma_random_strength", True),
-        ("base_weights_multiplier", [0.5]),
-        ("bucket_no_upscale", True),
-        ("save_last_n_steps", 100),
-        ("save_last_n_epochs", 2),
-        ("save_last_n_steps_state", 100),
-        ("save_last_n_epochs_state", 2),
-        ("save_state_to_huggingface", True),
-        ("async_upload", True),
-        ("huggingface_path_in_repo", "loras"),
-        ("resume_from_huggingface", True),
-        ("skip_cache_check", True),
-        ("log_prefix", "a"),
-        ("huber_c", 0.2),
-        ("huber_scale", 2.0),
-        ("huber_schedule", "constant"),
-        ("zero_terminal_snr", True),
-    ],
-)
-def test_an_option_without_effect_warns_once(caplog: pytest.LogCaptureFixture, name: str, value: Any) -> None:
-    warnings = warnings_of(caplog, **{name: value})
-    assert len(warnings) == 1
-    assert warnings[0].startswith(f"--{name} ")
-
-
-@pytest.mark.parametrize(
     "values",
     [
         {"noise_offset_random_strength": True, "noise_offset": 0.1},
@@ -187,18 +144,6 @@ def test_an_option_without_effect_warns_once(caplog: pytest.LogCaptureFixture, n
 )
 def test_an_option_with_an_effect_does_not_warn(caplog: pytest.LogCaptureFixture, values: dict[str, Any]) -> None:
     assert warnings_of(caplog, **values) == []
-
-
-def test_rates_of_a_part_that_is_not_trained_warn(caplog: pytest.LogCaptureFixture) -> None:
-    assert "--text_encoder_lr" in warnings_of(caplog, network_train_unet_only=True, text_encoder_lr=[1e-5])[0]
-    caplog.clear()
-    assert "--unet_lr" in warnings_of(caplog, network_train_text_encoder_only=True, unet_lr=1e-5)[0]
-
-
-def test_two_options_for_the_starting_point_warn(caplog: pytest.LogCaptureFixture) -> None:
-    assert "--initial_epoch" in warnings_of(caplog, initial_epoch=2, initial_step=10)[0]
-    caplog.clear()
-    assert "--autoresume" in warnings_of(caplog, autoresume=True, resume="a-state")[0]
 
 
 def test_a_rank_together_with_dim_from_weights_warns(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
@@ -227,59 +172,6 @@ def test_debug_dataset_needs_no_model_and_no_output() -> None:
     check(make_options(debug_dataset=True, network_module=None, pretrained_model_name_or_path=None, output_dir=None))
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"adaptive_noise_scale": 0.1},
-        {"adaptive_noise_scale": 0.1, "noise_offset": 0.0},
-        {"scale_v_pred_loss_like_noise_pred": True},
-        {"v_pred_like_loss": 0.5, "v_parameterization": True},
-        {"full_fp16": True, "mixed_precision": "bf16"},
-        {"full_bf16": True},
-        {"use_8bit_adam": True, "use_lion_optimizer": True},
-        {"use_8bit_adam": True, "optimizer_type": "AdamW"},
-        {"use_lion_optimizer": True, "optimizer_type": "Lion"},
-        {"network_train_unet_only": True, "network_train_text_encoder_only": True},
-        {"dim_from_weights": True},
-        {"network_weights": "no/such/file.safetensors"},
-        {"metadata_thumbnail": "no/such/picture.png"},
-        {"base_weights": ["no/such/file.safetensors"]},
-        {"min_timestep": 501, "max_timestep": 500},
-        {"min_timestep": 1001},
-        {"max_timestep": 1001},
-        {"log_with": "tensorboard"},
-        {"min_bucket_reso": 512, "max_bucket_reso": 256, "enable_bucket": True},
-        {"mixed_precision": "fp8"},
-        {"save_precision": "fp64"},
-        {"loss_type": "mse"},
-        {"log_with": "none"},
-        {"max_train_steps": 0},
-        {"max_train_epochs": -1},
-        {"train_batch_size": 0},
-        {"gradient_accumulation_steps": -2},
-        {"network_dim": 0},
-        {"network_alpha": -1},
-        {"keep_tokens": -1},
-        {"caption_dropout_rate": 1.5},
-        {"network_dropout": -0.1},
-        {"learning_rate": float("nan")},
-        {"text_encoder_lr": [-1e-5]},
-        {"text_encoder_lr": [1e-5, float("inf")]},
-        {"max_grad_norm": -1.0},
-        {"seed": 2**70},
-        {"initial_epoch": 0},
-        {"initial_step": -1},
-        {"save_last_n_steps_state": -1},
-    ],
-    ids=str,
-)
-def test_conflicting_options_are_named_with_their_values(values: dict[str, Any]) -> None:
-    message = refusal_of(**values)
-    assert any(f"--{name}" in message for name in values)
-    numbers = [value for value in values.values() if isinstance(value, int | float) and not isinstance(value, bool)]
-    assert not numbers or any(str(number) in message for number in numbers)
-
-
 def test_more_multipliers_than_files_are_refused(tmp_path: Path) -> None:
     weights = tmp_path / "a.safetensors"
     weights.touch()
@@ -304,32 +196,6 @@ def test_rules_refer_to_existing_options() -> None:
     facts = AllOptions.facts().values()
     named = {need.partition("=")[0] for f in facts for need in f.needs} | {f.unless for f in facts if f.unless}
     assert len(named) > 10 and named - {"cache_text_encoder_outputs_to_disk"} <= option_names
-
-
-def test_options_without_effect_on_the_base_model_are_reported_with_the_reason() -> None:
-    ignores = {"clip_skip": "it has no CLIP", "noise_offset": "it is a flow"}
-    assert list(find_unused(make_options(clip_skip=2), ignores)) == ["--clip_skip has no effect: it has no CLIP"]
-    assert list(find_unused(make_options(), ignores)) == []
-
-
-def test_lowram_is_said_to_have_no_effect() -> None:
-    (line,) = find_unused(make_options(lowram=True), {})
-    assert line.startswith("--lowram has no effect: models are loaded one after the other through main memory")
-
-
-@pytest.mark.parametrize(
-    ("values", "line"),
-    [
-        ({"huber_c": 0.2}, "--huber_c has no effect with --loss_type l2; it is for huber or smooth_l1"),
-        (
-            {"save_last_n_epochs": 2},
-            "--save_last_n_epochs has no effect without --save_every_n_epochs or --save_n_epoch_ratio",
-        ),
-        ({"autoresume": True, "resume": "a"}, "--autoresume has no effect with --resume"),
-    ],
-)
-def test_an_unmet_requirement_is_named(values: dict[str, Any], line: str) -> None:
-    assert list(find_unused(make_options(**values), {})) == [line]
 
 
 def test_a_learning_rate_too_low_to_train_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
@@ -380,12 +246,6 @@ def test_a_learning_rate_that_destroys_an_adapter_is_warned_about(
 ) -> None:
     lines = [line for line in warnings_of(caplog, **values) if "destroys an adapter" in line]
     assert [line.split(" is ")[0].removeprefix("--") for line in lines] == flags
-
-
-@pytest.mark.parametrize("values", [{"ddp_timeout": -1}, {"max_data_loader_n_workers": 10**9}, {"min_timestep": 1001}])
-def test_invalid_numbers_are_refused(values: dict[str, Any]) -> None:
-    ((name, value),) = values.items()
-    assert refusal_of(**values).startswith(f"--{name} is {value}; use at ")
 
 
 def test_previews_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -535,20 +395,9 @@ def test_a_name_without_letters_is_refused(name: str) -> None:
     assert refusal_of(output_name=name).startswith(f"--output_name is {name!r}; give a name with letters or digits")
 
 
-@pytest.mark.parametrize("value", [10**30, 2**63])
-def test_a_number_outside_the_range_of_a_tensor_is_refused(value: int) -> None:
-    assert f"--max_bucket_reso is {value}; use a number below 2^63" in refusal_of(max_bucket_reso=value)
-
-
 @pytest.mark.parametrize("name", ["m", "my cat.v2", "学習", ".hidden", "m-000001", None, ""])
 def test_a_plain_name_is_accepted(name: str | None) -> None:
     check(make_options(output_name=name))
-
-
-def test_two_storage_formats_for_the_same_weights_are_refused() -> None:
-    message = refusal_of(fp8_base=True, base_format="nf4", mixed_precision="bf16")
-    assert message.startswith("--fp8_base does not work with --base_format nf4: each names a format of the same")
-    check(make_options(fp8_base=True, base_format="fp8", mixed_precision="bf16"))
 
 
 @pytest.mark.parametrize("name", ["cpu_offload_checkpointing", "gradient_checkpointing_every"])
@@ -594,27 +443,6 @@ def test_compile_modes_with_cuda_graphs_are_compiled_without_them(
 ) -> None:
     assert compile_settings(CompileOptions(compile=True, compile_mode=mode)).mode == compiled
     assert ("uses CUDA graphs" in caplog.text) is is_warned
-
-
-def test_options_of_charts_need_charts(tmp_path: Path) -> None:
-    for values in ({"log_tracker_name": "x"}, {"log_config": True}, {"log_tracker_config": "t.toml"}):
-        (line,) = find_unused(make_options(**values), {})
-        assert line.endswith("has no effect without --logging_dir or --log_with wandb or all")
-        assert not list(find_unused(make_options(**values, log_with="wandb"), {}))
-    with pytest.raises(UserError, match="--log_tracker_config"):
-        check(make_options(logging_dir=str(tmp_path), log_tracker_config=str(tmp_path / "missing.toml")))
-
-
-def test_metadata_that_no_file_holds_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    """--no_metadata leaves the modelspec keys, and with them the title."""
-    texts = {"metadata_title": "x", "training_comment": "y"}
-    assert warnings_of(caplog, **texts) == []
-    assert warnings_of(caplog, **texts, no_metadata=True) == ["--training_comment has no effect with --no_metadata"]
-    caplog.clear()
-    assert warnings_of(caplog, **texts, save_model_as="ckpt") == [
-        f"--{name} has no effect: files of --save_model_as ckpt hold no metadata"
-        for name in ("training_comment", "metadata_title")
-    ]
 
 
 @pytest.mark.parametrize("pattern", [checks.PASSWORD, SIGNED, URL], ids=["PASSWORD", "SIGNED", "URL"])

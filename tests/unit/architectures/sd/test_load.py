@@ -148,26 +148,6 @@ def test_another_vae_replaces_that_of_the_checkpoint(open_sd, tiny_sd_folder, tm
     assert not torch.equal(actual["decoder.conv_in.weight"], original["decoder.conv_in.weight"])
 
 
-@pytest.mark.parametrize(
-    ("mixed_precision", "no_half_vae", "dtype", "vae_dtype"),
-    [
-        ("no", False, torch.float32, torch.float32),
-        ("fp16", False, torch.float16, torch.float16),
-        ("bf16", False, torch.bfloat16, torch.bfloat16),
-        ("bf16", True, torch.bfloat16, torch.float32),
-    ],
-)
-def test_models_are_loaded_frozen_and_in_the_training_dtype(
-    open_sd, tiny_sd_file, mixed_precision, no_half_vae, dtype, vae_dtype
-):
-    load = open_sd(tiny_sd_file, mixed_precision, no_half_vae=no_half_vae).load
-    for model, expected in ((load.denoiser(), dtype), (load.text_encoders()[0], dtype), (load.vae(), vae_dtype)):
-        assert {p.dtype for p in model.parameters()} == {expected}
-        assert not any(p.requires_grad for p in model.parameters())
-        assert not any(m.training for m in model.modules())
-        assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"cpu"}
-
-
 class Allocations(TorchDispatchMode):
     """A dispatch mode that counts the bytes allocated and the random numbers drawn on the CPU."""
 

@@ -1,0 +1,91 @@
+"""Keys and shapes of adapter files of full-size transformers, which other programs rely on, as listed from them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from networks import lora_anima, lora_flux, lora_hunyuan_image, lora_lumina
+from tests.contracts import (
+    test_chroma_keys,
+    test_lora_keys_anima,
+    test_lora_keys_flux1,
+    test_lora_keys_hunyuan_image,
+    test_lora_keys_lumina2,
+)
+from tests.contracts.saved_tensors import listed_shapes, saved_shapes, saved_tensors
+
+pytestmark = pytest.mark.slow
+Shapes = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What sd-scripts saves of a base model, with its default and other arguments."""
+
+    network_module: Any
+    facts: Mapping[str, Any]
+    models: Callable[[], Any]
+    from_file: tuple[Mapping[str, str], ...] = ({},)  # arguments of files from which networks are made
+    left_out: tuple[str, ...] = ()  # variants that differ here on purpose
+    renamed: Callable[[Mapping[str, list[int]]], Shapes] = dict
+
+
+LISTED = {
+    "anima": Listed(
+        lora_anima, test_lora_keys_anima.FACTS, test_lora_keys_anima.full_size_models,
+        ({"train_llm_adapter": "True", "include_patterns": ".*"},),
+    ),
+    "flux": Listed(
+        lora_flux, test_lora_keys_flux1.FACTS, test_lora_keys_flux1.full_size_models,
+        ({"train_t5xxl": "True"}, {"in_dims": "[5,6,7,8,9]"}),
+    ),
+    "chroma": Listed(
+        lora_flux, test_chroma_keys.LORA, test_chroma_keys.full_size_models,
+        ({"train_approximator": "True", "train_t5xxl": "True", "in_dims": "2,0,0,0,2"},),
+    ),
+    "lumina": Listed(
+        lora_lumina, test_lora_keys_lumina2.LORA, test_lora_keys_lumina2.full_size_models,
+        ({"embedder_dims": "[5,6,7]"},), ("mlp_dim", "train_block_indices"),
+    ),
+    "hunyuan_image": Listed(
+        lora_hunyuan_image, test_lora_keys_hunyuan_image.FACTS, test_lora_keys_hunyuan_image.full_size_models,
+        renamed=test_lora_keys_hunyuan_image.convert_to_comfy,
+    ),
+}  # fmt: skip
+VARIANTS = [
+    (name, variant)
+    for name, listed in LISTED.items()
+    for variant in listed.facts["variants"]
+    if not any(word in variant for word in listed.left_out)
+]
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_the_default_has_the_listed_keys(name: str) -> None:
+    listed = LISTED[name]
+    actual = saved_shapes(listed.network_module.create_network, listed.models())
+    assert actual == listed.renamed(listed.facts["default"]) and len(actual) > 500
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_network_arguments_give_the_listed_keys_and_shapes(name: str, variant: str) -> None:
+    listed, wanted = LISTED[name], LISTED[name].facts["variants"][variant]
+    sides = wanted.get("train_text_encoder", True), wanted.get("train_unet", True)
+    create = listed.network_module.create_network
+    actual = saved_shapes(create, listed.models(), *sides, **wanted["network_args"])
+    assert actual == listed.renamed(listed_shapes(listed.facts, variant))
+    assert len(actual) == wanted["num_keys"]
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_a_network_from_a_file_has_the_keys_of_the_file(name: str) -> None:
+    listed = LISTED[name]
+    for arguments in listed.from_file:
+        shapes = saved_shapes(listed.network_module.create_network, listed.models(), **arguments)
+        file = {key: torch.ones(()) if not s else torch.empty(s, device="meta") for key, s in shapes.items()}
+        with torch.device("meta"):
+            network, _ = listed.network_module.create_network_from_weights(1.0, "file", None, *listed.models(), file)
+        assert {key: list(tensor.shape) for key, tensor in saved_tensors(network).items()} == shapes
