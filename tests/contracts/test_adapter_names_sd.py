@@ -10,9 +10,6 @@ from library.models.clip.clip import empty_clip
 from library.models.unet.unet import empty_unet
 from networks.core.targets.targets import TargetModule, find_target_modules
 from tests.contracts.test_base_keys import parts
-from tests.tiny.sd import full_size_keys
-
-RANK = 4
 
 
 @pytest.fixture(scope="module")
@@ -33,28 +30,6 @@ def sites_of(
     (text,) = targets.text_encoders
     classes = targets.denoiser.blocks + (targets.denoiser.conv_blocks if with_conv else ())
     return find_target_modules(text, text_view, text.blocks), find_target_modules(targets.denoiser, unet, classes)
-
-
-def shapes_of(site: TargetModule) -> dict[str, list[int]]:
-    """Return the names and shapes of a rank 4 LoRA on one layer."""
-    out, inner, *kernel = site.module.weight.shape
-    ones = [1] * len(kernel)
-    return {
-        f"{site.name}.alpha": [],
-        f"{site.name}.lora_down.weight": [RANK, inner, *kernel],
-        f"{site.name}.lora_up.weight": [out, RANK, *ones],
-    }
-
-
-def test_names_and_shapes_match_existing_files(models):
-    text, unet = sites_of(models)
-    assert (len(text), len(unet)) == (72, 192)
-    actual = {name: shape for site in text + unet for name, shape in shapes_of(site).items()}
-    assert actual == full_size_keys()["lora"]
-
-
-def test_the_unet_has_278_layers_with_convolutions(models):
-    assert len(sites_of(models, with_conv=True)[1]) == 278
 
 
 def test_every_unet_layer_belongs_to_one_of_the_25_blocks(models):

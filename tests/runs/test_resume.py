@@ -93,27 +93,6 @@ def test_resuming_is_exact_with_every_optimizer(
     interrupt_and_resume(train, [*arguments, "--optimizer_type", *optimizer], tmp_path, cuts=[3])
 
 
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        ["constant_with_warmup", "--lr_warmup_steps", "3"],
-        ["cosine", "--lr_warmup_steps", "2"],
-        ["cosine_with_restarts", "--lr_scheduler_num_cycles", "2"],
-        ["linear"],
-        ["polynomial"],
-        ["inverse_sqrt", "--lr_warmup_steps", "2"],
-        ["cosine_with_min_lr", "--lr_scheduler_min_lr_ratio", "0.1"],
-        ["warmup_stable_decay", "--lr_warmup_steps", "2", "--lr_decay_steps", "3"],
-    ],
-    ids=lambda words: words[0],
-)
-@pytest.mark.nightly  # each schedule's state is tested in its unit tests
-def test_resuming_is_exact_with_every_schedule(
-    train: Train, arguments: list[str], tmp_path: Path, schedule: list[str]
-) -> None:
-    interrupt_and_resume(train, [*arguments, "--lr_scheduler", *schedule], tmp_path, cuts=[3])
-
-
 @pytest.mark.nightly
 @pytest.mark.parametrize(
     "extra",

@@ -34,21 +34,6 @@ def metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata())
 
 
-def test_a_run_trains_both_text_encoders_and_the_unet(train: Train, sdxl_arguments: list[str], tmp_path: Path) -> None:
-    done = train(sdxl_arguments, script=SDXL)
-    assert done.status == 0, done.stderr
-    ups = up_factors(tmp_path / "out" / "mine.safetensors")
-    for prefix in ("lora_te1_", "lora_unet_input_blocks_", "lora_unet_middle_block_1_", "lora_unet_output_blocks_"):
-        assert any(name.startswith(prefix) for name in ups)
-    # SDXL uses the penultimate layer's state and, from the second encoder, also the pooled output
-    idle = [name for name, up in ups.items() if not up.abs().max() > 0]
-    assert all(name.startswith("lora_te1_text_model_encoder_layers_1_") for name in idle)
-    actual = metadata(tmp_path / "out" / "mine.safetensors")
-    assert actual["ss_base_model_version"] == "sdxl_base_v1-0" and actual["ss_v2"] == "False"
-    assert actual["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
-    assert actual["modelspec.implementation"] == "https://github.com/Stability-AI/generative-models"
-
-
 def test_each_text_encoder_has_its_own_learning_rate(train: Train, sdxl_arguments: list[str], tmp_path: Path) -> None:
     done = train([*sdxl_arguments, "--text_encoder_lr", "0", "1e-3"], script=SDXL)
     assert done.status == 0, done.stderr
@@ -79,36 +64,12 @@ def test_cached_text_gives_the_same_loss_and_uses_sd_scripts_file_names(
     assert shapes == {"hidden_state1": (77, 32), "hidden_state2": (77, 48), "pool2": (48,)}
 
 
-def test_previews_are_drawn(train: Train, sdxl_arguments: list[str], tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a red cat --w 64 --h 64 --s 2 --d 1\n")
-    options = ["--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_at_first", "--network_train_unet_only"]
-    done = train([*sdxl_arguments, *options], script=SDXL)
-    assert done.status == 0, done.stderr
-    assert list((tmp_path / "out" / "sample").glob("*.png"))
-
-
 def test_v_prediction_with_zero_terminal_snr_trains(train: Train, sdxl_arguments: list[str], tmp_path: Path) -> None:
     options = ["--v_parameterization", "--zero_terminal_snr", "--min_snr_gamma", "5", "--network_train_unet_only"]
     done = train([*sdxl_arguments, *options], script=SDXL)
     assert done.status == 0, done.stderr
     assert all(loss == loss and loss < 100 for loss in done.losses)
     assert metadata(tmp_path / "out" / "mine.safetensors")["modelspec.prediction_type"] == "v"
-
-
-def test_the_error_for_another_models_checkpoint_names_its_script(
-    train: Train, sdxl_arguments: list[str], base_arguments: list[str], tiny_sd_file: Path, tiny_sdxl_file: Path
-) -> None:
-    wrong = train([*sdxl_arguments, "--pretrained_model_name_or_path", str(tiny_sd_file)], script=SDXL)
-    assert wrong.status == 1 and "this is an SD 1.x checkpoint; use train_network.py" in wrong.stderr
-    wrong = train([*base_arguments, "--pretrained_model_name_or_path", str(tiny_sdxl_file)])
-    assert wrong.status == 1 and "this is an SDXL checkpoint; use sdxl_train_network.py" in wrong.stderr
-
-
-def test_v2_is_rejected_and_clip_skip_has_no_effect(train: Train, sdxl_arguments: list[str]) -> None:
-    wrong = train([*sdxl_arguments, "--v2"], script=SDXL)
-    assert wrong.status == 1 and "--v2 does not work with SDXL: it is for Stable Diffusion 2.x" in wrong.stderr
-    warned = train([*sdxl_arguments, "--clip_skip", "2", "--network_train_unet_only"], script=SDXL)
-    assert warned.status == 0 and "--clip_skip has no effect: SDXL" in warned.stderr
 
 
 @pytest.mark.parametrize("model", ["tiny_sd2_folder", "tiny_sd2_file"])

@@ -226,16 +226,6 @@ def test_prior_loss_weight_scales_the_loss_of_regularisation_images(
     assert none.losses[-1] < full.losses[-1]
 
 
-def test_single_file_checkpoints_train_like_the_folder(
-    train: Train, base_arguments: list[str], tiny_sd_file: Path, tmp_path: Path
-) -> None:
-    train([*base_arguments, "--output_name", "folder"])
-    done = train([*base_arguments, "--output_name", "file", "--pretrained_model_name_or_path", str(tiny_sd_file)])
-    assert done.status == 0, done.stderr
-    folder, file = load_saved(tmp_path, "folder.safetensors"), load_saved(tmp_path, "file.safetensors")
-    assert all(torch.equal(folder[name], file[name]) for name in folder)
-
-
 def test_a_third_party_network_trains_and_saves(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
     options = ["--network_module", "lycoris.kohya", "--network_args", "algo=lokr", "preset=attn-mlp", "factor=4"]
     done = train([*base_arguments, *options])

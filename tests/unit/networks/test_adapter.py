@@ -6,7 +6,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.dropout import Dropout
@@ -149,15 +148,6 @@ def change_of(layer: nn.Module, adapter: Adapter, x: Tensor) -> Tensor:
     return change
 
 
-@pytest.mark.parametrize("drops", [Dropout(neuron=0.5), Dropout(rank=0.5), Dropout(module=0.9)])
-def test_dropout_is_inactive_in_evaluation(drops: Dropout) -> None:
-    layer = frozen(lambda: nn.Linear(6, 6), 81)
-    with_drops, without = adapted(layer, 82, drops=drops), adapted(layer, 82)
-    x = torch.randn(4, 6)
-    module_of(with_drops).eval()
-    torch.testing.assert_close(change_of(layer, with_drops, x), change_of(layer, without, x), **FLOAT32_SAME_MATH)
-
-
 def test_module_dropout_drops_the_whole_change_at_its_rate() -> None:
     layer = frozen(lambda: nn.Linear(6, 6), 91)
     adapter, without = adapted(layer, 92, drops=Dropout(module=0.25)), adapted(layer, 92)
@@ -204,41 +194,6 @@ def test_neuron_dropout_zeroes_single_values_and_scales_up_the_others() -> None:
     values = change.round(decimals=4).unique().tolist()
     assert values == [0.0, 2.0]
     assert change.mean().item() == pytest.approx(1.0, abs=0.1)
-
-
-@pytest.mark.parametrize("drops", [Dropout(neuron=0.5), Dropout(rank=0.5), Dropout(module=0.5)])
-def test_a_checkpointed_layer_is_recomputed_with_the_same_dropout(drops: Dropout) -> None:
-    layer = frozen(lambda: nn.Linear(6, 6), 121)
-    adapter = adapted(layer, 122, drops=drops)
-    adapter.install()
-    down = adapter.change.get_parameter("lora_down.weight")
-    x = torch.randn(5, 6, requires_grad=True)
-    torch.manual_seed(124)
-    for _ in range(5):
-        state = torch.get_rng_state()
-        plain = torch.autograd.grad(layer(x).square().sum(), (x, down), allow_unused=True)
-        torch.set_rng_state(state)
-        recomputed = torch.autograd.grad(
-            checkpoint(layer, x, use_reentrant=False).square().sum(), (x, down), allow_unused=True
-        )
-        for expected, actual in zip(plain, recomputed, strict=True):
-            assert (expected is None and actual is None) or torch.equal(expected, actual)
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_under_autocast_output_is_bf16_and_gradients_are_float32(name: str) -> None:
-    make, shape = LAYERS[name]
-    layer = frozen(make, 131)
-    adapter = adapted(layer, 132)
-    x = torch.randn(shape)
-    adapter.install()
-    exact = layer(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x)
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.05)
-    y.float().sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.change.parameters())
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -386,20 +386,6 @@ def test_dylora_arguments_warn_in_other_network_modules(caplog: pytest.LogCaptur
     assert "unit, train_all_ranks has no effect; it belongs to networks.dylora" in caplog.text
 
 
-def test_a_dylora_file_merges_and_reloads_as_a_plain_lora() -> None:
-    models = toy_models(53)
-    network = network_on(models, 54, unit="3", **CONV)
-    network.eval()
-    weights = {key: tensor.clone() for key, tensor in network.state_dict().items()}
-    expected = outputs(models, 55)
-    for module in (lora, dylora):
-        merged_models = toy_models(53)
-        other, tensors = module.create_network_from_weights(1.0, "x", None, *merged_models, weights, for_inference=True)
-        other.merge_to(*merged_models, tensors, torch.float32, "cpu")
-        for got, full in zip(outputs(merged_models, 55), expected, strict=True):
-            torch.testing.assert_close(got, full, **FLOAT32_SAME_MATH)
-
-
 def test_ranks_in_a_file_must_be_multiples_of_the_unit() -> None:
     models = toy_models(56)
     weights = network_on(models, 57, rank=6).state_dict()

@@ -1,6 +1,5 @@
 """Tucker cores, trained scalars, DoRA and norms in a complete network: names, files, learning rates, refusals."""
 
-import copy
 import logging
 import re
 from pathlib import Path
@@ -88,75 +87,6 @@ def test_keys_and_shapes_with_all_forms_combined() -> None:
     assert "lora_te_norm" not in network.adapters  # it is in no searched block
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_an_untrained_network_changes_nothing(form: str) -> None:
-    text, unet = toy_models(1511)
-    before = outputs(text, unet, 1512)
-    create_network(1.0, 4, 2.0, None, text, unet, **FORMS[form]).apply_to(text, unet)
-    assert_same(outputs(text, unet, 1512), before)
-
-
-@pytest.mark.parametrize("way", ["settings", "file", "merged"])
-@pytest.mark.parametrize("form", FORMS)
-def test_a_file_computes_the_same_however_it_is_loaded(tmp_path: Path, form: str, way: str) -> None:
-    network, text, unet = trained(1521, **FORMS[form])
-    expected = outputs(text, unet, 1522)
-    path = str(tmp_path / "x.safetensors")
-    network.save_weights(path, None, {})
-    network.remove()
-    assert (outputs(text, unet, 1522)[1] - expected[1]).abs().max() > 0.01
-    if way == "settings":
-        second = create_network(1.0, 4, 2.0, None, text, unet, **FORMS[form])
-        second.apply_to(text, unet)
-        second.load_weights(path)
-    elif way == "file":
-        second, _ = create_network_from_weights(1.0, path, None, text, unet)
-        second.apply_to(text, unet)
-        second.load_weights(path)
-        assert second.adapters.keys() == network.adapters.keys()
-    else:
-        second, weights = create_network_from_weights(1.0, path, None, text, unet, for_inference=True)
-        second.merge_to(text, unet, weights, torch.float32, "cpu")
-    assert_same(outputs(text, unet, 1522), expected)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_merging_at_a_strength_equals_the_network_installed_at_that_strength(form: str) -> None:
-    network, text, unet = trained(1531, **FORMS[form])
-    merged_text, merged_unet = copy.deepcopy(toy_models(1531))
-    network.set_multiplier(0.6)
-    weights = {f"{n}.{leaf}": t for n, a in network.adapters.items() for leaf, t in a.change.stored_tensors().items()}
-    other, _ = create_network_from_weights(0.6, "file", None, merged_text, merged_unet, weights, for_inference=True)
-    other.merge_to(merged_text, merged_unet, weights, torch.float32, "cpu")
-    assert_same(outputs(merged_text, merged_unet, 1532), outputs(text, unet, 1532))
-    network.set_multiplier(0.0)
-    assert_same(outputs(text, unet, 1532), outputs(*toy_models(1531), 1532), rtol=0, atol=0)
-
-
-def test_the_trained_scalar_is_folded_into_the_file_and_reloads_as_1(tmp_path: Path) -> None:
-    network, _, _ = trained(1541, use_scalar="True")
-    adapter = network.adapters[LINEAR]
-    assert isinstance(adapter, Adapter) and adapter.change.scalar is not None
-    adapter.change.scalar.data.fill_(-0.25)
-    network.save_weights(str(tmp_path / "x.safetensors"), None, {})
-    tensors = load_state_dict(tmp_path / "x.safetensors")
-    assert torch.equal(tensors[f"{LINEAR}.lora_up.weight"], -0.25 * adapter.change.get_parameter("lora_up.weight"))
-    assert not any("scalar" in key for key in tensors)
-    network.load_weights(str(tmp_path / "x.safetensors"))
-    assert adapter.change.scalar.item() == 1.0
-
-
-def test_the_scalar_is_trained_from_the_first_step_and_the_factors_from_the_second() -> None:
-    text, unet = toy_models(1551)
-    network = create_network(1.0, 4, 2.0, None, text, unet, use_scalar="True")
-    network.apply_to(text, unet)
-    outputs(text, unet, 1552)[1].square().sum().backward()
-    adapter = network.adapters[LINEAR]
-    grads = {name: parameter.grad for name, parameter in adapter.change.named_parameters()}
-    assert all(grad is not None for grad in grads.values())
-    assert {name for name, grad in grads.items() if grad is not None and grad.abs().max() > 0} == {"scalar"}
-
-
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
 def test_magnitudes_are_saved_in_float32_whatever_the_precision(tmp_path: Path, precision: torch.dtype) -> None:
     network, _, _ = trained(1561, dora_wd="True")
@@ -222,15 +152,6 @@ def test_a_part_without_the_rest_of_its_module_is_named(tmp_path: Path, leaf: st
     torch.save({**trained(1611)[0].state_dict(), f"lora_unet_other.{leaf}": torch.ones(1)}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=re.escape(f"lora_unet_other has {leaf} alone; the file is incomplete")):
         trained(1612)[0].load_weights(str(tmp_path / "x.pt"))
-
-
-def test_loraplus_does_not_raise_the_rates_of_scalars_magnitudes_and_norms() -> None:
-    network = trained(1621, **EVERYTHING, loraplus_lr_ratio="4")[0]
-    groups, names = network.prepare_optimizer_params(1e-3, 1e-4, 1e-3)
-    by_name = dict(zip(names, groups, strict=True))
-    plus = {p for name in names if name.endswith("plus") for p in by_name[name]["params"]}
-    assert plus == {p for name, p in network.named_parameters() if name.endswith("lora_up.weight")}
-    assert by_name["unet plus"]["lr"] == pytest.approx(4e-4) and by_name["unet"]["lr"] == 1e-4
 
 
 def test_norms_use_the_learning_rate_of_their_block_and_rank_0_excludes_them() -> None:

@@ -14,7 +14,7 @@ from library.checkpoints.files import load_state_dict
 from networks import boft, loha, lokr, lora, oft_v2
 from networks.core.network.network import AdapterNetwork
 from tests.tolerances import FLOAT32_SAME_MATH
-from tests.unit.networks.test_forms import CONV, LINEAR, assert_same, outputs, perturb
+from tests.unit.networks.test_forms import CONV, FORMS, LINEAR, assert_same, outputs, perturb
 from tests.unit.networks.toy import toy_models
 
 LORAPLUS = "loraplus_lr_ratio"
@@ -34,6 +34,7 @@ class Case:
 
 EVERYTHING = {"conv_dim": "1", "use_tucker": "1", "use_scalar": "1", "train_norm": "1", "dora_wd": "1"}
 CASES: dict[str, Case] = {
+    "lora": Case(lora, 4, FORMS, scaled="lora_up.weight", fast="lora_up.weight", refused=()),
     "loha": Case(
         loha, 3,
         {
@@ -213,7 +214,7 @@ def test_incompatible_arguments_are_an_error_that_says_why(kind: str) -> None:
             )
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", CASES.keys() - {"lora"})
 def test_a_file_is_trained_further_only_with_its_own_network_module(tmp_path: Path, kind: str) -> None:
     path = str(tmp_path / "x.safetensors")
     network, text, unet = trained(kind, "plain", 7541)
@@ -258,7 +259,7 @@ def test_dropout_acts_only_in_training(kind: str, drop: str) -> None:
 
 @pytest.mark.parametrize("kind", CASES)
 def test_under_autocast_outputs_are_bf16_and_gradients_float32(kind: str) -> None:
-    form = "conv" if "conv" in CASES[kind].forms else "mixed"
+    form = next(form for form in ("conv", "mixed", "tucker") if form in CASES[kind].forms)
     network, text, unet = trained(kind, form, 7581)
     exact = outputs(text, unet, 7582)
     with torch.autocast("cpu", torch.bfloat16):
@@ -298,6 +299,7 @@ TOGETHER = {  # accepted by every kind, combined
     "down_lr_weight": "0.5", "mid_lr_weight": "2", "exclude_patterns": ".*time_emb.*", "verbose": "True",
 }  # fmt: skip
 OWN = {
+    "lora": {"dora_wd": "1", "use_tucker": "1", "rank_dropout": "0.1", LORAPLUS: "4", "conv_alpha": "2"},
     "loha": {"dora_wd": "1", "use_tucker": "1", "rank_dropout": "0.1", LORAPLUS: "4", "conv_alpha": "2"},
     "lokr": {"dora_wd": "1", "use_tucker": "1", "rank_dropout": "0.1", LORAPLUS: "4", "factor": "2", "conv_alpha": "2",
              "decompose_both": "1"},

@@ -181,12 +181,6 @@ def test_a_loraplus_ratio_only_multiplies_the_rate_and_is_warned_about(caplog: p
     assert "loraplus_unet_lr_ratio: networks.lora_fa trains up factors only" in caplog.text
 
 
-def test_a_cast_to_bf16_includes_the_frozen_factor() -> None:
-    network = lora_fa.create_network(1.0, 4, 2, None, *toy_models(12)).to(torch.bfloat16)
-    dtypes = {key.rpartition("lora_")[2]: t.dtype for key, t in network.state_dict().items() if "lora_" in key[9:]}
-    assert dtypes["down.weight"] == dtypes["up.weight"] == torch.bfloat16
-
-
 def test_limiting_the_norm_of_a_change_scales_only_its_up_factor() -> None:
     network = lora_fa.create_network(1.0, 4, 2, None, *toy_models(15), **CONV)
     randomize(network, 16)
@@ -195,11 +189,3 @@ def test_limiting_the_norm_of_a_change_scales_only_its_up_factor() -> None:
     for name, adapter in network.adapters.items():
         assert torch.equal(network.state_dict()[f"{name}.lora_down.weight"], before[f"{name}.lora_down.weight"])
         assert adapter.change.weight().norm() <= 0.5 * 1.0001
-
-
-def test_tucker_is_refused_as_an_argument_and_in_a_file() -> None:
-    with pytest.raises(ValueError, match="use_tucker does not work with this --network_module"):
-        lora_fa.create_network(1.0, 4, 2, None, *toy_models(13), **CONV, use_tucker="True")
-    weights = lora.create_network(1.0, 4, 2, None, *toy_models(13), **CONV, use_tucker="True").state_dict()
-    with pytest.raises(ValueError, match="was trained with use_tucker"):
-        lora_fa.create_network_from_weights(1.0, "x", None, *toy_models(13), weights)

@@ -9,7 +9,6 @@ import torch
 
 from networks.core.arguments.common import RateArguments
 from networks.lora import create_network, create_network_from_weights
-from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.toy import randomize, toy_models
 
 
@@ -85,39 +84,6 @@ def test_removing_restores_the_base_model() -> None:
     assert torch.equal(unet(x), before)
 
 
-def test_the_multiplier_scales_every_change() -> None:
-    text, unet = toy_models(8)
-    text = text.double()
-    network = create_network(1.0, 4, 2, None, text, unet).double()
-    randomize(network, 9)
-    network.apply_to(text, unet)
-    x = torch.randn(2, 3, 7, dtype=torch.float64)
-    layer = text.layers[0]
-
-    def at(multiplier: float) -> torch.Tensor:
-        network.set_multiplier(multiplier)
-        return layer(x)
-
-    torch.testing.assert_close(at(0.5) - at(0.0), (at(1.0) - at(0.0)) / 2, **FLOAT64)
-    assert (at(1.0) - at(0.0)).abs().max() > 0.01
-
-
-def test_a_merged_file_computes_what_the_installed_network_computes() -> None:
-    text, unet = toy_models(9)
-    merged_text, merged_unet = copy.deepcopy(text), copy.deepcopy(unet)
-    network = create_network(0.6, 4, 2, None, text, unet, conv_dim="3")
-    randomize(network, 10)
-    weights = {key: tensor.clone() for key, tensor in network.state_dict().items()}
-    network.apply_to(text, unet)
-    other, tensors = create_network_from_weights(
-        0.6, "file", None, merged_text, merged_unet, weights, for_inference=True
-    )
-    other.merge_to(merged_text, merged_unet, tensors, torch.float32, "cpu")
-    x_BTC, x_BCHW = torch.randn(2, 3, 7), torch.randn(1, 6, 4, 4)
-    torch.testing.assert_close(merged_text(x_BTC), text(x_BTC), **FLOAT32_SAME_MATH)
-    torch.testing.assert_close(merged_unet(x_BCHW), unet(x_BCHW), **FLOAT32_SAME_MATH)
-
-
 def test_merging_into_bf16_adds_in_float32_and_rounds_once() -> None:
     text, unet = toy_models(10)
     text = text.bfloat16()
@@ -176,13 +142,6 @@ def test_more_text_encoder_rates_than_encoders_warn(caplog: pytest.LogCaptureFix
     caplog.clear()
     assert groups_of([1e-5, 1e-5], None, 1e-3)["textencoder"] == (1e-5, 4)  # as kohya_ss writes one value
     assert not caplog.records
-
-
-def test_loraplus_puts_up_factors_in_groups_with_a_higher_rate() -> None:
-    got = groups_of([1e-4], 2e-4, 1e-3, loraplus_lr_ratio="4", loraplus_unet_lr_ratio="16")
-    assert got == {
-        "textencoder": (1e-4, 2), "textencoder plus": (4e-4, 2), "unet": (2e-4, 6), "unet plus": (32e-4, 6),
-    }  # fmt: skip
 
 
 def test_loraplus_for_one_part_does_not_affect_the_other() -> None:
