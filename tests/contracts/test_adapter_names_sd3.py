@@ -7,7 +7,6 @@ from torch import Tensor
 from library.architectures.sd3.adapter_names import NAMES
 from library.architectures.sd3.model import MMDiTConfig
 from library.checkpoints.adapter_names import ModuleNames
-from tests.recognising import base_of
 from tests.tiny.sd3 import CONFIGS, full_size_keys, mmdit_weights
 
 FACTS = full_size_keys()
@@ -19,29 +18,6 @@ def test_every_layer_of_the_denoiser_has_a_name(name: str) -> None:
     layers = {key.removesuffix(".weight") for key, shape in FACTS["mmdit"][name].items() if key.endswith(".weight")}
     norms = {layer for layer in layers if layer.endswith((".ln_q", ".ln_k"))}
     assert {f"diffusion_model.{layer}" for layer in layers - norms} <= BY_GENERIC.keys()
-
-
-@pytest.mark.parametrize("name", FACTS["lora"])
-def test_every_module_of_known_files_is_found_and_recognised(name: str) -> None:
-    facts = FACTS["lora"][name]
-    keys = dict(facts["default"])
-    for variant in facts["variants"].values():
-        keys |= variant["added"]
-    for stem in {key.partition(".")[0] for key in keys}:
-        module = NAMES.find(stem)
-        assert module is not None and module.kohya == stem
-    assert base_of(keys) == "sd3"
-
-
-@pytest.mark.parametrize("naming", ["kohya", "generic"])
-def test_every_spelling_finds_its_module(naming: str) -> None:
-    for module in NAMES.modules:
-        assert NAMES.find(getattr(module, naming)) is module
-
-
-def test_no_two_modules_share_a_spelling() -> None:
-    spellings = [name.replace(".", "_") for module in NAMES.modules for name in module.spellings]
-    assert len(spellings) == len(set(spellings))
 
 
 def convert_to_diffusers(module: ModuleNames, weight: Tensor) -> dict[str, Tensor]:

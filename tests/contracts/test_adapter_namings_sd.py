@@ -1,7 +1,5 @@
 """Adapter names of Stable Diffusion 1.x against those of the full-size checkpoint and of known adapter files."""
 
-import re
-
 import pytest
 
 from library.architectures.sd.adapter_names import NAMES
@@ -39,19 +37,6 @@ def test_kohya_names_match_known_files() -> None:
     in_files = {key.partition(".")[0] for key in FACTS["lora"]}
     assert len(in_files) == 264
     assert in_files <= {module.kohya for module in NAMES.modules}
-
-
-@pytest.mark.parametrize("naming", ["kohya", "generic", "diffusers"])
-def test_every_spelling_finds_its_module(naming: str) -> None:
-    for module in NAMES.modules:
-        name = getattr(module, naming)
-        assert NAMES.find(name) is module
-        assert NAMES.find(name.replace(".", "_")) is module
-
-
-def test_no_two_modules_share_a_spelling() -> None:
-    spellings = [re.sub(r"\.", "_", name) for m in NAMES.modules for name in (m.kohya, m.generic, str(m.diffusers))]
-    assert len(spellings) == len(set(spellings)) == 3 * len(NAMES.modules)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from library.architectures.anima.model import Anima, read_config
 from networks.lora_anima import create_network
 from tests.contracts.full_size import facts
 from tests.contracts.saved_tensors import saved_shapes
-from tests.recognising import base_of
 
 pytestmark = pytest.mark.slow
 
@@ -77,10 +76,6 @@ def test_each_of_40_blocks_has_the_same_adapted_layers() -> None:
     for key in added:
         module = NAMES.find(key.split(".")[0])
         assert module is not None and all(NAMES.find(name) == module for name in module.spellings)
-
-
-def test_files_are_recognised() -> None:
-    assert base_of(FACTS["default"]) == "anima"
 
 
 def test_diffusers_converts_generic_names_to_our_diffusers_names() -> None:

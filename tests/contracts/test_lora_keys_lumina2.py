@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from library.architectures.lumina.adapter_names import NAMES
 from library.architectures.lumina.checkpoint_keys import KEYS
 from library.architectures.lumina.gemma import GEMMA_PREFIXES, empty_gemma, gemma_component
 from library.architectures.lumina.load import read_denoiser
@@ -20,7 +19,6 @@ from library.models.loading import build_on_meta_device
 from networks.lora_lumina import create_network
 from tests.contracts.full_size import facts, shapes_of_model, weights_of_shapes
 from tests.contracts.saved_tensors import listed_shapes, saved_shapes
-from tests.recognising import base_of
 
 pytestmark = pytest.mark.slow
 
@@ -152,18 +150,3 @@ def test_split_attention_is_saved_as_plain_lora_of_three_times_the_rank(models: 
 def test_a_list_of_the_wrong_length_is_an_error(models: Models) -> None:
     with pytest.raises(ValueError, match="embedder_dims has 2 entries; it needs 3: x_embedder, t_embedder, cap_emb"):
         shapes_of(models, embedder_dims="[4,4]")
-
-
-def test_every_module_of_known_files_is_found_and_recognised() -> None:
-    keys = listed_shapes(LORA, "embedder_dims=[5,6,7]")
-    modules = {NAMES.find(key.partition(".")[0]) for key in keys}
-    assert modules == set(NAMES.modules)
-    assert base_of(keys) == "lumina"
-
-
-@pytest.mark.parametrize("naming", ["kohya", "generic"])
-def test_every_spelling_finds_its_module(naming: str) -> None:
-    for module in NAMES.modules:
-        assert NAMES.find(getattr(module, naming)) is module
-    spellings = [name.replace(".", "_") for module in NAMES.modules for name in module.spellings]
-    assert len(spellings) == len(set(spellings))

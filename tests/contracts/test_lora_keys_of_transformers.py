@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from library.architectures.specs import list_specs
+from library.checkpoints.base_model_spec import BaseModelSpec
+from library.checkpoints.recognition import recognise_adapter
 from networks import lora_anima, lora_flux, lora_hunyuan_image, lora_lumina
 from tests.contracts import (
     test_chroma_keys,
@@ -16,6 +19,8 @@ from tests.contracts import (
     test_lora_keys_lumina2,
 )
 from tests.contracts.saved_tensors import listed_shapes, saved_shapes, saved_tensors
+from tests.tiny.base import Base
+from tests.tiny.bases import BASES
 
 pytestmark = pytest.mark.slow
 Shapes = dict[str, list[int]]
@@ -89,3 +94,26 @@ def test_a_network_from_a_file_has_the_keys_of_the_file(name: str) -> None:
         with torch.device("meta"):
             network, _ = listed.network_module.create_network_from_weights(1.0, "file", None, *listed.models(), file)
         assert {key: list(tensor.shape) for key, tensor in saved_tensors(network).items()} == shapes
+
+
+@pytest.mark.parametrize("spec", [spec for spec in list_specs() if spec.names.modules], ids=lambda spec: spec.name)
+def test_every_spelling_finds_its_module_and_no_two_share_one(spec: BaseModelSpec) -> None:
+    for module in spec.names.modules:
+        assert all(spec.names.find(name) is module for name in (module.kohya, module.generic))
+    spellings = [name.replace(".", "_") for module in spec.names.modules for name in set(module.spellings)]
+    assert len(spellings) == len(set(spellings))
+
+
+@pytest.mark.parametrize("base", [base for base in BASES.values() if base.listing is not None], ids=lambda b: b.name)
+def test_every_module_of_known_files_is_found_and_recognised(base: Base) -> None:
+    assert base.listing is not None
+    listing = base.listing()
+    keys = dict(listing["default"])
+    for variant in listing.get("variants", {}).values():
+        keys |= variant["added"]
+    for name in {key.partition(".")[0] for key in keys}:
+        module = base.spec.names.find(name)
+        assert module is not None and name in module.spellings
+    shapes = {key: tuple(shape) for key, shape in keys.items()}
+    spec = recognise_adapter(list_specs(), shapes, {"ss_base_model_version": base.written[0]})
+    assert spec is not None and spec.name == base.spec.name

@@ -1,20 +1,16 @@
 """Chroma's previews and loss against diffusers' ChromaPipeline: the same folder, captions and seed, text to latents."""
 
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from flux_train_network import setup_parser
-from library.architectures.flux.assembly import build
 from library.architectures.flux.model import PATCH
-from library.architectures.flux.options import FluxOptions
 from library.models.patches import patchify
 from library.types import Prompt
 from tests.parity.test_preview import ours
+from tests.parity.tiny_models import open_run
 from tests.tiny.chroma import build_tiny_chroma, oracle_output
 from tests.tolerances import FLOAT32_SAMPLED
 
@@ -22,9 +18,7 @@ NUM_TOKENS = 20
 
 
 def run_of(arguments: list[str]) -> Any:
-    arch = build(FluxOptions.from_args(setup_parser().parse_args([*arguments, "--t5xxl_max_token_length", "20"])))
-    models = SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders())
-    return SimpleNamespace(arch=arch, models=models, device=torch.device("cpu"), autocast=nullcontext)
+    return open_run("chroma", [*arguments, "--t5xxl_max_token_length", "20"])
 
 
 def pipeline_of(folder: Path) -> Any:

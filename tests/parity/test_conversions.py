@@ -415,16 +415,6 @@ def test_unmerged_modules_of_base_weights_are_named(tmp_path: Path, caplog: pyte
     )
 
 
-def test_merge_lora_accepts_diffusers_names_of_every_layer(tmp_path: Path) -> None:
-    pair = PAIRS["flux"]()
-    save_safetensors(tmp_path / "theirs.safetensors", diffusers_file(pair))
-    words = ["--models", str(tmp_path / "theirs.safetensors"), "--save_to", str(tmp_path / "merged.safetensors")]
-    assert merge_lora.main(["--sd_model", build_tiny_flux(tmp_path / "model", SEED)[1], *words]) == 0
-    pair.seen.load_state_dict(load_state_dict(tmp_path / "merged.safetensors"))
-    actual = pair.predict()
-    torch.testing.assert_close(actual, predict_by_diffusers(pair, diffusers_file(pair)), **FLOAT32_DEEP)
-
-
 def test_merge_lora_accepts_lokr_on_parts_of_a_fused_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Merge such FLUX.1 files of SimpleTuner and ai-toolkit into a checkpoint, and into one LoRA of full rank."""
     pair = PAIRS["flux"]()

@@ -1,20 +1,16 @@
 """FLUX.1's previews against diffusers' FluxPipeline: the same folder, prompts and seed, from text to latents."""
 
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from flux_train_network import setup_parser
-from library.architectures.flux.assembly import build
 from library.architectures.flux.model import PATCH
-from library.architectures.flux.options import FluxOptions
 from library.models.patches import patchify
 from library.types import Prompt
 from tests.parity.test_preview import ours
+from tests.parity.tiny_models import open_run
 from tests.tiny.flux import build_tiny_flux
 from tests.tolerances import FLOAT32_SAMPLED
 
@@ -22,10 +18,7 @@ NUM_TOKENS = 24
 
 
 def run_of(arguments: list[str]) -> Any:
-    model_arguments = [*arguments, "--t5xxl_max_token_length", str(NUM_TOKENS), "--model_prediction_type", "raw"]
-    arch = build(FluxOptions.from_args(setup_parser().parse_args(model_arguments)))
-    models = SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders())
-    return SimpleNamespace(arch=arch, models=models, device=torch.device("cpu"), autocast=nullcontext)
+    return open_run("flux", [*arguments, "--t5xxl_max_token_length", str(NUM_TOKENS), "--model_prediction_type", "raw"])
 
 
 def pipeline_of(folder: Path, is_shifted: bool) -> Any:

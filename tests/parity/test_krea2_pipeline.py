@@ -1,19 +1,15 @@
 """Krea 2 from text to latents and images against diffusers' pipeline: the same folder, prompts and seed."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from krea2_train_network import setup_parser
-from library.architectures.krea2.assembly import build
-from library.architectures.krea2.options import Krea2Options
 from library.types import Prompt
 from tests.parity.test_preview import ours
+from tests.parity.tiny_models import open_run
 from tests.tiny.krea2 import build_tiny_krea2, oracle_output
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAMPLED
 
@@ -25,10 +21,7 @@ CAPTIONS = ["a red cat, sitting", "", "dog " * 600]
 
 
 def run_of(folder: Path, *more: str) -> Any:
-    model_arguments = ["--pretrained_model_name_or_path", str(folder), *more]
-    arch = build(Krea2Options.from_args(setup_parser().parse_args(model_arguments)))
-    models = SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders())
-    return SimpleNamespace(arch=arch, models=models, device=torch.device("cpu"), autocast=nullcontext)
+    return open_run("krea2", ["--pretrained_model_name_or_path", str(folder), *more])
 
 
 def pipeline_of(folder: Path, is_distilled: bool) -> Any:

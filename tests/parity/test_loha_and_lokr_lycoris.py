@@ -106,7 +106,7 @@ def test_layer_merged_weight_and_file_match_lycoris(name: str, form: str, is_dor
     their_y, their_grads = run(theirs)
     theirs.restore()
     torch.testing.assert_close(y, their_y, **CLOSE)
-    assert (y - alone).abs().max() > 0.01
+    assert (y - alone).abs().max() > 1e-3
     for one, other in zip(grads, their_grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()) + 1e-6)
     torch.testing.assert_close(ours.merged()["weight"], merged, **CLOSE)

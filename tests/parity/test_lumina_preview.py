@@ -1,19 +1,15 @@
 """Lumina Image 2.0 from text to latents against diffusers' Lumina2Pipeline: the same folder, prompts and seed."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from library.architectures.lumina.assembly import build
-from library.architectures.lumina.options import LuminaOptions
 from library.types import Prompt
-from lumina_train_network import setup_parser
 from tests.parity.test_preview import ours
+from tests.parity.tiny_models import open_run
 from tests.tiny.lumina import build_tiny_lumina
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAMPLED
 
@@ -26,10 +22,9 @@ PROMPT = Prompt(
 
 
 def run_of(arguments: list[str], system_prompt: str = SYSTEM) -> Any:
-    model_arguments = [*arguments, "--gemma2_max_token_length", str(NUM_TOKENS), "--system_prompt", system_prompt]
-    arch = build(LuminaOptions.from_args(setup_parser().parse_args(model_arguments)))
-    models = SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders())
-    return SimpleNamespace(arch=arch, models=models, device=torch.device("cpu"), autocast=nullcontext)
+    return open_run(
+        "lumina", [*arguments, "--gemma2_max_token_length", str(NUM_TOKENS), "--system_prompt", system_prompt]
+    )
 
 
 def pipeline_of(folder: Path) -> Any:

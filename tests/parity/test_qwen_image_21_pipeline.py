@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,16 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from library.architectures.qwen_image_21.assembly import build
-from library.architectures.qwen_image_21.options import QwenImage21Options
 from library.data.decoding.tensors import to_pixels
 from library.training.evaluation.preview import draw_latents, encode_prompts, seed_generator
 from library.training.failures.vae_memory import tile_vae
 from library.training.step.conditioning import CaptionMemo
 from library.training.step.context import Models, StepContext
 from library.types import CaptionWithImages, Prompt
-from qwen_image_21_train_network import setup_parser
 from tests.parity.test_preview import ours
+from tests.parity.tiny_models import open_run
 from tests.tiny.qwen_image_21 import build_tiny_qwen_image_21
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAMPLED
 
@@ -38,10 +35,7 @@ SHIFTS = {"base_shift": 0.5, "max_shift": 0.9, "base_image_seq_len": 256, "max_i
 
 
 def run_of(folder: Path) -> Any:
-    model_arguments = ["--pretrained_model_name_or_path", str(folder)]
-    arch = build(QwenImage21Options.from_args(setup_parser().parse_args(model_arguments)))
-    models = SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders())
-    return SimpleNamespace(arch=arch, models=models, device=torch.device("cpu"), autocast=nullcontext)
+    return open_run("qwen_image_21", ["--pretrained_model_name_or_path", str(folder)])
 
 
 def pipeline_of(folder: Path) -> Any:

@@ -1,21 +1,17 @@
 """Z-Image from text to latents against diffusers' ZImagePipeline: the same folder, prompts and seed."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from library.architectures.zimage.assembly import build
-from library.architectures.zimage.options import ZImageOptions
 from library.types import Prompt
 from tests.parity.test_preview import ours
+from tests.parity.tiny_models import open_run
 from tests.tiny.zimage import build_tiny_zimage
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAMPLED
-from zimage_train_network import setup_parser
 
 PROMPT = Prompt(
     text="a red cat", negative="a dog", width=64, height=96, seed=7, num_steps=5, scale=5.0, sampler=None,
@@ -24,10 +20,7 @@ PROMPT = Prompt(
 
 
 def run_of(folder: Path) -> Any:
-    model_arguments = ["--pretrained_model_name_or_path", str(folder)]
-    arch = build(ZImageOptions.from_args(setup_parser().parse_args(model_arguments)))
-    models = SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders())
-    return SimpleNamespace(arch=arch, models=models, device=torch.device("cpu"), autocast=nullcontext)
+    return open_run("zimage", ["--pretrained_model_name_or_path", str(folder)])
 
 
 def pipeline_of(folder: Path) -> Any:

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from library.checkpoints.files import read_metadata
-from tests.running import Finished
+from tests.running import Finished, small_run
 from tests.tiny.chroma import build_tiny_chroma
 from tools import merge_flux_lora
 
@@ -25,13 +25,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture
 def run(train: Train, tiny: list[str], images: Path, tmp_path: Path) -> Callable[..., Finished]:
     """Return `run(name, ...)`, which trains three steps with common options."""
-    words = [
-        *tiny, "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
-        "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--network_module", "networks.lora_flux",
-        "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "3", "--seed", "6",
-        "--max_data_loader_n_workers", "0", "--t5xxl_max_token_length", "32", "--model_prediction_type", "raw",
-        "--guidance_scale", "0", "--timestep_sampling", "sigmoid",
-    ]  # fmt: skip
+    own = "--t5xxl_max_token_length 32 --model_prediction_type raw --guidance_scale 0 --timestep_sampling sigmoid"
+    words = [*tiny, *small_run(images, tmp_path, "networks.lora_flux", "3"), *own.split()]
     start = partial(train, script="flux_train_network")
     return lambda name, *more: start([*words, "--output_name", name, *more])
 

@@ -107,22 +107,6 @@ def test_all_batches_of_an_accumulation_window_use_the_rank_of_their_step(
     assert STREAM == "dylora rank"  # a different name would draw different ranks for seeds that users rely on
 
 
-def test_down_factors_of_lora_fa_do_not_change(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
-    arguments = [*base_arguments, "--network_module", "networks.lora_fa", "--network_args", *CONV]
-    options = ["--learning_rate", "0.01", "--save_every_n_steps", "1", "--optimizer_args", "weight_decay=0.5"]
-    done = train([*arguments, *options, "--max_grad_norm", "0.1"])
-    assert done.status == 0, done.stderr
-    first, last = load_saved(tmp_path, "mine-step00000001"), load_saved(tmp_path, "mine")
-    downs = [key for key in last if key.endswith("lora_down.weight")]
-    ups = [key for key in last if key.endswith("lora_up.weight")]
-    assert all(torch.equal(first[key], last[key]) for key in downs)
-    assert not any(torch.equal(first[key], last[key]) for key in ups)
-    again = train([*arguments, "--output_name", "more", "--network_weights", str(path_of(tmp_path, "mine"))])
-    assert again.status == 0, again.stderr
-    more = load_saved(tmp_path, "more")
-    assert all(torch.equal(more[key], last[key]) for key in downs)
-
-
 RECORDING = """
 from networks import tlora
 levels = []

@@ -19,7 +19,6 @@ target_class = "a cat"
 positive = "red"
 negative = "blue dog"
 """
-FLOWS = [name for name, base in BASES.items() if base.is_flow]
 
 
 QUICK = ("sd", "flux")

@@ -11,7 +11,6 @@ from tests.tiny.lumina import build_tiny_lumina
 
 Train = Callable[..., Finished]
 SYSTEM = "be a good red dog"
-CACHED = ["--network_train_unet_only", "--cache_text_encoder_outputs"]
 
 
 @pytest.fixture(scope="session")
@@ -43,20 +42,3 @@ def test_captions_cached_with_another_system_prompt_are_encoded_again(
     ):
         done = train_lumina([*words, *more])
         assert done.status == 0 and message in done.stderr, done.stderr
-
-
-def test_previews_are_drawn_with_and_without_cached_text(
-    train_lumina: Train, arguments: list[str], tmp_path: Path
-) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red cat --n a dog --w 64 --h 48 --s 4 --l 4 --d 1 --ctr 0.5 --rcfg 0.8 --fs 3\n")
-    images = []
-    for number, extra in enumerate((["--network_train_unet_only"], CACHED)):
-        out = tmp_path / f"out{number}"
-        done = train_lumina(
-            [*arguments, *extra, "--sample_prompts", str(prompts), "--sample_at_first", "--output_dir", str(out)]
-        )
-        assert done.status == 0, done.stderr
-        (image,) = (out / "sample").glob("*.png")
-        images.append(image.read_bytes())
-    assert images[0] == images[1]

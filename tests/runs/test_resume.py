@@ -77,24 +77,6 @@ def test_resuming_is_exact_after_any_step_and_repeatedly_with_all_randomness_on(
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
-    "optimizer",
-    [
-        ["AdamW8bit"],
-        ["Prodigy", "--learning_rate", "1"],
-        ["AdamWScheduleFree"],
-        NIGHTLY(["Adafactor"]),
-        NIGHTLY(["Lion"]),
-    ],
-    ids=lambda words: words[0],
-)
-def test_resuming_is_exact_with_every_optimizer(
-    train: Train, arguments: list[str], tmp_path: Path, optimizer: list[str]
-) -> None:
-    interrupt_and_resume(train, [*arguments, "--optimizer_type", *optimizer], tmp_path, cuts=[3])
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize(
     "extra",
     [
         ["--network_module", "networks.dylora", "--network_args", "unit=2"],

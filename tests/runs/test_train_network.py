@@ -82,17 +82,6 @@ def test_the_text_encoder_uses_its_own_learning_rate(train: Train, base_argument
     assert any(name.startswith("lora_te_") for name in weights)
 
 
-def test_gradient_checkpointing_does_not_change_results(
-    train: Train, base_arguments: list[str], tmp_path: Path
-) -> None:
-    train([*base_arguments, "--network_dropout", "0.3", "--output_name", "plain"])
-    done = train([*base_arguments, "--network_dropout", "0.3", "--output_name", "saving", "--gradient_checkpointing"])
-    assert done.status == 0, done.stderr
-    plain, saving = load_saved(tmp_path, "plain.safetensors"), load_saved(tmp_path, "saving.safetensors")
-    for name, weight in plain.items():
-        torch.testing.assert_close(weight, saving[name], rtol=1e-4, atol=1e-6)
-
-
 def test_latents_cached_on_disk_are_reused_and_train_the_same(
     train: Train, base_arguments: list[str], images: Path, tmp_path: Path
 ) -> None:

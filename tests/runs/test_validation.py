@@ -177,14 +177,6 @@ def test_a_resumed_run_validates_like_the_uninterrupted_one(
     assert "validation measures other images, noise levels or noise than in the state" in other.stdout
 
 
-def test_validation_options_without_held_out_images_are_warned_about(train: Train, base_arguments: list[str]) -> None:
-    done = train([*base_arguments, "--console_log_simple", "--validate_every_n_steps", "5", "--keep_best_checkpoint"])
-    assert done.status == 0
-    for flag in ("--validate_every_n_steps", "--keep_best_checkpoint"):
-        assert f"{flag} has no effect: no image is set aside; --validation_split does that" in done.stdout
-    assert "--max_validation_steps" not in done.stdout
-
-
 @pytest.mark.parametrize("options", [[], ["--cache_latents"]], ids=["encoded", "cached"])
 def test_renamed_copies_of_a_validation_set_have_the_same_loss(
     train: Train, split_arguments: list[str], images: Path, tmp_path: Path, options: list[str]

@@ -49,18 +49,6 @@ def test_musubi_tuners_fp8_and_block_swap_options_train(train_zimage: Train, pat
     assert (done.status == 1 and f"Use at most {CONFIG.num_layers - 2}" in done.stderr) or "at most" in done.stderr
 
 
-def test_a_jsonl_file_can_be_the_dataset(
-    train_zimage: Train, path_replacements: dict[str, str], tmp_path: Path
-) -> None:
-    lines = [f'{{"image_path": "{path}", "caption": "a cat"}}' for path in (tmp_path / "images").glob("*.png")]
-    (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    text = f'[general]\nresolution = 64\nbatch_size = 2\n[[datasets]]\nimage_jsonl_file = "{tmp_path / "data.jsonl"}"\n'
-    (tmp_path / "data.toml").write_text(text)
-    done = train_zimage(TRAINING.format(**path_replacements).split())
-    assert done.status == 0, done.stderr
-    assert "3 images x 1 repeats" in done.stderr
-
-
 def test_a_training_adapter_is_merged_and_not_saved(train_zimage: Train, arguments: list[str], tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     adapter = {}

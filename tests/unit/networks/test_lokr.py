@@ -20,18 +20,9 @@ from networks.core.network.network import AdapterNetwork
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double, module_of
 from tests.unit.networks.test_dora import Largest
-from tests.unit.networks.test_forms import CONV, LINEAR, assert_same, outputs, perturb
+from tests.unit.networks.test_forms import LINEAR, assert_same, outputs, perturb
 from tests.unit.networks.toy import toy_models
 
-FORMS: dict[str, dict[str, str]] = {
-    "plain": {"factor": "1"},
-    "whole": {"full_matrix": "True", "factor": "2", "conv_dim": "2"},
-    "mixed": {"conv_dim": "2"},  # at rank 1 products where a side is longer than 2
-    "both": {"factor": "3", "decompose_both": "True"},
-    "core": {"conv_dim": "1", "use_tucker": "True", "factor": "1"},
-    "everything": {"conv_dim": "1", "use_tucker": "1", "use_scalar": "1", "train_norm": "1", "dora_wd": "1",
-                   "factor": "2"},
-}  # fmt: skip
 PRODUCTS = [(False, True), (True, False), (True, True), (False, False)]  # w1, w2 made of factors
 
 
@@ -42,21 +33,6 @@ def trained(seed: int, **args: str) -> tuple[AdapterNetwork, Any, Any]:
     perturb(network, seed + 1)
     network.apply_to(text, unet)
     return network, text, unet
-
-
-def shapes(network: AdapterNetwork, module: str) -> dict[str, list[int]]:
-    return {leaf: list(tensor.shape) for leaf, tensor in network.adapters[module].change.stored_tensors().items()}
-
-
-def test_saved_keys_and_shapes() -> None:
-    network = trained(4001, **FORMS["core"])[0]
-    assert shapes(network, LINEAR) == {"alpha": [], "lokr_w1": [1, 1], "lokr_w2_a": [6, 1], "lokr_w2_b": [1, 8]}
-    assert shapes(network, CONV) == {
-        "alpha": [], "lokr_w1": [1, 1], "lokr_w2_a": [1, 6], "lokr_w2_b": [1, 6], "lokr_t2": [1, 1, 3, 3],
-    }  # fmt: skip
-    network = trained(4002, **FORMS["whole"])[0]
-    assert shapes(network, LINEAR) == {"alpha": [], "lokr_w1": [2, 2], "lokr_w2": [3, 4]}
-    assert shapes(network, CONV) == {"alpha": [], "lokr_w1": [2, 2], "lokr_w2": [3, 3, 3, 3]}
 
 
 @pytest.mark.parametrize("is_dora", [False, True])

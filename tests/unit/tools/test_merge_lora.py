@@ -10,16 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from library.architectures.sd.load import open_loader
-from library.architectures.sd.targets import view
 from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
 from library.checkpoints.hashes import sshs_hashes
-from library.models.unet_loader import UnetLoader
-from library.options.model import ModelOptions
-from library.options.train import TrainOptions
-from networks import lora
 from networks.core.files.adapter_file import AdapterFile, parse_adapter, read_adapter_file
-from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAME_MATH
+from tests.tolerances import FLOAT32_SAME_MATH
 from tools import convert_lora, extract_lora_from_models, merge_lora
 from tools.base_models import find_adapter_targets, open_base_model
 from tools.merge_adapters import Arithmetic, Weighted, merge_adapters
@@ -63,41 +57,6 @@ def merge(*arguments: object) -> int:
 
 def extract(*arguments: object) -> int:
     return extract_lora_from_models.main([str(argument) for argument in arguments])
-
-
-def loader(path: Path) -> UnetLoader:
-    return open_loader(TrainOptions(model=ModelOptions(pretrained_model_name_or_path=str(path))))
-
-
-def outputs(path: Path, adapter: Path | None = None, multiplier: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return the outputs of the text encoder and the U-Net, with an adapter installed if one is given."""
-    models = loader(path)
-    encoders, unet = models.text_encoders(), models.denoiser()
-    if adapter is not None:
-        adapter_view = view(encoders, unet)
-        network, _ = lora.create_network_from_weights(multiplier, str(adapter), None, *adapter_view, for_inference=True)
-        network.apply_to(*adapter_view)
-        network.load_weights(str(adapter))
-    generator = torch.Generator().manual_seed(70)
-    latents = torch.randn(1, 4, 8, 8, generator=generator)
-    tokens = torch.randint(0, 500, (1, 77), generator=generator)
-    with torch.no_grad():
-        states = encoders[0](tokens).last_hidden_state
-        return states, unet(latents, 500, states).sample
-
-
-@pytest.mark.parametrize("layout", ["file", "folder"])
-def test_merged_checkpoint_computes_what_the_installed_adapter_computes(
-    tmp_path: Path, tiny_sd_file: Path, tiny_sd_folder: Path, layout: str
-) -> None:
-    base = tiny_sd_file if layout == "file" else tiny_sd_folder
-    save_to = tmp_path / ("merged.safetensors" if layout == "file" else "merged")
-    adapter = write_adapter(tmp_path / "a.safetensors", base, 71)
-    assert merge("--sd_model", base, "--models", adapter, "--ratios", 0.7, "--save_to", save_to) == 0
-    plain, installed, merged = outputs(base), outputs(base, adapter, 0.7), outputs(save_to)
-    for before, expected, value in zip(plain, installed, merged, strict=True):
-        assert not torch.allclose(before, expected, rtol=1e-2, atol=1e-2)
-        torch.testing.assert_close(value, expected, **FLOAT32_DEEP)
 
 
 def test_weights_without_an_adapter_are_copied_bit_for_bit_in_their_dtype(tmp_path: Path, tiny_sd_file: Path) -> None:

@@ -18,7 +18,6 @@ from tests.tiny.changes import without
 from tests.tiny.chroma import build_tiny_chroma
 from tests.tiny.flux import build_tiny_flux
 
-BASE = "--pretrained_model_name_or_path"
 CHROMA_DEFAULTS = ["--guidance_scale", "0", "--timestep_sampling", "sigmoid", "--model_prediction_type", "raw"]
 
 

@@ -1,13 +1,12 @@
 """FLUX.2 models load alike in every layout; other files are refused with what they are."""
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from flux_2_train_network import setup_parser
 from library.architectures.flux_2.assembly import build
@@ -24,12 +23,9 @@ from library.architectures.flux_2.vae import COUNTER, statistics
 from library.checkpoints.weights import Weights
 from library.errors import UserError
 from library.models.dit_loader import DitLoader
-from tests.tiers import first_is_fast
 from tests.tiny import flux_2 as tiny_flux_2
-from tests.tiny.changes import assert_same_models, rename_token, without
+from tests.tiny.changes import rename_token, without
 from tests.tiny.flux_2 import build_tiny_flux_2
-
-BASE = "--pretrained_model_name_or_path"
 
 
 @pytest.fixture(scope="module")
@@ -48,19 +44,6 @@ def options_of(arguments: list[str]) -> Flux2Options:
 
 def open_tiny(arguments: list[str]) -> DitLoader:
     return open_loader(options_of(arguments))[0]
-
-
-@pytest.mark.parametrize("prefix", first_is_fast(["language_model.model.", "model.language_model.", "model.", ""]))
-def test_mistral_loads_with_every_prefix_and_without_its_last_layers(
-    tiny_dev: list[str], tmp_path: Path, prefix: str
-) -> None:
-    """Some files hold only the 30 layers that are used, along with the tokenizer's vocabulary."""
-    state = {name.removeprefix("language_model.model."): tensor for name, tensor in load_file(tiny_dev[5]).items()}
-    state = {prefix + name: tensor for name, tensor in state.items() if not name.startswith("layers.30.")}
-    others = {"tekken_model": torch.zeros(4, dtype=torch.uint8), "vision_tower.ln_pre.weight": torch.ones(2)}
-    save_file({**state, **others}, tmp_path / "mistral.safetensors")
-    shutil.copytree(Path(tiny_dev[1]).parent / "tokenizer", tmp_path / "tokenizer")
-    assert_same_models(open_tiny([*tiny_dev[:5], str(tmp_path / "mistral.safetensors")]), open_tiny(tiny_dev))
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])

@@ -15,8 +15,6 @@ from library.errors import UserError
 from library.models.dit_loader import DitLoader
 from tests.tiny.krea2 import build_tiny_krea2
 
-BASE = "--pretrained_model_name_or_path"
-
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:

@@ -15,9 +15,8 @@ from library.errors import UserError
 from library.models.dit_loader import DitLoader
 from library.types import CaptionWithImages
 from qwen_image_21_train_network import setup_parser
-from tests.tiers import first_is_fast
-from tests.tiny.changes import assert_same_models, with_changes, without
-from tests.tiny.qwen_image_21 import build_tiny_qwen_image_21, comfy_vae, with_fused_gates
+from tests.tiny.changes import with_changes
+from tests.tiny.qwen_image_21 import build_tiny_qwen_image_21, with_fused_gates
 
 BASE = "--pretrained_model_name_or_path"
 
@@ -33,28 +32,6 @@ def options_of(arguments: list[str]) -> QwenImage21Options:
 
 def open_tiny(arguments: list[str]) -> DitLoader:
     return open_loader(options_of(arguments))
-
-
-def test_a_separate_vae_file_may_have_the_names_of_comfyui(tiny: list[str], tmp_path: Path) -> None:
-    state = comfy_vae(load_file(tiny[3]))
-    assert "decoder.upsamples.0.upsamples.2.resample.1.weight" in state
-    assert "encoder.downsamples.1.downsamples.1.time_conv.weight" in state
-    assert "encoder.middle.0.residual.0.gamma" in state and "conv2.weight" in state
-    save_file(state, tmp_path / "vae.safetensors")
-    assert_same_models(
-        open_tiny([*without(tiny, "--vae"), "--vae", str(tmp_path / "vae.safetensors")]), open_tiny(tiny)
-    )
-
-
-@pytest.mark.parametrize("prefix", first_is_fast(["model.diffusion_model.", ""]))
-@pytest.mark.parametrize("is_fused", [False, True])
-def test_a_single_file_may_have_fused_gates_and_a_prefix(
-    tiny: list[str], tmp_path: Path, prefix: str, is_fused: bool
-) -> None:
-    state = load_file(tiny[1])
-    state = with_fused_gates(state) if is_fused else state
-    save_file({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "other.safetensors")
-    assert_same_models(open_tiny([BASE, str(tmp_path / "other.safetensors"), *tiny[2:]]), open_tiny(tiny))
 
 
 @pytest.mark.parametrize("per_row", [False, True], ids=["one scale", "a scale per row"])

@@ -7,8 +7,6 @@ from library.architectures.zimage.options import ZImageOptions
 from tests.tiny.zimage import build_tiny_zimage
 from zimage_train_network import setup_parser
 
-BASE = "--pretrained_model_name_or_path"
-
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
