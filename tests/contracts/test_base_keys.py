@@ -6,15 +6,13 @@ from library.architectures.sd.load import CLIP_PREFIXES, single_file_parts
 from library.checkpoints.weights import Weights
 from library.models.clip.clip import clip_body, empty_clip
 from library.models.loading import Component, is_same_matrix
-from library.models.unet.checkpoint_keys import UNET_PREFIX, UnetLayout, unet_from_ldm, unet_to_ldm
-from library.models.unet.unet import empty_unet, unet_layout
+from library.models.unet.unet import empty_unet
 from library.models.vae.checkpoint_keys import VAE_PREFIX, vae_from_ldm, vae_to_ldm
 from library.models.vae.vae import empty_vae, vae_of_checkpoint
 from library.options.model import BASE_FLAG
 from tests.tiny.sd import full_size_keys
 
 FACTS = full_size_keys()
-LAYOUT = UnetLayout(layers_per_block=2, has_attention=(True, True, True, False))
 
 
 def checkpoint() -> Weights:
@@ -27,12 +25,6 @@ def parts() -> dict[str, Component]:
     return {**single_file_parts(BASE_FLAG, checkpoint(), "sd1"), "vae": vae_of_checkpoint(BASE_FLAG, checkpoint())}
 
 
-def test_unet_names_survive_a_round_trip():
-    for path, name in FACTS["diffusers"]["unet"].items():
-        ldm = name.removeprefix(UNET_PREFIX)
-        assert (unet_from_ldm(ldm, LAYOUT), unet_to_ldm(path, LAYOUT)) == (path, ldm)
-
-
 def test_vae_names_survive_a_round_trip():
     for path, name in FACTS["diffusers"]["vae"].items():
         ldm = name.removeprefix(VAE_PREFIX)
@@ -42,11 +34,6 @@ def test_vae_names_survive_a_round_trip():
 def test_every_text_encoder_name_only_loses_its_prefix():
     for path, name in FACTS["diffusers"]["text_encoder"].items():
         assert name == CLIP_PREFIXES["sd1"] + path
-
-
-def test_the_unet_layout_is_inferred_from_names():
-    names = {n.removeprefix(UNET_PREFIX): s for n, s in FACTS["checkpoint"].items() if n.startswith(UNET_PREFIX)}
-    assert unet_layout(names) == LAYOUT
 
 
 def test_the_unet_config_is_inferred_from_shapes():

@@ -13,7 +13,8 @@ from library.models.unet.unet import empty_unet, unet_layout
 from library.models.vae.vae import empty_vae
 from tests.contracts.full_size import SDXL_LAYOUT, checkpoint, empty_encoders, facts, parts
 
-LAYOUTS = {"sd21": UnetLayout(2, (True, True, True, False)), "sdxl": SDXL_LAYOUT}
+SD_LAYOUT = UnetLayout(layers_per_block=2, has_attention=(True, True, True, False))
+LAYOUTS = {"sd15": SD_LAYOUT, "sd21": SD_LAYOUT, "sdxl": SDXL_LAYOUT}
 OPEN_CLIP = {"sd21": ("text_encoder", CLIP_PREFIXES["sd2"]), "sdxl": ("text_encoder_2", CLIP_G_PREFIX)}
 
 
@@ -24,7 +25,7 @@ def test_unet_names_survive_a_round_trip(model):
         assert (unet_from_ldm(ldm, LAYOUTS[model]), unet_to_ldm(path, LAYOUTS[model])) == (path, ldm)
 
 
-@pytest.mark.parametrize("model", LAYOUTS)
+@pytest.mark.parametrize("model", OPEN_CLIP)
 def test_every_openclip_name_is_converted(model):
     part, prefix = OPEN_CLIP[model]
     for path, name in facts(model)["diffusers"][part].items():
@@ -32,7 +33,7 @@ def test_every_openclip_name_is_converted(model):
             assert open_clip_name(name.removeprefix(prefix)) == clip_from_any(path)
 
 
-@pytest.mark.parametrize("model", LAYOUTS)
+@pytest.mark.parametrize("model", OPEN_CLIP)
 def test_fused_qkv_is_split_into_the_projections_of_transformers(model):
     part, prefix = OPEN_CLIP[model]
     shapes = {n.removeprefix(prefix): s for n, s in checkpoint(model).shapes.items() if n.startswith(prefix)}
@@ -101,12 +102,7 @@ def test_text_encoder_configs_are_inferred_from_shapes():
         ("sd21", {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840}),
         (
             "sdxl",
-            {
-                "unet": 2_567_463_684,
-                "vae": 83_653_863,
-                "text_encoder": 123_060_480,
-                "text_encoder_2": 694_659_840,
-            },
+            {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840},
         ),
     ],
 )

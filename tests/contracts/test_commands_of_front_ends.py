@@ -16,6 +16,7 @@ from library.checkpoints.adapter_names import FileNaming
 from networks import lora_flux
 from networks.core.files.adapter_file import read_adapter_file, save_adapter_file
 from networks.core.files.renaming import rename
+from tests.contracts.overwriting import write_weights
 from tests.running import make_images
 from tests.tiny.flux import build_tiny_flux, tiny_flux
 from tests.tolerances import FLOAT32_DEEP
@@ -164,21 +165,10 @@ def test_older_options_of_the_commands_are_accepted() -> None:
     assert check_lora_weights.setup_parser().parse_args(["-s", "x.safetensors"]).show_all_keys
 
 
-def write_lora(path: Path, *modules: str) -> Path:
-    """Write random factors of rank 2 and alpha 1 for these modules."""
-    generator, tensors = torch.Generator().manual_seed(31), {}
-    for name in modules:
-        tensors[f"{name}.lora_down.weight"] = torch.randn(2, 8, generator=generator)
-        tensors[f"{name}.lora_up.weight"] = torch.randn(6, 2, generator=generator)
-        tensors[f"{name}.alpha"] = torch.tensor(1.0)
-    save_file(tensors, path)
-    return path
-
-
 def test_an_anima_lora_converts_to_comfyui_names_and_back(tmp_path: Path) -> None:
     """Programs call the converter after training with two paths and nothing else."""
     names = ("lora_unet_blocks_0_self_attn_q_proj", "lora_te_layers_1_mlp_gate_proj")
-    source = write_lora(tmp_path / "anima.safetensors", *names)
+    source = write_weights(tmp_path / "anima.safetensors", *names)
     command = load_script("networks/convert_anima_lora_to_comfy.py")
     assert command.main([str(source), str(tmp_path / "comfy.safetensors")]) == 0
     text = "text_encoders.qwen3_06b.transformer.model"
@@ -196,7 +186,7 @@ def test_an_anima_lora_converts_to_comfyui_names_and_back(tmp_path: Path) -> Non
 
 def test_a_hunyuan_image_lora_converts_to_comfyui_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ("lora_unet_double_blocks_0_img_mlp_fc1", "lora_unet_single_blocks_3_modulation_linear")
-    source = write_lora(tmp_path / "hunyuan.safetensors", *names)
+    source = write_weights(tmp_path / "hunyuan.safetensors", *names)
     command = load_script("networks/convert_hunyuan_image_lora_to_comfy.py")
     words = [str(source), str(tmp_path / "comfy.safetensors")]
     assert command.main(words) == 0
@@ -206,7 +196,7 @@ def test_a_hunyuan_image_lora_converts_to_comfyui_names(tmp_path: Path, capsys: 
     }
     assert command.main(["--reverse", *words]) == 1
     assert "needs no renaming" in capsys.readouterr().err
-    anima = write_lora(tmp_path / "anima.safetensors", "lora_unet_blocks_0_self_attn_q_proj")
+    anima = write_weights(tmp_path / "anima.safetensors", "lora_unet_blocks_0_self_attn_q_proj")
     assert command.main([str(anima), str(tmp_path / "no.safetensors")]) == 1
     assert "is an adapter of Anima" in capsys.readouterr().err
     assert not (tmp_path / "no.safetensors").exists()

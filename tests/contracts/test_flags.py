@@ -18,8 +18,6 @@ from train_network import setup_parser
 LIST = Path(__file__).parent / "data" / "flags_train_network.json"
 FLAGS: list[dict[str, Any]] = json.loads(LIST.read_text(encoding="utf-8"))
 
-OURS = {name for name, facts in TrainOptions.facts().items() if facts.own}
-
 
 @pytest.fixture(scope="module")
 def parser() -> argparse.ArgumentParser:
@@ -45,21 +43,6 @@ def describe(action: argparse.Action, listed: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("wanted", FLAGS, ids=lambda flag: flag["dest"])
-def test_option_is_declared_as_listed(parser: argparse.ArgumentParser, wanted: dict[str, Any]) -> None:
-    action = parser._option_string_actions[wanted["flags"][0]]
-    actual = describe(action, wanted)
-    assert actual == wanted
-    assert type(actual["default"]) is type(wanted["default"])
-
-
-def test_there_is_no_unlisted_option(parser: argparse.ArgumentParser) -> None:
-    """Others are the project's own, or an option that sd-scripts has in another script."""
-    elsewhere = {flag["dest"] for path in LIST.parent.glob("flags_*.json") for flag in json.loads(path.read_text())}
-    names = {action.dest for action in actions_of(parser)}
-    assert {flag["dest"] for flag in FLAGS} <= names <= elsewhere | OURS
-
-
 def test_front_ends_get_a_flat_parser_without_required_options(parser: argparse.ArgumentParser) -> None:
     assert not any(action.required for action in actions_of(parser))
     assert all(action.option_strings for action in actions_of(parser))
@@ -70,10 +53,6 @@ def test_only_flags_have_no_type(parser: argparse.ArgumentParser) -> None:
     """Front ends show an option whose type is None as a check box."""
     for action in actions_of(parser):
         assert (action.type is None) == (action.nargs == 0), action.dest
-
-
-def test_every_option_has_its_own_help_text(parser: argparse.ArgumentParser) -> None:
-    assert not [*find_help_problems(actions_of(parser))]
 
 
 def test_a_help_that_front_ends_cut_is_named_with_the_reason() -> None:

@@ -1,4 +1,4 @@
-"""The options that each other script adds to those of train_network.py are an interface too.
+"""The options of each script are an interface; the others add theirs to those of train_network.py.
 
 `data/flags_<script>.json` are the literal lists of sd-scripts' options; for base models that sd-scripts does not train,
 those that commands and settings written for musubi-tuner and for this suite use.
@@ -12,17 +12,16 @@ from typing import Any
 
 import pytest
 
-from library.architectures.anima.options import AnimaOptions
 from library.architectures.specs import list_specs
 from tests.contracts.help_texts import find_help_problems
 from tests.contracts.test_flags import FLAGS, LIST, actions_of, describe
 from tests.running import STARTED
 
-SCRIPTS = sorted(path.stem.removeprefix("flags_") for path in LIST.parent.glob("flags_*.json") if path != LIST)
+SCRIPTS = sorted(path.stem.removeprefix("flags_") for path in LIST.parent.glob("flags_*.json"))
 ADDED: dict[str, list[dict[str, Any]]] = {
     script: json.loads((LIST.parent / f"flags_{script}.json").read_text(encoding="utf-8")) for script in SCRIPTS
 }
-EVERYWHERE = {flag["dest"] for flags in (FLAGS, *ADDED.values()) for flag in flags}
+EVERYWHERE = {flag["dest"] for flags in ADDED.values() for flag in flags}
 SAMPLING_OF_MUSUBI_TUNER = {"flux2_shift", "qwen_shift", "krea2_shift", "logsnr", "qinglong_flux", "qinglong_qwen"}
 
 
@@ -58,7 +57,7 @@ def test_there_is_no_unlisted_option(script: str) -> None:
 
 
 def test_every_training_script_has_a_list() -> None:
-    assert {spec.script.removesuffix(".py") for spec in list_specs()} - {"train_network"} == set(SCRIPTS)
+    assert {spec.script.removesuffix(".py") for spec in list_specs()} == set(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -74,33 +73,6 @@ def test_every_option_has_its_own_help_text(script: str) -> None:
 
 
 # How the options are resolved
-
-
-def test_flux_options_are_resolved() -> None:
-    from library.architectures.flux.options import FluxOptions
-
-    options = FluxOptions.from_args(parse("flux_train_network", "--guidance_scale", "1", "--ae", "ae.safetensors"))
-    assert (options.flux.guidance_scale, options.flux.ae) == (1.0, "ae.safetensors")
-    assert options.flow_prediction.model_prediction_type == "sigma_scaled"
-    assert options.flow_sampling.discrete_flow_shift == 3.0
-
-
-def test_lumina_options_are_resolved() -> None:
-    from library.architectures.lumina.options import LuminaOptions
-
-    options = LuminaOptions.from_args(parse("lumina_train_network", "--system_prompt", "be good", "--gemma2", "g"))
-    assert (options.lumina.system_prompt, options.lumina.gemma2) == ("be good", "g")
-    assert (options.flow_sampling.timestep_sampling, options.flow_sampling.discrete_flow_shift) == ("shift", 6.0)
-    assert options.flow_prediction.model_prediction_type == "raw"
-
-
-def test_sdxl_options_are_resolved() -> None:
-    from library.architectures.sdxl.options import SdxlOptions
-
-    words = ["--correct_crop_coordinates", "--v_parameterization"]
-    options = SdxlOptions.from_args(parse("sdxl_train_network", *words))
-    assert options.sizes.correct_crop_coordinates and options.model.v_parameterization
-    assert not options.text_caching.cache_text_encoder_outputs
 
 
 def test_hunyuan_image_always_trains_only_the_denoiser() -> None:
@@ -130,9 +102,9 @@ def meanings_of_abbreviations(flags: set[str]) -> dict[str, set[str]]:
     return meant | {flag: {flag} for flag in flags}
 
 
-@pytest.mark.parametrize("script", ["train_network", *SCRIPTS])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_abbreviation_of_a_listed_option_still_means_that_option(script: str) -> None:
-    listed = {flag for option in [*FLAGS, *ADDED.get(script, [])] for flag in option["flags"] if flag[:2] == "--"}
+    listed = {flag for option in [*FLAGS, *ADDED[script]] for flag in option["flags"] if flag[:2] == "--"}
     parser = parser_of(script)
     lost = {}
     for start, meant in meanings_of_abbreviations(listed).items():
@@ -141,9 +113,3 @@ def test_every_abbreviation_of_a_listed_option_still_means_that_option(script: s
             if now != meant:
                 lost[start] = now
     assert not lost
-
-
-def test_the_parser_sets_the_options() -> None:
-    options = AnimaOptions.from_args(parse("anima_train_network", "--qwen3", "q.safetensors", "--attn_mode", "sdpa"))
-    assert (options.text.qwen3, options.computing.attn_mode) == ("q.safetensors", "sdpa")
-    assert (options.flow_sampling.timestep_sampling, options.flow_sampling.discrete_flow_shift) == ("sigmoid", 1.0)

@@ -41,42 +41,8 @@ def full_size_models() -> Models:
     return full_size(DEV)
 
 
-@pytest.fixture(scope="module")
-def models() -> Models:
-    return full_size_models()
-
-
 def test_schnell_has_no_guidance_embedder_to_adapt() -> None:
     schnell = full_size(replace(DEV, has_guidance=False))
     assert shapes_of(schnell) == FACTS["default"]
     variant = FACTS["schnell_in_dims"]
     assert shapes_of(schnell, **variant["network_args"]) == {**FACTS["default"], **variant["added"]}
-
-
-def test_split_double_blocks_are_saved_as_plain_lora_of_three_times_the_rank(models: Models) -> None:
-    """sd-scripts cannot build this variant; the shapes follow from variants that it can."""
-    single = FACTS["variants"]["split_qkv=True train_blocks=single"]["changed"]
-    expected = {**FACTS["default"], **single}
-    for key, shape in FACTS["default"].items():
-        if "attn_qkv.lora_down" in key:
-            expected[key] = [12, shape[1]]
-        elif "attn_qkv.lora_up" in key:
-            expected[key] = [shape[0], 12]
-    assert shapes_of(models, split_qkv="true") == expected
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (
-            {"in_dims": "[4,4,4,4]"},
-            "in_dims has 4 entries; it needs 5: img_in, time_in, vector_in, guidance_in, txt_in",
-        ),
-        ({"train_double_block_indices": "19"}, "names block 19, but the base model has 19 of them: 0 to 18"),
-        ({"train_single_block_indices": "0-38"}, "names block 38, but the base model has 38 of them"),
-    ],
-)
-def test_targets_that_flux_lacks_raise_errors(models: Models, args: dict[str, str], message: str) -> None:
-    with pytest.raises(ValueError) as error:
-        shapes_of(models, **args)
-    assert message in str(error.value)

@@ -107,10 +107,7 @@ def test_mlp_dim_applies_only_to_feed_forward_layers(models: Models) -> None:
     expected = {name: 8 if "_feed_forward_" in name else rank for name, rank in default.items()}
     assert ranks(shapes_of(models, mlp_dim="8")) == expected
     embedders = ranks(listed_shapes(LORA, "embedder_dims=[5,6,7]"))
-    assert ranks(shapes_of(models, mlp_dim="8", embedder_dims="[5,6,7]")) == {
-        **embedders,
-        **expected,
-    }
+    assert ranks(shapes_of(models, mlp_dim="8", embedder_dims="[5,6,7]")) == {**embedders, **expected}
 
 
 def test_refiner_dim_overrides_mlp_dim_and_yields_to_the_others(models: Models) -> None:
@@ -131,22 +128,3 @@ def test_blocks_are_selected_by_index(models: Models) -> None:
         key: s for key, s in LORA["default"].items() if not any(key.startswith(f"{stem}_") for stem in left_out)
     }
     assert got == expected
-    with pytest.raises(ValueError, match="names block 26, but the base model has 26 of them: 0 to 25"):
-        shapes_of(models, train_block_indices="26")
-
-
-def test_split_attention_is_saved_as_plain_lora_of_three_times_the_rank(models: Models) -> None:
-    """sd-scripts can build such a network but not save it."""
-    got = shapes_of(models, split_qkv="True")
-    expected = dict(LORA["default"])
-    for key, shape in LORA["default"].items():
-        if "attention_qkv.lora_down" in key:
-            expected[key] = [12, shape[1]]
-        elif "attention_qkv.lora_up" in key:
-            expected[key] = [shape[0], 12]
-    assert got == expected
-
-
-def test_a_list_of_the_wrong_length_is_an_error(models: Models) -> None:
-    with pytest.raises(ValueError, match="embedder_dims has 2 entries; it needs 3: x_embedder, t_embedder, cap_emb"):
-        shapes_of(models, embedder_dims="[4,4]")

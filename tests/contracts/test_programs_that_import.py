@@ -288,11 +288,7 @@ def test_lycoris_extracts_from_models_that_the_library_loads(
 
 
 CHANGED = {
-    "sd": (
-        "text_encoder",
-        "text_model.encoder.layers.1.mlp.fc1.weight",
-        "lora_te_text_model_encoder_layers_1_mlp_fc1",
-    ),
+    "sd": ("text_encoder", "text_model.encoder.layers.1.mlp.fc1.weight", "lora_te_text_model_encoder_layers_1_mlp_fc1"),
     "sdxl": (
         "unet",
         "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight",

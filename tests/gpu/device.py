@@ -11,8 +11,5 @@ import torch
 
 RUNS_ON_CPU = os.environ.get("LORA_TEST_DEVICE") == "cpu"
 DEVICE = torch.device("cpu" if RUNS_ON_CPU else "cuda")
-ON_GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not (RUNS_ON_CPU or torch.cuda.is_available()), reason="needs a GPU"),
-]
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not (RUNS_ON_CPU or torch.cuda.is_available()), reason="needs a GPU")]
 GPU_ONLY = pytest.mark.skipif(RUNS_ON_CPU, reason="the CPU cannot stand in")

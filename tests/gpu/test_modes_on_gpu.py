@@ -30,11 +30,7 @@ def agree(actual: list[Tensor], wanted: list[Tensor]) -> bool:
 FAST = ("flux-none-plain", "flux-fp8-recompute_from_main_memory")
 MODES = [
     pytest.param(*mode, marks=[] if "-".join(mode) in FAST else pytest.mark.slow, id="-".join(mode))
-    for mode in product(
-        DEEP,
-        ("none", "fp8", "int8_rotated", "nf4_double"),
-        ("plain", "recompute_from_main_memory"),
-    )
+    for mode in product(DEEP, ("none", "fp8", "int8_rotated", "nf4_double"), ("plain", "recompute_from_main_memory"))
 ]
 
 

@@ -46,9 +46,7 @@ def save_by_peft(base: Path, folder: Path, kept: dict[str, list[bool]]) -> dict[
 
 
 @pytest.mark.parametrize(
-    "kept",
-    [{}, {LAYERS[0]: [True, False, False, True], LAYERS[1]: [False] * RANK}],
-    ids=["all ranks", "pruned"],
+    "kept", [{}, {LAYERS[0]: [True, False, False, True], LAYERS[1]: [False] * RANK}], ids=["all ranks", "pruned"]
 )
 def test_merging_into_a_checkpoint_matches_peft(kept: dict[str, list[bool]], tmp_path: Path) -> None:
     base = build_tiny_sd(tmp_path / "sd", 632)

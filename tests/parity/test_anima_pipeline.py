@@ -1,6 +1,5 @@
 """Anima's text, latents and previews against the parts of diffusers' pipeline."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,13 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from anima_train_network import setup_parser
-from library.architectures.anima.assembly import build
-from library.architectures.anima.options import AnimaOptions
 from library.architectures.anima.reference import diffusers_models
 from library.models.vae.qwen_image import MEAN, STD
 from library.types import Prompt
 from tests.parity.test_preview import ours
+from tests.parity.tiny_models import open_run
 from tests.tiny.anima import build_tiny_anima, oracle_velocity
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAMPLED
 
@@ -33,9 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path) -> Any:
     arguments = build_tiny_anima(folder, seed=51, has_folders=True)
     lengths = ["--qwen3_max_token_length", str(NUM_TOKENS), "--t5_max_token_length", str(NUM_TOKENS)]
-    arch = build(AnimaOptions.from_args(setup_parser().parse_args([*arguments, *lengths])))
-    models = SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders())
-    return SimpleNamespace(arch=arch, models=models, device=torch.device("cpu"), autocast=nullcontext)
+    return open_run("anima", [*arguments, *lengths])
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,10 @@
 """Chroma's denoiser against diffusers' ChromaTransformer2DModel with the same weights."""
 
 import torch
-from torch import Tensor
 
 from library.architectures.flux.model import PATCH
 from library.architectures.flux.predict import with_first_padding
 from library.models.patches import patchify
-from tests.parity.denoisers import assert_checkpointing_keeps_gradients
 from tests.tiny.chroma import NUM_TEXT, inputs, tiny_chroma, velocity
 from tests.tolerances import FLOAT32_DEEP
 
@@ -42,18 +40,3 @@ def test_the_approximator_needs_no_gradient_unless_it_is_trained() -> None:
     model.distilled_guidance_layer.layers[1].in_layer.weight.requires_grad_()
     rows = model.modulation(torch.tensor([0.5]), None, torch.zeros(1), torch.float32)
     assert all(row.requires_grad for row in rows)
-
-
-def test_gradient_checkpointing_does_not_change_gradients() -> None:
-    def values() -> tuple[Tensor | None, ...]:
-        return (*inputs(8, 6), None, torch.zeros(2))
-
-    assert_checkpointing_keeps_gradients(tiny_chroma(24), values)
-
-
-def test_blocks_compile_without_graph_breaks() -> None:
-    model = tiny_chroma(25)
-    expected = velocity(model, *inputs(8, 6))
-    for block in (*model.double_blocks, *model.single_blocks):
-        block.compile(fullgraph=True, backend="eager")
-    torch.testing.assert_close(velocity(model, *inputs(8, 6)), expected, **FLOAT32_DEEP)

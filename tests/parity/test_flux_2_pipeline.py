@@ -1,25 +1,20 @@
 """FLUX.2 from text to latents and images against diffusers' pipelines: the same folder, prompts and seed."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.nn.functional import pixel_shuffle
 
-from flux_2_train_network import setup_parser
-from library.architectures.flux_2.assembly import build
-from library.architectures.flux_2.options import Flux2Options
 from library.architectures.flux_2.predict import sampling_shift
 from library.architectures.flux_2.vae import statistics
 from library.types import Prompt
 from tests.parity.test_preview import ours
-from tests.tiny.flux_2 import MISTRAL, build_tiny_flux_2, oracle_output
+from tests.parity.tiny_models import open_run
+from tests.tiny.flux_2 import MISTRAL, build_tiny_flux_2
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAMPLED
 
 PROMPT = Prompt(
@@ -30,10 +25,7 @@ CAPTIONS = ["a red cat, sitting", "", "dog " * 600]
 
 
 def run_of(folder: Path) -> Any:
-    model_arguments = ["--pretrained_model_name_or_path", str(folder)]
-    arch = build(Flux2Options.from_args(setup_parser().parse_args(model_arguments)))
-    models = SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders())
-    return SimpleNamespace(arch=arch, models=models, device=torch.device("cpu"), autocast=nullcontext)
+    return open_run("flux_2", ["--pretrained_model_name_or_path", str(folder)])
 
 
 def pipeline_of(folder: Path, is_dev: bool) -> Any:
@@ -165,18 +157,3 @@ def test_image_latents_equal_those_of_the_pipeline(run: Any, pipeline: Any) -> N
     mean, deviation = statistics(vae, run.device)
     latents = pixel_shuffle(actual * deviation + mean, 2)
     torch.testing.assert_close(decoded, pipeline.vae.decode(latents).sample, **FLOAT32_DEEP)
-
-
-def test_training_target_is_the_velocity_that_previews_follow(run: Any, pipeline: Any) -> None:
-    """target = noise - latent at sigma; dev is trained with a guidance of 1."""
-    arch = run.arch
-    clean = torch.randn(2, 128, 4, 6, generator=torch.Generator().manual_seed(1))
-    noised = arch.objective.corrupt(clean, torch.Generator().manual_seed(2))
-    conditioning = arch.text.encode(run.models.text_encoders, arch.text.tokenize(["a cat", "red dog"]))
-    batch: Any = None
-    with torch.no_grad():
-        prediction = arch.predict(run.models.denoiser, noised, conditioning, batch)
-        values: tuple[Tensor, ...] = (noised.latents_BCHW, noised.sigmas_B, conditioning["hidden_state"], torch.ones(2))
-        theirs = oracle_output(pipeline.transformer, *values)
-    torch.testing.assert_close(prediction, theirs, **FLOAT32_DEEP)
-    torch.testing.assert_close(arch.objective.target(noised), noised.noise_BCHW - noised.clean_BCHW, rtol=0, atol=0)

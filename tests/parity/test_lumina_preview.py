@@ -86,28 +86,3 @@ def test_caption_features_equal_those_of_the_pipeline(folder: Path) -> None:
     assert mask.sum(1).tolist()[1:] == [1, NUM_TOKENS]
     is_caption = mask.bool()
     torch.testing.assert_close(actual["hidden_state"][is_caption], states[is_caption], **FLOAT32_DEEP)
-
-
-def test_training_target_is_the_velocity_that_previews_follow(folder: Path) -> None:
-    """target = latent - noise at time 1 - sigma; the sampler's direction is the negative of the raw prediction."""
-    run = run_of(["--pretrained_model_name_or_path", str(folder)])
-    arch = run.arch
-    clean = torch.randn(2, 16, 8, 12, generator=torch.Generator().manual_seed(1))
-    noised = arch.objective.corrupt(clean, torch.Generator().manual_seed(2))
-    conditioning = arch.text.encode(run.models.text_encoders, arch.text.tokenize(["a cat", "red dog"]))
-    batch: Any = None
-    with torch.no_grad():
-        prediction = arch.predict(run.models.denoiser, noised, conditioning, batch)
-        direction = arch.preview.predict(PROMPT)(run.models.denoiser, noised, conditioning, batch)
-        theirs = pipeline_of(folder).transformer(
-            noised.latents_BCHW, 1 - noised.sigmas_B, conditioning["hidden_state"], conditioning["attention_mask"]
-        )
-    torch.testing.assert_close(prediction, theirs.sample, **FLOAT32_DEEP)
-    torch.testing.assert_close(direction, prediction, rtol=0, atol=0)
-    sampler = arch.preview.sampler(PROMPT)
-    width = sampler.levels[1].sigma - sampler.levels[0].sigma
-    stepped = sampler.step(direction, noised.latents_BCHW, 0, torch.Generator())
-    torch.testing.assert_close(stepped, noised.latents_BCHW + width * -prediction, rtol=0, atol=1e-6)
-    torch.testing.assert_close(arch.objective.target(noised), noised.clean_BCHW - noised.noise_BCHW, rtol=0, atol=0)
-    s = noised.sigmas_B.view(-1, 1, 1, 1)
-    torch.testing.assert_close(noised.latents_BCHW, (1 - s) * clean + s * noised.noise_BCHW, rtol=0, atol=1e-6)

@@ -1,16 +1,31 @@
 """Our denoisers against those of diffusers with equal weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
+from library.architectures.flux.model import Flux
+from library.architectures.sd3.model import MMDiT
 from tests.parity.denoisers import assert_checkpointing_keeps_gradients
+from tests.tiny import chroma, sd3
 from tests.tiny.base import Compared
 from tests.tiny.bases import BASES
 from tests.tolerances import FLOAT32_DEEP
 
 COMPARED = {name: compared for base in BASES.values() for name, compared in base.compared.items()}
 COMPILED = {name: base.deep for name, base in BASES.items() if base.deep is not None and base.is_flow}
+COMPILED["chroma"] = replace(
+    COMPILED["flux"],
+    build=lambda: Flux(chroma.CONFIG),
+    values=lambda: (*(value.detach() for value in chroma.inputs(8, 6)), None, torch.zeros(2)),
+)
+COMPILED["sd3 dual"] = replace(
+    COMPILED["sd3"],
+    build=lambda: MMDiT(sd3.DUAL),
+    values=lambda: tuple(value.detach() for value in sd3.inputs(sd3.DUAL, (8, 6), seed=45).values()),
+)
 
 
 @pytest.mark.parametrize(

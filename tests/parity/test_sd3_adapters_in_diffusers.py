@@ -17,11 +17,7 @@ from tests.tolerances import FLOAT32_DEEP
 from tests.unit.architectures.sd3.test_load import options_of
 from tools.convert_lora import convert
 
-ARGUMENTS = {
-    "default": {},
-    "embedders": {"emb_dims": "2,2,2,2,2,2"},
-    "split": {"split_qkv": "True"},
-}
+ARGUMENTS = {"default": {}, "embedders": {"emb_dims": "2,2,2,2,2,2"}, "split": {"split_qkv": "True"}}
 
 
 def install_random_network(denoiser: MMDiT, encoders: list[Any], **args: str) -> AdapterNetwork:

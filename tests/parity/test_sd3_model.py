@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from library.memory.blocks import recompute, run_blocks_with
 from tests.tiny.sd3 import (
     CONFIGS,
     DUAL,
@@ -60,19 +59,6 @@ def test_every_weight_affects_the_output(name: str) -> None:
     assert dead == ({last} if config.norms_queries else set())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_gradient_checkpointing_does_not_change_gradients(name: str) -> None:
-    config = CONFIGS[name]
-    plain, saving = tiny_mmdit(config, SEED), tiny_mmdit(config, SEED)
-    run_blocks_with(saving, recompute)
-    gradients = []
-    for model in (plain, saving):
-        model.requires_grad_()
-        run_ours(model, inputs(config, (10, 12), seed=6)).square().sum().backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters()})
-    torch.testing.assert_close(gradients[0], gradients[1])
-
-
 def test_a_network_may_take_away_the_weight_of_the_first_layer() -> None:
     """LyCORIS' full weights replace both the weight and the forward of a layer."""
     model, values = tiny_mmdit(PLAIN, SEED), inputs(PLAIN, (8, 8), seed=6)
@@ -96,16 +82,3 @@ def test_an_image_may_use_any_crop_of_the_position_table() -> None:
 def test_an_image_larger_than_the_position_table_is_rejected() -> None:
     with pytest.raises(ValueError, match="an image of 784x64 pixels exceeds this model's limit of 384x384"):
         run_ours(tiny_mmdit(PLAIN, SEED), inputs(PLAIN, (8, 98), seed=6))
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_blocks_compile_without_graph_breaks(name: str) -> None:
-    config = CONFIGS[name]
-    model = tiny_mmdit(config, SEED)
-    for block in model.joint_blocks:
-        g = torch.Generator().manual_seed(1)
-        values = [
-            torch.randn(2, *shape, generator=g) for shape in ((9, config.width), (12, config.width), (config.width,))
-        ]
-        explained = torch._dynamo.explain(block)(*values)
-        assert explained.graph_break_count == 0, explained.break_reasons

@@ -78,9 +78,7 @@ def test_other_processes_follow_one_that_computes_alone_even_if_it_fails(results
     assert first == [True] * 4 and second == [True]
 
 
-def test_requests_for_different_blocks_are_detected_before_communication(
-    results_by_job: dict[str, list[Rank]],
-) -> None:
+def test_requests_for_different_blocks_are_detected_before_communication(results_by_job: dict[str, list[Rank]]) -> None:
     for rank in results_by_job["out_of_order"]:
         alike, different = rank.gave
         assert alike == "" and "computed its blocks in different orders" in different

@@ -80,22 +80,3 @@ def test_caption_tokens_are_counted_without_the_template(folder: Path) -> None:
     text = run_of(folder).arch.text
     count = text.count_tokens("a red cat")
     assert int(text.tokenize(["a red cat"]).ids_BLT[1].sum()) == count + 512 - text.max_tokens
-
-
-def test_training_target_is_the_velocity_that_previews_follow(folder: Path) -> None:
-    """target = latent - noise at time 1 - sigma; the pipeline's direction is the negative of the raw prediction."""
-    run = run_of(folder)
-    arch = run.arch
-    clean = torch.randn(2, 16, 8, 12, generator=torch.Generator().manual_seed(1))
-    noised = arch.objective.corrupt(clean, torch.Generator().manual_seed(2))
-    conditioning = arch.text.encode(run.models.text_encoders, arch.text.tokenize(["a cat", "red dog"]))
-    batch: Any = None
-    captions = [
-        s[m.bool()] for s, m in zip(*(conditioning[k] for k in ("hidden_state", "attention_mask")), strict=True)
-    ]
-    with torch.no_grad():
-        prediction = arch.predict(run.models.denoiser, noised, conditioning, batch)
-        frames = list(noised.latents_BCHW[:, :, None])
-        theirs = pipeline_of(folder).transformer(frames, 1 - noised.sigmas_B, captions, return_dict=False)[0]
-    torch.testing.assert_close(prediction, torch.stack(theirs)[:, :, 0], **FLOAT32_DEEP)
-    torch.testing.assert_close(arch.objective.target(noised), noised.clean_BCHW - noised.noise_BCHW, rtol=0, atol=0)

@@ -123,10 +123,7 @@ def test_several_adapters_add_up_like_a_merged_model(train: Train, tmp_path: Pat
         ),
         (["gone.safetensors", "--prompt", "a"], "gone.safetensors"),
         (["{model}", "--prompt", "a --w none"], "error: --prompt 1: width (--w)"),
-        (
-            ["{model}", "--prompt", "a --am -1,1", "--strengths", "2"],
-            "--prompt 1: remove strength (--am); --strengths",
-        ),
+        (["{model}", "--prompt", "a --am -1,1", "--strengths", "2"], "--prompt 1: remove strength (--am); --strengths"),
         (["{model}", "--prompts", "gone.txt"], "--prompts is gone.txt, but there is no such file"),
         (["{model}", "--prompt", "a", "--adapter", "{model}/model_index.json:nan"], "the strength is nan"),
         (["{model}", "--prompt", "a", "--blocks_to_swap", "-3"], "--blocks_to_swap is -3; use at least 0"),

@@ -22,11 +22,7 @@ def files_below(folder: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("options", [[], ["--cache_latents_to_disk"]], ids=["plain", "cached"])
 def test_a_dry_run_reports_its_requirements_and_writes_nothing(
-    train: Train,
-    base_arguments: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    options: list[str],
+    train: Train, base_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
 ) -> None:
     """Images of 96x64 form the largest bucket; a real run would index folders of any size."""
     monkeypatch.setattr(image_index, "MIN_FILES", 1)

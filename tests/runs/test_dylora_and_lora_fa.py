@@ -29,14 +29,8 @@ def test_every_rank_extracted_from_a_trained_file_trains_and_merges(
     done = train([*base_arguments, *DYLORA, "--network_args", "dyloRA=4", *CONV])
     assert done.status == 0, done.stderr
     trained_path = path_of(tmp_path, "mine")
-    assert (
-        extract(["--model", str(trained_path), "--save_to", str(trained_path)]) == 0
-    )  # the unit comes from the metadata
-    assert sorted(p.name for p in trained_path.parent.iterdir()) == [
-        "mine-0004.safetensors",
-        "mine-0008.safetensors",
-        "mine.safetensors",
-    ]
+    assert extract(["--model", str(trained_path), "--save_to", str(trained_path)]) == 0  # the unit is in the metadata
+    assert sorted(p.stem for p in trained_path.parent.iterdir()) == ["mine", "mine-0004", "mine-0008"]
     full, half = load_saved(tmp_path, "mine-0008"), load_saved(tmp_path, "mine-0004")
     assert all(torch.equal(weight, full[key]) for key, weight in load_saved(tmp_path, "mine").items())
     ranks = {key: w.shape[0] for key, w in half.items() if key.endswith("lora_down.weight")}
@@ -70,9 +64,6 @@ def test_training_continues_from_a_dylora_file_with_its_unit(
     by_file = train([*base_arguments, *file, *more, "--dim_from_weights", "--network_args", "unit=2"])
     assert by_file.status == 0, by_file.stderr
     assert all(torch.equal(weight, expected[key]) for key, weight in load_saved(tmp_path, "more").items())
-    wrong = train([*base_arguments, *file, *more, "--dim_from_weights", "--network_args", "unit=3"])
-    assert wrong.status == 1
-    assert "has rank 8, which is no multiple of it" in wrong.stderr
 
 
 def test_all_batches_of_an_accumulation_window_use_the_rank_of_their_step(

@@ -80,18 +80,8 @@ def test_validation_uses_the_same_noise_levels_every_time(
 ) -> None:
     """With a negligible learning rate both validations measure the same model."""
     checked = ["--validation_split", "0.34", "--validation_seed", "1", "--validate_every_n_steps", "1"]
-    done = train_flux(
-        [
-            *arguments,
-            *checked,
-            "--learning_rate",
-            "1e-12",
-            "--max_train_steps",
-            "2",
-            "--logging_dir",
-            str(tmp_path / "logs"),
-        ]
-    )
+    still = ["--learning_rate", "1e-12", "--max_train_steps", "2", "--logging_dir", str(tmp_path / "logs")]
+    done = train_flux([*arguments, *checked, *still])
     assert done.status == 0, done.stderr
     values = [value for _, value in scalars(charts(tmp_path / "logs"), "loss/validation/step_average")]
     assert len(values) >= 2
@@ -111,14 +101,9 @@ def test_a_file_with_separate_qkv_continues_resumes_and_keeps_its_names(
             tensors[f"{block}{part}.alpha"] = torch.tensor(1.0)
     save_file(tensors, tmp_path / "theirs.safetensors")
     network_module = ["--network_module", f"networks.{kind}", "--network_train_unet_only", "--save_state"]
-    further = [
-        *arguments,
-        *network_module,
-        "--network_weights",
-        str(tmp_path / "theirs.safetensors"),
-        "--dim_from_weights",
-    ]
-    uninterrupted = [*further, "--save_every_n_steps", "2", "--network_args", "loraplus_lr_ratio=2", "rank_dropout=0.1"]
+    further = [*arguments, *network_module, "--dim_from_weights", "--network_weights"]
+    words = ["--save_every_n_steps", "2", "--network_args", "loraplus_lr_ratio=2", "rank_dropout=0.1"]
+    uninterrupted = [*further, str(tmp_path / "theirs.safetensors"), *words]
     done = train_flux([*uninterrupted, "--output_name", "whole"])
     assert done.status == 0, done.stderr
     state = str(tmp_path / "out" / "whole-step00000002-state")
@@ -129,13 +114,7 @@ def test_a_file_with_separate_qkv_continues_resumes_and_keeps_its_names(
     assert all(torch.equal(weight, resumed[key]) for key, weight in expected.items())
     moved = [not torch.equal(expected[key], tensor) for key, tensor in tensors.items() if not key.endswith(".alpha")]
     assert all(moved)
-    again = [
-        *arguments,
-        *network_module,
-        "--network_weights",
-        str(tmp_path / "out" / "whole.safetensors"),
-        "--dim_from_weights",
-    ]
+    again = [*further, str(tmp_path / "out" / "whole.safetensors")]
     done = train_flux([*again, "--output_name", "again", "--max_train_steps", "1"])
     assert done.status == 0 and load_saved(tmp_path, "again").keys() == tensors.keys(), done.stderr
 

@@ -64,9 +64,7 @@ def test_a_killed_launcher_leaves_no_orphaned_process(tmp_path: Path) -> None:
     assert "the launcher of this run is gone before the first step" in log
 
 
-def test_once_training_has_begun_only_the_loop_reacts_to_a_lost_launcher(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_once_training_has_begun_only_the_loop_reacts_to_a_lost_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """The watching thread may wake after training began: its signal would be the second, which stops at once."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     interruption = Interruption()

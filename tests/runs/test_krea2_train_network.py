@@ -33,16 +33,11 @@ def arguments(tiny_arguments: list[str], images: Path, tmp_path: Path) -> list[s
     return [*tiny_arguments, *small_run(images, tmp_path, "networks.lora_krea2", "2")]
 
 
-@pytest.fixture
-def path_replacements(tiny_arguments: list[str], tmp_path: Path) -> dict[str, str]:
-    return paths_of(tiny_arguments, tmp_path)
-
-
 @pytest.mark.nightly
-def test_caption_features_are_cached_without_padding(path_replacements: dict[str, str], tmp_path: Path) -> None:
+def test_caption_features_are_cached_without_padding(tiny_arguments: list[str], tmp_path: Path) -> None:
     """Features are stored unpadded in 16 bits, and their size is reported before encoding."""
     texts = "--dataset_config {data} --text_encoder {text} --batch_size 2"
-    log = run_command("krea2_cache_text_encoder_outputs", texts, path_replacements)
+    log = run_command("krea2_cache_text_encoder_outputs", texts, paths_of(tiny_arguments, tmp_path))
     num_tokens = []
     for file in (tmp_path / "images").glob("*_krea2_te.npz"):
         with np.load(file) as archive:

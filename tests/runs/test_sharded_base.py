@@ -216,10 +216,7 @@ def test_adapters_of_a_sweep_share_a_sharded_base(arguments: Arguments, tmp_path
     """With different ranks, seeds and dropout, images, losses and files equal those of one process."""
     words = [*arguments("flux"), "--sweep", "network_dim=2,3", "seed=92,93", "--network_dropout", "0.2"]
     logs = run(
-        [
-            ("two", 2, [*words, "--shard_base"]),
-            ("one", 1, [*words, "--gradient_accumulation_steps", "2"]),
-        ],
+        [("two", 2, [*words, "--shard_base"]), ("one", 1, [*words, "--gradient_accumulation_steps", "2"])],
         "flux",
         tmp_path,
     )

@@ -103,11 +103,7 @@ def test_launched_run_survives_broken_responses_of_a_bucket(
 
 
 def test_credentials_in_urls_are_never_written_or_logged(
-    train: Train,
-    base_arguments: list[str],
-    sources: dict[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    train: Train, base_arguments: list[str], sources: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check metadata, state, report, events, charts, caches, and the logs of a resumed and a failed run."""
     with object_store(monkeypatch) as store:

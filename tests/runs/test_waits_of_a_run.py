@@ -55,8 +55,7 @@ class NoReading(NoWaiting):
     [
         pytest.param(["--ema_decay", "0.9", "--scale_weight_norms", "0.01"], id="plain"),
         pytest.param(
-            ["--cache_latents", "--network_train_unet_only", "--gradient_accumulation_steps", "2"],
-            id="accumulated",
+            ["--cache_latents", "--network_train_unet_only", "--gradient_accumulation_steps", "2"], id="accumulated"
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""zimage_train_network.py on a tiny Z-Image model: musubi-tuner's commands, previews, and third-party files."""
+"""zimage_train_network.py on a tiny Z-Image model: a training adapter, and noise levels that resume."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,12 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.running import Finished, small_run
-from tests.runs.musubi_tuner import paths_of
-from tests.tiny.zimage import CONFIG, DIT, build_tiny_zimage
+from tests.tiny.zimage import CONFIG, build_tiny_zimage
 
 Train = Callable[..., Finished]
-
-TRAINING = DIT.training
 
 
 @pytest.fixture(scope="session")
@@ -32,21 +29,6 @@ def train_zimage(train: Train) -> Train:
 def arguments(tiny_arguments: list[str], images: Path, tmp_path: Path) -> list[str]:
     """Return arguments for two training steps."""
     return [*tiny_arguments, *small_run(images, tmp_path, "networks.lora_zimage", "2")]
-
-
-@pytest.fixture
-def path_replacements(tiny_arguments: list[str], tmp_path: Path) -> dict[str, str]:
-    return paths_of(tiny_arguments, tmp_path)
-
-
-def test_musubi_tuners_fp8_and_block_swap_options_train(train_zimage: Train, path_replacements: dict[str, str]) -> None:
-    done = train_zimage([*TRAINING.format(**path_replacements).split(), "--fp8_base", "--fp8_scaled", "--fp8_llm"])
-    assert done.status == 0, done.stderr
-    assert "layers in 8 bits" in done.stderr
-    done = train_zimage([*TRAINING.format(**path_replacements).split(), "--blocks_to_swap", str(CONFIG.num_layers - 2)])
-    assert done.status == 0, done.stderr
-    done = train_zimage([*TRAINING.format(**path_replacements).split(), "--blocks_to_swap", str(CONFIG.num_layers)])
-    assert (done.status == 1 and f"Use at most {CONFIG.num_layers - 2}" in done.stderr) or "at most" in done.stderr
 
 
 def test_a_training_adapter_is_merged_and_not_saved(train_zimage: Train, arguments: list[str], tmp_path: Path) -> None:

@@ -17,13 +17,7 @@ from library.models.patches import patchify
 from tests.contracts.full_size import facts
 from tests.tiny import flux
 from tests.tiny.base import TEXT_CACHE, Base, Compared, InDiffusers, Pair
-from tests.tiny.flux import (
-    Layout,
-    ldm_vae,
-    tiny_t5,
-    tiny_vae,
-    write_t5_tokenizer,
-)
+from tests.tiny.flux import Layout, ldm_vae, tiny_t5, tiny_vae, write_t5_tokenizer
 from tests.tiny.headers import shapes_of, write_headers
 from tests.tiny.keys import kohya, peft
 from tests.tiny.parts import BASE, Parts, prefixed, tiny_denoiser, write_files, write_folder, write_whole

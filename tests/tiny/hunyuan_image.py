@@ -174,10 +174,7 @@ def tiny_hunyuan_image(seed: int) -> HunyuanImage:
 
 NUM_TEXT, NUM_GLYPHS = 7, 5
 TEXT_MASK = [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]]
-GLYPH_MASKS = {
-    "some": [[1, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
-    "none": [[0] * NUM_GLYPHS] * 3,
-}
+GLYPH_MASKS = {"some": [[1, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], "none": [[0] * NUM_GLYPHS] * 3}
 
 
 def inputs(H: int, W: int, glyphs: str = "some", seed: int = 0) -> dict[str, Tensor]:

@@ -244,9 +244,7 @@ DIT = Dit(
     architectures={"files": "Qwen-Image-2.1", "whole": "Qwen-Image-2.1"},  # the second fuses two of the layers
     trained={"": lambda folder: build_tiny_qwen_image_21(folder, 31)},
     training=training_command(
-        "--dit {dit}",
-        "--timestep_sampling shift --discrete_flow_shift 3.0",
-        "networks.lora_qwen_image_21",
+        "--dit {dit}", "--timestep_sampling shift --discrete_flow_shift 3.0", "networks.lora_qwen_image_21"
     ),
     num_adapted=7 * CONFIG.num_blocks,
     saved=("transformer.transformer_blocks.0.img_mlp.gate_layer", CONFIG.width),

@@ -290,8 +290,7 @@ def test_denoiser_keys_take_precedence_over_the_metadata() -> None:
 def test_stable_diffusion_cpp_ignores_q_k_v_of_the_text_encoder_of_sd2() -> None:
     out = "text_encoder.text_model.encoder.layers.0.self_attn.out_proj"
     reading = reading_of(
-        "stable-diffusion.cpp",
-        kohya(SD1_UNET, 1024) | kohya("text_encoder." + CLIP_LAYER.format(0), 1024) | kohya(out),
+        "stable-diffusion.cpp", kohya(SD1_UNET, 1024) | kohya("text_encoder." + CLIP_LAYER.format(0), 1024) | kohya(out)
     )
     assert reading.unused == tuple(kohya("text_encoder." + CLIP_LAYER.format(0)))
 

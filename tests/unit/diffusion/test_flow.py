@@ -136,10 +136,7 @@ def test_huber_loss_follows_constant_and_exponential_schedules(schedule: str, th
 def test_loss_and_gradient_are_finite_at_both_ends_of_the_schedule() -> None:
     clean = latents(2)
     for timestep in (0, 999, 1000):
-        objective = replace(
-            flow("latent", "sigma_scaled", "sigma_sqrt", loss_type="huber"),
-            timestep=timestep,
-        )
+        objective = replace(flow("latent", "sigma_scaled", "sigma_sqrt", loss_type="huber"), timestep=timestep)
         noised = corrupt(objective, clean)
         output = latents(7).requires_grad_()
         loss = objective.loss(objective.estimate(output, noised), objective.target(noised), noised)

@@ -137,9 +137,7 @@ def anima() -> tuple[nn.Module, list[Tensor]]:
 
 
 @pytest.mark.parametrize("build", [flux, lumina, anima], ids=lambda build: build.__name__)
-def test_our_denoisers_run_every_block_in_order(
-    build: Callable[[], tuple[nn.Module, list[Tensor]]],
-) -> None:
+def test_our_denoisers_run_every_block_in_order(build: Callable[[], tuple[nn.Module, list[Tensor]]]) -> None:
     model, values = build()
     recorder = Recorder(plain)
     alone = model(*values)

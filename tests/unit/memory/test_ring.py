@@ -286,9 +286,7 @@ class FakeCuda:
 FILL = ["on copies", "record on copies"]
 
 
-def test_copies_wait_for_compute_and_compute_waits_for_copies(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_copies_wait_for_compute_and_compute_waits_for_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
     streams = CudaStreams(2, 8, CPU)
     streams.start(1, torch.arange(6, dtype=torch.uint8))

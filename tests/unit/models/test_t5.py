@@ -10,15 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from library.checkpoints.quantised import open_checkpoint
-from library.models.t5 import (
-    TOKENIZER,
-    encode_t5,
-    load_t5,
-    load_t5_tokenizer,
-    t5_component,
-    t5_of_folder,
-    tokenize_t5,
-)
+from library.models.t5 import TOKENIZER, encode_t5, load_t5, load_t5_tokenizer, t5_component, t5_of_folder, tokenize_t5
 from tests.tiny.flux import T5, write_t5_tokenizer
 from tests.tiny.init import fixed_init
 from tests.tolerances import FLOAT32_DEEP

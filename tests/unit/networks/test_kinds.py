@@ -205,13 +205,7 @@ def test_incompatible_arguments_are_an_error_that_says_why(kind: str) -> None:
     text, unet = toy_models(7531)
     for name in CASES[kind].refused:
         with pytest.raises(ValueError, match=rf"--network_args {name} does not work with this --network_module: \w+"):
-            make_network(
-                kind,
-                "plain",
-                text,
-                unet,
-                **{name: "0.5" if name in ("rank_dropout", LORAPLUS) else "True"},
-            )
+            make_network(kind, "plain", text, unet, **{name: "0.5" if name in ("rank_dropout", LORAPLUS) else "True"})
 
 
 @pytest.mark.parametrize("kind", CASES.keys() - {"lora"})

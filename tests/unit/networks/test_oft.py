@@ -230,12 +230,7 @@ def test_the_summary_counts_blocks(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize(
-    "leaves",
-    [
-        {"oft_R.weight": (2, 6)},
-        {"boft_R": (1, 2, 4, 4), "boft_s": (6, 1)},
-        {"oft_blocks": (2, 3, 3)},
-    ],
+    "leaves", [{"oft_R.weight": (2, 6)}, {"boft_R": (1, 2, 4, 4), "boft_s": (6, 1)}, {"oft_blocks": (2, 3, 3)}]
 )
 def test_magnitudes_next_to_a_rotation_are_refused_and_never_dropped(leaves: dict[str, tuple[int, ...]]) -> None:
     tensors = {leaf: torch.zeros(shape) for leaf, shape in leaves.items()}

@@ -138,10 +138,7 @@ def test_kinds_that_depend_on_the_base_weight_require_the_base_model(
     words = ["--models", str(merge_case[0]), "--save_to", str(tmp_path / "b.safetensors")]
     for more, message in (
         (["--new_rank", "4"], rf"is {DEPENDS[kind]}, whose change depends on the base weight; .*--base_model"),
-        (
-            ["--concat", "--base_model", str(tiny_sd_folder)],
-            rf"is {DEPENDS[kind]}, not exactly a LoRA; use --new_rank",
-        ),
+        (["--concat", "--base_model", str(tiny_sd_folder)], rf"is {DEPENDS[kind]}, not exactly a LoRA; use --new_rank"),
     ):
         assert merge_lora.main([*words, *more]) == 1
         assert re.search(message, capsys.readouterr().err)

@@ -105,11 +105,7 @@ CURVES: list[tuple[str, dict[str, Any], Callable[[int], float]]] = [
         {"lr_scheduler_min_lr_ratio": 0.2, "lr_scheduler_num_cycles": 3},
         lambda s: after_warmup(s, lambda u: 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 3 * u))),
     ),
-    (
-        "warmup_stable_decay",
-        {"lr_decay_steps": 0.3, "lr_scheduler_min_lr_ratio": 0.1},
-        stable_decay,
-    ),
+    ("warmup_stable_decay", {"lr_decay_steps": 0.3, "lr_scheduler_min_lr_ratio": 0.1}, stable_decay),
     ("rex", {}, lambda s: rex(s, 0.01, 0.1, 0.9)),
     (
         "rex",
@@ -132,8 +128,7 @@ def test_each_schedule_follows_its_formula(name: str, settings: dict[str, Any], 
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"),
-    [("linear", {}), ("cosine", {}), ("polynomial", {"lr_scheduler_power": 2.0})],
+    ("name", "settings"), [("linear", {}), ("cosine", {}), ("polynomial", {"lr_scheduler_power": 2.0})]
 )
 def test_the_last_step_of_the_run_ends_the_curve(name: str, settings: dict[str, Any]) -> None:
     shares = curve(ScheduleOptions(lr_scheduler=name, **settings), steps=T + 1)

@@ -43,10 +43,7 @@ SLOW = [30.0, *[1.0] * NUM_BASELINE, *[1.0] * 100, *[2.5] * 100]  # the first on
         ({"throttling": ("temperature",)}, "the GPU lowers its clock (temperature)"),
         ({"pages": 90_100}, "system memory ran full: 90000 pages were swapped in"),
         ({}, "no cause found"),
-        (
-            {"retries": 3, "pages": 90_100},
-            "for options that need less; system memory ran full",
-        ),
+        ({"retries": 3, "pages": 90_100}, "for options that need less; system memory ran full"),
     ],
 )
 def test_a_single_warning_names_the_cause(later: dict[str, Any], cause: str) -> None:
@@ -61,8 +58,7 @@ def test_waiting_for_images_is_reported_as_a_cause() -> None:
 
 
 @pytest.mark.parametrize(
-    "seconds",
-    [[1.0] * 400, [1.0] * 201 + [1.9] * 100, [1.0] * 201 + [9.0] * 20 + [1.0] * 100, [1.0] * 90 + [5.0] * 50],
+    "seconds", [[1.0] * 400, [1.0] * 201 + [1.9] * 100, [1.0] * 201 + [9.0] * 20 + [1.0] * 100, [1.0] * 90 + [5.0] * 50]
 )
 def test_normal_runs_are_not_warned_about(seconds: list[float]) -> None:
     assert warnings_of(seconds) == []

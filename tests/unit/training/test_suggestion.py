@@ -97,10 +97,7 @@ def test_the_suggestion_keeps_most_of_the_gain_of_training(
 
 def test_a_true_best_file_and_a_plateau_are_found() -> None:
     """Differences of two standard deviations of the noise on 12 images, first with one best file, then with three."""
-    for means, best, has_winner in (
-        ([4, 2, 0, 2, 4], (2,), True),
-        ([4, 2, 0, 0, 0, 2], (2, 3, 4), False),
-    ):
+    for means, best, has_winner in (([4, 2, 0, 2, 4], (2,), True), ([4, 2, 0, 0, 0, 2], (2, 3, 4), False)):
         choices = []
         for seed in range(300):
             rng = np.random.default_rng([seed, len(means)])
