@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from tests.running import Finished, make_images, small_run
+from tests.running import Finished, load_saved, make_images, small_run
 from tests.tiny.sd3 import build_tiny_sd3
 
 Train = Callable[..., Finished]
@@ -55,6 +56,22 @@ def test_all_sd3_specific_options_work_together(
     assert cached == sorted(f"0{i}{end}" for i in range(3) for end in ("_0064x0064_sd3.npz", "_sd3_te.npz"))
     again = run(train, arguments("sd3.5-medium", "networks.lora_sd3", *more))
     assert again.losses == first.losses, "from the caches, with the same draws"
+
+
+@pytest.mark.nightly
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    train: Train, arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Text encoder dropout and random crops of the position table depend on the batch, not on earlier draws."""
+    more = ["--clip_g_dropout_rate", "0.4", "--t5_dropout_rate", "0.4", "--pos_emb_random_crop_rate", "0.5"]
+    line = arguments("sd3.5-medium", "networks.lora_sd3", "--network_train_unet_only", *more, "--max_train_steps", "4")
+    run(train, [*line, "--save_state", "--save_every_n_steps", "2"])
+    state = str(tmp_path / "out" / "mine-step00000002-state")
+    run(train, [*line, "--resume", state, "--output_name", "resumed"])
+    uninterrupted, resumed = load_saved(tmp_path), load_saved(tmp_path, "resumed")
+    assert resumed.keys() == uninterrupted.keys()
+    assert all(torch.equal(resumed[key], uninterrupted[key]) for key in uninterrupted)
+    assert any("lora_up" in key and tensor.abs().max() > 0 for key, tensor in uninterrupted.items())
 
 
 def test_position_embeddings_are_scaled_to_the_dataset_resolution(
