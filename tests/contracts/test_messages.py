@@ -88,11 +88,13 @@ def test_the_sentence_about_options(row: Row, caplog: pytest.LogCaptureFixture, 
         assert row["warning"] in caplog.text
 
 
-@rows("network", fast=(None,))
+@rows("network", fast=(None, "flux"))
 def test_the_sentence_about_network_arguments(row: Row) -> None:
     module: Any = import_module(row["module"])
+    deep = BASES[row["base"]].deep if "base" in row else None
+    models = ([], deep.seen(deep.frozen(91))) if deep else toy_models(91)
     with pytest.raises(UserError, match=pattern_of(row)):
-        module.create_network(1.0, 12, 2.0, None, *toy_models(91), **row["arguments"])
+        module.create_network(1.0, 12, 2.0, None, *models, **row["arguments"])
 
 
 @rows("file", fast=("zimage", "sd file"))
