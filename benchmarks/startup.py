@@ -77,7 +77,7 @@ def build_index(folder: Path, count: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    from library.data.description.schema import load_dataset_config
+    from library.data.description.dataset_file import load_dataset_config
     from library.data.sources.indexed.parquet_index import ABOUT, schema_of_rows
     from library.data.sources.indexed.scan import describe_files, index_path
     from library.data.sources.shards import SOURCE

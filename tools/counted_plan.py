@@ -8,7 +8,8 @@ import torch
 
 from library.architectures.specs import list_specs
 from library.checkpoints.base_model_spec import BaseModelSpec
-from library.data.description.schema import RunDataConfig, load_dataset_config, parse_numbers
+from library.data.description.dataset_file import load_dataset_config, parse_numbers
+from library.data.description.schema import RunDataConfig
 from library.errors import UserError
 from library.memory.planner.gpus import Gpu
 from library.options.dataset import DatasetOptions

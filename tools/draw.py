@@ -23,8 +23,9 @@ from library.checkpoints.overwriting import FileKind, check_target, judge, marke
 from library.errors import UserError
 from library.training.command_line.checks import check_precision, check_values
 from library.training.evaluation.prompts import (
-    RANGES,
+    STRENGTH,
     PromptSpec,
+    parse_number,
     parse_strip,
     read_prompts,
     refuse_strengths,
@@ -66,14 +67,10 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def parse_strength(text: str) -> float:
     """Parse a strength. Raises argparse.ArgumentTypeError for what is none, such as nan."""
-    low, high = RANGES["strength"]
-    try:
-        strength = float(text)
-    except ValueError:
-        strength = math.nan
-    if not low <= strength <= high:
-        raise argparse.ArgumentTypeError(f"{text!r} is no strength; use a number from {low:g} to {high:g}")
-    return strength
+    strength = parse_number(text)
+    if not STRENGTH.fits(strength):
+        raise argparse.ArgumentTypeError(f"{text!r} is no strength; use {STRENGTH.name}")
+    return float(strength)
 
 
 def parse_adapter(text: str) -> tuple[Path, float]:

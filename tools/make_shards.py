@@ -28,16 +28,9 @@ from library.checkpoints.hashes import digest_of_file
 from library.checkpoints.marks import MARK_FIELD, mark_of
 from library.checkpoints.overwriting import FileKind, check_target, judge, known_by_start, marked
 from library.data.decoding.images import open_image
+from library.data.description.dataset_file import load_dataset_config, read_description
 from library.data.description.image_extensions import image_extensions
-from library.data.description.keys import ALL_KEYS
-from library.data.description.schema import (
-    DatasetConfig,
-    NoDataFound,
-    RunDataConfig,
-    SubsetConfig,
-    load_dataset_config,
-    read_description,
-)
+from library.data.description.schema import ALL_KEYS, DatasetConfig, NoDataFound, RunDataConfig, SubsetConfig
 from library.data.description.source_keys import SOURCES
 from library.data.plan.collect import collect
 from library.data.scanned.images import ScannedImage

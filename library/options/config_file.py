@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
-from library.json_text import explain_parse_error
+from library.json_text import InvalidJson, explain_parse_error, parse_json
 from library.options.base import Options, option
 from library.options.encodings import decode_utf8
 
@@ -76,6 +76,16 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
         raise UserError(f"{flag} {path} is not valid TOML: {explain_parse_error(error)}{hint}") from None
     refuse_unusable(tables, f"{flag} {path}")
     return tables
+
+
+def read_json(path: Path, flag: str) -> Any:
+    """Return the content of a UTF-8 JSON file, None if it is empty; `flag` is the option that names the file. Raises
+    UserError as `read_toml` does."""
+    text = read_text(path, flag)
+    try:
+        return parse_json(text) if text.strip() else None
+    except InvalidJson as error:
+        raise UserError(f"{flag} {path} is not valid JSON: {error}") from None
 
 
 def refuse_unusable(value: Any, origin: str) -> None:

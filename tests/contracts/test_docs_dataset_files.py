@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from library.data.description.keys import ALL_KEYS
-from library.data.description.schema import RunDataConfig, load_dataset_config
+from library.data.description.dataset_file import load_dataset_config
+from library.data.description.schema import ALL_KEYS, RunDataConfig
 from library.options.train import TrainOptions
 from tests.contracts.test_docs_commands import PAGES, ROOT, blocks_of
 from train_network import setup_parser

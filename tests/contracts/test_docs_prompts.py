@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from library.training.evaluation.prompts import KEYS, LINE_OPTIONS, read_prompts
+from library.training.evaluation.prompts import KINDS, LINE_OPTIONS, read_prompts
 from tests.contracts.test_docs_commands import ROOT, blocks_of
 
 PAGE = ROOT / "docs" / "previews.md"
@@ -27,5 +27,5 @@ def test_documented_prompts_are_readable(tmp_path: Path, kind: str, block: str) 
 def test_the_page_shows_every_file_format_and_explains_every_setting() -> None:
     assert {kind for kind, _ in SHOWN} == {"txt", "toml", "json"}
     text = PAGE.read_text(encoding="utf-8")
-    assert [key for key in KEYS if f"`{key}`" not in text] == []
+    assert [key for key in KINDS if f"`{key}`" not in text] == []
     assert [letters for letters in LINE_OPTIONS if f"`--{letters}`" not in text] == []

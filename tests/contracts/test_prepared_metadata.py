@@ -35,7 +35,7 @@ def test_training_uses_the_prepared_latents(
     paths = [str(folder), str(tmp_path / "captions.json"), str(tmp_path / "out.json"), str(tiny_sdxl_folder)]
     sizes = ["--max_resolution", "64,64", "--min_bucket_reso", "32", "--max_bucket_reso", "128"]
     words = [*sizes, "--bucket_reso_steps", "32", "--flip_aug", "--batch_size", "2", "--max_data_loader_n_workers", "0"]
-    with patch.object(metadata_file, "decode_utf8", wraps=metadata_file.decode_utf8) as reading:
+    with patch.object(metadata_file, "read_json", wraps=metadata_file.read_json) as reading:
         assert prepare_buckets_latents.main([*paths, *words]) == 0
     assert reading.call_count == 1  # the table is read once, then written and encoded
     assert (

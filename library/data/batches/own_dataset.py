@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from library.data.batches.validation_set import ValidationSet, make_empty_set
-from library.data.description.schema import RunDataConfig, parse_numbers
+from library.data.description.dataset_file import parse_numbers
+from library.data.description.schema import RunDataConfig
 from library.data.plan.audit_values import make_empty_facts
 from library.errors import UserError
 from library.options.dataset import DatasetOptions

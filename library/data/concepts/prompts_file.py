@@ -7,15 +7,26 @@ ai-toolkit, as sd-scripts reads them.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from library.errors import UserError
 from library.options.config_file import read_toml
 from library.options.encodings import decode_utf8
-from library.options.ranges import is_finite_number
-from library.suggestions import did_you_mean
+from library.options.tables import (
+    BOOL,
+    TEXT,
+    Kind,
+    choice,
+    find_problem,
+    is_table_list,
+    is_texts,
+    number,
+    read_table,
+    size,
+    whole,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -25,19 +36,49 @@ Warn = Callable[..., None]
 FLAG = "--prompts_file"
 ERASE, ENHANCE, PRESERVE = "erase", "enhance", "preserve"
 DEFAULT_SIDE = 512
-LARGEST_SIDE, LARGEST_BATCH, LARGEST_NUMBER = 1 << 14, 1 << 10, 1000.0
 
-SHARED_KEYS = ("guidance_scale", "dynamic_resolution", "batch_size", "dynamic_crops", "multiplier", "weight")
-PAIR_KEYS = ("target", "positive", "unconditional", "neutral", "action", "resolution", *SHARED_KEYS)
-NEUTRAL_LISTS = ("neutrals", "neutral_prompt_file", "prompt_file")
-SLIDER_KEYS = (
-    "target_class", "positive", "negative", "neutral", *NEUTRAL_LISTS, "resolution", "resolutions", *SHARED_KEYS,
-)  # fmt: skip
-TEXT_KEYS = (
-    "target", "target_class", "positive", "negative", "unconditional", "neutral", "action", "neutral_prompt_file",
-    "prompt_file",
-)  # fmt: skip
-FLAG_KEYS = ("dynamic_resolution", "dynamic_crops")
+SIZE = size(1, 1 << 14, "[height, width]")
+
+
+def is_sizes(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, list) and SIZE.fits(one) for one in value)
+
+
+SIZES = Kind(f"{SIZE.name}, or a list of sizes", lambda v: SIZE.fits(v) or is_sizes(v))
+NUMBER = number(None, 1000)
+SHARED_KEYS: Mapping[str, Kind] = {
+    "positive": TEXT,
+    "neutral": TEXT,
+    "guidance_scale": NUMBER,
+    "dynamic_resolution": BOOL,
+    "batch_size": whole(1, 1 << 10),
+    "dynamic_crops": BOOL,
+    "multiplier": replace(
+        NUMBER, name=f"{NUMBER.name} other than 0, which teaches nothing", fits=lambda v: NUMBER.fits(v) and v != 0
+    ),
+    # The loss is multiplied by it.
+    "weight": replace(NUMBER, name=f"{NUMBER.name} and above 0", fits=lambda v: NUMBER.fits(v) and v > 0),
+}
+PAIR_KEYS: Mapping[str, Kind] = {
+    "target": TEXT,
+    "unconditional": TEXT,
+    "action": choice(ERASE, ENHANCE, PRESERVE),
+    "resolution": SIZE,
+    **SHARED_KEYS,
+}
+NEUTRAL_LISTS: Mapping[str, Kind] = {
+    "neutrals": Kind('a list of texts, such as ["", "a photo"]', is_texts),
+    "neutral_prompt_file": TEXT,
+    "prompt_file": TEXT,
+}
+SLIDER_KEYS: Mapping[str, Kind] = {
+    "target_class": TEXT,
+    "negative": TEXT,
+    "resolution": SIZES,
+    "resolutions": SIZES,
+    **NEUTRAL_LISTS,
+    **SHARED_KEYS,
+}
 
 
 @dataclass(frozen=True)
@@ -103,7 +144,7 @@ class Entry(NamedTuple):
     is_pair: bool  # a pair as it is trained, not a slider
 
     @property
-    def keys(self) -> tuple[str, ...]:
+    def keys(self) -> Mapping[str, Kind]:
         """The keys that are allowed in the entry."""
         return PAIR_KEYS if self.is_pair else SLIDER_KEYS
 
@@ -125,31 +166,21 @@ def split_entries(tables: Mapping[str, Any], path: Path) -> tuple[dict[str, Any]
             raise UserError(f'{FLAG} {path} names no prompts; it needs [[prompts]] with target = "...", or [[targets]]')
         return {}, [Entry(str(path), shared, is_pair="target_class" not in shared)]
     entry_tables = shared.pop(kind)
-    if (
-        not isinstance(entry_tables, list)
-        or not entry_tables
-        or not all(isinstance(entry, dict) for entry in entry_tables)
-    ):
+    if not entry_tables or not is_table_list(entry_tables):
         raise UserError(f"{FLAG} {path}: {kind} is not a list of tables; begin each entry with [[{kind}]]")
     entries = []
-    for number, values in enumerate(entry_tables, start=1):
+    for index, values in enumerate(entry_tables, start=1):
         is_pair = "target_class" not in values if kind == "prompts" else "target" in values
-        entries.append(Entry(f"{path}, [[{kind}]] number {number}", values, is_pair))
+        entries.append(Entry(f"{path}, [[{kind}]] number {index}", values, is_pair))
     return shared, entries
 
 
 def check_shared(shared: Mapping[str, Any], entries: Sequence[Entry], path: Path) -> None:
     """Raise UserError for a default that no entry accepts."""
-    known = [key for entry in entries for key in entry.keys]
-    for key in shared:
+    known = {key: kind for entry in entries for key, kind in entry.keys.items()}
+    for key, value in shared.items():
         if key not in known:
-            raise unknown_key_error(key, known, str(path))
-
-
-def unknown_key_error(key: str, known: Sequence[str], place: str) -> UserError:
-    """Return the error for an unknown key."""
-    names = ", ".join(dict.fromkeys(known))
-    return UserError(f"{FLAG} {place}: unknown key {key!r}{did_you_mean(key, known)}; known: {names}")
+            raise UserError(str(find_problem(key, value, known, f"{FLAG} {path}: {key}")))
 
 
 def build_pairs(entry: Entry, shared: Mapping[str, Any], folder: Path, warn: Warn) -> list[PromptPair]:
@@ -159,14 +190,11 @@ def build_pairs(entry: Entry, shared: Mapping[str, Any], folder: Path, warn: War
         raise UserError(
             f"{FLAG} {place} has target and target_class; the first defines a pair, the second a slider: keep one"
         )
-    for key in entry_values:
-        if key not in entry.keys:
-            raise unknown_key_error(key, entry.keys, place)
     inherited = {key: value for key, value in shared.items() if key in entry.keys}
     for group in ((*NEUTRAL_LISTS, "neutral"), ("resolution", "resolutions")):
         if entry_values.keys() & set(group):  # an entry overrides a group of keys as a whole
             inherited = {key: value for key, value in inherited.items() if key not in group}
-    values = {key: check_value(key, value, place) for key, value in {**inherited, **entry_values}.items()}
+    values = read_table({**inherited, **entry_values}, entry.keys, lambda key: f"{FLAG} {place}: {key}")
     if entry.is_pair and "target" not in values:
         raise UserError(f'{FLAG} {place} has no target; add target = "..."')
     pairs = [build_pair(place, values)] if entry.is_pair else list(slider_pairs(place, values, folder, warn))
@@ -178,44 +206,9 @@ def build_pairs(entry: Entry, shared: Mapping[str, Any], folder: Path, warn: War
     return pairs
 
 
-def check_value(key: str, value: Any, place: str) -> Any:
-    """Check the type and range of a value, and return it. Sizes and lists are checked where they are used."""
-    prefix = f"{FLAG} {place}: {key} is {value!r}"
-    if key in TEXT_KEYS:
-        if not isinstance(value, str):
-            raise UserError(f"{prefix}; use text in quotes")
-        if key == "action" and value not in (ERASE, ENHANCE, PRESERVE):
-            raise UserError(f'{prefix}; use "{ERASE}", which is the default, "{ENHANCE}" or "{PRESERVE}"')
-        return value
-    if key in FLAG_KEYS:
-        if not isinstance(value, bool):
-            raise UserError(f"{prefix}; use true or false")
-        return value
-    if key in (*NEUTRAL_LISTS, "resolution", "resolutions"):
-        return value
-    if not is_finite_number(value):
-        raise UserError(f"{prefix}; use a number")
-    if key == "batch_size":
-        return check_integer(value, 1, LARGEST_BATCH, prefix)
-    if key == "weight" and value <= 0:
-        raise UserError(f"{prefix}; the loss is multiplied by it, so it must be above 0")
-    if key == "multiplier" and value == 0:
-        raise UserError(f"{prefix}, with which the adapter learns nothing; the default is 1.0")
-    if abs(value) > LARGEST_NUMBER:
-        raise UserError(f"{prefix}; use a number of at most {LARGEST_NUMBER:g}")
-    return float(value)
-
-
-def check_integer(value: Any, least: int, most: int, prefix: str) -> int:
-    """Return `value` as an integer. Raises UserError if it is none or out of range."""
-    if not is_finite_number(value) or value != int(value) or not least <= value <= most:
-        raise UserError(f"{prefix}; use an integer from {least} to {most}")
-    return int(value)
-
-
-def build_pair(place: str, values: Mapping[str, Any], size: Any = None) -> PromptPair:
+def build_pair(place: str, values: Mapping[str, Any]) -> PromptPair:
     """Build a pair from these values, of which only `target` is required."""
-    height, width = parse_size(values.get("resolution", DEFAULT_SIDE), place) if size is None else size
+    height, width = values.get("resolution", (DEFAULT_SIDE, DEFAULT_SIDE))
     unconditional, action = values.get("unconditional", ""), values.get("action", ERASE)
     if action == PRESERVE:
         for key in ("positive", "neutral"):
@@ -244,24 +237,14 @@ def build_pair(place: str, values: Mapping[str, Any], size: Any = None) -> Promp
     )
 
 
-def parse_size(value: Any, place: str) -> tuple[int, int]:
-    """Parse a single side or [height, width] to (height, width)."""
-    prefix = f"{FLAG} {place}: resolution is {value!r}"
-    sides = value if isinstance(value, list) else [value, value]
-    if len(sides) != 2:
-        raise UserError(f"{prefix}; use one side, such as 512, or [height, width]")
-    height, width = (check_integer(side, 1, LARGEST_SIDE, prefix) for side in sides)
-    return height, width
-
-
-def parse_sizes(values: Mapping[str, Any], place: str, warn: Warn) -> list[tuple[int, int]]:
+def read_sizes(values: Mapping[str, Any], place: str, warn: Warn) -> list[tuple[int, int]]:
     """Return the sizes (height, width) of a slider: one, or each of a list."""
     if "resolution" in values and "resolutions" in values:
         raise UserError(f"{FLAG} {place} has both resolution and resolutions; keep one")
     value = values.get("resolutions", values.get("resolution", DEFAULT_SIDE))
-    if isinstance(value, list) and value and isinstance(value[0], list):
-        return [parse_size(size, place) for size in value]
-    height, width = parse_size(value, place)
+    if is_sizes(value):
+        return [SIZE.convert(one) for one in value]
+    height, width = SIZE.convert(value)
     if "resolutions" in values and isinstance(value, list):
         warn(
             "%s %s: resolutions = [%d, %d] is one size, height %d, width %d; for two squares use [[%d, %d], [%d, %d]]",
@@ -291,13 +274,13 @@ def slider_pairs(place: str, values: Mapping[str, Any], folder: Path, warn: Warn
         directions = [(negative, "", ERASE, multiplier), (negative, "", ENHANCE, -multiplier)]
     else:
         directions = [(positive, "", ENHANCE, multiplier), (positive, "", ERASE, -multiplier)]
-    sizes = parse_sizes(values, place, warn)
+    sizes = read_sizes(values, place, warn)
     for neutral in read_neutral_prompts(values, place, folder):
-        for size in sizes:
+        for one_size in sizes:
             for end, other_end, action, strength in directions:
-                overrides = {"target": values.get("target_class", ""), "positive": end, "unconditional": other_end}
-                overrides |= {"neutral": neutral, "action": action, "multiplier": strength}
-                yield build_pair(place, {**values, **overrides}, size)
+                ends = {"target": values.get("target_class", ""), "positive": end, "unconditional": other_end}
+                drawn = {"neutral": neutral, "action": action, "multiplier": strength, "resolution": one_size}
+                yield build_pair(place, {**values, **ends, **drawn})
 
 
 def read_neutral_prompts(values: Mapping[str, Any], place: str, folder: Path) -> list[str]:
@@ -307,12 +290,7 @@ def read_neutral_prompts(values: Mapping[str, Any], place: str, folder: Path) ->
         raise UserError(f"{FLAG} {place} has both neutral and {lists[0]}; keep one")
     if not lists:
         return [values.get("neutral", "")]
-    prompts: list[str] = []
-    if "neutrals" in values:
-        listed = values["neutrals"]
-        if not isinstance(listed, list) or not all(isinstance(prompt, str) for prompt in listed):
-            raise UserError(f'{FLAG} {place}: neutrals is {listed!r}; use a list of texts, such as ["", "a photo"]')
-        prompts += listed
+    prompts: list[str] = list(values.get("neutrals", ()))
     for key in ("neutral_prompt_file", "prompt_file"):
         if key in values:
             prompts += read_lines(folder / values[key], f"{FLAG} {place}: {key}")

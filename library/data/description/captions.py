@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from library.data.description.keys import COUNT, NUMBER, SEPARATOR, SHARE, key, key_of_option
+from library.options.tables import BOOL, TEXT
 from library.randomness import random_for
 
 
@@ -14,20 +16,20 @@ from library.randomness import random_for
 class CaptionRules:
     """The changes of a caption for each draw. The fields are keys of the dataset file."""
 
-    shuffle_caption: bool = False
-    caption_separator: str = ","
-    keep_tokens: int = 0
-    keep_tokens_separator: str = ""
-    secondary_separator: str | None = None
-    enable_wildcard: bool = False
-    enable_multiline_caption: bool = False
-    caption_prefix: str | None = None
-    caption_suffix: str | None = None
-    caption_dropout_rate: float = 0.0
-    caption_dropout_every_n_epochs: int = 0
-    caption_tag_dropout_rate: float = 0.0
-    token_warmup_min: int = 1
-    token_warmup_step: float = 0  # steps, or a share of the run if below 1
+    shuffle_caption: bool = key_of_option(BOOL, False)
+    caption_separator: str = key_of_option(SEPARATOR, ",")
+    keep_tokens: int = key_of_option(COUNT, 0)
+    keep_tokens_separator: str = key_of_option(TEXT, "")
+    secondary_separator: str | None = key_of_option(TEXT, None)
+    enable_wildcard: bool = key_of_option(BOOL, False)
+    enable_multiline_caption: bool = key(BOOL, False)
+    caption_prefix: str | None = key_of_option(TEXT, None)
+    caption_suffix: str | None = key_of_option(TEXT, None)
+    caption_dropout_rate: float = key_of_option(SHARE, 0.0)
+    caption_dropout_every_n_epochs: int = key_of_option(COUNT, 0)
+    caption_tag_dropout_rate: float = key_of_option(SHARE, 0.0)
+    token_warmup_min: int = key_of_option(COUNT, 1)
+    token_warmup_step: float = key_of_option(NUMBER, 0.0)  # steps, or a share of the run if below 1
 
     @property
     def moves_tags(self) -> bool:

@@ -4,7 +4,8 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from library.data.description.keys import ALL_KEYS, DATASET_KEYS, Key, Style
+from library.data.description.keys import Key, Style
+from library.data.description.schema import ALL_KEYS, DATASET_KEYS
 from library.options.no_effect import is_set
 
 Table = Mapping[str, Any]

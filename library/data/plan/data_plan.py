@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from library.collector import pause_collection
 from library.data.description.buckets import BucketRules, Shape, Size
 from library.data.description.captions import caption_variant
-from library.data.description.schema import DatasetConfig, RunDataConfig, SubsetConfig, load_dataset_config
+from library.data.description.dataset_file import load_dataset_config
+from library.data.description.schema import DatasetConfig, RunDataConfig, SubsetConfig
 from library.data.plan.audit import MOST_COUNTED_AT_START, TokenLimit, audit_lines, held_out_lines, log_lengths_later
 from library.data.plan.audit_values import dataset_facts
 from library.data.plan.collect import collect

@@ -11,7 +11,7 @@ from PIL import Image
 from library.checkpoints.overwriting import check_target
 from library.data.debug_dataset import show_batches
 from library.data.decoding.images import read_pixels
-from library.data.description.schema import warn_of_overridden_defaults
+from library.data.description.dataset_file import warn_of_overridden_defaults
 from library.data.plan.audit_findings import Finding, inspect
 from library.data.plan.data_plan import DataPlan, build_plan
 from library.diffusion.flow import FlowMatching

@@ -26,6 +26,7 @@ from library.options.no_effect import find_unused, is_requested, is_set
 from library.options.output.preview import PreviewOptions
 from library.options.ranges import check_ranges
 from library.options.requirements import check_requirements, unsupported
+from library.options.tables import read_value
 from library.options.train import TrainOptions
 from library.options.training.concepts import ConceptOptions
 from library.options.training.network import NetworkOptions
@@ -33,7 +34,7 @@ from library.options.training.noise import NoiseOptions
 from library.training.command_line import doubtful
 from library.training.command_line.targets import check_targets
 from library.training.evaluation.preview import PreviewSchedule
-from library.training.evaluation.prompts import check_sampler, read_prompts
+from library.training.evaluation.prompts import SAMPLER, read_prompts
 from library.training.optimization.optimizers import class_path, resolve_optimizer_type
 from library.training.reporting.trackers import read_tracker_config, tracker_kind
 from library.training.saving.checkpoints import Names, state_folder
@@ -374,5 +375,5 @@ def check_timesteps(noise: NoiseOptions) -> None:
 def check_previews(preview: PreviewOptions) -> None:
     """Raise UserError if previews are requested and the prompts cannot be read or the sampler is unknown."""
     if not PreviewSchedule.build(preview).is_empty and preview.sample_prompts:
-        check_sampler(preview.sample_sampler, "--sample_sampler")
+        read_value(preview.sample_sampler, SAMPLER, "--sample_sampler")
         read_prompts(Path(preview.sample_prompts))

@@ -7,15 +7,14 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
-from library.json_text import InvalidJson, parse_json
-from library.options.config_file import read_text, read_toml
+from library.options.config_file import read_json, read_text, read_toml
 from library.options.output.sampler_names import ALIASES, SAMPLERS
-from library.options.ranges import is_finite_number
+from library.options.tables import TABLE, TEXT, TEXTS, Kind, Table, choice, number, read_table, read_value, whole
 from library.options.training.run import MAX_SEED
 from library.protocols import Architecture, PromptDefaults
 from library.suggestions import did_you_mean
@@ -26,29 +25,24 @@ logger = logging.getLogger(__name__)
 FLAG = "--sample_prompts"
 NEAR = 0.5  # similarity above which a misspelt name is recognised
 SMALLEST_SIDE = 64
-MAX_STEPS = 1000
 SEED_OF_STRIP = 1  # of several strengths without --d: images to compare start from the same noise
 STRIP = re.compile(r"(\s--am\s+)([^\s,]*(?:,[^\s,]*)+)(?=\s|$)", re.IGNORECASE)
 OPTION = re.compile(r"(?:^|\s+)--")
 
-LINE_OPTIONS: Mapping[str, str] = {
-    "w": "width",
-    "h": "height",
-    "d": "seed",
-    "s": "sample_steps",
-    "l": "scale",
-    "g": "guidance_scale",
-    "n": "negative_prompt",
-    "ss": "sample_sampler",
-    "cn": "controlnet_image",
-    "ctr": "cfg_trunc_ratio",
-    "rcfg": "renorm_cfg",
-    "fs": "flow_shift",
-    "i": "image_path",
-    "ci": "control_image_path",
-    "am": "strength",
-}
-"""Option in a line of text, without `--` -> its name in TOML and JSON."""
+PATHS = replace(TEXTS, name="the path of an image, or a list of them")
+SAMPLER = choice(*SAMPLERS, *ALIASES)
+SCALE = number(0.0, 1000.0)
+STRENGTH = number(-100.0, 100.0)
+SEED = Kind(
+    f"a whole number from 0 to {MAX_SEED}, or -1 for none",
+    whole(-1, MAX_SEED).fits,
+    lambda value: None if value == -1 else int(value),  # as in other programs
+)
+
+
+def setting(kind: Kind, letters: str) -> Any:
+    """Declare a field that is a key in TOML and JSON, and the option `--letters` in a line of text."""
+    return field(default=None, metadata={"kind": kind, "letters": letters})
 
 
 @dataclass(frozen=True)
@@ -57,40 +51,28 @@ class PromptSpec:
 
     place: str  # "--sample_prompts prompts.txt, line 3", for messages
     prompt: str
-    negative_prompt: str | None = None
-    width: int | None = None
-    height: int | None = None
-    seed: int | None = None
-    sample_steps: int | None = None
-    scale: float | None = None
-    guidance_scale: float | None = None
-    sample_sampler: str | None = None
-    cfg_trunc_ratio: float | None = None
-    renorm_cfg: float | None = None
-    flow_shift: float | None = None
-    image_path: str | None = None
-    controlnet_image: str | None = None
-    control_image_path: tuple[str, ...] | None = None  # reference images; `--ci` may be repeated
-    strength: float | None = None
+    negative_prompt: str | None = setting(TEXT, "n")
+    width: int | None = setting(whole(1, 1 << 16), "w")
+    height: int | None = setting(whole(1, 1 << 16), "h")
+    seed: int | None = setting(SEED, "d")
+    sample_steps: int | None = setting(whole(1, 1000), "s")
+    scale: float | None = setting(number(-100.0, 1000.0), "l")
+    guidance_scale: float | None = setting(SCALE, "g")
+    sample_sampler: str | None = setting(SAMPLER, "ss")
+    cfg_trunc_ratio: float | None = setting(number(0.0, 1.0), "ctr")
+    renorm_cfg: float | None = setting(SCALE, "rcfg")
+    flow_shift: float | None = setting(number(1e-3, 1000.0), "fs")
+    image_path: str | None = setting(TEXT, "i")
+    controlnet_image: str | None = setting(TEXT, "cn")
+    control_image_path: tuple[str, ...] | None = setting(PATHS, "ci")  # reference images; `--ci` may be repeated
+    strength: float | None = setting(STRENGTH, "am")
 
 
-KEYS = [f.name for f in fields(PromptSpec) if f.name != "place"]
 REFERENCES = "control_image_path"
-# In a line of text they extend to the next option.
-WORDS = ("negative_prompt", "image_path", "controlnet_image", REFERENCES)
-RANGES: Mapping[str, tuple[float, float]] = {
-    "width": (1, 1 << 16),
-    "height": (1, 1 << 16),
-    "sample_steps": (1, MAX_STEPS),
-    "seed": (0, MAX_SEED),
-    "scale": (-100.0, 1000.0),
-    "guidance_scale": (0.0, 1000.0),
-    "cfg_trunc_ratio": (0.0, 1.0),
-    "renorm_cfg": (0.0, 1000.0),
-    "flow_shift": (1e-3, 1000.0),
-    "strength": (-100.0, 100.0),
-}
-"""Setting -> the smallest and the largest value that means something, as int where only whole numbers do."""
+SETTINGS = {f.name: f.metadata for f in fields(PromptSpec) if f.metadata}
+KINDS: Mapping[str, Kind] = {"prompt": TEXT, **{name: metadata["kind"] for name, metadata in SETTINGS.items()}}
+LINE_OPTIONS: Mapping[str, str] = {metadata["letters"]: name for name, metadata in SETTINGS.items()}
+"""Option in a line of text, without `--` -> its name in TOML and JSON."""
 
 
 def read_prompts(path: Path, flag: str = FLAG) -> list[PromptSpec]:
@@ -98,25 +80,25 @@ def read_prompts(path: Path, flag: str = FLAG) -> list[PromptSpec]:
 
     Raises UserError naming the file, the line or entry, and what to do.
     """
-    kind = path.suffix.lower()
-    if kind not in (".txt", ".toml", ".json"):
-        raise UserError(f"{flag} is {path}; use a .txt file with a prompt a line, or a .toml or .json file")
-    if kind == ".toml":
-        return list(specs_in_toml(path, flag))
-    text, label = read_text(path, flag), f"{flag} {path}"
-    return list(specs_in_text(label, text) if kind == ".txt" else specs_in_json(label, text))
+    label, suffix = f"{flag} {path}", path.suffix.lower()
+    if suffix == ".txt":
+        return list(specs_in_text(label, read_text(path, flag)))
+    if suffix == ".toml":
+        return list(specs_in_toml(label, read_toml(path, flag)))
+    if suffix == ".json":
+        return list(specs_in_json(label, read_json(path, flag)))
+    raise UserError(f"{flag} is {path}; use a .txt file with a prompt a line, or a .toml or .json file")
 
 
 def specs_in_text(label: str, text: str) -> Iterator[PromptSpec]:
     """Yield one prompt per line, skipping blank lines and comments (`#`)."""
-    for number, line in enumerate(text.splitlines(), start=1):
+    for index, line in enumerate(text.splitlines(), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
-            yield from parse_strip(line, f"{label}, line {number}")
+            yield from parse_strip(line, f"{label}, line {index}")
 
 
-def specs_in_toml(path: Path, flag: str) -> Iterator[PromptSpec]:
+def specs_in_toml(label: str, tables: Table) -> Iterator[PromptSpec]:
     """Yield the prompts of a TOML file: `[prompt]` holds shared settings, each `[[prompt.subset]]` is one image."""
-    tables, label = read_toml(path, flag), f"{flag} {path}"
     if not tables:
         return
     shared, subsets = tables.get("prompt"), None
@@ -125,29 +107,20 @@ def specs_in_toml(path: Path, flag: str) -> Iterator[PromptSpec]:
     if tables.keys() != {"prompt"} or not isinstance(subsets, list) or not isinstance(shared, dict):
         raise UserError(f"{label} must have a table [prompt], which all share, and a [[prompt.subset]] each")
     common = {key: value for key, value in shared.items() if key != "subset"}
-    for number, subset in enumerate(subsets, start=1):
-        place = f"{label}, [[prompt.subset]] number {number}"
-        if not isinstance(subset, dict):
-            raise UserError(f"{place} is {subset!r}; it must be a table")
-        yield parse_prompt_table({**common, **subset}, place)
+    for index, subset in enumerate(subsets, start=1):
+        place = f"{label}, [[prompt.subset]] number {index}"
+        yield parse_prompt_table({**common, **read_value(subset, TABLE, place)}, place)
 
 
-def specs_in_json(label: str, text: str) -> Iterator[PromptSpec]:
+def specs_in_json(label: str, entries: Any) -> Iterator[PromptSpec]:
     """Yield the prompts of a list of objects, or of strings like lines of a .txt file."""
-    try:
-        entries = parse_json(text) if text.strip() else []
-    except InvalidJson as error:
-        raise UserError(f"{label} is not valid JSON: {error}") from None
+    if entries is None:
+        return
     if not isinstance(entries, list):
         raise UserError(f'{label} must be a list of prompts: [{{"prompt": "a cat"}}]')
-    for number, entry in enumerate(entries, start=1):
-        place = f"{label}, entry {number}"
-        if isinstance(entry, str):
-            yield parse_line(entry, place)
-        elif isinstance(entry, dict):
-            yield parse_prompt_table(entry, place)
-        else:
-            raise UserError(f"{place} is {entry!r}; it must be a string or an object")
+    for index, entry in enumerate(entries, start=1):
+        place = f"{label}, entry {index}"
+        yield parse_line(entry, place) if isinstance(entry, str) else parse_prompt_table(entry, place)
 
 
 def parse_strip(line: str, place: str) -> Iterator[PromptSpec]:
@@ -181,73 +154,32 @@ def parse_line(line: str, place: str) -> PromptSpec:
             )
         if key in table and key != REFERENCES:
             raise UserError(f"{place}: --{letters} is given twice; keep one")
-        value, _, trailing = (text.strip(), "", "") if key in WORDS else text.strip().partition(" ")
-        if key == REFERENCES:
-            table[key] = [*table.get(key, []), value]
-        else:
-            table[key] = number_in(value, key) if key in RANGES else value
+        extends = KINDS[key] in (TEXT, PATHS)
+        value, _, trailing = (text.strip(), "", "") if extends else text.strip().partition(" ")
+        table[key] = [*table.get(key, []), value] if key == REFERENCES else value if extends else parse_number(value)
         words.append(trailing.strip())
     return parse_prompt_table({"prompt": " ".join(filter(None, words)), **table}, place)
 
 
-def number_in(text: str, key: str) -> int | float | str:
-    """Return the number in a line of text; what is none stays text, which `check_setting` refuses."""
-    with suppress(ValueError):
-        return type(RANGES[key][0])(text)
+def parse_number(text: str) -> int | float | str:
+    """Return the number in a text; what is none stays text."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
     return text
 
 
-def parse_prompt_table(table: Mapping[str, Any], place: str) -> PromptSpec:
+def parse_prompt_table(table: Any, place: str) -> PromptSpec:
     """Check the settings of one prompt and return them."""
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        if key not in KEYS:
-            raise UserError(f"{place}: there is no {key!r}{did_you_mean(key, KEYS, NEAR)}. There are {', '.join(KEYS)}")
-        if value is not None:
-            values[key] = check_setting(key, value, place)
+    values = read_table(read_value(table, TABLE, place), KINDS, lambda key: f"{place}: {describe_setting(key)}")
     if "prompt" not in values:
         raise UserError(f'{place} has no text; give one with "prompt"')
     return PromptSpec(place=place, **values)
 
 
-def check_setting(key: str, value: Any, place: str) -> Any:
-    """Convert a value to its type. A seed of -1 means no seed, as in other programs."""
-    if key == "sample_sampler":
-        check_sampler(value, f"{place}: {describe_setting(key)}")
-        return value
-    if key == REFERENCES:
-        paths = [value] if isinstance(value, str) else value
-        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-            raise UserError(f"{place}: {key} is {value!r}; give the path of an image, or a list of them")
-        return tuple(paths)
-    if key not in RANGES:
-        if not isinstance(value, str):
-            raise UserError(f"{place}: {key} is {value!r}; give text in quotes")
-        return value
-    if key == "seed" and value == -1:
-        return None
-    (low, high), kind = RANGES[key], type(RANGES[key][0])
-    # A whole float such as 512.0 passes, because some front ends write every number so.
-    if not is_finite_number(value) or value != kind(value):
-        number = "a whole number" if kind is int else "a number"
-        raise UserError(f"{place}: {describe_setting(key)} is {value!r}; give {number}")
-    if not low <= value <= high:
-        raise UserError(
-            f"{place}: {describe_setting(key)} is {value}; use {low:g} to {high if kind is int else f'{high:g}'}"
-        )
-    return kind(value)
-
-
-def check_sampler(name: Any, setting: str) -> None:
-    """Raise UserError for an unknown sampler; `setting` names it in the message."""
-    known = [*SAMPLERS, *ALIASES]
-    if name not in known:
-        raise UserError(f"{setting} is {name!r}{did_you_mean(str(name), known, NEAR)}; use one of {', '.join(known)}")
-
-
 def describe_setting(key: str) -> str:
     """Format a setting with its name in TOML and in a line: `width (--w)`."""
-    return f"{key} (--{next(letters for letters, name in LINE_OPTIONS.items() if name == key)})"
+    return f"{key} (--{SETTINGS[key]['letters']})" if key in SETTINGS else key
 
 
 def resolve_all(specs: Iterable[PromptSpec], arch: Architecture) -> list[Prompt]:

@@ -2,7 +2,7 @@
 
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from library.training.reporting.events import Event, Step
@@ -16,79 +16,55 @@ def check_line(line: Any) -> dict[str, Any]:
     Raises ValueError naming the field that does not fit.
     """
     # Unchecked, one in forty random changes of events and reports ended the tools that read them in a traceback.
-    if not isinstance(line, dict):
-        raise ValueError(f"it is a {type(line).__name__}, not a table")
-    check_is(line.get("time"), (int, float), "time")
-    check_value(line.get("event"), str, "event")
+    check_value(line, dict, "it")
+    for name, annotation in (("time", float), ("event", str)):
+        check_value(MISSING if line.get(name) is None else line[name], annotation, name)
     kind = {subclass.event: subclass for subclass in Event.__subclasses__()}.get(line["event"])
-    if kind is not None:
-        check_value(line, kind, line["event"])
-    if line["event"] == Step.event and line["step"] < 1:
-        raise unfit(line["step"], "step.step")
-    return line
+    for name, (annotation, is_required) in fields_of(kind).items() if kind else ():
+        if name in line or is_required:
+            check_value(line.get(name, MISSING), annotation, name)
+    if kind is Step and line["step"] < 1:
+        raise ValueError(f"step is {line['step']}")
+    return dict(line)
 
 
 def check_value(value: Any, expected: Any, name: str) -> None:
-    """Raise ValueError naming `name` if a JSON value does not have the annotated type.
+    """Raise ValueError naming `name` if a JSON value does not have the annotated type."""
+    if not fits(value, expected):
+        raise ValueError(f"{name} is {'missing' if value is MISSING else repr(str(value)[:60])}")
+
+
+def fits(value: Any, expected: Any) -> bool:
+    """Return True if a JSON value has the annotated type. bool is not a number, and numbers are finite.
 
     Non-finite numbers are null in JSON, so null is accepted as float. Additional keys of tables are accepted.
     """
-    if expected is Any:
-        return
     origin, parts = get_origin(expected) or expected, get_args(expected)
+    if expected is Any:
+        return True
     if origin in (Union, types.UnionType):
-        if not any(fits(value, part, name) for part in parts):
-            raise unfit(value, name)
-    elif origin is Literal:
-        if value not in parts:
-            raise unfit(value, name)
-    elif is_typeddict(origin) or is_dataclass(origin):
-        check_table(value, origin, name)
-    elif issubclass(origin, Mapping):
-        check_is(value, dict, name)
-        for key, item in value.items():
-            check_value(item, parts[1], f"{name}.{key}")
-    elif issubclass(origin, Sequence) and origin is not str:
-        check_is(value, list, name)
-        for number, item in enumerate(value):
-            check_value(item, parts[0], f"{name}[{number}]")
-    elif origin is float:
-        if value is not None:
-            check_is(value, (int, float), name)
-    else:
-        check_is(value, origin, name)
-
-
-def check_table(value: Any, expected: Any, name: str) -> None:
-    """Raise ValueError if a table lacks a field or a field has another type than the dataclass or TypedDict
-    declares."""
-    check_is(value, dict, name)
-    declared: dict[str, Field[Any]] = {f.name: f for f in fields(expected)} if is_dataclass(expected) else {}
-    for key, annotation in get_type_hints(expected).items():
-        if is_dataclass(expected) and key not in declared:  # a class variable
-            continue
-        if key in value:
-            check_value(value[key], annotation, f"{name}.{key}")
-        elif key not in declared or declared[key].default is MISSING:
-            raise ValueError(f"{name} has no {key}")
-
-
-def check_is(value: Any, expected: type | tuple[type, ...], name: str) -> None:
-    """Raise ValueError for another type, and for numbers that are not finite or too large; bool is not a number."""
-    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        raise unfit(value, name)
+        return any(fits(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if is_typeddict(origin) or is_dataclass(origin):
+        return isinstance(value, dict) and all(
+            fits(value[name], annotation) if name in value else not is_required
+            for name, (annotation, is_required) in fields_of(origin).items()
+        )
+    if parts and issubclass(origin, Mapping):
+        return isinstance(value, dict) and all(fits(item, parts[1]) for item in value.values())
+    if parts and issubclass(origin, Sequence):
+        return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
+    if value is None or isinstance(value, bool):
+        return origin in ((float, types.NoneType) if value is None else (bool,))
     if isinstance(value, (int, float)) and not -LARGEST <= value <= LARGEST:
-        raise unfit(value, name)
-
-
-def fits(value: Any, expected: Any, name: str) -> bool:
-    """Return True if a value has the annotated type."""
-    try:
-        check_value(value, expected, name)
-    except ValueError:
         return False
-    return True
+    return isinstance(value, (int, float) if origin is float else origin)
 
 
-def unfit(value: Any, name: str) -> ValueError:
-    return ValueError(f"{name} is {str(value)[:60]!r}")
+def fields_of(table: Any) -> dict[str, tuple[Any, bool]]:
+    """Return (type, whether it is required) of each field of a dataclass or TypedDict."""
+    hints = get_type_hints(table)
+    if is_dataclass(table):
+        return {f.name: (hints[f.name], f.default is MISSING) for f in fields(table)}
+    return {name: (hint, True) for name, hint in hints.items()}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from library.data.description.schema import load_dataset_config
+from library.data.description.dataset_file import load_dataset_config
 from library.data.plan.collect import collect
 from library.errors import UserError
 from library.options.config_file import read_toml

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from library.data.description.schema import RunDataConfig, load_dataset_config
+from library.data.description.dataset_file import load_dataset_config
+from library.data.description.schema import RunDataConfig
 from library.errors import UserError
 from library.options.train import TrainOptions
 
@@ -69,7 +70,7 @@ def test_json_files_may_be_flat(tmp_path: Path) -> None:
     [
         ('[[datasets]]\nvideo_directory = "v"\n', r"\['subsets'\] must be an array of tables"),
         ('[[datasets]]\nimage_directory = "a"\nmultiple_target = true\n', r"\['multiple_target'\] is not a key"),
-        ("[[datasets]]\nimage_directory = 3\n", r"\['image_dir'\] is 3, but must be a string"),
+        ("[[datasets]]\nimage_directory = 3\n", r"\['image_dir'\] is 3, but must be text in quotes"),
         (
             '[[datasets]]\nimage_directory = "a"\n[[datasets.subsets]]\nimage_dir = "b"\n',
             r"\['image_directory'\] is not a key",

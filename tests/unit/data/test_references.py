@@ -151,7 +151,7 @@ def test_metadata_files_may_list_references(tmp_path: Path) -> None:
             "has control_path_0, control_path_2; name one reference image",
         ),
         ({"control_path": "a", "control_path_0": "b"}, "has control_path, control_path_0; name one reference image"),
-        ({"control_path": 3}, "control_path is 3, but must be a string"),
+        ({"control_path": 3}, "control_path is 3, but must be text"),
     ],
 )
 def test_invalid_references_in_metadata_files_are_refused(

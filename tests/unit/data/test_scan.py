@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from library.data.decoding.images import read_size
-from library.data.description.schema import NoDataFound, load_dataset_config
+from library.data.description.dataset_file import load_dataset_config
+from library.data.description.schema import NoDataFound
 from library.data.plan.collect import collect
 from library.data.scanned.subsets import ScannedSubset
 from tests.unit.data.builders import options_of, plan_of, write_config, write_folder, write_image
@@ -234,8 +235,8 @@ def test_metadata_keys_can_be_relative_to_the_working_folder(tmp_path, monkeypat
         ("meta.json", "[" * 100_000, "meta.json is not valid JSON: it is nested too deeply"),
         ("meta.json", '{"p": {"caption": "\\ud800"}}', "is not valid JSON: it contains half of a surrogate pair"),
         ("meta.jsonl", '{"image_path": "p", "caption": "\\udc00"}', "line 1.*half of a surrogate pair"),
-        ("meta.json", "[]", "must hold a table"),
-        ("meta.json", '{"p": 3}', "meta.json: p must be a table"),
+        ("meta.json", "[]", "but must be a table"),
+        ("meta.json", '{"p": 3}', "meta.json: p is 3, but must be a table"),
         ("meta.json", '{"p": {"tags": ["x"]}}', "p: tags is"),
         ("meta.jsonl", '{"caption": "x"}', "line 1: image_path is missing"),
     ],
@@ -247,7 +248,7 @@ def test_invalid_metadata_files_raise_errors_that_name_the_mistake(tmp_path, nam
 
 
 def test_a_missing_metadata_file_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=r"meta\.json: there is no such file"):
+    with pytest.raises(ValueError, match=r"meta\.json, but there is no such file"):
         scan(tmp_path, METADATA)
 
 

@@ -463,7 +463,7 @@ def test_images_with_a_dot_in_their_name_are_not_lost_silently(tmp_path):
         ),
         ('shards = "{here}/0.tar"\nimage_column = "a"', r"\['image_column'\] has no effect with shards.* for parquet"),
         ("num_repeats = 2", r"\['image_dir'\] is missing: set a folder, or tar files as shards, or Parquet files"),
-        ("shards = 3", r"\['shards'\] is 3, but must be a string or a list of strings"),
+        ("shards = 3", r"\['shards'\] is 3, but must be text in quotes, or a list of such texts"),
     ],
 )
 def test_errors_for_unreadable_sources_say_why(subset: str, message: str, tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_captions_that_cannot_be_collected_are_refused_with_the_reason(
     assert "have the same key, 1; use --full_path" in capsys.readouterr().err
     (tmp_path / "m.json").write_text('{"2": {}, "1": "text"}')
     assert captions_to_metadata.main(words) == 1
-    assert "must be a table with caption or tags" in capsys.readouterr().err
+    assert "but must be a table" in capsys.readouterr().err
 
 
 # --- cleaning ---

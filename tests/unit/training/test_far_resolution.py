@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from library.data.description.schema import RunDataConfig, load_dataset_config
+from library.data.description.dataset_file import load_dataset_config
+from library.data.description.schema import RunDataConfig
 from library.training.models.opening import far_resolutions, native_sides
 from tests.unit.data.builders import write_config
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.data.description.schema import load_dataset_config
+from library.data.description.dataset_file import load_dataset_config
 from library.diffusion.objective import build_ddpm
 from library.errors import UserError
 from library.options.training.loss import LossOptions

@@ -1,16 +1,18 @@
 """Metadata files: captions and tags of many images in one .json or .jsonl file."""
 
 import io
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
 from library.json_text import InvalidJson, parse_json
-from library.options.encodings import decode_utf8
+from library.options.config_file import read_json, read_text
+from library.options.tables import TABLE, TEXT, read_value
 
+FLAG = "metadata_file"
 REFERENCE = re.compile(r"control_path_(\d+)")
 
 
@@ -41,56 +43,39 @@ def parse_entries(table: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Met
 
 
 def _values(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not os.path.isfile(path):
-        raise UserError(f"metadata_file {path}: there is no such file")
-    try:
-        with open(path, "rb") as file:
-            content = file.read()
-    except OSError as error:
-        raise UserError(f"metadata_file {path} cannot be read: {error.strerror}; change its permissions") from error
-    text = decode_utf8(content, f"metadata_file {path}")
-    # StringIO splits at newlines only. str.splitlines would also split at U+2028, which JSON allows inside strings.
-    yield from _json_lines(path, io.StringIO(text)) if path.lower().endswith(".jsonl") else _json_table(path, text)
-
-
-def _json_table(path: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        table = parse_json(text)
-    except InvalidJson as error:
-        raise UserError(f"metadata_file {path} is not valid JSON: {error}") from None
-    if not isinstance(table, dict):
-        raise UserError(f"metadata_file {path} must hold a table of images, not {type(table).__name__}")
+    if path.lower().endswith(".jsonl"):
+        # StringIO splits at newlines only. str.splitlines would also split at U+2028, which JSON allows inside strings.
+        yield from _json_lines(path, io.StringIO(read_text(Path(path), FLAG)))
+        return
+    table = read_value(read_json(Path(path), FLAG), TABLE, f"{FLAG} {path}")
     for key, value in table.items():
-        yield key, _checked(value, f"{path}: {key}")
+        yield key, _checked(value, f"{FLAG} {path}: {key}")
 
 
 def _json_lines(path: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        place = f"{FLAG} {path}, line {number}"
         try:
-            value = parse_json(line)
+            value = read_value(parse_json(line), TABLE, place)
         except InvalidJson as error:
-            raise UserError(f"metadata_file {path}, line {number} is not valid JSON: {error}") from None
-        if not isinstance(value, dict) or not isinstance(value.get("image_path"), str):
-            raise UserError(f"metadata_file {path}, line {number}: image_path is missing")
-        key = value.pop("image_path")
-        yield key, _checked(value, f"{path}, line {number}")
+            raise UserError(f"{place} is not valid JSON: {error}") from None
+        if "image_path" not in value:
+            raise UserError(f"{place}: image_path is missing; add the path of the image")
+        yield read_value(value.pop("image_path"), TEXT, f"{place}: image_path"), _checked(value, place)
 
 
 def _checked(value: Any, place: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"metadata_file {place} must be a table with caption or tags, not {value!r}")
-    for name in ("caption", "tags"):
-        if value.get(name) is not None and not isinstance(value[name], str):
-            raise UserError(f"metadata_file {place}: {name} is {value[name]!r}, but must be a string")
-    _references(value, place)
-    return value
+    table: dict[str, Any] = read_value(value, TABLE, place)
+    texts = [name for name in ("caption", "tags") if table.get(name) is not None]
+    for name in (*texts, *_reference_names(table, place)):
+        read_value(table[name], TEXT, f"{place}: {name}")
+    return table
 
 
-def _references(value: Mapping[str, Any], place: str = "") -> tuple[str, ...]:
-    """Return the reference images, in order. Raises UserError if their numbers have a gap, or if a value is not a
-    string."""
+def _reference_names(value: Mapping[str, Any], place: str = "") -> list[str]:
+    """Return the keys of the reference images, in order. Raises UserError if their numbers have a gap."""
     numbered = sorted((int(match[1]), name) for name in value if (match := REFERENCE.fullmatch(name)))
     names = [name for _, name in numbered]
     if "control_path" in value:
@@ -99,14 +84,13 @@ def _references(value: Mapping[str, Any], place: str = "") -> tuple[str, ...]:
     has_gap = [number for number, _ in numbered] != list(range(first, first + len(numbered)))
     if has_gap or (numbered and len(names) > len(numbered)):
         raise UserError(
-            f"metadata_file {place} has {', '.join(names)}; name one reference image as control_path, or several as "
+            f"{place} has {', '.join(names)}; name one reference image as control_path, or several as "
             "control_path_0, control_path_1 and so on without a gap"
         )
-    for name in names:
-        if not isinstance(value[name], str):
-            raise UserError(f"metadata_file {place}: {name} is {value[name]!r}, but must be a string")
-    return tuple(value[name] for name in names)
+    return names
 
 
 def _entry(value: Mapping[str, Any]) -> MetadataEntry:
-    return MetadataEntry(value.get("caption"), value.get("tags"), _references(value))
+    return MetadataEntry(
+        value.get("caption"), value.get("tags"), tuple(value[name] for name in _reference_names(value))
+    )

@@ -1,0 +1,356 @@
+"""Reads the description of the data: each value from the first that sets it: subset, dataset, general, option, default.
+
+The keys are declared in `schema`.
+"""
+
+import logging
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from library.data.description.captions import CaptionRules
+from library.data.description.flat_datasets import with_subsets
+from library.data.description.folder_options import list_subsets, warn_of_ignored
+from library.data.description.keys import Key, Level, Style
+from library.data.description.overridden import find_overridden, given_keys, typed_default_keys
+from library.data.description.schema import (
+    ALL_KEYS,
+    CACHE_INFO,
+    CAPTION_KEYS,
+    DATASET_KEYS,
+    FILE_SOURCES,
+    KINDS,
+    NETWORK_MULTIPLIER,
+    PRESERVATION,
+    REQUIRED,
+    SUBSET_KEYS,
+    DatasetConfig,
+    RunDataConfig,
+    SubsetConfig,
+)
+from library.data.description.source_keys import SOURCES, keys_used_by
+from library.errors import UserError
+from library.options.config_file import read_json, read_toml, refuse_unusable
+from library.options.dataset import OWN_INDEX, DatasetOptions
+from library.options.tables import BOOL, TABLE, Table, find_problem, is_table_list, number, read_value
+from library.options.train import TrainOptions
+from library.suggestions import did_you_mean
+
+logger = logging.getLogger(__name__)
+
+FOLDER_FLAGS = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
+HEADINGS: Mapping[Level, str] = {
+    "general": "[general]",
+    "dataset": "[[datasets]]",
+    "subset": "[[datasets.subsets]]",
+}
+
+
+def load_dataset_config(options: TrainOptions) -> RunDataConfig:
+    """Read the description of the data from `dataset_config`, else `in_json`, else the image folders.
+
+    Raises UserError naming file and place: unreadable TOML or JSON, unknown or misplaced keys, wrong types, missing
+    keys, and unsupported settings.
+    """
+    data = options.dataset
+    if data.dataset_class:
+        raise UserError(
+            f"--dataset_class {data.dataset_class} makes batches during training, but this requires the images "
+            "themselves; describe them with --dataset_config"
+        )
+    fallbacks = option_values(options.flat())
+    config = read_folders(data, fallbacks) if data.dataset_config is None else read_file(data, fallbacks)
+    warn_of_idle_masks(data, config)
+    return config
+
+
+def read_folders(data: DatasetOptions, fallbacks: Table) -> RunDataConfig:
+    """Read the image folders of the command line; `fallbacks` are the values of options."""
+    style, subsets = list_subsets(data)
+    dataset = build_dataset({"subsets": subsets}, {}, fallbacks, style, "command line")
+    return RunDataConfig((dataset,), is_from_file=False)
+
+
+def read_file(data: DatasetOptions, fallbacks: Table) -> RunDataConfig:
+    """Read the dataset file; `fallbacks` are the values of options."""
+    warn_of_ignored(data, FOLDER_FLAGS, "--dataset_config describes the data")
+    path, (content, problems) = str(data.dataset_config), read_content(data)
+    if problems:
+        raise UserError(f"{path}: " + "\n  ".join(["invalid dataset description", *problems]))
+    general, tables = content.get("general", {}), with_styles(content, data)
+    for line in find_overridden(given_keys(fallbacks), tables, general, fallbacks, path):
+        logger.warning("%s", line)
+    datasets = tuple(
+        build_dataset(dataset, general, fallbacks, style, f"{path}: data['datasets'][{i}]")
+        for i, (dataset, style) in enumerate(tables)
+    )
+    warn_of_unused(general, {dataset.style for dataset in datasets}, path)
+    return RunDataConfig(datasets, is_from_file=True)
+
+
+def read_content(data: DatasetOptions) -> tuple[Table, list[str]]:
+    """Return the content of the dataset file, with subsets in every dataset, and its mistakes."""
+    path = str(data.dataset_config)
+    content = with_subsets(read_description(path), path)
+    return content, find_problems(content, data.masked_loss)
+
+
+def warn_of_overridden_defaults(options: TrainOptions, typed: Collection[str]) -> None:
+    """Warn of options that were typed with their default, and that the dataset file overrides with another value."""
+    data, fallbacks = options.dataset, option_values(options.flat())
+    keys = typed_default_keys(fallbacks, typed)
+    if not keys or data.dataset_config is None or data.dataset_class:
+        return
+    content, problems = read_content(data)
+    if problems:
+        return  # the file is refused when it is loaded
+    tables, path = with_styles(content, data), str(data.dataset_config)
+    for line in find_overridden(keys, tables, content.get("general", {}), fallbacks, path):
+        logger.warning("%s", line)
+
+
+def with_styles(content: Table, data: DatasetOptions) -> list[tuple[Table, Style]]:
+    """Return the data sets of a checked description, each with its style."""
+    return [(dataset, resolve_style(dataset, data.masked_loss)) for dataset in content.get("datasets", [])]
+
+
+def warn_of_idle_masks(data: DatasetOptions, config: RunDataConfig) -> None:
+    """Warn about options for masks that no subset can use."""
+    subsets = [subset for dataset in config.datasets for subset in dataset.subsets]
+    have_files = [bool(subset.conditioning_data_dir) for subset in subsets]
+    if data.masked_loss and not any(have_files) and not any(subset.alpha_mask for subset in subsets):
+        logger.warning("--masked_loss has no effect: no subset has masks; set conditioning_data_dir or alpha_mask")
+    if data.alpha_mask and subsets and all(have_files):
+        logger.warning("--alpha_mask has no effect: the masks of conditioning_data_dir are used")
+
+
+# Reading
+
+
+def read_description(path: str) -> dict[str, Any]:
+    """Read a .toml or .json file.
+
+    Raises UserError if it is missing, or naming the file, line and column of a mistake.
+    """
+    label, extension = f"--dataset_config {path}", os.path.splitext(path)[1].lower()
+    if extension not in (".toml", ".json"):
+        raise UserError(f"{label}: the file must end in .toml or .json")
+    if extension == ".toml":
+        return read_toml(Path(path), "--dataset_config")
+    content: dict[str, Any] = read_value(read_json(Path(path), "--dataset_config"), TABLE, label)
+    refuse_unusable(content, label)
+    return content
+
+
+# Checking
+
+
+def find_problems(content: Table, masked_loss: bool) -> list[str]:
+    """Return all mistakes in a description, one sentence each with its place."""
+    problems = [
+        f"data['{name}'] is not a key{did_you_mean(name, ('general', 'datasets', *ALL_KEYS))}; use general and datasets"
+        for name in content.keys() - {"general", "datasets"}
+    ]
+    general, datasets = content.get("general", {}), content.get("datasets", [])
+    if isinstance(general, dict):
+        problems += table_problems(general, "data['general']", "general", None)
+    else:
+        problems.append("data['general'] must be a table, [general]")
+    if not is_table_list(datasets):
+        return [*problems, "data['datasets'] must be an array of tables, [[datasets]]"]
+    for i, dataset in enumerate(datasets):
+        problems += dataset_problems(dataset, f"data['datasets'][{i}]", masked_loss)
+    return problems
+
+
+def dataset_problems(dataset: Table, place: str, masked_loss: bool) -> Iterator[str]:
+    """Yield the mistakes in a [[datasets]] table and its subsets."""
+    if not is_table_list(dataset.get("subsets")):
+        yield f"{place}['subsets'] must be an array of tables, [[datasets.subsets]]"
+        return
+    try:
+        style = resolve_style(dataset, masked_loss)
+    except UserError as error:
+        yield f"{place}: {error}"
+        return
+    yield from table_problems({k: v for k, v in dataset.items() if k != "subsets"}, place, "dataset", style)
+    for j, subset in enumerate(dataset["subsets"]):
+        subset_place = f"{place}['subsets'][{j}]"
+        yield from table_problems(subset, subset_place, "subset", style)
+        if style == "dreambooth":
+            yield from source_problems(subset, subset_place)
+        for name in REQUIRED[style]:
+            if name not in subset:
+                yield f"{subset_place}['{name}'] is missing, a {style} subset needs it"
+
+
+def table_problems(table: Table, place: str, level: Level, style: Style | None) -> Iterator[str]:
+    """Yield a sentence for each unknown, misplaced or mistyped key of a table."""
+    for name, value in table.items():
+        setting, key = f"{place}['{name}']", ALL_KEYS.get(name)
+        if key is not None and not key.is_allowed_at(level, style):
+            headings = " or ".join(HEADINGS[level] for level in key.levels)
+            belongs = f"is only for subsets of style {' or '.join(key.styles)}"
+            belongs = belongs if level in key.levels else f"belongs in {headings}"
+            yield f"{setting} is not allowed here; it {belongs}"
+        elif problem := find_problem(name, value, KINDS, setting):
+            yield problem
+
+
+def source_problems(subset: Table, place: str) -> list[str]:
+    """Return the mistakes in the image source of a subset: it must have exactly one, with keys that the source uses."""
+    given_sources = [name for name in SOURCES if name in subset]
+    if not given_sources:
+        return [f"{place}['image_dir'] is missing: set a folder, or tar files as shards, or Parquet files as parquet"]
+    if len(given_sources) > 1:
+        return [f"{place} has {' and '.join(given_sources)}; each is a separate source; use two subsets"]
+    return [
+        f"{place}['{name}'] has no effect with {given_sources[0]}; it is for {' and '.join(sources)}"
+        for name in subset
+        if (sources := [source for source in SOURCES if name in keys_used_by(source)])
+        and given_sources[0] not in sources
+    ]
+
+
+def resolve_style(dataset: Table, masked_loss: bool) -> Style:
+    """Return the style of a dataset's subsets. Raises UserError if styles are mixed."""
+    subsets: Sequence[Table] = dataset["subsets"]
+    # As in sd-scripts, masks decide before metadata files.
+    if masked_loss and subsets and all("conditioning_data_dir" in subset for subset in subsets):
+        return "masked"
+    if any("conditioning_data_dir" in subset for subset in subsets):
+        if masked_loss:
+            raise UserError("only some subsets have conditioning_data_dir; use masks for all subsets or none")
+        raise UserError("conditioning_data_dir requires --masked_loss")
+    has_metadata = ["metadata_file" in subset for subset in subsets]
+    if any(has_metadata) and not all(has_metadata):
+        raise UserError("only some subsets have metadata_file; use separate datasets")
+    return "metadata" if any(has_metadata) else "dreambooth"
+
+
+def warn_of_unused(general: Table, styles: set[Style], path: str) -> None:
+    """Warn about keys of [general] that no dataset of the file can use."""
+    for name in general:
+        if styles and styles.isdisjoint(ALL_KEYS[name].styles):
+            logger.warning(
+                "%s: %s in [general] has no effect: it is for subsets of style %s, and all are of style %s",
+                *(path, name, " or ".join(ALL_KEYS[name].styles), " or ".join(sorted(styles))),
+            )
+
+
+# Building
+
+
+def option_values(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of options that are defaults of keys, checked like values of the file. None means not given."""
+    values = {key.name: options[key.flag] for key in ALL_KEYS.values() if key.flag}
+    # sd-scripts has the option under both spellings, and the misspelt one wins.
+    values["caption_extension"] = options["caption_extention"] or options["caption_extension"]
+    for name in ("resolution", "skip_image_resolution"):
+        if isinstance(values[name], str):
+            sides = parse_numbers(f"--{name}", values[name], int, (1, 2), "512 or 768,512")
+            values[name] = sides if len(sides) == 2 else sides[0]
+    if isinstance(face_range := values["face_crop_aug_range"], str):
+        values["face_crop_aug_range"] = parse_numbers("--face_crop_aug_range", face_range, float, (2,), "1.0,3.0")
+    for name, value in values.items():
+        if value is not None:
+            read_value(value, KINDS[name], f"--{ALL_KEYS[name].flag}")
+    return values
+
+
+def parse_numbers(flag: str, text: str, kind: type, counts: tuple[int, ...], example: str) -> list[Any]:
+    """Parse text such as `512,768` to numbers. Raises UserError with the flag and an example."""
+    try:
+        numbers = [kind(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in counts:
+        raise UserError(f"{flag} is {text!r}, but must look like {example}")
+    return numbers
+
+
+def resolve_value(key: Key, tables: Sequence[Table]) -> Any:
+    """Return the first value that is set, converted. `tables` are ordered by precedence."""
+    for table in tables:
+        value = table.get(key.name)
+        # false, 0 and "" are values too: in the file they override the command line, as in sd-scripts.
+        if value is not None:
+            return key.kind.convert(value)
+    return key.default
+
+
+def build_dataset(dataset: Table, general: Table, fallbacks: Table, style: Style, place: str) -> DatasetConfig:
+    """Build one dataset with its subsets; `place` is for messages."""
+    tables = (dataset, general, fallbacks)
+    values = {key.name: resolve_value(key, tables) for key in DATASET_KEYS}
+    if values["resolution"] is None:
+        raise UserError(f"{place}['resolution'] is missing; set it there, in [general], or with --resolution")
+    if resolve_value(NETWORK_MULTIPLIER, tables) != 1.0:
+        logger.warning("%s['network_multiplier'] has no effect: adapters are trained at multiplier 1", place)
+    subsets = []
+    for j, subset in enumerate(dataset["subsets"]):
+        subset_config = build_subset(subset, tables, style, f"{place}['subsets'][{j}]")
+        # As in sd-scripts, 0 repeats switch a subset off.
+        if subset_config.num_repeats < 1:
+            logger.warning("%s is skipped: num_repeats is %d", subset_config.source, subset_config.num_repeats)
+            continue
+        subsets.append(subset_config)
+    interpolation = resolve_value(ALL_KEYS["resize_interpolation"], tables)
+    return DatasetConfig(style=style, resize_interpolation=interpolation, subsets=tuple(subsets), **values)
+
+
+def build_subset(subset: Table, outer: Sequence[Table], style: Style, place: str) -> SubsetConfig:
+    """Build one subset. Keys that its style does not have keep their defaults."""
+
+    def resolve(keys: Sequence[Key]) -> dict[str, Any]:
+        return {key.name: resolve_value(key, (subset, *outer)) if style in key.styles else key.default for key in keys}
+
+    if resolve((CACHE_INFO,))["cache_info"]:
+        logger.warning("%s['cache_info'] has no effect: %s", place, OWN_INDEX)
+    values = resolve(SUBSET_KEYS)
+    check_conflicts(values, place)
+    check_attributes(values["custom_attributes"], place)
+    files = {name: patterns for name, patterns in resolve(FILE_SOURCES).items() if patterns}
+    source, patterns = next(iter(files.items()), ("metadata_file" if style == "metadata" else "image_dir", ()))
+    rules = CaptionRules(**resolve(CAPTION_KEYS))
+    return SubsetConfig(style=style, captions=rules, source_key=source, patterns=patterns, **values)
+
+
+def check_attributes(attributes: Table, place: str) -> None:
+    """Raise UserError for custom_attributes with impossible values, and warn about those that have no effect."""
+    place = f"{place}['custom_attributes']"
+    sampling = read_value(attributes.get("timestep_sampling", {}), TABLE, f"{place}: timestep_sampling")
+    read_value(sampling.get("offset", 0.0), number(None, 1e3), f"{place}: timestep_sampling.offset")
+    read_value(attributes.get(PRESERVATION, False), BOOL, f"{place}: {PRESERVATION}")
+    for table, names, prefix in (
+        (attributes, ("timestep_sampling", PRESERVATION), ""),
+        (sampling, ("offset",), "timestep_sampling."),
+    ):
+        for name in table.keys() - set(names):
+            logger.warning("%s: %s%s has no effect%s", place, prefix, name, did_you_mean(name, names))
+
+
+def check_conflicts(values: Table, place: str) -> None:
+    """Raise UserError for keys of a subset that exclude each other."""
+    if values["is_forgetting_probe"] and values["is_reg"]:
+        raise UserError(
+            f"{place}: is_forgetting_probe keeps images out of training, and is_reg trains them; remove one of the two"
+        )
+    if values["conditioning_data_dir"] and values["random_crop"]:
+        raise UserError(
+            f"{place}: random_crop does not work with conditioning_data_dir: masks are cropped at the centre"
+        )
+    if not values["opposite_dir"]:
+        return
+    for name in ("control_dirs", "control_resolution", "control_no_resize", "is_reg"):
+        if values[name]:
+            raise UserError(
+                f"{place}: {name} does not work with opposite_dir, whose images are trained as pairs with those of the "
+                "subset at equal size; remove one of the two"
+            )
+    if values["custom_attributes"].get(PRESERVATION):
+        raise UserError(
+            f"{place}: {PRESERVATION} trains toward the base model's own predictions, and opposite_dir away from them; "
+            "remove one of the two"
+        )
