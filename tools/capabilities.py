@@ -18,8 +18,9 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.architectures.scripts import ROOT
 from library.architectures.specs import list_specs
-from library.data.concepts.prompts_file import FLAG_KEYS, PAIR_KEYS, SLIDER_KEYS, TEXT_KEYS
-from library.data.description.keys import ALL_KEYS, Key
+from library.data.concepts.prompts_file import PAIR_KEYS, SLIDER_KEYS
+from library.data.description.keys import Key
+from library.data.description.schema import ALL_KEYS
 from library.errors import UserError
 from library.options.base import Facts, Options, int_or_float, is_group, typed_fields
 from library.options.leco import LecoOptions
@@ -183,9 +184,8 @@ def describe_key(key: Key) -> dict[str, Any]:
 
 def describe_prompt_keys() -> dict[str, list[dict[str, str]]]:
     """Return the keys of --prompts_file, of an entry and of a slider."""
-    kinds = {**dict.fromkeys(TEXT_KEYS, "text"), **dict.fromkeys(FLAG_KEYS, "flag")}
     return {
-        entry: [{"name": key, "type": kinds.get(key, "number or list")} for key in keys]
+        entry: [{"name": name, "value": kind.name} for name, kind in keys.items()]
         for entry, keys in (("pair", PAIR_KEYS), ("slider", SLIDER_KEYS))
     }
 
