@@ -182,14 +182,24 @@ def explain_unused(program: Program, content: Content, key: Key, reader: Reader)
 
 def explain_unused_leaf(program: Program, content: Content, key: Key) -> str | None:
     """Return why a program ignores a key's kind of weight, or None if it uses it."""
+    leaves = content.leaves[key.module].keys()
     if program == "stable-diffusion.cpp" and key.leaf in NORM | {"dora_scale"}:
         return "it supports neither norm weights nor DoRA: the rest acts as plain LoRA"
-    if program in ("Forge", "stable-diffusion.cpp") and content.leaves[key.module].keys() & OFT:
+    if program in ("Forge", "stable-diffusion.cpp") and leaves & OFT:
         return "it does not support OFT"
-    if program != "ComfyUI" and content.leaves[key.module].keys() & (GLORA | FULL):
+    if program != "ComfyUI" and leaves & (GLORA | FULL):
         return "it is not known to read GLoRA or full weight changes"
-    if program == "ComfyUI" and LOKR_CORE in content.leaves[key.module]:
+    if program == "ComfyUI" and LOKR_CORE in leaves:
         return "it skips layers with a LoKr that has a Tucker core"
+    if program == "ComfyUI" and key.leaf in NORM and key.part == "text":
+        return "it does not read norms of text encoders"
+    if program == "A1111-style" and key.leaf in NORM and not leaves >= NORM:
+        return "it needs w_norm and b_norm of a module together"
+    return explain_unused_magnitude(program, key)
+
+
+def explain_unused_magnitude(program: Program, key: Key) -> str | None:
+    """Return why a program ignores a magnitude of DoRA, or None if it uses the key."""
     if key.leaf in PEFT_MAGNITUDES and (program != "diffusers" or key.naming != "diffusers"):
         return "it does not read lora_magnitude_vector: the rest acts as plain LoRA"
     if key.leaf == "lora_magnitude_vector" and key.part == "text":
@@ -198,10 +208,6 @@ def explain_unused_leaf(program: Program, content: Content, key: Key) -> str | N
         )
     if program == "diffusers" and key.leaf == "dora_scale":
         return "it drops dora_scale: the rest acts as plain LoRA"
-    if program == "ComfyUI" and key.leaf in NORM and key.part == "text":
-        return "it does not read norms of text encoders"
-    if program == "A1111-style" and key.leaf in NORM and not content.leaves[key.module].keys() >= NORM:
-        return "it needs w_norm and b_norm of a module together"
     return None
 
 

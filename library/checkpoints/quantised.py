@@ -65,12 +65,7 @@ def with_quantised(weights: Weights) -> Weights:
     shapes = {key: shape for key, shape in weights.shapes.items() if not key.endswith(DROPPED)}
     layers = {f"{layer}.weight": layer for layer in scales if f"{layer}.weight" in shapes}
     formats = {name: configs.get(layer, {}).get("format", "") for name, layer in layers.items()}
-    for name, kind in formats.items():
-        if not isinstance(kind, str) or kind not in DECODERS:
-            raise UserError(
-                f"{weights.origin}: {name} is stored in the unsupported format {str(kind)[:40]!r}; supported: "
-                f"{', '.join(sorted(filter(None, DECODERS)))}. Use a bf16 or fp8 file of this model"
-            )
+    check_formats(weights, formats)
     check_scales(weights, scales, configs)
     for name, layer in layers.items():
         check_layout(weights, layer, scales[layer], configs.get(layer, {}))
@@ -93,6 +88,16 @@ def with_quantised(weights: Weights) -> Weights:
             quantised[name] = Quantised(kind, size, codes_reader(weights, layer, scales[layer]))
     padded_to = {name: PADDED_TO[kind] for name, kind in formats.items() if kind in PADDED_TO}
     return replace(weights, shapes=shapes, read=read, quantised=quantised, padded_to=padded_to)
+
+
+def check_formats(weights: Weights, formats: Mapping[str, object]) -> None:
+    """Raise UserError for a weight in a format that is not supported."""
+    for name, kind in formats.items():
+        if not isinstance(kind, str) or kind not in DECODERS:
+            raise UserError(
+                f"{weights.origin}: {name} is stored in the unsupported format {str(kind)[:40]!r}; supported: "
+                f"{', '.join(sorted(filter(None, DECODERS)))}. Use a bf16 or fp8 file of this model"
+            )
 
 
 def check_scales(weights: Weights, scales: Mapping[str, str], configs: Mapping[str, Config]) -> None:

@@ -7,6 +7,7 @@ Values are therefore converted generously where only one meaning is possible; an
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,14 +148,16 @@ def convert(value: Any, action: argparse.Action) -> Any:
         return next((item for item in converted if isinstance(item, Refused)), converted or None)
     if value == "" or (value is False and (action.default is None or isinstance(action.default, str))):
         return action.default
-    if isinstance(value, list):
-        # Dataset files have lists for these two options, the command line has text.
-        if action.dest == "resolution" and 1 <= len(value) <= 2 and all(type(side) is int for side in value):
-            return ",".join(str(side) for side in value)
-        if action.dest == "face_crop_aug_range" and len(value) == 2 and all(type(x) in (int, float) for x in value):
-            return ",".join(str(end) for end in value)
-        return None if value == [] and action.default is None else Refused("one value, not a list")
-    return convert_scalar(value, action)
+    return convert_list(value, action) if isinstance(value, list) else convert_scalar(value, action)
+
+
+def convert_list(value: list[Any], action: argparse.Action) -> Any:
+    """Convert a list: dataset files have lists for two options that are text on the command line."""
+    if action.dest == "resolution" and 1 <= len(value) <= 2 and all(type(side) is int for side in value):
+        return ",".join(map(str, value))
+    if action.dest == "face_crop_aug_range" and len(value) == 2 and all(type(end) in (int, float) for end in value):
+        return ",".join(map(str, value))
+    return None if value == [] and action.default is None else Refused("one value, not a list")
 
 
 def convert_flag(value: Any, dest: str) -> Any:
@@ -180,18 +183,21 @@ def convert_scalar(value: Any, action: argparse.Action) -> Any:
         # If the default is an int, metadata show the number as written.
         return (value if isinstance(action.default, int) else float(value)) if has_number else Refused("a number")
     if kind is int_or_float:
-        # 100.0 means steps where a fraction of the run is impossible.
-        if has_number and value >= 0 and (value < 1 or value == to_whole(value)):
-            return int(value) if value == to_whole(value) else value
-        if isinstance(value, str):
-            try:
-                return int_or_float(value)
-            except argparse.ArgumentTypeError:
-                pass
-        return Refused("a whole number of steps or a share of the run below 1.0")
+        return convert_steps(value)
     if isinstance(value, str) or has_number:
         return Path(value) if kind is Path and isinstance(value, str) else str(value)
     return Refused("text")
+
+
+def convert_steps(value: Any) -> Any:
+    """Convert a number of steps, or a share of the run."""
+    # 100.0 means steps where a fraction of the run is impossible.
+    if is_number(value) and value >= 0 and (value < 1 or value == to_whole(value)):
+        return int(value) if value == to_whole(value) else value
+    if isinstance(value, str):
+        with suppress(argparse.ArgumentTypeError):
+            return int_or_float(value)
+    return Refused("a whole number of steps or a share of the run below 1.0")
 
 
 def to_whole(value: int | float) -> int | None:

@@ -164,12 +164,7 @@ def build_batch(item: Mapping[str, Any], place: str, spec: LatentSpec) -> Batch:
         read_number_pairs(item, "crop_top_lefts", [[0, 0]] * count),
         targets,
     ]
-    weights, masks = item.get("loss_weights"), item.get("alpha_masks")
-    masks_BHW = None if masks is None else torch.as_tensor(masks, dtype=torch.float32)
-    if masks_BHW is not None and masks_BHW.dim() != 3:
-        raise UserError(
-            f"{place}: expected `alpha_masks` of shape ({count}, height, width), not {list(masks_BHW.shape)}"
-        )
+    weights = item.get("loss_weights")
     return Batch(
         keys=[str(key) for key in item.get("image_keys") or captions],
         captions=[str(caption) for caption in captions],
@@ -177,7 +172,7 @@ def build_batch(item: Mapping[str, Any], place: str, spec: LatentSpec) -> Batch:
         latents_BCHW=None if latents is None else tensor.float(),
         conditioning=None,
         loss_weights_B=torch.ones(count) if weights is None else torch.as_tensor(weights, dtype=torch.float32),
-        masks_B1HW=None if masks_BHW is None else masks_BHW[:, None],
+        masks_B1HW=read_masks(item, place, count),
         sizes_B6=torch.cat(sizes, dim=1),
         attributes=[dict(table) for table in item.get("custom_attributes") or [{}] * count],
     )
@@ -189,6 +184,18 @@ def check_entries(item: Mapping[str, Any], place: str, count: int) -> None:
         # An empty list of keys or attributes stands for none.
         if (values := item.get(name)) is not None and len(values) not in (0, count):
             raise UserError(f"{place}: `{name}` has {len(values)} entries for {count} captions; give one for each")
+
+
+def read_masks(item: Mapping[str, Any], place: str, count: int) -> Tensor | None:
+    """Return masks_B1HW. Raises UserError for another shape."""
+    if item.get("alpha_masks") is None:
+        return None
+    masks_BHW = torch.as_tensor(item["alpha_masks"], dtype=torch.float32)
+    if masks_BHW.dim() != 3:
+        raise UserError(
+            f"{place}: expected `alpha_masks` of shape ({count}, height, width), not {list(masks_BHW.shape)}"
+        )
+    return masks_BHW[:, None]
 
 
 def read_number_pairs(item: Mapping[str, Any], key: str, default: Any) -> Tensor:

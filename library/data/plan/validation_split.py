@@ -53,59 +53,51 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
     # By id, because subsets contain arrays and have no hash.
     identities = dict(zip(map(id, subsets), identities_by_subset(subsets), strict=True))
     specs = [
-        SplitSpec(
-            identities[id(subset)],
-            share,
-            seed if (subset_seed := subset.config.validation_seed) is None else subset_seed,
-        )
+        SplitSpec(identities[id(subset)], held_out_share(subset.config), subset_seed(subset.config, seed))
         for subset in subsets
-        if (share := held_out_share(subset.config))
+        if held_out_share(subset.config)
     ]
     always_trained = {identity for subset in subsets if subset.config.is_reg for identity in identities[id(subset)]}
     aside = choose(specs, always_trained)
+    # By the id of the subset: its images that are held out, and those that are not.
+    sides = {id(subset): divide(subset, [i in aside for i in identities[id(subset)]]) for subset in subsets}
     identity_by_key: dict[str, str] = {}
     lines: list[Line] = []
-
-    def select_side(subset: ScannedSubset, is_aside: bool) -> ScannedSubset:
-        subset_identities = identities[id(subset)]
-        rows = np.flatnonzero(
-            np.fromiter((identity in aside for identity in subset_identities), dtype=bool, count=len(subset_identities))
-            == is_aside
-        )
-        return replace(subset, images=subset.images.take(rows))
-
     for subset in subsets:
-        held_out_images = select_side(subset, is_aside=True).images
-        identity_by_key.update(
-            zip(
-                held_out_images.each_key(),
-                (identity for identity in identities[id(subset)] if identity in aside),
-                strict=True,
-            )
-        )
-        lines += split_lines(subset, len(held_out_images))
+        images = sides[id(subset)][0].images
+        held_out_identities = (identity for identity in identities[id(subset)] if identity in aside)
+        identity_by_key.update(zip(images.each_key(), held_out_identities, strict=True))
+        lines += split_lines(subset, len(images))
     trained = drop_empty(
-        replace(dataset, subsets=tuple(select_side(subset, is_aside=False) for subset in dataset.subsets))
-        for dataset in datasets
+        replace(dataset, subsets=tuple(sides[id(subset)][1] for subset in dataset.subsets)) for dataset in datasets
     )
     if not any(not subset.config.is_reg for dataset in trained for subset in dataset.subsets):
         raise UserError(
             "validation_split and is_forgetting_probe hold out every image, so nothing is left to train on; use less "
             "than 1.0, and leave some subset without is_forgetting_probe"
         )
-    held_out = drop_empty(
-        replace(
-            dataset,
-            subsets=tuple(
-                replace(select_side(subset, is_aside=True), config=unchanging(subset.config))
-                for subset in dataset.subsets
-                # Other subsets only leave out their copies of held-out images.
-                if held_out_share(subset.config)
-            ),
-        )
-        for dataset in datasets
+    return Split(
+        trained, drop_empty(take_held_out(dataset, sides) for dataset in datasets), identity_by_key, tuple(lines)
     )
-    return Split(trained, held_out, identity_by_key, tuple(lines))
+
+
+def divide(subset: ScannedSubset, are_aside: Sequence[bool]) -> tuple[ScannedSubset, ScannedSubset]:
+    """Return the subset with the images that are held out, and with the others."""
+    aside_N = np.array(are_aside, dtype=bool)
+    held_out, others = (
+        replace(subset, images=subset.images.take(np.flatnonzero(rows_N))) for rows_N in (aside_N, ~aside_N)
+    )
+    return held_out, others
+
+
+def take_held_out(dataset: ScannedDataset, sides: Mapping[int, tuple[ScannedSubset, ScannedSubset]]) -> ScannedDataset:
+    """Return the dataset with held-out images only. Other subsets only leave out their copies of them."""
+    subsets = (
+        replace(sides[id(subset)][0], config=unchanging(subset.config))
+        for subset in dataset.subsets
+        if held_out_share(subset.config)
+    )
+    return replace(dataset, subsets=tuple(subsets))
 
 
 def choose(specs: Sequence[SplitSpec], always_trained: AbstractSet[str]) -> set[str]:
@@ -142,6 +134,10 @@ def held_out_share(config: SubsetConfig) -> float:
     if config.is_forgetting_probe:
         return 1.0
     return 0.0 if config.is_reg else config.validation_split
+
+
+def subset_seed(config: SubsetConfig, seed: int) -> int:
+    return seed if config.validation_seed is None else config.validation_seed
 
 
 def unchanging(config: SubsetConfig) -> SubsetConfig:

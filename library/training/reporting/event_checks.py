@@ -55,11 +55,16 @@ def fits(value: Any, expected: Any) -> bool:
         return isinstance(value, dict) and all(fits(item, parts[1]) for item in value.values())
     if parts and issubclass(origin, Sequence):
         return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
+    return is_plain(value, origin)
+
+
+def is_plain(value: Any, kind: type) -> bool:
+    """Return True if a value that is no table or list has the type."""
     if value is None or isinstance(value, bool):
-        return origin in ((float, types.NoneType) if value is None else (bool,))
+        return kind in ((float, types.NoneType) if value is None else (bool,))
     if isinstance(value, (int, float)) and not -LARGEST <= value <= LARGEST:
         return False
-    return isinstance(value, (int, float) if origin is float else origin)
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def fields_of(table: Any) -> dict[str, tuple[Any, bool]]:

@@ -135,12 +135,10 @@ def read_groups(
     parsers = {n: a.parse for n, a in known.items()} | {name: OF_MODELS[form] for name, form in of_models.items()}
     given = {key: value for key, value in items.items() if value is not None}
     given = _with_dropout(given, neuron_dropout, parsers["neuron_dropout"])
-    unknown = next((key for key in given if aliases.get(key, key) not in parsers), None)
-    if unknown is not None:
-        nearest = nearest_name(unknown, (*parsers, *aliases), least=0.5)
-        meaning = known[name].help if nearest and (name := aliases.get(nearest, nearest)) in known else ""
-        hint = f"did you mean {nearest}? {meaning}".rstrip() if nearest else f"known: {', '.join(parsers)}"
-        raise UserError(f"--network_args {unknown}={given[unknown]}: there is no argument {unknown}; {hint}")
+    for key, value in given.items():
+        if aliases.get(key, key) not in parsers:
+            hint = _suggest(key, parsers, aliases, known)
+            raise UserError(f"--network_args {key}={value}: there is no argument {key}; {hint}")
     parsed = {key: _parse(key, value, aliases.get(key, key), parsers) for key, value in given.items()}
     of_model = {key: value for key, value in parsed.items() if key in of_models}
     values = _merge_aliases({key: value for key, value in parsed.items() if key not in of_models}, aliases)
@@ -150,6 +148,14 @@ def read_groups(
     arguments = NetworkArguments(group_values, of_model)
     _warn_of_idle(arguments, known, in_file)
     return arguments
+
+
+def _suggest(unknown: str, parsers: Collection[str], aliases: Mapping[str, str], known: Mapping[str, Argument]) -> str:
+    nearest = nearest_name(unknown, (*parsers, *aliases), least=0.5)
+    if nearest is None:
+        return f"known: {', '.join(parsers)}"
+    declared = known.get(aliases.get(nearest, nearest))
+    return f"did you mean {nearest}? {declared.help if declared else ''}".rstrip()
 
 
 def _with_dropout(given: dict[str, Any], neuron_dropout: float | None, parse: Parse) -> dict[str, Any]:

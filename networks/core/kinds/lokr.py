@@ -274,24 +274,30 @@ def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | N
     for key in tensors:
         if key.startswith("lokr_") and key not in known:
             return f"has {keys[key]}, which no known LoKr has"
-    for matrix_key, left_key, right_key in SIDES:
-        present = [key for key in (left_key, right_key) if key in tensors]
-        if matrix_key in tensors and present:
-            return f"has {keys[matrix_key]} and {keys[present[0]]}, two forms of the same matrix"
-        if matrix_key not in tensors and len(present) < 2:
-            present_key = present[0] if present else next(key for key in tensors if key.startswith("lokr_"))
-            missing = (
-                f"its {right_key if present_key == left_key else left_key}"
-                if present
-                else f"{matrix_key}, or {left_key} and {right_key}"
-            )
-            return f"has {keys[present_key]} without {missing}; the file is incomplete"
+    if (reason := _fault_of_side(SIDES[0], tensors, keys) or _fault_of_side(SIDES[1], tensors, keys)) is not None:
+        return reason
     if CORE in tensors and W2 in tensors:
         return f"has {keys[CORE]} beside {keys[W2]}, which needs no core"
-    sizes = {key: (2, 4) if key == W2 else (4,) if key == CORE else (2,) for key in tensors if key in known}
+    dimensions = {W2: (2, 4), CORE: (4,)}
+    sizes = {key: dimensions.get(key, (2,)) for key in tensors if key in known}
     if any(tensors[key].dim() not in allowed for key, allowed in sizes.items()) or _are_apart(tensors):
         shapes = ", ".join(f"{key} is {list(tensors[key].shape)}" for key in sizes)
         return f": the factors of {name} do not fit together: {shapes}"
+    return None
+
+
+def _fault_of_side(side: tuple[str, str, str], tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
+    """Return why one of the two matrices is not there in exactly one form: whole, or as two factors."""
+    matrix_key, left_key, right_key = side
+    factors = [key for key in (left_key, right_key) if key in tensors]
+    if matrix_key in tensors:
+        return f"has {keys[matrix_key]} and {keys[factors[0]]}, two forms of the same matrix" if factors else None
+    if len(factors) == 1:
+        missing = right_key if factors[0] == left_key else left_key
+        return f"has {keys[factors[0]]} without its {missing}; the file is incomplete"
+    if not factors:
+        other = next(key for key in tensors if key.startswith("lokr_"))
+        return f"has {keys[other]} without {matrix_key}, or {left_key} and {right_key}; the file is incomplete"
     return None
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.change import ChangeSize
 from networks.core.changes.qkv_pieces import changes_in
-from networks.core.targets.targets import BlockList
+from networks.core.targets.targets import BlockList, TargetModule
 
 FORMS: Mapping[str, Callable[[ChangeSize], bool]] = {  # names in log lines
     "DoRA": lambda size: size.magnitudes == "input",
@@ -30,15 +30,18 @@ def describe_part(part: str, adapters: Sequence[Adapter], layout: BlockList | No
         f"{part}: {len(modules)} modules adapted, {_ranks([size for _, size in modules])}, "
         f"{num_values:,} parameters" + "".join(f"; {form}" for form in forms)
     )
-    if layout is None:
-        return
+    measures = {(target.kind, _measure(size)) for target, size in modules}
+    if layout is not None and len(measures) > len({kind for kind, _ in measures}):
+        yield from _describe_blocks(modules, layout)
+
+
+def _describe_blocks(modules: Sequence[tuple[TargetModule, ChangeSize]], layout: BlockList) -> Iterator[str]:
     blocks: dict[int, list[ChangeSize]] = {}
     for target, size in modules:
         if (block := layout.index_of(target.path)) is not None:
             blocks.setdefault(block, []).append(size)
-    if any(len({_measure(size) for target, size in modules if target.kind == kind}) > 1 for kind in ("plain", "conv")):
-        for block, sizes in sorted(blocks.items()):
-            yield f"  block {block}: {len(sizes)} modules, {_ranks(sizes)}"
+    for block, sizes in sorted(blocks.items()):
+        yield f"  block {block}: {len(sizes)} modules, {_ranks(sizes)}"
 
 
 def describe_rates(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:

@@ -41,6 +41,10 @@ class Columns(NamedTuple):
     references: tuple[str, ...] = ()
 
 
+def first_of(candidates: Sequence[str], names: Sequence[str]) -> str | None:
+    return next((name for name in candidates if name in names), None)
+
+
 def find_columns(schema: Any, image: str | None, caption: str | None, references: Sequence[str], label: str) -> Columns:
     """Find the columns of a file: the named ones, or else the first with a usual name. Raises UserError that lists
     the columns."""
@@ -54,10 +58,10 @@ def find_columns(schema: Any, image: str | None, caption: str | None, references
     for key, name in requested:
         if name is not None and name not in names:
             raise UserError(f"{key} is {name!r}, but {label} has no such column; {listed}")
-    image = image or next((name for name in (*IMAGE_COLUMNS, *URL_COLUMNS) if name in names), None)
+    image = image or first_of((*IMAGE_COLUMNS, *URL_COLUMNS), names)
     if image is None:
         raise UserError(f"{label} has no image column with a usual name; set image_column, {listed}")
-    caption = caption or next((name for name in CAPTION_COLUMNS if name in names), None)
+    caption = caption or first_of(CAPTION_COLUMNS, names)
     if caption is not None and not is_text(schema.field(caption).type):
         raise UserError(f"caption_column {caption!r} of {label} has {schema.field(caption).type}, but must be text")
     reference_columns = tuple(bytes_column(schema, reference) for reference in references)
