@@ -77,7 +77,8 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     from library.architectures.sd.assembly import LATENT_SCALE, LATENTS
-    from library.data.caching.latents import cache_latents, decode, plan_jobs
+    from library.data.caching.latent_jobs import plan_jobs
+    from library.data.caching.latents import cache_latents, decode
     from library.data.decoding.tensors import to_pixels
     from library.data.plan.data_plan import DataPlan, build_plan
     from library.data.sources.folders.image_index import SETTLED_NS

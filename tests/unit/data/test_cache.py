@@ -17,7 +17,8 @@ from PIL import Image
 
 from library.data.batches.planned import PlannedBatches
 from library.data.caching.filling import assign_jobs
-from library.data.caching.latents import cache_latents, plan_jobs
+from library.data.caching.latent_jobs import plan_jobs
+from library.data.caching.latents import cache_latents
 from library.data.plan.data_plan import DataPlan
 from library.data.training_data import open_batches
 from library.errors import NotThere

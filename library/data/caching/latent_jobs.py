@@ -1,0 +1,163 @@
+"""The encodings that a plan needs, and whether a file of the cache is valid for one."""
+
+import logging
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from library.data.caching.filling import CheckedJob
+from library.data.caching.latent_files import Expected, LatentFile, origin_of_file
+from library.data.caching.latent_index import VerifiedEntries
+from library.data.caching.stores import default_latent_file
+from library.data.decoding.npz import Verdict
+from library.data.description.buckets import Shape
+from library.data.plan.data_plan import DataPlan
+from library.data.plan.samples import Sample
+from library.data.scanned.images import ScannedImage
+from library.data.scanned.names import same_file_key
+from library.errors import NotThere, list_few
+from library.protocols import LatentSpec
+
+logger = logging.getLogger(__name__)
+
+OPAQUE = " without alpha"
+
+
+@dataclass(frozen=True)
+class Job:
+    """An encoding shared by all samples with the same image, shape and filter."""
+
+    sample: Sample
+    users: tuple[int, ...]  # indices of the samples
+    interpolation: str | None
+    needs_flipped: bool
+    needs_alpha: bool  # as a mask; the image, and its partner in a pair, is then encoded without its alpha
+    file: LatentFile | None  # None keeps the latents in memory
+    has_alpha: bool = False  # images are encoded with their alpha channel
+    is_pair: bool = False  # the reference is the partner in opposite_dir, which is also trained on
+
+    @property
+    def path(self) -> str:
+        """The path of the job's file, which must not be None."""
+        assert self.file is not None
+        return self.file.path
+
+    def name_vae(self, vae: str) -> str:
+        """Return the VAE name for the entry. It records if alpha serves as mask, because the image is then encoded
+        without it."""
+        return f"{vae}{OPAQUE}" if self.has_alpha and self.needs_alpha and vae else vae
+
+
+def assign_exchange_files(jobs: Sequence[Job], folder: str, plan: DataPlan) -> list[Job]:
+    """Assign files in `folder` to jobs whose latents would stay in memory, so that processes can exchange them."""
+    jobs_with_files = []
+    for number, job in enumerate(jobs):
+        if job.file is None:
+            path = os.path.join(folder, f"{number}{plan.spec.cache_suffix}")
+            job = replace(job, file=replace(locate_file(job.sample, plan), path=path))
+        jobs_with_files.append(job)
+    return jobs_with_files
+
+
+def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
+    """Plan the encodings, small images first.
+
+    Images whose names differ only in the extension claim the same cache entry, and so do two crops or filters of one
+    image for the same bucket. The first job gets the entry; the latents of the others stay in memory.
+    """
+    groups: dict[tuple[str, tuple[ScannedImage, ...], Shape, bool, bool, str | None], list[int]] = defaultdict(list)
+    for number, sample in enumerate(plan.samples):
+        # Regularisation images that are not needed, and images outside of a limited plan, are never drawn.
+        if sample.num_draws:
+            interpolation = plan.subset_of(sample).resize_interpolation
+            is_opaque = plan.spec.has_alpha and plan.subset_of(sample).alpha_mask
+            path, references = os.path.abspath(sample.image.key), sample.image.references
+            is_pair = plan.subset_of(sample).opposite_dir is not None
+            groups[path, references, sample.shape, is_opaque, is_pair, interpolation].append(number)
+    jobs, claimed, left_out = [], set(), []
+    for (*_, is_pair, interpolation), users in groups.items():
+        subsets = [plan.subset_of(plan.samples[user]) for user in users]
+        sample = plan.samples[users[0]]
+        file = locate_file(sample, plan) if to_disk else None
+        if file is not None:
+            entry = same_file_key(file.path), file.tail
+            if entry in claimed:
+                left_out.append(sample.image.key)
+                file = None
+            else:
+                claimed.add(entry)
+        flipped, alpha = any(s.flip_aug for s in subsets), any(s.alpha_mask for s in subsets)
+        jobs.append(Job(sample, tuple(users), interpolation, flipped, alpha, file, plan.spec.has_alpha, is_pair))
+    if left_out:
+        logger.warning(
+            "latents of %d images stay in memory, because another image, crop or filter uses their cache entry: %s",
+            len(left_out),
+            list_few(left_out),
+        )
+    # By area as in sd-scripts; equal sizes follow each other, because `equal_batches` joins neighbours only.
+    return sorted(jobs, key=lambda job: (math.prod(job.sample.shape.bucket), job.sample.shape.sizes))
+
+
+def locate_file(sample: Sample, plan: DataPlan) -> LatentFile:
+    return default_latent_file(plan.spec, sample, plan.storage)
+
+
+# Validity of files
+
+
+def expected_vae(vae_identity: Callable[[], str], jobs: Sequence[Job], spec: LatentSpec) -> str:
+    """Return the identity of the VAE that must have made the entries: the VAE of this run.
+
+    If its files are missing, it is the VAE of the first entry that names one, and all entries must match it. Both end
+    in the suffix of `spec`.
+    """
+    try:
+        return vae_identity()
+    except NotThere as error:
+        logger.info(
+            "cached latents are not verified against their VAE, which is missing (%s); all must come from the same VAE",
+            error,
+        )
+    origins = (origin_of_file(job.file) for job in jobs if job.file is not None)
+    names = (origin.vae.removesuffix(OPAQUE) for origin in origins if origin is not None)
+    return next((name.removesuffix(spec.vae_suffix) + spec.vae_suffix for name in names), "")
+
+
+def iterate_named_jobs(plan: DataPlan, job: Job) -> Iterator[Job]:
+    """Yield the job with each possible file name. Early sd-scripts used `<stem>.npz` for every base model."""
+    assert job.file is not None
+    yield job
+    if plan.spec.had_keys_without_size:
+        stem = plan.storage.cache_stem(job.sample.image)
+        yield replace(job, file=replace(job.file, path=f"{stem}.npz"))
+
+
+def judge_job(entries: VerifiedEntries, vae: str, job: Job) -> Verdict:
+    """Check whether the job's file is valid."""
+    assert job.file is not None
+    expected = Expected(
+        job.sample.shape, job.interpolation, job.name_vae(vae), job.needs_flipped, job.needs_alpha, job.is_pair
+    )
+    return entries.verdict(job.file, job.sample.image, expected)
+
+
+def log_unknown_origins(found: Sequence[CheckedJob[Job]]) -> None:
+    """Log entries that are used although their VAE or base model is unknown."""
+    used = [result for result in found if result.verdict.fault is None]
+    old_names = [result.job.path for result in used if result.job.path != result.path]
+    foreign = [result.path for result in used if result.verdict.is_foreign and result.job.path == result.path]
+    if foreign:
+        logger.info(
+            "%d cache entries do not name their VAE; delete them if they were made with another one: %s",
+            len(foreign),
+            list_few(foreign, 2),
+        )
+    if old_names:
+        logger.warning(
+            "%d latents come from files with an old name, which contains neither the size nor the base model; delete "
+            "them if they were made for another one: %s",
+            len(old_names),
+            list_few(old_names, 2),
+        )
