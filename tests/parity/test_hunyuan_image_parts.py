@@ -17,7 +17,7 @@ from library.architectures.hunyuan_image.vae import ChunkedConv2d, compute_in_ch
 from library.diffusion.guidance import apply_guidance
 from library.diffusion.samplers import build_shifted_sampler
 from library.protocols import Architecture
-from library.training.evaluation.preview import build_batch
+from library.training.evaluation.drawing import build_batch
 from library.training.step.denoising import add_noise_at
 from library.types import Prompt
 from tests.tiny.hunyuan_image import VAE, build_tiny_hunyuan_image, tiny_hunyuan_image, tiny_parts, whole_qwen

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from library.architectures.sd.assembly import build
-from library.training.evaluation.preview import decode, draw_latents, encode_prompts, seed_generator
+from library.training.evaluation.drawing import decode, draw_latents, encode_prompts, seed_generator
 from library.training.failures.vae_memory import VaeFallback
 from library.training.reporting.sample_images import to_image
 from library.types import Prompt

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from library.data.decoding.tensors import to_pixels
-from library.training.evaluation.preview import draw_latents, encode_prompts, seed_generator
+from library.training.evaluation.drawing import draw_latents, encode_prompts, seed_generator
 from library.training.failures.vae_memory import tile_vae
 from library.training.step.conditioning import CaptionMemo
 from library.training.step.context import Models, StepContext

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from library.training.evaluation.preview import draw_latents
+from library.training.evaluation.drawing import draw_latents
 from tests.running import Finished, launch_command
 
 Train = Callable[..., Finished]

@@ -14,7 +14,7 @@ from library.memory.devices import move_to_device, release_memory
 from library.options.machine.memory import MemoryOptions, PrecisionOptions
 from library.options.training.network import NetworkOptions
 from library.protocols import Architecture
-from library.training.evaluation.preview import decode, draw_latents, encode_prompts, seed_generator
+from library.training.evaluation.drawing import decode, draw_latents, encode_prompts, seed_generator
 from library.training.failures.vae_memory import VaeFallback
 from library.training.models.compute import Compute
 from library.training.models.frozen_base import check_base

@@ -19,15 +19,8 @@ from library.errors import UserError
 from library.options.output.preview import PreviewOptions
 from library.options.output.saving import SavingOptions
 from library.processes import ALONE, Processes
-from library.training.evaluation.preview import (
-    Previews,
-    PreviewSchedule,
-    collect_texts,
-    decode,
-    draw_latents,
-    encode_prompts,
-    read_wanted_prompts,
-)
+from library.training.evaluation.drawing import collect_texts, decode, draw_latents, encode_prompts
+from library.training.evaluation.preview import Previews, PreviewSchedule, read_wanted_prompts
 from library.training.evaluation.without_side_effects import evaluating
 from library.training.failures.interruption import Interrupted, Interruption
 from library.training.failures.vae_memory import VaeFallback
