@@ -31,12 +31,14 @@ class Source:
     imports: tuple[tuple[str, Sequence[str]], ...]  # (module, names taken from it; none for a plain import)
     defined: frozenset[str]  # names defined or imported, at any depth
     identifiers: frozenset[str]  # names defined or used, including attributes and arguments
+    functions: tuple[tuple[str, int], ...]  # (name, number of branches) of each function, nested ones included
 
 
 @cache
 def source_of(path: Path) -> Source:
     """Parse a file. Raises AssertionError for a relative import."""
     imports: list[tuple[str, Sequence[str]]] = []
+    functions: list[tuple[str, int]] = []
     defined, used = set(), set()
     for node in ast.walk(ast.parse(text_of(path))):
         match node:
@@ -50,10 +52,25 @@ def source_of(path: Path) -> Source:
                 used.add(node.asname or node.name)
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
                 defined.add(node.name)
+                if not isinstance(node, ast.ClassDef):
+                    functions.append((node.name, sum(map(num_branches, ast.walk(node)))))
             case ast.Name():
                 (defined if isinstance(node.ctx, ast.Store) else used).add(node.id)
             case ast.Attribute():
                 used.add(node.attr)
             case ast.arg():
                 used.add(node.arg)
-    return Source(tuple(imports), frozenset(defined), frozenset(defined | used))
+    return Source(tuple(imports), frozenset(defined), frozenset(defined | used), tuple(functions))
+
+
+def num_branches(node: ast.AST) -> int:
+    """Return how many branches a node itself adds: 1 for each if, loop, except, `and`, `or`, conditional expression,
+    and for each `for` and `if` of a comprehension."""
+    match node:
+        case ast.BoolOp():
+            return len(node.values) - 1
+        case ast.comprehension():
+            return 1 + len(node.ifs)
+        case ast.If() | ast.For() | ast.AsyncFor() | ast.While() | ast.ExceptHandler() | ast.IfExp():
+            return 1
+    return 0
