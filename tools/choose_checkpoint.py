@@ -38,7 +38,7 @@ from library.training.offline.file_losses import FileLosses, Sides, adjust_for_m
 from library.training.report_page.writer import add_event
 from library.training.reporting import events
 from library.training.reporting.event_stream import open_event_file, plain
-from library.training.saving.checkpoints import Names
+from library.training.saving.names import Names
 from library.training.saving.saved_files import drop_copies, read_num_steps
 from tools.command import make_training_parser, training_command
 from tools.contact_sheet import choose_files, find_device

@@ -34,7 +34,7 @@ from library.training.offline.adapter_files import Stack
 from library.training.offline.contact_sheet import Row, arrange, draw_rows
 from library.training.report_page.writer import add_sheet
 from library.training.reporting.sample_images import encode_data_url
-from library.training.saving.checkpoints import Names
+from library.training.saving.names import Names
 from library.training.saving.saved_files import drop_copies, files_of_run
 from library.types import Prompt
 from tools.command import check_at_least_one, make_training_parser, training_command, written_by

@@ -31,7 +31,7 @@ from library.training.reporting.events import Audit, End, Event, FoundImage, Sta
 from library.training.reporting.events import Finding as FindingEvent
 from library.training.reporting.sample_images import encode_data_url
 from library.training.run.run_events import list_changed_options, versions
-from library.training.saving.checkpoints import Names
+from library.training.saving.names import Names
 
 logger = logging.getLogger(__name__)
 OptionsT = TypeVar("OptionsT", bound=TrainOptions)

@@ -37,7 +37,7 @@ from library.training.evaluation.preview import PreviewSchedule
 from library.training.evaluation.prompts import SAMPLER, read_prompts
 from library.training.optimization.optimizers import class_path, resolve_optimizer_type
 from library.training.reporting.trackers import read_tracker_config, tracker_kind
-from library.training.saving.checkpoints import Names, state_folder
+from library.training.saving.names import Names, state_folder
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from library.options.base import Options
 from library.training.report_page.page import SWEEP, report_kind
 from library.training.reporting.events import SavedFor
 from library.training.reporting.profile import PROFILE
-from library.training.saving.checkpoints import Names
+from library.training.saving.names import Names
 from library.training.saving.state import STATE, is_state_name, newest_state
 
 FLAG = "--output_name:"

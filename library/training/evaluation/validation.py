@@ -29,7 +29,7 @@ from library.training.reporting import events
 from library.training.reporting.progress import Progress
 from library.training.reporting.trackers import Charts
 from library.training.run_parts import Run
-from library.training.saving.checkpoints import Schedule
+from library.training.saving.schedule import Schedule
 
 logger = logging.getLogger(__name__)
 

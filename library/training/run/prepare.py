@@ -10,7 +10,8 @@ from library.errors import needing
 from library.memory.planner.measured import measure_peak_flops
 from library.processes import Processes
 from library.protocols import Architecture
-from library.training.evaluation.preview import collect_texts, read_wanted_prompts
+from library.training.evaluation.drawing import collect_texts
+from library.training.evaluation.preview import read_wanted_prompts
 from library.training.evaluation.untaught_words import caption_texts, describe_untaught, find_untaught_words
 from library.training.loop.adapter_run import PreparedRun
 from library.training.models.arithmetic import check_arithmetic

@@ -34,7 +34,7 @@ from library.training.reporting.event_stream import (
 )
 from library.training.reporting.events import Plan, Start
 from library.training.run_parts import Run
-from library.training.saving.checkpoints import Names
+from library.training.saving.names import Names
 from library.training.saving.resume import AlreadyComplete
 
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "safetensors", "bitsandbytes", "numpy", "pillow")

@@ -18,9 +18,11 @@ from library.training.models.network import network_keywords
 from library.training.optimization.lr_schedules import base_rates, follow_rates
 from library.training.reporting.progress import Part, Progress
 from library.training.run_parts import Run
-from library.training.saving.checkpoints import Names, Schedule, Writer
+from library.training.saving.checkpoints import Writer
 from library.training.saving.hub import Uploads
+from library.training.saving.names import Names
 from library.training.saving.resume import LATENTS, record_options, report_differences
+from library.training.saving.schedule import Schedule
 from library.training.saving.state import (
     OptimizerState,
     Stateful,

@@ -1,12 +1,11 @@
-"""When and under which names weights are saved, which older files are deleted, and what happens on a full disk."""
+"""Writes adapters and states, deletes those that are outdated, and saves elsewhere on a full disk."""
 
 import logging
-import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -15,26 +14,24 @@ from torch import nn
 
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.metadata import file_metadata, modelspec_metadata
-from library.checkpoints.overwriting import FileKind, find_place
+from library.checkpoints.overwriting import find_place
 from library.errors import UserError
 from library.formatting import format_bytes
 from library.memory.devices import SAVE_DTYPES
-from library.options.output.saving import SavingOptions, StateOptions
 from library.options.train import TrainOptions
 from library.training.reporting.console_lines import announce
 from library.training.reporting.event_stream import Events
-from library.training.reporting.events import Saved, SavedFor
+from library.training.reporting.events import Saved
 from library.training.reporting.progress import Part, Progress
 from library.training.saving.hub import Uploads
-from library.training.saving.own_files import adapter_kind, count_bytes, delete, remove, state_kind
+from library.training.saving.names import Names, state_folder
+from library.training.saving.own_files import count_bytes, delete, remove
 from library.training.saving.readers import readers_line
 from library.training.saving.rescue import NotWrittenError, free_bytes, write_somewhere
-from library.training.saving.state import MOMENT, STATE, is_of_run
+from library.training.saving.schedule import Schedule
 from networks.core.protocol import AdoptedNetwork
 
 logger = logging.getLogger(__name__)
-
-STEM_ENDING = re.compile(rf"({MOMENT}|-best)?")
 
 
 class NonFiniteWeights(UserError):
@@ -43,157 +40,6 @@ class NonFiniteWeights(UserError):
 
 class SavedElsewhere(OSError, UserError):
     """The run is complete, but its file had to be written to another location."""
-
-
-@dataclass(frozen=True)
-class Names:
-    """The file names of a run, based on its output name, else on `epoch`, `at` and `last`."""
-
-    folder: Path
-    output_name: str | None
-    extension: str
-
-    @classmethod
-    def build(cls, options: SavingOptions) -> "Names":
-        assert options.output_dir is not None
-        return cls(Path(options.output_dir), options.output_name or None, options.save_model_as or "safetensors")
-
-    def of_epoch(self, epoch: int) -> Path:
-        return self.folder / f"{self.output_name or 'epoch'}-{epoch:06d}.{self.extension}"
-
-    def of_step(self, step: int) -> Path:
-        return self.folder / f"{self.output_name or 'at'}-step{step:08d}.{self.extension}"
-
-    def of_end(self) -> Path:
-        return self.folder / f"{self.output_name or 'last'}.{self.extension}"
-
-    def of_best(self) -> Path:
-        return self.folder / f"{f'{self.output_name}-' if self.output_name else ''}best.{self.extension}"
-
-    def find_purpose(self, path: Path) -> SavedFor:
-        """Return the purpose for which a file of this run was saved."""
-        if path == self.of_end():
-            return "end"
-        if path == self.of_best():
-            return "best"
-        return "step" if re.fullmatch(r".*-step\d{8}", path.stem) else "epoch"
-
-    def path_with_ending(self, ending: str) -> Path:
-        """Return a file of the run that is not weights, such as its report."""
-        return self.folder / f"{self.output_name or 'last'}{ending}"
-
-    @property
-    def adapter_kind(self) -> FileKind:
-        """Return the kind of this run's weight files, to tell them from other files of these names."""
-        return adapter_kind(self.output_name)
-
-    @property
-    def state_kind(self) -> FileKind:
-        """Return the kind of this run's states, to tell them from other folders of these names."""
-        return state_kind(self.output_name, self.starts)
-
-    def of_report(self) -> Path:
-        return self.path_with_ending("-report.html")
-
-    def of_profile(self) -> Path:
-        return self.path_with_ending("-profile.json.gz")
-
-    def of_sweep(self) -> Path:
-        return self.path_with_ending("-sweep.html")
-
-    def has_stem(self, stem: str) -> bool:
-        """Return True if a weights file or report of this run may have this name (without extension)."""
-        if stem in (self.of_best().stem, self.of_report().stem):
-            return True
-        return is_of_run(stem, self.starts, STEM_ENDING)
-
-    @property
-    def starts(self) -> tuple[str, ...]:
-        """Return the prefixes of this run's file names."""
-        return (self.output_name,) if self.output_name else ("epoch", "at", "last")
-
-
-def state_folder(weights: Path) -> Path:
-    """Return the state folder that belongs to a weights file."""
-    return weights.with_name(weights.stem + STATE)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The steps and epochs after which to save; None means never."""
-
-    every_n_steps: int | None
-    every_n_epochs: int | None
-    keep_steps: int | None
-    keep_epochs: int | None
-    num_epochs: int
-
-    @classmethod
-    def build(cls, options: SavingOptions, num_epochs: int) -> "Schedule":
-        """Read the intervals from the options; --save_n_epoch_ratio R saves about R times in the run and overrides
-        the number of epochs."""
-        every = options.save_every_n_epochs or None
-        if options.save_n_epoch_ratio is not None and options.save_n_epoch_ratio > 0:
-            every = num_epochs // options.save_n_epoch_ratio or 1
-        return cls(
-            options.save_every_n_steps or None,
-            every,
-            options.save_last_n_steps or None,
-            options.save_last_n_epochs or None,
-            num_epochs,
-        )
-
-    def saves_step(self, step: int) -> bool:
-        return self.every_n_steps is not None and step % self.every_n_steps == 0
-
-    def saves_epoch(self, epoch: int) -> bool:
-        """Return True if a file is saved after an epoch; the final file replaces that of the last epoch."""
-        return self.every_n_epochs is not None and epoch % self.every_n_epochs == 0 and epoch < self.num_epochs
-
-    def for_states(self, options: StateOptions) -> "Schedule":
-        """Return the schedule of states, which may be kept for longer or shorter than weights."""
-        return replace(
-            self,
-            keep_steps=options.save_last_n_steps_state or self.keep_steps,
-            keep_epochs=options.save_last_n_epochs_state or self.keep_epochs,
-        )
-
-    def most_files(self, max_train_steps: int) -> int:
-        """Return the largest number of files on disk at a time, without the final one."""
-        after_steps = max_train_steps // self.every_n_steps if self.every_n_steps is not None else 0
-        if self.every_n_steps is not None and self.keep_steps is not None:
-            after_steps = min(after_steps, self.keep_steps // self.every_n_steps + 2)  # deleted after the new one
-        after_epochs = (self.num_epochs - 1) // self.every_n_epochs if self.every_n_epochs is not None else 0
-        if self.keep_epochs is not None:
-            after_epochs = min(after_epochs, self.keep_epochs + 1)
-        return after_steps + after_epochs
-
-    def outdated_step(self, step: int) -> int | None:
-        """Return the step whose file is deleted once that of `step` is written, by --save_last_n_steps."""
-        if self.keep_steps is None or self.every_n_steps is None:
-            return None
-        # As in sd-scripts: --save_last_n_steps counts steps, not files.
-        outdated = step - self.keep_steps - 1
-        outdated -= outdated % self.every_n_steps
-        return outdated if outdated > 0 else None
-
-    def outdated_epoch(self, epoch: int) -> int | None:
-        """Return the epoch whose file is deleted once that of `epoch` is written, by --save_last_n_epochs."""
-        if self.keep_epochs is None or self.every_n_epochs is None:
-            return None
-        # As in sd-scripts: --save_last_n_epochs counts saved epochs.
-        outdated = epoch - self.keep_epochs * self.every_n_epochs
-        return outdated if outdated > 0 else None
-
-    def outdates_stop(self, stop: int, step: int, epoch: int) -> bool:
-        """Return True if the files of a run stopped after `stop` are outdated once those of `step` are written.
-
-        They follow the limit in steps if steps are saved, else that in epochs; then `step` is the last one of `epoch`.
-        """
-        if self.every_n_steps is not None:
-            return self.keep_steps is not None and stop < step - self.keep_steps
-        outdated = self.outdated_epoch(epoch)
-        return outdated is not None and stop <= outdated * step // epoch
 
 
 @dataclass(frozen=True)

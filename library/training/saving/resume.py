@@ -18,8 +18,8 @@ from library.options.training.network import NetworkOptions
 from library.processes import Processes
 from library.training.config_file import SECRETS
 from library.training.reporting.sample_images import FOLDER, GRID_FOLDER, is_preview_stem
-from library.training.saving.checkpoints import Names
 from library.training.saving.hub import fetch_state
+from library.training.saving.names import Names
 from library.training.saving.state import (
     FACTS_FILE,
     StateManifest,

@@ -8,7 +8,7 @@ from pathlib import Path
 from library.checkpoints.files import LENGTH_BYTES, PEFT_STEM, holds_safetensors, read_header, read_metadata
 from library.checkpoints.marks import MARK_FIELD
 from library.checkpoints.overwriting import judge
-from library.training.saving.checkpoints import Names
+from library.training.saving.names import Names
 
 logger = logging.getLogger(__name__)
 

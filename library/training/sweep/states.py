@@ -10,7 +10,7 @@ from library.checkpoints.tree_json import load_tree
 from library.errors import UserError
 from library.options.output.saving import HubOptions, StateOptions
 from library.processes import Processes
-from library.training.saving.checkpoints import Names
+from library.training.saving.names import Names
 from library.training.saving.resume import clear_up, find_state
 from library.training.saving.state import (
     StateManifest,

@@ -8,7 +8,7 @@ import pytest
 
 from library.options.config_file import read_toml
 from library.options.output.saving import SavingOptions
-from library.training.saving.checkpoints import Names
+from library.training.saving.names import Names
 from tools import start, torch_builds
 
 PYTHON = Path("/venv/bin/python")

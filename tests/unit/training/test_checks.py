@@ -24,7 +24,7 @@ from library.training.command_line import checks
 from library.training.command_line.checks import check, report_unused, warn_of_fp16_vae
 from library.training.models.block_running import compile_settings
 from library.training.optimization.optimizers import build_optimizer
-from library.training.saving.checkpoints import Names, state_folder
+from library.training.saving.names import Names, state_folder
 
 NEEDED = {
     "pretrained_model_name_or_path": "model.safetensors",

@@ -12,9 +12,11 @@ from library.architectures.specs import list_specs
 from library.checkpoints.files import save_safetensors
 from library.options.output.saving import HubOptions
 from library.options.train import TrainOptions
-from library.training.saving.checkpoints import Names, Schedule, Writer
+from library.training.saving.checkpoints import Writer
 from library.training.saving.hub import Uploads
+from library.training.saving.names import Names
 from library.training.saving.readers import readers_line
+from library.training.saving.schedule import Schedule
 from networks.core.protocol import AdoptedNetwork
 
 NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"

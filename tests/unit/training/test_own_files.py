@@ -8,7 +8,7 @@ import torch
 
 from library.checkpoints.files import save_pickle_state_dict, save_safetensors
 from library.checkpoints.overwriting import judge
-from library.training.saving.checkpoints import Names
+from library.training.saving.names import Names
 
 LORA = {"lora_unet_x.lora_down.weight": torch.ones(1), "lora_unet_x.alpha": torch.ones(())}
 BASE = {"model.diffusion_model.out.0.weight": torch.ones(1)}

@@ -19,9 +19,11 @@ from library.options.output.saving import HubOptions
 from library.options.train import TrainOptions
 from library.training.reporting.progress import Progress
 from library.training.saving import checkpoints, rescue
-from library.training.saving.checkpoints import Names, SavedElsewhere, Schedule, Writer
+from library.training.saving.checkpoints import SavedElsewhere, Writer
 from library.training.saving.hub import Uploads
+from library.training.saving.names import Names
 from library.training.saving.rescue import NotWrittenError, places, write_somewhere
+from library.training.saving.schedule import Schedule
 from library.training.saving.state import FACTS_FILE
 from networks.core.protocol import AdoptedNetwork
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from library.options.output.saving import SavingOptions
-from library.training.saving.checkpoints import Names, Schedule, save_dtype
+from library.training.saving.checkpoints import save_dtype
+from library.training.saving.names import Names
+from library.training.saving.schedule import Schedule
 
 
 def schedule(num_epochs: int = 10, **saving: int) -> Schedule:
