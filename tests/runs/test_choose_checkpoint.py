@@ -195,7 +195,7 @@ def test_copies_have_no_winner_and_training_images_give_no_suggestion(
     assert not noisy["has_winner"] and noisy["suggested"] in copies
     assert len({candidate["loss"] for candidate in noisy["candidates"]}) == 4
     assert not aside["has_winner"] and aside["suggested"] == copies[0] and aside["num_pictures"] == 8
-    assert without["suggested"] is None and "no file is suggested: no image is set aside" in printed.out
+    assert without["suggested"] is None and "no file is suggested: no images are held out" in printed.out
     assert "may have been trained on the held-out images" in printed.err
     memories = [candidate["memorised"] for candidate in without["candidates"][1:]]
     assert without["num_pictures"] == 24 and memories[0]["unseen"] == "mirrored"

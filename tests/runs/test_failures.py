@@ -56,7 +56,7 @@ def test_an_image_deleted_in_mid_run_loses_no_step(
     assert done.status == 1 and "Traceback" not in done.stderr
     state = tmp_path / "out" / "mine-step00000002-state"
     last = done.stderr.rstrip().splitlines()[-1]
-    assert "training ended after step 2; the adapter and the state of that step are saved: when the cause is" in last
+    assert "training ended after step 2; the adapter and the state of that step are saved: once the cause is" in last
     assert f"--resume {state} or --autoresume" in last
     assert (tmp_path / "out" / "mine-step00000002.safetensors").is_file() and state.is_dir()
     for path, data in content.items():
@@ -96,5 +96,5 @@ def test_partly_updated_weights_are_not_saved_as_a_state(
     monkeypatch.setattr(Updates, "apply", step)
     done = train(base_arguments)
     assert done.status == 1
-    assert "the error came while step 3 moved the weights; as they are, they are saved as" in done.stderr
+    assert "the error came during the weight update of step 3; the weights are saved as they are in" in done.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine-step00000002.safetensors"]

@@ -88,7 +88,7 @@ def test_sdxl_inpainting_trains_from_a_single_file(
     [
         (["--cache_latents"], r"--train_inpainting does not work with --cache_latents: "),
         (["--cache_latents_to_disk"], r"does not work with --cache_latents_to_disk: "),
-        (["--sample_prompts", "{here}/nothing.txt", "--sample_at_first"], "names no image to paint in"),
+        (["--sample_prompts", "{here}/nothing.txt", "--sample_at_first"], "has no image to inpaint"),
         (["--sample_prompts", "{here}/lost.txt", "--sample_at_first"], "there is no such file"),
     ],
 )

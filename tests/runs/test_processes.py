@@ -168,7 +168,7 @@ def test_a_second_run_with_the_same_name_is_rejected_and_the_first_continues(
 ) -> None:
     process = other_run("")
     done = train(base_arguments)
-    assert done.status == 1 and f"another run writes the files of this name (process {process.pid} on" in done.stderr
+    assert done.status == 1 and f"another run is writing files of this name (process {process.pid} on" in done.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".mine.lock"]
     process.kill()
     process.wait()

@@ -14,14 +14,14 @@ from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-EVENTS = "--log_events tells a program of every step, loss and image while they happen"
+EVENTS = "--log_events reports every step, loss and image to other programs while the run is going"
 BASE_MODEL = "a base model is a package in library/architectures, and docs/architectures.md says how to add one"
-LOSS = "--loss_type, --min_snr_gamma and the options of noise levels say what the loss is"
-NETWORK = "--network_module takes a module of your own, which is told of every step"
-TRAINED = "--network_train_unet_only and --text_encoder_lr say what is trained"
-METADATA = "--training_comment and --metadata_title with its like say what the file tells"
-FORMATS = "--mixed_precision, --fp8_base and --base_format say in which format models are"
-CHECKS = "options are checked here by what they declare; check your own before you call train"
+LOSS = "--loss_type, --min_snr_gamma and the timestep options define the loss"
+NETWORK = "--network_module takes your own module, which is notified of every step"
+TRAINED = "--network_train_unet_only and --text_encoder_lr select what is trained"
+METADATA = "--training_comment, --metadata_title and similar options set the metadata of the file"
+FORMATS = "--mixed_precision, --fp8_base and --base_format set the formats of the models"
+CHECKS = "the options are checked against their declarations; run your own checks before you call train"
 
 NEVER_CALLED: Mapping[str, Sequence[str]] = {  # what does their work -> names of methods
     EVENTS: (

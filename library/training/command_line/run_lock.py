@@ -90,8 +90,8 @@ def acquire(path: Path) -> IO[str] | None:
             if error.errno not in LOCKED_ERRORS:
                 raise
             raise UserError(
-                f"another run writes the files of this name ({holder}, says {path}): wait for its end, stop it, or "
-                "give another --output_name or --output_dir"
+                f"another run is writing files of this name ({holder}, according to {path}); wait until it ends, stop "
+                "it, or use another --output_name or --output_dir"
             ) from None
         if is_at(file, path):
             break

@@ -19,8 +19,8 @@ from library.training.saving.saved_files import drop_copies, read_num_steps
 logger = logging.getLogger(__name__)
 
 TRAINED_ONLY = (
-    "no image is set aside, and the loss on trained images falls on and on while they are learned by heart; "
-    "--validation_split sets some aside"
+    "no images are held out, and the loss on training images keeps falling while they are memorized; hold some out "
+    "with --validation_split"
 )
 TOOL = "python3 tools/choose_checkpoint.py"
 

@@ -162,7 +162,6 @@ def parse_line(line: str, place: str) -> PromptSpec:
 
 
 def parse_number(text: str) -> int | float | str:
-    """Return the number in a text; what is none stays text."""
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)
@@ -170,7 +169,6 @@ def parse_number(text: str) -> int | float | str:
 
 
 def parse_prompt_table(table: Any, place: str) -> PromptSpec:
-    """Check the settings of one prompt and return them."""
     values = read_table(read_value(table, TABLE, place), KINDS, lambda key: f"{place}: {describe_setting(key)}")
     if "prompt" not in values:
         raise UserError(f'{place} has no text; give one with "prompt"')
@@ -183,7 +181,6 @@ def describe_setting(key: str) -> str:
 
 
 def resolve_all(specs: Iterable[PromptSpec], arch: Architecture) -> list[Prompt]:
-    """Resolve all prompts for a base model."""
     defaults, max_references = arch.preview.defaults, arch.codec.spec.max_references
     return [resolve(spec, defaults, arch.inpaints, max_references) for spec in specs]
 
@@ -234,11 +231,10 @@ def refuse_strengths(specs: Sequence[PromptSpec], flag: str) -> None:
 
 
 def read_inpainted_image(spec: PromptSpec) -> Path:
-    """Return the prompt's image for an inpainting model."""
     if spec.image_path is None:
         raise UserError(
-            f"{spec.place} names no image to paint in; give one with {describe_setting('image_path')}, whose "
-            "transparent part is painted anew, or a random part where nothing is transparent"
+            f"{spec.place} has no image to inpaint; give one with {describe_setting('image_path')}: its transparent "
+            "part is painted, or a random part if nothing is transparent"
         )
     return require_file(Path(spec.image_path), "image_path", spec.place)
 

@@ -331,14 +331,14 @@ def check_rates(groups: Sequence[Mapping[str, Any]], learning_rate: float, name:
     # The threshold of sd-scripts.
     if max(rates) <= 0.1:
         logger.warning(
-            "%s finds the learning rate by itself and multiplies it by ours, which is %s; it is meant to be about 1.0",
+            "%s estimates the learning rate itself and multiplies it by the given one, which is %s; use about 1.0",
             name,
             max(rates),
         )
     may_freeze = name in FREEZES_AT_RATE_0
     if len({rate for rate in rates if rate or not may_freeze}) > 1:
         raise UserError(
-            f"{name} finds one learning rate for all parts, but --learning_rate, --unet_lr, --text_encoder_lr or "
+            f"{name} estimates one learning rate for all parts, but --learning_rate, --unet_lr, --text_encoder_lr or "
             f"--network_args give {', '.join(map(str, sorted(set(rates))))}; use one value everywhere"
             + (" (0 leaves a part as it is)" if may_freeze else "")
         )

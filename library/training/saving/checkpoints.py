@@ -148,11 +148,13 @@ class Writer:
         """
         if progress.is_updating:
             location = self.write(self.names.of_step(progress.step), progress.step, epoch, is_last=True)
-            moved = f"the error came while step {progress.step + 1} moved the weights"
-            return f"{moved}; as they are, they are saved as {location}"
+            return (
+                f"the error came during the weight update of step {progress.step + 1}; the weights are saved as they "
+                f"are in {location}"
+            )
         return (
-            f"training ended after step {progress.step}; the adapter and the state of that step are saved: when the "
-            f"cause is mended, give the same command with {self._save_unfinished(progress, epoch)}"
+            f"training ended after step {progress.step}; the adapter and the state of that step are saved: once the "
+            f"cause is fixed, give the same command with {self._save_unfinished(progress, epoch)}"
         )
 
     def _save_unfinished(self, progress: Progress, epoch: int) -> str:

@@ -82,5 +82,4 @@ class Names:
 
 
 def state_folder(weights: Path) -> Path:
-    """Return the state folder that belongs to a weights file."""
     return weights.with_name(weights.stem + STATE)

@@ -35,16 +35,16 @@ logger = logging.getLogger(__name__)
 EFFECTS: Mapping[OnResume | None, tuple[int, str]] = {
     "new rate": (
         logging.WARNING,
-        ", which takes effect from here on: the run is not the uninterrupted one any more",
+        ", which takes effect from here on: the run will differ from an uninterrupted one",
     ),
     "new length": (
         logging.INFO,
-        ": learning rates that depend on the length of the run follow the new length from here on, and then it is not "
-        "the uninterrupted one any more",
+        ": learning rates that depend on the length of the run follow the new length from here on, so the run may "
+        "differ from an uninterrupted one",
     ),
     "kept by the optimizer": (
         logging.WARNING,
-        ": the optimizer goes on as the state has it; to change it, start from the weights with --network_weights "
+        ": the optimizer keeps the value in the state; to change it, start from the weights with --network_weights "
         "instead",
     ),
     None: (logging.WARNING, ": the run continues, but differs from an uninterrupted one"),
@@ -200,7 +200,7 @@ def resolve_starting_step(options: StateOptions, end: Path, plan: Plan, facts: S
             logger.info("%s without --resume: the learning rate schedule starts at its beginning", source)
     is_last = facts is not None and step == facts.step == plan.max_train_steps
     if facts is not None and is_last and not ("end" in facts.done and end.exists()):
-        logger.info("%s is at the last step: what is left is to write the files of the end", source)
+        logger.info("%s is at the last step: only the final files are left to write", source)
         return step
     if step and step >= plan.max_train_steps:
         message = f"{source} is at step {step} of {plan.max_train_steps}: nothing is left to train"
@@ -279,7 +279,6 @@ def option_differences(facts: StateManifest, options: Options, num_processes: in
 
 
 def dataset_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for each difference of the data."""
     changed = [name for name in ("pictures", "captions", "settings") if before.get(name) != now[name]]
     if not changed:
         return

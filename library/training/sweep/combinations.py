@@ -126,7 +126,7 @@ def parse_word(item: str, options: Options) -> tuple[str, list[str]]:
     if not equals or not name or not all(texts):
         raise UserError(f"--sweep {item!r}: {FORM}")
     if repeated := next((value for value in texts if texts.count(value) > 1), None):
-        raise UserError(f"--sweep {name}: {repeated} stands there twice")
+        raise UserError(f"--sweep {name}: {repeated} appears twice; list each value once")
     swept = sweep_names(type(options))
     if name in swept or (name.partition(".")[0] in TABLES and "." in name):
         return name, texts
@@ -147,7 +147,6 @@ def explain_refusal(name: str) -> str:
 
 
 def warn_of_replaced(options: Options, names: Sequence[str]) -> None:
-    """Warn about options that a sweep replaces."""
     values, defaults = options.flat(), type(options).defaults()
     for name in names:
         table, _, key = name.partition(".")

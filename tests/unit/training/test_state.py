@@ -473,7 +473,7 @@ def test_a_run_without_its_final_file_resumes_to_write_it(tmp_path: Path, caplog
         (tmp_path / "x.safetensors").touch()  # of another run
         assert begin(options_with(tmp_path, **resume_options), PLAN, at_step(100, "step")) == 100
         (tmp_path / "x.safetensors").unlink()
-    assert "the state s is at the last step: what is left is to write the files of the end" in caplog.text
+    assert "the state s is at the last step: only the final files are left to write" in caplog.text
 
 
 def differences(before: TrainOptions, now: TrainOptions, caplog: pytest.LogCaptureFixture, **changes: Any) -> str:
