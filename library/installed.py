@@ -26,7 +26,6 @@ class Lack:
 
 
 def version_of(package: str) -> str | None:
-    """Return the installed version of a package, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -180,7 +180,6 @@ def replace_nonfinite(value: Any) -> Any:
 
 
 def format_text(report: Report) -> Iterator[str]:
-    """Yield the report line by line."""
     base = "unknown base model" if report.base is None else find_spec(list_specs(), report.base).title
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in report.dtypes.items())
     yield f"{report.origin}: {sum(report.dtypes.values())} keys ({dtypes}), {len(report.modules)} modules, {base}"

@@ -97,7 +97,6 @@ CLEANERS: dict[str, Callable[[str], str]] = {"tags": clean_tags, "caption": clea
 
 
 def clean(args: argparse.Namespace) -> None:
-    """Read, clean and write the metadata file."""
     if args.old_out_json is not None:  # older form of this command, which has a folder before the two files
         logger.warning("%s has no effect: all entries of the metadata file are cleaned", args.in_json)
         args.in_json, args.out_json = args.out_json, args.old_out_json

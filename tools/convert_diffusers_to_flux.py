@@ -67,7 +67,6 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Read, rename and write the weights."""
     check_safetensors_output("--save_to", args.save_to, WRITER, [args.diffusers_path])
     dtype = dtype_of_file(args.save_precision)
     weights = open_transformer(args.diffusers_path)

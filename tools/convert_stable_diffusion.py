@@ -240,7 +240,6 @@ def is_file_name(path: Path) -> bool:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Read, rename and write the weights."""
     if args.v1 and args.v2:
         raise UserError("--v1 and --v2 exclude each other; the model is recognised anyway")
     to_file, dtype = is_file_name(args.model_to_save), parse_dtype(args.save_precision_as)

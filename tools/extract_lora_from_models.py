@@ -137,7 +137,6 @@ def read_shape(base: BaseModel, module: str) -> tuple[int, ...] | None:
 
 
 def make_metadata(args: argparse.Namespace, base: BaseModel) -> dict[str, str]:
-    """Return the metadata: the base model and the ranks."""
     metadata = {
         **spec_for(base).adapter_metadata(base.architecture, args.v_parameterization),
         "ss_network_module": "networks.lora",

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def escape_controls(record: logging.LogRecord) -> bool:
-    """Write control characters as escapes, so that names of files cannot steer a terminal."""
+    """Escape control characters in a log record, so that names of files cannot steer a terminal; always True."""
     record.msg, record.args = escape(record.getMessage()), ()
     return True
 
@@ -97,7 +97,6 @@ def find_installed(front_end: Path, layouts: Sequence[Layout]) -> list[Layout]:
 
 
 def change(layout: Layout, front_end: Path, restores: bool) -> None:
-    """Install into a folder, or restore it."""
     place, submodule = layout.place, find_submodule(layout.folder, front_end)
     if restores:
         restore(place, submodule)

@@ -47,7 +47,6 @@ class Weighted:
         return self.ratio * self.strength_of(name)
 
     def is_omitted(self, name: str) -> bool:
-        """Return True if a module has strength 0."""
         return self.strength_of(name) == 0
 
 
@@ -216,7 +215,6 @@ def approximate(name: str, terms: Terms, ranks: tuple[int, int], weight: Tensor,
 
 
 def rank_for(shape: tuple[int, ...], ranks: tuple[int, int]) -> int:
-    """Return the rank for a weight of this shape."""
     return ranks[1] if len(shape) == 4 and shape[2:] != (1, 1) else ranks[0]
 
 
@@ -227,7 +225,6 @@ def lora_from_factors(name: str, up_OR: Tensor, down_RN: Tensor, shape: tuple[in
 
 
 def add_norms(name: str, terms: Terms, joining: Joining) -> ModuleWeights:
-    """Add norm changes of one module."""
     total: dict[str, Tensor] = {}
     strengths = joining.strengths([ratio for _, ratio in terms], [1] * len(terms))
     for (module, _), strength in zip(terms, strengths, strict=True):

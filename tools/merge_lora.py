@@ -260,7 +260,6 @@ def resolve_ranks(args: argparse.Namespace, adapters: Sequence[Weighted]) -> tup
 
 
 def is_norms(file: AdapterFile) -> bool:
-    """Return True if a file has only norm weights."""
     return all(module.layout is norm.LAYOUT for module in file.modules.values())
 
 

@@ -106,7 +106,6 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def merge(args: argparse.Namespace) -> None:
-    """Read, merge and write the checkpoints."""
     ratios = resolve_ratios(args, 1 / len(args.models))
     check_output("--output", args.output, WRITER, args.models)
     device = resolve_device(args.device)

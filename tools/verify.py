@@ -212,7 +212,6 @@ class Trial:
         return process
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        """Return the events of one kind."""
         lines = map(json.loads, (self.folder / EVENTS_FILE).read_text(encoding="utf-8").splitlines())
         return [line for line in lines if line["event"] == kind]
 

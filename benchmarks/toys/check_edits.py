@@ -58,7 +58,6 @@ def judge(image: ImageArray, partner: ImageArray) -> dict[str, bool]:
 
 
 def check_edits(args: argparse.Namespace) -> None:
-    """Draw the edits, check and print."""
     prompts = args.output / "prompts.txt"
     check_target("--output", prompts, text_kind("a file of prompts by this command", FIRST_LINE))
     partners = sorted(args.results.glob("*.png"))

@@ -86,7 +86,6 @@ class Edit:
 
 
 def paint_background(scene: Scene, seed: int, rng: np.random.Generator) -> Edit:
-    """Paint the background in another colour."""
     new_colour = str(rng.choice([colour for colour in BACKGROUNDS if colour != scene.background]))
     return Edit(f"paint the background {new_colour}", scene, replace(scene, background=new_colour), seed)
 

@@ -39,7 +39,6 @@ def save_scene(path: Path, image: Image.Image, writer: str, caption: str | None 
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 

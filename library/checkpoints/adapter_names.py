@@ -48,7 +48,6 @@ class ModuleNames:
 
     @property
     def spellings(self) -> tuple[str, ...]:
-        """All names of this module."""
         whole_name = (self.diffusers,) if isinstance(self.diffusers, str) else ()
         piece_names = (name for names in self.names_of_pieces for name in names)
         return (self.kohya, self.generic, *whole_name, *piece_names, *self.aliases)

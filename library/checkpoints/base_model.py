@@ -38,14 +38,12 @@ class WeightFile:
         return frozenset((*self.stems, *self.thirds))
 
     def read(self, module: str) -> Tensor:
-        """Read the weight of a module."""
         third = self.thirds.get(module)
         if third is None:
             return self.weights.read(f"{self.stems[module]}.weight")
         return third.of(self.weights.read(third.key))
 
     def shape(self, module: str) -> tuple[int, ...]:
-        """Return the shape of a module's weight."""
         third = self.thirds.get(module)
         if third is None:
             return self.weights.shapes[f"{self.stems[module]}.weight"]

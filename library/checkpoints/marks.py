@@ -109,5 +109,4 @@ def mark_folder(folder: Path, mark: str, counts_files: bool = True) -> None:
 
 
 def count_files(folder: Path) -> int:
-    """Return the number of files below a folder."""
     return sum(path.is_file() for path in folder.rglob("*"))

@@ -38,7 +38,6 @@ def show_batches(data: TrainingData) -> None:
 
 
 def references_by_key(data: TrainingData) -> dict[str, tuple[str, ...]]:
-    """Return the reference files of each image that has references."""
     samples = () if data.image_plan is None else data.image_plan.samples
     return {
         sample.image.key: tuple(r.key for r in sample.image.references) for sample in samples if sample.image.references
@@ -46,7 +45,6 @@ def references_by_key(data: TrainingData) -> dict[str, tuple[str, ...]]:
 
 
 def describe_sample(batch: Batch, place: int) -> str:
-    """Describe one sample of a batch in a line."""
     height, width, top, left, target_height, target_width = batch.sizes_B6[place].tolist()
     attributes = f", {dict(batch.attributes[place])}" if batch.attributes[place] else ""
     return (

@@ -33,7 +33,6 @@ def apply_guidance(
 
 
 def is_guided_at(prompt: Prompt, progress: float) -> bool:
-    """Return True if the prompt is guided in the step at `progress`."""
     return progress <= (1.0 if prompt.cfg_trunc_ratio is None else prompt.cfg_trunc_ratio)
 
 
@@ -44,7 +43,6 @@ def guide(negative_BCHW: Tensor, positive_BCHW: Tensor, prompt: Prompt) -> Tenso
 
 
 def extrapolate(negative_BCHW: Tensor, positive_BCHW: Tensor, scale: float) -> Tensor:
-    """Return negative + scale * (positive - negative)."""
     return negative_BCHW + scale * (positive_BCHW - negative_BCHW)
 
 

@@ -60,12 +60,10 @@ class Every:
 
 
 def stacks_of(model: nn.Module) -> Stacks:
-    """Return the blocks of one of our models."""
     return cast(RunsBlocks, model).stacks()
 
 
 def run_blocks_with(model: nn.Module, runner: BlockRunner) -> None:
-    """Set the runner of one of our models."""
     cast(RunsBlocks, model).runner = runner
 
 

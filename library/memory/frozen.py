@@ -168,7 +168,6 @@ def layers_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def frozen_layers(block: nn.Module) -> Iterator[FrozenLayer]:
-    """Yield the frozen layers of a block."""
     return (layer for layer in block.modules() if isinstance(layer, FrozenLayer))
 
 

@@ -83,7 +83,6 @@ class DitLoader:
 
     @property
     def text(self) -> Part:
-        """The first text encoder."""
         return self.texts[0]
 
     @property

@@ -18,8 +18,6 @@ BYTE_PAIR_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_conf
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """The files of one tokenizer."""
-
     hub_name: str
     files: tuple[str, ...]  # files to download from the repository
     are_in: Callable[[Path], bool]  # returns True if a folder has the tokenizer

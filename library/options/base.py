@@ -181,7 +181,6 @@ class Options:
 
     @classmethod
     def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
-        """Build the options from parsed arguments."""
         values = {
             f.name: kind.from_args(args) if is_group(kind) else getattr(args, f.name) for f, kind in typed_fields(cls)
         }

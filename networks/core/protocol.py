@@ -1,8 +1,8 @@
 """The protocol between network modules and the trainer.
 
-A network module is a Python module with the two functions of `NetworkModule`, which return a `Network`. Our modules,
-lycoris.kohya and users' own files are all called in this way. `adopt` wraps a network and adds what third-party
-networks lack.
+A network module is a Python module with the two functions of `NetworkModule`, which return an `nn.Module`. Our modules,
+lycoris.kohya and users' own files are all called in this way. `adopt` wraps one as an `AdoptedNetwork`, which adds what
+third-party networks lack.
 """
 
 import importlib
@@ -222,7 +222,7 @@ class AdoptedNetwork:
         self._needed("merge_to", "--base_weights")(text_encoder, denoiser, weights, dtype, device)
 
     def merging(self, weights: Mapping[str, Tensor], device: torch.device | str) -> Iterable[Merging]:
-        """Yield the merges of `merge_to` one parameter at a time, for callers that stream the base weights."""
+        """Return the merges of `merge_to`, one parameter at a time, for callers that stream the base weights."""
         merges: Iterable[Merging] = self._needed("merging", "--base_weights")(weights, device)
         return merges
 
@@ -301,7 +301,6 @@ class AdoptedNetwork:
 
     @property
     def can_limit_norms(self) -> bool:
-        """True if the network supports `limit_norms`."""
         return self._method("apply_max_norm_regularization") is not None
 
     def limit_norms(self, limit: float, device: torch.device | str) -> Tensor:

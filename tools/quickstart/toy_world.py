@@ -132,7 +132,6 @@ def _ring_of_points(angles: NDArray[np.float64], radii: NDArray[np.float64]) -> 
 
 
 def rotate(points: Points, degrees: float) -> Points:
-    """Rotate points around the origin."""
     a = np.deg2rad(degrees)
     rotated: Points = points @ np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
     return rotated

@@ -89,5 +89,4 @@ def read_denoiser(base: BaseFiles) -> Weights:
 
 
 def open_text_encoder(name: str | None, base: BaseFiles, encoder: TextEncoder) -> Component:
-    """Open the text encoder from --text_encoder or from the base model."""
     return encoder.open(base.open_text_encoder(FLAG, name, FOLDER, encoder.prefix)[1])

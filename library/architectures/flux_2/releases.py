@@ -106,12 +106,10 @@ DISTILLED_KLEIN = DistilledRelease("--model_version", distilled_by_default=froze
 
 
 def modelspec_architecture(release: Release) -> str:
-    """Return modelspec.architecture of a release."""
     return f"Flux.2-{release.name}"
 
 
 def release_named(version: str) -> Release:
-    """Return the release that a value of --model_version names."""
     name = version.replace("base-", "")
     return next(release for release in RELEASES if release.name == name)
 

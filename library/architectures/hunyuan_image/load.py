@@ -101,7 +101,7 @@ def component_of_file(part: str, weights: Weights) -> Component:
 
 
 def check_vae(component: Component) -> Component:
-    """Raise UserError if a VAE's latents differ from HunyuanImage 2.1's in shape; warn of another scale."""
+    """Return the VAE. Raises UserError for latents of another shape than HunyuanImage 2.1's; warns of another scale."""
     origin, config = component.weights.origin, component.config
     latent_shape = (config.get("latent_channels"), config.get("spatial_compression_ratio"))
     if MARK not in component.weights.shapes or latent_shape != (SPEC.channels, SPEC.downscale):

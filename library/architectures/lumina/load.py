@@ -63,7 +63,6 @@ def read_denoiser(base: BaseFiles) -> Weights:
 
 
 def open_gemma(name: str | None, base: BaseFiles) -> Component:
-    """Open Gemma 2 from --gemma2 or from the base model."""
     config, weights = base.open_text_encoder(GEMMA_FLAG, name, "text_encoder", GEMMA_MARK)
     try:
         return gemma_component(weights) if config is None else gemma_of_folder(config, weights)

@@ -37,7 +37,6 @@ BLOCK_WEIGHTS = BlockWeights((WITH_ATTENTION, every_block()), block_of)
 
 
 def adapter_metadata(is_v2: bool, architecture: str, predicts_velocity: bool) -> dict[str, str]:
-    """Return the metadata of an adapter for a checkpoint."""
     return metadata(is_v2, predicts_velocity)
 
 

@@ -30,7 +30,6 @@ BLOCK_WEIGHTS = BlockWeights(
 
 
 def adapter_metadata(architecture: str, predicts_velocity: bool) -> dict[str, str]:
-    """Return the metadata of an adapter for a checkpoint."""
     prediction = "v" if predicts_velocity else "epsilon"
     return {**RECIPE.of_checkpoint(architecture), "modelspec.prediction_type": prediction}
 

@@ -206,7 +206,6 @@ def read_number_pairs(item: Mapping[str, Any], key: str, default: Any) -> Tensor
 
 
 def parse_resolution(resolution: str | None) -> tuple[int, int] | None:
-    """Parse `resolution` to (width, height)."""
     if resolution is None:
         return None
     first, *others = parse_numbers("--resolution", resolution, int, (1, 2), "512 or 768,512")

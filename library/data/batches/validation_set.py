@@ -86,7 +86,6 @@ class ValidationSet:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def iterate_samples(self, batch_indices: Sequence[int]) -> Iterator[int]:
-        """Yield the indices of the samples in the batches at `batch_indices`."""
         return (int(self.maker.sample_of_draw[draw]) for i in batch_indices for draw in self.draws[i])
 
     def _order(self, batch_index: int) -> BatchOrder:
@@ -94,7 +93,6 @@ class ValidationSet:
 
 
 def make_empty_set() -> ValidationSet:
-    """Return an empty set."""
     empty: Any = ()
     maker = BatchMaker(
         seed=0, samples=Samples(), sample_of_draw=empty, subsets=(), prior_loss_weight=1.0, max_train_steps=1,

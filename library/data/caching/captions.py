@@ -94,7 +94,6 @@ class TextEncoding:
 
 
 def digest_vocabularies(tokenizers: Sequence[Any]) -> str:
-    """Return a digest of the tokenizers' vocabularies."""
     digest = blake2b(digest_size=16)
     for tokenizer in tokenizers:
         digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
@@ -223,8 +222,6 @@ def plan_shared_job(plan: DataPlan, spec: TextCacheSpec, name: str, texts: Seque
 
 
 def text_codec(encode: Callable[[], EncodeSome], spec: TextCacheSpec, identity: Callable[[], Identity]) -> Codec[Job]:
-    """Build the codec of caption files."""
-
     def judge_job(job: Job) -> Verdict:
         return judge(job.file, job.texts, identity()) if os.path.exists(job.path) else Verdict(MISSING)
 

@@ -105,8 +105,6 @@ def assign_jobs(jobs: Sequence[JobT], rank: int, count: int) -> list[JobT]:
 def check_files(
     codec: Codec[JobT], jobs: Sequence[JobT], skips_check: bool, num_threads: int
 ) -> list[CheckedJob[JobT]]:
-    """Check the file of each job, and log the result."""
-
     def check(job: JobT) -> CheckedJob[JobT]:
         rejection = Verdict(MISSING)
         for candidate in codec.candidates(job):

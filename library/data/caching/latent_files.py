@@ -221,7 +221,7 @@ class Expected:
 
 
 def judge(file: LatentFile, image: ScannedImage, expected: Expected, storage: Storage) -> Verdict:
-    """Check whether an entry is valid for the image.
+    """Return whether an entry is valid for the image, and why not.
 
     An entry with an origin must come from this image (same name, and same size and time or same content), with the same
     crop, filter and VAE. An entry without one was written by sd-scripts: it is accepted if its shape fits the bucket,

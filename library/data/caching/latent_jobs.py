@@ -135,7 +135,7 @@ def iterate_named_jobs(plan: DataPlan, job: Job) -> Iterator[Job]:
 
 
 def judge_job(entries: VerifiedEntries, vae: str, job: Job) -> Verdict:
-    """Check whether the job's file is valid."""
+    """Return whether the job's file is valid, and why not."""
     assert job.file is not None
     expected = Expected(
         job.sample.shape, job.interpolation, job.name_vae(vae), job.needs_flipped, job.needs_alpha, job.is_pair

@@ -150,7 +150,6 @@ def check_damaged(damaged: Mapping[int, str], plan: DataPlan) -> None:
 
 
 def files_by_sample(files: Mapping[int, LatentFile], plan: DataPlan) -> CacheFiles[LatentFile]:
-    """Return the files by sample index."""
     has_N = np.zeros(len(plan.samples), dtype=bool)
     has_N[list(files)] = True
     renamed_files = {number: file for number, file in files.items() if locate_file(plan.samples[number], plan) != file}
@@ -205,7 +204,6 @@ def encode_all(
 
 
 def write_job(job: Job, latents: Latents, origin: Origin, entries: VerifiedEntries) -> None:
-    """Write an entry, and record it as valid."""
     assert job.file is not None
     write_entry(job.file, latents, job.sample.image.size, origin)
     entries.note_written(job.file)
@@ -353,7 +351,6 @@ def check_latents(job: Job, latents: Latents, plan: DataPlan) -> None:
 
 
 def describe_origin(job: Job, decoded: Decoded, vae_identity: str) -> Origin:
-    """Return the origin to record in an entry."""
     return Origin(
         picture=os.path.basename(job.sample.image.key),
         picture_bytes=decoded.version.num_bytes,

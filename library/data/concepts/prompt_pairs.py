@@ -67,7 +67,6 @@ class PromptPairs:
 
     @property
     def prompts(self) -> list[str]:
-        """All different prompts of the pairs."""
         return list(dict.fromkeys(text for pair in self.pairs for text in pair.texts))
 
     @property

@@ -102,7 +102,6 @@ class PromptPair:
 
     @property
     def has_drawn_size(self) -> bool:
-        """True if the size is drawn for each batch."""
         return self.dynamic_resolution and self.height == self.width
 
     @property
@@ -145,7 +144,6 @@ class Entry(NamedTuple):
 
     @property
     def keys(self) -> Mapping[str, Kind]:
-        """The keys that are allowed in the entry."""
         return PAIR_KEYS if self.is_pair else SLIDER_KEYS
 
 

@@ -158,7 +158,6 @@ def _floored_ratio(size: Size, step: int) -> float:
 
 
 def assign_shapes(images: Sequence[Size], rules: BucketRules) -> list[Shape]:
-    """Return the shape of every image, in order."""
     shape_by_size: dict[Size, Shape] = {}
     if rules.enable_bucket and not rules.no_upscale:
         buckets = bucket_sizes(rules.resolution, rules.min_reso, rules.max_reso, rules.step)

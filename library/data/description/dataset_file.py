@@ -281,7 +281,6 @@ def resolve_value(key: Key, tables: Sequence[Table]) -> Any:
 
 
 def build_dataset(dataset: Table, general: Table, fallbacks: Table, style: Style, place: str) -> DatasetConfig:
-    """Build one dataset with its subsets; `place` is for messages."""
     tables = (dataset, general, fallbacks)
     values = {key.name: resolve_value(key, tables) for key in DATASET_KEYS}
     if values["resolution"] is None:

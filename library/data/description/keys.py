@@ -67,7 +67,6 @@ def key_of_option(
 
 
 def keys_of(kind: type) -> Iterator[Key]:
-    """Yield the keys that a dataclass declares."""
     for f in fields(kind):
         if declared := f.metadata.get("key"):
             yield replace(declared, name=f.name, flag=f.name if declared.flag == "" else declared.flag)

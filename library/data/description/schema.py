@@ -124,8 +124,6 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class RunDataConfig:
-    """The data of a run."""
-
     datasets: tuple[DatasetConfig, ...]
     is_from_file: bool  # from `dataset_config`, not from folder arguments
 

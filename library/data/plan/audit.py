@@ -88,7 +88,6 @@ def format_sizes(sizes: Sequence[Size]) -> str:
 
 
 def describe_size(rule: BucketRules) -> str:
-    """Describe the training sizes of a dataset."""
     size = f"{rule.resolution[0]}x{rule.resolution[1]}"
     if not rule.enable_bucket:
         return f"{size} without buckets"

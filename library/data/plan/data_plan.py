@@ -71,7 +71,6 @@ class DataPlan:
 
     @property
     def datasets(self) -> tuple[ScannedDataset, ...]:
-        """The trained datasets."""
         return self.split.trained
 
     @cached_property
@@ -121,12 +120,10 @@ class DataPlan:
 
     @property
     def num_batches(self) -> int:
-        """The number of batches per epoch."""
         return sum(bucket.num_batches for bucket in self.draws.buckets)
 
     @property
     def batch_sizes(self) -> list[int]:
-        """The batch size of each dataset."""
         return [dataset.config.batch_size for dataset in self.datasets]
 
     def batch_shapes(self) -> Iterator[tuple[int, tuple[Size, ...]]]:
@@ -135,7 +132,6 @@ class DataPlan:
             yield min(bucket.batch_size, len(bucket.draws)), (bucket.size, *bucket.reference_sizes)
 
     def subset_of(self, sample: Sample) -> SubsetConfig:
-        """Return the settings of a sample's subset."""
         return self.subsets[sample.subset]
 
     def caption_texts(self) -> Iterator[tuple[str, ...]]:

@@ -91,7 +91,6 @@ def describe_dataset(
 
 
 def describe_subset(subset: ScannedSubset) -> dict[str, Any]:
-    """Describe one subset in `ss_datasets`."""
     config = subset.config
     described = {
         "img_count": len(subset.images),
@@ -141,7 +140,6 @@ def tag_frequency(dataset: ScannedDataset) -> TagFrequency:
 
 
 def most_common_tags(counts: Counter[str]) -> Counter[str]:
-    """Return the counts of the MOST_TAGS most common tags."""
     return counts if len(counts) <= MOST_TAGS else Counter(dict(counts.most_common(MOST_TAGS)))
 
 

@@ -87,7 +87,6 @@ class Samples(Column[Sample]):
         return np.repeat(np.arange(len(self.subsets), dtype=np.int32), list(map(len, self.subsets)))
 
     def dataset_of_each(self) -> NDArray[np.int32]:
-        """Return the dataset of each sample, as an index."""
         return np.repeat(np.array(self.dataset_of_subset, dtype=np.int32), list(map(len, self.subsets)))
 
     def slice_of(self, dataset: int) -> slice:
@@ -108,7 +107,6 @@ class Samples(Column[Sample]):
 
     @property
     def references(self) -> list[ScannedImage]:
-        """All reference images, image by image."""
         return [reference for images in self.subsets for row in images.references or () for reference in row]
 
     @property

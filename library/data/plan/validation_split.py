@@ -168,7 +168,6 @@ def drop_empty(datasets: Iterator[ScannedDataset]) -> tuple[ScannedDataset, ...]
 
 
 def split_lines(subset: ScannedSubset, num_aside: int) -> Iterator[Line]:
-    """Yield the log lines about the split of one subset."""
     config, num_images = subset.config, len(subset.images)
     share = held_out_share(config)
     if config.is_forgetting_probe and num_aside:
@@ -202,7 +201,6 @@ def identities_by_subset(subsets: Sequence[ScannedSubset]) -> list[list[str]]:
 
 
 def identities_of_images(images: Iterable[ScannedImage]) -> dict[str, str]:
-    """Return the identity of each image, by key."""
     location_by_key = {image.key: image.location for image in images}
     identity_by_path = hash_files([key for key, location in location_by_key.items() if location is None])
     return identity_by_path | {

@@ -98,7 +98,6 @@ class Texts(Column[str]):
         return np.diff(self.ends, prepend=0)
 
     def lowered(self) -> "Texts":
-        """Return the texts in lower case."""
         content = self.content.tobytes()
         # The lower case of other letters may have another number of bytes.
         if content.isascii():

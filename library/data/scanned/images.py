@@ -101,8 +101,6 @@ class ScannedImage(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ImageLocations:
-    """The locations of N images."""
-
     files: tuple[str, ...]  # paths and URLs to open
     labels: tuple[str, ...]  # prefixes of keys, without secrets; "" for images at URLs
     file_N: NDArray[np.int32]
@@ -113,7 +111,6 @@ class ImageLocations:
     urls: Texts | None = None  # URLs of images that are separate files
 
     def of(self, number: int, name: str) -> ImageLocation:
-        """Return the location of one image."""
         file = self.files[self.file_N[number]] if self.urls is None else self.urls[number]
         start, num_bytes = int(self.start_N[number]), int(self.bytes_N[number])
         return ImageLocation(file, name, start, num_bytes, self.digest_N16[number].tobytes().hex(), self.reader)
@@ -124,7 +121,6 @@ class ImageLocations:
         return [f"{file}/" if file else "" for file in self.labels]
 
     def take(self, rows: NDArray[Any]) -> "ImageLocations":
-        """Return the locations of the images at `rows`."""
         return replace(
             self,
             file_N=self.file_N[rows],
@@ -163,11 +159,9 @@ class References:
             )
 
     def of_image(self, number: int) -> tuple[ScannedImage, ...]:
-        """Return the references of one image."""
         return next(iter(self.take(np.array([number]))))
 
     def take(self, rows: NDArray[Any]) -> "References":
-        """Return the references of the images at `rows`."""
         locations = None if self.locations is None else tuple(column.take(rows) for column in self.locations)
         return References(tuple(paths.take(rows) for paths in self.paths), self.sizes_NR2[rows], locations)
 
@@ -222,20 +216,17 @@ class ScannedImages(Column[ScannedImage]):
     __hash__ = None  # type: ignore[assignment]
 
     def each_key(self) -> Iterator[str]:
-        """Yield the key of each image, in order."""
         if self.locations is None:
             return map(self.prefix.__add__, self.names) if self.prefix else iter(self.names)
         prefixes = map(self.locations.prefixes.__getitem__, iterate_in_blocks(self.locations.file_N))
         return map(str.__add__, prefixes, self.names)
 
     def keys_at(self, rows: NDArray[Any]) -> Sequence[str]:
-        """Return the keys of the images at `rows`."""
         if self.locations is None and not self.prefix:
             return self.names.take(rows)
         return Texts.of(self.take(rows).each_key())
 
     def take(self, rows: NDArray[Any]) -> "ScannedImages":
-        """Return the images at `rows`, in that order."""
         return replace(
             self,
             names=self.names.take(rows),

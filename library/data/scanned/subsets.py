@@ -60,7 +60,6 @@ class Listing:
 
     @property
     def paths(self) -> list[str]:
-        """The path of each image."""
         return [self.prefix + name for name in self.names]
 
     def to_subset(self) -> ScannedSubset:

@@ -72,7 +72,6 @@ SOURCE = Source(KEYS, scan)
 
 
 def columns_in(opened: ParquetRows, config: SubsetConfig) -> Columns:
-    """Find the columns of an open Parquet file."""
     column_keys = config.image_column, config.caption_column, config.control_columns
     return find_columns(opened.schema, *column_keys, opened.label)
 

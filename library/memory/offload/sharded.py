@@ -211,7 +211,6 @@ class ShardedModel:
 
     @property
     def most_bytes(self) -> int:
-        """Bytes of the largest block."""
         return max(self.sizes)
 
     @contextmanager

@@ -117,7 +117,6 @@ class ModelWeights:
         return max((matrix.plain_bytes for matrix in (*self.storable, *chain(*self.blocks))), default=0)
 
     def block_bytes(self, cost: StorageCost) -> list[int]:
-        """Return the bytes of each offloadable block."""
         return [bytes_of_all(counts, cost) for counts in self._counts[1]]
 
     def resident_bytes(self, cost: StorageCost, offloaded: Collection[int], num_slots: int = NUM_SLOTS) -> int:

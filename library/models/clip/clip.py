@@ -151,8 +151,6 @@ def open_clip_key(name: str) -> str:
 
 
 def drop_layers_from(weights: Weights, first: int) -> Weights:
-    """Drop the weights of layer `first` and all later ones."""
-
     def stays(key: str) -> bool:
         layer = re.match(r"encoder\.layers\.(\d+)\.", key)
         return layer is None or int(layer[1]) < first

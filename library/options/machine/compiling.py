@@ -70,5 +70,4 @@ class CompileOptions(Options):
 
     @property
     def is_on(self) -> bool:
-        """Return True if blocks are compiled."""
         return self.compile or self.torch_compile

@@ -38,7 +38,6 @@ class PairOptions(Options, needs_images=True, own=True):
 
     @property
     def are_trained(self) -> bool:
-        """Return True if pairs are trained."""
         return self.preference_loss is not None or self.pair_slider is not None
 
 

@@ -75,7 +75,6 @@ def scheduled_saves(values: Mapping[str, Any]) -> tuple[set[SavedFor], set[Saved
 
 
 def find_input_files(options: Options) -> list[Path]:
-    """Return the input files that the options name."""
     outputs = {name for name, facts in type(options).facts().items() if facts.path == "new file"}
     values = [value for name, value in options.flat().items() if name not in outputs]
     candidates = [text for value in values for text in (value if isinstance(value, list) else [value])]

@@ -115,7 +115,6 @@ class Validation:
 
     @property
     def has_probe(self) -> bool:
-        """Return True if there is a forgetting probe."""
         return bool(self._probe.rows)
 
     @property

@@ -63,7 +63,6 @@ class ValidationRecord:
         return estimate_paired_difference(self.last.losses_NL, self.first.losses_NL, self.images)
 
     def add(self, evaluation: Evaluation) -> None:
-        """Add an evaluation."""
         step = evaluation.step
         self.last, self.measured_step = evaluation, step
         self.first = self.first or evaluation

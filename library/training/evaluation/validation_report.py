@@ -118,5 +118,4 @@ def compare_with_first(record: ValidationRecord) -> events.Compared | None:
 
 
 def finite(value: float) -> float | None:
-    """Return the value; None if it is not finite."""
     return value if isfinite(value) else None

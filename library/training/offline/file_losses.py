@@ -79,7 +79,7 @@ def losses_of_files(
     rows: Sequence[Row],
     device: torch.device,
 ) -> tuple[Sides, Iterator[FileLosses]]:
-    """Return the measurements, and iterate over each file's losses; as many training images as unseen ones.
+    """Return the measurements and an iterator over each file's losses, on as many training images as unseen ones.
 
     Raises UserError for a file that does not fit.
     """

@@ -115,6 +115,5 @@ class MemoryWatch:
 
 
 def num_pixels(batch: Batch) -> int:
-    """Return the number of pixels in a batch."""
     height, width = batch.height_width
     return len(batch.keys) * height * width

@@ -348,8 +348,8 @@ def count_pinned_batches(batch: Batch, on_host: Collection[str]) -> int:
 def count_rise(
     arch: Architecture, models: Sequence[nn.Module], run: Callable[[], T], inputs: Sequence[Tensor] = ()
 ) -> tuple[int, T]:
-    """Run `run` and return the peak bytes that it takes beyond the weights of `models` and the `given` tensors, with
-    its result."""
+    """Run `run` and return the peak bytes that it takes beyond the weights of `models` and the `inputs`, with its
+    result."""
     counter = counter_for(arch)
     counter.leave_out([*tensors_of(*models), *inputs])
     with counter, torch.no_grad():

@@ -22,7 +22,6 @@ BARE_CONTEXT_BYTES = 7 * GIB // 20
 
 
 def largest_batch(sizes: BatchSizes) -> BatchShape:
-    """Return the batch with the most pixels."""
     shapes = [BatchShape(count, *size, tuple(references)) for count, (size, *references) in sizes.batch_shapes()]
     return max(shapes, key=lambda shape: shape.num_pixels)
 

@@ -20,7 +20,6 @@ EVERY = (None, 3, 2, 1)  # recompute one of this many blocks; larger intervals h
 def resolve_memory_mode(
     memory: MemoryOptions, precision: PrecisionOptions, distributed: DistributedOptions
 ) -> MemoryMode:
-    """Return the configuration that the options describe."""
     return MemoryMode(
         weight_format=precision.denoiser_format,
         recompute_every=memory.gradient_checkpointing_every if memory.recomputes else None,

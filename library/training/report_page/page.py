@@ -39,7 +39,6 @@ def page_kind(name: str, is_title: Callable[[str], bool]) -> FileKind:
 
 
 def report_kind(output_name: str | None) -> FileKind:
-    """Return the kind of the report of a run of this name."""
     name = output_name or "last"
     return page_kind(f"a report of a run named {name}", lambda title: title == name)
 

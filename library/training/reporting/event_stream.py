@@ -249,7 +249,6 @@ class WarningEvents(logging.Handler):
             self._events.emit(event)
 
     def kept(self) -> tuple[Warned, ...]:
-        """Return the buffered warnings."""
         return tuple(self._waiting)
 
     def close(self) -> None:

@@ -108,7 +108,6 @@ def encode_data_url(image: Image.Image, width: int = THUMBNAIL_SIDE, height: int
 
 
 def composite_on_white(image: Image.Image) -> Image.Image:
-    """Composite an image with an alpha channel on white."""
     if image.mode != "RGBA":
         return image.convert("RGB")
     white = Image.new("RGB", image.size, "white")

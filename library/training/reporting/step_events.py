@@ -63,7 +63,6 @@ class NormMeter:
 
 
 def compute_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the norm over all tensors, float32."""
     return get_total_norm(tensors).float() if tensors else torch.zeros(())
 
 
@@ -101,7 +100,6 @@ def read_timing(times: StepTimes, step: int) -> Timing | None:
 
 
 def measure_memory(device: torch.device) -> Memory:
-    """Measure the current and the peak memory."""
     is_cuda = device.type == "cuda"
     return Memory(
         card=torch.cuda.memory_allocated(device) if is_cuda else None,

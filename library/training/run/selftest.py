@@ -108,7 +108,6 @@ def test_itself(run: Run) -> None:
 
 
 def context_dtype(run: Run) -> torch.dtype:
-    """Return the compute dtype."""
     with run.context.autocast():
         device = run.context.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32

@@ -68,7 +68,6 @@ class NetworkArguments:
     of_model: Mapping[str, Any] = field(default_factory=dict)  # given arguments that AdapterTargets defines
 
     def of(self, group: type[Group]) -> Group:
-        """Return the values of one group."""
         values: Group = self.groups.get(group) or group()
         return values
 

@@ -232,7 +232,6 @@ class HasDelta(Protocol):
 
 
 def delta_of(change: Change) -> Delta | None:
-    """Return the delta of a change, or None if it has none."""
     return change.delta if isinstance(change, HasDelta) else None
 
 

@@ -3,8 +3,8 @@
 `read_adapter_file(path)` returns an `AdapterFile`, whose `modules` map names to `ModuleWeights` in file order.
 `save_adapter_file(path, file, dtype)` writes it with the same keys and metadata and new hashes.
 
-`AdapterKey` parses key names. Module names stay as in the file; `underscored` returns their common form for look-ups.
-An alpha that is recorded nowhere defaults to the rank.
+`AdapterKey` parses key names. Module names stay as in the file; `to_underscores` returns their common form for
+look-ups. An alpha that is recorded nowhere defaults to the rank.
 """
 
 import logging

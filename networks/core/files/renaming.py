@@ -282,7 +282,6 @@ def fold_scale(tensors: Mapping[str, Tensor], scaled: str, scale: float) -> dict
 
 
 def ending(key: str, naming: FileNaming, is_peft_dora: bool) -> str:
-    """Return the ending of a key in a naming."""
     if is_peft_dora and key == DORA_SCALE:
         return qkv_rows.PEFT_MAGNITUDES_IN_MEMORY
     return key if naming == "kohya" else qkv_rows.SPELLED_ELSEWHERE.get(key, key)

@@ -147,7 +147,6 @@ def to_own_form(tensors: ModuleTensors) -> dict[str, Tensor]:
 
 
 def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
-    """Make the change of a module from a file."""
     refuse_magnitudes(tensors)
     converted = to_own_form(tensors)
     return Orthogonal(layer, Boft(converted[BLOCKS], converted[SCALES])).requires_grad_(False)
@@ -199,7 +198,6 @@ class BoftArguments:
 
 
 def make(request: ChangeRequest) -> Change:
-    """Make the change of one layer."""
     boft = request.arguments.of(BoftArguments)
     return make_fresh(
         request.layer, request.rank, request.drops, request.has_scalar, request.tensors,

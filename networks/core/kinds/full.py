@@ -38,7 +38,6 @@ class Full(MergedOnly):
 
 
 def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
-    """Return the shape of the weight."""
     return tuple(tensors[DIFF].shape)
 
 

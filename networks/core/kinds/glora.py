@@ -71,7 +71,6 @@ def rank_of(tensors: ModuleTensors) -> int:
 
 
 def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
-    """Return the shape of the weight."""
     return (tensors[B1].shape[0], *tensors[B2].shape[1:])
 
 

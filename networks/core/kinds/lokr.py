@@ -188,7 +188,6 @@ def _kron(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _unflatten(x: Tensor, axis: int, *sizes: int) -> Tensor:
-    """Split an axis into several."""
     return x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
 
 
@@ -262,7 +261,6 @@ def make_like(layer: nn.Module, tensors: ModuleTensors) -> Delta:
 
 
 def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
-    """Make the change of a module from a file."""
     with torch.device("meta"):
         delta = make_like(layer or stand_in(shape_of("", tensors)), tensors)
     return read_delta(delta, tensors, layer)
@@ -340,7 +338,6 @@ class LokrArguments:
 
 
 def make(request: ChangeRequest) -> Change:
-    """Make the change of one layer."""
     if request.tensors is not None:
         return wrap(request, make_like(request.layer, request.tensors))
     lokr = request.arguments.of(LokrArguments)

@@ -92,7 +92,6 @@ def make_fresh_norm(layer: nn.Module) -> Norm:
 
 
 def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
-    """Make the change of a module in a file."""
     return Norm(layer, tensors.get(W_NORM), tensors.get(B_NORM)).requires_grad_(False)
 
 

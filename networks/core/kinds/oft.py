@@ -157,7 +157,6 @@ class OrthogonalOutputs(WithAlpha):
         return residuals
 
     def _drop(self, residuals: Tensor) -> Tensor:
-        """Drop blocks in training."""
         if not self.training or self.drops.neuron == 0:
             return residuals
         keep_FD = torch.rand(residuals.shape[:2], device=residuals.device) > self.drops.neuron
@@ -251,7 +250,6 @@ def rank_of(tensors: ModuleTensors) -> int:
 
 
 def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
-    """Make the change of a module from a file."""
     refuse_magnitudes(tensors)
     return OrthogonalOutputs(layer, tensors, is_trained=False)
 
@@ -316,7 +314,6 @@ class OftArguments:
 
 
 def make(request: ChangeRequest) -> Change:
-    """Make the change of one layer."""
     if request.tensors is not None:
         return make_like(request.layer, request.tensors, request.drops)
     return make_fresh(

@@ -143,7 +143,6 @@ def rank_of(tensors: ModuleTensors) -> int:
 
 
 def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
-    """Make the change of a module from a file."""
     refuse_magnitudes(tensors)
     return Orthogonal(layer, OftV2(tensors[ANGLES])).requires_grad_(False)
 
@@ -191,7 +190,6 @@ class OftV2Arguments:
 
 
 def make(request: ChangeRequest) -> Change:
-    """Make the change of one layer."""
     oft = request.arguments.of(OftV2Arguments)
     return make_fresh(
         request.layer, request.rank, request.drops, request.has_scalar, request.tensors,

@@ -278,7 +278,6 @@ class AdapterNetwork(nn.Module):
         self.noise.levels_B = levels_B
 
     def looks_at_gradients(self) -> bool:
-        """Return True if a change uses `on_gradients`."""
         return any(isinstance(change, FollowsGradients) for change in self.changes())
 
     def on_gradients(self) -> None:

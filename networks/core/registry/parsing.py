@@ -20,7 +20,6 @@ WRAPPERS: tuple[type[Wrapper], ...] = (GgpoArguments, TLoraArguments, InitArgume
 
 @cache
 def list_groups() -> tuple[type, ...]:
-    """Return every group of network arguments."""
     return (*COMMON, DoraArguments, *WRAPPERS, *dict.fromkeys(kind.arguments for kind in list_kinds()))
 
 

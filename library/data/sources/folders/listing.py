@@ -108,5 +108,4 @@ def list_indexed_files(index: FolderIndex, caption_extension: str, num_threads: 
 
 
 def make_listing_error(folder: str, error: OSError) -> UserError:
-    """Return the error for a folder that cannot be listed."""
     return UserError(f"{folder} cannot be read: {error.strerror}; change its permissions, or remove it")

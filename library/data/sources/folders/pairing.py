@@ -38,7 +38,7 @@ def list_stems(listing: Listing) -> list[str]:
 
 
 def add_masks(listing: Listing) -> None:
-    """Find the mask of every image. Raises UserError for images without a mask and masks without an image."""
+    """Add the mask of every image. Raises UserError for images without a mask and masks without an image."""
     folder = listing.config.conditioning_data_dir or ""
     mask_names = names_by_stem("conditioning_data_dir", folder)
     masks = {stem: os.path.join(folder, names[0]) for stem, names in mask_names.items()}
@@ -57,8 +57,7 @@ def add_masks(listing: Listing) -> None:
 
 
 def add_references(listing: Listing, num_threads: int) -> None:
-    """Find the reference images of every image in `control_dirs`, or its partner in `opposite_dir`, and read their
-    sizes.
+    """Add the reference images of every image in `control_dirs`, or its partner in `opposite_dir`, with their sizes.
 
     In each folder of `control_dirs`, an image has one reference of its own name, or several named <name>_0, <name>_1
     and so on. Raises UserError for images without a reference or with ambiguous ones, and for references that cannot be
