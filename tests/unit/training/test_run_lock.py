@@ -65,7 +65,7 @@ def test_the_error_for_a_second_run_names_the_process_that_holds_the_lock(tmp_pa
         pass
     message = str(refused.value)
     assert f"process {process.pid} on {socket.gethostname()}, since 20" in message
-    assert "give another --output_name or --output_dir" in message
+    assert "use another --output_name or --output_dir" in message
     with hold_lock(options_of("", "--output_dir", str(tmp_path / "out"), "--output_name", "other")):
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".mine.lock", ".other.lock"]
 
