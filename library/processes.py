@@ -1,17 +1,11 @@
-"""The processes of a run: ranks, communication, and the sum of their gradients.
-
-`accelerate launch --num_processes N` starts N processes. Every step averages an accumulation window of batches (see
-library/training/step/accumulation.py). Each process computes its share of the window, and the gradients are summed in
-one flat buffer. N processes therefore equal one process that accumulates N times as many batches: the same batches,
-noise, steps and learning rates.
-"""
+"""The processes of a run: ranks and communication. `accelerate launch --num_processes N` starts N processes."""
 
 import json
 import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,7 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from library.errors import UserError
 from library.heartbeat import Heartbeat, Store
@@ -124,46 +118,7 @@ class Processes:
                 logged_at = time.monotonic()
                 logger.info("%s: waiting for %d of %d processes", task, len(missing), self.count)
 
-    def exchange(
-        self,
-        parameters: Sequence[nn.Parameter],
-        losses: Tensor,
-        num_losses: int,
-        stops: bool,
-        order: "Order | None" = None,
-    ) -> tuple[Tensor, bool]:
-        """Sum the gradients of all processes. Return the losses of all, and True if any process wants to stop.
-
-        `losses` belong to this process's share of `num_losses` batches, in order; the result has the losses of all
-        batches, in order. Everything travels in one float32 buffer and one all-reduce. A gradient that no process has
-        stays None. Raises RuntimeError if processes that share an `order` computed different things.
-        """
-        if self.count == 1:
-            return losses, stops
-        all_losses = torch.zeros(num_losses, device=self.device)
-        # Every process fills its own entries and leaves the others 0, so the sum over processes holds all of them.
-        all_losses[self.rank :: self.count] = losses.to(self.device, torch.float32)
-        has_gradient = [p.grad is not None for p in parameters]
-        digests = [0.0] * (0 if order is None else self.count)
-        if order is not None:
-            digests[self.rank] = float(order.digest)
-        flags = torch.tensor([*has_gradient, stops, *digests], dtype=torch.float32, device=self.device)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([g.reshape(-1).to(self.device, torch.float32) for g in gradients] + [flags, all_losses])
-        self._all_reduce(flat)
-        sizes = [p.numel() for p in parameters]
-        *sums, flags, all_losses = torch.split(flat, [*sizes, len(flags), num_losses])
-        flag_sums = flags.tolist()
-        if order is not None:
-            # Checked before gradients are assigned, so that a step with wrong weights is never applied.
-            order.require_same(flag_sums[len(parameters) + 1 :], self.rank)
-        is_set = [number > 0 for number in flag_sums[: len(parameters) + 1]]
-        for parameter, total, is_used in zip(parameters, sums, is_set, strict=False):
-            parameter.grad = total.view_as(parameter).to(parameter.dtype) if is_used else None
-        # A view would keep the whole buffer in memory for as long as the losses are used.
-        return all_losses.clone(), is_set[-1]
-
-    def _all_reduce(self, values: Tensor) -> None:
+    def all_reduce(self, values: Tensor) -> None:
         """Sum a tensor over all processes in place. Raises ProcessLost if the collective fails."""
         try:
             torch.distributed.all_reduce(values)
@@ -266,28 +221,11 @@ class Processes:
         if self.count == 1:
             return values
         total = values.to(self.device)
-        self._all_reduce(total)
+        self.all_reduce(total)
         return total.cpu()
 
 
 ALONE = Processes()
-
-
-@dataclass(frozen=True)
-class Order:
-    """A digest of the work of a process, which must be equal within its group of processes."""
-
-    digest: int  # below 2**24, so that float32 holds it exactly
-    group_size: int
-
-    def require_same(self, digests: Sequence[float], rank: int) -> None:
-        """Raise RuntimeError if the digests within the group of `rank` differ; `digests` has one entry per process."""
-        first = rank // self.group_size * self.group_size
-        if len(set(digests[first : first + self.group_size])) > 1:
-            raise RuntimeError(
-                "processes that share the base model (--shard_base) computed its blocks in different orders, so this "
-                "step used wrong weights; its update was not applied"
-            )
 
 
 class ProcessLost(UserError):

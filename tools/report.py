@@ -12,8 +12,8 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.checkpoints.overwriting import check_target
 from library.errors import UserError
+from library.training.report_page.live import ReportServer
 from library.training.report_page.page import report_kind
-from library.training.report_page.server import ReportServer
 from library.training.report_page.writer import build_report, read_events, write_page
 from tools.command import command, make_parser
 

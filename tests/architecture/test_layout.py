@@ -19,6 +19,7 @@ LAYERS = (
     ("library.types", "library.randomness", "library.collector", "library.hidden_libraries", "library.launcher"),
     ("library.version", "library.requirements", "library.installed", "library.determinism"),
     ("library.heartbeat", "library.progress", "library.processes", "library.temporary_folders"),
+    ("library.gradient_exchange",),
     ("library.options",),
     ("library.checkpoints",),
     ("library.memory.small_convolutions", "library.memory.devices", "library.memory.pinned"),

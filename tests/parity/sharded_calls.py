@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from library.checkpoints.weights import Weights
+from library.gradient_exchange import Order, exchange_gradients
 from library.memory.codecs.codec import AS_IN_FILE, AsRead
 from library.memory.frozen import FrozenLayer, frozen_layers, layers_in_blocks
 from library.memory.offload.sharded import ShardedModel
 from library.models.loading import materialise
-from library.processes import Order, Processes
+from library.processes import Processes
 from library.training.models.compute import Compute
 from library.training.models.frozen_models import load_frozen
 from library.training.models.weight_formats import BaseFormats
@@ -85,7 +86,7 @@ def out_of_order() -> list[str]:
         assert sharded.ring is not None
         sharded.ring.need(block)
         try:
-            processes.exchange([], torch.zeros(0), 0, False, Order(sharded.digest, sharded.group_size))
+            exchange_gradients(processes, [], torch.zeros(0), 0, False, Order(sharded.digest, sharded.group_size))
             errors.append("")
         except RuntimeError as error:
             errors.append(str(error))

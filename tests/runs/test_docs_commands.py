@@ -31,7 +31,7 @@ NOT_RUN = {  # start of a command -> where it is tested, or why it cannot run he
     "python3 benchmarks/toys/check_edits.py": "tests/runs/test_toy_edits.py",
     "python3 tools/verify.py": "tests/runs/test_verify.py; with --fit auto it needs a GPU",
     "python3 tools/front_end.py": "tests/runs/test_front_end.py",
-    "python3 tools/report.py output/quickstart --serve": "tests/unit/training/report/test_server.py",
+    "python3 tools/report.py output/quickstart --serve": "tests/unit/training/report/test_live.py",
     "python3 sdxl_train_network.py --recipe": "tests/runs/test_recipes.py",
     **{f"python3 {name}_cache_": f"tests/runs/test_{name}_train_network.py" for name, b in BASES.items() if b.dit},
     "accelerate launch --multi_gpu": "tests/runs/test_processes.py",

@@ -21,7 +21,8 @@ from library.data.plan.collect import collect
 from library.data.plan.dataset_digest import dataset_identity, image_digests
 from library.data.plan.dataset_metadata import TagFrequency, dataset_metadata, tag_frequency
 from library.data.plan.order import epoch_batches
-from library.data.plan.references import check_pairs, check_references
+from library.data.plan.pair_checks import check_pairs
+from library.data.plan.references import check_references
 from library.data.plan.samples import (
     Draws,
     Sample,

@@ -8,9 +8,9 @@ import numpy as np
 
 from library.data.decoding.images import has_alpha, open_image
 from library.data.decoding.threads import read_many
-from library.data.description.schema import RunDataConfig, SubsetConfig
-from library.data.plan.dataset_digest import content_digest, whole_digest
+from library.data.description.schema import SubsetConfig
 from library.data.plan.folder_audit import MOST_COMPARED, Line
+from library.data.plan.pair_checks import NUM_THREADS, check_differences, is_same_file
 from library.data.plan.samples import Samples
 from library.data.scanned.images import ScannedImage, ScannedImages
 from library.data.scanned.subsets import ScannedSubset
@@ -20,7 +20,6 @@ from library.formatting import format_count
 from library.protocols import LatentSpec
 
 RATIO_TOLERANCE = 0.02  # relative difference of aspect ratios; resizing a copy rounds by less
-NUM_THREADS = 16
 KEEP_WHOLE = "; set control_resolution to keep it whole"
 
 
@@ -43,31 +42,6 @@ def check_references(subsets: Sequence[SubsetConfig], samples: Samples, spec: La
         for name in ("random_crop", "face_crop_aug_range"):
             if getattr(subset, name):
                 check_crops(name, subset, samples, range(end - len(images), end))
-
-
-def check_pairs(config: RunDataConfig, are_trained: bool) -> None:
-    """Raise UserError if the dataset has pairs but they are not trained (`are_trained`), or the reverse."""
-    for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
-        if are_trained and not subset.opposite_dir and not subset.is_forgetting_probe:
-            raise UserError(
-                f"{subset.source} has no pairs, which --preference_loss and --pair_slider train: set opposite_dir in "
-                "this subset of --dataset_config, or remove it"
-            )
-        if subset.opposite_dir and not are_trained:
-            raise UserError(
-                f"{subset.source} has opposite_dir, whose pairs are trained with --preference_loss dpo or "
-                "--pair_slider 1; add one of them, or remove opposite_dir"
-            )
-
-
-def check_differences(opposite_dir: str, images: ScannedImages) -> None:
-    """Raise UserError for pairs of equal files, from which nothing can be learned."""
-    are_same = read_many(lambda image: is_same_file(image, image.references[0]), list(images), NUM_THREADS)
-    if same := [image.key for image, is_same in zip(images, are_same, strict=True) if is_same]:
-        raise UserError(
-            f"opposite_dir {opposite_dir}: {format_count(len(same), 'image')} equal to the partner, which teaches "
-            f"nothing: {list_few(same)}; replace or remove them"
-        )
 
 
 def check_crops(name: str, subset: SubsetConfig, samples: Samples, numbers: range) -> None:
@@ -160,17 +134,6 @@ def content_lines(images: ScannedImages, source: str, storage: Storage, has_alph
             logging.WARNING,
             f"{source} {format_count(len(transparent), 'reference image')} {effect}: {list_few(transparent)}",
         )
-
-
-def is_same_file(image: ScannedImage, reference: ScannedImage) -> bool:
-    """Return True if both files have the same content, in larger files the same ends."""
-    if image.location is not None and reference.location is not None:
-        return image.location.digest == reference.location.digest
-    if image.size != reference.size or os.path.getsize(image.key) != os.path.getsize(reference.key):
-        return False
-    # Most copies that were edited differ in the parts of the short digest, and need not be read whole.
-    is_alike = content_digest(image.key) == content_digest(reference.key)
-    return is_alike and whole_digest(image.key) == whole_digest(reference.key)
 
 
 def is_transparent(reference: ScannedImage, storage: Storage) -> bool:

@@ -7,24 +7,22 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from library.data.batches.validation_set import ValidationSet
 from library.options.training.averaging import FILES, VALIDATION
 from library.options.training.noise import NoiseOptions
 from library.options.training.validation import ValidationOptions
 from library.training.evaluation.choosing import choose_saved
+from library.training.evaluation.forgetting import ForgettingProbe, Kind, evaluate
 from library.training.evaluation.measurement import Measurement
 from library.training.evaluation.validation_loss import noise_levels
 from library.training.evaluation.validation_record import Evaluation, ValidationRecord
 from library.training.evaluation.validation_report import (
     build_event,
-    build_forgetting_event,
     detail_values,
     log_evaluation,
     measure_preference,
 )
-from library.training.evaluation.without_side_effects import evaluating
 from library.training.reporting import events
 from library.training.reporting.progress import Progress
 from library.training.reporting.trackers import Charts
@@ -32,9 +30,6 @@ from library.training.run_parts import Run
 from library.training.saving.schedule import Schedule
 
 logger = logging.getLogger(__name__)
-
-Kind = Literal["step", "epoch"]
-BARS: Mapping[Kind, str] = {"step": "validation steps", "epoch": "epoch validation steps"}  # known to front ends
 
 
 @dataclass(frozen=True)
@@ -99,23 +94,19 @@ class Validation:
         options = run.options.validation
         self._run, self._charts = run, charts
         self._schedule = ValidationSchedule.build(options, run.plan.max_train_steps)
-        self._measurement, self._probe = resolve_measurements(
+        self._measurement, probe = resolve_measurements(
             options, run.options.noise, run.batches.validation, run.context.seed
         )
         self._save_schedule = Schedule.build(run.options.saving, run.plan.num_epochs)
         self._patience = options.early_stop_patience or None
         self.record = ValidationRecord(self._measurement.rows, self._measurement.fingerprint)
-        self.forgetting = ValidationRecord(self._probe.rows, self._probe.fingerprint)
-        if not self.is_on and not self.has_probe and run.options.concepts is None:
+        self.probe = ForgettingProbe(run, charts, probe, ValidationRecord(probe.rows, probe.fingerprint))
+        if not self.is_on and not self.probe.is_on and run.options.concepts is None:
             warn_of_idle_options(options)
 
     @property
     def is_on(self) -> bool:
         return bool(self._measurement.rows)
-
-    @property
-    def has_probe(self) -> bool:
-        return bool(self._probe.rows)
 
     @property
     def num_images(self) -> int:
@@ -127,13 +118,13 @@ class Validation:
 
         Return True if the loss is the lowest so far, like `after_step`.
         """
-        if progress.step == 0 and self.has_probe and self._schedule.at_first:
-            self._measure_probe("step", 0)
+        if progress.step == 0 and self.probe.is_on and self._schedule.at_first:
+            self.probe.measure("step", 0)
         if self.is_on and progress.step == 0 and self._schedule.at_first:
             evaluation = self._evaluate("step", 0)
             self._draw_charts(evaluation, {"loss/validation/step_average": evaluation.mean}, 0)
             return False  # an untrained adapter is not worth a file
-        record = self.record if self.is_on else self.forgetting
+        record = self.record if self.is_on else self.probe.record
         if record.is_resumed and progress.step and record.measured_step != progress.step:
             epochs, remainder = divmod(progress.step, self._run.plan.steps_per_epoch)
             return self.after_step(progress.step, epochs + bool(remainder), not remainder, progress.average.mean)
@@ -141,7 +132,7 @@ class Validation:
 
     def is_due(self, step: int) -> bool:
         """Return True if validation is scheduled after `step`, ignoring epochs."""
-        return (self.is_on or self.has_probe) and any(self._schedule.due(step, None))
+        return (self.is_on or self.probe.is_on) and any(self._schedule.due(step, None))
 
     def after_step(self, step: int, epoch: int, ends_epoch: bool, training_average: float) -> bool:
         """Measure if scheduled after `step` of `epoch`. Return True if the loss is the lowest so far.
@@ -150,8 +141,8 @@ class Validation:
         step's state includes the result, and on all processes.
         """
         is_best = False
-        for kind in self._schedule.due(step, epoch if ends_epoch else None) if self.has_probe else ():
-            self._measure_probe(kind, step)
+        for kind in self._schedule.due(step, epoch if ends_epoch else None) if self.probe.is_on else ():
+            self.probe.measure(kind, step)
         for kind in self._schedule.due(step, epoch if ends_epoch else None) if self.is_on else ():
             best_before = self.record.best_loss
             evaluation = self._evaluate(kind, step)
@@ -184,7 +175,7 @@ class Validation:
         run, record, levels = self._run, self.record, self._measurement.levels
         if record.last is not None and record.last.step == step:  # a step that ends an epoch is scheduled twice
             return record.last
-        evaluation = self._measure(self._measurement, kind, step)
+        evaluation = evaluate(run, self._measurement, kind, step)
         preference = self._summarise_preference(evaluation)
         log_evaluation(evaluation, record, levels, self._measurement.labels, preference=preference)
         record.add(evaluation)
@@ -195,26 +186,6 @@ class Validation:
     def _summarise_preference(self, evaluation: Evaluation) -> events.Preference | None:
         """Return an evaluation's result on held-out pairs; None without preference training."""
         return None if self._run.options.pairs.preference_loss is None else measure_preference(evaluation)
-
-    def _measure(self, measurement: Measurement, kind: Kind, step: int) -> Evaluation:
-        run, num_threads = self._run, self._run.options.dataset.max_data_loader_n_workers
-        evaluation_mode = evaluating(run, VALIDATION)
-        return Evaluation(
-            step, measurement.losses(run.context, run.processes, num_threads, BARS[kind], evaluation_mode)
-        )
-
-    def _measure_probe(self, kind: Kind, step: int) -> None:
-        """Measure the forgetting probe after `step` once, and log and emit its loss."""
-        run, record, levels = self._run, self.forgetting, self._probe.levels
-        if record.measured_step == step:
-            return
-        evaluation = self._measure(self._probe, kind, step)
-        log_evaluation(evaluation, record, levels, self._probe.labels, "forgetting probe")
-        record.add(evaluation)
-        record.keep_steps(lambda kept: kept in (0, step))
-        run.events.emit(build_forgetting_event(evaluation, record))
-        if self._charts.are_on:
-            self._charts.log_step({"loss/forgetting_probe": evaluation.mean}, step, run.plan.epoch_of(max(0, step - 1)))
 
     def _is_kept(self, step: int) -> bool:
         """Return True if the losses after `step` are needed later: those of files, the first, the best and the last."""

@@ -102,13 +102,6 @@ def build_event(
     )
 
 
-def build_forgetting_event(evaluation: Evaluation, record: ValidationRecord) -> events.Forgetting:
-    zeros_N1 = torch.zeros_like(evaluation.losses_NL)[:, :1]
-    error = estimate_paired_difference(evaluation.losses_NL, zeros_N1, record.images).standard_error
-    compared = compare_with_first(record)
-    return events.Forgetting(evaluation.step, evaluation.mean, finite(error), len(record.images), compared)
-
-
 def compare_with_first(record: ValidationRecord) -> events.Compared | None:
     """Return the last evaluation's difference to the first; None for the first."""
     if (difference := record.difference) is None or record.first is None:

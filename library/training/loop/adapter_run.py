@@ -10,7 +10,7 @@ from functools import partial
 from torch import Tensor
 
 from library.errors import UserError
-from library.processes import Order
+from library.gradient_exchange import Order, exchange_gradients
 from library.training.evaluation.preview import Previews, epoch_event, step_event
 from library.training.evaluation.validation import Validation
 from library.training.failures.interruption import Interruption
@@ -100,7 +100,7 @@ class AdapterRun:
         parameters = run.context.network.trainable_parameters()
         num_losses, sharded = len(window.batch_indices), run.context.models.sharded
         order = None if sharded is None else Order(sharded.digest, sharded.group_size)
-        losses, stops = run.processes.exchange(parameters, local_losses, num_losses, wants_stop, order)
+        losses, stops = exchange_gradients(run.processes, parameters, local_losses, num_losses, wants_stop, order)
         # The previous step is judged only now, when the device has this step's gradients queued, and before this step
         # uses the learning rate that follows from it.
         self.updates.report()

@@ -48,8 +48,8 @@ def stateful_parts(run: Run, progress: Progress, validation: Validation) -> dict
         parts["average"] = optimization.average
     if validation.is_on:
         parts["validation"] = validation.record
-    if validation.has_probe:
-        parts["forgetting"] = validation.forgetting
+    if validation.probe.is_on:
+        parts["forgetting"] = validation.probe.record
     if run.sweep is not None:
         parts[PART] = run.sweep
     return parts if optimization.scaler is None else {**parts, "scaler": optimization.scaler}

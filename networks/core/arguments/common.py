@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 
 from library.errors import UserError
+from networks.core.arguments.lr_curves import LrWeights, parse_lr_weights
 from networks.core.arguments.network_arguments import NetworkArguments, Requirement, argument
 from networks.core.arguments.values import (
-    LrWeights,
     parse_bool,
     parse_expression_ranks,
     parse_expression_rates,
-    parse_lr_weights,
     parse_number,
     parse_numbers,
     parse_patterns,

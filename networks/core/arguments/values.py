@@ -1,7 +1,6 @@
 """Parsers of single network argument values. Each `parse_*` function raises UserError naming the expected form."""
 
 import ast
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,24 +9,6 @@ from library.errors import UserError
 from networks.core.protocol import TRUE_WORDS
 
 FALSE_WORDS = ("false", "0", "no", "n", "off")
-LR_CURVES: Mapping[str, Callable[[float], float]] = {  # factor by the relative position of a block in its side, 0 to 1
-    "cosine": lambda t: math.sin(math.pi / 2 * (1 - t)),
-    "sine": lambda t: math.sin(math.pi / 2 * t),
-    "linear": lambda t: t,
-    "reverse_linear": lambda t: 1 - t,
-    "zeros": lambda t: 0.0,
-}
-
-
-@dataclass(frozen=True)
-class LrPreset:
-    """Named curve of learning rate factors over the blocks of one side, plus `offset`."""
-
-    name: str
-    offset: float = 0.0
-
-
-LrWeights = tuple[float, ...] | LrPreset
 
 
 @dataclass(frozen=True)
@@ -107,17 +88,6 @@ def parse_ranks(text: str) -> tuple[int, ...]:
 def parse_numbers(text: str) -> tuple[float, ...]:
     """Parse comma-separated numbers; an empty item is 0."""
     return tuple(parse_number(item or "0") for item in text.replace(" ", "").split(","))
-
-
-def parse_lr_weights(text: str) -> LrWeights:
-    """Parse comma-separated learning rate factors, or a curve such as `cosine` or `sine+0.25`."""
-    name, plus, offset = text.replace(" ", "").partition("+")
-    if name in LR_CURVES:
-        return LrPreset(name, parse_number(offset) if plus else 0.0)
-    try:
-        return parse_numbers(text)
-    except ValueError:
-        raise UserError(f"expected numbers with commas between them, or one of {', '.join(LR_CURVES)}") from None
 
 
 def parse_embedder_ranks(text: str) -> tuple[int, ...]:

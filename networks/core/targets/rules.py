@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from library.errors import UserError
 from networks.core.arguments.common import LR_LISTS, RankArguments, RateArguments
+from networks.core.arguments.lr_curves import LR_CURVES, LrPreset, LrWeights
 from networks.core.arguments.network_arguments import NetworkArguments
-from networks.core.arguments.values import LR_CURVES, LrPreset, LrWeights
 from networks.core.targets.selection import Choices, Expressions
 from networks.core.targets.targets import AdapterTargets, BlockList, Part, TargetModule
 

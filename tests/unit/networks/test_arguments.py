@@ -11,8 +11,9 @@ import pytest
 from library.architectures.specs import list_network_arguments, list_specs
 from library.checkpoints.base_model_spec import BaseModelSpec
 from networks.core.arguments.common import DropoutArguments, RankArguments
+from networks.core.arguments.lr_curves import LrPreset
 from networks.core.arguments.network_arguments import list_declared
-from networks.core.arguments.values import LrPreset, Selection, parse_bool
+from networks.core.arguments.values import Selection, parse_bool
 from networks.core.registry.layouts import list_kinds
 from networks.core.registry.parsing import list_arguments, list_groups, parse_arguments
 from networks.core.targets.targets import AdapterTargets

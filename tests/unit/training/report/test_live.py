@@ -11,8 +11,8 @@ import pytest
 
 from library.errors import UserError
 from library.training.report_page.index import IndexedRuns, write_index
+from library.training.report_page.live import ReportServer
 from library.training.report_page.page import read_data
-from library.training.report_page.server import ReportServer
 from library.training.report_page.writer import ReportWriter, build_report, read_events
 from tests.event_lines import lines_of, plan, start, whole_run
 from tools import report
