@@ -100,7 +100,7 @@ def prepare_runs(words: Sequence[str], learning_rates: Sequence[float]) -> list[
     from library.training.models.requests import RequestedRun
     from library.training.reporting.event_stream import Events, open_event_file
     from library.training.run.prepare import prepare
-    from library.training.saving.checkpoints import Names
+    from library.training.saving.names import Names
 
     options = TrainOptions.from_args(parse(train_network.setup_parser(), words))
     arch = build(options)

@@ -24,7 +24,7 @@ from library.training.models.requests import RequestedRun
 from library.training.planning.counting import BatchShape, count_run
 from library.training.run.prepare import prepare
 from library.training.run_parts import Run
-from library.training.saving.checkpoints import Names
+from library.training.saving.names import Names
 from tests.running import SCRIPTS, make_images
 from tests.tiny.bases import BASES
 from tests.tolerances import SUMS_OF_A_PASS

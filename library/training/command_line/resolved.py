@@ -38,8 +38,8 @@ from library.training.reporting.log_prefix import log_prefix
 from library.training.run.dry_run import DRY_RUN_VALUES
 from library.training.run.run_events import open_events
 from library.training.run.shard_base_checks import resolve_launched_values, sharding_values
-from library.training.saving.checkpoints import Names
 from library.training.saving.hub import check_repository
+from library.training.saving.names import Names
 from library.training.saving.resume import alpha_of_state, batches_of_state, rates_of_state
 from library.training.saving.state import StateManifest
 from library.training.sweep.combinations import split_options

@@ -21,7 +21,7 @@ from library.training.report_page.page import TITLES
 from library.training.reporting.console_lines import format_finished
 from library.training.reporting.event_stream import EventsOfAll
 from library.training.reporting.log_prefix import log_prefix
-from library.training.saving.checkpoints import Names
+from library.training.saving.names import Names
 from library.training.saving.saved_files import files_of_run
 from library.training.sweep.combinations import expand_combinations
 from library.training.sweep.ranking import add_runs, collect_standing, log_ranking, rank

@@ -8,7 +8,7 @@ from library.protocols import Architecture
 from library.training.models.text_caching import TextPlan
 from library.training.models.weight_formats import BaseFormats
 from library.training.reporting.event_stream import Events
-from library.training.saving.checkpoints import Names
+from library.training.saving.names import Names
 from library.training.saving.state import StateManifest
 from networks.core.protocol import NetworkModule, open_network_module
 

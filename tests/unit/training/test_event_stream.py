@@ -18,7 +18,7 @@ from library.options.train import TrainOptions
 from library.training.reporting.event_stream import Events, capture_warnings, open_event_file, plain
 from library.training.reporting.events import VERSION, Event, Removed, Stage
 from library.training.run.run_events import hide_secrets, open_events
-from library.training.saving.checkpoints import Names
+from library.training.saving.names import Names
 from tests.running import ROOT
 
 EVENTS = Event.__subclasses__()  # in definition order

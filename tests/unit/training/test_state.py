@@ -26,7 +26,7 @@ from library.options.training.run import RunOptions
 from library.processes import ALONE, Processes
 from library.training.command_line.resolved import ResolvedOptions, keep_values_of_states
 from library.training.reporting.progress import Part
-from library.training.saving.checkpoints import Names
+from library.training.saving.names import Names
 from library.training.saving.resume import (
     AlreadyComplete,
     alpha_of_state,
