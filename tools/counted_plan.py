@@ -19,9 +19,10 @@ from library.training.command_line.checks import check_network, check_precision
 from library.training.command_line.cli import parse
 from library.training.models.check_batches import mute_logging
 from library.training.models.requests import RequestedRun
-from library.training.planning.counting import BatchShape, CountedRun, count_run
+from library.training.planning.counting import CountedRun, count_run
 from library.training.planning.fit import fit_to
 from library.training.planning.fit_run import count_sweep
+from library.training.planning.meta_run import BatchShape
 from library.training.sweep.combinations import split_options
 
 GPU = torch.device("cuda")  # the device to plan for; it need not exist

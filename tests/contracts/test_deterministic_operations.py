@@ -14,7 +14,8 @@ from torch import Tensor
 from library.memory.planner import counter
 from library.training.models.requests import RequestedRun
 from library.training.planning import counting
-from library.training.planning.counting import BatchShape, count_run
+from library.training.planning.counting import count_run
+from library.training.planning.meta_run import BatchShape
 from tests import nondeterministic_operations
 from tests.nondeterministic_operations import REFUSED, is_refused, listed_by_torch
 from tests.parity.tiny_models import opened_with

@@ -27,7 +27,8 @@ from library.training.models.network import create
 from library.training.models.requests import RequestedRun
 from library.training.models.step_context import step_context
 from library.training.models.weight_formats import BaseFormats, format_while_reading
-from library.training.planning.counting import BatchShape, CountedRun, count_run, longest_caption
+from library.training.planning.counting import CountedRun, count_run
+from library.training.planning.meta_run import BatchShape, longest_caption
 from library.training.step.context import Models
 from library.training.step.losses import loss_of
 from library.training.step.pairs import split_passes

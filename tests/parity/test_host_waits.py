@@ -13,7 +13,8 @@ from library.training.models.base_model import LoadedModels
 from library.training.models.compute import Compute
 from library.training.models.requests import RequestedRun
 from library.training.models.step_context import step_context
-from library.training.planning.counting import BatchShape, count_captions, fake_batch, run_on_meta_device
+from library.training.planning.counting import count_captions
+from library.training.planning.meta_run import BatchShape, fake_batch, run_on_meta_device
 from library.training.step.losses import loss_of, start_batch
 from library.types import Concept
 from tests.device_reads import HostWaits, NoWaiting, move_fakes, on_device

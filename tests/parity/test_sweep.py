@@ -21,7 +21,8 @@ from library.training.loop.stacked_step import backward_stacked
 from library.training.models import frozen_base, opening
 from library.training.models.block_running import choose_block_runner
 from library.training.models.requests import RequestedRun
-from library.training.planning.counting import BatchShape, count_run
+from library.training.planning.counting import count_run
+from library.training.planning.meta_run import BatchShape
 from library.training.run.prepare import prepare
 from library.training.run_parts import Run
 from library.training.saving.names import Names

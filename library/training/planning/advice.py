@@ -13,7 +13,8 @@ from library.memory.planner.choice import Allowed
 from library.memory.planner.gpus import Gpu, MemorySize, typical_gpu
 from library.memory.planner.prediction import CountedStep, MemoryMode, Predicted, predict
 from library.training.models.requests import RequestedRun
-from library.training.planning.counting import count_run, shape_of_batch
+from library.training.planning.counting import count_run
+from library.training.planning.meta_run import shape_of_batch
 from library.training.planning.settings import describe, resolve_allowed_ever, resolve_memory_mode
 from library.training.run_parts import Run
 from library.types import Batch

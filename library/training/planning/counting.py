@@ -16,20 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from library.checkpoints.weights import to_meta_device
 from library.collector import pause_collection
 from library.data.concepts.prompt_pairs import resolve_guidance
-from library.errors import NotThere
 from library.memory.blocks import BlockRunner, plain, recompute, run_encoder_layers_with
-from library.memory.codecs.codec import RequestedFormat
-from library.memory.devices import DTYPES, bytes_of, tensors_of
+from library.memory.devices import bytes_of, tensors_of
 from library.memory.formats.int8 import clear_hadamard_cache
-from library.memory.frozen import frozen_layers, layers_in_blocks, multiply_codes
+from library.memory.frozen import frozen_layers, layers_in_blocks
 from library.memory.offload.encoders import least_bytes
 from library.memory.offload.streamed import choose_blocks
 from library.memory.pinned import rounded_size
-from library.memory.planner.counter import OperationCounter
-from library.memory.planner.fakes import emulate_cuda_norms, give_fakes
+from library.memory.planner.fakes import emulate_cuda_norms
 from library.memory.planner.prediction import CountedStep, GradientlessPasses
 from library.memory.planner.repeats import Repeats, shorten_runs
 from library.memory.planner.stages import Stage, max_images
@@ -42,7 +38,6 @@ from library.memory.planner.steps import (
     count_pass,
 )
 from library.memory.planner.weights import ModelWeights
-from library.options.caching import CachingOptions
 from library.options.training.concepts import ConceptOptions
 from library.options.training.network import NetworkOptions
 from library.options.training.optimizer import OptimizerOptions
@@ -54,50 +49,31 @@ from library.randomness import generator_for
 from library.training.loop.stacked_step import compute_stacked_losses
 from library.training.models.base_model import LoadedModels
 from library.training.models.check_batches import mute_logging
-from library.training.models.compute import Compute
 from library.training.models.frozen_base import count_offloaded_blocks, most_offloaded
-from library.training.models.network import create
-from library.training.models.requests import AdapterRequest, RequestedRun
+from library.training.models.requests import RequestedRun
 from library.training.models.step_context import step_context
-from library.training.models.weight_formats import format_while_reading
 from library.training.optimization.optimizers import build_optimizer
+from library.training.planning.meta_run import (
+    CPU,
+    BatchShape,
+    MetaRun,
+    counter_for,
+    fake_batch,
+    has_latents,
+    longest_caption,
+    run_on_meta_device,
+)
 from library.training.planning.previews import CountedPreview, count_preview
-from library.training.step.context import Models
+from library.training.step.context import StepContext
 from library.training.step.joining import repeat_batch
 from library.training.step.losses import loss_of
 from library.types import Batch, CaptionWithImages, Conditioning
-from networks.core.protocol import AdoptedNetwork, adopt, multiplex
+from networks.core.protocol import AdoptedNetwork, Multiplexer, multiplex
 
 T = TypeVar("T")
 
 NUM_ASKED = 3  # prompts per training target of prompt training
 NUM_COUNTS = 5  # models, encoding, a pass, a recomputed pass, the optimizer
-
-CPU = torch.device("cpu")  # fake CUDA tensors have no gradients in a torch build without CUDA
-
-
-@dataclass(frozen=True)
-class BatchShape:
-    """The image sizes of a batch, in pixels."""
-
-    count: int
-    width: int
-    height: int
-    reference_sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of each sample's reference images
-
-    @property
-    def num_pixels(self) -> int:
-        return self.count * sum(width * height for width, height in ((self.width, self.height), *self.reference_sizes))
-
-
-def shape_of_batch(batch: Batch, downscale: int) -> BatchShape:
-    """Return the sizes of a batch's images; `downscale` is in pixels per latent."""
-    height, width = batch.height_width
-    scaled = [(tensor, 1) for tensor in batch.reference_pixels] + [
-        (tensor, downscale) for tensor in batch.reference_latents
-    ]
-    references = tuple((tensor.shape[-1] * scale, tensor.shape[-2] * scale) for tensor, scale in scaled)
-    return BatchShape(len(batch.keys), width, height, references)
 
 
 @dataclass(frozen=True)
@@ -108,22 +84,6 @@ class CountedRun:
     step: CountedStep
     stages: tuple[Stage, ...]  # before training, one after another, each freeing its memory
     preview: CountedPreview | None = None  # during training
-
-
-@dataclass(frozen=True)
-class MetaRun:
-    """The models of a run at full size on fake tensors, with the adapter attached."""
-
-    run: RequestedRun
-    compute: Compute
-    models: Models  # those that stay during training
-    encoders: Sequence[nn.Module]  # all text encoders
-    vae: nn.Module | None
-    networks: Sequence[AdoptedNetwork]  # of each adapter
-
-    @property
-    def arch(self) -> Architecture:
-        return self.run.arch
 
 
 def count_run(run: RequestedRun, batch: BatchShape, device: torch.device) -> CountedRun:
@@ -145,45 +105,70 @@ def count_run(run: RequestedRun, batch: BatchShape, device: torch.device) -> Cou
     ):
         meta = run_on_meta_device(run)
         bar.update(1)
-        denoiser, networks = meta.models.denoiser, meta.networks
-        rows = rows_of_pass(options.pairs, batch)
-        caches_latents, concepts = has_latents(options.caching, options.concepts), options.concepts
-        encodes = caches_latents and concepts is None and meta.vae is not None
-        images = count_images(arch, meta.vae, batch) if encodes and meta.vae is not None else None
+        inputs = count_inputs(meta, batch)
+        caches_latents = has_latents(options.caching, options.concepts)
         preview = count_preview(options.preview, arch, meta.vae, not caches_latents, counter_for(arch))
-        captions, conditioning, gradientless = None, None, None
-        if concepts is None:
-            spec = run.text.cached
-            captions, conditioning = count_captions(spec, meta, rows)
-            if spec is not None and spec.places_key is not None and conditioning is not None:
-                no_places = torch.zeros(rows.count, len(rows.reference_sizes), dtype=torch.long)
-                conditioning = {**conditioning, spec.places_key: no_places}
-            if options.pairs.preference_loss is not None:
-                # A preference loss needs one prediction of the base model alone for each image.
-                features = encode_longest(meta, rows.count) if conditioning is None else conditioning
-                gradientless = GradientlessPasses(1, 1, count_prediction(meta, rows, features))
-        else:
-            conditioning, gradientless = count_prompts(concepts, meta, batch)
         bar.update(1)
-        fake = fake_batch(arch, rows, conditioning, caches_latents)
+        fake = fake_batch(arch, inputs.rows, inputs.conditioning, caches_latents)
         timeline = count_some_blocks(
-            arch.chains(denoiser),
+            arch.chains(meta.models.denoiser),
             lambda repeats: count_step(meta, fake, repeats, partial(bar.update, 1)),
         )
         optimizer = add_optimizers(
             [
                 count_update(o.optimizer, o.network, bool(o.averaging.ema_decay), arch, network)
-                for o, network in zip((adapter.options for adapter in run.adapters), networks, strict=True)
+                for o, network in zip((adapter.options for adapter in run.adapters), meta.networks, strict=True)
             ]
         )
         bar.update(1)
-    vae = [] if meta.models.vae is None else [meta.models.vae]
+    step = build_step(meta, fake, timeline, optimizer, inputs.gradientless)
+    return CountedRun(batch, step, inputs.stages, preview)
+
+
+@dataclass(frozen=True)
+class CountedInputs:
+    """The rows and text features that a pass gets, and what is computed to prepare them."""
+
+    rows: BatchShape
+    conditioning: Conditioning | None
+    gradientless: GradientlessPasses | None = None  # before each pass
+    stages: tuple[Stage, ...] = ()  # before training
+
+
+def count_inputs(meta: MetaRun, batch: BatchShape) -> CountedInputs:
+    """Count what prepares the passes of the largest batch."""
+    options, spec = meta.run.options, meta.run.text.cached
+    rows = rows_of_pass(options.pairs, batch)
+    if options.concepts is not None:
+        return CountedInputs(rows, *count_prompts(options.concepts, meta, batch))
+    images = count_images(meta.arch, meta.vae, batch) if options.caching.cache_latents and meta.vae else None
+    captions, conditioning = count_captions(spec, meta, rows)
+    if spec is not None and spec.places_key is not None and conditioning is not None:
+        no_places = torch.zeros(rows.count, len(rows.reference_sizes), dtype=torch.long)
+        conditioning = {**conditioning, spec.places_key: no_places}
+    gradientless = None
+    if options.pairs.preference_loss is not None:
+        # A preference loss needs one prediction of the base model alone for each image.
+        features = encode_longest(meta, rows.count) if conditioning is None else conditioning
+        gradientless = GradientlessPasses(1, 1, count_prediction(meta, rows, features))
+    return CountedInputs(rows, conditioning, gradientless, tuple(filter(None, (images, captions))))
+
+
+def build_step(
+    meta: MetaRun,
+    batch: Batch,
+    timeline: Timeline,
+    optimizer: CountedOptimizer,
+    gradientless: GradientlessPasses | None,
+) -> CountedStep:
+    options, denoiser, networks = meta.run.options, meta.models.denoiser, meta.networks
+    text_cache = meta.arch.text_cache
     # Layers of trained text encoders are in the timeline too, but only the denoiser's blocks can be offloaded.
     denoiser_modules = set(denoiser.modules())
     places = [place for place, block in enumerate(timeline.blocks) if block in denoiser_modules]
     blocks = [timeline.blocks[place] for place in places]
     gradients = sum(p.nbytes for network in networks for p in network.trainable_parameters())
-    stacks, indices = arch.stacks(denoiser), {block: i for i, block in enumerate(blocks)}
+    stacks, indices = meta.arch.stacks(denoiser), {block: i for i, block in enumerate(blocks)}
 
     def offloaded_indices(num_blocks: int) -> list[int]:
         counts = count_offloaded_blocks(num_blocks, stacks)
@@ -192,13 +177,13 @@ def count_run(run: RequestedRun, batch: BatchShape, device: torch.device) -> Cou
         ]
         return [indices[block] for block in waiting]
 
-    step = CountedStep(
+    return CountedStep(
         timeline=timeline,
         first_block_index=places[0],
         weights=ModelWeights.of(denoiser, storable_layers(denoiser), blocks),
         encoders=tuple(ModelWeights.of(e, storable_layers(e), ()) for e in meta.models.text_encoders),
         own_formats=(options.precision.denoiser_format, options.precision.text_encoder_format),
-        other_bytes=bytes_of(*vae),
+        other_bytes=bytes_of(*filter(None, [meta.models.vae])),
         adapter_bytes=bytes_of(*(network.module for network in networks)),
         gradient_bytes=gradients,
         held_gradient_bytes=gradients if passes_accumulate(options.run, options.pairs) else 0,
@@ -207,9 +192,8 @@ def count_run(run: RequestedRun, batch: BatchShape, device: torch.device) -> Cou
         most_offloaded=most_offloaded(stacks),
         multiplies_codes=options.precision.multiplies_codes,
         gradientless=gradientless,
-        batch_bytes=count_pinned_batches(fake, () if arch.text_cache is None else arch.text_cache.on_host),
+        batch_bytes=count_pinned_batches(batch, () if text_cache is None else text_cache.on_host),
     )
-    return CountedRun(batch, step, tuple(stage for stage in (images, captions) if stage is not None), preview)
 
 
 def rows_of_pass(pairs: PairOptions, batch: BatchShape) -> BatchShape:
@@ -238,103 +222,6 @@ def count_some_blocks(chains: Sequence[nn.ModuleList], count: Callable[[Repeats]
 def storable_layers(model: nn.Module) -> list[nn.Module]:
     """Return the layers in blocks whose weights can be stored in a weight format, including those already in 8 bits."""
     return [*layers_in_blocks(model).values(), *frozen_layers(model)]
-
-
-def run_on_meta_device(run: RequestedRun) -> MetaRun:
-    """Build the models as in the run, in the active fake mode."""
-    options, arch = run.options, run.arch
-    multiplies, merges = options.precision.multiplies_codes, bool(options.network.base_weights)
-    # The cost of decoding follows from `WeightFormat` and is added later: only codes that are multiplied are counted.
-    codec = format_while_reading(run.formats.denoiser if multiplies else None, merges)
-    encoders, denoiser, vae = load_fakes(arch, codec)
-    if multiplies:
-        multiply_codes(frozen_layers(denoiser))
-    staying = encoders
-    if options.concepts is not None:
-        staying = []
-    elif run.text.cached is not None:
-        staying = encoders[: 0 if run.text.live is None else run.text.live.num_encoders]
-    needs_vae = not has_latents(options.caching, options.concepts)
-    models = Models(denoiser, staying, vae if needs_vae else None, arch.view(staying, denoiser))
-    networks = [network_on_meta_device(adapter, arch, models) for adapter in run.adapters]
-    return MetaRun(run, Compute.build(options.precision, CPU), models, encoders, vae, networks)
-
-
-def has_latents(caching: CachingOptions, concepts: ConceptOptions | None) -> bool:
-    """Return True if no step needs the VAE, because latents are cached or drawn from prompts."""
-    return caching.cache_latents or concepts is not None
-
-
-def network_on_meta_device(adapter: AdapterRequest, arch: Architecture, models: Models) -> AdoptedNetwork:
-    """Attach the adapter to the models."""
-    options, module, precision = adapter.options.network, adapter.module, adapter.options.precision
-    if options.dim_from_weights:
-        with unset_fake_temporarily():  # the file's real values determine ranks and forms
-            network = adopt(create(options, module, models))
-        give_fakes(network.module)
-    else:
-        with counter_for(arch):  # returns plausible values where a network module reads them
-            network = adopt(create(options, module, models))
-    with counter_for(arch):
-        network.apply_to(
-            *models.network_view,
-            not options.network_train_unet_only,
-            not options.network_train_text_encoder_only,
-        )
-    if precision.full_fp16 or precision.full_bf16:
-        give_fakes(network.module, DTYPES[precision.mixed_precision])
-    network.module.train()
-    return network
-
-
-def load_fakes(
-    arch: Architecture, weight_format: RequestedFormat | None
-) -> tuple[list[nn.Module], nn.Module, nn.Module | None]:
-    """Load (text encoders, denoiser, VAE) as fakes, frozen; the VAE is None if its files are missing."""
-    loader = to_meta_device(arch.load)
-    with unset_fake_temporarily():
-        encoders, denoiser = loader.text_encoders(), loader.denoiser(weight_format)
-        try:
-            vae = loader.vae()
-        except NotThere:  # then it has encoded everything elsewhere
-            vae = None
-    for model in (*encoders, denoiser, *([] if vae is None else [vae])):
-        give_fakes(model.eval().requires_grad_(False))
-    return encoders, denoiser, vae
-
-
-def counter_for(arch: Architecture) -> OperationCounter:
-    """Build an operation counter that answers reads of values: captions have their maximum length, and conditions
-    hold."""
-    return OperationCounter({"int": arch.text.max_tokens, "float": 0.5, "bool": True})
-
-
-def longest_caption(arch: Architecture) -> str:
-    return "a " * arch.text.max_tokens
-
-
-def fake_batch(arch: Architecture, shape: BatchShape, conditioning: Conditioning | None, has_latents: bool) -> Batch:
-    """Build a batch of fake tensors, in the active fake mode."""
-    spec = arch.codec.spec
-    latents, *references = (
-        (shape.count, spec.channels, height // spec.downscale, width // spec.downscale)
-        for width, height in ((shape.width, shape.height), *shape.reference_sizes)
-    )
-    return Batch(
-        keys=[f"image {i}" for i in range(shape.count)],
-        captions=[longest_caption(arch)] * shape.count,
-        pixels_BCHW=None if has_latents else torch.empty(shape.count, 3, shape.height, shape.width),
-        latents_BCHW=torch.empty(latents) if has_latents else None,
-        conditioning=conditioning,
-        loss_weights_B=torch.ones(shape.count),
-        masks_B1HW=None,
-        sizes_B6=torch.ones(shape.count, 6),
-        attributes=[{}] * shape.count,
-        reference_pixels=()
-        if has_latents
-        else tuple(torch.empty(shape.count, 3, height, width) for width, height in shape.reference_sizes),
-        reference_latents=tuple(map(torch.empty, references)) if has_latents else (),
-    )
 
 
 def count_pinned_batches(batch: Batch, on_host: Collection[str]) -> int:
@@ -443,15 +330,8 @@ def count_step(meta: MetaRun, batch: Batch, repeats: Repeats, advance: Callable[
     """Count a forward and backward pass, once with all blocks recomputed and once with none; gradients exist already
     if a step has several passes. `advance` is called after each."""
     options, arch, models, networks = meta.run.options, meta.arch, meta.models, meta.networks
-    loaded = LoadedModels(models, meta.run.text.live, None)
     multiplexer = multiplex(networks, meta.run.adapters[0].module.name) if len(networks) > 1 else None
-    trains_text = options.trains_text_encoders
-    contexts = []
-    for i, network in enumerate(networks):
-        activate = nullcontext if multiplexer is None else partial(multiplexer.only, i)
-        contexts.append(
-            step_context(trains_text, options.caching.vae_batch_size, arch, 0, loaded, network, meta.compute, activate)
-        )
+    contexts = build_contexts(meta, multiplexer)
     seeds = dict.fromkeys(range(len(networks)), 0)
     sizes = [sum(p.numel() for p in network.trainable_parameters()) for network in networks]
     # With prompts and pairs, adapters run one after another; the largest is counted.
@@ -461,7 +341,7 @@ def count_step(meta: MetaRun, batch: Batch, repeats: Repeats, advance: Callable[
 
     def give_runner(runner: BlockRunner) -> None:
         arch.run_blocks_with(models.denoiser, runner)
-        for encoder in models.text_encoders if trains_text else []:
+        for encoder in models.text_encoders if options.trains_text_encoders else []:
             run_encoder_layers_with(encoder, runner)
 
     def activate_adapters() -> AbstractContextManager[None]:
@@ -496,6 +376,24 @@ def count_step(meta: MetaRun, batch: Batch, repeats: Repeats, advance: Callable[
 
     # From these two the planner composes every choice of recomputed blocks.
     return Timeline.build(count(plain), count(recompute), repeats)
+
+
+def build_contexts(meta: MetaRun, multiplexer: Multiplexer | None) -> list[StepContext]:
+    options, loaded = meta.run.options, LoadedModels(meta.models, meta.run.text.live, None)
+    trains_text, size = options.trains_text_encoders, options.caching.vae_batch_size
+    return [
+        step_context(
+            trains_text,
+            size,
+            meta.arch,
+            0,
+            loaded,
+            network,
+            meta.compute,
+            nullcontext if multiplexer is None else partial(multiplexer.only, i),
+        )
+        for i, network in enumerate(meta.networks)
+    ]
 
 
 def add_optimizers(optimizers: Sequence[CountedOptimizer]) -> CountedOptimizer:

@@ -12,8 +12,9 @@ from library.memory.planner.gpus import GIB, Gpu, parse_size
 from library.memory.planner.measured import benchmark_gpu
 from library.processes import Processes
 from library.training.models.requests import RequestedRun
-from library.training.planning.counting import BatchShape, CountedRun, count_run
+from library.training.planning.counting import CountedRun, count_run
 from library.training.planning.fit import Fit, Sweep, fit_to
+from library.training.planning.meta_run import BatchShape
 
 logger = logging.getLogger(__name__)
 

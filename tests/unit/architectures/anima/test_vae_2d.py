@@ -13,7 +13,8 @@ from library.architectures.anima.options import AnimaOptions
 from library.models.vae.qwen_image_2d import ImageConv, StripedNorm
 from library.training.models.base_model import hash_module
 from library.training.models.requests import RequestedRun
-from library.training.planning.counting import BatchShape, count_run
+from library.training.planning.counting import count_run
+from library.training.planning.meta_run import BatchShape
 from tests.running import Finished
 from tests.tiny.anima import build_tiny_anima
 

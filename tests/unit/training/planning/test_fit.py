@@ -6,8 +6,9 @@ from library.memory.planner.choice import Allowed, choose
 from library.memory.planner.gpus import GIB, Gpu
 from library.memory.planner.prediction import CONTEXT_BYTES, OPTIMIZER_STEP, MemoryMode, predict
 from library.memory.planner.stages import Stage
-from library.training.planning.counting import BatchShape, CountedRun
+from library.training.planning.counting import CountedRun
 from library.training.planning.fit import Fit, fit_to
+from library.training.planning.meta_run import BatchShape
 from library.training.planning.previews import CountedPreview
 from tests.unit.memory.planner.test_choice import counted_step
 from tests.unit.training.test_checks import make_options

@@ -13,8 +13,9 @@ from library.memory.planner.prediction import CONTEXT_BYTES
 from library.processes import Processes
 from library.training.models.requests import RequestedRun
 from library.training.planning import fit_run
-from library.training.planning.counting import BatchShape, count_pinned_batches, fake_batch, shape_of_batch
+from library.training.planning.counting import count_pinned_batches
 from library.training.planning.fit_run import count_adapter_run, largest_batch, measure_gpu
+from library.training.planning.meta_run import BatchShape, fake_batch, shape_of_batch
 from tests.unit.data.builders import SPEC
 from tests.unit.training.test_checks import make_options
 from tests.unit.training.test_text_caching import Board
