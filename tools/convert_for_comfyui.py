@@ -11,7 +11,7 @@ from pathlib import Path
 from library.checkpoints.adapter_names import FileNaming
 from library.errors import UserError
 from tools import command as tool
-from tools.adapters import read_adapter, spec_for_file
+from tools.adapter_files import read_adapter, spec_for_file
 from tools.convert_lora import WRITER, convert
 
 NAMINGS: dict[str, FileNaming] = {"sd-scripts": "kohya", "ai-toolkit": "diffusers"}

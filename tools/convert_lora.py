@@ -22,7 +22,7 @@ from library.checkpoints.marks import mark_of
 from library.errors import UserError
 from networks.core.files.adapter_file import save_adapter_file
 from networks.core.files.renaming import Renamed, list_some_keys, rename
-from tools.adapters import read_adapter, spec_for_file
+from tools.adapter_files import read_adapter, spec_for_file
 from tools.command import add_options, check_output, command, make_parser
 
 logger = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from networks.core.changes.svd import best_factors, clamp_factors
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora
 from networks.core.targets.targets import TargetModule
-from tools.adapters import write_lora
+from tools.adapter_files import write_lora
 from tools.base_models import find_adapter_targets, open_base_model, spec_for
 from tools.command import (
     add_options,

@@ -26,7 +26,7 @@ from library.models.clip.clip import clip_body
 from library.protocols import Architecture
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts
 from networks.core.files.module_weights import ModuleWeights
-from tools.adapters import read_adapter
+from tools.adapter_files import read_adapter
 from tools.base_models import find_base
 from tools.command import add_options, check_at_least_one, command, make_parser, resolve_device
 

@@ -27,7 +27,7 @@ from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename
 from networks.core.kinds import full, lora, norm
 from networks.core.registry.layouts import PIECES
-from tools.adapters import spec_for_file
+from tools.adapter_files import spec_for_file
 from tools.command import parse_dtype, resolve_device
 
 logger = logging.getLogger(__name__)

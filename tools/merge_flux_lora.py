@@ -19,7 +19,7 @@ from library.checkpoints.base_model import BaseModel
 from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile
 from tools import merge_lora
-from tools.adapters import read_adapter
+from tools.adapter_files import read_adapter
 from tools.base_models import open_base_model
 from tools.command import check_output, command
 from tools.merge_adapters import Arithmetic, Strengths, Weighted, keep_ratios, rename_to_kohya, square_strengths

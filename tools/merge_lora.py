@@ -40,7 +40,7 @@ from networks.core.files.module_weights import ModuleWeights, make_name_error
 from networks.core.files.renaming import rename
 from networks.core.kinds import norm
 from tools import block_weights
-from tools.adapters import read_adapter, spec_for_file, write_lora
+from tools.adapter_files import read_adapter, spec_for_file, write_lora
 from tools.base_models import open_base_model, spec_for
 from tools.command import (
     add_options,

@@ -44,7 +44,7 @@ def pack(folder: Path) -> None:
     if folder.exists():
         raise UserError(f"{folder} exists; name a new folder")
     if changed := git("status", "--porcelain", "--untracked-files=no").decode():
-        raise UserError(f"these changes are not committed, so the release would lack them:\n{changed.rstrip()}")
+        raise UserError(f"`git commit` these changes first, the release would lack them:\n{changed.rstrip()}")
     name = f"{NAME}-{VERSION}"
     archives = {f"{name}.{form}": git("archive", f"--format={form}", f"--prefix={name}/", "HEAD") for form in FORMATS}
     folder.mkdir(parents=True)

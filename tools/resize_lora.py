@@ -35,7 +35,7 @@ from networks.core.changes.svd import (
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, read_adapter_file, require_layouts
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora, norm
-from tools.adapters import write_adapter
+from tools.adapter_files import write_adapter
 from tools.command import (
     add_options,
     check_at_least_one,

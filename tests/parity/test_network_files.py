@@ -21,7 +21,7 @@ from tests.parity.test_conversions import predict_by_diffusers
 from tests.tiny.base import Pair
 from tests.tiny.bases import BASES
 from tests.tolerances import FLOAT32_DEEP
-from tools.adapters import spec_for_file
+from tools.adapter_files import spec_for_file
 
 KOHYA = [name for name, base in BASES.items() if base.is_flow and base.dit is None]
 Arguments = Mapping[str, str]

@@ -97,6 +97,11 @@ def train(
                 break
     run.batches.report_skipped(logger)
     end(active, epoch)
+    raise_failures(adapter_runs)
+
+
+def raise_failures(adapter_runs: Sequence[AdapterRun]) -> None:
+    """Raise what ended an adapter, now that the others are saved."""
     for failure in (adapter.failure for adapter in adapter_runs if adapter.failure is not None):
         raise failure
 

@@ -52,4 +52,4 @@ def test_uncommitted_changes_and_existing_folders_are_refused(
     assert "exists; name a new folder" in capsys.readouterr().err
     (repository / "requirements.txt").write_text("changed\n")
     assert release.main([str(tmp_path / "new")]) == 1
-    assert "not committed" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    assert "git commit" in capsys.readouterr().err and not (tmp_path / "new").exists()
