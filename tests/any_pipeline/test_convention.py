@@ -81,9 +81,20 @@ def test_a_wrong_convention_fails_the_check(
         require_exact(check(watched, *change(convention, maps)))
 
 
-def test_a_batch_is_one_call_only_where_that_gives_the_same() -> None:
-    assert gives_same_in_batch(*measured("AuraFlowPipeline"))
-    assert not gives_same_in_batch(*measured("ZImagePipeline"))  # its samples are lists
+@pytest.mark.parametrize(
+    ("name", "pads"), [("LuminaPipeline", True), ("ErnieImagePipeline", True), ("QwenImagePipeline", False)]
+)
+def test_captions_of_two_lengths_share_a_call_where_a_mask_makes_that_the_same(name: str, pads: bool) -> None:
+    watched, convention, maps = measured(name)
+    assert gives_same_in_batch(watched, convention, maps)
+    assert gives_same_in_batch(watched, convention, maps, convention.prompts) == pads
+    lengths = {sum(map(torch.numel, capture_text(watched, convention, text).values())) for text in convention.prompts}
+    assert len(lengths) == 2
+
+
+@pytest.mark.parametrize("name", ["ZImagePipeline", "StableDiffusionXLPipeline"])
+def test_samples_in_lists_and_single_timesteps_share_a_call(name: str) -> None:
+    assert gives_same_in_batch(*measured(name))
 
 
 def test_a_dropped_caption_is_the_negative_prompt_of_the_pipeline() -> None:

@@ -50,9 +50,10 @@ def test_one_command_trains_auraflow(auraflow: Path, tmp_path: Path, train: Trai
     assert done.status == 0, done.stderr
     for line in (
         "AuraFlowPipeline: transformer, call 1 of 1 in each step",
-        "latents: hidden_states; noise level: timestep = sigma",
-        "text: encoder_hidden_states; size: none; constant: attention_kwargs, return_dict",
-        "objective: flow, target noise - latent; batches: captions of equal length in one call",
+        "latents: hidden_states, 4 channels at 1/8 of the size; noise level: timestep = sigma",
+        "text: encoder_hidden_states; size: none",
+        "constant: attention_kwargs = None, return_dict = False",
+        "objective: flow, target noise - latent; batches: captions of any length in one call",
         "dropped captions are the pipeline's own negative prompt",
         "the adapter is loaded by load_lora_weights of AuraFlowPipeline",
         "the prediction agrees with the pipeline's own (0)",

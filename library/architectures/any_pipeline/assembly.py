@@ -10,7 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from library.architectures.any_pipeline.check import check, gives_same_in_batch, require_exact
+from library.architectures.any_pipeline.check import (
+    NUM_COMPARED,
+    PROMPT,
+    check,
+    gives_same_in_batch,
+    require_exact,
+)
 from library.architectures.any_pipeline.conditioning import CapturedText, capture_text
 from library.architectures.any_pipeline.convention import Convention
 from library.architectures.any_pipeline.folder import (
@@ -21,7 +27,7 @@ from library.architectures.any_pipeline.folder import (
     open_loader,
 )
 from library.architectures.any_pipeline.kept import Kept, fingerprint, read_kept, write_kept
-from library.architectures.any_pipeline.measuring import measure, plain_scheduler
+from library.architectures.any_pipeline.measuring import NUM_STAGES, measure, plain_scheduler
 from library.architectures.any_pipeline.objective import build_objective
 from library.architectures.any_pipeline.options import PipelineOptions
 from library.architectures.any_pipeline.preview import build_preview
@@ -37,6 +43,7 @@ from library.models.adapter_views import view_denoiser
 from library.models.identify import bases_of_pipeline
 from library.models.recipe import OTHER_ATTENTION, Recipe
 from library.options.model import BASE_FLAG
+from library.progress import progress_bar
 from library.protocols import Architecture, LatentSpec, TextCacheSpec
 from networks.core.protocol import is_switched_on
 
@@ -118,7 +125,9 @@ def recall_or_measure(options: PipelineOptions, folder: PipelineFolder, watched:
     if place.is_file():
         kept = read_kept(place)
         logger.info("the convention of %s is read from %s", folder.kind.__name__, place)
-        use_convention(watched, kept.convention)
+        watched.denoiser = kept.convention.denoiser
+        if kept.convention.replaces_scheduler:
+            watched.set_scheduler(plain_scheduler(watched.pipe.scheduler))
         watched.memory.update(kept.memory)
         return kept.convention
     logger.info("measuring how %s is trained, once; the result is kept in %s", folder.kind.__name__, place)
@@ -136,52 +145,43 @@ def folder_of_caches(options: PipelineOptions) -> Path:
     return Path(options.caching.cache_dir or near or options.saving.output_dir or ".").expanduser()
 
 
-def use_convention(watched: Watched, convention: Convention) -> None:
-    watched.denoiser = convention.denoiser
-    if convention.replaces_scheduler:
-        watched.set_scheduler(plain_scheduler(watched.pipe.scheduler))
-
-
 def measure_folder(folder: PipelineFolder, watched: Watched, precision: str) -> Convention:
     """Measure a pipeline's convention on its denoiser with few blocks, and check it. The models leave memory.
 
     Raises Refused with the reason.
     """
-    scheduler = watched.pipe.scheduler
     for whole in (False, True):
-        watched.set_scheduler(type(scheduler).from_config(scheduler.config))
+        watched.set_scheduler(watched.own_scheduler)
         watched.models = load_for_measuring(folder, precision, whole)
         try:
             convention = measure_smallest(watched)
+            break
         except Refused as error:
             if isinstance(error, WrongSize) and not whole:
                 continue
             raise Refused(f"{BASE_FLAG} {folder.path}: {folder.kind.__name__} cannot be trained: {error}") from error
-        break
-    remember_probe(watched, convention)
     watched.models = {}
     return convention
 
 
 def measure_smallest(watched: Watched) -> Convention:
-    """Measure and check a pipeline at the smallest size that it takes."""
-    for side in SIDES:
-        try:
-            convention, maps = measure(watched, (side, side))
-        except WrongSize:
-            if side == SIDES[-1]:
-                raise
-            continue
-        require_exact(check(watched, convention, maps))
-        return replace(convention, takes_batches=gives_same_in_batch(watched, convention, maps))
-    raise AssertionError
-
-
-def remember_probe(watched: Watched, convention: Convention) -> None:
-    """Keep what the text encoders return in drawings without captions of the user, and nothing else."""
+    """Measure and check a pipeline at the smallest size that it takes. `watched` keeps only the outputs of text
+    encoders that the checks at later starts need."""
+    with progress_bar("measuring the pipeline…", NUM_STAGES + NUM_COMPARED) as bar:
+        for side in SIDES:
+            try:
+                convention, maps = measure(watched, (side, side), advance=bar.update)
+                break
+            except WrongSize:
+                if side == SIDES[-1]:
+                    raise
+        require_exact(check(watched, convention, maps, advance=bar.update))
+    takes_batches = gives_same_in_batch(watched, convention, maps)
+    pads = takes_batches and gives_same_in_batch(watched, convention, maps, convention.prompts)
     watched.memory.clear()
-    watched.draw(convention.prompts[0], convention.size, Answers(stops_at=0), **convention.extra)
-    capture_text(watched, convention, "")
+    for caption in (convention.prompts[0], PROMPT, ""):
+        capture_text(watched, convention, caption)
+    return replace(convention, takes_batches=takes_batches, pads=pads)
 
 
 def assemble(

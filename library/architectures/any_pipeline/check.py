@@ -1,38 +1,23 @@
 """Compares a convention with the pipeline itself. A wrong sign, scale, shift, packing, level, target or a forgotten
 text tensor shows in at least one of four errors."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from library.architectures.any_pipeline.convention import Convention
-from library.architectures.any_pipeline.maps import SizeMaps
-from library.architectures.any_pipeline.trees import (
-    Path,
-    float_tensors,
-    join_values,
-    leaves,
-    map_leaves,
-    replace_leaves,
-    split_rows,
-    stack_rows,
-)
-from library.architectures.any_pipeline.watch import (
-    Answers,
-    Refused,
-    Trace,
-    Watched,
-    copy_scheduler,
-    is_vae,
-    next_sample,
-)
+from library.architectures.any_pipeline.conditioning import capture_text, fill_arguments, text_of
+from library.architectures.any_pipeline.convention import Convention, targets_of
+from library.architectures.any_pipeline.maps import SizeMaps, answer_with, read_maps
+from library.architectures.any_pipeline.trees import Path, float_tensors, join_rows, join_values, split_rows
+from library.architectures.any_pipeline.watch import Answers, Refused, Trace, Watched, copy_scheduler
 
 TOLERANCE = 1e-4  # of float32
 PROMPT = "a small red bird, sitting"
 NUM_STEPS = 3
+NUM_COMPARED = 4
 
 
 @dataclass(frozen=True)
@@ -44,35 +29,40 @@ class Errors:
     own_mix: float  # (c) the same for our own mix, with text and geometry of other drawings
     step: float  # (d) one step of its scheduler from our mix against our mix at the next level
 
-    def list_large(self, tolerance: float) -> Iterator[str]:
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if not value <= tolerance:
-                yield f"{entry.name.replace('_', ' ')} {value:.2g}"
-
 
 def require_exact(errors: Errors, tolerance: float = TOLERANCE) -> None:
     """Raise Refused naming the errors above the tolerance."""
-    if large := list(errors.list_large(tolerance)):
+    values = {entry.name.replace("_", " "): getattr(errors, entry.name) for entry in fields(errors)}
+    if large := [f"{name} {value:.2g}" for name, value in values.items() if not value <= tolerance]:
         raise Refused(
             f"what was measured differs from what the pipeline does, in {', '.join(large)} (at most {tolerance:g} is "
             "accepted)"
         )
 
 
-def check(watched: Watched, convention: Convention, maps: SizeMaps, prompt: str = PROMPT) -> Errors:
-    """Return the errors of a convention, whose models are in memory."""
-    c = convention
-    generator = torch.Generator().manual_seed(9)
-    with torch.no_grad():
-        latents, expected = encode_image(watched, c, maps, generator)
-        trace = watched.draw(prompt, c.size, Answers(samples=lambda _, old: latents.to(old)), **c.extra)
-        of_latents = difference(trace.decoded[0], expected)
-        own = watched.draw(prompt, c.size, steps=NUM_STEPS, **c.extra)
-        prediction = max(compare(watched, c, maps, own, step, None) for step in range(len(own.steps)))
-        noise = torch.randn(maps.sample_shape, generator=generator)
-        own_mix = compare_own_mix(watched, c, maps, latents, noise, prompt)
-        return Errors(of_latents, prediction, own_mix, compare_step(c, own, latents, noise))
+@torch.no_grad()
+def check(
+    watched: Watched,
+    convention: Convention,
+    maps: SizeMaps,
+    prompt: str = PROMPT,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Errors:
+    """Return the errors of a convention, whose models are in memory. `advance` is called after each comparison."""
+    c, wide = convention, (convention.size[0], 2 * convention.size[1])
+    errors = {"latents": compare_latents(watched, c, maps, prompt)}
+    advance(1)
+    own = watched.draw(prompt, c.size, steps=NUM_STEPS, **c.extra)
+    texts = [text_of(c, call.kwargs) for call in own.calls[c.call :: c.calls_per_step]]
+    errors["prediction"] = max(compare(watched, c, maps, own, step, text) for step, text in enumerate(texts))
+    advance(1)
+    first = watched.draw(c.prompts[0], wide, Answers(stops_at=c.calls_per_step), **c.extra)
+    errors["own_mix"] = compare_own_mix(watched, c, read_maps(watched, c, wide, first.calls[c.call].output), prompt)
+    advance(1)
+    noises = torch.randn(2, *maps.sample_shape, generator=torch.Generator().manual_seed(7))
+    errors["step"] = compare_step(c, own, *noises)
+    advance(1)
+    return Errors(**errors)
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
@@ -81,15 +71,16 @@ def difference(actual: Tensor, expected: Tensor) -> float:
     return float((actual.reshape(expected.shape) - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
 
 
-def encode_image(
-    watched: Watched, convention: Convention, maps: SizeMaps, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Return a random image as the scheduler's sample, and what the VAE's decoder has to get for it."""
-    image = torch.rand(1, convention.pixel_shape[1], *convention.size, generator=generator) * 2 - 1
-    raw = encode_raw(watched.models[watched.vae], image, len(convention.pixel_shape))
-    if raw.shape != maps.decode.shape:
-        raise Refused(f"the VAE encodes to the shape {tuple(raw.shape)} and decodes {maps.decode.shape}")
-    return maps.encode()(raw.flatten()[None]).reshape(maps.sample_shape), raw
+def compare_latents(watched: Watched, convention: Convention, maps: SizeMaps, prompt: str) -> float:
+    c, decode = convention, maps.decode
+    pixels = torch.rand(1, c.pixel_shape[1], *c.size, generator=torch.Generator().manual_seed(9)) * 2 - 1
+    raw = encode_raw(watched.models[watched.vae], pixels, len(c.pixel_shape)).cpu()
+    if raw.shape != decode.shape:
+        raise Refused(f"the VAE encodes to the shape {tuple(raw.shape)} and decodes {decode.shape}")
+    latents_BM = (raw.flatten()[None] - decode.offset_M) / decode.scale_M
+    sample = maps.to_sample(latents_BM).reshape(maps.sample_shape)
+    trace = watched.draw(prompt, c.size, Answers(samples=lambda _, old: sample.to(old)), **c.extra)
+    return difference(trace.decoded[0], raw)
 
 
 def encode_raw(vae: nn.Module, pixels_BCHW: Tensor, num_axes: int, noises: Tensor | None = None) -> Tensor:
@@ -97,7 +88,6 @@ def encode_raw(vae: nn.Module, pixels_BCHW: Tensor, num_axes: int, noises: Tenso
 
     A VAE of videos, with five axes, gets one frame.
     """
-    assert is_vae(vae)
     like, model = next(iter(vae.parameters())), vae
     pixels = pixels_BCHW.to(like.device, like.dtype)
     encoded: Any = model.encode(pixels.unsqueeze(2) if num_axes == 5 else pixels)  # type: ignore[operator]
@@ -108,89 +98,63 @@ def encode_raw(vae: nn.Module, pixels_BCHW: Tensor, num_axes: int, noises: Tenso
     return mean if noises is None else mean + posterior.std.float() * noises.to(mean).reshape(mean.shape)
 
 
-def compare(watched: Watched, convention: Convention, maps: SizeMaps, trace: Trace, step: int, kwargs: Any) -> float:
-    """Return the error of our prediction at one step of a drawing, with its own arguments or with `kwargs`."""
-    c, own = convention, trace.calls[convention.call + convention.calls_per_step * step].kwargs
-    sample, level = trace.steps[step].sample, c.level_of(trace, step)
-    prediction = predict_sample(watched, c, maps, own if kwargs is None else kwargs, sample, level)
-    return difference(prediction, trace.steps[step].output)
-
-
-def compare_own_mix(
-    watched: Watched, convention: Convention, maps: SizeMaps, latents: Tensor, noise: Tensor, prompt: str
+def compare(
+    watched: Watched, convention: Convention, maps: SizeMaps, trace: Trace, step: int, text: Mapping[Path, Any]
 ) -> float:
-    c = convention
-    levels = watched.draw(prompt, c.size, steps=NUM_STEPS, **c.extra)
-    signal, share = c.weights_of(c.level_of(levels, 1), abar_of(levels))
+    """Return the error of our prediction at one step of a drawing, with a captured text."""
+    sample_N, level_1 = trace.steps[step].sample.flatten().float(), torch.tensor([convention.level_of(trace, step)])
+    kwargs = fill_arguments(convention, maps, text, sample_N, level_1)
+    torch.manual_seed(0)  # adapters may drop values, the same ones in both passes
+    output = watched.call_model(convention.denoiser, "", ((), kwargs))
+    return difference(maps.out(join_values(output)[None]), trace.steps[step].output)
+
+
+def compare_own_mix(watched: Watched, convention: Convention, maps: SizeMaps, prompt: str = PROMPT) -> float:
+    """Return the error of our prediction for our own mix, with text and geometry of other drawings.
+
+    The denoiser runs twice, at the size of the maps.
+    """
+    c, size = convention, maps.size
+    zeros = answer_with(c, maps.template, size)
+    signal, share = c.weights_of(watched.draw(prompt, size, zeros, steps=NUM_STEPS, **c.extra), 1)
+    latents, noise = torch.randn(2, *maps.sample_shape, generator=torch.Generator().manual_seed(9))
     mixed = signal * latents + share * noise
-    answers = Answers(samples=lambda step, old: mixed.to(old) if step == 0 else None)
-    trace = watched.draw(prompt, c.size, answers, steps=NUM_STEPS, **c.extra)
-    wide = watched.draw(prompt, (c.size[0], 2 * c.size[1]), **c.extra).calls[c.call].kwargs
-    kwargs = with_text(c, maps.kwargs, {path: leaves(wide)[path] for path in c.text})
-    return compare(watched, c, maps, trace, 1, kwargs)
 
+    def answer(place: int) -> Any:
+        torch.manual_seed(0)
+        return zeros.outputs(place) if place < c.calls_per_step else None
 
-@torch.no_grad()
-def gives_same_in_batch(watched: Watched, convention: Convention, maps: SizeMaps) -> bool:
-    """Return True if the denoiser gives two samples at two levels in one call what it gives them alone."""
-    c, generator = convention, torch.Generator().manual_seed(11)
-    trace = watched.draw(c.prompts[0], c.size, steps=NUM_STEPS, **c.extra)
-    samples = torch.randn(2, maps.into.num_source, generator=generator)
-    rows = [
-        replace_leaves(
-            with_level(c, maps, maps.kwargs, torch.tensor([c.level_of(trace, step)])),
-            {c.latents: maps.into(sample[None]).reshape(maps.into.shape)},
-        )
-        for step, sample in enumerate(samples)
-    ]
-    alone = [join_values(watched.call_model(c.denoiser, "", ((), row))) for row in rows]
-    try:
-        together = split_rows(watched.call_model(c.denoiser, "", ((), stack_rows(rows))), len(rows))
-    except Exception:  # a denoiser for one sample at a time fails in its own way
-        return False
-    pairs = list(zip(together, alone, strict=True))
-    return all(a.shape == b.shape and difference(a, b) <= TOLERANCE for a, b in pairs)
+    answers = Answers(answer, lambda step, old: mixed.to(old) if step == 0 else None, stops_at=2 * c.calls_per_step)
+    trace = watched.draw(prompt, size, answers, steps=NUM_STEPS, **c.extra)
+    return compare(watched, c, maps, trace, 1, capture_text(watched, c, prompt))
 
 
 def compare_step(convention: Convention, trace: Trace, latents: Tensor, noise: Tensor) -> float:
-    c, scheduler, abar_T = convention, copy_scheduler(trace.scheduler), abar_of(trace)
-    (a, b), (a2, b2) = (c.weights_of(c.level_of(trace, step), abar_T) for step in (0, 1))
-    target = c.target_of(latents, noise, c.level_of(trace, 0), abar_T)
-    out = scheduler.step(target, trace.steps[0].timestep, a * latents + b * noise)
-    return difference(next_sample(out), a2 * latents + b2 * noise)
+    (a, b), (a2, b2) = (convention.weights_of(trace, step) for step in (0, 1))
+    target = targets_of(latents, noise, a, b)[convention.target]
+    out = copy_scheduler(trace.scheduler).step(target, trace.steps[0].timestep, a * latents + b * noise)
+    return difference(float_tensors(out)[0], a2 * latents + b2 * noise)
 
 
-def abar_of(trace: Trace) -> Tensor | None:
-    return getattr(trace.scheduler, "alphas_cumprod", None)
+@torch.no_grad()
+def gives_same_in_batch(
+    watched: Watched, convention: Convention, maps: SizeMaps, prompts: Sequence[str] = (PROMPT, PROMPT)
+) -> bool:
+    """Return True if the denoiser gives two samples at two levels in one call what it gives them alone.
 
-
-def with_text(convention: Convention, kwargs: Any, text: Mapping[Path, Any]) -> Any:
-    """Return the arguments of one drawing with the text of another."""
-    return replace_leaves(kwargs, {path: text[path] for path in convention.text})
-
-
-def with_level(convention: Convention, maps: SizeMaps, kwargs: Any, level_1: Tensor) -> Any:
-    """Return the arguments with a noise level, shape (1)."""
-    base = leaves(kwargs)
-
-    def given(path: Path) -> Any:
-        value_1, old = convention.level_value(path, level_1, maps.tables), base[path]
-        return (
-            value_1.to(old.dtype).reshape(()).expand(old.shape)
-            if isinstance(old, Tensor)
-            else type(old)(value_1.item())
-        )
-
-    return replace_leaves(kwargs, {path: given(path) for path in convention.time})
-
-
-def predict_sample(
-    watched: Watched, convention: Convention, maps: SizeMaps, kwargs: Any, sample: Tensor, level: float
-) -> Tensor:
-    """Return what the scheduler would get for its sample at a level."""
-    c = convention
-    latents = maps.into(sample.flatten()[None].float()).reshape(maps.into.shape)
-    given = with_level(c, maps, kwargs, torch.tensor([level], dtype=torch.float32))
-    kwargs = replace_leaves(given, {c.latents: latents})
-    output = watched.call_model(c.denoiser, "", ((), map_leaves(kwargs, lambda _, leaf: leaf)))
-    return maps.out(join_values(output)[None]).reshape(maps.out.shape)
+    Shorter captions are padded.
+    """
+    c, zeros = convention, answer_with(convention, maps.template, maps.size)
+    trace = watched.draw(c.prompts[0], c.size, zeros, steps=NUM_STEPS, **c.extra)
+    samples = torch.randn(2, maps.into.num_source, generator=torch.Generator().manual_seed(11))
+    rows = [
+        fill_arguments(c, maps, capture_text(watched, c, prompt), sample_N, torch.tensor([c.level_of(trace, step)]))
+        for step, (prompt, sample_N) in enumerate(zip(prompts, samples, strict=True))
+    ]
+    alone = [join_values(watched.call_model(c.denoiser, "", ((), row))) for row in rows]
+    try:
+        output = watched.call_model(c.denoiser, "", ((), join_rows(rows, pads=True)))
+        pairs = [[maps.out(values[None]) for values in pair] for pair in zip(split_rows(output, 2), alone, strict=True)]
+    except Exception:  # a denoiser for one sample at a time fails in its own way
+        return False
+    return all(difference(*pair) <= TOLERANCE for pair in pairs)

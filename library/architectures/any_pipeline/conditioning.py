@@ -2,18 +2,17 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
 from torch.nn.utils.rnn import pad_sequence
 
 from library.architectures.any_pipeline.convention import Convention
-from library.architectures.any_pipeline.trees import Path, format_path, leaves
-from library.architectures.any_pipeline.watch import Answers, Refused, Watched
+from library.architectures.any_pipeline.maps import SizeMaps
+from library.architectures.any_pipeline.trees import Path, format_path, leaves, pad_to, replace_leaves
+from library.architectures.any_pipeline.watch import Answers, Refused, Watched, setting
 from library.types import Conditioning, Tokens
 
 SHAPE = "shape of "
@@ -57,19 +56,12 @@ class CapturedText:
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
         """Return the denoiser's text arguments, first axis B, without gradient."""
-        if detect_fake_mode(tokens.ids_BLT) is not None:
-            raise Refused(
-                "the memory of a measured pipeline cannot be planned, because its captions are captured by drawing; "
-                "remove --fit"
-            )
-        captions = [bytes(row.tolist()).rstrip(b"\0").decode() for row in tokens.ids_BLT[0]]
-        return pad_rows([self._encode(encoders, caption) for caption in captions])
-
-    def _encode(self, encoders: Sequence[nn.Module], caption: str) -> dict[str, Tensor]:
-        watched = self.watched
-        with watched.using(dict(zip(self.names, encoders, strict=True))):
-            with nullcontext() if self.remembers else watched.forgetting():
-                return self._features(capture_text(watched, self.convention, caption))
+        watched, models = self.watched, dict(zip(self.names, encoders, strict=True))
+        memory = watched.memory if self.remembers else dict(watched.memory)
+        with setting(watched, models={**watched.models, **models}, memory=memory):
+            captions = [bytes(row.tolist()).rstrip(b"\0").decode() for row in tokens.ids_BLT[0]]
+            rows = [self._features(capture_text(watched, self.convention, caption)) for caption in captions]
+        return {key: pad_sequence([row[key] for row in rows], batch_first=True) for key in rows[0]}
 
     def _features(self, text: Mapping[Path, Any]) -> dict[str, Tensor]:
         row = {}
@@ -87,25 +79,21 @@ class CapturedText:
             shape = conditioning[SHAPE + format_path(path)][place].tolist()
             count = math.prod(shape)
             # Trailing zeros are cut off in caches.
-            value = nn.functional.pad(value_N, (0, max(0, count - len(value_N))))[:count].reshape(shape)
+            value = pad_to(value_N[:count], (count,)).reshape(shape)
             text[path] = value.to(old.dtype) if isinstance(old, Tensor) else type(old)(value.item())
         return text
-
-
-def pad_rows(rows: Sequence[Mapping[str, Tensor]]) -> Conditioning:
-    """Stack the features of captions, padded with zeros."""
-    return {key: pad_sequence([row[key] for row in rows], batch_first=True) for key in rows[0]}
 
 
 def capture_text(watched: Watched, convention: Convention, caption: str) -> dict[Path, Any]:
     """Return the denoiser's text arguments for a caption; for the empty one those of the pipeline's negative prompt."""
     c, unconditional = convention, convention.unconditional
-    if caption or unconditional is None:
-        return text_of(c, watched.draw(caption, c.size, answer_until(c, c.call), **c.extra).calls[-1].kwargs)
-    answers = answer_until(c, unconditional.call)
-    kwargs = watched.draw(c.prompts[0], c.size, answers, **unconditional.extra).calls[-1].kwargs
-    row, count = unconditional.row, unconditional.num_rows
-    return {path: value[row : row + 1] if count > 1 else value for path, value in text_of(c, kwargs).items()}
+    call, extra, row = c.call, c.extra, slice(None)
+    if not caption and unconditional is not None:
+        caption, call, extra = c.prompts[0], unconditional.call, unconditional.extra
+        row = slice(unconditional.row, unconditional.row + 1) if unconditional.num_rows > 1 else row
+    answers = Answers(outputs=lambda _: c.output, stops_at=call)  # earlier calls of the step get zeros
+    text = text_of(c, watched.draw(caption, c.size, answers, **extra).calls[-1].kwargs)
+    return {path: value[row] if isinstance(value, Tensor) else value for path, value in text.items()}
 
 
 def text_of(convention: Convention, kwargs: Any) -> dict[Path, Any]:
@@ -115,6 +103,18 @@ def text_of(convention: Convention, kwargs: Any) -> dict[Path, Any]:
     return {path: found[path] for path in convention.text}
 
 
-def answer_until(convention: Convention, call: int) -> Answers:
-    """Return answers that end the drawing at a call; earlier calls of the step get zeros."""
-    return Answers(outputs=lambda _: convention.output, stops_at=call)
+def fill_arguments(
+    convention: Convention, maps: SizeMaps, text: Mapping[Path, Any], sample_N: Tensor, level_1: Tensor
+) -> Any:
+    """Return the denoiser's arguments for a sample with a text that was captured apart, at `Convention.size`."""
+    c, base, new = convention, leaves(maps.kwargs), dict(text)
+    for path, (axis, length) in c.joint.items():
+        more = base[path].shape[axis] - length
+        new[path] = torch.cat([text[path], base[path].narrow(axis, length, more)], axis)
+    for path in c.time:
+        source, old = c.lines.get(path) or maps.tables[path], base[path]
+        value_1 = source.at(level_1)
+        is_tensor = isinstance(old, Tensor)
+        new[path] = value_1.to(old.dtype).reshape(()).expand(old.shape) if is_tensor else type(old)(value_1.item())
+    new[c.latents] = maps.into(sample_N[None]).reshape(maps.into.shape)
+    return replace_leaves(maps.kwargs, new)

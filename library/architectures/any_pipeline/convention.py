@@ -8,11 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from library.architectures.any_pipeline.trees import Path, format_path
+from library.architectures.any_pipeline.trees import Path, format_path, list_paths
 from library.architectures.any_pipeline.watch import Size, Trace
 
 Mix = Literal["flow", "ddpm"]
 Target = Literal["noise - latent", "latent - noise", "noise", "latent", "velocity"]
+FEW = 8  # values of a constant that the log shows
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,9 @@ class Line:
         return values_B.round() if self.is_whole else values_B
 
     def describe(self, name: str) -> str:
-        factor = {1.0: "", -1.0: "-"}.get(self.factor, f"{self.factor:g} ")
-        text = f"{factor}{name}" if not self.offset else f"{self.offset:g} {'-' if self.factor < 0 else '+'} "
-        if self.offset:
-            text += f"{'' if abs(self.factor) == 1 else f'{abs(self.factor):g} '}{name}"
+        product = f"{'' if abs(self.factor) == 1 else f'{abs(self.factor):g} '}{name}"
+        sign, offset = self.factor < 0, f"{self.offset:g} " if self.offset else ""
+        text = f"{offset}{'-' if sign else '+'} {product}" if offset else f"{'-' if sign else ''}{product}"
         return f"{text}, rounded" if self.is_whole else text
 
 
@@ -49,7 +49,7 @@ class Table:
         known, values = pairs.T.contiguous()
         after = torch.searchsorted(known, levels_B).clamp(1, len(known) - 1)
         share = (levels_B - known[after - 1]) / (known[after] - known[after - 1])
-        values_B: Tensor = values[after - 1] + (values[after] - values[after - 1]) * share
+        values_B: Tensor = torch.lerp(values[after - 1], values[after], share)
         return values_B.round() if self.is_whole else values_B
 
 
@@ -75,17 +75,19 @@ class Convention:
     time: tuple[Path, ...]
     text: tuple[Path, ...]
     geometry: tuple[Path, ...]
-    constant: tuple[Path, ...]
+    joint: Mapping[Path, tuple[int, int]]  # text that grows with the size: the axis, and its length at `size`
+    constant: Mapping[Path, str]  # with values as the log shows them
     extra: Mapping[str, Any]  # options that switch guidance off
     size: Size  # at which it was measured
     prompts: tuple[str, str]
-    pixel_shape: tuple[int, ...]  # of what the VAE decodes to
+    pixel_shape: tuple[int, ...] = ()  # of what the VAE decodes to
     mix: Mix = "flow"
     target: Target = "noise - latent"
     replaces_scheduler: bool = False  # by DDIM, because the pipeline's own is random or rescales its sample
     lines: Mapping[Path, Line] = field(default_factory=dict)  # of `time`; the rest has tables
     counts_from_end: bool = False  # the prediction is behind the caption's tokens in the output
     takes_batches: bool = False  # one call for several samples gives what single calls give
+    pads: bool = False  # also where shorter captions are padded with zeros
     output: Any = None  # the structure of the denoiser's output at `size`, zeros
     latent_shape: tuple[int, ...] = ()  # of what the VAE decodes, at `size`
     scale_Cpp: Any = None  # the VAE's latents are this times the sample, for each channel and place in a patch,
@@ -105,31 +107,22 @@ class Convention:
 
     def latents_of(self, raw_BCHW: Tensor) -> Tensor:
         """Return the VAE's latents as the noise is added to them: without scale and offset, in their own layout."""
-        scale, offset = (tile(values, raw_BCHW) for values in (self.scale_Cpp, self.offset_Cpp))
-        return (raw_BCHW - offset) / scale
+        return (raw_BCHW - tile(self.offset_Cpp, raw_BCHW)) / tile(self.scale_Cpp, raw_BCHW)
 
     def raw_of(self, latents_BCHW: Tensor) -> Tensor:
         """Return what the VAE decodes."""
-        scale, offset = (tile(values, latents_BCHW) for values in (self.scale_Cpp, self.offset_Cpp))
-        return latents_BCHW * scale + offset
+        return latents_BCHW * tile(self.scale_Cpp, latents_BCHW) + tile(self.offset_Cpp, latents_BCHW)
 
     def empty_pixels(self, size: Size) -> Tensor:
         return torch.zeros(*self.pixel_shape[:-2], *size)
 
-    def level_value(self, path: Path, levels_B: Tensor, tables: Mapping[Path, Table]) -> Tensor:
-        """Return what the denoiser is told of noise levels at `path`."""
-        return self.lines[path].at(levels_B) if path in self.lines else tables[path].at(levels_B)
-
-    def weights_of(self, level: float, abar_T: Tensor | None) -> tuple[float, float]:
-        """Return the weights of image and noise in their mix."""
+    def weights_of(self, trace: Trace, step: int) -> tuple[float, float]:
+        """Return the weights of image and noise in their mix at a step."""
+        level = self.level_of(trace, step)
         if self.mix == "flow":
             return 1 - level, level
-        assert abar_T is not None
-        abar = float(abar_T[round(level)])
+        abar = float(trace.scheduler.alphas_cumprod[round(level)])
         return math.sqrt(abar), math.sqrt(1 - abar)
-
-    def target_of(self, latent: Tensor, noise: Tensor, level: float, abar_T: Tensor | None) -> Tensor:
-        return targets_of(latent, noise, *self.weights_of(level, abar_T))[self.target]
 
     def describe(self) -> Iterator[str]:
         """Yield the lines of the log."""
@@ -139,10 +132,15 @@ class Convention:
             for p in self.time
         ]
         yield f"{self.pipeline}: {self.denoiser}, call {self.call + 1} of {self.calls_per_step} in each step"
-        yield f"  latents: {format_path(self.latents)}; noise level: {'; '.join(times)}"
-        roles = {"text": self.text, "size": self.geometry, "constant": self.constant}
-        yield "  " + "; ".join(f"{role}: {list_paths(paths)}" for role, paths in roles.items())
-        rows = "captions of equal length in one call" if self.takes_batches else "samples one after another"
+        yield (
+            f"  latents: {format_path(self.latents)}, {self.latent_shape[1]} channels at 1/{self.downscale} of the "
+            f"size; noise level: {'; '.join(times)}"
+        )
+        yield f"  text: {list_paths(self.text)}; size: {list_paths((*self.geometry, *self.joint))}"
+        constants = ", ".join(f"{format_path(path)} = {value}" for path, value in self.constant.items())
+        yield f"  constant: {constants or 'none'}"
+        lengths = "any length" if self.pads else "equal length"
+        rows = f"captions of {lengths} in one call" if self.takes_batches else "samples one after another"
         yield f"  objective: {'flow' if self.mix == 'flow' else 'DDPM'}, target {self.target}; batches: {rows}"
         without = ", ".join(f"{name}={value}" for name, value in self.extra.items()) or "no option"
         yield f"  guidance is off with {without}; dropped captions are " + (
@@ -150,15 +148,18 @@ class Convention:
         )
 
 
+def format_constant(value: Any) -> str:
+    """Return a constant argument as the log shows it."""
+    if not isinstance(value, Tensor):
+        return str(value)
+    values = [f"{number:g}" for number in value.detach().float().flatten().unique_consecutive().tolist()[: FEW + 1]]
+    return ", ".join(values) if len(values) <= FEW else f"a tensor {tuple(value.shape)}"
+
+
 def tile(values_Cpp: Tensor, like_BCHW: Tensor) -> Tensor:
     """Repeat a pattern over latents."""
-    patch = values_Cpp.shape[-1]
-    height, width = like_BCHW.shape[-2:]
+    patch, (height, width) = values_Cpp.shape[-1], like_BCHW.shape[-2:]
     return values_Cpp.to(like_BCHW).repeat(1, height // patch, width // patch)
-
-
-def list_paths(paths: tuple[Path, ...]) -> str:
-    return ", ".join(map(format_path, paths)) or "none"
 
 
 def targets_of(latent: Tensor, noise: Tensor, signal: float, share: float) -> dict[Target, Tensor]:

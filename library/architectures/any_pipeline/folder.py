@@ -2,17 +2,17 @@
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from library.architectures.any_pipeline.targets import with_targets
-from library.architectures.any_pipeline.watch import Watched, stand_in
+from library.architectures.any_pipeline.targets import block_lists, with_targets
+from library.architectures.any_pipeline.watch import Watched, is_vae, stand_in
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import require_base_name
 from library.checkpoints.model_lookup import read_json
@@ -41,7 +41,7 @@ class PipelineFolder:
     @property
     def vae(self) -> str | None:
         """The component that encodes and decodes images; None for a pipeline that draws pixels."""
-        return next((name for name, kind in self.classes.items() if has_vae_methods(kind)), None)
+        return next((name for name, kind in self.classes.items() if is_vae(kind)), None)
 
     def list_denoisers(self) -> Iterator[str]:
         """Yield the models of diffusers that are no VAE; one of them is the denoiser."""
@@ -81,24 +81,20 @@ class PipelineFolder:
 
     def build_stage(self) -> Watched:
         """Build the pipeline with stand-ins for all models; tokenizers and scheduler are real."""
-        stand_ins = {name: stand_in(self.build_empty(name), self._reader(name)) for name in self.classes}
+        stand_ins = {name: stand_in(self.build_empty(name), self._read_small(name)) for name in self.classes}
         logging.getLogger("diffusers").setLevel(logging.ERROR)  # it warns of every draw
         return Watched(self.kind.from_pretrained(self.path, **stand_ins, **self._left_out()))
 
-    def _reader(self, name: str) -> Any:
+    def _read_small(self, name: str) -> Callable[[str], Tensor | None]:
         if name != self.vae:
-            return None
-        weights = self.open(name).weights
-        return lambda tensor: weights.read(tensor) if tensor in weights.shapes else torch.zeros(())
+            return lambda tensor: None
+        weights = self.open(name).weights  # pipelines read statistics of latents, which may be buffers
+        return lambda tensor: weights.read(tensor) if tensor in weights.shapes else None
 
     def _left_out(self) -> dict[str, Any]:
         known = inspect.signature(self.kind.__init__).parameters
         left_out: dict[str, Any] = {name: None for name in LEFT_OUT if name in known}
         return left_out | ({"requires_safety_checker": False} if "requires_safety_checker" in known else {})
-
-
-def has_vae_methods(kind: type[Any]) -> bool:
-    return all(callable(getattr(kind, name, None)) for name in ("encode", "decode"))
 
 
 def open_folder(name: str | None, trusts_code: bool) -> PipelineFolder:
@@ -250,41 +246,21 @@ def open_loader(folder: PipelineFolder, denoiser: str, options: Any) -> Pipeline
     )
 
 
-def shorten(model: nn.Module) -> dict[str, str]:
-    """Keep the first and the last block of each list of equal blocks. Return new names of weights -> old names."""
-    before = list(model.state_dict())
-    lists = {path: part for path, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) > 2}
-    renamed: dict[str, str] = {}
-    for path, blocks in lists.items():
-        # Lists inside of a shortened one stay whole, so that each name changes in one place.
-        is_inside = any(path.startswith(f"{outer}.") for outer in lists if f"{outer}.1." in renamed)
-        if not is_inside and len({type(block) for block in blocks}) == 1:
-            renamed[f"{path}.1."] = f"{path}.{len(blocks) - 1}."
-            del blocks[1:-1]
-    names = {}
-    for name in model.state_dict():
-        old = next((name.replace(new, source, 1) for new, source in renamed.items() if name.startswith(new)), name)
-        names[name] = old
-    assert set(names.values()) <= set(before)
-    return names
-
-
 def load_shortened(folder: PipelineFolder, name: str) -> nn.Module:
-    """Load a denoiser with few blocks in float32, which is enough to measure how it is called."""
+    """Load a denoiser with the first of each list of repeated blocks, float32: enough to measure how it is called."""
     model = folder.build_empty(name)
-    names = shorten(model)
+    for blocks in block_lists(model):
+        del blocks[1:]
+    names = {key: key for key in model.state_dict()}
     return materialise(model, select_weights(folder.open(name).weights, names), torch.float32)
 
 
 def load_for_measuring(folder: PipelineFolder, precision: str, whole: bool = False) -> dict[str, nn.Module]:
     """Load the text encoders and the VAE, and the denoisers shortened or, if their code needs all blocks, `whole`."""
-    denoisers = set(folder.list_denoisers())
-    models = {}
-    for name in folder.classes:
-        if name in denoisers and not whole:
-            models[name] = load_shortened(folder, name)
-        elif name in denoisers or name == folder.vae:
-            models[name] = folder.load(name, torch.float32)
-        else:
-            models[name] = folder.load(name, text_encoder_dtype(DTYPES[precision]))
-    return models
+    denoisers, of_text = set(folder.list_denoisers()), text_encoder_dtype(DTYPES[precision])
+    return {
+        name: load_shortened(folder, name)
+        if name in denoisers and not whole
+        else folder.load(name, torch.float32 if name in denoisers or name == folder.vae else of_text)
+        for name in folder.classes
+    }

@@ -10,15 +10,14 @@ Letters: B samples, N values of a source, M values of a target.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from library.architectures.any_pipeline.convention import Convention, Table
-from library.architectures.any_pipeline.trees import Path, count_values, fill_like, leaves
-from library.architectures.any_pipeline.watch import Answers, Refused, Size, Trace, Watched
+from library.architectures.any_pipeline.trees import Path, count_values, fill_like, leaves, move
+from library.architectures.any_pipeline.watch import Answers, Refused, Size, Watched
 
 BASE = 32  # of the digits of an index
 LEAST_SCALE = 1e-6  # of the largest one; smaller means that the source has no say
@@ -53,44 +52,19 @@ class Map:
             self, index_M=self.index_M.to(device), scale_M=self.scale_M.to(device), offset_M=self.offset_M.to(device)
         )
 
-    def after(self, first: "Map") -> "Map":
-        """Return the map that applies `first` and then this one."""
-        inner_M = self.index_M.clamp(min=0)
-        is_live_M = (self.index_M >= 0) & (first.index_M[inner_M] >= 0)
-        return Map(
-            torch.where(is_live_M, first.index_M[inner_M], -1),
-            torch.where(is_live_M, self.scale_M * first.scale_M[inner_M], 0.0),
-            self.offset_M + self.scale_M * first.offset_M[inner_M] * (self.index_M >= 0),
-            self.shape,
-            first.num_source,
-            first.from_end,
-        )
-
-    def inverse(self, source_shape: tuple[int, ...]) -> "Map":
-        """Return the map from target to source. Every value of the source must appear once."""
-        order_N = torch.argsort(self.index_M)
-        scale_N, offset_N = self.scale_M[order_N], self.offset_M[order_N]
-        return Map(order_N, 1 / scale_N, -offset_N / scale_N, source_shape, len(self.index_M))
-
-    @property
-    def is_one_to_one(self) -> bool:
-        return bool(torch.equal(self.index_M.sort().values, torch.arange(self.num_source)))
-
-    @property
-    def common_scale(self) -> float | None:
-        """The scale, if all are equal and nothing is added; else None."""
-        scale_M = self.scale_M[self.index_M >= 0]
-        is_common = len(scale_M) and torch.allclose(scale_M, scale_M[:1].expand_as(scale_M), rtol=1e-4)
-        return scale_M[0].item() if is_common and self.offset_M.abs().max() < 1e-6 else None
-
 
 @dataclass(frozen=True, eq=False)
 class SizeMaps:
-    """The part of a convention that belongs to one size of the image."""
+    """The part of a convention that belongs to one size of the image.
+
+    Latents have the values of the scheduler's sample in the layout of the VAE.
+    """
 
     into: Map  # scheduler's sample -> the denoiser's argument
     out: Map  # the denoiser's output -> the scheduler's input
     decode: Map  # scheduler's sample -> what the VAE decodes
+    size: Size
+    template: Any  # an output of the denoiser
     sample_shape: tuple[int, ...]
     kwargs: dict[str, Any]  # the denoiser's arguments for `Convention.prompts[0]`
     tables: Mapping[Path, Table]
@@ -100,25 +74,16 @@ class SizeMaps:
         """How much the scheduler's input depends on the sample itself."""
         return float(self.out.offset_M.abs().max())
 
-    def encode(self) -> Map:
-        """Return the map from the VAE's latents to the scheduler's sample."""
-        return self.decode.inverse(self.sample_shape)
+    def to_sample(self, latents_BM: Tensor) -> Tensor:
+        return latents_BM[:, self.decode.index_M.argsort()]
 
-    def latents_into(self) -> Map:
-        """Return the map from normalised latents, which have the VAE's layout, to the denoiser's argument."""
-        order = replace(
-            self.decode, scale_M=torch.ones_like(self.decode.scale_M), offset_M=torch.zeros_like(self.decode.offset_M)
-        )
-        return self.into.after(order.inverse(self.sample_shape))
+    def to_latents(self, sample_BN: Tensor) -> Tensor:
+        return sample_BN[:, self.decode.index_M]
 
-    def out_latents(self) -> Map:
-        """Return the map from the denoiser's output to a prediction in the layout of the VAE's latents."""
-        index_M = self.decode.index_M
-        out = self.out
-        return replace(
-            out, index_M=out.index_M[index_M], scale_M=out.scale_M[index_M], offset_M=out.offset_M[index_M],
-            shape=self.decode.shape,
-        )  # fmt: skip
+    def on(self, device: torch.device) -> "SizeMaps":
+        """Return these maps with their tensors on the device."""
+        into, out, decode = (each.on(device) for each in (self.into, self.out, self.decode))
+        return replace(self, into=into, out=out, decode=decode, kwargs=move(self.kwargs, device))
 
 
 def read_pattern(decode: Map) -> tuple[Tensor, Tensor]:
@@ -127,14 +92,12 @@ def read_pattern(decode: Map) -> tuple[Tensor, Tensor]:
     Raises Refused if they follow anything else.
     """
     channels, height, width = decode.shape[1], *decode.shape[-2:]
-    scale_CHW, offset_CHW = (v.reshape(channels, height, width) for v in (decode.scale_M, decode.offset_M))
+    whole = [values.reshape(channels, height, width) for values in (decode.scale_M, decode.offset_M)]
     for patch in (1, 2):
-        found = [values[:, :patch, :patch] for values in (scale_CHW, offset_CHW)]
-        tiled = [values.repeat(1, height // patch, width // patch) for values in found]
-        if all(
-            torch.allclose(*pair, rtol=1e-5, atol=1e-6) for pair in zip(tiled, (scale_CHW, offset_CHW), strict=True)
-        ):
-            return found[0].clone(), found[1].clone()
+        scale, offset = (values[:, :patch, :patch].clone() for values in whole)
+        tiled = [values.repeat(1, height // patch, width // patch) for values in (scale, offset)]
+        if all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(tiled, whole, strict=True)):
+            return scale, offset
     raise Refused("the scale of the latents follows their place in the image")
 
 
@@ -164,38 +127,15 @@ def read_map(seen: Sequence[Tensor], num_source: int, what: str) -> Map:
     return Map(index_M, torch.where(is_live_M, scale_M, 0.0).float(), zero_M.float(), tuple(seen[0].shape), num_source)
 
 
-def answer_call(convention: Convention, template: Any, values: Tensor, place: int) -> Any:
-    """Return the denoiser's output that holds `values` in the conditional call, and zeros in others."""
-    is_conditional = place % convention.calls_per_step == convention.call
-    return fill_like(template, values if is_conditional else torch.zeros(count_values(template)))
-
-
-def answer_zeros(convention: Convention, template: Any, size: Size) -> Answers:
+def answer_with(c: Convention, template: Any, size: Size, values: Tensor | None = None) -> Answers:
+    """Return answers that hold `values` in the conditional call, and zeros in others and in the image."""
     zeros = torch.zeros(count_values(template))
-    return Answers(partial(answer_call, convention, template, zeros), pixels=convention.empty_pixels(size))
+    filled = zeros if values is None else values
 
+    def answer(place: int) -> Any:
+        return fill_like(template, filled if place % c.calls_per_step == c.call else zeros)
 
-def put_values(values: Tensor, _: int, old: Tensor) -> Tensor:
-    return values.reshape(old.shape).to(old)
-
-
-def draw_codes(
-    watched: Watched, convention: Convention, size: Size, prompt: str, real: Trace, template: Any
-) -> list[Trace]:
-    """Draw once for every code, in the denoiser's output and in the sample at once."""
-    num_out, sample = count_values(template), real.steps[0].sample
-    of_output, of_sample = codes(num_out), codes(sample.numel())
-    count = max(len(of_output), len(of_sample))
-    of_output += [torch.zeros(num_out)] * (count - len(of_output))
-    of_sample += [torch.zeros(sample.numel())] * (count - len(of_sample))
-    traces = []
-    for output, values in zip(of_output, of_sample, strict=True):
-        answers = Answers(
-            outputs=partial(answer_call, convention, template, output), samples=partial(put_values, values),
-            pixels=real.pixels,
-        )  # fmt: skip
-        traces.append(watched.draw(prompt, size, answers, **convention.extra))
-    return traces
+    return Answers(answer, pixels=c.empty_pixels(size))
 
 
 def read_maps(
@@ -205,36 +145,40 @@ def read_maps(
 
     Raises Refused if they are no elementwise maps.
     """
-    c, prompt = convention, prompt or convention.prompts[0]
-    real = watched.draw(prompt, size, answer_zeros(c, template, size), **c.extra)
-    traces = draw_codes(watched, c, size, prompt, real, template)
-    sample, call = real.steps[0].sample, real.calls[c.call]
-    out = read_map(
-        [t.steps[0].output for t in traces], count_values(template), "the way from the denoiser to the scheduler"
-    )
-    into = read_map(
-        [leaves(t.calls[c.call + c.calls_per_step].kwargs)[c.latents] for t in traces], sample.numel(),
-        "the way from the scheduler to the denoiser",
-    )  # fmt: skip
-    decode = read_map([t.decoded[0] for t in traces], sample.numel(), "the way from the scheduler to the VAE")
-    if not decode.is_one_to_one:
+    c, prompt, num_out = convention, prompt or convention.prompts[0], count_values(template)
+    real = watched.draw(prompt, size, answer_with(c, template, size), **c.extra)
+    shape, call = real.steps[0].sample.shape, real.calls[c.call]
+    num_sample = math.prod(shape)
+    of_output, of_sample = codes(num_out), codes(num_sample)
+    traces = []
+    for place in range(max(len(of_output), len(of_sample))):  # a code for both at once
+        values, sample = (of[place] if place < len(of) else of[0] for of in (of_output, of_sample))
+        answers = replace(
+            answer_with(c, template, size, values), samples=lambda _, old, new=sample: new.reshape(old.shape).to(old)
+        )
+        traces.append(watched.draw(prompt, size, answers, **c.extra))
+    arguments = [leaves(t.calls[c.call + c.calls_per_step].kwargs)[c.latents] for t in traces]
+    out = read_map([t.steps[0].output for t in traces], num_out, "the way from the denoiser to the scheduler")
+    into = read_map(arguments, num_sample, "the way from the scheduler to the denoiser")
+    decode = read_map([t.decoded[0] for t in traces], num_sample, "the way from the scheduler to the VAE")
+    if not torch.equal(decode.index_M.sort().values, torch.arange(num_sample)):
         raise Refused("the VAE does not decode the whole sample")
-    if set(into.index_M.tolist()) - {-1} != set(range(sample.numel())):
+    if set(into.index_M.tolist()) - {-1} != set(range(num_sample)):
         raise Refused("the denoiser does not see the whole sample")
-    tables = read_tables(watched, c, size, template)
     out = replace(out, from_end=c.counts_from_end)
-    return SizeMaps(into, out, decode, tuple(sample.shape), call.kwargs, tables)
+    tables = read_tables(watched, c, size, template)
+    return SizeMaps(into, out, decode, size, template, tuple(shape), call.kwargs, tables)
 
 
 def read_tables(watched: Watched, convention: Convention, size: Size, template: Any) -> dict[Path, Table]:
     """Read the levels that are given to the denoiser by no formula, from the steps of a long drawing."""
-    paths = [path for path in convention.time if path not in convention.lines]
-    if not paths:
+    if convention.lines.keys() == set(convention.time):
         return {}
     levels, given = read_level_values(watched, convention, size, template, NUM_TABLE_STEPS)
     return {
-        path: Table(tuple(levels), tuple(given[path]), all(abs(value - round(value)) < 1e-9 for value in given[path]))
-        for path in paths
+        path: Table(tuple(levels), tuple(values), all(abs(value - round(value)) < 1e-9 for value in values))
+        for path, values in given.items()
+        if path not in convention.lines
     }
 
 
@@ -243,10 +187,8 @@ def read_level_values(
 ) -> tuple[list[float], dict[Path, list[float]]]:
     """Return the noise levels of a drawing's steps, and what the denoiser is given at each, by argument."""
     c = convention
-    trace = watched.draw(c.prompts[0], size, answer_zeros(c, template, size), steps=steps, **c.extra)
-    calls = trace.calls[c.call :: c.calls_per_step]
-    given = {
-        path: [float(torch.as_tensor(leaves(call.kwargs)[path]).double().flatten()[-1]) for call in calls]
-        for path in c.time
+    trace = watched.draw(c.prompts[0], size, answer_with(c, template, size), steps=steps, **c.extra)
+    given = [leaves(call.kwargs) for call in trace.calls[c.call :: c.calls_per_step]]
+    return [c.level_of(trace, number) for number in range(len(trace.steps))], {
+        path: [float(torch.as_tensor(values[path]).double().flatten()[-1]) for values in given] for path in c.time
     }
-    return [c.level_of(trace, number) for number in range(len(trace.steps))], given

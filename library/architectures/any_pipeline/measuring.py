@@ -9,8 +9,9 @@ The rules:
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,17 +23,20 @@ from library.architectures.any_pipeline.convention import (
     Mix,
     Target,
     Unconditional,
-    list_paths,
+    format_constant,
     targets_of,
 )
-from library.architectures.any_pipeline.maps import (
-    SizeMaps,
-    answer_zeros,
-    read_level_values,
-    read_maps,
-    read_pattern,
+from library.architectures.any_pipeline.maps import SizeMaps, answer_with, read_level_values, read_maps, read_pattern
+from library.architectures.any_pipeline.trees import (
+    Path,
+    count_values,
+    differing,
+    empty_like,
+    float_tensors,
+    is_same,
+    leaves,
+    list_paths,
 )
-from library.architectures.any_pipeline.trees import Path, count_values, differing, empty_like, is_same, leaves
 from library.architectures.any_pipeline.watch import (
     Answers,
     Call,
@@ -42,45 +46,56 @@ from library.architectures.any_pipeline.watch import (
     Watched,
     WrongSize,
     copy_scheduler,
-    next_sample,
 )
 
 PROMPTS = ("a cat", "two dogs on a hill")
+NEGATIVE = ("blue", "a red house")
 MOST_ERROR = 1e-3  # of a scheduler's step, to accept an objective
 SCALES = ("guidance_scale", "cfg_scale", "pag_scale")  # ends of the names of options that guide
 NUM_LEVELS = 7  # steps of a drawing from which lines of levels are fitted
+NUM_STAGES = 5  # of `measure`
 
 
 def measure(
-    watched: Watched, size: Size, prompts: tuple[str, str] = PROMPTS, **options: Any
+    watched: Watched,
+    size: Size,
+    prompts: tuple[str, str] = PROMPTS,
+    advance: Callable[[int], None] = lambda count: None,
+    **options: Any,
 ) -> tuple[Convention, SizeMaps]:
     """Measure the convention of a pipeline whose models are in memory, at `size`. `options` go to the pipeline.
 
-    Raises Refused with the reason if the rules cannot express it.
+    `advance` is called after each stage. Raises Refused with the reason if the rules cannot express the pipeline.
     """
     if not watched.vae:
         raise Refused("it draws without a VAE, which this script does not train")
     watched.denoiser = None
     watched.memory.clear()
     convention, trace = read_roles(watched, size, prompts, options)
-    template = trace.calls[convention.call].output
+    output = trace.calls[convention.call].output
     assert trace.pixels is not None
-    convention = replace(convention, pixel_shape=tuple(trace.pixels.shape))
     if tuple(trace.pixels.shape[-2:]) != size:
         raise WrongSize(f"an image of {size} comes out with {tuple(trace.pixels.shape[-2:])}")
-    convention = read_objective(watched, convention, trace, template)
-    convention = read_time(watched, convention, template)
-    convention, maps = read_output(watched, convention, template)
-    if convention.calls_per_step > 1 and abs(abs(maps.out.common_scale or 0.0) - 1) > 1e-4:
+    convention = replace(convention, pixel_shape=tuple(trace.pixels.shape), output=empty_like(output))
+    advance(1)
+    convention = read_objective(watched, convention, trace)
+    advance(1)
+    convention = read_lines(watched, convention)
+    advance(1)
+    convention, maps = read_output(watched, convention)
+    scales = maps.out.scale_M[maps.out.index_M >= 0].abs()
+    if convention.calls_per_step > 1 and (scales - 1).abs().max() > 1e-4:
         raise Refused("guidance cannot be switched off")
     if maps.residue > 1e-5:
         raise Refused(f"what the scheduler gets also depends on the sample (by {maps.residue:.2g})")
-    require_unit_noise(watched, convention, template)
+    require_unit_noise(watched, convention)
+    advance(1)
     scale_Cpp, offset_Cpp = read_pattern(maps.decode)
+    unconditional = find_unconditional(watched, convention, options)
+    advance(1)
     return replace(
-        convention, output=empty_like(template),
-        latent_shape=maps.decode.shape, scale_Cpp=scale_Cpp, offset_Cpp=offset_Cpp,
-        unconditional=find_unconditional(watched, convention, options),
+        convention, latent_shape=maps.decode.shape, scale_Cpp=scale_Cpp, offset_Cpp=offset_Cpp,
+        unconditional=unconditional,
     ), maps  # fmt: skip
 
 
@@ -92,54 +107,82 @@ def read_roles(
 ) -> tuple[Convention, Trace]:
     """Find the denoiser and the role of each of its arguments by changing seed, prompt, size and step one at a time."""
     extra, trace = find_quiet(watched, prompts[0], size, options)
-    name = find_denoiser(watched, trace, prompts, size, extra)
-    watched.denoiser = name
+    watched.denoiser = name = find_denoiser(watched, trace, prompts, size, extra)
+    wide = (size[0], 2 * size[1])
 
-    def calls(prompt: str, sides: Size, answers: Answers | None = None, **more: Any) -> list[Call]:
+    def draw(prompt: str = prompts[0], sides: Size = size, answers: Answers | None = None, **more: Any) -> list[Call]:
         return watched.draw(prompt, sides, answers, **{**extra, **more}).calls
 
     trace = watched.draw(prompts[0], size, **extra)
-    first, per_step = trace.calls, len(trace.calls) // len(trace.steps)
-    if per_step * len(trace.steps) != len(first):
+    per_step = len(trace.calls) // len(trace.steps)
+    if per_step * len(trace.steps) != len(trace.calls):
         raise Refused(f"{name} is called in some steps only, so two models share the noise levels")
-    call = find_conditional(first[:per_step], calls, prompts, size, watched)
-    wide = (size[0], 2 * size[1])
-    base = leaves(first[call].kwargs)
-    by_text = differing(base, leaves(calls(prompts[1], size)[call].kwargs))
-    by_size = differing(base, leaves(calls(prompts[0], wide)[call].kwargs))
-    by_step = differing(base, leaves(first[call + per_step].kwargs))
-    by_sample = differing(
-        *(leaves(calls(prompts[0], size, constant_sample(v))[call + per_step].kwargs) for v in (0.0, 1.0))
-    )
+    call = find_conditional(trace.calls[:per_step], draw, prompts, watched)
+
+    def arguments(*drawn: Any, step: int = 0) -> dict[Path, Any]:
+        return leaves(draw(*drawn)[call + step * per_step].kwargs)
+
+    base, other, of_wide = leaves(trace.calls[call].kwargs), arguments(prompts[1]), arguments(prompts[0], wide)
+    by_text, by_size = differing(base, other), differing(base, of_wide)
+    by_step = differing(base, leaves(trace.calls[call + per_step].kwargs))
+    constants = [Answers(samples=partial(fill_first_sample, value)) for value in (0.0, 1.0)]
+    by_sample = differing(*(arguments(prompts[0], size, answers, step=1) for answers in constants))
     latents = find_latents(by_sample, by_text, base)
-    time = tuple(sorted((p for p in by_step - by_sample if isinstance(base.get(p), Tensor | float | int)), key=str))
+    time = sort(p for p in by_step - by_sample if isinstance(base.get(p), Tensor | float | int))
     if not time:
         raise Refused("no argument of the denoiser follows the step")
-    text, geometry = by_text - {latents}, by_size - {latents}
-    if absent := [path for path in text if path not in base]:
-        raise Refused(f"the number of the denoiser's arguments follows the prompt ({list_paths(tuple(absent))})")
-    both = sorted(text & geometry, key=str)
-    composed = {
-        **leaves(calls(prompts[0], wide)[call].kwargs),
-        **{p: leaves(calls(prompts[1], size)[call].kwargs)[p] for p in text},
-    }
-    actual = leaves(calls(prompts[1], wide)[call].kwargs)
-    both += [p for p in differing(composed, actual) if p != latents and p not in time and p not in both]
-    if both:
-        raise Refused(f"{list_paths(tuple(both))} follows caption and size together, so captions cannot be cached")
-    constant = base.keys() - text - geometry - set(time) - {latents}
+    text = by_text - {latents}
+    if absent := sort(path for path in text if path not in base):
+        raise Refused(f"the number of the denoiser's arguments follows the prompt ({list_paths(absent)})")
+    joint = {path: found for path in text & by_size if (found := find_growing_axis(base[path], of_wide.get(path)))}
+    together = sort(text & by_size - joint.keys()) or sort(
+        path
+        for path, value in arguments(prompts[1], wide).items()
+        if path != latents
+        and path not in time
+        and not is_same(value, composed_value(path, text, joint, other, of_wide))
+    )
+    if together:
+        raise Refused(f"{list_paths(together)} follows caption and size together, so captions cannot be cached")
+    constant = sort(base.keys() - by_text - by_size - {*time, latents})
     return Convention(
-        type(watched.pipe).__name__, name, call, per_step, latents, time, sort(text), sort(geometry), sort(constant),
-        extra, size, prompts, (),
+        type(watched.pipe).__name__, name, call, per_step, latents, time, sort(text), sort(by_size - text - {latents}),
+        joint, {path: format_constant(base[path]) for path in constant}, extra, size, prompts,
     ), trace  # fmt: skip
 
 
-def sort(paths: set[Path]) -> tuple[Path, ...]:
+def sort(paths: Any) -> tuple[Path, ...]:
     return tuple(sorted(paths, key=str))
 
 
-def constant_sample(value: float) -> Answers:
-    return Answers(samples=lambda step, sample: torch.full_like(sample, value) if step == 0 else None)
+def fill_first_sample(value: float, step: int, sample: Tensor) -> Tensor | None:
+    return torch.full_like(sample, value) if step == 0 else None
+
+
+def find_growing_axis(small: Any, large: Any) -> tuple[int, int] | None:
+    """Return (axis, length) of an argument to whose end a larger size adds values; None if it follows the size
+    otherwise."""
+    if not (isinstance(small, Tensor) and isinstance(large, Tensor) and small.ndim == large.ndim):
+        return None
+    axes = [axis for axis in range(small.ndim) if small.shape[axis] < large.shape[axis]]
+    if len(axes) != 1 or not is_same(large.narrow(axes[0], 0, small.shape[axes[0]]), small):
+        return None
+    return axes[0], small.shape[axes[0]]
+
+
+def composed_value(
+    path: Path,
+    text: set[Path],
+    joint: Mapping[Path, tuple[int, int]],
+    of_text: Mapping[Path, Any],
+    of_size: Mapping[Path, Any],
+) -> Any:
+    """Return an argument put together from two drawings."""
+    if path not in joint:
+        return (of_text if path in text else of_size).get(path)
+    axis, length = joint[path]
+    more = of_size[path].narrow(axis, length, of_size[path].shape[axis] - length)
+    return torch.cat([of_text[path], more], axis)
 
 
 def find_quiet(watched: Watched, prompt: str, size: Size, options: Mapping[str, Any]) -> tuple[dict[str, Any], Trace]:
@@ -157,7 +200,7 @@ def find_quiet(watched: Watched, prompt: str, size: Size, options: Mapping[str, 
         if not trace.steps:
             raise Refused("the pipeline draws without calling its scheduler")
         between = {call.name for call in trace.calls if 0 < call.step < len(trace.steps)}
-        amount = sum(count_values(c.output) for c in trace.calls if c.name in between)
+        amount = sum(count_values(call.output) for call in trace.calls if call.name in between)
         if best is None or amount < best[0]:
             best = amount, {**quiet, **options}, trace
         if amount <= 1.001 * sum(step.output.numel() for step in trace.steps):
@@ -180,7 +223,7 @@ def list_quiet(watched: Watched) -> Iterator[dict[str, Any]]:
 def find_denoiser(
     watched: Watched, trace: Trace, prompts: tuple[str, str], size: Size, extra: Mapping[str, Any]
 ) -> str:
-    """Return the component that is called between two steps, follows the prompt and reaches the scheduler."""
+    """Return the component that is called between two steps and follows the prompt."""
     names = sorted({call.name for call in trace.calls if 0 < call.step < len(trace.steps)})
     if not names:
         raise Refused("no model is called between two steps of the scheduler")
@@ -197,26 +240,24 @@ def find_denoiser(
     return following[0]
 
 
-def find_conditional(first: list[Call], calls: Any, prompts: tuple[str, str], size: Size, watched: Watched) -> int:
+def find_conditional(first: Sequence[Call], draw: Any, prompts: tuple[str, str], watched: Watched) -> int:
     """Return which call of a step has the prompt and not the negative one."""
-    other = calls(prompts[1], size)
-    which = [i for i, call in enumerate(first) if differing(leaves(call.kwargs), leaves(other[i].kwargs))]
-    if not which:
-        raise Refused("no argument of the denoiser follows the prompt")
-    if len(which) > 1:
-        if "negative_prompt" not in watched.options:
-            raise Refused(f"{len(which)} calls in each step follow the prompt")
-        blue, red = (calls(prompts[0], size, negative_prompt=text) for text in ("blue", "a red house"))
-        which = [i for i in which if not differing(leaves(blue[i].kwargs), leaves(red[i].kwargs))]
-        if len(which) != 1:
-            raise Refused(f"{len(which)} calls in each step follow the prompt")
-    return which[0]
+
+    def following(a: Sequence[Call], b: Sequence[Call]) -> set[int]:
+        return {i for i in range(len(first)) if differing(leaves(a[i].kwargs), leaves(b[i].kwargs))}
+
+    which = following(first, draw(prompts[1]))
+    if len(which) > 1 and "negative_prompt" in watched.options:
+        which -= following(*(draw(negative_prompt=text) for text in NEGATIVE))
+    if len(which) != 1:
+        raise Refused(f"{len(which)} calls in each step follow the prompt" if which else "no call follows the prompt")
+    return which.pop()
 
 
 def find_latents(by_sample: set[Path], by_text: set[Path], base: Mapping[Path, Any]) -> Path:
     found = [path for path in by_sample if isinstance(base.get(path), Tensor)]
     if len(found) != 1:
-        raise Refused(f"the sample reaches {len(found)} arguments of the denoiser ({list_paths(sort(set(found)))})")
+        raise Refused(f"the sample reaches {len(found)} arguments of the denoiser ({list_paths(sort(found))})")
     if found[0] in by_text:
         raise Refused("caption and latents share an argument of the denoiser")
     return found[0]
@@ -225,20 +266,19 @@ def find_latents(by_sample: set[Path], by_text: set[Path], base: Mapping[Path, A
 # --- objective ---
 
 
-def read_objective(watched: Watched, convention: Convention, trace: Trace, template: Any) -> Convention:
+def read_objective(watched: Watched, convention: Convention, trace: Trace) -> Convention:
     """Find the objective. A scheduler that is random or rescales its sample gives way to DDIM of its configuration."""
     try:
         mix, target = find_objective(trace)
         found = replace(convention, mix=mix, target=target)
-        if mix == "ddpm" and not sees_plain_sample(watched, found, template):
+        if mix == "ddpm" and not sees_plain_sample(watched, found):
             raise Refused("the scheduler rescales its sample")
         return found
     except Refused:
         if getattr(watched.pipe.scheduler, "alphas_cumprod", None) is None:
             raise
     watched.set_scheduler(plain_scheduler(watched.pipe.scheduler))
-    trace = watched.draw(convention.prompts[0], convention.size, **convention.extra)
-    mix, target = find_objective(trace)
+    mix, target = find_objective(watched.draw(convention.prompts[0], convention.size, **convention.extra))
     return replace(convention, mix=mix, target=target, replaces_scheduler=True)
 
 
@@ -252,25 +292,21 @@ def plain_scheduler(scheduler: Any) -> Any:
     )  # fmt: skip
 
 
-def sees_plain_sample(watched: Watched, convention: Convention, template: Any) -> bool:
+def sees_plain_sample(watched: Watched, convention: Convention) -> bool:
     """Return True if the denoiser gets the scheduler's sample unscaled."""
-    zeros = answer_zeros(convention, template, convention.size)
-    outputs = [replace(zeros, samples=constant_sample(value).samples) for value in (0.0, 1.0)]
-    place = convention.call + convention.calls_per_step
-    zero, one = (
-        leaves(watched.draw(convention.prompts[0], convention.size, answers, **convention.extra).calls[place].kwargs)[
-            convention.latents
-        ]
-        for answers in outputs
-    )
-    return bool(((one - zero - 1).abs() < 1e-5).all())
+    c, zeros = convention, answer_with(convention, convention.output, convention.size)
+    seen = []
+    for value in (0.0, 1.0):
+        answers = replace(zeros, samples=partial(fill_first_sample, value))
+        call = watched.draw(c.prompts[0], c.size, answers, **c.extra).calls[c.call + c.calls_per_step]
+        seen.append(leaves(call.kwargs)[c.latents])
+    return bool(((seen[1] - seen[0] - 1).abs() < 1e-5).all())
 
 
 def find_objective(trace: Trace) -> tuple[Mix, Target]:
     """Return the (mix, target) with which one step of the trace's scheduler is exact."""
-    scheduler, shape, timestep = trace.scheduler, trace.steps[0].sample.shape, trace.steps[0].timestep
-    generator = torch.Generator().manual_seed(5)
-    latent, noise = (torch.randn(shape, generator=generator) for _ in range(2))
+    scheduler, timestep = trace.scheduler, trace.steps[0].timestep
+    latent, noise = torch.randn(2, *trace.steps[0].sample.shape, generator=torch.Generator().manual_seed(5))
     for mix, (now, then) in list_mixes(scheduler, timestep).items():
         for target, value in targets_of(latent, noise, *now).items():
             if mix == "flow" and target == "velocity":
@@ -279,40 +315,36 @@ def find_objective(trace: Trace) -> tuple[Mix, Target]:
                 out = copy_scheduler(scheduler).step(value, timestep, now[0] * latent + now[1] * noise)
             except Exception:  # not a prediction that this scheduler takes
                 continue
-            if (next_sample(out) - (then[0] * latent + then[1] * noise)).abs().max() < MOST_ERROR:
+            if (float_tensors(out)[0] - (then[0] * latent + then[1] * noise)).abs().max() < MOST_ERROR:
                 return mix, target
     raise Refused(f"no known objective makes a step of {type(scheduler).__name__} exact")
 
 
-def list_mixes(scheduler: Any, timestep: Any) -> dict[Mix, tuple[tuple[float, float], tuple[float, float]]]:
+def list_mixes(scheduler: Any, timestep: Any) -> dict[Mix, list[tuple[float, float]]]:
     """Return the weights of image and noise at the first and at the second step, for each kind of mix."""
     timesteps = [float(value) for value in scheduler.timesteps]
     now = float(torch.as_tensor(timestep).flatten()[0])
     place = timesteps.index(now) if now in timesteps[:-1] else 0
-    mixes: dict[Mix, tuple[tuple[float, float], tuple[float, float]]] = {}
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is not None and len(sigmas) > place + 1:
-        a, b = float(sigmas[place]), float(sigmas[place + 1])
-        if max(a, b) <= 1 + 1e-6:
-            mixes["flow"] = (1 - a, a), (1 - b, b)
-    abar_T = getattr(scheduler, "alphas_cumprod", None)
+    mixes: dict[Mix, list[tuple[float, float]]] = {}
+    sigmas, abar_T = (getattr(scheduler, name, None) for name in ("sigmas", "alphas_cumprod"))
+    if sigmas is not None and len(sigmas) > place + 1 and sigmas[place : place + 2].max() <= 1 + 1e-6:
+        mixes["flow"] = [(1 - float(sigma), float(sigma)) for sigma in sigmas[place : place + 2]]
     if abar_T is not None and len(abar_T) == 1000:
-        first, second = (float(abar_T[int(t)]) for t in (now, timesteps[place + 1]))
-        mixes["ddpm"] = tuple((math.sqrt(abar), math.sqrt(1 - abar)) for abar in (first, second))  # type: ignore[assignment]
+        abars = [float(abar_T[int(t)]) for t in (now, timesteps[place + 1])]
+        mixes["ddpm"] = [(math.sqrt(abar), math.sqrt(1 - abar)) for abar in abars]
     return mixes
 
 
 # --- noise levels ---
 
 
-def read_time(watched: Watched, convention: Convention, template: Any) -> Convention:
+def read_lines(watched: Watched, convention: Convention) -> Convention:
     """Fit a line to each argument that follows the step; the others are read from tables for each size."""
-    levels, given = read_level_values(watched, convention, convention.size, template, NUM_LEVELS)
-    base = leaves(
-        watched.draw(convention.prompts[0], convention.size, Answers(stops_at=0), **convention.extra).calls[0].kwargs
-    )
+    c = convention
+    levels, given = read_level_values(watched, c, c.size, c.output, NUM_LEVELS)
+    base = leaves(watched.draw(c.prompts[0], c.size, Answers(stops_at=0), **c.extra).calls[0].kwargs)
     lines = {path: fit_line(levels, values, base.get(path)) for path, values in given.items()}
-    return replace(convention, lines={path: line for path, line in lines.items() if line is not None})
+    return replace(c, lines={path: line for path, line in lines.items() if line is not None})
 
 
 def fit_line(levels: list[float], given: list[float], example: Any) -> Line | None:
@@ -325,11 +357,9 @@ def fit_line(levels: list[float], given: list[float], example: Any) -> Line | No
         factor = float(round(factor))
     if abs(offset - round(offset)) < 1e-6 * span:
         offset = float(round(offset))
-    takes_whole = isinstance(example, Tensor) and not example.is_floating_point()
-    are_whole = all(abs(value - round(value)) < 1e-9 for value in given)
-    if takes_whole and error <= 1e-6:
+    if isinstance(example, Tensor) and not example.is_floating_point() and error <= 1e-6:
         return Line(factor, offset, True)
-    if are_whole and error > 1e-6 and error * span <= 1:
+    if all(abs(value - round(value)) < 1e-9 for value in given) and error > 1e-6 and error * span <= 1:
         return Line(float(round(factor)), float(round(offset)), True)
     return Line(factor, offset, False) if error <= 1e-4 else None
 
@@ -337,30 +367,28 @@ def fit_line(levels: list[float], given: list[float], example: Any) -> Line | No
 # --- output ---
 
 
-def read_output(watched: Watched, convention: Convention, template: Any) -> tuple[Convention, SizeMaps]:
+def read_output(watched: Watched, convention: Convention) -> tuple[Convention, SizeMaps]:
     """Read the maps at the size of the convention, and what is true of the denoiser's output for every size."""
     c = convention
-    maps = read_maps(watched, c, c.size, template)
-    other = watched.draw(c.prompts[1], c.size, **c.extra).calls[c.call].output
-    if (shift := count_values(other) - count_values(template)) != 0:
+    maps = read_maps(watched, c, c.size, c.output)
+    other = watched.draw(c.prompts[1], c.size, Answers(stops_at=c.calls_per_step), **c.extra).calls[c.call].output
+    shift = count_values(other) - count_values(c.output)
+    if shift:
         second = read_maps(watched, c, c.size, other, c.prompts[1]).out
-        if second.shape != maps.out.shape or not torch.allclose(second.scale_M, maps.out.scale_M):
+        is_alike = second.shape == maps.out.shape and torch.allclose(second.scale_M, maps.out.scale_M)
+        if is_alike and torch.equal(second.index_M - shift, maps.out.index_M):
+            return replace(c, counts_from_end=True), replace(maps, out=replace(maps.out, from_end=True))
+        if not (is_alike and torch.equal(second.index_M, maps.out.index_M)):
             raise Refused("where the prediction lies in the denoiser's output follows the caption")
-        if torch.equal(second.index_M - shift, maps.out.index_M):
-            c = replace(c, counts_from_end=True)
-        elif not torch.equal(second.index_M, maps.out.index_M):
-            raise Refused("where the prediction lies in the denoiser's output follows the caption")
-    return (c, maps) if c is convention else (c, read_maps(watched, c, c.size, template))
+    return c, maps
 
 
-def require_unit_noise(watched: Watched, convention: Convention, template: Any) -> None:
+def require_unit_noise(watched: Watched, convention: Convention) -> None:
     """Raise Refused if a flow's drawing does not begin with noise of unit variance."""
-    if convention.mix != "flow":
-        return
-    answers = answer_zeros(convention, template, convention.size)
-    trace = watched.draw(convention.prompts[0], convention.size, answers, **convention.extra)
-    deviation = float(trace.steps[0].sample.float().std()) / max(convention.level_of(trace, 0), 1e-3)
-    if abs(deviation - 1) > 0.15:
+    c = convention
+    trace = watched.draw(c.prompts[0], c.size, answer_with(c, c.output, c.size), **c.extra)
+    deviation = float(trace.steps[0].sample.float().std()) / max(c.level_of(trace, 0), 1e-3)
+    if c.mix == "flow" and abs(deviation - 1) > 0.15:
         raise Refused(f"it draws from noise of standard deviation {deviation:.2g}, not 1")
 
 
@@ -375,16 +403,11 @@ def find_unconditional(watched: Watched, convention: Convention, options: Mappin
     scales = [name for name in c.extra if name.endswith(("guidance_scale", "cfg_scale"))]
     for extra in (dict(options), *({**c.extra, name: 3.0} for name in scales)):
         try:
-            blue, red = (
-                watched.draw(c.prompts[0], c.size, negative_prompt=text, **extra).calls
-                for text in ("blue", "a red house")
-            )
+            blue, red = (watched.draw(c.prompts[0], c.size, negative_prompt=t, **extra).calls for t in NEGATIVE)
         except Exception:  # an option that needs others
             continue
         for place, (a, b) in enumerate(zip(blue, red, strict=False)):
-            if a.step:
-                break
-            rows = find_rows(c, leaves(a.kwargs), leaves(b.kwargs))
+            rows = find_rows(c, leaves(a.kwargs), leaves(b.kwargs)) if a.step == 0 else None
             if rows is not None:
                 return Unconditional(extra, place, *rows)
     return None
@@ -392,17 +415,16 @@ def find_unconditional(watched: Watched, convention: Convention, options: Mappin
 
 def find_rows(convention: Convention, a: Mapping[Path, Any], b: Mapping[Path, Any]) -> tuple[int, int] | None:
     """Return (row, number of rows) of the values that differ between two calls; None if it is not exactly one row."""
-    paths = [path for path in convention.text if path in a and path in b and not is_same(a[path], b[path])]
-    if not paths or any(path not in a for path in convention.text):
+    if not a.keys() & b.keys() >= set(convention.text):
         return None
     num_rows = a[convention.latents].shape[0] if isinstance(convention.latents[-1], str) else 1
-    if num_rows == 1:
-        return 0, 1
+    changed = [path for path in convention.text if not is_same(a[path], b[path])]
+    if num_rows == 1 or not changed:
+        return (0, 1) if changed else None
     # With one call for both prompts, a row of every text argument is the negative prompt's.
-    if not all(isinstance(a[path], Tensor) and a[path].shape[:1] == (num_rows,) for path in convention.text):
-        return None
-    first, second = a[paths[0]], b[paths[0]]
-    if first.shape != second.shape:
+    first, second = a[changed[0]], b[changed[0]]
+    has_rows = all(isinstance(a[path], Tensor) and a[path].shape[:1] == (num_rows,) for path in convention.text)
+    if not has_rows or first.shape != second.shape:
         return None
     rows = [row for row in range(num_rows) if not torch.equal(first[row], second[row])]
     return (rows[0], num_rows) if len(rows) == 1 else None

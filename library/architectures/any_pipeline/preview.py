@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict
-from library.architectures.any_pipeline.watch import Answers, Stop, copy_scheduler
+from library.architectures.any_pipeline.watch import Answers, Stop, copy_scheduler, setting
 from library.diffusion.samplers import DdpmSampler, FlowSampler, Sampler, Velocity
 from library.protocols import Preview, PromptDefaults
 from library.types import Prompt
@@ -65,12 +65,17 @@ def draw(
             raise Stop
 
     answers = Answers(samples=check_interruption, pixels=c.empty_pixels(size))
-    with watched.using({c.denoiser: denoiser}), watched.own_scheduler():
+    with (
+        setting(watched, models={**watched.models, c.denoiser: denoiser}),
+        setting(watched.pipe, scheduler=watched.own_scheduler),
+    ):
         trace = watched.draw(prompt.text, size, answers, steps=prompt.num_steps, **extra)
     if not trace.decoded:
         return None
     raw = trace.decoded[0]
-    return c.latents_of(raw.reshape(raw.shape[0], raw.shape[1], *raw.shape[-2:])).to(predict.device(denoiser))
+    return c.latents_of(raw.reshape(raw.shape[0], raw.shape[1], *raw.shape[-2:])).to(
+        next(iter(denoiser.parameters())).device
+    )
 
 
 def build_sampler(predict: PipelinePredict, prompt: Prompt) -> Sampler:

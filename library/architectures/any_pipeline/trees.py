@@ -1,10 +1,14 @@
-"""Nested arguments and outputs of models: dicts, lists and tuples with tensors as leaves, addressed by paths."""
+"""Nested arguments and outputs of models: dicts, lists and tuples with tensors as leaves, addressed by paths.
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+torch's pytree cannot hold the outputs of models: it needs their classes, some of which only a loaded model can build.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Path = tuple[str | int, ...]
 """The keys and indices that lead to a leaf."""
@@ -23,26 +27,9 @@ class Output(dict[str, Any]):
         return list(self.values())[key] if isinstance(key, int | slice) else super().__getitem__(key)
 
 
-def flatten(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yield (path, leaf) in order."""
-    if isinstance(tree, Mapping):
-        for key in tree:
-            yield from flatten(tree[key], (*path, key))
-    elif isinstance(tree, list | tuple):
-        for index, item in enumerate(tree):
-            yield from flatten(item, (*path, index))
-    else:
-        yield path, tree
-
-
-def leaves(tree: Any) -> dict[Path, Any]:
-    return dict(flatten(tree))
-
-
 def map_leaves(tree: Any, change: Callable[[Path, Any], Any], path: Path = ()) -> Any:
     """Return a tree of plain dicts, `Output`s, lists and tuples with every leaf replaced by `change(path, leaf)`."""
     if isinstance(tree, Mapping):
-        # Outputs of transformers and diffusers are dicts whose fields are attributes too.
         kind = dict if type(tree) is dict else Output
         return kind({key: map_leaves(tree[key], change, (*path, key)) for key in tree})
     if isinstance(tree, list | tuple):
@@ -51,31 +38,40 @@ def map_leaves(tree: Any, change: Callable[[Path, Any], Any], path: Path = ()) -
     return change(path, tree)
 
 
+def leaves(tree: Any) -> dict[Path, Any]:
+    found: dict[Path, Any] = {}
+    map_leaves(tree, found.setdefault)
+    return found
+
+
 def replace_leaves(tree: Any, new: Mapping[Path, Any]) -> Any:
     """Return a copy with the leaves at the paths of `new` replaced."""
     return map_leaves(tree, lambda path, leaf: new.get(path, leaf))
 
 
+def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    return map_leaves(tree, lambda _, leaf: change(leaf) if isinstance(leaf, Tensor) else leaf)
+
+
 def copy_tensors(tree: Any) -> Any:
     """Return a copy with copied tensors, because pipelines change theirs in place."""
-    return map_leaves(tree, lambda _, leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf)
+    return map_tensors(tree, lambda tensor: tensor.detach().clone())
 
 
 def move(tree: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
     """Move the tensors to a device; with `dtype` floating point ones are also converted."""
+    return map_tensors(tree, lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
 
-    def change(_: Path, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf.to(device, dtype if leaf.is_floating_point() else None)
 
-    return map_leaves(tree, change)
+def empty_like(output: Any) -> Any:
+    """Return an output of the same structure and shapes, zeros in float32 on the CPU."""
+    return map_tensors(output, lambda tensor: torch.zeros(tensor.shape))
 
 
 def is_same(a: Any, b: Any) -> bool:
     """Return True for two leaves of equal type, shape and values."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+        return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
     return type(a) is type(b) and not isinstance(a, Tensor) and (a is b or bool(a == b))
 
 
@@ -84,12 +80,12 @@ def differing(a: Mapping[Path, Any], b: Mapping[Path, Any]) -> set[Path]:
     return {path for path in a.keys() | b.keys() if path not in a or path not in b or not is_same(a[path], b[path])}
 
 
+def is_float(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
 def float_tensors(tree: Any) -> list[Tensor]:
-    return [leaf for _, leaf in flatten(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def count_values(output: Any) -> int:
-    return sum(tensor.numel() for tensor in float_tensors(output))
+    return [leaf for leaf in leaves(tree).values() if is_float(leaf)]
 
 
 def join_values(output: Any) -> Tensor:
@@ -97,46 +93,64 @@ def join_values(output: Any) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in float_tensors(output)])
 
 
+def count_values(output: Any) -> int:
+    return sum(tensor.numel() for tensor in float_tensors(output))
+
+
 def fill_like(output: Any, values: Tensor) -> Any:
     """Return an output of the same structure that holds the vector `values`."""
-    start = 0
-
-    def change(_: Path, leaf: Any) -> Any:
-        nonlocal start
-        if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
-            return leaf
-        start += leaf.numel()
-        return values[start - leaf.numel() : start].reshape(leaf.shape).to(leaf)
-
-    return map_leaves(output, change)
+    parts = iter(values.split([tensor.numel() for tensor in float_tensors(output)]))
+    return map_tensors(output, lambda old: next(parts).reshape(old.shape).to(old) if is_float(old) else old)
 
 
-def stack_rows(rows: Sequence[Any]) -> Any:
-    """Return the arguments of one call for several samples: tensors whose first axis is 1 are joined along it."""
-    columns = [leaves(row) for row in rows]
+class Unequal(ValueError):
+    """Arguments of several samples that cannot share a call."""
 
-    def stack(path: Path, leaf: Any) -> Any:
-        is_row = isinstance(leaf, Tensor) and leaf.shape[:1] == (1,)
-        return torch.cat([column[path] for column in columns]) if is_row else leaf
 
-    return map_leaves(rows[0], stack)
+def join_rows(rows: Sequence[Any], pads: bool) -> Any:
+    """Return the arguments of one call for several samples: lists of one item are joined, and tensors along the first
+    axis, if that is 1, or a new one. With `pads` shorter tensors get zeros at their ends. Raises Unequal."""
+    first = rows[0]
+    if isinstance(first, Mapping) and all(row.keys() == first.keys() for row in rows):
+        return {key: join_rows([row[key] for row in rows], pads) for key in first}
+    if isinstance(first, list) and all(len(row) == 1 for row in rows):
+        return [item for row in rows for item in row]
+    if isinstance(first, list | tuple) and all(len(row) == len(first) for row in rows):
+        return type(first)(join_rows(items, pads) for items in zip(*rows, strict=True))
+    if isinstance(first, Tensor) and first.shape[:1] in ((), (1,)):
+        values = [row.reshape(1) if row.ndim == 0 else row for row in rows]
+        if len({value.ndim if pads else value.shape for value in values}) == 1:
+            sides = [max(sides) for sides in zip(*(value.shape for value in values), strict=True)]
+            return torch.cat([pad_to(value, sides) for value in values])
+    elif all(is_same(row, first) for row in rows):
+        return first
+    raise Unequal
 
 
 def split_rows(output: Any, count: int) -> list[Tensor]:
     """Return the values of each sample of an output as a vector."""
-    return [torch.cat([tensor[row].flatten() for tensor in float_tensors(output)]) for row in range(count)]
+
+    def take(tree: Any, row: int) -> Any:
+        if isinstance(tree, Mapping):
+            return [take(value, row) for value in tree.values()]
+        if isinstance(tree, list) and len(tree) == count:
+            return tree[row]
+        if isinstance(tree, list | tuple):
+            return [take(value, row) for value in tree]
+        return tree[row] if isinstance(tree, Tensor) else tree
+
+    return [join_values(take(output, row)) for row in range(count)]
 
 
-def have_equal_shapes(rows: Sequence[Mapping[Path, Any]]) -> bool:
-    """Return True if samples differ in values of tensors only."""
-    shapes = [{p: v.shape if isinstance(v, Tensor) else v for p, v in row.items()} for row in rows]
-    return all(other == shapes[0] for other in shapes)
-
-
-def empty_like(output: Any) -> Any:
-    """Return an output of the same structure and shapes, zeros in float32 on the CPU."""
-    return map_leaves(output, lambda _, leaf: torch.zeros(leaf.shape) if isinstance(leaf, Tensor) else leaf)
+def pad_to(value: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a tensor with zeros added at the end of each axis."""
+    more = [(0, side - have) for side, have in zip(shape, value.shape, strict=True)]
+    return pad(value, [count for pair in reversed(more) for count in pair])
 
 
 def format_path(path: Path) -> str:
     return ".".join(map(str, path))
+
+
+def list_paths(paths: Sequence[Path]) -> str:
+    return ", ".join(map(format_path, paths)) or "none"

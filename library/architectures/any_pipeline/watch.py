@@ -8,8 +8,8 @@ only some of its models are in memory, or none.
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from typing import Any
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from library.architectures.any_pipeline.trees import (
     Output,
     copy_tensors,
-    flatten,
     float_tensors,
+    leaves,
     map_leaves,
+    map_tensors,
     move,
 )
 from library.errors import UserError
@@ -52,7 +53,7 @@ class Call:
     name: str
     step: int
     kwargs: dict[str, Any]
-    output: Any
+    output: Any = None
 
 
 @dataclass(frozen=True)
@@ -78,43 +79,55 @@ class Trace:
 
 @dataclass(frozen=True)
 class Answers:
-    """The values that replace the models' results during a drawing."""
+    """The values that replace the models' results during a drawing. A function returns None to keep the result."""
 
     outputs: Callable[[int], Any] | None = None  # for the denoiser's call number i
-    samples: Callable[[int, Tensor], Tensor | None] | None = None  # for the result of step i; None keeps it
+    samples: Callable[[int, Tensor], Tensor | None] | None = None  # for the result of step i
     pixels: Tensor | None = None  # for the VAE's output
     stops_at: int | None = None  # end at this call of the denoiser
 
 
-def stand_in(module: nn.Module, read: Callable[[str], Tensor] | None = None) -> nn.Module:
+@contextmanager
+def setting(owner: Any, **values: Any) -> Iterator[None]:
+    """Set attributes inside the block."""
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+def stand_in(module: nn.Module, read: Callable[[str], Tensor | None] = lambda name: None) -> nn.Module:
     """Return a copy whose large tensors hold one zero each, so that it takes no memory, float32, on the CPU.
 
-    Small tensors keep their values. `read` returns those of a module on the meta device by name.
+    Small tensors keep their values, or have those that `read` returns for their names.
     """
     kept: dict[int, Any] = {}
     names = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     for name, tensor in names:
-        value = tensor.detach()
-        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-        if tensor.numel() > SMALL or (tensor.is_meta and read is None):
+        value, dtype = tensor.detach(), torch.float32 if tensor.is_floating_point() else tensor.dtype
+        known = read(name) if tensor.numel() <= SMALL else None
+        if known is not None:
+            value = known.reshape(tensor.shape)
+        elif tensor.numel() > SMALL or tensor.is_meta:
             value = torch.zeros((), dtype=dtype).expand(tensor.shape)
-        elif tensor.is_meta and read is not None:
-            value = read(name).reshape(tensor.shape).to(dtype)
-        else:
-            value = value.to("cpu", dtype)
+        value = value.to("cpu", dtype)
         kept[id(tensor)] = nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value
     return copy.deepcopy(module, kept).eval()
 
 
-def is_vae(module: object) -> bool:
-    """Return True for a model that encodes and decodes images, whatever its name in the pipeline."""
-    return isinstance(module, nn.Module) and all(callable(getattr(module, name, None)) for name in ("encode", "decode"))
+def is_vae(kind: object) -> bool:
+    """Return True for a model, or its class, that encodes and decodes images, whatever its name in the pipeline."""
+    return all(callable(getattr(kind, name, None)) for name in ("encode", "decode"))
 
 
 def key_of(name: str, path: str, arguments: Any) -> str:
     """Return a digest of a call of a model."""
     digest = blake2b(f"{name}.{path}".encode(), digest_size=16)
-    for place, leaf in flatten(arguments):
+    for place, leaf in leaves(arguments).items():
         digest.update(repr(place).encode())
         if isinstance(leaf, Tensor):
             digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
@@ -150,90 +163,54 @@ class Watched:
         self.pipe, self.models, self.memory = pipe, dict(models or {}), dict[str, Any]()
         self.denoiser: str | None = None  # the component, once it is known
         self.load_text: Callable[[], Mapping[str, nn.Module]] | None = None  # if an input is not in memory
+        self.vae = ""  # the component that encodes and decodes images; "" if the pipeline draws pixels
+        self.options: Mapping[str, inspect.Parameter] = inspect.signature(type(pipe).__call__).parameters
         self._trace, self._answers = Trace(), Answers()
-        self._own = type(pipe.scheduler), pipe.scheduler.config
         pipe.set_progress_bar_config(disable=True)
-        for name, module in self.list_models():
-            if is_vae(module):
-                module.decode = partial(self._decode, name)
-            else:
+        for name, module in pipe.components.items():
+            if isinstance(module, nn.Module) and is_vae(module):
+                self.vae, module.decode = name, partial(self._decode, name)
+            elif isinstance(module, nn.Module):
                 for path, part in module.named_modules():
                     part.forward = partial(self._forward, name, path, part)
-        self._watch_scheduler(pipe.scheduler)
-
-    def list_models(self) -> Iterator[tuple[str, Any]]:
-        return ((name, part) for name, part in self.pipe.components.items() if isinstance(part, nn.Module))
-
-    @property
-    def vae(self) -> str:
-        """The component that encodes and decodes images; "" if the pipeline draws pixels."""
-        return next((name for name, module in self.list_models() if is_vae(module)), "")
-
-    @property
-    def options(self) -> Mapping[str, inspect.Parameter]:
-        """The parameters of the pipeline's call."""
-        return inspect.signature(type(self.pipe).__call__).parameters
+        self.own_scheduler = pipe.scheduler
+        self.set_scheduler(pipe.scheduler)
 
     def set_scheduler(self, scheduler: Any) -> None:
+        """Draw with a scheduler, whose functions are watched."""
         self.pipe.scheduler = scheduler
-        self._watch_scheduler(scheduler)
+        for name, watched in (("step", self._step), ("set_timesteps", self._set_timesteps)):
+            function = getattr(type(scheduler), name)
+            signature, method = inspect.signature(function), partial(function, scheduler)
+            call = partial(watched, scheduler, signature, method)
+            # The pipelines look at the parameters that these functions have.
+            parameters = list(signature.parameters.values())[1:]
+            call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+            setattr(scheduler, name, call)
 
     def draw(
         self, prompt: str, size: Size, answers: Answers | None = None, *, seed: int = 1, steps: int = 2, **extra: Any
     ) -> Trace:
         """Draw one image of `size` and return what was seen. Raises Refused for a pipeline without sizes."""
-        options = self.options
-        if "height" not in options:
+        if "height" not in self.options:
             raise Refused(f"{type(self.pipe).__name__} has no argument for the height of the image")
         arguments = {
             "height": size[0], "width": size[1], "num_inference_steps": steps, "output_type": "pt",
             "generator": torch.Generator().manual_seed(seed), "num_frames": 1,
-            **{key: False for key, p in options.items() if isinstance(p.default, bool) and any(w in key for w in OFF)},
+            **{k: False for k, p in self.options.items() if isinstance(p.default, bool) and any(w in k for w in OFF)},
         }  # fmt: skip
+        known = {name: value for name, value in arguments.items() if name in self.options}
         self._trace, self._answers = Trace(), answers or Answers()
-        guiders = [
-            part for _, part in self.pipe.components.items() if isinstance(getattr(part, "_enabled", None), bool)
-        ]
-        for guider in guiders:  # diffusers' components for guidance
-            guider._enabled = False
-        try:
-            with torch.no_grad():
-                known = {name: value for name, value in arguments.items() if name in options}
+        with ExitStack() as stack:
+            for part in self.pipe.components.values():
+                if isinstance(getattr(part, "_enabled", None), bool):  # diffusers' components for guidance
+                    stack.enter_context(setting(part, _enabled=False))
+            stack.enter_context(torch.no_grad())
+            try:
                 self.pipe(prompt=prompt, **{**known, **extra})
-        except Stop:
-            pass
-        finally:
-            for guider in guiders:
-                guider._enabled = True
+            except Stop:
+                pass
         return self._trace
-
-    @contextmanager
-    def using(self, models: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Answer calls by these models too."""
-        before, self.models = self.models, {**self.models, **models}
-        try:
-            yield
-        finally:
-            self.models = before
-
-    @contextmanager
-    def own_scheduler(self) -> Iterator[None]:
-        """Draw with the pipeline's own scheduler, if another one replaces it."""
-        before, (kind, config) = self.pipe.scheduler, self._own
-        self.set_scheduler(kind.from_config(config))
-        try:
-            yield
-        finally:
-            self.pipe.scheduler = before
-
-    @contextmanager
-    def forgetting(self) -> Iterator[None]:
-        """Forget afterwards what models returned meanwhile."""
-        before = dict(self.memory)
-        try:
-            yield
-        finally:
-            self.memory = before
 
     def call_model(self, name: str, path: str, arguments: Any) -> Any:
         """Run a part of a model in memory; arguments and result are on the CPU, in float32."""
@@ -247,12 +224,11 @@ class Watched:
     def _forward(self, name: str, path: str, part: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if name == self.denoiser or (self.denoiser is None and self._trace.steps):
             return self._denoise(name, part, args, kwargs)
-        arguments = map_leaves((args, kwargs), lambda _, leaf: leaf)
-        key = key_of(name, path, arguments)
+        key = key_of(name, path, (args, kwargs))
         if key not in self.memory:
-            if name not in self.models and self.load_text is not None and name != self.denoiser:
+            if name not in self.models and self.load_text is not None:
                 self.models |= self.load_text()
-            self.memory[key] = drop_objects(self.call_model(name, path, arguments))
+            self.memory[key] = drop_objects(self.call_model(name, path, map_tensors((args, kwargs), Tensor.detach)))
         output = copy_tensors(self.memory[key])
         if self.denoiser is None and path == "":
             # Any model may turn out to be the denoiser.
@@ -260,47 +236,42 @@ class Watched:
         return output
 
     def _denoise(self, name: str, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        arguments, trace, answers = copy_tensors(bind(part, args, kwargs)), self._trace, self._answers
-        place = len(trace.calls)
-        trace.calls.append(Call(name, len(trace.steps), arguments, None))
+        trace, answers, place = self._trace, self._answers, len(self._trace.calls)
+        call = Call(name, len(trace.steps), copy_tensors(bind(part, args, kwargs)))
+        trace.calls.append(call)
         if answers.stops_at == place:
             raise Stop
-        output = self.call_model(name, "", (args, kwargs)) if answers.outputs is None else answers.outputs(place)
-        trace.calls[place] = Call(name, len(trace.steps), arguments, copy_tensors(output))
+        output = None if answers.outputs is None else answers.outputs(place)
+        if output is None:
+            output = self.call_model(name, "", (args, kwargs))
+        trace.calls[place] = replace(call, output=copy_tensors(output))
         return output
 
-    def _watch_scheduler(self, scheduler: Any) -> None:
-        step, set_timesteps = type(scheduler).step, type(scheduler).set_timesteps
-        signature = inspect.signature(step)
+    def _step(self, scheduler: Any, signature: inspect.Signature, step: Any, *args: Any, **kwargs: Any) -> Any:
+        trace, bound = self._trace, signature.bind(scheduler, *args, **kwargs).arguments
+        if not trace.steps:
+            trace.scheduler = copy_scheduler(scheduler)
+        sample: Tensor = bound["sample"].detach().clone()
+        trace.steps.append(Step(bound["model_output"].detach().clone(), copy.deepcopy(bound["timestep"]), sample))
+        out, new = step(*args, **kwargs), None
+        if self._answers.samples is not None:
+            new = self._answers.samples(len(trace.steps) - 1, sample)
+        if new is None:
+            return out
+        return (new, *out[1:]) if isinstance(out, tuple) else Output({**out, "prev_sample": new})
 
-        def watched_step(*args: Any, **kwargs: Any) -> Any:
-            trace, bound = self._trace, signature.bind(scheduler, *args, **kwargs).arguments
-            if not trace.steps:
-                trace.scheduler = copy_scheduler(scheduler)
-            sample: Tensor = bound["sample"].detach().clone()
-            number = len(trace.steps)
-            trace.steps.append(Step(bound["model_output"].detach().clone(), copy.deepcopy(bound["timestep"]), sample))
-            out = step(scheduler, *args, **kwargs)
-            new = self._answers.samples(number, sample) if self._answers.samples is not None else None
-            return out if new is None else with_sample(out, new)
-
-        def watched_set_timesteps(*args: Any, **kwargs: Any) -> Any:
-            self._trace.mu = None if kwargs.get("mu") is None else float(kwargs["mu"])
-            return set_timesteps(scheduler, *args, **kwargs)
-
-        # The pipelines look at the parameters that these functions have.
-        watched_step.__signature__ = without_self(step)  # type: ignore[attr-defined]
-        watched_set_timesteps.__signature__ = without_self(set_timesteps)  # type: ignore[attr-defined]
-        scheduler.step, scheduler.set_timesteps = watched_step, watched_set_timesteps
+    def _set_timesteps(self, scheduler: Any, _: inspect.Signature, method: Any, *args: Any, **kwargs: Any) -> Any:
+        self._trace.mu = None if kwargs.get("mu") is None else float(kwargs["mu"])
+        return method(*args, **kwargs)
 
     def _decode(self, name: str, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-        trace, pixels = self._trace, self._answers.pixels
-        trace.decoded.append(latents.detach().clone())
+        pixels = self._answers.pixels
+        self._trace.decoded.append(latents.detach().clone())
         if pixels is None:
             vae: Any = self.models[name]
             like = next(iter(vae.parameters()))
             pixels = float_tensors(vae.decode(latents.to(like.device, like.dtype)))[0].to("cpu", torch.float32)
-        trace.pixels = pixels
+        self._trace.pixels = pixels
         return (pixels,) if kwargs.get("return_dict") is False else Output(sample=pixels)
 
 
@@ -310,11 +281,6 @@ def drop_objects(output: Any) -> Any:
     return map_leaves(output, lambda _, leaf: leaf if isinstance(leaf, kinds) else None)
 
 
-def without_self(function: Callable[..., Any]) -> inspect.Signature:
-    signature = inspect.signature(function)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
-
-
 def copy_scheduler(scheduler: Any) -> Any:
     """Return a copy that is not watched."""
     kind: Any = type(scheduler)
@@ -322,18 +288,6 @@ def copy_scheduler(scheduler: Any) -> Any:
     kept = {name: value for name, value in vars(scheduler).items() if name not in ("step", "set_timesteps")}
     new.__dict__.update(copy.deepcopy(kept))
     return new
-
-
-def with_sample(output: Any, sample: Tensor) -> Any:
-    """Return a scheduler's output with another sample at the next level."""
-    if isinstance(output, tuple):
-        return (sample, *output[1:])
-    return Output({**output, "prev_sample": sample})
-
-
-def next_sample(output: Any) -> Tensor:
-    sample: Tensor = output[0] if isinstance(output, tuple) else output.prev_sample
-    return sample
 
 
 def watch_pipeline(pipe: Any) -> Watched:
