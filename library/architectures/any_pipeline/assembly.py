@@ -28,13 +28,12 @@ from library.architectures.any_pipeline.folder import (
 )
 from library.architectures.any_pipeline.kept import Kept, fingerprint, read_kept, write_kept
 from library.architectures.any_pipeline.measuring import NUM_STAGES, measure, plain_scheduler
-from library.architectures.any_pipeline.objective import build_objective
 from library.architectures.any_pipeline.options import PipelineOptions
 from library.architectures.any_pipeline.preview import build_preview
 from library.architectures.any_pipeline.targets import block_lists, run_blocks_with, stacks
-from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict
+from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict, build_objective
 from library.architectures.any_pipeline.trees import format_path, leaves
-from library.architectures.any_pipeline.watch import Answers, Refused, Watched, WrongSize
+from library.architectures.any_pipeline.watch import Answers, Refused, Watched, WrongSize, setting
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint as digest_weights
 from library.diffusion.flow import IGNORES
@@ -56,7 +55,6 @@ LATENTS = LatentSpec(
 )
 """Buckets are the same for every pipeline; channels and downscale are measured."""
 NOT_TRAINED = "the text encoders of a pipeline are not trained by this script"
-ONE_BY_ONE = "the samples of a batch may be computed one after another"
 RECIPE = Recipe(
     title="diffusers_train_network.py",
     metadata={
@@ -69,7 +67,6 @@ RECIPE = Recipe(
         "weighted_captions": "the pipeline itself encodes the captions",
         "vae": "what is measured of the pipeline belongs to its own VAE",
         "shard_base": "the pipeline is asked at each new size of image, not in every process at once",
-        "sweep": ONE_BY_ONE,
     },
     ignores={
         "clip_skip": "the pipeline itself encodes the captions",
@@ -89,18 +86,27 @@ def build(options: PipelineOptions) -> Architecture:
     Raises UserError for a pipeline that cannot be trained, with the reason.
     """
     RECIPE.check(options)
-    if options.network.network_module == "networks.tlora" or is_switched_on(options.network.network_args, "tlora"):
-        raise UserError(
-            f"T-LoRA does not work with {RECIPE.title}: {ONE_BY_ONE}, and it ranks each by its noise; remove it"
-        )
     folder = open_folder(options.model.pretrained_model_name_or_path, options.trust.trust_remote_code)
     name_own_script(folder)
     watched = folder.build_stage()
     convention = recall_or_measure(options, folder, watched)
+    require_batches(options, convention)
     for line in convention.describe():
         logger.info("%s", line)
     logger.info("%s", say_loader(folder, convention.denoiser))
     return assemble(options, folder, watched, convention)
+
+
+def require_batches(options: PipelineOptions, convention: Convention) -> None:
+    """Raise UserError for what needs all samples of a batch in one call of the denoiser, if a call takes one."""
+    network = options.network
+    is_tlora = network.network_module == "networks.tlora" or is_switched_on(network.network_args, "tlora")
+    for name, is_on in {"--sweep": options.sweep.sweep, "T-LoRA": is_tlora}.items():
+        if is_on and not convention.pads:
+            raise UserError(
+                f"{name} does not work with {convention.pipeline}: captions of different lengths cannot share a call of "
+                f"its {convention.denoiser}; remove it"
+            )
 
 
 def say_loader(folder: PipelineFolder, denoiser: str) -> str:
@@ -167,15 +173,18 @@ def measure_folder(folder: PipelineFolder, watched: Watched, precision: str) -> 
 def measure_smallest(watched: Watched) -> Convention:
     """Measure and check a pipeline at the smallest size that it takes. `watched` keeps only the outputs of text
     encoders that the checks at later starts need."""
-    with progress_bar("measuring the pipeline…", NUM_STAGES + NUM_COMPARED) as bar:
+    with (
+        progress_bar("measuring the pipeline…", NUM_STAGES + NUM_COMPARED) as bar,
+        setting(watched, advance=bar.update),
+    ):
         for side in SIDES:
             try:
-                convention, maps = measure(watched, (side, side), advance=bar.update)
+                convention, maps = measure(watched, (side, side))
                 break
             except WrongSize:
                 if side == SIDES[-1]:
                     raise
-        require_exact(check(watched, convention, maps, advance=bar.update))
+        require_exact(check(watched, convention, maps))
     takes_batches = gives_same_in_batch(watched, convention, maps)
     pads = takes_batches and gives_same_in_batch(watched, convention, maps, convention.prompts)
     watched.memory.clear()

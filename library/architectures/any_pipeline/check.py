@@ -1,8 +1,7 @@
 """Compares a convention with the pipeline itself. A wrong sign, scale, shift, packing, level, target or a forgotten
 text tensor shows in at least one of four errors."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,29 +10,35 @@ from torch import Tensor, nn
 from library.architectures.any_pipeline.conditioning import capture_text, fill_arguments, text_of
 from library.architectures.any_pipeline.convention import Convention, targets_of
 from library.architectures.any_pipeline.maps import SizeMaps, answer_with, read_maps
-from library.architectures.any_pipeline.trees import Path, float_tensors, join_rows, join_values, split_rows
+from library.architectures.any_pipeline.trees import (
+    Path,
+    copy_tensors,
+    float_tensors,
+    join_rows,
+    join_values,
+    split_rows,
+)
 from library.architectures.any_pipeline.watch import Answers, Refused, Trace, Watched, copy_scheduler
 
 TOLERANCE = 1e-4  # of float32
 PROMPT = "a small red bird, sitting"
 NUM_STEPS = 3
-NUM_COMPARED = 4
+NUM_COMPARED = 3
 
 
-@dataclass(frozen=True)
-class Errors:
-    """The largest difference of each comparison, relative to the largest value."""
+Errors = Mapping[str, float]
+"""The largest difference of each comparison, relative to the largest value:
 
-    latents: float  # (a) the latents of an image, put in as the last sample, against what the VAE is given
-    prediction: float  # (b) our prediction at the pipeline's steps against what its scheduler got
-    own_mix: float  # (c) the same for our own mix, with text and geometry of other drawings
-    step: float  # (d) one step of its scheduler from our mix against our mix at the next level
+latents: (a) the latents of an image, put in as the last sample, against what the VAE is given
+prediction: (b) our prediction at the pipeline's steps against what its scheduler got
+own mix: (c) the same for our own mix, with text and geometry of other drawings
+step: (d) one step of its scheduler from our mix against our mix at the next level
+"""
 
 
 def require_exact(errors: Errors, tolerance: float = TOLERANCE) -> None:
     """Raise Refused naming the errors above the tolerance."""
-    values = {entry.name.replace("_", " "): getattr(errors, entry.name) for entry in fields(errors)}
-    if large := [f"{name} {value:.2g}" for name, value in values.items() if not value <= tolerance]:
+    if large := [f"{name} {value:.2g}" for name, value in errors.items() if not value <= tolerance]:
         raise Refused(
             f"what was measured differs from what the pipeline does, in {', '.join(large)} (at most {tolerance:g} is "
             "accepted)"
@@ -41,28 +46,19 @@ def require_exact(errors: Errors, tolerance: float = TOLERANCE) -> None:
 
 
 @torch.no_grad()
-def check(
-    watched: Watched,
-    convention: Convention,
-    maps: SizeMaps,
-    prompt: str = PROMPT,
-    advance: Callable[[int], None] = lambda count: None,
-) -> Errors:
-    """Return the errors of a convention, whose models are in memory. `advance` is called after each comparison."""
+def check(watched: Watched, convention: Convention, maps: SizeMaps, prompt: str = PROMPT) -> Errors:
+    """Return the errors of a convention, whose models are in memory."""
     c, wide = convention, (convention.size[0], 2 * convention.size[1])
     errors = {"latents": compare_latents(watched, c, maps, prompt)}
-    advance(1)
+    watched.advance(1)
     own = watched.draw(prompt, c.size, steps=NUM_STEPS, **c.extra)
     texts = [text_of(c, call.kwargs) for call in own.calls[c.call :: c.calls_per_step]]
     errors["prediction"] = max(compare(watched, c, maps, own, step, text) for step, text in enumerate(texts))
-    advance(1)
+    watched.advance(1)
     first = watched.draw(c.prompts[0], wide, Answers(stops_at=c.calls_per_step), **c.extra)
-    errors["own_mix"] = compare_own_mix(watched, c, read_maps(watched, c, wide, first.calls[c.call].output), prompt)
-    advance(1)
-    noises = torch.randn(2, *maps.sample_shape, generator=torch.Generator().manual_seed(7))
-    errors["step"] = compare_step(c, own, *noises)
-    advance(1)
-    return Errors(**errors)
+    errors["own mix"] = compare_own_mix(watched, c, read_maps(watched, c, wide, first.calls[c.call].output), prompt)
+    watched.advance(1)
+    return {**errors, "step": compare_step(c, own)}
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
@@ -115,22 +111,23 @@ def compare_own_mix(watched: Watched, convention: Convention, maps: SizeMaps, pr
     The denoiser runs twice, at the size of the maps.
     """
     c, size = convention, maps.size
-    zeros = answer_with(c, maps.template, size)
-    signal, share = c.weights_of(watched.draw(prompt, size, zeros, steps=NUM_STEPS, **c.extra), 1)
+    levels = watched.draw(prompt, size, answer_with(c, maps.template, size), steps=NUM_STEPS, **c.extra)
+    signal, share = c.weights_of(levels, 1)
     latents, noise = torch.randn(2, *maps.sample_shape, generator=torch.Generator().manual_seed(9))
     mixed = signal * latents + share * noise
 
     def answer(place: int) -> Any:
         torch.manual_seed(0)
-        return zeros.outputs(place) if place < c.calls_per_step else None
+        return copy_tensors(maps.template) if place < c.calls_per_step else None
 
     answers = Answers(answer, lambda step, old: mixed.to(old) if step == 0 else None, stops_at=2 * c.calls_per_step)
     trace = watched.draw(prompt, size, answers, steps=NUM_STEPS, **c.extra)
     return compare(watched, c, maps, trace, 1, capture_text(watched, c, prompt))
 
 
-def compare_step(convention: Convention, trace: Trace, latents: Tensor, noise: Tensor) -> float:
+def compare_step(convention: Convention, trace: Trace) -> float:
     (a, b), (a2, b2) = (convention.weights_of(trace, step) for step in (0, 1))
+    latents, noise = torch.randn(2, *trace.steps[0].sample.shape, generator=torch.Generator().manual_seed(7))
     target = targets_of(latents, noise, a, b)[convention.target]
     out = copy_scheduler(trace.scheduler).step(target, trace.steps[0].timestep, a * latents + b * noise)
     return difference(float_tensors(out)[0], a2 * latents + b2 * noise)

@@ -103,14 +103,21 @@ def text_of(convention: Convention, kwargs: Any) -> dict[Path, Any]:
     return {path: found[path] for path in convention.text}
 
 
+def compose(joint: Mapping[Path, tuple[int, int]], of_size: Mapping[Path, Any], text: Mapping[Path, Any]) -> Any:
+    """Return the denoiser's arguments from those of a size and a text that was captured apart."""
+    made = {**of_size, **text}
+    for path, (axis, length) in joint.items():
+        more = of_size[path].narrow(axis, length, of_size[path].shape[axis] - length)
+        made[path] = torch.cat([text[path], more], axis)
+    return made
+
+
 def fill_arguments(
     convention: Convention, maps: SizeMaps, text: Mapping[Path, Any], sample_N: Tensor, level_1: Tensor
 ) -> Any:
     """Return the denoiser's arguments for a sample with a text that was captured apart, at `Convention.size`."""
-    c, base, new = convention, leaves(maps.kwargs), dict(text)
-    for path, (axis, length) in c.joint.items():
-        more = base[path].shape[axis] - length
-        new[path] = torch.cat([text[path], base[path].narrow(axis, length, more)], axis)
+    c, base = convention, leaves(maps.kwargs)
+    new = compose(c.joint, base, text)
     for path in c.time:
         source, old = c.lines.get(path) or maps.tables[path], base[path]
         value_1 = source.at(level_1)

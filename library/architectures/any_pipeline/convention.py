@@ -152,7 +152,8 @@ def format_constant(value: Any) -> str:
     """Return a constant argument as the log shows it."""
     if not isinstance(value, Tensor):
         return str(value)
-    values = [f"{number:g}" for number in value.detach().float().flatten().unique_consecutive().tolist()[: FEW + 1]]
+    numbers = value.detach().float().flatten().tolist()
+    values = [f"{number:g}" for number in (numbers[:1] if len({*numbers}) == 1 else numbers)]
     return ", ".join(values) if len(values) <= FEW else f"a tensor {tuple(value.shape)}"
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,17 +43,14 @@ class PipelineFolder:
         """The component that encodes and decodes images; None for a pipeline that draws pixels."""
         return next((name for name, kind in self.classes.items() if is_vae(kind)), None)
 
-    def list_denoisers(self) -> Iterator[str]:
-        """Yield the models of diffusers that are no VAE; one of them is the denoiser."""
+    @property
+    def denoisers(self) -> list[str]:
+        """The models of diffusers that are no VAE; one of them is the denoiser."""
         from diffusers import ModelMixin
         from transformers import PreTrainedModel
 
-        for name, kind in self.classes.items():
-            if issubclass(kind, ModelMixin) and not issubclass(kind, PreTrainedModel) and name != self.vae:
-                yield name
-
-    def config(self, name: str) -> dict[str, Any]:
-        return read_json(self.path / name / "config.json")
+        found = [key for key, kind in self.classes.items() if issubclass(kind, ModelMixin) and key != self.vae]
+        return [key for key in found if not issubclass(self.classes[key], PreTrainedModel)]
 
     def build_empty(self, name: str) -> nn.Module:
         """Build a model on the meta device."""
@@ -63,7 +60,7 @@ class PipelineFolder:
         config = getattr(kind, "config_class", None)  # of transformers' models
         with init_empty_weights(include_buffers=False):  # what no file has, such as angles, stays real
             if config is None:
-                model: nn.Module = kind.from_config(self.config(name))
+                model: nn.Module = kind.from_config(read_json(self.path / name / "config.json"))
             else:
                 model = kind(config.from_pretrained(self.path / name))
         return model
@@ -75,7 +72,7 @@ class PipelineFolder:
         return model.eval().requires_grad_(False)
 
     def open(self, name: str) -> Component:
-        is_diffusers = name == self.vae or name in self.list_denoisers()
+        is_diffusers = name == self.vae or name in self.denoisers
         kind = name if is_diffusers or name in model_lookup.WEIGHT_STEMS else "text_encoder"
         return Component(*model_lookup.open_part(BASE_FLAG, self.path / name, kind))
 
@@ -170,26 +167,25 @@ def find_class(name: str, entry: Any, path: Path, trusts_code: bool) -> type[Any
 def refuse_by_class(path: Path, kind: type[Any], index: Mapping[str, Any]) -> None:
     """Raise UserError for a pipeline that is not made to draw images from text, or was distilled to few steps."""
     parameters = inspect.signature(kind.__call__).parameters
-    start = f"{BASE_FLAG} {path}: {kind.__name__}"
-    if "prompt" not in parameters:
-        raise UserError(f"{start} does not draw from text, so no captions can train it")
-    if "mask_image" in parameters:
-        raise UserError(
-            f"{start} is for inpainting, whose masks this script does not train; use the text-to-image pipeline"
-        )
-    if "strength" in parameters or ("image" in parameters and parameters["image"].default is inspect.Parameter.empty):
-        raise UserError(
-            f"{start} draws from other images, which this script does not train; use the text-to-image pipeline"
-        )
-    scheduler = str((index.get("scheduler") or ["", ""])[1])
-    if scheduler.startswith(DISTILLED):
-        raise UserError(
-            f"{start} draws with {scheduler}, so the model is distilled to a few steps, which training would undo. Use "
-            "the model that it was distilled from"
-        )
+    image, scheduler = parameters.get("image"), str((index.get("scheduler") or ["", ""])[1])
     config = read_json(path / "scheduler" / "scheduler_config.json")
-    if str(config.get("variance_type")).startswith("learned"):
-        raise UserError(f"{start} predicts the variance of the noise too, which this script does not train")
+    use_text = "which this script does not train; use the text-to-image pipeline"
+    reason = None
+    if "prompt" not in parameters:
+        reason = "does not draw from text, so no captions can train it"
+    elif "mask_image" in parameters:
+        reason = f"is for inpainting, {use_text}"
+    elif "strength" in parameters or (image is not None and image.default is inspect.Parameter.empty):
+        reason = f"draws from other images, {use_text}"
+    elif scheduler.startswith(DISTILLED):
+        reason = (
+            f"draws with {scheduler}, so the model is distilled to a few steps, which training would undo. Use the "
+            "model that it was distilled from"
+        )
+    elif str(config.get("variance_type")).startswith("learned"):
+        reason = "predicts the variance of the noise too, which this script does not train"
+    if reason is not None:
+        raise UserError(f"{BASE_FLAG} {path}: {kind.__name__} {reason}")
 
 
 @dataclass(frozen=True)
@@ -257,7 +253,7 @@ def load_shortened(folder: PipelineFolder, name: str) -> nn.Module:
 
 def load_for_measuring(folder: PipelineFolder, precision: str, whole: bool = False) -> dict[str, nn.Module]:
     """Load the text encoders and the VAE, and the denoisers shortened or, if their code needs all blocks, `whole`."""
-    denoisers, of_text = set(folder.list_denoisers()), text_encoder_dtype(DTYPES[precision])
+    denoisers, of_text = folder.denoisers, text_encoder_dtype(DTYPES[precision])
     return {
         name: load_shortened(folder, name)
         if name in denoisers and not whole

@@ -10,17 +10,19 @@ Letters: B samples, N values of a source, M values of a target.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from library.architectures.any_pipeline.convention import Convention, Table
-from library.architectures.any_pipeline.trees import Path, count_values, fill_like, leaves, move
+from library.architectures.any_pipeline.trees import Path, count_values, empty_like, fill_like, leaves, move
 from library.architectures.any_pipeline.watch import Answers, Refused, Size, Watched
 
 BASE = 32  # of the digits of an index
 LEAST_SCALE = 1e-6  # of the largest one; smaller means that the source has no say
+CPU = torch.device("cpu")
 NUM_TABLE_STEPS = 100  # of a drawing from which a table of levels is read
 
 
@@ -46,16 +48,10 @@ class Map:
         places_M = (self.index_M + shift).clamp(min=0)
         return source_BN[:, places_M] * self.scale_M.to(source_BN) + self.offset_M.to(source_BN)
 
-    def on(self, device: torch.device) -> "Map":
-        """Return this map with its tensors on the device."""
-        return replace(
-            self, index_M=self.index_M.to(device), scale_M=self.scale_M.to(device), offset_M=self.offset_M.to(device)
-        )
-
 
 @dataclass(frozen=True, eq=False)
 class SizeMaps:
-    """The part of a convention that belongs to one size of the image.
+    """The part of a convention that belongs to one size of the image, on the denoiser's device.
 
     Latents have the values of the scheduler's sample in the layout of the VAE.
     """
@@ -64,7 +60,7 @@ class SizeMaps:
     out: Map  # the denoiser's output -> the scheduler's input
     decode: Map  # scheduler's sample -> what the VAE decodes
     size: Size
-    template: Any  # an output of the denoiser
+    template: Any  # an output of the denoiser, zeros on the CPU
     sample_shape: tuple[int, ...]
     kwargs: dict[str, Any]  # the denoiser's arguments for `Convention.prompts[0]`
     tables: Mapping[Path, Table]
@@ -79,11 +75,6 @@ class SizeMaps:
 
     def to_latents(self, sample_BN: Tensor) -> Tensor:
         return sample_BN[:, self.decode.index_M]
-
-    def on(self, device: torch.device) -> "SizeMaps":
-        """Return these maps with their tensors on the device."""
-        into, out, decode = (each.on(device) for each in (self.into, self.out, self.decode))
-        return replace(self, into=into, out=out, decode=decode, kwargs=move(self.kwargs, device))
 
 
 def read_pattern(decode: Map) -> tuple[Tensor, Tensor]:
@@ -109,7 +100,7 @@ def codes(count: int) -> list[Tensor]:
     return [torch.zeros(count), torch.ones(count), *digits]
 
 
-def read_map(seen: Sequence[Tensor], num_source: int, what: str) -> Map:
+def read_map(seen: Sequence[Tensor], num_source: int, what: str, device: torch.device) -> Map:
     """Return the map from what was seen of each of `codes(num_source)`. Raises Refused if values mix."""
     zero_M, one_M, *digits = (tensor.double().flatten().cpu() for tensor in seen)
     scale_M = one_M - zero_M
@@ -124,7 +115,9 @@ def read_map(seen: Sequence[Tensor], num_source: int, what: str) -> Map:
     index_M = torch.where(is_live_M, index_M, -1)
     if index_M.max() >= num_source or (is_live_M & (index_M < 0)).any():
         raise Refused(f"{what} mixes values")
-    return Map(index_M, torch.where(is_live_M, scale_M, 0.0).float(), zero_M.float(), tuple(seen[0].shape), num_source)
+    scale_M = torch.where(is_live_M, scale_M, 0.0).float()
+    shape = tuple(seen[0].shape)
+    return Map(index_M.to(device), scale_M.to(device), zero_M.float().to(device), shape, num_source)
 
 
 def answer_with(c: Convention, template: Any, size: Size, values: Tensor | None = None) -> Answers:
@@ -139,7 +132,12 @@ def answer_with(c: Convention, template: Any, size: Size, values: Tensor | None 
 
 
 def read_maps(
-    watched: Watched, convention: Convention, size: Size, template: Any, prompt: str | None = None
+    watched: Watched,
+    convention: Convention,
+    size: Size,
+    template: Any,
+    prompt: str | None = None,
+    device: torch.device = CPU,
 ) -> SizeMaps:
     """Read the maps of one size. `template` is any output of the denoiser for that size and prompt.
 
@@ -147,27 +145,32 @@ def read_maps(
     """
     c, prompt, num_out = convention, prompt or convention.prompts[0], count_values(template)
     real = watched.draw(prompt, size, answer_with(c, template, size), **c.extra)
-    shape, call = real.steps[0].sample.shape, real.calls[c.call]
+    shape = real.steps[0].sample.shape
     num_sample = math.prod(shape)
     of_output, of_sample = codes(num_out), codes(num_sample)
     traces = []
     for place in range(max(len(of_output), len(of_sample))):  # a code for both at once
         values, sample = (of[place] if place < len(of) else of[0] for of in (of_output, of_sample))
-        answers = replace(
-            answer_with(c, template, size, values), samples=lambda _, old, new=sample: new.reshape(old.shape).to(old)
+        samples = partial(replace_sample, sample.reshape(shape))
+        traces.append(
+            watched.draw(prompt, size, replace(answer_with(c, template, size, values), samples=samples), **c.extra)
         )
-        traces.append(watched.draw(prompt, size, answers, **c.extra))
     arguments = [leaves(t.calls[c.call + c.calls_per_step].kwargs)[c.latents] for t in traces]
-    out = read_map([t.steps[0].output for t in traces], num_out, "the way from the denoiser to the scheduler")
-    into = read_map(arguments, num_sample, "the way from the scheduler to the denoiser")
-    decode = read_map([t.decoded[0] for t in traces], num_sample, "the way from the scheduler to the VAE")
-    if not torch.equal(decode.index_M.sort().values, torch.arange(num_sample)):
+    out = read_map([t.steps[0].output for t in traces], num_out, "the way from the denoiser to the scheduler", device)
+    into = read_map(arguments, num_sample, "the way from the scheduler to the denoiser", device)
+    decode = read_map([t.decoded[0] for t in traces], num_sample, "the way from the scheduler to the VAE", device)
+    places = list(range(num_sample))
+    if sorted(decode.index_M.tolist()) != places:
         raise Refused("the VAE does not decode the whole sample")
-    if set(into.index_M.tolist()) - {-1} != set(range(num_sample)):
+    if sorted({*into.index_M.tolist()} - {-1}) != places:
         raise Refused("the denoiser does not see the whole sample")
-    out = replace(out, from_end=c.counts_from_end)
-    tables = read_tables(watched, c, size, template)
-    return SizeMaps(into, out, decode, size, template, tuple(shape), call.kwargs, tables)
+    out, tables = replace(out, from_end=c.counts_from_end), read_tables(watched, c, size, template)
+    kwargs = move(real.calls[c.call].kwargs, device)
+    return SizeMaps(into, out, decode, size, empty_like(template), tuple(shape), kwargs, tables)
+
+
+def replace_sample(new: Tensor, _: int, old: Tensor) -> Tensor:
+    return new.to(old)
 
 
 def read_tables(watched: Watched, convention: Convention, size: Size, template: Any) -> dict[Path, Table]:

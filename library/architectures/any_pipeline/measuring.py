@@ -9,7 +9,7 @@ The rules:
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.architectures.any_pipeline.conditioning import compose
 from library.architectures.any_pipeline.convention import (
     Convention,
     Line,
@@ -53,58 +54,39 @@ NEGATIVE = ("blue", "a red house")
 MOST_ERROR = 1e-3  # of a scheduler's step, to accept an objective
 SCALES = ("guidance_scale", "cfg_scale", "pag_scale")  # ends of the names of options that guide
 NUM_LEVELS = 7  # steps of a drawing from which lines of levels are fitted
-NUM_STAGES = 5  # of `measure`
+NUM_STAGES = 3  # of `measure`
 
 
 def measure(
-    watched: Watched,
-    size: Size,
-    prompts: tuple[str, str] = PROMPTS,
-    advance: Callable[[int], None] = lambda count: None,
-    **options: Any,
+    watched: Watched, size: Size, prompts: tuple[str, str] = PROMPTS, **options: Any
 ) -> tuple[Convention, SizeMaps]:
     """Measure the convention of a pipeline whose models are in memory, at `size`. `options` go to the pipeline.
 
-    `advance` is called after each stage. Raises Refused with the reason if the rules cannot express the pipeline.
+    Raises Refused with the reason if the rules cannot express the pipeline.
     """
     if not watched.vae:
         raise Refused("it draws without a VAE, which this script does not train")
     watched.denoiser = None
     watched.memory.clear()
-    convention, trace = read_roles(watched, size, prompts, options)
-    output = trace.calls[convention.call].output
-    assert trace.pixels is not None
-    if tuple(trace.pixels.shape[-2:]) != size:
-        raise WrongSize(f"an image of {size} comes out with {tuple(trace.pixels.shape[-2:])}")
-    convention = replace(convention, pixel_shape=tuple(trace.pixels.shape), output=empty_like(output))
-    advance(1)
-    convention = read_objective(watched, convention, trace)
-    advance(1)
-    convention = read_lines(watched, convention)
-    advance(1)
-    convention, maps = read_output(watched, convention)
-    scales = maps.out.scale_M[maps.out.index_M >= 0].abs()
-    if convention.calls_per_step > 1 and (scales - 1).abs().max() > 1e-4:
+    convention = read_roles(watched, size, prompts, options)
+    watched.advance(1)
+    convention, maps = read_numbers(watched, convention)
+    watched.advance(1)
+    if convention.calls_per_step > 1 and not torch.allclose(maps.out.scale_M.abs(), torch.ones(()), atol=1e-4):
         raise Refused("guidance cannot be switched off")
-    if maps.residue > 1e-5:
-        raise Refused(f"what the scheduler gets also depends on the sample (by {maps.residue:.2g})")
-    require_unit_noise(watched, convention)
-    advance(1)
+    if (residue := float(maps.out.offset_M.abs().max())) > 1e-5:
+        raise Refused(f"what the scheduler gets also depends on the sample (by {residue:.2g})")
     scale_Cpp, offset_Cpp = read_pattern(maps.decode)
-    unconditional = find_unconditional(watched, convention, options)
-    advance(1)
-    return replace(
-        convention, latent_shape=maps.decode.shape, scale_Cpp=scale_Cpp, offset_Cpp=offset_Cpp,
-        unconditional=unconditional,
-    ), maps  # fmt: skip
+    convention = replace(convention, latent_shape=maps.decode.shape, scale_Cpp=scale_Cpp, offset_Cpp=offset_Cpp)
+    convention = replace(convention, unconditional=find_unconditional(watched, convention, options))
+    watched.advance(1)
+    return convention, maps
 
 
 # --- which argument is what ---
 
 
-def read_roles(
-    watched: Watched, size: Size, prompts: tuple[str, str], options: Mapping[str, Any]
-) -> tuple[Convention, Trace]:
+def read_roles(watched: Watched, size: Size, prompts: tuple[str, str], options: Mapping[str, Any]) -> Convention:
     """Find the denoiser and the role of each of its arguments by changing seed, prompt, size and step one at a time."""
     extra, trace = find_quiet(watched, prompts[0], size, options)
     watched.denoiser = name = find_denoiser(watched, trace, prompts, size, extra)
@@ -114,6 +96,9 @@ def read_roles(
         return watched.draw(prompt, sides, answers, **{**extra, **more}).calls
 
     trace = watched.draw(prompts[0], size, **extra)
+    pixels = trace.pixels
+    if pixels is None or tuple(pixels.shape[-2:]) != size:
+        raise WrongSize(f"an image of {size} comes out with {None if pixels is None else tuple(pixels.shape[-2:])}")
     per_step = len(trace.calls) // len(trace.steps)
     if per_step * len(trace.steps) != len(trace.calls):
         raise Refused(f"{name} is called in some steps only, so two models share the noise levels")
@@ -135,20 +120,16 @@ def read_roles(
     if absent := sort(path for path in text if path not in base):
         raise Refused(f"the number of the denoiser's arguments follows the prompt ({list_paths(absent)})")
     joint = {path: found for path in text & by_size if (found := find_growing_axis(base[path], of_wide.get(path)))}
-    together = sort(text & by_size - joint.keys()) or sort(
-        path
-        for path, value in arguments(prompts[1], wide).items()
-        if path != latents
-        and path not in time
-        and not is_same(value, composed_value(path, text, joint, other, of_wide))
-    )
-    if together:
-        raise Refused(f"{list_paths(together)} follows caption and size together, so captions cannot be cached")
+    composed = compose(joint, of_wide, {path: other[path] for path in text}) if text & by_size <= joint.keys() else {}
+    together = differing(composed, arguments(prompts[1], wide)) if composed else text & by_size - joint.keys()
+    if paths := sort(together - {*time, latents}):
+        raise Refused(f"{list_paths(paths)} follows caption and size together, so captions cannot be cached")
     constant = sort(base.keys() - by_text - by_size - {*time, latents})
     return Convention(
         type(watched.pipe).__name__, name, call, per_step, latents, time, sort(text), sort(by_size - text - {latents}),
-        joint, {path: format_constant(base[path]) for path in constant}, extra, size, prompts,
-    ), trace  # fmt: skip
+        joint, {path: format_constant(base[path]) for path in constant}, extra, size, prompts, tuple(pixels.shape),
+        output=empty_like(trace.calls[call].output),
+    )  # fmt: skip
 
 
 def sort(paths: Any) -> tuple[Path, ...]:
@@ -168,21 +149,6 @@ def find_growing_axis(small: Any, large: Any) -> tuple[int, int] | None:
     if len(axes) != 1 or not is_same(large.narrow(axes[0], 0, small.shape[axes[0]]), small):
         return None
     return axes[0], small.shape[axes[0]]
-
-
-def composed_value(
-    path: Path,
-    text: set[Path],
-    joint: Mapping[Path, tuple[int, int]],
-    of_text: Mapping[Path, Any],
-    of_size: Mapping[Path, Any],
-) -> Any:
-    """Return an argument put together from two drawings."""
-    if path not in joint:
-        return (of_text if path in text else of_size).get(path)
-    axis, length = joint[path]
-    more = of_size[path].narrow(axis, length, of_size[path].shape[axis] - length)
-    return torch.cat([of_text[path], more], axis)
 
 
 def find_quiet(watched: Watched, prompt: str, size: Size, options: Mapping[str, Any]) -> tuple[dict[str, Any], Trace]:
@@ -263,23 +229,37 @@ def find_latents(by_sample: set[Path], by_text: set[Path], base: Mapping[Path, A
     return found[0]
 
 
-# --- objective ---
+# --- objective, noise levels and output ---
 
 
-def read_objective(watched: Watched, convention: Convention, trace: Trace) -> Convention:
-    """Find the objective. A scheduler that is random or rescales its sample gives way to DDIM of its configuration."""
+def read_numbers(watched: Watched, convention: Convention) -> tuple[Convention, SizeMaps]:
+    """Read objective, levels and maps. A scheduler that is random or rescales its sample gives way to DDIM of its
+    configuration."""
     try:
-        mix, target = find_objective(trace)
-        found = replace(convention, mix=mix, target=target)
-        if mix == "ddpm" and not sees_plain_sample(watched, found):
-            raise Refused("the scheduler rescales its sample")
-        return found
+        return read_with_scheduler(watched, convention)
     except Refused:
         if getattr(watched.pipe.scheduler, "alphas_cumprod", None) is None:
             raise
     watched.set_scheduler(plain_scheduler(watched.pipe.scheduler))
-    mix, target = find_objective(watched.draw(convention.prompts[0], convention.size, **convention.extra))
-    return replace(convention, mix=mix, target=target, replaces_scheduler=True)
+    return read_with_scheduler(watched, replace(convention, replaces_scheduler=True))
+
+
+def read_with_scheduler(watched: Watched, convention: Convention) -> tuple[Convention, SizeMaps]:
+    c, zeros = convention, answer_with(convention, convention.output, convention.size)
+    trace = watched.draw(c.prompts[0], c.size, zeros, **c.extra)
+    mix, target = find_objective(trace)
+    c = replace(c, mix=mix, target=target)
+    if mix == "flow":
+        deviation = float(trace.steps[0].sample.float().std()) / max(c.level_of(trace, 0), 1e-3)
+        if abs(deviation - 1) > 0.15:
+            raise Refused(f"it draws from noise of standard deviation {deviation:.2g}, not 1")
+    levels, given = read_level_values(watched, c, c.size, c.output, NUM_LEVELS)
+    lines = {path: fit_line(levels, values, leaves(trace.calls[c.call].kwargs)[path]) for path, values in given.items()}
+    c = replace(c, lines={path: line for path, line in lines.items() if line is not None})
+    maps = read_maps(watched, c, c.size, c.output)
+    if mix == "ddpm" and not torch.allclose(maps.into.scale_M, torch.ones(()), atol=1e-5):
+        raise Refused("the scheduler rescales its sample")
+    return find_counting(watched, c, maps)
 
 
 def plain_scheduler(scheduler: Any) -> Any:
@@ -290,17 +270,6 @@ def plain_scheduler(scheduler: Any) -> Any:
         scheduler.config, clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading", steps_offset=0,
         rescale_betas_zero_snr=scheduler.config.get("rescale_betas_zero_snr", False),
     )  # fmt: skip
-
-
-def sees_plain_sample(watched: Watched, convention: Convention) -> bool:
-    """Return True if the denoiser gets the scheduler's sample unscaled."""
-    c, zeros = convention, answer_with(convention, convention.output, convention.size)
-    seen = []
-    for value in (0.0, 1.0):
-        answers = replace(zeros, samples=partial(fill_first_sample, value))
-        call = watched.draw(c.prompts[0], c.size, answers, **c.extra).calls[c.call + c.calls_per_step]
-        seen.append(leaves(call.kwargs)[c.latents])
-    return bool(((seen[1] - seen[0] - 1).abs() < 1e-5).all())
 
 
 def find_objective(trace: Trace) -> tuple[Mix, Target]:
@@ -335,18 +304,6 @@ def list_mixes(scheduler: Any, timestep: Any) -> dict[Mix, list[tuple[float, flo
     return mixes
 
 
-# --- noise levels ---
-
-
-def read_lines(watched: Watched, convention: Convention) -> Convention:
-    """Fit a line to each argument that follows the step; the others are read from tables for each size."""
-    c = convention
-    levels, given = read_level_values(watched, c, c.size, c.output, NUM_LEVELS)
-    base = leaves(watched.draw(c.prompts[0], c.size, Answers(stops_at=0), **c.extra).calls[0].kwargs)
-    lines = {path: fit_line(levels, values, base.get(path)) for path, values in given.items()}
-    return replace(c, lines={path: line for path, line in lines.items() if line is not None})
-
-
 def fit_line(levels: list[float], given: list[float], example: Any) -> Line | None:
     """Return the line through (level, given); None if there is none."""
     x, y = torch.tensor(levels, dtype=torch.float64), torch.tensor(given, dtype=torch.float64)
@@ -364,13 +321,9 @@ def fit_line(levels: list[float], given: list[float], example: Any) -> Line | No
     return Line(factor, offset, False) if error <= 1e-4 else None
 
 
-# --- output ---
-
-
-def read_output(watched: Watched, convention: Convention) -> tuple[Convention, SizeMaps]:
-    """Read the maps at the size of the convention, and what is true of the denoiser's output for every size."""
+def find_counting(watched: Watched, convention: Convention, maps: SizeMaps) -> tuple[Convention, SizeMaps]:
+    """Find whether the prediction is counted from the end of the output, behind tokens of the caption."""
     c = convention
-    maps = read_maps(watched, c, c.size, c.output)
     other = watched.draw(c.prompts[1], c.size, Answers(stops_at=c.calls_per_step), **c.extra).calls[c.call].output
     shift = count_values(other) - count_values(c.output)
     if shift:
@@ -381,15 +334,6 @@ def read_output(watched: Watched, convention: Convention) -> tuple[Convention, S
         if not (is_alike and torch.equal(second.index_M, maps.out.index_M)):
             raise Refused("where the prediction lies in the denoiser's output follows the caption")
     return c, maps
-
-
-def require_unit_noise(watched: Watched, convention: Convention) -> None:
-    """Raise Refused if a flow's drawing does not begin with noise of unit variance."""
-    c = convention
-    trace = watched.draw(c.prompts[0], c.size, answer_with(c, c.output, c.size), **c.extra)
-    deviation = float(trace.steps[0].sample.float().std()) / max(c.level_of(trace, 0), 1e-3)
-    if c.mix == "flow" and abs(deviation - 1) > 0.15:
-        raise Refused(f"it draws from noise of standard deviation {deviation:.2g}, not 1")
 
 
 # --- the negative prompt ---

@@ -20,27 +20,31 @@ STEPS, SCALE = 30, 1.0  # of a pipeline without defaults
 
 def build_preview(predict: PipelinePredict, codec: PipelineLatents) -> Preview:
     """Build the preview settings from the defaults of the pipeline's call."""
-    options, pipe = predict.watched.options, predict.watched.pipe
+    pipe, spec = predict.watched.pipe, codec.spec
 
-    def default(name: str, kind: Any, otherwise: Any) -> Any:
-        value = options[name].default if name in options else None
-        return kind(value) if isinstance(value, int | float) else otherwise
+    def default(name: str, otherwise: float) -> float:
+        value = predict.watched.options[name].default if name in predict.watched.options else None
+        return value if isinstance(value, int | float) else otherwise
 
-    side = int(getattr(pipe, "default_sample_size", None) or SIDE // codec.spec.downscale) * codec.spec.downscale
-    scale = "true_cfg_scale" if "true_cfg_scale" in options else "guidance_scale"
+    side = int(getattr(pipe, "default_sample_size", None) or SIDE // spec.downscale) * spec.downscale
     return Preview(
         defaults=PromptDefaults(
-            num_steps=default("num_inference_steps", int, STEPS),
-            width=default("width", int, side),
-            height=default("height", int, side),
-            scale=default(scale, float, SCALE),
-            size_step=codec.spec.bucket_step,
+            num_steps=int(default("num_inference_steps", STEPS)),
+            width=int(default("width", side)),
+            height=int(default("height", side)),
+            scale=float(default(scale_of(predict), SCALE)),
+            size_step=spec.bucket_step,
         ),
         text=replace(predict.text, remembers=True),
         predict=lambda prompt: predict,
         sampler=lambda prompt: build_sampler(predict, prompt),
         draw=partial(draw, predict),
     )
+
+
+def scale_of(predict: PipelinePredict) -> str:
+    """Return the pipeline's option for classifier-free guidance."""
+    return "true_cfg_scale" if "true_cfg_scale" in predict.watched.options else "guidance_scale"
 
 
 def draw(
@@ -54,28 +58,23 @@ def draw(
 
     Text encoders are loaded for a prompt that they have not seen in this run.
     """
-    watched, c = predict.watched, predict.convention
-    size = prompt.height, prompt.width
-    scale = "true_cfg_scale" if "true_cfg_scale" in watched.options else "guidance_scale"
-    settings: dict[str, Any] = {"generator": generator, scale: prompt.scale, "negative_prompt": prompt.negative}
-    extra = {name: value for name, value in settings.items() if name in watched.options}
+    watched, c, size = predict.watched, predict.convention, (prompt.height, prompt.width)
+    settings = {"generator": generator, scale_of(predict): prompt.scale, "negative_prompt": prompt.negative}
+    extra: dict[str, Any] = {name: value for name, value in settings.items() if name in watched.options}
 
     def check_interruption(_: int, sample: Tensor) -> None:
         if not goes_on():
             raise Stop
 
     answers = Answers(samples=check_interruption, pixels=c.empty_pixels(size))
-    with (
-        setting(watched, models={**watched.models, c.denoiser: denoiser}),
-        setting(watched.pipe, scheduler=watched.own_scheduler),
-    ):
+    models = {**watched.models, c.denoiser: denoiser}
+    with setting(watched, models=models), setting(watched.pipe, scheduler=watched.own_scheduler):
         trace = watched.draw(prompt.text, size, answers, steps=prompt.num_steps, **extra)
     if not trace.decoded:
         return None
     raw = trace.decoded[0]
-    return c.latents_of(raw.reshape(raw.shape[0], raw.shape[1], *raw.shape[-2:])).to(
-        next(iter(denoiser.parameters())).device
-    )
+    raw_BCHW = raw.reshape(raw.shape[0], raw.shape[1], *raw.shape[-2:]).to(next(iter(denoiser.parameters())).device)
+    return c.latents_of(raw_BCHW)
 
 
 def build_sampler(predict: PipelinePredict, prompt: Prompt) -> Sampler:

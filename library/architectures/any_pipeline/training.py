@@ -1,10 +1,11 @@
-"""A measured pipeline as the trainer sees it: latents, prediction and noise levels."""
+"""A measured pipeline as the trainer sees it: latents, prediction and objective."""
 
 import logging
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,30 @@ from library.architectures.any_pipeline.check import TOLERANCE, compare_own_mix,
 from library.architectures.any_pipeline.conditioning import CapturedText, fill_arguments
 from library.architectures.any_pipeline.convention import Convention
 from library.architectures.any_pipeline.maps import SizeMaps, read_maps
-from library.architectures.any_pipeline.trees import Unequal, empty_like, join_rows, join_values, move, split_rows
-from library.architectures.any_pipeline.watch import Answers, Refused, Size, Trace, Watched, setting
-from library.protocols import LatentSpec
+from library.architectures.any_pipeline.options import PipelineOptions
+from library.architectures.any_pipeline.trees import (
+    Unequal,
+    empty_like,
+    join_rows,
+    join_values,
+    move,
+    split_rows,
+    take_row,
+)
+from library.architectures.any_pipeline.watch import Answers, Refused, Size, Trace, Watched, bind, setting
+from library.diffusion.flow import FlowMatching
+from library.diffusion.objective import DDPM
+from library.diffusion.schedules import snr_of
+from library.diffusion.timesteps import (
+    NUM_TIMESTEPS,
+    build_level_sampler,
+    draw_moved_normal,
+    resolve_timestep_range,
+    shift_sigmas,
+    takes_offset,
+)
+from library.diffusion.weighting import check_huber
+from library.protocols import LatentSpec, Objective
 from library.types import Batch, Conditioning, Noised
 
 logger = logging.getLogger(__name__)
@@ -49,6 +71,18 @@ class PipelineLatents:
         return (pixels[:, :, 0] if pixels.ndim == 5 else pixels).float()
 
 
+class Repeated(nn.Module):
+    """A denoiser that computes a sample as often as a batch has samples, as T-LoRA and sweeps expect of every call."""
+
+    def __init__(self, denoiser: nn.Module, count: int) -> None:
+        super().__init__()
+        self.denoiser, self.count = denoiser, count
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        named = bind(self.denoiser, args, kwargs)
+        return take_row(self.denoiser(**join_rows([named] * self.count, pads=False)), 0, self.count)
+
+
 @dataclass(frozen=True, eq=False)
 class PipelinePredict:
     """The call of the denoiser. What belongs to a size is read from the pipeline at the first batch of that size."""
@@ -61,10 +95,11 @@ class PipelinePredict:
     def __call__(self, denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
         """Return the prediction that the pipeline would give its scheduler, in the layout of the latents."""
         c, latents_BCHW = self.convention, noised.latents_BCHW.float()
+        repeated = Repeated(denoiser, len(latents_BCHW) if c.takes_batches else 1)
         if not self.ready:
-            require_same_prediction(self, denoiser)
+            require_same_prediction(self, repeated)
         height, width = (side * c.downscale for side in latents_BCHW.shape[-2:])
-        maps = self.prepare(denoiser, (height, width))
+        maps = self.prepare(repeated, (height, width))
         levels_B = (noised.sigmas_B if c.mix == "flow" else noised.timesteps_B).float()
         rows = [
             fill_arguments(c, maps, self.text.restore(conditioning, place), sample_N, levels_B[place : place + 1])
@@ -84,7 +119,7 @@ class PipelinePredict:
         return [join_values(denoiser(**row)) for row in rows]
 
     @torch.no_grad()
-    def prepare(self, denoiser: nn.Module, size: Size) -> SizeMaps:
+    def prepare(self, denoiser: Repeated, size: Size) -> SizeMaps:
         """Read the maps of a size at its first use, which runs the denoiser once."""
         c, device = self.convention, next(iter(denoiser.parameters())).device
         if (size, device) in self.ready:
@@ -94,12 +129,12 @@ class PipelinePredict:
             # Adapters may draw random numbers, which a resumed run must not draw anew.
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 output = empty_like(denoiser(**move(self.draw_first(size).calls[0].kwargs, device)))
-        maps = read_maps(self.watched, c, size, output)
+        maps = read_maps(self.watched, c, size, output, device=device)
         ones = torch.ones(maps.decode.shape[1], *maps.decode.shape[-2:])
         if difference(c.raw_of(ones), maps.decode.scale_M + maps.decode.offset_M) > TOLERANCE:
             raise Refused(f"{c.pipeline} scales the latents of {size} otherwise than those of {c.size}")
-        self.ready[size, device] = maps.on(device)
-        return self.ready[size, device]
+        self.ready[size, device] = maps
+        return maps
 
     def draw_first(self, size: Size, steps: int = 2) -> Trace:
         """Draw until the denoiser's first call."""
@@ -121,22 +156,63 @@ class PipelinePredict:
 
 
 @torch.no_grad()
-def require_same_prediction(predict: PipelinePredict, denoiser: nn.Module) -> None:
+def require_same_prediction(predict: PipelinePredict, denoiser: Repeated) -> None:
     """Check the prediction of the denoiser as it trains for our own mix against the pipeline's own, and log the result.
 
     The pipeline draws with the recorded outputs of text encoders, at its smallest size. Raises Refused if the two
     differ by more than rounding.
     """
     begun, c, watched = time.monotonic(), predict.convention, predict.watched
-    size = predict.prepare(denoiser, c.size)
-    device = next(iter(denoiser.parameters())).device
     with torch.random.fork_rng(), setting(watched, models={**watched.models, c.denoiser: denoiser}):
-        error = compare_own_mix(watched, c, size.on(torch.device("cpu")))
+        error = compare_own_mix(watched, c, read_maps(watched, c, c.size, c.output))
+    device = next(iter(denoiser.parameters())).device
     most = TOLERANCE_IN_16_BITS if torch.is_autocast_enabled(device.type) else TOLERANCE
     if not error <= most:
         raise Refused(
-            f"{c.pipeline}: the prediction of the loaded denoiser differs from the pipeline's own by {error:.2g} of its "
-            f"largest value (at most {most:g} is accepted)"
+            f"{c.pipeline}: the prediction of the loaded denoiser differs from the pipeline's own by {error:.2g} of "
+            f"its largest value (at most {most:g} is accepted)"
         )
     seconds = time.monotonic() - begun
     logger.info("the prediction agrees with the pipeline's own (%.1g), checked in %.1f s", error, seconds)
+
+
+def build_objective(options: PipelineOptions, predict: PipelinePredict) -> Objective:
+    """Build the measured objective. Raises UserError for a target that is not trained, and for invalid timesteps."""
+    target = predict.convention.target
+    if predict.convention.mix == "flow":
+        sampling, weighting = options.flow_sampling, options.flow_weighting
+        is_own = sampling.timestep_sampling == "pipeline"
+        return FlowMatching(
+            options.noise,
+            options.loss,
+            partial(draw_like_pipeline, predict) if is_own else build_level_sampler(sampling, weighting),
+            "latent - noise" if target == "latent - noise" else "noise - latent",
+            "raw",
+            weighting.weighting_scheme,
+            takes_offset=is_own or takes_offset(weighting, sampling),
+            num_strata=sampling.num_timestep_buckets or 1,
+            keeps_shape=sampling.preserve_distribution_shape,
+        )
+    if target not in ("noise", "velocity"):
+        raise Refused(f"{predict.convention.pipeline} predicts {target} of a DDPM schedule, which is not trained here")
+    timesteps = resolve_timestep_range(options.noise, NUM_TIMESTEPS)
+    check_huber(options.loss)
+    abar_T = predict.watched.pipe.scheduler.alphas_cumprod.double()
+    # The loss weights of a schedule that ends in pure noise would be 0 / 0 there.
+    snr_T = snr_of(abar_T.clamp(min=1e-6))
+    return DDPM(abar_T, snr_T, target == "velocity", *timesteps, options.noise, options.loss)
+
+
+def draw_like_pipeline(
+    predict: PipelinePredict,
+    num_samples: int,
+    height: int,
+    width: int,
+    generator: torch.Generator,
+    offsets_B: Tensor | None = None,
+    uniforms_B: Tensor | None = None,
+) -> Tensor:
+    """Draw noise levels with the pipeline's shift; `height` and `width` are those of the latents."""
+    q_B = torch.sigmoid(draw_moved_normal(num_samples, generator, offsets_B, uniforms_B))
+    downscale = predict.convention.downscale
+    return shift_sigmas(q_B, predict.shift((height * downscale, width * downscale)))

@@ -99,7 +99,7 @@ def count_values(output: Any) -> int:
 
 def fill_like(output: Any, values: Tensor) -> Any:
     """Return an output of the same structure that holds the vector `values`."""
-    parts = iter(values.split([tensor.numel() for tensor in float_tensors(output)]))
+    parts = iter(torch.split(values, [tensor.numel() for tensor in float_tensors(output)]))
     return map_tensors(output, lambda old: next(parts).reshape(old.shape).to(old) if is_float(old) else old)
 
 
@@ -127,19 +127,20 @@ def join_rows(rows: Sequence[Any], pads: bool) -> Any:
     raise Unequal
 
 
+def take_row(output: Any, row: int, count: int) -> Any:
+    """Return the output for one of `count` samples."""
+    if isinstance(output, Mapping):
+        return Output({key: take_row(value, row, count) for key, value in output.items()})
+    if isinstance(output, list) and len(output) == count:
+        return output[row : row + 1]
+    if isinstance(output, list | tuple):
+        return type(output)(take_row(value, row, count) for value in output)
+    return output[row : row + 1] if isinstance(output, Tensor) else output
+
+
 def split_rows(output: Any, count: int) -> list[Tensor]:
     """Return the values of each sample of an output as a vector."""
-
-    def take(tree: Any, row: int) -> Any:
-        if isinstance(tree, Mapping):
-            return [take(value, row) for value in tree.values()]
-        if isinstance(tree, list) and len(tree) == count:
-            return tree[row]
-        if isinstance(tree, list | tuple):
-            return [take(value, row) for value in tree]
-        return tree[row] if isinstance(tree, Tensor) else tree
-
-    return [join_values(take(output, row)) for row in range(count)]
+    return [join_values(take_row(output, row, count)) for row in range(count)]
 
 
 def pad_to(value: Tensor, shape: Sequence[int]) -> Tensor:

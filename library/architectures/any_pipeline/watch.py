@@ -8,7 +8,7 @@ only some of its models are in memory, or none.
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
@@ -124,31 +124,18 @@ def is_vae(kind: object) -> bool:
     return all(callable(getattr(kind, name, None)) for name in ("encode", "decode"))
 
 
-def key_of(name: str, path: str, arguments: Any) -> str:
+def key_of(*call: Any) -> str:
     """Return a digest of a call of a model."""
-    digest = blake2b(f"{name}.{path}".encode(), digest_size=16)
-    for place, leaf in leaves(arguments).items():
-        digest.update(repr(place).encode())
-        if isinstance(leaf, Tensor):
-            digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-            values = torch.view_as_real(leaf) if leaf.is_complex() else leaf
-            digest.update(values.detach().cpu().double().numpy().tobytes())
-        else:
-            digest.update(repr(leaf).encode())
+    digest = blake2b(digest_size=16)
+    for place, leaf in leaves(call).items():
+        digest.update(repr(place).encode() + (bytes_of(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode()))
     return digest.hexdigest()
 
 
-def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by name."""
-    signature = inspect.signature(type(module).forward)
-    bound = dict(signature.bind(module, *args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD and name in bound:
-            bound |= bound.pop(name)
-        if parameter.kind is parameter.VAR_POSITIONAL and bound.get(name) == ():
-            del bound[name]
-    del bound[next(iter(signature.parameters))]  # self
-    return bound
+def bytes_of(tensor: Tensor) -> bytes:
+    values = tensor.detach().cpu().contiguous().reshape(-1)
+    values = torch.view_as_real(values) if values.is_complex() else values.double()
+    return f"{tensor.dtype} {tuple(tensor.shape)}".encode() + values.numpy().tobytes()
 
 
 class Watched:
@@ -165,11 +152,13 @@ class Watched:
         self.load_text: Callable[[], Mapping[str, nn.Module]] | None = None  # if an input is not in memory
         self.vae = ""  # the component that encodes and decodes images; "" if the pipeline draws pixels
         self.options: Mapping[str, inspect.Parameter] = inspect.signature(type(pipe).__call__).parameters
+        self.advance: Callable[[int], None] = lambda count: None  # called after each stage of a measurement
         self._trace, self._answers = Trace(), Answers()
         pipe.set_progress_bar_config(disable=True)
         for name, module in pipe.components.items():
             if isinstance(module, nn.Module) and is_vae(module):
-                self.vae, module.decode = name, partial(self._decode, name)
+                self.vae = name
+                module.decode = partial(self._decode, name)  # type: ignore[assignment]
             elif isinstance(module, nn.Module):
                 for path, part in module.named_modules():
                     part.forward = partial(self._forward, name, path, part)
@@ -206,10 +195,8 @@ class Watched:
                 if isinstance(getattr(part, "_enabled", None), bool):  # diffusers' components for guidance
                     stack.enter_context(setting(part, _enabled=False))
             stack.enter_context(torch.no_grad())
-            try:
-                self.pipe(prompt=prompt, **{**known, **extra})
-            except Stop:
-                pass
+            stack.enter_context(suppress(Stop))
+            self.pipe(prompt=prompt, **{**known, **extra})
         return self._trace
 
     def call_model(self, name: str, path: str, arguments: Any) -> Any:
@@ -224,20 +211,22 @@ class Watched:
     def _forward(self, name: str, path: str, part: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if name == self.denoiser or (self.denoiser is None and self._trace.steps):
             return self._denoise(name, part, args, kwargs)
-        key = key_of(name, path, (args, kwargs))
+        key = key_of(name, path, args, kwargs)
         if key not in self.memory:
             if name not in self.models and self.load_text is not None:
                 self.models |= self.load_text()
-            self.memory[key] = drop_objects(self.call_model(name, path, map_tensors((args, kwargs), Tensor.detach)))
+            output = self.call_model(name, path, map_tensors((args, kwargs), Tensor.detach))
+            # Language models also return objects, such as their caches.
+            kinds = (Tensor, int, float, str)
+            self.memory[key] = map_leaves(output, lambda _, leaf: leaf if isinstance(leaf, kinds) else None)
         output = copy_tensors(self.memory[key])
-        if self.denoiser is None and path == "":
-            # Any model may turn out to be the denoiser.
-            self._trace.calls.append(Call(name, len(self._trace.steps), copy_tensors(bind(part, args, kwargs)), output))
+        if self.denoiser is None and path == "":  # any model may turn out to be the denoiser
+            self._trace.calls.append(Call(name, len(self._trace.steps), bind(part, args, kwargs), output))
         return output
 
     def _denoise(self, name: str, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         trace, answers, place = self._trace, self._answers, len(self._trace.calls)
-        call = Call(name, len(trace.steps), copy_tensors(bind(part, args, kwargs)))
+        call = Call(name, len(trace.steps), bind(part, args, kwargs))
         trace.calls.append(call)
         if answers.stops_at == place:
             raise Stop
@@ -253,9 +242,8 @@ class Watched:
             trace.scheduler = copy_scheduler(scheduler)
         sample: Tensor = bound["sample"].detach().clone()
         trace.steps.append(Step(bound["model_output"].detach().clone(), copy.deepcopy(bound["timestep"]), sample))
-        out, new = step(*args, **kwargs), None
-        if self._answers.samples is not None:
-            new = self._answers.samples(len(trace.steps) - 1, sample)
+        out, answer = step(*args, **kwargs), self._answers.samples
+        new = None if answer is None else answer(len(trace.steps) - 1, sample)
         if new is None:
             return out
         return (new, *out[1:]) if isinstance(out, tuple) else Output({**out, "prev_sample": new})
@@ -275,10 +263,11 @@ class Watched:
         return (pixels,) if kwargs.get("return_dict") is False else Output(sample=pixels)
 
 
-def drop_objects(output: Any) -> Any:
-    """Return an output without what is neither tensor nor number, such as the cache of a language model."""
-    kinds = (Tensor, int, float, bool, str)
-    return map_leaves(output, lambda _, leaf: leaf if isinstance(leaf, kinds) else None)
+def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return copies of the arguments of a call, by name."""
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    named: dict[str, Any] = copy_tensors({**dict(zip(names, args, strict=False)), **kwargs})
+    return named
 
 
 def copy_scheduler(scheduler: Any) -> Any:
