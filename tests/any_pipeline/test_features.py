@@ -54,6 +54,7 @@ def test_the_base_can_be_stored_in_few_bits(base_format: str, model: Path, tmp_p
         ["--ema_decay", "0.9"],
         ["--compile", "--compile_backend", "aot_eager"],
         ["--mixed_precision", "bf16", "--full_bf16"],
+        ["--sweep", "learning_rate=1e-3,1e-4", "--gradient_checkpointing", "--caption_dropout_rate", "0.5"],
     ],
     ids=" ".join,
 )
@@ -64,16 +65,17 @@ def test_other_options_work(words: list[str], model: Path, tmp_path: Path, train
 
 
 @pytest.mark.parametrize(
-    "module", ["networks.loha", "networks.lokr", "networks.dylora", "networks.oft", "networks.lora_fa"]
+    "module",
+    ["networks.loha", "networks.lokr", "networks.dylora", "networks.oft", "networks.lora_fa", "networks.tlora"],
 )
 def test_other_kinds_of_adapters_train(module: str, model: Path, tmp_path: Path, train: Train) -> None:
     done = train(arguments(model, tmp_path, "--network_module", module), script=SCRIPT)
     assert done.status == 0, done.stderr
 
 
-def test_memory_cannot_be_planned(model: Path, tmp_path: Path, train: Train) -> None:
+def test_memory_is_planned(model: Path, tmp_path: Path, train: Train) -> None:
     done = train(arguments(model, tmp_path, "--fit", "8GB"), script=SCRIPT)
-    assert done.status == 1 and "the memory of a measured pipeline cannot be planned" in done.stderr
+    assert done.status == 0, done.stderr
 
 
 @pytest.mark.nightly

@@ -64,13 +64,27 @@ def test_a_folder_of_no_pipeline_is_refused(tmp_path: Path, train: Train) -> Non
     [
         (["--network_train_text_encoder_only"], "the text encoders of a pipeline are not trained by this script"),
         (["--vae", "x"], "what is measured of the pipeline belongs to its own VAE"),
-        (["--sweep", "learning_rate=1e-3,1e-4"], "the samples of a batch may be computed one after another"),
-        (["--network_module", "networks.tlora"], "T-LoRA does not work with diffusers_train_network.py"),
     ],
 )
 def test_options_for_other_models_are_refused(words: list[str], sentence: str, tmp_path: Path, train: Train) -> None:
     done = train(arguments(write_index(tmp_path / "model", "AuraFlowPipeline"), tmp_path, *words), script=SCRIPT)
     assert done.status == 1 and sentence in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [(["--sweep", "learning_rate=1e-3,1e-4"], "--sweep"), (["--network_module", "networks.tlora"], "T-LoRA")],
+)
+def test_what_needs_all_samples_in_one_call_is_refused(
+    words: list[str], name: str, tmp_path: Path, train: Train
+) -> None:
+    build_tiny_pipeline("QwenImagePipeline").save_pretrained(tmp_path / "model")
+    done = train(arguments(tmp_path / "model", tmp_path, *words), script=SCRIPT)
+    assert done.status == 1
+    assert (
+        f"{name} does not work with QwenImagePipeline: captions of different lengths cannot share a call" in done.stderr
+    )
 
 
 @pytest.mark.slow

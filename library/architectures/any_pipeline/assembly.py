@@ -104,8 +104,8 @@ def require_batches(options: PipelineOptions, convention: Convention) -> None:
     for name, is_on in {"--sweep": options.sweep.sweep, "T-LoRA": is_tlora}.items():
         if is_on and not convention.pads:
             raise UserError(
-                f"{name} does not work with {convention.pipeline}: captions of different lengths cannot share a call of "
-                f"its {convention.denoiser}; remove it"
+                f"{name} does not work with {convention.pipeline}: captions of different lengths cannot share a call "
+                f"of its {convention.denoiser}; remove it"
             )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import pad_sequence
 
 from library.architectures.any_pipeline.convention import Convention
@@ -56,12 +57,15 @@ class CapturedText:
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
         """Return the denoiser's text arguments, first axis B, without gradient."""
-        watched, models = self.watched, dict(zip(self.names, encoders, strict=True))
+        watched, models, ids_BL = self.watched, dict(zip(self.names, encoders, strict=True)), tokens.ids_BLT[0]
         memory = watched.memory if self.remembers else dict(watched.memory)
-        with setting(watched, models={**watched.models, **models}, memory=memory):
-            captions = [bytes(row.tolist()).rstrip(b"\0").decode() for row in tokens.ids_BLT[0]]
+        with watched.real_tensors(), setting(watched, models={**watched.models, **models}, memory=memory):
+            if isinstance(ids_BL, FakeTensor):  # of the planner, which counts the longest captions
+                captions = ["a " * self.max_tokens] * len(ids_BL)
+            else:
+                captions = [bytes(row.tolist()).rstrip(b"\0").decode() for row in ids_BL]
             rows = [self._features(capture_text(watched, self.convention, caption)) for caption in captions]
-        return {key: pad_sequence([row[key] for row in rows], batch_first=True) for key in rows[0]}
+            return {key: pad_sequence([row[key] for row in rows], batch_first=True) for key in rows[0]}
 
     def _features(self, text: Mapping[Path, Any]) -> dict[str, Tensor]:
         row = {}
@@ -76,7 +80,8 @@ class CapturedText:
         text: dict[Path, Any] = {}
         for path in self.convention.text:
             value_N, old = conditioning[format_path(path)][place], self.example[path]
-            shape = conditioning[SHAPE + format_path(path)][place].tolist()
+            with self.watched.real_tensors():
+                shape = conditioning[SHAPE + format_path(path)][place].tolist()
             count = math.prod(shape)
             # Trailing zeros are cut off in caches.
             value = pad_to(value_N[:count], (count,)).reshape(shape)

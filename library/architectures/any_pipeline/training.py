@@ -18,14 +18,12 @@ from library.architectures.any_pipeline.maps import SizeMaps, read_maps
 from library.architectures.any_pipeline.options import PipelineOptions
 from library.architectures.any_pipeline.trees import (
     Unequal,
-    empty_like,
     join_rows,
     join_values,
-    move,
     split_rows,
     take_row,
 )
-from library.architectures.any_pipeline.watch import Answers, Refused, Size, Trace, Watched, bind, setting
+from library.architectures.any_pipeline.watch import Answers, Refused, Size, Trace, Watched, bind, is_fake, setting
 from library.diffusion.flow import FlowMatching
 from library.diffusion.objective import DDPM
 from library.diffusion.schedules import snr_of
@@ -79,6 +77,8 @@ class Repeated(nn.Module):
         self.denoiser, self.count = denoiser, count
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.count == 1:
+            return self.denoiser(*args, **kwargs)
         named = bind(self.denoiser, args, kwargs)
         return take_row(self.denoiser(**join_rows([named] * self.count, pads=False)), 0, self.count)
 
@@ -96,7 +96,7 @@ class PipelinePredict:
         """Return the prediction that the pipeline would give its scheduler, in the layout of the latents."""
         c, latents_BCHW = self.convention, noised.latents_BCHW.float()
         repeated = Repeated(denoiser, len(latents_BCHW) if c.takes_batches else 1)
-        if not self.ready:
+        if not self.ready and not is_fake(denoiser):
             require_same_prediction(self, repeated)
         height, width = (side * c.downscale for side in latents_BCHW.shape[-2:])
         maps = self.prepare(repeated, (height, width))
@@ -121,19 +121,21 @@ class PipelinePredict:
     @torch.no_grad()
     def prepare(self, denoiser: Repeated, size: Size) -> SizeMaps:
         """Read the maps of a size at its first use, which runs the denoiser once."""
-        c, device = self.convention, next(iter(denoiser.parameters())).device
+        c, watched, device = self.convention, self.watched, next(iter(denoiser.parameters())).device
         if (size, device) in self.ready:
             return self.ready[size, device]
         output = c.output
-        if size != c.size:
-            # Adapters may draw random numbers, which a resumed run must not draw anew.
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                output = empty_like(denoiser(**move(self.draw_first(size).calls[0].kwargs, device)))
-        maps = read_maps(self.watched, c, size, output, device=device)
-        ones = torch.ones(maps.decode.shape[1], *maps.decode.shape[-2:])
-        if difference(c.raw_of(ones), maps.decode.scale_M + maps.decode.offset_M) > TOLERANCE:
-            raise Refused(f"{c.pipeline} scales the latents of {size} otherwise than those of {c.size}")
-        self.ready[size, device] = maps
+        with watched.real_tensors(), setting(watched, models={c.denoiser: denoiser}):
+            if size != c.size:
+                # Adapters may draw random numbers, which a resumed run must not draw anew.
+                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                    output = watched.call_model(c.denoiser, "", ((), self.draw_first(size).calls[0].kwargs))
+            maps = read_maps(watched, c, size, output, device=device)
+            ones = torch.ones(maps.decode.shape[1], *maps.decode.shape[-2:])
+            if difference(c.raw_of(ones), maps.decode.scale_M + maps.decode.offset_M) > TOLERANCE:
+                raise Refused(f"{c.pipeline} scales the latents of {size} otherwise than those of {c.size}")
+        if not is_fake(denoiser):  # the run itself begins with a check
+            self.ready[size, device] = maps
         return maps
 
     def draw_first(self, size: Size, steps: int = 2) -> Trace:

@@ -64,8 +64,8 @@ def move(tree: Any, device: torch.device, dtype: torch.dtype | None = None) -> A
 
 
 def empty_like(output: Any) -> Any:
-    """Return an output of the same structure and shapes, zeros in float32 on the CPU."""
-    return map_tensors(output, lambda tensor: torch.zeros(tensor.shape))
+    """Return an output of the same structure and shapes, zeros on the CPU, in float32 where they are numbers."""
+    return map_tensors(output, lambda old: torch.zeros(old.shape, dtype=None if old.is_floating_point() else old.dtype))
 
 
 def is_same(a: Any, b: Any) -> bool:

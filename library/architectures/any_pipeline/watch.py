@@ -16,10 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _pop_mode, _push_mode
 
 from library.architectures.any_pipeline.trees import (
     Output,
     copy_tensors,
+    empty_like,
     float_tensors,
     leaves,
     map_leaves,
@@ -154,6 +157,7 @@ class Watched:
         self.options: Mapping[str, inspect.Parameter] = inspect.signature(type(pipe).__call__).parameters
         self.advance: Callable[[int], None] = lambda count: None  # called after each stage of a measurement
         self._trace, self._answers = Trace(), Answers()
+        self._modes: list[TorchDispatchMode] = []  # of the caller of `real_tensors`
         pipe.set_progress_bar_config(disable=True)
         for name, module in pipe.components.items():
             if isinstance(module, nn.Module) and is_vae(module):
@@ -190,7 +194,7 @@ class Watched:
         }  # fmt: skip
         known = {name: value for name, value in arguments.items() if name in self.options}
         self._trace, self._answers = Trace(), answers or Answers()
-        with ExitStack() as stack:
+        with self.real_tensors(), ExitStack() as stack:
             for part in self.pipe.components.values():
                 if isinstance(getattr(part, "_enabled", None), bool):  # diffusers' components for guidance
                     stack.enter_context(setting(part, _enabled=False))
@@ -199,14 +203,28 @@ class Watched:
             self.pipe(prompt=prompt, **{**known, **extra})
         return self._trace
 
+    @contextmanager
+    def real_tensors(self) -> Iterator[None]:
+        """Compute with values inside the block, also while the planner counts on fake tensors."""
+        with _disable_current_modes() as modes, setting(self, _modes=modes or self._modes):  # type: ignore[no-untyped-call]
+            yield
+
     def call_model(self, name: str, path: str, arguments: Any) -> Any:
-        """Run a part of a model in memory; arguments and result are on the CPU, in float32."""
+        """Run a part of a model in memory; arguments and result are on the CPU, in float32.
+
+        The result of a model of fake tensors is zeros.
+        """
         model = self.models[name]
         like = next(iter(model.parameters()))
         # Autocast converts where it has to; times would lose digits that the model needs.
         converts = like.is_floating_point() and not torch.is_autocast_enabled(like.device.type)
         args, kwargs = move(arguments, like.device, like.dtype if converts else torch.float32)
-        return move(model.get_submodule(path)(*args, **kwargs), torch.device("cpu"), torch.float32)
+        with ExitStack() as stack:
+            for mode in reversed(self._modes if is_fake(model) else []):
+                _push_mode(mode)
+                stack.callback(_pop_mode)
+            output = model.get_submodule(path)(*args, **kwargs)
+        return empty_like(output) if is_fake(model) else move(output, torch.device("cpu"), torch.float32)
 
     def _forward(self, name: str, path: str, part: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if name == self.denoiser or (self.denoiser is None and self._trace.steps):
@@ -268,6 +286,10 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     named: dict[str, Any] = copy_tensors({**dict(zip(names, args, strict=False)), **kwargs})
     return named
+
+
+def is_fake(model: nn.Module) -> bool:
+    return isinstance(next(iter(model.parameters())), FakeTensor)
 
 
 def copy_scheduler(scheduler: Any) -> Any:
