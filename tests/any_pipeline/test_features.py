@@ -7,6 +7,7 @@ import pytest
 
 from tests.any_pipeline.test_training import SCRIPT, Train, arguments, same
 from tests.running import make_images
+from tests.runs.test_pairs import PREFERENCES, SLIDER, write_dataset
 from tests.tiny.pipelines import build_tiny_pipeline
 
 pytestmark = pytest.mark.slow
@@ -76,6 +77,17 @@ def test_other_kinds_of_adapters_train(module: str, model: Path, tmp_path: Path,
 def test_memory_is_planned(model: Path, tmp_path: Path, train: Train) -> None:
     done = train(arguments(model, tmp_path, "--fit", "8GB"), script=SCRIPT)
     assert done.status == 0, done.stderr
+
+
+@pytest.mark.parametrize("words", [PREFERENCES, SLIDER], ids=" ".join)
+def test_pairs_of_images_train(words: tuple[str, str], model: Path, tmp_path: Path, train: Train) -> None:
+    make_images(tmp_path / "preferred", 3, seed=4)
+    make_images(tmp_path / "rejected", 3, side=96, seed=5)
+    write_dataset(tmp_path, "")
+    dataset = ["--train_data_dir", "", "--dataset_config", str(tmp_path / "data.toml")]
+    done = train(arguments(model, tmp_path, *dataset, *words), script=SCRIPT)
+    assert done.status == 0, done.stderr
+    assert words == SLIDER or done.losses[0] == 0.693, "the adapter changes nothing yet"
 
 
 @pytest.mark.nightly

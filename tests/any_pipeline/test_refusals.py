@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from library.architectures.any_pipeline.measuring import measure
+from library.architectures.any_pipeline.watch import Refused, watch_pipeline
 from tests.any_pipeline.test_training import SCRIPT, arguments
 from tests.running import Finished
 from tests.tiny.pipelines import build_tiny_pipeline
@@ -87,12 +89,12 @@ def test_what_needs_all_samples_in_one_call_is_refused(
     )
 
 
-@pytest.mark.slow
-def test_arguments_that_follow_caption_and_size_together_are_refused(tmp_path: Path, train: Train) -> None:
-    build_tiny_pipeline("ChromaPipeline").save_pretrained(tmp_path / "model")
-    done = train(arguments(tmp_path / "model", tmp_path), script=SCRIPT)
-    assert done.status == 1
-    assert (
-        f"--pretrained_model_name_or_path {tmp_path / 'model'}: ChromaPipeline cannot be trained: attention_mask "
-        "follows caption and size together, so captions cannot be cached"
-    ) in done.stderr
+def test_arguments_that_follow_caption_and_size_in_no_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = build_tiny_pipeline("ChromaPipeline")
+    ordered = pipe._prepare_attention_mask
+    monkeypatch.setattr(
+        type(pipe), "_prepare_attention_mask", lambda self, *args, **kwargs: ordered(*args, **kwargs).flip(1)
+    )
+    sentence = "attention_mask follows caption and size together, so captions cannot be cached"
+    with pytest.raises(Refused, match=sentence):
+        measure(watch_pipeline(pipe), (64, 64))

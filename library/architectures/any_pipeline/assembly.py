@@ -8,7 +8,6 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from library.architectures.any_pipeline.check import (
     NUM_COMPARED,
@@ -32,8 +31,8 @@ from library.architectures.any_pipeline.options import PipelineOptions
 from library.architectures.any_pipeline.preview import build_preview
 from library.architectures.any_pipeline.targets import block_lists, run_blocks_with, stacks
 from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict, build_objective
-from library.architectures.any_pipeline.trees import format_path, leaves
-from library.architectures.any_pipeline.watch import Answers, Refused, Watched, WrongSize, setting
+from library.architectures.any_pipeline.trees import format_path
+from library.architectures.any_pipeline.watch import Refused, Watched, WrongSize, setting
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint as digest_weights
 from library.diffusion.flow import IGNORES
@@ -128,7 +127,7 @@ def name_own_script(folder: PipelineFolder) -> None:
 def recall_or_measure(options: PipelineOptions, folder: PipelineFolder, watched: Watched) -> Convention:
     """Return the convention of a pipeline, and prepare `watched` to draw without models."""
     place = folder_of_caches(options) / f".pipeline_{fingerprint(folder)}.safetensors"
-    if place.is_file():
+    if place.is_file() and not options.faults.selftest:
         kept = read_kept(place)
         logger.info("the convention of %s is read from %s", folder.kind.__name__, place)
         watched.denoiser = kept.convention.denoiser
@@ -227,21 +226,14 @@ def read_latent_spec(convention: Convention) -> LatentSpec:
 
 def build_text(watched: Watched, convention: Convention, loader: PipelineLoader) -> CapturedText:
     """Build the text pipeline; captions are counted by the tokenizer that takes most tokens."""
-    tokenizers = [part for name, part in watched.pipe.components.items() if name.startswith("tokenizer") and part]
+    parts = [part for name, part in watched.pipe.components.items() if name.startswith(("tokenizer", "processor"))]
+    tokenizers = [getattr(part, "tokenizer", part) for part in parts if part]  # processors of text and images have one
     tokenizer = max(tokenizers, key=lambda part: part.model_max_length)
     limit = watched.options.get("max_sequence_length")
     default = limit.default if limit is not None and isinstance(limit.default, int) else tokenizer.model_max_length
-    example = {
-        path: leaf for path, leaf in leaves(probe_arguments(watched, convention)).items() if path in convention.text
-    }
-    return CapturedText(
-        watched, convention, loader.text_names, example, tokenizer, min(default, 1 << 16), loader.text_dtype
-    )
-
-
-def probe_arguments(watched: Watched, convention: Convention) -> Any:
-    """Return the denoiser's arguments for a known prompt, for which no model is needed."""
-    return watched.draw(convention.prompts[0], convention.size, Answers(stops_at=0), **convention.extra).calls[0].kwargs
+    example = capture_text(watched, convention, convention.prompts[0])
+    most = min(default, 1 << 16)
+    return CapturedText(watched, convention, loader.text_names, example, tokenizer, most, loader.text_dtype)
 
 
 def build_text_cache(options: PipelineOptions, loader: PipelineLoader, text: CapturedText) -> TextCacheSpec:

@@ -150,7 +150,7 @@ def gives_same_in_batch(
     ]
     alone = [join_values(watched.call_model(c.denoiser, "", ((), row))) for row in rows]
     try:
-        output = watched.call_model(c.denoiser, "", ((), join_rows(rows, pads=True)))
+        output = watched.call_model(c.denoiser, "", ((), join_rows(rows, maps.kwargs, pads=True)))
         pairs = [[maps.out(values[None]) for values in pair] for pair in zip(split_rows(output, 2), alone, strict=True)]
     except Exception:  # a denoiser for one sample at a time fails in its own way
         return False

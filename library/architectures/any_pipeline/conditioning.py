@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from library.architectures.any_pipeline.watch import Answers, Refused, Watched, 
 from library.types import Conditioning, Tokens
 
 SHAPE = "shape of "
+NO_VALUE = [-1]  # the shape of None, such as a mask that masks nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,9 @@ class CapturedText:
     max_tokens: int
     dtype: torch.dtype  # of the features
     remembers: bool = False  # keep what the text encoders return, to draw with it
+    planned: dict[Path, list[int]] = field(
+        default_factory=dict
+    )  # shapes of the longest caption, which the planner counts
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -44,7 +48,7 @@ class CapturedText:
     @property
     def host_keys(self) -> tuple[str, ...]:
         """The features that are read on the host: shapes, and arguments that are no tensors."""
-        numbers = [format_path(path) for path, value in self.example.items() if not isinstance(value, Tensor)]
+        numbers = [format_path(path) for path, value in self.example.items() if not isinstance(value, Tensor | None)]
         return (*numbers, *(key for key in self.keys if key.startswith(SHAPE)))
 
     def count_tokens(self, caption: str) -> int:
@@ -60,19 +64,22 @@ class CapturedText:
         watched, models, ids_BL = self.watched, dict(zip(self.names, encoders, strict=True)), tokens.ids_BLT[0]
         memory = watched.memory if self.remembers else dict(watched.memory)
         with watched.real_tensors(), setting(watched, models={**watched.models, **models}, memory=memory):
-            if isinstance(ids_BL, FakeTensor):  # of the planner, which counts the longest captions
+            if isinstance(ids_BL, FakeTensor):  # of the planner
                 captions = ["a " * self.max_tokens] * len(ids_BL)
             else:
                 captions = [bytes(row.tolist()).rstrip(b"\0").decode() for row in ids_BL]
             rows = [self._features(capture_text(watched, self.convention, caption)) for caption in captions]
+            if isinstance(ids_BL, FakeTensor):
+                self.planned.update({path: rows[0][SHAPE + format_path(path)].tolist() for path in self.example})
             return {key: pad_sequence([row[key] for row in rows], batch_first=True) for key in rows[0]}
 
     def _features(self, text: Mapping[Path, Any]) -> dict[str, Tensor]:
         row = {}
         for path in self.convention.text:
-            value = torch.as_tensor(text[path])
+            value = torch.as_tensor(() if text[path] is None else text[path])
             value = value.to(self.dtype) if value.is_floating_point() else value
-            row[format_path(path)], row[SHAPE + format_path(path)] = value.flatten(), torch.tensor(value.shape)
+            shape = NO_VALUE if text[path] is None else value.shape
+            row[format_path(path)], row[SHAPE + format_path(path)] = value.flatten(), torch.tensor(shape)
         return row
 
     def restore(self, conditioning: Conditioning, place: int) -> dict[Path, Any]:
@@ -80,25 +87,37 @@ class CapturedText:
         text: dict[Path, Any] = {}
         for path in self.convention.text:
             value_N, old = conditioning[format_path(path)][place], self.example[path]
-            with self.watched.real_tensors():
-                shape = conditioning[SHAPE + format_path(path)][place].tolist()
+            shape_A = conditioning[SHAPE + format_path(path)]
+            shape = self.planned[path] if isinstance(shape_A, FakeTensor) else shape_A[place].tolist()
+            if shape[:1] == NO_VALUE:
+                text[path] = None
+                continue
             count = math.prod(shape)
             # Trailing zeros are cut off in caches.
             value = pad_to(value_N[:count], (count,)).reshape(shape)
-            text[path] = value.to(old.dtype) if isinstance(old, Tensor) else type(old)(value.item())
+            if isinstance(old, Tensor | None):
+                text[path] = value if old is None else value.to(old.dtype)
+            else:
+                text[path] = type(old)(value.item())
         return text
 
 
 def capture_text(watched: Watched, convention: Convention, caption: str) -> dict[Path, Any]:
     """Return the denoiser's text arguments for a caption; for the empty one those of the pipeline's negative prompt."""
     c, unconditional = convention, convention.unconditional
-    call, extra, row = c.call, c.extra, slice(None)
-    if not caption and unconditional is not None:
-        caption, call, extra = c.prompts[0], unconditional.call, unconditional.extra
-        row = slice(unconditional.row, unconditional.row + 1) if unconditional.num_rows > 1 else row
-    answers = Answers(outputs=lambda _: c.output, stops_at=call)  # earlier calls of the step get zeros
-    text = text_of(c, watched.draw(caption, c.size, answers, **extra).calls[-1].kwargs)
-    return {path: value[row] if isinstance(value, Tensor) else value for path, value in text.items()}
+
+    def capture(prompt: str, call: int, extra: Mapping[str, Any]) -> dict[Path, Any]:
+        answers = Answers(outputs=lambda _: c.output, stops_at=call)  # earlier calls of the step get zeros
+        return text_of(c, watched.draw(prompt, c.size, answers, **extra).calls[-1].kwargs)
+
+    if caption or unconditional is None:
+        return capture(caption, c.call, c.extra)
+    text, row = capture(c.prompts[0], unconditional.call, unconditional.extra), unconditional.row
+    if unconditional.num_rows == 1:
+        return text
+    # A pipeline whose guidance is never off has several rows in each call, of which all get the negative prompt.
+    usual = capture(c.prompts[0], c.call, c.extra)
+    return {path: torch.cat([value[row : row + 1]] * len(usual[path])) for path, value in text.items()}
 
 
 def text_of(convention: Convention, kwargs: Any) -> dict[Path, Any]:

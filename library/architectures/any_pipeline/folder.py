@@ -109,8 +109,11 @@ def open_folder(name: str | None, trusts_code: bool) -> PipelineFolder:
         )
     kind = find_class("pipeline", index["_class_name"], path, trusts_code)
     refuse_by_class(path, kind, index)
+    # Lists of numbers are settings of the pipeline.
     entries = {
-        key: value for key, value in index.items() if isinstance(value, list) and value[0] and key not in LEFT_OUT
+        key: value
+        for key, value in index.items()
+        if isinstance(value, list) and key not in LEFT_OUT and all(isinstance(name, str) for name in value)
     }
     classes = {key: find_class(key, value, path, trusts_code) for key, value in entries.items()}
     models = {key: cls for key, cls in classes.items() if issubclass(cls, nn.Module)}

@@ -49,7 +49,7 @@ from library.architectures.any_pipeline.watch import (
     copy_scheduler,
 )
 
-PROMPTS = ("a cat", "two dogs on a hill")
+PROMPTS = ("a cat", 'two dogs and a "sign"')  # some pipelines encode quoted words by another model
 NEGATIVE = ("blue", "a red house")
 MOST_ERROR = 1e-3  # of a scheduler's step, to accept an objective
 SCALES = ("guidance_scale", "cfg_scale", "pag_scale")  # ends of the names of options that guide

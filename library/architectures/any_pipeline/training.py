@@ -80,7 +80,7 @@ class Repeated(nn.Module):
         if self.count == 1:
             return self.denoiser(*args, **kwargs)
         named = bind(self.denoiser, args, kwargs)
-        return take_row(self.denoiser(**join_rows([named] * self.count, pads=False)), 0, self.count)
+        return take_row(self.denoiser(**join_rows([named] * self.count, named, pads=False)), 0, self.count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,15 +105,15 @@ class PipelinePredict:
             fill_arguments(c, maps, self.text.restore(conditioning, place), sample_N, levels_B[place : place + 1])
             for place, sample_N in enumerate(maps.to_sample(latents_BCHW.flatten(1)))
         ]
-        outputs = self.call(denoiser, rows)
+        outputs = self.call(denoiser, rows, maps.kwargs)
         prediction_BN = torch.cat([maps.out(output.float()[None]) for output in outputs])
         return maps.to_latents(prediction_BN).reshape(latents_BCHW.shape)
 
-    def call(self, denoiser: nn.Module, rows: Sequence[Any]) -> list[Tensor]:
+    def call(self, denoiser: nn.Module, rows: Sequence[Any], example: Any) -> list[Tensor]:
         """Return the denoiser's output for each sample, in one call where it gives the same."""
         if len(rows) > 1 and self.convention.takes_batches:
             try:
-                return split_rows(denoiser(**join_rows(rows, self.convention.pads)), len(rows))
+                return split_rows(denoiser(**join_rows(rows, example, self.convention.pads)), len(rows))
             except Unequal:  # captions of different lengths, and no mask
                 pass
         return [join_values(denoiser(**row)) for row in rows]

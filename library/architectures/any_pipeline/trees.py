@@ -107,17 +107,22 @@ class Unequal(ValueError):
     """Arguments of several samples that cannot share a call."""
 
 
-def join_rows(rows: Sequence[Any], pads: bool) -> Any:
+def join_rows(rows: Sequence[Any], example: Any, pads: bool) -> Any:
     """Return the arguments of one call for several samples: lists of one item are joined, and tensors along the first
-    axis, if that is 1, or a new one. With `pads` shorter tensors get zeros at their ends. Raises Unequal."""
+    axis, if that is 1 in `example`, or a new one. With `pads` shorter tensors get zeros at their ends. Raises Unequal.
+
+    In `rows` themselves the first axis may count the tokens of a caption.
+    """
     first = rows[0]
     if isinstance(first, Mapping) and all(row.keys() == first.keys() for row in rows):
-        return {key: join_rows([row[key] for row in rows], pads) for key in first}
+        return {key: join_rows([row[key] for row in rows], example[key], pads) for key in first}
     if isinstance(first, list) and all(len(row) == 1 for row in rows):
         return [item for row in rows for item in row]
     if isinstance(first, list | tuple) and all(len(row) == len(first) for row in rows):
-        return type(first)(join_rows(items, pads) for items in zip(*rows, strict=True))
-    if isinstance(first, Tensor) and first.shape[:1] in ((), (1,)):
+        columns = zip(zip(*rows, strict=True), example, strict=True)
+        return type(first)(join_rows(items, shown, pads) for items, shown in columns)
+    shown = first if example is None else example
+    if all(isinstance(row, Tensor) for row in rows) and shown.shape[:1] in ((), (1,)):
         values = [row.reshape(1) if row.ndim == 0 else row for row in rows]
         if len({value.ndim if pads else value.shape for value in values}) == 1:
             sides = [max(sides) for sides in zip(*(value.shape for value in values), strict=True)]

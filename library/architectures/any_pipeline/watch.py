@@ -7,6 +7,7 @@ only some of its models are in memory, or none.
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -189,7 +190,7 @@ class Watched:
             raise Refused(f"{type(self.pipe).__name__} has no argument for the height of the image")
         arguments = {
             "height": size[0], "width": size[1], "num_inference_steps": steps, "output_type": "pt",
-            "generator": torch.Generator().manual_seed(seed), "num_frames": 1,
+            "generator": torch.Generator().manual_seed(seed), "num_frames": 1, "max_area": size[0] * size[1],
             **{k: False for k, p in self.options.items() if isinstance(p.default, bool) and any(w in k for w in OFF)},
         }  # fmt: skip
         known = {name: value for name, value in arguments.items() if name in self.options}
@@ -198,6 +199,10 @@ class Watched:
             for part in self.pipe.components.values():
                 if isinstance(getattr(part, "_enabled", None), bool):  # diffusers' components for guidance
                     stack.enter_context(setting(part, _enabled=False))
+            if getattr(self.pipe, "default_sample_size", None) is not None:
+                # Some pipelines draw every shape with the area of their default size, rounded down.
+                side = math.sqrt(size[0] * size[1]) * (1 + 1e-6) / getattr(self.pipe, "vae_scale_factor", 8)
+                stack.enter_context(setting(self.pipe, default_sample_size=side))
             stack.enter_context(torch.no_grad())
             stack.enter_context(suppress(Stop))
             self.pipe(prompt=prompt, **{**known, **extra})
