@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from library.architectures.any_pipeline.conditioning import capture_text
 from library.architectures.any_pipeline.convention import Convention, Line
 from library.architectures.any_pipeline.maps import SizeMaps
 from library.architectures.any_pipeline.measuring import measure
+from library.architectures.any_pipeline.training import PipelinePredict, Repeated, require_same_prediction
 from library.architectures.any_pipeline.watch import Refused, Watched, watch_pipeline
 from tests.tiers import first_is_fast
 from tests.tiny.pipelines import PIPELINES, build_tiny_pipeline
@@ -79,6 +81,21 @@ def test_a_wrong_convention_fails_the_check(
     watched, convention, maps = measured("FluxPipeline")
     with pytest.raises(Refused, match=f"what was measured differs from what the pipeline does, in .*{error}"):
         require_exact(check(watched, *change(convention, maps)))
+
+
+def test_every_start_checks_our_own_mix_with_two_passes_of_the_denoiser() -> None:
+    watched, convention, maps = measured("FluxPipeline")
+    denoiser, passes = watched.models[convention.denoiser], list[int]()
+    text: Any = None  # no captions
+    hook = denoiser.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        require_same_prediction(PipelinePredict(watched, convention, text), Repeated(denoiser, 1))
+        assert len(passes) == 2
+        forgetful, _ = forget_pooled_text(convention, maps)
+        with pytest.raises(Refused, match="the prediction of the loaded denoiser differs from the pipeline's own by"):
+            require_same_prediction(PipelinePredict(watched, forgetful, text), Repeated(denoiser, 1))
+    finally:
+        hook.remove()
 
 
 @pytest.mark.parametrize(

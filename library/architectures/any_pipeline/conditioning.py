@@ -87,8 +87,8 @@ class CapturedText:
         text: dict[Path, Any] = {}
         for path in self.convention.text:
             value_N, old = conditioning[format_path(path)][place], self.example[path]
-            shape_A = conditioning[SHAPE + format_path(path)]
-            shape = self.planned[path] if isinstance(shape_A, FakeTensor) else shape_A[place].tolist()
+            shape_A = conditioning[SHAPE + format_path(path)][place]  # a fake one under the planner
+            shape = self.planned[path] if isinstance(shape_A, FakeTensor) else shape_A.tolist()
             if shape[:1] == NO_VALUE:
                 text[path] = None
                 continue
