@@ -16,10 +16,10 @@ from tests.unit.memory.planner.made_up import allocated_peak
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_process")]
 
 SHAPE = BatchShape(2, 256, 192)
-SHARE = 0.1  # latents, maps and captions are a large part of a tiny model's step
+SHARE = 0.05  # maps and drawings, which are on the CPU, are a part of a tiny model's step
 
 
-@pytest.mark.parametrize("name", ["AuraFlowPipeline", "LuminaPipeline", "StableDiffusionXLPipeline"])
+@pytest.mark.parametrize("name", ["AuraFlowPipeline", "StableDiffusionXLPipeline"])
 def test_the_planned_step_matches_the_allocator(name: str, tmp_path: Path) -> None:
     build_tiny_pipeline(name).save_pretrained(tmp_path / "model")
     words = [
