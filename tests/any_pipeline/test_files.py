@@ -17,8 +17,8 @@ from tests.tiny.pipelines import PIPELINES, build_tiny_pipeline
 from tests.tolerances import FLOAT32_SAME_MATH
 
 
-def write_adapter(denoiser: Any, component: str, path: Path) -> Any:
-    """Attach a random adapter to a denoiser, and write it."""
+def attach_adapter(denoiser: Any, component: str) -> Any:
+    """Attach a random adapter to a denoiser, and return the network."""
     with_targets(denoiser, component)
     network: Any = lora.create_network(1.0, 4, 2, None, [], denoiser)
     network.apply_to([], denoiser, False, True)
@@ -26,7 +26,7 @@ def write_adapter(denoiser: Any, component: str, path: Path) -> Any:
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    network.save_weights(str(path), None, {})
+    return network
 
 
 def load_into(pipe: Any, component: str, path: Path) -> None:
@@ -58,7 +58,7 @@ def test_the_saved_file_gives_the_trained_prediction(name: str, tmp_path: Path) 
             return join_values(getattr(of, component)(**maps.kwargs))
 
     before = predict(pipe)
-    write_adapter(getattr(pipe, component), component, path)
+    attach_adapter(getattr(pipe, component), component).save_weights(str(path), None, {})
     trained = predict(pipe)
     assert all(key.startswith(f"{component}.") for key in load_state_dict(path))
     assert any(key.endswith(".lora_A.weight") for key in load_state_dict(path))

@@ -98,3 +98,19 @@ def test_arguments_that_follow_caption_and_size_in_no_order_are_refused(monkeypa
     sentence = "attention_mask follows caption and size together, so captions cannot be cached"
     with pytest.raises(Refused, match=sentence):
         measure(watch_pipeline(pipe), (64, 64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("IFPipeline", "it draws without a VAE, which this script does not train"),
+        ("WanPipeline of two transformers", "two models share the noise levels"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(name: str, sentence: str, tmp_path: Path, train: Train) -> None:
+    build_tiny_pipeline(name).save_pretrained(tmp_path / "model")
+    done = train(arguments(tmp_path / "model", tmp_path), script=SCRIPT)
+    assert done.status == 1
+    start = f"--pretrained_model_name_or_path {tmp_path / 'model'}: {name.split()[0]} cannot be trained: "
+    assert start in done.stderr and sentence in done.stderr.split(start)[1], done.stderr

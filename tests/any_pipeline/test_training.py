@@ -98,14 +98,18 @@ def test_a_resumed_run_ends_with_the_same_bytes(auraflow: Path, tmp_path: Path, 
     assert same(tmp_path / "out" / "mine.safetensors", tmp_path / "out" / "rest.safetensors")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(PIPELINES.keys() - {"AuraFlowPipeline"}))
-def test_every_pipeline_trains_draws_and_validates(name: str, tmp_path: Path, train: Train) -> None:
+SOME = ("FluxPipeline", "HunyuanDiTPipeline", "StableDiffusionXLPipeline", "ZImagePipeline")
+NAMES = [pytest.param(n, marks=pytest.mark.slow if n in SOME else pytest.mark.nightly) for n in sorted(PIPELINES)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_pipeline_trains_draws_validates_and_resumes(name: str, tmp_path: Path, train: Train) -> None:
     build_tiny_pipeline(name).save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("a red bird --w 64 --h 128 --s 3 --l 2.5 --n blurred\n")
     more = [
         "--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "2", "--validation_split", "0.3",
-        "--validate_every_n_steps", "2", "--caption_dropout_rate", "0.5", "--gradient_checkpointing",
+        "--validate_every_n_steps", "2", "--caption_dropout_rate", "0.5", "--gradient_checkpointing", "--save_state",
+        "--save_every_n_steps", "1",
     ]  # fmt: skip
     done = train(arguments(tmp_path / "model", tmp_path, *more), script=SCRIPT)
     assert done.status == 0, done.stderr
@@ -113,3 +117,8 @@ def test_every_pipeline_trains_draws_and_validates(name: str, tmp_path: Path, tr
     assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
     trained = weights(tmp_path / "out" / "mine.safetensors")
     assert trained and all(tensor.isfinite().all() for tensor in trained.values())
+    state = next((tmp_path / "out").glob("mine-*1-state"))
+    words = ["--resume", str(state), "--output_name", "rest"]
+    rest = train(arguments(tmp_path / "model", tmp_path, *more, *words), script=SCRIPT)
+    assert rest.status == 0, rest.stderr
+    assert same(tmp_path / "out" / "mine.safetensors", tmp_path / "out" / "rest.safetensors")

@@ -40,7 +40,11 @@ def arch(folder: Path) -> Architecture:
 
 @pytest.fixture(scope="module")
 def pipeline(arch: Architecture, folder: Path) -> Any:
-    """Return diffusers' pipeline with transformers' full text encoders and the same weights."""
+    return pipeline_of(folder)
+
+
+def pipeline_of(folder: Path) -> Any:
+    """Return diffusers' pipeline with transformers' full text encoders and the weights of the folder."""
     from diffusers import AutoencoderKLHunyuanImage, FlowMatchEulerDiscreteScheduler, HunyuanImagePipeline
     from transformers import ByT5Tokenizer, Qwen2Tokenizer, T5Config, T5EncoderModel
 

@@ -1,0 +1,73 @@
+"""Gradients of an adapter against a float64 step on the arguments with which the pipeline itself calls its denoiser."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from library.architectures.any_pipeline.convention import Convention
+from library.architectures.any_pipeline.trees import join_values, move
+from library.architectures.any_pipeline.watch import Answers, Trace
+from library.types import Noised
+from tests.any_pipeline.test_convention import SIZE, measured
+from tests.any_pipeline.test_files import attach_adapter
+from tests.any_pipeline.test_parity import BATCH, CAPTION, parts_of
+from tests.tiers import first_is_fast
+from tests.tiny.pipelines import PIPELINES, build_tiny_pipeline
+from tests.tolerances import SUMS_OF_A_PASS
+
+
+@pytest.mark.parametrize("name", first_is_fast(sorted(PIPELINES)))
+def test_the_gradient_is_that_of_the_pipelines_own_call_in_float64(name: str) -> None:
+    watched, c, maps = measured(name)
+    clean, noise = torch.randn(2, *maps.sample_shape, generator=torch.Generator().manual_seed(4))
+
+    def draw(samples: Any = lambda step, old: None) -> Trace:
+        return watched.draw(CAPTION, SIZE, Answers(samples=samples), steps=3, **c.extra)
+
+    trace = draw()
+    level, (signal, share) = c.level_of(trace, 1), mix_of(c, trace)
+    own = draw(lambda step, old: signal * clean + share * noise if step == 0 else None)
+    theirs, adapter = adapted(name, c.denoiser)
+    output = theirs.double()(**move(own.calls[c.call + c.calls_per_step].kwargs, torch.device("cpu"), torch.float64))
+    prediction = maps.out(join_values(output)[None]).reshape(clean.shape)
+    expected_loss, expected = backward(prediction, target_of(c, clean, noise, signal, share), adapter)
+
+    predict, _, conditioning = parts_of(watched, c, maps)
+    raw = [draw(lambda step, old, sample=sample: sample).decoded[0] for sample in (clean, noise)]
+    clean, noise = (c.latents_of(r.reshape(1, c.latent_shape[1], *r.shape[-2:])) for r in raw)
+    noised = Noised(signal * clean + share * noise, clean, noise, torch.tensor([level]), torch.tensor([level]))
+    ours, adapter = adapted(name, c.denoiser)
+    prediction = predict(ours, noised, conditioning, BATCH)
+    loss, actual = backward(prediction, target_of(c, clean, noise, signal, share), adapter)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert (actual - expected).norm() < SUMS_OF_A_PASS * expected.norm() and expected.norm() > 0
+
+
+def adapted(name: str, component: str) -> tuple[Any, Any]:
+    """Return a fresh denoiser, and the adapter attached to it."""
+    denoiser = getattr(build_tiny_pipeline(name), component)
+    return denoiser, attach_adapter(denoiser, component)
+
+
+def backward(prediction: Tensor, target: Tensor, adapter: Any) -> tuple[float, Tensor]:
+    loss = mse_loss(prediction, target.to(prediction))
+    gradients = torch.autograd.grad(loss, list(adapter.parameters()), materialize_grads=True)
+    return loss.item(), torch.cat([gradient.flatten().double() for gradient in gradients])
+
+
+def mix_of(convention: Convention, trace: Trace) -> tuple[float, float]:
+    """Return the weights of image and noise at the second step."""
+    level = convention.level_of(trace, 1)
+    if convention.mix == "flow":
+        return 1 - level, level
+    abar = float(trace.scheduler.alphas_cumprod[int(level)])
+    return math.sqrt(abar), math.sqrt(1 - abar)
+
+
+def target_of(convention: Convention, clean: Tensor, noise: Tensor, signal: float, share: float) -> Tensor:
+    velocity = signal * noise - share * clean
+    return {"noise - latent": noise - clean, "noise": noise, "velocity": velocity}[convention.target]
