@@ -19,7 +19,7 @@ from library.architectures.any_pipeline.maps import SizeMaps
 from library.architectures.any_pipeline.measuring import measure
 from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict
 from library.architectures.any_pipeline.trees import leaves
-from library.architectures.any_pipeline.watch import Refused, Watched, watch_pipeline
+from library.architectures.any_pipeline.watch import Watched, watch_pipeline
 from library.types import Batch, Conditioning
 
 CAPTION, HEIGHT, WIDTH = 'a red "cat"', 128, 64
@@ -152,7 +152,6 @@ FAMILIES: Mapping[str, Callable[[Path], Family]] = {
 }  # fmt: skip
 MARKS: Mapping[str, Any] = {
     "lumina": (),
-    "qwen_image_21": [pytest.mark.nightly, pytest.mark.xfail(raises=Refused, reason="img_mask joins caption and size")],
 }
 
 

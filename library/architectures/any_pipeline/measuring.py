@@ -90,7 +90,7 @@ def read_roles(watched: Watched, size: Size, prompts: tuple[str, str], options: 
     """Find the denoiser and the role of each of its arguments by changing seed, prompt, size and step one at a time."""
     extra, trace = find_quiet(watched, prompts[0], size, options)
     watched.denoiser = name = find_denoiser(watched, trace, prompts, size, extra)
-    wide = (size[0], 2 * size[1])
+    wide, tall = (size[0], 2 * size[1]), (2 * size[0], size[1])
 
     def draw(prompt: str = prompts[0], sides: Size = size, answers: Answers | None = None, **more: Any) -> list[Call]:
         return watched.draw(prompt, sides, answers, **{**extra, **more}).calls
@@ -108,7 +108,7 @@ def read_roles(watched: Watched, size: Size, prompts: tuple[str, str], options: 
         return leaves(draw(*drawn)[call + step * per_step].kwargs)
 
     base, other, of_wide = leaves(trace.calls[call].kwargs), arguments(prompts[1]), arguments(prompts[0], wide)
-    by_text, by_size = differing(base, other), differing(base, of_wide)
+    by_text, by_size = differing(base, other), differing(base, of_wide) | differing(base, arguments(prompts[0], tall))
     by_step = differing(base, leaves(trace.calls[call + per_step].kwargs))
     constants = [Answers(samples=partial(fill_first_sample, value)) for value in (0.0, 1.0)]
     by_sample = differing(*(arguments(prompts[0], size, answers, step=1) for answers in constants))

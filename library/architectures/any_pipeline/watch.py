@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _pop_mode, _push_mode
+from torch.utils.hooks import RemovableHandle
 
 from library.architectures.any_pipeline.trees import (
     Output,
@@ -225,6 +226,8 @@ class Watched:
         converts = like.is_floating_point() and not torch.is_autocast_enabled(like.device.type)
         args, kwargs = move(arguments, like.device, like.dtype if converts else torch.float32)
         with ExitStack() as stack:
+            for handle in copy_hooks(getattr(self.pipe, name), model):
+                stack.callback(handle.remove)
             for mode in reversed(self._modes if is_fake(model) else []):
                 _push_mode(mode)
                 stack.callback(_pop_mode)
@@ -284,6 +287,15 @@ class Watched:
             pixels = float_tensors(vae.decode(latents.to(like.device, like.dtype)))[0].to("cpu", torch.float32)
         self._trace.pixels = pixels
         return (pixels,) if kwargs.get("return_dict") is False else Output(sample=pixels)
+
+
+def copy_hooks(stand_in: nn.Module, model: nn.Module) -> list[RemovableHandle]:
+    """Register on a model the forward hooks that the pipeline has put on its stand-in."""
+    return [
+        model.get_submodule(path).register_forward_hook(hook, with_kwargs=number in part._forward_hooks_with_kwargs)
+        for path, part in stand_in.named_modules()
+        for number, hook in part._forward_hooks.items()
+    ]
 
 
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
