@@ -57,6 +57,7 @@ MAY_NAME_MODELS = {
     "library/memory/planner/counter.py": "a measurement says what it was made on",
     "library/memory/planner/fakes.py": "a measurement says what it was made on",
     "library/models/vae/flux.py": SHARED_VAE,
+    "library/models/vae/flux_2.py": SHARED_VAE,
     "library/models/vae/qwen_image.py": SHARED_VAE,
     "library/models/vae/qwen_image_2d.py": SHARED_VAE,
     "library/models/unet/unet.py": "constants of a U-Net that two packages share, by generation",

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import pixel_shuffle
 
 from library.architectures.flux_2.predict import sampling_shift
-from library.architectures.flux_2.vae import statistics
+from library.models.vae.flux_2 import statistics
 from library.types import Prompt
 from tests.parity.test_preview import ours
 from tests.parity.tiny_models import open_run

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from library.architectures.flux_2.adapter_names import KEYS, NAMES, NUM_BLOCKS
 from library.architectures.flux_2.model import Flux2, Flux2Config
 from library.architectures.flux_2.reference import diffusers_config, diffusers_model, diffusers_state
-from library.architectures.flux_2.vae import ORIGINAL
 from library.models.adapter_views import view_denoiser
 from library.models.loading import build_on_meta_device
+from library.models.vae.flux_2 import ORIGINAL
 from tests.tiny import zimage
 from tests.tiny.base import Base, Compared, Deep, Dit, InDiffusers, Pair, pair_of, training_command
 from tests.tiny.flux import ldm_vae

@@ -19,7 +19,6 @@ from library.architectures.flux_2.releases import (
     modelspec_architecture,
 )
 from library.architectures.flux_2.text import build_chat_text
-from library.architectures.flux_2.vae import PackedLatents
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import RECORDS, FlowMatching, build_sampled_flow
@@ -29,6 +28,7 @@ from library.models.dit_loader import DitLoader
 from library.models.language_models import ChatText
 from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
 from library.models.tokenizer_files import check_marks
+from library.models.vae.flux_2 import pack_latents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ RECIPE = Recipe(
     records=RECORDS,
     needs={"diffusers": ">=0.36"},  # AutoencoderKLFlux2
 )  # fmt: skip
-CODEC = PackedLatents()
+CODEC = pack_latents("_flux_2.npz", max_references=10)  # the limit that the model's authors name
 LATENTS = CODEC.spec
 GUIDANCE = 4.0  # dev takes it as an input, klein base for classifier-free guidance
 

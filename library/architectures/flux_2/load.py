@@ -17,7 +17,6 @@ from library.architectures.flux_2.releases import (
     recognise_release,
     release_named,
 )
-from library.architectures.flux_2.vae import SPEC, load_flux_2_vae, open_vae
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles
@@ -27,6 +26,7 @@ from library.models.identify import open_denoiser
 from library.models.language_models import choose_load
 from library.models.loading import Component
 from library.models.qwen3 import FOLDER
+from library.models.vae.flux_2 import PACKED_CHANNELS, load_flux_2_vae, open_vae
 
 MODEL = "FLUX.2"
 MARK = "single_stream_modulation.lin.weight"
@@ -42,7 +42,7 @@ def open_loader(options: Flux2Options) -> tuple[DitLoader, Release]:
     config = configure(weights, read_config)
     release = recognise_release(config, options.parts.model_version, str(base.path))
     loader = build_loader(options, base, weights, release.encoder, partial(Flux2, config))
-    check_input_width(base.path, config.in_features, SPEC.channels, "token", MODEL)
+    check_input_width(base.path, config.in_features, PACKED_CHANNELS, "token", MODEL)
     check_encoder(release, loader.text.component, config)
     return loader, release
 

@@ -19,7 +19,7 @@ from library.architectures.flux_2.releases import (
     recognise_encoder,
     recognise_release,
 )
-from library.architectures.flux_2.vae import COUNTER, statistics
+from library.models.vae.flux_2 import COUNTER, statistics
 from library.checkpoints.weights import Weights
 from library.errors import UserError
 from library.models.dit_loader import DitLoader

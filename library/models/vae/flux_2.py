@@ -1,4 +1,5 @@
-"""The VAE of FLUX.2 (diffusers' AutoencoderKLFlux2), from the original single file or from diffusers' layout.
+"""The VAE of FLUX.2 (diffusers' AutoencoderKLFlux2), which MOSS-Image uses too, from the original single file or from
+diffusers' layout.
 
 Its latents of 32 channels are packed 2 x 2 into 128 and normalized by the statistics of the VAE's batch norm. Letters:
 B samples, C channels, H and W sides.
@@ -28,22 +29,15 @@ BATCH_NORM = "bn."
 STATISTICS = ("running_mean", "running_var")
 COUNTER = f"{BATCH_NORM}num_batches_tracked"  # of the VAE's own training; some files lack it
 ORIGINAL = {"encoder.quant_conv.": "quant_conv.", "decoder.post_quant_conv.": "post_quant_conv."}  # -> diffusers
-MAX_REFERENCES = 10  # the limit that the model's authors name
-SPEC = LatentSpec(
-    channels=CHANNELS * PATCH**2,
-    downscale=16,
-    bucket_step=16,
-    cache_suffix="_flux_2.npz",
-    had_keys_without_size=False,
-    max_references=MAX_REFERENCES,
-)
+PACKED_CHANNELS = CHANNELS * PATCH**2
+DOWNSCALE = 16  # pixels per packed latent
 
 
 @dataclass(frozen=True)
 class PackedLatents:
     """Latents of 128 channels, 16 pixels a side, cached in the normalized form that the denoiser gets."""
 
-    spec: LatentSpec = SPEC
+    spec: LatentSpec
 
     def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         """Return the mean of the posterior, packed and normalized, float32.
@@ -65,6 +59,11 @@ class PackedLatents:
         latents_BCHW = pixel_shuffle(latents_BCHW.float() * deviation_C11 + mean_C11, PATCH)
         pixels_BCHW: Tensor = model.decode(latents_BCHW.to(model.device, model.dtype)).sample
         return pixels_BCHW.float()
+
+
+def pack_latents(cache_suffix: str, max_references: int) -> PackedLatents:
+    """Return the codec of a base model whose denoiser takes each packed latent as a token."""
+    return PackedLatents(LatentSpec(PACKED_CHANNELS, DOWNSCALE, DOWNSCALE, cache_suffix, False, max_references))
 
 
 def statistics(vae: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
