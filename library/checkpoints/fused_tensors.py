@@ -1,12 +1,12 @@
-"""Joining of tensors that one checkpoint layout stores separately and another stacks."""
+"""Joining and splitting of tensors that one checkpoint layout stores separately and another stacks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from library.checkpoints.weights import Weights, select_weights
+from library.checkpoints.weights import Quantised, Weights, select_weights
 from library.errors import UserError
 
 
@@ -48,3 +48,52 @@ def join_tensors(weights: Weights, parts: Mapping[str, tuple[str, ...]], swapped
 def swap_halves(tensor: Tensor) -> Tensor:
     first, second = tensor.chunk(2)
     return torch.cat([second, first])
+
+
+def split_rows(weights: Weights, fused: str, parts: Sequence[str]) -> Weights:
+    """Split the layers called `fused` into `parts`, equal shares of their rows, when they are read.
+
+    Names are ends of paths ("attn.qkv"). 8-bit codes stay as stored.
+    """
+    sources = {
+        key.replace(f".{fused}.", f".{part}."): (key, number)
+        for key in weights.shapes
+        if f".{fused}." in key
+        for number, part in enumerate(parts)
+    }
+    if not sources:
+        return weights
+    whole = {key for key, _ in sources.values()}
+    count = len(parts)
+    shapes = {key: shape for key, shape in weights.shapes.items() if key not in whole}
+    for new_key, (key, _) in sources.items():
+        num_rows, *columns = weights.shapes[key]
+        shapes[new_key] = (num_rows // count, *columns)
+
+    def read(name: str) -> Tensor:
+        if name not in sources:
+            return weights.read(name)
+        key, number = sources[name]
+        return take_rows(weights.read(key), number, count)
+
+    quantised = {name: codes for name, codes in weights.quantised.items() if name not in whole} | {
+        new_key: take_quantised_rows(weights.quantised[key], number, count)
+        for new_key, (key, number) in sources.items()
+        if key in weights.quantised
+    }
+    return replace(weights, shapes=shapes, read=read, quantised=quantised)
+
+
+def take_quantised_rows(quantised: Quantised, number: int, count: int) -> Quantised:
+    """Return one of `count` shares of the rows of a quantised weight; a scale of the whole tensor applies to each."""
+
+    def read() -> Mapping[str, Tensor] | None:
+        parts = quantised.read()
+        return parts if parts is None else {name: take_rows(part, number, count) for name, part in parts.items()}
+
+    return replace(quantised, read=read)
+
+
+def take_rows(part: Tensor, number: int, count: int) -> Tensor:
+    # A copy, because a view would keep the other rows in memory.
+    return part if part.ndim == 0 else torch.chunk(part, count)[number].clone()

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from library.architectures.qwen_image_21.checkpoint_keys import split_gates
+from library.architectures.qwen_image_21.checkpoint_keys import FUSED, PARTS
 from library.architectures.qwen_image_21.model import QwenImage21, read_config
 from library.architectures.qwen_image_21.options import QwenImage21Options
 from library.architectures.qwen_image_21.vae import CHANNELS, load_qwen_image_21_vae, open_vae
 from library.architectures.specs import list_specs
 from library.checkpoints.base_files import BaseFiles
+from library.checkpoints.fused_tensors import split_rows
 from library.checkpoints.weights import Weights, configure
 from library.models import dit_loader
 from library.models.dit_loader import DitLoader, Part, check_input_width, open_dit, open_dit_loader
@@ -70,7 +71,7 @@ open_encoder = partial(dit_loader.open_encoder, open_loader, build_loader)
 
 def read_denoiser(base: BaseFiles) -> Weights:
     """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
-    return split_gates(open_denoiser(list_specs(), base, "qwen_image_21", MARK))
+    return split_rows(open_denoiser(list_specs(), base, "qwen_image_21", MARK), FUSED, PARTS)
 
 
 def open_qwen3_vl(name: str | None, base: BaseFiles) -> tuple[Weights, dict[str, Any] | None]:
