@@ -213,6 +213,7 @@ class Preview:
     draw: Callable[[nn.Module, Prompt, torch.Generator, Callable[[], bool]], Tensor | None] | None = None
     """Draws in a way of the base model's own, instead of `predict` and `sampler`. Called with (denoiser,
     prompt, generator, goes_on); returns latents for `LatentCodec.decode`, or None once `goes_on()` is False."""
+    predict_negative: Callable[[Prompt], Predict] | None = None  # for the negative prompt; `predict` if None
     load_denoiser: Callable[[RequestedFormat | None], nn.Module] | None = None
     """Loads, on the CPU, the denoiser that generates the images, if it is not the trained one."""
 

@@ -17,7 +17,12 @@ from library.models.vae.checkpoint_keys import VAE_PREFIX
 
 logger = logging.getLogger(__name__)
 
-DENOISER_PREFIXES = ("model.diffusion_model.", "")  # prefixes of a transformer's names in files
+DENOISER_PREFIXES = (
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+    "",
+)  # prefixes of a transformer's names in files
 NO_MODELS = (  # used only if there is no U-Net: old checkpoints may contain such names too
     ((".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".lokr_w", ".hada_w", ".oft_", ".boft_", "lora_unet_",
       "lora_te_"),

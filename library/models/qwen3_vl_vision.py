@@ -55,28 +55,37 @@ def encode_with_images(
     language: nn.Module, vision: nn.Module, ids_S: Tensor, slot: int, images: Sequence[Tensor]
 ) -> Tensor:
     """Return the last states of one caption, shape SE, with images (each CHW) in place of its tokens `slot`."""
+    device = next(vision.parameters()).device
+    words_1SE, positions_3S, outputs = embed_with_images(language, vision, ids_S, slot, images)
+    states_SE: Tensor = language(
+        inputs_embeds=words_1SE,
+        position_ids=positions_3S[:, None],
+        visual_pos_masks=(send(ids_S, device) == slot)[None],
+        deepstack_visual_embeds=outputs.deepstack_features,
+    ).last_hidden_state[0]
+    return states_SE
+
+
+def embed_with_images(
+    language: nn.Module, vision: nn.Module, ids_S: Tensor, slot: int, images: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Any]:
+    """Embed one caption with images (each CHW) in place of its tokens `slot`.
+
+    Returns the embeddings, (1, S, E), the rotary positions, (3, S), and the output of the vision model.
+    """
     model: Any = language
     tower: Any = vision
     weight = next(vision.parameters())
     ids_S, patch = send(ids_S, weight.device), tower.config.patch_size
     grids = [(1, image.shape[-2] // patch, image.shape[-1] // patch) for image in images]
     patches_P = torch.cat([cut_patches(image, patch, tower.config.temporal_patch_size) for image in images])
-    image_features = tower(
-        send(patches_P, weight.device).to(weight.dtype), grid_thw=send(torch.tensor(grids), weight.device)
-    )
+    outputs = tower(send(patches_P, weight.device).to(weight.dtype), grid_thw=send(torch.tensor(grids), weight.device))
     is_slot_S = ids_S == slot
     words_SE = model.embed_tokens(ids_S)
-    words_SE = words_SE.masked_scatter(is_slot_S[:, None], image_features.pooler_output.to(words_SE.dtype))
+    words_SE = words_SE.masked_scatter(is_slot_S[:, None], outputs.pooler_output.to(words_SE.dtype))
     token_grids = [(height // MERGE, width // MERGE) for _, height, width in grids]
     positions_3S = send(rotary_positions(is_slot_S.tolist(), token_grids), weight.device)
-    outputs = model(
-        inputs_embeds=words_SE[None],
-        position_ids=positions_3S[:, None],
-        visual_pos_masks=is_slot_S[None],
-        deepstack_visual_embeds=image_features.deepstack_features,
-    )
-    states_SE: Tensor = outputs.last_hidden_state[0]
-    return states_SE
+    return words_SE[None], positions_3S, outputs
 
 
 def cut_patches(image_CHW: Tensor, patch: int, num_frames: int) -> Tensor:

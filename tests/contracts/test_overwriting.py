@@ -32,8 +32,7 @@ FOLDERS = (".", "tools", "tools/quickstart", "networks", "finetune", "benchmarks
 SMALL_INPUTS = ("images", "dataset", "table", "prompts", "events", "events_2")  # valid also where nothing may be read
 CACHING = {
     "tools/cache_latents.py": "sd", "tools/cache_text_encoder_outputs.py": "sdxl",
-    **{f"{script}_cache_{what}.py": script for script in ("flux_2", "krea2", "qwen_image_21", "zimage")
-       for what in ("latents", "text_encoder_outputs")},
+    **{path.name: path.name.partition("_cache_")[0] for path in ROOT.glob("*_cache_*.py")},
 }  # fmt: skip
 TRAINING = {f"{script}.py": script for script in STARTED}
 MODEL_OF = {f"{base.script}.py": name for name, base in reversed(BASES.items())}

@@ -82,6 +82,7 @@ def draw_latents(
             return require_finite(preview.draw(context.models.denoiser, prompt, generator, goes_on))
     shape = (1, spec.channels, prompt.height // spec.downscale, prompt.width // spec.downscale)
     sampler, predict, batch = preview.sampler(prompt), preview.predict(prompt), build_batch(prompt)
+    predict_negative = (preview.predict_negative or preview.predict)(prompt)
     texts = texts_of_prompt(prompt, context.arch)
     positive, negative = (move_conditioning(encoded.get(text), context.device) for text in texts)
     if positive is None:
@@ -91,8 +92,9 @@ def draw_latents(
 
     def predict_guided(noised: Noised, progress: float) -> Tensor:
         def predict_conditional(conditioning: Conditioning) -> Tensor:
+            call = predict_negative if conditioning is negative else predict
             with context.autocast():
-                return predict(context.models.denoiser, noised, {**conditioning, **extra}, batch)
+                return call(context.models.denoiser, noised, {**conditioning, **extra}, batch)
 
         return apply_guidance(predict_conditional, positive, negative, prompt, progress)
 
