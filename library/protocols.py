@@ -104,9 +104,8 @@ class TextCacheSpec:
     can_train: bool = True  # whether the encoders support adapters
     bytes_of: Callable[[str], int] | None = None  # the size of a caption's features, if large enough to be logged
     keeps_bits: bool = False  # files store bfloat16 as raw bits; else the first caption is float32, as in sd-scripts
-    places_key: str | None = None
-    """The key with the position of each reference image, if the encoders see them; captions are then
-    `CaptionWithImages`."""
+    sees_images: bool = False  # the encoders see reference images; captions are then `CaptionWithImages`
+    places_key: str | None = None  # the key with the position of each of those images, if they are among the text
 
 
 class LatentCodec(Protocol):

@@ -99,6 +99,7 @@ def build_text_cache(options: QwenImage21Options, loader: DitLoader, text: QwenI
         padding={"hidden_state": 0.0, "attention_mask": 0.0, "image_places": NO_PLACE},
         on_host=("attention_mask", "image_places"),
         can_train=False,
+        sees_images=True,
         places_key="image_places",
     )
 

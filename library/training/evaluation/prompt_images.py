@@ -52,7 +52,7 @@ def read_placed_references(prompt: Prompt, spec: LatentSpec) -> list[Pixels]:
 
 def resolve_seen_text(prompt: Prompt, text: str, arch: Architecture) -> str:
     """Return a prompt's text for the text encoder, with the reference images if the encoder sees them."""
-    if not prompt.reference_paths or arch.text_cache is None or arch.text_cache.places_key is None:
+    if not prompt.reference_paths or arch.text_cache is None or not arch.text_cache.sees_images:
         return text
     digest = f"{[whole_digest(str(path)) for path in prompt.reference_paths]} {prompt.width}x{prompt.height}"
     return CaptionWithImages(

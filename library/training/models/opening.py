@@ -87,7 +87,7 @@ def open_data_plan(
     plan = build_plan(options, arch.codec.spec, seed, arch.text.count_tokens, arch.text.max_tokens, num_processes)
     if text.cached is not None:
         plan = plan.with_fixed_captions(text.cached.options.text_cache_variants)
-    if arch.text_cache is not None and arch.text_cache.places_key is not None and plan.has_references:
+    if arch.text_cache is not None and arch.text_cache.sees_images and plan.has_references:
         if text.cached is None:
             raise UserError(
                 "the text encoder of this base model sees the reference images of the data set, for which its outputs "

@@ -263,7 +263,7 @@ def count_captions(
     if spec is None:
         return None, None
     arch, encoders, batch_size = meta.arch, meta.encoders, batch.count
-    caption, sees_images = longest_caption(arch), spec.places_key is not None and len(batch.reference_sizes) > 0
+    caption, sees_images = longest_caption(arch), spec.sees_images and len(batch.reference_sizes) > 0
     if sees_images:
         channels = 4 if arch.codec.spec.has_alpha else 3
         sizes = batch.reference_sizes

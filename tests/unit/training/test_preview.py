@@ -230,7 +230,7 @@ def test_a_reference_image_that_changes_during_the_run_is_an_error_that_names_it
     run: Any, tmp_path: Path, is_gone: bool
 ) -> None:
     """By then a text encoder that sees images is unloaded; features are cached under a digest of the images."""
-    cached = SimpleNamespace(places_key="image_places")
+    cached = SimpleNamespace(sees_images=True)
     context: Any = SimpleNamespace(**{**vars(run.context), "arch": replace(run.context.arch, text_cache=cached)})
     path = tmp_path / "before.png"
     Image.new("RGB", (64, 64)).save(path)
