@@ -1,0 +1,52 @@
+"""The options specific to MOSS-Image, and replacements for those of other scripts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from library.options.base import group, option, redeclare
+from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
+from library.options.training.flow import TIMESTEP_SAMPLINGS, FlowSamplingOptions
+
+OWN_SAMPLING = "moss_image"
+
+
+@dataclass(frozen=True)
+class MossImageModelOptions(PartOptions):
+    """The parts of the base model."""
+
+    text_encoder: str | None = option(
+        None, usual=True, help="File or folder of the text encoder Qwen3.5 9B. Unset takes it from the base."
+    )
+    fp8_text_encoder: bool = option(False, help="Keep the text encoder in 8 bits.")
+
+
+@dataclass(frozen=True)
+class MossImageSamplingOptions(FlowSamplingOptions):
+    """Sampling of noise levels."""
+
+    timestep_sampling: str = redeclare(
+        FlowSamplingOptions,
+        "timestep_sampling",
+        OWN_SAMPLING,
+        choices=(*TIMESTEP_SAMPLINGS, OWN_SAMPLING),
+        help="How noise levels are drawn: moss_image as the model was trained, sigma from a table by "
+        "--weighting_scheme, the others as for every flow model.",
+    )
+    discrete_flow_shift: float = redeclare(FlowSamplingOptions, "discrete_flow_shift", 1.0)
+
+
+INSTEAD: Mapping[str, str] = {
+    **ALTERNATIVES,
+    "fp8_vl": "use --fp8_text_encoder",
+    "fp8_llm": "use --fp8_text_encoder",
+    "model_version": "Base and SFT are trained alike; remove it",
+}
+"""Hints for options of other scripts and programs, appended to the error for such an option."""
+
+
+@dataclass(frozen=True)
+class MossImageOptions(DitTrainOptions):
+    """All options of moss_image_train_network.py."""
+
+    parts: MossImageModelOptions = group(MossImageModelOptions)
+    flow_sampling: MossImageSamplingOptions = group(MossImageSamplingOptions)

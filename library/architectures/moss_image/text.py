@@ -1,0 +1,129 @@
+"""Encoding of captions for MOSS-Image: Qwen3.5's last states of a user's message with the caption, and with reference
+images before it.
+
+Letters: B captions, T tokens of the longest, E width of the encoder, C channels, H and W sides.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import floor, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, pad
+from torch.nn.utils.rnn import pad_sequence
+
+from library.architectures.moss_image.qwen3_5 import FLAG, HUB_NAME, encode_with_images
+from library.errors import UserError
+from library.models.qwen3 import encode_qwen3
+from library.types import CaptionWithImages, Conditioning, Tokens, plain_caption
+
+NUM_TOKENS = 4096  # with the template and reference images; longer captions are cut
+BEGIN, END, SLOT = "<|im_start|>", "<|im_end|>", "<|image_pad|>"
+VISION_BEGIN, VISION_END = "<|vision_start|>", "<|vision_end|>"
+MARKS = (BEGIN, END, SLOT, VISION_BEGIN, VISION_END)
+SLOT_SIDE = 32  # pixels of a reference image that one token represents
+LARGEST_AREA = 384**2  # pixels of a reference image that the encoder sees
+
+
+@dataclass(frozen=True)
+class MossImageText:
+    """The text pipeline of MOSS-Image: captions in Qwen3.5's chat template, all of whose tokens reach the denoiser."""
+
+    tokenizer: Any  # transformers'
+
+    @property
+    def max_tokens(self) -> int:
+        return NUM_TOKENS - len(self.row("", ()))
+
+    def count_tokens(self, caption: str) -> int:
+        return len(self.ids(caption))
+
+    def ids(self, text: str) -> list[int]:
+        token_ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return token_ids
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """Return IDs and their mask, (B, 1, T), 0 for padding, and the images of each caption.
+
+        Raises UserError for a caption that is too long for its reference images.
+        """
+        images = tuple(
+            tuple(map(fit_image, caption.read())) if isinstance(caption, CaptionWithImages) else ()
+            for caption in captions
+        )
+        rows = [torch.tensor(self.row(caption, shown)) for caption, shown in zip(captions, images, strict=True)]
+        ids_BT = pad_sequence(rows, batch_first=True)
+        mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        return Tokens((ids_BT[:, None], mask_BT[:, None]), images=images)
+
+    def row(self, caption: str, images: Sequence[Tensor]) -> list[int]:
+        """Return the token IDs of a caption in its template; truncation cuts a long caption and the template's end."""
+        pictures = [
+            f"Picture {number}: {VISION_BEGIN}{SLOT * num_slots(image)}{VISION_END}"
+            for number, image in enumerate(images, start=1)
+        ]
+        # A slot in a caption would be taken for a part of an image.
+        text = plain_caption(caption).replace(SLOT, "")
+        message = {"role": "user", "content": "".join((*pictures, text))}
+        ids = self.ids(
+            self.tokenizer.apply_chat_template(
+                [message], tokenize=False, add_generation_prompt=True, enable_thinking=True
+            )
+        )
+        if images and len(ids) > NUM_TOKENS:
+            raise UserError(
+                f"a caption and its {len(images)} reference images have {len(ids)} tokens, but the text encoder reads "
+                f"{NUM_TOKENS}; shorten the caption: {text[:60]!r}"
+            )
+        return ids[:NUM_TOKENS]
+
+    def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
+        """Return {"hidden_state": (B, T, E), "attention_mask": (B, T)}, the mask on the host."""
+        ids_BT, mask_BT = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
+        # The encoder's states overflow float16.
+        with torch.autocast(next(encoders[0].parameters()).device.type, enabled=False):
+            states_BTE = self.encode_states(encoders, ids_BT, mask_BT, tokens.images)
+        return {"hidden_state": states_BTE, "attention_mask": mask_BT}
+
+    def encode_states(
+        self, encoders: Sequence[nn.Module], ids_BT: Tensor, mask_BT: Tensor, images: Sequence[Sequence[Tensor]]
+    ) -> Tensor:
+        """Return the last states, BTE, zero where the mask is 0: of all captions at once, or one by one if any has
+        images. Raises UserError for images if the encoder has no vision model."""
+        language, *vision = encoders
+        if not any(images):
+            return encode_qwen3(language, ids_BT, mask_BT)
+        if not vision:
+            raise UserError(
+                f"{FLAG} has no vision model, which reference images require; use a complete file or folder of "
+                f"{HUB_NAME}"
+            )
+        slot, rows = self.tokenizer.convert_tokens_to_ids(SLOT), []
+        for ids_T, mask_T, shown in zip(ids_BT, mask_BT, images, strict=True):
+            if shown:
+                states_SE = encode_with_images(language, vision[0], ids_T[mask_T.bool()], slot, shown)
+                rows.append(pad(states_SE, (0, 0, 0, len(ids_T) - len(states_SE))))
+            else:
+                rows.append(encode_qwen3(language, ids_T[None], mask_T[None])[0])
+        return torch.stack(rows)
+
+
+def num_slots(image_CHW: Tensor) -> int:
+    """Return the number of tokens that represent an image."""
+    H, W = image_CHW.shape[-2:]
+    return (H // SLOT_SIDE) * (W // SLOT_SIDE)
+
+
+def fit_image(image_CHW: Tensor) -> Tensor:
+    """Resize a reference image for the text encoder: to at most 384 x 384 pixels in all, sides multiples of 32."""
+    H, W = image_CHW.shape[-2:]
+    sides = [max(1, round(side / SLOT_SIDE)) * SLOT_SIDE for side in (H, W)]
+    if sides[0] * sides[1] > LARGEST_AREA:
+        shrinking = sqrt(H * W / LARGEST_AREA)
+        sides = [max(1, floor(side / shrinking / SLOT_SIDE)) * SLOT_SIDE for side in (H, W)]
+    if sides == [H, W]:
+        return image_CHW
+    resized_1CHW = interpolate(image_CHW[None], size=sides, mode="bicubic", antialias=True)
+    return resized_1CHW[0].clamp(-1, 1)
