@@ -33,7 +33,7 @@ NOT_RUN = {  # start of a command -> where it is tested, or why it cannot run he
     "python3 tools/front_end.py": "tests/runs/test_front_end.py",
     "python3 tools/report.py output/quickstart --serve": "tests/unit/training/report/test_live.py",
     "python3 sdxl_train_network.py --recipe": "tests/runs/test_recipes.py",
-    **{f"python3 {name}_cache_": f"tests/runs/test_{name}_train_network.py" for name, b in BASES.items() if b.dit},
+    **{f"python3 {name}_cache_": f"tests/runs/test_{name}_train_network.py" for name in BASES},
     "accelerate launch --multi_gpu": "tests/runs/test_processes.py",
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu": "tests/runs/test_processes.py",
 }

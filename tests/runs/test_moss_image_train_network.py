@@ -1,0 +1,138 @@
+"""moss_image_train_network.py on a tiny model: a settings file for sd-scripts, caching commands, and pairs."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from library.checkpoints.files import read_metadata
+from tests.running import Finished, make_images
+from tests.runs.musubi_tuner import paths_of, run_command
+from tests.tiny.moss_image import CONFIG, build_tiny_moss_image
+
+Train = Callable[..., Finished]
+
+SETTINGS = """
+pretrained_model_name_or_path = "{base}"
+text_encoder = "{text}"
+vae = "{vae}"
+disable_mmap_load_safetensors = true
+network_module = "networks.lora_generic"
+network_dim = 32
+network_alpha = 16
+network_train_unet_only = true
+timestep_sampling = "sigma"
+weighting_scheme = "logit_normal"
+logit_mean = -1.09
+logit_std = 0.95
+discrete_flow_shift = 1.0
+gradient_checkpointing = true
+unsloth_offload_checkpointing = true
+sdpa = true
+mixed_precision = "bf16"
+cache_latents = true
+cache_latents_to_disk = true
+cache_text_encoder_outputs = true
+cache_text_encoder_outputs_to_disk = true
+loss_type = "l2"
+optimizer_type = "AdamW"
+learning_rate = 7.5e-5
+resize_interpolation = "lanczos"
+enable_bucket = true
+min_bucket_reso = 64
+max_bucket_reso = 128
+keep_tokens = 1
+caption_extension = ".txt"
+train_data_dir = "{images}"
+resolution = "64"
+output_dir = "{out}"
+output_name = "mine"
+max_train_steps = 2
+max_data_loader_n_workers = 0
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return build_tiny_moss_image(tmp_path_factory.mktemp("tiny_moss_image"), seed=31)
+
+
+@pytest.fixture
+def train_moss(train: Train) -> Train:
+    return partial(train, script="moss_image_train_network")
+
+
+def test_a_settings_file_for_sd_scripts_trains_and_saves_names_that_comfyui_finds(
+    train_moss: Train, tiny_arguments: list[str], images: Path, tmp_path: Path
+) -> None:
+    base, vae, text = tiny_arguments[1::2]
+    values = {"base": base, "vae": vae, "text": text, "images": images.as_posix(), "out": (tmp_path / "out").as_posix()}
+    (tmp_path / "settings.toml").write_text(SETTINGS.format(**values))
+    done = train_moss(["--config_file", str(tmp_path / "settings.toml")])
+    assert done.status == 0, done.stderr
+    tensors = load_file(tmp_path / "out" / "mine.safetensors")
+    layers = [f"proj.{name}" for name in ("q", "k", "v", "o", "ffn_up_gate", "ffn_down")]
+    assert tensors.keys() == {
+        f"diffusion_model.layers.{n}.{layer}.lora_{part}.weight"
+        for n in range(CONFIG.num_layers) for layer in layers for part in "AB"
+    }  # fmt: skip
+    metadata = read_metadata(tmp_path / "out" / "mine.safetensors")
+    assert metadata["ss_network_module"] == "networks.lora_generic"
+    assert metadata["ss_base_model_version"] == "moss_image"
+
+
+def test_caching_commands_fill_the_caches_that_training_reuses(
+    train_moss: Train, tiny_arguments: list[str], tmp_path: Path
+) -> None:
+    paths = paths_of(tiny_arguments, tmp_path)
+    run_command("moss_image_cache_latents", "--dataset_config {data} --vae {vae}", paths)
+    run_command("moss_image_cache_text_encoder_outputs", "--dataset_config {data} --text_encoder {text}", paths)
+    assert len(list((tmp_path / "images").glob("*_moss_latents.npz"))) == 3
+    for file in (tmp_path / "images").glob("*_moss_text.npz"):
+        with np.load(file) as archive:
+            states, mask = archive["hidden_state"], archive["attention_mask"]
+        assert states.shape == (len(mask), CONFIG.text_width) and mask.all()
+    words = "--dit {dit} --dataset_config {data} --output_dir {out} --network_module networks.lora --max_train_steps 1"
+    done = train_moss([*words.format(**paths).split(), "--mixed_precision", "bf16"])
+    assert done.status == 0, done.stderr
+    assert "latent cache: 3 entries reused, 0 to encode" in done.stderr
+    assert "text cache: 3 files reused, 0 to encode" in done.stderr
+
+
+def test_training_on_pairs_resumes_exactly_and_previews_show_the_references(
+    train_moss: Train, tiny_arguments: list[str], tmp_path: Path
+) -> None:
+    make_images(tmp_path / "after", 4)
+    for number, side in enumerate((96, 64)):
+        make_images(tmp_path / f"before{number}", 4, side=side, seed=1 + number)
+    folders = [(tmp_path / name).as_posix() for name in ("after", "before0", "before1")]
+    (tmp_path / "data.toml").write_text(
+        f'[[datasets]]\nresolution = 64\nbatch_size = 2\ncaption_extension = ".txt"\n[[datasets.subsets]]\n'
+        f'image_dir = "{folders[0]}"\ncontrol_dirs = {folders[1:]!r}\ncontrol_no_resize = true\n'
+        "caption_dropout_rate = 0.3\n"
+    )
+    shown = " ".join(f"--ci {folder}/01.png" for folder in folders[1:])
+    (tmp_path / "prompts.txt").write_text(f"make it red --w 64 --h 64 --s 2 --d 3 {shown}\n")
+    words = [
+        *tiny_arguments, "--dataset_config", str(tmp_path / "data.toml"), "--output_dir", str(tmp_path / "out"),
+        "--output_name", "mine", "--network_module", "networks.lora", "--network_dim", "4", "--learning_rate", "1e-3",
+        "--max_train_steps", "4", "--seed", "5", "--max_data_loader_n_workers", "0", "--cache_latents_to_disk",
+        "--cache_text_encoder_outputs_to_disk", "--save_every_n_steps", "2", "--save_state", "--sample_prompts",
+        str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "4",
+    ]  # fmt: skip
+    done = train_moss(words)
+    assert done.status == 0 and "failed" not in done.stderr, done.stderr
+    assert "2 reference images for each image" in done.stderr
+    state = str(tmp_path / "out" / "mine-step00000002-state")
+    done = train_moss([*words, "--output_name", "resumed", "--resume", state])
+    assert done.status == 0, done.stderr
+    whole, resumed = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("mine", "resumed"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(weight, resumed[key]) for key, weight in whole.items())
+    (drawn,) = (tmp_path / "out" / "sample").glob("mine*.png")
+    with Image.open(drawn) as image:
+        assert image.width > 3 * 64
