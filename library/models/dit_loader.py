@@ -1,7 +1,7 @@
 """The loader of base models that consist of a transformer, text encoders and a VAE."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -136,6 +136,12 @@ def open_dit_loader(
             open_if_there(latents_are_cached, vae), vae_dtype or resolve_vae_dtype(options.model, precision), load_vae
         ),
     )
+
+
+def add_vision(loader: DitLoader, open_it: Callable[[], Component | None], load: LoadPart) -> DitLoader:
+    """Add the vision model in the text encoder's files, if they have one; only reference images need it."""
+    vision = None if isinstance(loader.text.component, Absent) else open_it()
+    return loader if vision is None else replace(loader, texts=(*loader.texts, Part(vision, loader.text.dtype, load)))
 
 
 def check_input_width(path: Path, num_inputs: int, expected: int, unit: str, title: str) -> None:

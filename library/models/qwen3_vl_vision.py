@@ -1,18 +1,23 @@
 """The vision model of Qwen3-VL 8B (transformers' Qwen3VLVisionModel), and the encoding of captions with images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from library.checkpoints.weights import Weights, configure, find_prefix, with_prefix
+from library.errors import UserError
 from library.memory.devices import send
 from library.models.loading import Component, empty_transformers_model, load_component
+from library.models.qwen3 import encode_qwen3
 from library.models.qwen3_vl import VISION
 from library.models.shapes import Shapes, count, shape_of
+from library.types import Tokens
 
 MERGE = 2  # patches per side that one token represents
 NUM_HEADS = 16
@@ -86,6 +91,47 @@ def embed_with_images(
     token_grids = [(height // MERGE, width // MERGE) for _, height, width in grids]
     positions_3S = send(rotary_positions(is_slot_S.tolist(), token_grids), weight.device)
     return words_SE[None], positions_3S, outputs
+
+
+def join_rows(rows: Sequence[Sequence[int]], images: Sequence[Sequence[Tensor]]) -> Tokens:
+    """Return the token IDs of captions and their mask, (B, 1, T), 0 for padding, with the images of each caption."""
+    ids = [torch.tensor(row) for row in rows]
+    ids_BT = pad_sequence(ids, batch_first=True)
+    mask_BT = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    return Tokens((ids_BT[:, None], mask_BT[:, None]), images=tuple(map(tuple, images)))
+
+
+def encode_captions(
+    encoders: Sequence[nn.Module],
+    ids_BT: Tensor,
+    mask_BT: Tensor,
+    slot: int,
+    images: Sequence[Sequence[Tensor]],
+    encode_one: Callable[[nn.Module, nn.Module, Tensor, int, Sequence[Tensor]], Tensor],
+    encoder: str,
+) -> Tensor:
+    """Return the last states, BTE, zero where the mask is 0: of all captions at once, or one by one if any has images.
+
+    `encoders` are the language model and, if its files have one, the vision model. `encode_one` is such a function as
+    `encode_with_images`. Raises UserError for images without a vision model, naming the `encoder` to use.
+    """
+    language, *vision = encoders
+    if not any(images):
+        return encode_qwen3(language, ids_BT, mask_BT)
+    if not vision:
+        raise UserError(
+            "--text_encoder has no vision model, which reference images require; use a complete file or folder of "
+            f"{encoder}"
+        )
+    rows = []
+    for ids_T, mask_T, shown in zip(ids_BT, mask_BT, images, strict=True):
+        ids_S = ids_T[mask_T.bool()]
+        if shown:
+            states_SE = encode_one(language, vision[0], ids_S, slot, shown)
+        else:
+            states_SE = encode_qwen3(language, ids_S[None], torch.ones_like(ids_S)[None])[0]
+        rows.append(pad(states_SE, (0, 0, 0, len(ids_T) - len(ids_S))))
+    return torch.stack(rows)
 
 
 def cut_patches(image_CHW: Tensor, patch: int, num_frames: int) -> Tensor:

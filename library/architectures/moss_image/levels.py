@@ -45,4 +45,5 @@ def preview_sampler(prompt: Prompt) -> Sampler:
     # The model's own pipeline takes its last level from a table that is shifted already, and shifts it again.
     last = prompt.flow_shift / (NUM_TIMESTEPS - 1 + prompt.flow_shift)
     sigmas_N = torch.linspace(1.0, last, prompt.num_steps, dtype=torch.float64)
-    return FlowSampler(round_levels(shift_sigmas(sigmas_N, prompt.flow_shift)).unique_consecutive())
+    levels = round_levels(shift_sigmas(sigmas_N, prompt.flow_shift)).tolist()
+    return FlowSampler(torch.tensor(list(dict.fromkeys(levels)), dtype=torch.float64))

@@ -1,7 +1,6 @@
 """Loading of MOSS-Image checkpoints: three files, one file with everything, or a diffusers folder."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, partial
 
 from torch import nn
@@ -22,10 +21,10 @@ from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.fused_tensors import split_rows
 from library.checkpoints.weights import Weights, configure, select_weights
 from library.models import dit_loader
-from library.models.dit_loader import DitLoader, Part, check_input_width, open_dit, open_dit_loader
+from library.models.dit_loader import DitLoader, add_vision, check_input_width, open_dit, open_dit_loader
 from library.models.identify import open_denoiser
 from library.models.language_models import WORDS, choose_load
-from library.models.loading import Absent, check_text_width
+from library.models.loading import check_text_width
 from library.models.qwen3 import FOLDER
 from library.models.vae.flux_2 import PACKED_CHANNELS, load_flux_2_vae, open_vae
 
@@ -68,12 +67,7 @@ def build_loader(
         vae=lambda: open_vae(MODEL, options.model.vae, base),
         load_vae=load_flux_2_vae,
     )
-    if isinstance(loader.text.component, Absent):
-        return loader
-    # Only reference images need the vision model, so files without it are accepted here.
-    vision = image_component(qwen3_5())
-    vision_parts = () if vision is None else (Part(vision, loader.text.dtype, load_vision),)
-    return replace(loader, texts=(loader.text, *vision_parts))
+    return add_vision(loader, lambda: image_component(qwen3_5()), load_vision)
 
 
 open_encoder = partial(dit_loader.open_encoder, open_loader, build_loader)

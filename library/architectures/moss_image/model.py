@@ -140,7 +140,7 @@ class Stream:
         """Multiply each token by the row of its part, and add that of the offsets."""
         parts = [
             part * factors_BRM[:, r, None] + (0 if offsets_BRM is None else offsets_BRM[:, r, None])
-            for r, part in enumerate(x_BTM.split(self.lengths, dim=1))
+            for r, part in enumerate(torch.split(x_BTM, self.lengths, dim=1))
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -187,7 +187,8 @@ def attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, num_main: int, mask: 
     attended = scaled_dot_product_attention(q_BNTD[:, :, :num_main], k_BNTD, v_BNTD, attn_mask=mask)
     if num_main == q_BNTD.shape[2]:
         return attended
-    references = scaled_dot_product_attention(*(x[:, :, num_main:] for x in (q_BNTD, k_BNTD, v_BNTD)))
+    q, k, v = (x[:, :, num_main:] for x in (q_BNTD, k_BNTD, v_BNTD))
+    references = scaled_dot_product_attention(q, k, v)
     return torch.cat([attended, references], dim=2)
 
 

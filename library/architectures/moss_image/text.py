@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import interpolate
 
-from library.architectures.moss_image.qwen3_5 import FLAG, HUB_NAME, encode_with_images
+from library.architectures.moss_image.qwen3_5 import HUB_NAME, encode_with_images
 from library.errors import UserError
-from library.models.qwen3 import encode_qwen3
+from library.models.qwen3_vl_vision import encode_captions, join_rows
 from library.types import CaptionWithImages, Conditioning, Tokens, plain_caption
 
 NUM_TOKENS = 4096  # with the template and reference images; longer captions are cut
@@ -53,10 +52,7 @@ class MossImageText:
             tuple(map(fit_image, caption.read())) if isinstance(caption, CaptionWithImages) else ()
             for caption in captions
         )
-        rows = [torch.tensor(self.row(caption, shown)) for caption, shown in zip(captions, images, strict=True)]
-        ids_BT = pad_sequence(rows, batch_first=True)
-        mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        return Tokens((ids_BT[:, None], mask_BT[:, None]), images=images)
+        return join_rows([self.row(caption, shown) for caption, shown in zip(captions, images, strict=True)], images)
 
     def row(self, caption: str, images: Sequence[Tensor]) -> list[int]:
         """Return the token IDs of a caption in its template; truncation cuts a long caption and the template's end."""
@@ -84,30 +80,9 @@ class MossImageText:
         ids_BT, mask_BT = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
         # The encoder's states overflow float16.
         with torch.autocast(next(encoders[0].parameters()).device.type, enabled=False):
-            states_BTE = self.encode_states(encoders, ids_BT, mask_BT, tokens.images)
+            slot = self.tokenizer.convert_tokens_to_ids(SLOT)
+            states_BTE = encode_captions(encoders, ids_BT, mask_BT, slot, tokens.images, encode_with_images, HUB_NAME)
         return {"hidden_state": states_BTE, "attention_mask": mask_BT}
-
-    def encode_states(
-        self, encoders: Sequence[nn.Module], ids_BT: Tensor, mask_BT: Tensor, images: Sequence[Sequence[Tensor]]
-    ) -> Tensor:
-        """Return the last states, BTE, zero where the mask is 0: of all captions at once, or one by one if any has
-        images. Raises UserError for images if the encoder has no vision model."""
-        language, *vision = encoders
-        if not any(images):
-            return encode_qwen3(language, ids_BT, mask_BT)
-        if not vision:
-            raise UserError(
-                f"{FLAG} has no vision model, which reference images require; use a complete file or folder of "
-                f"{HUB_NAME}"
-            )
-        slot, rows = self.tokenizer.convert_tokens_to_ids(SLOT), []
-        for ids_T, mask_T, shown in zip(ids_BT, mask_BT, images, strict=True):
-            if shown:
-                states_SE = encode_with_images(language, vision[0], ids_T[mask_T.bool()], slot, shown)
-                rows.append(pad(states_SE, (0, 0, 0, len(ids_T) - len(states_SE))))
-            else:
-                rows.append(encode_qwen3(language, ids_T[None], mask_T[None])[0])
-        return torch.stack(rows)
 
 
 def num_slots(image_CHW: Tensor) -> int:

@@ -1,7 +1,6 @@
 """Loading of Qwen-Image 2.1 checkpoints: three files, one file with everything, or a diffusers folder."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -16,10 +15,10 @@ from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.fused_tensors import split_rows
 from library.checkpoints.weights import Weights, configure
 from library.models import dit_loader
-from library.models.dit_loader import DitLoader, Part, check_input_width, open_dit, open_dit_loader
+from library.models.dit_loader import DitLoader, add_vision, check_input_width, open_dit, open_dit_loader
 from library.models.identify import open_denoiser
 from library.models.language_models import WORDS, choose_load
-from library.models.loading import Absent, check_text_width
+from library.models.loading import check_text_width
 from library.models.qwen3 import FOLDER, Qwen3Release
 from library.models.qwen3_vl import load_qwen3_vl, qwen3_vl_component
 from library.models.qwen3_vl_vision import load_vision, vision_component
@@ -58,12 +57,7 @@ def build_loader(
         vae=lambda: open_vae(options.model.vae, base),
         load_vae=load_qwen_image_21_vae,
     )
-    if isinstance(loader.text.component, Absent):
-        return loader
-    # Only reference images need the vision model, so files without it are accepted here.
-    vision = vision_component(qwen3_vl()[0])
-    vision_parts = () if vision is None else (Part(vision, loader.text.dtype, load_vision),)
-    return replace(loader, texts=(loader.text, *vision_parts))
+    return add_vision(loader, lambda: vision_component(qwen3_vl()[0]), load_vision)
 
 
 open_encoder = partial(dit_loader.open_encoder, open_loader, build_loader)

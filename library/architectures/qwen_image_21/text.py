@@ -9,15 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from library.errors import UserError
-from library.memory.devices import send
-from library.models.qwen3_vl_vision import encode_with_images
+from library.models.qwen3_vl_vision import encode_captions, encode_with_images, join_rows
 from library.types import CaptionWithImages, Conditioning, Tokens, plain_caption
 
-FLAG = "--text_encoder"
+ENCODER = "Qwen3-VL 8B"
 NUM_TOKENS = 1024  # of the text that reaches the denoiser, with its template; longer captions are cut
 BEGIN, END, SLOT = "<|im_start|>", "<|im_end|>", "<|image_pad|>"
 VISION_BEGIN, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -49,10 +46,7 @@ class QwenImage21Text:
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """Return IDs and their mask, (B, 1, T), 0 for padding, and the images of each caption."""
         images = tuple(caption.read() if isinstance(caption, CaptionWithImages) else () for caption in captions)
-        rows = [torch.tensor(self.row(caption, shown)) for caption, shown in zip(captions, images, strict=True)]
-        ids_BT = pad_sequence(rows, batch_first=True)
-        mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        return Tokens((ids_BT[:, None], mask_BT[:, None]), images=images)
+        return join_rows([self.row(caption, shown) for caption, shown in zip(captions, images, strict=True)], images)
 
     def row(self, caption: str, images: Sequence[Tensor]) -> list[int]:
         """Return the token IDs of a caption in its template; truncation cuts a long caption and the template's end."""
@@ -81,7 +75,8 @@ class QwenImage21Text:
         first, slot = len(self.ids(SYSTEM)), self.tokenizer.convert_tokens_to_ids(SLOT)
         # The encoder's states overflow float16.
         with torch.autocast(next(encoders[0].parameters()).device.type, enabled=False):
-            states_BTE = encode_states(encoders, ids_BT, mask_BT, slot, tokens.images)
+            shown = [[composite_on_white(image) for image in images] for images in tokens.images]
+            states_BTE = encode_captions(encoders, ids_BT, mask_BT, slot, shown, encode_with_images, ENCODER)
         if not any(tokens.images):
             places_BR = torch.empty(len(ids_BT), 0, dtype=torch.long)
             return {
@@ -104,36 +99,6 @@ class QwenImage21Text:
             "attention_mask": pad_sequence(masks, batch_first=True),
             "image_places": pad_sequence(places, batch_first=True, padding_value=NO_PLACE),
         }
-
-
-def encode_states(
-    encoders: Sequence[nn.Module], ids_BT: Tensor, mask_BT: Tensor, slot: int, images: Sequence[Sequence[Tensor]]
-) -> Tensor:
-    """Return the last states, BTE, zero where the mask is 0: of all captions at once, or one by one if any has images.
-
-    Raises UserError for images if the encoder has no vision model.
-    """
-    language, *vision = encoders
-    device = next(language.parameters()).device
-    if not any(images):
-        # The encoder needs no mask: attention is causal, and padding comes last.
-        states_BTE: Tensor = language(send(ids_BT, device)).last_hidden_state
-        return torch.where(send(mask_BT, device)[..., None].bool(), states_BTE, 0)
-    if not vision:
-        raise UserError(
-            f"{FLAG} has no vision model, which reference images require; use a complete file or folder of Qwen3-VL 8B"
-        )
-    rows = []
-    for ids_T, mask_T, references in zip(ids_BT, mask_BT, images, strict=True):
-        ids_S = ids_T[mask_T.bool()]
-        if references:
-            states_SE = encode_with_images(
-                language, vision[0], ids_S, slot, [composite_on_white(image) for image in references]
-            )
-        else:
-            states_SE = language(send(ids_S[None], device)).last_hidden_state[0]
-        rows.append(pad(states_SE, (0, 0, 0, len(ids_T) - len(ids_S))))
-    return torch.stack(rows)
 
 
 def composite_on_white(image_CHW: Tensor) -> Tensor:
