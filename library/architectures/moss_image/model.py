@@ -133,15 +133,14 @@ class TextEmbedder(nn.Module):
 class Stream:
     """What every block needs to know of the sequence."""
 
-    lengths: tuple[int, ...]  # tokens of the image and the text, then those of references if there are any
+    lengths: list[int]  # tokens of the image and the text, then those of references if there are any
     scale: float  # of the residual stream
 
     def times(self, x_BTM: Tensor, factors_BRM: Tensor, offsets_BRM: Tensor | None = None) -> Tensor:
         """Multiply each token by the row of its part, and add that of the offsets."""
-        parts = [
-            part * factors_BRM[:, r, None] + (0 if offsets_BRM is None else offsets_BRM[:, r, None])
-            for r, part in enumerate(torch.split(x_BTM, self.lengths, dim=1))
-        ]
+        parts = [part * factors_BRM[:, r, None] for r, part in enumerate(torch.split(x_BTM, self.lengths, dim=1))]
+        if offsets_BRM is not None:
+            parts = [part + offsets_BRM[:, r, None] for r, part in enumerate(parts)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def norm(self, norm: nn.RMSNorm, x_BTM: Tensor) -> Tensor:
@@ -246,7 +245,7 @@ class MossImage(nn.Module):
         txt_BLM = self.text_embedder(text_BLE[:, :L].to(dtype), rope[:, :, num_image:num_main], text_mask)
         tokens = (embedded_BTM[:, :num_image], txt_BLM, embedded_BTM[:, num_image:])
         stream = Stream(
-            (num_main, embedded_BTM.shape[1] - num_image) if references else (num_main,),
+            [num_main, embedded_BTM.shape[1] - num_image] if references else [num_main],
             FP16_SCALE if dtype == torch.float16 else 1,
         )
         x_BTM = stream.shrink(torch.cat(tokens, dim=1))
