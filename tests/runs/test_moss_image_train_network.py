@@ -93,8 +93,8 @@ def test_caching_commands_fill_the_caches_that_training_reuses(
     paths = paths_of(tiny_arguments, tmp_path)
     run_command("moss_image_cache_latents", "--dataset_config {data} --vae {vae}", paths)
     run_command("moss_image_cache_text_encoder_outputs", "--dataset_config {data} --text_encoder {text}", paths)
-    assert len(list((tmp_path / "images").glob("*_moss_latents.npz"))) == 3
-    for file in (tmp_path / "images").glob("*_moss_text.npz"):
+    assert len(list(tmp_path.rglob("*_moss_latents.npz"))) == 3
+    for file in tmp_path.rglob("*_moss_text.npz"):
         with np.load(file) as archive:
             states, mask = archive["hidden_state"], archive["attention_mask"]
         assert states.shape == (len(mask), CONFIG.text_width) and mask.all()
