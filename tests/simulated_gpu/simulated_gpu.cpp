@@ -1165,7 +1165,16 @@ class Collectives final : public c10d::Backend {
 };
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&any_operation>()); }
-TORCH_LIBRARY_IMPL(aten, CPU, m) { m.impl("copy_", copy_on_host); }
+// CUDA has an operation of its own for these, and the CPU does not.
+Tensor conv_depthwise2d_on_host(const Tensor& input, const Tensor& weight, at::IntArrayRef, const std::optional<Tensor>& bias,
+                                at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+  return at::conv2d(input, weight, bias, stride, padding, dilation, input.size(1));
+}
+
+TORCH_LIBRARY_IMPL(aten, CPU, m) {
+  m.impl("copy_", copy_on_host);
+  m.impl("_conv_depthwise2d", conv_depthwise2d_on_host);
+}
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("empty.memory_format", empty);
   m.impl("empty_strided", empty_strided);
