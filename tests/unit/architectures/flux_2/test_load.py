@@ -19,10 +19,10 @@ from library.architectures.flux_2.releases import (
     recognise_encoder,
     recognise_release,
 )
-from library.models.vae.flux_2 import COUNTER, statistics
 from library.checkpoints.weights import Weights
 from library.errors import UserError
 from library.models.dit_loader import DitLoader
+from library.models.vae.flux_2 import COUNTER, statistics
 from tests.tiny import flux_2 as tiny_flux_2
 from tests.tiny.changes import rename_token, without
 from tests.tiny.flux_2 import build_tiny_flux_2
