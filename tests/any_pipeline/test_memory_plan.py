@@ -7,7 +7,8 @@ import torch
 
 import diffusers_train_network
 from library.training.command_line.cli import parse
-from library.training.planning.counting import BatchShape, count_run
+from library.training.planning.counting import count_run
+from library.training.planning.meta_run import BatchShape
 from tests.parity.test_counting import CPU, planned_peak, real_step
 from tests.running import SCRIPTS
 from tests.tiny.pipelines import build_tiny_pipeline

@@ -43,5 +43,6 @@ SPECS = (
         open_for_merging=FILE.open,
         view_for_networks=FILE.view_for_networks,
         adapter_metadata=RECIPE.of_checkpoint,
+        ignores=RECIPE.ignores,
     ),
 )
