@@ -17,7 +17,7 @@ from library.options.requirements import check_requirements
 from library.options.train import TrainOptions
 from library.training.command_line.checks import check_network, check_precision
 from library.training.command_line.cli import parse
-from library.training.models.check_batches import mute_logging
+from library.training.models.preflight import mute_logging
 from library.training.models.requests import RequestedRun
 from library.training.planning.counting import CountedRun, count_run
 from library.training.planning.fit import fit_to

@@ -49,7 +49,7 @@ from library.options.training.validation import ValidationOptions
 from library.temporary_folders import delete_abandoned_folders, make_temporary_folder
 from library.training.command_line.cli import to_toml_value
 from library.training.config_file import SECRETS, write_config
-from library.training.models.check_batches import mute_logging
+from library.training.models.preflight import mute_logging
 from library.training.planning.settings import describe, resolve_memory_mode
 from networks.core.protocol import OURS
 from tools.command import make_training_parser, training_command

@@ -93,7 +93,7 @@ def open_unet_loader(
         latent_channels=needs.channels,
         dtype=DTYPES[options.precision.mixed_precision],
         vae_dtype=resolve_vae_dtype(options.model, options.precision.mixed_precision),
-        uses_xformers=should_use_xformers(options.memory, options.faults.deterministic),
+        uses_xformers=should_use_xformers(options.memory, options.diagnostics.deterministic),
         inpaints=inpaints,
     )
 

@@ -24,7 +24,7 @@ from library.options.training.network import NetworkOptions
 from library.options.training.noise import NoiseOptions
 from library.options.training.optimizer import OptimizerOptions, ScheduleOptions
 from library.options.training.pairs import PairOptions
-from library.options.training.run import FaultOptions, RunOptions
+from library.options.training.run import DiagnosticOptions, RunOptions
 from library.options.training.sweep import SweepOptions
 from library.options.training.validation import ValidationOptions
 
@@ -61,7 +61,7 @@ class TrainOptions(Options):
     preview: PreviewOptions = group(PreviewOptions)
     validation: ValidationOptions = group(ValidationOptions)
     distributed: DistributedOptions = group(DistributedOptions)
-    faults: FaultOptions = group(FaultOptions)
+    diagnostics: DiagnosticOptions = group(DiagnosticOptions)
 
     @property
     def trains_text_encoders(self) -> bool:

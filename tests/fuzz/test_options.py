@@ -14,7 +14,7 @@ from library.options.train import TrainOptions
 from library.training.command_line.checks import check, report_unused
 from library.training.command_line.cli import from_program, normalize, parse_words, unset_empty
 from library.training.config_file import basic_string, read_config
-from library.training.models.check_batches import mute_logging, take_first_step
+from library.training.models.preflight import mute_logging, take_first_step
 from library.training.optimization.lr_schedules import build_schedule
 from library.training.optimization.optimizers import build_optimizer
 from tests.fuzz.budget import any_input, works_or_says_why

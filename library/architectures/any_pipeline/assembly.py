@@ -127,7 +127,7 @@ def name_own_script(folder: PipelineFolder) -> None:
 def recall_or_measure(options: PipelineOptions, folder: PipelineFolder, watched: Watched) -> Convention:
     """Return the convention of a pipeline, and prepare `watched` to draw without models."""
     place = folder_of_caches(options) / f".pipeline_{fingerprint(folder)}.safetensors"
-    if place.is_file() and not options.faults.selftest:
+    if place.is_file() and not options.diagnostics.selftest:
         kept = read_kept(place)
         logger.info("the convention of %s is read from %s", folder.kind.__name__, place)
         watched.denoiser = kept.convention.denoiser

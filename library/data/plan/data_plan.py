@@ -275,7 +275,7 @@ def build_plan(
     """
     config = load_dataset_config(options)
     # A dry run writes nothing.
-    if options.faults.dry_run:
+    if options.diagnostics.dry_run:
         config = config.with_subsets(keeps_index=False)
     if entries is not None:
         config = config.with_subsets(entries=entries)

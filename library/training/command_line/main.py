@@ -50,7 +50,7 @@ def main(
         options = options_type.from_args(args)
         command = sys.argv[1:] if argv is None else argv
         is_over = train_as_asked(options, build, latents, objective, interruption, command)
-        if options.faults.exit_status_on_stop and not is_over:
+        if options.diagnostics.exit_status_on_stop and not is_over:
             return interruption.exit_status
     except AlreadyComplete as error:
         logger.info("%s", error)

@@ -76,7 +76,7 @@ class ResolvedOptions(Generic[OptionsT]):
     @property
     def writes(self) -> bool:
         """False for a dry run and a look at the dataset."""
-        return not (self.shared.faults.dry_run or self.shared.dataset.debug_dataset)
+        return not (self.shared.diagnostics.dry_run or self.shared.dataset.debug_dataset)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def open_base(
     Network modules are imported first, so that a misspelt one is reported before files are read.
     """
     values = resolve_launched_values(options.shared.distributed.shard_base)
-    options = options.with_values(values | DRY_RUN_VALUES if options.shared.faults.dry_run else values)
+    options = options.with_values(values | DRY_RUN_VALUES if options.shared.diagnostics.dry_run else values)
     with freeze_imports("tokenizers"):
         import_diffusers_hiding_libraries()
         with hide_library(BITSANDBYTES):

@@ -48,7 +48,7 @@ def train_as_asked(
         resolved = split_run(options)
         events = stack.enter_context(holding_outputs(resolved, command, warnings))
         stack.enter_context(cuda_kernels(options.kernels))
-        stack.enter_context(deterministic(options.faults.deterministic))
+        stack.enter_context(deterministic(options.diagnostics.deterministic))
         resolved, modules, arch = open_base(resolved, build)
         accelerator = open_accelerator(
             options.precision.mixed_precision, resolved.shared.trackers, options.distributed.ddp_timeout
@@ -59,7 +59,7 @@ def train_as_asked(
             if options.dataset.debug_dataset:
                 show_batches(run.data)
                 return True
-            data, largest = run.data.limited_to_largest_batch() if options.faults.dry_run else (run.data, None)
+            data, largest = run.data.limited_to_largest_batch() if options.diagnostics.dry_run else (run.data, None)
             with run.loading(events, accelerator.device):
                 prepared = prepare(run.requested, run.seed, data, accelerator, processes, run.sweep)
             is_over = try_out(prepared, largest, run.memory_hints)

@@ -71,7 +71,7 @@ class NonFiniteGuard:
             raise NonFiniteError(
                 f"{explanation}. The adapter's weights are damaged themselves: {advice(self.run)}", None
             )
-        if self.run.options.faults.on_nonfinite == "stop":
+        if self.run.options.diagnostics.on_nonfinite == "stop":
             raise NonFiniteError(f"{explanation}. --on_nonfinite stop ends the run; {advice(self.run)}", self.last_good)
         if self.num_in_a_row > MAX_IN_A_ROW:
             raise NonFiniteError(
@@ -92,7 +92,7 @@ class NonFiniteGuard:
             batch_number = self.run.plan.batch_number(window.epoch, batch_index)
             timesteps = add_noise_to(self.run.context, batch, batch_number).timesteps_B.tolist()
             samples += [f"{key} (timestep {t:g})" for key, t in zip(batch.keys, timesteps, strict=True)]
-            if self.run.options.faults.trace_nonfinite and not self.was_traced:
+            if self.run.options.diagnostics.trace_nonfinite and not self.was_traced:
                 trace = find_first_damage(self.run, batch, batch_number, window.step)
                 self.was_traced = True
         explanation = f"step {window.step + 1}: {damage}; images: {list_few(samples, MAX_NAMED)}"

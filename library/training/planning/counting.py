@@ -48,8 +48,8 @@ from library.protocols import Architecture, TextCacheSpec
 from library.randomness import generator_for
 from library.training.loop.stacked_step import compute_stacked_losses
 from library.training.models.base_model import LoadedModels
-from library.training.models.check_batches import mute_logging
 from library.training.models.frozen_base import count_offloaded_blocks, most_offloaded
+from library.training.models.preflight import mute_logging
 from library.training.models.requests import RequestedRun
 from library.training.models.step_context import step_context
 from library.training.optimization.optimizers import build_optimizer

@@ -42,7 +42,7 @@ def try_out(prepared: Sequence[PreparedRun], largest: int | None, hints: MemoryH
     """Run what --selftest and --dry_run request; `largest` is the index of the largest batch, None without --dry_run.
     Return True if nothing else is to be done."""
     first = prepared[0].run
-    if first.options.faults.selftest:
+    if first.options.diagnostics.selftest:
         with explain_out_of_memory("testing itself (--selftest)", first.options, first.context.device, ""):
             test_itself(first)
     if largest is not None:

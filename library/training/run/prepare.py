@@ -17,10 +17,10 @@ from library.training.loop.adapter_run import PreparedRun
 from library.training.models.arithmetic import check_arithmetic
 from library.training.models.base_model import load_models
 from library.training.models.block_running import choose_block_runner
-from library.training.models.check_batches import check_batches
 from library.training.models.compute import Compute
 from library.training.models.frozen_base import check_base, resolve_base
 from library.training.models.network import open_network
+from library.training.models.preflight import preflight
 from library.training.models.requests import RequestedRun
 from library.training.reporting.console_lines import ImageCounts, announce_run
 from library.training.reporting.log_prefix import log_prefix
@@ -70,7 +70,7 @@ def prepare(
     check_base(options.precision, formats, options.memory, arch)
     if options.precision.multiplies_codes:
         check_arithmetic(formats.denoiser, module, arch, compute)
-    check_batches(adapters, arch, plan.max_train_steps)
+    preflight(adapters, arch, plan.max_train_steps)
     prompts = read_wanted_prompts(options.preview, arch) if processes.is_main else []
     if prompts:
         with needing("--sample_prompts draws images; give the VAE, or leave it out"):

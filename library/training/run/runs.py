@@ -88,7 +88,7 @@ def prepare_run(
     validation = Validation(run, charts)
     assert request.names is not None, "an adapter that is trained has names"
     writer = build_writer(run, request.names, progress, validation)
-    if not run.options.faults.dry_run:
+    if not run.options.diagnostics.dry_run:
         writer.check_space()
     if state is not None:  # after every stateful part exists, and before anything is drawn or measured
         go_on(run, progress, validation, state)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from library.architectures.specs import list_specs
 from library.checkpoints.compatibility import count_outputs, is_dora_per_output, readings
-from library.training.models.check_batches import models_on_meta_device
+from library.training.models.preflight import models_on_meta_device
 from library.training.step.context import Models
 from networks import lora_krea2
 from networks.core.changes.alpha import ScaledDelta

@@ -25,7 +25,7 @@ from library.training.step.context import Models
 from networks.core.protocol import adopt
 
 
-def check_batches(adapters: Sequence[AdapterRequest], arch: Architecture, max_train_steps: int) -> None:
+def preflight(adapters: Sequence[AdapterRequest], arch: Architecture, max_train_steps: int) -> None:
     """Build each adapter, its optimizer and its schedule as the run will, on meta models, and discard them.
 
     Raises UserError for any option of these that would end the run later. Third-party network modules are left out,
