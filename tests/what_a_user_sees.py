@@ -59,7 +59,7 @@ def describe_base(base: Base) -> dict[str, Any]:
     options = base.spec.options
     return {
         "help": parser.format_help(),
-        "facts": to_plain(options.facts()),
+        "facts": to_plain(options.declarations()),
         "defaults": to_plain(options.defaults()),
         "spec": {key: value for key, value in to_plain(base.spec).items() if key != "options"},
         **{command: importlib.import_module(command).setup_parser().format_help() for command in commands},

@@ -22,7 +22,7 @@ from library.data.concepts.prompts_file import PAIR_KEYS, SLIDER_KEYS
 from library.data.description.keys import Key
 from library.data.description.schema import ALL_KEYS
 from library.errors import UserError
-from library.options.base import Facts, Options, int_or_float, is_group, typed_fields
+from library.options.base import Declaration, Options, int_or_float, is_group, typed_fields
 from library.options.leco import LecoOptions
 from library.options.machine.base_formats import BASE_FORMATS
 from library.options.training.optimizer import ScheduleOptions
@@ -87,7 +87,7 @@ def describe_options(script: str) -> Iterator[dict[str, Any]]:
     parser = importlib.import_module(script.removesuffix(".py")).setup_parser()
     specs = [spec for spec in list_specs() if script in (spec.script, spec.prompts_script)]
     kinds: list[type[Options]] = [LecoOptions, *(spec.options for spec in specs)]
-    facts = {name: option_facts for kind in kinds for name, option_facts in kind.facts().items()}
+    declarations = {name: declared for kind in kinds for name, declared in kind.declarations().items()}
     group_ids = {heading: name for kind in kinds for heading, name in list_groups(kind)}
     # An option that one of the script's base models obeys has an effect.
     ignored = {name: why for name, why in specs[0].ignores.items() if all(name in spec.ignores for spec in specs)}
@@ -101,7 +101,9 @@ def describe_options(script: str) -> Iterator[dict[str, Any]]:
     for group in parser._action_groups:
         for action in group._group_actions:
             if action.dest != "help":
-                yield describe_option(action, facts[action.dest], ignored.get(action.dest), known.get(action.dest)) | {
+                yield describe_option(
+                    action, declarations[action.dest], ignored.get(action.dest), known.get(action.dest)
+                ) | {
                     "group": group.title,
                     "group_id": group_ids[group.title],
                 }
@@ -116,23 +118,23 @@ def list_groups(kind: type[Options], name: str = "script") -> Iterator[tuple[str
 
 
 def describe_option(
-    action: argparse.Action, facts: Facts, ignored: str | None, known: Sequence[str] | None
+    action: argparse.Action, declared: Declaration, ignored: str | None, known: Sequence[str] | None
 ) -> dict[str, Any]:
     """Return the description of an option; `known` lists values of one that has no fixed choices."""
     return {
         **describe_action(action),
-        **({"type": "path"} if facts.path else {}),
-        "path_kind": facts.path,
+        **({"type": "path"} if declared.path else {}),
+        "path_kind": declared.path,
         "choices": known if action.choices is None else list(action.choices),
         "takes_other_values": known is not None and action.dest != RECIPE,
-        "minimum": 0 if facts.is_share else facts.at_least,
-        "exclusive_minimum": facts.above,
-        "maximum": 1 if facts.is_share else facts.at_most,
-        "needs_one_of": list(facts.requires or facts.needs),
-        "excludes": sorted(facts.excludes),
-        "has_no_effect": facts.ignored or ignored,
-        "is_usual": facts.usual,
-        "in_sd_scripts": not facts.own,
+        "minimum": 0 if declared.is_share else declared.at_least,
+        "exclusive_minimum": declared.above,
+        "maximum": 1 if declared.is_share else declared.at_most,
+        "needs_one_of": list(declared.requires or declared.needs),
+        "excludes": sorted(declared.excludes),
+        "has_no_effect": declared.ignored or ignored,
+        "is_usual": declared.usual,
+        "in_sd_scripts": not declared.own,
     }
 
 

@@ -41,12 +41,12 @@ from networks.core.files.adapter_file import (
     with_alpha,
 )
 from networks.core.files.inspection import (
-    BlockFacts,
-    ModuleFacts,
+    BlockSummary,
+    ModuleSummary,
     count_dtypes,
     group_by_block,
-    module_facts,
     structure_problem,
+    summarise_module,
 )
 from networks.core.files.module_weights import ModuleWeights, value_problems
 from networks.core.files.renaming import list_some_keys
@@ -66,8 +66,8 @@ class Report:
     origin: str
     base: str | None
     dtypes: dict[str, int]
-    modules: list[ModuleFacts]
-    blocks: list[BlockFacts]
+    modules: list[ModuleSummary]
+    blocks: list[BlockSummary]
     programs: tuple[Reading, ...]
     relative_change: float | None  # |W' - W| / |W| over the weights that the base model has; None without one
     num_compared: int  # modules with such a weight
@@ -100,7 +100,7 @@ def judge(
     specs = list_specs()
     base = recognise_adapter(specs, shapes, metadata)
     file_problems: list[str] = []
-    facts: list[ModuleFacts] = []
+    summaries: list[ModuleSummary] = []
     norms: list[tuple[float, float]] = []
     lone_alphas = [module.keys[ALPHA] for module in modules.values() if module.tensors.keys() == {ALPHA}]
     for module in tqdm(modules.values(), desc="modules", disable=None, leave=False):
@@ -111,7 +111,7 @@ def judge(
         if problem is None:
             # Applied once, here: PEFT's recorded alpha is multiplied into a LoKr of whole matrices.
             module = with_alpha(module, recorded)
-            facts.append(module_facts(module))
+            summaries.append(summarise_module(module))
             weight = None if base_model is None else find_weight(module, base_model)
             if weight is not None and module.changes("weight"):
                 norms.append(module.change_norms(weight))
@@ -121,16 +121,17 @@ def judge(
         file_problems.append(
             f"the file contains no adapter weights (first keys: {', '.join(list(tensors)[:3]) or 'none'})"
         )
-    warnings = list(find_warnings(list(modules.values()), facts, list(file.unknown), base))
+    warnings = list(find_warnings(list(modules.values()), summaries, list(file.unknown), base))
     if lone_alphas and len(modules) > len(lone_alphas):
         warnings.append(f"alphas without weights, which have no effect: {list_some_keys(lone_alphas)}")
-    if base_model is not None and facts and not norms:
+    if base_model is not None and summaries and not norms:
         raise UserError(f"--base_model {base_model.path} has none of the modules of {origin}; name its own base model")
     name = base.name if base else None
     alphas = {key: float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha") and tensor.numel() == 1}
     programs = readings(specs, shapes, metadata, alphas)
     return Report(
-        origin, name, count_dtypes(tensors), facts, group_by_block(facts), programs, relative_norm(norms), len(norms),
+        origin, name, count_dtypes(tensors), summaries, group_by_block(summaries), programs,
+        relative_norm(norms), len(norms),
         file_problems, warnings,
     )  # fmt: skip
 
@@ -145,7 +146,10 @@ def find_weight(module: ModuleWeights, base: BaseModel) -> Tensor | None:
 
 
 def find_warnings(
-    modules: Sequence[ModuleWeights], facts: Sequence[ModuleFacts], unknown: Sequence[str], base: BaseModelSpec | None
+    modules: Sequence[ModuleWeights],
+    summaries: Sequence[ModuleSummary],
+    unknown: Sequence[str],
+    base: BaseModelSpec | None,
 ) -> Iterator[str]:
     """Yield warnings about a file that is usable."""
     if unknown:
@@ -156,7 +160,7 @@ def find_warnings(
         foreign = [module.name for module in modules if base.names.find(module.name) is None]
         if foreign:
             yield f"{base.title} has no modules of these names: {list_some_keys(foreign)}"
-    unchanged = [module.name for module in facts if module.update_norm == 0]
+    unchanged = [module.name for module in summaries if module.update_norm == 0]
     if unchanged:
         yield f"all zeros, without effect: {list_some_keys(unchanged)}"
 
@@ -200,7 +204,7 @@ def format_size(report: Report) -> str:
     return f"compared with the base model ({share}), {format_change(report.relative_change)}"
 
 
-def format_blocks(blocks: Sequence[BlockFacts]) -> Iterator[str]:
+def format_blocks(blocks: Sequence[BlockSummary]) -> Iterator[str]:
     """Yield one line per block, below a heading per part."""
     width = max((len(block.block) for block in blocks), default=0)
     for part in dict.fromkeys(block.part for block in blocks):

@@ -39,11 +39,11 @@ RECORDED_OPTIONS = (
     "validate_every_n_steps", "resize_interpolation",
 )  # fmt: skip
 """Options that are recorded under their own name with the prefix `ss_`."""
-RECORDED_FACTS = (
+RECORDED_FIELDS = (
     "session_id", "num_train_images", "num_validation_images", "num_reg_images", "num_batches_per_epoch", "num_epochs",
     "max_train_steps", "seed", "optimizer",
 )  # fmt: skip
-"""Fields of `RunFacts` that are recorded under their own name with the prefix `ss_`."""
+"""Fields of `RunSummary` that are recorded under their own name with the prefix `ss_`."""
 MODELSPEC_TEXTS = (
     "author", "description", "license", "tags", "usage_hint", "trigger_phrase", "preprocessor", "is_negative_embedding",
     "merged_from",
@@ -51,8 +51,8 @@ MODELSPEC_TEXTS = (
 
 
 @dataclass(frozen=True)
-class RunFacts:
-    """Facts about a run that are known only after its set-up."""
+class RunSummary:
+    """What is known of a run only after its set-up."""
 
     session_id: int
     started_at: float  # Unix time
@@ -69,14 +69,14 @@ class RunFacts:
     datasets: Mapping[str, Any]  # the ss_* keys that describe the data; dicts and lists become JSON
 
 
-def training_metadata(options: TrainOptions, architecture: Mapping[str, str], facts: RunFacts) -> dict[str, str]:
+def training_metadata(options: TrainOptions, architecture: Mapping[str, str], summary: RunSummary) -> dict[str, str]:
     """Return the `ss_*` keys that all files of a run share, without the hashes of the base model's files."""
     option_values = options.flat()
     text_rates = options.network.text_encoder_lr or []
     values: dict[str, Any] = {
         **{f"ss_{name}": option_values[name] for name in RECORDED_OPTIONS},
-        **{f"ss_{name}": getattr(facts, name) for name in RECORDED_FACTS},
-        "ss_training_started_at": facts.started_at,
+        **{f"ss_{name}": getattr(summary, name) for name in RECORDED_FIELDS},
+        "ss_training_started_at": summary.started_at,
         # sd-scripts records a number or a list, depending on the base model. A number alone would lose the other rates.
         "ss_text_encoder_lr": text_rates if len(text_rates) > 1 else next(iter(text_rates), None),
         "ss_gradient_checkpointing": options.memory.recomputes,
@@ -84,15 +84,15 @@ def training_metadata(options: TrainOptions, architecture: Mapping[str, str], fa
         "ss_face_crop_aug_range": _number_pair(options.dataset.face_crop_aug_range),
         "ss_debiased_estimation": options.loss.debiased_estimation_loss,
     }
-    if facts.has_relative_step:
+    if summary.has_relative_step:
         # sd-scripts clears these options when Adafactor finds its own rates, and records them as cleared.
         values.update(ss_learning_rate=None, ss_text_encoder_lr=None, ss_unet_lr=None)
         values["ss_lr_scheduler"] = f"adafactor:{options.optimizer.learning_rate}"
     if options.network.network_args is not None:
-        values["ss_network_args"] = dict(facts.network_args)
+        values["ss_network_args"] = dict(summary.network_args)
     if options.averaging.averages(FILES):
         values["ss_ema_decay"] = options.averaging.ema_decay
-    values.update(facts.datasets)
+    values.update(summary.datasets)
     values.update((key, value) for key, value in architecture.items() if key.startswith("ss_"))
     return {key: _text(value) for key, value in values.items()}
 

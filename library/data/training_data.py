@@ -96,7 +96,7 @@ class TrainingData(Protocol):
     def own_batches(self) -> TrainingBatches | None:
         """The batches of data that has no plan; None if it has one."""
 
-    def facts(self) -> dict[str, Any]:
+    def audit_values(self) -> dict[str, Any]:
         """Return the results of the audit as plain values, for programs."""
 
     def metadata(self, described: DatasetOptions, batches_per_step: int = 1) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin,
 OptionsT = TypeVar("OptionsT", bound="Options")
 
 
-FACTS = "facts"  # metadata key of a field that is not passed to argparse
+DECLARATION = "declaration"  # metadata key of a field that is not passed to argparse
 
 PathKind = Literal["file", "folder", "file or folder", "model", "new file", "new folder"]
 """A path of an option: a model is a file, a folder or a name on the hub; a new one is created if missing."""
@@ -17,8 +17,8 @@ OnResume = Literal["new rate", "new length", "kept by the optimizer"]
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Facts about an option that argparse has no place for."""
+class Declaration:
+    """Declaration about an option that argparse has no place for."""
 
     # Valid range of a value, or of each value of a list; a share is between 0 and 1.
     at_least: float | None = None
@@ -80,14 +80,14 @@ class Facts:
 def option(default: Any, help: str, **keywords: Any) -> Any:
     """Declare a field of an Options class. The flag is the name of the field: `max_grad_norm` is --max_grad_norm.
 
-    `keywords` are fields of `Facts` and arguments of `ArgumentParser.add_argument`. `needs` and `requires` may be
+    `keywords` are fields of `Declaration` and arguments of `ArgumentParser.add_argument`. `needs` and `requires` may be
     single strings.
     """
-    facts = {f.name: keywords.pop(f.name) for f in fields(Facts) if f.name in keywords}
+    declared = {f.name: keywords.pop(f.name) for f in fields(Declaration) if f.name in keywords}
     for name in ("needs", "requires"):
-        if isinstance(facts.get(name), str):
-            facts[name] = (facts[name],)
-    return field(default=default, metadata={"help": help, FACTS: Facts(**facts), **keywords})
+        if isinstance(declared.get(name), str):
+            declared[name] = (declared[name],)
+    return field(default=default, metadata={"help": help, DECLARATION: Declaration(**declared), **keywords})
 
 
 def redeclare(kind: type["Options"], name: str, default: Any, **argparse_kwargs: Any) -> Any:
@@ -129,15 +129,15 @@ def scalar_type(hint: Any) -> Any:
 class Options:
     """Base class of the frozen dataclasses that hold options.
 
-    Facts that apply to all options of a class are keywords of the class: `class SavingOptions(Options,
+    Declaration that apply to all options of a class are keywords of the class: `class SavingOptions(Options,
     affects_training=False)`.
     """
 
-    _facts: ClassVar[Mapping[str, bool]] = {}
+    _declared: ClassVar[Mapping[str, bool]] = {}
 
-    def __init_subclass__(cls, **facts: bool) -> None:
+    def __init_subclass__(cls, **declared: bool) -> None:
         super().__init_subclass__()
-        cls._facts = {**cls._facts, **facts}
+        cls._declared = {**cls._declared, **declared}
 
     @classmethod
     def leaves(cls) -> Iterator[tuple[Field[Any], Any]]:
@@ -148,11 +148,13 @@ class Options:
     @classmethod
     # Cached: a start asks about ten times, and reading the type hints of some forty classes takes 3 ms each time.
     @cache
-    def facts(cls) -> Mapping[str, Facts]:
-        """Return the facts of every option of this class and its groups by name, in order of declaration."""
-        by_name: dict[str, Facts] = {}
+    def declarations(cls) -> Mapping[str, Declaration]:
+        """Return the declarations of every option of this class and its groups by name, in order of declaration."""
+        by_name: dict[str, Declaration] = {}
         for f, kind in typed_fields(cls):
-            by_name |= kind.facts() if is_group(kind) else {f.name: replace(f.metadata[FACTS], **cls._facts)}
+            by_name |= (
+                kind.declarations() if is_group(kind) else {f.name: replace(f.metadata[DECLARATION], **cls._declared)}
+            )
         return by_name
 
     @classmethod
@@ -173,7 +175,7 @@ class Options:
                 continue
             section = section or parser.add_argument_group(cls.heading())
             assert f.default is not MISSING, f.name
-            keywords = {key: value for key, value in f.metadata.items() if key != FACTS}
+            keywords = {key: value for key, value in f.metadata.items() if key != DECLARATION}
             if kind is bool:
                 section.add_argument(f"--{f.name}", action="store_true", **keywords)
             else:

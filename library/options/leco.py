@@ -73,13 +73,15 @@ def leco_options(kind: type[TrainOptions]) -> type[TrainOptions]:
 
 def list_refused_by_leco(kind: type[Options]) -> dict[str, str]:
     """Return the options that prompt training refuses, each with the reason and the fix."""
-    return {name: facts.refused_by_leco for name, facts in kind.facts().items() if facts.refused_by_leco}
+    return {
+        name: declared.refused_by_leco for name, declared in kind.declarations().items() if declared.refused_by_leco
+    }
 
 
 def list_ignored_by_leco(kind: type[Options]) -> dict[str, str]:
     """Return the options without effect on prompt training, each with the reason."""
     return {
-        name: facts.ignored_by_leco or WITHOUT_IMAGES
-        for name, facts in kind.facts().items()
-        if facts.ignored_by_leco or facts.needs_images
+        name: declared.ignored_by_leco or WITHOUT_IMAGES
+        for name, declared in kind.declarations().items()
+        if declared.ignored_by_leco or declared.needs_images
     }

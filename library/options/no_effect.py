@@ -30,15 +30,15 @@ def find_unused(options: Options, ignores: Mapping[str, str]) -> Iterator[str]:
     `ignores` maps options without effect for the base model to the reason.
     """
     values, defaults = options.flat(), type(options).defaults()
-    for name, facts in type(options).facts().items():
+    for name, declared in type(options).declarations().items():
         if not is_set(values[name], defaults[name]):
             continue
-        reason = ignores.get(name) or facts.ignored
+        reason = ignores.get(name) or declared.ignored
         if reason is not None:
             yield f"--{name} has no effect: {reason}"
-        elif facts.unless is not None and is_given(values[facts.unless], defaults[facts.unless]):
-            yield f"--{name} has no effect with --{facts.unless}"
-        elif line := unmet(facts.needs, values):
+        elif declared.unless is not None and is_given(values[declared.unless], defaults[declared.unless]):
+            yield f"--{name} has no effect with --{declared.unless}"
+        elif line := unmet(declared.needs, values):
             yield f"--{name} has no effect {line}"
 
 

@@ -12,21 +12,21 @@ def unsupported(options: Options) -> list[str]:
     """Return a line for every requested option that is not supported."""
     values, defaults = options.flat(), type(options).defaults()
     return [
-        f"--{name} is not supported: {facts.unsupported}"
-        for name, facts in type(options).facts().items()
-        if facts.unsupported is not None
-        and (is_set(values[name], defaults[name]) if facts.needs else is_requested(values[name]))
-        and all(is_met(need, values) for need in facts.needs)
+        f"--{name} is not supported: {declared.unsupported}"
+        for name, declared in type(options).declarations().items()
+        if declared.unsupported is not None
+        and (is_set(values[name], defaults[name]) if declared.needs else is_requested(values[name]))
+        and all(is_met(need, values) for need in declared.needs)
     ]
 
 
 def check_requirements(options: Options) -> None:
     """Raise UserError for the first given option that lacks a required one or is excluded by another."""
     values, defaults = options.flat(), type(options).defaults()
-    for name, facts in type(options).facts().items():
+    for name, declared in type(options).declarations().items():
         if is_set(values[name], defaults[name]):
-            check_required(name, facts.requires, values)
-            check_excluded(name, facts.excludes, values)
+            check_required(name, declared.requires, values)
+            check_excluded(name, declared.excludes, values)
 
 
 def check_required(name: str, needs: tuple[str, ...], values: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from library.options.ranges import is_number
 from library.options.train import TrainOptions
 from library.suggestions import nearest_name
 
-SECRETS = tuple(name for name, facts in TrainOptions.facts().items() if facts.secret)
+SECRETS = tuple(name for name, declared in TrainOptions.declarations().items() if declared.secret)
 
 
 class ConfigFileError(UserError):

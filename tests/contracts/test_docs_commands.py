@@ -286,5 +286,5 @@ def test_the_page_of_adapter_kinds_lists_every_network_module() -> None:
 def test_options_that_the_page_calls_unsupported_are_refused() -> None:
     page = (ROOT / "docs" / "train_network.md").read_text(encoding="utf-8")
     unsupported = set(FLAG.findall(page.split("## Not supported yet")[1]))
-    facts_of = TrainOptions.facts()
+    facts_of = TrainOptions.declarations()
     assert unsupported == {f"--{name}" for name, facts in facts_of.items() if facts.unsupported and not facts.needs}

@@ -51,7 +51,7 @@ def test_there_is_no_unlisted_option(script: str) -> None:
     names = {action.dest for action in actions_of(parser_of(script))}
     listed = {flag["dest"] for flag in (*FLAGS, *ADDED[script])}
     options = STARTED[script].options
-    own = {name for name, facts in options.facts().items() if facts.own}
+    own = {name for name, facts in options.declarations().items() if facts.own}
     assert names == options.defaults().keys() >= listed
     assert names <= own | EVERYWHERE
 

@@ -64,7 +64,7 @@ def actions_of(script: str) -> dict[str, argparse.Action]:
 
 def sort_option(trainer: Trainer, script: Script, option: dict[str, Any]) -> str:
     """Return how `script` takes an option of a trainer, with the reason where it does so otherwise."""
-    action, facts = actions_of(script.name).get(option["name"]), script.options.facts().get(option["name"])
+    action, facts = actions_of(script.name).get(option["name"]), script.options.declarations().get(option["name"])
     if action is None or facts is None:
         return "unsorted: refused"
     if facts.unsupported is not None and not facts.needs:

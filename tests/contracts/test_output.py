@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from library.training.reporting.step_times import IN_STEP
-from library.training.saving.state import read_facts
+from library.training.saving.state import read_manifest
 from library.version import NAME, VERSION
 from tests.running import ROOT, Finished, launch_command
 
@@ -116,7 +116,7 @@ def test_after_a_signal_the_run_finishes_its_step_saves_and_exits_with_0(
     assert process.returncode == 0, text
     state, path = sorted((tmp_path / "out").iterdir())
     assert re.fullmatch(r"mine-step\d{8}\.safetensors", path.name)
-    assert state == path.with_name(f"{path.stem}-state") and read_facts(state).step == int(path.stem[-8:])
+    assert state == path.with_name(f"{path.stem}-state") and read_manifest(state).step == int(path.stem[-8:])
     assert f"--resume {state} or --autoresume" in text
     end = json.loads(events.read_text().splitlines()[-1])
     assert (end["event"], end["reason"], end["step"]) == ("end", "stopped", int(path.stem[-8:]))

@@ -20,7 +20,7 @@ from library.training.evaluation import preview
 from library.training.reporting.sample_images import image_path
 from library.training.saving import checkpoints
 from library.training.saving.checkpoints import weights_are_finite
-from library.training.saving.state import read_facts
+from library.training.saving.state import read_manifest
 from tests.contracts.overwriting import CALLS, INPUTS, WITHOUT_TARGET, Call
 from tests.running import ROOT, STARTED, Finished, make_images
 from tests.tiers import first_is_fast
@@ -280,7 +280,7 @@ def test_what_appears_during_a_run_is_kept_and_saves_go_beside_it(
         assert f"is kept; saving {out / name} instead" in done.stderr
         assert read_metadata(out / name)["ss_output_name"] == "mine"
     for name in ("mine-step00000001-state-rescued", "mine-state-rescued"):
-        assert f"is kept; saving {out / name} instead" in done.stderr and read_facts(out / name)
+        assert f"is kept; saving {out / name} instead" in done.stderr and read_manifest(out / name)
     (image,) = (out / "sample").glob("*-rescued.png")
     assert f"preview 0: {image}" in done.stderr and Image.open(image).size == (64, 64)
     assert "model saved." in done.stdout and f"the adapter is {out / 'mine-rescued.safetensors'}" in done.stderr

@@ -49,10 +49,10 @@ def resume_state(folder: Path) -> None:
     """Resume a run from the state in a folder."""
     network, optimizer = parts()
     options = options_of("--resume", str(folder))
-    facts = find_state(options.state, options.hub, None, ALONE)
-    assert facts is not None
-    require_undamaged(facts)
-    restore(facts, network, {"optimizer": OptimizerState(optimizer, "torch.optim.AdamW")})
+    manifest = find_state(options.state, options.hub, None, ALONE)
+    assert manifest is not None
+    require_undamaged(manifest)
+    restore(manifest, network, {"optimizer": OptimizerState(optimizer, "torch.optim.AdamW")})
 
 
 def value_paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

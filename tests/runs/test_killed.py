@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from library.checkpoints.files import load_state_dict
-from library.training.saving.state import read_facts
+from library.training.saving.state import read_manifest
 from tests.running import ROOT
 
 MOMENTS = ("caching latents", "saving checkpoint", "saving state", "removing old", "sampl", "epoch 2", "saving state")
@@ -43,7 +43,7 @@ def assert_nothing_is_damaged(output: Path, images: Path) -> None:
     for path in output.glob("*.safetensors") if output.is_dir() else ():
         assert load_state_dict(path), path
     for path in output.glob("*-state") if output.is_dir() else ():
-        assert read_facts(path).step > 0
+        assert read_manifest(path).step > 0
     for path in output.glob("sample/*.png") if output.is_dir() else ():
         from PIL import Image
 

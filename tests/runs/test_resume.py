@@ -40,9 +40,9 @@ def assert_equal_states(one: Path, other: Path) -> None:
         assert first.keys() == second.keys()
         different = [key for key in first if not torch.equal(first[key], second[key])]
         assert not different
-    facts = [json.loads((folder / "train_state.json").read_text()) for folder in (one, other)]
-    assert facts[0]["parts"] == facts[1]["parts"]
-    assert facts[0]["current_step"] == facts[1]["current_step"]
+    manifest = [json.loads((folder / "train_state.json").read_text()) for folder in (one, other)]
+    assert manifest[0]["parts"] == manifest[1]["parts"]
+    assert manifest[0]["current_step"] == manifest[1]["current_step"]
 
 
 def interrupt_and_resume(

@@ -142,10 +142,10 @@ def with_masked_padding(options: FluxOptions) -> FluxOptions:
 
 def warn_of_unusual(options: FluxOptions) -> None:
     """Warn of settings that differ from those that Chroma was trained with."""
-    values, facts = options.flat(), type(options).facts()
+    values, declarations = options.flat(), type(options).declarations()
     for name, usual in CHROMA_USUAL.items():
         # Training by prompts alone ignores options that need images, so their values mean nothing there.
-        has_effect = options.concepts is None or not facts[name].needs_images
+        has_effect = options.concepts is None or not declarations[name].needs_images
         if has_effect and values[name] != usual:
             logger.warning("--%s is %s; Chroma was trained with --%s %s", name, values[name], name, usual)
 

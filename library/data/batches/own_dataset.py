@@ -18,7 +18,7 @@ from torch import Tensor
 from library.data.batches.validation_set import ValidationSet, make_empty_set
 from library.data.description.dataset_file import parse_numbers
 from library.data.description.schema import RunDataConfig
-from library.data.plan.audit_values import make_empty_facts
+from library.data.plan.audit_values import make_empty_values
 from library.errors import UserError
 from library.options.dataset import DatasetOptions
 from library.protocols import LatentSpec
@@ -111,9 +111,9 @@ class OwnDataset:
     def audit(self, log: logging.Logger) -> None:
         log.info("%s %s: %d batches per epoch, made in this process", FLAG, self._name, self.num_batches)
 
-    def facts(self) -> dict[str, Any]:
-        """Return the facts of data without listed images."""
-        return make_empty_facts()
+    def audit_values(self) -> dict[str, Any]:
+        """Return the audit values of data without listed images."""
+        return make_empty_values()
 
     def metadata(self, described: DatasetOptions, batches_per_step: int = 1) -> dict[str, Any]:
         size = self.batch_sizes[0]

@@ -100,14 +100,14 @@ class VerifiedEntries:
 def compute_mark(file: LatentFile, image: ScannedImage, image_stamps: Sequence[int], expected: Expected) -> int:
     """Return a digest of everything that an entry is checked against: 63 bits, of which the last is 0."""
     image_stamp, *reference_stamps = image_stamps
-    facts: tuple[object, ...] = (
+    checked: tuple[object, ...] = (
         os.path.basename(image.key), image.size, image_stamp, file.tail, file.latent_shape, file.bucket,
     )  # fmt: skip
     if image.references:
         names = [os.path.basename(reference.key) for reference in image.references]
-        facts += (names, reference_stamps, file.reference_shapes, expected.shape.references)
+        checked += (names, reference_stamps, file.reference_shapes, expected.shape.references)
     # File names may contain bytes that are not valid text.
-    digest = blake2b(repr((VERSION, facts, expected)).encode(errors="surrogatepass"), digest_size=8)
+    digest = blake2b(repr((VERSION, checked, expected)).encode(errors="surrogatepass"), digest_size=8)
     # 63 bits, because the archive holds signed integers; the last one is the FOREIGN bit.
     return (int.from_bytes(digest.digest(), "little") >> 1) & ~FOREIGN
 

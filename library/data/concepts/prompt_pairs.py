@@ -15,7 +15,7 @@ import torch
 from library.data.batches.validation_set import ValidationSet, make_empty_set
 from library.data.concepts.prompts_file import FLAG, PromptPair, read_prompt_pairs
 from library.data.description.schema import RunDataConfig
-from library.data.plan.audit_values import make_empty_facts
+from library.data.plan.audit_values import make_empty_values
 from library.errors import UserError
 from library.options.dataset import DatasetOptions
 from library.options.training.concepts import USUAL_GUIDANCE, ConceptOptions
@@ -131,9 +131,9 @@ class PromptPairs:
             ", ".join(sorted(sizes)),
         )
 
-    def facts(self) -> dict[str, Any]:
-        """Return the facts of data without listed images."""
-        return make_empty_facts()
+    def audit_values(self) -> dict[str, Any]:
+        """Return the audit values of data without listed images."""
+        return make_empty_values()
 
     def metadata(self, described: DatasetOptions, batches_per_step: int = 1) -> dict[str, Any]:
         """Describe the prompts with sd-scripts' keys."""

@@ -16,7 +16,7 @@ MOST_NAMED = 100  # skipped images that are listed
 MOST_TAGS = 50
 
 
-def dataset_facts(
+def collect_values(
     datasets: Sequence[ScannedDataset],
     rules: Sequence[BucketRules],
     draws: Draws,
@@ -42,8 +42,8 @@ def dataset_facts(
     }
 
 
-def make_empty_facts() -> dict[str, Any]:
-    """Return the facts for data without listed images."""
+def make_empty_values() -> dict[str, Any]:
+    """Return the values of data without listed images."""
     lengths: dict[str, Any] = {"unit": "words", "most": None, "counts": []}
     return {"datasets": [], "dropped": [], "num_dropped": 0, "caption_lengths": lengths, "tags": []}
 

@@ -16,7 +16,7 @@ from library.data.description.captions import caption_variant
 from library.data.description.dataset_file import load_dataset_config
 from library.data.description.schema import DatasetConfig, RunDataConfig, SubsetConfig
 from library.data.plan.audit import MOST_COUNTED_AT_START, TokenLimit, audit_lines, held_out_lines, log_lengths_later
-from library.data.plan.audit_values import dataset_facts
+from library.data.plan.audit_values import collect_values
 from library.data.plan.collect import collect
 from library.data.plan.dataset_digest import dataset_identity, image_digests
 from library.data.plan.dataset_metadata import TagFrequency, dataset_metadata, tag_frequency
@@ -161,9 +161,9 @@ class DataPlan:
         for level, line in (*self.split.lines, *held_out_lines(self.datasets, self.split.set_aside)):
             log.log(level, "%s", line)
 
-    def facts(self) -> dict[str, Any]:
+    def audit_values(self) -> dict[str, Any]:
         """Return the results of the audit as plain values, for programs."""
-        return dataset_facts(self.datasets, self.rules, self.draws, self._tag_frequencies, self.token_limit)
+        return collect_values(self.datasets, self.rules, self.draws, self._tag_frequencies, self.token_limit)
 
     def metadata(self, described: DatasetOptions, batches_per_step: int = 1) -> dict[str, Any]:
         """Describe the data as `ss_*` values. Callers write tables and lists as JSON."""

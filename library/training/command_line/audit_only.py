@@ -81,7 +81,7 @@ def audit(plan: DataPlan, options: Options, saving: SavingOptions, warnings: War
         events = [
             Start(None, list_changed_options(options), versions()),
             *warning_events,
-            Audit(**plan.facts(), pairs=show_pairs(plan)),
+            Audit(**plan.audit_values(), pairs=show_pairs(plan)),
             *(FindingEvent(finding.text, show_images(finding, plan), len(finding.images)) for finding in findings),
             End("finished", None, time.time() - began, None, None, None),
         ]

@@ -152,10 +152,10 @@ def report_unused(options: TrainOptions, ignores: Mapping[str, str]) -> None:
 
 def check_choices(options: Options) -> None:
     """Raise UserError for a value outside an option's choices, as a config file may contain."""
-    values, facts = options.flat(), type(options).facts()
+    values, declarations = options.flat(), type(options).declarations()
     for field, _ in type(options).leaves():
         choices = field.metadata.get("choices")
-        if choices is None or facts[field.name].takes_other_values:
+        if choices is None or declarations[field.name].takes_other_values:
             continue
         value = values[field.name]
         if all(item in choices for item in (value if isinstance(value, list) else [value])):

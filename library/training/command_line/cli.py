@@ -42,9 +42,9 @@ def build_parser(
     `parts` lists the options for a base model's other files, for the `examples` in the help; options in `left_out` are
     hidden. `elsewhere` describes an option that only other scripts have.
     """
-    facts = {name: facts for kind in groups for name, facts in kind.facts().items()}
-    usual = frozenset(name for name in facts if facts[name].usual)
-    own = frozenset(name for name in facts if facts[name].own)
+    declarations = {name: declared for kind in groups for name, declared in kind.declarations().items()}
+    usual = frozenset(name for name in declarations if declarations[name].usual)
+    own = frozenset(name for name in declarations if declarations[name].own)
     parser = TrainingParser(usual, parts, own, elsewhere, examples, frozenset(left_out))
     for kind in groups:
         kind.add_to(parser)
@@ -245,8 +245,8 @@ def normalize(args: argparse.Namespace) -> argparse.Namespace:
             values[name] = True
     if values.get("caption_extention"):
         values["caption_extension"] = values["caption_extention"]
-    for name, facts in TrainOptions.facts().items():
-        if facts.zero_is_unset and values.get(name) == 0:
+    for name, declared in TrainOptions.declarations().items():
+        if declared.zero_is_unset and values.get(name) == 0:
             values[name] = None
     if values.get("max_token_length") == 75:
         values["max_token_length"] = None

@@ -195,7 +195,7 @@ def resolve_run(
     if shared.dataset.debug_dataset:
         return run
     if events.is_on:
-        events.emit(Audit(**data.facts(), pairs=show_pairs(data.image_plan)))
+        events.emit(Audit(**data.audit_values(), pairs=show_pairs(data.image_plan)))
     run = run if shared.fit.fit is None else fit_to_memory(run, processes, events)
     # An adapter that a sweep ended before a resume stays ended.
     left = [adapter for adapter in run.requested.adapters if sweep is None or adapter.label not in sweep.ended]

@@ -27,8 +27,8 @@ def check_targets(options: Options, names: Names) -> None:
         # A resumed run takes its weights from the state and reads only the shapes of an adapter file.
         if str(input_path) != str(values["network_weights"]) or not goes_on(values, names):
             check_not_input(FLAG, input_path, [input_path])
-    for name, facts in type(options).facts().items():
-        if facts.path == "new file" and values[name]:
+    for name, declared in type(options).declarations().items():
+        if declared.path == "new file" and values[name]:
             check_not_input(f"--{name}", Path(values[name]), inputs)
     for path, kind in list_saves(values, names):
         check_target(FLAG, path, kind)
@@ -75,7 +75,7 @@ def scheduled_saves(values: Mapping[str, Any]) -> tuple[set[SavedFor], set[Saved
 
 
 def find_input_files(options: Options) -> list[Path]:
-    outputs = {name for name, facts in type(options).facts().items() if facts.path == "new file"}
+    outputs = {name for name, declared in type(options).declarations().items() if declared.path == "new file"}
     values = [value for name, value in options.flat().items() if name not in outputs]
     candidates = [text for value in values for text in (value if isinstance(value, list) else [value])]
     return [Path(text) for text in candidates if isinstance(text, str | Path) and os.path.isfile(text)]

@@ -75,7 +75,7 @@ def start_trackers(accelerator: Any, trackers: TrackerOptions, config: Mapping[s
 def loggable_options(options: Options) -> dict[str, int | float | str | bool]:
     """Return the options that charts may show, without secrets and paths."""
     values = options.flat()
-    logged = [name for name, facts in type(options).facts().items() if facts.logged]
+    logged = [name for name, declared in type(options).declarations().items() if declared.logged]
     return {n: values[n] if isinstance(values[n], (int, float, str, bool)) else str(values[n]) for n in logged}
 
 

@@ -41,7 +41,7 @@ def sharding_values(options: TrainOptions, processes: Processes) -> dict[str, An
     if not distributed.shard_base:
         return {}
     if options.concepts is not None:  # accelerate's FSDP2 setting is known only here
-        reason = type(options).facts()["shard_base"].refused_by_leco
+        reason = type(options).declarations()["shard_base"].refused_by_leco
         raise UserError(f"accelerate is configured for FSDP2, which means --shard_base: {reason}")
     if processes.count == 1:
         logger.warning("--shard_base has no effect with one process; accelerate launch --num_processes 2 starts two")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from library.checkpoints.metadata import RunFacts, base_file_metadata, training_metadata
+from library.checkpoints.metadata import RunSummary, base_file_metadata, training_metadata
 from library.options.training.averaging import FILES
 from library.training.evaluation.validation import Validation
 from library.training.evaluation.without_side_effects import show_weights
@@ -86,7 +86,7 @@ def bytes_of_state(run: Run) -> int:
 def build_writer(run: Run, names: Names, progress: Progress, validation: Validation) -> Writer:
     """Build the writer of checkpoints; base files are hashed in the background meanwhile."""
     options, data, plan, built = run.options, run.data, run.plan, run.optimization.built
-    facts = RunFacts(
+    summary = RunSummary(
         # Not drawn from a seeded generator, so that runs with one seed can be told apart.
         session_id=secrets.randbelow(2**32),
         started_at=time.time(),
@@ -127,7 +127,7 @@ def build_writer(run: Run, names: Names, progress: Progress, validation: Validat
         schedule=Schedule.build(options.saving, plan.num_epochs),
         network=run.context.network,
         architecture=run.context.arch.metadata,
-        metadata=training_metadata(options, run.context.arch.metadata, facts),
+        metadata=training_metadata(options, run.context.arch.metadata, summary),
         base_files=base_files,
         saved_weights=lambda: show_weights(run, FILES),
         write_state=write_state,

@@ -14,10 +14,10 @@ from library.json_text import parse_json
 from library.training.reporting.console_lines import announce
 from library.training.reporting.event_stream import Events
 from library.training.reporting.events import Removed
-from library.training.saving.state import FACTS_FILE, NETWORK_FILE, OF_SD_SCRIPTS, TENSOR_FILE, is_recorded_for
+from library.training.saving.state import MANIFEST_FILE, NETWORK_FILE, OF_SD_SCRIPTS, TENSOR_FILE, is_recorded_for
 
 OF_STATE = re.compile(
-    "|".join(map(re.escape, (FACTS_FILE, NETWORK_FILE, TENSOR_FILE)))
+    "|".join(map(re.escape, (MANIFEST_FILE, NETWORK_FILE, TENSOR_FILE)))
     # What accelerate saves for sd-scripts, with or without DeepSpeed and FSDP.
     + r"|(pytorch_)?model(_\d+)?([-.].+)?|(optimizer|scheduler|sampler|scaler|dl_state_dict)(_\d+)?([-.].+)?"
     r"|random_states_\d+\.pkl|custom_checkpoint_\d+\.pkl|zero_to_fp32\.py|latest"
@@ -60,10 +60,10 @@ def state_kind(output_name: str | None, names: tuple[str, ...]) -> FileKind:
 def is_state(names: tuple[str, ...], folder: Path) -> bool:
     """Return True if a folder holds a state of a run with one of `names`, and nothing else."""
     entries = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} - {*OF_DESKTOPS}
-    if not entries & {FACTS_FILE, *OF_SD_SCRIPTS} or not all(map(OF_STATE.fullmatch, entries)):
+    if not entries & {MANIFEST_FILE, *OF_SD_SCRIPTS} or not all(map(OF_STATE.fullmatch, entries)):
         return False
     try:
-        recorded = parse_json((folder / FACTS_FILE).read_text(encoding="utf-8"))["options"]["output_name"]
+        recorded = parse_json((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["options"]["output_name"]
     except (OSError, ValueError, KeyError, TypeError):  # sd-scripts records no options
         return True
     return is_recorded_for(str(recorded or ""), folder.name, names)

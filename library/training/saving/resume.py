@@ -21,11 +21,11 @@ from library.training.reporting.sample_images import FOLDER, GRID_FOLDER, is_pre
 from library.training.saving.hub import fetch_state
 from library.training.saving.names import Names
 from library.training.saving.state import (
-    FACTS_FILE,
+    MANIFEST_FILE,
     StateManifest,
     is_state_name,
     newest_state,
-    read_facts,
+    read_manifest,
     require_undamaged,
 )
 from library.training.step.accumulation import Plan
@@ -58,26 +58,26 @@ class AlreadyComplete(Exception):
     """The state belongs to a run that is complete."""
 
 
-def rates_of_state(options: Options, facts: StateManifest | None) -> dict[str, Any]:
+def rates_of_state(options: Options, manifest: StateManifest | None) -> dict[str, Any]:
     """Return the state's learning rates that this run leaves at their defaults."""
-    if facts is None:
+    if manifest is None:
         return {}
     values, defaults = options.flat(), type(options).defaults()
     kept = {
-        name: facts.options[name]
-        for name, declaration in type(options).facts().items()
+        name: manifest.options[name]
+        for name, declaration in type(options).declarations().items()
         if declaration.on_resume == "new rate"
         and values[name] == defaults[name]
-        and facts.options.get(name, values[name]) != values[name]
+        and manifest.options.get(name, values[name]) != values[name]
     }
     for name, value in kept.items():
         logger.info("--%s is not given: that of the state stays, %s", name, value)
     return kept
 
 
-def alpha_of_state(network_alpha: float, facts: StateManifest | None) -> dict[str, Any]:
+def alpha_of_state(network_alpha: float, manifest: StateManifest | None) -> dict[str, Any]:
     """Return the state's --network_alpha if that of this run differs, because the adapter in the state contains it."""
-    alpha = network_alpha if facts is None else float(facts.options.get("network_alpha", network_alpha))
+    alpha = network_alpha if manifest is None else float(manifest.options.get("network_alpha", network_alpha))
     if alpha == network_alpha:
         return {}
     if network_alpha == NetworkOptions.network_alpha:
@@ -89,37 +89,37 @@ def alpha_of_state(network_alpha: float, facts: StateManifest | None) -> dict[st
     return {"network_alpha": alpha}
 
 
-def batches_of_state(accumulation: int, facts: StateManifest | None, num_processes: int) -> dict[str, Any]:
+def batches_of_state(accumulation: int, manifest: StateManifest | None, num_processes: int) -> dict[str, Any]:
     """Return the gradient accumulation with which a step averages as many batches as with the state's processes.
 
     A value (`accumulation`) that differs from the state's is kept. Raises UserError if the batches cannot be divided.
     """
-    if facts is None or facts.num_processes == num_processes:
+    if manifest is None or manifest.num_processes == num_processes:
         return {}
-    if accumulation != int(facts.options.get("gradient_accumulation_steps", accumulation)):
+    if accumulation != int(manifest.options.get("gradient_accumulation_steps", accumulation)):
         return {}
-    total = facts.num_processes * accumulation
+    total = manifest.num_processes * accumulation
     if total % num_processes:
         fitting = [str(n) for n in range(1, total + 1) if total % n == 0]
         raise UserError(
-            f"the state {facts.path} was saved by {facts.num_processes} processes, which averaged {total} batches in "
-            f"each step; {num_processes} cannot share these out. Start {' or '.join(fitting)} processes, or set "
-            "another --gradient_accumulation_steps to go on with other steps"
+            f"the state {manifest.path} was saved by {manifest.num_processes} processes, which averaged {total} "
+            f"batches in each step; {num_processes} cannot share these out. Start {' or '.join(fitting)} processes, or "
+            "set another --gradient_accumulation_steps to go on with other steps"
         )
     logger.info(
         "the state comes from %d processes and this run has %d: --gradient_accumulation_steps %d keeps the %d batches "
         "of a step",
-        facts.num_processes, num_processes, total // num_processes, total,
+        manifest.num_processes, num_processes, total // num_processes, total,
     )  # fmt: skip
     return {"gradient_accumulation_steps": total // num_processes}
 
 
-def check_latents(facts: StateManifest, computed_as: str) -> None:
+def check_latents(manifest: StateManifest, computed_as: str) -> None:
     """Raise UserError for a state of an earlier version that computed latents in another way."""
-    if facts.dataset.get(LATENTS, "") != computed_as:
+    if manifest.dataset.get(LATENTS, "") != computed_as:
         raise UserError(
-            f"the state {facts.path} is of an earlier version, which trained this base model on random samples of the "
-            "VAE's latents in place of their mean; start from the LoRA file with --network_weights instead"
+            f"the state {manifest.path} is of an earlier version, which trained this base model on random samples of "
+            "the VAE's latents in place of their mean; start from the LoRA file with --network_weights instead"
         )
 
 
@@ -130,17 +130,17 @@ def find_state(
 
     Raises UserError if the named folder is not a complete state, or if processes find different states.
     """
-    facts = None
+    manifest = None
     if processes.is_main:
-        facts = find_named_or_newest(options, hub, names)
-    path = processes.share("state", "" if facts is None else str(facts.path))
+        manifest = find_named_or_newest(options, hub, names)
+    path = processes.share("state", "" if manifest is None else str(manifest.path))
     if path and not processes.is_main:
         # A named state may be downloaded, to a folder of its own on each machine.
-        facts = find_named_or_newest(options, hub, names) if options.resume else state_of_main(path)
-    if path and facts is not None:
-        digest = blake2b((facts.path / FACTS_FILE).read_bytes(), digest_size=8).hexdigest()
-        processes.require_same("the state", f"step {facts.step} with digest {digest}")
-    return facts
+        manifest = find_named_or_newest(options, hub, names) if options.resume else state_of_main(path)
+    if path and manifest is not None:
+        digest = blake2b((manifest.path / MANIFEST_FILE).read_bytes(), digest_size=8).hexdigest()
+        processes.require_same("the state", f"step {manifest.step} with digest {digest}")
+    return manifest
 
 
 def clear_up(names: Names) -> None:
@@ -154,15 +154,15 @@ def clear_up(names: Names) -> None:
 def find_named_or_newest(options: StateOptions, hub: HubOptions, names: Names | None) -> StateManifest | None:
     """Find the state that the options name, or the newest one."""
     if options.resume:
-        named = read_facts(fetch_state(options.resume, hub) if hub.resume_from_huggingface else Path(options.resume))
+        named = read_manifest(fetch_state(options.resume, hub) if hub.resume_from_huggingface else Path(options.resume))
         require_undamaged(named)
         return named
     if not options.autoresume or names is None:
         return None
-    facts = newest_state(names.folder, names.starts)
-    if facts is None:
+    manifest = newest_state(names.folder, names.starts)
+    if manifest is None:
         logger.info("--autoresume: there is no state in %s; starting from the beginning", names.folder)
-    return facts
+    return manifest
 
 
 def state_of_main(path: str) -> StateManifest:
@@ -172,16 +172,16 @@ def state_of_main(path: str) -> StateManifest:
             f"--autoresume: the main process goes on from {path}, which is not on this machine; copy it here, or use "
             "an --output_dir that all machines share"
         )
-    return read_facts(Path(path))
+    return read_manifest(Path(path))
 
 
-def resolve_starting_step(options: StateOptions, end: Path, plan: Plan, facts: StateManifest | None) -> int:
+def resolve_starting_step(options: StateOptions, end: Path, plan: Plan, manifest: StateManifest | None) -> int:
     """Return the number of finished steps at the start: from the options, else from the state, else 0.
 
     `end` is the file of the finished run. A step inside an epoch restarts the epoch unless its first batches are to be
     skipped. Raises AlreadyComplete or UserError if no step is left.
     """
-    step, source = (0, "") if facts is None else (facts.step, f"the state {facts.path}")
+    step, source = (0, "") if manifest is None else (manifest.step, f"the state {manifest.path}")
     if options.initial_step is not None or options.initial_epoch is not None:
         if options.initial_step is not None:
             step, source = options.initial_step, f"--initial_step {options.initial_step}"
@@ -196,15 +196,15 @@ def resolve_starting_step(options: StateOptions, end: Path, plan: Plan, facts: S
                 "%s lies inside epoch %d, which is trained as a whole from step %d on; --skip_until_initial_step "
                 "begins inside it", source, plan.epoch_of(step), step,
             )  # fmt: skip
-        if facts is None and step:
+        if manifest is None and step:
             logger.info("%s without --resume: the learning rate schedule starts at its beginning", source)
-    is_last = facts is not None and step == facts.step == plan.max_train_steps
-    if facts is not None and is_last and not ("end" in facts.done and end.exists()):
+    is_last = manifest is not None and step == manifest.step == plan.max_train_steps
+    if manifest is not None and is_last and not ("end" in manifest.done and end.exists()):
         logger.info("%s is at the last step: only the final files are left to write", source)
         return step
     if step and step >= plan.max_train_steps:
         message = f"{source} is at step {step} of {plan.max_train_steps}: nothing is left to train"
-        if options.autoresume and facts is not None and not options.resume:
+        if options.autoresume and manifest is not None and not options.resume:
             raise AlreadyComplete(message)
         raise UserError(f"{message}; raise --max_train_steps or --max_train_epochs to train longer")
     return step
@@ -217,9 +217,9 @@ def resolve_starting_steps(
     all adapters are complete."""
     steps: list[int | None] = []
     complete = AlreadyComplete("every adapter of --sweep has ended: nothing is left to train")
-    for options, end, facts in adapters:
+    for options, end, manifest in adapters:
         try:
-            steps.append(resolve_starting_step(options, end, plan, facts))
+            steps.append(resolve_starting_step(options, end, plan, manifest))
         except AlreadyComplete as error:
             steps.append(None)
             complete = error
@@ -237,7 +237,7 @@ def record_options(options: Options) -> dict[str, Any]:
 
 
 def report_differences(
-    facts: StateManifest,
+    manifest: StateManifest,
     options: Options,
     dataset: Mapping[str, Any],
     num_processes: int,
@@ -247,31 +247,35 @@ def report_differences(
 
     `paths` are the images whose `contents` the dataset lists.
     """
-    for level, line in option_differences(facts, options, num_processes):
+    for level, line in option_differences(manifest, options, num_processes):
         logger.log(level, "%s", line)
-    for line in (*dataset_differences(facts.dataset, dataset), *content_differences(facts.dataset, dataset, paths)):
+    for line in (
+        *dataset_differences(manifest.dataset, dataset),
+        *content_differences(manifest.dataset, dataset, paths),
+    ):
         logger.warning("%s: the run continues, but differs from an uninterrupted one", line)
     accumulation = options.flat()["gradient_accumulation_steps"]
-    batches_before = facts.num_processes * int(facts.options.get("gradient_accumulation_steps", accumulation))
-    if facts.num_processes != num_processes:
+    batches_before = manifest.num_processes * int(manifest.options.get("gradient_accumulation_steps", accumulation))
+    if manifest.num_processes != num_processes:
         is_same = batches_before == num_processes * accumulation
         logger.log(
             logging.INFO if is_same else logging.WARNING,
             "the state comes from %d processes and this run has %d: a step averages %s",
-            facts.num_processes, num_processes, "as many batches as before" if is_same else "other batches than before",
+            manifest.num_processes, num_processes,
+            "as many batches as before" if is_same else "other batches than before",
         )  # fmt: skip
 
 
-def option_differences(facts: StateManifest, options: Options, num_processes: int) -> Iterator[tuple[int, str]]:
+def option_differences(manifest: StateManifest, options: Options, num_processes: int) -> Iterator[tuple[int, str]]:
     """Yield a line for every changed option that affects training."""
     now, defaults = record_options(options), type(options).defaults()
-    declarations = type(options).facts()
+    declarations = type(options).declarations()
     compared = {name for name in declarations if not declarations[name].may_change_on_resume}
-    if facts.num_processes != num_processes:
+    if manifest.num_processes != num_processes:
         compared.discard("gradient_accumulation_steps")  # `report_differences` says what both together do
     for name in sorted(now.keys() & compared):
         # A state from before the option existed was trained with its default.
-        before = facts.options.get(name, json.loads(json.dumps(defaults[name], default=str)))
+        before = manifest.options.get(name, json.loads(json.dumps(defaults[name], default=str)))
         if before == now[name]:
             continue
         level, effect = EFFECTS[declarations[name].on_resume]

@@ -37,7 +37,7 @@ from library.training.reporting.progress import Part
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-NETWORK_FILE, TENSOR_FILE, FACTS_FILE = "network.safetensors", "training.safetensors", "train_state.json"
+NETWORK_FILE, TENSOR_FILE, MANIFEST_FILE = "network.safetensors", "training.safetensors", "train_state.json"
 OF_SD_SCRIPTS = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl")
 
 
@@ -66,7 +66,7 @@ class StateManifest:
     @property
     def written_at(self) -> float:
         """Seconds since 1970."""
-        return (self.path / FACTS_FILE).stat().st_mtime
+        return (self.path / MANIFEST_FILE).stat().st_mtime
 
 
 def save_state(
@@ -94,7 +94,7 @@ def save_state(
             temporary / NETWORK_FILE, {k: v.detach().cpu().clone() for k, v in weights_and_buffers(network).items()}
         )
         save_safetensors(temporary / TENSOR_FILE, tensors)
-        facts = {
+        manifest = {
             "current_epoch": epoch,
             "current_step": step,
             "done": sorted(done),
@@ -108,14 +108,14 @@ def save_state(
             "parts": parts,
         }
         # Reading a state forms the same text again: JSON keeps the order of keys and the value of floats.
-        facts["digest"] = digest_of_text(json.dumps(facts, ensure_ascii=False))
-        with (temporary / FACTS_FILE).open("w", encoding="utf-8") as file:
-            json.dump(facts, file, ensure_ascii=False)
+        manifest["digest"] = digest_of_text(json.dumps(manifest, ensure_ascii=False))
+        with (temporary / MANIFEST_FILE).open("w", encoding="utf-8") as file:
+            json.dump(manifest, file, ensure_ascii=False)
             file.flush()
             os.fsync(file.fileno())
 
 
-def read_facts(folder: Path) -> StateManifest:
+def read_manifest(folder: Path) -> StateManifest:
     """Read the description of a state. Raises UserError if the folder holds no complete state of this program.
 
     Only the sizes of the large files are checked; `require_undamaged` reads them.
@@ -123,11 +123,11 @@ def read_facts(folder: Path) -> StateManifest:
     if not folder.is_dir():
         raise UserError(f"--resume {folder} is not a folder; give the folder of a saved state, such as last-state")
     try:
-        content = parse_json((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        content = parse_json((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         content = {}
     except (OSError, ValueError) as error:
-        raise UserError(f"--resume {folder}: its {FACTS_FILE} cannot be read ({error}); use another state") from None
+        raise UserError(f"--resume {folder}: its {MANIFEST_FILE} cannot be read ({error}); use another state") from None
     version = content.get("version") if isinstance(content, dict) else None
     if version is None:
         raise UserError(f"the folder {folder} {explain_no_state(folder)}")
@@ -135,7 +135,7 @@ def read_facts(folder: Path) -> StateManifest:
         raise UserError(f"the state {folder} is of version {version}; this program reads version {VERSION}")
     digest = content.pop("digest", None)  # older states have no digests
     if digest is not None and digest != digest_of_text(json.dumps(content, ensure_ascii=False)):
-        raise UserError(make_damage_error(folder, FACTS_FILE))
+        raise UserError(make_damage_error(folder, MANIFEST_FILE))
     try:
         for name, size in content["sizes"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
@@ -153,7 +153,7 @@ def read_facts(folder: Path) -> StateManifest:
             digests=content.get("digests", {}),
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the state {folder}: its {FACTS_FILE} lacks {error}; use another state") from None
+        raise UserError(f"the state {folder}: its {MANIFEST_FILE} lacks {error}; use another state") from None
 
 
 def require_values(folder: Path, content: Mapping[str, Any]) -> None:
@@ -161,21 +161,23 @@ def require_values(folder: Path, content: Mapping[str, Any]) -> None:
     for name, least in (("current_step", 0), ("seed", -MAX_SEED), ("num_processes", 1)):
         value = content[name]
         if type(value) is not int or value < least:
-            raise UserError(f"the state {folder}: {name} in its {FACTS_FILE} is {value!r}; use another state")
+            raise UserError(f"the state {folder}: {name} in its {MANIFEST_FILE} is {value!r}; use another state")
     for name, kind in (("options", dict), ("dataset", dict), ("parts", dict), ("digests", dict), ("done", list)):
         if not isinstance(content.get(name, kind()), kind):
-            raise UserError(f"the state {folder}: {name} in its {FACTS_FILE} is {content[name]!r}; use another state")
+            raise UserError(
+                f"the state {folder}: {name} in its {MANIFEST_FILE} is {content[name]!r}; use another state"
+            )
 
 
-def require_undamaged(facts: StateManifest) -> None:
+def require_undamaged(manifest: StateManifest) -> None:
     """Verify the digests of a state's files. Raises UserError if one has changed."""
-    for name, digest in facts.digests.items():
+    for name, digest in manifest.digests.items():
         try:
-            is_whole = digest_of_file(facts.path / name) == digest
+            is_whole = digest_of_file(manifest.path / name) == digest
         except OSError as error:
-            raise UserError(f"the state {facts.path}: {name} cannot be read ({error}); use another state") from None
+            raise UserError(f"the state {manifest.path}: {name} cannot be read ({error}); use another state") from None
         if not is_whole:
-            raise UserError(make_damage_error(facts.path, name))
+            raise UserError(make_damage_error(manifest.path, name))
 
 
 def make_damage_error(folder: Path, name: str) -> str:
@@ -194,7 +196,7 @@ def explain_no_state(folder: Path) -> str:
             "is a state of sd-scripts, which holds pickled objects that are not opened because they could run code; "
             "start from the weights with --network_weights, and set --initial_epoch if epochs are to be counted on"
         )
-    return f"holds no {FACTS_FILE} of a whole state; --resume takes the folder of a saved state, such as last-state"
+    return f"holds no {MANIFEST_FILE} of a whole state; --resume takes the folder of a saved state, such as last-state"
 
 
 def weights_and_buffers(network: nn.Module) -> dict[str, Tensor]:
@@ -222,34 +224,34 @@ def load_network(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
         tensor.copy_(weights[name])
 
 
-def network_shapes(facts: StateManifest) -> dict[str, tuple[int, ...]]:
+def network_shapes(manifest: StateManifest) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the network's weights in a state by name."""
-    return {name: entry.shape for name, entry in read_header(facts.path / NETWORK_FILE).tensors.items()}
+    return {name: entry.shape for name, entry in read_header(manifest.path / NETWORK_FILE).tensors.items()}
 
 
-def restore(facts: StateManifest, network: nn.Module, keepers: Mapping[str, Stateful]) -> None:
+def restore(manifest: StateManifest, network: nn.Module, keepers: Mapping[str, Stateful]) -> None:
     """Restore a state into the parts of a run.
 
     Raises UserError if the network or a part does not fit.
     """
-    weights = load_state_dict(facts.path / NETWORK_FILE)
+    weights = load_state_dict(manifest.path / NETWORK_FILE)
     try:
         load_network(network, weights)
     except (RuntimeError, KeyError) as error:
         raise UserError(
-            f"the state {facts.path} holds another network: {shorten_line(str(error))}. Give the --network_module, "
+            f"the state {manifest.path} holds another network: {shorten_line(str(error))}. Give the --network_module, "
             "--network_dim and --network_args that it was trained with"
         ) from None
-    tensors = load_state_dict(facts.path / TENSOR_FILE)
+    tensors = load_state_dict(manifest.path / TENSOR_FILE)
     for name, keeper in keepers.items():
-        if name not in facts.parts:
-            logger.warning("the state %s has no state of the %s, which is reset", facts.path, name)
+        if name not in manifest.parts:
+            logger.warning("the state %s has no state of the %s, which is reset", manifest.path, name)
             continue
         try:
-            keeper.load_state_dict(load_tree(facts.parts[name], tensors))
+            keeper.load_state_dict(load_tree(manifest.parts[name], tensors))
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             raise UserError(
-                f"the state {facts.path} does not fit the {name} of this run: {shorten_line(str(error))}. Give the "
+                f"the state {manifest.path} does not fit the {name} of this run: {shorten_line(str(error))}. Give the "
                 "options that it was trained with"
             ) from None
 
@@ -342,12 +344,12 @@ def iterate_states(folder: Path, names: tuple[str, ...]) -> Iterator[StateManife
     for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
         if is_state_name(entry.name, names) and entry.is_dir():
             try:
-                facts = read_facts(entry)
+                manifest = read_manifest(entry)
             except UserError as error:
                 logger.warning("%s is left out: %s", entry.name, error)
                 continue
-            if is_recorded_for(str(facts.options.get("output_name") or ""), entry.name, names):
-                yield facts
+            if is_recorded_for(str(manifest.options.get("output_name") or ""), entry.name, names):
+                yield manifest
 
 
 def is_recorded_for(recorded: str, folder: str, names: tuple[str, ...]) -> bool:
@@ -363,20 +365,21 @@ def newest_state(folder: Path, names: tuple[str, ...]) -> StateManifest | None:
     Of two states of one step, return the one after which less work remains.
     """
     candidates = [
-        (facts.step, len(facts.done), facts.path.stat().st_mtime, facts) for facts in iterate_states(folder, names)
+        (manifest.step, len(manifest.done), manifest.path.stat().st_mtime, manifest)
+        for manifest in iterate_states(folder, names)
     ]
-    for *_, facts in sorted(candidates, key=lambda item: item[:3], reverse=True):
-        if are_undamaged([facts]):
-            return facts
+    for *_, manifest in sorted(candidates, key=lambda item: item[:3], reverse=True):
+        if are_undamaged([manifest]):
+            return manifest
     return None
 
 
 def are_undamaged(states: Iterable[StateManifest]) -> bool:
     """Return True if all files of these states are as they were written; log which is not."""
-    for facts in states:
+    for manifest in states:
         try:
-            require_undamaged(facts)
+            require_undamaged(manifest)
         except UserError as error:
-            logger.warning("%s is left out: %s", facts.path.name, error)
+            logger.warning("%s is left out: %s", manifest.path.name, error)
             return False
     return True

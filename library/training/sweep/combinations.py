@@ -160,7 +160,9 @@ def warn_of_replaced(options: Options, names: Sequence[str]) -> None:
 
 def sweep_names(kind: type[Options]) -> dict[str, str]:
     """Return the options that can be swept, each with its short name for labels."""
-    return {name: facts.sweep_name for name, facts in kind.facts().items() if facts.sweep_name is not None}
+    return {
+        name: declared.sweep_name for name, declared in kind.declarations().items() if declared.sweep_name is not None
+    }
 
 
 def short_value(text: str) -> str:
@@ -212,7 +214,7 @@ def resolve_adapter(
 def parse_value(kind: type[Options], name: str, text: str) -> Any:
     """Parse an option's value as the command line does."""
     field, hint = next((field, hint) for field, hint in kind.leaves() if field.name == name)
-    facts = kind.facts()[name]
+    declared = kind.declarations()[name]
     if text.lower() == NONE and field.default is None:
         return None
     read = field.metadata.get("type", scalar_type(hint))
@@ -222,7 +224,7 @@ def parse_value(kind: type[Options], name: str, text: str) -> Any:
         raise UserError(f"--sweep {name}: {text!r} is no value of --{name}: {error}") from error
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, int | float):
-            check_number(name, number, facts)
+            check_number(name, number, declared)
     return value
 
 

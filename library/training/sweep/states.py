@@ -17,7 +17,7 @@ from library.training.saving.state import (
     are_undamaged,
     is_state_name,
     iterate_states,
-    read_facts,
+    read_manifest,
     require_undamaged,
 )
 from library.training.sweep_record import PART, Ended, SweepRecord
@@ -52,14 +52,14 @@ def find_states(
     for own in adapters.values() if clears and processes.is_main else ():
         clear_up(own)
     if "" in names:  # without a sweep
-        facts = find_state(options, hub, names[""], processes)
-        return FoundStates({} if facts is None else {"": facts})
+        manifest = find_state(options, hub, names[""], processes)
+        return FoundStates({} if manifest is None else {"": manifest})
     states = newest_of_all(options, adapters) if processes.is_main else {}
-    shared = processes.share("states", json.dumps({label: str(facts.path) for label, facts in states.items()}))
+    shared = processes.share("states", json.dumps({label: str(manifest.path) for label, manifest in states.items()}))
     if not processes.is_main:
-        states = {label: read_facts(Path(path)) for label, path in json.loads(shared).items()}
+        states = {label: read_manifest(Path(path)) for label, path in json.loads(shared).items()}
     # On another machine the same paths may hold other states.
-    processes.require_same("the states", f"those of step {[facts.step for facts in states.values()]}")
+    processes.require_same("the states", f"those of step {[manifest.step for manifest in states.values()]}")
     if not states:
         return FoundStates({})
     seed = read_record(next(iter(states.values()))).seed
@@ -79,16 +79,16 @@ def newest_of_all(options: StateOptions, adapters: Mapping[str, Names]) -> dict[
                 f"--resume {options.resume}: there is no whole state of that step of {', '.join(missing)}; name a "
                 "state of a step of which every adapter of --sweep has one"
             )
-        for facts in chosen.values():
-            require_undamaged(facts)
+        for manifest in chosen.values():
+            require_undamaged(manifest)
         return chosen
     if not options.autoresume:
         return {}
     states: dict[str, dict[int, StateManifest]] = {}
     for label, names in adapters.items():
         # Of two states of one step the one after which less is left to do.
-        found_states = sorted(iterate_states(names.folder, names.starts), key=lambda facts: len(facts.done))
-        states[label] = {facts.step: facts for facts in found_states}
+        found_states = sorted(iterate_states(names.folder, names.starts), key=lambda manifest: len(manifest.done))
+        states[label] = {manifest.step: manifest for manifest in found_states}
     for step in sorted({step for steps in states.values() for step in steps}, reverse=True):
         chosen = {label: steps[step] for label, steps in states.items() if step in steps}
         if all(label in {**chosen, **find_ended(chosen.values())} for label in adapters) and are_undamaged(
@@ -117,28 +117,28 @@ def find_states_of_step(named: Path, adapters: Mapping[str, Names]) -> dict[str,
             f"--resume {named} is no state of an adapter of --sweep: name one of them, such as "
             f"{next(iter(names.values()))}-step00000010-state, and the others are found beside it"
         )
-    step = read_facts(named).step
+    step = read_manifest(named).step
     suffix = named.name.removeprefix(own_name)
     states = {}
     for label, name in names.items():
         folder = named.with_name(f"{name}{suffix}")
-        if folder.is_dir() and (facts := read_facts(folder)).step == step:
-            states[label] = facts
+        if folder.is_dir() and (manifest := read_manifest(folder)).step == step:
+            states[label] = manifest
     return states
 
 
 def find_ended(states: Iterable[StateManifest]) -> dict[str, Ended]:
     """Return the adapters that had ended, according to the latest of these states."""
     ended: dict[str, Ended] = {}
-    for facts in states:
-        ended |= read_record(facts).ended
+    for manifest in states:
+        ended |= read_record(manifest).ended
     return ended
 
 
-def read_record(facts: StateManifest) -> SweepRecord:
+def read_record(manifest: StateManifest) -> SweepRecord:
     """Read the sweep's record from a state. Raises UserError for the state of a run without a sweep."""
-    if PART not in facts.parts:
+    if PART not in manifest.parts:
         raise UserError(
-            f"--resume {facts.path} is the state of a run without --sweep; leave --sweep out to go on from it"
+            f"--resume {manifest.path} is the state of a run without --sweep; leave --sweep out to go on from it"
         )
-    return SweepRecord.of(load_tree(facts.parts[PART], {}))
+    return SweepRecord.of(load_tree(manifest.parts[PART], {}))

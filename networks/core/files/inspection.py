@@ -19,7 +19,7 @@ BLOCK = re.compile(r"(?:^|_)((?:single_)?(?:[a-z]+_)?(?:blocks?|layers|refiner)(
 
 
 @dataclass(frozen=True)
-class ModuleFacts:
+class ModuleSummary:
     """Properties of one module. Norms are Frobenius norms in float64."""
 
     name: str
@@ -34,7 +34,7 @@ class ModuleFacts:
 
 
 @dataclass(frozen=True)
-class BlockFacts:
+class BlockSummary:
     """Properties of the modules of one block. A norm is the root of the sum of squares."""
 
     part: str
@@ -56,13 +56,13 @@ def structure_problem(module: ModuleWeights) -> str | None:
     return None
 
 
-def module_facts(module: ModuleWeights) -> ModuleFacts:
+def summarise_module(module: ModuleWeights) -> ModuleSummary:
     """Return the size and strength of a module whose tensors fit together."""
     part, block = locate_module(module.name)
     layout = module.layout
     has_rank = layout.rank_of is not None
     down, up = (norm(module.tensors[key]) for key in layout.ends) if layout.ends else (None, None)
-    return ModuleFacts(
+    return ModuleSummary(
         name=module.name,
         part=part,
         block=block,
@@ -101,14 +101,14 @@ def name_model(flat: str) -> str:
     return f"text encoder ({match[1]})" if match else "denoiser"
 
 
-def group_by_block(modules: Sequence[ModuleFacts]) -> list[BlockFacts]:
+def group_by_block(modules: Sequence[ModuleSummary]) -> list[BlockSummary]:
     """Return one entry per part and block: parts in file order, blocks sorted by name and number."""
-    groups: dict[tuple[str, str], list[ModuleFacts]] = {}
+    groups: dict[tuple[str, str], list[ModuleSummary]] = {}
     for module in modules:
         groups.setdefault((module.part, module.block), []).append(module)
     parts = list(dict.fromkeys(module.part for module in modules))
     return [
-        BlockFacts(
+        BlockSummary(
             part=part,
             block=block,
             num_modules=len(group),

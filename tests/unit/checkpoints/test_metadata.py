@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import pytest
 
-from library.checkpoints.metadata import RunFacts, training_metadata
+from library.checkpoints.metadata import RunSummary, training_metadata
 from tests.running import SCRIPTS
 
-FACTS = RunFacts(
+FACTS = RunSummary(
     session_id=1,
     started_at=2.0,
     seed=3,

@@ -268,7 +268,7 @@ def test_no_secret_reaches_a_message_a_key_or_an_identity(
     plan = open_remote(tmp_path, f'shards = "{base}/{BUCKET}/cats/{{0..1}}.tar?X-Amz-Signature={SECRET}"\n')
     plan.audit(logging.getLogger("audit"))
     assert len(contents(plan)) == COUNT / 2
-    texts = [str(plan.identity_with_contents), str(plan.facts()), *plan.image_paths, caplog.text]
+    texts = [str(plan.identity_with_contents), str(plan.audit_values()), *plan.image_paths, caplog.text]
     texts += [str(path) for path in (tmp_path / "caches").rglob("*")]
     shards.statuses = ["500 Broken"] * 500
     (tmp_path / "caches" / "read").rename(tmp_path / "gone")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from networks.core.files.adapter_file import sort_tensors
-from networks.core.files.inspection import group_by_block, locate_module, module_facts, structure_problem
+from networks.core.files.inspection import group_by_block, locate_module, structure_problem, summarise_module
 from networks.core.files.module_weights import value_problems
 
 NAME = "lora_unet_down_blocks_0_attentions_0_proj_in"
@@ -23,30 +23,30 @@ def tensors_of(seed: int, *kernel: int, rank: int = 3, alpha: float = 2.0) -> di
 @pytest.mark.parametrize("kernel", [(), (1, 1), (3, 3)])
 def test_norms_equal_those_of_the_full_matrices(kernel: tuple[int, ...]) -> None:
     tensors = tensors_of(920 + len(kernel) + sum(kernel), *kernel)
-    facts = module_facts(sort_tensors(tensors, {}, "").modules[NAME])
+    summary = summarise_module(sort_tensors(tensors, {}, "").modules[NAME])
     up, down = tensors[f"{NAME}.lora_up.weight"].double(), tensors[f"{NAME}.lora_down.weight"].double()
-    assert (facts.rank, facts.alpha) == (3, 2.0)
-    assert facts.down_norm == pytest.approx(float(down.norm()), rel=1e-12)
-    assert facts.up_norm == pytest.approx(float(up.norm()), rel=1e-12)
+    assert (summary.rank, summary.alpha) == (3, 2.0)
+    assert summary.down_norm == pytest.approx(float(down.norm()), rel=1e-12)
+    assert summary.up_norm == pytest.approx(float(up.norm()), rel=1e-12)
     update = 2 / 3 * up.flatten(1) @ down.flatten(1)
-    assert facts.update_norm == pytest.approx(float(update.norm()), rel=1e-10)
+    assert summary.update_norm == pytest.approx(float(update.norm()), rel=1e-10)
 
 
 def test_a_tucker_core_is_multiplied_in() -> None:
     tensors = tensors_of(925, 1, 1)
     mid = torch.randn(3, 3, 3, 3, generator=torch.Generator().manual_seed(926))
-    facts = module_facts(sort_tensors({**tensors, f"{NAME}.lora_mid.weight": mid}, {}, "").modules[NAME])
+    summary = summarise_module(sort_tensors({**tensors, f"{NAME}.lora_mid.weight": mid}, {}, "").modules[NAME])
     up, down = tensors[f"{NAME}.lora_up.weight"].double(), tensors[f"{NAME}.lora_down.weight"].double()
     update = 2 / 3 * torch.einsum("op,pqhw,qi->oihw", up.flatten(1), mid.double(), down.flatten(1))
-    assert facts.kind == "tucker" and facts.update_norm == pytest.approx(float(update.norm()), rel=1e-10)
+    assert summary.kind == "tucker" and summary.update_norm == pytest.approx(float(update.norm()), rel=1e-10)
 
 
 def test_norm_weights_have_no_rank() -> None:
     module = sort_tensors(
         {"lora_unet_a.w_norm": torch.tensor([3.0]), "lora_unet_a.b_norm": torch.tensor([4.0])}, {}, ""
     ).modules
-    facts = module_facts(module["lora_unet_a"])
-    assert (facts.rank, facts.alpha, facts.update_norm) == (None, None, 5.0)
+    summary = summarise_module(module["lora_unet_a"])
+    assert (summary.rank, summary.alpha, summary.update_norm) == (None, None, 5.0)
 
 
 @pytest.mark.parametrize(
@@ -78,11 +78,11 @@ def test_blocks_add_up_and_are_sorted_by_number() -> None:
         name = f"lora_te_text_model_encoder_layers_{block}_fc{rank}"
         tensors[f"{name}.lora_down.weight"] = torch.randn(rank, 5, generator=generator)
         tensors[f"{name}.lora_up.weight"] = torch.randn(6, rank, generator=generator)
-    facts = [module_facts(module) for module in sort_tensors(tensors, {}, "").modules.values()]
-    second, tenth = group_by_block(facts)
+    summary = [summarise_module(module) for module in sort_tensors(tensors, {}, "").modules.values()]
+    second, tenth = group_by_block(summary)
     assert (second.block, second.num_modules, second.ranks) == ("encoder_layers_2", 2, (3, 4))
     assert (tenth.block, tenth.ranks, tenth.alphas) == ("encoder_layers_10", (2,), (2.0,))
-    assert second.update_norm == pytest.approx(math.hypot(facts[1].update_norm or 0, facts[2].update_norm or 0))
+    assert second.update_norm == pytest.approx(math.hypot(summary[1].update_norm or 0, summary[2].update_norm or 0))
 
 
 @pytest.mark.parametrize(

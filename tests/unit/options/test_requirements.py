@@ -14,9 +14,9 @@ KINDS = {script: spec.options for script, spec in STARTED.items()}
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_required_and_excluded_options_exist_in_some_script(kind: Any) -> None:
-    option_names = {name for options in KINDS.values() for name in options.facts()}
-    for name, facts in kind.facts().items():
-        assert {need.partition("=")[0] for need in (*facts.requires, *facts.excludes)} <= option_names, name
+    option_names = {name for options in KINDS.values() for name in options.declarations()}
+    for name, declared in kind.declarations().items():
+        assert {need.partition("=")[0] for need in (*declared.requires, *declared.excludes)} <= option_names, name
 
 
 def test_a_named_events_file_does_not_conflict_with_options_that_need_standard_output() -> None:

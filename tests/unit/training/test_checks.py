@@ -44,7 +44,9 @@ class AllOptions(TrainOptions):
     sd3: Sd3TrainingOptions = group(Sd3TrainingOptions)
 
 
-UNSUPPORTED = [name for name, facts in AllOptions.facts().items() if facts.unsupported and not facts.needs]
+UNSUPPORTED = [
+    name for name, declared in AllOptions.declarations().items() if declared.unsupported and not declared.needs
+]
 
 
 def make_options(**values: Any) -> TrainOptions:
@@ -114,8 +116,8 @@ def test_disabled_previews_pass(steps: int) -> None:
 def test_deepspeed_names_its_other_options_too() -> None:
     assert "--offload_param_device" in refusal_of(deepspeed=True, offload_param_device="cpu", zero_stage=2)
     assert "--zero_stage" not in refusal_of(deepspeed=True, offload_param_device="cpu", zero_stage=2)
-    of_deepspeed = [facts for facts in AllOptions.facts().values() if "deepspeed" in facts.needs]
-    assert len(of_deepspeed) == 8 and all(facts.unsupported for facts in of_deepspeed)
+    of_deepspeed = [declared for declared in AllOptions.declarations().values() if "deepspeed" in declared.needs]
+    assert len(of_deepspeed) == 8 and all(declared.unsupported for declared in of_deepspeed)
 
 
 @pytest.mark.parametrize("flag", ["--base_format", "--blocks_to_swap", "--optimizer_type", "--num_processes"])
@@ -193,8 +195,8 @@ def test_fp16_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rules_refer_to_existing_options() -> None:
     option_names = AllOptions.defaults().keys()
-    facts = AllOptions.facts().values()
-    named = {need.partition("=")[0] for f in facts for need in f.needs} | {f.unless for f in facts if f.unless}
+    declared = AllOptions.declarations().values()
+    named = {need.partition("=")[0] for f in declared for need in f.needs} | {f.unless for f in declared if f.unless}
     assert len(named) > 10 and named - {"cache_text_encoder_outputs_to_disk"} <= option_names
 
 

@@ -24,7 +24,7 @@ from library.training.saving.hub import Uploads
 from library.training.saving.names import Names
 from library.training.saving.rescue import NotWrittenError, places, write_somewhere
 from library.training.saving.schedule import Schedule
-from library.training.saving.state import FACTS_FILE
+from library.training.saving.state import MANIFEST_FILE
 from networks.core.protocol import AdoptedNetwork
 
 
@@ -59,7 +59,7 @@ def writer_to(output: Path, network: Network, **state: Any) -> Writer:
         if network.refuses(folder):
             raise OSError(28, "No space left on device")
         folder.mkdir()
-        (folder / FACTS_FILE).write_text(" ".join(sorted(done)))
+        (folder / MANIFEST_FILE).write_text(" ".join(sorted(done)))
 
     return Writer(
         options=TrainOptions().with_values({"output_dir": str(output), "output_name": "x", **state}),
@@ -163,14 +163,14 @@ def test_a_state_that_cannot_be_saved_is_reported_with_a_way_to_continue(
     writer = writer_to(output, Network(lambda path: path == output / "x-step00000007-state"))
     writer.save_interrupted(Progress(7), 1)
     place = output / "x-step00000007-state-rescued"
-    assert (place / FACTS_FILE).is_file()
+    assert (place / MANIFEST_FILE).is_file()
     assert f"give the same command with --resume {place}\n" in capsys.readouterr().out
 
 
 def test_a_state_saved_with_rescued_weights_does_not_count_them_as_written(output: Path) -> None:
     writer = writer_to(output, Network(lambda path: "step00000001." in path.name), save_state=True)
     writer.save_after_step(Progress(1), 1)
-    assert (output / "x-step00000001-state" / FACTS_FILE).read_text() == ""
+    assert (output / "x-step00000001-state" / MANIFEST_FILE).read_text() == ""
 
 
 def test_free_space_is_checked_before_writing(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:

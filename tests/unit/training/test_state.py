@@ -37,7 +37,7 @@ from library.training.saving.resume import (
     resolve_starting_step,
     resolve_starting_steps,
 )
-from library.training.saving.state import OptimizerState, StateManifest, read_facts, restore, save_state
+from library.training.saving.state import OptimizerState, StateManifest, read_manifest, restore, save_state
 from library.training.step.accumulation import Plan
 from library.training.sweep.states import find_states
 from tests.unit.test_processes import Board
@@ -87,8 +87,8 @@ def test_values_that_only_pickle_can_store_are_refused_by_name() -> None:
 
 
 def test_a_state_records_its_step_and_epoch(tmp_path: Path) -> None:
-    facts = read_facts(written(tmp_path / "x-state"))
-    assert (facts.step, facts.seed, facts.dataset) == (7, 11, DATASET)
+    manifest = read_manifest(written(tmp_path / "x-state"))
+    assert (manifest.step, manifest.seed, manifest.dataset) == (7, 11, DATASET)
     content = json.loads((tmp_path / "x-state" / "train_state.json").read_text())
     assert (content["current_epoch"], content["current_step"]) == (2, 7)
 
@@ -96,7 +96,7 @@ def test_a_state_records_its_step_and_epoch(tmp_path: Path) -> None:
 def test_a_state_replaces_an_older_one_completely(tmp_path: Path) -> None:
     written(tmp_path / "x-state", step=3)
     written(tmp_path / "x-state", step=4)
-    assert read_facts(tmp_path / "x-state").step == 4
+    assert read_manifest(tmp_path / "x-state").step == 4
     assert [path.name for path in tmp_path.iterdir()] == ["x-state"]
 
 
@@ -106,7 +106,7 @@ def test_a_truncated_state_is_refused(tmp_path: Path, name: str) -> None:
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[:-1])
     with pytest.raises(ValueError, match=f"is not whole: {name}"):
-        read_facts(folder)
+        read_manifest(folder)
 
 
 def flip_bit(path: Path, place: int) -> None:
@@ -129,7 +129,7 @@ def test_a_flipped_bit_in_the_plain_values_is_detected(tmp_path: Path) -> None:
     text = (folder / "train_state.json").read_text()
     (folder / "train_state.json").write_text(text.replace('"current_step": 7', '"current_step": 5'))
     with pytest.raises(ValueError, match=r"x-state is damaged: train_state\.json is not as it was written"):
-        read_facts(folder)
+        read_manifest(folder)
 
 
 def test_autoresume_falls_back_to_the_older_intact_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -137,8 +137,8 @@ def test_autoresume_falls_back_to_the_older_intact_state(tmp_path: Path, caplog:
         written(tmp_path / name, step=step)
     flip_bit(tmp_path / "x-step00000009-state" / "network.safetensors", -1)
     flip_bit(tmp_path / "x-step00000008-state" / "train_state.json", 20)
-    facts = find_one(options_with(tmp_path, autoresume=True), ALONE)
-    assert facts is not None and facts.step == 4
+    manifest = find_one(options_with(tmp_path, autoresume=True), ALONE)
+    assert manifest is not None and manifest.step == 4
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert any("x-step00000009-state is left out" in line and "is damaged" in line for line in warnings)
     assert any("x-step00000008-state is left out" in line for line in warnings)
@@ -150,8 +150,8 @@ def test_a_state_without_digests_is_read(tmp_path: Path) -> None:
     for name in ("digest", "digests", "done"):
         del content[name]
     (folder / "train_state.json").write_text(json.dumps(content))
-    facts = find_one(options_with(tmp_path, resume=str(folder)), ALONE)
-    assert facts is not None and facts.step == 7 and not facts.done
+    manifest = find_one(options_with(tmp_path, resume=str(folder)), ALONE)
+    assert manifest is not None and manifest.step == 7 and not manifest.done
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_values_that_no_run_writes_are_named(tmp_path: Path, name: str, value: A
     del content["digest"]
     (folder / "train_state.json").write_text(json.dumps({**content, name: value}))
     with pytest.raises(UserError, match=re.escape(f"{name} in its train_state.json is {value!r}; use another state")):
-        read_facts(folder)
+        read_manifest(folder)
 
 
 def test_a_state_may_have_a_negative_seed(tmp_path: Path) -> None:
@@ -175,27 +175,27 @@ def test_a_state_may_have_a_negative_seed(tmp_path: Path) -> None:
     content = json.loads((folder / "train_state.json").read_text())
     del content["digest"]
     (folder / "train_state.json").write_text(json.dumps({**content, "seed": -3}))
-    assert read_facts(folder).seed == -3
+    assert read_manifest(folder).seed == -3
 
 
 def test_a_state_of_sd_scripts_is_refused_with_an_explanation(tmp_path: Path) -> None:
     (tmp_path / "train_state.json").write_text('{"current_epoch": 1, "current_step": 5}')
     (tmp_path / "optimizer.bin").write_bytes(b"pickle")
     with pytest.raises(ValueError, match=r"is a state of sd-scripts.*--network_weights"):
-        read_facts(tmp_path)
+        read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"version": 99}', '{"version": 1}'])
 def test_damaged_facts_are_refused_with_a_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "train_state.json").write_text(text)
     with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
-        read_facts(tmp_path)
+        read_manifest(tmp_path)
 
 
 def test_another_network_is_refused(tmp_path: Path) -> None:
     folder = written(tmp_path / "x-state", network=nn.Linear(3, 2))
     with pytest.raises(ValueError, match=r"holds another network.*--network_dim"):
-        restore(read_facts(folder), nn.Linear(4, 2), {})
+        restore(read_manifest(folder), nn.Linear(4, 2), {})
 
 
 class SavingProducts(nn.Module):
@@ -217,22 +217,22 @@ class SavingProducts(nn.Module):
 def test_weights_and_buffers_are_kept_apart_that_a_network_multiplies_in_its_file(tmp_path: Path) -> None:
     network, resumed = SavingProducts(), SavingProducts()
     network.scalar.fill_(0.3)
-    restore(read_facts(written(tmp_path / "x-state", network=network)), resumed, {})
+    restore(read_manifest(written(tmp_path / "x-state", network=network)), resumed, {})
     assert torch.equal(resumed.up, network.up) and torch.equal(resumed.scalar, network.scalar)
 
 
 def test_restoring_a_state_runs_the_load_hooks_of_a_network(tmp_path: Path) -> None:
     network, called = nn.Linear(3, 2), list[nn.Module]()
     network.register_load_state_dict_post_hook(lambda module, _: called.append(module))
-    restore(read_facts(written(tmp_path / "x-state", network=network)), network, {})
+    restore(read_manifest(written(tmp_path / "x-state", network=network)), network, {})
     assert called == [network], "GGPO goes on with its noise"
 
 
 def test_an_older_state_holds_what_the_network_saves_as_its_file(tmp_path: Path) -> None:
     network = SavingProducts()
-    facts = read_facts(written(tmp_path / "x-state", network=network))
-    save_file({"up": torch.tensor([0.9, 1.5])}, facts.path / "network.safetensors")
-    restore(facts, network, {})
+    manifest = read_manifest(written(tmp_path / "x-state", network=network))
+    save_file({"up": torch.tensor([0.9, 1.5])}, manifest.path / "network.safetensors")
+    restore(manifest, network, {})
     assert network.up.tolist() == pytest.approx([0.9, 1.5]) and network.scalar == 1.0
 
 
@@ -266,11 +266,11 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
 
 @pytest.mark.parametrize("part", [{"table": 5}, {"tensor": "absent"}, [], {"list": None}])
 def test_a_state_edited_by_hand_is_refused_with_a_sentence(tmp_path: Path, part: Any) -> None:
-    facts = read_facts(written(tmp_path / "x-state"))
+    manifest = read_manifest(written(tmp_path / "x-state"))
     weight = nn.Parameter(torch.ones(2))
     keeper = OptimizerState(torch.optim.SGD([weight], lr=0.1), "x")
     with pytest.raises(ValueError, match="does not fit the optimizer of this run"):
-        restore(replace(facts, parts={"optimizer": part}), nn.Linear(3, 2), {"optimizer": keeper})
+        restore(replace(manifest, parts={"optimizer": part}), nn.Linear(3, 2), {"optimizer": keeper})
 
 
 def test_a_float32_optimizer_state_of_bfloat16_weights_is_not_rounded() -> None:
@@ -313,11 +313,11 @@ def test_autoresume_tells_a_run_from_another_one_whose_name_is_longer(tmp_path: 
     ]
     written(tmp_path / f"{other}-state", options=named[1])
     assert find_one(named[0], ALONE) is None
-    facts = find_one(named[1], ALONE)
-    assert facts is not None and facts.path.name == f"{other}-state"
+    manifest = find_one(named[1], ALONE)
+    assert manifest is not None and manifest.path.name == f"{other}-state"
     written(tmp_path / "x-000002-state", step=3, options=named[0])
-    facts = find_one(named[0], ALONE)
-    assert facts is not None and facts.path.name == "x-000002-state"
+    manifest = find_one(named[0], ALONE)
+    assert manifest is not None and manifest.path.name == "x-000002-state"
 
 
 def test_autoresume_uses_the_intact_state_with_the_most_steps(tmp_path: Path) -> None:
@@ -325,15 +325,15 @@ def test_autoresume_uses_the_intact_state_with_the_most_steps(tmp_path: Path) ->
         written(tmp_path / name, step=step)
     (tmp_path / "x-step00000020-state" / "network.safetensors").unlink()
     written(tmp_path / "y-step00000050-state", step=50)
-    facts = find_one(options_with(tmp_path, autoresume=True), ALONE)
-    assert facts is not None and facts.step == 12
+    manifest = find_one(options_with(tmp_path, autoresume=True), ALONE)
+    assert manifest is not None and manifest.step == 12
 
 
 def test_of_two_states_of_the_same_step_the_more_complete_one_is_used(tmp_path: Path) -> None:
     for name, done in (("x-000002-state", ("epoch", "step")), ("x-step00000009-state", ("step",))):
         written(tmp_path / name, step=9, done=done)
-    facts = find_one(options_with(tmp_path, autoresume=True), ALONE)
-    assert facts is not None and facts.path.name == "x-000002-state" and facts.done == {"step", "epoch"}
+    manifest = find_one(options_with(tmp_path, autoresume=True), ALONE)
+    assert manifest is not None and manifest.path.name == "x-000002-state" and manifest.done == {"step", "epoch"}
 
 
 def test_unfinished_files_of_a_killed_process_are_deleted(tmp_path: Path) -> None:
@@ -367,15 +367,15 @@ def test_unfinished_states_of_a_killed_process_are_deleted(tmp_path: Path) -> No
     of_others = [".xy-000001-state.0123456789ab.unfinished", ".y-state.0123456789ab.unfinished"]
     for name in of_others:
         (tmp_path / name).mkdir()
-    facts = find_one(options_with(tmp_path, autoresume=True), ALONE)
-    assert facts is not None and facts.step == 5
+    manifest = find_one(options_with(tmp_path, autoresume=True), ALONE)
+    assert manifest is not None and manifest.step == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == [*of_others, "x-state"]
 
 
 def test_a_state_moved_aside_by_a_killed_process_is_restored_for_resume(tmp_path: Path) -> None:
     written(tmp_path / "x-state", step=5).rename(tmp_path / ".x-state.0123456789ab.replaced")
-    facts = find_one(options_with(tmp_path, resume=str(tmp_path / "x-state")), ALONE)
-    assert facts is not None and facts.step == 5
+    manifest = find_one(options_with(tmp_path, resume=str(tmp_path / "x-state")), ALONE)
+    assert manifest is not None and manifest.step == 5
 
 
 def test_a_dry_run_does_not_touch_the_state_that_another_run_is_writing(tmp_path: Path) -> None:
@@ -405,7 +405,7 @@ def test_all_processes_resume_from_the_state_of_the_main_process(tmp_path: Path)
     written(tmp_path / "x-000001-state", step=5)
     options = options_with(tmp_path, autoresume=True)
     elsewhere = options_with(tmp_path / "empty", autoresume=True)
-    assert [facts and facts.step for facts in find_in_two(options, elsewhere)] == [5, 5]
+    assert [manifest and manifest.step for manifest in find_in_two(options, elsewhere)] == [5, 5]
     assert find_in_two(elsewhere, options) == [None, None]
 
 
@@ -413,7 +413,7 @@ def test_copies_of_a_state_count_as_the_same_state(tmp_path: Path) -> None:
     original = written(tmp_path / "one" / "x-state", step=5)
     shutil.copytree(original, tmp_path / "two" / "x-state")
     states = find_in_two(*(options_with(resume=str(tmp_path / name / "x-state")) for name in ("one", "two")))
-    assert [facts and facts.step for facts in states] == [5, 5]
+    assert [manifest and manifest.step for manifest in states] == [5, 5]
 
 
 def test_processes_with_different_states_are_refused(tmp_path: Path) -> None:
@@ -451,9 +451,9 @@ def test_the_first_step_of_a_run(saved: int | None, state: dict[str, Any], expec
     assert begin(options_with(**state), PLAN, None if saved is None else at_step(saved)) == expected
 
 
-def begin(options: TrainOptions, plan: Plan, facts: StateManifest | None) -> int:
+def begin(options: TrainOptions, plan: Plan, manifest: StateManifest | None) -> int:
     end = Path(options.saving.output_dir or "") / "x.safetensors"
-    return resolve_starting_step(options.state, end, plan, facts)
+    return resolve_starting_step(options.state, end, plan, manifest)
 
 
 def test_a_run_with_nothing_left_is_refused_or_complete(tmp_path: Path) -> None:
@@ -477,9 +477,9 @@ def test_a_run_without_its_final_file_resumes_to_write_it(tmp_path: Path, caplog
 
 
 def differences(before: TrainOptions, now: TrainOptions, caplog: pytest.LogCaptureFixture, **changes: Any) -> str:
-    facts = StateManifest(Path("s"), 1, 0, 1, record_options(before), DATASET, {})
+    manifest = StateManifest(Path("s"), 1, 0, 1, record_options(before), DATASET, {})
     with caplog.at_level(logging.INFO):
-        report_differences(facts, now, {**DATASET, **changes}, num_processes=1)
+        report_differences(manifest, now, {**DATASET, **changes}, num_processes=1)
     return caplog.text
 
 
@@ -514,9 +514,9 @@ def test_messages_about_changed_options_explain_the_effect(caplog: pytest.LogCap
 
 def test_unset_rates_are_taken_from_the_state(caplog: pytest.LogCaptureFixture) -> None:
     before = TrainOptions().with_values({"learning_rate": 1e-4, "unet_lr": 2e-4, "text_encoder_lr": [5e-5]})
-    facts = StateManifest(Path("s"), 1, 0, 1, record_options(before), DATASET, {})
+    manifest = StateManifest(Path("s"), 1, 0, 1, record_options(before), DATASET, {})
     with caplog.at_level(logging.INFO):
-        rates = rates_of_state(TrainOptions().with_values({"unet_lr": 3e-4}), facts)
+        rates = rates_of_state(TrainOptions().with_values({"unet_lr": 3e-4}), manifest)
     assert rates == {"learning_rate": 1e-4, "text_encoder_lr": [5e-5]}
     assert "--learning_rate is not given: that of the state stays, 0.0001" in caplog.text
     assert rates_of_state(before, None) == {}
@@ -535,11 +535,11 @@ def test_a_state_of_an_adapter_from_a_file_needs_the_file_no_more(caplog: pytest
     ],
 )
 def test_the_adapter_keeps_the_alpha_of_its_state(alpha: float, message: str, caplog: pytest.LogCaptureFixture) -> None:
-    facts = StateManifest(Path("s"), 1, 0, 1, {"network_alpha": 4.0}, DATASET, {})
+    manifest = StateManifest(Path("s"), 1, 0, 1, {"network_alpha": 4.0}, DATASET, {})
     with caplog.at_level(logging.INFO):
-        assert alpha_of_state(alpha, facts) == {"network_alpha": 4.0}
+        assert alpha_of_state(alpha, manifest) == {"network_alpha": 4.0}
     assert message in caplog.text
-    assert alpha_of_state(4.0, facts) == alpha_of_state(4.0, None) == {}
+    assert alpha_of_state(4.0, manifest) == alpha_of_state(4.0, None) == {}
 
 
 def test_a_sweep_whose_adapters_have_all_ended_says_so() -> None:
@@ -578,8 +578,8 @@ def test_changed_image_files_are_named(tmp_path: Path, caplog: pytest.LogCapture
     content[len(content) // 2] ^= 1
     Path(paths[2]).write_bytes(content)
     now = content_digests(paths, 2)
-    facts = StateManifest(Path("s"), 1, 0, 1, record_options(TrainOptions()), {**DATASET, "contents": before}, {})
-    report_differences(facts, TrainOptions(), {**DATASET, "contents": now}, 1, paths)
+    manifest = StateManifest(Path("s"), 1, 0, 1, record_options(TrainOptions()), {**DATASET, "contents": before}, {})
+    report_differences(manifest, TrainOptions(), {**DATASET, "contents": now}, 1, paths)
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith(f"1 image changed since the state was saved: {paths[2]}: the")
 
@@ -611,13 +611,13 @@ def test_passwords_are_not_written(tmp_path: Path) -> None:
 def test_a_step_with_another_number_of_processes_has_as_many_batches(count: int, num_own: int, expected: int) -> None:
     """The state has four processes with two batches each; a given accumulation of five differs and is kept."""
     base = TrainOptions().with_values({"gradient_accumulation_steps": 2})
-    facts = StateManifest(Path("s"), 1, 0, 4, record_options(base), DATASET, {})
-    assert batches_of_state(num_own, facts, count) == (
+    manifest = StateManifest(Path("s"), 1, 0, 4, record_options(base), DATASET, {})
+    assert batches_of_state(num_own, manifest, count) == (
         {} if expected == num_own else {"gradient_accumulation_steps": expected}
     )
 
 
 def test_an_uneven_number_of_batches_is_refused_with_numbers_that_work() -> None:
-    facts = StateManifest(Path("s"), 1, 0, 4, record_options(TrainOptions()), DATASET, {})
+    manifest = StateManifest(Path("s"), 1, 0, 4, record_options(TrainOptions()), DATASET, {})
     with pytest.raises(UserError, match=r"4 batches in each step; 3 cannot share these out\. Start 1 or 2 or 4 "):
-        batches_of_state(1, facts, 3)
+        batches_of_state(1, manifest, 3)

@@ -36,11 +36,11 @@ def test_a_state_of_an_earlier_version_is_refused(train: Callable[..., Finished]
     state = tmp_path / "out" / "a-state"
     resumed = [*arguments, "2", "--resume", str(state)]
     assert train(resumed, "zimage_train_network").status == 0
-    facts = json.loads((state / "train_state.json").read_text())
-    assert facts["dataset"].pop("latents") == "posterior mean"
-    del facts["digest"]
-    facts["current_step"] = 1
-    (state / "train_state.json").write_text(json.dumps(facts))
+    manifest = json.loads((state / "train_state.json").read_text())
+    assert manifest["dataset"].pop("latents") == "posterior mean"
+    del manifest["digest"]
+    manifest["current_step"] = 1
+    (state / "train_state.json").write_text(json.dumps(manifest))
     refused = train(resumed, "zimage_train_network")
     assert refused.status == 1
     assert "of an earlier version, which trained this base model on random samples" in refused.stderr

@@ -1,4 +1,4 @@
-"""The facts declared for every option match what the program does with the option."""
+"""The declarations of every option match what the program does with the option."""
 
 import re
 from argparse import Namespace
@@ -10,7 +10,7 @@ import pytest
 
 from library.architectures.sdxl.options import SdxlOptions
 from library.errors import UserError
-from library.options.base import FACTS, scalar_type
+from library.options.base import DECLARATION, scalar_type
 from library.options.leco import leco_options, list_ignored_by_leco
 from library.options.no_effect import find_unused
 from library.options.train import TrainOptions
@@ -57,17 +57,19 @@ def names_in(lines: Iterable[str]) -> set[str]:
 def test_resuming_warns_about_every_option_that_must_not_change(kind: type[TrainOptions]) -> None:
     state = StateManifest(Path("s"), 1, 0, 1, record_options(kind()), {}, {})
     warned = names_in(line for _, line in option_differences(state, with_all_changed(kind), 1))
-    assert warned == {name for name, facts in kind.facts().items() if not facts.may_change_on_resume}
+    assert warned == {name for name, declared in kind.declarations().items() if not declared.may_change_on_resume}
     assert {"network_dim", "min_snr_gamma", "mixed_precision", "max_train_steps", "resolution"} <= warned
     assert not {"output_dir", "seed", "dataset_config", "blocks_to_swap", "save_every_n_steps", "log_events"} & warned
 
 
 @by_script
 def test_the_facts_of_an_option_do_not_contradict_each_other(kind: type[TrainOptions]) -> None:
-    assert all(FACTS in field.metadata for field, _ in kind.leaves())
-    for name, facts in kind.facts().items():
-        assert facts.affects_training or not facts.kept_in_state, name
-        assert facts.affects_training or facts.sweep_name is None, f"adapters that differ in --{name} would be equal"
+    assert all(DECLARATION in field.metadata for field, _ in kind.leaves())
+    for name, declared in kind.declarations().items():
+        assert declared.affects_training or not declared.kept_in_state, name
+        assert declared.affects_training or declared.sweep_name is None, (
+            f"adapters that differ in --{name} would be equal"
+        )
 
 
 @by_script
@@ -81,8 +83,8 @@ def test_sweep_names_are_unique(kind: type[TrainOptions]) -> None:
 
 def test_only_options_with_a_sweep_name_can_be_swept() -> None:
     options = TrainOptions()
-    for name, facts in TrainOptions.facts().items():
-        if facts.sweep_name is not None:
+    for name, declared in TrainOptions.declarations().items():
+        if declared.sweep_name is not None:
             assert parse_word(f"{name}=a,b", options) == (name, ["a", "b"])
             continue
         with pytest.raises(UserError, match=f"^--sweep {name}: "):
@@ -102,19 +104,19 @@ def test_options_that_leco_ignores_are_warned_about_with_the_reason() -> None:
 def test_zero_becomes_unset_if_unset_is_the_default(kind: type[TrainOptions]) -> None:
     values = vars(normalize(Namespace(**dict.fromkeys(kind.defaults(), 0))))
     assert {name for name, value in values.items() if value is None} == {
-        name for name, facts in kind.facts().items() if facts.zero_is_unset
+        name for name, declared in kind.declarations().items() if declared.zero_is_unset
     }
     assert all(kind.defaults()[name] is None for name in values if values[name] is None)
 
 
 @by_script
 def test_passwords_are_never_written_to_files_or_trackers(kind: type[TrainOptions]) -> None:
-    secrets = {name for name, facts in kind.facts().items() if facts.secret}
+    secrets = {name for name, declared in kind.declarations().items() if declared.secret}
     assert secrets == set(SECRETS)
     options = with_all_changed(kind)
     logged = loggable_options(options)
     assert not secrets & (record_options(options).keys() | list_changed_options(options).keys() | logged.keys())
-    assert logged.keys() == {name for name, facts in kind.facts().items() if facts.logged}
+    assert logged.keys() == {name for name, declared in kind.declarations().items() if declared.logged}
     assert not {"output_dir", "train_data_dir", "pretrained_model_name_or_path"} & logged.keys()
 
 
@@ -124,7 +126,7 @@ def test_a_value_outside_the_choices_is_refused_unless_the_option_is_open(kind: 
     for field, _ in kind.leaves():
         if field.metadata.get("choices"):
             options = kind().with_values({field.name: ["other"] if field.metadata.get("nargs") else "other"})
-            if kind.facts()[field.name].takes_other_values:
+            if kind.declarations()[field.name].takes_other_values:
                 check_choices(options)
                 passing.add(field.name)
             else:
@@ -139,5 +141,5 @@ def test_output_paths_are_not_declared_as_inputs(tmp_path: Path) -> None:
             path = tmp_path / field.name
             path.touch()
             options = TrainOptions().with_values({field.name: str(path)})
-            is_output = TrainOptions.facts()[field.name].path == "new file"
+            is_output = TrainOptions.declarations()[field.name].path == "new file"
             assert find_input_files(options) == ([] if is_output else [path])
