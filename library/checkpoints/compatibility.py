@@ -265,19 +265,19 @@ def explain_refused(program: Program, content: Content, reader: Reader, num_unkn
     return reader.refuses({key.module: key.naming for key in content.keys})
 
 
-def mixes_namings(content: Content) -> str | None:
+def explain_mixed_namings(content: Content) -> str | None:
     namings = {key.naming for key in content.keys if key.naming is not None}
     if "kohya" in namings and len(namings) > 1:
         return "it refuses a file that mixes kohya's names with others"
     return None
 
 
-def has_foreign_leaves(content: Content) -> str | None:
+def explain_foreign_leaves(content: Content) -> str | None:
     foreign = sorted({key.leaf or key.text for key in content.keys if key.leaf not in DIFFUSERS_LEAVES})
     return f"it uses nothing from a file with {', '.join(foreign[:3])}" if foreign else None
 
 
-def has_keys_without_lora(content: Content) -> str | None:
+def explain_missing_lora(content: Content) -> str | None:
     """Refuse separate alphas: in every naming but kohya's, diffusers requires "lora" in each key."""
     alphas = [
         key.text for key in content.keys if key.naming != "kohya" and "lora" not in key.text and key.leaf == "alpha"
@@ -285,15 +285,15 @@ def has_keys_without_lora(content: Content) -> str | None:
     return "it refuses .alpha in addition to lora_A and lora_B" if alphas else None
 
 
-def has_lone_alphas(content: Content) -> str | None:
+def explain_lone_alphas(content: Content) -> str | None:
     return "it refuses a file with alphas that have no weights" if any(map(content.is_lone, content.keys)) else None
 
 
 DIFFUSERS_REFUSALS: tuple[Callable[[Content], str | None], ...] = (
-    mixes_namings,
-    has_foreign_leaves,
-    has_keys_without_lora,
-    has_lone_alphas,
+    explain_mixed_namings,
+    explain_foreign_leaves,
+    explain_missing_lora,
+    explain_lone_alphas,
 )
 
 

@@ -31,14 +31,14 @@ class Source:
     imports: tuple[tuple[str, Sequence[str]], ...]  # (module, names taken from it; none for a plain import)
     defined: frozenset[str]  # names defined or imported, at any depth
     identifiers: frozenset[str]  # names defined or used, including attributes and arguments
-    functions: tuple[tuple[str, int], ...]  # (name, number of branches) of each function, nested ones included
+    functions: tuple[tuple[str, int, str], ...]  # (name, branches, type that it returns), nested ones included
 
 
 @cache
 def source_of(path: Path) -> Source:
     """Parse a file. Raises AssertionError for a relative import."""
     imports: list[tuple[str, Sequence[str]]] = []
-    functions: list[tuple[str, int]] = []
+    functions: list[tuple[str, int, str]] = []
     defined, used = set(), set()
     for node in ast.walk(ast.parse(text_of(path))):
         match node:
@@ -53,7 +53,8 @@ def source_of(path: Path) -> Source:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
                 defined.add(node.name)
                 if not isinstance(node, ast.ClassDef):
-                    functions.append((node.name, sum(map(num_branches, ast.walk(node)))))
+                    returned = "" if node.returns is None else ast.unparse(node.returns)
+                    functions.append((node.name, sum(map(num_branches, ast.walk(node))), returned))
             case ast.Name():
                 (defined if isinstance(node.ctx, ast.Store) else used).add(node.id)
             case ast.Attribute():

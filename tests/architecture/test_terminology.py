@@ -81,6 +81,19 @@ def test_identifiers_use_the_terms_of_the_field() -> None:
     assert {path: words for path, words in jargon.items() if words} == {}
 
 
+@pytest.mark.parametrize(
+    ("start", "returned"), [("refuse_", r"None|NoReturn"), ("(is|has|are|mixes)_", r"bool|TypeGuard\[.*\]|Tensor|")]
+)
+def test_names_say_what_a_function_returns(start: str, returned: str) -> None:
+    others = {
+        f"{path}: {name} returns {kind}"
+        for path in FILES
+        for name, _, kind in source_of(path).functions
+        if re.match(start, name) and not re.fullmatch(returned, kind)
+    }
+    assert not others
+
+
 @pytest.mark.parametrize("name", FILE_NAMES)
 def test_file_names_use_the_terms_of_the_field(name: str) -> None:
     paths = [path for path in FILES if name in path.parts]

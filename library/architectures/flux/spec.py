@@ -52,7 +52,7 @@ NO_APPROXIMATOR = Gap(
 )
 
 
-def refuse_unknown_modules(modules: Mapping[str, FileNaming | None]) -> str | None:
+def explain_unknown_modules(modules: Mapping[str, FileNaming | None]) -> str | None:
     """Return why diffusers refuses a file with modules under kohya's names that FLUX.1 lacks; None if it has none."""
     if any(
         naming == "kohya" and name.startswith("lora_unet_") and NAMES.find(name) is None
@@ -62,7 +62,7 @@ def refuse_unknown_modules(modules: Mapping[str, FileNaming | None]) -> str | No
     return None
 
 
-def refuse_approximator(modules: Mapping[str, FileNaming | None]) -> str | None:
+def explain_approximator(modules: Mapping[str, FileNaming | None]) -> str | None:
     """Return why diffusers refuses a file with an approximator under kohya's names; None if it has none."""
     if any(naming == "kohya" and CHROMA_ONLY in name for name, naming in modules.items()):
         return "it refuses LoRA of Chroma's approximator under kohya's names"
@@ -89,7 +89,7 @@ SPECS = (
             "ComfyUI": Reader(ALL, ALL, gaps=(T5_OF_DIFFUSERS,)),
             "Forge": Reader(ALL, KOHYA | DIFFUSERS, gaps=(T5_OF_DIFFUSERS,)),
             "diffusers": Reader(
-                KOHYA | DIFFUSERS, KOHYA | DIFFUSERS, gaps=(NO_T5, NO_INPUTS), refuses=refuse_unknown_modules
+                KOHYA | DIFFUSERS, KOHYA | DIFFUSERS, gaps=(NO_T5, NO_INPUTS), refuses=explain_unknown_modules
             ),
             "stable-diffusion.cpp": Reader(ALL, KOHYA | GENERIC, gaps=(LOST_INPUTS,)),
         },
@@ -122,7 +122,7 @@ SPECS = (
         readers={
             "ComfyUI": Reader(ALL, GENERIC, gaps=(NO_APPROXIMATOR,)),
             "Forge": Reader(KOHYA | GENERIC, KOHYA),
-            "diffusers": Reader(KOHYA | DIFFUSERS, NONE, gaps=(CHROMA_INPUTS,), refuses=refuse_approximator),
+            "diffusers": Reader(KOHYA | DIFFUSERS, NONE, gaps=(CHROMA_INPUTS,), refuses=explain_approximator),
             "stable-diffusion.cpp": Reader(ALL, KOHYA | GENERIC, gaps=(LOST_PARTS, LOST_LAYERS)),
         },
         names=CHROMA_NAMES,

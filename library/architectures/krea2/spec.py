@@ -21,7 +21,7 @@ NO_OTHER_PATHS = Gap(
 )
 
 
-def refuse_unread_names(modules: Mapping[str, FileNaming | None]) -> str | None:
+def explain_unread_names(modules: Mapping[str, FileNaming | None]) -> str | None:
     """Return why diffusers reads nothing of a file; None if it reads the file."""
     if any(naming == "kohya" for naming in modules.values()):
         return "it does not read Krea 2 under kohya's names"
@@ -63,7 +63,7 @@ SPECS = (
         pipelines=("Krea2",),
         readers={
             "ComfyUI": Reader(ALL, NONE, gaps=(NO_OTHER_PATHS,)),
-            "diffusers": Reader(GENERIC | DIFFUSERS, NONE, refuses=refuse_unread_names),
+            "diffusers": Reader(GENERIC | DIFFUSERS, NONE, refuses=explain_unread_names),
         },
         names=NAMES,
         network_arguments=TARGETS.arguments,

@@ -19,7 +19,7 @@ from library.models.transformer_file import TransformerFile
 BLOCK = frozenset(("attention_qkv", "attention_out", *(f"feed_forward_w{n}" for n in (1, 2, 3)), "adaLN_modulation_1"))
 
 
-def refuse_parts_of_blocks(modules: Mapping[str, FileNaming | None]) -> str | None:
+def explain_parts_of_blocks(modules: Mapping[str, FileNaming | None]) -> str | None:
     """Return why diffusers reads nothing of a file; None if it reads the file.
 
     Its converter of generic names counts the blocks of each stack and requires every module of each block.
@@ -75,7 +75,7 @@ SPECS = (
         pipelines=("Lumina",),
         readers={
             "ComfyUI": Reader(KOHYA | GENERIC, KOHYA | GENERIC),
-            "diffusers": Reader(GENERIC | DIFFUSERS, NONE, refuses=refuse_parts_of_blocks),
+            "diffusers": Reader(GENERIC | DIFFUSERS, NONE, refuses=explain_parts_of_blocks),
         },
         names=NAMES,
         network_arguments=TARGETS.arguments,

@@ -28,7 +28,7 @@ NO_FUSED_GATES = Gap(ALL, r".*_img_mlp_gate_up", "it has no fused gate_up")
 SPLIT_GATES = Gap(KOHYA, r"lora_unet_.*_gate_layer", "it splits kohya's gate_layer at the underscore")
 
 
-def refuse_outer_names(modules: Mapping[str, FileNaming | None]) -> str | None:
+def explain_outer_names(modules: Mapping[str, FileNaming | None]) -> str | None:
     """Return why diffusers refuses a file with modulation or text layers under kohya's names; None if it does not."""
     outer = [name for name in modules if re.match(r"lora_unet_(modulation|txt_in)_", name)]
     return f"it mistakes kohya's {outer[0]} for a layer of a block and fails" if outer else None
@@ -64,7 +64,7 @@ SPECS = (
         pipelines=("QwenImage21",),
         readers={
             "ComfyUI": Reader(ALL, NONE, gaps=(FUSED_GATES, WHOLE_GATES)),
-            "diffusers": Reader(ALL, NONE, gaps=(SPLIT_GATES, NO_FUSED_GATES), refuses=refuse_outer_names),
+            "diffusers": Reader(ALL, NONE, gaps=(SPLIT_GATES, NO_FUSED_GATES), refuses=explain_outer_names),
         },
         names=NAMES,
         network_arguments=TARGETS.arguments,

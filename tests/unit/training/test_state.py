@@ -586,7 +586,7 @@ def test_changed_image_files_are_named(tmp_path: Path, caplog: pytest.LogCapture
 
 def test_tracing_and_an_equal_effective_batch_do_not_count_as_another_run(caplog: pytest.LogCaptureFixture) -> None:
     base = TrainOptions()
-    traced = replace(base, faults=replace(base.faults, trace_nonfinite=True))
+    traced = replace(base, diagnostics=replace(base.diagnostics, trace_nonfinite=True))
     assert differences(base, traced, caplog) == ""
     two = StateManifest(Path("s"), 1, 0, 2, record_options(base), DATASET, {})
     doubled = replace(base, run=replace(base.run, gradient_accumulation_steps=2))
