@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from library.architectures.any_pipeline.targets import BASE as ANY_PIPELINE
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.base_model import BaseModel
 from library.checkpoints.base_model_spec import BaseModelSpec
-from library.models.identify import base_of_checkpoint, find_spec
+from library.models.identify import base_of_checkpoint, bases_of_pipeline, find_spec
 from networks.core.targets.targets import AdapterTargets, TargetModule, find_target_modules
 
 
@@ -15,8 +16,12 @@ def find_base(flag: str, name: str, *parts: str) -> tuple[Path, BaseModelSpec]:
 
     Raises UserError naming `flag` if the checkpoint is missing, broken or of an unknown base model.
     """
-    path = model_lookup.find_model(flag, name, [(part,) for part in parts])
-    return path, base_of_checkpoint(list_specs(), flag, path)
+    specs, path = list_specs(), model_lookup.find_model(flag, name, [(part,) for part in parts])
+    # A pipeline that no package trains has the spec of any pipeline; a U-Net's weights tell more than a name.
+    pipeline = model_lookup.read_json(path / "model_index.json").get("_class_name", "") if path.is_dir() else ""
+    if pipeline and not bases_of_pipeline(specs, pipeline) and not (path / "unet").is_dir():
+        return path, find_spec(specs, ANY_PIPELINE)
+    return path, base_of_checkpoint(specs, flag, path)
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:

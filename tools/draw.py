@@ -42,6 +42,7 @@ from tools.counted_plan import read_training_options
 logger = logging.getLogger(__name__)
 
 DRAWN = Path("output/drawn")
+SHEET = "strengths.png"  # of --strengths, in the folder of the images
 
 EXAMPLES = """\
   python3 tools/draw.py configs/quickstart/toy_base --prompt "a red circle on blue --w 64 --h 64"
@@ -136,7 +137,7 @@ def plan_images(args: argparse.Namespace, training: Sequence[str], files: Stack,
     """
 
     def plan(folder: Path) -> Plan:
-        sheet = folder / "strengths.png"
+        sheet = folder / SHEET
         mark = make_mark(sheet, args.model, training, files, args.strengths, specs)
         rows = plan_rows(args, folder, training, files, specs)
         return Plan(rows, None if args.strengths is None else (sheet, mark))

@@ -3,6 +3,10 @@ its reason."""
 
 import argparse
 import sys
+from bisect import bisect_left
+from collections.abc import Mapping
+from itertools import pairwise
+from math import log
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
@@ -10,7 +14,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.errors import UserError
 from library.suggestions import did_you_mean
-from library.training.command_line.recipes import FOLDER, list_recipes
+from library.training.command_line.recipes import FOLDER, Recipe, list_recipes, read_raw_values
 from tools.command import command, make_parser
 
 EXAMPLES = """\
@@ -24,9 +28,34 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def interpolate_steps(steps: Mapping[int, int], num_images: int) -> int:
+    """Return the steps for a number of images: a line through the table's logarithms, in tens.
+
+    Beyond its ends the table continues as between its last two rows.
+    """
+    images = sorted(steps)
+    end = min(max(bisect_left(images, num_images), 1), len(images) - 1)
+    low, high = images[end - 1], images[end]
+    power = log(steps[high] / steps[low]) / log(high / low)
+    return max(10, 10 * round(steps[low] * (num_images / low) ** power / 10))
+
+
+def check_steps(recipe: Recipe) -> None:
+    """Raise UserError unless the steps grow with the images, and those of 30 are the recipe's own."""
+    rows, length = sorted(recipe.steps.items()), read_raw_values(recipe)["max_train_steps"]
+    grows = all(images > 0 and 0 < fewer <= more for (images, fewer), (_, more) in pairwise(rows))
+    if len(rows) < 2 or not grows or recipe.steps.get(30) != length:
+        raise UserError(
+            f"{recipe.name}: [steps] is {recipe.steps}; list at least two numbers of images, of which 30 has the "
+            f"{length} of max_train_steps, and more images no fewer steps"
+        )
+
+
 def show_recipes(args: argparse.Namespace) -> None:
-    """Print the list, or one recipe. Raises UserError for an unknown name."""
+    """Print the list, or one recipe. Raises UserError for an unknown name, or a wrong table of steps."""
     recipes = {recipe.name: recipe for recipe in list_recipes()}
+    for recipe in recipes.values():
+        check_steps(recipe)
     if args.name is None:
         for recipe in recipes.values():
             print(f"{recipe.script:32} --recipe {recipe.name:24} {recipe.title}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from library.options.model import ModelFile
 from library.options.train import TrainOptions
 from library.options.training.concepts import ConceptOptions
 
@@ -21,6 +22,7 @@ class Script:
     name: str  # "knots_train_network.py"
     options: type[TrainOptions]
     instead: Mapping[str, str]  # option of another script -> what to use here
+    files: tuple[ModelFile, ...]  # where the base models and their parts are to be had
 
 
 def list_scripts() -> tuple[Script, ...]:
@@ -36,7 +38,8 @@ def script_of(package: str) -> Script:
     script_classes = [cls for cls in classes if cls is not TrainOptions]
     name = getattr(module, "SCRIPT", f"{package}_train_network.py")
     # A module may import a class that it extends. Its own class is the last one, because names keep their order.
-    return Script(name, script_classes[-1] if script_classes else TrainOptions, getattr(module, "INSTEAD", {}))
+    options = script_classes[-1] if script_classes else TrainOptions
+    return Script(name, options, getattr(module, "INSTEAD", {}), getattr(module, "FILES", ()))
 
 
 @dataclass(frozen=True)

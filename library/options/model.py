@@ -8,6 +8,21 @@ BASE_FLAG = "--pretrained_model_name_or_path"
 
 
 @dataclass(frozen=True)
+class ModelFile:
+    """A published file of a base model, or of one of its parts."""
+
+    flag: str  # the option that takes it
+    repository: str  # on Hugging Face
+    file: str  # in the repository; "" for a whole repository in diffusers' layout
+    gigabytes: float  # as the hub shows them, in units of 10**9 bytes
+    licence: str
+    is_optional: bool = False  # the model works without
+
+    def __str__(self) -> str:
+        return f"{self.file or 'all folders'} of {self.repository} ({self.gigabytes:g} GB, {self.licence})"
+
+
+@dataclass(frozen=True)
 class ModelOptions(Options):
     """The base model and how its text is read."""
 

@@ -208,17 +208,21 @@ def to_whole(value: int | float) -> int | None:
 
 def write_config(path: Path, values: Mapping[str, Any]) -> None:
     """Write options to a new file, atomically. Raises ConfigFileError."""
-    import toml
-
     from library.checkpoints.files import atomic_path
 
     if path.exists():
         raise ConfigFileError(f"--output_config does not overwrite {path}; remove it or name another --config_file")
+    with atomic_path(path) as unfinished:
+        unfinished.write_text(format_config(values), encoding="utf-8", newline="\n")
+
+
+def format_config(values: Mapping[str, Any]) -> str:
+    """Return the TOML text of options, or of nested tables."""
+    import toml
+
     encoder = toml.TomlEncoder()
     encoder.dump_funcs[str] = basic_string
-    text = toml.dumps({k: str(v) if isinstance(v, Path) else v for k, v in values.items()}, encoder)
-    with atomic_path(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8", newline="\n")
+    return toml.dumps({k: str(v) if isinstance(v, Path) else v for k, v in values.items()}, encoder)
 
 
 def basic_string(text: str) -> str:

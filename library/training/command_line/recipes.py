@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ PATHS = ("dataset_config", "sample_prompts")  # relative to the recipes' folder,
 IMAGES = ("train_data_dir", "in_json", "dataset_class")  # these replace a dataset file
 IMAGES_FILE = "images.toml"  # the dataset file of all recipes
 HEAD = "recipe"  # the table that describes the recipe
+STEPS = "steps"  # the table of steps by number of images, which train.py reads
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class Recipe:
     name: str  # "knots_character"
     script: str  # "knots_train_network.py"
     title: str
+    words: tuple[str, ...] = ()  # the base's name has one of them; empty: any name
+    has: str = ""  # pattern of a tensor name of the base
+    steps: Mapping[int, int] = field(default_factory=dict)  # number of images -> steps
 
 
 def list_recipes() -> list[Recipe]:
@@ -31,8 +35,16 @@ def list_recipes() -> list[Recipe]:
 
 
 def read_head(path: Path) -> Recipe:
-    head = load_toml(path)[HEAD]
-    return Recipe(path.stem, head["script"], head["title"])
+    tables = load_toml(path)
+    head, steps = tables[HEAD], {int(images): number for images, number in tables[STEPS].items()}
+    return Recipe(path.stem, head["script"], head["title"], tuple(head.get("words", ())), head.get("has", ""), steps)
+
+
+def read_raw_values(recipe: Recipe) -> dict[str, Any]:
+    """Return the options of a recipe as its file has them; paths are relative to the recipes' folder."""
+    path = FOLDER / f"{recipe.name}.toml"
+    tables = {table: values for table, values in load_toml(path).items() if table not in (HEAD, STEPS)}
+    return flatten(tables, path, [])
 
 
 def read_recipe(
@@ -55,9 +67,8 @@ def read_recipe(
     recipe = read_head(path)
     if recipe.script != script:
         raise ConfigFileError(f"--recipe {recipe.name} is for {recipe.script}; `python3 tools/recipes.py` lists others")
-    tables = {table: values for table, values in load_toml(path).items() if table != HEAD}
     warnings: list[str] = []
-    values = read_values(flatten(tables, path, warnings), str(path), actions, warnings, elsewhere)
+    values = read_values(read_raw_values(recipe), str(path), actions, warnings, elsewhere)
     if any(requested.get(option) for option in IMAGES):
         values.pop("dataset_config", None)
     for option in values.keys() & set(PATHS):

@@ -1,0 +1,1 @@
+"""The parts of train.py, from a folder of photos to a LoRA."""

@@ -1,0 +1,149 @@
+"""The photos of a run: their folders and captions, and the trigger word that calls them."""
+
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from library.data.decoding.images import read_pixels
+from library.data.description.image_extensions import group_unread, list_unread
+from library.data.sources.folders.listing import list_files
+from library.data.sources.folders.reading import read_caption, read_image_size
+from library.errors import UserError
+from library.suggestions import nearby
+
+CAPTION_EXTENSIONS = (".txt", ".caption")
+REPEATED = re.compile(r"(\d+)_(.+)")  # sd-scripts' name of a folder: how often each image is drawn, and its caption
+NAMING_SHARE = 0.5  # of a folder's captions with the trigger word, from which it is not put before them
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """The word that calls what is trained, and what that is."""
+
+    word: str
+    subject: str = ""  # "a cat"; "" if unknown
+
+    @property
+    def text(self) -> str:
+        return ", ".join(filter(None, (self.word, self.subject)))
+
+    def is_in(self, caption: str) -> bool:
+        return re.search(rf"(?<!\w){re.escape(self.word)}(?!\w)", caption, re.IGNORECASE) is not None
+
+
+@dataclass(frozen=True)
+class PhotoFolder:
+    """A folder with photos directly in it."""
+
+    path: Path
+    photos: tuple[Path, ...]  # that can be opened
+    left_out: tuple[tuple[Path, str], ...]  # with the reason
+    captions: tuple[str, ...]  # of photos that have one
+    caption_extension: str
+    num_repeats: int
+    name: str  # without the repeats
+    median_side: float  # of a square as large as a photo, in pixels
+
+    def puts_before(self, trigger: Trigger) -> bool:
+        """Return True if the captions need the trigger word before them."""
+        num_naming = sum(map(trigger.is_in, self.captions))
+        return num_naming < NAMING_SHARE * len(self.captions)
+
+    def describe(self, trigger: Trigger) -> dict[str, Any]:
+        """Return the folder as a subset of a dataset file."""
+        is_named = REPEATED.fullmatch(self.path.name) is not None
+        own = Trigger(trigger.word, self.name) if is_named else trigger
+        has_prefix = self.puts_before(trigger)
+        without_word = has_prefix or trigger.is_in(own.subject)
+        return {
+            "image_dir": str(self.path),
+            "class_tokens": (own.subject or "a photo") if without_word else own.text,  # of photos without a caption
+            "caption_extension": self.caption_extension,
+            "num_repeats": self.num_repeats,
+            **({"caption_prefix": f"{trigger.word},"} if has_prefix else {}),
+        }
+
+
+def find_photos(root: Path) -> list[PhotoFolder]:
+    """Find the photos in a folder and the folders below it; hidden folders are left out.
+
+    Raises UserError if there are none.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root} is no folder{nearby(root, is_folder=True)}; give the folder that your photos are in")
+    paths = []
+    for path, names, _ in os.walk(root.absolute()):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        paths.append(Path(path))
+    folders = [folder for path in paths if (folder := open_folder(path)) is not None]
+    if not any(folder.photos for folder in folders):
+        reasons = "".join(f"; {file.name} {reason}" for f in folders for file, reason in f.left_out[:1])
+        raise UserError(f"{root} has no photos that can be read{reasons}")
+    return folders
+
+
+def open_folder(path: Path) -> PhotoFolder | None:
+    """Open the photos directly in a folder; None if it has none."""
+    listed = {extension: list_files(str(path), extension) for extension in CAPTION_EXTENSIONS}
+    extension = max(listed, key=lambda ending: len(listed[ending].captions))
+    files = listed[extension]
+    all_photos = [path / name for name in files.images]
+    with ThreadPoolExecutor() as threads:
+        problems = dict(zip(all_photos, threads.map(find_problem, all_photos), strict=True))
+    left_out = [(file, problem) for file, problem in problems.items() if problem is not None]
+    for reason, names in group_unread(list_unread(files.aside)).items():
+        left_out += [(path / name, reason) for name in names]
+    if not problems and not left_out:
+        return None
+    photos = tuple(file for file, problem in problems.items() if problem is None)
+    repeats, name = split_name(path.name)
+    caption_files = [file.with_suffix(extension) for file in photos if file.with_suffix(extension).is_file()]
+    captions = tuple(filter(None, (read_caption(str(file))[1] for file in caption_files)))
+    return PhotoFolder(path, photos, tuple(left_out), captions, extension, repeats, name, measure_side(photos))
+
+
+def find_problem(path: Path) -> str | None:
+    """Return why a photo cannot be trained on, or None. It is decoded, as only that shows damage."""
+    try:
+        read_pixels(str(path), path.read_bytes())
+    except (UserError, OSError) as error:
+        return f"cannot be read ({str(error).removeprefix(str(path)).strip(': ') or 'damaged'})"
+    return None
+
+
+def measure_side(photos: Sequence[Path]) -> float:
+    """Return the median over the photos of the side of a square with as many pixels; 0 without photos."""
+    sizes = [size for photo in photos if not isinstance(size := read_image_size(str(photo))[1], str)]
+    return median((width * height) ** 0.5 for width, height in sizes) if sizes else 0.0
+
+
+def split_name(name: str) -> tuple[int, str]:
+    """Return the repeats of a folder's name and the rest; 1 for a name without."""
+    match = REPEATED.fullmatch(name)
+    return (max(1, int(match[1])), match[2].strip()) if match else (1, name)
+
+
+def parse_trigger(text: str) -> Trigger:
+    """Parse "mycat, a cat". Raises UserError for a text without a word."""
+    word, _, subject = (part.strip() for part in text.partition(","))
+    if not word:
+        raise UserError(f'--trigger {text!r} has no word; write one that the base does not know, as in "mycat, a cat"')
+    return Trigger(word, subject)
+
+
+def suggest_trigger(root: Path, folders: Sequence[PhotoFolder]) -> Trigger:
+    """Return the trigger that a folder's name gives: both words of "10_mycat cat", else its letters and digits."""
+    repeated = [folder for folder in folders if REPEATED.fullmatch(folder.path.name)]
+    if len(repeated) == 1:
+        word, _, subject = repeated[0].name.partition(" ")
+        return Trigger(clean(word), subject)
+    return Trigger(clean(split_name(root.absolute().name)[1]))
+
+
+def clean(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).lower() or "subject"

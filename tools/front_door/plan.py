@@ -1,0 +1,299 @@
+"""The plan of a run: its options, resolved, with the steps, the time and the memory that they take."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+
+from library.architectures.any_pipeline.options import SCRIPT as ANY_PIPELINE
+from library.checkpoints.files import atomic_path
+from library.checkpoints.overwriting import known_by_start
+from library.errors import UserError
+from library.formatting import format_count
+from library.memory.devices import DTYPES
+from library.memory.planner.gpus import GIB, benchmark_gpu
+from library.memory.planner.table import format_gib
+from library.options.train import TrainOptions
+from library.processes import ALONE
+from library.protocols import Architecture
+from library.training.command_line.checks import check
+from library.training.command_line.cli import parse
+from library.training.command_line.recipes import FOLDER, Recipe, read_raw_values
+from library.training.config_file import format_config
+from library.training.evaluation.choice import MIN_IMAGES
+from library.training.models.check_batches import mute_logging
+from library.training.models.opening import native_sides, open_training_data
+from library.training.planning.fit import Fit, fit_to
+from library.training.planning.fit_run import count_adapter_run, fit_run, largest_batch
+from library.training.planning.settings import describe
+from library.training.reporting.console_lines import duration
+from tools.contact_sheet import find_device
+from tools.front_door.base import Base, Predicted, Prediction, find_prediction
+from tools.front_door.parts import find_parts
+from tools.front_door.photos import PhotoFolder, Trigger
+from tools.recipes import interpolate_steps
+
+HEADER = "# Written by train.py, which replaces it if it runs with the same --name.\n"
+TEXT_KIND = known_by_start("a file that train.py wrote", lambda start: start.startswith(HEADER.encode()))
+SIDE_STEP = 64
+SMALLEST_BUCKET = 256  # the scripts' own
+SET_ASIDE = 0.1  # of the photos
+NUM_FILES = 8  # that a run saves, to choose from
+IN_RECIPES = "mycat, a cat"  # trigger and subject in the prompts of recipes
+PLANNED = ("fit", "fit_formats")  # resolved before the run
+SMALL_PRODUCT = 1024  # side of the matrices that measure a CPU
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user asks for."""
+
+    trigger: Trigger
+    steps: int | None
+    minutes: float | None
+    models: Path | None
+    prediction: Prediction | None
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of a run, in one folder."""
+
+    folder: Path
+    name: str
+
+    @property
+    def config(self) -> Path:
+        return self.folder / f"{self.name}.toml"
+
+    @property
+    def dataset(self) -> Path:
+        return self.folder / f"{self.name}-dataset.toml"
+
+    @property
+    def prompts(self) -> Path:
+        return self.folder / f"{self.name}-prompts.txt"
+
+    @property
+    def texts(self) -> tuple[Path, ...]:
+        return self.config, self.dataset, self.prompts
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / f"{self.name}.safetensors"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before its start."""
+
+    base: Base
+    recipe: Recipe
+    folders: Sequence[PhotoFolder]
+    trigger: Trigger
+    values: Mapping[str, Any]  # options of the base model's script
+    prompts: str  # content of the prompts file
+    predicted: Predicted | None
+    fit: Fit | None  # None if the time and the memory are not known
+
+    @property
+    def num_photos(self) -> int:
+        return sum(len(folder.photos) for folder in self.folders)
+
+    @property
+    def dataset(self) -> dict[str, Any]:
+        """The content of the dataset file."""
+        return {"datasets": [{"subsets": [f.describe(self.trigger) for f in self.folders if f.photos]}]}
+
+    def write(self, files: Files) -> None:
+        """Write the dataset, the prompts and the options of the run."""
+        paths = {"dataset_config": files.dataset, "sample_prompts": files.prompts, "output_dir": files.folder}
+        named = {name: str(path.absolute()) for name, path in paths.items()}
+        values = {**self.values, **named, "output_name": files.name}
+        texts = {files.dataset: format_config(self.dataset), files.prompts: self.prompts}
+        for path, text in {**texts, files.config: format_config(values)}.items():
+            with atomic_path(path) as unfinished:
+                unfinished.write_text(HEADER + text, encoding="utf-8", newline="\n")
+
+    def read(self, files: Files) -> TrainOptions:
+        """Write the files, and return the options as the base model's script reads them."""
+        self.write(files)
+        parser = import_module(self.base.spec.script.removesuffix(".py")).setup_parser()
+        return self.base.spec.options.from_args(parse(parser, ["--config_file", str(files.config)]))
+
+
+def make_plan(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder], wishes: Wishes, scratch: Files) -> Plan:
+    """Resolve every option of a run, with temporary files. Raises UserError for what the user has to decide."""
+    side, trigger, num_photos = choose_side(base, recipe, folders), wishes.trigger, sum(len(f.photos) for f in folders)
+    steps = wishes.steps or interpolate_steps(recipe.steps, num_photos)
+    values = {**choose_values(recipe, side, num_photos, steps), **base.values}
+    plan = Plan(base, recipe, folders, trigger, values, write_prompts(recipe, trigger, side), None, None)
+    with mute_logging():  # the run itself logs the same
+        options = plan.read(scratch)
+        plan = replace(plan, values={**plan.values, **find_parts(base, options, wishes.models)})
+        options = plan.read(scratch)
+        check(options)
+        arch = base.spec.build(options)
+        predicted = find_prediction(base, options, arch, wishes.prediction)
+        if predicted is not None:
+            plan = replace(plan, predicted=predicted, values={**plan.values, **predicted.values})
+            options = plan.read(scratch)
+            arch = base.spec.build(options)
+        plan = with_fit(plan, options, arch, read_raw_values(recipe).get("fit_formats"))
+    return plan if wishes.minutes is None else limit_time(plan, wishes.minutes)
+
+
+def choose_side(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder]) -> int:
+    """Return the side to train at: the recipe's, or less if the base states less, or if photos have under half of it."""
+    side = int(read_raw_values(recipe)["resolution"].partition(",")[0])
+    stated = native_sides({}, str(base.path))[:1]
+    photo_side = median(folder.median_side for folder in folders for _ in folder.photos)
+    if photo_side < side / 2:
+        stated.append(max(SIDE_STEP, int(photo_side) // SIDE_STEP * SIDE_STEP))
+    return min([side, *stated])
+
+
+def choose_values(recipe: Recipe, side: int, num_photos: int, steps: int) -> dict[str, Any]:
+    """Return a run's options that do not depend on the base's files: the recipe's, for this size and length."""
+    values = {name: value for name, value in read_raw_values(recipe).items() if name not in PLANNED}
+    every = -(-steps // NUM_FILES)
+    return {
+        **values,
+        **choose_precision(values["mixed_precision"]),
+        "resolution": f"{side},{side}",
+        "max_bucket_reso": 2 * side,
+        **({"min_bucket_reso": max(SIDE_STEP, side // 2)} if side < 2 * SMALLEST_BUCKET else {}),
+        **choose_length(steps),
+        **aside(num_photos, every),
+        "save_state_on_train_end": True,
+    }
+
+
+def choose_length(steps: int) -> dict[str, Any]:
+    every = -(-steps // NUM_FILES)
+    return {"max_train_steps": steps, "save_every_n_steps": every, "sample_every_n_steps": every}
+
+
+def aside(num_photos: int, every: int) -> dict[str, Any]:
+    """Return the options that set photos aside to measure each file on, if there are enough for a choice."""
+    if round(num_photos * SET_ASIDE) < MIN_IMAGES:
+        return {}
+    return {"validation_split": SET_ASIDE, "validate_every_n_steps": every}
+
+
+def choose_precision(usual: str) -> dict[str, str]:
+    """Return the precision that this machine computes in: GPUs before RTX 30 have no bf16, CPUs only emulate it."""
+    device = find_device()
+    if device.type == "cpu":
+        return {"mixed_precision": "no"}
+    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return {"mixed_precision": usual if has_bf16 else "fp16"}
+
+
+def write_prompts(recipe: Recipe, trigger: Trigger, side: int) -> str:
+    """Return the recipe's prompts with the trigger, at the size of the training."""
+    text = (FOLDER / read_raw_values(recipe)["sample_prompts"]).read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    subject = trigger.text if trigger.subject else f"{trigger.word}, a photo"
+    replaced = "\n".join(lines).replace(IN_RECIPES, subject).replace("mycat", trigger.text)
+    return re.sub(r"(--[wh]) \d+", rf"\1 {side}", replaced) + "\n"
+
+
+# --- memory and time ---
+
+
+def with_fit(plan: Plan, options: TrainOptions, arch: Architecture, formats: Sequence[str] | None) -> Plan:
+    """Return the plan with the fastest settings that fit this machine's GPU; elsewhere only its time is predicted."""
+    data = open_training_data(options, arch, options.run.seed or 0, 1)
+    sizes, device = data.sizes, find_device()
+    if plan.base.spec.script == ANY_PIPELINE or sizes is None:
+        return plan
+    if device.type == "cuda":
+        options = options.with_values({"fit": "auto", "fit_formats": formats})
+        fit = fit_run(options, arch, sizes, replace(ALONE, device=device))
+        return replace(plan, fit=fit, values={**plan.values, **fit.values()})
+    gpu = benchmark_gpu(
+        device, psutil.virtual_memory().available, DTYPES[options.precision.mixed_precision], SMALL_PRODUCT
+    )
+    counted = count_adapter_run(options, arch, largest_batch(sizes), device)
+    return replace(plan, fit=fit_to(counted, options, gpu, num_steps=sizes.max_train_steps))
+
+
+def limit_time(plan: Plan, minutes: float) -> Plan:
+    """Return the plan with as many steps as fit into this time."""
+    if plan.fit is None or plan.fit.choice.chosen is None:
+        raise UserError(
+            f"--minutes {minutes:g}: how long a step of this model takes is not known; give --steps instead"
+        )
+    steps = max(1, int(60 * minutes / plan.fit.choice.chosen.seconds))
+    values = {**plan.values, **choose_length(steps)}
+    if "validate_every_n_steps" in values:
+        values["validate_every_n_steps"] = values["save_every_n_steps"]
+    return replace(plan, values=values)
+
+
+# --- what the user reads ---
+
+
+def describe_plan(plan: Plan, files: Files) -> list[str]:
+    """Return the plan as lines."""
+    values, base = plan.values, plan.base
+    prediction = ""
+    if plan.predicted is not None:
+        what = "velocity" if plan.predicted.prediction == "v" else "noise"
+        prediction = f"; it predicts {what} ({plan.predicted.why})"
+    steps, side = values["max_train_steps"], values["resolution"].partition(",")[0]
+    lines = [
+        f"base      {base.title}: {base.name}{prediction}",
+        f"photos    {describe_photos(plan.folders)}",
+        f"captions  {describe_captions(plan.folders, plan.trigger)}",
+        f"recipe    {plan.recipe.name}: {plan.recipe.title}",
+        f"training  {side} px, batches of {values['train_batch_size']}, {steps} steps"
+        + (f"; {SET_ASIDE:.0%} of the photos only measure" if "validation_split" in values else ""),
+        f"takes     {describe_cost(plan)}",
+        f"saves     {files.adapter}, with {format_count(-(-steps // values['save_every_n_steps']) - 1, 'earlier file')}",
+    ]
+    if base.is_distilled:
+        lines.append(
+            "note      this base is distilled: training undoes that. Train on the model that it was made from, and use "
+            "the LoRA with both"
+        )
+    return lines
+
+
+def describe_photos(folders: Sequence[PhotoFolder]) -> str:
+    used, left_out = sum(len(f.photos) for f in folders), [item for f in folders for item in f.left_out]
+    where = str(folders[0].path) if len(folders) == 1 else format_count(len(folders), "folder")
+    told = f"{used} of {used + len(left_out)} in {where}"
+    reasons: dict[str, list[str]] = {}
+    for path, reason in left_out:
+        reasons.setdefault(reason, []).append(path.name)
+    for reason, names in reasons.items():
+        told += f"; left out: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "") + f", {reason}"
+    return told
+
+
+def describe_captions(folders: Sequence[PhotoFolder], trigger: Trigger) -> str:
+    num_captions, num_photos = sum(len(f.captions) for f in folders), sum(len(f.photos) for f in folders)
+    if not num_captions:
+        return f'none: every photo is "{trigger.text}"'
+    is_put_before = any(folder.puts_before(trigger) for folder in folders)
+    told = f'{num_captions} of {num_photos} photos, "{trigger.word}" ' + ("put before" if is_put_before else "in them")
+    return told + (f'; the others are "{trigger.text}"' if num_captions < num_photos else "")
+
+
+def describe_cost(plan: Plan) -> str:
+    if plan.fit is None or plan.fit.choice.chosen is None:
+        return "an unknown time: the first steps tell"
+    chosen, gpu = plan.fit.choice.chosen, plan.fit.choice.gpu
+    time = duration(chosen.seconds * plan.values["max_train_steps"])
+    memory = f"{format_gib(chosen.device_bytes)} of {gpu.memory_bytes / GIB:.1f} GiB"
+    if find_device().type != "cuda":
+        return f"about {time} on this processor, {memory}"
+    return f"about {time}, {memory} on the GPU, sparing it with {describe(chosen.mode)}"
