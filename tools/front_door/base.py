@@ -30,11 +30,8 @@ Prediction = Literal["epsilon", "v"]
 NUM_MEASURED = 5  # photos
 CLEAR = 0.7  # a model's loss as what it predicts is at most this share of its loss as the other
 V_MARK, TERMINAL_MARK = "v_pred", "ztsnr"  # tensors that some checkpoints carry for programs
-DISTILLED = DistilledRelease(  # of any base model, besides the words that all have in common
-    "a clear file name",
-    frozenset(("schnell", "klein", "lightning", "hyper", "lcm", "dmd", "dmd2")),
-    frozenset(("raw",)),
-)
+DISTILLED_WORDS = frozenset(("schnell", "klein", "lightning", "hyper", "lcm", "dmd", "dmd2"))
+DISTILLED = DistilledRelease("a clear file name", DISTILLED_WORDS, frozenset(("raw",)))  # of any base model
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from library.checkpoints.overwriting import known_by_start
 from library.errors import UserError
 from library.formatting import format_count
 from library.memory.devices import DTYPES
-from library.memory.planner.gpus import GIB, benchmark_gpu
+from library.memory.planner.gpus import benchmark_gpu
 from library.memory.planner.table import format_gib
 from library.options.train import TrainOptions
 from library.processes import ALONE
@@ -45,7 +45,6 @@ SIDE_STEP = 64
 SMALLEST_BUCKET = 256  # the scripts' own
 SET_ASIDE = 0.1  # of the photos
 NUM_FILES = 8  # that a run saves, to choose from
-IN_RECIPES = "mycat, a cat"  # trigger and subject in the prompts of recipes
 PLANNED = ("fit", "fit_formats")  # resolved before the run
 SMALL_PRODUCT = 1024  # side of the matrices that measure a CPU
 
@@ -150,7 +149,7 @@ def make_plan(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder], wishes
 
 
 def choose_side(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder]) -> int:
-    """Return the side to train at: the recipe's, or less if the base states less, or if photos have under half of it."""
+    """Return the side to train at: the recipe's, or less if the base states less or photos have less than half."""
     side = int(read_raw_values(recipe)["resolution"].partition(",")[0])
     stated = native_sides({}, str(base.path))[:1]
     photo_side = median(folder.median_side for folder in folders for _ in folder.photos)
@@ -200,8 +199,9 @@ def write_prompts(recipe: Recipe, trigger: Trigger, side: int) -> str:
     """Return the recipe's prompts with the trigger, at the size of the training."""
     text = (FOLDER / read_raw_values(recipe)["sample_prompts"]).read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if not line.startswith("#")]
-    subject = trigger.text if trigger.subject else f"{trigger.word}, a photo"
-    replaced = "\n".join(lines).replace(IN_RECIPES, subject).replace("mycat", trigger.text)
+    # The subject of a character is the recipe's cat; a style is drawn with it.
+    pattern = "mycat" if recipe.name.endswith("_style") else "mycat(, a cat)?"
+    replaced = re.sub(pattern, lambda match: trigger.text, "\n".join(lines))
     return re.sub(r"(--[wh]) \d+", rf"\1 {side}", replaced) + "\n"
 
 
@@ -248,16 +248,16 @@ def describe_plan(plan: Plan, files: Files) -> list[str]:
     if plan.predicted is not None:
         what = "velocity" if plan.predicted.prediction == "v" else "noise"
         prediction = f"; it predicts {what} ({plan.predicted.why})"
-    steps, side = values["max_train_steps"], values["resolution"].partition(",")[0]
+    steps, every = values["max_train_steps"], values["save_every_n_steps"]
     lines = [
         f"base      {base.title}: {base.name}{prediction}",
         f"photos    {describe_photos(plan.folders)}",
         f"captions  {describe_captions(plan.folders, plan.trigger)}",
         f"recipe    {plan.recipe.name}: {plan.recipe.title}",
-        f"training  {side} px, batches of {values['train_batch_size']}, {steps} steps"
+        f"training  {describe_size(plan)}, batches of {values['train_batch_size']}, {steps} steps"
         + (f"; {SET_ASIDE:.0%} of the photos only measure" if "validation_split" in values else ""),
         f"takes     {describe_cost(plan)}",
-        f"saves     {files.adapter}, with {format_count(-(-steps // values['save_every_n_steps']) - 1, 'earlier file')}",
+        f"saves     {files.adapter}, a file every {every} steps, previews without it and with it",
     ]
     if base.is_distilled:
         lines.append(
@@ -265,6 +265,11 @@ def describe_plan(plan: Plan, files: Files) -> list[str]:
             "the LoRA with both"
         )
     return lines
+
+
+def describe_size(plan: Plan) -> str:
+    side, usual = (values["resolution"].partition(",")[0] for values in (plan.values, read_raw_values(plan.recipe)))
+    return f"{side} px" if side == usual else f"{side} px instead of {usual}, for the size of the base or the photos"
 
 
 def describe_photos(folders: Sequence[PhotoFolder]) -> str:
@@ -293,7 +298,7 @@ def describe_cost(plan: Plan) -> str:
         return "an unknown time: the first steps tell"
     chosen, gpu = plan.fit.choice.chosen, plan.fit.choice.gpu
     time = duration(chosen.seconds * plan.values["max_train_steps"])
-    memory = f"{format_gib(chosen.device_bytes)} of {gpu.memory_bytes / GIB:.1f} GiB"
     if find_device().type != "cuda":
-        return f"about {time} on this processor, {memory}"
-    return f"about {time}, {memory} on the GPU, sparing it with {describe(chosen.mode)}"
+        return f"about {time}; there is no NVIDIA or AMD GPU, which would be many times faster"
+    memory = f"{format_gib(chosen.device_bytes)} of {format_gib(gpu.memory_bytes)}"
+    return f"about {time} and {memory} of the GPU, spared by {describe(chosen.mode)}"

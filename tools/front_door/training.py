@@ -92,8 +92,8 @@ def advise(plan: Plan, files: Files, sheet: Path) -> Iterator[str]:
     adapter, why = choose_adapter(files)
     yield f"Use {adapter}: {why}"
     yield (
-        "  at strength 1, as it was trained; take less if a prompt's other words get lost, as the sheet of strengths shows: "
-        f"{sheet}"
+        f"  at strength 1, as it was trained; less if the other words of a prompt get lost: {sheet} shows the prompts "
+        "at several strengths"
     )
     yield f"  with {plan.trigger.word!r} in the prompt, such as {plan.trigger.text!r}"
     for program, name in FOLDERS.items():

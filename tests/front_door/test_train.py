@@ -1,0 +1,98 @@
+"""train.py on folders as people have them, with tiny bases of every family and a pipeline without one."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+import train
+from tests.running import make_images
+from tests.tiny.bases import BASES
+from tests.tiny.pipelines import build_tiny_pipeline
+
+GENERIC = "PixArtSigmaPipeline"
+
+
+def draw_photo(number: int, mode: str = "RGB") -> Image.Image:
+    rng = np.random.default_rng(number)
+    image = Image.fromarray(rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)).resize((96, 64))
+    if mode == "RGBA":
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image
+
+
+def write_turned(folder: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number in range(3):
+        draw_photo(number).save(folder / f"IMG_{number}.JPG", exif=exif)
+
+
+def write_heic(folder: Path) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    for number in range(3):
+        pillow_heif.from_pillow(draw_photo(number)).save(folder / f"IMG_{number}.HEIC")
+
+
+def write_alpha(folder: Path) -> None:
+    for number in range(3):
+        draw_photo(number, "RGBA").save(folder / f"cut_{number}.png")
+
+
+def write_damaged(folder: Path) -> None:
+    write_turned(folder)
+    whole = (folder / "IMG_0.JPG").read_bytes()
+    (folder / "broken.jpg").write_bytes(whole[: len(whole) // 2])
+
+
+def write_nested(folder: Path) -> None:
+    """Two folders, one with sd-scripts' repeats, and captions beside some photos."""
+    for name in ("3_mycat cat", "庭の 猫"):
+        make_images(folder / name, 2)
+    (folder / "庭の 猫" / "00.png").rename(folder / "庭の 猫" / "写真 1.png")
+
+
+KINDS: dict[str, Callable[[Path], None]] = {
+    "turned": write_turned, "heic": write_heic, "alpha": write_alpha, "damaged": write_damaged, "nested": write_nested,
+}  # fmt: skip
+
+
+def build_base(name: str, folder: Path) -> str:
+    """Write a tiny base, and return what --base takes."""
+    if name == GENERIC:
+        build_tiny_pipeline(GENERIC).save_pretrained(folder)
+        return str(folder)
+    arguments = BASES[name].build(folder)
+    return arguments[arguments.index("--pretrained_model_name_or_path") + 1]
+
+
+CASES = [
+    (name, [*KINDS][number % len(KINDS)]) for number, name in enumerate(("sd", *sorted({*BASES} - {"sd"}), GENERIC))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("base", "kind"), CASES)
+def test_a_folder_of_photos_becomes_an_adapter_that_draws(
+    base: str, kind: str, tmp_path: Path, fresh_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "写真 of a cat"
+    photos.mkdir()
+    KINDS[kind](photos)
+    before = {path: path.read_bytes() for path in photos.rglob("*") if path.is_file()}
+    out = tmp_path / "out"
+    status = train.main([
+        str(photos), "--base", build_base(base, tmp_path / "base"), "--trigger", "mycat, a cat", "--steps", "2",
+        "--prediction", "epsilon", "--output_dir", str(out), "--name", "mine", "--yes",
+    ])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    assert load_file(out / "mine.safetensors")
+    assert (out / "mine-strengths" / "strengths.png").is_file()  # drawn by tools/draw.py
+    assert len(list((out / "sample").glob("*.png"))) == 9  # three prompts before the first step and after each
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert ("broken.jpg, cannot be read" in printed) == (kind == "damaged")
+    assert "photos    " in printed and f"Use {out / 'mine.safetensors'}" in printed
