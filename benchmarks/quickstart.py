@@ -23,7 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.start import num_threads, training_command  # noqa: E402
+from tools.start import num_threads  # noqa: E402
+
+CONFIG = "configs/quickstart/train.toml"  # the same training without previews
 
 SETTINGS = {
     "chosen": {},
@@ -38,10 +40,11 @@ def time_steps(setting: dict[str, str], num_steps: int) -> list[float]:
     """Train and return the seconds between the ends of consecutive steps."""
     with tempfile.TemporaryDirectory() as folder:
         events = Path(folder, "events.jsonl")
-        command = training_command(Path(sys.executable), num_threads())
+        command = [sys.executable, "train_network.py", "--config_file", CONFIG]
         command += ["--output_dir", folder, "--log_events", str(events), "--max_train_steps", str(num_steps)]
         inherited = {name: value for name, value in os.environ.items() if name not in SET_BY_SCRIPTS}
         environment = {**inherited, "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", **setting}
+        environment["OMP_NUM_THREADS"] = str(num_threads())
         subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
         lines = map(json.loads, events.read_text().splitlines())
         times = [event["time"] for event in lines if event["event"] == "step"]

@@ -1,5 +1,5 @@
-"""Set up and run this suite: `tools/start.py quickstart` trains a small LoRA, `tools/start.py test` runs the tests,
-`tools/start.py doctor` checks whether this machine can train.
+"""Set up and run this suite: `tools/start.py quickstart` trains a small LoRA, `tools/start.py train` one on your photos,
+`tools/start.py test` runs the tests, `tools/start.py doctor` checks whether this machine can train.
 
 Needs only Python and its standard library. The packages are installed into `.venv` in this folder (elsewhere: --venv
 PATH or the variable START_VENV), and reinstalled only if a requirements file or the environment's Python changes.
@@ -36,9 +36,9 @@ SMALLEST_INSTALL_BYTES = 3 * 1024**3  # torch's CPU build and the rest; CUDA bui
 MAX_QUICKSTART_THREADS = 8  # the toy model is too small for more
 INTERRUPTED = 130  # exit status of shells after Ctrl-C
 
-TRAINING_CONFIG = "configs/quickstart/train.toml"
 GPU_TESTS = ("tests/gpu", "tests/simulated_gpu")
 TOY_BASE = "configs/quickstart/toy_base"
+PHOTOS = "configs/quickstart/dataset"
 PROMPTS = "configs/quickstart/prompts.txt"
 ADAPTER = "output/quickstart/quickstart.safetensors"
 IMAGE = "output/quickstart/before_after.png"
@@ -283,12 +283,11 @@ def num_threads() -> int:
     return min(usable, MAX_QUICKSTART_THREADS)
 
 
-def training_command(python: Path, threads: int) -> "list[str]":
-    """Return `accelerate launch train_network.py` for the quickstart, independent of an accelerate config file."""
-    # --quiet, because accelerate otherwise prints a traceback of its own below our error.
-    launch = [str(python), "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(threads)]
-    return [*launch, "train_network.py", "--config_file", TRAINING_CONFIG]
+def training_command(python: Path) -> "list[str]":
+    """Return the command that trains the quickstart's adapter, as on photos of one's own."""
+    folder, name = ADAPTER.replace(".safetensors", "").rsplit("/", 1)
+    command = [str(python), "train.py", PHOTOS, "--base", TOY_BASE, "--trigger", "heart", "--yes"]
+    return [*command, "--output_dir", folder, "--name", name]
 
 
 def image_command(python: Path) -> "list[str]":
@@ -335,7 +334,8 @@ def quickstart(venv: Path) -> int:
     """Train the bundled example and show what it learned. Return the exit status."""
     python = ready_python(venv, RUN_REQUIREMENTS)
     started = time.monotonic()
-    for command, product in ((training_command(python, num_threads()), ADAPTER), (image_command(python), IMAGE)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(num_threads()))
+    for command, product in ((training_command(python), ADAPTER), (image_command(python), IMAGE)):
         print("\n$ " + " ".join(command), flush=True)
         # A training run that is stopped ends with status 0 and saves under another name, and the file of an earlier run
         # may exist, so the exit status alone does not show success.
@@ -357,6 +357,12 @@ def quickstart(venv: Path) -> int:
         flush=True,
     )
     return 0
+
+
+def train(venv: Path, arguments: "list[str]") -> int:
+    """Run train.py where the user is, with access to the model hub. Return its exit status."""
+    python = ready_python(venv, RUN_REQUIREMENTS)
+    return subprocess.call([str(python), str(ROOT / "train.py"), *arguments])
 
 
 def run_tests(venv: Path, slow: bool, pytest_arguments: "list[str]") -> int:
@@ -393,7 +399,7 @@ def setup_parser() -> argparse.ArgumentParser:
     )
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_version(parser)
-    commands = parser.add_subparsers(dest="command", metavar="quickstart | test | setup | doctor")
+    commands = parser.add_subparsers(dest="command", metavar="quickstart | train | test | setup | doctor")
     commands.required = True
     setup = commands.add_parser("setup", parents=[common], help="create the environment, with the packages for tests")
     setup.add_argument("--torch", metavar="TAG", help="build of torch: cpu, cu126, rocm6.4, xpu ...; unset: by the GPU")
@@ -404,6 +410,9 @@ def setup_parser() -> argparse.ArgumentParser:
     commands.add_parser("doctor", parents=[common], help="check this machine, for you or a bug report")
     commands.add_parser(
         "quickstart", parents=[common], help="train a LoRA on the bundled toy model, draw before | after"
+    )
+    commands.add_parser(
+        "train", parents=[common], allow_abbrev=False, help="train on your photos: `train PHOTOS --base FILE`"
     )
     test = commands.add_parser(
         "test", parents=[common], help="run the tests: `test --slow -- -k dataset` also takes arguments of pytest"
@@ -428,7 +437,9 @@ def main(arguments: "list[str]") -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):  # a Windows console may lack a character of a path
             sys.stdout.reconfigure(errors="backslashreplace")
         parser = setup_parser()
-        args = parser.parse_args(own_arguments)
+        args, for_training = parser.parse_known_args(own_arguments)
+        if for_training and args.command != "train":
+            parser.error(f"unrecognized arguments: {' '.join(for_training)}")
         venv = Path(os.path.abspath(str(args.venv)))
         if args.command == "test":
             return run_tests(venv, args.slow, for_pytest)
@@ -436,6 +447,8 @@ def main(arguments: "list[str]") -> int:
             parser.error(f"{args.command} takes no arguments after --")
         if args.command == "doctor":
             return run_doctor(venv)
+        if args.command == "train":
+            return train(venv, for_training)
         if args.command == "setup":
             if args.offline is not None and not any(args.offline.glob("*.whl")):
                 raise StartError(

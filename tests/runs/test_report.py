@@ -97,8 +97,7 @@ def test_the_quickstarts_report_shows_images_before_and_after(tmp_path: Path, mo
     names = {"ADAPTER": "quickstart.safetensors", "IMAGE": "image.png", "REPORT": "quickstart-report.html"}
     for constant, name in {**names, "PROMPTS": "prompts.txt"}.items():
         monkeypatch.setattr(start, constant, str(tmp_path / name))
-    shortened = ["--output_dir", str(tmp_path), "--max_train_steps", "1"]
-    for command in ([*start.training_command(python, 1), *shortened], start.image_command(python)):
+    for command in ([*start.training_command(python), "--steps", "1"], start.image_command(python)):
         done = subprocess.run(command, cwd=start.ROOT, env=start.child_environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     shown = read_report(tmp_path / "quickstart-report.html")

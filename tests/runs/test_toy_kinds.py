@@ -55,7 +55,8 @@ IN_8_BITS = "--base_format int8_rotated --base_arithmetic 8bit"
 @pytest.mark.nightly
 @pytest.mark.parametrize("words", [*KINDS.values(), IN_8_BITS], ids=[*KINDS, "in 8 bits"])
 def test_the_adapter_kind_learns_the_new_concept(words: str, tmp_path: Path) -> None:
-    command = [*start.training_command(Path(sys.executable), start.num_threads()), "--output_dir", str(tmp_path)]
+    config = "configs/quickstart/train.toml"
+    command = [sys.executable, "train_network.py", "--config_file", config, "--output_dir", str(tmp_path)]
     environment = start.child_environment()
     done = subprocess.run(
         [*command, *words.split()], cwd=start.ROOT, env=environment, capture_output=True, timeout=3600

@@ -151,7 +151,8 @@ def make_plan(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder], wishes
 def choose_side(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder]) -> int:
     """Return the side to train at: the recipe's, or less if the base states less or photos have less than half."""
     side = int(read_raw_values(recipe)["resolution"].partition(",")[0])
-    stated = native_sides({}, str(base.path))[:1]
+    # The VAE of a folder without a U-Net states the size of its own training.
+    stated = native_sides({}, str(base.path))[:1] if (base.path / "unet").is_dir() else []
     photo_side = median(folder.median_side for folder in folders for _ in folder.photos)
     if photo_side < side / 2:
         stated.append(max(SIDE_STEP, int(photo_side) // SIDE_STEP * SIDE_STEP))

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from library.options.config_file import read_toml
-from library.options.output.saving import SavingOptions
 from library.training.saving.names import Names
 from tools import start, torch_builds
+from train import setup_parser
 
 PYTHON = Path("/venv/bin/python")
 
@@ -189,13 +188,23 @@ def test_a_damaged_stamp_counts_as_not_installed(requirements: Path, installs: l
 # --- what it runs ---
 
 
-def test_the_quickstart_trains_through_accelerate_without_its_config_file() -> None:
-    assert start.training_command(PYTHON, threads=2) == [
-        str(PYTHON), "-m", "accelerate.commands.launch", "--quiet",
-        "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--num_cpu_threads_per_process", "2",
-        "train_network.py", "--config_file", "configs/quickstart/train.toml",
-    ]  # fmt: skip
+def test_the_quickstart_trains_as_on_photos_of_ones_own() -> None:
+    python, script, *arguments = start.training_command(PYTHON)
+    args = setup_parser().parse_args(arguments)
+    assert (python, script) == (str(PYTHON), "train.py") and args.yes
+    assert Names(args.output_dir, args.name, "safetensors").of_end() == Path(start.ADAPTER)
+    assert Names(args.output_dir, args.name, "safetensors").of_report() == Path(start.REPORT)
+
+
+def test_train_passes_everything_on_to_train_py(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[list[str]] = []
+    monkeypatch.setattr(start, "ready_python", lambda venv, names: PYTHON)
+    monkeypatch.setattr(start.subprocess, "call", lambda command: called.append(command) or 3)
+    arguments = ["--base", "a b.safetensors", "my photos", "--steps", "5"]
+    assert start.main(["train", "--venv", "x", *arguments]) == 3
+    assert called == [[str(PYTHON), str(start.ROOT / "train.py"), *arguments]]
+    with pytest.raises(SystemExit):
+        start.main(["doctor", "--base", "x"])
 
 
 def test_the_quickstart_generates_an_image_with_the_adapter_it_trained() -> None:
@@ -411,7 +420,7 @@ def test_no_image_of_an_older_adapter_is_generated_after_a_stopped_training(
     (tmp_path / start.ADAPTER).write_bytes(b"of an earlier quickstart")
     with pytest.raises(start.StartError, match=r"wrote no output/quickstart/quickstart\.safetensors: it was stopped"):
         start.quickstart(tmp_path / "venv")
-    assert [command[1] for command in started] == ["-m"]
+    assert [command[1] for command in started] == ["train.py"]
 
 
 def test_a_failed_training_ends_the_quickstart_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,8 +429,3 @@ def test_a_failed_training_ends_the_quickstart_with_its_status(monkeypatch: pyte
     monkeypatch.setattr(start, "run", lambda command: started.append(command) or 3)
     assert start.quickstart(Path("venv")) == 3
     assert len(started) == 1
-
-
-def test_the_quickstart_names_the_report_of_its_run() -> None:
-    options = read_toml(start.ROOT / start.TRAINING_CONFIG, "--config_file")["output"]
-    assert Names.build(SavingOptions(**options)).of_report() == Path(start.REPORT)
