@@ -53,9 +53,9 @@ from tools.counted_plan import read_training_options, spec_of_script
 logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
-  python3 tools/make_shards.py --dataset_config configs/examples/dataset.toml --out shards
+  python3 tools/make_shards.py --dataset_config configs/examples/dataset.toml --resolution 512 --out shards
   python3 tools/make_shards.py --script train_network.py --pretrained_model_name_or_path base.safetensors \\
-    --dataset_config configs/examples/dataset.toml --out shards --cache_latents_to_disk"""
+    --dataset_config configs/examples/dataset.toml --resolution 512 --out shards --cache_latents_to_disk"""
 DESCRIPTION = "dataset.toml"
 WRITER = "tools/make_shards.py"
 JOURNAL = known_by_start("a list of shards", lambda start: start.startswith(b"["))

@@ -1,4 +1,4 @@
-"""Set up and run this suite: `tools/start.py quickstart` trains a small LoRA, `tools/start.py train` one on your photos,
+"""Set up and run this suite: `tools/start.py quickstart` trains a small LoRA, `tools/start.py train` one on photos,
 `tools/start.py test` runs the tests, `tools/start.py doctor` checks whether this machine can train.
 
 Needs only Python and its standard library. The packages are installed into `.venv` in this folder (elsewhere: --venv

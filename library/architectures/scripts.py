@@ -53,6 +53,12 @@ class OtherScripts:
         """Script -> (its options, its hints for others); computed only after a mistake."""
         return {script.name: (frozenset(script.options.defaults()), script.instead) for script in list_scripts()}
 
+    def suggest_files(self, message: str) -> str:
+        """Return where the files of the options that a message names are to be had, or ""."""
+        script = next((script for script in list_scripts() if script.name == self.name), None)
+        files = [file for file in script.files if f"--{file.flag} " in message] if script else []
+        return f"on the hub: {'; '.join(map(str, files))}" if files else ""
+
     def __call__(self, option: str) -> str:
         """Return the hint for an option; "" for one that this script has, or that is unknown."""
         if option in ConceptOptions.defaults() and not self.name.endswith(BY_PROMPTS):

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from library.options.base import Options, option
 
-BASE_FLAG = "--pretrained_model_name_or_path"
+BASE = "pretrained_model_name_or_path"
+BASE_FLAG = f"--{BASE}"
 
 
 @dataclass(frozen=True)
@@ -13,13 +14,13 @@ class ModelFile:
 
     flag: str  # the option that takes it
     repository: str  # on Hugging Face
-    file: str  # in the repository; "" for a whole repository in diffusers' layout
+    file: str  # its name; "" for a whole repository
     gigabytes: float  # as the hub shows them, in units of 10**9 bytes
     licence: str
     is_optional: bool = False  # the model works without
 
     def __str__(self) -> str:
-        return f"{self.file or 'all folders'} of {self.repository} ({self.gigabytes:g} GB, {self.licence})"
+        return f"{self.file or 'the folder'} of {self.repository} ({self.gigabytes:g} GB, {self.licence})"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from library.architectures.scripts import OtherScripts
+import train
+from library.architectures.scripts import OtherScripts, Script, list_scripts
 from library.architectures.specs import list_network_arguments, list_specs
 from library.options.leco import leco_options
 from library.options.requirements import unsupported
@@ -94,6 +95,12 @@ def check_command(command: str) -> None:
             return  # always installed; find_spec would make setuptools drop its distutils
         case ["python3" | "python", "-m", module, *_]:
             assert importlib.util.find_spec(module) is not None, f"the requirements bring no module {module}"
+        case ["python3" | "python", "tools/start.py", "train", *arguments] | [
+            "python3" | "python",
+            "train.py",
+            *arguments,
+        ]:
+            parse(train.setup_parser(), arguments)
         case ["python3" | "python", "tools/start.py", *arguments]:
             parse(start.setup_parser(), start.split_at_dashes(arguments)[0])
         case ["python3" | "python", "tools/plan_memory.py" | "tools/verify.py" as tool, *arguments]:
@@ -236,7 +243,7 @@ def test_options_named_in_the_text_exist(page: Path) -> None:
     known = {*FLAGS_OF_OTHERS, *(f"--{letters}" for letters in LINE_OPTIONS)}
     known |= set(launch_command_parser()._option_string_actions)
     scripts = (path.stem for path in ROOT.glob("*train_*.py"))
-    for module in (*scripts, *(f"tools.{name}" for name in TOOLS)):
+    for module in ("train", *scripts, *(f"tools.{name}" for name in TOOLS)):
         known |= set(importlib.import_module(module).setup_parser()._option_string_actions)
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     code = [part for part in INLINE_CODE.findall(text) if not part.startswith(("python3 ", "ruff ", "mypy "))]
@@ -274,6 +281,23 @@ def test_the_index_lists_every_training_script() -> None:
     first_cells = [row[0] for row in table_rows(ROOT / "docs" / "README.md")]
     listed = {name for cell in first_cells for name in re.findall(r"`(\w*train_(?:network|leco)\.py)`", cell)}
     assert listed == {path.name for path in ROOT.glob("*train_*.py")}
+
+
+@pytest.mark.parametrize(
+    "script", [script for script in list_scripts() if script.files], ids=lambda script: script.name
+)
+def test_the_page_of_a_script_says_where_its_files_are(script: Script) -> None:
+    rows = table_rows(ROOT / "docs" / f"{script.name.removesuffix('.py')}.md")
+    listed = {tuple(row) for row in rows if row[0].startswith("`--") and "huggingface.co" in row[1]}
+    assert listed == {
+        (
+            f"`--{file.flag}`",
+            f"`{file.file or 'the folder'}` of [{file.repository}](https://huggingface.co/{file.repository})",
+            f"{file.gigabytes:g} GB",
+            file.licence,
+        )
+        for file in script.files
+    }
 
 
 def test_the_page_of_adapter_kinds_lists_every_network_module() -> None:

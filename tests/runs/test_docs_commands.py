@@ -32,7 +32,13 @@ NOT_RUN = {  # start of a command -> where it is tested, or why it cannot run he
     "python3 tools/verify.py": "tests/runs/test_verify.py; with --fit auto it needs a GPU",
     "python3 tools/front_end.py": "tests/runs/test_front_end.py",
     "python3 tools/report.py output/quickstart --serve": "tests/unit/training/report/test_live.py",
-    "python3 sdxl_train_network.py --recipe": "tests/runs/test_recipes.py",
+    **{
+        f"python3 {base.script}.py --recipe": "tests/runs/test_recipes.py"
+        for base in BASES.values()
+        if base.script != "train_network"
+    },
+    "python3 train_network.py --recipe sd15_character --pretrained": "tests/runs/test_recipes.py",
+    "python3 train.py": "tests/front_door",
     **{f"python3 {name}_cache_": f"tests/runs/test_{name}_train_network.py" for name in BASES},
     "accelerate launch --multi_gpu": "tests/runs/test_processes.py",
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu": "tests/runs/test_processes.py",
@@ -72,12 +78,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for path in (ROOT / "configs" / "leco").glob("*.toml"):
         text = path.read_text(encoding="utf-8").replace("resolution = 512", "resolution = 64")
         (tmp_path / "configs" / "leco" / path.name).write_text(text.replace("resolution = 1024", "resolution = 64"))
-    example = (ROOT / "configs" / "examples" / "dataset.toml").read_text(encoding="utf-8")
-    example = example.replace("resolution = 512", "resolution = 64").replace(
-        "min_bucket_reso = 256", "min_bucket_reso = 64"
-    )
-    (tmp_path / "configs" / "examples" / "dataset.toml").write_text(example, encoding="utf-8")
-    for name in (*EXAMPLES_OF_PAIRS, "toy_preservation.toml"):
+    for name in ("dataset.toml", "musubi.toml", *EXAMPLES_OF_PAIRS, "toy_preservation.toml"):
         pairs = (ROOT / "configs" / "examples" / name).read_text(encoding="utf-8")
         pairs = pairs.replace("resolution = 1024", "resolution = 64\nmin_bucket_reso = 64")
         (tmp_path / "configs" / "examples" / name).write_text(pairs, encoding="utf-8")
@@ -142,7 +143,19 @@ def with_tiny_models(words: list[str], folder: Path, script: str) -> list[str]:
         kind = "flux" if script == "train_leco" and "--clip_l" in words else kind
         arguments += BASES[kind].build(folder)
     if "--resolution" in arguments:
+        arguments[arguments.index("--resolution") + 1] = "64,64"
         arguments += ["--min_bucket_reso", "64"]
+    if "--recipe" in arguments:
+        arguments += [
+            "--resolution",
+            "64",
+            "--min_bucket_reso",
+            "64",
+            "--mixed_precision",
+            "no",
+            "--sample_prompts",
+            "",
+        ]
     if "--system_prompt" in arguments:
         # The documented system prompt does not fit into the tiny limit of 32.
         arguments += ["--gemma2_max_token_length", "128"]

@@ -35,7 +35,11 @@ def find_parts(base: Base, options: TrainOptions, models: Path | None) -> dict[s
         path = find_part(base, options, flag, models) if flag in known and flag not in found else None
         if path is None:
             where = ", ".join(map(str, list_roots(base.path, models)))
-            raise UserError(f"{error}. It is not in {where} either: name its folder with --models")
+            known_files = "; ".join(str(file) for file in list_files(base) if file.flag == flag)
+            raise UserError(
+                f"{error}. It is not in {where} either: name its folder with --models"
+                + (f", or get it on the hub: {known_files}" if known_files else "")
+            )
         found[flag] = str(path)
         options = options.with_values({flag: str(path)})
     for file in list_files(base):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
 from library.options.machine.memory import ATTENTION_MODES
-from library.options.model import ReadingOptions
+from library.options.model import BASE, ModelFile, ReadingOptions
 from library.options.train import TrainOptions
 from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions, TimestepPreviewOptions
 
@@ -96,6 +96,13 @@ class AnimaSamplingOptions(FlowSamplingOptions):
     timestep_sampling: str = redeclare(FlowSamplingOptions, "timestep_sampling", "sigmoid")
     discrete_flow_shift: float = redeclare(FlowSamplingOptions, "discrete_flow_shift", 1.0)
 
+
+FILES: tuple[ModelFile, ...] = (
+    ModelFile(BASE, "circlestone-labs/Anima", "anima-preview.safetensors", 4.2, "CircleStone non-commercial"),
+    ModelFile("qwen3", "circlestone-labs/Anima", "qwen_3_06b_base.safetensors", 1.2, "Apache-2.0"),
+    ModelFile("vae", "circlestone-labs/Anima", "qwen_image_vae.safetensors", 0.25, "Apache-2.0"),
+)
+"""Where the base models and their parts are to be had."""
 
 INSTEAD: Mapping[str, str] = {
     "dit": "use --pretrained_model_name_or_path",

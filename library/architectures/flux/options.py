@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
-from library.options.model import ReadingOptions
+from library.options.model import BASE, ModelFile, ReadingOptions
 from library.options.train import TrainOptions
 from library.options.training.flow import (
     FlowPredictionOptions,
@@ -74,6 +74,15 @@ class FluxPredictionOptions(FlowPredictionOptions):
     # sd-scripts' default, although the loss then compares an estimate of the latent with a velocity: a run only warns.
     model_prediction_type: str = redeclare(FlowPredictionOptions, "model_prediction_type", "sigma_scaled")
 
+
+FILES: tuple[ModelFile, ...] = (
+    ModelFile(BASE, "black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors", 23.8, "FLUX.1 dev non-commercial"),
+    ModelFile(BASE, "lodestones/Chroma1-HD", "Chroma1-HD.safetensors", 17.8, "Apache-2.0"),
+    ModelFile("clip_l", "comfyanonymous/flux_text_encoders", "clip_l.safetensors", 0.25, "MIT"),
+    ModelFile("t5xxl", "comfyanonymous/flux_text_encoders", "t5xxl_fp16.safetensors", 9.8, "Apache-2.0"),
+    ModelFile("ae", "Comfy-Org/z_image_turbo", "ae.safetensors", 0.34, "Apache-2.0"),
+)
+"""Where the base models and their parts are to be had."""
 
 INSTEAD: Mapping[str, str] = {
     "dit": "use --pretrained_model_name_or_path",

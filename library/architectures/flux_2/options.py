@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from library.options.base import group, option, redeclare
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
+from library.options.model import BASE, ModelFile
 from library.options.training.flow import FlowSamplingOptions
 
 VERSIONS = ("dev", "klein-4b", "klein-base-4b", "klein-9b", "klein-base-9b")
@@ -37,6 +38,16 @@ class Flux2SamplingOptions(FlowSamplingOptions):
 
     timestep_sampling: str = redeclare(FlowSamplingOptions, "timestep_sampling", "flux2_shift")
 
+
+FILES: tuple[ModelFile, ...] = (
+    ModelFile(BASE, "black-forest-labs/FLUX.2-klein-base-4B", "flux-2-klein-base-4b.safetensors", 7.8, "Apache-2.0"),
+    ModelFile(
+        BASE, "black-forest-labs/FLUX.2-klein-base-9B", "flux-2-klein-base-9b.safetensors", 18.2, "FLUX non-commercial"
+    ),
+    ModelFile("text_encoder", "Comfy-Org/Flux-2-Klein-4B", "qwen_3_4b.safetensors", 8.0, "Apache-2.0"),
+    ModelFile("vae", "Comfy-Org/Flux-2-Klein-4B", "flux2-vae.safetensors", 0.34, "Apache-2.0"),
+)
+"""Where the base models and their parts are to be had."""
 
 INSTEAD: Mapping[str, str] = {
     **ALTERNATIVES,

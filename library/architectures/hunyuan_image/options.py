@@ -8,7 +8,7 @@ from typing import TypeVar
 from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
 from library.options.machine.memory import ATTENTION_MODES, ScaledPrecisionOptions
-from library.options.model import ReadingOptions
+from library.options.model import BASE, ModelFile, ReadingOptions
 from library.options.train import TrainOptions
 from library.options.training.flow import (
     FlowPredictionOptions,
@@ -61,6 +61,26 @@ class HunyuanImageSamplingOptions(FlowSamplingOptions):
 
     discrete_flow_shift: float = redeclare(FlowSamplingOptions, "discrete_flow_shift", 5.0)
 
+
+FILES: tuple[ModelFile, ...] = (
+    ModelFile(
+        BASE,
+        "Comfy-Org/HunyuanImage_2.1_ComfyUI",
+        "hunyuanimage2.1_bf16.safetensors",
+        34.9,
+        "Tencent Hunyuan Community",
+    ),
+    ModelFile("text_encoder", "Comfy-Org/Qwen-Image_ComfyUI", "qwen_2.5_vl_7b.safetensors", 16.6, "Apache-2.0"),
+    ModelFile("byt5", "Comfy-Org/HunyuanImage_2.1_ComfyUI", "byt5_small_glyphxl_fp16.safetensors", 0.44, "Apache-2.0"),
+    ModelFile(
+        "vae",
+        "Comfy-Org/HunyuanImage_2.1_ComfyUI",
+        "hunyuan_image_2.1_vae_fp16.safetensors",
+        0.81,
+        "Tencent Hunyuan Community",
+    ),
+)
+"""Where the base models and their parts are to be had."""
 
 INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(("dit", "dit_path"), "use --pretrained_model_name_or_path"),

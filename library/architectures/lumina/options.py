@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
-from library.options.model import ReadingOptions
+from library.options.model import BASE, ModelFile, ReadingOptions
 from library.options.train import TrainOptions
 from library.options.training.flow import (
     TIMESTEP_SAMPLINGS,
@@ -70,6 +70,13 @@ class LuminaSamplingOptions(FlowSamplingOptions):
     )
     discrete_flow_shift: float = redeclare(FlowSamplingOptions, "discrete_flow_shift", 6.0)
 
+
+FILES: tuple[ModelFile, ...] = (
+    ModelFile(BASE, "Comfy-Org/Lumina_Image_2.0_Repackaged", "lumina_2_model_bf16.safetensors", 5.2, "Apache-2.0"),
+    ModelFile("gemma2", "Comfy-Org/Lumina_Image_2.0_Repackaged", "gemma_2_2b_fp16.safetensors", 5.2, "Gemma"),
+    ModelFile("ae", "Comfy-Org/z_image_turbo", "ae.safetensors", 0.34, "Apache-2.0"),
+)
+"""Where the base models and their parts are to be had."""
 
 INSTEAD: Mapping[str, str] = {
     "dit": "use --pretrained_model_name_or_path",

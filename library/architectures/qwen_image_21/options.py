@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from library.options.base import group, option, redeclare
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
+from library.options.model import BASE, ModelFile
 from library.options.training.flow import FlowSamplingOptions
 
 
@@ -27,6 +28,13 @@ class QwenImage21SamplingOptions(FlowSamplingOptions):
 
     timestep_sampling: str = redeclare(FlowSamplingOptions, "timestep_sampling", "shift")
 
+
+FILES: tuple[ModelFile, ...] = (
+    ModelFile(BASE, "Comfy-Org/Qwen-Image-2.1", "qwen_image_2.1_bf16.safetensors", 13.3, "Apache-2.0"),
+    ModelFile("text_encoder", "Comfy-Org/Qwen-Image-2.1", "qwen3vl_8b_bf16.safetensors", 16.3, "Apache-2.0"),
+    ModelFile("vae", "Comfy-Org/Qwen-Image-2.1", "qwen_image_2.1_vae_bf16.safetensors", 1.3, "Apache-2.0"),
+)
+"""Where the base models and their parts are to be had."""
 
 INSTEAD: Mapping[str, str] = {
     **ALTERNATIVES,

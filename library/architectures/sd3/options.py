@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from library.options.base import Options, group, option
 from library.options.caching import TextCachingOptions
-from library.options.model import ReadingOptions
+from library.options.model import BASE, ModelFile, ReadingOptions
 from library.options.train import TrainOptions
 from library.options.training.flow import FlowWeightingOptions, TimestepPreviewOptions
 
@@ -102,6 +102,27 @@ class Sd3TrainingOptions(Options):
         help="Shift of the drawn noise levels toward pure noise: 1 leaves them unchanged, SD3 generates images with 3.",
     )
 
+
+FILES: tuple[ModelFile, ...] = (
+    ModelFile(
+        BASE, "stabilityai/stable-diffusion-3.5-medium", "sd3.5_medium.safetensors", 5.1, "Stability AI Community"
+    ),
+    ModelFile(
+        BASE, "stabilityai/stable-diffusion-3.5-large", "sd3.5_large.safetensors", 16.5, "Stability AI Community"
+    ),
+    ModelFile(BASE, "stabilityai/stable-diffusion-3-medium", "sd3_medium.safetensors", 4.3, "Stability AI Community"),
+    ModelFile("clip_l", "stabilityai/stable-diffusion-3.5-medium", "clip_l.safetensors", 0.25, "MIT"),
+    ModelFile("clip_g", "stabilityai/stable-diffusion-3.5-medium", "clip_g.safetensors", 1.4, "MIT"),
+    ModelFile(
+        "t5xxl",
+        "stabilityai/stable-diffusion-3.5-medium",
+        "t5xxl_fp16.safetensors",
+        9.8,
+        "Apache-2.0",
+        is_optional=True,
+    ),
+)
+"""Where the base models and their parts are to be had."""
 
 INSTEAD: Mapping[str, str] = {
     "dit": "use --pretrained_model_name_or_path",

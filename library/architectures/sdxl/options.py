@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from library.models.unet.options import INSTEAD as INSTEAD
 from library.options.base import Options, group, option
 from library.options.caching import TextCachingOptions
-from library.options.model import ReadingOptions
+from library.options.model import BASE, ModelFile, ReadingOptions
 from library.options.train import TrainOptions
 
 
@@ -29,3 +29,11 @@ class SdxlOptions(TrainOptions):
     text_caching: TextCachingOptions = group(TextCachingOptions)
     reading: ReadingOptions = group(ReadingOptions)
     sizes: SdxlSizeOptions = group(SdxlSizeOptions)
+
+
+FILES: tuple[ModelFile, ...] = (
+    ModelFile(
+        BASE, "stabilityai/stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors", 6.9, "CreativeML Open RAIL++-M"
+    ),
+)
+"""Where the base models and their parts are to be had."""

@@ -227,6 +227,12 @@ def script_name(parser: argparse.ArgumentParser) -> str:
     return getattr(describe_other_options(parser), "name", parser.prog)
 
 
+def suggest_files(parser: argparse.ArgumentParser, message: str) -> str:
+    """Return where the files that a message misses are to be had, or ""."""
+    find = getattr(describe_other_options(parser), "suggest_files", None)
+    return "" if find is None else str(find(message))
+
+
 def unset_empty(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Replace empty strings and lists, which front ends pass for empty fields, with None if that is the default."""
     optional = {action.dest for action in parser._actions if action.default is None}

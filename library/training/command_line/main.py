@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from library.diffusion.flow import FlowMatching
-from library.errors import UserError
+from library.errors import NotThere, UserError
 from library.options.model import BASE_FLAG
 from library.options.train import TrainOptions
 from library.protocols import Architecture, LatentSpec
-from library.training.command_line.cli import from_program, parse
+from library.training.command_line.cli import from_program, parse, suggest_files
 from library.training.command_line.console import forgive_write_errors
 from library.training.command_line.replaced import refuse_replaced
 from library.training.command_line.training import train_as_asked
@@ -59,6 +59,9 @@ def main(
         return interruption.exit_status
     except Exception as error:
         report_error(error, args)
+        is_missing = isinstance(error, NotThere) or isinstance(error.__cause__, NotThere)
+        if is_missing and (files := suggest_files(parser, str(error))):
+            logger.error("%s", files)
         return 1
     finally:
         interruption.disarm()
