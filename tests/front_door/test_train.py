@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
-from tests.running import make_images
+from tests.running import Finished, make_images
 from tests.tiny.bases import BASES
 from tests.tiny.pipelines import build_tiny_pipeline
 
@@ -69,13 +69,15 @@ def build_base(name: str, folder: Path) -> str:
     return arguments[arguments.index("--pretrained_model_name_or_path") + 1]
 
 
-CASES = [
-    (name, [*KINDS][number % len(KINDS)]) for number, name in enumerate(("sd", *sorted({*BASES} - {"sd"}), GENERIC))
-]
+NAMES = ("qwen_image_21", "flux", "sd3", "lumina", "zimage", GENERIC)  # quick ones, with every kind of folder
+OTHERS = sorted({*BASES}.difference(NAMES))
+CASES = [(name, [*KINDS][number % len(KINDS)]) for number, name in enumerate((*NAMES, *OTHERS))]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("base", "kind"), CASES)
+@pytest.mark.parametrize(
+    ("base", "kind"),
+    [pytest.param(*case, marks=pytest.mark.slow if case[0] in NAMES else pytest.mark.nightly) for case in CASES],
+)
 def test_a_folder_of_photos_becomes_an_adapter_that_draws(
     base: str, kind: str, tmp_path: Path, fresh_process: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,3 +98,24 @@ def test_a_folder_of_photos_becomes_an_adapter_that_draws(
     assert all(path.read_bytes() == content for path, content in before.items())
     assert ("broken.jpg, cannot be read" in printed) == (kind == "damaged")
     assert "photos    " in printed and f"Use {out / 'mine.safetensors'}" in printed
+
+
+@pytest.mark.slow
+def test_the_script_trains_the_same_from_the_file_that_is_written(
+    tmp_path: Path, fresh_process: None, request: pytest.FixtureRequest
+) -> None:
+    run_script: Callable[..., Finished] = request.getfixturevalue("train")
+    write_turned(tmp_path)
+    base, out = build_base("sd3", tmp_path / ".base"), tmp_path / "out"
+    words = [str(tmp_path), "--base", base, "--steps", "2", "--output_dir", str(out), "--name", "mine", "--yes"]
+    assert train.main(words) == 0
+    config = (out / "mine.toml").read_text()
+    assert "fit" not in config and "mine-dataset.toml" in config
+    again = ["--config_file", str(out / "mine.toml"), "--output_dir", str(tmp_path / "again")]
+    assert run_script(again, "sd3_train_network").status == 0
+    first, second = (load_file(folder / "mine.safetensors") for folder in (out, tmp_path / "again"))
+    assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+    assert train.main(words) == 0  # its own files are replaced
+    (out / "mine-prompts.txt").write_text("my own prompts")
+    assert train.main(words) == 1
+    assert (out / "mine-prompts.txt").read_text() == "my own prompts"

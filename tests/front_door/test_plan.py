@@ -1,0 +1,175 @@
+"""What train.py decides before it trains: recipe, steps, size, captions, parts, prediction."""
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import train
+from library.architectures.specs import list_specs
+from library.errors import UserError
+from tests.front_door.test_train import GENERIC, KINDS, build_base
+from tests.tiny.bases import BASES
+from tools.front_door.base import Base, choose_recipe, read_prediction, recognise
+from tools.front_door.parts import find_parts
+from tools.front_door.photos import Trigger, find_photos, parse_trigger, suggest_trigger
+from tools.front_door.plan import choose_side
+from tools.recipes import interpolate_steps
+
+HEARTS, TOY = "configs/quickstart/dataset", "configs/quickstart/toy_base"
+
+
+def base_of(spec: str, name: str, *tensors: str) -> Base:
+    (found,) = (candidate for candidate in list_specs() if candidate.name == spec)
+    return Base(name, Path(name), found, frozenset(tensors))
+
+
+@pytest.mark.parametrize(
+    ("base", "kind", "recipe"),
+    [
+        (base_of("sd1", "/m/v1-5-pruned.safetensors"), "style", "sd15_style"),
+        (base_of("sd1", "/m/toy_base"), "character", "toy_character"),
+        (base_of("sd2", "/m/v2-1_768.safetensors"), "style", "sd2_character"),  # the only one
+        (base_of("sdxl", "/m/sd_xl_base_1.0.safetensors"), "character", "sdxl_character"),
+        (base_of("sdxl", "/m/waiNSFWIllustrious_v140.safetensors"), "style", "sdxl_anime_style"),
+        (base_of("sd3", "/m/a.safetensors", "joint_blocks.37.x"), "style", "sd35_large_style"),
+        (base_of("sd3", "/m/a.safetensors", "joint_blocks.3.x_block.attn2.qkv"), "style", "sd35_medium_style"),
+        (base_of("sd3", "/m/a.safetensors", "joint_blocks.3.x"), "style", "sd3_medium_character"),
+        (base_of("flux", "/m/flux1-dev.safetensors"), "character", "flux_character"),
+        (base_of("chroma", "/m/Chroma1-HD.safetensors"), "character", "chroma_character"),
+        (base_of("any_pipeline", "/m/pixart"), "style", "diffusers_character"),
+    ],
+)
+def test_the_recipe_that_suits_the_base_is_taken(base: Base, kind: str, recipe: str) -> None:
+    assert choose_recipe(base, kind).name == recipe  # type: ignore[arg-type]
+
+
+def test_every_base_model_has_a_recipe() -> None:
+    for spec in list_specs():
+        assert choose_recipe(base_of(spec.name, "/m/a.safetensors"), "character").script == spec.script
+
+
+@pytest.mark.parametrize(
+    ("num_images", "steps"), [(15, 1200), (30, 1800), (100, 3500), (21, 1460), (200, 5130), (5, 630)]
+)
+def test_steps_between_those_of_the_recipe_lie_on_a_curve(num_images: int, steps: int) -> None:
+    assert interpolate_steps({15: 1200, 30: 1800, 100: 3500}, num_images) == steps
+
+
+@pytest.mark.parametrize(
+    ("name", "distilled"),
+    [("z_image_turbo_bf16", True), ("flux2-klein-4b", True), ("flux2-klein-base-4b", False), ("sdxl_lightning", True),
+     ("flux1-schnell", True), ("flux1-dev", False), ("raw", False), ("ponyDiffusionV6XL", False)],
+)  # fmt: skip
+def test_a_distilled_base_is_noticed_by_its_name(name: str, distilled: bool) -> None:
+    assert base_of("sdxl", f"/m/{name}.safetensors").is_distilled is distilled
+
+
+def test_photos_that_cannot_be_trained_on_are_left_out_with_the_reason(tmp_path: Path) -> None:
+    KINDS["damaged"](tmp_path)
+    (tmp_path / "clip.psd").write_bytes(b"8BPS")
+    (tmp_path / ".thumbnails").mkdir()
+    (folder,) = find_photos(tmp_path)
+    assert len(folder.photos) == 3
+    reasons = {path.name: reason for path, reason in folder.left_out}
+    assert "cannot be read" in reasons["broken.jpg"] and "unsupported" in reasons["clip.psd"]
+
+
+@pytest.mark.parametrize(
+    ("captions", "prefix", "without_caption"),
+    [
+        ([], None, "mycat, a cat"),
+        (["a cat on a sofa", "asleep"], "mycat,", "a cat"),
+        (["mycat on a sofa", "a sofa"], None, "mycat, a cat"),
+    ],
+)
+def test_the_trigger_goes_before_captions_that_lack_it(
+    captions: list[str], prefix: str | None, without_caption: str, tmp_path: Path
+) -> None:
+    for number in range(3):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    for number, caption in enumerate(captions):
+        (tmp_path / f"{number}.txt").write_text(caption)
+    (folder,) = find_photos(tmp_path)
+    described = folder.describe(parse_trigger(" mycat , a cat"))
+    assert described.get("caption_prefix") == prefix and described["class_tokens"] == without_caption
+
+
+def test_repeats_and_trigger_come_from_the_folders_of_sd_scripts(tmp_path: Path) -> None:
+    KINDS["nested"](tmp_path)
+    folders = find_photos(tmp_path)
+    trigger = suggest_trigger(tmp_path, folders)
+    assert trigger == Trigger("mycat", "cat")
+    assert sorted(folder.describe(trigger)["num_repeats"] for folder in folders if folder.photos) == [1, 3]
+    assert suggest_trigger(Path("/a/My photos (2)"), []) == Trigger("myphotos2")
+
+
+def test_small_photos_are_trained_at_their_own_size(tmp_path: Path) -> None:
+    recipe = choose_recipe(base_of("sdxl", "/m/a.safetensors"), "character")
+    for side, expected in ((1600, 1024), (600, 1024), (300, 256)):
+        folder = tmp_path / str(side)
+        folder.mkdir()
+        Image.new("RGB", (side, side)).save(folder / "a.png")
+        assert choose_side(base_of("sdxl", "/m/a.safetensors"), recipe, find_photos(folder)) == expected
+
+
+def test_the_marker_tensors_of_a_checkpoint_tell_its_prediction(tmp_path: Path) -> None:
+    path = tmp_path / "noob.safetensors"
+    save_file({"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, path)
+    marked = read_prediction(Base(str(path), path, base_of("sdxl", "x").spec, frozenset(("v_pred", "ztsnr"))))
+    assert marked is not None and marked.values == {"v_parameterization": True, "zero_terminal_snr": True}
+    save_file({"a": torch.zeros(1)}, path, {"modelspec.prediction_type": "epsilon"})
+    told = read_prediction(Base(str(path), path, base_of("sdxl", "x").spec, frozenset(("a",))))
+    assert told is not None and told.values == {"v_parameterization": False}
+
+
+def test_parts_are_found_in_comfyuis_folders_and_told_by_their_content(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    words = BASES["flux"].build(models)
+    files = dict(zip(words[::2], words[1::2], strict=True))
+    for flag, folder, name in (
+        ("--pretrained_model_name_or_path", "diffusion_models", "f.safetensors"),
+        ("--clip_l", "text_encoders", "one.safetensors"),
+        ("--t5xxl", "text_encoders", "clip_l.safetensors"),  # a misleading name
+        ("--ae", "vae", "mine.safetensors"),
+    ):
+        (models / folder).mkdir(exist_ok=True)
+        Path(files[flag]).rename(models / folder / name)
+    base = recognise(str(models / "diffusion_models" / "f.safetensors"))
+    parser = import_module(base.spec.script.removesuffix(".py")).setup_parser()
+    options = base.spec.options.from_args(parser.parse_args(["--pretrained_model_name_or_path", base.name]))
+    found = find_parts(base, options, None)
+    assert {flag: Path(path).name for flag, path in found.items()} == {
+        "clip_l": "one.safetensors", "t5xxl": "clip_l.safetensors", "ae": "mine.safetensors",
+    }  # fmt: skip
+    (models / "vae" / "mine.safetensors").unlink()
+    with pytest.raises(UserError, match=r"--ae is missing.*--models.*ae\.safetensors of .* \(0\.34 GB"):
+        find_parts(base, options, None)
+
+
+def test_a_pipeline_without_a_family_is_recognised(tmp_path: Path) -> None:
+    base = recognise(build_base(GENERIC, tmp_path))
+    assert base.spec.script == "diffusers_train_network.py" and base.title == GENERIC
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["no_such_folder", "--base", TOY], "is no folder"),
+        (["configs/leco", "--base", TOY], "has no photos that can be read"),
+        ([HEARTS, "--base", "no.safetensors"], "--base no.safetensors does not exist"),
+        ([HEARTS, "--base", TOY, "--steps", "0"], "--steps is 0"),
+        ([HEARTS, "--base", TOY, "--trigger", ", a cat"], "has no word"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_before_any_work(words: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*words, "--yes"]) == 1
+    assert error in capsys.readouterr().err
+
+
+def test_steps_and_minutes_exclude_each_other() -> None:
+    with pytest.raises(SystemExit):
+        train.main([HEARTS, "--base", "x", "--steps", "5", "--minutes", "5"])
