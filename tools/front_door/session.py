@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 from library.errors import UserError
 from tools.front_door.base import choose_recipe, recognise
+from tools.front_door.captioner import write_captions
 from tools.front_door.photos import PhotoFolder, Trigger, clean, find_photos, parse_trigger, suggest_trigger
 from tools.front_door.plan import Files, Wishes, describe_plan, make_plan
 from tools.front_door.training import choose_files, train
@@ -18,6 +19,8 @@ def train_photos(args: argparse.Namespace) -> int:
     check_length(args)
     asks = not args.yes and sys.stdin.isatty() and sys.stdout.isatty()
     base, folders = recognise(args.base), find_photos(args.photos)
+    if args.caption and write_captions(folders):
+        folders = find_photos(args.photos)
     recipe = choose_recipe(base, args.kind)
     trigger = choose_trigger(args.trigger, args.photos, folders, asks)
     files = choose_files(args.output_dir, args.name, clean(args.photos.absolute().name))
