@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from library.architectures.any_pipeline.targets import BASE as ANY_PIPELINE
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.base_model import BaseModel
@@ -17,10 +16,10 @@ def find_base(flag: str, name: str, *parts: str) -> tuple[Path, BaseModelSpec]:
     Raises UserError naming `flag` if the checkpoint is missing, broken or of an unknown base model.
     """
     specs, path = list_specs(), model_lookup.find_model(flag, name, [(part,) for part in parts])
-    # A pipeline that no package trains has the spec of any pipeline; a U-Net's weights tell more than a name.
+    # A pipeline without a package gets the general spec; a U-Net's weights tell more than a name.
     pipeline = model_lookup.read_json(path / "model_index.json").get("_class_name", "") if path.is_dir() else ""
     if pipeline and not bases_of_pipeline(specs, pipeline) and not (path / "unet").is_dir():
-        return path, find_spec(specs, ANY_PIPELINE)
+        return path, next(spec for spec in specs if spec.is_general)
     return path, base_of_checkpoint(specs, flag, path)
 
 

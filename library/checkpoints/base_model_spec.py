@@ -132,6 +132,11 @@ class BaseModelSpec:
     folders: tuple[str, ...] = ()  # identify a diffusers folder with a U-Net that names no pipeline
     variants: Mapping[str, str] = field(default_factory=dict)  # pattern of names -> unsupported model that has them
 
+    @property
+    def is_general(self) -> bool:
+        """True for pipelines that have no spec of their own: it recognises no file and no pipeline."""
+        return not self.checkpoint and not self.pipelines
+
 
 def recognise(
     specs: Sequence[BaseModelSpec],

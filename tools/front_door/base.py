@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from library.architectures.any_pipeline.options import SCRIPT as ANY_PIPELINE
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.base_model_spec import BaseModelSpec
@@ -51,8 +50,8 @@ class Base:
 
     @property
     def title(self) -> str:
-        is_any = self.spec.script == ANY_PIPELINE
-        return read_json(self.path / "model_index.json")["_class_name"] if is_any else self.spec.title
+        pipeline = read_json(self.path / "model_index.json").get("_class_name") if self.spec.is_general else None
+        return str(pipeline or self.spec.title)
 
     @property
     def called(self) -> str:
@@ -142,7 +141,7 @@ def find_prediction(
 ) -> Predicted | None:
     """Return what the base predicts: as asked for, as its files say, else as measured. None if only one thing is
     possible, as for flow models. Raises UserError if the measurement is not clear."""
-    if not isinstance(arch.objective, DDPM) or base.spec.script == ANY_PIPELINE:
+    if not isinstance(arch.objective, DDPM) or base.spec.is_general:
         return None
     if asked is not None:
         return Predicted(asked, "--prediction")

@@ -11,7 +11,6 @@ from typing import Any
 import psutil
 import torch
 
-from library.architectures.any_pipeline.options import SCRIPT as ANY_PIPELINE
 from library.checkpoints.files import atomic_path
 from library.checkpoints.overwriting import known_by_start
 from library.errors import UserError
@@ -213,7 +212,7 @@ def with_fit(plan: Plan, options: TrainOptions, arch: Architecture, formats: Seq
     """Return the plan with the fastest settings that fit this machine's GPU; elsewhere only its time is predicted."""
     data = open_training_data(options, arch, options.run.seed or 0, 1)
     sizes, device = data.sizes, find_device()
-    if plan.base.spec.script == ANY_PIPELINE or sizes is None:
+    if plan.base.spec.is_general or sizes is None:
         return plan
     if device.type == "cuda":
         options = options.with_values({"fit": "auto", "fit_formats": formats})
