@@ -37,7 +37,8 @@ def interpolate_steps(steps: Mapping[int, int], num_images: int) -> int:
     end = min(max(bisect_left(images, num_images), 1), len(images) - 1)
     low, high = images[end - 1], images[end]
     power = log(steps[high] / steps[low]) / log(high / low)
-    return max(10, 10 * round(steps[low] * (num_images / low) ** power / 10))
+    tens: float = steps[low] * (num_images / low) ** power / 10
+    return 10 * max(1, round(tens))
 
 
 def check_steps(recipe: Recipe) -> None:

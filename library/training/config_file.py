@@ -222,7 +222,8 @@ def format_config(values: Mapping[str, Any]) -> str:
 
     encoder = toml.TomlEncoder()
     encoder.dump_funcs[str] = basic_string
-    return toml.dumps({k: str(v) if isinstance(v, Path) else v for k, v in values.items()}, encoder)
+    text: str = toml.dumps({k: str(v) if isinstance(v, Path) else v for k, v in values.items()}, encoder)
+    return text
 
 
 def basic_string(text: str) -> str:

@@ -20,11 +20,13 @@ def build_tiny_captioner(folder: Path) -> str:
         Florence2ForConditionalGeneration,
         Florence2Processor,
         Florence2VisionConfig,
+        PreTrainedTokenizerFast,
     )
 
-    words = tokenizer()
-    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    words.image_token, words.image_token_id = "<image>", words.convert_tokens_to_ids("<image>")
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer()._tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        bos_token="<bos>", extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
     sight = Florence2VisionConfig(
         depths=(1, 1, 1, 1), embed_dim=(8, 8, 8, 16), num_heads=(2, 2, 2, 2), num_groups=(2, 2, 2, 2), window_size=4,
         projection_dim=16,

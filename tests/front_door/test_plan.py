@@ -138,6 +138,8 @@ def test_parts_are_found_in_comfyuis_folders_and_told_by_their_content(tmp_path:
     ):
         (models / folder).mkdir(exist_ok=True)
         Path(files[flag]).rename(models / folder / name)
+    for tokenizer in models.glob("tokenizer*"):
+        tokenizer.rename(models / "diffusion_models" / tokenizer.name)
     base = recognise(str(models / "diffusion_models" / "f.safetensors"))
     parser = import_module(base.spec.script.removesuffix(".py")).setup_parser()
     options = base.spec.options.from_args(parser.parse_args(["--pretrained_model_name_or_path", base.name]))

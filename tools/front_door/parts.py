@@ -80,10 +80,10 @@ def likeness(path: Path, usual: str) -> float:
 def is_accepted(base: Base, options: TrainOptions, flag: str, path: Path) -> bool:
     """Return True if the base model takes the file as this part, whatever else is missing; only headers are read."""
     try:
-        missing = find_missing(base, options.with_values({flag: str(path)}))
-    except UserError:
-        return False
-    return missing is None or missing[0] != flag
+        base.spec.build(options.with_values({flag: str(path)}))
+    except UserError as error:
+        return f"--{flag}" not in str(error)
+    return True
 
 
 def list_roots(base: Path, models: Path | None) -> list[Path]:

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from library.data.decoding.images import read_pixels
-from library.data.description.image_extensions import group_unread, list_unread
+from library.data.description.image_extensions import list_unread, plugin_for
 from library.data.sources.folders.listing import list_files
 from library.data.sources.folders.reading import read_caption, read_image_size
 from library.errors import UserError
@@ -96,8 +96,9 @@ def open_folder(path: Path) -> PhotoFolder | None:
     with ThreadPoolExecutor() as threads:
         problems = dict(zip(all_photos, threads.map(find_problem, all_photos), strict=True))
     left_out = [(file, problem) for file, problem in problems.items() if problem is not None]
-    for reason, names in group_unread(list_unread(files.aside)).items():
-        left_out += [(path / name, reason) for name in names]
+    for name in list_unread(files.aside):
+        plugin = plugin_for(name)
+        left_out.append((path / name, f"needs {plugin}" if plugin else "unsupported: convert it to .png or .jpg"))
     if not problems and not left_out:
         return None
     photos = tuple(file for file, problem in problems.items() if problem is None)

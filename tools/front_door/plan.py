@@ -14,10 +14,9 @@ import torch
 from library.checkpoints.files import atomic_path
 from library.checkpoints.overwriting import known_by_start
 from library.errors import UserError
-from library.formatting import format_count
+from library.formatting import format_count, format_gib
 from library.memory.devices import DTYPES
 from library.memory.planner.measured import benchmark_gpu
-from library.memory.planner.table import format_gib
 from library.options.train import TrainOptions
 from library.processes import ALONE
 from library.protocols import Architecture
