@@ -13,10 +13,10 @@ from library.architectures.specs import list_specs
 from library.errors import UserError
 from tests.front_door.test_train import GENERIC, KINDS, build_base
 from tests.tiny.bases import BASES
-from tools.front_door.base import Base, choose_recipe, read_prediction, recognise
+from tools.front_door.base import Base, choose_recipe, measure_prediction, read_prediction, recognise
 from tools.front_door.parts import find_parts
 from tools.front_door.photos import Trigger, find_photos, parse_trigger, suggest_trigger
-from tools.front_door.plan import choose_side
+from tools.front_door.plan import Files, Plan, choose_side, choose_values, write_prompts
 from tools.recipes import interpolate_steps
 
 HEARTS, TOY = "configs/quickstart/dataset", "configs/quickstart/toy_base"
@@ -124,6 +124,16 @@ def test_the_marker_tensors_of_a_checkpoint_tell_its_prediction(tmp_path: Path) 
     save_file({"a": torch.zeros(1)}, path, {"modelspec.prediction_type": "epsilon"})
     told = read_prediction(Base(str(path), path, base_of("sdxl", "x").spec, frozenset(("a",))))
     assert told is not None and told.values == {"v_parameterization": False}
+
+
+@pytest.mark.slow
+def test_the_losses_of_a_trained_base_tell_that_it_predicts_noise(tmp_path: Path, fresh_process: None) -> None:
+    base, folders = recognise(TOY), find_photos(Path(HEARTS))
+    recipe, trigger = choose_recipe(base, "character"), Trigger("heart")
+    values = {**choose_values(recipe, 64, 32, 10), **base.values}
+    plan = Plan(base, recipe, folders, trigger, values, write_prompts(recipe, trigger, 64), None, None)
+    measured = measure_prediction(base, plan.read(Files(tmp_path, "mine")))
+    assert measured.prediction == "epsilon" and "on 5 photos" in measured.why
 
 
 def test_parts_are_found_in_comfyuis_folders_and_told_by_their_content(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """The base model of a run: what it is, what it predicts, and the recipe that suits it."""
 
+import gc
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
@@ -151,6 +154,9 @@ def find_prediction(
 def measure_prediction(base: Base, options: TrainOptions) -> Predicted:
     """Compare the base's losses on a few photos as noise and as velocity; the smaller is what it learned."""
     losses = {prediction: measure_loss(base, options, prediction) for prediction in ("epsilon", "v")}
+    if torch.cuda.is_available():  # the planner counts what is free for other programs
+        gc.collect()
+        torch.cuda.empty_cache()
     best: Prediction = "epsilon" if losses["epsilon"] < losses["v"] else "v"
     told = f"loss {losses['epsilon']:.3f} as noise, {losses['v']:.3f} as velocity on {NUM_MEASURED} photos"
     if min(losses.values()) > CLEAR * max(losses.values()):
