@@ -40,7 +40,10 @@ def build_tiny_captioner(folder: Path) -> str:
         text_config=text.to_dict(), vision_config=sight.to_dict(), image_token_id=words.image_token_id
     )
     torch.manual_seed(3)
-    Florence2ForConditionalGeneration(config).save_pretrained(folder)
+    model = Florence2ForConditionalGeneration(config)
+    model.generation_config.min_new_tokens = 4
+    model.generation_config.suppress_tokens = [*range(5), *range(99, WORDS)]  # neither blanks nor special tokens
+    model.save_pretrained(folder)
     size = {"height": 64, "width": 64}
     images = CLIPImageProcessor(size=size, crop_size=size, image_seq_length=5)
     Florence2Processor(images, words).save_pretrained(folder)

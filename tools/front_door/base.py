@@ -131,12 +131,12 @@ class Predicted:
 def read_prediction(base: Base) -> Predicted | None:
     """Return what the base's files say that it predicts, or None."""
     if base.path.is_dir():
-        told = read_json(base.path / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
-        return Predicted("v" if told == "v_prediction" else "epsilon", "its scheduler says so")
+        stated = read_json(base.path / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
+        return Predicted("v" if stated == "v_prediction" else "epsilon", "its scheduler says so")
     if V_MARK in base.tensors:
         return Predicted("v", f"it has the tensor {V_MARK}", TERMINAL_MARK in base.tensors)
-    told = read_metadata(base.path).get("modelspec.prediction_type") if is_safetensors(base.path) else None
-    return Predicted("v" if told == "v" else "epsilon", "its metadata say so") if told in ("v", "epsilon") else None
+    stated = read_metadata(base.path).get("modelspec.prediction_type") if is_safetensors(base.path) else None
+    return Predicted("v" if stated == "v" else "epsilon", "its metadata say so") if stated in ("v", "epsilon") else None
 
 
 def find_prediction(
@@ -158,13 +158,13 @@ def measure_prediction(base: Base, options: TrainOptions) -> Predicted:
         gc.collect()
         torch.cuda.empty_cache()
     best: Prediction = "epsilon" if losses["epsilon"] < losses["v"] else "v"
-    told = f"loss {losses['epsilon']:.3f} as noise, {losses['v']:.3f} as velocity on {NUM_MEASURED} photos"
+    stated = f"loss {losses['epsilon']:.3f} as noise, {losses['v']:.3f} as velocity on {NUM_MEASURED} photos"
     if min(losses.values()) > CLEAR * max(losses.values()):
         raise UserError(
-            f"{FLAG} {base.name}: it is not clear whether it predicts noise or velocity ({told}); its page says "
+            f"{FLAG} {base.name}: it is not clear whether it predicts noise or velocity ({stated}); its page says "
             "which: give --prediction epsilon or --prediction v"
         )
-    return Predicted(best, told)
+    return Predicted(best, stated)
 
 
 def measure_loss(base: Base, options: TrainOptions, prediction: str) -> float:

@@ -36,6 +36,9 @@ def write_captions(folders: Sequence[PhotoFolder], model_name: str = MODEL) -> i
     for photo, target in targets:
         pixels, _ = read_pixels(str(photo), photo.read_bytes())
         caption = describe_image(model, processor, Image.fromarray(pixels))
+        if not caption:  # an empty file would train the photo without the trigger
+            print(f"{photo.name}: no caption was found", flush=True)
+            continue
         with atomic_path(target) as unfinished:
             unfinished.write_text(caption + "\n", encoding="utf-8")
         print(f"{target.name}: {caption}", flush=True)

@@ -82,7 +82,7 @@ def is_accepted(base: Base, options: TrainOptions, flag: str, path: Path) -> boo
     try:
         base.spec.build(options.with_values({flag: str(path)}))
     except UserError as error:
-        return f"--{flag}" not in str(error)
+        return f"--{flag}" not in str(error) and str(path) not in str(error)
     return True
 
 

@@ -274,13 +274,13 @@ def describe_size(plan: Plan) -> str:
 def describe_photos(folders: Sequence[PhotoFolder]) -> str:
     used, left_out = sum(len(f.photos) for f in folders), [item for f in folders for item in f.left_out]
     where = str(folders[0].path) if len(folders) == 1 else format_count(len(folders), "folder")
-    told = f"{used} of {used + len(left_out)} in {where}"
+    text = f"{used} of {used + len(left_out)} in {where}"
     reasons: dict[str, list[str]] = {}
     for path, reason in left_out:
         reasons.setdefault(reason, []).append(path.name)
     for reason, names in reasons.items():
-        told += f"; left out: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "") + f", {reason}"
-    return told
+        text += f"; left out: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "") + f", {reason}"
+    return text
 
 
 def describe_captions(folders: Sequence[PhotoFolder], trigger: Trigger) -> str:
@@ -288,8 +288,8 @@ def describe_captions(folders: Sequence[PhotoFolder], trigger: Trigger) -> str:
     if not num_captions:
         return f'none: every photo is "{trigger.text}"'
     is_put_before = any(folder.puts_before(trigger) for folder in folders)
-    told = f'{num_captions} of {num_photos} photos, "{trigger.word}" ' + ("put before" if is_put_before else "in them")
-    return told + (f'; the others are "{trigger.text}"' if num_captions < num_photos else "")
+    text = f'{num_captions} of {num_photos} photos, "{trigger.word}" ' + ("put before" if is_put_before else "in them")
+    return text + (f'; the others are "{trigger.text}"' if num_captions < num_photos else "")
 
 
 def describe_cost(plan: Plan) -> str:
