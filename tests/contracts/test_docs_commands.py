@@ -95,11 +95,7 @@ def check_command(command: str) -> None:
             return  # always installed; find_spec would make setuptools drop its distutils
         case ["python3" | "python", "-m", module, *_]:
             assert importlib.util.find_spec(module) is not None, f"the requirements bring no module {module}"
-        case ["python3" | "python", "tools/start.py", "train", *arguments] | [
-            "python3" | "python",
-            "train.py",
-            *arguments,
-        ]:
+        case ["python3", "tools/start.py", "train", *arguments] | ["python3", "train.py", *arguments]:
             parse(train.setup_parser(), arguments)
         case ["python3" | "python", "tools/start.py", *arguments]:
             parse(start.setup_parser(), start.split_at_dashes(arguments)[0])

@@ -34,14 +34,14 @@ def build_tiny_captioner(folder: Path) -> str:
     text = BartConfig(
         vocab_size=WORDS, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, pad_token_id=0, bos_token_id=3,
-        eos_token_id=1, decoder_start_token_id=3, forced_eos_token_id=1,
+        eos_token_id=1, decoder_start_token_id=3,
     )  # fmt: skip
     config = Florence2Config(
         text_config=text.to_dict(), vision_config=sight.to_dict(), image_token_id=words.image_token_id
     )
     torch.manual_seed(3)
     model = Florence2ForConditionalGeneration(config)
-    model.generation_config.min_new_tokens = 4
+    model.generation_config.min_new_tokens, model.generation_config.forced_eos_token_id = 4, None
     model.generation_config.suppress_tokens = [*range(5), *range(99, WORDS)]  # neither blanks nor special tokens
     model.save_pretrained(folder)
     size = {"height": 64, "width": 64}

@@ -33,6 +33,7 @@ def write_captions(folders: Sequence[PhotoFolder], model_name: str = MODEL) -> i
         return 0
     print(f"captions by {DESCRIPTION}, of {model_name}", flush=True)
     model, processor = load_captioner(model_name)
+    num_written = 0
     for photo, target in targets:
         pixels, _ = read_pixels(str(photo), photo.read_bytes())
         caption = describe_image(model, processor, Image.fromarray(pixels))
@@ -41,8 +42,9 @@ def write_captions(folders: Sequence[PhotoFolder], model_name: str = MODEL) -> i
             continue
         with atomic_path(target) as unfinished:
             unfinished.write_text(caption + "\n", encoding="utf-8")
+        num_written += 1
         print(f"{target.name}: {caption}", flush=True)
-    return len(targets)
+    return num_written
 
 
 def load_captioner(name: str) -> tuple[Any, Any]:
