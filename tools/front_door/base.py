@@ -22,6 +22,7 @@ from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.training.command_line.recipes import Recipe, list_recipes, read_raw_values
 from library.training.models.opening import open_data_plan
+from library.training.models.text_caching import TextPlan
 from library.training.offline.file_losses import losses_of_files
 from tools.base_models import find_base
 from tools.contact_sheet import find_device
@@ -174,11 +175,12 @@ def measure_loss(base: Base, options: TrainOptions, prediction: str) -> float:
     values = {name: value for name, value in in_memory.items() if name in known}
     options = options.with_values({**values, "v_parameterization": prediction == "v"})
     arch, seed = base.spec.build(options), options.run.seed or 0
-    num_photos = len(open_data_plan(options, arch, seed, 1).samples)
+    text = TextPlan.resolve(options.network, arch.text_cache)
+    num_photos = len(open_data_plan(options, arch, text, seed, 1).samples)
     share = min(NUM_MEASURED, max(num_photos - 1, 1)) / num_photos if num_photos > 1 else 0.0
     options = options.with_values({"validation_split": share})
-    plan = open_data_plan(options, arch, seed, 1)
-    _, losses = losses_of_files(options, arch, plan, seed, [None], find_device())
+    plan = open_data_plan(options, arch, text, seed, 1)
+    _, losses = losses_of_files(options, text, arch, plan, seed, [None], find_device())
     measured = next(losses)
     losses_NL = measured.trained_NL if measured.held_out_NL is None else measured.held_out_NL
     assert losses_NL is not None

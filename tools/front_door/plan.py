@@ -27,6 +27,7 @@ from library.training.config_file import format_config
 from library.training.evaluation.choice import MIN_IMAGES
 from library.training.models.check_batches import mute_logging
 from library.training.models.opening import native_sides, open_training_data
+from library.training.models.requests import RequestedRun
 from library.training.planning.fit import Fit, fit_to
 from library.training.planning.fit_run import count_adapter_run, fit_run, largest_batch
 from library.training.planning.settings import describe
@@ -209,18 +210,19 @@ def write_prompts(recipe: Recipe, trigger: Trigger, side: int) -> str:
 
 def with_fit(plan: Plan, options: TrainOptions, arch: Architecture, formats: Sequence[str] | None) -> Plan:
     """Return the plan with the fastest settings that fit this machine's GPU; elsewhere only its time is predicted."""
-    data = open_training_data(options, arch, options.run.seed or 0, 1)
+    run = RequestedRun.resolve([options], arch)
+    data = open_training_data(options, arch, run.text, options.run.seed or 0, 1)
     sizes, device = data.sizes, find_device()
     if plan.base.spec.is_general or sizes is None:
         return plan
     if device.type == "cuda":
         options = options.with_values({"fit": "auto", "fit_formats": formats})
-        fit = fit_run(options, arch, sizes, replace(ALONE, device=device))
+        fit = fit_run(RequestedRun.resolve([options], arch), sizes, replace(ALONE, device=device))
         return replace(plan, fit=fit, values={**plan.values, **fit.values()})
     gpu = benchmark_gpu(
         device, psutil.virtual_memory().available, DTYPES[options.precision.mixed_precision], SMALL_PRODUCT
     )
-    counted = count_adapter_run(options, arch, largest_batch(sizes), device)
+    counted = count_adapter_run(run, largest_batch(sizes), device)
     return replace(plan, fit=fit_to(counted, options, gpu, num_steps=sizes.max_train_steps))
 
 
