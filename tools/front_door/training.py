@@ -10,7 +10,7 @@ from library.checkpoints.overwriting import check_target
 from library.requirements import quote
 from library.training.command_line.main import main
 from library.training.report_page.writer import read_report
-from library.training.saving.checkpoints import Names
+from library.training.saving.names import Names
 from library.training.saving.saved_files import read_num_steps
 from tools import draw
 from tools.front_door.plan import TEXT_KIND, Files, Plan
