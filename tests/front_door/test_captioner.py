@@ -7,7 +7,7 @@ import torch
 
 from library.errors import UserError
 from tests.front_door.test_train import draw_photo
-from tests.tiny.pipelines import WORDS, tokenizer
+from tests.tiny.pipeline_parts import WORDS, tokenizer
 from tools.front_door.captioner import write_captions
 from tools.front_door.photos import find_photos
 
