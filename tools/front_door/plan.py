@@ -25,8 +25,8 @@ from library.training.command_line.cli import parse
 from library.training.command_line.recipes import FOLDER, Recipe, read_raw_values
 from library.training.config_file import format_config
 from library.training.evaluation.choice import MIN_IMAGES
-from library.training.models.check_batches import mute_logging
 from library.training.models.opening import native_sides, open_training_data
+from library.training.models.preflight import mute_logging
 from library.training.models.requests import RequestedRun
 from library.training.planning.fit import Fit, fit_to
 from library.training.planning.fit_run import count_adapter_run, fit_run, largest_batch
