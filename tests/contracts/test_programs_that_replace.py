@@ -55,7 +55,7 @@ def test_overriding_methods_that_are_never_called_is_rejected_with_an_alternativ
         "this program replaces methods of WithImages that are never called here: sample_images (--log_events" in message
     )
     assert "get_noise_pred_and_target (a base model is a package" in message
-    assert "post_process_network (--network_module takes a module of your own" in message
+    assert "post_process_network (--network_module takes your own module" in message
 
 
 def test_additional_methods_and_a_wrapped_train_work(fresh_process: None) -> None:

@@ -123,13 +123,19 @@ def join_rows(rows: Sequence[Any], example: Any, pads: bool) -> Any:
         return type(first)(join_rows(items, shown, pads) for items, shown in columns)
     shown = first if example is None else example
     if all(isinstance(row, Tensor) for row in rows) and shown.shape[:1] in ((), (1,)):
-        values = [row.reshape(1) if row.ndim == 0 else row for row in rows]
-        if len({value.ndim if pads else value.shape for value in values}) == 1:
-            sides = [max(sides) for sides in zip(*(value.shape for value in values), strict=True)]
-            return torch.cat([pad_to(value, sides) for value in values])
-    elif all(is_same(row, first) for row in rows):
+        return join_tensors(rows, pads)
+    if all(is_same(row, first) for row in rows):
         return first
     raise Unequal
+
+
+def join_tensors(rows: Sequence[Tensor], pads: bool) -> Tensor:
+    """Join tensors along the first axis; with `pads` shorter ones get zeros at their ends. Raises Unequal."""
+    values = [row.reshape(1) if row.ndim == 0 else row for row in rows]
+    if len({value.ndim if pads else value.shape for value in values}) != 1:
+        raise Unequal
+    sides = [max(sides) for sides in zip(*(value.shape for value in values), strict=True)]
+    return torch.cat([pad_to(value, sides) for value in values])
 
 
 def take_row(output: Any, row: int, count: int) -> Any:

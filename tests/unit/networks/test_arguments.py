@@ -1,6 +1,7 @@
 """Network arguments: values are typed and nothing is ignored silently."""
 
 import importlib
+import importlib.util
 import logging
 import re
 from pathlib import Path
@@ -134,7 +135,9 @@ def test_base_model_arguments_are_typed_too() -> None:
 def test_every_base_model_recognises_the_arguments_of_the_others(spec: BaseModelSpec) -> None:
     """Such an argument is parsed, and a warning follows when the network is created; it is not an unknown argument."""
     package = next(path for path in ARCHITECTURES.iterdir() if spec in specs_in(path))
-    declared = vars(importlib.import_module(f"library.architectures.{package.name}.targets")).values()
+    name = f"library.architectures.{package.name}"
+    file = "layers" if importlib.util.find_spec(f"{name}.layers") else "targets"
+    declared = vars(importlib.import_module(f"{name}.{file}")).values()
     (targets,) = (
         each for each in declared if isinstance(each, AdapterTargets) and each.arguments == spec.network_arguments
     )

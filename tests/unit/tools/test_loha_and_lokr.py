@@ -24,6 +24,12 @@ RANK, ALPHA = 2, 3.0
 FORMS = ("w2 of factors", "both of factors", "w1 of factors", "whole")
 
 
+def is_read(table: BaseNames, naming: str) -> bool:
+    """Return True if a program reads adapters of the base model in a naming."""
+    (spec,) = (spec for spec in list_specs() if spec.names is table)
+    return any(naming in reader.denoiser for reader in spec.readers.values())
+
+
 def loha_of(names: list[str], seed: int, num_inputs: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
@@ -101,11 +107,14 @@ def test_the_file_is_checked_and_its_base_model_recognised(
         assert module["update_norm"] == pytest.approx(float(formula(tensors, module["name"]).norm()), rel=1e-6)
 
 
-def test_the_file_is_converted_to_the_generic_naming_and_back(model: Path, tmp_path: Path) -> None:
+def test_the_file_is_converted_to_the_generic_naming_and_back(table: BaseNames, model: Path, tmp_path: Path) -> None:
     generic, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
     assert convert_lora.main(["--model", str(model), "--save_to", str(generic), "--to", "generic"]) == 0
     assert all(not key.endswith("alpha") and "lora_unet" not in key for key in load_state_dict(generic))
-    assert convert_lora.main(["--model", str(generic), "--save_to", str(back), "--to", "kohya"]) == 0
+    status = convert_lora.main(["--model", str(generic), "--save_to", str(back), "--to", "kohya"])
+    assert status == (0 if is_read(table, "kohya") else 1)
+    if status:
+        return
     before, after = changes(model), changes(back)
     assert before.keys() == after.keys()
     for name, change in before.items():
@@ -123,7 +132,7 @@ def test_converting_to_diffusers_is_refused(
         return
     assert convert_lora.main(["--model", str(model), "--save_to", str(out), "--to", "diffusers"]) == 1
     error = capsys.readouterr().err
-    assert "the diffusers naming has no place for" in error or "no program reads adapters of HunyuanImage" in error
+    assert ("the diffusers naming has no place for" if is_read(table, "diffusers") else "no program reads") in error
     assert not out.exists()
 
 

@@ -16,9 +16,15 @@ from library.data.training_data import open_batches
 from library.options.caching import TextCachingOptions
 from library.processes import Processes
 from library.protocols import TextCacheSpec
-from library.training.models.text_caching import RunText, prepare_text
+from library.training.models.text_caching import RunText, TextPlan, prepare_text
 from library.types import Conditioning
 from tests.unit.data.builders import batches_of, options_of, plan_of, write_folder
+
+
+def texts_of(options: Any, arch: Any, plan: Any, device: str, processes: Processes) -> RunText:
+    text = TextPlan.resolve(options.network, arch.text_cache)
+    compute: Any = SimpleNamespace(device=torch.device(device), autocast=nullcontext)
+    return prepare_text(text, options.caching, options.precision, arch, plan, compute, [], processes)
 
 
 class Words:
@@ -72,7 +78,7 @@ def prepare(folder: Path, to_disk: bool, processes: Processes, encoded: list[str
         load=SimpleNamespace(text_encoders=load),
     )
     arch: Any = parts
-    text = prepare_text(options, arch, plan, torch.device("cpu"), nullcontext, [], processes)
+    text = texts_of(options, arch, plan, "cpu", processes)
     batches = [
         (b.captions, (b.conditioning or {})["length"].tolist())
         for b in batches_of(open_batches(plan, texts=text.store))
@@ -111,7 +117,7 @@ def test_encoders_without_adapters_stay_on_the_cpu_if_requested(
     spec = TextCacheSpec(TextCachingOptions(text_encoder_cpu=on_cpu), "_te.npz", (), lambda: "", "", tokenizers=())
     load = SimpleNamespace(text_encoders=lambda: [nn.Linear(2, 2)])
     arch: Any = SimpleNamespace(text_cache=spec, load=load)
-    text = prepare_text(options, arch, plan_of(options), torch.device("meta"), nullcontext, [], Processes())
+    text = texts_of(options, arch, plan_of(options), "meta", Processes())
     assert {p.device.type for p in text.encoders[0].parameters()} == {place}
     assert ("--text_encoder_cpu has no effect" in caplog.text) == (on_cpu and adapted)
 
@@ -131,5 +137,5 @@ def test_encoders_that_fill_a_cache_stay_on_the_cpu_too(tmp_path: Path, on_cpu: 
         text_cache=spec,
         load=SimpleNamespace(text_encoders=lambda: [encoder]),
     )
-    prepare_text(options, arch, plan, torch.device("meta"), nullcontext, [], Processes())
+    texts_of(options, arch, plan, "meta", Processes())
     assert encoder.weight.device.type == ("cpu" if on_cpu else "meta")
