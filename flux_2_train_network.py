@@ -3,20 +3,10 @@
 import argparse
 
 from library import train_util as train_util
-from library.architectures.flux_2.options import Flux2Options
-from library.architectures.scripts import OtherScripts
-from library.collector import freeze_imports
-from library.launcher import prepare_for_torch
-from library.training.command_line.cli import build_parser, check_words
+from library.training_script import TrainingScript
 
-
-def setup_parser() -> argparse.ArgumentParser:
-    """Return the parser with every option of this script. Front ends read it."""
-    return build_parser(
-        Flux2Options,
-        parts="--text_encoder qwen_3_4b.safetensors --vae ae.safetensors",
-        elsewhere=OtherScripts("flux_2_train_network.py"),
-    )
+SCRIPT = TrainingScript("flux_2", "--text_encoder qwen_3_4b.safetensors --vae ae.safetensors")
+setup_parser = SCRIPT.setup_parser
 
 
 class Flux2NetworkTrainer:
@@ -24,17 +14,8 @@ class Flux2NetworkTrainer:
 
     def train(self, args: argparse.Namespace) -> None:
         """Train with the options in `args`. Raises UserError for errors that the user can fix."""
-        from library.architectures.flux_2.assembly import LATENTS, build, build_objective
-        from library.training.command_line.main import train_for_program
-
-        train_for_program(self, args, setup_parser(), Flux2Options, build, LATENTS, build_objective)
+        SCRIPT.train(self, args)
 
 
 if __name__ == "__main__":
-    parser = check_words(setup_parser())
-    prepare_for_torch()
-    with freeze_imports("scripts"):
-        from library.architectures.flux_2.assembly import LATENTS, build, build_objective
-        from library.training.command_line.main import main
-
-    raise SystemExit(main(parser, Flux2Options, build, latents=LATENTS, objective=build_objective))
+    raise SystemExit(SCRIPT.run())

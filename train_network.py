@@ -3,16 +3,10 @@
 import argparse
 
 from library import train_util as train_util
-from library.architectures.scripts import OtherScripts
-from library.collector import freeze_imports
-from library.launcher import prepare_for_torch
-from library.options.train import TrainOptions
-from library.training.command_line.cli import build_parser, check_words
+from library.training_script import TrainingScript
 
-
-def setup_parser() -> argparse.ArgumentParser:
-    """Return the parser with every option of this script. Front ends read it."""
-    return build_parser(TrainOptions, elsewhere=OtherScripts("train_network.py"))
+SCRIPT = TrainingScript("sd")
+setup_parser = SCRIPT.setup_parser
 
 
 class NetworkTrainer:
@@ -20,17 +14,8 @@ class NetworkTrainer:
 
     def train(self, args: argparse.Namespace) -> None:
         """Train with the options in `args`. Raises UserError for errors that the user can fix."""
-        from library.architectures.sd.assembly import LATENTS, build
-        from library.training.command_line.main import train_for_program
-
-        train_for_program(self, args, setup_parser(), TrainOptions, build, LATENTS)
+        SCRIPT.train(self, args)
 
 
 if __name__ == "__main__":
-    parser = check_words(setup_parser())
-    prepare_for_torch()
-    with freeze_imports("scripts"):
-        from library.architectures.sd.assembly import LATENTS, build
-        from library.training.command_line.main import main
-
-    raise SystemExit(main(parser, TrainOptions, build, latents=LATENTS))
+    raise SystemExit(SCRIPT.run())

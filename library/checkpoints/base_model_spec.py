@@ -111,6 +111,7 @@ class BaseModelSpec:
     script: str  # "knots_train_network.py"
     options: type[TrainOptions]  # of the script
     build: Callable[[Any], Any]  # maps those options to a library.protocols.Architecture
+    latents: Any  # a library.protocols.LatentSpec, which determines bucket sizes without a base model
     checkpoint: tuple[Sign, ...]  # in tensor names of a single file; a folder's U-Net gets the prefix "unet."
     adapter: tuple[Sign, ...]  # in keys of adapter files, with underscores for dots
     version: str  # regular expression for the start of ss_base_model_version
@@ -126,6 +127,7 @@ class BaseModelSpec:
     adapter_metadata: Callable[[str, bool], Mapping[str, str]]
     """Returns the metadata of an adapter, from `BaseModel.architecture` and whether the model predicts velocity."""
     ignores: Mapping[str, str] = field(default_factory=dict)  # options without effect, each with the reason
+    objective: Callable[[Any], Any] | None = None  # maps the options to the FlowMatching of a flow model
     block_weights: BlockWeights | None = None  # None if no program uses such lists for it
     script_flag: str = ""  # selects this model if the script trains several
     prompts_script: str = "train_leco.py"  # trains concepts from prompts alone

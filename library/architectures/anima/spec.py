@@ -1,7 +1,7 @@
 """The `BaseModelSpec` of Anima."""
 
 from library.architectures.anima.adapter_names import NAMES
-from library.architectures.anima.assembly import RECIPE, build
+from library.architectures.anima.assembly import LATENTS, RECIPE, build, build_objective
 from library.architectures.anima.merging import open_base_model, view_for_networks
 from library.architectures.anima.options import AnimaOptions
 from library.architectures.anima.targets import TARGETS
@@ -21,6 +21,8 @@ SPECS = (
         script="anima_train_network.py",
         options=AnimaOptions,
         build=build,
+        latents=LATENTS,
+        objective=build_objective,
         checkpoint=(Sign(r"llm_adapter\."),),
         adapter=(
             Sign(r"_llm_adapter_|(unet|diffusion_model)_blocks_\d+_(self_attn|cross_attn|mlp_layer\d)_"),

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NoReturn
 
-from library.architectures.any_pipeline.assembly import RECIPE, build
+from library.architectures.any_pipeline.assembly import LATENTS, RECIPE, build
 from library.architectures.any_pipeline.options import SCRIPT, PipelineOptions
 from library.architectures.any_pipeline.targets import BASE, TARGETS
 from library.checkpoints.adapter_names import BaseNames
@@ -32,6 +32,7 @@ SPECS = (
         script=SCRIPT,
         options=PipelineOptions,
         build=build,
+        latents=LATENTS,
         checkpoint=(),
         adapter=(),
         version=r"any_pipeline$",

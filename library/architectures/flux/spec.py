@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from library.architectures.flux.adapter_names import CHROMA_NAMES, NAMES
-from library.architectures.flux.assembly import CHROMA_RECIPE, RECIPE, build
+from library.architectures.flux.assembly import CHROMA_RECIPE, LATENTS, RECIPE, build, build_objective
 from library.architectures.flux.merging import CHROMA_FILE, FILE
 from library.architectures.flux.options import FluxOptions
 from library.architectures.flux.targets import CHROMA_TARGETS, TARGETS
@@ -77,6 +77,8 @@ SPECS = (
         script="flux_train_network.py",
         options=FluxOptions,
         build=build,
+        latents=LATENTS,
+        objective=build_objective,
         checkpoint=(Sign(r"double_blocks\.|single_transformer_blocks\.", Certainty.NAMES),),
         adapter=(
             Sign(r"^transformer_transformer_blocks_.*_attn_to_q_", width=WIDTH),
@@ -108,6 +110,8 @@ SPECS = (
         script_flag="--model_type chroma",
         options=FluxOptions,
         build=build,
+        latents=LATENTS,
+        objective=build_objective,
         checkpoint=(Sign(rf"\b{CHROMA_ONLY}\."),),
         adapter=(
             Sign(rf"_{CHROMA_ONLY}_"),

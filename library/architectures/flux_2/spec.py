@@ -1,7 +1,7 @@
 """The `BaseModelSpec` of FLUX.2."""
 
 from library.architectures.flux_2.adapter_names import NAMES, denoiser_module
-from library.architectures.flux_2.assembly import RECIPE, build
+from library.architectures.flux_2.assembly import LATENTS, RECIPE, build, build_objective
 from library.architectures.flux_2.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.flux_2.load import MARK, MODEL
 from library.architectures.flux_2.model import Flux2, read_config
@@ -56,6 +56,8 @@ SPECS = (
         script="flux_2_train_network.py",
         options=Flux2Options,
         build=build,
+        latents=LATENTS,
+        objective=build_objective,
         checkpoint=(Sign(r"(^|\.)(single|double)_stream_modulation(_img|_txt)?\.lin"),),
         adapter=(
             Sign(r"_(single|double)_stream_modulation_|_attn_to_qkv_mlp_proj|_ff(_context)?_linear_(in|out)_"),

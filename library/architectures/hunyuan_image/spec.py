@@ -1,7 +1,7 @@
 """The `BaseModelSpec` of HunyuanImage 2.1."""
 
 from library.architectures.hunyuan_image.adapter_names import NAMES, denoiser_module, is_target
-from library.architectures.hunyuan_image.assembly import RECIPE, build
+from library.architectures.hunyuan_image.assembly import LATENTS, RECIPE, build, build_objective
 from library.architectures.hunyuan_image.checkpoint_keys import DIFFUSERS_MARK
 from library.architectures.hunyuan_image.load import GLYPH_MARK, MODEL
 from library.architectures.hunyuan_image.model import HunyuanImage, read_config
@@ -37,6 +37,8 @@ SPECS = (
         script="hunyuan_image_train_network.py",
         options=HunyuanImageOptions,
         build=build,
+        latents=LATENTS,
+        objective=build_objective,
         checkpoint=(Sign(r"txt_in\.individual_token_refiner|byt5_in\."),),
         adapter=(
             Sign(r"_blocks_\d+_(img|txt)_(mod_linear|mlp_fc[12])|_single_blocks_\d+_modulation_linear"),

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 
 from library.architectures.krea2.adapter_names import NAMES, denoiser_module
-from library.architectures.krea2.assembly import RECIPE, build
+from library.architectures.krea2.assembly import LATENTS, RECIPE, build, build_objective
 from library.architectures.krea2.checkpoint_keys import DIFFUSERS_MARK, KEYS, MARK
 from library.architectures.krea2.model import SingleStreamDiT, read_config
 from library.architectures.krea2.options import Krea2Options
@@ -52,6 +52,8 @@ SPECS = (
         script="krea2_train_network.py",
         options=Krea2Options,
         build=build,
+        latents=LATENTS,
+        objective=build_objective,
         checkpoint=(Sign(r"(^|\.)(txtfusion|text_fusion)\.projector\."),),
         adapter=(
             Sign(r"_(txtfusion|text_fusion)_|_blocks_\d+_(attn_to_gate|(mlp|ff)_(gate|up|down))_"),

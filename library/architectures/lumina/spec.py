@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 
 from library.architectures.lumina.adapter_names import NAMES, denoiser_module, gemma_module
-from library.architectures.lumina.assembly import RECIPE, build
+from library.architectures.lumina.assembly import LATENTS, RECIPE, build, build_objective
 from library.architectures.lumina.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.lumina.gemma import GEMMA_PREFIXES
 from library.architectures.lumina.load import MARK, MODEL
@@ -66,6 +66,8 @@ SPECS = (
         script="lumina_train_network.py",
         options=LuminaOptions,
         build=build,
+        latents=LATENTS,
+        objective=build_objective,
         checkpoint=(Sign(r"cap_embedder\.|context_refiner\.", Certainty.NAMES),),
         adapter=(
             Sign(r"_(noise_refiner|context_refiner)_|(unet|diffusion_model|transformer)_layers_\d+_", Certainty.NAMES),

@@ -1,6 +1,6 @@
 """The `BaseModelSpec` of MOSS-Image."""
 
-from library.architectures.moss_image.assembly import RECIPE, build
+from library.architectures.moss_image.assembly import LATENTS, RECIPE, build, build_objective
 from library.architectures.moss_image.layers import NAMES, TARGETS, denoiser_module, is_linear
 from library.architectures.moss_image.load import MARK, MODEL
 from library.architectures.moss_image.model import MossImage, read_config
@@ -28,6 +28,8 @@ SPECS = (
         script="moss_image_train_network.py",
         options=MossImageOptions,
         build=build,
+        latents=LATENTS,
+        objective=build_objective,
         checkpoint=(Sign(r"(^|\.)shared_block_modulation\."),),
         adapter=(
             Sign(r"_layers_\d+_proj_(q|k|v|o|qkv|ffn_up_gate|ffn_down)_"),

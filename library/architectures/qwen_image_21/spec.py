@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 
 from library.architectures.qwen_image_21.adapter_names import NAMES, denoiser_module
-from library.architectures.qwen_image_21.assembly import RECIPE, build
+from library.architectures.qwen_image_21.assembly import LATENTS, RECIPE, build, build_objective
 from library.architectures.qwen_image_21.checkpoint_keys import is_linear
 from library.architectures.qwen_image_21.load import MARK, MODEL
 from library.architectures.qwen_image_21.model import QwenImage21, read_config
@@ -54,6 +54,8 @@ SPECS = (
         script="qwen_image_21_train_network.py",
         options=QwenImage21Options,
         build=build,
+        latents=LATENTS,
+        objective=build_objective,
         checkpoint=(Sign(r"(^|\.)txt_in\.text_norm\.weight$"),),
         adapter=(
             Sign(r"_img_mlp_(gate_layer|gate_up|proj|out)_|_txt_in_(in|out)_layer_"),

@@ -3,7 +3,7 @@
 from functools import partial
 
 from library.architectures.sd.adapter_names import NAMES, SD2_NAMES
-from library.architectures.sd.assembly import build, metadata
+from library.architectures.sd.assembly import LATENTS, build, metadata
 from library.architectures.sd.load import TITLES
 from library.architectures.sd.merging import open_base_model, view_for_networks
 from library.architectures.sd.targets import TARGETS
@@ -48,6 +48,7 @@ SPECS = (
         script="train_network.py",
         options=TrainOptions,
         build=build,
+        latents=LATENTS,
         checkpoint=(
             Sign(UNET, Certainty.FAMILY),
             Sign(TEXT_INPUT, Certainty.NAMES, width=SD1_TEXT_WIDTH),
@@ -76,6 +77,7 @@ SPECS = (
         script="train_network.py",
         options=TrainOptions,
         build=build,
+        latents=LATENTS,
         script_flag="--v2",
         checkpoint=(
             Sign(r"cond_stage_model\.model\."),

@@ -1,7 +1,7 @@
 """The `BaseModelSpec` of Stable Diffusion 3 and 3.5."""
 
 from library.architectures.sd3.adapter_names import NAMES
-from library.architectures.sd3.assembly import RECIPE, build
+from library.architectures.sd3.assembly import LATENTS, RECIPE, build, build_objective
 from library.architectures.sd3.merging import open_base_model, view_for_networks
 from library.architectures.sd3.options import Sd3Options
 from library.architectures.sd3.targets import TARGETS
@@ -37,6 +37,8 @@ SPECS = (
         script="sd3_train_network.py",
         options=Sd3Options,
         build=build,
+        latents=LATENTS,
+        objective=build_objective,
         checkpoint=(Sign(r"joint_blocks\."),),
         adapter=(
             Sign(r"_joint_blocks_"),

@@ -1,7 +1,7 @@
 """The `BaseModelSpec` of Stable Diffusion XL."""
 
 from library.architectures.sdxl.adapter_names import NAMES
-from library.architectures.sdxl.assembly import RECIPE, build
+from library.architectures.sdxl.assembly import LATENTS, RECIPE, build
 from library.architectures.sdxl.merging import open_base_model, view_for_networks
 from library.architectures.sdxl.options import SdxlOptions
 from library.architectures.sdxl.targets import TARGETS
@@ -43,6 +43,7 @@ SPECS = (
         prompts_script="sdxl_train_leco.py",
         options=SdxlOptions,
         build=build,
+        latents=LATENTS,
         checkpoint=(Sign(r"conditioner\.embedders\.|diffusion_model\.label_emb\.|add_embedding\.linear_1"),),
         adapter=(
             Sign(ADAPTED_TEXT_INPUT, width=TEXT_WIDTH),

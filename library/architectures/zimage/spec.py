@@ -1,7 +1,7 @@
 """The `BaseModelSpec` of Z-Image."""
 
 from library.architectures.zimage.adapter_names import NAMES, denoiser_module
-from library.architectures.zimage.assembly import RECIPE, build
+from library.architectures.zimage.assembly import LATENTS, RECIPE, build, build_objective
 from library.architectures.zimage.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.zimage.load import MARK, MODEL
 from library.architectures.zimage.model import ZImage, read_config
@@ -47,6 +47,8 @@ SPECS = (
         script="zimage_train_network.py",
         options=ZImageOptions,
         build=build,
+        latents=LATENTS,
+        objective=build_objective,
         checkpoint=(Sign(r"(^|\.)(cap|x)_pad_token$"),),
         adapter=(
             Sign(r"_attention_to_(q|k|v|out)_|_adaLN_modulation_0_|_all_(x_embedder|final_layer)_"),

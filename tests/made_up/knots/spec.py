@@ -1,7 +1,7 @@
 """The spec of Knots, which is all that code outside this package uses."""
 
 from library.architectures.knots.adapter_names import NAMES
-from library.architectures.knots.assembly import RECIPE, build
+from library.architectures.knots.assembly import LATENTS, RECIPE, build
 from library.architectures.knots.merging import open_base_model, view_for_networks
 from library.architectures.knots.options import KnotsOptions
 from library.architectures.knots.targets import TARGETS
@@ -15,6 +15,7 @@ SPECS = (
         script="knots_train_network.py",
         options=KnotsOptions,
         build=build,
+        latents=LATENTS,
         checkpoint=(Sign(r"\bknots\.\d+\."),),
         adapter=(Sign(r"_(transformer_)?knots_\d+_"),),
         version=r"knots",

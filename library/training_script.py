@@ -1,0 +1,45 @@
+"""What the training scripts in the root share. Only they and tests import it."""
+
+import argparse
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from library.architectures.scripts import OtherScripts, script_of
+from library.collector import freeze_imports
+from library.launcher import prepare_for_torch
+from library.training.command_line.cli import build_parser, check_words
+
+
+@dataclass(frozen=True)
+class TrainingScript:
+    """The training script of a package in library/architectures."""
+
+    package: str
+    parts: str = ""  # options of the example in the help, besides the base model
+
+    def setup_parser(self) -> argparse.ArgumentParser:
+        """Return the parser with every option of the script. Front ends read it."""
+        script = script_of(self.package)
+        return build_parser(script.options, parts=self.parts, elsewhere=OtherScripts(script.name))
+
+    def spec(self) -> Any:
+        """Import the package and return the spec of its first base model."""
+        return importlib.import_module(f"library.architectures.{self.package}.spec").SPECS[0]
+
+    def train(self, trainer: object, args: argparse.Namespace) -> None:
+        """Train for a program that imports the script. Raises UserError for errors that the user can fix."""
+        from library.training.command_line.main import train_for_program
+
+        spec = self.spec()
+        train_for_program(trainer, args, self.setup_parser(), spec.options, spec.build, spec.latents, spec.objective)
+
+    def run(self) -> int:
+        """Train as the command line says, and return the exit status."""
+        parser = check_words(self.setup_parser())
+        prepare_for_torch()
+        with freeze_imports("scripts"):
+            from library.training.command_line.main import main
+
+            spec = self.spec()
+        return main(parser, spec.options, spec.build, latents=spec.latents, objective=spec.objective)
