@@ -130,17 +130,9 @@ def train(fresh_process: None, capfd: pytest.CaptureFixture[str]) -> Callable[..
         if script == "train_leco":
             status = exit_status(lambda: train_by_prompts(arguments))
             return Finished(status, *capfd.readouterr())
-        assembly = importlib.import_module(STARTED[script].build.__module__)
-        parser = importlib.import_module(script).setup_parser()
+        spec, parser = STARTED[script], importlib.import_module(script).setup_parser()
         status = exit_status(
-            lambda: main(
-                parser,
-                STARTED[script].options,
-                assembly.build,
-                arguments,
-                latents=assembly.LATENTS,
-                objective=vars(assembly).get("build_objective"),  # for flow models
-            )
+            lambda: main(parser, spec.options, spec.build, arguments, latents=spec.latents, objective=spec.objective)
         )
         return Finished(status, *capfd.readouterr())
 

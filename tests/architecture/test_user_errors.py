@@ -8,7 +8,7 @@ from tests.architecture.sources import python_files, scripts, text_of
 
 OF_THE_USER = (  # parts of the names of values that name a flag, a key, a file or a part of one
     "flag|path|file|folder|dir|key|name|place|origin|source|where|url|label|setting|argument|index|item|caption|target"
-    "|image|prefix|start|missing|install_command|describe|list_few"
+    "|image|prefix|start|missing|install_command|describe|list_few|root"
 )
 NAMED = re.compile(
     r"--[\w{]"  # a flag

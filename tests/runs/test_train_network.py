@@ -1,7 +1,6 @@
 """train_network.py end to end on a tiny Stable Diffusion 1.x model."""
 
 import gzip
-import importlib
 import json
 import multiprocessing
 from collections.abc import Callable
@@ -236,7 +235,7 @@ def test_debug_dataset_needs_no_model(train: Train, script: str, images: Path) -
     words = ["--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64"]
     done = train([*words, "--debug_dataset", "--console_log_simple"], script)
     assert done.status == 0, done.stderr
-    num_channels = 4 if importlib.import_module(SCRIPTS[script].build.__module__).LATENTS.has_alpha else 3
+    num_channels = 4 if SCRIPTS[script].latents.has_alpha else 3
     assert f"12 x pixels (1, {num_channels}, 64, 64)" in done.stdout and "captions are not counted" in done.stdout
 
 

@@ -239,7 +239,7 @@ class Base:
 
     @property
     def is_flow(self) -> bool:
-        return "build_objective" in vars(self.assembly)
+        return self.spec.objective is not None
 
     def build_deep(self, folder: Path) -> list[str]:
         """Write a model with enough blocks that some can be swapped besides the two that must stay."""
