@@ -6,7 +6,6 @@ encoders, and its storage in memory are set by the options of its training scrip
 
 import argparse
 import logging
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,6 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.checkpoints.files import file_in_folder
 from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import FileKind, check_target, judge, marked
 from library.errors import UserError
@@ -31,6 +29,7 @@ from library.training.evaluation.prompts import (
     refuse_strengths,
     resolve_all,
 )
+from library.training.models.frozen_adapters import parse_adapter
 from library.training.offline.adapter_files import Stack
 from library.training.offline.contact_sheet import Row, arrange, draw_rows
 from library.training.reporting.sample_images import Drawn, write_image
@@ -72,22 +71,6 @@ def parse_strength(text: str) -> float:
     if not STRENGTH.fits(strength):
         raise argparse.ArgumentTypeError(f"{text!r} is no strength; use {STRENGTH.name}")
     return float(strength)
-
-
-def parse_adapter(text: str) -> tuple[Path, float]:
-    """Parse FILE[:STRENGTH]; the default strength is 1. Raises UserError if the file does not exist or the strength is
-    not finite."""
-    # A colon may belong to the path instead, as in C:\adapter.safetensors.
-    name, _, strength = text.rpartition(":")
-    try:
-        path, factor = (Path(name), float(strength)) if name else (Path(text), 1.0)
-    except ValueError:
-        path, factor = Path(text), 1.0
-    if not path.exists():
-        raise UserError(f"--adapter {path} does not exist")
-    if not math.isfinite(factor):
-        raise UserError(f"--adapter {text}: the strength is {factor}; use a number, such as 0.8")
-    return file_in_folder(path, f"--adapter {path}"), factor
 
 
 def scale_strengths(files: Stack, factor: float) -> Stack:
@@ -183,7 +166,7 @@ def make_mark(path: Path, model: str, training: Sequence[str], *content: object)
 
 def draw(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Draw and write the images. Raises UserError for invalid options, and for files that do not fit the model."""
-    files = [parse_adapter(text) for text in args.adapter]
+    files = [parse_adapter(text, "--adapter") for text in args.adapter]
     specs = read_specs(args)
     planned = plan_images(args, training, files, specs)
     rows = planned.rows

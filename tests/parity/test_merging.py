@@ -28,12 +28,19 @@ KINDS: Mapping[str, tuple[str, Mapping[str, str]]] = {
 FAST = ("sd", "flux")
 
 
-def write_adapter_file(path: Path, arch: Architecture, seed: int, module: str, arguments: Mapping[str, str]) -> str:
+def write_adapter_file(
+    path: Path,
+    arch: Architecture,
+    seed: int,
+    module: str,
+    arguments: Mapping[str, str],
+    has_text_encoder: bool = True,
+) -> str:
     """Write a file for the base model with random parameters."""
     encoders = arch.load.text_encoders()
     view = arch.view(encoders, arch.load.denoiser())
     network = open_network_module(module).create_network(1.0, 4, 2.0, None, *view, **arguments)
-    network.apply_to(*view, True, True)
+    network.apply_to(*view, has_text_encoder, True)
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)

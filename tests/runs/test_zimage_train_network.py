@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.running import Finished, small_run
 from tests.tiny.zimage import CONFIG, build_tiny_zimage
+from tools import draw
 
 Train = Callable[..., Finished]
 
@@ -31,7 +33,9 @@ def arguments(tiny_arguments: list[str], images: Path, tmp_path: Path) -> list[s
     return [*tiny_arguments, *small_run(images, tmp_path, "networks.lora_zimage", "2")]
 
 
-def test_a_training_adapter_is_merged_and_not_saved(train_zimage: Train, arguments: list[str], tmp_path: Path) -> None:
+@pytest.fixture
+def training_adapter(tmp_path: Path) -> str:
+    """Write a file in the layout of the published training adapters."""
     generator = torch.Generator().manual_seed(1)
     adapter = {}
     for number in range(CONFIG.num_layers):
@@ -40,15 +44,67 @@ def test_a_training_adapter_is_merged_and_not_saved(train_zimage: Train, argumen
             adapter[f"{stem}.lora_A.weight"] = torch.randn(2, CONFIG.width, generator=generator)
             adapter[f"{stem}.lora_B.weight"] = torch.randn(CONFIG.width, 2, generator=generator)
     save_file(adapter, tmp_path / "zimage_turbo_training_adapter.safetensors")
-    plain = train_zimage([*arguments, "--model_version", "turbo"])
-    merged = ["--base_weights", str(tmp_path / "zimage_turbo_training_adapter.safetensors")]
-    done = train_zimage([*arguments, "--model_version", "turbo", *merged])
-    assert done.status == 0, done.stderr
-    assert "which is distilled" in plain.stderr and "which is distilled" not in done.stderr
-    assert plain.losses != done.losses
-    assert load_file(tmp_path / "out" / "mine.safetensors")[
-        "diffusion_model.layers.0.attention.to_q.lora_A.weight"
-    ].shape == (4, CONFIG.width)
+    return str(tmp_path / "zimage_turbo_training_adapter.safetensors")
+
+
+def test_a_training_adapter_is_left_out_of_the_file_and_of_previews(
+    train_zimage: Train, tiny_arguments: list[str], arguments: list[str], training_adapter: str, tmp_path: Path
+) -> None:
+    prompt = "a red cat --w 64 --h 64 --s 2 --d 3"
+    (tmp_path / "prompts.txt").write_text(prompt)
+    words = [*arguments, "--model_version", "turbo", "--mixed_precision", "no"]
+    drawing = ["--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "2"]
+    plain = train_zimage(words)
+    merged = train_zimage([*words, "--output_name", "merged", "--base_weights", training_adapter])
+    done = train_zimage([*words, *drawing, "--training_adapter", training_adapter])
+    kept = train_zimage(
+        [*words, *drawing, "--output_name", "kept", "--training_adapter", f"{training_adapter}:1.0",
+         "--sample_with_training_adapter"]
+    )  # fmt: skip
+    assert done.status == kept.status == merged.status == 0, done.stderr
+    assert "which is distilled" in plain.stderr
+    assert all("which is distilled" not in run.stderr for run in (merged, done, kept))
+    assert plain.losses != done.losses == merged.losses == kept.losses
+    out = tmp_path / "out"
+    beside, expected = (load_file(out / f"{name}.safetensors") for name in ("mine", "merged"))
+    assert beside.keys() == expected.keys()
+    assert beside["diffusion_model.layers.0.attention.to_q.lora_A.weight"].shape == (4, CONFIG.width)
+    at = tiny_arguments.index("--pretrained_model_name_or_path")
+    base = [tiny_arguments[at + 1], *tiny_arguments[:at], *tiny_arguments[at + 2 :], "--model_version", "turbo"]
+    drawn = tmp_path / "drawn"
+    assert (
+        draw.main([*base, "--adapter", str(out / "mine.safetensors"), "--prompt", prompt, "--output", str(drawn)]) == 0
+    )
+    ((preview,), (other,)) = ((out / "sample").glob(f"{name}_000002_00_*.png") for name in ("mine", "kept"))
+    assert pixels(preview) == pixels(drawn / "01_3.png") != pixels(other)
+
+
+def pixels(path: Path) -> bytes:
+    return Image.open(path).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--base_weights", "FILE", "--training_adapter", "FILE:0.5"], "is also a file of --base_weights"),
+        (["--training_adapter", "none.safetensors"], "--training_adapter none.safetensors does not exist"),
+        (["--training_adapter", "FILE:nan"], "FILE:nan: the strength is nan"),
+        (["--training_adapter", "OTHER"], "OTHER is an adapter for Krea 2, and the base model is Z-Image"),
+        (["--training_adapter", "TEXT"], "TEXT changes a text encoder"),
+    ],
+)
+def test_a_training_adapter_that_does_not_fit_is_refused(
+    train_zimage: Train, arguments: list[str], training_adapter: str, tmp_path: Path, more: list[str], message: str
+) -> None:
+    files = {"FILE": training_adapter, **{name: str(tmp_path / f"{name}.safetensors") for name in ("OTHER", "TEXT")}}
+    stem, text = "diffusion_model.blocks.0.attn.wq", "text_encoder.layers.0.self_attn.q_proj"
+    for name, module in (("OTHER", stem), ("TEXT", text)):
+        weights = {f"{module}.lora_A.weight": torch.ones(2, 8), f"{module}.lora_B.weight": torch.ones(8, 2)}
+        save_file(weights, files[name])
+    for name, file in files.items():
+        more, message = [word.replace(name, file) for word in more], message.replace(name, file)
+    done = train_zimage([*arguments, *more])
+    assert done.status == 1 and message in done.stderr
 
 
 def test_stratified_levels_of_a_cut_off_distribution_with_rex_resume_exactly(

@@ -68,10 +68,10 @@ def build(options: Flux2Options) -> Architecture:
     chosen = None if version is None else "base" not in version
     # Every dev imitates guidance, which it takes as an input.
     distilled = release is DEV or is_distilled(DISTILLED_KLEIN, chosen, loader.path)
-    if distilled and not options.network.base_weights:
+    if distilled and not options.network.has_training_adapter:
         logger.warning(
             "%s is %s, which is distilled: training undoes the distillation. Train on FLUX.2 klein base, whose "
-            "adapters work with the distilled klein too, or add --base_weights with a training adapter. "
+            "adapters work with the distilled klein too, or add --training_adapter with a training adapter. "
             "If it is not distilled, set --model_version",
             loader.path,
             release.title,

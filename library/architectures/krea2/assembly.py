@@ -58,10 +58,10 @@ def build(options: Krea2Options) -> Architecture:
     loader = open_loader(options)
     variant = options.parts.dit_variant
     turbo = is_distilled(TURBO, None if variant is None else variant == "turbo", loader.path)
-    if turbo and not options.network.base_weights:
+    if turbo and not options.network.has_training_adapter:
         logger.warning(
             "%s is Krea 2 Turbo, which is distilled: training undoes the distillation, and previews blur. Train on "
-            "Krea 2 Raw, whose adapters work with Turbo too, or add --base_weights with a training adapter. "
+            "Krea 2 Raw, whose adapters work with Turbo too, or add --training_adapter with a training adapter. "
             "If it is Raw, set --dit_variant raw",
             loader.path,
         )

@@ -59,10 +59,10 @@ def build(options: ZImageOptions) -> Architecture:
     loader = open_loader(options)
     version = options.parts.model_version
     turbo = is_distilled(TURBO, None if version is None else version == "turbo", loader.path)
-    if turbo and not options.network.base_weights:
+    if turbo and not options.network.has_training_adapter:
         logger.warning(
             "%s is Z-Image Turbo, which is distilled: training undoes the distillation, and previews blur. Add "
-            "--base_weights with a training adapter for Turbo, or train on Z-Image or Z-Image-De-Turbo. "
+            "--training_adapter with a training adapter for Turbo, or train on Z-Image or Z-Image-De-Turbo. "
             "If it is not Turbo, set --model_version",
             loader.path,
         )

@@ -40,6 +40,11 @@ class PreviewOptions(Options, affects_training=False):
         needs=TIMES,
         help="File with the prompts to draw images of: .txt with one a line, .toml or .json.",
     )
+    sample_with_training_adapter: bool = option(
+        False,
+        needs="training_adapter",
+        help="Draw images with the adapter of --training_adapter too.",
+    )
     sample_sampler: str = option(
         "ddim",
         needs=TIMES,

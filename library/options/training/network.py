@@ -84,6 +84,12 @@ class NetworkOptions(Options):
         help="Strength of each file of --base_weights, in their order. Missing ones are 1.0.",
         nargs="*",
     )
+    training_adapter: str | None = option(
+        None,
+        path="file",
+        help="Adapter that acts in training beside the trained one, FILE or FILE:STRENGTH, such as a training adapter "
+        "for a distilled model. It is not part of the saved file, and previews are drawn without it.",
+    )
     scale_weight_norms: float | None = option(
         None,
         sweep_name="maxnorm",
@@ -110,3 +116,8 @@ class NetworkOptions(Options):
         "--learning_rate.",
         nargs="*",
     )
+
+    @property
+    def has_training_adapter(self) -> bool:
+        """Return True if a distilled model is trained with an adapter that keeps it distilled, merged or beside."""
+        return bool(self.base_weights or self.training_adapter)

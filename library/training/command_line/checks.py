@@ -4,13 +4,15 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 
 import torch
 
+from library.checkpoints.files import file_in_folder
 from library.checkpoints.folders import ADDED_TO_NAMES, LONGEST_ON_WINDOWS
 from library.checkpoints.metadata import modelspec_resolution, thumbnail_url
+from library.checkpoints.recognition import keys_of_text_encoders
 from library.data.concepts.prompts_file import FLAG as PROMPTS_FLAG
 from library.data.concepts.prompts_file import read_prompt_pairs
 from library.errors import UserError
@@ -35,6 +37,7 @@ from library.training.command_line import doubtful
 from library.training.command_line.targets import check_targets
 from library.training.evaluation.preview import PreviewSchedule
 from library.training.evaluation.prompts import SAMPLER, read_prompts
+from library.training.models.frozen_adapters import TRAINING_ADAPTER, parse_adapter
 from library.training.optimization.optimizers import class_path, resolve_optimizer_type
 from library.training.reporting.trackers import read_tracker_config, tracker_kind
 from library.training.saving.names import Names, state_folder
@@ -360,6 +363,24 @@ def check_network(network: NetworkOptions) -> None:
         raise UserError(
             f"--base_weights_multiplier has {len(factors)} values for {len(files)} --base_weights; "
             "give one for each file"
+        )
+    if network.training_adapter:
+        check_training_adapter(network.training_adapter, files)
+
+
+def check_training_adapter(text: str, merged: Sequence[str]) -> None:
+    """Raise UserError for a training adapter that is merged too, or that changes a text encoder."""
+    file, _ = parse_adapter(text, TRAINING_ADAPTER)
+    for path in merged:
+        if file.samefile(file_in_folder(Path(path), path)):
+            raise UserError(
+                f"{TRAINING_ADAPTER} {file} is also a file of --base_weights, so it would act twice; leave it out of "
+                "--base_weights, which previews keep"
+            )
+    if keys := keys_of_text_encoders(file):
+        raise UserError(
+            f"{TRAINING_ADAPTER} {file} changes a text encoder ({keys[0]} and others), and a training adapter acts on "
+            "the denoiser alone; merge the file with --base_weights"
         )
 
 

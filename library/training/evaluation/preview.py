@@ -20,7 +20,7 @@ from library.options.training.averaging import PREVIEWS
 from library.progress import progress_bar
 from library.protocols import Architecture
 from library.training.evaluation.drawing import collect_texts, decode, draw_latents, encode_prompts, seed_generator
-from library.training.evaluation.preview_weights import with_preview_weights
+from library.training.evaluation.preview_weights import with_preview_weights, without_training_adapter
 from library.training.evaluation.prompt_images import show_with_references
 from library.training.evaluation.prompts import read_prompts, resolve_all
 from library.training.evaluation.strength_response import FEWEST, measure_response
@@ -183,10 +183,12 @@ class Previews:
         try:
             release_memory(run.options.memory.highvram)
             denoiser, precision = context.models.denoiser, run.options.precision
+            keeps_adapter = run.options.preview.sample_with_training_adapter
             with (
                 evaluating(run, PREVIEWS),
                 deterministic_mode(False),
                 with_preview_weights(context.arch.preview, precision, denoiser),
+                without_training_adapter(None if keeps_adapter else context.models.training_adapter),
             ):
                 vae = context.models.vae
                 # A run with cached latents has unloaded the VAE. It is loaded for these previews alone.

@@ -1,7 +1,8 @@
-"""Separate weights for previews, such as those of a distilled version."""
+"""Weights that previews are drawn with: those of a distilled version, and none of the training adapter."""
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import psutil
 from torch import nn
@@ -14,6 +15,7 @@ from library.memory.devices import bytes_of
 from library.memory.exchange import exchange_weights
 from library.options.machine.memory import PrecisionOptions
 from library.protocols import Preview
+from library.training.step.context import TrainingAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -37,3 +39,16 @@ def with_preview_weights(
     logger.info("reading the weights that previews are drawn with (%s)", format_bytes(needed))
     name = precision.denoiser_format
     return exchange_weights(denoiser, preview.load_denoiser(AS_IN_FILE if name is None else load_format(name).codec))
+
+
+@contextmanager
+def without_training_adapter(adapter: TrainingAdapter | None) -> Iterator[None]:
+    """Disable the training adapter inside the block, so that layers give the bits that they give without it."""
+    if adapter is None:
+        yield
+        return
+    adapter.network.set_multiplier(0.0)
+    try:
+        yield
+    finally:
+        adapter.network.set_multiplier(adapter.strength)

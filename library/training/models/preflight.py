@@ -17,6 +17,7 @@ from library.collector import freeze_imports
 from library.errors import NotThere, UserError
 from library.options.training.optimizer import ScheduleOptions
 from library.protocols import Architecture
+from library.training.models.frozen_adapters import create_training_adapter
 from library.training.models.network import create
 from library.training.models.requests import AdapterRequest
 from library.training.optimization.lr_schedules import Schedule, build_schedule
@@ -33,6 +34,10 @@ def preflight(adapters: Sequence[AdapterRequest], arch: Architecture, max_train_
     """
     models = cache(partial(models_on_meta_device, arch))
     with mute_logging(), torch.random.fork_rng(devices=[]):
+        if (options := adapters[0].options.network).training_adapter:
+            beside = create_training_adapter(options, arch, models())
+            assert beside is not None
+            beside.network.load_weights(beside.file)  # compares the shapes
         for adapter in adapters:
             network, optimizer, scheduler = (
                 adapter.options.network,

@@ -1,6 +1,5 @@
 """Adapter files on one base model, which is loaded once for all of them."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -14,14 +13,11 @@ from library.options.machine.memory import MemoryOptions, PrecisionOptions
 from library.processes import ALONE
 from library.protocols import Architecture
 from library.training.models.compute import Compute
+from library.training.models.frozen_adapters import create_frozen_adapter, load_frozen_adapter
 from library.training.models.frozen_base import resolve_base
 from library.training.models.weight_formats import BaseFormats
 from library.training.step.context import Models
-from networks.core.protocol import AdoptedNetwork, adopt, open_network_module
-
-logger = logging.getLogger(__name__)
-
-READER = "networks.lora"  # its inference networks accept every kind of adapter, by the file's keys
+from networks.core.protocol import AdoptedNetwork, adopt
 
 Row = Path | None
 """An adapter file; None is the base model alone."""
@@ -60,17 +56,12 @@ def install_adapters(files: Stack, models: Models, compute: Compute) -> Iterator
 
     Yields the last adapter: notifications during drawing or measuring have no effect on the others.
     """
-    text_encoders, denoiser = models.network_view
     network: Any = NoAdapter()
     with ExitStack() as applied:
         for file, strength in files:
-            network, _ = open_network_module(READER).create_network_from_weights(
-                strength, str(file), models.vae, text_encoders, denoiser, for_inference=True
-            )
-            network.apply_to(text_encoders, denoiser)
+            network, _ = create_frozen_adapter(file, strength, models)
+            network.apply_to(*models.network_view)
             # Registered before the weights are loaded, so that a file that does not fit leaves no adapter behind.
             applied.callback(network.remove)
-            logger.info("%s", network.load_weights(str(file)))
-            network.to(compute.device).eval()
-            network.on_noise_levels(None)
+            load_frozen_adapter(network, file, compute.device)
         yield adopt(network) if files else AdoptedNetwork(network)

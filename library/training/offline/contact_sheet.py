@@ -17,10 +17,11 @@ from library.protocols import Architecture
 from library.training.evaluation.drawing import decode, draw_latents, encode_prompts, seed_generator
 from library.training.failures.vae_memory import VaeFallback
 from library.training.models.compute import Compute
+from library.training.models.frozen_adapters import READER
 from library.training.models.frozen_base import check_base
 from library.training.models.frozen_models import load_frozen
 from library.training.models.weight_formats import BaseFormats
-from library.training.offline.adapter_files import READER, NoAdapter, Stack, install_adapters, resolve_models
+from library.training.offline.adapter_files import NoAdapter, Stack, install_adapters, resolve_models
 from library.training.reporting.sample_images import composite_on_white
 from library.training.step.conditioning import CaptionMemo
 from library.training.step.context import StepContext

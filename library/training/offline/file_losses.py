@@ -24,10 +24,11 @@ from library.training.evaluation.measurement import Measurement
 from library.training.evaluation.validation import resolve_measurements
 from library.training.models.base_model import load_models
 from library.training.models.compute import Compute
+from library.training.models.frozen_adapters import READER, attach_training_adapter
 from library.training.models.step_context import step_context
 from library.training.models.text_caching import TextPlan
 from library.training.models.weight_formats import BaseFormats
-from library.training.offline.adapter_files import READER, Row, install_adapters, resolve_models
+from library.training.offline.adapter_files import Row, install_adapters, resolve_models
 from networks.core.protocol import open_network_module
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ def losses_of_files(
     if not loaded.models.text_encoders:
         check_text_parts(rows)
     resolve_models(options.precision, formats, options.memory, arch, loaded.models, compute)
+    loaded = replace(loaded, models=attach_training_adapter(options.network, arch, loaded.models, device))
     batches = PlannedBatches(plan, loaded.latents, loaded.texts)
     held_out, probe = resolve_measurements(options.validation, options.noise, batches.validation, seed)
     trained = select_all(batches.measured(indices), held_out)

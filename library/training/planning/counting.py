@@ -184,7 +184,7 @@ def build_step(
         encoders=tuple(ModelWeights.of(e, storable_layers(e), ()) for e in meta.models.text_encoders),
         own_formats=(options.precision.denoiser_format, options.precision.text_encoder_format),
         other_bytes=bytes_of(*filter(None, [meta.models.vae])),
-        adapter_bytes=bytes_of(*(network.module for network in networks)),
+        adapter_bytes=bytes_of(*meta.adapter_modules),
         gradient_bytes=gradients,
         held_gradient_bytes=gradients if passes_accumulate(options.run, options.pairs) else 0,
         optimizer=optimizer,
@@ -323,7 +323,7 @@ def count_prediction(meta: MetaRun, rows: BatchShape, features: Conditioning) ->
             noised = arch.objective.corrupt(clean_BCHW, generator_for(0, "planned"))
             return arch.predict(meta.models.denoiser, noised, features, batch)
 
-    return count_rise(arch, [meta.models.denoiser, *(network.module for network in meta.networks)], predict)[0]
+    return count_rise(arch, [meta.models.denoiser, *meta.adapter_modules], predict)[0]
 
 
 def count_step(meta: MetaRun, batch: Batch, repeats: Repeats, advance: Callable[[], None]) -> Timeline:
@@ -364,7 +364,7 @@ def count_step(meta: MetaRun, batch: Batch, repeats: Repeats, advance: Callable[
         for parameter in (p for network in networks for p in network.trainable_parameters()):
             parameter.grad = None
         counter = counter_for(arch)
-        staying = [models.denoiser, *models.text_encoders, *(network.module for network in networks)]
+        staying = [models.denoiser, *models.text_encoders, *meta.adapter_modules]
         counter.leave_out(tensors_of(*staying, *([] if models.vae is None else [models.vae])))
         for network in networks:
             network.start_step(*models.network_view)

@@ -1,7 +1,7 @@
 """The models of a run on fake tensors, which only have shapes, as the run would build them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -16,12 +16,14 @@ from library.memory.planner.counter import OperationCounter
 from library.memory.planner.fakes import give_fakes
 from library.options.caching import CachingOptions
 from library.options.training.concepts import ConceptOptions
+from library.options.training.network import NetworkOptions
 from library.protocols import Architecture
 from library.training.models.compute import Compute
+from library.training.models.frozen_adapters import create_training_adapter
 from library.training.models.network import create
 from library.training.models.requests import AdapterRequest, RequestedRun
 from library.training.models.weight_formats import format_while_reading
-from library.training.step.context import Models
+from library.training.step.context import Models, TrainingAdapter
 from library.types import Batch, Conditioning
 from networks.core.protocol import AdoptedNetwork, adopt
 
@@ -64,6 +66,12 @@ class MetaRun:
     networks: Sequence[AdoptedNetwork]  # of each adapter
 
     @property
+    def adapter_modules(self) -> list[nn.Module]:
+        """The trained adapters and the training adapter."""
+        beside = self.models.training_adapter
+        return [network.module for network in (*self.networks, *([] if beside is None else [beside.network]))]
+
+    @property
     def arch(self) -> Architecture:
         return self.run.arch
 
@@ -84,6 +92,7 @@ def run_on_meta_device(run: RequestedRun) -> MetaRun:
         staying = encoders[: 0 if run.text.live is None else run.text.live.num_encoders]
     needs_vae = not has_latents(options.caching, options.concepts)
     models = Models(denoiser, staying, vae if needs_vae else None, arch.view(staying, denoiser))
+    models = replace(models, training_adapter=training_adapter_on_meta_device(options.network, arch, models))
     networks = [network_on_meta_device(adapter, arch, models) for adapter in run.adapters]
     return MetaRun(run, Compute.build(options.precision, CPU), models, encoders, vae, networks)
 
@@ -91,6 +100,18 @@ def run_on_meta_device(run: RequestedRun) -> MetaRun:
 def has_latents(caching: CachingOptions, concepts: ConceptOptions | None) -> bool:
     """Return True if no step needs the VAE, because latents are cached or drawn from prompts."""
     return caching.cache_latents or concepts is not None
+
+
+def training_adapter_on_meta_device(
+    options: NetworkOptions, arch: Architecture, models: Models
+) -> TrainingAdapter | None:
+    """Attach the training adapter to the models, if there is one."""
+    with unset_fake_temporarily():  # the file's real values determine ranks and forms
+        adapter = create_training_adapter(options, arch, models)
+    if adapter is not None:
+        give_fakes(adapter.network.module.eval().requires_grad_(False))
+        adapter.network.apply_to(*models.network_view, True, True)
+    return adapter
 
 
 def network_on_meta_device(adapter: AdapterRequest, arch: Architecture, models: Models) -> AdoptedNetwork:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from library.checkpoints.weights import to_meta_device
@@ -18,6 +19,7 @@ from library.training.models.arithmetic import check_arithmetic
 from library.training.models.base_model import load_models
 from library.training.models.block_running import choose_block_runner
 from library.training.models.compute import Compute
+from library.training.models.frozen_adapters import attach_training_adapter
 from library.training.models.frozen_base import check_base, resolve_base
 from library.training.models.network import open_network
 from library.training.models.preflight import preflight
@@ -81,7 +83,8 @@ def prepare(
     loaded = load_models(options, formats, requested.text, arch, seed, data, compute, texts, processes, module)
     resolve_base(options.precision, formats, options.memory, arch, loaded.models, compute, processes)
     # After the base model has its weight formats and devices: a network module may read the weights that it adapts.
-    networks = []
+    models = attach_training_adapter(options.network, arch, loaded.models, compute.device)
+    loaded, networks = replace(loaded, models=models), []
     for adapter in adapters:
         with log_prefix(adapter.label):
             network = open_network(adapter, loaded.models, compute)

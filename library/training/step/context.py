@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,15 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
+class TrainingAdapter:
+    """A frozen adapter beside the trained one, which previews leave out."""
+
+    network: AdoptedNetwork
+    file: Path
+    strength: float
+
+
+@dataclass(frozen=True)
 class Models:
     """The base model; each part has the dtype and the device on which it runs."""
 
@@ -26,6 +36,7 @@ class Models:
     vae: nn.Module | None  # None once every latent is cached
     network_view: tuple[nn.Module | list[nn.Module], nn.Module]  # (text encoders, denoiser), as network modules expect
     sharded: ShardedModel | None = None  # set if the denoiser's weights are sharded over processes
+    training_adapter: TrainingAdapter | None = None
 
 
 @dataclass(frozen=True)
