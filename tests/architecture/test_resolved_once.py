@@ -12,7 +12,7 @@ CALLS = {
     "open_network_module": {
         RESOLVED: 1,
         "library/training/models/requests.py": 1,  # for commands that count or measure a run
-        "library/training/offline/adapter_files.py": 1,  # the reader of adapter files
+        "library/training/models/frozen_adapters.py": 1,  # the reader of adapter files
         "library/training/offline/contact_sheet.py": 1,
         "library/training/offline/file_losses.py": 1,
     },

@@ -42,6 +42,7 @@ class PreviewOptions(Options, affects_training=False):
     )
     sample_with_training_adapter: bool = option(
         False,
+        own=True,
         needs="training_adapter",
         help="Draw images with the adapter of --training_adapter too.",
     )

@@ -28,5 +28,5 @@ def test_turbo_without_a_training_adapter_is_warned_about_once(
     assert (turbo.preview.defaults.num_steps, turbo.preview.defaults.scale) == (8, 1.0)
     assert (base.preview.defaults.num_steps, base.preview.defaults.scale) == (50, 5.0)
     caplog.clear()
-    build(options_of([*tiny, "--model_version", "turbo", "--base_weights", "adapter.safetensors"]))
+    build(options_of([*tiny, "--model_version", "turbo", "--training_adapter", "adapter.safetensors"]))
     assert "distilled" not in caplog.text
