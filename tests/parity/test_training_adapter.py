@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from library.memory.planner.prediction import MemoryMode, apply_mode, pass_work
 from library.options.train import TrainOptions
 from library.processes import ALONE
 from library.protocols import Architecture
@@ -129,3 +130,5 @@ def test_the_planner_counts_its_memory_and_its_operations(tmp_path: Path) -> Non
     assert beside.step.adapter_bytes == 2 * alone.step.adapter_bytes
     assert beside.step.gradient_bytes == alone.step.gradient_bytes
     assert planned_peak(beside, False) > planned_peak(alone, False)
+    operations = [sum(work.flops for work in pass_work(apply_mode(c.step, MemoryMode()))) for c in (alone, beside)]
+    assert operations[1] > operations[0]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from library.architectures.flux.options import FluxModelOptions
 from library.architectures.sd3.options import Sd3TrainingOptions
@@ -178,6 +179,21 @@ def test_more_multipliers_than_files_are_refused(tmp_path: Path) -> None:
     weights = tmp_path / "a.safetensors"
     weights.touch()
     assert "2 values for 1" in refusal_of(base_weights=[str(weights)], base_weights_multiplier=[1.0, 0.5])
+
+
+def test_a_training_adapter_is_not_merged_too_and_changes_no_text_encoder(tmp_path: Path) -> None:
+    files = {}
+    for module in ("lora_unet_layers_0_attention_to_q", "lora_te_layers_0_self_attn_q_proj"):
+        files[module] = str(tmp_path / f"{module}.safetensors")
+        weights = {f"{module}.lora_down.weight": torch.ones(2, 8), f"{module}.lora_up.weight": torch.ones(8, 2)}
+        save_file(weights, files[module])
+    file, of_encoder = files.values()
+    check(make_options(training_adapter=f"{file}:0.5", base_weights=[of_encoder]))
+    same = Path(file).parent / ".." / tmp_path.name / Path(file).name
+    message = refusal_of(training_adapter=f"{file}:0.5", base_weights=[of_encoder, str(same)])
+    assert f"--training_adapter {file} is also a file of --base_weights" in message
+    assert f"--training_adapter {of_encoder} changes a text encoder" in refusal_of(training_adapter=of_encoder)
+    assert "the strength is nan" in refusal_of(training_adapter=f"{file}:nan")
 
 
 def test_an_unusable_audit_path_is_refused_before_images_are_read(tmp_path: Path) -> None:
