@@ -25,6 +25,7 @@ from library.training.evaluation.prompts import LINE_OPTIONS
 from library.training.sweep.combinations import expand_combinations
 from networks.core.registry.parsing import parse_arguments
 from tools import choose_checkpoint, contact_sheet, make_shards, plan_memory, start, verify
+from tools.capabilities import list_tools
 
 pytestmark = pytest.mark.slow
 
@@ -33,36 +34,14 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
-FLAGS_OF_OTHERS = {"--venv", "--slow", "--locked", "--help_all"}  # tools/start.py; a word of no parser
-TOOLS = (
-    "convert_lora",
-    "check_lora_weights",
-    "show_metadata",
-    "extract_lora_from_dylora",
-    "extract_lora_from_models",
-    "merge_lora",
-    "resize_lora",
-    "merge_flux_lora",
-    "merge_models",
-    "cache_latents",
-    "report",
-    "compare_runs",
-    "contact_sheet",
-    "choose_checkpoint",
-    "make_shards",
-    "convert_stable_diffusion",
-    "convert_diffusers_to_flux",
-    "merge_sd3_safetensors",
-    "resize_images",
-    "captions_to_metadata",
-    "clean_metadata",
-    "prepare_metadata",
-    "interrogate_lora",
-    "capabilities",
-    "recipes",
-    "draw",
-    "front_end",
-)  # tools whose options the pages mention
+FLAGS_OF_OTHERS = {
+    "--venv",
+    "--slow",
+    "--locked",
+    "--torch",
+    "--offline",
+    "--help_all",
+}  # tools/start.py; a word of no parser
 
 
 def blocks_of(page: Path, language: str) -> list[str]:
@@ -101,7 +80,8 @@ def check_command(command: str) -> None:
             parse(start.setup_parser(), start.split_at_dashes(arguments)[0])
         case ["python3" | "python", "tools/plan_memory.py" | "tools/verify.py" as tool, *arguments]:
             own_args, training = (plan_memory if "plan" in tool else verify).setup_parser().parse_known_args(arguments)
-            check_script(own_args.script, training)
+            if own_args.script or training:  # else usual trainings are planned
+                check_script(own_args.script, training)
         case ["python3" | "python", "tools/contact_sheet.py" | "tools/choose_checkpoint.py" as tool, *arguments]:
             module = contact_sheet if "sheet" in tool else choose_checkpoint
             own_args, training = module.setup_parser().parse_known_args(arguments)
@@ -239,7 +219,7 @@ def test_options_named_in_the_text_exist(page: Path) -> None:
     known = {*FLAGS_OF_OTHERS, *(f"--{letters}" for letters in LINE_OPTIONS)}
     known |= set(launch_command_parser()._option_string_actions)
     scripts = (path.stem for path in ROOT.glob("*train_*.py"))
-    for module in ("train", *scripts, *(f"tools.{name}" for name in TOOLS)):
+    for module in ("train", *scripts, *(f"tools.{path.stem}" for path in list_tools())):
         known |= set(importlib.import_module(module).setup_parser()._option_string_actions)
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     code = [part for part in INLINE_CODE.findall(text) if not part.startswith(("python3 ", "ruff ", "mypy "))]
