@@ -27,6 +27,7 @@ class LatentSpec:
     cache_suffix: str  # "_sd.npz"
     had_keys_without_size: bool  # older cache files have keys without the image size
     max_references: int = 0  # reference images that the denoiser accepts, for edit models
+    needs_references: bool = False  # a data set without any is refused
     has_alpha: bool = False  # images are encoded as RGBA, opaque ones included
     patch: int = 1  # latents along each side of one of the denoiser's tokens
     computed_as: str = ""  # in caches and states; changes with the way in which latents are computed

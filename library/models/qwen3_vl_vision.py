@@ -1,13 +1,14 @@
-"""The vision model of Qwen3-VL 8B (transformers' Qwen3VLVisionModel), and the encoding of captions with images."""
+"""The vision model of Qwen3-VL (transformers' Qwen3VLVisionModel), and the encoding of captions with images."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
+from math import floor, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import interpolate, pad
 from torch.nn.utils.rnn import pad_sequence
 
 from library.checkpoints.weights import Weights, configure, find_prefix, with_prefix
@@ -17,11 +18,17 @@ from library.models.loading import Component, empty_transformers_model, load_com
 from library.models.qwen3 import encode_qwen3
 from library.models.qwen3_vl import VISION
 from library.models.shapes import Shapes, count, shape_of
-from library.types import Tokens
+from library.types import CaptionWithImages, Tokens, plain_caption
 
 MERGE = 2  # patches per side that one token represents
 NUM_HEADS = 16
 DEEPSTACK = (8, 16, 24)  # layers whose states are added to those of the language model's first layers
+DEEPSTACK_OF_4B = (5, 11, 17)
+DEPTH_OF_4B = 24
+SLOT, VISION_BEGIN, VISION_END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
+VISION_MARKS = (SLOT, VISION_BEGIN, VISION_END)
+SLOT_SIDE = 32  # pixels of an image that one token represents
+LARGEST_AREA = 384**2  # pixels of a reference image that an encoder sees
 
 
 def vision_component(weights: Weights) -> Component | None:
@@ -37,8 +44,9 @@ def vision_component(weights: Weights) -> Component | None:
 def vision_config(shapes: Shapes) -> dict[str, Any]:
     """Return the arguments of transformers' Qwen3VLVisionConfig."""
     width, channels, num_frames, patch, _ = shape_of(shapes, "patch_embed.proj.weight")
+    depth = count(shapes, r"blocks\.(\d+)\.")
     return {
-        "depth": count(shapes, r"blocks\.(\d+)\."),
+        "depth": depth,
         "hidden_size": width,
         "intermediate_size": shape_of(shapes, "blocks.0.mlp.linear_fc1.weight")[0],
         "num_heads": NUM_HEADS,
@@ -48,7 +56,7 @@ def vision_config(shapes: Shapes) -> dict[str, Any]:
         "temporal_patch_size": num_frames,
         "out_hidden_size": shape_of(shapes, "merger.linear_fc2.weight")[0],
         "num_position_embeddings": shape_of(shapes, "pos_embed.weight")[0],
-        "deepstack_visual_indexes": list(DEEPSTACK),
+        "deepstack_visual_indexes": list(DEEPSTACK_OF_4B if depth == DEPTH_OF_4B else DEEPSTACK),
     }
 
 
@@ -57,18 +65,26 @@ load_vision = partial(load_component, empty_vision)
 
 
 def encode_with_images(
-    language: nn.Module, vision: nn.Module, ids_S: Tensor, slot: int, images: Sequence[Tensor]
+    language: nn.Module,
+    vision: nn.Module,
+    ids_S: Tensor,
+    slot: int,
+    images: Sequence[Tensor],
+    layers: Sequence[int] = (),
 ) -> Tensor:
-    """Return the last states of one caption, shape SE, with images (each CHW) in place of its tokens `slot`."""
+    """Return the states of one caption, shape SE, with images (each CHW) in place of its tokens `slot`: the last ones,
+    or those after several `layers`, concatenated as by `encode_layers`."""
     device = next(vision.parameters()).device
     words_1SE, positions_3S, outputs = embed_with_images(language, vision, ids_S, slot, images)
-    states_SE: Tensor = language(
+    states = language(
         inputs_embeds=words_1SE,
         position_ids=positions_3S[:, None],
         visual_pos_masks=(send(ids_S, device) == slot)[None],
         deepstack_visual_embeds=outputs.deepstack_features,
-    ).last_hidden_state[0]
-    return states_SE
+        output_hidden_states=bool(layers),
+    )
+    chosen = [states.hidden_states[layer] for layer in layers] or [states.last_hidden_state]
+    return torch.cat(chosen, dim=-1)[0]
 
 
 def embed_with_images(
@@ -93,6 +109,34 @@ def embed_with_images(
     return words_SE[None], positions_3S, outputs
 
 
+def fit_images(captions: Sequence[str]) -> tuple[tuple[Tensor, ...], ...]:
+    """Read the images of each caption, resized by `fit_image`."""
+    return tuple(
+        tuple(map(fit_image, caption.read())) if isinstance(caption, CaptionWithImages) else () for caption in captions
+    )
+
+
+def fit_image(image_CHW: Tensor) -> Tensor:
+    """Resize a reference image for the text encoder: to at most 384 x 384 pixels in all, sides multiples of 32."""
+    H, W = image_CHW.shape[-2:]
+    sides = [max(1, round(side / SLOT_SIDE)) * SLOT_SIDE for side in (H, W)]
+    if sides[0] * sides[1] > LARGEST_AREA:
+        shrinking = sqrt(H * W / LARGEST_AREA)
+        sides = [max(1, floor(side / shrinking / SLOT_SIDE)) * SLOT_SIDE for side in (H, W)]
+    if sides == [H, W]:
+        return image_CHW
+    resized_1CHW = interpolate(image_CHW[None], size=sides, mode="bicubic", antialias=True)
+    return resized_1CHW[0].clamp(-1, 1)
+
+
+def number_images(caption: str, images: Sequence[Tensor]) -> str:
+    """Return a caption after `Picture 1: `, `Picture 2: `, ..., each followed by the slots of an image."""
+    slots = [(image.shape[-2] // SLOT_SIDE) * (image.shape[-1] // SLOT_SIDE) for image in images]
+    pictures = [f"Picture {n}: {VISION_BEGIN}{SLOT * count}{VISION_END}" for n, count in enumerate(slots, start=1)]
+    # A slot in a caption would be taken for a part of an image.
+    return "".join((*pictures, plain_caption(caption).replace(SLOT, "")))
+
+
 def join_rows(rows: Sequence[Sequence[int]], images: Sequence[Sequence[Tensor]]) -> Tokens:
     """Return the token IDs of captions and their mask, (B, 1, T), 0 for padding, with the images of each caption."""
     ids = [torch.tensor(row) for row in rows]
@@ -109,15 +153,17 @@ def encode_captions(
     images: Sequence[Sequence[Tensor]],
     encode_one: Callable[[nn.Module, nn.Module, Tensor, int, Sequence[Tensor]], Tensor],
     encoder: str,
+    encode_texts: Callable[[nn.Module, Tensor, Tensor], Tensor] = encode_qwen3,
 ) -> Tensor:
-    """Return the last states, BTE, zero where the mask is 0: of all captions at once, or one by one if any has images.
+    """Return states, BTE: of all captions at once, or one by one if any has images.
 
     `encoders` are the language model and, if its files have one, the vision model. `encode_one` is such a function as
-    `encode_with_images`. Raises UserError for images without a vision model, naming the `encoder` to use.
+    `encode_with_images`, `encode_texts` encodes captions without images. Raises UserError for images without a vision
+    model, naming the `encoder` to use.
     """
     language, *vision = encoders
     if not any(images):
-        return encode_qwen3(language, ids_BT, mask_BT)
+        return encode_texts(language, ids_BT, mask_BT)
     if not vision:
         raise UserError(
             "--text_encoder has no vision model, which reference images require; use a complete file or folder of "
@@ -129,7 +175,7 @@ def encode_captions(
         if shown:
             states_SE = encode_one(language, vision[0], ids_S, slot, shown)
         else:
-            states_SE = encode_qwen3(language, ids_S[None], torch.ones_like(ids_S)[None])[0]
+            states_SE = encode_texts(language, ids_S[None], torch.ones_like(ids_S)[None])[0]
         rows.append(pad(states_SE, (0, 0, 0, len(ids_T) - len(ids_S))))
     return torch.stack(rows)
 

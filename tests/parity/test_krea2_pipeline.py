@@ -4,10 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from library.types import Prompt
+from library.architectures.krea2.text import BEGIN
+from library.data.decoding.tensors import to_pixels
+from library.types import CaptionWithImages, Prompt
 from tests.parity.test_preview import ours
 from tests.parity.tiny_models import open_run
 from tests.tiny.krea2 import build_tiny_krea2
@@ -109,8 +113,41 @@ def test_caption_features_equal_those_of_the_pipeline(run: Any, pipeline: Any) -
     torch.testing.assert_close(alone[0], features["hidden_state"][0, : alone.shape[1]], **FLOAT32_DEEP)
 
 
+@torch.no_grad()
+def test_captions_with_references_give_the_states_of_the_whole_model(run: Any, folder: Path) -> None:
+    """They are not cut, nor are their references, which the denoiser gets too."""
+    from transformers import Qwen3VLModel
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    generator = np.random.default_rng(1)
+    images = [generator.integers(0, 256, (*sides, 3), dtype=np.uint8) for sides in ((32, 64), (64, 96))]
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=16, merge_size=2, temporal_patch_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+        size={"shortest_edge": 32 * 32, "longest_edge": 384 * 384},
+    )  # fmt: skip
+    patches, text = processor([Image.fromarray(image) for image in images], return_tensors="pt"), run.arch.text
+    caption = "a red cat " * 300
+    pictures = "".join(
+        f"Picture {n}: <|vision_start|>{'<|image_pad|>' * count}<|vision_end|>" for n, count in ((1, 2), (2, 6))
+    )
+    chat = f"{BEGIN}{pictures}{caption}<|im_end|>\n<|im_start|>assistant\n"
+    ids = text.tokenizer(chat, return_tensors="pt")["input_ids"]
+    is_slot = ids == text.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    states = Qwen3VLModel.from_pretrained(folder / "text_encoder").eval()(
+        input_ids=ids, pixel_values=patches["pixel_values"], image_grid_thw=patches["image_grid_thw"],
+        mm_token_type_ids=is_slot.int(), output_hidden_states=True,
+    ).hidden_states  # fmt: skip
+    theirs = torch.cat([states[layer][0] for layer in range(2, 36, 3)], dim=-1)[text.num_begin :]
+    shown = CaptionWithImages(caption, "digest", lambda: tuple(map(to_pixels, images)))
+    features = text.encode(run.models.text_encoders, text.tokenize([shown, "dog"]))
+    assert len(theirs) > 512
+    torch.testing.assert_close(features["hidden_state"][0], theirs, **FLOAT32_DEEP)
+    alone = text.encode(run.models.text_encoders, text.tokenize(["dog"]))["hidden_state"][0]
+    torch.testing.assert_close(features["hidden_state"][1, : len(alone)], alone, **FLOAT32_DEEP)
+
+
 def test_unused_layers_are_not_loaded(run: Any) -> None:
-    (encoder,) = run.models.text_encoders
+    encoder, _ = run.models.text_encoders
     assert len(encoder.layers) == 35
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from library.architectures.moss_image.assembly import build
 from library.architectures.moss_image.options import MossImageOptions
 from library.architectures.moss_image.predict import SKIPPED
-from library.architectures.moss_image.text import fit_image
 from library.data.decoding.tensors import to_pixels
+from library.models.qwen3_vl_vision import fit_image
 from library.types import CaptionWithImages, Prompt
 from moss_image_train_network import setup_parser
 from tests.parity.test_preview import ours

@@ -16,6 +16,8 @@ from library.training.report_page.page import read_data
 from tests.running import Finished, load_saved, make_images
 from tests.tiny.flux import build_tiny_flux
 from tests.tiny.flux_2 import build_tiny_flux_2
+from tests.tiny.krea2 import build_tiny_krea2
+from tests.tiny.moss_image import build_tiny_moss_image
 from tools import contact_sheet
 
 Train = Callable[..., Finished]
@@ -178,7 +180,18 @@ def test_a_preview_depends_on_its_reference(train: Train, arguments: list[str], 
     assert (first == third).all() and (first != second).any()
 
 
-def test_flux_2_trains_on_two_references_of_a_musubi_dataset(train: Train, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("build", "script", "module", "more"),
+    [
+        (build_tiny_flux_2, "flux_2_train_network", "networks.lora_flux_2", []),
+        (build_tiny_moss_image, "moss_image_train_network", "networks.lora", []),
+        (build_tiny_krea2, "krea2_train_network", "networks.lora_krea2", ["--edit"]),
+    ],
+    ids=["flux_2", "moss_image", "krea2"],
+)
+def test_other_models_train_on_two_references_of_a_musubi_dataset(
+    train: Train, tmp_path: Path, build: Callable[[Path, int], list[str]], script: str, module: str, more: list[str]
+) -> None:
     """Cover numbered stems, references of other sizes, a preview with both, and a resumed run that equals the
     uninterrupted one."""
     make_images(tmp_path / "after", 4)
@@ -193,6 +206,7 @@ def test_flux_2_trains_on_two_references_of_a_musubi_dataset(train: Train, tmp_p
 resolution = [64, 64]
 caption_extension = ".txt"
 batch_size = 2
+caption_dropout_rate = 0.3
 
 [[datasets]]
 image_directory = "{(tmp_path / "after").as_posix()}"
@@ -203,17 +217,17 @@ no_resize_control = true
     shown = " ".join(f"--ci {(tmp_path / 'before' / f'00_{number}.png').as_posix()}" for number in (0, 1))
     (tmp_path / "prompts.txt").write_text(f"make it red --w 64 --h 48 --s 2 --d 3 {shown}\n")
     uninterrupted = [
-        *build_tiny_flux_2(tmp_path / "model", 64), "--dataset_config", str(tmp_path / "data.toml"), "--output_dir",
-        str(tmp_path / "out"), "--output_name", "mine", "--network_module", "networks.lora_flux_2", "--network_dim",
+        *build(tmp_path / "model", 64), *more, "--dataset_config", str(tmp_path / "data.toml"), "--output_dir",
+        str(tmp_path / "out"), "--output_name", "mine", "--network_module", module, "--network_dim",
         "4", "--learning_rate", "1e-3", "--max_train_steps", "4", "--seed", "5", "--max_data_loader_n_workers", "0",
         "--cache_latents_to_disk", "--cache_text_encoder_outputs", "--save_every_n_steps", "2", "--save_state",
         "--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "4",
     ]  # fmt: skip
-    done = train(uninterrupted, "flux_2_train_network")
-    assert done.status == 0, done.stderr
+    done = train(uninterrupted, script)
+    assert done.status == 0 and "failed" not in done.stderr, done.stderr
     assert "2 reference images for each image" in done.stderr
     state = str(tmp_path / "out" / "mine-step00000002-state")
-    assert train([*uninterrupted, "--output_name", "resumed", "--resume", state], "flux_2_train_network").status == 0
+    assert train([*uninterrupted, "--output_name", "resumed", "--resume", state], script).status == 0
     assert are_equal(load_saved(tmp_path), load_saved(tmp_path, "resumed"))
     (preview,) = (tmp_path / "out" / "sample").glob("mine*.png")
     with Image.open(preview) as image:

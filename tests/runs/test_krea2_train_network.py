@@ -1,6 +1,7 @@
 """krea2_train_network.py on a tiny Krea 2 model: musubi-tuner's commands, previews, resuming, and third-party
 files."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.running import Finished, small_run
+from tests.running import Finished, make_images, small_run
 from tests.runs.musubi_tuner import paths_of, run_command
 from tests.tiny.krea2 import CONFIG, build_tiny_krea2
 
@@ -47,6 +48,27 @@ def test_caption_features_are_cached_without_padding(tiny_arguments: list[str], 
     assert len(num_tokens) == 4 and len(set(num_tokens)) > 1
     size = 2 * 12 * CONFIG.fusion.width * sum(num_tokens) / 1e6
     assert f"caching text encoder outputs of 4 captions on disk, about {size:.1f} MB" in log
+
+
+def test_commands_for_editing_cache_what_training_reuses(
+    train_krea2: Train, tiny_arguments: list[str], tmp_path: Path
+) -> None:
+    """A data set without references is refused with --edit, by every command."""
+    paths = paths_of(tiny_arguments, tmp_path)
+    words = "--dit {dit} --dataset_config {data} --output_dir {out} --network_module networks.lora_krea2 --edit"
+    train = [*words.format(**paths).split(), "--mixed_precision", "bf16", "--max_train_steps", "1"]
+    done = train_krea2(train)
+    assert done.status == 1 and "--edit trains on reference images, but no subset of the data set" in done.stderr
+    make_images(tmp_path / "before", 3, side=96, seed=1)
+    with (tmp_path / "data.toml").open("a") as file:
+        file.write(f'control_directory = "{(tmp_path / "before").as_posix()}"\n')
+    run_command("krea2_cache_latents", "--dataset_config {data} --vae {vae} --edit", paths)
+    texts = "--dataset_config {data} --text_encoder {text} --batch_size 1 --edit"
+    run_command("krea2_cache_text_encoder_outputs", texts, paths)
+    done = train_krea2(train)
+    assert done.status == 0, done.stderr
+    assert "latent cache: 3 entries reused, 0 to encode" in done.stderr
+    assert re.search(r"text cache: \d files reused, 0 to encode", done.stderr)
 
 
 def test_previews_use_turbo_and_do_not_change_training(

@@ -1,4 +1,4 @@
-"""moss_image_train_network.py on a tiny model: a settings file for sd-scripts, caching commands, and pairs."""
+"""moss_image_train_network.py on a tiny model: a settings file for sd-scripts, and caching commands."""
 
 import re
 from collections.abc import Callable
@@ -7,12 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from library.checkpoints.files import read_metadata
-from tests.running import Finished, make_images
+from tests.running import Finished
 from tests.runs.musubi_tuner import paths_of, run_command
 from tests.tiny.moss_image import CONFIG, build_tiny_moss_image
 
@@ -103,37 +101,3 @@ def test_caching_commands_fill_the_caches_that_training_reuses(
     assert done.status == 0, done.stderr
     assert "latent cache: 3 entries reused, 0 to encode" in done.stderr
     assert re.search(r"text cache: \d files reused, 0 to encode", done.stderr)
-
-
-def test_training_on_pairs_resumes_exactly_and_previews_show_the_references(
-    train_moss: Train, tiny_arguments: list[str], tmp_path: Path
-) -> None:
-    make_images(tmp_path / "after", 4)
-    for number, side in enumerate((96, 64)):
-        make_images(tmp_path / f"before{number}", 4, side=side, seed=1 + number)
-    folders = [(tmp_path / name).as_posix() for name in ("after", "before0", "before1")]
-    (tmp_path / "data.toml").write_text(
-        f'[[datasets]]\nresolution = 64\nbatch_size = 2\ncaption_extension = ".txt"\n[[datasets.subsets]]\n'
-        f'image_dir = "{folders[0]}"\ncontrol_dirs = {folders[1:]!r}\ncontrol_no_resize = true\n'
-        "caption_dropout_rate = 0.3\n"
-    )
-    shown = " ".join(f"--ci {folder}/01.png" for folder in folders[1:])
-    (tmp_path / "prompts.txt").write_text(f"make it red --w 64 --h 64 --s 2 --d 3 {shown}\n")
-    words = [
-        *tiny_arguments, "--dataset_config", str(tmp_path / "data.toml"), "--output_dir", str(tmp_path / "out"),
-        "--output_name", "mine", "--network_module", "networks.lora", "--network_dim", "4", "--learning_rate", "1e-3",
-        "--max_train_steps", "4", "--seed", "5", "--max_data_loader_n_workers", "0", "--cache_latents_to_disk",
-        "--cache_text_encoder_outputs_to_disk", "--save_every_n_steps", "2", "--save_state", "--sample_prompts",
-        str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "4",
-    ]  # fmt: skip
-    done = train_moss(words)
-    assert done.status == 0 and "failed" not in done.stderr, done.stderr
-    assert "2 reference images for each image" in done.stderr
-    state = str(tmp_path / "out" / "mine-step00000002-state")
-    done = train_moss([*words, "--output_name", "resumed", "--resume", state])
-    assert done.status == 0, done.stderr
-    whole, resumed = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("mine", "resumed"))
-    assert whole.keys() == resumed.keys() and all(torch.equal(weight, resumed[key]) for key, weight in whole.items())
-    (drawn,) = (tmp_path / "out" / "sample").glob("mine*.png")
-    with Image.open(drawn) as image:
-        assert image.width > 3 * 64

@@ -20,7 +20,7 @@ from tests.tiny.base import Base, Compared, Deep, Dit, InDiffusers, Pair, pair_o
 from tests.tiny.headers import write_headers
 from tests.tiny.keys import kohya, lora_of, peft
 from tests.tiny.parts import BASE, Parts, prefixed, tiny_denoiser, write_files, write_folder, write_whole
-from tests.tiny.qwen3_vl import tiny_qwen3_vl
+from tests.tiny.qwen3_vl import MARKS, deep_vision, tiny_qwen3_vl
 from tests.tiny.zimage import write_qwen3_tokenizer
 
 Layout = Literal["files", "whole", "diffusers"]
@@ -62,7 +62,7 @@ def build_tiny_krea2(
 ) -> list[str]:
     """Write a tiny model into `folder` and return the options that select it, with the base model as `flag` and its
     transformer called `name`. Equal seeds give equal weights in every layout."""
-    parts = tiny_parts(seed, write_qwen3_tokenizer(folder / "tokenizer"))
+    parts = tiny_parts(seed, write_qwen3_tokenizer(folder / "tokenizer", MARKS))
     if layout == "diffusers":
         index = {"_class_name": "Krea2Pipeline", "is_distilled": False}
         return write_folder(folder, index, parts, diffusers_state, flag)
@@ -78,7 +78,7 @@ def build_tiny_krea2(
 
 def tiny_parts(seed: int, num_words: int) -> Parts:
     """Return (config.json, weights) by diffusers' folder name; the denoiser has our names, the VAE diffusers'."""
-    encoder = tiny_qwen3_vl(seed + 2, num_words, **QWEN3_VL)
+    encoder = tiny_qwen3_vl(seed + 2, num_words, deep_vision(24, (5, 11, 17)), **QWEN3_VL)
     return {
         "transformer": (diffusers_config(CONFIG), tiny_krea2(seed).state_dict()),
         "vae": ({**VAE, "_class_name": "AutoencoderKLQwenImage"}, vae_state(seed + 1)),
@@ -147,7 +147,7 @@ def full_size() -> SingleStreamDiT:
 
 
 def write_full_size(folder: Path) -> list[str]:
-    write_qwen3_tokenizer(folder / "tokenizer")
+    write_qwen3_tokenizer(folder / "tokenizer", MARKS)
     files = {"pretrained_model_name_or_path": full_size(), "text_encoder": full_size_qwen3_vl(), "vae": full_size_vae()}
     return write_headers(folder, files)
 

@@ -16,15 +16,15 @@ from library.architectures.qwen_image_21.model import QwenImage21, QwenImage21Co
 from library.architectures.qwen_image_21.reference import diffusers_config, diffusers_model
 from library.models.adapter_views import view_denoiser
 from library.models.loading import build_on_meta_device
-from library.models.qwen3_vl_vision import DEEPSTACK, NUM_HEADS
+from library.models.qwen3_vl_vision import DEEPSTACK
 from library.models.vae.qwen_image import ENDS, MIDDLE, QUANT, RESIDUAL
 from tests.tiny.base import Base, Deep, Dit, InDiffusers, Pair, pair_of, training_command
 from tests.tiny.headers import write_headers
 from tests.tiny.init import fixed_init
 from tests.tiny.keys import kohya, lora_of, peft
 from tests.tiny.parts import BASE, Parts, tiny_denoiser, write_files, write_folder, write_whole
-from tests.tiny.qwen3_vl import TEXT
-from tests.tiny.zimage import SPECIAL, write_qwen3_tokenizer
+from tests.tiny.qwen3_vl import MARKS, TEXT, deep_vision, tiny_qwen3_vl
+from tests.tiny.zimage import write_qwen3_tokenizer
 
 Layout = Literal["files", "whole", "diffusers"]
 
@@ -32,17 +32,7 @@ CONFIG = QwenImage21Config(in_features=64, width=64, head_width=32, mlp_width=19
 FULL_SIZE = QwenImage21Config(
     in_features=64, width=4096, head_width=128, mlp_width=12288, text_width=4096, num_blocks=32
 )
-VISION = {
-    "depth": DEEPSTACK[-1] + 1,
-    "hidden_size": 64,
-    "intermediate_size": 32,
-    "num_heads": NUM_HEADS,
-    "num_position_embeddings": 16,
-    "out_hidden_size": CONFIG.text_width,
-    "deepstack_visual_indexes": list(DEEPSTACK),
-}
 VAE = {"base_dim": 4, "decoder_base_dim": 6, "dim_mult": [1, 1, 2, 4, 4], "num_res_blocks": 1}
-MARKS = (*SPECIAL, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 PREFIX = "text_encoders.qwen3vl_8b.transformer."
 
 
@@ -62,25 +52,13 @@ def build_tiny_qwen_image_21(folder: Path, seed: int, layout: Layout = "files", 
 
 def tiny_parts(seed: int, num_words: int) -> Parts:
     """Return (config.json, weights) by diffusers' folder name."""
-    encoder = tiny_text_encoder(seed + 2, num_words)
+    encoder = tiny_qwen3_vl(seed + 2, num_words, deep_vision(DEEPSTACK[-1] + 1, DEEPSTACK))
     config = json.loads(encoder.config.to_json_string())
     return {
         "transformer": (diffusers_config(CONFIG), tiny_qwen_image_21(seed).state_dict()),
         "vae": tiny_vae(seed + 1),
         "text_encoder": (config, {f"model.{name}": tensor for name, tensor in encoder.state_dict().items()}),
     }
-
-
-def tiny_text_encoder(seed: int, num_words: int) -> Any:
-    """Return transformers' Qwen3VLModel, whose image tokens are those of the tiny tokenizer."""
-    from transformers import Qwen3VLConfig, Qwen3VLModel
-
-    ids = {f"{kind}_token_id": num_words - place for place, kind in ((2, "image"), (1, "video"))}
-    ids |= {f"vision_{kind}_token_id": num_words - place for place, kind in ((4, "start"), (3, "end"))}
-    config = Qwen3VLConfig(text_config={**TEXT, "vocab_size": num_words}, vision_config=VISION, **ids)
-    model = Qwen3VLModel(config).eval().requires_grad_(False)
-    model.load_state_dict(fixed_init(model, seed))
-    return model
 
 
 def tiny_vae(seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,9 +1,11 @@
-"""Assembly of Krea 2: a transformer of one stream, Qwen3-VL 4B as text encoder, Qwen-Image's latents of 16 channels.
+"""Assembly of Krea 2: a transformer of one stream, Qwen3-VL 4B as text encoder, Qwen-Image's latents of 16 channels. It
+generates images from text, and can be trained to edit reference images.
 
 Start here to read this package.
 """
 
 import logging
+from dataclasses import replace
 from functools import partial
 
 from library.architectures.krea2.load import QWEN3_VL, TURBO, open_encoder, open_loader, open_turbo
@@ -44,7 +46,7 @@ RECIPE = Recipe(
     records=RECORDS,
     needs={"diffusers": ">=0.35", "transformers": ">=4.57"},  # AutoencoderKLQwenImage, Qwen3VLTextModel
 )  # fmt: skip
-CODEC = qwen_image_latents("_krea2.npz")
+CODEC = qwen_image_latents("_krea2.npz", max_references=10)  # the model has no limit of its own
 LATENTS = CODEC.spec
 GUIDANCE = 5.5  # of Raw: diffusers' pipeline has 4.5, to which it adds 1
 
@@ -82,7 +84,7 @@ def assemble(
         name="krea2",
         load=loader,
         text=text,
-        codec=CODEC,
+        codec=replace(CODEC, spec=replace(LATENTS, needs_references=options.parts.edit)),
         objective=build_objective(options),
         predict=predict,
         view=view_denoiser,
@@ -111,7 +113,7 @@ def build_text_cache(options: Krea2Options, loader: DitLoader, text: Krea2Text) 
         options=options.text_caching,
         suffix="_krea2_te.npz",
         keys=("hidden_state", "attention_mask"),
-        encoders=lambda: fingerprint(loader.text.component.weights),
+        encoders=lambda: fingerprint(*(part.component.weights for part in loader.texts)),
         settings=f"{loader.text.dtype} {options.parts.fp8_text_encoder}",
         tokenizers=(text.tokenizer,),
         padding={"hidden_state": 0.0, "attention_mask": 0.0},
@@ -119,6 +121,7 @@ def build_text_cache(options: Krea2Options, loader: DitLoader, text: Krea2Text) 
         can_train=False,
         bytes_of=lambda caption: feature_bytes(loader, text, caption),
         keeps_bits=True,
+        sees_images=True,
     )
 
 

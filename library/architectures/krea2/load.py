@@ -1,9 +1,10 @@
 """Loading of Krea 2 checkpoints: three files, one file with everything, or a diffusers folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -19,12 +20,13 @@ from library.checkpoints.weights import Weights, configure
 from library.errors import UserError
 from library.models import dit_loader
 from library.models.distilled import DistilledRelease
-from library.models.dit_loader import DitLoader, check_input_width, open_dit, open_dit_loader
+from library.models.dit_loader import DitLoader, add_vision, check_input_width, open_dit, open_dit_loader
 from library.models.identify import open_denoiser
 from library.models.language_models import WORDS, choose_load, with_first_layers
 from library.models.loading import Component, check_text_width
 from library.models.qwen3 import FOLDER, Qwen3Release
 from library.models.qwen3_vl import load_qwen3_vl, qwen3_vl_component
+from library.models.qwen3_vl_vision import load_vision, vision_component
 from library.models.vae.qwen_image import CHANNELS, open_vae
 from library.models.vae.qwen_image_2d import load_vae_for_images
 from library.options.model import BASE_FLAG
@@ -57,16 +59,19 @@ def open_loader(options: Krea2Options) -> DitLoader:
 def build_loader(
     options: Krea2Options, base: BaseFiles, weights: Weights, build: Callable[[], nn.Module] | None = None
 ) -> DitLoader:
+    # The language and the vision model are in the same files, whose headers are read once.
+    qwen3_vl = cache(lambda: base.open_text_encoder(QWEN3_VL.flag, options.parts.text_encoder, FOLDER, QWEN3_VL.prefix))
     load_text = choose_load(load_qwen3_vl, "Qwen3-VL", options.parts.fp8_text_encoder)
-    return open_dit_loader(
+    loader = open_dit_loader(
         options,
         base,
         weights,
         build,
-        texts=[(lambda: open_qwen3_vl(options.parts.text_encoder, base), load_text)],
+        texts=[(lambda: language_component(*qwen3_vl()), load_text)],
         vae=lambda: open_vae(MODEL, options.model.vae, base),
         load_vae=load_vae_for_images,
     )
+    return add_vision(loader, lambda: vision_component(qwen3_vl()[1]), load_vision)
 
 
 open_encoder = partial(dit_loader.open_encoder, open_loader, build_loader)
@@ -107,7 +112,6 @@ def open_turbo(options: Krea2Options, loader: DitLoader) -> DitLoader | None:
     return replace(loader, denoiser_weights=weights)
 
 
-def open_qwen3_vl(name: str | None, base: BaseFiles) -> Component:
-    """Open Qwen3-VL from --text_encoder or from the base model, without its unused layers."""
-    config, weights = base.open_text_encoder(QWEN3_VL.flag, name, FOLDER, QWEN3_VL.prefix)
+def language_component(config: Mapping[str, Any] | None, weights: Weights) -> Component:
+    """Build the language model's component, without its unused layers."""
     return with_first_layers(qwen3_vl_component(weights, config, QWEN3_VL), LAYERS[-1], QWEN3_VL.flag)

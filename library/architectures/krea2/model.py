@@ -1,12 +1,13 @@
 """The denoiser of Krea 2 (Krea AI 2026), in the layout of the original checkpoints.
 
-Text and image are one stream. A small transformer first fuses the states of several layers of the text encoder into one
-feature per token. Module paths are the keys of the checkpoint and the names of adapters. Letters: B samples, C
-channels, H and W sides of the latent, h and w sides in patches, L text tokens, S states of a token, E text width, T
-tokens (text first), M model width, N heads, D head width.
+All tokens are one stream: the text, the noisy image, then reference images, which stay clean and are modulated at noise
+level 0. A small transformer first fuses the states of several layers of the text encoder into one feature per token.
+Module paths are the keys of the checkpoint and the names of adapters. Letters: B samples, C channels, H and W sides of
+the latent, h and w sides in patches, L text tokens, S states of a token, E text width, T tokens, M model width, R noise
+levels (the noisy image's, and that of references if there are any), V values of a modulation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -210,14 +211,25 @@ class SingleStreamBlock(nn.Module):
         self.attn = Attention(config)
         self.mlp = SwiGLU(config.width, config.mlp_width)
 
-    def forward(self, x_BTM: Tensor, modulation_BV: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
-        rows = (modulation_BV + self.mod.lin)[:, None].chunk(NUM_MODULATIONS, dim=-1)
+    def forward(
+        self, x_BTM: Tensor, modulation_BRV: Tensor, rope: Rope, mask: Tensor | None, num_clean: int = 0
+    ) -> Tensor:
+        """Return the tokens, BTM; the last `num_clean` are modulated by the second row."""
+        rows = (modulation_BRV + self.mod.lin).chunk(NUM_MODULATIONS, dim=-1)
         scale_attn, shift_attn, gate_attn, scale_mlp, shift_mlp, gate_mlp = rows
-        attended_BTM = self.attn((1 + scale_attn) * self.prenorm(x_BTM) + shift_attn, rope, mask)
-        x_BTM = x_BTM + gate_attn * attended_BTM
-        mlp_BTM = self.mlp((1 + scale_mlp) * self.postnorm(x_BTM) + shift_mlp)
-        after_BTM: Tensor = x_BTM + gate_mlp * mlp_BTM
-        return after_BTM
+        y_BTM = modulate(self.prenorm(x_BTM), num_clean, 1 + scale_attn, shift_attn)
+        x_BTM = x_BTM + modulate(self.attn(y_BTM, rope, mask), num_clean, gate_attn)
+        y_BTM = modulate(self.postnorm(x_BTM), num_clean, 1 + scale_mlp, shift_mlp)
+        return x_BTM + modulate(self.mlp(y_BTM), num_clean, gate_mlp)
+
+
+def modulate(x_BTM: Tensor, num_clean: int, factors_BRM: Tensor, offsets_BRM: Tensor | None = None) -> Tensor:
+    """Multiply tokens by factors and add offsets: the second row for the last `num_clean` tokens, else the first."""
+    tokens = (x_BTM[:, :-num_clean], x_BTM[:, -num_clean:]) if num_clean else (x_BTM,)
+    parts = [factors_BRM[:, r : r + 1] * part for r, part in enumerate(tokens)]
+    if offsets_BRM is not None:
+        parts = [part + offsets_BRM[:, r : r + 1] for r, part in enumerate(parts)]
+    return torch.cat(parts, dim=1) if num_clean else parts[0]
 
 
 class LastLayer(nn.Module):
@@ -229,8 +241,8 @@ class LastLayer(nn.Module):
         self.linear = nn.Linear(width, out_features)
         self.modulation = Modulation(2, width)
 
-    def forward(self, x_BTM: Tensor, time_BM: Tensor) -> Tensor:
-        scale_B1M, shift_B1M = (time_BM[:, None] + self.modulation.lin).chunk(2, dim=1)
+    def forward(self, x_BTM: Tensor, time_B1M: Tensor) -> Tensor:
+        scale_B1M, shift_B1M = (time_B1M + self.modulation.lin).chunk(2, dim=1)
         patches_BTF: Tensor = self.linear((1 + scale_B1M) * self.norm(x_BTM) + shift_B1M)
         return patches_BTF
 
@@ -258,36 +270,48 @@ class SingleStreamDiT(nn.Module):
         """Return the main blocks; the few that fuse text are not offloaded."""
         return [[*self.blocks]]
 
-    def forward(self, latents_BCHW: Tensor, sigmas_B: Tensor, text_BLF: Tensor, text_mask_BL: Tensor) -> Tensor:
+    def forward(
+        self,
+        latents_BCHW: Tensor,
+        sigmas_B: Tensor,
+        text_BLF: Tensor,
+        text_mask_BL: Tensor,
+        references: Sequence[Tensor] = (),
+    ) -> Tensor:
         """Return the velocity, shape BCHW.
 
         `sigmas_B` are shares of noise, 0..1. `text_BLF` has the states of a token concatenated, F = S E. `text_mask_BL`
         is 1 for the caption's tokens, which precede its padding; it should be on the host, because the lengths are read
-        from it.
+        from it. `references` are the latents of reference images, BCHW each.
         """
-        h, w = (side // PATCH for side in latents_BCHW.shape[-2:])
+        images = (latents_BCHW, *references)
+        sides = [(image.shape[-2] // PATCH, image.shape[-1] // PATCH) for image in images]
+        (h, w), num_clean = sides[0], sum(h * w for h, w in sides[1:])
         device, dtype = latents_BCHW.device, self.first.weight.dtype
         lengths = [int(length) for length in text_mask_BL.sum(1).tolist()]
         L = max(lengths)
         text_mask = mask = None  # attention has faster kernels without a mask
         if min(lengths) < L:
             is_text_BL = send(torch.arange(L)[None] < torch.tensor(lengths)[:, None], device)
-            text_mask, mask = is_text_BL[:, None, None], key_mask(is_text_BL, h * w)
+            text_mask, mask = is_text_BL[:, None, None], key_mask(is_text_BL, h * w + num_clean)
         states_BLSE = text_BLF[:, :L].to(dtype).reshape(len(lengths), L, self.config.num_states, -1)
         txt_BLM = self.txtmlp(self.txtfusion(states_BLSE, text_mask, self.runner))
-        img_BTM = self.first(patchify(latents_BCHW, PATCH).to(dtype))
-        time_BM = self.tmlp(sinusoids(sigmas_B * TIME_SCALE, self.config.time_features).to(dtype))
-        modulation_BV = self.tproj(time_BM)
-        rope = self.rotary(positions(L, h, w, device), (1, h, w))
+        img_BTM = self.first(torch.cat([patchify(image, PATCH) for image in images], dim=1).to(dtype))
+        # Levels are an axis of their own, because adapters tell samples apart by the first.
+        levels_BR = torch.stack([sigmas_B, torch.zeros_like(sigmas_B)][: 2 if references else 1], dim=1)
+        features_BRV = sinusoids(levels_BR.flatten() * TIME_SCALE, self.config.time_features).view(*levels_BR.shape, -1)
+        time_BRM = self.tmlp(features_BRV.to(dtype))
+        modulation_BRV = self.tproj(time_BRM)
+        extents = len(images), max(h for h, _ in sides), max(w for _, w in sides)
+        rope = self.rotary(send(positions(L, sides), device), extents)
         x_BTM = torch.cat([txt_BLM, img_BTM], dim=1)
         for block in self.blocks:
-            x_BTM = self.runner(block, x_BTM, modulation_BV, rope, mask)
-        return unpatchify(self.last(x_BTM[:, L:], time_BM), h, w, PATCH)
+            x_BTM = self.runner(block, x_BTM, modulation_BRV, rope, mask, num_clean)
+        return unpatchify(self.last(x_BTM[:, L : L + h * w], time_BRM[:, :1]), h, w, PATCH)
 
 
-def positions(num_text: int, h: int, w: int, device: torch.device) -> Tensor:
-    """Return positions of the tokens, shape (T, 3): text at (0, 0, 0), row y and column x of the image at (0, y, x)."""
-    positions_T3 = torch.zeros(num_text + h * w, 3, dtype=torch.long, device=device)
-    positions_T3[num_text:, 1] = torch.arange(h, device=device).repeat_interleave(w)
-    positions_T3[num_text:, 2] = torch.arange(w, device=device).repeat(h)
-    return positions_T3
+def positions(num_text: int, sides: Sequence[tuple[int, int]]) -> Tensor:
+    """Return positions of the tokens, shape (T, 3), on the host: text at (0, 0, 0), row y and column x of image i of
+    height and width `sides` at (i, y, x). The noisy image is the first."""
+    grids = [torch.cartesian_prod(torch.tensor([i]), *map(torch.arange, side)) for i, side in enumerate(sides)]
+    return torch.cat([torch.zeros(num_text, 3, dtype=torch.long), *grids])

@@ -30,6 +30,9 @@ class Krea2ModelOptions(PartOptions):
         help="Which Krea 2 the base is: turbo is distilled, and previews take 8 steps without guidance. Unset reads "
         "is_distilled in a folder's model_index.json, or looks for words such as turbo in the name.",
     )
+    edit: bool = option(
+        False, own=True, help="Refuse a data set without reference images; those of a data set are always trained."
+    )
     turbo_dit: str | None = option(
         None,
         path="file or folder",
@@ -68,6 +71,7 @@ FILES: tuple[ModelFile, ...] = (
 INSTEAD: Mapping[str, str] = {
     **ALTERNATIVES,
     "model_version": "use --dit_variant",
+    "kv_cache": "it needs references that see only each other, which are not trained here; remove it",
     "fp8_vl": "use --fp8_text_encoder",
     "fp8_llm": "use --fp8_text_encoder",
 }

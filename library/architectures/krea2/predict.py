@@ -4,6 +4,7 @@ import math
 
 from torch import Tensor, nn
 
+from library.diffusion.references import references_in
 from library.diffusion.samplers import FlowSampler, Sampler, even_sigmas
 from library.diffusion.timesteps import KREA2_SHIFT_ENDS, resolution_shift, shift_sigmas
 from library.models.vae.qwen_image import DOWNSCALE
@@ -15,7 +16,11 @@ TURBO_SHIFT = math.exp(1.15)  # at every size
 def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
     """Return the velocity, noise - latent, in the shape of the latents."""
     velocity_BCHW: Tensor = denoiser(
-        noised.latents_BCHW, noised.sigmas_B, conditioning["hidden_state"], conditioning["attention_mask"]
+        noised.latents_BCHW,
+        noised.sigmas_B,
+        conditioning["hidden_state"],
+        conditioning["attention_mask"],
+        references_in(conditioning),
     )
     return velocity_BCHW
 

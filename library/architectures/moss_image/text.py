@@ -1,30 +1,31 @@
 """Encoding of captions for MOSS-Image: Qwen3.5's last states of a user's message with the caption, and with reference
 images before it.
 
-Letters: B captions, T tokens of the longest, E width of the encoder, C channels, H and W sides.
+Letters: B captions, T tokens of the longest, E width of the encoder.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import floor, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from library.architectures.moss_image.qwen3_5 import HUB_NAME, encode_with_images
 from library.determinism import deterministic_mode
 from library.errors import UserError
-from library.models.qwen3_vl_vision import encode_captions, join_rows
-from library.types import CaptionWithImages, Conditioning, Tokens, plain_caption
+from library.models.qwen3_vl_vision import (
+    SLOT,
+    VISION_MARKS,
+    encode_captions,
+    fit_images,
+    join_rows,
+    number_images,
+)
+from library.types import Conditioning, Tokens, plain_caption
 
 NUM_TOKENS = 4096  # with the template and reference images; longer captions are cut
-BEGIN, END, SLOT = "<|im_start|>", "<|im_end|>", "<|image_pad|>"
-VISION_BEGIN, VISION_END = "<|vision_start|>", "<|vision_end|>"
-MARKS = (BEGIN, END, SLOT, VISION_BEGIN, VISION_END)
-SLOT_SIDE = 32  # pixels of a reference image that one token represents
-LARGEST_AREA = 384**2  # pixels of a reference image that the encoder sees
+MARKS = ("<|im_start|>", "<|im_end|>", *VISION_MARKS)
 
 
 @dataclass(frozen=True)
@@ -49,21 +50,12 @@ class MossImageText:
 
         Raises UserError for a caption that is too long for its reference images.
         """
-        images = tuple(
-            tuple(map(fit_image, caption.read())) if isinstance(caption, CaptionWithImages) else ()
-            for caption in captions
-        )
+        images = fit_images(captions)
         return join_rows([self.row(caption, shown) for caption, shown in zip(captions, images, strict=True)], images)
 
     def row(self, caption: str, images: Sequence[Tensor]) -> list[int]:
         """Return the token IDs of a caption in its template; truncation cuts a long caption and the template's end."""
-        pictures = [
-            f"Picture {number}: {VISION_BEGIN}{SLOT * num_slots(image)}{VISION_END}"
-            for number, image in enumerate(images, start=1)
-        ]
-        # A slot in a caption would be taken for a part of an image.
-        text = plain_caption(caption).replace(SLOT, "")
-        message = {"role": "user", "content": "".join((*pictures, text))}
+        message = {"role": "user", "content": number_images(caption, images)}
         ids = self.ids(
             self.tokenizer.apply_chat_template(
                 [message], tokenize=False, add_generation_prompt=True, enable_thinking=True
@@ -72,7 +64,7 @@ class MossImageText:
         if images and len(ids) > NUM_TOKENS:
             raise UserError(
                 f"a caption and its {len(images)} reference images have {len(ids)} tokens, but the text encoder reads "
-                f"{NUM_TOKENS}; shorten the caption: {text[:60]!r}"
+                f"{NUM_TOKENS}; shorten the caption: {plain_caption(caption)[:60]!r}"
             )
         return ids[:NUM_TOKENS]
 
@@ -86,22 +78,3 @@ class MossImageText:
             slot = self.tokenizer.convert_tokens_to_ids(SLOT)
             states_BTE = encode_captions(encoders, ids_BT, mask_BT, slot, tokens.images, encode_with_images, HUB_NAME)
         return {"hidden_state": states_BTE, "attention_mask": mask_BT}
-
-
-def num_slots(image_CHW: Tensor) -> int:
-    """Return the number of tokens that represent an image."""
-    H, W = image_CHW.shape[-2:]
-    return (H // SLOT_SIDE) * (W // SLOT_SIDE)
-
-
-def fit_image(image_CHW: Tensor) -> Tensor:
-    """Resize a reference image for the text encoder: to at most 384 x 384 pixels in all, sides multiples of 32."""
-    H, W = image_CHW.shape[-2:]
-    sides = [max(1, round(side / SLOT_SIDE)) * SLOT_SIDE for side in (H, W)]
-    if sides[0] * sides[1] > LARGEST_AREA:
-        shrinking = sqrt(H * W / LARGEST_AREA)
-        sides = [max(1, floor(side / shrinking / SLOT_SIDE)) * SLOT_SIDE for side in (H, W)]
-    if sides == [H, W]:
-        return image_CHW
-    resized_1CHW = interpolate(image_CHW[None], size=sides, mode="bicubic", antialias=True)
-    return resized_1CHW[0].clamp(-1, 1)

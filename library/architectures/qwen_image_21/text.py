@@ -11,16 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from library.models.qwen3_vl_vision import encode_captions, encode_with_images, join_rows
+from library.models.qwen3_vl_vision import (
+    SLOT,
+    VISION_BEGIN,
+    VISION_END,
+    VISION_MARKS,
+    encode_captions,
+    encode_with_images,
+    join_rows,
+)
 from library.types import CaptionWithImages, Conditioning, Tokens, plain_caption
 
 ENCODER = "Qwen3-VL 8B"
 NUM_TOKENS = 1024  # of the text that reaches the denoiser, with its template; longer captions are cut
-BEGIN, END, SLOT = "<|im_start|>", "<|im_end|>", "<|image_pad|>"
-VISION_BEGIN, VISION_END = "<|vision_start|>", "<|vision_end|>"
+BEGIN, END = "<|im_start|>", "<|im_end|>"
 SYSTEM = f"{BEGIN}system\nComprehend and analyze the provided prompt.{END}\n"  # its tokens do not reach the denoiser
 TEMPLATE = (f"{BEGIN}user\n", f"{END}\n{BEGIN}assistant\n")
-MARKS = (BEGIN, END, SLOT, VISION_BEGIN, VISION_END)
+MARKS = (BEGIN, END, *VISION_MARKS)
 NO_PLACE = -1  # padding for a caption with fewer images than others
 
 

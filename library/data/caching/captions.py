@@ -341,8 +341,10 @@ def encode_rows(
 
 
 def describe_size(texts: Sequence[str], spec: TextCacheSpec) -> str:
-    """Return the estimated size of the features as the end of a log line; "" if the spec has no estimate."""
-    return "" if spec.bytes_of is None else f", about {format_bytes(sum(map(spec.bytes_of, texts)))}"
+    """Return the estimated size of the features as the end of a log line; "" if the spec has no estimate, or the
+    encoders see images."""
+    has_images = any(isinstance(text, CaptionWithImages) for text in texts)
+    return "" if spec.bytes_of is None or has_images else f", about {format_bytes(sum(map(spec.bytes_of, texts)))}"
 
 
 def check_row(text: str, row: Row) -> None:

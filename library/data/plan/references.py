@@ -24,8 +24,13 @@ KEEP_WHOLE = "; set control_resolution to keep it whole"
 
 
 def check_references(subsets: Sequence[SubsetConfig], samples: Samples, spec: LatentSpec) -> None:
-    """Raise UserError for more references than the base model accepts, for crops that references cannot follow, and
-    for pairs of equal images."""
+    """Raise UserError for too many or no references, as the base model needs, for crops that references cannot follow,
+    and for pairs of equal images."""
+    if spec.needs_references and all(images.references is None for images in samples.subsets):
+        raise UserError(
+            "--edit trains on reference images, but no subset of the data set has any; name them (control_dirs, "
+            "control_directory or control_path), or remove --edit"
+        )
     ends = samples.ends
     for subset, images, end in zip(subsets, samples.subsets, ends, strict=True):
         if images.references is None:

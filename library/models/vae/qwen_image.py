@@ -82,9 +82,9 @@ def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def qwen_image_latents(cache_suffix: str) -> QwenImageLatents:
+def qwen_image_latents(cache_suffix: str, max_references: int = 0) -> QwenImageLatents:
     """Return the latents of a base model whose tokens are 2 x 2 latents."""
-    return QwenImageLatents(LatentSpec(CHANNELS, DOWNSCALE, 16, cache_suffix, had_keys_without_size=False, patch=2))
+    return QwenImageLatents(LatentSpec(CHANNELS, DOWNSCALE, 16, cache_suffix, False, max_references, patch=2))
 
 
 def open_vae(model: str, name: str | None, base: BaseFiles | None = None) -> Component:
