@@ -16,6 +16,7 @@ from torch import nn
 
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.errors import UserError
+from library.models.loading import text_encoder_dtype
 from library.protocols import Loader
 from tests.tiers import first_is_fast
 from tests.tiny.base import Dit
@@ -98,9 +99,12 @@ def test_models_are_loaded_frozen_and_in_the_precision_of_the_run(
     words = [*BASES[base].build(tmp_path), "--mixed_precision", precision, *more]
     spec = BASES[base].spec
     load = spec.build(parse_options(spec, words)).load
-    models = [(model, dtype) for model in (load.denoiser(), *load.text_encoders())]
-    for model, expected in (*models, (load.vae(), torch.float32 if more else dtype)):
-        assert {weight.dtype for weight in model.parameters()} == {expected}
+    # Language models overflow in float16.
+    texts = [(model, {dtype, text_encoder_dtype(dtype)}) for model in load.text_encoders()]
+    for model, expected in (
+        (load.denoiser(), {dtype}), *texts, (load.vae(), {torch.float32 if more else dtype}),
+    ):  # fmt: skip
+        assert len(dtypes := {weight.dtype for weight in model.parameters()}) == 1 and dtypes <= expected
         assert not any(weight.requires_grad for weight in model.parameters())
         assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
         assert not model.training and not any(m.training for m in model.modules() if isinstance(m, nn.Dropout))
