@@ -17,7 +17,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    parser = check_words(setup_parser())
+    parser = check_words(setup_parser(), leco_options(SdxlOptions))
     prepare_for_torch()
     with freeze_imports("scripts"):
         from library.architectures.sdxl.assembly import LATENTS, build

@@ -1,5 +1,6 @@
 """Suggestions of the known name or file closest to a misspelled one."""
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -25,9 +26,10 @@ def nearby(path: Path, is_folder: bool = False) -> str:
 
     With `is_folder`, only folders are suggested.
     """
-    if path.parent.is_dir():
+    # os.path, because a path that is too long is no error there.
+    if os.path.isdir(path.parent) and os.access(path.parent, os.R_OK):
         names = (other.name for other in path.parent.iterdir() if other.is_dir() or not is_folder)
         nearest = nearest_name(path.name, names)
         return f"; did you mean {path.parent / nearest}?" if nearest else ""
-    existing = next((parent for parent in path.parents if parent.is_dir()), None)
+    existing = next((parent for parent in path.parents if os.path.isdir(parent)), None)
     return f"; only {existing} exists" if existing and existing != Path(".") else ""

@@ -36,7 +36,7 @@ class TrainingScript:
 
     def run(self) -> int:
         """Train as the command line says, and return the exit status."""
-        parser = check_words(self.setup_parser())
+        parser = check_words(self.setup_parser(), script_of(self.package).options)
         prepare_for_torch()
         with freeze_imports("scripts"):
             from library.training.command_line.main import main

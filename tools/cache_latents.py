@@ -30,8 +30,8 @@ from library.errors import UserError
 from library.options.train import TrainOptions
 from library.protocols import Architecture, LatentCodec
 from library.training.command_line import caching
-from library.training.command_line.checks import check_data
 from library.training.command_line.cli import add_missing, build_parser, from_program
+from library.training.command_line.option_checks import check_data
 
 
 def setup_parser() -> argparse.ArgumentParser:

@@ -19,7 +19,8 @@ from library.errors import UserError
 from library.options.output.reports import ReportOptions
 from library.options.output.saving import SavingOptions
 from library.options.training.validation import ValidationOptions
-from library.training.command_line.checks import check_precision, check_values
+from library.training.command_line.checks import check_precision
+from library.training.command_line.option_checks import check_values
 from library.training.command_line.run_lock import run_lock
 from library.training.evaluation.choice import average_by_image
 from library.training.evaluation.choosing import (

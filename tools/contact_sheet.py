@@ -25,7 +25,8 @@ from library.errors import UserError
 from library.options.output.saving import SavingOptions
 from library.options.training.run import MAX_SEED
 from library.protocols import LatentSpec
-from library.training.command_line.checks import check_precision, check_values
+from library.training.command_line.checks import check_precision
+from library.training.command_line.option_checks import check_values
 from library.training.command_line.run_lock import run_lock
 from library.training.evaluation.prompt_images import show_with_references
 from library.training.evaluation.prompts import read_prompts, refuse_strengths, resolve_all

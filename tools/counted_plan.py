@@ -15,8 +15,9 @@ from library.memory.planner.gpus import Gpu
 from library.options.dataset import DatasetOptions
 from library.options.requirements import check_requirements
 from library.options.train import TrainOptions
-from library.training.command_line.checks import check_network, check_precision
+from library.training.command_line.checks import check_precision
 from library.training.command_line.cli import parse
+from library.training.command_line.option_checks import check_multipliers, check_paths
 from library.training.models.preflight import mute_logging
 from library.training.models.requests import RequestedRun
 from library.training.planning.counting import CountedRun, count_run
@@ -56,8 +57,9 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, RequestedR
     if options.distributed.shard_base and not options.distributed.shard_group:
         raise UserError("--shard_base: set --shard_group to the number of processes that share the base model")
     check_requirements(options)
+    check_paths(options)
+    check_multipliers(options.network)
     check_precision(options)
-    check_network(options.network)
     data = options.dataset
     batch = largest_batch(load_dataset_config(options)) if data.dataset_config else batch_of_options(data)
     with mute_logging():  # the training run itself logs these messages

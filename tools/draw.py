@@ -19,7 +19,8 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import FileKind, check_target, judge, marked
 from library.errors import UserError
-from library.training.command_line.checks import check_precision, check_values
+from library.training.command_line.checks import check_precision
+from library.training.command_line.option_checks import check_values
 from library.training.evaluation.prompts import (
     STRENGTH,
     PromptSpec,

@@ -42,7 +42,7 @@ from library.errors import UserError
 from library.options.train import TrainOptions
 from library.processes import from_accelerator
 from library.progress import Bar, progress_bar
-from library.training.command_line.checks import check_data
+from library.training.command_line.option_checks import check_data
 from library.training.models.base_model import encode_images
 from library.training.models.compute import Compute
 from library.training.models.opening import open_accelerator, open_data_plan

@@ -11,8 +11,9 @@ OptionsT = TypeVar("OptionsT", bound="Options")
 
 DECLARATION = "declaration"  # metadata key of a field that is not passed to argparse
 
-PathKind = Literal["file", "folder", "file or folder", "model", "new file", "new folder"]
-"""A path of an option: a model is a file, a folder or a name on the hub; a new one is created if missing."""
+PathKind = Literal["file", "folder", "file or folder", "part", "model", "new file", "new folder"]
+"""A path of an option: a part of the base model is a file or a folder, a model may also be a name on the hub; a new
+one is created if missing."""
 OnResume = Literal["new rate", "new length", "kept by the optimizer"]
 
 

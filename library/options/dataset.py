@@ -6,6 +6,8 @@ from pathlib import Path
 from library.options.base import Options, option
 
 MAX_WORKERS = 1024  # data loader processes; more are assumed to be a typing error
+# A dataset file replaces these.
+FOLDER_FLAGS = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
 OWN_INDEX = "folders of 256 images or more have an index of their own, which notices changed files"
 

@@ -129,7 +129,7 @@ class PartOptions(Options):
 
     text_encoder: str | None = option(
         None,
-        path="file or folder",
+        path="part",
         usual=True,
         help="File or folder of the text encoder. Unset takes it from the base.",
     )

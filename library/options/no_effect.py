@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from library.options.base import Options
+from library.options.base import Declaration, Options
 
 
 def is_requested(value: Any) -> bool:
@@ -33,13 +33,20 @@ def find_unused(options: Options, ignores: Mapping[str, str]) -> Iterator[str]:
     for name, declared in type(options).declarations().items():
         if not is_set(values[name], defaults[name]):
             continue
-        reason = ignores.get(name) or declared.ignored
-        if reason is not None:
-            yield f"--{name} has no effect: {reason}"
-        elif declared.unless is not None and is_given(values[declared.unless], defaults[declared.unless]):
-            yield f"--{name} has no effect with --{declared.unless}"
-        elif line := unmet(declared.needs, values):
-            yield f"--{name} has no effect {line}"
+        reason = ignores.get(name)
+        end = f": {reason}" if reason is not None else explain_unused(declared, values, defaults)
+        if end is not None:
+            yield f"--{name} has no effect{end}"
+
+
+def explain_unused(declared: Declaration, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str | None:
+    """Return why a given option has no effect, as a continuation of "has no effect"; None if it has one."""
+    if declared.ignored is not None:
+        return f": {declared.ignored}"
+    if declared.unless is not None and is_given(values[declared.unless], defaults[declared.unless]):
+        return f" with --{declared.unless}"
+    line = unmet(declared.needs, values)
+    return f" {line}" if line else None
 
 
 def unmet(needs: tuple[str, ...], values: Mapping[str, Any]) -> str | None:

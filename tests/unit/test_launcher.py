@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -46,10 +47,14 @@ GROWING = "expandable_segments:True"
     ],
 )
 def test_scripts_set_the_variables_before_torch_is_imported(
-    script: str, user_settings: dict[str, str], expected: list[str]
+    script: str, user_settings: dict[str, str], expected: list[str], tmp_path: Path
 ) -> None:
+    prompts = tmp_path / "prompts.toml"
+    prompts.write_text('[[prompts]]\ntarget = "a cat"\naction = "erase"')
+    data = ["--prompts_file", str(prompts)] if "leco" in script else ["--train_data_dir", ".", "--resolution", "64"]
+    base = ["--pretrained_model_name_or_path", "sd", "--network_module", "networks.lora", "--output_dir", "out"]
     environment = {name: value for name, value in os.environ.items() if name not in NAMES} | user_settings
-    command = [sys.executable, "-c", AT_THE_IMPORT_OF_TORCH, str(ROOT / f"{script}.py")]
+    command = [sys.executable, "-c", AT_THE_IMPORT_OF_TORCH, str(ROOT / f"{script}.py"), *base, *data]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.split()) == (0, expected), done.stderr
 

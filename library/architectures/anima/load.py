@@ -27,7 +27,6 @@ from library.models.qwen3 import Qwen3Release, load_qwen3, open_qwen3
 from library.models.vae.qwen_image import CHANNELS, load_vae, open_vae
 from library.models.vae.qwen_image_2d import load_vae_for_images
 from library.options.model import BASE_FLAG
-from library.suggestions import nearby
 
 ADAPTER_FLAG = "--llm_adapter_path"
 MARK = "blocks.0.adaln_modulation_self_attn.1.weight"
@@ -83,10 +82,7 @@ def read_denoiser(path: Path, weights: Weights) -> Weights:
 
 def open_adapter(name: str) -> Weights:
     """Open the text adapter of --llm_adapter_path, names without prefix."""
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise UserError(f"{ADAPTER_FLAG} {name} is not a file{nearby(path)}")
-    weights = model_lookup.open_file(ADAPTER_FLAG, path)
+    weights = model_lookup.open_file(ADAPTER_FLAG, Path(name).expanduser())
     prefixes = (*(f"{p}{ADAPTER}" for p in PREFIXES), "")
     prefix = next((p for p in prefixes if f"{p}{ADAPTER_MARK}" in weights.shapes), None)
     if prefix is None:

@@ -18,9 +18,7 @@ FINE_TUNING_ONLY = "Has no effect: it is for full fine-tuning; adapters use netw
 class AnimaTextOptions(Options):
     """The text encoder and token limits."""
 
-    qwen3: str | None = option(
-        None, path="file or folder", usual=True, help="File or folder of the text encoder Qwen3 0.6B."
-    )
+    qwen3: str | None = option(None, path="part", usual=True, help="File or folder of the text encoder Qwen3 0.6B.")
     llm_adapter_path: str | None = option(
         None, path="file", help="File with a text adapter (llm_adapter) that replaces the base model's."
     )

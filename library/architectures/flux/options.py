@@ -27,18 +27,19 @@ class FluxModelOptions(Options):
 
     clip_l: str | None = option(
         None,
-        path="file or folder",
+        path="part",
+        needs="model_type=flux",
         usual=True,
         help="File or folder of the text encoder CLIP-L. Unset takes it from the base. Chroma has none.",
     )
     t5xxl: str | None = option(
         None,
-        path="file or folder",
+        path="part",
         usual=True,
         help="File or folder of the text encoder T5-XXL. Unset takes it from the base.",
     )
     ae: str | None = option(
-        None, path="file or folder", usual=True, help="File or folder of the VAE. Unset takes it from the base."
+        None, path="part", usual=True, help="File or folder of the VAE. Unset takes it from the base."
     )
     controlnet_model_name_or_path: str | None = option(
         None,

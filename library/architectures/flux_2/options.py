@@ -17,7 +17,7 @@ class Flux2ModelOptions(PartOptions):
 
     text_encoder: str | None = option(
         None,
-        path="file or folder",
+        path="part",
         usual=True,
         help="File or folder of the text encoder: Qwen3 4B for klein 4B, Qwen3 8B for klein 9B, Mistral Small 3 for "
         "dev. Unset takes it from the base.",

@@ -26,13 +26,13 @@ class HunyuanImageModelOptions(Options):
 
     text_encoder: str | None = option(
         None,
-        path="file or folder",
+        path="part",
         usual=True,
         help="File or folder of the text encoder Qwen2.5-VL. Unset takes it from a base in diffusers' layout.",
     )
     byt5: str | None = option(
         None,
-        path="file or folder",
+        path="part",
         usual=True,
         help="File or folder of ByT5, which reads text to be rendered in an image. Unset takes it from a base in "
         "diffusers' layout.",

@@ -18,7 +18,7 @@ class Krea2ModelOptions(PartOptions):
 
     text_encoder: str | None = option(
         None,
-        path="file or folder",
+        path="part",
         usual=True,
         help="File or folder of the text encoder Qwen3-VL 4B. Unset takes it from the base.",
     )

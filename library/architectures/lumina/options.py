@@ -22,12 +22,12 @@ class LuminaModelOptions(Options):
 
     gemma2: str | None = option(
         None,
-        path="file or folder",
+        path="part",
         usual=True,
         help="File or folder of the text encoder Gemma 2. Unset takes it from the base.",
     )
     ae: str | None = option(
-        None, path="file or folder", usual=True, help="File or folder of the VAE. Unset takes it from the base."
+        None, path="part", usual=True, help="File or folder of the VAE. Unset takes it from the base."
     )
     gemma2_max_token_length: int | None = option(
         None, at_least=2, help="Longest caption in Gemma's tokens; longer captions are cut. Unset is 256."

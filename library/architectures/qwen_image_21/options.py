@@ -15,7 +15,7 @@ class QwenImage21ModelOptions(PartOptions):
 
     text_encoder: str | None = option(
         None,
-        path="file or folder",
+        path="part",
         usual=True,
         help="File or folder of the text encoder Qwen3-VL 8B. Unset takes it from the base.",
     )

@@ -16,19 +16,19 @@ class Sd3TextOptions(Options):
 
     clip_l: str | None = option(
         None,
-        path="file or folder",
+        path="part",
         usual=True,
         help="File or folder of the text encoder CLIP-L. Unset takes it from the base.",
     )
     clip_g: str | None = option(
         None,
-        path="file or folder",
+        path="part",
         usual=True,
         help="File or folder of the text encoder CLIP-G. Unset takes it from the base.",
     )
     t5xxl: str | None = option(
         None,
-        path="file or folder",
+        path="part",
         usual=True,
         help="File or folder of the text encoder T5-XXL. Unset takes it from the base model, and trains without T5 if "
         "that has none.",

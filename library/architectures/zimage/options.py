@@ -15,7 +15,7 @@ class ZImageModelOptions(PartOptions):
 
     text_encoder: str | None = option(
         None,
-        path="file or folder",
+        path="part",
         usual=True,
         help="File or folder of the text encoder Qwen3 4B. Unset takes it from the base.",
     )

@@ -32,14 +32,13 @@ from library.data.description.schema import (
 from library.data.description.source_keys import SOURCES, keys_used_by
 from library.errors import UserError
 from library.options.config_file import read_json, read_toml, refuse_unusable
-from library.options.dataset import OWN_INDEX, DatasetOptions
+from library.options.dataset import FOLDER_FLAGS, OWN_INDEX, DatasetOptions
 from library.options.tables import BOOL, TABLE, Table, find_problem, is_table_list, number, read_value
 from library.options.train import TrainOptions
 from library.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 
-FOLDER_FLAGS = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
 HEADINGS: Mapping[Level, str] = {
     "general": "[general]",
     "dataset": "[[datasets]]",

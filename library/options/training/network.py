@@ -49,7 +49,7 @@ class NetworkOptions(Options):
     )
     network_weights: str | None = option(
         None,
-        path="file",
+        path="file or folder",
         usual=True,
         kept_in_state=True,
         sweep_name="from_",
@@ -74,7 +74,7 @@ class NetworkOptions(Options):
     )
     base_weights: list[str] | None = option(
         None,
-        path="file",
+        path="file or folder",
         help="Adapter files to merge into the base model before training. They are not part of the saved file.",
         nargs="*",
     )

@@ -20,7 +20,8 @@ from library.options.base import Options
 from library.options.output.saving import SavingOptions
 from library.options.train import TrainOptions
 from library.protocols import LatentSpec
-from library.training.command_line.checks import check, check_values
+from library.training.command_line.checks import check
+from library.training.command_line.option_checks import check_values
 from library.training.command_line.pairs import show_pairs
 from library.training.command_line.show_timesteps import resolve_timestep_preview, show_timesteps
 from library.training.report_page.page import report_kind

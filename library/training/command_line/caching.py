@@ -15,9 +15,9 @@ from library.errors import UserError
 from library.options.train import TrainOptions
 from library.processes import from_accelerator
 from library.protocols import Architecture, LatentCodec
-from library.training.command_line.checks import check_data
 from library.training.command_line.cli import parse
 from library.training.command_line.main import report_error
+from library.training.command_line.option_checks import check_data
 from library.training.failures.interruption import Interrupted, Interruption
 from library.training.models.base_model import encode_images
 from library.training.models.compute import Compute

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
@@ -13,27 +12,21 @@ from library.checkpoints.files import file_in_folder
 from library.checkpoints.folders import ADDED_TO_NAMES, LONGEST_ON_WINDOWS
 from library.checkpoints.metadata import modelspec_resolution, thumbnail_url
 from library.checkpoints.recognition import keys_of_text_encoders
-from library.data.concepts.prompts_file import FLAG as PROMPTS_FLAG
-from library.data.concepts.prompts_file import read_prompt_pairs
 from library.errors import UserError
 from library.memory.codecs.weight_format import load_format
 from library.memory.planner.gpus import parse_size
 from library.options.base import Options
-from library.options.leco import list_ignored_by_leco, list_refused_by_leco
+from library.options.leco import list_ignored_by_leco
 from library.options.machine.base_formats import BASE_FORMATS
 from library.options.machine.compiling import CompileOptions
 from library.options.machine.memory import PrecisionOptions
 from library.options.model import ModelOptions
-from library.options.no_effect import find_unused, is_requested, is_set
+from library.options.no_effect import find_unused
 from library.options.output.preview import PreviewOptions
-from library.options.ranges import check_ranges
-from library.options.requirements import check_requirements, unsupported
 from library.options.tables import read_value
 from library.options.train import TrainOptions
-from library.options.training.concepts import ConceptOptions
-from library.options.training.network import NetworkOptions
-from library.options.training.noise import NoiseOptions
 from library.training.command_line import doubtful
+from library.training.command_line.option_checks import check_options
 from library.training.command_line.targets import check_targets
 from library.training.evaluation.preview import PreviewSchedule
 from library.training.evaluation.prompts import SAMPLER, read_prompts
@@ -44,8 +37,6 @@ from library.training.saving.names import Names, state_folder
 
 logger = logging.getLogger(__name__)
 
-# The lookbehind keeps the search linear: without it every letter of a long word begins a scheme.
-PASSWORD = re.compile(r"(?P<scheme>(?<!\w)\w+://)[^\s/@:]*:[^\s/@]+@(?P<host>[^\s/]*)")
 FILE_OF_STATE = f".training.{'0' * 12}.safetensors"  # while it is written
 SQUARES_IN_DTYPE_OF_WEIGHTS = (
     "torch.optim.Adam", "torch.optim.NAdam", "torch.optim.RAdam", "torch.optim.RMSprop", "prodigyopt.",
@@ -55,17 +46,12 @@ SQUARES_IN_DTYPE_OF_WEIGHTS = (
 
 def check(options: TrainOptions) -> None:
     """Raise UserError naming every unsupported flag, else the first contradiction, with what to do."""
-    check_data(options)  # values first: the other checks read them
-    # A look at the data needs no base model and writes no adapter.
-    if not options.dataset.only_looks:
-        check_required(
-            options.model.pretrained_model_name_or_path, options.network.network_module, options.saving.output_dir
-        )
+    check_options(options)  # values first: the other checks read them
     check_output(options)
     check_precision(options)
     resolve_optimizer_type(options.optimizer)  # raises if several are named
-    check_network(options.network)
-    check_timesteps(options.noise)
+    if options.network.training_adapter:
+        check_training_adapter(options.network.training_adapter, options.network.base_weights or [])
     if options.fit.fit not in (None, "auto"):
         parse_size("--fit", str(options.fit.fit))
     check_compiling(options.compiling)
@@ -74,68 +60,12 @@ def check(options: TrainOptions) -> None:
         read_tracker_config(options.trackers.log_tracker_config)
 
 
-def check_data(options: TrainOptions) -> None:
-    """Raise UserError for mistakes that matter even if images are only encoded."""
-    check_values(options)
-    low, high = options.dataset.min_bucket_reso, options.dataset.max_bucket_reso
-    if options.dataset.enable_bucket and low > high:
-        raise UserError(f"--min_bucket_reso is {low}, above --max_bucket_reso {high}; swap them")
-    if options.concepts is not None:
-        check_concepts(options, options.concepts)
-        return
-    dataset = options.dataset
-    if dataset.dataset_config is None and dataset.dataset_class is None:
-        if not dataset.train_data_dir:
-            raise UserError(
-                "no images are named; give --dataset_config with a TOML file, or --train_data_dir with a folder"
-            )
-        if not dataset.resolution:
-            raise UserError("--resolution is not set; give the training size with it, such as 512 or 512,768")
-
-
-def check_concepts(options: Options, concepts: ConceptOptions) -> None:
-    """Raise UserError for options that need images, and for mistakes in the prompts file."""
-    values = options.flat()
-    for name, why in list_refused_by_leco(type(options)).items():
-        if is_requested(values[name]):
-            raise UserError(f"--{name} does not work with {PROMPTS_FLAG}: {why}")
-    if not concepts.prompts_file:
-        raise UserError(f"{PROMPTS_FLAG} is not set; give the TOML file with the prompts that are trained")
-    read_prompt_pairs(Path(concepts.prompts_file), warn=ignore_message)
-
-
-def ignore_message(*message: object) -> None:
-    """Say nothing: the run warns of the same where it opens the file."""
-
-
 def ignored_for_concepts(kind: type[Options], draws_previews: bool) -> Mapping[str, str]:
     """Return the options that have no effect without images, each with the reason."""
     ignored = list_ignored_by_leco(kind)
     if draws_previews:
         return ignored
     return {**ignored, **dict.fromkeys(("vae", "no_half_vae"), "images are neither encoded nor drawn")}
-
-
-def check_values(options: Options) -> None:
-    """Raise UserError for values, choices and combinations that the options' declarations do not allow."""
-    missing = unsupported(options)
-    if missing:
-        raise UserError("\n".join(missing))
-    refuse_passwords(options)
-    check_ranges(options)
-    check_choices(options)
-    check_requirements(options)
-
-
-def refuse_passwords(options: Options) -> None:
-    """Raise UserError for a URL with a password, because log, events, report and metadata store options."""
-    for name, value in options.flat().items():
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and (match := PASSWORD.search(text)):
-                raise UserError(
-                    f"--{name} has a URL with a password, {match['scheme']}…@{match['host']}, which logs and files "
-                    "would keep. No option takes one; give a file or a folder"
-                )
 
 
 def report_unused(options: TrainOptions, ignores: Mapping[str, str]) -> None:
@@ -151,32 +81,6 @@ def report_unused(options: TrainOptions, ignores: Mapping[str, str]) -> None:
         *doubtful.find_weak_alpha(options.network, options.optimizer),
     ):
         logger.warning("%s", line)
-
-
-def check_choices(options: Options) -> None:
-    """Raise UserError for a value outside an option's choices, as a config file may contain."""
-    values, declarations = options.flat(), type(options).declarations()
-    for field, _ in type(options).leaves():
-        choices = field.metadata.get("choices")
-        if choices is None or declarations[field.name].takes_other_values:
-            continue
-        value = values[field.name]
-        if all(item in choices for item in (value if isinstance(value, list) else [value])):
-            continue
-        if not is_set(values[field.name], field.default):
-            continue
-        known = ", ".join(str(choice) for choice in choices if choice is not None)
-        raise UserError(f"--{field.name} is {values[field.name]!r}; use one of {known}")
-
-
-def check_required(base_model: str | None, network_module: str | None, output_dir: str | None) -> None:
-    """Raise UserError if the model, the network module or the output folder is missing."""
-    if not base_model:
-        raise UserError("--pretrained_model_name_or_path is not set; give the base model's file, folder or hub name")
-    if not network_module:
-        raise UserError("--network_module is not set; networks.lora trains a LoRA")
-    if not output_dir:
-        raise UserError("--output_dir is not set; give the folder that the trained weights go to")
 
 
 def check_output(options: TrainOptions) -> None:
@@ -352,22 +256,6 @@ def has_accelerator() -> bool:
     return torch.accelerator.is_available()
 
 
-def check_network(network: NetworkOptions) -> None:
-    """Raise UserError if an adapter file is missing, or if there are more multipliers than files."""
-    for flag, paths in (("network_weights", [network.network_weights]), ("base_weights", network.base_weights or [])):
-        for path in paths:
-            if path and not Path(path).exists():
-                raise UserError(f"--{flag} {path} does not exist; name an adapter file or a folder by PEFT")
-    factors, files = network.base_weights_multiplier or [], network.base_weights or []
-    if files and len(factors) > len(files):
-        raise UserError(
-            f"--base_weights_multiplier has {len(factors)} values for {len(files)} --base_weights; "
-            "give one for each file"
-        )
-    if network.training_adapter:
-        check_training_adapter(network.training_adapter, files)
-
-
 def check_training_adapter(text: str, merged: Sequence[str]) -> None:
     """Raise UserError for a training adapter that is merged too, or that changes a text encoder."""
     file, _ = parse_adapter(text, TRAINING_ADAPTER)
@@ -381,15 +269,6 @@ def check_training_adapter(text: str, merged: Sequence[str]) -> None:
         raise UserError(
             f"{TRAINING_ADAPTER} {file} changes a text encoder ({keys[0]} and others), and a training adapter acts on "
             "the denoiser alone; merge the file with --base_weights"
-        )
-
-
-def check_timesteps(noise: NoiseOptions) -> None:
-    """Raise UserError if the lowest timestep exceeds the highest."""
-    low, high = noise.min_timestep or 0, 1000 if noise.max_timestep is None else noise.max_timestep
-    if low > high:
-        raise UserError(
-            f"--min_timestep {low} is above --max_timestep {high}; the same value for both trains one level"
         )
 
 

@@ -6,14 +6,17 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from library.errors import NotThere, UserError
 from library.options.base import Options
 from library.options.leco import list_ignored_by_leco, list_refused_by_leco
+from library.options.model import BASE_FLAG
 from library.options.output.console import ConsoleOptions
 from library.options.train import TrainOptions
 from library.training.command_line.console import forgive_write_errors, start_run_log
 from library.training.command_line.help import EXAMPLES, EXAMPLES_OF_PROMPTS, TrainingParser
+from library.training.command_line.option_checks import check_options, check_values
 from library.training.command_line.recipes import read_recipe
 from library.training.config_file import (
     SECRETS,
@@ -27,6 +30,8 @@ from library.training.config_file import (
 )
 
 logger = logging.getLogger(__name__)
+
+OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
 
 def build_parser(
@@ -75,45 +80,77 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     typed = parse_words(parser, argv)
     if typed.output_config and not typed.config_file:
         parser.error("--output_config needs --config_file with the path of the file to write")
-    configs: list[Config] = []  # later ones override earlier ones
     try:
         if typed.output_config:
             start_logging(parser, typed)
             write_config(config_path(typed.config_file), list_chosen(typed, parser))
             logger.info("wrote the options to %s", config_path(typed.config_file))
             parser.exit(0)
-        actions = {action.dest: action for action in parser._actions if action.dest != "help"}
-        if typed.config_file:
-            configs = [read_config(config_path(typed.config_file), actions, describe_other_options(parser))]
-        requested = {name: value for config in configs for name, value in config.values.items()} | list_given_values(
-            typed, parser
-        )
-        if recipe := requested.get("recipe"):
-            configs = [
-                read_recipe(recipe, script_name(parser), requested, actions, describe_other_options(parser)),
-                *configs,
-            ]
+        configs = read_configs(parser, typed)
     except ConfigFileError as error:
         start_logging(parser, typed)
         logger.error("%s", error)
         parser.exit(1)
-    # argparse only sets defaults that the namespace lacks, so the command line overrides the files.
-    values = {name: value for config in configs for name, value in config.values.items()}
-    args = parse_words(parser, argv, argparse.Namespace(**values))
+    args = combine(parser, argv, configs)
     start_logging(parser, args)
     for config in configs:
         logger.info("options are read from %s", config.path)
         for warning in config.warnings:
             logger.warning("%s", warning)
     warn_of_repeats(parser, argv)
-    return normalize(unset_empty(args, parser))
+    return args
 
 
-def check_words(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Answer --help and refuse unknown options, before a script imports torch, which takes seconds. Return `parser`."""
+def read_configs(parser: argparse.ArgumentParser, typed: argparse.Namespace) -> list[Config]:
+    """Read the recipe and the config file that a command line names; later ones override earlier ones. Raises
+    ConfigFileError."""
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    elsewhere, configs = describe_other_options(parser), list[Config]()
+    if typed.config_file:
+        configs = [read_config(config_path(typed.config_file), actions, elsewhere)]
+    requested = {name: value for config in configs for name, value in config.values.items()}
+    requested |= list_given_values(typed, parser)
+    if recipe := requested.get("recipe"):
+        configs = [read_recipe(recipe, script_name(parser), requested, actions, elsewhere), *configs]
+    return configs
+
+
+def combine(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, configs: Sequence[Config]
+) -> argparse.Namespace:
+    """Return the options of a command line and of the files beneath it."""
+    # argparse only sets defaults that the namespace lacks, so the command line overrides the files.
+    values = {name: value for config in configs for name, value in config.values.items()}
+    return normalize(unset_empty(parse_words(parser, argv, argparse.Namespace(**values)), parser))
+
+
+def check_words(
+    parser: argparse.ArgumentParser, kind: type[OptionsT], argv: Sequence[str] | None = None
+) -> argparse.ArgumentParser:
+    """Answer --help and refuse wrong options, also those of a config file, before a script imports torch, which takes
+    seconds. Return `parser`."""
     forgive_write_errors()
-    parse_words(parser, None)
+    typed = parse_words(parser, argv)
+    try:
+        if typed.output_config:
+            parse(parser, argv)  # ends the process
+        options = kind.from_args(combine(parser, argv, read_configs(parser, typed)))
+        # Noise levels need neither a model nor images.
+        (check_values if options.flat().get("show_timesteps") else check_options)(options)
+    except UserError as error:
+        args = parse(parser, argv)  # starts the log; ends the process if the config file is at fault
+        report_user_error(error, args)
+        log_suggested_files(parser, error)
+        parser.exit(1)
     return parser
+
+
+def report_user_error(error: Exception, args: argparse.Namespace | None = None) -> None:
+    """Log an error that the user can fix. `args` are the options as typed."""
+    # --dit is musubi-tuner's name of the base model's flag; the message has the one that was typed.
+    is_dit = getattr(args, "dit", None) and not getattr(args, "pretrained_model_name_or_path", None)
+    logger.error("%s", str(error).replace(BASE_FLAG, "--dit") if is_dit else error)
+    logger.debug("where it was found:", exc_info=error)
 
 
 def warn_of_repeats(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
@@ -227,10 +264,12 @@ def script_name(parser: argparse.ArgumentParser) -> str:
     return getattr(describe_other_options(parser), "name", parser.prog)
 
 
-def suggest_files(parser: argparse.ArgumentParser, message: str) -> str:
-    """Return where the files that a message misses are to be had, or ""."""
+def log_suggested_files(parser: argparse.ArgumentParser, error: Exception) -> None:
+    """Log where the files of a model that an error misses are to be had."""
     find = getattr(describe_other_options(parser), "suggest_files", None)
-    return "" if find is None else str(find(message))
+    is_missing = isinstance(error, NotThere) or isinstance(error.__cause__, NotThere)
+    if is_missing and find is not None and (files := find(str(error))):
+        logger.error("%s", files)
 
 
 def unset_empty(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from library.diffusion.flow import FlowMatching
-from library.errors import NotThere, UserError
-from library.options.model import BASE_FLAG
+from library.errors import UserError
 from library.options.train import TrainOptions
 from library.protocols import Architecture, LatentSpec
-from library.training.command_line.cli import from_program, parse, suggest_files
+from library.training.command_line.cli import from_program, log_suggested_files, parse, report_user_error
 from library.training.command_line.console import forgive_write_errors
 from library.training.command_line.replaced import refuse_replaced
 from library.training.command_line.training import train_as_asked
@@ -59,9 +58,7 @@ def main(
         return interruption.exit_status
     except Exception as error:
         report_error(error, args)
-        is_missing = isinstance(error, NotThere) or isinstance(error.__cause__, NotThere)
-        if is_missing and (files := suggest_files(parser, str(error))):
-            logger.error("%s", files)
+        log_suggested_files(parser, error)
         return 1
     finally:
         interruption.disarm()
@@ -113,10 +110,7 @@ def report_error(error: Exception, args: argparse.Namespace | None = None) -> No
         logger.error("%s", describe_out_of_memory(error))
         logger.debug("where it was found:", exc_info=error)
     elif isinstance(error, UserError) or is_from_system:
-        # --dit is musubi-tuner's name of the base model's flag; the message has the one that was typed.
-        is_dit = getattr(args, "dit", None) and not getattr(args, "pretrained_model_name_or_path", None)
-        logger.error("%s", str(error).replace(BASE_FLAG, "--dit") if is_dit else error)
-        logger.debug("where it was found:", exc_info=error)
+        report_user_error(error, args)
     else:
         logger.error("%s: %s", type(error).__name__, error, exc_info=error)
         logger.error("%s", OUR_FAULT)

@@ -12,10 +12,10 @@ from library.errors import UserError
 from library.options.leco import LecoOptions, leco_options
 from library.options.output.console import ConsoleOptions
 from library.options.train import TrainOptions
-from library.training.command_line.checks import ignore_message
 from library.training.command_line.cli import build_parser_of_prompts
 from library.training.command_line.console import start_run_log
 from library.training.command_line.main import main, report_error
+from library.training.command_line.option_checks import ignore_message
 from library.training.config_file import config_path, flatten, load_toml
 
 BASE, PROMPTS, CONFIG = "pretrained_model_name_or_path", "prompts_file", "config_file"

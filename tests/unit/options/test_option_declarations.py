@@ -14,8 +14,9 @@ from library.options.base import DECLARATION, scalar_type
 from library.options.leco import leco_options, list_ignored_by_leco
 from library.options.no_effect import find_unused
 from library.options.train import TrainOptions
-from library.training.command_line.checks import check_choices, ignored_for_concepts
+from library.training.command_line.checks import ignored_for_concepts
 from library.training.command_line.cli import normalize
+from library.training.command_line.option_checks import check_choices
 from library.training.command_line.targets import find_input_files
 from library.training.config_file import SECRETS
 from library.training.reporting.trackers import loggable_options

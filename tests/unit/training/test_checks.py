@@ -4,6 +4,7 @@ import logging
 import re
 import time
 from argparse import Namespace
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,24 +13,26 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from library.architectures.flux.options import FluxModelOptions
+from library.architectures.flux.options import FluxModelOptions, FluxOptions
 from library.architectures.sd3.options import Sd3TrainingOptions
 from library.checkpoints.folders import ADDED_TO_NAMES, LONGEST_ON_WINDOWS, atomic_folder
 from library.data.sources.storage.object_storage import SIGNED, URL
+from library.errors import UserError
 from library.options.base import group
 from library.options.machine.compiling import CompileOptions
 from library.options.model import ModelOptions
 from library.options.requirements import unsupported
 from library.options.train import TrainOptions
-from library.training.command_line import checks
+from library.training.command_line import checks, option_checks
 from library.training.command_line.checks import check, report_unused, warn_of_fp16_vae
+from library.training.command_line.option_checks import check_values
 from library.training.models.block_running import compile_settings
 from library.training.optimization.optimizers import build_optimizer
 from library.training.saving.names import Names, state_folder
 
 NEEDED = {
     "pretrained_model_name_or_path": "model.safetensors",
-    "train_data_dir": "pictures",
+    "train_data_dir": ".",
     "resolution": "512",
     "network_module": "networks.lora",
     "output_dir": "output",
@@ -167,8 +170,30 @@ def test_the_error_for_a_run_without_images_says_how_to_name_them() -> None:
     assert "--dataset_config" in message and "--train_data_dir" in message
 
 
-def test_dataset_config_needs_no_resolution() -> None:
-    check(make_options(train_data_dir=None, resolution=None, dataset_config=Path("data.toml")))
+def test_dataset_config_needs_no_resolution_and_no_other_folder(tmp_path: Path) -> None:
+    path = tmp_path / "data.toml"
+    path.touch()
+    check(make_options(train_data_dir="nowhere", resolution=None, dataset_config=path))
+
+
+@pytest.mark.parametrize(
+    ("values", "wrong"),
+    [
+        ({"resume": "own"}, "--resume own does not exist"),
+        ({"resume": __file__}, "is a file; name a folder"),
+        ({"base_weights": [".", "a"]}, "--base_weights a does not exist"),
+        ({"in_json": "."}, "is a folder; name a file"),
+        ({"resume": "user/repo", "resume_from_huggingface": True}, None),
+        ({"sample_prompts": "none.txt"}, None),
+        ({"clip_l": "none", "cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True}, None),
+        ({"clip_l": "none", "cache_text_encoder_outputs": True}, "--clip_l none does not exist"),
+        ({"clip_l": "none", "model_type": "chroma"}, None),
+    ],
+)
+def test_paths_that_a_run_reads_must_exist(values: dict[str, Any], wrong: str | None) -> None:
+    options = FluxOptions().with_values(values)
+    with pytest.raises(UserError, match=wrong) if wrong else nullcontext():
+        check_values(options)
 
 
 def test_debug_dataset_needs_no_model_and_no_output() -> None:
@@ -274,7 +299,7 @@ def test_previews_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
     path.write_text("a cat")
     check(make_options(**previews))
     assert "--sample_sampler is 'eular' (did you mean euler?)" in refusal_of(**previews, sample_sampler="eular")
-    with pytest.raises(ValueError, match=r"none\.txt, but there is no such file"):
+    with pytest.raises(ValueError, match=r"none\.txt does not exist"):
         check(make_options(sample_every_n_steps=2, sample_prompts="none.txt"))
 
 
@@ -463,7 +488,7 @@ def test_compile_modes_with_cuda_graphs_are_compiled_without_them(
     assert ("uses CUDA graphs" in caplog.text) is is_warned
 
 
-@pytest.mark.parametrize("pattern", [checks.PASSWORD, SIGNED, URL], ids=["PASSWORD", "SIGNED", "URL"])
+@pytest.mark.parametrize("pattern", [option_checks.PASSWORD, SIGNED, URL], ids=["PASSWORD", "SIGNED", "URL"])
 @pytest.mark.parametrize("unit", ["a", "a:", "a@", "://:", "x-amz-"], ids=repr)
 def test_the_search_for_secrets_takes_time_in_proportion_to_the_text(unit: str, pattern: re.Pattern[str]) -> None:
     """Small texts first: a search in quadratic time would take hours for a megabyte."""

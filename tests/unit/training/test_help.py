@@ -2,9 +2,11 @@
 
 import argparse
 import importlib
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -88,11 +90,27 @@ def test_a_misspelt_flag_gives_a_one_line_error(
     assert f"error: unrecognized arguments: {hint}; see --help" in line
 
 
-@pytest.mark.parametrize(("word", "status"), [("--help", 0), ("--learning_rat", 2)])
+@pytest.mark.parametrize(
+    ("words", "status", "answer"),
+    [
+        (["--help"], 0, ""),
+        (["--learning_rats"], 2, "(nearest: --learning_rate)"),
+        (["--train_data_dir", "imags"], 1, "--train_data_dir imags does not exist; did you mean images?"),
+        (["--config_file", "wrong"], 1, "--train_batch_size is 0; use at least 1"),
+        (["--dataset_config", "wrong.toml"], 1, "--pretrained_model_name_or_path is not set"),
+    ],
+)
 @pytest.mark.parametrize("script", first_is_fast(sorted(SCRIPTS, key="train_network".__ne__)))
-def test_help_and_unknown_options_are_answered_before_torch_is_imported(script: str, word: str, status: int) -> None:
-    command = [sys.executable, "-X", "importtime", str(ROOT / f"{script}.py"), word]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == status
+def test_help_and_wrong_options_are_answered_without_torch(
+    script: str, words: list[str], status: int, answer: str, tmp_path: Path
+) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "wrong.toml").write_text("train_batch_size = 0")
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "torch.py").write_text("raise AssertionError('torch is imported')")
+    command = [sys.executable, "-X", "importtime", str(ROOT / f"{script}.py"), *words]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "fake")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == status and answer in done.stderr
     imported = set(re.findall(r"\| +(\w+)$", done.stderr, re.MULTILINE))
     assert "argparse" in imported and not imported & {"torch", "numpy", "transformers", "diffusers", "accelerate"}
