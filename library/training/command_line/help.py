@@ -46,6 +46,14 @@ Change concepts of a model from prompts alone, without images (LECO). Two comman
 --help shows the usual options, --help_all all of them, --version the version; docs/train_leco.md explains them."""
 
 
+# What a first command line sets, in the order in which people decide it.
+FIRST = (
+    "pretrained_model_name_or_path", "dataset_config", "train_data_dir", "prompts_file", "resolution",
+    "output_dir", "output_name", "network_module", "network_dim", "network_alpha", "learning_rate",
+    "max_train_epochs", "max_train_steps", "train_batch_size", "mixed_precision", "fit", "recipe", "config_file",
+)  # fmt: skip
+
+
 class FilteredHelp(
     argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter, argparse.MetavarTypeHelpFormatter
 ):
@@ -56,11 +64,12 @@ class FilteredHelp(
 
     def __init__(self, left_out: frozenset[str], usual: frozenset[str] | None, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.left_out, self.usual = left_out, usual
+        self.left_out, self.usual, self.shown = left_out, usual, set[str]()
 
     def add_argument(self, action: argparse.Action) -> None:
         is_usual = self.usual is None or action.dest == "help" or action.dest in self.usual
-        if is_usual and action.dest not in self.left_out:
+        if is_usual and action.dest not in self.left_out and action.dest not in self.shown:
+            self.shown.add(action.dest)
             super().add_argument(action)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -107,6 +116,15 @@ class TrainingParser(argparse.ArgumentParser):
             full.print_help()
             self.exit(0)
         return super().parse_known_args(args, namespace)
+
+    def format_help(self) -> str:
+        """Format the help; the options that most trainings set come first, and not again in their groups."""
+        actions = {action.dest: action for action in self._actions}
+        first = argparse.ArgumentParser(add_help=False).add_argument_group("What most trainings set")
+        first._group_actions = [actions[name] for name in FIRST if name in actions]
+        ordered = copy.copy(self)
+        ordered._action_groups = [first, *self._action_groups]
+        return super(TrainingParser, ordered).format_help()
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         """Return the options that an abbreviation may mean.

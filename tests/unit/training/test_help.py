@@ -38,7 +38,11 @@ def test_help_shows_common_options_and_help_all_shows_every_option(
     script: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     every = {flag for action in parser_of(script)._actions for flag in action.option_strings} - {"-h", "--help"}
-    usual = options_in(shown(script, "--help", capsys))
+    text = shown(script, "--help", capsys)
+    usual = options_in(text)
+    listed = re.findall(r"^  (--\w+)", text, re.MULTILINE)
+    assert listed[0] == "--pretrained_model_name_or_path" and listed.index("--learning_rate") < 10
+    assert len(listed) == len(usual)
     assert {"--learning_rate", "--dataset_config", "--network_module", "--output_dir", "--resume"} < usual < every
     assert len(usual) < 90
     assert options_in(shown(script, "--help_all", capsys)) == every
@@ -55,7 +59,7 @@ def test_the_three_examples_parse(script: str, capsys: pytest.CaptureFixture[str
 
 def test_help_has_the_option_groups_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(shown("train_network", "--help_all", capsys).split())
-    assert "The adapter and its learning rates: --network_module str" in text
+    assert "The adapter and its learning rates: --network_dropout float" in text
     assert "--huber_scale" in text and "(default: 0.1)" in text
     assert "(default: None)" not in text and "(default: False)" not in text
 
