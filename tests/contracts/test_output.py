@@ -57,12 +57,14 @@ def test_a_launched_run_prints_what_front_ends_parse(
     assert bars[-1][:3] == ("100", "6", "6") and float(bars[-1][3]) > 0
     assert re.search(r"\|\s*(\d+)/(\d+)\s*\[.*?(\d+\.?\d*)\s*(it/s|s/it)", done.stderr)
     assert "caching latents" in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+    log = [line[29:] for line in done.stderr.splitlines() if re.match(r"\d{4}-", line)]
+    assert len(set(log)) == len(log), "no line twice"
     wanted = (
-        r"trained networks\.lora of rank 4 on sd: 6 steps in \d+ s; the adapter is \S*mine\.safetensors; "
-        r"it changes the adapted weights by [\d.]+%: [^:]+$"
+        r"trained networks\.lora of rank 4 on sd: 6 steps in \d+ s\nthe adapter is \S*mine\.safetensors\n"
+        r"it changes the adapted weights by [\d.]+%: [^:]+"
     )
-    assert re.search(wanted, last), last
+    assert re.fullmatch(wanted, "\n".join(log[-3:])), log
+    assert re.search(r"to draw with it:\n  python3 tools/draw\.py .*mine\.safetensors.*\n\Z", done.stdout)
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

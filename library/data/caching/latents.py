@@ -173,7 +173,6 @@ def encode_all(
     message = f"{format_count(len(jobs), 'image')} must be encoded, such as {jobs[0].sample.image.key}"
     with needing(f"{message}; {ADD_ENCODERS.format('VAE')}"):
         load_vae()
-    logger.info("caching latents...")
     batches = list(equal_batches(jobs, vae_batch_size))
     # One writer thread, because entries of two sizes may share a file. Encoded entries are written even if the run is
     # interrupted.

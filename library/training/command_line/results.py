@@ -1,6 +1,9 @@
 """The end of a training run: its progress is saved, its results are logged, and the adapters of a sweep are ranked."""
 
 import logging
+import os
+import shlex
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,6 +13,7 @@ import torch
 
 from library.determinism import explain_nondeterminism
 from library.launcher import launched_rank
+from library.options.no_effect import is_set
 from library.options.output.saving import SavingOptions
 from library.options.train import TrainOptions
 from library.processes import Processes
@@ -18,7 +22,7 @@ from library.training.failures.failure import save_on_error
 from library.training.failures.nonfinite import save_last_good
 from library.training.loop.adapter_run import PreparedRun
 from library.training.report_page.page import TITLES
-from library.training.reporting.console_lines import format_finished
+from library.training.reporting.console_lines import announce, list_finished
 from library.training.reporting.event_stream import EventsOfAll
 from library.training.reporting.log_prefix import log_prefix
 from library.training.saving.names import Names
@@ -28,6 +32,9 @@ from library.training.sweep.ranking import add_runs, collect_standing, log_ranki
 from library.training.sweep_record import NOT_FINITE
 
 logger = logging.getLogger(__name__)
+# Options beside the parts of the base model that change what is drawn.
+DRAWN_WITH = ("vae", "v_parameterization", "clip_skip", "mixed_precision")
+
 OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
 
@@ -105,13 +112,31 @@ def log_end(prepared: PreparedRun, first_step: int, seconds: float, change: floa
         run.events.end("error", f"it ended alone: {NOT_FINITE}")
         return
     choice = prepared.validation.choose(files_of_run(names))
-    if choice is not None:
-        run.events.emit(choice)
-        logger.info("%s", format_choice(choice))
     rank = f" of rank {network.network_dim}" if network.network_dim else ""
     trained = f"{network.network_module}{rank} on {run.context.arch.name}"
     relocated = prepared.writer.relocated
     end, best_file = (relocated.get(path, path) for path in (names.of_end(), names.of_best()))
     best, run.events.file = prepared.validation.record.best, str(end)
     num_steps = prepared.progress.step - first_step
-    logger.info("%s", format_finished(trained, num_steps, seconds, end, change, best, best_file))
+    for line in list_finished(trained, num_steps, seconds, end, change, best, best_file):
+        logger.info("%s", line)
+    if choice is not None:
+        run.events.emit(choice)
+        logger.info("%s", format_choice(choice))
+    # The adapters of a sweep are ranked instead; tools/draw.py knows neither generic pipelines nor other modules.
+    if not run.label and run.context.arch.specs and str(network.network_module).startswith("networks."):
+        suggested = end if choice is None or choice.suggested is None else Path(choice.suggested)
+        # Not in the log: rich would break a command that is to be copied.
+        announce(f"to draw with it:\n  {format_draw_command(run.options, suggested)}")
+
+
+def format_draw_command(options: TrainOptions, adapter: Path) -> str:
+    """Return the command that draws images with an adapter, on the base model and the parts of the run."""
+    values, defaults, declarations = options.flat(), type(options).defaults(), type(options).declarations()
+    prompts = values["sample_prompts"]
+    words = ["python3", "tools/draw.py", values["pretrained_model_name_or_path"], "--adapter", str(adapter)]
+    words += ["--prompts", prompts] if prompts else ["--prompt", "a prompt as your captions are"]
+    for name, declared in declarations.items():
+        if (declared.path == "part" or name in DRAWN_WITH) and is_set(values[name], defaults[name]):
+            words += [f"--{name}"] if values[name] is True else [f"--{name}", str(values[name])]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)

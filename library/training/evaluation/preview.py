@@ -27,7 +27,7 @@ from library.training.evaluation.strength_response import FEWEST, measure_respon
 from library.training.evaluation.without_side_effects import evaluating
 from library.training.failures.interruption import Interruption
 from library.training.failures.vae_memory import VaeFallback
-from library.training.reporting.console_lines import announce
+from library.training.reporting.console_lines import announce, is_read_by_person
 from library.training.reporting.event_stream import Events
 from library.training.reporting.events import Strengths
 from library.training.reporting.sample_images import (
@@ -179,7 +179,8 @@ class Previews:
         """Draw the images one after another. Return False if an interruption or a lost process left some undrawn."""
         run, context, drawn, is_complete = self._run, self._run.context, [], True
         # Front ends look for this line, which is sd-scripts'.
-        announce(f"\ngenerating sample images at step / サンプル画像生成 ステップ: {step}")
+        translation = "" if is_read_by_person() else " / サンプル画像生成 ステップ"
+        announce(f"\ngenerating sample images at step{translation}: {step}")
         try:
             release_memory(run.options.memory.highvram)
             denoiser, precision = context.models.denoiser, run.options.precision

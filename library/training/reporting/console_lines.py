@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from library.checkpoints.relative_change import format_change
-from library.formatting import escape_controls
+from library.formatting import escape_controls, format_count
 from library.launcher import launched_rank
 from library.training.step.accumulation import Plan
 
@@ -41,14 +41,28 @@ class ImageCounts:
     reg: int
 
 
+def is_read_by_person() -> bool:
+    """Return True if standard output is a terminal; front ends read a pipe, and look there for lines of sd-scripts."""
+    return sys.stdout.isatty()
+
+
 def announce_run(plan: Plan, counts: ImageCounts, batch_sizes: Sequence[int], accumulation: int) -> None:
+    sizes = ", ".join(str(size) for size in batch_sizes)
+    if is_read_by_person():
+        validation = f", {counts.validation} for validation" if counts.validation else ""
+        reg = f", {counts.reg} for regularisation" if counts.reg else ""
+        announce(f"training: {format_count(counts.train, 'image')} with repeats{validation}{reg}")
+        every = f" of {accumulation} batches" if accumulation > 1 else ""
+        epochs, steps = format_count(plan.num_epochs, "epoch"), format_count(plan.max_train_steps, "step")
+        announce(f"  {epochs}, {steps}{every}, batch size {sizes}")
+        return
     announce("running training / 学習開始")
     announce(f"  num train images * repeats / 学習画像の数×繰り返し回数: {counts.train}")
     announce(f"  num validation images * repeats / 学習画像の数×繰り返し回数: {counts.validation}")
     announce(f"  num reg images / 正則化画像の数: {counts.reg}")
     announce(f"  num batches per epoch / 1epochのバッチ数: {plan.num_batches}")
     announce(f"  num epochs / epoch数: {plan.num_epochs}")
-    announce(f"  batch size per device / バッチサイズ: {', '.join(str(size) for size in batch_sizes)}")
+    announce(f"  batch size per device / バッチサイズ: {sizes}")
     announce(f"  gradient accumulation steps / 勾配を合計するステップ数 = {accumulation}")
     announce(f"  total optimization steps / 学習ステップ数: {plan.max_train_steps}")
 
@@ -91,7 +105,7 @@ class StepBar:
         self._bar.set_postfix({**self._values[lowest], **({"of": lowest} if lowest else {})})
 
 
-def format_finished(
+def list_finished(
     trained: str,
     num_steps: int,
     seconds: float,
@@ -99,19 +113,18 @@ def format_finished(
     change: float | None,
     best: tuple[int, float] | None,
     best_file: Path,
-) -> str:
-    """Describe what was trained, for how long, and where it was saved: the last line of a complete run.
+) -> list[str]:
+    """Describe what was trained, for how long, and where it was saved: the last lines of a complete run.
 
     `num_steps` were run in `seconds`, without those before a resume; `change` is relative to the base model's weights;
     `best` is (step, validation loss).
     """
-    line = f"trained {trained}: {num_steps} steps in {duration(seconds)}; the adapter is {file}"
-    if change is not None:
-        line += f"; {format_change(change)}"
-    if best is None:
-        return line
-    line += f"; the validation loss was lowest after step {best[0]}, {best[1]:.4f}"
-    return f"{line}: {best_file}" if best_file.is_file() else f"{line} (--keep_best_checkpoint keeps those weights)"
+    lines = [f"trained {trained}: {num_steps} steps in {duration(seconds)}"]
+    if best is not None:
+        kept = f": {best_file}" if best_file.is_file() else " (--keep_best_checkpoint keeps those weights)"
+        lines.append(f"the validation loss was lowest after step {best[0]}, {best[1]:.4f}{kept}")
+    lines.append(f"the adapter is {file}")
+    return lines if change is None else [*lines, format_change(change)]
 
 
 def duration(seconds: float) -> str:

@@ -1,15 +1,27 @@
 """The moving average and the names of learning rates."""
 
+import importlib
 import io
 import math
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
+from library.architectures.flux.options import FluxOptions
 from library.checkpoints.relative_change import judge_change
-from library.training.reporting.console_lines import announce, duration, format_finished, rate_values
+from library.training.command_line.results import format_draw_command
+from library.training.reporting.console_lines import (
+    ImageCounts,
+    announce,
+    announce_run,
+    duration,
+    list_finished,
+    rate_values,
+)
 from library.training.reporting.progress import LossAverage
+from library.training.step.accumulation import Plan
 
 
 def test_the_average_keeps_the_last_loss_of_each_position_of_an_epoch() -> None:
@@ -73,15 +85,35 @@ def test_durations_have_two_units_at_most(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
 
-def test_the_last_line_names_steps_duration_file_and_best_checkpoint(tmp_path: Path) -> None:
+def test_the_last_lines_name_steps_duration_file_and_best_checkpoint(tmp_path: Path) -> None:
     end, best = tmp_path / "m.safetensors", tmp_path / "m-best.safetensors"
-    line = format_finished("networks.lora of rank 4 on sd", 40, 65, end, None, None, best)
-    assert line == f"trained networks.lora of rank 4 on sd: 40 steps in 1 min 05 s; the adapter is {end}"
-    lowest = "; the validation loss was lowest after step 30, 0.1250"
-    assert format_finished("x", 40, 65, end, 0.0021, None, best).endswith(
-        f"{end}; it changes the adapted weights by 0.21%: {judge_change(0.0021)}"
-    )
+    first, file = "trained networks.lora of rank 4 on sd: 40 steps in 1 min 05 s", f"the adapter is {end}"
+    trained = (first.removeprefix("trained ").partition(":")[0], 40, 65, end)
+    assert list_finished(*trained, None, None, best) == [first, file]
+    change = f"it changes the adapted weights by 0.21%: {judge_change(0.0021)}"
+    lowest = "the validation loss was lowest after step 30, 0.1250"
     hint = " (--keep_best_checkpoint keeps those weights)"
-    assert format_finished("x", 40, 65, end, None, (30, 0.125), best).endswith(lowest + hint)
+    assert list_finished(*trained, 0.0021, (30, 0.125), best) == [first, lowest + hint, file, change]
     best.touch()
-    assert format_finished("x", 40, 65, end, None, (30, 0.125), best).endswith(f"{lowest}: {best}")
+    assert list_finished(*trained, None, (30, 0.125), best)[1] == f"{lowest}: {best}"
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_person_reads_no_bilingual_block(
+    is_terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    announce_run(Plan(6, 2, 6), ImageCounts(12, 3, 0), [2], 2)
+    text = capsys.readouterr().out
+    assert ("学習" in text) == (not is_terminal) and all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_the_command_that_draws_has_the_parts_of_the_run() -> None:
+    values = {"pretrained_model_name_or_path": "a b", "ae": "ae.sft", "mixed_precision": "bf16"}
+    words = "--prompt 'a prompt as your captions are' --mixed_precision bf16 --ae ae.sft"
+    command = format_draw_command(FluxOptions().with_values(values), Path("m.safetensors"))
+    start, _, rest = command.partition(" --prompt ")
+    assert start == "python3 tools/draw.py 'a b' --adapter m.safetensors"
+    assert sorted(shlex.split("--prompt " + rest)) == sorted(shlex.split(words))
+    parser = importlib.import_module("tools.draw").setup_parser()
+    assert parser.parse_known_args(shlex.split(command)[2:])[0].model == "a b"
