@@ -21,7 +21,9 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/native/transformers/attention.h>
 #include <ATen/native/transformers/sdp_utils_cpp.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <malloc.h>
 #include <pybind11/stl.h>
 #include <sys/mman.h>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
@@ -85,6 +87,7 @@ struct Pending {  // a copy between device and pinned memory that may still be i
   uint64_t time;
   Tensor to, from;      // both as CPU tensors
   c10::Storage keep;    // host memory, kept alive as torch's allocator does; device memory is not: its reuse must show
+  std::shared_ptr<Block> mapped;  // device memory, which stays mapped if the cache is emptied before the copy runs
   char *to_begin, *to_end, *from_begin, *from_end;
   std::vector<char> sent;  // the host's bytes at the launch of the copy
   bool is_poisoned;        // host memory is filled with POISON until the copy runs
@@ -274,14 +277,15 @@ std::string name_of(int actor) {
 
 // ------------------------------------------------------------------------------------------------ accesses and copies
 
-Block* block_of(const void* address) {
+std::shared_ptr<Block> find_block(const void* address) {
   auto& s = simulation();
   char* at = static_cast<char*>(const_cast<void*>(address));
   auto it = s.blocks.upper_bound(at);
   if (it == s.blocks.begin()) return nullptr;
-  auto* block = std::prev(it)->second.get();
+  auto block = std::prev(it)->second;
   return at < block->base + block->size ? block : nullptr;
 }
+Block* block_of(const void* address) { return find_block(address).get(); }
 bool is_pinned(const void* address) {
   Locked lock;
   auto* block = block_of(address);
@@ -351,15 +355,27 @@ void run_pending(const std::function<bool(const Pending&)>& is_due) {  // in lau
   s.pending.swap(rest);
 }
 
-void learn(const Clock& clock) {  // make this thread wait for everything up to the clock
+void arrive(int by) {
+  auto& s = simulation();
+  run_pending([&](const Pending& copy) { return known(s.clocks[by], copy.actor) >= copy.time; });
+}
+void learn(const Clock& clock) {  // make this thread wait for everything up to the clock of a host thread
+  const int by = host();
+  merge(simulation().clocks[by], clock);
+  arrive(by);
+}
+// Make this thread wait for the devices' work up to the clock of a stream. That orders it after no host thread: another
+// thread may just have happened to launch its work in time.
+void learn_of_devices(const Clock& clock) {
   auto& s = simulation();
   const int by = host();
-  merge(s.clocks[by], clock);
-  run_pending([&](const Pending& copy) { return known(s.clocks[by], copy.actor) >= copy.time; });
+  for (size_t actor = 0; actor < clock.size(); ++actor)
+    if (s.device_of[actor] >= 0) part(s.clocks[by], int(actor)) = std::max(known(s.clocks[by], int(actor)), clock[actor]);
+  arrive(by);
 }
 void host_waits(const std::string& what, const Clock& clock) {
   ++simulation().waits[what];
-  learn(clock);
+  learn_of_devices(clock);
 }
 
 // Start an operation on the current stream of a device and return the stream's actor.
@@ -414,12 +430,9 @@ size_t rounded(size_t size) { return std::max<size_t>(512, (size + 511) / 512 * 
 
 void give_back(const std::shared_ptr<Block>& block) {
   auto& s = simulation();
-  char *begin = block->base, *end = begin + block->size;
-  run_pending([&](const Pending& copy) { return copy.touches(begin, end); });
-  s.blocks.erase(begin);
+  s.blocks.erase(block->base);
   if (block->kind == Kind::device) s.memory[block->device].reserved -= block->size;
   if (block->kind == Kind::pinned) s.pinned -= block->size;
-  munmap(begin, block->size);
 }
 void give_back_free(DeviceIndex device) {
   auto& s = simulation();
@@ -429,10 +442,13 @@ void give_back_free(DeviceIndex device) {
     list.clear();
   }
 }
-char* map_memory(size_t size) {
+std::shared_ptr<Block> map_block(size_t size, Kind kind, int stream, DeviceIndex device) {
   void* at = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   TORCH_CHECK(at != MAP_FAILED, "the host has no memory left for the simulated GPU");
-  return static_cast<char*>(at);
+  return {new Block{static_cast<char*>(at), size, kind, stream, device, {}, {}}, [](Block* block) {
+    munmap(block->base, block->size);
+    delete block;
+  }};
 }
 
 void free_device(void* at) {
@@ -470,7 +486,7 @@ void synchronize_device(DeviceIndex device) {
   auto& s = simulation();
   default_stream(device);
   for (size_t actor = 0; actor < s.clocks.size(); ++actor)
-    if (s.device_of[actor] == device) learn(s.clocks[actor]);
+    if (s.device_of[actor] == device) learn_of_devices(s.clocks[actor]);
   release_held_back(s.clocks[host()]);
 }
 
@@ -503,7 +519,7 @@ struct DeviceAllocator final : c10::Allocator {
         TORCH_CHECK_WITH(OutOfMemoryError, false, "CUDA out of memory. Tried to allocate ", mib(whole), " MiB. GPU ", int(device),
                          " has a total capacity of ", mib(s.memory_bytes), " MiB of which ", mib(s.memory_bytes - memory.reserved), " MiB is free.");
       }
-      block = std::make_shared<Block>(Block{map_memory(whole), whole, Kind::device, stream, device, {}, {}});
+      block = map_block(whole, Kind::device, stream, device);
       s.blocks[block->base] = block;
       memory.reserved += whole;
     }
@@ -534,7 +550,7 @@ struct PinnedAllocator final : at::HostAllocator {
     size_t whole = PAGE_BYTES;
     while (whole < size) whole *= 2;  // torch rounds up to powers of two as well
     TORCH_CHECK(s.pinned + whole <= s.pin_limit, "CUDA error: out of memory (cudaHostAlloc)");
-    auto block = std::make_shared<Block>(Block{map_memory(whole), whole, Kind::pinned, NO_ACTOR, 0, {}, {}});
+    auto block = map_block(whole, Kind::pinned, NO_ACTOR, 0);
     s.blocks[block->base] = block;
     s.pinned += whole;
     std::memset(block->base, POISON, size);
@@ -576,6 +592,32 @@ int unregister_memory(uintptr_t address) {  // cudaHostUnregister
   s.blocks.erase(it);
   return 0;
 }
+
+void (*free_plain)(void*) = nullptr;
+void free_host(void* at) {
+  {
+    Locked lock;
+    auto& s = simulation();
+    char* begin = static_cast<char*>(at);
+    auto it = s.blocks.lower_bound(begin);
+    if (it != s.blocks.end() && it->first < begin + malloc_usable_size(at) && it->second->kind == Kind::registered) {
+      report("freed while registered", std::to_string(it->second->size) + " bytes of main memory are freed without cudaHostUnregister");
+      s.pinned -= it->second->size;
+      s.blocks.erase(it);
+    }
+  }
+  free_plain(at);
+}
+struct HostAllocator final : c10::Allocator {  // torch's own for main memory, which checks what is freed
+  c10::DataPtr allocate(size_t size) override {
+    auto data = c10::GetDefaultCPUAllocator()->allocate(size);
+    data.compare_exchange_deleter(free_plain, &free_host);
+    return data;
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &free_host; }
+  void copy_data(void* to, const void* from, size_t count) const override { default_copy_data(to, from, count); }
+};
+HostAllocator host_allocator;
 
 // ------------------------------------------------------------------------------------------------ random numbers
 
@@ -694,7 +736,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     if (!is_recorded(event, what)) return true;
     auto* e = static_cast<Event*>(event);
     if (!is_known(*e) && ++e->num_polls <= 3) return false;  // completes after three polls
-    learn(e->clock);
+    learn_of_devices(e->clock);
     return true;
   }
   void synchronizeEvent(void* event) const override {
@@ -990,8 +1032,8 @@ Tensor& copy_(Tensor& to, const Tensor& given, bool non_blocking) {
   if (is_poisoned) std::memset(to_begin, POISON, to_end - to_begin);
   std::vector<char> sent;
   if (writes_device) sent.assign(from_begin, from_end);
-  s.pending.push_back({stream, known(s.clocks[stream], stream), as_cpu(to), as_cpu(from), on_host.storage(), to_begin, to_end,
-                       from_begin, from_end, std::move(sent), is_poisoned, what});
+  s.pending.push_back({stream, known(s.clocks[stream], stream), as_cpu(to), as_cpu(from), on_host.storage(),
+                       find_block((writes_device ? to : from).data_ptr()), to_begin, to_end, from_begin, from_end, std::move(sent), is_poisoned, what});
   return to;
 }
 Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
@@ -1233,6 +1275,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   at::globalContext().lazyInitDevice(CUDA);  // until then torch does not treat any memory as pinned
   c10::SetAllocator(CUDA, &device_allocator, 255);
   at::setHostAllocator(CUDA, &pinned_allocator, 255);
+  free_plain = c10::GetDefaultCPUAllocator()->raw_deleter();
+  c10::SetCPUAllocator(&host_allocator, 255);
   at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&choose_attention);
   m.def("configure", &configure);
   m.def("refuse_in_deterministic_mode", [](const std::set<std::string>& names) { simulation().refused = names; });
@@ -1247,12 +1291,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     memory.peak_allocated = memory.allocated;
     memory.peak_reserved = memory.reserved;
   });
-  m.def("empty_cache", [] {
+  m.def("empty_cache", [] {  // waits for recorded streams alone, as torch's allocator does
     Locked lock;
-    for (int device = 0; device < simulation().num_devices; ++device) {
-      synchronize_device(DeviceIndex(device));
-      give_back_free(DeviceIndex(device));
-    }
+    auto& s = simulation();
+    for (auto& [block, needed] : s.held_back) learn_of_devices(needed);
+    release_held_back(s.clocks[host()]);
+    for (int device = 0; device < s.num_devices; ++device) give_back_free(DeviceIndex(device));
   });
   m.def("register_memory", &register_memory);
   m.def("unregister_memory", &unregister_memory);

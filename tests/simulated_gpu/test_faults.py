@@ -116,6 +116,28 @@ def test_unpinning_memory_during_a_copy_is_detected(simulated_gpu: Simulation, w
     assert there.tolist() == [1] * NUM and not master.is_pinned()
 
 
+def test_memory_that_is_freed_while_registered_is_detected(simulated_gpu: Simulation) -> None:
+    master = torch.ones(NUM)
+    torch.cuda.cudart().cudaHostRegister(master.data_ptr(), master.nbytes, 0)
+    del master
+    assert kinds(simulated_gpu) == {"freed while registered"}
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_emptying_the_cache_does_not_wait_for_copies(simulated_gpu: Simulation, waits: bool) -> None:
+    values = torch.full((NUM,), 3.0, device=GPU)
+    here = values.to("cpu", non_blocking=True)
+    reserved = torch.cuda.memory_reserved()
+    del values
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < reserved
+    if waits:
+        torch.cuda.synchronize()
+    assert bool(here.isnan().all()) is not waits
+    torch.cuda.synchronize()
+    assert bool((here == 3).all())
+
+
 @pytest.mark.parametrize("waits", [True, False])
 def test_waiting_for_an_event_that_may_not_be_recorded_yet_is_detected(simulated_gpu: Simulation, waits: bool) -> None:
     """The event is recorded in time only by chance, because this thread does not wait for the other."""

@@ -184,6 +184,11 @@ def test_previews_and_validation_between_steps_have_no_faults(run: Run, name: st
     assert_same(tmp_path / "out", tmp_path / "plain")
 
 
+def test_adapters_and_states_saved_between_steps_have_no_faults(run: Run, tmp_path: Path) -> None:
+    run("sd", "--cache_latents", "--save_every_n_steps", "1", "--save_state")
+    assert len(list((tmp_path / "out").glob("mine-step*-state"))) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_sweep_trains_without_faults(run: Run, precision: str, tmp_path: Path) -> None:

@@ -85,6 +85,15 @@ def test_a_preview_is_decoded_in_tiles_then_on_the_cpu(
 
 
 @torch.no_grad()
+def test_a_vae_that_moves_to_the_cpu_has_arrived_before_it_is_used(simulated_gpu: Simulation) -> None:
+    """Images to encode are in main memory already, so nothing else waits for the copies."""
+    vae = tiny_vae()
+    weights = [weight.cpu() for weight in vae.parameters()]
+    with vae_memory.on_cpu(vae):
+        assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), weights, strict=True))
+
+
+@torch.no_grad()
 def test_an_error_other_than_out_of_memory_is_raised(simulated_gpu: Simulation) -> None:
     def fails() -> None:
         raise RuntimeError("shapes do not fit")
