@@ -2,11 +2,12 @@
 
 import os
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from library import torch_builds
 from library.errors import UserError
 
 # Lower than in requirements.txt, because front ends pin their own versions and most base models train with these.
@@ -47,6 +48,7 @@ def find_lack(requirement: str) -> Lack | None:
 
 
 GET_TORCH = "see https://pytorch.org/get-started for the command that installs torch for your GPU"
+SETUP_TORCH = "python3 tools/start.py setup --torch"
 SECONDS = 20  # for nvidia-smi to answer
 
 
@@ -70,11 +72,61 @@ def explain_unused_gpu(torch: Any, gpus: Iterable[str]) -> str | None:
     return f"torch requires CUDA {torch.version.cuda}: update the driver, or {GET_TORCH} and its driver"
 
 
+def architecture_of(torch: Any, number: int) -> str:
+    """Return a GPU's architecture as `torch.cuda.get_arch_list` names it: sm_89, gfx1100."""
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(number).gcnArchName).partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(number))
+
+
+def has_kernels(architecture: str, known: Sequence[str]) -> bool:
+    """Return True if kernels for one of `known` run on `architecture`: the same generation and not newer, or PTX."""
+    if not known or architecture in known or architecture.startswith("gfx"):
+        return not known or architecture in known
+    number = int(architecture.removeprefix("sm_"))
+    for name in known:
+        digits = "".join(c for c in name if c.isdigit())
+        # sm_ names machine code; compute_ names PTX, which the driver compiles for newer GPUs.
+        exact = name.startswith("sm_") and int(digits) // 10 == number // 10 and int(digits) <= number
+        if exact or (name.startswith("compute_") and int(digits) <= number):
+            return True
+    return False
+
+
+def explain_missing_kernels(torch: Any, number: int) -> str | None:
+    """Explain that this build of torch has no kernels for a GPU, and the fix. Return None if it has."""
+    known = torch.cuda.get_arch_list()
+    architecture = architecture_of(torch, number)
+    if has_kernels(architecture, known):
+        return None
+    return f"torch {torch.__version__} has kernels only for {', '.join(known)}: {suggest_build(torch, number)}"
+
+
+def suggest_build(torch: Any, number: int) -> str:
+    """Return the command that installs a build of torch with kernels for a GPU, or why there is none."""
+    if torch.version.hip:
+        has_build = architecture_of(torch, number) in torch_builds.ROCM_TARGETS
+        return f"run {SETUP_TORCH} {torch_builds.ROCM_TAG if has_build else 'cpu'}"
+    name, (major, minor) = torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number)
+    driver = max((gpu[2] for gpu in torch_builds.list_nvidia()), default=torch_builds.CUDA_BUILDS[0].driver)
+    try:
+        choice = torch_builds.choose_cuda([(name, float(f"{major}.{minor}"), driver)])
+    except torch_builds.NoBuild as error:
+        return str(error)
+    return f"run {SETUP_TORCH} {str(choice.index).removeprefix(torch_builds.INDEX)}"
+
+
 def check_gpu_is_used(torch: Any) -> None:
-    """Raise UserError if training would run on the CPU although the machine has an NVIDIA GPU. An explicit choice of
-    the CPU is accepted."""
+    """Raise UserError if training would run on the CPU although the machine has an NVIDIA GPU, or on a GPU that torch
+    has no kernels for. An explicit choice of the CPU is accepted."""
     is_cpu_requested = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    if is_cpu_requested or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or torch.accelerator.is_available():
+    if is_cpu_requested or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    is_there = torch.cuda.is_available() and number < torch.cuda.device_count()
+    if is_there and (reason := explain_missing_kernels(torch, number)):
+        raise UserError(f"this run would train on {torch.cuda.get_device_name(number)}, but {reason}")
+    if torch.accelerator.is_available():
         return
     gpus = list_nvidia_gpus()
     if reason := explain_unused_gpu(torch, gpus):

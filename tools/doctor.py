@@ -23,7 +23,16 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(ROOT))
 
-from library.installed import GET_TORCH, explain_unused_gpu, find_lack, install_command, list_nvidia_gpus, version_of  # noqa: E402
+from library.installed import (  # noqa: E402
+    GET_TORCH,
+    architecture_of,
+    explain_missing_kernels,
+    explain_unused_gpu,
+    find_lack,
+    install_command,
+    list_nvidia_gpus,
+    version_of,
+)
 from library.requirements import package_of, python_problem, suggest_python  # noqa: E402
 from library.version import add_version  # noqa: E402
 from tools.front_ends.journal import FrontEndError, Place, compare_with_journal, read_journal  # noqa: E402
@@ -135,34 +144,21 @@ def gpu_lines(torch: Any, gpus: Sequence[str]) -> Iterator[Line]:
             slow = "fine for experiments, far too slow for full-size models"
             yield Line("GPU", "none; training runs on the CPU", slow)
         return
-    architectures = torch.cuda.get_arch_list()
     for number in range(torch.cuda.device_count()):
-        yield gpu_line(torch, number, architectures)
+        yield gpu_line(torch, number)
 
 
-def gpu_line(torch: Any, number: int, architectures: Sequence[str]) -> Line:
+def gpu_line(torch: Any, number: int) -> Line:
     """Report one GPU that torch sees: free memory, and whether this build of torch has kernels for it."""
-    major, minor = torch.cuda.get_device_capability(number)
     free, total = torch.cuda.mem_get_info(number)
-    name = f"{torch.cuda.get_device_name(number)}, sm_{major}{minor}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    free_text = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    name = f"{torch.cuda.get_device_name(number)}, {architecture_of(torch, number)}, {free_text}"
     subject = f"GPU {number}"
-    if not runs_on(f"sm_{major}{minor}", architectures):
-        return Line(subject, name, f"torch has kernels only for {', '.join(architectures)}: {GET_TORCH}", True)
+    if reason := explain_missing_kernels(torch, number):
+        return Line(subject, name, reason, True)
     if free < 0.8 * total:
         return Line(subject, name, "other programs use its memory: list them with `nvidia-smi` and close them")
     return Line(subject, name)
-
-
-def runs_on(architecture: str, known: Sequence[str]) -> bool:
-    """Return True if kernels for one of `known` run on `architecture`: the same generation and not newer, or PTX."""
-    number = int(architecture.removeprefix("sm_"))
-    for name in known:
-        digits = "".join(c for c in name if c.isdigit())
-        # sm_ names machine code; compute_ names PTX, which the driver compiles for newer GPUs.
-        exact = name.startswith("sm_") and int(digits) // 10 == number // 10 and int(digits) <= number
-        if exact or (name.startswith("compute_") and int(digits) <= number):
-            return True
-    return not known
 
 
 def product_lines(torch: Any, device: Any) -> Iterator[Line]:

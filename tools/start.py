@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(ROOT))
 
+from library import torch_builds  # noqa: E402
 from library.requirements import python_path, python_problem, suggest_python  # noqa: E402
 from library.version import add_version  # noqa: E402
-from tools import torch_builds  # noqa: E402
 
 RUN_REQUIREMENTS = ("requirements.txt",)
 TEST_REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")

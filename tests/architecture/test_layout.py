@@ -17,6 +17,7 @@ MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path 
 LAYERS = (
     ("library.errors", "library.suggestions", "library.formatting", "library.json_text"),
     ("library.types", "library.randomness", "library.collector", "library.hidden_libraries", "library.launcher"),
+    ("library.torch_builds",),
     ("library.version", "library.requirements", "library.installed", "library.determinism"),
     ("library.heartbeat", "library.progress", "library.processes", "library.temporary_folders"),
     ("library.gradient_exchange",),

@@ -1,6 +1,7 @@
 """Installed packages are checked against the required versions."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -40,12 +41,24 @@ def test_the_error_updates_all_packages_together_if_one_is_too_old() -> None:
     )
 
 
-def fake_torch(cuda: str | None, has_gpu: bool = False) -> SimpleNamespace:
+def fake_torch(
+    cuda: str | None,
+    has_gpu: bool = False,
+    capability: tuple[int, int] = (8, 9),
+    architectures: tuple[str, ...] = ("sm_80",),
+    gcn: str = "",
+) -> SimpleNamespace:
     """Return a stand-in for torch with the attributes that are checked."""
-    cuda_module = SimpleNamespace(is_available=lambda: has_gpu)
-    return SimpleNamespace(
-        cuda=cuda_module, accelerator=cuda_module, version=SimpleNamespace(cuda=cuda), __version__="2.9.0+cpu"
+    cuda_module = SimpleNamespace(
+        is_available=lambda: has_gpu,
+        device_count=lambda: int(has_gpu),
+        get_arch_list=lambda: architectures,
+        get_device_name=lambda number: "a GPU",
+        get_device_capability=lambda number: capability,
+        get_device_properties=lambda number: SimpleNamespace(gcnArchName=gcn),
     )
+    version = SimpleNamespace(cuda=cuda, hip="7.0" if gcn else None)
+    return SimpleNamespace(cuda=cuda_module, accelerator=cuda_module, version=version, __version__="2.9.0+cpu")
 
 
 GPU = ["NVIDIA GeForce RTX 3060, 580.1, 12288 MiB"]
@@ -66,3 +79,26 @@ def test_training_on_the_cpu_despite_a_gpu_is_refused_unless_requested(monkeypat
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             check_gpu_is_used(fake_torch(None))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "fix"),
+    [
+        ({"capability": (8, 9)}, None),
+        ({"capability": (6, 1)}, "setup --torch cu126"),
+        ({"capability": (12, 0)}, "setup --torch cu130"),
+        ({"capability": (3, 5)}, "no build of torch from 2.6 on has kernels for a GPU"),
+        ({"gcn": "gfx1100", "architectures": ("gfx1100", "gfx942")}, None),
+        ({"gcn": "gfx942:sramecc+:xnack-", "architectures": ("gfx942",)}, None),
+        ({"gcn": "gfx1201", "architectures": ("gfx1100",)}, "setup --torch rocm6.4"),
+    ],
+)
+def test_a_gpu_without_kernels_in_torch_ends_the_run_with_the_command(
+    gpu: dict[str, Any], fix: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installed.torch_builds, "list_nvidia", lambda: [])
+    if fix is None:
+        check_gpu_is_used(fake_torch("13.0", True, **gpu))
+        return
+    with pytest.raises(UserError, match=f"^this run would train on a GPU, but torch .* has kernels only for .*{fix}"):
+        check_gpu_is_used(fake_torch("13.0", True, **gpu))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from library.installed import architecture_of
 from library.options.machine.memory import PrecisionOptions
 from library.options.model import ModelOptions
 from library.options.no_effect import is_set
@@ -17,6 +18,7 @@ from library.training.optimization.optimizers import resolve_optimizer_type
 from networks.core.protocol import is_switched_on
 
 ADAPTIVE = ("adam", "lion")  # their step size equals the learning rate, whatever the gradient
+AOTRITON = "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL"
 HIGH_RATE = 5e-3  # ten times the value that front ends and guides use for small adapters
 SETS_OWN_RATE = ("prodigy", "dadapt", "adafactor")  # have their own warnings about unusual rates
 WEAK = 1 / 16  # alpha / rank from which on a usual learning rate teaches next to nothing
@@ -45,6 +47,11 @@ def find_doubtful_precision(precision: PrecisionOptions) -> Iterator[str]:
         yield (
             f"--mixed_precision bf16: {gpu} has no units for bf16, so products are emulated and attention takes far "
             "more memory; --mixed_precision fp16 is faster there"
+        )
+    if (gpu := gpu_with_experimental_attention()) is not None and os.environ.get(AOTRITON) != "1":
+        yield (
+            f"{gpu}: torch counts fused attention on this GPU as experimental and may use the math form, which keeps "
+            f"all scores: its memory grows with the square of the image's pixels. Set {AOTRITON}=1 before the run"
         )
 
 
@@ -98,6 +105,14 @@ def find_weak_alpha(network: NetworkOptions, optimizer: OptimizerOptions) -> Ite
             f"1/{divisor / alpha:.3g} of its strength and may seem to do nothing; use --network_alpha {rank // 2} or "
             f"{rank}"
         )
+
+
+def gpu_with_experimental_attention() -> str | None:
+    """Return the name of an AMD GPU without matrix cores of the CDNA generations (gfx9), for which ROCm's fused
+    attention is made; else None."""
+    if not torch.cuda.is_available() or not torch.version.hip or architecture_of(torch, 0).startswith("gfx9"):
+        return None
+    return torch.cuda.get_device_name()
 
 
 def gpu_without_bf16() -> str | None:

@@ -64,7 +64,7 @@ PACKAGE_OF = {
 
 FINDS_ITS_RATE = ("prodigyopt.", "dadaptation.")
 FREEZES_AT_RATE_0 = ("Prodigy", "DAdaptAdam", "DAdaptAdamPreprint", "DAdaptSGD")  # and fail at other differing rates
-FUSED_DEVICES = ("cpu", "cuda")
+FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +158,9 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any
             ours=ours,
             set_elsewhere={"params": "", "lr": "learning_rate"},
         )
+        if not can_skip_by_flag(optimizer.param_groups[0]["params"]):
+            # Callers, such as GradScaler, then read the flag themselves and leave the step out.
+            optimizer._step_supports_amp_scaling = False
         built = BuiltOptimizer(
             optimizer=optimizer,
             name=f"{cls.__module__}.{cls.__qualname__}{f'({listed})' if listed else ''}",
@@ -350,6 +353,11 @@ def can_fuse(groups: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]) 
         return False
     parameters = [p for group in groups for p in group["params"]]
     return all(p.is_floating_point() and p.device.type in FUSED_DEVICES for p in parameters)
+
+
+def can_skip_by_flag(parameters: Sequence[torch.Tensor]) -> bool:
+    """Return False if torch's fused step ignores `found_inf`, as its kernels for Apple's GPUs do."""
+    return all(parameter.device.type != "mps" for parameter in parameters)
 
 
 def effective_rates(optimizer: Optimizer, name: str) -> list[float] | None:

@@ -52,7 +52,7 @@ DRIVER = ["NVIDIA GeForce RTX 4060, 535.54, 8188 MiB"]
             DRIVER,
             "GPU 0",
             True,
-            "kernels only for sm_80",
+            "kernels only for sm_80, sm_86, sm_90, compute_90: run python3 tools/start.py setup --torch cu130",
         ),
         (torch_like("13.0", capability=(12, 0), memory=(7 * GIB, 8 * GIB)), DRIVER, "GPU 0", False, ""),
     ],

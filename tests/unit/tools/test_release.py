@@ -17,7 +17,7 @@ from tools import release
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a repository with the files that start needs, committed."""
     root = tmp_path / "repository"
-    for name in ("tools/start.py", "tools/torch_builds.py", "tools/__init__.py", "library/__init__.py",
+    for name in ("tools/start.py", "library/torch_builds.py", "tools/__init__.py", "library/__init__.py",
                  "library/requirements.py", "library/version.py", "pyproject.toml", "requirements.txt"):  # fmt: skip
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes((release.ROOT / name).read_bytes())

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from library import torch_builds
 from library.training.saving.names import Names
-from tools import start, torch_builds
+from tools import start
 from train import setup_parser
 
 PYTHON = Path("/venv/bin/python")

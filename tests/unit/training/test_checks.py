@@ -7,6 +7,7 @@ from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from library.options.requirements import unsupported
 from library.options.train import TrainOptions
 from library.training.command_line import checks, option_checks
 from library.training.command_line.checks import check, report_unused, warn_of_fp16_vae
+from library.training.command_line.doubtful import AOTRITON
 from library.training.command_line.option_checks import check_values
 from library.training.models.block_running import compile_settings
 from library.training.optimization.optimizers import build_optimizer
@@ -470,6 +472,24 @@ def test_bf16_on_a_gpu_without_support_is_warned_about(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     lines = [line for line in warnings_of(caplog, mixed_precision="bf16") if "Tesla T4 has no units for bf16" in line]
     assert bool(lines) is is_warned
+
+
+@pytest.mark.parametrize(
+    ("architecture", "value", "is_warned"),
+    [("gfx1100", "", True), ("gfx1100", "1", False), ("gfx942:sramecc+:xnack-", "", False)],
+)
+def test_experimental_attention_of_rocm_is_named_once(
+    architecture: str, value: str, is_warned: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "RX 7900 XTX")
+    properties = SimpleNamespace(gcnArchName=architecture)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: properties)
+    monkeypatch.setenv(AOTRITON, value)
+    lines = [line for line in warnings_of(caplog) if line.startswith("RX 7900 XTX: ")]
+    assert len(lines) == is_warned
+    assert all("math form, which keeps all scores" in line and f"Set {AOTRITON}=1" in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,25 @@ import re
 import sys
 import types
 from io import BytesIO
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from library.errors import UserError
 from library.options.keyword_args import read_keyword_args
 from library.options.training.optimizer import OptimizerOptions
-from library.training.optimization.optimizers import KNOWN, BuiltOptimizer, build_optimizer, effective_rates
+from library.training.optimization.optimizers import (
+    KNOWN,
+    BuiltOptimizer,
+    build_optimizer,
+    can_fuse,
+    can_skip_by_flag,
+    effective_rates,
+)
 from library.training.optimization.rounding import stochastic_rounding
 
 # A rate at which each optimizer makes progress within 60 steps of the small problem below.
@@ -124,6 +133,14 @@ def test_adamw_is_the_default_fused_and_steps_like_the_paper() -> None:
         built.optimizer.step()
         built.optimizer.zero_grad()
     torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("device", "fuses"), [("cuda", True), ("xpu", True), ("mps", True), ("meta", False)])
+def test_the_step_is_fused_on_every_device_for_which_torch_has_a_kernel(device: str, fuses: bool) -> None:
+    on_device: Any = SimpleNamespace(is_floating_point=lambda: True, device=torch.device(device))
+    assert can_fuse([{"params": [on_device]}], {}) is fuses
+    assert device == "meta" or device in _get_fused_kernels_supported_devices()
+    assert can_skip_by_flag([on_device]) is (device != "mps"), "the kernels for MPS ignore found_inf"
 
 
 @pytest.mark.parametrize("argument", ["fused=False", "foreach=True"])
