@@ -67,5 +67,7 @@ def warn_of_refusal(reason: str) -> None:
 
 def clear_last_error() -> None:
     """Clear the error that CUDA keeps after a refused call. Otherwise the run's next kernel would raise it."""
+    if not torch.cuda.is_available():
+        return
     with suppress(RuntimeError):
         torch.ones(1, device="cuda")  # a kernel launch raises and clears it; torch has no other way

@@ -11,7 +11,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from torch.nn import functional
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.models.layer_keys import LayerKeys, Layers, Stack, is_norm, list_leaves
@@ -158,7 +159,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous()  # autograd saves x, and a view would keep its whole base tensor
-        return rms_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype) * self.scale.to(x.dtype)
+        return functional.rms_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype) * self.scale.to(x.dtype)
 
 
 def attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:

@@ -13,7 +13,8 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from torch.nn import functional
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 from library.architectures.krea2.targets import TARGETS
 from library.errors import UserError
@@ -104,7 +105,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x.float(), self.scale.shape, self.scale.float() + 1, EPS).to(x.dtype)
+        return functional.rms_norm(x.float(), self.scale.shape, self.scale.float() + 1, EPS).to(x.dtype)
 
 
 class QKNorm(nn.Module):

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch.nn import functional
+from torch.nn.functional import scaled_dot_product_attention
 
 from library.architectures.moss_image.layers import TARGETS
 from library.errors import UserError
@@ -144,7 +145,7 @@ class Stream:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def norm(self, norm: nn.RMSNorm, x_BTM: Tensor) -> Tensor:
-        return rms_norm(x_BTM, x_BTM.shape[-1:], norm.weight, EPS * self.scale**2)
+        return functional.rms_norm(x_BTM, x_BTM.shape[-1:], norm.weight, EPS * self.scale**2)
 
     def shrink(self, x_BTM: Tensor) -> Tensor:
         """Scale what a linear layer without bias adds to the residual stream, before that layer can overflow."""

@@ -13,7 +13,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from torch.nn import functional
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 from library.architectures.qwen_image_21.targets import TARGETS
 from library.errors import UserError
@@ -82,7 +83,7 @@ class ZeroCenteredNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x.float(), x.shape[-1:], self.weight.float() + 1, EPS).to(x.dtype)
+        return functional.rms_norm(x.float(), x.shape[-1:], self.weight.float() + 1, EPS).to(x.dtype)
 
 
 class TextProjection(nn.Module):

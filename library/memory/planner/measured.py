@@ -10,6 +10,8 @@ import torch
 from library.memory.pinned import empty_host_copy, max_pinned_bytes
 from library.memory.planner.gpus import CARDS, REACHED, Gpu
 
+BUSY_S = 0.5  # an idle GPU has low clocks, which take a few tenths of a second to rise
+
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Return a GPU's peak FLOP/s, or None without CUDA.
@@ -30,9 +32,9 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None
 def benchmark_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, side: int = 4096) -> Gpu:
     """Measure this device with one large product, and with copies from main memory, within it and within the device.
 
-    This takes about 0.1 s.
+    This takes about 0.1 s, and a GPU computes for half a second before.
     """
-    on_gpu = device.type == "cuda"
+    on_gpu = device.type != "cpu"
 
     def seconds(run: Callable[[], object]) -> float:
         run()  # warm-up
@@ -41,19 +43,23 @@ def benchmark_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, s
             start = time.perf_counter()
             run()
             if on_gpu:
-                torch.cuda.synchronize(device)
+                torch.accelerator.synchronize(device)
             best_s = min(best_s, time.perf_counter() - start)
         return best_s
 
     matrix = torch.randn(side, side, dtype=dtype, device=device)
     host = empty_host_copy(matrix) if on_gpu else torch.empty_like(matrix)
+    busy_from = time.perf_counter()
+    while on_gpu and time.perf_counter() - busy_from < BUSY_S:
+        seconds(lambda: matrix @ matrix)
     product_s = seconds(lambda: matrix @ matrix)
     num_bytes = host.numel() * host.element_size()
     copy_s = seconds(lambda: matrix.copy_(host, non_blocking=True))
     clone_s = seconds(lambda: matrix.clone())  # read and written
     pageable = torch.empty(side, side, dtype=dtype)
     staged_s = seconds(lambda: pageable.copy_(host))
-    name = torch.cuda.get_device_name(device) if on_gpu else "this processor"
+    other_name = device.type.upper() if on_gpu else "this processor"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else other_name
     return Gpu(
         name,
         memory_bytes,

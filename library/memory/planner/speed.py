@@ -24,6 +24,8 @@ class Work:
 
         Large models hide part of the last two, small ones do not.
         """
+        # The longer of the GPU's work and of launching would be 3 % instead of 7 % too long for FLUX.1 (fp8, RTX 3090),
+        # but half instead of 26 % too short for SDXL (RTX 3090 Ti), and 50 % instead of 47 % for FLUX.1 (RTX A6000).
         return slowdown * self.flops / gpu.flops + self.moved / gpu.bandwidth + self.launches * LAUNCH_S
 
 

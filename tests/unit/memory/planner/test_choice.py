@@ -11,6 +11,7 @@ from torch import nn
 
 from library.memory.devices import bytes_of
 from library.memory.pinned import max_pinned_bytes
+from library.memory.planner import measured
 from library.memory.planner.choice import Allowed, choose
 from library.memory.planner.gpus import GIB, Gpu, MemorySize, parse_size, typical_gpu
 from library.memory.planner.measured import benchmark_gpu
@@ -342,6 +343,22 @@ def test_a_typical_gpu_has_at_most_the_given_memory() -> None:
 def test_a_device_is_measured() -> None:
     gpu = benchmark_gpu(torch.device("cpu"), GIB, torch.float32, side=128)
     assert gpu.flops > 0 and gpu.bus > 0 and gpu.bandwidth > 0 and gpu.memory_bytes == GIB
+
+
+def test_a_gpu_of_any_maker_is_busy_before_it_is_measured_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each wait takes 0.2 s until it has been busy for half a second, then 1 ms."""
+    clock, waited_for = [0.0], []
+
+    def synchronize(device: torch.device) -> None:
+        waited_for.append(device)
+        clock[0] += 0.2 if clock[0] < measured.BUSY_S else 1e-3
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
+    monkeypatch.setattr(measured.time, "perf_counter", lambda: clock[0])
+    gpu = benchmark_gpu(torch.device("meta"), GIB, torch.float32, side=128)
+    assert gpu.flops == pytest.approx(measured.REACHED * 2 * 128**3 / 1e-3)
+    assert gpu.bandwidth == pytest.approx(2 * 4 * 128**2 / 1e-3)
+    assert set(waited_for) == {torch.device("meta")}
 
 
 def test_a_stage_encodes_as_many_items_at_a_time_as_fit() -> None:

@@ -1,9 +1,11 @@
 """A step counted on fake tensors from two blocks of each kind matches the allocator's view of a complete real step."""
 
 import random
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from library.memory.blocks import BlockRunner, plain, recompute
 from library.memory.devices import tensors_of
 from library.memory.planner.counter import OperationCounter
-from library.memory.planner.fakes import emulate_cuda_norms, give_fakes
+from library.memory.planner.fakes import NORMS, emulate_cuda_norms, give_fakes
 from library.memory.planner.repeats import Repeats, shorten_runs
 from library.memory.planner.steps import (
     CountedPass,
@@ -31,6 +33,7 @@ from tests.unit.memory.planner.made_up import MadeUp, allocated_peak
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[4]
 WIDTH, NUM_BLOCKS, TOKENS, RANK = 96, 6, 160, 5
 SHARE = 0.03  # tolerance for counting two of six blocks
 ANSWERS = {"int": 1, "float": 0.5, "bool": True}
@@ -269,3 +272,22 @@ def test_norms_can_be_counted_as_a_gpu_computes_them() -> None:
             full = norm(x.bfloat16())
     assert (half.dtype, full.dtype) == (torch.bfloat16, torch.float32)
     assert norm(x.bfloat16().float()).dtype == torch.float32, "the rule ends with the block"
+
+
+def test_models_look_norms_up_where_the_planner_replaces_them() -> None:
+    bound = re.compile(rf"^from torch.nn.functional import .*\b({'|'.join(NORMS)})\b", re.MULTILINE)
+    files = [file for folder in ("models", "architectures") for file in (ROOT / "library" / folder).rglob("*.py")]
+    assert files and not [file for file in files if bound.search(file.read_text(encoding="utf-8"))]
+
+
+def test_an_rms_norm_is_counted_as_the_one_kernel_that_cuda_has() -> None:
+    norm, counter = nn.RMSNorm(64).requires_grad_(False), OperationCounter(ANSWERS)
+    with FakeTensorMode(), emulate_cuda_norms(), torch.autocast("cpu", torch.bfloat16), counter:
+        give_fakes(norm)
+        x = torch.empty(2, 64, requires_grad=True)
+        before = counter.launches
+        y = norm(x)
+        assert counter.launches - before == 1
+        y.backward(torch.empty_like(y))
+    assert counter.launches - before == 2, "one more for the input's gradient"
+    assert counter.moved > 2 * 2 * 64 * 4
