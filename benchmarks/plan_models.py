@@ -1,4 +1,5 @@
-"""Count a usual training of every base model, for tools/plan_memory.py --cards and the table of docs/memory.md.
+"""Count a usual training of every base model, for tools/plan_memory.py --cards and the tables of docs/memory.md and
+docs/first_hour.md.
 
 Nothing is measured and no weights are read: the base models are files that contain only a header. Takes about two
 minutes.
@@ -38,7 +39,9 @@ CARDS = ("8GB", "12GB", "16GB", "24GB")
 FORMATS = ("bf16", "int8_rotated", "int8", "nf4")
 RANK = 16
 CACHES_TEXT = {"train_network"}  # scripts that cannot cache text encoder outputs
-PAGE, BEGIN, END = ROOT / "docs" / "memory.md", "<!-- plan_models: begin -->\n", "<!-- plan_models: end -->"
+PAGE, FIRST_HOUR = ROOT / "docs" / "memory.md", ROOT / "docs" / "first_hour.md"
+FIRST_HOUR_CARDS = ("12GB", "24GB")
+BEGIN, END = "<!-- plan_models: begin -->\n", "<!-- plan_models: end -->"
 MIB = 2**20
 MAIN_MEMORY_BYTES = 32 * 2**30 - SYSTEM_BYTES
 
@@ -137,6 +140,17 @@ def table(models: Sequence[KnownModel], gpus: Mapping[str, Gpu]) -> Iterator[str
         yield f"| {model.title}, {model.side} px | {' | '.join(cell(model, gpu) for gpu in gpus.values())} |"
 
 
+def expectations(models: Sequence[KnownModel]) -> Iterator[str]:
+    """Yield the Markdown lines of docs/first_hour.md: the memory to load a model, and the seconds of a step."""
+    gpus = gpus_of(FIRST_HOUR_CARDS)
+    yield f"| base model | main memory to load | {' | '.join(f'step, {card}' for card in gpus)} |"
+    yield f"|---|---|{'---|' * len(gpus)}"
+    for model in models:
+        chosen = [plan(model, gpu).chosen for gpu in gpus.values()]
+        times = [f"{choice.seconds:.1f} s" if choice else "does not fit" for choice in chosen]
+        yield f"| {model.title}, {model.side} px | {format_gib(model.disk_mib * MIB)} | {' | '.join(times)} |"
+
+
 def gpus_of(cards: Sequence[str]) -> dict[str, Gpu]:
     """Return the GPU of each name or size, in a machine with the usual main memory."""
     return {card: replace(parse_cards(card)[0], main_memory_bytes=MAIN_MEMORY_BYTES) for card in cards}
@@ -160,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(FULL_SIZE), choices=list(FULL_SIZE))
     parser.add_argument("--cards", nargs="+", default=CARDS)
-    parser.add_argument("--write", action="store_true", help="write the counts, and the table of docs/memory.md")
+    parser.add_argument("--write", action="store_true", help="write the counts, and the tables of the pages")
     args = parser.parse_args()
     models = [count_model(title) for title in args.models]
     if args.write:
@@ -170,7 +184,8 @@ def main() -> None:
         FILE.write_text(to_json(models), encoding="utf-8")
     lines = list(table(models, gpus_of(args.cards)))
     if args.write:
-        PAGE.write_text(put_into(PAGE.read_text(encoding="utf-8"), lines), encoding="utf-8")
+        for page, rows in ((PAGE, lines), (FIRST_HOUR, list(expectations(models)))):
+            page.write_text(put_into(page.read_text(encoding="utf-8"), rows), encoding="utf-8")
     print("\n".join(lines))
 
 
