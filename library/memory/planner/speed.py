@@ -24,8 +24,9 @@ class Work:
 
         Large models hide part of the last two, small ones do not.
         """
-        # The longer of the GPU's work and of launching would be 3 % instead of 7 % too long for FLUX.1 (fp8, RTX 3090),
-        # but half instead of 26 % too short for SDXL (RTX 3090 Ti), and 50 % instead of 47 % for FLUX.1 (RTX A6000).
+        # Of three published times the longer of the GPU's work and of launching is closer to one, 3 % instead of 7 %
+        # too long (RTX 3090), and farther from two: half instead of 26 % too short for a U-Net (RTX 3090 Ti), and 50 %
+        # instead of 47 % for a transformer (RTX A6000, limited to 300 W).
         return slowdown * self.flops / gpu.flops + self.moved / gpu.bandwidth + self.launches * LAUNCH_S
 
 
