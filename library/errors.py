@@ -12,6 +12,13 @@ class UserError(ValueError):
     """
 
 
+class NoDataFound(UserError):
+    """There are no training images. Front ends search for the start of the message, "No data found"."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"No data found: {reason}")
+
+
 class NotThere(UserError):
     """A model's files are missing. Not fatal if all outputs of the model are cached."""
 

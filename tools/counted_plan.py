@@ -57,7 +57,7 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, RequestedR
     if options.distributed.shard_base and not options.distributed.shard_group:
         raise UserError("--shard_base: set --shard_group to the number of processes that share the base model")
     check_requirements(options)
-    check_paths(options)
+    check_paths(options.with_values({"resume": None}))  # a plan reads no state
     check_multipliers(options.network)
     check_precision(options)
     data = options.dataset

@@ -30,7 +30,7 @@ from library.checkpoints.overwriting import FileKind, check_target, judge, known
 from library.data.decoding.images import open_image
 from library.data.description.dataset_file import load_dataset_config, read_description
 from library.data.description.image_extensions import image_extensions
-from library.data.description.schema import ALL_KEYS, DatasetConfig, NoDataFound, RunDataConfig, SubsetConfig
+from library.data.description.schema import ALL_KEYS, DatasetConfig, RunDataConfig, SubsetConfig
 from library.data.description.source_keys import SOURCES
 from library.data.plan.collect import collect
 from library.data.scanned.images import ScannedImage
@@ -38,7 +38,7 @@ from library.data.scanned.names import safe_name
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.storage.source import load_source
 from library.data.sources.storage.storage import Storage
-from library.errors import UserError
+from library.errors import NoDataFound, UserError
 from library.options.train import TrainOptions
 from library.processes import from_accelerator
 from library.progress import Bar, progress_bar

@@ -7,6 +7,7 @@ import torch
 
 import diffusers_train_network
 from library.training.command_line.cli import parse
+from library.training.models.requests import RequestedRun
 from library.training.planning.counting import count_run
 from library.training.planning.meta_run import BatchShape
 from tests.parity.test_counting import CPU, planned_peak, real_step
@@ -30,7 +31,7 @@ def test_the_planned_step_matches_the_allocator(name: str, tmp_path: Path) -> No
     spec = SCRIPTS["diffusers_train_network"]
     options = spec.options.from_args(parse(diffusers_train_network.setup_parser(), words))
     arch = spec.build(options)
-    counted = planned_peak(count_run(options, arch, SHAPE, CPU), False)
+    counted = planned_peak(count_run(RequestedRun.resolve([options], arch), SHAPE, CPU), False)
     torch.manual_seed(94)
     real_step(options, arch, SHAPE, False)()  # reads the maps of this size
     assert counted == pytest.approx(allocated_peak(real_step(options, arch, SHAPE, False)), rel=SHARE)

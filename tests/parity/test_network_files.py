@@ -23,7 +23,7 @@ from tests.tiny.bases import BASES
 from tests.tolerances import FLOAT32_DEEP
 from tools.adapter_files import spec_for_file
 
-KOHYA = [name for name, base in BASES.items() if base.is_flow and base.dit is None]
+KOHYA = [name for name, base in BASES.items() if base.is_flow and base.dit is None and base.pairs]
 Arguments = Mapping[str, str]
 NETWORKS: tuple[tuple[str, Arguments], ...] = (
     ("networks.lora", {"use_scalar": "True"}), ("networks.lora_fa", {}), ("networks.dylora", {"unit": "2"}),

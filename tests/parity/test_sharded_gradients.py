@@ -22,8 +22,8 @@ CALLS = "tests.parity.sharded_calls"
 COUNT = 2
 MODES = [
     "/".join(values)
-    for _, *values in zip(range(max(len(ADAPTERS), len(ALL_CODECS))), cycle(DEEP), cycle(ALL_CODECS), cycle(RUNNERS),
-                          cycle(ADAPTERS), strict=False)
+    for _, *values in zip(range(max(map(len, (ADAPTERS, ALL_CODECS, DEEP)))), cycle(DEEP), cycle(ALL_CODECS),
+                          cycle(RUNNERS), cycle(ADAPTERS), strict=False)
 ]  # fmt: skip
 JOBS = {"compared": MODES, "kept": [], "one_alone": [], "out_of_order": [], "peaks": []}
 

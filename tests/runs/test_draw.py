@@ -164,4 +164,4 @@ def test_the_strength_follows_the_last_colon(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.safetensors").touch()
     (tmp_path / "b:c").touch()
-    assert draw.parse_adapter(text)[1] == strength
+    assert draw.parse_adapter(text, "--adapter")[1] == strength

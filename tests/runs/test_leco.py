@@ -228,7 +228,7 @@ def test_an_invalid_prompt_file_is_reported_before_the_model_is_opened(leco: Lec
     (tmp_path / "pairs.toml").write_text('[[prompts]]\ntarget = "cat"\nacton = "erase"\n')
     done = leco("--pretrained_model_name_or_path", "nowhere.safetensors", status=1)
     (line,) = [line for line in done.stderr.splitlines() if "ERROR" in line]
-    assert "[[prompts]] number 1: unknown key 'acton' (did you mean action?)" in line
+    assert "[[prompts]] number 1: acton is not a key (did you mean action?)" in line
 
 
 def test_an_unsupported_image_size_is_rejected(leco: Leco, tmp_path: Path) -> None:

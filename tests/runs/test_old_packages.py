@@ -1,6 +1,7 @@
 """Runs in environments of front ends, which pin other package versions than requirements.txt."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,7 @@ def error_of(
     monkeypatch.setattr(installed, "version_of", versions.get)
     done = train(
         ["--pretrained_model_name_or_path", "none.safetensors", "--network_module", "networks.lora",
-         "--output_dir", "out", "--train_data_dir", "data", "--resolution", "64"],
+         "--output_dir", "out", "--train_data_dir", str(Path(__file__).parent), "--resolution", "64"],
         script,
     )  # fmt: skip
     assert done.status == 1 and "this is a bug" not in done.stderr

@@ -38,6 +38,8 @@ def test_a_typo_ends_the_run_before_caching(
 def test_a_misspelled_network_module_is_named_before_model_and_images_are_opened(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
+    (tmp_path / "none").touch()
+    (tmp_path / "neither").mkdir()
     words = ["--pretrained_model_name_or_path", str(tmp_path / "none"), "--train_data_dir", str(tmp_path / "neither")]
     done = train([*base_arguments, *words, "--network_module", "networks.lroa"])
     assert done.status == 1

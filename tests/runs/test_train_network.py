@@ -249,7 +249,7 @@ def test_a_dataset_without_images_ends_with_status_1(
     assert "ERROR: No data found: --train_data_dir" in done.stdout
     done = train([*base_arguments, "--train_data_dir", str(tmp_path / "my_cat"), "--console_log_simple", *more])
     assert done.status == 1
-    expected = f"No data found: --train_data_dir {tmp_path}/my_cat is not a folder; did you mean {tmp_path}/my_cats?"
+    expected = f"No data found: --train_data_dir {tmp_path}/my_cat does not exist; did you mean {tmp_path}/my_cats?"
     assert expected in done.stdout
 
 

@@ -5,8 +5,8 @@ import os
 from collections.abc import Sequence
 
 from library.data.description.keys import Style
-from library.data.description.schema import NoDataFound, explain_missing_folder
-from library.errors import UserError
+from library.data.description.schema import explain_missing_folder
+from library.errors import NoDataFound, UserError
 from library.options.dataset import DatasetOptions
 from library.options.tables import Table
 

@@ -27,18 +27,10 @@ from library.data.description.keys import (
     keys_of,
 )
 from library.data.description.source_keys import SOURCES
-from library.errors import UserError
 from library.options.tables import BOOL, TABLE, TEXT, TEXTS, Table, number
 from library.suggestions import nearby
 
 PRESERVATION = "diff_output_preservation"  # key of a subset's custom_attributes
-
-
-class NoDataFound(UserError):
-    """There are no training images. Front ends search for the start of the message, "No data found"."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"No data found: {reason}")
 
 
 def strip_secrets(url: str) -> str:

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from library.data.decoding.images import Pixels, read_size
 from library.data.description.buckets import BucketRules, ReferenceRules, Shape, Size, assign_shapes, cover
 from library.data.description.image_extensions import describe_unread
-from library.data.description.schema import DatasetConfig, NoDataFound, SubsetConfig
+from library.data.description.schema import DatasetConfig, SubsetConfig
 from library.data.plan.folder_audit import images_below
 from library.data.plan.order import Bucket, regularisation_repeats
 from library.data.scanned.columns import Column, join_columns
 from library.data.scanned.images import ScannedImage, ScannedImages, iterate_in_blocks
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
-from library.errors import UserError, list_few
+from library.errors import NoDataFound, UserError, list_few
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from library.data.concepts.prompts_file import FLAG as PROMPTS_FLAG
 from library.data.concepts.prompts_file import read_prompt_pairs
-from library.errors import NotThere, UserError
+from library.errors import NoDataFound, NotThere, UserError
 from library.options.base import Options, PathKind
 from library.options.dataset import FOLDER_FLAGS
 from library.options.leco import list_ignored_by_leco, list_refused_by_leco
@@ -21,6 +21,7 @@ from library.options.training.noise import NoiseOptions
 from library.suggestions import nearby
 
 # The lookbehind keeps the search linear: without it every letter of a long word begins a scheme.
+IMAGES = "train_data_dir"
 PASSWORD = re.compile(r"(?P<scheme>(?<!\w)\w+://)[^\s/@:]*:[^\s/@]+@(?P<host>[^\s/]*)")
 
 
@@ -88,7 +89,7 @@ def check_paths(options: Options) -> None:
         path = os.path.expanduser(text)
         if not os.path.exists(path):
             hint = nearby(Path(path), is_folder=kind == "folder")
-            error = NotThere if kind == "part" else UserError
+            error = NotThere if kind == "part" else NoDataFound if name == IMAGES else UserError
             raise error(f"--{name} {text} does not exist{hint or '; correct the path, or leave it out'}")
         found = "folder" if os.path.isdir(path) else "file"
         if found not in kind and kind != "part":

@@ -17,7 +17,7 @@ from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.models.identify import open_single_file, refuse_other_model
 from library.models.loading import Component, build_on_meta_device, materialise
-from library.models.vae.vae import load_vae, vae_of_checkpoint
+from library.models.vae.vae import load_vae, resolve_vae_dtype, vae_of_checkpoint
 from library.options.model import BASE_FLAG
 
 DENOISER_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "bytes_encoder."
@@ -32,12 +32,13 @@ class KnotsLoader:
     text_weights: Weights
     vae_component: Component
     dtype: torch.dtype
+    vae_dtype: torch.dtype
 
     def text_encoders(self) -> list[nn.Module]:
         return [materialise(build_on_meta_device(ByteEncoder, self.config.width), self.text_weights, self.dtype)]
 
     def vae(self) -> nn.Module:
-        return load_vae(self.vae_component, torch.float32)
+        return load_vae(self.vae_component, self.vae_dtype)
 
     def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
         return materialise(build_on_meta_device(Knots, self.config), self.denoiser_weights, self.dtype, weight_format)
@@ -63,4 +64,5 @@ def open_loader(options: KnotsOptions) -> KnotsLoader:
         text_weights=with_prefix(checkpoint, TEXT_PREFIX),
         vae_component=vae_of_checkpoint(BASE_FLAG, checkpoint),
         dtype=DTYPES[options.precision.mixed_precision],
+        vae_dtype=resolve_vae_dtype(options.model, options.precision.mixed_precision),
     )
