@@ -13,7 +13,7 @@ from library.errors import UserError
 from library.training.command_line.replaced import NEVER_CALLED
 from tests.contracts.test_programs_that_import import TRAINERS
 
-MISSING = "--resolution is not set"  # the first thing that a run with these options lacks
+MISSING = "No data found: --train_data_dir none does not exist"
 ARGS = {"pretrained_model_name_or_path": "none.safetensors", "train_data_dir": "none", "output_dir": "none"}
 
 

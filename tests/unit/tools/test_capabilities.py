@@ -71,7 +71,7 @@ def test_forms_know_paths_choices_and_commands(described: dict[str, Any]) -> Non
     (script,) = (entry for entry in described["scripts"] if entry["name"] == "flux_2_train_network.py")
     options = {entry["name"]: entry for entry in script["options"]}
     paths = {name: item["path_kind"] for name, item in options.items() if item["type"] == "path"}
-    assert paths["output_dir"] == "new folder" and paths["dit"] == "model" and paths["base_weights"] == "file"
+    assert paths["output_dir"] == "new folder" and paths["dit"] == "model" and paths["in_json"] == "file"
     undeclared = {
         name for name, item in options.items()
         if item["path_kind"] is None and item["type"] != "flag" and re.match(r"(File|Folder)\b(?! name)", item["help"])

@@ -115,7 +115,11 @@ def run(tiny_sd_folder: Path, tmp_path: Path) -> Any:
     options = options_for(tiny_sd_folder, output_dir=str(tmp_path / "out"), sample_every_n_steps=2)
     arch = build(options)
     models = SimpleNamespace(
-        denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders(), vae=None, sharded=None
+        training_adapter=None,
+        denoiser=arch.load.denoiser(),
+        text_encoders=arch.load.text_encoders(),
+        vae=None,
+        sharded=None,
     )
     context = SimpleNamespace(
         alone=nullcontext,
