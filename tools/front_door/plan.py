@@ -161,29 +161,25 @@ def choose_side(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder]) -> i
 def choose_values(recipe: Recipe, side: int, num_photos: int, steps: int) -> dict[str, Any]:
     """Return a run's options that do not depend on the base's files: the recipe's, for this size and length."""
     values = {name: value for name, value in read_raw_values(recipe).items() if name not in PLANNED}
-    every = -(-steps // NUM_FILES)
     return {
         **values,
         **choose_precision(values["mixed_precision"]),
         "resolution": f"{side},{side}",
         "max_bucket_reso": 2 * side,
         **({"min_bucket_reso": max(SIDE_STEP, side // 2)} if side < 2 * SMALLEST_BUCKET else {}),
-        **choose_length(steps),
-        **aside(num_photos, every),
+        **choose_length(steps, num_photos),
         "save_state_on_train_end": True,
     }
 
 
-def choose_length(steps: int) -> dict[str, Any]:
+def choose_length(steps: int, num_photos: int) -> dict[str, Any]:
+    """Return the options of a run's length and of its files; photos are set aside to measure each file on, if there are
+    enough for a choice."""
     every = -(-steps // NUM_FILES)
-    return {"max_train_steps": steps, "save_every_n_steps": every, "sample_every_n_steps": every}
-
-
-def aside(num_photos: int, every: int) -> dict[str, Any]:
-    """Return the options that set photos aside to measure each file on, if there are enough for a choice."""
+    values = {"max_train_steps": steps, "save_every_n_steps": every, "sample_every_n_steps": every}
     if round(num_photos * SET_ASIDE) < MIN_IMAGES:
-        return {}
-    return {"validation_split": SET_ASIDE, "validate_every_n_steps": every}
+        return values
+    return {**values, "validation_split": SET_ASIDE, "validate_every_n_steps": every}
 
 
 def choose_precision(usual: str) -> dict[str, str]:
@@ -233,10 +229,7 @@ def limit_time(plan: Plan, minutes: float) -> Plan:
             f"--minutes {minutes:g}: how long a step of this model takes is not known; give --steps instead"
         )
     steps = max(1, int(60 * minutes / plan.fit.choice.chosen.seconds))
-    values = {**plan.values, **choose_length(steps)}
-    if "validate_every_n_steps" in values:
-        values["validate_every_n_steps"] = values["save_every_n_steps"]
-    return replace(plan, values=values)
+    return replace(plan, values={**plan.values, **choose_length(steps, plan.num_photos)})
 
 
 # --- what the user reads ---

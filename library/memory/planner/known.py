@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,6 @@ class Plan:
     model: KnownModel
     chosen: KnownCandidate | None
     least_bytes: int
-    candidates: Sequence[KnownCandidate] = field(repr=False)
 
 
 def load_models() -> list[KnownModel]:
@@ -99,7 +98,7 @@ def plan(model: KnownModel, gpu: Gpu) -> Plan:
         for mode in model.modes
     ]
     least = min(candidate.device_bytes for candidate in candidates)
-    return Plan(model, select(candidates, gpu), least, candidates)
+    return Plan(model, select(candidates, gpu), least)
 
 
 def predict(item: KnownFormat, mode: KnownMode, num_offloaded: int, gpu: Gpu) -> KnownCandidate:
