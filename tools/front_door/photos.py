@@ -12,7 +12,7 @@ from typing import Any
 from library.data.decoding.images import read_pixels
 from library.data.description.image_extensions import list_unread, plugin_for
 from library.data.sources.folders.listing import list_files
-from library.data.sources.folders.reading import read_caption, read_image_size
+from library.data.sources.folders.reading import read_caption
 from library.errors import UserError
 from library.suggestions import nearby
 
@@ -94,33 +94,30 @@ def open_folder(path: Path) -> PhotoFolder | None:
     files = listed[extension]
     all_photos = [path / name for name in files.images]
     with ThreadPoolExecutor() as threads:
-        problems = dict(zip(all_photos, threads.map(find_problem, all_photos), strict=True))
-    left_out = [(file, problem) for file, problem in problems.items() if problem is not None]
+        found = dict(zip(all_photos, threads.map(decode, all_photos), strict=True))
+    left_out = [(file, reason) for file, reason in found.items() if isinstance(reason, str)]
     for name in list_unread(files.aside):
         plugin = plugin_for(name)
         left_out.append((path / name, f"needs {plugin}" if plugin else "unsupported: convert it to .png or .jpg"))
-    if not problems and not left_out:
+    if not found and not left_out:
         return None
-    photos = tuple(file for file, problem in problems.items() if problem is None)
+    sides = {file: side for file, side in found.items() if not isinstance(side, str)}
+    photos = tuple(sides)
     repeats, name = split_name(path.name)
     caption_files = [file.with_suffix(extension) for file in photos if file.with_suffix(extension).is_file()]
     captions = tuple(filter(None, (read_caption(str(file))[1] for file in caption_files)))
-    return PhotoFolder(path, photos, tuple(left_out), captions, extension, repeats, name, measure_side(photos))
+    side = median(sides.values()) if sides else 0.0
+    return PhotoFolder(path, photos, tuple(left_out), captions, extension, repeats, name, side)
 
 
-def find_problem(path: Path) -> str | None:
-    """Return why a photo cannot be trained on, or None. It is decoded, as only that shows damage."""
+def decode(path: Path) -> float | str:
+    """Return the side of a square with as many pixels as a photo, or why it cannot be trained on: only decoding shows
+    damage."""
     try:
-        read_pixels(str(path), path.read_bytes())
+        pixels, _ = read_pixels(str(path), path.read_bytes())
     except (UserError, OSError) as error:
         return f"cannot be read ({str(error).removeprefix(str(path)).strip(': ') or 'damaged'})"
-    return None
-
-
-def measure_side(photos: Sequence[Path]) -> float:
-    """Return the median over the photos of the side of a square with as many pixels; 0 without photos."""
-    sizes = [size for photo in photos if not isinstance(size := read_image_size(str(photo))[1], str)]
-    return median((width * height) ** 0.5 for width, height in sizes) if sizes else 0.0
+    return float((pixels.shape[0] * pixels.shape[1]) ** 0.5)
 
 
 def split_name(name: str) -> tuple[int, str]:
