@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from library.architectures.any_pipeline.check import check, gives_same_in_batch, require_exact
 from library.architectures.any_pipeline.conditioning import capture_text
@@ -122,3 +123,17 @@ def test_a_dropped_caption_is_the_negative_prompt_of_the_pipeline() -> None:
     states = ("encoder_hidden_states",)
     torch.testing.assert_close(dropped[states], negative, **FLOAT32_SAME_MATH)
     torch.testing.assert_close(named[states], pipe.encode_prompt("a dog", "cpu", 1, False)[0], **FLOAT32_SAME_MATH)
+
+
+@pytest.mark.parametrize("register", [nn.Module.register_forward_hook, nn.Module.register_forward_pre_hook])
+def test_hooks_that_a_pipeline_puts_on_its_models_act_once(register: Callable[..., Any]) -> None:
+    """A hook on a part changes what the model computes; one on the whole model is called once for each of its calls."""
+    watched = watch_pipeline(build_tiny_pipeline("AuraFlowPipeline"))
+    hooked: list[nn.Module] = []
+    norm = watched.pipe.text_encoder.encoder.final_layer_norm
+    register(norm, lambda module, args, *output: torch.zeros_like(args[0]))  # the norm of zeros is zero too
+    register(watched.pipe.text_encoder, lambda module, *_: hooked.append(module))
+    encoded = [call for call in watched.draw("a cat", SIZE).calls if call.name == "text_encoder"]
+    assert len(hooked) == len(encoded)
+    for call in encoded:
+        assert not call.output["last_hidden_state"].any()

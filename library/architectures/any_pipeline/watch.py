@@ -226,7 +226,7 @@ class Watched:
         converts = like.is_floating_point() and not torch.is_autocast_enabled(like.device.type)
         args, kwargs = move(arguments, like.device, like.dtype if converts else torch.float32)
         with ExitStack() as stack:
-            for handle in copy_hooks(getattr(self.pipe, name), model):
+            for handle in copy_hooks(getattr(self.pipe, name).get_submodule(path), model.get_submodule(path)):
                 stack.callback(handle.remove)
             for mode in reversed(self._modes if is_fake(model) else []):
                 _push_mode(mode)
@@ -289,13 +289,19 @@ class Watched:
         return (pixels,) if kwargs.get("return_dict") is False else Output(sample=pixels)
 
 
-def copy_hooks(stand_in: nn.Module, model: nn.Module) -> list[RemovableHandle]:
-    """Register on a model the forward hooks that the pipeline has put on its stand-in."""
-    return [
-        model.get_submodule(path).register_forward_hook(hook, with_kwargs=number in part._forward_hooks_with_kwargs)
-        for path, part in stand_in.named_modules()
-        for number, hook in part._forward_hooks.items()
-    ]
+def copy_hooks(stand_in: nn.Module, model: nn.Module) -> Iterator[RemovableHandle]:
+    """Register on the parts of a model the hooks that the pipeline has put on those of its stand-in.
+
+    The stand-in itself is called, so its own hooks act already.
+    """
+    for path, part in stand_in.named_modules():
+        if path:
+            for number, hook in part._forward_pre_hooks.items():
+                with_kwargs = number in part._forward_pre_hooks_with_kwargs
+                yield model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=with_kwargs)
+            for number, hook in part._forward_hooks.items():
+                with_kwargs = number in part._forward_hooks_with_kwargs
+                yield model.get_submodule(path).register_forward_hook(hook, with_kwargs=with_kwargs)
 
 
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
