@@ -1,4 +1,4 @@
-"""What the training scripts in the root share. Only they and tests import it."""
+"""Start of every training script in the root. Only they and tests import it."""
 
 import argparse
 import importlib

@@ -52,7 +52,7 @@ MODELSPEC_TEXTS = (
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What is known of a run only after its set-up."""
+    """Values of the metadata that only a run's set-up finds out."""
 
     session_id: int
     started_at: float  # Unix time

@@ -51,7 +51,7 @@ def build_tiny_captioner(folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_captions_are_written_beside_photos_without_one(tmp_path: Path) -> None:
+def test_captions_are_written_for_photos_without_one(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     for number in range(2):

@@ -136,7 +136,7 @@ def test_the_losses_of_a_trained_base_tell_that_it_predicts_noise(tmp_path: Path
     assert measured.prediction == "epsilon" and "on 5 photos" in measured.why
 
 
-def test_parts_are_found_in_comfyuis_folders_and_told_by_their_content(tmp_path: Path) -> None:
+def test_text_encoders_and_vaes_are_found_in_comfyuis_folders_by_content(tmp_path: Path) -> None:
     models = tmp_path / "models"
     words = BASES["flux"].build(models)
     files = dict(zip(words[::2], words[1::2], strict=True))

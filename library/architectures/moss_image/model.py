@@ -132,7 +132,7 @@ class TextEmbedder(nn.Module):
 
 @dataclass(frozen=True)
 class Stream:
-    """What every block needs to know of the sequence."""
+    """Lengths of the parts of the sequence, and the scale of the residual stream: the same in every block."""
 
     lengths: list[int]  # tokens of the image and the text, then those of references if there are any
     scale: float  # of the residual stream

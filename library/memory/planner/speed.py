@@ -10,7 +10,7 @@ COST_OF_OFFLOADING = 0.05
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass does on the GPU."""
+    """Operations, memory traffic and kernel launches of a pass on the GPU."""
 
     flops: float = 0
     moved: float = 0  # bytes of the GPU's own memory
