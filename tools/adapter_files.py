@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 
 from library.architectures.specs import list_specs
+from library.checkpoints.adapter_keys import recognise_naming
+from library.checkpoints.adapter_names import BaseNames, name_by_path
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.marks import mark_of
 from library.checkpoints.recognition import recognise_adapter, require_spec
@@ -13,11 +15,15 @@ from networks.core.files.adapter_file import AdapterFile, read_adapter_file, sav
 from networks.core.files.foreign_names import add_model
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import to_saved_naming
+from tools.base_models import general_spec
 
 
 def read_adapter(path: Path, flag: str) -> AdapterFile:
     """Read an adapter file of any trainer, or a folder saved by PEFT. Raises UserError naming `flag`."""
-    return add_model(read_adapter_file(path, flag), [spec.names for spec in list_specs()])
+    file, specs = read_adapter_file(path, flag), list_specs()
+    spec = recognise_adapter(specs, shapes_by_key(file), file.metadata)
+    # Names of a pipeline without a table may look like those of other base models.
+    return file if spec is not None and spec.is_general else add_model(file, [spec.names for spec in specs])
 
 
 def spec_for_file(file: AdapterFile, origin: str) -> BaseModelSpec:
@@ -41,9 +47,20 @@ def write_adapter(
 
 def write_lora(
     path: Path, modules: Iterable[ModuleWeights], metadata: Mapping[str, str], writer: str, dtype: torch.dtype | None,
-    spec: BaseModelSpec | None = None,
+    others: BaseNames, spec: BaseModelSpec | None = None,
 ) -> None:  # fmt: skip
-    """Write a new LoRA under the names that training saves for its base model, which is recognised unless given."""
+    """Write a new LoRA under the names that training saves for its base model, which is recognised unless given.
+
+    `others` are those of a pipeline without a table.
+    """
     file = AdapterFile(str(path), {module.name: module for module in modules}, metadata, {})
     spec = spec or recognise_adapter(list_specs(), shapes_by_key(file), metadata)
-    write_adapter(path, file if spec is None else to_saved_naming(file, spec.names), writer, dtype, file)
+    renamed = file if spec is None else to_saved_naming(file, others if spec.is_general else spec.names)
+    write_adapter(path, renamed, writer, dtype, file)
+
+
+def names_in(files: Iterable[AdapterFile]) -> BaseNames:
+    """Return the modules that files name by the paths of a pipeline without a table, such as `transformer.blocks.0`."""
+    paths = dict.fromkeys(name for file in files for name in file.modules if recognise_naming(name) == "diffusers")
+    modules = tuple(name_by_path(*name.split(".", 1)) for name in paths)
+    return BaseNames(general_spec().name, modules, saved_naming="diffusers")

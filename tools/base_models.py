@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import diffusers
+
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.base_model import BaseModel
@@ -16,11 +18,22 @@ def find_base(flag: str, name: str, *parts: str) -> tuple[Path, BaseModelSpec]:
     Raises UserError naming `flag` if the checkpoint is missing, broken or of an unknown base model.
     """
     specs, path = list_specs(), model_lookup.find_model(flag, name, [(part,) for part in parts])
-    # A pipeline without a package gets the general spec; a U-Net's weights tell more than a name.
-    pipeline = model_lookup.read_json(path / "model_index.json").get("_class_name", "") if path.is_dir() else ""
-    if pipeline and not bases_of_pipeline(specs, pipeline) and not (path / "unet").is_dir():
-        return path, next(spec for spec in specs if spec.is_general)
-    return path, base_of_checkpoint(specs, flag, path)
+    pipeline = pipeline_of(path)
+    is_of_family = not pipeline or bool(bases_of_pipeline(specs, pipeline))
+    # The weights of a U-Net tell more than a name that diffusers does not have.
+    if is_of_family or ((path / "unet").is_dir() and not hasattr(diffusers, pipeline)):
+        return path, base_of_checkpoint(specs, flag, path)
+    return path, general_spec()
+
+
+def pipeline_of(path: Path) -> str:
+    """Return the class name of a folder's pipeline; "" for a file, or a folder that names none."""
+    return model_lookup.read_json(path / "model_index.json").get("_class_name", "") if path.is_dir() else ""
+
+
+def general_spec() -> BaseModelSpec:
+    """Return the spec of pipelines without a package."""
+    return next(spec for spec in list_specs() if spec.is_general)
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
@@ -29,6 +42,8 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
     Raises UserError naming `flag` if the checkpoint is missing, broken or of an unsupported kind.
     """
     path, spec = find_base(flag, str(path), "unet", "text_encoder")
+    # The packages of transformers merge into files of the original layout.
+    spec = general_spec() if not spec.folders and hasattr(diffusers, pipeline_of(path) or " ") else spec
     return spec.open_for_merging(flag, path)
 
 

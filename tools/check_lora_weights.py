@@ -156,7 +156,7 @@ def find_warnings(
         yield f"keys that belong to no adapter: {list_some_keys(unknown)}"
     if base is None:
         yield "the base model cannot be recognised from the keys"
-    else:
+    elif not base.is_general:
         foreign = [module.name for module in modules if base.names.find(module.name) is None]
         if foreign:
             yield f"{base.title} has no modules of these names: {list_some_keys(foreign)}"

@@ -213,7 +213,7 @@ def extract(args: argparse.Namespace) -> None:
     check_bases(args, org, tuned)
     modules = extract_modules(org, tuned, args, device)
     dtype = parse_dtype(args.save_precision)
-    write_lora(args.save_to, modules, make_metadata(args, org), WRITER, dtype, spec_for(org))
+    write_lora(args.save_to, modules, make_metadata(args, org), WRITER, dtype, org.names, spec_for(org))
 
 
 main = command(setup_parser, extract)

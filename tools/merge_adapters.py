@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from math import prod
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from library.checkpoints.adapter_keys import recognise_naming
+from library.checkpoints.adapter_names import BaseNames
 from library.checkpoints.base_model import BaseModel
 from library.errors import UserError
 from library.memory.devices import SAVE_DTYPES
@@ -27,7 +29,7 @@ from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename
 from networks.core.kinds import full, lora, norm
 from networks.core.registry.layouts import PIECES
-from tools.adapter_files import spec_for_file
+from tools.adapter_files import names_in, spec_for_file
 from tools.command import parse_dtype, resolve_device
 
 logger = logging.getLogger(__name__)
@@ -111,8 +113,9 @@ def merge_adapters(
     which is read from `base`. Raises UserError for kinds that cannot be added.
     """
     sums: dict[str, list[tuple[ModuleWeights, float]]] = {}
+    others = names_in(map(attrgetter("file"), adapters))
     for adapter in adapters:
-        file = rename_to_kohya(adapter.file)
+        file = rename_to_kohya(adapter.file, others)
         require_layouts(file, COMPUTED, "merged")
         for name, module in file.modules.items():
             if adapter.is_omitted(name):
@@ -160,12 +163,13 @@ def explain_refusal(file: AdapterFile, module: ModuleWeights, has_base: bool) ->
     )
 
 
-def rename_to_kohya(file: AdapterFile) -> AdapterFile:
-    """Return the file with kohya's module names."""
+def rename_to_kohya(file: AdapterFile, others: BaseNames) -> AdapterFile:
+    """Return the file with kohya's module names. `others` are those of a pipeline without a table."""
     # networks.oft writes kohya's module names with a prefix of its own.
     if all(recognise_naming(name) == "kohya" and not name.startswith("oft_") for name in file.modules):
         return file
-    return rename(file, spec_for_file(file, file.origin).names, "kohya", keeps_pieces=True).file
+    spec = spec_for_file(file, file.origin)
+    return rename(file, others if spec.is_general else spec.names, "kohya", keeps_pieces=True).file
 
 
 def add_factors(

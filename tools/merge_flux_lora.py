@@ -19,7 +19,7 @@ from library.checkpoints.base_model import BaseModel
 from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile
 from tools import merge_lora
-from tools.adapter_files import read_adapter
+from tools.adapter_files import names_in, read_adapter
 from tools.base_models import open_base_model
 from tools.command import check_output, command
 from tools.merge_adapters import Arithmetic, Strengths, Weighted, keep_ratios, rename_to_kohya, square_strengths
@@ -96,7 +96,8 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
         raise UserError("--lbws names the blocks of a U-Net, but FLUX.1 has none; remove it")
     arithmetic = Arithmetic.from_args(args)
     parts = open_parts(args)
-    files = [rename_to_kohya(read_adapter(path, "--models")) for path in args.models]
+    read = [read_adapter(path, "--models") for path in args.models]
+    files = [rename_to_kohya(file, names_in(read)) for file in read]
     for file in files:
         check_modules(file, [base for base, _ in parts])
     for base, save_to in parts:

@@ -40,7 +40,7 @@ from networks.core.files.module_weights import ModuleWeights, make_name_error
 from networks.core.files.renaming import rename
 from networks.core.kinds import norm
 from tools import block_weights
-from tools.adapter_files import read_adapter, spec_for_file, write_lora
+from tools.adapter_files import names_in, read_adapter, spec_for_file, write_lora
 from tools.base_models import open_base_model, spec_for
 from tools.command import (
     add_options,
@@ -98,6 +98,16 @@ def merge_into_checkpoint(
     return len(changes)
 
 
+def fit_names(file: AdapterFile, base: BaseModel) -> AdapterFile:
+    """Return a file whose modules are layers of the checkpoint, or parts of them."""
+    # In diffusers' naming, several modules can make up one of the base model.
+    if any(module.pieces for module in base.names.modules):
+        return rename(file, base.names, "kohya", keeps_pieces=True).file
+    if spec_for(base).is_general and not (spec := spec_for_file(file, file.origin)).is_general:
+        return rename(file, spec.names, "diffusers").file
+    return file
+
+
 def collect_changes(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str, list[tuple[ModuleWeights, float]]]:
     """Map each module, in kohya's naming, to its changes and their ratios, in the order of the files.
 
@@ -132,6 +142,8 @@ def collect_changes(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str, 
 
 def suggest_fix(base: BaseModel, missing: Sequence[str], num_modules: int) -> str:
     """Return what to do about modules that a checkpoint lacks."""
+    if spec_for(base).is_general and all(map(is_of_text_encoder, missing)):
+        return "text encoders in a pipeline's folder are not merged; use a file with all parts of the model"
     are_known = [spec_for(base).names.find(name) is not None for name in missing]
     if not any(are_known) and 2 * len(missing) < num_modules:  # layers that other programs adapt too
         return "`tools/convert_lora.py --to kohya --drop_unsupported` writes it without the missing modules"
@@ -331,9 +343,7 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
     base = None if args.sd_model is None else open_base_model("--sd_model", args.sd_model)
     adapters = weigh_files(files, ratios, args.lbws, base)
     if base is not None:
-        # In diffusers' naming, several modules can make up one of the base model.
-        if any(module.pieces for module in base.names.modules):
-            adapters = [replace(a, file=rename(a.file, base.names, "kohya", keeps_pieces=True).file) for a in adapters]
+        adapters = [replace(adapter, file=fit_names(adapter.file, base)) for adapter in adapters]
         num = merge_into_checkpoint(base, adapters, args.save_to, arithmetic, not args.no_metadata)
         print(f"{args.save_to}: {len(adapters)} adapters merged into {num} modules")
         return
@@ -346,7 +356,8 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
         joining = Joining(strengths, shuffling)
     modules = merge_adapters(adapters, resolve_ranks(args, adapters), arithmetic, trained_on, joining)
     metadata = make_metadata(adapters, modules, args.save_to, not args.no_metadata)
-    write_lora(args.save_to, modules, metadata, WRITER, arithmetic.save_dtype or arithmetic.dtype)
+    dtype = arithmetic.save_dtype or arithmetic.dtype
+    write_lora(args.save_to, modules, metadata, WRITER, dtype, names_in(files))
 
 
 def merge_as_sd_scripts(args: argparse.Namespace) -> None:

@@ -165,6 +165,11 @@ class BaseNames:
         return None
 
 
+def name_by_path(component: str, path: str) -> ModuleNames:
+    """Return the names of a layer at diffusers' `path` in a component of a pipeline, where no table has it."""
+    return ModuleNames(f"lora_unet_{path.replace('.', '_')}", f"diffusion_model.{path}", f"{component}.{path}")
+
+
 def add_missing_prefixes(modules: Collection[str], tables: Sequence[BaseNames]) -> dict[str, str]:
     """Map module names that no table knows to names with another prefix that some table knows.
 

@@ -42,7 +42,9 @@ def recognise_adapter(
 
     if recorded is not None:
         is_text = all(re.match(TEXT_ENCODER, to_underscores(key)) for key in shapes)
-        if is_text or count_known(recorded) == max(map(count_known, specs)) > 0:
+        most = max(map(count_known, specs))
+        # A pipeline without a spec of its own has no table of modules.
+        if is_text or count_known(recorded) == most > 0 or (recorded.is_general and most < len(modules)):
             return recorded
     products = composed_shapes(shapes)
     return recognise(

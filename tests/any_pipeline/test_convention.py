@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from library.architectures.any_pipeline import conditioning
 from library.architectures.any_pipeline.check import check, gives_same_in_batch, require_exact
 from library.architectures.any_pipeline.conditioning import capture_text
 from library.architectures.any_pipeline.convention import Convention, Line
@@ -77,15 +78,27 @@ def forget_pooled_text(convention: Convention, maps: SizeMaps) -> tuple[Conventi
     ],
 )
 def test_a_wrong_convention_fails_the_check(
-    change: Callable[[Convention, SizeMaps], tuple[Convention, SizeMaps]], error: str
+    change: Callable[[Convention, SizeMaps], tuple[Convention, SizeMaps]],
+    error: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     watched, convention, maps = measured("FluxPipeline")
+    monkeypatch.setattr(conditioning, "require_fixed", lambda *_: None)
     with pytest.raises(Refused, match=f"what was measured differs from what the pipeline does, in .*{error}"):
         require_exact(check(watched, *change(convention, maps)))
 
 
-def test_every_start_checks_our_own_mix_with_two_passes_of_the_denoiser() -> None:
+def test_a_caption_that_changes_a_constant_is_refused() -> None:
     watched, convention, maps = measured("FluxPipeline")
+    capture_text(watched, convention, "a third caption")
+    forgetful, _ = forget_pooled_text(convention, maps)
+    with pytest.raises(Refused, match="the caption 'a third caption' changes pooled_projections of the denoiser"):
+        capture_text(watched, forgetful, "a third caption")
+
+
+def test_every_start_checks_our_own_mix_with_two_passes_of_the_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched, convention, maps = measured("FluxPipeline")
+    monkeypatch.setattr(conditioning, "require_fixed", lambda *_: None)
     denoiser, passes = watched.models[convention.denoiser], list[int]()
     text: Any = None  # no captions
     hook = denoiser.register_forward_hook(lambda *_: passes.append(1))

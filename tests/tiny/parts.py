@@ -1,5 +1,6 @@
 """The parts of tiny models: their weights, and the files that they are written to."""
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -61,8 +62,13 @@ def write_folder(
 ) -> list[str]:
     """Write a folder in diffusers' layout with this model_index.json; `diffusers_state` renames the denoiser's
     weights."""
+    import diffusers
     from safetensors.torch import save_file
 
+    pipeline = getattr(diffusers, index["_class_name"], None)
+    if "transformer" in parts and pipeline is not None:
+        kind = inspect.signature(pipeline.__init__).parameters["transformer"].annotation
+        index = {**index, "transformer": ["diffusers", kind.__name__]}
     (folder / "model_index.json").write_text(json.dumps(index))
     for name, (config, state) in parts.items():
         (folder / name).mkdir()

@@ -1,7 +1,7 @@
 """Captions as the denoiser's arguments: captured once each by drawing until the denoiser's first call."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from library.architectures.any_pipeline.convention import Convention
 from library.architectures.any_pipeline.maps import SizeMaps
-from library.architectures.any_pipeline.trees import Path, format_path, leaves, pad_to, replace_leaves
-from library.architectures.any_pipeline.watch import Answers, Refused, Watched, setting
+from library.architectures.any_pipeline.trees import Path, format_path, leaves, list_paths, pad_to, replace_leaves
+from library.architectures.any_pipeline.watch import Answers, Refused, Watched, key_of, setting
 from library.types import Conditioning, Tokens
 
 SHAPE = "shape of "
@@ -108,7 +108,10 @@ def capture_text(watched: Watched, convention: Convention, caption: str) -> dict
 
     def capture(prompt: str, call: int, extra: Mapping[str, Any]) -> dict[Path, Any]:
         answers = Answers(outputs=lambda _: c.output, stops_at=call)  # earlier calls of the step get zeros
-        return text_of(c, watched.draw(prompt, c.size, answers, **extra).calls[-1].kwargs)
+        kwargs = watched.draw(prompt, c.size, answers, **extra).calls[-1].kwargs
+        if (call, extra) == (c.call, c.extra):
+            require_fixed(c, kwargs, prompt)
+        return text_of(c, kwargs)
 
     if caption or unconditional is None:
         return capture(caption, c.call, c.extra)
@@ -118,6 +121,22 @@ def capture_text(watched: Watched, convention: Convention, caption: str) -> dict
     # A pipeline whose guidance is never off has several rows in each call, of which all get the negative prompt.
     usual = capture(c.prompts[0], c.call, c.extra)
     return {path: torch.cat([value[row : row + 1]] * len(usual[path])) for path, value in text.items()}
+
+
+def digest_others(arguments: Mapping[Path, Any], changing: Collection[Path]) -> dict[Path, str]:
+    """Return a digest of each argument that is not in `changing`."""
+    return {path: key_of(leaf) for path, leaf in arguments.items() if path not in changing}
+
+
+def require_fixed(convention: Convention, kwargs: Any, caption: str) -> None:
+    """Raise Refused if a caption changes an argument that was measured to follow no caption."""
+    c = convention
+    fixed = digest_others(leaves(kwargs), {*c.text, *c.time, c.latents})
+    if paths := sorted(path for path in fixed.keys() | c.fixed.keys() if fixed.get(path) != c.fixed.get(path)):
+        raise Refused(
+            f"{c.pipeline}: the caption {caption!r} changes {list_paths(paths)} of the denoiser, which no caption did "
+            "while the pipeline was measured; leave it out"
+        )
 
 
 def text_of(convention: Convention, kwargs: Any) -> dict[Path, Any]:

@@ -77,6 +77,7 @@ class Convention:
     geometry: tuple[Path, ...]
     joint: Mapping[Path, tuple[int, int]]  # text that grows with the size: the axis, and its length at `size`
     constant: Mapping[Path, str]  # with values as the log shows them
+    fixed: Mapping[Path, str]  # digests of the constants and, at `size`, of the geometry
     extra: Mapping[str, Any]  # options that switch guidance off
     size: Size  # at which it was measured
     prompts: tuple[str, str]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.architectures.any_pipeline.conditioning import compose
+from library.architectures.any_pipeline.conditioning import compose, digest_others
 from library.architectures.any_pipeline.convention import (
     Convention,
     Line,
@@ -125,10 +125,11 @@ def read_roles(watched: Watched, size: Size, prompts: tuple[str, str], options: 
     if paths := sort(together - {*time, latents}):
         raise Refused(f"{list_paths(paths)} follows caption and size together, so captions cannot be cached")
     constant = sort(base.keys() - by_text - by_size - {*time, latents})
+    fixed = digest_others(base, {*text, *time, latents})
     return Convention(
         type(watched.pipe).__name__, name, call, per_step, latents, time, sort(text), sort(by_size - text - {latents}),
-        joint, {path: format_constant(base[path]) for path in constant}, extra, size, prompts, tuple(pixels.shape),
-        output=empty_like(trace.calls[call].output),
+        joint, {path: format_constant(base[path]) for path in constant}, fixed, extra, size, prompts,
+        tuple(pixels.shape), output=empty_like(trace.calls[call].output),
     )  # fmt: skip
 
 

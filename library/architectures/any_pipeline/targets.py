@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import nn
 
 from library.architectures.specs import list_network_arguments
-from library.checkpoints.adapter_names import BaseNames, ModuleNames
+from library.checkpoints.adapter_names import BaseNames, name_by_path
 from library.memory.blocks import BlockRunner, Stacks, run_library_blocks_with
 from networks.core.targets.targets import AdapterTargets, Part, adaptation_kind
 
@@ -40,10 +40,6 @@ def run_blocks_with(denoiser: nn.Module, runner: BlockRunner) -> None:
     run_library_blocks_with((block for blocks in block_lists(denoiser) for block in blocks), runner)
 
 
-def name_module(component: str, path: str) -> ModuleNames:
-    return ModuleNames(f"lora_unet_{path.replace('.', '_')}", f"diffusion_model.{path}", f"{component}.{path}")
-
-
 def list_paths(denoiser: nn.Module) -> Iterator[str]:
     """Yield the paths of all layers that an adapter can change."""
     return (path for path, part in denoiser.named_modules() if adaptation_kind(part) is not None)
@@ -51,7 +47,7 @@ def list_paths(denoiser: nn.Module) -> Iterator[str]:
 
 def with_targets(denoiser: nn.Module, component: str) -> nn.Module:
     """Declare the targets of a denoiser, which network modules read. `component` is its name in the pipeline."""
-    names = BaseNames(BASE, tuple(name_module(component, p) for p in list_paths(denoiser)), saved_naming="diffusers")
+    names = BaseNames(BASE, tuple(name_by_path(component, p) for p in list_paths(denoiser)), saved_naming="diffusers")
     classes = sorted({type(block).__name__ for blocks in block_lists(denoiser) for block in blocks})
     part = replace(TARGETS.denoiser, blocks=tuple(classes))
     denoiser.adapter_targets = replace(TARGETS, denoiser=part, names=names)  # type: ignore[assignment]

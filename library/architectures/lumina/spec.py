@@ -74,7 +74,7 @@ SPECS = (
         ),
         version=r"lumina",
         architecture=r"lumina-2",
-        pipelines=("Lumina",),
+        pipelines=("Lumina2",),
         readers={
             "ComfyUI": Reader(KOHYA | GENERIC, KOHYA | GENERIC),
             "diffusers": Reader(GENERIC | DIFFUSERS, NONE, refuses=explain_parts_of_blocks),

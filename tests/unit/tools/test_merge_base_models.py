@@ -31,8 +31,8 @@ from tools import convert_lora, merge_lora
 
 FILES: Mapping[str, tuple[str, Callable[[Path], list[str]]]] = {  # title -> base model and what writes its files
     **{name: (name, base.build) for name, base in BASES.items()},
-    **{f"{name}, whole": (name, partial(write, seed=33, layout="whole"))
-       for name, base in BASES.items() if (write := base.layouts) is not None},
+    **{f"{name}, {layout}": (name, partial(write, seed=33, layout=layout))
+       for name, base in BASES.items() for layout in ("whole", "diffusers") if (write := base.layouts) is not None},
     "anima, no prefix": ("anima", partial(build_tiny_anima, seed=33, prefix="")),
     "flux_2 dev, whole": ("flux_2", partial(build_tiny_flux_2, seed=33, layout="whole", is_dev=True)),
     "sd, file": ("sd", lambda f: path_argument(build_tiny_sd(f, 33, "safetensors"))),
@@ -75,13 +75,16 @@ def write_lora(name: str, path: Path, text: Any, denoiser: nn.Module) -> Any:
         if naming == "kohya" or (title in BASES and title not in ("sd", "sd2"))
     ),
 )
-def test_a_merged_checkpoint_is_the_model_with_its_adapter_merged(title: str, naming: Any, tmp_path: Path) -> None:
+def test_a_merged_checkpoint_is_the_model_with_its_adapter_merged(
+    title: str, naming: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     name, build = FILES[title]
     arguments = build(tmp_path)
     arch, lora, renamed = open_model(name, arguments), tmp_path / "lora.safetensors", tmp_path / "renamed.safetensors"
     text, denoiser = arch.view(*loaded(arch))
     has_text = title not in BASES or BASES[name].layouts is None  # otherwise the text encoders have files of their own
-    module = write_lora(name, lora, text if has_text and "anima" not in title else [], denoiser)
+    has_text = has_text and not title.startswith("anima") and not title.endswith(", diffusers")
+    module = write_lora(name, lora, text if has_text else [], denoiser)
     save_adapter_file(renamed, rename(read_adapter_file(lora), BASES[name].spec.names, naming).file)
 
     to = Path(arguments[1]).with_name("merged" if Path(arguments[1]).is_dir() else "merged.safetensors")
@@ -100,19 +103,27 @@ def test_a_merged_checkpoint_is_the_model_with_its_adapter_merged(title: str, na
     )
     for key in changed:
         torch.testing.assert_close(actual[key], expected[key], **FLOAT32_SAME_MATH)
+    if title == "flux, diffusers":
+        write_lora(name, lora, text, denoiser)
+        assert merge_lora.main([*words[:3], str(lora), "--save_to", str(tmp_path / "text")]) == 1
+        assert "text encoders in a pipeline's folder are not merged" in capsys.readouterr().err
     if to.is_file():
         assert load_file(to).keys() == load_file(arguments[1]).keys()
         assert read_metadata(to)["modelspec.architecture"] == VERSIONS.get(title, BASES[name].written[1])
 
 
 @pytest.mark.parametrize("name", [name for name, base in BASES.items() if base.is_flow or name == "sd3"])
-def test_a_folder_of_a_transformer_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_the_transformer_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "model_index.json").write_text(f'{{"_class_name": "{BASES[name].spec.pipelines[0]}Pipeline"}}')
     lora = tmp_path / "lora.safetensors"
     save_file({key: torch.ones(shape) for key, shape in BASES[name].readers[0][2].items()}, lora)
     words = ["--models", str(lora), "--save_to", str(tmp_path / "out.safetensors")]
     assert merge_lora.main(["--sd_model", str(tmp_path), *words]) == 1
-    assert re.search(r"for .* (original layout|use the transformer's file)", capsys.readouterr().err)
+    assert re.search(
+        r"for .* (original layout|use the transformer's file)|names no model of \w+ that draws", capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("name", DITS)
