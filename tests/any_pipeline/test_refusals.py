@@ -1,13 +1,20 @@
 """Pipelines that cannot be trained are refused with a sentence, before weights are read where their class shows it."""
 
+import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from library.architectures.any_pipeline.convention import Target
 from library.architectures.any_pipeline.measuring import measure
+from library.architectures.any_pipeline.options import PipelineOptions
+from library.architectures.any_pipeline.training import PipelinePredict, build_objective
 from library.architectures.any_pipeline.watch import Refused, watch_pipeline
+from tests.any_pipeline.test_convention import measured
 from tests.any_pipeline.test_training import SCRIPT, arguments
 from tests.running import Finished
 from tests.tiny.pipelines import build_tiny_pipeline
@@ -114,3 +121,13 @@ def test_what_cannot_be_measured_is_refused(name: str, sentence: str, tmp_path: 
     assert done.status == 1
     start = f"--pretrained_model_name_or_path {tmp_path / 'model'}: {name.split()[0]} cannot be trained: "
     assert start in done.stderr and sentence in done.stderr.split(start)[1], done.stderr
+
+
+@pytest.mark.parametrize(("name", "target"), [("FluxPipeline", "noise"), ("StableDiffusionPipeline", "latent")])
+def test_a_target_that_no_objective_has_is_refused(name: str, target: Target) -> None:
+    watched, convention, _ = measured(name)
+    text: Any = None  # no captions
+    predict = PipelinePredict(watched, replace(convention, target=target), text)
+    options = PipelineOptions.from_args(argparse.Namespace(**PipelineOptions.defaults()))
+    with pytest.raises(Refused, match=f"{name} predicts {target} of a"):
+        build_objective(options, predict)

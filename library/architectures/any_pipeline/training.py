@@ -186,15 +186,17 @@ def require_same_prediction(predict: PipelinePredict, denoiser: Repeated) -> Non
 
 def build_objective(options: PipelineOptions, predict: PipelinePredict) -> Objective:
     """Build the measured objective. Raises UserError for a target that is not trained, and for invalid timesteps."""
-    target = predict.convention.target
+    target, pipeline = predict.convention.target, predict.convention.pipeline
     if predict.convention.mix == "flow":
+        if target not in ("noise - latent", "latent - noise", "latent"):
+            raise Refused(f"{pipeline} predicts {target} of a flow, which is not trained here")
         sampling, weighting = options.flow_sampling, options.flow_weighting
         is_own = sampling.timestep_sampling == "pipeline"
         return FlowMatching(
             options.noise,
             options.loss,
             partial(draw_like_pipeline, predict) if is_own else build_level_sampler(sampling, weighting),
-            "latent - noise" if target == "latent - noise" else "noise - latent",
+            target,
             "raw",
             weighting.weighting_scheme,
             takes_offset=is_own or takes_offset(weighting, sampling),
@@ -202,7 +204,7 @@ def build_objective(options: PipelineOptions, predict: PipelinePredict) -> Objec
             keeps_shape=sampling.preserve_distribution_shape,
         )
     if target not in ("noise", "velocity"):
-        raise Refused(f"{predict.convention.pipeline} predicts {target} of a DDPM schedule, which is not trained here")
+        raise Refused(f"{pipeline} predicts {target} of a DDPM schedule, which is not trained here")
     timesteps = resolve_timestep_range(options.noise, NUM_TIMESTEPS)
     check_huber(options.loss)
     abar_T = predict.watched.pipe.scheduler.alphas_cumprod.double()
