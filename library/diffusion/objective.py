@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from library.diffusion.noise import add_coarse_noise, add_offset, draw_normal, draw_strength, perturb_input
-from library.diffusion.schedules import ddpm_abar, sigmas_of, snr_of
+from library.diffusion.schedules import LATENT_DIFFUSION, BetaSchedule, sigmas_of, snr_of
 from library.diffusion.timesteps import NUM_TIMESTEPS, draw_timesteps, resolve_timestep_range
 from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error, snr_weights
 from library.memory.devices import send
@@ -144,18 +144,23 @@ class DDPM:
         return snr_weights(self.weighting, self.snr_T, self.predicts_velocity).float()
 
 
-def build_ddpm(noise: NoiseOptions, weighting: LossOptions, predicts_velocity: bool) -> DDPM:
-    """Build the objective of the models that were trained on `ddpm_abar`.
+def build_ddpm(
+    noise: NoiseOptions,
+    weighting: LossOptions,
+    predicts_velocity: bool,
+    schedule: BetaSchedule = LATENT_DIFFUSION,
+) -> DDPM:
+    """Build the objective of the models that were trained on a schedule.
 
     Raises UserError for timesteps outside the schedule and for invalid Huber thresholds.
     """
     min_timestep, max_timestep = resolve_timestep_range(noise, NUM_TIMESTEPS)
     check_huber(weighting)
     return DDPM(
-        abar_T=ddpm_abar(noise.zero_terminal_snr),
+        abar_T=schedule.abar(noise.zero_terminal_snr),
         # Loss weights use the unchanged schedule, as in sd-scripts: the one with zero terminal SNR ends at 0, where
         # min-SNR and debiased weights would be 0 / 0 and 1 / 0.
-        snr_T=snr_of(ddpm_abar(zero_terminal_snr=False)),
+        snr_T=snr_of(schedule.abar(zero_terminal_snr=False)),
         predicts_velocity=predicts_velocity,
         min_timestep=min_timestep,
         max_timestep=max_timestep,

@@ -6,6 +6,7 @@ Letters: B samples, C channels, H height, W width, T timesteps of the schedule, 
 import inspect
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from math import sqrt
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from library.diffusion.noise import draw_normal
-from library.diffusion.schedules import BETA_END, BETA_START, ddpm_abar, sigmas_of
+from library.diffusion.schedules import LATENT_DIFFUSION, BetaSchedule, sigmas_of
 from library.diffusion.timesteps import NUM_TIMESTEPS, shift_sigmas
 from library.options.output.sampler_names import ALIASES, SAMPLERS
 from library.types import Prompt
@@ -57,33 +58,41 @@ DDPM_SAMPLER = "ddpm"
 """The stochastic sampler of Ho et al. 2020, which adds noise in each step. Not a value of `sample_sampler`."""
 
 
-def build_ddpm_sampler(name: str, num_steps: int, *, predicts_velocity: bool, zero_terminal_snr: bool) -> Sampler:
+def build_ddpm_sampler(
+    name: str,
+    num_steps: int,
+    *,
+    predicts_velocity: bool,
+    zero_terminal_snr: bool,
+    schedule: BetaSchedule = LATENT_DIFFUSION,
+) -> Sampler:
     """Build the sampler `name` (a key of SAMPLERS or ALIASES, or DDPM_SAMPLER) for a DDPM model.
 
     A schedule with zero terminal SNR starts at the last timestep (Lin et al. 2024).
     """
+    abar_T = schedule.abar(zero_terminal_snr)
     if name == DDPM_SAMPLER:
-        return AncestralSampler(num_steps, predicts_velocity, zero_terminal_snr)
+        return AncestralSampler(num_steps, predicts_velocity, zero_terminal_snr, abar_T)
     import diffusers
 
     name = ALIASES.get(name, name)
     class_name, keywords = SAMPLERS[name]
     scheduler_class = getattr(diffusers, class_name)
-    schedule: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "num_train_timesteps": NUM_TIMESTEPS,
         "prediction_type": "v_prediction" if predicts_velocity else "epsilon",
     }
     if zero_terminal_snr:
-        schedule["trained_betas"] = betas_of(ddpm_abar(zero_terminal_snr=True).clamp(min=LEAST_ABAR)).tolist()
+        settings["trained_betas"] = betas_of(abar_T.clamp(min=LEAST_ABAR)).tolist()
         if "timestep_spacing" in inspect.signature(scheduler_class.__init__).parameters:
-            schedule["timestep_spacing"] = "trailing"
+            settings["timestep_spacing"] = "trailing"
     else:
-        schedule |= {"beta_start": BETA_START, "beta_end": BETA_END, "beta_schedule": "scaled_linear"}
+        settings |= asdict(schedule)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # "dpmsolver" is deprecated in diffusers
-        scheduler = scheduler_class(**schedule, **keywords)
+        scheduler = scheduler_class(**settings, **keywords)
     scheduler.set_timesteps(num_steps)
-    return (MultistepSampler if name == "lms" else DdpmSampler)(scheduler, zero_terminal_snr)
+    return (MultistepSampler if name == "lms" else DdpmSampler)(scheduler, abar_T)
 
 
 def betas_of(abar_T: Tensor) -> Tensor:
@@ -94,9 +103,10 @@ def betas_of(abar_T: Tensor) -> Tensor:
 class DdpmSampler:
     """A diffusers scheduler for models that predict noise or velocity."""
 
-    def __init__(self, scheduler: Any, zero_terminal_snr: bool) -> None:
+    def __init__(self, scheduler: Any, abar_T: Tensor) -> None:
+        """`abar_T` is the table of the schedule that the model was trained on, float64."""
         self.scheduler = scheduler
-        sigmas_T = sigmas_of(ddpm_abar(zero_terminal_snr)).numpy()
+        sigmas_T = sigmas_of(abar_T).numpy()
         timesteps_N = scheduler.timesteps.double().numpy()
         # Timesteps of some schedulers lie between those of the table.
         sigmas_N = np.interp(timesteps_N, np.arange(len(sigmas_T)), sigmas_T)
@@ -123,8 +133,8 @@ class MultistepSampler(DdpmSampler):
     Replaces diffusers' version, which integrates a cubic polynomial numerically and requires scipy.
     """
 
-    def __init__(self, scheduler: Any, zero_terminal_snr: bool, order: int = 4) -> None:
-        super().__init__(scheduler, zero_terminal_snr)
+    def __init__(self, scheduler: Any, abar_T: Tensor, order: int = 4) -> None:
+        super().__init__(scheduler, abar_T)
         self._order = order
         self._slopes: list[Tensor] = []
 
@@ -146,13 +156,13 @@ class AncestralSampler:
     many such steps.
     """
 
-    def __init__(self, num_steps: int, predicts_velocity: bool, zero_terminal_snr: bool) -> None:
+    def __init__(self, num_steps: int, predicts_velocity: bool, zero_terminal_snr: bool, abar_T: Tensor) -> None:
         spacing = NUM_TIMESTEPS // num_steps
         # diffusers' spacings: "leading", and "trailing" for a schedule that has to start at its last timestep.
         timesteps = [spacing * n for n in reversed(range(num_steps))]
         if zero_terminal_snr:
             timesteps = [round(NUM_TIMESTEPS - NUM_TIMESTEPS * n / num_steps) - 1 for n in range(num_steps)]
-        abars: list[float] = ddpm_abar(zero_terminal_snr).clamp(min=LEAST_ABAR)[timesteps].tolist()
+        abars: list[float] = abar_T.clamp(min=LEAST_ABAR)[timesteps].tolist()
         self._predicts_velocity, self._abars = predicts_velocity, [*abars, 1.0]
         self.levels = [Level(float(t), sqrt((1 - abar) / abar)) for t, abar in zip(timesteps, abars, strict=True)]
 

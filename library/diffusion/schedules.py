@@ -4,19 +4,38 @@ Letters: T timesteps. abar is the paper's running product of 1 - beta (Ho et al.
 latent + sqrt(1 - abar) * noise. Tables are float64 on the CPU; callers cast the looked-up values.
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from library.diffusion.timesteps import NUM_TIMESTEPS
 
-BETA_START = 0.00085
-BETA_END = 0.012
+
+@dataclass(frozen=True)
+class BetaSchedule:
+    """The noise schedule of a DDPM model, by the names that diffusers' schedulers have for its values."""
+
+    beta_start: float
+    beta_end: float
+    beta_schedule: Literal["linear", "scaled_linear"]  # the betas, or their square roots, are linear
+
+    def betas(self) -> Tensor:
+        """Return the betas: float64, shape T."""
+        # In float32, 1 - abar of the first timesteps would have only four correct digits.
+        power = 2 if self.beta_schedule == "scaled_linear" else 1
+        start, end = self.beta_start ** (1 / power), self.beta_end ** (1 / power)
+        return torch.linspace(start, end, NUM_TIMESTEPS, dtype=torch.float64) ** power
+
+    def abar(self, zero_terminal_snr: bool) -> Tensor:
+        """Return the table for training and sampling: float64, shape T."""
+        abar_T = abar_of(self.betas())
+        return with_zero_terminal_snr(abar_T) if zero_terminal_snr else abar_T
 
 
-def scaled_linear_betas() -> Tensor:
-    """Return the betas of latent diffusion (Rombach et al. 2022): float64, shape T; their square roots are linear."""
-    # In float32, 1 - abar of the first timesteps would have only four correct digits.
-    return torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TIMESTEPS, dtype=torch.float64) ** 2
+LATENT_DIFFUSION = BetaSchedule(0.00085, 0.012, "scaled_linear")
+"""The schedule of latent diffusion (Rombach et al. 2022)."""
 
 
 def abar_of(betas_T: Tensor) -> Tensor:
@@ -29,12 +48,6 @@ def with_zero_terminal_snr(abar_T: Tensor) -> Tensor:
     root_T = abar_T.sqrt()
     first, last = root_T[0], root_T[-1]
     return ((root_T - last) * first / (first - last)) ** 2
-
-
-def ddpm_abar(zero_terminal_snr: bool) -> Tensor:
-    """Return the abar table for training and sampling DDPM models, float64, shape T."""
-    abar_T = abar_of(scaled_linear_betas())
-    return with_zero_terminal_snr(abar_T) if zero_terminal_snr else abar_T
 
 
 def snr_of(abar_T: Tensor) -> Tensor:

@@ -119,15 +119,22 @@ def get_first_side(component: Component | Absent, name: str) -> int | None:
     return None if isinstance(component, Absent) else shape_of(component.weights.shapes, name)[0]
 
 
-def check_text_width(flag: str, component: MaybeComponent, embedding: str, width: int, expected: str) -> None:
-    """Raise UserError if a text encoder is present and its width differs from `width`, the transformer's text width.
+def check_text_width(
+    flag: str, component: MaybeComponent, embedding: str, width: int, expected: str, num_states: int = 1
+) -> None:
+    """Raise UserError if a text encoder is present and `num_states` of its states side by side differ from `width`,
+    the transformer's text width.
 
     `embedding` is the name of its word embedding; `expected` names the right encoder in the message.
     """
-    if isinstance(component, Component) and (text_width := shape_of(component.weights.shapes, embedding)[1]) != width:
+    if not isinstance(component, Component):
+        return
+    text_width = shape_of(component.weights.shapes, embedding)[1]
+    if num_states * text_width != width:
+        states = "" if num_states == 1 else f"{num_states} states of "
         raise UserError(
             f"{flag} {component.weights.origin} has width {text_width}, but the transformer expects text features of "
-            f"width {width}; use {expected}"
+            f"{states}width {width / num_states:g}; use {expected}"
         )
 
 

@@ -84,4 +84,4 @@ def build_sampler(predict: PipelinePredict, prompt: Prompt) -> Sampler:
         return FlowSampler(predict.sigmas((prompt.height, prompt.width), prompt.num_steps), sign)
     scheduler = copy_scheduler(predict.watched.pipe.scheduler)
     scheduler.set_timesteps(prompt.num_steps)
-    return DdpmSampler(scheduler, zero_terminal_snr=False)
+    return DdpmSampler(scheduler, scheduler.alphas_cumprod.double())

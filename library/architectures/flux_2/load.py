@@ -12,7 +12,6 @@ from library.architectures.flux_2.releases import (
     FLAG,
     Release,
     TextEncoder,
-    check_encoder,
     recognise_encoder,
     recognise_release,
     release_named,
@@ -23,8 +22,8 @@ from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights, configure
 from library.models.dit_loader import DitLoader, check_input_width, open_dit, open_dit_loader, open_encoder_files
 from library.models.identify import open_denoiser
-from library.models.language_models import choose_load
-from library.models.loading import Component
+from library.models.language_models import WORDS, choose_load
+from library.models.loading import Component, check_text_width
 from library.models.qwen3 import FOLDER
 from library.models.vae.flux_2 import PACKED_CHANNELS, load_flux_2_vae, open_vae
 
@@ -43,7 +42,8 @@ def open_loader(options: Flux2Options) -> tuple[DitLoader, Release]:
     release = recognise_release(config, options.parts.model_version, str(base.path))
     loader = build_loader(options, base, weights, release.encoder, partial(Flux2, config))
     check_input_width(base.path, config.in_features, PACKED_CHANNELS, "token", MODEL)
-    check_encoder(release, loader.text.component, config)
+    encoder = release.encoder
+    check_text_width(FLAG, loader.text.component, WORDS, config.text_width, encoder.hub_name, len(encoder.layers))
     return loader, release
 
 

@@ -16,7 +16,6 @@ from library.models.distilled import DistilledRelease
 from library.models.language_models import WORDS, remove_last_norm, with_first_layers
 from library.models.loading import Component, MaybeComponent, materialise
 from library.models.qwen3 import Qwen3Release, empty_qwen3, load_qwen3_tokenizer, qwen3_component
-from library.models.shapes import shape_of
 
 FLAG = "--text_encoder"
 
@@ -154,16 +153,3 @@ def recognise_encoder(weights: Weights, version: str | None) -> TextEncoder:
     if not any(name.endswith("q_norm.weight") for name in weights.shapes):
         return MISTRAL
     return KLEIN_9B.encoder if width == KLEIN_9B.encoder_width else KLEIN_4B.encoder
-
-
-def check_encoder(release: Release, encoder: MaybeComponent, config: Flux2Config) -> None:
-    """Raise UserError if a text encoder is present and its width differs from the one the denoiser expects."""
-    if not isinstance(encoder, Component):
-        return
-    width = shape_of(encoder.weights.shapes, WORDS)[1]
-    states = len(release.encoder.layers)
-    if states * width != config.text_width:
-        raise UserError(
-            f"{FLAG} {encoder.weights.origin} has width {width}, but the transformer expects {states} states of width "
-            f"{config.text_width / states:g}; use {release.encoder.hub_name}"
-        )

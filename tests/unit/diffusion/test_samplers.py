@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from library.diffusion.samplers import FlowSampler, Sampler, adams_bashforth, betas_of, build_ddpm_sampler, even_sigmas
-from library.diffusion.schedules import abar_of, ddpm_abar, scaled_linear_betas
+from library.diffusion.schedules import LATENT_DIFFUSION, abar_of
 from library.options.output.sampler_names import ALIASES, SAMPLERS
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 
@@ -126,8 +126,8 @@ def test_multistep_integrates_a_cubic_slope_exactly_on_uneven_steps() -> None:
 
 
 def test_betas_are_recovered_from_their_cumulative_product() -> None:
-    torch.testing.assert_close(betas_of(abar_of(scaled_linear_betas())), scaled_linear_betas(), **FLOAT64)
-    assert betas_of(ddpm_abar(zero_terminal_snr=True))[-1] == 1
+    torch.testing.assert_close(betas_of(abar_of(LATENT_DIFFUSION.betas())), LATENT_DIFFUSION.betas(), **FLOAT64)
+    assert betas_of(LATENT_DIFFUSION.abar(zero_terminal_snr=True))[-1] == 1
 
 
 @pytest.mark.parametrize("num_steps", [1, 4, 20])

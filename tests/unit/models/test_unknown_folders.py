@@ -51,6 +51,6 @@ def test_the_error_for_a_known_pipeline_names_its_script_and_unnamed_folders_pas
 
 
 @pytest.mark.parametrize("class_name", UNKNOWN)
-def test_no_tool_merges_into_the_folder_of_an_unknown_pipeline(tmp_path: Path, class_name: str) -> None:
-    with pytest.raises(UserError, match=r"adapters of diffusers_train_network\.py are not merged into a pipeline"):
+def test_the_folder_of_a_pipeline_without_its_denoiser_is_refused(tmp_path: Path, class_name: str) -> None:
+    with pytest.raises(UserError, match=rf"--sd_model .* names no model of {class_name} that draws"):
         open_base_model("--sd_model", write_folder(tmp_path / "model", class_name))

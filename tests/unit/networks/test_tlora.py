@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.diffusion.objective import DDPM
-from library.diffusion.schedules import ddpm_abar
+from library.diffusion.schedules import LATENT_DIFFUSION
 from library.options.training.loss import LossOptions
 from library.options.training.noise import NoiseOptions
 from library.types import Noised
@@ -39,7 +39,9 @@ def test_pure_noise_uses_the_fewest_ranks_and_a_small_module_all_of_its_ranks() 
 
 
 def test_a_noise_level_is_the_timesteps_share_of_the_schedule() -> None:
-    objective = DDPM(ddpm_abar(False), ddpm_abar(False), False, 0, 1000, NoiseOptions(), LossOptions())
+    objective = DDPM(
+        LATENT_DIFFUSION.abar(False), LATENT_DIFFUSION.abar(False), False, 0, 1000, NoiseOptions(), LossOptions()
+    )
     nothing = torch.zeros(3, 1, 1, 1)
     noised = Noised(nothing, nothing, nothing, torch.tensor([0.0, 1.0, 9.0]), torch.tensor([0, 400, 999]))
     assert objective.noise_levels(noised).tolist() == pytest.approx([0.0, 0.4, 0.999])
