@@ -269,7 +269,8 @@ def replace_torch_cuda(simulation: Simulation) -> None:
     }
     for key, value in below.items():
         setattr(torch._C, key, value)
-    cuda._exchange_device = cuda._maybe_exchange_device = exchange  # type: ignore[assignment]
+    cuda._exchange_device = exchange
+    cuda._maybe_exchange_device = lambda device: exchange(device)  # torch.compile tells the two apart by identity
     torch.backends.cuda.is_built = lambda: True
     torch.version.cuda = "12.8"
     resize = torch.UntypedStorage.resize_
