@@ -40,6 +40,7 @@ class Gpu:
     pinnable_bytes: int | None = None  # of main memory; None: no limit
     main_memory_bytes: float = float("inf")  # free for offloaded weights and inputs
     staging: float = STAGING  # bytes per second through buffers, for memory that is not pinned
+    launch: float = LAUNCH_S  # seconds from the start of a small kernel to that of the next
 
     def pinned_bytes(self, num_bytes: int, share: float = 1.0) -> int:
         """Return how many bytes can be pinned within a share of `pinnable_bytes`."""

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import psutil
 import torch
+from torch import nn
 
 from library.memory.pinned import empty_host_copy, max_pinned_bytes
+from library.memory.planner.counter import OperationCounter
 from library.memory.planner.gpus import CARDS, REACHED, Gpu
 
 BUSY_S = 0.5  # an idle GPU has low clocks, which take a few tenths of a second to rise
@@ -30,9 +32,10 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None
 
 
 def benchmark_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, side: int = 4096) -> Gpu:
-    """Measure this device with one large product, and with copies from main memory, within it and within the device.
+    """Measure this device with one large product, with copies from main memory, within it and within the device, and
+    with a step of small kernels.
 
-    This takes about 0.1 s, and a GPU computes for half a second before.
+    This takes about 0.2 s, and a GPU computes for half a second before.
     """
     on_gpu = device.type != "cpu"
 
@@ -58,6 +61,7 @@ def benchmark_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, s
     clone_s = seconds(lambda: matrix.clone())  # read and written
     pageable = torch.empty(side, side, dtype=dtype)
     staged_s = seconds(lambda: pageable.copy_(host))
+    step, num_launches = make_small_step(device, dtype)
     other_name = device.type.upper() if on_gpu else "this processor"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else other_name
     return Gpu(
@@ -69,4 +73,19 @@ def benchmark_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, s
         pinnable_bytes=max_pinned_bytes(),
         main_memory_bytes=psutil.virtual_memory().available,
         staging=num_bytes / staged_s,
+        launch=seconds(step) / num_launches,
     )
+
+
+def make_small_step(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], None], int]:
+    """Return a forward and backward pass whose kernels are too small to take time, and their number."""
+    blocks = (nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU()) for _ in range(32))
+    model = nn.Sequential(*blocks).to(device, dtype).requires_grad_(False)
+    inputs = torch.ones(4, 64, device=device, dtype=dtype, requires_grad=True)
+
+    def step() -> None:
+        model(inputs).sum().backward()
+
+    with OperationCounter() as counter:
+        step()
+    return step, counter.launches

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from library.memory.planner.gpus import LAUNCH_S, Gpu
+from library.memory.planner.gpus import Gpu
 
 # Share of time that offloading all blocks costs. 5 % are published for 47 of 48 blocks on an H100.
 COST_OF_OFFLOADING = 0.05
@@ -27,7 +27,7 @@ class Work:
         # Of three published times the longer of the GPU's work and of launching is closer to one, 3 % instead of 7 %
         # too long (RTX 3090), and farther from two: half instead of 26 % too short for a U-Net (RTX 3090 Ti), and 50 %
         # instead of 47 % for a transformer (RTX A6000, limited to 300 W).
-        return slowdown * self.flops / gpu.flops + self.moved / gpu.bandwidth + self.launches * LAUNCH_S
+        return slowdown * self.flops / gpu.flops + self.moved / gpu.bandwidth + self.launches * gpu.launch
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -27,6 +28,9 @@ def largest_batch(sizes: BatchSizes) -> BatchShape:
     return max(shapes, key=lambda shape: shape.num_pixels)
 
 
+SPEEDS = ("flops", "bus", "bandwidth", "staging", "launch")  # of a Gpu
+
+
 def free_memory(device: torch.device) -> int:
     """Return the GPU memory available to a run, including this process's existing context."""
     if device.type != "cuda":
@@ -43,10 +47,9 @@ def measure_gpu(size_or_auto: str, mixed_precision: str, processes: Processes) -
     available_bytes = free_memory(processes.device) if size is None else size.free_bytes
     available_bytes = min(map(int, processes.merged("room", {processes.rank: str(available_bytes)}).values()))
     gpu = benchmark_gpu(processes.device, available_bytes, DTYPES[mixed_precision])
-    speeds = processes.share("speed", f"{gpu.flops} {gpu.bus} {gpu.bandwidth} {gpu.staging}").split()
-    flops, bus, bandwidth, staging = map(float, speeds)
-    nominal = size.num_bytes if size is not None and size.names_gpu else None
-    return replace(gpu, flops=flops, bus=bus, bandwidth=bandwidth, staging=staging, nominal_bytes=nominal)
+    speeds = processes.share("speed", " ".join(str(getattr(gpu, name)) for name in SPEEDS)).split()
+    shared: dict[str, Any] = dict(zip(SPEEDS, map(float, speeds), strict=True))
+    return replace(gpu, nominal_bytes=size.num_bytes if size is not None and size.names_gpu else None, **shared)
 
 
 def count_adapter_run(run: RequestedRun, batch: BatchShape, device: torch.device) -> CountedRun:

@@ -24,6 +24,7 @@ from library.memory.planner.prediction import (
     predict,
 )
 from library.memory.planner.repeats import Repeats
+from library.memory.planner.speed import Work
 from library.memory.planner.stages import Stage, max_images
 from library.memory.planner.steps import CountedOptimizer, CountedPass, Segment, Timeline
 from library.memory.planner.table import format_table
@@ -343,6 +344,9 @@ def test_a_typical_gpu_has_at_most_the_given_memory() -> None:
 def test_a_device_is_measured() -> None:
     gpu = benchmark_gpu(torch.device("cpu"), GIB, torch.float32, side=128)
     assert gpu.flops > 0 and gpu.bus > 0 and gpu.bandwidth > 0 and gpu.memory_bytes == GIB
+    assert 1e-6 < gpu.launch < 1e-3
+    work = Work(launches=1000)
+    assert work.seconds(replace(gpu, launch=3e-6), 1.0) == pytest.approx(3e-3)
 
 
 def test_a_gpu_of_any_maker_is_busy_before_it_is_measured_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,6 +362,8 @@ def test_a_gpu_of_any_maker_is_busy_before_it_is_measured_and_waited_for(monkeyp
     gpu = benchmark_gpu(torch.device("meta"), GIB, torch.float32, side=128)
     assert gpu.flops == pytest.approx(measured.REACHED * 2 * 128**3 / 1e-3)
     assert gpu.bandwidth == pytest.approx(2 * 4 * 128**2 / 1e-3)
+    num_launches = measured.make_small_step(torch.device("meta"), torch.float32)[1]
+    assert gpu.launch == pytest.approx(1e-3 / num_launches) and num_launches > 150
     assert set(waited_for) == {torch.device("meta")}
 
 
