@@ -51,6 +51,8 @@ DTYPES = {
 Row = Mapping[str, Tensor]
 """Text features of one caption by name, without the batch axis."""
 
+TOKEN_STEP = 64  # batches of captions of different lengths have a multiple of this many tokens
+
 
 @dataclass(frozen=True)
 class Note:
@@ -216,8 +218,13 @@ def npy_array(content: bytes) -> NDArray[Any]:
 
 
 def stack_rows(rows: Sequence[Row], padding: Mapping[str, float]) -> Conditioning:
-    """Stack rows to a batch. Keys in `padding` are padded to the longest along their first axis."""
+    """Stack rows to a batch. Keys in `padding` are padded to the longest along their first axis.
+
+    Captions of different lengths are masked anyway, so they get a multiple of TOKEN_STEP tokens: a GPU builds new plans
+    for each new shape. Captions of one length stay as they are, because attention has faster kernels without a mask.
+    """
     stacked = {}
+    num_tokens = max((len(row[key]) for row in rows for key in padding if row[key].ndim > 1), default=0)
     for key in rows[0]:
         tensors = [row[key] for row in rows]
         dtype = tensors[0].dtype
@@ -226,6 +233,8 @@ def stack_rows(rows: Sequence[Row], padding: Mapping[str, float]) -> Conditionin
             dtype = torch.promote_types(dtype, tensor.dtype)
         if key in padding:
             length = max(len(tensor) for tensor in tensors)
+            if length == num_tokens and any(len(tensor) < length for tensor in tensors):
+                length += -length % TOKEN_STEP
             tensors = [pad_to_length(tensor, length, padding[key]) for tensor in tensors]
         stacked[key] = torch.stack([tensor.to(dtype) for tensor in tensors])
     return stacked

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from library.data.caching.captions import CachedTexts, Encoders, TextEncoding, cache_texts
-from library.data.caching.text_files import TextFile, stack_rows
+from library.data.caching.text_files import TOKEN_STEP, TextFile, stack_rows
 from library.data.decoding import npz
 from library.data.description.captions import CaptionRules, caption_variant
 from library.data.plan.data_plan import DataPlan
@@ -472,10 +472,17 @@ def test_nan_raises_an_error_that_names_the_caption(tmp_path, options):
 
 
 def test_shorter_features_are_padded_in_a_batch():
-    rows = [{"a": torch.ones(2, 3), "m": torch.ones(2)}, {"a": torch.ones(4, 3), "m": torch.ones(4)}]
-    stacked = stack_rows(rows, {"a": 0.0, "m": -1.0})
-    assert stacked["a"].shape == (2, 4, 3) and stacked["a"][0, 2:].abs().sum() == 0
-    assert stacked["m"].tolist() == [[1, 1, -1, -1], [1, 1, 1, 1]]
+    rows = [
+        {"a": torch.ones(n, 3), "m": torch.ones(n), "p": torch.ones(number)} for n, number in ((2, 1), (4, 3), (4, 3))
+    ]
+    padding = {"a": 0.0, "m": -1.0, "p": -2.0}
+    stacked = stack_rows(rows, padding)
+    assert stacked["a"].shape == (3, TOKEN_STEP, 3) and stacked["a"].sum((1, 2)).tolist() == [6, 12, 12]
+    assert stacked["m"].shape == (3, TOKEN_STEP) and stacked["m"].sum(1).tolist() == [2 - 62, 4 - 60, 4 - 60]
+    assert stacked["p"].tolist() == [[1, -2, -2], [1, 1, 1], [1, 1, 1]]
+    assert stack_rows(rows[1:], padding)["a"].shape == (2, 4, 3)
+    full = [{"a": torch.ones(n, 3)} for n in (TOKEN_STEP, 1)]
+    assert stack_rows(full, padding={"a": 0.0})["a"].shape == (2, TOKEN_STEP, 3)
     with pytest.raises(RuntimeError):
         stack_rows(rows, {"a": 0.0})
 
@@ -558,7 +565,7 @@ def test_padding_is_not_stored_but_restored_in_batches(tmp_path):
         for text, length in zip(texts[:2], lengths, strict=False):
             assert rows[text]["hidden"].shape == (length, 3) and rows[text]["mask"].shape == (length,)
         stacked = stack_rows([rows[text] for text in texts[:2]], padding)
-        assert stacked["hidden"].shape == (2, 3, 3) and stacked["mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+        assert stacked["hidden"].shape == (2, TOKEN_STEP, 3) and stacked["mask"].sum(1).tolist() == [1, 3]
 
 
 def test_large_features_are_announced_and_stored_as_bfloat16_bits(tmp_path, caplog):
