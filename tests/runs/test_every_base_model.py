@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.files import load_state_dict, read_metadata
-from tests.running import Finished
+from tests.running import Finished, small_run
 from tests.tiny.base import Base
 from tests.tiny.bases import BASES
 
@@ -45,13 +45,9 @@ def run(
     """Return `run(name, ...)`, which trains two steps and returns the tensors of the file."""
 
     def start(name: str, *more: str) -> dict[str, Tensor]:
-        words = [
-            *model, "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
-            "--train_batch_size", "2", "--output_dir", str(tmp_path), "--output_name", name, "--network_module",
-            base.module, "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "2", "--seed", "5",
-            "--max_data_loader_n_workers", "0", "--no_report", *more,
-        ]  # fmt: skip
-        done = train(words, script=base.script)
+        small = small_run(images, tmp_path, base.module, "2")
+        named = ["--output_dir", str(tmp_path), "--output_name", name, "--no_report"]
+        done = train([*model, *small, *named, *more], script=base.script)
         assert done.status == 0, done.stderr
         return load_state_dict(tmp_path / f"{name}.safetensors")
 

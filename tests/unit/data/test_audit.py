@@ -302,6 +302,15 @@ def test_one_caption_for_many_images_is_reported(tmp_path, caplog, count, is_rep
     assert ("all 9 captions are the same" in text and "'a photo of sks'" in text) is is_reported
 
 
+def test_one_caption_for_many_pairs_is_not_reported(tmp_path, caplog):
+    for number in range(9):
+        write_image(tmp_path / f"b/p{number}.png", (64, 64), seed=1)
+        write_image(tmp_path / f"a/p{number}.png", (64, 64)).with_suffix(".txt").write_text("make it red")
+    options = write_one_subset(tmp_path, f"opposite_dir = '{(tmp_path / 'b').as_posix()}'")
+    text = audit_log(options.with_values({"preference_loss": "dpo"}), caplog)
+    assert "captions are the same" not in text
+
+
 def test_class_tokens_for_all_images_are_not_reported(tmp_path, caplog):
     write_folder(tmp_path / "a", 12, caption=None)
     assert "captions are the same" not in audit_log(write_one_subset(tmp_path, "class_tokens = 'sks'"), caplog)
