@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from benchmarks.reading_in_a_format import CONFIG as FLUX  # noqa: E402
+from benchmarks.gpu_models import FLUX  # noqa: E402
 from library.architectures.anima.llm_adapter import AdapterConfig  # noqa: E402
 from library.architectures.anima.model import Anima, AnimaConfig  # noqa: E402
 from library.architectures.anima.reference import diffusers_models  # noqa: E402

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.architectures.flux.model import Flux, FluxConfig
 from library.memory.activations import RecomputeFromMainMemory
 from library.memory.blocks import BlockRunner, Every, Stacks, plain, recompute, run_blocks_with, stacks_of
 from library.memory.codecs.plain import Plain
@@ -30,6 +31,12 @@ class Mode:
         name = "bf16" if self.weight_format == "none" else self.weight_format
         return f"{name}{waits}, {self.runner.replace('_', ' ')}"
 
+
+FLUX = FluxConfig(
+    in_features=64, width=3072, head_width=128, mlp_width=12288, text_width=4096, pooled_width=768, num_double=1,
+    num_single=1, has_guidance=True,
+)  # fmt: skip
+"""One block of each kind."""
 
 MEMORY_MODES = (
     Mode(),
@@ -66,12 +73,10 @@ class Subject:
 
 
 def flux(is_tiny: bool) -> Subject:
-    from benchmarks.reading_in_a_format import CONFIG
     from library.architectures.flux.assembly import view
-    from library.architectures.flux.model import Flux
 
     small = {"width": 64, "head_width": 32, "mlp_width": 256, "text_width": 32, "num_double": 4, "num_single": 6}
-    config = replace(CONFIG, **small if is_tiny else {"num_double": 19, "num_single": 38})
+    config = replace(FLUX, **small if is_tiny else {"num_double": 19, "num_single": 38})
     side = 8 if is_tiny else 128
 
     def values() -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -172,12 +172,10 @@ WITHOUT_TARGET: Mapping[str, str] = {
     "networks/check_lora_weights.py": NOTHING,
     "networks/lora_interrogator.py": NOTHING,
     "benchmarks/plan_models.py": "replaces the counts that it wrote, and a table between marks in a page",
-    "benchmarks/startup.py": "has its own test: it is no command of users",
     **{
         f"benchmarks/{name}.py": ELSEWHERE
         for name in (
-            "adapters", "denoisers", "format_errors", "gpu_step", "latent_caching", "own_overhead",
-            "quickstart", "reading_in_a_format", "scaling", "sweep",
+            "adapters", "denoisers", "format_errors", "gpu_step", "own_overhead", "quickstart",
         )
     },
 }  # fmt: skip
