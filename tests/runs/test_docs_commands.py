@@ -206,5 +206,5 @@ def test_the_commands_of_a_page_run_in_order(page: Path, place: Path, train: Tra
 def test_the_readme_training_writes_the_listed_files(place: Path, train: Train) -> None:
     (command,) = (c for c in runnable(ROOT / "README.md") if "--dataset_config" in c)
     run_command(command, place, train)
-    assert (place / "output/my_cat/my_cat.safetensors").is_file()
+    assert (place / "output/mycat/mycat.safetensors").is_file()
     assert len(list((place / "pictures/my_cat").glob("*_sd.npz"))) == 4
