@@ -185,6 +185,14 @@ def test_documented_command_is_valid(page: str, command: str) -> None:
     check_command(command)
 
 
+def test_the_batch_file_of_the_windows_page_is_valid() -> None:
+    _, batch = blocks_of(ROOT / "docs" / "windows.md", "bat")
+    lines = batch.replace("^\n", " ").replace("\\", "/").splitlines()
+    assert lines[:2] == ["@echo off", "call .venv/Scripts/activate"]
+    (command,) = (line for line in lines if line.startswith("python "))
+    check_command(command)
+
+
 def test_readme_shows_both_commands_and_a_real_training() -> None:
     commands = commands_of(ROOT / "README.md")
     assert "python3 tools/start.py quickstart" in commands
