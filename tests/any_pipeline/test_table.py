@@ -1,4 +1,4 @@
-"""The table of benchmarks/RESULTS.md is what was measured; `python -m tests.any_pipeline.test_table` prints its rows."""
+"""The table of benchmarks/RESULTS.md is what was measured; `python -m tests.any_pipeline.test_table` prints it."""
 
 from typing import Any
 
