@@ -6,7 +6,7 @@ of trained models. "decoding" is the time to decode a weight, relative to its pr
 table has the errors of products with 8-bit codes (--base_arithmetic 8bit), relative to those with the decoded weight.
 For "outlier", one channel of the input is 30 times as large as the others. Its times are those of y and dx together, as
 ratios to the decoded weight (decoding included) and to a bf16 weight. Times are the fastest of several passes, which
-take turns. These are the tables of docs/memory.md.
+take turns. docs/memory.md has their figures.
 
     python benchmarks/format_errors.py
     python benchmarks/format_errors.py --device cuda --tokens 4608

@@ -1,5 +1,4 @@
-"""Count a usual training of every base model, for tools/plan_memory.py --cards and the tables of docs/memory.md and
-docs/first_hour.md.
+"""Count a usual training of every base model, for tools/plan_memory.py --cards and a table of benchmarks/RESULTS.md.
 
 Nothing is measured and no weights are read: the base models are files that contain only a header. Takes about two
 minutes.
@@ -39,8 +38,7 @@ CARDS = ("8GB", "12GB", "16GB", "24GB")
 FORMATS = ("bf16", "int8_rotated", "int8", "nf4")
 RANK = 16
 CACHES_TEXT = {"train_network"}  # scripts that cannot cache text encoder outputs
-PAGE, FIRST_HOUR = ROOT / "docs" / "memory.md", ROOT / "docs" / "first_hour.md"
-FIRST_HOUR_CARDS = ("12GB", "24GB")
+PAGE = ROOT / "benchmarks" / "RESULTS.md"
 BEGIN, END = "<!-- plan_models: begin -->\n", "<!-- plan_models: end -->"
 MIB = 2**20
 MAIN_MEMORY_BYTES = 32 * 2**30 - SYSTEM_BYTES
@@ -133,22 +131,12 @@ def to_json(models: Sequence[KnownModel]) -> str:
 
 
 def table(models: Sequence[KnownModel], gpus: Mapping[str, Gpu]) -> Iterator[str]:
-    """Yield the Markdown lines: one row per model, one column per GPU."""
-    yield f"| base model | {' | '.join(gpus)} |"
-    yield f"|---|{'---|' * len(gpus)}"
-    for model in models:
-        yield f"| {model.title}, {model.side} px | {' | '.join(cell(model, gpu) for gpu in gpus.values())} |"
-
-
-def expectations(models: Sequence[KnownModel]) -> Iterator[str]:
-    """Yield the Markdown lines of docs/first_hour.md: the memory to load a model, and the seconds of a step."""
-    gpus = gpus_of(FIRST_HOUR_CARDS)
-    yield f"| base model | main memory to load | {' | '.join(f'step, {card}' for card in gpus)} |"
+    """Yield the Markdown lines: one row per model, with the size of its files and one column per GPU."""
+    yield f"| base model | files | {' | '.join(gpus)} |"
     yield f"|---|---|{'---|' * len(gpus)}"
     for model in models:
-        chosen = [plan(model, gpu).chosen for gpu in gpus.values()]
-        times = [f"{choice.seconds:.1f} s" if choice else "does not fit" for choice in chosen]
-        yield f"| {model.title}, {model.side} px | {format_gib(model.disk_mib * MIB)} | {' | '.join(times)} |"
+        cells = [format_gib(model.disk_mib * MIB), *(cell(model, gpu) for gpu in gpus.values())]
+        yield f"| {model.title}, {model.side} px | {' | '.join(cells)} |"
 
 
 def gpus_of(cards: Sequence[str]) -> dict[str, Gpu]:
@@ -174,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(FULL_SIZE), choices=list(FULL_SIZE))
     parser.add_argument("--cards", nargs="+", default=CARDS)
-    parser.add_argument("--write", action="store_true", help="write the counts, and the tables of the pages")
+    parser.add_argument("--write", action="store_true", help="write the counts, and the table of the page")
     args = parser.parse_args()
     models = [count_model(title) for title in args.models]
     if args.write:
@@ -184,8 +172,7 @@ def main() -> None:
         FILE.write_text(to_json(models), encoding="utf-8")
     lines = list(table(models, gpus_of(args.cards)))
     if args.write:
-        for page, rows in ((PAGE, lines), (FIRST_HOUR, list(expectations(models)))):
-            page.write_text(put_into(page.read_text(encoding="utf-8"), rows), encoding="utf-8")
+        PAGE.write_text(put_into(PAGE.read_text(encoding="utf-8"), lines), encoding="utf-8")
     print("\n".join(lines))
 
 

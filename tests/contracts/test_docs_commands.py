@@ -30,7 +30,8 @@ from tools.capabilities import list_tools
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOYS = ROOT / "benchmarks" / "toys" / "README.md"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", TOYS, *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
@@ -184,6 +185,14 @@ def test_documented_command_is_valid(page: str, command: str) -> None:
     check_command(command)
 
 
+def test_the_batch_file_of_the_windows_page_is_valid() -> None:
+    _, batch = blocks_of(ROOT / "docs" / "windows.md", "bat")
+    lines = batch.replace("^\n", " ").replace("\\", "/").splitlines()
+    assert lines[:2] == ["@echo off", "call .venv/Scripts/activate"]
+    (command,) = (line for line in lines if line.startswith("python "))
+    check_command(command)
+
+
 def test_readme_shows_both_commands_and_a_real_training() -> None:
     commands = commands_of(ROOT / "README.md")
     assert "python3 tools/start.py quickstart" in commands
@@ -278,7 +287,7 @@ def test_the_page_of_a_script_says_where_its_files_are(script: Script) -> None:
 
 def test_the_page_of_adapter_kinds_lists_every_network_module() -> None:
     first_cells = [row[0] for row in table_rows(ROOT / "docs" / "networks.md")]
-    listed = {cell.strip("`") for cell in first_cells if cell.startswith("`networks.")}
+    listed = {name for cell in first_cells for name in re.findall(r"`(networks\.\w+)`", cell)}
     files = (path for path in (ROOT / "networks").glob("*.py") if "create_network" in path.read_text(encoding="utf-8"))
     assert listed == {f"networks.{path.stem}" for path in files}
 

@@ -50,7 +50,7 @@ NOT_KNOTS = {  # what these tests need and it lacks
     "lycoris": "class names that LyCORIS knows",
     "loha or lokr": "numbered layers called blocks or layers",
     "8_bit_checkpoint": "the same",
-    "plan_models": "a row in docs/memory.md",
+    "plan_models": "a row in benchmarks/RESULTS.md",
     "deterministic_form": "forty different operations",
     "streamed_layers": "a text encoder of several layers",
     "cached_features": "a VAE in a file of its own",

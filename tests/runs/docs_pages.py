@@ -1,5 +1,6 @@
 """Run the commands of a documentation page as a reader would type them."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -8,14 +9,14 @@ from pathlib import Path
 from tests.contracts.test_docs_commands import ROOT, commands_of
 
 
-def run_commands(page: str, mark: str, folder: Path) -> str:
-    """Run the Python commands of a docs page that contain `mark`, in order, in a folder with the project's configs/.
+def run_commands(page: Path, pattern: str, folder: Path) -> str:
+    """Run the Python commands of a page that match `pattern`, in order, in a folder with the project's configs/.
 
     Return their output.
     """
     (folder / "configs").symlink_to(ROOT / "configs")
     printed = ""
-    for command in (command_line for command_line in commands_of(ROOT / "docs" / page) if mark in command_line):
+    for command in (command_line for command_line in commands_of(page) if re.search(pattern, command_line)):
         _, script, *words = shlex.split(command)
         line = [sys.executable, ROOT / script, *words]
         done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=1800)

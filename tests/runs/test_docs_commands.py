@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.contracts.test_docs_commands import PAGES, ROOT, commands_of
+from tests.contracts.test_docs_commands import PAGES, ROOT, TOYS, commands_of
 from tests.running import Finished, make_images
 from tests.tiny.bases import BASES
 from tests.tiny.flux import build_tiny_flux
@@ -49,11 +49,11 @@ BASE_OF_SCRIPT = {
 }  # fmt: skip
 EXAMPLES_OF_PAIRS = ("pairs.toml", "preferences.toml", "toy_edits.toml", "toy_preferences.toml", "toy_sizes.toml")
 MANY_TRAININGS = {
-    f"{name}.md"
-    for name in (
+    TOYS,
+    *(ROOT / "docs" / f"{name}.md" for name in (
         "file_format", "flux_2_train_network", "krea2_train_network", "networks", "paired_images", "preferences",
-        "previews", "report", "resume", "sweep", "tools", "train_leco", "train_network", "validation",
-    )
+        "previews", "report", "resume", "sweep", "tools", "train_leco", "train_network",
+    )),
 }  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def runnable(page: Path) -> list[str]:
 
 def page_parameters() -> list[object]:
     pages = [page for page in PAGES if runnable(page)]
-    return [pytest.param(p, id=p.stem, marks=pytest.mark.nightly if p.name in MANY_TRAININGS else ()) for p in pages]
+    return [pytest.param(p, id=p.stem, marks=pytest.mark.nightly if p in MANY_TRAININGS else ()) for p in pages]
 
 
 @pytest.fixture
@@ -206,5 +206,5 @@ def test_the_commands_of_a_page_run_in_order(page: Path, place: Path, train: Tra
 def test_the_readme_training_writes_the_listed_files(place: Path, train: Train) -> None:
     (command,) = (c for c in runnable(ROOT / "README.md") if "--dataset_config" in c)
     run_command(command, place, train)
-    assert (place / "output/my_cat/my_cat.safetensors").is_file()
+    assert (place / "output/mycat/mycat.safetensors").is_file()
     assert len(list((place / "pictures/my_cat").glob("*_sd.npz"))) == 4

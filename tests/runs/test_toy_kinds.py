@@ -1,4 +1,4 @@
-"""Every adapter kind teaches the toy model a new concept, as in the table of docs/networks.md.
+"""Every adapter kind teaches the toy model a new concept, as in the table of benchmarks/RESULTS.md.
 
 Images are drawn by diffusers with the merged adapter, and judged by their pixels.
 """
@@ -48,7 +48,7 @@ KINDS: Mapping[str, str] = {  # options added to the quickstart's command
 }
 MOST_BEFORE, LEAST_AFTER = 0.1, 0.7
 LEAST_OF_KIND = {KINDS["olora"]: 0.6}  # 18 of 24 images with torch 2.13, 16 with 2.15
-PAGE = start.ROOT / "docs" / "networks.md"
+PAGE = start.ROOT / "benchmarks" / "RESULTS.md"
 IN_8_BITS = "--base_format int8_rotated --base_arithmetic 8bit"
 
 

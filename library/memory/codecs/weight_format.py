@@ -14,7 +14,7 @@ class WeightFormat:
     codec: Codec
     num_bytes: Callable[[int, int, int], int]  # from rows, columns and bytes per decoded value of a matrix
     num_copies: float  # decoded copies that exist at once during decoding; 0 if the stored tensor is used itself
-    slowdown: float  # factor on the arithmetic due to decoding [derived, see docs/memory.md; not measured on a GPU]
+    slowdown: float  # factor on the arithmetic due to decoding [derived, benchmarks/RESULTS.md; not measured on a GPU]
     supports_8bit_matmul: bool = False  # `codes` can be multiplied without decoding (--base_arithmetic 8bit)
     required_package: str | None = None
     error: float | None = (

@@ -21,7 +21,7 @@ DESKTOP_BYTES, WINDOWS_DESKTOP_BYTES = 6 * GIB // 10, GIB
 REACHED = 0.6  # share of one large product's speed that a whole step reaches [derived]
 
 # Time between the starts of two kernels in a step of small ones: Python, autocast, autograd and the driver. Steps of
-# tiny models take 23 to 32 microseconds per kernel on a server's CPU; docs/memory.md compares with published times.
+# tiny models take 23 to 32 microseconds per kernel on a server's CPU; benchmarks/RESULTS.md has published times.
 LAUNCH_S = 20e-6
 
 STAGING = 10e9  # bytes per second of one thread that copies within main memory [derived]

@@ -29,7 +29,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.detach().double() - expected.detach()).norm() / expected.detach().norm())
 
 
-# Measured: y is off by 4.4, 0.66 and 1.4 %, dx by 0.8, 0.8 and 2.6 %; docs/memory.md has the figures of full size.
+# Measured: y is off by 4.4, 0.66 and 1.4 %, dx by 0.8, 0.8 and 2.6 %; full size: benchmarks/RESULTS.md.
 BOUNDS = {"int8": (0.06, 0.012), "int8_rotated": (0.01, 0.012), "fp8": (0.03, 0.035)}
 
 

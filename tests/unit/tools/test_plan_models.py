@@ -1,4 +1,4 @@
-"""The kept counts and the tables of the pages match what benchmarks/plan_models.py counts and plans."""
+"""The kept counts and the table of the page match what benchmarks/plan_models.py counts and plans."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,10 @@ from benchmarks.plan_models import (
     BEGIN,
     CARDS,
     END,
-    FIRST_HOUR,
     FORMATS,
     PAGE,
     arguments_for,
     count_model,
-    expectations,
     gpus_of,
     put_into,
     table,
@@ -56,12 +54,10 @@ def test_a_plan_of_kept_counts_is_that_of_the_checkpoint(tmp_path: Path) -> None
         assert (chosen.weight_format, chosen.complexity) == (expected.weight_format, expected.complexity)
 
 
-def test_the_tables_of_the_pages_have_every_model() -> None:
+def test_the_table_of_the_page_has_every_model() -> None:
     assert {model.title for model in load_models()} == FULL_SIZE.keys()
     page = PAGE.read_text(encoding="utf-8")
     assert page == put_into(page, list(table(load_models(), gpus_of(CARDS))))
-    first_hour = FIRST_HOUR.read_text(encoding="utf-8")
-    assert first_hour == put_into(first_hour, list(expectations(load_models())))
     assert put_into(f"before\n{BEGIN}old\n{END}\nafter", ["| new |"]) == f"before\n{BEGIN}| new |\n{END}\nafter"
 
 
