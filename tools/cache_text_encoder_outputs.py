@@ -18,8 +18,10 @@ from tools.cache_latents import build, caching_command, read_options, setup_pars
 __all__ = ["cache_to_disk", "main", "setup_parser", "train_util"]
 
 CAPTIONS = {
-    "cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True, "network_train_unet_only": True,
-}  # fmt: skip
+    "cache_text_encoder_outputs": True,
+    "cache_text_encoder_outputs_to_disk": True,
+    "network_train_unet_only": True,
+}
 
 
 def cache_to_disk(args: argparse.Namespace) -> None:

@@ -34,9 +34,12 @@ CASES = [
 ]
 # What these save happens here in any case, or is not needed; a line of the log says so.
 NO_EFFECT = {
-    "img_in_txt_in_offloading", "disable_numpy_memmap", "split_attn", "block_swap_h2d_only",
+    "img_in_txt_in_offloading",
+    "disable_numpy_memmap",
+    "split_attn",
+    "block_swap_h2d_only",
     "use_pinned_memory_for_block_swap",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(

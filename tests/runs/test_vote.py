@@ -69,13 +69,19 @@ def test_votes_by_key_become_the_data_of_the_documented_training(
     texts = ["a red circle", "a blue square", "a <b>dog"]
     assert shown == [*([text, [64, 64], True, []] for text in texts), ["All pairs are voted", [], 0, []]]
     assert sorted(path.name for path in Path("pictures/preferred").iterdir()) == [
-        "01_1.png", "01_1.txt", "03_1.png", "03_1.txt",
-    ]  # fmt: skip
+        "01_1.png",
+        "01_1.txt",
+        "03_1.png",
+        "03_1.txt",
+    ]
     assert [path.name for path in Path("pictures/skipped").iterdir()] == ["05_1.png"]
     assert Path("pictures/preferred/03_1.txt").read_text() == "a blue square"
     for voted, drawn in {
-        "preferred/01_1": "02_2", "rejected/01_1": "01_1", "preferred/03_1": "03_1", "rejected/03_1": "04_2",
-    }.items():  # fmt: skip
+        "preferred/01_1": "02_2",
+        "rejected/01_1": "01_1",
+        "preferred/03_1": "03_1",
+        "rejected/03_1": "04_2",
+    }.items():
         images = (Image.open(f"pictures/{name}.png") for name in (voted, f"candidates/{drawn}"))
         one, other = map(np.asarray, images)
         assert np.array_equal(one, other)

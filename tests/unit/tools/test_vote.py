@@ -89,8 +89,11 @@ def test_an_interrupted_vote_goes_on_where_it_stopped(drawn: list[str], monkeypa
     assert run_votes(monkeypatch, ["left", "right"], "--pairs", "2") == 0
     assert drawn[5:] == ["05_9", "06_10", "07_3", "08_4"]
     assert [red(f"{folder}/{name}.png") for name in ("05_9", "07_3") for folder in ("preferred", "rejected")] == [
-        50, 60, 80, 70,
-    ]  # fmt: skip
+        50,
+        60,
+        80,
+        70,
+    ]
     with Image.open("output/votes/preferred/05_9.png") as image:
         assert image.info["parameters"] == "猫"
 
@@ -176,15 +179,17 @@ def test_only_forms_of_the_page_are_taken(drawn: list[str], monkeypatch: pytest.
         def attack(self) -> None:
             page = urllib.request.urlopen(self.url, timeout=10).read().decode()
             good = form_of(page, "left")
-            statuses.update({
-                "another name": self.send("GET", "/prompts.txt"),
-                "a page of another host": self.send("GET", host="evil.example"),
-                "a form of another host": self.send("POST", body=good, host="evil.example"),
-                "without the token": self.send("POST", body=form_of(page, "left", token="")),
-                "another pair": self.send("POST", body=form_of(page, "left", pair="../01_7")),
-                "another choice": self.send("POST", body=form_of(page, "both")),
-                "a large form": self.send("POST", body=good + b"&a=" + b"a" * 5000),
-            })  # fmt: skip
+            statuses.update(
+                {
+                    "another name": self.send("GET", "/prompts.txt"),
+                    "a page of another host": self.send("GET", host="evil.example"),
+                    "a form of another host": self.send("POST", body=good, host="evil.example"),
+                    "without the token": self.send("POST", body=form_of(page, "left", token="")),
+                    "another pair": self.send("POST", body=form_of(page, "left", pair="../01_7")),
+                    "another choice": self.send("POST", body=form_of(page, "both")),
+                    "a large form": self.send("POST", body=good + b"&a=" + b"a" * 5000),
+                }
+            )
             self.shutdown()
 
     monkeypatch.setattr(vote, "LocalServer", Attacked)
