@@ -1,6 +1,8 @@
 """Change concepts of Stable Diffusion XL by prompts alone (LECO), as train_leco.py does for every base model."""
 
 import argparse
+from functools import partial
+from typing import Any
 
 from library import train_util as train_util
 from library.architectures.scripts import OtherScripts
@@ -8,7 +10,7 @@ from library.architectures.sdxl.options import SdxlOptions
 from library.collector import freeze_imports
 from library.launcher import prepare_for_torch
 from library.options.leco import leco_options
-from library.training.command_line.cli import build_parser_of_prompts, check_words
+from library.training.command_line.cli import build_parser_of_prompts, check_training, check_words
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -17,11 +19,11 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    parser = check_words(setup_parser(), leco_options(SdxlOptions))
+    kind: type[Any] = leco_options(SdxlOptions)  # built from SdxlOptions, which its type does not say
+    command_line = check_words(setup_parser(), partial(check_training, kind))
     prepare_for_torch()
     with freeze_imports("scripts"):
         from library.architectures.sdxl.assembly import LATENTS, build
         from library.training.command_line.main import main
 
-    # Options of prompts are built from SdxlOptions, which their type does not say.
-    raise SystemExit(main(parser, leco_options(SdxlOptions), build, latents=LATENTS))  # type: ignore[arg-type]
+    raise SystemExit(main(command_line.parser, kind, build, latents=LATENTS, command_line=command_line))

@@ -4,12 +4,13 @@ import argparse
 from functools import partial
 
 from library import train_util as train_util
-from library.architectures.scripts import OtherScripts
+from library.architectures.scripts import OtherScripts, list_scripts
 from library.collector import freeze_imports
 from library.launcher import prepare_for_torch
-from library.options.leco import LecoOptions
+from library.options.leco import LecoOptions, leco_options
 from library.options.model import BASE_FLAG
-from library.training.command_line.cli import build_parser_of_prompts
+from library.training.command_line.cli import build_parser, build_parser_of_prompts
+from library.training.command_line.prompt_words import check_common_words
 
 ELSEWHERE = OtherScripts("train_leco.py")
 
@@ -21,6 +22,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    check_common_words(ELSEWHERE, [build_parser(leco_options(script.options)) for script in list_scripts()])
     prepare_for_torch()
     with freeze_imports("scripts"):
         from library.architectures.specs import recognise_base_model

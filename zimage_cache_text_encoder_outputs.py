@@ -1,16 +1,13 @@
 """Encode the captions of a data set for zimage_train_network.py; musubi-tuner has a command of this name."""
 
 import sys
-from functools import partial
 
-from library.architectures.zimage.assembly import build_for_caching
-from library.architectures.zimage.options import ZImageOptions
-from library.training.command_line.caching import cache_captions_to_disk, caching_command
-from zimage_cache_latents import setup_parser
+import zimage_train_network
+from library.caching_script import CachingScript
 
-__all__ = ["main", "setup_parser"]
-
-main = caching_command(setup_parser, partial(cache_captions_to_disk, ZImageOptions, build_for_caching))
+SCRIPT = CachingScript(zimage_train_network.SCRIPT)
+setup_parser = SCRIPT.setup_parser
+main = SCRIPT.cache_captions
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,12 +3,13 @@
 import argparse
 import importlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from library.architectures.scripts import OtherScripts, script_of
 from library.collector import freeze_imports
 from library.launcher import prepare_for_torch
-from library.training.command_line.cli import build_parser, check_words
+from library.training.command_line.cli import build_parser, check_training, check_words
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,11 @@ class TrainingScript:
 
     def run(self) -> int:
         """Train as the command line says, and return the exit status."""
-        parser = check_words(self.setup_parser(), script_of(self.package).options)
+        command_line = check_words(self.setup_parser(), partial(check_training, script_of(self.package).options))
         prepare_for_torch()
         with freeze_imports("scripts"):
             from library.training.command_line.main import main
 
             spec = self.spec()
-        return main(parser, spec.options, spec.build, latents=spec.latents, objective=spec.objective)
+        functions = {"latents": spec.latents, "objective": spec.objective}
+        return main(command_line.parser, spec.options, spec.build, **functions, command_line=command_line)

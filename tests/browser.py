@@ -45,11 +45,16 @@ def with_scripts(page: str, *scripts: str) -> str:
     return page.replace("</title>", f"</title>{tags}", 1)
 
 
-def run(page: Path, folder: Path, *words: str) -> bytes:
-    """Return Chromium's output for a page. `folder` gets its profile; everything but this page is unreachable."""
+def run(page: Path | str, folder: Path, *words: str) -> bytes:
+    """Return Chromium's output for a file, or for the address of a page that this machine serves.
+
+    `folder` gets its profile; everything but this page is unreachable.
+    """
     assert CHROMIUM is not None
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND"]
-    done = subprocess.run([*command, *words, page.resolve().as_uri()], capture_output=True, timeout=120)
+    address, exception = (page, ", EXCLUDE 127.0.0.1") if isinstance(page, str) else (page.resolve().as_uri(), "")
+    rules = f"--host-resolver-rules=MAP * ~NOTFOUND{exception}"
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", rules]
+    done = subprocess.run([*command, *words, address], capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     return done.stdout
 

@@ -8,30 +8,32 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import library  # noqa: F401  # checks the packages before they are imported
 
-from torch import nn
-
 from library import train_util as train_util
-from library.architectures.flux import assembly as flux
-from library.architectures.flux.load import load_ae
 from library.architectures.flux.options import FluxOptions
-from library.architectures.sd import assembly as sd
-from library.architectures.sdxl import assembly as sdxl
 from library.architectures.sdxl.options import SdxlOptions
-from library.data.plan.data_plan import DataPlan
-from library.data.sources.folders.metadata_file import MetadataEntry
 from library.errors import UserError
 from library.options.train import TrainOptions
-from library.protocols import Architecture, LatentCodec
-from library.training.command_line import caching
-from library.training.command_line.cli import add_missing, build_parser, from_program
+from library.training.command_line.caching_options import check_caching
+from library.training.command_line.cli import add_missing, build_parser, check_words, from_program
 from library.training.command_line.option_checks import check_data
+
+if TYPE_CHECKING:  # the options are checked before torch is imported
+    from torch import nn
+
+    from library.data.plan.data_plan import DataPlan
+    from library.data.sources.folders.metadata_file import MetadataEntry
+    from library.protocols import Architecture, LatentCodec
+
+LATENTS = {"cache_latents": True, "cache_latents_to_disk": True}
+MODULES: Mapping[type[TrainOptions], str] = {TrainOptions: "sd", SdxlOptions: "sdxl", FluxOptions: "flux"}
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -50,25 +52,38 @@ def read_options(args: argparse.Namespace, **values: bool) -> TrainOptions:
     Raises UserError for contradictory or invalid options.
     """
     args = from_program(setup_parser(), args)
-    if args.sdxl and args.flux:
-        raise UserError("--sdxl and --flux name two base models; remove one of them")
-    kind: type[TrainOptions] = SdxlOptions if args.sdxl else FluxOptions if args.flux else TrainOptions
-    overrides = {"skip_cache_check": args.skip_existing or args.skip_cache_check}
-    options = kind.from_args(argparse.Namespace(**{**vars(args), **overrides, **values}))
+    options = find_kind(args).from_args(override(args, values))
     check_data(options)
     return options
 
 
-BUILD: Mapping[type[TrainOptions], Callable[[Any], Architecture]] = {
-    TrainOptions: sd.build, SdxlOptions: sdxl.build, FluxOptions: flux.build,
-}  # fmt: skip
+def find_kind(args: argparse.Namespace) -> type[TrainOptions]:
+    """Return the options class of the requested base model. Raises UserError if two are requested."""
+    if args.sdxl and args.flux:
+        raise UserError("--sdxl and --flux name two base models; remove one of them")
+    return SdxlOptions if args.sdxl else FluxOptions if args.flux else TrainOptions
 
 
-def open_vae(options: TrainOptions) -> tuple[LatentCodec, Callable[[], nn.Module]]:
+def override(args: argparse.Namespace, values: Mapping[str, bool]) -> argparse.Namespace:
+    skips = {"skip_cache_check": args.skip_existing or args.skip_cache_check}
+    return argparse.Namespace(**{**vars(args), **skips, **values})
+
+
+def build(options: TrainOptions) -> "Architecture":
+    """Assemble the base model. Raises UserError for a file that does not fit."""
+    assembly = import_module(f"library.architectures.{MODULES[type(options)]}.assembly")
+    arch: Architecture = assembly.build(options)
+    return arch
+
+
+def open_vae(options: TrainOptions) -> "tuple[LatentCodec, Callable[[], nn.Module]]":
     """Return the latent codec and a function that loads the VAE; for FLUX.1 with --ae, only that file is opened."""
     if isinstance(options, FluxOptions) and options.flux.ae:
-        return flux.CODEC, partial(load_ae, options.flux.ae, options)
-    arch = BUILD[type(options)](options)
+        from library.architectures.flux.assembly import CODEC
+        from library.architectures.flux.load import load_ae
+
+        return CODEC, partial(load_ae, options.flux.ae, options)
+    arch = build(options)
     return arch.codec, arch.load.vae
 
 
@@ -77,13 +92,31 @@ def cache_to_disk(args: argparse.Namespace) -> None:
     cache_images(args)
 
 
-def cache_images(args: argparse.Namespace, entries: Sequence[tuple[str, MetadataEntry]] | None = None) -> DataPlan:
+def cache_images(args: argparse.Namespace, entries: "Sequence[tuple[str, MetadataEntry]] | None" = None) -> "DataPlan":
     """Encode the images and return the data plan with their buckets; `entries` is the metadata file if already read."""
-    options = read_options(args, cache_latents=True, cache_latents_to_disk=True)
+    from library.training.command_line import caching
+
+    options = read_options(args, **LATENTS)
     return caching.cache_images(options, *open_vae(options), entries)
 
 
-main = caching.caching_command(setup_parser, cache_to_disk)
+def caching_command(action: Callable[[argparse.Namespace], object], values: Mapping[str, bool]) -> Callable[..., int]:
+    """Return the `main` of a command that encodes with the options `values`: it takes a command line, by default the
+    process's, and returns the exit status, 0 for success and 1 for an error; it exits for options that are refused."""
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        command_line = check_words(
+            setup_parser(), lambda args: check_caching(find_kind(args), args, override(args, values)), argv
+        )
+        args = command_line.start_log()
+        from library.training.command_line.caching import run_caching
+
+        return run_caching(args, action)
+
+    return main
+
+
+main = caching_command(cache_to_disk, LATENTS)
 
 if __name__ == "__main__":
     sys.exit(main())

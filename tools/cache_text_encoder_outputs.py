@@ -13,17 +13,23 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library import train_util as train_util
 from library.errors import UserError
-from library.training.command_line.caching import cache_captions, caching_command
-from tools.cache_latents import BUILD, read_options, setup_parser
+from tools.cache_latents import build, caching_command, read_options, setup_parser
 
 __all__ = ["cache_to_disk", "main", "setup_parser", "train_util"]
+
+CAPTIONS = {
+    "cache_text_encoder_outputs": True,
+    "cache_text_encoder_outputs_to_disk": True,
+    "network_train_unet_only": True,
+}
 
 
 def cache_to_disk(args: argparse.Namespace) -> None:
     """Encode every caption whose cache entry is missing or stale. Raises UserError."""
-    caching = {"cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True}
-    options = read_options(args, network_train_unet_only=True, **caching)
-    arch = BUILD[type(options)](options)
+    from library.training.command_line.caching import cache_captions
+
+    options = read_options(args, **CAPTIONS)
+    arch = build(options)
     if arch.text_cache is None:
         raise UserError(
             "use --sdxl or --flux: the text encoder outputs of Stable Diffusion 1.x and 2.x are not cached, because "
@@ -32,7 +38,7 @@ def cache_to_disk(args: argparse.Namespace) -> None:
     cache_captions(options, arch)
 
 
-main = caching_command(setup_parser, cache_to_disk)
+main = caching_command(cache_to_disk, CAPTIONS)
 
 if __name__ == "__main__":
     sys.exit(main())

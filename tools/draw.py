@@ -15,6 +15,9 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import library  # noqa: F401  # checks the packages before they are imported
+
+from PIL import Image
 
 from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import FileKind, check_target, judge, marked
@@ -34,6 +37,7 @@ from library.training.models.frozen_adapters import parse_adapter
 from library.training.offline.adapter_files import Stack
 from library.training.offline.contact_sheet import Row, arrange, draw_rows
 from library.training.reporting.sample_images import Drawn, write_image
+from library.types import Prompt
 from tools.base_models import find_base
 from tools.command import make_training_parser, training_command
 from tools.contact_sheet import find_device, parse_seed
@@ -161,8 +165,11 @@ def plan_rows(
 
 def make_mark(path: Path, model: str, training: Sequence[str], *content: object) -> str:
     """Return the mark of an image, which holds a digest of what is drawn: another prompt or adapter replaces none."""
-    digest = blake2b(repr((model, list(training), content)).encode("utf-8", "surrogatepass"), digest_size=8)
-    return mark_of(f"tools/draw.py {digest.hexdigest()}", path)
+    return mark_of(f"tools/draw.py {digest_of(model, list(training), content)}", path)
+
+
+def digest_of(*content: object) -> str:
+    return blake2b(repr(content).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def draw(args: argparse.Namespace, training: Sequence[str]) -> None:
@@ -173,7 +180,24 @@ def draw(args: argparse.Namespace, training: Sequence[str]) -> None:
     rows = planned.rows
     if not files and any(target.strength != 1 for row in rows for target in row):
         logger.warning("strengths have no effect: they are those of --adapter, and none is given")
-    model, spec = find_base("MODEL", args.model, "unet", "transformer", "text_encoder")
+    prompts, images = draw_targets("MODEL", args.model, training, files, specs, rows)
+    if planned.sheet is not None:
+        sheet, sheet_mark = planned.sheet
+        labels = [f"strength {strength:g}" for strength in args.strengths]
+        save_image(sheet, arrange(images, labels, [f"{p.seed}: {p.text}" for p in prompts], 512), sheet_mark)
+        logger.info("wrote %s", sheet)
+
+
+def draw_targets(
+    flag: str,
+    name: str,
+    training: Sequence[str],
+    files: Stack,
+    specs: Sequence[PromptSpec],
+    rows: Sequence[Sequence[Target]],
+) -> tuple[list[Prompt], list[list[Image.Image]]]:
+    """Draw and write the targets with the base model `name`, which `flag` gives. Return the prompts and the images."""
+    model, spec = find_base(flag, name, "unet", "transformer", "text_encoder")
     model_options = [*spec.script_flag.split(), "--pretrained_model_name_or_path", str(model)]
     _, options = read_training_options(spec.script, [*model_options, *training])
     check_values(options)
@@ -195,11 +219,7 @@ def draw(args: argparse.Namespace, training: Sequence[str]) -> None:
             write_image(target.path, Drawn(target.number, prompt, image), target.mark)
             logger.info("wrote %s", target.path)
         images.append(drawn)
-    if planned.sheet is not None:
-        sheet, sheet_mark = planned.sheet
-        labels = [f"strength {strength:g}" for strength in args.strengths]
-        save_image(sheet, arrange(images, labels, [f"{p.seed}: {p.text}" for p in prompts], 512), sheet_mark)
-        logger.info("wrote %s", sheet)
+    return prompts, images
 
 
 main = training_command(setup_parser, draw)

@@ -14,7 +14,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.errors import UserError
 from library.suggestions import did_you_mean
-from library.training.command_line.recipes import FOLDER, Recipe, list_recipes, read_raw_values
+from library.training.command_line.recipes import FOLDER, Recipe, list_recipes
 from tools.command import command, make_parser
 
 EXAMPLES = """\
@@ -43,7 +43,7 @@ def interpolate_steps(steps: Mapping[int, int], num_images: int) -> int:
 
 def check_steps(recipe: Recipe) -> None:
     """Raise UserError unless the steps grow with the images, and those of 30 are the recipe's own."""
-    rows, length = sorted(recipe.steps.items()), read_raw_values(recipe)["max_train_steps"]
+    rows, length = sorted(recipe.steps.items()), recipe.values["max_train_steps"]
     grows = all(images > 0 and 0 < fewer <= more for (images, fewer), (_, more) in pairwise(rows))
     if len(rows) < 2 or not grows or recipe.steps.get(30) != length:
         raise UserError(

@@ -15,12 +15,14 @@ class ModelFile:
     flag: str  # the option that takes it
     repository: str  # on Hugging Face
     file: str  # its name; "" for a whole repository
-    gigabytes: float  # as the hub shows them, in units of 10**9 bytes
-    licence: str
+    gigabytes: float | None = None  # as the hub shows them, in units of 10**9 bytes; None if unknown
+    licence: str | None = None  # None if unknown
     is_optional: bool = False  # the model works without
 
     def __str__(self) -> str:
-        return f"{self.file or 'the folder'} of {self.repository} ({self.gigabytes:g} GB, {self.licence})"
+        size = None if self.gigabytes is None else f"{self.gigabytes:g} GB"
+        stated = ", ".join(filter(None, (size, self.licence)))
+        return f"{self.file or 'the folder'} of {self.repository}" + (f" ({stated})" if stated else "")
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
 # they have no content of their own, may import anything, and nothing imports them.
 IMPORTED = (
     "train_util", "model_util", "sdxl_model_util", "flux_train_utils", "huggingface_util", "utils", "args",
-    "compile_utils", "qwen_image_autoencoder_kl_2d", "training_script",
+    "compile_utils", "qwen_image_autoencoder_kl_2d", "training_script", "caching_script",
 )  # fmt: skip
 ENTRY_POINTS = {f"library.{name}" for name in IMPORTED} | {
     module for module in MODULES if module.startswith("networks.") and not module.startswith("networks.core")

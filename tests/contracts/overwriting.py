@@ -168,6 +168,7 @@ WITHOUT_TARGET: Mapping[str, str] = {
     "tools/show_metadata.py": NOTHING,
     "tools/start.py": "installs packages and starts other commands",
     "tools/verify.py": ELSEWHERE,
+    "tools/vote.py": "waits for a browser: tests/unit/tools/test_vote.py",
     "benchmarks/toys/check_adapter.py": NOTHING,
     "networks/check_lora_weights.py": NOTHING,
     "networks/lora_interrogator.py": NOTHING,

@@ -278,8 +278,8 @@ def test_the_page_of_a_script_says_where_its_files_are(script: Script) -> None:
         (
             f"`--{file.flag}`",
             f"`{file.file or 'the folder'}` of [{file.repository}](https://huggingface.co/{file.repository})",
-            f"{file.gigabytes:g} GB",
-            file.licence,
+            "" if file.gigabytes is None else f"{file.gigabytes:g} GB",
+            file.licence or "",
         )
         for file in script.files
     }

@@ -74,7 +74,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]
 @rows("options", fast=(None,))
 def test_the_sentence_about_options(row: Row, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     script = row.get("script", "train_network")
-    files = [BASE, "model.safetensors", "--train_data_dir", ".", "--network_module", "networks.lora"]
+    files = [BASE, "owner/model", "--train_data_dir", ".", "--network_module", "networks.lora"]
     words = [*files, *ONE_STEP, "--output_dir", str(tmp_path), *shlex.split(row["words"])]
     options = SCRIPTS[script].options.from_args(parse(parser_of(script), words))
     caplog.clear()

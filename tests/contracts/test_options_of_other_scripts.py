@@ -21,7 +21,7 @@ ALL = {name for script in SCRIPTS for name in script.options.defaults()}
 IN_PROMPTS = {"g", "l"}
 OF_OTHER_PROGRAMS = {  # musubi-tuner, sd-scripts before Anima was released
     "dit", "dit_path", "timestep_sample_method", "gradient_checkpointing_cpu_offload", "dit_dtype", "vae_dtype",
-    "use_32bit_attention", "disable_numpy_memmap", "kv_cache", 
+    "use_32bit_attention", "disable_numpy_memmap", "kv_cache", "fp8_t5",
     *(name for base in BASES.values() for name in base.other_options),
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from library.training.command_line.replaced import NEVER_CALLED
 from tests.contracts.test_programs_that_import import TRAINERS
 
 MISSING = "No data found: --train_data_dir none does not exist"
-ARGS = {"pretrained_model_name_or_path": "none.safetensors", "train_data_dir": "none", "output_dir": "none"}
+ARGS = {"pretrained_model_name_or_path": "owner/none", "train_data_dir": "none", "output_dir": "none"}
 
 
 def start_error(trainer: Any) -> str:

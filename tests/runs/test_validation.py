@@ -95,8 +95,7 @@ def test_validation_is_shown_in_charts_metadata_and_log(
     options += ["--validate_every_n_epochs", "1"]
     done = train([*split_arguments, *options, "--max_validation_steps", "2", "--validation_seed", "3"])
     assert done.status == 0, done.stderr
-    assert "num train images * repeats / 学習画像の数×繰り返し回数: 8\n" in done.stdout
-    assert "num validation images * repeats / 学習画像の数×繰り返し回数: 2\n" in done.stdout
+    assert "training: 8 images with repeats, 2 for validation\n" in done.stdout
     assert not re.search(r"^[^\r\n]*validation steps.*avr_loss=", done.stderr, re.MULTILINE)
     assert "validation steps" in done.stderr and "epoch validation steps" in done.stderr
 

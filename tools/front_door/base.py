@@ -20,7 +20,7 @@ from library.models.distilled import DistilledRelease, find_diffusers_folder, is
 from library.options.model import BASE_FLAG
 from library.options.train import TrainOptions
 from library.protocols import Architecture
-from library.training.command_line.recipes import Recipe, list_recipes, read_raw_values
+from library.training.command_line.recipes import Recipe, list_recipes
 from library.training.models.opening import open_data_plan
 from library.training.models.text_caching import TextPlan
 from library.training.offline.file_losses import losses_of_files
@@ -100,8 +100,8 @@ def suits(recipe: Recipe, base: Base) -> bool:
     """Return True if a recipe is for this base model, by its script and flag, its name and its tensors."""
     if recipe.script != base.spec.script:
         return False
-    values, relatives = read_raw_values(recipe), [spec for spec in list_specs() if spec.script == recipe.script]
-    selected = [spec for spec in relatives if spec.script_flag and has_flag(values, spec.script_flag)]
+    relatives = [spec for spec in list_specs() if spec.script == recipe.script and spec.script_flag]
+    selected = [spec for spec in relatives if has_flag(recipe.values, spec.script_flag)]
     has_word = any(word in base.called.lower() for word in recipe.words) or not recipe.words
     has_tensor = any(re.search(recipe.has, name) for name in base.tensors) or not recipe.has
     return selected == ([base.spec] if base.spec.script_flag else []) and has_word and has_tensor

@@ -22,7 +22,7 @@ from library.processes import ALONE
 from library.protocols import Architecture
 from library.training.command_line.checks import check
 from library.training.command_line.cli import parse
-from library.training.command_line.recipes import FOLDER, Recipe, read_raw_values
+from library.training.command_line.recipes import FOLDER, Recipe
 from library.training.config_file import format_config
 from library.training.evaluation.choice import MIN_IMAGES
 from library.training.models.opening import native_sides, open_training_data
@@ -143,13 +143,13 @@ def make_plan(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder], wishes
             plan = replace(plan, predicted=predicted, values={**plan.values, **predicted.values})
             options = plan.read(scratch)
             arch = base.spec.build(options)
-        plan = with_fit(plan, options, arch, read_raw_values(recipe).get("fit_formats"))
+        plan = with_fit(plan, options, arch, recipe.values.get("fit_formats"))
     return plan if wishes.minutes is None else limit_time(plan, wishes.minutes)
 
 
 def choose_side(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder]) -> int:
     """Return the side to train at: the recipe's, or less if the base states less or photos have less than half."""
-    side = int(read_raw_values(recipe)["resolution"].partition(",")[0])
+    side = int(recipe.values["resolution"].partition(",")[0])
     # The VAE of a folder without a U-Net states the size of its own training.
     stated = native_sides({}, str(base.path))[:1] if (base.path / "unet").is_dir() else []
     photo_side = median(folder.median_side for folder in folders for _ in folder.photos)
@@ -160,7 +160,7 @@ def choose_side(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder]) -> i
 
 def choose_values(recipe: Recipe, side: int, num_photos: int, steps: int) -> dict[str, Any]:
     """Return a run's options that do not depend on the base's files: the recipe's, for this size and length."""
-    values = {name: value for name, value in read_raw_values(recipe).items() if name not in PLANNED}
+    values = {name: value for name, value in recipe.values.items() if name not in PLANNED}
     return {
         **values,
         **choose_precision(values["mixed_precision"]),
@@ -193,7 +193,7 @@ def choose_precision(usual: str) -> dict[str, str]:
 
 def write_prompts(recipe: Recipe, trigger: Trigger, side: int) -> str:
     """Return the recipe's prompts with the trigger, at the size of the training."""
-    text = (FOLDER / read_raw_values(recipe)["sample_prompts"]).read_text(encoding="utf-8")
+    text = (FOLDER / recipe.values["sample_prompts"]).read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     # The subject of a character is the recipe's cat; a style is drawn with it.
     pattern = "mycat" if recipe.name.endswith("_style") else "mycat(, a cat)?"
@@ -262,7 +262,7 @@ def describe_plan(plan: Plan, files: Files) -> list[str]:
 
 
 def describe_size(plan: Plan) -> str:
-    side, usual = (values["resolution"].partition(",")[0] for values in (plan.values, read_raw_values(plan.recipe)))
+    side, usual = (values["resolution"].partition(",")[0] for values in (plan.values, plan.recipe.values))
     return f"{side} px" if side == usual else f"{side} px instead of {usual}, for the size of the base or the photos"
 
 

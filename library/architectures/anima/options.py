@@ -97,8 +97,8 @@ class AnimaSamplingOptions(FlowSamplingOptions):
 
 FILES: tuple[ModelFile, ...] = (
     ModelFile(BASE, "circlestone-labs/Anima", "anima-preview.safetensors", 4.2, "CircleStone non-commercial"),
-    ModelFile("qwen3", "circlestone-labs/Anima", "qwen_3_06b_base.safetensors", 1.2, "Apache-2.0"),
-    ModelFile("vae", "circlestone-labs/Anima", "qwen_image_vae.safetensors", 0.25, "Apache-2.0"),
+    ModelFile("qwen3", "circlestone-labs/Anima", "qwen_3_06b_base.safetensors", 1.2),
+    ModelFile("vae", "circlestone-labs/Anima", "qwen_image_vae.safetensors", 0.25),
 )
 """Where the base models and their parts are to be had."""
 

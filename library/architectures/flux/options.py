@@ -79,7 +79,7 @@ class FluxPredictionOptions(FlowPredictionOptions):
 FILES: tuple[ModelFile, ...] = (
     ModelFile(BASE, "black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors", 23.8, "FLUX.1 dev non-commercial"),
     ModelFile(BASE, "lodestones/Chroma1-HD", "Chroma1-HD.safetensors", 17.8, "Apache-2.0"),
-    ModelFile("clip_l", "comfyanonymous/flux_text_encoders", "clip_l.safetensors", 0.25, "MIT"),
+    ModelFile("clip_l", "comfyanonymous/flux_text_encoders", "clip_l.safetensors", 0.25, "Apache-2.0"),
     ModelFile("t5xxl", "comfyanonymous/flux_text_encoders", "t5xxl_fp16.safetensors", 9.8, "Apache-2.0"),
     ModelFile("ae", "Comfy-Org/z_image_turbo", "ae.safetensors", 0.34, "Apache-2.0"),
 )

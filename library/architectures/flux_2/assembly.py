@@ -5,7 +5,10 @@ Start here to read this package.
 """
 
 import logging
+from collections.abc import Callable
 from functools import partial
+
+from torch import nn
 
 from library.architectures.flux_2.load import open_encoder, open_loader
 from library.architectures.flux_2.options import Flux2Options
@@ -78,6 +81,11 @@ def build(options: Flux2Options) -> Architecture:
         )
     text = build_text(options, loader, release.encoder)
     return assemble(options, loader, text, build_preview(text, release, distilled), modelspec_architecture(release))
+
+
+def open_vae(options: Flux2Options) -> Callable[[], nn.Module]:
+    """Open the VAE for caching latents, which needs nothing else. Raises UserError like `build`."""
+    return open_encoder(options, "--vae")[0].vae
 
 
 def build_for_caching(options: Flux2Options) -> Architecture:

@@ -44,8 +44,12 @@ FILES: tuple[ModelFile, ...] = (
     ModelFile(
         BASE, "black-forest-labs/FLUX.2-klein-base-9B", "flux-2-klein-base-9b.safetensors", 18.2, "FLUX non-commercial"
     ),
-    ModelFile("text_encoder", "Comfy-Org/Flux-2-Klein-4B", "qwen_3_4b.safetensors", 8.0, "Apache-2.0"),
-    ModelFile("vae", "Comfy-Org/Flux-2-Klein-4B", "flux2-vae.safetensors", 0.34, "Apache-2.0"),
+    # "encorder" is what these repositories are called.
+    ModelFile(
+        "text_encoder", "Comfy-Org/vae-text-encorder-for-flux-klein-4b", "qwen_3_4b.safetensors", 8.0, "Apache-2.0"
+    ),
+    ModelFile("text_encoder", "Comfy-Org/vae-text-encorder-for-flux-klein-9b", "qwen_3_8b.safetensors", 16.4),
+    ModelFile("vae", "Comfy-Org/vae-text-encorder-for-flux-klein-4b", "flux2-vae.safetensors", 0.34, "Apache-2.0"),
 )
 """Where the base models and their parts are to be had."""
 
@@ -53,6 +57,7 @@ INSTEAD: Mapping[str, str] = {
     **ALTERNATIVES,
     "fp8_vl": "use --fp8_text_encoder",
     "fp8_llm": "use --fp8_text_encoder",
+    "fp8_t5": "use --fp8_text_encoder",  # what musubi-tuner's page calls it in one place
 }
 """Hints for options of other scripts and programs, appended to the error for such an option."""
 

@@ -71,7 +71,7 @@ FILES: tuple[ModelFile, ...] = (
         "Tencent Hunyuan Community",
     ),
     ModelFile("text_encoder", "Comfy-Org/Qwen-Image_ComfyUI", "qwen_2.5_vl_7b.safetensors", 16.6, "Apache-2.0"),
-    ModelFile("byt5", "Comfy-Org/HunyuanImage_2.1_ComfyUI", "byt5_small_glyphxl_fp16.safetensors", 0.44, "Apache-2.0"),
+    ModelFile("byt5", "Comfy-Org/HunyuanImage_2.1_ComfyUI", "byt5_small_glyphxl_fp16.safetensors", 0.44),
     ModelFile(
         "vae",
         "Comfy-Org/HunyuanImage_2.1_ComfyUI",

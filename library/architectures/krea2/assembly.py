@@ -5,8 +5,11 @@ Start here to read this package.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+
+from torch import nn
 
 from library.architectures.krea2.load import QWEN3_VL, TURBO, open_encoder, open_loader, open_turbo
 from library.architectures.krea2.options import Krea2Options
@@ -68,6 +71,11 @@ def build(options: Krea2Options) -> Architecture:
             loader.path,
         )
     return assemble(options, loader, turbo, open_turbo(options, loader))
+
+
+def open_vae(options: Krea2Options) -> Callable[[], nn.Module]:
+    """Open the VAE for caching latents, which needs nothing else. Raises UserError like `build`."""
+    return open_encoder(options, "--vae").vae
 
 
 def build_for_caching(options: Krea2Options) -> Architecture:

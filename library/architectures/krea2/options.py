@@ -62,7 +62,7 @@ class Krea2SamplingOptions(FlowSamplingOptions):
 
 
 FILES: tuple[ModelFile, ...] = (
-    ModelFile(BASE, "krea/Krea-2-Raw", "raw.safetensors", 26, "Krea 2 Community"),
+    ModelFile(BASE, "krea/Krea-2-Raw", "raw.safetensors", 26.3, "Krea 2 Community"),
     ModelFile("text_encoder", "Qwen/Qwen3-VL-4B-Instruct", "", 8.9, "Apache-2.0"),
     ModelFile("vae", "Comfy-Org/Qwen-Image_ComfyUI", "qwen_image_vae.safetensors", 0.25, "Apache-2.0"),
 )

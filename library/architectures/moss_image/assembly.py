@@ -4,8 +4,11 @@ generates images from text, and can be trained to edit reference images.
 Start here to read this package.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+
+from torch import nn
 
 from library.architectures.moss_image.levels import draw_levels, preview_sampler
 from library.architectures.moss_image.load import open_encoder, open_loader
@@ -55,6 +58,11 @@ def build(options: MossImageOptions) -> Architecture:
     """
     RECIPE.check(options)
     return assemble(options, open_loader(options))
+
+
+def open_vae(options: MossImageOptions) -> Callable[[], nn.Module]:
+    """Open the VAE for caching latents, which needs nothing else. Raises UserError like `build`."""
+    return open_encoder(options, "--vae").vae
 
 
 def build_for_caching(options: MossImageOptions) -> Architecture:

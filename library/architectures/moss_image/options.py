@@ -5,9 +5,15 @@ from dataclasses import dataclass
 
 from library.options.base import group, option, redeclare
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
+from library.options.model import BASE, ModelFile
 from library.options.training.flow import TIMESTEP_SAMPLINGS, FlowSamplingOptions
 
 OWN_SAMPLING = "moss_image"
+FILES: tuple[ModelFile, ...] = (
+    ModelFile(BASE, "Comfy-Org/MOSS-Image", "moss_image_base_bf16.safetensors", 10.2, "Apache-2.0"),
+    ModelFile("text_encoder", "Comfy-Org/MOSS-Image", "qwen3.5_9b_bf16.safetensors", 19.3),
+    ModelFile("vae", "Comfy-Org/MOSS-Image", "flux2-vae.safetensors"),
+)
 
 
 @dataclass(frozen=True)

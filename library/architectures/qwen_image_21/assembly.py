@@ -4,6 +4,10 @@ pixels. It generates RGBA images from text and edits reference images.
 Start here to read this package.
 """
 
+from collections.abc import Callable
+
+from torch import nn
+
 from library.architectures.qwen_image_21.load import QWEN3_VL, open_encoder, open_loader
 from library.architectures.qwen_image_21.options import QwenImage21Options
 from library.architectures.qwen_image_21.predict import predict, preview_sampler
@@ -50,6 +54,11 @@ def build(options: QwenImage21Options) -> Architecture:
     """
     RECIPE.check(options)
     return assemble(options, open_loader(options))
+
+
+def open_vae(options: QwenImage21Options) -> Callable[[], nn.Module]:
+    """Open the VAE for caching latents, which needs nothing else. Raises UserError like `build`."""
+    return open_encoder(options, "--vae").vae
 
 
 def build_for_caching(options: QwenImage21Options) -> Architecture:

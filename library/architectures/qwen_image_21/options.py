@@ -30,9 +30,9 @@ class QwenImage21SamplingOptions(FlowSamplingOptions):
 
 
 FILES: tuple[ModelFile, ...] = (
-    ModelFile(BASE, "Comfy-Org/Qwen-Image-2.1", "qwen_image_2.1_bf16.safetensors", 13.3, "Apache-2.0"),
-    ModelFile("text_encoder", "Comfy-Org/Qwen-Image-2.1", "qwen3vl_8b_bf16.safetensors", 16.3, "Apache-2.0"),
-    ModelFile("vae", "Comfy-Org/Qwen-Image-2.1", "qwen_image_2.1_vae_bf16.safetensors", 1.3, "Apache-2.0"),
+    ModelFile(BASE, "Comfy-Org/Qwen-Image-2.1", "qwen_image_2.1_bf16.safetensors", 14.2, "Qwen Research"),
+    ModelFile("text_encoder", "Comfy-Org/Qwen-Image-2.1", "qwen3vl_8b_bf16.safetensors", 17.5, "Qwen Research"),
+    ModelFile("vae", "Comfy-Org/Qwen-Image-2.1", "qwen_image_2.1_vae_bf16.safetensors", 0.68, "Qwen Research"),
 )
 """Where the base models and their parts are to be had."""
 

@@ -111,16 +111,9 @@ FILES: tuple[ModelFile, ...] = (
         BASE, "stabilityai/stable-diffusion-3.5-large", "sd3.5_large.safetensors", 16.5, "Stability AI Community"
     ),
     ModelFile(BASE, "stabilityai/stable-diffusion-3-medium", "sd3_medium.safetensors", 4.3, "Stability AI Community"),
-    ModelFile("clip_l", "stabilityai/stable-diffusion-3.5-medium", "clip_l.safetensors", 0.25, "MIT"),
-    ModelFile("clip_g", "stabilityai/stable-diffusion-3.5-medium", "clip_g.safetensors", 1.4, "MIT"),
-    ModelFile(
-        "t5xxl",
-        "stabilityai/stable-diffusion-3.5-medium",
-        "t5xxl_fp16.safetensors",
-        9.8,
-        "Apache-2.0",
-        is_optional=True,
-    ),
+    ModelFile("clip_l", "stabilityai/stable-diffusion-3.5-medium", "clip_l.safetensors", 0.25),
+    ModelFile("clip_g", "stabilityai/stable-diffusion-3.5-medium", "clip_g.safetensors", 1.4),
+    ModelFile("t5xxl", "stabilityai/stable-diffusion-3.5-medium", "t5xxl_fp16.safetensors", 9.8, is_optional=True),
 )
 """Where the base models and their parts are to be had."""
 

@@ -4,7 +4,10 @@ Start here to read this package.
 """
 
 import logging
+from collections.abc import Callable
 from functools import partial
+
+from torch import nn
 
 from library.architectures.specs import list_specs
 from library.architectures.zimage.load import QWEN3, TURBO, open_encoder, open_loader
@@ -67,6 +70,11 @@ def build(options: ZImageOptions) -> Architecture:
             loader.path,
         )
     return assemble(options, loader, turbo)
+
+
+def open_vae(options: ZImageOptions) -> Callable[[], nn.Module]:
+    """Open the VAE for caching latents, which needs nothing else. Raises UserError like `build`."""
+    return open_encoder(options, "--vae").vae
 
 
 def build_for_caching(options: ZImageOptions) -> Architecture:

@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -15,17 +14,12 @@ from library.errors import UserError
 from library.options.train import TrainOptions
 from library.processes import from_accelerator
 from library.protocols import Architecture, LatentCodec
-from library.training.command_line.cli import parse
 from library.training.command_line.main import report_error
-from library.training.command_line.option_checks import check_data
 from library.training.failures.interruption import Interrupted, Interruption
 from library.training.models.base_model import encode_images
 from library.training.models.compute import Compute
 from library.training.models.opening import open_accelerator, open_data_plan
 from library.training.models.text_caching import TextPlan, prepare_text
-
-OptionsT = TypeVar("OptionsT", bound=TrainOptions)
-NEVER_DELETED = "Has no effect: cache files are never deleted."
 
 
 def cache_images(
@@ -54,33 +48,6 @@ def cache_captions(options: TrainOptions, arch: Architecture) -> None:
     prepare_text(text, options.caching, options.precision, arch, plan, compute, [], processes)
 
 
-def add_command_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the options of musubi-tuner's caching commands; models run in bf16 by default, as there."""
-    parser.add_argument("--batch_size", type=int, help="Images or captions that are encoded at a time.")
-    parser.add_argument("--num_workers", type=int, help="Threads that read images: --max_data_loader_n_workers.")
-    parser.add_argument(
-        "--device", help="Device to encode on, such as cpu or cuda:1. Unset is the GPU if there is one."
-    )
-    parser.add_argument("--skip_existing", action="store_true", help="Trust files by name: --skip_cache_check.")
-    parser.add_argument("--keep_cache", action="store_true", help=NEVER_DELETED)
-    parser.set_defaults(mixed_precision="bf16", max_data_loader_n_workers=0)
-    return parser
-
-
-def with_command_options(args: argparse.Namespace, batch_size: str, **values: object) -> argparse.Namespace:
-    """Translate the options of `add_command_options`; `batch_size` is the name of that option."""
-    if args.device is not None:
-        select_device(args.device)
-    overrides = {"skip_cache_check": args.skip_existing or args.skip_cache_check}
-    if args.batch_size is not None:
-        if args.batch_size < 1:
-            raise UserError(f"--batch_size is {args.batch_size}, but must be at least 1")
-        overrides[batch_size] = args.batch_size
-    if args.num_workers is not None:
-        overrides["max_data_loader_n_workers"] = args.num_workers
-    return argparse.Namespace(**{**vars(args), **overrides, **values})
-
-
 def select_device(text: str) -> None:
     """Make accelerate use a device. Raises UserError if the device is unknown or absent."""
     try:
@@ -92,51 +59,18 @@ def select_device(text: str) -> None:
     os.environ["ACCELERATE_TORCH_DEVICE"] = text
 
 
-def cache_images_to_disk(
-    kind: type[OptionsT],
-    codec: LatentCodec,
-    open_vae: Callable[[OptionsT], Callable[[], nn.Module]],
-    args: argparse.Namespace,
-) -> None:
-    """Run musubi-tuner's command that encodes images, with a script's options; `open_vae` returns a loader of the
-    VAE. Raises UserError."""
-    cache_options = {"cache_latents": True, "cache_latents_to_disk": True}
-    options = kind.from_args(with_command_options(args, "vae_batch_size", **cache_options))
-    check_data(options)
-    cache_images(options, codec, open_vae(options))
-
-
-def cache_captions_to_disk(
-    kind: type[OptionsT], build: Callable[[OptionsT], Architecture], args: argparse.Namespace
-) -> None:
-    """Run musubi-tuner's command that encodes captions, with a script's options; `build` builds the architecture.
-    Raises UserError."""
-    cache_options = {"cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True}
-    options = kind.from_args(with_command_options(args, "text_encoder_batch_size", **cache_options))
-    check_data(options)
-    cache_captions(options, build(options))
-
-
-def caching_command(
-    setup_parser: Callable[[], argparse.ArgumentParser], action: Callable[[argparse.Namespace], object]
-) -> Callable[..., int]:
-    """Return the `main` of a command: it takes a command line, by default the process's, and returns the exit status,
-    0 for success and 1 for an error."""
-
-    def main(argv: Sequence[str] | None = None) -> int:
-        interruption = Interruption()
-        interruption.install()
-        args = parse(setup_parser(), argv)
-        try:
-            action(args)
-        except Interrupted as error:
-            print(f"{error} received; complete files are kept", file=sys.stderr)
-            return interruption.exit_status
-        except Exception as error:
-            report_error(error, args)
-            return 1
-        finally:
-            interruption.disarm()
-        return 0
-
-    return main
+def run_caching(args: argparse.Namespace, action: Callable[[argparse.Namespace], object]) -> int:
+    """Run a caching command with parsed options. Return the exit status, 0 for success and 1 for an error."""
+    interruption = Interruption()
+    interruption.install()
+    try:
+        action(args)
+    except Interrupted as error:
+        print(f"{error} received; complete files are kept", file=sys.stderr)
+        return interruption.exit_status
+    except Exception as error:
+        report_error(error, args)
+        return 1
+    finally:
+        interruption.disarm()
+    return 0

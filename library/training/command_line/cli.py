@@ -4,9 +4,10 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from library.errors import NotThere, UserError
 from library.options.base import Options
@@ -30,8 +31,6 @@ from library.training.config_file import (
 )
 
 logger = logging.getLogger(__name__)
-
-OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
 
 def build_parser(
@@ -70,11 +69,36 @@ def add_missing(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
             parser._add_action(action)
 
 
+@dataclass(frozen=True)
+class CommandLine:
+    """The options of a command line and of the files beneath it."""
+
+    parser: argparse.ArgumentParser
+    argv: Sequence[str] | None  # None: the process's arguments
+    args: argparse.Namespace
+    configs: Sequence[Config]
+
+    def start_log(self) -> argparse.Namespace:
+        """Start the log where the user wants it, and log where options come from. Return the options."""
+        start_logging(self.parser, self.args)
+        for config in self.configs:
+            logger.info("options are read from %s", config.path)
+            for warning in config.warnings:
+                logger.warning("%s", warning)
+        warn_of_repeats(self.parser, self.argv)
+        return self.args
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read a command line and start the log, so that messages about the files go where the user wants them. Exits as
+    `read_command_line`."""
+    return read_command_line(parser, argv).start_log()
+
+
+def read_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> CommandLine:
     """Parse `argv` (default: the process's arguments), which overrides the config file, which overrides the recipe.
 
-    Sets up logging first, so that messages about the file go where the user wants them. Exits with status 2 for a bad
-    option, 1 for a bad config file, and 0 after writing a config file.
+    Exits with status 2 for a bad option, 1 for a bad config file, and 0 after writing a config file.
     """
     # Parsed alone first, because the command line may name a config file and a recipe, which go beneath it.
     typed = parse_words(parser, argv)
@@ -91,14 +115,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
         start_logging(parser, typed)
         logger.error("%s", error)
         parser.exit(1)
-    args = combine(parser, argv, configs)
-    start_logging(parser, args)
-    for config in configs:
-        logger.info("options are read from %s", config.path)
-        for warning in config.warnings:
-            logger.warning("%s", warning)
-    warn_of_repeats(parser, argv)
-    return args
+    return CommandLine(parser, argv, combine(parser, argv, configs), configs)
 
 
 def read_configs(parser: argparse.ArgumentParser, typed: argparse.Namespace) -> list[Config]:
@@ -125,24 +142,30 @@ def combine(
 
 
 def check_words(
-    parser: argparse.ArgumentParser, kind: type[OptionsT], argv: Sequence[str] | None = None
-) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser, check: Callable[[argparse.Namespace], object], argv: Sequence[str] | None = None
+) -> CommandLine:
     """Answer --help and refuse wrong options, also those of a config file, before a script imports torch, which takes
-    seconds. Return `parser`."""
+    seconds. `check` raises UserError for options that its script refuses."""
     forgive_write_errors()
-    typed = parse_words(parser, argv)
+    return exit_if_wrong(read_command_line(parser, argv), check)
+
+
+def exit_if_wrong(command_line: CommandLine, check: Callable[[argparse.Namespace], object]) -> CommandLine:
+    """Return the command line if `check` accepts it; else log why and exit with status 1."""
     try:
-        if typed.output_config:
-            parse(parser, argv)  # ends the process
-        options = kind.from_args(combine(parser, argv, read_configs(parser, typed)))
-        # Noise levels need neither a model nor images.
-        (check_values if options.flat().get("show_timesteps") else check_options)(options)
+        check(command_line.args)
     except UserError as error:
-        args = parse(parser, argv)  # starts the log; ends the process if the config file is at fault
-        report_user_error(error, args)
-        log_suggested_files(parser, error)
-        parser.exit(1)
-    return parser
+        report_user_error(error, command_line.start_log())
+        log_suggested_files(command_line.parser, error)
+        command_line.parser.exit(1)
+    return command_line
+
+
+def check_training(kind: type[TrainOptions], args: argparse.Namespace) -> None:
+    """Raise UserError for options that a training script refuses."""
+    options = kind.from_args(args)
+    # Noise levels need neither a model nor images.
+    (check_values if options.flat().get("show_timesteps") else check_options)(options)
 
 
 def report_user_error(error: Exception, args: argparse.Namespace | None = None) -> None:

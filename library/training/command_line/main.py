@@ -11,7 +11,13 @@ from library.diffusion.flow import FlowMatching
 from library.errors import UserError
 from library.options.train import TrainOptions
 from library.protocols import Architecture, LatentSpec
-from library.training.command_line.cli import from_program, log_suggested_files, parse, report_user_error
+from library.training.command_line.cli import (
+    CommandLine,
+    from_program,
+    log_suggested_files,
+    read_command_line,
+    report_user_error,
+)
 from library.training.command_line.console import forgive_write_errors
 from library.training.command_line.replaced import refuse_replaced
 from library.training.command_line.training import train_as_asked
@@ -33,18 +39,19 @@ def main(
     *,
     latents: LatentSpec | None = None,
     objective: Callable[[OptionsT], FlowMatching] | None = None,
+    command_line: CommandLine | None = None,
 ) -> int:
     """Train as the command line says. Return the exit status: 0 finished or stopped and saved, 1 error (2 is
     argparse's).
 
     With `latents`, which determine bucket sizes, batches can be shown without a base model. A flow model also passes
-    its `objective`, to show its timesteps.
+    its `objective`, to show its timesteps. `command_line` is what `check_words` has already read.
     """
     # First of all, because a closed pipe or a full disk behind the output must not end a run.
     forgive_write_errors()
     interruption = Interruption()
     interruption.install()
-    args = parse(parser, argv)
+    args = (command_line or read_command_line(parser, argv)).start_log()
     try:
         options = options_type.from_args(args)
         command = sys.argv[1:] if argv is None else argv

@@ -11,6 +11,7 @@ from library.errors import NoDataFound, NotThere, UserError
 from library.options.base import Options, PathKind
 from library.options.dataset import FOLDER_FLAGS
 from library.options.leco import list_ignored_by_leco, list_refused_by_leco
+from library.options.model import BASE
 from library.options.no_effect import explain_unused, is_requested, is_set
 from library.options.ranges import check_ranges
 from library.options.requirements import check_requirements, unsupported
@@ -22,6 +23,7 @@ from library.suggestions import nearby
 
 # The lookbehind keeps the search linear: without it every letter of a long word begins a scheme.
 IMAGES = "train_data_dir"
+MODEL_FILES = (".safetensors", ".sft", ".ckpt")
 PASSWORD = re.compile(r"(?P<scheme>(?<!\w)\w+://)[^\s/@:]*:[^\s/@]+@(?P<host>[^\s/]*)")
 
 
@@ -89,10 +91,10 @@ def check_paths(options: Options) -> None:
         path = os.path.expanduser(text)
         if not os.path.exists(path):
             hint = nearby(Path(path), is_folder=kind == "folder")
-            error = NotThere if kind == "part" else NoDataFound if name == IMAGES else UserError
+            error = NotThere if kind in ("part", "model") else NoDataFound if name == IMAGES else UserError
             raise error(f"--{name} {text} does not exist{hint or '; correct the path, or leave it out'}")
         found = "folder" if os.path.isdir(path) else "file"
-        if found not in kind and kind != "part":
+        if found not in kind and kind not in ("part", "model"):
             raise UserError(f"--{name} {text} is a {found}; name a {kind}")
 
 
@@ -109,9 +111,15 @@ def list_read_paths(options: Options) -> Iterator[tuple[str, PathKind, str]]:
         unread |= {*list_ignored_by_leco(type(options))}
     # A part of the base model may be missing once all its outputs are cached.
     is_cached = values["cache_latents_to_disk"] or values.get("cache_text_encoder_outputs_to_disk")
+    looks = any(values.get(name) for name in ("debug_dataset", "audit_only", "show_timesteps"))
     for name, declared in type(options).declarations().items():
         value, kind = values[name], declared.path
-        if kind not in ("file", "folder", "file or folder") and (kind != "part" or is_cached):
+        # A model may be a name on the hub unless it is called like a file.
+        if kind is None or kind in ("new file", "new folder"):
+            continue
+        if kind == "model" and not str(value).lower().endswith(MODEL_FILES):
+            continue
+        if kind in ("part", "model") and (looks if name == BASE else is_cached):
             continue
         if name in unread or not is_set(value, defaults[name]) or explain_unused(declared, values, defaults):
             continue

@@ -1,6 +1,5 @@
 """Starts a training on prompts alone (LECO), with the options of the recognised base model."""
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,9 +15,7 @@ from library.training.command_line.cli import build_parser_of_prompts
 from library.training.command_line.console import start_run_log
 from library.training.command_line.main import main, report_error
 from library.training.command_line.option_checks import ignore_message
-from library.training.config_file import config_path, flatten, load_toml
-
-BASE, PROMPTS, CONFIG = "pretrained_model_name_or_path", "prompts_file", "config_file"
+from library.training.command_line.prompt_words import read_requested
 
 Recognise = Callable[[str], BaseModelSpec]
 """Maps a model's file, folder or hub name to its spec; raises UserError for an unsupported model."""
@@ -46,19 +43,6 @@ def main_by_prompts(recognise: Recognise, elsewhere: Callable[[str], str], argv:
         kind, build = leco_options(spec.options), spec.build
         words = [*spec.script_flag.split(), *words]
     return main(build_parser_of_prompts(kind, elsewhere), kind, build, words)
-
-
-def read_requested(words: Sequence[str]) -> tuple[str, str]:
-    """Return the base model and the prompts file of a command line or its config file; "" for a missing one."""
-    parser = argparse.ArgumentParser(add_help=False)
-    for name in (BASE, PROMPTS, CONFIG):
-        parser.add_argument(f"--{name}", nargs="?")  # a missing value is reported by the full parser
-    typed = vars(parser.parse_known_args(words)[0])
-    from_file = {}
-    if typed[CONFIG] and config_path(typed[CONFIG]).is_file():
-        from_file = flatten(load_toml(config_path(typed[CONFIG])), config_path(typed[CONFIG]), [])
-    base, prompts = (str(typed[name] or from_file.get(name) or "") for name in (BASE, PROMPTS))
-    return base, prompts
 
 
 def no_model(options: LecoOptions) -> Any:

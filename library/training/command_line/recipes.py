@@ -24,6 +24,7 @@ class Recipe:
     name: str  # "knots_character"
     script: str  # "knots_train_network.py"
     title: str
+    values: Mapping[str, Any]  # the options as in its file; paths are relative to the recipes' folder
     words: tuple[str, ...] = ()  # the base's name has one of them; empty: any name
     has: str = ""  # pattern of a tensor name of the base
     steps: Mapping[int, int] = field(default_factory=dict)  # number of images -> steps
@@ -35,16 +36,10 @@ def list_recipes() -> list[Recipe]:
 
 
 def read_head(path: Path) -> Recipe:
-    tables = load_toml(path)
-    head, steps = tables[HEAD], {int(images): number for images, number in tables[STEPS].items()}
-    return Recipe(path.stem, head["script"], head["title"], tuple(head.get("words", ())), head.get("has", ""), steps)
-
-
-def read_raw_values(recipe: Recipe) -> dict[str, Any]:
-    """Return the options of a recipe as its file has them; paths are relative to the recipes' folder."""
-    path = FOLDER / f"{recipe.name}.toml"
-    tables = {table: values for table, values in load_toml(path).items() if table not in (HEAD, STEPS)}
-    return flatten(tables, path, [])
+    tables = dict(load_toml(path))
+    head, steps = tables.pop(HEAD), {int(images): number for images, number in tables.pop(STEPS).items()}
+    values, words = flatten(tables, path, []), tuple(head.get("words", ()))
+    return Recipe(path.stem, head["script"], head["title"], values, words, head.get("has", ""), steps)
 
 
 def read_recipe(
@@ -68,7 +63,7 @@ def read_recipe(
     if recipe.script != script:
         raise ConfigFileError(f"--recipe {recipe.name} is for {recipe.script}; `python3 tools/recipes.py` lists others")
     warnings: list[str] = []
-    values = read_values(read_raw_values(recipe), str(path), actions, warnings, elsewhere)
+    values = read_values(recipe.values, str(path), actions, warnings, elsewhere)
     if any(requested.get(option) for option in IMAGES):
         values.pop("dataset_config", None)
     for option in values.keys() & set(PATHS):

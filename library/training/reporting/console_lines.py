@@ -4,6 +4,8 @@ Standard output and the progress bar are an interface; see tests/contracts/test_
 """
 
 import logging
+import os
+import stat
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,8 +44,12 @@ class ImageCounts:
 
 
 def is_read_by_person() -> bool:
-    """Return True if standard output is a terminal; front ends read a pipe, and look there for lines of sd-scripts."""
-    return sys.stdout.isatty()
+    """Return True if standard output is a terminal or a file; front ends read a pipe, and look there for lines of
+    sd-scripts."""
+    try:
+        return sys.stdout.isatty() or stat.S_ISREG(os.fstat(sys.stdout.fileno()).st_mode)
+    except (OSError, ValueError):  # a stream that a program has put in its place
+        return False
 
 
 def announce_run(plan: Plan, counts: ImageCounts, batch_sizes: Sequence[int], accumulation: int) -> None:

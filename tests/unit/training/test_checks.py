@@ -33,7 +33,7 @@ from library.training.optimization.optimizers import build_optimizer
 from library.training.saving.names import Names, state_folder
 
 NEEDED = {
-    "pretrained_model_name_or_path": "model.safetensors",
+    "pretrained_model_name_or_path": "owner/model",
     "train_data_dir": ".",
     "resolution": "512",
     "network_module": "networks.lora",

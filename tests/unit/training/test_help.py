@@ -110,11 +110,64 @@ def test_help_and_wrong_options_are_answered_without_torch(
 ) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "wrong.toml").write_text("train_batch_size = 0")
-    (tmp_path / "fake").mkdir()
-    (tmp_path / "fake" / "torch.py").write_text("raise AssertionError('torch is imported')")
-    command = [sys.executable, "-X", "importtime", str(ROOT / f"{script}.py"), *words]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "fake")}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    check_answer_without_torch(f"{script}.py", words, status, answer, tmp_path)
+
+
+def check_answer_without_torch(command: str, words: list[str], status: int, answer: str, folder: Path) -> None:
+    """Run a command where torch cannot be imported, and compare its exit status and its last words."""
+    (folder / "fake").mkdir()
+    (folder / "fake" / "torch.py").write_text("raise AssertionError('torch is imported')")
+    line = [sys.executable, "-X", "importtime", str(ROOT / command), *words]
+    environment = {**os.environ, "PYTHONPATH": str(folder / "fake")}
+    done = subprocess.run(line, capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == status and answer in done.stderr
     imported = set(re.findall(r"\| +(\w+)$", done.stderr, re.MULTILINE))
     assert "argparse" in imported and not imported & {"torch", "numpy", "transformers", "diffusers", "accelerate"}
+
+
+LECO = [*sorted(path.name for path in ROOT.glob("*train_leco.py"))]
+CACHING = [
+    "zimage_cache_latents.py",
+    "tools/cache_latents.py",
+    "tools/cache_text_encoder_outputs.py",
+    *sorted(path.name for path in ROOT.glob("*_cache_*.py") if path.name != "zimage_cache_latents.py"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "answer"),
+    [
+        (["--help"], 0, ""),
+        (["--learning_rats"], 2, "(nearest: --learning_rate)"),
+        (["--pretrained_model_name_or_path", "modle.ckpt"], 1, "modle.ckpt does not exist; did you mean model.ckpt?"),
+        (["--pretrained_model_name_or_path", "sd", "--prompts_file", "promts.toml"], 1, "did you mean prompts.toml?"),
+        (["--pretrained_model_name_or_path", "sd", "--max_train_steps", "x"], 2, "argument --max_train_steps: invalid"),
+    ],
+)
+@pytest.mark.parametrize("command", LECO)
+def test_training_by_prompts_refuses_mistakes_before_it_recognises_the_base(
+    command: str, words: list[str], status: int, answer: str, tmp_path: Path
+) -> None:
+    for name in ("model.ckpt", "prompts.toml"):
+        (tmp_path / name).touch()
+    check_answer_without_torch(command, words, status, answer, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "answer"),
+    [
+        (["--help"], 0, ""),
+        (["--learning_rats"], 2, "(nearest: --learning_rate)"),
+        (["--dataset_config", "dta.toml"], 1, "--dataset_config dta.toml does not exist; did you mean data.toml?"),
+        (["--dataset_config", "data.toml", "--vae", "wea.safetensors"], 1, "did you mean vae.safetensors?"),
+        (["--dataset_config", "data.toml", "--vae_batch_size", "0"], 1, "--vae_batch_size is 0; use at least 1"),
+        ([], 1, "no images are named; give --dataset_config"),
+    ],
+)
+@pytest.mark.parametrize("command", first_is_fast(CACHING))
+def test_caching_commands_refuse_mistakes_before_torch(
+    command: str, words: list[str], status: int, answer: str, tmp_path: Path
+) -> None:
+    for name in ("data.toml", "vae.safetensors"):
+        (tmp_path / name).touch()
+    check_answer_without_torch(command, words, status, answer, tmp_path)

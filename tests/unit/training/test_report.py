@@ -3,6 +3,7 @@
 import importlib
 import io
 import math
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -98,14 +99,15 @@ def test_the_last_lines_name_steps_duration_file_and_best_checkpoint(tmp_path: P
     assert list_finished(*trained, None, (30, 0.125), best)[1] == f"{lowest}: {best}"
 
 
-@pytest.mark.parametrize("is_terminal", [False, True])
-def test_a_person_reads_no_bilingual_block(
-    is_terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
-    announce_run(Plan(6, 2, 6), ImageCounts(12, 3, 0), [2], 2)
-    text = capsys.readouterr().out
-    assert ("学習" in text) == (not is_terminal) and all(len(line) <= 80 for line in text.splitlines())
+@pytest.mark.parametrize("kind", ["terminal", "file", "pipe"])
+def test_a_person_reads_no_bilingual_block(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, (source, end) = tmp_path / "log", os.pipe()
+    with open(end if kind == "pipe" else path, "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(stream, "isatty", lambda: kind == "terminal")
+        announce_run(Plan(6, 2, 6), ImageCounts(12, 3, 0), [2], 2)
+    text = os.read(source, 5000).decode() if kind == "pipe" else path.read_text(encoding="utf-8")
+    assert ("学習" in text) == (kind == "pipe") and all(len(line) <= 80 for line in text.splitlines()) and text
 
 
 def test_the_command_that_draws_has_the_parts_of_the_run() -> None:

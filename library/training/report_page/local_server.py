@@ -1,0 +1,111 @@
+"""Serves pages to browsers on this machine, and takes the forms that the pages send."""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Protocol
+from urllib.parse import parse_qsl, unquote
+
+from library.errors import UserError
+
+HOST = "127.0.0.1"  # pages contain paths and options that other machines must not read
+MAX_PORT = 65535
+LOCAL = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")  # host names that pages of other sites cannot use
+MOST_FORM_BYTES = 4096
+
+
+class Pages(Protocol):
+    """What a server shows."""
+
+    is_over: bool  # the server stops after the next page
+
+    def build(self, name: str) -> str:
+        """Return a page; "" names the first. Raises KeyError without this page."""
+        ...
+
+
+TakeForm = Callable[[Mapping[str, str]], bool]
+"""Takes the fields of a form; False for one that none of the pages sent."""
+
+
+class LocalServer(ThreadingHTTPServer):
+    """Serves pages on `port`; 0 selects a free one. Without `take` it is read-only.
+
+    Raises UserError if the port is taken.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, pages: Pages, port: int, take: TakeForm | None = None) -> None:
+        if not 0 <= port <= MAX_PORT:
+            raise UserError(f"--port is {port}; use a number from 0 (any free port) to {MAX_PORT}")
+        try:
+            super().__init__((HOST, port), partial(Handler, pages, take))
+        except OSError as error:
+            raise UserError(f"--port {port} cannot be opened: {error.strerror}; use another one") from error
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.server_address[1]}/"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers GET requests for pages, and POST requests of their forms."""
+
+    def __init__(self, pages: Pages, take: TakeForm | None, *arguments: Any) -> None:
+        self.pages, self.take = pages, take
+        super().__init__(*arguments)
+
+    def do_GET(self) -> None:
+        if not self.is_from_here():
+            return
+        name = unquote(self.path.partition("?")[0]).removeprefix("/")
+        try:
+            content = self.pages.build(name).encode()
+        except KeyError:
+            return self.send_error(404)
+        except (OSError, UserError) as error:
+            return self.send_error(503, "No page at the moment", str(error))
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(content)))
+        # A page changes with the run, or with the form that it sends.
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Frame-Options", "DENY")  # else another site could have it clicked unseen
+        self.end_headers()
+        self.wfile.write(content)
+        if self.pages.is_over:
+            self.server.shutdown()
+        return None
+
+    def do_POST(self) -> None:
+        if not self.is_from_here():
+            return
+        if self.take is None:
+            return self.send_error(501)
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > MOST_FORM_BYTES:
+            return self.send_error(413)
+        fields = dict(parse_qsl(self.rfile.read(int(length)).decode("utf-8", "replace")))
+        try:
+            is_taken = self.take(fields)
+        except (OSError, UserError) as error:
+            return self.send_error(503, "Nothing was saved", str(error))
+        if not is_taken:
+            return self.send_error(403, "Only for forms of this page")
+        self.send_response(303)
+        self.send_header("Location", "/")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return None
+
+    def is_from_here(self) -> bool:
+        """Return True for a browser on this machine; else send the error."""
+        is_local = LOCAL.fullmatch(self.headers.get("Host", "")) is not None
+        if not is_local:
+            self.send_error(403, "Only for browsers on this machine")
+        return is_local
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Do not log requests."""
