@@ -19,9 +19,9 @@ pytestmark = ON_GPU
 # One SGD step from zero equals the gradient. bfloat16 keeps 8 bits of each factor: over a dozen layers two summation
 # orders differ by a few percent of a gradient's size, and by less of the loss. float16 keeps 11 bits.
 OF_GRADIENT, OF_LOSS = {"bf16": 0.1, "fp16": 0.02}, 0.02
-# In fp16 runs text encoders that overflow float16 run in bfloat16. FLUX.2 differs by 2.2 %, Krea 2 by 1.3 %, others by
-# less than 1 %.
-OF_GRADIENT_OF_BASE = {("flux_2", "fp16"): 0.03}
+# In fp16 runs text encoders that overflow float16 run in bfloat16. MOSS-Image differs by 5.4 % (with its encoder in
+# float32 by less than 2 %), FLUX.2 by 2.2 %, Krea 2 by 1.3 %, others by less than 1 %.
+OF_GRADIENT_OF_BASE = {("flux_2", "fp16"): 0.03, ("moss_image", "fp16"): 0.06}
 Train = Callable[..., Finished]
 
 
