@@ -148,7 +148,7 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     base, options = read_training_options(args.script, training)
     options = adjust_for_measuring(options)
     check_values(options)
-    check_precision(options)
+    check_precision(options.precision, options.network)
     files = sorted(
         choose_files(args.files, options.saving), key=lambda path: (read_num_steps(path), display_path(path).name)
     )

@@ -171,7 +171,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Generate the sheet. Raises UserError for invalid options, and for files of another base model."""
     base, options = read_training_options(args.script, training)
     check_values(options)
-    check_precision(options)
+    check_precision(options.precision, options.network)
     check_at_least_one(args, "side")
     if not options.preview.sample_prompts:
         raise UserError("--sample_prompts contains no prompts")

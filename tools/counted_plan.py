@@ -59,7 +59,7 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, RequestedR
     check_requirements(options)
     check_paths(options.with_values({"resume": None}))  # a plan reads no state
     check_multipliers(options.network)
-    check_precision(options)
+    check_precision(options.precision, options.network)
     data = options.dataset
     batch = largest_batch(load_dataset_config(options)) if data.dataset_config else batch_of_options(data)
     with mute_logging():  # the training run itself logs these messages

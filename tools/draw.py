@@ -201,7 +201,7 @@ def draw_targets(
     model_options = [*spec.script_flag.split(), "--pretrained_model_name_or_path", str(model)]
     _, options = read_training_options(spec.script, [*model_options, *training])
     check_values(options)
-    check_precision(options)
+    check_precision(options.precision, options.network)
     arch = spec.build(options)
     prompts = resolve_all(specs, arch)
     prompts_by_row = [[replace(prompts[target.number - 1], strength=target.strength) for target in row] for row in rows]

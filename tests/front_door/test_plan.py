@@ -1,5 +1,6 @@
 """What train.py decides before it trains: recipe, steps, size, captions, parts, prediction."""
 
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from library.architectures.specs import list_specs
 from library.errors import UserError
 from tests.front_door.test_train import GENERIC, KINDS, build_base
 from tests.tiny.bases import BASES
-from tools.front_door.base import Base, choose_recipe, measure_prediction, read_prediction, recognise
+from tools.front_door.base import Base, choose_recipe, measure_loss, measure_prediction, read_prediction, recognise
 from tools.front_door.parts import find_parts
 from tools.front_door.photos import Trigger, find_photos, parse_trigger, suggest_trigger
 from tools.front_door.plan import Files, Plan, choose_side, choose_values, write_prompts
@@ -132,7 +133,7 @@ def test_the_losses_of_a_trained_base_tell_that_it_predicts_noise(tmp_path: Path
     recipe, trigger = choose_recipe(base, "character"), Trigger("heart")
     values = {**choose_values(recipe, 64, 32, 10), **base.values}
     plan = Plan(base, recipe, folders, trigger, values, write_prompts(recipe, trigger, 64), None, None)
-    measured = measure_prediction(base, plan.read(Files(tmp_path, "mine")))
+    measured = measure_prediction(base, partial(measure_loss, base, plan.read(Files(tmp_path, "mine"))))
     assert measured.prediction == "epsilon" and "on 5 photos" in measured.why
 
 

@@ -2,10 +2,10 @@
 
 import gc
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -141,20 +141,20 @@ def read_prediction(base: Base) -> Predicted | None:
 
 
 def find_prediction(
-    base: Base, options: TrainOptions, arch: Architecture, asked: Prediction | None
+    base: Base, arch: Architecture, asked: Prediction | None, measure: Callable[[Prediction], float]
 ) -> Predicted | None:
-    """Return what the base predicts: as asked for, as its files say, else as measured. None if only one thing is
-    possible, as for flow models. Raises UserError if the measurement is not clear."""
+    """Return what the base predicts: as asked for, as its files say, else by the losses that `measure` returns. None if
+    only one thing is possible, as for flow models. Raises UserError if the measurement is not clear."""
     if not isinstance(arch.objective, DDPM) or base.spec.is_general:
         return None
     if asked is not None:
         return Predicted(asked, "--prediction")
-    return read_prediction(base) or measure_prediction(base, options)
+    return read_prediction(base) or measure_prediction(base, measure)
 
 
-def measure_prediction(base: Base, options: TrainOptions) -> Predicted:
+def measure_prediction(base: Base, measure: Callable[[Prediction], float]) -> Predicted:
     """Compare the base's losses on a few photos as noise and as velocity; the smaller is what it learned."""
-    losses = {prediction: measure_loss(base, options, prediction) for prediction in ("epsilon", "v")}
+    losses: dict[Prediction, float] = {prediction: measure(prediction) for prediction in get_args(Prediction)}
     if torch.cuda.is_available():  # the planner counts what is free for other programs
         gc.collect()
         torch.cuda.empty_cache()

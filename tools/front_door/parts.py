@@ -1,7 +1,7 @@
 """The files of a base model besides its denoiser, found where ComfyUI, Forge and diffusers keep them."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ MOST_PARENTS = 3  # above the base, for a denoiser in models/diffusion_models/mi
 NOT_IN_CACHE = ("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk")  # excuse parts that are not there
 NAMED_FLAG = re.compile(r"--(\w+)")
 
+Build = Callable[[Mapping[str, Any]], None]
+"""Assembles the base model with more options, to see which error that raises."""
+
 
 def find_parts(base: Base, options: TrainOptions, models: Path | None) -> dict[str, Any]:
     """Return the options of the parts that the base's own files lack.
@@ -28,11 +31,15 @@ def find_parts(base: Base, options: TrainOptions, models: Path | None) -> dict[s
     Raises UserError for a part that is in none of the folders, with where it is to be had.
     """
     known = type(options).defaults()
-    options = options.with_values({name: False for name in NOT_IN_CACHE if name in known})
-    found: dict[str, Any] = {}
-    while (missing := find_missing(base, options)) is not None:
+    found: dict[str, Any] = {name: False for name in NOT_IN_CACHE if name in known}
+    excused = frozenset(found)
+
+    def build(more: Mapping[str, Any]) -> None:
+        base.spec.build(options.with_values({**found, **more}))
+
+    while (missing := find_missing(build)) is not None:
         flag, error = missing
-        path = find_part(base, options, flag, models) if flag in known and flag not in found else None
+        path = find_part(base, build, flag, models) if flag in known and flag not in found else None
         if path is None:
             where = ", ".join(map(str, list_roots(base.path, models)))
             known_files = "; ".join(str(file) for file in list_files(base) if file.flag == flag)
@@ -41,12 +48,11 @@ def find_parts(base: Base, options: TrainOptions, models: Path | None) -> dict[s
                 + (f", or get it on the hub: {known_files}" if known_files else "")
             )
         found[flag] = str(path)
-        options = options.with_values({flag: str(path)})
     for file in list_files(base):
         has_own = any(f".{file.flag}." in name for name in base.tensors)
-        if file.is_optional and not has_own and (path := find_part(base, options, file.flag, models)) is not None:
+        if file.is_optional and not has_own and (path := find_part(base, build, file.flag, models)) is not None:
             found[file.flag] = str(path)
-    return found
+    return {name: value for name, value in found.items() if name not in excused}
 
 
 def list_files(base: Base) -> tuple[ModelFile, ...]:
@@ -54,10 +60,10 @@ def list_files(base: Base) -> tuple[ModelFile, ...]:
     return script_of(base.spec.build.__module__.split(".")[2]).files
 
 
-def find_missing(base: Base, options: TrainOptions) -> tuple[str, UserError] | None:
+def find_missing(build: Build) -> tuple[str, UserError] | None:
     """Return the option of the first part that is missing, with the error; None if all are there."""
     try:
-        base.spec.build(options)
+        build({})
     except NotThere as error:
         flags = [flag for flag in NAMED_FLAG.findall(str(error)) if f"--{flag}" != BASE_FLAG]
         if not flags:
@@ -66,21 +72,21 @@ def find_missing(base: Base, options: TrainOptions) -> tuple[str, UserError] | N
     return None
 
 
-def find_part(base: Base, options: TrainOptions, flag: str, models: Path | None) -> Path | None:
+def find_part(base: Base, build: Build, flag: str, models: Path | None) -> Path | None:
     """Return the file or folder that the base model accepts as this part; those named like the released one first."""
     usual = " ".join(file.file for file in list_files(base) if file.flag == flag) or flag
     likely = sorted(set(list_candidates(base.path, models)), key=lambda path: (-likeness(path, usual), str(path)))
-    return next((path for path in likely if is_accepted(base, options, flag, path)), None)
+    return next((path for path in likely if is_accepted(build, flag, path)), None)
 
 
 def likeness(path: Path, usual: str) -> float:
     return SequenceMatcher(None, path.name.lower(), usual.lower()).ratio()
 
 
-def is_accepted(base: Base, options: TrainOptions, flag: str, path: Path) -> bool:
+def is_accepted(build: Build, flag: str, path: Path) -> bool:
     """Return True if the base model takes the file as this part, whatever else is missing; only headers are read."""
     try:
-        base.spec.build(options.with_values({flag: str(path)}))
+        build({flag: str(path)})
     except UserError as error:
         return f"--{flag}" not in str(error) and str(path) not in str(error)
     return True

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import median
@@ -33,7 +34,7 @@ from library.training.planning.fit_run import count_adapter_run, fit_run, larges
 from library.training.planning.settings import describe
 from library.training.reporting.console_lines import duration
 from tools.contact_sheet import find_device
-from tools.front_door.base import Base, Predicted, Prediction, find_prediction
+from tools.front_door.base import Base, Predicted, Prediction, find_prediction, measure_loss
 from tools.front_door.parts import find_parts
 from tools.front_door.photos import PhotoFolder, Trigger
 from tools.recipes import interpolate_steps
@@ -138,7 +139,7 @@ def make_plan(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder], wishes
         options = plan.read(scratch)
         check(options)
         arch = base.spec.build(options)
-        predicted = find_prediction(base, options, arch, wishes.prediction)
+        predicted = find_prediction(base, arch, wishes.prediction, partial(measure_loss, base, options))
         if predicted is not None:
             plan = replace(plan, predicted=predicted, values={**plan.values, **predicted.values})
             options = plan.read(scratch)

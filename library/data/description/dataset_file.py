@@ -31,6 +31,7 @@ from library.data.description.schema import (
 )
 from library.data.description.source_keys import SOURCES, keys_used_by
 from library.errors import UserError
+from library.options.base import Options
 from library.options.config_file import read_json, read_toml, refuse_unusable
 from library.options.dataset import FOLDER_FLAGS, OWN_INDEX, DatasetOptions
 from library.options.tables import BOOL, TABLE, Table, find_problem, is_table_list, number, read_value
@@ -95,9 +96,9 @@ def read_content(data: DatasetOptions) -> tuple[Table, list[str]]:
     return content, find_problems(content, data.masked_loss)
 
 
-def warn_of_overridden_defaults(options: TrainOptions, typed: Collection[str]) -> None:
+def warn_of_overridden_defaults(data: DatasetOptions, options: Options, typed: Collection[str]) -> None:
     """Warn of options that were typed with their default, and that the dataset file overrides with another value."""
-    data, fallbacks = options.dataset, option_values(options.flat())
+    fallbacks = option_values(options.flat())
     keys = typed_default_keys(fallbacks, typed)
     if not keys or data.dataset_config is None or data.dataset_class:
         return

@@ -54,7 +54,8 @@ def check_and_look(
         show_timesteps(preview, options.saving, options.run.seed or 0, objective(options), latents.downscale)
         return True
     check(options)
-    warn_of_overridden_defaults(options, {word.partition("=")[0].removeprefix("--") for word in command or ()})
+    typed = {word.partition("=")[0].removeprefix("--") for word in command or ()}
+    warn_of_overridden_defaults(options.dataset, options, typed)
     audits, base = options.dataset.audit_only, options.model.pretrained_model_name_or_path
     if latents is None or not (audits or (options.dataset.debug_dataset and not base)):
         return False

@@ -25,6 +25,7 @@ from library.options.no_effect import find_unused
 from library.options.output.preview import PreviewOptions
 from library.options.tables import read_value
 from library.options.train import TrainOptions
+from library.options.training.network import NetworkOptions
 from library.training.command_line import doubtful
 from library.training.command_line.option_checks import check_options
 from library.training.command_line.targets import check_targets
@@ -48,7 +49,9 @@ def check(options: TrainOptions) -> None:
     """Raise UserError naming every unsupported flag, else the first contradiction, with what to do."""
     check_options(options)  # values first: the other checks read them
     check_output(options)
-    check_precision(options)
+    check_precision(options.precision, options.network, options.dataset.only_looks)
+    if options.precision.full_fp16:
+        check_full_fp16(resolve_optimizer_type(options.optimizer))
     resolve_optimizer_type(options.optimizer)  # raises if several are named
     if options.network.training_adapter:
         check_training_adapter(options.network.training_adapter, options.network.base_weights or [])
@@ -182,16 +185,13 @@ def check_folder(flag: str, folder: Path) -> None:
         )
 
 
-def check_precision(options: TrainOptions) -> None:
-    """Raise UserError for a precision that does not suit the weights, the optimizer or this machine."""
-    precision = options.precision
-    check_arithmetic(precision, bool(options.network.base_weights))
-    if precision.mixed_precision == "fp16" and not options.dataset.only_looks and not has_accelerator():
+def check_precision(precision: PrecisionOptions, network: NetworkOptions, only_looks: bool = False) -> None:
+    """Raise UserError for a precision that does not suit the weights or, unless nothing is computed, this machine."""
+    check_arithmetic(precision, bool(network.base_weights))
+    if precision.mixed_precision == "fp16" and not only_looks and not has_accelerator():
         raise UserError(
             "--mixed_precision fp16 needs a GPU and none is found; use --mixed_precision bf16 or no on the CPU"
         )
-    if precision.full_fp16:
-        check_full_fp16(resolve_optimizer_type(options.optimizer))
 
 
 def check_arithmetic(precision: PrecisionOptions, merges: bool) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from library.determinism import explain_nondeterminism
 from library.launcher import launched_rank
+from library.options.base import Options
 from library.options.no_effect import is_set
 from library.options.output.saving import SavingOptions
 from library.options.train import TrainOptions
@@ -130,7 +131,7 @@ def log_end(prepared: PreparedRun, first_step: int, seconds: float, change: floa
         announce(f"to draw with it:\n  {format_draw_command(run.options, suggested)}")
 
 
-def format_draw_command(options: TrainOptions, adapter: Path) -> str:
+def format_draw_command(options: Options, adapter: Path) -> str:
     """Return the command that draws images with an adapter, on the base model and the parts of the run."""
     values, defaults, declarations = options.flat(), type(options).defaults(), type(options).declarations()
     prompts = values["sample_prompts"]
