@@ -331,8 +331,8 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
     base = None if args.sd_model is None else open_base_model("--sd_model", args.sd_model)
     adapters = weigh_files(files, ratios, args.lbws, base)
     if base is not None:
-        # In diffusers' naming, several modules can make up one of the base model.
-        if any(module.pieces for module in base.names.modules):
+        # In diffusers' naming, several modules can make up one of the base model, or its rows have another order.
+        if any(module.pieces or module.swaps_pair for module in base.names.modules):
             adapters = [replace(a, file=rename(a.file, base.names, "kohya", keeps_pieces=True).file) for a in adapters]
         num = merge_into_checkpoint(base, adapters, args.save_to, arithmetic, not args.no_metadata)
         print(f"{args.save_to}: {len(adapters)} adapters merged into {num} modules")

@@ -26,29 +26,23 @@ class AxisTables:
     """
 
     def __init__(self) -> None:
-        self.kept: dict[tuple[int, int, float, torch.device, float], tuple[Tensor, Tensor]] = {}
+        self.kept: dict[tuple[int, int, float, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def __call__(
-        self, width: int, extent: int, base: float, device: torch.device, scale: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines of the positions 0 to `extent` - 1, times `scale`, each (extent, width / 2)."""
-        key = (width, extent, base, device, scale)
+    def __call__(self, width: int, extent: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines of the positions 0 to `extent` - 1, each (extent, width / 2)."""
+        key = (width, extent, base, device)
         if key not in self.kept:
-            cos, sin = axis_table(width, extent, base, scale)
+            cos, sin = axis_table(width, extent, base)
             self.kept[key] = send(cos, device), send(sin, device)
         return self.kept[key]
 
 
 class Rotary:
-    """Rotation angles of tokens along several axes; axis a rotates `widths[a]` values of a head, an even number.
+    """Rotation angles of tokens along several axes; axis a rotates `widths[a]` values of a head, an even number."""
 
-    Positions on axis a are multiplied by `scales[a]`, 1 by default.
-    """
-
-    def __init__(self, widths: Sequence[int], base: int = ROPE_BASE, scales: Sequence[float] = ()) -> None:
+    def __init__(self, widths: Sequence[int], base: int = ROPE_BASE) -> None:
         self.widths = widths
         self.base = base
-        self.scales = scales or [1.0] * len(widths)
         self.tables = AxisTables()
 
     def __call__(self, positions: Tensor, extents: Sequence[int]) -> Rope:
@@ -57,19 +51,18 @@ class Rotary:
         indices = positions.long().unbind(-1)
         # Only tables of single positions are copied to the device, so that no copy grows with the image.
         axes = [
-            [table[index] for table in self.tables(width, extent, self.base, positions.device, scale)]
-            for width, extent, index, scale in zip(self.widths, extents, indices, self.scales, strict=True)
+            [table[index] for table in self.tables(width, extent, self.base, positions.device)]
+            for width, extent, index in zip(self.widths, extents, indices, strict=True)
         ]
         cos, sin = (torch.cat(parts, dim=-1) for parts in zip(*axes, strict=True))
         return torch.stack([cos, sin], dim=-1)
 
 
-def axis_table(width: int, extent: int, base: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Compute cosines and sines of the positions 0 to `extent` - 1, times `scale`, along an axis, on the CPU; each
-    (extent, width / 2)."""
+def axis_table(width: int, extent: int, base: float) -> tuple[Tensor, Tensor]:
+    """Compute cosines and sines of the positions 0 to `extent` - 1 along an axis, on the CPU; (extent, width / 2)."""
     # The angles need float64, which not every device supports: float32 is off by 1e-4 at position 1000.
     frequencies = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-    angles = scale * torch.arange(extent, dtype=torch.float64)[:, None] * frequencies
+    angles = torch.arange(extent, dtype=torch.float64)[:, None] * frequencies
     return angles.cos().float(), angles.sin().float()
 
 

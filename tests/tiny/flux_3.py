@@ -137,11 +137,18 @@ def inputs(h: int, w: int) -> tuple[Tensor, ...]:
     return latents, torch.tensor([0.125, 0.875]), text, torch.ones(2, NUM_TEXT, dtype=torch.long)
 
 
-def edit_inputs(h: int, w: int) -> tuple[Any, ...]:
-    """Return `inputs`, two references and the noise levels at which the step ends."""
+def edit_inputs(h: int, w: int) -> tuple[Tensor, ...]:
+    """Return `inputs`, the noise levels at which the step ends, and two references."""
     g = torch.Generator().manual_seed(1)
     references = [torch.randn(2, CONFIG.in_features, *side, generator=g) for side in ((3, 2), (2, 5))]
-    return *inputs(h, w), references, torch.tensor([0.0, 0.75])
+    return *inputs(h, w), torch.tensor([0.0, 0.75]), *references
+
+
+def edit(
+    denoiser: Flux3, latents: Tensor, sigmas: Tensor, text: Tensor, mask: Tensor, targets: Tensor, *references: Tensor
+) -> Tensor:
+    velocity: Tensor = denoiser(latents, sigmas, text, mask, references, targets)
+    return velocity
 
 
 def oracle_output(
@@ -150,8 +157,8 @@ def oracle_output(
     sigmas: Tensor,
     text: Tensor,
     mask: Tensor,
-    references: Any = (),
     targets: Tensor | None = None,
+    *references: Tensor,
 ) -> Tensor:
     """Return diffusers' output, with positions built by its pipeline's functions."""
     from diffusers.modular_pipelines.flux3.before_denoise import _prepare_image_ids
@@ -206,7 +213,7 @@ BASES = (
         module="networks.lora",
         build=lambda folder: build_tiny_flux_3(folder, 66),
         everything={"in_dims": "[2,2,0,2,2,2,2]"},
-        written=("flux_3", "Flux.3-image-klein"),
+        written=("FLUX.3", "Flux.3-image-klein"),
         deeper=DEEPER,
         needs_newer="transformers 4.54.1",
         default_shift=SHIFT,
@@ -216,9 +223,11 @@ BASES = (
                 diffusers_model,
                 {str(size): partial(values, *size) for size in ((8, 8), (3, 7), (9, 2))},  # each pixel is a token
                 oracle_output,
+                run,
+                least=0.05,
             )
             for name, is_distilled in (("base", False), ("distilled", True))
-            for mode, values in (("", inputs), (" with references", edit_inputs))
+            for mode, values, run in (("", inputs, Flux3.__call__), (" with references", edit_inputs, edit))
         },
         deep=Deep(
             lambda: Flux3(replace(CONFIG, **DEEPER, has_references=False)),
@@ -227,6 +236,7 @@ BASES = (
             most_graphs=6,
         ),
         pairs={"flux_3": pair},
+        count_share=0.05,  # copies of eight states per caption token, which fake tensors do not need
         merged=("networks.lora", {"in_dims": "[2,2,0,2,2,2,2]"}),
         full_size={"FLUX.3 Image Klein": (1024, write_full_size)},
         readers=(

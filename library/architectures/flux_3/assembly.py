@@ -8,14 +8,13 @@ import logging
 from dataclasses import replace
 from functools import partial
 
-from torch import nn
-
 from library.architectures.flux_3.load import MODEL, QWEN3_VL, open_encoder, open_loader
+from library.architectures.flux_3.model import read_config
 from library.architectures.flux_3.options import SHIFT, Flux3Options
 from library.architectures.flux_3.predict import predict
 from library.architectures.flux_3.text import LAYERS, MARKS, build_text, window_sizes
 from library.architectures.specs import list_specs
-from library.checkpoints.weights import fingerprint
+from library.checkpoints.weights import configure, fingerprint
 from library.diffusion.flow import RECORDS, FlowMatching, build_sampled_flow
 from library.diffusion.samplers import build_shifted_sampler
 from library.models.adapter_views import view_denoiser
@@ -33,7 +32,7 @@ ARCHITECTURE = "Flux.3-image-klein"
 RECIPE = Recipe(
     title=MODEL,
     metadata={
-        "ss_base_model_version": "flux_3",
+        "ss_base_model_version": "FLUX.3",
         "modelspec.architecture": f"{ARCHITECTURE}/lora",
         "modelspec.implementation": "https://github.com/black-forest-labs/flux-3-image-klein",
         "modelspec.resolution": "1024x1024",
@@ -45,7 +44,7 @@ RECIPE = Recipe(
     ignores=ignored_by_flow(
         MODEL,
         clip_skip="it uses fixed layers of its text encoder",
-        max_token_length="its text encoder reads 8192 tokens",
+        max_token_length="its text encoder reads 4096 tokens",
     ),
     records=RECORDS,
     needs={"diffusers": ">=0.36", "transformers": ">=4.57"},  # AutoencoderKLFlux2, Qwen3VLTextModel
@@ -61,14 +60,15 @@ def build(options: Flux3Options) -> Architecture:
     Raises UserError naming the flag for a file or a setting that does not fit FLUX.3 Image Klein.
     """
     RECIPE.check(options)
-    loader, config = open_loader(options)
-    if config.has_target and not options.network.has_training_adapter:
+    loader = open_loader(options)
+    distilled = configure(loader.denoiser_weights, read_config).has_target
+    if distilled and not options.network.has_training_adapter:
         logger.warning(
             "%s is the distilled FLUX.3 Image Klein: training undoes the distillation. Train on its base model, whose "
             "adapters work with the distilled one too, or add --training_adapter with a training adapter",
             loader.path,
         )
-    return assemble(options, loader, config.has_target)
+    return assemble(options, loader, distilled)
 
 
 def build_for_caching(options: Flux3Options) -> Architecture:
@@ -96,16 +96,11 @@ def assemble(options: Flux3Options, loader: DitLoader, distilled: bool) -> Archi
         specs=list_specs(),
         ignores=RECIPE.ignores,
         text_cache=build_text_cache(options, loader, text),
-        chains=block_lists,
     )
 
 
 def build_objective(options: Flux3Options) -> FlowMatching:
     return build_sampled_flow(options, options.flow_prediction.model_prediction_type, patch=1)
-
-
-def block_lists(denoiser: nn.Module) -> list[nn.ModuleList]:
-    return [module for module in denoiser.modules() if isinstance(module, nn.ModuleList)]
 
 
 def build_text_cache(options: Flux3Options, loader: DitLoader, text: ChatText) -> TextCacheSpec:
@@ -133,15 +128,9 @@ def feature_bytes(loader: DitLoader, text: ChatText, caption: str) -> int:
 
 def build_preview(text: ChatText, distilled: bool) -> Preview:
     """Build the preview settings: classifier-free guidance, or few steps without guidance for the distilled model."""
+    num_steps, scale = (16, 1.0) if distilled else (50, GUIDANCE)
     return Preview(
-        defaults=PromptDefaults(
-            num_steps=16 if distilled else 50,
-            width=1024,
-            height=1024,
-            scale=1.0 if distilled else GUIDANCE,
-            size_step=LATENTS.bucket_step,
-            flow_shift=SHIFT,
-        ),
+        defaults=PromptDefaults(num_steps, 1024, 1024, scale, LATENTS.bucket_step, flow_shift=SHIFT),
         text=text,
         predict=lambda prompt: partial(predict, levels=build_shifted_sampler(prompt).levels),
         sampler=build_shifted_sampler,

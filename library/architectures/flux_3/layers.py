@@ -50,8 +50,7 @@ KEYS = LayerKeys(
     leaves=list_stream_leaves,
     is_other=is_scale,
 )
-NUM_MODE, NUM_SINGLE = 5, 28
-NUM_BLOCKS = {stack.ours: NUM_SINGLE if stack.ours == "single_blocks" else NUM_MODE for stack in KEYS.stacks}
+NUM_BLOCKS = {**{stack.ours: 5 for stack in KEYS.stacks}, "single_blocks": 28}
 
 
 def denoiser_module(path: str) -> ModuleNames:

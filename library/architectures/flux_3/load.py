@@ -6,7 +6,7 @@ from functools import partial
 from torch import nn
 
 from library.architectures.flux_3.layers import DIFFUSERS_MARK, KEYS, MARK, REFERENCE_KEY
-from library.architectures.flux_3.model import Flux3, Flux3Config, read_config
+from library.architectures.flux_3.model import Flux3, read_config
 from library.architectures.flux_3.options import Flux3Options
 from library.architectures.flux_3.text import LAYERS
 from library.architectures.specs import list_specs
@@ -27,8 +27,8 @@ QWEN3_VL = Qwen3Release("--text_encoder", "Qwen/Qwen3-VL-4B-Instruct", "text_enc
 HEADS_OF_TRAINING = "repa_projectors."  # in some checkpoints; they are of no use outside of the model's own training
 
 
-def open_loader(options: Flux3Options) -> tuple[DitLoader, Flux3Config]:
-    """Open the files that the options name; only headers are read. Return the loader and the denoiser's sizes.
+def open_loader(options: Flux3Options) -> DitLoader:
+    """Open the files that the options name; only headers are read.
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
@@ -43,31 +43,25 @@ def open_loader(options: Flux3Options) -> tuple[DitLoader, Flux3Config]:
     loader = build_loader(options, base, weights, partial(Flux3, config))
     check_input_width(base.path, config.in_features, PACKED_CHANNELS, "token", MODEL)
     check_text_width(QWEN3_VL.flag, loader.text.component, WORDS, config.text_width // len(LAYERS), QWEN3_VL.hub_name)
-    return loader, config
+    return loader
 
 
 def build_loader(
     options: Flux3Options, base: BaseFiles, weights: Weights, build: Callable[[], nn.Module] | None = None
 ) -> DitLoader:
+    load_text = choose_load(load_qwen3_vl, "Qwen3-VL", options.parts.fp8_text_encoder)
     return open_dit_loader(
         options,
         base,
         weights,
         build,
-        texts=[
-            (
-                lambda: open_text_encoder(base, options.parts.text_encoder),
-                choose_load(load_qwen3_vl, "Qwen3-VL", options.parts.fp8_text_encoder),
-            )
-        ],
+        texts=[(lambda: open_text_encoder(base, options.parts.text_encoder), load_text)],
         vae=lambda: open_vae(MODEL, options.model.vae, base),
         load_vae=load_flux_2_vae,
     )
 
 
-def open_encoder(options: Flux3Options, flag: str) -> DitLoader:
-    """Open the models for a caching command, as `dit_loader.open_encoder` does."""
-    return dit_loader.open_encoder(lambda options: open_loader(options)[0], build_loader, options, flag)
+open_encoder = partial(dit_loader.open_encoder, open_loader, build_loader)
 
 
 def read_denoiser(base: BaseFiles, with_references: bool) -> Weights:

@@ -6,7 +6,7 @@ and w sides of the latent (a token is one latent pixel), L text tokens, T tokens
 E text width, R modes of a block's tokens.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,24 +21,21 @@ from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
 from library.models.double_stream import (
     EPS,
-    LEVEL_SCALE,
     LastModulation,
     MLPEmbedder,
     Modulation,
     QKNorm,
-    RMSNorm,
     SwiGLU,
     embed_level,
     make_norm,
     modulate,
 )
 from library.models.patches import key_mask, patchify, unpatchify
-from library.models.rotary import ROPE_BASE, Rope, Rotary, apply_rope
+from library.models.rotary import ROPE_BASE, Rope, apply_rope
 from library.models.shapes import ShapeReader
-from library.models.sinusoids import FREQUENCIES, sinusoids
+from library.models.sinusoids import FREQUENCIES
 
-AXIS_SCALES = (1.0, 0.5, 0.5, 1.0)  # factors on positions: time, row, column, text
-NUM_AXES = len(AXIS_SCALES)
+NUM_AXES = 4  # of positions: time, row, column, text
 
 
 @dataclass(frozen=True)
@@ -54,10 +51,6 @@ class Flux3Config:
     num_single: int
     has_target: bool = False  # a distilled model, which takes the noise level that a step ends at as an input
     has_references: bool = True
-
-    @property
-    def image_modes(self) -> tuple[str, ...]:
-        return IMAGES if self.has_references else IMAGES[:1]
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> Flux3Config:
@@ -88,8 +81,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> Flux3Config:
 
 
 class SingleStreamBlock(nn.Module):
-    """Parallel attention and SwiGLU over all tokens. Network modules find the layers by this class name, which LyCORIS
-    knows."""
+    """Parallel attention and SwiGLU. Network modules find the layers by this class name, which LyCORIS knows."""
 
     def __init__(self, config: Flux3Config) -> None:
         super().__init__()
@@ -103,33 +95,20 @@ class SingleStreamBlock(nn.Module):
         self.mlp_out = nn.Linear(config.mlp_width, width, bias=False)
 
     def forward(self, x_BTM: Tensor, rows_BR3M: Tensor, lengths: list[int], rope: Rope, mask: Tensor | None) -> Tensor:
-        """Return the tokens, BTM. `rows_BR3M` are shift, scale and gate of each mode, `lengths` its numbers of
-        tokens."""
+        """Return the tokens, BTM. `rows_BR3M` are shift, scale and gate of each mode, `lengths` its token counts."""
         parts = torch.split(self.pre_norm(x_BTM), lengths, dim=1)
         shifts, scales, gates = (torch.split(rows_BRM, 1, dim=1) for rows_BRM in rows_BR3M.unbind(2))
-        y_BTM = join(modulate(*each) for each in zip(parts, shifts, scales, strict=True))
+        y_BTM = torch.cat([modulate(*each) for each in zip(parts, shifts, scales, strict=True)], dim=1)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (layer(y_BTM).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for layer in projections)
-        q, k = self.norm_and_rotate(q, self.norm.query_norm, rope), self.norm_and_rotate(k, self.norm.key_norm, rope)
+        norms = ((q, self.norm.query_norm.scale), (k, self.norm.key_norm.scale))
+        # They are rounded only once.
+        normed = (functional.rms_norm(x.float(), scale.shape, scale.float(), EPS) for x, scale in norms)
+        q, k = (apply_rope(x_BNTD, rope).to(v.dtype) for x_BNTD in normed)
         attended_BTM = scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         change_BTM = self.attn_out(attended_BTM) + self.mlp_out(self.activation(self.mlp_in(y_BTM)))
         changes = torch.split(change_BTM, lengths, dim=1)
-        return x_BTM + join(gate * change for gate, change in zip(gates, changes, strict=True))
-
-    def norm_and_rotate(self, x_BNTD: Tensor, norm: RMSNorm, rope: Rope) -> Tensor:
-        """Normalize and rotate queries or keys, which are rounded only once."""
-        normed_BNTD = functional.rms_norm(x_BNTD.float(), (self.head_width,), norm.scale.float(), EPS)
-        return apply_rope(normed_BNTD, rope).to(x_BNTD.dtype)
-
-
-def join(parts: Iterable[Tensor]) -> Tensor:
-    """Concatenate tokens of several modes, BTM each; the tokens of one are not copied."""
-    first, *others = parts
-    return torch.cat([first, *others], dim=1) if others else first
-
-
-def make_modulations(width: int, modes: Sequence[str]) -> nn.ModuleDict:
-    return nn.ModuleDict({mode: Modulation(width, 1, bias=False) for mode in modes})
+        return x_BTM + torch.cat([gate * change for gate, change in zip(gates, changes, strict=True)], dim=1)
 
 
 def list_rows(modulations: nn.ModuleDict, vecs: Mapping[str, Tensor]) -> Tensor:
@@ -164,15 +143,15 @@ class Flux3(nn.Module):
         super().__init__()
         self.config = config
         self.runner: BlockRunner = plain
-        self.rotary = Rotary((config.head_width // NUM_AXES,) * NUM_AXES, ROPE_BASE, AXIS_SCALES)
-        width, images = config.width, config.image_modes
+        width, images = config.width, IMAGES if config.has_references else IMAGES[:1]
+        modes = (*images, TEXT)
         self.emb_in = nn.ModuleDict({mode: nn.Linear(config.in_features, width, bias=False) for mode in images})
         self.txt_in = nn.Linear(config.text_width, width, bias=False)
         self.time_in = MLPEmbedder(FREQUENCIES, width, bias=False)
         if config.has_target:
             self.ref_time_in = MLPEmbedder(FREQUENCIES, width, bias=False)
-        self.early_stream_modulations = make_modulations(width, (*images, TEXT))
-        self.single_stream_modulations = make_modulations(width, (*images, TEXT))
+        self.early_stream_modulations = nn.ModuleDict({mode: Modulation(width, 1, bias=False) for mode in modes})
+        self.single_stream_modulations = nn.ModuleDict({mode: Modulation(width, 1, bias=False) for mode in modes})
         self.content_mode_blocks = nn.ModuleDict({mode: make_blocks(config, config.num_mode) for mode in images})
         self.txt_mode_blocks = make_blocks(config, config.num_mode)
         self.single_blocks = make_blocks(config, config.num_single)
@@ -180,7 +159,7 @@ class Flux3(nn.Module):
 
     def stacks(self) -> Stacks:
         """Return the blocks that run in every pass; those of references, which run in some, are not offloaded."""
-        return [[*self.blocks_of(TEXT)], [*self.blocks_of(IMAGES[0])], [*self.single_blocks]]
+        return [[*self.blocks_of(TEXT), *self.blocks_of(IMAGES[0]), *self.single_blocks]]
 
     def blocks_of(self, mode: str) -> nn.ModuleList:
         blocks = self.txt_mode_blocks if mode == TEXT else self.content_mode_blocks[mode]
@@ -211,11 +190,10 @@ class Flux3(nn.Module):
         if min(text_lengths) < L:
             is_text_BL = send(torch.arange(L)[None] < torch.tensor(text_lengths)[:, None], device)
             text_mask, mask = is_text_BL[:, None, None], key_mask(is_text_BL, num_images)
-        extents = 1, max(h for h, _ in sides), max(w for _, w in sides), L + len(references)
-        rope = self.rotary(send(positions(L, sides), device), extents)
-        noisy_BM, clean_BM = self.embed_levels(sigmas_B, sigmas_B if targets_B is None else targets_B, dtype).unbind(1)
+        rope = send(rope_at(positions(L, sides), self.config.head_width), device)
+        noisy_BM, clean_BM = self.embed_levels(sigmas_B, sigmas_B if targets_B is None else targets_B, dtype)
         tokens = {TEXT: self.txt_in(text_BLE[:, :L].to(dtype))}
-        for mode, images in zip(self.config.image_modes, ([latents_BChw], references), strict=False):
+        for mode, images in zip(self.emb_in, ([latents_BChw], references), strict=False):
             if images:
                 patches_BTC = torch.cat([patchify(image, 1) for image in images], dim=1)
                 tokens[mode] = self.emb_in[mode](patches_BTC.to(dtype))
@@ -232,27 +210,33 @@ class Flux3(nn.Module):
             x_BTM = self.runner(block, x_BTM, rows_BR3M, lengths, rope, mask)
         return unpatchify(self.final_layer["image"](x_BTM[:, L : L + h * w], noisy_BM), h, w, 1)
 
-    def embed_levels(self, sigmas_B: Tensor, targets_B: Tensor, dtype: torch.dtype) -> Tensor:
-        """Embed the noise levels of the noisy image and of clean tokens, shape (B, 2, M)."""
-        # Levels are an axis of their own, because adapters tell samples apart by the first.
-        levels_B2 = torch.stack([sigmas_B, torch.zeros_like(sigmas_B)], dim=1)
-        features_B2F = sinusoids(LEVEL_SCALE * levels_B2.flatten()).view(*levels_B2.shape, -1)
-        vecs_B2M: Tensor = self.time_in(features_B2F.to(dtype))
+    def embed_levels(self, sigmas_B: Tensor, targets_B: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """Embed the noise levels of the noisy image and of clean tokens, BM each."""
+        levels = (sigmas_B, torch.zeros_like(sigmas_B))
+        vecs = [embed_level(self.time_in, levels_B, dtype) for levels_B in levels]
         if not self.config.has_target:
-            return vecs_B2M
-        return vecs_B2M + embed_level(self.ref_time_in, targets_B, dtype)[:, None]
+            return vecs
+        target_BM = embed_level(self.ref_time_in, targets_B, dtype)
+        return [vec_BM + target_BM for vec_BM in vecs]
 
 
 def positions(num_text: int, sides: Sequence[tuple[int, int]]) -> Tensor:
-    """Return positions (time, row, column, text) of the tokens, shape (T, 4), before they are scaled, on the host.
+    """Return positions (time, row, column, text) of the tokens, shape (T, 4), float64, on the host.
 
-    Text token i is at (0, 0, 0, n + i), row y and column x of image i at (0, y, x, n - i); the noisy image is the
-    first. The n references have negative positions in the original, but only differences matter.
+    Text token i is at (0, 0, 0, i), row y and column x of image i at (0, y / 2, x / 2, -i); the noisy image is the
+    first.
     """
-    n, zero = len(sides) - 1, torch.zeros(1, dtype=torch.long)
-    text_L4 = torch.cartesian_prod(zero, zero, zero, n + torch.arange(num_text))
-    grids = [
-        torch.cartesian_prod(zero, torch.arange(h), torch.arange(w), torch.tensor([n - i]))
-        for i, (h, w) in enumerate(sides)
-    ]
+    zero = torch.zeros(1, dtype=torch.float64)
+    text_L4 = torch.cartesian_prod(zero, zero, zero, torch.arange(num_text).double())
+    halves = [[torch.arange(length).double() / 2 for length in side] for side in sides]
+    grids = [torch.cartesian_prod(zero, *rows_and_columns, zero - i) for i, rows_and_columns in enumerate(halves)]
     return torch.cat([text_L4, *grids])
+
+
+def rope_at(positions_T4: Tensor, head_width: int) -> Rope:
+    """Return the angles of tokens; each axis rotates an equal share of a head's values."""
+    # In float32 the angle of text token 1000 would be off by 1e-4, and not every device has float64.
+    width = head_width // NUM_AXES
+    bands = ROPE_BASE ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = (positions_T4[..., None] * bands).flatten(-2)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).float()

@@ -45,7 +45,7 @@ FILES: tuple[ModelFile, ...] = (
         "black-forest-labs/flux-3-image-klein-comfy",
         "flux3-image-klein-base-bf16.safetensors",
         11.1,
-        "FLUX Kommunity (non-commercial)",
+        "FLUX Kommunity",
     ),
     ModelFile("text_encoder", "Qwen/Qwen3-VL-4B-Instruct", "", 8.9, "Apache-2.0"),
     ModelFile("vae", "Comfy-Org/Flux-2-Klein-4B", "flux2-vae.safetensors", 0.34, "Apache-2.0"),
@@ -56,7 +56,6 @@ INSTEAD: Mapping[str, str] = {
     **ALTERNATIVES,
     "fp8_vl": "use --fp8_text_encoder",
     "fp8_llm": "use --fp8_text_encoder",
-    "model_version": "the distilled model is recognised by its layers; remove it",
 }
 """Hints for options of other scripts and programs, appended to the error for such an option."""
 

@@ -14,12 +14,7 @@ SMALLEST_STEP = 1e-6  # between noise levels; sampling in 1000 steps has 1e-4
 
 
 def predict(
-    denoiser: nn.Module,
-    noised: Noised,
-    conditioning: Conditioning,
-    batch: Batch,
-    *,
-    levels: Sequence[Level] = (),
+    denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch, *, levels: Sequence[Level] = ()
 ) -> Tensor:
     """Return the velocity, noise - latent, in the shape of the latents.
 

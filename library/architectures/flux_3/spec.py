@@ -10,7 +10,8 @@ from library.models.transformer_file import TransformerFile
 
 NO_EMBEDDERS = Gap(
     GENERIC,
-    r"diffusion_model_(emb_in|txt_in|time_in|ref_time_in|early_stream_modulations|single_stream_modulations|final_layer)_.*",
+    r"diffusion_model_(emb_in|time_in|ref_time_in|early_stream_modulations|single_stream_modulations|final_layer)_.*"
+    r"|diffusion_model_txt_in",
     "under generic names it finds the layers of the blocks alone",
 )
 
@@ -39,11 +40,10 @@ SPECS = (
         checkpoint=(Sign(r"(^|\.)early_stream_modulations\."),),
         adapter=(
             Sign(r"_(early_stream_modulations|single_stream_modulations|emb_in|x_embedders|ref_time_in)_"),
-            Sign(r"_(content|txt)_mode_blocks_|_mode_blocks_(image|image_cond)_\d+_"),
-            Sign(r"_single_blocks_\d+_([qkv]_proj|attn_out|mlp_in|mlp_out)_"),
+            Sign(r"_mode_blocks_|_single_blocks_\d+_([qkv]_proj|attn_out|mlp_in|mlp_out)_"),
             Sign(r"_single_transformer_blocks_\d+_attn_to_out_0_"),
         ),
-        version=r"flux_3",
+        version=r"FLUX\.3",
         architecture=r"(?i)flux\.3",
         pipelines=("Flux3",),
         readers={

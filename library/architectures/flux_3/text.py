@@ -3,6 +3,7 @@
 Letters: B captions, S tokens of the longest, L tokens of the longest window, F values of all states of a token.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from library.memory.devices import send
 from library.models.language_models import ChatText
 from library.types import Conditioning
 
-NUM_TOKENS = 8192  # most that the denoiser gets, with the template
+NUM_TOKENS = 4096  # most that the denoiser gets, with the template; the planner counts as many
 WINDOW = 80  # captions are padded to multiples, and the denoiser attends to that padding
 TEMPLATE = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 MARKS = ("<|im_start|>", "<|im_end|>")
@@ -22,10 +23,7 @@ LAYERS = (4, 8, 12, 16, 20, 24, 28, 32)  # layers whose states are used; later o
 
 def build_text(tokenizer: Any) -> ChatText:
     """Build the text pipeline; `tokenizer` is transformers', which pads on the right."""
-
-    def encode(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor) -> Conditioning:
-        return encode_windows(encoder, ids_BS, mask_BS, tokenizer.pad_token_id)
-
+    encode = partial(encode_windows, pad_id=tokenizer.pad_token_id)
     return ChatText(tokenizer, TEMPLATE, NUM_TOKENS, "longest", encode)
 
 
