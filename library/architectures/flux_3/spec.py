@@ -41,7 +41,7 @@ SPECS = (
         adapter=(
             Sign(r"_(early_stream_modulations|single_stream_modulations|emb_in|x_embedders|ref_time_in)_"),
             Sign(r"_mode_blocks_|_single_blocks_\d+_([qkv]_proj|attn_out|mlp_in|mlp_out)_"),
-            Sign(r"_single_transformer_blocks_\d+_attn_to_out_0_"),
+            Sign(r"_single_transformer_blocks_\d+_(attn_to_out_0|ff_linear_(in|out))_"),
         ),
         version=r"FLUX\.3",
         architecture=r"(?i)flux\.3",
