@@ -27,7 +27,7 @@ class Flux3ModelOptions(PartOptions):
         usual=True,
         own=True,
         help="Train with the reference images of the data set. Unset leaves out the layers that only they need, which "
-        "are a ninth of the model.",
+        "are an eighth of the model.",
     )
 
 
