@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from library.architectures.flux_3.layers import KEYS
-from library.architectures.flux_3.model import positions, rope_at
+from library.architectures.flux_3.model import rope_at
 from library.architectures.flux_3.predict import next_sigmas
 from library.types import Prompt
 from tests.parity.test_preview import ours
@@ -140,15 +140,12 @@ def test_angles_equal_those_of_diffusers_at_the_positions_of_its_pipeline() -> N
     from diffusers.models.transformers.transformer_flux3 import Flux3PosEmbed
     from diffusers.modular_pipelines.flux3.before_denoise import _prepare_image_ids
 
-    sides = [(3, 90), (4, 2), (5, 5)]
-    ids = positions(400, sides)
+    sides, zero = [(3, 90), (4, 2), (5, 5)], torch.arange(1)
     images = [_prepare_image_ids(*side, 0.5, l_coord=-i) for i, side in enumerate(sides)]
-    zero = torch.arange(1)
-    torch.testing.assert_close(ids[400:].float(), torch.cat(images), rtol=0, atol=0)
-    assert torch.equal(ids[:400].long(), torch.cartesian_prod(zero, zero, zero, torch.arange(400)))
-    cos, sin = Flux3PosEmbed(10_000, [32] * 4)(ids.float())
-    angles = rope_at(ids, 128)
-    torch.testing.assert_close(angles, torch.stack([cos[:, ::2], sin[:, ::2]], dim=-1), **FLOAT32_SAME_MATH)
+    ids = torch.cat([torch.cartesian_prod(zero, zero, zero, torch.arange(400)), *images])
+    cos, sin = Flux3PosEmbed(10_000, [32] * 4)(ids)
+    angles = torch.stack([cos[:, ::2], sin[:, ::2]], dim=-1)
+    torch.testing.assert_close(rope_at(400, sides, 128), angles, **FLOAT32_SAME_MATH)
 
 
 @pytest.mark.parametrize("is_distilled", [False, True])

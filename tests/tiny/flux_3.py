@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from library.architectures.flux_3.layers import KEYS, NAMES, NUM_BLOCKS
 from library.architectures.flux_3.model import Flux3, Flux3Config
 from library.architectures.flux_3.options import SHIFT
+from library.architectures.flux_3.reference import diffusers_model
 from library.architectures.flux_3.text import LAYERS
 from library.models.adapter_views import view_denoiser
 from library.models.loading import build_on_meta_device
 from library.models.patches import patchify, unpatchify
-from library.models.reference import with_weights
 from tests.tiny.base import Base, Compared, Deep, InDiffusers, Pair, pair_of
 from tests.tiny.flux_2 import full_size_vae, original_vae, tiny_vae
 from tests.tiny.headers import write_headers
@@ -81,7 +81,7 @@ def tiny_parts(seed: int, num_words: int, is_distilled: bool) -> Parts:
     encoder = tiny_qwen3_vl(seed + 2, num_words, deep_vision(2, (0, 1)), **QWEN3_VL)
     denoiser = tiny_flux_3(seed, is_distilled)
     return {
-        "transformer": (diffusers_config(denoiser.config), denoiser.state_dict()),
+        "transformer": (json.loads(diffusers_model(denoiser).to_json_string()), denoiser.state_dict()),
         "vae": tiny_vae(seed + 1),
         "text_encoder": (json.loads(encoder.config.to_json_string()), encoder.state_dict()),
     }
@@ -92,36 +92,11 @@ def tiny_flux_3(seed: int, is_distilled: bool = False) -> Flux3:
     return tiny_denoiser(Flux3, replace(CONFIG, has_target=is_distilled), seed)
 
 
-def diffusers_config(config: Flux3Config) -> dict[str, Any]:
-    """Return the arguments of diffusers' class."""
-    return {
-        "in_channels": config.in_features,
-        "cond_in_channels": config.in_features,
-        "num_layers": config.num_mode,
-        "num_single_layers": config.num_single,
-        "attention_head_dim": config.head_width,
-        "num_attention_heads": config.width // config.head_width,
-        "joint_attention_dim": config.text_width,
-        "mlp_ratio": config.mlp_width / config.width,
-        "axes_dims_rope": [config.head_width // 4] * 4,
-        "flow_map": config.has_target,
-    }
-
-
 def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights under diffusers' names, converted by diffusers' own converter of single files."""
     from diffusers.loaders.single_file_utils import convert_flux3_transformer_checkpoint_to_diffusers
 
     return dict(convert_flux3_transformer_checkpoint_to_diffusers({k: tensor.clone() for k, tensor in state.items()}))
-
-
-def diffusers_model(denoiser: Flux3) -> Any:
-    """Build diffusers' model with the weights of `denoiser`."""
-    from diffusers import Flux3Transformer2DModel
-
-    return with_weights(
-        Flux3Transformer2DModel(**diffusers_config(denoiser.config)), diffusers_state(denoiser.state_dict())
-    )
 
 
 # Its inputs, and the output of diffusers' transformer
@@ -237,6 +212,15 @@ BASES = (
         ),
         pairs={"flux_3": pair},
         count_share=0.05,  # copies of eight states per caption token, which fake tensors do not need
+        verified={
+            f"flux_3 {name}": partial(
+                tiny_denoiser,
+                Flux3,
+                replace(CONFIG, num_single=3, has_target=has_target, has_references=has_references),
+                74,
+            )
+            for name, has_target, has_references in (("base", False, False), ("distilled", True, True))
+        },
         merged=("networks.lora", {"in_dims": "[2,2,0,2,2,2,2]"}),
         full_size={"FLUX.3 Image Klein": (1024, write_full_size)},
         readers=(

@@ -12,7 +12,7 @@ from library.architectures.flux_3.load import MODEL, QWEN3_VL, open_encoder, ope
 from library.architectures.flux_3.model import read_config
 from library.architectures.flux_3.options import SHIFT, Flux3Options
 from library.architectures.flux_3.predict import predict
-from library.architectures.flux_3.text import LAYERS, MARKS, build_text, window_sizes
+from library.architectures.flux_3.text import MARKS, build_text
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import configure, fingerprint
 from library.diffusion.flow import RECORDS, FlowMatching, build_sampled_flow
@@ -114,16 +114,8 @@ def build_text_cache(options: Flux3Options, loader: DitLoader, text: ChatText) -
         padding={"hidden_state": 0.0, "attention_mask": 0.0},
         on_host=("attention_mask",),
         can_train=False,
-        bytes_of=lambda caption: feature_bytes(loader, text, caption),
         keeps_bits=True,
     )
-
-
-def feature_bytes(loader: DitLoader, text: ChatText, caption: str) -> int:
-    """Return the bytes of a caption's features: 40,960 for each token of its window in 16 bits."""
-    num_tokens = int(window_sizes(text.tokenize([caption]).ids_BLT[1].sum()))
-    width: int = loader.text.component.config["hidden_size"]
-    return num_tokens * len(LAYERS) * width * loader.text.dtype.itemsize
 
 
 def build_preview(text: ChatText, distilled: bool) -> Preview:

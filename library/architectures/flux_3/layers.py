@@ -1,8 +1,5 @@
 """The layers of FLUX.3 Image Klein: their names in the original layout, which is ours, in diffusers' and in adapter
-files, and what adapters target.
-
-ComfyUI and ai-toolkit write the original names below `diffusion_model.`, SimpleTuner diffusers' below `transformer.`.
-"""
+files (ComfyUI and ai-toolkit write the original ones, SimpleTuner diffusers'), and what adapters target."""
 
 from collections.abc import Mapping
 
@@ -14,7 +11,6 @@ from networks.core.targets.targets import AdapterTargets, Embedders, Part
 
 IMAGES = ("image", "image_cond")  # modes of tokens: the noisy image, and reference images
 TEXT = "txt"
-REFERENCE_KEY = ".image_cond."  # in names of weights that only reference images need
 MARK, DIFFUSERS_MARK = "early_stream_modulations.image.lin.weight", "context_embedder.weight"
 MODULATIONS = ("early_stream_modulations", "single_stream_modulations")
 

@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import nn
 
-from library.architectures.flux_3.layers import DIFFUSERS_MARK, KEYS, MARK, REFERENCE_KEY
+from library.architectures.flux_3.layers import DIFFUSERS_MARK, IMAGES, KEYS, MARK
 from library.architectures.flux_3.model import Flux3, read_config
 from library.architectures.flux_3.options import Flux3Options
 from library.architectures.flux_3.text import LAYERS
@@ -67,7 +67,7 @@ open_encoder = partial(dit_loader.open_encoder, open_loader, build_loader)
 def read_denoiser(base: BaseFiles, with_references: bool) -> Weights:
     """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
     weights = open_denoiser(list_specs(), base, "flux_3", MARK, DIFFUSERS_MARK, KEYS.from_diffusers)
-    left_out = (HEADS_OF_TRAINING,) if with_references else (HEADS_OF_TRAINING, REFERENCE_KEY)
+    left_out = (HEADS_OF_TRAINING,) if with_references else (HEADS_OF_TRAINING, f".{IMAGES[1]}.")
     return select_weights(weights, {key: key for key in weights.shapes if not any(part in key for part in left_out)})
 
 

@@ -102,9 +102,8 @@ class SingleStreamBlock(nn.Module):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (layer(y_BTM).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for layer in projections)
         norms = ((q, self.norm.query_norm.scale), (k, self.norm.key_norm.scale))
-        # They are rounded only once.
         normed = (functional.rms_norm(x.float(), scale.shape, scale.float(), EPS) for x, scale in norms)
-        q, k = (apply_rope(x_BNTD, rope).to(v.dtype) for x_BNTD in normed)
+        q, k = (apply_rope(x_BNTD, rope).to(v.dtype) for x_BNTD in normed)  # rounded only once
         attended_BTM = scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         change_BTM = self.attn_out(attended_BTM) + self.mlp_out(self.activation(self.mlp_in(y_BTM)))
         changes = torch.split(change_BTM, lengths, dim=1)
@@ -114,10 +113,6 @@ class SingleStreamBlock(nn.Module):
 def list_rows(modulations: nn.ModuleDict, vecs: Mapping[str, Tensor]) -> Tensor:
     """Return shift, scale and gate of each mode in `vecs`, (B, R, 3, M)."""
     return torch.stack([torch.cat(modulations[mode](vec_BM), dim=1) for mode, vec_BM in vecs.items()], dim=1)
-
-
-def make_blocks(config: Flux3Config, num_blocks: int) -> nn.ModuleList:
-    return nn.ModuleList(SingleStreamBlock(config) for _ in range(num_blocks))
 
 
 class LastLayer(nn.Module):
@@ -152,19 +147,15 @@ class Flux3(nn.Module):
             self.ref_time_in = MLPEmbedder(FREQUENCIES, width, bias=False)
         self.early_stream_modulations = nn.ModuleDict({mode: Modulation(width, 1, bias=False) for mode in modes})
         self.single_stream_modulations = nn.ModuleDict({mode: Modulation(width, 1, bias=False) for mode in modes})
-        self.content_mode_blocks = nn.ModuleDict({mode: make_blocks(config, config.num_mode) for mode in images})
-        self.txt_mode_blocks = make_blocks(config, config.num_mode)
-        self.single_blocks = make_blocks(config, config.num_single)
+        stacks = [nn.ModuleList(SingleStreamBlock(config) for _ in range(config.num_mode)) for _ in modes]
+        self.content_mode_blocks = nn.ModuleDict(dict(zip(images, stacks, strict=False)))
+        self.txt_mode_blocks = stacks[-1]
+        self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.num_single))
         self.final_layer = nn.ModuleDict({"image": LastLayer(config)})
 
     def stacks(self) -> Stacks:
         """Return the blocks that run in every pass; those of references, which run in some, are not offloaded."""
-        return [[*self.blocks_of(TEXT), *self.blocks_of(IMAGES[0]), *self.single_blocks]]
-
-    def blocks_of(self, mode: str) -> nn.ModuleList:
-        blocks = self.txt_mode_blocks if mode == TEXT else self.content_mode_blocks[mode]
-        assert isinstance(blocks, nn.ModuleList)
-        return blocks
+        return [[*self.txt_mode_blocks, *self.content_mode_blocks[IMAGES[0]].children(), *self.single_blocks]]
 
     def forward(
         self,
@@ -190,8 +181,12 @@ class Flux3(nn.Module):
         if min(text_lengths) < L:
             is_text_BL = send(torch.arange(L)[None] < torch.tensor(text_lengths)[:, None], device)
             text_mask, mask = is_text_BL[:, None, None], key_mask(is_text_BL, num_images)
-        rope = send(rope_at(positions(L, sides), self.config.head_width), device)
-        noisy_BM, clean_BM = self.embed_levels(sigmas_B, sigmas_B if targets_B is None else targets_B, dtype)
+        rope = send(rope_at(L, sides, self.config.head_width), device)
+        levels = [embed_level(self.time_in, level_B, dtype) for level_B in (sigmas_B, torch.zeros_like(sigmas_B))]
+        if self.config.has_target:
+            target_BM = embed_level(self.ref_time_in, sigmas_B if targets_B is None else targets_B, dtype)
+            levels = [level_BM + target_BM for level_BM in levels]
+        noisy_BM, clean_BM = levels
         tokens = {TEXT: self.txt_in(text_BLE[:, :L].to(dtype))}
         for mode, images in zip(self.emb_in, ([latents_BChw], references), strict=False):
             if images:
@@ -201,8 +196,8 @@ class Flux3(nn.Module):
         vecs = {mode: noisy_BM if mode == IMAGES[0] else clean_BM for mode in tokens}
         for mode, length, angles in zip(vecs, lengths, torch.split(rope, lengths), strict=True):
             rows_B13M = list_rows(self.early_stream_modulations, {mode: vecs[mode]})
-            for block in self.blocks_of(mode):
-                mode_mask = text_mask if mode == TEXT else None
+            mode_mask = text_mask if mode == TEXT else None
+            for block in (self.txt_mode_blocks if mode == TEXT else self.content_mode_blocks[mode]).children():
                 tokens[mode] = self.runner(block, tokens[mode], rows_B13M, [length], angles, mode_mask)
         rows_BR3M = list_rows(self.single_stream_modulations, vecs)
         x_BTM = torch.cat([tokens.pop(mode) for mode in vecs], dim=1)
@@ -210,32 +205,17 @@ class Flux3(nn.Module):
             x_BTM = self.runner(block, x_BTM, rows_BR3M, lengths, rope, mask)
         return unpatchify(self.final_layer["image"](x_BTM[:, L : L + h * w], noisy_BM), h, w, 1)
 
-    def embed_levels(self, sigmas_B: Tensor, targets_B: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """Embed the noise levels of the noisy image and of clean tokens, BM each."""
-        levels = (sigmas_B, torch.zeros_like(sigmas_B))
-        vecs = [embed_level(self.time_in, levels_B, dtype) for levels_B in levels]
-        if not self.config.has_target:
-            return vecs
-        target_BM = embed_level(self.ref_time_in, targets_B, dtype)
-        return [vec_BM + target_BM for vec_BM in vecs]
 
+def rope_at(num_text: int, sides: Sequence[tuple[int, int]], head_width: int) -> Rope:
+    """Return the angles of the tokens on the host. Each axis (time, row, column, text) rotates a quarter of a head.
 
-def positions(num_text: int, sides: Sequence[tuple[int, int]]) -> Tensor:
-    """Return positions (time, row, column, text) of the tokens, shape (T, 4), float64, on the host.
-
-    Text token i is at (0, 0, 0, i), row y and column x of image i at (0, y / 2, x / 2, -i); the noisy image is the
-    first.
+    Text token i is at (0, 0, 0, i), row y and column x of image i at (0, y / 2, x / 2, -i); the noisy image is first.
     """
+    # In float32 the angle of text token 1000 would be off by 1e-4, and not every device has float64.
     zero = torch.zeros(1, dtype=torch.float64)
-    text_L4 = torch.cartesian_prod(zero, zero, zero, torch.arange(num_text).double())
     halves = [[torch.arange(length).double() / 2 for length in side] for side in sides]
     grids = [torch.cartesian_prod(zero, *rows_and_columns, zero - i) for i, rows_and_columns in enumerate(halves)]
-    return torch.cat([text_L4, *grids])
-
-
-def rope_at(positions_T4: Tensor, head_width: int) -> Rope:
-    """Return the angles of tokens; each axis rotates an equal share of a head's values."""
-    # In float32 the angle of text token 1000 would be off by 1e-4, and not every device has float64.
+    positions_T4 = torch.cat([torch.cartesian_prod(zero, zero, zero, torch.arange(num_text).double()), *grids])
     width = head_width // NUM_AXES
     bands = ROPE_BASE ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = (positions_T4[..., None] * bands).flatten(-2)

@@ -15,12 +15,6 @@ SHIFT = 6.93  # of noise levels at every size, in training and at inference
 class Flux3ModelOptions(PartOptions):
     """The parts of the base model."""
 
-    text_encoder: str | None = option(
-        None,
-        path="part",
-        usual=True,
-        help="File or folder of the text encoder Qwen3-VL 4B. Unset takes it from the base.",
-    )
     fp8_text_encoder: bool = option(False, help="Keep the text encoder in 8 bits.")
     edit: bool = option(
         False,
@@ -52,11 +46,7 @@ FILES: tuple[ModelFile, ...] = (
 )
 """Where the base model and its parts are to be had."""
 
-INSTEAD: Mapping[str, str] = {
-    **ALTERNATIVES,
-    "fp8_vl": "use --fp8_text_encoder",
-    "fp8_llm": "use --fp8_text_encoder",
-}
+INSTEAD: Mapping[str, str] = ALTERNATIVES
 """Hints for options of other scripts and programs, appended to the error for such an option."""
 
 

@@ -35,5 +35,4 @@ def predict(
 def next_sigmas(sigmas_B: Tensor, levels: Sequence[Level]) -> Tensor:
     """Return the largest share of noise among `levels` below each of `sigmas_B`; 0 below the last."""
     levels_N = send(torch.tensor([level.sigma for level in levels], dtype=torch.float32), sigmas_B.device)
-    is_below_BN = levels_N < sigmas_B[:, None] - SMALLEST_STEP
-    return torch.where(is_below_BN, levels_N, 0).amax(1)
+    return torch.where(levels_N < sigmas_B[:, None] - SMALLEST_STEP, levels_N, 0).amax(1)

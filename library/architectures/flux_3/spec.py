@@ -10,8 +10,7 @@ from library.models.transformer_file import TransformerFile
 
 NO_EMBEDDERS = Gap(
     GENERIC,
-    r"diffusion_model_(emb_in|time_in|ref_time_in|early_stream_modulations|single_stream_modulations|final_layer)_.*"
-    r"|diffusion_model_txt_in",
+    r"diffusion_model_((emb_in|time_in|ref_time_in|(early|single)_stream_modulations|final_layer)_.*|txt_in)",
     "under generic names it finds the layers of the blocks alone",
 )
 

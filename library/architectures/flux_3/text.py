@@ -30,11 +30,10 @@ def build_text(tokenizer: Any) -> ChatText:
 def encode_windows(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor, pad_id: int) -> Conditioning:
     """Return {"hidden_state": (B, L, F), "attention_mask": (B, L)}, the mask 1 inside each caption's window and on the
     host, states outside of it 0."""
-    windows_B = window_sizes(mask_BS.sum(1))
+    windows_B = ((mask_BS.sum(1) + WINDOW - 1) // WINDOW * WINDOW).clamp(max=NUM_TOKENS)
     L = int(windows_B.max())
-    ids_BL, mask_BL = (
-        pad(part, (0, L - part.shape[1]), value=value) for part, value in ((ids_BS, pad_id), (mask_BS, 0))
-    )
+    padding = (0, L - ids_BS.shape[1])
+    ids_BL, mask_BL = pad(ids_BS, padding, value=pad_id), pad(mask_BS, padding)
     # transformers' releases place padding differently; the model was trained with all of it at 1.
     places_BL = torch.arange(L).masked_fill(mask_BL == 0, 1)
     device = next(encoder.parameters()).device
@@ -48,8 +47,3 @@ def encode_windows(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor, pad_id: 
     states_BLF = torch.cat([outputs.hidden_states[layer] for layer in LAYERS], dim=-1)
     inside_BLF = torch.where(send(is_inside_BL, device)[..., None], states_BLF, 0)
     return {"hidden_state": inside_BLF, "attention_mask": is_inside_BL.long()}
-
-
-def window_sizes(lengths_B: Tensor) -> Tensor:
-    """Return the numbers of tokens that captions are padded to."""
-    return ((lengths_B + WINDOW - 1) // WINDOW * WINDOW).clamp(max=NUM_TOKENS)
