@@ -100,8 +100,8 @@ def merge_into_checkpoint(
 
 def fit_names(file: AdapterFile, base: BaseModel) -> AdapterFile:
     """Return a file whose modules are layers of the checkpoint, or parts of them."""
-    # In diffusers' naming, several modules can make up one of the base model.
-    if any(module.pieces for module in base.names.modules):
+    # In diffusers' naming, several modules can make up one of the base model, or its rows have another order.
+    if any(module.pieces or module.swaps_pair for module in base.names.modules):
         return rename(file, base.names, "kohya", keeps_pieces=True).file
     if spec_for(base).is_general and not (spec := spec_for_file(file, file.origin)).is_general:
         return rename(file, spec.names, "diffusers").file

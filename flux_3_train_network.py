@@ -1,0 +1,21 @@
+"""Train a LoRA-family adapter for FLUX.3 Image Klein."""
+
+import argparse
+
+from library import train_util as train_util
+from library.training_script import TrainingScript
+
+SCRIPT = TrainingScript("flux_3", "--text_encoder qwen3vl_4b.safetensors --vae flux2-vae.safetensors")
+setup_parser = SCRIPT.setup_parser
+
+
+class Flux3NetworkTrainer:
+    """The trainer for programs that import this script."""
+
+    def train(self, args: argparse.Namespace) -> None:
+        """Train with the options in `args`. Raises UserError for errors that the user can fix."""
+        SCRIPT.train(self, args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(SCRIPT.run())

@@ -1,0 +1,58 @@
+"""The options specific to FLUX.3 Image Klein, and replacements for those of other scripts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from library.options.base import group, option, redeclare
+from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
+from library.options.model import BASE, ModelFile
+from library.options.training.flow import FlowSamplingOptions
+
+SHIFT = 6.93  # of noise levels at every size, in training and at inference
+
+
+@dataclass(frozen=True)
+class Flux3ModelOptions(PartOptions):
+    """The parts of the base model."""
+
+    fp8_text_encoder: bool = option(False, help="Keep the text encoder in 8 bits.")
+    edit: bool = option(
+        False,
+        usual=True,
+        own=True,
+        help="Train with the reference images of the data set. Unset leaves out the layers that only they need, which "
+        "are an eighth of the model.",
+    )
+
+
+@dataclass(frozen=True)
+class Flux3SamplingOptions(FlowSamplingOptions):
+    """Sampling of noise levels."""
+
+    timestep_sampling: str = redeclare(FlowSamplingOptions, "timestep_sampling", "shift")
+    discrete_flow_shift: float = redeclare(FlowSamplingOptions, "discrete_flow_shift", SHIFT)
+
+
+FILES: tuple[ModelFile, ...] = (
+    ModelFile(
+        BASE,
+        "black-forest-labs/flux-3-image-klein-comfy",
+        "flux3-image-klein-base-bf16.safetensors",
+        11.1,
+        "FLUX Kommunity",
+    ),
+    ModelFile("text_encoder", "Qwen/Qwen3-VL-4B-Instruct", "", 8.9, "Apache-2.0"),
+    ModelFile("vae", "Comfy-Org/Flux-2-Klein-4B", "flux2-vae.safetensors", 0.34, "Apache-2.0"),
+)
+"""Where the base model and its parts are to be had."""
+
+INSTEAD: Mapping[str, str] = ALTERNATIVES
+"""Hints for options of other scripts and programs, appended to the error for such an option."""
+
+
+@dataclass(frozen=True)
+class Flux3Options(DitTrainOptions):
+    """All options of flux_3_train_network.py."""
+
+    parts: Flux3ModelOptions = group(Flux3ModelOptions)
+    flow_sampling: Flux3SamplingOptions = group(Flux3SamplingOptions)
