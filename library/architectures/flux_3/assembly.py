@@ -5,8 +5,11 @@ Start here to read this package.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+
+from torch import nn
 
 from library.architectures.flux_3.load import MODEL, QWEN3_VL, open_encoder, open_loader
 from library.architectures.flux_3.model import read_config
@@ -69,6 +72,11 @@ def build(options: Flux3Options) -> Architecture:
             loader.path,
         )
     return assemble(options, loader, distilled)
+
+
+def open_vae(options: Flux3Options) -> Callable[[], nn.Module]:
+    """Open the VAE for caching latents, which needs nothing else. Raises UserError like `build`."""
+    return open_encoder(options, "--vae").vae
 
 
 def build_for_caching(options: Flux3Options) -> Architecture:

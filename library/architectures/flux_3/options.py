@@ -42,7 +42,7 @@ FILES: tuple[ModelFile, ...] = (
         "FLUX Kommunity",
     ),
     ModelFile("text_encoder", "Qwen/Qwen3-VL-4B-Instruct", "", 8.9, "Apache-2.0"),
-    ModelFile("vae", "Comfy-Org/Flux-2-Klein-4B", "flux2-vae.safetensors", 0.34, "Apache-2.0"),
+    ModelFile("vae", "Comfy-Org/vae-text-encorder-for-flux-klein-4b", "flux2-vae.safetensors", 0.34, "Apache-2.0"),
 )
 """Where the base model and its parts are to be had."""
 
