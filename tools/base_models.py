@@ -21,7 +21,7 @@ def find_base(flag: str, name: str, *parts: str) -> tuple[Path, BaseModelSpec]:
     pipeline = pipeline_of(path)
     is_of_family = not pipeline or bool(bases_of_pipeline(specs, pipeline))
     # The weights of a U-Net tell more than a name that diffusers does not have.
-    if is_of_family or ((path / "unet").is_dir() and not hasattr(diffusers, pipeline)):
+    if is_of_family or ((path / "unet").is_dir() and not has_pipeline(pipeline)):
         return path, base_of_checkpoint(specs, flag, path)
     return path, general_spec()
 
@@ -29,6 +29,12 @@ def find_base(flag: str, name: str, *parts: str) -> tuple[Path, BaseModelSpec]:
 def pipeline_of(path: Path) -> str:
     """Return the class name of a folder's pipeline; "" for a file, or a folder that names none."""
     return model_lookup.read_json(path / "model_index.json").get("_class_name", "") if path.is_dir() else ""
+
+
+def has_pipeline(name: str) -> bool:
+    """Return True if diffusers has a pipeline of this name, not only a modular one."""
+    kind = getattr(diffusers, name, None) if name else None
+    return isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)
 
 
 def general_spec() -> BaseModelSpec:
@@ -43,7 +49,7 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
     """
     path, spec = find_base(flag, str(path), "unet", "text_encoder")
     # The packages of transformers merge into files of the original layout.
-    spec = general_spec() if not spec.folders and hasattr(diffusers, pipeline_of(path) or " ") else spec
+    spec = general_spec() if not spec.folders and has_pipeline(pipeline_of(path)) else spec
     return spec.open_for_merging(flag, path)
 
 

@@ -65,10 +65,9 @@ def write_folder(
     import diffusers
     from safetensors.torch import save_file
 
-    pipeline = getattr(diffusers, index["_class_name"], None)
-    if "transformer" in parts and pipeline is not None:
-        kind = inspect.signature(pipeline.__init__).parameters["transformer"].annotation
-        index = {**index, "transformer": ["diffusers", kind.__name__]}
+    pipeline = getattr(diffusers, index["_class_name"], object)
+    if denoiser := inspect.signature(pipeline).parameters.get("transformer"):
+        index = {**index, "transformer": ["diffusers", denoiser.annotation.__name__]}
     (folder / "model_index.json").write_text(json.dumps(index))
     for name, (config, state) in parts.items():
         (folder / name).mkdir()
