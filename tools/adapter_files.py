@@ -1,4 +1,4 @@
-"""What the tools for adapter files share: how a file is read, recognised and written."""
+"""Reading, recognising and writing of adapter files, for all tools."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

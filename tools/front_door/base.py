@@ -117,7 +117,7 @@ def has_flag(values: Mapping[str, Any], flag: str) -> bool:
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a base model with the DDPM objective predicts, and how that is known."""
+    """The prediction of a base model with the DDPM objective, and how it is known."""
 
     prediction: Prediction
     why: str

@@ -51,7 +51,7 @@ SMALL_PRODUCT = 1024  # side of the matrices that measure a CPU
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user asks for."""
+    """The options of train.py."""
 
     trigger: Trigger
     steps: int | None

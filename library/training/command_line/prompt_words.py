@@ -1,5 +1,5 @@
-"""What a script that trains on prompts can check of its command line before it imports torch to recognise the base
-model, and with it the other options."""
+"""Checks of the command line of training on prompts, before torch is imported: it recognises the base model, and with
+it the other options."""
 
 import argparse
 import sys

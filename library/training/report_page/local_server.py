@@ -16,7 +16,7 @@ MOST_FORM_BYTES = 4096
 
 
 class Pages(Protocol):
-    """What a server shows."""
+    """The pages of a server."""
 
     is_over: bool  # the server stops after the next page
 
