@@ -5,7 +5,8 @@ counted on any machine in seconds.
 """
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,6 +152,7 @@ class OperationCounter(TorchDispatchMode):
         self.live = self.peak = self.flops = self.moved = self.launches = 0
         self.segments: list[Segment] = []
         self._answers = answers
+        self._is_paused = False
         self._sizes: dict[int, int] = {}
         self._live_at_cut = self._flops_at_cut = self._moved_at_cut = self._launches_at_cut = 0
 
@@ -167,6 +169,8 @@ class OperationCounter(TorchDispatchMode):
         if func is aten.index.Tensor and self._answers is not None:
             args = args[0], [expanded for index in args[1] for expanded in expand_mask(index)], *args[2:]
         out = run_operation(func, args, kwargs)
+        if self._is_paused:
+            return out
         self.flops += count_flops(func, args, kwargs, out)
         if launches_kernel(func):
             self.launches += 1
@@ -176,6 +180,22 @@ class OperationCounter(TorchDispatchMode):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                 self._note(tensor.untyped_storage())
         return out
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Count nothing inside the block, whose operations a GPU runs as one kernel."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
+    def add_kernel(self, read: Sequence[Tensor | None], written: Sequence[Tensor]) -> None:
+        """Count a kernel by the tensors that it reads and writes."""
+        self.launches += 1
+        self.moved += bytes_touched(read, written)
+        for tensor in written:
+            self._note(tensor.untyped_storage())
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
         """Exclude existing memory from the count, even when a view of it is made."""

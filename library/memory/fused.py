@@ -1,0 +1,177 @@
+"""Expressions that a GPU computes as one kernel in each direction, where torch alone launches up to twelve.
+
+Triton compiles the kernels on CUDA. Elsewhere, and in compiled blocks, the expressions run as they are.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from library.memory.planner.counter import OperationCounter
+
+logger = logging.getLogger(__name__)
+
+MOST_GRAPHS = 128  # of all operations: one for each pattern of dtypes, broadcasting and wanted gradients
+COMPILERS = ("torch._dynamo", "torch._inductor", "triton")  # modules of their exceptions
+
+Kernel = tuple[Sequence[Tensor | None], Sequence[Tensor]]
+"""The tensors that a kernel reads and writes."""
+
+
+class Fused:
+    """An expression that reads each input once and writes its output once, in the dtype of the first input.
+
+    Intermediate values are float32. The backward pass keeps inputs only and computes the rest again.
+    """
+
+    is_broken: ClassVar[bool] = False  # compiling failed
+    is_counted: ClassVar[bool] = False  # operations are counted as a GPU runs them
+
+    def __init__(self, expression: Callable[..., Tensor], reads: Mapping[int, Sequence[int]]) -> None:
+        """`reads` are, by number of an input, the inputs whose values its gradient depends on."""
+        self.expression, self.reads = expression, reads
+        self.compiled: dict[str, Any] = {}
+
+    def __call__(self, x: Tensor, *others: Tensor | None) -> Tensor:
+        if not fuses(x):
+            return self.expression(x, *others)
+        out: Tensor = FusedFunction.apply(self, x, *others)  # type: ignore[no-untyped-call]
+        return out
+
+    def run(self, direction: str, *arguments: Any) -> Any:
+        """Call `value` or `gradients`: counted as kernels, compiled, or as they are."""
+        plain, modes = getattr(self, direction), _get_current_dispatch_mode_stack()
+        counters = [mode for mode in modes if isinstance(mode, OperationCounter)]
+        if counters and self.is_counted:
+            with counters[-1].pause():
+                out = plain(*arguments)
+            for read, written in getattr(self, f"{direction}_kernels")(out, *arguments):
+                counters[-1].add_kernel(read, written)
+            return out
+        if modes or self.is_broken:
+            return plain(*arguments)
+        return self.run_compiled(direction, arguments)
+
+    def run_compiled(self, direction: str, arguments: Sequence[Any]) -> Any:
+        """Run the compiled form. If compiling fails, nothing is compiled from then on."""
+        from torch import _dynamo
+
+        plain = getattr(self, direction)
+        # The setting is per thread, and autograd has its own threads.
+        _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, MOST_GRAPHS)
+        for tensor in arguments:
+            if isinstance(tensor, Tensor) and tensor.ndim:
+                _dynamo.mark_static(tensor, tensor.ndim - 1)  # a width; numbers of samples and tokens change
+        if direction not in self.compiled:
+            self.compiled[direction] = torch.compile(plain, dynamic=True)
+        try:
+            return self.compiled[direction](*arguments)
+        except Exception as error:
+            if not type(error).__module__.startswith(COMPILERS):
+                raise
+            Fused.is_broken = True
+            reason = str(error).strip().partition("\n")[0]
+            logger.warning("compiling fused operations failed; running them uncompiled, which is slower: %s", reason)
+        return plain(*arguments)
+
+    def value(self, *inputs: Tensor | None) -> Tensor:
+        assert inputs[0] is not None
+        return self.expression(*(None if x is None else widen(x) for x in inputs)).to(inputs[0].dtype)
+
+    def value_kernels(self, out: Tensor, *inputs: Tensor | None) -> Iterator[Kernel]:
+        yield inputs, [out]
+
+    def gradients(self, wanted: Sequence[int], grad: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        """Return the gradients of the inputs with the numbers `wanted`."""
+
+        def value(*values: Tensor) -> Tensor:
+            given = dict(zip(wanted, values, strict=True))
+            return self.value(*(given.get(i, x) for i, x in enumerate(inputs)))
+
+        gradients: tuple[Tensor, ...] = torch.func.vjp(value, *(inputs[i] for i in wanted))[1](grad)
+        return gradients
+
+    def gradients_kernels(
+        self, out: Sequence[Tensor], wanted: Sequence[int], grad: Tensor, *inputs: Tensor | None
+    ) -> Iterator[Kernel]:
+        """Yield one kernel for the gradients of all elements, and one for those that are sums over samples or
+        tokens."""
+        for are_sums in (False, True):
+            of_kernel = {
+                i: gradient
+                for i, gradient in zip(wanted, out, strict=True)
+                if (gradient.numel() < grad.numel()) == are_sums
+                if are_sums or self.reads[i]  # without: the output's own gradient
+            }
+            read = {j for i in of_kernel for j in self.reads[i]}
+            if of_kernel:
+                yield [grad, *(inputs[i] for i in read)], [*of_kernel.values()]
+
+
+class FusedFunction(torch.autograd.Function):
+    """Autograd's view of a fused operation."""
+
+    @staticmethod
+    def forward(ctx: Any, operation: Fused, *inputs: Tensor | None) -> Tensor:
+        out: Tensor = operation.run("value", *inputs)
+        ctx.operation = operation
+        ctx.wanted = tuple(i for i, needs in enumerate(ctx.needs_input_grad[1:]) if needs)
+        read = {j for i in ctx.wanted for j in operation.reads[i]}
+        # Others have the output's shape, and their values do not matter.
+        ctx.left_out = {i for i, x in enumerate(inputs) if x is not None and i not in read and x.shape == out.shape}
+        ctx.save_for_backward(*(None if i in ctx.left_out else x for i, x in enumerate(inputs)))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [grad if i in ctx.left_out else x for i, x in enumerate(ctx.saved_tensors)]
+        gradients = dict(zip(ctx.wanted, ctx.operation.run("gradients", ctx.wanted, grad, *inputs), strict=True))
+        return None, *(gradients.get(i) for i in range(len(inputs)))
+
+
+def widen(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def fuses(x: Tensor) -> bool:
+    """Return True if a fused operation of `x` runs, or is counted, as one kernel. It may then be a view of a larger
+    tensor: the backward pass of its neighbours keeps that anyway."""
+    if torch.compiler.is_compiling():  # the compiler fuses more
+        return False
+    return Fused.is_counted or (x.is_cuda and not Fused.is_broken and has_compiler())
+
+
+@cache
+def has_compiler() -> bool:
+    """Return True if Triton can compile for this machine's GPU; log a line if not."""
+    from torch.utils._triton import has_triton
+
+    if not has_triton():
+        logger.info("no working Triton: norms, gates and activations take several GPU kernels each, which is slower")
+        return False
+    return True
+
+
+@contextmanager
+def count_fused() -> Iterator[None]:
+    """Count fused operations inside the block as the kernels that a GPU runs."""
+    Fused.is_counted = True
+    try:
+        yield
+    finally:
+        Fused.is_counted = False
+
+
+def owned(x: Tensor) -> Tensor:
+    """Return a contiguous `x`, so that autograd does not keep the whole tensor of which it is a view.
+
+    Fused operations keep that tensor themselves, and read the view without a copy.
+    """
+    return x if fuses(x) else x.contiguous()
