@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-from library.memory.planner.counter import OperationCounter
+from library.memory.planner.counter import FlopCounter, OperationCounter
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +27,20 @@ Kernel = tuple[Sequence[Tensor | None], Sequence[Tensor]]
 class Fused:
     """An expression that reads each input once and writes its output once, in the dtype of the first input.
 
-    Intermediate values are float32. The backward pass keeps inputs only and computes the rest again.
+    Intermediate values are at least float32. The backward pass keeps inputs only and computes the rest again.
     """
 
     is_broken: ClassVar[bool] = False  # compiling failed
     is_counted: ClassVar[bool] = False  # operations are counted as a GPU runs them
 
-    def __init__(self, expression: Callable[..., Tensor], reads: Mapping[int, Sequence[int]]) -> None:
-        """`reads` are, by number of an input, the inputs whose values its gradient depends on."""
-        self.expression, self.reads = expression, reads
+    def __init__(
+        self, expression: Callable[..., Tensor], reads: Mapping[int, Sequence[int]], widens: bool = True
+    ) -> None:
+        """`reads` are, by number of an input, the inputs whose values its gradient depends on.
+
+        Without `widens` the compiler alone chooses the dtype of intermediate values.
+        """
+        self.expression, self.reads, self.widens = expression, reads, widens
         self.compiled: dict[str, Any] = {}
 
     def __call__(self, x: Tensor, *others: Tensor | None) -> Tensor:
@@ -54,9 +59,11 @@ class Fused:
             for read, written in getattr(self, f"{direction}_kernels")(out, *arguments):
                 counters[-1].add_kernel(read, written)
             return out
-        if modes or self.is_broken:
+        # torch never compiles a function again that it once met under a mode. There are no products here to count.
+        if self.is_broken or not all(isinstance(mode, FlopCounter) for mode in modes):
             return plain(*arguments)
-        return self.run_compiled(direction, arguments)
+        with _disable_current_modes():
+            return self.run_compiled(direction, arguments)
 
     def run_compiled(self, direction: str, arguments: Sequence[Any]) -> Any:
         """Run the compiled form. If compiling fails, nothing is compiled from then on."""
@@ -82,7 +89,8 @@ class Fused:
 
     def value(self, *inputs: Tensor | None) -> Tensor:
         assert inputs[0] is not None
-        return self.expression(*(None if x is None else widen(x) for x in inputs)).to(inputs[0].dtype)
+        wide = (widen(x) if self.widens and x is not None else x for x in inputs)
+        return self.expression(*wide).to(inputs[0].dtype)
 
     def value_kernels(self, out: Tensor, *inputs: Tensor | None) -> Iterator[Kernel]:
         yield inputs, [out]
@@ -107,7 +115,6 @@ class Fused:
                 i: gradient
                 for i, gradient in zip(wanted, out, strict=True)
                 if (gradient.numel() < grad.numel()) == are_sums
-                if are_sums or self.reads[i]  # without: the output's own gradient
             }
             read = {j for i in of_kernel for j in self.reads[i]}
             if of_kernel:
@@ -120,19 +127,25 @@ class FusedFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operation: Fused, *inputs: Tensor | None) -> Tensor:
         out: Tensor = operation.run("value", *inputs)
-        ctx.operation = operation
-        ctx.wanted = tuple(i for i, needs in enumerate(ctx.needs_input_grad[1:]) if needs)
-        read = {j for i in ctx.wanted for j in operation.reads[i]}
-        # Others have the output's shape, and their values do not matter.
+        wanted = [i for i, needs in enumerate(ctx.needs_input_grad[1:]) if needs]
+        read = {j for i in wanted for j in operation.reads[i]}
+        # The values of others do not matter, and neither does the shape if it is the output's.
         ctx.left_out = {i for i, x in enumerate(inputs) if x is not None and i not in read and x.shape == out.shape}
         ctx.save_for_backward(*(None if i in ctx.left_out else x for i, x in enumerate(inputs)))
+        # A term of a sum has the gradient of the sum.
+        ctx.terms = [i for i in wanted if i in ctx.left_out and not operation.reads[i]]
+        ctx.wanted = tuple(i for i in wanted if i not in ctx.terms)
+        ctx.operation = operation
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = [grad if i in ctx.left_out else x for i, x in enumerate(ctx.saved_tensors)]
-        gradients = dict(zip(ctx.wanted, ctx.operation.run("gradients", ctx.wanted, grad, *inputs), strict=True))
+        gradients = dict.fromkeys(ctx.terms, grad)
+        if ctx.wanted:
+            computed = ctx.operation.run("gradients", ctx.wanted, grad, *inputs)
+            gradients |= zip(ctx.wanted, computed, strict=True)
         return None, *(gradients.get(i) for i in range(len(inputs)))
 
 
@@ -141,22 +154,30 @@ def widen(x: Tensor) -> Tensor:
 
 
 def fuses(x: Tensor) -> bool:
-    """Return True if a fused operation of `x` runs, or is counted, as one kernel. It may then be a view of a larger
-    tensor: the backward pass of its neighbours keeps that anyway."""
+    """Return True if a fused operation of `x` runs, or is counted, as one kernel.
+
+    The operation reads a view without a copy, and keeps the tensor of which it is a view.
+    """
     if torch.compiler.is_compiling():  # the compiler fuses more
         return False
-    return Fused.is_counted or (x.is_cuda and not Fused.is_broken and has_compiler())
+    return Fused.is_counted or (compiles_for(x.device) and not Fused.is_broken)
+
+
+def compiles_for(device: torch.device) -> bool:
+    # How a compiled sum is split depends on the sizes of the first batch, which is another one in a resumed run.
+    return device.type == "cuda" and not torch.are_deterministic_algorithms_enabled() and has_compiler()
 
 
 @cache
 def has_compiler() -> bool:
-    """Return True if Triton can compile for this machine's GPU; log a line if not."""
+    """Return True if Triton can compile for this machine's GPU. Logs the answer once."""
     from torch.utils._triton import has_triton
 
-    if not has_triton():
-        logger.info("no working Triton: norms, gates and activations take several GPU kernels each, which is slower")
-        return False
-    return True
+    if has_triton():
+        logger.info("norms, gates and activations are compiled; the first step takes longer")
+        return True
+    logger.info("no working Triton: norms, gates and activations take several GPU kernels each, which is slower")
+    return False
 
 
 @contextmanager
@@ -170,8 +191,6 @@ def count_fused() -> Iterator[None]:
 
 
 def owned(x: Tensor) -> Tensor:
-    """Return a contiguous `x`, so that autograd does not keep the whole tensor of which it is a view.
-
-    Fused operations keep that tensor themselves, and read the view without a copy.
-    """
+    """Return a contiguous `x`, so that autograd does not keep the whole tensor of which it is a view, unless a fused
+    operation keeps that anyway."""
     return x if fuses(x) else x.contiguous()

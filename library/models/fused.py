@@ -47,7 +47,8 @@ def rotated_norm(eps: float) -> Fused:
         normal = pairs * torch.rsqrt(pairs.square().mean((-2, -1), keepdim=True) + eps) * weights
         cos, sin = rope[..., :1], rope[..., 1:]
         signs = torch.arange(-1, 2, 2, device=rope.device)
-        return (normal * cos + normal.flip(-1) * (sin * signs)).flatten(-2)
+        rotated: Tensor = (normal * cos + normal.flip(-1) * (sin * signs)).flatten(-2)
+        return rotated
 
     return Fused(rotated_norm_of, {0: (0, 1, 2), 1: (0, 2)})
 
@@ -57,4 +58,4 @@ scaled_norm = Fused(scaled_norm_of, {0: (0, 1, 2), 1: (0, 2), 2: (0, 1)})
 gated_sum = Fused(gated_sum_of, {0: (), 1: (2,), 2: (1,)})
 gated_norm_sum = Fused(gated_norm_sum_of, {0: (), 1: (2, 3), 2: (1, 2, 3), 3: (1, 2)})
 silu_product = Fused(silu_product_of, {0: (0, 1), 1: (0, 1)})
-swiglu = Fused(swiglu_of, {0: (0,)})
+swiglu = Fused(swiglu_of, {0: (0,)}, widens=False)  # the gradient's halves would be joined in float32
