@@ -5,15 +5,13 @@ Triton compiles the kernels on CUDA. Elsewhere, and in compiled blocks, the expr
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
-
-from library.memory.planner.counter import FlopCounter, OperationCounter
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +20,21 @@ COMPILERS = ("torch._dynamo", "torch._inductor", "triton")  # modules of their e
 
 Kernel = tuple[Sequence[Tensor | None], Sequence[Tensor]]
 """The tensors that a kernel reads and writes."""
+
+
+class ProductCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A mode that counts products, of which fused operations have none."""
+
+
+@runtime_checkable
+class KernelCounter(Protocol):
+    """A mode that counts what a GPU does."""
+
+    def pause(self) -> AbstractContextManager[None]:
+        """Count nothing inside the block, whose operations a GPU runs as one kernel."""
+
+    def add_kernel(self, read: Sequence[Tensor | None], written: Sequence[Tensor]) -> None:
+        """Count a kernel by the tensors that it reads and writes."""
 
 
 class Fused:
@@ -52,7 +65,7 @@ class Fused:
     def run(self, direction: str, *arguments: Any) -> Any:
         """Call `value` or `gradients`: counted as kernels, compiled, or as they are."""
         plain, modes = getattr(self, direction), _get_current_dispatch_mode_stack()
-        counters = [mode for mode in modes if isinstance(mode, OperationCounter)]
+        counters = [mode for mode in modes if isinstance(mode, KernelCounter)]
         if counters and self.is_counted:
             with counters[-1].pause():
                 out = plain(*arguments)
@@ -60,7 +73,7 @@ class Fused:
                 counters[-1].add_kernel(read, written)
             return out
         # torch never compiles a function again that it once met under a mode. There are no products here to count.
-        if self.is_broken or not all(isinstance(mode, FlopCounter) for mode in modes):
+        if self.is_broken or not all(isinstance(mode, ProductCounter) for mode in modes):
             return plain(*arguments)
         with _disable_current_modes():
             return self.run_compiled(direction, arguments)

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from library.memory.fused import ProductCounter
+
 aten = torch.ops.aten
 
 
@@ -108,7 +110,7 @@ def count_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     return 0 if count is None else int(count(*args, **kwargs, out_val=out))
 
 
-class FlopCounter(TorchDispatchMode):
+class FlopCounter(ProductCounter):
     """Counter of the floating-point operations of a forward and backward pass. Recomputed operations count once.
 
     Work without gradients, such as a VAE's, is not counted. Set `in_backward` during the backward pass: operations that
@@ -183,7 +185,6 @@ class OperationCounter(TorchDispatchMode):
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Count nothing inside the block, whose operations a GPU runs as one kernel."""
         self._is_paused = True
         try:
             yield
@@ -191,7 +192,6 @@ class OperationCounter(TorchDispatchMode):
             self._is_paused = False
 
     def add_kernel(self, read: Sequence[Tensor | None], written: Sequence[Tensor]) -> None:
-        """Count a kernel by the tensors that it reads and writes."""
         self.launches += 1
         self.moved += bytes_touched(read, written)
         for tensor in written:
