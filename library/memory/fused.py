@@ -89,7 +89,7 @@ class Fused:
             if isinstance(tensor, Tensor) and tensor.ndim:
                 _dynamo.mark_static(tensor, tensor.ndim - 1)  # a width; numbers of samples and tokens change
         if direction not in self.compiled:
-            self.compiled[direction] = torch.compile(plain, dynamic=True)
+            self.compiled[direction] = torch.compile(plain, dynamic=True, fullgraph=True)
         try:
             return self.compiled[direction](*arguments)
         except Exception as error:

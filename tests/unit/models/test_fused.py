@@ -16,6 +16,7 @@ from library.determinism import deterministic_mode
 from library.memory import fused
 from library.memory.fused import Fused, compiles_for, count_fused, has_compiler
 from library.memory.planner.counter import FlopCounter, OperationCounter
+from library.memory.planner.known import load_models
 from library.models.double_stream import DoubleStreamBlock, Modulation, SingleStreamBlock, StreamConfig
 from library.models.fused import (
     gated_norm_sum,
@@ -220,7 +221,7 @@ def test_a_failing_compiler_is_named_once_and_not_called_again(
 
     calls = []
 
-    def fail(function: Callable[..., Tensor], dynamic: bool) -> Callable[..., Tensor]:
+    def fail(function: Callable[..., Tensor], **settings: bool) -> Callable[..., Tensor]:
         def run(*arguments: object) -> Tensor:
             calls.append(arguments)
             raise InductorError(RuntimeError("no C compiler"), None)
@@ -243,7 +244,7 @@ def test_a_failing_compiler_is_named_once_and_not_called_again(
 
 @pytest.mark.usefixtures("compiling")
 def test_errors_of_the_operation_itself_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(function: Callable[..., Tensor], dynamic: bool) -> Callable[..., Tensor]:
+    def fail(function: Callable[..., Tensor], **settings: bool) -> Callable[..., Tensor]:
         def run(*arguments: object) -> Tensor:
             raise torch.OutOfMemoryError("out of memory")
 
@@ -277,3 +278,16 @@ def test_fake_tensors_are_never_compiled(monkeypatch: pytest.MonkeyPatch) -> Non
         x = torch.ones(2, 3, 8, requires_grad=True)
         operation = Fused(swiglu.expression, swiglu.reads)
         assert torch.autograd.grad(operation(x).sum(), x)[0].shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("title", "most_gigabytes", "most_kernels"),
+    [("FLUX.1", 450, 7000), ("Z-Image", 300, 4000), ("FLUX.2 klein 4B", 220, 3000)],
+)
+def test_a_step_of_a_full_size_model_is_counted_below_its_limit(
+    title: str, most_gigabytes: float, most_kernels: int
+) -> None:
+    (model,) = (model for model in load_models() if model.title == title)
+    (mode,) = (mode for mode in model.modes if not mode.options)
+    work = mode.forward + mode.backward
+    assert work.moved <= most_gigabytes * 1e9 and work.launches <= most_kernels
