@@ -139,6 +139,16 @@ def table(models: Sequence[KnownModel], gpus: Mapping[str, Gpu]) -> Iterator[str
         yield f"| {model.title}, {model.side} px | {' | '.join(cells)} |"
 
 
+def work_lines(models: Sequence[KnownModel]) -> Iterator[str]:
+    """Yield lines with the memory traffic and kernels of one pass, plain and recomputed."""
+    for model in models:
+        for mode in model.modes:
+            if mode.options in ("", "--gradient_checkpointing"):
+                work = mode.forward + mode.backward
+                name = mode.options or "plain"
+                yield f"{model.title}, {name}: {work.moved / 1e9:.0f} GB, {work.launches:,} kernels"
+
+
 def gpus_of(cards: Sequence[str]) -> dict[str, Gpu]:
     """Return the GPU of each name or size, in a machine with the usual main memory."""
     return {card: replace(parse_cards(card)[0], main_memory_bytes=MAIN_MEMORY_BYTES) for card in cards}
@@ -173,7 +183,7 @@ def main() -> None:
     lines = list(table(models, gpus_of(args.cards)))
     if args.write:
         PAGE.write_text(put_into(PAGE.read_text(encoding="utf-8"), lines), encoding="utf-8")
-    print("\n".join(lines))
+    print("\n".join([*lines, "", *work_lines(models)]))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Module paths are the keys of the checkpoint and the names of adapters. Letters: 
 (text first, then the image), N heads, D head width, M model width, F features of a patch, V rows of modulation.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,11 +15,14 @@ from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from library.memory.blocks import BlockRunner, Stacks, plain
+from library.memory.fused import fuses, owned
+from library.models.fused import gated_sum, modulated_norm, rotated_norm, swiglu
 from library.models.layer_keys import LayerKeys, Layers, Stack, is_norm, list_leaves
 from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.sinusoids import sinusoids
 
 EPS = 1e-6
+rotate_norm = rotated_norm(EPS)
 # The sinusoids were trained on timesteps of 0 to 1000 (time_factor in the original code).
 LEVEL_SCALE = 1000
 SWAPPED = "final_layer.adaLN_modulation.1"  # diffusers has shift and scale in reverse order
@@ -162,10 +165,9 @@ class RMSNorm(nn.Module):
         return functional.rms_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype) * self.scale.to(x.dtype)
 
 
-def attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
-    """Rotate queries and keys, and return the attention output, shape BTM."""
-    attended = scaled_dot_product_attention(apply_rope(q_BNTD, rope), apply_rope(k_BNTD, rope), v_BNTD, attn_mask=mask)
-    return attended.transpose(1, 2).flatten(2)
+def attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the attention output, shape BTM."""
+    return scaled_dot_product_attention(q_BNTD, k_BNTD, v_BNTD, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 class QKNorm(nn.Module):
@@ -175,10 +177,12 @@ class QKNorm(nn.Module):
         self.key_norm = RMSNorm(width)
 
 
-def heads(qkv_BTM: Tensor, norm: QKNorm, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Split the last axis into queries, keys and values, each BNTD, and normalize queries and keys."""
-    q, k, v = qkv_BTM.unflatten(-1, (3, -1, head_width)).permute(2, 0, 3, 1, 4)  # type: ignore[no-untyped-call]
-    return norm.query_norm(q), norm.key_norm(k), v
+def heads(qkv: Sequence[Tensor], norm: QKNorm, head_width: int, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values, each BNTD, from projections BTM; normalize and rotate queries and keys."""
+    q, k, v = (part.unflatten(-1, (-1, head_width)).transpose(1, 2) for part in qkv)  # type: ignore[no-untyped-call]
+    if fuses(q):
+        return rotate_norm(q, norm.query_norm.scale, rope), rotate_norm(k, norm.key_norm.scale, rope), v
+    return apply_rope(norm.query_norm(q), rope), apply_rope(norm.key_norm(k), rope), v
 
 
 class SelfAttention(nn.Module):
@@ -191,8 +195,8 @@ class SelfAttention(nn.Module):
         self.norm = QKNorm(config.head_width)
         self.proj = nn.Linear(config.width, config.width, bias=config.has_biases)
 
-    def queries_keys_values(self, x_BTM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return heads(self.qkv(x_BTM), self.norm, self.head_width)
+    def queries_keys_values(self, x_BTM: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        return heads(self.qkv(x_BTM).chunk(3, dim=-1), self.norm, self.head_width, rope)
 
 
 class Modulation(nn.Module):
@@ -225,16 +229,11 @@ class GivenModulation(nn.Module):
         return torch.split(rows_BVM[:, self.rows], 1, dim=1)
 
 
-def modulate(x_BTM: Tensor, shift_B1M: Tensor, scale_B1M: Tensor) -> Tensor:
-    return x_BTM * (1 + scale_B1M) + shift_B1M
-
-
 class SwiGLU(nn.Module):
     """The SwiGLU activation (Shazeer 2020): the second half of the values, gated by SiLU of the first half."""
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = x.chunk(2, dim=-1)
-        return silu(gate) * value
+        return swiglu(x)
 
 
 def num_mlp_inputs(config: StreamConfig) -> int:
@@ -254,42 +253,34 @@ def make_mlp(config: StreamConfig) -> nn.Sequential:
     )
 
 
-def make_norm(width: int) -> nn.LayerNorm:
-    return nn.LayerNorm(width, elementwise_affine=False, eps=EPS)
-
-
 class DoubleStreamBlock(nn.Module):
     """A block of separate image and text streams that attend to each other. Network modules find its layers by this
     class name."""
 
     def __init__(self, config: StreamConfig, make_modulation: MakeModulation) -> None:
         super().__init__()
-        width = config.width
         self.img_mod = make_modulation(2, 0)
-        self.img_norm1 = make_norm(width)
         self.img_attn = SelfAttention(config)
-        self.img_norm2 = make_norm(width)
         self.img_mlp = make_mlp(config)
         # Rows 0 to 5 are shift, scale and gate of the image's two parts.
         self.txt_mod = make_modulation(2, 6)
-        self.txt_norm1 = make_norm(width)
         self.txt_attn = SelfAttention(config)
-        self.txt_norm2 = make_norm(width)
         self.txt_mlp = make_mlp(config)
 
     def forward(
         self, img_BTM: Tensor, txt_BLM: Tensor, vec: Tensor, rope: Rope, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        img_mod, txt_mod = self.img_mod(vec), self.txt_mod(vec)
-        img_qkv = self.img_attn.queries_keys_values(modulate(self.img_norm1(img_BTM), *img_mod[:2]))
-        txt_qkv = self.txt_attn.queries_keys_values(modulate(self.txt_norm1(txt_BLM), *txt_mod[:2]))
+        img_mod, txt_mod, num_text = self.img_mod(vec), self.txt_mod(vec), txt_BLM.shape[1]
+        # Rotated before they are joined, in one pass with the norms.
+        img_rope, txt_rope = rope[..., num_text:, :, :], rope[..., :num_text, :, :]
+        img_qkv = self.img_attn.queries_keys_values(modulated_norm(img_BTM, *img_mod[:2]), img_rope)
+        txt_qkv = self.txt_attn.queries_keys_values(modulated_norm(txt_BLM, *txt_mod[:2]), txt_rope)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
-        attended_BTM = attend(q, k, v, rope, mask)
-        num_text = txt_BLM.shape[1]
-        img_BTM = img_BTM + img_mod[2] * self.img_attn.proj(attended_BTM[:, num_text:])
-        img_BTM = img_BTM + img_mod[5] * self.img_mlp(modulate(self.img_norm2(img_BTM), *img_mod[3:5]))
-        txt_BLM = txt_BLM + txt_mod[2] * self.txt_attn.proj(attended_BTM[:, :num_text])
-        txt_BLM = txt_BLM + txt_mod[5] * self.txt_mlp(modulate(self.txt_norm2(txt_BLM), *txt_mod[3:5]))
+        attended_BTM = attend(q, k, v, mask)
+        img_BTM = gated_sum(img_BTM, img_mod[2], self.img_attn.proj(attended_BTM[:, num_text:]))
+        img_BTM = gated_sum(img_BTM, img_mod[5], self.img_mlp(modulated_norm(img_BTM, *img_mod[3:5])))
+        txt_BLM = gated_sum(txt_BLM, txt_mod[2], self.txt_attn.proj(attended_BTM[:, :num_text]))
+        txt_BLM = gated_sum(txt_BLM, txt_mod[5], self.txt_mlp(modulated_norm(txt_BLM, *txt_mod[3:5])))
         return img_BTM, txt_BLM
 
 
@@ -298,29 +289,27 @@ class SingleStreamBlock(nn.Module):
 
     def __init__(self, config: StreamConfig, make_modulation: MakeModulation) -> None:
         super().__init__()
-        self.widths = [3 * config.width, num_mlp_inputs(config)]
+        self.widths = [*3 * [config.width], num_mlp_inputs(config)]
         self.head_width = config.head_width
         self.linear1 = nn.Linear(config.width, sum(self.widths), bias=config.has_biases)
         self.linear2 = nn.Linear(config.width + config.mlp_width, config.width, bias=config.has_biases)
         self.norm = QKNorm(config.head_width)
-        self.pre_norm = make_norm(config.width)
         self.activation = make_activation(config)
         self.modulation = make_modulation(1, 0)
 
     def forward(self, x_BTM: Tensor, vec: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
         shift, scale, gate = self.modulation(vec)
-        mlp, q, k, v = self.parts(modulate(self.pre_norm(x_BTM), shift, scale))
-        attended_BTM = attend(q, k, v, rope, mask)
+        mlp, q, k, v = self.parts(modulated_norm(x_BTM, shift, scale), rope)
+        attended_BTM = attend(q, k, v, mask)
         del q, k, v  # attention keeps their rotated copies
         y_BTM: Tensor = self.linear2(torch.cat([attended_BTM, self.activation(mlp)], dim=-1))
-        out_BTM: Tensor = x_BTM + gate * y_BTM
-        return out_BTM
+        return gated_sum(x_BTM, gate, y_BTM)
 
-    def parts(self, x_BTM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the MLP's input, queries, keys and values; none is a view, which would keep the fused tensor alive."""
-        qkv, mlp = self.linear1(x_BTM).split(self.widths, dim=-1)
-        q, k, v = heads(qkv, self.norm, self.head_width)
-        return mlp.contiguous(), q, k, v.contiguous()
+    def parts(self, x_BTM: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the MLP's input, queries, keys and values."""
+        *qkv, mlp = self.linear1(x_BTM).split(self.widths, dim=-1)
+        q, k, v = heads(qkv, self.norm, self.head_width, rope)
+        return owned(mlp), q, k, owned(v)
 
 
 class LastModulation(nn.Sequential):
@@ -340,11 +329,10 @@ class LastLayer(nn.Module):
 
     def __init__(self, config: StreamConfig, modulation: nn.Module) -> None:
         super().__init__()
-        self.norm_final = make_norm(config.width)
         self.linear = nn.Linear(config.width, config.in_features, bias=config.has_biases)
         self.adaLN_modulation = modulation
 
     def forward(self, x_BTM: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec)
-        patches_BTF: Tensor = self.linear(modulate(self.norm_final(x_BTM), shift, scale))
+        patches_BTF: Tensor = self.linear(modulated_norm(x_BTM, shift, scale))
         return patches_BTF

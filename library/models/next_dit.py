@@ -10,17 +10,20 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import scaled_dot_product_attention
 
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
+from library.memory.fused import fuses, owned
+from library.models.fused import gated_norm_sum, modulated_norm, rotated_norm, scaled_norm, silu_product
 from library.models.layer_keys import LayerKeys, Layers, Stack, is_norm
 from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import TimestepEmbedder
 from library.types import Batch, Conditioning, Noised
 
-EPS, FINAL_EPS = 1e-5, 1e-6
+EPS = 1e-5
+rotate_norm = rotated_norm(EPS)
 
 
 @dataclass(frozen=True)
@@ -119,14 +122,19 @@ class JointAttention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_width, eps=EPS)
 
     def forward(self, x_BTM: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
-        q, k, v = self.qkv(x_BTM).unflatten(-1, (-1, self.head_width)).transpose(1, 2).split(self.heads, dim=1)
-        # Norms and attention save their inputs for the backward pass; a view would keep queries, keys and values alive.
-        norms = ((self.q_norm, q.contiguous()), (self.k_norm, k.contiguous()))
-        q, k = (apply_rope(norm(part), rope).to(v.dtype) for norm, part in norms)
+        widths = [number * self.head_width for number in self.heads]
+        parts = self.qkv(x_BTM).split(widths, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_width)).transpose(1, 2) for part in parts)
+        if fuses(q):
+            q, k = rotate_norm(q, self.q_norm.weight, rope), rotate_norm(k, self.k_norm.weight, rope)
+        else:
+            # Norms save their inputs for the backward pass; a view would keep queries, keys and values alive.
+            norms = ((self.q_norm, q.contiguous()), (self.k_norm, k.contiguous()))
+            q, k = (apply_rope(norm(part), rope).to(v.dtype) for norm, part in norms)
         if (repeats := self.heads[0] // self.heads[1]) > 1:
             k, v = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
         else:
-            v = v.contiguous()
+            v = owned(v)
         attended = scaled_dot_product_attention(q, k, v, attn_mask=mask)
         y_BTM: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return y_BTM
@@ -140,7 +148,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(width, hidden, bias=False)
 
     def forward(self, x_BTM: Tensor) -> Tensor:
-        y_BTM: Tensor = self.w2(silu(self.w1(x_BTM)) * self.w3(x_BTM))
+        y_BTM: Tensor = self.w2(silu_product(self.w1(x_BTM), self.w3(x_BTM)))
         return y_BTM
 
 
@@ -162,17 +170,16 @@ class JointTransformerBlock(nn.Module):
 
     def forward(self, x_BTM: Tensor, time_BV: Tensor | None, rope: Rope, mask: Tensor | None) -> Tensor:
         scale_attention, gate_attention, scale_mlp, gate_mlp = self.modulation(time_BV)
-        attended = self.attention(self.attention_norm1(x_BTM) * scale_attention, rope, mask)
-        x_BTM = x_BTM + gate_attention * self.attention_norm2(attended)
-        fed = self.feed_forward(self.ffn_norm1(x_BTM) * scale_mlp)
-        y_BTM: Tensor = x_BTM + gate_mlp * self.ffn_norm2(fed)
-        return y_BTM
+        attended = self.attention(scaled_norm(x_BTM, self.attention_norm1.weight, scale_attention), rope, mask)
+        x_BTM = gated_norm_sum(x_BTM, gate_attention, attended, self.attention_norm2.weight)
+        fed = self.feed_forward(scaled_norm(x_BTM, self.ffn_norm1.weight, scale_mlp))
+        return gated_norm_sum(x_BTM, gate_mlp, fed, self.ffn_norm2.weight)
 
-    def modulation(self, time_BV: Tensor | None) -> tuple[Tensor | float, ...]:
-        """Return scale and gate of attention, then of the feed-forward layer: each (B, 1, M), or 1 without
+    def modulation(self, time_BV: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return scale and gate of attention, then of the feed-forward layer: each (B, 1, M), or None without
         modulation."""
         if self.adaLN_modulation is None:
-            return (1.0,) * 4
+            return (None,) * 4
         scale_1, gate_1, scale_2, gate_2 = self.adaLN_modulation(time_BV)[:, None].chunk(4, dim=-1)
         return 1 + scale_1, gate_1.tanh(), 1 + scale_2, gate_2.tanh()
 
@@ -182,13 +189,12 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, time_width: int, out_features: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=FINAL_EPS)
         self.linear = nn.Linear(width, out_features)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(time_width, width))
 
     def forward(self, x_BIM: Tensor, time_BV: Tensor) -> Tensor:
         scale_B1M = self.adaLN_modulation(time_BV)[:, None]
-        patches_BIF: Tensor = self.linear(self.norm_final(x_BIM) * (1 + scale_B1M))
+        patches_BIF: Tensor = self.linear(modulated_norm(x_BIM, None, scale_B1M))
         return patches_BIF
 
 

@@ -5,7 +5,8 @@ counted on any machine in seconds.
 """
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manag
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from library.memory.fused import ProductCounter
 
 aten = torch.ops.aten
 
@@ -107,7 +110,7 @@ def count_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     return 0 if count is None else int(count(*args, **kwargs, out_val=out))
 
 
-class FlopCounter(TorchDispatchMode):
+class FlopCounter(ProductCounter):
     """Counter of the floating-point operations of a forward and backward pass. Recomputed operations count once.
 
     Work without gradients, such as a VAE's, is not counted. Set `in_backward` during the backward pass: operations that
@@ -151,6 +154,7 @@ class OperationCounter(TorchDispatchMode):
         self.live = self.peak = self.flops = self.moved = self.launches = 0
         self.segments: list[Segment] = []
         self._answers = answers
+        self._is_paused = False
         self._sizes: dict[int, int] = {}
         self._live_at_cut = self._flops_at_cut = self._moved_at_cut = self._launches_at_cut = 0
 
@@ -167,6 +171,8 @@ class OperationCounter(TorchDispatchMode):
         if func is aten.index.Tensor and self._answers is not None:
             args = args[0], [expanded for index in args[1] for expanded in expand_mask(index)], *args[2:]
         out = run_operation(func, args, kwargs)
+        if self._is_paused:
+            return out
         self.flops += count_flops(func, args, kwargs, out)
         if launches_kernel(func):
             self.launches += 1
@@ -176,6 +182,20 @@ class OperationCounter(TorchDispatchMode):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                 self._note(tensor.untyped_storage())
         return out
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
+    def add_kernel(self, read: Sequence[Tensor | None], written: Sequence[Tensor]) -> None:
+        self.launches += 1
+        self.moved += bytes_touched(read, written)
+        for tensor in written:
+            self._note(tensor.untyped_storage())
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
         """Exclude existing memory from the count, even when a view of it is made."""

@@ -22,6 +22,7 @@ from library.memory.blocks import BlockRunner, plain, recompute, run_encoder_lay
 from library.memory.devices import bytes_of, tensors_of
 from library.memory.formats.int8 import clear_hadamard_cache
 from library.memory.frozen import frozen_layers, layers_in_blocks
+from library.memory.fused import compiles_for, count_fused
 from library.memory.offload.encoders import least_bytes
 from library.memory.offload.streamed import choose_blocks
 from library.memory.pinned import rounded_size
@@ -102,6 +103,7 @@ def count_run(run: RequestedRun, batch: BatchShape, device: torch.device) -> Cou
         FakeTensorMode(allow_non_fake_inputs=True),
         # Fakes are CPU tensors, and autocast treats norms there otherwise than on a GPU.
         nullcontext() if device.type == "cpu" else emulate_cuda_norms(),
+        count_fused() if has_fused_kernels(device, options.diagnostics.deterministic) else nullcontext(),
     ):
         meta = run_on_meta_device(run)
         bar.update(1)
@@ -123,6 +125,13 @@ def count_run(run: RequestedRun, batch: BatchShape, device: torch.device) -> Cou
         bar.update(1)
     step = build_step(meta, fake, timeline, optimizer, inputs.gradientless)
     return CountedRun(batch, step, inputs.stages, preview)
+
+
+def has_fused_kernels(device: torch.device, is_deterministic: bool) -> bool:
+    """Return True if fused operations are one kernel each on `device`. A GPU that is not in this machine has Triton."""
+    if is_deterministic or device.type != "cuda":
+        return False
+    return not torch.cuda.is_available() or compiles_for(device)
 
 
 @dataclass(frozen=True)

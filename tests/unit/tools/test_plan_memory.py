@@ -13,6 +13,7 @@ from library.memory.planner import fakes
 from library.memory.planner.gpus import GIB
 from library.memory.planner.steps import compute_peak_bytes
 from library.memory.planner.weights import StorageCost
+from library.training.planning import counting
 from tests.contracts.header_only import FULL_SIZE
 from tests.running import ROOT
 from tests.tiny.bases import BASES
@@ -135,6 +136,7 @@ def test_full_size_models_match_the_counts_of_whole_models(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fakes, "fused_rms_norm", functional.rms_norm)  # PROTOTYPE counts six operations
+    monkeypatch.setattr(counting, "has_fused_kernels", lambda *settings: False)  # and no fused operations
     model = FULL_SIZE[name]
     *_, counted = count(
         model.script,

@@ -1,0 +1,209 @@
+"""Expressions that a GPU computes as one kernel in each direction, where torch alone launches up to twelve.
+
+Triton compiles the kernels on CUDA. Elsewhere, and in compiled blocks, the expressions run as they are.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
+
+logger = logging.getLogger(__name__)
+
+MOST_GRAPHS = 128  # of all operations: one for each pattern of dtypes, broadcasting and wanted gradients
+COMPILERS = ("torch._dynamo", "torch._inductor", "triton")  # modules of their exceptions
+
+Kernel = tuple[Sequence[Tensor | None], Sequence[Tensor]]
+"""The tensors that a kernel reads and writes."""
+
+
+class ProductCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A mode that counts products, of which fused operations have none."""
+
+
+@runtime_checkable
+class KernelCounter(Protocol):
+    """A mode that counts what a GPU does."""
+
+    def pause(self) -> AbstractContextManager[None]:
+        """Count nothing inside the block, whose operations a GPU runs as one kernel."""
+
+    def add_kernel(self, read: Sequence[Tensor | None], written: Sequence[Tensor]) -> None:
+        """Count a kernel by the tensors that it reads and writes."""
+
+
+class Fused:
+    """An expression that reads each input once and writes its output once, in the dtype of the first input.
+
+    Intermediate values are at least float32. The backward pass keeps inputs only and computes the rest again.
+    """
+
+    is_broken: ClassVar[bool] = False  # compiling failed
+    is_counted: ClassVar[bool] = False  # operations are counted as a GPU runs them
+
+    def __init__(
+        self, expression: Callable[..., Tensor], reads: Mapping[int, Sequence[int]], widens: bool = True
+    ) -> None:
+        """`reads` are, by number of an input, the inputs whose values its gradient depends on.
+
+        Without `widens` the compiler alone chooses the dtype of intermediate values.
+        """
+        self.expression, self.reads, self.widens = expression, reads, widens
+        self.compiled: dict[str, Any] = {}
+
+    def __call__(self, x: Tensor, *others: Tensor | None) -> Tensor:
+        if not fuses(x):
+            return self.expression(x, *others)
+        out: Tensor = FusedFunction.apply(self, x, *others)  # type: ignore[no-untyped-call]
+        return out
+
+    def run(self, direction: str, *arguments: Any) -> Any:
+        """Call `value` or `gradients`: counted as kernels, compiled, or as they are."""
+        plain, modes = getattr(self, direction), _get_current_dispatch_mode_stack()
+        counters = [mode for mode in modes if isinstance(mode, KernelCounter)]
+        if counters and self.is_counted:
+            with counters[-1].pause():
+                out = plain(*arguments)
+            for read, written in getattr(self, f"{direction}_kernels")(out, *arguments):
+                counters[-1].add_kernel(read, written)
+            return out
+        # torch never compiles a function again that it once met under a mode. There are no products here to count.
+        if self.is_broken or not all(isinstance(mode, ProductCounter) for mode in modes):
+            return plain(*arguments)
+        with _disable_current_modes():
+            return self.run_compiled(direction, arguments)
+
+    def run_compiled(self, direction: str, arguments: Sequence[Any]) -> Any:
+        """Run the compiled form. If compiling fails, nothing is compiled from then on."""
+        from torch import _dynamo
+
+        plain = getattr(self, direction)
+        # The setting is per thread, and autograd has its own threads.
+        _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, MOST_GRAPHS)
+        for tensor in arguments:
+            if isinstance(tensor, Tensor) and tensor.ndim:
+                _dynamo.mark_static(tensor, tensor.ndim - 1)  # a width; numbers of samples and tokens change
+        if direction not in self.compiled:
+            self.compiled[direction] = torch.compile(plain, dynamic=True, fullgraph=True)
+        try:
+            return self.compiled[direction](*arguments)
+        except Exception as error:
+            if not type(error).__module__.startswith(COMPILERS):
+                raise
+            Fused.is_broken = True
+            reason = str(error).strip().partition("\n")[0]
+            logger.warning("compiling fused operations failed; running them uncompiled, which is slower: %s", reason)
+        return plain(*arguments)
+
+    def value(self, *inputs: Tensor | None) -> Tensor:
+        assert inputs[0] is not None
+        wide = (widen(x) if self.widens and x is not None else x for x in inputs)
+        return self.expression(*wide).to(inputs[0].dtype)
+
+    def value_kernels(self, out: Tensor, *inputs: Tensor | None) -> Iterator[Kernel]:
+        yield inputs, [out]
+
+    def gradients(self, wanted: Sequence[int], grad: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        """Return the gradients of the inputs with the numbers `wanted`."""
+
+        def value(*values: Tensor) -> Tensor:
+            given = dict(zip(wanted, values, strict=True))
+            return self.value(*(given.get(i, x) for i, x in enumerate(inputs)))
+
+        gradients: tuple[Tensor, ...] = torch.func.vjp(value, *(inputs[i] for i in wanted))[1](grad)
+        return gradients
+
+    def gradients_kernels(
+        self, out: Sequence[Tensor], wanted: Sequence[int], grad: Tensor, *inputs: Tensor | None
+    ) -> Iterator[Kernel]:
+        """Yield one kernel for the gradients of all elements, and one for those that are sums over samples or
+        tokens."""
+        for are_sums in (False, True):
+            of_kernel = {
+                i: gradient
+                for i, gradient in zip(wanted, out, strict=True)
+                if (gradient.numel() < grad.numel()) == are_sums
+            }
+            read = {j for i in of_kernel for j in self.reads[i]}
+            if of_kernel:
+                yield [grad, *(inputs[i] for i in read)], [*of_kernel.values()]
+
+
+class FusedFunction(torch.autograd.Function):
+    """Autograd's view of a fused operation."""
+
+    @staticmethod
+    def forward(ctx: Any, operation: Fused, *inputs: Tensor | None) -> Tensor:
+        out: Tensor = operation.run("value", *inputs)
+        wanted = [i for i, needs in enumerate(ctx.needs_input_grad[1:]) if needs]
+        read = {j for i in wanted for j in operation.reads[i]}
+        # The values of others do not matter, and neither does the shape if it is the output's.
+        ctx.left_out = {i for i, x in enumerate(inputs) if x is not None and i not in read and x.shape == out.shape}
+        ctx.save_for_backward(*(None if i in ctx.left_out else x for i, x in enumerate(inputs)))
+        # A term of a sum has the gradient of the sum.
+        ctx.terms = [i for i in wanted if i in ctx.left_out and not operation.reads[i]]
+        ctx.wanted = tuple(i for i in wanted if i not in ctx.terms)
+        ctx.operation = operation
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [grad if i in ctx.left_out else x for i, x in enumerate(ctx.saved_tensors)]
+        gradients = dict.fromkeys(ctx.terms, grad)
+        if ctx.wanted:
+            computed = ctx.operation.run("gradients", ctx.wanted, grad, *inputs)
+            gradients |= zip(ctx.wanted, computed, strict=True)
+        return None, *(gradients.get(i) for i in range(len(inputs)))
+
+
+def widen(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def fuses(x: Tensor) -> bool:
+    """Return True if a fused operation of `x` runs, or is counted, as one kernel.
+
+    The operation reads a view without a copy, and keeps the tensor of which it is a view.
+    """
+    if torch.compiler.is_compiling():  # the compiler fuses more
+        return False
+    return Fused.is_counted or (compiles_for(x.device) and not Fused.is_broken)
+
+
+def compiles_for(device: torch.device) -> bool:
+    # How a compiled sum is split depends on the sizes of the first batch, which is another one in a resumed run.
+    return device.type == "cuda" and not torch.are_deterministic_algorithms_enabled() and has_compiler()
+
+
+@cache
+def has_compiler() -> bool:
+    """Return True if Triton can compile for this machine's GPU. Logs the answer once."""
+    from torch.utils._triton import has_triton
+
+    if has_triton():
+        logger.info("norms, gates and activations are compiled; the first step takes longer")
+        return True
+    logger.info("no working Triton: norms, gates and activations take several GPU kernels each, which is slower")
+    return False
+
+
+@contextmanager
+def count_fused() -> Iterator[None]:
+    """Count fused operations inside the block as the kernels that a GPU runs."""
+    Fused.is_counted = True
+    try:
+        yield
+    finally:
+        Fused.is_counted = False
+
+
+def owned(x: Tensor) -> Tensor:
+    """Return a contiguous `x`, so that autograd does not keep the whole tensor of which it is a view, unless a fused
+    operation keeps that anyway."""
+    return x if fuses(x) else x.contiguous()

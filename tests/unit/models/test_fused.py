@@ -1,0 +1,293 @@
+"""Fused operations: compiled with Inductor on the CPU, they agree with float64 and with Inductor's own counts."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from library.determinism import deterministic_mode
+from library.memory import fused
+from library.memory.fused import Fused, compiles_for, count_fused, has_compiler
+from library.memory.planner.counter import FlopCounter, OperationCounter
+from library.memory.planner.known import load_models
+from library.models.double_stream import DoubleStreamBlock, Modulation, SingleStreamBlock, StreamConfig
+from library.models.fused import (
+    gated_norm_sum,
+    gated_sum,
+    modulated_norm,
+    rotated_norm,
+    scaled_norm,
+    silu_product,
+    swiglu,
+)
+from library.models.next_dit import JointTransformerBlock, NextDiTConfig
+from library.models.rotary import Rotary, apply_rope
+
+N, D, M = 4, 16, 256
+rotate = rotated_norm(1e-6)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation, the shapes of its inputs for B samples of T tokens, and the inputs whose gradients are wanted."""
+
+    operation: Fused
+    shapes: Callable[[int, int], Sequence[tuple[int, ...] | None]]
+    wanted: tuple[int, ...]
+
+    def inputs(self, num_tokens: int, dtype: torch.dtype, num_samples: int = 2) -> list[Tensor | None]:
+        generator = torch.Generator().manual_seed(5)
+        inputs = [
+            None if shape is None else torch.randn(shape, generator=generator).to(dtype)
+            for shape in self.shapes(num_samples, num_tokens)
+        ]
+        if self.operation is rotate:  # queries are a view of a layer's output, of which the rope covers some tokens
+            layer = torch.randn(num_samples, num_tokens, 3 * N * D, generator=generator).to(dtype)
+            inputs[0] = layer.chunk(3, dim=-1)[1].unflatten(-1, (N, D)).transpose(1, 2)
+            positions = torch.randint(0, 9, (num_tokens + 3, 2), generator=generator)
+            inputs[2] = Rotary((D // 2, D // 2))(positions, (9, 9))[3:]
+        return [
+            x if x is None else x.requires_grad_(i in self.wanted)
+            for i, x in enumerate(x if x is None else x.detach() for x in inputs)
+        ]
+
+
+CASES = {
+    "modulated norm": Case(modulated_norm, lambda B, T: [(B, T, M), (B, 1, M), (B, 1, M)], (0,)),
+    "modulated norm, adapted": Case(modulated_norm, lambda B, T: [(B, T, M), (B, 1, M), (B, 1, M)], (0, 1, 2)),
+    "modulation alone": Case(modulated_norm, lambda B, T: [(B, T, M), (B, 1, M), (B, 1, M)], (1, 2)),
+    "norm without shift": Case(modulated_norm, lambda B, T: [(B, T, M), None, (B, 1, M)], (0, 2)),
+    "scaled norm": Case(scaled_norm, lambda B, T: [(B, T, M), (M,), (B, 1, M)], (0,)),
+    "scaled norm, adapted": Case(scaled_norm, lambda B, T: [(B, T, M), (M,), (B, 1, M)], (0, 1, 2)),
+    "norm without scale": Case(scaled_norm, lambda B, T: [(B, T, M), (M,), None], (0,)),
+    "gated sum": Case(gated_sum, lambda B, T: [(B, T, M), (B, 1, M), (B, T, M)], (0, 2)),
+    "gated sum, adapted": Case(gated_sum, lambda B, T: [(B, T, M), (B, 1, M), (B, T, M)], (0, 1, 2)),
+    "first gated sum": Case(gated_sum, lambda B, T: [(B, T, M), (B, 1, M), (B, T, M)], (1, 2)),
+    "gated norm": Case(gated_norm_sum, lambda B, T: [(B, T, M), (B, 1, M), (B, T, M), (M,)], (0, 2)),
+    "gated norm, adapted": Case(gated_norm_sum, lambda B, T: [(B, T, M), (B, 1, M), (B, T, M), (M,)], (0, 1, 2, 3)),
+    "norm without gate": Case(gated_norm_sum, lambda B, T: [(B, T, M), None, (B, T, M), (M,)], (0, 2)),
+    "rotated norm": Case(rotate, lambda B, T: [(1,), (D,), (1,)], (0,)),
+    "rotated norm, adapted": Case(rotate, lambda B, T: [(1,), (D,), (1,)], (0, 1)),
+    "SiLU product": Case(silu_product, lambda B, T: [(B, T, M), (B, T, M)], (0, 1)),
+    "SwiGLU": Case(swiglu, lambda B, T: [(B, T, 2 * M)], (0,)),
+}
+
+RARE = ("modulation alone", "rotated norm, adapted")  # at most once in a step, or never: not counted exactly
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compile fused operations for the CPU."""
+    torch.compiler.reset()
+    monkeypatch.setattr(fused, "compiles_for", lambda device: True)
+    monkeypatch.setattr(Fused, "is_broken", False)
+    yield
+    torch.compiler.reset()
+
+
+def num_graphs() -> int:
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def results(operation: Callable[..., Tensor], case: Case, inputs: Sequence[Tensor | None]) -> list[Tensor]:
+    out = operation(*inputs)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out).to(out.dtype)
+    return [out, *torch.autograd.grad(out, [inputs[i] for i in case.wanted], weights)]  # type: ignore[misc]
+
+
+def in_float64(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [x if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiling")
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_forms_agree_with_float64_and_are_compiled_once_for_all_sizes(name: str) -> None:
+    case = CASES[name]
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
+        for num_tokens in (50, 33, 70):
+            inputs = case.inputs(num_tokens, dtype)
+            expected = results(case.operation.expression, case, in_float64(inputs))
+            actual = results(case.operation, case, inputs)
+            for ours, wanted in zip(actual, expected, strict=True):
+                assert ours.dtype == dtype
+                scale = wanted.abs().max()
+                torch.testing.assert_close(ours.double() / scale, wanted / scale, rtol=tolerance, atol=tolerance)
+            if num_tokens == 50:
+                known = num_graphs()
+            assert num_graphs() == known > 0
+
+
+@pytest.mark.parametrize("is_strided", [False, True], ids=["contiguous", "strided"])
+def test_a_rotated_norm_is_a_norm_and_a_rotation(is_strided: bool) -> None:
+    x, weight, rope = (
+        tensor.detach() for tensor in CASES["rotated norm"].inputs(20, torch.float32) if tensor is not None
+    )
+    x = x if is_strided else x.contiguous()
+    normal = functional.rms_norm(x.double(), (D,), weight.double(), eps=1e-6)
+    torch.testing.assert_close(
+        rotate.expression(x, weight, rope), apply_rope(normal.float(), rope), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiling")
+@pytest.mark.parametrize("num_tokens", [40, 96])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in RARE])
+def test_kernels_and_bytes_are_those_that_inductor_reports(
+    name: str, num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import compile_fx, config, metrics
+
+    case = CASES[name]
+    inputs = case.inputs(num_tokens, torch.bfloat16, num_samples=1)  # for several, the C++ backend fuses less
+    monkeypatch.setattr(compile_fx.inductor_metrics_log, "isEnabledFor", lambda level: True)
+    metrics.reset()
+    with config.patch(force_disable_caches=True):
+        out = case.operation(*inputs)
+        torch.autograd.grad(out, [inputs[i] for i in case.wanted], torch.ones_like(out))
+    compiled = sum(num_elements > 0 for _, num_elements in metrics.nodes_num_elem), metrics.num_bytes_accessed
+
+    mode, counter = FakeTensorMode(), OperationCounter()
+    fakes = [x if x is None else mode.from_tensor(x) for x in inputs]
+    ones = mode.from_tensor(torch.ones_like(out))
+    with mode, count_fused(), counter:
+        torch.autograd.grad(case.operation(*fakes), [fakes[i] for i in case.wanted], ones)
+    assert counter.launches == compiled[0]
+    assert counter.moved == pytest.approx(compiled[1], rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiling")
+def test_blocks_of_compiled_operations_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when recomputed, with saved tensors in other memory, and while products are counted."""
+    expected = block_gradients(lambda block, *inputs: block(*inputs), monkeypatch, compiles=False)
+    recomputed: Callable[..., Tensor] = lambda block, *inputs: checkpoint(block, *inputs, use_reentrant=False)  # noqa: E731
+
+    def offloaded(block: nn.Module, *inputs: object) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return block(*inputs)  # type: ignore[no-any-return]
+
+    def counted(block: nn.Module, *inputs: object) -> Tensor:
+        with FlopCounter():
+            return block(*inputs)  # type: ignore[no-any-return]
+
+    calls = []
+    run_compiled = Fused.run_compiled
+    monkeypatch.setattr(Fused, "run_compiled", lambda *values: (calls.append(values), run_compiled(*values))[1])
+    for run in (lambda block, *inputs: block(*inputs), recomputed, offloaded, counted):
+        calls.clear()
+        actual = block_gradients(run, monkeypatch, compiles=True)
+        num_compiled = num_graphs()
+        block_gradients(run, monkeypatch, compiles=True)
+        assert calls and 0 < num_compiled == num_graphs()
+        for ours, wanted in zip(actual, expected, strict=True):
+            assert (ours - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+def block_gradients(run: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, compiles: bool) -> list[Tensor]:
+    """Return the outputs and all gradients of a double, a single and a NextDiT block in float32."""
+    monkeypatch.setattr(fused, "compiles_for", lambda device: compiles)
+    torch.manual_seed(7)
+    config = StreamConfig(4, N * D, D, 96, 8, 1, 1, False)
+    double = DoubleStreamBlock(config, lambda parts, row: Modulation(N * D, parts))
+    single = SingleStreamBlock(config, lambda parts, row: Modulation(N * D, parts))
+    sizes = dict.fromkeys(("text_width", "time_hidden", "num_context_refiners", "num_noise_refiners", "num_layers"), 1)
+    joint_config = NextDiTConfig(4, N * D, D, 2, 96, time_width=8, **sizes)
+    joint = JointTransformerBlock(joint_config, nn.Sequential(nn.Linear(8, 4 * N * D)))
+    rope = Rotary((D,))(torch.arange(26)[:, None], (26,))
+    img, txt, vec, time = (torch.randn(2, *shape) for shape in ((17, N * D), (9, N * D), (N * D,), (8,)))
+    img.requires_grad_()
+    img_out, txt_out = run(double, img, txt, vec, rope, None)
+    out = run(joint, run(single, torch.cat([txt_out, img_out], dim=1), vec, rope, None), time, rope, None)
+    parameters = [p for block in (double, single, joint) for p in block.parameters()]
+    return [out.detach(), *torch.autograd.grad(out.square().mean(), [img, *parameters])]
+
+
+@pytest.mark.usefixtures("compiling")
+def test_a_failing_compiler_is_named_once_and_not_called_again(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor.exc import InductorError
+
+    calls = []
+
+    def fail(function: Callable[..., Tensor], **settings: bool) -> Callable[..., Tensor]:
+        def run(*arguments: object) -> Tensor:
+            calls.append(arguments)
+            raise InductorError(RuntimeError("no C compiler"), None)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", fail)
+    case = CASES["gated sum, adapted"]
+    inputs = case.inputs(12, torch.float32)
+    with caplog.at_level(logging.WARNING, fused.__name__):
+        for _ in range(2):
+            for ours, wanted in zip(
+                results(Fused(case.operation.expression, case.operation.reads), case, inputs),
+                results(case.operation.expression, case, in_float64(inputs)),
+                strict=True,
+            ):
+                torch.testing.assert_close(ours.double(), wanted, rtol=1e-5, atol=1e-6)
+    assert len(calls) == 1 and len(caplog.messages) == 1 and "no C compiler" in caplog.messages[0]
+
+
+@pytest.mark.usefixtures("compiling")
+def test_errors_of_the_operation_itself_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(function: Callable[..., Tensor], **settings: bool) -> Callable[..., Tensor]:
+        def run(*arguments: object) -> Tensor:
+            raise torch.OutOfMemoryError("out of memory")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        Fused(lambda x: x * 2, {0: ()})(torch.ones(3))
+    assert not Fused.is_broken
+
+
+def test_nothing_is_compiled_on_the_cpu_without_triton_or_in_deterministic_mode(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    monkeypatch.setattr(fused, "has_compiler", cache(has_compiler.__wrapped__))
+    with caplog.at_level(logging.INFO, fused.__name__):
+        for _ in range(2):
+            assert not compiles_for(torch.device("cpu")) and not compiles_for(torch.device("cuda"))
+    assert len(caplog.messages) == 1 and "no working Triton" in caplog.messages[0]
+    monkeypatch.setattr(fused, "has_compiler", lambda: True)
+    assert compiles_for(torch.device("cuda")) and not compiles_for(torch.device("cpu"))
+    with deterministic_mode(True):
+        assert not compiles_for(torch.device("cuda"))
+
+
+@pytest.mark.usefixtures("compiling")
+def test_fake_tensors_are_never_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda *arguments, **named: pytest.fail("compiled"))
+    with FakeTensorMode():
+        x = torch.ones(2, 3, 8, requires_grad=True)
+        operation = Fused(swiglu.expression, swiglu.reads)
+        assert torch.autograd.grad(operation(x).sum(), x)[0].shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("title", "most_gigabytes", "most_kernels"),
+    [("FLUX.1", 450, 7000), ("Z-Image", 300, 4000), ("FLUX.2 klein 4B", 220, 3000)],
+)
+def test_a_step_of_a_full_size_model_is_counted_below_its_limit(
+    title: str, most_gigabytes: float, most_kernels: int
+) -> None:
+    (model,) = (model for model in load_models() if model.title == title)
+    (mode,) = (mode for mode in model.modes if not mode.options)
+    work = mode.forward + mode.backward
+    assert work.moved <= most_gigabytes * 1e9 and work.launches <= most_kernels
