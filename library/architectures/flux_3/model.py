@@ -27,9 +27,8 @@ from library.models.double_stream import (
     QKNorm,
     SwiGLU,
     embed_level,
-    make_norm,
-    modulate,
 )
+from library.models.fused import modulated_norm
 from library.models.patches import key_mask, patchify, unpatchify
 from library.models.rotary import ROPE_BASE, Rope, apply_rope
 from library.models.shapes import ShapeReader
@@ -86,7 +85,6 @@ class SingleStreamBlock(nn.Module):
     def __init__(self, config: Flux3Config) -> None:
         super().__init__()
         width, self.head_width = config.width, config.head_width
-        self.pre_norm = make_norm(width)
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width, bias=False) for _ in range(3))
         self.norm = QKNorm(config.head_width)
         self.attn_out = nn.Linear(width, width, bias=False)
@@ -96,9 +94,11 @@ class SingleStreamBlock(nn.Module):
 
     def forward(self, x_BTM: Tensor, rows_BR3M: Tensor, lengths: list[int], rope: Rope, mask: Tensor | None) -> Tensor:
         """Return the tokens, BTM. `rows_BR3M` are shift, scale and gate of each mode, `lengths` its token counts."""
-        parts = torch.split(self.pre_norm(x_BTM), lengths, dim=1)
+        parts = torch.split(functional.layer_norm(x_BTM, x_BTM.shape[-1:], eps=EPS), lengths, dim=1)
         shifts, scales, gates = (torch.split(rows_BRM, 1, dim=1) for rows_BRM in rows_BR3M.unbind(2))
-        y_BTM = torch.cat([modulate(*each) for each in zip(parts, shifts, scales, strict=True)], dim=1)
+        y_BTM = torch.cat(
+            [y * (1 + scale) + shift for y, shift, scale in zip(parts, shifts, scales, strict=True)], dim=1
+        )
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (layer(y_BTM).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for layer in projections)
         norms = ((q, self.norm.query_norm.scale), (k, self.norm.key_norm.scale))
@@ -120,12 +120,11 @@ class LastLayer(nn.Module):
 
     def __init__(self, config: Flux3Config) -> None:
         super().__init__()
-        self.norm_final = make_norm(config.width)
         self.linear = nn.Linear(config.width, config.in_features, bias=False)
         self.adaLN_modulation = LastModulation(config.width, bias=False)
 
     def forward(self, x_BTM: Tensor, level_BM: Tensor) -> Tensor:
-        velocity_BTC: Tensor = self.linear(modulate(self.norm_final(x_BTM), *self.adaLN_modulation(level_BM)))
+        velocity_BTC: Tensor = self.linear(modulated_norm(x_BTM, *self.adaLN_modulation(level_BM)))
         return velocity_BTC
 
 
