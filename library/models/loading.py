@@ -131,10 +131,10 @@ def check_text_width(
         return
     text_width = shape_of(component.weights.shapes, embedding)[1]
     if num_states * text_width != width:
-        states = "" if num_states == 1 else f"{num_states} states of "
+        states = "text features of" if num_states == 1 else f"{num_states} states of"
         raise UserError(
-            f"{flag} {component.weights.origin} has width {text_width}, but the transformer expects text features of "
-            f"{states}width {width / num_states:g}; use {expected}"
+            f"{flag} {component.weights.origin} has width {text_width}, but the transformer expects {states} "
+            f"width {width / num_states:g}; use {expected}"
         )
 
 

@@ -20,7 +20,7 @@ def error_of(
     """Return the error of a run whose base model is missing."""
     monkeypatch.setattr(installed, "version_of", versions.get)
     done = train(
-        ["--pretrained_model_name_or_path", "none.safetensors", "--network_module", "networks.lora",
+        ["--pretrained_model_name_or_path", __file__, "--network_module", "networks.lora",
          "--output_dir", "out", "--train_data_dir", str(Path(__file__).parent), "--resolution", "64"],
         script,
     )  # fmt: skip

@@ -67,7 +67,8 @@ def write_folder(
 
     pipeline = getattr(diffusers, index["_class_name"], object)
     if denoiser := inspect.signature(pipeline).parameters.get("transformer"):
-        index = {**index, "transformer": ["diffusers", denoiser.annotation.__name__]}
+        name = getattr(denoiser.annotation, "__name__", denoiser.annotation)  # some classes have text as annotations
+        index = {**index, "transformer": ["diffusers", name]}
     (folder / "model_index.json").write_text(json.dumps(index))
     for name, (config, state) in parts.items():
         (folder / name).mkdir()
