@@ -92,11 +92,12 @@ class MemoryWatch:
         choice = choose(self._fitted.counted.step, allowed, gpu, factor)
         if choice.chosen is None:
             remaining_bytes = gpu.memory_bytes - (measured - chosen.tensor_bytes)
+            smaller = f"--fit {remaining_bytes // MIB}MB, which leaves as much room"
             logger.warning(
                 "nothing that can be changed while training makes it fit %s; where memory runs out, start again with "
-                "--fit %dMB, which leaves as much room",
+                "%s",
                 format_gib(gpu.memory_bytes),
-                remaining_bytes // MIB,
+                smaller if remaining_bytes > 0 else "smaller images or batches",
             )
         elif choice.chosen.mode == chosen.mode:
             logger.info("keeping the configuration: %s", describe(chosen.mode))
