@@ -1,5 +1,6 @@
 """Adapter files are loaded by the pipeline's own load_lora_weights where it has one, else through PEFT."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from library.architectures.any_pipeline.folder import open_folder
 from library.architectures.any_pipeline.targets import with_targets
 from library.architectures.any_pipeline.trees import join_values
 from library.checkpoints.files import load_state_dict
+from library.errors import UserError
 from networks import dylora, loha, lora
 from tests.any_pipeline.test_convention import measured
 from tests.tiers import first_is_fast
 from tests.tiny.pipelines import PIPELINES, build_tiny_pipeline
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAME_MATH, FLOAT32_SAMPLED
 from tools import extract_lora_from_dylora, extract_lora_from_models, merge_lora
+from tools.base_models import open_base_model
 
 
 def attach_adapter(denoiser: Any, component: str, kind: Any = lora) -> Any:
@@ -123,3 +127,15 @@ def test_a_dylora_of_a_pipeline_is_cut(tmp_path: Path) -> None:
     fresh = build_tiny_pipeline(name)
     load_into(fresh, component, tmp_path / "cut-0002.safetensors")
     assert (predict(fresh, component, maps.kwargs) - base).abs().max() > 1e-3
+
+
+def test_a_folder_that_is_not_trained_is_merged_into_and_its_errors_name_the_option(tmp_path: Path) -> None:
+    build_tiny_pipeline("AuraFlowPipeline").save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "LCMScheduler"]}))
+    with pytest.raises(UserError, match="distilled to a few steps"):
+        open_folder(str(tmp_path), trusts_code=False)
+    assert len(open_base_model("--sd_model", tmp_path).files[0].modules) == 70
+    (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"^--sd_model: .*transformer has no weights"):
+        open_base_model("--sd_model", tmp_path)

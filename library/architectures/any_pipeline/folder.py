@@ -37,6 +37,7 @@ class PipelineFolder:
     path: Path
     kind: type[Any]  # the pipeline
     classes: Mapping[str, type[Any]]
+    flag: str = BASE_FLAG  # that named it
 
     @property
     def vae(self) -> str | None:
@@ -74,7 +75,7 @@ class PipelineFolder:
     def open(self, name: str) -> Component:
         is_diffusers = name == self.vae or name in self.denoisers
         kind = name if is_diffusers or name in model_lookup.WEIGHT_STEMS else "text_encoder"
-        return Component(*model_lookup.open_part(BASE_FLAG, self.path / name, kind))
+        return Component(*model_lookup.open_part(self.flag, self.path / name, kind))
 
     def build_stage(self) -> Watched:
         """Build the pipeline with stand-ins for all models; tokenizers and scheduler are real."""
@@ -109,18 +110,25 @@ def open_folder(name: str | None, trusts_code: bool) -> PipelineFolder:
         )
     kind = find_class("pipeline", index["_class_name"], path, trusts_code)
     refuse_by_class(path, kind, index)
+    folder = read_folder(BASE_FLAG, path, kind, index, trusts_code)
+    if not Path(name).expanduser().exists():
+        model_lookup.find_model(BASE_FLAG, name, [(part,) for part in folder.classes])
+    return folder
+
+
+def read_folder(
+    flag: str, path: Path, kind: type[Any], index: Mapping[str, Any], trusts_code: bool = False
+) -> PipelineFolder:
+    """Return the folder of a pipeline by the content of its model_index.json. Raises UserError for unknown classes."""
     # Lists of numbers are settings of the pipeline.
     entries = {
         key: value
         for key, value in index.items()
         if isinstance(value, list) and key not in LEFT_OUT and all(isinstance(name, str) for name in value)
     }
-    classes = {key: find_class(key, value, path, trusts_code) for key, value in entries.items()}
+    classes = {key: find_class(key, value, path, trusts_code, flag) for key, value in entries.items()}
     models = {key: cls for key, cls in classes.items() if issubclass(cls, nn.Module)}
-    folder = PipelineFolder(path, kind, models)
-    if not Path(name).expanduser().exists():
-        model_lookup.find_model(BASE_FLAG, name, [(part,) for part in models])
-    return folder
+    return PipelineFolder(path, kind, models, flag)
 
 
 def find_folder(name: str) -> Path:
@@ -135,7 +143,7 @@ def find_folder(name: str) -> Path:
         ) from error
 
 
-def find_class(name: str, entry: Any, path: Path, trusts_code: bool) -> type[Any]:
+def find_class(name: str, entry: Any, path: Path, trusts_code: bool, flag: str = BASE_FLAG) -> type[Any]:
     """Return the class of a component, or of the pipeline. Raises UserError for code that only the folder has."""
     import diffusers
     import transformers
@@ -150,12 +158,12 @@ def find_class(name: str, entry: Any, path: Path, trusts_code: bool) -> type[Any
     file = path / ("." if name == "pipeline" else name) / f"{library}.py"
     if not file.is_file():
         raise UserError(
-            f"{BASE_FLAG} {path}: {class_name} is neither in diffusers {diffusers.__version__} nor in transformers "
+            f"{flag} {path}: {class_name} is neither in diffusers {diffusers.__version__} nor in transformers "
             f"{transformers.__version__}; install a newer version that has it"
         )
     if not trusts_code:
         raise UserError(
-            f"{BASE_FLAG} {path}: {class_name} is Python code of this model itself ({file}). Read that file, and add "
+            f"{flag} {path}: {class_name} is Python code of this model itself ({file}). Read that file, and add "
             "--trust_remote_code to run it"
         )
     logger.warning("--trust_remote_code runs %s, which has all rights that you have", file)
