@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import diffusers
-
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.base_model import BaseModel
@@ -33,7 +31,11 @@ def pipeline_of(path: Path) -> str:
 
 def has_pipeline(name: str) -> bool:
     """Return True if diffusers has a pipeline of this name, not only a modular one."""
-    kind = getattr(diffusers, name, None) if name else None
+    if not name:
+        return False
+    import diffusers  # takes as long as all else that the tools for adapter files import
+
+    kind = getattr(diffusers, name, None)
     return isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)
 
 
