@@ -10,7 +10,7 @@ from library.checkpoints.adapter_keys import recognise_naming
 from library.checkpoints.adapter_names import BaseNames, name_by_path
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.marks import mark_of
-from library.checkpoints.recognition import recognise_adapter, require_spec
+from library.checkpoints.recognition import base_in_metadata, recognise_adapter, require_spec
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, save_adapter_file
 from networks.core.files.foreign_names import add_model
 from networks.core.files.module_weights import ModuleWeights
@@ -21,9 +21,11 @@ from tools.base_models import general_spec
 def read_adapter(path: Path, flag: str) -> AdapterFile:
     """Read an adapter file of any trainer, or a folder saved by PEFT. Raises UserError naming `flag`."""
     file, specs = read_adapter_file(path, flag), list_specs()
-    spec = recognise_adapter(specs, shapes_by_key(file), file.metadata)
+    recorded = base_in_metadata(specs, file.metadata)
     # Names of a pipeline without a table may look like those of other base models.
-    return file if spec is not None and spec.is_general else add_model(file, [spec.names for spec in specs])
+    if recorded is not None and recorded.is_general and spec_for_file(file, flag) is recorded:
+        return file
+    return add_model(file, [spec.names for spec in specs])
 
 
 def spec_for_file(file: AdapterFile, origin: str) -> BaseModelSpec:

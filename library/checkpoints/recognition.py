@@ -41,10 +41,11 @@ def recognise_adapter(
         return sum(spec.names.find(module) is not None for module in modules)
 
     if recorded is not None:
-        is_text = all(re.match(TEXT_ENCODER, to_underscores(key)) for key in shapes)
+        if all(re.match(TEXT_ENCODER, to_underscores(key)) for key in shapes):
+            return recorded
         most = max(map(count_known, specs))
         # A pipeline without a spec of its own has no table of modules.
-        if is_text or count_known(recorded) == most > 0 or (recorded.is_general and most < len(modules)):
+        if most < len(modules) if recorded.is_general else count_known(recorded) == most > 0:
             return recorded
     products = composed_shapes(shapes)
     return recognise(
