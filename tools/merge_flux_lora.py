@@ -97,7 +97,8 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
     arithmetic = Arithmetic.from_args(args)
     parts = open_parts(args)
     read = [read_adapter(path, "--models") for path in args.models]
-    files = [rename_to_kohya(file, names_in(read)) for file in read]
+    others = names_in(read)
+    files = [rename_to_kohya(file, others) for file in read]
     for file in files:
         check_modules(file, [base for base, _ in parts])
     for base, save_to in parts:
