@@ -31,11 +31,11 @@ def find_parts(base: Base, options: TrainOptions, models: Path | None) -> dict[s
     Raises UserError for a part that is in none of the folders, with where it is to be had.
     """
     known = type(options).defaults()
-    found: dict[str, Any] = {name: False for name in NOT_IN_CACHE if name in known}
-    excused = frozenset(found)
+    found: dict[str, Any] = {}
+    uncached = {name: False for name in NOT_IN_CACHE if name in known}
 
     def build(more: Mapping[str, Any]) -> None:
-        base.spec.build(options.with_values({**found, **more}))
+        base.spec.build(options.with_values({**uncached, **found, **more}))
 
     while (missing := find_missing(build)) is not None:
         flag, error = missing
@@ -52,7 +52,7 @@ def find_parts(base: Base, options: TrainOptions, models: Path | None) -> dict[s
         has_own = any(f".{file.flag}." in name for name in base.tensors)
         if file.is_optional and not has_own and (path := find_part(base, build, file.flag, models)) is not None:
             found[file.flag] = str(path)
-    return {name: value for name, value in found.items() if name not in excused}
+    return found
 
 
 def list_files(base: Base) -> tuple[ModelFile, ...]:
