@@ -21,9 +21,9 @@ from library.options.training.network import NetworkOptions
 from library.options.training.noise import NoiseOptions
 from library.suggestions import nearby
 
-# The lookbehind keeps the search linear: without it every letter of a long word begins a scheme.
 IMAGES = "train_data_dir"
 MODEL_FILES = (".safetensors", ".sft", ".ckpt")
+# The lookbehind keeps the search linear: without it every letter of a long word begins a scheme.
 PASSWORD = re.compile(r"(?P<scheme>(?<!\w)\w+://)[^\s/@:]*:[^\s/@]+@(?P<host>[^\s/]*)")
 
 
