@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -45,16 +47,27 @@ def with_scripts(page: str, *scripts: str) -> str:
     return page.replace("</title>", f"</title>{tags}", 1)
 
 
-def run(page: Path | str, folder: Path, *words: str) -> bytes:
-    """Return Chromium's output for a file, or for the address of a page that this machine serves.
-
-    `folder` gets its profile; everything but this page is unreachable.
-    """
+def command(address: str, folder: Path, *words: str) -> list[str]:
+    """Return the command that opens an address of this machine, the only one it reaches. `folder` gets a profile."""
     assert CHROMIUM is not None
-    address, exception = (page, ", EXCLUDE 127.0.0.1") if isinstance(page, str) else (page.resolve().as_uri(), "")
-    rules = f"--host-resolver-rules=MAP * ~NOTFOUND{exception}"
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", rules]
-    done = subprocess.run([*command, *words, address], capture_output=True, timeout=120)
+    rules = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+    return [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", rules, *words, address]
+
+
+@contextmanager
+def opened(address: str, folder: Path) -> Iterator[None]:
+    """Keep a page open in Chromium, whose profile goes into `folder`."""
+    browser = subprocess.Popen(command(address, folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        browser.terminate()
+        browser.wait(timeout=60)
+
+
+def run(page: Path, folder: Path, *words: str) -> bytes:
+    """Return Chromium's output for a file."""
+    done = subprocess.run(command(page.resolve().as_uri(), folder, *words), capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     return done.stdout
 

@@ -1,30 +1,29 @@
 """Votes in a browser on images of a tiny model, and the documented preference training on them."""
 
 import json
-import re
 import shlex
+import tempfile
 from collections.abc import Callable, Mapping
-from html import unescape
 from pathlib import Path
-from threading import Thread
-from typing import Any
+from threading import Timer
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from library.training.report_page.local_server import LocalServer
+from library.training.report_page.local_server import LocalServer, TakeForm
 from library.training.report_page.page import build_page
-from tests.browser import CHROMIUM, WATCH, run, with_scripts
+from tests.browser import CHROMIUM, WATCH, opened, with_scripts
 from tests.contracts.test_docs_commands import ROOT, commands_of
 from tests.running import Finished
 from tests.tiny.bases import BASES
 from tools import vote
 
 PROMPTS = "a red circle --w 64 --h 64 --s 1\na blue square --w 64 --h 64 --s 1\na <b>dog --w 64 --h 64 --s 1\n"
-# Votes as soon as the images of a page are there, and writes down what the page shows.
+# Votes as soon as the images of a page are there, and sends in the end what the pages showed.
 PRESS = """
-addEventListener("load", () => setTimeout(async () => {
+addEventListener("load", async () => {
   const images = [...document.querySelectorAll("img")];
   await Promise.all(images.map((one) => one.decode()));
   const shown = JSON.parse(sessionStorage.shown ?? "[]");
@@ -34,10 +33,40 @@ addEventListener("load", () => setTimeout(async () => {
   sessionStorage.shown = JSON.stringify(shown);
   const key = ["ArrowRight", "ArrowLeft", "ArrowDown", ""][shown.length - 1];
   for (const repeat of [true, false]) dispatchEvent(new KeyboardEvent("keydown", {key, repeat, cancelable: true}));
-  if (!key) document.body.append(
-    Object.assign(document.createElement("pre"), {id: "shown", textContent: sessionStorage.shown}));
-}, 0));
+  if (!key) {
+    const form = Object.assign(document.createElement("form"), {method: "post"});
+    form.append(Object.assign(document.createElement("input"), {name: "shown", value: sessionStorage.shown}));
+    document.body.append(form);
+    form.submit();
+  }
+});
 """
+
+
+class Browsed(LocalServer):
+    """Shows its pages to a browser until that sends what they showed, for two minutes at most."""
+
+    shown: ClassVar[list[Any]] = []
+
+    def __init__(self, pages: vote.VotingPages, port: int, take: TakeForm) -> None:
+        def take_shown(fields: Mapping[str, str]) -> bool:
+            if "shown" not in fields:
+                return take(fields)
+            self.shown[:] = json.loads(fields["shown"])
+            super(Browsed, self).shutdown()
+            return True
+
+        super().__init__(pages, port, take_shown)
+
+    def shutdown(self) -> None:
+        """Go on after the last vote: the page that says so is to send what it shows."""
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        deadline = Timer(120, super().shutdown)
+        deadline.start()
+        with tempfile.TemporaryDirectory() as profile, opened(self.url, Path(profile)):
+            super().serve_forever(poll_interval)
+        deadline.cancel()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed; on Debian: apt install chromium")
@@ -47,15 +76,6 @@ def test_votes_by_key_become_the_data_of_the_documented_training(
     base = BASES["sdxl"].build(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text(PROMPTS)
-    dumped: list[str] = []
-
-    class Browsed(LocalServer):
-        def serve_forever(self, poll_interval: float = 0.5) -> None:
-            words = ("--virtual-time-budget=20000", "--dump-dom")
-            browser = Thread(target=lambda: dumped.append(run(self.url, tmp_path, *words).decode()))
-            browser.start()
-            super().serve_forever(poll_interval)
-            browser.join()
 
     def pressed_page(title: str, script: str, data: Mapping[str, Any]) -> str:
         return with_scripts(build_page(title, script, data), WATCH, PRESS)
@@ -65,9 +85,8 @@ def test_votes_by_key_become_the_data_of_the_documented_training(
     model = base[base.index("--pretrained_model_name_or_path") + 1]
     assert vote.main(["--base", model, "--prompts", "prompts.txt", "--output", "pictures"]) == 0
 
-    shown = json.loads(unescape(re.findall(r'<pre id="shown">(.*?)</pre>', dumped[0], re.DOTALL)[0]))
     texts = ["a red circle", "a blue square", "a <b>dog"]
-    assert shown == [*([text, [64, 64], True, []] for text in texts), ["All pairs are voted", [], 0, []]]
+    assert Browsed.shown == [*([text, [64, 64], True, []] for text in texts), ["All pairs are voted", [], 0, []]]
     assert sorted(path.name for path in Path("pictures/preferred").iterdir()) == [
         "01_1.png",
         "01_1.txt",

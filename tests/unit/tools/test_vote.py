@@ -55,11 +55,12 @@ def run_votes(monkeypatch: pytest.MonkeyPatch, choices: Iterable[str], *words: s
             voter.join()
 
         def vote(self) -> None:
-            page = urllib.request.urlopen(self.url, timeout=10).read().decode()
-            for choice in choices:
-                # It follows the redirection to the next page.
-                page = urllib.request.urlopen(self.url, form_of(page, choice), timeout=10).read().decode()
-            if read_data(page)["pair"] is not None:
+            try:
+                page = urllib.request.urlopen(self.url, timeout=10).read().decode()
+                for choice in choices:
+                    # It follows the redirection to the next page.
+                    page = urllib.request.urlopen(self.url, form_of(page, choice), timeout=10).read().decode()
+            finally:
                 self.shutdown()
 
     monkeypatch.setattr(vote, "LocalServer", Voted)
@@ -177,20 +178,23 @@ def test_only_forms_of_the_page_are_taken(drawn: list[str], monkeypatch: pytest.
             return connection.getresponse().status
 
         def attack(self) -> None:
-            page = urllib.request.urlopen(self.url, timeout=10).read().decode()
+            try:
+                page = urllib.request.urlopen(self.url, timeout=10).read().decode()
+                statuses.update(self.send_forms(page))
+            finally:
+                self.shutdown()
+
+        def send_forms(self, page: str) -> dict[str, int]:
             good = form_of(page, "left")
-            statuses.update(
-                {
-                    "another name": self.send("GET", "/prompts.txt"),
-                    "a page of another host": self.send("GET", host="evil.example"),
-                    "a form of another host": self.send("POST", body=good, host="evil.example"),
-                    "without the token": self.send("POST", body=form_of(page, "left", token="")),
-                    "another pair": self.send("POST", body=form_of(page, "left", pair="../01_7")),
-                    "another choice": self.send("POST", body=form_of(page, "both")),
-                    "a large form": self.send("POST", body=good + b"&a=" + b"a" * 5000),
-                }
-            )
-            self.shutdown()
+            return {
+                "another name": self.send("GET", "/prompts.txt"),
+                "a page of another host": self.send("GET", host="evil.example"),
+                "a form of another host": self.send("POST", body=good, host="evil.example"),
+                "without the token": self.send("POST", body=form_of(page, "left", token="")),
+                "another pair": self.send("POST", body=form_of(page, "left", pair="../01_7")),
+                "another choice": self.send("POST", body=form_of(page, "both")),
+                "a large form": self.send("POST", body=good + b"&a=" + b"a" * 5000),
+            }
 
     monkeypatch.setattr(vote, "LocalServer", Attacked)
     assert vote.main(["--base", "model", "--prompts", "prompts.txt"]) == 0
