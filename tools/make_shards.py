@@ -40,13 +40,9 @@ from library.data.sources.storage.source import load_source
 from library.data.sources.storage.storage import Storage
 from library.errors import NoDataFound, UserError
 from library.options.train import TrainOptions
-from library.processes import from_accelerator
 from library.progress import Bar, progress_bar
+from library.training.command_line.caching import cache_captions, cache_images
 from library.training.command_line.option_checks import check_data
-from library.training.models.base_model import encode_images
-from library.training.models.compute import Compute
-from library.training.models.opening import open_accelerator, open_data_plan
-from library.training.models.text_caching import TextPlan, prepare_text
 from tools.command import make_training_parser, training_command
 from tools.counted_plan import read_training_options, spec_of_script
 
@@ -427,31 +423,14 @@ def make_shards(args: argparse.Namespace, training: Sequence[str]) -> None:
     options = options.with_values({"dataset_config": path, "cache_dir": None})
     count = sum(len(subset.images) for dataset in collect(load_dataset_config(options)) for subset in dataset.subsets)
     logger.info("%d images are in the shards of %s", count, args.out)
-    fill_caches(args.script, options)
-    print(path)
-
-
-def fill_caches(script: str | None, options: TrainOptions) -> None:
-    """Encode the requested latents and text features and store them next to the shards."""
     caches_text = bool(options.flat().get(CACHES[1]))
-    if not options.caching.cache_latents_to_disk and not caches_text:
-        return
-    assert script is not None
-    arch = spec_of_script(script).build(options)
-    processes = from_accelerator(
-        open_accelerator(options.precision.mixed_precision, options.trackers, options.distributed.ddp_timeout)
-    )
-    text = TextPlan.resolve(options.network, arch.text_cache)
-    plan = open_data_plan(options, arch, text, options.run.seed or 0, processes.count)
-    if options.caching.cache_latents_to_disk:
-        encode_images(arch.load.vae, arch.codec, options.caching, options.run.seed or 0, plan, processes)
-    if caches_text:
-        if text.cached is None:
-            raise UserError(
-                f"--{CACHES[1]} has no effect here: every text encoder trains, or none can be cached; remove it"
-            )
-        compute = Compute.build(options.precision, processes.device)
-        prepare_text(text, options.caching, options.precision, arch, plan, compute, [], processes)
+    if options.caching.cache_latents_to_disk or caches_text:
+        arch = spec_of_script(args.script).build(options)
+        if options.caching.cache_latents_to_disk:
+            cache_images(options, arch.codec, arch.load.vae)
+        if caches_text:
+            cache_captions(options, arch)
+    print(path)
 
 
 main = training_command(setup_parser, make_shards)

@@ -44,6 +44,11 @@ def cache_captions(options: TrainOptions, arch: Architecture) -> None:
     processes = from_accelerator(open_accelerator(options.precision.mixed_precision))
     compute = Compute.build(options.precision, processes.device)
     text = TextPlan.resolve(options.network, arch.text_cache)
+    if text.cached is None:
+        raise UserError(
+            "--cache_text_encoder_outputs_to_disk has no effect here: every text encoder trains, or none can be "
+            "cached; remove it"
+        )
     plan = open_data_plan(options, arch, text, options.run.seed or 0, processes.count)
     prepare_text(text, options.caching, options.precision, arch, plan, compute, [], processes)
 
