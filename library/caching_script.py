@@ -41,10 +41,10 @@ class CachingScript:
     def _run(
         self, argv: Sequence[str] | None, cached: str, batch_size: str, encode: Callable[[Any, Any, Any], None]
     ) -> int:
-        kind = script_of(self.training.package).options
+        script = script_of(self.training.package)
 
         def check(args: argparse.Namespace) -> None:
-            check_caching(kind, args, with_command_options(args, cached, batch_size))
+            check_caching(script, args, with_command_options(args, cached, batch_size))
 
         command_line = check_words(self.setup_parser(), check, argv)
         args = command_line.start_log()
@@ -54,6 +54,6 @@ class CachingScript:
             if args.device is not None:
                 caching.select_device(args.device)
             assembly = importlib.import_module(f"library.architectures.{self.training.package}.assembly")
-            encode(caching, assembly, kind.from_args(with_command_options(args, cached, batch_size)))
+            encode(caching, assembly, script.options.from_args(with_command_options(args, cached, batch_size)))
 
         return caching.run_caching(args, run)

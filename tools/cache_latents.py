@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -18,6 +18,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library import train_util as train_util
 from library.architectures.flux.options import FluxOptions
+from library.architectures.scripts import script_of
 from library.architectures.sdxl.options import SdxlOptions
 from library.errors import UserError
 from library.options.train import TrainOptions
@@ -30,10 +31,9 @@ if TYPE_CHECKING:  # the options are checked before torch is imported
 
     from library.data.plan.data_plan import DataPlan
     from library.data.sources.folders.metadata_file import MetadataEntry
-    from library.protocols import Architecture, LatentCodec
+    from library.protocols import LatentCodec
 
 LATENTS = {"cache_latents": True, "cache_latents_to_disk": True}
-MODULES: Mapping[type[TrainOptions], str] = {TrainOptions: "sd", SdxlOptions: "sdxl", FluxOptions: "flux"}
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -46,22 +46,23 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_options(args: argparse.Namespace, **values: bool) -> TrainOptions:
-    """Return the options of the requested base model, overridden by `values`.
+def read_options(args: argparse.Namespace, **values: bool) -> tuple[Any, TrainOptions]:
+    """Return the assembly module of the requested base model, and its options, overridden by `values`.
 
     Raises UserError for contradictory or invalid options.
     """
     args = from_program(setup_parser(), args)
-    options = find_kind(args).from_args(override(args, values))
+    package = find_package(args)
+    options = script_of(package).options.from_args(override(args, values))
     check_data(options)
-    return options
+    return import_module(f"library.architectures.{package}.assembly"), options
 
 
-def find_kind(args: argparse.Namespace) -> type[TrainOptions]:
-    """Return the options class of the requested base model. Raises UserError if two are requested."""
+def find_package(args: argparse.Namespace) -> str:
+    """Return the package of the requested base model. Raises UserError if two are requested."""
     if args.sdxl and args.flux:
         raise UserError("--sdxl and --flux name two base models; remove one of them")
-    return SdxlOptions if args.sdxl else FluxOptions if args.flux else TrainOptions
+    return "sdxl" if args.sdxl else "flux" if args.flux else "sd"
 
 
 def override(args: argparse.Namespace, values: Mapping[str, bool]) -> argparse.Namespace:
@@ -69,21 +70,16 @@ def override(args: argparse.Namespace, values: Mapping[str, bool]) -> argparse.N
     return argparse.Namespace(**{**vars(args), **skips, **values})
 
 
-def build(options: TrainOptions) -> "Architecture":
-    """Assemble the base model. Raises UserError for a file that does not fit."""
-    assembly = import_module(f"library.architectures.{MODULES[type(options)]}.assembly")
-    arch: Architecture = assembly.build(options)
-    return arch
+def open_vae(assembly: Any, options: TrainOptions) -> "tuple[LatentCodec, Callable[[], nn.Module]]":
+    """Return the latent codec and a function that loads the VAE; for FLUX.1 with --ae, only that file is opened.
 
-
-def open_vae(options: TrainOptions) -> "tuple[LatentCodec, Callable[[], nn.Module]]":
-    """Return the latent codec and a function that loads the VAE; for FLUX.1 with --ae, only that file is opened."""
+    Raises UserError for a file that does not fit.
+    """
     if isinstance(options, FluxOptions) and options.flux.ae:
-        from library.architectures.flux.assembly import CODEC
         from library.architectures.flux.load import load_ae
 
-        return CODEC, partial(load_ae, options.flux.ae, options)
-    arch = build(options)
+        return assembly.CODEC, partial(load_ae, options.flux.ae, options)
+    arch = assembly.build(options)
     return arch.codec, arch.load.vae
 
 
@@ -96,18 +92,19 @@ def cache_images(args: argparse.Namespace, entries: "Sequence[tuple[str, Metadat
     """Encode the images and return the data plan with their buckets; `entries` is the metadata file if already read."""
     from library.training.command_line import caching
 
-    options = read_options(args, **LATENTS)
-    return caching.cache_images(options, *open_vae(options), entries)
+    assembly, options = read_options(args, **LATENTS)
+    return caching.cache_images(options, *open_vae(assembly, options), entries)
 
 
 def caching_command(action: Callable[[argparse.Namespace], object], values: Mapping[str, bool]) -> Callable[..., int]:
     """Return the `main` of a command that encodes with the options `values`: it takes a command line, by default the
     process's, and returns the exit status, 0 for success and 1 for an error; it exits for options that are refused."""
 
+    def check(args: argparse.Namespace) -> None:
+        check_caching(script_of(find_package(args)), args, override(args, values))
+
     def main(argv: Sequence[str] | None = None) -> int:
-        command_line = check_words(
-            setup_parser(), lambda args: check_caching(find_kind(args), args, override(args, values)), argv
-        )
+        command_line = check_words(setup_parser(), check, argv)
         args = command_line.start_log()
         from library.training.command_line.caching import run_caching
 

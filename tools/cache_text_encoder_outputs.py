@@ -13,7 +13,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library import train_util as train_util
 from library.errors import UserError
-from tools.cache_latents import build, caching_command, read_options, setup_parser
+from tools.cache_latents import caching_command, read_options, setup_parser
 
 __all__ = ["cache_to_disk", "main", "setup_parser", "train_util"]
 
@@ -28,8 +28,8 @@ def cache_to_disk(args: argparse.Namespace) -> None:
     """Encode every caption whose cache entry is missing or stale. Raises UserError."""
     from library.training.command_line.caching import cache_captions
 
-    options = read_options(args, **CAPTIONS)
-    arch = build(options)
+    assembly, options = read_options(args, **CAPTIONS)
+    arch = assembly.build(options)
     if arch.text_cache is None:
         raise UserError(
             "use --sdxl or --flux: the text encoder outputs of Stable Diffusion 1.x and 2.x are not cached, because "

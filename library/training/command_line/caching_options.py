@@ -2,8 +2,8 @@
 
 import argparse
 
+from library.architectures.scripts import Script
 from library.errors import UserError
-from library.options.train import TrainOptions
 from library.training.command_line.option_checks import check_data, check_paths
 
 NEVER_DELETED = "Has no effect: cache files are never deleted."
@@ -35,8 +35,8 @@ def with_command_options(args: argparse.Namespace, cached: str, batch_size: str)
     return argparse.Namespace(**{**vars(args), **values})
 
 
-def check_caching(kind: type[TrainOptions], args: argparse.Namespace, encoded: argparse.Namespace) -> None:
+def check_caching(script: Script, args: argparse.Namespace, encoded: argparse.Namespace) -> None:
     """Raise UserError for options that a caching command refuses. `encoded` are those that it encodes with, under which
     a missing file of the base model is no error."""
-    check_data(kind.from_args(encoded))
-    check_paths(kind.from_args(args))
+    check_data(script.options.from_args(encoded))
+    check_paths(script.options.from_args(args))
