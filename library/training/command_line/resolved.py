@@ -140,7 +140,9 @@ def open_base(
 
     Network modules are imported first, so that a misspelt one is reported before files are read.
     """
-    values = resolve_launched_values(options.shared.distributed.shard_base)
+    declared = type(options.shared).declarations()["shard_base"]
+    refusal = None if options.shared.concepts is None else declared.refused_by_leco
+    values = resolve_launched_values(options.shared.distributed.shard_base, refusal)
     options = options.with_values(values | DRY_RUN_VALUES if options.shared.diagnostics.dry_run else values)
     with freeze_imports("tokenizers"):
         import_diffusers_hiding_libraries()
@@ -173,7 +175,7 @@ def resolve_run(
         # Killed runs may leave shared weights in memory and latents on disk, tens of gigabytes for a large model.
         delete_abandoned_folders((IN_MEMORY, gettempdir()))
     shared = options.shared
-    sharding = sharding_values(shared, processes)
+    sharding = sharding_values(shared.distributed, shared.memory, shared.network, shared.compiling, processes)
     states = find_states(shared.state, shared.hub, options.names, processes, clears=options.writes)
     batches = batches_of_state(shared.run.gradient_accumulation_steps, states.of_run, processes.count)
     options = keep_values_of_states(options, states.by_label).with_values(sharding | batches)

@@ -8,17 +8,21 @@ from library.data.training_data import TrainingData
 from library.errors import UserError
 from library.launcher import fsdp_version
 from library.memory.offload.sharded import ShardedModel
-from library.options.train import TrainOptions
+from library.options.machine.compiling import CompileOptions
+from library.options.machine.distributed import DistributedOptions
+from library.options.machine.memory import MemoryOptions
+from library.options.training.network import NetworkOptions
 from library.processes import Processes
 from networks.core.protocol import OURS
 
 logger = logging.getLogger(__name__)
 
 
-def resolve_launched_values(is_sharded: bool) -> dict[str, Any]:
+def resolve_launched_values(is_sharded: bool, refusal: str | None = None) -> dict[str, Any]:
     """Return the option values that shard the base model if accelerate is configured for FSDP2.
 
-    Raises UserError for FSDP 1. Call before accelerate is initialized, which raises its own errors for it.
+    Raises UserError for FSDP 1, and with `refusal` if that is why this run cannot shard. Call before accelerate is
+    initialized, which raises its own errors for FSDP 1.
     """
     if fsdp_version() == 1:
         raise UserError(
@@ -28,21 +32,25 @@ def resolve_launched_values(is_sharded: bool) -> dict[str, Any]:
         )
     if fsdp_version() != 2 or is_sharded:
         return {}
+    if refusal is not None:
+        raise UserError(f"accelerate is configured for FSDP2, which means --shard_base: {refusal}")
     logger.info("accelerate is configured for FSDP2: --shard_base spreads the frozen base model over the processes")
     return {"shard_base": True}
 
 
-def sharding_values(options: TrainOptions, processes: Processes) -> dict[str, Any]:
+def sharding_values(
+    distributed: DistributedOptions,
+    memory: MemoryOptions,
+    network: NetworkOptions,
+    compiling: CompileOptions,
+    processes: Processes,
+) -> dict[str, Any]:
     """Return the number of processes that share the base model, if it is sharded.
 
     Raises UserError, before anything is read, if the base model cannot be sharded; warns if sharding has no effect.
     """
-    distributed = options.distributed
     if not distributed.shard_base:
         return {}
-    if options.concepts is not None:  # accelerate's FSDP2 setting is known only here
-        reason = type(options).declarations()["shard_base"].refused_by_leco
-        raise UserError(f"accelerate is configured for FSDP2, which means --shard_base: {reason}")
     if processes.count == 1:
         logger.warning("--shard_base has no effect with one process; accelerate launch --num_processes 2 starts two")
         return {"shard_base": False, "shard_group": None}
@@ -58,19 +66,19 @@ def sharding_values(options: TrainOptions, processes: Processes) -> dict[str, An
             f"--shard_base: {processes.count} processes cannot be divided into groups of {size} that share the "
             f"weights; use --shard_group {' or '.join(sizes)}"
         )
-    if options.memory.blocks_to_swap:
+    if memory.blocks_to_swap:
         raise UserError(
             "--shard_base and --blocks_to_swap put the same weights at two places, sharded over GPUs and in main "
             "memory; leave one of them out"
         )
-    module = options.network.network_module or ""
-    if options.network.base_weights and not module.startswith(OURS):
+    module = network.network_module or ""
+    if network.base_weights and not module.startswith(OURS):
         raise UserError(
             f"--base_weights and --shard_base with --network_module {module}: its networks are merged into whole "
             "weights, which no process has; merge the files into the base model with tools/merge_lora.py first, or "
             "use one of networks.*"
         )
-    if options.compiling.is_on:
+    if compiling.is_on:
         raise UserError(
             "--shard_base: blocks whose weights come from other processes while they compute cannot be compiled; leave "
             "out --compile and --torch_compile"

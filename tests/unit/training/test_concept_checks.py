@@ -12,8 +12,8 @@ from library.architectures.sdxl.options import SdxlOptions
 from library.options.leco import LecoOptions, leco_options, list_ignored_by_leco, list_refused_by_leco
 from library.training.command_line.checks import check, report_unused
 from library.training.command_line.cli import parse
+from library.training.command_line.resolved import open_base, split_run
 from library.training.failures.out_of_memory import Sizes, find_savings
-from library.training.run.shard_base_checks import sharding_values
 
 SDXL_LECO = leco_options(SdxlOptions)
 IGNORED, REFUSED = list_ignored_by_leco(SDXL_LECO), list_refused_by_leco(SDXL_LECO)
@@ -94,11 +94,12 @@ def test_a_vae_is_used_only_for_previews(prompts: Path, caplog: pytest.LogCaptur
     assert "--vae has no effect: images are neither encoded nor drawn" in caplog.text
 
 
-def test_a_base_sharded_by_accelerate_is_refused(prompts: Path) -> None:
-    options = make_options(prompts, shard_base=True)
-    processes: Any = None
+def test_a_base_sharded_by_accelerate_is_refused(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    build: Any = None
     with pytest.raises(ValueError, match="accelerate is configured for FSDP2, which means --shard_base: the processes"):
-        sharding_values(options, processes)
+        open_base(split_run(make_options(prompts)), build)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

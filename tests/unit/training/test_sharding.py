@@ -14,8 +14,9 @@ from library.training.step.accumulation import Window
 FOUR = Processes(1, 4, 1, 4)
 
 
-def options(**values: object) -> TrainOptions:
-    return TrainOptions().with_values({"shard_base": True, **values})
+def shared(processes: Processes, **values: object) -> dict[str, object]:
+    options = TrainOptions().with_values({"shard_base": True, **values})
+    return sharding_values(options.distributed, options.memory, options.network, options.compiling, processes)
 
 
 @pytest.mark.parametrize(
@@ -38,14 +39,14 @@ def test_unsupported_combinations_are_refused_with_a_fix(
     values: dict[str, object], processes: Processes, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        sharding_values(options(**values), processes)
+        shared(processes, **values)
 
 
 def test_the_processes_of_a_machine_share_the_base_by_default(caplog: pytest.LogCaptureFixture) -> None:
-    assert sharding_values(options(), Processes(5, 8, 1, 4)) == {"shard_group": 4}
-    assert sharding_values(options(shard_group=2), FOUR) == {"shard_group": 2}
+    assert shared(Processes(5, 8, 1, 4)) == {"shard_group": 4}
+    assert shared(FOUR, shard_group=2) == {"shard_group": 2}
     with caplog.at_level(logging.WARNING):
-        alone = sharding_values(options(), Processes())
+        alone = shared(Processes())
     assert alone == {"shard_base": False, "shard_group": None} and "no effect with one process" in caplog.text
 
 
