@@ -59,7 +59,7 @@ def count_model(title: str) -> KnownModel:
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
         arguments = arguments_for(model, Path(folder) / "model")
-        _, _, _, counted = count(model.script, arguments)
+        _, counted = count(model.script, arguments)
         disk = sum(map(size_of_data, Path(folder).rglob("*.safetensors")))
         print(f"{title}: {time.process_time() - began:.1f} CPU seconds", file=sys.stderr)
     step = counted.step

@@ -14,7 +14,6 @@ from library.errors import UserError
 from library.memory.planner.gpus import Gpu
 from library.options.dataset import DatasetOptions
 from library.options.requirements import check_requirements
-from library.options.train import TrainOptions
 from library.training.command_line.checks import check_precision
 from library.training.command_line.cli import parse
 from library.training.command_line.option_checks import check_multipliers, check_paths
@@ -46,8 +45,8 @@ def read_training_options(script: str, arguments: Sequence[str]) -> tuple[BaseMo
     return spec, spec.options.from_args(parse(parser, arguments))
 
 
-def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, RequestedRun, BatchShape, CountedRun]:
-    """Count the operations and memory of a training run; return its options, the run, its largest batch and the count.
+def count(name: str, arguments: Sequence[str]) -> tuple[RequestedRun, CountedRun]:
+    """Return a training run, and the count of its operations and memory.
 
     Raises UserError for invalid options.
     """
@@ -63,9 +62,9 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, RequestedR
     data = options.dataset
     batch = largest_batch(load_dataset_config(options)) if data.dataset_config else batch_of_options(data)
     with mute_logging():  # the training run itself logs these messages
-        options, adapters = split_options(options)
+        adapters = split_options(options)[1]
         run = RequestedRun.resolve(adapters.values(), spec.build(options))
-        return options, run, batch, count_run(run, batch, GPU)
+        return run, count_run(run, batch, GPU)
 
 
 def batch_of_options(data: DatasetOptions) -> BatchShape:
@@ -91,12 +90,13 @@ def largest_batch(config: RunDataConfig) -> BatchShape:
 
 def plan(script: str, training: Sequence[str], gpus: Sequence[Gpu]) -> None:
     """Print a table for each GPU. Raises UserError for invalid options."""
-    options, run, batch, counted = count(script, training)
+    run, counted = count(script, training)
+    options, batch = run.options, counted.batch
     with mute_logging():
         sweep = count_sweep(run, batch, GPU)
     print(f"{run.arch.name}, {batch.count} x {batch.width}x{batch.height}, {options.network.network_module}")
     num_steps = options.run.max_train_steps if options.run.max_train_epochs is None else None
     for gpu in gpus:
         print()
-        for line in fit_to(counted, options, gpu, sweep, num_steps).lines():
+        for line in fit_to(counted, gpu, sweep, num_steps).lines():
             print(line)

@@ -327,7 +327,7 @@ def predict_step(
     (plan,) = trial.events("plan")
     if (chosen := plan["planned"]) is not None:
         return PlannedStep(chosen["tensor_bytes"], chosen["seconds"] * plan["accumulation"])
-    *_, counted = count(spec.script, training)
+    _, counted = count(spec.script, training)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     predicted = predict(counted.step, mode, benchmark_gpu(device, 0, DTYPES[mixed_precision]))
     return PlannedStep(predicted.tensor_bytes, predicted.seconds * plan["accumulation"])

@@ -34,7 +34,7 @@ def flux_arguments(tmp_path: Path, *more: str) -> list[str]:
 
 def budget_between(arguments: Sequence[str], more: MemoryMode, less: MemoryMode, spare: int = 512) -> str:
     """Return a budget that the first configuration exceeds and the second fits into, with `spare` MB left free."""
-    *_, counted = count("flux_train_network", arguments)
+    _, counted = count("flux_train_network", arguments)
     needs = [predict(counted.step, mode, TYPICAL[0]).device_bytes for mode in (more, less)]
     assert needs[0] > needs[1]
     return f"{sum(needs) / 2 / MIB + spare:.3f}MB"
@@ -146,7 +146,7 @@ def test_the_first_steps_are_compared_with_the_plan_which_is_corrected_once(
     mode = MemoryMode(recompute_every=1)
     # Both plans are for this machine, where nothing is fused.
     monkeypatch.setattr(counting, "has_fused_kernels", lambda *_: False)
-    *_, counted = count("flux_train_network", arguments)
+    _, counted = count("flux_train_network", arguments)
     room = budget_between(arguments, MemoryMode(recompute_every=2), mode)
     planned = predict(counted.step, mode, TYPICAL[0]).tensor_bytes
     measured = iter([int(factor * planned)])  # for the second step, the only one that is read

@@ -220,7 +220,7 @@ def with_fit(plan: Plan, options: TrainOptions, arch: Architecture, formats: Seq
         device, psutil.virtual_memory().available, DTYPES[options.precision.mixed_precision], SMALL_PRODUCT
     )
     counted = count_adapter_run(run, largest_batch(sizes), device)
-    return replace(plan, fit=fit_to(counted, options, gpu, num_steps=sizes.max_train_steps))
+    return replace(plan, fit=fit_to(counted, gpu, num_steps=sizes.max_train_steps))
 
 
 def limit_time(plan: Plan, minutes: float) -> Plan:

@@ -39,6 +39,7 @@ from library.memory.planner.steps import (
     count_pass,
 )
 from library.memory.planner.weights import ModelWeights
+from library.options.train import TrainOptions
 from library.options.training.concepts import ConceptOptions
 from library.options.training.network import NetworkOptions
 from library.options.training.optimizer import OptimizerOptions
@@ -81,6 +82,7 @@ NUM_COUNTS = 5  # models, encoding, a pass, a recomputed pass, the optimizer
 class CountedRun:
     """The memory and time that the parts of a run need."""
 
+    options: TrainOptions  # of the base model, the data and the loop
     batch: BatchShape  # the largest
     step: CountedStep
     stages: tuple[Stage, ...]  # before training, one after another, each freeing its memory
@@ -124,7 +126,7 @@ def count_run(run: RequestedRun, batch: BatchShape, device: torch.device) -> Cou
         )
         bar.update(1)
     step = build_step(meta, fake, timeline, optimizer, inputs.gradientless)
-    return CountedRun(batch, step, inputs.stages, preview)
+    return CountedRun(options, batch, step, inputs.stages, preview)
 
 
 def has_fused_kernels(device: torch.device, is_deterministic: bool) -> bool:

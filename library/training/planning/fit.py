@@ -28,13 +28,17 @@ class Sweep:
 class Fit:
     """A run's counts and the choice for a GPU."""
 
-    options: TrainOptions  # as the user gave them
     counted: CountedRun
     allowed: Allowed
     choice: Choice
     stage_sizes: Mapping[str, int]  # the batch sizes for encoding, by option; 0 if not even 1 fits
     sweep: Sweep | None = None  # set if several adapters share the step
     num_passes: int | None = None  # of the run; None if its length is unknown
+
+    @property
+    def options(self) -> TrainOptions:
+        """The options as the user gave them."""
+        return self.counted.options
 
     def values(self) -> dict[str, Any]:
         """Return the chosen options that differ from the user's; none if nothing fits."""
@@ -151,13 +155,12 @@ IN_PROMPTS = "batch_size or resolution in the --prompts_file"
 SMALLER_WEIGHTS = "--base_format or --fit_formats int8 nf4 store them in fewer bits"
 
 
-def fit_to(
-    counted: CountedRun, options: TrainOptions, gpu: Gpu, sweep: Sweep | None = None, num_steps: int | None = None
-) -> Fit:
+def fit_to(counted: CountedRun, gpu: Gpu, sweep: Sweep | None = None, num_steps: int | None = None) -> Fit:
     """Choose the configuration for a GPU; options that the user has set are kept.
 
     `num_steps` is the number of optimizer steps, or None if unknown.
     """
+    options = counted.options
     values, defaults = options.flat(), type(options).defaults()
     available_bytes = gpu.memory_bytes - CONTEXT_BYTES
     sizes = {}
@@ -170,4 +173,4 @@ def fit_to(
     )
     num_sides = 1 if options.pairs.pair_slider is None else 2
     num_passes = None if num_steps is None else num_steps * options.run.gradient_accumulation_steps * num_sides
-    return Fit(options, counted, allowed, choose(counted.step, allowed, gpu), sizes, sweep, num_passes)
+    return Fit(counted, allowed, choose(counted.step, allowed, gpu), sizes, sweep, num_passes)

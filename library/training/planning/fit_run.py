@@ -87,7 +87,7 @@ def fit_run(run: RequestedRun, sizes: BatchSizes, processes: Processes) -> Fit:
     gpu = measure_gpu(options.fit.fit, options.precision.mixed_precision, processes)
     batch = largest_batch(sizes)
     counted, sweep = count_adapter_run(run, batch, processes.device), count_sweep(run, batch, processes.device)
-    fit = fit_to(counted, options, gpu, sweep, sizes.max_train_steps)
+    fit = fit_to(counted, gpu, sweep, sizes.max_train_steps)
     if fit.choice.chosen is None:
         raise UserError("\n  ".join([f"--fit {options.fit.fit}", *fit.lines()]))
     for line in fit.lines() if processes.is_main else ():

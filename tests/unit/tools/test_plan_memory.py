@@ -80,7 +80,7 @@ def test_previews_are_planned_at_the_largest_size(tmp_path: Path, capsys: pytest
     assert main(arguments) == 0 and "previews" not in capsys.readouterr().out
     assert main([*arguments, *previews]) == 0
     assert "previews of 128x192: 0.7 GiB\n" in capsys.readouterr().out
-    _, run, _, counted = count("flux_train_network", [*arguments[2:], *previews])
+    run, counted = count("flux_train_network", [*arguments[2:], *previews])
     assert counted.preview is not None
     vae = run.arch.load.vae()
     latents_BCHW = torch.randn(1, 16, 192 // 8, 128 // 8)
@@ -138,7 +138,7 @@ def test_full_size_models_match_the_counts_of_whole_models(
     monkeypatch.setattr(fakes, "fused_rms_norm", functional.rms_norm)  # PROTOTYPE counts six operations
     monkeypatch.setattr(counting, "has_fused_kernels", lambda *settings: False)  # and no fused operations
     model = FULL_SIZE[name]
-    *_, counted = count(
+    _, counted = count(
         model.script,
         [
             *model.build(tmp_path / "model"), "--network_module", model.module, "--network_dim", "16",

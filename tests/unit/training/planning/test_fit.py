@@ -18,8 +18,8 @@ IMAGES = Stage("encoding images", "vae_batch_size", 5 * GIB, GIB, GIB, streamed_
 
 def fitted(gib: float, *stages: Stage, adapter: int = 0) -> Fit:
     options: Any = make_options(network_module="networks.lora")
-    counted = CountedRun(BatchShape(1, 64, 64), counted_step(adapter), stages)
-    return fit_to(counted, options, Gpu("made up", int(gib * GIB), 1e12, 1e9, 1e12))
+    counted = CountedRun(options, BatchShape(1, 64, 64), counted_step(adapter), stages)
+    return fit_to(counted, Gpu("made up", int(gib * GIB), 1e12, 1e9, 1e12))
 
 
 def test_the_stage_that_needs_the_most_memory_is_named() -> None:
@@ -44,8 +44,7 @@ def test_previews_are_planned_on_top_of_the_memory_that_training_keeps() -> None
     step, preview = counted_step(), CountedPreview(1024, 768, GIB, 2 * GIB)
     roomy, tight = (
         fit_to(
-            CountedRun(BatchShape(1, 64, 64), step, (), preview),
-            fitted(8).options,
+            CountedRun(fitted(8).options, BatchShape(1, 64, 64), step, (), preview),
             Gpu("made up", gib * GIB, 1, 1, 1),
         )
         for gib in (8, 3)
