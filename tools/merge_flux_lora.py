@@ -82,8 +82,9 @@ def check_modules(file: AdapterFile, parts: Sequence[BaseModel]) -> None:
     if missing:
         logger.warning(
             "omitting %d text encoder layers of %s: set their files with --clip_l and --t5xxl",
-            len(missing), file.origin,
-        )  # fmt: skip
+            len(missing),
+            file.origin,
+        )
 
 
 def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:

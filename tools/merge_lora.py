@@ -310,7 +310,7 @@ def log_strengths(ratios: Sequence[float], strengths: Strengths) -> None:
             "--ratios with --concat act as in sd-scripts: as %s if the ranks are equal; tools/merge_lora.py uses "
             "them unchanged",
             ", ".join(f"{strength:.2f}" for strength in strengths(ratios, equal_ranks)),
-        )  # fmt: skip
+        )
     elif len(ratios) > 1 and all(isclose(abs(s), 1, rel_tol=0.02) for s in square_strengths(ratios, equal_ranks)):
         logger.warning(
             "--ratios: %.2f with --concat is %.2f times the change of a file. In sd-scripts, and in %s, it means the "

@@ -245,8 +245,9 @@ class AdoptedNetwork:
             if text_encoder_lr and len(set(text_encoder_lr)) > 1:
                 logger.warning(
                     "--text_encoder_lr: this network module takes one value; %s is used, %s is not",
-                    first_lr, text_encoder_lr[1:],
-                )  # fmt: skip
+                    first_lr,
+                    text_encoder_lr[1:],
+                )
             result = self._one_lr_groups(first_lr, unet_lr, learning_rate)
         groups, names = result if isinstance(result, tuple) else (result, None)
         return _trained_groups(list(groups), None if names is None else list(names), learning_rate)

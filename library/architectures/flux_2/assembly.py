@@ -54,7 +54,7 @@ RECIPE = Recipe(
     ),
     records=RECORDS,
     needs={"diffusers": ">=0.36"},  # AutoencoderKLFlux2
-)  # fmt: skip
+)
 CODEC = pack_latents("_flux_2.npz", max_references=10)  # the limit that the model's authors name
 LATENTS = CODEC.spec
 GUIDANCE = 4.0  # dev takes it as an input, klein base for classifier-free guidance

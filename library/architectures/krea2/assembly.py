@@ -48,7 +48,7 @@ RECIPE = Recipe(
     ),
     records=RECORDS,
     needs={"diffusers": ">=0.35", "transformers": ">=4.57"},  # AutoencoderKLQwenImage, Qwen3VLTextModel
-)  # fmt: skip
+)
 CODEC = qwen_image_latents("_krea2.npz", max_references=10)  # the model has no limit of its own
 LATENTS = CODEC.spec
 GUIDANCE = 5.5  # of Raw: diffusers' pipeline has 4.5, to which it adds 1

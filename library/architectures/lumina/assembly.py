@@ -39,7 +39,7 @@ RECIPE = Recipe(
         vae="use --ae",
     ),
     records=(*RECORDS, "text_encoder_lr"),
-)  # fmt: skip
+)
 CODEC = map_latents("_lumina.npz")
 LATENTS = CODEC.spec
 

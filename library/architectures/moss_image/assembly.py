@@ -45,7 +45,7 @@ RECIPE = Recipe(
     ),
     records=RECORDS,
     needs={"diffusers": ">=0.36", "transformers": ">=5.3"},  # AutoencoderKLFlux2, Qwen3.5
-)  # fmt: skip
+)
 # The names of sd-scripts' caches are unknown, so these differ from the pattern of its others.
 CODEC = pack_latents("_moss_latents.npz", max_references=10)  # the model has no limit of its own
 LATENTS = CODEC.spec

@@ -42,7 +42,7 @@ RECIPE = Recipe(
     ),
     records=RECORDS,
     needs={"diffusers": ">=0.41", "transformers": ">=4.57"},  # AutoencoderKLQwenImage21, Qwen3-VL
-)  # fmt: skip
+)
 CODEC = RgbaLatents()
 LATENTS = CODEC.spec
 

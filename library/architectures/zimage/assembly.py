@@ -48,7 +48,7 @@ RECIPE = Recipe(
         max_token_length="its text encoder reads 512 tokens",
     ),
     records=RECORDS,
-)  # fmt: skip
+)
 CODEC = map_latents("_zimage.npz", takes_mean=True)  # as diffusers' and musubi-tuner's training does
 LATENTS = CODEC.spec
 

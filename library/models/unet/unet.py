@@ -122,8 +122,10 @@ def check_unet_input(what: str, unet: Component, num_latent_channels: int, inpai
                 "--train_inpainting: the U-Net of %s takes %d channels, so it cannot use masks. It is widened with "
                 "frozen zeros, as sd-scripts does: the adapter learns the images, but not to inpaint. Use an "
                 "inpainting checkpoint, which takes %d channels, to train both",
-                what, channels, channels + MASK_CHANNELS,
-            )  # fmt: skip
+                what,
+                channels,
+                channels + MASK_CHANNELS,
+            )
     elif channels != num_latent_channels + MASK_CHANNELS:
         raise UserError(
             f"{what}: the U-Net takes {channels} input channels, but only {num_latent_channels} (plain) and "

@@ -183,9 +183,11 @@ def warn_of_repeats(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
         if ignored and flag.removeprefix("--") not in SECRETS:
             logger.warning(
                 "%s is given %d times and the last one counts: %s has no effect%s",
-                flag, len(occurrences), " ".join(ignored),
+                flag,
+                len(occurrences),
+                " ".join(ignored),
                 f"; write all values behind one {flag}" if parser._option_string_actions[flag].nargs else "",
-            )  # fmt: skip
+            )
 
 
 def collect_typed_values(parser: argparse.ArgumentParser, words: Sequence[str]) -> Mapping[str, list[list[str]]]:

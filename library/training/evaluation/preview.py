@@ -92,8 +92,10 @@ def read_wanted_prompts(options: PreviewOptions, arch: Architecture) -> list[Pro
         if (num_tokens := arch.preview.text.count_tokens(text)) > arch.preview.text.max_tokens:
             logger.warning(
                 "preview prompt of %d tokens: only the first %d are used: %s",
-                num_tokens, arch.preview.text.max_tokens, text,
-            )  # fmt: skip
+                num_tokens,
+                arch.preview.text.max_tokens,
+                text,
+            )
     return prompts
 
 
@@ -263,8 +265,10 @@ def report_strengths(events: Events, drawn: Sequence[Drawn], step: int, epoch: i
         strengths = ", ".join(f"{strength:g}" for strength in response.strengths)
         logger.info(
             "%s: rank correlation of strength and change %.2f, strengths %s",
-            prompt.text, response.correlation, strengths,
-        )  # fmt: skip
+            prompt.text,
+            response.correlation,
+            strengths,
+        )
         correlation = response.correlation if isfinite(response.correlation) else None
         events.emit(Strengths(step, epoch, prompt.text, prompt.seed, response.strengths, response.changes, correlation))
 

@@ -194,8 +194,9 @@ def resolve(spec: PromptSpec, defaults: PromptDefaults, inpaints: bool = False, 
     if spec.controlnet_image is not None:
         logger.warning(
             "%s: %s is ignored, because no ControlNet is loaded in adapter training",
-            spec.place, describe_setting("controlnet_image"),
-        )  # fmt: skip
+            spec.place,
+            describe_setting("controlnet_image"),
+        )
     scale = defaults.scale if spec.scale is None else spec.scale
     if scale <= 1 and spec.negative_prompt:
         logger.warning(

@@ -45,8 +45,9 @@ class MuonWithAdamW(Optimizer):
         weights = [p for group in self.param_groups for p in group["params"]]
         logger.info(
             "Muon moves %d of the %d weights, which are matrices; AdamW moves the others",
-            sum(map(is_matrix, weights)), len(weights),
-        )  # fmt: skip
+            sum(map(is_matrix, weights)),
+            len(weights),
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

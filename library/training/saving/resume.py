@@ -261,9 +261,10 @@ def report_differences(
         logger.log(
             logging.INFO if is_same else logging.WARNING,
             "the state comes from %d processes and this run has %d: a step averages %s",
-            manifest.num_processes, num_processes,
+            manifest.num_processes,
+            num_processes,
             "as many batches as before" if is_same else "other batches than before",
-        )  # fmt: skip
+        )
 
 
 def option_differences(manifest: StateManifest, options: Options, num_processes: int) -> Iterator[tuple[int, str]]:

@@ -45,10 +45,12 @@ class RankArguments:
         parse_ranks, None, "Rank of the convolutions larger than 1x1 in each block.", is_fixed_by_file=True
     )
     conv_block_alphas: tuple[float, ...] | None = argument(
-        parse_numbers, None, "Alpha of the convolutions larger than 1x1 in each block.",
+        parse_numbers,
+        None,
+        "Alpha of the convolutions larger than 1x1 in each block.",
         requires=Requirement((IN_BLOCKS, ON_CONVOLUTIONS), "block_dims with conv_block_dims or conv_dim"),
         is_fixed_by_file=True,
-    )  # fmt: skip
+    )
     rslora: bool = argument(
         parse_bool, False, "alpha / sqrt(rank) in place of alpha / rank.", aliases=("rs_lora",), is_fixed_by_file=True
     )
@@ -65,9 +67,11 @@ class RateArguments:
     mid_lr_weight: LrWeights | None = argument(parse_lr_weights, None, "Factor of the middle block.")
     up_lr_weight: LrWeights | None = argument(parse_lr_weights, None, "Factors of the output blocks, or a curve.")
     block_lr_zero_threshold: float = argument(
-        parse_number, 0.0, "Blocks with a factor up to this are not trained.",
+        parse_number,
+        0.0,
+        "Blocks with a factor up to this are not trained.",
         requires=Requirement((LR_LISTS,), "one of the *_lr_weight lists"),
-    )  # fmt: skip
+    )
     loraplus_lr_ratio: float | None = argument(parse_number, None, "LoRA+: how much faster up factors learn.")
     loraplus_unet_lr_ratio: float | None = argument(parse_number, None, "The ratio of LoRA+ in the denoiser.")
     loraplus_text_encoder_lr_ratio: float | None = argument(parse_number, None, "The ratio in text encoders.")

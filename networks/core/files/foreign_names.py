@@ -78,13 +78,11 @@ def split_fused(module: ModuleWeights, tables: Sequence[BaseNames], origin: str)
         replace(
             module,
             name=part.kohya,
-            tensors={
-                **module.tensors, **qkv_rows.take_rows(module.tensors, slice(i * num_rows, (i + 1) * num_rows))
-            },
+            tensors={**module.tensors, **qkv_rows.take_rows(module.tensors, slice(i * num_rows, (i + 1) * num_rows))},
             keys={key: f"{part.kohya}.{key}" for key in module.tensors},
         )
         for i, part in enumerate(parts)
-    ]  # fmt: skip
+    ]
 
 
 def _rename(module: ModuleWeights, name: str) -> ModuleWeights:

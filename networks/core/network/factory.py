@@ -185,8 +185,9 @@ def report_without_magnitudes(arguments: NetworkArguments, members: Sequence[Mem
     if names:
         logger.info(
             "--network_args dora_wd: %s has one output and gets no magnitudes, which ComfyUI, Forge and A1111-style "
-            "loaders would read differently", list_few(names),
-        )  # fmt: skip
+            "loaders would read differently",
+            list_few(names),
+        )
 
 
 def warn_of_idle_patterns(models: Sequence[AdaptedModel], targets: AdapterTargets, arguments: NetworkArguments) -> None:
