@@ -130,6 +130,17 @@ def test_invalid_values_raise_errors_that_name_them(
     assert message in capsys.readouterr().err
 
 
+def train_arguments(name: str, folder: Path) -> list[str]:
+    """Return the options of a usual training of a full-size model, without the script."""
+    model = FULL_SIZE[name]
+    return [
+        *model.build(folder / "model"), "--network_module", model.module, "--network_dim", "16",
+        "--mixed_precision", "bf16", "--network_train_unet_only", "--cache_latents",
+        "--resolution", str(model.side),
+        *([] if model.script == "train_network" else ["--cache_text_encoder_outputs"]),
+    ]  # fmt: skip
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", PROTOTYPE)
 def test_full_size_models_match_the_counts_of_whole_models(
@@ -137,16 +148,7 @@ def test_full_size_models_match_the_counts_of_whole_models(
 ) -> None:
     monkeypatch.setattr(fakes, "fused_rms_norm", functional.rms_norm)  # PROTOTYPE counts six operations
     monkeypatch.setattr(counting, "has_fused_kernels", lambda *settings: False)  # and no fused operations
-    model = FULL_SIZE[name]
-    _, counted = count(
-        model.script,
-        [
-            *model.build(tmp_path / "model"), "--network_module", model.module, "--network_dim", "16",
-            "--mixed_precision", "bf16", "--network_train_unet_only", "--cache_latents",
-            "--resolution", str(model.side),
-            *([] if model.script == "train_network" else ["--cache_text_encoder_outputs"]),
-        ],
-    )  # fmt: skip
+    counted = count(FULL_SIZE[name].script, train_arguments(name, tmp_path))[1]
     step = counted.step
     fixed = step.weights.resident_bytes(StorageCost.of(None), ()) + step.adapter_bytes
     timelines = [
@@ -155,3 +157,39 @@ def test_full_size_models_match_the_counts_of_whole_models(
     actual = [(fixed + compute_peak_bytes(moves)) / GIB for moves in timelines]
     actual += [sum(move.segment.flops for move in moves) / 1e12 for moves in timelines]
     assert actual == pytest.approx(PROTOTYPE[name], rel=0.01)
+
+
+KREA_2_BLOCK = ([6144] * 7 + [16384], [6144, 1536, 1536, 6144, 6144, 16384, 16384, 6144])  # (inputs, outputs) of layers
+KREA_2_FUSION = ([2560] * 7 + [6912], [2560] * 5 + [6912] * 2 + [2560])
+KREA_2_ENDS = ([64, 256, 6144, 6144, 2560, 6144, 6144, 12], [6144, 6144, 6144, 36864, 6144, 6144, 64, 1])
+QWEN_BLOCK = ([4096] * 6 + [12288], [4096] * 4 + [12288] * 2 + [4096])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "num_parameters", "adapted", "width", "num_tokens"),
+    [
+        ("Krea 2", 12_820_073_036, [*[KREA_2_FUSION] * 4, KREA_2_ENDS, *[KREA_2_BLOCK] * 28], 6144, 4096 + 499),
+        ("Qwen-Image 2.1", 7_115_124_736, [QWEN_BLOCK] * 32, 4096, 4096 + 1005),
+    ],
+)
+def test_full_size_models_match_counts_by_hand(
+    name: str,
+    num_parameters: int,
+    adapted: list[tuple[list[int], list[int]]],
+    width: int,
+    num_tokens: int,
+    tmp_path: Path,
+) -> None:
+    """Rank 16 at 1024 px, the longest caption: factors and alphas in float32, and with recomputation each block's input
+    and the copies of its down factors in bf16."""
+    step = count(FULL_SIZE[name].script, train_arguments(name, tmp_path))[1].step
+    assert step.weights.resident_bytes(StorageCost.of(None), ()) == 2 * num_parameters
+    assert step.adapter_bytes == 4 * sum(16 * (sum(ins) + sum(outs)) + len(ins) for ins, outs in adapted)
+    kept = [
+        move.segment.delta
+        for move in step.timeline.expand(lambda i: True, lambda i: True)
+        if move.block_index is not None and not move.is_backward
+    ]
+    assert kept[-1] == 2 * num_tokens * width + 2 * 16 * sum(adapted[-1][0])
+    assert kept[-9:] == 9 * kept[-1:]
