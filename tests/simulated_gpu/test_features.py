@@ -45,7 +45,8 @@ def test_the_newest_base_models_swap_and_offload(run: Run, name: str, tmp_path: 
 def test_averages_sweeps_and_compiled_blocks_have_no_faults(run: Run, tmp_path: Path) -> None:
     run(BASE, "--cache_latents")
     run(BASE, "--cache_latents", "--ema_decay", "0.5", folder="ema")
-    run(BASE, "--cache_latents", "--compile", "--compile_backend", "aot_eager", folder="compiled")
+    swapped = ["--gradient_checkpointing", "--blocks_to_swap", BASES[BASE].blocks_to_swap]
+    run(BASE, "--cache_latents", "--compile", "--compile_backend", "aot_eager", *swapped, folder="compiled")
     run(BASE, "--cache_latents", "--sweep", "network_dim=2,4", folder="sweep")
     plain = learned(tmp_path / "out")
     averaged, compiled = learned(tmp_path / "ema"), learned(tmp_path / "compiled")
