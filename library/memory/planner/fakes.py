@@ -11,11 +11,11 @@ from torch.nn import functional
 NORMS = ("group_norm", "layer_norm", "rms_norm")  # norms that autocast computes in float32 on GPUs, but not on CPUs
 
 
-def give_fakes(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def give_fakes(model: nn.Module, dtype: torch.dtype | None = None, is_channels_last: bool = True) -> nn.Module:
     """Replace every parameter and buffer by a fake tensor, in place. An active FakeTensorMode is required.
 
     Floating-point tensors get `dtype`, or keep theirs if it is None. Weights of convolutions become channels last, as
-    on a GPU. A tensor that several modules share stays shared.
+    on a GPU, unless they are an adapter's. A tensor that several modules share stays shared.
     """
     fakes: dict[int, Tensor] = {}
     for module in model.modules():
@@ -23,14 +23,14 @@ def give_fakes(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             for name, old in registry.items():
                 if old is not None:
                     if id(old) not in fakes:
-                        fakes[id(old)] = make_fake(old, dtype)
+                        fakes[id(old)] = make_fake(old, dtype, is_channels_last)
                     registry[name] = fakes[id(old)]  # type: ignore[assignment]
     return model
 
 
-def make_fake(old: Tensor, dtype: torch.dtype | None) -> Tensor:
+def make_fake(old: Tensor, dtype: torch.dtype | None, is_channels_last: bool) -> Tensor:
     """Return an empty tensor or parameter of the same shape."""
-    layout = torch.channels_last if old.ndim == 4 else torch.contiguous_format
+    layout = torch.channels_last if is_channels_last and old.ndim == 4 else torch.contiguous_format
     new_dtype = dtype if dtype is not None and old.is_floating_point() else old.dtype
     new = torch.empty(old.shape, dtype=new_dtype, memory_format=layout)
     return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new

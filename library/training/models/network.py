@@ -1,5 +1,6 @@
 """Attaches the adapter of a network module to the models."""
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -40,6 +41,13 @@ def open_network(request: AdapterRequest, models: Models, compute: Compute) -> A
         network.load_weights(options.network_weights)
     network.module.to(compute.device, compute.dtype if precision.full_fp16 or precision.full_bf16 else None)
     return network
+
+
+def create_on_meta_device(options: NetworkOptions, module: NetworkModule, models: Models) -> Any:
+    """Create a network of one of our own modules as `create` does, without values. It changes no model."""
+    import_module("torch._dynamo")  # transformers' models import it too; torch 2.7 cannot under a device
+    with torch.device("meta"):
+        return create(options, module, models)
 
 
 def create(options: NetworkOptions, module: NetworkModule, models: Models) -> Any:

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from importlib import import_module
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from library.errors import NotThere, UserError
 from library.options.training.optimizer import ScheduleOptions
 from library.protocols import Architecture
 from library.training.models.frozen_adapters import create_training_adapter
-from library.training.models.network import create
+from library.training.models.network import create_on_meta_device
 from library.training.models.requests import AdapterRequest
 from library.training.optimization.lr_schedules import Schedule, build_schedule
 from library.training.optimization.optimizers import build_optimizer
@@ -46,10 +45,7 @@ def preflight(adapters: Sequence[AdapterRequest], arch: Architecture, max_train_
             )
             groups = [{"params": [], "lr": optimizer.learning_rate}]
             if adapter.module.is_ours:
-                # transformers' models import it too; torch 2.7 cannot under a device.
-                import_module("torch._dynamo")
-                with torch.device("meta"):
-                    built_network = adopt(create(network, adapter.module, models()))
+                built_network = adopt(create_on_meta_device(network, adapter.module, models()))
                 groups, _ = built_network.parameter_groups(
                     network.text_encoder_lr, network.unet_lr, optimizer.learning_rate
                 )

@@ -20,7 +20,7 @@ from library.options.training.network import NetworkOptions
 from library.protocols import Architecture
 from library.training.models.compute import Compute
 from library.training.models.frozen_adapters import create_training_adapter
-from library.training.models.network import create
+from library.training.models.network import create, create_on_meta_device
 from library.training.models.requests import AdapterRequest, RequestedRun
 from library.training.models.weight_formats import format_while_reading
 from library.training.step.context import Models, TrainingAdapter
@@ -117,10 +117,12 @@ def training_adapter_on_meta_device(
 def network_on_meta_device(adapter: AdapterRequest, arch: Architecture, models: Models) -> AdoptedNetwork:
     """Attach the adapter to the models."""
     options, module, precision = adapter.options.network, adapter.module, adapter.options.precision
-    if options.dim_from_weights:
-        with unset_fake_temporarily():  # the file's real values determine ranks and forms
-            network = adopt(create(options, module, models))
-        give_fakes(network.module)
+    if options.dim_from_weights or module.is_ours:
+        with unset_fake_temporarily():
+            # A file's real values determine ranks and forms.
+            new = create if options.dim_from_weights else create_on_meta_device
+            network = adopt(new(options, module, models))
+        give_fakes(network.module, is_channels_last=False)
     else:
         with counter_for(arch):  # returns plausible values where a network module reads them
             network = adopt(create(options, module, models))
@@ -131,7 +133,7 @@ def network_on_meta_device(adapter: AdapterRequest, arch: Architecture, models: 
             not options.network_train_text_encoder_only,
         )
     if precision.full_fp16 or precision.full_bf16:
-        give_fakes(network.module, DTYPES[precision.mixed_precision])
+        give_fakes(network.module, DTYPES[precision.mixed_precision], is_channels_last=False)
     network.module.train()
     return network
 
