@@ -40,14 +40,14 @@ def test_previews_are_scored_in_the_report_and_beside_the_losses_of_the_files(
     scoring = ["--score_previews", "--score_models", *models]
     drawing = ["--sample_every_n_steps", "2", "--sample_at_first"]
     assert train([*words, *drawing]).status == 0
-    unscored, folder = load_saved(tmp_path / "out"), tmp_path / "out"
+    unscored, folder = load_saved(tmp_path), tmp_path / "out"
     assert read_report(folder / "mine-report.html").scores.items == []
     for path in (folder / "sample").iterdir():
         path.unlink()
 
     run = train([*words, *drawing, *scoring, "--log_events", str(tmp_path / "events.jsonl")])
     assert run.status == 0, run.stdout
-    scored = load_saved(folder)
+    scored = load_saved(tmp_path)
     assert all(torch.equal(scored[name], tensor) for name, tensor in unscored.items())
     lines = events_of(tmp_path / "events.jsonl")
     for line in lines:
@@ -83,7 +83,7 @@ def test_previews_are_scored_in_the_report_and_beside_the_losses_of_the_files(
     assert contact_sheet.main(["--script", "train_network.py", *words, "--score_previews"]) == 0
     printed = capfd.readouterr()
     shown = re.findall(r"(without an adapter|mine\S*): sharpness (\S+), near-copies", printed.out + printed.err)
-    assert [name for name, _ in shown] == ["without an adapter", "mine-step00000002", "mine"]
+    assert [name for name, _ in shown] == ["without an adapter", "mine-step00000002", "mine-step00000004"]
     means = [candidate["scores"][SHARPNESS]["mean"] for candidate in choice["candidates"]]
     assert [float(value) for _, value in shown] == pytest.approx(means, rel=0.01)
 

@@ -69,6 +69,6 @@ class PreviewOptions(Options, affects_training=False):
         needs="score_previews",
         nargs="+",
         help="Models that score images on the CPU, each a folder or a Hugging Face name: a DINOv2 model for their "
-        "similarity to the training images, such as facebook/dinov2-base (0.35 GB, Apache-2.0), and a CLIP model for "
-        "their agreement with the prompts, such as openai/clip-vit-base-patch32 (0.6 GB, MIT). Unset loads none.",
+        "similarity to the training images, such as dinov2-base (0.35 GB, Apache 2.0), a CLIP model for their "
+        "agreement with the prompts, such as clip-vit-base-patch32 (0.6 GB, MIT). Unset loads none.",
     )

@@ -23,7 +23,6 @@ from library.data.plan.audit_findings import MOST_BITS
 from library.data.plan.audit_pixels import HASH_BITS, HASH_SIDE, measure_sharpness, perceptual_hash
 from library.data.plan.data_plan import DataPlan
 from library.errors import UserError
-from library.models.tokenizer_files import BYTE_PAIR_FILES, read_tokenizer_folder
 from library.options.output.preview import PreviewOptions
 from library.progress import progress_bar
 from library.training.evaluation.without_side_effects import random_streams_kept
@@ -37,7 +36,7 @@ MOST_COMPARED = 1000  # training images; DINOv2 takes about 0.1 s for each
 MARGIN = 4  # of 128 pixels: a shift by one in a hundred changes up to 6 bits of a hash, so that copies are searched ...
 SHIFTS = range(-MARGIN, MARGIN + 1, 2)  # ... for at shifts up to 3 % each way
 BATCH_SIZE = 16
-SMALL_FILES = ("config.json", "preprocessor_config.json", *BYTE_PAIR_FILES)
+SMALL_FILES = ("config.json", "preprocessor_config.json", "tokenizer*.json", "vocab.json", "merges.txt")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that the hub has
 
 Scores = Mapping[str, Sequence[float]]
@@ -197,22 +196,22 @@ def load_score_models(names: Sequence[str]) -> dict[str, ScoreModel]:
 
 def load_score_model(name: str, folder: Path, kind: str) -> ScoreModel:
     """Load a model with the processor that its folder describes. Raises UserError naming a file that is missing."""
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
     try:
         model, info = AutoModel.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
         processor = AutoImageProcessor.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True) if kind == "clip" else None
     except (OSError, ValueError) as error:
         raise UserError(
             f"{FLAG} {name} cannot be loaded ({str(error).strip().splitlines()[0]}); it needs config.json, "
-            f"preprocessor_config.json and {' or '.join(WEIGHTS)}"
+            f"preprocessor_config.json, {' or '.join(WEIGHTS)}, and for CLIP its tokenizer"
         ) from error
     if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
         raise UserError(
             f"{FLAG} {name} lacks {len(missing)} tensors of the model, such as {missing[0]}; download it again"
         )
-    model = model.float().eval()
-    return ScoreModel(model, processor, read_tokenizer_folder("CLIPTokenizerFast", folder) if kind == "clip" else None)
+    return ScoreModel(model.float().eval(), processor, tokenizer)
 
 
 def find_folder(name: str) -> Path:
