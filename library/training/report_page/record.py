@@ -29,6 +29,7 @@ KEPT = {
 }
 LATER = ("strengths", "forgetting", "scores")  # fields missing in older reports
 MOST_PROMPTS = 16
+MOST_SCORES = 8
 MOST_GROUPS = 12  # of the optimizer
 MOST_WARNINGS = 100
 MOST_SESSIONS = 20
@@ -219,7 +220,8 @@ class Record:
 
     def _scores(self, line: Line) -> None:
         item = self.scores.at_step({"step": line["step"], "scores": {}})
-        item["scores"] = {name: summarize(values) for name, values in line["scores"].items()}
+        first = list(line["scores"].items())[:MOST_SCORES]
+        item["scores"] = {name: summarize(values) for name, values in first}
 
     def _saved(self, line: Line) -> None:
         self._drop_file(line["file"])
