@@ -196,7 +196,7 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
         raise UserError("the loss of every file is NaN; use --mixed_precision bf16 or no")
     if scorer is not None:
         rows = [Row([], columns), *(Row([(file, 1.0)], columns) for file in files)]
-        # The architecture of the measurement holds its models; drawing loads those that it needs.
+        # The models are loaded again: drawing moves text encoders and VAE as contact sheets do.
         drawn = draw_rows(options.network, options.precision, options.memory, base.build(options), rows, find_device())
         choice = add_scores(choice, [scorer.score(images, [p.text for p in columns]) for images in drawn])
     for text in format_candidates(choice):

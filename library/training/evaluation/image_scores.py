@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 
 FLAG = "--score_models"
 SHARPNESS, NEAR_COPIES, SIMILARITY, AGREEMENT = "sharpness", "near-copies", "DINOv2 similarity", "CLIP agreement"
-MOST_COMPARED = 1000  # training images; DINOv2 takes about 0.1 s for each
-MARGIN = 4  # of 128 pixels: a shift by one in a hundred changes up to 6 bits of a hash, so that copies are searched ...
-SHIFTS = range(-MARGIN, MARGIN + 1, 2)  # ... for at shifts up to 3 % each way
+MOST_COMPARED = 500  # training images; DINOv2 base takes 46 GFLOP for each
+MARGIN = 4  # of 128 pixels: on the toy world a shift by 1.6 % changes up to 18 bits, so that copies are searched ...
+SHIFTS = range(-MARGIN, MARGIN + 1, 2)  # ... for at shifts of up to 3 % each way
 BATCH_SIZE = 16
 SMALL_FILES = ("config.json", "preprocessor_config.json", "tokenizer*.json", "vocab.json", "merges.txt")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that the hub has
