@@ -182,11 +182,11 @@ def load_score_models(names: Sequence[str]) -> dict[str, ScoreModel]:
     models: dict[str, ScoreModel] = {}
     for name in names:
         folder = find_folder(name)
-        kind = read_json(folder / "config.json").get("model_type")
+        kind = read_json(folder / "config.json").get("model_type") if folder.is_dir() else None
         if kind not in ("dinov2", "clip"):
             raise UserError(
-                f"{FLAG} {name} has the model type {kind} in its config.json; give a folder of transformers with a "
-                "DINOv2 model (dinov2) or a whole CLIP model (clip)"
+                f"{FLAG} {name} is no folder of transformers with a DINOv2 model or a whole CLIP model: the model_type "
+                f"in its config.json is {kind or 'missing'}, not dinov2 or clip"
             )
         if kind in models:
             raise UserError(f"{FLAG} {name} is a second {kind} model; give one")
@@ -198,10 +198,11 @@ def load_score_model(name: str, folder: Path, kind: str) -> ScoreModel:
     """Load a model with the processor that its folder describes. Raises UserError naming a file that is missing."""
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        model, info = AutoModel.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
-        processor = AutoImageProcessor.from_pretrained(str(folder), local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True) if kind == "clip" else None
+        model, info = AutoModel.from_pretrained(str(folder), output_loading_info=True, **options)
+        processor = AutoImageProcessor.from_pretrained(str(folder), **options)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options) if kind == "clip" else None
     except (OSError, ValueError) as error:
         raise UserError(
             f"{FLAG} {name} cannot be loaded ({str(error).strip().splitlines()[0]}); it needs config.json, "

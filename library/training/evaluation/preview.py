@@ -217,7 +217,7 @@ class Previews:
             if len(drawn) > 1:
                 write_grid(grid_path(run.options.saving, event), drawn)
             report_strengths(run.events, drawn, step, epoch)
-            if self._scorer is not None and is_complete:
+            if self._scorer is not None and len(drawn) == len(self._prompts):
                 report_scores(run.events, self._scorer, drawn, step, epoch)
             self._charts.log_images(drawn, step, epoch)
         except Exception as error:

@@ -82,7 +82,7 @@ def prepare_run(
     charts: Charts,
     prompts: Sequence[Prompt],
     encoded: Mapping[str, Conditioning] | None,
-    scorer: Scorer | None = None,
+    scorer: Scorer | None,
 ) -> PreparedRun:
     """Build everything that writes, draws and validates for one adapter, and restore its state."""
     state = request.state
