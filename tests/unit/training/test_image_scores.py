@@ -30,6 +30,7 @@ from library.training.evaluation.preview import crop_references
 from library.training.reporting.sample_images import Drawn
 from tests.tiny.score_models import write_clip, write_dinov2
 from tests.unit.training.test_preview import prompt_of
+from tools.quickstart.toy_world import QUICKSTART, draw_scene, list_scenes
 
 TEXTS = ["a red cat", "a dog on a large blue field of grass", "cat"]
 
@@ -94,6 +95,18 @@ def test_near_copies_of_training_images_are_found(
 ) -> None:
     images = [change(image) for image in TRAINED]
     assert scorer.score(images, [])[NEAR_COPIES] == [float(is_copy)] * len(images)
+
+
+def test_newly_drawn_hearts_of_the_toy_world_are_near_copies_and_other_shapes_are_not() -> None:
+    """The toy world's hearts are too alike for the score to tell memorization from learning: benchmarks/RESULTS.md."""
+    toy = build_scorer(Image.open(path).convert("RGB") for path in sorted((QUICKSTART / "dataset").glob("*.png")))
+    rng = np.random.default_rng(7)
+
+    def share(shapes: tuple[str, ...]) -> float:
+        drawn = [Image.fromarray(draw_scene(scene, rng)) for scene in list_scenes(shapes)]
+        return float(np.mean(toy.score(drawn, [])[NEAR_COPIES]))
+
+    assert 0.6 < share(("heart",)) < 0.85 and share(("circle", "cross")) < 0.05
 
 
 def test_without_models_nothing_else_is_computed(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
