@@ -84,10 +84,21 @@ def saved(number: int, reason: events.SavedFor = "step", name: str | None = None
 
 
 def choice(steps: Sequence[int]) -> events.Choice:
-    """Return a choice that suggests the last of the files."""
+    """Return a choice that suggests the last of the files, whose images are the sharpest."""
     files = [(None, 0), *((f"out/cat-step{step:08}.safetensors", step) for step in steps)]
     candidates = [
-        events.Candidate(file, step, 0.1 + gap, 0.09 + gap, 0.11 + gap, gap, 0.9 * gap, 1.1 * gap, gap > 0)
+        events.Candidate(
+            file,
+            step,
+            0.1 + gap,
+            0.09 + gap,
+            0.11 + gap,
+            gap,
+            0.9 * gap,
+            1.1 * gap,
+            gap > 0,
+            scores={"sharpness": events.Score(70 - gap, -gap, -1.5 * gap, -0.5 * gap)},
+        )
         for (file, step), gap in zip(files, (0.02 * (len(steps) - i) for i in range(len(files))), strict=True)
     ]
     return events.Choice(files[-1][0], steps[-1], True, f"the others are worse {EVIL}", 9, 0.95, candidates)
@@ -112,6 +123,8 @@ def whole_run(num_steps: int, name: str = "cat", seed: int = 0) -> Iterator[even
             yield validation(number, loss, best)
             for index, prompt in enumerate(("a cat", EVIL, "a dog")):
                 yield preview(number, index, prompt)
+            scores = {"sharpness": [rng.random() for _ in range(3)], EVIL: [0.0, float("nan"), 1.0]}
+            yield events.Scores(number, 1, scores)
             yield saved(number)
     yield choice((num_steps // 10, num_steps // 5))
     yield saved(num_steps, "end", f"out/{EVIL}.safetensors")

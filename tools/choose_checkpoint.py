@@ -18,31 +18,39 @@ from library.checkpoints.files import display_path, read_metadata
 from library.errors import UserError
 from library.options.output.reports import ReportOptions
 from library.options.output.saving import SavingOptions
+from library.options.train import TrainOptions
 from library.options.training.validation import ValidationOptions
+from library.protocols import Architecture
 from library.training.command_line.checks import check_precision
 from library.training.command_line.option_checks import check_values
 from library.training.command_line.run_lock import run_lock
 from library.training.evaluation.choice import average_by_image
 from library.training.evaluation.choosing import (
     MeasuredFile,
+    add_scores,
     choose_measured,
     forgotten,
     format_candidates,
     format_choice,
+    format_scores,
     memorised,
     memory_line,
 )
+from library.training.evaluation.image_scores import read_scorer
 from library.training.evaluation.measurement import Measurement
+from library.training.evaluation.prompts import read_prompts, refuse_strengths, resolve_all
 from library.training.models.opening import open_data_plan
 from library.training.models.text_caching import TextPlan
+from library.training.offline.contact_sheet import Row, draw_rows
 from library.training.offline.file_losses import FileLosses, Sides, adjust_for_measuring, losses_of_files
 from library.training.report_page.writer import add_event
 from library.training.reporting import events
 from library.training.reporting.event_stream import open_event_file, plain
 from library.training.saving.names import Names
 from library.training.saving.saved_files import drop_copies, read_num_steps
+from library.types import Prompt
 from tools.command import make_training_parser, training_command
-from tools.contact_sheet import choose_files, find_device
+from tools.contact_sheet import add_seeds, choose_files, expand_columns, find_device
 from tools.counted_plan import read_training_options
 
 logger = logging.getLogger(__name__)
@@ -55,6 +63,7 @@ EXAMPLES = """\
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_training_parser(__doc__, EXAMPLES)
     parser.add_argument("--files", "--models", type=Path, nargs="+", help="adapter files; unset: all in --output_dir")
+    add_seeds(parser)
     return parser
 
 
@@ -143,6 +152,23 @@ def record_choice(choice: events.Choice, reports: ReportOptions, saving: SavingO
         logger.info("updated %s", report)
 
 
+def read_columns(options: TrainOptions, arch: Architecture, seeds: Sequence[int] | None) -> list[Prompt]:
+    """Return the prompts that --score_previews draws with each file, none without it. Raises UserError without
+    prompts."""
+    if not options.preview.score_previews:
+        if seeds or options.preview.score_models:
+            flag = "--seeds" if seeds else "--score_models"
+            raise UserError(
+                f"{flag} has no effect without --score_previews, which draws images and scores them; add it"
+            )
+        return []
+    specs = read_prompts(Path(options.preview.sample_prompts)) if options.preview.sample_prompts else []
+    if not specs:
+        raise UserError("--score_previews needs prompts to draw: set --sample_prompts to a file of them")
+    refuse_strengths(specs, "--score_previews")
+    return expand_columns(resolve_all(specs, arch), seeds)
+
+
 def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Measure the files and print the choice. Raises UserError for invalid options and files of other base models."""
     base, options = read_training_options(args.script, training)
@@ -161,13 +187,23 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     warn_of_other_splits(options.validation, files, seed)
     arch = base.build(options)
     text_plan = TextPlan.resolve(options.network, arch.text_cache)
+    columns = read_columns(options, arch, args.seeds)
     plan = open_data_plan(options, arch, text_plan, seed, 1)
+    scorer = read_scorer(options.preview, plan)
     sides, losses = losses_of_files(options, text_plan, arch, plan, seed, [None, *files], find_device())
     choice = choose_measured(measure_files(sides, list(losses)), is_held_out=sides.held_out is not None)
     if choice is None:
         raise UserError("the loss of every file is NaN; use --mixed_precision bf16 or no")
+    if scorer is not None:
+        rows = [Row([], columns), *(Row([(file, 1.0)], columns) for file in files)]
+        # The models are loaded again: drawing moves text encoders and VAE as contact sheets do.
+        drawn = draw_rows(options.network, options.precision, options.memory, base.build(options), rows, find_device())
+        choice = add_scores(choice, [scorer.score(images, [p.text for p in columns]) for images in drawn])
     for text in format_candidates(choice):
         print(text)
+    if scorer is not None:
+        print(f"scores of {len(columns)} images, and differences from the file with the lowest loss:")
+        print("\n".join(format_scores(choice)))
     print(format_choice(choice))
     if (line := memory_line(choice)) is not None:
         print(line)

@@ -23,14 +23,18 @@ from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import check_target
 from library.errors import UserError
 from library.options.output.saving import SavingOptions
+from library.options.train import TrainOptions
 from library.options.training.run import MAX_SEED
-from library.protocols import LatentSpec
+from library.protocols import Architecture, LatentSpec
 from library.training.command_line.checks import check_precision
 from library.training.command_line.option_checks import check_values
 from library.training.command_line.run_lock import run_lock
+from library.training.evaluation.image_scores import Scorer, format_means, read_scorer
 from library.training.evaluation.prompt_images import show_with_references
 from library.training.evaluation.prompts import read_prompts, refuse_strengths, resolve_all
 from library.training.evaluation.strength_response import FEWEST, measure_response
+from library.training.models.opening import open_data_plan
+from library.training.models.text_caching import TextPlan
 from library.training.offline.adapter_files import Stack
 from library.training.offline.contact_sheet import Row, arrange, draw_rows
 from library.training.report_page.writer import add_sheet
@@ -54,7 +58,7 @@ EXAMPLES = """\
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_training_parser(__doc__, EXAMPLES)
     parser.add_argument("--files", type=Path, nargs="+", help="adapter files; unset: all of the run in --output_dir")
-    parser.add_argument("--seeds", type=parse_seed, nargs="+", help="seeds of each prompt; unset: its own, else 1")
+    add_seeds(parser)
     parser.add_argument(
         "--multipliers",
         type=parse_numbers,
@@ -65,6 +69,11 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sheet", type=Path, help="PNG to write; unset: <output_name>-sheet.png in --output_dir")
     parser.add_argument("--side", type=int, default=256, help="largest side of an image, in pixels (default: 256)")
     return parser
+
+
+def add_seeds(parser: argparse.ArgumentParser) -> None:
+    """Add --seeds, the seeds of each prompt, for `expand_columns`."""
+    parser.add_argument("--seeds", type=parse_seed, nargs="+", help="seeds of each prompt; unset: its own, else 1")
 
 
 def parse_numbers(text: str) -> list[float]:
@@ -167,6 +176,23 @@ def format_correlations(known: Sequence[float], num_images: int) -> str:
     return f"{mean(known):.2f} on average, lowest {min(known):.2f}, {len(known)} prompts and seeds{suffix}"
 
 
+def log_scores(
+    scorer: Scorer | None, labels: Sequence[str], drawn: Sequence[Sequence[Image.Image]], prompts: Sequence[Prompt]
+) -> None:
+    """Log the mean scores of each row's images; nothing without a scorer."""
+    if scorer is not None:
+        for label, images in zip(labels, drawn, strict=True):
+            logger.info("%s: %s", label, format_means(scorer.score(images, [prompt.text for prompt in prompts])))
+
+
+def read_trained(options: TrainOptions, arch: Architecture) -> Scorer | None:
+    """Return what --score_previews compares images with; None without it."""
+    if not options.preview.score_previews:
+        return None
+    text = TextPlan.resolve(options.network, arch.text_cache)
+    return read_scorer(options.preview, open_data_plan(options, arch, text, options.run.seed or 0, 1))
+
+
 def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Generate the sheet. Raises UserError for invalid options, and for files of another base model."""
     base, options = read_training_options(args.script, training)
@@ -187,15 +213,19 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     files = drop_copies(files)
     arch, device = base.build(options), find_device()
     draw = partial(draw_rows, options.network, options.precision, options.memory, arch)
+    scorer = read_trained(options, arch)
     specs = read_prompts(Path(options.preview.sample_prompts))
     refuse_strengths(specs, "--multipliers")
     columns, spec = expand_columns(resolve_all(specs, arch), args.seeds), arch.codec.spec
     if args.multipliers is not None:
         stacks: list[Stack] = [[(file, s)] if s else [] for file in files for s in args.multipliers]
         drawn_rows = list(draw([Row(stack, columns) for stack in stacks], device))
+        labels = [f"{name}, strength {s:g}" for name in label_rows(files)[1:] for s in args.multipliers]
+        log_scores(scorer, labels, drawn_rows, columns)
         sheet = arrange_strips(drawn_rows, files, columns, args.multipliers, args.side, spec)
     else:
         images = list(draw([Row([], columns), *(Row([(file, 1.0)], columns) for file in files)], device))
+        log_scores(scorer, label_rows(files), images, columns)
         images = [
             [show_with_references(p, image, spec) for p, image in zip(columns, row, strict=True)] for row in images
         ]

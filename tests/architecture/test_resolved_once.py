@@ -21,6 +21,7 @@ CALLS = {
         "library/training/models/requests.py": 1,
         "library/training/command_line/caching.py": 1,  # a command
         "tools/choose_checkpoint.py": 1,
+        "tools/contact_sheet.py": 1,
         "tools/make_shards.py": 1,
         "tools/front_door/base.py": 1,  # the losses that tell what a base predicts
     },

@@ -16,6 +16,7 @@ from tests.running import Finished, make_images
 from tests.tiny.bases import BASES
 from tests.tiny.flux import build_tiny_flux
 from tests.tiny.pipelines import build_tiny_pipeline
+from tests.tiny.score_models import write_clip, write_dinov2
 from tests.tiny.sd import build_tiny_sd
 from tests.tiny.sd3 import build_tiny_sd3
 from tests.tiny.sdxl import build_tiny_sdxl
@@ -192,6 +193,9 @@ def test_the_commands_of_a_page_run_in_order(page: Path, place: Path, train: Tra
         add_adapter_files(place, train)
     if page.name == "README.md":
         build_tiny_sd(place, 51, layout="safetensors").rename("sd15.safetensors")
+    if page.name == "previews.md":  # in place of the hub
+        write_dinov2(place / "facebook" / "dinov2-base")
+        write_clip(place / "openai" / "clip-vit-base-patch32")
     if page.name == "scale.md":
         build_tiny_sdxl(place, 53, layout="safetensors").rename("sdxl.safetensors")
     if page.name == "memory.md":

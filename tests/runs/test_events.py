@@ -49,7 +49,7 @@ def test_a_run_logs_an_event_for_everything_that_happens(
     )  # fmt: skip
     assert done.status == 0, done.stderr
     events = events_of(file)
-    elsewhere = {"finding", "forgetting", "strengths"}  # come from audits, probes and prompts with --am
+    elsewhere = {"finding", "forgetting", "strengths", "scores"}  # of audits, probes, --am, --score_previews
     assert set(Counter(event["event"] for event in events)) == {*SCHEMA["properties"]["event"]["enum"]} - elsewhere
     assert "hf_secret" not in file.read_text()
 

@@ -63,10 +63,10 @@ def test_charts_are_drawn_the_slider_works_and_texts_are_escaped(page: str, tmp_
     result, errors = ask(page, LOOK, tmp_path)
     assert errors == [] and "failed" not in result, (errors, result)
     assert result["headings"] == [
-        "Warnings", "Loss", "Validation", "Previews", "Which file to keep", "Saved files", "Optimization",
-        "Speed and memory", "Data", "Run",
+        "Warnings", "Loss", "Validation", "Previews", "Scores of the previews", "Which file to keep", "Saved files",
+        "Optimization", "Speed and memory", "Data", "Run",
     ]  # fmt: skip
-    assert len(result["drawn"]) == 13 and min(result["drawn"]) >= 3  # axes, grid, and at least one line
+    assert len(result["drawn"]) == 15 and min(result["drawn"]) >= 3  # axes, grid, and at least one line
     assert result["points"] == 782  # of 128 steps each
     assert result["title"] == "cat: finished" and result["images"] == 0
     assert result["last"][0] == "step 100000" and result["first"][0] == "step 10000"
@@ -74,6 +74,7 @@ def test_charts_are_drawn_the_slider_works_and_texts_are_escaped(page: str, tmp_
     assert result["captions"] == ["a cat", EVIL, "a dog"]
     assert result["text"].count("onerror=") >= 6  # prompt, folder, image, tag, warning, file
     assert "8 GiB, 0.19 s" in result["text"]
+    assert "70, -0.04 (-0.06 to -0.02)" in result["text"]  # sharpness before training
     assert "cat-step00000200.safetensors, step 20000: the others are worse" in result["text"]
     assert result["text"].count("suggested") == 2  # in the comparison and beside the file
     assert result["width"] <= 1250 and "lowest validation loss" in result["text"]
@@ -112,9 +113,9 @@ return {below, free};
 @in_browser
 def test_no_space_is_left_below_or_beside_charts(page: str, tmp_path: Path) -> None:
     result, errors = ask(page, LAYOUT, tmp_path)
-    assert errors == [] and len(result["below"]) == 13
+    assert errors == [] and len(result["below"]) == 15
     assert max(result["below"]) <= 32  # the numbers of the axis
-    assert len(result["free"]) == 4 and max(result["free"]) < 1
+    assert len(result["free"]) == 5 and max(result["free"]) < 1
 
 
 PRINT = """
@@ -136,7 +137,7 @@ def test_printing_cuts_no_chart(page: str, tmp_path: Path) -> None:
     assert page.count("@media print") == 1
     on_paper = page.replace("@media print {", "@media screen { main { width: 640px; }")
     result, errors = ask(on_paper, PRINT, tmp_path)
-    assert errors == [] and len(result["inside"]) == 13 and all(result["inside"])
+    assert errors == [] and len(result["inside"]) == 15 and all(result["inside"])
     assert (result["breaks"], result["heading"]) == (["avoid"] * 3, "avoid")
 
 

@@ -44,8 +44,6 @@ def measure_pixels(path: str, trained: Size, content: bytes | None = None) -> Pi
     would blur it. The hash is ImageHash's `phash`; the sharpness is that of Pech-Pacheco et al. (2000), "Diatom
     autofocusing in brightfield microscopy".
     """
-    import imagehash
-
     try:
         with open_image(path, content) as image:
             num_frames, is_cmyk = int(getattr(image, "n_frames", 1)), image.mode == "CMYK"
@@ -57,17 +55,23 @@ def measure_pixels(path: str, trained: Size, content: bytes | None = None) -> Pi
         size = max(1, round(grey.width * ratio)), max(1, round(grey.height * ratio))
         grey = grey.resize(size, Image.Resampling.BOX)
     pixels = np.asarray(grey)
-    small = grey.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX)
-    bits = imagehash.phash(small).hash.flatten()
     return PixelMeasures(
         path,
-        int("".join("1" if bit else "0" for bit in bits), 2),
+        perceptual_hash(grey),
         measure_sharpness(pixels),
         standard_deviation(pixels),
         num_frames=num_frames,
         transparent=transparent,
         is_cmyk=is_cmyk,
     )
+
+
+def perceptual_hash(grey: Image.Image) -> int:
+    """Return the 64 bits of ImageHash's `phash`; similar images differ in few of them."""
+    import imagehash
+
+    small = grey.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX)
+    return int("".join("1" if bit else "0" for bit in imagehash.phash(small).hash.flatten()), 2)
 
 
 def read_grey(path: str, trained: Size, content: bytes | None = None) -> tuple[Image.Image, float]:

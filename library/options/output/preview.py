@@ -53,3 +53,22 @@ class PreviewOptions(Options, affects_training=False):
         help="Sampler that draws the images, for Stable Diffusion 1, 2 and XL.",
         choices=(*SAMPLERS, *ALIASES),
     )
+    score_previews: bool = option(
+        False,
+        own=True,
+        needs=TIMES,
+        needs_images=True,
+        excludes={"dataset_class": "its images are not known one by one"},
+        help="Score the images: sharpness, near-copies of training images, and what --score_models measure.",
+    )
+    score_models: list[str] | None = option(
+        None,
+        own=True,
+        path="model",
+        logged=False,
+        needs="score_previews",
+        nargs="+",
+        help="Models that score images on the CPU, each a folder or a Hugging Face name: a DINOv2 model for their "
+        "similarity to the training images, such as dinov2-base (0.35 GB, Apache 2.0), a CLIP model for their "
+        "agreement with the prompts, such as clip-vit-base-patch32 (0.6 GB, MIT). Unset loads none.",
+    )

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isnan
 from pathlib import Path
 from typing import Literal
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from library.formatting import align_columns, format_count
 from library.training.evaluation.choice import CONFIDENCE, MIN_IMAGES, Choice, choose, estimate, estimate_of_difference
+from library.training.evaluation.image_scores import Scores
 from library.training.evaluation.validation_record import ValidationRecord
 from library.training.reporting import events
 from library.training.saving.saved_files import drop_copies, read_num_steps
@@ -97,6 +98,28 @@ def choose_measured(measured: Sequence[MeasuredFile], is_held_out: bool = True) 
     )
 
 
+def add_scores(choice: events.Choice, scores_by_file: Sequence[Scores]) -> events.Choice:
+    """Add the scores of the images that each candidate draws for the same prompts and seeds.
+
+    A score's differences to the file with the lowest loss are estimated image by image, at the level that `choose` uses
+    for the losses.
+    """
+    candidates = choice.candidates
+    best = next(i for i, file in enumerate(candidates) if file.file is not None and file.difference == 0)
+    level = (1 - CONFIDENCE) / max(1, len(candidates) - 1)
+
+    def compare(values: Sequence[float], best_values: Sequence[float]) -> events.Score:
+        values_G, best_G = torch.tensor(values, dtype=torch.float64), torch.tensor(best_values, dtype=torch.float64)
+        gap = estimate(values_G - best_G, level)
+        return events.Score(values_G.mean().item(), gap.mean, gap.low, gap.high)
+
+    scored = [
+        replace(file, scores={name: compare(values, scores_by_file[best][name]) for name, values in scores.items()})
+        for file, scores in zip(candidates, scores_by_file, strict=True)
+    ]
+    return replace(choice, candidates=scored)
+
+
 def explain_choice(choice: Choice, measured: Sequence[MeasuredFile]) -> str:
     """Explain the choice in a sentence without its full stop."""
     has_base = measured[0].file is None
@@ -166,6 +189,23 @@ def format_candidates(choice: events.Choice) -> list[str]:
                 *((format_memory(candidate.forgotten),) if has_probe else ()),
             )
         )
+    return align_columns(rows)
+
+
+def format_scores(choice: events.Choice) -> list[str]:
+    """Format the scores of all files as aligned lines, each with its difference from the file of the lowest loss."""
+
+    def cell(score: events.Score) -> str:
+        if not score.difference:
+            return f"{score.mean:.4g}"
+        has_interval = score.low is not None and not isnan(score.low)
+        interval = f" ({score.low:.2g} to {score.high:.2g})" if has_interval else ""
+        return f"{score.mean:.4g}, {score.difference:+.2g}{interval}"
+
+    rows: list[tuple[str, ...]] = [("file", *(choice.candidates[0].scores or {}))]
+    for candidate in choice.candidates:
+        name = "before training" if candidate.file is None else Path(candidate.file).name
+        rows.append((name, *map(cell, (candidate.scores or {}).values())))
     return align_columns(rows)
 
 

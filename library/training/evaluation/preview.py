@@ -10,6 +10,7 @@ from functools import partial
 from math import isfinite
 from pathlib import Path
 
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -20,6 +21,7 @@ from library.options.training.averaging import PREVIEWS
 from library.progress import progress_bar
 from library.protocols import Architecture
 from library.training.evaluation.drawing import collect_texts, decode, draw_latents, encode_prompts, seed_generator
+from library.training.evaluation.image_scores import Scorer, format_means
 from library.training.evaluation.preview_weights import with_preview_weights, without_training_adapter
 from library.training.evaluation.prompt_images import show_with_references
 from library.training.evaluation.prompts import read_prompts, resolve_all
@@ -29,7 +31,7 @@ from library.training.failures.interruption import Interruption
 from library.training.failures.vae_memory import VaeFallback
 from library.training.reporting.console_lines import announce, is_read_by_person
 from library.training.reporting.event_stream import Events
-from library.training.reporting.events import Strengths
+from library.training.reporting.events import Scores, Strengths
 from library.training.reporting.sample_images import (
     Drawn,
     build_preview_event,
@@ -117,6 +119,7 @@ class Previews:
         prompts: Sequence[Prompt],
         cached: Mapping[str, Conditioning] | None = None,
         is_drawing: bool = False,
+        scorer: Scorer | None = None,
     ) -> None:
         """`cached` holds the features of text encoders that are not in memory, by text.
 
@@ -124,7 +127,7 @@ class Previews:
         take part.
         """
         self._run, self._charts, self._prompts, self._cached = run, charts, prompts, cached
-        self._is_drawing = is_drawing
+        self._is_drawing, self._scorer = is_drawing, scorer
         sharded = run.context.models.sharded
         self._shared_base = sharded if is_drawing and sharded is not None and sharded.has_main else None
         self._schedule = PreviewSchedule.build(run.options.preview)
@@ -216,6 +219,8 @@ class Previews:
             if len(drawn) > 1:
                 write_grid(grid_path(run.options.saving, event), drawn)
             report_strengths(run.events, drawn, step, epoch)
+            if self._scorer is not None and len(drawn) == len(self._prompts):
+                report_scores(run.events, self._scorer, drawn, step, epoch)
             self._charts.log_images(drawn, step, epoch)
         except Exception as error:
             give_up("the previews", error)
@@ -271,6 +276,21 @@ def report_strengths(events: Events, drawn: Sequence[Drawn], step: int, epoch: i
         )
         correlation = response.correlation if isfinite(response.correlation) else None
         events.emit(Strengths(step, epoch, prompt.text, prompt.seed, response.strengths, response.changes, correlation))
+
+
+def report_scores(events: Events, scorer: Scorer, drawn: Sequence[Drawn], step: int, epoch: int) -> None:
+    """Log and emit the scores of the images at strength 1, the strength of the saved file."""
+    saved = [preview for preview in drawn if preview.prompt.strength == 1]
+    if saved:
+        scores = scorer.score(list(map(crop_references, saved)), [preview.prompt.text for preview in saved])
+        logger.info("previews of step %d: %s", step, format_means(scores))
+        events.emit(Scores(step, epoch, scores))
+
+
+def crop_references(preview: Drawn) -> Image.Image:
+    """Return a preview without the reference images on its left."""
+    left = preview.image.width - preview.prompt.width if preview.prompt.reference_paths else 0
+    return preview.image.crop((left, 0, *preview.image.size))
 
 
 def group_strips(drawn: Sequence[Drawn]) -> Iterator[list[Drawn]]:

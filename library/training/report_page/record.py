@@ -7,7 +7,9 @@ reads it back, and `tools/report.py` rebuilds it from an events file.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from math import sqrt
 from pathlib import PurePath, PureWindowsPath
+from statistics import fmean, stdev
 from typing import Any, TypedDict, get_type_hints
 
 from library.training.report_page.thinning import Curves, Kept, SavedCurves, SavedKept
@@ -23,9 +25,11 @@ KEPT = {
     "previews": MOST_TIMES,
     "strengths": MOST_TIMES,
     "forgetting": MOST_VALIDATIONS,
+    "scores": MOST_VALIDATIONS,
 }
-LATER = ("strengths", "forgetting")  # fields missing in older reports
+LATER = ("strengths", "forgetting", "scores")  # fields missing in older reports
 MOST_PROMPTS = 16
+MOST_SCORES = 8
 MOST_GROUPS = 12  # of the optimizer
 MOST_WARNINGS = 100
 MOST_SESSIONS = 20
@@ -86,6 +90,7 @@ class Record:
     prompts: dict[str, dict[str, Any]] = field(default_factory=dict)  # by number
     previews: Kept = field(default_factory=lambda: Kept(MOST_TIMES))
     strengths: Kept = field(default_factory=lambda: Kept(MOST_TIMES))  # comparisons of images at several strengths
+    scores: Kept = field(default_factory=lambda: Kept(MOST_VALIDATIONS))  # of previews: mean and error by name
     files: list[dict[str, Any]] = field(default_factory=list)
     num_removed: int = 0
     warnings: list[dict[str, Any]] = field(default_factory=list)
@@ -103,7 +108,7 @@ class Record:
             "start": self._start, "audit": self._audit, "finding": self._finding, "stage": self._stage,
             "plan": self._plan, "step": self._step, "validation": self._validation, "choice": self._choice,
             "forgetting": self._forgetting,
-            "preview": self._preview, "strengths": self._strengths,
+            "preview": self._preview, "strengths": self._strengths, "scores": self._scores,
             "saved": self._saved, "removed": self._removed, "warning": self._warning, "end": self._end,
         }.get(line["event"])  # fmt: skip
         if handler is not None:
@@ -213,6 +218,11 @@ class Record:
         item = self.strengths.at_step({"step": line["step"], "prompts": []})
         item["prompts"].append({name: line[name] for name in ("prompt", "seed", "strengths", "correlation")})
 
+    def _scores(self, line: Line) -> None:
+        item = self.scores.at_step({"step": line["step"], "scores": {}})
+        first = list(line["scores"].items())[:MOST_SCORES]
+        item["scores"] = {name: summarize(values) for name, values in first}
+
     def _saved(self, line: Line) -> None:
         self._drop_file(line["file"])
         names = ("file", "kind", "reason", "step", "epoch", "num_bytes")
@@ -289,6 +299,13 @@ def filter_images(images: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]
         image if image["thumbnail"] and THUMBNAIL.fullmatch(image["thumbnail"]) else {**image, "thumbnail": None}
         for image in images
     ]
+
+
+def summarize(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Return the mean of the finite values and its standard error, None where there are too few."""
+    known = [value for value in values if value is not None]
+    error = stdev(known) / sqrt(len(known)) if len(known) > 1 else None
+    return {"mean": fmean(known) if known else None, "error": error}
 
 
 def get_values(line: Line) -> dict[str, Any]:

@@ -129,6 +129,19 @@ function strengths() {
   section("Strength", table(["prompt", "seed", "strengths", "step", "rank correlation"], rows, [1, 3, 4]), make("p", {class: "dim"}, how));
 }
 
+function scores() {
+  const items = record.scores.items;
+  if (!items.length) return;
+  const names = [...new Set(items.flatMap(({scores}) => Object.keys(scores)))];
+  const list = names.map((name) => {
+    const points = items.map(({scores}) => scores[name] ?? {mean: null, error: null});
+    const edge = (sign) => points.map(({mean, error}) => (mean === null ? null : mean + sign * (error ?? 0)));
+    const line = {label: name, dots: true, y: points.map(({mean}) => mean), low: edge(-1), high: edge(1)};
+    return chart(name, items.map(({step}) => step), [line]);
+  });
+  charts("Scores of the previews", list, make("p", {class: "dim"}, "Means over the prompts; shaded: one standard error. A higher score is not always better: noise is sharp, and near-copies are the share of images that repeat a training image."));
+}
+
 function sheet() {
   if (!record.sheet) return;
   const picture = make("img", {src: record.sheet, alt: "contact sheet", class: "sheet"});
@@ -158,6 +171,8 @@ function choice() {
   const name = (file) => file.split(/[\\/]/).at(-1);
   const range = (low, high) => (low === null ? "" : ` (${short(low, 3)} to ${short(high, 3)})`);
   const increase = (change) => (change ? short(change.more, 3) + range(change.low, change.high) : "");
+  const names = [...new Set(candidates.flatMap((candidate) => Object.keys(candidate.scores ?? {})))];
+  const score = (value) => (!value ? "" : short(value.mean, 3) + (value.difference ? `, ${value.difference > 0 ? "+" : ""}${short(value.difference, 3)}${range(value.low, value.high)}` : ""));
   const rows = candidates.map((candidate) => [
     candidate.file === null ? "before training" : name(candidate.file),
     candidate.step,
@@ -166,11 +181,12 @@ function choice() {
     candidate.is_worse ? "significantly worse" : "",
     increase(candidate.forgotten),
     increase(candidate.memorised),
+    ...names.map((key) => score(candidate.scores?.[key])),
     suggested !== null && candidate.file === suggested ? make("span", {class: "mark"}, "suggested") : "",
   ]);
   const text = suggested === null ? `No file is suggested: ${reason}.` : `${name(suggested)}, step ${step}: ${reason}.`;
   const how = `${num_pictures} images; brackets: ${100 * confidence} % confidence intervals, simultaneous for the differences.`;
-  const heads = ["file", "step", "validation loss", "difference from best", "", candidates.some(({forgotten}) => forgotten) ? "forgetting" : "", candidates.some(({memorised}) => memorised) ? "memorization gap" : "", ""];
+  const heads = ["file", "step", "validation loss", "difference from best", "", candidates.some(({forgotten}) => forgotten) ? "forgetting" : "", candidates.some(({memorised}) => memorised) ? "memorization gap" : "", ...names, ""];
   section("Which file to keep", make("p", {}, text), table(heads, rows, [1]), make("p", {class: "dim"}, how));
 }
 
@@ -255,6 +271,6 @@ function run() {
   page.append(make("details", {}, make("summary", {}, "Stages"), table(["stage", "time", ""], stages)));
 }
 
-for (const part of [head, warnings, losses, validations, previews, strengths, sheet, choice, files, optimization, speed, findings, data, run]) {
+for (const part of [head, warnings, losses, validations, previews, strengths, scores, sheet, choice, files, optimization, speed, findings, data, run]) {
   part();
 }

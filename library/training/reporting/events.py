@@ -270,6 +270,17 @@ class Forgotten:
 
 
 @dataclass(frozen=True)
+class Score:
+    """A score of the images that a file draws: its mean, and the mean difference, image by image, to the file with the
+    lowest loss. The intervals of a score's differences hold simultaneously; those of one image are None."""
+
+    mean: float
+    difference: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A compared file; `file` is None for the model before training. Intervals are None for a single image."""
 
@@ -284,6 +295,7 @@ class Candidate:
     is_worse: bool  # significantly worse than the best
     memorised: Memorised | None = None  # None if training images were not measured
     forgotten: Forgotten | None = None  # None without a forgetting probe
+    scores: Mapping[str, Score] | None = None  # by name; None without --score_previews
 
 
 @dataclass(frozen=True)
@@ -329,6 +341,16 @@ class Strengths(Event):
     strengths: Sequence[float]  # in ascending order
     changes: Sequence[float]  # from the first image, 0, to the last, 1
     correlation: float | None  # rank correlation of both; null if all images are equal
+
+
+@dataclass(frozen=True)
+class Scores(Event):
+    """The previews of a step were scored; those at other strengths than 1 are left out."""
+
+    event = "scores"
+    step: int
+    epoch: int
+    scores: Mapping[str, Sequence[float]]  # by name, one for each image
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from library.memory.planner.measured import measure_peak_flops
 from library.processes import Processes
 from library.protocols import Architecture
 from library.training.evaluation.drawing import collect_texts
+from library.training.evaluation.image_scores import read_scorer
 from library.training.evaluation.preview import read_wanted_prompts
 from library.training.evaluation.untaught_words import caption_texts, describe_untaught, find_untaught_words
 from library.training.loop.adapter_run import PreparedRun
@@ -79,6 +80,7 @@ def prepare(
             # Reads the header of the file only, which is enough to notice that there is none.
             to_meta_device(arch.load).vae()
         warn_of_untaught_words(prompts, data, arch)
+    scorer = read_scorer(options.preview, data.image_plan) if prompts else None
     texts = collect_texts(prompts, arch)
     loaded = load_models(options, formats, requested.text, arch, seed, data, compute, texts, processes, module)
     resolve_base(options.precision, formats, options.memory, arch, loaded.models, compute, processes)
@@ -107,7 +109,7 @@ def prepare(
     for index, (adapter, network, first_step) in enumerate(zip(adapters, networks, first_steps, strict=True)):
         with log_prefix(adapter.label):
             run = build_run(adapter, network, shared, index)
-            prepared.append(prepare_run(run, adapter, Progress(first_step), charts, prompts, loaded.prompts))
+            prepared.append(prepare_run(run, adapter, Progress(first_step), charts, prompts, loaded.prompts, scorer))
     if processes.is_main:
         start_trackers(accelerator, options.trackers, loggable_options(options))
         num_validation = prepared[0].validation.num_images

@@ -8,6 +8,7 @@ from functools import partial
 from library.data.training_data import TrainingBatches, TrainingData
 from library.processes import Processes
 from library.protocols import Architecture
+from library.training.evaluation.image_scores import Scorer
 from library.training.evaluation.preview import Previews
 from library.training.evaluation.validation import Validation
 from library.training.loop.adapter_run import PreparedRun
@@ -81,6 +82,7 @@ def prepare_run(
     charts: Charts,
     prompts: Sequence[Prompt],
     encoded: Mapping[str, Conditioning] | None,
+    scorer: Scorer | None,
 ) -> PreparedRun:
     """Build everything that writes, draws and validates for one adapter, and restore its state."""
     state = request.state
@@ -94,7 +96,7 @@ def prepare_run(
         go_on(run, progress, validation, state)
     # The main process alone reads the prompts, but with a sharded model the others compute its blocks with it.
     is_drawing = run.processes.share(f"are there previews {run.label}", "yes" if prompts else "no") == "yes"
-    previews = Previews(run, charts, prompts, encoded, is_drawing)
+    previews = Previews(run, charts, prompts, encoded, is_drawing, scorer)
     # With --initial_step the run leaves the state's step, so nothing is left to do at it.
     resumed = state if state is not None and state.step == progress.step else None
     return PreparedRun(run, progress, writer, charts, previews, validation, resumed)

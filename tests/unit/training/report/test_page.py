@@ -94,9 +94,9 @@ def test_the_page_is_written_at_the_start_every_30_s_and_at_the_end(tmp_path: Pa
     writer.take(lines[plan + 5 : plan + 9])
     assert step_shown() == 3
     now[0] = 30.0
-    writer.take(lines[plan + 9 : plan + 12])
+    writer.take(lines[plan + 9 : plan + 13])
     assert step_shown() == 5
-    writer.take(lines[plan + 12 :])
+    writer.take(lines[plan + 13 :])
     writer.close()
     assert path.read_text(encoding="utf-8") == build_report(record_of_run(30))
     assert [file.name for file in path.parent.iterdir()] == ["cat-report.html"]

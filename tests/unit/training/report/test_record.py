@@ -49,6 +49,17 @@ def test_the_smoothed_loss_is_an_exponentially_weighted_average() -> None:
     assert missing.loss == record.loss and missing.step == 51
 
 
+def test_the_scores_of_a_step_are_means_with_standard_errors_of_the_values_that_are_finite() -> None:
+    many = {str(number): [1.0] for number in range(100)}
+    lines = lines_of([events.Scores(5, 1, {"a": [1.0, float("nan"), 4.0, 7.0], "b": [float("nan")], **many})])
+    (item,) = folded(lines).scores.items
+    assert item["scores"]["a"] == {"mean": 4.0, "error": pytest.approx(3 / 3**0.5)}
+    assert item["scores"]["b"] == {"mean": None, "error": None} and item["scores"]["0"] == {"mean": 1.0, "error": None}
+    assert len(item["scores"]) == 8
+    resumed = folded(lines_of([start(), plan(100, first_step=4)]), folded(lines))
+    assert resumed.scores.items == []
+
+
 def test_a_resumed_run_drops_lost_steps_and_keeps_the_rest() -> None:
     rng = random.Random(2)
     killed = [start(), events.Warned("warning", "x", "first"), plan(100), *(step(i, rng) for i in range(1, 31))]
