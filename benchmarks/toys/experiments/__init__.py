@@ -1,0 +1,1 @@
+"""What is compared on the toy world: one module for each table of `benchmarks/toys/evidence.py`."""
