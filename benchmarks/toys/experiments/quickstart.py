@@ -15,7 +15,7 @@ COLUMNS = ("before", "after")
 
 
 def run(seed: int, folder: Path) -> dict[str, tuple[float, ...]]:
-    run_commands(start.ROOT / "docs" / "train_network.md", r"train\.toml --seed \d+$", folder, seed)
+    run_commands(start.ROOT / "docs" / "train_network.md", r"train\.toml --seed \d+$", folder, ["--seed", str(seed)])
     prompts = {"hearts": read_prompts(start.ROOT / start.PROMPTS), "known world": draw_prompts(KNOWN_SHAPES, 32)}
     pipeline = load_pipeline(start.ROOT / start.TOY_BASE)
     shares = []
