@@ -21,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.results_page import PAGE, put_into  # noqa: E402
 from library.formatting import format_gib  # noqa: E402
 from library.memory.planner.choice import Allowed  # noqa: E402
 from library.memory.planner.gpus import TYPICAL, Gpu, parse_cards  # noqa: E402
@@ -38,8 +39,6 @@ CARDS = ("8GB", "12GB", "16GB", "24GB")
 FORMATS = ("bf16", "int8_rotated", "int8", "nf4")
 RANK = 16
 CACHES_TEXT = {"train_network"}  # scripts that cannot cache text encoder outputs
-PAGE = ROOT / "benchmarks" / "RESULTS.md"
-BEGIN, END = "<!-- plan_models: begin -->\n", "<!-- plan_models: end -->"
 MIB = 2**20
 MAIN_MEMORY_BYTES = 32 * 2**30 - SYSTEM_BYTES
 
@@ -162,12 +161,6 @@ def cell(model: KnownModel, gpu: Gpu) -> str:
     return f"{format_gib(found.chosen.device_bytes)}, {found.chosen.seconds:.2f} s: `{found.chosen.options}`"
 
 
-def put_into(page: str, lines: Sequence[str]) -> str:
-    """Return the page with the table replaced by `lines`."""
-    before, rest = page.split(BEGIN)
-    return before + BEGIN + "".join(f"{line}\n" for line in lines) + END + rest.split(END)[1]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(FULL_SIZE), choices=list(FULL_SIZE))
@@ -182,7 +175,7 @@ def main() -> None:
         FILE.write_text(to_json(models), encoding="utf-8")
     lines = list(table(models, gpus_of(args.cards)))
     if args.write:
-        PAGE.write_text(put_into(PAGE.read_text(encoding="utf-8"), lines), encoding="utf-8")
+        PAGE.write_text(put_into(PAGE.read_text(encoding="utf-8"), "plan_models", lines), encoding="utf-8")
     print("\n".join([*lines, "", *work_lines(models)]))
 
 

@@ -7,6 +7,7 @@ and radius over all its images. Without captions, those of the known world and o
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ EXAMPLES = """\
   python3 benchmarks/toys/check_adapter.py output/toy_slider/toy_slider.safetensors \\
     --captions "a red circle on a white background" --strengths=-2,-1,0,1,2
   python3 benchmarks/toys/check_adapter.py --strengths 0 --count 200"""
+
+SHARES = re.compile(r"  strength +(\S+): shape (\S+)%, colour (\S+)%, .*as asked (\S+)%")
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -98,6 +101,19 @@ def describe(prompts: Sequence[Prompt], colour: str, images: Mapping[float, Sequ
     if len(images) > 1:
         correlation = rank_correlation(strengths, all_radii)
         yield f"  rank correlation of strength and radius: {correlation:.2f}, {len(all_radii)} images"
+
+
+def read_shares(printed: str) -> dict[str, dict[float, tuple[float, float, float]]]:
+    """Map each caption that this command printed, and each strength, to its shares: shape, colour, all as asked."""
+    shares: dict[str, dict[float, tuple[float, float, float]]] = {}
+    caption = ""
+    for line in printed.splitlines():
+        if found := SHARES.match(line):
+            strength, *percents = map(float, found.groups())
+            shares.setdefault(caption, {})[strength] = (percents[0] / 100, percents[1] / 100, percents[2] / 100)
+        elif not line.startswith(" "):
+            caption = line
+    return shares
 
 
 def check(args: argparse.Namespace) -> None:

@@ -4,21 +4,23 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.contracts.test_docs_commands import ROOT, commands_of
 
 
-def run_commands(page: Path, pattern: str, folder: Path) -> str:
+def run_commands(page: Path, pattern: str, folder: Path, options: Sequence[str] = ()) -> str:
     """Run the Python commands of a page that match `pattern`, in order, in a folder with the project's configs/.
 
-    Return their output.
+    `options` are added to trainings. Return the output.
     """
-    (folder / "configs").symlink_to(ROOT / "configs")
+    if not (folder / "configs").is_symlink():
+        (folder / "configs").symlink_to(ROOT / "configs")
     printed = ""
     for command in (command_line for command_line in commands_of(page) if re.search(pattern, command_line)):
         _, script, *words = shlex.split(command)
-        line = [sys.executable, ROOT / script, *words]
+        line = [sys.executable, ROOT / script, *words, *(options if "train" in script else ())]
         done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, done.stderr
         printed += done.stdout

@@ -30,6 +30,7 @@ NOT_RUN = {  # start of a command -> where it is tested, or why it cannot run he
     "python3 benchmarks/gpu_": "needs a card; tests/runs/test_memory_modes.py runs it in small",
     "python3 benchmarks/toys/check_adapter.py": "tests/runs/test_leco_toy.py and test_toy_preferences.py",
     "python3 benchmarks/toys/check_edits.py": "tests/runs/test_toy_edits.py",
+    "python3 benchmarks/toys/evidence.py": "tests/unit/tools/test_toy_evidence.py",
     "python3 tools/verify.py": "tests/runs/test_verify.py; with --fit auto it needs a GPU",
     "python3 tools/vote.py": "waits for a browser: tests/runs/test_vote.py",
     "python3 tools/front_end.py": "tests/runs/test_front_end.py",

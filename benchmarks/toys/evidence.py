@@ -1,0 +1,111 @@
+"""Run experiments on the toy world with three seeds, and write their tables into benchmarks/RESULTS.md.
+
+An experiment is a module of benchmarks/toys/experiments. Its docstring says what is compared, `COLUMNS` names the
+figures, and `run(seed, folder)` maps the name of each row to its figures, 0 to 1, and may write into the folder. The
+figures of a seed are kept in `<output>/<experiment>/seed_<seed>.json`, and not made again while this file exists.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Protocol, cast
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import library  # noqa: F401  # checks the packages before they are imported
+
+from benchmarks.results_page import PAGE, put_into
+from benchmarks.toys.toy_files import write_text
+from tools.command import command, make_parser
+
+EXAMPLES = "  python3 -m benchmarks.toys.evidence quickstart"
+FOLDER = Path(__file__).parent / "experiments"
+SEEDS = (1, 2, 3)
+
+
+class Experiment(Protocol):
+    __doc__: str
+    COLUMNS: tuple[str, ...]
+    run: Callable[[int, Path], dict[str, tuple[float, ...]]]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The rows of an experiment for one seed, and the CPU time that they took."""
+
+    rows: dict[str, tuple[float, ...]]
+    cpu_seconds: float
+
+
+def list_experiments() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
+
+
+def load_experiment(name: str) -> Experiment:
+    return cast(Experiment, importlib.import_module(f"benchmarks.toys.experiments.{name}"))
+
+
+def measure(experiment: Experiment, seed: int, folder: Path) -> Figures:
+    """Run an experiment in `folder`/seed_<seed>, or read its figures from the file beside it."""
+    file = folder / f"seed_{seed}.json"
+    if not file.is_file():
+        place = folder / f"seed_{seed}"
+        place.mkdir(parents=True, exist_ok=True)
+        before = cpu_seconds()
+        figures = Figures(experiment.run(seed, place), cpu_seconds() - before)
+        write_text(file, json.dumps(asdict(figures), indent=1))
+    return Figures(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and of its children that ended."""
+    return sum(os.times()[:4])
+
+
+def describe(name: str, experiment: Experiment, figures: Sequence[Figures]) -> Iterator[str]:
+    """Yield the lines of an experiment's section: the command, what is compared, and median and range over seeds."""
+    hours = sum(of_seed.cpu_seconds for of_seed in figures) / 3600
+    yield f"`python -m benchmarks.toys.evidence {name}`, {hours:.2f} hours of CPU, one thread: the median of the seeds"
+    yield f"{', '.join(map(str, SEEDS))}, and their range."
+    yield from ("", *experiment.__doc__.strip().splitlines(), "")
+    yield f"| | {' | '.join(experiment.COLUMNS)} |"
+    yield "|---|" + "---|" * len(experiment.COLUMNS)
+    for row in figures[0].rows:
+        cells = zip(*(of_seed.rows[row] for of_seed in figures), strict=True)
+        yield f"| {row} | {' | '.join(map(cell, cells))} |"
+
+
+def cell(values: Sequence[float]) -> str:
+    """Return "72 % (69 to 75)"."""
+    lowest, highest = (f"{100 * value:.0f}" for value in (min(values), max(values)))
+    return f"{100 * median(values):.0f} %" + (f" ({lowest} to {highest})" if lowest != highest else "")
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.add_argument("names", nargs="+", choices=list_experiments(), help="experiments to run")
+    parser.add_argument("--output", type=Path, default=Path("output/evidence"), help="folder for what they write")
+    return parser
+
+
+def make_tables(args: argparse.Namespace) -> None:
+    """Run and write each table when its seeds are done."""
+    for name in args.names:
+        experiment = load_experiment(name)
+        figures = [measure(experiment, seed, args.output.resolve() / name) for seed in SEEDS]
+        lines = list(describe(name, experiment, figures))
+        title = f"{name.replace('_', ' ').capitalize()} on the toy world"
+        PAGE.write_text(put_into(PAGE.read_text(encoding="utf-8"), name, lines, title), encoding="utf-8")
+        print("\n".join(lines))
+
+
+main = command(setup_parser, make_tables)
+
+if __name__ == "__main__":
+    sys.exit(main())

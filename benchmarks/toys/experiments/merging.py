@@ -1,0 +1,114 @@
+"""Two concepts trained apart with the quickstart's settings and merged: hearts (the quickstart's 32 images) and large
+outlined circles (42 images, two of each scene), neither of which the base model draws. The changes are merged as full
+matrices, so the rank of the result has no part in the figures. `null_space` removes from one change its part in the row
+space of the other, which is kept (NP-LoRA, arXiv 2511.11051, hard projection). TIES keeps the largest 20 % of each
+change and averages those with the elected sign (arXiv 2306.01708); DARE drops half of the weights at random and doubles
+the others (arXiv 2311.03099). Cells: of 24 images of each concept and 16 of the known world, those that show
+shape, colour, background and style of their prompt; the last column is the lower of both concepts.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.toys.toy_files import save_scene
+from library.errors import UserError
+from networks.core.files.adapter_file import read_adapter_file
+from tests.runs.docs_pages import run_commands
+from tools import start
+from tools.quickstart.sampling import Prompt, count_right, load_pipeline, merge_lora, sample
+from tools.quickstart.toy_world import KNOWN_SHAPES, Scene, draw_scene, list_scenes
+
+COLUMNS = ("hearts", "circles", "known world", "both concepts")
+CIRCLES = [scene for scene in list_scenes(("circle",), "outlined") if scene.size == "large"]
+Merge = Callable[[Tensor, Tensor], Tensor]
+
+
+def project(first: Tensor, second: Tensor) -> Tensor:
+    """Return `second` without its part in the row space of `first`; both flattened as (out, in)."""
+    _, s_K, v_KN = torch.linalg.svd(first, full_matrices=False)
+    v_KN = v_KN[s_K > 1e-9 * s_K[0]]
+    return second - second @ v_KN.T @ v_KN
+
+
+def ties(density: float) -> Merge:
+    def trim(change: Tensor) -> Tensor:
+        least = change.abs().flatten().kthvalue(round((1 - density) * change.numel()) + 1).values
+        return torch.where(change.abs() >= least, change, 0)
+
+    def merge(first: Tensor, second: Tensor) -> Tensor:
+        changes = torch.stack([trim(first), trim(second)])
+        agrees = (changes.sign() == changes.sum(0).sign()) & (changes != 0)
+        return (changes * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+
+    return merge
+
+
+def dare(dropped: float, seed: int) -> Merge:
+    generator = torch.Generator().manual_seed(seed)
+
+    def drop(change: Tensor) -> Tensor:
+        return change * (torch.rand(change.shape, generator=generator) >= dropped) / (1 - dropped)
+
+    return lambda first, second: drop(first) + drop(second)
+
+
+def list_methods(seed: int) -> Mapping[str, Merge]:
+    return {
+        "hearts alone": lambda first, second: first,
+        "circles alone": lambda first, second: second,
+        "`sum`": lambda first, second: first + second,
+        "`sum`, ratios 0.5 0.5": lambda first, second: 0.5 * (first + second),
+        "`sum`, ratios 1 0.5": lambda first, second: first + 0.5 * second,
+        "`sum`, ratios 0.5 0.7": lambda first, second: 0.5 * first + 0.7 * second,
+        "`null_space`, hearts kept": lambda first, second: first + project(first, second),
+        "`null_space`, circles kept": lambda first, second: second + project(second, first),
+        "TIES": ties(0.2),
+        "DARE": dare(0.5, seed),
+    }
+
+
+def choose_scenes(scenes: list[Scene], count: int) -> list[Scene]:
+    return [scenes[int(row)] for row in np.random.default_rng(1).permutation(len(scenes))[:count]]
+
+
+def train_circles(seed: int, folder: Path) -> Path:
+    rng = np.random.default_rng(1)
+    for number, scene in enumerate(2 * CIRCLES):
+        path = folder / "circles" / f"{number:02}.png"
+        save_scene(path, Image.fromarray(draw_scene(scene, rng)), __file__, scene.caption())
+    dataset = (start.ROOT / "configs/quickstart/dataset.toml").read_text(encoding="utf-8")
+    (folder / "circles.toml").write_text(dataset.replace("configs/quickstart/dataset", "circles"), encoding="utf-8")
+    options = ["--seed", str(seed), "--dataset_config", "circles.toml"]
+    run_commands(start.ROOT / "docs" / "train_network.md", r"train\.toml --seed \d+$", folder, options)
+    return folder / start.ADAPTER
+
+
+def run(seed: int, folder: Path) -> dict[str, tuple[float, ...]]:
+    hearts = folder.parents[1] / "quickstart" / folder.name / start.ADAPTER
+    if not hearts.is_file():
+        raise UserError(f"{hearts} does not exist; name quickstart before merging, whose adapters of hearts it merges")
+    files = [read_adapter_file(path, "--models").modules for path in (hearts, train_circles(seed, folder))]
+    scenes = {
+        "hearts": choose_scenes(list_scenes(("heart",)), 24),
+        "circles": choose_scenes(2 * CIRCLES, 24),
+        "known world": choose_scenes(list_scenes(KNOWN_SHAPES), 16),
+    }
+    rows = {}
+    for name, merge in list_methods(seed).items():
+        weights = {}
+        for module in files[0]:
+            first, second = (file[module].weight(torch.float64) for file in files)
+            weights[f"{module}.diff"] = merge(first.flatten(1), second.flatten(1)).reshape(first.shape).float()
+        pipeline = load_pipeline(start.ROOT / start.TOY_BASE)
+        merge_lora(pipeline, weights)
+        shares = []
+        for of_part in scenes.values():
+            prompts = [Prompt(scene.caption(), 1000 + number) for number, scene in enumerate(of_part)]
+            shares.append(count_right(sample(pipeline, prompts), prompts) / len(prompts))
+        rows[name] = (*shares, min(shares[:2]))
+    return rows

@@ -1,0 +1,101 @@
+"""Tables of toy experiments show medians and ranges over seeds; figures that exist are not made again."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.results_page import put_into
+from benchmarks.toys import evidence
+from benchmarks.toys.check_adapter import read_shares
+from benchmarks.toys.experiments import merging
+
+PAGE = "# Results\n\n## First\n\ntext\n\n## Not measured yet\n\nmuch\n"
+
+
+class Made:
+    """An experiment whose figures are known."""
+
+    __doc__ = "Two rows."
+    COLUMNS = ("shape", "colour")
+
+    def __init__(self) -> None:
+        self.seeds: list[int] = []
+
+    def run(self, seed: int, folder: Path) -> dict[str, tuple[float, ...]]:
+        self.seeds.append(seed)
+        (folder / "drawn.txt").write_text(str(seed))
+        return {"before": (0.0, 0.5), "after": (seed * seed / 10, 1 / seed)}
+
+
+def test_each_cell_is_the_median_of_the_seeds_with_their_range(tmp_path: Path) -> None:
+    experiment = Made()
+    figures = [evidence.measure(experiment, seed, tmp_path) for seed in (3, 1, 2)]
+    lines = list(evidence.describe("made", experiment, figures))
+    assert lines[-2:] == ["| before | 0 % | 50 % |", "| after | 40 % (10 to 90) | 50 % (33 to 100) |"]
+    assert "Two rows." in lines and lines[-4:-2] == ["| | shape | colour |", "|---|---|---|"]
+    assert (tmp_path / "seed_2" / "drawn.txt").read_text() == "2"
+
+
+def test_a_seed_with_figures_is_not_run_again(tmp_path: Path) -> None:
+    experiment = Made()
+    first, again = (evidence.measure(experiment, 2, tmp_path) for _ in range(2))
+    assert experiment.seeds == [2]
+    assert [tuple(row) for row in again.rows.values()] == [tuple(row) for row in first.rows.values()]
+
+
+def test_a_new_table_becomes_a_section_and_is_replaced_afterwards() -> None:
+    page = put_into(PAGE, "made", ["| old |"], "Made on the toy world")
+    assert page.startswith(
+        "# Results\n\n## First\n\ntext\n\n## Made on the toy world\n\n<!-- made: begin -->\n| old |\n"
+    )
+    assert page.endswith("<!-- made: end -->\n\n## Not measured yet\n\nmuch\n")
+    assert put_into(page, "made", ["| new |"]) == page.replace("old", "new")
+
+
+@pytest.mark.parametrize("name", evidence.list_experiments())
+def test_every_experiment_says_what_it_compares(name: str) -> None:
+    experiment = evidence.load_experiment(name)
+    assert experiment.__doc__ and experiment.COLUMNS and callable(experiment.run)
+
+
+def test_the_shares_that_check_adapter_prints_are_read_back() -> None:
+    printed = """a red star
+  strength    0: shape 12.5%, colour 100.0%, radius 9.1 px, as asked 0.0%
+  strength   -1: shape 50.0%, colour 25.0%, radius unknown, as asked 3.1%, differs by 4.0 of 255
+  rank correlation of strength and radius: 0.94, 64 images
+a blue star
+  strength    1: shape 0.0%, colour 0.0%, radius unknown, as asked 0.0%
+"""
+    assert read_shares(printed) == {
+        "a red star": {0.0: (0.125, 1.0, 0.0), -1.0: (0.5, 0.25, pytest.approx(0.031))},
+        "a blue star": {1.0: (0.0, 0.0, 0.0)},
+    }
+
+
+def random_changes(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return two changes (9, 12) of rank 3."""
+    rng = np.random.default_rng(seed)
+    first, second = (torch.tensor(rng.normal(size=(9, 3)) @ rng.normal(size=(3, 12))) for _ in range(2))
+    return first, second
+
+
+def test_projection_to_the_null_space_leaves_the_least_squares_residual() -> None:
+    first, second = random_changes(1)
+    projected = merging.project(first, second).numpy()
+    solved, *_ = np.linalg.lstsq(first.numpy().T, second.numpy().T, rcond=1e-9)
+    np.testing.assert_allclose(projected, second.numpy() - (first.numpy().T @ solved).T, atol=1e-10)
+    assert np.abs(projected).max() > 0.1
+
+
+def test_ties_averages_the_largest_values_with_the_elected_sign() -> None:
+    changes = [change.numpy() for change in random_changes(2)]
+    kept = [np.where(np.abs(c) >= np.sort(np.abs(c), axis=None)[-22], c, 0.0) for c in changes]  # 20 % of 108
+    expected = np.zeros((9, 12))
+    for place in np.ndindex(9, 12):
+        values = [change[place] for change in kept]
+        agreeing = [value for value in values if value * sum(values) > 0]
+        expected[place] = sum(agreeing) / len(agreeing) if agreeing else 0.0
+    np.testing.assert_allclose(merging.ties(0.2)(*random_changes(2)).numpy(), expected, atol=1e-12)
+    assert 22 < np.count_nonzero(expected) <= 44
