@@ -16,9 +16,9 @@ import torch
 
 from library.checkpoints.files import display_path, read_metadata
 from library.errors import UserError
+from library.options.output.preview import PreviewOptions
 from library.options.output.reports import ReportOptions
 from library.options.output.saving import SavingOptions
-from library.options.train import TrainOptions
 from library.options.training.validation import ValidationOptions
 from library.protocols import Architecture
 from library.training.command_line.checks import check_precision
@@ -152,17 +152,17 @@ def record_choice(choice: events.Choice, reports: ReportOptions, saving: SavingO
         logger.info("updated %s", report)
 
 
-def read_columns(options: TrainOptions, arch: Architecture, seeds: Sequence[int] | None) -> list[Prompt]:
+def read_columns(options: PreviewOptions, arch: Architecture, seeds: Sequence[int] | None) -> list[Prompt]:
     """Return the prompts that --score_previews draws with each file, none without it. Raises UserError without
     prompts."""
-    if not options.preview.score_previews:
-        if seeds or options.preview.score_models:
+    if not options.score_previews:
+        if seeds or options.score_models:
             flag = "--seeds" if seeds else "--score_models"
             raise UserError(
                 f"{flag} has no effect without --score_previews, which draws images and scores them; add it"
             )
         return []
-    specs = read_prompts(Path(options.preview.sample_prompts)) if options.preview.sample_prompts else []
+    specs = read_prompts(Path(options.sample_prompts)) if options.sample_prompts else []
     if not specs:
         raise UserError("--score_previews needs prompts to draw: set --sample_prompts to a file of them")
     refuse_strengths(specs, "--score_previews")
@@ -187,7 +187,7 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     warn_of_other_splits(options.validation, files, seed)
     arch = base.build(options)
     text_plan = TextPlan.resolve(options.network, arch.text_cache)
-    columns = read_columns(options, arch, args.seeds)
+    columns = read_columns(options.preview, arch, args.seeds)
     plan = open_data_plan(options, arch, text_plan, seed, 1)
     scorer = read_scorer(options.preview, plan)
     sides, losses = losses_of_files(options, text_plan, arch, plan, seed, [None, *files], find_device())

@@ -23,9 +23,8 @@ from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import check_target
 from library.errors import UserError
 from library.options.output.saving import SavingOptions
-from library.options.train import TrainOptions
 from library.options.training.run import MAX_SEED
-from library.protocols import Architecture, LatentSpec
+from library.protocols import LatentSpec
 from library.training.command_line.checks import check_precision
 from library.training.command_line.option_checks import check_values
 from library.training.command_line.run_lock import run_lock
@@ -185,14 +184,6 @@ def log_scores(
             logger.info("%s: %s", label, format_means(scorer.score(images, [prompt.text for prompt in prompts])))
 
 
-def read_trained(options: TrainOptions, arch: Architecture) -> Scorer | None:
-    """Return what --score_previews compares images with; None without it."""
-    if not options.preview.score_previews:
-        return None
-    text = TextPlan.resolve(options.network, arch.text_cache)
-    return read_scorer(options.preview, open_data_plan(options, arch, text, options.run.seed or 0, 1))
-
-
 def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Generate the sheet. Raises UserError for invalid options, and for files of another base model."""
     base, options = read_training_options(args.script, training)
@@ -213,7 +204,10 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     files = drop_copies(files)
     arch, device = base.build(options), find_device()
     draw = partial(draw_rows, options.network, options.precision, options.memory, arch)
-    scorer = read_trained(options, arch)
+    scorer = None
+    if options.preview.score_previews:
+        text = TextPlan.resolve(options.network, arch.text_cache)
+        scorer = read_scorer(options.preview, open_data_plan(options, arch, text, options.run.seed or 0, 1))
     specs = read_prompts(Path(options.preview.sample_prompts))
     refuse_strengths(specs, "--multipliers")
     columns, spec = expand_columns(resolve_all(specs, arch), args.seeds), arch.codec.spec

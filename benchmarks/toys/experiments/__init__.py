@@ -1,1 +1,1 @@
-"""What is compared on the toy world: one module for each table of `benchmarks/toys/evidence.py`."""
+"""Comparisons on the toy world: one module for each table of `benchmarks/toys/evidence.py`."""

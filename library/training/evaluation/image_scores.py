@@ -80,7 +80,7 @@ class ScoreModel:
 
 @dataclass(frozen=True)
 class Scorer:
-    """What images are scored with: hashes of the training images and of their mirror images, features, and models."""
+    """Hashes of the training images and of their mirror images, features, and the models that score with them."""
 
     hashes: Sequence[int]
     dinov2: ScoreModel | None = None
