@@ -1,6 +1,5 @@
 """Attaches the adapter of a network module to the models."""
 
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -45,7 +44,6 @@ def open_network(request: AdapterRequest, models: Models, compute: Compute) -> A
 
 def create_on_meta_device(options: NetworkOptions, module: NetworkModule, models: Models) -> Any:
     """Create a network of one of our own modules as `create` does, without values. It changes no model."""
-    import_module("torch._dynamo")  # transformers' models import it too; torch 2.7 cannot under a device
     with torch.device("meta"):
         return create(options, module, models)
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from importlib import import_module
 
 import torch
 from torch import nn
@@ -69,7 +70,8 @@ def take_first_step(options: ScheduleOptions, schedule: Schedule) -> None:
 def models_on_meta_device(arch: Architecture) -> Models:
     """Return the models that get adapters, on the meta device."""
     loader = to_meta_device(arch.load)
-    with freeze_imports("models"):  # takes nearly all of this function's time
+    import_module("torch._dynamo")  # transformers' models import it too; torch 2.7 cannot under a device
+    with torch.device("meta"), freeze_imports("models"):  # takes nearly all of this function's time
         try:
             encoders = loader.text_encoders()
         except NotThere:  # then captions are cached, and the encoders get no adapter
