@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from library.architectures.scripts import script_of
-from library.training.command_line.caching_options import add_command_options, check_caching, with_command_options
+from library.architectures.scripts import Script, script_of
+from library.training.command_line.caching_options import add_command_options, with_command_options
 from library.training.command_line.cli import check_words
+from library.training.command_line.option_checks import check_data, check_paths
 from library.training_script import TrainingScript
 
 
@@ -57,3 +58,10 @@ class CachingScript:
             encode(caching, assembly, script.options.from_args(with_command_options(args, cached, batch_size)))
 
         return caching.run_caching(args, run)
+
+
+def check_caching(script: Script, args: argparse.Namespace, encoded: argparse.Namespace) -> None:
+    """Raise UserError for options that a caching command refuses. `encoded` are those that it encodes with, under which
+    a missing file of the base model is no error."""
+    check_data(script.options.from_args(encoded))
+    check_paths(script.options.from_args(args))

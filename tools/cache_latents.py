@@ -20,9 +20,9 @@ from library import train_util as train_util
 from library.architectures.flux.options import FluxOptions
 from library.architectures.scripts import script_of
 from library.architectures.sdxl.options import SdxlOptions
+from library.caching_script import check_caching
 from library.errors import UserError
 from library.options.train import TrainOptions
-from library.training.command_line.caching_options import check_caching
 from library.training.command_line.cli import add_missing, build_parser, check_words, from_program
 from library.training.command_line.option_checks import check_data
 

@@ -22,7 +22,6 @@ CALLS = {
         "library/training/command_line/caching.py": 1,  # a command
         "tools/choose_checkpoint.py": 1,
         "tools/contact_sheet.py": 1,
-        "tools/make_shards.py": 1,
         "tools/front_door/base.py": 1,  # the losses that tell what a base predicts
     },
     "BaseFormats.load": {

@@ -172,6 +172,7 @@ WITHOUT_TARGET: Mapping[str, str] = {
     "benchmarks/toys/check_adapter.py": NOTHING,
     "networks/check_lora_weights.py": NOTHING,
     "networks/lora_interrogator.py": NOTHING,
+    "benchmarks/toys/evidence.py": "keeps the figures that are there, and replaces a table between marks in a page",
     "benchmarks/plan_models.py": "replaces the counts that it wrote, and a table between marks in a page",
     **{
         f"benchmarks/{name}.py": ELSEWHERE

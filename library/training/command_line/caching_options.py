@@ -2,9 +2,7 @@
 
 import argparse
 
-from library.architectures.scripts import Script
 from library.errors import UserError
-from library.training.command_line.option_checks import check_data, check_paths
 
 NEVER_DELETED = "Has no effect: cache files are never deleted."
 
@@ -33,10 +31,3 @@ def with_command_options(args: argparse.Namespace, cached: str, batch_size: str)
     if args.num_workers is not None:
         values["max_data_loader_n_workers"] = args.num_workers
     return argparse.Namespace(**{**vars(args), **values})
-
-
-def check_caching(script: Script, args: argparse.Namespace, encoded: argparse.Namespace) -> None:
-    """Raise UserError for options that a caching command refuses. `encoded` are those that it encodes with, under which
-    a missing file of the base model is no error."""
-    check_data(script.options.from_args(encoded))
-    check_paths(script.options.from_args(args))
