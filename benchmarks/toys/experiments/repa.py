@@ -1,10 +1,9 @@
-"""Representation alignment (REPA, arXiv 2410.06940) added to the quickstart's training: hidden states of the U-Net,
-projected by an MLP of three layers that trains beside the adapter, are aligned with features of the clean image by a
-frozen encoder; the added loss is the negative cosine similarity, averaged over cells, times a weight. The encoder is a
-small CNN that learned shape, colour, background and size from 38,400 images of the known world and names all four in at
-least 95 % of 210 new ones; like the base model, it has never seen a heart. Blocks: the attention of the second down
-block (4 x 4 cells), and the middle block (2 x 2), the best for U-Nets in arXiv 2503.18414. Without alignment the
-projectors train alone.
+"""Representation alignment (REPA, arXiv 2410.06940) added to the quickstart's training: hidden states of the U-Net's
+middle block (2 x 2 cells; the best block for U-Nets in arXiv 2503.18414), projected by an MLP of three layers that
+trains beside the adapter, are aligned with features of the clean image by a frozen encoder; the added loss is the
+negative cosine similarity, averaged over cells, times a weight. The encoder is a small CNN that learned shape, colour,
+background and size from 38,400 images of the known world and names all four in at least 95 % of 210 new ones; like the
+base model, it has never seen a heart. Without alignment the projector trains alone.
 
 Hearts and known world: the share of 84 and 21 images that show shape, colour, background and style of their prompt.
 Loss: on 42 hearts that were not trained, by `tools/choose_checkpoint.py`, relative to the loss without alignment.
@@ -14,6 +13,7 @@ Cosine: the mean similarity in the last 100 of 400 steps.
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
 from unittest.mock import patch
 
@@ -31,17 +31,10 @@ from library.training.step import losses
 from tools import start
 from tools.quickstart.toy_world import BACKGROUNDS, COLOURS, KNOWN_SHAPES, SIZES, Scene, draw_scene, list_scenes
 
-COLUMNS = ("hearts", "known world", "loss", "cosine, down block", "cosine, middle block")
-BLOCKS = ("down_blocks.1.attentions.0", "mid_block")  # in the order of the forward pass
-WEIGHTS = {
-    "no alignment": (0.0, 0.0),
-    "down block, weight 0.1": (0.1, 0.0),
-    "down block, weight 0.5": (0.5, 0.0),
-    "middle block, weight 0.1": (0.0, 0.1),
-    "middle block, weight 0.5": (0.0, 0.5),
-}
+COLUMNS = ("hearts", "known world", "loss", "cosine")
+WEIGHTS = {"no alignment": 0.0, "weight 0.1": 0.1, "weight 0.5": 0.5}
 WORDS = {"shape": KNOWN_SHAPES, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS), "size": tuple(SIZES)}
-WIDTH = 96  # channels of both blocks and of the encoder's features
+WIDTH = 96  # channels of the middle block and of the encoder's features
 NUM_ENCODER_STEPS = 1200
 
 
@@ -91,36 +84,30 @@ def align(projector: nn.Module, weight: float, hidden_BCHW: Tensor, features_BCH
 
 
 class Alignment:
-    """A step's loss with alignment of `BLOCKS` added, and the cosine similarities of all steps."""
+    """A step's loss with alignment added, and the mean cosine similarities of all steps."""
 
-    def __init__(self, weights: tuple[float, ...], features: Mapping[str, Tensor], seed: int) -> None:
+    def __init__(self, weight: float, features: Mapping[str, Tensor], seed: int) -> None:
         """`features` (96, 8, 8) are by the file name of the image."""
         torch.manual_seed(seed)
-        self.weights, self.features, self.cosines = weights, features, list[list[float]]()
-        self.projectors = nn.ModuleList(
-            nn.Sequential(nn.Linear(WIDTH, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, WIDTH))
-            for _ in BLOCKS
-        )
-        self.optimizer = torch.optim.AdamW(self.projectors.parameters())  # 1e-3, as the adapter
+        self.weight, self.features, self.cosines = weight, features, list[float]()
+        layers = [nn.Linear(WIDTH, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, WIDTH)]
+        self.projector = nn.Sequential(*layers)
+        self.optimizer = torch.optim.AdamW(self.projector.parameters())  # 1e-3, as the adapter
         self._compute_losses = losses.compute_losses
 
     def compute_losses(self, context: Any, objective: Any, batch: Any, *values: Any) -> Tensor:
-        """Stand in for `losses.compute_losses`, and move the projectors by the gradients of the step before."""
+        """Stand in for `losses.compute_losses`, and move the projector by the gradients of the step before."""
         self.optimizer.step()
         self.optimizer.zero_grad()
         hidden: list[Tensor] = []
-
-        def keep(_block: nn.Module, _inputs: Any, output: Any) -> None:
-            hidden.append(output if isinstance(output, Tensor) else output[0])
-
-        handles = [context.models.denoiser.get_submodule(name).register_forward_hook(keep) for name in BLOCKS]
+        block = context.models.denoiser.mid_block
+        handle = block.register_forward_hook(lambda _block, _inputs, output: hidden.append(output))
         losses_B = self._compute_losses(context, objective, batch, *values)
-        for handle in handles:
-            handle.remove()
+        handle.remove()
         features_BCHW = torch.stack([self.features[Path(key).name] for key in batch.keys])
-        added = [align(*part, features_BCHW) for part in zip(self.projectors, self.weights, hidden, strict=True)]
-        self.cosines.append([-of_block.mean().item() for of_block in added])
-        return losses_B + sum(added)
+        added_B = align(self.projector, self.weight, *hidden, features_BCHW)
+        self.cosines.append(-added_B.mean().item())
+        return losses_B + added_B
 
 
 def train(name: str, alignment: Alignment, seed: int, folder: Path) -> Path:
@@ -141,10 +128,10 @@ def run(seed: int, folder: Path) -> dict[str, tuple[float, ...]]:
     encoder, figures, files = train_encoder(seed), {}, []
     images = {path.name: np.asarray(Image.open(path)) for path in (start.ROOT / start.PHOTOS).glob("*.png")}
     features = dict(zip(images, encoder(to_tensor(list(images.values()))), strict=True))
-    for number, (row, weights) in enumerate(WEIGHTS.items()):
-        alignment = Alignment(weights, features, seed)
+    for number, (row, weight) in enumerate(WEIGHTS.items()):
+        alignment = Alignment(weight, features, seed)
         files.append(train(f"alignment_{number}", alignment, seed, folder))
-        figures[row] = (measure_images(files[-1]), np.mean(alignment.cosines[-100:], axis=0).tolist())
+        figures[row] = (measure_images(files[-1]), mean(alignment.cosines[-100:]))
     of_files = measure_losses(files, seed, folder)
     rows = zip(figures.items(), of_files, strict=True)
-    return {row: (*shares, loss / of_files[0], *cosines) for (row, (shares, cosines)), loss in rows}
+    return {row: (*shares, loss / of_files[0], cosine) for (row, (shares, cosine)), loss in rows}

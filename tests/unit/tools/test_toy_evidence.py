@@ -1,6 +1,7 @@
 """Tables of toy experiments show medians and ranges over seeds; figures that exist are not made again."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -132,3 +133,30 @@ def test_alignment_is_the_negative_cosine_and_its_weight_scales_the_gradient_of_
     moved[4, 2] += 1e-6
     change = negative_cosine(hidden, features, moved, bias).sum() - expected.sum()
     assert projector.weight.grad[4, 2].item() == pytest.approx(change / 1e-6, rel=1e-4)
+
+
+def test_a_step_adds_the_alignment_of_the_middle_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    latents_BCHW = torch.tensor(rng.normal(size=(2, 4, 2, 2))).float()
+    features = {name: torch.tensor(rng.normal(size=(96, 8, 8))).float() for name in ("a.png", "b.png")}
+    weight, bias = rng.normal(size=(96, 96)), rng.normal(size=96)
+    denoiser = SimpleNamespace(mid_block=torch.nn.Conv2d(4, 96, 1))
+    hidden_BCHW = denoiser.mid_block(latents_BCHW).detach()
+    monkeypatch.setattr(
+        repa.losses,
+        "compute_losses",
+        lambda context, *_: context.models.denoiser.mid_block(latents_BCHW).mean((1, 2, 3)),
+    )
+    alignment = repa.Alignment(0.5, features, seed=1)
+    alignment.projector = torch.nn.Sequential(torch.nn.Linear(96, 96))
+    alignment.projector[0].load_state_dict({"weight": torch.tensor(weight), "bias": torch.tensor(bias)})
+    context, batch = (
+        SimpleNamespace(models=SimpleNamespace(denoiser=denoiser)),
+        SimpleNamespace(keys=["x/b.png", "a.png"]),
+    )
+    losses_B = alignment.compute_losses(context, None, batch, None, None)
+    stacked = torch.stack([features["b.png"], features["a.png"]]).numpy()
+    added = negative_cosine(hidden_BCHW.numpy(), stacked, weight, bias)
+    np.testing.assert_allclose(losses_B.detach(), hidden_BCHW.mean((1, 2, 3)).numpy() + added, atol=1e-5)
+    assert alignment.cosines == [pytest.approx(-added.mean(), abs=1e-5)]
+    assert not denoiser.mid_block._forward_hooks
