@@ -101,7 +101,7 @@ def main() -> int:
     before = json.loads(args.file.read_text())
     differences = [
         line for name, result in cases(args.only) for line in compare_results(name, before.get(name), asdict(result))
-    ]  # fmt: skip
+    ]
     print("\n".join(differences) if differences else "no difference")
     return int(bool(differences))
 

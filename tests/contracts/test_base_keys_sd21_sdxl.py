@@ -62,20 +62,28 @@ def test_the_unet_layout_is_inferred_from_names(model):
 def test_the_sd21_unet_config_is_inferred_from_shapes():
     config = parts("sd21")["unet"].config
     wanted = {
-        "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 1024, "transformer_layers_per_block": 1,
-        "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True, "norm_num_groups": 32,
-    }  # fmt: skip
+        "block_out_channels": (320, 640, 1280, 1280),
+        "cross_attention_dim": 1024,
+        "transformer_layers_per_block": 1,
+        "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+        "norm_num_groups": 32,
+    }
     assert {key: config[key] for key in wanted} == wanted
 
 
 def test_the_sdxl_unet_config_is_inferred_from_shapes():
     config = parts("sdxl")["unet"].config
     wanted = {
-        "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
+        "block_out_channels": (320, 640, 1280),
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
-    }  # fmt: skip
+    }
     assert {key: config[key] for key in wanted} == wanted
     assert config["transformer_layers_per_block"][1:] == (2, 10)
 

@@ -19,8 +19,10 @@ from tests.unit.networks.toy import toy_models
 
 def test_network_args_split_at_the_first_equals_sign_and_stay_strings() -> None:
     assert parse_network_args(["conv_dim=8", "network_reg_dims=a=4,b=8", "empty="]) == {
-        "conv_dim": "8", "network_reg_dims": "a=4,b=8", "empty": "",
-    }  # fmt: skip
+        "conv_dim": "8",
+        "network_reg_dims": "a=4,b=8",
+        "empty": "",
+    }
     assert parse_network_args(None) == {}
 
 
@@ -121,8 +123,9 @@ def test_a_minimal_network_can_be_trained() -> None:
     assert least.calls == [("apply_to", True, False), ("lr", 1e-4, 3e-4)]
     assert names is None
     assert [(g["params"][0] is p, g.get("lr")) for g, p in zip(groups, (least.te, least.unet), strict=True)] == [
-        (True, 1e-4), (True, None),
-    ]  # fmt: skip
+        (True, 1e-4),
+        (True, None),
+    ]
     network.enable_gradient_checkpointing()
     least.requires_grad_(False).eval()
     network.prepare_gradients(text, unet)
@@ -267,5 +270,7 @@ def test_our_network_supports_the_whole_protocol(tmp_path: Path) -> None:
     again = adopt(module.create_network(1.0, 2, 2.0, None, *toy_models(304)))  # type: ignore[arg-type]
     again.apply_to(*toy_models(304), True, True)
     again.load_weights(tmp_path / "x.safetensors")
-    assert torch.equal(again.module.state_dict()["lora_unet_mid_attention_to_q.lora_up.weight"],
-                       network.module.state_dict()["lora_unet_mid_attention_to_q.lora_up.weight"])  # fmt: skip
+    assert torch.equal(
+        again.module.state_dict()["lora_unet_mid_attention_to_q.lora_up.weight"],
+        network.module.state_dict()["lora_unet_mid_attention_to_q.lora_up.weight"],
+    )

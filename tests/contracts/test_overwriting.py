@@ -31,9 +31,10 @@ Train = Callable[..., Finished]
 FOLDERS = (".", "tools", "tools/quickstart", "networks", "finetune", "benchmarks", "benchmarks/toys")
 SMALL_INPUTS = ("images", "dataset", "table", "prompts", "events", "events_2")  # valid also where nothing may be read
 CACHING = {
-    "tools/cache_latents.py": "sd", "tools/cache_text_encoder_outputs.py": "sdxl",
+    "tools/cache_latents.py": "sd",
+    "tools/cache_text_encoder_outputs.py": "sdxl",
     **{path.name: path.name.partition("_cache_")[0] for path in ROOT.glob("*_cache_*.py")},
-}  # fmt: skip
+}
 TRAINING = {f"{script}.py": script for script in STARTED}
 MODEL_OF = {f"{base.script}.py": name for name, base in reversed(BASES.items())}
 CASES = [(path, call) for path, calls in CALLS.items() for call in calls]
@@ -76,11 +77,15 @@ def pickled() -> bytes:
 
 FOREIGN: dict[str, Callable[[], bytes]] = {
     ".safetensors": lambda: save({"model.diffusion_model.out.weight": torch.ones(2)}, {"ss_output_name": "other"}),
-    ".ckpt": pickled, ".png": png, ".jpg": jpeg, ".tar": tar,
+    ".ckpt": pickled,
+    ".png": png,
+    ".jpg": jpeg,
+    ".tar": tar,
     ".html": lambda: b"<!doctype html><title>mine</title>",
     ".json": lambda: b'{"elsewhere": {"caption": "mine"}}',
-    ".toml": lambda: b"[general]\n", ".txt": lambda: b"a caption of mine",
-}  # fmt: skip
+    ".toml": lambda: b"[general]\n",
+    ".txt": lambda: b"a caption of mine",
+}
 TEXT = b"notes of mine"
 
 

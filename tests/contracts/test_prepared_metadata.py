@@ -44,8 +44,11 @@ def test_training_uses_the_prepared_latents(
     )
     table = json.loads((tmp_path / "out.json").read_text())
     assert {key: entry.get("train_resolution") for key, entry in table.items()} == {
-        "00": [64, 64], "01": [64, 64], "wide": [96, 32], "elsewhere": None,
-    }  # fmt: skip
+        "00": [64, 64],
+        "01": [64, 64],
+        "wide": [96, 32],
+        "elsewhere": None,
+    }
     files = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
     assert sorted(files) == ["00_0072x0072_sdxl.npz", "01_0072x0072_sdxl.npz", "wide_0160x0072_sdxl.npz"]
     training = ["--pretrained_model_name_or_path", str(tiny_sdxl_folder), "--train_data_dir", str(folder), "--in_json",

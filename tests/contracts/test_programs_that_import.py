@@ -209,9 +209,11 @@ def test_hash_functions_match_the_metadata_of_saved_files(tmp_path: Path) -> Non
 def test_lora_forge_finds_what_its_guard_looks_for() -> None:
     # A file that must exist, and the text that it must have, where git does not know the scripts' commits.
     marks = {
-        "compile_utils": "", "qwen_image_autoencoder_kl_2d": "", "args": '"--show_timesteps"',
+        "compile_utils": "",
+        "qwen_image_autoencoder_kl_2d": "",
+        "args": '"--show_timesteps"',
         "flux_train_utils": "timestep_sampling_offset",
-    }  # fmt: skip
+    }
     for name, text in marks.items():
         assert text in (ROOT / f"library/{name}.py").read_text(encoding="utf-8")
     parser = argparse.ArgumentParser()
@@ -245,9 +247,13 @@ def test_fluxgym_uploads_a_folder_to_the_top_of_its_repository(tmp_path: Path, h
     (source / "my-lora.safetensors").write_bytes(b"weights")
     hub.root.mkdir()
     args = argparse.Namespace(
-        huggingface_repo_id="me/cat", huggingface_repo_type="model", huggingface_repo_visibility="private",
-        huggingface_path_in_repo="", huggingface_token="secret", async_upload=False,
-    )  # fmt: skip
+        huggingface_repo_id="me/cat",
+        huggingface_repo_type="model",
+        huggingface_repo_visibility="private",
+        huggingface_path_in_repo="",
+        huggingface_token="secret",
+        async_upload=False,
+    )
     if kind == "file":
         huggingface_util.upload(args, str(source / "my-lora.safetensors"), "/my-lora.safetensors")
     else:

@@ -33,9 +33,13 @@ LAYERS = sorted(name.removeprefix("expected.") for name in TENSORS if name.start
 STORED = {name: tensor for name, tensor in TENSORS.items() if not name.startswith("expected.")}
 CONFIGS = {layer: json.loads(bytes(TENSORS[f"{layer}.comfy_quant"].tolist())) for layer in LAYERS}
 KINDS = {  # forms in which a layer can stay quantised
-    "fp8": "fp8", "fp8_e5m2": "fp8", "int8": "int8", "int8_rows": "int8", "turned": "int8_rotated",
+    "fp8": "fp8",
+    "fp8_e5m2": "fp8",
+    "int8": "int8",
+    "int8_rows": "int8",
+    "turned": "int8_rotated",
     "turned_16": "int8_rotated",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("layer", LAYERS)

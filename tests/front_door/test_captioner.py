@@ -24,9 +24,13 @@ def build_tiny_captioner(folder: Path) -> str:
     )
 
     words = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer()._tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-        bos_token="<bos>", extra_special_tokens={"image_token": "<image>"},
-    )  # fmt: skip
+        tokenizer_object=tokenizer()._tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        bos_token="<bos>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
     sight = Florence2VisionConfig(
         depths=(1, 1, 1, 1), embed_dim=(8, 8, 8, 16), num_heads=(2, 2, 2, 2), num_groups=(2, 2, 2, 2), window_size=4,
         projection_dim=16,

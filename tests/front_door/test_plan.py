@@ -156,8 +156,10 @@ def test_text_encoders_and_vaes_are_found_in_comfyuis_folders_by_content(tmp_pat
     options = base.spec.options.from_args(parser.parse_args(["--pretrained_model_name_or_path", base.name]))
     found = find_parts(base, options, None)
     assert {flag: Path(path).name for flag, path in found.items()} == {
-        "clip_l": "one.safetensors", "t5xxl": "clip_l.safetensors", "ae": "mine.safetensors",
-    }  # fmt: skip
+        "clip_l": "one.safetensors",
+        "t5xxl": "clip_l.safetensors",
+        "ae": "mine.safetensors",
+    }
     (models / "vae" / "mine.safetensors").unlink()
     with pytest.raises(UserError, match=r"--ae is missing.*--models.*ae\.safetensors of .* \(0\.34 GB"):
         find_parts(base, options, None)
@@ -177,7 +179,7 @@ def test_a_pipeline_without_a_family_is_recognised(tmp_path: Path) -> None:
         ([HEARTS, "--base", TOY, "--steps", "0"], "--steps is 0"),
         ([HEARTS, "--base", TOY, "--trigger", ", a cat"], "has no word"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_named_before_any_work(words: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main([*words, "--yes"]) == 1
     assert error in capsys.readouterr().err

@@ -55,9 +55,12 @@ KNOWN = {
     for script, parser in PARSERS.items()
 }
 GOOD = {
-    "pretrained_model_name_or_path": "owner/model", "train_data_dir": ".", "resolution": "64",
-    "network_module": "networks.lora", "output_dir": "out",
-}  # fmt: skip
+    "pretrained_model_name_or_path": "owner/model",
+    "train_data_dir": ".",
+    "resolution": "64",
+    "network_module": "networks.lora",
+    "output_dir": "out",
+}
 
 
 @any_input(15)

@@ -23,10 +23,12 @@ WIDTH, CHANNELS = 24, 4
 LIFT_RANK, RANK, ALPHA = 2, 4, 3.0
 DENOISER = "model.diffusion_model."
 SHAPES = {
-    f"{DENOISER}tie": (WIDTH, CHANNELS), f"{DENOISER}untie": (CHANNELS, WIDTH), "bytes_encoder.project": (WIDTH, WIDTH),
+    f"{DENOISER}tie": (WIDTH, CHANNELS),
+    f"{DENOISER}untie": (CHANNELS, WIDTH),
+    "bytes_encoder.project": (WIDTH, WIDTH),
     **{f"{DENOISER}knots.{n}.mix": (WIDTH, 2 * WIDTH) for n in range(2)},
     **{f"{DENOISER}knots.{n}.lift": (WIDTH, WIDTH) for n in range(2)},
-}  # fmt: skip
+}
 ADDED = {  # file or folder here -> its place in the project
     "knots": "library/architectures/knots",
     "knots_train_network.py": "knots_train_network.py",

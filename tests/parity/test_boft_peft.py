@@ -136,9 +136,11 @@ def test_valid_block_sizes_match_peft() -> None:
     assert sizes_for(320, 4, 0, 3, True) == (80, 4)
     assert sizes_for(320, 7, 0, 2, True) == (40, 8)
     assert sizes_for(320, 0, 10, 1, False) == (10, 32)
-    for wrong, message in (((30, 4, 0, 3, True), "block_size=4.*30 inputs, of which sizes none"),
-                        ((320, 4, 7, 1, True), "boft_block_num=7 .*320 inputs"),
-                        ((320, 7, 0, 2, False), "block_size=7 .*sizes 2, 4, 8")):  # fmt: skip
+    for wrong, message in (
+        ((30, 4, 0, 3, True), "block_size=4.*30 inputs, of which sizes none"),
+        ((320, 4, 7, 1, True), "boft_block_num=7 .*320 inputs"),
+        ((320, 7, 0, 2, False), "block_size=7 .*sizes 2, 4, 8"),
+    ):
         with pytest.raises(ValueError, match=message):
             sizes_for(*wrong)
 
@@ -173,8 +175,11 @@ def test_peft_loads_our_files(tiny_sd_folder: Path, tmp_path: Path) -> None:
 
     unet = UNet2DConditionModel.from_pretrained(tiny_sd_folder, subfolder="unet")
     generator = torch.Generator().manual_seed(6241)
-    unet_inputs: Any = (torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([31, 742]),
-                  torch.randn(2, 5, unet.config.cross_attention_dim, generator=generator))  # fmt: skip
+    unet_inputs: Any = (
+        torch.randn(2, 4, 8, 8, generator=generator),
+        torch.tensor([31, 742]),
+        torch.randn(2, 5, unet.config.cross_attention_dim, generator=generator),
+    )
     alone: Tensor = unet(*unet_inputs).sample
     text, seen = view([tiny_clip(6242, torch.float32)], unet)
     network = boft.create_network(1.0, 4, 1, None, text, seen, enable_conv="True")

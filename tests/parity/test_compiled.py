@@ -76,8 +76,9 @@ SLOW = [
     *((base, "lora", "recompute_every_2", "none") for base in DEEP if base != "flux"),
     *(("flux", adapter, "recompute", "none") for adapter in ("loha", "lokr", "oft_v2", "boft", "lora_fa", "dylora")),
     *(("sd3", "lora", "plain", form) for form in ("plain", "fp8", "nf4")),
-    ("sd", "lycoris", "recompute", "none"), ("flux", "dora", "recompute_from_main_memory", "fp8"),
-]  # fmt: skip
+    ("sd", "lycoris", "recompute", "none"),
+    ("flux", "dora", "recompute_from_main_memory", "fp8"),
+]
 
 
 @pytest.mark.parametrize(

@@ -239,8 +239,10 @@ def test_network_weights_accept_names_without_a_model_prefix(tmp_path: Path) -> 
         for key, tensor in diffusers_file(pair).items()
         if place(pair.names, key.rpartition(".lora_")[0]) in names
     }
-    spelled = {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 5),
-               "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(5, 2)}  # fmt: skip
+    spelled = {
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 5),
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(5, 2),
+    }
     for key, tensor in theirs.items():
         name, _, factor = key.removesuffix(".weight").rpartition(".lora_")
         ending = {"A": "lora_down.weight", "B": "lora_up.weight"}[factor]

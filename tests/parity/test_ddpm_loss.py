@@ -187,8 +187,11 @@ def test_every_option_equals_its_float64_recomputation(flags: dict[str, Any]) ->
     assert torch.equal(noised.clean_BCHW, clean)
     assert torch.isfinite(loss).all()
     for ours, name in (
-        (noised.noise_BCHW, "noise"), (noised.latents_BCHW, "noisy"), (target, "target"), (loss, "loss"),
-    ):  # fmt: skip
+        (noised.noise_BCHW, "noise"),
+        (noised.latents_BCHW, "noisy"),
+        (target, "target"),
+        (loss, "loss"),
+    ):
         assert ours.dtype == torch.float32
         scale = expected[name].abs().max().item()
         torch.testing.assert_close(ours.double(), expected[name], rtol=2e-5, atol=2e-6 * max(1.0, scale))

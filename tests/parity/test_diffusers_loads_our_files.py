@@ -119,7 +119,7 @@ ODD_FILES: dict[str, dict[str, Tensor]] = {
     "DoRA": {**LORA, f"{UNET}.dora_scale": torch.ones(1, 16, 1, 1)},
     "DoRA by PEFT": {**LORA_AB, f"{OWN}.lora_magnitude_vector": torch.ones(1, 16, 1, 1)},
     "LoRA": LORA,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", ODD_FILES)

@@ -42,9 +42,7 @@ KINDS: dict[str, tuple[Callable[[Any], Delta], str, dict[str, Any]]] = {
     ),
 }
 CORES = ("Tucker", "LoHa with cores")
-CASES = [
-    case for case in product(LAYERS, KINDS, (False, True)) if case[0] == "square 3x3" or case[1] not in CORES
-]  # fmt: skip
+CASES = [case for case in product(LAYERS, KINDS, (False, True)) if case[0] == "square 3x3" or case[1] not in CORES]
 
 
 def pair(name: str, kind: str, has_scalar: bool) -> tuple[Adapter, Any, Any]:

@@ -103,8 +103,9 @@ def test_adding_input_channels_to_a_plain_model_keeps_its_output(
     if base == "sdxl":
         pooled = first.config.projection_class_embeddings_input_dim - 6 * first.config.addition_time_embed_dim
         conditions["added_cond_kwargs"] = {
-            "text_embeds": torch.randn(2, pooled, generator=generator), "time_ids": torch.full((2, 6), 64.0),
-        }  # fmt: skip
+            "text_embeds": torch.randn(2, pooled, generator=generator),
+            "time_ids": torch.full((2, 6), 64.0),
+        }
     times = torch.tensor([12, 803])
     with torch.no_grad():
         wanted = first(latents, times, **conditions).sample

@@ -221,9 +221,11 @@ def test_captions_with_references_give_the_states_of_the_whole_model(run: Any, q
     ids = text.tokenizer(chat, add_special_tokens=False, return_tensors="pt")["input_ids"]
     is_slot = ids == text.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     theirs = qwen(
-        input_ids=ids, pixel_values=patches["pixel_values"], image_grid_thw=patches["image_grid_thw"],
+        input_ids=ids,
+        pixel_values=patches["pixel_values"],
+        image_grid_thw=patches["image_grid_thw"],
         mm_token_type_ids=is_slot.int(),
-    ).last_hidden_state[0]  # fmt: skip
+    ).last_hidden_state[0]
     shown = CaptionWithImages("a red cat", "digest", lambda: tuple(to_pixels(np.array(image)) for image in images))
     features = text.encode(run.models.text_encoders, text.tokenize([shown, "dog"]))
     torch.testing.assert_close(features["hidden_state"][0, : len(theirs)], theirs, **FLOAT32_DEEP)

@@ -26,8 +26,10 @@ from tools.adapter_files import spec_for_file
 KOHYA = [name for name, base in BASES.items() if base.is_flow and base.dit is None and base.pairs]
 Arguments = Mapping[str, str]
 NETWORKS: tuple[tuple[str, Arguments], ...] = (
-    ("networks.lora", {"use_scalar": "True"}), ("networks.lora_fa", {}), ("networks.dylora", {"unit": "2"}),
-)  # fmt: skip
+    ("networks.lora", {"use_scalar": "True"}),
+    ("networks.lora_fa", {}),
+    ("networks.dylora", {"unit": "2"}),
+)
 CASES = [(name, *network) for name in KOHYA for network in ((BASES[name].module, BASES[name].everything), *NETWORKS)]
 
 

@@ -122,8 +122,11 @@ def test_a_folder_saved_by_peft_is_merged_and_trained_further(tiny_sd_folder: Pa
     theirs = peft.get_peft_model(unet, config)
     theirs.save_pretrained(str(tmp_path / "saved"))
     generator = torch.Generator().manual_seed(6142)
-    unet_inputs: Any = (torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([31, 742]),
-                  torch.randn(2, 5, unet.config.cross_attention_dim, generator=generator))  # fmt: skip
+    unet_inputs: Any = (
+        torch.randn(2, 4, 8, 8, generator=generator),
+        torch.tensor([31, 742]),
+        torch.randn(2, 5, unet.config.cross_attention_dim, generator=generator),
+    )
     expected: Tensor = theirs(*unet_inputs).sample
     words = ["--sd_model", str(tiny_sd_folder), "--models", str(tmp_path / "saved"), "--save_to"]
     assert merge_lora.main([*words, str(tmp_path / "merged")]) == 0

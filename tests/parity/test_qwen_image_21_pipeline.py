@@ -251,6 +251,8 @@ def test_caption_tokens_are_counted_without_the_template(run: Any) -> None:
     text = run.arch.text
     ids, mask = text.tokenize(["a red cat", "dog " * 4000]).ids_BLT
     num_system = len(text.ids("<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"))
-    assert mask.sum(-1).flatten().tolist() == [text.count_tokens("a red cat") + num_system + 1024 - text.max_tokens,
-                                               num_system + 1024]  # fmt: skip
+    assert mask.sum(-1).flatten().tolist() == [
+        text.count_tokens("a red cat") + num_system + 1024 - text.max_tokens,
+        num_system + 1024,
+    ]
     assert ids.shape == mask.shape

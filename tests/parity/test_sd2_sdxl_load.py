@@ -135,9 +135,11 @@ def test_the_denoiser_receives_the_pipelines_inputs(pipeline: Any, tiny_sdxl_fol
     ids_B6 = torch.cat(rows)
     values = noised(61)
     wanted = pipeline.unet(
-        values.latents_BCHW, values.timesteps_B, text_BTW,
+        values.latents_BCHW,
+        values.timesteps_B,
+        text_BTW,
         added_cond_kwargs={"text_embeds": pooled_BP, "time_ids": ids_B6},
-    ).sample  # fmt: skip
+    ).sample
     actual = arch.predict(arch.load.denoiser(), values, conditioning, batch(SIZES))
     torch.testing.assert_close(actual, wanted, **FLOAT32_DEEP)
 

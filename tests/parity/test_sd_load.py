@@ -48,7 +48,7 @@ UNETS = {
     "attention at the coarse levels": {"channels": (32, 32, 64), "layers": 1, "attention": (False, True, True)},
     "five levels, three layers": {"channels": (32,) * 5, "layers": 3, "attention": (True, False, True, False, False)},
     "linear projections, two transformers": {"channels": (32, 64), "layers": 1, "attention": (True, False), "depth": 2},
-}  # fmt: skip
+}
 
 
 def meta_unet(channels, layers, attention, depth=1) -> UNet2DConditionModel:

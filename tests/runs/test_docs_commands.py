@@ -48,8 +48,9 @@ NOT_RUN = {  # start of a command -> where it is tested, or why it cannot run he
 }
 BASE_OF_SCRIPT = {
     **{base.script: name for name, base in BASES.items() if not base.spec.script_flag},
-    "train_leco": "sd", "sdxl_train_leco": "sdxl",
-}  # fmt: skip
+    "train_leco": "sd",
+    "sdxl_train_leco": "sdxl",
+}
 EXAMPLES_OF_PAIRS = ("pairs.toml", "preferences.toml", "toy_edits.toml", "toy_preferences.toml", "toy_sizes.toml")
 MANY_TRAININGS = {
     TOYS,

@@ -94,9 +94,12 @@ def test_a_run_logs_an_event_for_everything_that_happens(
     saved, removed = of_kind(events, "saved"), of_kind(events, "removed")
     last = {Path(stage["file"]).name: stage for stage in saved if stage["kind"] == "weights"}
     assert {name: stage["reason"] for name, stage in last.items()} == {
-        "mine-step00000004.safetensors": "step", "mine-step00000008.safetensors": "step", "mine.safetensors": "end",
-        "mine-step00000012.safetensors": "step", "mine-best.safetensors": "best",
-    }  # fmt: skip
+        "mine-step00000004.safetensors": "step",
+        "mine-step00000008.safetensors": "step",
+        "mine.safetensors": "end",
+        "mine-step00000012.safetensors": "step",
+        "mine-best.safetensors": "best",
+    }
     assert last["mine.safetensors"]["num_bytes"] == (tmp_path / "out" / "mine.safetensors").stat().st_size
     assert [Path(stage["file"]).name for stage in removed] == ["mine-step00000004.safetensors"]
     assert [Path(stage["file"]).name for stage in saved if stage["kind"] == "state"] == ["mine-state"]

@@ -71,11 +71,15 @@ def test_with_every_feature_on_a_resumed_run_equals_the_uninterrupted_one(
     assert expected.keys() == other.keys()
     assert all(torch.equal(expected[key], other[key]) for key in expected)
     assert any(float(tensor.abs().max()) > 0 for key, tensor in expected.items() if key.endswith(UPS))
-    lines = [[line.split("validation after")[1] for line in done.stderr.splitlines() if "validation after" in line]
-             for done in (uninterrupted, rest)]  # fmt: skip
+    lines = [
+        [line.split("validation after")[1] for line in done.stderr.splitlines() if "validation after" in line]
+        for done in (uninterrupted, rest)
+    ]
     assert len(lines[0]) > 1 and lines[1] == lines[0][-len(lines[1]) :]
-    images = [sorted(Image.open(path).tobytes() for path in (tmp_path / name / "sample").glob("*.png"))
-                for name in ("whole", "rest")]  # fmt: skip
+    images = [
+        sorted(Image.open(path).tobytes() for path in (tmp_path / name / "sample").glob("*.png"))
+        for name in ("whole", "rest")
+    ]
     assert images[0] == images[1] and len(images[0]) == 1
 
 

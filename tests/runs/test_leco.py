@@ -110,8 +110,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(leco: Leco, tmp_path: Path) 
     assert len(uninterrupted.losses) == 5 and rest.losses == uninterrupted.losses[2:]
     expected, other = (load_saved(tmp_path / name) for name in ("whole", "rest"))
     assert expected.keys() == other.keys() and all(torch.equal(expected[key], other[key]) for key in expected)
-    images = [[path.read_bytes() for path in sorted((tmp_path / name / "sample").glob("*000004_00*.png"))]
-                for name in ("whole", "rest")]  # fmt: skip
+    images = [
+        [path.read_bytes() for path in sorted((tmp_path / name / "sample").glob("*000004_00*.png"))]
+        for name in ("whole", "rest")
+    ]
     assert images[0] == images[1] and len(images[0]) == 1
 
 

@@ -169,10 +169,13 @@ def test_a_fault_found_by_the_selftest_ends_the_run_before_training(
 @pytest.mark.parametrize(
     "mode",
     [
-        "eager", "8bit", "bare", "nf4, 50% of the blocks offloaded, recompute",
+        "eager",
+        "8bit",
+        "bare",
+        "nf4, 50% of the blocks offloaded, recompute",
         "bf16, 85% of the blocks offloaded, from main memory",
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("subject", ["sd3", "flux", "sdxl"])
 def test_the_step_benchmark_runs_on_a_small_model(subject: str, mode: str) -> None:
     command = [sys.executable, "benchmarks/gpu_step.py", "--device", "cpu", "--tiny", "--child", "--models", subject]

@@ -78,8 +78,10 @@ def test_a_settings_file_for_sd_scripts_trains_and_saves_names_that_comfyui_find
     layers = [f"proj.{name}" for name in ("q", "k", "v", "o", "ffn_up_gate", "ffn_down")]
     assert tensors.keys() == {
         f"diffusion_model.layers.{n}.{layer}.lora_{part}.weight"
-        for n in range(CONFIG.num_layers) for layer in layers for part in "AB"
-    }  # fmt: skip
+        for n in range(CONFIG.num_layers)
+        for layer in layers
+        for part in "AB"
+    }
     metadata = read_metadata(tmp_path / "out" / "mine.safetensors")
     assert metadata["ss_network_module"] == "networks.lora_generic"
     assert metadata["ss_base_model_version"] == "moss_image"

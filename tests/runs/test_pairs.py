@@ -149,8 +149,11 @@ def test_text_encoders_train_on_preferences_and_checkpoints_are_compared(
     """The reference model uses text encoders without the adapter."""
     done = run("sd", "text", *PREFERENCES, "--save_every_n_steps", "1", "--gradient_accumulation_steps", "2")
     assert done.losses[0] == 0.693  # log 2, rounded as in the progress bar
-    assert any(key.startswith("lora_te_") and float(tensor.abs().max()) > 0 for key, tensor in weights(
-        tmp_path / "text").items() if "lora_up" in key)  # fmt: skip
+    assert any(
+        key.startswith("lora_te_") and float(tensor.abs().max()) > 0
+        for key, tensor in weights(tmp_path / "text").items()
+        if "lora_up" in key
+    )
     words = [
         "--script", "train_network.py", "--pretrained_model_name_or_path", str(tiny_sd_folder), "--dataset_config",
         str(tmp_path / "data.toml"), "--output_dir", str(tmp_path / "text"), "--output_name", "mine", "--seed", "5",

@@ -167,8 +167,10 @@ def test_previews_are_logged_to_tensorboard(
     events = EventAccumulator(str(folder / "network_train")).Reload()
     assert events.Tags()["images"] == ["sample_0", "sample_1"]
     assert [(event.step, event.width, event.height) for event in events.Images("sample_1")] == [
-        (0, 64, 72), (2, 64, 72), (4, 64, 72),
-    ]  # fmt: skip
+        (0, 64, 72),
+        (2, 64, 72),
+        (4, 64, 72),
+    ]
 
 
 @pytest.mark.parametrize("cut", [1, 4, 6], ids=["before_training", "after_step_2", "after_the_last_step"])
@@ -214,7 +216,10 @@ def test_with_two_processes_one_draws_and_training_is_unchanged(
         done = subprocess.run([*launched, *arguments, *previews], capture_output=True, timeout=300, cwd="/")
         assert done.returncode == 0, done.stderr.decode()
     assert [name.removeprefix("drawing_") for name in images(tmp_path)] == [
-        "000002_00_3.png", "000002_01.png", "e000000_00_3.png", "e000000_01.png",
-    ]  # fmt: skip
+        "000002_00_3.png",
+        "000002_01.png",
+        "e000000_00_3.png",
+        "e000000_01.png",
+    ]
     a, b = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("drawing", "plain"))
     assert all(torch.equal(a[name], b[name]) for name in b)

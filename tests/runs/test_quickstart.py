@@ -86,9 +86,12 @@ def test_the_script_for_any_pipeline_teaches_the_shape_as_well(tmp_path: Path) -
         out = tmp_path / script
         words = ["--network_train_unet_only", *more, "--cache_dir", str(tmp_path), "--output_dir", str(out)]
         done = subprocess.run(
-            [*command[:-3], script, *command[-2:], *words], cwd=start.ROOT, env=start.child_environment(),
-            capture_output=True, timeout=1800,
-        )  # fmt: skip
+            [*command[:-3], script, *command[-2:], *words],
+            cwd=start.ROOT,
+            env=start.child_environment(),
+            capture_output=True,
+            timeout=1800,
+        )
         assert done.returncode == 0, done.stderr.decode("utf-8", "replace")[-4000:]
         pipeline = load_pipeline(TOY_BASE)
         pipeline.load_lora_weights(str(out), weight_name=Path(start.ADAPTER).name)

@@ -245,8 +245,11 @@ def test_the_adapters_of_a_sweep_are_shown_in_order_of_loss(tmp_path: Path) -> N
 
 @in_browser
 def test_the_page_of_a_sweep_has_a_grid_charts_previews_and_links(tmp_path: Path) -> None:
-    chosen = {f"lr{rate}-dim{rank}": {"learning_rate": rate, "network_dim": rank} for rate in ("1e-4", "2e-4", EVIL)
-              for rank in ("8", "16")}  # fmt: skip
+    chosen = {
+        f"lr{rate}-dim{rank}": {"learning_rate": rate, "network_dim": rank}
+        for rate in ("1e-4", "2e-4", EVIL)
+        for rank in ("8", "16")
+    }
     measured, reports = [], {}
     for number, label in enumerate(chosen):
         record = Record()

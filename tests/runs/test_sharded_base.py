@@ -40,8 +40,10 @@ def run(jobs: Sequence[tuple[str, int, list[str]]], base: str, folder: Path) -> 
     """Run jobs given by name, number of processes and arguments; return the main process's log of each."""
     for name, *_ in jobs:
         (folder / name).mkdir()
-    all_jobs = [Job([*words, "--output_dir", str(folder / name / "out")], count, str(folder / name), BASES[base].script)
-            for name, count, words in jobs]  # fmt: skip
+    all_jobs = [
+        Job([*words, "--output_dir", str(folder / name / "out")], count, str(folder / name), BASES[base].script)
+        for name, count, words in jobs
+    ]
     results = run_ranks(all_jobs, folder)
     for (name, count, _), ranks in zip(jobs, results, strict=True):
         assert [rank.status for rank in ranks] == [0] * count, (name, [rank.said[-3000:] for rank in ranks])

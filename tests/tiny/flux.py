@@ -286,11 +286,14 @@ BASES = (
             diffusers_models,
             "FluxLoraLoaderMixin",
             (
-                "default", "in_dims=[5,6,7,8,9]", "train_t5xxl=True", "train_blocks=single",
+                "default",
+                "in_dims=[5,6,7,8,9]",
+                "train_t5xxl=True",
+                "train_blocks=single",
                 "network_train_text_encoder_only",
             ),
             clip_widths=(768,),
         ),
         in_comfyui="in_dims=[5,6,7,8,9]",
     ),
-)  # fmt: skip
+)

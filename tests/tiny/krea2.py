@@ -179,7 +179,10 @@ DIT = Dit(
     own=({"mlp_dim": "0", "txtfusion_dim": "2"}, {}),
     plain={"exclude_patterns": "['.*']", "include_patterns": r"['blocks\..*\.attn\..*']"},
     trainers=[
-        ("musubi-tuner", False), ("ai-toolkit", False), ("PEFT", False), ("SimpleTuner", True),
+        ("musubi-tuner", False),
+        ("ai-toolkit", False),
+        ("PEFT", False),
+        ("SimpleTuner", True),
         ("OneTrainer, kohya", True),
     ],
     converted=(
@@ -204,7 +207,7 @@ DIT = Dit(
         "blocks_0_attn_gate": (CONFIG.block.width, CONFIG.block.width),
     },
     continued_ranks={f"diffusion_model.blocks.0.attn.{part}": 2 for part in ("wk", "gate")},
-)  # fmt: skip
+)
 BASES = (
     Base(
         name="krea2",

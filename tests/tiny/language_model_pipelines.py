@@ -54,9 +54,12 @@ def flux_2(text_encoder: Callable[[], nn.Module], has_guidance: bool) -> dict[st
         guidance_embeds=has_guidance,
     )  # fmt: skip
     return {
-        "scheduler": flow(**DYNAMIC), "vae": flux_2_vae(), "text_encoder": text_encoder(), "tokenizer": tokenizer(512),
+        "scheduler": flow(**DYNAMIC),
+        "vae": flux_2_vae(),
+        "text_encoder": text_encoder(),
+        "tokenizer": tokenizer(512),
         "transformer": transformer,
-    }  # fmt: skip
+    }
 
 
 def krea2() -> dict[str, Any]:
@@ -130,9 +133,12 @@ def bria_fibo() -> dict[str, Any]:
     encoder = SmolLM3ForCausalLM(SmolLM3Config(**{**SIZES, **HEADS, "vocab_size": 128001}, pad_token_id=0))
     wide = wan_vae(patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16, is_residual=True)
     return {
-        "transformer": transformer, "scheduler": flow(**DYNAMIC), "vae": wide, "text_encoder": encoder,
+        "transformer": transformer,
+        "scheduler": flow(**DYNAMIC),
+        "vae": wide,
+        "text_encoder": encoder,
         "tokenizer": tokenizer(),
-    }  # fmt: skip
+    }
 
 
 def bria_fibo_2() -> dict[str, Any]:
@@ -144,9 +150,12 @@ def bria_fibo_2() -> dict[str, Any]:
         gist_min_text_len=16, gist_max_text_len=64, axes_dims=(4, 6, 6), axes_lens=(64, 64, 64),
     )  # fmt: skip
     return {
-        "transformer": transformer, "scheduler": flow(shift=3.0), "vae": flux_2_vae(), "text_encoder": qwen_3_vl(36),
+        "transformer": transformer,
+        "scheduler": flow(shift=3.0),
+        "vae": flux_2_vae(),
+        "text_encoder": qwen_3_vl(36),
         "processor": tokenizer(),
-    }  # fmt: skip
+    }
 
 
 def nucleus() -> dict[str, Any]:
@@ -158,9 +167,12 @@ def nucleus() -> dict[str, Any]:
         num_experts=4, mlp_ratio=8.0, moe_intermediate_dim=16, capacity_factors=2.0,
     )  # fmt: skip
     return {
-        "transformer": transformer, "scheduler": flow(**DYNAMIC), "vae": qwen_image_vae(),
-        "text_encoder": qwen_3_vl(8), "processor": tokenizer(),
-    }  # fmt: skip
+        "transformer": transformer,
+        "scheduler": flow(**DYNAMIC),
+        "vae": qwen_image_vae(),
+        "text_encoder": qwen_3_vl(8),
+        "processor": tokenizer(),
+    }
 
 
 def hidream() -> dict[str, Any]:

@@ -200,10 +200,13 @@ BASES = (
             diffusers_models,
             "Lumina2LoraLoaderMixin",
             (
-                "default", "embedder_dims=[5,6,7]", "attn_dim=0", "network_train_unet_only",
+                "default",
+                "embedder_dims=[5,6,7]",
+                "attn_dim=0",
+                "network_train_unet_only",
                 "network_train_text_encoder_only",
             ),
         ),
         in_comfyui="embedder_dims=[5,6,7]",
     ),
-)  # fmt: skip
+)

@@ -58,10 +58,13 @@ TEXT = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "rope_parameters": {
-        "rope_type": "default", "rope_theta": 10_000_000.0, "partial_rotary_factor": 0.25,
-        "mrope_interleaved": True, "mrope_section": [1, 1, 0],
+        "rope_type": "default",
+        "rope_theta": 10_000_000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_interleaved": True,
+        "mrope_section": [1, 1, 0],
     },
-}  # fmt: skip
+}
 VISION = {
     "depth": 2,
     "hidden_size": 4 * NUM_HEADS,

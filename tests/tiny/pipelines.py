@@ -37,9 +37,12 @@ def auraflow() -> dict[str, Any]:
         pos_embed_max_size=256,
     )  # fmt: skip
     return {
-        "tokenizer": tokenizer(), "text_encoder": umt5(), "vae": vae(4, scaling_factor=0.13025, shift_factor=None),
-        "transformer": transformer, "scheduler": flow(shift=1.73),
-    }  # fmt: skip
+        "tokenizer": tokenizer(),
+        "text_encoder": umt5(),
+        "vae": vae(4, scaling_factor=0.13025, shift_factor=None),
+        "transformer": transformer,
+        "scheduler": flow(shift=1.73),
+    }
 
 
 def pixart() -> dict[str, Any]:
@@ -51,9 +54,12 @@ def pixart() -> dict[str, Any]:
         num_embeds_ada_norm=1000, norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6,
     )  # fmt: skip
     return {
-        "tokenizer": tokenizer(), "text_encoder": t5(), "vae": vae(4, scaling_factor=0.13025, shift_factor=None),
-        "transformer": transformer, "scheduler": DPMSolverMultistepScheduler(beta_schedule="linear"),
-    }  # fmt: skip
+        "tokenizer": tokenizer(),
+        "text_encoder": t5(),
+        "vae": vae(4, scaling_factor=0.13025, shift_factor=None),
+        "transformer": transformer,
+        "scheduler": DPMSolverMultistepScheduler(beta_schedule="linear"),
+    }
 
 
 def sana() -> dict[str, Any]:
@@ -74,9 +80,12 @@ def sana() -> dict[str, Any]:
         decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.41407,
     )  # fmt: skip
     return {
-        "tokenizer": tokenizer(), "text_encoder": language_model("Gemma2", sliding_window=16), "vae": dc,
-        "transformer": transformer, "scheduler": flow(shift=3.0),
-    }  # fmt: skip
+        "tokenizer": tokenizer(),
+        "text_encoder": language_model("Gemma2", sliding_window=16),
+        "vae": dc,
+        "transformer": transformer,
+        "scheduler": flow(shift=3.0),
+    }
 
 
 def flux() -> dict[str, Any]:
@@ -101,9 +110,12 @@ def lumina2() -> dict[str, Any]:
         scaling_factor=1.0, axes_dim_rope=[4, 2, 2], axes_lens=[300, 32, 32], cap_feat_dim=WIDTH,
     )  # fmt: skip
     return {
-        "tokenizer": tokenizer(), "text_encoder": language_model("Gemma2", sliding_window=16), "vae": vae(4),
-        "transformer": transformer, "scheduler": flow(shift=6.0),
-    }  # fmt: skip
+        "tokenizer": tokenizer(),
+        "text_encoder": language_model("Gemma2", sliding_window=16),
+        "vae": vae(4),
+        "transformer": transformer,
+        "scheduler": flow(shift=6.0),
+    }
 
 
 def ovis() -> dict[str, Any]:
@@ -114,9 +126,12 @@ def ovis() -> dict[str, Any]:
         num_attention_heads=2, joint_attention_dim=WIDTH, axes_dims_rope=[4, 4, 8],
     )  # fmt: skip
     return {
-        "scheduler": flow(**DYNAMIC), "vae": vae(4), "text_encoder": language_model("Qwen3"), "tokenizer": tokenizer(),
+        "scheduler": flow(**DYNAMIC),
+        "vae": vae(4),
+        "text_encoder": language_model("Qwen3"),
+        "tokenizer": tokenizer(),
         "transformer": transformer,
-    }  # fmt: skip
+    }
 
 
 def cogview4() -> dict[str, Any]:
@@ -127,13 +142,14 @@ def cogview4() -> dict[str, Any]:
         patch_size=2, in_channels=4, num_layers=2, attention_head_dim=4, num_attention_heads=4, out_channels=4,
         text_embed_dim=WIDTH, time_embed_dim=8, condition_dim=4,
     )  # fmt: skip
-    scheduler = flow(
-        base_shift=0.25, max_shift=0.75, base_image_seq_len=256, **DYNAMIC, time_shift_type="linear"
-    )  # fmt: skip
+    scheduler = flow(base_shift=0.25, max_shift=0.75, base_image_seq_len=256, **DYNAMIC, time_shift_type="linear")
     return {
-        "tokenizer": tokenizer(), "text_encoder": GlmModel(GlmConfig(**SIZES, **HEADS, pad_token_id=0)),
-        "vae": vae(4, scaling_factor=1.1, shift_factor=0.1), "transformer": transformer, "scheduler": scheduler,
-    }  # fmt: skip
+        "tokenizer": tokenizer(),
+        "text_encoder": GlmModel(GlmConfig(**SIZES, **HEADS, pad_token_id=0)),
+        "vae": vae(4, scaling_factor=1.1, shift_factor=0.1),
+        "transformer": transformer,
+        "scheduler": scheduler,
+    }
 
 
 def sd3() -> dict[str, Any]:
@@ -159,9 +175,12 @@ def zimage() -> dict[str, Any]:
         axes_lens=[256, 32, 32],
     )  # fmt: skip
     return {
-        "scheduler": flow(shift=3.0), "vae": vae(16), "text_encoder": language_model("Qwen3"), "tokenizer": tokenizer(),
+        "scheduler": flow(shift=3.0),
+        "vae": vae(16),
+        "text_encoder": language_model("Qwen3"),
+        "tokenizer": tokenizer(),
         "transformer": transformer,
-    }  # fmt: skip
+    }
 
 
 def unet(**more: Any) -> nn.Module:
@@ -191,9 +210,12 @@ def stable_diffusion_xl() -> dict[str, Any]:
     from diffusers import EulerDiscreteScheduler
 
     model = unet(
-        cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=WIDTH + 6 * 8, transformer_layers_per_block=(1, 2),
-    )  # fmt: skip
+        cross_attention_dim=2 * WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=WIDTH + 6 * 8,
+        transformer_layers_per_block=(1, 2),
+    )
     return {
         "unet": model, "scheduler": EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
         "vae": vae(4, scaling_factor=0.13025, shift_factor=None), "text_encoder": clip(), "tokenizer": tokenizer(77),
@@ -210,9 +232,12 @@ def chroma() -> dict[str, Any]:
         approximator_num_channels=16,
     )  # fmt: skip
     return {
-        "scheduler": flow(**DYNAMIC), "vae": vae(4), "text_encoder": t5(), "tokenizer": tokenizer(),
+        "scheduler": flow(**DYNAMIC),
+        "vae": vae(4),
+        "text_encoder": t5(),
+        "tokenizer": tokenizer(),
         "transformer": transformer,
-    }  # fmt: skip
+    }
 
 
 def lumina() -> dict[str, Any]:
@@ -224,9 +249,12 @@ def lumina() -> dict[str, Any]:
         cross_attention_dim=WIDTH, scaling_factor=1.0,
     )  # fmt: skip
     return {
-        "tokenizer": tokenizer(), "text_encoder": language_model("Gemma2", sliding_window=16), "vae": vae(4),
-        "transformer": transformer, "scheduler": flow(),
-    }  # fmt: skip
+        "tokenizer": tokenizer(),
+        "text_encoder": language_model("Gemma2", sliding_window=16),
+        "vae": vae(4),
+        "transformer": transformer,
+        "scheduler": flow(),
+    }
 
 
 def hunyuan_dit() -> dict[str, Any]:
@@ -267,9 +295,12 @@ def qwen_image() -> dict[str, Any]:
         joint_attention_dim=16, guidance_embeds=False, axes_dims_rope=(8, 4, 4),
     )  # fmt: skip
     return {
-        "scheduler": flow(**DYNAMIC), "vae": qwen_image_vae(), "text_encoder": qwen_2_5_vl(), "tokenizer": tokenizer(),
+        "scheduler": flow(**DYNAMIC),
+        "vae": qwen_image_vae(),
+        "text_encoder": qwen_2_5_vl(),
+        "tokenizer": tokenizer(),
         "transformer": transformer,
-    }  # fmt: skip
+    }
 
 
 def ernie() -> dict[str, Any]:
@@ -286,9 +317,12 @@ def ernie() -> dict[str, Any]:
     }  # fmt: skip
     words = {"model_type": "mistral", **SIZES, **HEADS}
     return {
-        "transformer": transformer, "vae": flux_2_vae(), "tokenizer": tokenizer(), "scheduler": flow(shift=3.0),
+        "transformer": transformer,
+        "vae": flux_2_vae(),
+        "tokenizer": tokenizer(),
+        "scheduler": flow(shift=3.0),
         "text_encoder": Mistral3Model(Mistral3Config(text_config=words, vision_config=sight)),
-    }  # fmt: skip
+    }
 
 
 def bria() -> dict[str, Any]:
@@ -299,9 +333,12 @@ def bria() -> dict[str, Any]:
         joint_attention_dim=WIDTH, pooled_projection_dim=None, axes_dims_rope=[0, 4, 4],
     )  # fmt: skip
     return {
-        "transformer": transformer, "scheduler": flow(shift=3.0), "vae": vae(4), "text_encoder": t5(),
+        "transformer": transformer,
+        "scheduler": flow(shift=3.0),
+        "vae": vae(4),
+        "text_encoder": t5(),
         "tokenizer": tokenizer(),
-    }  # fmt: skip
+    }
 
 
 def cogview3plus() -> dict[str, Any]:
@@ -312,9 +349,12 @@ def cogview3plus() -> dict[str, Any]:
         text_embed_dim=WIDTH, time_embed_dim=8, condition_dim=2, pos_embed_max_size=16, sample_size=8,
     )  # fmt: skip
     return {
-        "tokenizer": tokenizer(), "text_encoder": t5(), "vae": vae(4, shift_factor=None), "transformer": transformer,
+        "tokenizer": tokenizer(),
+        "text_encoder": t5(),
+        "vae": vae(4, shift_factor=None),
+        "transformer": transformer,
         "scheduler": CogVideoXDDIMScheduler(**BETAS, prediction_type="v_prediction"),
-    }  # fmt: skip
+    }
 
 
 def kandinsky_3() -> dict[str, Any]:
@@ -330,9 +370,12 @@ def kandinsky_3() -> dict[str, Any]:
         up_block_types=["UpDecoderBlock2D"] * 4, vq_embed_dim=4,
     )  # fmt: skip
     return {
-        "tokenizer": tokenizer(), "text_encoder": t5(), "unet": unet_3, "movq": movq,
+        "tokenizer": tokenizer(),
+        "text_encoder": t5(),
+        "unet": unet_3,
+        "movq": movq,
         "scheduler": DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
-    }  # fmt: skip
+    }
 
 
 PIPELINES: Mapping[str, Callable[[], dict[str, Any]]] = {

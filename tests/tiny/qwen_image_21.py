@@ -76,8 +76,10 @@ def comfy_vae(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     def comfy_name(key: str) -> str:
         stem, _, leaf = key.rpartition(".")
-        for ours, theirs in (*QUANT.items(), *((f"{part}.{a}", f"{part}.{b}") for part in ("encoder", "decoder")
-                                               for a, b in ENDS.items())):  # fmt: skip
+        for ours, theirs in (
+            *QUANT.items(),
+            *((f"{part}.{a}", f"{part}.{b}") for part in ("encoder", "decoder") for a, b in ENDS.items()),
+        ):
             if stem == theirs:
                 return f"{ours}.{leaf}"
         for ours, theirs in RESIDUAL.items():

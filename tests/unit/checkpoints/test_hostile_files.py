@@ -45,12 +45,14 @@ def entry(**fields: Any) -> bytes:
         (entry(data_offsets=[0, 2**63]), "needs 8 bytes"),
         (entry(data_offsets=[8, 0]), "needs 8 bytes"),
         (entry(data_offsets=[0.0, 8.0]), "offsets 0.0 to 8.0"),
-        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
-         "overlaps"),
+        (
+            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+            "overlaps",
+        ),
         (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', "a gap of 4 bytes"),
         (b'{"__metadata__":{"a":{}}}', "its metadata"),
     ],
-)  # fmt: skip
+)
 def test_an_invalid_header_is_refused(tmp_path: Path, header: bytes, message: str) -> None:
     path = write_raw(tmp_path / "evil.safetensors", header)
     with pytest.raises(ValueError) as refused:

@@ -105,9 +105,12 @@ def object_store(monkeypatch: Any) -> Iterator[ObjectStore]:
 
     store = ObjectStore("")
     server = make_server(
-        "127.0.0.1", 0, FaultyApp(DomainDispatcherApplication(create_backend_app), store), threaded=True,
+        "127.0.0.1",
+        0,
+        FaultyApp(DomainDispatcherApplication(create_backend_app), store),
+        threaded=True,
         request_handler=Silent,
-    )  # fmt: skip
+    )
     store.url = f"http://127.0.0.1:{server.server_port}"
     values = {"ENDPOINT_URL": store.url, "ACCESS_KEY_ID": "a-key", "SECRET_ACCESS_KEY": SECRET}
     for name, value in {**values, "DEFAULT_REGION": "us-east-1", "MAX_ATTEMPTS": "1"}.items():

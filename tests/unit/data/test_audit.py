@@ -156,8 +156,11 @@ def test_metadata_of_training_folders_has_the_keys_of_sd_scripts(tmp_path):
     arguments = "--resolution 64 --enable_bucket --min_bucket_reso 64 --max_bucket_reso 128 --caption_extension .txt"
     options = options_of(
         f"{arguments} --train_batch_size 2 --gradient_accumulation_steps 3 --keep_tokens 1",
-        "--train_data_dir", f"{tmp_path}/train", "--reg_data_dir", f"{tmp_path}/reg",
-    )  # fmt: skip
+        "--train_data_dir",
+        f"{tmp_path}/train",
+        "--reg_data_dir",
+        f"{tmp_path}/reg",
+    )
     metadata = build_plan(options, SPEC, 1, None, None).metadata(options.dataset, batches_per_step=2 * 3)
     assert metadata == {
         "ss_batch_size_per_device": 2,

@@ -492,9 +492,12 @@ def test_skip_cache_check_requires_only_that_the_file_exists(folder, caplog):
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
-    [(put_other_shape, "holding latents of shape"), (put_whole_numbers, "holding latents of the type int64"),
-     (truncate, "damaged")],
-)  # fmt: skip
+    [
+        (put_other_shape, "holding latents of shape"),
+        (put_whole_numbers, "holding latents of the type int64"),
+        (truncate, "damaged"),
+    ],
+)
 def test_an_invalid_file_passed_by_skip_cache_check_stops_the_run(folder, spoil, message):
     cache(folder)
     spoil(folder)

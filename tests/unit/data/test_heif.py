@@ -120,8 +120,10 @@ def test_the_audit_names_the_package_and_does_not_advise_to_rename(
     plan_of(write_config(tmp_path / "a.toml", SUBSET + "image_dir = '{here}/photos'")).audit(logging.getLogger("audit"))
     lines = [record.getMessage() for record in caplog.records]
     assert any(f"3 images are left out: they require {MISSING}: 0.heic, 1.HEIC, 2.heif" in line for line in lines)
-    assert any("1 images have unsupported extensions; convert or rename them to .png or .jpg: old.gif" in line
-               for line in lines)  # fmt: skip
+    assert any(
+        "1 images have unsupported extensions; convert or rename them to .png or .jpg: old.gif" in line
+        for line in lines
+    )
 
 
 def test_an_index_of_shards_notices_that_the_package_was_installed(

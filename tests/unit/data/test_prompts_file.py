@@ -186,7 +186,7 @@ def test_a_target_class_makes_a_slider_in_any_table(tmp_path: Path, text: str) -
         ('[[targets]]\npositive = "x"\nresolution = 64\nresolutions = 64\n', "has both resolution and resolutions"),
         ("[[prompts]\n", "is not valid TOML"),
     ],
-)  # fmt: skip
+)
 def test_each_mistake_raises_a_one_line_error_with_a_solution(tmp_path: Path, text: str, message: str) -> None:
     assert message in catch_refusal(tmp_path, text)
 
@@ -209,7 +209,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
             "dynamic_resolution has no effect on 512 x 768",
         ),
     ],
-)  # fmt: skip
+)
 def test_probable_mistakes_are_warned_about_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str, message: str
 ) -> None:

@@ -214,8 +214,11 @@ def test_each_batch_has_references_of_one_size(tmp_path: Path) -> None:
     write_folder(tmp_path / "after", 6)
     for i in range(6):
         write_image(tmp_path / "before" / f"p{i}.png", (64, 64) if i % 2 else (128, 64), seed=50 + i)
-    data_plan = plan(tmp_path, "control_dirs = ['{here}/before']\ncontrol_no_resize = true", "enable_bucket = true\n"
-                 "bucket_reso_steps = 16\nmin_bucket_reso = 16")  # fmt: skip
+    data_plan = plan(
+        tmp_path,
+        "control_dirs = ['{here}/before']\ncontrol_no_resize = true",
+        "enable_bucket = true\nbucket_reso_steps = 16\nmin_bucket_reso = 16",
+    )
     seen = {}
     for batch in batches_of(data_plan):
         (pixels_BCHW,) = batch.reference_pixels

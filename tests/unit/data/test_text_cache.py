@@ -526,8 +526,10 @@ def test_settings_are_checked_even_if_encoders_are_missing(tmp_path: Path, caplo
     same = cache(tmp_path, identity=None, settings="512 tokens")
     assert not same.num_loads and first.num_loads and "(--t5xxl x does not exist)" in caplog.text
     changes: list[dict[str, Any]] = [
-        {"settings": "256 tokens"}, {"words": "b"}, {"constants": {"applies": torch.tensor(False)}},
-    ]  # fmt: skip
+        {"settings": "256 tokens"},
+        {"words": "b"},
+        {"constants": {"applies": torch.tensor(False)}},
+    ]
     for changed in changes:
         with pytest.raises(UserError, match=r"captions? must be encoded \(.* is made with (other settings|another)"):
             cache(tmp_path, **{"identity": None, "settings": "512 tokens", **changed})

@@ -282,8 +282,10 @@ def test_a_kept_shape_is_the_distribution_cut_off_at_the_range() -> None:
 def test_a_range_that_is_never_drawn_is_an_error() -> None:
     sampling = FlowSamplingOptions("shift", discrete_flow_shift=1e6, preserve_distribution_shape=True)
     options = SimpleNamespace(
-        noise=NoiseOptions(max_timestep=10), loss=LossOptions(), flow_sampling=sampling,
+        noise=NoiseOptions(max_timestep=10),
+        loss=LossOptions(),
+        flow_sampling=sampling,
         flow_weighting=FlowWeightingOptions(),
-    )  # fmt: skip
+    )
     with pytest.raises(ValueError, match=r"--preserve_distribution_shape.*--max_timestep 10; widen the range"):
         build_sampled_flow(options).draw_timesteps(2, H, W, torch.Generator().manual_seed(4))

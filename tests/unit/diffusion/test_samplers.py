@@ -67,9 +67,12 @@ def test_ancestral_steps_match_diffusers(num_steps: int, velocity: bool) -> None
     import diffusers
 
     scheduler = diffusers.DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
         prediction_type="v_prediction" if velocity else "epsilon",
-    )  # fmt: skip
+    )
     scheduler.set_timesteps(num_steps)
     ours = build_ddpm_sampler("ddpm", num_steps, predicts_velocity=velocity, zero_terminal_snr=False)
     assert [level.timestep for level in ours.levels] == scheduler.timesteps.tolist()

@@ -63,7 +63,7 @@ PUBLISHED = {
         "flux2Klein_9b.safetensors": True,
         "flux2Klein_9bBase.safetensors": False,
     },
-}  # fmt: skip
+}
 TABLE = [(release, name, expected) for release, names in PUBLISHED.items() for name, expected in names.items()]
 
 

@@ -127,8 +127,9 @@ def test_an_unnamed_folder_with_two_text_encoders_is_recognised_as_sdxl(tmp_path
 ONE_FILE = {title: name for name, base in BASES.items() for title in base.full_size}
 OTHER_SIZES = [  # (file of names, path to them in it, base model)
     ("sd21", ("checkpoint",), "sd2"),
-    ("sd3", ("mmdit", "sd3.5-medium"), "sd3"), ("sd3", ("mmdit", "sd3.5-large"), "sd3"),
-]  # fmt: skip
+    ("sd3", ("mmdit", "sd3.5-medium"), "sd3"),
+    ("sd3", ("mmdit", "sd3.5-large"), "sd3"),
+]
 
 
 def strongest(shapes: Shapes, signs_of: Callable[[BaseModelSpec], Sequence[Sign]]) -> list[str]:

@@ -112,8 +112,9 @@ def test_kinds_that_share_an_argument_parse_it_identically() -> None:
             readers.setdefault(name, set()).add(argument.parse)
     assert all(len(parsers) == 1 for parsers in readers.values())
     assert {kind.network_module for kind in list_kinds() if "block_size" in list_declared(kind.arguments)} == {
-        "networks.boft", "networks.oft_v2",
-    }  # fmt: skip
+        "networks.boft",
+        "networks.oft_v2",
+    }
 
 
 def test_base_model_arguments_are_typed_too() -> None:
@@ -161,7 +162,8 @@ def test_expressions_and_patterns_keep_their_order() -> None:
         {"network_reg_dims": "a=b=4,.*_0_=0", "network_reg_lrs": "x=1e-3", "exclude_patterns": "['.*mlp.*', '.*q']"}
     )
     assert got.given == {
-        "network_reg_dims": (("a=b", 4), (".*_0_", 0)), "network_reg_lrs": (("x", 1e-3),),
+        "network_reg_dims": (("a=b", 4), (".*_0_", 0)),
+        "network_reg_lrs": (("x", 1e-3),),
         "exclude_patterns": (".*mlp.*", ".*q"),
-    }  # fmt: skip
+    }
     assert parse_arguments({"include_patterns": ".*[kv]"}).given == {"include_patterns": (".*[kv]",)}

@@ -74,12 +74,18 @@ def file_keys(network: AdapterNetwork, module: str) -> dict[str, list[int]]:
 def test_keys_and_shapes_with_all_forms_combined() -> None:
     network, _, _ = trained(1501, **EVERYTHING)
     assert file_keys(network, CONV) == {
-        "alpha": [], "dora_scale": [1, 6, 1, 1], "lora_down.weight": [3, 6, 1, 1], "lora_mid.weight": [3, 3, 3, 3],
+        "alpha": [],
+        "dora_scale": [1, 6, 1, 1],
+        "lora_down.weight": [3, 6, 1, 1],
+        "lora_mid.weight": [3, 3, 3, 3],
         "lora_up.weight": [6, 3, 1, 1],
-    }  # fmt: skip
+    }
     assert file_keys(network, LINEAR) == {
-        "alpha": [], "dora_scale": [1, 8], "lora_down.weight": [4, 8], "lora_up.weight": [6, 4],
-    }  # fmt: skip
+        "alpha": [],
+        "dora_scale": [1, 8],
+        "lora_down.weight": [4, 8],
+        "lora_up.weight": [6, 4],
+    }
     assert file_keys(network, NORM) == {"w_norm": [6], "b_norm": [6]}
     proj_in = file_keys(network, "lora_unet_mid_attention_proj_in")
     assert "lora_mid.weight" not in proj_in and proj_in["dora_scale"] == [1, 6, 1, 1]
@@ -161,8 +167,9 @@ def test_norms_use_the_learning_rate_of_their_block_and_rank_0_excludes_them() -
     )
     norms = {m.adapter.target.path: m.settings for m in network.members if isinstance(m.adapter.change, Norm)}
     assert {path: settings.lr_factor for path, settings in norms.items()} == {
-        "down.0.attention.norm": 1.0, "up.0.attention.norm": 2.0,
-    }  # fmt: skip
+        "down.0.attention.norm": 1.0,
+        "up.0.attention.norm": 2.0,
+    }
     network = create_network(1.0, 4, 2.0, None, text, unet, train_norm="1", block_dims="0,4,0,4")
     norm_paths = [m.adapter.target.path for m in network.members if isinstance(m.adapter.change, Norm)]
     assert norm_paths == ["down.0.attention.norm", "up.0.attention.norm"]

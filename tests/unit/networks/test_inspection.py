@@ -58,15 +58,18 @@ def test_norm_weights_have_no_rank() -> None:
         ("lora_te_text_model_encoder_layers_11_mlp_fc1", "text encoder (lora_te)", "encoder_layers_11"),
         ("lora_te2_text_model_encoder_layers_3_mlp_fc1", "text encoder (lora_te2)", "encoder_layers_3"),
         ("diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q", "denoiser", "input_blocks_4"),
-        ("text_encoders.clip_l.transformer.text_model.encoder.layers.3.mlp.fc1", "text encoder (text_encoders_clip_l)",
-         "encoder_layers_3"),
+        (
+            "text_encoders.clip_l.transformer.text_model.encoder.layers.3.mlp.fc1",
+            "text encoder (text_encoders_clip_l)",
+            "encoder_layers_3",
+        ),
         ("unet.up_blocks.2.resnets.1.conv1", "denoiser", "up_blocks_2"),
         ("text_encoder_2.text_model.encoder.layers.3.mlp.fc1", "text encoder (text_encoder_2)", "encoder_layers_3"),
         ("lora_unet_double_blocks_12_img_attn_qkv", "denoiser", "double_blocks_12"),
         ("lora_unet_layers_4_attention_qkv", "denoiser", "layers_4"),
         ("transformer.single_transformer_blocks.3.attn.to_q", "denoiser", "single_transformer_blocks_3"),
     ],
-)  # fmt: skip
+)
 def test_a_module_name_is_located_in_its_part_and_block(name: str, part: str, block: str) -> None:
     assert locate_module(name) == (part, block)
 

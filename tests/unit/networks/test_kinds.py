@@ -279,8 +279,11 @@ def test_a_recomputed_layer_gets_the_same_gradients_with_dropout(kind: str) -> N
         torch.manual_seed(7592)
         x = torch.randn(1, 6, 4, 4)
         out = torch.utils.checkpoint.checkpoint(unet, x, use_reentrant=False) if recompute else unet(x)
-        grads.append(torch.autograd.grad(out.square().sum(), [p for n, p in network.named_parameters() if "unet" in n],
-                                         allow_unused=True))  # fmt: skip
+        grads.append(
+            torch.autograd.grad(
+                out.square().sum(), [p for n, p in network.named_parameters() if "unet" in n], allow_unused=True
+            )
+        )
     for expected, actual in zip(*grads, strict=True):
         assert (expected is None) == (actual is None)
         if expected is not None and actual is not None:

@@ -173,9 +173,12 @@ def test_rates_of_a_side_without_adapters_are_warned_about(
 def test_blocks_with_rate_factors_are_separate_groups() -> None:
     got = groups_of([1e-4], 1e-3, 1e-3, down_lr_weight="1,0.5", mid_lr_weight="0", loraplus_unet_lr_ratio="2")
     assert got == {
-        "textencoder": (1e-4, 4), "unet_block1": (5e-4, 2), "unet_block1 plus": (1e-3, 2),
-        "unet_block3": (1e-3, 2), "unet_block3 plus": (2e-3, 2),
-    }  # fmt: skip
+        "textencoder": (1e-4, 4),
+        "unet_block1": (5e-4, 2),
+        "unet_block1 plus": (1e-3, 2),
+        "unet_block3": (1e-3, 2),
+        "unet_block3 plus": (2e-3, 2),
+    }
 
 
 def test_a_network_from_a_file_takes_its_ranks_and_alphas_and_keeps_the_dropout_settings() -> None:

@@ -66,8 +66,11 @@ def test_a_block_size_that_does_not_divide_the_layer_can_be_an_error() -> None:
 def test_include_patterns_exclude_everything_else() -> None:
     chosen = make_network(8031, 4, include_patterns=r"['.*to_q', 'mid\\..*']", exclude_patterns="up.*").adapters
     assert {adapter.target.path for adapter in chosen.values()} == {
-        "down.0.attention.to_q", "mid.attention.proj_in", "mid.attention.to_q", "up.0.attention.to_q",
-    }  # fmt: skip
+        "down.0.attention.to_q",
+        "mid.attention.proj_in",
+        "mid.attention.to_q",
+        "up.0.attention.to_q",
+    }
 
 
 def test_arguments_without_effect_are_logged(caplog: pytest.LogCaptureFixture) -> None:

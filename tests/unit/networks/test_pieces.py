@@ -44,9 +44,7 @@ def test_output_gradients_and_merged_weight_match_separate_layers(kind: str, str
     torch.manual_seed(5301)
     layer = nn.Linear(16, 24).double().requires_grad_(False)
     x = torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True)
-    changes = {
-        name: change_of(LinearRows(layer, rows_of(name, 24)), kind, 5302 + i) for i, name in enumerate(PARTS)
-    }  # fmt: skip
+    changes = {name: change_of(LinearRows(layer, rows_of(name, 24)), kind, 5302 + i) for i, name in enumerate(PARTS)}
     combined = InRows(dict(reversed(changes.items())))  # files have pieces in any order
     y = combined(x, layer, strength)
     expected = layer(x).clone()
@@ -57,9 +55,7 @@ def test_output_gradients_and_merged_weight_match_separate_layers(kind: str, str
         alone.weight.copy_(layer.weight[first:stop])
         alone.bias.copy_(layer.bias[first:stop])
         twins.append(change_of(alone, kind, 5302 + i))
-        expected = torch.cat(
-            [expected[..., :first], twins[-1](x, alone, strength), expected[..., stop:]], -1
-        )  # fmt: skip
+        expected = torch.cat([expected[..., :first], twins[-1](x, alone, strength), expected[..., stop:]], -1)
         merged[first:stop] = twins[-1].merged(alone.weight, strength)
     torch.testing.assert_close(y, expected, **FLOAT64)
     assert (y - layer(x)).abs().max() > 0.1

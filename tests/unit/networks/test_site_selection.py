@@ -38,8 +38,11 @@ def test_ranks_by_type_affect_only_their_layers_and_0_excludes_them() -> None:
 def test_embedders_are_adapted_only_on_request_each_with_its_rank() -> None:
     ranks_by_path = denoiser_ranks(in_dims="[5,6,7]")
     assert {name: rank for name, rank in ranks_by_path.items() if rank != 4} == {
-        "img_in": 5, "time_in_in_layer": 6, "time_in_out_layer": 6, "patch": 7,
-    }  # fmt: skip
+        "img_in": 5,
+        "time_in_in_layer": 6,
+        "time_in_out_layer": 6,
+        "patch": 7,
+    }
     assert len(denoiser_ranks(in_dims="0,6,0")) == ALL + 2
 
 

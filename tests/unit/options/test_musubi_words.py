@@ -15,11 +15,13 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"vae_dtype": "float32", "mixed_precision": "bf16"}, {"no_half_vae": True}),
     ({"vae_dtype": "bfloat16", "text_encoder_dtype": "bf16", "mixed_precision": "bf16"}, {"no_half_vae": False}),
     ({"dynamo_backend": "AOT_EAGER", "dynamo_mode": "max-autotune"}, {"compile": True, "compile_backend": "aot_eager"}),
-    ({"dynamo_backend": "INDUCTOR", "dynamo_fullgraph": True, "dynamo_dynamic": True},
-     {"compile": True, "compile_backend": "inductor", "compile_fullgraph": True, "compile_dynamic": "true"}),
+    (
+        {"dynamo_backend": "INDUCTOR", "dynamo_fullgraph": True, "dynamo_dynamic": True},
+        {"compile": True, "compile_backend": "inductor", "compile_fullgraph": True, "compile_dynamic": "true"},
+    ),
     ({"dynamo_backend": "NO"}, {"compile": False, "torch_compile": False}),
     ({"save_precision": "fp32"}, {"save_precision": "fp32"}),
-]  # fmt: skip
+]
 
 
 def options_of(words: dict[str, Any], tmp_path: Path, in_file: bool) -> ZImageOptions:

@@ -73,9 +73,10 @@ def test_forms_know_paths_choices_and_commands(described: dict[str, Any]) -> Non
     paths = {name: item["path_kind"] for name, item in options.items() if item["type"] == "path"}
     assert paths["output_dir"] == "new folder" and paths["dit"] == "model" and paths["in_json"] == "file"
     undeclared = {
-        name for name, item in options.items()
+        name
+        for name, item in options.items()
         if item["path_kind"] is None and item["type"] != "flag" and re.match(r"(File|Folder)\b(?! name)", item["help"])
-    }  # fmt: skip
+    }
     assert undeclared == {"huggingface_path_in_repo"}  # not on this machine
     assert "Prodigy" in options["optimizer_type"]["choices"] and options["optimizer_type"]["takes_other_values"]
     assert "rex" in options["lr_scheduler"]["choices"] and "networks.lokr" in options["network_module"]["choices"]

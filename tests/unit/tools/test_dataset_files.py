@@ -69,9 +69,7 @@ def test_captions_are_copied_for_each_size_and_other_files_once(tmp_path: Path) 
     (tmp_path / "in" / "a_0040x0040_sdxl.npz").write_text("a cache of the old image")
     words = ("--max_resolution", "32x32,16x16")
     assert resized(tmp_path / "in", tmp_path / "plain", *words) == 0
-    assert {path.name for path in (tmp_path / "plain").iterdir()} == {
-        "a+32x32.jpg", "a+16x16.jpg", "a.txt", "notes.md"
-    }  # fmt: skip
+    assert {path.name for path in (tmp_path / "plain").iterdir()} == {"a+32x32.jpg", "a+16x16.jpg", "a.txt", "notes.md"}
     assert resized(tmp_path / "in", tmp_path / "all", *words, "--copy_associated_files") == 0
     assert {path.name for path in (tmp_path / "all").iterdir()} == {
         "a+32x32.jpg", "a+16x16.jpg", "a+32x32.txt", "a+16x16.txt", "notes.md"

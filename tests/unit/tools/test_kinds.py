@@ -202,8 +202,11 @@ def test_an_unneeded_base_model_is_warned_about(
     tiny_sd_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = "lora_unet_mid_block_attentions_0_proj_in"
-    save_safetensors(tmp_path / "a.safetensors", {f"{name}.lora_up.weight": torch.ones(9, 2, 1, 1),
-                                                  f"{name}.lora_down.weight": torch.ones(2, 9, 1, 1)}, {})  # fmt: skip
+    save_safetensors(
+        tmp_path / "a.safetensors",
+        {f"{name}.lora_up.weight": torch.ones(9, 2, 1, 1), f"{name}.lora_down.weight": torch.ones(2, 9, 1, 1)},
+        {},
+    )
     words = ["--models", str(tmp_path / "a.safetensors"), "--base_model", str(tiny_sd_folder), "--save_to"]
     assert merge_lora.main([*words, str(tmp_path / "b.safetensors")]) == 0
     assert "--base_model has no effect: the changes of --models do not depend on it" in caplog.text

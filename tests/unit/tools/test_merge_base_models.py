@@ -32,16 +32,19 @@ from tools.base_models import has_pipeline
 
 FILES: Mapping[str, tuple[str, Callable[[Path], list[str]]]] = {  # title -> base model and what writes its files
     **{name: (name, base.build) for name, base in BASES.items()},
-    **{f"{name}, {layout}": (name, partial(write, seed=33, layout=layout))
-       for name, base in BASES.items() for layout in ("whole", "diffusers")
-       if (write := base.layouts) is not None
-       and (layout == "whole" or has_pipeline(f"{base.spec.pipelines[0]}Pipeline"))},
+    **{
+        f"{name}, {layout}": (name, partial(write, seed=33, layout=layout))
+        for name, base in BASES.items()
+        for layout in ("whole", "diffusers")
+        if (write := base.layouts) is not None
+        and (layout == "whole" or has_pipeline(f"{base.spec.pipelines[0]}Pipeline"))
+    },
     "anima, no prefix": ("anima", partial(build_tiny_anima, seed=33, prefix="")),
     "flux_2 dev, whole": ("flux_2", partial(build_tiny_flux_2, seed=33, layout="whole", is_dev=True)),
     "sd, file": ("sd", lambda f: path_argument(build_tiny_sd(f, 33, "safetensors"))),
     "sd2, file": ("sd2", lambda f: path_argument(build_tiny_sd(f, 33, "safetensors", is_v2=True), "--v2")),
     "sdxl, file": ("sdxl", lambda f: path_argument(build_tiny_sdxl(f, 33, "safetensors"))),
-}  # fmt: skip
+}
 VERSIONS = {"flux_2 dev, whole": "Flux.2-dev", "sd2, file": "stable-diffusion-v2-512"}
 
 

@@ -204,9 +204,11 @@ def small_file(seed: int, rank: int, alpha: float, dtype: torch.dtype = torch.fl
 
 @settings(max_examples=20, deadline=None)
 @given(
-    ranks=st.lists(st.integers(1, 4), min_size=1, max_size=3), alpha=st.floats(0.25, 8), ratio=st.floats(-2, 2),
+    ranks=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    alpha=st.floats(0.25, 8),
+    ratio=st.floats(-2, 2),
     seed=st.integers(0, 2**30),
-)  # fmt: skip
+)
 def test_concatenation_is_the_sum_of_the_changes(ranks: list[int], alpha: float, ratio: float, seed: int) -> None:
     adapters = [Weighted(small_file(seed + i, rank, alpha), ratio + i) for i, rank in enumerate(ranks)]
     merged = {module.name: module for module in merge_adapters(adapters, None, Arithmetic(torch.float64, CPU))}
@@ -307,9 +309,10 @@ def test_a_full_weight_difference_cannot_be_added_to_factors(
 def test_dora_cannot_be_added_to_another_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generator = torch.Generator().manual_seed(81)
     tensors = {
-        "lora_unet_x.lora_down.weight": randn(generator, 2, 8), "lora_unet_x.lora_up.weight": randn(generator, 6, 2),
+        "lora_unet_x.lora_down.weight": randn(generator, 2, 8),
+        "lora_unet_x.lora_up.weight": randn(generator, 6, 2),
         "lora_unet_x.dora_scale": torch.ones(1, 8),
-    }  # fmt: skip
+    }
     save_safetensors(tmp_path / "a.safetensors", tensors)
     assert merge("--models", tmp_path / "a.safetensors", "--save_to", tmp_path / "m.safetensors") == 1
     error = capsys.readouterr().err

@@ -72,9 +72,11 @@ def dense_rank(s: Tensor, method: str, param: float, most: int) -> int:
 
 @settings(max_examples=20, deadline=None)
 @given(
-    method=st.sampled_from(["sv_ratio", "sv_fro", "sv_cumulative"]), share=st.floats(0.2, 0.97),
-    most=st.integers(1, 6), seed=st.integers(0, 2**31),
-)  # fmt: skip
+    method=st.sampled_from(["sv_ratio", "sv_fro", "sv_cumulative"]),
+    share=st.floats(0.2, 0.97),
+    most=st.integers(1, 6),
+    seed=st.integers(0, 2**31),
+)
 def test_methods_choose_the_rank_that_the_full_matrix_needs(method: str, share: float, most: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     tensors = {}

@@ -20,8 +20,11 @@ def test_sections_json_dates_and_tags_are_formatted(path: Path, capsys: pytest.C
     assert main(["--model", str(path)]) == 0
     output = capsys.readouterr().out
     assert [line for line in output.splitlines() if not line.startswith(" ")] == [
-        "model:", "training:", "hashes:", "other:",
-    ]  # fmt: skip
+        "model:",
+        "training:",
+        "hashes:",
+        "other:",
+    ]
     assert "  modelspec.title: my cat\n" in output
     assert '  ss_network_args:\n    {\n      "conv_dim": "2"\n    }\n' in output
     assert "ss_training_started_at: 1700000000.5 (2023-11-14 22:13:20 UTC)" in output

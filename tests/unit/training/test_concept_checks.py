@@ -78,8 +78,11 @@ def test_every_option_without_effect_exists_and_is_warned_about(
     prompts: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     defaults = SDXL_LECO.defaults()
-    numbers = {name: (value or 0) + 1 for name, value in defaults.items()
-               if name in IGNORED.keys() - REFUSED.keys() and isinstance(value, bool | int | float)}  # fmt: skip
+    numbers = {
+        name: (value or 0) + 1
+        for name, value in defaults.items()
+        if name in IGNORED.keys() - REFUSED.keys() and isinstance(value, bool | int | float)
+    }
     with caplog.at_level(logging.WARNING):
         report_unused(make_options(prompts, **numbers), {})
     matches = [re.match(r"--(\w+) has no effect: ", record.message) for record in caplog.records]

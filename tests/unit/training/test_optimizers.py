@@ -248,8 +248,11 @@ def test_a_library_that_fails_to_import_is_named_with_its_version(
 
 def test_an_argument_is_split_at_its_first_equals_sign() -> None:
     assert read_keyword_args(["mode='a=b'", " betas = (0.9, 0.99) ", "flag=True", "x=None"], "--optimizer_args") == {
-        "mode": "a=b", "betas": (0.9, 0.99), "flag": True, "x": None,
-    }  # fmt: skip
+        "mode": "a=b",
+        "betas": (0.9, 0.99),
+        "flag": True,
+        "x": None,
+    }
 
 
 @pytest.mark.parametrize(("name", "argument"), [("RMSprop", "differentiable=True"), ("DAdaptSGD", "momentum=[[1]]")])

@@ -121,9 +121,12 @@ def test_options_already_in_use_are_not_advised() -> None:
     assert "AdamW8bit keeps the optimizer's memory in 8 bits: 3.0 MB less" in lines
     assert "--train_batch_size 2 needs 50% of the activations" in lines
     used = make_options(
-        gradient_checkpointing=True, cache_latents=True, mixed_precision="bf16", optimizer_type="AdamW8bit",
+        gradient_checkpointing=True,
+        cache_latents=True,
+        mixed_precision="bf16",
+        optimizer_type="AdamW8bit",
         network_train_unet_only=True,
-    )  # fmt: skip
+    )
     lines = "\n".join(find_savings(used.flat(), sizes, CPU))
     for option in ("--gradient_checkpointing", "--cache_latents", "--mixed_precision", "--optimizer_type", "--train"):
         assert option not in lines

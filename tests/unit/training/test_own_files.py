@@ -44,9 +44,11 @@ def test_an_adapter_is_known_by_module_and_name(
 def test_a_pickled_adapter_is_known_by_its_keys_or_its_mark(tmp_path: Path) -> None:
     kind, path = names_of(tmp_path).adapter_kind, tmp_path / "cat.ckpt"
     for tensors, mark, expected in (
-        (LORA, None, "ours"), (BASE, None, "foreign"), (BASE, "training: cat.ckpt", "ours"),
+        (LORA, None, "ours"),
+        (BASE, None, "foreign"),
+        (BASE, "training: cat.ckpt", "ours"),
         (LORA, "training: dog.ckpt", "foreign"),
-    ):  # fmt: skip
+    ):
         save_pickle_state_dict(path, tensors, mark=mark)
         assert judge(path, kind) == expected, (mark, expected)
 
@@ -64,12 +66,15 @@ def test_a_state_is_known_by_its_files_and_the_name_that_it_records(tmp_path: Pa
     kind = names_of(tmp_path).state_kind
     ours = ("network.safetensors", "training.safetensors")
     for name, files, output_name, expected in (
-        ("a", ours, "cat", "ours"), ("b", SD_SCRIPTS, None, "ours"),
+        ("a", ours, "cat", "ours"),
+        ("b", SD_SCRIPTS, None, "ours"),
         ("c", (*SD_SCRIPTS, ".DS_Store", "train_state.json"), None, "ours"),
-        ("d", (*ours, "photo.png"), "cat", "foreign"), ("e", (*SD_SCRIPTS, "unet"), None, "foreign"),
-        ("f", ("model.safetensors", "model_index.json"), None, "foreign"), ("g", ours, None, "foreign"),
+        ("d", (*ours, "photo.png"), "cat", "foreign"),
+        ("e", (*SD_SCRIPTS, "unet"), None, "foreign"),
+        ("f", ("model.safetensors", "model_index.json"), None, "foreign"),
+        ("g", ours, None, "foreign"),
         ("h", (), None, "free"),
-    ):  # fmt: skip
+    ):
         assert judge(write_state(tmp_path / f"{name}-state", files, output_name), kind) == expected, name
 
 

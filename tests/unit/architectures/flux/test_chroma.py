@@ -79,8 +79,10 @@ def test_the_text_cache_holds_t5_features_and_the_other_entries_that_sd_scripts_
     spec = build_arch([*tiny, "--t5xxl_max_token_length", "24"]).text_cache
     assert spec is not None and spec.keys == ("t5_out", "t5_attn_mask")
     assert {name: tuple(value.shape) for name, value in spec.constants.items()} == {
-        "l_pooled": (77, 1), "txt_ids": (24, 3), "apply_t5_attn_mask": (),
-    }  # fmt: skip
+        "l_pooled": (77, 1),
+        "txt_ids": (24, 3),
+        "apply_t5_attn_mask": (),
+    }
     others = [[*tiny, "--t5xxl_max_token_length", "23"], build_tiny_chroma(tmp_path, 8)]
     for other in (build_arch(arguments).text_cache for arguments in others):
         assert other is not None and (other.encoders(), other.settings) != (spec.encoders(), spec.settings)

@@ -117,11 +117,14 @@ def test_a_checkpoint_without_layers_for_references_is_refused_with_edit_alone(t
 @pytest.mark.parametrize(
     "stem",
     [
-        "diffusion_model.single_blocks.0.q_proj", "diffusion_model.txt_mode_blocks.0.mlp_in",
-        "transformer.mode_blocks.image.0.attn.to_q", "transformer.single_transformer_blocks.0.attn.to_out.0",
-        "transformer.single_transformer_blocks.0.ff.linear_in", "diffusion_model.early_stream_modulations.txt.lin",
+        "diffusion_model.single_blocks.0.q_proj",
+        "diffusion_model.txt_mode_blocks.0.mlp_in",
+        "transformer.mode_blocks.image.0.attn.to_q",
+        "transformer.single_transformer_blocks.0.attn.to_out.0",
+        "transformer.single_transformer_blocks.0.ff.linear_in",
+        "diffusion_model.early_stream_modulations.txt.lin",
     ],
-)  # fmt: skip
+)
 def test_adapters_of_other_trainers_are_recognised(stem: str) -> None:
     spec = recognise_adapter(list_specs(), peft(stem, 3072), {})
     assert spec is not None and spec.name == "flux_3"

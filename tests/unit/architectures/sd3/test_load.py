@@ -57,8 +57,10 @@ def test_text_encoders_in_the_single_file_match_the_separate_files(sd3_file: Pat
     inside = open_tiny(sd3_file).text_encoders()
     separate = open_tiny(sd3_without_text, **encoder_files(sd3_file.parent)).text_encoders()
     assert [type(encoder).__name__ for encoder in inside] == [
-        "CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel",
-    ]  # fmt: skip
+        "CLIPTextModelWithProjection",
+        "CLIPTextModelWithProjection",
+        "T5EncoderModel",
+    ]
     for name, a, b in zip(("clip_l", "clip_g", "t5xxl"), inside, separate, strict=True):
         in_file = load_file(sd3_file.parent / f"{name}.safetensors")
         assert float_state(a).keys() == float_state(b).keys()
