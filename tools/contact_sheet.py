@@ -204,13 +204,13 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     files = drop_copies(files)
     arch, device = base.build(options), find_device()
     draw = partial(draw_rows, options.network, options.precision, options.memory, arch)
+    specs = read_prompts(Path(options.preview.sample_prompts))
+    refuse_strengths(specs, "--multipliers")
+    columns, spec = expand_columns(resolve_all(specs, arch), args.seeds), arch.codec.spec
     scorer = None
     if options.preview.score_previews:
         text = TextPlan.resolve(options.network, arch.text_cache)
         scorer = read_scorer(options.preview, open_data_plan(options, arch, text, options.run.seed or 0, 1))
-    specs = read_prompts(Path(options.preview.sample_prompts))
-    refuse_strengths(specs, "--multipliers")
-    columns, spec = expand_columns(resolve_all(specs, arch), args.seeds), arch.codec.spec
     if args.multipliers is not None:
         stacks: list[Stack] = [[(file, s)] if s else [] for file in files for s in args.multipliers]
         drawn_rows = list(draw([Row(stack, columns) for stack in stacks], device))

@@ -15,7 +15,7 @@ def give_fakes(model: nn.Module, dtype: torch.dtype | None = None, is_channels_l
     """Replace every parameter and buffer by a fake tensor, in place. An active FakeTensorMode is required.
 
     Floating-point tensors get `dtype`, or keep theirs if it is None. Weights of convolutions become channels last, as
-    on a GPU, unless they are an adapter's. A tensor that several modules share stays shared.
+    on a GPU, unless `is_channels_last` is False. A tensor that several modules share stays shared.
     """
     fakes: dict[int, Tensor] = {}
     for module in model.modules():
