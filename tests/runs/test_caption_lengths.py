@@ -29,6 +29,8 @@ def test_padding_to_a_multiple_changes_no_result(
         words = [*model, *small_run(images, tmp_path, base.module, "2"), "--output_name", f"of_{step}"]
         done = train([*words, "--mixed_precision", "no", "--optimizer_type", "SGD"], script=base.script)
         assert done.status == 0, done.stderr
+        shows_two = "inputs had 2 shapes in an epoch" in done.stderr
+        assert shows_two == (step == 1) or (name != "krea2" and not shows_two), done.stderr
     files = [load_state_dict(tmp_path / "out" / f"of_{step}.safetensors") for step in (1, 64)]
     for key, tensor in files[0].items():
         torch.testing.assert_close(files[1][key], tensor, rtol=1e-5, atol=1e-6)

@@ -71,11 +71,13 @@ def train(
         profile_step = stack.enter_context(profile_steps(num_profiled, profile, run.context.device))
         for adapter in adapter_runs:
             stack.enter_context(adapter.updates.reported_at_end())
+        stack.callback(run.times.watch_inputs(run.context.models.denoiser).remove)
         run.times.start()
         active = end_early_stopped(adapter_runs, epoch)
         stops = any(adapter.lacks_previews for adapter in adapter_runs)
         for epoch in plan.epochs(step) if step < plan.max_train_steps and active and not stops else ():
             start_epoch(active, epoch, plan.num_epochs)
+            run.times.start_epoch()
             prefetcher = iterate_batches(run, epoch, step)
             batches = prefetcher if watch is None else watch.noting(prefetcher)
             for window in plan.windows(epoch, step):

@@ -10,7 +10,10 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 from torch.profiler import record_function
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from library.memory.planner.counter import FlopCounter
@@ -65,6 +68,9 @@ class StepTimes:
         self._shapes: list[BatchShape] = []
         self._new_shapes: set[BatchShape] = set()
         self._flops: dict[BatchShape, float] = {}
+        self._counts_inputs = False  # during a forward pass of training
+        self._inputs: set[tuple[torch.Size, ...]] = set()  # of this epoch
+        self._num_inputs: list[int] = []  # of each earlier epoch
         self._late: Callable[[], StepFigures] | None = None
         self._recent: deque[StepFigures] = deque(maxlen=NUM_REMEMBERED)
         self._num_steps = self._num_images = 0  # without the first step
@@ -79,6 +85,24 @@ class StepTimes:
 
     def start(self) -> None:
         self._began = self._mark()
+
+    def start_epoch(self) -> None:
+        if self._inputs:
+            self._num_inputs.append(len(self._inputs))
+        self._inputs = set()
+
+    def watch_inputs(self, denoiser: nn.Module) -> RemovableHandle:
+        """Count the distinct shapes of a denoiser's inputs in each epoch. A GPU prepares its kernels for each of them.
+
+        Captions of different lengths are different shapes too.
+        """
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._counts_inputs:
+                values = tree_leaves((args, kwargs))
+                self._inputs.add(tuple(value.shape for value in values if isinstance(value, Tensor)))
+
+        return denoiser.register_forward_pre_hook(note, with_kwargs=True)
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
@@ -106,13 +130,17 @@ class StepTimes:
         height, width = batch.height_width
         shape = len(batch.keys), height, width
         self._shapes.append(shape)
-        if shape in self._flops or batch.concept is not None:
-            yield lambda: None
-            return
-        self._new_shapes.add(shape)
-        with FlopCounter() as counter:
-            yield lambda: setattr(counter, "in_backward", True)
-        self._flops[shape] = counter.flops
+        self._counts_inputs = True
+        try:
+            if shape in self._flops or batch.concept is not None:
+                yield lambda: None
+                return
+            self._new_shapes.add(shape)
+            with FlopCounter() as counter:
+                yield lambda: setattr(counter, "in_backward", True)
+            self._flops[shape] = counter.flops
+        finally:
+            self._counts_inputs = False
 
     def end_step(self) -> None:
         """End a step and begin the next one; work between steps is measured by `stage`."""
@@ -201,6 +229,11 @@ class StepTimes:
             text += f", {speed / 1e12:.3g} TFLOP/s"
             if self.peak is not None:
                 text += f" on each GPU, {100 * speed / self.peak:.0f} % of {self.peak / 1e12:.0f} (MFU)"
+        self.start_epoch()
+        lowest, highest = min(self._num_inputs, default=0), max(self._num_inputs, default=0)
+        if highest > 1:
+            count = f"{lowest} to {highest}" if lowest < highest else highest
+            text += f"; the denoiser's inputs had {count} shapes in an epoch"
         total_seconds = self._seconds + sum(self._parts[name] for name in BETWEEN)
         between = [
             f"{name} {self._parts[name]:.1f} s ({100 * self._parts[name] / total_seconds:.0f} % of the time)"

@@ -96,6 +96,25 @@ def test_the_time_of_steps_is_broken_down_and_time_between_steps_is_separate():
     assert shares == pytest.approx([1 / 7, 0, 2 / 7, 3 / 7, 0.5 / 7])
 
 
+def test_the_shapes_of_the_denoisers_inputs_are_counted_in_each_epoch():
+    clock, denoiser = Clock(), nn.Bilinear(3, 4, 5)
+    times = StepTimes(clock=clock)
+    handle = times.watch_inputs(denoiser)
+    times.start()
+    for lengths in ((7, 9, 7, 8), (9, 9, 8, 8)):
+        times.start_epoch()
+        for length in lengths:
+            take_step(
+                times, clock, work=lambda length=length: denoiser(torch.ones(length, 3), input2=torch.ones(length, 4))
+            )
+            denoiser(torch.ones(1, 3), torch.ones(1, 4))  # a preview
+    summary = times.summary()
+    assert summary is not None and summary.endswith("; the denoiser's inputs had 2 to 3 shapes in an epoch")
+    assert times.summary() == summary
+    handle.remove()
+    assert not denoiser._forward_pre_hooks
+
+
 def test_the_batches_of_a_step_add_up_and_operations_are_counted_once_per_shape():
     clock, calls = Clock(), []
     times = StepTimes(clock=clock)
