@@ -13,6 +13,9 @@ step, relative to the GPU's 16-bit peak. The last column is the time relative to
     python benchmarks/gpu_step.py --memory --models flux sdxl --budget 8
     python benchmarks/gpu_step.py --models flux --modes eager bare --recompute
     python benchmarks/gpu_step.py --device cpu --tiny      # smoke test; the figures mean nothing
+    python benchmarks/gpu_step.py --device cpu --models sd15 --modes eager bare --float32 --pixels 128
+
+Our convolutions have the layout that runs give them: channels last, and on a CPU matrix products for few pixels.
 """
 
 import argparse
@@ -44,6 +47,7 @@ from benchmarks.gpu_models import (  # noqa: E402
 )
 from library.memory.blocks import run_blocks_with, stacks_of  # noqa: E402
 from library.memory.compiled import Compiled, CompileSettings  # noqa: E402
+from library.memory.devices import move_to_device  # noqa: E402
 from library.memory.frozen import frozen_layers, multiply_codes  # noqa: E402
 from library.memory.planner.counter import FlopCounter  # noqa: E402
 from library.memory.planner.measured import measure_peak_flops  # noqa: E402
@@ -145,15 +149,12 @@ SUBJECTS: Mapping[str, tuple[Callable[[bool], Subject], Callable[[bool], Peer]]]
 }
 
 
-def optimizer_of(parameters: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
-
-
-def step_of(run: Callable[[], Any], optimizer: torch.optim.Optimizer, device: torch.device) -> Step:
+def step_of(run: Callable[[], Any], parameters: list[nn.Parameter], device: torch.device, casts: bool) -> Step:
     """Return a function that runs one step (forward, backward, optimizer) and returns the loss."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
 
     def step(before_backward: Callable[[], None] = lambda: None) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=casts):
             output = run()
         loss = getattr(output, "sample", output).float().square().mean()
         before_backward()
@@ -165,9 +166,13 @@ def step_of(run: Callable[[], Any], optimizer: torch.optim.Optimizer, device: to
     return step
 
 
-def our_step(subject: Subject, mode: Mode, device: torch.device) -> tuple[Step, int]:
+def our_step(subject: Subject, mode: Mode, device: torch.device, casts: bool) -> tuple[Step, int]:
     """Return a step of our denoiser with our adapter, and the number of trained parameters."""
     model = build_randomly(subject, mode, device)
+    if not casts:
+        model.float()
+    if not mode.share:
+        move_to_device(model, device)
     if mode.multiplies_codes:
         multiply_codes(frozen_layers(model))
     runner = RUNNERS[mode.runner]()
@@ -177,12 +182,11 @@ def our_step(subject: Subject, mode: Mode, device: torch.device) -> tuple[Step, 
     network.apply_to([], seen, False, True)
     network.to(device)
     values, named = tree_map_only(Tensor, lambda tensor: tensor.to(device), subject.values())
-    optimizer = optimizer_of(list(network.parameters()), device)
-    run = step_of(lambda: model(*values, **named), optimizer, device)
+    run = step_of(lambda: model(*values, **named), list(network.parameters()), device, casts)
     return run, sum(p.numel() for p in network.parameters())
 
 
-def bare_step(subject: Subject, peer: Peer, recomputes: bool, device: torch.device) -> tuple[Step, int]:
+def bare_step(subject: Subject, peer: Peer, recomputes: bool, device: torch.device, casts: bool) -> tuple[Step, int]:
     """Return a step of diffusers' denoiser with PEFT's adapter, and the number of trained parameters."""
     from accelerate import init_empty_weights
     from peft import LoraConfig, inject_adapter_in_model
@@ -193,7 +197,9 @@ def bare_step(subject: Subject, peer: Peer, recomputes: bool, device: torch.devi
         for name, parameter in module.named_parameters(recurse=False):
             scale = 1.0 if parameter.ndim > 1 else 0.02
             setattr(module, name, nn.Parameter(scale * random_weight(parameter, device)))
-    model.to(device).requires_grad_(False).train(recomputes)  # diffusers recomputes in train mode only
+    model.to(device, None if casts else torch.float32).requires_grad_(False).train(
+        recomputes
+    )  # diffusers recomputes in train mode only
     names = [
         name
         for name, layer in model.named_modules()
@@ -208,20 +214,31 @@ def bare_step(subject: Subject, peer: Peer, recomputes: bool, device: torch.devi
     if recomputes:
         model.enable_gradient_checkpointing()
     values, named = tree_map_only(Tensor, lambda tensor: tensor.to(device), subject.values())
-    optimizer = optimizer_of(trained, device)
-    run = step_of(lambda: peer.call(model, values, named), optimizer, device)
+    run = step_of(lambda: peer.call(model, values, named), trained, device, casts)
     return run, sum(p.numel() for p in trained)
 
 
-def measure(name: str, mode: str, is_tiny: bool, recomputes: bool, device: torch.device) -> dict[str, float]:
+def with_images_of(pixels: int, subject: Subject) -> Subject:
+    """Return the subject with square images of a size, 8 pixels to a latent."""
+
+    def values() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        (latents_BCHW, *others), named = subject.values()
+        return (torch.randn(*latents_BCHW.shape[:2], pixels // 8, pixels // 8), *others), named
+
+    return replace(subject, values=values)
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Return seconds, GiB (of tensors, taken) and trained parameters of a mode, and for "eager" a step's FLOPs."""
-    make_subject, make_peer = SUBJECTS[name]
-    subject = make_subject(is_tiny)
+    (make_subject, make_peer), mode, recomputes = SUBJECTS[args.models[0]], args.modes[0], args.recompute
+    subject = make_subject(args.tiny)
+    if args.pixels:
+        subject = with_images_of(args.pixels, subject)
     if mode == BARE:
-        step, num_trained = bare_step(subject, make_peer(is_tiny), recomputes, device)
+        step, num_trained = bare_step(subject, make_peer(args.tiny), recomputes, device, not args.float32)
     else:
         wanted = replace(MODES[mode], runner="recompute") if recomputes else MODES[mode]
-        step, num_trained = our_step(subject, wanted, device)
+        step, num_trained = our_step(subject, wanted, device, not args.float32)
     is_gpu, flops = device.type == "cuda", 0
     assert step().isfinite(), "the loss of the random weights is not finite"
     if mode == "eager":
@@ -249,7 +266,7 @@ def child(args: argparse.Namespace) -> None:
         total = torch.cuda.get_device_properties(args.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.budget * 1e9 / total))
     try:
-        found = measure(args.models[0], args.modes[0], args.tiny, args.recompute, torch.device(args.device))
+        found = measure(args, torch.device(args.device))
     except torch.OutOfMemoryError:
         found = {}
     print(json.dumps(found))
@@ -258,7 +275,8 @@ def child(args: argparse.Namespace) -> None:
 def run_in_child(args: argparse.Namespace, model: str, mode: str) -> dict[str, float] | str:
     """Measure one mode in a separate process; return its figures, or the reason why there are none."""
     command = [sys.executable, __file__, "--child", "--models", model, "--modes", mode, "--device", args.device]
-    command += ["--tiny"] * args.tiny + ["--recompute"] * args.recompute
+    command += ["--tiny"] * args.tiny + ["--recompute"] * args.recompute + ["--float32"] * args.float32
+    command += ["--pixels", str(args.pixels)] if args.pixels else []
     command += [] if args.budget is None else ["--budget", str(args.budget)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=args.seconds)
@@ -277,6 +295,8 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="eager and in every memory mode, in place of --modes")
     parser.add_argument("--budget", type=float, help="GB of GPU memory; unset: all of it")
     parser.add_argument("--recompute", action="store_true", help="recompute all blocks, in ours and the bare loop")
+    parser.add_argument("--float32", action="store_true", help="weights and computation in float32, not bf16")
+    parser.add_argument("--pixels", type=int, help="side of the images; unset: as above")
     parser.add_argument("--seconds", type=int, default=120, help="time limit of one mode")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="models of a few narrow blocks")

@@ -178,9 +178,20 @@ def test_a_fault_found_by_the_selftest_ends_the_run_before_training(
 )
 @pytest.mark.parametrize("subject", ["sd3", "flux", "sdxl"])
 def test_the_step_benchmark_runs_on_a_small_model(subject: str, mode: str) -> None:
-    command = [sys.executable, "benchmarks/gpu_step.py", "--device", "cpu", "--tiny", "--child", "--models", subject]
-    done = subprocess.run([*command, "--modes", mode], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = measure_step("--models", subject, "--modes", mode)
     assert result["seconds"] > 0 and result["trained"] > 1000
     assert (result["flops"] > 0) == (mode == "eager")
+
+
+def test_the_step_benchmark_takes_a_size_and_computes_in_float32() -> None:
+    words = ["--models", "sd15", "--modes", "eager", "--float32"]
+    results = [measure_step(*words, *more) for more in ((), ("--pixels", "128"))]
+    assert results[1]["flops"] > 3 * results[0]["flops"] > 0  # of 64 pixels
+
+
+def measure_step(*words: str) -> dict[str, float]:
+    command = [sys.executable, "benchmarks/gpu_step.py", "--device", "cpu", "--tiny", "--child", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
