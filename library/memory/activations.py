@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from library.memory.blocks import recompute
+from library.memory.blocks import plain, recompute
 from library.memory.pinned import empty_host_copy, rounded_size
 
 CopyStreams = dict[torch.device, torch.cuda.Stream]
@@ -31,7 +31,7 @@ class RecomputeFromMainMemory:
 
     def __call__(self, block: nn.Module, *inputs: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
-            return block(*inputs, **named)
+            return plain(block, *inputs, **named)
         # Only inputs that carry a gradient are moved: frozen ones, such as positions and masks, are shared by all
         # blocks and would be copied once per block.
         moved_ids = {

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from library.memory.cast_together import cast_factors
+
 
 class BlockRunner(Protocol):
     """A function that runs one block and returns its output. Every pass runs the same blocks in the same order."""
@@ -31,16 +33,17 @@ class RunsBlocks(Protocol):
 
 
 def plain(block: nn.Module, *inputs: Any, **named: Any) -> Any:
-    """Run a block unchanged; autograd keeps what it needs."""
-    return block(*inputs, **named)
+    """Run a block once; autograd keeps what it needs."""
+    with cast_factors(block.block if isinstance(block, BlockBody) else block):
+        return block(*inputs, **named)
 
 
 def recompute(block: nn.Module, *inputs: Any, **named: Any) -> Any:
     """Keep only a block's inputs and run it again in the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
     # Without gradients there is no second run, and checkpointing would only cost time.
     if not torch.is_grad_enabled():
-        return block(*inputs, **named)
-    return checkpoint(block, *inputs, use_reentrant=False, **named)
+        return plain(block, *inputs, **named)
+    return checkpoint(plain, block, *inputs, use_reentrant=False, **named)
 
 
 class Every:

@@ -62,6 +62,7 @@ class NetworkModule:
     `prepare_for(shapes, source)` before the optimizer is built, with the shapes in the state that the run continues,
     `change_norms() -> Iterable[(norm of the change, norm of the base weight)]` at the end of a run,
     `merge_to(text_encoder, unet, weights, dtype, device)`,
+    `cast_factors() -> Iterable[(layer, modules whose weight is only multiplied with)]`, which are then cast together,
     `merging(weights, device) -> Iterable[Merging]`, which ours have, so that files are merged while the base is read,
     `stack_with(others) -> Multiplexer` for sweeps, once all of these networks are installed.
     """
@@ -314,6 +315,11 @@ class AdoptedNetwork:
             return numbers
         numbers = self._needed("apply_max_norm_regularization", "--scale_weight_norms")(limit, device)
         return torch.tensor([float(value) for value in numbers], dtype=torch.float64)
+
+    def cast_factors(self) -> Iterable[tuple[nn.Module, Sequence[nn.Module]]]:
+        """Return the layers whose change has factors that autocast casts whole, and the modules that hold these."""
+        method = self._method("cast_factors")
+        return () if method is None else method()
 
     def relative_change(self) -> float | None:
         """Return |W' - W| / |W| over all adapted weights; None if the network does not measure it.

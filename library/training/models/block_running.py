@@ -1,11 +1,14 @@
 """Second stage of the set-up: attaches the adapter, and sets how blocks run."""
 
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 from library.memory.activations import PinnedBudget, RecomputeFromMainMemory
-from library.memory.blocks import BlockRunner, Every, plain, recompute, run_encoder_layers_with
+from library.memory.blocks import BlockRunner, Every, Stacks, plain, recompute, run_encoder_layers_with
+from library.memory.cast_together import cast_in_blocks
 from library.memory.compiled import Compiled, CompileSettings
 from library.memory.offload.streamed import pinned_bytes
 from library.memory.pinned import pinning_limit
@@ -41,10 +44,20 @@ def choose_block_runner(
     if compiling.is_on:
         runner = Compiled(runner, compile_settings(compiling))
     arch.run_blocks_with(models.denoiser, runner)
+    cast_factors_of(networks, arch.stacks(models.denoiser))
     for encoder in models.text_encoders if trains_text_encoders else []:
         run_encoder_layers_with(encoder, block_runner(memory, budget))
     for network in networks if memory.recomputes else ():
         network.enable_gradient_checkpointing()
+
+
+def cast_factors_of(networks: Sequence[AdoptedNetwork], stacks: Stacks) -> None:
+    """Let each block cast the factors of its adapters together."""
+    factors = defaultdict(list)
+    for network in networks:
+        for layer, modules in network.cast_factors():
+            factors[layer] += modules
+    cast_in_blocks(chain.from_iterable(stacks), factors)
 
 
 def compile_settings(options: CompileOptions) -> CompileSettings:

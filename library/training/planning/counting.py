@@ -50,6 +50,7 @@ from library.protocols import Architecture, TextCacheSpec
 from library.randomness import generator_for
 from library.training.loop.stacked_step import compute_stacked_losses
 from library.training.models.base_model import LoadedModels
+from library.training.models.block_running import cast_factors_of
 from library.training.models.frozen_base import count_offloaded_blocks, most_offloaded
 from library.training.models.preflight import mute_logging
 from library.training.models.requests import RequestedRun
@@ -343,6 +344,7 @@ def count_step(meta: MetaRun, batch: Batch, repeats: Repeats, advance: Callable[
     options, arch, models, networks = meta.run.options, meta.arch, meta.models, meta.networks
     multiplexer = multiplex(networks, meta.run.adapters[0].module.name) if len(networks) > 1 else None
     contexts = build_contexts(meta, multiplexer)
+    cast_factors_of(networks, arch.stacks(models.denoiser))
     seeds = dict.fromkeys(range(len(networks)), 0)
     sizes = [sum(p.numel() for p in network.trainable_parameters()) for network in networks]
     # With prompts and pairs, adapters run one after another; the largest is counted.

@@ -19,6 +19,7 @@ from networks.core.changes.change import Change, FollowsGradients, change_norms,
 from networks.core.changes.dora import DoraArguments, add_magnitudes, are_per_output, can_have_magnitudes
 from networks.core.changes.dropout import Dropout
 from networks.core.changes.ggpo import GgpoArguments
+from networks.core.changes.low_rank import LowRank
 from networks.core.changes.parameter_keys import DORA_SCALE
 from networks.core.changes.qkv_pieces import InRows, changes_in
 from networks.core.changes.tlora import NoiseLevels
@@ -320,6 +321,13 @@ class AdapterNetwork(nn.Module):
             if "weight" in change.changed_parameters:
                 device = next(chain(module.parameters(), module.buffers())).device
                 yield change_norms(change, get_weight(member.adapter.target.module).to(device))
+
+    def cast_factors(self) -> Iterator[tuple[nn.Module, Sequence[nn.Module]]]:
+        """Yield the layers with a plain LoRA, and the modules of its factors; other kinds compute with the factors."""
+        for member in self.members:
+            change = member.adapter.change
+            if type(change) is ScaledDelta and type(change.delta) is LowRank:
+                yield member.adapter.target.module, (change.delta.lora_down, change.delta.lora_up)
 
     def _warn_of_idle_rates(self) -> None:
         """Warn about rates in the network arguments for a side of the base model that has no adapter."""
