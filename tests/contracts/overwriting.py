@@ -177,7 +177,7 @@ WITHOUT_TARGET: Mapping[str, str] = {
     **{
         f"benchmarks/{name}.py": ELSEWHERE
         for name in (
-            "adapters", "denoisers", "format_errors", "gpu_step", "own_overhead", "quickstart",
+            "adapters", "compiled_blocks", "denoisers", "format_errors", "gpu_step", "own_overhead", "quickstart",
         )
     },
 }  # fmt: skip

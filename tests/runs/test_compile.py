@@ -1,12 +1,14 @@
 """Compilations of a whole run: as many as there are kinds of blocks, regardless of captions and sizes."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tests.running import Finished, make_images, small_run
+from tests.running import ROOT, Finished, make_images, small_run
 from tests.tiny.bases import BASES
 
 TOGETHER = (
@@ -40,3 +42,15 @@ def test_captions_and_buckets_add_no_compilation(name: str, train: Callable[...,
         assert done.status == 0, done.stderr
         graphs.append(_dynamo.utils.counters["stats"]["unique_graphs"])
     assert 0 < graphs[1] <= graphs[0]
+
+
+@pytest.mark.nightly
+def test_compiling_the_blocks_of_sdxl_leaves_few_generated_kernels() -> None:
+    words = [sys.executable, "benchmarks/compiled_blocks.py"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    rows = [[int(cell) for cell in line.split("|")[2:6]] for line in lines]
+    *kinds, (num_blocks, eager, generated, called) = rows
+    assert num_blocks == 87 and all(row[1] > row[2] + row[3] for row in kinds)
+    assert generated < called < generated + called < 0.8 * eager
