@@ -12,8 +12,6 @@ COLUMNS = ("hearts", "known world")
 KINDS: Mapping[str, str] = {
     "LoRA with convolutions, the quickstart itself": "",
     "DoRA": "--network_args conv_dim=16 conv_alpha=16 dora_wd=True",
-    "LoHa, norms trained too": "--network_module networks.loha --network_dim 8 --network_alpha 8"
-    " --network_args conv_dim=8 conv_alpha=8 train_norm=True --learning_rate 2e-3 --max_train_steps 700",
     "LoKr": "--network_module networks.lokr --network_dim 16 --network_alpha 16"
     " --network_args factor=4 conv_dim=16 conv_alpha=16 --learning_rate 2e-3 --max_train_steps 700",
 }
