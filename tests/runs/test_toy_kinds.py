@@ -15,7 +15,9 @@ from tools import start
 from tools.quickstart.draw_before_after import draw_before_and_after
 
 KINDS: Mapping[str, str] = {  # options added to the quickstart's command
-    "loha": MEASURED["LoHa, norms trained too"],
+    "loha": "--network_module networks.loha --network_dim 8 --network_alpha 8"
+    " --network_args conv_dim=8 conv_alpha=8 train_norm=True"
+    " --learning_rate 2e-3 --max_train_steps 700",
     "lokr": MEASURED["LoKr"],
     "dora": MEASURED["DoRA"],
     "dylora": "--network_module networks.dylora"

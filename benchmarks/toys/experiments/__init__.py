@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -40,12 +40,3 @@ def count_shares(weights: dict[str, Tensor], *parts: Sequence[Prompt]) -> tuple[
 def measure(file: Path) -> tuple[float, ...]:
     """Return the shares of 84 hearts and of 21 images of the known world."""
     return count_shares(load_state_dict(file), HEARTS, KNOWN_WORLD)
-
-
-def compare(options: Mapping[str, str], seed: int, folder: Path, *words: str) -> dict[str, tuple[float, ...]]:
-    """Measure the quickstart's training with `words` and each of the options, by the name of its row, added."""
-    rows = {}
-    for number, (name, added) in enumerate(options.items()):
-        file = train(seed, folder / str(number), *words, *added.split())
-        rows[f"{name}: `{added}`" if added else name] = measure(file)
-    return rows
