@@ -19,8 +19,9 @@ HEARTS, KNOWN_WORLD = draw_prompts(("heart",), 84), draw_prompts(KNOWN_SHAPES, 2
 
 
 def call(*words: str) -> None:
-    """Run a script of this repository."""
-    subprocess.run([sys.executable, *words], cwd=start.ROOT, env=start.child_environment(), check=True)
+    """Run a script of this repository; only its errors and progress are shown."""
+    environment = start.child_environment()
+    subprocess.run([sys.executable, *words], cwd=start.ROOT, env=environment, stdout=subprocess.DEVNULL, check=True)
 
 
 def train(seed: int, folder: Path, *words: str) -> Path:
