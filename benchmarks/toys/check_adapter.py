@@ -9,16 +9,16 @@ and radius over all its images. Without captions, those of the known world and o
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import library  # noqa: F401  # checks the packages before they are imported
 
 import numpy as np
+from torch import Tensor
 
 from library.checkpoints.files import load_state_dict
 from library.training.evaluation.strength_response import rank_correlation
@@ -71,12 +71,14 @@ def draw_prompts(shapes: tuple[str, ...], count: int) -> list[Prompt]:
     return [Prompt(scenes[int(row)].caption(), 1000 + number) for number, row in enumerate(order)]
 
 
-def draw_images(args: argparse.Namespace, strength: float, prompts: Mapping[str, Sequence[Prompt]]) -> list[Any]:
-    """Return the images of each caption; the seeds are the same at every strength."""
-    pipeline: Any = load_pipeline(args.base)
-    if strength and args.adapter is not None:
-        merge_lora(pipeline, load_state_dict(args.adapter), strength)
-    return [sample(pipeline, of_caption) for of_caption in prompts.values()]
+def draw_images(
+    base: Path, weights: dict[str, Tensor], parts: Iterable[Sequence[Prompt]], strength: float = 1.0
+) -> list[list[ImageArray]]:
+    """Return the images of each part, with an adapter's weights unless they are empty."""
+    pipeline = load_pipeline(base)
+    if weights and strength:
+        merge_lora(pipeline, weights, strength)
+    return [sample(pipeline, prompts) for prompts in parts]
 
 
 def describe(prompts: Sequence[Prompt], colour: str, images: Mapping[float, Sequence[ImageArray]]) -> Iterator[str]:
@@ -119,7 +121,8 @@ def read_shares(printed: str) -> dict[str, dict[float, tuple[float, float, float
 def check(args: argparse.Namespace) -> None:
     """Draw, check and print."""
     prompts = list_prompts(args.captions, args.count)
-    drawn = {strength: draw_images(args, strength, prompts) for strength in args.strengths}
+    weights = {} if args.adapter is None else load_state_dict(args.adapter)
+    drawn = {strength: draw_images(args.base, weights, prompts.values(), strength) for strength in args.strengths}
     for number, (caption, of_caption) in enumerate(prompts.items()):
         images = {strength: by_caption[number] for strength, by_caption in drawn.items()}
         print("\n".join([caption, *describe(of_caption, args.colour, images)]))

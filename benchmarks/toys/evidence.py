@@ -22,6 +22,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from benchmarks.results_page import PAGE, put_into
 from benchmarks.toys.toy_files import write_text
+from library.errors import UserError
 from tools.command import command, make_parser
 
 EXAMPLES = "  python3 -m benchmarks.toys.evidence quickstart"
@@ -54,13 +55,34 @@ def load_experiment(name: str) -> Experiment:
 def measure(experiment: Experiment, seed: int, folder: Path) -> Figures:
     """Run an experiment in `folder`/seed_<seed>, or read its figures from the file beside it."""
     file = folder / f"seed_{seed}.json"
-    if not file.is_file():
+    if not file.exists():
         place = folder / f"seed_{seed}"
         place.mkdir(parents=True, exist_ok=True)
         before = cpu_seconds()
         figures = Figures(experiment.run(seed, place), cpu_seconds() - before)
         write_text(file, json.dumps(asdict(figures), indent=1))
-    return Figures(**json.loads(file.read_text(encoding="utf-8")))
+    return read_figures(file, experiment.COLUMNS)
+
+
+def read_figures(file: Path, columns: Sequence[str]) -> Figures:
+    """Raise UserError for a file that `measure` did not write for an experiment with these columns."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        values = None
+    match values:
+        case {"rows": dict(rows), "cpu_seconds": int() | float() as cpu_seconds} if rows and all(
+            is_row(row, len(columns)) for row in rows.values()
+        ):
+            return Figures(rows, cpu_seconds)
+    raise UserError(
+        f"{file} does not have the figures that this experiment writes ({', '.join(columns)}) and is kept: move it "
+        "away, or name another folder with --output"
+    )
+
+
+def is_row(row: object, num_columns: int) -> bool:
+    return isinstance(row, list) and len(row) == num_columns and all(isinstance(value, int | float) for value in row)
 
 
 def cpu_seconds() -> float:
@@ -95,10 +117,16 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def make_tables(args: argparse.Namespace) -> None:
-    """Run and write each table when its seeds are done."""
-    for name in args.names:
+    """Run and write each table when its seeds are done. Raise UserError for wrong files before the first of them."""
+    folders = {name: args.output.resolve() / name for name in args.names}
+    for name, folder in folders.items():
+        for file in filter(Path.exists, (folder / f"seed_{seed}.json" for seed in SEEDS)):
+            read_figures(file, load_experiment(name).COLUMNS)
+    for name, folder in folders.items():
         experiment = load_experiment(name)
-        figures = [measure(experiment, seed, args.output.resolve() / name) for seed in SEEDS]
+        figures = [measure(experiment, seed, folder) for seed in SEEDS]
+        if len({tuple(of_seed.rows) for of_seed in figures}) > 1:
+            raise UserError(f"{folder}/seed_*.json have different rows; delete those of an older version of {name}")
         lines = list(describe(name, experiment, figures))
         title = f"{name.replace('_', ' ').capitalize()} on the toy world"
         PAGE.write_text(put_into(PAGE.read_text(encoding="utf-8"), name, lines, title), encoding="utf-8")

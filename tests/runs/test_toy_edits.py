@@ -8,7 +8,7 @@ import pytest
 from tests.contracts.test_docs_commands import TOYS
 from tests.runs.docs_pages import run_commands
 
-MOST_BEFORE, LEAST_AFTER = 0.1, 0.6
+MOST_BEFORE, LEAST_AFTER = 0.1, 0.5  # 0.03 and 0.60 to 0.65 over three seeds
 
 
 @pytest.mark.nightly

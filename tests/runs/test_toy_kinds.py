@@ -1,4 +1,4 @@
-"""Every adapter kind teaches the toy model a new concept, as in the table of benchmarks/RESULTS.md.
+"""Every adapter kind teaches the toy model a new concept, as in the tables of benchmarks/RESULTS.md.
 
 Images are drawn by diffusers with the merged adapter, and judged by their pixels.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.toys.experiments.kinds import KINDS as MEASURED
 from tools import start
 from tools.quickstart.draw_before_after import draw_before_and_after
 
@@ -17,9 +18,8 @@ KINDS: Mapping[str, str] = {  # options added to the quickstart's command
     "loha": "--network_module networks.loha --network_dim 8 --network_alpha 8"
     " --network_args conv_dim=8 conv_alpha=8 train_norm=True"
     " --learning_rate 2e-3 --max_train_steps 700",
-    "lokr": "--network_module networks.lokr --network_dim 16 --network_alpha 16"
-    " --network_args factor=4 conv_dim=16 conv_alpha=16"
-    " --learning_rate 2e-3 --max_train_steps 700",
+    "lokr": MEASURED["LoKr"],
+    "dora": MEASURED["DoRA"],
     "dylora": "--network_module networks.dylora"
     " --network_args conv_dim=16 conv_alpha=16 unit=4 conv_unit=4"
     " --learning_rate 2e-3 --max_train_steps 800",
@@ -27,7 +27,6 @@ KINDS: Mapping[str, str] = {  # options added to the quickstart's command
     " --learning_rate 3e-4 --max_train_steps 700",
     "orthogonal": "--network_args conv_dim=16 conv_alpha=16 init=orthogonal train_norm=True"
     " --flip_aug --caption_dropout_rate 0.1 --min_snr_gamma 5 --max_train_steps 600",
-    "dora": "--network_args conv_dim=16 conv_alpha=16 dora_wd=True",
     "tlora": "--network_module networks.tlora"
     " --network_args conv_dim=16 conv_alpha=16 tlora_min_rank=8 tlora_power=0.25",
     "rslora": "--network_args conv_dim=16 conv_alpha=16 rslora=True --learning_rate 5e-4",

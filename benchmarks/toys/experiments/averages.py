@@ -6,8 +6,6 @@ weights of every step. Each cell is the share of images that show shape, colour,
 """
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,34 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.toys.check_adapter import draw_prompts
+from benchmarks.toys.experiments import CONFIG, call, measure, train
 from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
 from library.training.optimization.ema import WeightAverage
 from tools import start
-from tools.quickstart.sampling import count_right, load_pipeline, merge_lora, sample
-from tools.quickstart.toy_world import KNOWN_SHAPES
 
 COLUMNS = ("hearts", "known world")
-PARTS = {("heart",): 84, KNOWN_SHAPES: 21}
 SCHEDULES = ("cosine", "constant_with_warmup")
 WIDTHS = (0.03, 0.05, 0.1, 0.15, 0.2)
-CONFIG = "configs/quickstart/train.toml"
 DATASET = """
 [[datasets.subsets]]
 image_dir = {}
 validation_split = 1.0
 """
-
-
-def call(*words: str) -> None:
-    subprocess.run([sys.executable, *words], cwd=start.ROOT, check=True, capture_output=True)
-
-
-def train(schedule: str, seed: int, folder: Path) -> list[Path]:
-    """Return the files of all steps."""
-    words = ["--lr_scheduler", schedule, "--seed", str(seed), "--output_dir", str(folder), "--save_every_n_steps", "1"]
-    call("train_network.py", "--config_file", CONFIG, *words)
-    return sorted(folder.glob("quickstart-step*.safetensors"))
 
 
 def find_exponent(width: float) -> float:
@@ -85,17 +68,11 @@ def measure_losses(files: Sequence[Path], seed: int, folder: Path) -> list[float
     return [losses[file.stem] for file in files]
 
 
-def measure_images(file: Path) -> tuple[float, ...]:
-    pipeline = load_pipeline(start.ROOT / start.TOY_BASE)
-    merge_lora(pipeline, load_state_dict(file))
-    parts = [draw_prompts(shapes, count) for shapes, count in PARTS.items()]
-    return tuple(count_right(sample(pipeline, prompts), prompts) / len(prompts) for prompts in parts)
-
-
 def run(seed: int, folder: Path) -> dict[str, tuple[float, ...]]:
     figures = {}
     for schedule in SCHEDULES:
-        steps = train(schedule, seed, folder / schedule)
+        train(seed, folder / schedule, "--lr_scheduler", schedule, "--save_every_n_steps", "1")
+        steps = sorted((folder / schedule).glob("quickstart-step*.safetensors"))
         files = {}
         for name, weights in average(steps).items():
             files[name] = folder / f"{schedule}_{name}.safetensors"
@@ -103,5 +80,5 @@ def run(seed: int, folder: Path) -> dict[str, tuple[float, ...]]:
         ema, *powers = files.values()
         losses = measure_losses(powers, seed, folder)
         rows = {"no average": steps[-1], "`--ema_decay 0.99`": ema, "power function": powers[np.argmin(losses)]}
-        figures |= {f"{schedule}, {row}": measure_images(file) for row, file in rows.items()}
+        figures |= {f"{schedule}, {row}": measure(file) for row, file in rows.items()}
     return figures

@@ -7,6 +7,7 @@ the others (arXiv 2311.03099). Cells: of 24 images of each concept and 16 of the
 shape, colour, background and style of their prompt; the last column is the lower of both concepts.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,13 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.toys.check_adapter import draw_prompts
+from benchmarks.toys.experiments import count_shares, train
 from benchmarks.toys.toy_files import save_scene
 from library.errors import UserError
 from networks.core.files.adapter_file import read_adapter_file
-from tests.runs.docs_pages import run_commands
 from tools import start
-from tools.quickstart.sampling import Prompt, count_right, load_pipeline, merge_lora, sample
-from tools.quickstart.toy_world import KNOWN_SHAPES, Scene, draw_scene, list_scenes
+from tools.quickstart.sampling import Prompt
+from tools.quickstart.toy_world import KNOWN_SHAPES, draw_scene, list_scenes
 
 COLUMNS = ("hearts", "circles", "known world", "both concepts")
 CIRCLES = [scene for scene in list_scenes(("circle",), "outlined") if scene.size == "large"]
@@ -72,43 +74,31 @@ def list_methods(seed: int) -> Mapping[str, Merge]:
     }
 
 
-def choose_scenes(scenes: list[Scene], count: int) -> list[Scene]:
-    return [scenes[int(row)] for row in np.random.default_rng(1).permutation(len(scenes))[:count]]
-
-
 def train_circles(seed: int, folder: Path) -> Path:
     rng = np.random.default_rng(1)
     for number, scene in enumerate(2 * CIRCLES):
         path = folder / "circles" / f"{number:02}.png"
         save_scene(path, Image.fromarray(draw_scene(scene, rng)), __file__, scene.caption())
     dataset = (start.ROOT / "configs/quickstart/dataset.toml").read_text(encoding="utf-8")
-    (folder / "circles.toml").write_text(dataset.replace("configs/quickstart/dataset", "circles"), encoding="utf-8")
-    options = ["--seed", str(seed), "--dataset_config", "circles.toml"]
-    run_commands(start.ROOT / "docs" / "train_network.md", r"train\.toml --seed \d+$", folder, options)
-    return folder / start.ADAPTER
+    dataset = dataset.replace('"configs/quickstart/dataset"', json.dumps(str(folder / "circles")))
+    (folder / "circles.toml").write_text(dataset, encoding="utf-8")
+    return train(seed, folder, "--dataset_config", str(folder / "circles.toml"))
 
 
 def run(seed: int, folder: Path) -> dict[str, tuple[float, ...]]:
-    hearts = folder.parents[1] / "quickstart" / folder.name / start.ADAPTER
+    hearts = folder.parents[1] / "quickstart" / folder.name / Path(start.ADAPTER).name
     if not hearts.is_file():
         raise UserError(f"{hearts} does not exist; name quickstart before merging, whose adapters of hearts it merges")
     files = [read_adapter_file(path, "--models").modules for path in (hearts, train_circles(seed, folder))]
-    scenes = {
-        "hearts": choose_scenes(list_scenes(("heart",)), 24),
-        "circles": choose_scenes(2 * CIRCLES, 24),
-        "known world": choose_scenes(list_scenes(KNOWN_SHAPES), 16),
-    }
+    chosen = np.random.default_rng(1).permutation(2 * len(CIRCLES))[:24]
+    circles = [Prompt((2 * CIRCLES)[int(row)].caption(), 1000 + number) for number, row in enumerate(chosen)]
+    parts = draw_prompts(("heart",), 24), circles, draw_prompts(KNOWN_SHAPES, 16)
     rows = {}
     for name, merge in list_methods(seed).items():
         weights = {}
         for module in files[0]:
             first, second = (file[module].weight(torch.float64) for file in files)
             weights[f"{module}.diff"] = merge(first.flatten(1), second.flatten(1)).reshape(first.shape).float()
-        pipeline = load_pipeline(start.ROOT / start.TOY_BASE)
-        merge_lora(pipeline, weights)
-        shares = []
-        for of_part in scenes.values():
-            prompts = [Prompt(scene.caption(), 1000 + number) for number, scene in enumerate(of_part)]
-            shares.append(count_right(sample(pipeline, prompts), prompts) / len(prompts))
+        shares = count_shares(weights, *parts)
         rows[name] = (*shares, min(shares[:2]))
     return rows

@@ -6,11 +6,10 @@ Squares are neither trained nor preserved.
 from pathlib import Path
 
 from benchmarks.toys.check_adapter import draw_prompts
+from benchmarks.toys.experiments import count_shares
 from library.checkpoints.files import load_state_dict
 from tests.contracts.test_docs_commands import TOYS
 from tests.runs.docs_pages import run_commands
-from tools import start
-from tools.quickstart.sampling import count_right, load_pipeline, merge_lora, sample
 
 COLUMNS = ("hearts", "squares", "circles", "triangles")
 
@@ -19,11 +18,8 @@ def run(seed: int, folder: Path) -> dict[str, tuple[float, ...]]:
     alone = ["--dataset_config", "configs/examples/toy_forgetting.toml", "--output_name", "alone"]
     run_commands(TOYS, "toy_shapes", folder, ["--seed", str(seed)])
     run_commands(TOYS, "toy_preservation", folder, ["--seed", str(seed), *alone])
-    rows = {}
-    for row, name in {"base model": "", "hearts alone": "alone", "with preservation": "preservation"}.items():
-        pipeline = load_pipeline(start.ROOT / start.TOY_BASE)
-        if name:
-            merge_lora(pipeline, load_state_dict(folder / "output" / "toy_shapes" / f"{name}.safetensors"))
-        prompts = (draw_prompts((column.removesuffix("s"),), 32) for column in COLUMNS)
-        rows[row] = tuple(count_right(sample(pipeline, of_shape), of_shape) / 32 for of_shape in prompts)
-    return rows
+    rows = {"hearts alone": "alone", "with preservation": "preservation"}
+    files = {row: folder / "output" / "toy_shapes" / f"{name}.safetensors" for row, name in rows.items()}
+    weights = {"base model": {}, **{row: load_state_dict(file) for row, file in files.items()}}
+    prompts = [draw_prompts((column.removesuffix("s"),), 32) for column in COLUMNS]
+    return {row: count_shares(of_row, *prompts) for row, of_row in weights.items()}

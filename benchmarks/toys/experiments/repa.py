@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity, cross_entropy
 
 import train_network
-from benchmarks.toys.experiments.averages import CONFIG, measure_images, measure_losses
+from benchmarks.toys.experiments import CONFIG, measure
+from benchmarks.toys.experiments.averages import measure_losses
 from benchmarks.toys.make_toy_base import to_tensor
 from library.training.command_line.cli import read_command_line
 from library.training.step import losses
@@ -131,7 +132,7 @@ def run(seed: int, folder: Path) -> dict[str, tuple[float, ...]]:
     for number, (row, weight) in enumerate(WEIGHTS.items()):
         alignment = Alignment(weight, features, seed)
         files.append(train(f"alignment_{number}", alignment, seed, folder))
-        figures[row] = (measure_images(files[-1]), mean(alignment.cosines[-100:]))
+        figures[row] = (measure(files[-1]), mean(alignment.cosines[-100:]))
     of_files = measure_losses(files, seed, folder)
     rows = zip(figures.items(), of_files, strict=True)
     return {row: (*shares, loss / of_files[0], cosine) for (row, (shares, cosine)), loss in rows}

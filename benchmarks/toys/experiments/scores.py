@@ -3,8 +3,6 @@ score with the share of images that the checker counts as right, over the ten ch
 40 steps, and the share at the checkpoint with the highest score. Each checkpoint draws 72 images: the 24 prompts of
 configs/quickstart/prompts.txt with three seeds. A correlation of 1 is 100 %. "Right" is the checker itself."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -12,22 +10,21 @@ from statistics import mean
 import numpy as np
 from PIL import Image
 
+from benchmarks.toys.check_adapter import draw_images
+from benchmarks.toys.experiments import BASE, train
 from library.checkpoints.files import load_state_dict
 from library.training.evaluation.image_scores import NEAR_COPIES, SHARPNESS, build_scorer
 from library.training.evaluation.strength_response import rank_correlation
-from tools.quickstart.sampling import count_right, load_pipeline, merge_lora, read_prompts, sample
+from tools.quickstart.sampling import count_right, read_prompts
 from tools.quickstart.toy_world import QUICKSTART
 
 COLUMNS = ("rank correlation with right", "right at the highest")
 EVERY, STEPS, NUM_SEEDS = 40, 400, 3
-ROOT = QUICKSTART.parents[1]
 
 
 def run(seed: int, folder: Path) -> dict[str, tuple[float, ...]]:
     """Train with `seed` into `folder`, and score each checkpoint."""
-    command = [sys.executable, "train_network.py", "--config_file", "configs/quickstart/train.toml"]
-    command += ["--seed", str(seed), "--output_dir", str(folder), "--save_every_n_steps", str(EVERY), "--no_report"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    train(seed, folder, "--save_every_n_steps", str(EVERY))
     scorer = build_scorer(Image.open(path).convert("RGB") for path in sorted((QUICKSTART / "dataset").glob("*.png")))
     prompts = [
         replace(prompt, seed=100 * number + prompt.seed)
@@ -37,9 +34,7 @@ def run(seed: int, folder: Path) -> dict[str, tuple[float, ...]]:
     figures: dict[str, list[float]] = {"right": [], SHARPNESS: [], NEAR_COPIES: []}
     for step in range(EVERY, STEPS + 1, EVERY):
         ending = f"-step{step:08d}" if step < STEPS else ""
-        pipeline = load_pipeline(QUICKSTART / "toy_base")
-        merge_lora(pipeline, load_state_dict(folder / f"quickstart{ending}.safetensors"))
-        images = sample(pipeline, prompts)
+        (images,) = draw_images(BASE, load_state_dict(folder / f"quickstart{ending}.safetensors"), [prompts])
         scores = scorer.score([Image.fromarray(image) for image in images], [])
         figures["right"].append(count_right(images, prompts) / len(images))
         for name, values in scores.items():

@@ -177,8 +177,8 @@ def wording_lines(subset: ScannedSubset, source: str) -> Iterator[Line]:
     if without:
         has_own &= ~np.fromiter((key in without for key in images.each_key()), dtype=bool, count=len(images))
     num_own = int(has_own.sum())
-    is_paired = bool(subset.config.control_dirs or subset.config.opposite_dir)  # one instruction may be meant
-    if num_own > MOST_ALIKE and not is_paired:
+    # One instruction may be meant for all pairs.
+    if num_own > MOST_ALIKE and images.references is None:
         own_captions = compress(images.captions, has_own)
         first = next(own_captions)
         if all(caption == first for caption in own_captions):

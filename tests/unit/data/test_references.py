@@ -318,6 +318,27 @@ def test_the_audit_reports_unusual_references(tmp_path: Path, caplog: pytest.Log
     assert "control_resolution has no effect: the subset has no reference images" in text
 
 
+@pytest.mark.parametrize("source", ["control_dirs", "control_path"])
+def test_one_instruction_for_many_pairs_is_not_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, source: str
+) -> None:
+    for n in range(9):
+        write_image(tmp_path / f"after/p{n}.png", seed=n).with_suffix(".txt").write_text("make it red")
+        write_image(tmp_path / f"before/p{n}.png", seed=50 + n)
+    if source == "control_dirs":
+        pairs, alone = plan(tmp_path), plan(tmp_path, "")
+    else:
+        subset = "metadata_file = '{here}/meta.json'\nimage_dir = '{here}'\n"
+        config = write_config(tmp_path / "meta.toml", f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n{subset}")
+        table = {f"after/p{n}": {"caption": "make it red", "control_path": f"before/p{n}.png"} for n in range(9)}
+        (tmp_path / "meta.json").write_text(json.dumps(table))
+        pairs = plan_of(config, spec=SPEC)
+        (tmp_path / "meta.json").write_text(json.dumps({key: {"caption": "make it red"} for key in table}))
+        alone = plan_of(config, spec=SPEC)
+    assert "captions are the same" not in audit_log(pairs, caplog)
+    assert "all 9 captions are the same" in audit_log(alone, caplog)
+
+
 def test_the_identity_of_a_dataset_depends_on_its_references(tmp_path: Path) -> None:
     write_folder(tmp_path / "after", 2)
     write_folder(tmp_path / "before", 2, seed=1)

@@ -46,6 +46,43 @@ def test_a_seed_with_figures_is_not_run_again(tmp_path: Path) -> None:
     assert [tuple(row) for row in again.rows.values()] == [tuple(row) for row in first.rows.values()]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "not JSON",
+        "[1]",
+        "{}",
+        '{"rows": {"a": [0.5]}, "cpu_seconds": 1}',
+        '{"rows": {"a": ["b", 1]}, "cpu_seconds": 1}',
+    ],
+)
+def test_figures_of_another_program_are_named_and_kept_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    experiment = Made()
+    monkeypatch.setattr(evidence, "load_experiment", lambda name: experiment)
+    monkeypatch.setattr(evidence, "PAGE", tmp_path / "page.md")
+    foreign = tmp_path / "merging" / "seed_3.json"
+    foreign.parent.mkdir()
+    foreign.write_text(content)
+    assert evidence.main(["quickstart", "merging", "--output", str(tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert f"{foreign} does not have the figures" in message and "--output" in message
+    assert foreign.read_text() == content and experiment.seeds == []
+
+
+def test_seeds_with_different_rows_give_no_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evidence, "load_experiment", lambda name: Made())
+    monkeypatch.setattr(evidence, "PAGE", tmp_path / "page.md")
+    older = tmp_path / "merging" / "seed_1.json"
+    older.parent.mkdir()
+    older.write_text('{"rows": {"before": [0.0, 0.5]}, "cpu_seconds": 1}')
+    assert evidence.main(["merging", "--output", str(tmp_path)]) == 1
+    assert "have different rows" in capsys.readouterr().err and not (tmp_path / "page.md").exists()
+
+
 def test_a_new_table_becomes_a_section_and_is_replaced_afterwards() -> None:
     page = put_into(PAGE, "made", ["| old |"], "Made on the toy world")
     assert page.startswith(
