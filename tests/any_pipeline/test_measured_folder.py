@@ -12,9 +12,8 @@ from library.architectures.any_pipeline.convention import Convention
 from library.architectures.any_pipeline.folder import load_shortened, open_folder
 from library.architectures.any_pipeline.kept import Kept, fingerprint, read_kept, write_kept
 from library.architectures.any_pipeline.measuring import measure
-from library.architectures.any_pipeline.watch import watch_pipeline
 from tests.any_pipeline.test_convention import SIZE
-from tests.tiny.pipelines import PIPELINES, build_tiny_pipeline
+from tests.tiny.pipelines import PIPELINES, build_tiny_pipeline, watch_pipeline
 
 pytestmark = pytest.mark.slow
 

@@ -10,14 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from library.architectures.any_pipeline.check import (
-    NUM_COMPARED,
     PROMPT,
     check,
     gives_same_in_batch,
     require_exact,
 )
 from library.architectures.any_pipeline.conditioning import CapturedText, capture_text
-from library.architectures.any_pipeline.convention import Convention
+from library.architectures.any_pipeline.convention import PROMPTS, Convention
 from library.architectures.any_pipeline.folder import (
     PipelineFolder,
     PipelineLoader,
@@ -26,13 +25,13 @@ from library.architectures.any_pipeline.folder import (
     open_loader,
 )
 from library.architectures.any_pipeline.kept import Kept, fingerprint, read_kept, write_kept
-from library.architectures.any_pipeline.measuring import NUM_STAGES, measure, plain_scheduler
+from library.architectures.any_pipeline.measuring import measure, plain_scheduler
 from library.architectures.any_pipeline.options import PipelineOptions
 from library.architectures.any_pipeline.preview import build_preview
 from library.architectures.any_pipeline.targets import block_lists, run_blocks_with, stacks
 from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict, build_objective
 from library.architectures.any_pipeline.trees import format_path
-from library.architectures.any_pipeline.watch import Refused, Watched, WrongSize, setting
+from library.architectures.any_pipeline.watch import Refused, Watched, WrongSize
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint as digest_weights
 from library.diffusion.flow import IGNORES
@@ -48,6 +47,7 @@ from networks.core.protocol import is_switched_on
 logger = logging.getLogger(__name__)
 
 SIDES = (64, 128, 256, 512)  # of the image at which a pipeline is measured, the first that it takes
+NUM_STAGES = 3  # of a measurement
 STEP = 64  # sides of images are multiples of this many pixels, for every pipeline
 LATENTS = LatentSpec(
     channels=16, downscale=8, bucket_step=STEP, cache_suffix="_diffusers.npz", had_keys_without_size=False
@@ -172,10 +172,7 @@ def measure_folder(folder: PipelineFolder, watched: Watched, precision: str) -> 
 def measure_smallest(watched: Watched) -> Convention:
     """Measure and check a pipeline at the smallest size that it takes. `watched` keeps only the outputs of text
     encoders that the checks at later starts need."""
-    with (
-        progress_bar("measuring the pipeline…", NUM_STAGES + NUM_COMPARED) as bar,
-        setting(watched, advance=bar.update),
-    ):
+    with progress_bar("measuring the pipeline…", NUM_STAGES) as bar:
         for side in SIDES:
             try:
                 convention, maps = measure(watched, (side, side))
@@ -183,11 +180,14 @@ def measure_smallest(watched: Watched) -> Convention:
             except WrongSize:
                 if side == SIDES[-1]:
                     raise
+        bar.update(1)
         require_exact(check(watched, convention, maps))
-    takes_batches = gives_same_in_batch(watched, convention, maps)
-    pads = takes_batches and gives_same_in_batch(watched, convention, maps, convention.prompts)
+        bar.update(1)
+        takes_batches = gives_same_in_batch(watched, convention, maps)
+        pads = takes_batches and gives_same_in_batch(watched, convention, maps, PROMPTS)
+        bar.update(1)
     watched.memory.clear()
-    for caption in (convention.prompts[0], PROMPT, ""):
+    for caption in (PROMPTS[0], PROMPT, ""):
         capture_text(watched, convention, caption)
     return replace(convention, takes_batches=takes_batches, pads=pads)
 
@@ -231,7 +231,7 @@ def build_text(watched: Watched, convention: Convention, loader: PipelineLoader)
     tokenizer = max(tokenizers, key=lambda part: part.model_max_length)
     limit = watched.options.get("max_sequence_length")
     default = limit.default if limit is not None and isinstance(limit.default, int) else tokenizer.model_max_length
-    example = capture_text(watched, convention, convention.prompts[0])
+    example = capture_text(watched, convention, PROMPTS[0])
     most = min(default, 1 << 16)
     return CapturedText(watched, convention, loader.text_names, example, tokenizer, most, loader.text_dtype)
 

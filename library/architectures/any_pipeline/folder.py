@@ -2,17 +2,18 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from library.architectures.any_pipeline.targets import block_lists, with_targets
-from library.architectures.any_pipeline.watch import Watched, is_vae, stand_in
+from library.architectures.any_pipeline.watch import SMALL, Watched, is_vae, stand_in
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import require_base_name
 from library.checkpoints.model_lookup import read_json
@@ -79,15 +80,14 @@ class PipelineFolder:
 
     def build_stage(self) -> Watched:
         """Build the pipeline with stand-ins for all models; tokenizers and scheduler are real."""
-        stand_ins = {name: stand_in(self.build_empty(name), self._read_small(name)) for name in self.classes}
+        models = {name: self.build_empty(name) for name in self.classes}
+        if self.vae is not None:  # pipelines read its statistics of latents
+            weights, vae = self.open(self.vae).weights, models[self.vae]
+            small = [name for name, shape in weights.shapes.items() if math.prod(shape) <= SMALL]
+            vae.load_state_dict({name: weights.read(name) for name in small}, strict=False, assign=True)
+        stand_ins = {name: stand_in(model) for name, model in models.items()}
         logging.getLogger("diffusers").setLevel(logging.ERROR)  # it warns of every draw
         return Watched(self.kind.from_pretrained(self.path, **stand_ins, **self._left_out()))
-
-    def _read_small(self, name: str) -> Callable[[str], Tensor | None]:
-        if name != self.vae:
-            return lambda tensor: None
-        weights = self.open(name).weights  # pipelines read statistics of latents, which may be buffers
-        return lambda tensor: weights.read(tensor) if tensor in weights.shapes else None
 
     def _left_out(self) -> dict[str, Any]:
         known = inspect.signature(self.kind.__init__).parameters

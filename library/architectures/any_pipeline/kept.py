@@ -14,7 +14,7 @@ from library.architectures.any_pipeline.folder import PipelineFolder
 from library.architectures.any_pipeline.trees import Output, map_leaves
 from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
 
-VERSION = 3  # of this file and of the rules that measure
+VERSION = 4  # of this file and of the rules that measure
 TENSOR = "tensor "
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.architectures.any_pipeline.convention import Convention, Table
-from library.architectures.any_pipeline.trees import Path, count_values, empty_like, fill_like, leaves, move
-from library.architectures.any_pipeline.watch import Answers, Refused, Size, Watched
+from library.architectures.any_pipeline.convention import PROMPTS, Convention, Table
+from library.architectures.any_pipeline.trees import Path, fill_like, join_values, leaves, move
+from library.architectures.any_pipeline.watch import Answers, Refused, Size, Watched, replace_sample
 
 BASE = 32  # of the digits of an index
 LEAST_SCALE = 1e-6  # of the largest one; smaller means that the source has no say
@@ -28,25 +28,19 @@ NUM_TABLE_STEPS = 100  # of a drawing from which a table of levels is read
 
 @dataclass(frozen=True, eq=False)
 class Map:
-    """target[m] = offset[m] + scale[m] * source[index[m]]; an index of -1 where the source has no say.
-
-    If `from_end`, places count from the end of a source whose length follows the caption.
-    """
+    """target[m] = offset[m] + scale[m] * source[index[m]]; an index of -1 where the source has no say."""
 
     index_M: Tensor
     scale_M: Tensor
     offset_M: Tensor
     shape: tuple[int, ...]  # of the target
     num_source: int
-    from_end: bool = False
 
     def __call__(self, source_BN: Tensor) -> Tensor:
         """Return targets, shape (B, M), with gradient."""
-        shift = source_BN.shape[1] - self.num_source
-        if shift and not self.from_end:
+        if source_BN.shape[1] != self.num_source:
             raise Refused(f"the denoiser gives {source_BN.shape[1]} values instead of {self.num_source}")
-        places_M = (self.index_M + shift).clamp(min=0)
-        return source_BN[:, places_M] * self.scale_M.to(source_BN) + self.offset_M.to(source_BN)
+        return source_BN[:, self.index_M.clamp(min=0)] * self.scale_M.to(source_BN) + self.offset_M.to(source_BN)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,15 +54,10 @@ class SizeMaps:
     out: Map  # the denoiser's output -> the scheduler's input
     decode: Map  # scheduler's sample -> what the VAE decodes
     size: Size
-    template: Any  # an output of the denoiser, zeros on the CPU
+    template: Any  # an output of the denoiser, on the CPU
     sample_shape: tuple[int, ...]
-    kwargs: dict[str, Any]  # the denoiser's arguments for `Convention.prompts[0]`
+    kwargs: dict[str, Any]  # the denoiser's arguments for the first of PROMPTS
     tables: Mapping[Path, Table]
-
-    @property
-    def residue(self) -> float:
-        """How much the scheduler's input depends on the sample itself."""
-        return float(self.out.offset_M.abs().max())
 
     def to_sample(self, latents_BM: Tensor) -> Tensor:
         return latents_BM[:, self.decode.index_M.argsort()]
@@ -120,15 +109,10 @@ def read_map(seen: Sequence[Tensor], num_source: int, what: str, device: torch.d
     return Map(index_M.to(device), scale_M.to(device), zero_M.float().to(device), shape, num_source)
 
 
-def answer_with(c: Convention, template: Any, size: Size, values: Tensor | None = None) -> Answers:
-    """Return answers that hold `values` in the conditional call, and zeros in others and in the image."""
-    zeros = torch.zeros(count_values(template))
-    filled = zeros if values is None else values
-
-    def answer(place: int) -> Any:
-        return fill_like(template, filled if place % c.calls_per_step == c.call else zeros)
-
-    return Answers(answer, pixels=c.empty_pixels(size))
+def answer_with(template: Any, values: Tensor | None = None) -> Answers:
+    """Return answers of the denoiser that hold `values`, or zeros."""
+    filled = torch.zeros_like(join_values(template)) if values is None else values
+    return Answers(lambda _: fill_like(template, filled))
 
 
 def read_maps(
@@ -136,26 +120,23 @@ def read_maps(
     convention: Convention,
     size: Size,
     template: Any,
-    prompt: str | None = None,
     device: torch.device = CPU,
 ) -> SizeMaps:
-    """Read the maps of one size. `template` is any output of the denoiser for that size and prompt.
+    """Read the maps of one size. `template` is any output of the denoiser for that size.
 
     Raises Refused if they are no elementwise maps.
     """
-    c, prompt, num_out = convention, prompt or convention.prompts[0], count_values(template)
-    real = watched.draw(prompt, size, answer_with(c, template, size), **c.extra)
+    c, num_out = convention, len(join_values(template))
+    real = watched.draw(PROMPTS[0], size, answer_with(template), **c.extra)
     shape = real.steps[0].sample.shape
     num_sample = math.prod(shape)
     of_output, of_sample = codes(num_out), codes(num_sample)
     traces = []
     for place in range(max(len(of_output), len(of_sample))):  # a code for both at once
         values, sample = (of[place] if place < len(of) else of[0] for of in (of_output, of_sample))
-        samples = partial(replace_sample, sample.reshape(shape))
-        traces.append(
-            watched.draw(prompt, size, replace(answer_with(c, template, size, values), samples=samples), **c.extra)
-        )
-    arguments = [leaves(t.calls[c.call + c.calls_per_step].kwargs)[c.latents] for t in traces]
+        answers = replace(answer_with(template, values), samples=partial(replace_sample, sample.reshape(shape)))
+        traces.append(watched.draw(PROMPTS[0], size, answers, **c.extra))
+    arguments = [leaves(trace.calls[1].kwargs)[c.latents] for trace in traces]
     out = read_map([t.steps[0].output for t in traces], num_out, "the way from the denoiser to the scheduler", device)
     into = read_map(arguments, num_sample, "the way from the scheduler to the denoiser", device)
     decode = read_map([t.decoded[0] for t in traces], num_sample, "the way from the scheduler to the VAE", device)
@@ -164,13 +145,8 @@ def read_maps(
         raise Refused("the VAE does not decode the whole sample")
     if sorted({*into.index_M.tolist()} - {-1}) != places:
         raise Refused("the denoiser does not see the whole sample")
-    out, tables = replace(out, from_end=c.counts_from_end), read_tables(watched, c, size, template)
-    kwargs = move(real.calls[c.call].kwargs, device)
-    return SizeMaps(into, out, decode, size, empty_like(template), tuple(shape), kwargs, tables)
-
-
-def replace_sample(new: Tensor, _: int, old: Tensor) -> Tensor:
-    return new.to(old)
+    tables, kwargs = read_tables(watched, c, size, template), move(real.calls[0].kwargs, device)
+    return SizeMaps(into, out, decode, size, template, tuple(shape), kwargs, tables)
 
 
 def read_tables(watched: Watched, convention: Convention, size: Size, template: Any) -> dict[Path, Table]:
@@ -178,11 +154,7 @@ def read_tables(watched: Watched, convention: Convention, size: Size, template: 
     if convention.lines.keys() == set(convention.time):
         return {}
     levels, given = read_level_values(watched, convention, size, template, NUM_TABLE_STEPS)
-    return {
-        path: Table(tuple(levels), tuple(values), all(abs(value - round(value)) < 1e-9 for value in values))
-        for path, values in given.items()
-        if path not in convention.lines
-    }
+    return {path: Table(tuple(levels), tuple(values)) for path, values in given.items() if path not in convention.lines}
 
 
 def read_level_values(
@@ -190,8 +162,8 @@ def read_level_values(
 ) -> tuple[list[float], dict[Path, list[float]]]:
     """Return the noise levels of a drawing's steps, and what the denoiser is given at each, by argument."""
     c = convention
-    trace = watched.draw(c.prompts[0], size, answer_with(c, template, size), steps=steps, **c.extra)
-    given = [leaves(call.kwargs) for call in trace.calls[c.call :: c.calls_per_step]]
+    trace = watched.draw(PROMPTS[0], size, answer_with(template), steps=steps, **c.extra)
+    given = [leaves(call.kwargs) for call in trace.calls]
     return [c.level_of(trace, number) for number in range(len(trace.steps))], {
         path: [float(torch.as_tensor(values[path]).double().flatten()[-1]) for values in given] for path in c.time
     }

@@ -62,11 +62,11 @@ def draw(
     settings = {"generator": generator, scale_of(predict): prompt.scale, "negative_prompt": prompt.negative}
     extra: dict[str, Any] = {name: value for name, value in settings.items() if name in watched.options}
 
-    def check_interruption(_: int, sample: Tensor) -> None:
+    def check_interruption(sample: Tensor) -> None:
         if not goes_on():
             raise Stop
 
-    answers = Answers(samples=check_interruption, pixels=c.empty_pixels(size))
+    answers = Answers(samples=check_interruption)
     models = {**watched.models, c.denoiser: denoiser}
     with setting(watched, models=models), setting(watched.pipe, scheduler=watched.own_scheduler):
         trace = watched.draw(prompt.text, size, answers, steps=prompt.num_steps, **extra)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from library.architectures.any_pipeline.check import TOLERANCE, compare_own_mix, difference, encode_raw
 from library.architectures.any_pipeline.conditioning import CapturedText, fill_arguments
-from library.architectures.any_pipeline.convention import Convention
+from library.architectures.any_pipeline.convention import PROMPTS, Convention
 from library.architectures.any_pipeline.maps import SizeMaps, read_maps
 from library.architectures.any_pipeline.options import PipelineOptions
 from library.architectures.any_pipeline.targets import block_lists
@@ -59,7 +59,7 @@ class PipelineLatents:
         c = self.convention
         shape = (c.latent_shape[1], *(side // c.downscale for side in pixels_BCHW.shape[-2:]))
         noises = None if generators is None else torch.stack([torch.randn(shape, generator=g) for g in generators])
-        return encode_raw(vae, pixels_BCHW, len(c.pixel_shape), noises).reshape(len(pixels_BCHW), *shape)
+        return encode_raw(vae, pixels_BCHW, len(c.latent_shape), noises).reshape(len(pixels_BCHW), *shape)
 
     def normalize(self, latents_BCHW: Tensor) -> Tensor:
         return self.convention.latents_of(latents_BCHW)
@@ -68,7 +68,7 @@ class PipelineLatents:
         """Decode latents to images, float32, about -1..1."""
         model: Any = vae
         raw = self.convention.raw_of(latents_BCHW).to(next(iter(vae.parameters())))
-        pixels: Tensor = model.decode(raw.unsqueeze(2) if len(self.convention.pixel_shape) == 5 else raw).sample
+        pixels: Tensor = model.decode(raw.unsqueeze(2) if len(self.convention.latent_shape) == 5 else raw).sample
         return (pixels[:, :, 0] if pixels.ndim == 5 else pixels).float()
 
 
@@ -147,7 +147,7 @@ class PipelinePredict:
     def draw_first(self, size: Size, steps: int = 2) -> Trace:
         """Draw until the denoiser's first call."""
         c = self.convention
-        return self.watched.draw(c.prompts[0], size, Answers(stops_at=0), steps=steps, **c.extra)
+        return self.watched.draw(PROMPTS[0], size, Answers(stops_at=0), steps=steps, **c.extra)
 
     def sigmas(self, size: Size, steps: int) -> Tensor:
         """Return the noise levels at which the pipeline draws an image of this size."""

@@ -63,11 +63,6 @@ def move(tree: Any, device: torch.device, dtype: torch.dtype | None = None) -> A
     return map_tensors(tree, lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
 
 
-def empty_like(output: Any) -> Any:
-    """Return an output of the same structure and shapes, zeros on the CPU, in float32 where they are numbers."""
-    return map_tensors(output, lambda old: torch.zeros(old.shape, dtype=None if old.is_floating_point() else old.dtype))
-
-
 def is_same(a: Any, b: Any) -> bool:
     """Return True for two leaves of equal type, shape and values."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -91,10 +86,6 @@ def float_tensors(tree: Any) -> list[Tensor]:
 def join_values(output: Any) -> Tensor:
     """Return all values of an output as one vector."""
     return torch.cat([tensor.flatten() for tensor in float_tensors(output)])
-
-
-def count_values(output: Any) -> int:
-    return sum(tensor.numel() for tensor in float_tensors(output))
 
 
 def fill_like(output: Any, values: Tensor) -> Any:
