@@ -9,6 +9,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from torch.serialization import safe_globals
+
 from library.architectures.any_pipeline.check import (
     PROMPT,
     check,
@@ -16,7 +19,7 @@ from library.architectures.any_pipeline.check import (
     require_exact,
 )
 from library.architectures.any_pipeline.conditioning import CapturedText, capture_text
-from library.architectures.any_pipeline.convention import PROMPTS, Convention
+from library.architectures.any_pipeline.convention import PROMPTS, Convention, Line, Unconditional
 from library.architectures.any_pipeline.folder import (
     PipelineFolder,
     PipelineLoader,
@@ -24,16 +27,16 @@ from library.architectures.any_pipeline.folder import (
     open_folder,
     open_loader,
 )
-from library.architectures.any_pipeline.kept import Kept, fingerprint, read_kept, write_kept
 from library.architectures.any_pipeline.measuring import measure, plain_scheduler
 from library.architectures.any_pipeline.options import PipelineOptions
 from library.architectures.any_pipeline.preview import build_preview
 from library.architectures.any_pipeline.targets import block_lists, run_blocks_with, stacks
 from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict, build_objective
-from library.architectures.any_pipeline.trees import format_path
+from library.architectures.any_pipeline.trees import Output, format_path
 from library.architectures.any_pipeline.watch import Refused, Watched, WrongSize
 from library.architectures.specs import list_specs
-from library.checkpoints.weights import fingerprint as digest_weights
+from library.checkpoints.files import atomic_path, load_pickle
+from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES
 from library.errors import UserError
 from library.models.adapter_views import view_denoiser
@@ -126,21 +129,33 @@ def name_own_script(folder: PipelineFolder) -> None:
 
 def recall_or_measure(options: PipelineOptions, folder: PipelineFolder, watched: Watched) -> Convention:
     """Return the convention of a pipeline, and prepare `watched` to draw without models."""
-    place = folder_of_caches(options) / f".pipeline_{fingerprint(folder)}.safetensors"
+    place = folder_of_caches(options) / f".pipeline_{folder.fingerprint()}.pt"
     if place.is_file() and not options.diagnostics.selftest:
-        kept = read_kept(place)
+        convention = read_convention(place)
         logger.info("the convention of %s is read from %s", folder.kind.__name__, place)
-        watched.denoiser = kept.convention.denoiser
-        if kept.convention.replaces_scheduler:
+        watched.denoiser = convention.denoiser
+        if convention.replaces_scheduler:
             watched.set_scheduler(plain_scheduler(watched.pipe.scheduler))
-        watched.memory.update(kept.memory)
-        return kept.convention
+        watched.memory.update(convention.memory)
+        return convention
     logger.info("measuring how %s is trained, once; the result is kept in %s", folder.kind.__name__, place)
     begun = time.monotonic()
     convention = measure_folder(folder, watched, options.precision.mixed_precision)
     logger.info("measured and checked in %.1f s", time.monotonic() - begun)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write_kept(place, Kept(convention, watched.memory))
+    write_convention(place, convention)
+    return convention
+
+
+def write_convention(path: Path, convention: Convention) -> None:
+    """Write a file that `read_convention` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        torch.save(convention, temporary)
+
+
+def read_convention(path: Path) -> Convention:
+    with safe_globals([Convention, Line, Unconditional, Output]):
+        convention: Convention = load_pickle(path)
     return convention
 
 
@@ -189,7 +204,7 @@ def measure_smallest(watched: Watched) -> Convention:
     watched.memory.clear()
     for caption in (PROMPTS[0], PROMPT, ""):
         capture_text(watched, convention, caption)
-    return replace(convention, takes_batches=takes_batches, pads=pads)
+    return replace(convention, takes_batches=takes_batches, pads=pads, memory=dict(watched.memory))
 
 
 def assemble(
@@ -242,7 +257,7 @@ def build_text_cache(options: PipelineOptions, loader: PipelineLoader, text: Cap
         options=options.text_caching,
         suffix=read_latent_spec(convention).cache_suffix.replace(".npz", "_te.npz"),
         keys=text.keys,
-        encoders=lambda: digest_weights(*(part.weights for part in loader.texts)),
+        encoders=lambda: fingerprint(*(part.weights for part in loader.texts)),
         settings=f"{loader.text_dtype} {sorted(convention.extra.items())} {convention.unconditional}",
         tokenizers=(text.tokenizer,),
         padding={format_path(path): 0.0 for path in convention.text},

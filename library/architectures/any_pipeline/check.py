@@ -21,19 +21,10 @@ from library.architectures.any_pipeline.trees import (
 )
 from library.architectures.any_pipeline.watch import Answers, Refused, Trace, Watched, copy_scheduler, replace_sample
 
+Errors = Mapping[str, float]
 TOLERANCE = 1e-4  # of float32
 PROMPT = "a small red bird, sitting"
 NUM_STEPS = 3
-
-
-Errors = Mapping[str, float]
-"""The largest difference of each comparison, relative to the largest value:
-
-latents: (a) the latents of an image, put in as the last sample, against what the VAE is given
-prediction: (b) our prediction at the pipeline's steps against what its scheduler got
-own mix: (c) the same for our own mix, with text and geometry of other drawings
-step: (d) one step of its scheduler from our mix against our mix at the next level
-"""
 
 
 def require_exact(errors: Errors, tolerance: float = TOLERANCE) -> None:
@@ -47,14 +38,19 @@ def require_exact(errors: Errors, tolerance: float = TOLERANCE) -> None:
 
 @torch.no_grad()
 def check(watched: Watched, convention: Convention, maps: SizeMaps, prompt: str = PROMPT) -> Errors:
-    """Return the errors of a convention, whose models are in memory."""
+    """Return the largest difference of each comparison, relative to the largest value. All models are in memory.
+
+    latents: (a) the latents of an image, put in as the last sample, against what the VAE is given
+    prediction: (b) our prediction at the pipeline's steps against what its scheduler got
+    own mix: (c) the same for our own mix, with text and geometry of other drawings
+    step: (d) one step of its scheduler from our mix against our mix at the next level
+    """
     c, wide = convention, (convention.size[0], 2 * convention.size[1])
     errors = {"latents": compare_latents(watched, c, maps, prompt)}
     own = watched.draw(prompt, c.size, steps=NUM_STEPS, **c.extra)
     texts = [text_of(c, call.kwargs) for call in own.calls]
     errors["prediction"] = max(compare(watched, c, maps, own, step, text) for step, text in enumerate(texts))
-    first = watched.draw(PROMPTS[0], wide, Answers(stops_at=1), **c.extra)
-    errors["own mix"] = compare_own_mix(watched, c, read_maps(watched, c, wide, first.calls[0].output), prompt)
+    errors["own mix"] = compare_own_mix(watched, c, read_maps(watched, c, wide), prompt)
     return {**errors, "step": compare_step(c, own)}
 
 

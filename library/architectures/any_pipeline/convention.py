@@ -81,11 +81,13 @@ class Convention:
     lines: Mapping[Path, Line] = field(default_factory=dict)  # of `time`; the rest has tables
     takes_batches: bool = False  # one call for several samples gives what single calls give
     pads: bool = False  # also where shorter captions are padded with zeros
-    output: Any = None  # the structure of the denoiser's output at `size`
+    output: Any = None  # some output of the denoiser at `size`
+    argument_shape: tuple[int, ...] = ()  # of the denoiser's latents at `size`
     latent_shape: tuple[int, ...] = ()  # of what the VAE decodes, at `size`
     scale_Cpp: Any = None  # the VAE's latents are this times the sample, for each channel and place in a patch,
     offset_Cpp: Any = None  # plus this
     unconditional: Unconditional | None = None  # None if the pipeline has no negative prompt
+    memory: Mapping[str, Any] = field(default_factory=dict)  # what text encoders returned for the captions of checks
 
     @property
     def downscale(self) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from library.architectures.any_pipeline.convention import PROMPTS, Convention, Table
-from library.architectures.any_pipeline.trees import Path, fill_like, join_values, leaves, move
+from library.architectures.any_pipeline.trees import Path, fill_like, join_values, leaves, map_tensors, move
 from library.architectures.any_pipeline.watch import Answers, Refused, Size, Watched, replace_sample
 
 BASE = 32  # of the digits of an index
@@ -115,18 +115,24 @@ def answer_with(template: Any, values: Tensor | None = None) -> Answers:
     return Answers(lambda _: fill_like(template, filled))
 
 
-def read_maps(
-    watched: Watched,
-    convention: Convention,
-    size: Size,
-    template: Any,
-    device: torch.device = CPU,
-) -> SizeMaps:
-    """Read the maps of one size. `template` is any output of the denoiser for that size.
+def resize_output(convention: Convention, latents: Tensor) -> Any:
+    """Return zeros like the denoiser's output for latents of another size, whose growth it shares along each axis."""
+    growth = [new - old for new, old in zip(latents.shape, convention.argument_shape, strict=True)]
 
-    Raises Refused if they are no elementwise maps.
-    """
-    c, num_out = convention, len(join_values(template))
+    def resize(output: Tensor) -> Tensor:
+        if output.ndim != len(growth):
+            raise Refused("the denoiser's output has other axes than the latents")
+        return torch.zeros([side + more for side, more in zip(output.shape, growth, strict=True)])
+
+    return map_tensors(convention.output, resize)
+
+
+def read_maps(watched: Watched, convention: Convention, size: Size, device: torch.device = CPU) -> SizeMaps:
+    """Read the maps of one size. Raises Refused if they are no elementwise maps."""
+    c = convention
+    first = watched.draw(PROMPTS[0], size, Answers(stops_at=0), **c.extra).calls[0]
+    template = resize_output(c, leaves(first.kwargs)[c.latents])
+    num_out = len(join_values(template))
     real = watched.draw(PROMPTS[0], size, answer_with(template), **c.extra)
     shape = real.steps[0].sample.shape
     num_sample = math.prod(shape)
@@ -145,7 +151,7 @@ def read_maps(
         raise Refused("the VAE does not decode the whole sample")
     if sorted({*into.index_M.tolist()} - {-1}) != places:
         raise Refused("the denoiser does not see the whole sample")
-    tables, kwargs = read_tables(watched, c, size, template), move(real.calls[0].kwargs, device)
+    tables, kwargs = read_tables(watched, c, size, template), move(first.kwargs, device)
     return SizeMaps(into, out, decode, size, template, tuple(shape), kwargs, tables)
 
 

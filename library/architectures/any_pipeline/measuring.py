@@ -126,6 +126,7 @@ def read_roles(watched: Watched, size: Size) -> Convention:
         extra=extra,
         size=size,
         output=trace.calls[0].output,
+        argument_shape=tuple(base[latents].shape),
     )
 
 
@@ -177,7 +178,7 @@ def read_numbers(watched: Watched, convention: Convention) -> tuple[Convention, 
     levels, given = read_level_values(watched, c, c.size, c.output, NUM_LEVELS)
     lines = {path: fit_line(levels, values) for path, values in given.items()}
     c = replace(c, lines={path: line for path, line in lines.items() if line is not None})
-    maps = read_maps(watched, c, c.size, c.output)
+    maps = read_maps(watched, c, c.size)
     if c.mix == "ddpm" and not torch.allclose(maps.into.scale_M, torch.ones(()), atol=1e-5):
         raise Refused("the scheduler rescales its sample")
     return c, maps

@@ -81,7 +81,8 @@ def build_sampler(predict: PipelinePredict, prompt: Prompt) -> Sampler:
     """Build a sampler on the noise levels of the pipeline's own scheduler."""
     if predict.convention.mix == "flow":
         sign: Velocity = "latent - noise" if predict.convention.target == "latent - noise" else "noise - latent"
-        return FlowSampler(predict.sigmas((prompt.height, prompt.width), prompt.num_steps), sign)
+        predict.draw_first((prompt.height, prompt.width), prompt.num_steps)  # sets the levels for this size
+        return FlowSampler(predict.watched.pipe.scheduler.sigmas[:-1].double(), sign)
     scheduler = copy_scheduler(predict.watched.pipe.scheduler)
     scheduler.set_timesteps(prompt.num_steps)
     return DdpmSampler(scheduler, scheduler.alphas_cumprod.double())

@@ -176,20 +176,16 @@ class Watched:
             # The pipelines look at the parameters that these functions have.
             setattr(scheduler, name, update_wrapper(partial(watched, scheduler, method), method))
 
-    def draw(
-        self, prompt: str, size: Size, answers: Answers | None = None, *, seed: int = 1, steps: int = 2, **extra: Any
-    ) -> Trace:
-        """Draw one image of `size` and return what was seen. Raises Refused for a pipeline without sizes."""
-        if "height" not in self.options:
-            raise Refused(f"{type(self.pipe).__name__} has no argument for the height of the image")
+    def draw(self, prompt: str, size: Size, answers: Answers | None = None, *, steps: int = 2, **extra: Any) -> Trace:
+        """Draw one image of `size` and return what was seen."""
         arguments = {
             "height": size[0], "width": size[1], "num_inference_steps": steps, "output_type": "pt",
-            "generator": torch.Generator().manual_seed(seed), "num_frames": 1, "max_area": size[0] * size[1],
+            "generator": torch.Generator().manual_seed(1), "num_frames": 1, "max_area": size[0] * size[1],
             **{k: False for k, p in self.options.items() if isinstance(p.default, bool) and any(w in k for w in OFF)},
         }  # fmt: skip
         known = {name: value for name, value in arguments.items() if name in self.options}
         self._trace, self._answers = Trace(), answers or Answers()
-        with self.real_tensors(), ExitStack() as stack:
+        with self.real_tensors(), torch.no_grad(), suppress(Stop), ExitStack() as stack:
             for part in self.pipe.components.values():
                 if isinstance(getattr(part, "_enabled", None), bool):  # diffusers' components for guidance
                     stack.enter_context(setting(part, _enabled=False))
@@ -197,8 +193,6 @@ class Watched:
                 # Some pipelines draw every shape with the area of their default size, rounded down.
                 side = math.sqrt(size[0] * size[1]) * (1 + 1e-6) / getattr(self.pipe, "vae_scale_factor", 8)
                 stack.enter_context(setting(self.pipe, default_sample_size=side))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(suppress(Stop))
             self.pipe(prompt=prompt, **{**known, **extra})
         return self._trace
 
@@ -303,8 +297,7 @@ def is_fake(model: nn.Module) -> bool:
 
 def copy_scheduler(scheduler: Any) -> Any:
     """Return a copy that is not watched."""
-    kind: Any = type(scheduler)
-    new = kind.__new__(kind)
-    kept = {name: value for name, value in vars(scheduler).items() if name not in ("step", "set_timesteps")}
-    vars(new).update(copy.deepcopy(kept))
-    return new
+    new = copy.copy(scheduler)
+    for name in ("step", "set_timesteps"):
+        vars(new).pop(name, None)
+    return copy.deepcopy(new)
