@@ -89,7 +89,8 @@ def build(options: PipelineOptions) -> Architecture:
     """
     RECIPE.check(options)
     folder = open_folder(options.model.pretrained_model_name_or_path, options.trust.trust_remote_code)
-    name_own_script(folder)
+    for spec in bases_of_pipeline(list_specs(), folder.kind.__name__)[:1]:
+        logger.info("%s is %s model, which %s is made for; going on", folder.kind.__name__, spec.called, spec.script)
     watched = folder.build_stage()
     convention = recall_or_measure(options, folder, watched)
     require_batches(options, convention)
@@ -119,12 +120,6 @@ def say_loader(folder: PipelineFolder, denoiser: str) -> str:
         return f"the adapter is loaded by load_lora_weights of {name}"
     how = f"pipe.{denoiser}.load_lora_adapter" if has_own else "PEFT's inject_adapter_in_model"
     return f"the adapter is not loaded by {name} itself but by {how}, as docs/any_model.md shows"
-
-
-def name_own_script(folder: PipelineFolder) -> None:
-    """Log the script that is made for this base model, if there is one."""
-    for spec in bases_of_pipeline(list_specs(), folder.kind.__name__)[:1]:
-        logger.info("%s is %s model, which %s is made for; going on", folder.kind.__name__, spec.called, spec.script)
 
 
 def recall_or_measure(options: PipelineOptions, folder: PipelineFolder, watched: Watched) -> Convention:

@@ -36,9 +36,7 @@ class CapturedText:
     max_tokens: int
     dtype: torch.dtype  # of the features
     remembers: bool = False  # keep what the text encoders return, to draw with it
-    planned: dict[Path, list[int]] = field(
-        default_factory=dict
-    )  # shapes of the longest caption, which the planner counts
+    planned: dict[Path, list[int]] = field(default_factory=dict)  # shapes of the longest caption, for the planner
 
     @property
     def keys(self) -> tuple[str, ...]:

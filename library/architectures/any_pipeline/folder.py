@@ -35,7 +35,10 @@ logger = logging.getLogger(__name__)
 VERSION = 4  # of the rules that measure
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 DISTILLED = ("LCM", "SCM", "TCD", "CMStochastic", "Wuerstchen")  # in the name of a scheduler
-LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "watermark")  # not needed to draw from text
+LEFT_OUT = {  # not needed to draw from text
+    **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder", "watermark")),
+    "requires_safety_checker": False,
+}
 
 
 @dataclass(frozen=True)
@@ -109,12 +112,9 @@ class PipelineFolder:
             vae.load_state_dict({name: weights.read(name) for name in small}, strict=False, assign=True)
         stand_ins = {name: stand_in(model) for name, model in models.items()}
         logging.getLogger("diffusers").setLevel(logging.ERROR)  # it warns of every draw
-        return Watched(self.kind.from_pretrained(self.path, **stand_ins, **self._left_out()))
-
-    def _left_out(self) -> dict[str, Any]:
-        known = inspect.signature(self.kind.__init__).parameters
-        left_out: dict[str, Any] = {name: None for name in LEFT_OUT if name in known}
-        return left_out | ({"requires_safety_checker": False} if "requires_safety_checker" in known else {})
+        parameters = inspect.signature(self.kind.__init__).parameters
+        left_out = {name: value for name, value in LEFT_OUT.items() if name in parameters}
+        return Watched(self.kind.from_pretrained(self.path, **stand_ins, **left_out))
 
 
 def open_folder(name: str | None, trusts_code: bool) -> PipelineFolder:

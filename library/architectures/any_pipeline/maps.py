@@ -90,13 +90,13 @@ def codes(count: int) -> list[Tensor]:
 
 
 def read_map(seen: Sequence[Tensor], num_source: int, what: str, device: torch.device) -> Map:
-    """Return the map from what was seen of each of `codes(num_source)`. Raises Refused if values mix."""
+    """Return the map from what was seen of each code of `num_source` values or more. Raises Refused if values mix."""
     zero_M, one_M, *digits = (tensor.double().flatten().cpu() for tensor in seen)
     scale_M = one_M - zero_M
     is_live_M = scale_M.abs() > LEAST_SCALE * max(1.0, scale_M.abs().max().item())
     safe_M = torch.where(is_live_M, scale_M, 1.0)
     index_M = torch.zeros_like(zero_M, dtype=torch.long)
-    for place, seen_M in enumerate(digits[: len(codes(num_source)) - 2]):
+    for place, seen_M in enumerate(digits):
         digit_M = (seen_M - zero_M) / safe_M * BASE
         if ((digit_M - digit_M.round()).abs() > 0.2)[is_live_M].any():
             raise Refused(f"{what} is not a rearrangement with a scale")
@@ -136,11 +136,10 @@ def read_maps(watched: Watched, convention: Convention, size: Size, device: torc
     real = watched.draw(PROMPTS[0], size, answer_with(template), **c.extra)
     shape = real.steps[0].sample.shape
     num_sample = math.prod(shape)
-    of_output, of_sample = codes(num_out), codes(num_sample)
     traces = []
-    for place in range(max(len(of_output), len(of_sample))):  # a code for both at once
-        values, sample = (of[place] if place < len(of) else of[0] for of in (of_output, of_sample))
-        answers = replace(answer_with(template, values), samples=partial(replace_sample, sample.reshape(shape)))
+    for code in codes(max(num_out, num_sample)):  # for both at once
+        sample = code[:num_sample].reshape(shape)
+        answers = replace(answer_with(template, code[:num_out]), samples=partial(replace_sample, sample))
         traces.append(watched.draw(PROMPTS[0], size, answers, **c.extra))
     arguments = [leaves(trace.calls[1].kwargs)[c.latents] for trace in traces]
     out = read_map([t.steps[0].output for t in traces], num_out, "the way from the denoiser to the scheduler", device)
@@ -151,16 +150,11 @@ def read_maps(watched: Watched, convention: Convention, size: Size, device: torc
         raise Refused("the VAE does not decode the whole sample")
     if sorted({*into.index_M.tolist()} - {-1}) != places:
         raise Refused("the denoiser does not see the whole sample")
-    tables, kwargs = read_tables(watched, c, size, template), move(first.kwargs, device)
-    return SizeMaps(into, out, decode, size, template, tuple(shape), kwargs, tables)
-
-
-def read_tables(watched: Watched, convention: Convention, size: Size, template: Any) -> dict[Path, Table]:
-    """Read the levels that are given to the denoiser by no formula, from the steps of a long drawing."""
-    if convention.lines.keys() == set(convention.time):
-        return {}
-    levels, given = read_level_values(watched, convention, size, template, NUM_TABLE_STEPS)
-    return {path: Table(tuple(levels), tuple(values)) for path, values in given.items() if path not in convention.lines}
+    tables = {}
+    if without_line := set(c.time) - c.lines.keys():
+        levels, given = read_level_values(watched, c, size, template, NUM_TABLE_STEPS)
+        tables = {path: Table(tuple(levels), tuple(given[path])) for path in without_line}
+    return SizeMaps(into, out, decode, size, template, tuple(shape), move(first.kwargs, device), tables)
 
 
 def read_level_values(

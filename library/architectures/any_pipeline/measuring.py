@@ -72,7 +72,7 @@ def measure(watched: Watched, size: Size) -> tuple[Convention, SizeMaps]:
 
 
 def read_roles(watched: Watched, size: Size) -> Convention:
-    """Find the denoiser and the role of each of its arguments by changing seed, prompt, size and step one at a time."""
+    """Find the denoiser and the role of each of its arguments by changing sample, prompt, size and step one at a time."""
     extra, trace = find_quiet(watched, size)
     names = sorted({call.name for call in trace.calls if call.step == 1})
     if len(names) != 1:
@@ -94,11 +94,8 @@ def read_roles(watched: Watched, size: Size) -> Convention:
         )
     wide, tall = (size[0], 2 * size[1]), (2 * size[0], size[1])
     base, second = (leaves(call.kwargs) for call in trace.calls[:2])
-    of_wide = arguments(sides=wide)
-    by_text, by_size = (
-        differing(base, arguments(PROMPTS[1])),
-        differing(base, of_wide) | differing(base, arguments(sides=tall)),
-    )
+    of_wide, of_tall = arguments(sides=wide), arguments(sides=tall)
+    by_text, by_size = differing(base, arguments(PROMPTS[1])), differing(base, of_wide) | differing(base, of_tall)
     by_sample = differing(arguments(value=0.0), arguments(value=1.0))
     found = sort(path for path in by_sample if isinstance(base.get(path), Tensor))
     if len(found) != 1:
@@ -200,6 +197,8 @@ def find_objective(convention: Convention, trace: Trace) -> Convention:
         for target in get_args(Target):
             c = replace(convention, mix=mix, target=target)
             try:
+                if mix == "flow" and c.level_of(trace, 0) > 1 + 1e-6:
+                    continue
                 error = compare_step(c, trace)
             except Exception:  # the scheduler has no such levels, or does not take such a prediction
                 continue
