@@ -46,8 +46,8 @@ def check(watched: Watched, convention: Convention, maps: SizeMaps) -> Errors:
     step: (d) one step of its scheduler from our mix against our mix at the next level
     """
     c, wide = convention, (convention.size[0], 2 * convention.size[1])
-    errors = {"latents": compare_latents(watched, c, maps)}
     own = watched.draw(PROMPT, c.size, steps=NUM_STEPS, **c.extra)
+    errors = {"latents": compare_latents(watched, c, maps, own.pixel_shape[1])}
     texts = [text_of(c, call.kwargs) for call in own.calls]
     errors["prediction"] = max(compare(watched, c, maps, own, step, text) for step, text in enumerate(texts))
     errors["own mix"] = compare_own_mix(watched, c, read_maps(watched, c, wide))
@@ -60,9 +60,9 @@ def difference(actual: Tensor, expected: Tensor) -> float:
     return float((actual.reshape(expected.shape) - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
 
 
-def compare_latents(watched: Watched, convention: Convention, maps: SizeMaps) -> float:
+def compare_latents(watched: Watched, convention: Convention, maps: SizeMaps, num_channels: int) -> float:
     c, decode = convention, maps.decode
-    pixels = torch.rand(1, 3, *c.size, generator=torch.Generator().manual_seed(9)) * 2 - 1
+    pixels = torch.rand(1, num_channels, *c.size, generator=torch.Generator().manual_seed(9)) * 2 - 1
     raw = encode_raw(watched.models[watched.vae], pixels, len(c.latent_shape)).cpu()
     if raw.shape != decode.shape:
         raise Refused(f"the VAE encodes to the shape {tuple(raw.shape)} and decodes {decode.shape}")

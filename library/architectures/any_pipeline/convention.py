@@ -14,7 +14,6 @@ from library.architectures.any_pipeline.watch import Size, Trace
 Mix = Literal["flow", "ddpm"]
 Target = Literal["noise - latent", "latent - noise", "noise", "latent", "velocity"]
 PROMPTS = ("a cat", 'two dogs and a "sign"')  # of the measurement; some pipelines encode quoted words by another model
-FEW = 8  # values of a constant that the log shows
 
 
 @dataclass(frozen=True)
@@ -142,9 +141,8 @@ def format_constant(value: Any) -> str:
     """Return a constant argument as the log shows it."""
     if not isinstance(value, Tensor):
         return str(value)
-    numbers = value.detach().float().flatten().tolist()
-    values = [f"{number:g}" for number in (numbers[:1] if len({*numbers}) == 1 else numbers)]
-    return ", ".join(values) if len(values) <= FEW else f"a tensor {tuple(value.shape)}"
+    numbers = {*value.detach().float().flatten().tolist()}
+    return f"{numbers.pop():g}" if len(numbers) == 1 else f"a tensor {tuple(value.shape)}"
 
 
 def tile(values_Cpp: Tensor, like_BCHW: Tensor) -> Tensor:

@@ -28,19 +28,26 @@ NUM_TABLE_STEPS = 100  # of a drawing from which a table of levels is read
 
 @dataclass(frozen=True, eq=False)
 class Map:
-    """target[m] = offset[m] + scale[m] * source[index[m]]; an index of -1 where the source has no say."""
+    """target[m] = offset[m] + scale[m] * source[index[m]]; an index of -1 where the source has no say.
+
+    If `from_end`, only the end of the source matters, behind a caption's tokens, and places count from the end.
+    """
 
     index_M: Tensor
     scale_M: Tensor
     offset_M: Tensor
     shape: tuple[int, ...]  # of the target
     num_source: int
+    from_end: bool
 
     def __call__(self, source_BN: Tensor) -> Tensor:
         """Return targets, shape (B, M), with gradient."""
-        if source_BN.shape[1] != self.num_source:
+        shift = source_BN.shape[1] - self.num_source
+        if shift and not self.from_end:
             raise Refused(f"the denoiser gives {source_BN.shape[1]} values instead of {self.num_source}")
-        return source_BN[:, self.index_M.clamp(min=0)] * self.scale_M.to(source_BN) + self.offset_M.to(source_BN)
+        return source_BN[:, (self.index_M + shift).clamp(min=0)] * self.scale_M.to(source_BN) + self.offset_M.to(
+            source_BN
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +112,9 @@ def read_map(seen: Sequence[Tensor], num_source: int, what: str, device: torch.d
     if index_M.max() >= num_source or (is_live_M & (index_M < 0)).any():
         raise Refused(f"{what} mixes values")
     scale_M = torch.where(is_live_M, scale_M, 0.0).float()
-    shape = tuple(seen[0].shape)
-    return Map(index_M.to(device), scale_M.to(device), zero_M.float().to(device), shape, num_source)
+    shape, used = tuple(seen[0].shape), index_M[is_live_M].tolist() or [0]
+    from_end = min(used) > 0 and max(used) == num_source - 1
+    return Map(index_M.to(device), scale_M.to(device), zero_M.float().to(device), shape, num_source, from_end)
 
 
 def answer_with(template: Any, values: Tensor | None = None) -> Answers:

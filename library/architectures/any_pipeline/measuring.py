@@ -72,7 +72,7 @@ def measure(watched: Watched, size: Size) -> tuple[Convention, SizeMaps]:
 
 
 def read_roles(watched: Watched, size: Size) -> Convention:
-    """Find the denoiser and the role of each of its arguments by changing sample, prompt, size and step one at a time."""
+    """Find the denoiser and the roles of its arguments by changing sample, prompt, size and step one at a time."""
     extra, trace = find_quiet(watched, size)
     names = sorted({call.name for call in trace.calls if call.step == 1})
     if len(names) != 1:

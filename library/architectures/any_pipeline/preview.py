@@ -21,18 +21,15 @@ STEPS, SCALE = 30, 1.0  # of a pipeline without defaults
 def build_preview(predict: PipelinePredict, codec: PipelineLatents) -> Preview:
     """Build the preview settings from the defaults of the pipeline's call."""
     pipe, spec = predict.watched.pipe, codec.spec
-
-    def default(name: str, otherwise: float) -> float:
-        value = predict.watched.options[name].default if name in predict.watched.options else None
-        return value if isinstance(value, int | float) else otherwise
-
+    options = {name: option.default for name, option in predict.watched.options.items()}
+    defaults = {name: value for name, value in options.items() if isinstance(value, int | float)}
     side = int(getattr(pipe, "default_sample_size", None) or SIDE // spec.downscale) * spec.downscale
     return Preview(
         defaults=PromptDefaults(
-            num_steps=int(default("num_inference_steps", STEPS)),
-            width=int(default("width", side)),
-            height=int(default("height", side)),
-            scale=float(default(scale_of(predict), SCALE)),
+            num_steps=int(defaults.get("num_inference_steps", STEPS)),
+            width=int(defaults.get("width", side)),
+            height=int(defaults.get("height", side)),
+            scale=float(defaults.get(scale_of(predict), SCALE)),
             size_step=spec.bucket_step,
         ),
         text=replace(predict.text, remembers=True),
