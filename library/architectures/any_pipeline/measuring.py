@@ -8,7 +8,7 @@ The rules:
   exactly on the same image and noise, mixed at the next level.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
@@ -105,9 +105,6 @@ def read_roles(watched: Watched, size: Size) -> Convention:
     for role, paths in {"step": time, "prompt": text}.items():
         if not paths:
             raise Refused(f"no argument of the denoiser follows the {role}")
-    joint = {path: find_growing_axis(base.get(path), of_wide.get(path)) for path in text & by_size}
-    if together := sort(path for path, axis in joint.items() if axis is None):
-        raise Refused(f"{list_paths(together)} follows caption and size together, so captions cannot be cached")
     geometry = sort(by_size - text - {latents})
     constant = sort(base.keys() - text - {*geometry, *time, latents})
     return Convention(
@@ -117,7 +114,7 @@ def read_roles(watched: Watched, size: Size) -> Convention:
         time=time,
         text=sort(text),
         geometry=geometry,
-        joint={path: axis for path, axis in joint.items() if axis is not None},
+        joint=find_joint(text & by_size, base, of_wide),
         constant={path: format_constant(base[path]) for path in constant},
         fixed=digest_others(base, {*text, *time, latents}),
         extra=extra,
@@ -129,6 +126,14 @@ def read_roles(watched: Watched, size: Size) -> Convention:
 
 def sort(paths: Any) -> tuple[Path, ...]:
     return tuple(sorted(paths, key=str))
+
+
+def find_joint(paths: Set[Path], small: Mapping[Path, Any], large: Mapping[Path, Any]) -> dict[Path, tuple[int, int]]:
+    """Return (axis, length) of each text argument that follows the size too. Raises Refused if it grows otherwise."""
+    found = {path: find_growing_axis(small.get(path), large.get(path)) for path in paths}
+    if together := sort(path for path, axis in found.items() if axis is None):
+        raise Refused(f"{list_paths(together)} follows caption and size together, so captions cannot be cached")
+    return {path: axis for path, axis in found.items() if axis is not None}
 
 
 def find_growing_axis(small: Any, large: Any) -> tuple[int, int] | None:
