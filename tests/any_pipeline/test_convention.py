@@ -12,13 +12,13 @@ from torch import nn
 from library.architectures.any_pipeline import conditioning
 from library.architectures.any_pipeline.check import check, gives_same_in_batch, require_exact
 from library.architectures.any_pipeline.conditioning import capture_text
-from library.architectures.any_pipeline.convention import Convention, Line
+from library.architectures.any_pipeline.convention import PROMPTS, Convention, Line
 from library.architectures.any_pipeline.maps import SizeMaps
 from library.architectures.any_pipeline.measuring import measure
 from library.architectures.any_pipeline.training import PipelinePredict, Repeated, require_same_prediction
-from library.architectures.any_pipeline.watch import Refused, Watched, watch_pipeline
+from library.architectures.any_pipeline.watch import Refused, Watched
 from tests.tiers import first_is_fast
-from tests.tiny.pipelines import PIPELINES, build_tiny_pipeline
+from tests.tiny.pipelines import PIPELINES, build_tiny_pipeline, watch_pipeline
 from tests.tolerances import FLOAT32_SAME_MATH
 
 SIZE = (64, 64)
@@ -68,8 +68,8 @@ def forget_pooled_text(convention: Convention, maps: SizeMaps) -> tuple[Conventi
     ("change", "error"),
     [
         (negate, "prediction"),
-        (tell(Line(-1.0, 1.0, False)), "prediction"),
-        (tell(Line(1000.0, 0.0, False)), "prediction"),
+        (tell(Line(-1.0, 1.0)), "prediction"),
+        (tell(Line(1000.0, 0.0)), "prediction"),
         (scale_latents, "latents"),
         (forget_shift, "latents"),
         (reverse_packing, "latents"),
@@ -118,8 +118,8 @@ def test_every_start_checks_our_own_mix_with_two_passes_of_the_denoiser(monkeypa
 def test_captions_of_two_lengths_share_a_call_where_a_mask_makes_that_the_same(name: str, pads: bool) -> None:
     watched, convention, maps = measured(name)
     assert gives_same_in_batch(watched, convention, maps)
-    assert gives_same_in_batch(watched, convention, maps, convention.prompts) == pads
-    lengths = {sum(map(torch.numel, capture_text(watched, convention, text).values())) for text in convention.prompts}
+    assert gives_same_in_batch(watched, convention, maps, PROMPTS) == pads
+    lengths = {sum(map(torch.numel, capture_text(watched, convention, text).values())) for text in PROMPTS}
     assert len(lengths) == 2
 
 
@@ -138,14 +138,13 @@ def test_a_dropped_caption_is_the_negative_prompt_of_the_pipeline() -> None:
     torch.testing.assert_close(named[states], pipe.encode_prompt("a dog", "cpu", 1, False)[0], **FLOAT32_SAME_MATH)
 
 
-@pytest.mark.parametrize("register", [nn.Module.register_forward_hook, nn.Module.register_forward_pre_hook])
-def test_hooks_that_a_pipeline_puts_on_its_models_act_once(register: Callable[..., Any]) -> None:
+def test_hooks_that_a_pipeline_puts_on_its_models_act_once() -> None:
     """A hook on a part changes what the model computes; one on the whole model is called once for each of its calls."""
     watched = watch_pipeline(build_tiny_pipeline("AuraFlowPipeline"))
     hooked: list[nn.Module] = []
     norm = watched.pipe.text_encoder.encoder.final_layer_norm
-    register(norm, lambda module, args, *output: torch.zeros_like(args[0]))  # the norm of zeros is zero too
-    register(watched.pipe.text_encoder, lambda module, *_: hooked.append(module))
+    norm.register_forward_hook(lambda module, args, output: torch.zeros_like(args[0]))
+    watched.pipe.text_encoder.register_forward_hook(lambda module, *_: hooked.append(module))
     encoded = [call for call in watched.draw("a cat", SIZE).calls if call.name == "text_encoder"]
     assert len(hooked) == len(encoded)
     for call in encoded:

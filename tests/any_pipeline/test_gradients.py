@@ -25,19 +25,19 @@ def test_the_gradient_is_that_of_the_pipelines_own_call_in_float64(name: str) ->
     watched, c, maps = measured(name)
     clean, noise = torch.randn(2, *maps.sample_shape, generator=torch.Generator().manual_seed(4))
 
-    def draw(samples: Any = lambda step, old: None) -> Trace:
+    def draw(samples: Any = None) -> Trace:
         return watched.draw(CAPTION, SIZE, Answers(samples=samples), steps=3, **c.extra)
 
     trace = draw()
     level, (signal, share) = c.level_of(trace, 1), mix_of(c, trace)
-    own = draw(lambda step, old: signal * clean + share * noise if step == 0 else None)
+    own = draw(lambda old: signal * clean + share * noise)
     theirs, adapter = adapted(name, c.denoiser)
-    output = theirs.double()(**move(own.calls[c.call + c.calls_per_step].kwargs, torch.device("cpu"), torch.float64))
+    output = theirs.double()(**move(own.calls[1].kwargs, torch.device("cpu"), torch.float64))
     prediction = maps.out(join_values(output)[None]).reshape(clean.shape)
     expected_loss, expected = backward(prediction, target_of(c, clean, noise, signal, share), adapter)
 
     predict, _, conditioning = parts_of(watched, c, maps)
-    raw = [draw(lambda step, old, sample=sample: sample).decoded[0] for sample in (clean, noise)]
+    raw = [draw(lambda old, sample=sample: sample).decoded[0] for sample in (clean, noise)]
     clean, noise = (c.latents_of(r.reshape(1, c.latent_shape[1], *r.shape[-2:])) for r in raw)
     noised = Noised(signal * clean + share * noise, clean, noise, torch.tensor([level]), torch.tensor([level]))
     ours, adapter = adapted(name, c.denoiser)

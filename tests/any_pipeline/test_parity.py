@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +20,9 @@ from library.architectures.any_pipeline.maps import SizeMaps
 from library.architectures.any_pipeline.measuring import measure
 from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict
 from library.architectures.any_pipeline.trees import leaves
-from library.architectures.any_pipeline.watch import Watched, watch_pipeline
+from library.architectures.any_pipeline.watch import Watched
 from library.types import Batch, Conditioning
+from tests.tiny.pipelines import watch_pipeline
 
 CAPTION, HEIGHT, WIDTH = 'a red "cat"', 128, 64
 BATCH = Batch(
@@ -168,7 +170,9 @@ def parts_of(
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, pytest.mark.nightly)) for n in FAMILIES])
-def test_latents_loss_and_gradients_are_those_of_the_family(name: str, tmp_path: Path) -> None:
+def test_latents_loss_and_gradients_are_those_of_the_family(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An adapter's gradient is the weight's gradient, multiplied by the other matrix of the adapter."""
     family = FAMILIES[name](tmp_path)
     arch, models = family.run.arch, family.run.models
@@ -176,7 +180,8 @@ def test_latents_loss_and_gradients_are_those_of_the_family(name: str, tmp_path:
         if isinstance(model, nn.Module):
             model.eval().requires_grad_(False)
     watched = watch_pipeline(family.pipe)
-    convention, maps = measure(watched, (64, 64), **family.options)
+    monkeypatch.setattr(watched, "draw", partial(watched.draw, **family.options))
+    convention, maps = measure(watched, (64, 64))
     require_exact(check(watched, convention, maps))
     predict, codec, conditioning = parts_of(watched, convention, maps)
     channels = 4 if arch.codec.spec.has_alpha else 3

@@ -13,11 +13,11 @@ from library.architectures.any_pipeline.convention import Target
 from library.architectures.any_pipeline.measuring import measure
 from library.architectures.any_pipeline.options import PipelineOptions
 from library.architectures.any_pipeline.training import PipelinePredict, build_objective
-from library.architectures.any_pipeline.watch import Refused, watch_pipeline
+from library.architectures.any_pipeline.watch import Refused
 from tests.any_pipeline.test_convention import measured
 from tests.any_pipeline.test_training import SCRIPT, arguments
 from tests.running import Finished
-from tests.tiny.pipelines import build_tiny_pipeline
+from tests.tiny.pipelines import build_tiny_pipeline, watch_pipeline
 
 Train = Callable[..., Finished]
 
@@ -99,9 +99,12 @@ def test_what_needs_all_samples_in_one_call_is_refused(
 def test_arguments_that_follow_caption_and_size_in_no_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = build_tiny_pipeline("ChromaPipeline")
     ordered = pipe._prepare_attention_mask
-    monkeypatch.setattr(
-        type(pipe), "_prepare_attention_mask", lambda self, *args, **kwargs: ordered(*args, **kwargs).flip(1)
-    )
+
+    def reverse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        mask = ordered(*args, **kwargs)
+        return mask if mask is None else mask.flip(1)
+
+    monkeypatch.setattr(type(pipe), "_prepare_attention_mask", reverse)
     sentence = "attention_mask follows caption and size together, so captions cannot be cached"
     with pytest.raises(Refused, match=sentence):
         measure(watch_pipeline(pipe), (64, 64))

@@ -49,8 +49,8 @@ def test_one_command_trains_auraflow(auraflow: Path, tmp_path: Path, train: Trai
     done = train(arguments(auraflow, tmp_path), script=SCRIPT)
     assert done.status == 0, done.stderr
     for line in (
-        "AuraFlowPipeline: transformer, call 1 of 1 in each step",
-        "latents: hidden_states, 4 channels at 1/8 of the size; noise level: timestep = sigma",
+        "AuraFlowPipeline: transformer; noise level: timestep = sigma",
+        "latents: hidden_states, 4 channels at 1/8 of the size",
         "text: encoder_hidden_states; size: none",
         "constant: attention_kwargs = None, return_dict = False",
         "objective: flow, target noise - latent; batches: captions of any length in one call",

@@ -1,5 +1,6 @@
 """Tiny random text-to-image pipelines of diffusers, by the name of their class."""
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from library.architectures.any_pipeline.watch import Watched, stand_in
 from tests.tiny import language_model_pipelines
 from tests.tiny.init import fixed_init
 from tests.tiny.pipeline_parts import (
@@ -448,3 +450,13 @@ def build_tiny_pipeline(name: str, seed: int = 7) -> Any:
     pipe = kind(**parts, **extra)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def watch_pipeline(pipe: Any) -> Watched:
+    """Watch a pipeline whose models are all in memory, which is left as it is."""
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    stage = copy.copy(pipe)
+    for name, module in models.items():
+        setattr(stage, name, stand_in(module))
+    stage.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    return Watched(stage, models)

@@ -9,15 +9,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from torch.serialization import safe_globals
+
 from library.architectures.any_pipeline.check import (
-    NUM_COMPARED,
     PROMPT,
     check,
     gives_same_in_batch,
     require_exact,
 )
 from library.architectures.any_pipeline.conditioning import CapturedText, capture_text
-from library.architectures.any_pipeline.convention import Convention
+from library.architectures.any_pipeline.convention import PROMPTS, Convention, Line, Unconditional
 from library.architectures.any_pipeline.folder import (
     PipelineFolder,
     PipelineLoader,
@@ -25,16 +27,16 @@ from library.architectures.any_pipeline.folder import (
     open_folder,
     open_loader,
 )
-from library.architectures.any_pipeline.kept import Kept, fingerprint, read_kept, write_kept
-from library.architectures.any_pipeline.measuring import NUM_STAGES, measure, plain_scheduler
+from library.architectures.any_pipeline.measuring import measure, plain_scheduler
 from library.architectures.any_pipeline.options import PipelineOptions
 from library.architectures.any_pipeline.preview import build_preview
 from library.architectures.any_pipeline.targets import block_lists, run_blocks_with, stacks
 from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict, build_objective
-from library.architectures.any_pipeline.trees import format_path
-from library.architectures.any_pipeline.watch import Refused, Watched, WrongSize, setting
+from library.architectures.any_pipeline.trees import Output, format_path
+from library.architectures.any_pipeline.watch import Refused, Watched, WrongSize
 from library.architectures.specs import list_specs
-from library.checkpoints.weights import fingerprint as digest_weights
+from library.checkpoints.files import atomic_path, load_pickle
+from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES
 from library.errors import UserError
 from library.models.adapter_views import view_denoiser
@@ -48,6 +50,7 @@ from networks.core.protocol import is_switched_on
 logger = logging.getLogger(__name__)
 
 SIDES = (64, 128, 256, 512)  # of the image at which a pipeline is measured, the first that it takes
+NUM_STAGES = 3  # of a measurement
 STEP = 64  # sides of images are multiples of this many pixels, for every pipeline
 LATENTS = LatentSpec(
     channels=16, downscale=8, bucket_step=STEP, cache_suffix="_diffusers.npz", had_keys_without_size=False
@@ -86,7 +89,8 @@ def build(options: PipelineOptions) -> Architecture:
     """
     RECIPE.check(options)
     folder = open_folder(options.model.pretrained_model_name_or_path, options.trust.trust_remote_code)
-    name_own_script(folder)
+    for spec in bases_of_pipeline(list_specs(), folder.kind.__name__)[:1]:
+        logger.info("%s is %s model, which %s is made for; going on", folder.kind.__name__, spec.called, spec.script)
     watched = folder.build_stage()
     convention = recall_or_measure(options, folder, watched)
     require_batches(options, convention)
@@ -118,29 +122,35 @@ def say_loader(folder: PipelineFolder, denoiser: str) -> str:
     return f"the adapter is not loaded by {name} itself but by {how}, as docs/any_model.md shows"
 
 
-def name_own_script(folder: PipelineFolder) -> None:
-    """Log the script that is made for this base model, if there is one."""
-    for spec in bases_of_pipeline(list_specs(), folder.kind.__name__)[:1]:
-        logger.info("%s is %s model, which %s is made for; going on", folder.kind.__name__, spec.called, spec.script)
-
-
 def recall_or_measure(options: PipelineOptions, folder: PipelineFolder, watched: Watched) -> Convention:
     """Return the convention of a pipeline, and prepare `watched` to draw without models."""
-    place = folder_of_caches(options) / f".pipeline_{fingerprint(folder)}.safetensors"
+    place = folder_of_caches(options) / f".pipeline_{folder.fingerprint()}.pt"
     if place.is_file() and not options.diagnostics.selftest:
-        kept = read_kept(place)
+        convention = read_convention(place)
         logger.info("the convention of %s is read from %s", folder.kind.__name__, place)
-        watched.denoiser = kept.convention.denoiser
-        if kept.convention.replaces_scheduler:
+        watched.denoiser = convention.denoiser
+        if convention.replaces_scheduler:
             watched.set_scheduler(plain_scheduler(watched.pipe.scheduler))
-        watched.memory.update(kept.memory)
-        return kept.convention
+        watched.memory.update(convention.memory)
+        return convention
     logger.info("measuring how %s is trained, once; the result is kept in %s", folder.kind.__name__, place)
     begun = time.monotonic()
     convention = measure_folder(folder, watched, options.precision.mixed_precision)
     logger.info("measured and checked in %.1f s", time.monotonic() - begun)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write_kept(place, Kept(convention, watched.memory))
+    write_convention(place, convention)
+    return convention
+
+
+def write_convention(path: Path, convention: Convention) -> None:
+    """Write a file that `read_convention` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        torch.save(convention, temporary)
+
+
+def read_convention(path: Path) -> Convention:
+    with safe_globals([Convention, Line, Unconditional, Output]):
+        convention: Convention = load_pickle(path)
     return convention
 
 
@@ -172,10 +182,7 @@ def measure_folder(folder: PipelineFolder, watched: Watched, precision: str) -> 
 def measure_smallest(watched: Watched) -> Convention:
     """Measure and check a pipeline at the smallest size that it takes. `watched` keeps only the outputs of text
     encoders that the checks at later starts need."""
-    with (
-        progress_bar("measuring the pipeline…", NUM_STAGES + NUM_COMPARED) as bar,
-        setting(watched, advance=bar.update),
-    ):
+    with progress_bar("measuring the pipeline…", NUM_STAGES) as bar:
         for side in SIDES:
             try:
                 convention, maps = measure(watched, (side, side))
@@ -183,13 +190,16 @@ def measure_smallest(watched: Watched) -> Convention:
             except WrongSize:
                 if side == SIDES[-1]:
                     raise
+        bar.update(1)
         require_exact(check(watched, convention, maps))
-    takes_batches = gives_same_in_batch(watched, convention, maps)
-    pads = takes_batches and gives_same_in_batch(watched, convention, maps, convention.prompts)
+        bar.update(1)
+        takes_batches = gives_same_in_batch(watched, convention, maps)
+        pads = takes_batches and gives_same_in_batch(watched, convention, maps, PROMPTS)
+        bar.update(1)
     watched.memory.clear()
-    for caption in (convention.prompts[0], PROMPT, ""):
+    for caption in (PROMPTS[0], PROMPT, ""):
         capture_text(watched, convention, caption)
-    return replace(convention, takes_batches=takes_batches, pads=pads)
+    return replace(convention, takes_batches=takes_batches, pads=pads, memory=dict(watched.memory))
 
 
 def assemble(
@@ -231,7 +241,7 @@ def build_text(watched: Watched, convention: Convention, loader: PipelineLoader)
     tokenizer = max(tokenizers, key=lambda part: part.model_max_length)
     limit = watched.options.get("max_sequence_length")
     default = limit.default if limit is not None and isinstance(limit.default, int) else tokenizer.model_max_length
-    example = capture_text(watched, convention, convention.prompts[0])
+    example = capture_text(watched, convention, PROMPTS[0])
     most = min(default, 1 << 16)
     return CapturedText(watched, convention, loader.text_names, example, tokenizer, most, loader.text_dtype)
 
@@ -242,7 +252,7 @@ def build_text_cache(options: PipelineOptions, loader: PipelineLoader, text: Cap
         options=options.text_caching,
         suffix=read_latent_spec(convention).cache_suffix.replace(".npz", "_te.npz"),
         keys=text.keys,
-        encoders=lambda: digest_weights(*(part.weights for part in loader.texts)),
+        encoders=lambda: fingerprint(*(part.weights for part in loader.texts)),
         settings=f"{loader.text_dtype} {sorted(convention.extra.items())} {convention.unconditional}",
         tokenizers=(text.tokenizer,),
         padding={format_path(path): 0.0 for path in convention.text},

@@ -2,13 +2,14 @@
 text tensor shows in at least one of four errors."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from library.architectures.any_pipeline.conditioning import capture_text, fill_arguments, text_of
-from library.architectures.any_pipeline.convention import Convention, targets_of
+from library.architectures.any_pipeline.convention import PROMPTS, Convention, targets_of
 from library.architectures.any_pipeline.maps import SizeMaps, answer_with, read_maps
 from library.architectures.any_pipeline.trees import (
     Path,
@@ -18,46 +19,38 @@ from library.architectures.any_pipeline.trees import (
     join_values,
     split_rows,
 )
-from library.architectures.any_pipeline.watch import Answers, Refused, Trace, Watched, copy_scheduler
+from library.architectures.any_pipeline.watch import Answers, Refused, Trace, Watched, copy_scheduler, replace_sample
 
+Errors = Mapping[str, float]
 TOLERANCE = 1e-4  # of float32
 PROMPT = "a small red bird, sitting"
 NUM_STEPS = 3
-NUM_COMPARED = 3
 
 
-Errors = Mapping[str, float]
-"""The largest difference of each comparison, relative to the largest value:
-
-latents: (a) the latents of an image, put in as the last sample, against what the VAE is given
-prediction: (b) our prediction at the pipeline's steps against what its scheduler got
-own mix: (c) the same for our own mix, with text and geometry of other drawings
-step: (d) one step of its scheduler from our mix against our mix at the next level
-"""
-
-
-def require_exact(errors: Errors, tolerance: float = TOLERANCE) -> None:
+def require_exact(errors: Errors) -> None:
     """Raise Refused naming the errors above the tolerance."""
-    if large := [f"{name} {value:.2g}" for name, value in errors.items() if not value <= tolerance]:
+    if large := [f"{name} {value:.2g}" for name, value in errors.items() if not value <= TOLERANCE]:
         raise Refused(
-            f"what was measured differs from what the pipeline does, in {', '.join(large)} (at most {tolerance:g} is "
+            f"what was measured differs from what the pipeline does, in {', '.join(large)} (at most {TOLERANCE:g} is "
             "accepted)"
         )
 
 
 @torch.no_grad()
-def check(watched: Watched, convention: Convention, maps: SizeMaps, prompt: str = PROMPT) -> Errors:
-    """Return the errors of a convention, whose models are in memory."""
+def check(watched: Watched, convention: Convention, maps: SizeMaps) -> Errors:
+    """Return the largest difference of each comparison, relative to the largest value. All models are in memory.
+
+    latents: (a) the latents of an image, put in as the last sample, against what the VAE is given
+    prediction: (b) our prediction at the pipeline's steps against what its scheduler got
+    own mix: (c) the same for our own mix, with text and geometry of other drawings
+    step: (d) one step of its scheduler from our mix against our mix at the next level
+    """
     c, wide = convention, (convention.size[0], 2 * convention.size[1])
-    errors = {"latents": compare_latents(watched, c, maps, prompt)}
-    watched.advance(1)
-    own = watched.draw(prompt, c.size, steps=NUM_STEPS, **c.extra)
-    texts = [text_of(c, call.kwargs) for call in own.calls[c.call :: c.calls_per_step]]
+    own = watched.draw(PROMPT, c.size, steps=NUM_STEPS, **c.extra)
+    errors = {"latents": compare_latents(watched, c, maps, own.pixel_shape[1])}
+    texts = [text_of(c, call.kwargs) for call in own.calls]
     errors["prediction"] = max(compare(watched, c, maps, own, step, text) for step, text in enumerate(texts))
-    watched.advance(1)
-    first = watched.draw(c.prompts[0], wide, Answers(stops_at=c.calls_per_step), **c.extra)
-    errors["own mix"] = compare_own_mix(watched, c, read_maps(watched, c, wide, first.calls[c.call].output), prompt)
-    watched.advance(1)
+    errors["own mix"] = compare_own_mix(watched, c, read_maps(watched, c, wide))
     return {**errors, "step": compare_step(c, own)}
 
 
@@ -67,15 +60,15 @@ def difference(actual: Tensor, expected: Tensor) -> float:
     return float((actual.reshape(expected.shape) - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
 
 
-def compare_latents(watched: Watched, convention: Convention, maps: SizeMaps, prompt: str) -> float:
+def compare_latents(watched: Watched, convention: Convention, maps: SizeMaps, num_channels: int) -> float:
     c, decode = convention, maps.decode
-    pixels = torch.rand(1, c.pixel_shape[1], *c.size, generator=torch.Generator().manual_seed(9)) * 2 - 1
-    raw = encode_raw(watched.models[watched.vae], pixels, len(c.pixel_shape)).cpu()
+    pixels = torch.rand(1, num_channels, *c.size, generator=torch.Generator().manual_seed(9)) * 2 - 1
+    raw = encode_raw(watched.models[watched.vae], pixels, len(c.latent_shape)).cpu()
     if raw.shape != decode.shape:
         raise Refused(f"the VAE encodes to the shape {tuple(raw.shape)} and decodes {decode.shape}")
     latents_BM = (raw.flatten()[None] - decode.offset_M) / decode.scale_M
     sample = maps.to_sample(latents_BM).reshape(maps.sample_shape)
-    trace = watched.draw(prompt, c.size, Answers(samples=lambda _, old: sample.to(old)), **c.extra)
+    trace = watched.draw(PROMPT, c.size, Answers(samples=partial(replace_sample, sample)), **c.extra)
     return difference(trace.decoded[0], raw)
 
 
@@ -84,12 +77,12 @@ def encode_raw(vae: nn.Module, pixels_BCHW: Tensor, num_axes: int, noises: Tenso
 
     A VAE of videos, with five axes, gets one frame.
     """
-    like, model = next(iter(vae.parameters())), vae
-    pixels = pixels_BCHW.to(like.device, like.dtype)
-    encoded: Any = model.encode(pixels.unsqueeze(2) if num_axes == 5 else pixels)  # type: ignore[operator]
+    pixels, model = pixels_BCHW.to(next(iter(vae.parameters()))), vae
+    encoded = model.encode(pixels.unsqueeze(2) if num_axes == 5 else pixels)  # type: ignore[operator]
     posterior = getattr(encoded, "latent_dist", None)
     if posterior is None:
-        return float_tensors(encoded if isinstance(encoded, tuple | dict) else [encoded.latent])[0].float()
+        latents: Tensor = encoded[0].float()
+        return latents
     mean: Tensor = posterior.mode().float()
     return mean if noises is None else mean + posterior.std.float() * noises.to(mean).reshape(mean.shape)
 
@@ -105,24 +98,24 @@ def compare(
     return difference(maps.out(join_values(output)[None]), trace.steps[step].output)
 
 
-def compare_own_mix(watched: Watched, convention: Convention, maps: SizeMaps, prompt: str = PROMPT) -> float:
+def compare_own_mix(watched: Watched, convention: Convention, maps: SizeMaps) -> float:
     """Return the error of our prediction for our own mix, with text and geometry of other drawings.
 
     The denoiser runs twice, at the size of the maps.
     """
     c, size = convention, maps.size
-    levels = watched.draw(prompt, size, answer_with(c, maps.template, size), steps=NUM_STEPS, **c.extra)
+    levels = watched.draw(PROMPT, size, answer_with(maps.template), steps=NUM_STEPS, **c.extra)
     signal, share = c.weights_of(levels, 1)
     latents, noise = torch.randn(2, *maps.sample_shape, generator=torch.Generator().manual_seed(9))
     mixed = signal * latents + share * noise
 
     def answer(place: int) -> Any:
         torch.manual_seed(0)
-        return copy_tensors(maps.template) if place < c.calls_per_step else None
+        return copy_tensors(maps.template) if place == 0 else None
 
-    answers = Answers(answer, lambda step, old: mixed.to(old) if step == 0 else None, stops_at=2 * c.calls_per_step)
-    trace = watched.draw(prompt, size, answers, steps=NUM_STEPS, **c.extra)
-    return compare(watched, c, maps, trace, 1, capture_text(watched, c, prompt))
+    answers = Answers(answer, partial(replace_sample, mixed), stops_at=2)
+    trace = watched.draw(PROMPT, size, answers, steps=NUM_STEPS, **c.extra)
+    return compare(watched, c, maps, trace, 1, capture_text(watched, c, PROMPT))
 
 
 def compare_step(convention: Convention, trace: Trace) -> float:
@@ -141,8 +134,8 @@ def gives_same_in_batch(
 
     Shorter captions are padded.
     """
-    c, zeros = convention, answer_with(convention, maps.template, maps.size)
-    trace = watched.draw(c.prompts[0], c.size, zeros, steps=NUM_STEPS, **c.extra)
+    c = convention
+    trace = watched.draw(PROMPTS[0], c.size, answer_with(maps.template), steps=NUM_STEPS, **c.extra)
     samples = torch.randn(2, maps.into.num_source, generator=torch.Generator().manual_seed(11))
     rows = [
         fill_arguments(c, maps, capture_text(watched, c, prompt), sample_N, torch.tensor([c.level_of(trace, step)]))

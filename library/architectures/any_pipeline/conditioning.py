@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import pad_sequence
 
-from library.architectures.any_pipeline.convention import Convention
+from library.architectures.any_pipeline.convention import PROMPTS, Convention
 from library.architectures.any_pipeline.maps import SizeMaps
 from library.architectures.any_pipeline.trees import Path, format_path, leaves, list_paths, pad_to, replace_leaves
 from library.architectures.any_pipeline.watch import Answers, Refused, Watched, key_of, setting
@@ -36,9 +36,7 @@ class CapturedText:
     max_tokens: int
     dtype: torch.dtype  # of the features
     remembers: bool = False  # keep what the text encoders return, to draw with it
-    planned: dict[Path, list[int]] = field(
-        default_factory=dict
-    )  # shapes of the longest caption, which the planner counts
+    planned: dict[Path, list[int]] = field(default_factory=dict)  # shapes of the longest caption, for the planner
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -104,22 +102,17 @@ class CapturedText:
 
 def capture_text(watched: Watched, convention: Convention, caption: str) -> dict[Path, Any]:
     """Return the denoiser's text arguments for a caption; for the empty one those of the pipeline's negative prompt."""
-    c, unconditional = convention, convention.unconditional
-
-    def capture(prompt: str, call: int, extra: Mapping[str, Any]) -> dict[Path, Any]:
-        answers = Answers(outputs=lambda _: c.output, stops_at=call)  # earlier calls of the step get zeros
-        kwargs = watched.draw(prompt, c.size, answers, **extra).calls[-1].kwargs
-        if (call, extra) == (c.call, c.extra):
-            require_fixed(c, kwargs, prompt)
+    c, negative = convention, convention.unconditional
+    if caption or negative is None:
+        kwargs = watched.draw(caption, c.size, Answers(stops_at=0), **c.extra).calls[0].kwargs
+        require_fixed(c, kwargs, caption)
         return text_of(c, kwargs)
-
-    if caption or unconditional is None:
-        return capture(caption, c.call, c.extra)
-    text, row = capture(c.prompts[0], unconditional.call, unconditional.extra), unconditional.row
-    if unconditional.num_rows == 1:
+    answers, row = Answers(lambda _: c.output, stops_at=negative.call), negative.row
+    text = text_of(c, watched.draw(PROMPTS[0], c.size, answers, **negative.extra).calls[-1].kwargs)
+    if row is None:
         return text
     # A pipeline whose guidance is never off has several rows in each call, of which all get the negative prompt.
-    usual = capture(c.prompts[0], c.call, c.extra)
+    usual = capture_text(watched, c, PROMPTS[0])
     return {path: torch.cat([value[row : row + 1]] * len(usual[path])) for path, value in text.items()}
 
 

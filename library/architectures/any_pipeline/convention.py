@@ -13,7 +13,7 @@ from library.architectures.any_pipeline.watch import Size, Trace
 
 Mix = Literal["flow", "ddpm"]
 Target = Literal["noise - latent", "latent - noise", "noise", "latent", "velocity"]
-FEW = 8  # values of a constant that the log shows
+PROMPTS = ("a cat", 'two dogs and a "sign"')  # of the measurement; some pipelines encode quoted words by another model
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,15 @@ class Line:
 
     factor: float
     offset: float
-    is_whole: bool
 
     def at(self, levels_B: Tensor) -> Tensor:
-        values_B = self.factor * levels_B + self.offset
-        return values_B.round() if self.is_whole else values_B
+        return self.factor * levels_B + self.offset
 
     def describe(self, name: str) -> str:
-        product = f"{'' if abs(self.factor) == 1 else f'{abs(self.factor):g} '}{name}"
-        sign, offset = self.factor < 0, f"{self.offset:g} " if self.offset else ""
-        text = f"{offset}{'-' if sign else '+'} {product}" if offset else f"{'-' if sign else ''}{product}"
-        return f"{text}, rounded" if self.is_whole else text
+        product = name if abs(self.factor) == 1 else f"{abs(self.factor):g} {name}"
+        if self.offset:
+            return f"{self.offset:g} {'-' if self.factor < 0 else '+'} {product}"
+        return f"-{product}" if self.factor < 0 else product
 
 
 @dataclass(frozen=True)
@@ -41,26 +39,24 @@ class Table:
 
     levels: tuple[float, ...]
     values: tuple[float, ...]
-    is_whole: bool
 
     def at(self, levels_B: Tensor) -> Tensor:
-        """Return the values at some levels, interpolated between the two nearest ones."""
+        """Return the values at some levels, interpolated between the two nearest ones, and whole if all are."""
         pairs = torch.tensor(sorted(zip(self.levels, self.values, strict=True)), device=levels_B.device)
         known, values = pairs.T.contiguous()
         after = torch.searchsorted(known, levels_B).clamp(1, len(known) - 1)
         share = (levels_B - known[after - 1]) / (known[after] - known[after - 1])
         values_B: Tensor = torch.lerp(values[after - 1], values[after], share)
-        return values_B.round() if self.is_whole else values_B
+        return values_B.round() if torch.equal(values, values.round()) else values_B
 
 
 @dataclass(frozen=True)
 class Unconditional:
-    """Where the pipeline's own negative prompt is: a row of a call of the denoiser in each step, with guidance."""
+    """Where the pipeline's own negative prompt is: in a call of the denoiser in each step, with guidance."""
 
     extra: Mapping[str, Any]  # the options that switch guidance on
     call: int
-    row: int
-    num_rows: int
+    row: int | None  # None in a call with only this prompt
 
 
 @dataclass(frozen=True)
@@ -69,8 +65,6 @@ class Convention:
 
     pipeline: str
     denoiser: str
-    call: int  # the conditional one of the calls in each step
-    calls_per_step: int
     latents: Path
     time: tuple[Path, ...]
     text: tuple[Path, ...]
@@ -80,20 +74,19 @@ class Convention:
     fixed: Mapping[Path, str]  # digests of the constants and, at `size`, of the geometry
     extra: Mapping[str, Any]  # options that switch guidance off
     size: Size  # at which it was measured
-    prompts: tuple[str, str]
-    pixel_shape: tuple[int, ...] = ()  # of what the VAE decodes to
     mix: Mix = "flow"
     target: Target = "noise - latent"
     replaces_scheduler: bool = False  # by DDIM, because the pipeline's own is random or rescales its sample
     lines: Mapping[Path, Line] = field(default_factory=dict)  # of `time`; the rest has tables
-    counts_from_end: bool = False  # the prediction is behind the caption's tokens in the output
     takes_batches: bool = False  # one call for several samples gives what single calls give
     pads: bool = False  # also where shorter captions are padded with zeros
-    output: Any = None  # the structure of the denoiser's output at `size`, zeros
+    output: Any = None  # some output of the denoiser at `size`
+    argument_shape: tuple[int, ...] = ()  # of the denoiser's latents at `size`
     latent_shape: tuple[int, ...] = ()  # of what the VAE decodes, at `size`
     scale_Cpp: Any = None  # the VAE's latents are this times the sample, for each channel and place in a patch,
     offset_Cpp: Any = None  # plus this
     unconditional: Unconditional | None = None  # None if the pipeline has no negative prompt
+    memory: Mapping[str, Any] = field(default_factory=dict)  # what text encoders returned for the captions of checks
 
     @property
     def downscale(self) -> int:
@@ -114,9 +107,6 @@ class Convention:
         """Return what the VAE decodes."""
         return latents_BCHW * tile(self.scale_Cpp, latents_BCHW) + tile(self.offset_Cpp, latents_BCHW)
 
-    def empty_pixels(self, size: Size) -> Tensor:
-        return torch.zeros(*self.pixel_shape[:-2], *size)
-
     def weights_of(self, trace: Trace, step: int) -> tuple[float, float]:
         """Return the weights of image and noise in their mix at a step."""
         level = self.level_of(trace, step)
@@ -132,11 +122,9 @@ class Convention:
             f"{format_path(p)} = {self.lines[p].describe(level) if p in self.lines else f'table of {level}'}"
             for p in self.time
         ]
-        yield f"{self.pipeline}: {self.denoiser}, call {self.call + 1} of {self.calls_per_step} in each step"
-        yield (
-            f"  latents: {format_path(self.latents)}, {self.latent_shape[1]} channels at 1/{self.downscale} of the "
-            f"size; noise level: {'; '.join(times)}"
-        )
+        yield f"{self.pipeline}: {self.denoiser}; noise level: {'; '.join(times)}"
+        channels = self.latent_shape[1]
+        yield f"  latents: {format_path(self.latents)}, {channels} channels at 1/{self.downscale} of the size"
         yield f"  text: {list_paths(self.text)}; size: {list_paths((*self.geometry, *self.joint))}"
         constants = ", ".join(f"{format_path(path)} = {value}" for path, value in self.constant.items())
         yield f"  constant: {constants or 'none'}"
@@ -153,9 +141,8 @@ def format_constant(value: Any) -> str:
     """Return a constant argument as the log shows it."""
     if not isinstance(value, Tensor):
         return str(value)
-    numbers = value.detach().float().flatten().tolist()
-    values = [f"{number:g}" for number in (numbers[:1] if len({*numbers}) == 1 else numbers)]
-    return ", ".join(values) if len(values) <= FEW else f"a tensor {tuple(value.shape)}"
+    numbers = {*value.detach().float().flatten().tolist()}
+    return f"{numbers.pop():g}" if len(numbers) == 1 else f"a tensor {tuple(value.shape)}"
 
 
 def tile(values_Cpp: Tensor, like_BCHW: Tensor) -> Tensor:

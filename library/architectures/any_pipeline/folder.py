@@ -1,20 +1,26 @@
-"""The folder of a pipeline in diffusers' layout: its class, what is refused by it, and the loading of its models."""
+"""The folder of a pipeline in diffusers' layout: its class, what is refused by it, and the loading of its models.
+
+Folders that cannot be trained are merged into, too.
+"""
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from library.architectures.any_pipeline.targets import block_lists, with_targets
-from library.architectures.any_pipeline.watch import Watched, is_vae, stand_in
+from library.architectures.any_pipeline.watch import SMALL, Watched, is_vae, stand_in
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import require_base_name
+from library.checkpoints.base_model import BaseModel, WeightFile
 from library.checkpoints.model_lookup import read_json
 from library.checkpoints.weights import Weights, select_weights
 from library.errors import UserError
@@ -22,12 +28,17 @@ from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.models.loading import Component, MaybeComponent, materialise, open_if_there, text_encoder_dtype
 from library.options.model import BASE_FLAG
+from networks.core.targets.targets import AdapterTargets
 
 logger = logging.getLogger(__name__)
 
+VERSION = 4  # of the rules that measure
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 DISTILLED = ("LCM", "SCM", "TCD", "CMStochastic", "Wuerstchen")  # in the name of a scheduler
-LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "watermark")  # not needed to draw from text
+LEFT_OUT = {  # not needed to draw from text
+    **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder", "watermark")),
+    "requires_safety_checker": False,
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,8 @@ class PipelineFolder:
     path: Path
     kind: type[Any]  # the pipeline
     classes: Mapping[str, type[Any]]
-    flag: str = BASE_FLAG  # that named it
+    scheduler: str  # the name of its class
+    flag: str  # that named it
 
     @property
     def vae(self) -> str | None:
@@ -52,6 +64,20 @@ class PipelineFolder:
 
         found = [key for key, kind in self.classes.items() if issubclass(kind, ModelMixin) and key != self.vae]
         return [key for key in found if not issubclass(self.classes[key], PreTrainedModel)]
+
+    def fingerprint(self) -> str:
+        """Return a digest of what a convention depends on: versions, classes, configurations, weight files."""
+        import diffusers
+        import transformers
+
+        digest = blake2b(f"{VERSION} {diffusers.__version__} {transformers.__version__}".encode(), digest_size=10)
+        for path in sorted(self.path.rglob("*")):
+            if path.suffix == ".json":
+                digest.update(f"{path.relative_to(self.path)}".encode() + path.read_bytes())
+            elif path.suffix in (".safetensors", ".bin"):
+                stat = path.stat()
+                digest.update(f"{path.relative_to(self.path)} {stat.st_size} {stat.st_mtime_ns}".encode())
+        return digest.hexdigest()
 
     def build_empty(self, name: str) -> nn.Module:
         """Build a model on the meta device."""
@@ -79,20 +105,16 @@ class PipelineFolder:
 
     def build_stage(self) -> Watched:
         """Build the pipeline with stand-ins for all models; tokenizers and scheduler are real."""
-        stand_ins = {name: stand_in(self.build_empty(name), self._read_small(name)) for name in self.classes}
+        models = {name: self.build_empty(name) for name in self.classes}
+        if self.vae is not None:  # pipelines read its statistics of latents
+            weights, vae = self.open(self.vae).weights, models[self.vae]
+            small = [name for name, shape in weights.shapes.items() if math.prod(shape) <= SMALL]
+            vae.load_state_dict({name: weights.read(name) for name in small}, strict=False, assign=True)
+        stand_ins = {name: stand_in(model) for name, model in models.items()}
         logging.getLogger("diffusers").setLevel(logging.ERROR)  # it warns of every draw
-        return Watched(self.kind.from_pretrained(self.path, **stand_ins, **self._left_out()))
-
-    def _read_small(self, name: str) -> Callable[[str], Tensor | None]:
-        if name != self.vae:
-            return lambda tensor: None
-        weights = self.open(name).weights  # pipelines read statistics of latents, which may be buffers
-        return lambda tensor: weights.read(tensor) if tensor in weights.shapes else None
-
-    def _left_out(self) -> dict[str, Any]:
-        known = inspect.signature(self.kind.__init__).parameters
-        left_out: dict[str, Any] = {name: None for name in LEFT_OUT if name in known}
-        return left_out | ({"requires_safety_checker": False} if "requires_safety_checker" in known else {})
+        parameters = inspect.signature(self.kind.__init__).parameters
+        left_out = {name: value for name, value in LEFT_OUT.items() if name in parameters}
+        return Watched(self.kind.from_pretrained(self.path, **stand_ins, **left_out))
 
 
 def open_folder(name: str | None, trusts_code: bool) -> PipelineFolder:
@@ -101,34 +123,30 @@ def open_folder(name: str | None, trusts_code: bool) -> PipelineFolder:
     Raises UserError saying why a pipeline cannot be trained, as far as its class shows it.
     """
     name = require_base_name(name, "a folder in diffusers' layout, or a Hugging Face name")
-    path = find_folder(name)
-    index = read_json(path / "model_index.json")
-    if "_class_name" not in index:
-        raise UserError(
-            f"{BASE_FLAG} {name} is no pipeline of diffusers: it has no model_index.json that names one. Use a "
-            "folder in diffusers' layout, or the script of this base model"
-        )
-    kind = find_class("pipeline", index["_class_name"], path, trusts_code)
-    refuse_by_class(path, kind, index)
-    folder = read_folder(BASE_FLAG, path, kind, index, trusts_code)
+    folder = read_folder(BASE_FLAG, find_folder(name), trusts_code)
+    refuse_by_class(folder)
     if not Path(name).expanduser().exists():
         model_lookup.find_model(BASE_FLAG, name, [(part,) for part in folder.classes])
     return folder
 
 
-def read_folder(
-    flag: str, path: Path, kind: type[Any], index: Mapping[str, Any], trusts_code: bool = False
-) -> PipelineFolder:
-    """Return the folder of a pipeline by the content of its model_index.json. Raises UserError for unknown classes."""
-    # Lists of numbers are settings of the pipeline.
-    entries = {
-        key: value
-        for key, value in index.items()
-        if isinstance(value, list) and key not in LEFT_OUT and all(isinstance(name, str) for name in value)
-    }
-    classes = {key: find_class(key, value, path, trusts_code, flag) for key, value in entries.items()}
-    models = {key: cls for key, cls in classes.items() if issubclass(cls, nn.Module)}
-    return PipelineFolder(path, kind, models, flag)
+def read_folder(flag: str, path: Path, trusts_code: bool = False) -> PipelineFolder:
+    """Return the folder of a pipeline by its model_index.json. Raises UserError for unknown classes."""
+    index = read_json(path / "model_index.json")
+    if "_class_name" not in index:
+        raise UserError(
+            f"{flag} {path} is no pipeline of diffusers: it has no model_index.json that names one. Use a folder in "
+            "diffusers' layout, or the script of this base model"
+        )
+    kind = find_class(flag, path, "pipeline", index["_class_name"], trusts_code)
+    models: dict[str, type[Any]] = {}
+    for name, entry in index.items():
+        # Lists of numbers are settings of the pipeline.
+        if isinstance(entry, list) and name not in LEFT_OUT and all(isinstance(word, str) for word in entry):
+            found = find_class(flag, path, name, entry, trusts_code)
+            models |= {name: found} if issubclass(found, nn.Module) else {}
+    scheduler = (index.get("scheduler") or ["", ""])[1]
+    return PipelineFolder(path, kind, models, str(scheduler), flag)
 
 
 def find_folder(name: str) -> Path:
@@ -143,7 +161,7 @@ def find_folder(name: str) -> Path:
         ) from error
 
 
-def find_class(name: str, entry: Any, path: Path, trusts_code: bool, flag: str = BASE_FLAG) -> type[Any]:
+def find_class(flag: str, path: Path, name: str, entry: Any, trusts_code: bool) -> type[Any]:
     """Return the class of a component, or of the pipeline. Raises UserError for code that only the folder has."""
     import diffusers
     import transformers
@@ -151,10 +169,9 @@ def find_class(name: str, entry: Any, path: Path, trusts_code: bool, flag: str =
     library, class_name = entry if isinstance(entry, list) else ("diffusers", entry)
     owners = {"diffusers": diffusers, "transformers": transformers}
     owner = owners.get(library, getattr(diffusers.pipelines, library, None))
-    kind = getattr(owner, class_name, None)
+    kind: type[Any] | None = getattr(owner, class_name, None)
     if kind is not None:
-        found: type[Any] = kind
-        return found
+        return kind
     file = path / ("." if name == "pipeline" else name) / f"{library}.py"
     if not file.is_file():
         raise UserError(
@@ -175,11 +192,11 @@ def find_class(name: str, entry: Any, path: Path, trusts_code: bool, flag: str =
     return dynamic
 
 
-def refuse_by_class(path: Path, kind: type[Any], index: Mapping[str, Any]) -> None:
+def refuse_by_class(folder: PipelineFolder) -> None:
     """Raise UserError for a pipeline that is not made to draw images from text, or was distilled to few steps."""
-    parameters = inspect.signature(kind.__call__).parameters
-    image, scheduler = parameters.get("image"), str((index.get("scheduler") or ["", ""])[1])
-    config = read_json(path / "scheduler" / "scheduler_config.json")
+    parameters = inspect.signature(folder.kind.__call__).parameters
+    image = parameters.get("image")
+    config = read_json(folder.path / "scheduler" / "scheduler_config.json")
     use_text = "which this script does not train; use the text-to-image pipeline"
     reason = None
     if "prompt" not in parameters:
@@ -188,15 +205,17 @@ def refuse_by_class(path: Path, kind: type[Any], index: Mapping[str, Any]) -> No
         reason = f"is for inpainting, {use_text}"
     elif "strength" in parameters or (image is not None and image.default is inspect.Parameter.empty):
         reason = f"draws from other images, {use_text}"
-    elif scheduler.startswith(DISTILLED):
+    elif folder.scheduler.startswith(DISTILLED):
         reason = (
-            f"draws with {scheduler}, so the model is distilled to a few steps, which training would undo. Use the "
-            "model that it was distilled from"
+            f"draws with {folder.scheduler}, so the model is distilled to a few steps, which training would undo. Use "
+            "the model that it was distilled from"
         )
     elif str(config.get("variance_type")).startswith("learned"):
         reason = "predicts the variance of the noise too, which this script does not train"
+    elif "height" not in parameters:
+        reason = "has no argument for the height of the image"
     if reason is not None:
-        raise UserError(f"{BASE_FLAG} {path}: {kind.__name__} {reason}")
+        raise UserError(f"{folder.flag} {folder.path}: {folder.kind.__name__} {reason}")
 
 
 @dataclass(frozen=True)
@@ -237,17 +256,16 @@ class PipelineLoader:
 
 def open_loader(folder: PipelineFolder, denoiser: str, options: Any) -> PipelineLoader:
     """Open the weights of all models. Those whose outputs are cached on disk may be missing."""
-    names = tuple(name for name in folder.classes if name not in (denoiser, folder.vae))
     texts_are_cached = options.text_caching.cache_text_encoder_outputs_to_disk
     precision = options.precision.mixed_precision
-    vae = folder.vae
+    names = tuple(name for name in folder.classes if name not in (denoiser, folder.vae))
     return PipelineLoader(
         folder,
         denoiser,
         folder.open(denoiser).weights,
         tuple(open_if_there(texts_are_cached, partial(folder.open, name)) for name in names),
         names,
-        open_if_there(options.caching.cache_latents_to_disk, partial(folder.open, vae or "vae")),
+        open_if_there(options.caching.cache_latents_to_disk, partial(folder.open, folder.vae or "vae")),
         precision,
         torch.float32 if options.model.no_half_vae else DTYPES[precision],
     )
@@ -271,3 +289,38 @@ def load_for_measuring(folder: PipelineFolder, precision: str, whole: bool = Fal
         else folder.load(name, torch.float32 if name in denoisers or name == folder.vae else of_text)
         for name in folder.classes
     }
+
+
+def open_for_merging(flag: str, path: Path) -> BaseModel:
+    """Open the denoiser of a pipeline's folder; only the headers of its weights are read.
+
+    Raises UserError naming `flag` unless exactly one model may be the denoiser.
+    """
+    folder, name, view = find_denoiser(flag, path)
+    targets = view.adapter_targets
+    assert isinstance(targets, AdapterTargets) and targets.names is not None
+    stems = {module.kohya: str(module.diffusers).removeprefix(f"{name}.") for module in targets.names.modules}
+    file = WeightFile(name, folder.open(name).weights, stems)
+    return BaseModel(path, (file,), targets.names, f"{folder.kind.__name__}/lora")
+
+
+def view_for_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
+    """Return ([], denoiser) as network modules see it, on the meta device."""
+    return [], find_denoiser("the base model", path)[2]
+
+
+def find_denoiser(flag: str, path: Path) -> tuple[PipelineFolder, str, nn.Module]:
+    """Return the folder, the name of the model that draws, and the model itself on the meta device, with its targets.
+
+    Raises UserError unless there is exactly one.
+    """
+    folder = read_folder(flag, path)
+    names, kind = folder.denoisers, folder.kind.__name__
+    if not names:
+        raise UserError(f"{flag} {path}: model_index.json names no model of {kind} that draws; use another copy")
+    if len(names) > 1:
+        raise UserError(
+            f"{flag} {path}: {kind} has several models that an adapter may belong to ({', '.join(names)}); "
+            "load the adapter with the pipeline and call its fuse_lora"
+        )
+    return folder, names[0], with_targets(folder.build_empty(names[0]), names[0])

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.architectures.any_pipeline.convention import Convention, Table
-from library.architectures.any_pipeline.trees import Path, count_values, empty_like, fill_like, leaves, move
-from library.architectures.any_pipeline.watch import Answers, Refused, Size, Watched
+from library.architectures.any_pipeline.convention import PROMPTS, Convention, Table
+from library.architectures.any_pipeline.trees import Path, fill_like, join_values, leaves, map_tensors, move
+from library.architectures.any_pipeline.watch import Answers, Refused, Size, Watched, replace_sample
 
 BASE = 32  # of the digits of an index
 LEAST_SCALE = 1e-6  # of the largest one; smaller means that the source has no say
@@ -30,7 +30,7 @@ NUM_TABLE_STEPS = 100  # of a drawing from which a table of levels is read
 class Map:
     """target[m] = offset[m] + scale[m] * source[index[m]]; an index of -1 where the source has no say.
 
-    If `from_end`, places count from the end of a source whose length follows the caption.
+    If `from_end`, only the end of the source matters, behind a caption's tokens, and places count from the end.
     """
 
     index_M: Tensor
@@ -38,15 +38,16 @@ class Map:
     offset_M: Tensor
     shape: tuple[int, ...]  # of the target
     num_source: int
-    from_end: bool = False
+    from_end: bool
 
     def __call__(self, source_BN: Tensor) -> Tensor:
         """Return targets, shape (B, M), with gradient."""
         shift = source_BN.shape[1] - self.num_source
         if shift and not self.from_end:
             raise Refused(f"the denoiser gives {source_BN.shape[1]} values instead of {self.num_source}")
-        places_M = (self.index_M + shift).clamp(min=0)
-        return source_BN[:, places_M] * self.scale_M.to(source_BN) + self.offset_M.to(source_BN)
+        return source_BN[:, (self.index_M + shift).clamp(min=0)] * self.scale_M.to(source_BN) + self.offset_M.to(
+            source_BN
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,15 +61,10 @@ class SizeMaps:
     out: Map  # the denoiser's output -> the scheduler's input
     decode: Map  # scheduler's sample -> what the VAE decodes
     size: Size
-    template: Any  # an output of the denoiser, zeros on the CPU
+    template: Any  # an output of the denoiser, on the CPU
     sample_shape: tuple[int, ...]
-    kwargs: dict[str, Any]  # the denoiser's arguments for `Convention.prompts[0]`
+    kwargs: dict[str, Any]  # the denoiser's arguments for the first of PROMPTS
     tables: Mapping[Path, Table]
-
-    @property
-    def residue(self) -> float:
-        """How much the scheduler's input depends on the sample itself."""
-        return float(self.out.offset_M.abs().max())
 
     def to_sample(self, latents_BM: Tensor) -> Tensor:
         return latents_BM[:, self.decode.index_M.argsort()]
@@ -101,13 +97,13 @@ def codes(count: int) -> list[Tensor]:
 
 
 def read_map(seen: Sequence[Tensor], num_source: int, what: str, device: torch.device) -> Map:
-    """Return the map from what was seen of each of `codes(num_source)`. Raises Refused if values mix."""
+    """Return the map from what was seen of each code of `num_source` values or more. Raises Refused if values mix."""
     zero_M, one_M, *digits = (tensor.double().flatten().cpu() for tensor in seen)
     scale_M = one_M - zero_M
     is_live_M = scale_M.abs() > LEAST_SCALE * max(1.0, scale_M.abs().max().item())
     safe_M = torch.where(is_live_M, scale_M, 1.0)
     index_M = torch.zeros_like(zero_M, dtype=torch.long)
-    for place, seen_M in enumerate(digits[: len(codes(num_source)) - 2]):
+    for place, seen_M in enumerate(digits):
         digit_M = (seen_M - zero_M) / safe_M * BASE
         if ((digit_M - digit_M.round()).abs() > 0.2)[is_live_M].any():
             raise Refused(f"{what} is not a rearrangement with a scale")
@@ -116,46 +112,44 @@ def read_map(seen: Sequence[Tensor], num_source: int, what: str, device: torch.d
     if index_M.max() >= num_source or (is_live_M & (index_M < 0)).any():
         raise Refused(f"{what} mixes values")
     scale_M = torch.where(is_live_M, scale_M, 0.0).float()
-    shape = tuple(seen[0].shape)
-    return Map(index_M.to(device), scale_M.to(device), zero_M.float().to(device), shape, num_source)
+    shape, used = tuple(seen[0].shape), index_M[is_live_M].tolist() or [0]
+    from_end = min(used) > 0 and max(used) == num_source - 1
+    return Map(index_M.to(device), scale_M.to(device), zero_M.float().to(device), shape, num_source, from_end)
 
 
-def answer_with(c: Convention, template: Any, size: Size, values: Tensor | None = None) -> Answers:
-    """Return answers that hold `values` in the conditional call, and zeros in others and in the image."""
-    zeros = torch.zeros(count_values(template))
-    filled = zeros if values is None else values
-
-    def answer(place: int) -> Any:
-        return fill_like(template, filled if place % c.calls_per_step == c.call else zeros)
-
-    return Answers(answer, pixels=c.empty_pixels(size))
+def answer_with(template: Any, values: Tensor | None = None) -> Answers:
+    """Return answers of the denoiser that hold `values`, or zeros."""
+    filled = torch.zeros_like(join_values(template)) if values is None else values
+    return Answers(lambda _: fill_like(template, filled))
 
 
-def read_maps(
-    watched: Watched,
-    convention: Convention,
-    size: Size,
-    template: Any,
-    prompt: str | None = None,
-    device: torch.device = CPU,
-) -> SizeMaps:
-    """Read the maps of one size. `template` is any output of the denoiser for that size and prompt.
+def resize_output(convention: Convention, latents: Tensor) -> Any:
+    """Return zeros like the denoiser's output for latents of another size, whose growth it shares along each axis."""
+    growth = [new - old for new, old in zip(latents.shape, convention.argument_shape, strict=True)]
 
-    Raises Refused if they are no elementwise maps.
-    """
-    c, prompt, num_out = convention, prompt or convention.prompts[0], count_values(template)
-    real = watched.draw(prompt, size, answer_with(c, template, size), **c.extra)
+    def resize(output: Tensor) -> Tensor:
+        if output.ndim != len(growth):
+            raise Refused("the denoiser's output has other axes than the latents")
+        return torch.zeros([side + more for side, more in zip(output.shape, growth, strict=True)])
+
+    return map_tensors(convention.output, resize)
+
+
+def read_maps(watched: Watched, convention: Convention, size: Size, device: torch.device = CPU) -> SizeMaps:
+    """Read the maps of one size. Raises Refused if they are no elementwise maps."""
+    c = convention
+    first = watched.draw(PROMPTS[0], size, Answers(stops_at=0), **c.extra).calls[0]
+    template = resize_output(c, leaves(first.kwargs)[c.latents])
+    num_out = len(join_values(template))
+    real = watched.draw(PROMPTS[0], size, answer_with(template), **c.extra)
     shape = real.steps[0].sample.shape
     num_sample = math.prod(shape)
-    of_output, of_sample = codes(num_out), codes(num_sample)
     traces = []
-    for place in range(max(len(of_output), len(of_sample))):  # a code for both at once
-        values, sample = (of[place] if place < len(of) else of[0] for of in (of_output, of_sample))
-        samples = partial(replace_sample, sample.reshape(shape))
-        traces.append(
-            watched.draw(prompt, size, replace(answer_with(c, template, size, values), samples=samples), **c.extra)
-        )
-    arguments = [leaves(t.calls[c.call + c.calls_per_step].kwargs)[c.latents] for t in traces]
+    for code in codes(max(num_out, num_sample)):  # for both at once
+        sample = code[:num_sample].reshape(shape)
+        answers = replace(answer_with(template, code[:num_out]), samples=partial(replace_sample, sample))
+        traces.append(watched.draw(PROMPTS[0], size, answers, **c.extra))
+    arguments = [leaves(trace.calls[1].kwargs)[c.latents] for trace in traces]
     out = read_map([t.steps[0].output for t in traces], num_out, "the way from the denoiser to the scheduler", device)
     into = read_map(arguments, num_sample, "the way from the scheduler to the denoiser", device)
     decode = read_map([t.decoded[0] for t in traces], num_sample, "the way from the scheduler to the VAE", device)
@@ -164,25 +158,11 @@ def read_maps(
         raise Refused("the VAE does not decode the whole sample")
     if sorted({*into.index_M.tolist()} - {-1}) != places:
         raise Refused("the denoiser does not see the whole sample")
-    out, tables = replace(out, from_end=c.counts_from_end), read_tables(watched, c, size, template)
-    kwargs = move(real.calls[c.call].kwargs, device)
-    return SizeMaps(into, out, decode, size, empty_like(template), tuple(shape), kwargs, tables)
-
-
-def replace_sample(new: Tensor, _: int, old: Tensor) -> Tensor:
-    return new.to(old)
-
-
-def read_tables(watched: Watched, convention: Convention, size: Size, template: Any) -> dict[Path, Table]:
-    """Read the levels that are given to the denoiser by no formula, from the steps of a long drawing."""
-    if convention.lines.keys() == set(convention.time):
-        return {}
-    levels, given = read_level_values(watched, convention, size, template, NUM_TABLE_STEPS)
-    return {
-        path: Table(tuple(levels), tuple(values), all(abs(value - round(value)) < 1e-9 for value in values))
-        for path, values in given.items()
-        if path not in convention.lines
-    }
+    tables = {}
+    if without_line := set(c.time) - c.lines.keys():
+        levels, given = read_level_values(watched, c, size, template, NUM_TABLE_STEPS)
+        tables = {path: Table(tuple(levels), tuple(given[path])) for path in without_line}
+    return SizeMaps(into, out, decode, size, template, tuple(shape), move(first.kwargs, device), tables)
 
 
 def read_level_values(
@@ -190,8 +170,8 @@ def read_level_values(
 ) -> tuple[list[float], dict[Path, list[float]]]:
     """Return the noise levels of a drawing's steps, and what the denoiser is given at each, by argument."""
     c = convention
-    trace = watched.draw(c.prompts[0], size, answer_with(c, template, size), steps=steps, **c.extra)
-    given = [leaves(call.kwargs) for call in trace.calls[c.call :: c.calls_per_step]]
+    trace = watched.draw(PROMPTS[0], size, answer_with(template), steps=steps, **c.extra)
+    given = [leaves(call.kwargs) for call in trace.calls]
     return [c.level_of(trace, number) for number in range(len(trace.steps))], {
         path: [float(torch.as_tensor(values[path]).double().flatten()[-1]) for values in given] for path in c.time
     }

@@ -21,18 +21,15 @@ STEPS, SCALE = 30, 1.0  # of a pipeline without defaults
 def build_preview(predict: PipelinePredict, codec: PipelineLatents) -> Preview:
     """Build the preview settings from the defaults of the pipeline's call."""
     pipe, spec = predict.watched.pipe, codec.spec
-
-    def default(name: str, otherwise: float) -> float:
-        value = predict.watched.options[name].default if name in predict.watched.options else None
-        return value if isinstance(value, int | float) else otherwise
-
+    options = {name: option.default for name, option in predict.watched.options.items()}
+    defaults = {name: value for name, value in options.items() if isinstance(value, int | float)}
     side = int(getattr(pipe, "default_sample_size", None) or SIDE // spec.downscale) * spec.downscale
     return Preview(
         defaults=PromptDefaults(
-            num_steps=int(default("num_inference_steps", STEPS)),
-            width=int(default("width", side)),
-            height=int(default("height", side)),
-            scale=float(default(scale_of(predict), SCALE)),
+            num_steps=int(defaults.get("num_inference_steps", STEPS)),
+            width=int(defaults.get("width", side)),
+            height=int(defaults.get("height", side)),
+            scale=float(defaults.get(scale_of(predict), SCALE)),
             size_step=spec.bucket_step,
         ),
         text=replace(predict.text, remembers=True),
@@ -62,11 +59,11 @@ def draw(
     settings = {"generator": generator, scale_of(predict): prompt.scale, "negative_prompt": prompt.negative}
     extra: dict[str, Any] = {name: value for name, value in settings.items() if name in watched.options}
 
-    def check_interruption(_: int, sample: Tensor) -> None:
+    def check_interruption(sample: Tensor) -> None:
         if not goes_on():
             raise Stop
 
-    answers = Answers(samples=check_interruption, pixels=c.empty_pixels(size))
+    answers = Answers(samples=check_interruption)
     models = {**watched.models, c.denoiser: denoiser}
     with setting(watched, models=models), setting(watched.pipe, scheduler=watched.own_scheduler):
         trace = watched.draw(prompt.text, size, answers, steps=prompt.num_steps, **extra)
@@ -81,7 +78,8 @@ def build_sampler(predict: PipelinePredict, prompt: Prompt) -> Sampler:
     """Build a sampler on the noise levels of the pipeline's own scheduler."""
     if predict.convention.mix == "flow":
         sign: Velocity = "latent - noise" if predict.convention.target == "latent - noise" else "noise - latent"
-        return FlowSampler(predict.sigmas((prompt.height, prompt.width), prompt.num_steps), sign)
+        predict.draw_first((prompt.height, prompt.width), prompt.num_steps)  # sets the levels for this size
+        return FlowSampler(predict.watched.pipe.scheduler.sigmas[:-1].double(), sign)
     scheduler = copy_scheduler(predict.watched.pipe.scheduler)
     scheduler.set_timesteps(prompt.num_steps)
     return DdpmSampler(scheduler, scheduler.alphas_cumprod.double())

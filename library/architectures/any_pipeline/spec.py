@@ -1,7 +1,7 @@
 """The `BaseModelSpec` of pipelines that no other package trains. It recognises no file."""
 
 from library.architectures.any_pipeline.assembly import LATENTS, RECIPE, build
-from library.architectures.any_pipeline.merging import open_for_merging, view_for_networks
+from library.architectures.any_pipeline.folder import open_for_merging, view_for_networks
 from library.architectures.any_pipeline.options import SCRIPT, PipelineOptions
 from library.architectures.any_pipeline.targets import BASE, TARGETS
 from library.checkpoints.adapter_names import BaseNames

@@ -1,6 +1,5 @@
 """The layers of a pipeline's denoiser that adapters target: all inside its repeated blocks, by diffusers' paths."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import nn
@@ -40,14 +39,10 @@ def run_blocks_with(denoiser: nn.Module, runner: BlockRunner) -> None:
     run_library_blocks_with((block for blocks in block_lists(denoiser) for block in blocks), runner)
 
 
-def list_paths(denoiser: nn.Module) -> Iterator[str]:
-    """Yield the paths of all layers that an adapter can change."""
-    return (path for path, part in denoiser.named_modules() if adaptation_kind(part) is not None)
-
-
 def with_targets(denoiser: nn.Module, component: str) -> nn.Module:
     """Declare the targets of a denoiser, which network modules read. `component` is its name in the pipeline."""
-    names = BaseNames(BASE, tuple(name_by_path(component, p) for p in list_paths(denoiser)), saved_naming="diffusers")
+    paths = [path for path, part in denoiser.named_modules() if adaptation_kind(part) is not None]
+    names = BaseNames(BASE, tuple(name_by_path(component, path) for path in paths), saved_naming="diffusers")
     classes = sorted({type(block).__name__ for blocks in block_lists(denoiser) for block in blocks})
     part = replace(TARGETS.denoiser, blocks=tuple(classes))
     denoiser.adapter_targets = replace(TARGETS, denoiser=part, names=names)  # type: ignore[assignment]

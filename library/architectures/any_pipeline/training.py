@@ -4,10 +4,8 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -15,25 +13,17 @@ from torch import Tensor, nn
 
 from library.architectures.any_pipeline.check import TOLERANCE, compare_own_mix, difference, encode_raw
 from library.architectures.any_pipeline.conditioning import CapturedText, fill_arguments
-from library.architectures.any_pipeline.convention import Convention
+from library.architectures.any_pipeline.convention import PROMPTS, Convention
 from library.architectures.any_pipeline.maps import SizeMaps, read_maps
 from library.architectures.any_pipeline.options import PipelineOptions
-from library.architectures.any_pipeline.targets import block_lists
-from library.architectures.any_pipeline.trees import (
-    Unequal,
-    join_rows,
-    join_values,
-    split_rows,
-    take_row,
-)
+from library.architectures.any_pipeline.trees import Unequal, join_rows, join_values, split_rows, take_row
 from library.architectures.any_pipeline.watch import Answers, Refused, Size, Trace, Watched, bind, is_fake, setting
 from library.diffusion.flow import FlowMatching
 from library.diffusion.objective import DDPM
 from library.diffusion.schedules import snr_of
 from library.diffusion.timesteps import (
-    NUM_TIMESTEPS,
+    LevelSampler,
     build_level_sampler,
-    draw_moved_normal,
     resolve_timestep_range,
     shift_sigmas,
     takes_offset,
@@ -59,7 +49,7 @@ class PipelineLatents:
         c = self.convention
         shape = (c.latent_shape[1], *(side // c.downscale for side in pixels_BCHW.shape[-2:]))
         noises = None if generators is None else torch.stack([torch.randn(shape, generator=g) for g in generators])
-        return encode_raw(vae, pixels_BCHW, len(c.pixel_shape), noises).reshape(len(pixels_BCHW), *shape)
+        return encode_raw(vae, pixels_BCHW, len(c.latent_shape), noises).reshape(len(pixels_BCHW), *shape)
 
     def normalize(self, latents_BCHW: Tensor) -> Tensor:
         return self.convention.latents_of(latents_BCHW)
@@ -68,7 +58,7 @@ class PipelineLatents:
         """Decode latents to images, float32, about -1..1."""
         model: Any = vae
         raw = self.convention.raw_of(latents_BCHW).to(next(iter(vae.parameters())))
-        pixels: Tensor = model.decode(raw.unsqueeze(2) if len(self.convention.pixel_shape) == 5 else raw).sample
+        pixels: Tensor = model.decode(raw.unsqueeze(2) if len(self.convention.latent_shape) == 5 else raw).sample
         return (pixels[:, :, 0] if pixels.ndim == 5 else pixels).float()
 
 
@@ -98,11 +88,13 @@ class PipelinePredict:
     def __call__(self, denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
         """Return the prediction that the pipeline would give its scheduler, in the layout of the latents."""
         c, latents_BCHW = self.convention, noised.latents_BCHW.float()
-        repeated = Repeated(denoiser, len(latents_BCHW) if c.takes_batches else 1)
         if not self.ready and not is_fake(denoiser):
-            require_same_prediction(self, repeated)
+            require_same_prediction(self, Repeated(denoiser, len(latents_BCHW) if c.takes_batches else 1))
         height, width = (side * c.downscale for side in latents_BCHW.shape[-2:])
-        maps = self.prepare(repeated, (height, width))
+        key = (height, width), latents_BCHW.device
+        maps = self.ready.get(key) or self.prepare(*key)
+        if not is_fake(denoiser):  # a planned run has not begun, and begins with the check
+            self.ready[key] = maps
         levels_B = (noised.sigmas_B if c.mix == "flow" else noised.timesteps_B).float()
         rows = [
             fill_arguments(c, maps, self.text.restore(conditioning, place), sample_N, levels_B[place : place + 1])
@@ -122,38 +114,20 @@ class PipelinePredict:
         return [join_values(denoiser(**row)) for row in rows]
 
     @torch.no_grad()
-    def prepare(self, denoiser: Repeated, size: Size) -> SizeMaps:
-        """Read the maps of a size at its first use, which runs the denoiser once."""
-        c, watched, device = self.convention, self.watched, next(iter(denoiser.parameters())).device
-        if (size, device) in self.ready:
-            return self.ready[size, device]
-        output = c.output
-        with watched.real_tensors(), setting(watched, models={c.denoiser: denoiser}), ExitStack() as stack:
-            if is_fake(denoiser):  # the planner counts the blocks that its runner runs
-                for block in chain.from_iterable(block_lists(denoiser.denoiser)):
-                    stack.enter_context(setting(block, forward=partial(type(block).forward, block)))
-            if size != c.size:
-                # Adapters may draw random numbers, which a resumed run must not draw anew.
-                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                    output = watched.call_model(c.denoiser, "", ((), self.draw_first(size).calls[0].kwargs))
-            maps = read_maps(watched, c, size, output, device=device)
+    def prepare(self, size: Size, device: torch.device) -> SizeMaps:
+        """Read the maps of a size from the pipeline, without running the denoiser."""
+        c = self.convention
+        with self.watched.real_tensors():
+            maps = read_maps(self.watched, c, size, device)
             ones = torch.ones(maps.decode.shape[1], *maps.decode.shape[-2:])
             if difference(c.raw_of(ones), maps.decode.scale_M + maps.decode.offset_M) > TOLERANCE:
                 raise Refused(f"{c.pipeline} scales the latents of {size} otherwise than those of {c.size}")
-        if not is_fake(denoiser):  # the run itself begins with a check
-            self.ready[size, device] = maps
         return maps
 
     def draw_first(self, size: Size, steps: int = 2) -> Trace:
         """Draw until the denoiser's first call."""
         c = self.convention
-        return self.watched.draw(c.prompts[0], size, Answers(stops_at=0), steps=steps, **c.extra)
-
-    def sigmas(self, size: Size, steps: int) -> Tensor:
-        """Return the noise levels at which the pipeline draws an image of this size."""
-        self.draw_first(size, steps)
-        sigmas: Tensor = self.watched.pipe.scheduler.sigmas
-        return sigmas[:-1].double()
+        return self.watched.draw(PROMPTS[0], size, Answers(stops_at=0), steps=steps, **c.extra)
 
     def shift(self, size: Size) -> float:
         """Return how far the pipeline shifts the noise levels of a size toward noise."""
@@ -172,7 +146,7 @@ def require_same_prediction(predict: PipelinePredict, denoiser: Repeated) -> Non
     """
     begun, c, watched = time.monotonic(), predict.convention, predict.watched
     with torch.random.fork_rng(), setting(watched, models={**watched.models, c.denoiser: denoiser}):
-        error = compare_own_mix(watched, c, read_maps(watched, c, c.size, c.output))
+        error = compare_own_mix(watched, c, read_maps(watched, c, c.size))
     device = next(iter(denoiser.parameters())).device
     most = TOLERANCE_IN_16_BITS if torch.is_autocast_enabled(device.type) else TOLERANCE
     if not error <= most:
@@ -191,38 +165,34 @@ def build_objective(options: PipelineOptions, predict: PipelinePredict) -> Objec
         if target not in ("noise - latent", "latent - noise", "latent"):
             raise Refused(f"{pipeline} predicts {target} of a flow, which is not trained here")
         sampling, weighting = options.flow_sampling, options.flow_weighting
-        is_own = sampling.timestep_sampling == "pipeline"
+        draw = build_level_sampler(sampling, weighting)
+        if sampling.timestep_sampling == "pipeline":
+            draw = build_level_sampler(replace(sampling, timestep_sampling="sigmoid", sigmoid_scale=1.0), weighting)
+            draw = partial(draw_like_pipeline, predict, draw)
         return FlowMatching(
             options.noise,
             options.loss,
-            partial(draw_like_pipeline, predict) if is_own else build_level_sampler(sampling, weighting),
+            draw,
             target,
             "raw",
             weighting.weighting_scheme,
-            takes_offset=is_own or takes_offset(weighting, sampling),
+            takes_offset=takes_offset(weighting, sampling),
             num_strata=sampling.num_timestep_buckets or 1,
             keeps_shape=sampling.preserve_distribution_shape,
         )
     if target not in ("noise", "velocity"):
         raise Refused(f"{pipeline} predicts {target} of a DDPM schedule, which is not trained here")
-    timesteps = resolve_timestep_range(options.noise, NUM_TIMESTEPS)
-    check_huber(options.loss)
     abar_T = predict.watched.pipe.scheduler.alphas_cumprod.double()
+    timesteps = resolve_timestep_range(options.noise, len(abar_T))
+    check_huber(options.loss)
     # The loss weights of a schedule that ends in pure noise would be 0 / 0 there.
     snr_T = snr_of(abar_T.clamp(min=1e-6))
     return DDPM(abar_T, snr_T, target == "velocity", *timesteps, options.noise, options.loss)
 
 
 def draw_like_pipeline(
-    predict: PipelinePredict,
-    num_samples: int,
-    height: int,
-    width: int,
-    generator: torch.Generator,
-    offsets_B: Tensor | None = None,
-    uniforms_B: Tensor | None = None,
+    predict: PipelinePredict, draw: LevelSampler, num_samples: int, height: int, width: int, *how: Any
 ) -> Tensor:
     """Draw noise levels with the pipeline's shift; `height` and `width` are those of the latents."""
-    q_B = torch.sigmoid(draw_moved_normal(num_samples, generator, offsets_B, uniforms_B))
     downscale = predict.convention.downscale
-    return shift_sigmas(q_B, predict.shift((height * downscale, width * downscale)))
+    return shift_sigmas(draw(num_samples, height, width, *how), predict.shift((height * downscale, width * downscale)))

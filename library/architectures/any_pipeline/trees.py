@@ -26,6 +26,9 @@ class Output(dict[str, Any]):
     def __getitem__(self, key: Any) -> Any:
         return list(self.values())[key] if isinstance(key, int | slice) else super().__getitem__(key)
 
+    def __reduce__(self) -> Any:
+        return Output, (dict(self),)  # what torch.load takes with weights_only
+
 
 def map_leaves(tree: Any, change: Callable[[Path, Any], Any], path: Path = ()) -> Any:
     """Return a tree of plain dicts, `Output`s, lists and tuples with every leaf replaced by `change(path, leaf)`."""
@@ -63,11 +66,6 @@ def move(tree: Any, device: torch.device, dtype: torch.dtype | None = None) -> A
     return map_tensors(tree, lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
 
 
-def empty_like(output: Any) -> Any:
-    """Return an output of the same structure and shapes, zeros on the CPU, in float32 where they are numbers."""
-    return map_tensors(output, lambda old: torch.zeros(old.shape, dtype=None if old.is_floating_point() else old.dtype))
-
-
 def is_same(a: Any, b: Any) -> bool:
     """Return True for two leaves of equal type, shape and values."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -80,12 +78,8 @@ def differing(a: Mapping[Path, Any], b: Mapping[Path, Any]) -> set[Path]:
     return {path for path in a.keys() | b.keys() if path not in a or path not in b or not is_same(a[path], b[path])}
 
 
-def is_float(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
-
-
 def float_tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in leaves(tree).values() if is_float(leaf)]
+    return [leaf for leaf in leaves(tree).values() if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def join_values(output: Any) -> Tensor:
@@ -93,14 +87,10 @@ def join_values(output: Any) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in float_tensors(output)])
 
 
-def count_values(output: Any) -> int:
-    return sum(tensor.numel() for tensor in float_tensors(output))
-
-
 def fill_like(output: Any, values: Tensor) -> Any:
     """Return an output of the same structure that holds the vector `values`."""
     parts = iter(torch.split(values, [tensor.numel() for tensor in float_tensors(output)]))
-    return map_tensors(output, lambda old: next(parts).reshape(old.shape).to(old) if is_float(old) else old)
+    return map_tensors(output, lambda old: next(parts).reshape(old.shape).to(old) if old.is_floating_point() else old)
 
 
 class Unequal(ValueError):
@@ -140,13 +130,9 @@ def join_tensors(rows: Sequence[Tensor], pads: bool) -> Tensor:
 
 def take_row(output: Any, row: int, count: int) -> Any:
     """Return the output for one of `count` samples."""
-    if isinstance(output, Mapping):
-        return Output({key: take_row(value, row, count) for key, value in output.items()})
-    if isinstance(output, list) and len(output) == count:
+    if isinstance(output, Tensor) or (isinstance(output, list) and len(output) == count):
         return output[row : row + 1]
-    if isinstance(output, list | tuple):
-        return type(output)(take_row(value, row, count) for value in output)
-    return output[row : row + 1] if isinstance(output, Tensor) else output
+    return tuple(take_row(value, row, count) for value in output)
 
 
 def split_rows(output: Any, count: int) -> list[Tensor]:

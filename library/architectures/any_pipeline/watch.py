@@ -11,8 +11,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, update_wrapper
 from hashlib import blake2b
+from types import MethodType
 from typing import Any
 
 import torch
@@ -24,8 +25,6 @@ from torch.utils.hooks import RemovableHandle
 from library.architectures.any_pipeline.trees import (
     Output,
     copy_tensors,
-    empty_like,
-    float_tensors,
     leaves,
     map_leaves,
     map_tensors,
@@ -77,7 +76,7 @@ class Trace:
     calls: list[Call] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     decoded: list[Tensor] = field(default_factory=list)  # what the VAE decoded
-    pixels: Tensor | None = None  # the VAE's output
+    pixel_shape: tuple[int, ...] = ()  # of the VAE's output
     scheduler: Any = None  # a copy, as it was at the first step
     mu: float | None = None  # the shift that the scheduler was given for this size
 
@@ -87,9 +86,13 @@ class Answers:
     """The values that replace the models' results during a drawing. A function returns None to keep the result."""
 
     outputs: Callable[[int], Any] | None = None  # for the denoiser's call number i
-    samples: Callable[[int, Tensor], Tensor | None] | None = None  # for the result of step i
-    pixels: Tensor | None = None  # for the VAE's output
+    samples: Callable[[Tensor], Tensor | None] | None = None  # for the result of each step
     stops_at: int | None = None  # end at this call of the denoiser
+
+
+def replace_sample(new: Tensor, old: Tensor) -> Tensor:
+    """Return `new` in the shape, dtype and device of the sample that it replaces."""
+    return new.to(old).expand_as(old)
 
 
 @contextmanager
@@ -105,19 +108,15 @@ def setting(owner: Any, **values: Any) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def stand_in(module: nn.Module, read: Callable[[str], Tensor | None] = lambda name: None) -> nn.Module:
+def stand_in(module: nn.Module) -> nn.Module:
     """Return a copy whose large tensors hold one zero each, so that it takes no memory, float32, on the CPU.
 
-    Small tensors keep their values, or have those that `read` returns for their names.
+    Small tensors keep their values, unless they are on the meta device.
     """
     kept: dict[int, Any] = {}
-    names = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    for name, tensor in names:
+    for tensor in (*module.parameters(), *module.buffers()):
         value, dtype = tensor.detach(), torch.float32 if tensor.is_floating_point() else tensor.dtype
-        known = read(name) if tensor.numel() <= SMALL else None
-        if known is not None:
-            value = known.reshape(tensor.shape)
-        elif tensor.numel() > SMALL or tensor.is_meta:
+        if tensor.numel() > SMALL or tensor.is_meta:
             value = torch.zeros((), dtype=dtype).expand(tensor.shape)
         value = value.to("cpu", dtype)
         kept[id(tensor)] = nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value
@@ -133,14 +132,12 @@ def key_of(*call: Any) -> str:
     """Return a digest of a call of a model."""
     digest = blake2b(digest_size=16)
     for place, leaf in leaves(call).items():
-        digest.update(repr(place).encode() + (bytes_of(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode()))
+        is_tensor = isinstance(leaf, Tensor)
+        digest.update(f"{place} {(leaf.dtype, leaf.shape) if is_tensor else repr(leaf)}".encode())
+        if is_tensor:
+            values = leaf.detach().cpu().clone(memory_format=torch.contiguous_format)
+            digest.update(values.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def bytes_of(tensor: Tensor) -> bytes:
-    values = tensor.detach().cpu().contiguous().reshape(-1)
-    values = torch.view_as_real(values) if values.is_complex() else values.double()
-    return f"{tensor.dtype} {tuple(tensor.shape)}".encode() + values.numpy().tobytes()
 
 
 class Watched:
@@ -157,14 +154,14 @@ class Watched:
         self.load_text: Callable[[], Mapping[str, nn.Module]] | None = None  # if an input is not in memory
         self.vae = ""  # the component that encodes and decodes images; "" if the pipeline draws pixels
         self.options: Mapping[str, inspect.Parameter] = inspect.signature(type(pipe).__call__).parameters
-        self.advance: Callable[[int], None] = lambda count: None  # called after each stage of a measurement
         self._trace, self._answers = Trace(), Answers()
         self._modes: list[TorchDispatchMode] = []  # of the caller of `real_tensors`
         pipe.set_progress_bar_config(disable=True)
         for name, module in pipe.components.items():
             if isinstance(module, nn.Module) and is_vae(module):
                 self.vae = name
-                module.decode = partial(self._decode, name)  # type: ignore[assignment]
+                # A drawing needs no more than the shape of the image.
+                module.decode = partial(self._decode, copy.deepcopy(module).to("meta"))  # type: ignore[assignment]
             elif isinstance(module, nn.Module):
                 for path, part in module.named_modules():
                     part.forward = partial(self._forward, name, path, part)
@@ -175,28 +172,20 @@ class Watched:
         """Draw with a scheduler, whose functions are watched."""
         self.pipe.scheduler = scheduler
         for name, watched in (("step", self._step), ("set_timesteps", self._set_timesteps)):
-            function = getattr(type(scheduler), name)
-            signature, method = inspect.signature(function), partial(function, scheduler)
-            call = partial(watched, scheduler, signature, method)
+            method = MethodType(getattr(type(scheduler), name), scheduler)
             # The pipelines look at the parameters that these functions have.
-            parameters = list(signature.parameters.values())[1:]
-            call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-            setattr(scheduler, name, call)
+            setattr(scheduler, name, update_wrapper(partial(watched, scheduler, method), method))
 
-    def draw(
-        self, prompt: str, size: Size, answers: Answers | None = None, *, seed: int = 1, steps: int = 2, **extra: Any
-    ) -> Trace:
-        """Draw one image of `size` and return what was seen. Raises Refused for a pipeline without sizes."""
-        if "height" not in self.options:
-            raise Refused(f"{type(self.pipe).__name__} has no argument for the height of the image")
+    def draw(self, prompt: str, size: Size, answers: Answers | None = None, *, steps: int = 2, **extra: Any) -> Trace:
+        """Draw one image of `size` and return what was seen."""
         arguments = {
             "height": size[0], "width": size[1], "num_inference_steps": steps, "output_type": "pt",
-            "generator": torch.Generator().manual_seed(seed), "num_frames": 1, "max_area": size[0] * size[1],
+            "generator": torch.Generator().manual_seed(1), "num_frames": 1, "max_area": size[0] * size[1],
             **{k: False for k, p in self.options.items() if isinstance(p.default, bool) and any(w in k for w in OFF)},
         }  # fmt: skip
         known = {name: value for name, value in arguments.items() if name in self.options}
         self._trace, self._answers = Trace(), answers or Answers()
-        with self.real_tensors(), ExitStack() as stack:
+        with self.real_tensors(), torch.no_grad(), suppress(Stop), ExitStack() as stack:
             for part in self.pipe.components.values():
                 if isinstance(getattr(part, "_enabled", None), bool):  # diffusers' components for guidance
                     stack.enter_context(setting(part, _enabled=False))
@@ -204,8 +193,6 @@ class Watched:
                 # Some pipelines draw every shape with the area of their default size, rounded down.
                 side = math.sqrt(size[0] * size[1]) * (1 + 1e-6) / getattr(self.pipe, "vae_scale_factor", 8)
                 stack.enter_context(setting(self.pipe, default_sample_size=side))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(suppress(Stop))
             self.pipe(prompt=prompt, **{**known, **extra})
         return self._trace
 
@@ -232,7 +219,9 @@ class Watched:
                 _push_mode(mode)
                 stack.callback(_pop_mode)
             output = model.get_submodule(path)(*args, **kwargs)
-        return empty_like(output) if is_fake(model) else move(output, torch.device("cpu"), torch.float32)
+        if is_fake(model):
+            output = map_tensors(output, lambda old: torch.zeros(old.shape, dtype=old.dtype))
+        return move(output, torch.device("cpu"), torch.float32)
 
     def _forward(self, name: str, path: str, part: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if name == self.denoiser or (self.denoiser is None and self._trace.steps):
@@ -262,30 +251,26 @@ class Watched:
         trace.calls[place] = replace(call, output=copy_tensors(output))
         return output
 
-    def _step(self, scheduler: Any, signature: inspect.Signature, step: Any, *args: Any, **kwargs: Any) -> Any:
-        trace, bound = self._trace, signature.bind(scheduler, *args, **kwargs).arguments
+    def _step(self, scheduler: Any, step: Any, *args: Any, **kwargs: Any) -> Any:
+        trace, bound = self._trace, inspect.signature(step).bind(*args, **kwargs).arguments
         if not trace.steps:
             trace.scheduler = copy_scheduler(scheduler)
         sample: Tensor = bound["sample"].detach().clone()
         trace.steps.append(Step(bound["model_output"].detach().clone(), copy.deepcopy(bound["timestep"]), sample))
         out, answer = step(*args, **kwargs), self._answers.samples
-        new = None if answer is None else answer(len(trace.steps) - 1, sample)
+        new = None if answer is None else answer(sample)
         if new is None:
             return out
         return (new, *out[1:]) if isinstance(out, tuple) else Output({**out, "prev_sample": new})
 
-    def _set_timesteps(self, scheduler: Any, _: inspect.Signature, method: Any, *args: Any, **kwargs: Any) -> Any:
+    def _set_timesteps(self, _: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
         self._trace.mu = None if kwargs.get("mu") is None else float(kwargs["mu"])
         return method(*args, **kwargs)
 
-    def _decode(self, name: str, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-        pixels = self._answers.pixels
+    def _decode(self, vae: Any, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
         self._trace.decoded.append(latents.detach().clone())
-        if pixels is None:
-            vae: Any = self.models[name]
-            like = next(iter(vae.parameters()))
-            pixels = float_tensors(vae.decode(latents.to(like.device, like.dtype)))[0].to("cpu", torch.float32)
-        self._trace.pixels = pixels
+        pixels = torch.zeros(vae.decode(latents.to("meta"))[0].shape)
+        self._trace.pixel_shape = tuple(pixels.shape)
         return (pixels,) if kwargs.get("return_dict") is False else Output(sample=pixels)
 
 
@@ -294,14 +279,9 @@ def copy_hooks(stand_in: nn.Module, model: nn.Module) -> Iterator[RemovableHandl
 
     The stand-in itself is called, so its own hooks act already.
     """
-    for path, part in stand_in.named_modules():
-        if path:
-            for number, hook in part._forward_pre_hooks.items():
-                with_kwargs = number in part._forward_pre_hooks_with_kwargs
-                yield model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=with_kwargs)
-            for number, hook in part._forward_hooks.items():
-                with_kwargs = number in part._forward_hooks_with_kwargs
-                yield model.get_submodule(path).register_forward_hook(hook, with_kwargs=with_kwargs)
+    for path, part in list(stand_in.named_modules())[1:]:
+        for hook in part._forward_hooks.values():
+            yield model.get_submodule(path).register_forward_hook(hook)
 
 
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -317,18 +297,7 @@ def is_fake(model: nn.Module) -> bool:
 
 def copy_scheduler(scheduler: Any) -> Any:
     """Return a copy that is not watched."""
-    kind: Any = type(scheduler)
-    new = kind.__new__(kind)
-    kept = {name: value for name, value in vars(scheduler).items() if name not in ("step", "set_timesteps")}
-    new.__dict__.update(copy.deepcopy(kept))
-    return new
-
-
-def watch_pipeline(pipe: Any) -> Watched:
-    """Watch a pipeline whose models are all in memory, which is left as it is."""
-    models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    stage = copy.copy(pipe)
-    for name, module in models.items():
-        setattr(stage, name, stand_in(module))
-    stage.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    return Watched(stage, models)
+    new = copy.copy(scheduler)
+    for name in ("step", "set_timesteps"):
+        vars(new).pop(name, None)
+    return copy.deepcopy(new)
