@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, pixel_shuffle
 
+from library.architectures.any_pipeline.assembly import read_latent_spec
 from library.architectures.any_pipeline.check import check, require_exact
 from library.architectures.any_pipeline.conditioning import CapturedText
 from library.architectures.any_pipeline.convention import Convention
@@ -184,6 +185,7 @@ def test_latents_loss_and_gradients_are_those_of_the_family(
     convention, maps = measure(watched, (64, 64))
     require_exact(check(watched, convention, maps))
     predict, codec, conditioning = parts_of(watched, convention, maps)
+    assert read_latent_spec(convention).has_alpha == arch.codec.spec.has_alpha
     channels = 4 if arch.codec.spec.has_alpha else 3
     pixels = torch.rand(1, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1)) * 2 - 1
     rgba = torch.cat([pixels, torch.ones(1, channels - 3, HEIGHT, WIDTH)], 1)

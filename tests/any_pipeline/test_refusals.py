@@ -68,6 +68,16 @@ def test_a_folder_of_no_pipeline_is_refused(tmp_path: Path, train: Train) -> Non
     assert done.status == 1 and "has no model_index.json that names one" in done.stderr
 
 
+def test_a_folder_without_one_of_its_parts_is_refused(tmp_path: Path, train: Train) -> None:
+    model = tmp_path / "model"
+    build_tiny_pipeline("AuraFlowPipeline").save_pretrained(model)
+    index = json.loads((model / "model_index.json").read_text())
+    del index["scheduler"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    done = train(arguments(model, tmp_path), script=SCRIPT)
+    assert done.status == 1 and f"--pretrained_model_name_or_path {model} is not complete: AuraFlow" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

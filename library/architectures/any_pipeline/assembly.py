@@ -231,7 +231,13 @@ def assemble(
 def read_latent_spec(convention: Convention) -> LatentSpec:
     """Return the latent space that was measured."""
     suffix = f"_{convention.pipeline.removesuffix('Pipeline').lower()}.npz"
-    return replace(LATENTS, channels=convention.latent_shape[1], downscale=convention.downscale, cache_suffix=suffix)
+    return replace(
+        LATENTS,
+        channels=convention.latent_shape[1],
+        downscale=convention.downscale,
+        cache_suffix=suffix,
+        has_alpha=convention.has_alpha,
+    )
 
 
 def build_text(watched: Watched, convention: Convention, loader: PipelineLoader) -> CapturedText:

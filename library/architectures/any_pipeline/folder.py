@@ -104,7 +104,10 @@ class PipelineFolder:
         return Component(*model_lookup.open_part(self.flag, self.path / name, kind))
 
     def build_stage(self) -> Watched:
-        """Build the pipeline with stand-ins for all models; tokenizers and scheduler are real."""
+        """Build the pipeline with stand-ins for all models; tokenizers and scheduler are real.
+
+        Raises UserError if a part is missing.
+        """
         models = {name: self.build_empty(name) for name in self.classes}
         if self.vae is not None:  # pipelines read its statistics of latents
             weights, vae = self.open(self.vae).weights, models[self.vae]
@@ -114,7 +117,13 @@ class PipelineFolder:
         logging.getLogger("diffusers").setLevel(logging.ERROR)  # it warns of every draw
         parameters = inspect.signature(self.kind.__init__).parameters
         left_out = {name: value for name, value in LEFT_OUT.items() if name in parameters}
-        return Watched(self.kind.from_pretrained(self.path, **stand_ins, **left_out))
+        try:
+            return Watched(self.kind.from_pretrained(self.path, **stand_ins, **left_out))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.flag} {self.path} is not complete: {self.kind.__name__} cannot be opened ({error}); "
+                "download the whole folder again"
+            ) from error
 
 
 def open_folder(name: str | None, trusts_code: bool) -> PipelineFolder:

@@ -120,6 +120,7 @@ def read_roles(watched: Watched, size: Size) -> Convention:
         extra=extra,
         size=size,
         output=trace.calls[0].output,
+        has_alpha=trace.pixel_shape[1] == 4,
         argument_shape=tuple(base[latents].shape),
     )
 
@@ -236,7 +237,12 @@ def find_unconditional(watched: Watched, convention: Convention) -> Unconditiona
     if "negative_prompt" not in watched.options:
         return None
     for extra in ({}, *({**c.extra, name: 3.0} for name in c.extra)):
-        blue, red = (watched.draw(PROMPTS[0], c.size, negative_prompt=text, **extra).calls for text in NEGATIVE)
+        try:
+            blue, red = (watched.draw(PROMPTS[0], c.size, negative_prompt=text, **extra).calls for text in NEGATIVE)
+        except Refused:
+            raise
+        except Exception:  # a scale that this pipeline does not take
+            continue
         for place, (a, b) in enumerate(zip(blue, red, strict=False)):
             rows = find_rows(c, leaves(a.kwargs), leaves(b.kwargs)) if a.step == 0 else []
             if len(rows) == 1:
