@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 
+from torch import nn
+
 from library.memory.activations import PinnedBudget, RecomputeFromMainMemory
 from library.memory.blocks import BlockRunner, Every, Stacks, plain, recompute, run_encoder_layers_with
 from library.memory.cast_together import cast_in_blocks
@@ -53,7 +55,7 @@ def choose_block_runner(
 
 def cast_factors_of(networks: Sequence[AdoptedNetwork], stacks: Stacks) -> None:
     """Let each block cast the factors of its adapters together."""
-    factors = defaultdict(list)
+    factors: defaultdict[nn.Module, list[nn.Module]] = defaultdict(list)
     for network in networks:
         for layer, modules in network.cast_factors():
             factors[layer] += modules
