@@ -22,6 +22,13 @@ def scaled_norm_of(x_BTM: Tensor, weight_M: Tensor, scale_B1M: Tensor | None) ->
     return y_BTM if scale_B1M is None else y_BTM * scale_B1M
 
 
+def shifted_norm_of(x_BTM: Tensor, weight_M: Tensor, scale_B1M: Tensor | None, shift_B1M: Tensor | None) -> Tensor:
+    """An RMS norm with the factor 1 + `weight_M`, in float32, then scaled and shifted."""
+    y_BTM = functional.rms_norm(x_BTM.float(), weight_M.shape, weight_M.float() + 1, eps=1e-5).to(x_BTM.dtype)
+    y_BTM = y_BTM if scale_B1M is None else y_BTM * (1 + scale_B1M)
+    return y_BTM if shift_B1M is None else y_BTM + shift_B1M
+
+
 def gated_sum_of(x_BTM: Tensor, gate_B1M: Tensor, y_BTM: Tensor) -> Tensor:
     return x_BTM + gate_B1M * y_BTM
 
@@ -55,6 +62,7 @@ def rotated_norm(eps: float) -> Fused:
 
 modulated_norm = Fused(modulated_norm_of, {0: (0, 2), 1: (), 2: (0,)})
 scaled_norm = Fused(scaled_norm_of, {0: (0, 1, 2), 1: (0, 2), 2: (0, 1)})
+shifted_norm = Fused(shifted_norm_of, {0: (0, 1, 2), 1: (0, 2), 2: (0, 1), 3: ()})
 gated_sum = Fused(gated_sum_of, {0: (), 1: (2,), 2: (1,)})
 gated_norm_sum = Fused(gated_norm_sum_of, {0: (), 1: (2, 3), 2: (1, 2, 3), 3: (1, 2)})
 silu_product = Fused(silu_product_of, {0: (0, 1), 1: (0, 1)})

@@ -18,6 +18,7 @@ from library.architectures.anima.positions import Angles, image_angles
 from library.architectures.anima.targets import TARGETS
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
+from library.models.fused import gated_sum, modulated_norm
 from library.models.patches import patchify, unpatchify
 from library.models.rotary import AxisTables
 from library.models.shapes import ShapeReader
@@ -181,19 +182,14 @@ class FeedForward(nn.Module):
         return y_BTM
 
 
-def make_norm(width: int) -> nn.LayerNorm:
-    return nn.LayerNorm(width, elementwise_affine=False, eps=EPS)
-
-
 def make_modulation(width: int, rank: int, num_values: int) -> nn.Sequential:
     """Build a layer's low-rank correction to the shared shift, scale and gate."""
     return nn.Sequential(nn.SiLU(), nn.Linear(width, rank, bias=False), nn.Linear(rank, num_values * width, bias=False))
 
 
-def modulate(norm: nn.Module, x_BTM: Tensor, shift_BM: Tensor, scale_BM: Tensor) -> Tensor:
+def modulate(x_BTM: Tensor, shift_BM: Tensor, scale_BM: Tensor) -> Tensor:
     """Normalize, scale and shift tokens, and return them in the dtype of `shift_BM`."""
-    y_BTM: Tensor = norm(x_BTM) * (1 + scale_BM[:, None]) + shift_BM[:, None]
-    return y_BTM.to(shift_BM.dtype)
+    return modulated_norm(x_BTM, shift_BM[:, None], scale_BM[:, None]).to(shift_BM.dtype)
 
 
 class Block(nn.Module):
@@ -202,11 +198,8 @@ class Block(nn.Module):
     def __init__(self, config: AnimaConfig) -> None:
         super().__init__()
         c = config
-        self.layer_norm_self_attn = make_norm(c.width)
         self.self_attn = Attention(c.width, c.width, c.head_width, "output_proj")
-        self.layer_norm_cross_attn = make_norm(c.width)
         self.cross_attn = Attention(c.width, c.text_width, c.head_width, "output_proj")
-        self.layer_norm_mlp = make_norm(c.width)
         self.mlp = FeedForward(c.width, c.mlp_width)
         self.adaln_modulation_self_attn = make_modulation(c.width, c.modulation_rank, 3)
         self.adaln_modulation_cross_attn = make_modulation(c.width, c.modulation_rank, 3)
@@ -214,14 +207,13 @@ class Block(nn.Module):
 
     def forward(self, x_BTM: Tensor, text_BLE: Tensor, waves_BM: Tensor, shared_B3M: Tensor, angles: Angles) -> Tensor:
         shift, scale, gate = (self.adaln_modulation_self_attn(waves_BM) + shared_B3M).chunk(3, dim=-1)
-        y_BTM = modulate(self.layer_norm_self_attn, x_BTM, shift, scale)
-        x_BTM = x_BTM + gate[:, None] * self.self_attn(y_BTM, y_BTM, angles, angles)
+        y_BTM = modulate(x_BTM, shift, scale)
+        x_BTM = gated_sum(x_BTM, gate[:, None], self.self_attn(y_BTM, y_BTM, angles, angles))
         shift, scale, gate = (self.adaln_modulation_cross_attn(waves_BM) + shared_B3M).chunk(3, dim=-1)
-        y_BTM = modulate(self.layer_norm_cross_attn, x_BTM, shift, scale)
-        x_BTM = x_BTM + gate[:, None] * self.cross_attn(y_BTM, text_BLE, None, None)
+        y_BTM = modulate(x_BTM, shift, scale)
+        x_BTM = gated_sum(x_BTM, gate[:, None], self.cross_attn(y_BTM, text_BLE, None, None))
         shift, scale, gate = (self.adaln_modulation_mlp(waves_BM) + shared_B3M).chunk(3, dim=-1)
-        after_BTM: Tensor = x_BTM + gate[:, None] * self.mlp(modulate(self.layer_norm_mlp, x_BTM, shift, scale))
-        return after_BTM
+        return gated_sum(x_BTM, gate[:, None], self.mlp(modulate(x_BTM, shift, scale)))
 
 
 class FinalLayer(nn.Module):
@@ -229,12 +221,11 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, rank: int, out_features: int) -> None:
         super().__init__()
-        self.layer_norm = make_norm(width)
         self.linear = nn.Linear(width, out_features, bias=False)
         self.adaln_modulation = make_modulation(width, rank, 2)
 
     def forward(self, x_BTM: Tensor, waves_BM: Tensor, shared_B3M: Tensor) -> Tensor:
         shared_B2M = shared_B3M[:, : 2 * x_BTM.shape[-1]]
         shift, scale = (self.adaln_modulation(waves_BM) + shared_B2M).chunk(2, dim=-1)
-        patches_BTF: Tensor = self.linear(modulate(self.layer_norm, x_BTM, shift, scale))
+        patches_BTF: Tensor = self.linear(modulate(x_BTM, shift, scale))
         return patches_BTF

@@ -13,13 +13,14 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import scaled_dot_product_attention
 
 from library.architectures.krea2.targets import TARGETS
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
+from library.memory.fused import fuses
+from library.models.fused import gated_sum, rotated_norm, shifted_norm, silu_product
 from library.models.patches import key_mask, patchify, unpatchify
 from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.shapes import ShapeReader
@@ -29,7 +30,7 @@ PATCH = 2
 ROPE_BASE = 1000
 ROPE_SHARES = (2, 3, 3)  # of a head's values, in eighths, that rotate with (time, row, column)
 ROPE_STEP = 16  # head widths are multiples, so that every share is an even number of values
-EPS = 1e-5
+rotate_norm = rotated_norm(1e-5)
 TIME_SCALE = 1000
 NUM_MODULATIONS = 6  # scale, shift and gate of attention, then of the feed-forward layer
 
@@ -105,7 +106,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x.float(), self.scale.shape, self.scale.float() + 1, EPS).to(x.dtype)
+        return shifted_norm(x, self.scale, None, None)
 
 
 class QKNorm(nn.Module):
@@ -113,6 +114,15 @@ class QKNorm(nn.Module):
         super().__init__()
         self.qnorm = RMSNorm(head_width)
         self.knorm = RMSNorm(head_width)
+
+
+def rotate(norm: RMSNorm, x: Tensor, rope: Rope | None) -> Tensor:
+    """Normalize and rotate queries or keys (..., T, N, D). Returns (..., N, T, D)."""
+    if rope is not None and fuses(x):
+        return rotate_norm(x.transpose(-3, -2), norm.scale.float() + 1, rope)
+    # Normalize before heads and tokens are transposed, because norms copy non-contiguous tensors.
+    x = norm(x).transpose(-3, -2)
+    return x if rope is None else apply_rope(x, rope)
 
 
 class Attention(nn.Module):
@@ -132,10 +142,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None) -> Tensor:
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_width)) for layer in (self.wq, self.wk, self.wv))
-        # Normalize before heads and tokens are transposed, because norms copy non-contiguous tensors.
-        q, k, v = (part.transpose(-3, -2) for part in (self.qknorm.qnorm(q), self.qknorm.knorm(k), v))
-        if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        q, k = rotate(self.qknorm.qnorm, q, rope), rotate(self.qknorm.knorm, k, rope)
+        v = v.transpose(-3, -2)
         if self.num_repeats > 1:
             k, v = (part.repeat_interleave(self.num_repeats, dim=-3) for part in (k, v))
         shape = q.shape
@@ -153,7 +161,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x_BTM: Tensor) -> Tensor:
-        y_BTM: Tensor = self.down(silu(self.gate(x_BTM)) * self.up(x_BTM))
+        y_BTM: Tensor = self.down(silu_product(self.gate(x_BTM), self.up(x_BTM)))
         return y_BTM
 
 
@@ -218,19 +226,33 @@ class SingleStreamBlock(nn.Module):
         """Return the tokens, BTM; the last `num_clean` are modulated by the second row."""
         rows = (modulation_BRV + self.mod.lin).chunk(NUM_MODULATIONS, dim=-1)
         scale_attn, shift_attn, gate_attn, scale_mlp, shift_mlp, gate_mlp = rows
-        y_BTM = modulate(self.prenorm(x_BTM), num_clean, 1 + scale_attn, shift_attn)
-        x_BTM = x_BTM + modulate(self.attn(y_BTM, rope, mask), num_clean, gate_attn)
-        y_BTM = modulate(self.postnorm(x_BTM), num_clean, 1 + scale_mlp, shift_mlp)
-        return x_BTM + modulate(self.mlp(y_BTM), num_clean, gate_mlp)
+        y_BTM = modulate(self.prenorm, x_BTM, num_clean, scale_attn, shift_attn)
+        x_BTM = add_gated(x_BTM, num_clean, gate_attn, self.attn(y_BTM, rope, mask))
+        y_BTM = modulate(self.postnorm, x_BTM, num_clean, scale_mlp, shift_mlp)
+        return add_gated(x_BTM, num_clean, gate_mlp, self.mlp(y_BTM))
 
 
-def modulate(x_BTM: Tensor, num_clean: int, factors_BRM: Tensor, offsets_BRM: Tensor | None = None) -> Tensor:
-    """Multiply tokens by factors and add offsets: the second row for the last `num_clean` tokens, else the first."""
-    tokens = (x_BTM[:, :-num_clean], x_BTM[:, -num_clean:]) if num_clean else (x_BTM,)
-    parts = [factors_BRM[:, r : r + 1] * part for r, part in enumerate(tokens)]
-    if offsets_BRM is not None:
-        parts = [part + offsets_BRM[:, r : r + 1] for r, part in enumerate(parts)]
-    return torch.cat(parts, dim=1) if num_clean else parts[0]
+def by_rows(x_BTM: Tensor, num_clean: int) -> list[Tensor]:
+    """Split tokens into those of the first row of a modulation and the last `num_clean`, of the second."""
+    return [x_BTM[:, :-num_clean], x_BTM[:, -num_clean:]] if num_clean else [x_BTM]
+
+
+def join(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def modulate(norm: RMSNorm, x_BTM: Tensor, num_clean: int, scales_BRM: Tensor, shifts_BRM: Tensor) -> Tensor:
+    """Normalize tokens, scale them by 1 + the scales, and add the shifts."""
+    rows = zip(
+        by_rows(x_BTM, num_clean), torch.split(scales_BRM, 1, dim=1), torch.split(shifts_BRM, 1, dim=1), strict=True
+    )
+    return join([shifted_norm(part, norm.scale, scale, shift) for part, scale, shift in rows])
+
+
+def add_gated(x_BTM: Tensor, num_clean: int, gates_BRM: Tensor, y_BTM: Tensor) -> Tensor:
+    """Add tokens `y_BTM` times the gates."""
+    rows = zip(by_rows(x_BTM, num_clean), torch.split(gates_BRM, 1, dim=1), by_rows(y_BTM, num_clean), strict=True)
+    return join([gated_sum(x, gate, y) for x, gate, y in rows])
 
 
 class LastLayer(nn.Module):
@@ -244,7 +266,7 @@ class LastLayer(nn.Module):
 
     def forward(self, x_BTM: Tensor, time_B1M: Tensor) -> Tensor:
         scale_B1M, shift_B1M = (time_B1M + self.modulation.lin).chunk(2, dim=1)
-        patches_BTF: Tensor = self.linear((1 + scale_B1M) * self.norm(x_BTM) + shift_B1M)
+        patches_BTF: Tensor = self.linear(shifted_norm(x_BTM, self.norm.scale, scale_B1M, shift_B1M))
         return patches_BTF
 
 

@@ -19,6 +19,8 @@ from library.architectures.moss_image.layers import TARGETS
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
+from library.memory.fused import Fused
+from library.models.fused import gated_sum
 from library.models.patches import patchify, unpatchify
 from library.models.rotary import ROPE_BASE, AxisTables, Rope, apply_rope
 from library.models.shapes import ShapeReader
@@ -68,10 +70,13 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> MossImageConfig:
     )
 
 
-def situ(value: Tensor, gate: Tensor) -> Tensor:
+def situ_of(value: Tensor, gate: Tensor) -> Tensor:
     """Return SiTU: SiLU of the gate times the value, both limited by hyperbolic tangents."""
     limited_gate = GATE_LIMIT * torch.tanh(gate / GATE_LIMIT) * torch.sigmoid(gate)
     return limited_gate * (VALUE_LIMIT * torch.tanh(value / VALUE_LIMIT))
+
+
+situ = Fused(situ_of, {0: (0, 1), 1: (0, 1)})
 
 
 def split_heads(
@@ -130,6 +135,10 @@ class TextEmbedder(nn.Module):
         return x_BLM
 
 
+def join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([*parts], dim=1)
+
+
 @dataclass(frozen=True)
 class Stream:
     """Lengths of the parts of the sequence, and the scale of the residual stream: the same in every block."""
@@ -137,12 +146,15 @@ class Stream:
     lengths: list[int]  # tokens of the image and the text, then those of references if there are any
     scale: float  # of the residual stream
 
-    def times(self, x_BTM: Tensor, factors_BRM: Tensor, offsets_BRM: Tensor | None = None) -> Tensor:
+    def times(self, x_BTM: Tensor, factors_BRM: Tensor, offsets_BRM: Tensor) -> Tensor:
         """Multiply each token by the row of its part, and add that of the offsets."""
-        parts = [part * factors_BRM[:, r, None] for r, part in enumerate(torch.split(x_BTM, self.lengths, dim=1))]
-        if offsets_BRM is not None:
-            parts = [part + offsets_BRM[:, r, None] for r, part in enumerate(parts)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        parts = enumerate(torch.split(x_BTM, self.lengths, dim=1))
+        return join([part * factors_BRM[:, r, None] + offsets_BRM[:, r, None] for r, part in parts])
+
+    def add(self, x_BTM: Tensor, gates_BRM: Tensor, y_BTM: Tensor) -> Tensor:
+        """Add tokens `y_BTM` times the row of their part."""
+        parts = zip(*(torch.split(tokens, self.lengths, dim=1) for tokens in (x_BTM, y_BTM)), strict=True)
+        return join([gated_sum(x, gates_BRM[:, r, None], y) for r, (x, y) in enumerate(parts)])
 
     def norm(self, norm: nn.RMSNorm, x_BTM: Tensor) -> Tensor:
         return functional.rms_norm(x_BTM, x_BTM.shape[-1:], norm.weight, EPS * self.scale**2)
@@ -173,10 +185,10 @@ class SingleStreamBlock(nn.Module):
         y_BTM = stream.times(stream.norm(self.norm1, x_BTM), 1 + scale_1, shift_1)
         q, k, v = split_heads(self, [self.proj[name](y_BTM) for name in "qkv"], rope)
         attended_BTM = merge_heads(attend(q, k, v, stream.lengths[0], mask))
-        x_BTM = x_BTM + stream.times(self.proj["o"](stream.shrink(attended_BTM)), gate_1)
+        x_BTM = stream.add(x_BTM, gate_1, self.proj["o"](stream.shrink(attended_BTM)))
         y_BTM = stream.times(stream.norm(self.norm2, x_BTM), 1 + scale_2, shift_2)
         hidden = situ(*self.proj["ffn_up_gate"](y_BTM).chunk(2, dim=-1))
-        return x_BTM + stream.times(self.proj["ffn_down"](stream.shrink(hidden)), gate_2)
+        return stream.add(x_BTM, gate_2, self.proj["ffn_down"](stream.shrink(hidden)))
 
 
 def attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, num_main: int, mask: Tensor | None) -> Tensor:

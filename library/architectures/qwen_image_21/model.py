@@ -20,12 +20,15 @@ from library.architectures.qwen_image_21.targets import TARGETS
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
+from library.memory.fused import fuses
+from library.models.fused import gated_sum, modulated_norm, rotated_norm, silu_product
 from library.models.patches import patchify, unpatchify
 from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import FREQUENCIES, sinusoids
 
 EPS = 1e-6
+rotate_norm = rotated_norm(EPS)
 LEVEL_SCALE = 1000
 ROPE_SHARES = (2, 7, 7)  # of a head's values, in sixteenths, that rotate with (time, row, column)
 ROPE_STEP = 32  # head widths are multiples, so that every share is an even number of values
@@ -112,6 +115,14 @@ class LevelEmbedder(nn.Module):
         return vec
 
 
+def rotate(norm: nn.RMSNorm, x_BNTD: Tensor, rope: Rope) -> Tensor:
+    """Normalize and rotate queries or keys."""
+    if fuses(x_BNTD):
+        return rotate_norm(x_BNTD, norm.weight, rope)
+    # Norms and attention save inputs for the backward pass; a view would keep queries and keys alive.
+    return apply_rope(norm(x_BNTD.contiguous()), rope)
+
+
 class Attention(nn.Module):
     """Block-causal attention of all heads, see `attend`."""
 
@@ -127,8 +138,7 @@ class Attention(nn.Module):
             layer(x_BTM).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
             for layer in (self.to_q, self.to_k, self.to_v)
         )
-        # Norms and attention save inputs for the backward pass; a view would keep queries and keys alive.
-        q, k = (apply_rope(norm(x.contiguous()), rope).to(v.dtype) for norm, x in ((self.norm_q, q), (self.norm_k, k)))
+        q, k = (rotate(norm, x, rope).to(v.dtype) for norm, x in ((self.norm_q, q), (self.norm_k, k)))
         y_BTM: Tensor = self.to_out[0](attend(q, k, v, segments, mask).transpose(1, 2).flatten(2))
         return y_BTM
 
@@ -166,18 +176,27 @@ class FeedForward(nn.Module):
         self.gate_layer = nn.Linear(config.width, config.mlp_width, bias=False)
 
     def forward(self, x_BTM: Tensor) -> Tensor:
-        y_BTM: Tensor = self.out(silu(self.gate_layer(x_BTM)) * self.proj(x_BTM))
+        y_BTM: Tensor = self.out(silu_product(self.gate_layer(x_BTM), self.proj(x_BTM)))
         return y_BTM
 
 
-def make_norm(width: int) -> nn.LayerNorm:
-    return nn.LayerNorm(width, elementwise_affine=False, eps=EPS)
-
-
-def times_rows(x_BTM: Tensor, rows_BVM: Tensor, num_clean: int) -> Tensor:
-    """Multiply the first `num_clean` tokens by the clean row and the others by the noisy row."""
+def scaled_by_rows(x_BTM: Tensor, rows_BVM: Tensor, num_clean: int) -> Tensor:
+    """Normalize tokens and scale them, the first `num_clean` by the clean row and the others by the noisy row."""
     clean, noisy = x_BTM[:, :num_clean], x_BTM[:, num_clean:]
-    return torch.cat([clean * rows_BVM[:, CLEAN, None], noisy * rows_BVM[:, NOISY, None]], dim=1)
+    parts = ((clean, rows_BVM[:, CLEAN, None]), (noisy, rows_BVM[:, NOISY, None]))
+    return torch.cat([modulated_norm(part, None, row) for part, row in parts], dim=1)
+
+
+def sum_by_rows(x_BTM: Tensor, gates_BVM: Tensor, y_BTM: Tensor, num_clean: int) -> Tensor:
+    """Add tokens, the first `num_clean` gated by the clean row and the others by the noisy row."""
+    clean, noisy = x_BTM[:, :num_clean], x_BTM[:, num_clean:]
+    return torch.cat(
+        [
+            gated_sum(clean, gates_BVM[:, CLEAN, None], y_BTM[:, :num_clean]),
+            gated_sum(noisy, gates_BVM[:, NOISY, None], y_BTM[:, num_clean:]),
+        ],
+        dim=1,
+    )
 
 
 class QwenImageTransformerBlock(nn.Module):
@@ -188,7 +207,6 @@ class QwenImageTransformerBlock(nn.Module):
 
     def __init__(self, config: QwenImage21Config) -> None:
         super().__init__()
-        self.img_norm1, self.img_norm2 = make_norm(config.width), make_norm(config.width)
         self.attn = Attention(config)
         self.img_mlp = FeedForward(config)
 
@@ -202,10 +220,10 @@ class QwenImageTransformerBlock(nn.Module):
         """
         num_clean = segments[-1][1]
         scale_1, gate_1, scale_2, gate_2 = modulation_BV4.chunk(4, dim=-1)
-        modulated = times_rows(self.img_norm1(x_BTM), 1 + scale_1, num_clean)
-        x_BTM = x_BTM + times_rows(self.attn(modulated, rope, segments, mask), gate_1.tanh(), num_clean)
-        modulated = times_rows(self.img_norm2(x_BTM), 1 + scale_2, num_clean)
-        return x_BTM + times_rows(self.img_mlp(modulated), gate_2.tanh(), num_clean)
+        modulated = scaled_by_rows(x_BTM, scale_1, num_clean)
+        x_BTM = sum_by_rows(x_BTM, gate_1.tanh(), self.attn(modulated, rope, segments, mask), num_clean)
+        modulated = scaled_by_rows(x_BTM, scale_2, num_clean)
+        return sum_by_rows(x_BTM, gate_2.tanh(), self.img_mlp(modulated), num_clean)
 
 
 class LastNorm(nn.Module):
@@ -214,11 +232,9 @@ class LastNorm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width, width, bias=False)
-        self.norm = make_norm(width)
 
     def forward(self, x_BTM: Tensor, vec_BM: Tensor) -> Tensor:
-        y_BTM: Tensor = self.norm(x_BTM) * (1 + self.linear(silu(vec_BM))[:, None])
-        return y_BTM
+        return modulated_norm(x_BTM, None, self.linear(silu(vec_BM))[:, None])
 
 
 class QwenImage21(nn.Module):

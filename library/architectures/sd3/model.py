@@ -17,6 +17,7 @@ from library.architectures.sd3.targets import TARGETS
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
+from library.models.fused import gated_sum, modulated_norm
 from library.models.patches import unpatchify
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import TimestepEmbedder
@@ -221,7 +222,8 @@ class Mlp(nn.Module):
 
 
 def modulate(x_BTM: Tensor, shift_BM: Tensor, scale_BM: Tensor) -> Tensor:
-    return x_BTM * (1 + scale_BM[:, None]) + shift_BM[:, None]
+    """Normalize, scale and shift tokens."""
+    return modulated_norm(x_BTM, shift_BM[:, None], scale_BM[:, None])
 
 
 def make_modulation(width: int, num_parts: int) -> nn.Sequential:
@@ -238,12 +240,10 @@ class SingleDiTBlock(nn.Module):
         super().__init__()
         self.has_output = has_output
         self.has_dual_attention = has_dual_attention
-        self.norm1 = nn.LayerNorm(config.width, elementwise_affine=False, eps=EPS)
         self.attn = SelfAttention(config, has_output=has_output)
         if has_dual_attention:
             self.attn2 = SelfAttention(config)
         if has_output:
-            self.norm2 = nn.LayerNorm(config.width, elementwise_affine=False, eps=EPS)
             self.mlp = Mlp(config.width, config.mlp_width)
         self.num_parts = (9 if has_dual_attention else 6) if has_output else 2
         self.adaLN_modulation = make_modulation(config.width, self.num_parts)
@@ -257,14 +257,14 @@ class SingleDiTBlock(nn.Module):
     def finish(self, x_BTM: Tensor, attended_BTM: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
         """Return the stream after both attentions and the MLP."""
         shift_mlp_BM, scale_mlp_BM = parts[3:5]
-        after_BTM: Tensor = x_BTM + parts[2][:, None] * self.attn.proj(attended_BTM)
+        after_BTM = gated_sum(x_BTM, parts[2][:, None], self.attn.proj(attended_BTM))
         if self.has_dual_attention:
             shift_BM, scale_BM, gate_BM = parts[6:]
             # It reads the block's input like the first attention, not the first one's output.
-            qkv = self.attn2.queries_keys_values(modulate(self.norm1(x_BTM), shift_BM, scale_BM))
-            after_BTM = after_BTM + gate_BM[:, None] * self.attn2.proj(attend(*qkv))
-        mlp_BTM: Tensor = self.mlp(modulate(self.norm2(after_BTM), shift_mlp_BM, scale_mlp_BM))
-        return after_BTM + parts[5][:, None] * mlp_BTM
+            qkv = self.attn2.queries_keys_values(modulate(x_BTM, shift_BM, scale_BM))
+            after_BTM = gated_sum(after_BTM, gate_BM[:, None], self.attn2.proj(attend(*qkv)))
+        mlp_BTM: Tensor = self.mlp(modulate(after_BTM, shift_mlp_BM, scale_mlp_BM))
+        return gated_sum(after_BTM, parts[5][:, None], mlp_BTM)
 
 
 class JointBlock(nn.Module):
@@ -280,7 +280,7 @@ class JointBlock(nn.Module):
         streams = ((self.context_block, context_BTM), (self.x_block, x_BTM))
         parts = [block.modulation(c_BM) for block, _ in streams]
         projected = [
-            block.attn.queries_keys_values(modulate(block.norm1(tokens), *part[:2]))
+            block.attn.queries_keys_values(modulate(tokens, *part[:2]))
             for (block, tokens), part in zip(streams, parts, strict=True)
         ]
         q, k, v = (torch.cat(both, dim=2) for both in zip(*projected, strict=True))
@@ -300,11 +300,10 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, num_outputs: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=EPS)
         self.linear = nn.Linear(width, num_outputs)
         self.adaLN_modulation = make_modulation(width, 2)
 
     def forward(self, x_BTM: Tensor, c_BM: Tensor) -> Tensor:
         shift_BM, scale_BM = self.adaLN_modulation(c_BM).chunk(2, dim=-1)
-        patches: Tensor = self.linear(modulate(self.norm_final(x_BTM), shift_BM, scale_BM))
+        patches: Tensor = self.linear(modulate(x_BTM, shift_BM, scale_BM))
         return patches

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from library.architectures.moss_image.model import situ
 from library.determinism import deterministic_mode
 from library.memory import fused
 from library.memory.fused import Fused, compiles_for, count_fused, has_compiler
@@ -24,6 +25,7 @@ from library.models.fused import (
     modulated_norm,
     rotated_norm,
     scaled_norm,
+    shifted_norm,
     silu_product,
     swiglu,
 )
@@ -67,6 +69,9 @@ CASES = {
     "scaled norm": Case(scaled_norm, lambda B, T: [(B, T, M), (M,), (B, 1, M)], (0,)),
     "scaled norm, adapted": Case(scaled_norm, lambda B, T: [(B, T, M), (M,), (B, 1, M)], (0, 1, 2)),
     "norm without scale": Case(scaled_norm, lambda B, T: [(B, T, M), (M,), None], (0,)),
+    "shifted norm": Case(shifted_norm, lambda B, T: [(B, T, M), (M,), (B, 1, M), (B, 1, M)], (0,)),
+    "shifted norm, adapted": Case(shifted_norm, lambda B, T: [(B, T, M), (M,), (B, 1, M), (B, 1, M)], (0, 1, 2, 3)),
+    "shifted norm alone": Case(shifted_norm, lambda B, T: [(B, T, M), (M,), None, None], (0,)),
     "gated sum": Case(gated_sum, lambda B, T: [(B, T, M), (B, 1, M), (B, T, M)], (0, 2)),
     "gated sum, adapted": Case(gated_sum, lambda B, T: [(B, T, M), (B, 1, M), (B, T, M)], (0, 1, 2)),
     "first gated sum": Case(gated_sum, lambda B, T: [(B, T, M), (B, 1, M), (B, T, M)], (1, 2)),
@@ -76,6 +81,7 @@ CASES = {
     "rotated norm": Case(rotate, lambda B, T: [(1,), (D,), (1,)], (0,)),
     "rotated norm, adapted": Case(rotate, lambda B, T: [(1,), (D,), (1,)], (0, 1)),
     "SiLU product": Case(silu_product, lambda B, T: [(B, T, M), (B, T, M)], (0, 1)),
+    "SiTU": Case(situ, lambda B, T: [(B, T, M), (B, T, M)], (0, 1)),
     "SwiGLU": Case(swiglu, lambda B, T: [(B, T, 2 * M)], (0,)),
 }
 
