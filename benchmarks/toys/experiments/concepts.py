@@ -6,6 +6,7 @@ pictures with the same noise and the same learning rate of 3e-3.
 
 Token masks: a subject's LoRA changes keys and values of text only at the tokens of its trigger, and all other layers
 everywhere (token focus masking of TARA, arXiv 2508.08812, as in its authors' code). Their alignment loss is not tested.
+The last row draws with the adapters of the second as a program that knows no masks would.
 
 Cells: of 48 pictures of one subject, of 96 subjects in 48 pictures of both, and of these 48 pictures, those with shape,
 colour, background and style as asked; bleeding is the share of the 96 that have the other's shape or colour.
@@ -28,7 +29,6 @@ from tools.quickstart.sampling import GUIDANCE_SCALE, SAMPLING_STEPS, load_pipel
 from tools.quickstart.toy_world import BACKGROUNDS, COLOURS, IMAGE_SIZE, KNOWN_SHAPES, Scene, Seen, draw_scene, look_at
 
 COLUMNS = ("alone", "each of both", "both", "bleeding")
-HAS_MASKS = {"plain": False, "token masks": True}
 CLASS = "circle"
 SUBJECTS = {"kova": ("heart", "pink"), "milu": ("diamond", "blue")}
 NUM_BASE_STEPS, NUM_STEPS, RANK = 1500, 450, 8
@@ -172,18 +172,24 @@ def draw(pipeline: Any, adapter: Adapter, pictures: Sequence[Sequence[Thing]]) -
         yield [(scene, look_at(place)) for (_, scene), place in zip(things, places, strict=True)]
 
 
+def count(pipeline: Any, adapter: Adapter) -> tuple[float, ...]:
+    """Draw all pictures and return the cells of a row."""
+    of_alone, of_both = ([*draw(pipeline, adapter, pictures)] for pictures in list_pictures())
+    bled = [
+        seen.shape == other.shape or seen.colour == other.colour
+        for pair in of_both
+        for (_, seen), (other, _) in zip(pair, pair[::-1], strict=True)
+    ]
+    is_right = [[seen.shows(scene) for scene, seen in pair] for pair in of_both]
+    alone = mean(seen.shows(scene) for ((scene, seen),) in of_alone)
+    return alone, float(np.mean(is_right)), mean(map(all, is_right)), mean(bled)
+
+
 def run(seed: int, folder: Path) -> dict[str, tuple[float, ...]]:
     figures = {}
-    for name, has_masks in HAS_MASKS.items():
+    for name, has_masks in (("plain", False), ("token masks", True)):
         pipeline = load_base(folder.parent / "base.safetensors")
         adapter = train(pipeline, has_masks, seed)
-        of_alone, of_both = ([*draw(pipeline, adapter, pictures)] for pictures in list_pictures())
-        bled = [
-            seen.shape == other.shape or seen.colour == other.colour
-            for pair in of_both
-            for (_, seen), (other, _) in zip(pair, pair[::-1], strict=True)
-        ]
-        is_right = [[seen.shows(scene) for scene, seen in pair] for pair in of_both]
-        alone = mean(seen.shows(scene) for ((scene, seen),) in of_alone)
-        figures[name] = (alone, float(np.mean(is_right)), mean(map(all, is_right)), mean(bled))
-    return figures
+        figures[name] = count(pipeline, adapter)
+    adapter.has_masks = False
+    return figures | {"token masks, drawn without them": count(pipeline, adapter)}
