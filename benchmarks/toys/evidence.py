@@ -1,4 +1,5 @@
-"""Run experiments on the toy world with three seeds, and write their tables into benchmarks/RESULTS.md.
+"""Run experiments on the toy world with three seeds, and write their tables into benchmarks/RESULTS.md, or into the
+`PAGE` of an experiment.
 
 An experiment is a module of benchmarks/toys/experiments. Its docstring says what is compared, `COLUMNS` names the
 figures, and `run(seed, folder)` maps the name of each row to its figures, 0 to 1, and may write into the folder. The
@@ -129,7 +130,8 @@ def make_tables(args: argparse.Namespace) -> None:
             raise UserError(f"{folder}/seed_*.json have different rows; delete those of an older version of {name}")
         lines = list(describe(name, experiment, figures))
         title = f"{name.replace('_', ' ').capitalize()} on the toy world"
-        PAGE.write_text(put_into(PAGE.read_text(encoding="utf-8"), name, lines, title), encoding="utf-8")
+        page: Path = getattr(experiment, "PAGE", PAGE)
+        page.write_text(put_into(page.read_text(encoding="utf-8"), name, lines, title), encoding="utf-8")
         print("\n".join(lines))
 
 

@@ -32,6 +32,7 @@ from library.training.step import losses
 from tools import start
 from tools.quickstart.toy_world import BACKGROUNDS, COLOURS, KNOWN_SHAPES, SIZES, Scene, draw_scene, list_scenes
 
+PAGE = Path(__file__).parents[1] / "representation_alignment.md"
 COLUMNS = ("hearts", "known world", "loss", "cosine")
 WEIGHTS = {"no alignment": 0.0, "weight 0.1": 0.1, "weight 0.5": 0.5}
 WORDS = {"shape": KNOWN_SHAPES, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS), "size": tuple(SIZES)}

@@ -96,6 +96,7 @@ def test_a_new_table_becomes_a_section_and_is_replaced_afterwards() -> None:
 def test_every_experiment_says_what_it_compares(name: str) -> None:
     experiment = evidence.load_experiment(name)
     assert experiment.__doc__ and experiment.COLUMNS and callable(experiment.run)
+    assert f"<!-- {name}: begin -->" in getattr(experiment, "PAGE", evidence.PAGE).read_text(encoding="utf-8")
 
 
 def test_the_shares_that_check_adapter_prints_are_read_back() -> None:
