@@ -1,7 +1,7 @@
 """The factors of a block's adapters, cast for autocast by one kernel instead of one for each factor and each gradient.
 
-SDXL has 722 layers with two factors each. Cast one by one they were a fifth of the kernels of a step, and a GPU takes
-longer to launch the kernels of SDXL than to run them.
+A large U-Net has 722 adapted layers with two factors each. Cast one by one they were a fifth of the kernels of a step,
+which a GPU takes longer to launch than to run.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence

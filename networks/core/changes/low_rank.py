@@ -79,6 +79,10 @@ class LowRank(FactorPair):
             self.lora_up = nn.Conv2d(rank, layer.out_channels, 1, bias=False, dtype=torch.float32)
         self.draw(self.lora_down)
 
+    def modules_of_factors(self) -> tuple[nn.Module, nn.Module]:
+        """Return the modules that hold down and up, which only multiply and convolve with them."""
+        return self.lora_down, self.lora_up
+
 
 def run_like(layer: nn.Module, x: Tensor, weight: Tensor, columns: Tensor | None = None) -> Tensor:
     """Run x through `weight` in place of the layer's own weight.

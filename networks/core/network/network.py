@@ -327,7 +327,7 @@ class AdapterNetwork(nn.Module):
         for member in self.members:
             change = member.adapter.change
             if type(change) is ScaledDelta and type(change.delta) is LowRank:
-                yield member.adapter.target.module, (change.delta.lora_down, change.delta.lora_up)
+                yield member.adapter.target.module, change.delta.modules_of_factors()
 
     def _warn_of_idle_rates(self) -> None:
         """Warn about rates in the network arguments for a side of the base model that has no adapter."""
