@@ -28,16 +28,17 @@ def cast_in_blocks(blocks: Iterable[nn.Module], factors: Mapping[nn.Module, Sequ
 
 @contextmanager
 def cast_factors(block: nn.Module) -> Iterator[None]:
-    """Give the factors of a block their autocast dtype, with gradient, while it runs."""
+    """Give float32 factors of a block their autocast dtype, with gradient, while it runs with autocast."""
     modules = FACTORS.get(block, ())
     weights: list[Any] = [module.weight for module in modules]
     device = weights[0].device.type if weights else "cpu"
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-    if torch.compiler.is_compiling() or not any(weight.dtype != dtype for weight in weights):
+    is_cast = torch.is_autocast_enabled(device) and all(weight.dtype == torch.float32 for weight in weights)
+    if not weights or not is_cast or torch.compiler.is_compiling():
         yield
         return
+    casts = CastTogether.apply(torch.get_autocast_dtype(device), *weights)  # type: ignore[no-untyped-call]
     try:
-        for module, cast in zip(modules, CastTogether.apply(dtype, *weights), strict=True):  # type: ignore[no-untyped-call]
+        for module, cast in zip(modules, casts, strict=True):
             module._parameters["weight"] = cast
         yield
     finally:

@@ -91,3 +91,12 @@ def test_factors_are_given_back_after_an_error_and_stay_without_autocast(dtype: 
         seen.append(factor.weight)
         raise KeyError
     assert factor.weight is before and seen[0].dtype == (dtype or torch.float32) and seen[0].requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_factors_of_another_dtype_stay_as_they_are_without_autocast(dtype: torch.dtype) -> None:
+    block, factor = nn.Linear(3, 3), nn.Linear(3, 1, dtype=dtype)
+    cast_in_blocks([block], {block: [factor]})
+    before = factor.weight
+    with cast_factors(block):
+        assert factor.weight is before
