@@ -20,11 +20,12 @@ from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
 from library.memory.fused import fuses
-from library.models.fused import gated_sum, rotated_norm, shifted_norm, silu_product
+from library.models.fused import rotated_norm, shifted_norm, silu_product
 from library.models.patches import key_mask, patchify, unpatchify
 from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import sinusoids
+from library.models.token_parts import add_gated, by_parts
 
 PATCH = 2
 ROPE_BASE = 1000
@@ -226,33 +227,20 @@ class SingleStreamBlock(nn.Module):
         """Return the tokens, BTM; the last `num_clean` are modulated by the second row."""
         rows = (modulation_BRV + self.mod.lin).chunk(NUM_MODULATIONS, dim=-1)
         scale_attn, shift_attn, gate_attn, scale_mlp, shift_mlp, gate_mlp = rows
-        y_BTM = modulate(self.prenorm, x_BTM, num_clean, scale_attn, shift_attn)
-        x_BTM = add_gated(x_BTM, num_clean, gate_attn, self.attn(y_BTM, rope, mask))
-        y_BTM = modulate(self.postnorm, x_BTM, num_clean, scale_mlp, shift_mlp)
-        return add_gated(x_BTM, num_clean, gate_mlp, self.mlp(y_BTM))
+        lengths = [x_BTM.shape[1] - num_clean, num_clean] if num_clean else [x_BTM.shape[1]]
+        y_BTM = modulate(self.prenorm, x_BTM, scale_attn, shift_attn, lengths)
+        x_BTM = add_gated(x_BTM, gate_attn, self.attn(y_BTM, rope, mask), lengths)
+        y_BTM = modulate(self.postnorm, x_BTM, scale_mlp, shift_mlp, lengths)
+        return add_gated(x_BTM, gate_mlp, self.mlp(y_BTM), lengths)
 
 
-def by_rows(x_BTM: Tensor, num_clean: int) -> list[Tensor]:
-    """Split tokens into those of the first row of a modulation and the last `num_clean`, of the second."""
-    return [x_BTM[:, :-num_clean], x_BTM[:, -num_clean:]] if num_clean else [x_BTM]
+def modulate(norm: RMSNorm, x_BTM: Tensor, scales_BRM: Tensor, shifts_BRM: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Normalize tokens, scale them by 1 + the scales of their part, and add its shifts."""
 
+    def run(part_BTM: Tensor, scale_B1M: Tensor, shift_B1M: Tensor) -> Tensor:
+        return shifted_norm(part_BTM, norm.scale, scale_B1M, shift_B1M)
 
-def join(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-
-
-def modulate(norm: RMSNorm, x_BTM: Tensor, num_clean: int, scales_BRM: Tensor, shifts_BRM: Tensor) -> Tensor:
-    """Normalize tokens, scale them by 1 + the scales, and add the shifts."""
-    rows = zip(
-        by_rows(x_BTM, num_clean), torch.split(scales_BRM, 1, dim=1), torch.split(shifts_BRM, 1, dim=1), strict=True
-    )
-    return join([shifted_norm(part, norm.scale, scale, shift) for part, scale, shift in rows])
-
-
-def add_gated(x_BTM: Tensor, num_clean: int, gates_BRM: Tensor, y_BTM: Tensor) -> Tensor:
-    """Add tokens `y_BTM` times the gates."""
-    rows = zip(by_rows(x_BTM, num_clean), torch.split(gates_BRM, 1, dim=1), by_rows(y_BTM, num_clean), strict=True)
-    return join([gated_sum(x, gate, y) for x, gate, y in rows])
+    return by_parts(run, lengths, [x_BTM], [scales_BRM, shifts_BRM])
 
 
 class LastLayer(nn.Module):

@@ -20,10 +20,10 @@ from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
 from library.memory.fused import Fused
-from library.models.fused import gated_sum
 from library.models.patches import patchify, unpatchify
 from library.models.rotary import ROPE_BASE, AxisTables, Rope, apply_rope
 from library.models.shapes import ShapeReader
+from library.models.token_parts import add_gated, by_parts
 
 EPS = 1e-6
 LEVEL_SCALE = 1000
@@ -135,10 +135,6 @@ class TextEmbedder(nn.Module):
         return x_BLM
 
 
-def join(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat([*parts], dim=1)
-
-
 @dataclass(frozen=True)
 class Stream:
     """Lengths of the parts of the sequence, and the scale of the residual stream: the same in every block."""
@@ -148,13 +144,9 @@ class Stream:
 
     def times(self, x_BTM: Tensor, factors_BRM: Tensor, offsets_BRM: Tensor) -> Tensor:
         """Multiply each token by the row of its part, and add that of the offsets."""
-        parts = enumerate(torch.split(x_BTM, self.lengths, dim=1))
-        return join([part * factors_BRM[:, r, None] + offsets_BRM[:, r, None] for r, part in parts])
-
-    def add(self, x_BTM: Tensor, gates_BRM: Tensor, y_BTM: Tensor) -> Tensor:
-        """Add tokens `y_BTM` times the row of their part."""
-        parts = zip(*(torch.split(tokens, self.lengths, dim=1) for tokens in (x_BTM, y_BTM)), strict=True)
-        return join([gated_sum(x, gates_BRM[:, r, None], y) for r, (x, y) in enumerate(parts)])
+        return by_parts(
+            lambda x, factor, offset: x * factor + offset, self.lengths, [x_BTM], [factors_BRM, offsets_BRM]
+        )
 
     def norm(self, norm: nn.RMSNorm, x_BTM: Tensor) -> Tensor:
         return functional.rms_norm(x_BTM, x_BTM.shape[-1:], norm.weight, EPS * self.scale**2)
@@ -185,10 +177,10 @@ class SingleStreamBlock(nn.Module):
         y_BTM = stream.times(stream.norm(self.norm1, x_BTM), 1 + scale_1, shift_1)
         q, k, v = split_heads(self, [self.proj[name](y_BTM) for name in "qkv"], rope)
         attended_BTM = merge_heads(attend(q, k, v, stream.lengths[0], mask))
-        x_BTM = stream.add(x_BTM, gate_1, self.proj["o"](stream.shrink(attended_BTM)))
+        x_BTM = add_gated(x_BTM, gate_1, self.proj["o"](stream.shrink(attended_BTM)), stream.lengths)
         y_BTM = stream.times(stream.norm(self.norm2, x_BTM), 1 + scale_2, shift_2)
         hidden = situ(*self.proj["ffn_up_gate"](y_BTM).chunk(2, dim=-1))
-        return stream.add(x_BTM, gate_2, self.proj["ffn_down"](stream.shrink(hidden)))
+        return add_gated(x_BTM, gate_2, self.proj["ffn_down"](stream.shrink(hidden)), stream.lengths)
 
 
 def attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, num_main: int, mask: Tensor | None) -> Tensor:

@@ -21,11 +21,12 @@ from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
 from library.memory.fused import fuses
-from library.models.fused import gated_sum, modulated_norm, rotated_norm, silu_product
+from library.models.fused import modulated_norm, rotated_norm, silu_product
 from library.models.patches import patchify, unpatchify
 from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import FREQUENCIES, sinusoids
+from library.models.token_parts import add_gated, by_parts
 
 EPS = 1e-6
 rotate_norm = rotated_norm(EPS)
@@ -33,7 +34,6 @@ LEVEL_SCALE = 1000
 ROPE_SHARES = (2, 7, 7)  # of a head's values, in sixteenths, that rotate with (time, row, column)
 ROPE_STEP = 32  # head widths are multiples, so that every share is an even number of values
 EXTENT_STEP = 1024  # the kept tables of angles have a multiple of this many positions
-CLEAN, NOISY = 0, 1  # rows of modulation
 
 Segments = tuple[tuple[int, int, bool], ...]
 """The parts of a sequence before the noisy image: (first token, end, True for text)."""
@@ -180,23 +180,8 @@ class FeedForward(nn.Module):
         return y_BTM
 
 
-def scaled_by_rows(x_BTM: Tensor, rows_BVM: Tensor, num_clean: int) -> Tensor:
-    """Normalize tokens and scale them, the first `num_clean` by the clean row and the others by the noisy row."""
-    clean, noisy = x_BTM[:, :num_clean], x_BTM[:, num_clean:]
-    parts = ((clean, rows_BVM[:, CLEAN, None]), (noisy, rows_BVM[:, NOISY, None]))
-    return torch.cat([modulated_norm(part, None, row) for part, row in parts], dim=1)
-
-
-def sum_by_rows(x_BTM: Tensor, gates_BVM: Tensor, y_BTM: Tensor, num_clean: int) -> Tensor:
-    """Add tokens, the first `num_clean` gated by the clean row and the others by the noisy row."""
-    clean, noisy = x_BTM[:, :num_clean], x_BTM[:, num_clean:]
-    return torch.cat(
-        [
-            gated_sum(clean, gates_BVM[:, CLEAN, None], y_BTM[:, :num_clean]),
-            gated_sum(noisy, gates_BVM[:, NOISY, None], y_BTM[:, num_clean:]),
-        ],
-        dim=1,
-    )
+def scaled_norm(x_BTM: Tensor, scale_B1M: Tensor) -> Tensor:
+    return modulated_norm(x_BTM, None, scale_B1M)
 
 
 class QwenImageTransformerBlock(nn.Module):
@@ -218,12 +203,12 @@ class QwenImageTransformerBlock(nn.Module):
         `modulation_BV4` has two rows, clean and noisy, of four vectors of width M: scale and gate of attention, then of
         the feed-forward layer.
         """
-        num_clean = segments[-1][1]
+        lengths = segments[-1][1], x_BTM.shape[1] - segments[-1][1]
         scale_1, gate_1, scale_2, gate_2 = modulation_BV4.chunk(4, dim=-1)
-        modulated = scaled_by_rows(x_BTM, scale_1, num_clean)
-        x_BTM = sum_by_rows(x_BTM, gate_1.tanh(), self.attn(modulated, rope, segments, mask), num_clean)
-        modulated = scaled_by_rows(x_BTM, scale_2, num_clean)
-        return sum_by_rows(x_BTM, gate_2.tanh(), self.img_mlp(modulated), num_clean)
+        scaled = by_parts(scaled_norm, lengths, [x_BTM], [scale_1])
+        x_BTM = add_gated(x_BTM, gate_1.tanh(), self.attn(scaled, rope, segments, mask), lengths)
+        scaled = by_parts(scaled_norm, lengths, [x_BTM], [scale_2])
+        return add_gated(x_BTM, gate_2.tanh(), self.img_mlp(scaled), lengths)
 
 
 class LastNorm(nn.Module):
@@ -234,7 +219,7 @@ class LastNorm(nn.Module):
         self.linear = nn.Linear(width, width, bias=False)
 
     def forward(self, x_BTM: Tensor, vec_BM: Tensor) -> Tensor:
-        return modulated_norm(x_BTM, None, self.linear(silu(vec_BM))[:, None])
+        return scaled_norm(x_BTM, self.linear(silu(vec_BM))[:, None])
 
 
 class QwenImage21(nn.Module):
