@@ -189,8 +189,8 @@ def read_pipeline_class(folder: Path) -> str:
     """Return the class that a folder's model_index.json names; "" without one. Raises UserError for anything else than
     the name of a class, such as a list that names a Python file of the folder."""
     index = read_json(folder / "model_index.json")
-    name = index.get("_class_name", "")
-    if name == "" or (isinstance(name, str) and name.isidentifier()):
+    name: Any = index.get("_class_name", "")
+    if isinstance(name, str) and (name == "" or name.isidentifier()):
         return name
     raise UserError(
         f"{folder / 'model_index.json'}: _class_name is {str(name)[:80]!r}, not the name of a pipeline of diffusers. "

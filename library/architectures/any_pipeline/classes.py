@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 # Their from_pretrained imports a file that auto_map names only if it is told to trust it.
 AUTO_CLASSES = ("AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "AutoFeatureExtractor")
 INDEX = "model_index.json"
+LONGEST = 200  # letters of a name, which becomes that of a file
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class FolderClasses:
     def _read_words(self, key: str, entry: Any) -> tuple[str, str]:
         """Return (library or file, class). Raises UserError unless both are names in Python, so no path can hide."""
         is_pair = isinstance(entry, list) and len(entry) == 2
-        if not is_pair or not all(isinstance(word, str) and word.isidentifier() for word in entry):
+        if not is_pair or not all(isinstance(w, str) and w.isidentifier() and len(w) < LONGEST for w in entry):
             raise UserError(
                 f"{self.flag} {self.path}: {INDEX} has {str(entry)[:80]!r} as {key}, which names no class; download "
                 "the file again"

@@ -101,18 +101,25 @@ class PipelineFolder:
             raise self._incomplete(f"{name}/config.json is missing")
         config = getattr(kind, "config_class", None)  # of transformers' models
         with init_empty_weights(include_buffers=False):  # what no file has, such as angles, stays real
-            if config is None:
-                model: nn.Module = kind.from_config(settings)
-            else:
-                model = kind(config.from_pretrained(str(self.path / name), local_files_only=True))
+            try:
+                model: nn.Module = (
+                    kind.from_config(settings)
+                    if config is None
+                    else kind(config.from_pretrained(str(self.path / name), local_files_only=True))
+                )
+            except Exception as error:  # the classes compute with the values of the file
+                raise self._incomplete(f"{name}/config.json: {error!r}") from error
         return model
 
     def load(self, name: str, dtype: torch.dtype) -> nn.Module:
         """Load a text encoder or the VAE, frozen, on the CPU. Raises NotThere if its files are missing."""
         self.open(name)
-        model: nn.Module = self.parts[name].from_pretrained(
-            str(self.path / name), torch_dtype=dtype, local_files_only=True
-        )
+        try:
+            model: nn.Module = self.parts[name].from_pretrained(
+                str(self.path / name), torch_dtype=dtype, local_files_only=True
+            )
+        except Exception as error:  # such as the package of its quantisation, which may be missing
+            raise self._incomplete(f"{name}: {error}") from error
         return model.eval().requires_grad_(False)
 
     def open(self, name: str) -> Component:

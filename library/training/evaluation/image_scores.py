@@ -203,9 +203,10 @@ def load_score_model(name: str, folder: Path, kind: str) -> ScoreModel:
         model, info = AutoModel.from_pretrained(str(folder), output_loading_info=True, **options)
         processor = AutoImageProcessor.from_pretrained(str(folder), **options)
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **options) if kind == "clip" else None
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises anything for damaged files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
-            f"{FLAG} {name} cannot be loaded ({str(error).strip().splitlines()[0]}); it needs config.json, "
+            f"{FLAG} {name} cannot be loaded ({reason}); it needs config.json, "
             f"preprocessor_config.json, {' or '.join(WEIGHTS)}, and for CLIP its tokenizer"
         ) from error
     if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
