@@ -1,6 +1,7 @@
 """Python files in a model's folder run only with --trust_remote_code, with any version of diffusers."""
 
 import json
+import py_compile
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,28 @@ def test_a_part_that_is_missing_is_not_looked_up_on_the_hub(model: Path, monkeyp
     monkeypatch.chdir(model.parent)
     with pytest.raises(UserError, match=r"is not complete: AuraFlowPipeline .*no folder tokenizer"):
         open_folder("model", False).build_stage()
+
+
+def test_files_of_equal_names_stay_apart_and_no_compiled_code_replaces_them(model: Path) -> None:
+    index = {}
+    for part, (_, key, base) in OWN.items():
+        folder = model / ("" if part == "pipeline" else part)
+        (folder / "modeling.py").write_text(
+            f"{base}\nfrom .other import NAME\n\n\nclass Own(Base):\n    name_of = NAME\n"
+        )
+        (folder / "other.py").write_text("NAME = 'compiled'\n")
+        py_compile.compile(str(folder / "other.py"), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+        (folder / "other.py").write_text(f"NAME = {part!r}\n")
+        index[key] = ["modeling", "Own"]
+    change_json(model / "model_index.json", **index)
+    folder = open_folder(str(model), True)
+    assert {"pipeline": folder.kind.name_of} | {
+        name: kind.name_of for name, kind in folder.parts.items() if name in OWN
+    } == {part: part for part in OWN}
+    folder.build_stage()
+    change_json(model / "model_index.json", scheduler=["modeling", "Missing"])
+    with pytest.raises(UserError, match=r"modeling\.py has no class Missing"):
+        open_folder(str(model), True)
 
 
 OWN = {

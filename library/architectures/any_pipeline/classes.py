@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from library.architectures.any_pipeline.own_code import import_own_class
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -106,14 +107,10 @@ class FolderClasses:
             )
         if not file.is_file():
             raise UserError(f"{self.flag} {self.path}: {INDEX} takes {name} from {file}, which is missing")
-        from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module, get_relative_import_files
-
-        for one in (file, *(Path(name) for name in get_relative_import_files(file))):
-            logger.warning("--trust_remote_code runs %s, which has all rights that you have", one)
-        dynamic: type[Any] = get_class_from_dynamic_module(
-            str(file.parent), module_file=file.name, class_name=name, trust_remote_code=True
-        )
-        return dynamic
+        kind = import_own_class(file, name)
+        if not isinstance(kind, type):
+            raise UserError(f"{self.flag} {self.path}: {file} has no class {name}, which {INDEX} names")
+        return kind
 
 
 def find_components(classes: FolderClasses, index: Mapping[str, Any], taken: Mapping[str, Any]) -> dict[str, type[Any]]:

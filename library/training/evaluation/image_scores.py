@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from library.checkpoints.model_lookup import HUB_NAME, existing, fetch_snapshot, read_json
+from library.checkpoints.model_lookup import HUB_NAME, existing, fetch_snapshot, read_model_config
 from library.data.decoding.images import apply_placement, crop_at_centre, read_pixels, with_alpha
 from library.data.plan.audit_findings import MOST_BITS
 from library.data.plan.audit_pixels import HASH_BITS, HASH_SIDE, measure_sharpness, perceptual_hash
@@ -182,7 +182,7 @@ def load_score_models(names: Sequence[str]) -> dict[str, ScoreModel]:
     models: dict[str, ScoreModel] = {}
     for name in names:
         folder = find_folder(name)
-        kind = read_json(folder / "config.json").get("model_type") if folder.is_dir() else None
+        kind = read_model_config(folder).get("model_type") if folder.is_dir() else None
         if kind not in ("dinov2", "clip"):
             raise UserError(
                 f"{FLAG} {name} is no folder of transformers with a DINOv2 model or a whole CLIP model: the model_type "
