@@ -119,6 +119,8 @@ class PipelineFolder:
                 str(self.path / name), torch_dtype=dtype, local_files_only=True
             )
         except Exception as error:  # such as the package of its quantisation, which may be missing
+            if isinstance(error, MemoryError) or "memory" in str(error):
+                raise
             raise self._incomplete(f"{name}: {error}") from error
         return model.eval().requires_grad_(False)
 
