@@ -69,6 +69,10 @@ def act(action: Callable[[], int | None]) -> int:
         # Names in files may contain escape sequences, which must not reach the terminal.
         print(f"error: {escape_controls(str(error), keep=LINES)}", file=sys.stderr)
         return 1
+    except MemoryError as error:
+        reason = f" ({error})" if str(error) else ""
+        print(f"error: main memory ran out{reason}; close other programs, or use smaller files", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; no partial file was written", file=sys.stderr)
         return 130

@@ -88,7 +88,9 @@ def read_header(path: str | Path) -> Header:
         raise _broken(path, f"its header is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise _broken(path, "its header is not a JSON object")
-    metadata = fields.pop("__metadata__", None) or {}
+    metadata = fields.pop("__metadata__", {})
+    if metadata is None:
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _broken(path, "its metadata does not map names to strings")
     tensors = {name: _entry(path, name, entry) for name, entry in fields.items()}

@@ -52,7 +52,7 @@ def load_captioner(name: str) -> tuple[Any, Any]:
     from transformers import AutoProcessor, Florence2ForConditionalGeneration
 
     try:
-        processor = AutoProcessor.from_pretrained(name)
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
         model = Florence2ForConditionalGeneration.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

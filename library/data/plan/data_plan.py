@@ -172,6 +172,11 @@ class DataPlan:
             self.config, self.datasets, self.rules, self.samples, frequencies, described, batches_per_step
         )
 
+    @property
+    def largest_resolution(self) -> Size:
+        """The largest bucket base of the trained datasets."""
+        return max((rule.resolution for rule in self.rules), key=math.prod)
+
     # Counting the tags of a million captions takes 3 s, and both the report and the metadata need them.
     @cached_property
     def _tag_frequencies(self) -> list[TagFrequency]:

@@ -13,7 +13,7 @@ from library.data.decoding.images import Pixels, Placement, apply_placement, cro
 from library.data.decoding.tensors import to_pixels
 from library.data.decoding.threads import read_many
 from library.data.description.schema import SubsetConfig
-from library.data.plan.dataset_digest import whole_digest
+from library.data.plan.reference_digests import digest_files
 from library.data.plan.samples import Sample, Samples, check_size
 from library.data.scanned.images import ScannedImage
 from library.data.sources.storage.storage import Storage, is_remote
@@ -53,8 +53,11 @@ class SeenReferences:
                     )
         # In rows that differ in their captions alone, references repeat.
         references = list({one: None for sample in sample_by_number.values() for one in sample.image.references})
-        digests = read_many(partial(digest_reference, storage=storage), references, num_threads, "reading references")
-        contents = dict(zip(references, digests, strict=True))
+        packed = [one for one in references if one.location is not None]
+        digests = read_many(partial(digest_packed, storage=storage), packed, num_threads, "reading references")
+        by_file = digest_files([one.key for one in references if one.location is None], num_threads)
+        contents = {one: by_file[one.key] for one in references if one.location is None}
+        contents |= dict(zip(packed, digests, strict=True))
         digests_N = np.zeros(len(samples), dtype=np.uint64)
         for number, sample in sample_by_number.items():
             digests_N[number] = digest_references(sample, subsets[sample.subset].resize_interpolation, contents)
@@ -88,10 +91,9 @@ class SeenReferences:
         )
 
 
-def digest_reference(reference: ScannedImage, storage: Storage) -> str:
-    """Return the digest of a reference's whole content; for an image at a URL that of its ends, as in the index."""
-    if reference.location is None:
-        return whole_digest(reference.key)
+def digest_packed(reference: ScannedImage, storage: Storage) -> str:
+    """Return the digest of a reference in a larger file; for an image at a URL that of its ends, as in the index."""
+    assert reference.location is not None
     if is_remote(reference.location.file):
         return reference.location.digest
     return blake2b(storage.read(reference.location), digest_size=16).hexdigest()

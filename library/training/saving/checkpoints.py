@@ -73,6 +73,7 @@ class Writer:
     saved_weights: Callable[[], AbstractContextManager[None]]  # swaps in the averaged weights, if these are saved
     write_state: Callable[[Path, int, int, Collection[Part]], None]  # (folder, step, epoch, finished parts of the step)
     uploads: Uploads
+    resolution: tuple[int, int] | None = None  # width, height: the largest of the datasets
     state_bytes: Callable[[], int] = lambda: 0  # estimated size of a state
     specs: Sequence[BaseModelSpec] = ()  # of the base models that a file may belong to
     rescued: dict[str, Path] = field(default_factory=dict)  # the newest files written to another location, by kind
@@ -326,7 +327,7 @@ class Writer:
             logger.warning("the base model cannot be hashed, %s has no hash of it: %s", self.names.of_end().name, error)
             base_files = {}
         training = {**self.metadata, **base_files}
-        modelspec = modelspec_metadata(self.options, self.architecture, saved_at)
+        modelspec = modelspec_metadata(self.options, self.architecture, saved_at, self.resolution)
         is_full = not self.options.metadata.no_metadata
         return file_metadata(training, modelspec, step=step, epoch=epoch, saved_at=saved_at, is_full=is_full)
 
