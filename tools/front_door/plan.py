@@ -115,8 +115,10 @@ class Plan:
         paths = {"dataset_config": files.dataset, "sample_prompts": files.prompts, "output_dir": files.folder}
         named = {name: str(path.absolute()) for name, path in paths.items()}
         values = {**self.values, **named, "output_name": files.name}
-        texts = {files.dataset: format_config(self.dataset), files.prompts: self.prompts}
-        for path, text in {**texts, files.config: format_config(values)}.items():
+        # The comment tells people and tools/run_queue.py which script trains with the file.
+        options = f"# Options of {self.base.spec.script}.\n{format_config(values)}"
+        texts = {files.dataset: format_config(self.dataset), files.prompts: self.prompts, files.config: options}
+        for path, text in texts.items():
             with atomic_path(path) as unfinished:
                 unfinished.write_text(HEADER + text, encoding="utf-8", newline="\n")
 

@@ -366,12 +366,13 @@ def file_mask(sample: Sample, placement: Placement, interpolation: str | None) -
 
 
 def start_worker(_: int) -> None:
-    """Initialize a worker: ignore SIGINT and SIGHUP, which the main process handles, end on SIGTERM, and use OpenCV
-    without threads."""
+    """Initialize a worker: ignore SIGINT, SIGHUP and SIGBREAK, which the main process handles, end on SIGTERM, and use
+    OpenCV without threads."""
     # A forked worker inherits the main process's handlers, which wait for the end of a step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform != "win32":
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Windows passes Ctrl-Break to the whole process group.
+    group_signal = "SIGBREAK" if sys.platform == "win32" else "SIGHUP"
+    signal.signal(signal.Signals[group_signal], signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     import cv2
 
