@@ -244,9 +244,8 @@ def child_environment() -> "dict[str, str]":
 def run(command: "list[str]", keep_errors_in: "deque[str] | None" = None, quiet: bool = False) -> int:
     """Run a command in the repository's folder and return its exit status.
 
-    `keep_errors_in` collects the lines of its standard error, which are also shown. After Ctrl-C, which the command
-    receives too, the command gets time to save and exit; the third Ctrl-C kills it. Raises KeyboardInterrupt after any
-    Ctrl-C.
+    `keep_errors_in` collects the lines of its standard error, which are also shown. Raises KeyboardInterrupt once a
+    command ended after Ctrl-C, see `wait`.
     """
     process = subprocess.Popen(
         command,
@@ -258,6 +257,17 @@ def run(command: "list[str]", keep_errors_in: "deque[str] | None" = None, quiet:
         encoding="utf-8",
         errors="replace",
     )
+    exit_code, is_interrupted = wait(process, keep_errors_in)
+    if is_interrupted:
+        raise KeyboardInterrupt
+    return exit_code
+
+
+def wait(process: "subprocess.Popen[str]", keep_errors_in: "deque[str] | None" = None) -> "tuple[int, bool]":
+    """Wait for a command. Return its exit status, and True after Ctrl-C.
+
+    The terminal sends Ctrl-C to the command too, which gets time to save and exit; the third one kills it.
+    """
     num_interrupts = 0
     while True:
         try:
@@ -271,10 +281,20 @@ def run(command: "list[str]", keep_errors_in: "deque[str] | None" = None, quiet:
             num_interrupts += 1
             if num_interrupts >= 3:
                 process.kill()
-    if num_interrupts:
-        raise KeyboardInterrupt
     # A shell reports death by signal n as status 128 + n, subprocess as -n.
-    return int(128 - exit_code if exit_code < 0 else exit_code)
+    return int(128 - exit_code if exit_code < 0 else exit_code), num_interrupts > 0
+
+
+def replace_process(command: "list[str]", platform: str = sys.platform) -> int:
+    """Go on as a command, in this folder and environment, so that signals reach it alone.
+
+    Windows cannot replace a process: there the command is waited for, and its exit status returned.
+    """
+    if platform == "win32":
+        return wait(subprocess.Popen(command, universal_newlines=True))[0]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(command[0], command)
 
 
 def num_threads() -> int:
@@ -361,8 +381,7 @@ def quickstart(venv: Path) -> int:
 
 def train(venv: Path, arguments: "list[str]") -> int:
     """Run train.py where the user is, with access to the model hub. Return its exit status."""
-    python = ready_python(venv, RUN_REQUIREMENTS)
-    return subprocess.call([str(python), str(ROOT / "train.py"), *arguments])
+    return replace_process([str(ready_python(venv, RUN_REQUIREMENTS)), str(ROOT / "train.py"), *arguments])
 
 
 def run_tests(venv: Path, slow: bool, pytest_arguments: "list[str]") -> int:

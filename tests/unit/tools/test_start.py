@@ -1,5 +1,7 @@
 """tools/start.py: when it installs, what it runs, and its error messages."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -200,12 +202,72 @@ def test_the_quickstart_trains_as_on_photos_of_ones_own() -> None:
 def test_train_passes_everything_on_to_train_py(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[list[str]] = []
     monkeypatch.setattr(start, "ready_python", lambda venv, names: PYTHON)
-    monkeypatch.setattr(start.subprocess, "call", lambda command: called.append(command) or 3)
+    monkeypatch.setattr(start, "replace_process", lambda command: called.append(command) or 3)
     arguments = ["--base", "a b.safetensors", "my photos", "--steps", "5"]
     assert start.main(["train", "--venv", "x", *arguments]) == 3
     assert called == [[str(PYTHON), str(start.ROOT / "train.py"), *arguments]]
     with pytest.raises(SystemExit):
         start.main(["doctor", "--base", "x"])
+
+
+SAVES_SLOWLY = """
+import signal, sys, time
+from pathlib import Path
+def save(number, frame):
+    print("saving", flush=True)
+    time.sleep(1)
+    print("saved", Path.cwd(), flush=True)
+    sys.exit(3)
+signal.signal(signal.SIGINT, save)
+print("training", flush=True)
+while True:
+    time.sleep(0.05)
+"""
+STARTS = """
+import functools, sys
+from pathlib import Path
+from tools import start
+start.ROOT = Path(sys.argv[1])
+start.ready_python = lambda venv, names: Path(sys.executable)
+start.replace_process = functools.partial(start.replace_process, platform=sys.argv[2])
+sys.exit(start.main(["train", *sys.argv[3:]]))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have other signals")
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
+def test_a_training_that_is_stopped_saves_first(platform: str, tmp_path: Path) -> None:
+    suite, here = tmp_path / "the suite", tmp_path / "my photos"
+    suite.mkdir()
+    here.mkdir()
+    (suite / "train.py").write_text(SAVES_SLOWLY)
+    process = subprocess.Popen(
+        [sys.executable, "-c", STARTS, str(suite), platform], cwd=here, text=True, stdout=subprocess.PIPE,
+        start_new_session=True, env={**os.environ, "PYTHONPATH": str(start.ROOT)},
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "training\n"
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    output, _ = process.communicate()
+    assert output == f"saving\nsaved {tmp_path / 'my photos'}\n"
+    assert process.returncode == 3
+
+
+def test_the_third_ctrl_c_kills_a_command_that_does_not_react() -> None:
+    class Deaf:
+        stderr, num_waits, is_killed = None, 0, False
+
+        def wait(self) -> int:
+            self.num_waits += 1
+            if not self.is_killed:
+                raise KeyboardInterrupt
+            return -9
+
+        def kill(self) -> None:
+            self.is_killed = True
+
+    command = Deaf()
+    assert start.wait(command) == (137, True)
+    assert command.num_waits == 4
 
 
 def test_the_quickstart_generates_an_image_with_the_adapter_it_trained() -> None:
