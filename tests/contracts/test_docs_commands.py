@@ -39,6 +39,7 @@ FLAGS_OF_OTHERS = {
     "--venv",
     "--slow",
     "--locked",
+    "--newest",
     "--torch",
     "--offline",
     "--help_all",
