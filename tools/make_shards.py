@@ -36,6 +36,7 @@ from library.data.plan.collect import collect
 from library.data.scanned.images import ScannedImage
 from library.data.scanned.names import safe_name
 from library.data.scanned.subsets import ScannedSubset
+from library.data.sources.indexed.parquet_files import pyarrow_parquet
 from library.data.sources.storage.source import load_source
 from library.data.sources.storage.storage import Storage
 from library.errors import NoDataFound, UserError
@@ -410,6 +411,7 @@ def read_options(args: argparse.Namespace, training: Sequence[str]) -> TrainOpti
 def make_shards(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Write shards, index and dataset file. Raises UserError for invalid options and unreadable images."""
     options = read_options(args, training)
+    pyarrow_parquet()  # the index of the shards requires it, which is written last
     config, storage = load_dataset_config(options), Storage(options.caching.cache_dir)
     path, source = args.out / DESCRIPTION, Path(str(options.dataset.dataset_config))
     first_line = write_first_line(source)

@@ -40,6 +40,7 @@ FLAGS_OF_OTHERS = {
     "--venv",
     "--slow",
     "--locked",
+    "--newest",
     "--torch",
     "--offline",
     "--help_all",

@@ -116,7 +116,13 @@ def test_a_newer_python_is_refused_only_if_it_lacks_packages(script: None, monke
         check_environment()
 
 
-@pytest.mark.parametrize("name", ["__init__.py", "requirements.py", "version.py", "../tools/start.py"])
+READ_BY_OLD = (
+    "__init__.py", "lock_file.py", "package_sources.py", "requirements.py", "torch_builds.py", "version.py",
+    "../tools/start.py",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ_BY_OLD)
 def test_what_an_old_python_reads_is_written_for_it(name: str) -> None:
     ast.parse((ROOT / "library" / name).read_text(encoding="utf-8"), feature_version=(3, 6))
 

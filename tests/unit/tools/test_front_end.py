@@ -115,6 +115,48 @@ def test_musubi_tuner_gets_short_files_and_keeps_its_other_scripts(
     assert read_tree(gui) == {**before, f"{folder}/notes.txt": "mine"}
 
 
+@pytest.mark.parametrize("folder", ["src/musubi_tuner", "musubi-tuner/src/musubi_tuner"])
+def test_scripts_in_musubis_own_folder_train_with_this_suite(suite: SmallSuite, tmp_path: Path, folder: str) -> None:
+    """They import `main` of the package, whose other packages this suite's environment may lack."""
+    gui = tmp_path / "gui"
+    theirs = "import a_package_that_is_missing\nclass ZImageNetworkTrainer: pass\ndef main(): print('theirs')\n"
+    root = "from musubi_tuner.zimage_train_network import main\nif __name__ == '__main__':\n    main()\n"
+    write_files(gui, {f"{folder}/zimage_train_network.py": theirs, "zimage_train_network.py": root})
+    assert suite.run(gui).returncode == 0
+    assert start(gui / "zimage_train_network.py", "--dit", "x", path=(gui / folder).parent) == "ours ['--dit', 'x']\n"
+
+
+ORIGINAL = """
+print('executed')
+from musubi_tuner.helpers import DOUBLE
+class ZImageNetworkTrainer:
+    pass
+def main(): raise SystemExit('theirs')
+if __name__ == '__main__': main()
+"""
+IMPORTING = """
+import pickle
+import musubi_tuner.zimage_train_network as script
+from musubi_tuner.zimage_train_network import ZImageNetworkTrainer, DOUBLE
+assert pickle.loads(pickle.dumps(ZImageNetworkTrainer)) is script.ZImageNetworkTrainer
+print(DOUBLE, hasattr(script, 'absent'), hasattr(script, '__wrapped__'))
+"""
+
+
+def test_other_names_are_those_of_the_original_which_is_executed_once(suite: SmallSuite, tmp_path: Path) -> None:
+    gui = tmp_path / "gui"
+    helpers = "import musubi_tuner.zimage_train_network as script\nDOUBLE = 2\nprint(hasattr(script, 'DOUBLE'))\n"
+    files = {
+        "zimage_train_network.py": ORIGINAL,
+        "helpers.py": helpers,
+        "__init__.py": "",
+        "zimage_train.py": IMPORTING,
+    }
+    write_files(gui, {f"src/musubi_tuner/{name}": text for name, text in files.items()})
+    assert suite.run(gui).returncode == 0
+    assert start(gui / "src/musubi_tuner/zimage_train.py", path=gui / "src") == "executed\nFalse\n2 False False\n"
+
+
 def start(script: Path, *words: str, path: Path | None = None) -> str:
     """Start a script as a front end does, and return what it prints."""
     environment = {"PYTHONDONTWRITEBYTECODE": "1", **({"PYTHONPATH": str(path)} if path else {})}
