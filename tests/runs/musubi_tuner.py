@@ -21,7 +21,7 @@ def paths_of(model: list[str], tmp_path: Path) -> dict[str, str]:
 
 def run_command(script: str, words: str, paths: dict[str, str]) -> str:
     """Run a command and return its log."""
-    line = [sys.executable, str(ROOT / f"{script}.py"), *words.format(**paths).split()]
+    line = [sys.executable, str(ROOT / "src" / "musubi_tuner" / f"{script}.py"), *words.format(**paths).split()]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stderr

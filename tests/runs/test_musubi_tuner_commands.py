@@ -88,7 +88,12 @@ def test_a_caching_command_names_the_missing_file(
     name: str, model: list[str], tmp_path: Path, command: str, flag: str
 ) -> None:
     paths = paths_of(model, tmp_path)
-    line = [sys.executable, str(ROOT / f"{name}_{command}.py"), "--dataset_config", paths["data"]]
+    line = [
+        sys.executable,
+        str(ROOT / "src" / "musubi_tuner" / f"{name}_{command}.py"),
+        "--dataset_config",
+        paths["data"],
+    ]
     for more, message in (
         (["--device", "gpu:7"], "--device gpu:7 cannot be used"),
         ([], f"{flag} is missing: name its file or folder, or the whole model with --dit"),
