@@ -97,6 +97,8 @@ def check_command(command: str) -> None:
             args = parse(run_queue.setup_parser(), own)
             if args.command == "add":
                 check_script(args.script or "train_network.py", ["--config_file", str(args.config), *training])
+        case ["python3", "tools/cache_latents.py" | "tools/cache_text_encoder_outputs.py" as tool, family, *arguments]:
+            check_script(f"src/musubi_tuner/{family.removeprefix('--')}_{Path(tool).name}", arguments)
         case ["python3" | "python", script, *arguments] if script.startswith(("tools/", "benchmarks/")):
             check_tool(script, arguments)
         case ["python3" | "python", script, *arguments]:
@@ -114,7 +116,9 @@ def check_launch(arguments: list[str]) -> None:
 
 def parser_of(script: str, arguments: list[str]) -> argparse.ArgumentParser:
     """Return the script's parser; for train_leco.py, that of the first base model with all of these options."""
-    default: argparse.ArgumentParser = importlib.import_module(Path(script).stem).setup_parser()
+    default: argparse.ArgumentParser = importlib.import_module(
+        script.removesuffix(".py").replace("/", ".")
+    ).setup_parser()
     if script != "train_leco.py":
         return default
     flags = {word.split("=")[0] for word in arguments if word.startswith("--")}

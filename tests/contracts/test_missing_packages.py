@@ -25,7 +25,7 @@ from library.version import VERSION
 WITHOUT_PACKAGES = ("start.py", "front_end.py", "doctor.py", "plan_memory.py", "release.py")
 SCRIPTS = [
     path.relative_to(ROOT).as_posix()
-    for folder in (".", "tools", "tools/quickstart", "benchmarks/toys", "networks", "finetune")
+    for folder in (".", "src/musubi_tuner", "tools", "tools/quickstart", "benchmarks/toys", "networks", "finetune")
     for path in sorted((ROOT / folder).glob("*.py"))
     if '__name__ == "__main__"' in path.read_text(encoding="utf-8") and path.name not in WITHOUT_PACKAGES
 ]

@@ -13,7 +13,7 @@ FOLDERS = (  # of sd-scripts
 )  # fmt: skip
 MUSUBI_FOLDERS = ("src/musubi_tuner", "musubi-tuner", "musubi-tuner/src/musubi_tuner")
 FILES = ("*.py", "*.txt", "pyproject.toml", "LICENSE", "README.md")
-PACKAGES = ("configs", "docs", "finetune", "library", "networks", "tools")
+PACKAGES = ("configs", "docs", "finetune", "library", "networks", "src", "tools")
 
 WHOLE = "trains every weight of a model, but this suite trains only adapters. Use {own}, or sd-scripts"
 OTHER = "{what}, which this suite does not support. Use sd-scripts"
@@ -141,7 +141,5 @@ def list_replacements() -> dict[str, Content]:
 
 def list_musubi() -> dict[str, Content]:
     """Return short files that start this suite's scripts of the same names."""
-    prefixes = sorted(path.name.removesuffix("cache_latents.py") for path in ROOT.glob("*_cache_latents.py"))
-    endings = ("cache_latents.py", "cache_text_encoder_outputs.py", "train_network.py")
-    names = [f"{prefix}{ending}" for prefix in prefixes for ending in endings]
-    return {name: MUSUBI.format(name=name, script=str(ROOT / name)).encode() for name in names}
+    names = sorted(path.name for path in (ROOT / MUSUBI_FOLDERS[0]).glob("*.py"))
+    return {name: MUSUBI.format(name=name, script=str(ROOT / MUSUBI_FOLDERS[0] / name)).encode() for name in names}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.front_end_kills import read_tree
-from tests.unit.tools.small_suite import MINE, SmallSuite, check_all_kept, write_files
+from tests.unit.tools.small_suite import MINE, SmallSuite, build_small_suite, check_all_kept, write_files
 
 
 def test_install_update_and_restore_keep_the_users_files_and_name_what_is_moved(suite: SmallSuite, gui: Path) -> None:
@@ -220,3 +220,15 @@ def test_a_file_where_files_are_moved_to_is_named(suite: SmallSuite, gui: Path) 
     (gui / "sd-scripts.aside").rename(gui / "mine.txt")
     assert suite.run(gui, "--restore").returncode == 0
     assert (gui / "sd-scripts.aside/output/cat.safetensors").read_text() == "my LoRA"
+
+
+def test_a_copy_of_this_suite_is_no_front_end(suite: SmallSuite, tmp_path: Path) -> None:
+    """Its src/musubi_tuner is a folder that musubi-tuner has too."""
+    clone = build_small_suite(tmp_path / "clone of mine")
+    before = read_tree(clone.root)
+    done = suite.run(clone.root)
+    assert (
+        done.returncode == 1
+        and "clone of mine is a copy of this suite; give the folder of the front end" in done.stderr
+    )
+    assert read_tree(clone.root) == before
