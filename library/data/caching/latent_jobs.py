@@ -15,6 +15,7 @@ from library.data.decoding.npz import Verdict
 from library.data.description.buckets import Shape
 from library.data.plan.data_plan import DataPlan
 from library.data.plan.samples import Sample
+from library.data.plan.seen_references import SeenReferences
 from library.data.scanned.images import ScannedImage
 from library.data.scanned.names import same_file_key
 from library.errors import NotThere, list_few
@@ -48,6 +49,12 @@ class Job:
         """Return the VAE name for the entry. It records if alpha serves as mask, because the image is then encoded
         without it."""
         return f"{vae}{OPAQUE}" if self.has_alpha and self.needs_alpha and vae else vae
+
+    def expected(self, vae: str | None, seen: SeenReferences | None) -> Expected:
+        """Return what a valid entry was made with; any VAE for None."""
+        name, digest = None if vae is None else self.name_vae(vae), 0 if seen is None else seen.digest(self.users[0])
+        shape, flags = self.sample.shape, (self.needs_flipped, self.needs_alpha, self.is_pair)
+        return Expected(shape, self.interpolation, name, *flags, digest)
 
 
 def assign_exchange_files(jobs: Sequence[Job], folder: str, plan: DataPlan) -> list[Job]:
@@ -134,13 +141,10 @@ def iterate_named_jobs(plan: DataPlan, job: Job) -> Iterator[Job]:
         yield replace(job, file=replace(job.file, path=f"{stem}.npz"))
 
 
-def judge_job(entries: VerifiedEntries, vae: str, job: Job) -> Verdict:
+def judge_job(entries: VerifiedEntries, vae: str | None, seen: SeenReferences | None, job: Job) -> Verdict:
     """Return whether the job's file is valid, and why not."""
     assert job.file is not None
-    expected = Expected(
-        job.sample.shape, job.interpolation, job.name_vae(vae), job.needs_flipped, job.needs_alpha, job.is_pair
-    )
-    return entries.verdict(job.file, job.sample.image, expected)
+    return entries.verdict(job.file, job.sample.image, job.expected(vae, seen))
 
 
 def log_unknown_origins(found: Sequence[CheckedJob[Job]]) -> None:

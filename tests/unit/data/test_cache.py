@@ -21,7 +21,7 @@ from library.data.caching.latent_jobs import plan_jobs
 from library.data.caching.latents import cache_latents
 from library.data.plan.data_plan import DataPlan
 from library.data.training_data import open_batches
-from library.errors import NotThere
+from library.errors import NotThere, UserError
 from library.options.caching import CachingOptions
 from library.processes import Processes
 from library.protocols import POSTERIOR_MEAN, LatentSpec
@@ -428,6 +428,34 @@ def test_a_stale_mirrored_copy_is_removed_with_its_entry(folder):
         assert "latents_flipped" not in archive.files
 
 
+@pytest.mark.parametrize("extension", ["bmp", "BMP", "dib", "tif", "tiff", "tga", "ppm"])
+def test_an_uncompressed_image_of_equal_size_and_time_is_encoded_again(folder, tmp_path, extension):
+    entries = {}
+    for seed in (1, 2):
+        path = write_image(tmp_path / f"other/{seed}.{extension.lower()}", seed=seed)
+        entries[seed] = path.read_bytes()
+    assert len(entries[1]) == len(entries[2])
+    image = folder / f"2_a/b.{extension}"
+    metadata = {str(image): {"caption": "cat"}, str(folder / "2_a/p0.png"): {"caption": "dog"}}
+    (folder / "m.json").write_text(json.dumps(metadata))
+    image.write_bytes(entries[1])
+    os.utime(image, (1e9, 1e9))
+    described = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nmetadata_file = '{here}/m.json'\n"
+
+    def cache_again() -> int:
+        plan, calls = plan_of(write_config(folder / "data.toml", described)), []
+        cache_latents(plan, averaging_vae(calls), lambda: "vae", DISK, 1)
+        return sum(calls)
+
+    assert [cache_again(), cache_again()] == [2, 0]
+    os.utime(image, (2e9, 2e9))
+    assert cache_again() == 0
+    os.utime(image, (1e9, 1e9))
+    image.write_bytes(entries[2])
+    os.utime(image, (1e9, 1e9))
+    assert [cache_again(), cache_again()] == [1, 0]
+
+
 def test_an_image_that_was_only_touched_is_not_encoded_again(folder):
     cache(folder)
     os.utime(folder / "2_a/p0.png", (4_000_000_000, 4_000_000_000))
@@ -518,6 +546,29 @@ def test_a_file_that_breaks_after_the_check_is_named_without_options_that_nobody
     with pytest.raises(ValueError, match=r"p0_0064x0064_sd\.npz is ") as error:
         batches_of(batches)
     assert str(error.value).endswith(fix) and "skip_cache_check" not in str(error.value)
+
+
+def test_latents_of_another_image_that_replace_an_entry_during_the_run_are_refused(tmp_path):
+    for name in ("a", "b"):  # equal names, sizes and buckets
+        write_image(tmp_path / f"1_{name}/p.png", seed=ord(name))
+    own, other = (tmp_path / f"1_{name}/p_0064x0064_sd.npz" for name in ("a", "b"))
+    batches, _ = cache(tmp_path)
+    content = own.read_bytes()
+    own.write_bytes(content)  # the same entry, written anew
+    assert len(latents_by_key(batches)) == 2
+    for options in (DISK, replace(DISK, skip_cache_check=True)):
+        own.write_bytes(content)
+        batches, _ = cache(tmp_path, options=options)
+        shutil.copy2(other, own)
+        with pytest.raises(UserError, match=r"1_a.p_0064x0064_sd\.npz was replaced .* is made from another image; run"):
+            batches_of(batches)
+
+
+def test_latents_of_another_vae_that_replace_an_entry_during_the_run_are_refused(folder):
+    batches, _ = cache(folder)
+    cache(folder, vae="another")
+    with pytest.raises(UserError, match="was replaced during the run and is made with another VAE"):
+        batches_of(batches)
 
 
 # Interruption and failure
