@@ -113,6 +113,7 @@ class Plan:
     def write(self, files: Files) -> None:
         """Write the dataset, the prompts and the options of the run."""
         paths = {"dataset_config": files.dataset, "sample_prompts": files.prompts, "output_dir": files.folder}
+        paths["cache_dir"] = files.folder / "cache"  # nothing goes into the photos' folders
         named = {name: str(path.absolute()) for name, path in paths.items()}
         values = {**self.values, **named, "output_name": files.name}
         texts = {files.dataset: format_config(self.dataset), files.prompts: self.prompts}

@@ -44,9 +44,9 @@ class VerifiedEntries:
     stamps: dict[str, int] = field(default_factory=dict)  # of files that were found valid or written
 
     @classmethod
-    def open(cls, files: Iterable[LatentFile], storage: Storage) -> "VerifiedEntries":
+    def open(cls, paths: Iterable[str], storage: Storage) -> "VerifiedEntries":
         """Read the indices of the folders of these files."""
-        return cls({folder: read_rows(folder) for folder in {os.path.dirname(file.path) for file in files}}, storage)
+        return cls({folder: read_rows(folder) for folder in set(map(os.path.dirname, paths))}, storage)
 
     def verdict(self, file: LatentFile, image: ScannedImage, expected: Expected) -> Verdict:
         """Return the verdict of `judge`, taken from the index if nothing has changed."""

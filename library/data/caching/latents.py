@@ -29,6 +29,7 @@ from library.data.caching.latent_jobs import (
     assign_exchange_files,
     expected_vae,
     iterate_named_jobs,
+    iterate_stems,
     judge_job,
     locate_file,
     log_unknown_origins,
@@ -96,7 +97,7 @@ def cache_latents(
         kept = assign_exchange_files(kept, processes.shared_folder("latents"), plan)
     memory: dict[int, Latents] = {}
     damaged: dict[int, str] = {}
-    entries = VerifiedEntries.open((job.file for job in on_disk if job.file is not None), plan.storage)
+    entries = VerifiedEntries.open(iterate_stems(on_disk, plan.storage), plan.storage)
 
     def encode_jobs(share: Sequence[Job]) -> None:
         for job, latents in encode_all(
@@ -116,7 +117,7 @@ def cache_latents(
     encode_jobs(kept[processes.local_rank :: processes.local_count])
     if on_disk:
         skips_check = options.skip_cache_check
-        vae = None if skips_check else expected_vae(vae_identity, on_disk, plan.spec)
+        vae = None if skips_check else expected_vae(vae_identity, on_disk, plan)
         judge_file = partial(judge_job, entries, vae, plan.seen)
         codec = Codec(WORDS, KIND, judge_file, make, partial(iterate_named_jobs, plan), log_unknown_origins)
         kept += fill(codec, on_disk, skips_check, plan.num_workers, processes)
