@@ -11,7 +11,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.checkpoints.overwriting import check_target
 from library.training.report_page.comparison import build_comparison
-from library.training.report_page.page import COMPARISON
+from library.training.report_page.page import COMPARISON, same_title
 from library.training.report_page.writer import write_page
 from tools.command import command, make_parser
 
@@ -30,7 +30,9 @@ def setup_parser() -> argparse.ArgumentParser:
 def compare(args: argparse.Namespace) -> None:
     """Write the page. Raises UserError for a run that cannot be read."""
     check_target("--output", args.output, COMPARISON, [path for path in args.runs if path.is_file()])
-    write_page(args.output, build_comparison(args.runs))
+    page = build_comparison(args.runs)
+    check_target("--output", args.output, same_title("a comparison of these runs", page))
+    write_page(args.output, page)
     logger.info("wrote %s", args.output)
 
 

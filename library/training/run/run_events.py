@@ -57,7 +57,7 @@ def open_events(
     with ExitStack() as stack:
         is_written = launched_rank() == 0
         streams = [
-            (options, Events(open_sinks(reports, names, resumes, stack) if names is not None and is_written else []))
+            (options, Events(open_sinks(reports, names, resumes, stack, options) if names and is_written else []))
             for options, reports, names in adapters
         ]
         events = EventsOfAll([stream for _, stream in streams])
@@ -83,15 +83,15 @@ def open_events(
             raise
 
 
-def open_sinks(options: ReportOptions, names: Names, resumes: bool, stack: ExitStack) -> list[Sink]:
-    """Open the sinks of an adapter's events."""
+def open_sinks(options: ReportOptions, names: Names, resumes: bool, stack: ExitStack, run: Options) -> list[Sink]:
+    """Open the sinks of the events of an adapter, whose options are those of the `run`."""
     path = options.log_events
     sinks: list[Sink] = []
     if path == "-":
         sinks.append(JsonLines(sys.stdout, f"{FLAG} -", closes=False))
         stack.enter_context(redirect_stdout(sys.stderr))
     elif path:
-        sinks.append(open_event_file(Path(path), resumes))
+        sinks.append(open_event_file(Path(path), resumes, list_changed_options(run)))
     if not options.no_report:
         report = names.of_report()
         sinks.append(ReportWriter(report, earlier_record(report) if resumes else None, options.report_live))
