@@ -249,6 +249,26 @@ def test_a_failing_compiler_is_named_once_and_not_called_again(
 
 
 @pytest.mark.usefixtures("compiling")
+def test_a_compiler_that_fails_during_a_recomputed_pass_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.exc import InductorError
+
+    def fail(function: Callable[..., Tensor], **settings: bool) -> Callable[..., Tensor]:
+        def run(*arguments: object) -> Tensor:
+            raise InductorError(RuntimeError("no C compiler"), None)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", fail)
+    for operation in (case.operation for case in CASES.values()):
+        monkeypatch.setattr(operation, "compiled", {})
+    recomputed: Callable[..., Tensor] = lambda block, *inputs: checkpoint(block, *inputs, use_reentrant=False)  # noqa: E731
+    actual = block_gradients(recomputed, monkeypatch, compiles=True)
+    expected = block_gradients(lambda block, *inputs: block(*inputs), monkeypatch, compiles=False)
+    for ours, wanted in zip(actual, expected, strict=True):
+        assert (ours - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+@pytest.mark.usefixtures("compiling")
 def test_errors_of_the_operation_itself_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(function: Callable[..., Tensor], **settings: bool) -> Callable[..., Tensor]:
         def run(*arguments: object) -> Tensor:
