@@ -22,7 +22,7 @@ from library.memory.blocks import BlockRunner, plain, recompute, run_encoder_lay
 from library.memory.devices import bytes_of, tensors_of
 from library.memory.formats.int8 import clear_hadamard_cache
 from library.memory.frozen import frozen_layers, layers_in_blocks
-from library.memory.fused import compiles_for, count_fused
+from library.memory.fused import compiles_bf16, compiles_for, count_fused
 from library.memory.offload.encoders import least_bytes
 from library.memory.offload.streamed import choose_blocks
 from library.memory.pinned import rounded_size
@@ -90,9 +90,10 @@ class CountedRun:
     preview: CountedPreview | None = None  # during training
 
 
-def count_run(run: RequestedRun, batch: BatchShape, device: torch.device) -> CountedRun:
+def count_run(run: RequestedRun, batch: BatchShape, device: torch.device, is_fused: bool | None = None) -> CountedRun:
     """Count a run on `device` whose largest batch is `batch`. Raises UserError as the run's set-up would.
 
+    `is_fused` says whether a GPU that is not in this machine fuses operations; None asks this machine's, if it has one.
     The dropout of several adapters that share the base model is ignored.
     """
     options, arch = run.options, run.arch
@@ -106,7 +107,7 @@ def count_run(run: RequestedRun, batch: BatchShape, device: torch.device) -> Cou
         FakeTensorMode(allow_non_fake_inputs=True),
         # Fakes are CPU tensors, and autocast treats norms there otherwise than on a GPU.
         nullcontext() if device.type == "cpu" else emulate_cuda_norms(),
-        count_fused() if has_fused_kernels(device, options.diagnostics.deterministic) else nullcontext(),
+        count_fused() if has_fused_kernels(device, options, is_fused) else nullcontext(),
     ):
         meta = run_on_meta_device(run)
         bar.update(1)
@@ -130,11 +131,13 @@ def count_run(run: RequestedRun, batch: BatchShape, device: torch.device) -> Cou
     return CountedRun(options, batch, step, inputs.stages, preview)
 
 
-def has_fused_kernels(device: torch.device, is_deterministic: bool) -> bool:
-    """Return True if fused operations are one kernel each on `device`. A GPU that is not in this machine has Triton."""
-    if is_deterministic or device.type != "cuda":
+def has_fused_kernels(device: torch.device, options: TrainOptions, is_fused: bool | None) -> bool:
+    """Return True if fused operations are one kernel each on `device`."""
+    if options.diagnostics.deterministic or options.kernels.no_fused_operations or device.type != "cuda":
         return False
-    return not torch.cuda.is_available() or compiles_for(device)
+    if is_fused is not None or not torch.cuda.is_available():
+        return is_fused is not False
+    return compiles_for(device) and (options.precision.mixed_precision != "bf16" or compiles_bf16(device))
 
 
 @dataclass(frozen=True)

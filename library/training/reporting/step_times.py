@@ -177,8 +177,8 @@ class StepTimes:
             for name, seconds in figures.parts.items():
                 self._parts[name] += seconds
         self._recent.append(figures)
-        seconds = StepSeconds(figures.seconds, figures.parts.get("waiting for data", 0.0))
-        for warning in filter(None, (self._watch.add(seconds), self._reserved.add_step())):
+        spent = StepSeconds(figures.seconds, figures.parts.get("waiting for data", 0.0))
+        for warning in filter(None, (self._watch.add(spent), self._reserved.add_step())):
             with tqdm.external_write_mode():
                 logger.warning("%s", warning)
 
