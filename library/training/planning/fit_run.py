@@ -52,12 +52,14 @@ def measure_gpu(size_or_auto: str, mixed_precision: str, processes: Processes) -
     return replace(gpu, nominal_bytes=size.num_bytes if size is not None and size.names_gpu else None, **shared)
 
 
-def count_adapter_run(run: RequestedRun, batch: BatchShape, device: torch.device) -> CountedRun:
+def count_adapter_run(
+    run: RequestedRun, batch: BatchShape, device: torch.device, is_fused: bool | None = None
+) -> CountedRun:
     """Count the run. Raises UserError for third-party network modules that need real weights."""
     module = run.adapters[0].module
     try:
         with needing("--fit counts captions with the text encoders; give them, or leave it out"):
-            return count_run(run, batch, device)
+            return count_run(run, batch, device, is_fused)
     except UserError:
         raise
     except Exception as error:  # third-party code may raise anything when it reads missing values
@@ -69,12 +71,14 @@ def count_adapter_run(run: RequestedRun, batch: BatchShape, device: torch.device
         ) from error
 
 
-def count_sweep(run: RequestedRun, batch: BatchShape, device: torch.device) -> Sweep | None:
+def count_sweep(
+    run: RequestedRun, batch: BatchShape, device: torch.device, is_fused: bool | None = None
+) -> Sweep | None:
     """Count the adapter with the highest rank of several; None for a single one."""
     if len(run.adapters) < 2:
         return None
     largest = max(run.adapters, key=lambda adapter: adapter.options.network.network_dim or 0)
-    return Sweep(len(run.adapters), count_adapter_run(replace(run, adapters=[largest]), batch, device))
+    return Sweep(len(run.adapters), count_adapter_run(replace(run, adapters=[largest]), batch, device, is_fused))
 
 
 def fit_run(run: RequestedRun, sizes: BatchSizes, processes: Processes) -> Fit:
