@@ -27,6 +27,7 @@ from library.training.planning.meta_run import BatchShape
 from library.training.sweep.combinations import split_options
 
 GPU = torch.device("cuda")  # the device to plan for; it need not exist
+NUM_TOKENS = 300  # of a long caption in sentences; no caption is read
 
 
 def spec_of_script(name: str) -> BaseModelSpec:
@@ -73,7 +74,7 @@ def batch_of_options(data: DatasetOptions) -> BatchShape:
     if not data.resolution:
         raise UserError("--resolution is not set; set the training size, such as 512 or 512,768")
     sides = parse_numbers("--resolution", data.resolution, int, (1, 2), "512 or 768,512")
-    return BatchShape(data.train_batch_size, sides[0], sides[-1])
+    return BatchShape(data.train_batch_size, sides[0], sides[-1], num_tokens=NUM_TOKENS)
 
 
 def largest_batch(config: RunDataConfig) -> BatchShape:
@@ -82,7 +83,9 @@ def largest_batch(config: RunDataConfig) -> BatchShape:
     Every bucket has at most as many pixels as the resolution; each folder of `control_dirs` counts as one reference.
     """
     shapes = [
-        BatchShape(d.batch_size, *d.resolution, (s.control_resolution or d.resolution,) * len(s.control_dirs))
+        BatchShape(
+            d.batch_size, *d.resolution, (s.control_resolution or d.resolution,) * len(s.control_dirs), NUM_TOKENS
+        )
         for d in config.datasets
         for s in d.subsets
     ]
@@ -103,7 +106,9 @@ def plan(script: str, training: Sequence[str], gpus: Sequence[Gpu], system: str)
         run, counted, sweep = counts(fuses(gpu, system, mixed_precision))
         options, batch = run.options, counted.batch
         if number == 0:
-            print(f"{run.arch.name}, {batch.count} x {batch.width}x{batch.height}, {options.network.network_module}")
+            captions = f", captions of {NUM_TOKENS} tokens" if run.arch.text.max_tokens > NUM_TOKENS else ""
+            sizes = f"{batch.count} x {batch.width}x{batch.height}"
+            print(f"{run.arch.name}, {sizes}, {options.network.network_module}{captions}")
         num_steps = options.run.max_train_steps if options.run.max_train_epochs is None else None
         print()
         for line in fit_to(counted, gpu, sweep, num_steps).lines():
