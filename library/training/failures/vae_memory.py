@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Largest tile side in pixels. diffusers takes a side from the configuration: single files lack it, and it is 1024 for
-# FLUX.2, which leaves an image of that size whole. Tiles overlap by a quarter and are blended; each is processed
+# Largest tile side in pixels. diffusers takes a side from the configuration: single files lack it, and for some it is
+# 1024, which leaves an image of that size whole. Tiles overlap by a quarter and are blended; each is processed
 # separately, so colours may differ slightly between tiles.
 TILE = 512
 
