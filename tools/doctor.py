@@ -190,10 +190,10 @@ def product_lines(torch: Any, device: Any) -> Iterator[Line]:
 
 def fused_line(device: Any) -> Line:
     """Compile an operation as training does, and report what that took, or what is missing."""
-    from library.memory.fused import try_compiler
+    from library.memory.fused import find_compiler_fault
 
     began, subject = time.perf_counter(), "fused operations"
-    reason = try_compiler(device)
+    reason = find_compiler_fault(device)
     if reason is None:
         return Line(subject, f"compiled in {time.perf_counter() - began:.1f} s")
     needs = list_compiler_needs()

@@ -194,20 +194,24 @@ def compiles_bf16(device: torch.device) -> bool:
 @cache
 def has_compiler(index: int) -> bool:
     """Compile an operation on a GPU, forward and backward. Return True if that works; logs the answer once."""
-    reason = try_compiler(torch.device("cuda", index))
+    reason = find_compiler_fault(torch.device("cuda", index))
     if reason is None:
         return True
     logger.info("norms, gates and activations take several GPU kernels each, which is slower: %s", reason)
     return False
 
 
+def find_compiler_fault(device: torch.device) -> str | None:
+    """Return why operations cannot be compiled for a GPU, by trying one; None if they can."""
+    from torch.utils._triton import has_triton
+
+    return try_compiler(device) if has_triton() else "no working Triton"
+
+
 def try_compiler(device: torch.device) -> str | None:
     """Compile an operation on a device, forward and backward. Return why that fails, or None if it works."""
     from torch._dynamo.utils import counters
-    from torch.utils._triton import has_triton
 
-    if not has_triton():
-        return "no working Triton"
     trial, began = Fused(torch.mul, {0: (1,), 1: (0,)}), time.perf_counter()
     try:
         with _disable_current_modes():  # the planner asks while it counts
