@@ -183,8 +183,8 @@ def test_full_size_models_match_counts_by_hand(
     num_tokens: int,
     tmp_path: Path,
 ) -> None:
-    """Rank 16 at 1024 px, a caption of 300 tokens: factors and alphas in float32, and with recomputation each block's input
-    in bf16."""
+    """Rank 16 at 1024 px with 300 tokens of text: factors and alphas in float32, and with recomputation each input of a
+    block in bf16."""
     step = count(FULL_SIZE[name].script, train_arguments(name, tmp_path))[1].step
     assert step.weights.resident_bytes(StorageCost.of(None), ()) == 2 * num_parameters
     assert step.adapter_bytes == 4 * sum(16 * (sum(ins) + sum(outs)) + len(ins) for ins, outs in adapted)
