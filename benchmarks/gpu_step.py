@@ -51,7 +51,9 @@ from library.memory.devices import move_to_device  # noqa: E402
 from library.memory.frozen import frozen_layers, multiply_codes  # noqa: E402
 from library.memory.planner.counter import FlopCounter  # noqa: E402
 from library.memory.planner.measured import measure_peak_flops  # noqa: E402
+from library.training.models.block_running import cast_factors_of  # noqa: E402
 from networks import lora  # noqa: E402
+from networks.core.protocol import adopt  # noqa: E402
 
 RANK, NUM_WARM, NUM_TIMED = 16, 3, 10
 EAGER, BARE = Mode(runner="plain"), "bare"
@@ -181,6 +183,7 @@ def our_step(subject: Subject, mode: Mode, device: torch.device, casts: bool) ->
     network = lora.create_network(1.0, RANK, RANK, None, [], seen)
     network.apply_to([], seen, False, True)
     network.to(device)
+    cast_factors_of([adopt(network)], subject.stacks(model))
     values, named = tree_map_only(Tensor, lambda tensor: tensor.to(device), subject.values())
     run = step_of(lambda: model(*values, **named), list(network.parameters()), device, casts)
     return run, sum(p.numel() for p in network.parameters())

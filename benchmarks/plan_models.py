@@ -1,6 +1,6 @@
 """Count a usual training of every base model, for tools/plan_memory.py --cards and a table of benchmarks/RESULTS.md.
 
-Nothing is measured and no weights are read: the base models are files that contain only a header. Takes about two
+Nothing is measured and no weights are read: the base models are files that contain only a header. Takes about four
 minutes.
 
     python benchmarks/plan_models.py
@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.results_page import PAGE, put_into  # noqa: E402
 from library.formatting import format_gib  # noqa: E402
 from library.memory.planner.choice import Allowed  # noqa: E402
-from library.memory.planner.gpus import TYPICAL, Gpu, parse_cards  # noqa: E402
+from library.memory.planner.gpus import LINUX, TYPICAL, Gpu, parse_cards  # noqa: E402
 from library.memory.planner.known import FILE, KnownFormat, KnownMode, KnownModel, load_models, plan  # noqa: E402
 from library.memory.planner.prediction import CountedStep, MemoryMode, apply_mode, pass_work, predict  # noqa: E402
 from library.memory.planner.weights import StorageCost  # noqa: E402
@@ -58,18 +58,20 @@ def count_model(title: str) -> KnownModel:
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
         arguments = arguments_for(model, Path(folder) / "model")
-        _, counted = count(model.script, arguments)
+        step, unfused = (count(model.script, arguments, is_fused)[1].step for is_fused in (True, False))
         disk = sum(map(size_of_data, Path(folder).rglob("*.safetensors")))
         print(f"{title}: {time.process_time() - began:.1f} CPU seconds", file=sys.stderr)
-    step = counted.step
     modes = [replace(mode, weight_format=None) for mode in Allowed().modes()]
+    known_modes = [known_mode(step, mode) for mode in modes]
+    unfused_modes = [known_mode(unfused, mode) for mode in modes]
     return KnownModel(
         title,
         model.side,
         num_passes(model, arguments),
         disk // MIB,
         [known_format(step, name) for name in FORMATS],
-        [known_mode(step, mode) for mode in modes],
+        known_modes,
+        [] if unfused_modes == known_modes else unfused_modes,
     )
 
 
@@ -123,7 +125,7 @@ def to_json(models: Sequence[KnownModel]) -> str:
     """Return the content of the data file: a line per model."""
     entries = [asdict(model) for model in models]
     for entry in entries:
-        for mode in entry["modes"]:
+        for mode in [*entry["modes"], *entry["unfused_modes"]]:
             for side in ("forward", "backward"):
                 mode[side] = list(mode[side].values())
     return "[\n" + ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in entries) + "\n]\n"
@@ -155,7 +157,7 @@ def gpus_of(cards: Sequence[str]) -> dict[str, Gpu]:
 
 def cell(model: KnownModel, gpu: Gpu) -> str:
     """Return the table cell of one GPU: the chosen settings, or the memory that the model needs at least."""
-    found = plan(model, gpu)
+    found = plan(model, gpu, LINUX)
     if found.chosen is None:
         return f"needs {format_gib(found.least_bytes)}"
     return f"{format_gib(found.chosen.device_bytes)}, {found.chosen.seconds:.2f} s: `{found.chosen.options}`"

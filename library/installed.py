@@ -47,7 +47,7 @@ def find_lack(requirement: str) -> Lack | None:
     return Lack(parsed.name, installed, str(parsed.specifier))
 
 
-GET_TORCH = "see https://pytorch.org/get-started for the command that installs torch for your GPU"
+GET_TORCH = "reinstall it with `python3 tools/start.py setup`"
 SETUP_TORCH = "python3 tools/start.py setup --torch"
 SECONDS = 20  # for nvidia-smi to answer
 
@@ -67,9 +67,8 @@ def explain_unused_gpu(torch: Any, gpus: Iterable[str]) -> str | None:
     """Explain why torch cannot use the GPUs of the driver, and the fix. Return None if it can, or if there are none."""
     if not list(gpus) or torch.cuda.is_available():
         return None
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a build without CUDA: {GET_TORCH}, after `pip uninstall torch`"
-    return f"torch requires CUDA {torch.version.cuda}: update the driver, or {GET_TORCH} and its driver"
+    found = f"requires CUDA {torch.version.cuda}" if torch.version.cuda else "is a build without CUDA"
+    return f"torch {torch.__version__} {found}: {suggest_cuda_build(torch_builds.list_nvidia())}"
 
 
 def architecture_of(torch: Any, number: int) -> str:
@@ -109,8 +108,18 @@ def suggest_build(torch: Any, number: int) -> str:
         return f"run {SETUP_TORCH} {torch_builds.ROCM_TAG if has_build else 'cpu'}"
     name, (major, minor) = torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number)
     driver = max((gpu[2] for gpu in torch_builds.list_nvidia()), default=torch_builds.CUDA_BUILDS[0].driver)
+    return suggest_cuda_build([(name, float(f"{major}.{minor}"), driver)])
+
+
+def suggest_cuda_build(gpus: "list[tuple[str, float, int]]") -> str:
+    """Return the command that installs a build of torch for the newest of the NVIDIA GPUs, or why there is none.
+
+    `gpus` are (name, compute capability, driver), as `setup` chooses by them.
+    """
+    if not gpus:
+        return f"run {SETUP_TORCH} and the build for the GPU, such as {torch_builds.CUDA_BUILDS[0].tag}"
     try:
-        choice = torch_builds.choose_cuda([(name, float(f"{major}.{minor}"), driver)])
+        choice = torch_builds.choose_cuda(gpus)
     except torch_builds.NoBuild as error:
         return str(error)
     return f"run {SETUP_TORCH} {str(choice.index).removeprefix(torch_builds.INDEX)}"

@@ -4,10 +4,13 @@ The facts are those of PyTorch's release notes and support matrix (RELEASE.md of
 able to parse this file, so annotations are quoted.
 """
 
+import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import urllib.request
 from pathlib import Path
 
@@ -42,6 +45,13 @@ ROCM_TARGETS = (
 )  # fmt: skip
 
 
+SERIES = (
+    (r"GTX 9\d\d", 5.2), (r"P100", 6.0), (r"GTX 10\d\d|P40|P4\b", 6.1), (r"V100", 7.0),
+    (r"(GTX 16|RTX 20)\d\d|T4", 7.5),
+    (r"A100", 8.0), (r"RTX 30\d\d|A40|RTX A\d000", 8.6), (r"RTX 40\d\d|L40|L4\b", 8.9), (r"H100|H200", 9.0),
+)  # fmt: skip
+
+
 class Choice:
     """A build to install: the index (None: PyPI's), the requirement for torch, and the reason for the user."""
 
@@ -59,14 +69,34 @@ def read(command: "list[str]") -> str:
 
 
 def list_nvidia() -> "list[tuple[str, float, int]]":
-    """Return (name, compute capability, major version of the driver) of each NVIDIA GPU."""
-    printed = read(["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"])
+    """Return (name, compute capability, major version of the driver) of each NVIDIA GPU.
+
+    The capability is 0 if the driver is too old to know it (before 510) and the name does not tell it.
+    """
+    query = "nvidia-smi --format=csv,noheader --query-gpu=name,{}driver_version"
+    printed = read(query.format("compute_cap,").split()) or read(query.format("").split())
     rows = [re.split(r"\s*,\s*", line.strip()) for line in printed.splitlines()]
     return [
-        (row[0], float(row[1]), int(row[2].split(".")[0]))
+        (row[0], capability_of(*row[:-1]), int(row[-1].split(".")[0]))
         for row in rows
-        if len(row) == 3 and re.match(r"\d+\.\d+$", row[1]) and re.match(r"\d+", row[2])
+        if len(row) in (2, 3) and re.match(r"\d+\.", row[-1])
     ]
+
+
+def capability_of(name: str, queried: str = "") -> float:
+    """Return a GPU's compute capability as the driver knows it, or by the series in its name; 0 if neither does."""
+    if re.match(r"\d+\.\d+$", queried):
+        return float(queried)
+    return next((capability for series, capability in SERIES if re.search(series, name)), 0.0)
+
+
+def list_compiler_needs() -> "list[str]":
+    """Return what Triton needs to compile on Linux and is missing: a C compiler, Python's headers."""
+    if sys.platform != "linux":
+        return []
+    has_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    has_headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    return ([] if has_compiler else ["gcc"]) + ([] if has_headers else ["python3-dev"])
 
 
 def list_amd() -> "list[str]":
@@ -83,6 +113,8 @@ def list_amd() -> "list[str]":
 def choose_cuda(gpus: "list[tuple[str, float, int]]") -> Choice:
     """Return the build with the newest torch for the newest GPU. Raises NoBuild if there is none."""
     name, capability, driver = max(gpus, key=lambda gpu: gpu[1])
+    if not capability:
+        raise NoBuild(f"driver {driver} does not tell the compute capability of {name}: update it, then run this again")
     builds = [build for build in CUDA_BUILDS if build.has(capability)]
     if not builds:
         raise NoBuild(

@@ -64,7 +64,7 @@ def step(number: int, rng: random.Random, loss: float | None = None) -> events.S
         step=number, epoch=1 + number // 1000, loss=0.1 + 0.05 * rng.random() if loss is None else loss, average=0.12,
         learning_rates={"unet": 1e-4, "textencoder": 5e-5}, gradient_norm=rng.random(),
         timing=events.Timing(number - 1, seconds, parts, 2 / seconds, 40.0, 0.4), norms=norms,
-        memory=events.Memory(6_000_000_000, 7_000_000_000, 4_000_000_000) if is_tenth else None,
+        memory=events.Memory(6_000_000_000, 7_000_000_000, 7_500_000_000, 4_000_000_000) if is_tenth else None,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from library.checkpoints.base_model_spec import BaseModelSpec
 from library.data.description.dataset_file import load_dataset_config, parse_numbers
 from library.data.description.schema import RunDataConfig
 from library.errors import UserError
-from library.memory.planner.gpus import Gpu
+from library.memory.planner.gpus import Gpu, fuses
 from library.options.dataset import DatasetOptions
 from library.options.requirements import check_requirements
 from library.training.command_line.checks import check_precision
@@ -20,12 +21,13 @@ from library.training.command_line.option_checks import check_multipliers, check
 from library.training.models.preflight import mute_logging
 from library.training.models.requests import RequestedRun
 from library.training.planning.counting import CountedRun, count_run
-from library.training.planning.fit import fit_to
+from library.training.planning.fit import Sweep, fit_to
 from library.training.planning.fit_run import count_sweep
 from library.training.planning.meta_run import BatchShape
 from library.training.sweep.combinations import split_options
 
 GPU = torch.device("cuda")  # the device to plan for; it need not exist
+NUM_TOKENS = 300  # of a long caption in sentences; no caption is read
 
 
 def spec_of_script(name: str) -> BaseModelSpec:
@@ -45,8 +47,8 @@ def read_training_options(script: str, arguments: Sequence[str]) -> tuple[BaseMo
     return spec, spec.options.from_args(parse(parser, arguments))
 
 
-def count(name: str, arguments: Sequence[str]) -> tuple[RequestedRun, CountedRun]:
-    """Return a training run, and the count of its operations and memory.
+def count(name: str, arguments: Sequence[str], is_fused: bool | None = None) -> tuple[RequestedRun, CountedRun]:
+    """Return a training run, and the count of its operations and memory; `is_fused` is that of `count_run`.
 
     Raises UserError for invalid options.
     """
@@ -64,7 +66,7 @@ def count(name: str, arguments: Sequence[str]) -> tuple[RequestedRun, CountedRun
     with mute_logging():  # the training run itself logs these messages
         adapters = split_options(options)[1]
         run = RequestedRun.resolve(adapters.values(), spec.build(options))
-        return run, count_run(run, batch, GPU)
+        return run, count_run(run, batch, GPU, is_fused)
 
 
 def batch_of_options(data: DatasetOptions) -> BatchShape:
@@ -72,7 +74,7 @@ def batch_of_options(data: DatasetOptions) -> BatchShape:
     if not data.resolution:
         raise UserError("--resolution is not set; set the training size, such as 512 or 512,768")
     sides = parse_numbers("--resolution", data.resolution, int, (1, 2), "512 or 768,512")
-    return BatchShape(data.train_batch_size, sides[0], sides[-1])
+    return BatchShape(data.train_batch_size, sides[0], sides[-1], num_tokens=NUM_TOKENS)
 
 
 def largest_batch(config: RunDataConfig) -> BatchShape:
@@ -81,22 +83,33 @@ def largest_batch(config: RunDataConfig) -> BatchShape:
     Every bucket has at most as many pixels as the resolution; each folder of `control_dirs` counts as one reference.
     """
     shapes = [
-        BatchShape(d.batch_size, *d.resolution, (s.control_resolution or d.resolution,) * len(s.control_dirs))
+        BatchShape(
+            d.batch_size, *d.resolution, (s.control_resolution or d.resolution,) * len(s.control_dirs), NUM_TOKENS
+        )
         for d in config.datasets
         for s in d.subsets
     ]
     return max(shapes, key=lambda shape: shape.num_pixels)
 
 
-def plan(script: str, training: Sequence[str], gpus: Sequence[Gpu]) -> None:
-    """Print a table for each GPU. Raises UserError for invalid options."""
-    run, counted = count(script, training)
-    options, batch = run.options, counted.batch
-    with mute_logging():
-        sweep = count_sweep(run, batch, GPU)
-    print(f"{run.arch.name}, {batch.count} x {batch.width}x{batch.height}, {options.network.network_module}")
-    num_steps = options.run.max_train_steps if options.run.max_train_epochs is None else None
-    for gpu in gpus:
+def plan(script: str, training: Sequence[str], gpus: Sequence[Gpu], system: str) -> None:
+    """Print a table for each GPU of a machine with this system. Raises UserError for invalid options."""
+
+    @cache
+    def counts(is_fused: bool) -> tuple[RequestedRun, CountedRun, Sweep | None]:
+        run, counted = count(script, training, is_fused)
+        with mute_logging():
+            return run, counted, count_sweep(run, counted.batch, GPU, is_fused)
+
+    mixed_precision = read_training_options(script, training)[1].precision.mixed_precision
+    for number, gpu in enumerate(gpus):
+        run, counted, sweep = counts(fuses(gpu, system, mixed_precision))
+        options, batch = run.options, counted.batch
+        if number == 0:
+            captions = f", captions of {NUM_TOKENS} tokens" if run.arch.text.max_tokens > NUM_TOKENS else ""
+            sizes = f"{batch.count} x {batch.width}x{batch.height}"
+            print(f"{run.arch.name}, {sizes}, {options.network.network_module}{captions}")
+        num_steps = options.run.max_train_steps if options.run.max_train_epochs is None else None
         print()
         for line in fit_to(counted, gpu, sweep, num_steps).lines():
             print(line)

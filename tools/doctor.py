@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,7 @@ from library.installed import (  # noqa: E402
     version_of,
 )
 from library.requirements import package_of, python_problem, suggest_python  # noqa: E402
+from library.torch_builds import list_compiler_needs  # noqa: E402
 from library.version import add_version  # noqa: E402
 from tools.front_ends.journal import FrontEndError, Place, compare_with_journal, read_journal  # noqa: E402
 
@@ -186,6 +188,19 @@ def product_lines(torch: Any, device: Any) -> Iterator[Line]:
     yield product_line("product in int8", lambda: torch._int_mm(*(m.to(device) for m in codes)), exact_sums, 0.0)
 
 
+def fused_line(device: Any) -> Line:
+    """Compile an operation as training does, and report what that took, or what is missing."""
+    from library.memory.fused import find_compiler_fault
+
+    began, subject = time.perf_counter(), "fused operations"
+    reason = find_compiler_fault(device)
+    if reason is None:
+        return Line(subject, f"compiled in {time.perf_counter() - began:.1f} s")
+    needs = list_compiler_needs()
+    fix = f": install {' and '.join(needs)}" if needs else ", see docs/windows.md" if sys.platform == "win32" else ""
+    return Line(subject, reason, f"norms, gates and activations are slower and take more memory{fix}")
+
+
 def product_line(subject: str, multiply: Callable[[], Any], exact: Any, bound: float) -> Line:
     """Report the relative error of a product; an unsupported format is a remark, not a problem."""
     try:
@@ -336,6 +351,8 @@ def iterate_lines(folder: Path) -> Iterator[Line]:
     if torch is not None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         yield from product_lines(torch, torch.device(device))
+        if torch.cuda.is_available():
+            yield fused_line(torch.device("cuda", 0))
         yield eight_bit_line(device)
 
 

@@ -16,7 +16,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.errors import UserError  # noqa: E402
 from library.formatting import columns  # noqa: E402
-from library.memory.planner.gpus import GIB, Gpu, parse_cards, parse_size  # noqa: E402
+from library.memory.planner.gpus import GIB, SYSTEMS, Gpu, find_system, parse_cards, parse_size  # noqa: E402
 from library.memory.planner.known import load_models, plan, rows  # noqa: E402
 from library.requirements import describe_missing, list_missing  # noqa: E402
 from library.version import add_version  # noqa: E402
@@ -43,16 +43,23 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--main_memory", default="32GB", help="main memory of the machine, for offloaded weights (default: %(default)s)"
     )
+    parser.add_argument(
+        "--system",
+        choices=SYSTEMS,
+        default=find_system(),
+        help="system of the machine; without Triton, as on Windows "
+        "without triton-windows, a step needs more memory and time (default: this one, %(default)s)",
+    )
     return add_version(parser)
 
 
-def show_models(gpus: Sequence[Gpu]) -> None:
+def show_models(gpus: Sequence[Gpu], system: str) -> None:
     """Print a table of all models for each GPU."""
     models = load_models()
     for gpu in gpus:
         size = "" if gpu.nominal_bytes is None else f" of {gpu.nominal_bytes / GIB:g} GB"
         print(f"\n{gpu.name}, {gpu.memory_bytes / GIB:.1f} GiB free{size}: LoRA of rank 16, batch 1, predicted")
-        print("\n".join(columns([*rows([plan(model, gpu) for model in models])])))
+        print("\n".join(columns([*rows([plan(model, gpu, system) for model in models])])))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.script is None:
             if training:
                 raise UserError(f"{training[0]} belongs to a training; add --script, such as flux_train_network.py")
-            show_models(gpus)
+            show_models(gpus, args.system)
             return 0
         if missing := list_missing():
             raise UserError(describe_missing(missing))
@@ -75,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tools.counted_plan import plan as plan_counted
     from tools.exit_status import act
 
-    return act(lambda: plan_counted(args.script, training, gpus))
+    return act(lambda: plan_counted(args.script, training, gpus, args.system))
 
 
 if __name__ == "__main__":

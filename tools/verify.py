@@ -336,7 +336,8 @@ def predict_step(
 def compare_with_plan(steps: Sequence[Mapping[str, Any]], planned: PlannedStep, has_gpu: bool) -> Iterator[Result]:
     """Yield the measured time and memory of a step next to the predicted ones, which are those of a GPU."""
     times = [step["timing"]["seconds"] for step in steps[WARM_UP:] if step["timing"] is not None]
-    peaks = [step["memory"]["card_peak"] for step in steps if step["memory"] and step["memory"]["card_peak"]]
+    memories = [step["memory"] for step in steps if step["memory"] and step["memory"]["card_peak"]]
+    peaks, reserved = ([memory[key] for memory in memories] for key in ("card_peak", "card_reserved_peak"))
     if times:
         median = statistics.median(times)
         is_wrong = not planned.seconds / TIME_FACTOR <= median <= planned.seconds * TIME_FACTOR
@@ -344,7 +345,10 @@ def compare_with_plan(steps: Sequence[Mapping[str, Any]], planned: PlannedStep, 
         yield Result("time of a step", found, is_wrong if has_gpu else None)
     if peaks:
         is_wrong = abs(max(peaks) - planned.tensor_bytes) > MEMORY_SHARE * planned.tensor_bytes
-        found = f"{format_gib(max(peaks))} in tensors at the peak, {format_gib(planned.tensor_bytes)} planned"
+        found = (
+            f"{format_gib(max(peaks))} in tensors at the peak, {format_gib(planned.tensor_bytes)} planned; torch took "
+            f"{format_gib(max(reserved))} from the GPU"
+        )
         yield Result("memory of a step", found, is_wrong)
     else:
         found = f"not measured without a GPU: {format_gib(planned.tensor_bytes)} in tensors planned"

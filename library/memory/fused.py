@@ -4,6 +4,7 @@ Triton compiles the kernels on CUDA. Elsewhere, and in compiled blocks, the expr
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
@@ -12,6 +13,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
+
+from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +46,9 @@ class Fused:
     Intermediate values are at least float32. The backward pass keeps inputs only and computes the rest again.
     """
 
-    is_broken: ClassVar[bool] = False  # compiling failed
+    is_off: ClassVar[bool] = False  # --no_fused_operations
     is_counted: ClassVar[bool] = False  # operations are counted as a GPU runs them
+    num_operations: ClassVar[int] = 0  # of the models that were imported
 
     def __init__(
         self, expression: Callable[..., Tensor], reads: Mapping[int, Sequence[int]], widens: bool = True
@@ -55,6 +59,7 @@ class Fused:
         """
         self.expression, self.reads, self.widens = expression, reads, widens
         self.compiled: dict[str, Any] = {}
+        Fused.num_operations += 1
 
     def __call__(self, x: Tensor, *others: Tensor | None) -> Tensor:
         if not fuses(x):
@@ -73,13 +78,12 @@ class Fused:
                 counters[-1].add_kernel(read, written)
             return out
         # torch never compiles a function again that it once met under a mode. There are no products here to count.
-        if self.is_broken or not all(isinstance(mode, ProductCounter) for mode in modes):
+        if not all(isinstance(mode, ProductCounter) for mode in modes):
             return plain(*arguments)
-        with _disable_current_modes():
+        with _disable_current_modes(), explain_failed_compiler():
             return self.run_compiled(direction, arguments)
 
     def run_compiled(self, direction: str, arguments: Sequence[Any]) -> Any:
-        """Run the compiled form. If compiling fails, nothing is compiled from then on."""
         from torch import _dynamo
 
         plain = getattr(self, direction)
@@ -90,15 +94,7 @@ class Fused:
                 _dynamo.mark_static(tensor, tensor.ndim - 1)  # a width; numbers of samples and tokens change
         if direction not in self.compiled:
             self.compiled[direction] = torch.compile(plain, dynamic=True, fullgraph=True)
-        try:
-            return self.compiled[direction](*arguments)
-        except Exception as error:
-            if not type(error).__module__.startswith(COMPILERS):
-                raise
-            Fused.is_broken = True
-            reason = str(error).strip().partition("\n")[0]
-            logger.warning("compiling fused operations failed; running them uncompiled, which is slower: %s", reason)
-        return plain(*arguments)
+        return self.compiled[direction](*arguments)
 
     def value(self, *inputs: Tensor | None) -> Tensor:
         assert inputs[0] is not None
@@ -173,24 +169,89 @@ def fuses(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():  # the compiler fuses more
         return False
-    return Fused.is_counted or (compiles_for(x.device) and not Fused.is_broken)
+    return Fused.is_counted or (compiles_for(x.device) and (x.dtype != torch.bfloat16 or compiles_bf16(x.device)))
+
+
+def decide_fusing(device: torch.device) -> None:
+    """Decide whether the operations of the models imported so far are fused on a device. Call before they are built."""
+    if Fused.num_operations and compiles_for(device) and not compiles_bf16(device):
+        logger.info("this GPU cannot compile operations in bf16: only --mixed_precision fp16 has them fused")
 
 
 def compiles_for(device: torch.device) -> bool:
+    """Return True if operations are fused on a device. The first call decides for the whole process."""
     # How a compiled sum is split depends on the sizes of the first batch, which is another one in a resumed run.
-    return device.type == "cuda" and not torch.are_deterministic_algorithms_enabled() and has_compiler()
+    is_wanted = device.type == "cuda" and not Fused.is_off and not torch.are_deterministic_algorithms_enabled()
+    return is_wanted and has_compiler(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @cache
-def has_compiler() -> bool:
-    """Return True if Triton can compile for this machine's GPU. Logs the answer once."""
+def compiles_bf16(device: torch.device) -> bool:
+    """Return True if Triton compiles bf16 for a GPU; NVIDIA's before Ampere only emulate it."""
+    return device.type != "cuda" or bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def has_compiler(index: int) -> bool:
+    """Compile an operation on a GPU, forward and backward. Return True if that works; logs the answer once."""
+    reason = find_compiler_fault(torch.device("cuda", index))
+    if reason is None:
+        return True
+    logger.info("norms, gates and activations take several GPU kernels each, which is slower: %s", reason)
+    return False
+
+
+def find_compiler_fault(device: torch.device) -> str | None:
+    """Return why operations cannot be compiled for a GPU, by trying one; None if they can."""
     from torch.utils._triton import has_triton
 
-    if has_triton():
-        logger.info("norms, gates and activations are compiled; the first step takes longer")
-        return True
-    logger.info("no working Triton: norms, gates and activations take several GPU kernels each, which is slower")
-    return False
+    return try_compiler(device) if has_triton() else "no working Triton"
+
+
+def try_compiler(device: torch.device) -> str | None:
+    """Compile an operation on a device, forward and backward. Return why that fails, or None if it works."""
+    from torch._dynamo.utils import counters
+
+    trial, began = Fused(torch.mul, {0: (1,), 1: (0,)}), time.perf_counter()
+    try:
+        with _disable_current_modes():  # the planner asks while it counts
+            x, y = torch.ones(2, 8, device=device), torch.ones(2, 8, device=device)
+            out = trial.run_compiled("value", (x, y))
+            gradients = trial.run_compiled("gradients", ((0, 1), out, x, y))
+            torch.stack(gradients).sum().item()  # the GPU has run the kernels
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers raise errors of their own, of the C compiler and of the driver
+        return f"the compiler failed ({str(error).strip().partition(chr(10))[0]})"
+    source = "from the compiler's cache" if counters["inductor"]["fxgraph_cache_hit"] else "not cached yet"
+    seconds = time.perf_counter() - began
+    logger.info("norms, gates and activations are compiled (a trial took %.1f s, %s)", seconds, source)
+    return None
+
+
+@contextmanager
+def explain_failed_compiler() -> Iterator[None]:
+    """Raise UserError for an error of a compiler whose trial worked."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(COMPILERS):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"the compiler of norms, gates and activations failed ({reason}), although its trial at the start worked: "
+            "add --no_fused_operations, which is slower and compiles nothing"
+        ) from error
+
+
+@contextmanager
+def fused_operations(are_off: bool) -> Iterator[None]:
+    """Turn fused operations off inside the block, or leave them to `compiles_for`."""
+    before, Fused.is_off = Fused.is_off, are_off
+    try:
+        yield
+    finally:
+        Fused.is_off = before
 
 
 @contextmanager

@@ -45,8 +45,9 @@ def test_blocks_that_cannot_be_pinned_are_staged(simulated_gpu: Simulation) -> N
         assert_streams(masters, streams)
 
 
-def test_a_block_is_staged_in_pieces(simulated_gpu: Simulation) -> None:
-    assert_streams(masters_of(), StagedStreams(2, NUM_BYTES, torch.device("cuda"), piece=1000))
+@pytest.mark.parametrize("num_slots", [2, 3, 5])
+def test_a_block_is_staged_in_pieces(simulated_gpu: Simulation, num_slots: int) -> None:
+    assert_streams(masters_of(), StagedStreams(num_slots, NUM_BYTES, torch.device("cuda"), piece=1000))
 
 
 def test_blocks_are_copied_from_pageable_memory_if_nothing_can_be_pinned(

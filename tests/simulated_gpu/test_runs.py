@@ -32,8 +32,8 @@ ALLOWED = {
     "synchronize event at library/training/reporting/step_times.py (span)",
     # Copies of memory that the system refused to pin.
     "unpinned copy to the device at library/memory/devices.py (send)",
-    "unpinned copy to the device at library/memory/activations.py (start)",
-    "unpinned copy to the host at library/memory/activations.py (add)",
+    "unpinned copy to the device at library/memory/activations.py (copy)",
+    "unpinned copy to the host at library/memory/activations.py (copy)",
     "unpinned copy to the device at library/memory/offload/streams.py (copy)",
     "unpinned copy to the host at library/memory/offload/readback.py (__init__)",
 }

@@ -58,6 +58,26 @@ def peak_of(run: Callable[[], object]) -> int:
     return torch.cuda.max_memory_reserved() - before
 
 
+def test_every_vae_splits_an_image_of_1024_pixels() -> None:
+    import diffusers
+
+    with torch.device("meta"):
+        models: list[Any] = [
+            diffusers.AutoencoderKL(),
+            diffusers.AutoencoderKLFlux2(),
+            diffusers.AutoencoderKLQwenImage(),
+        ]
+    for model in models:
+        before = dict(vars(model))
+        with vae_memory.tile_vae(model):
+            tile = vars(model).get("tile_sample_min_size") or model.tile_sample_min_height
+            assert model.use_tiling and tile <= 512
+            if "tile_latent_min_size" in vars(model):
+                scale = 2 ** (len(model.config.block_out_channels) - 1)
+                assert model.tile_sample_min_size == scale * model.tile_latent_min_size
+        assert vars(model) == before
+
+
 @torch.no_grad()
 def test_a_preview_is_decoded_in_tiles_then_on_the_cpu(
     simulated_gpu: Simulation, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

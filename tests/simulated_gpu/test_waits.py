@@ -2,6 +2,7 @@
 
 import gc
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,14 +27,14 @@ NUM_BLOCKS, NUM_BYTES = 5, 1 << 12
 WAIT = re.compile(r"\.(wait_stream|wait_event|record_stream|record|synchronize|result)\(")
 
 
-def module_without(module: ModuleType, statement: str) -> ModuleType:
-    """Return a copy of a module with a statement replaced by `pass`."""
+def module_without(module: ModuleType, statement: str, replacement: str = "pass") -> ModuleType:
+    """Return a copy of a module with another statement."""
     path = Path(str(module.__file__))
     source = path.read_text(encoding="utf-8")
     assert source.count(f" {statement}\n") + source.count(f" {statement}  #") == 1, f"{statement} is not once in {path}"
     mutant = ModuleType(module.__name__)
     mutant.__file__ = str(path)
-    exec(compile(source.replace(f" {statement}", " pass"), str(path), "exec"), vars(mutant))
+    exec(compile(source.replace(f" {statement}", f" {replacement}"), str(path), "exec"), vars(mutant))
     return mutant
 
 
@@ -50,12 +51,12 @@ def pin_nothing(masters: Any, reserve: int, share: float) -> pinning.Pinned:
 # The runs also compare results with the correct ones, but mutants are detected by faults.
 
 
-def run_ring(name: str, streams: ModuleType, pinning: ModuleType) -> None:
+def run_ring(name: str, streams: ModuleType, pinning: ModuleType, num_slots: int = 2) -> None:
     """Run two passes forward and backward through blocks of bytes, then drop the ring during a copy."""
     masters = [torch.full((NUM_BYTES,), number, dtype=torch.uint8) for number in range(NUM_BLOCKS)]
     if name == "CudaStreams":
         assert pinning.pin(masters).reason is None
-    way = getattr(streams, name)(2, NUM_BYTES, GPU)
+    way = getattr(streams, name)(num_slots, NUM_BYTES, GPU)
     ring = Ring(masters, way)
     both_ways = [*range(NUM_BLOCKS), *reversed(range(NUM_BLOCKS))]
     for block in [*both_ways, *both_ways, 0, 1, 2]:
@@ -64,7 +65,7 @@ def run_ring(name: str, streams: ModuleType, pinning: ModuleType) -> None:
         way.worker.shutdown()
     del ring, way, masters
     gc.collect()
-    reused_memory = [torch.zeros(NUM_BYTES, dtype=torch.uint8, device=GPU) for _ in range(2)]
+    reused_memory = [torch.zeros(NUM_BYTES, dtype=torch.uint8, device=GPU) for _ in range(num_slots)]
     assert not any(int(tensor.sum()) for tensor in reused_memory)
 
 
@@ -81,7 +82,7 @@ def run_readback(readback: ModuleType) -> None:
 
 
 def run_inputs(activations: ModuleType) -> None:
-    """Run blocks forward and backward, and another forward pass whose graph is dropped."""
+    """Run blocks forward and backward, and another forward pass whose graph is dropped with the runner."""
     run, layers = activations.RecomputeFromMainMemory(), [torch.nn.Linear(64, 64).to(GPU) for _ in range(4)]
 
     def forward() -> torch.Tensor:
@@ -98,6 +99,7 @@ def run_inputs(activations: ModuleType) -> None:
     torch.zeros(8, 64, device=GPU).sum()
 
 
+SLOTS = (2, 3, 5)
 RUNS: dict[str, Callable[..., None]] = {
     "pinned": lambda **m: run_ring("CudaStreams", m.get("streams", streams), m.get("pinning", pinning)),
     "staged": lambda **m: run_ring("StagedStreams", m.get("streams", streams), m.get("pinning", pinning)),
@@ -125,12 +127,10 @@ MUTANTS: dict[tuple[str, str], tuple[str, set[str]]] = {
         "pinned",
         {"freed while registered"},
     ),
-    ("activations", "stream.wait_stream(torch.cuda.current_stream(tensor.device))"): ("inputs", {"race"}),
-    ("activations", "tensor.record_stream(stream)"): ("inputs", {"freed in use"}),
     ("activations", "stream.wait_stream(torch.cuda.current_stream(device))"): ("inputs", {"race"}),
-    ("activations", "fetched.record_stream(stream)"): ("inputs", {"freed in use"}),
-    ("activations", "arrived.record(stream)"): ("inputs", {"unordered event", "race"}),
-    ("activations", "torch.cuda.current_stream(tensor.device).wait_event(arrived)"): ("inputs", {"race"}),
+    ("activations", "self.copied.record(stream)"): ("inputs", {"unordered event", "race"}),
+    ("activations", "torch.cuda.current_stream(self.tensor.device).wait_event(self.copied)"): ("inputs", {"race"}),
+    ("activations", "tensor.record_stream(stream)"): ("inputs", {"freed in use"}),
     ("ahead", "self._done.record(self._stream)"): ("ahead", {"race"}),
     ("ahead", "compute_stream.wait_event(self._done)"): ("ahead", {"race"}),
     ("ahead", "tensor.record_stream(compute_stream)"): ("ahead", {"freed in use"}),
@@ -138,6 +138,33 @@ MUTANTS: dict[tuple[str, str], tuple[str, set[str]]] = {
     ("readback", "self._arrived.synchronize()"): ("readback", {"race"}),
 }
 MODULES = {"activations": activations, "streams": streams, "pinning": pinning, "ahead": ahead, "readback": readback}
+
+
+@pytest.mark.parametrize("num_slots", SLOTS)
+@pytest.mark.parametrize("name", ["CudaStreams", "StagedStreams"])
+def test_rings_of_every_size_have_no_fault(simulated_gpu: Simulation, name: str, num_slots: int) -> None:
+    run_ring(name, streams, pinning, num_slots)
+    assert kinds(simulated_gpu) == set()
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("num_slots", SLOTS)
+def test_a_second_staging_thread_is_detected(simulated_gpu: Simulation, num_slots: int, num_threads: int) -> None:
+    """All slots are requested before the first block is staged, so that every thread there is takes part."""
+    statement = 'self.worker = ThreadPoolExecutor({}, "weights")'
+    module = module_without(streams, statement.format(1), statement.format(num_threads))
+    way, gate = module.StagedStreams(num_slots, NUM_BYTES, GPU, piece=NUM_BYTES // 4), threading.Event()
+    stage = way.stage
+    way.stage = lambda *block: (gate.wait(), stage(*block))
+    masters = [torch.full((NUM_BYTES,), slot, dtype=torch.uint8) for slot in range(num_slots)]
+    for slot, master in enumerate(masters):
+        way.start(slot, master)
+    gate.set()
+    for slot in range(num_slots):
+        way.ready(slot)
+        way.slots[slot].float().mean()
+    way.worker.shutdown()
+    assert (kinds(simulated_gpu) == set()) == (num_threads == 1)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -70,11 +70,22 @@ def test_training_on_the_cpu_despite_a_gpu_is_refused_unless_requested(monkeypat
     monkeypatch.setattr(installed, "list_nvidia_gpus", lambda: [])
     check_gpu_is_used(fake_torch(None))
     monkeypatch.setattr(installed, "list_nvidia_gpus", lambda: GPU)
+    monkeypatch.setattr(installed.torch_builds, "list_nvidia", lambda: [("RTX 3060", 8.6, 580)])
     check_gpu_is_used(fake_torch("13.0", has_gpu=True))
-    with pytest.raises(UserError, match=r"RTX 3060, but .*torch 2.9.0\+cpu is a build without CUDA.*--cpu"):
+    with pytest.raises(
+        UserError, match=r"RTX 3060, but .*torch 2.9.0\+cpu is a build without CUDA: .*setup --torch cu130.*--cpu"
+    ):
         check_gpu_is_used(fake_torch(None))
-    with pytest.raises(UserError, match=r"torch requires CUDA 13\.0: update the driver"):
-        check_gpu_is_used(fake_torch("13.0"))
+    for gpu, fix in (
+        (("RTX 4090", 8.9, 550), "run python3 tools/start.py setup --torch cu126"),
+        (("GTX 1080", 6.1, 580), "run python3 tools/start.py setup --torch cu126"),
+        (("GTX 1080", 6.1, 470), "run python3 tools/start.py setup --torch cu118"),
+        (("RTX 5090", 12.0, 520), "RTX 5090 has driver 520, but torch needs 525 or newer: update the driver"),
+        (("GTX 660", 3.0, 470), "no build of torch from 2.6 on has kernels for GTX 660"),
+    ):
+        monkeypatch.setattr(installed.torch_builds, "list_nvidia", lambda gpu=gpu: [gpu])
+        with pytest.raises(UserError, match=f"requires CUDA 13.0: {fix}"):
+            check_gpu_is_used(fake_torch("13.0"))
     for name, value in (("ACCELERATE_USE_CPU", "true"), ("CUDA_VISIBLE_DEVICES", "")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)

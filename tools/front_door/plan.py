@@ -218,7 +218,7 @@ def with_fit(plan: Plan, options: TrainOptions, arch: Architecture, formats: Seq
         return plan
     if device.type == "cuda":
         options = options.with_values({"fit": "auto", "fit_formats": formats})
-        fit = fit_run(RequestedRun.resolve([options], arch), sizes, replace(ALONE, device=device))
+        fit = fit_run(RequestedRun.resolve([options], arch), sizes, replace(ALONE, device=device), data.image_plan)
         return replace(plan, fit=fit, values={**plan.values, **fit.values()})
     gpu = benchmark_gpu(
         device, psutil.virtual_memory().available, DTYPES[options.precision.mixed_precision], SMALL_PRODUCT

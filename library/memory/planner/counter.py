@@ -82,8 +82,9 @@ def run_operation(func: Any, args: Any, kwargs: Any) -> Any:
         # A fill changes nothing that a fake tensor has.
         if are_fake and packet in FILLS:
             return args[0]
-        # The result gets the fake device of the input, so copies to another device take the usual way.
-        if are_fake and "device" not in kwargs:
+        # The result is a new tensor with the fake device of the input. Copies to another device, and results in given
+        # tensors, take the usual way.
+        if are_fake and kwargs.keys().isdisjoint(("device", "out")):
             with in_kernel_invocation_manager(tensors[0].fake_mode):
                 out = func(*args, **kwargs)
             return FakeTensor(tensors[0].fake_mode, out, tensors[0].fake_device)

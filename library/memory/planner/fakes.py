@@ -15,17 +15,24 @@ def give_fakes(model: nn.Module, dtype: torch.dtype | None = None, is_channels_l
     """Replace every parameter and buffer by a fake tensor, in place. An active FakeTensorMode is required.
 
     Floating-point tensors get `dtype`, or keep theirs if it is None. Weights of convolutions become channels last, as
-    on a GPU, unless `is_channels_last` is False. A tensor that several modules share stays shared.
+    on a GPU, unless `is_channels_last` is False. A tensor that several modules share stays shared, also with a module
+    that is only an attribute, as the delta of an adapter is.
     """
-    fakes: dict[int, Tensor] = {}
-    for module in model.modules():
-        for registry in (module._parameters, module._buffers):
-            for name, old in registry.items():
-                if old is not None:
-                    if id(old) not in fakes:
-                        fakes[id(old)] = make_fake(old, dtype, is_channels_last)
-                    registry[name] = fakes[id(old)]  # type: ignore[assignment]
+    tensors = {id(old): old for module in model.modules() for _, old in own_tensors(module)}
+    fakes = {key: make_fake(old, dtype, is_channels_last) for key, old in tensors.items()}
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    for module in (*model.modules(), *(value for value in attributes if isinstance(value, nn.Module))):
+        for name, old in own_tensors(module):
+            if id(old) in fakes:
+                registry: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+                registry[name] = fakes[id(old)]
     return model
+
+
+def own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the parameters and buffers of a module alone, by name."""
+    named = (*module._parameters.items(), *module._buffers.items())
+    return [(name, tensor) for name, tensor in named if tensor is not None]
 
 
 def make_fake(old: Tensor, dtype: torch.dtype | None, is_channels_last: bool) -> Tensor:

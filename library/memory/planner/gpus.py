@@ -4,6 +4,7 @@ import platform
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 from library.errors import UserError
 
@@ -41,6 +42,7 @@ class Gpu:
     main_memory_bytes: float = float("inf")  # free for offloaded weights and inputs
     staging: float = STAGING  # bytes per second through buffers, for memory that is not pinned
     launch: float = LAUNCH_S  # seconds from the start of a small kernel to that of the next
+    compiles_bf16: bool = True
 
     def pinned_bytes(self, num_bytes: int, share: float = 1.0) -> int:
         """Return how many bytes can be pinned within a share of `pinnable_bytes`."""
@@ -63,7 +65,8 @@ class Card:
 
     def gpu(self, memory_bytes: int) -> Gpu:
         """Return the speeds that a training step reaches: 60 % of the arithmetic and 80 % of the bandwidth."""
-        return Gpu(self.name, memory_bytes, REACHED * self.peak, self.bus, 0.8 * self.bandwidth)
+        speeds = REACHED * self.peak, self.bus, 0.8 * self.bandwidth
+        return Gpu(self.name, memory_bytes, *speeds, compiles_bf16=self.name not in BEFORE_AMPERE)
 
 
 GEN3, GEN4_X8, GEN4, GEN5 = 12.5e9, 12.5e9, 24e9, 50e9
@@ -103,6 +106,7 @@ CARDS = (
         ("M4 Max", (), 18.4, 546), ("M2 Ultra", (), 27.2, 800), ("M3 Ultra", (), 28.2, 819),
     ),
 )  # fmt: skip
+BEFORE_AMPERE = ("V100", "T4", "RTX 2080 Ti")  # which only emulate bf16
 BRANDS = re.compile(r"\b(nvidia|geforce|amd|radeon|intel|apple|gpu)\b")
 
 
@@ -171,6 +175,20 @@ def reported_bytes(nominal_bytes: int) -> int:
 def drives_windows() -> bool:
     """Return True if Windows drives the GPU, also under WSL2."""
     return platform.system() == "Windows" or "microsoft" in platform.release().lower()
+
+
+SYSTEMS = LINUX, WINDOWS = "linux", "windows"
+
+
+def find_system() -> str:
+    """Return how this machine runs fused operations: as Linux, or as Windows without Triton."""
+    is_bare = platform.system() == "Windows" and find_spec("triton") is None
+    return WINDOWS if is_bare else LINUX
+
+
+def fuses(gpu: Gpu, system: str, mixed_precision: str = "bf16") -> bool:
+    """Return True if operations are fused on a GPU."""
+    return system == LINUX and (gpu.compiles_bf16 or mixed_precision != "bf16")
 
 
 def parse_size(flag: str, text: str) -> MemorySize:

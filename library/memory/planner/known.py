@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from library.formatting import format_gib
-from library.memory.planner.gpus import Gpu
+from library.memory.planner.gpus import Gpu, fuses
 from library.memory.planner.selection import offload_for_spare, select
 from library.memory.planner.speed import StepSpeed, Work
 
@@ -49,6 +49,7 @@ class KnownModel:
     disk_mib: int  # of the model's files
     formats: Sequence[KnownFormat]
     modes: Sequence[KnownMode]
+    unfused_modes: Sequence[KnownMode] = ()  # without fused operations; empty if the model has none
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,19 @@ def load_models() -> list[KnownModel]:
 
 
 def read_model(entry: Mapping[str, Any]) -> KnownModel:
-    modes = [
-        KnownMode(**{**mode, "forward": Work(*mode["forward"]), "backward": Work(*mode["backward"])})
-        for mode in entry["modes"]
-    ]
-    return KnownModel(**{**entry, "modes": modes, "formats": [KnownFormat(**item) for item in entry["formats"]]})
+    modes = {
+        name: [
+            KnownMode(**{**mode, "forward": Work(*mode["forward"]), "backward": Work(*mode["backward"])})
+            for mode in entry[name]
+        ]
+        for name in ("modes", "unfused_modes")
+    }
+    return KnownModel(**{**entry, **modes, "formats": [KnownFormat(**item) for item in entry["formats"]]})
 
 
-def plan(model: KnownModel, gpu: Gpu) -> Plan:
-    """Choose how a usual training runs on a GPU, by the rule of --fit."""
+def plan(model: KnownModel, gpu: Gpu, system: str) -> Plan:
+    """Choose how a usual training runs on a GPU under a system, by the rule of --fit."""
+    modes = model.modes if fuses(gpu, system) else model.unfused_modes or model.modes
     candidates = [
         offload_for_spare(
             lambda count, item=item, mode=mode: predict(item, mode, count, gpu),  # type: ignore[misc]
@@ -95,7 +100,7 @@ def plan(model: KnownModel, gpu: Gpu) -> Plan:
             gpu,
         )
         for item in model.formats
-        for mode in model.modes
+        for mode in modes
     ]
     least = min(candidate.device_bytes for candidate in candidates)
     return Plan(model, select(candidates, gpu), least)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
+from library.memory.activations import NUM_KEPT
 from library.memory.offload.pinning import SHARE_BESIDE_INPUTS
 from library.memory.offload.ring import NUM_SLOTS
 from library.memory.pinned import rounded_size
@@ -111,9 +112,9 @@ def predict(step: CountedStep, mode: MemoryMode, gpu: Gpu, correction: float = 1
     weight_bytes = denoiser_bytes + encoder_bytes + step.other_bytes
     kept_bytes = step.optimizer.state + step.held_gradient_bytes
     passes = step.gradientless
-    # The inputs of a block are fetched while the next one in forward order is recomputed, so those of two exist.
-    prefetched_bytes = max(offloaded_input_bytes(step, mode), default=0)
-    peak_bytes = max(compute_peak_bytes(parts) + prefetched_bytes, 0 if passes is None else passes.peak_bytes)
+    # Offloaded inputs stay for another block while they are copied, and are fetched one block ahead.
+    copied_bytes = sum(sorted(offloaded_input_bytes(step, mode))[-NUM_KEPT:])
+    peak_bytes = max(compute_peak_bytes(parts) + copied_bytes, 0 if passes is None else passes.peak_bytes)
     pass_bytes = kept_bytes + peak_bytes + step.weights.decoded_bytes(cost)
     optimizer_bytes = step.gradient_bytes + max(step.optimizer.rise, step.optimizer.state)
     training_bytes = step.adapter_bytes + round(correction * max(pass_bytes, optimizer_bytes))

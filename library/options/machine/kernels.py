@@ -20,3 +20,9 @@ class KernelOptions(Options, own=True):
         help="Let cuDNN time its convolutions on the CUDA GPU for each new shape and keep the fastest. Helps with few "
         "different image sizes; --deterministic overrides it.",
     )
+    no_fused_operations: bool = option(
+        False,
+        unless="deterministic",
+        help="Do not compile norms, gates and activations on CUDA GPUs. Slower, with more memory; for machines whose "
+        "compiler fails during a run.",
+    )

@@ -231,7 +231,7 @@ def fit_to_memory(run: ResolvedRun, processes: Processes, events: EventsOfAll) -
     """Apply the options that the memory planner chooses for the largest batch."""
     requested, sizes = run.requested, run.data.sizes
     assert sizes is not None, "options refuse to plan the memory of a user's class"
-    fit = fit_run(requested, sizes, processes)
+    fit = fit_run(requested, sizes, processes, run.data.image_plan)
     chosen, values = fit.choice.chosen, fit.values()
     assert chosen is not None, "fit_run raises where nothing fits"
     for adapter_events in events.each:

@@ -15,8 +15,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Tile side in pixels if diffusers takes it from the configuration, which single files lack. Tiles overlap by a quarter
-# and are blended; each is processed separately, so colours may differ slightly between tiles.
+# Largest tile side in pixels. diffusers takes a side from the configuration: single files lack it, and for some it is
+# 1024, which leaves an image of that size whole. Tiles overlap by a quarter and are blended; each is processed
+# separately, so colours may differ slightly between tiles.
 TILE = 512
 
 
@@ -56,7 +57,8 @@ def tile_vae(vae: nn.Module) -> Iterator[None]:
 
     model: Any = vae
     tile_sizes: dict[str, int] = {}
-    if isinstance(model, AutoencoderKL):
+    side = vars(model).get("tile_sample_min_size", 0)
+    if isinstance(model, AutoencoderKL) or side > TILE:
         downscale = 2 ** (len(model.config.block_out_channels) - 1)
         tile_sizes = {"tile_sample_min_size": TILE, "tile_latent_min_size": TILE // downscale}
     before = {name: getattr(model, name) for name in tile_sizes}

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
+from library.memory.fused import fused_operations
 from library.options.machine.kernels import KernelOptions
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ def cuda_kernels(options: KernelOptions) -> Iterator[None]:
     if options.cuda_cudnn_benchmark:
         cudnn.benchmark = True
     try:
-        yield
+        with fused_operations(options.no_fused_operations):
+            yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before

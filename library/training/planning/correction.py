@@ -44,7 +44,7 @@ class MemoryWatch:
         assert fitted.choice.chosen is not None
         self._run, self._fitted, self._chosen, self._gauge = run, fitted, fitted.choice.chosen, gauge
         self._num_steps = 0
-        self._largest = 0
+        self._largest = (0, 0)
 
     @classmethod
     def build(cls, run: Run, fitted: Fit | None) -> "MemoryWatch | None":
@@ -55,14 +55,20 @@ class MemoryWatch:
     def noting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Pass batches through, recording their size."""
         for batch in batches:
-            self._largest = max(self._largest, num_pixels(batch))
+            self._largest = max(self._largest, self._size(batch))
             yield batch
 
     def before_step(self) -> None:
         """Reset the peak: previews and validation between steps have their own."""
         if not self.is_over:
             self._gauge.reset()
-            self._largest = 0
+            self._largest = (0, 0)
+
+    def _size(self, batch: Batch) -> tuple[int, int]:
+        """Return the pixels of a batch, and the tokens of its longest caption if they are planned."""
+        count = self._run.context.arch.text.count_tokens
+        is_counted = not self.is_over and self._fitted.counted.batch.num_tokens is not None
+        return num_pixels(batch), max(map(count, batch.captions), default=0) if is_counted else 0
 
     def after_step(self) -> None:
         """Compare with the plan, once there is a measurement."""
@@ -71,7 +77,10 @@ class MemoryWatch:
             return
         planned, measured = self._chosen.tensor_bytes, self._gauge.peak()
         excess = measured / planned - 1
-        if excess <= TOLERATED and self._largest < self._fitted.counted.batch.num_pixels:
+        planned_batch = self._fitted.counted.batch
+        num_tokens = planned_batch.num_tokens or 0
+        is_largest = self._largest[0] >= planned_batch.num_pixels and self._largest[1] >= num_tokens
+        if excess <= TOLERATED and not is_largest:
             return
         self.is_over = True
         logger.info("memory of a step: %s planned, %s measured", format_gib(planned), format_gib(measured))

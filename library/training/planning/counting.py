@@ -22,7 +22,7 @@ from library.memory.blocks import BlockRunner, plain, recompute, run_encoder_lay
 from library.memory.devices import bytes_of, tensors_of
 from library.memory.formats.int8 import clear_hadamard_cache
 from library.memory.frozen import frozen_layers, layers_in_blocks
-from library.memory.fused import compiles_for, count_fused
+from library.memory.fused import compiles_bf16, compiles_for, count_fused
 from library.memory.offload.encoders import least_bytes
 from library.memory.offload.streamed import choose_blocks
 from library.memory.pinned import rounded_size
@@ -90,9 +90,10 @@ class CountedRun:
     preview: CountedPreview | None = None  # during training
 
 
-def count_run(run: RequestedRun, batch: BatchShape, device: torch.device) -> CountedRun:
+def count_run(run: RequestedRun, batch: BatchShape, device: torch.device, is_fused: bool | None = None) -> CountedRun:
     """Count a run on `device` whose largest batch is `batch`. Raises UserError as the run's set-up would.
 
+    `is_fused` says whether a GPU that is not in this machine fuses operations; None asks this machine's, if it has one.
     The dropout of several adapters that share the base model is ignored.
     """
     options, arch = run.options, run.arch
@@ -106,9 +107,9 @@ def count_run(run: RequestedRun, batch: BatchShape, device: torch.device) -> Cou
         FakeTensorMode(allow_non_fake_inputs=True),
         # Fakes are CPU tensors, and autocast treats norms there otherwise than on a GPU.
         nullcontext() if device.type == "cpu" else emulate_cuda_norms(),
-        count_fused() if has_fused_kernels(device, options.diagnostics.deterministic) else nullcontext(),
+        count_fused() if has_fused_kernels(device, options, is_fused) else nullcontext(),
     ):
-        meta = run_on_meta_device(run)
+        meta = run_on_meta_device(run, batch.num_tokens)
         bar.update(1)
         inputs = count_inputs(meta, batch)
         caches_latents = has_latents(options.caching, options.concepts)
@@ -130,11 +131,13 @@ def count_run(run: RequestedRun, batch: BatchShape, device: torch.device) -> Cou
     return CountedRun(options, batch, step, inputs.stages, preview)
 
 
-def has_fused_kernels(device: torch.device, is_deterministic: bool) -> bool:
-    """Return True if fused operations are one kernel each on `device`. A GPU that is not in this machine has Triton."""
-    if is_deterministic or device.type != "cuda":
+def has_fused_kernels(device: torch.device, options: TrainOptions, is_fused: bool | None) -> bool:
+    """Return True if fused operations are one kernel each on `device`."""
+    if options.diagnostics.deterministic or options.kernels.no_fused_operations or device.type != "cuda":
         return False
-    return not torch.cuda.is_available() or compiles_for(device)
+    if is_fused is not None or not torch.cuda.is_available():
+        return is_fused is not False
+    return compiles_for(device) and (options.precision.mixed_precision != "bf16" or compiles_bf16(device))
 
 
 @dataclass(frozen=True)
@@ -245,11 +248,15 @@ def count_pinned_batches(batch: Batch, on_host: Collection[str]) -> int:
 
 
 def count_rise(
-    arch: Architecture, models: Sequence[nn.Module], run: Callable[[], T], inputs: Sequence[Tensor] = ()
+    arch: Architecture,
+    models: Sequence[nn.Module],
+    run: Callable[[], T],
+    inputs: Sequence[Tensor] = (),
+    num_tokens: int | None = None,
 ) -> tuple[int, T]:
     """Run `run` and return the peak bytes that it takes beyond the weights of `models` and the `inputs`, with its
     result."""
-    counter = counter_for(arch)
+    counter = counter_for(arch, num_tokens)
     counter.leave_out([*tensors_of(*models), *inputs])
     with counter, torch.no_grad():
         result = run()
@@ -275,7 +282,7 @@ def count_captions(
     if spec is None:
         return None, None
     arch, encoders, batch_size = meta.arch, meta.encoders, batch.count
-    caption, sees_images = longest_caption(arch), spec.sees_images and len(batch.reference_sizes) > 0
+    caption, sees_images = longest_caption(arch, meta.num_tokens), spec.sees_images and len(batch.reference_sizes) > 0
     if sees_images:
         channels = 4 if arch.codec.spec.has_alpha else 3
         sizes = batch.reference_sizes
@@ -290,7 +297,7 @@ def count_captions(
                 with meta.compute.autocast():
                     return arch.text.encode(encoders, tokens)
 
-            return count_rise(arch, encoders, run, list(chain.from_iterable(tokens.images)))
+            return count_rise(arch, encoders, run, list(chain.from_iterable(tokens.images)), meta.num_tokens)
 
     counted = {count: encode(count) for count in {1, batch_size}}
     bytes_of_one, all_of_batch = counted[1][0], counted[batch_size][0]
@@ -319,8 +326,8 @@ def count_prompts(
 
 def encode_longest(meta: MetaRun, count: int) -> Conditioning:
     """Return the text features of the longest captions, in the active fake mode."""
-    text, captions = meta.arch.text, [longest_caption(meta.arch)] * count
-    with counter_for(meta.arch), torch.no_grad(), meta.compute.autocast():
+    text, captions = meta.arch.text, [longest_caption(meta.arch, meta.num_tokens)] * count
+    with counter_for(meta.arch, meta.num_tokens), torch.no_grad(), meta.compute.autocast():
         return text.encode(meta.encoders, text.tokenize(captions))
 
 
@@ -335,7 +342,7 @@ def count_prediction(meta: MetaRun, rows: BatchShape, features: Conditioning) ->
             noised = arch.objective.corrupt(clean_BCHW, generator_for(0, "planned"))
             return arch.predict(meta.models.denoiser, noised, features, batch)
 
-    return count_rise(arch, [meta.models.denoiser, *meta.adapter_modules], predict)[0]
+    return count_rise(arch, [meta.models.denoiser, *meta.adapter_modules], predict, (), meta.num_tokens)[0]
 
 
 def count_step(meta: MetaRun, batch: Batch, repeats: Repeats, advance: Callable[[], None]) -> Timeline:
@@ -376,7 +383,7 @@ def count_step(meta: MetaRun, batch: Batch, repeats: Repeats, advance: Callable[
         # As at the start of a step; the count before this one has left gradients.
         for parameter in (p for network in networks for p in network.trainable_parameters()):
             parameter.grad = None
-        counter = counter_for(arch)
+        counter = counter_for(arch, meta.num_tokens)
         staying = [models.denoiser, *models.text_encoders, *meta.adapter_modules]
         counter.leave_out(tensors_of(*staying, *([] if models.vae is None else [models.vae])))
         for network in networks:

@@ -1,11 +1,14 @@
 """Configures a run for the fastest execution that fits its GPU."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from library.data.description.captions import iterate_fullest_captions
+from library.data.plan.data_plan import DataPlan
 from library.data.training_data import BatchSizes
 from library.errors import UserError, needing
 from library.memory.devices import DTYPES
@@ -23,9 +26,25 @@ logger = logging.getLogger(__name__)
 BARE_CONTEXT_BYTES = 7 * GIB // 20
 
 
-def largest_batch(sizes: BatchSizes) -> BatchShape:
-    shapes = [BatchShape(count, *size, tuple(references)) for count, (size, *references) in sizes.batch_shapes()]
+def largest_batch(sizes: BatchSizes, num_tokens: int | None = None) -> BatchShape:
+    """Return the batch with the most pixels, with captions of `num_tokens`."""
+    shapes = [
+        BatchShape(count, *size, tuple(references), num_tokens) for count, (size, *references) in sizes.batch_shapes()
+    ]
     return max(shapes, key=lambda shape: shape.num_pixels)
+
+
+def find_longest_caption(plan: DataPlan, count_tokens: Callable[[str], int]) -> int | None:
+    """Return the tokens of the longest caption that a run can draw; None where captions are not known before it."""
+    most = 0
+    for subset in (subset for dataset in plan.datasets for subset in dataset.subsets):
+        if not len(subset.images.captions) or not any(subset.images.captions):
+            return None
+        for text in (*subset.images.captions, subset.config.class_tokens or ""):
+            for caption in iterate_fullest_captions(text, subset.config.captions):
+                if len(caption.encode()) > most:  # a token has at least one byte
+                    most = max(most, count_tokens(caption))
+    return most
 
 
 SPEEDS = ("flops", "bus", "bandwidth", "staging", "launch")  # of a Gpu
@@ -52,12 +71,14 @@ def measure_gpu(size_or_auto: str, mixed_precision: str, processes: Processes) -
     return replace(gpu, nominal_bytes=size.num_bytes if size is not None and size.names_gpu else None, **shared)
 
 
-def count_adapter_run(run: RequestedRun, batch: BatchShape, device: torch.device) -> CountedRun:
+def count_adapter_run(
+    run: RequestedRun, batch: BatchShape, device: torch.device, is_fused: bool | None = None
+) -> CountedRun:
     """Count the run. Raises UserError for third-party network modules that need real weights."""
     module = run.adapters[0].module
     try:
         with needing("--fit counts captions with the text encoders; give them, or leave it out"):
-            return count_run(run, batch, device)
+            return count_run(run, batch, device, is_fused)
     except UserError:
         raise
     except Exception as error:  # third-party code may raise anything when it reads missing values
@@ -69,23 +90,29 @@ def count_adapter_run(run: RequestedRun, batch: BatchShape, device: torch.device
         ) from error
 
 
-def count_sweep(run: RequestedRun, batch: BatchShape, device: torch.device) -> Sweep | None:
+def count_sweep(
+    run: RequestedRun, batch: BatchShape, device: torch.device, is_fused: bool | None = None
+) -> Sweep | None:
     """Count the adapter with the highest rank of several; None for a single one."""
     if len(run.adapters) < 2:
         return None
     largest = max(run.adapters, key=lambda adapter: adapter.options.network.network_dim or 0)
-    return Sweep(len(run.adapters), count_adapter_run(replace(run, adapters=[largest]), batch, device))
+    return Sweep(len(run.adapters), count_adapter_run(replace(run, adapters=[largest]), batch, device, is_fused))
 
 
-def fit_run(run: RequestedRun, sizes: BatchSizes, processes: Processes) -> Fit:
+def fit_run(run: RequestedRun, sizes: BatchSizes, processes: Processes, plan: DataPlan | None = None) -> Fit:
     """Choose how to run the largest batch, and log the candidates. Raises UserError if nothing fits.
 
+    Captions are counted as long as the longest of the `plan`, without one as long as the model allows.
     The architecture does not depend on the choice: weight formats, recomputation and offloading are applied later.
     """
     options = run.options
     assert options.fit.fit is not None
     gpu = measure_gpu(options.fit.fit, options.precision.mixed_precision, processes)
-    batch = largest_batch(sizes)
+    num_tokens = None if plan is None else find_longest_caption(plan, run.arch.text.count_tokens)
+    if num_tokens is not None and processes.is_main:
+        logger.info("--fit counts captions of %d tokens, the longest of the data set", num_tokens)
+    batch = largest_batch(sizes, num_tokens)
     counted, sweep = count_adapter_run(run, batch, processes.device), count_sweep(run, batch, processes.device)
     fit = fit_to(counted, gpu, sweep, sizes.max_train_steps)
     if fit.choice.chosen is None:

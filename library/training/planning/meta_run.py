@@ -38,6 +38,7 @@ class BatchShape:
     width: int
     height: int
     reference_sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of each sample's reference images
+    num_tokens: int | None = None  # of the longest caption; None for the model's maximum
 
     @property
     def num_pixels(self) -> int:
@@ -64,6 +65,7 @@ class MetaRun:
     encoders: Sequence[nn.Module]  # all text encoders
     vae: nn.Module | None
     networks: Sequence[AdoptedNetwork]  # of each adapter
+    num_tokens: int | None = None  # that captions have; None for the model's maximum
 
     @property
     def adapter_modules(self) -> list[nn.Module]:
@@ -76,8 +78,8 @@ class MetaRun:
         return self.run.arch
 
 
-def run_on_meta_device(run: RequestedRun) -> MetaRun:
-    """Build the models as in the run, in the active fake mode."""
+def run_on_meta_device(run: RequestedRun, num_tokens: int | None = None) -> MetaRun:
+    """Build the models as in the run, in the active fake mode, for captions of `num_tokens`."""
     options, arch = run.options, run.arch
     multiplies, merges = options.precision.multiplies_codes, bool(options.network.base_weights)
     # The cost of decoding follows from `WeightFormat` and is added later: only codes that are multiplied are counted.
@@ -94,7 +96,7 @@ def run_on_meta_device(run: RequestedRun) -> MetaRun:
     models = Models(denoiser, staying, vae if needs_vae else None, arch.view(staying, denoiser))
     models = replace(models, training_adapter=training_adapter_on_meta_device(options.network, arch, models))
     networks = [network_on_meta_device(adapter, arch, models) for adapter in run.adapters]
-    return MetaRun(run, Compute.build(options.precision, CPU), models, encoders, vae, networks)
+    return MetaRun(run, Compute.build(options.precision, CPU), models, encoders, vae, networks, num_tokens)
 
 
 def has_latents(caching: CachingOptions, concepts: ConceptOptions | None) -> bool:
@@ -154,14 +156,18 @@ def load_fakes(
     return encoders, denoiser, vae
 
 
-def counter_for(arch: Architecture) -> OperationCounter:
-    """Build an operation counter that answers reads of values: captions have their maximum length, and conditions
-    hold."""
-    return OperationCounter({"int": arch.text.max_tokens, "float": 0.5, "bool": True})
+def counter_for(arch: Architecture, num_tokens: int | None = None) -> OperationCounter:
+    """Build an operation counter that answers reads of values: captions have `num_tokens`, and conditions hold."""
+    return OperationCounter({"int": limit_tokens(arch, num_tokens), "float": 0.5, "bool": True})
 
 
-def longest_caption(arch: Architecture) -> str:
-    return "a " * arch.text.max_tokens
+def longest_caption(arch: Architecture, num_tokens: int | None = None) -> str:
+    return "a " * limit_tokens(arch, num_tokens)
+
+
+def limit_tokens(arch: Architecture, num_tokens: int | None) -> int:
+    """Return `num_tokens`, at most the model's maximum, which None stands for."""
+    return arch.text.max_tokens if num_tokens is None else min(num_tokens, arch.text.max_tokens)
 
 
 def fake_batch(arch: Architecture, shape: BatchShape, conditioning: Conditioning | None, has_latents: bool) -> Batch:
@@ -173,7 +179,7 @@ def fake_batch(arch: Architecture, shape: BatchShape, conditioning: Conditioning
     )
     return Batch(
         keys=[f"image {i}" for i in range(shape.count)],
-        captions=[longest_caption(arch)] * shape.count,
+        captions=[longest_caption(arch, shape.num_tokens)] * shape.count,
         pixels_BCHW=None if has_latents else torch.empty(shape.count, 3, shape.height, shape.width),
         latents_BCHW=torch.empty(latents) if has_latents else None,
         conditioning=conditioning,

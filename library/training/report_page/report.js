@@ -97,7 +97,10 @@ function optimization() {
 }
 
 function speed() {
-  const gpu = present(lineOf(curves, "card", "in use", 1e-9), lineOf(curves, "card_peak", "peak so far", 1e-9));
+  const gpu = present(
+    lineOf(curves, "card", "in use", 1e-9), lineOf(curves, "card_peak", "peak so far", 1e-9),
+    lineOf(curves, "card_reserved_peak", "peak with torch's cache", 1e-9),
+  );
   charts("Speed and memory", [
     ...chartIf("Seconds per step", present(lineOf(curves, "seconds", "all"), ...linesOf("part"))),
     ...chartIf("MFU, percent of the GPU's peak", present(lineOf(curves, "mfu", "MFU", 100))),

@@ -172,10 +172,12 @@ class Norms:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of this process: `card` and `card_peak` of torch on a CUDA device, `main_peak` in main memory."""
+    """Bytes of this process: `card` and `card_peak` of tensors on a CUDA device, `card_reserved_peak` taken from it by
+    torch, `main_peak` in main memory."""
 
     card: int | None
     card_peak: int | None
+    card_reserved_peak: int | None
     main_peak: int | None
 
 

@@ -1,4 +1,4 @@
-"""Warns once when a run's steps take twice as long as at its start, and names the cause."""
+"""Warnings, each given once: steps take twice as long as at the start, or torch holds far more memory than tensors."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ from library.memory.planner.gpus import GIB
 NUM_BASELINE, NUM_RECENT = 100, 50  # steps to compare
 SLOWDOWN = 2.0  # ratio to the baseline
 CHECK_EVERY = 10  # steps; reading the machine takes milliseconds
+MOST_RESERVED = 1.3  # ratio of the peak memory that torch reserves to that of tensors
 FRAGMENTED = 0.1  # fraction of GPU memory; more unused memory held by torch counts as a cause
 FULL = 0.02  # fraction of GPU memory; with less free, drivers may spill into system memory
 MANY_PAGES = 5000  # pages read back from disk since the baseline, 20 MB
@@ -28,6 +29,8 @@ class Machine:
     retries: int = 0  # allocations so far that first had to free cached GPU memory
     allocated_bytes: int = 0
     reserved_bytes: int = 0  # by torch's allocator
+    allocated_peak: int = 0
+    reserved_peak: int = 0
     free_bytes: int = 0
     total_bytes: int = 0
     throttling: tuple[str, ...] = ()
@@ -107,6 +110,40 @@ def find_causes(before: Machine, now: Machine) -> Iterator[str]:
         yield f"system memory ran full: {now.pages - before.pages} pages were swapped in from disk"
 
 
+class ReservedWatch:
+    """Compares the peak memory that torch takes from a GPU with that of its tensors, from step 50 on."""
+
+    def __init__(self, read: Callable[[], Machine]) -> None:
+        """`read` measures the machine."""
+        self._read = read
+        self._num_steps = 0
+        self._is_over = False
+
+    def add_step(self) -> str | None:
+        """Count a step. Return the warning once, when memory is wasted that the run could use."""
+        self._num_steps += 1
+        if self._is_over or self._num_steps % NUM_RECENT:
+            return None
+        warning = explain_reserved(self._read())
+        self._is_over = warning is not None
+        return warning
+
+
+def explain_reserved(machine: Machine) -> str | None:
+    """Return a warning if torch reserves far more than its tensors take, on a GPU that has too little memory for it.
+
+    On a GPU with memory to spare torch keeps what it once had, which does no harm.
+    """
+    is_full = machine.retries > 0 or machine.free_bytes < FULL * machine.total_bytes
+    if not is_full or machine.reserved_peak <= MOST_RESERVED * machine.allocated_peak:
+        return None
+    return (
+        f"torch took {machine.reserved_peak / GIB:.1f} GiB from the GPU for at most {machine.allocated_peak / GIB:.1f} "
+        f"GiB of tensors, and the GPU is full (cached memory was freed {machine.retries} times): a larger "
+        "--bucket_reso_steps gives fewer sizes of images, and docs/memory.md has options that need less"
+    )
+
+
 def read_machine(device: torch.device, num_pages: Callable[[], int]) -> Machine:
     """Measure this machine; `num_pages` returns the pages read back from disk so far."""
     if device.type != "cuda":
@@ -117,6 +154,8 @@ def read_machine(device: torch.device, num_pages: Callable[[], int]) -> Machine:
         retries=torch.cuda.memory_stats(device).get("num_alloc_retries", 0),
         allocated_bytes=torch.cuda.memory_allocated(device),
         reserved_bytes=torch.cuda.memory_reserved(device),
+        allocated_peak=torch.cuda.max_memory_allocated(device),
+        reserved_peak=torch.cuda.max_memory_reserved(device),
         free_bytes=free_bytes,
         total_bytes=total_bytes,
         throttling=read_throttling(str(torch.cuda.get_device_properties(device).uuid)),

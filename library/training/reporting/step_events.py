@@ -104,6 +104,7 @@ def measure_memory(device: torch.device) -> Memory:
     return Memory(
         card=torch.cuda.memory_allocated(device) if is_cuda else None,
         card_peak=torch.cuda.max_memory_allocated(device) if is_cuda else None,
+        card_reserved_peak=torch.cuda.max_memory_reserved(device) if is_cuda else None,
         main_peak=peak_of_main_memory(),
     )
 

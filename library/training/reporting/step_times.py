@@ -6,6 +6,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from library.memory.planner.counter import FlopCounter
-from library.training.reporting.slowdown import SlowdownWatch, StepSeconds, read_machine
+from library.training.reporting.slowdown import ReservedWatch, SlowdownWatch, StepSeconds, read_machine
 from library.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,8 @@ class StepTimes:
         self._noted_at: float | None = None
         self._noted_unknown = False  # whether a slow step of unknown cause was reported
         self._pressure = measure_pressure(self.device)
-        self._watch = SlowdownWatch(lambda: read_machine(self.device, num_pages_read_back))
+        read = partial(read_machine, self.device, num_pages_read_back)
+        self._watch, self._reserved = SlowdownWatch(read), ReservedWatch(read)
 
     # Measuring
 
@@ -175,7 +177,8 @@ class StepTimes:
             for name, seconds in figures.parts.items():
                 self._parts[name] += seconds
         self._recent.append(figures)
-        if warning := self._watch.add(StepSeconds(figures.seconds, figures.parts.get("waiting for data", 0.0))):
+        spent = StepSeconds(figures.seconds, figures.parts.get("waiting for data", 0.0))
+        for warning in filter(None, (self._watch.add(spent), self._reserved.add_step())):
             with tqdm.external_write_mode():
                 logger.warning("%s", warning)
 

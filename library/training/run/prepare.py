@@ -8,6 +8,7 @@ from typing import Any
 from library.checkpoints.weights import to_meta_device
 from library.data.training_data import TrainingData, open_batches
 from library.errors import needing
+from library.memory.fused import decide_fusing
 from library.memory.planner.measured import measure_peak_flops
 from library.processes import Processes
 from library.protocols import Architecture
@@ -74,6 +75,7 @@ def prepare(
     if options.precision.multiplies_codes:
         check_arithmetic(formats.denoiser, module, arch, compute)
     preflight(adapters, arch, plan.max_train_steps)
+    decide_fusing(compute.device)
     prompts = read_wanted_prompts(options.preview, arch) if processes.is_main else []
     if prompts:
         with needing("--sample_prompts draws images; give the VAE, or leave it out"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from library.memory.activations import BlockInputs, PinnedBudget, RecomputeFromMainMemory
+from library.memory.activations import BlockInputs, PinnedBudget, RecomputeFromMainMemory, Transfers
 from library.memory.blocks import BlockRunner, Every, plain, recompute, run_encoder_layers_with
 from tests.tiny.init import fixed_init
 from tests.tiny.sd import CLIP
@@ -62,7 +62,7 @@ def test_without_gradients_nothing_moves(moved: list[Tensor]) -> None:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_an_offloaded_tensor_comes_back_unchanged(memory_format: torch.memory_format) -> None:
     tensor = torch.randn(2, 3, 4, 5).to(memory_format=memory_format)
-    inputs = BlockInputs(lambda: None, {}, PinnedBudget())
+    inputs = BlockInputs(lambda: None, Transfers(PinnedBudget()))
     assert inputs.add(tensor) == 0 and inputs.add(tensor + 1) == 1
     for i in (0, 1, 0):  # the third as in a second backward pass
         back = inputs.take(i)

@@ -81,6 +81,21 @@ def test_an_unused_and_a_frozen_factor_have_no_gradient_and_others_that_of_their
     assert unused.grad is None and frozen.grad is None
 
 
+def test_every_step_casts_the_factors_as_the_last_step_left_them() -> None:
+    torch.manual_seed(9)
+    block, factor = nn.Linear(3, 3), nn.Linear(3, 2, bias=False)
+    cast_in_blocks([block], {block: [factor]})
+    optimizer = torch.optim.SGD(factor.parameters(), lr=1.0)
+    for _ in range(3):
+        before = factor.weight.detach().clone()
+        with torch.autocast("cpu", torch.bfloat16), cast_factors(block):
+            assert torch.equal(factor.weight, before.to(torch.bfloat16))
+            factor(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not torch.equal(factor.weight, before)
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_factors_are_given_back_after_an_error_and_stay_without_autocast(dtype: torch.dtype | None) -> None:
     block = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2, bias=False))

@@ -1,12 +1,14 @@
 """Fused operations: compiled with Inductor on the CPU, they agree with float64 and with Inductor's own counts."""
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import pytest
 import torch
+import torch._dynamo.utils  # binds has_triton, which tests replace
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
@@ -14,8 +16,17 @@ from torch.utils.checkpoint import checkpoint
 
 from library.architectures.moss_image.model import situ
 from library.determinism import deterministic_mode
+from library.errors import UserError
 from library.memory import fused
-from library.memory.fused import Fused, compiles_for, count_fused, has_compiler
+from library.memory.fused import (
+    Fused,
+    compiles_bf16,
+    compiles_for,
+    count_fused,
+    fused_operations,
+    has_compiler,
+    try_compiler,
+)
 from library.memory.planner.counter import FlopCounter, OperationCounter
 from library.memory.planner.known import load_models
 from library.models.double_stream import DoubleStreamBlock, Modulation, SingleStreamBlock, StreamConfig
@@ -34,6 +45,7 @@ from library.models.rotary import Rotary, apply_rope
 
 N, D, M = 4, 16, 256
 rotate = rotated_norm(1e-6)
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,6 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compile fused operations for the CPU."""
     torch.compiler.reset()
     monkeypatch.setattr(fused, "compiles_for", lambda device: True)
-    monkeypatch.setattr(Fused, "is_broken", False)
     yield
     torch.compiler.reset()
 
@@ -176,8 +187,7 @@ def test_kernels_and_bytes_are_those_that_inductor_reports(
 @pytest.mark.usefixtures("compiling")
 def test_blocks_of_compiled_operations_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when recomputed, with saved tensors in other memory, and while products are counted."""
-    expected = block_gradients(lambda block, *inputs: block(*inputs), monkeypatch, compiles=False)
-    recomputed: Callable[..., Tensor] = lambda block, *inputs: checkpoint(block, *inputs, use_reentrant=False)  # noqa: E731
+    expected = block_gradients(lambda block, *inputs: block(*inputs), monkeypatch, compiles=lambda device: False)
 
     def offloaded(block: nn.Module, *inputs: object) -> Tensor:
         with torch.autograd.graph.save_on_cpu():
@@ -192,17 +202,19 @@ def test_blocks_of_compiled_operations_give_the_same_gradients(monkeypatch: pyte
     monkeypatch.setattr(Fused, "run_compiled", lambda *values: (calls.append(values), run_compiled(*values))[1])
     for run in (lambda block, *inputs: block(*inputs), recomputed, offloaded, counted):
         calls.clear()
-        actual = block_gradients(run, monkeypatch, compiles=True)
+        actual = block_gradients(run, monkeypatch, compiles=lambda device: True)
         num_compiled = num_graphs()
-        block_gradients(run, monkeypatch, compiles=True)
+        block_gradients(run, monkeypatch, compiles=lambda device: True)
         assert calls and 0 < num_compiled == num_graphs()
         for ours, wanted in zip(actual, expected, strict=True):
             assert (ours - wanted).norm() <= 1e-6 * wanted.norm()
 
 
-def block_gradients(run: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, compiles: bool) -> list[Tensor]:
+def block_gradients(
+    run: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, compiles: Callable[[torch.device], bool]
+) -> list[Tensor]:
     """Return the outputs and all gradients of a double, a single and a NextDiT block in float32."""
-    monkeypatch.setattr(fused, "compiles_for", lambda device: compiles)
+    monkeypatch.setattr(fused, "compiles_for", compiles)
     torch.manual_seed(7)
     config = StreamConfig(4, N * D, D, 96, 8, 1, 1, False)
     double = DoubleStreamBlock(config, lambda parts, row: Modulation(N * D, parts))
@@ -219,33 +231,68 @@ def block_gradients(run: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch,
     return [out.detach(), *torch.autograd.grad(out.square().mean(), [img, *parameters])]
 
 
-@pytest.mark.usefixtures("compiling")
-def test_a_failing_compiler_is_named_once_and_not_called_again(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def fail_to_compile(function: Callable[..., Tensor], **settings: bool) -> Callable[..., Tensor]:
+    """Fail as torch.compile does without a C compiler."""
     from torch._inductor.exc import InductorError
 
-    calls = []
+    def run(*arguments: object) -> Tensor:
+        raise InductorError(RuntimeError("no C compiler"), None)
 
-    def fail(function: Callable[..., Tensor], **settings: bool) -> Callable[..., Tensor]:
-        def run(*arguments: object) -> Tensor:
-            calls.append(arguments)
-            raise InductorError(RuntimeError("no C compiler"), None)
+    return run
 
-        return run
 
-    monkeypatch.setattr(torch, "compile", fail)
-    case = CASES["gated sum, adapted"]
-    inputs = case.inputs(12, torch.float32)
-    with caplog.at_level(logging.WARNING, fused.__name__):
-        for _ in range(2):
-            for ours, wanted in zip(
-                results(Fused(case.operation.expression, case.operation.reads), case, inputs),
-                results(case.operation.expression, case, in_float64(inputs)),
-                strict=True,
-            ):
-                torch.testing.assert_close(ours.double(), wanted, rtol=1e-5, atol=1e-6)
-    assert len(calls) == 1 and len(caplog.messages) == 1 and "no C compiler" in caplog.messages[0]
+def recomputed(block: nn.Module, *inputs: object) -> Tensor:
+    out: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+    return out
+
+
+@pytest.mark.parametrize("has_triton", [True, False])
+def test_a_compiler_that_fails_its_trial_is_named_once_and_not_used(
+    has_triton: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recomputed step then equals a plain one."""
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: has_triton)
+    monkeypatch.setattr(torch, "compile", fail_to_compile)
+    monkeypatch.setattr(fused, "try_compiler", lambda device: try_compiler(CPU))
+    decided = cache(has_compiler.__wrapped__)
+    expected = block_gradients(lambda block, *inputs: block(*inputs), monkeypatch, compiles=lambda device: False)
+    with caplog.at_level(logging.INFO, fused.__name__):
+        actual = block_gradients(recomputed, monkeypatch, compiles=lambda device: decided(0))
+    reason = "the compiler failed (RuntimeError: no C compiler)" if has_triton else "no working Triton"
+    assert len(caplog.messages) == 1 and caplog.messages[0].endswith(f"slower: {reason}")
+    assert all(torch.equal(ours, wanted) for ours, wanted in zip(actual, expected, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiling")
+def test_a_trial_compiles_both_directions_and_says_what_it_took(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, fused.__name__), FakeTensorMode():  # as while a plan is counted
+        assert try_compiler(CPU) is None
+    assert num_graphs() == 2
+    assert re.search(r"a trial took \d+\.\d s, (from the compiler's cache|not cached yet)", caplog.text)
+
+
+@pytest.mark.usefixtures("compiling")
+def test_a_compiler_that_fails_after_its_trial_ends_the_run_with_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", fail_to_compile)
+    with pytest.raises(UserError, match=r"no C compiler.*--no_fused_operations"):
+        Fused(torch.mul, {0: (1,), 1: (0,)})(torch.ones(3), torch.ones(3))
+
+
+def test_fused_operations_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "has_compiler", lambda index: True)
+    device = torch.device("cuda", 0)
+    with fused_operations(are_off=True):
+        assert not compiles_for(device)
+    assert compiles_for(device)
+
+
+@pytest.mark.parametrize(("capability", "is_fused"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_bf16_is_fused_from_ampere_on(
+    capability: tuple[int, int], is_fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert compiles_bf16.__wrapped__(torch.device("cuda", 0)) == is_fused
 
 
 @pytest.mark.usefixtures("compiling")
@@ -259,22 +306,14 @@ def test_errors_of_the_operation_itself_are_not_swallowed(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "compile", fail)
     with pytest.raises(torch.OutOfMemoryError):
         Fused(lambda x: x * 2, {0: ()})(torch.ones(3))
-    assert not Fused.is_broken
 
 
-def test_nothing_is_compiled_on_the_cpu_without_triton_or_in_deterministic_mode(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
-    monkeypatch.setattr(fused, "has_compiler", cache(has_compiler.__wrapped__))
-    with caplog.at_level(logging.INFO, fused.__name__):
-        for _ in range(2):
-            assert not compiles_for(torch.device("cpu")) and not compiles_for(torch.device("cuda"))
-    assert len(caplog.messages) == 1 and "no working Triton" in caplog.messages[0]
-    monkeypatch.setattr(fused, "has_compiler", lambda: True)
-    assert compiles_for(torch.device("cuda")) and not compiles_for(torch.device("cpu"))
+def test_nothing_is_compiled_on_the_cpu_or_in_deterministic_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "has_compiler", lambda index: True)
+    device = torch.device("cuda", 0)
+    assert compiles_for(device) and not compiles_for(CPU)
     with deterministic_mode(True):
-        assert not compiles_for(torch.device("cuda"))
+        assert not compiles_for(device)
 
 
 @pytest.mark.usefixtures("compiling")

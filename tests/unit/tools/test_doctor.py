@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from library import torch_builds
+from library.torch_builds import list_compiler_needs
 from tests.unit.tools.small_suite import build_small_suite, write_files
 from tools import doctor, start
 from tools.doctor import Line
@@ -40,10 +42,39 @@ DRIVER = ["NVIDIA GeForce RTX 4060, 535.54, 8188 MiB"]
 
 
 @pytest.mark.parametrize(
+    ("reason", "needs", "remark"),
+    [
+        (None, [], ""),
+        ("no working Triton", [], "take more memory"),
+        ("the compiler failed (x)", ["gcc", "python3-dev"], "take more memory: install gcc and python3-dev"),
+    ],
+)
+def test_the_compiler_of_fused_operations_is_tried(
+    reason: str | None, needs: list[str], remark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("library.memory.fused.find_compiler_fault", lambda device: reason)
+    monkeypatch.setattr(doctor, "list_compiler_needs", lambda: needs)
+    line = doctor.fused_line(torch.device("cpu"))
+    assert not line.is_wrong and line.fix.endswith(remark)
+    assert line.found.startswith("compiled in " if reason is None else reason)
+
+
+def test_a_missing_c_compiler_and_missing_headers_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert list_compiler_needs() == ["gcc", "python3-dev"]
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/clang" if name == "clang" else None)
+    assert list_compiler_needs() == []
+
+
+@pytest.mark.parametrize(
     ("torch_there", "driver", "subject", "is_wrong", "fix"),
     [
-        (torch_like(), DRIVER, "GPU", True, "pytorch.org/get-started"),
-        (torch_like("13.0"), DRIVER, "GPU", True, "requires CUDA 13.0: update the driver"),
+        (torch_like(), DRIVER, "GPU", True, "is a build without CUDA: run python3 tools/start.py setup --torch cu126"),
+        (torch_like("13.0"), DRIVER, "GPU", True, "requires CUDA 13.0: run python3 tools/start.py setup --torch cu126"),
         (torch_like("13.0"), [], "GPU", False, "far too slow"),
         (torch_like("13.0", capability=(8, 9), memory=(7 * GIB, 8 * GIB)), DRIVER, "GPU 0", False, ""),
         (torch_like("13.0", capability=(8, 9), memory=(3 * GIB, 8 * GIB)), DRIVER, "GPU 0", False, "nvidia-smi"),
@@ -52,15 +83,16 @@ DRIVER = ["NVIDIA GeForce RTX 4060, 535.54, 8188 MiB"]
             DRIVER,
             "GPU 0",
             True,
-            "kernels only for sm_80, sm_86, sm_90, compute_90: run python3 tools/start.py setup --torch cu130",
+            "kernels only for sm_80, sm_86, sm_90, compute_90: run python3 tools/start.py setup --torch cu126",
         ),
         (torch_like("13.0", capability=(12, 0), memory=(7 * GIB, 8 * GIB)), DRIVER, "GPU 0", False, ""),
     ],
     ids=["CPU build", "old driver", "no card", "fine", "busy", "card too old", "compiled for a newer card"],
 )
 def test_torch_is_checked_against_the_gpu_and_its_driver(
-    torch_there: Any, driver: list[str], subject: str, is_wrong: bool, fix: str
+    torch_there: Any, driver: list[str], subject: str, is_wrong: bool, fix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch_builds, "list_nvidia", lambda: [("RTX 4060", 8.9, 535)])
     line = find_line(doctor.gpu_lines(torch_there, driver), subject)
     assert line.is_wrong is is_wrong
     assert fix in line.fix and bool(line.fix) is bool(fix)

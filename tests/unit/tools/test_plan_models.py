@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks.plan_models import CARDS, FORMATS, arguments_for, count_model, gpus_of, table, to_json
 from benchmarks.results_page import PAGE, put_into
-from library.memory.planner.gpus import TYPICAL, parse_cards
+from library.memory.planner import gpus
+from library.memory.planner.gpus import LINUX, TYPICAL, WINDOWS, find_system, parse_cards
 from library.memory.planner.known import FILE, load_models, plan
 from library.training.planning.fit import fit_to
 from tests.contracts.header_only import FULL_SIZE
@@ -37,11 +38,39 @@ def test_a_plan_of_kept_counts_is_that_of_the_checkpoint(tmp_path: Path) -> None
     counted = replace(counted, options=counted.options.with_values({"fit_formats": list(FORMATS)}))
     (known,) = (known for known in load_models() if known.title == "FLUX.1")
     for gpu in TYPICAL:
-        chosen, expected = plan(known, gpu).chosen, fit_to(counted, gpu).choice.chosen
+        chosen, expected = plan(known, gpu, LINUX).chosen, fit_to(counted, gpu).choice.chosen
         assert chosen is not None and expected is not None
         assert chosen.seconds == pytest.approx(expected.seconds, rel=2e-3)
         assert chosen.device_bytes == pytest.approx(expected.device_bytes, abs=4 * 2**20)
         assert (chosen.weight_format, chosen.complexity) == (expected.weight_format, expected.complexity)
+
+
+@pytest.mark.parametrize(
+    ("card", "system", "is_fused"),
+    [("RTX 4090", LINUX, True), ("RTX 4090", WINDOWS, False), ("RTX 2080 Ti", LINUX, False), ("T4", WINDOWS, False)],
+)
+def test_operations_are_counted_as_the_system_and_the_card_run_them(card: str, system: str, is_fused: bool) -> None:
+    (klein,) = (known for known in load_models() if known.title == "FLUX.2 klein 4B")
+    (gpu,) = parse_cards(card)
+    gpu = replace(gpu, memory_bytes=80 << 30)
+    chosen = plan(klein, gpu, system).chosen
+    modes = klein.modes if is_fused else klein.unfused_modes
+    assert chosen is not None and chosen.device_bytes in {
+        (item.resident_mib[0] + mode.other_mib[item.name]) << 20 for item in klein.formats for mode in modes
+    }
+    assert klein.unfused_modes[0].other_mib["bf16"] > 1.2 * klein.modes[0].other_mib["bf16"]
+
+
+def test_models_without_fused_operations_have_one_count() -> None:
+    assert {known.title for known in load_models() if not known.unfused_modes} >= {"SDXL", "SD 1.5"}
+
+
+def test_the_system_is_windows_only_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_system() == LINUX
+    monkeypatch.setattr("platform.system", lambda: "Windows")
+    for found, system in ((None, WINDOWS), (object(), LINUX)):
+        monkeypatch.setattr(gpus, "find_spec", lambda name, found=found: found)
+        assert find_system() == system
 
 
 def test_the_table_of_the_page_has_every_model() -> None:

@@ -115,6 +115,32 @@ def test_a_card_without_kernels_or_an_old_driver_ends_with_the_fix(gpu: tuple[st
         torch_builds.choose_cuda([gpu])
 
 
+@pytest.mark.parametrize(
+    ("card", "driver", "build"),
+    [
+        ("NVIDIA GeForce GTX 1080", "470.256.02", "cu118"), ("NVIDIA GeForce RTX 3090", "460.91.03", "cu118"),
+        ("NVIDIA Unheard 1", "470.1", "driver 470 does not tell the compute capability of NVIDIA Unheard 1"),
+        ("NVIDIA GeForce RTX 2080 Ti", "440.33.01", "RTX 2080 Ti has driver 440, but torch needs 450 or newer"),
+    ],
+)  # fmt: skip
+def test_a_driver_that_does_not_know_compute_capabilities_is_not_taken_for_no_gpu(
+    card: str, driver: str, build: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before 510 nvidia-smi fails if it is asked for them."""
+    asked: list[list[str]] = []
+
+    def answer(command: list[str]) -> str:
+        asked.append(command)
+        return "" if "compute_cap" in command[-1] else f"{card}, {driver}\n"
+
+    monkeypatch.setattr(torch_builds, "read", answer)
+    try:
+        found = str(torch_builds.choose().index)
+    except torch_builds.NoBuild as error:
+        found = str(error)
+    assert build in found and len(asked) == 2
+
+
 def test_machines_without_nvidia_get_their_own_build(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {"nvidia-smi": "", "xpu-smi": ""}
     monkeypatch.setattr(torch_builds, "read", lambda command: answers[command[0]])

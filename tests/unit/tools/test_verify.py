@@ -129,7 +129,8 @@ def test_a_resumed_run_is_judged_by_the_spread_of_two(tmp_path: Path) -> None:
 
 
 def step(seconds: float, peak: int | None) -> dict[str, Any]:
-    return {"timing": {"seconds": seconds}, "memory": None if peak is None else {"card_peak": peak}}
+    memory = None if peak is None else {"card_peak": peak, "card_reserved_peak": peak + GIB // 2}
+    return {"timing": {"seconds": seconds}, "memory": memory}
 
 
 GIB = 2**30
@@ -149,7 +150,11 @@ def test_time_and_memory_are_judged_by_the_plan(seconds: float, peak: int, verdi
     results = list(compare_with_plan(steps, PlannedStep(4 * GIB, 0.5), True))
     assert tuple(result.is_wrong for result in results) == verdicts
     assert results[0].found == f"{seconds:.2f} s (median of 3), 0.50 s planned"
-    assert results[1].found == f"{peak / GIB:.1f} GiB in tensors at the peak, 4.0 GiB planned"
+    expected = f"{(peak + GIB // 2) / GIB:.1f}"
+    assert (
+        results[1].found
+        == f"{peak / GIB:.1f} GiB in tensors at the peak, 4.0 GiB planned; torch took {expected} GiB from the GPU"
+    )
 
 
 def test_there_is_no_verdict_on_time_and_memory_without_a_gpu() -> None:

@@ -12,6 +12,7 @@ from library.training.reporting.slowdown import (
     NUM_BASELINE,
     NUM_RECENT,
     Machine,
+    ReservedWatch,
     SlowdownWatch,
     StepSeconds,
     read_throttling,
@@ -50,6 +51,22 @@ def test_a_single_warning_names_the_cause(later: dict[str, Any], cause: str) -> 
     ((step, text),) = warnings_of(SLOW, **later)
     assert text.startswith("the last 50 steps took 2.50 s each, the first 100 1.00 s: ") and cause in text
     assert 201 + NUM_RECENT // 2 <= step <= 201 + NUM_RECENT // 2 + 10
+
+
+@pytest.mark.parametrize(
+    ("change", "is_warned"),
+    [
+        ({"retries": 1}, True),
+        ({"free_bytes": GIB // 10}, True),
+        ({}, False),
+        ({"retries": 1, "reserved_peak": 6 * GIB}, False),
+    ],
+)
+def test_memory_that_torch_holds_on_a_full_gpu_is_warned_about_once(change: dict[str, Any], is_warned: bool) -> None:
+    state = replace(AT_FIRST, retries=0, allocated_peak=5 * GIB, reserved_peak=8 * GIB)
+    watch = ReservedWatch(lambda: replace(state, **change))
+    warnings = [text for _ in range(200) if (text := watch.add_step()) is not None]
+    assert len(warnings) == is_warned and all("8.0 GiB from the GPU for at most 5.0 GiB" in text for text in warnings)
 
 
 def test_waiting_for_images_is_reported_as_a_cause() -> None:

@@ -135,13 +135,13 @@ def test_nothing_is_offloaded_if_the_base_is_sharded() -> None:
     assert {candidate.mode.num_offloaded for candidate in choice.candidates} == {0} and choice.chosen is None
 
 
-def test_inputs_of_two_blocks_stay_and_all_copies_overlap_with_compute() -> None:
+def test_inputs_of_three_blocks_stay_and_all_copies_overlap_with_compute() -> None:
     step, slow = counted_step(), make_gpu(0, bus=1e3)
     stays, waits = (
         predict(step, MemoryMode(recompute_every=1, offloads_inputs=wait), make_gpu(0)) for wait in (False, True)
     )
     assert waits.host_bytes == NUM_BLOCKS * KEPT_WHEN_RECOMPUTED
-    assert stays.tensor_bytes - waits.tensor_bytes == (NUM_BLOCKS - 2) * KEPT_WHEN_RECOMPUTED
+    assert stays.tensor_bytes - waits.tensor_bytes == (NUM_BLOCKS - 3) * KEPT_WHEN_RECOMPUTED
     assert waits.seconds == stays.seconds
     assert predict(step, waits.mode, slow).seconds == pytest.approx(2 * NUM_BLOCKS * KEPT_WHEN_RECOMPUTED / 1e3)
 

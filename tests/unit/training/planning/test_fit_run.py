@@ -2,22 +2,28 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from library.data.description.captions import CaptionRules
 from library.memory.planner.gpus import GIB, Gpu
 from library.memory.planner.prediction import CONTEXT_BYTES
 from library.processes import Processes
 from library.training.models.requests import RequestedRun
-from library.training.planning import fit_run
-from library.training.planning.counting import count_pinned_batches
-from library.training.planning.fit_run import count_adapter_run, largest_batch, measure_gpu
+from library.training.planning import correction, fit_run
+from library.training.planning.correction import Gauge, MemoryWatch
+from library.training.planning.counting import count_pinned_batches, count_run
+from library.training.planning.fit_run import count_adapter_run, find_longest_caption, largest_batch, measure_gpu
 from library.training.planning.meta_run import BatchShape, fake_batch, shape_of_batch
+from tests.parity.tiny_models import opened_with
+from tests.tiny.bases import BASES
 from tests.unit.data.builders import SPEC
 from tests.unit.training.test_checks import make_options
+from tests.unit.training.test_loop import batch_of
 from tests.unit.training.test_text_caching import Board
 
 
@@ -27,6 +33,57 @@ def test_the_largest_batch_has_the_most_pixels() -> None:
     assert largest_batch(plan) == BatchShape(1, 1024, 1152)
     shapes.append((1, ((1024, 1024), (512, 512))))  # with a reference image
     assert largest_batch(plan) == BatchShape(1, 1024, 1024, ((512, 512),))
+
+
+def subset(captions: list[str], class_tokens: str | None = None, **rules: Any) -> Any:
+    config = SimpleNamespace(captions=CaptionRules(**rules), class_tokens=class_tokens)
+    return SimpleNamespace(images=SimpleNamespace(captions=captions), config=config)
+
+
+@pytest.mark.parametrize(
+    ("subsets", "num_tokens"),
+    [
+        ([subset(["a b c", "a"])], 3),
+        ([subset(["a b c"], caption_prefix="x y ")], 5),
+        ([subset(["a"]), subset(["a b\nc d e f"], enable_wildcard=True)], 4),
+        ([subset(["a b", ""], "p q r")], 3),
+        ([subset(["a b c"]), subset([])], None),  # not read before the run
+        ([subset(["", ""])], None),
+    ],
+)
+def test_the_longest_caption_is_that_of_the_data_set(subsets: list[Any], num_tokens: int | None) -> None:
+    plan: Any = SimpleNamespace(datasets=[SimpleNamespace(subsets=subsets)])
+    assert find_longest_caption(plan, lambda text: len(text.split())) == num_tokens
+
+
+@pytest.mark.parametrize(("name", "is_shorter"), [("moss_image", True), ("flux", False)])
+def test_captions_are_counted_as_long_as_the_data_set_has_them(name: str, is_shorter: bool, tmp_path: Path) -> None:
+    """FLUX.1 pads captions to the maximum."""
+    options, arch = opened_with(name, [*BASES[name].build(tmp_path), "--cache_latents", "--network_train_unet_only"])
+    run, shape = RequestedRun.resolve([options], arch), BatchShape(*BASES[name].count_shape)
+    longest, short = (
+        sum(segment.flops for segment in count_run(run, batch, torch.device("cpu")).step.timeline.plain.segments)
+        for batch in (shape, replace(shape, num_tokens=3))
+    )
+    assert short < 0.99 * longest if is_shorter else short == longest
+
+
+@pytest.mark.parametrize(("captions", "is_over"), [(["a b"], False), (["a", "a b c"], True)])
+def test_the_watch_waits_for_the_largest_images_and_the_longest_caption(captions: list[str], is_over: bool) -> None:
+    batch = replace(batch_of(1.0), captions=captions)
+    num_pixels = correction.num_pixels(batch)
+    shape = BatchShape(1, num_pixels, 1, num_tokens=3)
+    fitted: Any = SimpleNamespace(
+        choice=SimpleNamespace(chosen=SimpleNamespace(tensor_bytes=100)), counted=SimpleNamespace(batch=shape)
+    )
+    arch = SimpleNamespace(text=SimpleNamespace(count_tokens=lambda text: len(text.split())))
+    run: Any = SimpleNamespace(context=SimpleNamespace(arch=arch))
+    watch = MemoryWatch(run, fitted, Gauge(lambda: 99, lambda: None))
+    for _ in range(2):
+        watch.before_step()
+        list(watch.noting(iter([batch])))
+        watch.after_step()
+    assert watch.is_over == is_over
 
 
 def test_processes_plan_with_the_least_free_memory_and_the_speed_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
