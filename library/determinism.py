@@ -36,9 +36,10 @@ def deterministic(is_enabled: bool) -> Iterator[None]:
         return
     workspaces = os.environ.setdefault(WORKSPACES, FIXED_WORKSPACES[0])
     if workspaces not in FIXED_WORKSPACES:
-        raise UserError(
-            f"--deterministic: the environment variable {WORKSPACES} is {workspaces!r}, with which cuBLAS adds in "
-            f"varying order; unset it, or set it to {' or '.join(FIXED_WORKSPACES)}"
+        raise UserError.about(
+            "--deterministic",
+            f": the environment variable {WORKSPACES} is {workspaces!r}, with which cuBLAS adds in "
+            f"varying order; unset it, or set it to {' or '.join(FIXED_WORKSPACES)}",
         )
     memory: Any = torch.utils.deterministic
     benchmarks, fills = torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory

@@ -61,7 +61,7 @@ def read_options(args: argparse.Namespace, **values: bool) -> tuple[Any, TrainOp
 def find_package(args: argparse.Namespace) -> str:
     """Return the package of the requested base model. Raises UserError if two are requested."""
     if args.sdxl and args.flux:
-        raise UserError("--sdxl and --flux name two base models; remove one of them")
+        raise UserError.about("--sdxl", "and --flux name two base models; remove one of them", others=["--flux"])
     return "sdxl" if args.sdxl else "flux" if args.flux else "sd"
 
 

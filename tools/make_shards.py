@@ -397,12 +397,12 @@ def read_options(args: argparse.Namespace, training: Sequence[str]) -> TrainOpti
     """Return the training options. Raises UserError for missing or contradictory ones."""
     options: TrainOptions = read_training_options(args.script or "train_network.py", training)[1]
     if options.dataset.dataset_config is None:
-        raise UserError("--dataset_config is missing; it lists the images to pack")
+        raise UserError.about("--dataset_config", "is missing; it lists the images to pack", cause="missing")
     if args.shard_mb <= 0:
-        raise UserError(f"--shard_mb is {args.shard_mb:g}, but must be above 0")
+        raise UserError.about("--shard_mb", f"is {args.shard_mb:g}, but must be above 0")
     requested = [name for name in CACHES if options.flat().get(name)]
     if requested and args.script is None:
-        raise UserError(f"--{requested[0]} requires --script, the training script of the base model")
+        raise UserError.about(f"--{requested[0]}", "requires --script, the training script of the base model")
     check_data(options)
     return options
 

@@ -210,7 +210,9 @@ def approximate(name: str, terms: Terms, ranks: tuple[int, int], weight: Tensor,
     for module, ratio in terms:
         change += module.merged(weight, ratio, dtype) - weight
     if not bool(torch.isfinite(change).all()):
-        raise UserError(f"--base_model has values that are not finite in {name}; the checkpoint is damaged")
+        raise UserError.about(
+            "--base_model", f"has values that are not finite in {name}; the checkpoint is damaged", cause="unreadable"
+        )
     matrix_ON = change.flatten(1)
     exact_ON = matrix_ON if weight.device.type == "mps" else matrix_ON.double()  # MPS has no float64
     up_OR, down_RN = (factor.to(dtype) for factor in best_factors(exact_ON, rank_for(tuple(weight.shape), ranks)))

@@ -61,7 +61,7 @@ def parse_resolutions(text: str) -> tuple[Size, ...]:
     matches = [re.fullmatch(r"(\d+)x(\d+)", part.strip()) for part in text.split(",")]
     sizes = tuple((int(match[1]), int(match[2])) for match in matches if match is not None)
     if len(sizes) < len(matches) or not all(map(min, sizes)):
-        raise UserError(f'--max_resolution is "{text}"; use sizes such as 1024x1024, separated by commas')
+        raise UserError.about("--max_resolution", f'is "{text}"; use sizes such as 1024x1024, separated by commas')
     return sizes
 
 

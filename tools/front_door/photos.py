@@ -13,7 +13,7 @@ from library.data.decoding.images import read_pixels
 from library.data.description.image_extensions import list_unread, plugin_for
 from library.data.sources.folders.listing import list_files
 from library.data.sources.folders.reading import read_caption
-from library.errors import UserError
+from library.errors import UserError, reason_of
 from library.suggestions import nearby
 
 CAPTION_EXTENSIONS = (".txt", ".caption")
@@ -116,7 +116,7 @@ def decode(path: Path) -> float | str:
     try:
         pixels, _ = read_pixels(str(path), path.read_bytes())
     except (UserError, OSError) as error:
-        return f"cannot be read ({str(error).removeprefix(str(path)).strip(': ') or 'damaged'})"
+        return f"cannot be read ({reason_of(error) or 'damaged'})"
     return float((pixels.shape[0] * pixels.shape[1]) ** 0.5)
 
 
@@ -130,7 +130,9 @@ def parse_trigger(text: str) -> Trigger:
     """Parse "mycat, a cat". Raises UserError for a text without a word."""
     word, _, subject = (part.strip() for part in text.partition(","))
     if not word:
-        raise UserError(f'--trigger {text!r} has no word; write one that the base does not know, as in "mycat, a cat"')
+        raise UserError.about(
+            "--trigger", f'{text!r} has no word; write one that the base does not know, as in "mycat, a cat"'
+        )
     return Trigger(word, subject)
 
 

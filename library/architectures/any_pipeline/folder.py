@@ -120,9 +120,11 @@ class PipelineFolder:
         try:
             return Watched(self.kind.from_pretrained(self.path, **stand_ins, **left_out))
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.flag} {self.path} is not complete: {self.kind.__name__} cannot be opened ({error}); "
-                "download the whole folder again"
+            raise UserError.about(
+                self.flag,
+                f"is not complete: {self.kind.__name__} cannot be opened ({error}); download the whole folder again",
+                path=self.path,
+                cause="unreadable",
             ) from error
 
 
@@ -143,9 +145,11 @@ def read_folder(flag: str, path: Path, trusts_code: bool = False) -> PipelineFol
     """Return the folder of a pipeline by its model_index.json. Raises UserError for unknown classes."""
     index = read_json(path / "model_index.json")
     if "_class_name" not in index:
-        raise UserError(
-            f"{flag} {path} is no pipeline of diffusers: it has no model_index.json that names one. Use a folder in "
-            "diffusers' layout, or the script of this base model"
+        raise UserError.about(
+            flag,
+            "is no pipeline of diffusers: it has no model_index.json that names one. Use a folder in "
+            "diffusers' layout, or the script of this base model",
+            path=path,
         )
     kind = find_class(flag, path, "pipeline", index["_class_name"], trusts_code)
     models: dict[str, type[Any]] = {}
@@ -165,8 +169,10 @@ def find_folder(name: str) -> Path:
     try:
         return model_lookup.fetch_snapshot(name, SMALL_FILES)
     except ConnectionError as error:
-        raise UserError(
-            f"{BASE_FLAG} {name} is neither a folder nor a repository that can be downloaded ({error}). Check the path"
+        raise UserError.about(
+            BASE_FLAG,
+            f"{name} is neither a folder nor a repository that can be downloaded ({error}). Check the path",
+            cause="missing",
         ) from error
 
 
@@ -183,14 +189,19 @@ def find_class(flag: str, path: Path, name: str, entry: Any, trusts_code: bool) 
         return kind
     file = path / ("." if name == "pipeline" else name) / f"{library}.py"
     if not file.is_file():
-        raise UserError(
-            f"{flag} {path}: {class_name} is neither in diffusers {diffusers.__version__} nor in transformers "
-            f"{transformers.__version__}; install a newer version that has it"
+        raise UserError.about(
+            flag,
+            f": {class_name} is neither in diffusers {diffusers.__version__} nor in transformers "
+            f"{transformers.__version__}; install a newer version that has it",
+            path=path,
+            cause="not installed",
         )
     if not trusts_code:
-        raise UserError(
-            f"{flag} {path}: {class_name} is Python code of this model itself ({file}). Read that file, and add "
-            "--trust_remote_code to run it"
+        raise UserError.about(
+            flag,
+            f": {class_name} is Python code of this model itself ({file}). Read that file, and add "
+            "--trust_remote_code to run it",
+            path=path,
         )
     logger.warning("--trust_remote_code runs %s, which has all rights that you have", file)
     from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
@@ -224,7 +235,7 @@ def refuse_by_class(folder: PipelineFolder) -> None:
     elif "height" not in parameters:
         reason = "has no argument for the height of the image"
     if reason is not None:
-        raise UserError(f"{folder.flag} {folder.path}: {folder.kind.__name__} {reason}")
+        raise UserError.about(folder.flag, f": {folder.kind.__name__} {reason}", path=folder.path)
 
 
 @dataclass(frozen=True)
@@ -326,10 +337,17 @@ def find_denoiser(flag: str, path: Path) -> tuple[PipelineFolder, str, nn.Module
     folder = read_folder(flag, path)
     names, kind = folder.denoisers, folder.kind.__name__
     if not names:
-        raise UserError(f"{flag} {path}: model_index.json names no model of {kind} that draws; use another copy")
+        raise UserError.about(
+            flag,
+            f": model_index.json names no model of {kind} that draws; use another copy",
+            path=path,
+            cause="missing",
+        )
     if len(names) > 1:
-        raise UserError(
-            f"{flag} {path}: {kind} has several models that an adapter may belong to ({', '.join(names)}); "
-            "load the adapter with the pipeline and call its fuse_lora"
+        raise UserError.about(
+            flag,
+            f": {kind} has several models that an adapter may belong to ({', '.join(names)}); "
+            "load the adapter with the pipeline and call its fuse_lora",
+            path=path,
         )
     return folder, names[0], with_targets(folder.build_empty(names[0]), names[0])

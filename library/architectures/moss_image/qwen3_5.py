@@ -39,7 +39,9 @@ def language_component(weights: Weights) -> Component:
     decoder = None if prefix is None else extract_decoder(weights, (prefix,))
     if decoder is None:
         first = list_first_names(weights)
-        raise UserError(f"{FLAG} {weights.origin} is not a Qwen3.5 text encoder (first names: {first}); use {HUB_NAME}")
+        raise UserError.about(
+            FLAG, f"is not a Qwen3.5 text encoder (first names: {first}); use {HUB_NAME}", path=weights.origin
+        )
     return Component(configure(decoder, language_config), decoder)
 
 

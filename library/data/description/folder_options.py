@@ -23,7 +23,7 @@ def list_subsets(data: DatasetOptions) -> tuple[Style, list[Table]]:
         raise NoDataFound("use --dataset_config or --train_data_dir")
     if masks:
         if not data.masked_loss:
-            raise UserError("--conditioning_data_dir requires --masked_loss")
+            raise UserError.about("--conditioning_data_dir", "requires --masked_loss", cause="needs")
         warn_of_ignored(data, ("reg_data_dir",), "with --conditioning_data_dir all images have masks")
         return "masked", [{"image_dir": folder, "conditioning_data_dir": masks}]
     subsets = list_numbered_folders("--train_data_dir", folder, is_reg=False)

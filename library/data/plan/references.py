@@ -27,9 +27,10 @@ def check_references(subsets: Sequence[SubsetConfig], samples: Samples, spec: La
     """Raise UserError for too many or no references, as the base model needs, for crops that references cannot follow,
     and for pairs of equal images."""
     if spec.needs_references and all(images.references is None for images in samples.subsets):
-        raise UserError(
-            "--edit trains on reference images, but no subset of the data set has any; name them (control_dirs, "
-            "control_directory or control_path), or remove --edit"
+        raise UserError.about(
+            "--edit",
+            "trains on reference images, but no subset of the data set has any; name them (control_dirs, "
+            "control_directory or control_path), or remove --edit",
         )
     ends = samples.ends
     for subset, images, end in zip(subsets, samples.subsets, ends, strict=True):

@@ -226,5 +226,5 @@ def hash_file(path: str) -> str:
             file.seek(max(0, size - END_BYTES))
             ends += file.read(END_BYTES)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError.of_file(path, f"cannot be read: {error.strerror}", cause="unreadable") from None
     return digest_of_ends(ends, size)

@@ -22,7 +22,6 @@ from library.training.command_line.recipes import read_recipe
 from library.training.config_file import (
     SECRETS,
     Config,
-    ConfigFileError,
     config_path,
     nearest,
     read_config,
@@ -111,7 +110,7 @@ def read_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
             logger.info("wrote the options to %s", config_path(typed.config_file))
             parser.exit(0)
         configs = read_configs(parser, typed)
-    except ConfigFileError as error:
+    except UserError as error:
         start_logging(parser, typed)
         logger.error("%s", error)
         parser.exit(1)
@@ -120,7 +119,7 @@ def read_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
 
 def read_configs(parser: argparse.ArgumentParser, typed: argparse.Namespace) -> list[Config]:
     """Read the recipe and the config file that a command line names; later ones override earlier ones. Raises
-    ConfigFileError."""
+    UserError."""
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     elsewhere, configs = describe_other_options(parser), list[Config]()
     if typed.config_file:
@@ -209,7 +208,7 @@ def from_program(parser: argparse.ArgumentParser, args: argparse.Namespace) -> a
     """Read the options of a program that calls a trainer; missing ones and None get defaults, and values are converted
     as in a config file.
 
-    Raises ConfigFileError for an invalid value.
+    Raises UserError for an invalid value.
     """
     start_run_log(ConsoleOptions.from_args(argparse.Namespace(**{**ConsoleOptions.defaults(), **vars(args)})))
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
@@ -292,8 +291,8 @@ def script_name(parser: argparse.ArgumentParser) -> str:
 def log_suggested_files(parser: argparse.ArgumentParser, error: Exception) -> None:
     """Log where the files of a model that an error misses are to be had."""
     find = getattr(describe_other_options(parser), "suggest_files", None)
-    is_missing = isinstance(error, NotThere) or isinstance(error.__cause__, NotThere)
-    if is_missing and find is not None and (files := find(str(error))):
+    missing = next((e for e in (error, error.__cause__) if isinstance(e, NotThere)), None)
+    if missing is not None and find is not None and (files := find((missing.setting, *missing.others))):
         logger.error("%s", files)
 
 

@@ -116,9 +116,10 @@ def make_reference_error(prompt: Prompt) -> UserError:
     assert prompt.reference_paths, "the features of a prompt without images are kept under its text"
     gone = [path for path in prompt.reference_paths if not path.is_file()]
     names = ", ".join(map(str, gone or prompt.reference_paths))
-    return UserError(
-        f"--ci {names} {'is gone' if gone else 'has changed'} since the run began, and the text encoder, which saw it, "
-        "has left memory; put the file back as it was, or stop and continue with --resume to use the new one"
+    return UserError.about(
+        "--ci",
+        f"{names} {'is gone' if gone else 'has changed'} since the run began, and the text encoder, which saw it, "
+        "has left memory; put the file back as it was, or stop and continue with --resume to use the new one",
     )
 
 

@@ -33,9 +33,9 @@ def parse_adapter(text: str, flag: str) -> tuple[Path, float]:
     except ValueError:
         path, factor = Path(text), 1.0
     if not path.exists():
-        raise UserError(f"{flag} {path} does not exist")
+        raise UserError.about(flag, "does not exist", path=path, cause="missing")
     if not math.isfinite(factor):
-        raise UserError(f"{flag} {text}: the strength is {factor}; use a number, such as 0.8")
+        raise UserError.about(flag, f"{text}: the strength is {factor}; use a number, such as 0.8")
     return file_in_folder(path, f"{flag} {path}"), factor
 
 

@@ -69,5 +69,5 @@ def create(options: NetworkOptions, module: NetworkModule, models: Models) -> An
             **keywords,
         )
     if network is None:
-        raise UserError(f"--network_module {module.name} made no network; see its own messages above")
+        raise UserError.about("--network_module", f"{module.name} made no network; see its own messages above")
     return network

@@ -26,7 +26,9 @@ def file_of_run(path: Path) -> Path:
     reports = sorted(path.glob(f"*{ENDING}"))
     if len(reports) != 1:
         names = ", ".join(file.name for file in reports) or "none"
-        raise UserError(f"{path} holds {len(reports)} reports of runs ({names}); name a report or a file of events")
+        raise UserError.of_file(
+            path, f"holds {len(reports)} reports of runs ({names}); name a report or a file of events"
+        )
     return reports[0]
 
 
@@ -35,7 +37,7 @@ def read_run(path: Path) -> Record:
     path = file_of_run(path)
     record = read_report(path) if path.suffix == ".html" else read_events(path)
     if record.plan is None or not record.sessions:
-        raise UserError(f"{path}: that run ended before its training began, there is nothing to compare")
+        raise UserError.of_file(path, ": that run ended before its training began, there is nothing to compare")
     return record
 
 

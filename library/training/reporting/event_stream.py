@@ -217,7 +217,7 @@ def open_event_file(path: Path, goes_on: bool) -> JsonLines:
                 file.truncate(end_of_last_line(file) if goes_on else 0)
         return JsonLines(path.open("a", encoding="ascii", newline="\n"), f"{FLAG} {path}", closes=True)
     except OSError as error:
-        raise UserError(f"{FLAG} {path} cannot be written: {error.strerror}") from error
+        raise UserError.about(FLAG, f"cannot be written: {error.strerror}", path=path) from error
 
 
 def end_of_last_line(file: IO[bytes]) -> int:

@@ -168,9 +168,10 @@ def find_named_or_newest(options: StateOptions, hub: HubOptions, names: Names | 
 def state_of_main(path: str) -> StateManifest:
     """Read the state that the main process found. Raises UserError if it is not on this machine."""
     if not Path(path).is_dir():
-        raise UserError(
-            f"--autoresume: the main process goes on from {path}, which is not on this machine; copy it here, or use "
-            "an --output_dir that all machines share"
+        raise UserError.about(
+            "--autoresume",
+            f": the main process goes on from {path}, which is not on this machine; copy it here, or use "
+            "an --output_dir that all machines share",
         )
     return read_manifest(Path(path))
 

@@ -121,13 +121,20 @@ def read_manifest(folder: Path) -> StateManifest:
     Only the sizes of the large files are checked; `require_undamaged` reads them.
     """
     if not folder.is_dir():
-        raise UserError(f"--resume {folder} is not a folder; give the folder of a saved state, such as last-state")
+        raise UserError.about(
+            "--resume", "is not a folder; give the folder of a saved state, such as last-state", path=folder
+        )
     try:
         content = parse_json((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         content = {}
     except (OSError, ValueError) as error:
-        raise UserError(f"--resume {folder}: its {MANIFEST_FILE} cannot be read ({error}); use another state") from None
+        raise UserError.about(
+            "--resume",
+            f": its {MANIFEST_FILE} cannot be read ({error}); use another state",
+            path=folder,
+            cause="unreadable",
+        ) from None
     version = content.get("version") if isinstance(content, dict) else None
     if version is None:
         raise UserError(f"the folder {folder} {explain_no_state(folder)}")

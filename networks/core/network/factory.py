@@ -237,7 +237,11 @@ def check_arguments(kind: AdapterKind, arguments: NetworkArguments) -> None:
     """Raise UserError for an argument that this kind does not support; warn about arguments of other kinds."""
     for name, (conflict, reason) in list_refused(kind, arguments).items():
         if arguments.given.get(name):
-            raise UserError(f"--network_args {name} does not work with {conflict}: {reason}")
+            raise UserError(
+                f"--network_args {name} does not work with {conflict}: {reason}",
+                setting=f"--network_args {name}",
+                cause="does not fit",
+            )
     for owners, names in list_ignored(kind, arguments).items():
         logger.warning("--network_args %s has no effect; it belongs to %s", ", ".join(names), owners)
 
@@ -265,8 +269,8 @@ def resolve_settings(
     alpha = DEFAULT_ALPHA if network_alpha is None else float(network_alpha)
     settings = kind.resolve(NetworkSettings(rank, alpha, arguments, network_dim is not None))
     if settings.rank < 0 or settings.alpha < 0:
-        raise UserError(
-            f"--network_dim is {settings.rank} and --network_alpha {settings.alpha:g}; neither can be negative"
+        raise UserError.about(
+            "--network_dim", f"is {settings.rank} and --network_alpha {settings.alpha:g}; neither can be negative"
         )
     return settings
 

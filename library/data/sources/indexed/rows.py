@@ -13,7 +13,7 @@ from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
 from library.data.sources.folders.reading import MOST_CAPTION_BYTES, stripped_lines
 from library.data.sources.indexed.tar_files import Member, iterate_members
 from library.data.sources.storage.ranges import RangeFile, Window
-from library.errors import UserError
+from library.errors import UserError, reason_of
 from library.json_text import parse_json
 
 CAPTION_FIELDS = ("caption", "text", "prompt")  # in a .json member, without caption_column
@@ -137,7 +137,7 @@ def measure_image(path: str, head: bytes, num_bytes: int, content: bytes | Range
     try:
         return plain_size(head, num_bytes) or read_size(path, content), None
     except (UserError, OSError) as error:
-        return (0, 0), str(error).removeprefix(path).strip() or "cannot be read"
+        return (0, 0), reason_of(error) or "cannot be read"
 
 
 def read_caption_text(window: Window, member: Member, label: str, rule: CaptionRule) -> str | None:

@@ -65,7 +65,7 @@ class Storage:
             with open(image.key, "rb") as file:
                 return version, file.read()
         except OSError as error:
-            raise UserError(f"{image.key} cannot be read: {error.strerror}") from None
+            raise UserError.of_file(image.key, f"cannot be read: {error.strerror}", cause="unreadable") from None
 
     def version(self, image: ScannedImage) -> Version:
         """Return the version that cached entries are compared with. Raises OSError for a missing file."""
@@ -158,7 +158,7 @@ class Storage:
                 while len(content) < num_bytes and (more := opened.read(num_bytes - len(content))):
                     content += more
         except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}") from None
+            raise UserError.of_file(file, f"cannot be read: {error.strerror}", cause="unreadable") from None
         if len(content) < num_bytes:
             raise UserError(
                 f"{file} ends at byte {start + len(content)}, before an indexed image at {start + num_bytes}: it was "
