@@ -105,10 +105,10 @@ def caching_command(action: Callable[[argparse.Namespace], object], values: Mapp
 
     def main(argv: Sequence[str] | None = None) -> int:
         command_line = check_words(setup_parser(), check, argv)
-        args = command_line.start_log()
+        command_line.start_log()
         from library.training.command_line.caching import run_caching
 
-        return run_caching(args, action)
+        return run_caching(command_line, action)
 
     return main
 

@@ -16,7 +16,7 @@ from typing import IO, Any, Protocol
 from library.checkpoints.overwriting import check_target, known_by_start
 from library.errors import UserError
 from library.progress import State
-from library.training.reporting.events import End, EndReason, Event, Plan, Planned, Stage, Step, Warned
+from library.training.reporting.events import End, EndReason, ErrorFields, Event, Plan, Planned, Stage, Step, Warned
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +91,10 @@ class Events:
         finally:
             self.emit(Stage(name, "end"))
 
-    def end(self, reason: EndReason, error: str | None = None) -> None:
+    def end(self, reason: EndReason, error: str | None = None, details: ErrorFields | None = None) -> None:
         """Emit the last event of a run; later events are dropped."""
-        self.emit(End(reason, self.last_step, round(self._clock() - self._started, 3), error, self.summary, self.file))
+        seconds = round(self._clock() - self._started, 3)
+        self.emit(End(reason, self.last_step, seconds, error, self.summary, self.file, details))
         self.close()
 
     def flush(self, timeout_s: float = 10.0) -> None:
@@ -163,9 +164,9 @@ class EventsOfAll:
                 stack.enter_context(events.stage(name))
             yield
 
-    def end(self, reason: EndReason, error: str | None = None) -> None:
+    def end(self, reason: EndReason, error: str | None = None, details: ErrorFields | None = None) -> None:
         for events in self.each:
-            events.end(reason, error)
+            events.end(reason, error, details)
 
     def close(self) -> None:
         for events in self.each:
