@@ -104,7 +104,9 @@ def explain_nondeterminism(find_module: Callable[[], str | None] = lambda: None)
         raise NotDeterministicError(
             f"--deterministic: the operation {match[1]}{f' in {module}' if module else ''} has no deterministic form "
             f"in torch {torch.__version__}, so the run ends and saves nothing. Leave out --deterministic, or the "
-            "option or network module that uses the operation"
+            "option or network module that uses the operation",
+            setting="--deterministic",
+            cause="does not fit",
         ) from error
 
 

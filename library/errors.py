@@ -72,12 +72,16 @@ class UserError(ValueError):
         cause: Cause | None = None,
         file: str | Path | None = None,
     ) -> None:
-        """Fill in what the raise did not know. An error of another setting stays as it is."""
-        if setting is not None and self.setting not in (None, setting):
-            return
-        self.setting, self.place, self.cause = self.setting or setting, self.place or place, self.cause or cause
-        self.path = self.path or (None if path is None else str(path))
-        self.file = self.file or (None if file is None else str(file))
+        """Fill in what the raise did not know. An error of another setting stays as it is, unless `file` says that the
+        settings named by deeper raises stand in there."""
+        is_same = setting is None or self.setting in (None, setting)
+        if file is not None and self.setting not in (None, setting):
+            self.file = self.file or str(file)
+        if is_same or file is not None:
+            self.place = self.place or place
+            self.path = self.path or (None if path is None else str(path))
+        if is_same:
+            self.setting, self.cause = self.setting or setting, self.cause or cause
 
     def prefixed(self, prefix: str, setting: str | None = None, **fields: Any) -> "UserError":
         """Return an error that says `prefix` before the same message, with its fields, and those of `complete`."""
@@ -90,7 +94,9 @@ class UserError(ValueError):
 
 def rebuild(kind: type[UserError], text: str, fields: dict[str, Any]) -> UserError:
     """Return a copied error, whose class may take other arguments than its text."""
-    error = kind.__new__(kind, text)
+    made_by: Any = OSError if issubclass(kind, OSError) else ValueError  # the one of the two that fits its layout
+    error: UserError = made_by.__new__(kind, text)
+    error.args = (text,)
     error.__dict__.update(fields)
     return error
 

@@ -90,7 +90,12 @@ def check_keys(images: Sequence[Path], is_full: bool) -> None:
     for image in images:
         other = seen.setdefault(image_key(image, is_full), image)
         if other is not image:
-            raise UserError(f"{other} and {image} have the same key, {image.stem}; use --full_path, or rename one")
+            raise UserError(
+                f"{other} and {image} have the same key, {image.stem}; use --full_path, or rename one",
+                setting="--full_path",
+                path=image,
+                cause="would be lost",
+            )
 
 
 def collect(args: argparse.Namespace) -> None:
@@ -114,7 +119,11 @@ def collect(args: argparse.Namespace) -> None:
         else:
             table.setdefault(image_key(image, args.full_path), {})[args.field] = text
     if len(missing) == len(images):
-        raise UserError(f"none of the {len(images)} images has a {extension} file; set --caption_extension")
+        raise UserError(
+            f"none of the {len(images)} images has a {extension} file; set --caption_extension",
+            setting="--caption_extension",
+            cause="missing",
+        )
     if missing:
         logger.warning(
             "%d of %d images have no %s file and get no %s; the first is %s",

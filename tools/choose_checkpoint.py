@@ -199,7 +199,7 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     sides, losses = losses_of_files(options, text_plan, arch, plan, seed, [None, *files], find_device())
     choice = choose_measured(measure_files(sides, list(losses)), is_held_out=sides.held_out is not None)
     if choice is None:
-        raise UserError("the loss of every file is NaN; use --mixed_precision bf16 or no")
+        raise UserError("the loss of every file is NaN; use --mixed_precision bf16 or no", setting="--mixed_precision")
     if scorer is not None:
         rows = [Row([], columns), *(Row([(file, 1.0)], columns) for file in files)]
         # The models are loaded again: drawing moves text encoders and VAE as contact sheets do.

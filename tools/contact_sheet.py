@@ -113,7 +113,9 @@ def choose_files(named: list[Path] | None, saving: SavingOptions) -> list[Path]:
     if named:
         return [file_in_folder(path, f"--files {path}") for path in named]
     if not saving.output_dir:
-        raise UserError("no adapter files: set --files, or --output_dir to search for them")
+        raise UserError(
+            "no adapter files: set --files, or --output_dir to search for them", setting="--files", cause="missing"
+        )
     names = Names.build(saving)
     files = files_of_run(names)
     if not files:

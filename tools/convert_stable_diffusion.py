@@ -68,9 +68,13 @@ def open_source(name: str, required: str | None, variant: str | None) -> Opened:
     """Open the model; only file headers are read. Raises UserError if it is not the required base model."""
     path, spec = find_base(SOURCE, name, *layouts.PARTS)
     if spec.name not in TITLES:
-        raise UserError(f"{SOURCE} {path}: this is {spec.called} model; this command supports only SD 1.x and SD 2.x")
+        raise UserError.about(
+            SOURCE, f"{path}: this is {spec.called} model; this command supports only SD 1.x and SD 2.x"
+        )
     if required not in (None, spec.name):
-        raise UserError(f"{SOURCE} {path}: this is {spec.called} model; remove --{'v1' if required == 'sd1' else 'v2'}")
+        raise UserError.about(
+            SOURCE, f"{path}: this is {spec.called} model; remove --{'v1' if required == 'sd1' else 'v2'}"
+        )
     if not path.is_dir():
         if variant is not None:
             raise UserError.about(
@@ -240,9 +244,9 @@ def setup_parser() -> argparse.ArgumentParser:
 def is_file_name(path: Path) -> bool:
     """Return True if the target is a file, False for a folder. Raises UserError for an unsupported extension."""
     if path.suffix and path.suffix.lower() not in SUFFIXES:
-        raise UserError(
-            f"{TARGET} {path} ends in {path.suffix}: a file ends in one of {', '.join(SUFFIXES)}, a folder's name has "
-            "no dot"
+        raise UserError.about(
+            TARGET,
+            f"{path} ends in {path.suffix}: a file ends in one of {', '.join(SUFFIXES)}, a folder's name has no dot",
         )
     return bool(path.suffix)
 

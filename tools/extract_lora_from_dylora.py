@@ -121,7 +121,10 @@ def choose_ranks(nested: Nested, unit: int | None, ranks: Sequence[int] | None) 
     if unit is None:
         raise UserError(
             f"use --unit N for the ranks N, 2N, ... or --rank R [R ...]: the file has rank {nested.full_rank} and "
-            "does not record its unit"
+            "does not record its unit",
+            setting="--unit",
+            others=["--rank"],
+            cause="needs",
         )
     smallest = nested.unit or 1
     if unit < 1 or nested.full_rank % unit or unit % smallest:

@@ -180,7 +180,11 @@ def add_factors(
     shape = max((module.shape for module, _ in terms), key=len)
     for module, _ in terms:
         if not module.is_low_rank or module.shape[:2] != shape[:2] or prod(module.shape) != prod(shape):
-            raise UserError(f"{name} has different shapes in --models; they were made for different base models")
+            raise UserError(
+                f"{name} has different shapes in --models; they were made for different base models",
+                setting="--models",
+                cause="does not fit",
+            )
     device = arithmetic.device
     pairs = (module.factors(arithmetic.dtype) for module, _ in terms)
     factors = [(up_OR.to(device), down_RN.to(device)) for up_OR, down_RN in pairs]

@@ -43,7 +43,7 @@ def make_report(args: argparse.Namespace) -> None:
     path = args.output or args.events.with_name(f"{args.events.stem}-report.html")
     record = read_events(args.events)
     if record.is_empty:
-        raise UserError(f"{args.events} has no events; use the file written by --log_events")
+        raise UserError(f"{args.events} has no events; use the file written by --log_events", path=args.events)
     check_target("--output", path, report_kind(record.name), [args.events])
     write_page(path, build_report(record))
     logger.info("wrote %s", path)

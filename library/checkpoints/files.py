@@ -178,7 +178,9 @@ def file_in_folder(path: Path, where: str) -> Path:
         (file for suffix in ("safetensors", "bin") if (file := path / f"{PEFT_STEM}.{suffix}").is_file()), None
     )
     if weight_file is None:
-        raise UserError(f"{where} is a folder without {PEFT_STEM}.safetensors, which PEFT saves; use an adapter file")
+        raise UserError(
+            f"{where} is a folder without {PEFT_STEM}.safetensors, which PEFT saves; use an adapter file", path=path
+        )
     return weight_file
 
 

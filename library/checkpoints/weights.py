@@ -232,7 +232,9 @@ def open_numbered(first: Path, stem: str, count: int, suffix: str) -> Weights:
     names = [f"{stem}{number:05}-of-{count:05}{suffix}" for number in range(1, count + 1)]
     missing = [name for name in names if not (first.parent / name).is_file()]
     if missing:
-        raise UserError(f"{first} is the first of {count} files, but these are not next to it: {list_few(missing)}")
+        raise UserError.of_file(
+            first, f"is the first of {count} files, but these are not next to it: {list_few(missing)}"
+        )
     files = {name: open_one(first.parent / name) for name in names}
     return join_weights(str(first), files, {key: name for name in names for key in files[name].shapes})
 

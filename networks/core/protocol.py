@@ -167,13 +167,17 @@ def adopt(network: Any) -> "AdoptedNetwork":
     Raises UserError if it is not an `nn.Module`, or lacks a method that cannot be replaced.
     """
     if not isinstance(network, nn.Module):
-        raise UserError(f"the network module gave {network!r} instead of a network; see its own messages above")
+        raise UserError(
+            f"the network module gave {network!r} instead of a network; see its own messages above",
+            setting="--network_module",
+        )
     required = ("apply_to", "prepare_optimizer_params", "save_weights")
     missing = [method for method in required if not callable(getattr(network, method, None))]
     if missing:
         raise UserError(
             f"{type(network).__name__} cannot be trained: it lacks {', '.join(missing)} "
-            "(networks/core/protocol.py says what a network must offer)"
+            "(networks/core/protocol.py says what a network must offer)",
+            setting="--network_module",
         )
     return AdoptedNetwork(network)
 
@@ -372,7 +376,10 @@ class AdoptedNetwork:
     def _needed(self, name: str, purpose: str) -> Any:
         method = self._method(name)
         if method is None:
-            raise UserError(f"{purpose} does not work with this --network_module: its network has no {name}()")
+            raise UserError(
+                f"{purpose} does not work with this --network_module: its network has no {name}()",
+                setting="--network_module",
+            )
         return method
 
 
@@ -395,7 +402,8 @@ def _trained_groups(
     if not any(group["params"] for group in groups):
         raise UserError(
             "nothing would be trained: --network_module attached to no layer of this base model; look at what "
-            "--network_args, such as a preset or a pattern, and --network_train_*_only leave over"
+            "--network_args, such as a preset or a pattern, and --network_train_*_only leave over",
+            setting="--network_args",
         )
     for index, group in enumerate(groups):
         lr = group.get("lr", learning_rate)
@@ -406,7 +414,8 @@ def _trained_groups(
     if not kept:
         raise UserError(
             "nothing would be trained: every part of the adapter has the learning rate 0; "
-            "set --learning_rate, --unet_lr or --text_encoder_lr"
+            "set --learning_rate, --unet_lr or --text_encoder_lr",
+            setting="--learning_rate",
         )
     return kept, kept_names if names is not None else None
 

@@ -24,6 +24,7 @@ CALLER_ADDS = {  # files whose errors are reasons -> who puts flag and file befo
     "library/models/": "the loader of a base model, flag and file",
     "library/data/decoding/npz.py": "library/data/decoding, the cache file",
     "library/data/sources/folders/image_index.py": "the index file",
+    "library/training/command_line/help.py": "argparse, the argument",
     "library/training/optimization/ema.py": "the state that it belongs to",
     "library/training/evaluation/": "the loop, which goes on without the preview",
     "library/training/offline/contact_sheet.py": "the options file",

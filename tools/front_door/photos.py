@@ -75,7 +75,9 @@ def find_photos(root: Path) -> list[PhotoFolder]:
     Raises UserError if there are none.
     """
     if not root.is_dir():
-        raise UserError(f"{root} is no folder{nearby(root, is_folder=True)}; give the folder that your photos are in")
+        raise UserError.of_file(
+            root, f"is no folder{nearby(root, is_folder=True)}; give the folder that your photos are in"
+        )
     paths = []
     for path, names, _ in os.walk(root.absolute()):
         names[:] = sorted(name for name in names if not name.startswith("."))
@@ -83,7 +85,7 @@ def find_photos(root: Path) -> list[PhotoFolder]:
     folders = [folder for path in paths if (folder := open_folder(path)) is not None]
     if not any(folder.photos for folder in folders):
         reasons = "".join(f"; {file.name} {reason}" for f in folders for file, reason in f.left_out[:1])
-        raise UserError(f"{root} has no photos that can be read{reasons}")
+        raise UserError.of_file(root, f"has no photos that can be read{reasons}")
     return folders
 
 

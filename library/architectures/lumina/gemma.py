@@ -100,7 +100,8 @@ def load_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_wor
     vocabulary = tokenizer.get_vocab()
     if missing := [word for word in (BEGIN, PADDING) if word not in vocabulary]:
         raise UserError(
-            f"the tokenizer {file} has no {missing[0]}: it belongs to another model; replace it with the right one"
+            f"the tokenizer {file} has no {missing[0]}: it belongs to another model; replace it with the right one",
+            path=file,
         )
     check_ids("Gemma", tokenizer, file, num_words)
     return tokenizer

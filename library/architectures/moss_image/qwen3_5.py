@@ -113,6 +113,7 @@ def load_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: in
     if not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer {tokenizer.name_or_path} has no chat template; put chat_template.jinja of {HUB_NAME} next "
-            "to its tokenizer.json"
+            "to its tokenizer.json",
+            path=tokenizer.name_or_path,
         )
     return tokenizer

@@ -135,7 +135,7 @@ def rows_of_parquet(file: str, label: str, config: SubsetConfig, storage: Storag
 def caption_lines(caption: str, label: str) -> str:
     """Return the stripped lines of a caption. Raises UserError for a text that is too long to be one."""
     if len(caption) > MOST_CAPTION_BYTES:
-        raise UserError(f"{label} has a caption of {len(caption) / 1e6:.1f} MB; no caption is that long")
+        raise UserError.of_file(label, f"has a caption of {len(caption) / 1e6:.1f} MB; no caption is that long")
     return stripped_lines(caption)
 
 

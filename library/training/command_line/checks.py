@@ -276,14 +276,16 @@ def check_training_adapter(text: str, merged: Sequence[str]) -> None:
     file, _ = parse_adapter(text, TRAINING_ADAPTER)
     for path in merged:
         if file.samefile(file_in_folder(Path(path), path)):
-            raise UserError(
-                f"{TRAINING_ADAPTER} {file} is also a file of --base_weights, so it would act twice; leave it out of "
-                "--base_weights, which previews keep"
+            raise UserError.about(
+                TRAINING_ADAPTER,
+                f"{file} is also a file of --base_weights, so it would act twice; leave it out of "
+                "--base_weights, which previews keep",
             )
     if keys := keys_of_text_encoders(file):
-        raise UserError(
-            f"{TRAINING_ADAPTER} {file} changes a text encoder ({keys[0]} and others), and a training adapter acts on "
-            "the denoiser alone; merge the file with --base_weights"
+        raise UserError.about(
+            TRAINING_ADAPTER,
+            f"{file} changes a text encoder ({keys[0]} and others), and a training adapter acts on "
+            "the denoiser alone; merge the file with --base_weights",
         )
 
 

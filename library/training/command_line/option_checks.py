@@ -57,7 +57,10 @@ def check_data(options: TrainOptions) -> None:
     if dataset.dataset_config is None and dataset.dataset_class is None:
         if not dataset.train_data_dir:
             raise UserError(
-                "no images are named; give --dataset_config with a TOML file, or --train_data_dir with a folder"
+                "no images are named; give --dataset_config with a TOML file, or --train_data_dir with a folder",
+                setting="--dataset_config",
+                others=["--train_data_dir"],
+                cause="missing",
             )
         if not dataset.resolution:
             raise UserError.about(
@@ -86,7 +89,7 @@ def check_values(options: Options) -> None:
     """Raise UserError for values, paths and combinations that the options' declarations do not allow."""
     missing = unsupported(options)
     if missing:
-        raise UserError("\n".join(missing))
+        raise UserError("\n".join(missing.values()), setting=next(iter(missing)), others=[*missing][1:])
     refuse_passwords(options)
     check_ranges(options)
     check_choices(options)
@@ -101,10 +104,11 @@ def check_paths(options: Options) -> None:
         if not os.path.exists(path):
             hint = nearby(Path(path), is_folder=kind == "folder")
             error = NotThere if kind in ("part", "model") else NoDataFound if name == IMAGES else UserError
-            raise error(f"--{name} {text} does not exist{hint or '; correct the path, or leave it out'}")
+            reason = f"does not exist{hint or '; correct the path, or leave it out'}"
+            raise error.about(f"--{name}", reason, text, cause="missing")
         found = "folder" if os.path.isdir(path) else "file"
         if found not in kind and kind not in ("part", "model"):
-            raise UserError.about(f"--{name}", f"{text} is a {found}; name a {kind}")
+            raise UserError.about(f"--{name}", f"is a {found}; name a {kind}", text)
 
 
 def list_read_paths(options: Options) -> Iterator[tuple[str, PathKind, str]]:

@@ -91,7 +91,10 @@ def acquire(path: Path) -> IO[str] | None:
                 raise
             raise UserError(
                 f"another run is writing files of this name ({holder}, according to {path}); wait until it ends, stop "
-                "it, or use another --output_name or --output_dir"
+                "it, or use another --output_name or --output_dir",
+                setting="--output_name",
+                path=path,
+                cause="would be lost",
             ) from None
         if is_at(file, path):
             break

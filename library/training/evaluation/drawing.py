@@ -127,7 +127,9 @@ def decode(context: StepContext, vae: nn.Module, latents_BCHW: Tensor, fallback:
     """Decode latents to an image. Raises UserError if the VAE returns NaN."""
     pixels_BCHW = fallback.run(vae, lambda: context.arch.codec.decode(vae, latents_BCHW))
     if not pixels_BCHW.isfinite().all():
-        raise UserError("the VAE gives NaN; add --no_half_vae, or use a VAE made for fp16")
+        raise UserError(
+            "the VAE gives NaN; add --no_half_vae, or use a VAE made for fp16", setting="--no_half_vae", cause="needs"
+        )
     return to_image(pixels_BCHW[0])
 
 

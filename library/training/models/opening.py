@@ -92,7 +92,9 @@ def open_data_plan(
         if text.cached is None:
             raise UserError(
                 "the text encoder of this base model sees the reference images of the data set, for which its outputs "
-                "must be cached; add --cache_text_encoder_outputs"
+                "must be cached; add --cache_text_encoder_outputs",
+                setting="--cache_text_encoder_outputs",
+                cause="needs",
             )
         plan = plan.with_seen_references()
     plan.audit(logger)

@@ -217,7 +217,9 @@ def resolve_optimizer_type(options: OptimizerOptions) -> str:
         names = " and ".join(
             f"--{name}" for name in [*given_aliases, *["optimizer_type"] * bool(options.optimizer_type)]
         )
-        raise UserError(f"{names} name different optimizers; keep one of them")
+        raise UserError(
+            f"{names} name different optimizers; keep one of them", setting="--optimizer_type", cause="does not fit"
+        )
     return aliases[given_aliases[0]] if given_aliases else options.optimizer_type or "AdamW"
 
 
@@ -355,7 +357,9 @@ def check_rates(groups: Sequence[Mapping[str, Any]], learning_rate: float, name:
         raise UserError(
             f"{name} estimates one learning rate for all parts, but --learning_rate, --unet_lr, --text_encoder_lr or "
             f"--network_args give {', '.join(map(str, sorted(set(rates))))}; use one value everywhere"
-            + (" (0 leaves a part as it is)" if may_freeze else "")
+            + (" (0 leaves a part as it is)" if may_freeze else ""),
+            setting="--learning_rate",
+            cause="does not fit",
         )
 
 

@@ -92,7 +92,7 @@ def fit_run(run: RequestedRun, sizes: BatchSizes, processes: Processes) -> Fit:
     counted, sweep = count_adapter_run(run, batch, processes.device), count_sweep(run, batch, processes.device)
     fit = fit_to(counted, gpu, sweep, sizes.max_train_steps)
     if fit.choice.chosen is None:
-        raise UserError("\n  ".join([f"--fit {options.fit.fit}", *fit.lines()]))
+        raise UserError("\n  ".join([f"--fit {options.fit.fit}", *fit.lines()]), setting="--fit")
     for line in fit.lines() if processes.is_main else ():
         logger.info("%s", line)
     return fit

@@ -90,7 +90,9 @@ def is_measured_alike(records: Sequence[Record]) -> bool:
 def build_comparison(paths: Sequence[Path]) -> str:
     """Build the page that compares runs. Raises UserError for fewer than two, or for one that cannot be read."""
     if len(paths) < 2:
-        raise UserError("name two runs or more: folders, reports or files of --log_events")
+        raise UserError(
+            "name two runs or more: folders, reports or files of --log_events", setting="runs", cause="missing"
+        )
     records = [read_run(path) for path in paths]
     labels = label_runs(records, paths)
     runs = [{"label": label, **select_shown(record)} for label, record in zip(labels, records, strict=True)]

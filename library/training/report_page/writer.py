@@ -134,7 +134,12 @@ def collect_record(lines: Iterable[str], source: str) -> Record:
         try:
             event = check_line(parse_json(line, allow_nan=False))
         except ValueError as error:
-            raise UserError(f"{source}: line {number} is not an event: {error}") from error
+            raise UserError(
+                f"{source}: line {number} is not an event: {error}",
+                path=source,
+                place=f"line {number}",
+                cause="unreadable",
+            ) from error
         record.add(event)
     return record
 

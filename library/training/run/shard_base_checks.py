@@ -28,12 +28,15 @@ def resolve_launched_values(is_sharded: bool, refusal: str | None = None) -> dic
         raise UserError(
             "accelerate is configured for FSDP 1, which spreads a model that is trained; the base model is frozen here "
             "and the adapter is small: run `accelerate config` again with FSDP version 2, which means --shard_base, or "
-            "give --multi_gpu to accelerate launch"
+            "give --multi_gpu to accelerate launch",
+            setting="--shard_base",
         )
     if fsdp_version() != 2 or is_sharded:
         return {}
     if refusal is not None:
-        raise UserError(f"accelerate is configured for FSDP2, which means --shard_base: {refusal}")
+        raise UserError(
+            f"accelerate is configured for FSDP2, which means --shard_base: {refusal}", setting="--shard_base"
+        )
     logger.info("accelerate is configured for FSDP2: --shard_base spreads the frozen base model over the processes")
     return {"shard_base": True}
 

@@ -224,7 +224,8 @@ class Writer:
         space = f"--output_dir {folder}: {format_bytes(free)} are free on its disk"
         if free < one_file:
             raise UserError(
-                f"{space}, and the adapter takes {format_bytes(one_file)}; make room or name another folder"
+                f"{space}, and the adapter takes {format_bytes(one_file)}; make room or name another folder",
+                setting="--output_dir",
             )
         if free < needed:
             logger.warning(

@@ -36,7 +36,11 @@ def load_latents(
         damaged = [
             key for key, latents_CHW in zip(batch.keys, latents_BCHW, strict=True) if not latents_CHW.isfinite().all()
         ]
-        raise UserError(f"the VAE gives NaN for {', '.join(damaged)}; add --no_half_vae, or use a VAE made for fp16")
+        raise UserError(
+            f"the VAE gives NaN for {', '.join(damaged)}; add --no_half_vae, or use a VAE made for fp16",
+            setting="--no_half_vae",
+            cause="needs",
+        )
     return latents_BCHW
 
 

@@ -31,7 +31,9 @@ def check_encodings(folder: str, names: Iterable[str]) -> None:
     if wrong:
         listed = list_few([f"{name} ({encoding})" for name, encoding in wrong], 20)
         raise NotUtf8(
-            f"{len(wrong)} caption files in {folder} are not UTF-8; save them as UTF-8. Detected encodings: {listed}"
+            f"{len(wrong)} caption files in {folder} are not UTF-8; save them as UTF-8. Detected encodings: {listed}",
+            path=folder,
+            cause="unreadable",
         )
 
 
@@ -43,7 +45,8 @@ def read_caption(path: str) -> tuple[int, str]:
         if len(content) > MOST_CAPTION_BYTES:
             raise UserError(
                 f"the caption file {path} has {len(content) / 1e6:.1f} MB, too much for a caption; if it is another "
-                "kind of file, move it elsewhere or set another caption_extension"
+                "kind of file, move it elsewhere or set another caption_extension",
+                path=path,
             )
         text = content.decode()
     except UnicodeDecodeError as error:

@@ -41,7 +41,11 @@ def open_file_system(url: str) -> tuple[Any, str]:
         opened, path = url_to_fs(url)
     except ImportError as error:
         package = PACKAGES.get(protocol) or (error.name if error.name else "fsspec")
-        raise UserError(f"{protocol}:// requires the package {package}: python3 -m pip install {package}") from None
+        raise UserError(
+            f"{protocol}:// requires the package {package}: python3 -m pip install {package}",
+            path=strip_secrets(url),
+            cause="not installed",
+        ) from None
     except ValueError as error:
         raise UserError.of_file(
             strip_secrets(url), f": {clean_message(error)}; use s3://, hf://, https:// or a path"
