@@ -28,8 +28,8 @@ from library.memory.planner.gpus import LINUX, TYPICAL, Gpu, parse_cards  # noqa
 from library.memory.planner.known import FILE, KnownFormat, KnownMode, KnownModel, load_models, plan  # noqa: E402
 from library.memory.planner.prediction import CountedStep, MemoryMode, apply_mode, pass_work, predict  # noqa: E402
 from library.memory.planner.weights import StorageCost  # noqa: E402
+from library.options.config_file import read_toml  # noqa: E402
 from library.training.command_line.recipes import FOLDER, list_recipes  # noqa: E402
-from library.training.config_file import load_toml  # noqa: E402
 from library.training.planning.settings import describe  # noqa: E402
 from tests.contracts.header_only import FULL_SIZE, FullSize  # noqa: E402
 from tools.counted_plan import count  # noqa: E402
@@ -86,7 +86,9 @@ def num_passes(model: FullSize, arguments: Sequence[str]) -> int:
     """Return the passes of the first recipe for this model."""
     for recipe in list_recipes():
         values: Mapping[str, Any] = {
-            key: value for table in load_toml(FOLDER / f"{recipe.name}.toml").values() for key, value in table.items()
+            key: value
+            for table in read_toml(FOLDER / f"{recipe.name}.toml", "--recipe").values()
+            for key, value in table.items()
         }
         kind = values.get("model_type")
         if recipe.script == f"{model.script}.py" and (kind is None or kind in arguments) == (kind != "chroma"):

@@ -48,7 +48,7 @@ class CachingScript:
             check_caching(script, args, with_command_options(args, cached, batch_size))
 
         command_line = check_words(self.setup_parser(), check, argv)
-        args = command_line.start_log()
+        command_line.start_log()
         from library.training.command_line import caching
 
         def run(args: argparse.Namespace) -> None:
@@ -57,7 +57,7 @@ class CachingScript:
             assembly = importlib.import_module(f"library.architectures.{self.package}.assembly")
             encode(caching, assembly, script.options.from_args(with_command_options(args, cached, batch_size)))
 
-        return caching.run_caching(args, run)
+        return caching.run_caching(command_line, run)
 
 
 def check_caching(script: Script, args: argparse.Namespace, encoded: argparse.Namespace) -> None:

@@ -36,9 +36,10 @@ def deterministic(is_enabled: bool) -> Iterator[None]:
         return
     workspaces = os.environ.setdefault(WORKSPACES, FIXED_WORKSPACES[0])
     if workspaces not in FIXED_WORKSPACES:
-        raise UserError(
-            f"--deterministic: the environment variable {WORKSPACES} is {workspaces!r}, with which cuBLAS adds in "
-            f"varying order; unset it, or set it to {' or '.join(FIXED_WORKSPACES)}"
+        raise UserError.about(
+            "--deterministic",
+            f": the environment variable {WORKSPACES} is {workspaces!r}, with which cuBLAS adds in "
+            f"varying order; unset it, or set it to {' or '.join(FIXED_WORKSPACES)}",
         )
     memory: Any = torch.utils.deterministic
     benchmarks, fills = torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory
@@ -103,7 +104,9 @@ def explain_nondeterminism(find_module: Callable[[], str | None] = lambda: None)
         raise NotDeterministicError(
             f"--deterministic: the operation {match[1]}{f' in {module}' if module else ''} has no deterministic form "
             f"in torch {torch.__version__}, so the run ends and saves nothing. Leave out --deterministic, or the "
-            "option or network module that uses the operation"
+            "option or network module that uses the operation",
+            setting="--deterministic",
+            cause="does not fit",
         ) from error
 
 

@@ -4,6 +4,7 @@ import json
 import re
 from typing import Any
 
+PLACE = re.compile(r"line (\d+),? column (\d+)")  # as tomllib and json write it
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -36,6 +37,12 @@ def parse_json(text: str | bytes, allow_nan: bool = True) -> Any:
 def explain_parse_error(error: Exception) -> str:
     """Return the reason why a text could not be parsed, without Python's advice on long numbers."""
     return "it has a number of thousands of digits" if "integer string conversion" in str(error) else str(error)
+
+
+def find_place(error: Exception) -> str | None:
+    """Return line and column of an error of tomllib or json, or None."""
+    place = PLACE.search(str(error))
+    return f"line {place[1]}, column {place[2]}" if place else None
 
 
 def refuse_constant(name: str) -> None:

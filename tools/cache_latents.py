@@ -67,7 +67,10 @@ def find_package(args: argparse.Namespace) -> str:
     """Return the package of the requested base model. Raises UserError if two are requested."""
     flags = [name for name in ("sdxl", "flux", *list_families()) if getattr(args, name, False)]
     if len(flags) > 1:
-        raise UserError(f"--{flags[0]} and --{flags[1]} name two base models; remove one of them")
+        others = [f"--{flags[1]}"]
+        raise UserError.about(
+            f"--{flags[0]}", f"and {others[0]} name two base models; remove one of them", others=others
+        )
     return flags[0] if flags else "sd"
 
 
@@ -127,10 +130,10 @@ def caching_command(
             script = CachingScript(flags[0].removeprefix("--"))
             return cache_family(script, [word for word in words if word not in flags])
         command_line = check_words(setup_parser(), check, argv)
-        args = command_line.start_log()
+        command_line.start_log()
         from library.training.command_line.caching import run_caching
 
-        return run_caching(args, action)
+        return run_caching(command_line, action)
 
     return main
 

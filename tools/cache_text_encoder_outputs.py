@@ -34,7 +34,9 @@ def cache_to_disk(args: argparse.Namespace) -> None:
     if arch.text_cache is None:
         raise UserError(
             "use --sdxl or --flux: the text encoder outputs of Stable Diffusion 1.x and 2.x are not cached, because "
-            "their encoder is fast"
+            "their encoder is fast",
+            setting="--sdxl",
+            cause="needs",
         )
     cache_captions(options, arch)
 

@@ -233,7 +233,9 @@ def print_capabilities(args: argparse.Namespace) -> None:
     scripts = sorted(path.name for pattern in SCRIPTS for path in ROOT.glob(pattern))
     if args.script and args.script not in scripts:
         suggestion = nearest_name(args.script, scripts)
-        raise UserError(f"--script {args.script} is not a training script; use {suggestion or ', '.join(scripts)}")
+        raise UserError.about(
+            "--script", f"{args.script} is not a training script; use {suggestion or ', '.join(scripts)}"
+        )
     capabilities = list_capabilities([args.script] if args.script else scripts)
     if args.json:
         print(json.dumps(capabilities, ensure_ascii=True, default=str))  # paths

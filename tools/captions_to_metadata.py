@@ -40,20 +40,24 @@ EXAMPLES = """\
 def list_images(folder: Path, is_recursive: bool) -> list[Path]:
     """List the images of a folder, sorted by path. Raises UserError if there are none."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder")
+        raise UserError.of_file(folder, "is not a folder")
     endings = image_extensions()
     entries = sorted(folder.rglob("*") if is_recursive else folder.iterdir())
     images = [path for path in entries if path.suffix in endings and path.is_file()]
     if not images:
         hint = "" if is_recursive else "; --recursive with --full_path searches its subfolders"
-        raise UserError(f"{folder} has no images{hint}{describe_unread(path.name for path in entries)}")
+        raise UserError.of_file(
+            folder, f"has no images{hint}{describe_unread(path.name for path in entries)}", cause="missing"
+        )
     return images
 
 
 def check_name(path: Path) -> None:
     """Raise UserError if the name ends in .jsonl, or the file cannot be written."""
     if path.suffix.lower() == ".jsonl":
-        raise UserError(f"{path}: the metadata file is a JSON object, not JSON lines; use a name that ends in .json")
+        raise UserError.of_file(
+            path, ": the metadata file is a JSON object, not JSON lines; use a name that ends in .json"
+        )
     # No inputs are passed: as in sd-scripts, several calls may collect into one file, which is then also read.
     check_place("out_json", path, METADATA)
 
@@ -109,14 +113,21 @@ def check_keys(images: Sequence[Path], is_full: bool) -> None:
     for image in images:
         other = seen.setdefault(image_key(image, is_full), image)
         if other is not image:
-            raise UserError(f"{other} and {image} have the same key, {image.stem}; use --full_path, or rename one")
+            raise UserError(
+                f"{other} and {image} have the same key, {image.stem}; use --full_path, or rename one",
+                setting="--full_path",
+                path=image,
+                cause="would be lost",
+            )
 
 
 def collect(args: argparse.Namespace) -> None:
     """Read the captions and write the metadata file."""
     if args.recursive and not args.full_path:
-        raise UserError(
-            "--recursive requires --full_path: file names alone do not distinguish images of several folders"
+        raise UserError.about(
+            "--recursive",
+            "requires --full_path: file names alone do not distinguish images of several folders",
+            cause="needs",
         )
     check_name(args.out_json)
     extension = args.caption_extention or args.caption_extension or ENDINGS[args.field]
@@ -131,7 +142,11 @@ def collect(args: argparse.Namespace) -> None:
         else:
             table.setdefault(image_key(image, args.full_path), {})[args.field] = text
     if len(missing) == len(images):
-        raise UserError(f"none of the {len(images)} images has a {extension} file; set --caption_extension")
+        raise UserError(
+            f"none of the {len(images)} images has a {extension} file; set --caption_extension",
+            setting="--caption_extension",
+            cause="missing",
+        )
     if missing:
         logger.warning(
             "%d of %d images have no %s file and get no %s; the first is %s",

@@ -125,7 +125,9 @@ def judge(
     if lone_alphas and len(modules) > len(lone_alphas):
         warnings.append(f"alphas without weights, which have no effect: {list_some_keys(lone_alphas)}")
     if base_model is not None and summaries and not norms:
-        raise UserError(f"--base_model {base_model.path} has none of the modules of {origin}; name its own base model")
+        raise UserError.about(
+            "--base_model", f"has none of the modules of {origin}; name its own base model", path=base_model.path
+        )
     name = base.name if base else None
     alphas = {key: float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha") and tensor.numel() == 1}
     programs = readings(specs, shapes, metadata, alphas)

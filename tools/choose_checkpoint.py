@@ -76,7 +76,11 @@ def choose_seed(seed: int | None, files: Sequence[Path]) -> int:
         return seed
     seeds = {read_metadata(path).get("ss_seed", "") for path in files}
     if len(seeds) != 1 or not (text := seeds.pop()).isdigit():
-        raise UserError("--seed is not set, and the files record no common seed; set --seed to that of the training")
+        raise UserError.about(
+            "--seed",
+            "is not set, and the files record no common seed; set --seed to that of the training",
+            cause="missing",
+        )
     logger.info("--seed is not set: using %s from the files", text)
     return int(text)
 
@@ -158,13 +162,15 @@ def read_columns(options: PreviewOptions, arch: Architecture, seeds: Sequence[in
     if not options.score_previews:
         if seeds or options.score_models:
             flag = "--seeds" if seeds else "--score_models"
-            raise UserError(
-                f"{flag} has no effect without --score_previews, which draws images and scores them; add it"
+            raise UserError.about(
+                flag, "has no effect without --score_previews, which draws images and scores them; add it"
             )
         return []
     specs = read_prompts(Path(options.sample_prompts)) if options.sample_prompts else []
     if not specs:
-        raise UserError("--score_previews needs prompts to draw: set --sample_prompts to a file of them")
+        raise UserError.about(
+            "--score_previews", "needs prompts to draw: set --sample_prompts to a file of them", cause="needs"
+        )
     refuse_strengths(specs, "--score_previews")
     return expand_columns(resolve_all(specs, arch), seeds)
 
@@ -180,8 +186,8 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     )
     files = drop_copies(files)
     if options.dataset.dataset_class:
-        raise UserError(
-            "--dataset_class is not supported: images of a custom dataset class cannot be measured one by one"
+        raise UserError.about(
+            "--dataset_class", "is not supported: images of a custom dataset class cannot be measured one by one"
         )
     seed = choose_seed(options.run.seed, files)
     warn_of_other_splits(options.validation, files, seed)
@@ -193,7 +199,7 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     sides, losses = losses_of_files(options, text_plan, arch, plan, seed, [None, *files], find_device())
     choice = choose_measured(measure_files(sides, list(losses)), is_held_out=sides.held_out is not None)
     if choice is None:
-        raise UserError("the loss of every file is NaN; use --mixed_precision bf16 or no")
+        raise UserError("the loss of every file is NaN; use --mixed_precision bf16 or no", setting="--mixed_precision")
     if scorer is not None:
         rows = [Row([], columns), *(Row([(file, 1.0)], columns) for file in files)]
         # The models are loaded again: drawing moves text encoders and VAE as contact sheets do.

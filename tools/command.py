@@ -128,7 +128,7 @@ def dtype_of_file(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
     if name.lower() not in FILE_PRECISIONS:
-        raise UserError(f"--save_precision is {name}; use one of {', '.join(FILE_PRECISIONS)}")
+        raise UserError.about("--save_precision", f"is {name}; use one of {', '.join(FILE_PRECISIONS)}")
     return FILE_PRECISIONS[name.lower()]
 
 
@@ -142,14 +142,14 @@ def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}; it must be at least 1")
+            raise UserError.about(f"--{name}", f"is {value}; it must be at least 1")
 
 
 def check_finite(flag: str, *numbers: float) -> None:
     """Raise UserError for NaN and infinity."""
     for number in numbers:
         if not math.isfinite(number):
-            raise UserError(f"{flag} has {number}; use a finite number")
+            raise UserError.about(flag, f"has {number}; use a finite number")
 
 
 def resolve_ratios(args: argparse.Namespace, unset: float) -> list[float]:
@@ -160,14 +160,18 @@ def resolve_ratios(args: argparse.Namespace, unset: float) -> list[float]:
     ratios = args.ratios or [unset] * len(args.models)
     check_finite("--ratios", *ratios)
     if len(ratios) != len(args.models):
-        raise UserError(f"--ratios has {len(ratios)} values, but --models {len(args.models)}; use one for each file")
+        raise UserError.about(
+            "--ratios", f"has {len(ratios)} values, but --models {len(args.models)}; use one for each file"
+        )
     return ratios
 
 
 def check_extension(flag: str, path: Path) -> None:
     """Raise UserError unless the extension selects a weight file format."""
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{flag} {path}: the name must end in one of {', '.join(SUFFIXES)}, which chooses the format")
+        raise UserError.about(
+            flag, f": the name must end in one of {', '.join(SUFFIXES)}, which chooses the format", path=path
+        )
 
 
 def check_output(flag: str, path: Path, writer: str, inputs: Iterable[Path | None] = ()) -> None:
@@ -180,7 +184,9 @@ def check_output(flag: str, path: Path, writer: str, inputs: Iterable[Path | Non
 def check_safetensors_output(flag: str, path: Path, writer: str, inputs: Iterable[Path | None] = ()) -> None:
     """Raise UserError as `check_output` does, and for other extensions than those of safetensors."""
     if not is_safetensors(path):
-        raise UserError(f"{flag} {path}: the name must end in {' or '.join(SAFETENSORS_SUFFIXES)}, the only format")
+        raise UserError.about(
+            flag, f": the name must end in {' or '.join(SAFETENSORS_SUFFIXES)}, the only format", path=path
+        )
     check_place(flag, path, written_by(writer, path), inputs)
 
 
@@ -205,9 +211,11 @@ def check_folder(flag: str, path: Path) -> None:
     """Raise UserError if nothing can be created at `path`; missing parent folders are allowed."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir():
-        raise UserError(f"{flag} {path}: {folder} is a file, not a folder; use another folder")
+        raise UserError.about(flag, f": {folder} is a file, not a folder; use another folder", path=path)
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {path}: {folder} is not writable; change its permissions, or use another folder")
+        raise UserError.about(
+            flag, f": {folder} is not writable; change its permissions, or use another folder", path=path
+        )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -218,7 +226,9 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--device {name} cannot be used ({reason}); use cpu, or cuda if there is a GPU") from None
+        raise UserError.about(
+            "--device", f"{name} cannot be used ({reason}); use cpu, or cuda if there is a GPU"
+        ) from None
     return device
 
 

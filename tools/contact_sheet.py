@@ -109,15 +109,19 @@ def choose_files(named: list[Path] | None, saving: SavingOptions) -> list[Path]:
     """
     for path in named or ():
         if not path.exists():
-            raise UserError(f"--files {path} does not exist")
+            raise UserError.about("--files", "does not exist", path=path, cause="missing")
     if named:
         return [file_in_folder(path, f"--files {path}") for path in named]
     if not saving.output_dir:
-        raise UserError("no adapter files: set --files, or --output_dir to search for them")
+        raise UserError(
+            "no adapter files: set --files, or --output_dir to search for them", setting="--files", cause="missing"
+        )
     names = Names.build(saving)
     files = files_of_run(names)
     if not files:
-        raise UserError(f"--output_dir {names.folder} contains no adapter files of this name; list some with --files")
+        raise UserError.about(
+            "--output_dir", "contains no adapter files of this name; list some with --files", path=names.folder
+        )
     return files
 
 
@@ -191,7 +195,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     check_precision(options.precision, options.network)
     check_at_least_one(args, "side")
     if not options.preview.sample_prompts:
-        raise UserError("--sample_prompts contains no prompts")
+        raise UserError.about("--sample_prompts", "contains no prompts")
     files = choose_files(args.files, options.saving)
     target = (
         args.sheet or Names.build(options.saving).path_with_ending("-sheet.png")
@@ -199,7 +203,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
         else args.sheet
     )
     if target is None:
-        raise UserError("--sheet is not set; set the PNG to write, or --output_dir")
+        raise UserError.about("--sheet", "is not set; set the PNG to write, or --output_dir", cause="missing")
     check_target("--sheet", target, written_by(WRITER, target), [*files, Path(options.preview.sample_prompts)])
     files = drop_copies(files)
     arch, device = base.build(options), find_device()

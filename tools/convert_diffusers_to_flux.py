@@ -46,14 +46,23 @@ def open_transformer(path: Path) -> Weights:
         weights = model_lookup.open_file(FLAG, path)
     if DIFFUSERS_MARK not in weights.shapes:
         first_names = list_first_names(weights)
-        raise UserError(f"{FLAG} {path} is not a FLUX.1 transformer in diffusers' layout (first names: {first_names})")
+        raise UserError.about(
+            FLAG, f"is not a FLUX.1 transformer in diffusers' layout (first names: {first_names})", path=path
+        )
     original = KEYS.from_diffusers(weights)
     spec = base_of_file(list_specs(), original.shapes)
     if spec is None or spec.name not in MODELS:
-        raise UserError(f"{FLAG} {path} is {'of an unknown model' if spec is None else f'{spec.called} model'}")
+        raise UserError.about(
+            FLAG, f"is {'of an unknown model' if spec is None else f'{spec.called} model'}", path=path
+        )
     unknown = sorted(set(original.shapes) - set(KEYS.our_keys(weights.shapes)))
     if unknown:
-        raise UserError(f"{FLAG} {path}: {unknown[0]} does not exist in the original layout; this is another variant")
+        raise UserError.about(
+            FLAG,
+            f": {unknown[0]} does not exist in the original layout; this is another variant",
+            path=path,
+            cause="missing",
+        )
     return original
 
 

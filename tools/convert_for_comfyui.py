@@ -39,11 +39,12 @@ def rename(base: str, to: FileNaming, back: FileNaming | None, args: argparse.Na
     tool.check_output("dst_path", args.dst_path, WRITER, [args.src_path])
     spec = spec_for_file(read_adapter(args.src_path, "src_path"), str(args.src_path))
     if spec.name != base:
-        raise UserError(f"{args.src_path} is an adapter of {spec.title}; use tools/convert_lora.py")
+        raise UserError.of_file(args.src_path, f"is an adapter of {spec.title}; use tools/convert_lora.py")
     if args.reverse and back is None:
-        raise UserError(
-            f"--reverse: {args.src_path} needs no renaming, because training and all tools use ComfyUI's names for "
-            f"{spec.title}; pass it to --network_weights as it is"
+        raise UserError.about(
+            "--reverse",
+            f": {args.src_path} needs no renaming, because training and all tools use ComfyUI's names for "
+            f"{spec.title}; pass it to --network_weights as it is",
         )
     renamed = convert(args.src_path, args.dst_path, (back or to) if args.reverse else to, drop_unsupported=False)
     print(f"{args.dst_path}: {len(renamed.file.modules)} modules renamed")
@@ -66,6 +67,11 @@ def command_by_trainer(description: str | None) -> Callable[..., int]:
 def rename_by_trainer(args: argparse.Namespace) -> None:
     """Read, rename and write the LoRA. Keys that the other naming does not support are dropped and reported."""
     if args.src == args.dst:
-        raise UserError(f"--src and --dst are both {args.src}; there is nothing to rename")
+        raise UserError.about(
+            "--src",
+            f"and --dst are both {args.src}; there is nothing to rename",
+            cause="does not fit",
+            others=["--dst"],
+        )
     tool.check_output("--dst_path", args.dst_path, WRITER, [args.src_path])
     convert(args.src_path, args.dst_path, NAMINGS[args.dst], drop_unsupported=True)

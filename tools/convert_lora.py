@@ -38,8 +38,8 @@ def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) 
     file = read_adapter(model, "--model")
     spec = spec_for_file(file, f"--model {model}")
     if not programs_that_read(spec, to):
-        raise UserError(
-            f"--to {to}: no program reads adapters of {spec.title} in that naming; {best_namings(spec)} are read"
+        raise UserError.about(
+            "--to", f"{to}: no program reads adapters of {spec.title} in that naming; {best_namings(spec)} are read"
         )
     renamed = rename(file, spec.names, to, drop_unsupported)
     if renamed.dropped:

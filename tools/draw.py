@@ -86,7 +86,12 @@ def scale_strengths(files: Stack, factor: float) -> Stack:
 def read_specs(args: argparse.Namespace) -> list[PromptSpec]:
     """Return the prompts of --prompt and --prompts, all with a seed. Raises UserError if there are none."""
     if not args.prompt and not args.prompts:
-        raise UserError("there is nothing to draw; give --prompt, or --prompts with a file")
+        raise UserError(
+            "there is nothing to draw; give --prompt, or --prompts with a file",
+            setting="--prompt",
+            others=["--prompts"],
+            cause="missing",
+        )
     lines = enumerate(args.prompt, 1)
     specs = [spec for number, line in lines for spec in parse_strip(line, f"--prompt {number}")]
     specs += read_prompts(args.prompts, "--prompts") if args.prompts else []

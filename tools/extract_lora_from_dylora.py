@@ -112,21 +112,25 @@ def choose_ranks(nested: Nested, unit: int | None, ranks: Sequence[int] | None) 
     if ranks:
         wrong = [rank for rank in ranks if rank not in possible]
         if wrong:
-            raise UserError(
-                f"--rank {wrong[0]}: the file has rank {nested.full_rank}{trained}; use one of {format_ranks(possible)}"
+            raise UserError.about(
+                "--rank",
+                f"{wrong[0]}: the file has rank {nested.full_rank}{trained}; use one of {format_ranks(possible)}",
             )
         return sorted(set(ranks))
     unit = unit if unit is not None else nested.unit
     if unit is None:
         raise UserError(
             f"use --unit N for the ranks N, 2N, ... or --rank R [R ...]: the file has rank {nested.full_rank} and "
-            "does not record its unit"
+            "does not record its unit",
+            setting="--unit",
+            others=["--rank"],
+            cause="needs",
         )
     smallest = nested.unit or 1
     if unit < 1 or nested.full_rank % unit or unit % smallest:
         units = [n for n in possible if nested.full_rank % n == 0]
-        raise UserError(
-            f"--unit {unit}: the file has rank {nested.full_rank}{trained}; use one of {format_ranks(units)}"
+        raise UserError.about(
+            "--unit", f"{unit}: the file has rank {nested.full_rank}{trained}; use one of {format_ranks(units)}"
         )
     return list(range(unit, nested.full_rank + 1, unit))
 
@@ -215,9 +219,18 @@ def setup_parser() -> argparse.ArgumentParser:
 def extract(args: argparse.Namespace) -> None:
     """Write the files and print the report, as requested."""
     if args.unit is not None and args.rank is not None:
-        raise UserError("--unit and --rank exclude each other: --unit cuts at every multiple, --rank at given ranks")
+        raise UserError.about(
+            "--unit",
+            "and --rank exclude each other: --unit cuts at every multiple, --rank at given ranks",
+            cause="does not fit",
+            others=["--rank"],
+        )
     if args.save_to is None and not args.report:
-        raise UserError("--save_to is missing: set the base name of the files, or use --report to only print the ranks")
+        raise UserError.about(
+            "--save_to",
+            "is missing: set the base name of the files, or use --report to only print the ranks",
+            cause="missing",
+        )
     if args.save_to is not None:
         check_extension("--save_to", args.save_to)
     nested = open_nested(args.model)

@@ -41,7 +41,7 @@ def open_architecture(flag: str, name: str) -> tuple[BaseModelSpec, Architecture
     path, spec = find_base(flag, name, "unet", "text_encoder")
     if not spec.folders:
         known = ", ".join(other.title for other in list_specs() if other.folders)
-        raise UserError(f"{flag} {name} is {spec.called} model; supported: {known}")
+        raise UserError.about(flag, f"{name} is {spec.called} model; supported: {known}")
     values: dict[str, Any] = spec.options.defaults() | {"pretrained_model_name_or_path": str(path)}
     if spec.script_flag:
         values[spec.script_flag.removeprefix("--")] = True
@@ -104,8 +104,8 @@ def measure_changes(
     """
     num_layers = len(clip_body(encoder).encoder.layers)
     if not 1 <= clip_skip <= num_layers:
-        raise UserError(
-            f"--clip_skip is {clip_skip}, but the text encoder has {num_layers} layers; use 1 to {num_layers}"
+        raise UserError.about(
+            "--clip_skip", f"is {clip_skip}, but the text encoder has {num_layers} layers; use 1 to {num_layers}"
         )
     plain, changed = encoder.to(device), merge_adapter(encoder, modules).to(device)
     batches = list(iterate_batches(tokenizer, batch_size))

@@ -80,7 +80,8 @@ class Packed:
         except UnicodeEncodeError as error:
             raise UserError(
                 f"the caption of {self.image.key} contains an unpaired surrogate at position {error.start}, which "
-                "text files cannot store; fix it in the metadata file"
+                "text files cannot store; fix it in the metadata file",
+                path=self.image.key,
             ) from None
 
 
@@ -98,7 +99,8 @@ def choose_extension(image: ScannedImage, content: bytes) -> str:
     if ending not in image_extensions():
         raise UserError(
             f"{image.key} is an image in the format {name}, which is not read from shards; convert it to PNG, JPEG or "
-            "WebP, or train this dataset without shards"
+            "WebP, or train this dataset without shards",
+            path=image.key,
         )
     return ending
 
@@ -312,13 +314,15 @@ def refuse_other_folders(dataset: DatasetConfig) -> None:
         source = dataset.subsets[0].conditioning_data_dir
         raise UserError(
             f"conditioning_data_dir {source}: shards do not support mask files; store masks as the images' alpha "
-            "channel and set alpha_mask, or train this dataset from its folders"
+            "channel and set alpha_mask, or train this dataset from its folders",
+            setting="conditioning_data_dir",
         )
     for subset in dataset.subsets:
         if subset.opposite_dir:
             raise UserError(
                 f"opposite_dir {subset.opposite_dir}: shards do not support opposite images; train this dataset from "
-                "its folders"
+                "its folders",
+                setting="opposite_dir",
             )
 
 
@@ -334,7 +338,9 @@ def pack(config: RunDataConfig, out: Path, shard_bytes: float, storage: Storage)
     for key, (subset, name) in names.items():
         scanned = load_source(subset.source_key).scan(subset, storage, 16)
         if not scanned.images:
-            raise NoDataFound(f"there are no images in {subset.source}; remove the subset")
+            raise NoDataFound(
+                f"there are no images in {subset.source}; remove the subset", path=subset.source, cause="missing"
+            )
         patterns[key] = write_shards(scanned, subset.source, out, name, shard_bytes, storage)
     return [
         [(out / patterns[make_key(subset)]).resolve().as_posix() for subset in dataset.subsets]
@@ -398,12 +404,12 @@ def read_options(args: argparse.Namespace, training: Sequence[str]) -> TrainOpti
     """Return the training options. Raises UserError for missing or contradictory ones."""
     options: TrainOptions = read_training_options(args.script or "train_network.py", training)[1]
     if options.dataset.dataset_config is None:
-        raise UserError("--dataset_config is missing; it lists the images to pack")
+        raise UserError.about("--dataset_config", "is missing; it lists the images to pack", cause="missing")
     if args.shard_mb <= 0:
-        raise UserError(f"--shard_mb is {args.shard_mb:g}, but must be above 0")
+        raise UserError.about("--shard_mb", f"is {args.shard_mb:g}, but must be above 0")
     requested = [name for name in CACHES if options.flat().get(name)]
     if requested and args.script is None:
-        raise UserError(f"--{requested[0]} requires --script, the training script of the base model")
+        raise UserError.about(f"--{requested[0]}", "requires --script, the training script of the base model")
     check_data(options)
     return options
 

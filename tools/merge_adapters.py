@@ -180,7 +180,11 @@ def add_factors(
     shape = max((module.shape for module, _ in terms), key=len)
     for module, _ in terms:
         if not module.is_low_rank or module.shape[:2] != shape[:2] or prod(module.shape) != prod(shape):
-            raise UserError(f"{name} has different shapes in --models; they were made for different base models")
+            raise UserError(
+                f"{name} has different shapes in --models; they were made for different base models",
+                setting="--models",
+                cause="does not fit",
+            )
     device = arithmetic.device
     pairs = (module.factors(arithmetic.dtype) for module, _ in terms)
     factors = [(up_OR.to(device), down_RN.to(device)) for up_OR, down_RN in pairs]
@@ -210,7 +214,9 @@ def approximate(name: str, terms: Terms, ranks: tuple[int, int], weight: Tensor,
     for module, ratio in terms:
         change += module.merged(weight, ratio, dtype) - weight
     if not bool(torch.isfinite(change).all()):
-        raise UserError(f"--base_model has values that are not finite in {name}; the checkpoint is damaged")
+        raise UserError.about(
+            "--base_model", f"has values that are not finite in {name}; the checkpoint is damaged", cause="unreadable"
+        )
     matrix_ON = change.flatten(1)
     exact_ON = matrix_ON if weight.device.type == "mps" else matrix_ON.double()  # MPS has no float64
     up_OR, down_RN = (factor.to(dtype) for factor in best_factors(exact_ON, rank_for(tuple(weight.shape), ranks)))

@@ -54,7 +54,11 @@ def open_parts(args: argparse.Namespace) -> list[tuple[BaseModel, Path]]:
         ("--t5xxl", args.t5xxl, args.t5xxl_save_to, open_t5xxl),
     ):
         if (path is None) != (save_to is None):
-            raise UserError(f"{flag} and {flag}_save_to must be used together: the file to read, and the file to write")
+            raise UserError.about(
+                flag,
+                f"and {flag}_save_to must be used together: the file to read, and the file to write",
+                cause="does not fit",
+            )
         if path is not None:
             check_output(f"{flag}_save_to", save_to, merge_lora.WRITER, inputs)
             parts.append((flag, path, save_to, opener))
@@ -94,7 +98,7 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
         return
     ratios = merge_lora.check(args)
     if args.lbws:
-        raise UserError("--lbws names the blocks of a U-Net, but FLUX.1 has none; remove it")
+        raise UserError.about("--lbws", "names the blocks of a U-Net, but FLUX.1 has none; remove it")
     arithmetic = Arithmetic.from_args(args)
     parts = open_parts(args)
     read = [read_adapter(path, "--models") for path in args.models]

@@ -53,9 +53,10 @@ def merge_tensors(
         total = torch.zeros_like(value, dtype=dtype, device=device)
         for model, ratio in zip(models, ratios, strict=True):
             if model.shapes.get(key, value.shape) != first.shapes[key]:
-                raise UserError(
-                    f"--models: {key} has shape {first.shapes[key]} in {first.origin} and {model.shapes[key]} in "
-                    f"{model.origin}; use checkpoints of one base model"
+                raise UserError.about(
+                    "--models",
+                    f": {key} has shape {first.shapes[key]} in {first.origin} and {model.shapes[key]} in "
+                    f"{model.origin}; use checkpoints of one base model",
                 )
             total += ratio * (model.read(key) if key in model.shapes else value).to(device, dtype)
         tensors[key] = total.cpu()
@@ -69,9 +70,10 @@ def log_differences(models: Sequence[Weights], show_skipped: bool) -> None:
         skipped = [key for key in model.shapes if key not in first]
         missing = [key for key in first if key not in model.shapes]
         if len(missing) == len(first):
-            raise UserError(
-                f"--models: {model.origin} and {models[0].origin} have no weight in common; use checkpoints of one "
-                "base model in one layout"
+            raise UserError.about(
+                "--models",
+                f": {model.origin} and {models[0].origin} have no weight in common; use checkpoints of one "
+                "base model in one layout",
             )
         if skipped:
             names = f": {', '.join(skipped)}" if show_skipped else "; --show_skipped names them"
@@ -111,10 +113,10 @@ def merge(args: argparse.Namespace) -> None:
     device = resolve_device(args.device)
     folders = [path for path in args.models if path.is_dir()]
     if folders:
-        raise UserError(f"--models {folders[0]} is a folder; use single-file checkpoints")
+        raise UserError.about("--models", f"{folders[0]} is a folder; use single-file checkpoints")
     models = [model_lookup.open_file("--models", model_lookup.find_model("--models", str(p), ())) for p in args.models]
     if args.unet_only and not any(key.startswith(UNET) for key in models[0].shapes):
-        raise UserError(f"--unet_only: {args.models[0]} has no {UNET}...; remove it")
+        raise UserError.about("--unet_only", f": {args.models[0]} has no {UNET}...; remove it")
     log_differences(models, args.show_skipped)
     tensors = merge_tensors(models, ratios, args.unet_only, SAVE_DTYPES[args.precision], device)
     dtype = SAVE_DTYPES[args.saving_precision]

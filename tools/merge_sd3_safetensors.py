@@ -103,12 +103,14 @@ def check(parts: Sequence[PartFile]) -> None:
     spec = base_of_file(specs, {**prefixed, **dit.shapes})
     refuse_other(specs, "--dit", dit.origin, spec, "sd3", "transformer")
     if spec is None:
-        raise UserError(f"--dit {dit.origin} has no joint_blocks, so it is not a transformer of SD3")
+        raise UserError.about("--dit", f"{dit.origin} has no joint_blocks, so it is not a transformer of SD3")
     for part, weights in zip(parts[1:], opened[1:], strict=True):
         if part.flag == "--vae" and not any(key.removeprefix(VAE_PREFIX) == LDM_VAE for key in weights.shapes):
-            raise UserError(
-                f"--vae {part.path} has no {LDM_VAE}, so it is not a VAE in the original layout; use the one next to "
-                "the transformer's file instead of diffusers'"
+            raise UserError.about(
+                "--vae",
+                f"has no {LDM_VAE}, so it is not a VAE in the original layout; use the one next to "
+                "the transformer's file instead of diffusers'",
+                path=part.path,
             )
     combined = combine_weights(collect_weights(parts, opened), dit.origin)
     present = [name for name in TEXT_PREFIXES if text_weights(name, Sd3TextOptions(), combined) is not None]
@@ -128,7 +130,7 @@ def find_file(part: PartFile) -> Path:
     """Return the path of a file. Raises UserError if it does not exist or is a folder."""
     path = model_lookup.find_model(part.flag, str(part.path), ())
     if path.is_dir():
-        raise UserError(f"{part.flag} {path} is a folder; use a weight file")
+        raise UserError.about(part.flag, "is a folder; use a weight file", path=path)
     return path
 
 

@@ -71,7 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         gpus = [replace(gpu, main_memory_bytes=main_memory) for gpu in named]
         if args.script is None:
             if training:
-                raise UserError(f"{training[0]} belongs to a training; add --script, such as flux_train_network.py")
+                raise UserError(
+                    f"{training[0]} belongs to a training; add --script, such as flux_train_network.py",
+                    setting="--script",
+                    cause="needs",
+                )
             show_models(gpus, args.system)
             return 0
         if missing := list_missing():

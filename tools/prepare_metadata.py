@@ -42,7 +42,9 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
     if not spec.folders:
         raise UserError(
             f"{name} is {spec.called} model; encode its images with its training script and --cache_latents_to_disk, "
-            "or with tools/make_shards.py"
+            "or with tools/make_shards.py",
+            path=name,
+            cause="does not fit",
         )
     values: dict[str, Any] = {key: getattr(args, key) for key in FORWARDED_OPTIONS}
     values |= {

@@ -64,7 +64,8 @@ def show_recipes(args: argparse.Namespace) -> None:
         print((FOLDER / f"{args.name}.toml").read_text(encoding="utf-8"), end="")
     else:
         raise UserError(
-            f"there is no recipe {args.name}{did_you_mean(args.name, recipes)}; run without a name to list all"
+            f"there is no recipe {args.name}{did_you_mean(args.name, recipes)}; run without a name to list all",
+            setting="name",
         )
 
 

@@ -61,7 +61,7 @@ def parse_resolutions(text: str) -> tuple[Size, ...]:
     matches = [re.fullmatch(r"(\d+)x(\d+)", part.strip()) for part in text.split(",")]
     sizes = tuple((int(match[1]), int(match[2])) for match in matches if match is not None)
     if len(sizes) < len(matches) or not all(map(min, sizes)):
-        raise UserError(f'--max_resolution is "{text}"; use sizes such as 1024x1024, separated by commas')
+        raise UserError.about("--max_resolution", f'is "{text}"; use sizes such as 1024x1024, separated by commas')
     return sizes
 
 
@@ -85,7 +85,11 @@ def write_sizes(image: Path, folder: Path, resizing: Resizing) -> None:
     for limit, suffix in zip(resizing.resolutions, resizing.suffixes(), strict=True):
         resized = resize_image(pixels, limit, resizing)
         if 0 in resized.shape:
-            raise UserError(f"{image} has less than --divisible_by {resizing.divisible_by} pixels on a side")
+            raise UserError(
+                f"{image} has less than --divisible_by {resizing.divisible_by} pixels on a side",
+                setting="--divisible_by",
+                path=image,
+            )
         path = folder / f"{image.stem}{suffix}{resizing.ending}"
         save_image(path, Image.fromarray(resized), make_mark(image, path))
 
@@ -114,16 +118,24 @@ def check_names(images: Sequence[Path]) -> None:
     for image in images:
         other = names.setdefault(image.stem, image)
         if other is not image:
-            raise UserError(f"{other} and {image.name} differ only in their extension; rename one of them")
+            raise UserError(
+                f"{other} and {image.name} differ only in their extension; rename one of them",
+                path=image,
+                cause="would be lost",
+            )
 
 
 def resize_all(args: argparse.Namespace) -> None:
     """Write every image of a folder at every resolution, and copy the other files."""
     source, target = args.src_img_folder, args.dst_img_folder
     if not source.is_dir():
-        raise UserError(f"{source} is not a folder")
+        raise UserError(f"{source} is not a folder", path=source)
     if target.resolve() == source.resolve():
-        raise UserError(f"{target} is the folder of the images themselves; use another one for the new files")
+        raise UserError(
+            f"{target} is the folder of the images themselves; use another one for the new files",
+            path=target,
+            cause="would be lost",
+        )
     check_at_least_one(args, "divisible_by")
     filter_name = FILTERS[args.interpolation] if args.interpolation else None
     ending = ".png" if args.save_as_png else ".jpg"
@@ -132,7 +144,7 @@ def resize_all(args: argparse.Namespace) -> None:
     images = [path for path in files if path.suffix in image_extensions()]
     if not images:
         unread = describe_unread(path.name for path in files)
-        raise UserError(f"{source} has no images; subfolders are not searched{unread}")
+        raise UserError(f"{source} has no images; subfolders are not searched{unread}", path=source)
     check_names(images)
     others = [path for path in files if path not in set(images) and not path.name.endswith(CACHES)]
     copies = plan_copies(others, images, target, resizing, args)

@@ -204,14 +204,21 @@ def resolve_measure(args: argparse.Namespace) -> Measure:
     conv = args.new_rank if args.new_conv_rank is None else args.new_conv_rank
     method, param = args.dynamic_method, args.dynamic_param
     if (method is None) != (param is None):
-        raise UserError("--dynamic_method and --dynamic_param belong together, for example sv_fro and 0.9")
+        raise UserError.about(
+            "--dynamic_method",
+            "and --dynamic_param belong together, for example sv_fro and 0.9",
+            others=["--dynamic_param"],
+        )
     if method == "sv_ratio" and not 1 <= param < math.inf:
-        raise UserError(f"--dynamic_param is {param:g}; sv_ratio needs at least 1, for example 10")
+        raise UserError.about("--dynamic_param", f"is {param:g}; sv_ratio needs at least 1, for example 10")
     if method in ("sv_fro", "sv_cumulative") and not 0 < param <= 1:
-        raise UserError(f"--dynamic_param is {param:g}; {method} needs a share above 0 and up to 1, for example 0.9")
+        raise UserError.about(
+            "--dynamic_param", f"is {param:g}; {method} needs a share above 0 and up to 1, for example 0.9"
+        )
     if args.svd_lowrank_niter < 0:
-        raise UserError(
-            f"--svd_lowrank_niter is {args.svd_lowrank_niter}; use 0 for the exact decomposition, or a number such as 2"
+        raise UserError.about(
+            "--svd_lowrank_niter",
+            f"is {args.svd_lowrank_niter}; use 0 for the exact decomposition, or a number such as 2",
         )
     if args.svd_lowrank_niter and method is not None:
         logger.warning("--svd_lowrank_niter has no effect with --dynamic_method, which needs all singular values")

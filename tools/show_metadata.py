@@ -110,14 +110,16 @@ def show(path: Path, key: str | None, is_json: bool, num_tags: int) -> Iterator[
     """Yield the lines to print. Raises UserError for a file or key that cannot be shown."""
     path = file_in_folder(path, f"--model {path}")
     if not path.is_file():
-        raise UserError(f"--model {path} does not exist")
+        raise UserError.about("--model", "does not exist", path=path, cause="missing")
     require_weight_file(path)
     if not holds_safetensors(path):
-        raise UserError(f"--model {path}: only safetensors files have metadata")
+        raise UserError.about("--model", ": only safetensors files have metadata", path=path)
     metadata = read_header(path).metadata
     if key is not None:
         if key not in metadata:
-            raise UserError(f"--key {key}: the file has no such key; it has {', '.join(sorted(metadata)) or 'none'}")
+            raise UserError.about(
+                "--key", f"{key}: the file has no such key; it has {', '.join(sorted(metadata)) or 'none'}"
+            )
         metadata = {key: metadata[key]}
     if is_json:
         yield json.dumps({k: parse_value(text) for k, text in metadata.items()}, indent=2, ensure_ascii=False)

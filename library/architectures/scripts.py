@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,10 +55,10 @@ class OtherScripts:
         """Script -> (its options, its hints for others); computed only after a mistake."""
         return {script.name: (frozenset(script.options.defaults()), script.instead) for script in list_scripts()}
 
-    def suggest_files(self, message: str) -> str:
-        """Return where the files of the options that a message names are to be had, or ""."""
+    def suggest_files(self, flags: Collection[str]) -> str:
+        """Return where the files of these options are to be had, or ""."""
         script = next((script for script in list_scripts() if script.name == self.name), None)
-        files = [file for file in script.files if f"--{file.flag} " in message] if script else []
+        files = [file for file in script.files if f"--{file.flag}" in flags] if script else []
         return f"on the hub: {'; '.join(map(str, files))}" if files else ""
 
     def __call__(self, option: str) -> str:

@@ -40,7 +40,7 @@ class BaseFiles:
         if self.whole is None:
             return self.open_folder(folder)
         if not any(key.startswith(prefix) for key in self.whole.shapes):
-            raise NotThere(f"{flag} is missing: {self.path} does not contain this text encoder")
+            raise NotThere.about(flag, f"is missing: {self.path} does not contain this text encoder")
         return None, self.whole
 
 
@@ -65,7 +65,9 @@ def open_without_base(flag: str, name: str | None) -> tuple[BaseFiles, Weights]:
     Tokenizers are looked for next to the encoder. Raises UserError if there is no name.
     """
     if name is None:
-        raise UserError(f"{flag} is missing: name its file or folder, or the whole model with --dit")
+        raise UserError.about(
+            flag, "is missing: name its file or folder, or the whole model with --dit", cause="missing"
+        )
     path = Path(name).expanduser()
     nothing: dict[str, Tensor] = {}
     weights = Weights(str(path), {}, nothing.__getitem__)
@@ -75,5 +77,5 @@ def open_without_base(flag: str, name: str | None) -> tuple[BaseFiles, Weights]:
 def require_base_name(name: str | None, give: str) -> str:
     """Return the name of the base model. Raises UserError if there is none; `give` says which option to set."""
     if not name:
-        raise UserError(f"{BASE_FLAG} is missing: use {give}")
+        raise UserError.about(BASE_FLAG, f"is missing: use {give}", cause="missing")
     return name

@@ -69,7 +69,7 @@ class BaseModel:
         none."""
         location = self._find(module)
         if location is None:
-            raise UserError(f"{self.path} has no module {module}")
+            raise UserError.of_file(self.path, f"has no module {module}")
         file, name, rows = location
         return file.read(name)[rows]
 

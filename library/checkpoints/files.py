@@ -113,7 +113,9 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: 
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist" if not path.exists() else f"{path} is a folder, not a weight file")
+        if not path.exists():
+            raise UserError.of_file(path, "does not exist", cause="missing")
+        raise UserError.of_file(path, "is a folder, not a weight file")
     require_weight_file(path)
     if holds_safetensors(path):
         from safetensors.torch import load_file
@@ -124,7 +126,7 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: 
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):
-        raise UserError(f"{path} contains a {type(content).__name__}, not a dictionary of tensors")
+        raise UserError.of_file(path, f"contains a {type(content).__name__}, not a dictionary of tensors")
     tensors = {str(name): to_tensor(str(name), value) for name, value in content.items()}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
@@ -142,14 +144,18 @@ def load_pickle(path: Path, device: str | torch.device = "cpu", mmap: bool = Fal
         foreign_object = OBJECT_IN_PICKLE.search(str(error))
         if foreign_object or type(error).__name__ == "UnpicklingError":
             object_name = f" ({foreign_object[1]})" if foreign_object else ""
-            raise UserError(
-                f"{path} cannot be read as a file of plain tensors: it contains other Python objects{object_name}, "
-                "which are not loaded, because that could run code; convert it to .safetensors with a program you trust"
+            raise UserError.of_file(
+                path,
+                f"cannot be read as a file of plain tensors: it contains other Python objects{object_name}, which are "
+                "not loaded, because that could run code; convert it to .safetensors with a program you trust",
+                cause="unreadable",
             ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0][:200]
-        raise UserError(
-            f"{path} cannot be read as a file of plain tensors: it is truncated or damaged ({reason}); download or "
-            "copy it again"
+        raise UserError.of_file(
+            path,
+            f"cannot be read as a file of plain tensors: it is truncated or damaged ({reason}); download or "
+            "copy it again",
+            cause="unreadable",
         ) from error
 
 
@@ -174,7 +180,9 @@ def file_in_folder(path: Path, where: str) -> Path:
         (file for suffix in ("safetensors", "bin") if (file := path / f"{PEFT_STEM}.{suffix}").is_file()), None
     )
     if weight_file is None:
-        raise UserError(f"{where} is a folder without {PEFT_STEM}.safetensors, which PEFT saves; use an adapter file")
+        raise UserError(
+            f"{where} is a folder without {PEFT_STEM}.safetensors, which PEFT saves; use an adapter file", path=path
+        )
     return weight_file
 
 
@@ -211,18 +219,21 @@ def require_weight_file(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(256)
     if not start:
-        raise UserError(f"{path} is empty; download or copy it again")
+        raise UserError.of_file(path, "is empty; download or copy it again")
     if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+        raise UserError.of_file(path, "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
-        raise UserError(f"{path} is a web page, not a checkpoint: download the file itself")
+        raise UserError.of_file(path, "is a web page, not a checkpoint: download the file itself")
     if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start):
-        raise UserError(f"{path} is a text file, not a checkpoint; it begins with {start[:40].decode('ascii')!r}")
+        raise UserError.of_file(
+            path, f"is a text file, not a checkpoint; it begins with {start[:40].decode('ascii')!r}"
+        )
     is_named = path.suffix.lower() in WEIGHT_SUFFIXES
     if not (is_named or holds_safetensors(path) or start.startswith(PICKLE_STARTS)):
-        raise UserError(
-            f"{path} is not a checkpoint: it contains neither safetensors nor a PyTorch pickle (it begins with "
-            f"{start[:8]!r}); other formats, such as GGUF, are not supported"
+        raise UserError.of_file(
+            path,
+            f"is not a checkpoint: it contains neither safetensors nor a PyTorch pickle (it begins with "
+            f"{start[:8]!r}); other formats, such as GGUF, are not supported",
         )
 
 
@@ -327,7 +338,7 @@ def mark_pickle(path: Path, mark: str) -> None:
 
 
 def _broken(path: Path, problem: str) -> UserError:
-    return UserError(f"{path} is not a complete safetensors file: {problem}. Download or copy it again")
+    return UserError.of_file(path, f"is not a complete safetensors file: {problem}. Download or copy it again")
 
 
 def _entry(path: Path, name: str, fields: Any) -> TensorEntry:
@@ -336,8 +347,8 @@ def _entry(path: Path, name: str, fields: Any) -> TensorEntry:
     except (TypeError, KeyError, ValueError) as error:
         raise _broken(path, f"the header's entry for {name!r} lacks dtype, shape or data_offsets") from error
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
-        raise UserError(
-            f"{path}: {name!r} has the type {dtype_name}, which is not supported; known: {', '.join(DTYPES)}"
+        raise UserError.of_file(
+            path, f": {name!r} has the type {dtype_name}, which is not supported; known: {', '.join(DTYPES)}"
         )
     if not all(type(n) is int and n >= 0 for n in (*shape, start, end)) or len(shape) > MAX_DIMENSIONS:
         raise _broken(path, f"{name!r} has the shape {str(shape)[:80]} and the offsets {start} to {end}")

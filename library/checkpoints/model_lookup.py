@@ -9,7 +9,7 @@ from typing import Any
 from library.checkpoints.files import WEIGHT_SUFFIXES
 from library.checkpoints.quantised import open_checkpoint
 from library.checkpoints.weights import Weights
-from library.errors import NotThere, UserError
+from library.errors import NotThere, UserError, flagged
 from library.json_text import parse_json
 from library.suggestions import nearby
 
@@ -38,7 +38,7 @@ def existing(flag: str, name: str) -> Path:
     """Return the path of an existing file or folder. Raises NotThere with the nearest name if it does not exist."""
     path = Path(name).expanduser()
     if not path.exists():
-        raise NotThere(f"{flag} {name} does not exist{nearby(path)}")
+        raise NotThere.about(flag, f"does not exist{nearby(path)}", path=name)
     return path
 
 
@@ -56,9 +56,11 @@ def fetch_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
         try:
             snapshot = fetch_snapshot(name, [*small_files, *weights])
         except ConnectionError as error:
-            raise NotThere(
-                f"{flag} {name} is neither a file nor a folder, and cannot be downloaded from the hub ({error}). "
-                "Check the path, or download the model elsewhere and use the path of its folder or file"
+            raise NotThere.about(
+                flag,
+                f"is neither a file nor a folder, and cannot be downloaded from the hub ({error}). "
+                "Check the path, or download the model elsewhere and use the path of its folder or file",
+                path=name,
             ) from error
         if all(any(find_weight_file(snapshot / folder, folder) for folder in part) for part in parts):
             break
@@ -135,11 +137,14 @@ def open_part(flag: str, folder: Path, kind: str, variant: str | None = None) ->
     if not (folder / "config.json").is_file():
         files = sorted(file.name for file in folder.parent.glob("*") if file.suffix.lower() in WEIGHT_SUFFIXES)
         hint = f"; to use {files[0]} in it, give its path" if files else ""
-        raise NotThere(f"{flag} {folder.parent} is not a diffusers folder: {folder / 'config.json'} is missing{hint}")
+        raise NotThere.about(
+            flag, f"is not a diffusers folder: {folder / 'config.json'} is missing{hint}", path=folder.parent
+        )
     file = find_weight_file(folder, kind, variant)
     if file is None:
         name, ending = weight_files(kind)[0][0], "" if variant is None else f".{variant}"
-        raise NotThere(f"{flag}: {folder} has no weights; expected {Path(name).stem}{ending}.safetensors in it")
+        expected = f"{Path(name).stem}{ending}.safetensors"
+        raise NotThere(f"{flag}: {folder} has no weights; expected {expected} in it", setting=flag, path=folder)
     logger.info("%s: %s", kind, file)
     return read_model_config(folder), open_file(flag, file)
 
@@ -147,11 +152,12 @@ def open_part(flag: str, folder: Path, kind: str, variant: str | None = None) ->
 def open_file(flag: str, path: Path) -> Weights:
     """Open a weight file. Raises UserError naming `flag`."""
     try:
-        return open_checkpoint(path)
-    except ValueError as error:
-        raise UserError(f"{flag}: {error}") from error
+        with flagged(flag, path):
+            return open_checkpoint(path)
     except PermissionError as error:
-        raise UserError(f"{flag} {path} cannot be read: {error.strerror}; change its permissions") from error
+        raise UserError.about(
+            flag, f"cannot be read: {error.strerror}; change its permissions", path=path, cause="unreadable"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -161,9 +167,11 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        raise UserError.of_file(path, f"is damaged: {error}", cause="unreadable") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it contains a {type(content).__name__}, not an object")
+        raise UserError.of_file(
+            path, f"is damaged: it contains a {type(content).__name__}, not an object", cause="unreadable"
+        )
     return content
 
 

@@ -94,9 +94,10 @@ def check_formats(weights: Weights, formats: Mapping[str, object]) -> None:
     """Raise UserError for a weight in a format that is not supported."""
     for name, kind in formats.items():
         if not isinstance(kind, str) or kind not in DECODERS:
-            raise UserError(
-                f"{weights.origin}: {name} is stored in the unsupported format {str(kind)[:40]!r}; supported: "
-                f"{', '.join(sorted(filter(None, DECODERS)))}. Use a bf16 or fp8 file of this model"
+            raise UserError.of_file(
+                weights.origin,
+                f": {name} is stored in the unsupported format {str(kind)[:40]!r}; supported: "
+                f"{', '.join(sorted(filter(None, DECODERS)))}. Use a bf16 or fp8 file of this model",
             )
 
 
@@ -129,9 +130,10 @@ def check_scales(weights: Weights, scales: Mapping[str, str], configs: Mapping[s
             impossible.append(layer)
     for layers, problem in ((missing, "have no scale"), (impossible, "have scales that are negative, not finite or 0")):
         if layers:
-            raise UserError(
-                f"{weights.origin}: these quantised layers {problem} and cannot be decoded: {list_few(layers)}. "
-                "Download the file again, or use a bf16 file of this model"
+            raise UserError.of_file(
+                weights.origin,
+                f": these quantised layers {problem} and cannot be decoded: {list_few(layers)}. "
+                "Download the file again, or use a bf16 file of this model",
             )
 
 
@@ -146,9 +148,10 @@ def check_marked(weights: Weights) -> None:
         and is_plain_fp8(weights, name)
     ]
     if names:
-        raise UserError(
-            f"{weights.origin} is marked as {MARK}, but has no scales for its fp8 weights: {list_few(names)}. "
-            "Download the file again, or use a bf16 file of this model"
+        raise UserError.of_file(
+            weights.origin,
+            f"is marked as {MARK}, but has no scales for its fp8 weights: {list_few(names)}. "
+            "Download the file again, or use a bf16 file of this model",
         )
 
 
@@ -163,19 +166,22 @@ def check_layout(weights: Weights, layer: str, scale: str, config: Config) -> No
         is_grouped = not remainder and num_groups > 1 and len(shape) == 2 and shape[1] % num_groups == 0
         fits = num_scales == 1 or (num_groups == 1 and not remainder) or is_grouped
     if not fits:
-        raise UserError(
-            f"{weights.origin}: {layer} has {num_scales} scales for a weight of shape {list(shape)} stored as "
-            f"{kind or 'fp8'}, which do not fit each other. Download the file again, or use a bf16 file of this model"
+        raise UserError.of_file(
+            weights.origin,
+            f": {layer} has {num_scales} scales for a weight of shape {list(shape)} stored as "
+            f"{kind or 'fp8'}, which do not fit each other. Download the file again, or use a bf16 file of this model",
+            cause="does not fit",
         )
     if not config.get("convrot"):
         return
     size = config.get("convrot_groupsize") or DEFAULT_CONVROT_GROUP
     is_power_of_4 = type(size) is int and size in (4**power for power in range(1, 7))
     if not is_power_of_4 or len(shape) != 2 or shape[1] % size:
-        raise UserError(
-            f"{weights.origin}: {layer} has the convrot_groupsize {str(size)[:40]!r}; it must be a power of 4, at most "
+        raise UserError.of_file(
+            weights.origin,
+            f": {layer} has the convrot_groupsize {str(size)[:40]!r}; it must be a power of 4, at most "
             f"{LARGEST_CONVROT_GROUP}, that divides the weight's {shape[-1] if shape else 0} inputs. Use a bf16 file "
-            "of this model"
+            "of this model",
         )
 
 
@@ -236,7 +242,7 @@ def layer_configs(weights: Weights) -> dict[str, Config]:
             elif dot and last == "weight" and (header_config := find_config(layers, layer)) is not None:
                 configs.setdefault(layer, header_config)
     except ValueError as error:
-        raise UserError(f"{weights.origin}: the JSON description of its weights is invalid: {error}") from error
+        raise UserError.of_file(weights.origin, f": the JSON description of its weights is invalid: {error}") from error
     return {layer: flat(config) for layer, config in configs.items() if isinstance(config, dict)}
 
 

@@ -82,7 +82,7 @@ def require_spec(
     spec = recognise_adapter(specs, shapes, metadata)
     if spec is None:
         known = ", ".join(spec.title for spec in specs if spec.adapter)
-        raise UserError(f"{origin}: its base model cannot be recognised from its keys; supported: {known}")
+        raise UserError.of_file(origin, f": its base model cannot be recognised from its keys; supported: {known}")
     return spec
 
 

@@ -54,7 +54,7 @@ def check_huber(options: LossOptions) -> None:
         return
     for flag, value in (("--huber_c", options.huber_c), ("--huber_scale", options.huber_scale)):
         if value <= 0:
-            raise UserError(f"{flag} is {value}; with --loss_type {options.loss_type} it must be above 0")
+            raise UserError.about(flag, f"is {value}; with --loss_type {options.loss_type} it must be above 0")
 
 
 def snr_weights(options: LossOptions, snr_T: Tensor, predicts_velocity: bool) -> Tensor:

@@ -75,9 +75,11 @@ def recognise_name(release: DistilledRelease, name: str, path: Path) -> bool | N
     base = [word for word in words if word in BASE_WORDS | release.base_words]
     base += [f"{before} {word}" for before, word in pairs if word in DISTILLED_WORDS and before == "de"]
     if distilled and base:
-        raise UserError(
-            f"{BASE_FLAG} {path}: {name} has {distilled[0]!r}, as a distilled model, and {base[0]!r}, as its base "
-            f"model; set {release.flag} to say which it is"
+        raise UserError.about(
+            BASE_FLAG,
+            f": {name} has {distilled[0]!r}, as a distilled model, and {base[0]!r}, as its base "
+            f"model; set {release.flag} to say which it is",
+            path=path,
         )
     if distilled or base:
         return bool(distilled)

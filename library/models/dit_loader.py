@@ -147,9 +147,12 @@ def add_vision(loader: DitLoader, open_it: Callable[[], Component | None], load:
 def check_input_width(path: Path, num_inputs: int, expected: int, unit: str, title: str) -> None:
     """Raise UserError if the transformer at `path` takes another number of values per `unit` than the VAE produces."""
     if num_inputs != expected:
-        raise UserError(
-            f"{BASE_FLAG} {path}: the transformer takes {num_inputs} values per {unit}, but only {expected} are "
-            f"supported; use a checkpoint of {title}"
+        raise UserError.about(
+            BASE_FLAG,
+            f": the transformer takes {num_inputs} values per {unit}, but only {expected} are "
+            f"supported; use a checkpoint of {title}",
+            path=path,
+            cause="does not fit",
         )
 
 

@@ -128,7 +128,11 @@ def with_first_layers(component: Component, num_layers: int, label: str) -> Comp
     """
     depth = component.config["num_hidden_layers"]
     if depth < num_layers:
-        raise UserError(f"{label} {component.weights.origin} has {depth} layers, but the first {num_layers} are used")
+        raise UserError(
+            f"{label} {component.weights.origin} has {depth} layers, but the first {num_layers} are used",
+            path=component.weights.origin,
+            cause="does not fit",
+        )
     names = component.weights.shapes
     kept = {key: key for key in names if not key.startswith("layers.") or int(key.split(".")[1]) < num_layers}
     return Component({**component.config, "num_hidden_layers": num_layers}, select_weights(component.weights, kept))

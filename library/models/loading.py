@@ -43,17 +43,17 @@ class Component:
 
 @dataclass(frozen=True)
 class Absent:
-    """A `Component` whose files are missing; any use raises NotThere with the reason."""
+    """A `Component` whose files are missing; any use raises the error that says so."""
 
-    reason: str
+    error: NotThere
 
     @property
     def config(self) -> Mapping[str, Any]:
-        raise NotThere(self.reason)
+        raise self.error.with_traceback(None)
 
     @property
     def weights(self) -> Weights:
-        raise NotThere(self.reason)
+        raise self.error.with_traceback(None)
 
 
 MaybeComponent = Component | Absent
@@ -70,7 +70,7 @@ def open_if_there(may_be_absent: bool, open_it: Callable[[], ComponentT]) -> Com
     except NotThere as error:
         if not may_be_absent:
             raise
-        return Absent(str(error))
+        return Absent(error)
 
 
 def build_on_meta_device(model: Callable[[ConfigT], ModuleT], config: ConfigT) -> ModuleT:
@@ -132,9 +132,12 @@ def check_text_width(
     text_width = shape_of(component.weights.shapes, embedding)[1]
     if num_states * text_width != width:
         states = "text features of" if num_states == 1 else f"{num_states} states of"
-        raise UserError(
-            f"{flag} {component.weights.origin} has width {text_width}, but the transformer expects {states} "
-            f"width {width / num_states:g}; use {expected}"
+        raise UserError.about(
+            flag,
+            f"has width {text_width}, but the transformer expects {states} "
+            f"width {width / num_states:g}; use {expected}",
+            path=component.weights.origin,
+            cause="does not fit",
         )
 
 
@@ -167,9 +170,10 @@ def check_names(weights: Weights, expected: Mapping[str, Tensor], model: str) ->
     """Raise UserError for missing weights; warn of unknown names."""
     missing = [name for name in expected if name not in weights.shapes]
     if missing:
-        raise UserError(
-            f"{weights.origin} is incomplete: {len(missing)} of the {len(expected)} weights of {model} are missing: "
-            f"{list_few(missing)}"
+        raise UserError.of_file(
+            weights.origin,
+            f"is incomplete: {len(missing)} of the {len(expected)} weights of {model} are missing: {list_few(missing)}",
+            cause="missing",
         )
     # Older versions of transformers saved position_ids, which are no weights.
     unknown = [name for name in weights.shapes if name not in expected and not name.endswith("position_ids")]
@@ -185,9 +189,10 @@ def check_shapes(weights: Weights, expected: Mapping[str, Tensor], model: str) -
     wrong = [name for name, tensor in expected.items() if not fits(weights, name, tuple(tensor.shape))]
     if wrong:
         has, needs = weights.shapes[wrong[0]], tuple(expected[wrong[0]].shape)
-        raise UserError(
-            f"{weights.origin} does not fit {model}: {wrong[0]} has shape {has} instead of {needs} "
-            f"(wrong shapes: {len(wrong)})"
+        raise UserError.of_file(
+            weights.origin,
+            f"does not fit {model}: {wrong[0]} has shape {has} instead of {needs} (wrong shapes: {len(wrong)})",
+            cause="does not fit",
         )
 
 
@@ -284,9 +289,11 @@ def read_number(weights: Weights, name: str, expected: Tensor) -> Tensor:
     value = weights.read(name)
     if expected.is_floating_point() and not value.is_floating_point():
         dtype_name = str(value.dtype).removeprefix("torch.")
-        raise UserError(
-            f"{weights.origin}: {name} holds integers ({dtype_name}), so this is a quantised checkpoint in an "
-            "unsupported format; use one in float32, float16, bfloat16 or float8"
+        raise UserError.of_file(
+            weights.origin,
+            f": {name} holds integers ({dtype_name}), so this is a quantised checkpoint in an "
+            "unsupported format; use one in float32, float16, bfloat16 or float8",
+            cause="does not fit",
         )
     if name in weights.padded_to:
         value = value[tuple(map(slice, expected.shape))]

@@ -44,7 +44,7 @@ class Qwen3Release:
 def open_qwen3(name: str | None, release: Qwen3Release) -> Component:
     """Open the encoder from a file or a folder. Raises UserError naming the flag if it is missing or something else."""
     if not name:
-        raise NotThere(f"{release.flag} is missing: use the file or folder of {release.hub_name}")
+        raise NotThere.about(release.flag, f"is missing: use the file or folder of {release.hub_name}")
     return qwen3_component(model_lookup.open_model(release.flag, name, FOLDER)[1], release)
 
 
@@ -53,7 +53,7 @@ def qwen3_component(weights: Weights, release: Qwen3Release) -> Component:
     decoder = extract_decoder(weights, release.prefixes)
     if decoder is None or MARK not in decoder.shapes:
         first = list_first_names(weights)
-        raise UserError(f"{release.flag} {weights.origin} is not a Qwen3 text encoder (first names: {first})")
+        raise UserError.about(release.flag, f"is not a Qwen3 text encoder (first names: {first})", path=weights.origin)
     return Component(configure(decoder, qwen3_config), decoder)
 
 

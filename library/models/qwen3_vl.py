@@ -38,8 +38,8 @@ def qwen3_vl_component(weights: Weights, folder_config: Mapping[str, Any] | None
         reason = (
             f"{model_type}'s" if decoder is None and model_type != KIND else f"first names: {list_first_names(weights)}"
         )
-        raise UserError(
-            f"{release.flag} {weights.origin} is not a Qwen3-VL text encoder ({reason}); use {release.hub_name}"
+        raise UserError.about(
+            release.flag, f"is not a Qwen3-VL text encoder ({reason}); use {release.hub_name}", path=weights.origin
         )
     if folder_config is None and not any(VISION in name for name in weights.shapes):
         logger.warning(

@@ -165,9 +165,9 @@ def encode_captions(
     if not any(images):
         return encode_texts(language, ids_BT, mask_BT)
     if not vision:
-        raise UserError(
-            "--text_encoder has no vision model, which reference images require; use a complete file or folder of "
-            f"{encoder}"
+        raise UserError.about(
+            "--text_encoder",
+            f"has no vision model, which reference images require; use a complete file or folder of {encoder}",
         )
     rows = []
     for ids_T, mask_T, shown in zip(ids_BT, mask_BT, images, strict=True):

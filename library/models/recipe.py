@@ -44,7 +44,9 @@ class Recipe:
         values = options.flat()
         for name, why in self.refuses.items():
             if is_requested(values[name]):
-                raise UserError(f"--{name} does not work with {self.title}: {why}; remove it")
+                raise UserError.about(
+                    f"--{name}", f"does not work with {self.title}: {why}; remove it", cause="does not fit"
+                )
 
     def describe(self, options: Options, **more: str) -> dict[str, str]:
         """Return a base model's metadata for trained files; `more` are modelspec.* keys without that prefix."""

@@ -35,7 +35,9 @@ def t5_component(weights: Weights) -> Component:
     weights = with_prefix(weights, find_prefix(weights.shapes, T5_XXL_NAMES))
     if not any(name in weights.shapes for name in WORDS) or "encoder.final_layer_norm.weight" not in weights.shapes:
         first = list_first_names(weights)
-        raise UserError(f"{weights.origin} is not a T5 encoder: no {WORDS[0]} or no final norm (first names: {first})")
+        raise UserError.of_file(
+            weights.origin, f"is not a T5 encoder: no {WORDS[0]} or no final norm (first names: {first})"
+        )
     weights = with_one_embedding(weights)
     return Component(configure(weights, t5_config), weights)
 

@@ -85,7 +85,9 @@ def read_tokenizer(read: Callable[[], Any], place: Path) -> Any:
         return read()
     except Exception as error:  # transformers and tokenizers raise anything for damaged files, also bare Exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"the tokenizer {place} cannot be read ({reason}); download its files again") from error
+        raise UserError(
+            f"the tokenizer {place} cannot be read ({reason}); download its files again", path=place
+        ) from error
 
 
 def read_tokenizer_folder(kind: str, folder: Path, **options: Any) -> Any:
@@ -122,7 +124,8 @@ def check_marks(tokenizer: Any, marks: Sequence[str], hub_name: str) -> None:
     if missing:
         raise UserError(
             f"the tokenizer {tokenizer.name_or_path} has no {missing[0]}: it belongs to another model; use that of "
-            f"{hub_name}"
+            f"{hub_name}",
+            path=tokenizer.name_or_path,
         )
 
 
@@ -132,5 +135,6 @@ def check_ids(owner: str, tokenizer: Any, folder: Path, num_words: int | None) -
     if num_words is not None and largest >= num_words:
         raise UserError(
             f"the tokenizer in {folder} has token IDs up to {largest}, but {owner} has {num_words} embeddings: it "
-            "belongs to another model; replace it with the right one"
+            "belongs to another model; replace it with the right one",
+            path=folder,
         )

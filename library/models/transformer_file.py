@@ -60,16 +60,19 @@ class TransformerFile:
     def open_weights(self, flag: str, path: Path) -> tuple[Weights, str]:
         """Return the weights of the file and the prefix of the transformer's names."""
         if path.is_dir():
-            raise UserError(
-                f"{flag} {path} is a folder; for {self.title} merging supports only a file in the original layout"
+            raise UserError.about(
+                flag, f"is a folder; for {self.title} merging supports only a file in the original layout", path=path
             )
         weights = model_lookup.open_file(flag, path)
         prefix = find_prefix(weights.shapes, DENOISER_PREFIXES)
         if self.diffusers_mark is not None and prefix + self.diffusers_mark in weights.shapes:
-            raise UserError(
-                f"{flag} {path}: this is a transformer in diffusers' layout; use a file in the original layout, which "
-                "other programs load"
+            raise UserError.about(
+                flag,
+                ": this is a transformer in diffusers' layout; use a file in the original layout, which "
+                "other programs load",
+                path=path,
+                cause="does not fit",
             )
         if prefix + self.mark not in weights.shapes:
-            raise UserError(f"{flag} {path} has no layers of {self.title}'s transformer")
+            raise UserError.about(flag, f"has no layers of {self.title}'s transformer", path=path)
         return weights, prefix

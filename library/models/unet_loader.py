@@ -116,9 +116,12 @@ def should_use_xformers(memory: MemoryOptions, is_deterministic: bool) -> bool:
         return False
     # torch's deterministic mode makes some versions of xformers choose other kernels, and others fail.
     if memory.xformers and is_deterministic:
-        raise UserError(
-            "--deterministic excludes --xformers, whose backward pass adds in varying order; leave --xformers out: "
-            "torch's scaled dot product attention (sdpa) needs as little memory"
+        raise UserError.about(
+            "--deterministic",
+            "excludes --xformers, whose backward pass adds in varying order; leave --xformers out: "
+            "torch's scaled dot product attention (sdpa) needs as little memory",
+            cause="does not fit",
+            others=["--xformers"],
         )
     return memory.xformers
 

@@ -18,15 +18,16 @@ def read_keyword_args(items: Sequence[str] | None, flag: str) -> dict[str, Any]:
     for item in items or ():
         key, equals, text = (part.strip() for part in item.partition("="))
         if not equals or not key:
-            raise UserError(f"{flag} {item!r} is not key=value; write for example weight_decay=0.01")
+            raise UserError.about(flag, f"{item!r} is not key=value; write for example weight_decay=0.01")
         if key in keywords:
-            raise UserError(f"{flag} gives {key} twice; keep one of them")
+            raise UserError(f"{flag} gives {key} twice; keep one of them", setting=f"{flag} {key}")
         try:
             keywords[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             raise UserError(
                 f"{flag} {item!r}: {text!r} is not a Python value; numbers are written plainly, text in quotes "
-                f"({key}='...'), switches as True and False, several values as 0.9,0.99"
+                f"({key}='...'), switches as True and False, several values as 0.9,0.99",
+                setting=f"{flag} {key}",
             ) from None
     return keywords
 
@@ -53,13 +54,13 @@ def call_with_keywords(
     for key in keywords:
         if key in set_elsewhere:
             fix = f"use --{set_elsewhere[key]}" if set_elsewhere[key] else "the trainer sets it; leave it out"
-            raise UserError(f"{flag} {key} does not belong there: {fix}")
+            raise UserError.about(f"{flag} {key}", f"does not belong there: {fix}")
         if key not in names and not takes_others:
             known = ", ".join(n for n in names[len(positional) :] if n not in set_elsewhere)
-            raise UserError(f"{flag} {key} is unknown to {name}; it accepts {known or 'none'}")
+            raise UserError.about(f"{flag} {key}", f"is unknown to {name}; it accepts {known or 'none'}")
     try:
         return target(*positional, **{**(ours or {}), **keywords})
     # Libraries refuse values with many types of errors: betas=(0.9,) of an optimizer is an IndexError.
     except (TypeError, ValueError, AssertionError, NotImplementedError, LookupError, ArithmeticError) as error:
         settings = ", ".join(f"{key}={value}" for key, value in keywords.items()) or "no arguments"
-        raise UserError(f"{name} refuses its settings ({flag}: {settings}): {error}") from error
+        raise UserError(f"{name} refuses its settings ({flag}: {settings}): {error}", setting=flag) from error

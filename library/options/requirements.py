@@ -8,16 +8,16 @@ from library.options.base import Options
 from library.options.no_effect import describe_needs, is_met, is_requested, is_set
 
 
-def unsupported(options: Options) -> list[str]:
-    """Return a line for every requested option that is not supported."""
+def unsupported(options: Options) -> dict[str, str]:
+    """Return a line for every requested option that is not supported, by flag."""
     values, defaults = options.flat(), type(options).defaults()
-    return [
-        f"--{name} is not supported: {declared.unsupported}"
+    return {
+        f"--{name}": f"--{name} is not supported: {declared.unsupported}"
         for name, declared in type(options).declarations().items()
         if declared.unsupported is not None
         and (is_set(values[name], defaults[name]) if declared.needs else is_requested(values[name]))
         and all(is_met(need, values) for need in declared.needs)
-    ]
+    }
 
 
 def check_requirements(options: Options) -> None:
@@ -36,7 +36,10 @@ def check_required(name: str, needs: tuple[str, ...], values: Mapping[str, Any])
     other, is_value, _ = needs[0].partition("=")
     current = f", but that is {values[other]}" if is_value else ", which is not set"
     raise UserError(
-        f"{flag_with_value(name, values[name])} needs {describe_needs(needs)}{current}; set it, or leave out --{name}"
+        f"{flag_with_value(name, values[name])} needs {describe_needs(needs)}{current}; set it, or leave out --{name}",
+        setting=f"--{name}",
+        others=[f"--{need.partition('=')[0]}" for need in needs],
+        cause="needs",
     )
 
 
@@ -46,7 +49,12 @@ def check_excluded(name: str, excludes: Mapping[str, str], values: Mapping[str, 
         other = need.partition("=")[0]
         if values.get(other) is not None and is_met(need, values):
             flags = [flag_with_value(name, values[name]), flag_with_value(other, values[other])]
-            raise UserError(f"{flags[0]} does not work with {flags[1]}: {reason}; leave one of them out")
+            raise UserError(
+                f"{flags[0]} does not work with {flags[1]}: {reason}; leave one of them out",
+                setting=f"--{name}",
+                others=[f"--{other}"],
+                cause="does not fit",
+            )
 
 
 def flag_with_value(name: str, value: Any) -> str:

@@ -101,5 +101,5 @@ def read_table(table: Table, kinds: Mapping[str, Kind], describe: Callable[[str]
     given = {name: value for name, value in table.items() if value is not None or name not in kinds}
     for name, value in given.items():
         if problem := find_problem(name, value, kinds, describe(name)):
-            raise UserError(problem)
+            raise UserError(problem, setting=name)
     return {name: kinds[name].convert(value) for name, value in given.items()}

@@ -12,18 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError
+from library.errors import UserError, naming
 from library.options.base import int_or_float
 from library.options.config_file import read_toml
 from library.options.ranges import is_number
 from library.options.train import TrainOptions
 from library.suggestions import nearest_name
 
+CONFIG_FLAG = "--config_file"
 SECRETS = tuple(name for name, declared in TrainOptions.declarations().items() if declared.secret)
-
-
-class ConfigFileError(UserError):
-    """The file is missing, is not TOML, or has a value that its option cannot take."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +43,12 @@ def read_config(
     """Read a file's options by name; `actions` are the parser's, `elsewhere` describes other scripts' options.
 
     Tables are flattened by one level, ignoring their names. Keys that are not options are dropped, with a warning.
-    Raises ConfigFileError.
+    Raises UserError.
     """
     warnings: list[str] = []
-    raw_values = flatten(load_toml(path), path, warnings)
-    values = read_values(raw_values, str(path), actions, warnings, elsewhere)
+    raw_values = flatten(read_toml(path, CONFIG_FLAG), path, warnings)
+    with naming(None, file=path):
+        values = read_values(raw_values, str(path), actions, warnings, elsewhere)
     return Config(path, values, warnings)
 
 
@@ -60,7 +58,7 @@ def read_values(
 ) -> dict[str, Any]:  # fmt: skip
     """Convert the options in `raw_values`, which were read from `where`, and append messages to `warnings`.
 
-    Raises ConfigFileError for an invalid value.
+    Raises UserError for an invalid value.
     """
     values: dict[str, Any] = {}
     unknown: list[str] = []
@@ -77,21 +75,13 @@ def read_values(
         converted = convert(value, actions[key])
         if isinstance(converted, Refused):
             text = json.dumps(value, default=str)
-            raise ConfigFileError(f"{where}: {key} is {text}, but --{key} takes {converted.wanted}")
+            raise UserError(f"{where}: {key} is {text}, but --{key} takes {converted.wanted}", setting=f"--{key}")
         values[key] = converted
         if key == "max_token_length" and converted is not None:
             values[key] = to_whole_chunks(converted, where, warnings)
     if unknown:
         warnings.append(f"{where}: ignored, no such option: {', '.join(unknown)}")
     return values
-
-
-def load_toml(path: Path) -> dict[str, Any]:
-    """Return the tables of a TOML file. Raises ConfigFileError with line and column of a mistake."""
-    try:
-        return read_toml(path, "--config_file")
-    except (OSError, ValueError) as error:
-        raise ConfigFileError(str(error)) from error
 
 
 def flatten(tables: Mapping[str, Any], path: Path, warnings: list[str]) -> dict[str, Any]:
@@ -101,8 +91,8 @@ def flatten(tables: Mapping[str, Any], path: Path, warnings: list[str]) -> dict[
         section = value if isinstance(value, dict) else {name: value}
         for key, inner in section.items():
             if isinstance(inner, dict):
-                raise ConfigFileError(
-                    f"{path}: [{name}.{key}] is a table inside a table; options go into the top level or into [{name}]"
+                raise UserError.of_file(
+                    path, f": [{name}.{key}] is a table inside a table; options go into the top level or into [{name}]"
                 )
             if key in values and values[key] != inner:
                 warnings.append(f"{path}: {key} is set to {values[key]!r} and again to {inner!r}; the later one counts")
@@ -120,7 +110,9 @@ def nearest(key: str, actions: Mapping[str, argparse.Action]) -> str:
 def to_whole_chunks(max_token_length: int, where: str, warnings: list[str]) -> int | None:
     """Convert a caption length in tokens: captions are read in chunks of 75 tokens, and one chunk is the default."""
     if max_token_length < 75:
-        raise ConfigFileError(f"{where}: max_token_length is {max_token_length}; use 75, 150 or 225")
+        raise UserError(
+            f"{where}: max_token_length is {max_token_length}; use 75, 150 or 225", setting="--max_token_length"
+        )
     rounded = max_token_length // 75 * 75
     if rounded != max_token_length:
         warnings.append(f"{where}: max_token_length {max_token_length} acts as {rounded}: chunks have 75 tokens")
@@ -207,11 +199,16 @@ def to_whole(value: int | float) -> int | None:
 
 
 def write_config(path: Path, values: Mapping[str, Any]) -> None:
-    """Write options to a new file, atomically. Raises ConfigFileError."""
+    """Write options to a new file, atomically. Raises UserError."""
     from library.checkpoints.files import atomic_path
 
     if path.exists():
-        raise ConfigFileError(f"--output_config does not overwrite {path}; remove it or name another --config_file")
+        raise UserError(
+            f"--output_config does not overwrite {path}; remove it or name another --config_file",
+            setting="--output_config",
+            path=path,
+            cause="would be lost",
+        )
     with atomic_path(path) as unfinished:
         unfinished.write_text(format_config(values), encoding="utf-8", newline="\n")
 

@@ -114,7 +114,7 @@ def open_network_module(name: str) -> NetworkModule:
     Raises UserError with a fix if it does not exist or is not a network module.
     """
     if name.startswith("."):
-        raise UserError(f"--network_module {name} is no name of a module; {_suggest_module(name)}")
+        raise UserError.about("--network_module", f"{name} is no name of a module; {_suggest_module(name)}")
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -122,13 +122,18 @@ def open_network_module(name: str) -> NetworkModule:
         # that it imports is not installed.
         missing = error.name or name
         if not (name == missing or name.startswith(f"{missing}.")):
-            raise UserError(f"--network_module {name} needs the package {missing}, which is not installed") from error
-        raise UserError(f"--network_module {name}: there is no such module; {_suggest_module(name)}") from error
+            raise UserError.about(
+                "--network_module", f"{name} needs the package {missing}, which is not installed", cause="not installed"
+            ) from error
+        raise UserError.about(
+            "--network_module", f"{name}: there is no such module; {_suggest_module(name)}"
+        ) from error
     create = getattr(module, "create_network", None)
     if not callable(create):
-        raise UserError(
-            f"--network_module {name} is no network module: it lacks the function create_network "
-            "(networks/core/protocol.py says what it must offer)"
+        raise UserError.about(
+            "--network_module",
+            f"{name} is no network module: it lacks the function create_network "
+            "(networks/core/protocol.py says what it must offer)",
         )
     from_weights = getattr(module, "create_network_from_weights", None) or _cannot_read_files(name)
     # An assertion or ValueError in one of our own modules is a bug and keeps its traceback.
@@ -143,7 +148,7 @@ def parse_network_args(items: Sequence[str] | None) -> dict[str, str]:
     for item in items or []:
         key, equals, value = item.partition("=")
         if not equals or not key:
-            raise UserError(f"--network_args {item!r} has no '='; write key=value, such as conv_dim=8")
+            raise UserError.about("--network_args", f"{item!r} has no '='; write key=value, such as conv_dim=8")
         if arguments.get(key, value) != value:
             logger.warning("--network_args %s is given twice; %s counts, not %s", key, value, arguments[key])
         arguments[key] = value
@@ -162,13 +167,17 @@ def adopt(network: Any) -> "AdoptedNetwork":
     Raises UserError if it is not an `nn.Module`, or lacks a method that cannot be replaced.
     """
     if not isinstance(network, nn.Module):
-        raise UserError(f"the network module gave {network!r} instead of a network; see its own messages above")
+        raise UserError(
+            f"the network module gave {network!r} instead of a network; see its own messages above",
+            setting="--network_module",
+        )
     required = ("apply_to", "prepare_optimizer_params", "save_weights")
     missing = [method for method in required if not callable(getattr(network, method, None))]
     if missing:
         raise UserError(
             f"{type(network).__name__} cannot be trained: it lacks {', '.join(missing)} "
-            "(networks/core/protocol.py says what a network must offer)"
+            "(networks/core/protocol.py says what a network must offer)",
+            setting="--network_module",
         )
     return AdoptedNetwork(network)
 
@@ -180,10 +189,13 @@ def multiplex(networks: Sequence["AdoptedNetwork"], name: str) -> Multiplexer:
     """
     method = networks[0]._method("stack_with")
     if method is None or any(type(other.module) is not type(networks[0].module) for other in networks):
-        raise UserError(
-            f"--sweep does not work with --network_module {name}: its adapters take the layers of the base model for "
+        raise UserError.about(
+            "--sweep",
+            f"does not work with --network_module {name}: its adapters take the layers of the base model for "
             "themselves, so that several of them cannot act on rows of their own; use one of networks.*, or train one "
-            "after the other"
+            "after the other",
+            cause="does not fit",
+            others=["--network_module"],
         )
     multiplexer: Multiplexer = method([network.module for network in networks[1:]])
     return multiplexer
@@ -364,7 +376,10 @@ class AdoptedNetwork:
     def _needed(self, name: str, purpose: str) -> Any:
         method = self._method(name)
         if method is None:
-            raise UserError(f"{purpose} does not work with this --network_module: its network has no {name}()")
+            raise UserError(
+                f"{purpose} does not work with this --network_module: its network has no {name}()",
+                setting="--network_module",
+            )
         return method
 
 
@@ -387,7 +402,8 @@ def _trained_groups(
     if not any(group["params"] for group in groups):
         raise UserError(
             "nothing would be trained: --network_module attached to no layer of this base model; look at what "
-            "--network_args, such as a preset or a pattern, and --network_train_*_only leave over"
+            "--network_args, such as a preset or a pattern, and --network_train_*_only leave over",
+            setting="--network_args",
         )
     for index, group in enumerate(groups):
         lr = group.get("lr", learning_rate)
@@ -398,7 +414,8 @@ def _trained_groups(
     if not kept:
         raise UserError(
             "nothing would be trained: every part of the adapter has the learning rate 0; "
-            "set --learning_rate, --unet_lr or --text_encoder_lr"
+            "set --learning_rate, --unet_lr or --text_encoder_lr",
+            setting="--learning_rate",
         )
     return kept, kept_names if names is not None else None
 
@@ -416,7 +433,7 @@ def _explain_errors(name: str, create: Callable[..., Any]) -> Callable[..., Any]
             hint = "check --network_dim and --network_args against the documentation of that module"
             if name.startswith("lycoris.") and "duplicated lora name" in str(error):
                 hint = 'its preset names a layer of this base model twice; add --network_args "preset=attn-mlp"'
-            raise UserError(f"--network_module {name} cannot make a network ({error}): {hint}") from error
+            raise UserError.about("--network_module", f"{name} cannot make a network ({error}): {hint}") from error
 
     return create_network
 
@@ -431,9 +448,10 @@ def _explain_reading_errors(name: str, create: Callable[..., Any]) -> Callable[.
             result: tuple[Any, dict[str, Tensor]] = create(multiplier, file, *arguments, **keywords)
             return result
         except AssertionError as error:
-            raise UserError(
-                f"--network_module {name} cannot read {file} for this base model ({error}); use one of networks.*, "
-                "which read files of most kinds, or merge it into the base model with tools/merge_lora.py"
+            raise UserError.about(
+                "--network_module",
+                f"{name} cannot read {file} for this base model ({error}); use one of networks.*, "
+                "which read files of most kinds, or merge it into the base model with tools/merge_lora.py",
             ) from error
 
     return create_network_from_weights
@@ -441,9 +459,11 @@ def _explain_reading_errors(name: str, create: Callable[..., Any]) -> Callable[.
 
 def _cannot_read_files(name: str) -> Callable[..., tuple[Any, dict[str, Tensor]]]:
     def create_network_from_weights(*_: Any, **__: Any) -> tuple[Any, dict[str, Tensor]]:
-        raise UserError(
-            f"--dim_from_weights and --base_weights do not work with --network_module {name}: it lacks "
-            "the function create_network_from_weights"
+        raise UserError.about(
+            "--dim_from_weights",
+            f"and --base_weights do not work with --network_module {name}: it lacks "
+            "the function create_network_from_weights",
+            others=["--base_weights"],
         )
 
     return create_network_from_weights

@@ -22,9 +22,9 @@ CALLER_ADDS = {  # files whose errors are reasons -> who puts flag and file befo
     "library/processes.py": "it names the process",
     "library/architectures/": "library/models/dit_loader.py, the file whose sizes are read",
     "library/models/": "the loader of a base model, flag and file",
-    "library/data/batches/planned.py": "the worker, whose message it is",
     "library/data/decoding/npz.py": "library/data/decoding, the cache file",
     "library/data/sources/folders/image_index.py": "the index file",
+    "library/training/command_line/help.py": "argparse, the argument",
     "library/training/optimization/ema.py": "the state that it belongs to",
     "library/training/evaluation/": "the loop, which goes on without the preview",
     "library/training/offline/contact_sheet.py": "the options file",
@@ -55,8 +55,13 @@ def messages() -> Iterator[tuple[str, str]]:
     for path in (*python_files("library", "networks", "tools"), *scripts()):
         if "UserError" in text_of(path):
             for node in ast.walk(ast.parse(text_of(path))):
-                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError":
-                    yield path.as_posix(), message_of(node.args[0])
+                match node:
+                    case ast.Call(func=ast.Name("UserError"), args=[message, *_]):
+                        yield path.as_posix(), message_of(message)
+                    case ast.Call(func=ast.Attribute(attr="about"), args=[setting, reason, *_]):
+                        yield path.as_posix(), f"{message_of(setting)} {message_of(reason)}"
+                    case ast.Call(func=ast.Attribute(attr="of_file"), args=[path_of_file, reason, *_]):
+                        yield path.as_posix(), f"{message_of(path_of_file)} {message_of(reason)}"
 
 
 def test_every_message_names_something_to_type_or_change() -> None:

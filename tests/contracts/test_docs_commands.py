@@ -141,7 +141,7 @@ def check_script(script: str, arguments: list[str]) -> None:
         assert not word.startswith("--") or flag in parser._option_string_actions, f"{script} has no option {flag}"
     args = parse(parser, arguments)
     options = TrainOptions.from_args(args)
-    assert unsupported(options) == []
+    assert not unsupported(options)
     if options.sweep.sweep:
         expand_combinations(options)
     if args.network_module and args.network_module.startswith("networks."):

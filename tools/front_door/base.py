@@ -160,9 +160,10 @@ def measure_prediction(base: Base, measure: Callable[[Prediction], float]) -> Pr
     best: Prediction = "epsilon" if losses["epsilon"] < losses["v"] else "v"
     stated = f"loss {losses['epsilon']:.3f} as noise, {losses['v']:.3f} as velocity on {NUM_MEASURED} photos"
     if min(losses.values()) > CLEAR * max(losses.values()):
-        raise UserError(
-            f"{FLAG} {base.name}: it is not clear whether it predicts noise or velocity ({stated}); its page says "
-            "which: give --prediction epsilon or --prediction v"
+        raise UserError.about(
+            FLAG,
+            f"{base.name}: it is not clear whether it predicts noise or velocity ({stated}); its page says "
+            "which: give --prediction epsilon or --prediction v",
         )
     return Predicted(best, stated)
 

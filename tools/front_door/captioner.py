@@ -57,8 +57,10 @@ def load_captioner(name: str) -> tuple[Any, Any]:
         model = Florence2ForConditionalGeneration.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"--caption: {name} cannot be loaded ({reason}); write the captions yourself, or leave out --caption"
+        raise UserError.about(
+            "--caption",
+            f": {name} cannot be loaded ({reason}); write the captions yourself, or leave out --caption",
+            cause="unreadable",
         ) from None
     return model.to(find_device()).eval(), processor
 

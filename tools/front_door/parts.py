@@ -1,6 +1,5 @@
 """The files of a base model besides its denoiser, found where ComfyUI, Forge and diffusers keep them."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -19,7 +18,6 @@ ENCODERS = ("text_encoders", "clip", "text_encoder", "text_encoder_2", "text_enc
 VAES = ("vae", "VAE")
 MOST_PARENTS = 3  # above the base, for a denoiser in models/diffusion_models/mine
 NOT_IN_CACHE = ("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk")  # excuse parts that are not there
-NAMED_FLAG = re.compile(r"--(\w+)")
 
 Build = Callable[[Mapping[str, Any]], None]
 """Assembles the base model with more options, to see which error that raises."""
@@ -45,7 +43,9 @@ def find_parts(base: Base, options: TrainOptions, models: Path | None) -> dict[s
             known_files = "; ".join(str(file) for file in list_files(base) if file.flag == flag)
             raise UserError(
                 f"{error}. It is not in {where} either: name its folder with --models"
-                + (f", or get it on the hub: {known_files}" if known_files else "")
+                + (f", or get it on the hub: {known_files}" if known_files else ""),
+                setting=error.setting,
+                cause="missing",
             )
         found[flag] = str(path)
     for file in list_files(base):
@@ -65,10 +65,9 @@ def find_missing(build: Build) -> tuple[str, UserError] | None:
     try:
         build({})
     except NotThere as error:
-        flags = [flag for flag in NAMED_FLAG.findall(str(error)) if f"--{flag}" != BASE_FLAG]
-        if not flags:
+        if error.setting in (None, BASE_FLAG):
             raise
-        return flags[0], error
+        return str(error.setting).removeprefix("--"), error
     return None
 
 
@@ -88,8 +87,15 @@ def is_accepted(build: Build, flag: str, path: Path) -> bool:
     try:
         build({flag: str(path)})
     except UserError as error:
-        return f"--{flag}" not in str(error) and str(path) not in str(error)
+        return is_of_another(error, f"--{flag}", path)
     return True
+
+
+def is_of_another(error: UserError, flag: str, path: Path) -> bool:
+    """Return True if an error is surely about another option and another file."""
+    if flag in (error.setting, *error.others) or (error.path is not None and Path(error.path).is_relative_to(path)):
+        return False
+    return error.setting is not None or error.path is not None
 
 
 def list_roots(base: Path, models: Path | None) -> list[Path]:

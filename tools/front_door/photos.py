@@ -13,7 +13,7 @@ from library.data.decoding.images import read_pixels
 from library.data.description.image_extensions import list_unread, plugin_for
 from library.data.sources.folders.listing import list_files
 from library.data.sources.folders.reading import read_caption
-from library.errors import UserError
+from library.errors import UserError, reason_of
 from library.suggestions import nearby
 
 CAPTION_EXTENSIONS = (".txt", ".caption")
@@ -75,7 +75,9 @@ def find_photos(root: Path) -> list[PhotoFolder]:
     Raises UserError if there are none.
     """
     if not root.is_dir():
-        raise UserError(f"{root} is no folder{nearby(root, is_folder=True)}; give the folder that your photos are in")
+        raise UserError.of_file(
+            root, f"is no folder{nearby(root, is_folder=True)}; give the folder that your photos are in"
+        )
     paths = []
     for path, names, _ in os.walk(root.absolute()):
         names[:] = sorted(name for name in names if not name.startswith("."))
@@ -83,7 +85,7 @@ def find_photos(root: Path) -> list[PhotoFolder]:
     folders = [folder for path in paths if (folder := open_folder(path)) is not None]
     if not any(folder.photos for folder in folders):
         reasons = "".join(f"; {file.name} {reason}" for f in folders for file, reason in f.left_out[:1])
-        raise UserError(f"{root} has no photos that can be read{reasons}")
+        raise UserError.of_file(root, f"has no photos that can be read{reasons}")
     return folders
 
 
@@ -116,7 +118,7 @@ def decode(path: Path) -> float | str:
     try:
         pixels, _ = read_pixels(str(path), path.read_bytes())
     except (UserError, OSError) as error:
-        return f"cannot be read ({str(error).removeprefix(str(path)).strip(': ') or 'damaged'})"
+        return f"cannot be read ({reason_of(error) or 'damaged'})"
     return float((pixels.shape[0] * pixels.shape[1]) ** 0.5)
 
 
@@ -130,7 +132,9 @@ def parse_trigger(text: str) -> Trigger:
     """Parse "mycat, a cat". Raises UserError for a text without a word."""
     word, _, subject = (part.strip() for part in text.partition(","))
     if not word:
-        raise UserError(f'--trigger {text!r} has no word; write one that the base does not know, as in "mycat, a cat"')
+        raise UserError.about(
+            "--trigger", f'{text!r} has no word; write one that the base does not know, as in "mycat, a cat"'
+        )
     return Trigger(word, subject)
 
 

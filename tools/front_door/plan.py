@@ -230,8 +230,8 @@ def with_fit(plan: Plan, options: TrainOptions, arch: Architecture, formats: Seq
 def limit_time(plan: Plan, minutes: float) -> Plan:
     """Return the plan with as many steps as fit into this time."""
     if plan.fit is None or plan.fit.choice.chosen is None:
-        raise UserError(
-            f"--minutes {minutes:g}: how long a step of this model takes is not known; give --steps instead"
+        raise UserError.about(
+            "--minutes", f"{minutes:g}: how long a step of this model takes is not known; give --steps instead"
         )
     steps = max(1, int(60 * minutes / plan.fit.choice.chosen.seconds))
     return replace(plan, values={**plan.values, **choose_length(steps, plan.num_photos)})

@@ -36,8 +36,10 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     specs = evaluation.read_prompts(path)
     if not specs:
-        raise UserError(
-            f'--prompts {path} contains no prompts; write one per line, e.g. "a large red star on a white background"'
+        raise UserError.about(
+            "--prompts",
+            'contains no prompts; write one per line, e.g. "a large red star on a white background"',
+            path=path,
         )
     return [Prompt(spec.prompt, number if spec.seed is None else spec.seed) for number, spec in enumerate(specs)]
 

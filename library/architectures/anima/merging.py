@@ -24,13 +24,13 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
     Raises UserError naming `flag` if it is missing, broken or of another kind.
     """
     if path.is_dir():
-        raise UserError(f"{flag} {path} is a folder; for Anima use the transformer's file")
+        raise UserError.about(flag, "is a folder; for Anima use the transformer's file", path=path)
     weights = model_lookup.open_file(flag, path)
     # A file with the text adapter alone can be merged into, too.
     marks = (MARK, f"llm_adapter.{ADAPTER_MARK}")
     prefix = next((p for p in PREFIXES if any(p + mark in weights.shapes for mark in marks)), None)
     if prefix is None:
-        raise UserError(f"{flag} {path} has no layers of Anima's transformer")
+        raise UserError.about(flag, "has no layers of Anima's transformer", path=path)
     return open_single_file(path, weights, partial(target_names, prefix=prefix), "anima", "anima-preview")
 
 
@@ -53,5 +53,5 @@ def view_for_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     weights = model_lookup.open_file("the checkpoint", path)
     prefix = next((p for p in PREFIXES if p + MARK in weights.shapes), None)
     if prefix is None:
-        raise UserError(f"{path} contains only the text adapter; use the transformer's file")
+        raise UserError.of_file(path, "contains only the text adapter; use the transformer's file")
     return [], build_on_meta_device(Anima, configure(with_prefix(weights, prefix), read_config))

@@ -109,7 +109,9 @@ def require_batches(options: PipelineOptions, convention: Convention) -> None:
         if is_on and not convention.pads:
             raise UserError(
                 f"{name} does not work with {convention.pipeline}: captions of different lengths cannot share a call "
-                f"of its {convention.denoiser}; remove it"
+                f"of its {convention.denoiser}; remove it",
+                setting=name,
+                cause="does not fit",
             )
 
 

@@ -174,9 +174,11 @@ class PipelineFolder:
             raise self._incomplete(repr(error)) from error
 
     def _incomplete(self, reason: str) -> UserError:
-        return UserError(
-            f"{self.flag} {self.path} is not complete: {self.kind.__name__} cannot be opened ({reason}); download the "
-            "whole folder again"
+        return UserError.about(
+            self.flag,
+            f"is not complete: {self.kind.__name__} cannot be opened ({reason}); download the whole folder again",
+            path=self.path,
+            cause="unreadable",
         )
 
 
@@ -197,9 +199,11 @@ def read_folder(flag: str, path: Path, trusts_code: bool = False) -> PipelineFol
     """Return the folder of a pipeline by its model_index.json. Raises UserError for unknown classes."""
     index = read_json(path / INDEX)
     if "_class_name" not in index:
-        raise UserError(
-            f"{flag} {path} is no pipeline of diffusers: it has no {INDEX} that names one. Use a folder in "
-            "diffusers' layout, or the script of this base model"
+        raise UserError.about(
+            flag,
+            f"is no pipeline of diffusers: it has no {INDEX} that names one. Use a folder in diffusers' layout, or the "
+            "script of this base model",
+            path=path,
         )
     classes = FolderClasses(flag, path, trusts_code)
     kind = classes.find_pipeline(index["_class_name"])
@@ -224,8 +228,10 @@ def find_folder(name: str, trusts_code: bool) -> Path:
     try:
         return model_lookup.fetch_snapshot(name, (*SMALL_FILES, *(["*.py"] if trusts_code else [])))
     except ConnectionError as error:
-        raise UserError(
-            f"{BASE_FLAG} {name} is neither a folder nor a repository that can be downloaded ({error}). Check the path"
+        raise UserError.about(
+            BASE_FLAG,
+            f"{name} is neither a folder nor a repository that can be downloaded ({error}). Check the path",
+            cause="missing",
         ) from error
 
 
@@ -252,7 +258,7 @@ def refuse_by_class(folder: PipelineFolder) -> None:
     elif "height" not in parameters:
         reason = "has no argument for the height of the image"
     if reason is not None:
-        raise UserError(f"{folder.flag} {folder.path}: {folder.kind.__name__} {reason}")
+        raise UserError.about(folder.flag, f": {folder.kind.__name__} {reason}", path=folder.path)
 
 
 @dataclass(frozen=True)
@@ -354,10 +360,17 @@ def find_denoiser(flag: str, path: Path) -> tuple[PipelineFolder, str, nn.Module
     folder = read_folder(flag, path)
     names, kind = folder.denoisers, folder.kind.__name__
     if not names:
-        raise UserError(f"{flag} {path}: model_index.json names no model of {kind} that draws; use another copy")
+        raise UserError.about(
+            flag,
+            f": model_index.json names no model of {kind} that draws; use another copy",
+            path=path,
+            cause="missing",
+        )
     if len(names) > 1:
-        raise UserError(
-            f"{flag} {path}: {kind} has several models that an adapter may belong to ({', '.join(names)}); "
-            "load the adapter with the pipeline and call its fuse_lora"
+        raise UserError.about(
+            flag,
+            f": {kind} has several models that an adapter may belong to ({', '.join(names)}); "
+            "load the adapter with the pipeline and call its fuse_lora",
+            path=path,
         )
     return folder, names[0], with_targets(folder.build_empty(names[0]), names[0])

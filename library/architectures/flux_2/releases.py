@@ -127,9 +127,10 @@ def recognise_release(config: Flux2Config, version: str | None, origin: str) -> 
     requested = release_named(version)
     is_of_known_size = config.text_width in (release.text_width for release in RELEASES)
     if (requested is DEV) != config.has_guidance or (requested is not recognised and is_of_known_size):
-        raise UserError(
-            f"--model_version is {version}, but {origin} is the transformer of {recognised.title}, with text features "
-            f"of width {config.text_width}; use --model_version {recognised.name}, or the file of {requested.title}"
+        raise UserError.about(
+            "--model_version",
+            f"is {version}, but {origin} is the transformer of {recognised.title}, with text features "
+            f"of width {config.text_width}; use --model_version {recognised.name}, or the file of {requested.title}",
         )
     return requested
 
@@ -144,9 +145,12 @@ def recognise_encoder(weights: Weights, version: str | None) -> TextEncoder:
         requested = release_named(version)
         others = [release.title for release in RELEASES if release is not requested and release.encoder_width == width]
         if others:
-            raise UserError(
-                f"{FLAG} {weights.origin} has width {width}, which is for {others[0]}, but --model_version {version} "
-                f"needs width {requested.encoder_width}; use {requested.encoder.hub_name}"
+            raise UserError.about(
+                FLAG,
+                f"has width {width}, which is for {others[0]}, but --model_version {version} "
+                f"needs width {requested.encoder_width}; use {requested.encoder.hub_name}",
+                path=weights.origin,
+                cause="does not fit",
             )
         return requested.encoder
     # Qwen3 has norms of queries and keys, Mistral has none.

@@ -36,9 +36,11 @@ def open_loader(options: Flux3Options) -> DitLoader:
     weights = read_denoiser(base, options.parts.edit)
     config = configure(weights, read_config)
     if options.parts.edit and not config.has_references:
-        raise UserError(
-            f"--edit needs layers for reference images, which {base.path} lacks; use a complete checkpoint of {MODEL}, "
-            "or remove --edit"
+        raise UserError.about(
+            "--edit",
+            f"needs layers for reference images, which {base.path} lacks; use a complete checkpoint of {MODEL}, "
+            "or remove --edit",
+            cause="needs",
         )
     loader = build_loader(options, base, weights, partial(Flux3, config))
     check_input_width(base.path, config.in_features, PACKED_CHANNELS, "token", MODEL)

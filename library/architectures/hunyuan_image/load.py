@@ -14,7 +14,7 @@ from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles, open_base
 from library.checkpoints.weights import Weights, configure, rename_weights
-from library.errors import NotThere, UserError
+from library.errors import NotThere, UserError, flagged
 from library.memory.devices import DTYPES
 from library.models.dit_loader import DitLoader, check_input_width, open_dit_loader
 from library.models.identify import open_denoiser
@@ -78,16 +78,14 @@ def open_component(part: str, name: str | None, base: BaseFiles) -> Component:
     """Open a part from the file or folder of its flag, or from the folder of the base model in diffusers' layout."""
     flag, folder = f"--{part}", FOLDERS[part]
     if name is None and base.whole is not None:
-        raise NotThere(f"{flag} is missing: {base.path} is only the transformer")
+        raise NotThere.about(flag, f"is missing: {base.path} is only the transformer")
     config, weights = base.open_folder(folder) if name is None else model_lookup.open_model(flag, name, folder)
-    try:
+    with flagged(flag):
         if config is None:
             return component_of_file(part, weights)
         if part == "vae":
             return Component(config, weights)
         return qwen_component(weights, config) if part == "text_encoder" else t5_of_folder(config, weights)
-    except ValueError as error:
-        raise error if flag in str(error) else UserError(f"{flag}: {error}") from error
 
 
 def component_of_file(part: str, weights: Weights) -> Component:
@@ -105,9 +103,11 @@ def check_vae(component: Component) -> Component:
     origin, config = component.weights.origin, component.config
     latent_shape = (config.get("latent_channels"), config.get("spatial_compression_ratio"))
     if MARK not in component.weights.shapes or latent_shape != (SPEC.channels, SPEC.downscale):
-        raise UserError(
-            f"--vae {origin} has {latent_shape[0]} channels per {latent_shape[1]} pixels, but {MODEL} needs "
-            f"{SPEC.channels} per {SPEC.downscale}; use hunyuan_image_2.1_vae_fp16.safetensors"
+        raise UserError.about(
+            "--vae",
+            f"has {latent_shape[0]} channels per {latent_shape[1]} pixels, but {MODEL} needs "
+            f"{SPEC.channels} per {SPEC.downscale}; use hunyuan_image_2.1_vae_fp16.safetensors",
+            path=origin,
         )
     scale = config.get("scaling_factor") or SCALE
     if scale != SCALE:
@@ -123,4 +123,6 @@ def check_fit(loader: DitLoader, config: HunyuanImageConfig) -> None:
     check_text_width("--byt5", byt5, GLYPH_WORDS, config.glyph_width, f"{MODEL}'s ByT5")
     num_words = get_first_side(byt5, GLYPH_WORDS)
     if num_words is not None and num_words < NUM_BYTE_IDS:
-        raise UserError(f"--byt5 {byt5.weights.origin} has {num_words} embeddings; ByT5 needs {NUM_BYTE_IDS}")
+        raise UserError.about(
+            "--byt5", f"has {num_words} embeddings; ByT5 needs {NUM_BYTE_IDS}", path=byt5.weights.origin
+        )

@@ -48,9 +48,11 @@ def open_loader(options: Krea2Options) -> DitLoader:
     loader = build_loader(options, base, weights, partial(SingleStreamDiT, config))
     check_input_width(base.path, config.in_features, CHANNELS * PATCH**2, "patch", MODEL)
     if config.num_states != len(LAYERS):
-        raise UserError(
-            f"{BASE_FLAG} {base.path}: the transformer takes {config.num_states} states of the text encoder for each "
-            f"token, but only {len(LAYERS)} are supported; use a checkpoint of {MODEL}"
+        raise UserError.about(
+            BASE_FLAG,
+            f": the transformer takes {config.num_states} states of the text encoder for each "
+            f"token, but only {len(LAYERS)} are supported; use a checkpoint of {MODEL}",
+            path=base.path,
         )
     check_text_width(QWEN3_VL.flag, loader.text.component, WORDS, config.fusion.width, QWEN3_VL.hub_name)
     return loader
@@ -92,22 +94,31 @@ def open_turbo(options: Krea2Options, loader: DitLoader) -> DitLoader | None:
         return None
     weights = read_denoiser(open_files(TURBO_FLAG, find_model(TURBO_FLAG, name, (("transformer",),))))
     if configure(weights, read_config) != configure(base, read_config):
-        raise UserError(f"{TURBO_FLAG} {name} and the base {base.origin} have different sizes; use two of one size")
+        raise UserError.about(
+            TURBO_FLAG,
+            f"{name} and the base {base.origin} have different sizes; use two of one size",
+            cause="does not fit",
+        )
     # Weights are exchanged tensor by tensor in place, which needs two files of one form.
     if {k: q.kind for k, q in weights.quantised.items()} != {k: q.kind for k, q in base.quantised.items()}:
-        raise UserError(
-            f"{TURBO_FLAG} {name} is stored differently from the base {base.origin}: one has 8-bit weights where the "
-            "other has none; use two files of the same precision"
+        raise UserError.about(
+            TURBO_FLAG,
+            f"{name} is stored differently from the base {base.origin}: one has 8-bit weights where the "
+            "other has none; use two files of the same precision",
         )
     if any(argument.startswith("dora_wd") for argument in options.network.network_args or ()):
-        raise UserError(
-            f"{TURBO_FLAG} does not work with dora_wd, which keeps the norms of the base's weights; remove one of them"
+        raise UserError.about(
+            TURBO_FLAG,
+            "does not work with dora_wd, which keeps the norms of the base's weights; remove one of them",
+            cause="does not fit",
         )
     file = options.network.network_weights
     if options.network.dim_from_weights and file is not None and is_dora(Path(file)):
-        raise UserError(
-            f"{TURBO_FLAG} does not work with a DoRA, which keeps the norms of the base's weights, and "
-            f"--network_weights {file} is one; remove {TURBO_FLAG}"
+        raise UserError.about(
+            TURBO_FLAG,
+            f"does not work with a DoRA, which keeps the norms of the base's weights, and "
+            f"--network_weights {file} is one; remove {TURBO_FLAG}",
+            cause="does not fit",
         )
     return replace(loader, denoiser_weights=weights)
 

@@ -87,9 +87,10 @@ def build_text(options: LuminaOptions, loader: DitLoader) -> LuminaText:
     # A space, because an empty caption gets no instruction.
     num_instruction = text.count_tokens(" ") if text.system_prompt else 0
     if num_instruction >= text.max_tokens:
-        raise UserError(
-            f"--system_prompt has {num_instruction} tokens, which leaves no room for a caption within "
-            f"--gemma2_max_token_length {text.num_tokens}; shorten the prompt or raise the limit"
+        raise UserError.about(
+            "--system_prompt",
+            f"has {num_instruction} tokens, which leaves no room for a caption within "
+            f"--gemma2_max_token_length {text.num_tokens}; shorten the prompt or raise the limit",
         )
     return text
 

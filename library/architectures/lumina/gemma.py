@@ -38,16 +38,18 @@ def gemma_component(weights: Weights) -> Component:
     """Build the encoder's component from a single file or a full checkpoint. Raises UserError for anything else."""
     decoder = extract_decoder(weights, GEMMA_PREFIXES)
     if decoder is None or "layers.0.pre_feedforward_layernorm.weight" not in decoder.shapes:
-        raise UserError(f"{weights.origin} is not a Gemma 2 text encoder (first names: {list_first_names(weights)})")
+        raise UserError.of_file(
+            weights.origin, f"is not a Gemma 2 text encoder (first names: {list_first_names(weights)})"
+        )
     return Component(configure(decoder, gemma_config), decoder)
 
 
 def gemma_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
     """Build the encoder's component from a diffusers or transformers folder. Raises UserError for another model."""
     if config.get("model_type") != "gemma2":
-        raise UserError(
-            f"{weights.origin} is not a Gemma 2 encoder: config.json names model_type {config.get('model_type')!r} "
-            "instead of 'gemma2'"
+        raise UserError.of_file(
+            weights.origin,
+            f"is not a Gemma 2 encoder: config.json names model_type {config.get('model_type')!r} instead of 'gemma2'",
         )
     return Component(config, extract_decoder(weights, GEMMA_PREFIXES) or weights)
 
@@ -98,7 +100,8 @@ def load_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_wor
     vocabulary = tokenizer.get_vocab()
     if missing := [word for word in (BEGIN, PADDING) if word not in vocabulary]:
         raise UserError(
-            f"the tokenizer {file} has no {missing[0]}: it belongs to another model; replace it with the right one"
+            f"the tokenizer {file} has no {missing[0]}: it belongs to another model; replace it with the right one",
+            path=file,
         )
     check_ids("Gemma", tokenizer, file, num_words)
     return tokenizer

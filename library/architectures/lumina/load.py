@@ -9,7 +9,7 @@ from library.architectures.lumina.options import LuminaOptions
 from library.architectures.specs import list_specs
 from library.checkpoints.base_files import BaseFiles, open_base
 from library.checkpoints.weights import Weights, configure, select_weights
-from library.errors import UserError
+from library.errors import flagged
 from library.memory.devices import DTYPES
 from library.models.dit_loader import DitLoader, check_input_width, open_dit_loader
 from library.models.identify import open_denoiser, refuse_other_model
@@ -64,10 +64,6 @@ def read_denoiser(base: BaseFiles) -> Weights:
 
 def open_gemma(name: str | None, base: BaseFiles) -> Component:
     config, weights = base.open_text_encoder(GEMMA_FLAG, name, "text_encoder", GEMMA_MARK)
-    try:
+    # The readers' messages name only the file; if an option named it, the message begins with the option.
+    with flagged("" if name is None else GEMMA_FLAG, separator=" "):
         return gemma_component(weights) if config is None else gemma_of_folder(config, weights)
-    except UserError as error:
-        # The readers' messages name only the file; if an option named it, the message begins with the option.
-        if name is None:
-            raise
-        raise UserError(f"{GEMMA_FLAG} {error}") from error

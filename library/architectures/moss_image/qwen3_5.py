@@ -39,7 +39,9 @@ def language_component(weights: Weights) -> Component:
     decoder = None if prefix is None else extract_decoder(weights, (prefix,))
     if decoder is None:
         first = list_first_names(weights)
-        raise UserError(f"{FLAG} {weights.origin} is not a Qwen3.5 text encoder (first names: {first}); use {HUB_NAME}")
+        raise UserError.about(
+            FLAG, f"is not a Qwen3.5 text encoder (first names: {first}); use {HUB_NAME}", path=weights.origin
+        )
     return Component(configure(decoder, language_config), decoder)
 
 
@@ -111,6 +113,7 @@ def load_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: in
     if not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer {tokenizer.name_or_path} has no chat template; put chat_template.jinja of {HUB_NAME} next "
-            "to its tokenizer.json"
+            "to its tokenizer.json",
+            path=tokenizer.name_or_path,
         )
     return tokenizer

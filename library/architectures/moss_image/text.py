@@ -64,7 +64,8 @@ class MossImageText:
         if images and len(ids) > NUM_TOKENS:
             raise UserError(
                 f"a caption and its {len(images)} reference images have {len(ids)} tokens, but the text encoder reads "
-                f"{NUM_TOKENS}; shorten the caption: {plain_caption(caption)[:60]!r}"
+                f"{NUM_TOKENS}; shorten the caption: {plain_caption(caption)[:60]!r}",
+                setting="caption",
             )
         return ids[:NUM_TOKENS]
 

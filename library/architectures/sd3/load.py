@@ -80,7 +80,7 @@ def open_checkpoint(name: str | None) -> tuple[Path, Weights]:
     refuse_other(specs, BASE_FLAG, str(path), spec, "sd3", "checkpoint")
     if spec is None:
         why = "it has no joint_blocks, so it is not an SD3 checkpoint"
-        raise UserError(f"{BASE_FLAG} {path}: {why} (first names: {list_first_names(weights)})")
+        raise UserError.about(BASE_FLAG, f": {why} (first names: {list_first_names(weights)})", path=path)
     return path, weights
 
 
@@ -96,10 +96,8 @@ def open_clip(name: str, options: Sd3TextOptions, base: Weights) -> Component:
     """Open CLIP-L or CLIP-G from its own file or folder or from the base. Raises NotThere if neither has it."""
     weights = text_weights(name, options, base)
     if weights is None:
-        raise NotThere(
-            f"{BASE_FLAG} {base.origin} has no text encoder {name} (nothing begins with {TEXT_PREFIXES[name]!r}); "
-            f"use --{name}"
-        )
+        why = f"{BASE_FLAG} {base.origin} has no text encoder {name} (nothing begins with {TEXT_PREFIXES[name]!r})"
+        raise NotThere(f"{why}; use --{name}", setting=f"--{name}", others=[BASE_FLAG], path=base.origin)
     if name == "clip_l":
         weights = with_projection(weights)
     return clip_component(weights, ACTIVATIONS[name], projects=True)
@@ -160,10 +158,13 @@ def check_widths(config: MMDiTConfig, clips: Sequence[MaybeComponent], t5: Seque
     # Files of CLIP-L and CLIP-G given for one another have the right sum of widths, so their order is checked too.
     pooled = [clip.weights.shapes[PROJECTION][0] for clip in clips if isinstance(clip, Component)]
     if len(pooled) == len(clips) == 2 and (sum(pooled) != config.pooled_width or pooled[0] > pooled[1]):
-        raise UserError(
-            f"--clip_l and --clip_g have {pooled[0]} and {pooled[1]} pooled features ({clips[0].weights.origin}, "
+        raise UserError.about(
+            "--clip_l",
+            f"and --clip_g have {pooled[0]} and {pooled[1]} pooled features ({clips[0].weights.origin}, "
             f"{clips[1].weights.origin}), but the model expects {config.pooled_width} together, fewer from CLIP-L; "
-            "check that they are not swapped or of another model"
+            "check that they are not swapped or of another model",
+            cause="does not fit",
+            others=["--clip_g"],
         )
     for component in t5:
         check_text_width("--t5xxl", component, T5_WORDS[0], config.context_width, "T5-XXL v1.1")

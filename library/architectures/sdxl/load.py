@@ -51,7 +51,12 @@ def folder_parts(files: BaseFiles, may_lack_text: bool = False) -> UnetParts:
     unet = Component(*open_unet_folder(list_specs(), files, "sdxl"))
     # The refiner has the second text encoder alone.
     if not (files.path / "text_encoder").is_dir() and (files.path / "text_encoder_2").is_dir():
-        raise UserError(f"{files.flag} {files.path}: this is the SDXL refiner; only the base model can be trained")
+        raise UserError.about(
+            files.flag,
+            ": this is the SDXL refiner; only the base model can be trained",
+            path=files.path,
+            cause="does not fit",
+        )
 
     def clip(folder: str, projects: bool) -> Component:
         return clip_of_folder(*files.open_folder(folder), projects=projects)

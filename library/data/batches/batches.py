@@ -111,7 +111,7 @@ class BatchSampler(Sampler[BatchOrder]):
 
 
 @dataclass(frozen=True)
-class BatchMaker(Dataset[PartialBatch | str]):
+class BatchMaker(Dataset[PartialBatch | UserError]):
     """Everything a worker needs to make batches, in plain values that can be sent to any kind of process."""
 
     seed: int
@@ -131,12 +131,12 @@ class BatchMaker(Dataset[PartialBatch | str]):
     seen: SeenReferences | None = None  # reference images for text encoders that see them
     vae: str | None = None  # which has made the files of latents; None: any
 
-    def __getitem__(self, order: BatchOrder) -> PartialBatch | str:
-        """Make a batch. A UserError is returned as its message, because exceptions lose theirs between processes."""
+    def __getitem__(self, order: BatchOrder) -> PartialBatch | UserError:
+        """Make a batch. A UserError is returned, because torch rewrites those that are raised in another process."""
         try:
             return self.draft(order)
         except UserError as error:
-            return str(error)
+            return error.with_traceback(None)
 
     def draft(self, order: BatchOrder) -> PartialBatch:
         """Read, crop and mirror images, or read their latents. Raises UserError if only some have latents."""
@@ -398,6 +398,6 @@ def start_worker(_: int) -> None:
     cv2.setNumThreads(0)
 
 
-def identity_collate(draft: PartialBatch | str) -> PartialBatch | str:
+def identity_collate(draft: PartialBatch | UserError) -> PartialBatch | UserError:
     """Return a worker's batch unchanged, in place of the loader's collation."""
     return draft

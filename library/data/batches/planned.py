@@ -47,7 +47,7 @@ class PlannedBatches:
         self._maker = build_batch_maker(plan, latents, texts)
         self._skipped: Counter[str] = Counter()  # number of draws by message about a damaged image
         self._orders = BatchSampler(Orders(1, (), (), int))
-        self._lasting_loader: DataLoader[PartialBatch | str] | None = None
+        self._lasting_loader: DataLoader[PartialBatch | UserError] | None = None
         self._reading: Generator[Batch, None, None] | None = None  # the epoch being read by workers
 
     @cached_property
@@ -120,9 +120,9 @@ class PlannedBatches:
             for number in np.flatnonzero(maker.samples.draws_N).tolist()
         )
 
-    def _finished(self, draft: PartialBatch | str) -> Batch:
-        if isinstance(draft, str):
-            raise UserError(draft)
+    def _finished(self, draft: PartialBatch | UserError) -> Batch:
+        if isinstance(draft, UserError):
+            raise draft
         for message in draft.skipped:
             if message not in self._skipped:
                 logger.warning("%s; skipping it and using another image of its bucket", message)

@@ -21,7 +21,7 @@ ALIGNMENT = 64  # bytes; no column has wider values
 
 
 @dataclass(frozen=True, eq=False)
-class SharedMaker(Dataset[PartialBatch | str]):
+class SharedMaker(Dataset[PartialBatch | UserError]):
     """A batch maker whose columns are shared with worker processes instead of copied."""
 
     content: bytes  # pickled, without the columns
@@ -40,9 +40,10 @@ class SharedMaker(Dataset[PartialBatch | str]):
         try:
             columns.share_memory_()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
-            raise UserError(
-                f"--max_data_loader_n_workers: shared memory has no room for the {len(columns) / 1e6:.0f} MB that "
-                f"describe the images ({error}); enlarge it (docker run --shm-size), or use 0"
+            raise UserError.about(
+                "--max_data_loader_n_workers",
+                f": shared memory has no room for the {len(columns) / 1e6:.0f} MB that "
+                f"describe the images ({error}); enlarge it (docker run --shm-size), or use 0",
             ) from error
         for column, view in zip(split_columns(columns, sizes), views, strict=True):
             column[:] = np.frombuffer(view, dtype=np.uint8)
@@ -54,7 +55,7 @@ class SharedMaker(Dataset[PartialBatch | str]):
         maker: BatchMaker = pickle.loads(self.content, buffers=split_columns(self.columns, self.sizes))
         return maker
 
-    def __getitem__(self, order: BatchOrder) -> PartialBatch | str:
+    def __getitem__(self, order: BatchOrder) -> PartialBatch | UserError:
         return self.maker[order]
 
 

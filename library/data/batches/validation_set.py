@@ -11,6 +11,7 @@ from library.data.batches.batches import BatchMaker, BatchOrder, PartialBatch
 from library.data.caching.stores import CacheFiles
 from library.data.plan.order import plain_batches
 from library.data.plan.samples import Draws, Sample, Samples
+from library.errors import UserError
 from library.types import Batch
 
 
@@ -22,7 +23,7 @@ class ValidationSet:
     """
 
     maker: BatchMaker  # has the validation seed, from which wildcards of captions are drawn
-    finish: Callable[[PartialBatch | str], Batch]  # adds features that are kept in memory
+    finish: Callable[[PartialBatch | UserError], Batch]  # adds features that are kept in memory
     draws: tuple[tuple[int, ...], ...]  # by batch
     identities: Mapping[str, str]  # image path -> digest of its content
 
@@ -75,7 +76,7 @@ class ValidationSet:
             return
         pool = ThreadPoolExecutor(num_threads, thread_name_prefix="validation")
         try:
-            waiting: deque[Future[PartialBatch | str]] = deque()
+            waiting: deque[Future[PartialBatch | UserError]] = deque()
             for batch_index in batch_indices:
                 waiting.append(pool.submit(self.maker.__getitem__, self._order(batch_index)))
                 if len(waiting) > num_threads:
@@ -103,7 +104,7 @@ def make_empty_set() -> ValidationSet:
 
 
 def open_validation_set(
-    maker: BatchMaker, finish: Callable[[PartialBatch | str], Batch], draws: Draws, identities: Mapping[str, str]
+    maker: BatchMaker, finish: Callable[[PartialBatch | UserError], Batch], draws: Draws, identities: Mapping[str, str]
 ) -> ValidationSet:
     """Build the validation set of the images in `draws`, ordered by content; copies of an image by caption."""
 

@@ -383,7 +383,8 @@ def check_row(text: str, row: Row) -> None:
         if tensor.is_floating_point() and not is_finite(tensor):
             raise UserError(
                 f"the text encoders give NaN ({name}) for the caption {shown_caption(text)!r}; use --mixed_precision "
-                "bf16 or no, or text encoder weights in another precision"
+                "bf16 or no, or text encoder weights in another precision",
+                setting="--mixed_precision",
             )
 
 

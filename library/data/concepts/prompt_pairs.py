@@ -277,7 +277,8 @@ def check_size(pair: PromptPair, step: int) -> None:
     for side in (pair.height, pair.width):
         if side < SMALLEST_SIDE or side % step:
             near = max(SMALLEST_SIDE, side - side % step)
-            raise UserError(
-                f"{FLAG} {pair.place}: resolution has a side of {side}; use {near}, at least {SMALLEST_SIDE} and a "
-                f"multiple of {step}"
+            raise UserError.about(
+                FLAG,
+                f"{pair.place}: resolution has a side of {side}; use {near}, at least {SMALLEST_SIDE} and a "
+                f"multiple of {step}",
             )

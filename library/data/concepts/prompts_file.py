@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from library.errors import UserError
+from library.errors import UserError, naming
 from library.options.config_file import read_toml
 from library.options.encodings import decode_utf8
 from library.options.tables import (
@@ -120,19 +120,25 @@ def read_prompt_pairs(path: Path, warn: Warn = logger.warning) -> list[PromptPai
 
     Raises UserError naming the file, the entry, the key and the fix.
     """
-    if path.suffix.lower() in (".yaml", ".yml", ".json", ".txt"):
-        raise UserError(f"{FLAG} is {path}; it must be a TOML file; docs/train_leco.md shows how to convert others")
-    tables = read_toml(path, FLAG)
-    if not tables:
-        raise UserError(f'{FLAG} {path} is empty; it needs [[prompts]] with target = "...", or [[targets]]')
-    shared, entries = split_entries(tables, path)
-    check_shared(shared, entries, path)
-    pairs = [pair for entry in entries for pair in build_pairs(entry, shared, path.parent, warn)]
-    for pair in pairs:
-        check_teaches(pair)
-    if all(pair.action == PRESERVE for pair in pairs):
-        raise UserError(f"{FLAG} {path}: every entry has action {PRESERVE}, so nothing is changed; add one to {ERASE}")
-    return pairs
+    with naming(FLAG, path, file=path):
+        if path.suffix.lower() in (".yaml", ".yml", ".json", ".txt"):
+            raise UserError(f"{FLAG} is {path}; it must be a TOML file; docs/train_leco.md shows how to convert others")
+        tables = read_toml(path, FLAG)
+        if not tables:
+            raise UserError(f'{FLAG} {path} is empty; it needs [[prompts]] with target = "...", or [[targets]]')
+        shared, entries = split_entries(tables, path)
+        check_shared(shared, entries, path)
+        pairs = []
+        for entry in entries:
+            with naming(None, place=entry.place.removeprefix(f"{path}, ")):
+                pairs += build_pairs(entry, shared, path.parent, warn)
+        for pair in pairs:
+            check_teaches(pair)
+        if all(pair.action == PRESERVE for pair in pairs):
+            raise UserError(
+                f"{FLAG} {path}: every entry has action {PRESERVE}, so nothing is changed; add one to {ERASE}"
+            )
+        return pairs
 
 
 class Entry(NamedTuple):

@@ -47,10 +47,10 @@ def open_image(path: str, content: bytes | io.RawIOBase | None = None) -> Image.
         except UnidentifiedImageError:
             head = read_head(opened)
             if plugin := plugin_for(path, head):
-                raise UserError(f"{path} cannot be read: it requires {plugin}") from None
+                raise UserError.of_file(path, f"cannot be read: it requires {plugin}", cause="not installed") from None
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from None
-    raise UserError(f"{path} is {'not an image that can be read' if head else 'empty'}")
+            raise UserError.of_file(path, f"cannot be read: {error}", cause="unreadable") from None
+    raise UserError.of_file(path, f"is {'not an image that can be read' if head else 'empty'}", cause="unreadable")
 
 
 def read_head(opened: Any) -> bytes:
@@ -81,7 +81,7 @@ def read_size(path: str, content: bytes | io.RawIOBase | None = None) -> Size:
         # Orientations 5 to 8 swap width and height.
         is_transposed = read_orientation(image) >= 5
     if width <= 0 or height <= 0:
-        raise UserError(f"{path} is {width}x{height} pixels")
+        raise UserError.of_file(path, f"is {width}x{height} pixels")
     return (height, width) if is_transposed else (width, height)
 
 
@@ -92,7 +92,7 @@ def decode_all(image: Image.Image, path: str) -> None:
     except MemoryError:  # says nothing about the image
         raise
     except Exception as error:  # damaged pixels raise OSError, SyntaxError, struct.error, zlib.error, ...
-        raise DamagedImage(f"{path} is damaged: {error}") from None
+        raise DamagedImage.of_file(path, f"is damaged: {error}", cause="unreadable") from None
 
 
 def read_pixels(path: str, content: bytes | None = None) -> tuple[Pixels, Pixels | None]:

@@ -107,7 +107,7 @@ def open_to_read(path: str, words: CacheWords) -> Iterator[Mapping[str, Any]]:
     # which it does not read.
     fixes = {MISSING: "run again", DAMAGED: "delete it and run again"}
     fix = fixes.get(fault, "run again without --skip_cache_check")
-    raise UserError(f"the {words.name} {path} is {reason}; {fix} to rebuild it")
+    raise UserError(f"the {words.name} {path} is {reason}; {fix} to rebuild it", path=path)
 
 
 @contextmanager
@@ -124,7 +124,8 @@ def open_to_write(path: str, words: CacheWords) -> Iterator[Path]:
         long = f", its path has {length} characters" if length > LONGEST_ON_WINDOWS else ""
         raise UserError(
             f"the {words.name} {path} cannot be written ({error.strerror}{long}); give a folder for "
-            f"--{words.flag}_to_disk with --cache_dir, or use --{words.flag} to keep {words.content} in memory"
+            f"--{words.flag}_to_disk with --cache_dir, or use --{words.flag} to keep {words.content} in memory",
+            path=path,
         ) from None
 
 

@@ -30,7 +30,7 @@ from library.data.description.schema import (
     SubsetConfig,
 )
 from library.data.description.source_keys import SOURCES, keys_used_by
-from library.errors import UserError
+from library.errors import UserError, naming
 from library.options.base import Options
 from library.options.config_file import read_json, read_toml, refuse_unusable
 from library.options.dataset import FOLDER_FLAGS, OWN_INDEX, DatasetOptions
@@ -57,7 +57,8 @@ def load_dataset_config(options: TrainOptions) -> RunDataConfig:
     if data.dataset_class:
         raise UserError(
             f"--dataset_class {data.dataset_class} makes batches during training, but this requires the images "
-            "themselves; describe them with --dataset_config"
+            "themselves; describe them with --dataset_config",
+            setting="--dataset_class",
         )
     fallbacks = option_values(options.flat())
     config = read_folders(data, fallbacks) if data.dataset_config is None else read_file(data, fallbacks)
@@ -77,14 +78,15 @@ def read_file(data: DatasetOptions, fallbacks: Table) -> RunDataConfig:
     warn_of_ignored(data, FOLDER_FLAGS, "--dataset_config describes the data")
     path, (content, problems) = str(data.dataset_config), read_content(data)
     if problems:
-        raise UserError(f"{path}: " + "\n  ".join(["invalid dataset description", *problems]))
+        raise UserError(f"{path}: " + "\n  ".join(["invalid dataset description", *problems]), path=path)
     general, tables = content.get("general", {}), with_styles(content, data)
     for line in find_overridden(given_keys(fallbacks), tables, general, fallbacks, path):
         logger.warning("%s", line)
-    datasets = tuple(
-        build_dataset(dataset, general, fallbacks, style, f"{path}: data['datasets'][{i}]")
-        for i, (dataset, style) in enumerate(tables)
-    )
+    with naming("--dataset_config", path, file=path):
+        datasets = tuple(
+            build_dataset(dataset, general, fallbacks, style, f"{path}: data['datasets'][{i}]")
+            for i, (dataset, style) in enumerate(tables)
+        )
     warn_of_unused(general, {dataset.style for dataset in datasets}, path)
     return RunDataConfig(datasets, is_from_file=True)
 
@@ -135,7 +137,7 @@ def read_description(path: str) -> dict[str, Any]:
     """
     label, extension = f"--dataset_config {path}", os.path.splitext(path)[1].lower()
     if extension not in (".toml", ".json"):
-        raise UserError(f"{label}: the file must end in .toml or .json")
+        raise UserError(f"{label}: the file must end in .toml or .json", setting="--dataset_config", path=path)
     if extension == ".toml":
         return read_toml(Path(path), "--dataset_config")
     content: dict[str, Any] = read_value(read_json(Path(path), "--dataset_config"), TABLE, label)

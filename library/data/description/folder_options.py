@@ -20,10 +20,10 @@ def list_subsets(data: DatasetOptions) -> tuple[Style, list[Table]]:
         warn_of_ignored(data, ("reg_data_dir", "conditioning_data_dir"), "--in_json describes all images")
         return "metadata", [{"image_dir": folder, "metadata_file": data.in_json}]
     if not folder:
-        raise NoDataFound("use --dataset_config or --train_data_dir")
+        raise NoDataFound("use --dataset_config or --train_data_dir", setting="--dataset_config", cause="missing")
     if masks:
         if not data.masked_loss:
-            raise UserError("--conditioning_data_dir requires --masked_loss")
+            raise UserError.about("--conditioning_data_dir", "requires --masked_loss", cause="needs")
         warn_of_ignored(data, ("reg_data_dir",), "with --conditioning_data_dir all images have masks")
         return "masked", [{"image_dir": folder, "conditioning_data_dir": masks}]
     subsets = list_numbered_folders("--train_data_dir", folder, is_reg=False)
@@ -31,7 +31,9 @@ def list_subsets(data: DatasetOptions) -> tuple[Style, list[Table]]:
         num_direct = num_images_in(folder)
         raise NoDataFound(
             f"--train_data_dir {folder} must be the parent of image folders called N_name, such as 10_cat"
-            + (f"; it directly contains {num_direct} images, move them into such a folder" if num_direct else "")
+            + (f"; it directly contains {num_direct} images, move them into such a folder" if num_direct else ""),
+            setting="--train_data_dir",
+            path=folder,
         )
     if data.reg_data_dir:
         subsets += list_numbered_folders("--reg_data_dir", data.reg_data_dir, is_reg=True)

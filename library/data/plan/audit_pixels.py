@@ -15,7 +15,7 @@ from library.data.decoding.images import TRANSPOSITIONS, decode_all, open_image,
 from library.data.description.buckets import Size
 from library.data.scanned.images import ScannedImage
 from library.data.sources.storage.storage import Storage
-from library.errors import UserError
+from library.errors import UserError, reason_of
 from library.progress import progress_bar
 
 HASH_BITS = 64
@@ -49,7 +49,7 @@ def measure_pixels(path: str, trained: Size, content: bytes | None = None) -> Pi
             num_frames, is_cmyk = int(getattr(image, "n_frames", 1)), image.mode == "CMYK"
         grey, transparent = read_grey(path, trained, content)
     except (UserError, OSError) as error:
-        return PixelMeasures(path, problem=str(error).removeprefix(path).strip())
+        return PixelMeasures(path, problem=reason_of(error))
     if grey.width > trained[0] and grey.height > trained[1]:
         ratio = max(trained[0] / grey.width, trained[1] / grey.height)
         size = max(1, round(grey.width * ratio)), max(1, round(grey.height * ratio))

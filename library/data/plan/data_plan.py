@@ -194,9 +194,10 @@ class DataPlan:
         """
         for subset in self.subsets:
             if subset.captions.token_warmup_step > 0:
-                raise UserError(
-                    f"{subset.source}: --token_warmup_step changes captions in every step, but "
-                    "--cache_text_encoder_outputs stores a few per image; remove one of them"
+                raise UserError.of_file(
+                    subset.source,
+                    ": --token_warmup_step changes captions in every step, but "
+                    "--cache_text_encoder_outputs stores a few per image; remove one of them",
                 )
         return replace(self, num_variants=num_variants)
 
@@ -384,9 +385,10 @@ def check_rules(rules: BucketRules, spec: LatentSpec) -> BucketRules:
     rounded = width // spec.downscale * spec.downscale, height // spec.downscale * spec.downscale
     if not rules.enable_bucket and not spec.fits(width, height):
         step = spec.downscale * spec.patch
-        raise UserError(
-            f"resolution is {width}x{height}, but without enable_bucket this base model needs multiples of {step}; use "
-            f"{max(width // step, 1) * step}x{max(height // step, 1) * step}, or set enable_bucket"
+        raise UserError.about(
+            "resolution",
+            f"is {width}x{height}, but without enable_bucket this base model needs multiples of {step}; use "
+            f"{max(width // step, 1) * step}x{max(height // step, 1) * step}, or set enable_bucket",
         )
     if not rules.enable_bucket and rounded != rules.resolution:
         logger.warning(
@@ -404,9 +406,9 @@ def check_drawing(config: RunDataConfig) -> None:
     for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
         for name in ("random_crop", "color_aug"):
             if getattr(subset, name):
-                raise UserError(
-                    f"{subset.source}: --{name} changes the image in every draw, but --cache_latents stores one; "
-                    "remove one of them"
+                raise UserError.of_file(
+                    subset.source,
+                    f": --{name} changes the image in every draw, but --cache_latents stores one; remove one of them",
                 )
 
 

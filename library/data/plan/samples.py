@@ -176,7 +176,11 @@ def check_mask_sizes(images: Sequence[ScannedImage]) -> None:
         if size != image.size
     ]
     if wrong:
-        raise UserError(f"{len(wrong)} masks do not have the size of their image: {list_few(wrong, 3)}")
+        raise UserError(
+            f"{len(wrong)} masks do not have the size of their image: {list_few(wrong, 3)}",
+            setting="conditioning_data_dir",
+            cause="does not fit",
+        )
 
 
 def build_samples(datasets: Sequence[ScannedDataset], rules: Sequence[BucketRules]) -> Samples:
@@ -261,9 +265,10 @@ def draws_of_dataset(dataset: ScannedDataset) -> NDArray[np.int32]:
 def check_draws(num_draws: int) -> None:
     """Raise UserError if an epoch has too many draws to be ordered. Warn if ordering them takes long."""
     if num_draws > MAX_DRAWS:
-        raise UserError(
-            f"num_repeats: an epoch would have {num_draws} samples, more than {MAX_DRAWS}. Lower the repeats, and use "
-            "--max_train_steps or --max_train_epochs for a longer training"
+        raise UserError.about(
+            "num_repeats",
+            f": an epoch would have {num_draws} samples, more than {MAX_DRAWS}. Lower the repeats, and use "
+            "--max_train_steps or --max_train_epochs for a longer training",
         )
     if num_draws > MANY_DRAWS:
         logger.warning(
@@ -351,4 +356,6 @@ def check_size(image: ScannedImage, rgb: Pixels) -> None:
     """Raise UserError if the size of an image has changed since the start of the run."""
     size = (rgb.shape[1], rgb.shape[0])
     if size != image.size:
-        raise UserError(f"{image.key} is {size[0]}x{size[1]}, but was {image.size} at the start; restart the run")
+        raise UserError.of_file(
+            image.key, f"is {size[0]}x{size[1]}, but was {image.size} at the start; restart the run"
+        )

@@ -48,9 +48,10 @@ class SeenReferences:
         for config in [subsets[row] for row in dict.fromkeys(sample.subset for sample in sample_by_number.values())]:
             for name in ("random_crop", "color_aug", "face_crop_aug_range"):
                 if getattr(config, name):
-                    raise UserError(
-                        f"{config.source}: {name} changes reference images in every draw, but the text encoder, "
-                        "whose outputs are cached, sees them too; remove it"
+                    raise UserError.of_file(
+                        config.source,
+                        f": {name} changes reference images in every draw, but the text encoder, "
+                        "whose outputs are cached, sees them too; remove it",
                     )
         # In rows that differ in their captions alone, references repeat.
         references = list({one: None for sample in sample_by_number.values() for one in sample.image.references})

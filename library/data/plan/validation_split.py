@@ -74,7 +74,8 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
     if not any(not subset.config.is_reg for dataset in trained for subset in dataset.subsets):
         raise UserError(
             "validation_split and is_forgetting_probe hold out every image, so nothing is left to train on; use less "
-            "than 1.0, and leave some subset without is_forgetting_probe"
+            "than 1.0, and leave some subset without is_forgetting_probe",
+            setting="validation_split",
         )
     return Split(
         trained, drop_empty(take_held_out(dataset, sides) for dataset in datasets), identity_by_key, tuple(lines)
@@ -226,5 +227,5 @@ def hash_file(path: str) -> str:
             file.seek(max(0, size - END_BYTES))
             ends += file.read(END_BYTES)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError.of_file(path, f"cannot be read: {error.strerror}", cause="unreadable") from None
     return digest_of_ends(ends, size)

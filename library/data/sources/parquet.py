@@ -21,7 +21,7 @@ from library.data.sources.indexed.scan import SourceFile, scan_files
 from library.data.sources.indexed.tar_files import Member
 from library.data.sources.storage.source import Source
 from library.data.sources.storage.storage import Storage, is_remote
-from library.errors import UserError
+from library.errors import UserError, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def rows_of_parquet(file: str, label: str, config: SubsetConfig, storage: Storag
 def caption_lines(caption: str, label: str) -> str:
     """Return the stripped lines of a caption. Raises UserError for a text that is too long to be one."""
     if len(caption) > MOST_CAPTION_BYTES:
-        raise UserError(f"{label} has a caption of {len(caption) / 1e6:.1f} MB; no caption is that long")
+        raise UserError.of_file(label, f"has a caption of {len(caption) / 1e6:.1f} MB; no caption is that long")
     return stripped_lines(caption)
 
 
@@ -153,5 +153,5 @@ def row_of_url(url: str | None, caption: str | None, folder: str, storage: Stora
     except FileNotFoundError:
         return Row(label, 0, 0, 0, 0, caption, bytes(16), "does not exist", location)
     except UserError as error:
-        return Row(label, 0, 0, 0, 0, caption, bytes(16), str(error).removeprefix(label).strip(), location)
+        return Row(label, 0, 0, 0, 0, caption, bytes(16), reason_of(error), location)
     return row._replace(caption=caption, url=location)

@@ -134,7 +134,9 @@ def check_unet_input(what: str, unet: Component, num_latent_channels: int, inpai
     elif not inpaints:
         raise UserError(
             f"{what} is an inpainting model (its U-Net takes {channels} channels); add --train_inpainting, which "
-            "requires images, or use the plain model"
+            "requires images, or use the plain model",
+            setting="--train_inpainting",
+            cause="needs",
         )
 
 

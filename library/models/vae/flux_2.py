@@ -86,9 +86,10 @@ def open_vae(model: str, name: str | None, base: BaseFiles) -> Component:
     check_channels(model, flag, component, CHANNELS)
     missing = [name for name in STATISTICS if f"{BATCH_NORM}{name}" not in component.weights.shapes]
     if missing:
-        raise UserError(
-            f"{flag} {component.weights.origin} has no {BATCH_NORM}{missing[0]}, by which latents are normalized; use "
-            f"the VAE of {model}"
+        raise UserError.about(
+            flag,
+            f"has no {BATCH_NORM}{missing[0]}, by which latents are normalized; use the VAE of {model}",
+            path=component.weights.origin,
         )
     kept = {key: key for key in component.weights.shapes if key != COUNTER}
     return Component(component.config, select_weights(component.weights, kept))

@@ -64,7 +64,8 @@ def vae_of_checkpoint(flag: str, weights: Weights) -> Component:
     """Return the VAE in a whole checkpoint. Raises NotThere naming `flag` if it has none."""
     vae = with_prefix(weights, VAE_PREFIX)
     if not vae.shapes:
-        raise NotThere(f"{flag} {weights.origin} has no VAE (nothing begins with {VAE_PREFIX!r}); use --vae")
+        why = f"{flag} {weights.origin} has no VAE (nothing begins with {VAE_PREFIX!r}); use --vae"
+        raise NotThere(why, setting="--vae", others=[flag], path=weights.origin)
     return single_vae(vae)
 
 
@@ -105,8 +106,10 @@ def open_vae(name: str, needs: VaeNeeds) -> Component:
         component = single_vae(weights)
     channels = component.weights.shapes["decoder.conv_in.weight"][1]
     if channels != needs.channels:
-        raise UserError(
-            f"--vae {name} has {channels} latent channels, but {needs.base} needs {needs.channels}; use its own VAE"
+        raise UserError.about(
+            "--vae",
+            f"{name} has {channels} latent channels, but {needs.base} needs {needs.channels}; use its own VAE",
+            cause="does not fit",
         )
     return component
 
@@ -115,8 +118,8 @@ def refuse_no_vae(name: str, weights: Weights, base: str) -> None:
     """Raise UserError if --vae names something other than a VAE for the base model called `base`."""
     if "decoder.conv_in.weight" not in weights.shapes:
         first = list_first_names(weights)
-        raise UserError(
-            f"--vae {name} is not a VAE for {base}: it has no decoder.conv_in.weight (first names: {first})"
+        raise UserError.about(
+            "--vae", f"{name} is not a VAE for {base}: it has no decoder.conv_in.weight (first names: {first})"
         )
 
 

@@ -25,3 +25,9 @@ class ConsoleOptions(Options, affects_training=False):
         excludes={"log_events=-": "both write to standard output"},
         help="Write messages as plain lines on standard output, without colour, time or wrapping. Useful in notebooks.",
     )
+    errors_json: bool = option(
+        False,
+        own=True,
+        help="Also print the error that ends the run as one line of JSON on standard error, for programs: the option, "
+        "the file and the cause. docs/events.md describes it.",
+    )

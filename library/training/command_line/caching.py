@@ -14,6 +14,7 @@ from library.errors import UserError
 from library.options.train import TrainOptions
 from library.processes import from_accelerator
 from library.protocols import Architecture, LatentCodec
+from library.training.command_line.cli import CommandLine
 from library.training.command_line.main import report_error
 from library.training.failures.interruption import Interrupted, Interruption
 from library.training.models.base_model import encode_images
@@ -45,9 +46,9 @@ def cache_captions(options: TrainOptions, arch: Architecture) -> None:
     compute = Compute.build(options.precision, processes.device)
     text = TextPlan.resolve(options.network, arch.text_cache)
     if text.cached is None:
-        raise UserError(
-            "--cache_text_encoder_outputs_to_disk has no effect here: every text encoder trains, or none can be "
-            "cached; remove it"
+        raise UserError.about(
+            "--cache_text_encoder_outputs_to_disk",
+            "has no effect here: every text encoder trains, or none can be cached; remove it",
         )
     plan = open_data_plan(options, arch, text, options.run.seed or 0, processes.count)
     prepare_text(text, options.caching, options.precision, arch, plan, compute, [], processes)
@@ -60,21 +61,21 @@ def select_device(text: str) -> None:
     # torch raises AssertionError where it was built without the device.
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--device {text} cannot be used ({reason}); use cpu, or leave it out") from None
+        raise UserError.about("--device", f"{text} cannot be used ({reason}); use cpu, or leave it out") from None
     os.environ["ACCELERATE_TORCH_DEVICE"] = text
 
 
-def run_caching(args: argparse.Namespace, action: Callable[[argparse.Namespace], object]) -> int:
-    """Run a caching command with parsed options. Return the exit status, 0 for success and 1 for an error."""
+def run_caching(command_line: CommandLine, action: Callable[[argparse.Namespace], object]) -> int:
+    """Run a caching command. Return the exit status, 0 for success and 1 for an error."""
     interruption = Interruption()
     interruption.install()
     try:
-        action(args)
+        action(command_line.args)
     except Interrupted as error:
         print(f"{error} received; complete files are kept", file=sys.stderr)
         return interruption.exit_status
     except Exception as error:
-        report_error(error, args)
+        report_error(error, command_line)
         return 1
     finally:
         interruption.disarm()

@@ -4,10 +4,10 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from library.errors import NotThere, UserError
 from library.options.base import Options
@@ -22,13 +22,13 @@ from library.training.command_line.recipes import read_recipe
 from library.training.config_file import (
     SECRETS,
     Config,
-    ConfigFileError,
     config_path,
     nearest,
     read_config,
     read_values,
     write_config,
 )
+from library.training.reporting.error_fields import change_texts, describe_error, print_error_line, wants_error_line
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ def build_parser(
     declarations = {name: declared for kind in groups for name, declared in kind.declarations().items()}
     usual = frozenset(name for name in declarations if declarations[name].usual)
     own = frozenset(name for name in declarations if declarations[name].own)
-    parser = TrainingParser(usual, parts, own, elsewhere, examples, frozenset(left_out))
+    paths = frozenset(name for name in declarations if declarations[name].path)
+    parser = TrainingParser(usual, parts, own, elsewhere, examples, frozenset(left_out), paths)
     for kind in groups:
         kind.add_to(parser)
     return parser
@@ -88,6 +89,24 @@ class CommandLine:
         warn_of_repeats(self.parser, self.argv)
         return self.args
 
+    def print_error(self, error: BaseException) -> None:
+        """Log where the files that an error misses are to be had, and print it as JSON if --errors_json asks for it."""
+        log_suggested_files(self.parser, error)
+        values = vars(self.args)
+        if not values.get("errors_json"):
+            return
+        paths = self.parser.paths if isinstance(self.parser, TrainingParser) else ()
+        fields = describe_error(error, values, paths)
+        fields = replace(fields, file=fields.file or self.find_file(fields.setting))
+        print_error_line(change_texts(fields, lambda text: name_as_typed(text, self.args)))
+
+    def find_file(self, setting: str | None) -> str | None:
+        """Return the config file or recipe that an option stands in; None for one of the command line."""
+        name = (setting or "").partition(" ")[0].removeprefix("--")
+        if f"--{name}" in collect_typed_values(self.parser, sys.argv[1:] if self.argv is None else self.argv):
+            return None
+        return next((str(config.path) for config in reversed(self.configs) if name in config.values), None)
+
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read a command line and start the log, so that messages about the files go where the user wants them. Exits as
@@ -103,7 +122,10 @@ def read_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
     # Parsed alone first, because the command line may name a config file and a recipe, which go beneath it.
     typed = parse_words(parser, argv)
     if typed.output_config and not typed.config_file:
-        parser.error("--output_config needs --config_file with the path of the file to write")
+        need = UserError.about(
+            "--output_config", "needs --config_file with the path of the file to write", cause="needs"
+        )
+        refuse(parser, need, argv)
     try:
         if typed.output_config:
             start_logging(parser, typed)
@@ -111,16 +133,18 @@ def read_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
             logger.info("wrote the options to %s", config_path(typed.config_file))
             parser.exit(0)
         configs = read_configs(parser, typed)
-    except ConfigFileError as error:
+    except UserError as error:
         start_logging(parser, typed)
         logger.error("%s", error)
+        typed.errors_json = wants_error_line(sys.argv[1:] if argv is None else argv)
+        CommandLine(parser, argv, typed, ()).print_error(error)
         parser.exit(1)
     return CommandLine(parser, argv, combine(parser, argv, configs), configs)
 
 
 def read_configs(parser: argparse.ArgumentParser, typed: argparse.Namespace) -> list[Config]:
     """Read the recipe and the config file that a command line names; later ones override earlier ones. Raises
-    ConfigFileError."""
+    UserError."""
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     elsewhere, configs = describe_other_options(parser), list[Config]()
     if typed.config_file:
@@ -155,8 +179,9 @@ def exit_if_wrong(command_line: CommandLine, check: Callable[[argparse.Namespace
     try:
         check(command_line.args)
     except UserError as error:
-        report_user_error(error, command_line.start_log())
-        log_suggested_files(command_line.parser, error)
+        command_line.start_log()
+        log_user_error(error, command_line)
+        command_line.print_error(error)
         command_line.parser.exit(1)
     return command_line
 
@@ -168,12 +193,25 @@ def check_training(kind: type[TrainOptions], args: argparse.Namespace) -> None:
     (check_values if options.flat().get("show_timesteps") else check_options)(options)
 
 
-def report_user_error(error: Exception, args: argparse.Namespace | None = None) -> None:
-    """Log an error that the user can fix. `args` are the options as typed."""
-    # --dit is musubi-tuner's name of the base model's flag; the message has the one that was typed.
-    is_dit = getattr(args, "dit", None) and not getattr(args, "pretrained_model_name_or_path", None)
-    logger.error("%s", str(error).replace(BASE_FLAG, "--dit") if is_dit else error)
+def log_user_error(error: Exception, command_line: CommandLine | None) -> None:
+    """Log an error that the user can fix."""
+    logger.error("%s", error if command_line is None else name_as_typed(str(error), command_line.args))
     logger.debug("where it was found:", exc_info=error)
+
+
+def name_as_typed(text: str, args: argparse.Namespace) -> str:
+    """Return a text with the flag of the base model that was typed: --dit is musubi-tuner's name of it."""
+    is_dit = getattr(args, "dit", None) and not getattr(args, "pretrained_model_name_or_path", None)
+    return text.replace(BASE_FLAG, "--dit") if is_dit else text
+
+
+def refuse(
+    parser: argparse.ArgumentParser, error: UserError, argv: Sequence[str] | None, text: str | None = None
+) -> NoReturn:
+    """Exit with status 2 as argparse does; `text` replaces the error's in what people read."""
+    if isinstance(parser, TrainingParser):
+        parser.refuse(error, sys.argv[1:] if argv is None else argv, text)
+    parser.error(text or str(error))
 
 
 def warn_of_repeats(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
@@ -209,7 +247,7 @@ def from_program(parser: argparse.ArgumentParser, args: argparse.Namespace) -> a
     """Read the options of a program that calls a trainer; missing ones and None get defaults, and values are converted
     as in a config file.
 
-    Raises ConfigFileError for an invalid value.
+    Raises UserError for an invalid value.
     """
     start_run_log(ConsoleOptions.from_args(argparse.Namespace(**{**ConsoleOptions.defaults(), **vars(args)})))
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
@@ -237,10 +275,11 @@ def start_logging(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     """Start logging as the options say; exit with status 1 if the log cannot be written."""
     try:
         start_run_log(ConsoleOptions.from_args(args))
-    except ValueError as error:
+    except UserError as error:
         # The requested log failed, so the error goes to a console with default options.
         start_run_log(ConsoleOptions())
         logger.error("%s", error)
+        CommandLine(parser, None, args, ()).print_error(error)
         parser.exit(1)
 
 
@@ -255,7 +294,11 @@ def parse_words(
     args, unknown = parser.parse_known_args(argv, namespace)
     if unknown:
         hints = [word + hint(parser, word.split("=")[0]) if word.startswith("-") else word for word in unknown]
-        parser.error(f"unrecognized arguments: {' '.join(hints)}")
+        # Their values are left out, because a mistyped flag may be that of a password.
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("-")] or unknown
+        named = " ".join(flag + hint(parser, flag) if flag.startswith("-") else flag for flag in flags)
+        error = UserError(f"unrecognized arguments: {named}", setting=flags[0], others=flags[1:])
+        refuse(parser, error, argv, f"unrecognized arguments: {' '.join(hints)}")
     return args
 
 
@@ -272,7 +315,8 @@ def refuse_misread(parser: argparse.ArgumentParser, words: Sequence[str]) -> Non
                 # Only a value that the abbreviated option cannot take shows that another script's option was meant.
                 parser._get_value(action, value if equals else following)
             except argparse.ArgumentError:
-                parser.error(f"unrecognized arguments: {word}{other_scripts}")
+                text = f"unrecognized arguments: {word}{other_scripts}"
+                refuse(parser, UserError(f"unrecognized arguments: {flag}{other_scripts}", setting=flag), words, text)
 
 
 def hint(parser: argparse.ArgumentParser, flag: str) -> str:
@@ -289,11 +333,11 @@ def script_name(parser: argparse.ArgumentParser) -> str:
     return getattr(describe_other_options(parser), "name", parser.prog)
 
 
-def log_suggested_files(parser: argparse.ArgumentParser, error: Exception) -> None:
+def log_suggested_files(parser: argparse.ArgumentParser, error: BaseException) -> None:
     """Log where the files of a model that an error misses are to be had."""
     find = getattr(describe_other_options(parser), "suggest_files", None)
-    is_missing = isinstance(error, NotThere) or isinstance(error.__cause__, NotThere)
-    if is_missing and find is not None and (files := find(str(error))):
+    missing = next((e for e in (error, error.__cause__) if isinstance(e, NotThere)), None)
+    if missing is not None and find is not None and (files := find((missing.setting, *missing.others))):
         logger.error("%s", files)
 
 

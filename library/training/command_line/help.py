@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from library.errors import UserError
+from library.training.reporting.error_fields import describe_error, print_error_line, wants_error_line
 from library.version import VERSION
 
 EVERYTHING = "--help_all"
@@ -93,9 +95,10 @@ class TrainingParser(argparse.ArgumentParser):
         elsewhere: Callable[[str], str] = lambda option: "",
         examples: str = EXAMPLES,
         left_out: frozenset[str] = frozenset(),
+        paths: frozenset[str] = frozenset(),
     ) -> None:
-        """Options in `left_out` have no effect here; they are accepted and hidden."""
-        self._own, self.elsewhere, self._left_out = own, elsewhere, left_out
+        """Options in `left_out` have no effect here; they are accepted and hidden. Those in `paths` name files."""
+        self._own, self.elsewhere, self._left_out, self.paths = own, elsewhere, left_out, paths
         super().__init__(
             usage="%(prog)s [options]",
             description=examples.format(parts=f"      {parts} \\\n" if parts else ""),
@@ -115,7 +118,14 @@ class TrainingParser(argparse.ArgumentParser):
             full.formatter_class = functools.partial(FilteredHelp, self._left_out, None)
             full.print_help()
             self.exit(0)
-        return super().parse_known_args(args, namespace)
+        self.exit_on_error = False  # argparse would say of an error only what its text is
+        try:
+            return super().parse_known_args(args, namespace)
+        except argparse.ArgumentError as error:
+            flag = error.argument_name and error.argument_name.partition("/")[0]
+            self.refuse(UserError(str(error), setting=flag, cause="wrong value"), words)
+        finally:
+            self.exit_on_error = True
 
     def format_help(self) -> str:
         """Format the help; the options that most trainings set come first, and not again in their groups."""
@@ -145,5 +155,14 @@ class TrainingParser(argparse.ArgumentParser):
             super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
-        """Print a one-line error without the usage, and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+        self.refuse(UserError(message, cause="wrong value"), sys.argv[1:])
+
+    def refuse(self, error: UserError, words: Sequence[str], text: str | None = None) -> NoReturn:
+        """Print a one-line error without the usage, or `text` in its place, and exit with status 2.
+
+        The command line `words` may ask for the error as JSON too.
+        """
+        self._print_message(f"{self.prog}: error: {text or error}; see --help\n", sys.stderr)
+        if wants_error_line(words):
+            print_error_line(describe_error(error, {}, ()))
+        self.exit(2)

@@ -14,9 +14,8 @@ from library.protocols import Architecture, LatentSpec
 from library.training.command_line.cli import (
     CommandLine,
     from_program,
-    log_suggested_files,
+    log_user_error,
     read_command_line,
-    report_user_error,
 )
 from library.training.command_line.console import forgive_write_errors
 from library.training.command_line.replaced import refuse_replaced
@@ -51,7 +50,8 @@ def main(
     forgive_write_errors()
     interruption = Interruption()
     interruption.install()
-    args = (command_line or read_command_line(parser, argv)).start_log()
+    command_line = command_line or read_command_line(parser, argv)
+    args = command_line.start_log()
     try:
         options = options_type.from_args(args)
         command = sys.argv[1:] if argv is None else argv
@@ -64,8 +64,7 @@ def main(
         logger.warning("%s received before the first step: nothing was trained, nothing to save", error)
         return interruption.exit_status
     except Exception as error:
-        report_error(error, args)
-        log_suggested_files(parser, error)
+        report_error(error, command_line)
         return 1
     finally:
         interruption.disarm()
@@ -100,8 +99,16 @@ OUR_FAULT = (
 )
 
 
-def report_error(error: Exception, args: argparse.Namespace | None = None) -> None:
-    """Print the error that ended a run, and what was saved. `args` are the options as typed.
+def report_error(error: Exception, command_line: CommandLine | None = None) -> None:
+    """Print the error that ended a command, and what was saved; as JSON too, if the command line asks for it."""
+    log_error(error, command_line)
+    if command_line is not None:
+        is_wrapped = isinstance(error, StoppedByError) and error.__cause__ is not None
+        command_line.print_error(error.__cause__ or error if is_wrapped else error)
+
+
+def log_error(error: Exception, command_line: CommandLine | None) -> None:
+    """Log an error.
 
     User errors, errors of the operating system, memory that ran out and a debugger's quit are printed as sentences;
     anything else is a bug and keeps its traceback.
@@ -109,7 +116,7 @@ def report_error(error: Exception, args: argparse.Namespace | None = None) -> No
     # A full disk or missing rights: the operating system refused something for a file.
     is_from_system = isinstance(error, OSError) and error.errno is not None and error.filename is not None
     if isinstance(error, StoppedByError) and isinstance(error.__cause__, Exception):
-        report_error(error.__cause__, args)
+        log_error(error.__cause__, command_line)
         logger.error("%s", error)
     elif isinstance(error, BdbQuit):
         logger.error("the debugger ended the run")
@@ -117,7 +124,7 @@ def report_error(error: Exception, args: argparse.Namespace | None = None) -> No
         logger.error("%s", describe_out_of_memory(error))
         logger.debug("where it was found:", exc_info=error)
     elif isinstance(error, UserError) or is_from_system:
-        report_user_error(error, args)
+        log_user_error(error, command_line)
     else:
         logger.error("%s: %s", type(error).__name__, error, exc_info=error)
         logger.error("%s", OUR_FAULT)

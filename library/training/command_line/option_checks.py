@@ -44,7 +44,12 @@ def check_data(options: TrainOptions) -> None:
     check_values(options)
     low, high = options.dataset.min_bucket_reso, options.dataset.max_bucket_reso
     if options.dataset.enable_bucket and low > high:
-        raise UserError(f"--min_bucket_reso is {low}, above --max_bucket_reso {high}; swap them")
+        raise UserError.about(
+            "--min_bucket_reso",
+            f"is {low}, above --max_bucket_reso {high}; swap them",
+            cause="does not fit",
+            others=["--max_bucket_reso"],
+        )
     if options.concepts is not None:
         check_concepts(options, options.concepts)
         return
@@ -52,10 +57,15 @@ def check_data(options: TrainOptions) -> None:
     if dataset.dataset_config is None and dataset.dataset_class is None:
         if not dataset.train_data_dir:
             raise UserError(
-                "no images are named; give --dataset_config with a TOML file, or --train_data_dir with a folder"
+                "no images are named; give --dataset_config with a TOML file, or --train_data_dir with a folder",
+                setting="--dataset_config",
+                others=["--train_data_dir"],
+                cause="missing",
             )
         if not dataset.resolution:
-            raise UserError("--resolution is not set; give the training size with it, such as 512 or 512,768")
+            raise UserError.about(
+                "--resolution", "is not set; give the training size with it, such as 512 or 512,768", cause="missing"
+            )
 
 
 def check_concepts(options: Options, concepts: ConceptOptions) -> None:
@@ -63,9 +73,11 @@ def check_concepts(options: Options, concepts: ConceptOptions) -> None:
     values = options.flat()
     for name, why in list_refused_by_leco(type(options)).items():
         if is_requested(values[name]):
-            raise UserError(f"--{name} does not work with {PROMPTS_FLAG}: {why}")
+            raise UserError.about(f"--{name}", f"does not work with {PROMPTS_FLAG}: {why}", cause="does not fit")
     if not concepts.prompts_file:
-        raise UserError(f"{PROMPTS_FLAG} is not set; give the TOML file with the prompts that are trained")
+        raise UserError.about(
+            PROMPTS_FLAG, "is not set; give the TOML file with the prompts that are trained", cause="missing"
+        )
     read_prompt_pairs(Path(concepts.prompts_file), warn=ignore_message)
 
 
@@ -77,7 +89,7 @@ def check_values(options: Options) -> None:
     """Raise UserError for values, paths and combinations that the options' declarations do not allow."""
     missing = unsupported(options)
     if missing:
-        raise UserError("\n".join(missing))
+        raise UserError("\n".join(missing.values()), setting=next(iter(missing)), others=[*missing][1:])
     refuse_passwords(options)
     check_ranges(options)
     check_choices(options)
@@ -92,10 +104,11 @@ def check_paths(options: Options) -> None:
         if not os.path.exists(path):
             hint = nearby(Path(path), is_folder=kind == "folder")
             error = NotThere if kind in ("part", "model") else NoDataFound if name == IMAGES else UserError
-            raise error(f"--{name} {text} does not exist{hint or '; correct the path, or leave it out'}")
+            reason = f"does not exist{hint or '; correct the path, or leave it out'}"
+            raise error.about(f"--{name}", reason, text, cause="missing")
         found = "folder" if os.path.isdir(path) else "file"
         if found not in kind and kind not in ("part", "model"):
-            raise UserError(f"--{name} {text} is a {found}; name a {kind}")
+            raise UserError.about(f"--{name}", f"is a {found}; name a {kind}", text)
 
 
 def list_read_paths(options: Options) -> Iterator[tuple[str, PathKind, str]]:
@@ -132,9 +145,10 @@ def refuse_passwords(options: Options) -> None:
     for name, value in options.flat().items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and (match := PASSWORD.search(text)):
-                raise UserError(
-                    f"--{name} has a URL with a password, {match['scheme']}…@{match['host']}, which logs and files "
-                    "would keep. No option takes one; give a file or a folder"
+                raise UserError.about(
+                    f"--{name}",
+                    f"has a URL with a password, {match['scheme']}…@{match['host']}, which logs and files "
+                    "would keep. No option takes one; give a file or a folder",
                 )
 
 
@@ -151,26 +165,32 @@ def check_choices(options: Options) -> None:
         if not is_set(values[field.name], field.default):
             continue
         known = ", ".join(str(choice) for choice in choices if choice is not None)
-        raise UserError(f"--{field.name} is {values[field.name]!r}; use one of {known}")
+        raise UserError.about(f"--{field.name}", f"is {values[field.name]!r}; use one of {known}")
 
 
 def check_required(base_model: str | None, network_module: str | None, output_dir: str | None) -> None:
     """Raise UserError if the model, the network module or the output folder is missing."""
     if not base_model:
-        raise UserError("--pretrained_model_name_or_path is not set; give the base model's file, folder or hub name")
+        raise UserError.about(
+            "--pretrained_model_name_or_path",
+            "is not set; give the base model's file, folder or hub name",
+            cause="missing",
+        )
     if not network_module:
-        raise UserError("--network_module is not set; networks.lora trains a LoRA")
+        raise UserError.about("--network_module", "is not set; networks.lora trains a LoRA", cause="missing")
     if not output_dir:
-        raise UserError("--output_dir is not set; give the folder that the trained weights go to")
+        raise UserError.about(
+            "--output_dir", "is not set; give the folder that the trained weights go to", cause="missing"
+        )
 
 
 def check_multipliers(network: NetworkOptions) -> None:
     """Raise UserError if there are more multipliers than files."""
     factors, files = network.base_weights_multiplier or [], network.base_weights or []
     if files and len(factors) > len(files):
-        raise UserError(
-            f"--base_weights_multiplier has {len(factors)} values for {len(files)} --base_weights; "
-            "give one for each file"
+        raise UserError.about(
+            "--base_weights_multiplier",
+            f"has {len(factors)} values for {len(files)} --base_weights; give one for each file",
         )
 
 
@@ -178,6 +198,9 @@ def check_timesteps(noise: NoiseOptions) -> None:
     """Raise UserError if the lowest timestep exceeds the highest."""
     low, high = noise.min_timestep or 0, 1000 if noise.max_timestep is None else noise.max_timestep
     if low > high:
-        raise UserError(
-            f"--min_timestep {low} is above --max_timestep {high}; the same value for both trains one level"
+        raise UserError.about(
+            "--min_timestep",
+            f"{low} is above --max_timestep {high}; the same value for both trains one level",
+            cause="does not fit",
+            others=["--max_timestep"],
         )

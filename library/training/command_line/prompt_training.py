@@ -1,6 +1,7 @@
 """Starts a training on prompts alone (LECO), with the options of the recognised base model."""
 
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from library.errors import UserError
 from library.options.leco import LecoOptions, leco_options
 from library.options.output.console import ConsoleOptions
 from library.options.train import TrainOptions
-from library.training.command_line.cli import build_parser_of_prompts
+from library.training.command_line.cli import CommandLine, build_parser_of_prompts
 from library.training.command_line.console import start_run_log
 from library.training.command_line.main import main, report_error
 from library.training.command_line.option_checks import ignore_message
 from library.training.command_line.prompt_words import read_requested
+from library.training.reporting.error_fields import wants_error_line
 
 Recognise = Callable[[str], BaseModelSpec]
 """Maps a model's file, folder or hub name to its spec; raises UserError for an unsupported model."""
@@ -37,7 +39,8 @@ def main_by_prompts(recognise: Recognise, elsewhere: Callable[[str], str], argv:
         spec = recognise(base) if base else None
     except UserError as error:
         start_run_log(ConsoleOptions())
-        report_error(error)
+        typed = Namespace(errors_json=wants_error_line(words), pretrained_model_name_or_path=base, prompts_file=prompts)
+        report_error(error, CommandLine(build_parser_of_prompts(kind, elsewhere), words, typed, ()))
         return 1
     if spec is not None:
         kind, build = leco_options(spec.options), spec.build

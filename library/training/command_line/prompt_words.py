@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from library.errors import UserError
+from library.options.config_file import read_toml
 from library.options.leco import LecoOptions
 from library.training.command_line.cli import (
     CommandLine,
@@ -17,7 +19,7 @@ from library.training.command_line.cli import (
     read_configs,
     unset_empty,
 )
-from library.training.config_file import ConfigFileError, config_path, flatten, load_toml
+from library.training.config_file import CONFIG_FLAG, config_path, flatten
 
 BASE, PROMPTS, CONFIG = "pretrained_model_name_or_path", "prompts_file", "config_file"
 HELP = ("-h", "--help", "--help_all")
@@ -31,7 +33,7 @@ def read_requested(words: Sequence[str]) -> tuple[str, str]:
     typed = vars(parser.parse_known_args(words)[0])
     from_file = {}
     if typed[CONFIG] and config_path(typed[CONFIG]).is_file():
-        from_file = flatten(load_toml(config_path(typed[CONFIG])), config_path(typed[CONFIG]), [])
+        from_file = flatten(read_toml(config_path(typed[CONFIG]), CONFIG_FLAG), config_path(typed[CONFIG]), [])
     base, prompts = (str(typed[name] or from_file.get(name) or "") for name in (BASE, PROMPTS))
     return base, prompts
 
@@ -54,7 +56,7 @@ def check_common_words(
     parser.allow_abbrev = False  # an abbreviation may be that of an option which only the base model has
     try:
         configs = read_configs(parser, parser.parse_known_args(words)[0])
-    except ConfigFileError:  # it may be right for the base model
+    except UserError:  # it may be right for the base model
         return
     values = {name: value for config in configs for name, value in config.values.items()}
     args = normalize(unset_empty(parser.parse_known_args(words, argparse.Namespace(**values))[0], parser))

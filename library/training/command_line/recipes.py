@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from library.errors import UserError
+from library.options.config_file import read_toml
 from library.suggestions import did_you_mean
-from library.training.config_file import Config, ConfigFileError, flatten, load_toml, read_values
+from library.training.config_file import Config, flatten, read_values
 
 FOLDER = Path(__file__).parents[3] / "configs" / "recipes"
 PATHS = ("dataset_config", "sample_prompts")  # relative to the recipes' folder, not to the current one
@@ -36,7 +38,7 @@ def list_recipes() -> list[Recipe]:
 
 
 def read_head(path: Path) -> Recipe:
-    tables = dict(load_toml(path))
+    tables = dict(read_toml(path, "--recipe"))
     head, steps = tables.pop(HEAD), {int(images): number for images, number in tables.pop(STEPS).items()}
     values, words = flatten(tables, path, []), tuple(head.get("words", ()))
     return Recipe(path.stem, head["script"], head["title"], values, words, head.get("has", ""), steps)
@@ -51,17 +53,20 @@ def read_recipe(
 ) -> Config:
     """Return a recipe's options like those of a config file; images that `requested` names replace its dataset.
 
-    Raises ConfigFileError for an unknown name, or for another script's recipe.
+    Raises UserError for an unknown name, or for another script's recipe.
     """
     names = [recipe.name for recipe in list_recipes()]
     if name not in names:
-        raise ConfigFileError(
-            f"there is no recipe {name}{did_you_mean(name, names)}; `python3 tools/recipes.py` lists them"
+        raise UserError(
+            f"there is no recipe {name}{did_you_mean(name, names)}; `python3 tools/recipes.py` lists them",
+            setting="--recipe",
         )
     path = FOLDER / f"{name}.toml"
     recipe = read_head(path)
     if recipe.script != script:
-        raise ConfigFileError(f"--recipe {recipe.name} is for {recipe.script}; `python3 tools/recipes.py` lists others")
+        raise UserError.about(
+            "--recipe", f"{recipe.name} is for {recipe.script}; `python3 tools/recipes.py` lists others"
+        )
     warnings: list[str] = []
     values = read_values(recipe.values, str(path), actions, warnings, elsewhere)
     if any(requested.get(option) for option in IMAGES):

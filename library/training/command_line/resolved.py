@@ -153,7 +153,7 @@ def open_base(
         arch = build(options.shared)
     report_unused(options.shared, arch.ignores)
     if options.shared.dataset.train_inpainting and not arch.inpaints:
-        raise UserError("--train_inpainting: this base model takes no masks; leave it out")
+        raise UserError.about("--train_inpainting", ": this base model takes no masks; leave it out")
     if arch.vae_overflows_in_fp16:
         warn_of_fp16_vae(options.shared.model, options.shared.precision.mixed_precision)
     return options, modules, arch

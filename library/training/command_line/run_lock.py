@@ -96,7 +96,9 @@ def acquire(path: Path, what: str = WRITES, advice: str = WAIT) -> IO[str] | Non
                 return None
             if error.errno not in LOCKED_ERRORS:
                 raise
-            raise Locked(f"{what} ({holder}, according to {path}); {advice}") from None
+            raise Locked(
+                f"{what} ({holder}, according to {path}); {advice}", path=path, cause="would be lost"
+            ) from None
         if is_at(file, path):
             break
         file.close()

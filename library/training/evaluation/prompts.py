@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError
+from library.errors import UserError, naming
 from library.options.config_file import read_json, read_text, read_toml
 from library.options.output.sampler_names import ALIASES, SAMPLERS
 from library.options.tables import TABLE, TEXT, TEXTS, Kind, Table, choice, number, read_table, read_value, whole
@@ -81,20 +81,22 @@ def read_prompts(path: Path, flag: str = FLAG) -> list[PromptSpec]:
     Raises UserError naming the file, the line or entry, and what to do.
     """
     label, suffix = f"{flag} {path}", path.suffix.lower()
-    if suffix == ".txt":
-        return list(specs_in_text(label, read_text(path, flag)))
-    if suffix == ".toml":
-        return list(specs_in_toml(label, read_toml(path, flag)))
-    if suffix == ".json":
-        return list(specs_in_json(label, read_json(path, flag)))
-    raise UserError(f"{flag} is {path}; use a .txt file with a prompt a line, or a .toml or .json file")
+    with naming(flag, path, file=path):
+        if suffix == ".txt":
+            return list(specs_in_text(label, read_text(path, flag)))
+        if suffix == ".toml":
+            return list(specs_in_toml(label, read_toml(path, flag)))
+        if suffix == ".json":
+            return list(specs_in_json(label, read_json(path, flag)))
+        raise UserError(f"{flag} is {path}; use a .txt file with a prompt a line, or a .toml or .json file")
 
 
 def specs_in_text(label: str, text: str) -> Iterator[PromptSpec]:
     """Yield one prompt per line, skipping blank lines and comments (`#`)."""
     for index, line in enumerate(text.splitlines(), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
-            yield from parse_strip(line, f"{label}, line {index}")
+            with naming(None, place=f"line {index}"):
+                yield from parse_strip(line, f"{label}, line {index}")
 
 
 def specs_in_toml(label: str, tables: Table) -> Iterator[PromptSpec]:
@@ -108,8 +110,10 @@ def specs_in_toml(label: str, tables: Table) -> Iterator[PromptSpec]:
         raise UserError(f"{label} must have a table [prompt], which all share, and a [[prompt.subset]] each")
     common = {key: value for key, value in shared.items() if key != "subset"}
     for index, subset in enumerate(subsets, start=1):
-        place = f"{label}, [[prompt.subset]] number {index}"
-        yield parse_prompt_table({**common, **read_value(subset, TABLE, place)}, place)
+        place = f"[[prompt.subset]] number {index}"
+        with naming(None, place=place):
+            label_of_entry = f"{label}, {place}"
+            yield parse_prompt_table({**common, **read_value(subset, TABLE, label_of_entry)}, label_of_entry)
 
 
 def specs_in_json(label: str, entries: Any) -> Iterator[PromptSpec]:
@@ -120,7 +124,8 @@ def specs_in_json(label: str, entries: Any) -> Iterator[PromptSpec]:
         raise UserError(f'{label} must be a list of prompts: [{{"prompt": "a cat"}}]')
     for index, entry in enumerate(entries, start=1):
         place = f"{label}, entry {index}"
-        yield parse_line(entry, place) if isinstance(entry, str) else parse_prompt_table(entry, place)
+        with naming(None, place=f"entry {index}"):
+            yield parse_line(entry, place) if isinstance(entry, str) else parse_prompt_table(entry, place)
 
 
 def parse_strip(line: str, place: str) -> Iterator[PromptSpec]:
@@ -153,7 +158,7 @@ def parse_line(line: str, place: str) -> PromptSpec:
                 'a prompt that itself has " --" in it can stand in a .toml or .json file'
             )
         if key in table and key != REFERENCES:
-            raise UserError(f"{place}: --{letters} is given twice; keep one")
+            raise UserError(f"{place}: --{letters} is given twice; keep one", setting=key)
         extends = KINDS[key] in (TEXT, PATHS)
         value, _, trailing = (text.strip(), "", "") if extends else text.strip().partition(" ")
         table[key] = [*table.get(key, []), value] if key == REFERENCES else value if extends else parse_number(value)

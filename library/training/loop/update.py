@@ -192,7 +192,7 @@ def resolve_norm_limit(run: Run) -> float | None:
     if not limit:
         return None
     if limit < 0:
-        raise UserError(f"--scale_weight_norms is {limit:g}; a norm is at least 0, and 0 sets no limit")
+        raise UserError.about("--scale_weight_norms", f"is {limit:g}; a norm is at least 0, and 0 sets no limit")
     if not run.context.network.can_limit_norms:
         logger.warning(
             "--scale_weight_norms has no effect: the network of %s has no apply_max_norm_regularization()",

@@ -54,9 +54,11 @@ def kinds_in_file(arch: Architecture) -> set[torch.dtype]:
     all_codes = [layer.decoder.codes(layer.own_parts()) for layer in layers if isinstance(layer, FrozenLinear)]
     kinds = {codes.codes_OI.dtype for codes in all_codes if codes is not None and codes.can_be_multiplied}
     if not kinds:
-        raise UserError(
-            "--base_arithmetic 8bit multiplies weights that are stored in 8 bits, and the checkpoint has none that can "
-            "be; add --base_format int8_rotated"
+        raise UserError.about(
+            "--base_arithmetic",
+            "8bit multiplies weights that are stored in 8 bits, and the checkpoint has none that can "
+            "be; add --base_format int8_rotated",
+            cause="needs",
         )
     return kinds
 
@@ -70,14 +72,16 @@ def try_kind(kind: torch.dtype, compute: Compute) -> None:
     try:
         error = measure_error(*make_inputs(kind, SIDE, compute))
     except (RuntimeError, NotImplementedError, ValueError) as failure:
-        raise UserError(
-            f"--base_arithmetic 8bit: {name_device(device)} with torch {torch.__version__} cannot multiply {name} "
+        raise UserError.about(
+            "--base_arithmetic",
+            f"8bit: {name_device(device)} with torch {torch.__version__} cannot multiply {name} "
             f"({str(failure).splitlines()[0]}); {NEEDS}. Leave out --base_arithmetic, or store the weights in another "
-            "--base_format"
+            "--base_format",
         ) from failure
     if not error < MOST_ERROR:
-        raise UserError(
-            f"--base_arithmetic 8bit: a product of {name} on {name_device(device)} is off by {error:.0%}; leave it out"
+        raise UserError.about(
+            "--base_arithmetic",
+            f"8bit: a product of {name} on {name_device(device)} is off by {error:.0%}; leave it out",
         )
     if device.type == "cpu" and kind.is_floating_point:
         logger.warning(

@@ -11,7 +11,7 @@ import torch
 from library.checkpoints.files import file_in_folder, read_metadata
 from library.checkpoints.recognition import base_in_metadata, recognise_adapter
 from library.checkpoints.weights import open_weights
-from library.errors import UserError
+from library.errors import UserError, naming
 from library.options.training.network import NetworkOptions
 from library.protocols import Architecture
 from library.training.step.context import Models, TrainingAdapter
@@ -33,9 +33,9 @@ def parse_adapter(text: str, flag: str) -> tuple[Path, float]:
     except ValueError:
         path, factor = Path(text), 1.0
     if not path.exists():
-        raise UserError(f"{flag} {path} does not exist")
+        raise UserError.about(flag, "does not exist", path=path, cause="missing")
     if not math.isfinite(factor):
-        raise UserError(f"{flag} {text}: the strength is {factor}; use a number, such as 0.8")
+        raise UserError.about(flag, f"{text}: the strength is {factor}; use a number, such as 0.8")
     return file_in_folder(path, f"{flag} {path}"), factor
 
 
@@ -66,7 +66,8 @@ def create_training_adapter(options: NetworkOptions, arch: Architecture, models:
         return None
     file, strength = parse_adapter(options.training_adapter, TRAINING_ADAPTER)
     try:
-        network, tensors = create_frozen_adapter(file, strength, models)
+        with naming(TRAINING_ADAPTER, file):
+            network, tensors = create_frozen_adapter(file, strength, models)
     except UserError:
         require_same_base(file, arch)
         raise
@@ -80,9 +81,10 @@ def require_same_base(file: Path, arch: Architecture) -> None:
     own = base_in_metadata(arch.specs, arch.metadata)
     made_for = recognise_adapter(arch.specs, open_weights(file).shapes, read_metadata(file))
     if own is not None and made_for is not None and made_for is not own:
-        raise UserError(
-            f"{TRAINING_ADAPTER} {file} is an adapter for {made_for.title}, and the base model is {own.title}; use a "
-            "training adapter that was made for this base model"
+        raise UserError.about(
+            TRAINING_ADAPTER,
+            f"{file} is an adapter for {made_for.title}, and the base model is {own.title}; use a "
+            "training adapter that was made for this base model",
         )
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from library.errors import UserError
+from library.errors import UserError, naming
 from library.options.training.network import NetworkOptions
 from library.randomness import stream_seed
 from library.training.models.compute import Compute
@@ -37,7 +37,8 @@ def open_network(request: AdapterRequest, models: Models, compute: Compute) -> A
         not options.network_train_text_encoder_only,
     )
     if options.network_weights:
-        network.load_weights(options.network_weights)
+        with naming("--network_weights", options.network_weights):
+            network.load_weights(options.network_weights)
     network.module.to(compute.device, compute.dtype if precision.full_fp16 or precision.full_bf16 else None)
     return network
 
@@ -54,9 +55,10 @@ def create(options: NetworkOptions, module: NetworkModule, models: Models) -> An
     keywords = network_keywords(options)
     if options.dim_from_weights:
         assert options.network_weights is not None
-        network, _ = module.create_network_from_weights(
-            1.0, options.network_weights, models.vae, text_encoder, denoiser, **keywords
-        )
+        with naming("--network_weights", options.network_weights):
+            network, _ = module.create_network_from_weights(
+                1.0, options.network_weights, models.vae, text_encoder, denoiser, **keywords
+            )
     else:
         network = module.create_network(
             1.0,
@@ -69,5 +71,5 @@ def create(options: NetworkOptions, module: NetworkModule, models: Models) -> An
             **keywords,
         )
     if network is None:
-        raise UserError(f"--network_module {module.name} made no network; see its own messages above")
+        raise UserError.about("--network_module", f"{module.name} made no network; see its own messages above")
     return network

@@ -73,9 +73,10 @@ def require_no_text_changes(options: NetworkOptions) -> None:
     """Raise UserError for adapters to merge that change a text encoder, because prompts are encoded before the
     merge."""
     for file, changed in files_that_change_text(options):
-        raise UserError(
-            f"--base_weights {file} changes the text encoder ({changed} and others), which encodes the prompts before "
-            "anything is merged; merge the file into the base model with tools/merge_lora.py first"
+        raise UserError.about(
+            "--base_weights",
+            f"{file} changes the text encoder ({changed} and others), which encodes the prompts before "
+            "anything is merged; merge the file into the base model with tools/merge_lora.py first",
         )
 
 
@@ -91,7 +92,9 @@ def open_data_plan(
         if text.cached is None:
             raise UserError(
                 "the text encoder of this base model sees the reference images of the data set, for which its outputs "
-                "must be cached; add --cache_text_encoder_outputs"
+                "must be cached; add --cache_text_encoder_outputs",
+                setting="--cache_text_encoder_outputs",
+                cause="needs",
             )
         plan = plan.with_seen_references()
     plan.audit(logger)

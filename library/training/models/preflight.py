@@ -64,7 +64,9 @@ def take_first_step(options: ScheduleOptions, schedule: Schedule) -> None:
         schedule.step()
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         arguments = " ".join(options.lr_scheduler_args or []) or "no --lr_scheduler_args"
-        raise UserError(f"--lr_scheduler_type {options.lr_scheduler_type} fails with {arguments}: {error}") from error
+        raise UserError.about(
+            "--lr_scheduler_type", f"{options.lr_scheduler_type} fails with {arguments}: {error}"
+        ) from error
 
 
 def models_on_meta_device(arch: Architecture) -> Models:

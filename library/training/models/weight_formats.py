@@ -34,9 +34,11 @@ def check_format(name: str | None, weight_format: WeightFormat | None) -> None:
     # bitsandbytes is hidden from diffusers and peft, which import it without need, and so from `find_spec`.
     unhide_library(package)
     if importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"--base_format {name} needs the library {package}, which is not installed; install it with "
-            f"`pip install {package}`, or use --base_format int8"
+        raise UserError.about(
+            "--base_format",
+            f"{name} needs the library {package}, which is not installed; install it with "
+            f"`pip install {package}`, or use --base_format int8",
+            cause="not installed",
         )
 
 

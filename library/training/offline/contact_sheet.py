@@ -65,7 +65,9 @@ def draw_rows(
     """
     if arch.preview.load_denoiser is not None:
         raise UserError(
-            "an option names a second model for the previews of a training; give that one as the base model"
+            "an option names a second model for the previews of a training; give that one as the base model",
+            setting="--turbo_dit",
+            cause="does not fit",
         )
     formats = BaseFormats.load(precision)
     check_base(precision, formats, memory, arch)

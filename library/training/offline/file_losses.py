@@ -155,5 +155,7 @@ def check_text_parts(rows: Sequence[Row]) -> None:
         if row is not None and keys_of_text_encoders(row):
             raise UserError(
                 f"{row} changes the text encoders, whose outputs --cache_text_encoder_outputs takes without it; leave "
-                "that option out"
+                "that option out",
+                setting="--cache_text_encoder_outputs",
+                cause="does not fit",
             )

@@ -204,8 +204,8 @@ def check_step(built: BuiltOptimizer, optimizer_type: str, arguments: Mapping[st
     except Exception as error:
         text = " ".join(f"{key}={value!r}" for key, value in arguments.items())
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"--optimizer_type {optimizer_type} fails with {FLAG} {text}: {reason}; change or drop them"
+        raise UserError.about(
+            "--optimizer_type", f"{optimizer_type} fails with {FLAG} {text}: {reason}; change or drop them"
         ) from error
 
 
@@ -217,7 +217,9 @@ def resolve_optimizer_type(options: OptimizerOptions) -> str:
         names = " and ".join(
             f"--{name}" for name in [*given_aliases, *["optimizer_type"] * bool(options.optimizer_type)]
         )
-        raise UserError(f"{names} name different optimizers; keep one of them")
+        raise UserError(
+            f"{names} name different optimizers; keep one of them", setting="--optimizer_type", cause="does not fit"
+        )
     return aliases[given_aliases[0]] if given_aliases else options.optimizer_type or "AdamW"
 
 
@@ -232,17 +234,18 @@ def class_path(optimizer_type: str) -> tuple[str, Mapping[str, Any]]:
     of_torch = {name for name, value in vars(torch.optim).items() if inspect.isclass(value) and name != "Optimizer"}
     if optimizer_type in of_torch:
         return f"torch.optim.{optimizer_type}", {}
-    raise UserError(
-        f"--optimizer_type {optimizer_type} is unknown{did_you_mean(optimizer_type, [*KNOWN, *of_torch])}. It may be "
+    raise UserError.about(
+        "--optimizer_type",
+        f"{optimizer_type} is unknown{did_you_mean(optimizer_type, [*KNOWN, *of_torch])}. It may be "
         f"one of {', '.join(KNOWN)}, a class of torch.optim in its exact spelling, or a path such as "
-        "package.module.Class"
+        "package.module.Class",
     )
 
 
 def import_class(path: str, flag: str, wanted: str) -> type[Any]:
     """Return the class at a dotted path. Raises UserError naming what to install, or what the module lacks."""
     if not all(part.isidentifier() for part in path.split(".")):
-        raise UserError(f"{flag} {wanted} is not a path such as package.module.Class")
+        raise UserError.about(flag, f"{wanted} is not a path such as package.module.Class")
     module_name, _, class_name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
@@ -251,22 +254,28 @@ def import_class(path: str, flag: str, wanted: str) -> type[Any]:
         root = missing.partition(".")[0]
         package = PACKAGE_OF.get(root, root)
         if root != module_name.partition(".")[0]:
-            raise UserError(
-                f"{flag} {wanted}: {describe_package(module_name)} needs {missing}: pip install {package}"
+            raise UserError.about(
+                flag,
+                f"{wanted}: {describe_package(module_name)} needs {missing}: pip install {package}",
+                cause="not installed",
             ) from error
         if missing != root:
-            raise UserError(f"{flag} {wanted}: there is no module {missing}; check the path") from error
-        raise UserError(f"{flag} {wanted} needs the library {missing}: pip install {package}") from error
+            raise UserError.about(flag, f"{wanted}: there is no module {missing}; check the path") from error
+        raise UserError.about(
+            flag, f"{wanted} needs the library {missing}: pip install {package}", cause="not installed"
+        ) from error
     except ImportError as error:
         described = describe_package(module_name)
-        raise UserError(
-            f"{flag} {wanted}: {described} cannot be imported: {error}; install another version: "
-            f"pip install --upgrade {described.partition(' ')[0]}"
+        raise UserError.about(
+            flag,
+            f"{wanted}: {described} cannot be imported: {error}; install another version: "
+            f"pip install --upgrade {described.partition(' ')[0]}",
+            cause="not installed",
         ) from error
     value = getattr(module, class_name, None)
     if not inspect.isclass(value):
-        raise UserError(
-            f"{flag} {wanted}: {module_name} has no class {class_name}{did_you_mean(class_name, vars(module))}"
+        raise UserError.about(
+            flag, f"{wanted}: {module_name} has no class {class_name}{did_you_mean(class_name, vars(module))}"
         )
     return value
 
@@ -285,11 +294,13 @@ def import_optimizer(path: str, optimizer_type: str) -> type[Optimizer]:
     unhide_library(BITSANDBYTES)
     cls = import_class(path, "--optimizer_type", optimizer_type)
     if not issubclass(cls, Optimizer):
-        raise UserError(
-            f"--optimizer_type {optimizer_type}: {path} is not an optimizer (a subclass of torch.optim.Optimizer)"
+        raise UserError.about(
+            "--optimizer_type", f"{optimizer_type}: {path} is not an optimizer (a subclass of torch.optim.Optimizer)"
         )
     if issubclass(cls, torch.optim.LBFGS | torch.optim.SparseAdam):
-        raise UserError(f"--optimizer_type {optimizer_type} cannot train an adapter by gradient steps; AdamW can")
+        raise UserError.about(
+            "--optimizer_type", f"{optimizer_type} cannot train an adapter by gradient steps; AdamW can"
+        )
     return cls
 
 
@@ -310,17 +321,20 @@ def check_order_of_sums(optimizer: Optimizer, optimizer_type: str) -> None:
     limits_gradient = getattr(settings, "percentile_clipping", 100) < 100  # removed in bitsandbytes 0.50
     if type(optimizer).__module__.startswith(BITSANDBYTES) and (limits_update or limits_gradient):
         argument = "max_unorm" if limits_update else "percentile_clipping"
-        raise UserError(
-            f"--deterministic excludes --optimizer_type {optimizer_type} with {argument}, whose kernels add in varying "
-            f"order; leave {argument} out of {FLAG}, or use AdamW8bit"
+        raise UserError.about(
+            "--deterministic",
+            f"excludes --optimizer_type {optimizer_type} with {argument}, whose kernels add in varying "
+            f"order; leave {argument} out of {FLAG}, or use AdamW8bit",
+            cause="does not fit",
+            others=["--optimizer_type"],
         )
 
 
 def check_fused_backward_pass(is_adafactor: bool, optimizer_type: str) -> None:
     """Refuse or warn of the fused backward pass, which is for full fine-tuning and does not help small adapters."""
     if not is_adafactor:
-        raise UserError(
-            f"--fused_backward_pass works with --optimizer_type Adafactor only, not {optimizer_type}; leave it out"
+        raise UserError.about(
+            "--fused_backward_pass", f"works with --optimizer_type Adafactor only, not {optimizer_type}; leave it out"
         )
     logger.warning(
         "--fused_backward_pass has no effect: it frees each gradient as soon as it is used, which saves gigabytes in "
@@ -343,7 +357,9 @@ def check_rates(groups: Sequence[Mapping[str, Any]], learning_rate: float, name:
         raise UserError(
             f"{name} estimates one learning rate for all parts, but --learning_rate, --unet_lr, --text_encoder_lr or "
             f"--network_args give {', '.join(map(str, sorted(set(rates))))}; use one value everywhere"
-            + (" (0 leaves a part as it is)" if may_freeze else "")
+            + (" (0 leaves a part as it is)" if may_freeze else ""),
+            setting="--learning_rate",
+            cause="does not fit",
         )
 
 

@@ -53,7 +53,9 @@ SPEEDS = ("flops", "bus", "bandwidth", "staging", "launch")  # of a Gpu
 def free_memory(device: torch.device) -> int:
     """Return the GPU memory available to a run, including this process's existing context."""
     if device.type != "cuda":
-        raise UserError("--fit auto measures the free memory of the GPU, and there is none; give a size such as 12GB")
+        raise UserError.about(
+            "--fit", "auto measures the free memory of the GPU, and there is none; give a size such as 12GB"
+        )
     return torch.cuda.mem_get_info(device)[0] + BARE_CONTEXT_BYTES
 
 
@@ -84,9 +86,10 @@ def count_adapter_run(
     except Exception as error:  # third-party code may raise anything when it reads missing values
         if module.is_ours:
             raise
-        raise UserError(
-            f"--fit cannot count what --network_module {module.name} does ({type(error).__name__}: {error}); leave out "
-            "--fit and set what saves memory yourself"
+        raise UserError.about(
+            "--fit",
+            f"cannot count what --network_module {module.name} does ({type(error).__name__}: {error}); leave out "
+            "--fit and set what saves memory yourself",
         ) from error
 
 
@@ -116,7 +119,7 @@ def fit_run(run: RequestedRun, sizes: BatchSizes, processes: Processes, plan: Da
     counted, sweep = count_adapter_run(run, batch, processes.device), count_sweep(run, batch, processes.device)
     fit = fit_to(counted, gpu, sweep, sizes.max_train_steps)
     if fit.choice.chosen is None:
-        raise UserError("\n  ".join([f"--fit {options.fit.fit}", *fit.lines()]))
+        raise UserError("\n  ".join([f"--fit {options.fit.fit}", *fit.lines()]), setting="--fit")
     for line in fit.lines() if processes.is_main else ():
         logger.info("%s", line)
     return fit

@@ -26,7 +26,9 @@ def file_of_run(path: Path) -> Path:
     reports = sorted(path.glob(f"*{ENDING}"))
     if len(reports) != 1:
         names = ", ".join(file.name for file in reports) or "none"
-        raise UserError(f"{path} holds {len(reports)} reports of runs ({names}); name a report or a file of events")
+        raise UserError.of_file(
+            path, f"holds {len(reports)} reports of runs ({names}); name a report or a file of events"
+        )
     return reports[0]
 
 
@@ -35,7 +37,7 @@ def read_run(path: Path) -> Record:
     path = file_of_run(path)
     record = read_report(path) if path.suffix == ".html" else read_events(path)
     if record.plan is None or not record.sessions:
-        raise UserError(f"{path}: that run ended before its training began, there is nothing to compare")
+        raise UserError.of_file(path, ": that run ended before its training began, there is nothing to compare")
     return record
 
 
@@ -88,7 +90,9 @@ def is_measured_alike(records: Sequence[Record]) -> bool:
 def build_comparison(paths: Sequence[Path]) -> str:
     """Build the page that compares runs. Raises UserError for fewer than two, or for one that cannot be read."""
     if len(paths) < 2:
-        raise UserError("name two runs or more: folders, reports or files of --log_events")
+        raise UserError(
+            "name two runs or more: folders, reports or files of --log_events", setting="runs", cause="missing"
+        )
     records = [read_run(path) for path in paths]
     labels = label_runs(records, paths)
     runs = [{"label": label, **select_shown(record)} for label, record in zip(labels, records, strict=True)]

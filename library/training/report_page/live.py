@@ -17,7 +17,11 @@ class ReportServer(LocalServer):
 
     def __init__(self, source: Path, port: int) -> None:
         if not source.exists():
-            raise UserError(f"{source} does not exist; name a report, an events file, or the folder of a run")
+            raise UserError(
+                f"{source} does not exist; name a report, an events file, or the folder of a run",
+                path=source,
+                cause="missing",
+            )
         pages = ReportPages(source)
         pages.list_reports()
         super().__init__(pages, port)
@@ -40,7 +44,11 @@ class ReportPages:
             return {self.source.name: self.source}
         reports = {path.name: path for path in sorted(self.source.glob(f"*{ENDING}")) if path.is_file()}
         if not reports:
-            raise UserError(f"{self.source} has no report yet; start the run first, or name another folder")
+            raise UserError(
+                f"{self.source} has no report yet; start the run first, or name another folder",
+                path=self.source,
+                cause="missing",
+            )
         return reports
 
     def build(self, name: str) -> str:

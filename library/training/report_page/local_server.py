@@ -44,11 +44,13 @@ class LocalServer(ThreadingHTTPServer):
 
     def __init__(self, pages: Pages, port: int, take: TakeForm | None = None) -> None:
         if not 0 <= port <= MAX_PORT:
-            raise UserError(f"--port is {port}; use a number from 0 (any free port) to {MAX_PORT}")
+            raise UserError.about("--port", f"is {port}; use a number from 0 (any free port) to {MAX_PORT}")
         try:
             super().__init__((HOST, port), partial(Handler, pages, take))
         except OSError as error:
-            raise UserError(f"--port {port} cannot be opened: {error.strerror}; use another one") from error
+            raise UserError.about(
+                "--port", f"{port} cannot be opened: {error.strerror}; use another one", cause="unreadable"
+            ) from error
         self.free_connections = threading.Semaphore(MOST_CONNECTIONS)
 
     def process_request(self, request: socket.socket | tuple[bytes, socket.socket], client_address: Any) -> None:

@@ -17,7 +17,18 @@ from library.checkpoints.overwriting import FileKind, check_target, known_by_sta
 from library.errors import UserError
 from library.json_text import parse_json
 from library.progress import State
-from library.training.reporting.events import End, EndReason, Event, Plan, Planned, Stage, Start, Step, Warned
+from library.training.reporting.events import (
+    End,
+    EndReason,
+    ErrorFields,
+    Event,
+    Plan,
+    Planned,
+    Stage,
+    Start,
+    Step,
+    Warned,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +104,10 @@ class Events:
         finally:
             self.emit(Stage(name, "end"))
 
-    def end(self, reason: EndReason, error: str | None = None) -> None:
+    def end(self, reason: EndReason, error: str | None = None, details: ErrorFields | None = None) -> None:
         """Emit the last event of a run; later events are dropped."""
-        self.emit(End(reason, self.last_step, round(self._clock() - self._started, 3), error, self.summary, self.file))
+        seconds = round(self._clock() - self._started, 3)
+        self.emit(End(reason, self.last_step, seconds, error, self.summary, self.file, details))
         self.close()
 
     def flush(self, timeout_s: float = 10.0) -> None:
@@ -165,9 +177,9 @@ class EventsOfAll:
                 stack.enter_context(events.stage(name))
             yield
 
-    def end(self, reason: EndReason, error: str | None = None) -> None:
+    def end(self, reason: EndReason, error: str | None = None, details: ErrorFields | None = None) -> None:
         for events in self.each:
-            events.end(reason, error)
+            events.end(reason, error, details)
 
     def close(self) -> None:
         for events in self.each:
@@ -234,7 +246,7 @@ def open_event_file(path: Path, goes_on: bool, run: Mapping[str, Any] | None = N
                 file.truncate(end_of_last_line(file) if goes_on else 0)
         return JsonLines(path.open("a", encoding="ascii", newline="\n"), f"{FLAG} {path}", closes=True)
     except OSError as error:
-        raise UserError(f"{FLAG} {path} cannot be written: {error.strerror}") from error
+        raise UserError.about(FLAG, f"cannot be written: {error.strerror}", path=path) from error
 
 
 def end_of_last_line(file: IO[bytes]) -> int:

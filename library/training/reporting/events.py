@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypedDict
 
+from library.errors import Cause
 from library.progress import State
 
 VERSION = 1
@@ -387,6 +388,20 @@ class Warned(Event):
 
 
 @dataclass(frozen=True)
+class ErrorFields:
+    """What a program needs of an error, as in library/errors.py; --errors_json prints the same."""
+
+    message: str
+    remedy: str | None = None
+    setting: str | None = None
+    others: Sequence[str] = ()
+    file: str | None = None
+    path: str | None = None
+    place: str | None = None
+    cause: Cause | None = None
+
+
+@dataclass(frozen=True)
 class End(Event):
     """The run ended. A killed process writes none."""
 
@@ -397,3 +412,4 @@ class End(Event):
     error: str | None
     summary: str | None  # of the steps' times, as text
     file: str | None  # the adapter, if the run is complete
+    details: ErrorFields | None = None  # of the error

@@ -30,10 +30,14 @@ def tracker_kind(options: TrackerOptions) -> str | None:
         # sd-scripts, too, takes TensorBoard where only a folder is given.
         kind = "tensorboard" if options.logging_dir else None
     if kind in ("tensorboard", "all") and not options.logging_dir:
-        raise UserError(f"--log_with {kind} needs --logging_dir, the folder for tensorboard's files")
+        raise UserError.about(
+            "--log_with", f"{kind} needs --logging_dir, the folder for tensorboard's files", cause="needs"
+        )
     for package in ("tensorboard", "wandb"):
         if kind == package and find_spec(package) is None:
-            raise UserError(f"--log_with {package} needs the package: pip install {package}")
+            raise UserError.about(
+                "--log_with", f"{package} needs the package: pip install {package}", cause="not installed"
+            )
     return kind
 
 

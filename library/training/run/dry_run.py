@@ -76,7 +76,9 @@ def try_largest_batch(runs: Sequence[Run], writer: Writer, batch_index: int, hin
         seconds = time.perf_counter() - started
     if not math.isfinite(loss):
         add_noise_to(run.context, batch, batch_index)  # raises the error that names the VAE
-        raise UserError(f"--dry_run: the loss of the largest batch is {loss}; images: {', '.join(batch.keys)}")
+        raise UserError.about(
+            "--dry_run", f": the loss of the largest batch is {loss}; images: {', '.join(batch.keys)}"
+        )
     report(run, writer, sizes, shape, loss, seconds)
 
 

@@ -59,9 +59,11 @@ def build_average(
     if not options.ema_decay:
         return None
     if is_schedule_free:
-        raise UserError(
-            f"--ema_decay {options.ema_decay} does not work with --optimizer_type {optimizer_type}: "
-            "schedule-free optimizers save, draw and validate an average of their own; leave one of them out"
+        raise UserError.about(
+            "--ema_decay",
+            f"{options.ema_decay} does not work with --optimizer_type {optimizer_type}: "
+            "schedule-free optimizers save, draw and validate an average of their own; leave one of them out",
+            cause="does not fit",
         )
     return WeightAverage(network.trainable_parameters(), options.ema_decay, options.ema_update_after_step)
 

@@ -18,10 +18,12 @@ from library.options.base import Options
 from library.options.output.reports import ReportOptions
 from library.progress import listening
 from library.training.config_file import SECRETS
+from library.training.failures.failure import StoppedByError
 from library.training.failures.interruption import Interrupted
 from library.training.report_page.index import IndexWriter
 from library.training.report_page.writer import ReportWriter, earlier_record
 from library.training.reporting.console_lines import ImageCounts
+from library.training.reporting.error_fields import HIDDEN, describe_error, hide, list_secrets
 from library.training.reporting.event_stream import (
     FLAG,
     Events,
@@ -32,13 +34,12 @@ from library.training.reporting.event_stream import (
     open_event_file,
     plain,
 )
-from library.training.reporting.events import Plan, Start
+from library.training.reporting.events import ErrorFields, Plan, Start
 from library.training.run_parts import Run
 from library.training.saving.names import Names
 from library.training.saving.resume import AlreadyComplete
 
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "safetensors", "bitsandbytes", "numpy", "pillow")
-HIDDEN = "***"
 
 
 @contextmanager
@@ -79,7 +80,8 @@ def open_events(
             events.end("stopped")
             raise
         except BaseException as error:
-            events.end("error", format_error(error))
+            for options, stream in streams:
+                stream.end("error", *describe_end(error, options))
             raise
 
 
@@ -103,9 +105,7 @@ def hide_secrets(command: Sequence[str] | None, options: Options) -> list[str] |
     """Return a command line with keys and tokens hidden."""
     if command is None:
         return None
-    values = options.flat()
-    secrets = [str(values[name]) for name in SECRETS if values.get(name)]
-    words = []
+    secrets, words = list_secrets(options.flat()), []
     for word in command:
         name, equals, value = word.partition("=")
         hidden = HIDDEN if word in secrets else f"{name}={HIDDEN}" if equals and value in secrets else word
@@ -154,6 +154,14 @@ def build_plan_event(run: Run, counts: ImageCounts, first_step: int, resumed_fro
         peak_flops=run.times.peak,
         planned=run.events.planned,
     )
+
+
+def describe_end(error: BaseException, options: Options) -> tuple[str, ErrorFields]:
+    """Return the text and the fields of the error that ended a run."""
+    values = options.flat()
+    cause = error.__cause__ if isinstance(error, StoppedByError) and error.__cause__ is not None else error
+    paths = [name for name, declared in type(options).declarations().items() if declared.path]
+    return hide(format_error(error), values), describe_error(cause, values, paths)
 
 
 def describe_device(device: torch.device) -> str:

@@ -180,10 +180,11 @@ def report(findings: Sequence[GradientError], calls: Sequence[Call]) -> None:
     wrong = [finding for finding in findings if finding.is_wrong]
     lines = [f"{f.name}: off by {f.error:.1e}, rounding alone by {f.floor:.1e}" for f in worst[:NUM_SHOWN]]
     if wrong:
-        raise UserError(
-            f"--selftest: {len(wrong)} of {len(findings)} gradients in {len(calls)} blocks are not those of the plain "
+        raise UserError.about(
+            "--selftest",
+            f": {len(wrong)} of {len(findings)} gradients in {len(calls)} blocks are not those of the plain "
             f"mode: {'; '.join(lines)}. Train without --blocks_to_swap, --shard_base, --base_format or "
-            "--gradient_checkpointing, and report this: it is a bug or a fault of the GPU's memory"
+            "--gradient_checkpointing, and report this: it is a bug or a fault of the GPU's memory",
         )
     logger.info(
         "self-test: %d gradients in %d blocks equal those of the plain mode: off by %.1e at most, where rounding alone "

@@ -28,12 +28,15 @@ def resolve_launched_values(is_sharded: bool, refusal: str | None = None) -> dic
         raise UserError(
             "accelerate is configured for FSDP 1, which spreads a model that is trained; the base model is frozen here "
             "and the adapter is small: run `accelerate config` again with FSDP version 2, which means --shard_base, or "
-            "give --multi_gpu to accelerate launch"
+            "give --multi_gpu to accelerate launch",
+            setting="--shard_base",
         )
     if fsdp_version() != 2 or is_sharded:
         return {}
     if refusal is not None:
-        raise UserError(f"accelerate is configured for FSDP2, which means --shard_base: {refusal}")
+        raise UserError(
+            f"accelerate is configured for FSDP2, which means --shard_base: {refusal}", setting="--shard_base"
+        )
     logger.info("accelerate is configured for FSDP2: --shard_base spreads the frozen base model over the processes")
     return {"shard_base": True}
 
@@ -56,32 +59,39 @@ def sharding_values(
         return {"shard_base": False, "shard_group": None}
     size = distributed.shard_group or processes.local_count
     if size == 1:
-        raise UserError(
-            "--shard_base: each machine has one process, so nothing would be spread; --shard_group "
-            f"{processes.count} spreads the weights over all of them, through the network"
+        raise UserError.about(
+            "--shard_base",
+            ": each machine has one process, so nothing would be spread; --shard_group "
+            f"{processes.count} spreads the weights over all of them, through the network",
         )
     if processes.count % size:
         sizes = [str(n) for n in range(2, processes.count + 1) if processes.count % n == 0]
-        raise UserError(
-            f"--shard_base: {processes.count} processes cannot be divided into groups of {size} that share the "
-            f"weights; use --shard_group {' or '.join(sizes)}"
+        raise UserError.about(
+            "--shard_base",
+            f": {processes.count} processes cannot be divided into groups of {size} that share the "
+            f"weights; use --shard_group {' or '.join(sizes)}",
         )
     if memory.blocks_to_swap:
-        raise UserError(
-            "--shard_base and --blocks_to_swap put the same weights at two places, sharded over GPUs and in main "
-            "memory; leave one of them out"
+        raise UserError.about(
+            "--shard_base",
+            "and --blocks_to_swap put the same weights at two places, sharded over GPUs and in main "
+            "memory; leave one of them out",
+            others=["--blocks_to_swap"],
         )
     module = network.network_module or ""
     if network.base_weights and not module.startswith(OURS):
-        raise UserError(
-            f"--base_weights and --shard_base with --network_module {module}: its networks are merged into whole "
+        raise UserError.about(
+            "--base_weights",
+            f"and --shard_base with --network_module {module}: its networks are merged into whole "
             "weights, which no process has; merge the files into the base model with tools/merge_lora.py first, or "
-            "use one of networks.*"
+            "use one of networks.*",
+            others=["--shard_base"],
         )
     if compiling.is_on:
-        raise UserError(
-            "--shard_base: blocks whose weights come from other processes while they compute cannot be compiled; leave "
-            "out --compile and --torch_compile"
+        raise UserError.about(
+            "--shard_base",
+            ": blocks whose weights come from other processes while they compute cannot be compiled; leave "
+            "out --compile and --torch_compile",
         )
     return {"shard_group": size}
 

@@ -38,7 +38,7 @@ class NonFiniteWeights(UserError):
     """The adapter's weights are NaN or infinite and are not written."""
 
 
-class SavedElsewhere(OSError, UserError):
+class SavedElsewhere(UserError, OSError):
     """The run is complete, but its file had to be written to another location."""
 
 
@@ -226,7 +226,8 @@ class Writer:
         space = f"--output_dir {folder}: {format_bytes(free)} are free on its disk"
         if free < one_file:
             raise UserError(
-                f"{space}, and the adapter takes {format_bytes(one_file)}; make room or name another folder"
+                f"{space}, and the adapter takes {format_bytes(one_file)}; make room or name another folder",
+                setting="--output_dir",
             )
         if free < needed:
             logger.warning(
@@ -350,5 +351,5 @@ def save_dtype(save_precision: str | None) -> torch.dtype | None:
     if save_precision is None:
         return None
     if save_precision not in SAVE_DTYPES:
-        raise UserError(f"--save_precision is {save_precision}; it must be one of {', '.join(SAVE_DTYPES)}")
+        raise UserError.about("--save_precision", f"is {save_precision}; it must be one of {', '.join(SAVE_DTYPES)}")
     return SAVE_DTYPES[save_precision]

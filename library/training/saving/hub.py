@@ -82,9 +82,10 @@ def check_repository(options: HubOptions) -> None:
     try:
         make_repository(client(options), options)
     except Exception as error:
-        raise UserError(
-            f"--huggingface_repo_id {options.huggingface_repo_id} cannot be reached or made ({type(error).__name__}: "
-            f"{error}); check the name, --huggingface_token and the network, or leave it out"
+        raise UserError.about(
+            "--huggingface_repo_id",
+            f"{options.huggingface_repo_id} cannot be reached or made ({type(error).__name__}: "
+            f"{error}); check the name, --huggingface_token and the network, or leave it out",
         ) from error
 
 
@@ -98,9 +99,10 @@ def fetch_state(name: str, options: HubOptions) -> Path:
     owner, _, tail = location.partition("/")
     repo, _, folder = tail.partition("/")
     if not (owner and repo and folder):
-        raise UserError(
-            f"--resume {name} does not name a state on Hugging Face; write owner/repository/path, and :revision and "
-            ":type behind it if needed"
+        raise UserError.about(
+            "--resume",
+            f"{name} does not name a state on Hugging Face; write owner/repository/path, and :revision and "
+            ":type behind it if needed",
         )
     folder = folder.strip("/")
     try:
@@ -111,11 +113,12 @@ def fetch_state(name: str, options: HubOptions) -> Path:
             allow_patterns=[f"{folder}/*"],
         )
     except Exception as error:
-        raise UserError(
-            f"--resume {name} cannot be fetched from Hugging Face ({type(error).__name__}: {error}); check the name, "
-            "--huggingface_token and the network"
+        raise UserError.about(
+            "--resume",
+            f"{name} cannot be fetched from Hugging Face ({type(error).__name__}: {error}); check the name, "
+            "--huggingface_token and the network",
         ) from error
     path = Path(root) / folder
     if not path.is_dir():
-        raise UserError(f"--resume {name}: {owner}/{repo} has no folder {folder}")
+        raise UserError.about("--resume", f"{name}: {owner}/{repo} has no folder {folder}")
     return path

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 WRITE_ERRORS = (OSError, SafetensorError)  # safetensors raises its own error, also for a full disk
 
 
-class NotWrittenError(OSError, UserError):
+class NotWrittenError(UserError, OSError):
     """No location can take the file; the message names those that were tried."""
 
 

@@ -104,7 +104,8 @@ def batches_of_state(accumulation: int, manifest: StateManifest | None, num_proc
         raise UserError(
             f"the state {manifest.path} was saved by {manifest.num_processes} processes, which averaged {total} "
             f"batches in each step; {num_processes} cannot share these out. Start {' or '.join(fitting)} processes, or "
-            "set another --gradient_accumulation_steps to go on with other steps"
+            "set another --gradient_accumulation_steps to go on with other steps",
+            path=manifest.path,
         )
     logger.info(
         "the state comes from %d processes and this run has %d: --gradient_accumulation_steps %d keeps the %d batches "
@@ -119,7 +120,8 @@ def check_latents(manifest: StateManifest, computed_as: str) -> None:
     if manifest.dataset.get(LATENTS, "") != computed_as:
         raise UserError(
             f"the state {manifest.path} is of an earlier version, which trained this base model on random samples of "
-            "the VAE's latents in place of their mean; start from the LoRA file with --network_weights instead"
+            "the VAE's latents in place of their mean; start from the LoRA file with --network_weights instead",
+            path=manifest.path,
         )
 
 
@@ -168,9 +170,10 @@ def find_named_or_newest(options: StateOptions, hub: HubOptions, names: Names | 
 def state_of_main(path: str) -> StateManifest:
     """Read the state that the main process found. Raises UserError if it is not on this machine."""
     if not Path(path).is_dir():
-        raise UserError(
-            f"--autoresume: the main process goes on from {path}, which is not on this machine; copy it here, or use "
-            "an --output_dir that all machines share"
+        raise UserError.about(
+            "--autoresume",
+            f": the main process goes on from {path}, which is not on this machine; copy it here, or use "
+            "an --output_dir that all machines share",
         )
     return read_manifest(Path(path))
 
@@ -206,7 +209,9 @@ def resolve_starting_step(options: StateOptions, end: Path, plan: Plan, manifest
         message = f"{source} is at step {step} of {plan.max_train_steps}: nothing is left to train"
         if options.autoresume and manifest is not None and not options.resume:
             raise AlreadyComplete(message)
-        raise UserError(f"{message}; raise --max_train_steps or --max_train_epochs to train longer")
+        raise UserError(
+            f"{message}; raise --max_train_steps or --max_train_epochs to train longer", setting="--max_train_steps"
+        )
     return step
 
 

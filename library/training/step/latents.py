@@ -36,7 +36,11 @@ def load_latents(
         damaged = [
             key for key, latents_CHW in zip(batch.keys, latents_BCHW, strict=True) if not latents_CHW.isfinite().all()
         ]
-        raise UserError(f"the VAE gives NaN for {', '.join(damaged)}; add --no_half_vae, or use a VAE made for fp16")
+        raise UserError(
+            f"the VAE gives NaN for {', '.join(damaged)}; add --no_half_vae, or use a VAE made for fp16",
+            setting="--no_half_vae",
+            cause="needs",
+        )
     return latents_BCHW
 
 
@@ -77,7 +81,11 @@ def build_inpainting(context: StepContext, batch: Batch, seed: int, place_of: Ca
     if not context.arch.inpaints:
         return {}
     if batch.pixels_BCHW is None:  # cached latents are refused
-        raise UserError("--train_inpainting needs images, but --dataset_class gives `latents`; give `images` instead")
+        raise UserError.about(
+            "--train_inpainting",
+            "needs images, but --dataset_class gives `latents`; give `images` instead",
+            cause="needs",
+        )
     height, width = batch.pixels_BCHW.shape[-2:]
     rngs = [np.random.default_rng(stream_seed(seed, "mask", *place_of(i))) for i in range(len(batch.keys))]
     masks_B1HW = torch.from_numpy(np.stack([draw_mask(width, height, rng)[None] for rng in rngs]))

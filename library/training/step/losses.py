@@ -151,9 +151,10 @@ def preserve_output(
     if not any(is_preserved) and not context.preserves_in_step:
         return target_BCHW
     if context.models.sharded is not None and not context.preserves_in_step:
-        raise UserError(
-            f"--shard_base: {PRESERVATION} in custom_attributes of a --dataset_class asks the base model alone, and "
-            "the other processes do not know of it; leave one of them out"
+        raise UserError.about(
+            "--shard_base",
+            f": {PRESERVATION} in custom_attributes of a --dataset_class asks the base model alone, and "
+            "the other processes do not know of it; leave one of them out",
         )
     acting.set_multiplier(0.0)
     try:

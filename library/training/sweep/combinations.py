@@ -87,11 +87,13 @@ def expand_combinations(options: OptionsT) -> list[Combination[OptionsT]]:
     short_names = sweep_names(type(options))
     names = [name for name, _ in swept]
     if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"--sweep names {repeated} twice; give all of its values in one word")
+        raise UserError.about("--sweep", f"names {repeated} twice; give all of its values in one word")
     # Counted before they are listed, because a few options with many values each make millions.
     num_adapters = prod(len(texts) for _, texts in swept)
     if num_adapters > MOST_ADAPTERS:
-        raise UserError(f"--sweep names {num_adapters} adapters; at most {MOST_ADAPTERS} can be trained in one run")
+        raise UserError.about(
+            "--sweep", f"names {num_adapters} adapters; at most {MOST_ADAPTERS} can be trained in one run"
+        )
     warn_of_replaced(options, names)
     words, combinations = dict(swept), []
     strengths = find_kept_strengths(options.network, words)
@@ -105,15 +107,17 @@ def expand_combinations(options: OptionsT) -> list[Combination[OptionsT]]:
         ranks = varied_ranks(options.network, words, chosen)
         combinations.append(Combination(label, chosen, resolve_adapter(options, chosen, label, ranks, strengths)))
     if len(combinations) < 2:
-        raise UserError(f"--sweep {' '.join(options.sweep.sweep or ())} names a single adapter; give it two or more")
+        raise UserError.about(
+            "--sweep", f"{' '.join(options.sweep.sweep or ())} names a single adapter; give it two or more"
+        )
     labels = [
         combination.label.casefold() for combination in combinations
     ]  # file names ignore case on Windows and macOS
     if clash := next(
         (combination.label for combination in combinations if labels.count(combination.label.casefold()) > 1), None
     ):
-        raise UserError(
-            f"--sweep: two adapters would have the name {clash}; give values whose names differ in more than case"
+        raise UserError.about(
+            "--sweep", f": two adapters would have the name {clash}; give values whose names differ in more than case"
         )
     return combinations
 
@@ -124,16 +128,16 @@ def parse_word(item: str, options: Options) -> tuple[str, list[str]]:
     name = name.strip().removeprefix("--")
     texts = [value.strip() for value in text.split("|" if "|" in text else ",")]
     if not equals or not name or not all(texts):
-        raise UserError(f"--sweep {item!r}: {FORM}")
+        raise UserError.about("--sweep", f"{item!r}: {FORM}")
     if repeated := next((value for value in texts if texts.count(value) > 1), None):
-        raise UserError(f"--sweep {name}: {repeated} appears twice; list each value once")
+        raise UserError.about("--sweep", f"{name}: {repeated} appears twice; list each value once")
     swept = sweep_names(type(options))
     if name in swept or (name.partition(".")[0] in TABLES and "." in name):
         return name, texts
     if name in options.flat():
-        raise UserError(f"--sweep {name}: {explain_refusal(name)}")
+        raise UserError.about("--sweep", f"{name}: {explain_refusal(name)}")
     if hint := did_you_mean(name, swept, NEAR):
-        raise UserError(f"--sweep {name}: there is no such option{hint}")
+        raise UserError.about("--sweep", f"{name}: there is no such option{hint}")
     return f"{TABLES[0]}.{name}", texts  # the network module checks it
 
 
@@ -207,7 +211,7 @@ def resolve_adapter(
             if strength.rank_name in ranks:
                 resolved = resolved.with_values(strength.as_option(resolved.network, ranks[strength.rank_name]))
     for line in find_idle_words(resolved, resolved.network, chosen):
-        raise UserError(f"--sweep {line}")
+        raise UserError.about("--sweep", f"{line}")
     return resolved
 
 
@@ -221,7 +225,7 @@ def parse_value(kind: type[Options], name: str, text: str) -> Any:
     try:
         value = [read(part) for part in text.split()] if field.metadata.get("nargs") else read(text)
     except (ValueError, ArgumentTypeError) as error:
-        raise UserError(f"--sweep {name}: {text!r} is no value of --{name}: {error}") from error
+        raise UserError.about("--sweep", f"{name}: {text!r} is no value of --{name}: {error}") from error
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, int | float):
             check_number(name, number, declared)

@@ -75,9 +75,10 @@ def newest_of_all(options: StateOptions, adapters: Mapping[str, Names]) -> dict[
         chosen = find_states_of_step(Path(options.resume), adapters)
         missing = [label for label in adapters if label not in {**chosen, **find_ended(chosen.values())}]
         if missing:
-            raise UserError(
-                f"--resume {options.resume}: there is no whole state of that step of {', '.join(missing)}; name a "
-                "state of a step of which every adapter of --sweep has one"
+            raise UserError.about(
+                "--resume",
+                f"{options.resume}: there is no whole state of that step of {', '.join(missing)}; name a "
+                "state of a step of which every adapter of --sweep has one",
             )
         for manifest in chosen.values():
             require_undamaged(manifest)
@@ -100,10 +101,11 @@ def newest_of_all(options: StateOptions, adapters: Mapping[str, Names]) -> dict[
         return {}
     folder = next(iter(adapters.values())).folder
     steps_found = ", ".join(f"{label}: {sorted(steps) or 'none'}" for label, steps in states.items())
-    raise UserError(
-        "--autoresume: the adapters of --sweep have no undamaged states of a common step in --output_dir "
+    raise UserError.about(
+        "--autoresume",
+        ": the adapters of --sweep have no undamaged states of a common step in --output_dir "
         f"{folder} (steps with a state: {steps_found}). Restore the missing states, or move all of them to another "
-        "folder to start from the beginning."
+        "folder to start from the beginning.",
     )
 
 
@@ -113,9 +115,10 @@ def find_states_of_step(named: Path, adapters: Mapping[str, Names]) -> dict[str,
     names = {label: adapter.starts[0] for label, adapter in adapters.items()}
     own_name = next((name for name in names.values() if is_state_name(named.name, (name,))), None)
     if own_name is None:
-        raise UserError(
-            f"--resume {named} is no state of an adapter of --sweep: name one of them, such as "
-            f"{next(iter(names.values()))}-step00000010-state, and the others are found beside it"
+        raise UserError.about(
+            "--resume",
+            f"{named} is no state of an adapter of --sweep: name one of them, such as "
+            f"{next(iter(names.values()))}-step00000010-state, and the others are found beside it",
         )
     step = read_manifest(named).step
     suffix = named.name.removeprefix(own_name)
@@ -138,7 +141,7 @@ def find_ended(states: Iterable[StateManifest]) -> dict[str, Ended]:
 def read_record(manifest: StateManifest) -> SweepRecord:
     """Read the sweep's record from a state. Raises UserError for the state of a run without a sweep."""
     if PART not in manifest.parts:
-        raise UserError(
-            f"--resume {manifest.path} is the state of a run without --sweep; leave --sweep out to go on from it"
+        raise UserError.about(
+            "--resume", "is the state of a run without --sweep; leave --sweep out to go on from it", path=manifest.path
         )
     return SweepRecord.of(load_tree(manifest.parts[PART], {}))

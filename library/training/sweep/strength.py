@@ -53,7 +53,10 @@ def find_kept_strengths(network: NetworkOptions, words: Mapping[str, Sequence[st
             try:
                 strengths += [Strength(name, float(alphas[name]), rank) for rank in known[:1]]
             except ValueError as error:
-                raise UserError(f"--network_args conv_alpha={alphas[name]} is not a number; correct it") from error
+                raise UserError(
+                    f"--network_args conv_alpha={alphas[name]} is not a number; correct it",
+                    setting="--network_args conv_alpha",
+                ) from error
     return strengths
 
 

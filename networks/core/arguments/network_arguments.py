@@ -137,7 +137,8 @@ def read_groups(
     for key, value in given.items():
         if aliases.get(key, key) not in parsers:
             hint = _suggest(key, parsers, aliases, known)
-            raise UserError(f"--network_args {key}={value}: there is no argument {key}; {hint}")
+            message = f"--network_args {key}={value}: there is no argument {key}; {hint}"
+            raise UserError(message, setting=f"--network_args {key}")
     parsed = {key: _parse(key, value, aliases.get(key, key), parsers) for key, value in given.items()}
     of_model = {key: value for key, value in parsed.items() if key in of_models}
     values = _merge_aliases({key: value for key, value in parsed.items() if key not in of_models}, aliases)
@@ -170,7 +171,10 @@ def _with_dropout(given: dict[str, Any], neuron_dropout: float | None, parse: Pa
             other = "--network_dropout" if neuron_dropout is not None else DROPOUTS[0]
             raise UserError(
                 f"{other} is {given['neuron_dropout']} but --network_args says {name}={dropout}; they mean the same, "
-                "give one of them"
+                "give one of them",
+                setting=f"--network_args {name}",
+                others=[other],
+                cause="does not fit",
             )
     if neuron_dropout is not None:
         given["neuron_dropout"] = neuron_dropout
@@ -186,7 +190,7 @@ def _parse(key: str, value: Any, name: str, parsers: Mapping[str, Parse]) -> Any
         return parsers[name](text)
     except ValueError as error:
         flag = "--network_dropout" if key == "neuron_dropout" else f"--network_args {key}"
-        raise UserError(f"{flag}={text}: {error}") from None
+        raise UserError(f"{flag}={text}: {error}", setting=flag) from None
 
 
 def _merge_aliases(values: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
@@ -196,7 +200,10 @@ def _merge_aliases(values: Mapping[str, Any], aliases: Mapping[str, str]) -> dic
         if key in values and merged.setdefault(name, values[key]) != values[key]:
             raise UserError(
                 f"--network_args {key}={values[key]} and {name}={values[name]} mean the same and differ; "
-                "give one of them"
+                "give one of them",
+                setting=f"--network_args {key}",
+                others=[f"--network_args {name}"],
+                cause="does not fit",
             )
     return merged
 

@@ -43,10 +43,11 @@ def block_size_for(num_columns: int, wanted: int, may_adjust: bool) -> int:
     if wanted > 1 and num_columns % wanted == 0:
         return wanted
     if not may_adjust and wanted > 1:
-        raise UserError(
-            f"--network_dim (or block_size) is {wanted}, which does not divide the {num_columns} inputs of a layer, "
+        raise UserError.about(
+            "--network_dim",
+            f"(or block_size) is {wanted}, which does not divide the {num_columns} inputs of a layer, "
             "and --network_args auto_adjust=False forbids another size; choose one that divides all layers, or leave "
-            "auto_adjust out"
+            "auto_adjust out",
         )
     divisors = [size for size in range(2, num_columns + 1) if num_columns % size == 0]
     if not divisors:

@@ -29,7 +29,7 @@ from library.checkpoints.files import (
     save_safetensors,
 )
 from library.checkpoints.hashes import with_hashes
-from library.errors import UserError
+from library.errors import UserError, flagged, naming
 from library.json_text import parse_json
 from networks.core.changes.adalora import alpha_of, to_lora
 from networks.core.changes.parameter_keys import ALPHA
@@ -78,12 +78,14 @@ def read_adapter_file(path: str | Path, flag: str = "") -> AdapterFile:
     Raises UserError naming `flag` if it cannot be read or contains no adapter.
     """
     where = f"{flag} {path}".strip()
-    path = file_in_folder(Path(path), where)
-    try:
-        tensors, metadata = load_state_dict(path), read_metadata(path)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{flag}: {error}" if flag else str(error)) from error
-    return complete_file(replace(sort_tensors(tensors, metadata, where), peft_settings=peft_settings(path)))
+    with naming(flag or None, path):
+        path = file_in_folder(Path(path), where)
+        try:
+            with flagged(flag):
+                tensors, metadata = load_state_dict(path), read_metadata(path)
+        except OSError as error:
+            raise UserError(f"{flag}: {error}" if flag else str(error), cause="unreadable") from error
+        return complete_file(replace(sort_tensors(tensors, metadata, where), peft_settings=peft_settings(path)))
 
 
 def open_adapter(path: str | Path, tensors: Mapping[str, Tensor] | None = None) -> AdapterFile:
@@ -261,7 +263,7 @@ def peft_settings(path: Path) -> PeftSettings | None:
     try:
         return {"": dict(parse_json(settings_path.read_text(encoding="utf-8")))}
     except (ValueError, TypeError) as error:
-        raise UserError(f"{settings_path} is damaged: {error}") from error
+        raise UserError.of_file(settings_path, f"is damaged: {error}", cause="unreadable") from error
 
 
 def with_alpha(module: ModuleWeights, settings: PeftSettings) -> ModuleWeights:

@@ -95,10 +95,12 @@ def sizes_for(num_columns: int, wanted: int, num_blocks: int, num_factors: int, 
         return num_columns // requested, requested
     setting = f"boft_block_num={num_blocks}" if num_blocks else f"block_size={wanted}"
     if not sizes or num_blocks or not may_adjust:
-        raise UserError(
-            f"--network_args {setting} with boft_n_butterfly_factor={num_factors} does not fit a layer with "
+        raise UserError.about(
+            "--network_args",
+            f"{setting} with boft_n_butterfly_factor={num_factors} does not fit a layer with "
             f"{num_columns} inputs, of which sizes {', '.join(map(str, sizes)) or 'none'} can be made; choose another, "
-            "or leave the layer out with exclude_patterns"
+            "or leave the layer out with exclude_patterns",
+            cause="does not fit",
         )
     size = min(sizes, key=lambda size: (abs(size - wanted), size))
     return num_columns // size, size
@@ -211,7 +213,8 @@ def resolve(settings: NetworkSettings) -> NetworkSettings:
     if boft.block_size and boft.block_num:
         raise UserError(
             f"--network_args block_size={boft.block_size} and boft_block_num={boft.block_num} say the same in two "
-            "ways; give one of them"
+            "ways; give one of them",
+            setting="--network_args block_size",
         )
     return resolve_blocks(settings, boft.block_size, boft.enable_conv)
 

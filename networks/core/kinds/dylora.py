@@ -154,7 +154,8 @@ def check_units(adapters: Sequence[Adapter], arguments: DyloraArguments) -> None
             nearest = f"{lower} or {lower + unit}" if lower else str(unit)
             raise UserError(
                 f"--network_args {name}={unit}: {target.name} has rank {delta.rank}, which is no multiple of it; "
-                f"set {setting} to {nearest}, or choose another {name}"
+                f"set {setting} to {nearest}, or choose another {name}",
+                setting=f"--network_args {name}",
             )
     if modules:
         full_rank, unit = largest_rank(modules, arguments)

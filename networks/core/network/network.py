@@ -110,7 +110,9 @@ class AdapterNetwork(nn.Module):
         if not kept:
             raise UserError(
                 "the adapter has no module left to train: --network_train_unet_only and "
-                "--network_train_text_encoder_only leave out every side that has some"
+                "--network_train_text_encoder_only leave out every side that has some",
+                setting="--network_train_unet_only",
+                cause="does not fit",
             )
         for member in self.members:
             if member not in kept:

@@ -148,7 +148,8 @@ def make_block_table(
         if len(values) != num_blocks:
             raise UserError(
                 f"--network_args {name} has {len(values)} entries; this base model needs {num_blocks}, one per block: "
-                f"{describe_blocks(_needed(layout, arguments))}"
+                f"{describe_blocks(_needed(layout, arguments))}",
+                setting=f"--network_args {name}",
             )
         return tuple(values)
 
@@ -199,7 +200,9 @@ def _factor_lists(arguments: NetworkArguments) -> list[str]:
 def _needed(layout: BlockList | None, arguments: NetworkArguments) -> BlockList:
     if layout is None:
         names = [*(["block_dims"] if "block_dims" in arguments.given else []), *_factor_lists(arguments)]
-        raise UserError(f"--network_args {', '.join(names)}: this base model has no numbered blocks; leave it out")
+        raise UserError.about(
+            "--network_args", f"{', '.join(names)}: this base model has no numbered blocks; leave it out"
+        )
     return layout
 
 
@@ -214,7 +217,10 @@ def _side(name: str, weights: LrWeights | None, num_blocks: int) -> tuple[float,
     if isinstance(weights, LrPreset):
         return preset_factors(weights, num_blocks)
     if any(weight != 1 for weight in weights[num_blocks:]):
-        raise UserError(f"--network_args {name} has {len(weights)} entries; there are {num_blocks} such blocks here")
+        raise UserError(
+            f"--network_args {name} has {len(weights)} entries; there are {num_blocks} such blocks here",
+            setting=f"--network_args {name}",
+        )
     if len(weights) > num_blocks:  # front ends send twelve entries for all base models
         logger.warning(
             "--network_args %s has %d entries, of which the first %d count: there are no more such blocks here",

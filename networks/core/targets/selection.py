@@ -129,18 +129,21 @@ def check_choices(targets: AdapterTargets, arguments: NetworkArguments, denoiser
         if indices and max(indices) >= num_blocks:
             raise UserError(
                 f"--network_args {name} names block {max(indices)}, but the base model has {num_blocks} of them: "
-                f"0 to {num_blocks - 1}"
+                f"0 to {num_blocks - 1}",
+                setting=f"--network_args {name}",
             )
     embedders = targets.embedders
     if embedders is not None and len(given.get(embedders.argument, embedders.patterns)) != len(embedders.patterns):
         raise UserError(
             f"--network_args {embedders.argument} has {len(given[embedders.argument])} entries; it needs "
-            f"{len(embedders.patterns)}: {', '.join(p.replace(chr(92), '') for p in embedders.patterns)}"
+            f"{len(embedders.patterns)}: {', '.join(p.replace(chr(92), '') for p in embedders.patterns)}",
+            setting=f"--network_args {embedders.argument}",
         )
     subset = given.get("train_blocks", "all")
     if targets.subsets and subset not in ("all", *targets.subsets):
         raise UserError(
-            f"--network_args train_blocks={subset}: this base model has {', '.join(('all', *targets.subsets))}"
+            f"--network_args train_blocks={subset}: this base model has {', '.join(('all', *targets.subsets))}",
+            setting="--network_args train_blocks",
         )
     foreign = sorted(given.keys() - targets.arguments.keys())
     foreign += ["split_qkv"] if arguments.of(StructureArguments).split_qkv and not targets.fused else []

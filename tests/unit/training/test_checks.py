@@ -111,12 +111,12 @@ def test_all_unsupported_options_are_listed_in_one_message() -> None:
 
 @pytest.mark.parametrize("nothing", [None, False, "", 0, 0.0])
 def test_an_unsupported_option_left_empty_by_a_front_end_passes(nothing: Any) -> None:
-    assert unsupported(make_options(**dict.fromkeys(UNSUPPORTED, nothing))) == []
+    assert not unsupported(make_options(**dict.fromkeys(UNSUPPORTED, nothing)))
 
 
 @pytest.mark.parametrize("steps", [0, -1])
 def test_disabled_previews_pass(steps: int) -> None:
-    assert unsupported(make_options(sample_every_n_steps=steps, sample_every_n_epochs=steps)) == []
+    assert not unsupported(make_options(sample_every_n_steps=steps, sample_every_n_epochs=steps))
 
 
 def test_deepspeed_names_its_other_options_too() -> None:

@@ -13,10 +13,11 @@ import toml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from library.errors import UserError
 from library.options.config_file import read_toml
 from library.options.train import TrainOptions
 from library.training.command_line.cli import build_parser, normalize, parse
-from library.training.config_file import ConfigFileError, read_config, write_config
+from library.training.config_file import read_config, write_config
 from library.version import NAME, VERSION
 from tests.tiers import first_is_fast
 
@@ -46,7 +47,7 @@ def parse_file(tmp_path: Path, text: str, *words: str) -> Namespace:
 def refusal_of(tmp_path: Path, text: str) -> str:
     path = tmp_path / "train.toml"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigFileError) as refused:
+    with pytest.raises(UserError) as refused:
         read_config(path, ACTIONS)
     return str(refused.value)
 

@@ -10,13 +10,14 @@ import threading
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from library.errors import Cause
 from library.options.train import TrainOptions
 from library.training.reporting.event_stream import Events, capture_warnings, open_event_file, plain
-from library.training.reporting.events import VERSION, Event, Removed, Stage
+from library.training.reporting.events import VERSION, ErrorFields, Event, Removed, Stage
 from library.training.run.run_events import hide_secrets, open_events
 from library.training.saving.names import Names
 from tests.running import ROOT
@@ -62,6 +63,9 @@ def test_schema_and_values_have_the_same_fields() -> None:
         described = schema["$defs"][kind.event]
         assert described["required"] == [f.name for f in fields(kind)]
         assert list(described["properties"]) == ["v", "event", "time", *described["required"]]
+    described = schema["$defs"]["error_fields"]
+    assert described["required"] == list(described["properties"]) == [f.name for f in fields(ErrorFields)]
+    assert described["properties"]["cause"]["enum"] == [*get_args(Cause), None]
     pointers = {rule["if"]["properties"]["event"]["const"]: rule["then"]["$ref"] for rule in schema["allOf"]}
     assert pointers == {kind.event: f"#/$defs/{kind.event}" for kind in EVENTS}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
+from library.training.command_line.cli import CommandLine
 from library.training.command_line.main import OUR_FAULT, report_error
 from library.training.evaluation import preview
 from library.training.models import opening
@@ -28,7 +29,8 @@ from tests.running import Finished
 def test_the_error_names_the_base_model_flag_that_was_used(
     caplog: pytest.LogCaptureFixture, typed: dict[str, str | None], flag: str
 ) -> None:
-    report_error(UserError("--pretrained_model_name_or_path x.safetensors does not exist"), argparse.Namespace(**typed))
+    error = UserError("--pretrained_model_name_or_path x.safetensors does not exist")
+    report_error(error, CommandLine(argparse.ArgumentParser(), [], argparse.Namespace(**typed), []))
     assert caplog.messages == [f"{flag} x.safetensors does not exist"]
 
 

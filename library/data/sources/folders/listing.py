@@ -108,4 +108,6 @@ def list_indexed_files(index: FolderIndex, caption_extension: str, num_threads: 
 
 
 def make_listing_error(folder: str, error: OSError) -> UserError:
-    return UserError(f"{folder} cannot be read: {error.strerror}; change its permissions, or remove it")
+    return UserError.of_file(
+        folder, f"cannot be read: {error.strerror}; change its permissions, or remove it", cause="unreadable"
+    )

@@ -46,15 +46,17 @@ def list_metadata(config: SubsetConfig, num_threads: int) -> Listing:
         listing.names, num_threads, f"reading sizes of {config.base_name}", config.keeps_index
     )
     if missing:
-        raise UserError(
-            f"metadata_file {config.metadata_file}: there are no such reference images: {list_few(missing)}; "
-            "correct their control_path, which is relative to image_dir or to the working folder"
+        raise UserError.about(
+            "metadata_file",
+            f"{config.metadata_file}: there are no such reference images: {list_few(missing)}; "
+            "correct their control_path, which is relative to image_dir or to the working folder",
         )
     if any(references):
         if config.control_dirs or config.opposite_dir:
-            raise UserError(
-                f"metadata_file {config.metadata_file} names reference images with control_path, and the subset has "
-                f"{'control_dirs' if config.control_dirs else 'opposite_dir'}; keep one of them"
+            raise UserError.about(
+                "metadata_file",
+                f"{config.metadata_file} names reference images with control_path, and the subset has "
+                f"{'control_dirs' if config.control_dirs else 'opposite_dir'}; keep one of them",
             )
         add_reference_paths(listing, references, num_threads)
     return listing

@@ -11,7 +11,7 @@ from library.data.description.captions import CaptionRules
 from library.data.scanned.columns import Texts
 from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
 from library.data.sources.folders.image_index import UNSETTLED, compute_stamp, open_index, read_stamped, update_table
-from library.errors import UserError, list_few
+from library.errors import UserError, list_few, reason_of
 from library.options.encodings import NotUtf8, describe_encoding, likely_encoding
 
 MOST_CAPTION_BYTES = 1 << 20  # counting the tokens of ten times as much takes a minute
@@ -31,7 +31,9 @@ def check_encodings(folder: str, names: Iterable[str]) -> None:
     if wrong:
         listed = list_few([f"{name} ({encoding})" for name, encoding in wrong], 20)
         raise NotUtf8(
-            f"{len(wrong)} caption files in {folder} are not UTF-8; save them as UTF-8. Detected encodings: {listed}"
+            f"{len(wrong)} caption files in {folder} are not UTF-8; save them as UTF-8. Detected encodings: {listed}",
+            path=folder,
+            cause="unreadable",
         )
 
 
@@ -43,13 +45,16 @@ def read_caption(path: str) -> tuple[int, str]:
         if len(content) > MOST_CAPTION_BYTES:
             raise UserError(
                 f"the caption file {path} has {len(content) / 1e6:.1f} MB, too much for a caption; if it is another "
-                "kind of file, move it elsewhere or set another caption_extension"
+                "kind of file, move it elsewhere or set another caption_extension",
+                path=path,
             )
         text = content.decode()
     except UnicodeDecodeError as error:
-        raise NotUtf8(f"the caption file {path} {describe_encoding(content, error)}") from None
+        raise NotUtf8(f"the caption file {path} {describe_encoding(content, error)}", path=path) from None
     except OSError as error:
-        raise UserError(f"the caption file {path} cannot be read: {error.strerror}") from None
+        raise UserError(
+            f"the caption file {path} cannot be read: {error.strerror}", path=path, cause="unreadable"
+        ) from None
     # All lines are kept, so that one index serves all rules about lines.
     return compute_stamp(status, time.time_ns()), stripped_lines(text.removeprefix("\ufeff"))
 
@@ -66,7 +71,7 @@ def read_image_size(path: str) -> tuple[int, Size | str]:
         status, head = read_stamped(path, HEAD_BYTES)
         size = plain_size(head, status.st_size) or read_size(path)
     except (ValueError, OSError) as error:
-        return UNSETTLED, str(error).removeprefix(path).strip() or "unknown"
+        return UNSETTLED, reason_of(error) or "unknown"
     return compute_stamp(status, time.time_ns()), size
 
 

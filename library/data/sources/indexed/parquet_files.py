@@ -28,7 +28,11 @@ def pyarrow_parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError("shards and parquet require the package pyarrow: python3 -m pip install pyarrow") from None
+        raise UserError(
+            "shards and parquet require the package pyarrow: python3 -m pip install pyarrow",
+            cause="not installed",
+            setting="parquet",
+        ) from None
     return pyarrow.parquet
 
 
@@ -57,25 +61,29 @@ def find_columns(schema: Any, image: str | None, caption: str | None, references
     )
     for key, name in requested:
         if name is not None and name not in names:
-            raise UserError(f"{key} is {name!r}, but {label} has no such column; {listed}")
+            raise UserError.about(key, f"is {name!r}, but {label} has no such column; {listed}")
     image = image or first_of((*IMAGE_COLUMNS, *URL_COLUMNS), names)
     if image is None:
-        raise UserError(f"{label} has no image column with a usual name; set image_column, {listed}")
+        raise UserError.of_file(label, f"has no image column with a usual name; set image_column, {listed}")
     caption = caption or first_of(CAPTION_COLUMNS, names)
     if caption is not None and not is_text(schema.field(caption).type):
-        raise UserError(f"caption_column {caption!r} of {label} has {schema.field(caption).type}, but must be text")
+        raise UserError.about(
+            "caption_column", f"{caption!r} of {label} has {schema.field(caption).type}, but must be text"
+        )
     reference_columns = tuple(bytes_column(schema, reference) for reference in references)
     for reference, column in zip(references, reference_columns, strict=True):
         if column is None:
-            raise UserError(
-                f"control_columns {reference!r} of {label} has {schema.field(reference).type}, but must "
-                "have image bytes"
+            raise UserError.about(
+                "control_columns",
+                f"{reference!r} of {label} has {schema.field(reference).type}, but must have image bytes",
             )
     column, kind = bytes_column(schema, image), schema.field(image).type
     if column is None and not is_text(kind):
-        raise UserError(f"image_column {image!r} of {label} has {kind}, but must have image bytes or URLs")
+        raise UserError.about("image_column", f"{image!r} of {label} has {kind}, but must have image bytes or URLs")
     if column is None and reference_columns:
-        raise UserError(f"control_columns: {label} has URLs in {image!r}; references require images in the file too")
+        raise UserError.about(
+            "control_columns", f": {label} has URLs in {image!r}; references require images in the file too"
+        )
     return Columns(column or image, column is None, caption, tuple(filter(None, reference_columns)))
 
 
@@ -132,7 +140,7 @@ class ParquetRows:
         try:
             self._file = parquet.ParquetFile(file, pre_buffer=False)
         except (OSError, ValueError) as error:
-            raise UserError(f"{label} is not a Parquet file, or is damaged: {error}") from None
+            raise UserError.of_file(label, f"is not a Parquet file, or is damaged: {error}") from None
         counts = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
         self._firsts = list(accumulate(counts, initial=0))[:-1]
         self._kept = kept or KeptGroups()
@@ -168,13 +176,15 @@ class ParquetRows:
             for batch in self._file.iter_batches(batch_size=num_rows, columns=list(columns)):
                 yield {name: _values(batch, name) for name in columns}
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{self.label} is damaged: {error}") from None
+            raise UserError.of_file(self.label, f"is damaged: {error}") from None
 
     def value(self, column: str, row: int) -> bytes:
         """Return the bytes in a row of a column. Raises UserError if there are none, because the file was replaced."""
         first, values = self._group(column, row)
         if row - first >= len(values) or not values[row - first].is_valid:
-            raise UserError(f"{self.label} has no image in row {row}: it was replaced since the start; restart the run")
+            raise UserError.of_file(
+                self.label, f"has no image in row {row}: it was replaced since the start; restart the run"
+            )
         content: bytes = values[row - first].as_py()
         return content
 
@@ -201,7 +211,7 @@ class ParquetRows:
         try:
             return _leaf(self._file.read_row_group(group, columns=[column], use_threads=False), column)
         except (OSError, KeyError, pa.ArrowException) as error:
-            raise UserError(f"{self.label} cannot be read any more: {error}") from None
+            raise UserError.of_file(self.label, f"cannot be read any more: {error}") from None
 
 
 def _leaf(table: Any, column: str) -> Any:

@@ -13,7 +13,7 @@ from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
 from library.data.sources.folders.reading import MOST_CAPTION_BYTES, stripped_lines
 from library.data.sources.indexed.tar_files import Member, iterate_members
 from library.data.sources.storage.ranges import RangeFile, Window
-from library.errors import UserError
+from library.errors import UserError, reason_of
 from library.json_text import parse_json
 
 CAPTION_FIELDS = ("caption", "text", "prompt")  # in a .json member, without caption_column
@@ -137,7 +137,7 @@ def measure_image(path: str, head: bytes, num_bytes: int, content: bytes | Range
     try:
         return plain_size(head, num_bytes) or read_size(path, content), None
     except (UserError, OSError) as error:
-        return (0, 0), str(error).removeprefix(path).strip() or "cannot be read"
+        return (0, 0), reason_of(error) or "cannot be read"
 
 
 def read_caption_text(window: Window, member: Member, label: str, rule: CaptionRule) -> str | None:
@@ -145,15 +145,17 @@ def read_caption_text(window: Window, member: Member, label: str, rule: CaptionR
     cannot be read."""
     name = f"{label}/{member.name}"
     if member.num_bytes > MOST_CAPTION_BYTES:
-        raise UserError(f"the caption {name} has {member.num_bytes / 1e6:.1f} MB, too much for a caption")
+        raise UserError(f"the caption {name} has {member.num_bytes / 1e6:.1f} MB, too much for a caption", path=name)
     content = window.read(member.start, member.num_bytes)
     try:
         text = content.decode("utf-8-sig")
         caption = read_caption_field(parse_json(text), rule.field) if member.ending == "json" else text
     except UnicodeDecodeError as error:
-        raise UserError(f"the caption {name} is not UTF-8: byte {error.start}; rewrite the tar file") from None
+        raise UserError(
+            f"the caption {name} is not UTF-8: byte {error.start}; rewrite the tar file", path=name
+        ) from None
     except ValueError as error:
-        raise UserError(f"{name} is not valid JSON: {error}") from None
+        raise UserError(f"{name} is not valid JSON: {error}", path=name, cause="unreadable") from None
     return None if caption is None else stripped_lines(caption)
 
 

@@ -52,8 +52,8 @@ class DiskCache:
             os.replace(temporary, path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise UserError(
-                f"--cache_dir: {self.folder} cannot be written: {error.strerror}; use another folder, or free space"
+            raise UserError.about(
+                "--cache_dir", f": {self.folder} cannot be written: {error.strerror}; use another folder, or free space"
             ) from None
         if self.num_written is None or self.num_written + len(content) > PRUNE_EVERY * self.max_bytes:
             self.prune()

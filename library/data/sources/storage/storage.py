@@ -66,7 +66,7 @@ class Storage:
             with open(image.key, "rb") as file:
                 return version, file.read()
         except OSError as error:
-            raise UserError(f"{image.key} cannot be read: {error.strerror}") from None
+            raise UserError.of_file(image.key, f"cannot be read: {error.strerror}", cause="unreadable") from None
 
     def version(self, image: ScannedImage) -> Version:
         """Return the version that cached entries are compared with. Raises OSError for a missing file."""
@@ -105,7 +105,11 @@ class Storage:
     def required_cache_dir(self, what: str) -> str:
         """Return the cache folder. Raises UserError, starting with `what`, if none is set."""
         if self.cache_dir is None:
-            raise UserError(f"{what} require --cache_dir, a folder for the index and downloaded images")
+            raise UserError(
+                f"{what} require --cache_dir, a folder for the index and downloaded images",
+                setting="--cache_dir",
+                cause="needs",
+            )
         return self.cache_dir
 
     def _read_remote(self, location: ImageLocation) -> bytes:
@@ -125,8 +129,8 @@ class Storage:
             # Only an image in a file of its own starts at byte 0 and has no reader; a start does not look at it again.
             is_own_file = location.start == 0 and location.reader is None
             remedy = "delete .picture_index-*.parquet below --cache_dir and " if is_own_file else ""
-            raise UserError(
-                f"{strip_secrets(location.file)} was replaced since it was indexed; {remedy}restart the run"
+            raise UserError.of_file(
+                strip_secrets(location.file), f"was replaced since it was indexed; {remedy}restart the run"
             )
         return content
 
@@ -159,11 +163,13 @@ class Storage:
                 while len(content) < num_bytes and (more := opened.read(num_bytes - len(content))):
                     content += more
         except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}") from None
+            raise UserError.of_file(file, f"cannot be read: {error.strerror}", cause="unreadable") from None
         if len(content) < num_bytes:
             raise UserError(
                 f"{file} ends at byte {start + len(content)}, before an indexed image at {start + num_bytes}: it was "
-                "truncated or replaced since it was indexed; restart the run, or copy it again"
+                "truncated or replaced since it was indexed; restart the run, or copy it again",
+                path=file,
+                cause="unreadable",
             )
         return content
 
@@ -189,7 +195,10 @@ class Storage:
         existing files; local paths may also use `?` and `[...]`. Raises UserError for too many names."""
         num_names = count_names(pattern)
         if num_names > MOST_NAMES:
-            raise UserError(f"{strip_secrets(pattern)!r} lists {num_names} files; the maximum is {MOST_NAMES}")
+            raise UserError(
+                f"{strip_secrets(pattern)!r} lists {num_names} files; the maximum is {MOST_NAMES}",
+                path=strip_secrets(pattern),
+            )
         paths: list[str] = []
         for path in expand_pattern(pattern):
             if is_remote(path):

@@ -1,0 +1,264 @@
+"""Code decides by the fields of a UserError, never by its words; errors of others are read where they become ours."""
+
+import ast
+from collections.abc import Iterator, Mapping
+from functools import cache
+
+import pytest
+
+from library.errors import UserError
+from tests.architecture.sources import python_files, scripts, text_of
+
+READ_ELSEWHERE: Mapping[str, str] = {  # function that reads an error's text -> whose words they are
+    "library/checkpoints/files.py::load_pickle": "torch's: objects that it refuses, and its first line",
+    "library/checkpoints/files.py::full_disk_named": "safetensors' and torch's, on a full disk",
+    "library/checkpoints/model_lookup.py::fetch_snapshot": "the hub's",
+    "library/data/sources/storage/object_storage.py::clean_message": "fsspec's, which may hold passwords",
+    "library/errors.py::reason_of": "the system's, without blanks at its ends",
+    "library/determinism.py::explain_nondeterminism": "torch's: the operation without a fixed order",
+    "library/json_text.py::explain_parse_error": "json's and tomllib's advice on long numbers",
+    "library/json_text.py::find_place": "json's and tomllib's: line and column",
+    "library/memory/fused.py::*": "the compiler's first line",
+    "library/memory/pinned.py::*": "CUDA's first line",
+    "library/models/tokenizer_files.py::*": "tokenizers' first line",
+    "library/options/config_file.py::read_toml": "tomllib's, of backslashes",
+    "library/processes.py::format_first_line": "the line that other processes are told",
+    "library/processes.py::Processes.reporting_failures": "torch's broken connections, of a RuntimeError alone",
+    "library/training/command_line/caching.py::select_device": "torch's first line",
+    "library/training/evaluation/image_scores.py::*": "transformers' first line",
+    "library/training/failures/nondeterministic.py::*": "torch's: the operation without a fixed order",
+    "library/training/failures/vae_memory.py::VaeFallback.run": "CUDA's, of memory that ran out",
+    "library/training/failures/out_of_memory.py::*": "CUDA's, of memory that ran out",
+    "library/training/models/arithmetic.py::*": "torch's first line",
+    "library/training/optimization/optimizers.py::*": "an optimizer's, shortened",
+    "networks/core/protocol.py::*": "LyCORIS', of a layer named twice",
+    "tools/command.py::resolve_device": "torch's first line",
+    "tools/doctor.py::*": "those of torch, the driver and packages",
+    "tools/front_door/captioner.py::*": "transformers' first line",
+}
+
+
+@cache
+def user_errors() -> frozenset[str]:
+    """Return the names of UserError and its subclasses in the sources."""
+    classes = {
+        node.name: {ast.unparse(base).rpartition(".")[2] for base in node.bases}
+        for path in python_files("library", "networks", "tools")
+        for node in ast.walk(ast.parse(text_of(path)))
+        if isinstance(node, ast.ClassDef)
+    }
+    found = {UserError.__name__}
+    while more := {name for name, bases in classes.items() if bases & found} - found:
+        found |= more
+    return frozenset(found)
+
+
+def caught(node: ast.expr | None, constants: Mapping[str, ast.expr]) -> Iterator[str]:
+    """Yield the names of the exceptions that a handler catches, those in tuples and of constants too."""
+    match node:
+        case None:
+            yield "BaseException"
+        case ast.Tuple():
+            for item in node.elts:
+                yield from caught(item, constants)
+        case ast.Starred():
+            yield from caught(node.value, constants)
+        case ast.Name(name) if name in constants:
+            yield from caught(constants[name], constants)
+        case _:
+            yield ast.unparse(node).rpartition(".")[2]
+
+
+def is_text(node: ast.AST, names: set[str]) -> bool:
+    """Return True for str(error), repr(error), f"{error}" alone, error.args, error.message and error.remedy."""
+    match node:
+        case ast.Call(func=ast.Name("str" | "repr"), args=[ast.Name(name)]):
+            return name in names
+        case ast.Attribute(value=ast.Name(name), attr="args" | "message" | "remedy" | "reason"):
+            return name in names
+        case ast.JoinedStr(values=[ast.FormattedValue(value=ast.Name(name))]):
+            return name in names
+        case ast.Call(func=ast.Attribute(value=ast.Call() | ast.Attribute() | ast.JoinedStr() as text)):
+            return is_text(text, names)  # str(error).strip()
+    return False
+
+
+def reads(body: ast.AST, names: set[str]) -> Iterator[int]:
+    """Yield the lines that take an error's text apart or compare it; showing it whole is no reading."""
+    texts = set(names)
+    for node in ast.walk(body):
+        match node:
+            case ast.Assign(targets=[ast.Name(name)], value=value) if is_text(value, names):
+                texts.add(name)  # text = str(error)
+    aliases = texts - names
+
+    def is_any_text(node: ast.AST) -> bool:
+        return is_text(node, names) or (isinstance(node, ast.Name) and node.id in aliases)
+
+    for node in ast.walk(body):
+        match node:
+            case ast.Call(func=ast.Attribute(value=value)) if is_any_text(value):
+                yield node.lineno  # str(error).removeprefix(path)
+            case ast.Subscript(value=value) if is_any_text(value):
+                yield node.lineno
+            case ast.Compare(left=left, comparators=others) if any(map(is_any_text, [left, *others])):
+                yield node.lineno
+            case ast.Call(func=ast.Attribute(attr=attr), args=[*args]) if attr in PATTERNS and any(
+                map(is_any_text, args)
+            ):
+                yield node.lineno  # NAMED.findall(str(error)), re.search("x", str(error))
+
+
+PATTERNS = (
+    "search",
+    "match",
+    "fullmatch",
+    "findall",
+    "finditer",
+    "split",
+    "sub",
+    "partition",
+    "count",
+    "index",
+    "find",
+)
+ERRORS = (
+    "Error",
+    "Exception",
+    "Misfit",
+    "NotThere",
+    "Refused",
+    "ProcessLost",
+    "NotUtf8",
+    "DamagedImage",
+    "NoDataFound",
+)
+
+
+def find_readers(source: str) -> list[tuple[str, int, bool]]:
+    """Return (function, line, whether it may be a UserError alone) of everything that reads an error's text."""
+    tree = ast.parse(source)
+    constants = {
+        target.id: node.value
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name) and isinstance(node.value, ast.Tuple)
+    }
+    found = []
+
+    def visit(node: ast.AST, place: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            name = place
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                name = f"{place}.{child.name}".lstrip(".")
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                errors = {
+                    a.arg
+                    for a in [*child.args.args, *child.args.kwonlyargs]
+                    if a.annotation is not None and ast.unparse(a.annotation).split(" | ")[0].endswith(ERRORS)
+                }
+                found.extend((name, line, False) for line in reads(child, errors) if errors)
+            if isinstance(child, ast.ExceptHandler) and child.name is not None:
+                kinds = set(caught(child.type, constants))
+                found.extend((name, line, bool(kinds & user_errors())) for line in reads(child, {child.name}))
+            visit(child, name)
+
+    visit(tree, "")
+    return found
+
+
+def test_handlers_of_our_errors_read_no_text() -> None:
+    sources = [*python_files("library", "networks", "tools"), *scripts()]
+    readers = [(path.as_posix(), *found) for path in sources for found in find_readers(text_of(path))]
+    assert len(user_errors()) > 12 and len(readers) > 20
+    assert [f"{path}:{line} in {name}" for path, name, line, is_ours in readers if is_ours] == []
+    keys = {f"{path}::{name}": f"{path}::*" for path, name, _, _ in readers}
+    assert sorted(key for key, any_in_file in keys.items() if not {key, any_in_file} & READ_ELSEWHERE.keys()) == []
+    assert sorted(READ_ELSEWHERE.keys() - {*keys, *keys.values()}) == [], "these read nothing"
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [
+        "except UserError as e:\n    x = str(e).removeprefix(p)",
+        "except (OSError, UserError) as e:\n    x = '--vae' in str(e)",
+        "except CAUGHT as e:\n    x = NAMED.findall(str(e))",
+        "except errors.NotThere as e:\n    x = e.args[0]",
+        "except NotThere as e:\n    text = str(e)\n    x = text.startswith('--')",
+        "except DamagedImage as e:\n    x = f'{e}'.split()",
+        "except (*CAUGHT, KeyError) as e:\n    x = e.message == 'a'",
+        "except NonFiniteError as e:\n    x = re.search('a', str(e))",
+    ],
+)
+def test_readers_are_seen_in_every_form(handler: str) -> None:
+    found = find_readers(f"CAUGHT = (OSError, UserError)\ntry:\n    pass\n{handler}\n")
+    assert found and all(is_ours for _, _, is_ours in found)
+
+
+@pytest.mark.parametrize(
+    "shown", ["logger.info('%s', e)", "raise UserError(f'--x: {e}')", "return str(e)", "e.path.x()"]
+)
+def test_showing_an_error_is_no_reading(shown: str) -> None:
+    assert find_readers(f"def f():\n  try:\n    pass\n  except UserError as e:\n    {shown}\n") == []
+
+
+WITHOUT_SETTING: Mapping[str, str] = {  # file or folder -> why its raises name neither setting nor file
+    "library/architectures/": "`configure` names the file",
+    "library/checkpoints/tree_json.py": "the optimizer's state cannot be written, which no setting causes",
+    "library/data/batches/batches.py": "several images, which the message lists",
+    "library/data/batches/own_dataset.py": "the user's own class made the batch; no setting says how",
+    "library/data/caching/": "reasons, before which the cache file is put",
+    "library/data/concepts/prompts_file.py": "`read_prompt_pairs` names --prompts_file, the file and the entry",
+    "library/data/decoding/npz.py": "reasons, before which the cache file is put",
+    "library/data/description/dataset_file.py": "`read_file` names --dataset_config and the file",
+    "library/data/plan/": "all subsets together, which the message lists",
+    "library/data/sources/folders/": "several images, or reasons before which the index file is put",
+    "library/errors.py": "copies of errors, which get their fields",
+    "library/installed.py": "the machine and its packages",
+    "library/memory/exchange.py": "`--turbo_dit` is put before it",
+    "library/models/": "`configure` names the file; a tokenizer may be in several folders",
+    "library/options/": "the reader of the file names flag and file",
+    "library/processes.py": "other processes and the launcher",
+    "library/training/command_line/help.py": "argparse says no more of it",
+    "library/training/command_line/replaced.py": "a program's own code",
+    "library/training/evaluation/drawing.py": "the adapter diverged",
+    "library/training/evaluation/preview_weights.py": "the memory of the machine",
+    "library/training/evaluation/prompts.py": "`read_prompts` names the flag, the file and the line",
+    "library/training/failures/": "training diverged, or memory ran out: several settings may help",
+    "library/training/loop/adapter_run.py": "the adapter diverged",
+    "library/training/optimization/ema.py": "the state that it belongs to is put before it",
+    "library/training/saving/": "the adapter diverged, a full disk, or the state is put before it",
+    "networks/core/arguments/": "`_parse` names the argument",
+    "networks/core/changes/": "`naming` of the network's file names it",
+    "networks/core/files/": "`read_adapter_file` and `naming` of the network's file name it",
+    "networks/core/kinds/": "`naming` of the network's file names it",
+    "networks/core/network/": "a network module's own code",
+    "networks/core/registry/layouts.py": "`naming` of the network's file names it",
+    "tools/extract_lora_from_dylora.py": "`read_adapter_file` names the file at its start",
+    "tools/interrogate_lora.py": "`read_adapter_file` names the file at its start",
+    "tools/merge_": "several files, of which the message names one",
+    "tools/plan_memory.py": "several models may be meant",
+    "tools/quickstart/": "the toy world has no option for it",
+    "tools/recipes.py": "a recipe of this repository",
+    "tools/release.py": "the state of the repository",
+    "tools/resize_lora.py": "`read_adapter_file` names the file at its start",
+    "tools/vote.py": "`read_prompts` names the file",
+}
+
+
+def bare_raises() -> Iterator[str]:
+    """Yield the file of every raise without a setting and a path."""
+    for path in (*python_files("library", "networks", "tools"), *scripts()):
+        for node in ast.walk(ast.parse(text_of(path))):
+            match node:
+                case ast.Call(func=ast.Name(name), keywords=keywords) if name in user_errors():
+                    if not {"setting", "path"} & {keyword.arg for keyword in keywords}:
+                        yield path.as_posix()
+
+
+def test_a_raise_without_a_setting_has_a_reason() -> None:
+    files = set(bare_raises())
+    covered = {start for start in WITHOUT_SETTING for file in files if file.startswith(start)}
+    assert sorted(file for file in files if not file.startswith(tuple(WITHOUT_SETTING))) == []
+    assert WITHOUT_SETTING.keys() == covered, "these need no reason"
