@@ -104,7 +104,7 @@ def execute(args: argparse.Namespace, words: Sequence[str]) -> int:
         add(queue, args, words)
         return 0
     if words:
-        raise UserError(f"`{args.command}` takes no options after --: {' '.join(words)}")
+        raise UserError(f"`{args.command}` takes no options after --: {' '.join(words)}", setting=args.command)
     queue.require()
     if args.command == "run":
         queue.create()

@@ -188,9 +188,8 @@ def refuse_kernels(file: Path, value: object) -> None:
         refuse_kernels(file, part)
     for key, name in value.items() if isinstance(value, dict) else ():
         if str(key).endswith("_implementation") and "/" in str(name):
-            raise UserError(
-                f"{file} asks for {key} {name}, code that transformers would download and run; remove that line"
-            )
+            reason = f"asks for {key} {name}, code that transformers would download and run; remove that line"
+            raise UserError.of_file(file, reason, place=str(key))
 
 
 def read_pipeline_class(folder: Path) -> str:
@@ -200,7 +199,9 @@ def read_pipeline_class(folder: Path) -> str:
     name: Any = index.get("_class_name", "")
     if isinstance(name, str) and (name == "" or name.isidentifier()):
         return name
-    raise UserError(
-        f"{folder / 'model_index.json'}: _class_name is {str(name)[:80]!r}, not the name of a pipeline of diffusers. "
-        "If it names Python code of the model itself, only diffusers_train_network.py can run that"
+    raise UserError.of_file(
+        folder / "model_index.json",
+        f": _class_name is {str(name)[:80]!r}, not the name of a pipeline of diffusers. If it names Python code of the "
+        "model itself, only diffusers_train_network.py can run that",
+        place="_class_name",
     )

@@ -240,7 +240,9 @@ def explain_failed_compiler() -> Iterator[None]:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"the compiler of norms, gates and activations failed ({reason}), although its trial at the start worked: "
-            "add --no_fused_operations, which is slower and compiles nothing"
+            "add --no_fused_operations, which is slower and compiles nothing",
+            setting="--no_fused_operations",
+            cause="needs",
         ) from error
 
 

@@ -10,6 +10,7 @@ from library.errors import UserError
 from tests.architecture.sources import python_files, scripts, text_of
 
 READ_ELSEWHERE: Mapping[str, str] = {  # function that reads an error's text -> whose words they are
+    "library/architectures/any_pipeline/folder.py::PipelineFolder.load": "torch's, of memory that ran out",
     "library/checkpoints/files.py::load_pickle": "torch's: objects that it refuses, and its first line",
     "library/checkpoints/files.py::full_disk_named": "safetensors' and torch's, on a full disk",
     "library/checkpoints/model_lookup.py::fetch_snapshot": "the hub's",
@@ -31,6 +32,7 @@ READ_ELSEWHERE: Mapping[str, str] = {  # function that reads an error's text -> 
     "library/training/failures/out_of_memory.py::*": "CUDA's, of memory that ran out",
     "library/training/models/arithmetic.py::*": "torch's first line",
     "library/training/optimization/optimizers.py::*": "an optimizer's, shortened",
+    "library/training/run_queue/runner.py::Runner.warn": "the system's, logged once",
     "networks/core/protocol.py::*": "LyCORIS', of a layer named twice",
     "tools/command.py::resolve_device": "torch's first line",
     "tools/doctor.py::*": "those of torch, the driver and packages",

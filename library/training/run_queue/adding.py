@@ -9,12 +9,12 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from library.errors import UserError
-from library.options.config_file import read_text
+from library.options.config_file import read_text, read_toml
 from library.options.train import TrainOptions
 from library.suggestions import did_you_mean
 from library.training.command_line.cli import check_training, parse_words, read_command_line
 from library.training.command_line.recipes import list_recipes
-from library.training.config_file import config_path, load_toml
+from library.training.config_file import CONFIG_FLAG, config_path
 from library.training.run_queue.jobs import Job
 
 logger = logging.getLogger(__name__)
@@ -39,14 +39,17 @@ def make_job(
     parser, kind = read_script(name, words)
     typed = parse_words(parser, words)
     if typed.config_file or typed.output_config:
-        raise UserError("--config_file and --output_config: the job has its TOML file already; leave them out")
+        flags = ["--config_file", "--output_config"]
+        reason = f"and {flags[1]}: the job has its TOML file already; leave them out"
+        raise UserError.about(flags[0], reason, others=flags[1:])
     command_line = read_command_line(parser, ["--config_file", str(path), *words])
     for warning in (warning for read in command_line.configs for warning in read.warnings):
         logger.warning("%s", warning)
     args = command_line.args
     check_training(kind, args)
     if not args.output_dir:
-        raise UserError("--output_dir is not set; a job trains an adapter, so give the folder that it goes to")
+        reason = "is not set; a job trains an adapter, so give the folder that it goes to"
+        raise UserError.about("--output_dir", reason, cause="needs")
     output = Path(os.path.realpath(args.output_dir)) / (args.output_name or "last")
     warn_of_states(output, args.output_name)
     events = args.log_events if args.log_events in (None, "-") else os.path.abspath(args.log_events)
@@ -61,22 +64,24 @@ def choose_script(path: Path, text: str, script: str | None, scripts: Collection
     if script is not None:
         name = Path(script).name
         if name not in scripts:
-            raise UserError(f"--script {script} is no training script of this suite{did_you_mean(name, scripts)}")
+            raise UserError.about(
+                "--script", f"{script} is no training script of this suite{did_you_mean(name, scripts)}"
+            )
         return name
-    recipe = load_toml(path).get("recipe")
+    recipe = read_toml(path, CONFIG_FLAG).get("recipe")
     of_recipe = {known.script for known in list_recipes() if known.name == recipe} if isinstance(recipe, str) else set()
     comments = re.match(r"(?:#.*\n|\s*\n)*", text)
     named = {*SCRIPT_NAME.findall(comments[0] if comments else "")} & {*scripts}
     found = of_recipe or named
     if len(found) != 1:
-        raise UserError(f"{path} names no training script; add --script, such as --script train_network.py")
+        raise UserError.of_file(path, "names no training script; add --script, such as --script train_network.py")
     return found.pop()
 
 
 def refuse_file_options(words: Sequence[str]) -> None:
     """Raise UserError for options that end a command before it trains."""
     if ended := {"-h", "--help", "--help_all", "--version"} & {*words}:
-        raise UserError(f"{sorted(ended)[0]} after NAME.toml trains nothing; leave it out")
+        raise UserError.about(sorted(ended)[0], "after NAME.toml trains nothing; leave it out")
 
 
 def warn_of_states(output: Path, output_name: str | None) -> None:

@@ -62,7 +62,8 @@ class Queue:
     def create(self) -> None:
         """Create the folder. Raises UserError for one that holds other files, or that cannot be written."""
         if not self.mark.exists() and self.folder.is_dir() and any(self.folder.iterdir()):
-            raise UserError(f"--folder {self.folder} holds other files than a queue; use a new folder")
+            reason = "holds other files than a queue; use a new folder"
+            raise UserError.about("--folder", reason, self.folder, cause="would be lost")
         try:
             # For the owner alone, because whoever writes here decides what this user's trainings load.
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -71,12 +72,14 @@ class Queue:
             if not self.mark.exists():
                 write_whole(self.mark, HEAD)
         except OSError as error:
-            raise UserError(f"--folder {self.folder} cannot be written: {error.strerror}; use another folder") from None
+            reason = f"cannot be written: {error.strerror}; use another folder"
+            raise UserError.about("--folder", reason, self.folder, cause="unreadable") from None
 
     def require(self) -> None:
         """Raise UserError unless the folder is a queue's."""
         if not (self.mark.is_file() and MARK.is_own(self.mark)):
-            raise UserError(f"--folder {self.folder} is no queue; `python3 tools/run_queue.py add` makes one")
+            reason = "is no queue; `python3 tools/run_queue.py add` makes one"
+            raise UserError.about("--folder", reason, self.folder)
 
     def list_tickets(self, state: State) -> list[Ticket]:
         """List the jobs in the order in which they were added."""
@@ -139,7 +142,11 @@ class Queue:
                 if other is not None and os.path.normcase(other.output) == os.path.normcase(job.output):
                     raise UserError(
                         f"job {ticket.number} ({other.config}) writes {other.output} too; use another --output_name or "
-                        "--output_dir"
+                        "--output_dir",
+                        setting="--output_name",
+                        others=["--output_dir"],
+                        path=other.output,
+                        cause="would be lost",
                     )
             # Also behind the logs of removed jobs, which another job must not continue.
             names = (entry.name.partition(".")[0] for state in (*STATES, "logs") for entry in self.entries(state))

@@ -34,7 +34,7 @@ class Job:
     def read(cls, path: Path) -> "Job":
         """Read a job's file. Raises UserError for another file, FileNotFoundError if it was moved."""
         if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"{path} is no job of this queue; remove the file")
+            raise UserError.of_file(path, "is no job of this queue; remove the file")
         try:
             values = parse_json(path.read_bytes())
             assert isinstance(values, dict) and values.pop("queue") == VERSION
@@ -43,5 +43,6 @@ class Job:
             assert isinstance(options, list) and all(isinstance(text, str) for text in (*options, *texts.values()))
             assert Path(texts["script"]).name == texts["script"]  # of this suite, whoever wrote the job
         except (AssertionError, KeyError, ValueError):
-            raise UserError(f"{path} is no job of this version's queue; remove it, and add the job again") from None
+            reason = "is no job of this version's queue; remove it, and add the job again"
+            raise UserError.of_file(path, reason) from None
         return cls(**values, options=tuple(options))

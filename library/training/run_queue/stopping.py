@@ -49,7 +49,9 @@ def remove_job(queue: Queue, number: int, now: bool) -> None:
         say_waiting([ticket], said)
         time.sleep(POLL_S)
     if not said:
-        raise UserError(f"there is no job {number} in --folder {queue.folder}; `list` shows the numbers")
+        raise UserError(
+            f"there is no job {number} in --folder {queue.folder}; `list` shows the numbers", path=queue.folder
+        )
 
 
 def say_waiting(tickets: Iterable[Ticket], said: set[int]) -> None:
