@@ -35,6 +35,15 @@ class CachingOptions(Options, needs_images=True):
         help="Folder for the index, latents and text features of tar shards and Parquet files, and for what is read "
         "of images behind a URL. Unset keeps them beside local files; images behind a URL need it.",
     )
+    shared_cache_dir: str | None = option(
+        None,
+        path="new folder",
+        own=True,
+        affects_training=False,
+        needs=("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk"),
+        help="Folder for all latents and text features that are cached in files, in place of those beside the images "
+        "and in --cache_dir. --sweep sets it for runs that share what they would keep in memory.",
+    )
     remote_cache_gb: float = option(
         20.0,
         own=True,

@@ -17,7 +17,7 @@ MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path 
 LAYERS = (
     ("library.errors", "library.suggestions", "library.formatting", "library.json_text"),
     ("library.types", "library.randomness", "library.collector", "library.hidden_libraries", "library.launcher"),
-    ("library.torch_builds",),
+    ("library.torch_builds", "library.network_args"),
     ("library.version", "library.requirements", "library.installed", "library.determinism"),
     ("library.heartbeat", "library.progress", "library.processes", "library.temporary_folders"),
     ("library.gradient_exchange",),
@@ -178,6 +178,15 @@ def test_no_base_model_imports_another() -> None:
             own_package = ".".join(module.split(".")[:3])
             other_models = {o for o in imports()[module] if o.startswith("library.architectures.") and o.count(".") > 2}
             assert all(inside(other, (own_package,)) for other in other_models), f"{module} imports {other_models}"
+
+
+def test_only_the_command_line_knows_sweeps() -> None:
+    """A sweep goes around runs: no part of a run is there for several of them."""
+    users = {
+        module for module in MODULES if any(inside(other, ("library.training.sweep",)) for other in imports()[module])
+    }
+    above = ("library.training.sweep", "library.training.command_line.sweeps")
+    assert {module for module in users if not inside(module, above)} == set()
 
 
 def test_every_layer_exists() -> None:

@@ -289,7 +289,7 @@ def build_plan(
     subsets = [subset for dataset in config.datasets for subset in dataset.subsets]
     if options.caching.cache_dir is not None and not any(subset.patterns for subset in subsets):
         logger.warning("--cache_dir has no effect: it is for shards and parquet; image files have caches beside them")
-    storage = Storage(options.caching.cache_dir, options.caching.remote_cache_gb)
+    storage = Storage(options.caching.cache_dir, options.caching.remote_cache_gb, options.caching.shared_cache_dir)
     scanned = collect(config, storage)
     check_images(scanned)
     split = split_datasets(scanned, seed)

@@ -8,10 +8,10 @@ import torch
 from library.installed import NEEDED_BY_ALL, check_gpu_is_used, check_installed
 from library.options.output.saving import SavingOptions
 from library.options.train import TrainOptions
-from library.training.command_line.run_lock import run_lock
 from library.training.reporting.event_stream import Events, WarningEvents
 from library.training.run.run_events import open_events
 from library.training.saving.names import Names
+from library.training.saving.run_lock import run_lock
 
 
 def writes(options: TrainOptions) -> bool:

@@ -16,7 +16,7 @@ from typing import IO, Any, Protocol
 from library.checkpoints.overwriting import check_target, known_by_start
 from library.errors import UserError
 from library.progress import State
-from library.training.reporting.events import End, EndReason, Event, Plan, Planned, Stage, Step, Warned
+from library.training.reporting.events import End, EndCause, EndReason, Event, Plan, Planned, Stage, Step, Warned
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,9 @@ class Events:
         self._started = clock()
         self.last_step: int | None = None
         self.planned: Planned | None = None  # added to the plan event
-        self.summary: str | None = None  # this and the next are added to the last event
+        self.summary: str | None = None  # this and the next two are added to the last event
         self.file: str | None = None
+        self.cause: EndCause | None = None
         self._thread: threading.Thread | None = None
         if self._sinks:
             self._thread = threading.Thread(target=self._work, name="events", daemon=True)
@@ -93,7 +94,17 @@ class Events:
 
     def end(self, reason: EndReason, error: str | None = None) -> None:
         """Emit the last event of a run; later events are dropped."""
-        self.emit(End(reason, self.last_step, round(self._clock() - self._started, 3), error, self.summary, self.file))
+        self.emit(
+            End(
+                reason,
+                self.last_step,
+                round(self._clock() - self._started, 3),
+                error,
+                self.summary,
+                self.file,
+                self.cause,
+            )
+        )
         self.close()
 
     def flush(self, timeout_s: float = 10.0) -> None:

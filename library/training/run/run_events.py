@@ -20,6 +20,7 @@ from library.options.train import TrainOptions
 from library.progress import listening
 from library.training.config_file import SECRETS
 from library.training.failures.interruption import Interrupted
+from library.training.failures.nonfinite import NonFiniteError
 from library.training.report_page.index import IndexWriter
 from library.training.report_page.writer import ReportWriter, earlier_record
 from library.training.reporting.console_lines import ImageCounts
@@ -34,6 +35,7 @@ from library.training.reporting.event_stream import (
 )
 from library.training.reporting.events import Plan, Start
 from library.training.run_parts import Run
+from library.training.saving.checkpoints import NonFiniteWeights
 from library.training.saving.names import Names
 from library.training.saving.resume import AlreadyComplete
 
@@ -54,7 +56,7 @@ def open_events(
     stopped is finished. If events go to standard output, everything else goes to standard error.
     """
     with ExitStack() as stack:
-        resumes = bool(options.state.resume or options.state.autoresume)
+        resumes = options.state.may_resume
         sinks = open_sinks(options.reports, names, resumes, stack) if names is not None and launched_rank() == 0 else []
         events = Events(sinks)
         if not events.is_on:
@@ -74,6 +76,7 @@ def open_events(
             events.end("stopped")
             raise
         except BaseException as error:
+            events.cause = "non-finite" if isinstance(error, NonFiniteError | NonFiniteWeights) else None
             events.end("error", format_error(error))
             raise
 
