@@ -17,12 +17,11 @@ class TrainingScript:
     """The training script of a package in library/architectures."""
 
     package: str
-    parts: str = ""  # options of the example in the help, besides the base model
 
     def setup_parser(self) -> argparse.ArgumentParser:
         """Return the parser with every option of the script. Front ends read it."""
         script = script_of(self.package)
-        return build_parser(script.options, parts=self.parts, elsewhere=OtherScripts(script.name))
+        return build_parser(script.options, parts=script.parts, elsewhere=OtherScripts(script.name))
 
     def spec(self) -> Any:
         """Import the package and return the spec of its first base model."""

@@ -12,7 +12,7 @@ from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.marks import mark_of
 from library.checkpoints.recognition import base_in_metadata, recognise_adapter, require_spec
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, save_adapter_file
-from networks.core.files.foreign_names import add_model
+from networks.core.files.foreign_names import add_model, split_fused
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import to_saved_naming
 from tools.base_models import general_spec
@@ -25,7 +25,9 @@ def read_adapter(path: Path, flag: str) -> AdapterFile:
     # Names of a pipeline without a table may look like those of other base models.
     if recorded is not None and recorded.is_general and spec_for_file(file, flag) is recorded:
         return file
-    return add_model(file, [spec.names for spec in specs])
+    file = add_model(file, [spec.names for spec in specs])
+    spec = recognise_adapter(specs, shapes_by_key(file), file.metadata)
+    return file if spec is None else split_fused(file, spec.names)
 
 
 def spec_for_file(file: AdapterFile, origin: str) -> BaseModelSpec:

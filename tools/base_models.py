@@ -26,7 +26,7 @@ def find_base(flag: str, name: str, *parts: str) -> tuple[Path, BaseModelSpec]:
 
 def pipeline_of(path: Path) -> str:
     """Return the class name of a folder's pipeline; "" for a file, or a folder that names none."""
-    return model_lookup.read_json(path / "model_index.json").get("_class_name", "") if path.is_dir() else ""
+    return model_lookup.read_pipeline_class(path) if path.is_dir() else ""
 
 
 def has_pipeline(name: str) -> bool:

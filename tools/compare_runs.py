@@ -13,7 +13,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.checkpoints.overwriting import check_target
 from library.errors import UserError
 from library.training.report_page.comparison import build_comparison
-from library.training.report_page.page import COMPARISON
+from library.training.report_page.page import COMPARISON, same_title
 from library.training.report_page.writer import write_page
 from library.training.sweep.ranked_reports import rank_reports
 from library.training.sweep.ranking import format_ranking
@@ -41,7 +41,9 @@ def compare(args: argparse.Namespace) -> None:
         rank(args.rank)
         return
     check_target("--output", args.output, COMPARISON, [path for path in args.runs if path.is_file()])
-    write_page(args.output, build_comparison(args.runs))
+    page = build_comparison(args.runs)
+    check_target("--output", args.output, same_title("a comparison of these runs", page))
+    write_page(args.output, page)
     logger.info("wrote %s", args.output)
 
 

@@ -149,7 +149,8 @@ class BaseNames:
         for fused_path, parts in self.fused:
             if flat.endswith(end := to_underscores(fused_path)):
                 modules = [self.find(flat.removesuffix(end) + to_underscores(part)) for part in parts]
-                return tuple(module for module in modules if module is not None)
+                found = tuple(module for module in modules if module is not None)
+                return found if len(found) == len(parts) else ()
         return ()
 
     def _find_in_longer_stack(self, flat: str) -> ModuleNames | None:

@@ -113,8 +113,13 @@ def base_file_metadata(model: ModelOptions) -> dict[str, str]:
     return metadata
 
 
-def modelspec_metadata(options: Options, architecture: Mapping[str, str], saved_at: float) -> dict[str, str]:
-    """Return the non-empty `modelspec.*` keys for a file saved at `saved_at` (Unix time)."""
+def modelspec_metadata(
+    options: Options, architecture: Mapping[str, str], saved_at: float, resolution: tuple[int, int] | None = None
+) -> dict[str, str]:
+    """Return the non-empty `modelspec.*` keys for a file saved at `saved_at` (Unix time).
+
+    `resolution` is the largest (width, height) of the datasets. None: that of --resolution or the base model.
+    """
     texts = options.flat()
     title = texts["metadata_title"] or texts["output_name"] or f"LoRA@{saved_at}"
     values: dict[str, str | None] = {
@@ -132,6 +137,8 @@ def modelspec_metadata(options: Options, architecture: Mapping[str, str], saved_
         metadata["modelspec.architecture"] = f"{texts['metadata_arch']}/lora"
     if texts["metadata_reso"]:
         metadata["modelspec.resolution"] = modelspec_resolution("metadata_reso", texts["metadata_reso"])
+    elif resolution is not None:
+        metadata["modelspec.resolution"] = "{}x{}".format(*resolution)
     elif texts["resolution"]:
         metadata["modelspec.resolution"] = modelspec_resolution("resolution", str(texts["resolution"]))
     metadata.update((f"modelspec.{name}", value) for name, value in values.items() if value)

@@ -141,7 +141,7 @@ def open_part(flag: str, folder: Path, kind: str, variant: str | None = None) ->
         name, ending = weight_files(kind)[0][0], "" if variant is None else f".{variant}"
         raise NotThere(f"{flag}: {folder} has no weights; expected {Path(name).stem}{ending}.safetensors in it")
     logger.info("%s: %s", kind, file)
-    return read_json(folder / "config.json"), open_file(flag, file)
+    return read_model_config(folder), open_file(flag, file)
 
 
 def open_file(flag: str, path: Path) -> Weights:
@@ -165,3 +165,34 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it contains a {type(content).__name__}, not an object")
     return content
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """Read the config.json of a model. Raises UserError if it is damaged, or asks for code from the hub."""
+    config = read_json(folder / "config.json")
+    refuse_kernels(folder / "config.json", config)
+    return config
+
+
+def refuse_kernels(file: Path, value: object) -> None:
+    """Raise UserError for an attention that transformers would download from the hub ("owner/name") and run."""
+    for part in value if isinstance(value, list) else value.values() if isinstance(value, dict) else ():
+        refuse_kernels(file, part)
+    for key, name in value.items() if isinstance(value, dict) else ():
+        if str(key).endswith("_implementation") and "/" in str(name):
+            raise UserError(
+                f"{file} asks for {key} {name}, code that transformers would download and run; remove that line"
+            )
+
+
+def read_pipeline_class(folder: Path) -> str:
+    """Return the class that a folder's model_index.json names; "" without one. Raises UserError for anything else than
+    the name of a class, such as a list that names a Python file of the folder."""
+    index = read_json(folder / "model_index.json")
+    name: Any = index.get("_class_name", "")
+    if isinstance(name, str) and (name == "" or name.isidentifier()):
+        return name
+    raise UserError(
+        f"{folder / 'model_index.json'}: _class_name is {str(name)[:80]!r}, not the name of a pipeline of diffusers. "
+        "If it names Python code of the model itself, only diffusers_train_network.py can run that"
+    )

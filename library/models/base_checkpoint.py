@@ -62,7 +62,7 @@ def open_single(specs: Sequence[BaseModelSpec], flag: str, path: Path, layout: C
 
 
 def open_folder(specs: Sequence[BaseModelSpec], flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
-    class_name = model_lookup.read_json(path / "model_index.json").get("_class_name", "")
+    class_name = model_lookup.read_pipeline_class(path)
     config, unet = model_lookup.open_part(flag, path / "unet", "unet")
     refuse_other(specs, flag, str(path), base_of_folder(specs, class_name, unet.shapes), layout.base)
     numbers = layout_of_config(config)

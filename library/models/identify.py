@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.base_model_spec import BaseModelSpec, Shapes, recognise
-from library.checkpoints.model_lookup import read_json
+from library.checkpoints.model_lookup import read_json, read_pipeline_class
 from library.checkpoints.weights import Weights, find_prefix, list_first_names, with_prefix
 from library.errors import NotThere, UserError
 from library.models.unet.checkpoint_keys import UNET_NAME, UNET_PREFIX
@@ -65,7 +65,7 @@ def base_of_checkpoint(specs: Sequence[BaseModelSpec], flag: str, path: Path) ->
         weights = model_lookup.open_file(flag, path)
         spec = base_of_file(specs, weights.shapes)
         return spec or refuse_unknown_file(flag, weights)
-    class_name = read_json(path / "model_index.json").get("_class_name", "")
+    class_name = read_pipeline_class(path)
     named = bases_of_pipeline(specs, class_name)
     if not named:
         refuse_unknown_folder(flag, path, class_name)
@@ -83,7 +83,7 @@ def refuse_other_folder(specs: Sequence[BaseModelSpec], flag: str, folder: Path,
 
     An unknown pipeline with a U-Net passes: the U-Net's weights tell more than a name.
     """
-    class_name = read_json(folder / "model_index.json").get("_class_name", "")
+    class_name = read_pipeline_class(folder)
     named = bases_of_pipeline(specs, class_name)
     is_named = len(named) == 1 or (named and not find_spec(specs, expected).folders)
     refuse_other(specs, flag, str(folder), named[0] if is_named else base_of_parts(specs, folder), expected)
@@ -190,7 +190,7 @@ def open_unet_folder(specs: Sequence[BaseModelSpec], base: BaseFiles, expected: 
     `expected`."""
     refuse_other_folder(specs, base.flag, base.path, expected)
     config, weights = base.open_folder("unet")
-    class_name = read_json(base.path / "model_index.json").get("_class_name", "")
+    class_name = read_pipeline_class(base.path)
     refuse_other(specs, base.flag, str(base.path), base_of_folder(specs, class_name, weights.shapes), expected)
     return config, weights
 

@@ -12,11 +12,11 @@ FILES = python_files("library", "networks", "tools")
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # Data for workers is pickled by the process that starts them and passed in memory, never in a file.
 FOR_WORKERS = "library/data/batches/shared.py"
-# With --trust_remote_code alone, which tests/any_pipeline/test_refusals.py shows.
-ON_REQUEST = "library/architectures/any_pipeline/folder.py"
+# With --trust_remote_code alone, which tests/any_pipeline/test_trust.py shows.
+ON_REQUEST = "library/architectures/any_pipeline/classes.py"
 
 RUNNING = {"eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "torch.jit.load", "torch.hub.load"}
-WORDS = (*PICKLING, *RUNNING, "shell", "load", "allow_pickle", "trust_remote_code")
+WORDS = (*PICKLING, *RUNNING, "shell", "load", "allow_pickle", "trust_remote_code", "import_own_class", "Pipeline")
 SUSPECT = re.compile("|".join(map(re.escape, WORDS)))  # only files with one of these words are parsed
 
 
@@ -39,6 +39,10 @@ def dangers_of(source: str) -> list[str]:
             dangers.append(f"{node.lineno}: allows pickles")
         if keywords.get("trust_remote_code", "False") != "False":
             dangers.append(f"{node.lineno}: trusts remote code")
+        if name == "import_own_class":
+            dangers.append(f"{node.lineno}: runs code of a model")
+        if name.endswith("Pipeline.from_pretrained"):  # before diffusers 0.38 it runs files of a folder unasked
+            dangers.append(f"{node.lineno}: opens the folder of a pipeline")
     return dangers
 
 
@@ -49,7 +53,7 @@ def test_no_untrusted_file_runs_code() -> None:
     }
     assert {path: dangers for path, dangers in dangers_by_file.items() if dangers} == {
         FOR_WORKERS: ["imports pickle"],
-        ON_REQUEST: ["trusts remote code"],
+        ON_REQUEST: ["runs code of a model"],
     }
 
 
@@ -86,6 +90,8 @@ def test_torch_load_is_called_in_one_place() -> None:
         "torch.load(path, weights_only=False)",
         "numpy.load(path, allow_pickle=True)",
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "diffusers.DiffusionPipeline.from_pretrained(folder)",
+        "import_own_class(file, name)",
     ],
 )
 def test_dangerous_calls_are_detected(source: str) -> None:

@@ -76,6 +76,21 @@ def test_a_dataset_file_is_described_in_full(train: Train, base_arguments: list[
     assert json.loads(actual["ss_network_args"]) == {"rank_dropout": "0", "dropout": None}
 
 
+def test_the_resolution_of_the_model_spec_is_the_largest_of_the_datasets(
+    train: Train, base_arguments: list[str], tmp_path: Path
+) -> None:
+    folder = make_images(tmp_path / "other", 2, seed=4)
+    config = tmp_path / "data.toml"
+    subsets = f"[[datasets.subsets]]\nimage_dir = '{folder.as_posix()}'\n"
+    sizes = ("64", "[128, 64]", "[64, 64]")
+    config.write_text(
+        "[general]\nbatch_size = 1\n" + "".join(f"[[datasets]]\nresolution = {s}\n{subsets}" for s in sizes)
+    )
+    done = train([*base_arguments, "--dataset_config", str(config), "--max_train_steps", "1"])
+    assert done.status == 0, done.stderr
+    assert metadata(tmp_path / "out" / "mine.safetensors")["modelspec.resolution"] == "128x64"
+
+
 def test_without_metadata_only_what_readers_need_is_kept(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:

@@ -188,3 +188,15 @@ def test_a_mistake_is_named_before_any_work(words: list[str], error: str, capsys
 def test_steps_and_minutes_exclude_each_other() -> None:
     with pytest.raises(SystemExit):
         train.main([HEARTS, "--base", "x", "--steps", "5", "--minutes", "5"])
+
+
+def test_names_of_photos_cannot_steer_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tools.front_door.session.train", lambda plan, files: 0)
+    KINDS["alpha"](tmp_path)
+    (tmp_path / "\x1b]0;title\x07.jpg").write_bytes(b"no picture")
+    words = [str(tmp_path), "--base", TOY, "--trigger", "heart", "--steps", "9", "--yes", "--output_dir"]
+    assert train.main([*words, str(tmp_path / "\x1b[31mred")]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: \\x1b]0;title\\x07.jpg" in printed and "\\x1b[31mred" in printed and "\x1b" not in printed

@@ -13,7 +13,7 @@ from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.files import is_safetensors, read_metadata
-from library.checkpoints.model_lookup import find_weight_file, read_json
+from library.checkpoints.model_lookup import find_weight_file, read_json, read_pipeline_class
 from library.diffusion.objective import DDPM
 from library.errors import UserError
 from library.models.distilled import DistilledRelease, find_diffusers_folder, is_distilled, list_names
@@ -54,8 +54,7 @@ class Base:
 
     @property
     def title(self) -> str:
-        pipeline = read_json(self.path / "model_index.json").get("_class_name") if self.spec.is_general else None
-        return str(pipeline or self.spec.title)
+        return (read_pipeline_class(self.path) if self.spec.is_general else "") or self.spec.title
 
     @property
     def called(self) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from library.errors import UserError
+from library.training.reporting.console_lines import announce
 from tools.front_door.base import choose_recipe, recognise
 from tools.front_door.captioner import write_captions
 from tools.front_door.photos import PhotoFolder, Trigger, clean, find_photos, parse_trigger, suggest_trigger
@@ -27,7 +28,7 @@ def train_photos(args: argparse.Namespace) -> int:
     with TemporaryDirectory() as folder:
         wishes = Wishes(trigger, args.steps, args.minutes, args.models, args.prediction)
         plan = make_plan(base, recipe, folders, wishes, Files(Path(folder), files.name))
-    print("\n".join(describe_plan(plan, files)), flush=True)
+    announce("\n".join(describe_plan(plan, files)))
     if asks and input("Train? [Y/n] ").strip().lower() not in ("", "y", "yes"):
         return 0
     return train(plan, files)

@@ -10,6 +10,7 @@ from library.checkpoints.overwriting import check_target
 from library.requirements import quote
 from library.training.command_line.main import main
 from library.training.report_page.writer import read_report
+from library.training.reporting.console_lines import announce
 from library.training.saving.names import Names
 from library.training.saving.saved_files import read_num_steps
 from tools import draw
@@ -53,10 +54,10 @@ def train(plan: Plan, files: Files) -> int:
     if status:
         return status
     if stamp_of(files.adapter) == before:  # stopped, and saved under the name of its step
-        print(f"To continue: {continue_command(plan, files)}")
+        announce(f"To continue: {continue_command(plan, files)}")
         return 0
     sheet = draw_strengths(plan, files)
-    print("\n".join(advise(plan, files, sheet)))
+    announce("\n".join(advise(plan, files, sheet)))
     return 0
 
 

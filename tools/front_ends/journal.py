@@ -76,10 +76,9 @@ def read_journal(place: Place) -> Journal | None:
             fields = json.loads(text)
             del fields["made_by"]
             journal = Journal(**fields)
-            if any(is_outside(path) for path in (*journal.files, *journal.displaced)):
-                raise ValueError("a path leads out of the folder")
+            require_journal(journal)
             return journal
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise FrontEndError(
                 f"{place.journal} is damaged or not a journal of this tool; rename it, and run the command again"
             ) from error
@@ -89,6 +88,19 @@ def read_journal(place: Place) -> Journal | None:
             f"scripts, move {place.folder.name} away and rename it to {place.folder.name}; else give it another name"
         )
     return None
+
+
+def require_journal(journal: Journal) -> None:
+    """Raise ValueError unless the values have their types, and all paths are in the folder."""
+    texts = [journal.version, journal.phase, journal.head or "", journal.earlier_update or ""]
+    flags = [journal.is_whole, journal.is_submodule]
+    lists = [journal.displaced, *(journal.files.values() if isinstance(journal.files, dict) else [None])]
+    if not all(isinstance(value, list) for value in lists) or not all(isinstance(flag, bool) for flag in flags):
+        raise ValueError("a value has another type")
+    if not all(isinstance(text, str) for text in [*texts, *(text for values in lists for text in values)]):
+        raise ValueError("a value is no text")
+    if any(is_outside(path) for path in (*journal.files, *journal.displaced)):
+        raise ValueError("a path leads out of the folder")
 
 
 def is_outside(path: str) -> bool:

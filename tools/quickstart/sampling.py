@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from library.architectures.sd.targets import view
+from library.checkpoints.model_lookup import existing
 from library.errors import UserError
 from library.training.evaluation import prompts as evaluation
 from networks import lora
@@ -43,12 +44,23 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def load_pipeline(base: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Load a diffusers folder of Stable Diffusion 1.x with DDIM sampling, without network access."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
 
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        str(base), torch_dtype=dtype, safety_checker=None, requires_safety_checker=False, local_files_only=True
+    # StableDiffusionPipeline.from_pretrained of diffusers before 0.38 runs Python files of a folder unasked.
+    parts: dict[str, type[Any]] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    models = {
+        name: kind.from_pretrained(str(existing("--base", f"{base}/{name}")), torch_dtype=dtype, local_files_only=True)
+        for name, kind in parts.items()
+    }
+    pipeline = StableDiffusionPipeline(
+        **models,
+        tokenizer=CLIPTokenizer.from_pretrained(str(existing("--base", f"{base}/tokenizer")), local_files_only=True),
+        scheduler=DDIMScheduler.from_pretrained(str(existing("--base", f"{base}/scheduler")), local_files_only=True),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(desc="sample", mininterval=5)
     return pipeline
 

@@ -63,6 +63,7 @@ RECIPE = Recipe(
         "ss_base_model_version": "any_pipeline",
         "modelspec.implementation": "https://github.com/huggingface/diffusers",
     },
+    needs={"diffusers": ">=0.38"},  # which runs no code of a folder unasked; `folder` does not rely on it
     refuses={
         "network_train_text_encoder_only": NOT_TRAINED,
         "text_encoder_lr": NOT_TRAINED,

@@ -1,6 +1,7 @@
-"""The folder of a pipeline in diffusers' layout: its class, what is refused by it, and the loading of its models.
+"""The folder of a pipeline in diffusers' layout: what is refused by its class, and the loading of its parts.
 
-Folders that cannot be trained are merged into, too.
+The pipeline is built from its parts, each by a class that was checked: `DiffusionPipeline.from_pretrained` of diffusers
+before 0.38 runs Python files of a local folder unasked. Folders that cannot be trained are merged into, too.
 """
 
 import inspect
@@ -16,12 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from library.architectures.any_pipeline.classes import INDEX, FolderClasses, find_components, is_absent
 from library.architectures.any_pipeline.targets import block_lists, with_targets
 from library.architectures.any_pipeline.watch import SMALL, Watched, is_vae, stand_in
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import require_base_name
 from library.checkpoints.base_model import BaseModel, WeightFile
-from library.checkpoints.model_lookup import read_json
+from library.checkpoints.model_lookup import read_json, read_model_config
 from library.checkpoints.weights import Weights, select_weights
 from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
@@ -43,13 +45,23 @@ LEFT_OUT = {  # not needed to draw from text
 
 @dataclass(frozen=True)
 class PipelineFolder:
-    """A folder with model_index.json. `classes` has the models, in order."""
+    """A folder with model_index.json. `parts` has the classes of all components, in order."""
 
     path: Path
     kind: type[Any]  # the pipeline
-    classes: Mapping[str, type[Any]]
-    scheduler: str  # the name of its class
-    flag: str  # that named it
+    parts: Mapping[str, type[Any]]
+    settings: Mapping[str, Any]  # other arguments of the pipeline
+    flag: str  # that named the folder
+
+    @property
+    def classes(self) -> dict[str, type[Any]]:
+        """The classes of the models."""
+        return {name: kind for name, kind in self.parts.items() if issubclass(kind, nn.Module)}
+
+    @property
+    def scheduler(self) -> str:
+        """The name of the scheduler's class; "" without one."""
+        return self.parts["scheduler"].__name__ if "scheduler" in self.parts else ""
 
     @property
     def vae(self) -> str | None:
@@ -72,7 +84,7 @@ class PipelineFolder:
 
         digest = blake2b(f"{VERSION} {diffusers.__version__} {transformers.__version__}".encode(), digest_size=10)
         for path in sorted(self.path.rglob("*")):
-            if path.suffix == ".json":
+            if path.suffix in (".json", ".py"):
                 digest.update(f"{path.relative_to(self.path)}".encode() + path.read_bytes())
             elif path.suffix in (".safetensors", ".bin"):
                 stat = path.stat()
@@ -84,18 +96,32 @@ class PipelineFolder:
         from accelerate import init_empty_weights
 
         kind = self.classes[name]
+        settings = read_model_config(self.path / name)
+        if not settings:
+            raise self._incomplete(f"{name}/config.json is missing")
         config = getattr(kind, "config_class", None)  # of transformers' models
         with init_empty_weights(include_buffers=False):  # what no file has, such as angles, stays real
-            if config is None:
-                model: nn.Module = kind.from_config(read_json(self.path / name / "config.json"))
-            else:
-                model = kind(config.from_pretrained(self.path / name))
+            try:
+                model: nn.Module = (
+                    kind.from_config(settings)
+                    if config is None
+                    else kind(config.from_pretrained(str(self.path / name), local_files_only=True))
+                )
+            except Exception as error:  # the classes compute with the values of the file
+                raise self._incomplete(f"{name}/config.json: {error!r}") from error
         return model
 
     def load(self, name: str, dtype: torch.dtype) -> nn.Module:
         """Load a text encoder or the VAE, frozen, on the CPU. Raises NotThere if its files are missing."""
         self.open(name)
-        model: nn.Module = self.classes[name].from_pretrained(self.path / name, torch_dtype=dtype)
+        try:
+            model: nn.Module = self.parts[name].from_pretrained(
+                str(self.path / name), torch_dtype=dtype, local_files_only=True
+            )
+        except Exception as error:  # such as the package of its quantisation, which may be missing
+            if isinstance(error, MemoryError) or "memory" in str(error):
+                raise
+            raise self._incomplete(f"{name}: {error}") from error
         return model.eval().requires_grad_(False)
 
     def open(self, name: str) -> Component:
@@ -114,16 +140,44 @@ class PipelineFolder:
             small = [name for name, shape in weights.shapes.items() if math.prod(shape) <= SMALL]
             vae.load_state_dict({name: weights.read(name) for name in small}, strict=False, assign=True)
         stand_ins = {name: stand_in(model) for name, model in models.items()}
+        others = {name: self._read_part(name) for name in self.parts if name not in stand_ins}
         logging.getLogger("diffusers").setLevel(logging.ERROR)  # it warns of every draw
-        parameters = inspect.signature(self.kind.__init__).parameters
-        left_out = {name: value for name, value in LEFT_OUT.items() if name in parameters}
+        pipe = self._build({**self.settings, **stand_ins, **others})
+        pipe.register_to_config(_name_or_path=str(self.path))
+        return Watched(pipe)
+
+    def _read_part(self, name: str) -> Any:
+        """Read a scheduler, tokenizer or processor. Raises UserError if its files are missing or damaged."""
+        from diffusers import ConfigMixin
+
+        kind, folder = self.parts[name], self.path / name
+        # transformers would ask on the terminal; diffusers takes no such argument.
+        trust = {} if issubclass(kind, ConfigMixin) else {"trust_remote_code": False}
         try:
-            return Watched(self.kind.from_pretrained(self.path, **stand_ins, **left_out))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.flag} {self.path} is not complete: {self.kind.__name__} cannot be opened ({error}); "
-                "download the whole folder again"
-            ) from error
+            if not folder.is_dir():  # the name of a missing folder would be looked up on the hub
+                raise FileNotFoundError(f"there is no folder {name}")
+            return kind.from_pretrained(str(folder), local_files_only=True, **trust)
+        except Exception as error:  # parsers raise anything for damaged files, also bare Exception
+            raise self._incomplete(f"{name}: {error}") from error
+
+    def _build(self, parts: Mapping[str, Any]) -> Any:
+        """Build the pipeline; parts that it can do without are None. Raises UserError if another one is missing."""
+        optional = set(getattr(self.kind, "_optional_components", []))
+        given = {**self.settings, **parts}
+        absent = {name: p for name, p in list_arguments(self.kind).items() if name not in given}
+        missing = [name for name, p in absent.items() if p.default is p.empty and name not in optional]
+        if missing:
+            raise self._incomplete(f"{INDEX} lacks {', '.join(missing)}")
+        try:
+            return self.kind(**given, **dict.fromkeys(absent.keys() & optional))
+        except Exception as error:  # it reads values of its parts' configurations
+            raise self._incomplete(repr(error)) from error
+
+    def _incomplete(self, reason: str) -> UserError:
+        return UserError(
+            f"{self.flag} {self.path} is not complete: {self.kind.__name__} cannot be opened ({reason}); download the "
+            "whole folder again"
+        )
 
 
 def open_folder(name: str | None, trusts_code: bool) -> PipelineFolder:
@@ -132,7 +186,7 @@ def open_folder(name: str | None, trusts_code: bool) -> PipelineFolder:
     Raises UserError saying why a pipeline cannot be trained, as far as its class shows it.
     """
     name = require_base_name(name, "a folder in diffusers' layout, or a Hugging Face name")
-    folder = read_folder(BASE_FLAG, find_folder(name), trusts_code)
+    folder = read_folder(BASE_FLAG, find_folder(name, trusts_code), trusts_code)
     refuse_by_class(folder)
     if not Path(name).expanduser().exists():
         model_lookup.find_model(BASE_FLAG, name, [(part,) for part in folder.classes])
@@ -141,64 +195,38 @@ def open_folder(name: str | None, trusts_code: bool) -> PipelineFolder:
 
 def read_folder(flag: str, path: Path, trusts_code: bool = False) -> PipelineFolder:
     """Return the folder of a pipeline by its model_index.json. Raises UserError for unknown classes."""
-    index = read_json(path / "model_index.json")
+    index = read_json(path / INDEX)
     if "_class_name" not in index:
         raise UserError(
-            f"{flag} {path} is no pipeline of diffusers: it has no model_index.json that names one. Use a folder in "
+            f"{flag} {path} is no pipeline of diffusers: it has no {INDEX} that names one. Use a folder in "
             "diffusers' layout, or the script of this base model"
         )
-    kind = find_class(flag, path, "pipeline", index["_class_name"], trusts_code)
-    models: dict[str, type[Any]] = {}
-    for name, entry in index.items():
-        # Lists of numbers are settings of the pipeline.
-        if isinstance(entry, list) and name not in LEFT_OUT and all(isinstance(word, str) for word in entry):
-            found = find_class(flag, path, name, entry, trusts_code)
-            models |= {name: found} if issubclass(found, nn.Module) else {}
-    scheduler = (index.get("scheduler") or ["", ""])[1]
-    return PipelineFolder(path, kind, models, str(scheduler), flag)
+    classes = FolderClasses(flag, path, trusts_code)
+    kind = classes.find_pipeline(index["_class_name"])
+    arguments = list_arguments(kind)
+    left_out = {name: value for name, value in LEFT_OUT.items() if name in arguments}
+    entries = {name: entry for name, entry in index.items() if name not in LEFT_OUT and not name.startswith("_")}
+    parts = find_components(classes, entries, arguments)
+    optional = {name for name, argument in arguments.items() if argument.default is not argument.empty} - parts.keys()
+    settings = {name: value for name, value in entries.items() if name in optional and not is_absent(value)}
+    return PipelineFolder(path, kind, parts, {**settings, **left_out}, flag)
 
 
-def find_folder(name: str) -> Path:
-    """Return the folder of a local pipeline, or of the small files of a repository."""
+def list_arguments(kind: type[Any]) -> dict[str, inspect.Parameter]:
+    """Return the arguments that a pipeline is built with, by name."""
+    return dict(list(inspect.signature(kind.__init__).parameters.items())[1:])
+
+
+def find_folder(name: str, trusts_code: bool) -> Path:
+    """Return the folder of a local pipeline, or of the small files of a repository; with code if it is trusted."""
     if Path(name).expanduser().exists() or Path(name).is_absolute():
         return model_lookup.existing(BASE_FLAG, name)
     try:
-        return model_lookup.fetch_snapshot(name, SMALL_FILES)
+        return model_lookup.fetch_snapshot(name, (*SMALL_FILES, *(["*.py"] if trusts_code else [])))
     except ConnectionError as error:
         raise UserError(
             f"{BASE_FLAG} {name} is neither a folder nor a repository that can be downloaded ({error}). Check the path"
         ) from error
-
-
-def find_class(flag: str, path: Path, name: str, entry: Any, trusts_code: bool) -> type[Any]:
-    """Return the class of a component, or of the pipeline. Raises UserError for code that only the folder has."""
-    import diffusers
-    import transformers
-
-    library, class_name = entry if isinstance(entry, list) else ("diffusers", entry)
-    owners = {"diffusers": diffusers, "transformers": transformers}
-    owner = owners.get(library, getattr(diffusers.pipelines, library, None))
-    kind: type[Any] | None = getattr(owner, class_name, None)
-    if kind is not None:
-        return kind
-    file = path / ("." if name == "pipeline" else name) / f"{library}.py"
-    if not file.is_file():
-        raise UserError(
-            f"{flag} {path}: {class_name} is neither in diffusers {diffusers.__version__} nor in transformers "
-            f"{transformers.__version__}; install a newer version that has it"
-        )
-    if not trusts_code:
-        raise UserError(
-            f"{flag} {path}: {class_name} is Python code of this model itself ({file}). Read that file, and add "
-            "--trust_remote_code to run it"
-        )
-    logger.warning("--trust_remote_code runs %s, which has all rights that you have", file)
-    from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
-
-    dynamic: type[Any] = get_class_from_dynamic_module(
-        str(file.parent), module_file=file.name, class_name=class_name, trust_remote_code=True
-    )
-    return dynamic
 
 
 def refuse_by_class(folder: PipelineFolder) -> None:

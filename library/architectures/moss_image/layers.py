@@ -47,7 +47,6 @@ NAMES = BaseNames(
     tuple(map(denoiser_module, linear_paths())),
     fused=((FUSED, PARTS),),
     saved_naming="diffusers",
-    holds_all_kinds_in_diffusers=True,
 )
 TARGETS = AdapterTargets(
     denoiser=Part("lora_unet", blocks=("SingleStreamBlock",)),

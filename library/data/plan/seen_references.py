@@ -1,6 +1,6 @@
 """Reference images for text encoders that see them with the caption."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
@@ -12,8 +12,9 @@ from torch import Tensor
 from library.data.decoding.images import Pixels, Placement, apply_placement, crop_at_centre, read_pixels, with_alpha
 from library.data.decoding.tensors import to_pixels
 from library.data.decoding.threads import read_many
+from library.data.description.buckets import Shape
 from library.data.description.schema import SubsetConfig
-from library.data.plan.dataset_digest import whole_digest
+from library.data.plan.reference_digests import digest_files
 from library.data.plan.samples import Sample, Samples, check_size
 from library.data.scanned.images import ScannedImage
 from library.data.sources.storage.storage import Storage, is_remote
@@ -53,12 +54,23 @@ class SeenReferences:
                     )
         # In rows that differ in their captions alone, references repeat.
         references = list({one: None for sample in sample_by_number.values() for one in sample.image.references})
-        digests = read_many(partial(digest_reference, storage=storage), references, num_threads, "reading references")
-        contents = dict(zip(references, digests, strict=True))
+        packed = [one for one in references if one.location is not None]
+        digests = read_many(partial(digest_packed, storage=storage), packed, num_threads, "reading references")
+        by_file = digest_files([one.key for one in references if one.location is None], num_threads)
+        contents = {one: by_file[one.key] for one in references if one.location is None}
+        contents |= dict(zip(packed, digests, strict=True))
         digests_N = np.zeros(len(samples), dtype=np.uint64)
         for number, sample in sample_by_number.items():
-            digests_N[number] = digest_references(sample, subsets[sample.subset].resize_interpolation, contents)
+            records = [
+                (contents[one], shape)
+                for one, shape in zip(sample.image.references, sample.shape.references, strict=True)
+            ]
+            digests_N[number] = digest_references(records, subsets[sample.subset].resize_interpolation)
         return cls(digests_N, storage, has_alpha)
+
+    def digest(self, number: int) -> int:
+        """Return the `digest_references` of a sample; 0 without references."""
+        return int(self.digests_N[number])
 
     def key(self, number: int, caption: str, is_flipped: bool) -> str:
         """Return the text under which the features of a caption of this sample are cached."""
@@ -88,21 +100,17 @@ class SeenReferences:
         )
 
 
-def digest_reference(reference: ScannedImage, storage: Storage) -> str:
-    """Return the digest of a reference's whole content; for an image at a URL that of its ends, as in the index."""
-    if reference.location is None:
-        return whole_digest(reference.key)
+def digest_packed(reference: ScannedImage, storage: Storage) -> str:
+    """Return the digest of a reference in a larger file; for an image at a URL that of its ends, as in the index."""
+    assert reference.location is not None
     if is_remote(reference.location.file):
         return reference.location.digest
     return blake2b(storage.read(reference.location), digest_size=16).hexdigest()
 
 
-def digest_references(sample: Sample, interpolation: str | None, contents: Mapping[ScannedImage, str]) -> int:
-    """Return a digest of the references of a sample; never 0. `contents` maps references to digests."""
-    records = [
-        (contents[one], shape.bucket, shape.resized)
-        for one, shape in zip(sample.image.references, sample.shape.references, strict=True)
-    ]
+def digest_references(references: Sequence[tuple[str, Shape]], interpolation: str | None) -> int:
+    """Return a digest of the references of a sample, given the digest of the content and the shape of each; never 0."""
+    records = [(content, shape.bucket, shape.resized) for content, shape in references]
     # 0 stands for a sample without references.
     return max(1, int.from_bytes(blake2b(f"{records} {interpolation}".encode(), digest_size=8).digest(), "big"))
 

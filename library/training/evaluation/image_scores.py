@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from library.checkpoints.model_lookup import HUB_NAME, existing, fetch_snapshot, read_json
+from library.checkpoints.model_lookup import HUB_NAME, existing, fetch_snapshot, read_model_config
 from library.data.decoding.images import apply_placement, crop_at_centre, read_pixels, with_alpha
 from library.data.plan.audit_findings import MOST_BITS
 from library.data.plan.audit_pixels import HASH_BITS, HASH_SIDE, measure_sharpness, perceptual_hash
@@ -182,7 +182,7 @@ def load_score_models(names: Sequence[str]) -> dict[str, ScoreModel]:
     models: dict[str, ScoreModel] = {}
     for name in names:
         folder = find_folder(name)
-        kind = read_json(folder / "config.json").get("model_type") if folder.is_dir() else None
+        kind = read_model_config(folder).get("model_type") if folder.is_dir() else None
         if kind not in ("dinov2", "clip"):
             raise UserError(
                 f"{FLAG} {name} is no folder of transformers with a DINOv2 model or a whole CLIP model: the model_type "
@@ -203,9 +203,10 @@ def load_score_model(name: str, folder: Path, kind: str) -> ScoreModel:
         model, info = AutoModel.from_pretrained(str(folder), output_loading_info=True, **options)
         processor = AutoImageProcessor.from_pretrained(str(folder), **options)
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **options) if kind == "clip" else None
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises anything for damaged files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
-            f"{FLAG} {name} cannot be loaded ({str(error).strip().splitlines()[0]}); it needs config.json, "
+            f"{FLAG} {name} cannot be loaded ({reason}); it needs config.json, "
             f"preprocessor_config.json, {' or '.join(WEIGHTS)}, and for CLIP its tokenizer"
         ) from error
     if missing := sorted(info["missing_keys"]):  # transformers would draw them at random

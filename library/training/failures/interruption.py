@@ -1,20 +1,29 @@
-"""SIGINT, SIGTERM and SIGHUP: the current step is finished, then the run saves and ends."""
+"""SIGINT, SIGTERM, SIGHUP and SIGBREAK: the current step is finished, then the run saves and ends."""
 
 import logging
 import os
 import signal
-import sys
 import threading
 import time
+from collections.abc import Mapping
 from types import FrameType
+from typing import Any
 
 from library.launcher import DRIVER
 
 logger = logging.getLogger(__name__)
 
-# sent when a terminal or connection closes; not on all systems
-HANGUP = None if sys.platform == "win32" else signal.SIGHUP
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM) if HANGUP is None else (signal.SIGINT, signal.SIGTERM, HANGUP)
+
+def list_stop_signals(available: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the signals that ask a run to end, among those that `available`, the names of `signal`, has.
+
+    Windows has no SIGHUP. Its SIGBREAK (Ctrl-Break) is the only one that another program can send to a run alone.
+    """
+    return tuple(available[name] for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if name in available)
+
+
+HANGUP = vars(signal).get("SIGHUP")  # sent when a terminal or connection closes; not on all systems
+STOP_SIGNALS = list_stop_signals(vars(signal))
 POLL_S = 0.5
 GRACE_S = 5.0  # seconds for the main thread to return from code in which Python runs no handlers
 

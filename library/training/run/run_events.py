@@ -15,7 +15,6 @@ from library.errors import UserError
 from library.installed import version_of
 from library.launcher import launched_rank
 from library.options.base import Options
-from library.options.output.reports import ReportOptions
 from library.options.train import TrainOptions
 from library.progress import listening
 from library.training.config_file import SECRETS
@@ -56,9 +55,8 @@ def open_events(
     stopped is finished. If events go to standard output, everything else goes to standard error.
     """
     with ExitStack() as stack:
-        resumes = options.state.may_resume
-        sinks = open_sinks(options.reports, names, resumes, stack) if names is not None and launched_rank() == 0 else []
-        events = Events(sinks)
+        is_written = names is not None and launched_rank() == 0
+        events = Events(open_sinks(options, names, stack) if names is not None and is_written else [])
         if not events.is_on:
             warnings.connect(events)  # from here on warnings are not buffered
             yield events
@@ -81,15 +79,16 @@ def open_events(
             raise
 
 
-def open_sinks(options: ReportOptions, names: Names, resumes: bool, stack: ExitStack) -> list[Sink]:
+def open_sinks(run: TrainOptions, names: Names, stack: ExitStack) -> list[Sink]:
     """Open the sinks of a run's events."""
+    options, resumes = run.reports, run.state.may_resume
     path = options.log_events
     sinks: list[Sink] = []
     if path == "-":
         sinks.append(JsonLines(sys.stdout, f"{FLAG} -", closes=False))
         stack.enter_context(redirect_stdout(sys.stderr))
     elif path:
-        sinks.append(open_event_file(Path(path), resumes))
+        sinks.append(open_event_file(Path(path), resumes, list_changed_options(run)))
     if not options.no_report:
         report = names.of_report()
         sinks.append(ReportWriter(report, earlier_record(report) if resumes else None, options.report_live))

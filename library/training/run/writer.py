@@ -133,6 +133,7 @@ def build_writer(run: Run, names: Names, progress: Progress, validation: Validat
         saved_weights=lambda: show_weights(run, FILES),
         write_state=write_state,
         uploads=Uploads(options.hub),
+        resolution=None if data.image_plan is None else data.image_plan.largest_resolution,
         state_bytes=partial(bytes_of_state, run),
         specs=run.context.arch.specs,
         events=run.events,

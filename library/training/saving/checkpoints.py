@@ -25,7 +25,7 @@ from library.training.reporting.events import Saved
 from library.training.reporting.progress import Part, Progress
 from library.training.saving.hub import Uploads
 from library.training.saving.names import Names, state_folder
-from library.training.saving.own_files import count_bytes, delete, remove
+from library.training.saving.own_files import count_bytes, delete, move_changed, remove
 from library.training.saving.readers import readers_line
 from library.training.saving.rescue import NotWrittenError, free_bytes, write_somewhere
 from library.training.saving.schedule import Schedule
@@ -65,6 +65,7 @@ class Writer:
     saved_weights: Callable[[], AbstractContextManager[None]]  # swaps in the averaged weights, if these are saved
     write_state: Callable[[Path, int, int, Collection[Part]], None]  # (folder, step, epoch, finished parts of the step)
     uploads: Uploads
+    resolution: tuple[int, int] | None = None  # width, height: the largest of the datasets
     state_bytes: Callable[[], int] = lambda: 0  # estimated size of a state
     specs: Sequence[BaseModelSpec] = ()  # of the base models that a file may belong to
     rescued: dict[str, Path] = field(default_factory=dict)  # the newest files written to another location, by kind
@@ -172,6 +173,7 @@ class Writer:
                 )
             metadata = self._metadata(step, epoch, saved_at)
             target = find_place(path, self.names.adapter_kind)
+            move_changed(target)
             location = write_somewhere(
                 target,
                 f".{self.names.extension}",
@@ -311,7 +313,7 @@ class Writer:
             logger.warning("the base model cannot be hashed, %s has no hash of it: %s", self.names.of_end().name, error)
             base_files = {}
         training = {**self.metadata, **base_files}
-        modelspec = modelspec_metadata(self.options, self.architecture, saved_at)
+        modelspec = modelspec_metadata(self.options, self.architecture, saved_at, self.resolution)
         is_full = not self.options.metadata.no_metadata
         return file_metadata(training, modelspec, step=step, epoch=epoch, saved_at=saved_at, is_full=is_full)
 

@@ -1,6 +1,6 @@
 """Conversion of adapter files with other programs' module names to the names of this network."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,7 +24,8 @@ def to_own_names(file: AdapterFile, names: BaseNames | None, keeps_pieces: bool 
     if names is None or not any(is_foreign(name, names) for name in file.modules):
         return file
     with torch.device("cpu"):  # the network may be built on the meta device, but a file has values
-        return rename(add_model(complete_file(file), [names]), names, "kohya", keeps_pieces=keeps_pieces).file
+        whole = split_fused(add_model(complete_file(file), [names]), names)
+        return rename(whole, names, "kohya", keeps_pieces=keeps_pieces).file
 
 
 def is_foreign(module: str, names: BaseNames) -> bool:
@@ -49,22 +50,33 @@ def add_model(file: AdapterFile, tables: Sequence[BaseNames]) -> AdapterFile:
             f"{file.origin}: PEFT wrote it for a model that is none of those known here (first module: "
             f"{bare_path(next(iter(file.modules)))}); names of diffusers' and of the original modules are known"
         )
-    modules: dict[str, ModuleWeights] = {}
-    for name, module in file.modules.items():
-        full_name = full_names.get(name, name)
-        for part in split_fused(_rename(module, full_name) if full_name != name else module, tables, file.origin):
-            if part.name in modules:
-                raise make_name_error(file.origin, part.name)
-            modules[part.name] = part
-    return replace(file, modules=modules)
+    renamed = (_rename(module, full_names.get(name, name)) for name, module in file.modules.items())
+    return replace(file, modules=index_by_name(renamed, file.origin))
 
 
-def split_fused(module: ModuleWeights, tables: Sequence[BaseNames], origin: str) -> list[ModuleWeights]:
-    """Return the parts of a layer that other programs fuse, under kohya's names; [module] for any other.
+def split_fused(file: AdapterFile, names: BaseNames) -> AdapterFile:
+    """Return an adapter file of the base model `names` with the parts of layers that other programs fuse.
 
-    Raises UserError for one that is no LoRA, plain or with magnitudes per output.
+    The base model must be known: another one may have the fused layer itself. Raises UserError for a fused layer that
+    is no LoRA, plain or with magnitudes per output, and for a module that occurs twice.
     """
-    parts = next((entries for table in tables if (entries := table.find_parts(module.name))), ())
+    parts = (part for module in file.modules.values() for part in _split(module, names, file.origin))
+    return replace(file, modules=index_by_name(parts, file.origin))
+
+
+def index_by_name(modules: Iterable[ModuleWeights], origin: str) -> dict[str, ModuleWeights]:
+    """Return modules by name. Raises UserError for one that occurs twice."""
+    indexed: dict[str, ModuleWeights] = {}
+    for module in modules:
+        if module.name in indexed:
+            raise make_name_error(origin, module.name)
+        indexed[module.name] = module
+    return indexed
+
+
+def _split(module: ModuleWeights, names: BaseNames, origin: str) -> list[ModuleWeights]:
+    """Return the parts of a fused layer under kohya's names; [module] for any other."""
+    parts = names.find_parts(module.name)
     if not parts:
         return [module]
     can_split = module.layout is lora.LAYOUT and (module.is_dora_per_output or not module.is_dora)
@@ -86,7 +98,9 @@ def split_fused(module: ModuleWeights, tables: Sequence[BaseNames], origin: str)
 
 
 def _rename(module: ModuleWeights, name: str) -> ModuleWeights:
-    """Return a module and its keys under another name."""
+    """Return a module and its keys under another name, or the same."""
+    if name == module.name:
+        return module
     keys = {
         parameter_key: replace_module(name, key, module.name, parameter_key)
         for parameter_key, key in module.keys.items()

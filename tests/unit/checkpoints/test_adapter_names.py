@@ -1,16 +1,20 @@
 """Recognition of an adapter file's base model from a few of its keys."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from library.architectures.specs import list_specs
+from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.checkpoints.files import save_safetensors
 from library.checkpoints.recognition import keys_of_text_encoders, require_spec
+from library.models.identify import find_spec
 from networks.core.files.adapter_file import parse_adapter
 from networks.core.files.foreign_names import add_model
 from tests.recognising import base_of
+from tools import adapter_files
 
 ATTN2 = "transformer_blocks_0_attn2_to_k.lora_down.weight"
 # The naming of older diffusers versions.
@@ -110,3 +114,30 @@ def test_attention_processor_keys_are_converted_to_lora_keys() -> None:
     (module,) = add_model(file, [spec.names for spec in list_specs()]).modules.values()
     assert module.name == f"unet.{OLD_DIFFUSERS.partition('.processor')[0]}.to_k"
     assert set(module.keys.values()) == {f"{module.name}.lora_down.weight", f"{module.name}.lora_up.weight"}
+
+
+def test_a_fused_layer_of_another_model_is_not_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLUX.1 has a layer that programs fuse for this made-up model with names and signs like FLUX.1's."""
+    flux = find_spec(list_specs(), "flux")
+    fused = "double_blocks.0.img_attn.qkv"
+    parts = tuple(
+        ModuleNames(
+            f"lora_unet_double_blocks_0_img_attn_{n}",
+            f"diffusion_model.double_blocks.0.img_attn.{n}",
+            f"transformer.x.0.{n}",
+        )
+        for n in ("to_q", "to_k", "to_v")
+    )
+    names = BaseNames(
+        "knots", parts, fused=((".img_attn.qkv", (".img_attn.to_q", ".img_attn.to_k", ".img_attn.to_v")),)
+    )
+    knots = replace(flux, name="knots", names=names, version="knots")
+    tensors = {
+        f"lora_unet_{fused.replace('.', '_')}.lora_down.weight": torch.ones(2, 3072),
+        f"lora_unet_{fused.replace('.', '_')}.lora_up.weight": torch.ones(9216, 2),
+    }
+    save_safetensors(tmp_path / "flux.safetensors", tensors, {})
+    monkeypatch.setattr(adapter_files, "list_specs", lambda: (knots, *list_specs()))
+    file = adapter_files.read_adapter(tmp_path / "flux.safetensors", "--model")
+    assert list(file.modules) == [f"lora_unet_{fused.replace('.', '_')}"]
+    assert adapter_files.spec_for_file(file, "x").name == "flux"

@@ -3,12 +3,16 @@
 import re
 
 import pytest
+import torch
 
 from library.architectures.flux.adapter_names import CHROMA_NAMES
 from library.architectures.specs import list_specs
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.compatibility import Reading, describe, problems, readings
 from library.checkpoints.recognition import base_in_metadata, recognise_adapter
+from library.models.identify import find_spec
+from networks.core.files.adapter_file import adapter_tensors, parse_adapter
+from networks.core.files.renaming import to_saved_naming
 from tests.tiny.bases import BASES
 from tests.tiny.keys import Shapes, kohya, peft
 from tests.tiny.lumina import full_block
@@ -320,3 +324,27 @@ def test_reasons_are_listed_once_with_the_program() -> None:
         "diffusers: it drops dora_scale: the rest acts as plain LoRA",
         "stable-diffusion.cpp: it supports neither norm weights nor DoRA: the rest acts as plain LoRA",
     ]
+
+
+@pytest.mark.parametrize(
+    ("base", "module", "width"),
+    [("moss_image", "layers_0_proj_q", 4096), ("flux_3", "single_blocks_0_q_proj", 3072)],
+)
+@pytest.mark.parametrize("kind", ["dora", "lokr", "loha"])
+def test_kinds_that_were_not_tried_in_comfyui_are_not_claimed(base: str, module: str, width: int, kind: str) -> None:
+    name = f"lora_unet_{module}"
+    down_factor, up_factor = torch.ones(2, width), torch.ones(width, 2)
+    tensors = {
+        "dora": {
+            f"{name}.lora_down.weight": down_factor,
+            f"{name}.lora_up.weight": up_factor,
+            f"{name}.dora_scale": torch.ones(1, width),
+        },
+        "lokr": {f"{name}.lokr_w1": torch.ones(2, 2), f"{name}.lokr_w2": torch.ones(width // 2, width // 2)},
+        "loha": {f"{name}.hada_w{n}{x}": t for n in (1, 2) for x, t in {"_a": up_factor, "_b": down_factor}.items()},
+    }[kind]
+    spec = find_spec(list_specs(), base)
+    saved = adapter_tensors(to_saved_naming(parse_adapter(tensors, {}, "x"), spec.names))
+    metadata = {"ss_base_model_version": {"moss_image": "moss_image", "flux_3": "FLUX.3"}[base]}
+    found = readings(list_specs(), {key: tensor.shape for key, tensor in saved.items()}, metadata)
+    assert [reading.amount for reading in found if reading.program == "ComfyUI"] == ["none"]

@@ -1,5 +1,6 @@
 """Reference images that text encoders see: the texts to encode and the images of each."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,8 +14,10 @@ from PIL import Image
 from library.data.caching.captions import Encoders, TextEncoding, cache_texts, check_row
 from library.data.caching.latents import cache_latents
 from library.data.decoding.images import DamagedImage, Pixels, change_colour, read_pixels, resize, with_alpha
+from library.data.plan import reference_digests
 from library.data.plan.data_plan import DataPlan
-from library.data.plan.seen_references import digest_reference
+from library.data.plan.dataset_digest import whole_digest
+from library.data.plan.seen_references import digest_packed
 from library.data.scanned.images import ImageLocation, ScannedImage
 from library.data.sources.storage.storage import Storage
 from library.data.training_data import open_batches
@@ -24,7 +27,7 @@ from library.protocols import TextCacheSpec
 from library.randomness import random_for
 from library.types import CaptionWithImages, Conditioning, plain_caption
 from tests.unit.data import builders
-from tests.unit.data.builders import batches_of, plan_of, write_config, write_folder
+from tests.unit.data.builders import averaging_vae, batches_of, plan_of, write_config, write_folder
 from tests.unit.data.test_text_cache import DISK, KEYS, MEMORY, Tokenizer, pipeline
 
 SPEC = replace(builders.SPEC, max_references=2, has_alpha=True)
@@ -131,9 +134,33 @@ def test_a_reference_in_a_larger_file_is_known_by_its_whole_content_too(tmp_path
     path.write_bytes(bytes(600_000))
     location = ImageLocation(str(path), "a.bmp", 512, 500_000, "digest of its ends")
     reference = ScannedImage("shard.tar/a.bmp", "", (64, 64), location=location)
-    before = digest_reference(reference, Storage())
+    before = digest_packed(reference, Storage())
     change_one_byte(path, 512)
-    assert digest_reference(reference, Storage()) != before
+    assert digest_packed(reference, Storage()) != before
+
+
+def test_only_new_and_edited_references_are_read_at_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan(tmp_path)
+    files = sorted((tmp_path / "before").glob("*.png"))
+    for path in files:
+        os.utime(path, ns=(1, 10**9))
+    before = texts(plan(tmp_path))
+    read: list[str] = []
+
+    def digest(path: str) -> str:
+        read.append(path)
+        return whole_digest(path)
+
+    monkeypatch.setattr(reference_digests, "whole_digest", digest)
+    assert texts(plan(tmp_path)) == before and not read
+    content = files[1].read_bytes()
+    files[1].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(files[1], ns=(1, 10**9))  # the same size and time; on Windows nothing else could tell
+    if os.name != "nt":
+        assert texts(plan(tmp_path))[1] != before[1] and read == [str(files[1])]
+    (tmp_path / "before" / reference_digests.FILE_NAME).write_bytes(b"damaged")
+    files[1].write_bytes(content)
+    assert texts(plan(tmp_path)) == before
 
 
 def encoding_of(options: TextCachingOptions, calls: list[list[str]]) -> TextEncoding:
@@ -169,6 +196,27 @@ def test_an_image_with_a_damaged_reference_is_skipped_by_both_caches(
     damaged = CaptionWithImages("a prompt", "", lambda: (torch.from_numpy(read_pixels(str(path))[0]),))
     with pytest.raises(DamagedImage, match=re.escape(str(path))):
         cache_texts(data_plan, encoding_of(options, calls), [damaged], False)
+
+
+def test_latents_are_made_again_where_the_text_encoder_sees_another_reference(tmp_path: Path) -> None:
+    """Of equal size and time, in a compressed format."""
+    plan(tmp_path)
+    path = sorted((tmp_path / "before").glob("*.png"))[1]
+    contents = []
+    for value in (10, 20):
+        Image.fromarray(np.full((64, 64, 3), value, dtype=np.uint8)).save(path)
+        contents.append(path.read_bytes())
+    size = max(map(len, contents))
+    counts = []
+    for content in (contents[0], contents[0], contents[1], contents[1]):
+        path.write_bytes(content.ljust(size, b"\0"))
+        os.utime(path, (1e9, 1e9))
+        calls: list[int] = []
+        options = CachingOptions(cache_latents=True, cache_latents_to_disk=True)
+        spec = replace(SPEC, channels=5)  # RGBA and the mean of red
+        cache_latents(plan(tmp_path, spec=spec), averaging_vae(calls), lambda: "vae", options, 1)
+        counts.append(sum(calls))
+    assert counts == [4, 0, 2, 0]
 
 
 @pytest.mark.parametrize("name", ["color_aug", "random_crop"])

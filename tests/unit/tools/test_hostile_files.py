@@ -36,3 +36,21 @@ def test_half_a_surrogate_pair_in_the_metadata_is_named(
     main, words = COMMANDS[name]
     status = main([word.format(file=file, out=tmp_path / "out.safetensors") for word in words])
     assert status == 1 and "half of a surrogate pair" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("metadata", [[], 0, "", False, [1], "x", 1.5, {"a": 1}], ids=str)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_metadata_of_another_type_are_named(
+    command: str, metadata: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.safetensors"
+    name = "lora_unet_mid_block.lora_down.weight"
+    header = {name: {"dtype": "F32", "shape": [1, 4], "data_offsets": [0, 16]}, "__metadata__": metadata}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+    main, words = COMMANDS[command]
+    assert main([word.format(file=path, out=tmp_path / "out.safetensors") for word in words]) == 1
+    assert (
+        f"{path} is not a complete safetensors file: its metadata does not map names to strings"
+        in capsys.readouterr().err
+    )

@@ -167,6 +167,9 @@ def test_models_that_cannot_be_used_are_named_with_the_option(tmp_path: Path, mo
         load_score_models([str(dino)])
     with pytest.raises(UserError, match=r"model\.safetensors is no folder .* is missing, not dinov2 or clip"):
         load_score_models([str(clip / "model.safetensors")])
+    (dino / "config.json").write_text(json.dumps({**config, "attn_implementation": "someone/kernel"}))
+    with pytest.raises(UserError, match=r"config\.json asks for attn_implementation someone/kernel, code that"):
+        load_score_models([str(dino)])
     (dino / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(
         UserError, match=rf"--score_models {dino} lacks \d+ tensors of the model, such as encoder\.layer\.2"

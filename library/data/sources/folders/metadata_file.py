@@ -76,7 +76,8 @@ def _checked(value: Any, place: str) -> dict[str, Any]:
 
 def _reference_names(value: Mapping[str, Any], place: str = "") -> list[str]:
     """Return the keys of the reference images, in order. Raises UserError if their numbers have a gap."""
-    numbered = sorted((int(match[1]), name) for name in value if (match := REFERENCE.fullmatch(name)))
+    # Python converts no numbers of thousands of digits, and nine are more than any image needs.
+    numbered = sorted((int(match[1][:9]), name) for name in value if (match := REFERENCE.fullmatch(name)))
     names = [name for _, name in numbered]
     if "control_path" in value:
         names = ["control_path", *names]
