@@ -5,7 +5,6 @@ import logging
 import sys
 from bdb import BdbQuit
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TypeVar
 
 from library.diffusion.flow import FlowMatching
@@ -21,7 +20,7 @@ from library.training.command_line.cli import (
 )
 from library.training.command_line.console import forgive_write_errors
 from library.training.command_line.replaced import refuse_replaced
-from library.training.command_line.sweeps import return_it, sweep_by_command, sweep_for_program
+from library.training.command_line.sweeps import sweep_by_command, sweep_for_program
 from library.training.command_line.training import train_as_asked
 from library.training.failures.failure import StoppedByError
 from library.training.failures.interruption import Interrupted, Interruption
@@ -53,7 +52,7 @@ def main(
     forgive_write_errors()
     command_line = command_line or read_command_line(parser, argv)
     if command_line.args.sweep:
-        return sweep_by_command(command_line, options_type, partial(return_it, build))
+        return sweep_by_command(command_line, options_type, lambda: build)
     interruption = Interruption()
     interruption.install()
     args = command_line.start_log()

@@ -36,7 +36,8 @@ def sweep_by_command(
     command_line: CommandLine, kind: type[TrainOptions], find_build: Callable[[], Callable[[Any], Any]]
 ) -> int:
     """Train the runs of --sweep, and return the exit status. `find_build` returns the function that builds the
-    architecture from options; it is called in another process."""
+    architecture from options; it is called in another process, if torch is
+    not imported here."""
     args = command_line.start_log()
     try:
         script = open_script(command_line.parser, kind)
@@ -53,13 +54,9 @@ def sweep_by_command(
 def sweep_for_program(parser: argparse.ArgumentParser, options: TrainOptions, build: Callable[[Any], Any]) -> None:
     """Train the runs of --sweep for a program. Raises UserError if one of them fails."""
     script = open_script(parser, type(options), has_command=False)
-    status = run_sweep(script, options, partial(check_runs, partial(return_it, build)), has_signals=False)
+    status = run_sweep(script, options, partial(check_runs, lambda: build), has_signals=False)
     if status:
         raise UserError(f"--sweep ended with status {status}; the lines above say why")
-
-
-def return_it(value: Any) -> Any:
-    return value
 
 
 def check_runs(find_build: Callable[[], Callable[[Any], Any]], runs: Sequence[TrainOptions]) -> int:
