@@ -36,8 +36,7 @@ def sweep_by_command(
     command_line: CommandLine, kind: type[TrainOptions], find_build: Callable[[], Callable[[Any], Any]]
 ) -> int:
     """Train the runs of --sweep, and return the exit status. `find_build` returns the function that builds the
-    architecture from options; it is called in another process, if torch is
-    not imported here."""
+    architecture from options; it is called in another process, unless torch is imported here."""
     args = command_line.start_log()
     try:
         script = open_script(command_line.parser, kind)
