@@ -82,7 +82,7 @@ def resolve_start(options: OptionsT, arch: Architecture, names: Names | None, pr
     if processes.is_local_main:
         opening.delete_leftovers()
     sharding = sharding_values(options.distributed, options.memory, options.network, options.compiling, processes)
-    if names is not None and writes(options) and processes.is_main:
+    if names is not None and writes(options.diagnostics, options.dataset) and processes.is_main:
         clear_up(names)
     state = find_state(options.state, options.hub, names, processes)
     kept = rates_of_state(options, state) | alpha_of_state(options.network.network_alpha, state)
@@ -105,7 +105,11 @@ def resolve_run(
         events.emit(Audit(**data.audit_values(), pairs=show_pairs(data.image_plan)))
     run = ResolvedRun(requested, data)
     run = run if start.options.fit.fit is None else fit_to_memory(run, processes)
-    if start.options.state.skip_finished and start.names is not None and writes(start.options):
+    if (
+        start.options.state.skip_finished
+        and start.names is not None
+        and writes(start.options.diagnostics, start.options.dataset)
+    ):
         check_unfinished(start.names, digest_run(run.requested.options, data, start.seed))
     return run
 

@@ -15,6 +15,7 @@ from library.errors import UserError
 from library.installed import version_of
 from library.launcher import launched_rank
 from library.options.base import Options
+from library.options.output.reports import ReportOptions
 from library.options.train import TrainOptions
 from library.progress import listening
 from library.training.config_file import SECRETS
@@ -56,7 +57,11 @@ def open_events(
     """
     with ExitStack() as stack:
         is_written = names is not None and launched_rank() == 0
-        events = Events(open_sinks(options, names, stack) if names is not None and is_written else [])
+        events = Events(
+            open_sinks(options, options.reports, options.state.may_resume, names, stack)
+            if names is not None and is_written
+            else []
+        )
         if not events.is_on:
             warnings.connect(events)  # from here on warnings are not buffered
             yield events
@@ -79,9 +84,8 @@ def open_events(
             raise
 
 
-def open_sinks(run: TrainOptions, names: Names, stack: ExitStack) -> list[Sink]:
-    """Open the sinks of a run's events."""
-    options, resumes = run.reports, run.state.may_resume
+def open_sinks(run: Options, options: ReportOptions, resumes: bool, names: Names, stack: ExitStack) -> list[Sink]:
+    """Open the sinks of the events of a run with these options."""
     path = options.log_events
     sinks: list[Sink] = []
     if path == "-":
