@@ -21,10 +21,9 @@ from library.training.command_line.option_checks import check_multipliers, check
 from library.training.models.preflight import mute_logging
 from library.training.models.requests import RequestedRun
 from library.training.planning.counting import CountedRun, count_run
-from library.training.planning.fit import Sweep, fit_to
-from library.training.planning.fit_run import count_sweep
+from library.training.planning.fit import fit_to
 from library.training.planning.meta_run import BatchShape
-from library.training.sweep.combinations import split_options
+from library.training.sweep.combinations import expand_combinations
 
 GPU = torch.device("cuda")  # the device to plan for; it need not exist
 NUM_TOKENS = 300  # of a long caption in sentences; no caption is read
@@ -68,8 +67,10 @@ def count(name: str, arguments: Sequence[str], is_fused: bool | None = None) -> 
     data = options.dataset
     batch = largest_batch(load_dataset_config(options)) if data.dataset_config else batch_of_options(data)
     with mute_logging():  # the training run itself logs these messages
-        adapters = split_options(options)[1]
-        run = RequestedRun.resolve(adapters.values(), spec.build(options))
+        if options.sweep.sweep:
+            runs = [combination.options for combination in expand_combinations(options)]
+            options = max(runs, key=lambda own: own.network.network_dim or 0)
+        run = RequestedRun.resolve(options, spec.build(options))
         return run, count_run(run, batch, GPU, is_fused)
 
 
@@ -102,14 +103,12 @@ def plan(script: str, training: Sequence[str], gpus: Sequence[Gpu], system: str)
     """Print a table for each GPU of a machine with this system. Raises UserError for invalid options."""
 
     @cache
-    def counts(is_fused: bool) -> tuple[RequestedRun, CountedRun, Sweep | None]:
-        run, counted = count(script, training, is_fused)
-        with mute_logging():
-            return run, counted, count_sweep(run, counted.batch, GPU, is_fused)
+    def counts(is_fused: bool) -> tuple[RequestedRun, CountedRun]:
+        return count(script, training, is_fused)
 
     mixed_precision = read_training_options(script, training)[1].precision.mixed_precision
     for number, gpu in enumerate(gpus):
-        run, counted, sweep = counts(fuses(gpu, system, mixed_precision))
+        run, counted = counts(fuses(gpu, system, mixed_precision))
         options, batch = run.options, counted.batch
         if number == 0:
             captions = f", captions of {NUM_TOKENS} tokens" if run.arch.text.max_tokens > NUM_TOKENS else ""
@@ -117,5 +116,5 @@ def plan(script: str, training: Sequence[str], gpus: Sequence[Gpu], system: str)
             print(f"{run.arch.name}, {sizes}, {options.network.network_module}{captions}")
         num_steps = options.run.max_train_steps if options.run.max_train_epochs is None else None
         print()
-        for line in fit_to(counted, gpu, sweep, num_steps).lines():
+        for line in fit_to(counted, gpu, num_steps).lines():
             print(line)

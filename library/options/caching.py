@@ -36,6 +36,15 @@ class CachingOptions(Options, needs_images=True):
         "is read of images behind a URL, which need it. Unset keeps caches beside the images, and those of a folder "
         "that cannot be written in --output_dir/cache.",
     )
+    shared_cache_dir: str | None = option(
+        None,
+        path="new folder",
+        own=True,
+        affects_training=False,
+        needs=("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk"),
+        help="Folder for all latents and text features that are cached in files, in place of those beside the images "
+        "and in --cache_dir. --sweep sets it for runs that share what they would keep in memory.",
+    )
     remote_cache_gb: float = option(
         20.0,
         own=True,

@@ -18,7 +18,7 @@ MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path 
 LAYERS = (
     ("library.errors", "library.suggestions", "library.formatting", "library.json_text"),
     ("library.types", "library.randomness", "library.collector", "library.hidden_libraries", "library.launcher"),
-    ("library.torch_builds",),
+    ("library.torch_builds", "library.network_args"),
     (
         "library.version",
         "library.lock_file",
@@ -57,7 +57,7 @@ LAYERS = (
     ("library.data.batches",),
     ("library.data.concepts",),
     ("library.data.training_data", "library.data.debug_dataset"),
-    ("library.training.config_file", "library.training.sweep_record"),
+    ("library.training.config_file",),
     ("library.training.step",),
     ("library.training.optimization",),
     ("library.training.reporting",),
@@ -187,6 +187,13 @@ def test_no_base_model_imports_another() -> None:
             own_package = ".".join(module.split(".")[:3])
             other_models = {o for o in imports()[module] if o.startswith("library.architectures.") and o.count(".") > 2}
             assert all(inside(other, (own_package,)) for other in other_models), f"{module} imports {other_models}"
+
+
+def test_only_the_command_line_knows_sweeps() -> None:
+    """A sweep goes around runs: no part of a run is there for several of them."""
+    sweep = ("library.training.sweep",)
+    users = {module for module, imported in imports().items() if any(inside(other, sweep) for other in imported)}
+    assert {user for user in users if not inside(user, sweep)} == {"library.training.command_line.sweeps"}
 
 
 @pytest.mark.parametrize("folder", [".", "tools", "networks", "src/musubi_tuner"])

@@ -71,6 +71,9 @@ def check_command(command: str) -> None:
     match words:
         case ["source", ".venv/bin/activate"]:
             return
+        case ["seq", _, "|", "xargs", *arguments]:  # runs of a sweep, two at a time
+            words = arguments[arguments.index("python3") + 1 :]
+            check_script(words[0], [word.replace("{}", "1") for word in words[1:]])
         case ["accelerate", "launch", *arguments]:
             check_launch(arguments)
         case ["python3" | "python", "-m", "pip", *_]:

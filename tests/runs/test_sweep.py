@@ -1,31 +1,33 @@
-"""Adapters trained together over one base model equal those trained separately."""
+"""The runs of --sweep equal runs of their own command, however they are started, stopped and continued."""
 
 import json
 import os
-import shutil
-from collections.abc import Callable
+import shlex
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from flux_train_network import FluxNetworkTrainer, setup_parser
 from library.checkpoints.files import load_state_dict, read_metadata
-from library.options.machine.memory import PrecisionOptions
-from library.training.loop import loop, stacked_step
 from library.training.report_page.page import read_data
 from library.training.report_page.writer import read_report
-from library.training.run import optimization
-from tests.running import Finished, make_images
+from tests.running import ROOT, Finished, make_images
 from tests.tiny.bases import BASES
-from tests.tolerances import SUMS_OF_A_RUN
 
 Train = Callable[..., Finished]
+SCRIPT = "flux_train_network"
+VARYING = {"ss_session_id", "ss_training_started_at", "ss_training_finished_at", "modelspec.date"}
 
 
 @pytest.fixture
 def words(tmp_path: Path) -> list[str]:
-    """Return arguments for three steps of FLUX.1 and its text encoder with SGD, whose steps scale with gradients."""
+    """Return arguments for three steps of FLUX.1 and its text encoder."""
     make_images(tmp_path / "data" / "1_thing", 5, seed=71)
     return [
         *BASES["flux"].build(tmp_path / "model"), "--train_data_dir", str(tmp_path / "data"), "--caption_extension",
@@ -37,173 +39,205 @@ def words(tmp_path: Path) -> list[str]:
 
 
 def assert_same_files(one: Path, other: Path) -> None:
-    """Assert that files agree up to the rounding of sums over more rows and that something was learned."""
+    """Assert that two files have the same bits and the same metadata but for times."""
     actual, wanted = load_state_dict(one), load_state_dict(other)
-    assert actual.keys() == wanted.keys()
-    for key, tensor in wanted.items():
-        off = (actual[key] - tensor).norm() / tensor.norm().clamp(min=1e-30)
-        assert off < SUMS_OF_A_RUN, (key, float(off))
-    assert max(float(tensor.abs().max()) for key, tensor in wanted.items() if "lora_up" in key) > 1e-3
+    assert actual.keys() == wanted.keys() and all(torch.equal(actual[key], wanted[key]) for key in wanted)
+    metadata, others = read_metadata(one), read_metadata(other)
+    assert {key for key in metadata.keys() | others.keys() if metadata.get(key) != others.get(key)} <= VARYING
+    assert max(float(tensor.abs().max()) for key, tensor in wanted.items() if "lora_up" in key) > 1e-4
 
 
-def test_every_combination_equals_its_separate_run(train: Train, words: list[str], tmp_path: Path) -> None:
-    """Combine ranks, rates, dropout and seeds; a swept seed changes only the adapter, not the batches."""
-    combined = ["--sweep", "network_dim=2,3", "learning_rate=0.5,1", "network_dropout=0.2,0"]
-    done = train([*words, *combined], "flux_train_network")
+def commands_of(done: Finished) -> dict[str, list[str]]:
+    """Return the command of each run that a sweep has logged, by label."""
+    lines = [line.partition("--sweep: run ")[2] for line in done.stderr.splitlines() if "--sweep: run " in line]
+    parts = [line.partition(", ")[2].partition(": ") for line in lines]
+    return {label: shlex.split(command) for label, _, command in parts}
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_every_run_equals_the_one_of_its_own_command(train: Train, words: list[str], tmp_path: Path) -> None:
+    """With caches that the runs share, dropout, a trained text encoder, and a seed for each."""
+    swept = ["--sweep", "network_dim=2,3", "seed=4,5", "--network_dropout", "0.2", "--cache_latents"]
+    done = train([*words, *swept, "--validation_split", "0.4"], SCRIPT)
     assert done.status == 0, done.stderr
-    names = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
-    assert names == {
-        f"mine-dim{dim}-lr{lr}-dropout{drop}.safetensors"
-        for dim in "23"
-        for lr in ("0.5", "1")
-        for drop in ("0.2", "0")
-    }
-    for dim, alpha, rate, drop in (("2", "2", "0.5", "0.2"), ("3", "3", "1", "0")):  # alpha / rank stays constant
-        adapter_options = [
-            "--network_dim",
-            dim,
-            "--network_alpha",
-            alpha,
-            "--learning_rate",
-            rate,
-            "--network_dropout",
-            drop,
-        ]
-        adapter_options += ["--output_name", "alone"]
-        assert train([*words, *adapter_options], "flux_train_network").status == 0
-        name = f"mine-dim{dim}-lr{rate}-dropout{drop}.safetensors"
-        assert_same_files(tmp_path / "out" / name, tmp_path / "out" / "alone.safetensors")
+    names = {f"mine-dim{dim}-seed{seed}.safetensors" for dim in "23" for seed in "45"}
+    assert files_in(tmp_path / "out") == names, "shared caches and events are gone"
+    command = commands_of(done)["dim3-seed5"]
+    assert "--validation_seed 8" in " ".join(command) and "--network_alpha 3.0" in " ".join(command)
+    name = "mine-dim3-seed5.safetensors"
+    (tmp_path / "out").rename(tmp_path / "swept")
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert_same_files(tmp_path / "swept" / name, tmp_path / "out" / name)
+    assert files_in(tmp_path / "out") == {name}
 
 
-MEASURED = ["--validation_split", "0.5", "--validate_every_n_steps", "2", "--network_train_unet_only"]
+def test_runs_that_are_not_finite_end_alone(train: Train, words: list[str], tmp_path: Path) -> None:
+    more = ["--max_grad_norm", "0", "--on_nonfinite", "stop", "--network_train_unet_only"]
+    done = train([*words, *more, "--sweep", "learning_rate=1e38,0.5"], SCRIPT)
+    assert done.status == 0, done.stderr
+    assert "lr1e38 ended, because its losses were not finite. The other runs go on" in done.stderr
+    assert (tmp_path / "out" / "mine-lr0.5.safetensors").exists()
+    assert not (tmp_path / "out" / "mine-lr1e38.safetensors").exists()
+    done = train([*words, *more, "--output_name", "bad", "--sweep", "learning_rate=1e38,2e38"], SCRIPT)
+    assert done.status == 1
+
+
+def test_worse_runs_end_in_their_round_and_all_are_ranked(train: Train, words: list[str], tmp_path: Path) -> None:
+    """A learning rate that is far too high soon gives NaN losses."""
+    more = [
+        "--sweep", "learning_rate=1e-3,1e6,2e-3", "--sweep_stop_after", "1", "--max_grad_norm", "0",
+        "--validation_split", "0.5", "--validate_every_n_steps", "2", "--max_train_steps", "5",
+        "--log_events", str(tmp_path / "events.jsonl"), "--network_train_unet_only",
+    ]  # fmt: skip
+    done = train([word for word in [*words, *more] if word != "--no_report"], SCRIPT)
+    assert done.status == 0, done.stderr
+    assert "lr1e6 ends after step 2: another one was significantly better" in done.stderr
+    out = tmp_path / "out"
+    assert read_metadata(out / "mine-lr1e6.safetensors")["ss_steps"] == "2"
+    labels = ["lr1e-3", "lr1e6", "lr2e-3"]
+    expected = {f"mine-{label}{end}" for label in labels for end in (".safetensors", "-report.html")}
+    assert files_in(out) == {*expected, "mine-sweep.html", "index.html"}, "the states of pauses are deleted"
+    page = read_data((out / "mine-sweep.html").read_text(encoding="utf-8"))
+    rows = {row["label"]: row for row in page["rows"]}
+    assert page["rows"][-1]["label"] == "lr1e6" and rows["lr1e6"]["compared"]["is_worse"]
+    assert [run["label"] for run in page["runs"]] == list(page["chosen"]) == labels
+    assert rows["lr1e-3"]["step"] == 5 and rows["lr1e6"]["step"] == 2 and page["num_pictures"] == 2
+    for label in labels:
+        lines = [json.loads(line) for line in (tmp_path / f"events-{label}.jsonl").read_text().splitlines()]
+        assert len([line for line in lines if line["event"] == "step"]) == rows[label]["step"]
+        assert read_report(out / f"mine-{label}-report.html").plan is not None
+    plain = [*words, "--learning_rate", "2e-3", "--output_name", "own", "--validation_seed", "8", *more[4:-3]]
+    assert train([*plain, "--network_train_unet_only"], SCRIPT).status == 0
+    swept, own = (load_state_dict(out / f"{name}.safetensors") for name in ("mine-lr2e-3", "own"))
+    assert all(torch.equal(swept[key], own[key]) for key in own), "a paused run continues exactly"
+
+
+def test_nothing_is_ranked_where_losses_mean_other_things(train: Train, words: list[str], tmp_path: Path) -> None:
+    more = ["--validation_split", "0.5", "--network_train_unet_only", "--sweep", "loss_type=l2,huber"]
+    refused = train([*words, *more, "--sweep_stop_after", "1"], SCRIPT)
+    assert refused.status == 1 and "loss_type changes the held-out images or what their losses mean" in refused.stderr
+    done = train([*words, *more], SCRIPT)
+    assert done.status == 0 and "nothing is ranked: loss_type changes" in done.stderr
+    named = {f"mine-losstype{kind}.safetensors" for kind in ("l2", "huber")}
+    assert files_in(tmp_path / "out") == named
+
+
+def test_a_wrong_value_of_any_run_is_refused_before_the_first(train: Train, words: list[str], tmp_path: Path) -> None:
+    done = train([*words, "--sweep", "conv_dim=2,x"], SCRIPT)
+    assert done.status == 1 and "mine-convdimx: " in done.stderr and "run 1 of 2" not in done.stderr
+    assert not (tmp_path / "out").exists() or files_in(tmp_path / "out") == set()
+
+
+def test_a_dry_run_tries_the_first_and_the_largest(train: Train, words: list[str], tmp_path: Path) -> None:
+    done = train([*words, "--sweep", "network_dim=2,5,3", "--dry_run"], SCRIPT)
+    assert done.status == 0, done.stderr
+    assert list(commands_of(done)) == ["dim2", "dim5"] and done.stderr.count("dry run: the largest batch has") == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_that_are_launched_are_refused_with_the_remedy(
+    train: Train, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    done = train([*words, "--sweep", "learning_rate=1,2"], SCRIPT)
+    assert done.status == 1 and '--launcher "accelerate launch --num_processes 4"' in done.stderr
 
 
 @pytest.mark.nightly
-def test_a_resumed_sweep_equals_the_uninterrupted_one(train: Train, words: list[str], tmp_path: Path) -> None:
-    """With dropout, averages and a seed per adapter, resume from the last step for which all have a state."""
-    more = [
-        *MEASURED, "--sweep", "network_dim=2,3", "seed=4,5", "--network_dropout", "0.2", "--optimizer_type", "AdamW",
-        "--learning_rate", "1e-3", "--ema_decay", "0.5", "--gradient_accumulation_steps", "2", "--save_state",
-        "--save_every_n_steps", "1", "--max_train_steps", "4", "--lr_scheduler", "cosine",
-    ]  # fmt: skip
-    whole, rest = tmp_path / "whole", tmp_path / "rest"
-    assert train([*words, *more, "--output_dir", str(whole)], "flux_train_network").status == 0
-    rest.mkdir()
-    for folder in whole.glob("*-state"):  # one of them is a step ahead
-        step = folder.name.removesuffix("-state").rpartition("-")[2]
-        if step in ("step00000001", "step00000002") or folder.name == "mine-dim3-seed5-step00000003-state":
-            shutil.copytree(folder, rest / folder.name)
-    done = train([*words, *more, "--output_dir", str(rest), "--autoresume"], "flux_train_network")
+def test_a_launcher_stands_before_each_run(train: Train, words: list[str], tmp_path: Path) -> None:
+    launcher = f"{sys.executable} -m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1"
+    done = train([*words, "--sweep", "learning_rate=0.5,1", "--launcher", launcher], SCRIPT)
     assert done.status == 0, done.stderr
-    assert done.stderr.count("at step 2 of 4") == 4 and "uninterrupted" not in done.stderr
-    names = {path.name for path in whole.glob("*.safetensors") if "step" not in path.name}
-    assert len(names) == 4
-    for name in names:
-        expected, other = load_state_dict(whole / name), load_state_dict(rest / name)
-        assert all(torch.equal(expected[key], other[key]) for key in expected)
-    validation_lines = [
-        line.partition("INFO")[2] for line in done.stderr.splitlines() if "validation after step 4" in line
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
+
+
+def test_a_program_that_calls_a_trainer_trains_a_sweep(words: list[str], tmp_path: Path) -> None:
+    args = setup_parser().parse_args([*words, "--sweep", "learning_rate=0.5,1", "--network_train_unet_only"])
+    FluxNetworkTrainer().train(Namespace(**vars(args)))
+    assert files_in(tmp_path / "out") == {"mine-lr0.5.safetensors", "mine-lr1.safetensors"}
+
+
+def test_machines_train_one_run_each(words: list[str], tmp_path: Path) -> None:
+    """`xargs` starts what --sweep_list counts; a finished run is skipped, another file is refused."""
+    swept = [sys.executable, str(ROOT / f"{SCRIPT}.py"), *words, "--sweep", "learning_rate=0.5,1"]
+    listed = subprocess.run([*swept, "--sweep_list"], capture_output=True, text=True, timeout=300, check=True)
+    assert [line.split()[:2] for line in listed.stdout.splitlines() if "learning_rate=" in line] == [
+        ["1", "lr0.5"],
+        ["2", "lr1"],
     ]
-    assert len(validation_lines) == 4
-    named = train(
-        [*words, *more, "--output_dir", str(rest), "--resume", str(whole / "last-state")], "flux_train_network"
-    )
-    assert named.status == 1 and "is no state of an adapter of --sweep" in named.stderr
+    xargs = ["xargs", "-P", "2", "-I", "{}", *swept, "--sweep_only", "{}"]
+    subprocess.run(xargs, input="1\n2\n", text=True, capture_output=True, timeout=600, check=True)
+    file = tmp_path / "out" / "mine-lr1.safetensors"
+    before = file.read_bytes()
+    again = subprocess.run([*swept, "--sweep_only", "2"], capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and "is finished: it is what this run gives" in again.stderr
+    other = [*swept, "--sweep_only", "2", "--max_train_steps", "2"]
+    refused = subprocess.run(other, capture_output=True, text=True, timeout=300)
+    assert refused.returncode == 1 and "was trained with other options, steps or images" in refused.stderr
+    assert file.read_bytes() == before
 
 
-def test_an_adapter_whose_losses_are_not_finite_ends_alone(train: Train, words: list[str], tmp_path: Path) -> None:
-    more = ["--sweep", "learning_rate=0.5,1e38", "--max_grad_norm", "0", "--on_nonfinite", "stop", *MEASURED]
-    done = train([*words, *more], "flux_train_network")
-    assert done.status == 0, done.stderr
-    assert "lr1e38: step 2" in done.stderr and "The other adapters go on" in done.stderr
-    alone = [*words, *more[2:], "--network_train_unet_only", "--output_name", "alone"]
-    assert train(alone, "flux_train_network").status == 0
-    assert_same_files(tmp_path / "out" / "mine-lr0.5.safetensors", tmp_path / "out" / "alone.safetensors")
-    assert not (tmp_path / "out" / "mine-lr1e38.safetensors").exists()
+LONG = ["--max_train_steps", "300", "--sweep", "learning_rate=0.5,1", "--network_train_unet_only"]
 
 
-def test_damaged_weights_that_are_to_be_saved_end_one_adapter(train: Train, words: list[str], tmp_path: Path) -> None:
-    """AdamW's first step at this rate is infinite, and the file of that step is due before another loss is known."""
-    more = ["--optimizer_type", "AdamW", "--save_every_n_steps", "1", "--max_train_steps", "2", *MEASURED[-1:]]
-    done = train([*words, *more, "--sweep", "learning_rate=1e38,1e-3"], "flux_train_network")
-    assert done.status == 0, done.stderr
-    assert "lr1e38: the adapter has weights that are NaN or infinite after step 1" in done.stderr
-    assert done.stderr.count("Nothing is saved now") == 1
-    names = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
-    assert names == [f"mine-lr1e-3{end}.safetensors" for end in ("-step00000001", "-step00000002", "")]
-    done = train([*words, *more, "--sweep", "learning_rate=1e38,2e38"], "flux_train_network")
-    assert done.status == 1 and done.stderr.count("The other adapters go on") == 1
+@pytest.fixture
+def sweeping(words: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A sweep in a process group of its own, whose first run has trained a step."""
+    command = [sys.executable, str(ROOT / f"{SCRIPT}.py"), *words, *LONG]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, text=True, start_new_session=True, **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout is not None
+        assert any("avr_loss" in line for line in process.stdout), "no step was trained"
+        yield process
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_a_file_that_is_saved_elsewhere_costs_no_other_adapter(
-    train: Train, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("to_all", [True, False], ids=["Ctrl-C", "SIGTERM to the sweep"])
+def test_a_signal_saves_the_run_and_starts_no_other(
+    sweeping: subprocess.Popen[str], to_all: bool, tmp_path: Path
 ) -> None:
-    blocked, plain = tmp_path / "out" / "mine-lr0.5.safetensors", os.replace
-
-    def replace(source: Any, target: Any) -> None:
-        if Path(target) == blocked:
-            raise PermissionError(1, "Operation not permitted")
-        plain(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
-    more = ["--sweep", "learning_rate=0.5,1", "--max_train_steps", "1", *MEASURED[-1:]]
-    done = train([*words, *more], "flux_train_network")
-    assert done.status == 1 and f"training is complete, but {blocked} could not be written" in done.stderr
-    assert (tmp_path / "out" / "mine-lr0.5-rescued.safetensors").exists()
-    assert (tmp_path / "out" / "mine-lr1.safetensors").exists()
+    """A terminal's Ctrl-C reaches the whole group; `kill` reaches the sweep, which passes the signal on."""
+    if to_all:
+        os.killpg(sweeping.pid, signal.SIGINT)
+    else:
+        os.kill(sweeping.pid, signal.SIGTERM)
+    said, _ = sweeping.communicate(timeout=300)
+    assert sweeping.returncode == 0, said
+    names = files_in(tmp_path / "out")
+    assert "training was interrupted after step" in said and "run 2 of 2" not in said
+    assert len([name for name in names if name.endswith("-state")]) == 1 and not any("sweep-" in n for n in names)
 
 
-def test_each_adapter_has_its_own_loss_scale(
-    train: Train, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_sweep_whose_driver_is_killed_continues_with_the_same_command(
+    sweeping: subprocess.Popen[str], words: list[str], train: Train, tmp_path: Path
 ) -> None:
-    """One adapter starts with a loss scale at which its gradients overflow and skips steps until the scale is small
-    enough, while the other trains. In float32, because fp16 needs a GPU."""
-    scales = {"0.5": 2.0**127, "1": 8.0}
-    scalers: list[torch.amp.GradScaler] = []
-
-    def make(options: PrecisionOptions, device: torch.device) -> torch.amp.GradScaler:
-        scale = [*scales.values()][len(scalers) % len(scales)]  # both of the sweep, then the separate runs
-        scalers.append(torch.amp.GradScaler("cpu", init_scale=scale))
-        return scalers[-1]
-
-    one_loss, losses = loop.loss_of, stacked_step.compute_stacked_losses
-    monkeypatch.setattr(optimization, "gradient_scaler", make)
-    # Overflows float32 at 2^127.
-    monkeypatch.setattr(loop, "loss_of", lambda *loss_arguments: 64 * one_loss(*loss_arguments))
-    monkeypatch.setattr(
-        stacked_step, "compute_stacked_losses", lambda *loss_arguments: [64 * loss for loss in losses(*loss_arguments)]
-    )
-    more = ["--max_train_steps", "14", "--network_train_unet_only", "--network_dim", "2"]
-    done = train([*words, *more, "--sweep", "learning_rate=0.5,1"], "flux_train_network")
+    os.kill(sweeping.pid, signal.SIGKILL)
+    assert sweeping.stdout is not None
+    sweeping.wait()
+    said = sweeping.stdout.read()  # until the run, which notices that its driver is gone, has ended too
+    assert "the launcher of this run is gone; saving and ending" in said
+    done = train([*words, *LONG], SCRIPT)
     assert done.status == 0, done.stderr
-    actual = [scaler.get_scale() for scaler in scalers]
-    assert 2.0**115 < actual[0] < 2.0**127 and actual[1] == 8.0
-    for rate in scales:
-        alone = ["--learning_rate", rate, "--output_name", "alone"]
-        assert train([*words, *more, *alone], "flux_train_network").status == 0
-        assert scalers[-1].get_scale() == actual[list(scales).index(rate)]
-        assert_same_files(tmp_path / "out" / f"mine-lr{rate}.safetensors", tmp_path / "out" / "alone.safetensors")
+    assert "resuming from" in done.stderr and not any("sweep-" in name for name in files_in(tmp_path / "out"))
+    own = [*words, *LONG[:2], "--network_train_unet_only", "--output_name", "own", "--validation_seed", "8"]
+    assert train(own, SCRIPT).status == 0
+    swept, wanted = (load_state_dict(tmp_path / "out" / f"{name}.safetensors") for name in ("mine-lr0.5", "own"))
+    assert all(torch.equal(swept[key], wanted[key]) for key in wanted)
 
 
-def test_worse_adapters_stop_early_and_all_are_ranked(train: Train, words: list[str], tmp_path: Path) -> None:
-    """A learning rate that is far too high soon gives NaN losses."""
-    make_images(tmp_path / "data" / "1_more", 20, seed=72)
-    more = [
-        *MEASURED, "--validate_every_n_steps", "1", "--sweep", "learning_rate=1e-3,1e6", "--sweep_stop_after", "2",
-        "--max_grad_norm", "0", "--log_events", str(tmp_path / "events.jsonl"),
-    ]  # fmt: skip
-    done = train([word for word in [*words, *more] if word != "--no_report"], "flux_train_network")
-    assert done.status == 0, done.stderr
-    assert "lr1e6: ends after step 2: another one was significantly better" in done.stderr
-    assert read_metadata(tmp_path / "out" / "mine-lr1e6.safetensors")["ss_steps"] == "2"
-    page = read_data((tmp_path / "out" / "mine-sweep.html").read_text(encoding="utf-8"))
-    rows = {row["label"]: row for row in page["rows"]}
-    assert [row["label"] for row in page["rows"]][-1] == "lr1e6" and rows["lr1e6"]["compared"]["is_worse"]
-    assert [run["label"] for run in page["runs"]] == list(page["chosen"]) == ["lr1e-3", "lr1e6"]
-    assert page["reports"]["lr1e6"] == "mine-lr1e6-report.html"
-    assert page["num_pictures"] == 12 and rows["lr1e-3"]["step"] == 3 and rows["lr1e6"]["step"] == 2
-    for label in rows:
-        lines = [json.loads(line) for line in (tmp_path / f"events-{label}.jsonl").read_text().splitlines()]
-        assert (lines[0]["event"], lines[-1]["event"], lines[-1]["reason"]) == ("start", "end", "finished")
-        assert len([line for line in lines if line["event"] == "step"]) == rows[label]["step"]
-        assert read_report(tmp_path / "out" / f"mine-{label}-report.html").plan is not None
+def test_the_state_of_an_earlier_versions_sweep_continues_as_a_single_run(
+    train: Train, words: list[str], tmp_path: Path
+) -> None:
+    assert train([*words, "--max_train_steps", "2", "--save_state", "--network_train_unet_only"], SCRIPT).status == 0
+    manifest = tmp_path / "out" / "mine-state" / "train_state.json"
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    del content["digest"]  # which would belong to the content without the part
+    content["parts"]["sweep"] = {"seed": 8, "ended": {}}
+    manifest.write_text(json.dumps(content), encoding="utf-8")
+    done = train([*words, "--resume", str(manifest.parent), "--network_train_unet_only"], SCRIPT)
+    assert done.status == 0 and "it continues as a single run" in done.stderr, done.stderr

@@ -42,10 +42,10 @@ from library.errors import UserError
 from library.models.adapter_views import view_denoiser
 from library.models.identify import bases_of_pipeline
 from library.models.recipe import OTHER_ATTENTION, Recipe
+from library.network_args import is_switched_on
 from library.options.model import BASE_FLAG
 from library.progress import progress_bar
 from library.protocols import Architecture, LatentSpec, TextCacheSpec
-from networks.core.protocol import is_switched_on
 
 logger = logging.getLogger(__name__)
 
@@ -105,14 +105,13 @@ def require_batches(options: PipelineOptions, convention: Convention) -> None:
     """Raise UserError for what needs all samples of a batch in one call of the denoiser, if a call takes one."""
     network = options.network
     is_tlora = network.network_module == "networks.tlora" or is_switched_on(network.network_args, "tlora")
-    for name, is_on in {"--sweep": options.sweep.sweep, "T-LoRA": is_tlora}.items():
-        if is_on and not convention.pads:
-            raise UserError(
-                f"{name} does not work with {convention.pipeline}: captions of different lengths cannot share a call "
-                f"of its {convention.denoiser}; remove it",
-                setting=name,
-                cause="does not fit",
-            )
+    if is_tlora and not convention.pads:
+        raise UserError(
+            f"T-LoRA does not work with {convention.pipeline}: captions of different lengths cannot share a call "
+            f"of its {convention.denoiser}; remove it",
+            setting="T-LoRA",
+            cause="does not fit",
+        )
 
 
 def say_loader(folder: PipelineFolder, denoiser: str) -> str:

@@ -138,6 +138,8 @@ def cache_texts(
             identity()
         # A training image with a damaged reference is replaced by another one. A preview prompt has no replacement, so
         # a damaged reference there is an error.
+        new_texts = [text for job in (empty_job, *jobs) if not os.path.exists(job.path) for text in job.texts]
+        plan.storage.check_shared_room("the text features", sum(map(spec.bytes_of, new_texts)) if spec.bytes_of else 0)
         caption_codec = text_codec(lambda: skip_damaged(open_encoders().captions), spec, identity)
         prompt_codec = text_codec(lambda: encode_all(open_encoders().prompts), spec, identity)
         found = fill(caption_codec, [empty_job, *jobs], skips_check, plan.num_workers, processes)

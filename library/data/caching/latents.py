@@ -1,6 +1,7 @@
 """Latents that are encoded once and kept in memory (`cache_latents`) or in files (`cache_latents_to_disk`)."""
 
 import logging
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,6 +49,7 @@ from library.formatting import format_count
 from library.options.caching import CachingOptions
 from library.processes import ALONE, Processes
 from library.progress import progress_bar
+from library.protocols import LatentSpec
 from library.randomness import generator_for
 
 logger = logging.getLogger(__name__)
@@ -116,6 +118,7 @@ def cache_latents(
     # Shared out within each machine, because the folder of the exchange is local to it.
     encode_jobs(kept[processes.local_rank :: processes.local_count])
     if on_disk:
+        plan.storage.check_shared_room("the latents", bytes_of_latents(on_disk, plan.spec))
         skips_check = options.skip_cache_check
         vae = None if skips_check else expected_vae(vae_identity, on_disk, plan)
         judge_file = partial(judge_job, entries, vae, plan.seen)
@@ -130,6 +133,17 @@ def cache_latents(
     check_damaged(damaged, plan)
     usable = {user: file for user, file in files.items() if user not in damaged}
     return LatentStore(files_by_sample(usable, plan, entries.stamps), memory, frozenset(damaged), vae)
+
+
+def bytes_of_latents(jobs: Sequence[Job], spec: LatentSpec) -> int:
+    """Estimate the size of the files that are not there yet."""
+    missing = [job for job in jobs if job.file is not None and not os.path.exists(job.file.path)]
+    pixels = (
+        math.prod(shape.bucket) * (1 + job.needs_flipped)
+        for job in missing
+        for shape in (job.sample.shape, *job.sample.shape.references)
+    )
+    return 4 * spec.channels * sum(pixels) // spec.downscale**2
 
 
 def latents_of_users(job: Job, latents: Latents, plan: DataPlan) -> Iterator[tuple[int, Latents]]:

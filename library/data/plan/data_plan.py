@@ -276,7 +276,8 @@ def find_unwritable(scanned: Iterable[ScannedDataset], options: TrainOptions) ->
     """Return the folders of images that cannot be written, mapped to the one that gets their caches; none if the
     options name a folder, or cache nothing on disk."""
     output_dir = options.saving.output_dir
-    if options.caching.cache_dir is not None or not caches_to_disk(options) or not output_dir:
+    is_named = options.caching.cache_dir is not None or options.caching.shared_cache_dir is not None
+    if is_named or not caches_to_disk(options) or not output_dir:
         return {}
     images = [subset.images for dataset in scanned for subset in dataset.subsets]
     folders = {folder for each in images if each.cache_directory is None for folder in each.local_folders()}
@@ -326,7 +327,7 @@ def build_plan(
     subsets = [subset for dataset in config.datasets for subset in dataset.subsets]
     if options.caching.cache_dir is not None and not caches_to_disk(options) and not any(s.patterns for s in subsets):
         logger.warning("--cache_dir has no effect: nothing is cached on disk, and there are no shards or parquet files")
-    storage = Storage(options.caching.cache_dir, options.caching.remote_cache_gb)
+    storage = Storage(options.caching.cache_dir, options.caching.remote_cache_gb, options.caching.shared_cache_dir)
     scanned = collect(config, storage)
     check_images(scanned)
     storage = replace(storage, moved=find_unwritable(scanned, options))

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
+from library.launcher import DRIVER
+
 logger = logging.getLogger(__name__)
 
 
@@ -40,7 +42,7 @@ class Interruption:
     Until `defer()` is called, the first signal raises Interrupted at once; loading and caching leave no half-written
     file. Afterwards the first signal only sets `is_requested`, which the loop checks after each step. The second signal
     always stops the run, except for SIGHUP, which a closing terminal may send several times. A run started by
-    `accelerate launch` also stops when its launcher is gone, because nobody else would signal it.
+    `accelerate launch` or --sweep also stops when its launcher is gone, because nobody else would signal it.
 
     Until `defer()` a thread watches: while a process waits for others inside torch, Python runs no handlers, so an
     unanswered signal ends the process from that thread.
@@ -50,8 +52,9 @@ class Interruption:
         self._signal: int | None = None
         self._is_deferred = False
         self._is_over = False
-        # `accelerate launch` sets this variable in every process that it starts.
-        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        # `accelerate launch` and --sweep set these variables in every process that they start.
+        is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or DRIVER in os.environ
+        self._launcher = os.getppid() if is_launched else None
 
     def install(self) -> None:
         """Install the signal handlers; SIGHUP stays ignored if it is, as under nohup."""

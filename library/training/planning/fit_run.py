@@ -17,7 +17,7 @@ from library.memory.planner.measured import benchmark_gpu
 from library.processes import Processes
 from library.training.models.requests import RequestedRun
 from library.training.planning.counting import CountedRun, count_run
-from library.training.planning.fit import Fit, Sweep, fit_to
+from library.training.planning.fit import Fit, fit_to
 from library.training.planning.meta_run import BatchShape
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def count_adapter_run(
     run: RequestedRun, batch: BatchShape, device: torch.device, is_fused: bool | None = None
 ) -> CountedRun:
     """Count the run. Raises UserError for third-party network modules that need real weights."""
-    module = run.adapters[0].module
+    module = run.module
     try:
         with needing("--fit counts captions with the text encoders; give them, or leave it out"):
             return count_run(run, batch, device, is_fused)
@@ -93,16 +93,6 @@ def count_adapter_run(
         ) from error
 
 
-def count_sweep(
-    run: RequestedRun, batch: BatchShape, device: torch.device, is_fused: bool | None = None
-) -> Sweep | None:
-    """Count the adapter with the highest rank of several; None for a single one."""
-    if len(run.adapters) < 2:
-        return None
-    largest = max(run.adapters, key=lambda adapter: adapter.options.network.network_dim or 0)
-    return Sweep(len(run.adapters), count_adapter_run(replace(run, adapters=[largest]), batch, device, is_fused))
-
-
 def fit_run(run: RequestedRun, sizes: BatchSizes, processes: Processes, plan: DataPlan | None = None) -> Fit:
     """Choose how to run the largest batch, and log the candidates. Raises UserError if nothing fits.
 
@@ -116,8 +106,8 @@ def fit_run(run: RequestedRun, sizes: BatchSizes, processes: Processes, plan: Da
     if num_tokens is not None and processes.is_main:
         logger.info("--fit counts captions of %d tokens, the longest of the data set", num_tokens)
     batch = largest_batch(sizes, num_tokens)
-    counted, sweep = count_adapter_run(run, batch, processes.device), count_sweep(run, batch, processes.device)
-    fit = fit_to(counted, gpu, sweep, sizes.max_train_steps)
+    counted = count_adapter_run(run, batch, processes.device)
+    fit = fit_to(counted, gpu, sizes.max_train_steps)
     if fit.choice.chosen is None:
         raise UserError("\n  ".join([f"--fit {options.fit.fit}", *fit.lines()]), setting="--fit")
     for line in fit.lines() if processes.is_main else ():

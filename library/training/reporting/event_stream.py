@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,6 +19,7 @@ from library.json_text import parse_json
 from library.progress import State
 from library.training.reporting.events import (
     End,
+    EndCause,
     EndReason,
     ErrorFields,
     Event,
@@ -65,8 +66,9 @@ class Events:
         self._started = clock()
         self.last_step: int | None = None
         self.planned: Planned | None = None  # added to the plan event
-        self.summary: str | None = None  # this and the next are added to the last event
+        self.summary: str | None = None  # this and the next two are added to the last event
         self.file: str | None = None
+        self.cause: EndCause | None = None
         self._thread: threading.Thread | None = None
         if self._sinks:
             self._thread = threading.Thread(target=self._work, name="events", daemon=True)
@@ -107,7 +109,7 @@ class Events:
     def end(self, reason: EndReason, error: str | None = None, details: ErrorFields | None = None) -> None:
         """Emit the last event of a run; later events are dropped."""
         seconds = round(self._clock() - self._started, 3)
-        self.emit(End(reason, self.last_step, seconds, error, self.summary, self.file, details))
+        self.emit(End(reason, self.last_step, seconds, error, self.summary, self.file, details, self.cause))
         self.close()
 
     def flush(self, timeout_s: float = 10.0) -> None:
@@ -150,40 +152,6 @@ class Events:
                 self._sinks.remove(sink)
                 logger.warning("%s is dropped, training continues: %s: %s", sink.name, type(error).__name__, error)
                 logger.debug("where it failed:", exc_info=error)
-
-
-class EventsOfAll:
-    """The event streams of all adapters of a run; shared events go to each of them."""
-
-    def __init__(self, each: Sequence[Events]) -> None:
-        self.each = tuple(each)
-
-    @property
-    def is_on(self) -> bool:
-        return any(events.is_on for events in self.each)
-
-    def emit(self, event: Event) -> None:
-        for events in self.each:
-            events.emit(event)
-
-    def tell_progress(self, name: str, state: State, done: int, total: int) -> None:
-        for events in self.each:
-            events.tell_progress(name, state, done, total)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        with ExitStack() as stack:
-            for events in self.each:
-                stack.enter_context(events.stage(name))
-            yield
-
-    def end(self, reason: EndReason, error: str | None = None, details: ErrorFields | None = None) -> None:
-        for events in self.each:
-            events.end(reason, error, details)
-
-    def close(self) -> None:
-        for events in self.each:
-            events.close()
 
 
 def plain(value: Any) -> Any:
@@ -268,7 +236,7 @@ class WarningEvents(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self._waiting: list[Warned] = []
-        self._events: EventsOfAll | None = None
+        self._events: Events | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         event = Warned(record.levelname.lower(), record.name, record.getMessage())
@@ -286,7 +254,7 @@ class WarningEvents(logging.Handler):
         if self._events is not None:
             self._events.end("stopped")
 
-    def connect(self, events: EventsOfAll) -> None:
+    def connect(self, events: Events) -> None:
         """Send warnings to these events from now on."""
         self._events = events
         for event in self._waiting:

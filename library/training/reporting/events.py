@@ -5,7 +5,7 @@ field keeps VERSION; removing one or changing its meaning raises it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypedDict
 
 from library.errors import Cause
@@ -14,6 +14,7 @@ from library.progress import State
 VERSION = 1
 
 EndReason = Literal["finished", "stopped", "already complete", "error"]
+EndCause = Literal["early stopping", "non-finite"]
 SavedKind = Literal["weights", "state"]
 SavedFor = Literal["step", "epoch", "best", "end"]
 
@@ -239,6 +240,7 @@ class Validation(Event):
     best_step: int
     best_loss: float | None
     preference: Preference | None  # None without --preference_loss
+    losses: Mapping[str, float] = field(default_factory=dict)  # of each held-out image, by the digest of its content
 
 
 @dataclass(frozen=True)
@@ -413,3 +415,4 @@ class End(Event):
     summary: str | None  # of the steps' times, as text
     file: str | None  # the adapter, if the run is complete
     details: ErrorFields | None = None  # of the error
+    cause: EndCause | None = None  # what ended it before its last step

@@ -2,7 +2,7 @@
 
 import sys
 from bdb import BdbQuit
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from platform import python_version
@@ -16,10 +16,12 @@ from library.installed import version_of
 from library.launcher import launched_rank
 from library.options.base import Options
 from library.options.output.reports import ReportOptions
+from library.options.train import TrainOptions
 from library.progress import listening
 from library.training.config_file import SECRETS
 from library.training.failures.failure import StoppedByError
 from library.training.failures.interruption import Interrupted
+from library.training.failures.nonfinite import NonFiniteError
 from library.training.report_page.index import IndexWriter
 from library.training.report_page.writer import ReportWriter, earlier_record
 from library.training.reporting.console_lines import ImageCounts
@@ -27,7 +29,6 @@ from library.training.reporting.error_fields import HIDDEN, describe_error, hide
 from library.training.reporting.event_stream import (
     FLAG,
     Events,
-    EventsOfAll,
     JsonLines,
     Sink,
     WarningEvents,
@@ -36,6 +37,7 @@ from library.training.reporting.event_stream import (
 )
 from library.training.reporting.events import ErrorFields, Plan, Start
 from library.training.run_parts import Run
+from library.training.saving.checkpoints import NonFiniteWeights
 from library.training.saving.names import Names
 from library.training.saving.resume import AlreadyComplete
 
@@ -44,32 +46,30 @@ PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "safetensors", "
 
 @contextmanager
 def open_events(
-    adapters: Iterable[tuple[Options, ReportOptions, Names | None]],
-    resumes: bool,
+    options: TrainOptions,
+    names: Names | None,
     command: Sequence[str] | None,
     warnings: WarningEvents,
-) -> Iterator[EventsOfAll]:
-    """Open the event streams of a run's adapters in the main process; the last event says how the block ended.
+) -> Iterator[Events]:
+    """Open the event stream of a run in the main process; the last event says how the block ended.
 
-    `adapters` holds each one's options and the names of its files, None in a run that writes nothing. A run that ends
-    without an error and is not stopped is finished. If events go to standard output, everything else goes to standard
-    error.
+    `names` are those of its files, None in a run that writes nothing. A run that ends without an error and is not
+    stopped is finished. If events go to standard output, everything else goes to standard error.
     """
     with ExitStack() as stack:
-        is_written = launched_rank() == 0
-        streams = [
-            (options, Events(open_sinks(reports, names, resumes, stack, options) if names and is_written else []))
-            for options, reports, names in adapters
-        ]
-        events = EventsOfAll([stream for _, stream in streams])
+        is_written = names is not None and launched_rank() == 0
+        events = Events(
+            open_sinks(options, options.reports, options.state.may_resume, names, stack)
+            if names is not None and is_written
+            else []
+        )
         if not events.is_on:
             warnings.connect(events)  # from here on warnings are not buffered
             yield events
             return
         stack.callback(events.close)
         stack.enter_context(listening(events.tell_progress))
-        for options, stream in streams:
-            stream.emit(Start(hide_secrets(command, options), list_changed_options(options), versions()))
+        events.emit(Start(hide_secrets(command, options), list_changed_options(options), versions()))
         warnings.connect(events)
         try:
             yield events
@@ -80,13 +80,13 @@ def open_events(
             events.end("stopped")
             raise
         except BaseException as error:
-            for options, stream in streams:
-                stream.end("error", *describe_end(error, options))
+            events.cause = "non-finite" if isinstance(error, NonFiniteError | NonFiniteWeights) else None
+            events.end("error", *describe_end(error, options))
             raise
 
 
-def open_sinks(options: ReportOptions, names: Names, resumes: bool, stack: ExitStack, run: Options) -> list[Sink]:
-    """Open the sinks of the events of an adapter, whose options are those of the `run`."""
+def open_sinks(run: Options, options: ReportOptions, resumes: bool, names: Names, stack: ExitStack) -> list[Sink]:
+    """Open the sinks of the events of a run with these options."""
     path = options.log_events
     sinks: list[Sink] = []
     if path == "-":

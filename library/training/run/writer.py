@@ -19,6 +19,7 @@ from library.training.optimization.lr_schedules import base_rates, follow_rates
 from library.training.reporting.progress import Part, Progress
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import Writer
+from library.training.saving.finished import digest_run
 from library.training.saving.hub import Uploads
 from library.training.saving.names import Names
 from library.training.saving.resume import LATENTS, record_options, report_differences
@@ -31,7 +32,6 @@ from library.training.saving.state import (
     save_state,
     weights_and_buffers,
 )
-from library.training.sweep_record import PART
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,6 @@ def stateful_parts(run: Run, progress: Progress, validation: Validation) -> dict
         parts["validation"] = validation.record
     if validation.probe.is_on:
         parts["forgetting"] = validation.probe.record
-    if run.sweep is not None:
-        parts[PART] = run.sweep
     return parts if optimization.scaler is None else {**parts, "scaler": optimization.scaler}
 
 
@@ -69,6 +67,8 @@ def go_on(run: Run, progress: Progress, validation: Validation, state: StateMani
         progress.done = set(state.done)
     progress.average.keep_batches_below(run.plan.num_batches)  # images may have been removed since
     logger.info("resuming from %s at step %d of %d", state.path, first_step, run.plan.max_train_steps)
+    if "sweep" in state.parts:
+        logger.info("the state is of a sweep of an earlier version; it continues as a single run")
 
 
 def bytes_of_state(run: Run) -> int:
@@ -101,6 +101,7 @@ def build_writer(run: Run, names: Names, progress: Progress, validation: Validat
         has_relative_step=built.has_relative_step,
         network_args=network_keywords(options.network),
         datasets=data.metadata(options.dataset, plan.accumulation),
+        run_digest=digest_run(options, data, run.context.seed),
     )
     executor = ThreadPoolExecutor(1, thread_name_prefix="hash")
     base_files = executor.submit(base_file_metadata, options.model)

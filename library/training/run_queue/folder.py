@@ -12,9 +12,9 @@ from uuid import uuid4
 
 from library.checkpoints.overwriting import known_by_start
 from library.errors import UserError
-from library.training.command_line.run_lock import Locked, acquire, release
 from library.training.run_queue.jobs import Job
 from library.training.run_queue.tickets import Claim, Ticket
+from library.training.saving.run_lock import Locked, acquire, release
 
 logger = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from types import FrameType
 from urllib.parse import quote
 
-from library.training.command_line.run_lock import acquire, release
 from library.training.failures.interruption import HANGUP, STOP_SIGNALS
 from library.training.run_queue.folder import Queue
 from library.training.run_queue.jobs import Job
 from library.training.run_queue.tending import finish_job, forward_requests, release_claim, tend_orphans
 from library.training.run_queue.tickets import Claim, ProcessId, Ticket, host_name
 from library.training.run_queue.trainings import ROOT, start_training
+from library.training.saving.run_lock import acquire, release
 
 logger = logging.getLogger(__name__)
 

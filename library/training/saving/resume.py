@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -159,10 +159,10 @@ def find_named_or_newest(options: StateOptions, hub: HubOptions, names: Names | 
         named = read_manifest(fetch_state(options.resume, hub) if hub.resume_from_huggingface else Path(options.resume))
         require_undamaged(named)
         return named
-    if not options.autoresume or names is None:
+    if not (options.autoresume or options.skip_finished) or names is None:
         return None
     manifest = newest_state(names.folder, names.starts)
-    if manifest is None:
+    if manifest is None and options.autoresume:
         logger.info("--autoresume: there is no state in %s; starting from the beginning", names.folder)
     return manifest
 
@@ -207,30 +207,12 @@ def resolve_starting_step(options: StateOptions, end: Path, plan: Plan, manifest
         return step
     if step and step >= plan.max_train_steps:
         message = f"{source} is at step {step} of {plan.max_train_steps}: nothing is left to train"
-        if options.autoresume and manifest is not None and not options.resume:
+        if (options.autoresume or options.skip_finished) and manifest is not None and not options.resume:
             raise AlreadyComplete(message)
         raise UserError(
             f"{message}; raise --max_train_steps or --max_train_epochs to train longer", setting="--max_train_steps"
         )
     return step
-
-
-def resolve_starting_steps(
-    adapters: Iterable[tuple[StateOptions, Path, StateManifest | None]], plan: Plan
-) -> list[int]:
-    """Return each adapter's number of finished steps, from (options, file of the end, state). Raises AlreadyComplete if
-    all adapters are complete."""
-    steps: list[int | None] = []
-    complete = AlreadyComplete("every adapter of --sweep has ended: nothing is left to train")
-    for options, end, manifest in adapters:
-        try:
-            steps.append(resolve_starting_step(options, end, plan, manifest))
-        except AlreadyComplete as error:
-            steps.append(None)
-            complete = error
-    if all(step is None for step in steps):
-        raise complete
-    return [plan.max_train_steps if step is None else step for step in steps]
 
 
 def record_options(options: Options) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -34,17 +34,6 @@ FAR_BYTE = 1 << 30  # Windows forbids reading locked bytes, so the lock lies beh
 
 class Locked(UserError):
     """Another process holds the lock."""
-
-
-@contextmanager
-def run_locks(adapters: Iterable[SavingOptions]) -> Iterator[None]:
-    """Hold the locks of all names that a run writes."""
-    # Without a sweep, the shared options and those of the only adapter name the same files.
-    by_name = {saving.output_name: saving for saving in adapters}
-    with ExitStack() as stack:
-        for saving in by_name.values():
-            stack.enter_context(run_lock(saving))
-        yield
 
 
 @contextmanager
