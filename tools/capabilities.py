@@ -164,6 +164,10 @@ def describe_command(path: Path) -> dict[str, Any]:
     }
 
 
+def list_training_scripts() -> list[str]:
+    return sorted(path.name for pattern in SCRIPTS for path in ROOT.glob(pattern))
+
+
 def list_tools() -> Iterator[Path]:
     """Yield the tools; other modules in their folder have no parser."""
     for path in sorted((ROOT / "tools").glob("*.py")):
@@ -230,7 +234,7 @@ def show(capabilities: Mapping[str, Any]) -> Iterator[str]:
 
 def print_capabilities(args: argparse.Namespace) -> None:
     """Print the capabilities. Raises UserError for an unknown script."""
-    scripts = sorted(path.name for pattern in SCRIPTS for path in ROOT.glob(pattern))
+    scripts = list_training_scripts()
     if args.script and args.script not in scripts:
         suggestion = nearest_name(args.script, scripts)
         raise UserError(f"--script {args.script} is not a training script; use {suggestion or ', '.join(scripts)}")
