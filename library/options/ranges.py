@@ -1,24 +1,12 @@
 """Checks that numeric options are in their declared ranges."""
 
-import sys
 from math import isfinite
-from typing import TypeGuard
 
 from library.errors import UserError
 from library.options.base import Declaration, Options
+from library.options.kinds import is_number
 
 LARGEST = 2**63  # limit of 64-bit integers in tensors and files
-
-
-def is_number(value: object) -> TypeGuard[int | float]:
-    """Return True for numbers, but not for true and false."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def is_finite_number(value: object) -> TypeGuard[int | float]:
-    """Return True for numbers that a float can hold; TOML and JSON have integers beyond that, NaN and infinity."""
-    # math.isfinite raises OverflowError for integers that no float can hold.
-    return is_number(value) and abs(value) <= sys.float_info.max
 
 
 def check_ranges(options: Options) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.data.description.keys import COUNT, NUMBER, SEPARATOR, SHARE, key, key_of_option
-from library.options.tables import BOOL, TEXT
+from library.options.kinds import BOOL, TEXT
 from library.randomness import random_for
 
 

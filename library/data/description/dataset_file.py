@@ -34,7 +34,8 @@ from library.errors import UserError
 from library.options.base import Options
 from library.options.config_file import read_json, read_toml, refuse_unusable
 from library.options.dataset import FOLDER_FLAGS, OWN_INDEX, DatasetOptions
-from library.options.tables import BOOL, TABLE, Table, find_problem, is_table_list, number, read_value
+from library.options.kinds import BOOL, TABLE, number, read_value
+from library.options.tables import Table, find_problem, is_table_list
 from library.options.train import TrainOptions
 from library.suggestions import did_you_mean
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from library.options.dataset import INTERPOLATIONS
-from library.options.tables import Kind, choice, number, size, whole
+from library.options.kinds import Kind, choice, number, size, whole
 
 Style = Literal["dreambooth", "metadata", "masked"]
 Level = Literal["general", "dataset", "subset"]

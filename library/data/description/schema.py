@@ -27,7 +27,8 @@ from library.data.description.keys import (
     keys_of,
 )
 from library.data.description.source_keys import SOURCES
-from library.options.tables import BOOL, TABLE, TEXT, TEXTS, Table, number
+from library.options.kinds import BOOL, TABLE, TEXT, TEXTS, number
+from library.options.tables import Table
 from library.suggestions import nearby
 
 PRESERVATION = "diff_output_preservation"  # key of a subset's custom_attributes
