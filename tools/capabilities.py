@@ -9,7 +9,6 @@ import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from library.data.description.keys import Key
 from library.data.description.schema import ALL_KEYS
 from library.errors import UserError
 from library.options.base import Declaration, Options, int_or_float, is_group, typed_fields
+from library.options.declared import Declared, list_declared
+from library.options.kinds import Range
 from library.options.leco import LecoOptions
 from library.options.machine.base_formats import BASE_FORMATS
 from library.options.training.optimizer import ScheduleOptions
@@ -32,8 +33,6 @@ from library.training.optimization.lr_schedules import arguments_by_name
 from library.training.optimization.optimizers import KNOWN
 from library.version import NAME, VERSION
 from networks.core.arguments.common import COMMON
-from networks.core.arguments.network_arguments import list_declared
-from networks.core.arguments.values import FORMS, ValueForm
 from networks.core.changes.dora import DoraArguments
 from networks.core.registry.adapter_kind import AdapterKind
 from networks.core.registry.layouts import list_kinds
@@ -42,7 +41,6 @@ from tools.command import command, make_parser
 SCRIPTS = ("*train_network.py", "*train_leco.py")
 CACHING = ("*_cache_latents.py", "*_cache_text_encoder_outputs.py")
 TYPES = {str: "text", Path: "path", int: "int", float: "float", int_or_float: "steps"}
-TEXT = ValueForm("text")
 RECIPE = "recipe"
 EXAMPLES = """\
   python3 tools/capabilities.py --json > capabilities.json
@@ -188,6 +186,26 @@ def describe_key(key: Key) -> dict[str, Any]:
     }
 
 
+def describe_declared(declared: Declared) -> dict[str, Any]:
+    """Return what a declaration says of the values and the meaning of a setting."""
+    return {
+        "type": declared.kind.type,
+        "is_list": declared.kind.is_list,
+        **describe_range(declared.range),
+        "default": declared.default,
+        "help": declared.help,
+    }
+
+
+def describe_range(range: Range) -> dict[str, Any]:
+    return {
+        "minimum": range.at_least,
+        "exclusive_minimum": range.above,
+        "maximum": range.at_most,
+        "exclusive_maximum": range.below,
+    }
+
+
 def describe_prompt_keys() -> dict[str, list[dict[str, str]]]:
     """Return the keys of --prompts_file, of an entry and of a slider."""
     return {
@@ -199,7 +217,6 @@ def describe_prompt_keys() -> dict[str, list[dict[str, str]]]:
 def describe_kind(kind: AdapterKind) -> dict[str, Any]:
     """Return an adapter kind with the network arguments that it accepts."""
     groups = (*COMMON, DoraArguments, *kind.wrappers, kind.arguments)
-    defaults = {f.name: f.default for group in groups for f in fields(group)}
     return {
         "network_module": kind.network_module,
         "adapter": kind.layouts[0].words,
@@ -208,10 +225,8 @@ def describe_kind(kind: AdapterKind) -> dict[str, Any]:
             {
                 "name": name,
                 "aliases": list(argument.aliases),
-                **asdict(FORMS.get(argument.parse, TEXT)),
-                "default": defaults[name],
-                "needs": argument.requires.words if argument.requires else None,
-                "help": argument.help,
+                "needs": argument.needs.words or None,
+                **describe_declared(argument),
             }
             for group in groups
             for name, argument in list_declared(group).items()

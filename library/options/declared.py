@@ -1,12 +1,20 @@
 """The declaration of a setting that a user can write, as a field of a frozen dataclass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from library.options.kinds import Kind, Range
 
 METADATA = "declared"  # metadata key of a field
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Other settings that one needs to have an effect: of each group at least one."""
+
+    groups: tuple[tuple[str, ...], ...] = ()
+    words: str = ""  # names them to users
 
 
 @dataclass(frozen=True)
@@ -20,6 +28,11 @@ class Declared:
     default: Any
     help: str
     name: str = ""  # that of the field
+    aliases: tuple[str, ...] = ()  # other spellings
+    needs: Needs = Needs()
+
+    # A network argument: `dim_from_weights` takes it from the file.
+    is_fixed_by_file: bool = False
 
     # A setting of a preview prompt: the option in a line of text, without "--".
     letters: str = ""
@@ -30,7 +43,9 @@ class Declared:
 
 
 def declare(kind: Kind, default: Any, help: str, **facts: Any) -> Any:
-    """Declare a field that is a setting of its name; `facts` are fields of `Declared`."""
+    """Declare a field that is a setting of its name; `facts` are fields of `Declared`. `needs` may be one name."""
+    if isinstance(name := facts.get("needs"), str):
+        facts["needs"] = Needs(((name,),), name)
     declared = Declared(kind, default, help, **facts)
     # dataclasses refuse a dict as a default.
     is_plain = type(default).__hash__ is not None
@@ -45,3 +60,8 @@ def _returning(value: Any) -> Callable[[], Any]:
 def list_declared(group: type[Any]) -> dict[str, Declared]:
     """Return the settings that a dataclass declares, by name, in order of declaration."""
     return {f.name: replace(f.metadata[METADATA], name=f.name) for f in fields(group) if METADATA in f.metadata}
+
+
+def list_aliases(declared: Mapping[str, Declared]) -> dict[str, str]:
+    """Return the name of the setting that each alias stands for."""
+    return {alias: name for name, setting in declared.items() for alias in setting.aliases}

@@ -107,6 +107,9 @@ def whole(at_least: int | None = None, at_most: int | None = None) -> Kind:
     return replace(real, fits=lambda v: real.fits(v) and v == int(v), convert=int, parse=int, type="int")
 
 
+SHARE, PROBABILITY = number(0, 1), number(0, below=1, name="a chance")
+
+
 def size(low: int, high: int, order: str) -> Kind:
     """Return the kind of one side or two sides, of which `order` says the order; the value is a pair."""
     side = whole(low, high)
@@ -132,4 +135,17 @@ def read_value(value: Any, kind: Kind, setting: str) -> Any:
     """Return a value converted. Raises UserError if it does not fit."""
     if problem := explain_unfit(value, kind, setting):
         raise UserError(problem)
+    return kind.convert(value)
+
+
+def parse_text(text: str, kind: Kind) -> Any:
+    """Return the value that a text stands for. Raises UserError with the expected form, without the setting."""
+    try:
+        value = kind.parse(text)
+        if not kind.fits(value):
+            raise ValueError(text)
+    except UserError:
+        raise
+    except ValueError:
+        raise UserError(f"expected {kind.name}") from None
     return kind.convert(value)
