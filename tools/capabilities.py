@@ -18,7 +18,6 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.architectures.scripts import ROOT
 from library.architectures.specs import list_specs
 from library.data.concepts.prompts_file import PAIR_KEYS, SLIDER_KEYS
-from library.data.description.keys import Key
 from library.data.description.schema import ALL_KEYS
 from library.errors import UserError
 from library.options.base import Declaration, Options, int_or_float, is_group, typed_fields
@@ -174,15 +173,16 @@ def list_tools() -> Iterator[Path]:
             yield path
 
 
-def describe_key(key: Key) -> dict[str, Any]:
+def describe_key(key: Declared) -> dict[str, Any]:
     """Return the description of a key of the dataset file."""
     return {
         "name": key.name,
         "value": key.kind.name,
-        "default": key.default,
+        **describe_declared(key),
         "levels": list(key.levels),
         "styles": list(key.styles),
         "default_option": key.flag,
+        "has_no_effect": key.ignored,
     }
 
 

@@ -31,6 +31,14 @@ class Declared:
     aliases: tuple[str, ...] = ()  # other spellings
     needs: Needs = Needs()
 
+    ignored: str | None = None  # reason why it never has an effect
+
+    # A key of a dataset file: the tables and styles of subsets that may have it, and the option that sets its default,
+    # "" for that of its name.
+    levels: tuple[str, ...] = ()
+    styles: tuple[str, ...] = ()
+    default_option: str | None = None
+
     # A network argument: `dim_from_weights` takes it from the file.
     is_fixed_by_file: bool = False
 
@@ -40,6 +48,11 @@ class Declared:
     @property
     def range(self) -> Range:
         return self.kind.range
+
+    @property
+    def flag(self) -> str | None:
+        """The name of the option that sets the default of a key."""
+        return self.default_option or (None if self.default_option is None else self.name)
 
 
 def declare(kind: Kind, default: Any, help: str, **facts: Any) -> Any:
