@@ -20,9 +20,9 @@ from library.architectures.specs import list_specs
 from library.data.concepts.prompts_file import PAIR_KEYS, SLIDER_KEYS
 from library.data.description.schema import ALL_KEYS
 from library.errors import UserError
-from library.options.base import Declaration, Options, int_or_float, is_group, typed_fields
+from library.options.base import Options, is_group, typed_fields
 from library.options.declared import Declared, list_declared
-from library.options.kinds import Range
+from library.options.kinds import Range, int_or_float
 from library.options.leco import LecoOptions
 from library.options.machine.base_formats import BASE_FORMATS
 from library.options.training.optimizer import ScheduleOptions
@@ -115,7 +115,7 @@ def list_groups(kind: type[Options], name: str = "script") -> Iterator[tuple[str
 
 
 def describe_option(
-    action: argparse.Action, declared: Declaration, ignored: str | None, known: Sequence[str] | None
+    action: argparse.Action, declared: Declared, ignored: str | None, known: Sequence[str] | None
 ) -> dict[str, Any]:
     """Return the description of an option; `known` lists values of one that has no fixed choices."""
     return {
@@ -124,10 +124,8 @@ def describe_option(
         "path_kind": declared.path,
         "choices": known if action.choices is None else list(action.choices),
         "takes_other_values": known is not None and action.dest != RECIPE,
-        "minimum": 0 if declared.is_share else declared.at_least,
-        "exclusive_minimum": declared.above,
-        "maximum": 1 if declared.is_share else declared.at_most,
-        "needs_one_of": list(declared.requires or declared.needs),
+        **describe_range(declared.range),
+        "needs_one_of": list(declared.requires or declared.needs.names),
         "excludes": sorted(declared.excludes),
         "has_no_effect": declared.ignored or ignored,
         "is_usual": declared.usual,

@@ -1,8 +1,10 @@
 """Kinds of values: how their text is parsed, which values of TOML and JSON fit, and the words of an error."""
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 from library.errors import UserError
@@ -82,6 +84,7 @@ TEXTS = Kind(
     is_list=True,
 )
 BOOL = Kind("true or false", lambda v: isinstance(v, bool), type="flag")
+PATH = Kind("a path", parse=Path, type="path")
 TABLE = Kind("a table", lambda v: isinstance(v, dict), type="table")
 
 
@@ -105,6 +108,31 @@ def whole(at_least: int | None = None, at_most: int | None = None) -> Kind:
     """Return the kind of whole numbers in a range. A whole float such as 512.0 is one: some front ends write them."""
     real = number(at_least, at_most, name="a whole number")
     return replace(real, fits=lambda v: real.fits(v) and v == int(v), convert=int, parse=int, type="int")
+
+
+def int_or_float(text: str) -> int | float:
+    """Parse a number of steps, or a fraction of the run if it is below 1 or ends in `%`.
+
+    0 is a fraction, as in sd-scripts. So are negative numbers, which the option's range refuses. Raises
+    argparse.ArgumentTypeError for anything else, including 1.0 and above with a decimal point, which is ambiguous.
+    """
+    try:
+        if text.strip().isdigit() and int(text) > 0:
+            return int(text)
+        share = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not share < 1:  # also True for NaN
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of steps or a share of the run below 1.0")
+    return share
+
+
+def steps(at_least: float) -> Kind:
+    """Return the kind of a number of steps, or a share of the run below 1."""
+    return Kind(
+        "a whole number of steps or a share of the run below 1.0", parse=int_or_float, type="steps",
+        range=Range(at_least),
+    )  # fmt: skip
 
 
 SHARE, PROBABILITY = number(0, 1), number(0, below=1, name="a chance")

@@ -1,7 +1,7 @@
 """Declaration of the keys of a dataset file: their kinds of values, levels and options."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from library.options.dataset import INTERPOLATIONS, DatasetOptions
@@ -41,7 +41,7 @@ FACE_RANGE = Kind(
     is_list=True,
 )
 HELP: Mapping[str, str] = {
-    f.name: f.metadata["help"] for kind in (DatasetOptions, ValidationOptions) for f in fields(kind)
+    option.name: option.help for kind in (DatasetOptions, ValidationOptions) for option in list_declared(kind).values()
 }
 """Option -> its help, which is that of the key whose default it sets."""
 

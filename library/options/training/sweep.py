@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, option
+from library.options.kinds import whole
 
 ONE_ADAPTER = "blocks are compiled for one adapter, and those that run change between training and validation"
 
@@ -27,7 +28,7 @@ class SweepOptions(Options, own=True):
     )
     sweep_stop_after: int | None = option(
         None,
-        at_least=1,
+        kind=whole(1),
         needs="sweep",
         help="End adapters of --sweep early that are significantly worse than the best one, at every validation "
         "from this step on. Unset trains all of them to the end.",

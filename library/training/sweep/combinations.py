@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from library.errors import UserError
-from library.options.base import Options, scalar_type
+from library.options.base import Options
 from library.options.dataset import DatasetOptions
 from library.options.no_effect import find_unused, is_set
 from library.options.ranges import check_number
@@ -213,13 +213,12 @@ def resolve_adapter(
 
 def parse_value(kind: type[Options], name: str, text: str) -> Any:
     """Parse an option's value as the command line does."""
-    field, hint = next((field, hint) for field, hint in kind.leaves() if field.name == name)
     declared = kind.declarations()[name]
-    if text.lower() == NONE and field.default is None:
+    if text.lower() == NONE and declared.default is None:
         return None
-    read = field.metadata.get("type", scalar_type(hint))
+    read = declared.kind.parse
     try:
-        value = [read(part) for part in text.split()] if field.metadata.get("nargs") else read(text)
+        value = [read(part) for part in text.split()] if declared.nargs else read(text)
     except (ValueError, ArgumentTypeError) as error:
         raise UserError(f"--sweep {name}: {text!r} is no value of --{name}: {error}") from error
     for number in value if isinstance(value, list) else [value]:
