@@ -1,13 +1,13 @@
 """Declaration of command-line options: a dataclass field holds flag, type, default and help of an option."""
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import Field, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from library.options.declared import METADATA, Declared, declare, list_declared
+from library.options.declared import METADATA, Declared, declare, declared_of, list_declared
 from library.options.kinds import BOOL, PATH, TEXT, Kind, number, whole
 
 OptionsT = TypeVar("OptionsT", bound="Options")
@@ -64,16 +64,23 @@ class Options:
     @classmethod
     # Cached: a start asks about ten times, and reading the type hints of some forty classes takes 3 ms each time.
     @cache
+    def typed_fields(cls) -> tuple[tuple[Field[Any], Any], ...]:
+        """Return each field of the class, option or group, with its type hint."""
+        hints = get_type_hints(cls)
+        return tuple((f, hints[f.name]) for f in fields(cls))  # type: ignore[arg-type]
+
+    @classmethod
+    @cache
     def declarations(cls) -> Mapping[str, Declared]:
         """Return the declarations of every option of this class and its groups by name, in order of declaration."""
         by_name: dict[str, Declared] = {}
-        own = list_declared(cls)
-        for f, hint in typed_fields(cls):
+        for f, hint in cls.typed_fields():
             if is_group(hint):
                 by_name |= hint.declarations()
             else:
-                kind = kind_of(hint) if own[f.name].kind is UNTYPED else own[f.name].kind
-                by_name[f.name] = replace(own[f.name], kind=kind, **cls._declared)
+                given: Kind = f.metadata[METADATA].kind
+                kind = kind_of(hint) if given is UNTYPED else given
+                by_name[f.name] = declared_of(f, kind=kind, **cls._declared)
         return by_name
 
     @classmethod
@@ -88,7 +95,7 @@ class Options:
         Each class is an argument group, titled by its heading.
         """
         section = None
-        for f, kind in typed_fields(cls):
+        for f, kind in cls.typed_fields():
             if is_group(kind):
                 kind.add_to(parser)
                 continue
@@ -98,7 +105,7 @@ class Options:
     @classmethod
     def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
         values = {
-            f.name: kind.from_args(args) if is_group(kind) else getattr(args, f.name) for f, kind in typed_fields(cls)
+            f.name: kind.from_args(args) if is_group(kind) else getattr(args, f.name) for f, kind in cls.typed_fields()
         }
         return cls(**values)
 
@@ -137,13 +144,6 @@ def add_option(section: argparse._ArgumentGroup, declared: Declared) -> None:
     section.add_argument(
         f"--{declared.name}", default=declared.default, type=declared.kind.parse, help=declared.help, **keywords
     )
-
-
-def typed_fields(kind: type[Options]) -> Iterator[tuple[Field[Any], Any]]:
-    """Yield each field of a class, option or group, with its type hint."""
-    hints = get_type_hints(kind)
-    for f in fields(kind):  # type: ignore[arg-type]
-        yield f, hints[f.name]
 
 
 def is_group(hint: Any) -> bool:

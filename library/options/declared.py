@@ -1,7 +1,7 @@
 """The declaration of a setting that a user can write, as a field of a frozen dataclass."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from library.options.kinds import Kind, Range
@@ -136,7 +136,13 @@ def _returning(value: Any) -> Callable[[], Any]:
 
 def list_declared(group: type[Any]) -> dict[str, Declared]:
     """Return the settings that a dataclass declares, by name, in order of declaration."""
-    return {f.name: replace(f.metadata[METADATA], name=f.name) for f in fields(group) if METADATA in f.metadata}
+    return {f.name: declared_of(f) for f in fields(group) if METADATA in f.metadata}
+
+
+def declared_of(declaring: Field[Any], **facts: Any) -> Declared:
+    """Return the setting that a field declares, with its name and with other facts."""
+    declared: Declared = declaring.metadata[METADATA]
+    return replace(declared, name=declaring.name, **facts)
 
 
 def list_aliases(declared: Mapping[str, Declared]) -> dict[str, str]:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
@@ -92,6 +93,8 @@ def choice(*names: str) -> Kind:
     return Kind(f"one of {', '.join(names)}", lambda v: v in names, choices=names)
 
 
+# Cached: a start makes a hundred of them. Typed, because the words of 1 and 1.0 differ.
+@lru_cache(maxsize=None, typed=True)
 def number(
     at_least: float | None = None, at_most: float | None = None, *, above: float | None = None,
     below: float | None = None, name: str = "a number",
@@ -104,6 +107,7 @@ def number(
     return Kind(words, lambda v: is_finite_number(v) and limits.has(v), float, float, "float", range=limits)
 
 
+@lru_cache(maxsize=None, typed=True)
 def whole(at_least: int | None = None, at_most: int | None = None) -> Kind:
     """Return the kind of whole numbers in a range. A whole float such as 512.0 is one: some front ends write them."""
     real = number(at_least, at_most, name="a whole number")
