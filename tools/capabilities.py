@@ -15,15 +15,15 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.architectures.scripts import ROOT
+from library.architectures.scripts import BY_PROMPTS, ROOT
 from library.architectures.specs import list_specs
 from library.data.concepts.prompts_file import PAIR_KEYS, SLIDER_KEYS
 from library.data.description.schema import ALL_KEYS
 from library.errors import UserError
-from library.options.base import Options, is_group, typed_fields
+from library.options.base import Options, is_group
 from library.options.declared import Declared, list_declared
 from library.options.kinds import Range, int_or_float
-from library.options.leco import LecoOptions
+from library.options.leco import LecoOptions, list_ignored_by_leco
 from library.options.machine.base_formats import BASE_FORMATS
 from library.options.training.optimizer import ScheduleOptions
 from library.suggestions import nearest_name
@@ -88,6 +88,8 @@ def describe_options(script: str) -> Iterator[dict[str, Any]]:
     group_ids = {heading: name for kind in kinds for heading, name in list_groups(kind)}
     # An option that one of the script's base models obeys has an effect.
     ignored = {name: why for name, why in specs[0].ignores.items() if all(name in spec.ignores for spec in specs)}
+    if script.endswith(BY_PROMPTS):
+        ignored |= {name: why for kind in kinds for name, why in list_ignored_by_leco(kind).items()}
     known = {
         "optimizer_type": list(KNOWN),
         "lr_scheduler": list(arguments_by_name(ScheduleOptions(), 0, 0, 1)),
@@ -109,7 +111,7 @@ def describe_options(script: str) -> Iterator[dict[str, Any]]:
 def list_groups(kind: type[Options], name: str = "script") -> Iterator[tuple[str, str]]:
     """Yield (heading in the help, stable name) of every group of options."""
     yield kind.heading(), name
-    for field, hint in typed_fields(kind):
+    for field, hint in kind.typed_fields():
         if is_group(hint):
             yield from list_groups(hint, field.name)
 

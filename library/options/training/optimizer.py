@@ -51,7 +51,12 @@ class OptimizerOptions(Options):
         help="Round the weights of an adapter in bf16 up or down at random after each step, so that steps too small "
         "for bf16 count on average. The optimizer computes and remembers in float32.",
     )
-    fused_backward_pass: bool = option(False, help="Update weights inside the backward pass, with Adafactor only.")
+    fused_backward_pass: bool = option(
+        False,
+        ignored="it frees each gradient as soon as it is used, which saves gigabytes in full fine-tuning; the "
+        "gradients of an adapter are as small as the adapter",
+        help="Has no effect: it saves the memory of gradients, which are as small as the adapter.",
+    )
 
 
 @dataclass(frozen=True)
