@@ -3,8 +3,8 @@
     python -m tests.what_a_user_sees record before.json     # at the commit before the change
     python -m tests.what_a_user_sees compare before.json    # after it; exits with 1 if anything differs
 
-The record has the help and options of the script and its caching commands, the spec, and, for tiny models in every
-layout and release: metadata, messages, preview settings, noise levels, cache settings and fingerprints.
+The record has the JSON of capabilities, the help of every script and its caching commands, the spec, and, for tiny
+models in every layout and release: metadata, messages, preview settings, noise levels, cache settings and fingerprints.
 """
 
 import argparse
@@ -23,6 +23,9 @@ from library.protocols import Architecture
 from tests.running import ROOT
 from tests.tiny.base import Base
 from tests.tiny.bases import BASES
+from tools.capabilities import list_capabilities, list_training_scripts
+
+CAPABILITIES = "capabilities"
 
 
 class Kept(logging.Handler):
@@ -42,14 +45,22 @@ def main() -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--only", nargs="+", choices=list(BASES), default=list(BASES))
     args = parser.parse_args()
-    seen = json.loads(json.dumps({name: describe_base(BASES[name]) for name in args.only}))
+    described = {CAPABILITIES: describe_capabilities(), **{name: describe_base(BASES[name]) for name in args.only}}
+    seen = json.loads(json.dumps(described, default=str))
     if args.what == "record":
         args.file.write_text(json.dumps(seen, indent=1, sort_keys=True))
         return 0
-    before = {name: value for name, value in json.loads(args.file.read_text()).items() if name in args.only}
+    before = {name: value for name, value in json.loads(args.file.read_text()).items() if name in seen}
     differences = list(compare(before, seen))
     print("\n".join(differences) or "no difference")
     return int(bool(differences))
+
+
+def describe_capabilities() -> dict[str, Any]:
+    """Describe every command, with the options of a script by name."""
+    capabilities = list_capabilities(list_training_scripts())
+    scripts = {script["name"]: {o["name"]: o for o in script["options"]} for script in capabilities["scripts"]}
+    return {**capabilities, "scripts": scripts}
 
 
 def describe_base(base: Base) -> dict[str, Any]:
@@ -59,7 +70,6 @@ def describe_base(base: Base) -> dict[str, Any]:
     options = base.spec.options
     return {
         "help": parser.format_help(),
-        "facts": to_plain(options.declarations()),
         "defaults": to_plain(options.defaults()),
         "spec": {key: value for key, value in to_plain(base.spec).items() if key != "options"},
         **{

@@ -8,7 +8,7 @@ from library.architectures.specs import list_specs
 from library.checkpoints.base_model_spec import BaseModelSpec, BlockWeights
 from library.errors import UserError
 from library.json_text import parse_json
-from library.options.ranges import is_finite_number
+from library.options.kinds import is_finite_number
 from networks.core.files.adapter_file import AdapterFile
 
 logger = logging.getLogger(__name__)

@@ -9,21 +9,21 @@ import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.architectures.scripts import ROOT
+from library.architectures.scripts import BY_PROMPTS, ROOT
 from library.architectures.specs import list_specs
 from library.data.concepts.prompts_file import PAIR_KEYS, SLIDER_KEYS
-from library.data.description.keys import Key
 from library.data.description.schema import ALL_KEYS
 from library.errors import UserError
-from library.options.base import Declaration, Options, int_or_float, is_group, typed_fields
-from library.options.leco import LecoOptions
+from library.options.base import Options, is_group
+from library.options.declared import Declared, list_declared
+from library.options.kinds import Range, int_or_float
+from library.options.leco import LecoOptions, list_ignored_by_leco
 from library.options.machine.base_formats import BASE_FORMATS
 from library.options.training.optimizer import ScheduleOptions
 from library.suggestions import nearest_name
@@ -32,8 +32,6 @@ from library.training.optimization.lr_schedules import arguments_by_name
 from library.training.optimization.optimizers import KNOWN
 from library.version import NAME, VERSION
 from networks.core.arguments.common import COMMON
-from networks.core.arguments.network_arguments import list_declared
-from networks.core.arguments.values import FORMS, ValueForm
 from networks.core.changes.dora import DoraArguments
 from networks.core.registry.adapter_kind import AdapterKind
 from networks.core.registry.layouts import list_kinds
@@ -42,7 +40,6 @@ from tools.command import command, make_parser
 SCRIPTS = ("*train_network.py", "*train_leco.py")
 CACHING = "src/musubi_tuner/*_cache_*.py"
 TYPES = {str: "text", Path: "path", int: "int", float: "float", int_or_float: "steps"}
-TEXT = ValueForm("text")
 RECIPE = "recipe"
 EXAMPLES = """\
   python3 tools/capabilities.py --json > capabilities.json
@@ -91,6 +88,8 @@ def describe_options(script: str) -> Iterator[dict[str, Any]]:
     group_ids = {heading: name for kind in kinds for heading, name in list_groups(kind)}
     # An option that one of the script's base models obeys has an effect.
     ignored = {name: why for name, why in specs[0].ignores.items() if all(name in spec.ignores for spec in specs)}
+    if script.endswith(BY_PROMPTS):
+        ignored |= {name: why for kind in kinds for name, why in list_ignored_by_leco(kind).items()}
     known = {
         "optimizer_type": list(KNOWN),
         "lr_scheduler": list(arguments_by_name(ScheduleOptions(), 0, 0, 1)),
@@ -112,13 +111,13 @@ def describe_options(script: str) -> Iterator[dict[str, Any]]:
 def list_groups(kind: type[Options], name: str = "script") -> Iterator[tuple[str, str]]:
     """Yield (heading in the help, stable name) of every group of options."""
     yield kind.heading(), name
-    for field, hint in typed_fields(kind):
+    for field, hint in kind.typed_fields():
         if is_group(hint):
             yield from list_groups(hint, field.name)
 
 
 def describe_option(
-    action: argparse.Action, declared: Declaration, ignored: str | None, known: Sequence[str] | None
+    action: argparse.Action, declared: Declared, ignored: str | None, known: Sequence[str] | None
 ) -> dict[str, Any]:
     """Return the description of an option; `known` lists values of one that has no fixed choices."""
     return {
@@ -127,10 +126,8 @@ def describe_option(
         "path_kind": declared.path,
         "choices": known if action.choices is None else list(action.choices),
         "takes_other_values": known is not None and action.dest != RECIPE,
-        "minimum": 0 if declared.is_share else declared.at_least,
-        "exclusive_minimum": declared.above,
-        "maximum": 1 if declared.is_share else declared.at_most,
-        "needs_one_of": list(declared.requires or declared.needs),
+        **describe_range(declared.range),
+        "needs_one_of": list(declared.requires or declared.needs.names),
         "excludes": sorted(declared.excludes),
         "has_no_effect": declared.ignored or ignored,
         "is_usual": declared.usual,
@@ -164,6 +161,10 @@ def describe_command(path: Path) -> dict[str, Any]:
     }
 
 
+def list_training_scripts() -> list[str]:
+    return sorted(path.name for pattern in SCRIPTS for path in ROOT.glob(pattern))
+
+
 def list_tools() -> Iterator[Path]:
     """Yield the tools; other modules in their folder have no parser."""
     for path in sorted((ROOT / "tools").glob("*.py")):
@@ -172,15 +173,36 @@ def list_tools() -> Iterator[Path]:
             yield path
 
 
-def describe_key(key: Key) -> dict[str, Any]:
+def describe_key(key: Declared) -> dict[str, Any]:
     """Return the description of a key of the dataset file."""
     return {
         "name": key.name,
         "value": key.kind.name,
-        "default": key.default,
+        **describe_declared(key),
         "levels": list(key.levels),
         "styles": list(key.styles),
         "default_option": key.flag,
+        "has_no_effect": key.ignored,
+    }
+
+
+def describe_declared(declared: Declared) -> dict[str, Any]:
+    """Return what a declaration says of the values and the meaning of a setting."""
+    return {
+        "type": declared.kind.type,
+        "is_list": declared.kind.is_list,
+        **describe_range(declared.range),
+        "default": declared.default,
+        "help": declared.help,
+    }
+
+
+def describe_range(range: Range) -> dict[str, Any]:
+    return {
+        "minimum": range.at_least,
+        "exclusive_minimum": range.above,
+        "maximum": range.at_most,
+        "exclusive_maximum": range.below,
     }
 
 
@@ -195,7 +217,6 @@ def describe_prompt_keys() -> dict[str, list[dict[str, str]]]:
 def describe_kind(kind: AdapterKind) -> dict[str, Any]:
     """Return an adapter kind with the network arguments that it accepts."""
     groups = (*COMMON, DoraArguments, *kind.wrappers, kind.arguments)
-    defaults = {f.name: f.default for group in groups for f in fields(group)}
     return {
         "network_module": kind.network_module,
         "adapter": kind.layouts[0].words,
@@ -204,10 +225,8 @@ def describe_kind(kind: AdapterKind) -> dict[str, Any]:
             {
                 "name": name,
                 "aliases": list(argument.aliases),
-                **asdict(FORMS.get(argument.parse, TEXT)),
-                "default": defaults[name],
-                "needs": argument.requires.words if argument.requires else None,
-                "help": argument.help,
+                "needs": argument.needs.words or None,
+                **describe_declared(argument),
             }
             for group in groups
             for name, argument in list_declared(group).items()
@@ -230,7 +249,7 @@ def show(capabilities: Mapping[str, Any]) -> Iterator[str]:
 
 def print_capabilities(args: argparse.Namespace) -> None:
     """Print the capabilities. Raises UserError for an unknown script."""
-    scripts = sorted(path.name for pattern in SCRIPTS for path in ROOT.glob(pattern))
+    scripts = list_training_scripts()
     if args.script and args.script not in scripts:
         suggestion = nearest_name(args.script, scripts)
         raise UserError.about(

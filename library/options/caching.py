@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, option
+from library.options.kinds import number, whole
 
 NO_LATENTS = "its batches may differ each time; it can provide `latents` itself"
 NO_CAPTIONS = "its captions are not known before they are drawn"
@@ -48,7 +49,7 @@ class CachingOptions(Options, needs_images=True):
     remote_cache_gb: float = option(
         20.0,
         own=True,
-        at_least=0.001,
+        kind=number(0.001),
         needs="cache_dir",
         affects_training=False,
         help="Size limit of the images that --cache_dir keeps after reading them over the network. The least recently "
@@ -56,7 +57,7 @@ class CachingOptions(Options, needs_images=True):
     )
     vae_batch_size: int = option(
         1,
-        at_least=1,
+        kind=whole(1),
         help="Number of images that the VAE encodes at a time. More is faster while caching and needs more memory.",
     )
     skip_cache_check: bool = option(
@@ -95,7 +96,7 @@ class TextCachingOptions(Options):
     text_encoder_batch_size: int | None = option(
         None,
         own=True,
-        at_least=1,
+        kind=whole(1),
         needs="cache_text_encoder_outputs",
         needs_images=True,
         help="Number of captions that the text encoders encode at a time while caching. Unset is 1, so that no result "
@@ -110,7 +111,7 @@ class TextCachingOptions(Options):
     text_cache_variants: int = option(
         VARIANTS,
         own=True,
-        at_least=1,
+        kind=whole(1),
         needs="cache_text_encoder_outputs",
         needs_images=True,
         help="Number of cached variants of a caption with shuffling, tag dropout or wildcards. Every draw uses one of "

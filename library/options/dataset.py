@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.options.base import Options, option
+from library.options.kinds import SHARE, number, whole
 
 MAX_WORKERS = 1024  # data loader processes; more are assumed to be a typing error
 # A dataset file replaces these.
@@ -48,7 +49,7 @@ class DatasetOptions(Options, needs_images=True):
         kept_in_state=True,
         help="JSON file with captions and tags of the images below --train_data_dir, instead of caption files.",
     )
-    dataset_repeats: int = option(1, at_least=1, help="How often each image of --in_json is shown per epoch.")
+    dataset_repeats: int = option(1, kind=whole(1), help="How often each image of --in_json is shown per epoch.")
     dataset_class: str | None = option(
         None,
         help="Dotted path of a Python class that makes the batches, instead of described images.",
@@ -84,7 +85,10 @@ class DatasetOptions(Options, needs_images=True):
         help="Old misspelling of --caption_extension, kept for old command lines. Wins over it when set.",
     )
     keep_tokens: int = option(
-        0, usual=True, at_least=0, help="Number of tags at the front of a caption that are never shuffled or dropped."
+        0,
+        usual=True,
+        kind=whole(0),
+        help="Number of tags at the front of a caption that are never shuffled or dropped.",
     )
     keep_tokens_separator: str = option(
         "",
@@ -114,26 +118,26 @@ class DatasetOptions(Options, needs_images=True):
     caption_dropout_rate: float = option(
         0.0,
         usual=True,
-        is_share=True,
+        kind=SHARE,
         help="Share of samples that are trained with an empty caption, 0 to 1. 0.05 to 0.1 helps classifier-free "
         "guidance.",
     )
     caption_dropout_every_n_epochs: int = option(
-        0, at_least=0, help="Train every N-th epoch with empty captions. 0 never does."
+        0, kind=whole(0), help="Train every N-th epoch with empty captions. 0 never does."
     )
     caption_tag_dropout_rate: float = option(
         0.0,
-        is_share=True,
+        kind=SHARE,
         help="Probability of leaving out each tag of a caption, 0 to 1. Tags kept by --keep_tokens stay.",
     )
     token_warmup_min: int = option(
         1,
-        at_least=0,
+        kind=whole(0),
         help="Number of tags that captions begin with when --token_warmup_step lets them grow.",
     )
     token_warmup_step: float = option(
         0,
-        at_least=0,
+        kind=number(0),
         help="Step at which captions have all their tags, growing from --token_warmup_min; below 1 a share of the run."
         " 0 uses whole captions from the start.",
     )
@@ -174,7 +178,7 @@ class DatasetOptions(Options, needs_images=True):
     )
     prior_loss_weight: float = option(
         1.0,
-        at_least=0,
+        kind=number(0),
         help="Factor on the loss of regularisation images. 1.0 weights them like training images.",
     )
     resolution: str | None = option(
@@ -189,9 +193,9 @@ class DatasetOptions(Options, needs_images=True):
         usual=True,
         help="Train images in their own aspect ratio, grouped by shape, instead of cropping all to --resolution.",
     )
-    min_bucket_reso: int = option(256, usual=True, at_least=1, help="Shortest side of a bucket in pixels.")
-    max_bucket_reso: int = option(1024, usual=True, at_least=1, help="Longest side of a bucket in pixels.")
-    bucket_reso_steps: int = option(64, at_least=1, help="Sides of buckets are multiples of this many pixels.")
+    min_bucket_reso: int = option(256, usual=True, kind=whole(1), help="Shortest side of a bucket in pixels.")
+    max_bucket_reso: int = option(1024, usual=True, kind=whole(1), help="Longest side of a bucket in pixels.")
+    bucket_reso_steps: int = option(64, kind=whole(1), help="Sides of buckets are multiples of this many pixels.")
     bucket_no_upscale: bool = option(
         False,
         usual=True,
@@ -223,15 +227,14 @@ class DatasetOptions(Options, needs_images=True):
     train_batch_size: int = option(
         1,
         usual=True,
-        at_least=1,
+        kind=whole(1),
         ignored_by_leco="--prompts_file has a batch_size for each prompt",
         help="Samples in a batch, on each device. More is steadier and needs more memory.",
     )
     max_data_loader_n_workers: int = option(
         8,
         usual=True,
-        at_least=0,
-        at_most=MAX_WORKERS,
+        kind=whole(0, MAX_WORKERS),
         affects_training=False,
         help="Maximum number of processes that read and prepare images, at most one per CPU core. 0 prepares them in "
         "the training process.",

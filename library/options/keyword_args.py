@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from library.errors import UserError
+from library.suggestions import did_you_mean
 
 
 def read_keyword_args(items: Sequence[str] | None, flag: str) -> dict[str, Any]:
@@ -56,8 +57,9 @@ def call_with_keywords(
             fix = f"use --{set_elsewhere[key]}" if set_elsewhere[key] else "the trainer sets it; leave it out"
             raise UserError.about(f"{flag} {key}", f"does not belong there: {fix}")
         if key not in names and not takes_others:
-            known = ", ".join(n for n in names[len(positional) :] if n not in set_elsewhere)
-            raise UserError.about(f"{flag} {key}", f"is unknown to {name}; it accepts {known or 'none'}")
+            known = [n for n in names[len(positional) :] if n not in set_elsewhere]
+            reason = f"is unknown to {name}; it accepts {', '.join(known) or 'none'}{did_you_mean(key, known)}"
+            raise UserError.about(f"{flag} {key}", reason)
     try:
         return target(*positional, **{**(ours or {}), **keywords})
     # Libraries refuse values with many types of errors: betas=(0.9,) of an optimizer is an IndexError.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, option
+from library.options.kinds import whole
 
 BASE = "pretrained_model_name_or_path"
 BASE_FLAG = f"--{BASE}"
@@ -73,7 +74,7 @@ class ModelOptions(Options):
     clip_skip: int | None = option(
         None,
         usual=True,
-        at_least=1,
+        kind=whole(1),
         zero_is_unset=True,
         help="Take the text features from the N-th last layer of the text encoder. Unset or 1 is the last layer; many "
         "anime models need 2.",

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from library.options.base import Declaration, Options
+from library.options.base import Options
+from library.options.declared import Declared
 
 
 def is_requested(value: Any) -> bool:
@@ -39,13 +40,13 @@ def find_unused(options: Options, ignores: Mapping[str, str]) -> Iterator[str]:
             yield f"--{name} has no effect{end}"
 
 
-def explain_unused(declared: Declaration, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str | None:
+def explain_unused(declared: Declared, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str | None:
     """Return why a given option has no effect, as a continuation of "has no effect"; None if it has one."""
     if declared.ignored is not None:
         return f": {declared.ignored}"
     if declared.unless is not None and is_given(values[declared.unless], defaults[declared.unless]):
         return f" with --{declared.unless}"
-    line = unmet(declared.needs, values)
+    line = unmet(declared.needs.names, values)
     return f" {line}" if line else None
 
 

@@ -1,24 +1,13 @@
 """Checks that numeric options are in their declared ranges."""
 
-import sys
 from math import isfinite
-from typing import TypeGuard
 
 from library.errors import UserError
-from library.options.base import Declaration, Options
+from library.options.base import Options
+from library.options.declared import Declared
+from library.options.kinds import SHARE, is_number
 
 LARGEST = 2**63  # limit of 64-bit integers in tensors and files
-
-
-def is_number(value: object) -> TypeGuard[int | float]:
-    """Return True for numbers, but not for true and false."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def is_finite_number(value: object) -> TypeGuard[int | float]:
-    """Return True for numbers that a float can hold; TOML and JSON have integers beyond that, NaN and infinity."""
-    # math.isfinite raises OverflowError for integers that no float can hold.
-    return is_number(value) and abs(value) <= sys.float_info.max
 
 
 def check_ranges(options: Options) -> None:
@@ -31,18 +20,21 @@ def check_ranges(options: Options) -> None:
                 check_number(name, number, declared)
 
 
-def check_number(name: str, number: float, declared: Declaration) -> None:
+def check_number(name: str, number: float, declared: Declared) -> None:
     """Raise UserError if a number of the option `name` is outside its range."""
+    limits = declared.range
     if isinstance(number, float) and not isfinite(number):
         raise UserError.about(f"--{name}", f"is {number}; use a finite number")
-    if declared.is_share and not 0 <= number <= 1:
+    if declared.kind is SHARE and not limits.has(number):
         raise UserError.about(f"--{name}", f"is {number}; it is a share, use 0 to 1")
-    if declared.at_least is not None and number < declared.at_least:
-        raise UserError.about(f"--{name}", f"is {number}; use at least {declared.at_least}, or leave it out")
-    if declared.above is not None and number <= declared.above:
-        raise UserError.about(f"--{name}", f"is {number}; use a number above {declared.above}, or leave it out")
-    if declared.at_most is not None and number > declared.at_most:
-        raise UserError.about(f"--{name}", f"is {number}; use at most {declared.at_most}, or leave it out")
+    if limits.at_least is not None and number < limits.at_least:
+        raise UserError.about(f"--{name}", f"is {number}; use at least {limits.at_least}, or leave it out")
+    if limits.above is not None and number <= limits.above:
+        raise UserError.about(f"--{name}", f"is {number}; use a number above {limits.above}, or leave it out")
+    if limits.at_most is not None and number > limits.at_most:
+        raise UserError.about(f"--{name}", f"is {number}; use at most {limits.at_most}, or leave it out")
+    if limits.below is not None and number >= limits.below:
+        raise UserError.about(f"--{name}", f"is {number}; use a number below {limits.below}, or leave it out")
     # Floats may be larger: only whole numbers are stored as 64-bit integers.
     if isinstance(number, int) and abs(number) >= LARGEST:
         raise UserError.about(f"--{name}", f"is {number}; use a number below 2^63")

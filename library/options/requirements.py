@@ -15,8 +15,8 @@ def unsupported(options: Options) -> dict[str, str]:
         f"--{name}": f"--{name} is not supported: {declared.unsupported}"
         for name, declared in type(options).declarations().items()
         if declared.unsupported is not None
-        and (is_set(values[name], defaults[name]) if declared.needs else is_requested(values[name]))
-        and all(is_met(need, values) for need in declared.needs)
+        and (is_set(values[name], defaults[name]) if declared.needs.groups else is_requested(values[name]))
+        and all(is_met(need, values) for need in declared.needs.names)
     }
 
 

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError, naming
-from library.options.base import int_or_float
 from library.options.config_file import read_toml
-from library.options.ranges import is_number
+from library.options.kinds import int_or_float, is_number
 from library.options.train import TrainOptions
 from library.suggestions import nearest_name
 

@@ -99,7 +99,9 @@ FORBIDDEN = {
     "library.diffusion": ("library.checkpoints",),
     "library.memory": ("library.options", "library.checkpoints", "library.types"),
 }
-EXCEPT = ("networks.core.protocol", "networks.core.targets.targets")
+EXCEPT = (
+    "networks.core.protocol", "networks.core.targets.targets", "library.options.declared", "library.options.kinds",
+)  # fmt: skip
 
 
 def imports_of(path: Path) -> set[str]:

@@ -30,6 +30,7 @@ CALLER_ADDS = {  # files whose errors are reasons -> who puts flag and file befo
     "library/training/offline/contact_sheet.py": "the options file",
     "library/memory/exchange.py": "--turbo_dit",
     "networks/core/": "networks/core/arguments/network_arguments.py and networks/core/files/, argument or file",
+    "library/options/kinds.py": "the reader, setting and place",
     "library/options/tables.py": "itself, file and place before the problem with a key",
     "library/checkpoints/tree_json.py": "the optimizer's state",
     "tools/quickstart/": "the toy world has no option for it",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from library.options.base import int_or_float
+from library.options.kinds import int_or_float
 from library.options.train import TrainOptions
 from tests.contracts.help_texts import find_help_problems
 from train_network import setup_parser

@@ -67,7 +67,7 @@ def sort_option(trainer: Trainer, script: Script, option: dict[str, Any]) -> str
     action, facts = actions_of(script.name).get(option["name"]), script.options.declarations().get(option["name"])
     if action is None or facts is None:
         return "unsorted: refused"
-    if facts.unsupported is not None and not facts.needs:
+    if facts.unsupported is not None and not facts.needs.names:
         return f"refused: {facts.unsupported}"
     if action.choices is not None:
         missing = [choice for choice in option.get("choices", []) if choice not in action.choices]

@@ -10,8 +10,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from networks.core.arguments.network_arguments import argument
-from networks.core.arguments.values import parse_power, parse_rank
+from library.options.declared import declare
+from networks.core.arguments.values import POSITIVE, RANK
 from networks.core.changes.additive import read_with, wrap
 from networks.core.changes.change import Change, ModuleTensors
 from networks.core.changes.low_rank import add_product, run_like
@@ -27,8 +27,8 @@ B, D, SEED, SHAPE = "vera_lambda_b", "vera_lambda_d", "vera.seed", "vera.shape"
 class VeraArguments:
     """The network arguments of VeRA."""
 
-    projection_seed: int = argument(parse_rank, 0, "Seed of the projections that all layers share.")
-    d_initial: float = argument(parse_power, 0.1, "Where the vector between the projections starts.")
+    projection_seed: int = declare(RANK, 0, "Seed of the projections that all layers share.")
+    d_initial: float = declare(POSITIVE, 0.1, "Where the vector between the projections starts.")
 
 
 @cache

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
+from library.options.kinds import whole
 from library.options.machine.memory import ATTENTION_MODES
 from library.options.model import BASE, ModelFile, ReadingOptions
 from library.options.train import TrainOptions
@@ -29,9 +30,11 @@ class AnimaTextOptions(Options):
         "in --tokenizer_cache_dir, then on the hub.",
     )
     qwen3_max_token_length: int = option(
-        512, at_least=1, help="Longest caption in Qwen3's tokens; longer captions are cut."
+        512, kind=whole(1), help="Longest caption in Qwen3's tokens; longer captions are cut."
     )
-    t5_max_token_length: int = option(512, at_least=2, help="Longest caption in T5's tokens; longer captions are cut.")
+    t5_max_token_length: int = option(
+        512, kind=whole(2), help="Longest caption in T5's tokens; longer captions are cut."
+    )
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class AnimaMemoryOptions(Options):
     )
     vae_chunk_size: int | None = option(
         None,
-        at_least=0,
+        kind=whole(0),
         ignored="the VAE processes images whole",
         help="Pixels that the VAE processes at a time. Has no effect: it processes images whole.",
     )

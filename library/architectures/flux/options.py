@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
+from library.options.kinds import whole
 from library.options.model import BASE, ModelFile, ReadingOptions
 from library.options.train import TrainOptions
 from library.options.training.flow import (
@@ -48,7 +49,7 @@ class FluxModelOptions(Options):
     )
     t5xxl_max_token_length: int | None = option(
         None,
-        at_least=2,
+        kind=whole(2),
         help="Longest caption in T5's tokens; longer captions are cut. Unset is 256 for schnell and 512 otherwise.",
     )
     apply_t5_attn_mask: bool = option(

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
+from library.options.kinds import whole
 from library.options.machine.memory import ATTENTION_MODES, ScaledPrecisionOptions
 from library.options.model import BASE, ModelFile, ReadingOptions
 from library.options.train import TrainOptions
@@ -40,7 +41,7 @@ class HunyuanImageModelOptions(Options):
     fp8_vl: bool = option(False, help="Keep the text encoder Qwen2.5-VL in 8 bits.")
     vae_chunk_size: int | None = option(
         None,
-        at_least=0,
+        kind=whole(0),
         help="Compute the convolutions of the VAE for this many rows at a time, which saves GPU memory.",
     )
     attn_mode: str | None = option(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
+from library.options.kinds import whole
 from library.options.model import BASE, ModelFile, ReadingOptions
 from library.options.train import TrainOptions
 from library.options.training.flow import (
@@ -30,7 +31,7 @@ class LuminaModelOptions(Options):
         None, path="part", usual=True, help="File or folder of the VAE. Unset takes it from the base."
     )
     gemma2_max_token_length: int | None = option(
-        None, at_least=2, help="Longest caption in Gemma's tokens; longer captions are cut. Unset is 256."
+        None, kind=whole(2), help="Longest caption in Gemma's tokens; longer captions are cut. Unset is 256."
     )
     system_prompt: str = option(
         "",

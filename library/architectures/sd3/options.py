@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from library.options.base import Options, group, option
 from library.options.caching import TextCachingOptions
+from library.options.kinds import SHARE, number, whole
 from library.options.model import BASE, ModelFile, ReadingOptions
 from library.options.train import TrainOptions
 from library.options.training.flow import FlowWeightingOptions, TimestepPreviewOptions
@@ -54,25 +55,25 @@ class Sd3TextOptions(Options):
         help="Has no effect: T5-XXL runs in the precision of --mixed_precision.",
     )
     t5xxl_max_token_length: int = option(
-        256, at_least=2, help="Longest caption in T5's tokens; longer captions are cut."
+        256, kind=whole(2), help="Longest caption in T5's tokens; longer captions are cut."
     )
     apply_lg_attn_mask: bool = option(False, help="Keep both CLIP encoders from attending to caption padding.")
     apply_t5_attn_mask: bool = option(False, help="Keep T5 from attending to caption padding.")
     clip_l_dropout_rate: float = option(
         0.0,
-        is_share=True,
+        kind=SHARE,
         needs_images=True,
         help="Share of samples trained with zeros instead of CLIP-L's features, 0 to 1.",
     )
     clip_g_dropout_rate: float = option(
         0.0,
-        is_share=True,
+        kind=SHARE,
         needs_images=True,
         help="Share of samples trained with zeros instead of CLIP-G's features, 0 to 1.",
     )
     t5_dropout_rate: float = option(
         0.0,
-        is_share=True,
+        kind=SHARE,
         needs_images=True,
         help="Share of samples trained with zeros instead of T5's features, 0 to 1.",
     )
@@ -84,7 +85,7 @@ class Sd3TrainingOptions(Options):
 
     pos_emb_random_crop_rate: float = option(
         0.0,
-        is_share=True,
+        kind=SHARE,
         needs_images=True,
         help="Share of batches whose images are placed at random in the table of positions instead of its centre, "
         "0 to 1. For SD3.5 medium.",
@@ -97,7 +98,7 @@ class Sd3TrainingOptions(Options):
     training_shift: float = option(
         1.0,
         usual=True,
-        above=0,
+        kind=number(above=0),
         needs_images=True,
         help="Shift of the drawn noise levels toward pure noise: 1 leaves them unchanged, SD3 generates images with 3.",
     )

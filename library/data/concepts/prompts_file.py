@@ -14,19 +14,8 @@ from typing import Any, NamedTuple
 from library.errors import UserError, naming
 from library.options.config_file import read_toml
 from library.options.encodings import decode_utf8
-from library.options.tables import (
-    BOOL,
-    TEXT,
-    Kind,
-    choice,
-    find_problem,
-    is_table_list,
-    is_texts,
-    number,
-    read_table,
-    size,
-    whole,
-)
+from library.options.kinds import BOOL, TEXT, Kind, choice, is_texts, number, size, whole
+from library.options.tables import find_problem, is_table_list, read_table
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from library.data.description.keys import COUNT, NUMBER, SEPARATOR, SHARE, key, key_of_option
-from library.options.tables import BOOL, TEXT
+from library.data.description.keys import COUNT, NUMBER, SEPARATOR, key, key_of_option
+from library.options.kinds import BOOL, SHARE, TEXT
 from library.randomness import random_for
 
 
@@ -22,7 +22,9 @@ class CaptionRules:
     keep_tokens_separator: str = key_of_option(TEXT, "")
     secondary_separator: str | None = key_of_option(TEXT, None)
     enable_wildcard: bool = key_of_option(BOOL, False)
-    enable_multiline_caption: bool = key(BOOL, False)
+    enable_multiline_caption: bool = key(
+        BOOL, False, "Use the whole caption file with its line breaks, not its first line."
+    )
     caption_prefix: str | None = key_of_option(TEXT, None)
     caption_suffix: str | None = key_of_option(TEXT, None)
     caption_dropout_rate: float = key_of_option(SHARE, 0.0)

@@ -12,7 +12,7 @@ from typing import Any
 from library.data.description.captions import CaptionRules
 from library.data.description.flat_datasets import with_subsets
 from library.data.description.folder_options import list_subsets, warn_of_ignored
-from library.data.description.keys import Key, Level, Style
+from library.data.description.keys import Level, Style, is_allowed_at
 from library.data.description.overridden import find_overridden, given_keys, typed_default_keys
 from library.data.description.schema import (
     ALL_KEYS,
@@ -33,8 +33,10 @@ from library.data.description.source_keys import SOURCES, keys_used_by
 from library.errors import UserError, naming
 from library.options.base import Options
 from library.options.config_file import read_json, read_toml, refuse_unusable
-from library.options.dataset import FOLDER_FLAGS, OWN_INDEX, DatasetOptions
-from library.options.tables import BOOL, TABLE, Table, find_problem, is_table_list, number, read_value
+from library.options.dataset import FOLDER_FLAGS, DatasetOptions
+from library.options.declared import Declared
+from library.options.kinds import BOOL, TABLE, number, read_value
+from library.options.tables import Table, find_problem, is_table_list
 from library.options.train import TrainOptions
 from library.suggestions import did_you_mean
 
@@ -191,8 +193,8 @@ def table_problems(table: Table, place: str, level: Level, style: Style | None) 
     """Yield a sentence for each unknown, misplaced or mistyped key of a table."""
     for name, value in table.items():
         setting, key = f"{place}['{name}']", ALL_KEYS.get(name)
-        if key is not None and not key.is_allowed_at(level, style):
-            headings = " or ".join(HEADINGS[level] for level in key.levels)
+        if key is not None and not is_allowed_at(key, level, style):
+            headings = " or ".join(HEADINGS[level] for level in HEADINGS if level in key.levels)
             belongs = f"is only for subsets of style {' or '.join(key.styles)}"
             belongs = belongs if level in key.levels else f"belongs in {headings}"
             yield f"{setting} is not allowed here; it {belongs}"
@@ -272,7 +274,7 @@ def parse_numbers(flag: str, text: str, kind: type, counts: tuple[int, ...], exa
     return numbers
 
 
-def resolve_value(key: Key, tables: Sequence[Table]) -> Any:
+def resolve_value(key: Declared, tables: Sequence[Table]) -> Any:
     """Return the first value that is set, converted. `tables` are ordered by precedence."""
     for table in tables:
         value = table.get(key.name)
@@ -282,13 +284,18 @@ def resolve_value(key: Key, tables: Sequence[Table]) -> Any:
     return key.default
 
 
+def warn_if_given(key: Declared, value: Any, place: str) -> None:
+    """Warn of a key that never has an effect."""
+    if value != key.default:
+        logger.warning("%s['%s'] has no effect: %s", place, key.name, key.ignored)
+
+
 def build_dataset(dataset: Table, general: Table, fallbacks: Table, style: Style, place: str) -> DatasetConfig:
     tables = (dataset, general, fallbacks)
     values = {key.name: resolve_value(key, tables) for key in DATASET_KEYS}
     if values["resolution"] is None:
         raise UserError(f"{place}['resolution'] is missing; set it there, in [general], or with --resolution")
-    if resolve_value(NETWORK_MULTIPLIER, tables) != 1.0:
-        logger.warning("%s['network_multiplier'] has no effect: adapters are trained at multiplier 1", place)
+    warn_if_given(NETWORK_MULTIPLIER, resolve_value(NETWORK_MULTIPLIER, tables), place)
     subsets = []
     for j, subset in enumerate(dataset["subsets"]):
         subset_config = build_subset(subset, tables, style, f"{place}['subsets'][{j}]")
@@ -304,11 +311,10 @@ def build_dataset(dataset: Table, general: Table, fallbacks: Table, style: Style
 def build_subset(subset: Table, outer: Sequence[Table], style: Style, place: str) -> SubsetConfig:
     """Build one subset. Keys that its style does not have keep their defaults."""
 
-    def resolve(keys: Sequence[Key]) -> dict[str, Any]:
+    def resolve(keys: Sequence[Declared]) -> dict[str, Any]:
         return {key.name: resolve_value(key, (subset, *outer)) if style in key.styles else key.default for key in keys}
 
-    if resolve((CACHE_INFO,))["cache_info"]:
-        logger.warning("%s['cache_info'] has no effect: %s", place, OWN_INDEX)
+    warn_if_given(CACHE_INFO, resolve((CACHE_INFO,))["cache_info"], place)
     values = resolve(SUBSET_KEYS)
     check_conflicts(values, place)
     check_attributes(values["custom_attributes"], place)

@@ -1,11 +1,13 @@
-"""Declaration of the keys of a dataset file: a dataclass field holds type, default, levels and option of a key."""
+"""Declaration of the keys of a dataset file: their kinds of values, levels and options."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
-from library.options.dataset import INTERPOLATIONS
-from library.options.tables import Kind, choice, number, size, whole
+from library.options.dataset import INTERPOLATIONS, DatasetOptions
+from library.options.declared import Declared, declare, list_declared
+from library.options.kinds import Kind, choice, number, size, whole
+from library.options.training.validation import ValidationOptions
 
 Style = Literal["dreambooth", "metadata", "masked"]
 Level = Literal["general", "dataset", "subset"]
@@ -22,11 +24,11 @@ LARGEST_SIDE = 2**14  # images of a larger side exhaust main memory before any m
 def _whole(low: int | None) -> Kind:
     kind = whole(low, LARGEST)
     # As in sd-scripts, true and false count as 1 and 0.
-    return Kind(kind.name, lambda v: kind.fits(int(v) if isinstance(v, bool) else v), int)
+    return replace(kind, fits=lambda v: kind.fits(int(v) if isinstance(v, bool) else v))
 
 
 INT, COUNT, BATCH_SIZE = _whole(None), _whole(0), _whole(1)
-NUMBER, SHARE = number(0, LARGEST), number(0, 1)
+NUMBER = number(0, LARGEST)
 SIZE, IMAGE_SIZE = (size(low, high, "[width, height]") for low, high in ((0, LARGEST), (1, LARGEST_SIDE)))
 FILTER = choice(*INTERPOLATIONS, "box")
 SEPARATOR = Kind("a text such as ','", lambda v: isinstance(v, str) and v != "")
@@ -35,38 +37,38 @@ FACE_RANGE = Kind(
     "two positive numbers, the smaller first, such as [1.0, 3.0]",
     lambda v: isinstance(v, list) and len(v) == 2 and all(map(NUMBER.fits, v)) and 0 < v[0] <= v[1],
     lambda v: (float(v[0]), float(v[1])),
+    type="float",
+    is_list=True,
 )
+HELP: Mapping[str, str] = {
+    option.name: option.help for kind in (DatasetOptions, ValidationOptions) for option in list_declared(kind).values()
+}
+"""Option -> its help, which is that of the key whose default it sets."""
 
 
-@dataclass(frozen=True)
-class Key:
-    """A key of the dataset file."""
-
-    name: str
-    kind: Kind
-    default: Any
-    levels: tuple[Level, ...]
-    styles: tuple[Style, ...] = STYLES
-    flag: str | None = None  # the option that sets the default
-
-    def is_allowed_at(self, level: Level, style: Style | None) -> bool:
-        """Return True if the key is allowed at this level for this style; None means any style, as in [general]."""
-        return level in self.levels and (style is None or style in self.styles)
-
-
-def key(kind: Kind, default: Any, levels: tuple[Level, ...] = GDS, styles: tuple[Style, ...] = STYLES) -> Any:
-    """Declare a field that is a key of its name."""
-    return field(default_factory=lambda: default, metadata={"key": Key("", kind, default, levels, styles)})
+def key(
+    kind: Kind, default: Any, help: str, levels: tuple[Level, ...] = GDS, styles: tuple[Style, ...] = STYLES,
+    **facts: Any,
+) -> Any:  # fmt: skip
+    """Declare a field that is a key of its name; `facts` are fields of `Declared`."""
+    return declare(kind, default, help, levels=levels, styles=styles, **facts)
 
 
 def key_of_option(
-    kind: Kind, default: Any, levels: tuple[Level, ...] = GDS, styles: tuple[Style, ...] = STYLES, flag: str = ""
-) -> Any:
-    """Declare a field that is a key of its name, and whose default an option sets: `flag`, else that of its name."""
-    return field(default_factory=lambda: default, metadata={"key": Key("", kind, default, levels, styles, flag)})
+    kind: Kind, default: Any, levels: tuple[Level, ...] = GDS, styles: tuple[Style, ...] = STYLES, flag: str = "",
+    help: str = "",
+) -> Any:  # fmt: skip
+    """Declare a field that is a key of its name, and whose default an option sets: `flag`, else that of its name. The
+    help is that of the option unless it is given."""
+    return key(kind, default, help, levels, styles, default_option=flag)
 
 
-def keys_of(kind: type) -> Iterator[Key]:
-    for f in fields(kind):
-        if declared := f.metadata.get("key"):
-            yield replace(declared, name=f.name, flag=f.name if declared.flag == "" else declared.flag)
+def keys_of(kind: type) -> Iterator[Declared]:
+    """Yield the keys that a dataclass declares."""
+    for declared in list_declared(kind).values():
+        yield declared if declared.help else replace(declared, help=HELP[str(declared.flag)])
+
+
+def is_allowed_at(key: Declared, level: Level, style: Style | None) -> bool:
+    """Return True if a key is allowed at this level for this style; None means any style, as in [general]."""
+    return level in key.levels and (style is None or style in key.styles)

@@ -4,30 +4,31 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from library.data.description.keys import Key, Style
+from library.data.description.keys import Style
 from library.data.description.schema import ALL_KEYS, DATASET_KEYS
+from library.options.declared import Declared
 from library.options.no_effect import is_set
 
 Table = Mapping[str, Any]
 
 
-def given_keys(fallbacks: Table) -> list[Key]:
+def given_keys(fallbacks: Table) -> list[Declared]:
     """Return the keys whose options differ from their defaults; `fallbacks` holds the values of options by key."""
     return [key for key in keys_with_options(fallbacks) if is_set(key.kind.convert(fallbacks[key.name]), key.default)]
 
 
-def typed_default_keys(fallbacks: Table, typed: Collection[str]) -> list[Key]:
+def typed_default_keys(fallbacks: Table, typed: Collection[str]) -> list[Declared]:
     """Return the keys whose options, among the names in `typed`, have their defaults."""
     given = given_keys(fallbacks)
     return [key for key in keys_with_options(fallbacks) if key.flag in typed and key not in given]
 
 
-def keys_with_options(fallbacks: Table) -> list[Key]:
+def keys_with_options(fallbacks: Table) -> list[Declared]:
     return [key for key in ALL_KEYS.values() if key.flag is not None and fallbacks.get(key.name) is not None]
 
 
 def find_overridden(
-    keys: Sequence[Key], datasets: Sequence[tuple[Table, Style]], general: Table, fallbacks: Table, path: str
+    keys: Sequence[Declared], datasets: Sequence[tuple[Table, Style]], general: Table, fallbacks: Table, path: str
 ) -> Iterator[str]:
     """Yield a line for every one of `keys` whose option the dataset file at `path` overrides with another value."""
     for key in keys:
@@ -44,7 +45,7 @@ def find_overridden(
         yield f"{option} {effect}: {path} sets {key.name} = {' and '.join(others)}; change it there"
 
 
-def values_in_file(key: Key, datasets: Sequence[tuple[Table, Style]], general: Table) -> Iterator[Any]:
+def values_in_file(key: Declared, datasets: Sequence[tuple[Table, Style]], general: Table) -> Iterator[Any]:
     """Yield the file's value for each data set, or for each subset if the key belongs there; None if it sets none."""
     for dataset, style in datasets:
         if style not in key.styles:

@@ -1,4 +1,4 @@
-"""The dataset file as frozen values. Fields that are keys of the file say so with type, default, levels and option."""
+"""The dataset file as frozen values, whose fields declare the keys of the file."""
 
 import os
 import re
@@ -18,16 +18,17 @@ from library.data.description.keys import (
     IMAGE_SIZE,
     INT,
     ONLY_S,
-    SHARE,
     SIZE,
-    Key,
     Style,
     key,
     key_of_option,
     keys_of,
 )
 from library.data.description.source_keys import SOURCES
-from library.options.tables import BOOL, TABLE, TEXT, TEXTS, Table, number
+from library.options.dataset import OWN_INDEX
+from library.options.declared import Declared
+from library.options.kinds import BOOL, SHARE, TABLE, TEXT, TEXTS, number
+from library.options.tables import Table
 from library.suggestions import nearby
 
 PRESERVATION = "diff_output_preservation"  # key of a subset's custom_attributes
@@ -57,31 +58,58 @@ class SubsetConfig:
     random_crop: bool = key_of_option(BOOL, False)
     face_crop_aug_range: tuple[float, float] | None = key_of_option(FACE_RANGE, None)
     resize_interpolation: str | None = key_of_option(FILTER, None)
-    custom_attributes: Mapping[str, Any] = key(TABLE, {})
+    custom_attributes: Mapping[str, Any] = key(
+        TABLE,
+        {},
+        "Settings of one subset: diff_output_preservation keeps what the base model predicts, and "
+        "timestep_sampling.offset moves the timesteps of flow models toward noise.",
+    )
     # sd-scripts' documentation shows these two in subsets, so they are allowed there.
     validation_split: float = key_of_option(SHARE, 0.0)
     validation_seed: int | None = key_of_option(INT, None)
-    # Images of a probe are never trained; they measure what the model forgets.
-    is_forgetting_probe: bool = key(BOOL, False, ("dataset", "subset"))
-    image_dir: str | None = key(TEXT, None, ONLY_S)
-    image_column: str | None = key(TEXT, None, GDS, ("dreambooth",))
-    caption_column: str | None = key(TEXT, None, GDS, ("dreambooth",))
-    class_tokens: str | None = key(TEXT, None, GDS, ("dreambooth", "masked"))
-    is_reg: bool = key(BOOL, False, ONLY_S, ("dreambooth",))
+    is_forgetting_probe: bool = key(
+        BOOL, False, "Never train on these images; their loss shows what the model forgets.", ("dataset", "subset")
+    )
+    image_dir: str | None = key(TEXT, None, "Folder with images.", ONLY_S)
+    image_column: str | None = key(
+        TEXT, None, "Column of Parquet files with the images or their URLs.", GDS, ("dreambooth",)
+    )
+    caption_column: str | None = key(
+        TEXT,
+        None,
+        "Column of Parquet files with the captions, or field of the .json members of a shard.",
+        GDS,
+        ("dreambooth",),
+    )
+    class_tokens: str | None = key(
+        TEXT, None, "Caption of images without a caption file.", GDS, ("dreambooth", "masked")
+    )
+    is_reg: bool = key(BOOL, False, "Regularisation images.", ONLY_S, ("dreambooth",))
     # sd-scripts refuses alpha_mask above a subset.
     alpha_mask: bool = key_of_option(BOOL, False, ONLY_S, ("dreambooth", "metadata"))
     caption_extension: str = key_of_option(EXTENSION, ".caption", GDS, ("dreambooth", "masked"))
-    metadata_file: str | None = key(TEXT, None, ONLY_S, ("metadata",))
-    conditioning_data_dir: str | None = key(TEXT, None, ONLY_S, ("masked",))
-    # Folders, or columns of Parquet files, of reference images in the order of the model's inputs.
-    control_dirs: tuple[str, ...] = key(TEXTS, (), ONLY_S)
-    control_columns: tuple[str, ...] = key(TEXTS, (), GDS, ("dreambooth",))
-    # Folder of the caches; None: the images' folders.
-    cache_directory: str | None = key(TEXT, None, ("dataset", "subset"))
-    # Folder with the partners of pairs: rejected images, or the other end of a slider.
-    opposite_dir: str | None = key(TEXT, None, ONLY_S)
-    control_resolution: tuple[int, int] | None = key(IMAGE_SIZE, None)  # width, height
-    control_no_resize: bool = key(BOOL, False)
+    metadata_file: str | None = key(
+        TEXT, None, "JSON or JSON lines file with the captions of all images.", ONLY_S, ("metadata",)
+    )
+    conditioning_data_dir: str | None = key(
+        TEXT, None, "Folder with masks named like the images; needs --masked_loss.", ONLY_S, ("masked",)
+    )
+    control_dirs: tuple[str, ...] = key(
+        TEXTS, (), "Folders of reference images, in the order of the model's inputs.", ONLY_S
+    )
+    control_columns: tuple[str, ...] = key(
+        TEXTS, (), "Columns of Parquet files with reference images.", GDS, ("dreambooth",)
+    )
+    cache_directory: str | None = key(
+        TEXT, None, "Folder of the caches. Unset keeps them beside the images.", ("dataset", "subset")
+    )
+    opposite_dir: str | None = key(
+        TEXT, None, "Folder with the other image of each pair: rejected images, or the other end of a slider.", ONLY_S
+    )
+    control_resolution: tuple[int, int] | None = key(
+        IMAGE_SIZE, None, "Area that reference images keep their aspect ratio at. Unset is the size of their image."
+    )
+    control_no_resize: bool = key(BOOL, False, "Leave reference images at their size.")
     keeps_index: bool = True  # an index of the images may be written
     entries: Sequence[tuple[str, Any]] | None = field(default=None, repr=False, compare=False)  # already read, by key
 
@@ -125,12 +153,25 @@ class RunDataConfig:
         return replace(self, datasets=tuple(datasets))
 
 
-NETWORK_MULTIPLIER = Key("network_multiplier", number(None, 2**31), 1.0, GD)  # has no effect
-CACHE_INFO = Key("cache_info", BOOL, False, GDS, ("dreambooth", "masked"))  # has no effect; the option warns itself
-# Sources in larger files that contain images: a path, a pattern, or a list of them.
+@dataclass(frozen=True)
+class UnusedKeys:
+    """Keys of sd-scripts without effect."""
+
+    network_multiplier: float = key(
+        number(None, 2**31), 1.0, "Has no effect.", GD, ignored="adapters are trained at multiplier 1"
+    )
+    cache_info: bool = key(BOOL, False, "Has no effect.", GDS, ("dreambooth", "masked"), ignored=OWN_INDEX)
+
+
+NETWORK_MULTIPLIER, CACHE_INFO = keys_of(UnusedKeys)
 FILE_SOURCES = [
-    Key(name, TEXTS, (), ONLY_S, ("dreambooth",)) for name in SOURCES if name not in ("image_dir", "metadata_file")
-]
+    Declared(
+        TEXTS, (), f"{name} files that contain images: a path, a pattern, or a list of them.", name, levels=ONLY_S,
+        styles=("dreambooth",),
+    )
+    for name in SOURCES
+    if name not in ("image_dir", "metadata_file")
+]  # fmt: skip
 CAPTION_KEYS, DATASET_KEYS, SUBSET_KEYS = (tuple(keys_of(kind)) for kind in (CaptionRules, DatasetConfig, SubsetConfig))
 ALL_KEYS = {
     key.name: key for key in (*DATASET_KEYS, NETWORK_MULTIPLIER, *CAPTION_KEYS, *SUBSET_KEYS, *FILE_SOURCES, CACHE_INFO)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, option
+from library.options.kinds import whole
 
 ON = ("compile", "torch_compile")
 COMPILERS = (
@@ -46,7 +47,7 @@ class CompileOptions(Options):
     compile_cache_size_limit: int | None = option(
         None,
         own=True,
-        at_least=1,
+        kind=whole(1),
         needs=ON,
         help="Maximum number of compilations of one kind of block, for new sizes. Further sizes run uncompiled. Unset "
         "is 128.",

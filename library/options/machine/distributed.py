@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, option
+from library.options.kinds import whole
 
 FLAT_BUFFER = "processes exchange gradients in one flat buffer, without torch's DDP"
 
@@ -15,8 +16,7 @@ class DistributedOptions(Options, affects_training=False):
 
     ddp_timeout: int | None = option(
         None,
-        at_least=0,
-        at_most=MOST_MINUTES,
+        kind=whole(0, MOST_MINUTES),
         help="Minutes that processes of a distributed run wait for each other. Unset keeps torch's own limit.",
     )
     ddp_gradient_as_bucket_view: bool = option(
@@ -40,7 +40,7 @@ class DistributedOptions(Options, affects_training=False):
     )
     shard_group: int | None = option(
         None,
-        at_least=2,
+        kind=whole(2),
         own=True,
         needs="shard_base",
         help="Number of processes that share one copy of the weights with --shard_base. Unset is all processes of a "

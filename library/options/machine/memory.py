@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, option
+from library.options.kinds import whole
 from library.options.machine.base_formats import BASE_FORMATS
 
 ONE_FORMAT = {  # excluded by the older 8-bit options
@@ -32,7 +33,7 @@ class MemoryOptions(Options):
     )
     gradient_checkpointing_every: int = option(
         1,
-        at_least=1,
+        kind=whole(1),
         needs=("gradient_checkpointing", "unsloth_offload_checkpointing"),
         own=True,
         affects_training=False,
@@ -53,7 +54,7 @@ class MemoryOptions(Options):
     )
     blocks_to_swap: int | None = option(
         None,
-        at_least=0,
+        kind=whole(0),
         usual=True,
         affects_training=False,
         help="Number of the denoiser's blocks whose weights are offloaded to main memory until they are needed. Saves "
@@ -63,7 +64,7 @@ class MemoryOptions(Options):
     )
     block_swap_ring_size: int = option(
         2,
-        at_least=1,
+        kind=whole(1),
         needs="blocks_to_swap",
         own=True,
         affects_training=False,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, option
+from library.options.kinds import whole
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class SavingOptions(Options, affects_training=False):
     save_every_n_epochs: int | None = option(
         None,
         usual=True,
-        at_least=1,
+        kind=whole(1),
         zero_is_unset=True,
         refused_by_leco="a run that is trained by prompts alone has steps and no epochs; use --save_every_n_steps",
         help="Save after every N-th epoch too. Unset or 0 does not.",
@@ -39,13 +40,13 @@ class SavingOptions(Options, affects_training=False):
     save_every_n_steps: int | None = option(
         None,
         usual=True,
-        at_least=1,
+        kind=whole(1),
         zero_is_unset=True,
         help="Save after every N-th step too. Unset or 0 does not.",
     )
     save_n_epoch_ratio: int | None = option(
         None,
-        at_least=1,
+        kind=whole(1),
         zero_is_unset=True,
         refused_by_leco="a run that is trained by prompts alone has steps and no epochs; use --save_every_n_steps",
         help="Save about N times over the run, after whole epochs. Wins over --save_every_n_epochs.",
@@ -53,14 +54,14 @@ class SavingOptions(Options, affects_training=False):
     save_last_n_epochs: int | None = option(
         None,
         usual=True,
-        at_least=1,
+        kind=whole(1),
         needs=("save_every_n_epochs", "save_n_epoch_ratio"),
         zero_is_unset=True,
         help="Keep only the newest N files saved after epochs and delete older ones. Unset or 0 keeps all.",
     )
     save_last_n_steps: int | None = option(
         None,
-        at_least=1,
+        kind=whole(1),
         needs="save_every_n_steps",
         zero_is_unset=True,
         help="Delete files saved after steps once they are more than N steps old. Unset or 0 keeps all.",
@@ -125,14 +126,14 @@ class StateOptions(Options, affects_training=False):
     save_state_on_train_end: bool = option(False, help="Save the training state at the end only.")
     save_last_n_epochs_state: int | None = option(
         None,
-        at_least=0,
+        kind=whole(0),
         needs="save_state",
         zero_is_unset=True,
         help="Keep only the newest N states saved after epochs. Unset goes by --save_last_n_epochs.",
     )
     save_last_n_steps_state: int | None = option(
         None,
-        at_least=0,
+        kind=whole(0),
         needs="save_state",
         zero_is_unset=True,
         help="Delete states saved after steps once they are more than N steps old. Unset goes by --save_last_n_steps.",
@@ -168,13 +169,13 @@ class StateOptions(Options, affects_training=False):
     )
     initial_epoch: int | None = option(
         None,
-        at_least=1,
+        kind=whole(1),
         unless="initial_step",
         refused_by_leco="a run that is trained by prompts alone has steps and no epochs; use --initial_step",
         help="Epoch to begin with, counted from 1. The learning rate schedule still starts at its beginning.",
     )
     initial_step: int | None = option(
-        None, at_least=0, help="Step to begin with, counted from 0. Wins over --initial_epoch."
+        None, kind=whole(0), help="Step to begin with, counted from 0. Wins over --initial_epoch."
     )
 
     @property

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, option
+from library.options.kinds import whole
 
 DRAWN = ("logging_dir", "log_with=wandb|all")
 
@@ -45,7 +46,7 @@ class TrackerOptions(Options, affects_training=False):
     profile: int = option(
         0,
         own=True,
-        at_least=0,
+        kind=whole(0),
         help="Write a trace of this many steps, from the third on, into --output_dir: a timeline of CPU and GPU for "
         "Perfetto. 0 writes none.",
     )

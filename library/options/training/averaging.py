@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, option
+from library.options.kinds import number, whole
 
 FILES, PREVIEWS, VALIDATION = "files", "previews", "validation"
 
@@ -13,15 +14,14 @@ class AveragingOptions(Options, own=True):
 
     ema_decay: float | None = option(
         None,
-        at_least=0,
-        at_most=0.999999,
+        kind=number(0, 0.999999),
         short_name="ema",
         help="Keep an exponential moving average of the adapter's weights with this decay per step, such as 0.999. "
         "Training itself does not use it. Unset keeps none.",
     )
     ema_update_after_step: int = option(
         0,
-        at_least=0,
+        kind=whole(0),
         needs="ema_decay",
         short_name="emaafter",
         help="Steps after which averaging begins; until then the average is the weights themselves.",

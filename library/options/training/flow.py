@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, option
+from library.options.kinds import number, whole
 
 WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
 HYBRIDS = ("qinglong_flux", "qinglong_qwen")
@@ -34,7 +35,7 @@ class FlowWeightingOptions(Options):
     )
     logit_std: float = option(
         1.0,
-        at_least=0,
+        kind=number(0),
         needs_images=True,
         needs=("weighting_scheme=logit_normal", LOGSNR),
         help="Standard deviation of the normal distribution behind --weighting_scheme logit_normal, and of the log-SNR "
@@ -42,8 +43,8 @@ class FlowWeightingOptions(Options):
     )
     mode_scale: float = option(
         1.29,
-        at_least=-1,
-        at_most=1.75,  # 2 / (pi - 2) is the maximum; larger scales leave 0..1
+        kind=number(-1, 1.75),
+        # 2 / (pi - 2) is the maximum; larger scales leave 0..1
         needs_images=True,
         needs="weighting_scheme=mode",
         help="How strongly --weighting_scheme mode prefers middle noise levels, -1 to 1.75. 0 treats all alike.",
@@ -67,7 +68,7 @@ class FlowSamplingOptions(Options, needs_images=True):
     )
     sigmoid_scale: float = option(
         1.0,
-        at_least=0,
+        kind=number(0),
         needs="timestep_sampling=sigmoid|shift|flux_shift|flux2_shift|qwen_shift|krea2_shift|qinglong_flux|"
         "qinglong_qwen",
         help="Factor on the normal draw of --timestep_sampling sigmoid and of those that shift it. Above 1 trains more "
@@ -76,14 +77,14 @@ class FlowSamplingOptions(Options, needs_images=True):
     discrete_flow_shift: float = option(
         3.0,
         usual=True,
-        above=0,
+        kind=number(above=0),
         needs="timestep_sampling=sigma|shift",
         help="How far --timestep_sampling sigma and shift push noise levels toward pure noise. 1 leaves them alone.",
     )
     num_timestep_buckets: int | None = option(
         None,
-        at_least=0,
-        at_most=1000,  # whole timesteps
+        kind=whole(0, 1000),
+        # whole timesteps
         own=True,
         help="Divide the distribution of noise levels into N equal parts and draw each equally often, so that small "
         "datasets see all levels evenly. Unset, 0 or 1 draws each level independently.",

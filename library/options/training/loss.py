@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, option
+from library.options.kinds import number
 
 HUBER_SCHEDULES = ("constant", "exponential", "snr")
 
@@ -27,20 +28,20 @@ class LossOptions(Options):
     )
     huber_c: float = option(
         0.1,
-        at_least=0,
+        kind=number(0),
         needs="loss_type=huber|smooth_l1",
         help="Threshold of huber and smooth_l1 at the noisy end. Differences above it count like l1.",
     )
     huber_scale: float = option(
         1.0,
-        at_least=0,
+        kind=number(0),
         needs="loss_type=huber|smooth_l1",
         help="Factor on the threshold of huber and smooth_l1.",
     )
     min_snr_gamma: float | None = option(
         None,
         usual=True,
-        at_least=0,
+        kind=number(0),
         help="Limit on the weight of nearly clean timesteps (min-SNR, 5 is usual). Unset weights all timesteps alike.",
     )
     scale_v_pred_loss_like_noise_pred: bool = option(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, option
+from library.options.kinds import PROBABILITY, number, whole
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class NetworkOptions(Options):
     network_dim: int | None = option(
         None,
         usual=True,
-        at_least=1,
+        kind=whole(1),
         unless="dim_from_weights",
         short_name="dim",
         help="Rank of the adapter: higher learns more detail and makes a larger file. Unset leaves it to the module, 4"
@@ -28,7 +29,7 @@ class NetworkOptions(Options):
     network_alpha: float = option(
         1,
         usual=True,
-        at_least=0,
+        kind=number(0),
         unless="dim_from_weights",
         short_name="alpha",
         help="Strength of the adapter as alpha divided by rank. Often half the rank or equal to it; 0 means equal.",
@@ -36,9 +37,9 @@ class NetworkOptions(Options):
     network_dropout: float | None = option(
         None,
         usual=True,
-        is_share=True,
+        kind=PROBABILITY,
         short_name="dropout",
-        help="Probability of dropping each value inside the adapter during training, 0 to 1. Unset drops none.",
+        help="Probability of dropping each value inside the adapter during training, below 1. Unset drops none.",
     )
     network_args: list[str] | None = option(
         None,
@@ -101,7 +102,7 @@ class NetworkOptions(Options):
         None,
         on_resume="new rate",
         usual=True,
-        at_least=0,
+        kind=number(0),
         unless="network_train_text_encoder_only",
         short_name="unetlr",
         help="Learning rate of the denoiser's adapter. Unset uses --learning_rate.",
@@ -110,7 +111,7 @@ class NetworkOptions(Options):
         None,
         on_resume="new rate",
         usual=True,
-        at_least=0,
+        kind=number(0),
         unless="network_train_unet_only",
         short_name="telr",
         help="Learning rate of the text encoder's adapter, several values for several encoders. Unset uses "

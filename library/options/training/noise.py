@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, option
+from library.options.kinds import number, whole
 
 MOST_NOISE = 100.0  # multiples of the noise itself; training fails long before
 
@@ -13,23 +14,20 @@ class NoiseOptions(Options):
 
     min_timestep: int | None = option(
         None,
-        at_least=0,
-        at_most=1000,
+        kind=whole(0, 1000),
         ignored_by_leco="noise levels are those of the denoising steps, drawn uniformly",
         help="Lowest timestep to train, 0 to 999: the cleaner end. Unset is 0.",
     )
     max_timestep: int | None = option(
         None,
-        at_least=1,
-        at_most=1000,
+        kind=whole(1, 1000),
         ignored_by_leco="noise levels are those of the denoising steps, drawn uniformly",
         help="Timestep to stay below in training, 1 to 1000: the noisier end. Unset is 1000.",
     )
     noise_offset: float | None = option(
         None,
         usual=True,
-        at_least=-MOST_NOISE,
-        at_most=MOST_NOISE,
+        kind=number(-MOST_NOISE, MOST_NOISE),
         help="Strength of noise that shifts whole colour channels, for darker darks and brighter brights; 0.05 is "
         "usual. Unset adds none.",
     )
@@ -41,26 +39,24 @@ class NoiseOptions(Options):
     adaptive_noise_scale: float | None = option(
         None,
         requires="noise_offset",
-        at_least=-MOST_NOISE,
-        at_most=MOST_NOISE,
+        kind=number(-MOST_NOISE, MOST_NOISE),
         ignored_by_leco="there are no images whose brightness it could follow",
         help="Factor on the mean brightness of the latents that is added to --noise_offset. Unset adds nothing.",
     )
     multires_noise_iterations: int | None = option(
         None,
-        at_least=0,
+        kind=whole(0),
         help="Number of coarser noise layers added to the noise, 6 to 10 is usual. Unset adds none.",
     )
     multires_noise_discount: float = option(
         0.3,
-        at_least=0,
+        kind=number(0),
         needs="multires_noise_iterations",
         help="Factor by which each coarser noise layer is weaker than the one before, 0 to 1.",
     )
     ip_noise_gamma: float | None = option(
         None,
-        at_least=0,
-        at_most=MOST_NOISE,
+        kind=number(0, MOST_NOISE),
         ignored_by_leco="the model generates the latents, so no noise is added",
         help="Strength of extra noise on the model's input that the target does not contain; 0.1 is usual. Unset adds "
         "none.",

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from library.options.base import Options, int_or_float, option
+from library.options.base import Options, option
+from library.options.kinds import SHARE, number, steps, whole
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,14 @@ class OptimizerOptions(Options):
         2e-06,
         on_resume="new rate",
         usual=True,
-        at_least=0,
+        kind=number(0),
         short_name="lr",
         help="Learning rate, where --unet_lr and --text_encoder_lr do not say otherwise. 1e-4 is usual for LoRA.",
     )
     max_grad_norm: float = option(
         1.0,
         usual=True,
-        at_least=0,
+        kind=number(0),
         short_name="clip",
         help="Largest norm of the gradient over all trained weights; larger gradients are clipped to it. 0 never "
         "clips.",
@@ -50,7 +51,12 @@ class OptimizerOptions(Options):
         help="Round the weights of an adapter in bf16 up or down at random after each step, so that steps too small "
         "for bf16 count on average. The optimizer computes and remembers in float32.",
     )
-    fused_backward_pass: bool = option(False, help="Update weights inside the backward pass, with Adafactor only.")
+    fused_backward_pass: bool = option(
+        False,
+        ignored="it frees each gradient as soon as it is used, which saves gigabytes in full fine-tuning; the "
+        "gradients of an adapter are as small as the adapter",
+        help="Has no effect: it saves the memory of gradients, which are as small as the adapter.",
+    )
 
 
 @dataclass(frozen=True)
@@ -78,39 +84,37 @@ class ScheduleOptions(Options):
     lr_warmup_steps: int | float = option(
         0,
         usual=True,
-        at_least=0,
+        kind=steps(0),
         short_name="warmup",
         help="Steps over which the learning rate rises from 0: a whole number, or a share of the run such as 0.1. 0 "
         "starts at the full rate.",
-        type=int_or_float,
     )
     lr_decay_steps: int | float = option(
         0,
-        at_least=0,
+        kind=steps(0),
         short_name="decay",
         help="Steps over which warmup_stable_decay lowers the learning rate at the end: a whole number, or a share of "
         "the run below 1.",
-        type=int_or_float,
     )
     lr_scheduler_num_cycles: int = option(
         1,
         usual=True,
-        at_least=1,
+        kind=whole(1),
         short_name="cycles",
         help="Number of restarts of cosine_with_restarts; half waves of cosine_with_min_lr and warmup_stable_decay.",
     )
     lr_scheduler_power: float = option(
-        1, at_least=0, short_name="power", help="Exponent of the polynomial schedule. 1 falls in a straight line."
+        1, kind=number(0), short_name="power", help="Exponent of the polynomial schedule. 1 falls in a straight line."
     )
     lr_scheduler_timescale: int | None = option(
         None,
-        at_least=1,
+        kind=whole(1),
         short_name="timescale",
         help="Steps that set the pace of inverse_sqrt. Unset uses the warm-up, or 10000 without one.",
     )
     lr_scheduler_min_lr_ratio: float | None = option(
         None,
-        is_share=True,
+        kind=SHARE,
         short_name="minlr",
         help="Learning rate at the end as a share of that at the start, for cosine_with_min_lr, warmup_stable_decay "
         "and rex (unset: 0.01).",

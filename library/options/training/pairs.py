@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, option
+from library.options.kinds import number
 
 EXCLUDES = {
     "dataset_class": "its batches have no pairs",
@@ -23,14 +24,14 @@ class PairOptions(Options, needs_images=True, own=True):
     )
     preference_beta: float = option(
         2000.0,
-        above=0,
+        kind=number(above=0),
         needs="preference_loss=dpo",
         help="How strongly --preference_loss dpo ties the adapter to the model without it; 2000 to 5000 are usual. "
         "Lower values let it move further.",
     )
     pair_slider: float | None = option(
         None,
-        above=0,
+        kind=number(above=0),
         excludes=EXCLUDES,
         help="Train a slider from pairs: one adapter, at this strength on the images and at minus this strength on "
         "those of the subset's opposite_dir. 1 is usual.",

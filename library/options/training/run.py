@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from library.options.base import Options, option
+from library.options.kinds import whole
 
 MAX_SEED = 2**63 - 1
 
@@ -15,7 +16,7 @@ class RunOptions(Options):
     max_train_steps: int = option(
         1600,
         usual=True,
-        at_least=1,
+        kind=whole(1),
         on_resume="new length",
         help="Number of optimizer steps to train. --max_train_epochs wins when set.",
     )
@@ -23,7 +24,7 @@ class RunOptions(Options):
         None,
         on_resume="new length",
         usual=True,
-        at_least=1,
+        kind=whole(1),
         zero_is_unset=True,
         refused_by_leco="a run that is trained by prompts alone has steps and no epochs; use --max_train_steps",
         help="Number of passes over all images and their repeats. Unset goes by --max_train_steps.",
@@ -31,8 +32,7 @@ class RunOptions(Options):
     seed: int | None = option(
         None,
         usual=True,
-        at_least=-MAX_SEED,
-        at_most=MAX_SEED,
+        kind=whole(-MAX_SEED, MAX_SEED),
         kept_in_state=True,
         short_name="seed",
         help="Seed of all random numbers, so that a run can be repeated. Unset draws one.",
@@ -40,7 +40,7 @@ class RunOptions(Options):
     gradient_accumulation_steps: int = option(
         1,
         usual=True,
-        at_least=1,
+        kind=whole(1),
         help="Batches that are averaged for one optimizer step. Acts like a larger batch without needing its memory.",
     )
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, option
+from library.options.kinds import whole
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class SweepOptions(Options, own=True, affects_training=False):
     )
     sweep_stop_after: int | None = option(
         None,
-        at_least=1,
+        kind=whole(1),
         needs="sweep",
         excludes={"sweep_only": "a run alone has none to be compared with"},
         help="Train --sweep in rounds that end at the first validation from this step on, from twice as many, and so "

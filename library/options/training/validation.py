@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, option
+from library.options.kinds import whole
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,14 @@ class ValidationOptions(Options, needs_images=True):
     validate_every_n_steps: int | None = option(
         None,
         usual=True,
-        at_least=1,
+        kind=whole(1),
         affects_training=False,
         zero_is_unset=True,
         help="Measure the validation loss every N steps.",
     )
     validate_every_n_epochs: int | None = option(
         None,
-        at_least=1,
+        kind=whole(1),
         affects_training=False,
         zero_is_unset=True,
         help="Measure the validation loss every N epochs. Without it and --validate_every_n_steps, after every epoch.",
@@ -45,7 +46,7 @@ class ValidationOptions(Options, needs_images=True):
     )
     max_validation_steps: int | None = option(
         None,
-        at_least=1,
+        kind=whole(1),
         affects_training=False,
         zero_is_unset=True,
         help="Maximum number of batches to measure the validation loss on. Unset uses all.",
@@ -53,7 +54,7 @@ class ValidationOptions(Options, needs_images=True):
     early_stop_patience: int | None = option(
         None,
         own=True,
-        at_least=1,
+        kind=whole(1),
         affects_training=False,
         help="End the run, and save, after N validations in a row that are each worse than the best one by more than "
         "chance. Unset trains to the end.",

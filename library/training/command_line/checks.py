@@ -16,6 +16,7 @@ from library.errors import UserError
 from library.memory.codecs.weight_format import load_format
 from library.memory.planner.gpus import parse_size
 from library.options.base import Options
+from library.options.kinds import read_value
 from library.options.leco import list_ignored_by_leco
 from library.options.machine.base_formats import BASE_FORMATS
 from library.options.machine.compiling import CompileOptions
@@ -23,7 +24,6 @@ from library.options.machine.memory import PrecisionOptions
 from library.options.model import ModelOptions
 from library.options.no_effect import find_unused
 from library.options.output.preview import PreviewOptions
-from library.options.tables import read_value
 from library.options.train import TrainOptions
 from library.options.training.network import NetworkOptions
 from library.training.command_line import doubtful

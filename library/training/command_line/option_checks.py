@@ -8,8 +8,9 @@ from pathlib import Path
 from library.data.concepts.prompts_file import FLAG as PROMPTS_FLAG
 from library.data.concepts.prompts_file import read_prompt_pairs
 from library.errors import NoDataFound, NotThere, UserError
-from library.options.base import Options, PathKind
+from library.options.base import Options
 from library.options.dataset import FOLDER_FLAGS
+from library.options.declared import PathKind
 from library.options.leco import list_ignored_by_leco, list_refused_by_leco
 from library.options.model import BASE
 from library.options.no_effect import explain_unused, is_requested, is_set
@@ -154,18 +155,14 @@ def refuse_passwords(options: Options) -> None:
 
 def check_choices(options: Options) -> None:
     """Raise UserError for a value outside an option's choices, as a config file may contain."""
-    values, declarations = options.flat(), type(options).declarations()
-    for field, _ in type(options).leaves():
-        choices = field.metadata.get("choices")
-        if choices is None or declarations[field.name].takes_other_values:
+    values = options.flat()
+    for name, declared in type(options).declarations().items():
+        value, choices = values[name], declared.choices
+        if choices is None or declared.takes_other_values or not is_set(value, declared.default):
             continue
-        value = values[field.name]
-        if all(item in choices for item in (value if isinstance(value, list) else [value])):
-            continue
-        if not is_set(values[field.name], field.default):
-            continue
-        known = ", ".join(str(choice) for choice in choices if choice is not None)
-        raise UserError.about(f"--{field.name}", f"is {values[field.name]!r}; use one of {known}")
+        if not all(item in choices for item in (value if isinstance(value, list) else [value])):
+            known = ", ".join(str(choice) for choice in choices if choice is not None)
+            raise UserError.about(f"--{name}", f"is {value!r}; use one of {known}")
 
 
 def check_required(base_model: str | None, network_module: str | None, output_dir: str | None) -> None:

@@ -7,14 +7,16 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from library.errors import UserError, naming
 from library.options.config_file import read_json, read_text, read_toml
+from library.options.declared import declare, list_declared
+from library.options.kinds import TABLE, TEXT, TEXTS, Kind, choice, number, read_value, whole
 from library.options.output.sampler_names import ALIASES, SAMPLERS
-from library.options.tables import TABLE, TEXT, TEXTS, Kind, Table, choice, number, read_table, read_value, whole
+from library.options.tables import Table, read_table
 from library.options.training.run import MAX_SEED
 from library.protocols import Architecture, PromptDefaults
 from library.suggestions import did_you_mean
@@ -40,38 +42,47 @@ SEED = Kind(
 )
 
 
-def setting(kind: Kind, letters: str) -> Any:
-    """Declare a field that is a key in TOML and JSON, and the option `--letters` in a line of text."""
-    return field(default=None, metadata={"kind": kind, "letters": letters})
-
-
 @dataclass(frozen=True)
 class PromptSpec:
     """The settings of one prompt; None if not given. Field names are the keys in TOML and JSON."""
 
     place: str  # "--sample_prompts prompts.txt, line 3", for messages
     prompt: str
-    negative_prompt: str | None = setting(TEXT, "n")
-    width: int | None = setting(whole(1, 1 << 16), "w")
-    height: int | None = setting(whole(1, 1 << 16), "h")
-    seed: int | None = setting(SEED, "d")
-    sample_steps: int | None = setting(whole(1, 1000), "s")
-    scale: float | None = setting(number(-100.0, 1000.0), "l")
-    guidance_scale: float | None = setting(SCALE, "g")
-    sample_sampler: str | None = setting(SAMPLER, "ss")
-    cfg_trunc_ratio: float | None = setting(number(0.0, 1.0), "ctr")
-    renorm_cfg: float | None = setting(SCALE, "rcfg")
-    flow_shift: float | None = setting(number(1e-3, 1000.0), "fs")
-    image_path: str | None = setting(TEXT, "i")
-    controlnet_image: str | None = setting(TEXT, "cn")
-    control_image_path: tuple[str, ...] | None = setting(PATHS, "ci")  # reference images; `--ci` may be repeated
-    strength: float | None = setting(STRENGTH, "am")
+    negative_prompt: str | None = declare(
+        TEXT, None, "What the image is guided away from; has no effect without guidance.", letters="n"
+    )
+    width: int | None = declare(
+        whole(1, 1 << 16), None, "Width in pixels, rounded down to what the base model draws.", letters="w"
+    )
+    height: int | None = declare(
+        whole(1, 1 << 16), None, "Height in pixels, rounded down to what the base model draws.", letters="h"
+    )
+    seed: int | None = declare(SEED, None, "Seed of the noise; -1 is none.", letters="d")
+    sample_steps: int | None = declare(whole(1, 1000), None, "Number of steps.", letters="s")
+    scale: float | None = declare(
+        number(-100.0, 1000.0), None, "Scale of classifier-free guidance; 1 and below is none.", letters="l"
+    )
+    guidance_scale: float | None = declare(SCALE, None, "Guidance input of a guidance-distilled model.", letters="g")
+    sample_sampler: str | None = declare(SAMPLER, None, "Sampler, before --sample_sampler.", letters="ss")
+    cfg_trunc_ratio: float | None = declare(number(0.0, 1.0), None, "Share of the steps with guidance.", letters="ctr")
+    renorm_cfg: float | None = declare(SCALE, None, "Limit on the norm of a guided prediction.", letters="rcfg")
+    flow_shift: float | None = declare(
+        number(1e-3, 1000.0), None, "Shift of the noise levels toward noise.", letters="fs"
+    )
+    image_path: str | None = declare(TEXT, None, "Image that an inpainting model repaints.", letters="i")
+    controlnet_image: str | None = declare(TEXT, None, "Has no effect: no ControlNet is loaded.", letters="cn")
+    control_image_path: tuple[str, ...] | None = declare(
+        PATHS, None, "Reference images, in a line one per option.", letters="ci"
+    )
+    strength: float | None = declare(
+        STRENGTH, None, "Strength of the adapter; a line may list several, an image each.", letters="am"
+    )
 
 
 REFERENCES = "control_image_path"
-SETTINGS = {f.name: f.metadata for f in fields(PromptSpec) if f.metadata}
-KINDS: Mapping[str, Kind] = {"prompt": TEXT, **{name: metadata["kind"] for name, metadata in SETTINGS.items()}}
-LINE_OPTIONS: Mapping[str, str] = {metadata["letters"]: name for name, metadata in SETTINGS.items()}
+SETTINGS = list_declared(PromptSpec)
+KINDS: Mapping[str, Kind] = {"prompt": TEXT, **{name: setting.kind for name, setting in SETTINGS.items()}}
+LINE_OPTIONS: Mapping[str, str] = {setting.letters: name for name, setting in SETTINGS.items()}
 """Option in a line of text, without `--` -> its name in TOML and JSON."""
 
 
@@ -182,7 +193,7 @@ def parse_prompt_table(table: Any, place: str) -> PromptSpec:
 
 def describe_setting(key: str) -> str:
     """Format a setting with its name in TOML and in a line: `width (--w)`."""
-    return f"{key} (--{SETTINGS[key]['letters']})" if key in SETTINGS else key
+    return f"{key} (--{SETTINGS[key].letters})" if key in SETTINGS else key
 
 
 def resolve_all(specs: Iterable[PromptSpec], arch: Architecture) -> list[Prompt]:

@@ -127,8 +127,9 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any
     if is_adafactor:
         keywords = adafactor_keywords(arguments)
         has_relative_step = keywords["relative_step"]
-    if options.fused_backward_pass:
-        check_fused_backward_pass(is_adafactor, optimizer_type)
+    if options.fused_backward_pass and not is_adafactor:
+        reason = f"works with --optimizer_type Adafactor only, not {optimizer_type}; leave it out"
+        raise UserError.about("--fused_backward_pass", reason)
     if has_relative_step:
         logger.warning(
             "Adafactor with relative_step=True sets its own learning rates: --learning_rate, --unet_lr, "
@@ -328,18 +329,6 @@ def check_order_of_sums(optimizer: Optimizer, optimizer_type: str) -> None:
             cause="does not fit",
             others=["--optimizer_type"],
         )
-
-
-def check_fused_backward_pass(is_adafactor: bool, optimizer_type: str) -> None:
-    """Refuse or warn of the fused backward pass, which is for full fine-tuning and does not help small adapters."""
-    if not is_adafactor:
-        raise UserError.about(
-            "--fused_backward_pass", f"works with --optimizer_type Adafactor only, not {optimizer_type}; leave it out"
-        )
-    logger.warning(
-        "--fused_backward_pass has no effect: it frees each gradient as soon as it is used, which saves gigabytes in "
-        "full fine-tuning; the gradients of an adapter are as small as the adapter"
-    )
 
 
 def check_rates(groups: Sequence[Mapping[str, Any]], learning_rate: float, name: str) -> None:

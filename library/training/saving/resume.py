@@ -12,7 +12,8 @@ from library.checkpoints.files import remove_temporary
 from library.checkpoints.folders import tidy
 from library.errors import UserError, list_few
 from library.formatting import format_count
-from library.options.base import OnResume, Options
+from library.options.base import Options
+from library.options.declared import OnResume
 from library.options.output.saving import HubOptions, StateOptions
 from library.options.training.network import NetworkOptions
 from library.processes import Processes

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from library.errors import UserError
-from library.options.base import Options, scalar_type
+from library.options.base import Options
 from library.options.caching import CachingOptions
 from library.options.config_file import ConfigFileOptions
 from library.options.machine.compiling import CompileOptions
@@ -243,13 +243,12 @@ def resolve_run_options(
 
 def parse_value(kind: type[Options], name: str, text: str) -> Any:
     """Parse an option's value as the command line does."""
-    field, hint = next((field, hint) for field, hint in kind.leaves() if field.name == name)
     declared = kind.declarations()[name]
-    if text.lower() == NONE and field.default is None:
+    if text.lower() == NONE and declared.default is None:
         return None
-    read = read_switch if hint is bool else field.metadata.get("type", scalar_type(hint))
+    read = declared.kind.parse
     try:
-        value = [read(part) for part in split_words(text)] if field.metadata.get("nargs") else read(text)
+        value = [read(part) for part in split_words(text)] if declared.nargs else read(text)
     except (ValueError, ArgumentTypeError) as error:
         raise UserError.about("--sweep", f"{name}: {text!r} is no value of --{name}: {error}") from error
     for number in value if isinstance(value, list) else [value]:

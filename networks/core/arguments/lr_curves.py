@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from library.errors import UserError
-from networks.core.arguments.values import parse_number, parse_numbers
+from library.options.kinds import Kind, parse_text
+from networks.core.arguments.values import NUMBER, NUMBERS
 
 LR_CURVES: Mapping[str, Callable[[float], float]] = {  # factor by the relative position of a block in its side, 0 to 1
     "cosine": lambda t: math.sin(math.pi / 2 * (1 - t)),
@@ -31,8 +31,12 @@ def parse_lr_weights(text: str) -> LrWeights:
     """Parse comma-separated learning rate factors, or a curve such as `cosine` or `sine+0.25`."""
     name, plus, offset = text.replace(" ", "").partition("+")
     if name in LR_CURVES:
-        return LrPreset(name, parse_number(offset) if plus else 0.0)
+        return LrPreset(name, parse_text(offset, NUMBER) if plus else 0.0)
     try:
-        return parse_numbers(text)
+        weights: tuple[float, ...] = parse_text(text, NUMBERS)
     except ValueError:
-        raise UserError(f"expected numbers with commas between them, or one of {', '.join(LR_CURVES)}") from None
+        raise ValueError(text) from None
+    return weights
+
+
+LR_WEIGHTS = Kind(f"numbers with commas between them, or one of {', '.join(LR_CURVES)}", parse=parse_lr_weights)

@@ -1,12 +1,13 @@
-"""Parsers of single network argument values. Each `parse_*` function raises UserError naming the expected form."""
+"""Kinds of network arguments, in addition to those of library/options/kinds.py."""
 
 import ast
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from library.errors import UserError
 from library.network_args import TRUE_WORDS
+from library.options.kinds import BOOL, Kind, number, parse_text, whole
 
 FALSE_WORDS = ("false", "0", "no", "n", "off")
 
@@ -21,78 +22,12 @@ class Selection:
         return self.indices is None or index in self.indices
 
 
-def parse_bool(text: str) -> bool:
+def parse_switch(text: str) -> bool:
     """Parse True or False in any common spelling."""
     word = text.strip().lower()
-    if word in TRUE_WORDS:
-        return True
-    if word in FALSE_WORDS:
-        return False
-    raise UserError(f"expected True or False, one of {', '.join(TRUE_WORDS + FALSE_WORDS)}")
-
-
-def parse_rank(text: str) -> int:
-    """Parse a rank, an integer of at least 0. Rank 0 skips the module."""
-    try:
-        rank = int(text)
-    except ValueError:
-        raise UserError("expected a whole number") from None
-    if rank < 0:
-        raise UserError("expected 0 or more")
-    return rank
-
-
-def parse_unit(text: str) -> int:
-    """Parse a block size, an integer of at least 1."""
-    if (unit := parse_rank(text)) == 0:
-        raise UserError("expected 1 or more")
-    return unit
-
-
-def parse_factor(text: str) -> int:
-    """Parse an integer of at least 1, or -1."""
-    return -1 if text.strip() == "-1" else parse_unit(text)
-
-
-def parse_number(text: str) -> float:
-    """Parse a finite number of at least 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        raise UserError("expected a number") from None
-    if not 0 <= number < float("inf"):
-        raise UserError("expected a number from 0")
-    return number
-
-
-def parse_power(text: str) -> float:
-    """Parse a finite number above 0."""
-    if (number := parse_number(text)) == 0:
-        raise UserError("expected a number above 0")
-    return number
-
-
-def parse_probability(text: str) -> float:
-    """Parse a probability of at least 0 and below 1. At 1 nothing would be trained."""
-    number = parse_number(text)
-    if number >= 1:
-        raise UserError("expected a chance from 0 to below 1")
-    return number
-
-
-def parse_ranks(text: str) -> tuple[int, ...]:
-    """Parse comma-separated ranks; an empty item is 0."""
-    return tuple(parse_rank(item or "0") for item in text.replace(" ", "").split(","))
-
-
-def parse_numbers(text: str) -> tuple[float, ...]:
-    """Parse comma-separated numbers; an empty item is 0."""
-    return tuple(parse_number(item or "0") for item in text.replace(" ", "").split(","))
-
-
-def parse_embedder_ranks(text: str) -> tuple[int, ...]:
-    """Parse comma-separated ranks, optionally in square brackets; an empty item is 0."""
-    return parse_ranks(text.strip().removeprefix("[").removesuffix("]"))
+    if word not in TRUE_WORDS + FALSE_WORDS:
+        raise ValueError(text)
+    return word in TRUE_WORDS
 
 
 def parse_selection(text: str) -> Selection:
@@ -114,14 +49,22 @@ def parse_selection(text: str) -> Selection:
     return Selection(frozenset(indices))
 
 
-def parse_expression_ranks(text: str) -> tuple[tuple[str, int], ...]:
-    """Parse comma-separated `expression=rank` items. An expression cannot contain a comma."""
-    return tuple((expression, parse_rank(value)) for expression, value in _expressions(text))
+def list_of(item: Kind) -> Kind:
+    """Return the kind of comma-separated values, optionally in square brackets; an empty item is 0."""
+
+    def parse(text: str) -> tuple[Any, ...]:
+        text = text.replace(" ", "").removeprefix("[").removesuffix("]")
+        return tuple(parse_text(part or "0", item) for part in text.split(","))
+
+    return replace(item, fits=lambda v: True, convert=tuple, parse=parse, is_list=True)
 
 
-def parse_expression_rates(text: str) -> tuple[tuple[str, float], ...]:
-    """Parse comma-separated `expression=rate` items. An expression cannot contain a comma."""
-    return tuple((expression, parse_number(value)) for expression, value in _expressions(text))
+def by_expression(item: Kind) -> Kind:
+    """Return the kind of comma-separated `expression=value`. An expression cannot contain a comma."""
+    return Kind(
+        "expression=value with commas between them",
+        parse=lambda text: tuple((expression, parse_text(value, item)) for expression, value in _expressions(text)),
+    )
 
 
 def parse_patterns(text: str) -> tuple[str, ...]:
@@ -159,26 +102,11 @@ def _check_expression(pattern: str) -> None:
         raise UserError(f"{pattern!r} is no regular expression: {error}") from None
 
 
-@dataclass(frozen=True)
-class ValueForm:
-    """The form of a value, for authors of forms: its type, whether it is a list, and its range."""
-
-    type: str  # as of an option: "flag", "int", "float" or "text"
-    is_list: bool = False
-    minimum: float | None = None
-    exclusive_minimum: float | None = None
-    exclusive_maximum: float | None = None
-
-
-FORMS: Mapping[Callable[[str], object], ValueForm] = {  # of parsers; the values of others are texts
-    parse_bool: ValueForm("flag"),
-    parse_rank: ValueForm("int", minimum=0),
-    parse_unit: ValueForm("int", minimum=1),
-    parse_factor: ValueForm("int", minimum=-1),
-    parse_number: ValueForm("float", minimum=0),
-    parse_power: ValueForm("float", exclusive_minimum=0),
-    parse_probability: ValueForm("float", minimum=0, exclusive_maximum=1),
-    parse_ranks: ValueForm("int", is_list=True, minimum=0),
-    parse_numbers: ValueForm("float", is_list=True, minimum=0),
-    parse_embedder_ranks: ValueForm("int", is_list=True, minimum=0),
-}
+SWITCH = replace(BOOL, name=f"True or False, one of {', '.join(TRUE_WORDS + FALSE_WORDS)}", parse=parse_switch)
+RANK, UNIT = whole(0), whole(1)  # rank 0 skips the module
+FACTOR = replace(whole(-1), name="a whole number from 1, or -1", fits=lambda v: v == -1 or UNIT.fits(v))
+NUMBER, POSITIVE = number(0), number(above=0)
+RANKS, NUMBERS = list_of(RANK), list_of(NUMBER)
+RANKS_BY_EXPRESSION, NUMBERS_BY_EXPRESSION = by_expression(RANK), by_expression(NUMBER)
+PATTERNS = Kind("regular expressions", parse=parse_patterns)
+SELECTION = Kind("all, none, or numbers and ranges such as 0-3,7", parse=parse_selection)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks.core.arguments.network_arguments import Requirement, argument
-from networks.core.arguments.values import parse_bool
+from library.options.declared import declare
+from networks.core.arguments.values import SWITCH
 from networks.core.changes.alpha import SCALAR, ScaledDelta
 from networks.core.changes.change import ChangeSize, Delta, Forward, get_weight, weight_shape
 from networks.core.changes.dropout import NO_DROPOUT, Dropout
@@ -51,14 +51,14 @@ def can_have_magnitudes(layer: nn.Module) -> bool:
 class DoraArguments:
     """The network arguments of DoRA."""
 
-    dora_wd: bool = argument(parse_bool, False, "Train magnitudes of the changed weight (DoRA).")
-    dora_constant_norm: bool = argument(
-        parse_bool, False, "Leave the norm out of the backward pass, as the paper does to save memory.",
-        requires=Requirement((("dora_wd",),), "dora_wd"),
+    dora_wd: bool = declare(SWITCH, False, "Train magnitudes of the changed weight (DoRA).")
+    dora_constant_norm: bool = declare(
+        SWITCH, False, "Leave the norm out of the backward pass, as the paper does to save memory.",
+        needs="dora_wd",
     )  # fmt: skip
-    wd_on_output: bool = argument(
-        parse_bool, False, "One magnitude per output in place of one per input.", aliases=("wd_on_out",),
-        requires=Requirement((("dora_wd",),), "dora_wd"),
+    wd_on_output: bool = declare(
+        SWITCH, False, "One magnitude per output in place of one per input.", aliases=("wd_on_out",),
+        needs="dora_wd",
     )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 from torch.nn.grad import conv2d_input
 
-from networks.core.arguments.network_arguments import Requirement, argument
-from networks.core.arguments.values import parse_number
+from library.options.declared import declare
+from networks.core.arguments.values import NUMBER
 from networks.core.changes.alpha import ScaledDelta
 from networks.core.changes.change import Delta, Forward, get_weight, weight_shape
 from networks.core.changes.dora import squared_rows
@@ -30,13 +30,13 @@ DEVIATION = "ggpo_deviation"  # in memory and in training states only
 class GgpoArguments:
     """The network arguments of GGPO, which needs both of them."""
 
-    ggpo_sigma: float | None = argument(
-        parse_number, None, "Noise on weights in training, by the norms of rows.",
-        requires=Requirement((("ggpo_beta",),), "ggpo_beta"),
+    ggpo_sigma: float | None = declare(
+        NUMBER, None, "Noise on weights in training, by the norms of rows.",
+        needs="ggpo_beta",
     )  # fmt: skip
-    ggpo_beta: float | None = argument(
-        parse_number, None, "Noise on weights in training, by the norms of the gradients of rows.",
-        requires=Requirement((("ggpo_sigma",),), "ggpo_sigma"),
+    ggpo_beta: float | None = declare(
+        NUMBER, None, "Noise on weights in training, by the norms of the gradients of rows.",
+        needs="ggpo_sigma",
     )  # fmt: skip
 
     label: ClassVar[str] = "ggpo_sigma and ggpo_beta"

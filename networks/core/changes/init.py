@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.core.arguments.network_arguments import argument
+from library.options.declared import declare
+from library.options.kinds import Kind
 from networks.core.changes.change import Delta, get_weight
 from networks.core.changes.low_rank import LowRank, TwoFactors
 from networks.core.changes.parameter_keys import ALPHA, DOWN, START, UP
@@ -30,19 +31,19 @@ INITS = ("default", PISSA, f"{PISSA}_niter_4", OLORA, ORTHOGONAL)
 PISSA_WITH_ITERATIONS = re.compile(rf"{PISSA}_niter_(\d{{1,3}})")
 
 
-def parse_init(text: str) -> str | None:
-    """Parse the name of an initialisation; the default is None. Raises UserError for an unknown name."""
-    name = text.strip().lower()
-    if name not in INITS and not PISSA_WITH_ITERATIONS.fullmatch(name):
-        raise UserError(f"expected one of {', '.join(INITS)} (any number of power iterations)")
-    return None if name == "default" else name
+INIT = Kind(
+    f"one of {', '.join(INITS)} (any number of power iterations)",
+    lambda name: name in INITS or PISSA_WITH_ITERATIONS.fullmatch(name) is not None,
+    lambda name: None if name == "default" else name,
+    parse=lambda text: text.strip().lower(),
+)
 
 
 @dataclass(frozen=True)
 class InitArguments:
     """Initial values of the factors of a LoRA. By default up starts at zero and down at random."""
 
-    init: str | None = argument(parse_init, None, f"One of {', '.join(INITS)}.")
+    init: str | None = declare(INIT, None, f"One of {', '.join(INITS)}.")
 
     switches: ClassVar[tuple[str, ...]] = ("init",)
     made_for: ClassVar[str] = "it says where the two factors of a LoRA start, and both of them train"

@@ -10,11 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from networks.core.arguments.network_arguments import Requirement, argument
-from networks.core.arguments.values import parse_bool, parse_power, parse_unit
+from library.options.declared import Needs, declare
+from networks.core.arguments.values import POSITIVE, SWITCH, UNIT
 from networks.core.changes.dropout import num_channels, per_channel
 
-WITH_TLORA = Requirement((("tlora",),), "tlora=True or networks.tlora")
+WITH_TLORA = Needs((("tlora",),), "tlora=True or networks.tlora")
 
 ROUNDED = 1e-4  # in ranks: float32 rounding can put a level this far below a whole number
 
@@ -23,10 +23,10 @@ ROUNDED = 1e-4  # in ranks: float32 rounding can put a level this far below a wh
 class TLoraArguments:
     """The network arguments of T-LoRA."""
 
-    tlora: bool = argument(parse_bool, False, "The noisier a sample, the fewer ranks act on it.")
-    tlora_min_rank: int = argument(parse_unit, 1, "The ranks that act on pure noise.", requires=WITH_TLORA)
-    tlora_power: float = argument(
-        parse_power, 1.0, "Power of the share of the signal that the ranks follow; 1 is linear.", requires=WITH_TLORA
+    tlora: bool = declare(SWITCH, False, "The noisier a sample, the fewer ranks act on it.")
+    tlora_min_rank: int = declare(UNIT, 1, "The ranks that act on pure noise.", needs=WITH_TLORA)
+    tlora_power: float = declare(
+        POSITIVE, 1.0, "Power of the share of the signal that the ranks follow; 1 is linear.", needs=WITH_TLORA
     )
 
     label: ClassVar[str] = "tlora"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings, argument
-from networks.core.arguments.values import parse_bool, parse_rank, parse_unit
+from library.options.declared import declare
+from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings
+from networks.core.arguments.values import RANK, SWITCH, UNIT
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.blocks import (
     REFUSED,
@@ -181,21 +182,21 @@ LAYOUT = KeyLayout(
 class BoftArguments:
     """The network arguments of BOFT."""
 
-    block_size: int | None = argument(
-        parse_unit, None, "The size of the blocks, before --network_dim.", aliases=("boft_block_size",),
+    block_size: int | None = declare(
+        UNIT, None, "The size of the blocks, before --network_dim.", aliases=("boft_block_size",),
         is_fixed_by_file=True,
     )  # fmt: skip
-    block_num: int = argument(
-        parse_rank, 0, "How many blocks, in place of their size.", aliases=("boft_block_num",), is_fixed_by_file=True
+    block_num: int = declare(
+        RANK, 0, "How many blocks, in place of their size.", aliases=("boft_block_num",), is_fixed_by_file=True
     )
-    boft_n_butterfly_factor: int = argument(
-        parse_unit, 1, "How many factors rotate one after the other.", is_fixed_by_file=True
+    boft_n_butterfly_factor: int = declare(
+        UNIT, 1, "How many factors rotate one after the other.", is_fixed_by_file=True
     )
-    enable_conv: bool = argument(
-        parse_bool, False, "Adapt larger kernels, without a size of their own.", is_fixed_by_file=True
+    enable_conv: bool = declare(
+        SWITCH, False, "Adapt larger kernels, without a size of their own.", is_fixed_by_file=True
     )
-    auto_adjust: bool = argument(
-        parse_bool, True, "Take the nearest size where one does not divide a layer.", is_fixed_by_file=True
+    auto_adjust: bool = declare(
+        SWITCH, True, "Take the nearest size where one does not divide a layer.", is_fixed_by_file=True
     )
 
 

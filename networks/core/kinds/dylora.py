@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.options.declared import Needs, declare
 from library.randomness import random_for
 from networks.core.arguments.common import ON_CONVOLUTIONS
-from networks.core.arguments.network_arguments import NetworkArguments, Requirement, argument
-from networks.core.arguments.values import parse_bool, parse_unit
+from networks.core.arguments.network_arguments import NetworkArguments
+from networks.core.arguments.values import SWITCH, UNIT
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.change import Change, delta_of, get_weight
 from networks.core.changes.low_rank import LowRank, TwoFactors
@@ -38,12 +39,12 @@ UNITS: Mapping[str, tuple[str, str]] = {  # kind of target module -> (argument, 
 class DyloraArguments:
     """The network arguments of DyLoRA."""
 
-    unit: int = argument(parse_unit, 1, "Ranks are trained in blocks of so many.", aliases=("dyloRA",))
-    conv_unit: int = argument(
-        parse_unit, 1, "The blocks of convolutions larger than 1x1.",
-        requires=Requirement((ON_CONVOLUTIONS,), "conv_dim"),
+    unit: int = declare(UNIT, 1, "Ranks are trained in blocks of so many.", aliases=("dyloRA",))
+    conv_unit: int = declare(
+        UNIT, 1, "The blocks of convolutions larger than 1x1.",
+        needs=Needs((ON_CONVOLUTIONS,), "conv_dim"),
     )  # fmt: skip
-    train_all_ranks: bool = argument(parse_bool, True, "Train all rows up to the rank of a step, not its newest block.")
+    train_all_ranks: bool = declare(SWITCH, True, "Train all rows up to the rank of a step, not its newest block.")
 
 
 def resolve_nested_rank(rank: int, step_rank: int, full_rank: int, unit: int = 1) -> int:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from networks.core.arguments.network_arguments import NetworkArguments, argument
-from networks.core.arguments.values import parse_bool, parse_factor
+from library.options.declared import declare
+from networks.core.arguments.network_arguments import NetworkArguments
+from networks.core.arguments.values import FACTOR, SWITCH
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.additive import read_delta, wrap
 from networks.core.changes.change import Change, Delta, ModuleTensors, check_kernel, get_weight, match_dtype, stand_in
@@ -327,14 +328,14 @@ def _layouts() -> Iterator[KeyLayout]:
 class LokrArguments:
     """The network arguments of LoKr."""
 
-    factor: int | None = argument(
-        parse_factor, None, "A side of the small matrix; -1, as if unset, for the nearest to a square.",
+    factor: int | None = declare(
+        FACTOR, None, "A side of the small matrix; -1, as if unset, for the nearest to a square.",
         is_fixed_by_file=True,
     )  # fmt: skip
-    decompose_both: bool = argument(
-        parse_bool, False, "Make the small matrix a product too, where it is large enough.", is_fixed_by_file=True
+    decompose_both: bool = declare(
+        SWITCH, False, "Make the small matrix a product too, where it is large enough.", is_fixed_by_file=True
     )
-    full_matrix: bool = argument(parse_bool, False, "Make neither matrix a product.", is_fixed_by_file=True)
+    full_matrix: bool = declare(SWITCH, False, "Make neither matrix a product.", is_fixed_by_file=True)
 
 
 def make(request: ChangeRequest) -> Change:

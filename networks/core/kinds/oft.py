@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.options.declared import declare
 from networks.core.arguments.common import RankArguments
-from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings, argument
-from networks.core.arguments.values import parse_bool
+from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings
+from networks.core.arguments.values import SWITCH
 from networks.core.changes.alpha import WithAlpha
 from networks.core.changes.blocks import REFUSED, refuse_magnitudes, with_kernels
 from networks.core.changes.change import Change, ChangeSize, Forward, MergedOnly, Misfit, ModuleTensors, get_weight
@@ -305,11 +306,11 @@ AS_MATRICES = _layout((MATRICES,), (RESCALE,), "", read_matrices)
 class OftArguments:
     """The network arguments of OFT of outputs."""
 
-    enable_conv: bool = argument(
-        parse_bool, False, "Adapt larger kernels, without a size of their own.", is_fixed_by_file=True
+    enable_conv: bool = declare(
+        SWITCH, False, "Adapt larger kernels, without a size of their own.", is_fixed_by_file=True
     )
-    enable_all_linear: bool = argument(
-        parse_bool, False, "Adapt all layers of the blocks, not those of attention alone.", is_fixed_by_file=True
+    enable_all_linear: bool = declare(
+        SWITCH, False, "Adapt all layers of the blocks, not those of attention alone.", is_fixed_by_file=True
     )
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.options.declared import declare
 from networks.core.arguments.common import DropoutArguments
-from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings, Requirement, argument
-from networks.core.arguments.values import parse_bool, parse_number, parse_unit
+from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings
+from networks.core.arguments.values import NUMBER, SWITCH, UNIT
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.blocks import REFUSED, block_size_for, refuse_magnitudes, resolve_blocks, row_length
 from networks.core.changes.change import Change, ModuleTensors
@@ -170,22 +171,20 @@ LAYOUT = KeyLayout(
 class OftV2Arguments:
     """The network arguments of OFT."""
 
-    block_size: int | None = argument(
-        parse_unit, None, "The size of the blocks, before --network_dim.", aliases=("oft_block_size",),
+    block_size: int | None = declare(
+        UNIT, None, "The size of the blocks, before --network_dim.", aliases=("oft_block_size",),
         is_fixed_by_file=True,
     )  # fmt: skip
-    coft: bool = argument(parse_bool, False, "Limit the angles.", aliases=("oft_coft",))
-    coft_eps: float = argument(
-        parse_number, 6e-5, "The length that all blocks together may have.", requires=Requirement((("coft",),), "coft")
+    coft: bool = declare(SWITCH, False, "Limit the angles.", aliases=("oft_coft",))
+    coft_eps: float = declare(NUMBER, 6e-5, "The length that all blocks together may have.", needs="coft")
+    block_share: bool = declare(
+        SWITCH, False, "All inputs of a layer share one block.", aliases=("oft_block_share",), is_fixed_by_file=True
     )
-    block_share: bool = argument(
-        parse_bool, False, "All inputs of a layer share one block.", aliases=("oft_block_share",), is_fixed_by_file=True
+    enable_conv: bool = declare(
+        SWITCH, False, "Adapt larger kernels, without a size of their own.", is_fixed_by_file=True
     )
-    enable_conv: bool = argument(
-        parse_bool, False, "Adapt larger kernels, without a size of their own.", is_fixed_by_file=True
-    )
-    auto_adjust: bool = argument(
-        parse_bool, True, "Take the nearest size where one does not divide a layer.", is_fixed_by_file=True
+    auto_adjust: bool = declare(
+        SWITCH, True, "Take the nearest size where one does not divide a layer.", is_fixed_by_file=True
     )
 
 

@@ -6,8 +6,9 @@ from types import MappingProxyType
 from typing import Any
 
 from library.checkpoints.base_model_spec import ArgumentForm
+from library.options.declared import Declared, list_declared
 from networks.core.arguments.common import COMMON, check_blocks
-from networks.core.arguments.network_arguments import Argument, NetworkArguments, list_declared, read_groups
+from networks.core.arguments.network_arguments import NetworkArguments, read_groups
 from networks.core.changes.dora import DoraArguments
 from networks.core.changes.ggpo import GgpoArguments
 from networks.core.changes.init import InitArguments
@@ -24,7 +25,7 @@ def list_groups() -> tuple[type, ...]:
 
 
 @cache
-def list_arguments() -> Mapping[str, Argument]:
+def list_arguments() -> Mapping[str, Declared]:
     """Return the declaration of every network argument except those of base models."""
     return {name: declaration for group in list_groups() for name, declaration in list_declared(group).items()}
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, group, option
+from library.options.kinds import whole
 from library.options.train import TrainOptions
 
 
@@ -10,7 +11,9 @@ from library.options.train import TrainOptions
 class KnotsTextOptions(Options):
     """Options for the text features that the denoiser receives."""
 
-    max_bytes: int = option(32, own=True, at_least=1, help="Bytes of a caption that reach the model; the rest is cut.")
+    max_bytes: int = option(
+        32, own=True, kind=whole(1), help="Bytes of a caption that reach the model; the rest is cut."
+    )
 
 
 @dataclass(frozen=True)

@@ -255,8 +255,7 @@ def test_every_format_file_is_offered_by_the_options() -> None:
 
     names = tuple(sorted(path.stem for path in (ROOT / "library" / "memory" / "formats").glob("[!_]*.py")))
     for options, name in ((PrecisionOptions, "base_format"), (FitOptions, "fit_formats")):
-        (field,) = (f for f, _ in options.leaves() if f.name == name)
-        assert tuple(field.metadata["choices"]) == names == tuple(CODECS)
+        assert tuple(options.declarations()[name].choices) == names == tuple(CODECS)
 
 
 def test_the_table_in_the_docs_lists_every_format_with_its_bytes() -> None:

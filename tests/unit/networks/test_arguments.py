@@ -11,10 +11,11 @@ import pytest
 
 from library.architectures.specs import list_network_arguments, list_specs
 from library.checkpoints.base_model_spec import BaseModelSpec
+from library.options.declared import list_declared
+from library.options.kinds import parse_text
 from networks.core.arguments.common import DropoutArguments, RankArguments
 from networks.core.arguments.lr_curves import LrPreset
-from networks.core.arguments.network_arguments import list_declared
-from networks.core.arguments.values import Selection, parse_bool
+from networks.core.arguments.values import SWITCH, Selection
 from networks.core.registry.layouts import list_kinds
 from networks.core.registry.parsing import list_arguments, list_groups, parse_arguments
 from networks.core.targets.targets import AdapterTargets
@@ -46,9 +47,9 @@ def test_network_dropout_and_its_lycoris_name_are_equivalent() -> None:
     assert parse_arguments({"dropout": "0.25"}).given == {"neuron_dropout": 0.25}
     assert parse_arguments({"dropout": 0.25}, neuron_dropout=0.25).given == {"neuron_dropout": 0.25}
     assert parse_arguments({"dropout": None}, neuron_dropout=0.25).given == {"neuron_dropout": 0.25}
-    with pytest.raises(ValueError, match=r"--network_dropout is 0\.1 but --network_args says dropout=0\.2"):
+    with pytest.raises(ValueError, match=r"dropout=0\.2 and --network_dropout=0\.1 mean the same and differ"):
         parse_arguments({"dropout": "0.2"}, neuron_dropout=0.1)
-    with pytest.raises(ValueError, match=re.escape("--network_args dropout=a: expected a number")):
+    with pytest.raises(ValueError, match=re.escape("--network_args dropout=a: expected a chance")):
         parse_arguments({"dropout": "a"})
 
 
@@ -83,17 +84,17 @@ def test_arguments_that_belong_together_do_not_warn(caplog: pytest.LogCaptureFix
 
 @pytest.mark.parametrize("word", ["True", "true", "TRUE", "1", "yes", " on "])
 def test_true_has_many_spellings(word: str) -> None:
-    assert parse_bool(word) is True
+    assert parse_text(word, SWITCH) is True
 
 
 @pytest.mark.parametrize("word", ["False", "false", "0", "no", "n", "off"])
 def test_false_has_many_spellings(word: str) -> None:
-    assert parse_bool(word) is False
+    assert parse_text(word, SWITCH) is False
 
 
 def test_any_other_word_is_not_a_boolean() -> None:
     with pytest.raises(ValueError, match="expected True or False"):
-        parse_bool("maybe")
+        parse_text("maybe", SWITCH)
 
 
 def test_every_argument_has_a_help_text_and_differs_from_base_model_arguments() -> None:
@@ -101,7 +102,7 @@ def test_every_argument_has_a_help_text_and_differs_from_base_model_arguments() 
     assert not list_arguments().keys() & list_network_arguments().keys()
     for name, argument in list_arguments().items():
         assert argument.help.endswith("."), name
-        required = {other for names in (argument.requires.names if argument.requires else ()) for other in names}
+        required = {other for names in argument.needs.groups for other in names}
         assert required <= list_arguments().keys()
 
 
@@ -109,7 +110,7 @@ def test_kinds_that_share_an_argument_parse_it_identically() -> None:
     readers: dict[str, set[Any]] = {}
     for group in list_groups():
         for name, argument in list_declared(group).items():
-            readers.setdefault(name, set()).add(argument.parse)
+            readers.setdefault(name, set()).add(argument.kind)
     assert all(len(parsers) == 1 for parsers in readers.values())
     assert {kind.network_module for kind in list_kinds() if "block_size" in list_declared(kind.arguments)} == {
         "networks.boft",

@@ -137,7 +137,7 @@ def test_arguments_that_lokr_does_not_take_are_refused() -> None:
     text, unet = toy_models(4091)
     with pytest.raises(ValueError, match="split_qkv does not work with this --network_module: all rows"):
         lokr.create_network(1.0, 3, 2.0, None, text, unet, split_qkv="True")
-    with pytest.raises(ValueError, match=r"--network_args factor=0: expected 1 or more"):
+    with pytest.raises(ValueError, match=r"--network_args factor=0: expected a whole number from 1, or -1"):
         lokr.create_network(1.0, 3, 2.0, None, text, unet, factor="0")
 
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
+from library.options.declared import list_declared
 from networks.core.arguments.common import COMMON
 from networks.core.arguments.lr_curves import LrPreset
-from networks.core.arguments.network_arguments import NetworkArguments, list_declared
+from networks.core.arguments.network_arguments import NetworkArguments
 from networks.core.targets.rules import Rules, TargetSettings, make_lr_factors, make_rules, preset_factors
 from networks.core.targets.targets import AdapterTargets, BlockList, Part, TargetModule
 

@@ -10,7 +10,8 @@ import pytest
 
 from library.architectures.sdxl.options import SdxlOptions
 from library.errors import UserError
-from library.options.base import DECLARATION, scalar_type
+from library.options.declared import Declared
+from library.options.kinds import TEXT
 from library.options.leco import leco_options, list_ignored_by_leco
 from library.options.no_effect import find_unused
 from library.options.train import TrainOptions
@@ -33,20 +34,20 @@ by_script = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 def with_all_changed(kind: type[TrainOptions]) -> TrainOptions:
     """Return options of which none has its default value."""
-    return kind().with_values({field.name: make_other_value(field, hint) for field, hint in kind.leaves()})
+    return kind().with_values({name: make_other_value(declared) for name, declared in kind.declarations().items()})
 
 
-def make_other_value(field: Any, hint: Any) -> Any:
+def make_other_value(declared: Declared) -> Any:
     """Return a value of an option that is set and is not the default."""
-    if choices := field.metadata.get("choices"):
-        (value, *_) = (choice for choice in choices if choice not in (field.default, None, 0, "no"))
-    elif hint is bool:
-        value = not field.default
-    elif isinstance(field.default, int | float):
-        value = field.default + 1
+    if declared.choices:
+        (value, *_) = (choice for choice in declared.choices if choice not in (declared.default, None, 0, "no"))
+    elif declared.kind.type == "flag":
+        value = not declared.default
+    elif isinstance(declared.default, int | float):
+        value = declared.default + 1
     else:
-        value = scalar_type(hint)("7")
-    return [value] if field.metadata.get("nargs") else value
+        value = declared.kind.parse("7")
+    return [value] if declared.nargs else value
 
 
 def names_in(lines: Iterable[str]) -> set[str]:
@@ -65,18 +66,18 @@ def test_resuming_warns_about_every_option_that_must_not_change(kind: type[Train
 
 @by_script
 def test_the_facts_of_an_option_do_not_contradict_each_other(kind: type[TrainOptions]) -> None:
-    assert all(DECLARATION in field.metadata for field, _ in kind.leaves())
     for name, declared in kind.declarations().items():
         assert declared.affects_training or not declared.kept_in_state, name
 
 
 @by_script
 def test_short_names_are_unique(kind: type[TrainOptions]) -> None:
-    hints = {field.name: hint for field, hint in kind.leaves()}
     names = short_names(kind)
     short = [name for name in names.values() if name]
     assert len(short) == len(set(short)) > 60
-    assert all(scalar_type(hints[name]) is str for name in names if not names[name]), "a bare number says nothing"
+    assert all(kind.declarations()[name].kind.type == "text" for name in names if not names[name]), (
+        "a bare number says nothing"
+    )
 
 
 def test_any_option_can_be_swept_but_output_resuming_launching_and_diagnostics() -> None:
@@ -125,23 +126,23 @@ def test_passwords_are_never_written_to_files_or_trackers(kind: type[TrainOption
 @by_script
 def test_a_value_outside_the_choices_is_refused_unless_the_option_is_open(kind: type[TrainOptions]) -> None:
     passing = set()
-    for field, _ in kind.leaves():
-        if field.metadata.get("choices"):
-            options = kind().with_values({field.name: ["other"] if field.metadata.get("nargs") else "other"})
-            if kind.declarations()[field.name].takes_other_values:
+    for name, declared in kind.declarations().items():
+        if declared.choices:
+            options = kind().with_values({name: ["other"] if declared.nargs else "other"})
+            if declared.takes_other_values:
                 check_choices(options)
-                passing.add(field.name)
+                passing.add(name)
             else:
-                with pytest.raises(UserError, match=f"^--{field.name} is .*other.*; use one of "):
+                with pytest.raises(UserError, match=f"^--{name} is .*other.*; use one of "):
                     check_choices(options)
     assert passing == {"max_token_length", "dynamo_backend", "sample_sampler", "zero_stage"}
 
 
 def test_output_paths_are_not_declared_as_inputs(tmp_path: Path) -> None:
-    for field, hint in TrainOptions.leaves():
-        if scalar_type(hint) is str and not field.metadata.get("nargs"):
-            path = tmp_path / field.name
+    for name, declared in TrainOptions.declarations().items():
+        if declared.kind is TEXT and not declared.nargs:
+            path = tmp_path / name
             path.touch()
-            options = TrainOptions().with_values({field.name: str(path)})
-            is_output = TrainOptions.declarations()[field.name].path == "new file"
+            options = TrainOptions().with_values({name: str(path)})
+            is_output = declared.path == "new file"
             assert find_input_files(options) == ([] if is_output else [path])

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 
 from library.architectures.flux.options import FluxOptions
+from library.errors import UserError
+from library.options.keyword_args import call_with_keywords
 from library.options.no_effect import find_unused
 from library.options.requirements import check_requirements
 from tests.running import STARTED
@@ -30,3 +32,10 @@ def test_a_negative_strength_counts_as_set_and_a_negative_count_as_unset() -> No
     assert not [
         line for line in find_unused(FluxOptions().with_values(every), {}) if line.startswith("--sample_every_n_s")
     ]
+
+
+def test_a_misspelt_keyword_of_an_optimizer_is_answered_with_the_nearest() -> None:
+    def build(parameters: object, weight_decay: float = 0.0) -> None: ...
+
+    with pytest.raises(UserError, match=r"weight_decy is unknown to build; .* \(did you mean weight_decay\?\)"):
+        call_with_keywords(build, (0,), {"weight_decy": 1.0}, flag="--optimizer_args", set_elsewhere={})

@@ -100,3 +100,16 @@ def test_every_network_module_lists_its_arguments(described: dict[str, Any]) -> 
 def test_an_unknown_script_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--script", "sdxl_train_networks.py"]) == 1
     assert "is not a training script; use sdxl_train_network.py" in capsys.readouterr().err
+
+
+def test_every_setting_has_a_help_text(described: dict[str, Any]) -> None:
+    settings = [*described["dataset_keys"], *(a for kind in described["network_modules"] for a in kind["arguments"])]
+    assert len(described["dataset_keys"]) > 47 and all(setting["help"].endswith(".") for setting in settings)
+
+
+def test_scripts_that_train_on_prompts_say_which_options_have_no_effect(described: dict[str, Any]) -> None:
+    scripts = {script["name"]: {o["name"]: o for o in script["options"]} for script in described["scripts"]}
+    for name in ("train_leco.py", "sdxl_train_leco.py"):
+        assert scripts[name]["flip_aug"]["has_no_effect"] == "prompts are trained alone, without images"
+    assert scripts["train_network.py"]["flip_aug"]["has_no_effect"] is None
+    assert "as small as the adapter" in scripts["train_network.py"]["fused_backward_pass"]["has_no_effect"]

@@ -10,7 +10,7 @@ from typing import Any
 from library.errors import UserError
 from library.json_text import InvalidJson, parse_json
 from library.options.config_file import read_json, read_text
-from library.options.tables import TABLE, TEXT, read_value
+from library.options.kinds import TABLE, TEXT, read_value
 
 FLAG = "metadata_file"
 REFERENCE = re.compile(r"control_path_(\d+)")
