@@ -6,7 +6,6 @@ Meant for front ends that build their forms from the output; docs/capabilities.s
 import argparse
 import importlib
 import inspect
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -27,6 +26,7 @@ from library.options.leco import LecoOptions
 from library.options.machine.base_formats import BASE_FORMATS
 from library.options.training.optimizer import ScheduleOptions
 from library.suggestions import nearest_name
+from library.terminal import print_json, print_line
 from library.training.command_line.recipes import list_recipes
 from library.training.optimization.lr_schedules import arguments_by_name
 from library.training.optimization.optimizers import KNOWN
@@ -236,9 +236,9 @@ def print_capabilities(args: argparse.Namespace) -> None:
         raise UserError(f"--script {args.script} is not a training script; use {suggestion or ', '.join(scripts)}")
     capabilities = list_capabilities([args.script] if args.script else scripts)
     if args.json:
-        print(json.dumps(capabilities, ensure_ascii=True, default=str))  # paths
+        print_json(capabilities)
     else:
-        print("\n".join(show(capabilities)))
+        print_line("\n".join(show(capabilities)))
 
 
 main = command(setup_parser, print_capabilities)

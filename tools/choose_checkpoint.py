@@ -21,6 +21,7 @@ from library.options.output.reports import ReportOptions
 from library.options.output.saving import SavingOptions
 from library.options.training.validation import ValidationOptions
 from library.protocols import Architecture
+from library.terminal import print_line
 from library.training.command_line.checks import check_precision
 from library.training.command_line.option_checks import check_values
 from library.training.command_line.run_lock import run_lock
@@ -200,13 +201,13 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
         drawn = draw_rows(options.network, options.precision, options.memory, base.build(options), rows, find_device())
         choice = add_scores(choice, [scorer.score(images, [p.text for p in columns]) for images in drawn])
     for text in format_candidates(choice):
-        print(text)
+        print_line(text)
     if scorer is not None:
-        print(f"scores of {len(columns)} images, and differences from the file with the lowest loss:")
-        print("\n".join(format_scores(choice)))
-    print(format_choice(choice))
+        print_line(f"scores of {len(columns)} images, and differences from the file with the lowest loss:")
+        print_line("\n".join(format_scores(choice)))
+    print_line(format_choice(choice))
     if (line := memory_line(choice)) is not None:
-        print(line)
+        print_line(line)
     record_choice(choice, options.reports, options.saving)
 
 

@@ -14,6 +14,7 @@ from library.errors import UserError
 from library.memory.planner.gpus import Gpu
 from library.options.dataset import DatasetOptions
 from library.options.requirements import check_requirements
+from library.terminal import print_line
 from library.training.command_line.checks import check_precision
 from library.training.command_line.cli import parse
 from library.training.command_line.option_checks import check_multipliers, check_paths
@@ -94,9 +95,9 @@ def plan(script: str, training: Sequence[str], gpus: Sequence[Gpu]) -> None:
     options, batch = run.options, counted.batch
     with mute_logging():
         sweep = count_sweep(run, batch, GPU)
-    print(f"{run.arch.name}, {batch.count} x {batch.width}x{batch.height}, {options.network.network_module}")
+    print_line(f"{run.arch.name}, {batch.count} x {batch.width}x{batch.height}, {options.network.network_module}")
     num_steps = options.run.max_train_steps if options.run.max_train_epochs is None else None
     for gpu in gpus:
-        print()
+        print_line("")
         for line in fit_to(counted, gpu, sweep, num_steps).lines():
-            print(line)
+            print_line(line)

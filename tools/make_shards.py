@@ -42,6 +42,7 @@ from library.data.sources.storage.storage import Storage
 from library.errors import NoDataFound, UserError
 from library.options.train import TrainOptions
 from library.progress import Bar, progress_bar
+from library.terminal import print_line
 from library.training.command_line.caching import cache_captions, cache_images
 from library.training.command_line.option_checks import check_data
 from tools.command import make_training_parser, training_command
@@ -432,7 +433,7 @@ def make_shards(args: argparse.Namespace, training: Sequence[str]) -> None:
             cache_images(options, arch.codec, arch.load.vae)
         if caches_text:
             cache_captions(options, arch)
-    print(path)
+    print_line(str(path))
 
 
 main = training_command(setup_parser, make_shards)

@@ -14,6 +14,7 @@ from library.errors import UserError
 from library.options.train import TrainOptions
 from library.processes import from_accelerator
 from library.protocols import Architecture, LatentCodec
+from library.terminal import print_line
 from library.training.command_line.main import report_error
 from library.training.failures.interruption import Interrupted, Interruption
 from library.training.models.base_model import encode_images
@@ -71,7 +72,7 @@ def run_caching(args: argparse.Namespace, action: Callable[[argparse.Namespace],
     try:
         action(args)
     except Interrupted as error:
-        print(f"{error} received; complete files are kept", file=sys.stderr)
+        print_line(f"{error} received; complete files are kept", sys.stderr)
         return interruption.exit_status
     except Exception as error:
         report_error(error, args)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from library.terminal import print_line
 from library.version import VERSION
 
 EVERYTHING = "--help_all"
@@ -108,7 +109,7 @@ class TrainingParser(argparse.ArgumentParser):
         """Parse like argparse; the flags of the long help and the version print and exit."""
         words = sys.argv[1:] if args is None else args
         if "--version" in words:
-            print(f"{self.prog} {VERSION}")
+            print_line(f"{self.prog} {VERSION}")
             self.exit(0)
         if EVERYTHING in words:
             full = copy.copy(self)
