@@ -42,6 +42,7 @@ from library.training.evaluation.measurement import Measurement
 from library.training.evaluation.prompts import read_prompts, refuse_strengths, resolve_all
 from library.training.models.opening import open_data_plan
 from library.training.models.text_caching import TextPlan
+from library.training.models.weight_formats import check_format
 from library.training.offline.contact_sheet import Row, draw_rows
 from library.training.offline.file_losses import FileLosses, Sides, adjust_for_measuring, losses_of_files
 from library.training.report_page.writer import add_event
@@ -176,6 +177,7 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     options = adjust_for_measuring(options)
     check_values(options)
     check_precision(options.precision, options.network)
+    check_format(options.precision.denoiser_format)
     files = sorted(
         choose_files(args.files, options.saving), key=lambda path: (read_num_steps(path), display_path(path).name)
     )

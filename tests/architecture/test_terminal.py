@@ -28,10 +28,14 @@ def find_prints(text: str) -> Iterator[str]:
 @pytest.mark.parametrize(
     "line",
     [
-        "print(path)", "input(f'{name}?')", "sys.stdout.write(name)", "sys.__stderr__.flush(); sys.stderr.write(x)",
-        "tqdm.write(name)", "logging.StreamHandler(sys.stderr)",
+        "print(path)",
+        "input(f'{name}?')",
+        "sys.stdout.write(name)",
+        "sys.__stderr__.flush(); sys.stderr.write(x)",
+        "tqdm.write(name)",
+        "logging.StreamHandler(sys.stderr)",
     ],
-)  # fmt: skip
+)
 def test_a_print_of_its_own_is_found(line: str) -> None:
     assert list(find_prints(line))
 

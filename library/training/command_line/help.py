@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from library.terminal import print_line
+from library.terminal import escape_text, print_line
 from library.version import VERSION
 
 EVERYTHING = "--help_all"
@@ -147,4 +147,4 @@ class TrainingParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print a one-line error without the usage, and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+        self.exit(2, f"{self.prog}: error: {escape_text(message)}; see --help\n")

@@ -68,7 +68,7 @@ def draw_rows(
             "an option names a second model for the previews of a training; give that one as the base model"
         )
     formats = BaseFormats.load(precision)
-    check_base(precision, formats, memory, arch)
+    check_base(precision, memory, arch)
     compute = Compute.build(precision, device)
     loaded = load(network, precision, formats, memory, arch, rows, compute)
     for row in rows:

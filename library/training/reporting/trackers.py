@@ -5,13 +5,13 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from library.errors import UserError
+from library.installed import import_needed, is_missing
 from library.options.base import Options
 from library.options.config_file import read_toml
 from library.options.output.trackers import TrackerOptions
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def tracker_kind(options: TrackerOptions) -> str | None:
     """Return accelerate's name of the requested tracker; None without one.
 
-    Raises UserError if TensorBoard has no folder, or if the package is missing.
+    Raises UserError if TensorBoard has no folder, or if a package is missing or cannot be imported.
     """
     kind = options.log_with
     if kind is None:
@@ -32,8 +32,9 @@ def tracker_kind(options: TrackerOptions) -> str | None:
     if kind in ("tensorboard", "all") and not options.logging_dir:
         raise UserError(f"--log_with {kind} needs --logging_dir, the folder for tensorboard's files")
     for package in ("tensorboard", "wandb"):
-        if kind == package and find_spec(package) is None:
-            raise UserError(f"--log_with {package} needs the package: pip install {package}")
+        # "all" means those that are installed.
+        if kind == package or (kind == "all" and not is_missing(package)):
+            import_needed(package, f"--log_with {kind}")
     return kind
 
 
@@ -51,10 +52,8 @@ def read_tracker_config(path: str | None) -> dict[str, Any]:
 
 def start_trackers(accelerator: Any, trackers: TrackerOptions, config: Mapping[str, Any]) -> None:
     """Start the accelerator's trackers, with `config` if the user requests it."""
-    if trackers.wandb_api_key is not None and find_spec("wandb") is not None:
-        import wandb
-
-        wandb.login(key=trackers.wandb_api_key)
+    if trackers.wandb_api_key is not None and not is_missing("wandb"):
+        import_needed("wandb", "--wandb_api_key").login(key=trackers.wandb_api_key)
     init = read_tracker_config(trackers.log_tracker_config)
     if trackers.wandb_run_name:
         init.setdefault("wandb", {})["name"] = trackers.wandb_run_name

@@ -70,7 +70,7 @@ def prepare(
             check_latents(adapter.state, arch.codec.spec.computed_as)
     module = adapters[0].module  # also reads the adapters that are merged into the base model
     # Check what needs no weights before reading them and encoding images, which takes minutes.
-    check_base(options.precision, formats, options.memory, arch)
+    check_base(options.precision, options.memory, arch)
     if options.precision.multiplies_codes:
         check_arithmetic(formats.denoiser, module, arch, compute)
     preflight(adapters, arch, plan.max_train_steps)

@@ -26,14 +26,10 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the wheel that the lock names, in place of the package index; pip installs into `installed`."""
     folder = tmp_path / "wheels"
     folder.mkdir()
-    settings = {
-        "NO_INDEX": "1",
-        "FIND_LINKS": str(folder),
-        "TARGET": str(tmp_path / "installed"),
-        "CONFIG_FILE": os.devnull,
-    }
-    for name, value in {**settings, "DISABLE_PIP_VERSION_CHECK": "1"}.items():
-        monkeypatch.setenv(f"PIP_{name}", value)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_TARGET", str(tmp_path / "installed"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setattr(start, "chooses_packages", lambda python: False)  # no settings of the user's
     monkeypatch.setattr(start, "install_torch", lambda venv, python, tag: None)
     monkeypatch.setattr(start, "ROOT", tmp_path)
@@ -66,7 +62,7 @@ def test_the_wheel_that_was_locked_is_installed(wheels: Path, tmp_path: Path) ->
 def test_a_wheel_that_was_replaced_is_not_installed(wheels: Path, tmp_path: Path) -> None:
     (tmp_path / "venv").mkdir()
     write_wheel(wheels, "print('replaced')")
-    with pytest.raises(StartError, match="(?s)installing the packages failed.*DO NOT MATCH THE HASHES"):
+    with pytest.raises(StartError, match=r"(?s)installing the packages failed.*DO NOT MATCH THE HASHES"):
         install(tmp_path / "venv")
     assert not (tmp_path / "installed").exists()
 
@@ -76,6 +72,6 @@ def test_a_package_without_a_hash_is_not_installed(wheels: Path, tmp_path: Path)
     text = (tmp_path / start.TESTED).read_text()
     line = next(line for line in text.splitlines() if "--hash" in line)
     (tmp_path / start.TESTED).write_text(text.replace(f" \\\n{line}", "", 1))
-    with pytest.raises(StartError, match="(?s)installing the packages failed.*[Hh]ash"):
+    with pytest.raises(StartError, match=r"(?s)installing the packages failed.*[Hh]ash"):
         install(tmp_path / "venv")
     assert not (tmp_path / "installed").exists()
