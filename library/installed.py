@@ -140,10 +140,15 @@ def check_gpu_is_used(torch: Any) -> None:
 
 def is_missing(module: str) -> bool:
     """Return True if a module cannot be found. Imports nothing, not even the package of a submodule."""
+    package = module.partition(".")[0]
     try:
-        return find_spec(module.partition(".")[0]) is None
-    except (ImportError, ValueError):  # ValueError: a module without a spec in `sys.modules`, such as a program's own
-        return sys.modules.get(module.partition(".")[0]) is None
+        return find_spec(package) is None
+    except ModuleNotFoundError as error:  # of an importer, which may itself lack something
+        return error.name == package
+    except ImportError:
+        return False
+    except ValueError:  # it is in `sys.modules` without a spec, such as a program's own module or a hidden one
+        return sys.modules[package] is None
 
 
 def import_needed(module: str, flag: str) -> Any:
