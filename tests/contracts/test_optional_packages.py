@@ -12,6 +12,7 @@ import pytest
 from fsspec.registry import _registry
 
 from tests.contracts.test_overwriting import command_of
+from tests.hiding import hide
 from tests.running import STARTED, Finished, make_images
 from tests.tiers import first_is_fast
 
@@ -42,20 +43,6 @@ DATA = {
     "pyarrow": ('parquet = "{folder}/a.parquet"', "shards and parquet require the package pyarrow: python3 -m pip"),
     "s3fs": ('shards = "s3://bucket/a.tar"', "s3:// requires the package s3fs: python3 -m pip install s3fs"),
 }
-
-
-def hide(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this process lack a package."""
-
-    class Missing:
-        @staticmethod
-        def find_spec(fullname: str, path: object = None, target: object = None) -> None:
-            if fullname.split(".")[0] == module:
-                raise ModuleNotFoundError(f"No module named {fullname!r}", name=module)
-
-    for loaded in [name for name in sys.modules if name.split(".")[0] == module]:
-        monkeypatch.delitem(sys.modules, loaded)
-    monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
 
 
 @pytest.fixture

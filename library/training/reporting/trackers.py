@@ -52,8 +52,11 @@ def read_tracker_config(path: str | None) -> dict[str, Any]:
 
 def start_trackers(accelerator: Any, trackers: TrackerOptions, config: Mapping[str, Any]) -> None:
     """Start the accelerator's trackers, with `config` if the user requests it."""
-    if trackers.wandb_api_key is not None and not is_missing("wandb"):
-        import_needed("wandb", "--wandb_api_key").login(key=trackers.wandb_api_key)
+    uses_wandb = trackers.log_with == "wandb" or (trackers.log_with == "all" and not is_missing("wandb"))
+    if uses_wandb and trackers.wandb_api_key is not None:
+        import wandb
+
+        wandb.login(key=trackers.wandb_api_key)
     init = read_tracker_config(trackers.log_tracker_config)
     if trackers.wandb_run_name:
         init.setdefault("wandb", {})["name"] = trackers.wandb_run_name
