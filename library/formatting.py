@@ -1,9 +1,6 @@
 """Quantities and names as text."""
 
-import re
 from collections.abc import Sequence
-
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def format_gib(num_bytes: int) -> str:
@@ -25,11 +22,6 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return a line for each row, its cells padded to the width of their columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def escape_controls(text: str, keep: str = "") -> str:
-    """Write control characters as escapes, so that names and texts from files cannot steer a terminal."""
-    return CONTROL.sub(lambda match: match[0] if match[0] in keep else f"\\x{ord(match[0]):02x}", text)
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -11,6 +11,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from library.terminal import print_line
 from library.version import add_version
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,7 +124,7 @@ def set_import_error(sentence: str) -> None:
 
     def show(kind, error, traceback):  # type: ignore[no-untyped-def]
         if isinstance(error, ImportError):
-            print(sentence, file=sys.stderr)
+            print_line(sentence, sys.stderr)
         else:
             show_traceback(kind, error, traceback)
 

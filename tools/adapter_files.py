@@ -11,6 +11,7 @@ from library.checkpoints.adapter_names import BaseNames, name_by_path
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.marks import mark_of
 from library.checkpoints.recognition import base_in_metadata, recognise_adapter, require_spec
+from library.terminal import print_line
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, save_adapter_file
 from networks.core.files.foreign_names import add_model, split_fused
 from networks.core.files.module_weights import ModuleWeights
@@ -46,7 +47,7 @@ def write_adapter(
     """Write an adapter with the mark of its tool, and print how many modules of which rank it has (or `shown`)."""
     save_adapter_file(path, file, dtype, mark_of(writer, path))
     shown = file if shown is None else shown
-    print(f"{path}: {len(shown.modules)} modules, rank {shown.metadata.get('ss_network_dim', 'none')}")
+    print_line(f"{path}: {len(shown.modules)} modules, rank {shown.metadata.get('ss_network_dim', 'none')}")
 
 
 def write_lora(

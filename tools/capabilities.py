@@ -6,7 +6,6 @@ Meant for front ends that build their forms from the output; docs/capabilities.s
 import argparse
 import importlib
 import inspect
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from library.options.leco import LecoOptions, list_ignored_by_leco
 from library.options.machine.base_formats import BASE_FORMATS
 from library.options.training.optimizer import ScheduleOptions
 from library.suggestions import nearest_name
+from library.terminal import print_json, print_line
 from library.training.command_line.recipes import list_recipes
 from library.training.optimization.lr_schedules import arguments_by_name
 from library.training.optimization.optimizers import KNOWN
@@ -257,9 +257,9 @@ def print_capabilities(args: argparse.Namespace) -> None:
         )
     capabilities = list_capabilities([args.script] if args.script else scripts)
     if args.json:
-        print(json.dumps(capabilities, ensure_ascii=True, default=str))  # paths
+        print_json(capabilities)
     else:
-        print("\n".join(show(capabilities)))
+        print_line("\n".join(show(capabilities)))
 
 
 main = command(setup_parser, print_capabilities)

@@ -24,6 +24,7 @@ from library.data.description.image_extensions import describe_unread, image_ext
 from library.data.sources.folders.metadata_file import read_table
 from library.errors import UserError
 from library.options.encodings import decode_utf8
+from library.terminal import print_line
 from tools.command import check_place, command, make_parser
 
 logger = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ def collect(args: argparse.Namespace) -> None:
             len(missing), len(images), extension, args.field, os.fspath(missing[0]),
         )  # fmt: skip
     write_table(args.out_json, table, WRITER, args.in_json)
-    print(f"{args.out_json}: {args.field} of {len(images) - len(missing)} images, {len(table)} entries")
+    print_line(f"{args.out_json}: {args.field} of {len(images) - len(missing)} images, {len(table)} entries")
 
 
 def setup_parser(field: str = "caption") -> argparse.ArgumentParser:

@@ -6,7 +6,6 @@ one: truncated, with non-finite values, or with one half of a pair missing.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from library.checkpoints.recognition import recognise_adapter
 from library.checkpoints.relative_change import format_change, relative_norm
 from library.errors import UserError
 from library.models.identify import find_spec
+from library.terminal import print_json, print_line
 from networks.core.changes.parameter_keys import ALPHA
 from networks.core.files.adapter_file import (
     PeftSettings,
@@ -167,13 +167,13 @@ def find_warnings(
         yield f"all zeros, without effect: {list_some_keys(unchanged)}"
 
 
-def format_json(report: Report) -> str:
-    """Format the report as JSON, with null for non-finite numbers."""
+def make_json(report: Report) -> Any:
+    """Return the report as values of JSON, with null for non-finite numbers."""
     content = asdict(report)
     for program, reading in zip(content["programs"], report.programs, strict=True):
         program |= {"amount": reading.amount, "num_used": reading.num_used}
     content["is_usable"] = not report.problems
-    return json.dumps(replace_nonfinite(content), indent=2, ensure_ascii=False)
+    return replace_nonfinite(content)
 
 
 def replace_nonfinite(value: Any) -> Any:
@@ -247,10 +247,10 @@ def print_report(args: argparse.Namespace) -> int:
     base = None if args.base_model is None else open_base_model("--base_model", Path(args.base_model))
     report = check(path, base)
     if args.json:
-        print(format_json(report))
+        print_json(make_json(report), indent=2)
     else:
         for line in [*format_text(report), *(list_keys(path) if args.show_all_keys else ())]:
-            print(line)
+            print_line(line)
     return int(bool(report.problems))
 
 

@@ -21,6 +21,7 @@ from library.options.output.reports import ReportOptions
 from library.options.output.saving import SavingOptions
 from library.options.training.validation import ValidationOptions
 from library.protocols import Architecture
+from library.terminal import print_line
 from library.training.command_line.checks import check_precision
 from library.training.command_line.option_checks import check_values
 from library.training.evaluation.choice import average_by_image
@@ -40,6 +41,7 @@ from library.training.evaluation.measurement import Measurement
 from library.training.evaluation.prompts import read_prompts, refuse_strengths, resolve_all
 from library.training.models.opening import open_data_plan
 from library.training.models.text_caching import TextPlan
+from library.training.models.weight_formats import check_format
 from library.training.offline.contact_sheet import Row, draw_rows
 from library.training.offline.file_losses import FileLosses, Sides, adjust_for_measuring, losses_of_files
 from library.training.report_page.writer import add_event
@@ -181,6 +183,7 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     options = adjust_for_measuring(options)
     check_values(options)
     check_precision(options.precision, options.network)
+    check_format(options.precision.denoiser_format)
     files = sorted(
         choose_files(args.files, options.saving), key=lambda path: (read_num_steps(path), display_path(path).name)
     )
@@ -206,13 +209,13 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
         drawn = draw_rows(options.network, options.precision, options.memory, base.build(options), rows, find_device())
         choice = add_scores(choice, [scorer.score(images, [p.text for p in columns]) for images in drawn])
     for text in format_candidates(choice):
-        print(text)
+        print_line(text)
     if scorer is not None:
-        print(f"scores of {len(columns)} images, and differences from the file with the lowest loss:")
-        print("\n".join(format_scores(choice)))
-    print(format_choice(choice))
+        print_line(f"scores of {len(columns)} images, and differences from the file with the lowest loss:")
+        print_line("\n".join(format_scores(choice)))
+    print_line(format_choice(choice))
     if (line := memory_line(choice)) is not None:
-        print(line)
+        print_line(line)
     record_choice(choice, options.reports, options.saving)
 
 

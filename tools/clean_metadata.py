@@ -16,6 +16,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.data.sources.folders.metadata_file import read_table
+from library.terminal import print_line
 from tools.captions_to_metadata import check_name, write_table
 from tools.command import command, make_parser
 
@@ -112,9 +113,9 @@ def clean(args: argparse.Namespace) -> None:
             old, entry[field] = entry[field], cleaner(entry[field])
             num_changed += old != entry[field]
             if args.debug and old != entry[field]:
-                print(f"{old}\n  -> {entry[field]}")
+                print_line(f"{old}\n  -> {entry[field]}")
     write_table(args.out_json, table, WRITER, args.in_json)
-    print(f"{args.out_json}: {num_changed} texts changed in {len(table)} entries")
+    print_line(f"{args.out_json}: {num_changed} texts changed in {len(table)} entries")
 
 
 def setup_parser() -> argparse.ArgumentParser:

@@ -33,6 +33,7 @@ from library.training.evaluation.prompts import read_prompts, refuse_strengths, 
 from library.training.evaluation.strength_response import FEWEST, measure_response
 from library.training.models.opening import open_data_plan
 from library.training.models.text_caching import TextPlan
+from library.training.models.weight_formats import check_format
 from library.training.offline.adapter_files import Stack
 from library.training.offline.contact_sheet import Row, arrange, draw_rows
 from library.training.report_page.writer import add_sheet
@@ -193,6 +194,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     base, options = read_training_options(args.script, training)
     check_values(options)
     check_precision(options.precision, options.network)
+    check_format(options.precision.denoiser_format)
     check_at_least_one(args, "side")
     if not options.preview.sample_prompts:
         raise UserError.about("--sample_prompts", "contains no prompts")

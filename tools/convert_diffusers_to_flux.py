@@ -21,6 +21,7 @@ from library.checkpoints.marks import mark_of
 from library.checkpoints.weights import Weights, list_first_names
 from library.errors import UserError
 from library.models.identify import base_of_file
+from library.terminal import print_line
 from tools.command import add_file_precision, check_safetensors_output, command, dtype_of_file, make_parser
 
 FLAG = "--diffusers_path"
@@ -82,7 +83,7 @@ def convert(args: argparse.Namespace) -> None:
     keys = tqdm(weights.shapes, desc="converting", unit="tensor")
     tensors = {key: weights.read(key).to(dtype) if dtype is not None else weights.read(key) for key in keys}
     save_safetensors(args.save_to, tensors, {"format": "pt"}, mark_of(WRITER, args.save_to))
-    print(f"{args.save_to}: {len(tensors)} weights")
+    print_line(f"{args.save_to}: {len(tensors)} weights")
 
 
 main = command(setup_parser, convert)

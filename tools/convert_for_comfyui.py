@@ -10,6 +10,7 @@ from pathlib import Path
 
 from library.checkpoints.adapter_names import FileNaming
 from library.errors import UserError
+from library.terminal import print_line
 from tools import command as tool
 from tools.adapter_files import read_adapter, spec_for_file
 from tools.convert_lora import WRITER, convert
@@ -47,7 +48,7 @@ def rename(base: str, to: FileNaming, back: FileNaming | None, args: argparse.Na
             f"{spec.title}; pass it to --network_weights as it is",
         )
     renamed = convert(args.src_path, args.dst_path, (back or to) if args.reverse else to, drop_unsupported=False)
-    print(f"{args.dst_path}: {len(renamed.file.modules)} modules renamed")
+    print_line(f"{args.dst_path}: {len(renamed.file.modules)} modules renamed")
 
 
 def command_by_trainer(description: str | None) -> Callable[..., int]:

@@ -20,6 +20,7 @@ from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.compatibility import programs_that_read
 from library.checkpoints.marks import mark_of
 from library.errors import UserError
+from library.terminal import print_line
 from networks.core.files.adapter_file import save_adapter_file
 from networks.core.files.renaming import Renamed, list_some_keys, rename
 from tools.adapter_files import read_adapter, spec_for_file
@@ -75,7 +76,7 @@ def best_namings(spec: BaseModelSpec) -> str:
 def convert_and_report(args: argparse.Namespace) -> None:
     check_output("--save_to", args.save_to, WRITER, [args.model])
     renamed = convert(args.model, args.save_to, args.to, args.drop_unsupported)
-    print(f"{args.save_to}: {len(renamed.file.modules)} modules in the {args.to} naming")
+    print_line(f"{args.save_to}: {len(renamed.file.modules)} modules in the {args.to} naming")
 
 
 main = command(setup_parser, convert_and_report)

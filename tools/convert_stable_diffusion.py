@@ -40,6 +40,7 @@ from library.memory.devices import SAVE_DTYPES
 from library.models.clip.clip import clip_of_folder
 from library.models.loading import Component
 from library.models.vae.vae import vae_of_checkpoint, vae_of_folder
+from library.terminal import print_line
 from tools.base_models import find_base
 from tools.command import SUFFIXES, check_output, check_output_folder, command, make_parser, parse_dtype
 
@@ -272,7 +273,7 @@ def convert(args: argparse.Namespace) -> None:
         num_weights = write_file(model, args, dtype)
     else:
         num_weights = write_folder(model, args, dtype, find_reference(model, args.reference_model))
-    print(f"{args.model_to_save}: {num_weights} weights of {TITLES[model.base]}")
+    print_line(f"{args.model_to_save}: {num_weights} weights of {TITLES[model.base]}")
 
 
 main = command(setup_parser, convert)

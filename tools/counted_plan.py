@@ -15,6 +15,7 @@ from library.errors import UserError
 from library.memory.planner.gpus import Gpu, fuses
 from library.options.dataset import DatasetOptions
 from library.options.requirements import check_requirements
+from library.terminal import print_line
 from library.training.command_line.checks import check_precision
 from library.training.command_line.cli import parse
 from library.training.command_line.option_checks import check_multipliers, check_paths
@@ -113,8 +114,8 @@ def plan(script: str, training: Sequence[str], gpus: Sequence[Gpu], system: str)
         if number == 0:
             captions = f", captions of {NUM_TOKENS} tokens" if run.arch.text.max_tokens > NUM_TOKENS else ""
             sizes = f"{batch.count} x {batch.width}x{batch.height}"
-            print(f"{run.arch.name}, {sizes}, {options.network.network_module}{captions}")
+            print_line(f"{run.arch.name}, {sizes}, {options.network.network_module}{captions}")
         num_steps = options.run.max_train_steps if options.run.max_train_epochs is None else None
-        print()
+        print_line("")
         for line in fit_to(counted, gpu, num_steps).lines():
-            print(line)
+            print_line(line)

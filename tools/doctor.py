@@ -35,6 +35,7 @@ from library.installed import (  # noqa: E402
     version_of,
 )
 from library.requirements import package_of, python_problem, suggest_python  # noqa: E402
+from library.terminal import print_line  # noqa: E402
 from library.torch_builds import list_compiler_needs  # noqa: E402
 from library.version import add_version  # noqa: E402
 from tools.front_ends.journal import FrontEndError, Place, compare_with_journal, read_journal  # noqa: E402
@@ -369,10 +370,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = setup_parser().parse_args(argv)
     problems = []
     for line in iterate_lines(args.output_dir.resolve()):
-        print(line, flush=True)
+        print_line(str(line))
         if line.is_wrong:
             problems.append(line.what)
-    print(f"\n{len(problems)} wrong: {', '.join(problems)}" if problems else "\nNothing is wrong.")
+    print_line(f"\n{len(problems)} wrong: {', '.join(problems)}" if problems else "\nNothing is wrong.")
     return 1 if problems else 0
 
 

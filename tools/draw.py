@@ -34,6 +34,7 @@ from library.training.evaluation.prompts import (
     resolve_all,
 )
 from library.training.models.frozen_adapters import parse_adapter
+from library.training.models.weight_formats import check_format
 from library.training.offline.adapter_files import Stack
 from library.training.offline.contact_sheet import Row, arrange, draw_rows
 from library.training.reporting.sample_images import Drawn, write_image
@@ -207,6 +208,7 @@ def draw_targets(
     _, options = read_training_options(spec.script, [*model_options, *training])
     check_values(options)
     check_precision(options.precision, options.network)
+    check_format(options.precision.denoiser_format)
     arch = spec.build(options)
     prompts = resolve_all(specs, arch)
     prompts_by_row = [[replace(prompts[target.number - 1], strength=target.strength) for target in row] for row in rows]

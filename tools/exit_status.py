@@ -4,9 +4,9 @@ import sys
 from collections.abc import Callable
 
 from library.errors import UserError
-from library.formatting import escape_controls
 from library.hidden_libraries import BITSANDBYTES, hide_library
-from library.training.command_line.console import LINES, setup_plain_logging
+from library.terminal import print_error, print_line
+from library.training.command_line.console import setup_plain_logging
 
 
 def act(action: Callable[[], int | None]) -> int:
@@ -20,13 +20,12 @@ def act(action: Callable[[], int | None]) -> int:
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and (error.errno is None or error.filename is None):  # not from the system
             raise
-        # Names in files may contain escape sequences, which must not reach the terminal.
-        print(f"error: {escape_controls(str(error), keep=LINES)}", file=sys.stderr)
+        print_error(error)
         return 1
     except MemoryError as error:
         reason = f" ({error})" if str(error) else ""
-        print(f"error: main memory ran out{reason}; close other programs, or use smaller files", file=sys.stderr)
+        print_error(f"main memory ran out{reason}; close other programs, or use smaller files")
         return 1
     except KeyboardInterrupt:
-        print("stopped; no partial file was written", file=sys.stderr)
+        print_line("stopped; no partial file was written", sys.stderr)
         return 130

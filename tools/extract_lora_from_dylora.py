@@ -25,6 +25,7 @@ from library.checkpoints.files import atomic_path
 from library.checkpoints.marks import mark_of
 from library.errors import UserError
 from library.json_text import parse_json
+from library.terminal import print_line
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, require_layouts, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora, norm
@@ -245,11 +246,13 @@ def extract(args: argparse.Namespace) -> None:
                 temporary = unfinished.enter_context(atomic_path(path))
                 save_adapter_file(temporary, cut_file(nested, rank), mark=mark_of(WRITER, path))
     if args.report:
-        print("rank  relative difference to the full update")
+        print_line("rank  relative difference to the full update")
         for rank, difference in measure_differences(nested, ranks):
-            print(f"{rank:4d}  {difference:.4f}")
+            print_line(f"{rank:4d}  {difference:.4f}")
     if args.save_to is not None:
-        print(f"{len(ranks)} files: {name_file(args.save_to, ranks[0])} to {name_file(args.save_to, ranks[-1]).name}")
+        print_line(
+            f"{len(ranks)} files: {name_file(args.save_to, ranks[0])} to {name_file(args.save_to, ranks[-1]).name}"
+        )
 
 
 main = command(setup_parser, extract)

@@ -15,6 +15,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     NEEDS_PACKAGES = False  # read by library/requirements.py
 
+from library.terminal import EscapedTexts, print_error, print_line
 from library.version import VERSION, add_version
 from tools.front_ends.journal import FrontEndError, compare_with_journal, read_journal
 from tools.front_ends.layouts import FOLDERS, MUSUBI_FOLDERS, ROOT, Layout, find_layouts
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Install, check or restore. Return the exit status: 0 success, 1 an error or a difference, 130 interrupted."""
     args = setup_parser().parse_args(argv)
     handler = logging.StreamHandler()
-    handler.addFilter(escape_controls)
+    handler.addFilter(EscapedTexts())
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     try:
         if ROOT.is_relative_to(args.folder.resolve()) and not (args.restore or args.check):
@@ -60,22 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for layout in layouts if not args.restore else find_installed(args.folder, layouts):
             change(layout, args.folder, args.restore)
     except (FrontEndError, OSError) as error:
-        print(f"error: {escape(str(error))}", file=sys.stderr)
+        print_error(error)
         return 1
     except KeyboardInterrupt:
-        print("stopped; run the same command again to continue, or --restore to undo it", file=sys.stderr)
+        print_line("stopped; run the same command again to continue, or --restore to undo it", sys.stderr)
         return 130
     return 0
-
-
-def escape_controls(record: logging.LogRecord) -> bool:
-    """Escape control characters in a log record, so that names of files cannot steer a terminal; always True."""
-    record.msg, record.args = escape(record.getMessage()), ()
-    return True
-
-
-def escape(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def require_layouts(front_end: Path) -> list[Layout]:

@@ -24,6 +24,7 @@ from library.checkpoints.base_model_spec import BaseModelSpec
 from library.errors import UserError
 from library.models.clip.clip import clip_body
 from library.protocols import Architecture
+from library.terminal import print_line
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts
 from networks.core.files.module_weights import ModuleWeights
 from tools.adapter_files import read_adapter
@@ -130,7 +131,7 @@ def interrogate(args: argparse.Namespace) -> None:
     means_N = sums_N / len(parts)
     for position, token in enumerate(means_N.argsort(descending=True)[: args.top].tolist()):
         word = tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens([token]))
-        print(f"[{position:3d}]: {token:5d} {word:<20s}: {means_N[token]:.5f}")
+        print_line(f"[{position:3d}]: {token:5d} {word:<20s}: {means_N[token]:.5f}")
 
 
 def setup_parser() -> argparse.ArgumentParser:

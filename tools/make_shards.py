@@ -32,7 +32,7 @@ from library.data.description.dataset_file import load_dataset_config, read_desc
 from library.data.description.image_extensions import image_extensions
 from library.data.description.schema import ALL_KEYS, DatasetConfig, RunDataConfig, SubsetConfig
 from library.data.description.source_keys import SOURCES
-from library.data.plan.collect import collect
+from library.data.plan.collect import check_packages, collect
 from library.data.scanned.images import ScannedImage
 from library.data.scanned.names import safe_name
 from library.data.scanned.subsets import ScannedSubset
@@ -42,6 +42,7 @@ from library.data.sources.storage.storage import Storage
 from library.errors import NoDataFound, UserError
 from library.options.train import TrainOptions
 from library.progress import Bar, progress_bar
+from library.terminal import print_line
 from library.training.command_line.caching import cache_captions, cache_images
 from library.training.command_line.option_checks import check_data
 from tools.command import make_training_parser, training_command
@@ -419,6 +420,7 @@ def make_shards(args: argparse.Namespace, training: Sequence[str]) -> None:
     options = read_options(args, training)
     pyarrow_parquet()  # the index of the shards requires it, which is written last
     config, storage = load_dataset_config(options), Storage(options.caching.cache_dir)
+    check_packages(config)
     path, source = args.out / DESCRIPTION, Path(str(options.dataset.dataset_config))
     first_line = write_first_line(source)
     kind = sealed(f"a dataset file that {WRITER} wrote from {source}, unchanged", first_line)
@@ -437,7 +439,7 @@ def make_shards(args: argparse.Namespace, training: Sequence[str]) -> None:
             cache_images(options, arch.codec, arch.load.vae)
         if caches_text:
             cache_captions(options, arch)
-    print(path)
+    print_line(str(path))
 
 
 main = training_command(setup_parser, make_shards)

@@ -17,6 +17,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.architectures.flux.merging import open_clip_l, open_t5xxl
 from library.checkpoints.base_model import BaseModel
 from library.errors import UserError
+from library.terminal import print_line
 from networks.core.files.adapter_file import AdapterFile
 from tools import merge_lora
 from tools.adapter_files import names_in, read_adapter
@@ -112,7 +113,7 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
         adapters = [Weighted(replace(f, modules=m), ratio) for f, m, ratio in zip(files, kept, ratios, strict=True)]
         with_metadata = bool(base.architecture) and not args.no_metadata  # a text encoder alone has no architecture
         num = merge_into_checkpoint(base, adapters, save_to, arithmetic, with_metadata)
-        print(f"{save_to}: {len(adapters)} adapters merged into {num} modules")
+        print_line(f"{save_to}: {len(adapters)} adapters merged into {num} modules")
 
 
 def merge_as_sd_scripts(args: argparse.Namespace) -> None:

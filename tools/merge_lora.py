@@ -35,6 +35,7 @@ from library.checkpoints.folders import atomic_folder
 from library.checkpoints.marks import mark_folder, mark_of
 from library.errors import UserError
 from library.randomness import generator_for
+from library.terminal import print_line
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts
 from networks.core.files.module_weights import ModuleWeights, make_name_error
 from networks.core.files.renaming import rename
@@ -363,7 +364,7 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
     if base is not None:
         adapters = [replace(adapter, file=fit_names(adapter.file, base)) for adapter in adapters]
         num = merge_into_checkpoint(base, adapters, args.save_to, arithmetic, not args.no_metadata)
-        print(f"{args.save_to}: {len(adapters)} adapters merged into {num} modules")
+        print_line(f"{args.save_to}: {len(adapters)} adapters merged into {num} modules")
         return
     trained_on = None if args.base_model is None else open_base_model("--base_model", args.base_model)
     joining = Joining()

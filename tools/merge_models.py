@@ -24,6 +24,7 @@ from library.checkpoints.marks import mark_of
 from library.checkpoints.weights import Weights
 from library.errors import UserError, list_few
 from library.memory.devices import SAVE_DTYPES
+from library.terminal import print_line
 from tools.command import add_options, check_output, command, make_parser, resolve_device, resolve_ratios
 from tools.merge_adapters import modelspec
 from tools.merge_lora import write
@@ -127,7 +128,7 @@ def merge(args: argparse.Namespace) -> None:
         key: metadata[key] for key in ("modelspec.sai_model_spec", "modelspec.architecture") if key in metadata
     }
     write(args.output, saved, {**kept, **modelspec(args.output, args.models)}, mark_of(WRITER, args.output))
-    print(f"{args.output}: {len(tensors)} weights of {len(models)} files")
+    print_line(f"{args.output}: {len(tensors)} weights of {len(models)} files")
 
 
 main = command(setup_parser, merge)

@@ -38,6 +38,7 @@ from library.errors import UserError
 from library.models.identify import base_of_file, refuse_other
 from library.models.vae.checkpoint_keys import VAE_PREFIX
 from library.models.vae.vae import vae_of_checkpoint
+from library.terminal import print_line
 from tools.command import add_file_precision, check_safetensors_output, command, dtype_of_file, make_parser
 
 logger = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ def merge(args: argparse.Namespace) -> None:
         tensors[key] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
     kept = {key: value for key, value in read_metadata(args.dit).items() if "hash" not in key}
     save_safetensors(args.output, tensors, kept or {"format": "pt"}, mark_of(WRITER, args.output))
-    print(f"{args.output}: {len(tensors)} weights of {len(parts)} files")
+    print_line(f"{args.output}: {len(tensors)} weights of {len(parts)} files")
 
 
 def setup_parser() -> argparse.ArgumentParser:

@@ -19,6 +19,7 @@ from library.formatting import columns  # noqa: E402
 from library.memory.planner.gpus import GIB, SYSTEMS, Gpu, find_system, parse_cards, parse_size  # noqa: E402
 from library.memory.planner.known import load_models, plan, rows  # noqa: E402
 from library.requirements import describe_missing, list_missing  # noqa: E402
+from library.terminal import print_error, print_line  # noqa: E402
 from library.version import add_version  # noqa: E402
 
 SYSTEM_BYTES = 6 * GIB  # of main memory: a desktop, and Python with the libraries [derived]
@@ -58,8 +59,8 @@ def show_models(gpus: Sequence[Gpu], system: str) -> None:
     models = load_models()
     for gpu in gpus:
         size = "" if gpu.nominal_bytes is None else f" of {gpu.nominal_bytes / GIB:g} GB"
-        print(f"\n{gpu.name}, {gpu.memory_bytes / GIB:.1f} GiB free{size}: LoRA of rank 16, batch 1, predicted")
-        print("\n".join(columns([*rows([plan(model, gpu, system) for model in models])])))
+        print_line(f"\n{gpu.name}, {gpu.memory_bytes / GIB:.1f} GiB free{size}: LoRA of rank 16, batch 1, predicted")
+        print_line("\n".join(columns([*rows([plan(model, gpu, system) for model in models])])))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if missing := list_missing():
             raise UserError(describe_missing(missing))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     from tools.counted_plan import plan as plan_counted
     from tools.exit_status import act

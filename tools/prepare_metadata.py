@@ -18,6 +18,7 @@ from library.data.sources.folders.metadata_file import parse_entries, read_table
 from library.data.sources.folders.metadata_listing import find_image
 from library.errors import UserError
 from library.memory.devices import DTYPES
+from library.terminal import print_line
 from tools.base_models import find_base
 from tools.cache_latents import cache_images
 from tools.captions_to_metadata import check_name, check_table, list_images, write_table
@@ -87,7 +88,7 @@ def prepare(args: argparse.Namespace) -> None:
         )  # fmt: skip
     record_sizes(table, args.train_data_dir, sizes)
     write_table(args.out_json, table, WRITER, args.in_json)
-    print(f"{args.out_json}: sizes of {len(sizes)} images, {len(table)} entries")
+    print_line(f"{args.out_json}: sizes of {len(sizes)} images, {len(table)} entries")
 
 
 def setup_parser() -> argparse.ArgumentParser:

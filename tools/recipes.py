@@ -14,6 +14,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.errors import UserError
 from library.suggestions import did_you_mean
+from library.terminal import print_line
 from library.training.command_line.recipes import FOLDER, Recipe, list_recipes
 from tools.command import command, make_parser
 
@@ -59,9 +60,9 @@ def show_recipes(args: argparse.Namespace) -> None:
         check_steps(recipe)
     if args.name is None:
         for recipe in recipes.values():
-            print(f"{recipe.script:32} --recipe {recipe.name:24} {recipe.title}")
+            print_line(f"{recipe.script:32} --recipe {recipe.name:24} {recipe.title}")
     elif args.name in recipes:
-        print((FOLDER / f"{args.name}.toml").read_text(encoding="utf-8"), end="")
+        print_line((FOLDER / f"{args.name}.toml").read_text(encoding="utf-8"), end="")
     else:
         raise UserError(
             f"there is no recipe {args.name}{did_you_mean(args.name, recipes)}; run without a name to list all",

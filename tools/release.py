@@ -13,6 +13,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(ROOT))
 
 from library.errors import UserError  # noqa: E402
+from library.terminal import print_error, print_line  # noqa: E402
 from library.version import NAME, VERSION, add_version  # noqa: E402
 
 FORMATS = ("tar.gz", "zip")
@@ -52,7 +53,7 @@ def pack(folder: Path) -> None:
         (folder / file).write_bytes(content)
     sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {file}\n" for file, content in archives.items())
     (folder / SUMS).write_text(sums, encoding="utf-8")
-    print(f"{folder}: {', '.join([*archives, SUMS])}")
+    print_line(f"{folder}: {', '.join([*archives, SUMS])}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         pack(args.output_dir)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     return 0
 

@@ -31,6 +31,7 @@ from library.data.decoding.images import Pixels, read_pixels, resize
 from library.data.description.buckets import Size
 from library.data.description.image_extensions import describe_unread, image_extensions
 from library.errors import UserError
+from library.terminal import print_line
 from tools.command import check_at_least_one, command, make_parser
 
 DEFAULT_RESOLUTIONS = "512x512,384x384,256x256,128x128"
@@ -154,7 +155,7 @@ def resize_all(args: argparse.Namespace) -> None:
         write_sizes(image, target, resizing)
     for file, copy in copies:
         copy_atomically(file, copy)
-    print(f"{target}: {len(images)} images at {len(resizing.resolutions)} resolutions, {len(copies)} other files")
+    print_line(f"{target}: {len(images)} images at {len(resizing.resolutions)} resolutions, {len(copies)} other files")
 
 
 def plan_copies(

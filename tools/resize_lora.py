@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from library.errors import UserError
 from library.randomness import generator_for
+from library.terminal import print_line
 from networks.core.changes.svd import (
     MIN_SINGULAR_VALUE,
     balance,
@@ -145,10 +146,11 @@ def resize_file(file: AdapterFile, measure: Measure, device: torch.device, verbo
         kept_norms.append(resized.kept_norm)
         if verbose:
             sum_text = "" if resized.kept_sum is None else f"{resized.kept_sum:.1%} of the sum of singular values, "
-            tqdm.write(
-                f"{module.name}: rank {resized.old_rank} to {resized.module.rank}, keeps {sum_text}"
-                f"{resized.kept_norm:.1%} of the norm, largest / smallest {resized.ratio:.1f}"
-            )
+            with tqdm.external_write_mode():
+                print_line(
+                    f"{module.name}: rank {resized.old_rank} to {resized.module.rank}, keeps {sum_text}"
+                    f"{resized.kept_norm:.1%} of the norm, largest / smallest {resized.ratio:.1f}"
+                )
     if not kept_norms:
         raise UserError(f"{file.origin} contains only norm weights, which have no rank")
     mean = sum(kept_norms) / len(kept_norms)

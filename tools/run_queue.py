@@ -17,6 +17,7 @@ from library.architectures.scripts import BY_PROMPTS, OtherScripts, Script, list
 from library.errors import UserError
 from library.options.leco import LecoOptions, leco_options
 from library.options.train import TrainOptions
+from library.terminal import print_line
 from library.training.command_line.cli import build_parser, build_parser_of_prompts
 from library.training.run_queue.adding import make_job
 from library.training.run_queue.folder import Queue
@@ -110,7 +111,7 @@ def execute(args: argparse.Namespace, words: Sequence[str]) -> int:
         queue.create()
         return run_queue(queue, args.gpus)
     if args.command == "list":
-        print("\n".join(format_queue(queue)))
+        print_line("\n".join(format_queue(queue)))
     elif args.command == "stop":
         stop_queue(queue, args.now)
     for number in args.jobs if args.command == "remove" else ():

@@ -18,8 +18,8 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.checkpoints.files import file_in_folder, holds_safetensors, read_header, require_weight_file
 from library.errors import UserError
-from library.formatting import escape_controls
 from library.json_text import parse_json
+from library.terminal import escape_controls, print_line
 from tools.command import add_file, command, make_parser
 
 TAG_KEY = "ss_tag_frequency"
@@ -133,7 +133,7 @@ def print_metadata(args: argparse.Namespace) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a Windows console may lack a character
         sys.stdout.reconfigure(errors="backslashreplace")
     for line in show(args.model or args.file, args.key, args.json, args.num_tags):
-        print(line)
+        print_line(line)
 
 
 main = command(setup_parser, print_metadata)

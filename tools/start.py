@@ -29,6 +29,7 @@ from library import torch_builds  # noqa: E402
 from library.lock_file import format_entries  # noqa: E402
 from library.package_sources import Source, chooses_packages, uv_options  # noqa: E402
 from library.requirements import python_path, python_problem, suggest_python  # noqa: E402
+from library.terminal import print_error, print_line  # noqa: E402
 from library.version import add_version  # noqa: E402
 
 REQUIREMENTS, TESTED, FOR_TESTS = "requirements.txt", "requirements.lock", "requirements-dev.txt"
@@ -89,7 +90,7 @@ def make_venv(venv: Path) -> None:
             f"Ubuntu get them with `sudo apt install python3-venv` (or `python3.{sys.version_info[1]}-venv`), "
             "then run this command again"
         )
-    print(f"Creating the virtual environment {venv}", flush=True)
+    print_line(f"Creating the virtual environment {venv}")
     if run([sys.executable, "-m", "venv", "--clear", str(venv)]) != 0:
         raise StartError(f"creating {venv} failed, see the lines above; delete that folder and run this command again")
 
@@ -139,10 +140,10 @@ def install_torch(venv: Path, python: Path, tag: "str | None") -> None:
         raise StartError(str(error)) from None
     is_reachable = choice.index is None or torch_builds.is_reachable(choice.index)
     if not is_reachable:
-        print(f"{choice.index} cannot be reached, so torch comes from PyPI; `doctor` checks it", flush=True)
+        print_line(f"{choice.index} cannot be reached, so torch comes from PyPI; `doctor` checks it")
     source = choice.index if is_reachable else None
     place = "PyPI" if source is None else source
-    print(f"{choice.reason}: installing {choice.requirement} from {place} (another build: --torch TAG)", flush=True)
+    print_line(f"{choice.reason}: installing {choice.requirement} from {place} (another build: --torch TAG)")
     index = () if source is None else ("--index-url", source)
     again = ("--force-reinstall",) if tag and has_torch else ()
     install(venv, python, [], (*index, *again, choice.requirement))
@@ -162,7 +163,7 @@ def install(venv: Path, python: Path, requirement_names: "list[str]", options: "
     """Install the requirement files and show the progress. Raises StartError with the last error lines."""
     check_disk(venv)
     if requirement_names:
-        print("Installing " + " and ".join(Path(n).name for n in requirement_names) + f" into {venv}", flush=True)
+        print_line("Installing " + " and ".join(Path(n).name for n in requirement_names) + f" into {venv}")
     last_lines = deque(maxlen=15)  # type: deque[str]
     exit_code = run(install_command(python, requirement_names, options), keep_errors_in=last_lines)
     if exit_code != 0:
@@ -187,7 +188,7 @@ def install_all(venv: Path, python: Path, names: "tuple[str, ...]", source: Sour
     if TESTED in names and not is_hashed:
         names = tuple(source.versions or REQUIREMENTS if name == TESTED else name for name in names)
         chooser = "these wheels" if source.wheels else "your settings of pip or uv"
-        print(f"Installing {names[0]} without hashes: {chooser} choose the packages", flush=True)
+        print_line(f"Installing {names[0]} without hashes: {chooser} choose the packages")
     with_torch = not is_hashed and not source.torch
     if source.wheels is None and not (TESTED in names and with_torch):
         install_torch(venv, python, source.torch)
@@ -280,7 +281,7 @@ def wait(process: "subprocess.Popen[str]", keep_errors_in: "deque[str] | None" =
         try:
             if keep_errors_in is not None and process.stderr is not None:
                 for line in process.stderr:
-                    sys.stderr.write(line)
+                    print_line(line, sys.stderr, end="")
                     keep_errors_in.append(line)
             exit_code = process.wait()
             break
@@ -363,7 +364,7 @@ def quickstart(venv: Path) -> int:
     started = time.monotonic()
     os.environ.setdefault("OMP_NUM_THREADS", str(num_threads()))
     for command, product in ((training_command(python), ADAPTER), (image_command(python), IMAGE)):
-        print("\n$ " + " ".join(command), flush=True)
+        print_line("\n$ " + " ".join(command))
         # A training run that is stopped ends with status 0 and saves under another name, and the file of an earlier run
         # may exist, so the exit status alone does not show success.
         before = modification_time(ROOT / product)
@@ -375,13 +376,12 @@ def quickstart(venv: Path) -> int:
                 f"the command above ended without an error but wrote no {product}: it was stopped before its last "
                 "step. Start the quickstart again"
             )
-    print(
+    print_line(
         f"\nDone in {time.monotonic() - started:.0f} s.\n"
         f"  the adapter:             {ROOT / ADAPTER}\n"
         f"  an image, before|after:  {ROOT / IMAGE}\n"
         f"  report on the training:  {ROOT / REPORT} (opens in any browser)\n"
-        "Training on your own images: README.md",
-        flush=True,
+        "Training on your own images: README.md"
     )
     return 0
 
@@ -406,10 +406,7 @@ def run_doctor(venv: Path) -> int:
     """
     python = python_path(venv)
     if read_version(python) is None:
-        print(
-            f"note  {venv} is not ready, so this Python is checked; `tools/start.py setup` creates it",
-            flush=True,
-        )
+        print_line(f"note  {venv} is not ready, so this Python is checked; `tools/start.py setup` creates it")
         python = Path(sys.executable)
     return run([str(python), "tools/doctor.py"])
 
@@ -485,14 +482,14 @@ def main(arguments: "list[str]") -> int:
                 )
             versions = TESTED if args.locked else REQUIREMENTS if args.newest or args.offline else None
             names = (versions or TESTED,) if args.locked or args.offline else (versions or TESTED, FOR_TESTS)
-            print(f"Ready: {ready_python(venv, names, Source(args.offline, args.torch, versions))}")
+            print_line(f"Ready: {ready_python(venv, names, Source(args.offline, args.torch, versions))}")
             return 0
         return quickstart(venv)
     except StartError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print_line("stopped", sys.stderr)
         return INTERRUPTED
 
 

@@ -47,6 +47,7 @@ from library.options.train import TrainOptions
 from library.options.training.flow import TimestepPreviewOptions
 from library.options.training.validation import ValidationOptions
 from library.temporary_folders import delete_abandoned_folders, make_temporary_folder
+from library.terminal import print_line
 from library.training.command_line.cli import to_toml_value
 from library.training.config_file import SECRETS, write_config
 from library.training.models.preflight import mute_logging
@@ -128,16 +129,16 @@ def verify(args: argparse.Namespace, training: Sequence[str]) -> int:
     folder = Path(make_temporary_folder("verify"))
     try:
         for result in run_checks(spec, options, training, folder):
-            print(result, flush=True)
+            print_line(str(result))
             results.append(result)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print("\npaste from here " + "-" * 40)
+    print_line("\npaste from here " + "-" * 40)
     mode = resolve_memory_mode(options.memory, options.precision, options.distributed)
     described = list_options(spec, options.flat(), type(options).defaults(), mode)
     for line in (*describe_machine(), *described, *map(str, results)):
-        print(line)
-    print("to here " + "-" * 48)
+        print_line(line)
+    print_line("to here " + "-" * 48)
     return int(any(result.is_wrong for result in results))
 
 
@@ -149,7 +150,7 @@ def run_checks(spec: BaseModelSpec, options: TrainOptions, training: Sequence[st
     # Each trial loads its own copy in another process; memory may not suffice for two.
     del denoiser
     uninterrupted = prepare_trial(spec, options, folder / "whole", {"selftest": True})
-    print(f"training {NUM_STEPS} steps ...", file=sys.stderr, flush=True)
+    print_line(f"training {NUM_STEPS} steps ...", sys.stderr)
     process = uninterrupted.train()
     yield from uninterrupted.results(process)
     if process.returncode:
@@ -210,7 +211,7 @@ class Trial:
         command = [sys.executable, str(self.script), "--config_file", str(self.folder / OPTIONS_FILE)]
         process = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if process.returncode != 0:
-            print(process.stderr, file=sys.stderr)
+            print_line(process.stderr, sys.stderr)
         return process
 
     def events(self, kind: str) -> list[dict[str, Any]]:
@@ -268,7 +269,7 @@ def compare_resumed(spec: BaseModelSpec, options: Options, uninterrupted: Trial,
     adapters: list[Path] = []
     for name in ("again", "once-more"):
         resumed = prepare_trial(spec, options, folder / name, {"resume": str(uninterrupted.state)})
-        print(f"resuming from step {RESUMED_AT} ...", file=sys.stderr, flush=True)
+        print_line(f"resuming from step {RESUMED_AT} ...", sys.stderr)
         process = resumed.train()
         if process.returncode:
             return Result("resuming", f"failed: {find_error(process.stderr)}", is_wrong=True)

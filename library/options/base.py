@@ -139,7 +139,7 @@ def add_option(section: argparse._ArgumentGroup, declared: Declared) -> None:
     if declared.kind is BOOL:
         section.add_argument(f"--{declared.name}", action="store_true", help=declared.help)
         return
-    given = {"choices": declared.choices, "nargs": declared.nargs, "metavar": declared.metavar}
+    given = {name: getattr(declared, name) for name in ("choices", "nargs", "const", "metavar")}
     keywords: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     section.add_argument(
         f"--{declared.name}", default=declared.default, type=declared.kind.parse, help=declared.help, **keywords

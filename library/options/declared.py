@@ -56,9 +56,10 @@ class Declared:
     # A setting of a preview prompt: the option in a line of text, without "--".
     letters: str = ""
 
-    # An option. `choices` are those that argparse checks, `nargs` and `metavar` as there.
+    # An option. `choices` are those that argparse checks, `nargs`, `const` and `metavar` as there.
     choices: Sequence[Any] | None = None
     nargs: str | None = None
+    const: Any = None
     metavar: str | None = None
     # Values outside `choices` are accepted by the parser and checked where they are used.
     takes_other_values: bool = False

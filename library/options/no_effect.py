@@ -57,7 +57,10 @@ def unmet(needs: tuple[str, ...], values: Mapping[str, Any]) -> str | None:
         return None
     other, equals, accepted = known[0].partition("=")
     if equals:
-        return f"with --{other} {values[other]}; it is for {accepted.replace('|', ' or ')}"
+        accepted = accepted.replace("|", " or ")
+        if values[other] is None:
+            return f"without --{other} {accepted}"
+        return f"with --{other} {values[other]}; it is for {accepted}"
     return f"without {describe_needs(known)}"
 
 

@@ -16,7 +16,7 @@ MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path 
 # Every folder, and every module next to folders, from the bottom up. One line is one layer, whose parts may import
 # each other as long as there is no cycle. A longer name takes precedence over a shorter one.
 LAYERS = (
-    ("library.errors", "library.suggestions", "library.formatting", "library.json_text"),
+    ("library.errors", "library.suggestions", "library.formatting", "library.json_text", "library.terminal"),
     ("library.types", "library.randomness", "library.collector", "library.hidden_libraries", "library.launcher"),
     ("library.torch_builds", "library.network_args"),
     (

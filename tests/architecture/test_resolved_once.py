@@ -31,7 +31,7 @@ CALLS = {
         "library/training/offline/file_losses.py": 1,
     },
     "load_format": {
-        "library/training/models/weight_formats.py": 1,  # `BaseFormats.load`
+        "library/training/models/weight_formats.py": 2,  # `BaseFormats.load`, and the package that a format needs
         "library/training/command_line/checks.py": 1,  # all formats, to name those that can multiply
         "library/training/evaluation/preview_weights.py": 1,  # another file
         "library/models/loading.py": 1,  # the format of a file

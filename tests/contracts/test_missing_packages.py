@@ -117,8 +117,8 @@ def test_a_newer_python_is_refused_only_if_it_lacks_packages(script: None, monke
 
 
 READ_BY_OLD = (
-    "__init__.py", "lock_file.py", "package_sources.py", "requirements.py", "torch_builds.py", "version.py",
-    "../tools/start.py",
+    "__init__.py", "lock_file.py", "package_sources.py", "requirements.py", "terminal.py", "torch_builds.py",
+    "version.py", "../tools/start.py",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from library.lock_file import read_entries
 from tests.running import make_images
 from tests.tiny.bases import BASES
 
@@ -43,6 +44,21 @@ def test_it_runs_as_no_root_and_keeps_files_outside_the_container() -> None:
     found = dict(instructions())
     assert found["USER"] == "1000" and set(found["VOLUME"].split()) == {"/pictures", "/models", "/output", "/hub"}
     assert "HF_HOME=/hub" in found["ENV"] and ("RUN", FOLDERS) in instructions()
+
+
+def test_the_packages_beside_torch_are_installed_as_locked_with_their_hashes(tmp_path: Path) -> None:
+    (command,) = (rest for name, rest in instructions() if name == "RUN" and "lock" in rest)
+    listing, _, installation = command.partition(" && ")
+    python, place = f'"{sys.executable}"', tmp_path / "packages"
+    subprocess.run(
+        ["bash", "-ec", listing.replace("python", python, 1).replace("/tmp/beside-torch.lock", f'"{place}"')],
+        cwd=ROOT,
+        check=True,
+    )
+    entries = read_entries(place.read_text())
+    assert {"transformers", "diffusers"} <= {entry.name for entry in entries} and all(entry.hashes for entry in entries)
+    assert "torch" not in {entry.name for entry in entries}
+    assert installation == "pip install --no-cache-dir --require-hashes --no-deps -r /tmp/beside-torch.lock"
 
 
 @pytest.mark.nightly

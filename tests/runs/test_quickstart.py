@@ -80,13 +80,12 @@ def test_every_adapter_kind_teaches_the_new_shape(kind: str, tmp_path: Path) -> 
 
 def test_the_script_for_any_pipeline_teaches_the_shape_as_well(tmp_path: Path) -> None:
     """Both train the U-Net alone. Of 24 images, 16 match with train_network.py, 14 with diffusers_train_network.py."""
-    command = start.training_command(Path(sys.executable), start.num_threads())
     prompts, right = read_prompts(PROMPTS), []
     for script, more in (("train_network.py", []), ("diffusers_train_network.py", ["--cache_text_encoder_outputs"])):
         out = tmp_path / script
         words = ["--network_train_unet_only", *more, "--cache_dir", str(tmp_path), "--output_dir", str(out)]
         done = subprocess.run(
-            [*command[:-3], script, *command[-2:], *words],
+            [sys.executable, script, "--config_file", CONFIG, *words],
             cwd=start.ROOT,
             env=start.child_environment(),
             capture_output=True,

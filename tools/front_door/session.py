@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from library.errors import UserError
+from library.terminal import ask
 from library.training.reporting.console_lines import announce
 from tools.front_door.base import choose_recipe, recognise
 from tools.front_door.captioner import write_captions
@@ -29,7 +30,7 @@ def train_photos(args: argparse.Namespace) -> int:
         wishes = Wishes(trigger, args.steps, args.minutes, args.models, args.prediction)
         plan = make_plan(base, recipe, folders, wishes, Files(Path(folder), files.name))
     announce("\n".join(describe_plan(plan, files)))
-    if asks and input("Train? [Y/n] ").strip().lower() not in ("", "y", "yes"):
+    if asks and ask("Train? [Y/n] ").strip().lower() not in ("", "y", "yes"):
         return 0
     return train(plan, files)
 
@@ -45,5 +46,5 @@ def choose_trigger(text: str | None, root: Path, folders: Sequence[PhotoFolder],
     """Return the trigger of the command line, else of the terminal, else of the folder's name."""
     usual = suggest_trigger(root, folders)
     if text is None and asks:
-        text = input(f'Trigger word, and what it is, such as "mycat, a cat" [{usual.text}]: ').strip()
+        text = ask(f'Trigger word, and what it is, such as "mycat, a cat" [{usual.text}]: ').strip()
     return parse_trigger(text) if text else usual

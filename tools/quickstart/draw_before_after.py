@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from library.checkpoints.marks import save_image
 from library.checkpoints.overwriting import check_target, marked
+from library.terminal import print_line
 from library.training.report_page.writer import add_sheet
 from library.training.reporting.sample_images import encode_data_url
 from tools.command import command, make_parser
@@ -91,7 +92,7 @@ def draw(args: argparse.Namespace) -> None:
     if args.report is not None:
         with Image.open(args.out) as image:
             add_sheet(args.report, encode_data_url(image, *image.size))
-    print(f"samples that show their prompt: {before:.0%} before, {after:.0%} after; see {args.out}")
+    print_line(f"samples that show their prompt: {before:.0%} before, {after:.0%} after; see {args.out}")
 
 
 main = command(setup_parser, draw)

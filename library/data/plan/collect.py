@@ -25,6 +25,7 @@ def collect(config: RunDataConfig, storage: Storage | None = None, num_threads: 
     NotUtf8 for all subsets.
     """
     storage, encodings = storage or Storage(), list[str]()
+    check_packages(config)  # before the first is scanned, which may take minutes
 
     def scan(subset: SubsetConfig) -> ScannedSubset | None:
         try:
@@ -38,6 +39,12 @@ def collect(config: RunDataConfig, storage: Storage | None = None, num_threads: 
     if encodings:
         raise NotUtf8("\n".join(encodings))
     return datasets
+
+
+def check_packages(config: RunDataConfig) -> None:
+    """Raise UserError naming what to install if a package is missing that any of the sources needs."""
+    for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
+        load_source(subset.source_key).check_packages(subset)
 
 
 def collect_dataset(config: DatasetConfig, scan: Callable[[SubsetConfig], ScannedSubset | None]) -> ScannedDataset:

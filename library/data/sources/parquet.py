@@ -17,7 +17,7 @@ from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.folders.reading import MOST_CAPTION_BYTES, stripped_lines
 from library.data.sources.indexed.parquet_files import Columns, KeptGroups, ParquetRows, find_columns
 from library.data.sources.indexed.rows import Row, build_row, row_of_bytes
-from library.data.sources.indexed.scan import SourceFile, scan_files
+from library.data.sources.indexed.scan import SourceFile, check_packages, scan_files
 from library.data.sources.indexed.tar_files import Member
 from library.data.sources.storage.source import Source
 from library.data.sources.storage.storage import Storage, is_remote
@@ -68,7 +68,7 @@ def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSub
     return scan_files(config, storage, num_threads, KEYS, read_rows, open_readers, stamp_images)
 
 
-SOURCE = Source(KEYS, scan)
+SOURCE = Source(KEYS, scan, check_packages)
 
 
 def columns_in(opened: ParquetRows, config: SubsetConfig) -> Columns:

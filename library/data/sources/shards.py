@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from library.data.description.schema import SubsetConfig
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.indexed.rows import CaptionRule, Row, rows_of_tar
-from library.data.sources.indexed.scan import SourceFile, scan_files
+from library.data.sources.indexed.scan import SourceFile, check_packages, scan_files
 from library.data.sources.storage.source import Source
 from library.data.sources.storage.storage import Storage
 
@@ -22,4 +22,4 @@ def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSub
     return scan_files(config, storage, num_threads, KEYS, read_rows)
 
 
-SOURCE = Source(KEYS, scan)
+SOURCE = Source(KEYS, scan, check_packages)

@@ -158,7 +158,7 @@ class StateOptions(Options, affects_training=False):
     )
     pause_after_step: int | None = option(
         None,
-        at_least=1,
+        kind=whole(1),
         own=True,
         help="Save weights and state after the first validation from this step on, and end. The rounds of "
         "--sweep_stop_after do so.",

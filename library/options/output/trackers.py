@@ -33,7 +33,9 @@ class TrackerOptions(Options, affects_training=False):
     log_tracker_name: str | None = option(
         None, needs=DRAWN, help="Name of the project in the charts. Unset is network_train."
     )
-    wandb_run_name: str | None = option(None, help="Name of the run in wandb. Unset lets wandb choose.")
+    wandb_run_name: str | None = option(
+        None, needs="log_with=wandb|all", help="Name of the run in wandb. Unset lets wandb choose."
+    )
     log_tracker_config: str | None = option(
         None,
         path="file",
@@ -41,7 +43,11 @@ class TrackerOptions(Options, affects_training=False):
         help="TOML file with further settings of tensorboard and wandb, a table for each.",
     )
     wandb_api_key: str | None = option(
-        None, secret=True, logged=False, help="Key to log in to wandb with. Unset uses the one that is logged in."
+        None,
+        needs="log_with=wandb|all",
+        secret=True,
+        logged=False,
+        help="Key to log in to wandb with. Unset uses the one that is logged in.",
     )
     profile: int = option(
         0,

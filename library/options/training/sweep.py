@@ -43,7 +43,7 @@ class SweepOptions(Options, own=True, affects_training=False):
     )
     sweep_only: int | None = option(
         None,
-        at_least=1,
+        kind=whole(1),
         needs="sweep",
         help="Train this run of --sweep alone, by its number in --sweep_list, so that other machines train the others.",
     )

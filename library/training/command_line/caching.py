@@ -14,6 +14,7 @@ from library.errors import UserError
 from library.options.train import TrainOptions
 from library.processes import from_accelerator
 from library.protocols import Architecture, LatentCodec
+from library.terminal import print_line
 from library.training.command_line.cli import CommandLine
 from library.training.command_line.main import report_error
 from library.training.failures.interruption import Interrupted, Interruption
@@ -72,7 +73,7 @@ def run_caching(command_line: CommandLine, action: Callable[[argparse.Namespace]
     try:
         action(command_line.args)
     except Interrupted as error:
-        print(f"{error} received; complete files are kept", file=sys.stderr)
+        print_line(f"{error} received; complete files are kept", sys.stderr)
         return interruption.exit_status
     except Exception as error:
         report_error(error, command_line)

@@ -32,7 +32,8 @@ from library.training.command_line.targets import check_targets
 from library.training.evaluation.preview import PreviewSchedule
 from library.training.evaluation.prompts import SAMPLER, read_prompts
 from library.training.models.frozen_adapters import TRAINING_ADAPTER, parse_adapter
-from library.training.optimization.optimizers import class_path, resolve_optimizer_type
+from library.training.models.weight_formats import check_format
+from library.training.optimization.optimizers import check_package, class_path, resolve_optimizer_type
 from library.training.reporting.trackers import read_tracker_config, tracker_kind
 from library.training.saving.names import Names, state_folder
 
@@ -52,7 +53,9 @@ def check(options: TrainOptions) -> None:
     check_precision(options.precision, options.network, options.dataset.only_looks)
     if options.precision.full_fp16:
         check_full_fp16(resolve_optimizer_type(options.optimizer))
-    resolve_optimizer_type(options.optimizer)  # raises if several are named
+    check_class_packages(options)
+    if not options.dataset.only_looks:
+        check_format(options.precision.denoiser_format)
     if options.network.training_adapter:
         check_training_adapter(options.network.training_adapter, options.network.base_weights or [])
     if options.fit.fit not in (None, "auto"):
@@ -61,6 +64,21 @@ def check(options: TrainOptions) -> None:
     check_previews(options.preview)
     if tracker_kind(options.trackers) is not None:
         read_tracker_config(options.trackers.log_tracker_config)
+
+
+def check_class_packages(options: TrainOptions) -> None:
+    """Raise UserError for several optimizers, an unknown one, and a missing package of a class that is trained with."""
+    optimizer_type = resolve_optimizer_type(options.optimizer)
+    if options.dataset.only_looks:
+        return
+    check_package(class_path(optimizer_type)[0], "--optimizer_type", optimizer_type)
+    others = {
+        "--lr_scheduler_type": options.schedule.lr_scheduler_type,
+        "--dataset_class": options.dataset.dataset_class,
+    }
+    for flag, path in others.items():
+        if path and "." in path:  # else a class of torch
+            check_package(path, flag, path)
 
 
 def ignored_for_concepts(kind: type[Options], draws_previews: bool) -> Mapping[str, str]:

@@ -11,16 +11,15 @@ from typing import Any
 
 from library.checkpoints.overwriting import FileKind, check_target, read_start
 from library.errors import UserError
-from library.formatting import escape_controls
 from library.launcher import launched_rank
 from library.options.output.console import ConsoleOptions
+from library.terminal import EscapedTexts
 from library.version import NAME, VERSION
 
 logger = logging.getLogger(__name__)
 
 DATED = logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", "%Y-%m-%d %H:%M:%S")
 LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # the start of a line by `build_handler`
-LINES = "\n\t"  # control characters that messages may contain
 CONSOLE = "console of "  # prefix of the name of the handler that shows log lines
 
 
@@ -45,17 +44,6 @@ class WithoutNoise(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not any(record.name.startswith(name) and words in record.getMessage() for name, words in NOISE)
-
-
-class EscapedControls(logging.Filter):
-    """Escapes control characters, because messages may contain file names from anywhere."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        escaped = escape_controls(text, keep=LINES)
-        if escaped != text:
-            record.msg, record.args = escaped, ()
-        return True
 
 
 class ForgivingFile(io.FileIO):
@@ -105,7 +93,7 @@ def setup_plain_logging() -> None:
     """Log bare lines to standard error until `setup_logging` is called."""
     handler = logging.StreamHandler(sys.stderr)
     handler.set_name(f"{CONSOLE}a command")
-    handler.addFilter(EscapedControls())
+    handler.addFilter(EscapedTexts())
     handler.addFilter(WithoutNoise())
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
 
@@ -133,7 +121,7 @@ def setup_logging(options: ConsoleOptions) -> None:
         handler.close()
     for handler in build_handlers(options):
         handler.set_name(name)
-        handler.addFilter(EscapedControls())
+        handler.addFilter(EscapedTexts())
         if not isinstance(handler, logging.FileHandler) and resolve_log_level(options) > logging.DEBUG:
             handler.addFilter(WithoutNoise())
         root.addHandler(handler)

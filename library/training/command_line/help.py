@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from library.errors import UserError
+from library.terminal import escape_text, print_line
 from library.training.reporting.error_fields import describe_error, print_error_line, wants_error_line
 from library.version import VERSION
 
@@ -111,7 +112,7 @@ class TrainingParser(argparse.ArgumentParser):
         """Parse like argparse; the flags of the long help and the version print and exit."""
         words = sys.argv[1:] if args is None else args
         if "--version" in words:
-            print(f"{self.prog} {VERSION}")
+            print_line(f"{self.prog} {VERSION}")
             self.exit(0)
         if EVERYTHING in words:
             full = copy.copy(self)
@@ -162,7 +163,7 @@ class TrainingParser(argparse.ArgumentParser):
 
         The command line `words` may ask for the error as JSON too.
         """
-        self._print_message(f"{self.prog}: error: {text or error}; see --help\n", sys.stderr)
+        self._print_message(f"{self.prog}: error: {escape_text(text or str(error))}; see --help\n", sys.stderr)
         if wants_error_line(words):
             print_error_line(describe_error(error, {}, ()))
         self.exit(2)

@@ -41,9 +41,9 @@ logger = logging.getLogger(__name__)
 NUM_STAYING = 2  # blocks of each kind that are not offloaded, as in sd-scripts
 
 
-def check_base(precision: PrecisionOptions, formats: BaseFormats, memory: MemoryOptions, arch: Architecture) -> None:
+def check_base(precision: PrecisionOptions, memory: MemoryOptions, arch: Architecture) -> None:
     """Raise UserError, before anything is read, for an unsupported weight format or number of blocks."""
-    check_format(precision.denoiser_format, formats.denoiser)
+    check_format(precision.denoiser_format)  # also a format that --fit chose
     if memory.num_offloaded:
         denoiser = to_meta_device(arch.load).denoiser()
         count_offloaded_blocks(memory.num_offloaded, arch.stacks(denoiser))

@@ -1,12 +1,12 @@
 """The weight formats of frozen models while reading, counting and training."""
 
-import importlib.util
 from dataclasses import dataclass
 
 from torch import nn
 
 from library.errors import UserError
 from library.hidden_libraries import unhide_library
+from library.installed import is_missing
 from library.memory.codecs.codec import AS_IN_FILE, AsInFile, Codec
 from library.memory.codecs.weight_format import WeightFormat, load_format
 from library.memory.frozen import frozen_layers, layers_in_blocks, store_all_in
@@ -26,14 +26,14 @@ class BaseFormats:
         return cls(*(None if name is None else load_format(name) for name in names))
 
 
-def check_format(name: str | None, weight_format: WeightFormat | None) -> None:
+def check_format(name: str | None) -> None:
     """Raise UserError if a package that the weight format needs is missing."""
-    package = None if weight_format is None else weight_format.required_package
+    package = None if name is None else load_format(name).required_package
     if package is None:
         return
-    # bitsandbytes is hidden from diffusers and peft, which import it without need, and so from `find_spec`.
+    # bitsandbytes is hidden from diffusers and peft, which import it without need, and so from `is_missing`.
     unhide_library(package)
-    if importlib.util.find_spec(package) is None:
+    if is_missing(package):
         raise UserError.about(
             "--base_format",
             f"{name} needs the library {package}, which is not installed; install it with "

@@ -70,7 +70,7 @@ def draw_rows(
             cause="does not fit",
         )
     formats = BaseFormats.load(precision)
-    check_base(precision, formats, memory, arch)
+    check_base(precision, memory, arch)
     compute = Compute.build(precision, device)
     loaded = load(network, precision, formats, memory, arch, rows, compute)
     for row in rows:

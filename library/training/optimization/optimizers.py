@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from library.errors import UserError
 from library.hidden_libraries import BITSANDBYTES, unhide_library
+from library.installed import is_missing
 from library.options.keyword_args import call_with_keywords, read_keyword_args
 from library.options.training.optimizer import OptimizerOptions
 from library.suggestions import did_you_mean
@@ -247,6 +248,7 @@ def import_class(path: str, flag: str, wanted: str) -> type[Any]:
     """Return the class at a dotted path. Raises UserError naming what to install, or what the module lacks."""
     if not all(part.isidentifier() for part in path.split(".")):
         raise UserError.about(flag, f"{wanted} is not a path such as package.module.Class")
+    check_package(path, flag, wanted)
     module_name, _, class_name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
@@ -260,11 +262,7 @@ def import_class(path: str, flag: str, wanted: str) -> type[Any]:
                 f"{wanted}: {describe_package(module_name)} needs {missing}: pip install {package}",
                 cause="not installed",
             ) from error
-        if missing != root:
-            raise UserError.about(flag, f"{wanted}: there is no module {missing}; check the path") from error
-        raise UserError.about(
-            flag, f"{wanted} needs the library {missing}: pip install {package}", cause="not installed"
-        ) from error
+        raise UserError.about(flag, f"{wanted}: there is no module {missing}; check the path") from error
     except ImportError as error:
         described = describe_package(module_name)
         raise UserError.about(
@@ -281,6 +279,16 @@ def import_class(path: str, flag: str, wanted: str) -> type[Any]:
     return value
 
 
+def check_package(path: str, flag: str, wanted: str) -> None:
+    """Raise UserError naming what to install if the package of a dotted path is missing. Imports nothing."""
+    root = path.partition(".")[0]
+    if root == BITSANDBYTES:
+        unhide_library(BITSANDBYTES)
+    if root.isidentifier() and is_missing(root):
+        reason = f"{wanted} needs the library {root}: pip install {PACKAGE_OF.get(root, root)}"
+        raise UserError.about(flag, reason, cause="not installed")
+
+
 def describe_package(module_name: str) -> str:
     """Return a module's package with its installed version: `prodigyopt 1.1.2`."""
     module = module_name.partition(".")[0]
@@ -292,7 +300,6 @@ def describe_package(module_name: str) -> str:
 
 
 def import_optimizer(path: str, optimizer_type: str) -> type[Optimizer]:
-    unhide_library(BITSANDBYTES)
     cls = import_class(path, "--optimizer_type", optimizer_type)
     if not issubclass(cls, Optimizer):
         raise UserError.about(

@@ -1,5 +1,6 @@
 """Serves pages to browsers on this machine, and takes the forms that the pages send."""
 
+import io
 import re
 import socket
 import sys
@@ -7,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from time import monotonic
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, unquote
 
@@ -17,7 +19,7 @@ MAX_PORT = 65535
 LOCAL = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")  # host names that pages of other sites cannot use
 MOST_FORM_BYTES = 4096
 MOST_CONNECTIONS = 64  # each has a thread
-SECONDS = 10.0  # for a client to send or take the next bytes
+SECONDS = 10.0  # for a client to send its request, and to take the answer
 
 
 class Pages(Protocol):
@@ -76,6 +78,28 @@ class LocalServer(ThreadingHTTPServer):
         return f"http://{HOST}:{self.server_address[1]}/"
 
 
+class RequestBytes(io.RawIOBase):
+    """The bytes of a request that has to arrive within `seconds`, however steadily the client sends."""
+
+    def __init__(self, connection: socket.socket, seconds: float) -> None:
+        self._connection, self._seconds, self._end = connection, seconds, monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Read what has come. Raises TimeoutError."""
+        left = self._end - monotonic()
+        if left <= 0:
+            raise TimeoutError
+        # A socket's own timeout holds for each read: a byte every nine seconds would keep a thread for hours.
+        self._connection.settimeout(left)
+        try:
+            return self._connection.recv_into(buffer)
+        finally:
+            self._connection.settimeout(self._seconds)
+
+
 class Handler(BaseHTTPRequestHandler):
     """Answers GET requests for pages, and POST requests of their forms."""
 
@@ -84,6 +108,11 @@ class Handler(BaseHTTPRequestHandler):
     def __init__(self, pages: Pages, take: TakeForm | None, *arguments: Any) -> None:
         self.pages, self.take = pages, take
         super().__init__(*arguments)
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BufferedReader(RequestBytes(self.connection, self.timeout))
 
     def do_GET(self) -> None:
         if not self.is_from_here():

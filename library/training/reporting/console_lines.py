@@ -14,8 +14,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from library.checkpoints.relative_change import format_change
-from library.formatting import escape_controls, format_count
+from library.formatting import format_count
 from library.launcher import launched_rank
+from library.terminal import print_line
 from library.training.step.accumulation import Plan
 
 logger = logging.getLogger(__name__)
@@ -25,11 +26,8 @@ def announce(text: str) -> None:
     """Write a line to standard output and flush it; front ends look for these lines. Main process only."""
     if launched_rank() != 0:
         return
-    encoding, text = sys.stdout.encoding or "utf-8", escape_controls(text, keep="\n\t")
     try:
-        # A console whose encoding lacks the Japanese characters shows ? instead of ending the run.
-        sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding) + "\n")
-        sys.stdout.flush()
+        print_line(text)
     except OSError as error:  # a full disk, or a closed pipe
         logger.debug("standard output takes nothing: %s", error)
 

@@ -5,13 +5,13 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from library.errors import UserError
+from library.installed import import_needed, is_missing
 from library.options.base import Options
 from library.options.config_file import read_toml
 from library.options.output.trackers import TrackerOptions
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def tracker_kind(options: TrackerOptions) -> str | None:
     """Return accelerate's name of the requested tracker; None without one.
 
-    Raises UserError if TensorBoard has no folder, or if the package is missing.
+    Raises UserError if TensorBoard has no folder, or if a package is missing or cannot be imported.
     """
     kind = options.log_with
     if kind is None:
@@ -34,10 +34,9 @@ def tracker_kind(options: TrackerOptions) -> str | None:
             "--log_with", f"{kind} needs --logging_dir, the folder for tensorboard's files", cause="needs"
         )
     for package in ("tensorboard", "wandb"):
-        if kind == package and find_spec(package) is None:
-            raise UserError.about(
-                "--log_with", f"{package} needs the package: pip install {package}", cause="not installed"
-            )
+        # "all" means those that are installed.
+        if kind == package or (kind == "all" and not is_missing(package)):
+            import_needed(package, f"--log_with {kind}")
     return kind
 
 
@@ -55,7 +54,8 @@ def read_tracker_config(path: str | None) -> dict[str, Any]:
 
 def start_trackers(accelerator: Any, trackers: TrackerOptions, config: Mapping[str, Any]) -> None:
     """Start the accelerator's trackers, with `config` if the user requests it."""
-    if trackers.wandb_api_key is not None and find_spec("wandb") is not None:
+    uses_wandb = trackers.log_with == "wandb" or (trackers.log_with == "all" and not is_missing("wandb"))
+    if uses_wandb and trackers.wandb_api_key is not None:
         import wandb
 
         wandb.login(key=trackers.wandb_api_key)

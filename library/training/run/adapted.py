@@ -32,7 +32,7 @@ def check_models(requested: RequestedRun, compute: Compute, max_train_steps: int
     Raises UserError for what could not be trained.
     """
     options, formats = requested.options, requested.formats
-    check_base(options.precision, formats, options.memory, requested.arch)
+    check_base(options.precision, options.memory, requested.arch)
     if options.precision.multiplies_codes:
         check_arithmetic(formats.denoiser, requested.module, requested.arch, compute)
     preflight(requested, max_train_steps)

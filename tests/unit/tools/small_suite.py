@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parents[3]
 PYTHON = [sys.executable, "-I", "-S"]  # the standard library alone
 
-LIBRARY = ("library/__init__.py", "library/requirements.py", "library/version.py")  # all that the tool imports of it
+LIBRARY = tuple(f"library/{name}.py" for name in ("__init__", "requirements", "terminal", "version"))
 
 THEIRS = {
     "sd-scripts/train_network.py": "print('theirs')\n",

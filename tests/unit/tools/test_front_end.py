@@ -1,6 +1,7 @@
 """tools/front_end.py keeps the user's files and runs without any package."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from library.architectures.specs import list_specs
 from tests.front_end_kills import read_tree
 from tests.unit.tools.small_suite import MINE, SmallSuite, build_small_suite, check_all_kept, write_files
+from tools.front_ends.layouts import ROOT, list_musubi
 
 
 def test_install_update_and_restore_keep_the_users_files_and_name_what_is_moved(suite: SmallSuite, gui: Path) -> None:
@@ -232,3 +235,11 @@ def test_a_copy_of_this_suite_is_no_front_end(suite: SmallSuite, tmp_path: Path)
         and "clone of mine is a copy of this suite; give the folder of the front end" in done.stderr
     )
     assert read_tree(clone.root) == before
+
+
+def test_the_docs_name_every_base_model_whose_commands_replace_those_of_musubi_tuner() -> None:
+    prefixes = {name.partition("cache_latents")[0] for name in list_musubi() if "cache_latents" in name}
+    titles = {spec.title for spec in list_specs() if spec.script.removesuffix("train_network.py") in prefixes}
+    text = " ".join((ROOT / "docs" / "front_ends.md").read_text(encoding="utf-8").split())
+    listed = re.search(r"commands of (.+?) are replaced", text)
+    assert listed and titles == set(re.split(", | and ", listed[1]))

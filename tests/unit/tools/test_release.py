@@ -18,6 +18,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a repository with the files that start needs, committed."""
     root = tmp_path / "repository"
     for name in ("tools/start.py", "library/torch_builds.py", "tools/__init__.py", "library/__init__.py",
+                 "library/lock_file.py", "library/package_sources.py", "library/terminal.py",
                  "library/requirements.py", "library/version.py", "pyproject.toml", "requirements.txt"):  # fmt: skip
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes((release.ROOT / name).read_bytes())

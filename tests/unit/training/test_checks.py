@@ -93,7 +93,7 @@ def test_a_plain_run_passes_without_warnings(caplog: pytest.LogCaptureFixture) -
 def test_a_dataset_class_needs_no_folder_and_no_resolution() -> None:
     described = {"train_data_dir": None, "resolution": None}
     assert refusal_of(**described).startswith("no images are named")
-    check(make_options(**described, dataset_class="my_data.Pictures"))
+    check(make_options(**described, dataset_class="torch.utils.data.Dataset"))
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)

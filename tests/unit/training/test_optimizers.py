@@ -25,6 +25,7 @@ from library.training.optimization.optimizers import (
     effective_rates,
 )
 from library.training.optimization.rounding import stochastic_rounding
+from tests.hiding import hide
 
 # A rate at which each optimizer makes progress within 60 steps of the small problem below.
 RATES = {
@@ -211,15 +212,7 @@ def refusal_of(**options: Any) -> str:
 def test_a_missing_library_names_the_package_to_install(
     name: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Missing:
-        @staticmethod
-        def find_spec(fullname: str, path: object = None, target: object = None) -> None:
-            if fullname.split(".")[0] == module:
-                raise ModuleNotFoundError(f"No module named {fullname!r}", name=module)
-
-    for loaded in [m for m in sys.modules if m.split(".")[0] == module]:
-        monkeypatch.delitem(sys.modules, loaded)
-    monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
+    hide(module, monkeypatch)
     assert (
         refusal_of(optimizer_type=name) == f"--optimizer_type {name} needs the library {module}: pip install {package}"
     )

@@ -17,8 +17,10 @@ from library.data.scanned.images import FileStamp, ImageLocations, Reader, Refer
 from library.data.scanned.names import folder_name, short_digest
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.folders.reading import parse_captions
+from library.data.sources.indexed.parquet_files import pyarrow_parquet
 from library.data.sources.indexed.parquet_index import IndexedFiles, read_index
 from library.data.sources.indexed.rows import Row
+from library.data.sources.storage.object_storage import open_file_system
 from library.data.sources.storage.storage import Storage, is_remote
 from library.errors import UserError, list_few
 
@@ -63,6 +65,13 @@ def scan_files(
     del table
     release_memory()
     return subset
+
+
+def check_packages(config: SubsetConfig) -> None:
+    """Raise UserError for a missing package of the index, or of the protocol of a URL."""
+    pyarrow_parquet()
+    for pattern in filter(is_remote, config.patterns):
+        open_file_system(pattern)
 
 
 def release_memory() -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from library.data.sources.storage.ranges import Window
 from library.errors import UserError
-from library.formatting import escape_controls
+from library.terminal import escape_controls
 
 BLOCK = 512
 LONGEST_NAME = 1 << 16

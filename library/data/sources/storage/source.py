@@ -17,6 +17,8 @@ class Source:
     scan: Callable[[SubsetConfig, Storage, int], ScannedSubset]
     """Lists the images with captions and sizes, given the number of threads. Sets a reader for images in larger
     files."""
+    check_packages: Callable[[SubsetConfig], None] = lambda config: None
+    """Raises UserError naming what to install if a package is missing that the source needs."""
 
 
 def load_source(key: str) -> Source:

@@ -80,3 +80,25 @@ def test_half_requests_take_a_limited_number_of_threads_for_a_limited_time(
         assert client.recv(12) == b"HTTP/1.0 200"
     for client in clients:
         client.close()
+
+
+@pytest.mark.parametrize("start", [b"GET / HTTP/1.0\r\nX: ", post("4096")])
+def test_a_client_that_sends_a_byte_now_and_then_is_hung_up_on(
+    server: LocalServer, monkeypatch: pytest.MonkeyPatch, start: bytes
+) -> None:
+    monkeypatch.setattr(Handler, "timeout", 0.5)
+    with connect(server, start) as client:
+        client.settimeout(0.02)
+        for _ in range(200):  # four seconds, with a byte every 20 ms
+            try:
+                client.sendall(b"a")
+                assert client.recv(1000) == b""
+                break
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+        else:
+            pytest.fail("the server still listens")
+    wait_until_free(server)
+    assert TAKEN == []
