@@ -164,14 +164,16 @@ def import_needed(module: str, flag: str) -> Any:
     """Import the module of an option. Raises UserError if its package is missing or broken, saying what to install."""
     package = module.partition(".")[0]
     if is_missing(package):
-        raise UserError(f"{flag} needs the package: pip install {package}")
+        raise UserError.about(flag, f"needs the package: pip install {package}", cause="not installed")
     try:
         return import_module(module)
     except Exception as error:  # a version that does not fit its own requirements raises anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{flag}: {package} {version_of(package) or ''} cannot be imported ({type(error).__name__}: {reason}); "
-            f"install another version: pip install --upgrade {package}"
+        raise UserError.about(
+            flag,
+            f": {package} {version_of(package) or ''} cannot be imported ({type(error).__name__}: {reason}); install "
+            f"another version: pip install --upgrade {package}",
+            cause="not installed",
         ) from error
 
 

@@ -12,6 +12,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.checkpoints.overwriting import check_target
 from library.errors import UserError
+from library.terminal import print_line
 from library.training.report_page.comparison import build_comparison
 from library.training.report_page.page import COMPARISON, same_title
 from library.training.report_page.writer import write_page
@@ -52,7 +53,7 @@ def rank(folder: Path) -> None:
     ranking, warnings = rank_reports(folder)
     for line in warnings:
         logger.warning("%s", line)
-    print("\n".join([*format_ranking(ranking), ranking.verdict]))
+    print_line("\n".join([*format_ranking(ranking), ranking.verdict]))
 
 
 main = command(setup_parser, compare)

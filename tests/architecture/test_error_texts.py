@@ -16,6 +16,7 @@ READ_ELSEWHERE: Mapping[str, str] = {  # function that reads an error's text -> 
     "library/checkpoints/model_lookup.py::fetch_snapshot": "the hub's",
     "library/data/sources/storage/object_storage.py::clean_message": "fsspec's, which may hold passwords",
     "library/errors.py::reason_of": "the system's, without blanks at its ends",
+    "library/installed.py::import_needed": "a package's own, of which the first line is shown",
     "library/determinism.py::explain_nondeterminism": "torch's: the operation without a fixed order",
     "library/json_text.py::explain_parse_error": "json's and tomllib's advice on long numbers",
     "library/json_text.py::find_place": "json's and tomllib's: line and column",

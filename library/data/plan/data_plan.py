@@ -267,9 +267,9 @@ class DataPlan:
 
 
 @pause_collection()
-def caches_to_disk(options: TrainOptions) -> bool:
-    flat = options.flat()
-    return any(flat.get(f"{name}_to_disk") for name in ("cache_latents", "cache_text_encoder_outputs"))
+def caches_to_disk(values: Mapping[str, Any]) -> bool:
+    """Return True if the values of options keep a cache on disk."""
+    return any(values.get(f"{name}_to_disk") for name in ("cache_latents", "cache_text_encoder_outputs"))
 
 
 def find_unwritable(scanned: Iterable[ScannedDataset], options: TrainOptions) -> dict[str, str]:
@@ -277,7 +277,7 @@ def find_unwritable(scanned: Iterable[ScannedDataset], options: TrainOptions) ->
     options name a folder, or cache nothing on disk."""
     output_dir = options.saving.output_dir
     is_named = options.caching.cache_dir is not None or options.caching.shared_cache_dir is not None
-    if is_named or not caches_to_disk(options) or not output_dir:
+    if is_named or not caches_to_disk(options.flat()) or not output_dir:
         return {}
     images = [subset.images for dataset in scanned for subset in dataset.subsets]
     folders = {folder for each in images if each.cache_directory is None for folder in each.local_folders()}
@@ -325,7 +325,11 @@ def build_plan(
     # A warning instead of an error: front ends send this key with enable_bucket, and sd-scripts ignores it there.
     config = drop_unused_face_crops(config, caches_latents)
     subsets = [subset for dataset in config.datasets for subset in dataset.subsets]
-    if options.caching.cache_dir is not None and not caches_to_disk(options) and not any(s.patterns for s in subsets):
+    if (
+        options.caching.cache_dir is not None
+        and not caches_to_disk(options.flat())
+        and not any(s.patterns for s in subsets)
+    ):
         logger.warning("--cache_dir has no effect: nothing is cached on disk, and there are no shards or parquet files")
     storage = Storage(options.caching.cache_dir, options.caching.remote_cache_gb, options.caching.shared_cache_dir)
     scanned = collect(config, storage)

@@ -52,6 +52,7 @@ def count_run(run: RequestedRun, batch: BatchShape, device: torch.device, is_fus
     `is_fused` says whether a GPU that is not in this machine fuses operations; None asks this machine's, if it has one.
     """
     options, arch = run.options, run.arch
+    is_off = options.diagnostics.deterministic or options.kernels.no_fused_operations
     with (
         progress_bar("counting memory…", NUM_COUNTS, leave=False) as bar,
         mute_logging(),
@@ -62,7 +63,9 @@ def count_run(run: RequestedRun, batch: BatchShape, device: torch.device, is_fus
         FakeTensorMode(allow_non_fake_inputs=True),
         # Fakes are CPU tensors, and autocast treats norms there otherwise than on a GPU.
         nullcontext() if device.type == "cpu" else emulate_cuda_norms(),
-        count_fused() if has_fused_kernels(device, options, is_fused) else nullcontext(),
+        count_fused()
+        if has_fused_kernels(device, is_off, options.precision.mixed_precision, is_fused)
+        else nullcontext(),
     ):
         meta = run_on_meta_device(run, batch.num_tokens)
         bar.update(1)
@@ -82,10 +85,10 @@ def count_run(run: RequestedRun, batch: BatchShape, device: torch.device, is_fus
     return CountedRun(options, batch, step, inputs.stages, preview)
 
 
-def has_fused_kernels(device: torch.device, options: TrainOptions, is_fused: bool | None) -> bool:
-    """Return True if fused operations are one kernel each on `device`."""
-    if options.diagnostics.deterministic or options.kernels.no_fused_operations or device.type != "cuda":
+def has_fused_kernels(device: torch.device, is_off: bool, mixed_precision: str, is_fused: bool | None) -> bool:
+    """Return True if fused operations are one kernel each on `device`; `is_off` says that the options turn them off."""
+    if is_off or device.type != "cuda":
         return False
     if is_fused is not None or not torch.cuda.is_available():
         return is_fused is not False
-    return compiles_for(device) and (options.precision.mixed_precision != "bf16" or compiles_bf16(device))
+    return compiles_for(device) and (mixed_precision != "bf16" or compiles_bf16(device))

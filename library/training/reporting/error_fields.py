@@ -13,6 +13,7 @@ from typing import Any
 from library.errors import Cause, UserError
 from library.launcher import launched_rank
 from library.options.config_file import read_toml
+from library.terminal import print_line
 from library.training.config_file import CONFIG_FLAG, SECRETS, config_path, flatten
 from library.training.reporting.events import ErrorFields
 
@@ -74,7 +75,7 @@ def hide(text: str, values: Mapping[str, Any]) -> str:
 def print_error_line(fields: ErrorFields) -> None:
     """Print the line of --errors_json to standard error, from the main process alone."""
     if launched_rank() == 0:
-        print(json.dumps({"error": asdict(fields)}), file=sys.stderr, flush=True)
+        print_line(json.dumps({"error": asdict(fields)}), sys.stderr)
 
 
 def wants_error_line(words: Sequence[str]) -> bool:

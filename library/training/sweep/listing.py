@@ -1,10 +1,10 @@
 """The list of a sweep's runs, for people and for programs that start them."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from library.formatting import align_columns
+from library.terminal import print_json, print_line
 from library.training.sweep.combinations import Combination
 from library.training.sweep.commands import Command
 
@@ -23,10 +23,10 @@ def print_list(form: str, combinations: Sequence[Combination[Any]], commands: Se
             }
             for number, (combination, command) in enumerate(runs, 1)
         ]
-        print(json.dumps(listed, indent=1))
+        print_json(listed, indent=1)
         return
     rows = [
         (str(number), combination.label, " ".join(f"{name}={text}" for name, text in combination.chosen.items()))
         for number, (combination, _) in enumerate(runs, 1)
     ]
-    print("\n".join(align_columns(rows)))
+    print_line("\n".join(align_columns(rows)))
