@@ -1,6 +1,7 @@
 """An index of latent cache entries that were found valid, whose files need not be opened again while nothing changes.
 
 Each image folder has one index file, a numpy archive with a row per entry: its name, the stamp of its file, and a mark.
+It is in the folder that gets new entries, also for entries elsewhere: nothing is added beside images with --cache_dir.
 The mark is a digest of everything on which `judge` depends: the image and its stamp, shape, filter, VAE. A missing or
 damaged index only costs time.
 """
@@ -36,7 +37,8 @@ Rows = dict[str, tuple[int, int]]
 class VerifiedEntries:
     """The indices of a run's folders, and the additions of this run."""
 
-    known: dict[str, Rows]
+    known: dict[str, Rows]  # by the folder of the index, as `sure`
+    homes: dict[str, str]  # that folder by the folder of the entries
     storage: Storage
     sure: dict[str, Rows] = field(default_factory=dict)
     marks: dict[tuple[str, str], int] = field(default_factory=dict)  # by path and key suffix
@@ -44,9 +46,19 @@ class VerifiedEntries:
     stamps: dict[str, int] = field(default_factory=dict)  # of files that were found valid or written
 
     @classmethod
-    def open(cls, paths: Iterable[str], storage: Storage) -> "VerifiedEntries":
-        """Read the indices of the folders of these files."""
-        return cls({folder: read_rows(folder) for folder in set(map(os.path.dirname, paths))}, storage)
+    def open(cls, images: Iterable[tuple[str, ScannedImage]], storage: Storage) -> "VerifiedEntries":
+        """Read the indices for images with the path of their new entries; entries beside the images are found too."""
+        homes: dict[str, str] = {}
+        for path, image in images:
+            home, beside = os.path.dirname(path), storage.stem_beside(image)
+            homes[home] = home
+            if beside is not None:
+                homes.setdefault(os.path.dirname(beside), home)
+        known: dict[str, Rows] = {home: {} for home in homes.values()}
+        for folder, home in homes.items():
+            # Of entries of one name in both folders one is valid, whose stamp the row has or gets.
+            known[home] |= read_rows(folder)
+        return cls(known, homes, storage)
 
     def verdict(self, file: LatentFile, image: ScannedImage, expected: Expected) -> Verdict:
         """Return the verdict of `judge`, taken from the index if nothing has changed."""
@@ -62,7 +74,8 @@ class VerifiedEntries:
             return Verdict(MISSING)
         stamp = compute_stamp(status, now_ns)
         is_resolved = UNSETTLED not in (stamp, *image_stamps)
-        row = self.known.get(folder, {}).get(name + file.tail)
+        home = self.homes[folder]
+        row = self.known[home].get(name + file.tail)
         if is_resolved and row is not None and row[0] == stamp and row[1] | FOREIGN == mark | FOREIGN:
             entry_verdict = Verdict(None, is_foreign=bool(row[1] & FOREIGN))
         else:
@@ -70,7 +83,7 @@ class VerifiedEntries:
         if entry_verdict.fault is None:
             self.stamps[file.path] = stamp or compute_stamp(status)
         if is_resolved and entry_verdict.fault is None:
-            self.sure.setdefault(folder, {})[name + file.tail] = (
+            self.sure.setdefault(home, {})[name + file.tail] = (
                 stamp,
                 mark | FOREIGN if entry_verdict.is_foreign else mark,
             )
@@ -98,11 +111,10 @@ class VerifiedEntries:
             folder, name = os.path.split(path)
             # Another run may have replaced the entry meanwhile.
             if (path, tail) in self.marks and os.path.exists(path) and compute_stamp(os.stat(path), now_ns) == written:
-                self.sure.setdefault(folder, {})[name + tail] = written, self.marks[path, tail]
-        for folder, rows in self.sure.items():
-            known = self.known.get(folder, {})
-            if len(rows) >= image_index.MIN_FILES and rows.items() - known.items():
-                write_rows(folder, known | rows)
+                self.sure.setdefault(self.homes[folder], {})[name + tail] = written, self.marks[path, tail]
+        for home, rows in self.sure.items():
+            if len(rows) >= image_index.MIN_FILES and rows.items() - self.known[home].items():
+                write_rows(home, self.known[home] | rows)
 
 
 def compute_mark(file: LatentFile, image: ScannedImage, image_stamps: Sequence[int], expected: Expected) -> int:

@@ -29,7 +29,6 @@ from library.data.caching.latent_jobs import (
     assign_exchange_files,
     expected_vae,
     iterate_named_jobs,
-    iterate_stems,
     judge_job,
     locate_file,
     log_unknown_origins,
@@ -97,7 +96,7 @@ def cache_latents(
         kept = assign_exchange_files(kept, processes.shared_folder("latents"), plan)
     memory: dict[int, Latents] = {}
     damaged: dict[int, str] = {}
-    entries = VerifiedEntries.open(iterate_stems(on_disk, plan.storage), plan.storage)
+    entries = VerifiedEntries.open(((job.path, job.sample.image) for job in on_disk), plan.storage)
 
     def encode_jobs(share: Sequence[Job]) -> None:
         for job, latents in encode_all(

@@ -82,7 +82,6 @@ class SubsetConfig:
     opposite_dir: str | None = key(TEXT, None, ONLY_S)
     control_resolution: tuple[int, int] | None = key(IMAGE_SIZE, None)  # width, height
     control_no_resize: bool = key(BOOL, False)
-    keeps_index: bool = True  # an index of the images may be written
     entries: Sequence[tuple[str, Any]] | None = field(default=None, repr=False, compare=False)  # already read, by key
 
     @property

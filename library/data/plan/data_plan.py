@@ -265,25 +265,29 @@ class DataPlan:
         return replace(self, samples=self.samples.changed(shapes or {}, draws_N))
 
 
-@pause_collection()
 def caches_to_disk(options: TrainOptions) -> bool:
     flat = options.flat()
     return any(flat.get(f"{name}_to_disk") for name in ("cache_latents", "cache_text_encoder_outputs"))
 
 
-def find_unwritable(scanned: Iterable[ScannedDataset], options: TrainOptions) -> dict[str, str]:
-    """Return the folders of images that cannot be written, mapped to the one that gets their caches; none if the
-    options name a folder, or cache nothing on disk."""
-    output_dir = options.saving.output_dir
-    if options.caching.cache_dir is not None or not caches_to_disk(options) or not output_dir:
-        return {}
+def open_storage(options: TrainOptions) -> Storage:
+    """Return the access to images. What is kept of folders that cannot be written goes below the output folder, unless
+    the options name another."""
+    caching, output_dir = options.caching, options.saving.output_dir
+    spare_dir = os.path.join(output_dir, "cache") if output_dir and caching.cache_dir is None else None
+    # A dry run writes nothing.
+    keeps_indexes = not options.diagnostics.dry_run
+    return Storage(caching.cache_dir, caching.remote_cache_gb, spare_dir, keeps_indexes=keeps_indexes)
+
+
+def find_unwritable(scanned: Iterable[ScannedDataset], place: str | None) -> frozenset[str]:
+    """Return the folders of images that cannot be written, and whose caches go to `place`; none without it."""
     images = [subset.images for dataset in scanned for subset in dataset.subsets]
     folders = {folder for each in images if each.cache_directory is None for folder in each.local_folders()}
-    place = os.path.join(output_dir, "cache")
-    moved = {folder: place for folder in sorted(folders) if not is_writable(folder)}
-    if moved:
-        logger.info("caches go into %s, because these folders cannot be written: %s", place, list_few(list(moved)))
-    return moved
+    unwritable = [] if place is None else [folder for folder in sorted(folders) if not is_writable(folder)]
+    if unwritable:
+        logger.info("caches go into %s, because these folders cannot be written: %s", place, list_few(unwritable))
+    return frozenset(unwritable)
 
 
 def is_writable(folder: str) -> bool:
@@ -295,6 +299,7 @@ def is_writable(folder: str) -> bool:
         return False
 
 
+@pause_collection()
 def build_plan(
     options: TrainOptions,
     spec: LatentSpec,
@@ -310,9 +315,6 @@ def build_plan(
     UserError for other mistakes in the description.
     """
     config = load_dataset_config(options)
-    # A dry run writes nothing.
-    if options.diagnostics.dry_run:
-        config = config.with_subsets(keeps_index=False)
     if entries is not None:
         config = config.with_subsets(entries=entries)
     # The description is checked before the images are listed, which takes longer.
@@ -324,11 +326,12 @@ def build_plan(
     config = drop_unused_face_crops(config, caches_latents)
     subsets = [subset for dataset in config.datasets for subset in dataset.subsets]
     if options.caching.cache_dir is not None and not caches_to_disk(options) and not any(s.patterns for s in subsets):
-        logger.warning("--cache_dir has no effect: nothing is cached on disk, and there are no shards or parquet files")
-    storage = Storage(options.caching.cache_dir, options.caching.remote_cache_gb)
+        logger.warning("--cache_dir gets nothing but indexes: nothing is cached on disk; add --cache_latents_to_disk")
+    storage = open_storage(options)
     scanned = collect(config, storage)
     check_images(scanned)
-    storage = replace(storage, moved=find_unwritable(scanned, options))
+    if caches_to_disk(options):
+        storage = replace(storage, unwritable=find_unwritable(scanned, storage.spare_dir))
     split = split_datasets(scanned, seed)
     datasets = (*split.trained, *split.set_aside)
     num_trained = len(split.trained)

@@ -1,5 +1,6 @@
 """Reference images for text encoders that see them with the caption."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ from library.data.description.schema import SubsetConfig
 from library.data.plan.reference_digests import digest_files
 from library.data.plan.samples import Sample, Samples, check_size
 from library.data.scanned.images import ScannedImage
+from library.data.sources.storage.index_places import IndexPlaces
 from library.data.sources.storage.storage import Storage, is_remote
 from library.errors import UserError
 from library.types import CaptionWithImages
@@ -56,7 +58,13 @@ class SeenReferences:
         references = list({one: None for sample in sample_by_number.values() for one in sample.image.references})
         packed = [one for one in references if one.location is not None]
         digests = read_many(partial(digest_packed, storage=storage), packed, num_threads, "reading references")
-        by_file = digest_files([one.key for one in references if one.location is None], num_threads)
+        files: dict[IndexPlaces, list[str]] = defaultdict(list)
+        for sample in sample_by_number.values():
+            paths = [one.key for one in sample.image.references if one.location is None]
+            files[storage.index_places(subsets[sample.subset])] += paths
+        by_file: dict[str, str] = {}
+        for places, paths in files.items():
+            by_file |= digest_files(list(dict.fromkeys(paths)), places, num_threads)
         contents = {one: by_file[one.key] for one in references if one.location is None}
         contents |= dict(zip(packed, digests, strict=True))
         digests_N = np.zeros(len(samples), dtype=np.uint64)

@@ -1,8 +1,7 @@
 """The index of a folder: sizes and captions of its images, so that only edited files are read again.
 
-It is a numpy archive in the folder, with a table for each kind of file: names, stamps, and the sizes of images or the
-texts of captions. A row is valid while the stamp of its file is unchanged. A missing, damaged or outdated index, or an
-unwritable folder, only costs time.
+It is a numpy archive with a table for each kind of file: names, stamps, and the sizes of images or the texts of
+captions. A row is valid while the stamp of its file is unchanged. A missing, damaged or outdated index only costs time.
 """
 
 import json
@@ -12,16 +11,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from library.data.decoding.index_file import pack_names, read_arrays, unpack_names, write_arrays
+from library.data.decoding.index_file import pack_names, unpack_names
 from library.data.decoding.threads import read_many
 from library.data.description.buckets import Size
 from library.data.scanned.columns import Sizes, Texts
+from library.data.sources.storage.index_places import IndexPlaces
 from library.errors import UserError
 from library.json_text import parse_json
 
@@ -167,6 +166,7 @@ class FolderIndex:
     """The tables of a folder: one for the images, and one for each caption extension."""
 
     folder: str
+    places: IndexPlaces
     sizes: Table[Size | str] = field(default_factory=Table)  # or the reason if an image cannot be read
     captions: dict[str, Table[str]] = field(default_factory=dict)
     paired: frozenset[str] = frozenset()  # caption extensions of which every image has its own file, in order
@@ -177,12 +177,12 @@ class FolderIndex:
             name in self.captions and self.captions[name].equals(table) for name, table in captions.items()
         )
         if not is_equal and len(sizes.names) >= MIN_FILES:
-            write_arrays(Path(self.folder) / FILE_NAME, build_tables(sizes, captions))
+            self.places.write_arrays(self.folder, FILE_NAME, build_tables(sizes, captions))
 
 
-def open_index(folder: str) -> FolderIndex:
+def open_index(folder: str, places: IndexPlaces) -> FolderIndex:
     """Read the index of a folder; empty if it is missing or damaged."""
-    return FolderIndex(folder, *(read_arrays(Path(folder) / FILE_NAME, read_tables) or ()))
+    return FolderIndex(folder, places, *(places.read_arrays(folder, FILE_NAME, read_tables) or ()))
 
 
 # The archive

@@ -11,6 +11,7 @@ from library.data.description.captions import CaptionRules
 from library.data.scanned.columns import Texts
 from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
 from library.data.sources.folders.image_index import UNSETTLED, compute_stamp, open_index, read_stamped, update_table
+from library.data.sources.storage.index_places import IndexPlaces
 from library.errors import UserError, list_few
 from library.options.encodings import NotUtf8, describe_encoding, likely_encoding
 
@@ -70,7 +71,7 @@ def read_image_size(path: str) -> tuple[int, Size | str]:
     return compute_stamp(status, time.time_ns()), size
 
 
-def sizes_anywhere(paths: Sequence[str], num_threads: int, title: str, keeps_index: bool) -> list[Size | str]:
+def sizes_anywhere(paths: Sequence[str], places: IndexPlaces, num_threads: int, title: str) -> list[Size | str]:
     """Read the sizes of images in any folders, using and updating the indices of large folders."""
     by_folder: dict[str, list[str]] = defaultdict(list)
     for path in dict.fromkeys(paths):
@@ -79,10 +80,9 @@ def sizes_anywhere(paths: Sequence[str], num_threads: int, title: str, keeps_ind
     for folder, names in by_folder.items():
         # Names in the order of the index need no look-up one by one.
         names.sort()
-        index = open_index(folder or ".")
+        index = open_index(folder or ".", places)
         table = update_table(index.sizes, folder or ".", names, read_image_size, num_threads, title)
-        if keeps_index:
-            index.replace_with(table, index.captions)
+        index.replace_with(table, index.captions)
         sizes.update((os.path.join(folder, name), size) for name, size in zip(names, table.values, strict=True))
     return [sizes[os.path.join(*os.path.split(path))] for path in paths]
 
