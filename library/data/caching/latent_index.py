@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from library.data.caching.latent_files import Expected, LatentFile, judge
+from library.data.caching.latent_files import Expected, LatentFile, Origin, judge
 from library.data.decoding.index_file import pack_names, read_arrays, unpack_names, write_arrays
 from library.data.decoding.npz import MISSING, Verdict
 from library.data.description.image_extensions import is_uncompressed
 from library.data.scanned.images import ScannedImage
 from library.data.sources.folders import image_index
-from library.data.sources.folders.image_index import UNSETTLED, compute_stamp
+from library.data.sources.folders.image_index import HAS_CHANGE_TIMES, UNSETTLED, compute_stamp
 from library.data.sources.storage.storage import Storage
 
 FILE_NAME = ".latent_index.npz"
@@ -82,7 +82,7 @@ class VerifiedEntries:
             entry_verdict = judge(file, image, expected, self.storage)
         if entry_verdict.fault is None:
             self.stamps[file.path] = stamp or compute_stamp(status)
-        if is_resolved and entry_verdict.fault is None:
+        if is_resolved and entry_verdict.fault is None and not (entry_verdict.compares_content and hides_edits(image)):
             self.sure.setdefault(home, {})[name + file.tail] = (
                 stamp,
                 mark | FOREIGN if entry_verdict.is_foreign else mark,
@@ -91,16 +91,17 @@ class VerifiedEntries:
 
     def stamp_of_image(self, image: ScannedImage, now_ns: float) -> int:
         """Return a number that changes when an image is replaced; UNSETTLED if nothing but its content tells."""
-        # The ends of an uncompressed image, and size and time on Windows, which has no time of the status change.
-        if is_uncompressed(image.key) and (image.location is not None or os.name == "nt"):
+        if is_uncompressed(image.key) and hides_edits(image):
             return UNSETTLED
         # hash() of a tuple of integers is the same in every process, so it can be stored.
         if image.location is not None:
             return hash(self.storage.version(image))
         return compute_stamp(os.stat(image.key), now_ns)
 
-    def note_written(self, file: LatentFile) -> None:
+    def note_written(self, file: LatentFile, image: ScannedImage, origin: Origin) -> None:
         """Record that this run has just written an entry."""
+        if origin.compares_content and hides_edits(image):
+            self.marks.pop((file.path, file.tail), None)
         self.written[file.path, file.tail] = self.stamps[file.path] = compute_stamp(os.stat(file.path))
 
     def write(self) -> None:
@@ -115,6 +116,12 @@ class VerifiedEntries:
         for home, rows in self.sure.items():
             if len(rows) >= image_index.MIN_FILES and rows.items() - self.known[home].items():
                 write_rows(home, self.known[home] | rows)
+
+
+def hides_edits(image: ScannedImage) -> bool:
+    """Return True if an image's stamp can be unchanged if the image is uncompressed and its content has changed."""
+    # Part of a larger file is known by its ends; Windows has no time of the status change.
+    return image.location is not None or not HAS_CHANGE_TIMES
 
 
 def compute_mark(file: LatentFile, image: ScannedImage, image_stamps: Sequence[int], expected: Expected) -> int:

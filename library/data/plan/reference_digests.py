@@ -7,9 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from library.data.decoding.images import HEAD_BYTES
 from library.data.decoding.index_file import pack_names, unpack_names
 from library.data.plan.dataset_digest import whole_digest
-from library.data.sources.folders.image_index import UNSETTLED, Table, compute_stamp, update_table
+from library.data.sources.folders.image_index import (
+    UNSETTLED,
+    Table,
+    compute_stamp_of_image,
+    read_stamped,
+    update_table,
+)
 from library.data.sources.storage.index_places import IndexPlaces
 
 FILE_NAME = ".reference_index.npz"
@@ -19,7 +26,8 @@ DIGEST_BYTES = 16
 def digest_files(paths: Sequence[str], places: IndexPlaces, num_threads: int) -> dict[str, str]:
     """Return the digest of each file's whole content; "" if it cannot be read.
 
-    A digest in the index is valid while size, modification time and status change time of its file are unchanged.
+    A digest in the index is valid while size, modification time and status change time of its file are unchanged; on
+    Windows, which has no such time, that of an uncompressed file never is.
     """
     names_by_folder: dict[str, list[str]] = {}
     for path in paths:
@@ -37,7 +45,7 @@ def digest_files(paths: Sequence[str], places: IndexPlaces, num_threads: int) ->
 def read_digest(path: str) -> tuple[int, str]:
     """Return (stamp, digest) of a file; the stamp is taken before the file is read."""
     try:
-        stamp = compute_stamp(os.stat(path), time.time_ns())
+        stamp = compute_stamp_of_image(*read_stamped(path, HEAD_BYTES), time.time_ns())
     except OSError:
         return UNSETTLED, ""
     digest = whole_digest(path)

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from library.data.decoding.images import is_compressed
 from library.data.decoding.index_file import pack_names, unpack_names
 from library.data.decoding.threads import read_many
 from library.data.description.buckets import Size
@@ -29,6 +30,7 @@ VERSION = 2
 MIN_FILES = 256  # smaller folders are read quickly and get no index
 SETTLED_NS = 2_000_000_000  # resolution of the coarsest clock of a common file system, FAT
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+HAS_CHANGE_TIMES = os.name != "nt"  # the time that no program can set; Windows has that of the creation in its place
 UNSETTLED = 0  # the stamp of files that may still change without a new modification time
 
 Value = TypeVar("Value")
@@ -47,6 +49,12 @@ def compute_stamp(status: os.stat_result, now_ns: float = math.inf) -> int:
         return UNSETTLED
     # hash() of a tuple of integers is the same in every process, so it can be stored.
     return hash((status.st_size, edited_ns, status.st_ctime_ns))
+
+
+def compute_stamp_of_image(status: os.stat_result, head: bytes, now_ns: float) -> int:
+    """Return `compute_stamp` of an image that starts with `head`; UNSETTLED if only its content tells that it has
+    changed."""
+    return compute_stamp(status, now_ns) if HAS_CHANGE_TIMES or is_compressed(head) else UNSETTLED
 
 
 def read_stamped(path: str, num_bytes: int | None = None) -> tuple[os.stat_result, bytes]:

@@ -5,12 +5,19 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from library.data.decoding.images import read_size
+from library.data.decoding.images import HEAD_BYTES, read_size
 from library.data.description.buckets import Size
 from library.data.description.captions import CaptionRules
 from library.data.scanned.columns import Texts
-from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
-from library.data.sources.folders.image_index import UNSETTLED, compute_stamp, open_index, read_stamped, update_table
+from library.data.sources.folders.image_headers import plain_size
+from library.data.sources.folders.image_index import (
+    UNSETTLED,
+    compute_stamp,
+    compute_stamp_of_image,
+    open_index,
+    read_stamped,
+    update_table,
+)
 from library.data.sources.storage.index_places import IndexPlaces
 from library.errors import UserError, list_few
 from library.options.encodings import NotUtf8, describe_encoding, likely_encoding
@@ -68,7 +75,7 @@ def read_image_size(path: str) -> tuple[int, Size | str]:
         size = plain_size(head, status.st_size) or read_size(path)
     except (ValueError, OSError) as error:
         return UNSETTLED, str(error).removeprefix(path).strip() or "unknown"
-    return compute_stamp(status, time.time_ns()), size
+    return compute_stamp_of_image(status, head, time.time_ns()), size
 
 
 def sizes_anywhere(paths: Sequence[str], places: IndexPlaces, num_threads: int, title: str) -> list[Size | str]:
