@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from library.data.caching import latent_index
 from library.data.caching.latents import cache_latents
@@ -41,8 +42,10 @@ parquet = "{{here}}/rows/*.parquet"
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Write photos with captions, their references, two shards and a Parquet file, in folders that count as large."""
     monkeypatch.setattr(image_index, "MIN_FILES", 1)
-    write_folder(tmp_path / "photos", 3)
-    write_folder(tmp_path / "before", 3, seed=1)
+    for name in ("photos", "before"):
+        for number, path in enumerate(sorted(write_folder(tmp_path / name, 3).glob("*.png"))):
+            # Noise, which cannot be compressed, would be known by its content alone.
+            Image.new("RGB", (64, 64), (len(name), number, 0)).save(path)
     shards_of(tmp_path / "photos", tmp_path / "shards", 2)
     images = [path.read_bytes() for path in sorted((tmp_path / "before").glob("*.png"))]
     write_parquet(tmp_path / "rows" / "0.parquet", {"image": images, "caption": ["a tag"] * 3})
