@@ -56,8 +56,8 @@ class VerifiedEntries:
                 homes.setdefault(os.path.dirname(beside), home)
         known: dict[str, Rows] = {home: {} for home in homes.values()}
         for folder, home in homes.items():
-            # Of entries of one name in both folders one is valid, whose stamp the row has or gets.
-            known[home] |= read_rows(folder)
+            # If both folders have an entry of one name, the one beside the image is stale: its row yields.
+            known[home] = read_rows(folder) | known[home]
         return cls(known, homes, storage)
 
     def verdict(self, file: LatentFile, image: ScannedImage, expected: Expected) -> Verdict:
