@@ -1,7 +1,7 @@
 """Reference images for text encoders that see them with the caption."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
@@ -54,19 +54,7 @@ class SeenReferences:
                         f"{config.source}: {name} changes reference images in every draw, but the text encoder, "
                         "whose outputs are cached, sees them too; remove it"
                     )
-        # In rows that differ in their captions alone, references repeat.
-        references = list({one: None for sample in sample_by_number.values() for one in sample.image.references})
-        packed = [one for one in references if one.location is not None]
-        digests = read_many(partial(digest_packed, storage=storage), packed, num_threads, "reading references")
-        files: dict[IndexPlaces, list[str]] = defaultdict(list)
-        for sample in sample_by_number.values():
-            paths = [one.key for one in sample.image.references if one.location is None]
-            files[storage.index_places(subsets[sample.subset])] += paths
-        by_file: dict[str, str] = {}
-        for places, paths in files.items():
-            by_file |= digest_files(list(dict.fromkeys(paths)), places, num_threads)
-        contents = {one: by_file[one.key] for one in references if one.location is None}
-        contents |= dict(zip(packed, digests, strict=True))
+        contents = digest_contents(sample_by_number.values(), subsets, storage, num_threads)
         digests_N = np.zeros(len(samples), dtype=np.uint64)
         for number, sample in sample_by_number.items():
             records = [
@@ -106,6 +94,25 @@ class SeenReferences:
         return tuple(
             map(to_pixels, read_placed_references(sample, placement, interpolation, self.storage, self.has_alpha))
         )
+
+
+def digest_contents(
+    samples: Iterable[Sample], subsets: Sequence[SubsetConfig], storage: Storage, num_threads: int
+) -> dict[ScannedImage, str]:
+    """Return the digest of the content of each reference of these samples."""
+    packed: dict[ScannedImage, None] = {}
+    files: dict[IndexPlaces, dict[ScannedImage, None]] = defaultdict(dict)
+    for sample in samples:
+        for reference in sample.image.references:
+            # In rows that differ in their captions alone, references repeat.
+            is_file = reference.location is None
+            (files[storage.index_places(subsets[sample.subset])] if is_file else packed)[reference] = None
+    digests = read_many(partial(digest_packed, storage=storage), list(packed), num_threads, "reading references")
+    contents = dict(zip(packed, digests, strict=True))
+    for places, references in files.items():
+        by_path = digest_files([reference.key for reference in references], places, num_threads)
+        contents |= {reference: by_path[reference.key] for reference in references}
+    return contents
 
 
 def digest_packed(reference: ScannedImage, storage: Storage) -> str:
