@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import chain, islice
@@ -25,8 +25,8 @@ import toml
 
 from library.checkpoints.files import atomic_path, remove_temporary
 from library.checkpoints.hashes import digest_of_file
-from library.checkpoints.marks import MARK_FIELD, mark_of, seal_text
-from library.checkpoints.overwriting import FileKind, check_target, judge, known_by_start, marked, sealed
+from library.checkpoints.marks import MARK_FIELD, mark_of, read_mark, seal_text
+from library.checkpoints.overwriting import FileKind, check_target, judge, known_by_start, sealed
 from library.data.decoding.images import open_image
 from library.data.description.dataset_file import load_dataset_config, read_description
 from library.data.description.image_extensions import image_extensions
@@ -126,9 +126,17 @@ def digest_source(source: str) -> str:
     return blake2b(os.fsencode(full), digest_size=8).hexdigest()
 
 
-def shard_kind(source: str, path: Path) -> FileKind:
-    """Return the kind of a shard with images of `source`, so that no other source with this name replaces it."""
-    return marked(f"a shard that {WRITER} packed from {source}", make_mark(source, path))
+def shard_kind(source: str, recorded: Iterable["Shard"]) -> FileKind:
+    """Return the kind of a shard with images of `source`, so that no other source with this name replaces it, with the
+    content that was `recorded`, if any."""
+    by_name = {shard.name: shard for shard in recorded}
+
+    def is_own(path: Path) -> bool:
+        return read_mark(path) == make_mark(source, path) and (
+            path.name not in by_name or by_name[path.name].is_content_of(path)
+        )
+
+    return FileKind(f"a shard that {WRITER} packed from {source}, unchanged", is_own)
 
 
 def make_mark(source: str, path: Path) -> str:
@@ -136,10 +144,13 @@ def make_mark(source: str, path: Path) -> str:
 
 
 def check_shards(out: Path, name: str, source: str) -> None:
-    """Raise UserError if the folder has shards or a list of them that an earlier call for this source did not write."""
+    """Raise UserError if the folder has shards or a list of them that an earlier call for this source did not write,
+    or that have changed since. Reads each shard once."""
+    journal = Journal.of(out, name)
+    check_target("--out", journal.path, JOURNAL)
+    kind = shard_kind(source, journal.read())
     for path in list_shards(out, name):
-        check_target("--out", path, shard_kind(source, path))
-    check_target("--out", Journal.of(out, name).path, JOURNAL)
+        check_target("--out", path, kind)
 
 
 def name_members(subset: ScannedSubset) -> Iterator[Packed]:
@@ -169,14 +180,18 @@ def write_shards(subset: ScannedSubset, source: str, out: Path, name: str, shard
     """
     remove_temporary(out, lambda stem: re.fullmatch(rf"{re.escape(name)}-\d{{5}}", stem) is not None)
     journal, members = Journal.of(out, name), iter(name_members(subset))
-    shards, members = find_kept_shards(journal.read(), members, len(subset.images), out, shard_bytes, storage)
+    recorded = journal.read()
+    kind = shard_kind(source, recorded)
+    shards, members = find_kept_shards(recorded, members, len(subset.images), out, shard_bytes, storage)
+    # A run that is killed behind a new shard leaves no record of the one that it replaced.
+    journal.write(shards)
     with progress_bar(f"packing {name}", len(subset.images)) as bar:
         if shards:
             bar.update(sum(shard.num_pictures for shard in shards))
             logger.info("keeping %d shards of %s with %d images", len(shards), name, bar.done)
         while (first := next(members, None)) is not None:
             path = out / f"{name}-{len(shards):05}.tar"
-            check_target("--out", path, shard_kind(source, path))
+            check_target("--out", path, kind)
             with atomic_path(path) as temporary:
                 mark = make_mark(source, path)
                 written, is_full = write_shard(temporary, mark, chain([first], members), shard_bytes, storage, bar)
@@ -185,7 +200,7 @@ def write_shards(subset: ScannedSubset, source: str, out: Path, name: str, shard
             shards.append(Shard(path.name, size, digest, len(written), is_full, inputs))
             journal.write(shards)
     for path in list_shards(out, name):
-        if path.name not in {shard.name for shard in shards} and judge(path, shard_kind(source, path)) == "ours":
+        if path.name not in {shard.name for shard in shards} and judge(path, kind) == "ours":
             logger.info("deleted %s from an earlier call", path)
             path.unlink()
     return f"{name}-{{00000..{len(shards) - 1:05}}}.tar"
@@ -232,6 +247,9 @@ class Shard:
     is_full: bool
     inputs: str  # digest of images, captions and the shard size
 
+    def is_content_of(self, path: Path) -> bool:
+        return path.stat().st_size == self.num_bytes and digest_of_file(path) == self.digest
+
 
 @dataclass(frozen=True)
 class Journal:
@@ -266,7 +284,7 @@ def find_kept_shards(
     shard_bytes: float,
     storage: Storage,
 ) -> tuple[list[Shard], Iterator[Packed]]:
-    """Return the leading shards that this call would also write, and the remaining images. Reads each kept shard once.
+    """Return the leading shards that this call would also write, and the remaining images.
 
     `num_pictures` is the number of `members`.
     """
@@ -284,13 +302,9 @@ def find_kept_shards(
 
 
 def is_kept(shard: Shard, members: Sequence[Packed], path: Path, shard_bytes: float, storage: Storage) -> bool:
-    """Return True if a shard would still be written from these images, and its file is unchanged."""
-    if len(members) != shard.num_pictures or digest_inputs(members, shard_bytes, storage) != shard.inputs:
-        return False
-    if path.is_file() and path.stat().st_size == shard.num_bytes and digest_of_file(path) == shard.digest:
-        return True
-    logger.warning("%s has changed since it was packed; repacking it", path)
-    return False
+    """Return True if a shard, whose content `check_shards` has compared, would still be written from these images."""
+    is_same = len(members) == shard.num_pictures and digest_inputs(members, shard_bytes, storage) == shard.inputs
+    return is_same and path.is_file()
 
 
 def digest_inputs(members: Sequence[Packed], shard_bytes: float, storage: Storage) -> str:

@@ -29,6 +29,7 @@ PNG_START, JPEG_START, ZIP_START = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"PK"
 TAR_AT, TAR_WORD = 257, b"ustar"
 JPEG_SCAN = b"\xff\xda"  # the start of a JPEG's compressed pixels
 JPEG_QUALITY = 100
+SEAL_START = b"<!-- #"
 WITH_DIGEST = re.compile(r"(?P<mark>.*) #(?P<digest>[0-9a-f]{32})", re.DOTALL)
 INDEX = "model_index.json"  # of a diffusers folder, which ignores keys that begin with _
 FOLDER_FIELD, COUNT_FIELD = f"_{MARK_FIELD}", "_num_files"
@@ -91,7 +92,11 @@ def _digest_of(path: Path) -> str:
 
 
 def digest_text(text: str) -> str:
-    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+    return _digest_bytes(text.encode(errors="surrogatepass"))
+
+
+def _digest_bytes(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def digest_tensors(tensors: Mapping[str, "Tensor"]) -> str:
@@ -108,12 +113,12 @@ def digest_tensors(tensors: Mapping[str, "Tensor"]) -> str:
 
 def digest_pixels(image: "Image.Image") -> str:
     """Return a digest of an image's size and pixels, not of its metadata."""
-    return hashlib.blake2b(f"{image.size} ".encode() + image.convert("RGBA").tobytes(), digest_size=16).hexdigest()
+    return _digest_bytes(f"{image.size} ".encode() + image.convert("RGBA").tobytes())
 
 
 def digest_scan(content: bytes) -> str:
     """Return a digest of a JPEG's compressed pixels: decoders may differ in the last bit."""
-    return hashlib.blake2b(content[content.find(JPEG_SCAN) :], digest_size=16).hexdigest()
+    return _digest_bytes(content[content.find(JPEG_SCAN) :])
 
 
 def digest_folder(folder: Path) -> str:
@@ -147,6 +152,19 @@ def is_sealed(path: Path, first_line: str) -> bool:
         line, _, text = file.read().decode("utf-8", "surrogateescape").partition("\n")
     mark, digest = split_mark(line.rstrip("\r"))
     return mark == first_line and digest in (None, digest_text(text))
+
+
+def seal_page(page: str) -> str:
+    """Return a web page with a comment behind it that holds a digest of the page."""
+    return f"{page}<!-- #{digest_text(page)} -->\n"
+
+
+def is_sealed_page(path: Path) -> bool:
+    """Return True if nobody has changed a page since `seal_page`; also for a page without a digest."""
+    content = path.read_bytes()
+    start = content.rfind(SEAL_START)
+    page, seal = content[:start], content[start:]
+    return start < 0 or seal.strip() == f"<!-- #{_digest_bytes(page)} -->".encode()
 
 
 def _read_folder_mark(folder: Path) -> str | None:

@@ -42,7 +42,7 @@ from library.data.decoding.npz import (
 from library.data.description.buckets import Shape, Size, crop_ltrb
 from library.data.description.image_extensions import is_uncompressed
 from library.data.plan.seen_references import digest_references
-from library.data.scanned.images import ScannedImage, Version
+from library.data.scanned.images import HIDES_EDITS, ScannedImage, Version
 from library.data.sources.storage.storage import Storage, is_remote
 from library.json_text import parse_json
 from library.protocols import POSTERIOR_MEAN, LatentSpec
@@ -101,6 +101,11 @@ class Origin:
     checksums: dict[str, int]  # of the arrays; detects entries rewritten by other programs, which do not update them
     references: list[list[Any]] = field(default_factory=list)  # for each reference, see `mark_of_reference`
     is_pair: bool = False  # the reference is the partner of a pair, whose posterior is sampled like the image's
+
+    @property
+    def compares_content(self) -> bool:
+        """Return True if the image or a reference is uncompressed, so that only its content tells that it changed."""
+        return HIDES_EDITS in (self.picture_mtime_ns, *(stamp for _, _, stamp, *_ in self.references))
 
 
 def latent_file(stem: str, size: Size, shape: Shape, spec: LatentSpec) -> LatentFile:
@@ -237,7 +242,8 @@ def judge(file: LatentFile, image: ScannedImage, expected: Expected, storage: St
             latents_in(archive, file, expected.needs_flipped, expected.needs_alpha)
             origin = origin_in(archive, file.tail)
             if origin is not None:
-                return Verdict(origin_fault(origin, image, expected, storage))
+                fault = origin_fault(origin, image, expected, storage)
+                return Verdict(fault, compares_content=origin.compares_content)
             if image.references:  # only an origin records the references
                 return Verdict("made from unknown reference images")
             return Verdict(foreign_fault(archive, file, image), is_foreign=True)
@@ -292,6 +298,7 @@ def is_unchanged(image: ScannedImage, version: Version, digest: str, storage: St
     current = storage.version(image)
     # A copied or touched file has another time, but only another content makes the entry stale. Another content of the
     # same size and time is likely only where nothing is compressed; elsewhere reading every file would take too long.
+    # Entries of earlier versions do not say HIDES_EDITS in their version, but the name may.
     if current == version and not is_uncompressed(image.key):
         return True
     return current.num_bytes == version.num_bytes and content_hash(storage.whole(image)[1]) == digest

@@ -1,6 +1,7 @@
 """An index of latent cache entries that were found valid, whose files need not be opened again while nothing changes.
 
 Each image folder has one index file, a numpy archive with a row per entry: its name, the stamp of its file, and a mark.
+It is in the folder that gets new entries, also for entries elsewhere: nothing is added beside images with --cache_dir.
 The mark is a digest of everything on which `judge` depends: the image and its stamp, shape, filter, VAE. A missing or
 damaged index only costs time.
 """
@@ -15,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from library.data.caching.latent_files import Expected, LatentFile, judge
+from library.data.caching.latent_files import Expected, LatentFile, Origin, judge
 from library.data.decoding.index_file import pack_names, read_arrays, unpack_names, write_arrays
 from library.data.decoding.npz import MISSING, Verdict
 from library.data.description.image_extensions import is_uncompressed
 from library.data.scanned.images import ScannedImage
 from library.data.sources.folders import image_index
-from library.data.sources.folders.image_index import UNSETTLED, compute_stamp
+from library.data.sources.folders.image_index import HAS_CHANGE_TIMES, UNSETTLED, compute_stamp
 from library.data.sources.storage.storage import Storage
 
 FILE_NAME = ".latent_index.npz"
@@ -36,7 +37,8 @@ Rows = dict[str, tuple[int, int]]
 class VerifiedEntries:
     """The indices of a run's folders, and the additions of this run."""
 
-    known: dict[str, Rows]
+    known: dict[str, Rows]  # by the folder of the index, as `sure`
+    homes: dict[str, str]  # that folder by the folder of the entries
     storage: Storage
     sure: dict[str, Rows] = field(default_factory=dict)
     marks: dict[tuple[str, str], int] = field(default_factory=dict)  # by path and key suffix
@@ -44,9 +46,19 @@ class VerifiedEntries:
     stamps: dict[str, int] = field(default_factory=dict)  # of files that were found valid or written
 
     @classmethod
-    def open(cls, paths: Iterable[str], storage: Storage) -> "VerifiedEntries":
-        """Read the indices of the folders of these files."""
-        return cls({folder: read_rows(folder) for folder in set(map(os.path.dirname, paths))}, storage)
+    def open(cls, images: Iterable[tuple[str, ScannedImage]], storage: Storage) -> "VerifiedEntries":
+        """Read the indices for images with the path of their new entries; entries beside the images are found too."""
+        homes: dict[str, str] = {}
+        for path, image in images:
+            home, beside = os.path.dirname(path), storage.stem_beside(image)
+            homes[home] = home
+            if beside is not None:
+                homes.setdefault(os.path.dirname(beside), home)
+        known: dict[str, Rows] = {home: {} for home in homes.values()}
+        for folder, home in homes.items():
+            # If both folders have an entry of one name, the one beside the image is stale: its row yields.
+            known[home] = read_rows(folder) | known[home]
+        return cls(known, homes, storage)
 
     def verdict(self, file: LatentFile, image: ScannedImage, expected: Expected) -> Verdict:
         """Return the verdict of `judge`, taken from the index if nothing has changed."""
@@ -62,15 +74,16 @@ class VerifiedEntries:
             return Verdict(MISSING)
         stamp = compute_stamp(status, now_ns)
         is_resolved = UNSETTLED not in (stamp, *image_stamps)
-        row = self.known.get(folder, {}).get(name + file.tail)
+        home = self.homes[folder]
+        row = self.known[home].get(name + file.tail)
         if is_resolved and row is not None and row[0] == stamp and row[1] | FOREIGN == mark | FOREIGN:
             entry_verdict = Verdict(None, is_foreign=bool(row[1] & FOREIGN))
         else:
             entry_verdict = judge(file, image, expected, self.storage)
         if entry_verdict.fault is None:
             self.stamps[file.path] = stamp or compute_stamp(status)
-        if is_resolved and entry_verdict.fault is None:
-            self.sure.setdefault(folder, {})[name + file.tail] = (
+        if is_resolved and entry_verdict.fault is None and not (entry_verdict.compares_content and hides_edits(image)):
+            self.sure.setdefault(home, {})[name + file.tail] = (
                 stamp,
                 mark | FOREIGN if entry_verdict.is_foreign else mark,
             )
@@ -78,16 +91,17 @@ class VerifiedEntries:
 
     def stamp_of_image(self, image: ScannedImage, now_ns: float) -> int:
         """Return a number that changes when an image is replaced; UNSETTLED if nothing but its content tells."""
-        # The ends of an uncompressed image, and size and time on Windows, which has no time of the status change.
-        if is_uncompressed(image.key) and (image.location is not None or os.name == "nt"):
+        if is_uncompressed(image.key) and hides_edits(image):
             return UNSETTLED
         # hash() of a tuple of integers is the same in every process, so it can be stored.
         if image.location is not None:
             return hash(self.storage.version(image))
         return compute_stamp(os.stat(image.key), now_ns)
 
-    def note_written(self, file: LatentFile) -> None:
+    def note_written(self, file: LatentFile, image: ScannedImage, origin: Origin) -> None:
         """Record that this run has just written an entry."""
+        if origin.compares_content and hides_edits(image):
+            self.marks.pop((file.path, file.tail), None)
         self.written[file.path, file.tail] = self.stamps[file.path] = compute_stamp(os.stat(file.path))
 
     def write(self) -> None:
@@ -98,11 +112,16 @@ class VerifiedEntries:
             folder, name = os.path.split(path)
             # Another run may have replaced the entry meanwhile.
             if (path, tail) in self.marks and os.path.exists(path) and compute_stamp(os.stat(path), now_ns) == written:
-                self.sure.setdefault(folder, {})[name + tail] = written, self.marks[path, tail]
-        for folder, rows in self.sure.items():
-            known = self.known.get(folder, {})
-            if len(rows) >= image_index.MIN_FILES and rows.items() - known.items():
-                write_rows(folder, known | rows)
+                self.sure.setdefault(self.homes[folder], {})[name + tail] = written, self.marks[path, tail]
+        for home, rows in self.sure.items():
+            if len(rows) >= image_index.MIN_FILES and rows.items() - self.known[home].items():
+                write_rows(home, self.known[home] | rows)
+
+
+def hides_edits(image: ScannedImage) -> bool:
+    """Return True if an image's stamp can be unchanged if the image is uncompressed and its content has changed."""
+    # Part of a larger file is known by its ends; Windows has no time of the status change.
+    return image.location is not None or not HAS_CHANGE_TIMES
 
 
 def compute_mark(file: LatentFile, image: ScannedImage, image_stamps: Sequence[int], expected: Expected) -> int:

@@ -18,7 +18,6 @@ from library.data.plan.samples import Sample
 from library.data.plan.seen_references import SeenReferences
 from library.data.scanned.images import ScannedImage
 from library.data.scanned.names import same_file_key
-from library.data.sources.storage.storage import Storage
 from library.errors import NotThere, list_few
 
 logger = logging.getLogger(__name__)
@@ -132,14 +131,6 @@ def expected_vae(vae_identity: Callable[[], str], jobs: Iterable[Job], plan: Dat
     names = (origin.vae.removesuffix(OPAQUE) for origin in origins if origin is not None)
     suffix = plan.spec.vae_suffix
     return next((name.removesuffix(suffix) + suffix for name in names), "")
-
-
-def iterate_stems(jobs: Iterable[Job], storage: Storage) -> Iterator[str]:
-    """Yield the prefixes of all files that may hold the entries of these jobs."""
-    for job in jobs:
-        yield job.path
-        if (stem := storage.stem_beside(job.sample.image)) is not None:
-            yield stem
 
 
 def iterate_named_jobs(plan: DataPlan, job: Job) -> Iterator[Job]:

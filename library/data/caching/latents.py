@@ -30,19 +30,26 @@ from library.data.caching.latent_jobs import (
     assign_exchange_files,
     expected_vae,
     iterate_named_jobs,
-    iterate_stems,
     judge_job,
     locate_file,
     log_unknown_origins,
     plan_jobs,
 )
 from library.data.caching.stores import CacheFiles, LatentStore, default_latent_file, stamp_of_file
-from library.data.decoding.images import DamagedImage, Pixels, apply_placement, crop_at_centre, read_pixels, with_alpha
+from library.data.decoding.images import (
+    DamagedImage,
+    Pixels,
+    apply_placement,
+    crop_at_centre,
+    is_compressed,
+    read_pixels,
+    with_alpha,
+)
 from library.data.decoding.tensors import to_pixels
 from library.data.description.buckets import Shape
 from library.data.plan.data_plan import DataPlan
 from library.data.plan.samples import check_size, find_replacement
-from library.data.scanned.images import ScannedImage, Version
+from library.data.scanned.images import HIDES_EDITS, ScannedImage, Version
 from library.data.sources.storage.storage import Storage
 from library.errors import UserError, list_few, needing
 from library.formatting import format_count
@@ -99,7 +106,7 @@ def cache_latents(
         kept = assign_exchange_files(kept, processes.shared_folder("latents"), plan)
     memory: dict[int, Latents] = {}
     damaged: dict[int, str] = {}
-    entries = VerifiedEntries.open(iterate_stems(on_disk, plan.storage), plan.storage)
+    entries = VerifiedEntries.open(((job.path, job.sample.image) for job in on_disk), plan.storage)
 
     def encode_jobs(share: Sequence[Job]) -> None:
         for job, latents in encode_all(
@@ -224,7 +231,7 @@ def encode_all(
 def write_job(job: Job, latents: Latents, origin: Origin, entries: VerifiedEntries) -> None:
     assert job.file is not None
     write_entry(job.file, latents, job.sample.image.size, origin)
-    entries.note_written(job.file)
+    entries.note_written(job.file, job.sample.image, origin)
 
 
 def equal_batches(jobs: Sequence[Job], count: int) -> Iterator[list[Job]]:
@@ -296,6 +303,8 @@ def decode_image(job: Job, image: ScannedImage, shape: Shape, storage: Storage, 
         opaque = np.full(rgb.shape[:2], 255, dtype=np.uint8)
         placed_alpha = apply_placement(opaque if alpha is None else alpha, placement, job.interpolation)
     pixels = with_alpha(rgb, None if is_masked else alpha) if job.has_alpha else rgb
+    if not is_compressed(content):
+        version = version._replace(stamp=HIDES_EDITS)
     return Decoded(apply_placement(pixels, placement, job.interpolation), placed_alpha, version, content_hash(content))
 
 

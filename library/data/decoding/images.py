@@ -20,6 +20,9 @@ from library.errors import UserError
 
 Pixels = NDArray[np.uint8]
 
+HEAD_BYTES = 4096
+# JPEG, GIF, JPEG XL and JPEG 2000
+COMPRESSED = (b"\xff\xd8\xff", b"GIF8", b"\xff\x0a", b"\0\0\0\x0cJXL ", b"\0\0\0\x0cjP  ")
 ORIENTATION = 0x0112  # EXIF
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -59,6 +62,16 @@ def read_head(opened: Any) -> bytes:
         file.seek(0)
         head: bytes = file.read(12)
     return head
+
+
+def is_compressed(content: bytes) -> bool:
+    """Return True if an image, given at least its first 4096 bytes, is in a format whose files hardly ever have the
+    same size if they show something else. Its name does not matter."""
+    if content.startswith(b"\x89PNG"):
+        # The first block of the pixels begins after two bytes of zlib; its type is 0 if it is stored as it is.
+        pixels = content.find(b"IDAT", 0, HEAD_BYTES) + 6
+        return not (6 <= pixels < len(content) and content[pixels] & 0b110 == 0)
+    return content.startswith(COMPRESSED) or content[4:8] == b"ftyp" or content[8:12] == b"WEBP"  # HEIF and AVIF
 
 
 def read_orientation(image: Image.Image) -> int:

@@ -1,4 +1,4 @@
-"""The index files next to images and caches: written whole, and rebuilt if they are missing or damaged.
+"""The index files of images and caches: written whole, and rebuilt if they are missing or damaged.
 
 An index spares reading files again. Without one, or in a folder that cannot be written, a run only takes more time.
 """
@@ -41,13 +41,15 @@ def read_arrays(path: Path, read: Callable[[Mapping[str, Any]], Content]) -> Con
     return read_index_file(path, read_archive)
 
 
-def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write an index of arrays atomically, if its folder can be written."""
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> bool:
+    """Write an index of arrays atomically. Return False if its folder cannot be written or created."""
     try:
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
     except OSError as error:
         logger.debug("the index %s is not written: %s", path, error)
+        return False
+    return True
 
 
 def pack_names(names: Sequence[str]) -> NDArray[np.uint8]:

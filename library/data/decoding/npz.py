@@ -60,6 +60,7 @@ class Verdict:
     fault: str | None  # the problem, as a continuation of "is"; None if valid
     kept: frozenset[str] = frozenset()  # cached captions that need not be encoded again
     is_foreign: bool = False  # written by another program
+    compares_content: bool = False  # sizes and times do not tell that it is stale
 
 
 class EntryError(UserError):

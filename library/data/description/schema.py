@@ -110,7 +110,6 @@ class SubsetConfig:
         IMAGE_SIZE, None, "Area that reference images keep their aspect ratio at. Unset is the size of their image."
     )
     control_no_resize: bool = key(BOOL, False, "Leave reference images at their size.")
-    keeps_index: bool = True  # an index of the images may be written
     entries: Sequence[tuple[str, Any]] | None = field(default=None, repr=False, compare=False)  # already read, by key
 
     @property

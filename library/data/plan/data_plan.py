@@ -39,6 +39,7 @@ from library.data.plan.validation_split import Split, split_datasets, unchanging
 from library.data.scanned.subsets import ScannedDataset
 from library.data.sources.storage.storage import Storage
 from library.errors import UserError, list_few
+from library.options.caching import CachingOptions
 from library.options.dataset import DatasetOptions
 from library.options.train import TrainOptions
 from library.protocols import LatentSpec
@@ -266,26 +267,32 @@ class DataPlan:
         return replace(self, samples=self.samples.changed(shapes or {}, draws_N))
 
 
-@pause_collection()
 def caches_to_disk(values: Mapping[str, Any]) -> bool:
     """Return True if the values of options keep a cache on disk."""
     return any(values.get(f"{name}_to_disk") for name in ("cache_latents", "cache_text_encoder_outputs"))
 
 
-def find_unwritable(scanned: Iterable[ScannedDataset], options: TrainOptions) -> dict[str, str]:
-    """Return the folders of images that cannot be written, mapped to the one that gets their caches; none if the
-    options name a folder, or cache nothing on disk."""
-    output_dir = options.saving.output_dir
-    is_named = options.caching.cache_dir is not None or options.caching.shared_cache_dir is not None
-    if is_named or not caches_to_disk(options.flat()) or not output_dir:
-        return {}
+def open_storage(caching: CachingOptions, output_dir: str | None, is_dry: bool) -> Storage:
+    """Return the access to images. What is kept of folders that cannot be written goes below the output folder, unless
+    the options name another; a dry run writes nothing."""
+    is_named = caching.cache_dir is not None or caching.shared_cache_dir is not None
+    return Storage(
+        caching.cache_dir,
+        caching.remote_cache_gb,
+        caching.shared_cache_dir,
+        spare_dir=os.path.join(output_dir, "cache") if output_dir and not is_named else None,
+        keeps_indexes=not is_dry,
+    )
+
+
+def find_unwritable(scanned: Iterable[ScannedDataset], place: str | None) -> frozenset[str]:
+    """Return the folders of images that cannot be written, and whose caches go to `place`; none without it."""
     images = [subset.images for dataset in scanned for subset in dataset.subsets]
     folders = {folder for each in images if each.cache_directory is None for folder in each.local_folders()}
-    place = os.path.join(output_dir, "cache")
-    moved = {folder: place for folder in sorted(folders) if not is_writable(folder)}
-    if moved:
-        logger.info("caches go into %s, because these folders cannot be written: %s", place, list_few(list(moved)))
-    return moved
+    unwritable = [] if place is None else [folder for folder in sorted(folders) if not is_writable(folder)]
+    if unwritable:
+        logger.info("caches go into %s, because these folders cannot be written: %s", place, list_few(unwritable))
+    return frozenset(unwritable)
 
 
 def is_writable(folder: str) -> bool:
@@ -297,6 +304,7 @@ def is_writable(folder: str) -> bool:
         return False
 
 
+@pause_collection()
 def build_plan(
     options: TrainOptions,
     spec: LatentSpec,
@@ -312,9 +320,6 @@ def build_plan(
     UserError for other mistakes in the description.
     """
     config = load_dataset_config(options)
-    # A dry run writes nothing.
-    if options.diagnostics.dry_run:
-        config = config.with_subsets(keeps_index=False)
     if entries is not None:
         config = config.with_subsets(entries=entries)
     # The description is checked before the images are listed, which takes longer.
@@ -325,16 +330,14 @@ def build_plan(
     # A warning instead of an error: front ends send this key with enable_bucket, and sd-scripts ignores it there.
     config = drop_unused_face_crops(config, caches_latents)
     subsets = [subset for dataset in config.datasets for subset in dataset.subsets]
-    if (
-        options.caching.cache_dir is not None
-        and not caches_to_disk(options.flat())
-        and not any(s.patterns for s in subsets)
-    ):
-        logger.warning("--cache_dir has no effect: nothing is cached on disk, and there are no shards or parquet files")
-    storage = Storage(options.caching.cache_dir, options.caching.remote_cache_gb, options.caching.shared_cache_dir)
+    is_on_disk = caches_to_disk(options.flat())
+    if options.caching.cache_dir is not None and not is_on_disk and not any(s.patterns for s in subsets):
+        logger.warning("--cache_dir gets nothing but indexes: nothing is cached on disk; add --cache_latents_to_disk")
+    storage = open_storage(options.caching, options.saving.output_dir, options.diagnostics.dry_run)
     scanned = collect(config, storage)
     check_images(scanned)
-    storage = replace(storage, moved=find_unwritable(scanned, options))
+    if is_on_disk:
+        storage = replace(storage, unwritable=find_unwritable(scanned, storage.spare_dir))
     split = split_datasets(scanned, seed)
     datasets = (*split.trained, *split.set_aside)
     num_trained = len(split.trained)

@@ -1,6 +1,7 @@
 """Reference images for text encoders that see them with the caption."""
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
@@ -17,6 +18,7 @@ from library.data.description.schema import SubsetConfig
 from library.data.plan.reference_digests import digest_files
 from library.data.plan.samples import Sample, Samples, check_size
 from library.data.scanned.images import ScannedImage
+from library.data.sources.storage.index_places import IndexPlaces
 from library.data.sources.storage.storage import Storage, is_remote
 from library.errors import UserError
 from library.types import CaptionWithImages
@@ -53,13 +55,7 @@ class SeenReferences:
                         f": {name} changes reference images in every draw, but the text encoder, "
                         "whose outputs are cached, sees them too; remove it",
                     )
-        # In rows that differ in their captions alone, references repeat.
-        references = list({one: None for sample in sample_by_number.values() for one in sample.image.references})
-        packed = [one for one in references if one.location is not None]
-        digests = read_many(partial(digest_packed, storage=storage), packed, num_threads, "reading references")
-        by_file = digest_files([one.key for one in references if one.location is None], num_threads)
-        contents = {one: by_file[one.key] for one in references if one.location is None}
-        contents |= dict(zip(packed, digests, strict=True))
+        contents = digest_contents(sample_by_number.values(), subsets, storage, num_threads)
         digests_N = np.zeros(len(samples), dtype=np.uint64)
         for number, sample in sample_by_number.items():
             records = [
@@ -99,6 +95,25 @@ class SeenReferences:
         return tuple(
             map(to_pixels, read_placed_references(sample, placement, interpolation, self.storage, self.has_alpha))
         )
+
+
+def digest_contents(
+    samples: Iterable[Sample], subsets: Sequence[SubsetConfig], storage: Storage, num_threads: int
+) -> dict[ScannedImage, str]:
+    """Return the digest of the content of each reference of these samples."""
+    packed: dict[ScannedImage, None] = {}
+    files: dict[IndexPlaces, dict[ScannedImage, None]] = defaultdict(dict)
+    for sample in samples:
+        for reference in sample.image.references:
+            # In rows that differ in their captions alone, references repeat.
+            is_file = reference.location is None
+            (files[storage.index_places(subsets[sample.subset])] if is_file else packed)[reference] = None
+    digests = read_many(partial(digest_packed, storage=storage), list(packed), num_threads, "reading references")
+    contents = dict(zip(packed, digests, strict=True))
+    for places, references in files.items():
+        by_path = digest_files([reference.key for reference in references], places, num_threads)
+        contents |= {reference: by_path[reference.key] for reference in references}
+    return contents
 
 
 def digest_packed(reference: ScannedImage, storage: Storage) -> str:

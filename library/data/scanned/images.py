@@ -15,6 +15,7 @@ from library.data.description.buckets import Size
 from library.data.scanned.columns import Column, Texts
 
 END_BYTES = 4096
+HIDES_EDITS = -1  # the stamp of an uncompressed image: a change shows in its content alone
 
 T = TypeVar("T")
 
@@ -30,7 +31,7 @@ class Version(NamedTuple):
     """Values that change when an image is replaced."""
 
     num_bytes: int
-    stamp: int  # modification time of a file in ns; for part of a larger file, bits of its digest
+    stamp: int  # modification time of a file in ns; for part of a larger file, bits of its digest; or HIDES_EDITS
 
 
 def digest_of_ends(ends: bytes, num_bytes: int) -> str:

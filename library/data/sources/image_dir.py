@@ -11,10 +11,11 @@ from library.data.sources.storage.storage import Storage
 
 def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSubset:
     """List the images, sorted by name."""
-    listing = list_folder(config, num_threads)
+    places = storage.index_places(config)
+    listing = list_folder(config, places, num_threads)
     if config.style == "masked":
         add_masks(listing)
-    add_references(listing, num_threads)
+    add_references(listing, places, num_threads)
     return listing.to_subset()
 
 

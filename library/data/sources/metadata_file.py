@@ -10,8 +10,9 @@ from library.data.sources.storage.storage import Storage
 
 def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSubset:
     """List the images in the order of the file."""
-    listing = list_metadata(config, num_threads)
-    add_references(listing, num_threads)
+    places = storage.index_places(config)
+    listing = list_metadata(config, places, num_threads)
+    add_references(listing, places, num_threads)
     return listing.to_subset()
 
 

@@ -53,6 +53,7 @@ def count_run(run: RequestedRun, batch: BatchShape, device: torch.device, is_fus
     """
     options, arch = run.options, run.arch
     is_off = options.diagnostics.deterministic or options.kernels.no_fused_operations
+    is_fused = has_fused_kernels(device, is_off, options.precision.mixed_precision, is_fused)
     with (
         progress_bar("counting memory…", NUM_COUNTS, leave=False) as bar,
         mute_logging(),
@@ -63,9 +64,7 @@ def count_run(run: RequestedRun, batch: BatchShape, device: torch.device, is_fus
         FakeTensorMode(allow_non_fake_inputs=True),
         # Fakes are CPU tensors, and autocast treats norms there otherwise than on a GPU.
         nullcontext() if device.type == "cpu" else emulate_cuda_norms(),
-        count_fused()
-        if has_fused_kernels(device, is_off, options.precision.mixed_precision, is_fused)
-        else nullcontext(),
+        count_fused() if is_fused else nullcontext(),
     ):
         meta = run_on_meta_device(run, batch.num_tokens)
         bar.update(1)

@@ -14,7 +14,8 @@ from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
-from library.checkpoints.overwriting import FileKind, known_by_start
+from library.checkpoints.marks import is_sealed_page, seal_page
+from library.checkpoints.overwriting import FileKind, read_start
 from library.json_text import parse_json
 
 HERE = Path(__file__).parent
@@ -28,14 +29,14 @@ START, END = '<script type="application/json" id="data">', "</script>"
 
 
 def page_kind(name: str, is_title: Callable[[str], bool]) -> FileKind:
-    """Return the kind of the pages that `build_page` writes with such a title."""
+    """Return the kind of the pages that `build_page` writes with such a title, and that nobody has changed since."""
 
     def recognises(start: bytes) -> bool:
         match = TITLE.search(start)
         is_ours = escape(POLICY_START).encode() in start and match is not None
         return is_ours and match is not None and is_title(unescape(match[1].decode("utf-8", "replace")))
 
-    return known_by_start(name, recognises)
+    return FileKind(f"{name}, unchanged", lambda path: recognises(read_start(path)) and is_sealed_page(path))
 
 
 def report_kind(output_name: str | None) -> FileKind:
@@ -49,6 +50,7 @@ def same_title(name: str, page: str) -> FileKind:
     return page_kind(name, lambda title: match is not None and title == unescape(match[1].decode()))
 
 
+REPORT = page_kind("a report", lambda title: True)
 INDEX = page_kind("a report index", lambda title: title.startswith(TITLES["index"]))
 SWEEP = page_kind("a report of a sweep", lambda title: title.startswith(TITLES["sweep"]))
 COMPARISON = page_kind("a comparison of runs", lambda title: title.startswith(TITLES["comparison"]))
@@ -58,7 +60,7 @@ def build_page(title: str, script: str, data: Mapping[str, Any], reload_s: int |
     """Build the page that `script`, a file in this folder, draws from `data`; it reloads every `reload_s` seconds."""
     chart_script, chart_style = map(read_source, UPLOT)
     scripts = [chart_script, *map(read_source, ("common.js", *SHARED.get(script, ()), script))]
-    return read_source("page.html").format(
+    page = read_source("page.html").format(
         refresh="" if reload_s is None else f'<meta http-equiv="refresh" content="{reload_s}">\n',
         title=escape(title),
         policy=escape(build_content_policy(scripts)),
@@ -67,6 +69,7 @@ def build_page(title: str, script: str, data: Mapping[str, Any], reload_s: int |
         data=START + to_script(data) + END,
         scripts="\n".join(f"<script>{text}</script>" for text in scripts),
     )
+    return seal_page(page)
 
 
 @cache

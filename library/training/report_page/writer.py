@@ -10,7 +10,7 @@ from library.checkpoints.files import atomic_path
 from library.checkpoints.overwriting import find_place
 from library.errors import UserError
 from library.json_text import parse_json
-from library.training.report_page.page import build_page, read_data, report_kind
+from library.training.report_page.page import REPORT, build_page, read_data, report_kind
 from library.training.report_page.record import Record
 from library.training.reporting.event_checks import check_line
 
@@ -71,14 +71,14 @@ def add_sheet(path: Path, image: str) -> None:
     """Add a contact sheet (a data: URL) to the report of a finished run. Raises UserError for another file."""
     record = read_report(path)
     record.sheet = image
-    write_page(path, build_report(record))
+    write_page(find_place(path, REPORT), build_report(record))
 
 
 def add_event(path: Path, line: Mapping[str, Any]) -> None:
     """Add an event after a run to its report. Raises UserError for another file."""
     record = read_report(path)
     record.add(line)
-    write_page(path, build_report(record))
+    write_page(find_place(path, REPORT), build_report(record))
 
 
 def build_report(record: Record, reload_s: int | None = None) -> str:

@@ -51,7 +51,7 @@ def is_adapter(output_name: str | None, path: Path) -> bool:
 def has_other_tensors(path: Path) -> bool:
     """Return True if another program has changed the tensors of an adapter since it was saved."""
     if not holds_safetensors(path):
-        return has_changed(path)
+        return read_mark(path) is None or has_changed(path)  # others, also sd-scripts, save no mark
     recorded = read_metadata(path).get("sshs_model_hash")
     return recorded is not None and recorded != sha256_of_tensors(path)
 

@@ -166,7 +166,7 @@ def add_runs(page: Path, chosen: Mapping[str, Mapping[str, str]], reports: Mappi
         runs = [{"label": label, **select_shown(read_report(path))} for label, path in reports.items() if path.exists()]
         names = {label: path.name for label, path in reports.items()}
         data = {**data, "chosen": chosen, "reports": names, "runs": runs}
-        write_page(page, build_page(str(data.get("title")), SCRIPT, data))
+        write_page(find_place(page, SWEEP), build_page(str(data.get("title")), SCRIPT, data))
     except (OSError, ValueError) as error:
         logger.warning("%s has no charts: %s", page, error)
 

@@ -1,17 +1,28 @@
 """Small datasets on disk and the options that read them."""
 
 import argparse
-from collections.abc import Callable, Sequence
+import math
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Generator, Tensor
 
 from library.data.batches.planned import PlannedBatches
 from library.data.batches.validation_set import ValidationSet
-from library.data.plan.data_plan import DataPlan, build_plan
+from library.data.caching import latent_index
+from library.data.plan.data_plan import DataPlan, build_plan, is_writable
+from library.data.sources.folders import image_index
+from library.data.sources.folders.image_index import compute_stamp
 from library.data.training_data import open_batches
 from library.options.train import TrainOptions
 from library.protocols import LatentSpec
@@ -45,6 +56,33 @@ def write_folder(
         if caption is not None:
             path.with_suffix(".txt").write_text(f"{caption} {i}", encoding="utf-8")
     return folder
+
+
+def hide_change_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let files have no time of their status change, as on Windows, where that of their creation is kept."""
+    monkeypatch.setattr(image_index, "HAS_CHANGE_TIMES", False)
+    monkeypatch.setattr(latent_index, "HAS_CHANGE_TIMES", False)
+
+    def compute(status: os.stat_result, now_ns: float = math.inf) -> int:
+        times: Any = SimpleNamespace(st_size=status.st_size, st_mtime_ns=status.st_mtime_ns, st_ctime_ns=0)
+        return compute_stamp(times, now_ns)
+
+    for module in (image_index, latent_index):
+        monkeypatch.setattr(module, "compute_stamp", compute)
+
+
+@contextmanager
+def unwritable(*folders: Path) -> Iterator[None]:
+    """Let nobody create files in some folders; skip the test where that is impossible."""
+    with ExitStack() as stack:
+        for folder in folders:
+            stack.callback(folder.chmod, folder.stat().st_mode)
+            folder.chmod(0o500)
+            if is_writable(str(folder)):  # root ignores permissions, and Windows those of folders
+                if not shutil.which("chattr") or subprocess.run(["chattr", "+i", folder], check=False).returncode:
+                    pytest.skip("no folder can be made read-only here")
+                stack.callback(subprocess.run, ["chattr", "-i", folder], check=True)
+        yield
 
 
 def write_config(path: Path, text: str) -> TrainOptions:

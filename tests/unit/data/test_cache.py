@@ -21,6 +21,7 @@ from library.data.caching.latent_jobs import plan_jobs
 from library.data.caching.latents import cache_latents
 from library.data.plan import data_plan
 from library.data.plan.data_plan import DataPlan
+from library.data.sources.folders import image_index
 from library.data.training_data import open_batches
 from library.errors import NotThere, UserError
 from library.options.caching import CachingOptions
@@ -31,6 +32,7 @@ from tests.unit.data.builders import (
     averaging_vae,
     batches_of,
     content_of,
+    hide_change_times,
     options_of,
     plan_of,
     write_config,
@@ -511,6 +513,24 @@ def test_an_uncompressed_image_of_equal_size_and_time_is_encoded_again(folder, t
     image.write_bytes(entries[2])
     os.utime(image, (1e9, 1e9))
     assert [cache_again(), cache_again()] == [1, 0]
+
+
+@pytest.mark.parametrize(("form", "words"), [("BMP", {}), ("TIFF", {}), ("TGA", {}), ("PNG", {"compress_level": 0})])
+@pytest.mark.parametrize("system", ["posix", "nt"])
+def test_an_uncompressed_image_is_known_by_its_content_whatever_its_name(folder, monkeypatch, form, words, system):
+    """With an index of latents too, on Windows, where no time tells of an edit that keeps size and time."""
+    if system == "nt":
+        hide_change_times(monkeypatch)
+        monkeypatch.setattr(image_index, "MIN_FILES", 1)
+    path, counts = folder / "2_a/p0.png", []
+    for seed in (1, 1, 1, 2, 2):
+        pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path, form, **words)
+        os.utime(path, (1e9, 1e9))
+        counts.append(cache(folder)[1])
+        for entry in folder.rglob("*.npz"):
+            os.utime(entry, (1.1e9, 1.1e9))
+    assert counts == [3, 0, 0, 1, 0]
 
 
 def test_an_image_that_was_only_touched_is_not_encoded_again(folder):

@@ -11,13 +11,14 @@ import pytest
 
 from library.data.description.buckets import BucketRules, Shape
 from library.data.description.schema import DatasetConfig, SubsetConfig
+from library.data.plan import data_plan
 from library.data.plan.order import Bucket, epoch_batches
 from library.data.plan.samples import Sample, build_draws, build_samples
 from library.data.scanned.columns import BLOCK, Texts
 from library.data.scanned.images import ImageLocation, ImageLocations, ScannedImage, ScannedImages
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 from library.randomness import random_for
-from tests.unit.data.builders import plan_of, write_config, write_folder
+from tests.unit.data.builders import options_of, plan_of, write_config, write_folder
 
 ALPHABETS = {"ascii": "ab ,1", "wide": "aé猫\U0001f431", "bytes of a file name": "a\udc80\udcff"}
 
@@ -169,6 +170,15 @@ def test_a_folder_of_images_takes_few_objects(tmp_path) -> None:
         num_blocks.append(sys.getallocatedblocks() - before)
         del plan
     assert (num_blocks[1] - num_blocks[0]) / 200 < 0.2
+
+
+def test_the_collector_pauses_while_a_plan_is_built(tmp_path, monkeypatch) -> None:
+    """Among the objects of many images, its searches take longer than the rest of the start."""
+    states: list[bool] = []
+    check = data_plan.check_images
+    monkeypatch.setattr(data_plan, "check_images", lambda scanned: (states.append(gc.isenabled()), check(scanned)))
+    plan_of(options_of("--resolution 64", "--train_data_dir", str(write_folder(tmp_path / "1_a", 1).parent)))
+    assert states == [False] and gc.isenabled()
 
 
 def private_bytes() -> int:

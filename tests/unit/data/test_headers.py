@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from library.data.decoding.images import read_orientation
-from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
+from library.data.decoding.images import HEAD_BYTES, read_orientation
+from library.data.sources.folders.image_headers import plain_size
 
 MODES = {"PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"), "JPEG": ("RGB", "L", "CMYK"), "WEBP": ("RGB", "RGBA")}
 

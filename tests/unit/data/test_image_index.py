@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import stat
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,8 @@ from library.data.decoding.threads import BLOCK, read_many
 from library.data.plan.data_plan import DataPlan
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.folders import image_index, reading, scan
-from tests.unit.data.builders import plan_of, write_config, write_folder, write_image
+from library.data.sources.storage.index_places import IndexPlaces
+from tests.unit.data.builders import plan_of, unwritable, write_config, write_folder, write_image
 
 LONG_AGO = 1_500_000_000
 
@@ -236,17 +236,12 @@ def test_an_index_of_another_version_is_rebuilt(folder, monkeypatch, read_names)
     monkeypatch.undo()
     monkeypatch.setattr(image_index, "MIN_FILES", 1)
     build(folder)
-    assert image_index.open_index(str(folder)).sizes.names
+    assert image_index.open_index(str(folder), IndexPlaces()).sizes.names
 
 
-@pytest.mark.skipif(os.name == "nt", reason="folders cannot be read-only there")
-@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_gets_no_index_and_no_error(folder):
-    folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    try:
+    with unwritable(folder):
         build(folder)
-    finally:
-        folder.chmod(stat.S_IRWXU)
     assert not (folder / image_index.FILE_NAME).exists()
 
 

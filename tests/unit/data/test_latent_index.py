@@ -130,8 +130,8 @@ def test_entries_of_other_programs_are_still_recognised_from_the_index(folder, c
 def test_an_entry_replaced_by_another_run_is_checked(folder, checked_files, monkeypatch):  # noqa: F811
     note_written = latent_index.VerifiedEntries.note_written
 
-    def replace_after_writing(self, file) -> None:
-        note_written(self, file)
+    def replace_after_writing(self, file, image, origin) -> None:
+        note_written(self, file, image, origin)
         wait_a_tick()
         if os.path.basename(file.path).startswith("p0"):
             rewrite(Path(file.path))

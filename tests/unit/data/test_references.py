@@ -20,6 +20,7 @@ from library.data.description.buckets import ReferenceRules, Shape, cover
 from library.data.plan import dataset_digest
 from library.data.plan.data_plan import DataPlan
 from library.data.scanned.images import References, ScannedImage
+from library.data.sources.folders import image_index
 from library.data.training_data import open_batches
 from library.errors import UserError
 from library.options.caching import CachingOptions
@@ -471,14 +472,22 @@ def test_an_uncompressed_reference_of_equal_size_and_time_is_encoded_again(tmp_p
         assert cache(plan(tmp_path, one), DISK)[1] == count
 
 
-def test_an_uncompressed_image_in_a_shard_is_encoded_again_if_its_middle_changes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["a.bmp", "a.png", "parquet"])
+def test_an_uncompressed_image_in_a_larger_file_is_encoded_again_if_its_middle_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """Whatever its name, and although an index says which entries were valid."""
+    monkeypatch.setattr(image_index, "MIN_FILES", 1)
+    monkeypatch.setattr(image_index, "SETTLED_NS", 0)
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    for change, count in ((0, 1), (0, 0), (99, 1), (99, 0)):
+    for change, count in ((0, 1), (0, 0), (0, 0), (99, 1), (99, 0)):
         pixels[30:34] = change
         Image.fromarray(pixels).save(tmp_path / "a.bmp")
-        write_tar(tmp_path / "0000.tar", [("a.bmp", (tmp_path / "a.bmp").read_bytes()), ("a.txt", b"a cat")])
-        shard = write_config(tmp_path / "data.toml", f"{HEAD}[[datasets.subsets]]\nshards = '{{here}}/0000.tar'\n")
-        assert cache(plan_of(shard, spec=SPEC), DISK)[1] == count
+        content, key = (tmp_path / "a.bmp").read_bytes(), "parquet" if source == "parquet" else "shards"
+        write_parquet(tmp_path / "0000.parquet", {"image": [content], "text": ["a cat"]})
+        write_tar(tmp_path / "0000.shards", [(source, content), ("a.txt", b"a cat")])
+        words = f"{HEAD}[[datasets.subsets]]\n{key} = '{{here}}/0000.{key}'\n"
+        assert cache(plan_of(write_config(tmp_path / "data.toml", words), spec=SPEC), DISK)[1] == count
 
 
 def test_an_entry_without_references_is_not_used_for_a_pair(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from library.data.caching.latents import cache_latents
-from library.data.sources.indexed.rows import HEAD_BYTES
+from library.data.decoding.images import HEAD_BYTES
 from library.data.sources.storage import object_storage
 from library.data.sources.storage.disk_cache import DiskCache
 from library.data.sources.storage.storage import REMOTE_CHUNK_BYTES, Storage

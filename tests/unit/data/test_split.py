@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from library.data.plan.data_plan import DataPlan
 from library.data.plan.validation_split import SplitSpec, choose, hash_file
 from library.data.sources.folders import image_index
+from library.data.sources.storage.index_places import IndexPlaces
 from tests.unit.data.builders import (
     batches_of,
     options_of,
@@ -221,7 +222,7 @@ def test_the_index_of_a_folder_contains_both_sides(tmp_path, monkeypatch):
     write_folder(tmp_path / "1_a", 6)
     arguments = "--resolution 64 --validation_split 0.5 --caption_extension .txt"
     first, second = (plan_of(options_of(arguments, "--train_data_dir", str(tmp_path))) for _ in range(2))
-    assert len(image_index.open_index(str(tmp_path / "1_a")).sizes.names) == 6
+    assert len(image_index.open_index(str(tmp_path / "1_a"), IndexPlaces()).sizes.names) == 6
     captions = [
         {
             key: caption

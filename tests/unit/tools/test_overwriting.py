@@ -154,6 +154,13 @@ def test_html_pages_do_not_overwrite_their_input_or_files_of_another_type(
     assert (path.read_text(), page.read_text()) == (EVENT, "<!doctype html><p>mine")
     page.unlink()
     assert report.main([str(path), "--output", str(page)]) == 0 == report.main([str(path), "--output", str(page)])
+    whole = page.read_text(encoding="utf-8")
+    for edited in (whole.replace("<body", "<body data-mine", 1), f"{whole}<p>mine", whole.replace("<!-- #", "<!-- #0")):
+        page.write_text(edited, encoding="utf-8")
+        assert "unchanged with these events: it" in refusal_of(capsys, report.main([str(path), "--output", str(page)]))
+        assert page.read_text(encoding="utf-8") == edited != whole
+    page.write_text(whole[: whole.rindex("<!-- #")], encoding="utf-8")  # as earlier versions did
+    assert report.main([str(path), "--output", str(page)]) == 0 and page.read_text(encoding="utf-8") == whole
     monkeypatch.setattr(compare_runs, "build_comparison", lambda runs: "a comparison")
     assert "is also read" in refusal_of(capsys, compare_runs.main([str(path), str(page), "--output", str(page)]))
 

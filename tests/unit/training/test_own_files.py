@@ -12,7 +12,7 @@ from library.checkpoints.hashes import with_hashes
 from library.checkpoints.overwriting import judge
 from library.training.reporting.event_stream import Events
 from library.training.saving.names import Names
-from library.training.saving.own_files import remove
+from library.training.saving.own_files import move_changed, remove
 
 LORA = {"lora_unet_x.lora_down.weight": torch.ones(1), "lora_unet_x.alpha": torch.ones(())}
 BASE = {"model.diffusion_model.out.0.weight": torch.ones(1)}
@@ -108,3 +108,18 @@ def test_an_outdated_adapter_that_another_program_changed_is_not_deleted(
         remove("checkpoint", path, kind, Events([]))
         assert path.exists() == is_kept
     assert f"{path} is outdated, but kept" in caplog.text
+
+
+def test_an_adapter_that_another_program_saved_as_a_pickle_makes_way_and_is_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such a program keeps no mark, so nothing tells of what the file held before."""
+    path = tmp_path / "cat.ckpt"
+    save_pickle_state_dict(path, LORA, mark=f"training: {path.name}")
+    move_changed(path)
+    assert path.exists()
+    torch.save(torch.load(path), path)
+    remove("checkpoint", path, names_of(tmp_path).adapter_kind, Events([]))
+    assert path.exists() and f"{path} is outdated, but kept" in caplog.text
+    move_changed(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["cat.changed.ckpt"]

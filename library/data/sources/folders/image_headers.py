@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 from library.data.description.buckets import Size
 
-HEAD_BYTES = 4096
 MAX_PIXELS = 50_000_000  # Pillow warns about much larger images
 
 _PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"

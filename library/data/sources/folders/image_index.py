@@ -1,8 +1,7 @@
 """The index of a folder: sizes and captions of its images, so that only edited files are read again.
 
-It is a numpy archive in the folder, with a table for each kind of file: names, stamps, and the sizes of images or the
-texts of captions. A row is valid while the stamp of its file is unchanged. A missing, damaged or outdated index, or an
-unwritable folder, only costs time.
+It is a numpy archive with a table for each kind of file: names, stamps, and the sizes of images or the texts of
+captions. A row is valid while the stamp of its file is unchanged. A missing, damaged or outdated index only costs time.
 """
 
 import json
@@ -12,16 +11,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from library.data.decoding.index_file import pack_names, read_arrays, unpack_names, write_arrays
+from library.data.decoding.images import is_compressed
+from library.data.decoding.index_file import pack_names, unpack_names
 from library.data.decoding.threads import read_many
 from library.data.description.buckets import Size
 from library.data.scanned.columns import Sizes, Texts
+from library.data.sources.storage.index_places import IndexPlaces
 from library.errors import UserError
 from library.json_text import parse_json
 
@@ -30,6 +30,7 @@ VERSION = 2
 MIN_FILES = 256  # smaller folders are read quickly and get no index
 SETTLED_NS = 2_000_000_000  # resolution of the coarsest clock of a common file system, FAT
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+HAS_CHANGE_TIMES = os.name != "nt"  # the time that no program can set; Windows has that of the creation in its place
 UNSETTLED = 0  # the stamp of files that may still change without a new modification time
 
 Value = TypeVar("Value")
@@ -48,6 +49,12 @@ def compute_stamp(status: os.stat_result, now_ns: float = math.inf) -> int:
         return UNSETTLED
     # hash() of a tuple of integers is the same in every process, so it can be stored.
     return hash((status.st_size, edited_ns, status.st_ctime_ns))
+
+
+def compute_stamp_of_image(status: os.stat_result, head: bytes, now_ns: float) -> int:
+    """Return `compute_stamp` of an image that starts with `head`; UNSETTLED if only its content tells that it has
+    changed."""
+    return compute_stamp(status, now_ns) if HAS_CHANGE_TIMES or is_compressed(head) else UNSETTLED
 
 
 def read_stamped(path: str, num_bytes: int | None = None) -> tuple[os.stat_result, bytes]:
@@ -167,6 +174,7 @@ class FolderIndex:
     """The tables of a folder: one for the images, and one for each caption extension."""
 
     folder: str
+    places: IndexPlaces
     sizes: Table[Size | str] = field(default_factory=Table)  # or the reason if an image cannot be read
     captions: dict[str, Table[str]] = field(default_factory=dict)
     paired: frozenset[str] = frozenset()  # caption extensions of which every image has its own file, in order
@@ -177,12 +185,12 @@ class FolderIndex:
             name in self.captions and self.captions[name].equals(table) for name, table in captions.items()
         )
         if not is_equal and len(sizes.names) >= MIN_FILES:
-            write_arrays(Path(self.folder) / FILE_NAME, build_tables(sizes, captions))
+            self.places.write_arrays(self.folder, FILE_NAME, build_tables(sizes, captions))
 
 
-def open_index(folder: str) -> FolderIndex:
+def open_index(folder: str, places: IndexPlaces) -> FolderIndex:
     """Read the index of a folder; empty if it is missing or damaged."""
-    return FolderIndex(folder, *(read_arrays(Path(folder) / FILE_NAME, read_tables) or ()))
+    return FolderIndex(folder, places, *(places.read_arrays(folder, FILE_NAME, read_tables) or ()))
 
 
 # The archive

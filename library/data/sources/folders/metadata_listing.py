@@ -10,10 +10,11 @@ from library.data.sources.folders.listing import list_files
 from library.data.sources.folders.metadata_file import MetadataEntry, read_metadata
 from library.data.sources.folders.pairing import add_reference_paths
 from library.data.sources.folders.reading import sizes_anywhere
+from library.data.sources.storage.index_places import IndexPlaces
 from library.errors import UserError, list_few
 
 
-def list_metadata(config: SubsetConfig, num_threads: int) -> Listing:
+def list_metadata(config: SubsetConfig, places: IndexPlaces, num_threads: int) -> Listing:
     """List the images of a metadata file. Raises UserError for missing or conflicting reference images."""
     listing = Listing(config)
     listings: dict[str, dict[str, str]] = {}
@@ -42,9 +43,7 @@ def list_metadata(config: SubsetConfig, num_threads: int) -> Listing:
         missing += [reference for reference, file in reference_files if file is None]
         references.append(tuple(file for _, file in reference_files if file is not None))
     listing.captions, listing.tags = Texts.of(captions), tags
-    listing.sizes = sizes_anywhere(
-        listing.names, num_threads, f"reading sizes of {config.base_name}", config.keeps_index
-    )
+    listing.sizes = sizes_anywhere(listing.names, places, num_threads, f"reading sizes of {config.base_name}")
     if missing:
         raise UserError.about(
             "metadata_file",
@@ -58,7 +57,7 @@ def list_metadata(config: SubsetConfig, num_threads: int) -> Listing:
                 f"{config.metadata_file} names reference images with control_path, and the subset has "
                 f"{'control_dirs' if config.control_dirs else 'opposite_dir'}; keep one of them",
             )
-        add_reference_paths(listing, references, num_threads)
+        add_reference_paths(listing, references, places, num_threads)
     return listing
 
 

@@ -10,6 +10,7 @@ from library.data.description.image_extensions import describe_unread
 from library.data.scanned.subsets import Listing
 from library.data.sources.folders.listing import list_files
 from library.data.sources.folders.reading import sizes_anywhere
+from library.data.sources.storage.index_places import IndexPlaces
 from library.errors import UserError, list_few
 from library.formatting import format_count
 
@@ -58,7 +59,7 @@ def add_masks(listing: Listing) -> None:
     listing.masks = [masks[stem] for stem in stems]
 
 
-def add_references(listing: Listing, num_threads: int) -> None:
+def add_references(listing: Listing, places: IndexPlaces, num_threads: int) -> None:
     """Add the reference images of every image in `control_dirs`, or its partner in `opposite_dir`, with their sizes.
 
     In each folder of `control_dirs`, an image has one reference of its own name, or several named <name>_0, <name>_1
@@ -68,18 +69,20 @@ def add_references(listing: Listing, num_threads: int) -> None:
     config, stems = listing.config, list_stems(listing)
     if config.control_dirs:
         of_folders = [references_in(folder, listing.paths, stems, listing.surplus) for folder in config.control_dirs]
-        add_reference_paths(listing, [sum(row, ()) for row in zip(*of_folders, strict=True)], num_threads)
+        add_reference_paths(listing, [sum(row, ()) for row in zip(*of_folders, strict=True)], places, num_threads)
     elif config.opposite_dir:
         opposites = opposites_in(config.opposite_dir, listing.paths, stems, listing.surplus)
-        add_reference_paths(listing, [(path,) for path in opposites], num_threads)
+        add_reference_paths(listing, [(path,) for path in opposites], places, num_threads)
 
 
-def add_reference_paths(listing: Listing, paths: Sequence[tuple[str, ...]], num_threads: int) -> None:
+def add_reference_paths(
+    listing: Listing, paths: Sequence[tuple[str, ...]], places: IndexPlaces, num_threads: int
+) -> None:
     """Set the references of each image, and read their sizes. Raises UserError for references that cannot be read."""
     config = listing.config
     word = "partner" if config.opposite_dir else "reference image"
     all_paths = [path for row in paths for path in row]
-    sizes = sizes_anywhere(all_paths, num_threads, f"reading sizes of {config.base_name}'s {word}s", config.keeps_index)
+    sizes = sizes_anywhere(all_paths, places, num_threads, f"reading sizes of {config.base_name}'s {word}s")
     size_or_reason: dict[str, Size | str] = dict(zip(all_paths, sizes, strict=True))
     broken = [f"{path} {size}" for path, size in size_or_reason.items() if isinstance(size, str)]
     if broken:

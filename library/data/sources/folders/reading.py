@@ -5,12 +5,20 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from library.data.decoding.images import read_size
+from library.data.decoding.images import HEAD_BYTES, read_size
 from library.data.description.buckets import Size
 from library.data.description.captions import CaptionRules
 from library.data.scanned.columns import Texts
-from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
-from library.data.sources.folders.image_index import UNSETTLED, compute_stamp, open_index, read_stamped, update_table
+from library.data.sources.folders.image_headers import plain_size
+from library.data.sources.folders.image_index import (
+    UNSETTLED,
+    compute_stamp,
+    compute_stamp_of_image,
+    open_index,
+    read_stamped,
+    update_table,
+)
+from library.data.sources.storage.index_places import IndexPlaces
 from library.errors import UserError, list_few, reason_of
 from library.options.encodings import NotUtf8, describe_encoding, likely_encoding
 
@@ -72,10 +80,10 @@ def read_image_size(path: str) -> tuple[int, Size | str]:
         size = plain_size(head, status.st_size) or read_size(path)
     except (ValueError, OSError) as error:
         return UNSETTLED, reason_of(error) or "unknown"
-    return compute_stamp(status, time.time_ns()), size
+    return compute_stamp_of_image(status, head, time.time_ns()), size
 
 
-def sizes_anywhere(paths: Sequence[str], num_threads: int, title: str, keeps_index: bool) -> list[Size | str]:
+def sizes_anywhere(paths: Sequence[str], places: IndexPlaces, num_threads: int, title: str) -> list[Size | str]:
     """Read the sizes of images in any folders, using and updating the indices of large folders."""
     by_folder: dict[str, list[str]] = defaultdict(list)
     for path in dict.fromkeys(paths):
@@ -84,10 +92,9 @@ def sizes_anywhere(paths: Sequence[str], num_threads: int, title: str, keeps_ind
     for folder, names in by_folder.items():
         # Names in the order of the index need no look-up one by one.
         names.sort()
-        index = open_index(folder or ".")
+        index = open_index(folder or ".", places)
         table = update_table(index.sizes, folder or ".", names, read_image_size, num_threads, title)
-        if keeps_index:
-            index.replace_with(table, index.captions)
+        index.replace_with(table, index.captions)
         sizes.update((os.path.join(folder, name), size) for name, size in zip(names, table.values, strict=True))
     return [sizes[os.path.join(*os.path.split(path))] for path in paths]
 

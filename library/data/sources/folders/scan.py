@@ -15,13 +15,14 @@ from library.data.sources.folders.reading import (
     read_caption,
     read_image_size,
 )
+from library.data.sources.storage.index_places import IndexPlaces
 from library.options.config_file import BACKSLASH_HINT
 from library.options.encodings import NotUtf8
 
 logger = logging.getLogger(__name__)
 
 
-def list_folder(config: SubsetConfig, num_threads: int) -> Listing:
+def list_folder(config: SubsetConfig, places: IndexPlaces, num_threads: int) -> Listing:
     """List the images of image_dir with their captions and sizes, using the folder's index while it is valid."""
     folder = config.image_dir or ""
     listing = Listing(config)
@@ -30,7 +31,7 @@ def list_folder(config: SubsetConfig, num_threads: int) -> Listing:
         problem = f"{folder!r} is not a folder: {BACKSLASH_HINT}" if escaped else explain_missing_folder(folder)
         logger.warning("image_dir %s", problem)
         return listing
-    index = open_index(folder)
+    index = open_index(folder, places)
     files: Sequence[str | None]
     if contents := list_indexed_files(index, config.caption_extension, num_threads):
         files = index.captions[config.caption_extension].names
@@ -101,8 +102,7 @@ def read_with_index(
     captions = update_table(known_captions, folder, names, read_caption, num_threads, None, contents.stamps[1])
     title = f"reading sizes of {config.base_name}"
     sizes = update_table(index.sizes, folder, contents.images, read_image_size, num_threads, title, contents.stamps[0])
-    if config.keeps_index:
-        index.replace_with(sizes, index.captions | {config.caption_extension: captions})
+    index.replace_with(sizes, index.captions | {config.caption_extension: captions})
     listing.sizes = sizes.values
     if len(names) == len(files):
         return captions.values

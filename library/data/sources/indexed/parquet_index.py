@@ -24,6 +24,7 @@ from library.data.scanned.images import FileStamp
 from library.data.scanned.names import short_digest
 from library.data.sources.indexed.parquet_files import pyarrow_parquet
 from library.data.sources.indexed.rows import Row
+from library.data.sources.storage.index_places import IndexPlaces
 from library.errors import UserError
 from library.json_text import parse_json
 from library.progress import progress_bar
@@ -42,6 +43,11 @@ class IndexedFiles:
     names: Sequence[str]  # without secrets
     stamps: Sequence[FileStamp]
     rule: str  # everything else that determines the rows
+
+    @property
+    def index_name(self) -> str:
+        """The file name of the index, unique to these files."""
+        return f".picture_index-{short_digest(' '.join([self.rule, *self.names]))[:12]}.parquet"
 
     def about(self) -> bytes:
         """Return the metadata of the index."""
@@ -77,34 +83,47 @@ def build_table(rows: Sequence[Row], number: int) -> Any:
 
 
 def read_index(
-    path: Path,
+    places: IndexPlaces,
+    folder: str,
     files: IndexedFiles,
     rows_of: Callable[[int], Sequence[Row]],
     num_threads: int,
     title: str,
-    is_kept: bool,
 ) -> Any:
     """Return the table of all files, in order. `rows_of(number)` reads a file that is not in the index.
 
-    An unreadable index is rebuilt. It stays in memory if it cannot be written, or if `is_kept` is False.
+    An unreadable index is rebuilt. It stays in memory if none of the `places` for it can be written.
     """
-    index = open_index(path, files)
+
+    def read_known() -> Any:
+        tables = (open_index(path, files) for path in places.to_read(folder, files.index_name))
+        return next((table for table in tables if table is not None), None)
+
+    index = read_known()
     if index is not None:
         return index
-    if not is_kept:
-        return make_index(path, files, rows_of, num_threads, title, None)
     with ExitStack() as stack:
+        path = lock_index(places.to_write(folder, files.index_name), stack)
+        if path is not None:
+            index = read_known()  # another process may have built it meanwhile
+        return make_index(places, folder, files, rows_of, num_threads, title, path) if index is None else index
+
+
+def lock_index(paths: Sequence[Path], stack: ExitStack) -> Path | None:
+    """Lock the first index whose folder can be written, until the stack is closed; None with a warning if there is
+    none."""
+    for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(index_lock(path))
         except (OSError, NotImplementedError) as error:  # filelock below 3.24 raises the latter without flock
-            message = "%s cannot be written, so every start rebuilds it (%s); set --cache_dir to a writable folder"
-            logger.warning(message, path, getattr(error, "strerror", error))
-            return make_index(path, files, rows_of, num_threads, title, None)
-        index = open_index(path, files)  # another process may have built it meanwhile
-        if index is not None:
-            return index
-        return make_index(path, files, rows_of, num_threads, title, path.with_name(f"{path.name}.parts"))
+            reason = getattr(error, "strerror", error)
+        else:
+            return path
+    if paths:
+        message = "%s cannot be written, so every start rebuilds it (%s); set --cache_dir to a writable folder"
+        logger.warning(message, paths[0], reason)
+    return None
 
 
 def write_table(table: Any, path: Path) -> None:
@@ -150,17 +169,21 @@ def is_plausible(table: Any, files: IndexedFiles) -> bool:
 
 
 def make_index(
-    path: Path,
+    places: IndexPlaces,
+    folder: str,
     files: IndexedFiles,
     rows_of: Callable[[int], Sequence[Row]],
     num_threads: int,
     title: str,
-    parts: Path | None,
+    path: Path | None,
 ) -> Any:
-    """Read the files that are not yet known, `num_threads` at a time, and write the index unless `parts` is None."""
+    """Read the files that are not yet known, `num_threads` at a time, and write the index unless `path` is None."""
     import pyarrow as pa
 
-    tables = known_tables(path, files)
+    parts = None if path is None else path.with_name(f"{path.name}.parts")
+    tables: dict[int, Any] = {}
+    for older in reversed(places.to_read(folder, files.index_name)):
+        tables |= known_tables(older, files)
 
     def rows_or_part(number: int) -> Any:
         digest = short_digest(f"{VERSION} {files.rule} {files.names[number]} {files.stamps[number]}")
@@ -183,7 +206,7 @@ def make_index(
         pool.shutdown(wait=True, cancel_futures=True)
     table = pa.concat_tables([tables[number] for number in range(len(files.names))]).combine_chunks()
     table = table.replace_schema_metadata({ABOUT: files.about()})
-    if parts is not None:
+    if path is not None and parts is not None:
         write_table(table, path)
         shutil.rmtree(parts, ignore_errors=True)
     return table

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from library.data.decoding.images import read_size
+from library.data.decoding.images import HEAD_BYTES, read_size
 from library.data.description.buckets import Size
 from library.data.description.image_extensions import PLUGINS, image_extensions
 from library.data.scanned.images import END_BYTES, digest_content, digest_of_ends
-from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
+from library.data.sources.folders.image_headers import plain_size
 from library.data.sources.folders.reading import MOST_CAPTION_BYTES, stripped_lines
 from library.data.sources.indexed.tar_files import Member, iterate_members
 from library.data.sources.storage.ranges import RangeFile, Window

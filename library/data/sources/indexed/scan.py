@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from library.data.description.image_extensions import PLUGINS, load_plugin
 from library.data.description.schema import SubsetConfig, strip_secrets
 from library.data.scanned.columns import Texts
 from library.data.scanned.images import FileStamp, ImageLocations, Reader, References, ScannedImages
-from library.data.scanned.names import folder_name, short_digest
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.folders.reading import parse_captions
 from library.data.sources.indexed.parquet_files import pyarrow_parquet
@@ -57,10 +55,8 @@ def scan_files(
         SourceFile(*file)
         for file in zip(paths, labels, (stamp.num_bytes for stamp in indexed_files.stamps), strict=True)
     ]
-    path, title = index_path(labels, indexed_files, storage), f"indexing {config.base_name}"
-    table = read_index(
-        path, indexed_files, lambda number: read_rows(files[number]), num_threads, title, config.keeps_index
-    )
+    places, folder, title = storage.index_places(config), os.path.dirname(labels[0]), f"indexing {config.base_name}"
+    table = read_index(places, folder, indexed_files, lambda number: read_rows(files[number]), num_threads, title)
     subset = convert_rows(table, config, paths, labels, open_readers(files[0]))
     del table
     release_memory()
@@ -141,16 +137,6 @@ def read_stamps(
     if missing:
         raise UserError.about(key, f": {len(missing)} of {len(files)} files are missing: {list_few(missing)}")
     return [stamp for stamp in stamps if stamp is not None]
-
-
-def index_path(labels: Sequence[str], files: IndexedFiles, storage: Storage) -> Path:
-    """Return the path of the index of these files, next to the first of them or in `cache_dir`. Its name is unique
-    to them."""
-    folder = os.path.dirname(labels[0])
-    name = f".picture_index-{short_digest(' '.join([files.rule, *files.names]))[:12]}.parquet"
-    if storage.cache_dir is not None:
-        return Path(storage.cache_dir, folder_name(folder), name)
-    return Path(folder, name)
 
 
 def convert_rows(

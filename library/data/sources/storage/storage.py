@@ -4,18 +4,19 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from glob import glob
 from math import prod
 from typing import Any, TypeVar
 
-from library.data.description.schema import strip_secrets
+from library.data.description.schema import SubsetConfig, strip_secrets
 from library.data.scanned.images import FileStamp, ImageLocation, ScannedImage, Version, digest_content
 from library.data.scanned.names import folder_name, safe_name, short_digest
 from library.data.sources.storage import object_storage
 from library.data.sources.storage.disk_cache import DiskCache
+from library.data.sources.storage.index_places import IndexPlaces
 from library.data.sources.storage.ranges import RangeFile, Window
 from library.errors import UserError
 from library.formatting import format_bytes
@@ -53,7 +54,9 @@ class Storage:
     cache_dir: str | None = None
     remote_cache_gb: float = 20.0  # for images read over the network
     shared_cache_dir: str | None = None  # of the cache files of all images
-    moved: Mapping[str, str] = field(default_factory=dict)  # where caches of folders go that cannot be written
+    spare_dir: str | None = None  # for caches and indexes of folders that cannot be written
+    unwritable: frozenset[str] = frozenset()  # folders whose caches go into `spare_dir`
+    keeps_indexes: bool = True  # indexes of the images may be written
     opened: Opened = field(default_factory=Opened, compare=False, repr=False)
 
     def check_shared_room(self, what: str, num_bytes: int) -> None:
@@ -227,8 +230,8 @@ class Storage:
     def cache_stem(self, image: ScannedImage) -> str:
         """Return the path prefix of an image's cache files: next to an image, or in a folder next to its larger file.
 
-        Under `shared_cache_dir`, the subset's `cache_directory`, `cache_dir` and the places of `moved`, each folder of
-        sources has a folder of its own, because two may contain files of the same name.
+        Under `shared_cache_dir`, the subset's `cache_directory`, `cache_dir` and `spare_dir`, each folder of sources
+        has a folder of its own, because two may contain files of the same name.
         """
         if self.shared_cache_dir is not None:
             folder, name = os.path.split(os.path.abspath(image.key))
@@ -236,13 +239,17 @@ class Storage:
         root = image.cache_directory or self.cache_dir
         if root is None and is_remote(image.key):
             self.required_cache_dir("caches of images at URLs")
-        return cache_stem_of(image, lambda folder: root or self.moved.get(folder))
+        return cache_stem_of(image, lambda folder: root or (self.spare_dir if folder in self.unwritable else None))
+
+    def index_places(self, config: SubsetConfig) -> IndexPlaces:
+        """Return where the indexes of a subset's folders are."""
+        return IndexPlaces(config.cache_directory or self.cache_dir, self.spare_dir, self.keeps_indexes)
 
     def stem_beside(self, image: ScannedImage) -> str | None:
         """Return the prefix of cache files beside an image whose own are elsewhere, where those of earlier runs and
         other programs are; None without such a place."""
         # What runs share must be what each of them would encode itself.
-        is_beside = (self.cache_dir is None and not self.moved) or self.shared_cache_dir is not None
+        is_beside = (self.cache_dir is None and not self.unwritable) or self.shared_cache_dir is not None
         if is_beside or image.cache_directory is not None or is_remote(image.key):
             return None
         return cache_stem_of(image, lambda folder: None)

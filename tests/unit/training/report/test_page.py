@@ -129,6 +129,19 @@ def test_a_contact_sheet_is_added_to_the_report_and_kept_when_the_run_resumes(tm
     assert read_report(path).sheet is None
 
 
+def test_a_page_that_somebody_edited_is_kept_and_the_report_goes_beside_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, lines = tmp_path / "cat-report.html", lines_of(whole_run(30))
+    edited = build_report(record_of_run(30)).replace("<body", "<body data-mine", 1)
+    path.write_text(edited, encoding="utf-8")
+    add_sheet(path, thumbnail(7))
+    writer = ReportWriter(path, earlier_record(path))
+    writer.take(lines)
+    assert path.read_text(encoding="utf-8") == edited and "cat-report-rescued.html instead" in caplog.text
+    assert read_report(tmp_path / "cat-report-rescued.html").step == 30
+
+
 def test_a_report_that_cannot_be_written_is_tried_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
