@@ -57,7 +57,7 @@ def narrow_sdxl() -> tuple[nn.Module, nn.Module]:
     seen = view([CLIPTextModel(CLIPTextConfig(**CLIP))], model)[1]
     network = lora.create_network(1.0, 4, 4, None, [], seen)
     network.apply_to([], seen, False, True)
-    cast_factors_of([adopt(network)], unet_stacks(model))
+    cast_factors_of(adopt(network), unet_stacks(model))
     return model, network
 
 

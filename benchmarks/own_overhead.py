@@ -89,8 +89,8 @@ def build_model(folder: Path) -> None:
     unet.save_pretrained(folder / "unet")
 
 
-def prepare_runs(words: Sequence[str], learning_rates: Sequence[float]) -> list[Any]:
-    """Prepare train_network.py with these options, as far as the loop: one adapter for each learning rate."""
+def prepare_words(words: Sequence[str]) -> Any:
+    """Prepare train_network.py with these options, as far as the loop."""
     import train_network
     from library.architectures.sd.assembly import build
     from library.options.train import TrainOptions
@@ -106,15 +106,12 @@ def prepare_runs(words: Sequence[str], learning_rates: Sequence[float]) -> list[
     arch = build(options)
     accelerator = opening.open_accelerator(options.precision.mixed_precision, options.trackers)
     processes = from_accelerator(accelerator)
-    requested = RequestedRun.resolve([options.with_values({"learning_rate": rate}) for rate in learning_rates], arch)
+    requested = RequestedRun.resolve(options, arch)
     plan = opening.open_data_plan(options, arch, requested.text, 1, processes.count)
     path = options.reports.log_events
     events = Events([] if path is None else [open_event_file(Path(path), False)])
-    wanted = [
-        replace(adapter, seed=1, names=Names.build(options.saving), events=events, label=f"adapter {n}" if n else "")
-        for n, adapter in enumerate(requested.adapters)
-    ]
-    return list(prepare(replace(requested, adapters=wanted), 1, plan, accelerator, processes))
+    requested = replace(requested, seed=1, names=Names.build(options.saving), events=events)
+    return prepare(requested, plan, accelerator, processes)
 
 
 def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, list[nn.Parameter]]:
@@ -127,7 +124,7 @@ def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, li
         "networks.lora", "--network_dim", "4", "--seed", "1", "--max_train_steps", str(10**6), "--cache_latents",
         "--max_data_loader_n_workers", "0", "--network_train_unet_only", *more,
     ]  # fmt: skip
-    (prepared,) = prepare_runs(words, [1e-4])
+    prepared = prepare_words([*words, "--learning_rate", "1e-4"])
     context = prepared.run.context
     weights = context.network.trainable_parameters()
 
@@ -138,7 +135,7 @@ def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, li
     stubbed = replace(context, arch=replace(context.arch, predict=predict))
     watch: Any = Watch(num_steps)
     try:
-        loop.train([replace(prepared, run=replace(prepared.run, context=stubbed))], watch)
+        loop.train(replace(prepared, run=replace(prepared.run, context=stubbed)), watch)
     except Enough:
         return median_ms(watch.marks), weights
     raise AssertionError("the loop ended by itself")

@@ -21,9 +21,7 @@ from library.training.models.preflight import mute_logging
 from library.training.models.requests import RequestedRun
 from library.training.planning.counting import CountedRun, count_run
 from library.training.planning.fit import fit_to
-from library.training.planning.fit_run import count_sweep
 from library.training.planning.meta_run import BatchShape
-from library.training.sweep.combinations import split_options
 
 GPU = torch.device("cuda")  # the device to plan for; it need not exist
 
@@ -62,8 +60,7 @@ def count(name: str, arguments: Sequence[str]) -> tuple[RequestedRun, CountedRun
     data = options.dataset
     batch = largest_batch(load_dataset_config(options)) if data.dataset_config else batch_of_options(data)
     with mute_logging():  # the training run itself logs these messages
-        adapters = split_options(options)[1]
-        run = RequestedRun.resolve(adapters.values(), spec.build(options))
+        run = RequestedRun.resolve(options, spec.build(options))
         return run, count_run(run, batch, GPU)
 
 
@@ -92,11 +89,9 @@ def plan(script: str, training: Sequence[str], gpus: Sequence[Gpu]) -> None:
     """Print a table for each GPU. Raises UserError for invalid options."""
     run, counted = count(script, training)
     options, batch = run.options, counted.batch
-    with mute_logging():
-        sweep = count_sweep(run, batch, GPU)
     print(f"{run.arch.name}, {batch.count} x {batch.width}x{batch.height}, {options.network.network_module}")
     num_steps = options.run.max_train_steps if options.run.max_train_epochs is None else None
     for gpu in gpus:
         print()
-        for line in fit_to(counted, gpu, sweep, num_steps).lines():
+        for line in fit_to(counted, gpu, num_steps).lines():
             print(line)

@@ -16,8 +16,6 @@ from library.training.reporting.step_events import NormMeter
 from library.training.reporting.step_times import StepTimes
 from library.training.step.accumulation import Plan
 from library.training.step.context import StepContext
-from library.training.sweep_record import SweepRecord
-from networks.core.protocol import Multiplexer
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Optimization:
 
 @dataclass(frozen=True)
 class Run:
-    """The training of one adapter."""
+    """The parts that a step, a validation and a preview compute with."""
 
     options: TrainOptions
     processes: Processes
@@ -49,7 +47,3 @@ class Run:
     times: StepTimes = field(default_factory=StepTimes)
     events: Events = field(default_factory=Events)
     norms: NormMeter = field(default_factory=NormMeter)
-    label: str = ""  # the adapter's name in a sweep
-    adapter_index: int = 0  # its index in the sweep
-    multiplexer: Multiplexer | None = None  # selects the active adapters; None for a single one
-    sweep: SweepRecord | None = None  # shared by the adapters of a sweep; None without one

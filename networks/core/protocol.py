@@ -9,10 +9,9 @@ import importlib
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +62,7 @@ class NetworkModule:
     `change_norms() -> Iterable[(norm of the change, norm of the base weight)]` at the end of a run,
     `merge_to(text_encoder, unet, weights, dtype, device)`,
     `cast_factors() -> Iterable[(layer, modules whose weight is only multiplied with)]`, which are then cast together,
-    `merging(weights, device) -> Iterable[Merging]`, which ours have, so that files are merged while the base is read,
-    `stack_with(others) -> Multiplexer` for sweeps, once all of these networks are installed.
+    `merging(weights, device) -> Iterable[Merging]`, which ours have, so that files are merged while the base is read.
     """
 
     name: str  # to import it by
@@ -83,29 +81,6 @@ class Merging:
     layer: nn.Module
     parameter: str
     merged: Callable[[Tensor], Tensor]
-
-
-class Multiplexer(Protocol):
-    """A switch that selects which of several networks on one model act, by their index in a list."""
-
-    def only(self, index: int) -> AbstractContextManager[None]:
-        """Run the model with one network alone inside the block."""
-        ...
-
-    def together(
-        self, seeds: Mapping[int, int], device: torch.device, has_own_streams: bool = True
-    ) -> AbstractContextManager[None]:
-        """Run several networks inside the block, each on its own part of the rows.
-
-        The first axis of every input must consist of equal parts, one for each key of `seeds`, which maps network
-        indices to seeds. Each network draws its dropout from a stream with its seed; without `has_own_streams`, where
-        random numbers do not matter, all share one stream.
-        """
-        ...
-
-    def share_stacked(self, indices: Sequence[int]) -> float:
-        """Return the share of layers in which these networks are one product. In other layers they run in turn."""
-        ...
 
 
 def open_network_module(name: str) -> NetworkModule:
@@ -171,22 +146,6 @@ def adopt(network: Any) -> "AdoptedNetwork":
             "(networks/core/protocol.py says what a network must offer)"
         )
     return AdoptedNetwork(network)
-
-
-def multiplex(networks: Sequence["AdoptedNetwork"], name: str) -> Multiplexer:
-    """Let several installed networks act on one model, each on its own rows.
-
-    `name` is their network module, for messages. Raises UserError if the networks do not support it.
-    """
-    method = networks[0]._method("stack_with")
-    if method is None or any(type(other.module) is not type(networks[0].module) for other in networks):
-        raise UserError(
-            f"--sweep does not work with --network_module {name}: its adapters take the layers of the base model for "
-            "themselves, so that several of them cannot act on rows of their own; use one of networks.*, or train one "
-            "after the other"
-        )
-    multiplexer: Multiplexer = method([network.module for network in networks[1:]])
-    return multiplexer
 
 
 class AdoptedNetwork:

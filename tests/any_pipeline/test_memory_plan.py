@@ -31,7 +31,7 @@ def test_the_planned_step_matches_the_allocator(name: str, tmp_path: Path) -> No
     spec = SCRIPTS["diffusers_train_network"]
     options = spec.options.from_args(parse(diffusers_train_network.setup_parser(), words))
     arch = spec.build(options)
-    counted = planned_peak(count_run(RequestedRun.resolve([options], arch), SHAPE, CPU), False)
+    counted = planned_peak(count_run(RequestedRun.resolve(options, arch), SHAPE, CPU), False)
     torch.manual_seed(94)
     real_step(options, arch, SHAPE, False)()  # reads the maps of this size
     assert counted == pytest.approx(allocated_peak(real_step(options, arch, SHAPE, False)), rel=SHARE)

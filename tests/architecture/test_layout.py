@@ -49,7 +49,7 @@ LAYERS = (
     ("library.data.batches",),
     ("library.data.concepts",),
     ("library.data.training_data", "library.data.debug_dataset"),
-    ("library.training.config_file", "library.training.sweep_record"),
+    ("library.training.config_file",),
     ("library.training.step",),
     ("library.training.optimization",),
     ("library.training.reporting",),

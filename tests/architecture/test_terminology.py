@@ -23,13 +23,13 @@ REPLACED = {  # word of an identifier -> the field's word
     "sites": "targets",
     "shelf": "ShardedBlock",
     "told": "conditioning, result, message, digest: what it is",
-    "trainee": "AdapterRun",
+    "trainee": "network",
     "twin": "duplicate",
 }
 PHRASES = {  # consecutive words of an identifier
     "hand_over": "identity_collate",
     "in_words": "format_…",
-    "speaking_of": "log_prefix",
+    "speaking_of": "label",
     "way_out": "suggest_fix",
     "ways_out": "memory_hints",
     "without_values": "on_meta_device",

@@ -52,7 +52,7 @@ def test_no_step_uses_an_operation_without_a_deterministic_form(
     monkeypatch.setattr(counting, "count_preview", lambda *arguments: None)
     options, arch = opened_with(name, [*BASES[name].build(tmp_path / "model"), *trained(name)])
     with deterministic_mode(True):
-        count_run(RequestedRun.resolve([options], arch), BatchShape(2, 128, 128), CPU)
+        count_run(RequestedRun.resolve(options, arch), BatchShape(2, 128, 128), CPU)
     packets = {func._schema.name for func, _ in used}
     assert "aten::mm" in packets and any("attention" in packet for packet in packets) and len(packets) > 40
     assert [func for func, dtype in used if is_refused(func, dtype)] == []

@@ -55,7 +55,7 @@ def open_tiny(name: str, folder: Path, *more: str) -> tuple[TrainOptions, Archit
 
 
 def count_options(options: TrainOptions, arch: Architecture, shape: BatchShape) -> CountedRun:
-    return count_run(RequestedRun.resolve([options], arch), shape, CPU)
+    return count_run(RequestedRun.resolve(options, arch), shape, CPU)
 
 
 def real_step(options: TrainOptions, arch: Architecture, shape: BatchShape, recomputes: bool) -> Callable[[], None]:

@@ -13,7 +13,7 @@ from library.training.models.base_model import LoadedModels
 from library.training.models.compute import Compute
 from library.training.models.requests import RequestedRun
 from library.training.models.step_context import step_context
-from library.training.planning.counting import count_captions
+from library.training.planning.counted_inputs import count_captions
 from library.training.planning.meta_run import BatchShape, fake_batch, run_on_meta_device
 from library.training.step.losses import loss_of, start_batch
 from library.types import Concept
@@ -37,11 +37,11 @@ def take_step(name: str, folder: Path, *more: str, concept: Concept | None = Non
     cached = ("--cache_text_encoder_outputs", "--network_train_unet_only") if BASES[name].caches_text else ()
     options, arch = open_tiny(name, folder, *cached, *more)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
-        requested = RequestedRun.resolve([options], arch)
+        requested = RequestedRun.resolve(options, arch)
         meta = run_on_meta_device(requested)
         _, conditioning = count_captions(requested.text.cached, meta, SHAPE)
         batch = fake_batch(arch, SHAPE, conditioning, options.caching.cache_latents)
-    models, (network,), on_host = meta.models, meta.networks, arch.text_cache.on_host if arch.text_cache else ()
+    models, network, on_host = meta.models, meta.network, arch.text_cache.on_host if arch.text_cache else ()
     with device_without_float64(), NoWaiting():
         move_fakes([models.denoiser, *models.text_encoders, network.module])
         network.prepare_gradients(*models.network_view)

@@ -157,7 +157,7 @@ def test_norms_keep_small_scales_in_bf16() -> None:
 
 
 def test_every_layer_input_has_one_row_per_sample() -> None:
-    """Adapters that treat samples differently (by noise level, or by adapter of a sweep) distinguish them by the first
+    """Adapters that treat samples differently (by noise level) distinguish them by the first
     axis."""
     model, batch_sizes = tiny_krea2(3), set()
     for module in model.modules():

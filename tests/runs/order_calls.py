@@ -25,10 +25,10 @@ def train_in_order_of_two(*arguments: str) -> int:
             parameter.grad = None
         return loss
 
-    def accumulate_gradients(runs: list[Run], window: Window, *given: Any) -> list[Tensor]:
+    def accumulate_gradients(run: Run, window: Window, *given: Any) -> Tensor:
         gradients_of_batches.clear()
-        losses = accumulate(runs, window, *given)
-        for place, parameter in enumerate(runs[0].context.network.trainable_parameters()):
+        losses = accumulate(run, window, *given)
+        for place, parameter in enumerate(run.context.network.trainable_parameters()):
             batch_gradients = [gradients[place] for gradients in gradients_of_batches]
             sums = [sum_gradients([g for g in batch_gradients[rank::2] if g is not None]) for rank in (0, 1)]
             parameter.grad = sum_gradients([partial_sum for partial_sum in sums if partial_sum is not None])

@@ -65,7 +65,7 @@ def test_the_report_says_why_a_run_ended_early(
     def fail(*_: object) -> None:
         raise RuntimeError("the <b>card</b> is gone")
 
-    monkeypatch.setattr("library.training.loop.adapter_run.report_step", fail)
+    monkeypatch.setattr("library.training.loop.steps.report_step", fail)
     assert train(arguments).status == 1
     end = read_report(tmp_path / "out" / "mine-report.html").sessions[-1]["end"]
     assert end["reason"] == "error" and "the <b>card</b> is gone" in end["error"]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from library.memory.offload.pinning import Pinned
 from library.options.machine.base_formats import BASE_FORMATS
 from library.training.loop import loop
-from library.training.loop.adapter_run import AdapterRun
+from library.training.loop.steps import Steps
 from library.training.reporting.step_times import StepTimes
 from tests.running import Finished, make_images
 from tests.simulated_gpu.device import Simulation
@@ -54,7 +54,7 @@ class StepWaits:
         self.found: Counter[str] = Counter()
         self.num_steps = 0
         self._simulation, self._monkeypatch = simulated_gpu, monkeypatch
-        for owner, name in ((loop, "accumulate_gradients"), (AdapterRun, "apply_gradients"), (StepTimes, "end_step")):
+        for owner, name in ((loop, "accumulate_gradients"), (Steps, "apply_gradients"), (StepTimes, "end_step")):
             self._watch(owner, name)
 
     def start(self) -> None:

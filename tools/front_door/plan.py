@@ -207,14 +207,14 @@ def write_prompts(recipe: Recipe, trigger: Trigger, side: int) -> str:
 
 def with_fit(plan: Plan, options: TrainOptions, arch: Architecture, formats: Sequence[str] | None) -> Plan:
     """Return the plan with the fastest settings that fit this machine's GPU; elsewhere only its time is predicted."""
-    run = RequestedRun.resolve([options], arch)
+    run = RequestedRun.resolve(options, arch)
     data = open_training_data(options, arch, run.text, options.run.seed or 0, 1)
     sizes, device = data.sizes, find_device()
     if plan.base.spec.is_general or sizes is None:
         return plan
     if device.type == "cuda":
         options = options.with_values({"fit": "auto", "fit_formats": formats})
-        fit = fit_run(RequestedRun.resolve([options], arch), sizes, replace(ALONE, device=device))
+        fit = fit_run(RequestedRun.resolve(options, arch), sizes, replace(ALONE, device=device))
         return replace(plan, fit=fit, values={**plan.values, **fit.values()})
     gpu = benchmark_gpu(
         device, psutil.virtual_memory().available, DTYPES[options.precision.mixed_precision], SMALL_PRODUCT

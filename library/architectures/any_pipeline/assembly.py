@@ -105,12 +105,11 @@ def require_batches(options: PipelineOptions, convention: Convention) -> None:
     """Raise UserError for what needs all samples of a batch in one call of the denoiser, if a call takes one."""
     network = options.network
     is_tlora = network.network_module == "networks.tlora" or is_switched_on(network.network_args, "tlora")
-    for name, is_on in {"--sweep": options.sweep.sweep, "T-LoRA": is_tlora}.items():
-        if is_on and not convention.pads:
-            raise UserError(
-                f"{name} does not work with {convention.pipeline}: captions of different lengths cannot share a call "
-                f"of its {convention.denoiser}; remove it"
-            )
+    if is_tlora and not convention.pads:
+        raise UserError(
+            f"T-LoRA does not work with {convention.pipeline}: captions of different lengths cannot share a call "
+            f"of its {convention.denoiser}; remove it"
+        )
 
 
 def say_loader(folder: PipelineFolder, denoiser: str) -> str:

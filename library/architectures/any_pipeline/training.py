@@ -63,7 +63,7 @@ class PipelineLatents:
 
 
 class Repeated(nn.Module):
-    """A denoiser that computes a sample as often as a batch has samples, as T-LoRA and sweeps expect of every call."""
+    """A denoiser that computes a sample as often as a batch has samples, as T-LoRA expects of every call."""
 
     def __init__(self, denoiser: nn.Module, count: int) -> None:
         super().__init__()

@@ -15,6 +15,7 @@ class SweepOptions(Options, own=True):
         None,
         nargs="+",
         metavar="OPTION=A,B",
+        unsupported="a run trains one adapter; the next change starts a run for each combination",
         excludes={
             "compile": ONE_ADAPTER,
             "torch_compile": ONE_ADAPTER,

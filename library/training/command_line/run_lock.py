@@ -11,8 +11,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -28,17 +28,6 @@ LOCKED_ERRORS = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # held by another p
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # by the file system
 LOCK = known_by_start("a lock file of a run", lambda start: start.startswith(b'{"host": '))
 FAR_BYTE = 1 << 30  # Windows forbids reading locked bytes, so the lock lies behind the text
-
-
-@contextmanager
-def run_locks(adapters: Iterable[SavingOptions]) -> Iterator[None]:
-    """Hold the locks of all names that a run writes."""
-    # Without a sweep, the shared options and those of the only adapter name the same files.
-    by_name = {saving.output_name: saving for saving in adapters}
-    with ExitStack() as stack:
-        for saving in by_name.values():
-            stack.enter_context(run_lock(saving))
-        yield
 
 
 @contextmanager

@@ -12,17 +12,18 @@ from library.options.train import TrainOptions
 from library.processes import from_accelerator
 from library.protocols import Architecture, LatentSpec
 from library.training.command_line.audit_only import check_and_look
-from library.training.command_line.resolved import holding_outputs, open_base, resolve_run, split_run
-from library.training.command_line.results import complete_sweep_page, log_results, saving_progress
+from library.training.command_line.opened_base import open_base
+from library.training.command_line.outputs import holding_outputs, name_files
+from library.training.command_line.resolved import resolve_run, resolve_start
+from library.training.command_line.results import log_results, saving_progress
 from library.training.failures.interruption import Interrupted, Interruption
 from library.training.loop.loop import train
+from library.training.models import opening
 from library.training.models.cuda_kernels import cuda_kernels
-from library.training.models.opening import open_accelerator
 from library.training.planning.correction import MemoryWatch
 from library.training.reporting.event_stream import capture_warnings
 from library.training.run.dry_run import try_out
 from library.training.run.prepare import prepare
-from library.training.sweep.ranking import clearly_worse
 
 OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
@@ -45,34 +46,32 @@ def train_as_asked(
         warnings = stack.enter_context(capture_warnings())
         if check_and_look(options, latents, objective, command, warnings):
             return True
-        resolved = split_run(options)
-        events = stack.enter_context(holding_outputs(resolved, command, warnings))
+        names = name_files(options.saving)
+        events = stack.enter_context(holding_outputs(options, names, command, warnings))
         stack.enter_context(cuda_kernels(options.kernels))
         stack.enter_context(deterministic(options.diagnostics.deterministic))
-        resolved, modules, arch = open_base(resolved, build)
-        accelerator = open_accelerator(
-            options.precision.mixed_precision, resolved.shared.trackers, options.distributed.ddp_timeout
-        )
+        options, module, arch = open_base(options, build)
+        mixed_precision, timeout = options.precision.mixed_precision, options.distributed.ddp_timeout
+        accelerator = opening.open_accelerator(mixed_precision, options.trackers, timeout)
         processes = from_accelerator(accelerator)
         with processes.taking_part(Interrupted):
-            run = resolve_run(resolved, modules, arch, processes, events)
+            start = resolve_start(options, arch, names, processes)
+            data = opening.open_training_data(start.options, arch, start.text, start.seed, processes.count)
             if options.dataset.debug_dataset:
-                show_batches(run.data)
+                show_batches(data)
                 return True
-            data, largest = run.data.limited_to_largest_batch() if options.diagnostics.dry_run else (run.data, None)
-            with run.loading(events, accelerator.device):
-                prepared = prepare(run.requested, run.seed, data, accelerator, processes, run.sweep)
+            assert module is not None, "what trains names its network module"
+            run = resolve_run(start, module, data, processes, events)
+            data, largest = data.limited_to_largest_batch() if options.diagnostics.dry_run else (data, None)
+            with run.loading(accelerator.device):
+                prepared = prepare(run.requested, data, accelerator, processes)
             is_over = try_out(prepared, largest, run.memory_hints)
             if not is_over:
                 # From here on there is progress to save, so a signal ends the run after its step.
                 interruption.defer()
-                first, started, first_step = prepared[0].run, monotonic(), prepared[0].progress.step
-                with saving_progress(prepared, processes, events):
-                    watch = MemoryWatch.build(first, run.fit)
-                    train(prepared, interruption, watch, run.memory_hints, clearly_worse)
-                seconds = monotonic() - started
-                is_over = log_results(prepared, processes, events, first_step, seconds, options.saving, resolved.page)
+                started, first_step = monotonic(), prepared.progress.step
+                with saving_progress(prepared):
+                    train(prepared, interruption, MemoryWatch.build(prepared.run, run.fit), run.memory_hints)
+                is_over = log_results(prepared, first_step, monotonic() - started)
         events.end("finished" if is_over else "stopped")
-    # The page reads the adapters' reports, which are complete once the events have ended.
-    complete_sweep_page(resolved.page, options, resolved.names)
     return is_over

@@ -177,7 +177,7 @@ class Previews:
             return is_complete
         processes.require_all()
         # The run ends at this step if its images are incomplete, in all processes or in none.
-        result = processes.share(f"previews {event} {self._run.label}", "complete" if is_complete else "incomplete")
+        result = processes.share(f"previews {event}", "complete" if is_complete else "incomplete")
         return result == "complete"
 
     def _draw_each(self, event: str, step: int, epoch: int, interruption: Interruption) -> bool:

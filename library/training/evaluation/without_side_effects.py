@@ -24,7 +24,6 @@ def evaluating(run: Run, use: str) -> Iterator[None]:
         run.context.network.set_multiplier(1.0)
     modules = [run.context.models.denoiser, *run.context.models.text_encoders, run.context.network.module]
     with (
-        run.context.alone(),
         torch.no_grad(),
         random_streams_kept(run.context.device),
         eval_mode(modules),

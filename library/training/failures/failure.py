@@ -26,8 +26,8 @@ class StoppedByError(Exception):
 def save_on_error(writer: Writer, progress: Progress, plan: Plan) -> Iterator[None]:
     """Save weights and state if an error ends the run, and raise StoppedByError.
 
-    The error itself is re-raised if no step is finished, if the adapter had ended, on ranks other than 0, and if saving
-    fails, which is logged.
+    The error itself is re-raised if no step is finished, if validation had ended the run, on ranks other than 0, and if
+    saving fails, which is logged.
     """
     first_step = progress.step
     try:

@@ -37,7 +37,7 @@ def find_nondeterministic_module(run: Run, batch: Batch, batch_number: int, step
     """
     position = Position()
     try:
-        with run.context.alone(), follow_modules(list_models(run), position):
+        with follow_modules(list_models(run), position):
             for pass_batch in split_passes(run.context, batch):
                 start_batch(run.context, batch_number, step)
                 torch.autograd.backward(loss_of(run.context, pass_batch, batch_number))

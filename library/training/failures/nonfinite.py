@@ -30,12 +30,11 @@ MIN_LOSS_SCALE = 1.0  # overflowing fp16 gradients at a larger loss scale only m
 
 
 class NonFiniteError(UserError):
-    """Training cannot continue. `last_good` is (step, epoch) of the last step that changed the weights, or None;
-    `is_handled` after `save_last_good`."""
+    """Training cannot continue. `last_good` is (step, epoch) of the last step that changed the weights, or None."""
 
-    def __init__(self, message: str, last_good: tuple[int, int] | None, is_handled: bool = False) -> None:
+    def __init__(self, message: str, last_good: tuple[int, int] | None) -> None:
         super().__init__(message)
-        self.last_good, self.is_handled = last_good, is_handled
+        self.last_good = last_good
 
 
 @dataclass
@@ -121,13 +120,11 @@ def save_last_good(writer: Writer) -> Iterator[None]:
     try:
         yield
     except NonFiniteError as error:
-        if error.is_handled:  # by the adapter that it concerns
-            raise
         if error.last_good is None:
-            raise NonFiniteError(f"{error}. Nothing is saved now; earlier files are kept", None, True) from error
+            raise NonFiniteError(f"{error}. Nothing is saved now; earlier files are kept", None) from error
         step, epoch = error.last_good
         message = save_and_describe(writer, writer.names.of_step(step), step, epoch)
-        raise NonFiniteError(f"{error}. {message}", error.last_good, True) from error
+        raise NonFiniteError(f"{error}. {message}", error.last_good) from error
 
 
 def save_and_describe(writer: Writer, path: Path, step: int, epoch: int) -> str:

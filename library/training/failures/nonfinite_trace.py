@@ -65,7 +65,7 @@ def find_first_damage(run: Run, batch: Batch, batch_number: int, step: int) -> s
     for parameter in parameters:
         parameter.grad = None
     try:
-        with run.context.alone(), watch_modules(list_models(run), trace):
+        with watch_modules(list_models(run), trace):
             for pass_batch in split_passes(run.context, batch):
                 start_batch(run.context, batch_number, step)
                 loss = loss_of(run.context, pass_batch, batch_number)

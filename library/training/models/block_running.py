@@ -1,12 +1,8 @@
 """Second stage of the set-up: attaches the adapter, and sets how blocks run."""
 
 import logging
-from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
-
-from torch import nn
 
 from library.memory.activations import PinnedBudget, RecomputeFromMainMemory
 from library.memory.blocks import BlockRunner, Every, Stacks, plain, recompute, run_encoder_layers_with
@@ -33,33 +29,28 @@ def choose_block_runner(
     trains_text_encoders: bool,
     arch: Architecture,
     models: Models,
-    networks: Sequence[AdoptedNetwork],
+    network: AdoptedNetwork,
 ) -> None:
     """Set how blocks run: plain or recomputed, compiled or not. The base model stays in evaluation mode."""
     for model in (models.denoiser, *models.text_encoders):
         # Also with recomputation, for which sd-scripts switches to training mode and so to the dropout of 0.1 in T5.
         model.eval().requires_grad_(False)
-    for network in networks:
-        network.module.train()
+    network.module.train()
     budget = PinnedBudget(pinning_limit() - pinned_bytes(models.denoiser))
     runner = block_runner(memory, budget)
     if compiling.is_on:
         runner = Compiled(runner, compile_settings(compiling))
     arch.run_blocks_with(models.denoiser, runner)
-    cast_factors_of(networks, arch.stacks(models.denoiser))
+    cast_factors_of(network, arch.stacks(models.denoiser))
     for encoder in models.text_encoders if trains_text_encoders else []:
         run_encoder_layers_with(encoder, block_runner(memory, budget))
-    for network in networks if memory.recomputes else ():
+    if memory.recomputes:
         network.enable_gradient_checkpointing()
 
 
-def cast_factors_of(networks: Sequence[AdoptedNetwork], stacks: Stacks) -> None:
-    """Let each block cast the factors of its adapters together."""
-    factors: defaultdict[nn.Module, list[nn.Module]] = defaultdict(list)
-    for network in networks:
-        for layer, modules in network.cast_factors():
-            factors[layer] += modules
-    cast_in_blocks(chain.from_iterable(stacks), factors)
+def cast_factors_of(network: AdoptedNetwork, stacks: Stacks) -> None:
+    """Let each block cast the factors of its adapter together."""
+    cast_in_blocks(chain.from_iterable(stacks), dict(network.cast_factors()))
 
 
 def compile_settings(options: CompileOptions) -> CompileSettings:

@@ -8,7 +8,7 @@ from library.errors import UserError
 from library.options.training.network import NetworkOptions
 from library.randomness import stream_seed
 from library.training.models.compute import Compute
-from library.training.models.requests import AdapterRequest
+from library.training.models.requests import RequestedRun
 from library.training.reporting.console_lines import announce
 from library.training.step.context import Models
 from networks.core.protocol import AdoptedNetwork, NetworkModule, adopt, parse_network_args
@@ -20,7 +20,7 @@ def network_keywords(options: NetworkOptions) -> dict[str, Any]:
     return {"dropout": options.network_dropout, **parse_network_args(options.network_args)}
 
 
-def open_network(request: AdapterRequest, models: Models, compute: Compute) -> AdoptedNetwork:
+def open_network(request: RequestedRun, models: Models, compute: Compute) -> AdoptedNetwork:
     """Attach a new adapter with its initial weights to the models' layers.
 
     Call after the models are loaded, because it replaces the forward of their layers, and before the optimizer is

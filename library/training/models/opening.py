@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 from library.collector import freeze_imports
@@ -18,11 +19,13 @@ from library.errors import UserError
 from library.hidden_libraries import hide_library
 from library.json_text import parse_json
 from library.launcher import restart_count
+from library.memory.offload.shared import IN_MEMORY
 from library.options.output.trackers import TrackerOptions
 from library.options.train import TrainOptions
 from library.options.training.network import NetworkOptions
 from library.processes import Processes, register_rendezvous
 from library.protocols import Architecture, Objective
+from library.temporary_folders import delete_abandoned_folders
 from library.training.models.text_caching import TextPlan, check_text_caching, files_that_change_text
 from library.training.optimization.optimizers import import_class
 from library.training.reporting.trackers import run_folder, tracker_kind
@@ -33,6 +36,12 @@ logger = logging.getLogger(__name__)
 NO_TRACKERS = TrackerOptions()
 LATENT_PIXELS = 8  # per latent of the U-Nets whose folders state a size
 LARGEST_FACTOR = 2.0  # sides beyond it are far from a base model's own; 512 on a model of 1024 px is usual
+
+
+def delete_leftovers() -> None:
+    """Delete what killed runs left: shared weights in memory and latents on disk, tens of gigabytes for a large
+    model."""
+    delete_abandoned_folders((IN_MEMORY, gettempdir()))
 
 
 def choose_seed(seed: int | None, processes: Processes, state: StateManifest | None) -> int:

@@ -4,7 +4,7 @@ Otherwise a wrong network argument or a missing optimizer would only show after 
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib import import_module
@@ -19,41 +19,36 @@ from library.options.training.optimizer import ScheduleOptions
 from library.protocols import Architecture
 from library.training.models.frozen_adapters import create_training_adapter
 from library.training.models.network import create_on_meta_device
-from library.training.models.requests import AdapterRequest
+from library.training.models.requests import RequestedRun
 from library.training.optimization.lr_schedules import Schedule, build_schedule
 from library.training.optimization.optimizers import build_optimizer
 from library.training.step.context import Models
 from networks.core.protocol import adopt
 
 
-def preflight(adapters: Sequence[AdapterRequest], arch: Architecture, max_train_steps: int) -> None:
-    """Build each adapter, its optimizer and its schedule as the run will, on meta models, and discard them.
+def preflight(run: RequestedRun, max_train_steps: int) -> None:
+    """Build the adapter, its optimizer and its schedule as the run will, on meta models, and discard them.
 
     Raises UserError for any option of these that would end the run later. Third-party network modules are left out,
     because they may need real weights.
     """
-    models = cache(partial(models_on_meta_device, arch))
+    models = cache(partial(models_on_meta_device, run.arch))
+    network, optimizer, scheduler = run.options.network, run.options.optimizer, run.options.schedule
     with mute_logging(), torch.random.fork_rng(devices=[]):
-        if (options := adapters[0].options.network).training_adapter:
-            beside = create_training_adapter(options, arch, models())
+        if network.training_adapter:
+            beside = create_training_adapter(network, run.arch, models())
             assert beside is not None
             beside.network.load_weights(beside.file)  # compares the shapes
-        for adapter in adapters:
-            network, optimizer, scheduler = (
-                adapter.options.network,
-                adapter.options.optimizer,
-                adapter.options.schedule,
+        groups = [{"params": [], "lr": optimizer.learning_rate}]
+        if run.module.is_ours:
+            built_network = adopt(create_on_meta_device(network, run.module, models()))
+            groups, _ = built_network.parameter_groups(
+                network.text_encoder_lr, network.unet_lr, optimizer.learning_rate
             )
-            groups = [{"params": [], "lr": optimizer.learning_rate}]
-            if adapter.module.is_ours:
-                built_network = adopt(create_on_meta_device(network, adapter.module, models()))
-                groups, _ = built_network.parameter_groups(
-                    network.text_encoder_lr, network.unet_lr, optimizer.learning_rate
-                )
-            # Some optimizers inspect their parameters when built, which fails on the meta device.
-            dummy_groups = [{**group, "params": [nn.Parameter(torch.zeros(2, 2))]} for group in groups]
-            built = build_optimizer(optimizer, dummy_groups)
-            take_first_step(scheduler, build_schedule(scheduler, built, max_train_steps))
+        # Some optimizers inspect their parameters when built, which fails on the meta device.
+        dummy_groups = [{**group, "params": [nn.Parameter(torch.zeros(2, 2))]} for group in groups]
+        built = build_optimizer(optimizer, dummy_groups)
+        take_first_step(scheduler, build_schedule(scheduler, built, max_train_steps))
 
 
 def take_first_step(options: ScheduleOptions, schedule: Schedule) -> None:

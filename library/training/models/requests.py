@@ -1,6 +1,5 @@
 """A run before any model is loaded: what its stages need besides the options, resolved once."""
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from library.options.train import TrainOptions
@@ -14,32 +13,22 @@ from networks.core.protocol import NetworkModule, open_network_module
 
 
 @dataclass(frozen=True)
-class AdapterRequest:
-    """An adapter to train; several may share the base model and the batches."""
+class RequestedRun:
+    """A run to train, or only to count or measure."""
 
-    options: TrainOptions  # of this adapter alone
+    options: TrainOptions
     module: NetworkModule
+    arch: Architecture
+    text: TextPlan
+    formats: BaseFormats
     names: Names | None = None  # of the files that it writes; None if it writes none
     seed: int = 0  # for initialisation, noise and dropout
     state: StateManifest | None = None  # to resume from
     events: Events = field(default_factory=Events)
-    label: str = ""  # its name in a sweep
-
-
-@dataclass(frozen=True)
-class RequestedRun:
-    """The adapters that share a step, and what they share."""
-
-    options: TrainOptions  # of the base model, the data and the loop
-    adapters: Sequence[AdapterRequest]
-    arch: Architecture
-    text: TextPlan
-    formats: BaseFormats
 
     @classmethod
-    def resolve(cls, adapters: Iterable[TrainOptions], arch: Architecture) -> "RequestedRun":
-        """Request adapters that write nothing, for a command that only counts or measures a run."""
-        requests = [AdapterRequest(o, open_network_module(o.network.network_module or "")) for o in adapters]
-        options = requests[0].options
+    def resolve(cls, options: TrainOptions, arch: Architecture) -> "RequestedRun":
+        """Request a run that writes nothing, for a command that only counts or measures it."""
+        module = open_network_module(options.network.network_module or "")
         text = TextPlan.resolve(options.network, arch.text_cache)
-        return cls(options, requests, arch, text, BaseFormats.load(options.precision))
+        return cls(options, module, arch, text, BaseFormats.load(options.precision))

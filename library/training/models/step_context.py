@@ -1,7 +1,6 @@
 """Builds the context of training steps from the loaded models and the network."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
 
 from library.options.training.pairs import NO_PAIRS, PairOptions
@@ -23,10 +22,9 @@ def step_context(
     loaded: LoadedModels,
     network: AdoptedNetwork,
     compute: Compute,
-    alone: Callable[[], AbstractContextManager[None]] = nullcontext,
     pairs: PairOptions = NO_PAIRS,
 ) -> StepContext:
-    """Build the context of a step; `alone` activates only this adapter while captions are encoded."""
+    """Build the context of a step."""
     encoders, live, concepts = loaded.models.text_encoders, loaded.live_text, loaded.concepts
     encode = arch.text.encode if live is None else live.encode
 
@@ -36,7 +34,7 @@ def step_context(
             return concepts[caption]
         assert encoders, "the text encoders have left memory, batches carry their cached outputs"
         # Adapters that do not train act too, without dropout.
-        with alone(), eval_mode([network.module]), compute.autocast():
+        with eval_mode([network.module]), compute.autocast():
             return encode(encoders, arch.text.tokenize(captions))
 
     return StepContext(
@@ -51,5 +49,4 @@ def step_context(
         live_text=live,
         vae_batch_size=vae_batch_size,
         pairs=pairs,
-        alone=alone,
     )

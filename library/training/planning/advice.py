@@ -23,27 +23,24 @@ MOST_LINES = 6
 WORTH = 0.02  # fraction of the memory needed; smaller savings are not mentioned
 
 
-def memory_hints(requested: RequestedRun, runs: Sequence[Run], batch: Batch) -> list[str]:
+def memory_hints(requested: RequestedRun, run: Run, batch: Batch) -> list[str]:
     """Describe configurations of this step that need less memory than the current one, each saving more than a faster
     one.
 
-    `runs` holds all adapters that share the step. Nothing is loaded; counting takes some seconds. Returns nothing for
+    Nothing is loaded; counting takes some seconds. Returns nothing for
     third-party network modules, which may need real weights, and if no configuration saves much.
     """
-    run = runs[0]
-    labels, device = {run.label for run in runs}, run.context.device
-    sharing = replace(requested, adapters=[a for a in requested.adapters if a.label in labels])
-    if not sharing.adapters[0].module.is_ours:
+    device = run.context.device
+    if not requested.module.is_ours:
         return []
     shape = shape_of_batch(batch, run.context.arch.codec.spec.downscale)
     try:
-        step = count_run(sharing, shape, device).step
+        step = count_run(requested, shape, device).step
     except NotThere:  # a run with cached features may lack the text encoders that counting needs
         return []
-    fewer = ["fewer adapters in one --sweep need about that much less"] if len(runs) > 1 else []
     allowed = resolve_allowed_ever(run.options.precision, run.options.distributed)
     mode = resolve_memory_mode(run.options.memory, run.options.precision, run.options.distributed)
-    return fewer + pick_evenly(list(lines(step, mode, allowed, gpu_like(device))))
+    return pick_evenly(list(lines(step, mode, allowed, gpu_like(device))))
 
 
 def gpu_like(device: torch.device) -> Gpu:

@@ -109,7 +109,7 @@ class MemoryWatch:
                 context.trains_text_encoder,
                 context.arch,
                 context.models,
-                [context.network],
+                context.network,
             )
             need = format_gib(choice.chosen.device_bytes)
             logger.warning("switching to %s, which needs %s", describe(choice.chosen.mode), need)

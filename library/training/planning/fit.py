@@ -7,21 +7,13 @@ from typing import Any
 from library.formatting import format_gib
 from library.memory.planner.choice import Allowed, Choice, choose
 from library.memory.planner.gpus import GIB, Gpu
-from library.memory.planner.prediction import CONTEXT_BYTES, Predicted, predict
+from library.memory.planner.prediction import CONTEXT_BYTES, Predicted
 from library.memory.planner.stages import Stage
 from library.memory.planner.table import format_table
 from library.options.train import TrainOptions
 from library.training.planning.counting import CountedRun
 from library.training.planning.previews import CountedPreview
 from library.training.planning.settings import changes, describe, format_options, resolve_allowed, resolve_memory_mode
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Several adapters that share a step."""
-
-    num_adapters: int
-    alone: CountedRun  # the largest of them alone
 
 
 @dataclass(frozen=True)
@@ -32,7 +24,6 @@ class Fit:
     allowed: Allowed
     choice: Choice
     stage_sizes: Mapping[str, int]  # the batch sizes for encoding, by option; 0 if not even 1 fits
-    sweep: Sweep | None = None  # set if several adapters share the step
     num_passes: int | None = None  # of the run; None if its length is unknown
 
     @property
@@ -64,8 +55,6 @@ class Fit:
             yield self.stage_line(stage)
         if self.counted.preview is not None:
             yield self.preview_line(self.counted.preview)
-        if self.sweep is not None:
-            yield self.sweep_line(self.sweep)
         if self.choice.chosen is None:
             yield self.shortage()
         else:
@@ -79,18 +68,6 @@ class Fit:
                 if fixed
                 else "-> matches your options; nothing to change"
             )
-
-    def sweep_line(self, sweep: "Sweep") -> str:
-        """Describe how many adapters fit with the chosen configuration, else with the smallest one."""
-        predicted = self.choice.chosen or self.choice.least
-        alone = predict(sweep.alone.step, predicted.mode, self.choice.gpu)
-        bytes_per_adapter = (predicted.device_bytes - alone.device_bytes) / (sweep.num_adapters - 1)
-        max_adapters = max(0, int((self.choice.gpu.memory_bytes - alone.device_bytes) // bytes_per_adapter) + 1)
-        return (
-            f"{sweep.num_adapters} adapters share the step (--sweep): with {describe(predicted.mode)} one takes "
-            f"{format_gib(alone.device_bytes)} and each more {format_gib(round(bytes_per_adapter))}; "
-            f"about {max_adapters} fit"
-        )
 
     def peak_line(self, chosen: Predicted) -> str:
         """Name the stage of the run with the highest GPU peak; each stage frees its memory."""
@@ -155,7 +132,7 @@ IN_PROMPTS = "batch_size or resolution in the --prompts_file"
 SMALLER_WEIGHTS = "--base_format or --fit_formats int8 nf4 store them in fewer bits"
 
 
-def fit_to(counted: CountedRun, gpu: Gpu, sweep: Sweep | None = None, num_steps: int | None = None) -> Fit:
+def fit_to(counted: CountedRun, gpu: Gpu, num_steps: int | None = None) -> Fit:
     """Choose the configuration for a GPU; options that the user has set are kept.
 
     `num_steps` is the number of optimizer steps, or None if unknown.
@@ -173,4 +150,4 @@ def fit_to(counted: CountedRun, gpu: Gpu, sweep: Sweep | None = None, num_steps:
     )
     num_sides = 1 if options.pairs.pair_slider is None else 2
     num_passes = None if num_steps is None else num_steps * options.run.gradient_accumulation_steps * num_sides
-    return Fit(counted, allowed, choose(counted.step, allowed, gpu), sizes, sweep, num_passes)
+    return Fit(counted, allowed, choose(counted.step, allowed, gpu), sizes, num_passes)

@@ -14,7 +14,7 @@ from library.memory.planner.measured import benchmark_gpu
 from library.processes import Processes
 from library.training.models.requests import RequestedRun
 from library.training.planning.counting import CountedRun, count_run
-from library.training.planning.fit import Fit, Sweep, fit_to
+from library.training.planning.fit import Fit, fit_to
 from library.training.planning.meta_run import BatchShape
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def measure_gpu(size_or_auto: str, mixed_precision: str, processes: Processes) -
 
 def count_adapter_run(run: RequestedRun, batch: BatchShape, device: torch.device) -> CountedRun:
     """Count the run. Raises UserError for third-party network modules that need real weights."""
-    module = run.adapters[0].module
+    module = run.module
     try:
         with needing("--fit counts captions with the text encoders; give them, or leave it out"):
             return count_run(run, batch, device)
@@ -69,14 +69,6 @@ def count_adapter_run(run: RequestedRun, batch: BatchShape, device: torch.device
         ) from error
 
 
-def count_sweep(run: RequestedRun, batch: BatchShape, device: torch.device) -> Sweep | None:
-    """Count the adapter with the highest rank of several; None for a single one."""
-    if len(run.adapters) < 2:
-        return None
-    largest = max(run.adapters, key=lambda adapter: adapter.options.network.network_dim or 0)
-    return Sweep(len(run.adapters), count_adapter_run(replace(run, adapters=[largest]), batch, device))
-
-
 def fit_run(run: RequestedRun, sizes: BatchSizes, processes: Processes) -> Fit:
     """Choose how to run the largest batch, and log the candidates. Raises UserError if nothing fits.
 
@@ -86,8 +78,8 @@ def fit_run(run: RequestedRun, sizes: BatchSizes, processes: Processes) -> Fit:
     assert options.fit.fit is not None
     gpu = measure_gpu(options.fit.fit, options.precision.mixed_precision, processes)
     batch = largest_batch(sizes)
-    counted, sweep = count_adapter_run(run, batch, processes.device), count_sweep(run, batch, processes.device)
-    fit = fit_to(counted, gpu, sweep, sizes.max_train_steps)
+    counted = count_adapter_run(run, batch, processes.device)
+    fit = fit_to(counted, gpu, sizes.max_train_steps)
     if fit.choice.chosen is None:
         raise UserError("\n  ".join([f"--fit {options.fit.fit}", *fit.lines()]))
     for line in fit.lines() if processes.is_main else ():

@@ -21,7 +21,7 @@ from library.protocols import Architecture
 from library.training.models.compute import Compute
 from library.training.models.frozen_adapters import create_training_adapter
 from library.training.models.network import create, create_on_meta_device
-from library.training.models.requests import AdapterRequest, RequestedRun
+from library.training.models.requests import RequestedRun
 from library.training.models.weight_formats import format_while_reading
 from library.training.step.context import Models, TrainingAdapter
 from library.types import Batch, Conditioning
@@ -63,13 +63,13 @@ class MetaRun:
     models: Models  # those that stay during training
     encoders: Sequence[nn.Module]  # all text encoders
     vae: nn.Module | None
-    networks: Sequence[AdoptedNetwork]  # of each adapter
+    network: AdoptedNetwork
 
     @property
     def adapter_modules(self) -> list[nn.Module]:
-        """The trained adapters and the training adapter."""
+        """The trained adapter and the training adapter."""
         beside = self.models.training_adapter
-        return [network.module for network in (*self.networks, *([] if beside is None else [beside.network]))]
+        return [network.module for network in (self.network, *([] if beside is None else [beside.network]))]
 
     @property
     def arch(self) -> Architecture:
@@ -93,8 +93,8 @@ def run_on_meta_device(run: RequestedRun) -> MetaRun:
     needs_vae = not has_latents(options.caching, options.concepts)
     models = Models(denoiser, staying, vae if needs_vae else None, arch.view(staying, denoiser))
     models = replace(models, training_adapter=training_adapter_on_meta_device(options.network, arch, models))
-    networks = [network_on_meta_device(adapter, arch, models) for adapter in run.adapters]
-    return MetaRun(run, Compute.build(options.precision, CPU), models, encoders, vae, networks)
+    network = network_on_meta_device(run, models)
+    return MetaRun(run, Compute.build(options.precision, CPU), models, encoders, vae, network)
 
 
 def has_latents(caching: CachingOptions, concepts: ConceptOptions | None) -> bool:
@@ -114,9 +114,9 @@ def training_adapter_on_meta_device(
     return adapter
 
 
-def network_on_meta_device(adapter: AdapterRequest, arch: Architecture, models: Models) -> AdoptedNetwork:
+def network_on_meta_device(run: RequestedRun, models: Models) -> AdoptedNetwork:
     """Attach the adapter to the models."""
-    options, module, precision = adapter.options.network, adapter.module, adapter.options.precision
+    options, module, precision = run.options.network, run.module, run.options.precision
     if options.dim_from_weights or module.is_ours:
         with unset_fake_temporarily():
             # A file's real values determine ranks and forms.
@@ -124,9 +124,9 @@ def network_on_meta_device(adapter: AdapterRequest, arch: Architecture, models: 
             network = adopt(new(options, module, models))
         give_fakes(network.module, is_channels_last=False)
     else:
-        with counter_for(arch):  # returns plausible values where a network module reads them
+        with counter_for(run.arch):  # returns plausible values where a network module reads them
             network = adopt(create(options, module, models))
-    with counter_for(arch):
+    with counter_for(run.arch):
         network.apply_to(
             *models.network_view,
             not options.network_train_unet_only,

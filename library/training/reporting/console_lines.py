@@ -93,7 +93,6 @@ class StepBar:
             disable=not is_shown,
         )
         self._step = finished_steps
-        self._values: dict[str, dict[str, float]] = {}  # by label
 
     def __enter__(self) -> "StepBar":
         return self
@@ -101,14 +100,11 @@ class StepBar:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def show(self, step: int, values: dict[str, float], label: str = "") -> None:
-        """Show an adapter's finished steps and its `bar_values`."""
-        # Every adapter of a sweep reports the step; the bar moves with the first of them.
-        self._bar.update(max(0, step - self._step))
-        self._step = max(step, self._step)
-        self._values[label] = values
-        lowest = min(self._values, key=lambda name: self._values[name]["avr_loss"])
-        self._bar.set_postfix({**self._values[lowest], **({"of": lowest} if lowest else {})})
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """Show the finished steps and their `bar_values`."""
+        self._bar.update(step - self._step)
+        self._step = step
+        self._bar.set_postfix(values)
 
 
 def list_finished(

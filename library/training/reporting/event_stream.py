@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -138,40 +138,6 @@ class Events:
                 logger.debug("where it failed:", exc_info=error)
 
 
-class EventsOfAll:
-    """The event streams of all adapters of a run; shared events go to each of them."""
-
-    def __init__(self, each: Sequence[Events]) -> None:
-        self.each = tuple(each)
-
-    @property
-    def is_on(self) -> bool:
-        return any(events.is_on for events in self.each)
-
-    def emit(self, event: Event) -> None:
-        for events in self.each:
-            events.emit(event)
-
-    def tell_progress(self, name: str, state: State, done: int, total: int) -> None:
-        for events in self.each:
-            events.tell_progress(name, state, done, total)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        with ExitStack() as stack:
-            for events in self.each:
-                stack.enter_context(events.stage(name))
-            yield
-
-    def end(self, reason: EndReason, error: str | None = None) -> None:
-        for events in self.each:
-            events.end(reason, error)
-
-    def close(self) -> None:
-        for events in self.each:
-            events.close()
-
-
 def plain(value: Any) -> Any:
     """Convert a value to JSON types; non-finite numbers become None."""
     if isinstance(value, float):
@@ -239,7 +205,7 @@ class WarningEvents(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self._waiting: list[Warned] = []
-        self._events: EventsOfAll | None = None
+        self._events: Events | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         event = Warned(record.levelname.lower(), record.name, record.getMessage())
@@ -257,7 +223,7 @@ class WarningEvents(logging.Handler):
         if self._events is not None:
             self._events.end("stopped")
 
-    def connect(self, events: EventsOfAll) -> None:
+    def connect(self, events: Events) -> None:
         """Send warnings to these events from now on."""
         self._events = events
         for event in self._waiting:

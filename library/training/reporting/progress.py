@@ -43,7 +43,7 @@ class Progress:
     is_updating: bool = False  # True while the optimizer updates the weights, which then belong to no step
     done: set[Part] = field(default_factory=set)  # finished work scheduled after `step`
     stops: list[int] = field(default_factory=list)  # steps after which a stopped run was saved, until rotated
-    ended: str = ""  # why the adapter ended before the others
+    ended: str = ""  # why validation ended the run early
 
     def advance(self) -> None:
         """Count a step and clear the work done after the previous one."""

@@ -96,14 +96,9 @@ class Charts:
     A failing tracker, on a full disk or without a network, is dropped with one warning: charts never end a run.
     """
 
-    def __init__(self, accelerator: Any, prefix: str = "", failed: set[str] | None = None) -> None:
-        """`prefix` precedes all names; `failed` holds the names of dropped trackers."""
-        self._accelerator, self._prefix = accelerator, prefix
-        self._failed: set[str] = set() if failed is None else failed
-
-    def named(self, label: str) -> "Charts":
-        """Return the charts of one of several adapters, with its label in front of all names."""
-        return Charts(self._accelerator, f"{label}/", self._failed) if label else self
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+        self._failed: set[str] = set()  # names of dropped trackers
 
     @property
     def are_on(self) -> bool:
@@ -132,7 +127,6 @@ class Charts:
         self._log(values, epoch, step, epoch)
 
     def _log(self, values: Mapping[str, float], x: int, step: int, epoch: int) -> None:
-        values = {f"{self._prefix}{name}": value for name, value in values.items()}
         for tracker in self._trackers():
             with self._given_up_on_failure(tracker):
                 if tracker.name == "wandb":
@@ -149,14 +143,12 @@ class Charts:
                     import wandb
 
                     wandb_images = {
-                        f"{self._prefix}sample_{preview.index}": wandb.Image(preview.image, caption=preview.prompt.text)
+                        f"sample_{preview.index}": wandb.Image(preview.image, caption=preview.prompt.text)
                         for preview in images
                     }
                     tracker.log({**wandb_images, "global_step": step, "epoch": epoch})
                 else:
-                    arrays = {
-                        f"{self._prefix}sample_{preview.index}": np.asarray(preview.image)[None] for preview in images
-                    }
+                    arrays = {f"sample_{preview.index}": np.asarray(preview.image)[None] for preview in images}
                     tracker.log_images(arrays, step=step, dataformats="NHWC")
 
     def close(self) -> None:

@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -20,15 +19,13 @@ from library.training.failures.out_of_memory import (
     measure_sizes,
     memory_figures,
 )
-from library.training.loop.adapter_run import PreparedRun
 from library.training.loop.loop import MemoryHints, backward
-from library.training.loop.stacked_step import backward_stacked, is_stacked
+from library.training.loop.steps import PreparedRun
 from library.training.loop.update import round_weights
 from library.training.run.selftest import test_itself
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import Writer
 from library.training.step.losses import add_noise_to, describe_shape
-from library.types import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -38,56 +35,44 @@ DRY_RUN_VALUES: dict[str, Any] = {  # caches stay in memory, no trackers, no upl
 }
 
 
-def try_out(prepared: Sequence[PreparedRun], largest: int | None, hints: MemoryHints) -> bool:
+def try_out(prepared: PreparedRun, largest: int | None, hints: MemoryHints) -> bool:
     """Run what --selftest and --dry_run request; `largest` is the index of the largest batch, None without --dry_run.
     Return True if nothing else is to be done."""
-    first = prepared[0].run
-    if first.options.diagnostics.selftest:
-        with explain_out_of_memory("testing itself (--selftest)", first.options, first.context.device, ""):
-            test_itself(first)
+    run = prepared.run
+    if run.options.diagnostics.selftest:
+        with explain_out_of_memory("testing itself (--selftest)", run.options, run.context.device, ""):
+            test_itself(run)
     if largest is not None:
-        try_largest_batch([adapter.run for adapter in prepared], prepared[0].writer, largest, hints)
+        try_largest_batch(run, prepared.writer, largest, hints)
     return largest is not None
 
 
-def try_largest_batch(runs: Sequence[Run], writer: Writer, batch_index: int, hints: MemoryHints) -> None:
+def try_largest_batch(run: Run, writer: Writer, batch_index: int, hints: MemoryHints) -> None:
     """Train one step on a batch of the first epoch, then run a second pass, and log the memory needed.
 
-    `runs` holds all adapters. The second pass runs with the optimizer state allocated, so it shows the peak of
+    The second pass runs with the optimizer state allocated, so it shows the peak of
     training. Raises UserError if the loss is not finite, OutOfMemoryError if memory runs out.
     """
-    run = runs[0]
     (batch,) = run.batches.iterate_epoch(1, [batch_index], lambda index: 0, 0, False)
     shape, sizes = describe_shape(batch), measure_sizes(run)
     logger.info("dry run: memory while loading and caching: %s", memory_figures(run.context.device))
-    doing, predicted = "training the largest batch (--dry_run)", partial(hints, runs, batch)
+    doing, predicted = "training the largest batch (--dry_run)", partial(hints, run, batch)
     with explain_out_of_memory(doing, run.options, run.context.device, shape, lambda: sizes, predicted):
-        loss = forward_and_backward(runs, batch, batch_index)
-        for adapter in runs:
-            with round_weights(adapter, 0):
-                adapter.optimization.optimizer.step()
-            adapter.optimization.optimizer.zero_grad(set_to_none=True)
-            with show_weights(adapter, FILES):  # fails here if the weights to save cannot be swapped in
-                pass
+        loss = backward(run, batch, batch_index, 1, 0).item()
+        with round_weights(run, 0):
+            run.optimization.optimizer.step()
+        run.optimization.optimizer.zero_grad(set_to_none=True)
+        with show_weights(run, FILES):  # fails here if the weights to save cannot be swapped in
+            pass
         if run.context.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(run.context.device)
         started = time.perf_counter()
-        forward_and_backward(runs, batch, batch_index)
+        backward(run, batch, batch_index, 1, 0).item()
         seconds = time.perf_counter() - started
     if not math.isfinite(loss):
         add_noise_to(run.context, batch, batch_index)  # raises the error that names the VAE
         raise UserError(f"--dry_run: the loss of the largest batch is {loss}; images: {', '.join(batch.keys)}")
     report(run, writer, sizes, shape, loss, seconds)
-
-
-def forward_and_backward(runs: Sequence[Run], batch: Batch, batch_index: int) -> float:
-    """Run one pass with gradients. Return the first adapter's loss, or a non-finite one of any adapter."""
-    if is_stacked(runs, batch):
-        losses = backward_stacked(runs, batch, batch_index, 1, 0)
-    else:
-        losses = [backward(run, batch, batch_index, 1, 0) for run in runs]
-    values = [loss.item() for loss in losses]
-    return next((loss for loss in values if not math.isfinite(loss)), values[0])
 
 
 def report(run: Run, writer: Writer, sizes: Sizes, shape: str, loss: float, seconds: float) -> None:

@@ -7,8 +7,8 @@ import torch
 
 from library.errors import UserError
 from library.options.machine.memory import PrecisionOptions
+from library.options.train import TrainOptions
 from library.options.training.averaging import AveragingOptions
-from library.training.models.requests import AdapterRequest
 from library.training.optimization.ema import WeightAverage
 from library.training.optimization.lr_schedules import build_schedule
 from library.training.optimization.optimizers import build_optimizer
@@ -20,13 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 def build_optimization(
-    request: AdapterRequest, network: AdoptedNetwork, models: Models, max_train_steps: int, device: torch.device
+    options: TrainOptions, network: AdoptedNetwork, models: Models, max_train_steps: int, device: torch.device
 ) -> Optimization:
     """Build optimizer, schedule and gradient scaler for the adapter's parameters.
 
     Call after the adapter has its device and dtype, because an optimizer keeps references to the tensors.
     """
-    options = request.options
     groups, names = network.parameter_groups(
         options.network.text_encoder_lr, options.network.unet_lr, options.optimizer.learning_rate
     )

@@ -2,7 +2,7 @@
 
 import sys
 from bdb import BdbQuit
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from platform import python_version
@@ -16,6 +16,7 @@ from library.installed import version_of
 from library.launcher import launched_rank
 from library.options.base import Options
 from library.options.output.reports import ReportOptions
+from library.options.train import TrainOptions
 from library.progress import listening
 from library.training.config_file import SECRETS
 from library.training.failures.interruption import Interrupted
@@ -25,7 +26,6 @@ from library.training.reporting.console_lines import ImageCounts
 from library.training.reporting.event_stream import (
     FLAG,
     Events,
-    EventsOfAll,
     JsonLines,
     Sink,
     WarningEvents,
@@ -43,32 +43,27 @@ HIDDEN = "***"
 
 @contextmanager
 def open_events(
-    adapters: Iterable[tuple[Options, ReportOptions, Names | None]],
-    resumes: bool,
+    options: TrainOptions,
+    names: Names | None,
     command: Sequence[str] | None,
     warnings: WarningEvents,
-) -> Iterator[EventsOfAll]:
-    """Open the event streams of a run's adapters in the main process; the last event says how the block ended.
+) -> Iterator[Events]:
+    """Open the event stream of a run in the main process; the last event says how the block ended.
 
-    `adapters` holds each one's options and the names of its files, None in a run that writes nothing. A run that ends
-    without an error and is not stopped is finished. If events go to standard output, everything else goes to standard
-    error.
+    `names` are those of its files, None in a run that writes nothing. A run that ends without an error and is not
+    stopped is finished. If events go to standard output, everything else goes to standard error.
     """
     with ExitStack() as stack:
-        is_written = launched_rank() == 0
-        streams = [
-            (options, Events(open_sinks(reports, names, resumes, stack) if names is not None and is_written else []))
-            for options, reports, names in adapters
-        ]
-        events = EventsOfAll([stream for _, stream in streams])
+        resumes = bool(options.state.resume or options.state.autoresume)
+        sinks = open_sinks(options.reports, names, resumes, stack) if names is not None and launched_rank() == 0 else []
+        events = Events(sinks)
         if not events.is_on:
             warnings.connect(events)  # from here on warnings are not buffered
             yield events
             return
         stack.callback(events.close)
         stack.enter_context(listening(events.tell_progress))
-        for options, stream in streams:
-            stream.emit(Start(hide_secrets(command, options), list_changed_options(options), versions()))
+        events.emit(Start(hide_secrets(command, options), list_changed_options(options), versions()))
         warnings.connect(events)
         try:
             yield events
@@ -84,7 +79,7 @@ def open_events(
 
 
 def open_sinks(options: ReportOptions, names: Names, resumes: bool, stack: ExitStack) -> list[Sink]:
-    """Open the sinks of an adapter's events."""
+    """Open the sinks of a run's events."""
     path = options.log_events
     sinks: list[Sink] = []
     if path == "-":

@@ -92,7 +92,7 @@ def test_itself(run: Run) -> None:
     (batch,) = run.batches.iterate_epoch(1, [0], lambda index: 0, 0, False)
     recorder = Recorder(block_runner(run.options.memory))
     context.arch.run_blocks_with(context.models.denoiser, recorder)
-    with context.alone(), eval_mode([network]):  # no dropout: both passes must see the same network
+    with eval_mode([network]):  # no dropout: both passes must see the same network
         passes = split_passes(context, batch)  # the first pass leaves the adapter at its strength
         start_batch(context, 0, 0)
         torch.autograd.backward(loss_of(context, next(passes), 0))

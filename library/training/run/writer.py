@@ -31,7 +31,6 @@ from library.training.saving.state import (
     save_state,
     weights_and_buffers,
 )
-from library.training.sweep_record import PART
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +49,6 @@ def stateful_parts(run: Run, progress: Progress, validation: Validation) -> dict
         parts["validation"] = validation.record
     if validation.probe.is_on:
         parts["forgetting"] = validation.probe.record
-    if run.sweep is not None:
-        parts[PART] = run.sweep
     return parts if optimization.scaler is None else {**parts, "scaler": optimization.scaler}
 
 

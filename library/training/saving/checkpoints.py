@@ -50,14 +50,6 @@ class Written:
     is_settled: bool  # False if a write error kept it from its place, so that a later save may repair that
 
 
-@dataclass
-class Rotation:
-    """Deletions of outdated files, delayed until every adapter of the run has saved the same step."""
-
-    saved_step: int | None = None  # the last step whose scheduled files are all written
-    deletions: list[Callable[[], None]] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class Writer:
     """Writes adapters and states; used in the main process only."""
@@ -80,26 +72,19 @@ class Writer:
     relocated: dict[Path, Path] = field(default_factory=dict)  # weights whose place another program had taken
     events: Events = field(default_factory=Events)
     mentioned: set[str] = field(default_factory=set)  # messages about programs that were logged, to log each once
-    rotation: Rotation = field(default_factory=Rotation)
 
     def save_after_step(self, progress: Progress, epoch: int) -> None:
-        """Save after the step if scheduled and not done yet, and record what that outdates."""
+        """Save after the step if scheduled and not done yet, and delete what that outdates."""
         step = progress.step
         if self.is_main and self.schedule.saves_step(step):
             outdated = self.schedule.outdated_step(step), self._states.outdated_step(step)
             self._save_and_outdate("step", self.names.of_step, step, outdated, progress, epoch)
 
     def save_after_epoch(self, progress: Progress, epoch: int) -> None:
-        """Save after `epoch` if scheduled and not done yet, and record what that outdates."""
+        """Save after `epoch` if scheduled and not done yet, and delete what that outdates."""
         if self.is_main and self.schedule.saves_epoch(epoch):
             outdated = self.schedule.outdated_epoch(epoch), self._states.outdated_epoch(epoch)
             self._save_and_outdate("epoch", self.names.of_epoch, epoch, outdated, progress, epoch)
-
-    def delete_outdated(self) -> None:
-        """Delete outdated files, after their pending uploads."""
-        for deletion in self.rotation.deletions:
-            self.uploads.afterwards(deletion)
-        self.rotation.deletions.clear()
 
     def save_best(self, step: int, epoch: int) -> None:
         """Replace the file of the best weights, if requested."""
@@ -286,26 +271,26 @@ class Writer:
         self, part: Part, name_of: Callable[[int], Path], number: int, outdated: tuple[int | None, int | None],
         progress: Progress, epoch: int,
     ) -> None:  # fmt: skip
-        """Save the files of a step or epoch; those of the `outdated` weights and state are deleted later."""
+        """Save the files of a step or epoch, and delete the `outdated` ones, after their pending uploads."""
         if not self._save(name_of(number), progress, epoch, part):
             return
         weights, state = outdated
-        if weights is not None:
-            self.rotation.deletions.append(self._removal(name_of(weights)))
+        deletions = [] if weights is None else [self._removal(name_of(weights))]
         if state is not None and self.options.state.save_state:
-            self.rotation.deletions.append(self._removal_of_state(name_of(state)))
-        self._outdate_stops(progress, epoch)
-        self.rotation.saved_step = progress.step
+            deletions.append(self._removal_of_state(name_of(state)))
+        for deletion in (*deletions, *self._outdate_stops(progress, epoch)):
+            self.uploads.afterwards(deletion)
 
-    def _outdate_stops(self, progress: Progress, epoch: int) -> None:
-        """Delete files of stops between scheduled saves; if no other states are saved, keep that of the last stop."""
+    def _outdate_stops(self, progress: Progress, epoch: int) -> list[Callable[[], None]]:
+        """Return the deletions of files of stops between scheduled saves; without other states, the last stop keeps
+        its own."""
         step, stops = progress.step, progress.stops
         kept_stop = max(stops, default=0) if not self.options.state.save_state else None
         weight_stops = [stop for stop in stops if self.schedule.outdates_stop(stop, step, epoch)]
         state_stops = [stop for stop in stops if self._states.outdates_stop(stop, step, epoch) and stop != kept_stop]
-        self.rotation.deletions += [self._removal(self.names.of_step(stop)) for stop in weight_stops]
-        self.rotation.deletions += [self._removal_of_state(self.names.of_step(stop)) for stop in state_stops]
         progress.stops = [stop for stop in stops if stop not in weight_stops or stop not in state_stops]
+        removals = [self._removal(self.names.of_step(stop)) for stop in weight_stops]
+        return removals + [self._removal_of_state(self.names.of_step(stop)) for stop in state_stops]
 
     def _removal(self, weights: Path) -> Callable[[], None]:
         return partial(remove, "checkpoint", weights, self.names.adapter_kind, self.events)

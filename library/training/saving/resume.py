@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -208,24 +208,6 @@ def resolve_starting_step(options: StateOptions, end: Path, plan: Plan, manifest
             raise AlreadyComplete(message)
         raise UserError(f"{message}; raise --max_train_steps or --max_train_epochs to train longer")
     return step
-
-
-def resolve_starting_steps(
-    adapters: Iterable[tuple[StateOptions, Path, StateManifest | None]], plan: Plan
-) -> list[int]:
-    """Return each adapter's number of finished steps, from (options, file of the end, state). Raises AlreadyComplete if
-    all adapters are complete."""
-    steps: list[int | None] = []
-    complete = AlreadyComplete("every adapter of --sweep has ended: nothing is left to train")
-    for options, end, manifest in adapters:
-        try:
-            steps.append(resolve_starting_step(options, end, plan, manifest))
-        except AlreadyComplete as error:
-            steps.append(None)
-            complete = error
-    if all(step is None for step in steps):
-        raise complete
-    return [plan.max_train_steps if step is None else step for step in steps]
 
 
 def record_options(options: Options) -> dict[str, Any]:

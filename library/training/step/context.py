@@ -1,7 +1,7 @@
 """Everything that a batch's loss depends on, apart from the batch."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,5 +56,3 @@ class StepContext:
     vae_batch_size: int = 1
     preserves_in_step: bool = False  # run the base model in every batch, because a batch of another rank may need it
     pairs: PairOptions = NO_PAIRS
-    alone: Callable[[], AbstractContextManager[None]] = nullcontext
-    """Enter to run the models with this adapter alone, if others act on the same layers in a sweep."""

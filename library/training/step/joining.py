@@ -1,6 +1,6 @@
 """Concatenation of batches, latents and conditioning for a shared pass."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import torch
@@ -17,12 +17,6 @@ def join_noised(parts: Sequence[Noised]) -> Noised:
 def join_conditioning(parts: Sequence[Conditioning]) -> Conditioning:
     """Concatenate conditioning along the batch axis."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def split_conditioning(conditioning: Conditioning, count: int) -> list[Conditioning]:
-    """Split the result of `join_conditioning` into `count` equal parts."""
-    chunks: Mapping[str, Sequence[Tensor]] = {name: tensor.chunk(count) for name, tensor in conditioning.items()}
-    return [{name: tensors[i] for name, tensors in chunks.items()} for i in range(count)]
 
 
 def repeat_batch(batch: Batch, count: int) -> Batch:

@@ -3,7 +3,6 @@
 import random
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,13 +21,6 @@ from library.training.step.masks import compute_masked_means
 from library.training.step.pairs import losses_of_pairs, prefers, split_pairs
 from library.training.step.text_features import build_conditioning
 from library.types import Batch, Conditioning, Noised
-
-
-class Acting(Protocol):
-    """The active adapters of a step: one network, or several stacked ones."""
-
-    def set_noise_levels(self, levels_B: Tensor | None) -> None: ...
-    def set_multiplier(self, multiplier: float) -> None: ...
 
 
 def start_batch(context: StepContext, batch_number: int, step: int) -> None:
@@ -91,23 +83,18 @@ def compute_losses(
     batch: Batch,
     noised: Noised,
     condition: Callable[[], Conditioning],
-    acting: Acting | None = None,
 ) -> Tensor:
     """Return the loss of each sample, shape B, masked but without subset weights. `condition` returns the text
-    conditioning.
-
-    `acting` overrides the context's network, for stacked adapters.
-    """
-    acting = context.network if acting is None else acting
+    conditioning."""
     if batch.concept is not None:  # first, while no activations are kept for the backward pass
         target_BCHW = compute_target(context, batch, batch.concept, noised)
     with context.autocast():
         conditioning = condition()
-        acting.set_noise_levels(objective.noise_levels(noised))
+        context.network.set_noise_levels(objective.noise_levels(noised))
         output_BCHW = context.arch.predict(context.models.denoiser, noised, conditioning, batch)
         prediction_BCHW = output_BCHW if batch.concept is not None else objective.estimate(output_BCHW, noised)
     if batch.concept is None:
-        target_BCHW = preserve_output(context, objective, batch, noised, condition, conditioning, acting)
+        target_BCHW = preserve_output(context, objective, batch, noised, condition, conditioning)
     loss_BCHW = objective.loss(prediction_BCHW, target_BCHW, noised)
     return compute_masked_means(loss_BCHW, batch.masks_B1HW)
 
@@ -142,7 +129,6 @@ def preserve_output(
     noised: Noised,
     condition: Callable[[], Conditioning],
     conditioning: Conditioning,
-    acting: Acting,
 ) -> Tensor:
     """Return the target; for samples marked for preservation, the prediction of the model without its adapter
     (differential output preservation)."""
@@ -155,7 +141,7 @@ def preserve_output(
             f"--shard_base: {PRESERVATION} in custom_attributes of a --dataset_class asks the base model alone, and "
             "the other processes do not know of it; leave one of them out"
         )
-    acting.set_multiplier(0.0)
+    context.network.set_multiplier(0.0)
     try:
         with torch.no_grad(), context.autocast():
             # The conditioning at hand was computed with the text encoder's adapter, which has to be off as well.
@@ -164,6 +150,6 @@ def preserve_output(
             output_BCHW = context.arch.predict(context.models.denoiser, noised, conditioning, batch)
             base_BCHW = objective.estimate(output_BCHW, noised)
     finally:
-        acting.set_multiplier(1.0)
+        context.network.set_multiplier(1.0)
     is_preserved_B111 = send(torch.tensor(is_preserved), target_BCHW.device).view(-1, 1, 1, 1)
     return torch.where(is_preserved_B111, base_BCHW.to(target_BCHW.dtype), target_BCHW)

@@ -17,12 +17,10 @@ from library.checkpoints.overwriting import find_place
 from library.formatting import align_columns
 from library.training.evaluation.choice import CONFIDENCE, Compared, choose, is_clearly_worse
 from library.training.evaluation.choosing import format_interval
-from library.training.loop.adapter_run import PreparedRun
 from library.training.report_page.comparison import select_shown
 from library.training.report_page.page import SWEEP, build_page, read_data
 from library.training.report_page.writer import read_report, write_page
 from library.training.reporting.event_stream import plain
-from library.training.sweep_record import SweepRecord
 
 logger = logging.getLogger(__name__)
 
@@ -68,23 +66,6 @@ class Ranking:
         if not rivals:
             return f"{best} is significantly better than every other adapter"
         return f"{best} has the lowest loss, not significantly lower than {', '.join(rivals)}"
-
-
-def collect_standing(prepared: Sequence[PreparedRun], sweep: SweepRecord) -> list[MeasuredAdapter]:
-    """Collect what is known of each adapter; the record alone knows those that ended before a resume."""
-    current_labels = {adapter.run.label for adapter in prepared}
-    standing = [
-        MeasuredAdapter(label, ended.step, ended.losses_G, ended.why, None)
-        for label, ended in sweep.ended.items()
-        if label not in current_labels
-    ]
-    for adapter in prepared:
-        path, losses_G = adapter.writer.names.of_end(), adapter.validation.record.last_losses()
-        file = path.name if path.exists() else None
-        standing.append(
-            MeasuredAdapter(adapter.run.label, adapter.progress.step, losses_G, adapter.progress.ended, file)
-        )
-    return standing
 
 
 def rank(adapters: Sequence[MeasuredAdapter]) -> Ranking:

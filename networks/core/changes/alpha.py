@@ -10,7 +10,6 @@ from networks.core.changes.change import (
     Delta,
     Forward,
     Misfit,
-    Paired,
     StoredOtherwise,
     list_parts,
     match_shape,
@@ -55,7 +54,6 @@ class ScaledDelta(WithAlpha):
     alpha: Tensor
     scalar: nn.Parameter | None
     changed_parameters = ("weight",)
-    adds_to_output = True
 
     def __init__(
         self,
@@ -125,17 +123,6 @@ class ScaledDelta(WithAlpha):
             delta.rank, self.alpha_value, has_core=delta.has_core, has_scalar=self.scalar is not None,
             is_whole=delta.is_whole,
         )  # fmt: skip
-
-    @property
-    def is_pair(self) -> bool:
-        return isinstance(self.delta, Paired) and self.scalar is None and self.mask is None
-
-    def pair(self) -> tuple[Tensor, Tensor]:
-        assert isinstance(self.delta, Paired)
-        return self.delta.pair()
-
-    def columns(self) -> Tensor | None:
-        return None
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
         """Return the layer's output with the change, in the shape and dtype of the layer's own output."""

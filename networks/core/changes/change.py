@@ -53,11 +53,6 @@ class Change(Protocol):
         ...
 
     @property
-    def adds_to_output(self) -> bool:
-        """True if it leaves the layer's input unchanged and only adds to its output."""
-        ...
-
-    @property
     def size(self) -> ChangeSize: ...
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
@@ -88,32 +83,6 @@ class Change(Protocol):
 
         A trained strength becomes 1, since files have it multiplied into a factor.
         """
-        ...
-
-
-@runtime_checkable
-class Stackable(Protocol):
-    """A change that can be computed in one product with other adapters' changes of the same layer."""
-
-    @property
-    def scale(self) -> float:
-        """alpha / rank."""
-        ...
-
-    @property
-    def layer(self) -> nn.Module | None: ...
-
-    @property
-    def is_pair(self) -> bool:
-        """True if the change consists of two factors, optionally with scales of the input columns."""
-        ...
-
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """Return (down, up) for the next call, as matrices or as kernels."""
-        ...
-
-    def columns(self) -> Tensor | None:
-        """Return the column scales of the changed weight, (1, I) or (1, I, 1, 1); None if there are none."""
         ...
 
 
@@ -185,7 +154,6 @@ class MergedOnly(nn.Module):
     words: str  # name in messages
     changed_parameters: tuple[str, ...] = ("weight",)
     fast_keys: frozenset[str] = frozenset()
-    adds_to_output = False
     size = ChangeSize()
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
@@ -211,15 +179,6 @@ class StoredOtherwise(Protocol):
 
         Raises UserError naming the module `name`, the file `source` and a fix if that is impossible.
         """
-        ...
-
-
-@runtime_checkable
-class Paired(Protocol):
-    """A delta that is the product of two factors and nothing else."""
-
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """Return (down, up) for the next call: (R, I) and (O, R), or kernels."""
         ...
 
 

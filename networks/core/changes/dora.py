@@ -70,7 +70,6 @@ class DoRA(ScaledDelta):
     """
 
     dora_scale: nn.Parameter
-    adds_to_output = False
 
     def __init__(
         self,
@@ -93,13 +92,6 @@ class DoRA(ScaledDelta):
     @property
     def size(self) -> ChangeSize:
         return replace(super().size, magnitudes="output" if self.decomposition.is_per_output else "input")
-
-    @property
-    def is_pair(self) -> bool:
-        return super().is_pair and not self.decomposition.is_per_output
-
-    def columns(self) -> Tensor | None:
-        return self.scales()
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
         """Return the layer's output with the change, in the shape and dtype of the layer's own output."""

@@ -78,10 +78,6 @@ class Perturbed(ScaledDelta):
         self.register_buffer(DEVIATION, torch.zeros(len(self.get_parameter(UP))))
         self.register_load_state_dict_post_hook(_go_on_with_noise)  # type: ignore[no-untyped-call]
 
-    @property
-    def is_pair(self) -> bool:
-        return False  # the noise is part of no product
-
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
         """Return the layer's output with the change, in the shape and dtype of the layer's own output."""
         if self.training and self.drops.skips_this_call():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from networks.core.arguments.network_arguments import argument
 from networks.core.changes.change import Delta, get_weight
-from networks.core.changes.low_rank import FactorPair, LowRank
+from networks.core.changes.low_rank import LowRank, TwoFactors
 from networks.core.changes.parameter_keys import ALPHA, DOWN, START, UP
 from networks.core.changes.svd import OVERSAMPLED
 
@@ -67,7 +67,7 @@ class InitArguments:
         return self.init not in (None, ORTHOGONAL)
 
 
-class FromStart(FactorPair):
+class FromStart(TwoFactors):
     """Two factors that start from the base weight: dW = (up0 + up) @ (down0 + down) - up0 @ down0.
 
     The parameters `up` and `down` start at zero and hold the movement of the factors. The change then starts at exactly

@@ -53,14 +53,7 @@ class TwoFactors(nn.Module):
         return (up_OR @ down_RN).reshape(up_OR.shape[0], *get_weight(self.lora_down).shape[1:])
 
 
-class FactorPair(TwoFactors):
-    """The common part of deltas that are the product of their two factors."""
-
-    def pair(self) -> tuple[Tensor, Tensor]:
-        return self.down_factor(), self.up_factor()
-
-
-class LowRank(FactorPair):
+class LowRank(TwoFactors):
     """LoRA (Hu et al. 2021, arXiv:2106.09685): dW = up @ down.
 
     `lora_down.weight` is (R, I) or (R, I, h, w) and starts kaiming uniform with a = sqrt(5); `lora_up.weight` is (O, R)

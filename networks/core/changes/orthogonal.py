@@ -66,7 +66,6 @@ class Orthogonal(nn.Module):
 
     changed_parameters = ("weight",)
     fast_keys: frozenset[str] = frozenset()
-    adds_to_output = False
     scalar: nn.Parameter | None
 
     def __init__(

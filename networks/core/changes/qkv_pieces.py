@@ -77,7 +77,6 @@ class InRows(nn.Module):
     """
 
     changed_parameters = ("weight",)
-    adds_to_output = False
     size = ChangeSize()
 
     def __init__(self, changes: Mapping[str, Change]) -> None:

@@ -18,7 +18,7 @@ from networks.core.arguments.network_arguments import NetworkArguments, Requirem
 from networks.core.arguments.values import parse_bool, parse_unit
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.change import Change, delta_of, get_weight
-from networks.core.changes.low_rank import FactorPair, LowRank
+from networks.core.changes.low_rank import LowRank, TwoFactors
 from networks.core.changes.qkv_split import SplitRank
 from networks.core.changes.request import ChangeRequest
 from networks.core.kinds import lora
@@ -57,7 +57,7 @@ def resolve_nested_rank(rank: int, step_rank: int, full_rank: int, unit: int = 1
     return unit * max(1, num_units)
 
 
-class NestedRank(FactorPair):
+class NestedRank(TwoFactors):
     """DyLoRA (Valipour et al. 2022, arXiv:2210.07558): dW = up[:, :K] @ down[:K], where K is drawn for every step.
 
     Stored like `LowRank`. In training only the first K rows of `lora_down` and columns of `lora_up` are multiplied, so

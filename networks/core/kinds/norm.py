@@ -24,7 +24,6 @@ class Norm(nn.Module):
     """
 
     fast_keys: frozenset[str] = frozenset()
-    adds_to_output = False
     size = ChangeSize()
     w_norm: nn.Parameter | None
     b_norm: nn.Parameter | None

@@ -45,7 +45,6 @@ class OrthogonalOutputs(WithAlpha):
 
     changed_parameters = ("weight",)
     fast_keys: frozenset[str] = frozenset()
-    adds_to_output = False
     alpha: Tensor | None
     rescale: nn.Parameter | None
 

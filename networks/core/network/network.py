@@ -17,8 +17,6 @@ from networks.core.changes.adapter import Adapter
 from networks.core.changes.alpha import ScaledDelta
 from networks.core.changes.change import Change, FollowsGradients, change_norms, get_weight
 from networks.core.changes.dora import DoraArguments, add_magnitudes, are_per_output, can_have_magnitudes
-from networks.core.changes.dropout import Dropout
-from networks.core.changes.ggpo import GgpoArguments
 from networks.core.changes.low_rank import LowRank
 from networks.core.changes.parameter_keys import DORA_SCALE
 from networks.core.changes.qkv_pieces import InRows, changes_in
@@ -27,7 +25,6 @@ from networks.core.files.adapter_file import open_adapter, save_network, sort_te
 from networks.core.files.file_spelling import FileSpelling
 from networks.core.files.foreign_names import to_own_names
 from networks.core.files.reading_writing import collect_saved_tensors, load_into, network_tensors
-from networks.core.network.multiplexer import AdapterMultiplexer
 from networks.core.network.summary import describe_part, describe_rates
 from networks.core.protocol import Merging
 from networks.core.registry.adapter_kind import StartStep
@@ -90,11 +87,6 @@ class AdapterNetwork(nn.Module):
         """The adapters by name, text encoders first."""
         return {member.adapter.target.name: member.adapter for member in self.members}
 
-    @property
-    def is_random(self) -> bool:
-        """True if the adapters use dropout or noise in training."""
-        return Dropout.of(self.arguments).is_on or self.arguments.of(GgpoArguments).is_on
-
     def changes(self) -> Iterator[Change]:
         """Yield the changes of all layers, and each of them for a layer with changes of separate rows."""
         return (change for member in self.members for change in changes_in(member.adapter.change))
@@ -125,14 +117,6 @@ class AdapterNetwork(nn.Module):
         """Restore the forward of every layer."""
         for member in reversed(self.members):
             member.adapter.remove()
-
-    def stack_with(self, others: Sequence["AdapterNetwork"]) -> AdapterMultiplexer:
-        """Put this network and others, all of them installed, on one model, where each acts on its own rows."""
-        networks = [self, *others]
-        # Adapters of one layer come off in the reverse of the order in which they were installed.
-        for network in reversed(networks):
-            network.remove()
-        return AdapterMultiplexer([[m.adapter for m in n.members] for n in networks], [n.is_random for n in networks])
 
     def merge_to(
         self,

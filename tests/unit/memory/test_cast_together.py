@@ -48,7 +48,7 @@ def test_losses_and_gradients_are_the_same_to_the_bit_with_fewer_casts(name: str
         for parameter in network.parameters():
             nn.init.normal_(parameter, std=0.1)
         if is_together:
-            cast_factors_of([adopt(network)], base.deep.stacks(model))
+            cast_factors_of(adopt(network), base.deep.stacks(model))
         run: BlockRunner = RUNNERS[runner]()
         base.deep.run_blocks_with(model, run)
         with Casts() as counted:

@@ -30,7 +30,6 @@ class Rotation(nn.Module):
 
     fast_keys: frozenset[str] = frozenset()
     changed_parameters = ("weight",)
-    adds_to_output = False
     size = ChangeSize()
 
     def __init__(self, layer: nn.Module | None, q_OO: Tensor) -> None:

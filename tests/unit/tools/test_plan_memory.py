@@ -91,17 +91,6 @@ def test_previews_are_planned_at_the_largest_size(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.slow
-def test_the_number_of_adapters_of_a_sweep_that_fit_is_printed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = arguments_for(tmp_path / "model", "--cards", "1GiB,8GiB", "--resolution", "256", "--sweep")
-    assert main([*arguments, "network_dim=2,4,8"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("3 adapters share the step")]
-    fewer, more = (int(line.partition("about ")[2].split()[0]) for line in lines)
-    assert 3 < fewer < more
-
-
-@pytest.mark.slow
 def test_the_dataset_determines_the_largest_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "data.toml"
     config.write_text(

@@ -12,7 +12,7 @@ from library.architectures.sdxl.options import SdxlOptions
 from library.options.leco import LecoOptions, leco_options, list_ignored_by_leco, list_refused_by_leco
 from library.training.command_line.checks import check, report_unused
 from library.training.command_line.cli import parse
-from library.training.command_line.resolved import open_base, split_run
+from library.training.command_line.opened_base import open_base
 from library.training.failures.out_of_memory import Sizes, find_savings
 
 SDXL_LECO = leco_options(SdxlOptions)
@@ -102,7 +102,7 @@ def test_a_base_sharded_by_accelerate_is_refused(prompts: Path, monkeypatch: pyt
     monkeypatch.setenv("FSDP_VERSION", "2")
     build: Any = None
     with pytest.raises(ValueError, match="accelerate is configured for FSDP2, which means --shard_base: the processes"):
-        open_base(split_run(make_options(prompts)), build)
+        open_base(make_options(prompts), build)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

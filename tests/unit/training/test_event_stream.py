@@ -120,7 +120,7 @@ def test_warnings_of_a_run_without_events_are_not_stored() -> None:
     names = Names.build(options.saving)
     with (
         capture_warnings() as warnings,
-        open_events([(options, options.reports, names)], False, None, warnings) as silent,
+        open_events(options, names, None, warnings) as silent,
     ):
         logging.getLogger("library.somewhere").warning("an hour later")
         assert not silent.is_on

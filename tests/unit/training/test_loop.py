@@ -110,7 +110,7 @@ def weight_of(run: Run) -> float:
 def step(run: Run, window: Window, *batches: Batch) -> list[float]:
     results: list[StepResult] = []
     updates = Updates(run, NonFiniteGuard(run), None, results.append)
-    updates.apply(window, accumulate_gradients([run], window, iter(batches))[0])
+    updates.apply(window, accumulate_gradients(run, window, iter(batches)))
     updates.report()
     return results[0].losses
 

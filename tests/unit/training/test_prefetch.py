@@ -56,7 +56,7 @@ def test_a_batch_is_fetched_and_copied_while_the_previous_one_computes() -> None
         log.append("computes")
         ahead.fetch()
 
-    losses = [accumulate_gradients([run], Window(i, 1, range(i, i + 1), False), ahead, fetch)[0] for i in range(3)]
+    losses = [accumulate_gradients(run, Window(i, 1, range(i, i + 1), False), ahead, fetch) for i in range(3)]
     assert log == [
         "fetch 0", "start 0", "ready 0", "computes",
         "fetch 1", "start 1", "ready 1", "computes",

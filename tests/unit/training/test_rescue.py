@@ -129,7 +129,6 @@ def test_a_foreign_file_with_the_name_of_an_outdated_one_is_not_deleted(output: 
     (state / "notes.txt").write_text("mine")
     for step in (3, 4):
         writer.save_after_step(Progress(step), 1)
-        writer.delete_outdated()
     remaining = {"x-step00000001.safetensors", "x-step00000003.safetensors", "x-step00000004.safetensors"}
     assert {path.name for path in output.glob("*.safetensors")} == remaining
     assert (state / "notes.txt").read_text() == "mine" and not (output / "x-step00000002-state").exists()
@@ -139,11 +138,9 @@ def test_no_older_file_is_deleted_if_the_newer_one_was_saved_elsewhere(output: P
     writer = writer_to(output, Network(lambda path: "step00000003." in path.name))  # including its temporary name
     for step in (1, 2, 3):
         writer.save_after_step(Progress(step), 1)
-        writer.delete_outdated()
     remaining = {"x-step00000001.safetensors", "x-step00000002.safetensors", "x-step00000003-rescued.safetensors"}
     assert files_below(output) == remaining
     writer.save_after_step(Progress(4), 1)
-    writer.delete_outdated()
     assert "x-step00000002.safetensors" not in files_below(output)
 
 

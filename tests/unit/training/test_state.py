@@ -24,22 +24,21 @@ from library.options.output.saving import SavingOptions, StateOptions
 from library.options.train import TrainOptions
 from library.options.training.run import RunOptions
 from library.processes import ALONE, Processes
-from library.training.command_line.resolved import ResolvedOptions, keep_values_of_states
 from library.training.reporting.progress import Part
 from library.training.saving.names import Names
 from library.training.saving.resume import (
     AlreadyComplete,
     alpha_of_state,
     batches_of_state,
+    clear_up,
+    find_state,
     rates_of_state,
     record_options,
     report_differences,
     resolve_starting_step,
-    resolve_starting_steps,
 )
 from library.training.saving.state import OptimizerState, StateManifest, read_manifest, restore, save_state
 from library.training.step.accumulation import Plan
-from library.training.sweep.states import find_states
 from tests.unit.test_processes import Board
 
 DATASET = {"num_pictures": 6, "num_batches": 3, "pictures": "a", "captions": "b", "settings": "c"}
@@ -387,10 +386,11 @@ def test_a_dry_run_does_not_touch_the_state_that_another_run_is_writing(tmp_path
 
 
 def find_one(options: TrainOptions, processes: Processes, clears: bool = True) -> StateManifest | None:
-    """Return the state from which a run without a sweep resumes."""
+    """Return the state from which a run resumes."""
     names = Names.build(options.saving) if options.saving.output_dir else None
-    found = find_states(options.state, options.hub, {"": names}, processes, clears)
-    return found.by_label.get("")
+    if clears and processes.is_main and names is not None:
+        clear_up(names)
+    return find_state(options.state, options.hub, names, processes)
 
 
 def find_in_two(main: TrainOptions, other: TrainOptions) -> list[StateManifest | None]:
@@ -540,25 +540,6 @@ def test_the_adapter_keeps_the_alpha_of_its_state(alpha: float, message: str, ca
         assert alpha_of_state(alpha, manifest) == {"network_alpha": 4.0}
     assert message in caplog.text
     assert alpha_of_state(4.0, manifest) == alpha_of_state(4.0, None) == {}
-
-
-def test_a_sweep_whose_adapters_have_all_ended_says_so() -> None:
-    """No adapter is left that could have a message of its own."""
-    with pytest.raises(AlreadyComplete, match="every adapter of --sweep has ended: nothing is left to train"):
-        resolve_starting_steps([], Plan(1, 1, 4))
-
-
-def test_each_adapter_of_a_sweep_keeps_the_values_of_its_state() -> None:
-    """alpha is part of the adapter, and a learning rate that is not given stays."""
-    adapters = {"a": FluxOptions(), "b": FluxOptions().with_values({"network_alpha": 2.0, "learning_rate": 0.5})}
-    before = [{"network_alpha": alpha, "learning_rate": 1e-3} for alpha in (4.0, 8.0)]
-    states = {
-        label: StateManifest(Path("s"), 1, 0, 1, values, DATASET, {})
-        for label, values in zip("ab", before, strict=True)
-    }
-    kept = keep_values_of_states(ResolvedOptions(adapters["a"], adapters), states)
-    assert [o.network.network_alpha for o in (kept.shared, *kept.adapters.values())] == [4, 4, 8]
-    assert [o.optimizer.learning_rate for o in (kept.shared, *kept.adapters.values())] == [1e-3, 1e-3, 0.5]
 
 
 def test_paths_of_events_and_cached_captions_log_no_difference(caplog: pytest.LogCaptureFixture) -> None:

@@ -47,7 +47,7 @@ def run_steps(values: list[float], is_late: bool, **options: Any) -> tuple[Run, 
     with updates.reported_at_end():
         for step, batch in enumerate(batches):
             window = Window(step, 1, range(step, step + 1), False)
-            losses = accumulate_gradients([run], window, iter([batch]))[0]
+            losses = accumulate_gradients(run, window, iter([batch]))
             updates.report()
             updates.apply(window, losses)
             weights.append(run.context.network.module.weight.detach().clone())  # type: ignore[operator, union-attr]
@@ -92,7 +92,7 @@ def test_a_step_is_reported_once_the_next_one_is_computed() -> None:
     results: list[StepResult] = []
     updates = Updates(run, NonFiniteGuard(run), None, results.append)
     window = Window(0, 1, range(1), False)
-    updates.apply(window, accumulate_gradients([run], window, iter([batch_of(2.0)]))[0])
+    updates.apply(window, accumulate_gradients(run, window, iter([batch_of(2.0)])))
     assert not results and run.optimization.schedule.state_dict()["last_epoch"] == 0
     updates.report()
     updates.report()
@@ -107,7 +107,7 @@ def test_an_error_is_raised_after_all_steps_are_reported() -> None:
     updates = Updates(run, NonFiniteGuard(run), None, results.append)
     window = Window(0, 1, range(1), False)
     with pytest.raises(UserError, match="no such image"), updates.reported_at_end():
-        updates.apply(window, accumulate_gradients([run], window, iter([batch_of(2.0)]))[0])
+        updates.apply(window, accumulate_gradients(run, window, iter([batch_of(2.0)])))
         raise UserError("no such image")
     assert len(results) == 1
 
@@ -135,7 +135,7 @@ def test_only_optimizers_that_skip_steps_themselves_report_late(options: dict[st
 
 def test_searching_for_non_finite_values_keeps_the_gradients_of_a_later_step() -> None:
     run = run_of(optimizer_type="AdamW")
-    accumulate_gradients([run], Window(1, 1, range(1), False), iter([batch_of(2.0)]))[0]
+    accumulate_gradients(run, Window(1, 1, range(1), False), iter([batch_of(2.0)]))
     (parameter,) = run.context.network.trainable_parameters()
     assert parameter.grad is not None
     before = parameter.grad.clone()

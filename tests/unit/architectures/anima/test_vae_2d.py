@@ -106,9 +106,7 @@ def test_the_planner_counts_less_memory_for_an_image(arguments: list[str]) -> No
     rises = []
     for flags in ((), ("--qwen_image_vae_2d",)):
         options = AnimaOptions.from_args(setup_parser().parse_args([*command, *flags]))
-        counted = count_run(
-            RequestedRun.resolve([options], build(options)), BatchShape(1, 256, 256), torch.device("cpu")
-        )
+        counted = count_run(RequestedRun.resolve(options, build(options)), BatchShape(1, 256, 256), torch.device("cpu"))
         (stage,) = (stage for stage in counted.stages if stage.name == "encoding images")
         rises.append(stage.rise_of_one)
     assert rises[1] < 0.7 * rises[0]

@@ -28,7 +28,7 @@ from library.memory.planner.steps import (
     count_pass,
     short_walk,
 )
-from library.training.planning.counting import count_some_blocks
+from library.training.planning.counted_step import count_some_blocks
 from tests.unit.memory.planner.made_up import MadeUp, allocated_peak
 
 pytestmark = pytest.mark.slow

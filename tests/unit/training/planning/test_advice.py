@@ -52,7 +52,7 @@ def test_a_long_list_of_advice_is_shortened() -> None:
 def test_third_party_modules_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(advice, "count_run", None)
     arch: Any = SimpleNamespace(text_cache=None)
-    requested = RequestedRun.resolve([make_options(network_module="lycoris.kohya")], arch)
-    run: Any = SimpleNamespace(label="", context=SimpleNamespace(device=None))
+    requested = RequestedRun.resolve(make_options(network_module="lycoris.kohya"), arch)
+    run: Any = SimpleNamespace(context=SimpleNamespace(device=None))
     batch: Any = None  # counting would fail
-    assert memory_hints(requested, [run], batch) == []
+    assert memory_hints(requested, run, batch) == []

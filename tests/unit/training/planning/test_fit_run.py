@@ -13,7 +13,7 @@ from library.memory.planner.prediction import CONTEXT_BYTES
 from library.processes import Processes
 from library.training.models.requests import RequestedRun
 from library.training.planning import fit_run
-from library.training.planning.counting import count_pinned_batches
+from library.training.planning.counted_step import count_pinned_batches
 from library.training.planning.fit_run import count_adapter_run, largest_batch, measure_gpu
 from library.training.planning.meta_run import BatchShape, fake_batch, shape_of_batch
 from tests.unit.data.builders import SPEC
@@ -64,9 +64,9 @@ def test_a_third_party_module_that_needs_real_values_is_named(monkeypatch: pytes
     shape, device = BatchShape(1, 64, 64), torch.device("cpu")
     arch: Any = SimpleNamespace(text_cache=None)
     with pytest.raises(ValueError, match=r"--fit cannot count what --network_module lycoris.kohya does \(RuntimeError"):
-        count_adapter_run(RequestedRun.resolve([make_options(network_module="lycoris.kohya")], arch), shape, device)
+        count_adapter_run(RequestedRun.resolve(make_options(network_module="lycoris.kohya"), arch), shape, device)
     with pytest.raises(RuntimeError, match=r"^shape is invalid$"):
-        count_adapter_run(RequestedRun.resolve([make_options(network_module="networks.lora")], arch), shape, device)
+        count_adapter_run(RequestedRun.resolve(make_options(network_module="networks.lora"), arch), shape, device)
 
 
 @pytest.mark.parametrize("has_latents", [True, False])
