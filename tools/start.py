@@ -336,9 +336,13 @@ def quickstart(venv: Path) -> int:
     started = time.monotonic()
     os.environ.setdefault("OMP_NUM_THREADS", str(num_threads()))
     for command, product in ((training_command(python), ADAPTER), (image_command(python), IMAGE)):
+        if product == ADAPTER and (ROOT / ADAPTER).exists():
+            # The same command would train once more, under a new name.
+            print(f"\n{ADAPTER} is there already; to train it again, move {Path(ADAPTER).parent} away", flush=True)
+            continue
         print("\n$ " + " ".join(command), flush=True)
-        # A training run that is stopped ends with status 0 and saves under another name, and the file of an earlier run
-        # may exist, so the exit status alone does not show success.
+        # A training run that is stopped ends with status 0 and saves under another name, and the image of an earlier
+        # run may exist, so the exit status alone does not show success.
         before = modification_time(ROOT / product)
         exit_code = run(command)
         if exit_code != 0:

@@ -31,10 +31,10 @@ FAR_BYTE = 1 << 30  # Windows forbids reading locked bytes, so the lock lies beh
 
 
 @contextmanager
-def run_lock(saving: SavingOptions) -> Iterator[None]:
+def run_lock(saving: SavingOptions, flag: str = "--output_name") -> Iterator[None]:
     """Hold the lock of an output folder and name inside the block, in the main process.
 
-    Raises UserError naming the process and host that hold it.
+    `flag` is the option of the name, for messages. Raises UserError naming the process and host that hold it.
     """
     if not saving.output_dir or launched_rank() != 0:
         yield
@@ -42,7 +42,7 @@ def run_lock(saving: SavingOptions) -> Iterator[None]:
     path = lock_path(Path(saving.output_dir), saving.output_name)
     is_new_folder = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = acquire(path)
+    file = acquire(path, flag)
     try:
         yield
     finally:
@@ -60,7 +60,7 @@ def lock_path(folder: Path, output_name: str | None) -> Path:
     return target.with_name(f".{target.name}.lock")
 
 
-def acquire(path: Path) -> IO[str] | None:
+def acquire(path: Path, flag: str) -> IO[str] | None:
     """Return the locked file with this process's name in it; None, with a warning, if the file system has no locks.
 
     If its holder has just deleted the file, lock a new one.
@@ -80,7 +80,7 @@ def acquire(path: Path) -> IO[str] | None:
                 raise
             raise UserError(
                 f"another run is writing files of this name ({holder}, according to {path}); wait until it ends, stop "
-                "it, or use another --output_name or --output_dir"
+                f"it, or use another {flag} or --output_dir"
             ) from None
         if is_at(file, path):
             break
