@@ -10,6 +10,7 @@ from library.training.saving import timed
 from library.training.saving.state import TENSOR_FILE
 from library.training.step.accumulation import Window
 from tests.running import Finished
+from tests.runs.test_processes import launch_two
 from tests.runs.test_resume import ALL_RANDOM, assert_equal_states
 
 Train = Callable[..., Finished]
@@ -70,7 +71,7 @@ def test_a_run_that_is_cut_between_timed_states_goes_on_exactly(
     assert states(out) == ["step00000006-timed", "step00000007-timed"]
     done = train(parts)
     assert done.status == 0 and "at step 7 of 8" in done.stderr and "uninterrupted" not in done.stderr
-    assert states(out) == ["mine"] or [path.name for path in out.glob("*-state")] == ["mine-state"]
+    assert [path.name for path in out.glob("*-state")] == ["mine-state"]
     assert_equal_states(tmp_path / "whole" / "mine-state", out / "mine-state")
 
 
@@ -101,3 +102,16 @@ def test_a_run_without_states_at_its_end_leaves_none(clock: Clock, train: Train,
     done = train([*base_arguments, "--max_train_steps", "3", "--save_every_n_minutes", "1"])
     assert done.status == 0 and done.stdout.count("removing old state") == 2
     assert "step00000003" not in done.stdout  # the file is its end
+
+
+@pytest.mark.nightly
+def test_two_processes_that_save_by_the_clock_of_the_first_train_as_without(
+    base_arguments: list[str], tmp_path: Path
+) -> None:
+    arguments = [*base_arguments, "--save_state_on_train_end"]
+    plain = launch_two([*arguments, "--output_dir", str(tmp_path / "plain")])
+    assert plain.status == 0, plain.stderr
+    done = launch_two([*arguments, "--save_every_n_minutes", "1e-9"])  # at every step
+    assert done.status == 0, done.stderr
+    assert done.stdout.count("saving state") == 4 and done.stdout.count("removing old state") == 3
+    assert_equal_states(tmp_path / "plain" / "mine-state", tmp_path / "out" / "mine-state")
