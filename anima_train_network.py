@@ -5,7 +5,7 @@ import argparse
 from library import train_util as train_util
 from library.training_script import TrainingScript
 
-SCRIPT = TrainingScript("anima", "--qwen3 qwen3.safetensors --vae vae.safetensors")
+SCRIPT = TrainingScript("anima")
 setup_parser = SCRIPT.setup_parser
 
 

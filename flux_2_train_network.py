@@ -5,7 +5,7 @@ import argparse
 from library import train_util as train_util
 from library.training_script import TrainingScript
 
-SCRIPT = TrainingScript("flux_2", "--text_encoder qwen_3_4b.safetensors --vae ae.safetensors")
+SCRIPT = TrainingScript("flux_2")
 setup_parser = SCRIPT.setup_parser
 
 

@@ -5,7 +5,7 @@ import argparse
 from library import train_util as train_util
 from library.training_script import TrainingScript
 
-SCRIPT = TrainingScript("flux_3", "--text_encoder qwen3vl_4b.safetensors --vae flux2-vae.safetensors")
+SCRIPT = TrainingScript("flux_3")
 setup_parser = SCRIPT.setup_parser
 
 

@@ -5,7 +5,7 @@ import argparse
 from library import train_util as train_util
 from library.training_script import TrainingScript
 
-SCRIPT = TrainingScript("flux", "--clip_l clip_l.safetensors --t5xxl t5xxl.safetensors --ae ae.safetensors")
+SCRIPT = TrainingScript("flux")
 setup_parser = SCRIPT.setup_parser
 
 

@@ -5,9 +5,7 @@ import argparse
 from library import train_util as train_util
 from library.training_script import TrainingScript
 
-SCRIPT = TrainingScript(
-    "hunyuan_image", "--text_encoder qwen_2.5_vl.safetensors --byt5 byt5.safetensors --vae vae.safetensors"
-)
+SCRIPT = TrainingScript("hunyuan_image")
 setup_parser = SCRIPT.setup_parser
 
 

@@ -5,7 +5,7 @@ import argparse
 from library import train_util as train_util
 from library.training_script import TrainingScript
 
-SCRIPT = TrainingScript("krea2", "--text_encoder qwen3vl_4b.safetensors --vae qwen_image_vae.safetensors")
+SCRIPT = TrainingScript("krea2")
 setup_parser = SCRIPT.setup_parser
 
 

@@ -5,7 +5,7 @@ import argparse
 from library import train_util as train_util
 from library.training_script import TrainingScript
 
-SCRIPT = TrainingScript("lumina", "--gemma2 gemma2.safetensors --ae ae.safetensors")
+SCRIPT = TrainingScript("lumina")
 setup_parser = SCRIPT.setup_parser
 
 

@@ -5,7 +5,7 @@ import argparse
 from library import train_util as train_util
 from library.training_script import TrainingScript
 
-SCRIPT = TrainingScript("moss_image", "--text_encoder qwen3.5_9b_bf16.safetensors --vae flux2-vae.safetensors")
+SCRIPT = TrainingScript("moss_image")
 setup_parser = SCRIPT.setup_parser
 
 

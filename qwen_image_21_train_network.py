@@ -5,7 +5,7 @@ import argparse
 from library import train_util as train_util
 from library.training_script import TrainingScript
 
-SCRIPT = TrainingScript("qwen_image_21", "--text_encoder qwen3vl_8b.safetensors --vae qwen_image_2.1_vae.safetensors")
+SCRIPT = TrainingScript("qwen_image_21")
 setup_parser = SCRIPT.setup_parser
 
 

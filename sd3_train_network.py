@@ -5,7 +5,7 @@ import argparse
 from library import train_util as train_util
 from library.training_script import TrainingScript
 
-SCRIPT = TrainingScript("sd3", "--clip_l clip_l.safetensors --clip_g clip_g.safetensors --t5xxl t5xxl.safetensors")
+SCRIPT = TrainingScript("sd3")
 setup_parser = SCRIPT.setup_parser
 
 

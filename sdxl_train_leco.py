@@ -11,6 +11,7 @@ from library.collector import freeze_imports
 from library.launcher import prepare_for_torch
 from library.options.leco import leco_options
 from library.training.command_line.cli import build_parser_of_prompts, check_training, check_words
+from library.training_script import find_build
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -21,6 +22,10 @@ def setup_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     kind: type[Any] = leco_options(SdxlOptions)  # built from SdxlOptions, which its type does not say
     command_line = check_words(setup_parser(), partial(check_training, kind))
+    if command_line.args.sweep:
+        from library.training.command_line.sweeps import sweep_by_command
+
+        raise SystemExit(sweep_by_command(command_line, kind, partial(find_build, "sdxl")))
     prepare_for_torch()
     with freeze_imports("scripts"):
         from library.architectures.sdxl.assembly import LATENTS, build

@@ -1,4 +1,4 @@
-"""Start of the caching commands in the root. Only they and tests import it."""
+"""Start of the caching commands in src/musubi_tuner/. Only they, tools/cache_latents.py and tests import it."""
 
 import argparse
 import importlib
@@ -17,11 +17,11 @@ from library.training_script import TrainingScript
 class CachingScript:
     """musubi-tuner's two commands that encode a dataset for a training script."""
 
-    training: TrainingScript
+    package: str  # in library/architectures
 
     def setup_parser(self) -> argparse.ArgumentParser:
         """Return the options of the training script and those of musubi-tuner's commands."""
-        return add_command_options(self.training.setup_parser())
+        return add_command_options(TrainingScript(self.package).setup_parser())
 
     def cache_latents(self, argv: Sequence[str] | None = None) -> int:
         """Encode the images as the command line says. Return the exit status."""
@@ -42,7 +42,7 @@ class CachingScript:
     def _run(
         self, argv: Sequence[str] | None, cached: str, batch_size: str, encode: Callable[[Any, Any, Any], None]
     ) -> int:
-        script = script_of(self.training.package)
+        script = script_of(self.package)
 
         def check(args: argparse.Namespace) -> None:
             check_caching(script, args, with_command_options(args, cached, batch_size))
@@ -54,7 +54,7 @@ class CachingScript:
         def run(args: argparse.Namespace) -> None:
             if args.device is not None:
                 caching.select_device(args.device)
-            assembly = importlib.import_module(f"library.architectures.{self.training.package}.assembly")
+            assembly = importlib.import_module(f"library.architectures.{self.package}.assembly")
             encode(caching, assembly, script.options.from_args(with_command_options(args, cached, batch_size)))
 
         return caching.run_caching(args, run)

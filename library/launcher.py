@@ -3,6 +3,8 @@
 import os
 import platform
 
+DRIVER = "LORA_SWEEP_PROCESS"  # the variable in which --sweep gives its runs its process
+
 
 def launched_rank() -> int:
     """Return the global rank of this process; 0 without a launcher."""

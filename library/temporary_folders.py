@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import psutil
 
-Kind = Literal["latents", "texts", "weights", "verify"]
+Kind = Literal["latents", "texts", "weights", "verify", "sweep"]
 NAME = re.compile(rf"(?:{'|'.join(get_args(Kind))})-(?P<process>\d+)-\w{{8}}")
 
 

@@ -17,12 +17,11 @@ class TrainingScript:
     """The training script of a package in library/architectures."""
 
     package: str
-    parts: str = ""  # options of the example in the help, besides the base model
 
     def setup_parser(self) -> argparse.ArgumentParser:
         """Return the parser with every option of the script. Front ends read it."""
         script = script_of(self.package)
-        return build_parser(script.options, parts=self.parts, elsewhere=OtherScripts(script.name))
+        return build_parser(script.options, parts=script.parts, elsewhere=OtherScripts(script.name))
 
     def spec(self) -> Any:
         """Import the package and return the spec of its first base model."""
@@ -37,7 +36,12 @@ class TrainingScript:
 
     def run(self) -> int:
         """Train as the command line says, and return the exit status."""
-        command_line = check_words(self.setup_parser(), partial(check_training, script_of(self.package).options))
+        kind = script_of(self.package).options
+        command_line = check_words(self.setup_parser(), partial(check_training, kind))
+        if command_line.args.sweep:
+            from library.training.command_line.sweeps import sweep_by_command
+
+            return sweep_by_command(command_line, kind, partial(find_build, self.package))
         prepare_for_torch()
         with freeze_imports("scripts"):
             from library.training.command_line.main import main
@@ -45,3 +49,8 @@ class TrainingScript:
             spec = self.spec()
         functions = {"latents": spec.latents, "objective": spec.objective}
         return main(command_line.parser, spec.options, spec.build, **functions, command_line=command_line)
+
+
+def find_build(package: str) -> Any:
+    """Import a package, and return the function that builds the architecture of its base models."""
+    return importlib.import_module(f"library.architectures.{package}.spec").SPECS[0].build

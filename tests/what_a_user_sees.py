@@ -55,14 +55,17 @@ def main() -> int:
 def describe_base(base: Base) -> dict[str, Any]:
     """Describe a script, its caching commands, its spec, and tiny models of every layout and release."""
     parser = importlib.import_module(base.script).setup_parser()
-    commands = sorted(path.stem for path in ROOT.glob(f"{base.package}_cache_*.py"))
+    commands = sorted(ROOT.glob(f"src/musubi_tuner/{base.package}_cache_*.py"))
     options = base.spec.options
     return {
         "help": parser.format_help(),
         "facts": to_plain(options.declarations()),
         "defaults": to_plain(options.defaults()),
         "spec": {key: value for key, value in to_plain(base.spec).items() if key != "options"},
-        **{command: importlib.import_module(command).setup_parser().format_help() for command in commands},
+        **{
+            path.stem: importlib.import_module(f"src.musubi_tuner.{path.stem}").setup_parser().format_help()
+            for path in commands
+        },
         **{title: describe_model(base, parser, build, words) for title, build, words in models_of(base)},
     }
 

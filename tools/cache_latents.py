@@ -1,7 +1,7 @@
 """Encode the images of a data set and store the latents next to them, where the next training run finds them.
 
-Accepts the options of train_network.py; with --sdxl or --flux those of the SDXL or FLUX.1 script. FLUX.1 needs only
---ae.
+Accepts the options of train_network.py; with --sdxl, --flux, --zimage and the like those of the script of that base
+model. FLUX.1 needs only --ae; with --zimage and the other base models that musubi-tuner trains, --vae is enough.
 """
 
 import argparse
@@ -18,10 +18,11 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library import train_util as train_util
 from library.architectures.flux.options import FluxOptions
-from library.architectures.scripts import script_of
+from library.architectures.scripts import list_scripts, script_of
 from library.architectures.sdxl.options import SdxlOptions
-from library.caching_script import check_caching
+from library.caching_script import CachingScript, check_caching
 from library.errors import UserError
+from library.options.dit import DitTrainOptions
 from library.options.train import TrainOptions
 from library.training.command_line.cli import add_missing, build_parser, check_words, from_program
 from library.training.command_line.option_checks import check_data
@@ -37,11 +38,15 @@ LATENTS = {"cache_latents": True, "cache_latents_to_disk": True}
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the options of the three training scripts, plus --sdxl, --flux and --skip_existing."""
+    """Return the options of the three training scripts, plus --sdxl, --flux, --zimage and the like, and
+    --skip_existing."""
     parser = build_parser(FluxOptions)
     add_missing(parser, SdxlOptions)
     parser.add_argument("--sdxl", action="store_true", help="the base model is SDXL")
     parser.add_argument("--flux", action="store_true", help="the base model is FLUX.1")
+    for family in list_families():
+        text = f"the base model is that of {family}_train_network.py; `--{family} --help` shows its options"
+        parser.add_argument(f"--{family}", action="store_true", help=text)
     parser.add_argument("--skip_existing", action="store_true", help="trust existing files by name: --skip_cache_check")
     return parser
 
@@ -60,9 +65,16 @@ def read_options(args: argparse.Namespace, **values: bool) -> tuple[Any, TrainOp
 
 def find_package(args: argparse.Namespace) -> str:
     """Return the package of the requested base model. Raises UserError if two are requested."""
-    if args.sdxl and args.flux:
-        raise UserError("--sdxl and --flux name two base models; remove one of them")
-    return "sdxl" if args.sdxl else "flux" if args.flux else "sd"
+    flags = [name for name in ("sdxl", "flux", *list_families()) if getattr(args, name, False)]
+    if len(flags) > 1:
+        raise UserError(f"--{flags[0]} and --{flags[1]} name two base models; remove one of them")
+    return flags[0] if flags else "sd"
+
+
+def list_families() -> list[str]:
+    """Return the packages whose caching commands need neither the whole base model nor its options."""
+    ending = "_train_network.py"
+    return [s.name.removesuffix(ending) for s in list_scripts() if issubclass(s.options, DitTrainOptions)]
 
 
 def override(args: argparse.Namespace, values: Mapping[str, bool]) -> argparse.Namespace:
@@ -96,14 +108,24 @@ def cache_images(args: argparse.Namespace, entries: "Sequence[tuple[str, Metadat
     return caching.cache_images(options, *open_vae(assembly, options), entries)
 
 
-def caching_command(action: Callable[[argparse.Namespace], object], values: Mapping[str, bool]) -> Callable[..., int]:
+def caching_command(
+    action: Callable[[argparse.Namespace], object],
+    values: Mapping[str, bool],
+    cache_family: Callable[[CachingScript, Sequence[str]], int],
+) -> Callable[..., int]:
     """Return the `main` of a command that encodes with the options `values`: it takes a command line, by default the
-    process's, and returns the exit status, 0 for success and 1 for an error; it exits for options that are refused."""
+    process's, and returns the exit status, 0 for success and 1 for an error; it exits for options that are refused.
+    `cache_family` runs it for one of `list_families`, whose options are its own."""
 
     def check(args: argparse.Namespace) -> None:
         check_caching(script_of(find_package(args)), args, override(args, values))
 
     def main(argv: Sequence[str] | None = None) -> int:
+        words = sys.argv[1:] if argv is None else list(argv)
+        flags = [word for word in words if word.removeprefix("--") in ("sdxl", "flux", *list_families())]
+        if len(set(flags)) == 1 and flags[0] not in ("--sdxl", "--flux"):
+            script = CachingScript(flags[0].removeprefix("--"))
+            return cache_family(script, [word for word in words if word not in flags])
         command_line = check_words(setup_parser(), check, argv)
         args = command_line.start_log()
         from library.training.command_line.caching import run_caching
@@ -113,7 +135,7 @@ def caching_command(action: Callable[[argparse.Namespace], object], values: Mapp
     return main
 
 
-main = caching_command(cache_to_disk, LATENTS)
+main = caching_command(cache_to_disk, LATENTS, CachingScript.cache_latents)
 
 if __name__ == "__main__":
     sys.exit(main())

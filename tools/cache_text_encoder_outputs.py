@@ -12,6 +12,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library import train_util as train_util
+from library.caching_script import CachingScript
 from library.errors import UserError
 from tools.cache_latents import caching_command, read_options, setup_parser
 
@@ -38,7 +39,7 @@ def cache_to_disk(args: argparse.Namespace) -> None:
     cache_captions(options, arch)
 
 
-main = caching_command(cache_to_disk, CAPTIONS)
+main = caching_command(cache_to_disk, CAPTIONS, CachingScript.cache_captions)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -40,7 +40,7 @@ from networks.core.registry.layouts import list_kinds
 from tools.command import command, make_parser
 
 SCRIPTS = ("*train_network.py", "*train_leco.py")
-CACHING = ("*_cache_latents.py", "*_cache_text_encoder_outputs.py")
+CACHING = "src/musubi_tuner/*_cache_*.py"
 TYPES = {str: "text", Path: "path", int: "int", float: "float", int_or_float: "steps"}
 TEXT = ValueForm("text")
 RECIPE = "recipe"
@@ -77,7 +77,7 @@ def list_capabilities(scripts: Sequence[str]) -> dict[str, Any]:
         "base_formats": list(BASE_FORMATS),
         "dataset_keys": [describe_key(key) for key in ALL_KEYS.values()],
         "prompts_file_keys": describe_prompt_keys(),
-        "caching_scripts": [describe_command(path) for pattern in CACHING for path in sorted(ROOT.glob(pattern))],
+        "caching_scripts": [describe_command(path) for path in sorted(ROOT.glob(CACHING))],
         "tools": [describe_command(path) for path in list_tools()],
     }
 

@@ -18,6 +18,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.checkpoints.files import atomic_path
+from library.checkpoints.marks import digest_text, mark_of
 from library.checkpoints.overwriting import FileKind, check_target, known_by_start
 from library.data.description.image_extensions import describe_unread, image_extensions
 from library.data.sources.folders.metadata_file import read_table
@@ -27,6 +28,7 @@ from tools.command import check_place, command, make_parser
 
 logger = logging.getLogger(__name__)
 
+WRITER = "tools/captions_to_metadata.py"
 ENDINGS = {"caption": ".caption", "tags": ".txt"}  # by field of the metadata file
 TABLE_OF_TABLES = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*(\}|"(?!general")[^"]+"\s*:\s*\{)')  # not a dataset file
 METADATA = known_by_start("a metadata file", lambda start: TABLE_OF_TABLES.match(start) is not None)
@@ -56,17 +58,38 @@ def check_name(path: Path) -> None:
     check_place("out_json", path, METADATA)
 
 
-def check_table(path: Path, table: Mapping[str, Any]) -> None:
-    """Raise UserError if an existing metadata file describes images that `table`, which replaces it, lacks."""
-    kind = FileKind("a metadata file of the same images", lambda path: read_table(str(path)).keys() <= table.keys())
-    check_target("out_json", path, kind)
+def check_table(path: Path, table: Mapping[str, Any], writer: str, source: Path | None) -> None:
+    """Raise UserError if `table` would replace texts or images of a metadata file that is neither the `source` of the
+    table nor, unchanged, what `writer` wrote there."""
+    name = f"a metadata file with these texts, or one that {writer} wrote, unchanged"
+    kind = FileKind(name, lambda path: is_own_table(path, table, writer))
+    if source is None or not (path.exists() and path.samefile(source)):
+        check_target("out_json", path, kind)
 
 
-def write_table(path: Path, table: dict[str, Any]) -> None:
-    """Write a metadata file atomically. Raises UserError as `check_table` does."""
-    check_table(path, table)
+def is_own_table(path: Path, new: Mapping[str, Any], writer: str) -> bool:
+    """Return True if `new` has all images of a metadata file, and all its values unless the command wrote these."""
+    old = read_table(str(path))
+    is_unchanged = path.read_text(encoding="utf-8").endswith(mark_table(old, writer, path))
+    return all(
+        key in new and (is_unchanged or all(new[key].get(field) == value for field, value in entry.items()))
+        for key, entry in old.items()
+    )
+
+
+def mark_table(table: Mapping[str, Any], writer: str, path: Path) -> str:
+    """Return a digest of a table, its writer and its name as white space: every entry of the file is an image, and
+    other programs read all of them."""
+    digest = digest_text(mark_of(writer, path) + json.dumps(table, sort_keys=True))
+    return "\n" + f"{int(digest, 16):0128b}".translate({ord("0"): " ", ord("1"): "\t"}) + "\n"
+
+
+def write_table(path: Path, table: dict[str, Any], writer: str, source: Path | None) -> None:
+    """Write a metadata file atomically, with its mark. Raises UserError as `check_table` does."""
+    check_table(path, table, writer, source)
+    text = json.dumps(table, indent=2, ensure_ascii=False) + mark_table(table, writer, path)
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(table, indent=2, ensure_ascii=False), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def read_captions(images: Sequence[Path], extension: str) -> Iterator[tuple[Path, str | None]]:
@@ -114,7 +137,7 @@ def collect(args: argparse.Namespace) -> None:
             "%d of %d images have no %s file and get no %s; the first is %s",
             len(missing), len(images), extension, args.field, os.fspath(missing[0]),
         )  # fmt: skip
-    write_table(args.out_json, table)
+    write_table(args.out_json, table, WRITER, args.in_json)
     print(f"{args.out_json}: {args.field} of {len(images) - len(missing)} images, {len(table)} entries")
 
 

@@ -23,7 +23,6 @@ from library.options.training.validation import ValidationOptions
 from library.protocols import Architecture
 from library.training.command_line.checks import check_precision
 from library.training.command_line.option_checks import check_values
-from library.training.command_line.run_lock import run_lock
 from library.training.evaluation.choice import average_by_image
 from library.training.evaluation.choosing import (
     MeasuredFile,
@@ -47,6 +46,7 @@ from library.training.report_page.writer import add_event
 from library.training.reporting import events
 from library.training.reporting.event_stream import open_event_file, plain
 from library.training.saving.names import Names
+from library.training.saving.run_lock import run_lock
 from library.training.saving.saved_files import drop_copies, read_num_steps
 from library.types import Prompt
 from tools.command import make_training_parser, training_command

@@ -53,6 +53,7 @@ CAPTION_RULES = tuple(
         (r"a image\b", "an image"),
     )
 )
+WRITER = "tools/clean_metadata.py"
 EXAMPLES = """\
   python3 tools/clean_metadata.py pictures.json pictures_clean.json"""
 
@@ -112,7 +113,7 @@ def clean(args: argparse.Namespace) -> None:
             num_changed += old != entry[field]
             if args.debug and old != entry[field]:
                 print(f"{old}\n  -> {entry[field]}")
-    write_table(args.out_json, table)
+    write_table(args.out_json, table, WRITER, args.in_json)
     print(f"{args.out_json}: {num_changed} texts changed in {len(table)} entries")
 
 

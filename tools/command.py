@@ -3,7 +3,6 @@
 import argparse
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,11 +14,9 @@ from library.checkpoints.files import SAFETENSORS_SUFFIXES, is_safetensors
 from library.checkpoints.marks import mark_of
 from library.checkpoints.overwriting import FileKind, check_target, marked
 from library.errors import UserError
-from library.formatting import escape_controls
-from library.hidden_libraries import BITSANDBYTES, hide_library
 from library.memory.devices import SAVE_DTYPES
-from library.training.command_line.console import LINES, setup_plain_logging
 from library.version import add_version
+from tools.exit_status import act
 
 FILE_PRECISIONS = {
     **dict.fromkeys(("float32", "fp32", "float"), torch.float32),
@@ -54,28 +51,6 @@ def run(parser: argparse.ArgumentParser, action: Action, argv: Sequence[str] | N
     """Parse the command line, run `action` and return the exit status: 0 success, 1 user error, 130 interrupted, or
     the action's own."""
     return act(partial(action, parser.parse_args(argv)))
-
-
-def act(action: Callable[[], int | None]) -> int:
-    """Run `action`, print a user error as one line, and return the exit status as `run` does."""
-    setup_plain_logging()
-    try:
-        # diffusers imports it if it is installed, which takes 3 CPU s and prints a note about a missing kernel.
-        with hide_library(BITSANDBYTES):
-            return action() or 0
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError) and (error.errno is None or error.filename is None):  # not from the system
-            raise
-        # Names in files may contain escape sequences, which must not reach the terminal.
-        print(f"error: {escape_controls(str(error), keep=LINES)}", file=sys.stderr)
-        return 1
-    except MemoryError as error:
-        reason = f" ({error})" if str(error) else ""
-        print(f"error: main memory ran out{reason}; close other programs, or use smaller files", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; no partial file was written", file=sys.stderr)
-        return 130
 
 
 def command(setup_parser: Callable[[], argparse.ArgumentParser], action: Action) -> Callable[..., int]:

@@ -27,7 +27,6 @@ from library.options.training.run import MAX_SEED
 from library.protocols import LatentSpec
 from library.training.command_line.checks import check_precision
 from library.training.command_line.option_checks import check_values
-from library.training.command_line.run_lock import run_lock
 from library.training.evaluation.image_scores import Scorer, format_means, read_scorer
 from library.training.evaluation.prompt_images import show_with_references
 from library.training.evaluation.prompts import read_prompts, refuse_strengths, resolve_all
@@ -39,6 +38,7 @@ from library.training.offline.contact_sheet import Row, arrange, draw_rows
 from library.training.report_page.writer import add_sheet
 from library.training.reporting.sample_images import encode_data_url
 from library.training.saving.names import Names
+from library.training.saving.run_lock import run_lock
 from library.training.saving.saved_files import drop_copies, files_of_run
 from library.types import Prompt
 from tools.command import check_at_least_one, make_training_parser, training_command, written_by

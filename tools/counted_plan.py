@@ -22,6 +22,7 @@ from library.training.models.requests import RequestedRun
 from library.training.planning.counting import CountedRun, count_run
 from library.training.planning.fit import fit_to
 from library.training.planning.meta_run import BatchShape
+from library.training.sweep.combinations import expand_combinations
 
 GPU = torch.device("cuda")  # the device to plan for; it need not exist
 
@@ -60,6 +61,9 @@ def count(name: str, arguments: Sequence[str]) -> tuple[RequestedRun, CountedRun
     data = options.dataset
     batch = largest_batch(load_dataset_config(options)) if data.dataset_config else batch_of_options(data)
     with mute_logging():  # the training run itself logs these messages
+        if options.sweep.sweep:
+            runs = [combination.options for combination in expand_combinations(options)]
+            options = max(runs, key=lambda own: own.network.network_dim or 0)
         run = RequestedRun.resolve(options, spec.build(options))
         return run, count_run(run, batch, GPU)
 

@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise FrontEndError(
                 f"{args.folder} contains this suite; clone the suite next to the front end and run it there"
             )
+        if (args.folder / "tools" / "front_end.py").is_file() and not (args.restore or args.check):
+            raise FrontEndError(f"{args.folder} is a copy of this suite; give the folder of the front end")
         layouts = require_layouts(args.folder)
         if args.check:
             return check(args.folder, layouts)

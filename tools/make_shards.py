@@ -25,8 +25,8 @@ import toml
 
 from library.checkpoints.files import atomic_path, remove_temporary
 from library.checkpoints.hashes import digest_of_file
-from library.checkpoints.marks import MARK_FIELD, mark_of
-from library.checkpoints.overwriting import FileKind, check_target, judge, known_by_start, marked
+from library.checkpoints.marks import MARK_FIELD, mark_of, seal_text
+from library.checkpoints.overwriting import FileKind, check_target, judge, known_by_start, marked, sealed
 from library.data.decoding.images import open_image
 from library.data.description.dataset_file import load_dataset_config, read_description
 from library.data.description.image_extensions import image_extensions
@@ -36,6 +36,7 @@ from library.data.plan.collect import collect
 from library.data.scanned.images import ScannedImage
 from library.data.scanned.names import safe_name
 from library.data.scanned.subsets import ScannedSubset
+from library.data.sources.indexed.parquet_files import pyarrow_parquet
 from library.data.sources.storage.source import load_source
 from library.data.sources.storage.storage import Storage
 from library.errors import NoDataFound, UserError
@@ -410,16 +411,16 @@ def read_options(args: argparse.Namespace, training: Sequence[str]) -> TrainOpti
 def make_shards(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Write shards, index and dataset file. Raises UserError for invalid options and unreadable images."""
     options = read_options(args, training)
+    pyarrow_parquet()  # the index of the shards requires it, which is written last
     config, storage = load_dataset_config(options), Storage(options.caching.cache_dir)
     path, source = args.out / DESCRIPTION, Path(str(options.dataset.dataset_config))
     first_line = write_first_line(source)
-    name, line = f"a dataset file that {WRITER} wrote from {source}", first_line.encode()
-    kind = known_by_start(name, lambda start: start.startswith(line))
+    kind = sealed(f"a dataset file that {WRITER} wrote from {source}, unchanged", first_line)
     check_target("--out", path, kind, [source])
     patterns = pack(config, args.out, args.shard_mb * 1e6, storage)
     content = toml.dumps(describe_shards(read_description(str(options.dataset.dataset_config)), patterns))
     with atomic_path(path) as temporary:
-        temporary.write_text(f"{first_line}\n{content}", encoding="utf-8")
+        temporary.write_text(seal_text(first_line, content), encoding="utf-8", newline="\n")
     options = options.with_values({"dataset_config": path, "cache_dir": None})
     count = sum(len(subset.images) for dataset in collect(load_dataset_config(options)) for subset in dataset.subsets)
     logger.info("%d images are in the shards of %s", count, args.out)

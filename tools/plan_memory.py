@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    from tools.command import act
     from tools.counted_plan import plan as plan_counted
+    from tools.exit_status import act
 
     return act(lambda: plan_counted(args.script, training, gpus))
 

@@ -30,6 +30,7 @@ FORWARDED_OPTIONS = (
     "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale", "mixed_precision", "flip_aug",
     "alpha_mask", "skip_existing",
 )  # fmt: skip
+WRITER = "tools/prepare_metadata.py"
 EXAMPLES = """\
   python3 tools/prepare_metadata.py pictures pictures.json prepared.json sd15.safetensors --max_resolution 512,512"""
 
@@ -69,7 +70,7 @@ def prepare(args: argparse.Namespace) -> None:
     """Encode the images and write the metadata file."""
     check_name(args.out_json)
     table = read_table(str(args.in_json))
-    check_table(args.out_json, table)  # encoding takes long
+    check_table(args.out_json, table, WRITER, args.in_json)  # encoding takes long
     images = list_images(args.train_data_dir, args.recursive)
     # The plan gets the entries instead of reading the file again, so that the images that are encoded and the entries
     # that are written agree even if the file changes meanwhile.
@@ -83,7 +84,7 @@ def prepare(args: argparse.Namespace) -> None:
             len(without_entry), len(images), args.in_json, without_entry[0],
         )  # fmt: skip
     record_sizes(table, args.train_data_dir, sizes)
-    write_table(args.out_json, table)
+    write_table(args.out_json, table, WRITER, args.in_json)
     print(f"{args.out_json}: sizes of {len(sizes)} images, {len(table)} entries")
 
 

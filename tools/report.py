@@ -5,16 +5,18 @@ import argparse
 import logging
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.checkpoints.overwriting import check_target
+from library.checkpoints.overwriting import FileKind, check_target
 from library.errors import UserError
 from library.training.report_page.live import ReportServer
 from library.training.report_page.page import report_kind
-from library.training.report_page.writer import build_report, read_events, write_page
+from library.training.report_page.record import Record
+from library.training.report_page.writer import build_report, read_events, read_report, write_page
 from tools.command import command, make_parser
 
 EXAMPLES = """\
@@ -44,9 +46,18 @@ def make_report(args: argparse.Namespace) -> None:
     record = read_events(args.events)
     if record.is_empty:
         raise UserError(f"{args.events} has no events; use the file written by --log_events")
-    check_target("--output", path, report_kind(record.name), [args.events])
+    kind = FileKind(f"{report_kind(record.name).name} with these events", partial(is_of_run, record))
+    check_target("--output", path, kind, [args.events])
     write_page(path, build_report(record))
     logger.info("wrote %s", path)
+
+
+def is_of_run(record: Record, path: Path) -> bool:
+    """Return True if a page is a report of the run of this record: of the same name, and with one of its starts."""
+    if not report_kind(record.name).is_own(path):
+        return False
+    starts, others = ({session["time"] for session in each.sessions} for each in (record, read_report(path)))
+    return not starts or not others or bool(starts & others)
 
 
 main = command(setup_parser, make_report)

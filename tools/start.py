@@ -26,12 +26,14 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(ROOT))
 
 from library import torch_builds  # noqa: E402
+from library.lock_file import format_entries  # noqa: E402
+from library.package_sources import Source, chooses_packages, uv_options  # noqa: E402
 from library.requirements import python_path, python_problem, suggest_python  # noqa: E402
 from library.version import add_version  # noqa: E402
 
-RUN_REQUIREMENTS = ("requirements.txt",)
-TEST_REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
-LOCK = ("requirements.lock",)
+REQUIREMENTS, TESTED, FOR_TESTS = "requirements.txt", "requirements.lock", "requirements-dev.txt"
+RUN_REQUIREMENTS = (TESTED,)
+TEST_REQUIREMENTS = (TESTED, FOR_TESTS)
 SMALLEST_INSTALL_BYTES = 3 * 1024**3  # torch's CPU build and the rest; CUDA builds take about three times as much
 MAX_QUICKSTART_THREADS = 8  # the toy model is too small for more
 INTERRUPTED = 130  # exit status of shells after Ctrl-C
@@ -43,13 +45,6 @@ PROMPTS = "configs/quickstart/prompts.txt"
 ADAPTER = "output/quickstart/quickstart.safetensors"
 IMAGE = "output/quickstart/before_after.png"
 REPORT = "output/quickstart/quickstart-report.html"
-
-
-class Source:
-    """Where packages come from: a folder of wheels, and a build of torch; None where this machine decides."""
-
-    def __init__(self, wheels: "Path | None", torch: "str | None") -> None:
-        self.wheels, self.torch = wheels, torch
 
 
 class StartError(Exception):
@@ -104,6 +99,12 @@ def digest_text(path: Path) -> str:
     return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
 
 
+def is_installed(venv: Path, version: "tuple[int, int, int]", names: "tuple[str, ...]") -> bool:
+    """Return True if these requirement files are up to date in the environment."""
+    stamps = make_stamps(venv, version, names)
+    return all(path.is_file() and path.read_text(encoding="utf-8") == content for path, content in stamps.items())
+
+
 def make_stamps(venv: Path, version: "tuple[int, int, int]", names: "tuple[str, ...]") -> "dict[Path, str]":
     """Return the stamp files that record the installed packages, with their content for these requirement files and
     this Python."""
@@ -116,33 +117,11 @@ def install_command(python: Path, requirement_names: "list[str]", options: "tupl
     if uv is None:
         command = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
     else:
-        command = [uv, "pip", "install", "--python", str(python), *uv_indexes()]
+        command = [uv, "pip", "install", "--python", str(python), *uv_options()]
     command += options
     for name in requirement_names:
         command += ["-r", str(ROOT / name)]
     return command
-
-
-def uv_indexes() -> "list[str]":
-    """Return uv's options for pip's index variables, which uv does not read."""
-    options = {
-        "PIP_INDEX_URL": "--index-url", "PIP_EXTRA_INDEX_URL": "--extra-index-url", "PIP_FIND_LINKS": "--find-links",
-    }  # fmt: skip
-    words = [
-        word for name, option in options.items() for url in os.environ.get(name, "").split() for word in (option, url)
-    ]
-    # By default uv takes a package from the first index that has it; pip compares the versions of all indexes.
-    return [*words, "--index-strategy", "unsafe-best-match"] if "--extra-index-url" in words else words
-
-
-def chooses_packages(python: Path) -> bool:
-    """Return True if the user's settings of pip say where packages come from, or which versions."""
-    names = ("index-url", "extra-index-url", "find-links", "constraint", "no-index")
-    if any(os.environ.get("PIP_" + name.upper().replace("-", "_")) for name in names):
-        return True
-    command = [str(python), "-m", "pip", "config", "list"]
-    settings = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
-    return any(f".{name}=".encode() in settings for name in names)
 
 
 def install_torch(venv: Path, python: Path, tag: "str | None") -> None:
@@ -158,12 +137,13 @@ def install_torch(venv: Path, python: Path, tag: "str | None") -> None:
         choice = torch_builds.named(tag) if tag else torch_builds.choose()
     except torch_builds.NoBuild as error:
         raise StartError(str(error)) from None
-    if choice.index is not None and not torch_builds.is_reachable(choice.index):
+    is_reachable = choice.index is None or torch_builds.is_reachable(choice.index)
+    if not is_reachable:
         print(f"{choice.index} cannot be reached, so torch comes from PyPI; `doctor` checks it", flush=True)
-        return
-    source = "PyPI" if choice.index is None else choice.index
-    print(f"{choice.reason}: installing {choice.requirement} from {source} (another build: --torch TAG)", flush=True)
-    index = () if choice.index is None else ("--index-url", choice.index)
+    source = choice.index if is_reachable else None
+    place = "PyPI" if source is None else source
+    print(f"{choice.reason}: installing {choice.requirement} from {place} (another build: --torch TAG)", flush=True)
+    index = () if source is None else ("--index-url", source)
     again = ("--force-reinstall",) if tag and has_torch else ()
     install(venv, python, [], (*index, *again, choice.requirement))
 
@@ -182,7 +162,7 @@ def install(venv: Path, python: Path, requirement_names: "list[str]", options: "
     """Install the requirement files and show the progress. Raises StartError with the last error lines."""
     check_disk(venv)
     if requirement_names:
-        print("Installing " + " and ".join(requirement_names) + f" into {venv}", flush=True)
+        print("Installing " + " and ".join(Path(n).name for n in requirement_names) + f" into {venv}", flush=True)
     last_lines = deque(maxlen=15)  # type: deque[str]
     exit_code = run(install_command(python, requirement_names, options), keep_errors_in=last_lines)
     if exit_code != 0:
@@ -196,14 +176,44 @@ def install(venv: Path, python: Path, requirement_names: "list[str]", options: "
         )
 
 
-def ready_python(venv: Path, requirement_names: "tuple[str, ...]", source: "Source | None" = None) -> Path:
+def install_all(venv: Path, python: Path, names: "tuple[str, ...]", source: Source) -> "tuple[str, ...]":
+    """Install requirement files. Return those that were installed.
+
+    requirements.lock is checked by hashes, without torch, whose build depends on the GPU. Other wheels than PyPI's have
+    other hashes: where the user's settings choose packages, they choose the versions too unless `source` names them.
+    """
+    settings_choose = source.wheels is None and chooses_packages(python)
+    is_hashed = TESTED in names and source.wheels is None and not settings_choose
+    if TESTED in names and not is_hashed:
+        names = tuple(source.versions or REQUIREMENTS if name == TESTED else name for name in names)
+        chooser = "these wheels" if source.wheels else "your settings of pip or uv"
+        print(f"Installing {names[0]} without hashes: {chooser} choose the packages", flush=True)
+    with_torch = not is_hashed and not source.torch
+    if source.wheels is None and not (TESTED in names and with_torch):
+        install_torch(venv, python, source.torch)
+    wheels = () if source.wheels is None else ("--no-index", "--find-links", str(source.wheels))
+    if TESTED in names:
+        listed = venv / TESTED
+        text = (ROOT / TESTED).read_text(encoding="utf-8")
+        listed.write_text(format_entries(text, with_torch, with_hashes=is_hashed), encoding="utf-8")
+        hashed = ("--require-hashes",) if is_hashed else ()
+        install(venv, python, [str(listed)], (*wheels, *hashed, *(() if with_torch else ("--no-deps",))))
+    others = [name for name in names if name != TESTED]
+    if others:
+        install(venv, python, others, wheels)
+    return names
+
+
+def ready_python(venv: Path, names: "tuple[str, ...]", source: "Source | None" = None) -> Path:
     """Return the environment's Python, after installing the requirement files if they are not up to date.
 
-    `source` says where packages come from.
+    `source` says where packages come from. Without versions in it, an environment that holds requirements.txt instead
+    of requirements.lock is up to date too.
 
     Stamps are removed before the installer starts and written after it ends, so an interrupted installation is
     repeated.
     """
+    source = source or Source()
     python = python_path(venv)
     version = read_version(python)
     if version is None:
@@ -214,20 +224,17 @@ def ready_python(venv: Path, requirement_names: "tuple[str, ...]", source: "Sour
     problem = python_problem(version[:2])
     if problem:
         raise StartError(f"{venv}: {problem}; delete that folder or use another one with --venv")
-    stamps = make_stamps(venv, version, requirement_names)
-    is_ready = all(path.is_file() and path.read_text(encoding="utf-8") == content for path, content in stamps.items())
-    if not is_ready or (source is not None and source.torch):
+    accepted = [names]
+    if source.versions is None:
+        accepted.append(tuple(REQUIREMENTS if name == TESTED else name for name in names))
+    if source.torch or not any(is_installed(venv, version, choice) for choice in accepted):
         for path in venv.glob("start-*.stamp"):
             path.unlink()
         # Environments made by uv, and interrupted ones, have no pip.
         if shutil.which("uv") is None and run([str(python), "-m", "pip", "--version"], quiet=True) != 0:
             run([str(python), "-m", "ensurepip", "--default-pip"])
-        wheels, tag = (None, None) if source is None else (source.wheels, source.torch)
-        if wheels is None and requirement_names != LOCK:
-            install_torch(venv, python, tag)
-        offline = () if wheels is None else ("--no-index", "--find-links", str(wheels))
-        install(venv, python, list(requirement_names), offline)
-        for path, content in stamps.items():
+        installed = install_all(venv, python, names, source)
+        for path, content in make_stamps(venv, version, installed).items():
             path.write_text(content, encoding="utf-8")
     return python
 
@@ -244,9 +251,8 @@ def child_environment() -> "dict[str, str]":
 def run(command: "list[str]", keep_errors_in: "deque[str] | None" = None, quiet: bool = False) -> int:
     """Run a command in the repository's folder and return its exit status.
 
-    `keep_errors_in` collects the lines of its standard error, which are also shown. After Ctrl-C, which the command
-    receives too, the command gets time to save and exit; the third Ctrl-C kills it. Raises KeyboardInterrupt after any
-    Ctrl-C.
+    `keep_errors_in` collects the lines of its standard error, which are also shown. Raises KeyboardInterrupt once a
+    command ended after Ctrl-C, see `wait`.
     """
     process = subprocess.Popen(
         command,
@@ -258,6 +264,17 @@ def run(command: "list[str]", keep_errors_in: "deque[str] | None" = None, quiet:
         encoding="utf-8",
         errors="replace",
     )
+    exit_code, is_interrupted = wait(process, keep_errors_in)
+    if is_interrupted:
+        raise KeyboardInterrupt
+    return exit_code
+
+
+def wait(process: "subprocess.Popen[str]", keep_errors_in: "deque[str] | None" = None) -> "tuple[int, bool]":
+    """Wait for a command. Return its exit status, and True after Ctrl-C.
+
+    The terminal sends Ctrl-C to the command too, which gets time to save and exit; the third one kills it.
+    """
     num_interrupts = 0
     while True:
         try:
@@ -271,10 +288,20 @@ def run(command: "list[str]", keep_errors_in: "deque[str] | None" = None, quiet:
             num_interrupts += 1
             if num_interrupts >= 3:
                 process.kill()
-    if num_interrupts:
-        raise KeyboardInterrupt
     # A shell reports death by signal n as status 128 + n, subprocess as -n.
-    return int(128 - exit_code if exit_code < 0 else exit_code)
+    return int(128 - exit_code if exit_code < 0 else exit_code), num_interrupts > 0
+
+
+def replace_process(command: "list[str]", platform: str = sys.platform) -> int:
+    """Go on as a command, in this folder and environment, so that signals reach it alone.
+
+    Windows cannot replace a process: there the command is waited for, and its exit status returned.
+    """
+    if platform == "win32":
+        return wait(subprocess.Popen(command, universal_newlines=True))[0]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(command[0], command)
 
 
 def num_threads() -> int:
@@ -365,8 +392,7 @@ def quickstart(venv: Path) -> int:
 
 def train(venv: Path, arguments: "list[str]") -> int:
     """Run train.py where the user is, with access to the model hub. Return its exit status."""
-    python = ready_python(venv, RUN_REQUIREMENTS)
-    return subprocess.call([str(python), str(ROOT / "train.py"), *arguments])
+    return replace_process([str(ready_python(venv, RUN_REQUIREMENTS)), str(ROOT / "train.py"), *arguments])
 
 
 def run_tests(venv: Path, slow: bool, pytest_arguments: "list[str]") -> int:
@@ -410,7 +436,9 @@ def setup_parser() -> argparse.ArgumentParser:
     setup.add_argument(
         "--offline", type=Path, metavar="DIR", help="install from the wheels in this folder (`pip download` fills it)"
     )
-    setup.add_argument("--locked", action="store_true", help="the versions in requirements.lock, without test packages")
+    versions = setup.add_mutually_exclusive_group()
+    versions.add_argument("--locked", action="store_true", help="requirements.lock without the packages for tests")
+    versions.add_argument("--newest", action="store_true", help="the newest versions instead of requirements.lock")
     commands.add_parser("doctor", parents=[common], help="check this machine, for you or a bug report")
     commands.add_parser(
         "quickstart", parents=[common], help="train a LoRA on the bundled toy model, draw before | after"
@@ -459,8 +487,9 @@ def main(arguments: "list[str]") -> int:
                     f"--offline {args.offline} has no wheels; on a machine with a network run "
                     f"`python3 -m pip download -d {args.offline} -r requirements.txt`"
                 )
-            names = LOCK if args.locked else RUN_REQUIREMENTS if args.offline else TEST_REQUIREMENTS
-            print(f"Ready: {ready_python(venv, names, Source(args.offline, args.torch))}")
+            versions = TESTED if args.locked else REQUIREMENTS if args.newest or args.offline else None
+            names = (versions or TESTED,) if args.locked or args.offline else (versions or TESTED, FOR_TESTS)
+            print(f"Ready: {ready_python(venv, names, Source(args.offline, args.torch, versions))}")
             return 0
         return quickstart(venv)
     except StartError as error:

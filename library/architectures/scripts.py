@@ -23,6 +23,7 @@ class Script:
     options: type[TrainOptions]
     instead: Mapping[str, str]  # option of another script -> what to use here
     files: tuple[ModelFile, ...]  # where the base models and their parts are to be had
+    parts: str  # options of the example in the help, besides the base model
 
 
 def list_scripts() -> tuple[Script, ...]:
@@ -39,7 +40,8 @@ def script_of(package: str) -> Script:
     name = getattr(module, "SCRIPT", f"{package}_train_network.py")
     # A module may import a class that it extends. Its own class is the last one, because names keep their order.
     options = script_classes[-1] if script_classes else TrainOptions
-    return Script(name, options, getattr(module, "INSTEAD", {}), getattr(module, "FILES", ()))
+    hints, files, parts = getattr(module, "INSTEAD", {}), getattr(module, "FILES", ()), getattr(module, "PARTS", "")
+    return Script(name, options, hints, files, parts)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from zipfile import ZipFile, is_zipfile
 import torch
 from torch import Tensor
 
-from library.checkpoints.marks import MARK_FIELD
+from library.checkpoints.marks import MARK_FIELD, add_digest, digest_tensors
 from library.errors import UserError
 from library.json_text import parse_json
 
@@ -294,7 +294,7 @@ def save_safetensors(
     from safetensors.torch import save_file
 
     fields = {k: v for k, v in (metadata or {}).items() if k != MARK_FIELD}  # metadata may be those of another file
-    fields |= {} if mark is None else {MARK_FIELD: mark}
+    fields |= {} if mark is None else {MARK_FIELD: add_digest(mark, digest_tensors(tensors))}
     with atomic_path(path) as temporary:
         # safetensors refuses views that are not contiguous.
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, fields or None)
@@ -318,10 +318,12 @@ def save_pickle_state_dict(
 
 
 def mark_pickle(path: Path, mark: str) -> None:
-    """Store the mark as the comment of torch's zip archive, which readers ignore; other formats stay unmarked."""
+    """Store the mark and a digest of the tensors as the comment of torch's zip archive, which readers ignore; other
+    formats stay unmarked."""
     if is_zipfile(path):
+        content = add_digest(mark, digest_tensors(load_state_dict(path, mmap=True)))
         with ZipFile(path, "a") as archive:
-            archive.comment = mark.encode()
+            archive.comment = content.encode()
 
 
 def _broken(path: Path, problem: str) -> UserError:

@@ -1,6 +1,7 @@
 """Hashes by which programs identify models and adapters."""
 
 import hashlib
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,6 +57,17 @@ def sha256_of_file(path: str | Path) -> str:
     """
     path = Path(path)
     return _hash_content(path, hashlib.sha256()) if path.is_file() else _word_for_no_file(path)
+
+
+def sha256_of_tensors(path: Path) -> str:
+    """Return `sshs_model_hash` of a safetensors file: the SHA-256 of what follows its header."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        (header_bytes,) = struct.unpack("<Q", file.read(LENGTH_BYTES))
+        file.seek(header_bytes, os.SEEK_CUR)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def digest_of_file(path: Path) -> str:

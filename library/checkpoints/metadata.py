@@ -41,7 +41,7 @@ RECORDED_OPTIONS = (
 """Options that are recorded under their own name with the prefix `ss_`."""
 RECORDED_FIELDS = (
     "session_id", "num_train_images", "num_validation_images", "num_reg_images", "num_batches_per_epoch", "num_epochs",
-    "max_train_steps", "seed", "optimizer",
+    "max_train_steps", "seed", "optimizer", "run_digest",
 )  # fmt: skip
 """Fields of `RunSummary` that are recorded under their own name with the prefix `ss_`."""
 MODELSPEC_TEXTS = (
@@ -67,6 +67,7 @@ class RunSummary:
     has_relative_step: bool  # True for Adafactor with its own learning rates
     network_args: Mapping[str, Any]  # as passed to the network module
     datasets: Mapping[str, Any]  # the ss_* keys that describe the data; dicts and lists become JSON
+    run_digest: str  # of all that determines the trained weights
 
 
 def training_metadata(options: TrainOptions, architecture: Mapping[str, str], summary: RunSummary) -> dict[str, str]:

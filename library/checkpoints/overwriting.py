@@ -8,7 +8,16 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Literal
 
-from library.checkpoints.marks import JPEG_START, PNG_START, TAR_AT, TAR_WORD, ZIP_START, read_mark
+from library.checkpoints.marks import (
+    JPEG_START,
+    PNG_START,
+    TAR_AT,
+    TAR_WORD,
+    ZIP_START,
+    has_changed,
+    is_sealed,
+    read_mark,
+)
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -33,8 +42,13 @@ def known_by_start(name: str, recognises: Callable[[bytes], bool]) -> FileKind:
 
 
 def marked(name: str, mark: str, is_folder: bool = False) -> FileKind:
-    """Return a kind of file, or of diffusers folder, that carries `mark`."""
-    return FileKind(name, lambda path: read_mark(path) == mark, is_folder)
+    """Return a kind of file, or of diffusers folder, that carries `mark` and has not been changed since."""
+    return FileKind(name, lambda path: read_mark(path) == mark and not has_changed(path), is_folder)
+
+
+def sealed(name: str, first_line: str) -> FileKind:
+    """Return a kind of text file that `seal_text` has written and nobody has changed since."""
+    return FileKind(name, lambda path: is_sealed(path, first_line))
 
 
 def judge(path: Path, kind: FileKind) -> Standing:
@@ -114,7 +128,7 @@ def describe(path: Path) -> str:
     except OSError as error:
         return f"unreadable ({error.strerror})"
     mark = read_mark(path)
-    return words if mark is None else f"{words} ({mark})"
+    return words if mark is None else f"{words} ({mark}{', changed since' if has_changed(path) else ''})"
 
 
 def describe_start(start: bytes) -> str:

@@ -56,9 +56,8 @@ class Declaration:
 
     # What the path is that the value is; None for other values.
     path: PathKind | None = None
-    # Abbreviation of the option in a sweep's file names, "" if the value suffices; None if the option cannot differ
-    # between the adapters of a run.
-    sweep_name: str | None = None
+    # Abbreviation of the option in names of files, "" if the value suffices; None is the name without its underscores.
+    short_name: str | None = None
     # 0 means unset.
     zero_is_unset: bool = False
     # A password, which must not appear in any file or tracker.

@@ -24,16 +24,26 @@ class CachingOptions(Options, needs_images=True):
         usual=True,
         excludes={"dataset_class": NO_LATENTS},
         affects_training=False,
-        help="Keep the encoded images in files beside them, so that the next run need not encode them again. Implies"
-        " --cache_latents; stale entries are encoded again.",
+        help="Keep the encoded images in files beside them or in --cache_dir, so that the next run need not encode them"
+        " again. Implies --cache_latents; stale entries are encoded again.",
     )
     cache_dir: str | None = option(
         None,
         path="new folder",
         own=True,
         affects_training=False,
-        help="Folder for the index, latents and text features of tar shards and Parquet files, and for what is read "
-        "of images behind a URL. Unset keeps them beside local files; images behind a URL need it.",
+        help="Folder for cached latents and text features, for the index of tar shards and Parquet files, and for what "
+        "is read of images behind a URL, which need it. Unset keeps caches beside the images, and those of a folder "
+        "that cannot be written in --output_dir/cache.",
+    )
+    shared_cache_dir: str | None = option(
+        None,
+        path="new folder",
+        own=True,
+        affects_training=False,
+        needs=("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk"),
+        help="Folder for all latents and text features that are cached in files, in place of those beside the images "
+        "and in --cache_dir. --sweep sets it for runs that share what they would keep in memory.",
     )
     remote_cache_gb: float = option(
         20.0,
@@ -79,8 +89,8 @@ class TextCachingOptions(Options):
         needs_images=True,
         excludes={"dataset_class": NO_CAPTIONS},
         affects_training=False,
-        help="Keep the encoded captions in files beside the images, so that the next run need not load the text "
-        "encoders. Implies --cache_text_encoder_outputs; stale entries are encoded again.",
+        help="Keep the encoded captions in files beside the images or in --cache_dir, so that the next run need not "
+        "load the text encoders. Implies --cache_text_encoder_outputs; stale entries are encoded again.",
     )
     text_encoder_batch_size: int | None = option(
         None,

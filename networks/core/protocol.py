@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 TextEncoder = nn.Module | list[nn.Module] | None
 """The text encoder, or a list of them if the base model has several."""
 
-TRUE_WORDS = ("true", "1", "yes", "y", "on")  # values of network arguments that mean True
 OURS = "networks."  # prefix of the names of our own modules
 PACKAGES = {"lycoris": "lycoris-lora"}  # import name -> name of the pip package
 
@@ -110,25 +109,6 @@ def open_network_module(name: str) -> NetworkModule:
     if not name.startswith(OURS):
         create, from_weights = _explain_errors(name, create), _explain_reading_errors(name, from_weights)
     return NetworkModule(name, create, from_weights)
-
-
-def parse_network_args(items: Sequence[str] | None) -> dict[str, str]:
-    """Parse `key=value` items; the last value of a repeated key counts. Raises UserError for an item without `=`."""
-    arguments: dict[str, str] = {}
-    for item in items or []:
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise UserError(f"--network_args {item!r} has no '='; write key=value, such as conv_dim=8")
-        if arguments.get(key, value) != value:
-            logger.warning("--network_args %s is given twice; %s counts, not %s", key, value, arguments[key])
-        arguments[key] = value
-    return arguments
-
-
-def is_switched_on(items: Sequence[str] | None, name: str) -> bool:
-    """Return True if the last network argument `name` has a value that means True."""
-    values = [item.partition("=")[2] for item in items or [] if item.partition("=")[0] == name]
-    return bool(values) and values[-1].strip().lower() in TRUE_WORDS
 
 
 def adopt(network: Any) -> "AdoptedNetwork":

@@ -15,8 +15,12 @@ def python_files(*folders: str) -> list[Path]:
 
 
 def scripts() -> list[Path]:
-    """Return the Python files in the repository's root folder."""
-    return [path.relative_to(ROOT) for path in sorted(ROOT.glob("*.py"))]
+    """Return the Python files in the repository's root folder and under musubi-tuner's paths."""
+    return [
+        path.relative_to(ROOT)
+        for folder in (ROOT, ROOT / "src" / "musubi_tuner")
+        for path in sorted(folder.glob("*.py"))
+    ]
 
 
 @cache

@@ -1,5 +1,6 @@
 """Folders are layers: imports point down, and no two folders import each other, even indirectly."""
 
+import sys
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.architecture.sources import python_files, source_of, text_of
+from tests.architecture.sources import ROOT, python_files, source_of, text_of
 
 PATHS = python_files("library", "networks")
 MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in PATHS}
@@ -17,8 +18,15 @@ MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path 
 LAYERS = (
     ("library.errors", "library.suggestions", "library.formatting", "library.json_text"),
     ("library.types", "library.randomness", "library.collector", "library.hidden_libraries", "library.launcher"),
-    ("library.torch_builds",),
-    ("library.version", "library.requirements", "library.installed", "library.determinism"),
+    ("library.torch_builds", "library.network_args"),
+    (
+        "library.version",
+        "library.lock_file",
+        "library.package_sources",
+        "library.requirements",
+        "library.installed",
+        "library.determinism",
+    ),
     ("library.heartbeat", "library.progress", "library.processes", "library.temporary_folders"),
     ("library.gradient_exchange",),
     ("library.options",),
@@ -65,6 +73,7 @@ LAYERS = (
     ("library.training.sweep",),
     ("library.training.command_line",),
     ("library.training.offline",),
+    ("library.training.run_queue",),
 )
 LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
 
@@ -178,6 +187,20 @@ def test_no_base_model_imports_another() -> None:
             own_package = ".".join(module.split(".")[:3])
             other_models = {o for o in imports()[module] if o.startswith("library.architectures.") and o.count(".") > 2}
             assert all(inside(other, (own_package,)) for other in other_models), f"{module} imports {other_models}"
+
+
+def test_only_the_command_line_knows_sweeps() -> None:
+    """A sweep goes around runs: no part of a run is there for several of them."""
+    sweep = ("library.training.sweep",)
+    users = {module for module, imported in imports().items() if any(inside(other, sweep) for other in imported)}
+    assert {user for user in users if not inside(user, sweep)} == {"library.training.command_line.sweeps"}
+
+
+@pytest.mark.parametrize("folder", [".", "tools", "networks", "src/musubi_tuner"])
+def test_no_file_beside_a_script_has_a_standard_name(folder: str) -> None:
+    """The folder of a started script comes first on the module path: torch would import its queue.py."""
+    names = {path.stem for path in (ROOT / folder).glob("*") if path.suffix == ".py" or path.is_dir()}
+    assert not names & sys.stdlib_module_names
 
 
 def test_every_layer_exists() -> None:

@@ -165,6 +165,7 @@ WITHOUT_TARGET: Mapping[str, str] = {
     "tools/plan_memory.py": NOTHING,
     "tools/recipes.py": NOTHING,
     "tools/release.py": "refuses a folder that exists",
+    "tools/run_queue.py": "refuses a folder that is no queue: tests/unit/training/test_run_queue.py",
     "tools/show_metadata.py": NOTHING,
     "tools/start.py": "installs packages and starts other commands",
     "tools/verify.py": ELSEWHERE,

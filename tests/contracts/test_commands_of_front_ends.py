@@ -296,6 +296,9 @@ def test_caching_flux_latents_needs_only_the_vae(
     with pytest.raises(SystemExit, match="1"):
         command.main([*words, "--flux", "--sdxl"])
     assert "--sdxl and --flux name two base models" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="1"):
+        command.main([*words, "--zimage", "--flux"])
+    assert "--flux and --zimage name two base models" in capsys.readouterr().err
     assert load_script("tools/cache_text_encoder_outputs.py").main([*words, "--flux"]) == 1
     assert "--pretrained_model_name_or_path is missing" in capsys.readouterr().err
 

@@ -24,7 +24,7 @@ from library.training.config_file import read_config
 from library.training.evaluation.prompts import LINE_OPTIONS
 from library.training.sweep.combinations import expand_combinations
 from networks.core.registry.parsing import parse_arguments
-from tools import choose_checkpoint, contact_sheet, make_shards, plan_memory, start, verify
+from tools import choose_checkpoint, contact_sheet, make_shards, plan_memory, run_queue, start, verify
 from tools.capabilities import list_tools
 
 pytestmark = pytest.mark.slow
@@ -36,9 +36,11 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 FLAGS_OF_OTHERS = {
+    *("--folder", "--gpus", "--now"),  # of the commands of tools/run_queue.py
     "--venv",
     "--slow",
     "--locked",
+    "--newest",
     "--torch",
     "--offline",
     "--help_all",
@@ -69,6 +71,9 @@ def check_command(command: str) -> None:
     match words:
         case ["source", ".venv/bin/activate"]:
             return
+        case ["seq", _, "|", "xargs", *arguments]:  # runs of a sweep, two at a time
+            words = arguments[arguments.index("python3") + 1 :]
+            check_script(words[0], [word.replace("{}", "1") for word in words[1:]])
         case ["accelerate", "launch", *arguments]:
             check_launch(arguments)
         case ["python3" | "python", "-m", "pip", *_]:
@@ -90,6 +95,13 @@ def check_command(command: str) -> None:
         case ["python3" | "python", "tools/make_shards.py", *arguments]:
             own_args, training = make_shards.setup_parser().parse_known_args(arguments)
             check_script(own_args.script or "train_network.py", training)
+        case ["python3" | "python", "tools/run_queue.py", *arguments]:
+            own, training = start.split_at_dashes(arguments)
+            args = parse(run_queue.setup_parser(), own)
+            if args.command == "add":
+                check_script(args.script or "train_network.py", ["--config_file", str(args.config), *training])
+        case ["python3", "tools/cache_latents.py" | "tools/cache_text_encoder_outputs.py" as tool, family, *arguments]:
+            check_script(f"src/musubi_tuner/{family.removeprefix('--')}_{Path(tool).name}", arguments)
         case ["python3" | "python", script, *arguments] if script.startswith(("tools/", "benchmarks/")):
             check_tool(script, arguments)
         case ["python3" | "python", script, *arguments]:
@@ -107,7 +119,9 @@ def check_launch(arguments: list[str]) -> None:
 
 def parser_of(script: str, arguments: list[str]) -> argparse.ArgumentParser:
     """Return the script's parser; for train_leco.py, that of the first base model with all of these options."""
-    default: argparse.ArgumentParser = importlib.import_module(Path(script).stem).setup_parser()
+    default: argparse.ArgumentParser = importlib.import_module(
+        script.removesuffix(".py").replace("/", ".")
+    ).setup_parser()
     if script != "train_leco.py":
         return default
     flags = {word.split("=")[0] for word in arguments if word.startswith("--")}

@@ -25,7 +25,7 @@ from library.version import VERSION
 WITHOUT_PACKAGES = ("start.py", "front_end.py", "doctor.py", "plan_memory.py", "release.py")
 SCRIPTS = [
     path.relative_to(ROOT).as_posix()
-    for folder in (".", "tools", "tools/quickstart", "benchmarks/toys", "networks", "finetune")
+    for folder in (".", "src/musubi_tuner", "tools", "tools/quickstart", "benchmarks/toys", "networks", "finetune")
     for path in sorted((ROOT / folder).glob("*.py"))
     if '__name__ == "__main__"' in path.read_text(encoding="utf-8") and path.name not in WITHOUT_PACKAGES
 ]
@@ -48,7 +48,7 @@ def start(script: str, *words: str, python: tuple[str, ...] = tuple(BARE)) -> su
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_says_in_one_line_what_to_install(script: str) -> None:
-    needs_packages_for_help = script.startswith("tools/") and "cache_" not in script
+    needs_packages_for_help = script.startswith("tools/") and "cache_" not in script and "queue" not in script
     done = start(script, *(["--help"] if needs_packages_for_help else []))
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
@@ -125,7 +125,13 @@ def test_a_newer_python_is_refused_only_if_it_lacks_packages(script: None, monke
         check_environment()
 
 
-@pytest.mark.parametrize("name", ["__init__.py", "requirements.py", "version.py", "../tools/start.py"])
+READ_BY_OLD = (
+    "__init__.py", "lock_file.py", "package_sources.py", "requirements.py", "torch_builds.py", "version.py",
+    "../tools/start.py",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ_BY_OLD)
 def test_what_an_old_python_reads_is_written_for_it(name: str) -> None:
     ast.parse((ROOT / "library" / name).read_text(encoding="utf-8"), feature_version=(3, 6))
 

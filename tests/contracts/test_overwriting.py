@@ -5,7 +5,9 @@
 
 import importlib
 import io
+import json
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save
+from PIL.PngImagePlugin import PngInfo
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 
 from library.checkpoints.files import read_metadata
 from library.training.evaluation import preview
@@ -157,6 +161,60 @@ def test_a_command_run_twice_works_twice(path: str, call: Call, tmp_path: Path, 
         assert target.exists()
 
 
+def change(target: Path) -> Path:
+    """Change the content of a file, or of a file of a folder, as another program would, and return the file."""
+    path = next(target.rglob("diffusion_pytorch_model.*")) if target.is_dir() else target
+    if path.suffix in (".png", ".jpg"):
+        with Image.open(path) as image:
+            edited, mark = image.convert("RGB"), image.info
+        edited.putpixel((0, 0), tuple(255 - value for value in edited.getpixel((0, 0))))  # type: ignore[union-attr, misc]
+        texts = PngInfo()
+        for name, value in mark.items():
+            if isinstance(value, str):
+                texts.add_itxt(name, value)
+        edited.save(path, **({"pnginfo": texts} if path.suffix == ".png" else {"comment": mark["comment"]}))
+    elif path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(path)
+        next(tensor for tensor in tensors.values() if tensor.ndim).view(torch.uint8)[..., 0] ^= 1
+        path.write_bytes(save(tensors, metadata))
+    elif path.suffix == ".ckpt":
+        with zipfile.ZipFile(path) as archive:
+            comment = archive.comment
+        torch.save({"model.diffusion_model.out.weight": torch.ones(2)}, path)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.comment = comment
+    elif path.suffix == ".json":
+        table = json.loads(path.read_text(encoding="utf-8"))
+        entry = next(iter(table.values()))
+        entry |= {field: "curated" for field in ("caption", "tags") if field in entry}
+        path.write_text(json.dumps(table), encoding="utf-8")
+    else:
+        path.write_bytes(path.read_bytes() + b"\n")
+    return path
+
+
+REBUILT = (".html", ".tar", "-shards.json")  # pages, and shards, which are packed anew with a warning
+CHANGED = [
+    pytest.param(path, call, marks=marks_of(call))
+    for path, call in CASES
+    if path.startswith(("tools/", "finetune/", "networks/")) and not call.target.endswith(REBUILT)
+]
+
+
+@pytest.mark.parametrize(("path", "call"), CHANGED, ids=name_case)
+def test_what_was_changed_since_it_was_written_is_kept(
+    path: str, call: Call, tmp_path: Path, fresh_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, target = fill_in(call, tmp_path, is_read=True)
+    assert command_of(path)(words) == 0
+    changed = change(target)
+    content = changed.read_bytes()
+    assert command_of(path)(words) == 1
+    assert f"{target} exists and is" in capsys.readouterr().err and changed.read_bytes() == content
+
+
 # --- training ---
 
 
@@ -289,6 +347,20 @@ def test_what_appears_during_a_run_is_kept_and_saves_go_beside_it(
     (image,) = (out / "sample").glob("*-rescued.png")
     assert f"preview 0: {image}" in done.stderr and Image.open(image).size == (64, 64)
     assert "model saved." in done.stdout and f"the adapter is {out / 'mine-rescued.safetensors'}" in done.stderr
+
+
+def test_saves_that_another_program_changed_are_moved_aside(train: Train, tmp_path: Path) -> None:
+    words = training_words(tmp_path, "train_network", model_of("train_network.py", tmp_path / "model"))
+    saved, contents = tmp_path / "out" / "mine.safetensors", []
+    for name in ("mine.changed.safetensors", "mine.changed-2.safetensors"):
+        assert train(words).status == 0
+        contents.append(change(saved).read_bytes())
+        done = train(words)
+        assert done.status == 0 and f"since it was saved, and is now {saved.with_name(name)}" in done.stderr
+        assert {path.read_bytes() for path in saved.parent.glob("mine.changed*")} == set(contents)
+        assert saved.exists() and saved.read_bytes() not in contents
+    assert train(words).status == 0
+    assert len(list(saved.parent.glob("*.safetensors"))) == 3
 
 
 def test_the_weights_to_start_from_are_refused_as_output_if_there_is_no_state(train: Train, tmp_path: Path) -> None:

@@ -270,3 +270,15 @@ def test_options_are_not_abbreviated(word: str, capsys: pytest.CaptureFixture[st
 def test_what_the_user_overrides_is_shown_with_what_the_recipe_has() -> None:
     text = describe_given({"learning_rate": 5e-5, "flip_aug": True}, {"learning_rate": 1e-4})
     assert text == "--learning_rate 5e-05, the recipe has 0.0001; --flip_aug True"
+
+
+def test_names_of_photos_cannot_steer_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tools.front_door.session.train", lambda plan, start, record, steps: 0)
+    KINDS["alpha"](tmp_path)
+    (tmp_path / "\x1b]0;title\x07.jpg").write_bytes(b"no picture")
+    words = [str(tmp_path), "--base", TOY, "--trigger", "heart", "--steps", "9", "--yes", "--output_dir"]
+    assert train.main([*words, str(tmp_path / "\x1b[31mred")]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: \\x1b]0;title\\x07.jpg" in printed and "\\x1b[31mred" in printed and "\x1b" not in printed

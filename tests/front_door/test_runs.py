@@ -37,7 +37,7 @@ def write_run(out: Path) -> Callable[..., Files]:
 
     def write(name: str, step: int, record: Record = RECORD, is_finished: bool = False, steps: int = 100) -> Files:
         files = Files(out, name)
-        files.config.write_text(f"{HEADER}{record.line}{format_config({'max_train_steps': steps})}")
+        files.config.write_text(f"{HEADER}\n{record.line}{format_config({'max_train_steps': steps})}")
         if step:
             done: list[Part] = ["end"] if is_finished else []
             folder = out / (f"{name}-state" if is_finished else f"{name}-step{step:08d}-timed-state")

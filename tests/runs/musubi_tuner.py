@@ -1,7 +1,8 @@
-"""The documented commands of musubi-tuner, without its script folder and accelerate's launcher."""
+"""The commands of musubi-tuner's pages, typed in this repository's folder."""
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.running import ROOT, make_images
@@ -20,8 +21,14 @@ def paths_of(model: list[str], tmp_path: Path) -> dict[str, str]:
 
 
 def run_command(script: str, words: str, paths: dict[str, str]) -> str:
-    """Run a command and return its log."""
-    line = [sys.executable, str(ROOT / f"{script}.py"), *words.format(**paths).split()]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    """Run `python src/musubi_tuner/…`, or a training by `accelerate launch`, and return its log."""
+    launcher = ["-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1", "--mixed_precision", "bf16"]
+    return run_script(f"src/musubi_tuner/{script}.py", words.format(**paths), launcher if "_train_" in script else [])
+
+
+def run_script(script: str, words: str, launcher: Sequence[str] = ()) -> str:
+    """Run a script from this repository's folder and return its log."""
+    command = [sys.executable, *launcher, script, *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stderr

@@ -42,7 +42,11 @@ NOT_RUN = {  # start of a command -> where it is tested, or why it cannot run he
     },
     "python3 train_network.py --recipe sd15_character --pretrained": "tests/runs/test_recipes.py",
     "python3 train.py": "tests/front_door",
-    **{f"python3 {name}_cache_": f"tests/runs/test_{name}_train_network.py" for name in BASES},
+    **{
+        f"python3 tools/cache_{what}.py --{name}": "tests/runs/test_musubi_tuner_commands.py"
+        for name in BASES
+        for what in ("latents", "text_encoder_outputs")
+    },
     "accelerate launch --multi_gpu": "tests/runs/test_processes.py",
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu": "tests/runs/test_processes.py",
 }

@@ -14,8 +14,6 @@ pytestmark = pytest.mark.nightly
 WARMED = ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "4"]  # so that the best loss comes early
 RUNS = {
     "patience": ["--learning_rate", "2000", *WARMED, "--early_stop_patience", "2", "--max_train_steps", "9"],
-    "sweep": ["--sweep", "learning_rate=1e-3,1e6", "--sweep_stop_after", "2", "--max_train_steps", "3"],
-    "both": ["--sweep", "learning_rate=1e-3,2000", *WARMED, "--early_stop_patience", "2", "--max_train_steps", "5"],
 }
 
 

@@ -104,15 +104,6 @@ def test_held_out_pairs_are_validated_and_batches_of_mixed_sizes_accumulate(
     assert "2 of 6 images are held out for validation" in done.stderr and "validation" in done.stdout + done.stderr
 
 
-def test_adapters_of_a_sweep_share_the_references(train: Train, arguments: list[str], tmp_path: Path) -> None:
-    assert train([*arguments, "--cache_latents"], "flux_train_network").status == 0
-    done = train([*arguments, "--cache_latents", "--sweep", "learning_rate=1e-3,1e-4"], "flux_train_network")
-    assert done.status == 0, done.stderr
-    alone, shared = load_saved(tmp_path), load_saved(tmp_path, "mine-lr1e-3")
-    assert alone.keys() == shared.keys()
-    assert all(float((weight - shared[key]).abs().max()) < 1e-4 for key, weight in alone.items())
-
-
 def test_models_without_reference_support_are_rejected_before_loading(
     train: Train, arguments: list[str], tiny_sd_folder: Path, tmp_path: Path
 ) -> None:

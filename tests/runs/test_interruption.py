@@ -1,18 +1,22 @@
 """Signals before the first step, also while the main thread waits inside torch for other processes."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from library.training.failures.interruption import Interruption
 from tests.running import ROOT, Finished
+from tools import start
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="other systems have other signals")
 
@@ -99,3 +103,44 @@ def test_a_signal_is_not_taken_for_an_error_of_the_code_that_it_meets(
     assert done.status == 130
     assert "SIGINT received before the first step: nothing was trained, nothing to save" in done.stderr
     assert "ERROR" not in done.stderr
+
+
+SLOW_DISK = """
+import os, time
+replace = os.replace
+def replace_slowly(source, target, **keywords):
+    if os.fspath(target).endswith(".safetensors"):
+        time.sleep(1)
+    replace(source, target, **keywords)
+os.replace = replace_slowly
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_readme_command_saves_adapter_and_state_and_says_how_to_continue(tmp_path: Path) -> None:
+    """`tools/start.py train` is signalled by the terminal too, and must not end the training while that saves."""
+    for name in ("slow", "venv/bin"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "slow" / "sitecustomize.py").write_text(SLOW_DISK)
+    start.python_path(tmp_path / "venv").symlink_to(sys.executable)
+    (tmp_path / "venv" / "pyvenv.cfg").write_text(f"home = {Path(sys.executable).resolve().parent}\n")
+    for stamp, content in start.make_stamps(tmp_path / "venv", sys.version_info[:3], start.RUN_REQUIREMENTS).items():
+        stamp.write_text(content)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "start.py"), "train", "--venv", str(tmp_path / "venv"),
+         str(ROOT / start.PHOTOS), "--base", str(ROOT / start.TOY_BASE), "--trigger", "heart", "--yes", "--name",
+         "mine"],
+        cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "slow"), sysconfig.get_path("purelib")])},
+    )  # fmt: skip
+    log = ""
+    while process.stdout is not None and "avr_loss" not in log and (read := process.stdout.read(1)):
+        log += read
+    os.killpg(process.pid, signal.SIGINT)
+    log += process.communicate()[0]
+    assert process.returncode == 0, log
+    (adapter,) = (tmp_path / "output" / "mine").glob("mine-step*.safetensors")
+    assert len(load_file(adapter)) == 420
+    assert (adapter.with_name(f"{adapter.stem}-state") / "train_state.json").is_file()
+    (continuing,) = re.findall("^To continue: python3 (.*)$", log, re.MULTILINE)
+    assert continuing.endswith("mine.toml --autoresume")

@@ -118,41 +118,6 @@ def test_a_run_killed_around_its_saves_loses_nothing(tiny_sd_folder: Path, tmp_p
     assert_resumes(reference, tmp_path, points)
 
 
-def sweep_arguments(base_folder: Path) -> list[str]:
-    """Return arguments for a sweep of two adapters, keeping one state each."""
-    base = ["--pretrained_model_name_or_path", str(base_folder)]
-    words = ["--max_train_steps", "6", "--save_every_n_steps", "2", "--sweep", "learning_rate=1e-3,2e-3"]
-    return arguments(base, *words)
-
-
-@pytest.mark.nightly
-def test_a_sweep_killed_between_the_saves_of_its_adapters_loses_nothing(tiny_sd_folder: Path, tmp_path: Path) -> None:
-    reference = run_undisturbed(tmp_path, sweep_arguments(tiny_sd_folder), 4, "")
-    points = [
-        # Only the first adapter has the state of step 4.
-        (reference.first(r"save \.\.mine-lr2e-3-step00000004"), False),
-        (reference.first(r"rmdir .*mine-lr1e-3-step00000002"), False),  # only the first adapter's old state is deleted
-    ]
-    assert_resumes(reference, tmp_path, points)
-    lines = [(tmp_path / str(number) / "log").read_text() for number, _ in points]
-    assert ["at step 2 of 6" in lines[0], "at step 4 of 6" in lines[1]] == [True, True]
-
-
-@pytest.mark.nightly
-def test_a_sweep_whose_states_share_no_step_ends_with_an_error(tiny_sd_folder: Path, tmp_path: Path) -> None:
-    reference = run_undisturbed(tmp_path, sweep_arguments(tiny_sd_folder), 4, "")
-    for folder in (reference.folder / "out").glob("mine-lr2e-3*-state"):
-        shutil.rmtree(folder)
-    before = content(reference.folder)
-    (result,) = run_jobs([Job(reference.arguments, str(reference.folder))], tmp_path)
-    assert result.status == 1
-    assert (
-        "have no undamaged states of a common step in --output_dir out (steps with a state: lr1e-3: [" in result.output
-    )
-    assert "lr2e-3: none)" in result.output
-    assert content(reference.folder) == before
-
-
 FAMILIES = ("sd", "flux", "lumina")
 """A U-Net, a transformer of two streams and one of one stream; the transformers with cached captions too."""
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -252,6 +253,15 @@ def test_missing_inputs_are_named(
     command = [word.format(out=tmp_path / "out", data=write_dataset) for word in arguments]
     assert make_shards.main(command) == 1
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_package_of_the_index_is_asked_for_before_anything_is_written(
+    write_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    assert pack(tmp_path / "out", write_dataset) == 1
+    assert "python3 -m pip install pyarrow" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_masks_are_rejected_before_anything_is_written(write_dataset: Path, tmp_path: Path, capsys) -> None:

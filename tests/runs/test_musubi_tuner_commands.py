@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from library.checkpoints.files import read_metadata
 from tests.running import ROOT, Finished, small_run
-from tests.runs.musubi_tuner import paths_of, run_command
+from tests.runs.musubi_tuner import paths_of, run_command, run_script
 from tests.tiny.base import Dit
 from tests.tiny.bases import BASES
 
@@ -27,25 +27,25 @@ INVALID = (
 
 
 @pytest.mark.parametrize("case", [c if c == FAST else pytest.param(c, marks=pytest.mark.nightly) for c in RELEASES])
-def test_the_commands_of_musubi_tuner_cache_and_train(train: Train, tmp_path: Path, case: str) -> None:
+def test_the_commands_of_musubi_tuners_pages_cache_and_train(tmp_path: Path, case: str) -> None:
     """Training from caches needs neither VAE nor text encoder."""
     name, release = RELEASES[case]
-    base, dit = BASES[name], DITS[name]
+    dit = DITS[name]
     model = dit.trained[release](tmp_path / "model")
     paths, version = paths_of(model, tmp_path), f" --model_version {release}" if release else ""
     latents = f"--dataset_config {{data}} --vae {{vae}}{version}"
     assert "latent cache: 0 entries reused, 3 to encode" in run_command(f"{name}_cache_latents", latents, paths)
-    again = run_command(f"{name}_cache_latents", f"{latents} --skip_existing --keep_cache --num_workers 1", paths)
+    more = f" --{name} --skip_existing --keep_cache --num_workers 1"
+    again = run_script("tools/cache_latents.py", latents.format(**paths) + more)
     assert "3 entries reused unchecked (--skip_cache_check), 0 to encode" in again
     texts = f"--dataset_config {{data}} --text_encoder {{text}} --batch_size 2{version}"
     log = run_command(f"{name}_cache_text_encoder_outputs", texts, paths)
     assert "text cache: 0 files reused, 4 to encode" in log  # three captions and the empty one
-    tokenizer = ["--tokenizer_cache_dir", str(Path(model[1]).parent)]  # where there is no text encoder next to it
-    done = train([*(dit.training + version).format(**paths).split(), *tokenizer], base.script)
-    assert done.status == 0, done.stderr
-    assert "latent cache: 3 entries reused, 0 to encode" in done.stderr
-    assert "text cache: 4 files reused, 0 to encode" in done.stderr
-    assert ("which is distilled" in done.stderr) == (release == "dev")
+    paths["tokenizer"] = str(Path(model[1]).parent)  # where there is no text encoder next to it
+    log = run_command(f"{name}_train_network", f"{dit.training}{version} --tokenizer_cache_dir {{tokenizer}}", paths)
+    assert "latent cache: 3 entries reused, 0 to encode" in log
+    assert "text cache: 4 files reused, 0 to encode" in log
+    assert ("which is distilled" in log) == (release == "dev")
     file = tmp_path / "out" / "name-of-lora.safetensors"
     tensors = load_file(file)
     assert len(tensors) == 2 * dit.num_adapted
@@ -88,7 +88,12 @@ def test_a_caching_command_names_the_missing_file(
     name: str, model: list[str], tmp_path: Path, command: str, flag: str
 ) -> None:
     paths = paths_of(model, tmp_path)
-    line = [sys.executable, str(ROOT / f"{name}_{command}.py"), "--dataset_config", paths["data"]]
+    line = [
+        sys.executable,
+        str(ROOT / "src" / "musubi_tuner" / f"{name}_{command}.py"),
+        "--dataset_config",
+        paths["data"],
+    ]
     for more, message in (
         (["--device", "gpu:7"], "--device gpu:7 cannot be used"),
         ([], f"{flag} is missing: name its file or folder, or the whole model with --dit"),

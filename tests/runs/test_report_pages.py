@@ -9,7 +9,8 @@ from library.training.report_page.page import read_data
 from library.training.report_page.record import Record
 from library.training.report_page.writer import build_report, write_page
 from library.training.reporting.events import Warned
-from library.training.sweep.ranking import MeasuredAdapter, add_runs, log_ranking, rank
+from library.training.sweep.ranking import rank_and_write
+from library.training.sweep.worker import Standing
 from tests.browser import CHROMIUM, ask
 from tests.event_lines import EVIL, lines_of, thumbnail, whole_run
 
@@ -225,17 +226,20 @@ def test_runs_are_compared_on_one_axis_and_side_by_side(tmp_path: Path) -> None:
     assert result["first"][2:4] == [f"run0, step 2: {EVIL}", f"run1, none: {EVIL}"]
 
 
+def by_image(*losses: float) -> dict[str, float]:
+    return {f"digest {number}": loss for number, loss in enumerate(losses)}
+
+
 @in_browser
 def test_the_adapters_of_a_sweep_are_shown_in_order_of_loss(tmp_path: Path) -> None:
     """Their names may come from untrusted values."""
-    adapters = [
-        MeasuredAdapter("lr1", 8, [2.0, 3.0, 2.5], "", "lr1.safetensors"),
-        MeasuredAdapter(EVIL, 8, [1.0, 2.1, 1.5], "", None),
+    runs = [
+        Standing("lr1", 8, 8, by_image(2.0, 3.0, 2.5), "", "lr1.safetensors"),
+        Standing(EVIL, 8, 8, by_image(1.0, 2.1, 1.5), "", None),
+        Standing("lr9", 3, None, {}, "its losses were not finite", None),
     ]
     page = tmp_path / "cat-sweep.html"
-    log_ranking(
-        rank([*adapters, MeasuredAdapter("lr9", 3, None, "its losses were not finite", None)]), "Sweep of cat", page
-    )
+    rank_and_write(runs, "cat", page, [], {}, {})
     script = "return [...document.querySelectorAll('tr')].map((tr) => [...tr.children].map((td) => td.textContent));"
     rows, errors = ask(page.read_text(encoding="utf-8"), script, tmp_path)
     assert errors == []
@@ -257,10 +261,10 @@ def test_the_page_of_a_sweep_has_a_grid_charts_previews_and_links(tmp_path: Path
             record.add(line)
         reports[label] = tmp_path / f"cat-{number}-report.html"
         write_page(reports[label], build_report(record))
-        measured.append(MeasuredAdapter(label, 20, [1.0 + number, 2.1, 1.5 + number], "", f"{number}.safetensors"))
+        losses = by_image(1.0 + number, 2.1, 1.5 + number)
+        measured.append(Standing(label, 20, 20, losses, "", f"{number}.safetensors"))
     page = tmp_path / "cat-sweep.html"
-    log_ranking(rank(measured), "Sweep of cat", page)
-    add_runs(page, chosen, reports)
+    rank_and_write(measured, "cat", page, [], chosen, reports)
     script = """
       const row = (tr) => [...tr.children].map((td) => td.textContent);
       const cells = (table) => [...table.querySelectorAll("tr")].map(row);

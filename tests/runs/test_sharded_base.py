@@ -211,20 +211,3 @@ def launch_fsdp(arguments: list[str], version: str) -> Finished:
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, timeout=300, env=environment)
     return Finished(done.returncode, done.stdout.decode(), done.stderr.decode())
-
-
-@pytest.mark.nightly
-def test_adapters_of_a_sweep_share_a_sharded_base(arguments: Arguments, tmp_path: Path) -> None:
-    """With different ranks, seeds and dropout, images, losses and files equal those of one process."""
-    words = [*arguments("flux"), "--sweep", "network_dim=2,3", "seed=92,93", "--network_dropout", "0.2"]
-    logs = run(
-        [("two", 2, [*words, "--shard_base"]), ("one", 1, [*words, "--gradient_accumulation_steps", "2"])],
-        "flux",
-        tmp_path,
-    )
-    assert "spread over 2 processes" in logs["two"] and "4 adapters share each pass" in logs["two"]
-    names = sorted(path.name for path in (tmp_path / "one" / "out").glob("*.safetensors"))
-    assert len(names) == 4 and all(relative_difference(tmp_path, "two", "one", name) <= 1e-5 for name in names)
-    assert losses(logs["two"]) == losses(logs["one"]) and len(losses(logs["two"])) == 4 * 4
-    drawn = images_of(tmp_path, "two")
-    assert drawn == images_of(tmp_path, "one") and len(drawn) == 2 * 4

@@ -42,18 +42,16 @@ def test_the_newest_base_models_swap_and_offload(run: Run, name: str, tmp_path: 
     learned(tmp_path / "out")
 
 
-def test_averages_sweeps_and_compiled_blocks_have_no_faults(run: Run, tmp_path: Path) -> None:
+def test_averages_and_compiled_blocks_have_no_faults(run: Run, tmp_path: Path) -> None:
     run(BASE, "--cache_latents")
     run(BASE, "--cache_latents", "--ema_decay", "0.5", folder="ema")
     swapped = ["--gradient_checkpointing", "--blocks_to_swap", BASES[BASE].blocks_to_swap]
     run(BASE, "--cache_latents", "--compile", "--compile_backend", "aot_eager", *swapped, folder="compiled")
-    run(BASE, "--cache_latents", "--sweep", "network_dim=2,4", folder="sweep")
     plain = learned(tmp_path / "out")
     averaged, compiled = learned(tmp_path / "ema"), learned(tmp_path / "compiled")
     assert any(not torch.equal(averaged[key], tensor) for key, tensor in plain.items())
     for key, tensor in plain.items():
         torch.testing.assert_close(compiled[key].float(), tensor.float(), rtol=0.1, atol=2e-3)  # bf16 in another order
-    assert len(list((tmp_path / "sweep").glob("*.safetensors"))) == 2
 
 
 @pytest.mark.parametrize("words", [PREFERENCES, SLIDER], ids=" ".join)

@@ -9,6 +9,7 @@ from PIL import Image
 from library.checkpoints.files import atomic_path
 from library.data.decoding.images import read_pixels
 from library.errors import UserError
+from library.training.reporting.console_lines import announce
 from tools.contact_sheet import find_device
 from tools.front_door.photos import PhotoFolder
 
@@ -31,19 +32,19 @@ def write_captions(folders: Sequence[PhotoFolder], model_name: str = MODEL) -> i
     ]
     if not targets:
         return 0
-    print(f"captions by {DESCRIPTION}, of {model_name}", flush=True)
+    announce(f"captions by {DESCRIPTION}, of {model_name}")
     model, processor = load_captioner(model_name)
     num_written = 0
     for photo, target in targets:
         pixels, _ = read_pixels(str(photo), photo.read_bytes())
         caption = describe_image(model, processor, Image.fromarray(pixels))
         if not caption:  # an empty file would train the photo without the trigger
-            print(f"{photo.name}: no caption was found", flush=True)
+            announce(f"{photo.name}: no caption was found")
             continue
         with atomic_path(target) as unfinished:
             unfinished.write_text(caption + "\n", encoding="utf-8")
         num_written += 1
-        print(f"{target.name}: {caption}", flush=True)
+        announce(f"{target.name}: {caption}")
     return num_written
 
 

@@ -13,7 +13,8 @@ import psutil
 import torch
 
 from library.checkpoints.files import atomic_path
-from library.checkpoints.overwriting import known_by_start
+from library.checkpoints.marks import seal_text
+from library.checkpoints.overwriting import sealed
 from library.data.description.captions import caption_variant
 from library.data.plan.data_plan import DataPlan
 from library.errors import UserError
@@ -38,8 +39,8 @@ from tools.front_door.parts import find_parts
 from tools.front_door.photos import PhotoFolder, Trigger
 from tools.recipes import interpolate_steps
 
-HEADER = "# Written by train.py, which replaces it if it runs with the same --name.\n"
-TEXT_KIND = known_by_start("a file that train.py wrote", lambda start: start.startswith(HEADER.encode()))
+HEADER = "# Written by train.py, which replaces it if it runs with the same --name."
+TEXT_KIND = sealed("a file that train.py wrote, unchanged", HEADER)
 SIDE_STEP = 64
 SMALLEST_BUCKET = 256  # the scripts' own
 SET_ASIDE = 0.1  # of the photos
@@ -120,12 +121,15 @@ class Plan:
     def write(self, files: Files, head: str = "") -> None:
         """Write the dataset, the prompts, and last the options of the run, with the comment `head` above them."""
         paths = {"dataset_config": files.dataset, "sample_prompts": files.prompts, "output_dir": files.folder}
+        paths["cache_dir"] = files.folder / "cache"  # nothing goes into the photos' folders
         named = {name: str(path.absolute()) for name, path in paths.items()}
         values = {**self.values, **named, "output_name": files.name}
-        texts = {files.dataset: format_config(self.dataset), files.prompts: self.prompts}
-        for path, text in {**texts, files.config: head + format_config(values)}.items():
+        # The comment tells people and tools/run_queue.py which script trains with the file.
+        options = f"# Options of {self.base.spec.script}.\n{head}{format_config(values)}"
+        texts = {files.dataset: format_config(self.dataset), files.prompts: self.prompts, files.config: options}
+        for path, text in texts.items():
             with atomic_path(path) as unfinished:
-                unfinished.write_text(HEADER + text, encoding="utf-8", newline="\n")
+                unfinished.write_text(seal_text(HEADER, text), encoding="utf-8", newline="\n")
 
     def read(self, files: Files) -> TrainOptions:
         """Write the files, and return the options as the base model's script reads them."""

@@ -12,9 +12,9 @@ from library.checkpoints.overwriting import check_target, judge
 from library.formatting import format_count
 from library.json_text import parse_json
 from library.options.output.saving import SavingOptions
-from library.training.command_line.run_lock import run_lock
 from library.training.config_file import flatten, load_toml
 from library.training.saving.names import Names
+from library.training.saving.run_lock import run_lock
 from library.training.saving.state import StateManifest, is_state_name, newest_state
 from tools.draw import SHEET
 from tools.front_door.photos import PhotoFolder, Trigger, digest_texts

@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from library.errors import UserError
-from library.formatting import escape_controls
 from library.training.command_line.recipes import Recipe
+from library.training.reporting.console_lines import announce
 from tools.front_door.base import Base, choose_recipe
 from tools.front_door.captioner import write_captions
 from tools.front_door.description import describe_plan, remark_on_trigger
@@ -76,7 +76,7 @@ def choose_trigger(
         text = None if text == usual.text else text
     trigger = parse_trigger(text) if text else usual
     for remark in remark_on_trigger(trigger):
-        print(f"note      {remark}")
+        announce(f"note      {remark}")
     return trigger
 
 
@@ -106,7 +106,7 @@ def choose_steps(args: argparse.Namespace, make: "partial[Plan]") -> int | None:
 
 def ask(asks: bool, sentence: str, question: str) -> str:
     """Say a sentence, and return the answer to the question; "" without a terminal or a question."""
-    print(escape_controls(sentence), flush=True)
+    announce(sentence)
     return input(f"{question} ").strip().lower() if asks and question else ""
 
 
@@ -116,14 +116,14 @@ def confirm(make: "partial[Plan]", start: Start, record: Record, steps: int | No
     `steps` is the length of a run that goes on, if it is not that of its NAME.toml.
     """
     plan = make(start) if steps is None else make(start).with_values({"max_train_steps": steps})
-    print("\n".join(describe_plan(plan, start.files)), flush=True)
+    announce("\n".join(describe_plan(plan, start.files)))
     answer = "e" if only else "y"
     if asks and not only and start.earlier is None:  # else it was asked whether to go on
         answer = input("Train? [Y/n, e: write the plan to edit it] ").strip().lower() or "y"
     if answer == "e":
         if start.earlier is None:
             write(plan, start.files, record)
-        print(
+        announce(
             f"The plan is {start.files.config}. To train, give the same command again, or\n"
             f"  {write_command(plan, start, steps)}"
         )

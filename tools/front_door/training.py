@@ -12,6 +12,7 @@ from library.errors import UserError
 from library.requirements import quote
 from library.training.command_line.main import main
 from library.training.report_page.writer import read_report
+from library.training.reporting.console_lines import announce
 from library.training.saving.names import Names
 from library.training.saving.saved_files import read_num_steps
 from library.training.saving.state import StateManifest, newest_state
@@ -47,10 +48,10 @@ def train(plan: Plan, start: Start, record: Record, steps: int | None) -> int:
         return status
     state = find_state(files)
     if state is None or "end" not in state.done:  # stopped, and saved under the name of its step
-        print("To continue, give the same command again")
+        announce("To continue, give the same command again")
         return 0
     sheet = draw_strengths(plan, files)
-    print("\n".join(advise(plan, files, sheet)))
+    announce("\n".join(advise(plan, files, sheet)))
     return 0
 
 

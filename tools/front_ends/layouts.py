@@ -13,7 +13,7 @@ FOLDERS = (  # of sd-scripts
 )  # fmt: skip
 MUSUBI_FOLDERS = ("src/musubi_tuner", "musubi-tuner", "musubi-tuner/src/musubi_tuner")
 FILES = ("*.py", "*.txt", "pyproject.toml", "LICENSE", "README.md")
-PACKAGES = ("configs", "docs", "finetune", "library", "networks", "tools")
+PACKAGES = ("configs", "docs", "finetune", "library", "networks", "src", "tools")
 
 WHOLE = "trains every weight of a model, but this suite trains only adapters. Use {own}, or sd-scripts"
 OTHER = "{what}, which this suite does not support. Use sd-scripts"
@@ -57,19 +57,41 @@ MUSUBI = '''"""Written by tools/front_end.py: starts {name} of lora-training-sui
 
 import runpy
 import sys
+import types
 from pathlib import Path
 
 script = Path({script!r})
-if __name__ == "__main__":
+here = Path(__file__).resolve()
+original = here.parent.with_name(here.parent.name + ".original") / "{name}"
+modules = []
+
+
+def main():  # scripts in musubi-tuner's own folder import it
     if not script.is_file():
         raise SystemExit(f"{{script}} is missing: run tools/front_end.py again from the suite's new folder")
     sys.path[:1] = [str(script.parent)]
     sys.argv[0] = str(script)
     runpy.run_path(str(script), run_name="__main__")
-else:  # other scripts of musubi-tuner import the original
-    folder = Path(__file__).resolve().parent
-    original = folder.with_name(folder.name + ".original") / "{name}"
-    exec(compile(original.read_bytes(), str(original), "exec"))
+
+
+def __getattr__(name):  # other scripts of musubi-tuner import classes and functions of the original
+    # Every import asks for __path__ and the like, which must not execute the original: its packages may be missing.
+    if (name.startswith("__") and name.endswith("__")) or not original.is_file():
+        raise AttributeError(f"module {{__name__!r}} has no attribute {{name!r}}")
+    if not modules:
+        module = types.ModuleType(__name__)
+        module.__dict__.update(__file__=__file__, __package__=__package__, __spec__=__spec__, __loader__=__loader__)
+        modules.append(module)  # first, as `import` does: the original may import a script that imports this one
+        try:
+            exec(compile(original.read_bytes(), str(original), "exec"), module.__dict__)
+        except BaseException:
+            modules.clear()
+            raise
+    return getattr(modules[0], name)
+
+
+if __name__ == "__main__":
+    main()
 '''
 
 
@@ -119,7 +141,5 @@ def list_replacements() -> dict[str, Content]:
 
 def list_musubi() -> dict[str, Content]:
     """Return short files that start this suite's scripts of the same names."""
-    prefixes = sorted(path.name.removesuffix("cache_latents.py") for path in ROOT.glob("*_cache_latents.py"))
-    endings = ("cache_latents.py", "cache_text_encoder_outputs.py", "train_network.py")
-    names = [f"{prefix}{ending}" for prefix in prefixes for ending in endings]
-    return {name: MUSUBI.format(name=name, script=str(ROOT / name)).encode() for name in names}
+    names = sorted(path.name for path in (ROOT / MUSUBI_FOLDERS[0]).glob("*.py"))
+    return {name: MUSUBI.format(name=name, script=str(ROOT / MUSUBI_FOLDERS[0] / name)).encode() for name in names}

@@ -18,8 +18,8 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from PIL import Image, ImageDraw, ImageFont
 
-from library.checkpoints.marks import read_mark, save_image
-from library.checkpoints.overwriting import FileKind, check_target
+from library.checkpoints.marks import save_image
+from library.checkpoints.overwriting import check_target, marked
 from library.training.report_page.writer import add_sheet
 from library.training.reporting.sample_images import encode_data_url
 from tools.command import command, make_parser
@@ -60,7 +60,7 @@ def draw_before_and_after(base: Path, lora: Path, prompts_file: Path, out: Path)
     """Write the image. Return the shares of samples that show their prompt, before and after."""
     from safetensors.torch import load_file
 
-    kind = FileKind(f"an image that {WRITER} wrote", lambda path: read_mark(path) == WRITER)
+    kind = marked(f"an image that {WRITER} wrote", WRITER)
     check_target("--out", out, kind, [lora, prompts_file])
     prompts = read_prompts(prompts_file)
     weights = load_file(lora)

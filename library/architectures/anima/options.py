@@ -102,6 +102,9 @@ FILES: tuple[ModelFile, ...] = (
 )
 """Where the base models and their parts are to be had."""
 
+PARTS = "--qwen3 qwen3.safetensors --vae vae.safetensors"
+"""The options of the example in the help, besides the base model."""
+
 INSTEAD: Mapping[str, str] = {
     "dit": "use --pretrained_model_name_or_path",
     "dit_path": "use --pretrained_model_name_or_path",

@@ -42,10 +42,10 @@ from library.errors import UserError
 from library.models.adapter_views import view_denoiser
 from library.models.identify import bases_of_pipeline
 from library.models.recipe import OTHER_ATTENTION, Recipe
+from library.network_args import is_switched_on
 from library.options.model import BASE_FLAG
 from library.progress import progress_bar
 from library.protocols import Architecture, LatentSpec, TextCacheSpec
-from networks.core.protocol import is_switched_on
 
 logger = logging.getLogger(__name__)
 

@@ -85,6 +85,9 @@ FILES: tuple[ModelFile, ...] = (
 )
 """Where the base models and their parts are to be had."""
 
+PARTS = "--clip_l clip_l.safetensors --t5xxl t5xxl.safetensors --ae ae.safetensors"
+"""The options of the example in the help, besides the base model."""
+
 INSTEAD: Mapping[str, str] = {
     "dit": "use --pretrained_model_name_or_path",
     "training_shift": "use --discrete_flow_shift with --timestep_sampling shift",

@@ -53,6 +53,9 @@ FILES: tuple[ModelFile, ...] = (
 )
 """Where the base models and their parts are to be had."""
 
+PARTS = "--text_encoder qwen_3_4b.safetensors --vae ae.safetensors"
+"""The options of the example in the help, besides the base model."""
+
 INSTEAD: Mapping[str, str] = {
     **ALTERNATIVES,
     "fp8_vl": "use --fp8_text_encoder",

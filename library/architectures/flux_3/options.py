@@ -46,6 +46,9 @@ FILES: tuple[ModelFile, ...] = (
 )
 """Where the base model and its parts are to be had."""
 
+PARTS = "--text_encoder qwen3vl_4b.safetensors --vae flux2-vae.safetensors"
+"""The options of the example in the help, besides the base model."""
+
 INSTEAD: Mapping[str, str] = ALTERNATIVES
 """Hints for options of other scripts and programs, appended to the error for such an option."""
 

@@ -82,6 +82,9 @@ FILES: tuple[ModelFile, ...] = (
 )
 """Where the base models and their parts are to be had."""
 
+PARTS = "--text_encoder qwen_2.5_vl.safetensors --byt5 byt5.safetensors --vae vae.safetensors"
+"""The options of the example in the help, besides the base model."""
+
 INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(("dit", "dit_path"), "use --pretrained_model_name_or_path"),
     "training_shift": "use --discrete_flow_shift with --timestep_sampling shift",

@@ -68,6 +68,9 @@ FILES: tuple[ModelFile, ...] = (
 )
 """Where the base models and their parts are to be had."""
 
+PARTS = "--text_encoder qwen3vl_4b.safetensors --vae qwen_image_vae.safetensors"
+"""The options of the example in the help, besides the base model."""
+
 INSTEAD: Mapping[str, str] = {
     **ALTERNATIVES,
     "model_version": "use --dit_variant",

@@ -78,6 +78,9 @@ FILES: tuple[ModelFile, ...] = (
 )
 """Where the base models and their parts are to be had."""
 
+PARTS = "--gemma2 gemma2.safetensors --ae ae.safetensors"
+"""The options of the example in the help, besides the base model."""
+
 INSTEAD: Mapping[str, str] = {
     "dit": "use --pretrained_model_name_or_path",
     "training_shift": "use --discrete_flow_shift with --timestep_sampling shift",

@@ -15,6 +15,9 @@ FILES: tuple[ModelFile, ...] = (
     ModelFile("vae", "Comfy-Org/MOSS-Image", "flux2-vae.safetensors"),
 )
 
+PARTS = "--text_encoder qwen3.5_9b_bf16.safetensors --vae flux2-vae.safetensors"
+"""The options of the example in the help, besides the base model."""
+
 
 @dataclass(frozen=True)
 class MossImageModelOptions(PartOptions):

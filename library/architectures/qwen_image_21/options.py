@@ -36,6 +36,9 @@ FILES: tuple[ModelFile, ...] = (
 )
 """Where the base models and their parts are to be had."""
 
+PARTS = "--text_encoder qwen3vl_8b.safetensors --vae qwen_image_2.1_vae.safetensors"
+"""The options of the example in the help, besides the base model."""
+
 INSTEAD: Mapping[str, str] = {
     **ALTERNATIVES,
     "fp8_llm": "use --fp8_vl",

@@ -117,6 +117,9 @@ FILES: tuple[ModelFile, ...] = (
 )
 """Where the base models and their parts are to be had."""
 
+PARTS = "--clip_l clip_l.safetensors --clip_g clip_g.safetensors --t5xxl t5xxl.safetensors"
+"""The options of the example in the help, besides the base model."""
+
 INSTEAD: Mapping[str, str] = {
     "dit": "use --pretrained_model_name_or_path",
     "discrete_flow_shift": "use --training_shift",

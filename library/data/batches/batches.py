@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from library.data.caching.latent_files import LatentFile, Latents
+from library.data.caching.latent_files import LatentFile, Latents, judge
+from library.data.caching.latent_jobs import Job
 from library.data.caching.stores import CacheFiles
 from library.data.caching.text_files import Row, TextFile, stack_rows
 from library.data.decoding.images import (
@@ -31,6 +32,7 @@ from library.data.decoding.images import (
     read_pixels,
     with_alpha,
 )
+from library.data.decoding.npz import DAMAGED, MISSING
 from library.data.decoding.tensors import to_mask, to_pixels
 from library.data.description.buckets import crop_ltrb
 from library.data.description.captions import caption_variant, compose_caption, is_dropped
@@ -127,6 +129,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
     is_mirrored: bool = False  # mirror every image, regardless of flip_aug
     has_alpha: bool = False  # images are RGBA, for a base model that encodes their alpha channel
     seen: SeenReferences | None = None  # reference images for text encoders that see them
+    vae: str | None = None  # which has made the files of latents; None: any
 
     def __getitem__(self, order: BatchOrder) -> PartialBatch | str:
         """Make a batch. A UserError is returned as its message, because exceptions lose theirs between processes."""
@@ -285,11 +288,26 @@ class BatchMaker(Dataset[PartialBatch | str]):
         latent = mask = None
         references: tuple[Tensor, ...] = ()
         if number in self.files:
-            stored = self.files.file(number, sample, self.storage).read(subset.flip_aug, subset.alpha_mask)
+            file = self.files.file(number, sample, self.storage)
+            if self.files.has_changed(number, file.path):
+                self.check_replaced(file, number)
+            stored = file.read(subset.flip_aug, subset.alpha_mask)
             latent, mask, references = pick(stored, is_flipped)
         if sample.image.mask_path is not None:
             mask = file_mask(sample, crop_at_centre(sample.shape, is_flipped), subset.resize_interpolation)
         return latent, mask, references
+
+    def check_replaced(self, file: LatentFile, number: int) -> None:
+        """Raise UserError if a file that was replaced during the run holds latents of another image or VAE."""
+        sample = self.samples[number]
+        subset = self.subsets[sample.subset]
+        flags = subset.flip_aug, subset.alpha_mask, file, self.has_alpha, subset.opposite_dir is not None
+        job = Job(sample, (number,), subset.resize_interpolation, *flags)
+        fault = judge(file, sample.image, job.expected(self.vae, self.seen), self.storage).fault
+        if fault not in (None, MISSING, DAMAGED):  # reading names the last two
+            raise UserError(
+                f"the latent cache {file.path} was replaced during the run and is {fault}; run again to rebuild it"
+            )
 
 
 def pick(stored: Latents, is_flipped: bool) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
@@ -366,12 +384,13 @@ def file_mask(sample: Sample, placement: Placement, interpolation: str | None) -
 
 
 def start_worker(_: int) -> None:
-    """Initialize a worker: ignore SIGINT and SIGHUP, which the main process handles, end on SIGTERM, and use OpenCV
-    without threads."""
+    """Initialize a worker: ignore SIGINT, SIGHUP and SIGBREAK, which the main process handles, end on SIGTERM, and use
+    OpenCV without threads."""
     # A forked worker inherits the main process's handlers, which wait for the end of a step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform != "win32":
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Windows passes Ctrl-Break to the whole process group.
+    group_signal = "SIGBREAK" if sys.platform == "win32" else "SIGHUP"
+    signal.signal(signal.Signals[group_signal], signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     import cv2
 

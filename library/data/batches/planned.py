@@ -174,4 +174,5 @@ def build_batch_maker(plan: DataPlan, latents: LatentStore, texts: TextStore) ->
         storage=plan.storage,
         has_alpha=plan.spec.has_alpha,
         seen=plan.seen,
+        vae=latents.vae,
     )

@@ -7,8 +7,8 @@ empty prompt. All of them are encoded before training, so shuffling, wildcards a
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from hashlib import blake2b
 from itertools import islice
@@ -49,6 +49,8 @@ class Job:
 
     file: TextFile
     texts: tuple[str, ...]
+    users: tuple[int, ...] = ()  # samples; none for captions that belong to no image
+    beside: str | None = None  # where an earlier run may have written the file, if its place is elsewhere
 
     @property
     def path(self) -> str:
@@ -82,7 +84,8 @@ class TextEncoding:
     def identity_of_files(self, jobs: Sequence["Job"]) -> Identity:
         """Return the identity to use if the encoders are missing: their digest is read from the first file, and all
         files must match it."""
-        first = next((note.identity for job in jobs if (note := job.file.note()) is not None), "")
+        notes = (one.file.note() for job in jobs for one in iterate_placed_jobs(job))
+        first = next((note.identity for note in notes if note is not None), "")
         return Identity(first, self._digest(""), digest_vocabularies(self.spec.tokenizers), is_of_files=True)
 
     def _digest(self, encoders: str) -> str:
@@ -129,18 +132,23 @@ def cache_texts(
         prompts_job = plan_shared_job(plan, spec, "preview_prompts", prompts)
         # Computed when it is first needed: the digest of the encoders reads all their weights.
         identity = cache(lambda: compute_identity(encoding, [empty_job, *jobs]))
-        if not skips_check and any(os.path.exists(job.path) for job in (empty_job, *jobs)):
+        placed = (one for job in (empty_job, *jobs) for one in iterate_placed_jobs(job))
+        if not skips_check and any(os.path.exists(job.path) for job in placed):
             # functools.cache has no lock: threads that check files at once would each compute it.
             identity()
         # A training image with a damaged reference is replaced by another one. A preview prompt has no replacement, so
         # a damaged reference there is an error.
+        new_texts = [text for job in (empty_job, *jobs) if not os.path.exists(job.path) for text in job.texts]
+        plan.storage.check_shared_room("the text features", sum(map(spec.bytes_of, new_texts)) if spec.bytes_of else 0)
         caption_codec = text_codec(lambda: skip_damaged(open_encoders().captions), spec, identity)
         prompt_codec = text_codec(lambda: encode_all(open_encoders().prompts), spec, identity)
-        fill(caption_codec, [empty_job, *jobs], skips_check, plan.num_workers, processes)
+        found = fill(caption_codec, [empty_job, *jobs], skips_check, plan.num_workers, processes)
+        (empty_job,) = (job for job in found if not job.users)
         if prompts:
             # Only the main process has prompts, so it must not wait for the others here.
-            fill(prompt_codec, [prompts_job], skips_check, plan.num_workers, ALONE)
-        store = TextStore(files, {"": empty_job.file.read("")}, spec.padding)
+            (prompts_job,) = fill(prompt_codec, [prompts_job], skips_check, plan.num_workers, ALONE)
+        renamed = {user: job.file for job in found if job.path == job.beside for user in job.users}
+        store = TextStore(replace(files, renamed_files=renamed), {"": empty_job.file.read("")}, spec.padding)
         return CachedTexts(store, {text: prompts_job.file.read(text) for text in prompts})
     # The order is the same in every process: `exchange_rows` names captions by their index.
     texts = list(dict.fromkeys(["", *(text for texts in plan.caption_texts() for text in texts)]))
@@ -197,6 +205,7 @@ def plan_jobs(plan: DataPlan, spec: TextCacheSpec) -> tuple[list[Job], CacheFile
     holds the captions of all of them.
     """
     texts_by_key: dict[str, dict[str, None]] = defaultdict(dict)
+    users_by_key: dict[str, list[int]] = defaultdict(list)
     paths: dict[str, str] = {}
     locate_file = partial(default_text_file, spec.suffix, spec.keys)
     has_N = np.zeros(len(plan.samples), dtype=bool)
@@ -209,16 +218,37 @@ def plan_jobs(plan: DataPlan, spec: TextCacheSpec) -> tuple[list[Job], CacheFile
             key = same_file_key(path)
             paths.setdefault(key, path)
             texts_by_key[key].update(dict.fromkeys(captions))
-    jobs = [Job(TextFile(paths[key], spec.keys), tuple(texts)) for key, texts in texts_by_key.items()]
+            users_by_key[key].append(number)
+    jobs = []
+    for key, captions_of_file in texts_by_key.items():
+        users = tuple(users_by_key[key])
+        stem = plan.storage.stem_beside(plan.samples[users[0]].image)
+        beside = None if stem is None else os.path.abspath(stem) + spec.suffix
+        jobs.append(Job(TextFile(paths[key], spec.keys), tuple(captions_of_file), users, beside))
     return jobs, CacheFiles(locate_file, has_N)
 
 
 def plan_shared_job(plan: DataPlan, spec: TextCacheSpec, name: str, texts: Sequence[str]) -> Job:
     """Plan the captions that belong to no image. They are cached in a hidden file in the first image folder."""
-    stem_of = plan.storage.cache_stem
-    # min(), so that the folder does not depend on the order of the subsets.
-    folder = min(os.path.dirname(os.path.abspath(stem_of(sample.image))) for sample in plan.samples)
-    return Job(TextFile(os.path.join(folder, f".{name}{spec.suffix}"), spec.keys), tuple(texts))
+
+    def place(stems: Iterable[str | None]) -> str | None:
+        # min(), so that the folder does not depend on the order of the subsets.
+        folder = min((os.path.dirname(os.path.abspath(stem)) for stem in stems if stem is not None), default=None)
+        return None if folder is None else os.path.join(folder, f".{name}{spec.suffix}")
+
+    path, beside = (
+        place(stem_of(sample.image) for sample in plan.samples)
+        for stem_of in (plan.storage.cache_stem, plan.storage.stem_beside)
+    )
+    assert path is not None, "a plan has samples"
+    return Job(TextFile(path, spec.keys), tuple(texts), beside=beside)
+
+
+def iterate_placed_jobs(job: Job) -> Iterator[Job]:
+    """Yield the job with each file that may hold its captions, one beside the image first."""
+    if job.beside is not None and os.path.exists(job.beside):
+        yield replace(job, file=replace(job.file, path=job.beside))
+    yield job
 
 
 def text_codec(encode: Callable[[], EncodeSome], spec: TextCacheSpec, identity: Callable[[], Identity]) -> Codec[Job]:
@@ -234,7 +264,9 @@ def text_codec(encode: Callable[[], EncodeSome], spec: TextCacheSpec, identity: 
             write_files(share, encode, spec, identity)
 
     names = {NOTE, *spec.keys, *spec.constants}
-    return Codec(WORDS, archive_kind("a cache of text features", names.__contains__), judge_job, make)
+    return Codec(
+        WORDS, archive_kind("a cache of text features", names.__contains__), judge_job, make, iterate_placed_jobs
+    )
 
 
 def write_files(
@@ -256,12 +288,12 @@ def write_files(
             rows.update(encode_rows(new_texts, encode, spec, bar))
             bar.update(len(group_texts) - len(new_texts))
             for result in group:
-                file, kept = result.requested.file, result.verdict.kept
+                file, kept = result.job.file, result.verdict.kept
                 available = [text for text in result.requested.texts if text in kept or text in rows]
                 # The archive is replaced as a whole, so its valid captions are read back.
                 features = {text: file.read(text) if text in kept else rows[text] for text in available}
                 if features:  # empty if all references are damaged
-                    write_texts(file.path, features, spec.keys, spec.constants, identity(), spec.keeps_bits)
+                    write_texts(result.path, features, spec.keys, spec.constants, identity(), spec.keeps_bits)
             # Captions that later files share are not encoded twice, but few are kept: one can take 31 MB.
             rows = dict(islice(((text, row) for text, row in rows.items() if uses[text] > 1), MAX_REPEATED))
 

@@ -40,7 +40,7 @@ class CheckedJob(Generic[JobT]):
     """A job with the result of checking its file on disk."""
 
     requested: JobT
-    job: JobT  # with the file that was found, which may have another name
+    job: JobT  # with the file that was found, which may have another name or place
     verdict: Verdict
 
     @property
@@ -106,7 +106,7 @@ def check_files(
     codec: Codec[JobT], jobs: Sequence[JobT], skips_check: bool, num_threads: int
 ) -> list[CheckedJob[JobT]]:
     def check(job: JobT) -> CheckedJob[JobT]:
-        rejection = Verdict(MISSING)
+        rejected = CheckedJob(job, job, Verdict(MISSING))
         for candidate in codec.candidates(job):
             if skips_check:
                 verdict = Verdict(None if os.access(candidate.path, os.R_OK) else MISSING)
@@ -115,9 +115,9 @@ def check_files(
             if verdict.fault is None:
                 return CheckedJob(job, candidate, verdict)
             # What is wrong with an existing file says more than that a further name is missing.
-            if rejection.fault == MISSING:
-                rejection = verdict
-        return CheckedJob(job, job, rejection)
+            if rejected.verdict.fault == MISSING:
+                rejected = CheckedJob(job, candidate, verdict)
+        return rejected
 
     results = read_many(check, jobs, num_threads, f"checking {codec.words.name}")
     report_check(codec.words, results, skips_check)
@@ -130,7 +130,7 @@ def report_check(words: CacheWords, found: Sequence[CheckedJob[JobT]], skips_che
     faults: dict[str, list[str]] = defaultdict(list)
     for result in found:
         if result.verdict.fault is not None:
-            faults[result.verdict.fault].append(result.path)
+            faults[result.verdict.fault].append(result.job.path)
     missing = faults.pop(MISSING, [])
     num_stale = sum(len(paths) for paths in faults.values())
     reasons = "; ".join(f"{len(paths)} {reason}: {list_few(paths, 2)}" for reason, paths in faults.items())

@@ -40,8 +40,10 @@ from library.data.decoding.npz import (
     open_to_write,
 )
 from library.data.description.buckets import Shape, Size, crop_ltrb
+from library.data.description.image_extensions import is_uncompressed
+from library.data.plan.seen_references import digest_references
 from library.data.scanned.images import ScannedImage, Version
-from library.data.sources.storage.storage import Storage
+from library.data.sources.storage.storage import Storage, is_remote
 from library.json_text import parse_json
 from library.protocols import POSTERIOR_MEAN, LatentSpec
 
@@ -214,10 +216,11 @@ class Expected:
 
     shape: Shape
     interpolation: str | None
-    vae: str
+    vae: str | None  # None: any
     needs_flipped: bool
     needs_alpha: bool
     is_pair: bool
+    seen: int = field(default=0, repr=False)  # `digest_references` of what the text encoder sees; 0 if it sees none
 
 
 def judge(file: LatentFile, image: ScannedImage, expected: Expected, storage: Storage) -> Verdict:
@@ -246,38 +249,52 @@ def origin_fault(origin: Origin, image: ScannedImage, expected: Expected, storag
     """Return what has changed since the entry was written, or None."""
     if expected.vae == f"{origin.vae} {POSTERIOR_MEAN}":
         return "made of random samples by an earlier version, where the VAE's mean is needed"
-    if origin.vae != expected.vae:
+    if expected.vae is not None and origin.vae != expected.vae:
         return "made with another VAE, or with it in another precision"
     if origin.bucket != list(expected.shape.bucket) or origin.resized != list(expected.shape.resized):
         return "made for another size or crop"
     if origin.interpolation != expected.interpolation:
         return "made with another resize_interpolation"
-    version = storage.version(image)
-    if origin.picture != os.path.basename(image.key) or origin.picture_bytes != version.num_bytes:
-        return "made from another image"
-    # A copied or touched file has another time, but only another content makes the entry stale.
-    if origin.picture_mtime_ns != version.stamp and content_hash(storage.whole(image)[1]) != origin.picture_hash:
+    made_from = Version(origin.picture_bytes, origin.picture_mtime_ns)
+    if origin.picture != os.path.basename(image.key) or not is_unchanged(
+        image, made_from, origin.picture_hash, storage
+    ):
         return "made from another image"
     if not image.references:
         return None
     if origin.is_pair != expected.is_pair:
         return "made with a reference image where the partner of a pair is needed, or the reverse"
-    return references_fault(origin, image, expected.shape, storage)
+    return references_fault(origin, image, expected, storage)
 
 
-def references_fault(origin: Origin, image: ScannedImage, shape: Shape, storage: Storage) -> str | None:
+def references_fault(origin: Origin, image: ScannedImage, expected: Expected, storage: Storage) -> str | None:
     """Return what has changed about the reference images since the entry was written, or None."""
     if len(origin.references) != len(image.references):
         return "made with another number of reference images"
-    for record, reference, reference_shape in zip(origin.references, image.references, shape.references, strict=True):
-        digest, num_bytes, stamp, *sizes = record
-        version = storage.version(reference)
-        if sizes != [list(reference_shape.bucket), list(reference_shape.resized)]:
+    shapes, records = expected.shape.references, []
+    for (digest, num_bytes, stamp, *sizes), reference, shape in zip(
+        origin.references, image.references, shapes, strict=True
+    ):
+        if sizes != [list(shape.bucket), list(shape.resized)]:
             return "made for another size of its reference images"
-        is_same_file = (num_bytes, stamp) == version
-        if not is_same_file and content_hash(storage.whole(reference)[1]) != digest:
+        if not is_unchanged(reference, Version(num_bytes, stamp), digest, storage):
             return "made from other reference images"
+        records.append((digest, shape))
+    # The text cache has read all of them, and may have noticed what sizes and times do not show.
+    is_known = expected.seen and not any(one.location and is_remote(one.location.file) for one in image.references)
+    if is_known and digest_references(records, expected.interpolation) != expected.seen:
+        return "made from other reference images"
     return None
+
+
+def is_unchanged(image: ScannedImage, version: Version, digest: str, storage: Storage) -> bool:
+    """Return True if an image still has the content that had this version and digest."""
+    current = storage.version(image)
+    # A copied or touched file has another time, but only another content makes the entry stale. Another content of the
+    # same size and time is likely only where nothing is compressed; elsewhere reading every file would take too long.
+    if current == version and not is_uncompressed(image.key):
+        return True
+    return current.num_bytes == version.num_bytes and content_hash(storage.whole(image)[1]) == digest
 
 
 def mark_of_reference(digest: str, version: Version, shape: Shape) -> list[Any]:

@@ -18,6 +18,7 @@ import numpy as np
 from library.data.caching.latent_files import Expected, LatentFile, judge
 from library.data.decoding.index_file import pack_names, read_arrays, unpack_names, write_arrays
 from library.data.decoding.npz import MISSING, Verdict
+from library.data.description.image_extensions import is_uncompressed
 from library.data.scanned.images import ScannedImage
 from library.data.sources.folders import image_index
 from library.data.sources.folders.image_index import UNSETTLED, compute_stamp
@@ -40,11 +41,12 @@ class VerifiedEntries:
     sure: dict[str, Rows] = field(default_factory=dict)
     marks: dict[tuple[str, str], int] = field(default_factory=dict)  # by path and key suffix
     written: dict[tuple[str, str], int] = field(default_factory=dict)  # stamps of files written by this run
+    stamps: dict[str, int] = field(default_factory=dict)  # of files that were found valid or written
 
     @classmethod
-    def open(cls, files: Iterable[LatentFile], storage: Storage) -> "VerifiedEntries":
+    def open(cls, paths: Iterable[str], storage: Storage) -> "VerifiedEntries":
         """Read the indices of the folders of these files."""
-        return cls({folder: read_rows(folder) for folder in {os.path.dirname(file.path) for file in files}}, storage)
+        return cls({folder: read_rows(folder) for folder in set(map(os.path.dirname, paths))}, storage)
 
     def verdict(self, file: LatentFile, image: ScannedImage, expected: Expected) -> Verdict:
         """Return the verdict of `judge`, taken from the index if nothing has changed."""
@@ -55,15 +57,18 @@ class VerifiedEntries:
         if UNSETTLED not in image_stamps:
             self.marks[file.path, file.tail] = mark
         try:
-            stamp = compute_stamp(os.stat(file.path), now_ns)
+            status = os.stat(file.path)
         except OSError:
             return Verdict(MISSING)
+        stamp = compute_stamp(status, now_ns)
         is_resolved = UNSETTLED not in (stamp, *image_stamps)
         row = self.known.get(folder, {}).get(name + file.tail)
         if is_resolved and row is not None and row[0] == stamp and row[1] | FOREIGN == mark | FOREIGN:
             entry_verdict = Verdict(None, is_foreign=bool(row[1] & FOREIGN))
         else:
             entry_verdict = judge(file, image, expected, self.storage)
+        if entry_verdict.fault is None:
+            self.stamps[file.path] = stamp or compute_stamp(status)
         if is_resolved and entry_verdict.fault is None:
             self.sure.setdefault(folder, {})[name + file.tail] = (
                 stamp,
@@ -72,7 +77,10 @@ class VerifiedEntries:
         return entry_verdict
 
     def stamp_of_image(self, image: ScannedImage, now_ns: float) -> int:
-        """Return a number that changes when an image is replaced."""
+        """Return a number that changes when an image is replaced; UNSETTLED if nothing but its content tells."""
+        # The ends of an uncompressed image, and size and time on Windows, which has no time of the status change.
+        if is_uncompressed(image.key) and (image.location is not None or os.name == "nt"):
+            return UNSETTLED
         # hash() of a tuple of integers is the same in every process, so it can be stored.
         if image.location is not None:
             return hash(self.storage.version(image))
@@ -80,7 +88,7 @@ class VerifiedEntries:
 
     def note_written(self, file: LatentFile) -> None:
         """Record that this run has just written an entry."""
-        self.written[file.path, file.tail] = compute_stamp(os.stat(file.path))
+        self.written[file.path, file.tail] = self.stamps[file.path] = compute_stamp(os.stat(file.path))
 
     def write(self) -> None:
         """Write the indices. Entries written a moment ago are left out, because they may still change; they will be
@@ -106,6 +114,8 @@ def compute_mark(file: LatentFile, image: ScannedImage, image_stamps: Sequence[i
     if image.references:
         names = [os.path.basename(reference.key) for reference in image.references]
         checked += (names, reference_stamps, file.reference_shapes, expected.shape.references)
+    if expected.seen:
+        checked += (expected.seen,)
     # File names may contain bytes that are not valid text.
     digest = blake2b(repr((VERSION, checked, expected)).encode(errors="surrogatepass"), digest_size=8)
     # 63 bits, because the archive holds signed integers; the last one is the FOREIGN bit.

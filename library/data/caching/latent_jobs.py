@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from library.data.caching.filling import CheckedJob
@@ -15,10 +15,11 @@ from library.data.decoding.npz import Verdict
 from library.data.description.buckets import Shape
 from library.data.plan.data_plan import DataPlan
 from library.data.plan.samples import Sample
+from library.data.plan.seen_references import SeenReferences
 from library.data.scanned.images import ScannedImage
 from library.data.scanned.names import same_file_key
+from library.data.sources.storage.storage import Storage
 from library.errors import NotThere, list_few
-from library.protocols import LatentSpec
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,12 @@ class Job:
         """Return the VAE name for the entry. It records if alpha serves as mask, because the image is then encoded
         without it."""
         return f"{vae}{OPAQUE}" if self.has_alpha and self.needs_alpha and vae else vae
+
+    def expected(self, vae: str | None, seen: SeenReferences | None) -> Expected:
+        """Return what a valid entry was made with; any VAE for None."""
+        name, digest = None if vae is None else self.name_vae(vae), 0 if seen is None else seen.digest(self.users[0])
+        shape, flags = self.sample.shape, (self.needs_flipped, self.needs_alpha, self.is_pair)
+        return Expected(shape, self.interpolation, name, *flags, digest)
 
 
 def assign_exchange_files(jobs: Sequence[Job], folder: str, plan: DataPlan) -> list[Job]:
@@ -107,11 +114,11 @@ def locate_file(sample: Sample, plan: DataPlan) -> LatentFile:
 # Validity of files
 
 
-def expected_vae(vae_identity: Callable[[], str], jobs: Sequence[Job], spec: LatentSpec) -> str:
+def expected_vae(vae_identity: Callable[[], str], jobs: Iterable[Job], plan: DataPlan) -> str:
     """Return the identity of the VAE that must have made the entries: the VAE of this run.
 
     If its files are missing, it is the VAE of the first entry that names one, and all entries must match it. Both end
-    in the suffix of `spec`.
+    in the suffix of the plan's `spec`.
     """
     try:
         return vae_identity()
@@ -120,34 +127,51 @@ def expected_vae(vae_identity: Callable[[], str], jobs: Sequence[Job], spec: Lat
             "cached latents are not verified against their VAE, which is missing (%s); all must come from the same VAE",
             error,
         )
-    origins = (origin_of_file(job.file) for job in jobs if job.file is not None)
+    named_jobs = (named for job in jobs for named in iterate_named_jobs(plan, job))
+    origins = (origin_of_file(job.file) for job in named_jobs if job.file is not None)
     names = (origin.vae.removesuffix(OPAQUE) for origin in origins if origin is not None)
-    return next((name.removesuffix(spec.vae_suffix) + spec.vae_suffix for name in names), "")
+    suffix = plan.spec.vae_suffix
+    return next((name.removesuffix(suffix) + suffix for name in names), "")
+
+
+def iterate_stems(jobs: Iterable[Job], storage: Storage) -> Iterator[str]:
+    """Yield the prefixes of all files that may hold the entries of these jobs."""
+    for job in jobs:
+        yield job.path
+        if (stem := storage.stem_beside(job.sample.image)) is not None:
+            yield stem
 
 
 def iterate_named_jobs(plan: DataPlan, job: Job) -> Iterator[Job]:
-    """Yield the job with each possible file name. Early sd-scripts used `<stem>.npz` for every base model."""
+    """Yield the job with each possible file, those beside the image first. Early sd-scripts used `<stem>.npz` for every
+    base model."""
     assert job.file is not None
-    yield job
-    if plan.spec.had_keys_without_size:
-        stem = plan.storage.cache_stem(job.sample.image)
-        yield replace(job, file=replace(job.file, path=f"{stem}.npz"))
+    image = job.sample.image
+    stem, beside = plan.storage.cache_stem(image), plan.storage.stem_beside(image)
+    for place in (beside, stem):
+        path = None if place is None else place + job.file.path.removeprefix(stem)
+        # Most images have nothing beside them if they have a cache elsewhere.
+        if path is not None and (place == stem or os.path.exists(path)):
+            yield replace(job, file=replace(job.file, path=path)) if path != job.file.path else job
+        if place is not None and plan.spec.had_keys_without_size:
+            yield replace(job, file=replace(job.file, path=f"{place}.npz"))
 
 
-def judge_job(entries: VerifiedEntries, vae: str, job: Job) -> Verdict:
+def judge_job(entries: VerifiedEntries, vae: str | None, seen: SeenReferences | None, job: Job) -> Verdict:
     """Return whether the job's file is valid, and why not."""
     assert job.file is not None
-    expected = Expected(
-        job.sample.shape, job.interpolation, job.name_vae(vae), job.needs_flipped, job.needs_alpha, job.is_pair
-    )
-    return entries.verdict(job.file, job.sample.image, expected)
+    return entries.verdict(job.file, job.sample.image, job.expected(vae, seen))
 
 
 def log_unknown_origins(found: Sequence[CheckedJob[Job]]) -> None:
     """Log entries that are used although their VAE or base model is unknown."""
     used = [result for result in found if result.verdict.fault is None]
-    old_names = [result.job.path for result in used if result.job.path != result.path]
-    foreign = [result.path for result in used if result.verdict.is_foreign and result.job.path == result.path]
+    old_names: list[str] = []
+    foreign: list[str] = []
+    for result in used:
+        has_old_name = os.path.basename(result.job.path) != os.path.basename(result.path)
+        if has_old_name or result.verdict.is_foreign:
+            (old_names if has_old_name else foreign).append(result.job.path)
     if foreign:
         logger.info(
             "%d cache entries do not name their VAE; delete them if they were made with another one: %s",

@@ -1,6 +1,7 @@
 """Latents that are encoded once and kept in memory (`cache_latents`) or in files (`cache_latents_to_disk`)."""
 
 import logging
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,12 +30,13 @@ from library.data.caching.latent_jobs import (
     assign_exchange_files,
     expected_vae,
     iterate_named_jobs,
+    iterate_stems,
     judge_job,
     locate_file,
     log_unknown_origins,
     plan_jobs,
 )
-from library.data.caching.stores import CacheFiles, LatentStore, default_latent_file
+from library.data.caching.stores import CacheFiles, LatentStore, default_latent_file, stamp_of_file
 from library.data.decoding.images import DamagedImage, Pixels, apply_placement, crop_at_centre, read_pixels, with_alpha
 from library.data.decoding.tensors import to_pixels
 from library.data.description.buckets import Shape
@@ -47,6 +49,7 @@ from library.formatting import format_count
 from library.options.caching import CachingOptions
 from library.processes import ALONE, Processes
 from library.progress import progress_bar
+from library.protocols import LatentSpec
 from library.randomness import generator_for
 
 logger = logging.getLogger(__name__)
@@ -96,7 +99,7 @@ def cache_latents(
         kept = assign_exchange_files(kept, processes.shared_folder("latents"), plan)
     memory: dict[int, Latents] = {}
     damaged: dict[int, str] = {}
-    entries = VerifiedEntries.open((job.file for job in on_disk if job.file is not None), plan.storage)
+    entries = VerifiedEntries.open(iterate_stems(on_disk, plan.storage), plan.storage)
 
     def encode_jobs(share: Sequence[Job]) -> None:
         for job, latents in encode_all(
@@ -111,14 +114,15 @@ def cache_latents(
         encode_jobs([result.requested for result in share])
         entries.write()
 
+    vae: str | None = None
     # Shared out within each machine, because the folder of the exchange is local to it.
     encode_jobs(kept[processes.local_rank :: processes.local_count])
     if on_disk:
+        plan.storage.check_shared_room("the latents", bytes_of_latents(on_disk, plan.spec))
         skips_check = options.skip_cache_check
-        vae = "" if skips_check else expected_vae(vae_identity, on_disk, plan.spec)
-        codec = Codec(
-            WORDS, KIND, partial(judge_job, entries, vae), make, partial(iterate_named_jobs, plan), log_unknown_origins
-        )
+        vae = None if skips_check else expected_vae(vae_identity, on_disk, plan)
+        judge_file = partial(judge_job, entries, vae, plan.seen)
+        codec = Codec(WORDS, KIND, judge_file, make, partial(iterate_named_jobs, plan), log_unknown_origins)
         kept += fill(codec, on_disk, skips_check, plan.num_workers, processes)
     else:
         # The files of the exchange must be complete before they are read; `fill` waits in the other case.
@@ -128,7 +132,18 @@ def cache_latents(
     damaged = processes.merged("damaged images", damaged)
     check_damaged(damaged, plan)
     usable = {user: file for user, file in files.items() if user not in damaged}
-    return LatentStore(files_by_sample(usable, plan), memory, frozenset(damaged))
+    return LatentStore(files_by_sample(usable, plan, entries.stamps), memory, frozenset(damaged), vae)
+
+
+def bytes_of_latents(jobs: Sequence[Job], spec: LatentSpec) -> int:
+    """Estimate the size of the files that are not there yet."""
+    missing = [job for job in jobs if job.file is not None and not os.path.exists(job.file.path)]
+    pixels = (
+        math.prod(shape.bucket) * (1 + job.needs_flipped)
+        for job in missing
+        for shape in (job.sample.shape, *job.sample.shape.references)
+    )
+    return 4 * spec.channels * sum(pixels) // spec.downscale**2
 
 
 def latents_of_users(job: Job, latents: Latents, plan: DataPlan) -> Iterator[tuple[int, Latents]]:
@@ -149,11 +164,15 @@ def check_damaged(damaged: Mapping[int, str], plan: DataPlan) -> None:
         find_replacement(plan.samples, plan.subsets, number, damaged.keys())
 
 
-def files_by_sample(files: Mapping[int, LatentFile], plan: DataPlan) -> CacheFiles[LatentFile]:
-    has_N = np.zeros(len(plan.samples), dtype=bool)
+def files_by_sample(
+    files: Mapping[int, LatentFile], plan: DataPlan, stamps: Mapping[str, int]
+) -> CacheFiles[LatentFile]:
+    has_N, stamps_N = np.zeros(len(plan.samples), dtype=bool), np.zeros(len(plan.samples), dtype=np.int64)
     has_N[list(files)] = True
+    # Files that another process has written, or that were not checked, are taken as they are now.
+    stamps_N[list(files)] = [stamps.get(file.path) or stamp_of_file(file.path) for file in files.values()]
     renamed_files = {number: file for number, file in files.items() if locate_file(plan.samples[number], plan) != file}
-    return CacheFiles(partial(default_latent_file, plan.spec), has_N, renamed_files)
+    return CacheFiles(partial(default_latent_file, plan.spec), has_N, renamed_files, stamps_N)
 
 
 def encode_all(

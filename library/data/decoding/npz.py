@@ -123,8 +123,8 @@ def open_to_write(path: str, words: CacheWords) -> Iterator[Path]:
         length = len(os.path.abspath(path))
         long = f", its path has {length} characters" if length > LONGEST_ON_WINDOWS else ""
         raise UserError(
-            f"the {words.name} {path} cannot be written ({error.strerror}{long}); --{words.flag}_to_disk writes beside "
-            f"the images, use --{words.flag} to keep {words.content} in memory"
+            f"the {words.name} {path} cannot be written ({error.strerror}{long}); give a folder for "
+            f"--{words.flag}_to_disk with --cache_dir, or use --{words.flag} to keep {words.content} in memory"
         ) from None
 
 

@@ -10,6 +10,8 @@ from library.errors import list_few
 from library.requirements import quote
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp")
+# Formats whose files may have the same size whatever they show.
+UNCOMPRESSED = frozenset(("bmp", "dib", "tif", "tiff", "tga", "psd", "ppm", "pgm", "pbm", "pnm"))
 OTHER_IMAGES = frozenset(("gif", "tif", "tiff", "heic", "heif", "hif", "avif", "jxl", "tga", "psd"))
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
@@ -41,6 +43,11 @@ def image_extensions() -> tuple[str, ...]:
     names = [*EXTENSIONS, *(extension for extension in PLUGINS if load_plugin(extension))]
     # As in sd-scripts, .jpg and .JPG are images and .Jpg is not. The audit names files of such extensions.
     return tuple(f".{extension}" for extension in names) + tuple(f".{extension.upper()}" for extension in names)
+
+
+def is_uncompressed(name: str) -> bool:
+    """Return True if the format of a file of this name does not compress, or need not."""
+    return name.rpartition(".")[2].lower() in UNCOMPRESSED
 
 
 def load_plugin(extension: str) -> bool:

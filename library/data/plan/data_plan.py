@@ -2,9 +2,11 @@
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -264,6 +266,36 @@ class DataPlan:
 
 
 @pause_collection()
+def caches_to_disk(options: TrainOptions) -> bool:
+    flat = options.flat()
+    return any(flat.get(f"{name}_to_disk") for name in ("cache_latents", "cache_text_encoder_outputs"))
+
+
+def find_unwritable(scanned: Iterable[ScannedDataset], options: TrainOptions) -> dict[str, str]:
+    """Return the folders of images that cannot be written, mapped to the one that gets their caches; none if the
+    options name a folder, or cache nothing on disk."""
+    output_dir = options.saving.output_dir
+    is_named = options.caching.cache_dir is not None or options.caching.shared_cache_dir is not None
+    if is_named or not caches_to_disk(options) or not output_dir:
+        return {}
+    images = [subset.images for dataset in scanned for subset in dataset.subsets]
+    folders = {folder for each in images if each.cache_directory is None for folder in each.local_folders()}
+    place = os.path.join(output_dir, "cache")
+    moved = {folder: place for folder in sorted(folders) if not is_writable(folder)}
+    if moved:
+        logger.info("caches go into %s, because these folders cannot be written: %s", place, list_few(list(moved)))
+    return moved
+
+
+def is_writable(folder: str) -> bool:
+    """Return True if a file can be created in a folder; permissions do not tell on Windows and on network drives."""
+    try:
+        with TemporaryFile(dir=folder or "."):
+            return True
+    except OSError:
+        return False
+
+
 def build_plan(
     options: TrainOptions,
     spec: LatentSpec,
@@ -292,11 +324,12 @@ def build_plan(
     # A warning instead of an error: front ends send this key with enable_bucket, and sd-scripts ignores it there.
     config = drop_unused_face_crops(config, caches_latents)
     subsets = [subset for dataset in config.datasets for subset in dataset.subsets]
-    if options.caching.cache_dir is not None and not any(subset.patterns for subset in subsets):
-        logger.warning("--cache_dir has no effect: it is for shards and parquet; image files have caches beside them")
-    storage = Storage(options.caching.cache_dir, options.caching.remote_cache_gb)
+    if options.caching.cache_dir is not None and not caches_to_disk(options) and not any(s.patterns for s in subsets):
+        logger.warning("--cache_dir has no effect: nothing is cached on disk, and there are no shards or parquet files")
+    storage = Storage(options.caching.cache_dir, options.caching.remote_cache_gb, options.caching.shared_cache_dir)
     scanned = collect(config, storage)
     check_images(scanned)
+    storage = replace(storage, moved=find_unwritable(scanned, options))
     split = split_datasets(scanned, seed)
     datasets = (*split.trained, *split.set_aside)
     num_trained = len(split.trained)

@@ -1,6 +1,6 @@
 """Reference images for text encoders that see them with the caption."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
@@ -12,6 +12,7 @@ from torch import Tensor
 from library.data.decoding.images import Pixels, Placement, apply_placement, crop_at_centre, read_pixels, with_alpha
 from library.data.decoding.tensors import to_pixels
 from library.data.decoding.threads import read_many
+from library.data.description.buckets import Shape
 from library.data.description.schema import SubsetConfig
 from library.data.plan.reference_digests import digest_files
 from library.data.plan.samples import Sample, Samples, check_size
@@ -60,8 +61,16 @@ class SeenReferences:
         contents |= dict(zip(packed, digests, strict=True))
         digests_N = np.zeros(len(samples), dtype=np.uint64)
         for number, sample in sample_by_number.items():
-            digests_N[number] = digest_references(sample, subsets[sample.subset].resize_interpolation, contents)
+            records = [
+                (contents[one], shape)
+                for one, shape in zip(sample.image.references, sample.shape.references, strict=True)
+            ]
+            digests_N[number] = digest_references(records, subsets[sample.subset].resize_interpolation)
         return cls(digests_N, storage, has_alpha)
+
+    def digest(self, number: int) -> int:
+        """Return the `digest_references` of a sample; 0 without references."""
+        return int(self.digests_N[number])
 
     def key(self, number: int, caption: str, is_flipped: bool) -> str:
         """Return the text under which the features of a caption of this sample are cached."""
@@ -99,12 +108,9 @@ def digest_packed(reference: ScannedImage, storage: Storage) -> str:
     return blake2b(storage.read(reference.location), digest_size=16).hexdigest()
 
 
-def digest_references(sample: Sample, interpolation: str | None, contents: Mapping[ScannedImage, str]) -> int:
-    """Return a digest of the references of a sample; never 0. `contents` maps references to digests."""
-    records = [
-        (contents[one], shape.bucket, shape.resized)
-        for one, shape in zip(sample.image.references, sample.shape.references, strict=True)
-    ]
+def digest_references(references: Sequence[tuple[str, Shape]], interpolation: str | None) -> int:
+    """Return a digest of the references of a sample, given the digest of the content and the shape of each; never 0."""
+    records = [(content, shape.bucket, shape.resized) for content, shape in references]
     # 0 stands for a sample without references.
     return max(1, int.from_bytes(blake2b(f"{records} {interpolation}".encode(), digest_size=8).digest(), "big"))
 

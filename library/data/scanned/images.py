@@ -1,7 +1,8 @@
 """The listed images of a subset, before any is opened. Stored in columns: a million images take 200 MB."""
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import repeat
@@ -220,6 +221,13 @@ class ScannedImages(Column[ScannedImage]):
             return map(self.prefix.__add__, self.names) if self.prefix else iter(self.names)
         prefixes = map(self.locations.prefixes.__getitem__, iterate_in_blocks(self.locations.file_N))
         return map(str.__add__, prefixes, self.names)
+
+    def local_folders(self) -> set[str]:
+        """Return the folders of all images, or of the larger files that hold them; none for those at URLs."""
+        files: Iterable[str] = self.each_key()
+        if self.locations is not None:
+            files = self.locations.files if self.locations.urls is None else self.locations.urls
+        return {os.path.dirname(file) for file in files if "://" not in file}
 
     def keys_at(self, rows: NDArray[Any]) -> Sequence[str]:
         if self.locations is None and not self.prefix:

@@ -156,6 +156,20 @@ class StateOptions(Options, affects_training=False):
         help="Continue from the newest complete training state in --output_dir, or start at the beginning if there is "
         "none, so that the same command can be repeated after any stop.",
     )
+    skip_finished: bool = option(
+        False,
+        unless="resume",
+        own=True,
+        help="End at once if --output_dir holds the adapter that this very run gives, and continue from its newest "
+        "state if it was cut off. The runs of --sweep have it.",
+    )
+    pause_after_step: int | None = option(
+        None,
+        at_least=1,
+        own=True,
+        help="Save weights and state after the first validation from this step on, and end. The rounds of "
+        "--sweep_stop_after do so.",
+    )
     skip_until_initial_step: bool = option(
         False,
         help="Skip the data of the steps before --initial_step or before the resumed state.",
@@ -170,6 +184,11 @@ class StateOptions(Options, affects_training=False):
     initial_step: int | None = option(
         None, at_least=0, help="Step to begin with, counted from 0. Wins over --initial_epoch."
     )
+
+    @property
+    def may_resume(self) -> bool:
+        """True if the run continues from a state, if there is one."""
+        return bool(self.resume or self.autoresume or self.skip_finished)
 
 
 @dataclass(frozen=True)

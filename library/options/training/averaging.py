@@ -15,7 +15,7 @@ class AveragingOptions(Options, own=True):
         None,
         at_least=0,
         at_most=0.999999,
-        sweep_name="ema",
+        short_name="ema",
         help="Keep an exponential moving average of the adapter's weights with this decay per step, such as 0.999. "
         "Training itself does not use it. Unset keeps none.",
     )
@@ -23,7 +23,7 @@ class AveragingOptions(Options, own=True):
         0,
         at_least=0,
         needs="ema_decay",
-        sweep_name="emaafter",
+        short_name="emaafter",
         help="Steps after which averaging begins; until then the average is the weights themselves.",
     )
     ema_used_for: list[str] | None = option(

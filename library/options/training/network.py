@@ -12,7 +12,7 @@ class NetworkOptions(Options):
     network_module: str | None = option(
         None,
         usual=True,
-        sweep_name="",
+        short_name="",
         help="Python module that makes the adapter, such as networks.lora or lycoris.kohya.",
     )
     network_dim: int | None = option(
@@ -20,7 +20,7 @@ class NetworkOptions(Options):
         usual=True,
         at_least=1,
         unless="dim_from_weights",
-        sweep_name="dim",
+        short_name="dim",
         help="Rank of the adapter: higher learns more detail and makes a larger file. Unset leaves it to the module, 4"
         " for networks.lora.",
     )
@@ -30,14 +30,14 @@ class NetworkOptions(Options):
         usual=True,
         at_least=0,
         unless="dim_from_weights",
-        sweep_name="alpha",
+        short_name="alpha",
         help="Strength of the adapter as alpha divided by rank. Often half the rank or equal to it; 0 means equal.",
     )
     network_dropout: float | None = option(
         None,
         usual=True,
         is_share=True,
-        sweep_name="dropout",
+        short_name="dropout",
         help="Probability of dropping each value inside the adapter during training, 0 to 1. Unset drops none.",
     )
     network_args: list[str] | None = option(
@@ -52,7 +52,7 @@ class NetworkOptions(Options):
         path="file or folder",
         usual=True,
         kept_in_state=True,
-        sweep_name="from_",
+        short_name="from_",
         help="Adapter file to start training from. Unset starts from scratch.",
     )
     dim_from_weights: bool = option(
@@ -93,7 +93,7 @@ class NetworkOptions(Options):
     )
     scale_weight_norms: float | None = option(
         None,
-        sweep_name="maxnorm",
+        short_name="maxnorm",
         help="Maximum norm of each module's weight change; larger ones are scaled down after every step. Unset sets no "
         "limit.",
     )
@@ -103,7 +103,7 @@ class NetworkOptions(Options):
         usual=True,
         at_least=0,
         unless="network_train_text_encoder_only",
-        sweep_name="unetlr",
+        short_name="unetlr",
         help="Learning rate of the denoiser's adapter. Unset uses --learning_rate.",
     )
     text_encoder_lr: list[float] | None = option(
@@ -112,7 +112,7 @@ class NetworkOptions(Options):
         usual=True,
         at_least=0,
         unless="network_train_unet_only",
-        sweep_name="telr",
+        short_name="telr",
         help="Learning rate of the text encoder's adapter, several values for several encoders. Unset uses "
         "--learning_rate.",
         nargs="*",

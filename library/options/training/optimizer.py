@@ -12,7 +12,7 @@ class OptimizerOptions(Options):
     optimizer_type: str = option(
         "",
         usual=True,
-        sweep_name="",
+        short_name="",
         help="Optimizer by name, such as AdamW8bit, Lion, Prodigy or Adafactor, or by dotted path of a class. Empty is"
         " AdamW.",
     )
@@ -24,14 +24,14 @@ class OptimizerOptions(Options):
         on_resume="new rate",
         usual=True,
         at_least=0,
-        sweep_name="lr",
+        short_name="lr",
         help="Learning rate, where --unet_lr and --text_encoder_lr do not say otherwise. 1e-4 is usual for LoRA.",
     )
     max_grad_norm: float = option(
         1.0,
         usual=True,
         at_least=0,
-        sweep_name="clip",
+        short_name="clip",
         help="Largest norm of the gradient over all trained weights; larger gradients are clipped to it. 0 never "
         "clips.",
     )
@@ -60,13 +60,13 @@ class ScheduleOptions(Options):
     lr_scheduler: str = option(
         "constant",
         usual=True,
-        sweep_name="",
+        short_name="",
         help="How the learning rate changes over the run: constant, constant_with_warmup, linear, cosine, "
         "cosine_with_restarts, polynomial, and more.",
     )
     lr_scheduler_type: str = option(
         "",
-        sweep_name="",
+        short_name="",
         help="Schedule by the name of a class of torch.optim.lr_scheduler, or by dotted path. Empty goes by "
         "--lr_scheduler.",
     )
@@ -79,7 +79,7 @@ class ScheduleOptions(Options):
         0,
         usual=True,
         at_least=0,
-        sweep_name="warmup",
+        short_name="warmup",
         help="Steps over which the learning rate rises from 0: a whole number, or a share of the run such as 0.1. 0 "
         "starts at the full rate.",
         type=int_or_float,
@@ -87,7 +87,7 @@ class ScheduleOptions(Options):
     lr_decay_steps: int | float = option(
         0,
         at_least=0,
-        sweep_name="decay",
+        short_name="decay",
         help="Steps over which warmup_stable_decay lowers the learning rate at the end: a whole number, or a share of "
         "the run below 1.",
         type=int_or_float,
@@ -96,22 +96,22 @@ class ScheduleOptions(Options):
         1,
         usual=True,
         at_least=1,
-        sweep_name="cycles",
+        short_name="cycles",
         help="Number of restarts of cosine_with_restarts; half waves of cosine_with_min_lr and warmup_stable_decay.",
     )
     lr_scheduler_power: float = option(
-        1, at_least=0, sweep_name="power", help="Exponent of the polynomial schedule. 1 falls in a straight line."
+        1, at_least=0, short_name="power", help="Exponent of the polynomial schedule. 1 falls in a straight line."
     )
     lr_scheduler_timescale: int | None = option(
         None,
         at_least=1,
-        sweep_name="timescale",
+        short_name="timescale",
         help="Steps that set the pace of inverse_sqrt. Unset uses the warm-up, or 10000 without one.",
     )
     lr_scheduler_min_lr_ratio: float | None = option(
         None,
         is_share=True,
-        sweep_name="minlr",
+        short_name="minlr",
         help="Learning rate at the end as a share of that at the start, for cosine_with_min_lr, warmup_stable_decay "
         "and rex (unset: 0.01).",
     )

@@ -34,7 +34,7 @@ class RunOptions(Options):
         at_least=-MAX_SEED,
         at_most=MAX_SEED,
         kept_in_state=True,
-        sweep_name="seed",
+        short_name="seed",
         help="Seed of all random numbers, so that a run can be repeated. Unset draws one.",
     )
     gradient_accumulation_steps: int = option(

@@ -1,28 +1,26 @@
-"""Several adapters in one run."""
+"""A run for every combination of values."""
 
 from dataclasses import dataclass
 
 from library.options.base import Options, option
 
-ONE_ADAPTER = "blocks are compiled for one adapter, and those that run change between training and validation"
-
 
 @dataclass(frozen=True)
-class SweepOptions(Options, own=True):
-    """Several adapters in one run."""
+class SweepOptions(Options, own=True, affects_training=False):
+    """A run for every combination of values."""
 
     sweep: list[str] | None = option(
         None,
         nargs="+",
         metavar="OPTION=A,B",
-        unsupported="a run trains one adapter; the next change starts a run for each combination",
         excludes={
-            "compile": ONE_ADAPTER,
-            "torch_compile": ONE_ADAPTER,
-            "log_events=-": "the events of all adapters would be mixed; name a file, each gets its own",
-            "resume_from_huggingface": "it fetches the state of one adapter; fetch all, and name one with --resume",
+            "log_events=-": "the events of all runs would be mixed; name a file, each gets its own",
+            "resume": "it names the state of one run; give the same command again, which continues every run that "
+            "was cut off",
+            "initial_step": "each run starts where it was cut off",
+            "initial_epoch": "each run starts where it was cut off",
         },
-        help="Train an adapter for every combination of these values over one loaded base model, such as "
+        help="Train an adapter for every combination of these values, one run after the other, such as "
         "learning_rate=1e-4,2e-4 network_dim=8,16. Each has its own files, <output_name>-lr1e-4-dim8. Names that "
         "are no option are keys of --network_args; optimizer_args.weight_decay=0,0.01 is a key of --optimizer_args.",
     )
@@ -30,6 +28,26 @@ class SweepOptions(Options, own=True):
         None,
         at_least=1,
         needs="sweep",
-        help="End adapters of --sweep early that are significantly worse than the best one, at every validation "
-        "from this step on. Unset trains all of them to the end.",
+        excludes={"sweep_only": "a run alone has none to be compared with"},
+        help="Train --sweep in rounds that end at the first validation from this step on, from twice as many, and so "
+        "on. Runs that are significantly worse than the best one end with their round. Unset trains all to the end.",
+    )
+    sweep_list: str | None = option(
+        None,
+        nargs="?",
+        const="text",
+        choices=(None, "text", "json"),
+        needs="sweep",
+        help="List the runs of --sweep and end; json adds the command of each.",
+    )
+    sweep_only: int | None = option(
+        None,
+        at_least=1,
+        needs="sweep",
+        help="Train this run of --sweep alone, by its number in --sweep_list, so that other machines train the others.",
+    )
+    launcher: str | None = option(
+        None,
+        needs="sweep",
+        help='Words before the script of each run of --sweep, such as "accelerate launch --num_processes 4".',
     )

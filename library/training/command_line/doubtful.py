@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from library.installed import architecture_of
+from library.network_args import is_switched_on
 from library.options.machine.memory import PrecisionOptions
 from library.options.model import ModelOptions
 from library.options.no_effect import is_set
@@ -15,7 +16,6 @@ from library.options.training.network import NetworkOptions
 from library.options.training.noise import NoiseOptions
 from library.options.training.optimizer import OptimizerOptions
 from library.training.optimization.optimizers import resolve_optimizer_type
-from networks.core.protocol import is_switched_on
 
 ADAPTIVE = ("adam", "lion")  # their step size equals the learning rate, whatever the gradient
 AOTRITON = "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL"

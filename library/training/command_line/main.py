@@ -20,6 +20,7 @@ from library.training.command_line.cli import (
 )
 from library.training.command_line.console import forgive_write_errors
 from library.training.command_line.replaced import refuse_replaced
+from library.training.command_line.sweeps import sweep_by_command, sweep_for_program
 from library.training.command_line.training import train_as_asked
 from library.training.failures.failure import StoppedByError
 from library.training.failures.interruption import Interrupted, Interruption
@@ -49,9 +50,12 @@ def main(
     """
     # First of all, because a closed pipe or a full disk behind the output must not end a run.
     forgive_write_errors()
+    command_line = command_line or read_command_line(parser, argv)
+    if command_line.args.sweep:
+        return sweep_by_command(command_line, options_type, lambda: build)
     interruption = Interruption()
     interruption.install()
-    args = (command_line or read_command_line(parser, argv)).start_log()
+    args = command_line.start_log()
     try:
         options = options_type.from_args(args)
         command = sys.argv[1:] if argv is None else argv
@@ -89,6 +93,9 @@ def train_for_program(
     refuse_replaced(trainer)
     AcceleratorState._reset_state()  # a program may train twice with different precisions
     options = options_type.from_args(from_program(parser, args))
+    if options.sweep.sweep:
+        sweep_for_program(parser, options, build)
+        return
     try:
         train_as_asked(options, build, latents, objective, Interruption())
     except AlreadyComplete as error:

@@ -6,17 +6,19 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 from library.installed import NEEDED_BY_ALL, check_gpu_is_used, check_installed
+from library.options.dataset import DatasetOptions
 from library.options.output.saving import SavingOptions
 from library.options.train import TrainOptions
-from library.training.command_line.run_lock import run_lock
+from library.options.training.run import DiagnosticOptions
 from library.training.reporting.event_stream import Events, WarningEvents
 from library.training.run.run_events import open_events
 from library.training.saving.names import Names
+from library.training.saving.run_lock import run_lock
 
 
-def writes(options: TrainOptions) -> bool:
+def writes(diagnostics: DiagnosticOptions, dataset: DatasetOptions) -> bool:
     """Return False for a dry run and a look at the dataset."""
-    return not (options.diagnostics.dry_run or options.dataset.debug_dataset)
+    return not (diagnostics.dry_run or dataset.debug_dataset)
 
 
 def name_files(saving: SavingOptions) -> Names | None:
@@ -31,7 +33,7 @@ def holding_outputs(
     options: TrainOptions, names: Names | None, command: Sequence[str] | None, warnings: WarningEvents
 ) -> Iterator[Events]:
     """Open the event stream, and keep other runs from writing the same files inside the block."""
-    is_written = writes(options)
+    is_written = writes(options.diagnostics, options.dataset)
     with (
         run_lock(options.saving) if is_written else nullcontext(),
         open_events(options, names if is_written else None, command, warnings) as events,

@@ -27,6 +27,7 @@ from library.training.planning.fit_run import fit_run
 from library.training.reporting.event_stream import Events
 from library.training.reporting.events import Audit, Planned
 from library.training.run.shard_base_checks import sharding_values
+from library.training.saving.finished import check_unfinished, digest_run
 from library.training.saving.hub import check_repository
 from library.training.saving.names import Names
 from library.training.saving.resume import alpha_of_state, batches_of_state, clear_up, find_state, rates_of_state
@@ -81,7 +82,7 @@ def resolve_start(options: OptionsT, arch: Architecture, names: Names | None, pr
     if processes.is_local_main:
         opening.delete_leftovers()
     sharding = sharding_values(options.distributed, options.memory, options.network, options.compiling, processes)
-    if names is not None and writes(options) and processes.is_main:
+    if names is not None and writes(options.diagnostics, options.dataset) and processes.is_main:
         clear_up(names)
     state = find_state(options.state, options.hub, names, processes)
     kept = rates_of_state(options, state) | alpha_of_state(options.network.network_alpha, state)
@@ -96,14 +97,21 @@ def resolve_start(options: OptionsT, arch: Architecture, names: Names | None, pr
 def resolve_run(
     start: Start[OptionsT], module: NetworkModule, data: TrainingData, processes: Processes, events: Events
 ) -> ResolvedRun:
-    """Choose what makes the run fit the memory."""
+    """Choose what makes the run fit the memory. Raises AlreadyComplete for a finished run that may be skipped."""
     requested = RequestedRun(
         start.options, module, start.arch, start.text, start.formats, start.names, start.seed, start.state, events
     )
     if events.is_on:
         events.emit(Audit(**data.audit_values(), pairs=show_pairs(data.image_plan)))
     run = ResolvedRun(requested, data)
-    return run if start.options.fit.fit is None else fit_to_memory(run, processes)
+    run = run if start.options.fit.fit is None else fit_to_memory(run, processes)
+    if (
+        start.options.state.skip_finished
+        and start.names is not None
+        and writes(start.options.diagnostics, start.options.dataset)
+    ):
+        check_unfinished(start.names, digest_run(run.requested.options, data, start.seed))
+    return run
 
 
 def fit_to_memory(run: ResolvedRun, processes: Processes) -> ResolvedRun:

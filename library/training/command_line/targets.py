@@ -7,7 +7,7 @@ from typing import Any
 
 from library.checkpoints.overwriting import FileKind, check_not_input, check_target
 from library.options.base import Options
-from library.training.report_page.page import SWEEP, report_kind
+from library.training.report_page.page import report_kind
 from library.training.reporting.events import SavedFor
 from library.training.reporting.profile import PROFILE
 from library.training.saving.names import Names
@@ -35,7 +35,6 @@ def check_targets(options: Options, names: Names) -> None:
     has_report = not values["no_report"]
     for path, kind, is_written in (
         (names.of_report(), report_kind(names.output_name), has_report),
-        (names.of_sweep(), SWEEP, has_report and values["sweep"]),
         (names.of_profile(), PROFILE, values["profile"]),
     ):
         if is_written:
@@ -44,7 +43,8 @@ def check_targets(options: Options, names: Names) -> None:
 
 def goes_on(values: Mapping[str, Any], names: Names) -> bool:
     """Return True if the run continues from a state."""
-    return bool(values["resume"] or (values["autoresume"] and newest_state(names.folder, names.starts) is not None))
+    may_resume = values["autoresume"] or values["skip_finished"]
+    return bool(values["resume"] or (may_resume and newest_state(names.folder, names.starts) is not None))
 
 
 def list_saves(values: Mapping[str, Any], names: Names) -> Iterator[tuple[Path, FileKind]]:

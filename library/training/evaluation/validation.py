@@ -134,6 +134,13 @@ class Validation:
         """Return True if validation is scheduled after `step`, ignoring epochs."""
         return (self.is_on or self.probe.is_on) and any(self._schedule.due(step, None))
 
+    def is_due_from(self, first_step: int) -> bool:
+        """Return True if the held-out images are measured after `first_step` or a later one, before the last."""
+        plan = self._run.plan
+        positions = ((step, *divmod(step, plan.steps_per_epoch)) for step in range(first_step, plan.max_train_steps))
+        due = (any(self._schedule.due(step, None if rest else epochs)) for step, epochs, rest in positions)
+        return self.is_on and any(due)
+
     def after_step(self, step: int, epoch: int, ends_epoch: bool, training_average: float) -> bool:
         """Measure if scheduled after `step` of `epoch`. Return True if the loss is the lowest so far.
 

@@ -8,6 +8,7 @@ import torch
 
 from library.diffusion.dpo import implicit_accuracy, invert_losses
 from library.errors import list_few
+from library.training.evaluation.choice import average_by_image
 from library.training.evaluation.validation_loss import estimate_paired_difference
 from library.training.evaluation.validation_record import Evaluation, ValidationRecord
 from library.training.reporting import events
@@ -99,7 +100,15 @@ def build_event(
         best_step=record.best_step,
         best_loss=finite(record.best_loss),
         preference=preference,
+        losses=losses_by_digest(evaluation, record),
     )
+
+
+def losses_by_digest(evaluation: Evaluation, record: ValidationRecord) -> dict[str, float]:
+    """Return the loss of each image by the digest of its content; rows of one content are averaged."""
+    digests = [str(digest) for digest, *_ in record.images]
+    losses_G = average_by_image(evaluation.losses_NL.mean(1), digests)
+    return dict(zip(dict.fromkeys(digests), losses_G.tolist(), strict=True))
 
 
 def compare_with_first(record: ValidationRecord) -> events.Compared | None:

@@ -1,18 +1,29 @@
-"""SIGINT, SIGTERM and SIGHUP: the current step is finished, then the run saves and ends."""
+"""SIGINT, SIGTERM, SIGHUP and SIGBREAK: the current step is finished, then the run saves and ends."""
 
 import logging
 import os
 import signal
-import sys
 import threading
 import time
+from collections.abc import Mapping
 from types import FrameType
+from typing import Any
+
+from library.launcher import DRIVER
 
 logger = logging.getLogger(__name__)
 
-# sent when a terminal or connection closes; not on all systems
-HANGUP = None if sys.platform == "win32" else signal.SIGHUP
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM) if HANGUP is None else (signal.SIGINT, signal.SIGTERM, HANGUP)
+
+def list_stop_signals(available: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the signals that ask a run to end, among those that `available`, the names of `signal`, has.
+
+    Windows has no SIGHUP. Its SIGBREAK (Ctrl-Break) is the only one that another program can send to a run alone.
+    """
+    return tuple(available[name] for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if name in available)
+
+
+HANGUP = vars(signal).get("SIGHUP")  # sent when a terminal or connection closes; not on all systems
+STOP_SIGNALS = list_stop_signals(vars(signal))
 POLL_S = 0.5
 GRACE_S = 5.0  # seconds for the main thread to return from code in which Python runs no handlers
 
@@ -31,7 +42,7 @@ class Interruption:
     Until `defer()` is called, the first signal raises Interrupted at once; loading and caching leave no half-written
     file. Afterwards the first signal only sets `is_requested`, which the loop checks after each step. The second signal
     always stops the run, except for SIGHUP, which a closing terminal may send several times. A run started by
-    `accelerate launch` also stops when its launcher is gone, because nobody else would signal it.
+    `accelerate launch` or --sweep also stops when its launcher is gone, because nobody else would signal it.
 
     Until `defer()` a thread watches: while a process waits for others inside torch, Python runs no handlers, so an
     unanswered signal ends the process from that thread.
@@ -41,8 +52,9 @@ class Interruption:
         self._signal: int | None = None
         self._is_deferred = False
         self._is_over = False
-        # `accelerate launch` sets this variable in every process that it starts.
-        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        # `accelerate launch` and --sweep set these variables in every process that they start.
+        is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or DRIVER in os.environ
+        self._launcher = os.getppid() if is_launched else None
 
     def install(self) -> None:
         """Install the signal handlers; SIGHUP stays ignored if it is, as under nohup."""

@@ -121,6 +121,9 @@ class Steps:
             self.updates.report()
         if not stops:
             self._validate(window, window.ends_epoch or is_last)
+            pause = self._run.options.state.pause_after_step
+            if pause is not None and self._validation.record.measured_step == progress.step >= pause and not is_last:
+                self._stops = True
         self._after_step(window.epoch)
         is_cut = is_last and self._validation.stop_reason is None  # the run ends here in mid-epoch
         if progress.step % plan.steps_per_epoch == 0 or is_cut:
@@ -141,7 +144,7 @@ class Steps:
         if progress.step >= self._run.plan.max_train_steps:
             writer.save_end(progress, self._run.plan.num_epochs, is_complete=not self._lacks_previews)
         elif validation.stop_reason is not None:
-            progress.ended = validation.stop_reason
+            progress.ended, self._run.events.cause = validation.stop_reason, "early stopping"
             logger.info("the run ends after step %d: %s", progress.step, progress.ended)
             writer.save_end(progress, epoch)
         elif progress.step == 0:

@@ -5,13 +5,14 @@ from typing import Any
 import torch
 
 from library.errors import UserError
+from library.network_args import parse_network_args
 from library.options.training.network import NetworkOptions
 from library.randomness import stream_seed
 from library.training.models.compute import Compute
 from library.training.models.requests import RequestedRun
 from library.training.reporting.console_lines import announce
 from library.training.step.context import Models
-from networks.core.protocol import AdoptedNetwork, NetworkModule, adopt, parse_network_args
+from networks.core.protocol import AdoptedNetwork, NetworkModule, adopt
 
 
 def network_keywords(options: NetworkOptions) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,8 +27,9 @@ from library.training.step.context import Models
 from networks.core.protocol import adopt
 
 
-def preflight(run: RequestedRun, max_train_steps: int) -> None:
-    """Build the adapter, its optimizer and its schedule as the run will, on meta models, and discard them.
+def preflight(run: RequestedRun, max_train_steps: int) -> int:
+    """Build the adapter, its optimizer and its schedule as the run will, on meta models, and discard them. Return the
+    bytes of the adapter, 0 if unknown.
 
     Raises UserError for any option of these that would end the run later. Third-party network modules are left out,
     because they may need real weights.
@@ -39,7 +41,7 @@ def preflight(run: RequestedRun, max_train_steps: int) -> None:
             beside = create_training_adapter(network, run.arch, models())
             assert beside is not None
             beside.network.load_weights(beside.file)  # compares the shapes
-        groups = [{"params": [], "lr": optimizer.learning_rate}]
+        groups: list[dict[str, Any]] = [{"params": [], "lr": optimizer.learning_rate}]
         if run.module.is_ours:
             built_network = adopt(create_on_meta_device(network, run.module, models()))
             groups, _ = built_network.parameter_groups(
@@ -49,6 +51,7 @@ def preflight(run: RequestedRun, max_train_steps: int) -> None:
         dummy_groups = [{**group, "params": [nn.Parameter(torch.zeros(2, 2))]} for group in groups]
         built = build_optimizer(optimizer, dummy_groups)
         take_first_step(scheduler, build_schedule(scheduler, built, max_train_steps))
+    return sum(p.nbytes for group in groups for p in group["params"])
 
 
 def take_first_step(options: ScheduleOptions, schedule: Schedule) -> None:

@@ -16,6 +16,7 @@ from library.data.caching.text_files import stack_rows
 from library.data.training_data import TrainingData
 from library.errors import UserError, needing
 from library.memory.offload.encoders import place_encoders
+from library.network_args import is_switched_on
 from library.options.caching import CachingOptions
 from library.options.machine.memory import PrecisionOptions
 from library.options.training.network import NetworkOptions
@@ -24,7 +25,6 @@ from library.protocols import Architecture, LiveText, TextCacheSpec, TextPipelin
 from library.training.models.compute import Compute
 from library.training.step.context import Autocast
 from library.types import Conditioning
-from networks.core.protocol import is_switched_on
 
 logger = logging.getLogger(__name__)
 

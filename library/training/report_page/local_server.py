@@ -1,6 +1,9 @@
 """Serves pages to browsers on this machine, and takes the forms that the pages send."""
 
 import re
+import socket
+import sys
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +16,8 @@ HOST = "127.0.0.1"  # pages contain paths and options that other machines must n
 MAX_PORT = 65535
 LOCAL = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")  # host names that pages of other sites cannot use
 MOST_FORM_BYTES = 4096
+MOST_CONNECTIONS = 64  # each has a thread
+SECONDS = 10.0  # for a client to send or take the next bytes
 
 
 class Pages(Protocol):
@@ -44,6 +49,25 @@ class LocalServer(ThreadingHTTPServer):
             super().__init__((HOST, port), partial(Handler, pages, take))
         except OSError as error:
             raise UserError(f"--port {port} cannot be opened: {error.strerror}; use another one") from error
+        self.free_connections = threading.Semaphore(MOST_CONNECTIONS)
+
+    def process_request(self, request: socket.socket | tuple[bytes, socket.socket], client_address: Any) -> None:
+        """Answer in a thread; hang up if all are taken."""
+        if self.free_connections.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: socket.socket | tuple[bytes, socket.socket], client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.free_connections.release()
+
+    def handle_error(self, request: socket.socket | tuple[bytes, socket.socket], client_address: Any) -> None:
+        """Print a traceback, except for clients that hang up or stop reading."""
+        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
@@ -52,6 +76,8 @@ class LocalServer(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     """Answers GET requests for pages, and POST requests of their forms."""
+
+    timeout = SECONDS
 
     def __init__(self, pages: Pages, take: TakeForm | None, *arguments: Any) -> None:
         self.pages, self.take = pages, take
@@ -85,9 +111,13 @@ class Handler(BaseHTTPRequestHandler):
         if self.take is None:
             return self.send_error(501)
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > MOST_FORM_BYTES:
+        # Python converts no number of thousands of digits.
+        if not re.fullmatch("[0-9]{1,9}", length) or int(length) > MOST_FORM_BYTES:
             return self.send_error(413)
-        fields = dict(parse_qsl(self.rfile.read(int(length)).decode("utf-8", "replace")))
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):  # the client hung up
+            return self.send_error(400)
+        fields = dict(parse_qsl(body.decode("utf-8", "replace")))
         try:
             is_taken = self.take(fields)
         except (OSError, UserError) as error:

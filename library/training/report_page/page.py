@@ -43,6 +43,12 @@ def report_kind(output_name: str | None) -> FileKind:
     return page_kind(f"a report of a run named {name}", lambda title: title == name)
 
 
+def same_title(name: str, page: str) -> FileKind:
+    """Return the kind of the pages with the title of `page`."""
+    match = TITLE.search(page.encode())
+    return page_kind(name, lambda title: match is not None and title == unescape(match[1].decode()))
+
+
 INDEX = page_kind("a report index", lambda title: title.startswith(TITLES["index"]))
 SWEEP = page_kind("a report of a sweep", lambda title: title.startswith(TITLES["sweep"]))
 COMPARISON = page_kind("a comparison of runs", lambda title: title.startswith(TITLES["comparison"]))

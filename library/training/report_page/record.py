@@ -84,6 +84,7 @@ class Record:
     smoothed: Smoothed = field(default_factory=Smoothed)
     curves: Curves = field(default_factory=Curves)
     validations: Kept = field(default_factory=lambda: Kept(MOST_VALIDATIONS))
+    last_losses: dict[str, Any] | None = None  # step, and each image's loss by the digest of its content
     forgetting: Kept = field(default_factory=lambda: Kept(MOST_VALIDATIONS))
     best: dict[str, Any] | None = None  # step, loss
     choice: dict[str, Any] | None = None  # among the saved files
@@ -196,6 +197,8 @@ class Record:
     def _validation(self, line: Line) -> None:
         item = {name: line[name] for name in ("step", "loss", "error", "levels", "compared")}
         self.validations.add({**item, "preference": line.get("preference")})
+        if line.get("losses"):
+            self.last_losses = {"step": line["step"], "losses": line["losses"]}
         if line["best_loss"] is not None:
             self.best = {"step": line["best_step"], "loss": line["best_loss"]}
 
@@ -252,7 +255,7 @@ class Record:
     def _end(self, line: Line) -> None:
         if self.sessions:
             names = ("reason", "step", "seconds", "error", "summary", "file")
-            self.sessions[-1]["end"] = {name: line[name] for name in names}
+            self.sessions[-1]["end"] = {name: line[name] for name in names} | {"cause": line.get("cause")}
 
     # As plain values:
 

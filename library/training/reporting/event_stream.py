@@ -13,15 +13,28 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any, Protocol
 
-from library.checkpoints.overwriting import check_target, known_by_start
+from library.checkpoints.overwriting import FileKind, check_target, known_by_start
 from library.errors import UserError
+from library.json_text import parse_json
 from library.progress import State
-from library.training.reporting.events import End, EndReason, Event, Plan, Planned, Stage, Step, Warned
+from library.training.reporting.events import (
+    End,
+    EndCause,
+    EndReason,
+    Event,
+    Plan,
+    Planned,
+    Stage,
+    Start,
+    Step,
+    Warned,
+)
 
 logger = logging.getLogger(__name__)
 
 FLAG = "--log_events"
 EVENT_LOG = known_by_start("an event log", lambda start: start.startswith(b'{"v":'))  # the start of `Event.as_line`
+RUN_NAMES = ("output_name", "output_dir")  # options that tell the logs of two runs apart
 PROGRESS_S = 1.0  # seconds between progress events of a stage
 
 Line = dict[str, Any]
@@ -52,8 +65,9 @@ class Events:
         self._started = clock()
         self.last_step: int | None = None
         self.planned: Planned | None = None  # added to the plan event
-        self.summary: str | None = None  # this and the next are added to the last event
+        self.summary: str | None = None  # this and the next two are added to the last event
         self.file: str | None = None
+        self.cause: EndCause | None = None
         self._thread: threading.Thread | None = None
         if self._sinks:
             self._thread = threading.Thread(target=self._work, name="events", daemon=True)
@@ -93,7 +107,17 @@ class Events:
 
     def end(self, reason: EndReason, error: str | None = None) -> None:
         """Emit the last event of a run; later events are dropped."""
-        self.emit(End(reason, self.last_step, round(self._clock() - self._started, 3), error, self.summary, self.file))
+        self.emit(
+            End(
+                reason,
+                self.last_step,
+                round(self._clock() - self._started, 3),
+                error,
+                self.summary,
+                self.file,
+                self.cause,
+            )
+        )
         self.close()
 
     def flush(self, timeout_s: float = 10.0) -> None:
@@ -170,13 +194,28 @@ class JsonLines:
             self._file.close()
 
 
-def open_event_file(path: Path, goes_on: bool) -> JsonLines:
+def log_kind(run: Mapping[str, Any]) -> FileKind:
+    """Return the kind of the event logs of a run with these RUN_NAMES."""
+
+    def is_own(path: Path) -> bool:
+        if not EVENT_LOG.is_own(path):
+            return False
+        with path.open(encoding="ascii", errors="replace") as file:
+            line = parse_json(file.readline())
+        options = line.get("options") if isinstance(line, dict) and line.get("event") == Start.event else None
+        return not isinstance(options, dict) or all(options.get(name) == run.get(name) for name in RUN_NAMES)
+
+    return FileKind(f"an event log of a run named {run.get('output_name') or 'last'} in this --output_dir", is_own)
+
+
+def open_event_file(path: Path, goes_on: bool, run: Mapping[str, Any] | None = None) -> JsonLines:
     """Open the events file: append after its last complete line if the run `goes_on`, else truncate it.
 
-    Raises UserError for a file with other content, or one that cannot be written.
+    Raises UserError for a file with other content, or of another run than that with these RUN_NAMES, and for one that
+    cannot be written.
     """
     try:
-        check_target(FLAG, path, EVENT_LOG)
+        check_target(FLAG, path, EVENT_LOG if goes_on or run is None else log_kind(run))
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file():
             with path.open("rb+") as file:

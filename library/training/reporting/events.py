@@ -5,7 +5,7 @@ field keeps VERSION; removing one or changing its meaning raises it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypedDict
 
 from library.progress import State
@@ -13,6 +13,7 @@ from library.progress import State
 VERSION = 1
 
 EndReason = Literal["finished", "stopped", "already complete", "error"]
+EndCause = Literal["early stopping", "non-finite"]
 SavedKind = Literal["weights", "state"]
 SavedFor = Literal["step", "epoch", "best", "end"]
 
@@ -236,6 +237,7 @@ class Validation(Event):
     best_step: int
     best_loss: float | None
     preference: Preference | None  # None without --preference_loss
+    losses: Mapping[str, float] = field(default_factory=dict)  # of each held-out image, by the digest of its content
 
 
 @dataclass(frozen=True)
@@ -395,3 +397,4 @@ class End(Event):
     error: str | None
     summary: str | None  # of the steps' times, as text
     file: str | None  # the adapter, if the run is complete
+    cause: EndCause | None = None  # what ended it before its last step

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from library.data.training_data import TrainingData, open_batches
+from library.errors import UserError
 from library.memory.planner.measured import measure_peak_flops
 from library.processes import Processes
 from library.training.evaluation.preview import Previews
@@ -98,6 +99,12 @@ def prepare_run(
         writer.check_space()
     if state is not None:  # after every stateful part exists, and before anything is drawn or measured
         go_on(run, progress, validation, state)
+    pause = run.options.state.pause_after_step
+    if pause is not None and state is None and pause < run.plan.max_train_steps and not validation.is_due_from(pause):
+        raise UserError(
+            f"--pause_after_step {pause}: no validation is scheduled from that step on; set --validation_split, and "
+            "--validate_every_n_steps or --validate_every_n_epochs"
+        )
     # The main process alone reads the prompts, but with a sharded model the others compute its blocks with it.
     is_drawing = run.processes.share("are there previews", "yes" if wanted.prompts else "no") == "yes"
     previews = Previews(run, charts, wanted.prompts, adapted.loaded.prompts, is_drawing, wanted.scorer)

@@ -20,6 +20,7 @@ from library.options.train import TrainOptions
 from library.progress import listening
 from library.training.config_file import SECRETS
 from library.training.failures.interruption import Interrupted
+from library.training.failures.nonfinite import NonFiniteError
 from library.training.report_page.index import IndexWriter
 from library.training.report_page.writer import ReportWriter, earlier_record
 from library.training.reporting.console_lines import ImageCounts
@@ -34,6 +35,7 @@ from library.training.reporting.event_stream import (
 )
 from library.training.reporting.events import Plan, Start
 from library.training.run_parts import Run
+from library.training.saving.checkpoints import NonFiniteWeights
 from library.training.saving.names import Names
 from library.training.saving.resume import AlreadyComplete
 
@@ -54,9 +56,12 @@ def open_events(
     stopped is finished. If events go to standard output, everything else goes to standard error.
     """
     with ExitStack() as stack:
-        resumes = bool(options.state.resume or options.state.autoresume)
-        sinks = open_sinks(options.reports, names, resumes, stack) if names is not None and launched_rank() == 0 else []
-        events = Events(sinks)
+        is_written = names is not None and launched_rank() == 0
+        events = Events(
+            open_sinks(options, options.reports, options.state.may_resume, names, stack)
+            if names is not None and is_written
+            else []
+        )
         if not events.is_on:
             warnings.connect(events)  # from here on warnings are not buffered
             yield events
@@ -74,19 +79,20 @@ def open_events(
             events.end("stopped")
             raise
         except BaseException as error:
+            events.cause = "non-finite" if isinstance(error, NonFiniteError | NonFiniteWeights) else None
             events.end("error", format_error(error))
             raise
 
 
-def open_sinks(options: ReportOptions, names: Names, resumes: bool, stack: ExitStack) -> list[Sink]:
-    """Open the sinks of a run's events."""
+def open_sinks(run: Options, options: ReportOptions, resumes: bool, names: Names, stack: ExitStack) -> list[Sink]:
+    """Open the sinks of the events of a run with these options."""
     path = options.log_events
     sinks: list[Sink] = []
     if path == "-":
         sinks.append(JsonLines(sys.stdout, f"{FLAG} -", closes=False))
         stack.enter_context(redirect_stdout(sys.stderr))
     elif path:
-        sinks.append(open_event_file(Path(path), resumes))
+        sinks.append(open_event_file(Path(path), resumes, list_changed_options(run)))
     if not options.no_report:
         report = names.of_report()
         sinks.append(ReportWriter(report, earlier_record(report) if resumes else None, options.report_live))

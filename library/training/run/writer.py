@@ -19,6 +19,7 @@ from library.training.optimization.lr_schedules import base_rates, follow_rates
 from library.training.reporting.progress import Part, Progress
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import Writer
+from library.training.saving.finished import digest_run
 from library.training.saving.hub import Uploads
 from library.training.saving.names import Names
 from library.training.saving.resume import LATENTS, record_options, report_differences
@@ -67,6 +68,8 @@ def go_on(run: Run, progress: Progress, validation: Validation, state: StateMani
         progress.done = set(state.done)
     progress.average.keep_batches_below(run.plan.num_batches)  # images may have been removed since
     logger.info("resuming from %s at step %d of %d", state.path, first_step, run.plan.max_train_steps)
+    if "sweep" in state.parts:
+        logger.info("the state is of a sweep of an earlier version; it continues as a single run")
 
 
 def bytes_of_state(run: Run) -> int:
@@ -102,6 +105,7 @@ def build_writer(
         has_relative_step=built.has_relative_step,
         network_args=network_keywords(options.network),
         datasets=data.metadata(options.dataset, plan.accumulation),
+        run_digest=digest_run(options, data, run.context.seed),
     )
     executor = ThreadPoolExecutor(1, thread_name_prefix="hash")
     base_files = executor.submit(base_file_metadata, options.model)

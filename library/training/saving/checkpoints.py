@@ -25,7 +25,7 @@ from library.training.reporting.events import Saved, SavedFor
 from library.training.reporting.progress import Part, Progress
 from library.training.saving.hub import Uploads
 from library.training.saving.names import Names, state_folder
-from library.training.saving.own_files import count_bytes, delete, remove
+from library.training.saving.own_files import count_bytes, delete, move_changed, remove
 from library.training.saving.readers import readers_line
 from library.training.saving.rescue import NotWrittenError, free_bytes, write_somewhere
 from library.training.saving.schedule import Schedule
@@ -190,6 +190,7 @@ class Writer:
                 )
             metadata = self._metadata(step, epoch, saved_at)
             target = find_place(path, self.names.adapter_kind)
+            move_changed(target)
             location = write_somewhere(
                 target,
                 f".{self.names.extension}",

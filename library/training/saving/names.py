@@ -74,9 +74,6 @@ class Names:
     def of_profile(self) -> Path:
         return self.path_with_ending("-profile.json.gz")
 
-    def of_sweep(self) -> Path:
-        return self.path_with_ending("-sweep.html")
-
     def has_stem(self, stem: str) -> bool:
         """Return True if a weights file or report of this run may have this name (without extension)."""
         if stem in (self.of_best().stem, self.of_report().stem):

@@ -1,20 +1,26 @@
 """Which adapters and states on the disk a run wrote, and may therefore replace or delete."""
 
+import logging
+import os
 import re
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
 from library.checkpoints.adapter_keys import AdapterKey
 from library.checkpoints.files import holds_safetensors, load_state_dict, read_metadata
 from library.checkpoints.folders import remove_folder
-from library.checkpoints.marks import MARK_FIELD, RUN, mark_of, read_mark
+from library.checkpoints.hashes import sha256_of_tensors
+from library.checkpoints.marks import MARK_FIELD, RUN, has_changed, mark_of, read_mark
 from library.checkpoints.overwriting import FileKind, judge
 from library.json_text import parse_json
 from library.training.reporting.console_lines import announce
 from library.training.reporting.event_stream import Events
 from library.training.reporting.events import Removed
 from library.training.saving.state import MANIFEST_FILE, NETWORK_FILE, OF_SD_SCRIPTS, TENSOR_FILE, is_recorded_for
+
+logger = logging.getLogger(__name__)
 
 OF_STATE = re.compile(
     "|".join(map(re.escape, (MANIFEST_FILE, NETWORK_FILE, TENSOR_FILE)))
@@ -40,6 +46,24 @@ def is_adapter(output_name: str | None, path: Path) -> bool:
     recorded = metadata.get("ss_output_name", str(output_name))
     is_of_name = recorded == str(output_name) or (not output_name and recorded == "")
     return "ss_network_module" in metadata and MARK_FIELD not in metadata and is_of_name
+
+
+def has_other_tensors(path: Path) -> bool:
+    """Return True if another program has changed the tensors of an adapter since it was saved."""
+    if not holds_safetensors(path):
+        return has_changed(path)
+    recorded = read_metadata(path).get("sshs_model_hash")
+    return recorded is not None and recorded != sha256_of_tensors(path)
+
+
+def move_changed(path: Path) -> None:
+    """Move an adapter that another program has changed out of the way of the one that takes its name."""
+    if not path.is_file() or path.stat().st_size == 0 or not has_other_tensors(path):
+        return
+    endings = (f".changed{'' if number == 1 else f'-{number}'}{path.suffix}" for number in count(1))
+    place = next(other for ending in endings if not os.path.lexists(other := path.with_suffix(ending)))
+    path.rename(place)
+    logger.warning("%s was changed by another program since it was saved, and is now %s", path, place)
 
 
 def has_adapter_keys(path: Path) -> bool:
@@ -78,6 +102,9 @@ def count_bytes(path: Path) -> int:
 def remove(name: Literal["checkpoint", "state"], path: Path, kind: FileKind, events: Events) -> None:
     """Delete an outdated file, if it exists and no other program has put something else there."""
     if path.exists() and judge(path, kind) == "ours":
+        if path.is_file() and has_other_tensors(path):
+            logger.warning("%s is outdated, but kept: another program has changed it since it was saved", path)
+            return
         announce(f"removing old {name}: {path}")
         delete(path)
         events.emit(Removed(str(path)))

@@ -157,10 +157,10 @@ def find_named_or_newest(options: StateOptions, hub: HubOptions, names: Names | 
         named = read_manifest(fetch_state(options.resume, hub) if hub.resume_from_huggingface else Path(options.resume))
         require_undamaged(named)
         return named
-    if not options.autoresume or names is None:
+    if not (options.autoresume or options.skip_finished) or names is None:
         return None
     manifest = newest_state(names.folder, names.starts)
-    if manifest is None:
+    if manifest is None and options.autoresume:
         logger.info("--autoresume: there is no state in %s; starting from the beginning", names.folder)
     return manifest
 
@@ -204,7 +204,7 @@ def resolve_starting_step(options: StateOptions, end: Path, plan: Plan, manifest
         return step
     if step and step >= plan.max_train_steps:
         message = f"{source} is at step {step} of {plan.max_train_steps}: nothing is left to train"
-        if options.autoresume and manifest is not None and not options.resume:
+        if (options.autoresume or options.skip_finished) and manifest is not None and not options.resume:
             raise AlreadyComplete(message)
         raise UserError(f"{message}; raise --max_train_steps or --max_train_epochs to train longer")
     return step

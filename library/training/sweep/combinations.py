@@ -1,10 +1,12 @@
-"""The adapters of a sweep: their labels, and the options of each."""
+"""The runs of a sweep: their labels, and the options of each."""
 
 import logging
 import re
+import shlex
 from argparse import ArgumentTypeError
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -12,13 +14,27 @@ from typing import Any, Generic, TypeVar
 
 from library.errors import UserError
 from library.options.base import Options, scalar_type
-from library.options.dataset import DatasetOptions
+from library.options.caching import CachingOptions
+from library.options.config_file import ConfigFileOptions
+from library.options.machine.compiling import CompileOptions
+from library.options.machine.distributed import DistributedOptions
+from library.options.machine.fit import FitOptions
+from library.options.machine.kernels import KernelOptions
+from library.options.machine.memory import MemoryOptions
 from library.options.no_effect import find_unused, is_set
+from library.options.output.console import ConsoleOptions
+from library.options.output.preview import PreviewOptions
+from library.options.output.reports import ReportOptions
+from library.options.output.saving import HubOptions, MetadataOptions, SavingOptions, StateOptions
+from library.options.output.trackers import TrackerOptions
 from library.options.ranges import check_number
 from library.options.train import TrainOptions
-from library.options.training.loss import LossOptions
+from library.options.training.averaging import AveragingOptions
+from library.options.training.flow import TimestepPreviewOptions
 from library.options.training.network import NetworkOptions
-from library.options.training.noise import NoiseOptions
+from library.options.training.optimizer import OptimizerOptions, ScheduleOptions
+from library.options.training.run import DiagnosticOptions, RunOptions
+from library.options.training.sweep import SweepOptions
 from library.suggestions import did_you_mean
 from library.training.sweep.strength import (
     ALPHA_NAMES,
@@ -35,47 +51,32 @@ OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
 NEAR = 0.9  # similarity of a misspelt option name; the nearest network argument, network_reg_dims, has 0.81
 TABLES = ("network_args", "optimizer_args", "lr_scheduler_args")  # have sweepable keys; the first needs no prefix
-MOST_ADAPTERS = 1000  # each has its own files and log line
+MOST_RUNS = 1000  # each has its own files
+NEEDED = ("seed", "network_module", "pretrained_model_name_or_path", "resolution", "train_data_dir", "dataset_config")
 NONE = "none"  # value of an option that is not given
 FORM = "write OPTION=A,B, such as learning_rate=1e-4,2e-4; A|B where values have commas in them"
-OF_DATA = "it changes the images, and all adapters see the same batches; train one run after the other"
-OF_LOSS = "it changes what the losses mean, so that adapters could not be compared; train one run after the other"
-OF_ALL = "all adapters share it with the base model and the run; train one run after the other"
+
+# What a run writes, where it starts and how it is launched cannot differ between runs that one command starts.
+REFUSED = (
+    ConsoleOptions, ConfigFileOptions, SweepOptions, SavingOptions, HubOptions, StateOptions, MetadataOptions,
+    ReportOptions, TrackerOptions, PreviewOptions, DistributedOptions, DiagnosticOptions, TimestepPreviewOptions,
+)  # fmt: skip
+OF_BASE = ("base_weights", "base_weights_multiplier", "training_adapter")  # merged into the base, or beside it
+LOOKS = ("debug_dataset", "audit_only")
+# What changes neither the held-out images nor what their losses mean.
+RANKED = (
+    NetworkOptions, OptimizerOptions, ScheduleOptions, AveragingOptions, RunOptions, KernelOptions, MemoryOptions,
+    CompileOptions, FitOptions, CachingOptions,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Combination(Generic[OptionsT]):
-    """One adapter of a sweep."""
+    """One run of a sweep."""
 
     label: str  # for example lr1e-4-dim8
     chosen: Mapping[str, str]  # option name -> value, both as typed
-    options: OptionsT  # of this adapter alone
-
-
-def split_options(options: OptionsT) -> tuple[OptionsT, dict[str, OptionsT]]:
-    """Split options into those shared by all adapters and those of each adapter, by label.
-
-    A run without a sweep has one adapter with label "". Shared options have the first adapter's values. Raises
-    UserError for an invalid sweep.
-    """
-    if not options.sweep.sweep:
-        return options, {"": options}
-    combinations = expand_combinations(options)
-    logger.info(
-        "--sweep: %d adapters in one run: %s",
-        len(combinations),
-        ", ".join(combination.label for combination in combinations),
-    )
-    swept = dict(parse_word(item, options) for item in options.sweep.sweep)
-    adapters = [(c.options.network, varied_ranks(options.network, swept, c.chosen)) for c in combinations]
-    for line in describe_strengths(adapters, find_kept_strengths(options.network, swept), swept):
-        logger.info("%s", line)
-    values = options.flat()
-    # These belong to the run, not to its first adapter.
-    of_all = {name: values[name] for name in ("sweep", "output_name", "seed", "log_events")}
-    return combinations[0].options.with_values(of_all), {
-        combination.label: combination.options for combination in combinations
-    }
+    options: OptionsT  # of this run alone
 
 
 def expand_combinations(options: OptionsT) -> list[Combination[OptionsT]]:
@@ -84,28 +85,24 @@ def expand_combinations(options: OptionsT) -> list[Combination[OptionsT]]:
     Raises UserError for an option that cannot be swept, an invalid value, and labels that clash.
     """
     swept = [parse_word(item, options) for item in options.sweep.sweep or ()]
-    short_names = sweep_names(type(options))
+    labels_of = short_names(type(options))
     names = [name for name, _ in swept]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"--sweep names {repeated} twice; give all of its values in one word")
     # Counted before they are listed, because a few options with many values each make millions.
-    num_adapters = prod(len(texts) for _, texts in swept)
-    if num_adapters > MOST_ADAPTERS:
-        raise UserError(f"--sweep names {num_adapters} adapters; at most {MOST_ADAPTERS} can be trained in one run")
+    num_runs = prod(len(texts) for _, texts in swept)
+    if num_runs > MOST_RUNS:
+        raise UserError(f"--sweep names {num_runs} runs; at most {MOST_RUNS} can be trained by one command")
     warn_of_replaced(options, names)
     words, combinations = dict(swept), []
     strengths = find_kept_strengths(options.network, words)
     for texts in product(*(texts for _, texts in swept)):
         chosen = dict(zip(names, texts, strict=True))
-        label = "-".join(
-            # optimizer_args.weight_decay is weightdecay
-            f"{short_names.get(name, name.rpartition('.')[2].replace('_', ''))}{short_value(text)}"
-            for name, text in chosen.items()
-        )
+        label = "-".join(f"{labels_of.get(name, squeeze(name))}{short_value(text)}" for name, text in chosen.items())
         ranks = varied_ranks(options.network, words, chosen)
-        combinations.append(Combination(label, chosen, resolve_adapter(options, chosen, label, ranks, strengths)))
+        combinations.append(Combination(label, chosen, resolve_run_options(options, chosen, label, ranks, strengths)))
     if len(combinations) < 2:
-        raise UserError(f"--sweep {' '.join(options.sweep.sweep or ())} names a single adapter; give it two or more")
+        raise UserError(f"--sweep {' '.join(options.sweep.sweep or ())} names a single run; give it two values or more")
     labels = [
         combination.label.casefold() for combination in combinations
     ]  # file names ignore case on Windows and macOS
@@ -113,9 +110,17 @@ def expand_combinations(options: OptionsT) -> list[Combination[OptionsT]]:
         (combination.label for combination in combinations if labels.count(combination.label.casefold()) > 1), None
     ):
         raise UserError(
-            f"--sweep: two adapters would have the name {clash}; give values whose names differ in more than case"
+            f"--sweep: two runs would have the name {clash}; give values whose names differ in more than case"
         )
     return combinations
+
+
+def describe_sweep(options: TrainOptions, combinations: Sequence[Combination[Any]]) -> Iterator[str]:
+    """Yield lines about the runs of a sweep of these options, and how their alphas follow their ranks."""
+    yield f"--sweep: {len(combinations)} runs: {', '.join(combination.label for combination in combinations)}"
+    network, swept = options.network, dict(parse_word(item, options) for item in options.sweep.sweep or ())
+    adapters = [(c.options.network, varied_ranks(network, swept, c.chosen)) for c in combinations]
+    yield from describe_strengths(adapters, find_kept_strengths(network, swept), swept)
 
 
 def parse_word(item: str, options: Options) -> tuple[str, list[str]]:
@@ -127,7 +132,7 @@ def parse_word(item: str, options: Options) -> tuple[str, list[str]]:
         raise UserError(f"--sweep {item!r}: {FORM}")
     if repeated := next((value for value in texts if texts.count(value) > 1), None):
         raise UserError(f"--sweep {name}: {repeated} appears twice; list each value once")
-    swept = sweep_names(type(options))
+    swept = short_names(type(options))
     if name in swept or (name.partition(".")[0] in TABLES and "." in name):
         return name, texts
     if name in options.flat():
@@ -138,12 +143,26 @@ def parse_word(item: str, options: Options) -> tuple[str, list[str]]:
 
 
 def explain_refusal(name: str) -> str:
-    """Say why an option cannot differ between the adapters of a run."""
+    """Say why an option cannot differ between the runs of a sweep."""
     if name in TABLES:
         return f"sweep one of its keys, such as {name}.KEY=A,B"
-    if name in DatasetOptions.defaults():
-        return OF_DATA
-    return OF_LOSS if name in {**LossOptions.defaults(), **NoiseOptions.defaults()} else OF_ALL
+    return "it says what a run writes, where it starts or how it is launched, which is the same for all runs"
+
+
+def find_unranked(options: Options) -> list[str]:
+    """Return the swept options that change the held-out images or what their losses mean."""
+    ranked = {*TABLES, *(name for kind in RANKED for name in kind.defaults())} - {*OF_BASE}
+    declarations = type(options).declarations()
+    ranked |= {name for name, declared in declarations.items() if declared.on_resume == "new rate"}
+    names = [parse_word(item, options)[0] for item in options.flat()["sweep"] or ()]
+    return [name for name in names if name.partition(".")[0] not in ranked]
+
+
+def digest_encoded(options: Options) -> str:
+    """Return a digest of the options on which encoded images and captions may depend, and of the seed."""
+    others = {name for kind in (*RANKED, *REFUSED) for name in kind.defaults()} - {"seed", *OF_BASE}
+    values = {name: value for name, value in options.flat().items() if name not in others}
+    return blake2b(repr(sorted(values.items())).encode(errors="surrogatepass"), digest_size=6).hexdigest()
 
 
 def warn_of_replaced(options: Options, names: Sequence[str]) -> None:
@@ -152,17 +171,25 @@ def warn_of_replaced(options: Options, names: Sequence[str]) -> None:
         table, _, key = name.partition(".")
         if key:
             is_given = any(item.partition("=")[0] == key for item in values[table] or ())
-        else:  # the seed still sets the order of images, and the module must be named
-            is_given = name not in ("seed", "network_module") and is_set(values[name], defaults[name])
+        else:  # the seed still sets the noise of validation, and the checks before the sweep need the others
+            is_given = name not in NEEDED and is_set(values[name], defaults[name])
         if is_given and ALPHA_NAMES.get(name, name) in names:  # otherwise alpha belongs to the given rank
-            logger.warning("--%s has no effect: --sweep gives every adapter its own", f"{table} {key}" if key else name)
+            logger.warning("--%s has no effect: --sweep gives every run its own", f"{table} {key}" if key else name)
 
 
-def sweep_names(kind: type[Options]) -> dict[str, str]:
+def short_names(kind: type[Options]) -> dict[str, str]:
     """Return the options that can be swept, each with its short name for labels."""
+    refused = {name for group in REFUSED for name in group.defaults()} | {*TABLES, *LOOKS}
     return {
-        name: declared.sweep_name for name, declared in kind.declarations().items() if declared.sweep_name is not None
+        name: squeeze(name) if declared.short_name is None else declared.short_name
+        for name, declared in kind.declarations().items()
+        if name not in refused and declared.ignored is None and not declared.secret
     }
+
+
+def squeeze(name: str) -> str:
+    """Shorten a name for labels: optimizer_args.weight_decay is weightdecay."""
+    return name.rpartition(".")[2].replace("_", "")
 
 
 def short_value(text: str) -> str:
@@ -172,20 +199,21 @@ def short_value(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", (text if is_number else text.rpartition(".")[2]).replace("%", "pct"))
 
 
-def resolve_adapter(
+def resolve_run_options(
     options: OptionsT,
     chosen: Mapping[str, str],
     label: str,
     ranks: Mapping[str, str],
     strengths: Sequence[Strength],
 ) -> OptionsT:
-    """Return the options of one adapter; `ranks` are its `varied_ranks`.
+    """Return the options of one run; `ranks` are its `varied_ranks`.
 
     Raises UserError for a value that is invalid or has no effect.
     """
     values = options.flat()
     overrides: dict[str, Any] = {
-        "sweep": None,
+        **SweepOptions.defaults(),
+        "skip_finished": True,
         "output_name": "-".join(filter(None, (options.saving.output_name, label))),
     }
     for name, text in {**chosen, **ranks}.items():
@@ -197,10 +225,11 @@ def resolve_adapter(
             overrides[table] = [*other_arguments, *([] if text == NONE else [f"{key}={text}"])]
         else:
             overrides[name] = parse_value(type(options), name, text)
-    # Every adapter has an event stream of its own, which one file cannot hold.
-    if options.reports.log_events:
-        path = Path(options.reports.log_events)
-        overrides["log_events"] = str(path.with_name(f"{path.stem}-{label}{path.suffix}"))
+    # One file holds the events or the log of one run.
+    for name in ("log_events", "console_log_file"):
+        if values[name]:
+            path = Path(values[name])
+            overrides[name] = str(path.with_name(f"{path.stem}-{label}{path.suffix}"))
     resolved = options.with_values(overrides)
     if is_alpha_strength(resolved.network):
         for strength in strengths:
@@ -217,9 +246,9 @@ def parse_value(kind: type[Options], name: str, text: str) -> Any:
     declared = kind.declarations()[name]
     if text.lower() == NONE and field.default is None:
         return None
-    read = field.metadata.get("type", scalar_type(hint))
+    read = read_switch if hint is bool else field.metadata.get("type", scalar_type(hint))
     try:
-        value = [read(part) for part in text.split()] if field.metadata.get("nargs") else read(text)
+        value = [read(part) for part in split_words(text)] if field.metadata.get("nargs") else read(text)
     except (ValueError, ArgumentTypeError) as error:
         raise UserError(f"--sweep {name}: {text!r} is no value of --{name}: {error}") from error
     for number in value if isinstance(value, list) else [value]:
@@ -228,8 +257,19 @@ def parse_value(kind: type[Options], name: str, text: str) -> Any:
     return value
 
 
+def split_words(text: str) -> list[str]:
+    """Split a list of values at its spaces, except for those in quotes."""
+    return shlex.split(text) if re.search("[\"']", text) else text.split()
+
+
+def read_switch(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError("it is true or false")
+    return text.lower() == "true"
+
+
 def find_idle_words(options: Options, network: NetworkOptions, chosen: Mapping[str, str]) -> Iterator[str]:
-    """Yield a line for every word that makes no difference between adapters."""
+    """Yield a line for every word that makes no difference between runs."""
     for line in find_unused(options, {}):
         name = line.partition(" ")[0].removeprefix("--")
         if name in chosen:

@@ -1,4 +1,4 @@
-"""Ranks a sweep's adapters by their loss on the same images with the same noise.
+"""Ranks the runs of a sweep by their loss on the same images with the same noise.
 
 Statistics as in `library.training.evaluation.choice`: paired differences per image, Student's t, and Bonferroni's
 correction over all comparisons.
@@ -6,8 +6,8 @@ correction over all comparisons.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from math import isnan
+from dataclasses import asdict, dataclass, replace
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from library.formatting import align_columns
 from library.training.evaluation.choice import CONFIDENCE, Compared, choose, is_clearly_worse
 from library.training.evaluation.choosing import format_interval
 from library.training.report_page.comparison import select_shown
-from library.training.report_page.page import SWEEP, build_page, read_data
+from library.training.report_page.page import SWEEP, TITLES, build_page, read_data
 from library.training.report_page.writer import read_report, write_page
 from library.training.reporting.event_stream import plain
+from library.training.sweep.worker import Standing
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +53,14 @@ class Ranking:
 
     rows: Sequence[Ranked]
     num_images: int
+    unranked: Sequence[str] = ()  # words of the sweep by which losses are not comparable
 
     @property
     def verdict(self) -> str:
         """Describe what is statistically significant, as a sentence without its full stop."""
+        if self.unranked:
+            words = " and ".join(self.unranked)
+            return f"nothing is ranked: {words} changes the held-out images or what their losses mean"
         known = [row for row in self.rows if row.compared is not None]
         if not known:
             return "nothing is ranked: no adapter has validation losses; for training on images, set --validation_split"
@@ -66,6 +71,50 @@ class Ranking:
         if not rivals:
             return f"{best} is significantly better than every other adapter"
         return f"{best} has the lowest loss, not significantly lower than {', '.join(rivals)}"
+
+
+def pair_losses(standings: Sequence[Standing]) -> dict[str, list[float]]:
+    """Return the losses of each measured run on the images that all of them have measured, in one order."""
+    measured = [standing for standing in standings if standing.losses]
+    common = set.intersection(*(set(standing.losses) for standing in measured)) if measured else set()
+    # A loss that is not finite is null in JSON.
+    return {
+        one.label: [nan if (loss := one.losses[digest]) is None else loss for digest in sorted(common)]
+        for one in measured
+        if common
+    }
+
+
+def rank_standings(standings: Sequence[Standing], unranked: Sequence[str] = ()) -> Ranking:
+    """Rank runs by their last validation; `unranked` are words of the sweep that forbid it."""
+    losses = {} if unranked else pair_losses(standings)
+    measured = [MeasuredAdapter(one.label, one.step, losses.get(one.label), one.ended, one.file) for one in standings]
+    return replace(rank(measured), unranked=unranked)
+
+
+def rank_and_write(
+    standings: Sequence[Standing],
+    name: str,
+    page: Path | None,
+    unranked: Sequence[str],
+    chosen: Mapping[str, Mapping[str, str]],
+    reports: Mapping[str, Path],
+) -> list[str]:
+    """Rank the runs of a finished sweep and write its page with their charts. Return the lines to log.
+
+    `chosen` maps labels to swept values, `reports` maps labels to reports.
+    """
+    ranking, title = rank_standings(standings, unranked), TITLES["sweep"] + name
+    lines = [*(format_ranking(ranking) if ranking.num_images else ())]
+    if page is None:
+        return [*lines, f"sweep: {ranking.verdict}"]
+    page = find_place(page, SWEEP)
+    try:
+        write_page(page, build_page(title, SCRIPT, build_page_data(ranking, title)))
+    except OSError as error:
+        return [*lines, f"sweep: {ranking.verdict}", f"{page} cannot be written: {error}"]
+    add_runs(page, chosen, reports)
+    return [*lines, f"sweep: {ranking.verdict}; the ranking is {page}"]
 
 
 def rank(adapters: Sequence[MeasuredAdapter]) -> Ranking:
@@ -104,20 +153,6 @@ def format_ranking(ranking: Ranking) -> list[str]:
             )
         )
     return align_columns(rows)
-
-
-def log_ranking(ranking: Ranking, title: str, page: Path | None) -> None:
-    """Log the ranking, and write its page if requested."""
-    for line in format_ranking(ranking) if ranking.num_images else ():
-        logger.info("%s", line)
-    page = None if page is None else find_place(page, SWEEP)
-    where = "" if page is None else f"; the ranking is {page}"
-    logger.info("sweep: %s%s", ranking.verdict, where)
-    if page is not None:
-        try:
-            write_page(page, build_page(title, SCRIPT, build_page_data(ranking, title)))
-        except OSError as error:
-            logger.warning("%s cannot be written: %s", page, error)
 
 
 def add_runs(page: Path, chosen: Mapping[str, Mapping[str, str]], reports: Mapping[str, Path]) -> None:

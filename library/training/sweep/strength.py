@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from library.errors import UserError
+from library.network_args import is_switched_on, parse_network_args
 from library.options.training.network import NetworkOptions
-from networks.core.protocol import is_switched_on, parse_network_args
 
 NETWORK_DIM = "network_dim"
 CONV_DIM = "network_args.conv_dim"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from library.errors import UserError
-from networks.core.protocol import TRUE_WORDS
+from library.network_args import TRUE_WORDS
 
 FALSE_WORDS = ("false", "0", "no", "n", "off")
 

@@ -23,6 +23,7 @@ FACTS = RunSummary(
     has_relative_step=False,
     network_args={},
     datasets={},
+    run_digest="0123",
 )
 
 

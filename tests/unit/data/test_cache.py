@@ -19,9 +19,10 @@ from library.data.batches.planned import PlannedBatches
 from library.data.caching.filling import assign_jobs
 from library.data.caching.latent_jobs import plan_jobs
 from library.data.caching.latents import cache_latents
+from library.data.plan import data_plan
 from library.data.plan.data_plan import DataPlan
 from library.data.training_data import open_batches
-from library.errors import NotThere
+from library.errors import NotThere, UserError
 from library.options.caching import CachingOptions
 from library.processes import Processes
 from library.protocols import POSTERIOR_MEAN, LatentSpec
@@ -302,6 +303,62 @@ def test_caches_go_to_the_cache_directory_of_their_dataset(tmp_path: Path) -> No
     assert [path.name for name in ("a", "b") for path in (tmp_path / name).iterdir()] == ["p.png", "p.png"]
 
 
+def places(folder: Path) -> dict[str, int]:
+    """Return the number of cache files below each folder of `folder`."""
+    parts = [path.relative_to(folder).parts[0] for path in folder.rglob("*_sd.npz")]
+    return {part: parts.count(part) for part in sorted(set(parts))}
+
+
+def test_cache_dir_holds_entries_of_local_images_and_those_beside_them_are_read_first(folder, caplog):
+    elsewhere = f"--cache_latents_to_disk --remote_cache_gb 0.001 --cache_dir {folder}/my_caches"
+    batches, count = cache(folder, elsewhere)
+    first = latents_by_key(batches)
+    assert count == 3 and places(folder) == {"my_caches": 3}
+    assert cache(folder, elsewhere)[1] == 0
+    assert "no effect" not in caplog.text
+    for path in (folder / "my_caches").rglob("p1_*.npz"):
+        path.rename(folder / "2_a" / path.name)
+    batches, count = cache(folder, elsewhere)
+    assert count == 0 and places(folder) == {"2_a": 1, "my_caches": 2}
+    assert latents_by_key(batches) == first
+    write_image(folder / "2_a/p1.png", (80, 64), seed=7)
+    before = file_of(folder, "p1_0080x0064_sd.npz").read_bytes()
+    assert [cache(folder, elsewhere)[1] for _ in range(2)] == [1, 0]
+    assert file_of(folder, "p1_0080x0064_sd.npz").read_bytes() == before and places(folder) == {
+        "2_a": 1,
+        "my_caches": 3,
+    }
+
+
+def test_cache_directory_of_a_dataset_wins_over_cache_dir(tmp_path):
+    write_image(tmp_path / "a/p.png")
+    text = "[[datasets]]\nresolution = 64\ncache_directory = '{here}/key'\n[[datasets.subsets]]\nimage_dir = '{here}/a'"
+    options = write_config(tmp_path / "data.toml", text)
+    options = options.with_values({"cache_dir": str(tmp_path / "flag"), "cache_latents_to_disk": True})
+    cache_latents(plan_of(options), averaging_vae(), lambda: "vae", DISK, 1)
+    assert places(tmp_path) == {"key": 1}
+
+
+def test_caches_of_a_folder_that_cannot_be_written_go_below_output_dir(folder, caplog, monkeypatch):
+    write_image(folder / "1_b/q.png")
+    arguments = f"--cache_latents_to_disk --output_dir {folder}/out"
+    assert cache(folder, arguments)[1] == 4 and places(folder) == {"1_b": 1, "2_a": 3}
+    for path in folder.rglob("[pq][02]*.npz"):
+        path.unlink()
+    is_writable = data_plan.is_writable
+    monkeypatch.setattr(data_plan, "is_writable", lambda path: not path.endswith("2_a") and is_writable(path))
+    with caplog.at_level(logging.INFO):
+        batches, count = cache(folder, arguments)
+    assert count == 2 and places(folder) == {"1_b": 1, "2_a": 1, "out": 2}
+    assert caplog.text.count("cannot be written") == 1 and str(folder / "out/cache") in caplog.text
+    assert len(latents_by_key(batches)) == 4 and cache(folder, arguments)[1] == 0
+
+
+def test_a_folder_is_writable_if_a_file_can_be_created_in_it(tmp_path):
+    assert data_plan.is_writable(str(tmp_path)) and not data_plan.is_writable(str(tmp_path / "missing"))
+    assert list(tmp_path.iterdir()) == []
+
+
 # What makes an entry stale
 
 
@@ -428,6 +485,34 @@ def test_a_stale_mirrored_copy_is_removed_with_its_entry(folder):
         assert "latents_flipped" not in archive.files
 
 
+@pytest.mark.parametrize("extension", ["bmp", "BMP", "dib", "tif", "tiff", "tga", "ppm"])
+def test_an_uncompressed_image_of_equal_size_and_time_is_encoded_again(folder, tmp_path, extension):
+    entries = {}
+    for seed in (1, 2):
+        path = write_image(tmp_path / f"other/{seed}.{extension.lower()}", seed=seed)
+        entries[seed] = path.read_bytes()
+    assert len(entries[1]) == len(entries[2])
+    image = folder / f"2_a/b.{extension}"
+    metadata = {str(image): {"caption": "cat"}, str(folder / "2_a/p0.png"): {"caption": "dog"}}
+    (folder / "m.json").write_text(json.dumps(metadata))
+    image.write_bytes(entries[1])
+    os.utime(image, (1e9, 1e9))
+    described = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nmetadata_file = '{here}/m.json'\n"
+
+    def cache_again() -> int:
+        plan, calls = plan_of(write_config(folder / "data.toml", described)), []
+        cache_latents(plan, averaging_vae(calls), lambda: "vae", DISK, 1)
+        return sum(calls)
+
+    assert [cache_again(), cache_again()] == [2, 0]
+    os.utime(image, (2e9, 2e9))
+    assert cache_again() == 0
+    os.utime(image, (1e9, 1e9))
+    image.write_bytes(entries[2])
+    os.utime(image, (1e9, 1e9))
+    assert [cache_again(), cache_again()] == [1, 0]
+
+
 def test_an_image_that_was_only_touched_is_not_encoded_again(folder):
     cache(folder)
     os.utime(folder / "2_a/p0.png", (4_000_000_000, 4_000_000_000))
@@ -518,6 +603,29 @@ def test_a_file_that_breaks_after_the_check_is_named_without_options_that_nobody
     with pytest.raises(ValueError, match=r"p0_0064x0064_sd\.npz is ") as error:
         batches_of(batches)
     assert str(error.value).endswith(fix) and "skip_cache_check" not in str(error.value)
+
+
+def test_latents_of_another_image_that_replace_an_entry_during_the_run_are_refused(tmp_path):
+    for name in ("a", "b"):  # equal names, sizes and buckets
+        write_image(tmp_path / f"1_{name}/p.png", seed=ord(name))
+    own, other = (tmp_path / f"1_{name}/p_0064x0064_sd.npz" for name in ("a", "b"))
+    batches, _ = cache(tmp_path)
+    content = own.read_bytes()
+    own.write_bytes(content)  # the same entry, written anew
+    assert len(latents_by_key(batches)) == 2
+    for options in (DISK, replace(DISK, skip_cache_check=True)):
+        own.write_bytes(content)
+        batches, _ = cache(tmp_path, options=options)
+        shutil.copy2(other, own)
+        with pytest.raises(UserError, match=r"1_a.p_0064x0064_sd\.npz was replaced .* is made from another image; run"):
+            batches_of(batches)
+
+
+def test_latents_of_another_vae_that_replace_an_entry_during_the_run_are_refused(folder):
+    batches, _ = cache(folder)
+    cache(folder, vae="another")
+    with pytest.raises(UserError, match="was replaced during the run and is made with another VAE"):
+        batches_of(batches)
 
 
 # Interruption and failure

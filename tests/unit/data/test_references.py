@@ -461,6 +461,26 @@ def test_a_changed_reference_is_encoded_again(tmp_path: Path, caplog: pytest.Log
     assert cache(plan(tmp_path, one_folder), DISK)[1] == 0
 
 
+def test_an_uncompressed_reference_of_equal_size_and_time_is_encoded_again(tmp_path: Path) -> None:
+    write_folder(tmp_path / "after", 3)
+    one = "control_dirs = ['{here}/before']"
+    for seed, count in ((1, 6), (2, 2), (2, 0)):
+        for number in range(3):
+            reference = write_image(tmp_path / f"before/p{number}.bmp", seed=seed if number == 1 else 9)
+            os.utime(reference, (1e9, 1e9))
+        assert cache(plan(tmp_path, one), DISK)[1] == count
+
+
+def test_an_uncompressed_image_in_a_shard_is_encoded_again_if_its_middle_changes(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for change, count in ((0, 1), (0, 0), (99, 1), (99, 0)):
+        pixels[30:34] = change
+        Image.fromarray(pixels).save(tmp_path / "a.bmp")
+        write_tar(tmp_path / "0000.tar", [("a.bmp", (tmp_path / "a.bmp").read_bytes()), ("a.txt", b"a cat")])
+        shard = write_config(tmp_path / "data.toml", f"{HEAD}[[datasets.subsets]]\nshards = '{{here}}/0000.tar'\n")
+        assert cache(plan_of(shard, spec=SPEC), DISK)[1] == count
+
+
 def test_an_entry_without_references_is_not_used_for_a_pair(tmp_path: Path) -> None:
     write_two_references(tmp_path)
     assert cache(plan(tmp_path, ""), DISK)[1] == 3

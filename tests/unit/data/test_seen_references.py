@@ -27,7 +27,7 @@ from library.protocols import TextCacheSpec
 from library.randomness import random_for
 from library.types import CaptionWithImages, Conditioning, plain_caption
 from tests.unit.data import builders
-from tests.unit.data.builders import batches_of, plan_of, write_config, write_folder
+from tests.unit.data.builders import averaging_vae, batches_of, plan_of, write_config, write_folder
 from tests.unit.data.test_text_cache import DISK, KEYS, MEMORY, Tokenizer, pipeline
 
 SPEC = replace(builders.SPEC, max_references=2, has_alpha=True)
@@ -196,6 +196,27 @@ def test_an_image_with_a_damaged_reference_is_skipped_by_both_caches(
     damaged = CaptionWithImages("a prompt", "", lambda: (torch.from_numpy(read_pixels(str(path))[0]),))
     with pytest.raises(DamagedImage, match=re.escape(str(path))):
         cache_texts(data_plan, encoding_of(options, calls), [damaged], False)
+
+
+def test_latents_are_made_again_where_the_text_encoder_sees_another_reference(tmp_path: Path) -> None:
+    """Of equal size and time, in a compressed format."""
+    plan(tmp_path)
+    path = sorted((tmp_path / "before").glob("*.png"))[1]
+    contents = []
+    for value in (10, 20):
+        Image.fromarray(np.full((64, 64, 3), value, dtype=np.uint8)).save(path)
+        contents.append(path.read_bytes())
+    size = max(map(len, contents))
+    counts = []
+    for content in (contents[0], contents[0], contents[1], contents[1]):
+        path.write_bytes(content.ljust(size, b"\0"))
+        os.utime(path, (1e9, 1e9))
+        calls: list[int] = []
+        options = CachingOptions(cache_latents=True, cache_latents_to_disk=True)
+        spec = replace(SPEC, channels=5)  # RGBA and the mean of red
+        cache_latents(plan(tmp_path, spec=spec), averaging_vae(calls), lambda: "vae", options, 1)
+        counts.append(sum(calls))
+    assert counts == [4, 0, 2, 0]
 
 
 @pytest.mark.parametrize("name", ["color_aug", "random_crop"])

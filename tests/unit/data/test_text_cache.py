@@ -213,6 +213,33 @@ def test_the_seed_affects_the_drawn_variants_but_not_the_cache(tmp_path):
     assert sorted(draws[0]) != sorted(draws[1])
 
 
+def test_cache_dir_holds_captions_of_local_images_and_files_beside_them_are_read_first(tmp_path: Path) -> None:
+    folder, place = write_data(tmp_path / "data"), tmp_path / "my caches"
+
+    def count_encoded() -> int:
+        calls: list[list[str]] = []
+        words = ("--cache_dir", str(place), "--train_data_dir", str(folder))
+        plan = plan_of(
+            options_of("--resolution 64 --shuffle_caption --caption_extension .txt", *words)
+        ).with_fixed_captions(8)
+        spec = TextCacheSpec(DISK, "_te.npz", KEYS, lambda: "encoders", "", (Tokenizer("a"),))
+        encoding = TextEncoding(spec, lambda: Encoders(pipeline(calls), pipeline(calls, True)), "bf16")
+        cached = cache_texts(plan, encoding, ["a prompt"], False)
+        batches_of(open_batches(plan, texts=cached.store))
+        return sum(map(len, calls))
+
+    assert [count_encoded(), count_encoded()] == [3 * 8 + 2, 0]
+    files = sorted(place.rglob("*.npz"))
+    assert len(files) == 5 and not list(folder.rglob("*.npz"))
+    for path in files:
+        path.rename(folder / "2_a" / path.name)
+    assert count_encoded() == 0 and not list(place.rglob("*.npz"))
+    (folder / "2_a/p1.txt").write_text("one, two")
+    before = (folder / "2_a/p1_te.npz").read_bytes()
+    assert [count_encoded(), count_encoded()] == [2, 0]
+    assert (folder / "2_a/p1_te.npz").read_bytes() == before and len(list(place.rglob("*.npz"))) == 1
+
+
 @pytest.mark.parametrize("options", [MEMORY, DISK], ids=["memory", "disk"])
 def test_workers_do_not_change_the_draws(tmp_path, options):
     cached = cache(write_data(tmp_path), SHUFFLED, options)

@@ -23,7 +23,7 @@ from library.training.reporting.trackers import loggable_options
 from library.training.run.run_events import list_changed_options
 from library.training.saving.resume import option_differences, record_options
 from library.training.saving.state import StateManifest
-from library.training.sweep.combinations import parse_word, sweep_names
+from library.training.sweep.combinations import parse_word, short_names
 from tests.running import STARTED
 
 SDXL_LECO = leco_options(SdxlOptions)
@@ -68,24 +68,25 @@ def test_the_facts_of_an_option_do_not_contradict_each_other(kind: type[TrainOpt
     assert all(DECLARATION in field.metadata for field, _ in kind.leaves())
     for name, declared in kind.declarations().items():
         assert declared.affects_training or not declared.kept_in_state, name
-        assert declared.affects_training or declared.sweep_name is None, (
-            f"adapters that differ in --{name} would be equal"
-        )
 
 
 @by_script
-def test_sweep_names_are_unique(kind: type[TrainOptions]) -> None:
+def test_short_names_are_unique(kind: type[TrainOptions]) -> None:
     hints = {field.name: hint for field, hint in kind.leaves()}
-    names = sweep_names(kind)
+    names = short_names(kind)
     short = [name for name in names.values() if name]
-    assert len(short) == len(set(short)) > 10
+    assert len(short) == len(set(short)) > 60
     assert all(scalar_type(hints[name]) is str for name in names if not names[name]), "a bare number says nothing"
 
 
-def test_only_options_with_a_sweep_name_can_be_swept() -> None:
-    options = TrainOptions()
-    for name, declared in TrainOptions.declarations().items():
-        if declared.sweep_name is not None:
+def test_any_option_can_be_swept_but_output_resuming_launching_and_diagnostics() -> None:
+    options, names = TrainOptions(), short_names(TrainOptions)
+    assert {"resolution", "min_snr_gamma", "blocks_to_swap", "base_format", "max_train_steps", "seed"} <= names.keys()
+    refused = {"output_dir", "resume", "autoresume", "launcher", "sweep", "dry_run", "selftest", "save_state",
+               "network_args", "shard_base", "huggingface_token", "config_file"}  # fmt: skip
+    assert not refused & names.keys()
+    for name in TrainOptions.defaults():
+        if name in names:
             assert parse_word(f"{name}=a,b", options) == (name, ["a", "b"])
             continue
         with pytest.raises(UserError, match=f"^--sweep {name}: "):

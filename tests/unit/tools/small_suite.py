@@ -34,6 +34,12 @@ MINE = {
 }
 """Files that a user puts into the installed folder; the first one replaces a file of ours."""
 
+MUSUBI_DOOR = """import sys
+sys.path.insert(0, __file__.rsplit('/', 3)[0])
+import networks.lora
+print('ours', sys.argv[1:])
+"""
+
 
 @dataclass(frozen=True)
 class SmallSuite:
@@ -69,8 +75,9 @@ def build_small_suite(folder: Path) -> SmallSuite:
     files = {
         "train_network.py": "print('ours')\n",
         "zimage_train_network.py": "import sys, networks.lora\nprint('ours', sys.argv[1:])\n",
-        "zimage_cache_latents.py": "",
-        "zimage_cache_text_encoder_outputs.py": "",
+        "src/musubi_tuner/zimage_train_network.py": MUSUBI_DOOR,
+        "src/musubi_tuner/zimage_cache_latents.py": "",
+        "src/musubi_tuner/zimage_cache_text_encoder_outputs.py": "",
         "networks/lora.py": "",
         "requirements.txt": "torch>=2.6\ndiffusers\n",
     }

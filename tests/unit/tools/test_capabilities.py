@@ -82,7 +82,7 @@ def test_forms_know_paths_choices_and_commands(described: dict[str, Any]) -> Non
     assert "rex" in options["lr_scheduler"]["choices"] and "networks.lokr" in options["network_module"]["choices"]
     assert options["recipe"]["choices"] and not options["recipe"]["takes_other_values"]
     assert {"resolution", "cache_directory"} <= {key["name"] for key in described["dataset_keys"]}
-    assert "flux_2_cache_latents.py" in {script["name"] for script in described["caching_scripts"]}
+    assert "src/musubi_tuner/flux_2_cache_latents.py" in {script["name"] for script in described["caching_scripts"]}
     tools = {tool["name"]: {item["flag"] for item in tool["options"]} for tool in described["tools"]}
     assert "--save_to" in tools["tools/merge_lora.py"]
 

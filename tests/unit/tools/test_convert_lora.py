@@ -8,6 +8,7 @@ import torch
 
 from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
 from library.checkpoints.hashes import sshs_hashes
+from library.checkpoints.marks import add_digest, digest_tensors
 from tests.unit.tools.adapter_files import LINEAR, METADATA, tensors, write
 from tools.convert_lora import main
 
@@ -22,7 +23,8 @@ def test_metadata_is_kept_and_the_hashes_match_the_new_file(tmp_path: Path) -> N
     metadata = read_metadata(out)
     model_hash, legacy_hash = sshs_hashes(load_state_dict(out), metadata)
     hashes = {"sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash}
-    assert metadata == {**METADATA, **hashes, "written_by": "tools/convert_lora.py: b.safetensors"}
+    mark = add_digest("tools/convert_lora.py: b.safetensors", digest_tensors(load_state_dict(out)))
+    assert metadata == {**METADATA, **hashes, "written_by": mark}
 
 
 @pytest.mark.parametrize("to", ["generic", "diffusers"])

@@ -126,7 +126,7 @@ def test_captions_and_tags_are_merged_into_one_file_that_training_reads(
     folder, out = write_captioned_images(tmp_path / "pictures"), tmp_path / "m.json"
     (folder / "2.txt").unlink()
     out.write_text('{"elsewhere": {"caption": "kept", "train_resolution": [64, 64]}, "1": {"caption": "old"}}')
-    assert merge_captions_to_metadata.main([str(folder), str(out)]) == 0
+    assert merge_captions_to_metadata.main([str(folder), str(out), "--in_json", str(out)]) == 0
     assert merge_dd_tags_to_metadata.main([str(folder), str(out)]) == 0
     assert "1 of 3 images have no .txt file and get no tags" in caplog.text
     assert json.loads(out.read_text(encoding="utf-8")) == {

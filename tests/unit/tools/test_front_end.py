@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.front_end_kills import read_tree
-from tests.unit.tools.small_suite import MINE, SmallSuite, check_all_kept, write_files
+from tests.unit.tools.small_suite import MINE, SmallSuite, build_small_suite, check_all_kept, write_files
 
 
 def test_install_update_and_restore_keep_the_users_files_and_name_what_is_moved(suite: SmallSuite, gui: Path) -> None:
@@ -115,6 +115,48 @@ def test_musubi_tuner_gets_short_files_and_keeps_its_other_scripts(
     assert read_tree(gui) == {**before, f"{folder}/notes.txt": "mine"}
 
 
+@pytest.mark.parametrize("folder", ["src/musubi_tuner", "musubi-tuner/src/musubi_tuner"])
+def test_scripts_in_musubis_own_folder_train_with_this_suite(suite: SmallSuite, tmp_path: Path, folder: str) -> None:
+    """They import `main` of the package, whose other packages this suite's environment may lack."""
+    gui = tmp_path / "gui"
+    theirs = "import a_package_that_is_missing\nclass ZImageNetworkTrainer: pass\ndef main(): print('theirs')\n"
+    root = "from musubi_tuner.zimage_train_network import main\nif __name__ == '__main__':\n    main()\n"
+    write_files(gui, {f"{folder}/zimage_train_network.py": theirs, "zimage_train_network.py": root})
+    assert suite.run(gui).returncode == 0
+    assert start(gui / "zimage_train_network.py", "--dit", "x", path=(gui / folder).parent) == "ours ['--dit', 'x']\n"
+
+
+ORIGINAL = """
+print('executed')
+from musubi_tuner.helpers import DOUBLE
+class ZImageNetworkTrainer:
+    pass
+def main(): raise SystemExit('theirs')
+if __name__ == '__main__': main()
+"""
+IMPORTING = """
+import pickle
+import musubi_tuner.zimage_train_network as script
+from musubi_tuner.zimage_train_network import ZImageNetworkTrainer, DOUBLE
+assert pickle.loads(pickle.dumps(ZImageNetworkTrainer)) is script.ZImageNetworkTrainer
+print(DOUBLE, hasattr(script, 'absent'), hasattr(script, '__wrapped__'))
+"""
+
+
+def test_other_names_are_those_of_the_original_which_is_executed_once(suite: SmallSuite, tmp_path: Path) -> None:
+    gui = tmp_path / "gui"
+    helpers = "import musubi_tuner.zimage_train_network as script\nDOUBLE = 2\nprint(hasattr(script, 'DOUBLE'))\n"
+    files = {
+        "zimage_train_network.py": ORIGINAL,
+        "helpers.py": helpers,
+        "__init__.py": "",
+        "zimage_train.py": IMPORTING,
+    }
+    write_files(gui, {f"src/musubi_tuner/{name}": text for name, text in files.items()})
+    assert suite.run(gui).returncode == 0
+    assert start(gui / "src/musubi_tuner/zimage_train.py", path=gui / "src") == "executed\nFalse\n2 False False\n"
+
+
 def start(script: Path, *words: str, path: Path | None = None) -> str:
     """Start a script as a front end does, and return what it prints."""
     environment = {"PYTHONDONTWRITEBYTECODE": "1", **({"PYTHONPATH": str(path)} if path else {})}
@@ -178,3 +220,15 @@ def test_a_file_where_files_are_moved_to_is_named(suite: SmallSuite, gui: Path) 
     (gui / "sd-scripts.aside").rename(gui / "mine.txt")
     assert suite.run(gui, "--restore").returncode == 0
     assert (gui / "sd-scripts.aside/output/cat.safetensors").read_text() == "my LoRA"
+
+
+def test_a_copy_of_this_suite_is_no_front_end(suite: SmallSuite, tmp_path: Path) -> None:
+    """Its src/musubi_tuner is a folder that musubi-tuner has too."""
+    clone = build_small_suite(tmp_path / "clone of mine")
+    before = read_tree(clone.root)
+    done = suite.run(clone.root)
+    assert (
+        done.returncode == 1
+        and "clone of mine is a copy of this suite; give the folder of the front end" in done.stderr
+    )
+    assert read_tree(clone.root) == before

@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 from library.checkpoints.files import save_safetensors
+from library.data.sources.folders.metadata_file import parse_entries
 from library.data.sources.indexed.parquet_index import index_lock
 from library.errors import UserError
 from library.options.output.console import ConsoleOptions
 from library.training.command_line.checks import check_output
 from library.training.command_line.console import build_handlers
-from library.training.command_line.run_lock import lock_path, run_lock
 from library.training.reporting.event_stream import Events, open_event_file
 from library.training.reporting.events import Removed, Stage
+from library.training.saving.run_lock import lock_path, run_lock
 from tests.unit.data.builders import options_of, write_image
-from tools import captions_to_metadata, compare_runs, make_shards, report
+from tools import captions_to_metadata, clean_metadata, compare_runs, make_shards, report
 
 EVENT = json.dumps(Stage("loading", "begin").as_line(1.0), separators=(",", ":")) + "\n"
 DATASET = """
@@ -85,6 +86,48 @@ def test_an_event_file_replaces_event_files_only(tmp_path: Path, content: str) -
     events.emit(Removed("b"))
     events.close()
     assert len(path.read_text().splitlines()) == 1
+
+
+def test_an_event_file_of_another_run_is_replaced_only_by_appending(tmp_path: Path) -> None:
+    path, run = tmp_path / "events.jsonl", {"output_name": "cat", "output_dir": "out"}
+    line = '{"v":1,"event":"start","time":1.0,"command":null,"versions":{},"options":%s}\n'
+    for other in ({"output_name": "dog", "output_dir": "out"}, {"output_name": "cat"}, {}):
+        path.write_text(content := line % json.dumps(other))
+        with pytest.raises(UserError, match="not an event log of a run named cat in this --output_dir: it would"):
+            open_event_file(path, False, run)
+        open_event_file(path, True, run).close()
+        assert path.read_text() == content
+    path.write_text(line % json.dumps({**run, "seed": 1}))
+    open_event_file(path, False, run).close()
+    assert path.read_text() == ""
+
+
+def test_curated_captions_are_replaced_only_where_they_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out, folder = tmp_path / "a b.json", tmp_path / "clean it.json", tmp_path / "cats"
+    write_image(folder / "a.png", (64, 64), 1).with_suffix(".caption").write_text("an anime girl")
+    curated = '{"a": {"caption": "my cat"}}'
+    for words in ([str(source), str(out)], [str(folder), str(out)]):
+        command = clean_metadata if words[0] == str(source) else captions_to_metadata
+        source.write_text('{"a": {"caption": "an anime girl", "tags": "cat"}}')
+        out.write_text(curated)
+        assert "not a metadata file with these texts, or one that" in refusal_of(capsys, command.main(words))
+        assert out.read_text() == curated
+        out.unlink()
+        assert command.main(words) == 0 == command.main(words)  # its own
+        table = json.loads(out.read_text())
+        assert parse_entries(table)[0][1].caption in ("a girl", "an anime girl")
+        out.write_text(content := out.read_text().replace("girl", "cat"))
+        assert "it would be lost" in refusal_of(capsys, command.main(words))
+        assert out.read_text() == content
+    assert clean_metadata.main([str(source), str(source)]) == 0 == clean_metadata.main([str(source), str(source)])
+    assert json.loads(source.read_text())["a"]["caption"] == "a girl"
+    assert captions_to_metadata.main([str(folder), str(out), "--in_json", str(out)]) == 0
+    assert json.loads(out.read_text())["a"]["caption"] == "an anime girl"
+    out.write_text('{"a": {"tags": "cat"}}')  # by another program; nothing is lost
+    assert captions_to_metadata.main([str(folder), str(out)]) == 0
+    assert {"tags": "cat", "caption": "an anime girl"}.items() <= json.loads(out.read_text())["a"].items()
 
 
 def test_a_log_file_replaces_log_files_only(tmp_path: Path) -> None:

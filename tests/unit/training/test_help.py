@@ -127,10 +127,10 @@ def check_answer_without_torch(command: str, words: list[str], status: int, answ
 
 LECO = [*sorted(path.name for path in ROOT.glob("*train_leco.py"))]
 CACHING = [
-    "zimage_cache_latents.py",
+    "src/musubi_tuner/zimage_cache_latents.py",
     "tools/cache_latents.py",
     "tools/cache_text_encoder_outputs.py",
-    *sorted(path.name for path in ROOT.glob("*_cache_*.py") if path.name != "zimage_cache_latents.py"),
+    *sorted(f"src/musubi_tuner/{path.name}" for path in ROOT.glob("src/musubi_tuner/*_cache_*.py")),
 ]
 
 

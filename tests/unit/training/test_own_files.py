@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
 
 from library.checkpoints.files import save_pickle_state_dict, save_safetensors
+from library.checkpoints.hashes import with_hashes
 from library.checkpoints.overwriting import judge
+from library.training.reporting.event_stream import Events
 from library.training.saving.names import Names
+from library.training.saving.own_files import remove
 
 LORA = {"lora_unet_x.lora_down.weight": torch.ones(1), "lora_unet_x.alpha": torch.ones(())}
 BASE = {"model.diffusion_model.out.0.weight": torch.ones(1)}
@@ -82,3 +86,25 @@ def test_a_state_of_another_run_is_foreign_but_one_that_was_renamed_is_not(tmp_p
     kind, files = names_of(tmp_path).state_kind, ("network.safetensors",)
     assert judge(write_state(tmp_path / "cat-251130-state", files, "cat-251130"), kind) == "foreign"
     assert judge(write_state(tmp_path / "cat-state", files, "dog"), kind) == "ours"
+
+
+@pytest.mark.parametrize("extension", ["safetensors", "ckpt"])
+def test_an_outdated_adapter_that_another_program_changed_is_not_deleted(
+    tmp_path: Path, extension: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    kind, path = names_of(tmp_path).adapter_kind, tmp_path / f"cat.{extension}"
+    metadata = with_hashes(LORA, {**MODULE, "ss_output_name": "cat"})
+    changed = {name: tensor + 1 for name, tensor in LORA.items()}
+    for tensors, is_kept in ((LORA, False), (changed, True)):
+        if extension == "safetensors":
+            save_safetensors(path, tensors, metadata)
+        else:
+            save_pickle_state_dict(path, LORA, mark=f"training: {path.name}")
+            with ZipFile(path) as archive:
+                comment = archive.comment
+            save_pickle_state_dict(path, tensors)
+            with ZipFile(path, "a") as archive:
+                archive.comment = comment
+        remove("checkpoint", path, kind, Events([]))
+        assert path.exists() == is_kept
+    assert f"{path} is outdated, but kept" in caplog.text

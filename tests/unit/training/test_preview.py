@@ -217,7 +217,7 @@ def test_a_signal_is_handled_between_two_calls_of_the_denoiser(run: Any, monkeyp
 @pytest.mark.parametrize("result", ["complete", "incomplete"])
 def test_a_process_that_does_not_draw_learns_whether_the_images_are_complete(run: Any, result: str) -> None:
     charts: Any = Charts()
-    run.processes = Processes(1, 2, store=Board({"previews 000002 ": result}))
+    run.processes = Processes(1, 2, store=Board({"previews 000002": result}))
     previews = Previews(run, charts, [], is_drawing=True)
     assert previews.after_step(2, 1, Interruption()) == (result == "complete")
 

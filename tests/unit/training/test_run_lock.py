@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from library.options.train import TrainOptions
-from library.training.command_line.run_lock import lock_path, run_lock
+from library.training.saving.run_lock import lock_path, run_lock
 from tests.running import ROOT
 from tests.unit.data.builders import options_of
 
 HOLD = """
 import os, sys, time
 from library.options.output.saving import SavingOptions
-from library.training.command_line.run_lock import run_lock
+from library.training.saving.run_lock import run_lock
 with run_lock(SavingOptions(output_dir=sys.argv[1], output_name="mine")):
     if sys.argv[2] == "fork" and os.fork() == 0:
         os.close(1)
@@ -94,7 +94,7 @@ def test_a_run_that_ends_while_the_lock_is_taken_does_not_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its file is deleted by the time it is locked: another run could lock a new file of that name."""
-    from library.training.command_line import run_lock as module
+    from library.training.saving import run_lock as module
 
     locked: list[bool] = []
 
@@ -119,7 +119,7 @@ def test_a_file_system_without_locks_is_warned_about(
 ) -> None:
     import errno
 
-    from library.training.command_line import run_lock as module
+    from library.training.saving import run_lock as module
 
     def lock(file: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")

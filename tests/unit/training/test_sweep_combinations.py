@@ -1,4 +1,4 @@
-"""--sweep: names, options of each adapter, and refused values."""
+"""--sweep: names, options of each run, and refused values."""
 
 import logging
 
@@ -6,7 +6,7 @@ import pytest
 
 from library.errors import UserError
 from library.options.train import TrainOptions
-from library.training.sweep.combinations import expand_combinations, split_options
+from library.training.sweep.combinations import describe_sweep, expand_combinations, find_unranked
 
 
 def options_of(*sweep: str, **values: object) -> TrainOptions:
@@ -39,20 +39,39 @@ def test_paths_and_dotted_names_are_shortened_in_file_names() -> None:
     ]
 
 
-def test_shared_options_keep_name_seed_and_events() -> None:
-    shared, options_by_label = split_options(options_of("seed=3,4", seed=1, log_events="e/x.jsonl"))
-    assert (shared.saving.output_name, shared.run.seed, shared.reports.log_events) == ("cat", 1, "e/x.jsonl")
-    assert [options.run.seed for options in options_by_label.values()] == [3, 4]
-    assert [options.reports.log_events for options in options_by_label.values()] == [
-        "e/x-seed3.jsonl",
-        "e/x-seed4.jsonl",
-    ]
+def test_every_run_has_events_and_a_log_of_its_own() -> None:
+    runs = expand_combinations(options_of("seed=3,4", seed=1, log_events="e/x.jsonl", console_log_file="x.log"))
+    assert [run.options.run.seed for run in runs] == [3, 4]
+    assert [run.options.reports.log_events for run in runs] == ["e/x-seed3.jsonl", "e/x-seed4.jsonl"]
+    assert [run.options.console.console_log_file for run in runs] == ["x-seed3.log", "x-seed4.log"]
+
+
+def test_switches_lists_and_values_with_spaces_are_swept() -> None:
+    words = (
+        "cache_latents=true,False",
+        "base_weights='a b.safetensors' c.safetensors|d",
+        "text_encoder_lr=1 2,0",
+    )
+    first, *_, last = (run.options for run in expand_combinations(options_of(*words)))
+    assert (first.caching.cache_latents, last.caching.cache_latents) == (True, False)
+    assert first.network.base_weights == ["a b.safetensors", "c.safetensors"] and last.network.base_weights == ["d"]
+    assert first.network.text_encoder_lr == [1, 2] and last.network.text_encoder_lr == [0]
+    with pytest.raises(UserError, match="--sweep cache_latents: 'maybe' is no value of --cache_latents: it is true or"):
+        expand_combinations(options_of("cache_latents=maybe,true"))
+
+
+def test_words_that_change_what_a_loss_means_are_found() -> None:
+    words = ["learning_rate=1,2", "seed=1,2", "conv_dim=1,2", "optimizer_args.eps=1,2", "blocks_to_swap=1,2"]
+    assert find_unranked(options_of(*words)) == []
+    changing = ["resolution", "min_snr_gamma", "noise_offset", "prior_loss_weight", "train_data_dir", "base_weights",
+                "pretrained_model_name_or_path", "validation_split", "loss_type", "vae"]  # fmt: skip
+    assert find_unranked(options_of(*(f"{name}=1,2" for name in changing))) == changing
 
 
 def test_a_million_combinations_are_counted_and_refused() -> None:
     words = [f"{name}={','.join(str(value + 1) for value in range(100))}" for name in ("network_dim", "network_alpha")]
     words.append("seed=" + ",".join(map(str, range(100))))
-    with pytest.raises(UserError, match="--sweep names 1000000 adapters; at most 1000 can be trained in one run"):
+    with pytest.raises(UserError, match="--sweep names 1000000 runs; at most 1000 can be trained by one command"):
         expand_combinations(options_of(*words))
 
 
@@ -118,8 +137,8 @@ def test_alpha_is_unchanged_if_alpha_over_rank_is_not_the_strength(values: dict[
 
 def test_the_alpha_of_each_rank_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        split_options(options_of("network_dim=4,16", "seed=1,2", network_alpha=2, network_args=["conv_dim=8"]))
-    lines = [line for line in caplog.messages if "keeps" in line or "conv_dim" in line]
+        options = options_of("network_dim=4,16", "seed=1,2", network_alpha=2, network_args=["conv_dim=8"])
+    lines = [line for line in describe_sweep(options, expand_combinations(options)) if not line.startswith("--sweep:")]
     assert lines == [
         "--sweep network_dim keeps alpha / rank at 0.5: alpha 2 at rank 4, alpha 8 at rank 16; add "
         "network_alpha=VALUE to --sweep to set alpha yourself",

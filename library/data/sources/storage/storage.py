@@ -2,8 +2,9 @@
 
 import os
 import re
+import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from glob import glob
@@ -17,6 +18,7 @@ from library.data.sources.storage import object_storage
 from library.data.sources.storage.disk_cache import DiskCache
 from library.data.sources.storage.ranges import RangeFile, Window
 from library.errors import UserError
+from library.formatting import format_bytes
 
 CHUNK_BYTES = 5120  # the end of an image, the next header, and the start of the next image
 BRACES = re.compile(r"\{(?:(?P<first>[0-9]{1,18})\.\.(?P<last>[0-9]{1,18})|(?P<choices>[^{}]*,[^{}]*))\}")
@@ -50,7 +52,21 @@ class Storage:
 
     cache_dir: str | None = None
     remote_cache_gb: float = 20.0  # for images read over the network
+    shared_cache_dir: str | None = None  # of the cache files of all images
+    moved: Mapping[str, str] = field(default_factory=dict)  # where caches of folders go that cannot be written
     opened: Opened = field(default_factory=Opened, compare=False, repr=False)
+
+    def check_shared_room(self, what: str, num_bytes: int) -> None:
+        """Raise UserError if `shared_cache_dir` is set and has no room for this many bytes."""
+        if self.shared_cache_dir is None:
+            return
+        os.makedirs(self.shared_cache_dir, exist_ok=True)
+        free = shutil.disk_usage(self.shared_cache_dir).free
+        if num_bytes > free:
+            raise UserError(
+                f"--shared_cache_dir {self.shared_cache_dir}: {what} take {format_bytes(num_bytes)}, and "
+                f"{format_bytes(free)} are free on its disk; make room, or put --output_dir on another disk"
+            )
 
     def content(self, image: ScannedImage) -> bytes | None:
         """Return the bytes of an image; None for an image in its own file, which Pillow opens itself."""
@@ -201,28 +217,45 @@ class Storage:
     def cache_stem(self, image: ScannedImage) -> str:
         """Return the path prefix of an image's cache files: next to an image, or in a folder next to its larger file.
 
-        Under the subset's `cache_directory`, and under `cache_dir` for larger files, each folder of sources has a
-        folder of its own, because two may contain files of the same name.
+        Under `shared_cache_dir`, the subset's `cache_directory`, `cache_dir` and the places of `moved`, each folder of
+        sources has a folder of its own, because two may contain files of the same name.
         """
-        location, cache_dir = image.location, image.cache_directory or self.cache_dir
-        if location is None:
-            stem = os.path.splitext(image.key)[0]
-            if image.cache_directory is None:
-                return stem
-            folder, name = os.path.split(stem)
-            return os.path.join(image.cache_directory, folder_name(folder), name)
-        if is_remote(image.key) and cache_dir is None:
+        if self.shared_cache_dir is not None:
+            folder, name = os.path.split(os.path.abspath(image.key))
+            return os.path.join(self.shared_cache_dir, folder_name(folder), short_digest(name))
+        root = image.cache_directory or self.cache_dir
+        if root is None and is_remote(image.key):
             self.required_cache_dir("caches of images at URLs")
-        shard = image.key.removesuffix(location.name).rstrip("/")
-        if shard:
-            name = safe_name(os.path.splitext(location.name)[0])
-            folder, file = os.path.split(shard)
-        elif cache_dir is None:  # a Parquet file has the image's path
-            return os.path.splitext(image.key)[0]
-        else:
-            folder, file, name = os.path.dirname(image.key), "", short_digest(image.key)
-        folder = folder if cache_dir is None else os.path.join(cache_dir, folder_name(folder))
-        return os.path.join(folder, f"{os.path.splitext(file)[0] or 'images'}.cache", name)
+        return cache_stem_of(image, lambda folder: root or self.moved.get(folder))
+
+    def stem_beside(self, image: ScannedImage) -> str | None:
+        """Return the prefix of cache files beside an image whose own are elsewhere, where those of earlier runs and
+        other programs are; None without such a place."""
+        # What runs share must be what each of them would encode itself.
+        is_beside = (self.cache_dir is None and not self.moved) or self.shared_cache_dir is not None
+        if is_beside or image.cache_directory is not None or is_remote(image.key):
+            return None
+        return cache_stem_of(image, lambda folder: None)
+
+
+def cache_stem_of(image: ScannedImage, root_of: Callable[[str], str | None]) -> str:
+    """Return the path prefix of an image's cache files; `root_of` maps the folder of its file to the folder that
+    replaces it, None if nothing does."""
+
+    def place(folder: str) -> str:
+        root = root_of(folder)
+        return folder if root is None else os.path.join(root, folder_name(folder))
+
+    shard = "" if image.location is None else image.key.removesuffix(image.location.name).rstrip("/")
+    if image.location is not None and shard:
+        folder, file = os.path.split(os.path.splitext(shard)[0])
+        return os.path.join(place(folder), f"{file}.cache", safe_name(os.path.splitext(image.location.name)[0]))
+    stem = os.path.splitext(image.key)[0]
+    folder, name = os.path.split(stem)
+    if root_of(folder) is None:
+        return stem
+    # Rows of a Parquet file may have paths that differ in their extension alone.
+    return os.path.join(place(folder), name if image.location is None else f"images.cache/{short_digest(image.key)}")
 
 
 def is_remote(file: str) -> bool:

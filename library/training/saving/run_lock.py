@@ -27,7 +27,13 @@ logger = logging.getLogger(__name__)
 LOCKED_ERRORS = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # held by another process
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # by the file system
 LOCK = known_by_start("a lock file of a run", lambda start: start.startswith(b'{"host": '))
+WRITES = "another run is writing files of this name"
+WAIT = "wait until it ends, stop it, or use another {} or --output_dir"
 FAR_BYTE = 1 << 30  # Windows forbids reading locked bytes, so the lock lies behind the text
+
+
+class Locked(UserError):
+    """Another process holds the lock."""
 
 
 @contextmanager
@@ -42,7 +48,7 @@ def run_lock(saving: SavingOptions, flag: str = "--output_name") -> Iterator[Non
     path = lock_path(Path(saving.output_dir), saving.output_name)
     is_new_folder = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = acquire(path, flag)
+    file = acquire(path, advice=WAIT.format(flag))
     try:
         yield
     finally:
@@ -60,10 +66,11 @@ def lock_path(folder: Path, output_name: str | None) -> Path:
     return target.with_name(f".{target.name}.lock")
 
 
-def acquire(path: Path, flag: str) -> IO[str] | None:
+def acquire(path: Path, what: str = WRITES, advice: str = WAIT.format("--output_name")) -> IO[str] | None:
     """Return the locked file with this process's name in it; None, with a warning, if the file system has no locks.
 
-    If its holder has just deleted the file, lock a new one.
+    If its holder has just deleted the file, lock a new one. Raises Locked if another process holds it: `what` it does,
+    and the `advice`.
     """
     while True:
         file = open_lock_file(path, LOCK)
@@ -78,10 +85,7 @@ def acquire(path: Path, flag: str) -> IO[str] | None:
                 return None
             if error.errno not in LOCKED_ERRORS:
                 raise
-            raise UserError(
-                f"another run is writing files of this name ({holder}, according to {path}); wait until it ends, stop "
-                f"it, or use another {flag} or --output_dir"
-            ) from None
+            raise Locked(f"{what} ({holder}, according to {path}); {advice}") from None
         if is_at(file, path):
             break
         file.close()

@@ -1,0 +1,81 @@
+"""--sweep on a command line: which script its runs are started with, and what is checked before the first of them."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+from library.options.train import TrainOptions
+from library.training.command_line.cli import (
+    CommandLine,
+    normalize,
+    parse_words,
+    report_user_error,
+    script_name,
+    unset_empty,
+)
+from library.training.sweep.commands import Script
+from library.training.sweep.driver import run_sweep
+
+ROOT = Path(__file__).parents[3]  # the folder of the scripts
+
+
+def open_script(parser: argparse.ArgumentParser, kind: type[TrainOptions], has_command: bool = True) -> Script[Any]:
+    """Return the script with this parser."""
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+
+    def read(words: Sequence[str]) -> TrainOptions:
+        return kind.from_args(normalize(unset_empty(parse_words(parser, words), parser)))
+
+    return Script(ROOT / script_name(parser), actions, read, has_command)
+
+
+def sweep_by_command(
+    command_line: CommandLine, kind: type[TrainOptions], find_build: Callable[[], Callable[[Any], Any]]
+) -> int:
+    """Train the runs of --sweep, and return the exit status. `find_build` returns the function that builds the
+    architecture from options; it is called in another process, unless torch is imported here."""
+    args = command_line.start_log()
+    try:
+        script = open_script(command_line.parser, kind)
+        return run_sweep(script, kind.from_args(args), partial(check_runs, find_build))
+    except UserError as error:
+        report_user_error(error, args)
+    except OSError as error:
+        if error.filename is None:  # the operating system has refused nothing for a file
+            raise
+        report_user_error(error, args)
+    return 1
+
+
+def sweep_for_program(parser: argparse.ArgumentParser, options: TrainOptions, build: Callable[[Any], Any]) -> None:
+    """Train the runs of --sweep for a program. Raises UserError if one of them fails."""
+    script = open_script(parser, type(options), has_command=False)
+    status = run_sweep(script, options, partial(check_runs, lambda: build), has_signals=False)
+    if status:
+        raise UserError(f"--sweep ended with status {status}; the lines above say why")
+
+
+def check_runs(find_build: Callable[[], Callable[[Any], Any]], runs: Sequence[TrainOptions]) -> int:
+    """Check the options of runs before any of them is trained. Return the bytes of the largest state. Imports torch.
+
+    Raises UserError naming the run.
+    """
+    from library.training.command_line.checks import check
+    from library.training.models.preflight import mute_logging, preflight
+    from library.training.models.requests import RequestedRun
+
+    build, sizes = find_build(), [0]
+    for options in runs:
+        try:
+            with mute_logging():
+                check(options)
+                if not options.dataset.only_looks:
+                    requested = RequestedRun.resolve(options, build(options))
+                    # Beside the adapter, a state has two values of the optimizer for each of its own.
+                    sizes.append(3 * preflight(requested, options.run.max_train_steps))
+        except UserError as error:
+            raise UserError(f"--sweep: {options.saving.output_name}: {error}") from error
+    return max(sizes)

@@ -1,0 +1,89 @@
+"""`add`: a command line becomes a job."""
+
+import argparse
+import glob
+import logging
+import os
+import re
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+from library.errors import UserError
+from library.options.config_file import read_text
+from library.options.train import TrainOptions
+from library.suggestions import did_you_mean
+from library.training.command_line.cli import check_training, parse_words, read_command_line
+from library.training.command_line.recipes import list_recipes
+from library.training.config_file import config_path, load_toml
+from library.training.run_queue.jobs import Job
+
+logger = logging.getLogger(__name__)
+
+SCRIPT_NAME = re.compile(r"\b\w+\.py\b")
+ReadScript = Callable[[str, Sequence[str]], tuple[argparse.ArgumentParser, type[TrainOptions]]]
+"""Return the parser and the options of a script, given its name and the words of a command line."""
+
+
+def make_job(
+    config: Path, script: str | None, words: Sequence[str], scripts: Collection[str], read_script: ReadScript
+) -> Job:
+    """Check a training as its script does before it imports torch, and return it as a job.
+
+    `words` are the options after the TOML file. Raises UserError for an unknown script and for options that the script
+    refuses, such as a base model that does not exist; exits with status 2 for words that are no options.
+    """
+    path = Path(os.path.abspath(config_path(str(config))))
+    text = read_text(path, "NAME.toml")
+    name = choose_script(path, text, script, scripts)
+    refuse_file_options(words)
+    parser, kind = read_script(name, words)
+    typed = parse_words(parser, words)
+    if typed.config_file or typed.output_config:
+        raise UserError("--config_file and --output_config: the job has its TOML file already; leave them out")
+    command_line = read_command_line(parser, ["--config_file", str(path), *words])
+    for warning in (warning for read in command_line.configs for warning in read.warnings):
+        logger.warning("%s", warning)
+    args = command_line.args
+    check_training(kind, args)
+    if not args.output_dir:
+        raise UserError("--output_dir is not set; a job trains an adapter, so give the folder that it goes to")
+    output = Path(os.path.realpath(args.output_dir)) / (args.output_name or "last")
+    warn_of_states(output, args.output_name)
+    events = args.log_events if args.log_events in (None, "-") else os.path.abspath(args.log_events)
+    return Job(name, str(path), text, tuple(words), os.getcwd(), str(output), events)
+
+
+def choose_script(path: Path, text: str, script: str | None, scripts: Collection[str]) -> str:
+    """Return the script of a TOML file: the given one, that of its recipe, or the one that its first comments name.
+
+    Raises UserError if it is unknown.
+    """
+    if script is not None:
+        name = Path(script).name
+        if name not in scripts:
+            raise UserError(f"--script {script} is no training script of this suite{did_you_mean(name, scripts)}")
+        return name
+    recipe = load_toml(path).get("recipe")
+    of_recipe = {known.script for known in list_recipes() if known.name == recipe} if isinstance(recipe, str) else set()
+    comments = re.match(r"(?:#.*\n|\s*\n)*", text)
+    named = {*SCRIPT_NAME.findall(comments[0] if comments else "")} & {*scripts}
+    found = of_recipe or named
+    if len(found) != 1:
+        raise UserError(f"{path} names no training script; add --script, such as --script train_network.py")
+    return found.pop()
+
+
+def refuse_file_options(words: Sequence[str]) -> None:
+    """Raise UserError for options that end a command before it trains."""
+    if ended := {"-h", "--help", "--help_all", "--version"} & {*words}:
+        raise UserError(f"{sorted(ended)[0]} after NAME.toml trains nothing; leave it out")
+
+
+def warn_of_states(output: Path, output_name: str | None) -> None:
+    """Warn of states from which the job will continue."""
+    if output_name and (states := glob.glob(f"{glob.escape(str(output))}*-state")):
+        logger.warning(
+            "%s is there: the job continues an earlier run of this name, and is done at once if that was complete. To "
+            "train anew, use another --output_name",
+            sorted(states)[0],
+        )

@@ -1,0 +1,105 @@
+"""The rounds of --sweep_stop_after: all runs train to a pause, and those that are significantly worse end there.
+
+Round k ends at the first validation from step N * 2**(k - 1) on, so all rounds together read the models and the caches
+only a few times.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.errors import UserError
+from library.formatting import format_bytes
+from library.options.train import TrainOptions
+from library.training.sweep.outcomes import end_file
+from library.training.sweep.worker import Standing
+
+FLAG = "--sweep_stop_after"
+
+
+@dataclass
+class Rounds:
+    """The pauses of a sweep."""
+
+    first_step: int
+    number: int = 0  # of the round that is being trained
+
+    @classmethod
+    def build(cls, options: TrainOptions, unranked: Sequence[str]) -> "Rounds | None":
+        """Return the rounds; None without --sweep_stop_after. Raises UserError if nothing could be compared."""
+        step = options.sweep.sweep_stop_after
+        if step is None:
+            return None
+        if unranked:
+            raise UserError(
+                f"{FLAG}: {', '.join(unranked)} changes the held-out images or what their losses mean, so that runs "
+                f"cannot be compared; leave out {FLAG}"
+            )
+        has_images = options.dataset.dataset_config or options.validation.validation_split
+        if options.concepts is not None or not has_images:
+            raise UserError(f"{FLAG} compares runs by their validation, and there is none; set --validation_split")
+        return cls(step)
+
+    def next_step(self) -> int:
+        """Begin a round, and return the step from which on its next validation ends it."""
+        self.number += 1
+        return int(self.first_step * 2 ** (self.number - 1))
+
+    def check_space(self, num_bytes: int, folder: Path) -> None:
+        """Raise UserError if the states of all runs do not fit."""
+        free = shutil.disk_usage(folder).free
+        if num_bytes > free:
+            raise UserError(
+                f"{FLAG} keeps a state of every run between rounds, {format_bytes(num_bytes)} in all, and "
+                f"{format_bytes(free)} are free in --output_dir {folder}; make room, or leave out {FLAG}"
+            )
+
+    def find_worse(self, standings: Sequence[Standing], num_runs: int) -> list[str]:
+        """Return the labels of the runs that are significantly worse than the best one; none if not all were measured
+        after the same step. Imports torch."""
+        from library.training.sweep.ranking import clearly_worse, pair_losses
+
+        if len({standing.measured_step for standing in standings}) > 1:
+            return []
+        return clearly_worse(pair_losses(standings), num_runs, self.number)
+
+
+def paused_files(options: TrainOptions, step: int) -> tuple[Path, Path]:
+    """Return the weights and the state of a pause after `step`."""
+    end = end_file(options)
+    weights = end.with_name(f"{end.stem}-step{step:08d}{end.suffix}")
+    return weights, end.with_name(f"{end.stem}-step{step:08d}-state")
+
+
+def newest_pause(options: TrainOptions) -> int | None:
+    """Return the step of a run's newest state; None if there is none."""
+    end = end_file(options)
+    steps = [
+        int(digits)
+        for path in (end.parent.iterdir() if end.parent.is_dir() else ())
+        if (digits := path.name.removeprefix(f"{end.stem}-step").removesuffix("-state")).isdecimal()
+        and path.name == f"{end.stem}-step{digits}-state"
+    ]
+    return max(steps, default=None)
+
+
+def end_at_pause(options: TrainOptions, step: int) -> None:
+    """Make the weights of a pause the run's adapter."""
+    weights, _ = paused_files(options, step)
+    if weights.exists():
+        temporary = end_file(options).with_name(f".{end_file(options).name}.unfinished")
+        shutil.copyfile(weights, temporary)
+        os.replace(temporary, end_file(options))
+    delete_pause(options, step)
+
+
+def delete_pause(options: TrainOptions, step: int) -> None:
+    """Delete the files of a pause that the user has not asked for."""
+    weights, state = paused_files(options, step)
+    every = options.saving.save_every_n_steps
+    if not (every and step % every == 0):
+        weights.unlink(missing_ok=True)
+    if not options.state.save_state and state.is_dir():
+        shutil.rmtree(state)

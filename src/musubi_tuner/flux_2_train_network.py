@@ -1,0 +1,16 @@
+"""Train a LoRA-family adapter for FLUX.2: musubi-tuner's command."""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: the repository's folder goes before this one, which has equal names
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from library.training_script import TrainingScript
+
+SCRIPT = TrainingScript("flux_2")
+setup_parser = SCRIPT.setup_parser
+main = SCRIPT.run
+
+if __name__ == "__main__":
+    sys.exit(main())

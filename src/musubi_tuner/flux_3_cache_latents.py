@@ -1,0 +1,16 @@
+"""Encode the images of a data set for FLUX.3: musubi-tuner's command."""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: the repository's folder goes before this one, which has equal names
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from library.caching_script import CachingScript
+
+SCRIPT = CachingScript("flux_3")
+setup_parser = SCRIPT.setup_parser
+main = SCRIPT.cache_latents
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""The parts of --sweep that start and judge runs, without training."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from library.errors import UserError
+from library.options.train import TrainOptions
+from library.training.command_line.sweeps import open_script
+from library.training.sweep.commands import environment_of_runs, start_script, write_command
+from library.training.sweep.outcomes import read_outcome
+from library.training.sweep.rounds import Rounds, delete_pause, end_at_pause, newest_pause
+from library.training.sweep.worker import Standing
+from tests.running import ROOT
+from train_network import setup_parser
+
+
+def options_of(folder: Path, **values: Any) -> TrainOptions:
+    return TrainOptions().with_values({"output_dir": str(folder), "output_name": "cat-lr1", **values})
+
+
+def test_no_part_of_the_driver_imports_torch() -> None:
+    """A run needs all memory; the parts that import torch are started as processes."""
+    code = "import sys, library.training.command_line.sweeps; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_a_command_is_read_back_as_the_options_of_its_run(tmp_path: Path) -> None:
+    values = {"train_data_dir": "my photos", "network_args": ["conv_dim=4", "x=a b"], "output_name": "-odd name",
+              "learning_rate": 1e-5, "text_encoder_lr": [1e-4, 0.0], "cache_latents": True}  # fmt: skip
+    options = options_of(tmp_path, **values)
+    script = open_script(setup_parser(), TrainOptions)
+    command = write_command(script, options, None, tmp_path)
+    assert command.words[:2] == [sys.executable, str(ROOT / "train_network.py")]
+    assert script.read(command.words[2:]) == options and "--config_file" not in command.words
+
+
+def test_what_no_command_line_can_hold_goes_into_a_file(tmp_path: Path) -> None:
+    """An item of a list would be read as a flag, and a program has no command at all."""
+    options = options_of(tmp_path, network_args=["--odd"])
+    for has_command, own in ((True, options), (False, options_of(tmp_path, learning_rate=0.5))):
+        script = open_script(setup_parser(), TrainOptions, has_command)
+        words = write_command(script, own, None, tmp_path).words
+        assert words[2:] == ["--config_file", str(tmp_path / "cat-lr1.toml")]
+        assert (tmp_path / "cat-lr1.toml").stat().st_mode & 0o077 == 0
+    assert "learning_rate = 0.5" in (tmp_path / "cat-lr1.toml").read_text()
+
+
+def test_tokens_are_given_to_runs_and_hidden_in_the_log(tmp_path: Path) -> None:
+    script = open_script(setup_parser(), TrainOptions)
+    command = write_command(script, options_of(tmp_path, huggingface_token="hf_secret"), None, tmp_path)
+    assert "hf_secret" in command.words and "hf_secret" not in command.shown
+
+
+@pytest.mark.parametrize(
+    ("launcher", "start"),
+    [
+        (None, [sys.executable]),
+        ("accelerate launch --num_processes 4", ["accelerate", "launch", "--num_processes", "4"]),
+        ("nice -n 10", ["nice", "-n", "10", sys.executable]),
+    ],
+)
+def test_launchers_start_the_script_and_other_commands_start_python(launcher: str | None, start: list[str]) -> None:
+    assert start_script(launcher) == start
+
+
+def test_a_launcher_that_no_shell_splits_is_refused() -> None:
+    with pytest.raises(UserError, match="--launcher 'a \"b' cannot be split into words"):
+        start_script('a "b')
+
+
+def test_runs_keep_accelerates_settings_and_lose_the_ranks_of_a_launcher() -> None:
+    kept = {"ACCELERATE_MIXED_PRECISION": "bf16", "PATH": "/bin", "CUDA_VISIBLE_DEVICES": "1"}
+    lost = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_SIZE",
+                          "PMI_RANK", "MV2_COMM_WORLD_RANK", "TORCHELASTIC_RUN_ID"), "1")  # fmt: skip
+    assert environment_of_runs(kept | lost) == kept
+
+
+def test_rounds_double_and_need_losses_that_can_be_compared(tmp_path: Path) -> None:
+    measured = options_of(tmp_path, sweep_stop_after=100, validation_split=0.1)
+    rounds = Rounds.build(measured, [])
+    assert rounds is not None and [rounds.next_step() for _ in range(4)] == [100, 200, 400, 800]
+    assert Rounds.build(options_of(tmp_path), ["loss_type"]) is None
+    with pytest.raises(UserError, match="loss_type changes the held-out images or what their losses mean"):
+        Rounds.build(measured, ["loss_type"])
+    with pytest.raises(UserError, match="compares runs by their validation, and there is none; set --validation_split"):
+        Rounds.build(options_of(tmp_path, sweep_stop_after=100), [])
+    with pytest.raises(UserError, match="keeps a state of every run between rounds"):
+        rounds.check_space(10**18, tmp_path)
+
+
+def test_only_runs_that_were_measured_after_one_step_are_compared() -> None:
+    losses = {str(i): float(i) for i in range(9)}
+    worse = {name: loss + 1 + 0.01 * (i % 2) for i, (name, loss) in enumerate(losses.items())}
+    best, other = Standing("a", 4, 4, losses, "", None), Standing("b", 4, 4, worse, "", None)
+    rounds = Rounds(4, number=1)
+    assert rounds.find_worse([best, other], 2) == ["b"]
+    assert rounds.find_worse([best, Standing("b", 6, 6, worse, "", None)], 2) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        ({}, set()),
+        ({"save_state": True}, {"cat-lr1-step00000004-state"}),
+        ({"save_every_n_steps": 2}, {"cat-lr1-step00000004.safetensors"}),
+    ],
+)
+def test_a_pause_leaves_what_the_user_has_asked_for(values: dict[str, Any], kept: set[str], tmp_path: Path) -> None:
+    options, state = options_of(tmp_path, **values), tmp_path / "cat-lr1-step00000004-state"
+    state.mkdir()
+    (tmp_path / "cat-lr1-step00000004.safetensors").write_bytes(b"weights")
+    assert newest_pause(options) == 4
+    end_at_pause(options, 4)
+    assert (tmp_path / "cat-lr1.safetensors").read_bytes() == b"weights"
+    delete_pause(options, 4)
+    assert {path.name for path in tmp_path.iterdir()} == {"cat-lr1.safetensors", *kept}
+
+
+def test_the_outcome_of_a_run_is_that_of_its_last_process(tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    lines = [
+        {"event": "start"}, {"event": "validation", "step": 2, "losses": {"a": 1.0, "b": None}},
+        {"event": "end", "reason": "stopped", "step": 2}, {"event": "start", "time": 9.0},
+        {"event": "end", "reason": "error", "step": 3, "cause": "non-finite"},
+    ]  # fmt: skip
+    events.write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"event": "en')
+    outcome = read_outcome(options_of(tmp_path, log_events=str(events)))
+    assert (outcome.reason, outcome.step, outcome.measured_step) == ("error", 3, 2)
+    assert outcome.losses == {"a": 1.0, "b": None} and outcome.ended == "its losses were not finite"
+    assert read_outcome(options_of(tmp_path)).reason is None
+    later = read_outcome(options_of(tmp_path, log_events=str(events)), since=10.0)
+    assert (later.reason, later.cause, later.step) == (None, None, 0), "a process that fails early leaves old events"
