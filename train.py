@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan, ask and train. Return the exit status."""
-    from tools.command import act
+    from tools.exit_status import act
     from tools.front_door.command_line import read_command_line
     from tools.front_door.session import train_photos
 
