@@ -174,6 +174,9 @@ def check_name(files: Files) -> None:
 
 # --- the choice ---
 
+Ask = Callable[[str, str], str]
+"""Says a sentence, asks a question and returns the answer in lower case; "" without a terminal or a question."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -189,36 +192,46 @@ def choose_start(
     free: Files,
     record: Record,
     steps: Callable[[], int | None],
-    ask: Callable[[str, str], str],
+    ask: Ask,
 ) -> Start:
     """Return how the run of a command line begins.
 
-    `steps` returns its length; None for one that was not typed. `ask` takes a sentence and a question, and returns the
-    answer in lower case; without a terminal it says the sentence and returns "". Raises UserError if the run to go on
-    with is running.
+    `steps` returns its length; None for one that was not typed. Raises UserError if the run to go on with is running.
     """
     related = [run for run in reversed(runs) if run.record.is_about_the_same(record)]
     same = [run for run in related if not run.record.differences(record)]
-    for run in (run for run in same if not run.is_finished):
-        run.check_not_running()
+    unfinished = [run for run in same if not run.is_finished]
+    changed = [run for run in related if run not in same and not run.is_finished]
+    if same:
+        run = unfinished[0] if unfinished else same[0]
         length = steps() if run.record.length != record.length else None
-        if length is not None and length <= run.step:
-            ask(f"an unfinished run is there: {run.title}, more than {length:,}; this is a new run beside it", "")
-        elif ask(f"an unfinished run is there: {run.title}", "continue [Enter], start anew [n]?") not in ("n", "no"):
-            return Start(run.files, run)
+        return go_on(run, free, length, ask) if unfinished else follow(run, free, length, ask)
+    return branch(changed[0], free, record, ask) if changed else Start(free)
+
+
+def go_on(run: EarlierRun, free: Files, length: int | None, ask: Ask) -> Start:
+    """Return how to go on with an unfinished run, to `length` if that is given. Raises UserError if it is running."""
+    run.check_not_running()
+    said = f"an unfinished run is there: {run.title}"
+    if length is not None and length <= run.step:
+        ask(f"{said}, more than {length:,}; this is a new run beside it, {free.name}", "")
         return Start(free)
-    for run in same:
-        length = steps() if run.record.length != record.length else None
-        if length is not None and run.state is not None and length > run.step:
-            ask(f"{run.files.name} is finished: this run, {free.name}, goes on from its step {run.step:,}", "")
-            return Start(free, origin=str(run.state.path))
-        ask(f"{run.files.name} is finished and stays: this is a new run, {free.name}", "")
-        return Start(free)
-    for run in (run for run in related if not run.is_finished):
-        changes = "; ".join(run.record.differences(record))
-        said = f"an unfinished run is there: {run.title}, but it differs: {changes}"
-        question = f"a new run {free.name} beside it [Enter], one that goes on from its step with these [c]?"
-        if ask(said, question) == "c" and run.state is not None:
-            return Start(free, origin=str(run.state.path))
-        break
+    answer = ask(said, "continue [Enter], start anew [n]?")
+    return Start(free) if answer in ("n", "no") else Start(run.files, run)
+
+
+def follow(run: EarlierRun, free: Files, length: int | None, ask: Ask) -> Start:
+    """Return how a run begins after a finished one, whose files stay: at its end, or anew unless it is longer."""
+    if length is not None and run.state is not None and length > run.step:
+        ask(f"{run.files.name} is finished: this run, {free.name}, goes on from its step {run.step:,}", "")
+        return Start(free, origin=str(run.state.path))
+    ask(f"{run.files.name} is finished and stays: this is a new run, {free.name}", "")
     return Start(free)
+
+
+def branch(run: EarlierRun, free: Files, record: Record, ask: Ask) -> Start:
+    """Return how a run begins beside an unfinished one that differs: anew, or from its state if the user wants that."""
+    said = f"an unfinished run is there: {run.title}, but it differs: {'; '.join(run.record.differences(record))}"
+    question = f"a new run {free.name} beside it [Enter], one that goes on from its step with these [c]?"
+    goes_on = ask(said, question) == "c" and run.state is not None
+    return Start(free, origin=str(run.state.path) if goes_on and run.state is not None else "")

@@ -131,11 +131,15 @@ class Steps:
                 average = progress.average.mean
                 prepared.charts.log_epoch({"loss/epoch_average": average}, progress.step, window.epoch)
             self._after_epoch(window.epoch)
-        # After everything else of the step, so that a run that goes on from the state does nothing twice; `end` saves
-        # what a stop or the last step leaves.
-        if saves_by_clock and self.are_left:
+        if saves_by_clock:
+            self._save_timed_state(window.epoch)
+
+    def _save_timed_state(self, epoch: int) -> None:
+        """Save a state after all other work of the step, so that a run that goes on from it does nothing twice; `end`
+        saves what a stop or the last step leaves."""
+        if self.are_left:
             with self._run.times.stage("saving"):
-                prepared.writer.save_timed_state(progress, window.epoch)
+                self._prepared.writer.save_timed_state(self._progress, epoch)
 
     def end(self, epoch: int) -> None:
         """Save the final weights and state, and log a summary. Raises what keeps them from their place."""
