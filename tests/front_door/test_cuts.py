@@ -43,7 +43,8 @@ def cut_at(points: list[tuple[int, bool]], arguments: list[str], whole: Path, tm
     expected, outcomes = load_file(whole / "out" / "mine.safetensors"), Counter[str]()
     for job, killed, again in zip(jobs[::2], results[::2], results[1::2], strict=True):
         point, out = f"at {killed.operations[-1]}", Path(job.folder) / "out"
-        assert killed.status == -signal.SIGKILL, point
+        # A later run has a few operations less than the first, and may have ended before the last numbers.
+        assert killed.status in (-signal.SIGKILL, 0), point
         assert again.status == 0, f"{point}: {again.output}"
         saved = load_file(out / "mine.safetensors")
         assert saved.keys() == expected.keys() and all(saved[name].equal(expected[name]) for name in saved), point
@@ -69,4 +70,4 @@ def test_train_py_killed_at_every_file_operation_of_its_own_goes_on(every: int, 
     points += [(number, True) for number, line in enumerate(operations) if line.startswith("save ")]
     outcomes = cut_at(points[::every], arguments, whole, tmp_path)
     print("\n".join(f"{count:4}  {what}" for what, count in outcomes.most_common()))
-    assert len(outcomes) > 2
+    assert len(outcomes) > 2 and sum(outcomes.values()) == len(points[::every])
