@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from library.training.loop.steps import Steps
-from library.training.saving import timed
+from library.training.saving import checkpoints, timed
 from library.training.saving.state import TENSOR_FILE
 from library.training.step.accumulation import Window
 from tests.running import Finished
@@ -87,6 +87,18 @@ def test_the_state_before_is_kept_until_the_next_is_whole_and_taken_if_the_newes
     assert states(out) == ["step00000003-timed", "step00000004-timed"]  # none is outdated before two are whole
     run_until(clock, 7, train, parts)
     assert states(out) == ["step00000005-timed", "step00000006-timed"]
+
+
+def test_a_run_that_is_killed_after_its_last_state_leaves_no_timed_ones(
+    clock: Clock, train: Train, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, words = tmp_path / "out", [*arguments, "--autoresume", "--save_every_n_minutes", "1"]
+    with monkeypatch.context() as context:
+        context.setattr(checkpoints, "remove", lambda name, path, kind, events: None)
+        assert train(words).status == 0
+    assert len(states(out)) == 8
+    assert train(words).status == 0
+    assert [path.name for path in out.glob("*-state")] == ["mine-state"]
 
 
 def test_scheduled_states_are_not_outdated_by_timed_ones(
