@@ -9,6 +9,7 @@ from library.launcher import prepare_for_torch
 
 EXAMPLES = """\
   python3 train.py pictures/my_cat --base path/to/sd_xl_base_1.0.safetensors --trigger "mycat, a cat"
+  python3 train.py pictures/my_cat --base path/to/v1-5.safetensors --trigger "mycat, a cat" --network_dim 8
   python3 train.py configs/quickstart/dataset --base configs/quickstart/toy_base --trigger heart --yes"""
 
 
@@ -16,6 +17,11 @@ def setup_parser() -> argparse.ArgumentParser:
     from tools.command import make_parser
 
     parser = make_parser(__doc__, EXAMPLES)
+    add_options(parser)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("photos", type=Path, metavar="PHOTOS", help="folder with photos, also in folders below it")
     parser.add_argument("--base", required=True, help="base model: a file, a diffusers folder or a Hugging Face name")
     parser.add_argument("--trigger", help='word that calls it, and what it is: "mycat, a cat" (default: asked for)')
@@ -28,16 +34,17 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("--caption", action="store_true", help="first write captions for photos without one")
     parser.add_argument("--output_dir", type=Path, help="folder for what is saved (default: output/NAME)")
     parser.add_argument("--name", help="name of what is saved (default: from the folder of photos)")
+    parser.add_argument("--plan_only", action="store_true", help="write the plan, and print the command that trains")
     parser.add_argument("--yes", action="store_true", help="ask nothing")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan, ask and train. Return the exit status."""
-    from tools.command import run
+    from tools.exit_status import act
+    from tools.front_door.command_line import read_command_line
     from tools.front_door.session import train_photos
 
-    return run(setup_parser(), train_photos, argv)
+    return act(lambda: train_photos(*read_command_line(add_options, setup_parser(), argv)))
 
 
 if __name__ == "__main__":

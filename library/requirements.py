@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OLDEST_PYTHON = (3, 10)
 NEWEST_PYTHON = (3, 14)
 MODULES = {"opencv-python-headless": "cv2", "pillow": "PIL"}
-NAMED_WHEN_USED = ("bitsandbytes", "tensorboard")  # the options that use them say what to install
+NAMED_WHEN_USED = ("bitsandbytes", "pillow-heif", "tensorboard")  # what uses them says what to install
 LISTED = 3
 
 

@@ -353,25 +353,21 @@ def parallel_arguments() -> "list[str]":
     ]
 
 
-def modification_time(path: Path) -> "int | None":
-    """Return a file's modification time in nanoseconds; None if it does not exist."""
-    return path.stat().st_mtime_ns if path.exists() else None
-
-
 def quickstart(venv: Path) -> int:
     """Train the bundled example and show what it learned. Return the exit status."""
     python = ready_python(venv, RUN_REQUIREMENTS)
     started = time.monotonic()
     os.environ.setdefault("OMP_NUM_THREADS", str(num_threads()))
     for command, product in ((training_command(python), ADAPTER), (image_command(python), IMAGE)):
+        if product == ADAPTER and (ROOT / ADAPTER).exists():
+            # The same command would train once more, under a new name.
+            print_line(f"\n{ADAPTER} is there already; to train it again, move {Path(ADAPTER).parent} away")
+            continue
         print_line("\n$ " + " ".join(command))
-        # A training run that is stopped ends with status 0 and saves under another name, and the file of an earlier run
-        # may exist, so the exit status alone does not show success.
-        before = modification_time(ROOT / product)
         exit_code = run(command)
         if exit_code != 0:
             return exit_code
-        if modification_time(ROOT / product) == before:
+        if not (ROOT / product).exists():  # a training that is stopped saves under another name and ends with status 0
             raise StartError(
                 f"the command above ended without an error but wrote no {product}: it was stopped before its last "
                 "step. Start the quickstart again"

@@ -56,6 +56,15 @@ def test_every_script_says_in_one_line_what_to_install(script: str) -> None:
     assert line.endswith(f" more){describe_setup()}")
 
 
+def test_a_package_of_one_image_format_is_missed_by_no_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert any(line.startswith("pillow-heif") for line in (ROOT / "requirements.txt").read_text().splitlines())
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None if name in ("pillow_heif", "scipy") else name)
+    monkeypatch.setattr(requirements.sys, "modules", {})
+    missing = list_missing()
+    monkeypatch.undo()
+    assert missing == ["scipy"]
+
+
 @pytest.mark.parametrize("script", [s for s in SCRIPTS if "train_network" in s or "cache_" in s])
 def test_the_help_of_training_and_caching_needs_no_packages(script: str) -> None:
     done = start(script, "--help")

@@ -11,13 +11,20 @@ from safetensors.torch import save_file
 
 import train
 from library.architectures.specs import list_specs
+from library.data.plan.data_plan import build_plan
 from library.errors import UserError
+from library.options.train import TrainOptions
+from library.training.config_file import format_config
 from tests.front_door.test_train import GENERIC, KINDS, build_base
+from tests.running import make_images
 from tests.tiny.bases import BASES
+from tests.unit.data.builders import SPEC
 from tools.front_door.base import Base, choose_recipe, measure_loss, measure_prediction, read_prediction, recognise
+from tools.front_door.command_line import read_command_line
+from tools.front_door.description import describe_given, list_captions, remark_on_trigger
 from tools.front_door.parts import find_parts
 from tools.front_door.photos import Trigger, find_photos, parse_trigger, suggest_trigger
-from tools.front_door.plan import Files, Plan, choose_side, choose_values, write_prompts
+from tools.front_door.plan import Files, Plan, choose_side, choose_values, compose_captions, write_prompts
 from tools.recipes import interpolate_steps
 
 HEARTS, TOY = "configs/quickstart/dataset", "configs/quickstart/toy_base"
@@ -80,23 +87,58 @@ def test_photos_that_cannot_be_trained_on_are_left_out_with_the_reason(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("captions", "prefix", "without_caption"),
+    ("captions", "trained"),
     [
-        ([], None, "mycat, a cat"),
-        (["a cat on a sofa", "asleep"], "mycat,", "a cat"),
-        (["mycat on a sofa", "a sofa"], None, "mycat, a cat"),
+        ([], ["mycat, a cat"] * 3),
+        (["a cat on a sofa", "", "my MyCat asleep"], ["mycat, a cat on a sofa", "mycat", "my MyCat asleep"]),
+        (["mycat on a sofa", "mycats, a sofa"], ["mycat on a sofa", "mycat, mycats, a sofa", "mycat, a cat"]),
     ],
 )
-def test_the_trigger_goes_before_captions_that_lack_it(
-    captions: list[str], prefix: str | None, without_caption: str, tmp_path: Path
+def test_the_trigger_goes_before_each_caption_that_lacks_it(
+    captions: list[str], trained: list[str], tmp_path: Path
 ) -> None:
     for number in range(3):
         Image.new("RGB", (64, 64), (number, 0, 0)).save(tmp_path / f"{number}.png")
     for number, caption in enumerate(captions):
         (tmp_path / f"{number}.txt").write_text(caption)
     (folder,) = find_photos(tmp_path)
-    described = folder.describe(parse_trigger(" mycat , a cat"))
-    assert described.get("caption_prefix") == prefix and described["class_tokens"] == without_caption
+    dataset = {"datasets": [{"resolution": 64, "subsets": [folder.describe(parse_trigger(" mycat , a cat"))]}]}
+    (tmp_path / "dataset.toml").write_text(format_config(dataset))
+    options = TrainOptions().with_values({"dataset_config": str(tmp_path / "dataset.toml"), "max_train_steps": 1})
+    plan = build_plan(options, SPEC, 0, lambda text: len(text), None, 1)
+    assert compose_captions(plan) == trained
+
+
+def test_what_the_user_typed_wins_over_a_folders_words_and_the_plan_says_so(tmp_path: Path) -> None:
+    make_images(tmp_path / "10_sks cat", 2)
+    make_images(tmp_path / "2_other dog", 2)
+    base, folders = base_of("sd1", "/m/a.safetensors"), find_photos(tmp_path)
+    recipe = choose_recipe(base, "style")
+    for text, class_tokens, said in (
+        ("mycat, a cat", ["mycat, a cat"] * 2, '"mycat, a cat", as given, and not its words'),
+        (None, ["sks cat", "other dog"], '"sks cat", its words'),
+    ):
+        trigger = parse_trigger(text) if text else suggest_trigger(tmp_path, folders)
+        assert [folder.describe(trigger)["class_tokens"] for folder in folders if folder.photos] == class_tokens
+        plan = Plan(base, recipe, folders, trigger, {}, "", None, None, captions=["a", "b c d", "b c d", "x"])
+        lines = "\n".join(list_captions(plan))
+        assert f"10_sks cat: each photo 10 times; without a caption {said}" in lines
+        assert '"b c d" (2 photos)' in lines and "as well" not in lines
+
+
+def test_a_style_without_captions_is_remarked_on(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    base, folders = base_of("sd1", "/m/a.safetensors"), find_photos(tmp_path)
+    plan = Plan(base, choose_recipe(base, "style"), folders, Trigger("ink"), {}, "", None, None, captions=["ink"])
+    assert any("learns what the photos show as well" in line for line in list_captions(plan))
+
+
+@pytest.mark.parametrize(
+    ("trigger", "remark"), [("photos", "usual word"), ("my cat on a red sofa", "sentence"), ("mycat, a cat", None)]
+)
+def test_a_trigger_that_is_hard_to_call_is_remarked_on_once(trigger: str, remark: str | None) -> None:
+    remarks = list(remark_on_trigger(parse_trigger(trigger)))
+    assert len(remarks) == bool(remark) and all(str(remark) in text and "mycat, a cat" in text for text in remarks)
 
 
 def test_repeats_and_trigger_come_from_the_folders_of_sd_scripts(tmp_path: Path) -> None:
@@ -178,6 +220,8 @@ def test_a_pipeline_without_a_family_is_recognised(tmp_path: Path) -> None:
         ([HEARTS, "--base", "no.safetensors"], "--base no.safetensors does not exist"),
         ([HEARTS, "--base", TOY, "--steps", "0"], "--steps is 0"),
         ([HEARTS, "--base", TOY, "--trigger", ", a cat"], "has no word"),
+        ([HEARTS, "--base", TOY, "--dataset_config", "x.toml"], "--dataset_config is no option of train.py"),
+        ([HEARTS, "--base", TOY, "--max_train_steps", "5"], "give --steps or --minutes"),
     ],
 )
 def test_a_mistake_is_named_before_any_work(words: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,13 +231,51 @@ def test_a_mistake_is_named_before_any_work(words: list[str], error: str, capsys
 
 def test_steps_and_minutes_exclude_each_other() -> None:
     with pytest.raises(SystemExit):
-        train.main([HEARTS, "--base", "x", "--steps", "5", "--minutes", "5"])
+        train.main([HEARTS, "--base", TOY, "--steps", "5", "--minutes", "5"])
+
+
+WORDS: list[list[str]] = [
+    ["--base", TOY],
+    ["--learning_rate", "5e-5"],
+    ["--network_args", "conv_dim=4", "conv_alpha=1"],
+    ["--flip_aug"],
+    ["--steps", "7"],
+    ["--min_snr_gamma=5"],
+]
+
+
+@pytest.mark.parametrize("order", range(len(WORDS)))
+def test_any_option_of_the_script_is_read_in_any_order(order: int) -> None:
+    groups = [*WORDS[order:], *WORDS[:order]]
+    flag = next(i for i, words in enumerate(groups) if words[0] == "--flip_aug")
+    groups[flag + 1 : flag + 1] = [[HEARTS]]
+    words = [word for group in groups for word in group]
+    args, base, given = read_command_line(train.add_options, train.setup_parser(), words)
+    assert (args.photos, args.steps, args.minutes, base.spec.script) == (Path(HEARTS), 7, None, "train_network.py")
+    assert given == {
+        "learning_rate": 5e-5,
+        "network_args": ["conv_dim=4", "conv_alpha=1"],
+        "flip_aug": True,
+        "min_snr_gamma": 5.0,
+    }
+
+
+@pytest.mark.parametrize("word", ["--learning_rat", "--step"])
+def test_options_are_not_abbreviated(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main([HEARTS, "--base", TOY, word, "5"])
+    assert f"unrecognized arguments: {word}" in capsys.readouterr().err
+
+
+def test_what_the_user_overrides_is_shown_with_what_the_recipe_has() -> None:
+    text = describe_given({"learning_rate": 5e-5, "flip_aug": True}, {"learning_rate": 1e-4})
+    assert text == "--learning_rate 5e-05, the recipe has 0.0001; --flip_aug True"
 
 
 def test_names_of_photos_cannot_steer_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("tools.front_door.session.train", lambda plan, files: 0)
+    monkeypatch.setattr("tools.front_door.session.train", lambda plan, start, record, steps: 0)
     KINDS["alpha"](tmp_path)
     (tmp_path / "\x1b]0;title\x07.jpg").write_bytes(b"no picture")
     words = [str(tmp_path), "--base", TOY, "--trigger", "heart", "--steps", "9", "--yes", "--output_dir"]

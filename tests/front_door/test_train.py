@@ -115,7 +115,9 @@ def test_the_script_trains_the_same_from_the_file_that_is_written(
     assert run_script(again, "sd3_train_network").status == 0
     first, second = (load_file(folder / "mine.safetensors") for folder in (out, tmp_path / "again"))
     assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
-    assert train.main(words) == 0  # its own files are replaced
-    (out / "mine-prompts.txt").write_text("my own prompts")
+    before = (out / "mine.safetensors").read_bytes()
+    assert train.main(words) == 0  # a finished run stays
+    assert (out / "mine.safetensors").read_bytes() == before and (out / "mine-2.safetensors").exists()
+    (out / "mine.toml").write_text("my = 'own'")
     assert train.main(words) == 1
-    assert (out / "mine-prompts.txt").read_text() == "my own prompts"
+    assert (out / "mine.toml").read_text() == "my = 'own'"

@@ -2,14 +2,16 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from library.data.decoding.images import read_pixels
+from library.data.description.captions import has_word
 from library.data.description.image_extensions import list_unread, plugin_for
 from library.data.sources.folders.listing import list_files
 from library.data.sources.folders.reading import read_caption
@@ -18,7 +20,6 @@ from library.suggestions import nearby
 
 CAPTION_EXTENSIONS = (".txt", ".caption")
 REPEATED = re.compile(r"(\d+)_(.+)")  # sd-scripts' name of a folder: how often each image is drawn, and its caption
-NAMING_SHARE = 0.5  # of a folder's captions with the trigger word, from which it is not put before them
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,11 @@ class Trigger:
 
     word: str
     subject: str = ""  # "a cat"; "" if unknown
+    is_given: bool = False  # by the user
 
     @property
     def text(self) -> str:
         return ", ".join(filter(None, (self.word, self.subject)))
-
-    def is_in(self, caption: str) -> bool:
-        return re.search(rf"(?<!\w){re.escape(self.word)}(?!\w)", caption, re.IGNORECASE) is not None
 
 
 @dataclass(frozen=True)
@@ -48,25 +47,30 @@ class PhotoFolder:
     num_repeats: int
     name: str  # without the repeats
     median_side: float  # of a square as large as a photo, in pixels
+    digest: str  # of the photos, with their names
 
-    def puts_before(self, trigger: Trigger) -> bool:
-        """Return True if the captions need the trigger word before them."""
-        num_naming = sum(map(trigger.is_in, self.captions))
-        return num_naming < NAMING_SHARE * len(self.captions)
+    @property
+    def own_words(self) -> str:
+        """The words of a folder named as sd-scripts', `10_sks cat`; "" for others."""
+        return self.name if REPEATED.fullmatch(self.path.name) else ""
+
+    def describe_uncaptioned(self, trigger: Trigger) -> str:
+        """Return the caption of photos without one: what the user gave wins over the folder's words."""
+        return trigger.text if trigger.is_given else self.own_words or trigger.text
 
     def describe(self, trigger: Trigger) -> dict[str, Any]:
         """Return the folder as a subset of a dataset file."""
-        is_named = REPEATED.fullmatch(self.path.name) is not None
-        own = Trigger(trigger.word, self.name) if is_named else trigger
-        has_prefix = self.puts_before(trigger)
-        without_word = has_prefix or trigger.is_in(own.subject)
         return {
             "image_dir": str(self.path),
-            "class_tokens": (own.subject or "a photo") if without_word else own.text,  # of photos without a caption
+            "class_tokens": self.describe_uncaptioned(trigger),
             "caption_extension": self.caption_extension,
             "num_repeats": self.num_repeats,
-            **({"caption_prefix": f"{trigger.word},"} if has_prefix else {}),
+            "trigger_word": trigger.word,
         }
+
+    def count_naming(self, trigger: Trigger) -> int:
+        """Count the captions that have the trigger word."""
+        return sum(has_word(caption, trigger.word) for caption in self.captions)
 
 
 def find_photos(root: Path) -> list[PhotoFolder]:
@@ -103,23 +107,30 @@ def open_folder(path: Path) -> PhotoFolder | None:
         left_out.append((path / name, f"needs {plugin}" if plugin else "unsupported: convert it to .png or .jpg"))
     if not found and not left_out:
         return None
-    sides = {file: side for file, side in found.items() if not isinstance(side, str)}
-    photos = tuple(sides)
+    opened = {file: photo for file, photo in found.items() if not isinstance(photo, str)}
+    photos = tuple(opened)
     repeats, name = split_name(path.name)
     caption_files = [file.with_suffix(extension) for file in photos if file.with_suffix(extension).is_file()]
-    captions = tuple(filter(None, (read_caption(str(file))[1] for file in caption_files)))
-    side = median(sides.values()) if sides else 0.0
-    return PhotoFolder(path, photos, tuple(left_out), captions, extension, repeats, name, side)
+    captions = tuple(text.partition("\n")[0] for file in caption_files if (text := read_caption(str(file))[1]))
+    side = median(side for side, _ in opened.values()) if opened else 0.0
+    digest = digest_texts(f"{file.name} {content}" for file, (_, content) in opened.items())
+    return PhotoFolder(path, photos, tuple(left_out), captions, extension, repeats, name, side, digest)
 
 
-def decode(path: Path) -> float | str:
-    """Return the side of a square with as many pixels as a photo, or why it cannot be trained on: only decoding shows
-    damage."""
+def digest_texts(texts: Iterable[str]) -> str:
+    """Return a short digest of texts in their order."""
+    return blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def decode(path: Path) -> tuple[float, str] | str:
+    """Return the side of a square with as many pixels as a photo and a digest of its file, or why it cannot be trained
+    on: only decoding shows damage."""
     try:
-        pixels, _ = read_pixels(str(path), path.read_bytes())
+        content = path.read_bytes()
+        pixels, _ = read_pixels(str(path), content)
     except (UserError, OSError) as error:
         return f"cannot be read ({reason_of(error) or 'damaged'})"
-    return float((pixels.shape[0] * pixels.shape[1]) ** 0.5)
+    return float((pixels.shape[0] * pixels.shape[1]) ** 0.5), blake2b(content, digest_size=8).hexdigest()
 
 
 def split_name(name: str) -> tuple[int, str]:
@@ -135,7 +146,7 @@ def parse_trigger(text: str) -> Trigger:
         raise UserError.about(
             "--trigger", f'{text!r} has no word; write one that the base does not know, as in "mycat, a cat"'
         )
-    return Trigger(word, subject)
+    return Trigger(word, subject, is_given=True)
 
 
 def suggest_trigger(root: Path, folders: Sequence[PhotoFolder]) -> Trigger:

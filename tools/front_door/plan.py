@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -15,8 +15,9 @@ import torch
 from library.checkpoints.files import atomic_path
 from library.checkpoints.marks import seal_text
 from library.checkpoints.overwriting import sealed
+from library.data.description.captions import caption_variant
+from library.data.plan.data_plan import DataPlan
 from library.errors import UserError
-from library.formatting import format_count, format_gib
 from library.memory.devices import DTYPES
 from library.memory.planner.measured import benchmark_gpu
 from library.options.train import TrainOptions
@@ -27,13 +28,11 @@ from library.training.command_line.cli import parse
 from library.training.command_line.recipes import FOLDER, Recipe
 from library.training.config_file import format_config
 from library.training.evaluation.choice import MIN_IMAGES
-from library.training.models.opening import native_sides, open_training_data
+from library.training.models.opening import native_sides, open_data_plan
 from library.training.models.preflight import mute_logging
 from library.training.models.requests import RequestedRun
 from library.training.planning.fit import Fit, fit_to
 from library.training.planning.fit_run import count_adapter_run, fit_run, largest_batch
-from library.training.planning.settings import describe
-from library.training.reporting.console_lines import duration
 from tools.contact_sheet import find_device
 from tools.front_door.base import Base, Predicted, Prediction, find_prediction, measure_loss
 from tools.front_door.parts import find_parts
@@ -46,6 +45,7 @@ SIDE_STEP = 64
 SMALLEST_BUCKET = 256  # the scripts' own
 SET_ASIDE = 0.1  # of the photos
 NUM_FILES = 8  # that a run saves, to choose from
+MINUTES = 10  # of work that a crash may cost
 PLANNED = ("fit", "fit_formats")  # resolved before the run
 SMALL_PRODUCT = 1024  # side of the matrices that measure a CPU
 
@@ -59,6 +59,7 @@ class Wishes:
     minutes: float | None
     models: Path | None
     prediction: Prediction | None
+    given: Mapping[str, Any] = field(default_factory=dict)  # options of the base model's script
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,12 @@ class Plan:
     prompts: str  # content of the prompts file
     predicted: Predicted | None
     fit: Fit | None  # None if the time and the memory are not known
+    given: Mapping[str, Any] = field(default_factory=dict)  # typed options of the script, which override all others
+    captions: Sequence[str] = ()  # as trained, one for each photo
+
+    def with_values(self, values: Mapping[str, Any]) -> "Plan":
+        """Return the plan with more options, which replace none that the user gave."""
+        return replace(self, values={**self.values, **values, **self.given})
 
     @property
     def num_photos(self) -> int:
@@ -111,14 +118,14 @@ class Plan:
         """The content of the dataset file."""
         return {"datasets": [{"subsets": [f.describe(self.trigger) for f in self.folders if f.photos]}]}
 
-    def write(self, files: Files) -> None:
-        """Write the dataset, the prompts and the options of the run."""
+    def write(self, files: Files, head: str = "") -> None:
+        """Write the dataset, the prompts, and last the options of the run, with the comment `head` above them."""
         paths = {"dataset_config": files.dataset, "sample_prompts": files.prompts, "output_dir": files.folder}
         paths["cache_dir"] = files.folder / "cache"  # nothing goes into the photos' folders
         named = {name: str(path.absolute()) for name, path in paths.items()}
         values = {**self.values, **named, "output_name": files.name}
         # The comment tells people and tools/run_queue.py which script trains with the file.
-        options = f"# Options of {self.base.spec.script}.\n{format_config(values)}"
+        options = f"# Options of {self.base.spec.script}.\n{head}{format_config(values)}"
         texts = {files.dataset: format_config(self.dataset), files.prompts: self.prompts, files.config: options}
         for path, text in texts.items():
             with atomic_path(path) as unfinished:
@@ -127,25 +134,32 @@ class Plan:
     def read(self, files: Files) -> TrainOptions:
         """Write the files, and return the options as the base model's script reads them."""
         self.write(files)
-        parser = import_module(self.base.spec.script.removesuffix(".py")).setup_parser()
-        return self.base.spec.options.from_args(parse(parser, ["--config_file", str(files.config)]))
+        return read_options(self.base, files)
+
+
+def read_options(base: Base, files: Files) -> TrainOptions:
+    """Return the options of NAME.toml as the base model's script reads them."""
+    parser = import_module(base.spec.script.removesuffix(".py")).setup_parser()
+    return base.spec.options.from_args(parse(parser, ["--config_file", str(files.config)]))
 
 
 def make_plan(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder], wishes: Wishes, scratch: Files) -> Plan:
     """Resolve every option of a run, with temporary files. Raises UserError for what the user has to decide."""
+    recipe = replace(recipe, values={**recipe.values, **wishes.given})
     side, trigger, num_photos = choose_side(base, recipe, folders), wishes.trigger, sum(len(f.photos) for f in folders)
     steps = wishes.steps or interpolate_steps(recipe.steps, num_photos)
-    values = {**choose_values(recipe, side, num_photos, steps), **base.values}
-    plan = Plan(base, recipe, folders, trigger, values, write_prompts(recipe, trigger, side), None, None)
+    prompts = write_prompts(recipe, trigger, side)
+    plan = Plan(base, recipe, folders, trigger, {}, prompts, None, None, wishes.given)
+    plan = plan.with_values({**choose_values(recipe, side, num_photos, steps), **base.values})
     with mute_logging():  # the run itself logs the same
         options = plan.read(scratch)
-        plan = replace(plan, values={**plan.values, **find_parts(base, options, wishes.models)})
+        plan = plan.with_values(find_parts(base, options, wishes.models))
         options = plan.read(scratch)
         check(options)
         arch = base.spec.build(options)
         predicted = find_prediction(base, arch, wishes.prediction, partial(measure_loss, base, options))
         if predicted is not None:
-            plan = replace(plan, predicted=predicted, values={**plan.values, **predicted.values})
+            plan = replace(plan, predicted=predicted).with_values(predicted.values)
             options = plan.read(scratch)
             arch = base.spec.build(options)
         plan = with_fit(plan, options, arch, recipe.values.get("fit_formats"))
@@ -174,6 +188,7 @@ def choose_values(recipe: Recipe, side: int, num_photos: int, steps: int) -> dic
         **({"min_bucket_reso": max(SIDE_STEP, side // 2)} if side < 2 * SMALLEST_BUCKET else {}),
         **choose_length(steps, num_photos),
         "save_state_on_train_end": True,
+        "save_every_n_minutes": MINUTES,
     }
 
 
@@ -212,19 +227,27 @@ def write_prompts(recipe: Recipe, trigger: Trigger, side: int) -> str:
 def with_fit(plan: Plan, options: TrainOptions, arch: Architecture, formats: Sequence[str] | None) -> Plan:
     """Return the plan with the fastest settings that fit this machine's GPU; elsewhere only its time is predicted."""
     run = RequestedRun.resolve(options, arch)
-    data = open_training_data(options, arch, run.text, options.run.seed or 0, 1)
-    sizes, device = data.sizes, find_device()
-    if plan.base.spec.is_general or sizes is None:
+    data, device = open_data_plan(options, arch, run.text, options.run.seed or 0, 1), find_device()
+    plan = replace(plan, captions=compose_captions(data))
+    if plan.base.spec.is_general:
         return plan
     if device.type == "cuda":
         options = options.with_values({"fit": "auto", "fit_formats": formats})
-        fit = fit_run(RequestedRun.resolve(options, arch), sizes, replace(ALONE, device=device), data.image_plan)
-        return replace(plan, fit=fit, values={**plan.values, **fit.values()})
+        fit = fit_run(RequestedRun.resolve(options, arch), data, replace(ALONE, device=device), data)
+        return replace(plan, fit=fit).with_values(fit.values())
     gpu = benchmark_gpu(
         device, psutil.virtual_memory().available, DTYPES[options.precision.mixed_precision], SMALL_PRODUCT
     )
-    counted = count_adapter_run(run, largest_batch(sizes), device)
-    return replace(plan, fit=fit_to(counted, gpu, num_steps=sizes.max_train_steps))
+    counted = count_adapter_run(run, largest_batch(data), device)
+    return replace(plan, fit=fit_to(counted, gpu, num_steps=data.max_train_steps))
+
+
+def compose_captions(data: DataPlan) -> list[str]:
+    """Return the caption of each photo as it is trained; of one that varies, a variant."""
+    return [
+        caption_variant(sample.image.key, sample.image.caption, data.subsets[sample.subset].captions, 0)
+        for sample in data.samples
+    ]
 
 
 def limit_time(plan: Plan, minutes: float) -> Plan:
@@ -234,70 +257,4 @@ def limit_time(plan: Plan, minutes: float) -> Plan:
             "--minutes", f"{minutes:g}: how long a step of this model takes is not known; give --steps instead"
         )
     steps = max(1, int(60 * minutes / plan.fit.choice.chosen.seconds))
-    return replace(plan, values={**plan.values, **choose_length(steps, plan.num_photos)})
-
-
-# --- what the user reads ---
-
-
-def describe_plan(plan: Plan, files: Files) -> list[str]:
-    """Return the plan as lines."""
-    values, base = plan.values, plan.base
-    prediction = ""
-    if plan.predicted is not None:
-        what = "velocity" if plan.predicted.prediction == "v" else "noise"
-        prediction = f"; it predicts {what} ({plan.predicted.why})"
-    steps, every = values["max_train_steps"], values["save_every_n_steps"]
-    lines = [
-        f"base      {base.title}: {base.name}{prediction}",
-        f"photos    {describe_photos(plan.folders)}",
-        f"captions  {describe_captions(plan.folders, plan.trigger)}",
-        f"recipe    {plan.recipe.name}: {plan.recipe.title}",
-        f"training  {describe_size(plan)}, batches of {values['train_batch_size']}, {steps} steps"
-        + (f"; {SET_ASIDE:.0%} of the photos only measure" if "validation_split" in values else ""),
-        f"takes     {describe_cost(plan)}",
-        f"saves     {files.adapter}, a file every {every} steps, previews without it and with it",
-    ]
-    if base.is_distilled:
-        lines.append(
-            "note      this base is distilled: training undoes that. Train on the model that it was made from, and use "
-            "the LoRA with both"
-        )
-    return lines
-
-
-def describe_size(plan: Plan) -> str:
-    side, usual = (values["resolution"].partition(",")[0] for values in (plan.values, plan.recipe.values))
-    return f"{side} px" if side == usual else f"{side} px instead of {usual}, for the size of the base or the photos"
-
-
-def describe_photos(folders: Sequence[PhotoFolder]) -> str:
-    used, left_out = sum(len(f.photos) for f in folders), [item for f in folders for item in f.left_out]
-    where = str(folders[0].path) if len(folders) == 1 else format_count(len(folders), "folder")
-    text = f"{used} of {used + len(left_out)} in {where}"
-    reasons: dict[str, list[str]] = {}
-    for path, reason in left_out:
-        reasons.setdefault(reason, []).append(path.name)
-    for reason, names in reasons.items():
-        text += f"; left out: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "") + f", {reason}"
-    return text
-
-
-def describe_captions(folders: Sequence[PhotoFolder], trigger: Trigger) -> str:
-    num_captions, num_photos = sum(len(f.captions) for f in folders), sum(len(f.photos) for f in folders)
-    if not num_captions:
-        return f'none: every photo is "{trigger.text}"'
-    is_put_before = any(folder.puts_before(trigger) for folder in folders)
-    text = f'{num_captions} of {num_photos} photos, "{trigger.word}" ' + ("put before" if is_put_before else "in them")
-    return text + (f'; the others are "{trigger.text}"' if num_captions < num_photos else "")
-
-
-def describe_cost(plan: Plan) -> str:
-    if plan.fit is None or plan.fit.choice.chosen is None:
-        return "an unknown time: the first steps tell"
-    chosen, gpu = plan.fit.choice.chosen, plan.fit.choice.gpu
-    time = duration(chosen.seconds * plan.values["max_train_steps"])
-    if find_device().type != "cuda":
-        return f"about {time}; there is no NVIDIA or AMD GPU, which would be many times faster"
-    memory = f"{format_gib(chosen.device_bytes)} of {format_gib(gpu.memory_bytes)}"
-    return f"about {time} and {memory} of the GPU, spared by {describe(chosen.mode)}"
+    return plan.with_values(choose_length(steps, plan.num_photos))

@@ -27,6 +27,7 @@ class CaptionRules:
     )
     caption_prefix: str | None = key_of_option(TEXT, None)
     caption_suffix: str | None = key_of_option(TEXT, None)
+    trigger_word: str | None = key(TEXT, None, "Words put before captions that lack them, in any case.")
     caption_dropout_rate: float = key_of_option(SHARE, 0.0)
     caption_dropout_every_n_epochs: int = key_of_option(COUNT, 0)
     caption_tag_dropout_rate: float = key_of_option(SHARE, 0.0)
@@ -71,6 +72,7 @@ def arrange_caption(text: str, rules: CaptionRules, rng: random.Random, step: in
     caption = with_affixes(rng.choice(lines) if len(lines) > 1 else lines[0], rules)
     if rules.enable_wildcard:
         caption = replace_wildcards(caption, rng)
+    caption = with_trigger(caption, rules)
     # A marker is removed even if no tag moves; sd-scripts then leaves it in the prompt.
     has_marker = bool(rules.keep_tokens_separator) and rules.keep_tokens_separator in caption
     if has_marker or rules.moves_tags:
@@ -121,6 +123,18 @@ def with_affixes(line: str, rules: CaptionRules) -> str:
     if rules.caption_suffix:
         line = f"{line} {rules.caption_suffix}"
     return line
+
+
+def with_trigger(caption: str, rules: CaptionRules) -> str:
+    """Put the trigger word before a caption that lacks it."""
+    if not rules.trigger_word or has_word(caption, rules.trigger_word):
+        return caption
+    return f"{rules.trigger_word}{rules.caption_separator} {caption}" if caption else rules.trigger_word
+
+
+def has_word(caption: str, word: str) -> bool:
+    """Return True if a caption has a word or several, in any case, and not as part of a longer word."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE) is not None
 
 
 _WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
@@ -179,7 +193,7 @@ def warm_up_tags(tags: list[str], rules: CaptionRules, step: int, max_train_step
 def iterate_fullest_captions(text: str, rules: CaptionRules) -> Iterator[str]:
     """Yield every line with affixes and all of its tags, for the check of the token limit."""
     for line in caption_lines(text, rules):
-        caption = with_affixes(line, rules)
+        caption = with_trigger(with_affixes(line, rules), rules)
         if rules.keep_tokens_separator:
             caption = caption.replace(rules.keep_tokens_separator, rules.caption_separator)
         if rules.secondary_separator:

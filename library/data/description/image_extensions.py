@@ -1,11 +1,13 @@
 """File name extensions of images, including formats that Pillow reads with an installed plug-in."""
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from PIL import Image
 
 from library.errors import list_few
+from library.requirements import quote
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp")
 # Formats whose files may have the same size whatever they show.
@@ -22,7 +24,7 @@ class Plugin:
     package: str
 
     def __str__(self) -> str:
-        return f"{self.package} (python3 -m pip install {self.package})"
+        return f"{self.package} ({quote(sys.executable)} -m pip install {self.package})"
 
 
 HEIF = Plugin("pillow_heif.HeifImagePlugin", "pillow-heif")

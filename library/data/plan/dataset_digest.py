@@ -94,9 +94,10 @@ def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) 
             for name in WHERE:
                 subset.pop(name)
             subset.pop("is_forgetting_probe")  # changes the list of images, too
-            # States of runs without the key were saved before it existed.
-            if not subset["captions"]["enable_multiline_caption"]:
-                subset["captions"].pop("enable_multiline_caption")
+            # States of runs without the key may have been saved before it existed.
+            for name in ("enable_multiline_caption", "trigger_word"):
+                if not subset["captions"][name]:
+                    subset["captions"].pop(name)
     images, captions = blake2b(digest_size=16), blake2b(digest_size=16)
     first = 0
     for subset, scanned in enumerate(samples.subsets):

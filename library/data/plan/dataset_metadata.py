@@ -106,6 +106,7 @@ def describe_subset(subset: ScannedSubset) -> dict[str, Any]:
         "caption_prefix": config.captions.caption_prefix,
         "caption_suffix": config.captions.caption_suffix,
         "resize_interpolation": config.resize_interpolation,
+        **({"trigger_word": config.captions.trigger_word} if config.captions.trigger_word else {}),
     }
     if config.style == "metadata":
         if config.image_dir:

@@ -124,6 +124,14 @@ class StateOptions(Options, affects_training=False):
         help="Save the training state with every saved file and at the end, so that the run can be continued.",
     )
     save_state_on_train_end: bool = option(False, help="Save the training state at the end only.")
+    save_every_n_minutes: float | None = option(
+        None,
+        usual=True,
+        own=True,
+        above=0,
+        help="Save the training state after every N minutes too, without a file to use. The newest two are kept until "
+        "the run ends, and are not uploaded. Unset saves none.",
+    )
     save_last_n_epochs_state: int | None = option(
         None,
         kind=whole(0),

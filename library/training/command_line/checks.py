@@ -123,7 +123,7 @@ def check_output(options: TrainOptions) -> None:
     check_lengths(names)
     check_targets(options, names)
     path = names.of_end()
-    if path.exists() and not options.state.may_resume:
+    if path.exists() and not options.state.may_resume and not options.diagnostics.dry_run:
         logger.warning("%s already exists and will be overwritten when the run ends", path)
 
 

@@ -11,7 +11,7 @@ from library.training.report_page.page import report_kind
 from library.training.reporting.events import SavedFor
 from library.training.reporting.profile import PROFILE
 from library.training.saving.names import Names
-from library.training.saving.state import STATE, is_state_name, newest_state
+from library.training.saving.state import STATE, TIMED, is_state_name, newest_state
 
 FLAG = "--output_name:"
 
@@ -59,7 +59,8 @@ def list_saves(values: Mapping[str, Any], names: Names) -> Iterator[tuple[Path, 
                 yield entry, names.adapter_kind
         elif is_state_name(entry.name, names.starts):
             stem = entry.name.removesuffix(STATE)
-            if names.find_purpose(names.folder / f"{stem}{names.of_end().suffix}") in states:
+            purpose = names.find_purpose(names.folder / f"{stem}{names.of_end().suffix}")
+            if values["save_every_n_minutes"] if stem.endswith(TIMED) else purpose in states:
                 yield entry, names.state_kind
 
 

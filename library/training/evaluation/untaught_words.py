@@ -40,7 +40,8 @@ def caption_texts(plan: DataPlan) -> Iterator[str]:
     """Yield every text that captions of training images may contain, without regularisation images."""
     for subset in (subset for dataset in plan.datasets for subset in dataset.subsets if not subset.config.is_reg):
         rules = subset.config.captions
-        yield " ".join(filter(None, (rules.caption_prefix, rules.caption_suffix, subset.config.class_tokens)))
+        added = rules.caption_prefix, rules.caption_suffix, rules.trigger_word, subset.config.class_tokens
+        yield " ".join(filter(None, added))
         yield from subset.images.captions
         yield from subset.images.tags or ()
 

@@ -111,7 +111,9 @@ class Steps:
         if stops and is_last:  # training is complete, but whoever sent the signal may not wait for validation
             stops = False
             prepared.writer.save_weights_of_end(progress.step, window.epoch)
+        saves_by_clock = prepared.writer.timed.is_due
         is_due = prepared.writer.schedule.saves_step(progress.step) or prepared.previews.are_due(progress.step)
+        is_due = is_due or saves_by_clock
         is_due = is_due or self._validation.is_due(progress.step) or window.ends_epoch or is_last or stops
         # The step's result decides the learning rate and the running average, which a state stores and previews,
         # validation and files are recorded with.
@@ -129,6 +131,15 @@ class Steps:
                 average = progress.average.mean
                 prepared.charts.log_epoch({"loss/epoch_average": average}, progress.step, window.epoch)
             self._after_epoch(window.epoch)
+        if saves_by_clock:
+            self._save_timed_state(window.epoch)
+
+    def _save_timed_state(self, epoch: int) -> None:
+        """Save a state after all other work of the step, so that a run that goes on from it does nothing twice; `end`
+        saves what a stop or the last step leaves."""
+        if self.are_left:
+            with self._run.times.stage("saving"):
+                self._prepared.writer.save_timed_state(self._progress, epoch)
 
     def end(self, epoch: int) -> None:
         """Save the final weights and state, and log a summary. Raises what keeps them from their place."""

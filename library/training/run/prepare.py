@@ -96,7 +96,7 @@ def prepare_run(
     state = requested.state
     validation = Validation(run, charts)
     assert requested.names is not None, "a run that is trained has names"
-    writer = build_writer(run, requested.names, progress, validation)
+    writer = build_writer(run, requested.names, progress, validation, state)
     if not run.options.diagnostics.dry_run:
         writer.check_space()
     if state is not None:  # after every stateful part exists, and before anything is drawn or measured

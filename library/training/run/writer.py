@@ -32,6 +32,7 @@ from library.training.saving.state import (
     save_state,
     weights_and_buffers,
 )
+from library.training.saving.timed import TimedStates
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +84,11 @@ def bytes_of_state(run: Run) -> int:
     return sum(t.nbytes for t in (*weights_and_buffers(network.module).values(), *tensors, *expected, *averaged))
 
 
-def build_writer(run: Run, names: Names, progress: Progress, validation: Validation) -> Writer:
-    """Build the writer of checkpoints; base files are hashed in the background meanwhile."""
+def build_writer(
+    run: Run, names: Names, progress: Progress, validation: Validation, resumed: StateManifest | None
+) -> Writer:
+    """Build the writer of checkpoints of a run that goes on from the state `resumed`; base files are hashed in the
+    background meanwhile."""
     options, data, plan, built = run.options, run.data, run.plan, run.optimization.built
     summary = RunSummary(
         # Not drawn from a seeded generator, so that runs with one seed can be told apart.
@@ -135,6 +139,10 @@ def build_writer(run: Run, names: Names, progress: Progress, validation: Validat
         uploads=Uploads(options.hub),
         resolution=None if data.image_plan is None else data.image_plan.largest_resolution,
         state_bytes=partial(bytes_of_state, run),
+        timed=TimedStates(
+            options.state.save_every_n_minutes,
+            [] if resumed is None or resumed.path not in names.list_timed_states() else [resumed.path.name],
+        ),
         specs=run.context.arch.specs,
         events=run.events,
     )

@@ -21,7 +21,7 @@ from library.memory.devices import SAVE_DTYPES
 from library.options.train import TrainOptions
 from library.training.reporting.console_lines import announce
 from library.training.reporting.event_stream import Events
-from library.training.reporting.events import Saved
+from library.training.reporting.events import Saved, SavedFor
 from library.training.reporting.progress import Part, Progress
 from library.training.saving.hub import Uploads
 from library.training.saving.names import Names, state_folder
@@ -29,6 +29,7 @@ from library.training.saving.own_files import count_bytes, delete, move_changed,
 from library.training.saving.readers import readers_line
 from library.training.saving.rescue import NotWrittenError, free_bytes, write_somewhere
 from library.training.saving.schedule import Schedule
+from library.training.saving.timed import NUM_KEPT, TimedStates
 from networks.core.protocol import AdoptedNetwork
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Writer:
     uploads: Uploads
     resolution: tuple[int, int] | None = None  # width, height: the largest of the datasets
     state_bytes: Callable[[], int] = lambda: 0  # estimated size of a state
+    timed: TimedStates = field(default_factory=TimedStates)
     specs: Sequence[BaseModelSpec] = ()  # of the base models that a file may belong to
     rescued: dict[str, Path] = field(default_factory=dict)  # the newest files written to another location, by kind
     relocated: dict[Path, Path] = field(default_factory=dict)  # weights whose place another program had taken
@@ -85,6 +87,19 @@ class Writer:
         if self.is_main and self.schedule.saves_epoch(epoch):
             outdated = self.schedule.outdated_epoch(epoch), self._states.outdated_epoch(epoch)
             self._save_and_outdate("epoch", self.names.of_epoch, epoch, outdated, progress, epoch)
+
+    def save_timed_state(self, progress: Progress, epoch: int) -> None:
+        """Save a state between scheduled ones, unless the step has one already, and delete what that outdates."""
+        step, folder = progress.step, self.names.of_timed_state(progress.step)
+        if not self.is_main or self.timed.saved_step == step:
+            return
+        try:
+            is_settled = self._write_state(folder, "step", step, epoch, progress.done).is_settled
+        except NotWrittenError as error:
+            logger.error("%s; training continues", error)
+            return
+        for path in self.timed.outdate(folder, self.names.list_timed_states()) if is_settled else ():
+            remove("state", path, self.names.state_kind, self.events)
 
     def save_best(self, step: int, epoch: int) -> None:
         """Replace the file of the best weights, if requested."""
@@ -117,6 +132,8 @@ class Writer:
             raise SavedElsewhere(
                 f"training is complete, but {path} could not be written: the adapter is {written.location}"
             )
+        for folder in self.names.list_timed_states() if self.timed.every_minutes is not None else ():
+            remove("state", folder, self.names.state_kind, self.events)
         announce("model saved.")
 
     def save_interrupted(self, progress: Progress, epoch: int) -> None:
@@ -207,6 +224,7 @@ class Writer:
         num_files = self.schedule.most_files(self.options.run.max_train_steps)
         num_states = self._states.most_files(self.options.run.max_train_steps) if state_options.save_state else 0
         num_states += state_options.save_state or state_options.save_state_on_train_end or state_options.autoresume
+        num_states += 0 if self.timed.every_minutes is None else NUM_KEPT + 1  # the oldest goes after the new one
         needed = one_file * (num_files + 1) + one_state * num_states
         space = f"--output_dir {folder}: {format_bytes(free)} are free on its disk"
         if free < one_file:
@@ -247,18 +265,21 @@ class Writer:
         self, weights: Path, step: int, epoch: int, done: Collection[Part], is_last: bool = False
     ) -> Written:
         """Write the state that belongs to a weights file. Raises NotWrittenError."""
-        folder = state_folder(weights)
+        written = self._write_state(state_folder(weights), self.names.find_purpose(weights), step, epoch, done)
+        if self.options.hub.save_state_to_huggingface:
+            self.uploads.send(written.location, is_last)
+        return written
+
+    def _write_state(self, folder: Path, purpose: SavedFor, step: int, epoch: int, done: Collection[Part]) -> Written:
+        """Write a state. Raises NotWrittenError."""
         announce(f"\nsaving state: {folder}")
         target = find_place(folder, self.names.state_kind)
         location = write_somewhere(
             target, "", self.state_bytes(), lambda location: self.write_state(location, step, epoch, done)
         )
+        self.timed.note_saved(step)
         self._keep_newest_rescue("state", location, target)
-        self.events.emit(
-            Saved("state", self.names.find_purpose(weights), step, epoch, str(location), count_bytes(location))
-        )
-        if self.options.hub.save_state_to_huggingface:
-            self.uploads.send(location, is_last)
+        self.events.emit(Saved("state", purpose, step, epoch, str(location), count_bytes(location)))
         return Written(location, location == target)
 
     def _keep_newest_rescue(self, kind: str, location: Path, path: Path) -> None:

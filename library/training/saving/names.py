@@ -8,7 +8,7 @@ from library.checkpoints.overwriting import FileKind
 from library.options.output.saving import SavingOptions
 from library.training.reporting.events import SavedFor
 from library.training.saving.own_files import adapter_kind, state_kind
-from library.training.saving.state import MOMENT, STATE, is_of_run
+from library.training.saving.state import MOMENT, STATE, TIMED, is_of_run, is_state_name
 
 STEM_ENDING = re.compile(rf"({MOMENT}|-best)?")
 
@@ -37,6 +37,14 @@ class Names:
 
     def of_best(self) -> Path:
         return self.folder / f"{f'{self.output_name}-' if self.output_name else ''}best.{self.extension}"
+
+    def of_timed_state(self, step: int) -> Path:
+        return self.of_step(step).with_name(f"{self.of_step(step).stem}{TIMED}{STATE}")
+
+    def list_timed_states(self) -> list[Path]:
+        """List the folders of the run's states of --save_every_n_minutes, whole or not."""
+        folders = self.folder.glob(f"*{TIMED}{STATE}")
+        return sorted(path for path in folders if path.is_dir() and is_state_name(path.name, self.starts))
 
     def find_purpose(self, path: Path) -> SavedFor:
         """Return the purpose for which a file of this run was saved."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from library.checkpoints.files import remove_temporary
-from library.checkpoints.folders import tidy
+from library.checkpoints.folders import remove_folder, tidy
+from library.checkpoints.overwriting import judge
 from library.errors import UserError, list_few
 from library.formatting import format_count
 from library.options.base import Options
@@ -20,7 +21,7 @@ from library.processes import Processes
 from library.training.config_file import SECRETS
 from library.training.reporting.sample_images import FOLDER, GRID_FOLDER, is_preview_stem
 from library.training.saving.hub import fetch_state
-from library.training.saving.names import Names
+from library.training.saving.names import Names, state_folder
 from library.training.saving.state import (
     MANIFEST_FILE,
     StateManifest,
@@ -152,6 +153,24 @@ def clear_up(names: Names) -> None:
     remove_temporary(names.folder, names.has_stem)
     for folder in (FOLDER, GRID_FOLDER):
         remove_temporary(names.folder / folder, partial(is_preview_stem, names.output_name))
+    remove_timed_states(names)
+
+
+def remove_timed_states(names: Names) -> None:
+    """Remove the states of --save_every_n_minutes of a run that was killed once its last state was whole."""
+    timed, end = names.list_timed_states(), state_folder(names.of_end())
+    if not timed or not end.is_dir():
+        return
+    try:
+        last = read_manifest(end)
+        require_undamaged(last)
+    except UserError:
+        return
+    newest = names.of_timed_state(last.step).name
+    for path in timed:
+        # Names sort by step; later ones are of a longer run that goes on from the last state.
+        if "end" in last.done and path.name <= newest and judge(path, names.state_kind) == "ours":
+            remove_folder(path)
 
 
 def find_named_or_newest(options: StateOptions, hub: HubOptions, names: Names | None) -> StateManifest | None:

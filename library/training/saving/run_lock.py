@@ -28,7 +28,7 @@ LOCKED_ERRORS = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # held by another p
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # by the file system
 LOCK = known_by_start("a lock file of a run", lambda start: start.startswith(b'{"host": '))
 WRITES = "another run is writing files of this name"
-WAIT = "wait until it ends, stop it, or use another --output_name or --output_dir"
+WAIT = "wait until it ends, stop it, or use another {} or --output_dir"
 FAR_BYTE = 1 << 30  # Windows forbids reading locked bytes, so the lock lies behind the text
 
 
@@ -37,10 +37,10 @@ class Locked(UserError):
 
 
 @contextmanager
-def run_lock(saving: SavingOptions) -> Iterator[None]:
+def run_lock(saving: SavingOptions, flag: str = "--output_name") -> Iterator[None]:
     """Hold the lock of an output folder and name inside the block, in the main process.
 
-    Raises UserError naming the process and host that hold it.
+    `flag` is the option of the name, for messages. Raises UserError naming the process and host that hold it.
     """
     if not saving.output_dir or launched_rank() != 0:
         yield
@@ -48,7 +48,7 @@ def run_lock(saving: SavingOptions) -> Iterator[None]:
     path = lock_path(Path(saving.output_dir), saving.output_name)
     is_new_folder = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = acquire(path)
+    file = acquire(path, advice=WAIT.format(flag))
     try:
         yield
     finally:
@@ -66,7 +66,7 @@ def lock_path(folder: Path, output_name: str | None) -> Path:
     return target.with_name(f".{target.name}.lock")
 
 
-def acquire(path: Path, what: str = WRITES, advice: str = WAIT) -> IO[str] | None:
+def acquire(path: Path, what: str = WRITES, advice: str = WAIT.format("--output_name")) -> IO[str] | None:
     """Return the locked file with this process's name in it; None, with a warning, if the file system has no locks.
 
     If its holder has just deleted the file, lock a new one. Raises Locked if another process holds it: `what` it does,

@@ -346,7 +346,8 @@ def strip_arguments(name: str) -> str:
 
 MOMENT = r"-step\d+|-\d{6,7}"  # of saving, after the run's name. Epochs have six digits, dates in names often eight.
 STATE = "-state"  # end of a state folder's name
-STATE_ENDING = re.compile(rf"({MOMENT})?{STATE}")
+TIMED = "-timed"  # before it, in the name of a state of --save_every_n_minutes
+STATE_ENDING = re.compile(rf"({MOMENT}|-step\d+{TIMED})?{STATE}")
 
 
 def is_of_run(text: str, names: Iterable[str], ending: re.Pattern[str]) -> bool:

@@ -61,6 +61,25 @@ def test_without_wildcards_the_first_line_is_used_between_prefix_and_suffix():
     assert compose("l1\nl2", caption_prefix="P") == "P l1"
 
 
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("a cat", "sks, a cat"),
+        ("a SKS cat", "a SKS cat"),
+        ("asks a cat", "sks, asks a cat"),
+        ("", "sks"),
+        ("a cat\nsks", "sks, a cat"),
+    ],
+)
+def test_the_trigger_word_is_put_before_a_caption_that_lacks_it_as_a_word(caption: str, expected: str) -> None:
+    assert compose(caption, trigger_word="sks") == expected
+
+
+def test_the_trigger_word_is_not_added_to_what_a_prefix_or_a_wildcard_brings() -> None:
+    assert compose("a cat", trigger_word="sks", caption_prefix="photo of sks,") == "photo of sks, a cat"
+    assert compose_many("{a sks|a} cat", trigger_word="sks", enable_wildcard=True) == {"a sks cat", "sks, a cat"}
+
+
 def test_every_line_gets_the_prefix_and_suffix():
     lines = compose_many("l1\n\nl2\nl3", enable_wildcard=True, caption_prefix="P", caption_suffix="S")
     assert lines == {"P l1 S", "P l2 S", "P l3 S"}

@@ -18,13 +18,14 @@ from library.data.description.image_extensions import plugin_for
 from library.data.plan.audit_pixels import read_grey
 from library.data.sources.folders.reading import read_image_size
 from library.errors import UserError
+from library.requirements import quote
 from tests.unit.data.builders import SPEC, batches_of, plan_of, write_config
 from tests.unit.data.shard_builders import write_tar
 from tools import captions_to_metadata, resize_images
 
 FORMATS = {"heic": "HEIF", "HEIC": "HEIF", "heif": "HEIF", "avif": "AVIF", "jpg": "HEIF"}
 EXACT = {"HEIF": {"quality": -1, "chroma": 444}, "AVIF": {"quality": 100, "subsampling": "4:4:4"}}
-MISSING = "pillow-heif (python3 -m pip install pillow-heif)"
+MISSING = f"pillow-heif ({quote(sys.executable)} -m pip install pillow-heif)"
 
 
 def quarters(size: tuple[int, int] = (128, 64)) -> Image.Image:

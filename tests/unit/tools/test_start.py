@@ -586,19 +586,18 @@ def test_a_quickstart_that_wrote_nothing_is_an_error(tmp_path: Path, monkeypatch
         start.quickstart(tmp_path / "venv")
 
 
-def test_no_image_of_an_older_adapter_is_generated_after_a_stopped_training(
+def test_the_adapter_of_an_earlier_quickstart_is_drawn_and_not_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stopped training saves under another name and exits with status 0."""
     started: list[list[str]] = []
     monkeypatch.setattr(start, "ROOT", tmp_path)
     monkeypatch.setattr(start, "ready_python", lambda venv, names: PYTHON)
     monkeypatch.setattr(start, "run", lambda command: started.append(command) or 0)
     (tmp_path / start.ADAPTER).parent.mkdir(parents=True)
     (tmp_path / start.ADAPTER).write_bytes(b"of an earlier quickstart")
-    with pytest.raises(start.StartError, match=r"wrote no output/quickstart/quickstart\.safetensors: it was stopped"):
+    with pytest.raises(start.StartError, match=r"wrote no output/quickstart/before_after\.png"):
         start.quickstart(tmp_path / "venv")
-    assert [command[1] for command in started] == ["train.py"]
+    assert [command[1] for command in started] == ["tools/quickstart/draw_before_after.py"]
 
 
 def test_a_failed_training_ends_the_quickstart_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
