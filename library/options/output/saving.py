@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, option
-from library.options.kinds import whole
+from library.options.kinds import number, whole
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class StateOptions(Options, affects_training=False):
         None,
         usual=True,
         own=True,
-        above=0,
+        kind=number(above=0),
         help="Save the training state after every N minutes too, without a file to use. The newest two are kept until "
         "the run ends, and are not uploaded. Unset saves none.",
     )
