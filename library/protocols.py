@@ -1,6 +1,6 @@
 """Protocols and values that describe a base model: the parts that the trainer calls."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -229,6 +229,10 @@ prefixes by that. The second has the attribute `adapter_targets` (networks.core.
 """
 
 
+def expect_any_sizes(sizes: Iterable[tuple[int, int]]) -> None:
+    """Do nothing with the sizes of a run."""
+
+
 def leave_sizes(denoiser: nn.Module, sizes: Sequence[tuple[int, int]]) -> None:
     """Do nothing, for a denoiser that does not depend on the resolutions of the dataset."""
 
@@ -256,5 +260,7 @@ class Architecture:
     inpaints: bool = False  # the denoiser takes a mask, see `library.diffusion.inpainting`
     fit_to_sizes: Callable[[nn.Module, Sequence[tuple[int, int]]], None] = leave_sizes
     """Passes the resolutions (width, height) of the dataset to the denoiser."""
+    expect_sizes: Callable[[Iterable[tuple[int, int]]], None] = expect_any_sizes
+    """Hears the sizes (width, height) of the run's images, as far as they are known, before the first step."""
     vae_overflows_in_fp16: bool = False  # the base model's VAE gives NaN in fp16
     tells_sizes: bool = False  # the denoiser is conditioned on original sizes and crops

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from library.architectures.any_pipeline.conditioning import capture_text
 from library.architectures.any_pipeline.convention import PROMPTS, Convention, Line
 from library.architectures.any_pipeline.maps import SizeMaps
 from library.architectures.any_pipeline.measuring import measure
-from library.architectures.any_pipeline.training import PipelinePredict, Repeated, require_same_prediction
 from library.architectures.any_pipeline.watch import Refused, Watched
 from tests.tiers import first_is_fast
 from tests.tiny.pipelines import PIPELINES, build_tiny_pipeline, watch_pipeline
@@ -94,22 +92,6 @@ def test_a_caption_that_changes_a_constant_is_refused() -> None:
     forgetful, _ = forget_pooled_text(convention, maps)
     with pytest.raises(Refused, match="the caption 'a third caption' changes pooled_projections of the denoiser"):
         capture_text(watched, forgetful, "a third caption")
-
-
-def test_every_start_checks_our_own_mix_with_two_passes_of_the_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
-    watched, convention, maps = measured("FluxPipeline")
-    monkeypatch.setattr(conditioning, "require_fixed", lambda *_: None)
-    denoiser, passes = watched.models[convention.denoiser], list[int]()
-    text: Any = None  # no captions
-    hook = denoiser.register_forward_hook(lambda *_: passes.append(1))
-    try:
-        require_same_prediction(PipelinePredict(watched, convention, text), Repeated(denoiser, 1))
-        assert len(passes) == 2
-        forgetful, _ = forget_pooled_text(convention, maps)
-        with pytest.raises(Refused, match="the prediction of the loaded denoiser differs from the pipeline's own by"):
-            require_same_prediction(PipelinePredict(watched, forgetful, text), Repeated(denoiser, 1))
-    finally:
-        hook.remove()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from library.architectures.any_pipeline.assembly import measure_folder, read_convention, write_convention
+from library.architectures.any_pipeline.assembly import measure_folder
 from library.architectures.any_pipeline.convention import Convention
 from library.architectures.any_pipeline.folder import load_shortened, open_folder
 from library.architectures.any_pipeline.measuring import measure
@@ -42,17 +42,3 @@ def test_a_denoiser_is_shortened_to_the_first_block_of_each_list(tmp_path: Path)
     assert len(whole) == 4 and len(short.single_transformer_blocks) == 1
     pairs = zip(short.single_transformer_blocks[0].parameters(), whole[0].parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-
-
-def test_a_kept_convention_is_read_back(tmp_path: Path) -> None:
-    build_tiny_pipeline("AuraFlowPipeline").save_pretrained(tmp_path / "model")
-    folder = open_folder(str(tmp_path / "model"), False)
-    watched = folder.build_stage()
-    convention = measure_folder(folder, watched, "no")
-    write_convention(tmp_path / "kept.pt", convention)
-    kept = read_convention(tmp_path / "kept.pt")
-    assert values_of(kept) == values_of(convention)
-    assert kept.memory.keys() == watched.memory.keys() and len(kept.memory) > 1
-    before = folder.fingerprint()
-    (tmp_path / "model" / "scheduler" / "scheduler_config.json").write_text("{}")
-    assert folder.fingerprint() != before

@@ -10,14 +10,18 @@ from typing import Any
 import pytest
 
 from library.architectures.any_pipeline.convention import Target
+from library.architectures.any_pipeline.folder import list_arguments
 from library.architectures.any_pipeline.measuring import measure
 from library.architectures.any_pipeline.options import PipelineOptions
+from library.architectures.any_pipeline.refusals import find_cause
 from library.architectures.any_pipeline.training import PipelinePredict, build_objective
 from library.architectures.any_pipeline.watch import Refused
 from tests.any_pipeline.test_convention import measured
 from tests.any_pipeline.test_training import SCRIPT, arguments
 from tests.running import Finished
-from tests.tiny.pipelines import build_tiny_pipeline, watch_pipeline
+from tests.tiny.more_pipelines import MORE
+from tests.tiny.pipelines import PIPELINES, build_tiny_pipeline, watch_pipeline
+from tests.tiny.published_schedulers import PUBLISHED
 
 Train = Callable[..., Finished]
 
@@ -41,6 +45,16 @@ def write_index(folder: Path, class_name: object, scheduler: str = "DDIMSchedule
         ("SanaSprintPipeline", "SCMScheduler", {}, "distilled to a few steps"),
         ("IFPipeline", "DDPMScheduler", {"variance_type": "learned_range"}, "predicts the variance of the noise too"),
         ("NoSuchPipeline", "DDIMScheduler", {}, "install a newer version that has it"),
+        (
+            "StableDiffusionXLPipeline",
+            "EDMDPMSolverMultistepScheduler",
+            {},
+            "draws with EDMDPMSolverMultistepScheduler",
+        ),
+        ("FluxControlNetPipeline", "FlowMatchEulerDiscreteScheduler", {}, "is steered by a ControlNet"),
+        ("QwenImageEditPipeline", "FlowMatchEulerDiscreteScheduler", {}, "draws from other images"),
+        ("KandinskyPipeline", "DDIMScheduler", {}, "draws from what a prior model makes of a text"),
+        ("KandinskyCombinedPipeline", "DDIMScheduler", {}, "joins a prior and a decoder"),
     ],
 )
 def test_the_class_of_a_pipeline_shows_that_it_cannot_be_trained(
@@ -50,6 +64,31 @@ def test_the_class_of_a_pipeline_shows_that_it_cannot_be_trained(
     done = train(arguments(model, tmp_path), script=SCRIPT)
     assert done.status == 1
     assert f"--pretrained_model_name_or_path {model}: {class_name} " in done.stderr and sentence in done.stderr
+
+
+def list_pipelines() -> dict[str, type[Any]]:
+    import diffusers
+
+    named = {name: getattr(diffusers, name) for name in dir(diffusers) if "Pipeline" in name}
+    kinds = {name: kind for name, kind in named.items() if isinstance(kind, type)}
+    # Others stand for classes whose packages are missing, or choose one of several classes.
+    return {
+        n: kind for n, kind in kinds.items() if issubclass(kind, diffusers.DiffusionPipeline) and n == kind.__name__
+    }
+
+
+@pytest.mark.slow
+def test_every_class_of_diffusers_is_measured_or_refused_for_its_kind() -> None:
+    causes = {name: find_cause(kind, tuple(list_arguments(kind)), "", {}) for name, kind in list_pipelines().items()}
+    assert len(causes) > 150
+    kinds = {"ControlNet": "is steered by a ControlNet", "Inpaint": "is for inpainting", "Img2Img": "draws from other"}
+    for part, sentence in kinds.items():
+        another = [other for other in kinds if other != part] + ["Kandinsky", "Audio"]
+        named = [name for name in causes if part in name and not any(other in name for other in another)]
+        others = {name: causes[name] for name in named if not (causes[name] or "").startswith(sentence)}
+        assert len(named) > 5 and others == {}
+    measured = {name.split()[0] for name in (*PIPELINES, *MORE, *PUBLISHED)} & causes.keys()
+    assert len(measured) > 40 and {name: causes[name] for name in measured if causes[name]} == {}
 
 
 def test_code_of_the_model_itself_runs_only_if_it_is_trusted(tmp_path: Path, train: Train) -> None:

@@ -56,7 +56,7 @@ def test_one_command_trains_auraflow(auraflow: Path, tmp_path: Path, train: Trai
         "objective: flow, target noise - latent; batches: captions of any length in one call",
         "dropped captions are the pipeline's own negative prompt",
         "the adapter is loaded by load_lora_weights of AuraFlowPipeline",
-        "the prediction agrees with the pipeline's own (0)",
+        "the prediction for images of 64x64 agrees with the pipeline's own (0)",
     ):
         assert line in done.stderr, line
     trained = weights(tmp_path / "out" / "mine.safetensors")
@@ -67,7 +67,7 @@ def test_a_second_run_measures_and_encodes_nothing(auraflow: Path, tmp_path: Pat
     first = train(arguments(auraflow, tmp_path), script=SCRIPT)
     again = train(arguments(auraflow, tmp_path, "--output_name", "again"), script=SCRIPT)
     assert "measured and checked" in first.stderr and "measured and checked" not in again.stderr
-    assert "the convention of AuraFlowPipeline is read from" in again.stderr
+    assert "the measurement of AuraFlowPipeline is read from" in again.stderr
     assert "Loading weights" in first.stderr and "Loading weights" not in again.stderr  # of the text encoder
     assert same(tmp_path / "out" / "mine.safetensors", tmp_path / "out" / "again.safetensors")
 

@@ -1,6 +1,8 @@
 """Tokenizer, text encoders, VAEs and schedulers of tiny random pipelines of diffusers."""
 
+import importlib
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -12,6 +14,13 @@ CHAT = (
 )
 WORDS = 200  # of every vocabulary
 WIDTH = 32  # of every text encoder
+
+
+def replace_ftfy(module: str) -> None:
+    """Give a pipeline's module a stand-in for ftfy, which repairs damaged letters, if it is not installed."""
+    pipeline: Any = importlib.import_module(f"diffusers.pipelines.{module}")
+    if not hasattr(pipeline, "ftfy"):
+        pipeline.ftfy = SimpleNamespace(fix_text=str)
 
 
 def tokenizer(max_length: int = 64) -> Any:

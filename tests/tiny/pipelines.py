@@ -428,7 +428,7 @@ REFUSED: Mapping[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def build_tiny_pipeline(name: str, seed: int = 7) -> Any:
+def build_tiny_pipeline(name: str, seed: int = 7, builder: Callable[[], dict[str, Any]] | None = None) -> Any:
     """Build a pipeline whose weights are all random, gates and statistics included. Skips a class that is too new."""
     import diffusers
 
@@ -436,7 +436,7 @@ def build_tiny_pipeline(name: str, seed: int = 7) -> Any:
     if kind is None:
         pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
     with torch.random.fork_rng():
-        parts = {**PIPELINES, **REFUSED}[name]()
+        parts = (builder or {**PIPELINES, **REFUSED}[name])()
     for number, part in enumerate(parts.values()):
         if isinstance(part, nn.Module):
             state = part.state_dict()

@@ -8,9 +8,9 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.serialization import safe_globals
 
 from library.architectures.any_pipeline.check import (
     PROMPT,
@@ -19,7 +19,7 @@ from library.architectures.any_pipeline.check import (
     require_exact,
 )
 from library.architectures.any_pipeline.conditioning import CapturedText, capture_text
-from library.architectures.any_pipeline.convention import PROMPTS, Convention, Line, Unconditional
+from library.architectures.any_pipeline.convention import PROMPTS, Convention
 from library.architectures.any_pipeline.folder import (
     PipelineFolder,
     PipelineLoader,
@@ -27,15 +27,22 @@ from library.architectures.any_pipeline.folder import (
     open_folder,
     open_loader,
 )
-from library.architectures.any_pipeline.measuring import measure, plain_scheduler
+from library.architectures.any_pipeline.kept import (
+    NotBelieved,
+    drop_unread,
+    find_place,
+    read_convention,
+    write_convention,
+)
+from library.architectures.any_pipeline.measuring import find_unconditional, measure, plain_scheduler
 from library.architectures.any_pipeline.options import PipelineOptions
 from library.architectures.any_pipeline.preview import build_preview
+from library.architectures.any_pipeline.start_check import check_denoiser, compare_training
 from library.architectures.any_pipeline.targets import block_lists, run_blocks_with, stacks
 from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict, build_objective
-from library.architectures.any_pipeline.trees import Output, format_path
-from library.architectures.any_pipeline.watch import Refused, Watched, WrongSize
+from library.architectures.any_pipeline.trees import format_path
+from library.architectures.any_pipeline.watch import Refused, Watched, WrongSize, setting
 from library.architectures.specs import list_specs
-from library.checkpoints.files import atomic_path, load_pickle
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES
 from library.errors import UserError
@@ -50,6 +57,7 @@ from library.protocols import Architecture, LatentSpec, TextCacheSpec
 logger = logging.getLogger(__name__)
 
 SIDES = (64, 128, 256, 512)  # of the image at which a pipeline is measured, the first that it takes
+NUM_TOKENS = 512  # of the longest caption where neither pipeline nor tokenizer has a limit
 NUM_STAGES = 3  # of a measurement
 STEP = 64  # sides of images are multiples of this many pixels, for every pipeline
 LATENTS = LatentSpec(
@@ -84,7 +92,7 @@ RECIPE = Recipe(
 
 
 def build(options: PipelineOptions) -> Architecture:
-    """Assemble the pipeline that the options name. Its convention is read from the file beside the caches, or measured.
+    """Assemble the pipeline that the options name. Its convention is kept in a file, or measured.
 
     Raises UserError for a pipeline that cannot be trained, with the reason.
     """
@@ -93,12 +101,8 @@ def build(options: PipelineOptions) -> Architecture:
     for spec in bases_of_pipeline(list_specs(), folder.kind.__name__)[:1]:
         logger.info("%s is %s model, which %s is made for; going on", folder.kind.__name__, spec.called, spec.script)
     watched = folder.build_stage()
-    convention = recall_or_measure(options, folder, watched)
-    require_batches(options, convention)
-    for line in convention.describe():
-        logger.info("%s", line)
-    logger.info("%s", say_loader(folder, convention.denoiser))
-    return assemble(options, folder, watched, convention)
+    place = find_place(options.caching.cache_dir, folder.fingerprint())
+    return recall(options, folder, watched, place) or measure_and_assemble(options, folder, watched, place)
 
 
 def require_batches(options: PipelineOptions, convention: Convention) -> None:
@@ -124,42 +128,47 @@ def say_loader(folder: PipelineFolder, denoiser: str) -> str:
     return f"the adapter is not loaded by {name} itself but by {how}, as docs/any_model.md shows"
 
 
-def recall_or_measure(options: PipelineOptions, folder: PipelineFolder, watched: Watched) -> Convention:
-    """Return the convention of a pipeline, and prepare `watched` to draw without models."""
-    place = folder_of_caches(options) / f".pipeline_{folder.fingerprint()}.pt"
-    if place.is_file() and not options.diagnostics.selftest:
-        convention = read_convention(place)
-        logger.info("the convention of %s is read from %s", folder.kind.__name__, place)
-        watched.denoiser = convention.denoiser
-        if convention.replaces_scheduler:
-            watched.set_scheduler(plain_scheduler(watched.pipe.scheduler))
-        watched.memory.update(convention.memory)
-        return convention
+def recall(options: PipelineOptions, folder: PipelineFolder, watched: Watched, place: Path) -> Architecture | None:
+    """Assemble a pipeline by its kept measurement, and prepare `watched` to draw without models; None without one that
+    is right. A wrong one would train away from the images, so it is compared with the pipeline at every start."""
+    if not place.is_file() or options.diagnostics.selftest:
+        return None
+    try:
+        convention = read_convention(place, folder.fingerprint())
+        prepare_to_draw(watched, convention)
+        architecture = assemble(options, folder, watched, convention)
+    except (NotBelieved, Refused) as error:
+        logger.warning("%s is not used, and %s is measured again: %s", place, folder.kind.__name__, error)
+        return None
+    logger.info("the measurement of %s is read from %s", folder.kind.__name__, place)
+    return architecture
+
+
+def prepare_to_draw(watched: Watched, convention: Convention) -> None:
+    watched.denoiser, watched.idle = convention.denoiser, convention.idle
+    if convention.replaces_scheduler:
+        watched.set_scheduler(plain_scheduler(watched.pipe.scheduler))
+    watched.memory.update(convention.memory)
+
+
+def measure_and_assemble(
+    options: PipelineOptions, folder: PipelineFolder, watched: Watched, place: Path
+) -> Architecture:
+    """Measure a pipeline, assemble it, and keep the measurement."""
     logger.info("measuring how %s is trained, once; the result is kept in %s", folder.kind.__name__, place)
     begun = time.monotonic()
     convention = measure_folder(folder, watched, options.precision.mixed_precision)
+    try:
+        architecture = assemble(options, folder, watched, convention)
+    except Refused as error:
+        raise refuse(folder, error) from error
     logger.info("measured and checked in %.1f s", time.monotonic() - begun)
-    write_convention(place, convention)
-    return convention
+    write_convention(place, convention, folder.fingerprint())
+    return architecture
 
 
-def write_convention(path: Path, convention: Convention) -> None:
-    """Write a file that `read_convention` reads."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        torch.save(convention, temporary)
-
-
-def read_convention(path: Path) -> Convention:
-    with safe_globals([Convention, Line, Unconditional, Output]):
-        convention: Convention = load_pickle(path)
-    return convention
-
-
-def folder_of_caches(options: PipelineOptions) -> Path:
-    data = options.dataset
-    near = data.train_data_dir or (data.dataset_config and Path(data.dataset_config).parent)
-    return Path(options.caching.cache_dir or near or options.saving.output_dir or ".").expanduser()
+def refuse(folder: PipelineFolder, error: Refused) -> Refused:
+    return Refused(f"{BASE_FLAG} {folder.path}: {folder.kind.__name__} cannot be trained: {error}")
 
 
 def measure_folder(folder: PipelineFolder, watched: Watched, precision: str) -> Convention:
@@ -176,14 +185,21 @@ def measure_folder(folder: PipelineFolder, watched: Watched, precision: str) -> 
         except Refused as error:
             if isinstance(error, WrongSize) and not whole:
                 continue
-            raise Refused(f"{BASE_FLAG} {folder.path}: {folder.kind.__name__} cannot be trained: {error}") from error
+            raise refuse(folder, error) from error
+        except Exception as error:
+            # Code of any pipeline runs here, and its values reach ours: what it does is not known in advance.
+            if isinstance(error, UserError | MemoryError | torch.OutOfMemoryError):
+                raise
+            logger.debug("measuring %s failed", folder.kind.__name__, exc_info=True)
+            reason = f"it does something that this script has no rule for ({type(error).__name__}: {error})"
+            raise refuse(folder, Refused(reason)) from error
     watched.models = {}
     return convention
 
 
 def measure_smallest(watched: Watched) -> Convention:
     """Measure and check a pipeline at the smallest size that it takes. `watched` keeps only the outputs of text
-    encoders that the checks at later starts need."""
+    encoders that the checks at starts need."""
     with progress_bar("measuring the pipeline…", NUM_STAGES) as bar:
         for side in SIDES:
             try:
@@ -198,26 +214,42 @@ def measure_smallest(watched: Watched) -> Convention:
         takes_batches = gives_same_in_batch(watched, convention, maps)
         pads = takes_batches and gives_same_in_batch(watched, convention, maps, PROMPTS)
         bar.update(1)
+    return replace(convention, takes_batches=takes_batches, pads=pads, memory=record_memory(watched, convention))
+
+
+def record_memory(watched: Watched, convention: Convention) -> dict[str, Any]:
+    """Return what the text encoders give for the captions of later checks, as far as the pipeline reads it."""
     watched.memory.clear()
-    for caption in (PROMPTS[0], PROMPT, ""):
-        capture_text(watched, convention, caption)
-    return replace(convention, takes_batches=takes_batches, pads=pads, memory=dict(watched.memory))
+    with setting(watched, read=set()):
+        for caption in (PROMPTS[0], PROMPT, ""):
+            capture_text(watched, convention, caption)
+        find_unconditional(watched, convention)
+        assert watched.read is not None
+        watched.memory = drop_unread(watched.memory, watched.read)
+    return dict(watched.memory)
 
 
 def assemble(
     options: PipelineOptions, folder: PipelineFolder, watched: Watched, convention: Convention
 ) -> Architecture:
-    loader = open_loader(folder, convention.denoiser, options)
+    """Build what trains, and compare it with the pipeline. Raises Refused if they differ."""
+    require_batches(options, convention)
+    loader = open_loader(folder, convention.denoiser, convention.idle, options)
     text = build_text(watched, convention, loader)
-    predict = PipelinePredict(watched, convention, text)
+    predict = PipelinePredict(watched, convention, text, check_denoiser)
     codec = PipelineLatents(read_latent_spec(convention), convention)
+    objective = build_objective(options, predict)
+    require_exact(compare_training(predict, codec, objective))
+    for line in convention.describe():
+        logger.info("%s", line)
+    logger.info("%s", say_loader(folder, convention.denoiser))
     watched.load_text = lambda: dict(zip(loader.text_names, loader.text_encoders(), strict=True))
     return Architecture(
         name=convention.pipeline,
         load=loader,
         text=text,
         codec=codec,
-        objective=build_objective(options, predict),
+        objective=objective,
         predict=predict,
         view=view_denoiser,
         preview=build_preview(predict, codec),
@@ -227,6 +259,7 @@ def assemble(
         run_blocks_with=run_blocks_with,
         stacks=stacks,
         chains=block_lists,
+        expect_sizes=predict.expect_sizes,
     )
 
 
@@ -246,9 +279,10 @@ def build_text(watched: Watched, convention: Convention, loader: PipelineLoader)
     """Build the text pipeline; captions are counted by the tokenizer that takes most tokens."""
     parts = [part for name, part in watched.pipe.components.items() if name.startswith(("tokenizer", "processor"))]
     tokenizers = [getattr(part, "tokenizer", part) for part in parts if part]  # processors of text and images have one
-    tokenizer = max(tokenizers, key=lambda part: part.model_max_length)
+    lengths = [int(getattr(part, "model_max_length", 0)) for part in tokenizers]  # 0 for a tokenizer of its own
+    tokenizer = tokenizers[lengths.index(max(lengths))]
     limit = watched.options.get("max_sequence_length")
-    default = limit.default if limit is not None and isinstance(limit.default, int) else tokenizer.model_max_length
+    default = limit.default if limit is not None and isinstance(limit.default, int) else max(lengths) or NUM_TOKENS
     example = capture_text(watched, convention, PROMPTS[0])
     most = min(default, 1 << 16)
     return CapturedText(watched, convention, loader.text_names, example, tokenizer, most, loader.text_dtype)

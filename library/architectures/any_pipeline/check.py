@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.any_pipeline.conditioning import capture_text, fill_arguments, text_of
-from library.architectures.any_pipeline.convention import PROMPTS, Convention, targets_of
-from library.architectures.any_pipeline.maps import SizeMaps, answer_with, read_maps
+from library.architectures.any_pipeline.convention import PROMPTS, Convention, level_error, targets_of
+from library.architectures.any_pipeline.maps import SizeMaps, answer_with, read_level_values, read_maps
 from library.architectures.any_pipeline.trees import (
     Path,
     copy_tensors,
@@ -25,6 +25,7 @@ Errors = Mapping[str, float]
 TOLERANCE = 1e-4  # of float32
 PROMPT = "a small red bird, sitting"
 NUM_STEPS = 3
+NUM_OTHER_STEPS = 53  # whose levels lie between those of measurements
 
 
 def require_exact(errors: Errors) -> None:
@@ -43,15 +44,17 @@ def check(watched: Watched, convention: Convention, maps: SizeMaps) -> Errors:
     latents: (a) the latents of an image, put in as the last sample, against what the VAE is given
     prediction: (b) our prediction at the pipeline's steps against what its scheduler got
     own mix: (c) the same for our own mix, with text and geometry of other drawings
+    levels: what the denoiser is told at levels between those that were measured
     step: (d) one step of its scheduler from our mix against our mix at the next level
     """
-    c, wide = convention, (convention.size[0], 2 * convention.size[1])
+    c, (height, width) = convention, convention.size
     own = watched.draw(PROMPT, c.size, steps=NUM_STEPS, **c.extra)
     errors = {"latents": compare_latents(watched, c, maps, own.pixel_shape[1])}
     texts = [text_of(c, call.kwargs) for call in own.calls]
     errors["prediction"] = max(compare(watched, c, maps, own, step, text) for step, text in enumerate(texts))
-    errors["own mix"] = compare_own_mix(watched, c, read_maps(watched, c, wide))
-    return {**errors, "step": compare_step(c, own)}
+    shapes = (height, 2 * width), (2 * height, width)
+    errors["own mix"] = max(compare_own_mix(watched, c, read_maps(watched, c, shape)) for shape in shapes)
+    return {**errors, "levels": compare_levels(watched, c, maps), "step": compare_step(c, own)}
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
@@ -116,6 +119,13 @@ def compare_own_mix(watched: Watched, convention: Convention, maps: SizeMaps) ->
     answers = Answers(answer, partial(replace_sample, mixed), stops_at=2)
     trace = watched.draw(PROMPT, size, answers, steps=NUM_STEPS, **c.extra)
     return compare(watched, c, maps, trace, 1, capture_text(watched, c, PROMPT))
+
+
+def compare_levels(watched: Watched, convention: Convention, maps: SizeMaps) -> float:
+    """Return the error of what the denoiser is told at the levels of a drawing with another number of steps."""
+    levels, given = read_level_values(watched, convention, maps.size, maps.template, NUM_OTHER_STEPS)
+    lines, tables = convention.lines, maps.tables
+    return max(level_error(lines.get(path) or tables[path], levels, values) for path, values in given.items())
 
 
 def compare_step(convention: Convention, trace: Trace) -> float:

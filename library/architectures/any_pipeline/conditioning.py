@@ -12,11 +12,20 @@ from torch.nn.utils.rnn import pad_sequence
 
 from library.architectures.any_pipeline.convention import PROMPTS, Convention
 from library.architectures.any_pipeline.maps import SizeMaps
-from library.architectures.any_pipeline.trees import Path, format_path, leaves, list_paths, pad_to, replace_leaves
+from library.architectures.any_pipeline.trees import (
+    Path,
+    float_tensors,
+    format_path,
+    leaves,
+    list_paths,
+    pad_to,
+    replace_leaves,
+)
 from library.architectures.any_pipeline.watch import Answers, Refused, Watched, key_of, setting
 from library.types import Conditioning, Tokens
 
 SHAPE = "shape of "
+MOST_ENCODER_ERROR = 0.1  # of features, relative to the largest; between float32 and bfloat16 some hundredths
 NO_VALUE = [-1]  # the shape of None, such as a mask that masks nothing
 
 
@@ -36,6 +45,7 @@ class CapturedText:
     max_tokens: int
     dtype: torch.dtype  # of the features
     remembers: bool = False  # keep what the text encoders return, to draw with it
+    compared: list[str] = field(default_factory=list)  # captions by which the loaded encoders were compared
     planned: dict[Path, list[int]] = field(default_factory=dict)  # shapes of the longest caption, for the planner
 
     @property
@@ -65,13 +75,32 @@ class CapturedText:
             if isinstance(ids_BL, FakeTensor):  # of the planner
                 captions = ["a " * self.max_tokens] * len(ids_BL)
             else:
+                self.require_same_encoders()
                 captions = [bytes(row.tolist()).rstrip(b"\0").decode() for row in ids_BL]
-            rows = [self._features(capture_text(watched, self.convention, caption)) for caption in captions]
+            rows = [self.to_features(capture_text(watched, self.convention, caption)) for caption in captions]
             if isinstance(ids_BL, FakeTensor):
                 self.planned.update({path: rows[0][SHAPE + format_path(path)].tolist() for path in self.example})
             return {key: pad_sequence([row[key] for row in rows], batch_first=True) for key in rows[0]}
 
-    def _features(self, text: Mapping[Path, Any]) -> dict[str, Tensor]:
+    def require_same_encoders(self) -> None:
+        """Raise Refused if the loaded text encoders give other features than when the pipeline was measured."""
+        if self.compared:
+            return
+        watched, c = self.watched, self.convention
+        recorded = join_floats(capture_text(watched, c, PROMPTS[0]))
+        with setting(watched, memory={}):
+            loaded = join_floats(capture_text(watched, c, PROMPTS[0]))
+        is_same = loaded.shape == recorded.shape
+        error = float((loaded - recorded).abs().max() / recorded.abs().max().clamp(min=1e-6)) if is_same else math.inf
+        if not error <= MOST_ENCODER_ERROR:
+            raise Refused(
+                f"{c.pipeline}: the loaded text encoders give other features than when the pipeline was measured "
+                f"(by {error:.2g} of the largest value); delete the kept measurement and start again"
+            )
+        self.compared.append(PROMPTS[0])
+
+    def to_features(self, text: Mapping[Path, Any]) -> dict[str, Tensor]:
+        """Return the text arguments of one sample as vectors and their shapes."""
         row = {}
         for path in self.convention.text:
             value = torch.as_tensor(() if text[path] is None else text[path])
@@ -116,6 +145,10 @@ def capture_text(watched: Watched, convention: Convention, caption: str) -> dict
     return {path: torch.cat([value[row : row + 1]] * len(usual[path])) for path, value in text.items()}
 
 
+def join_floats(text: Mapping[Path, Any]) -> Tensor:
+    return torch.cat([torch.zeros(1), *(value.float().flatten() for value in float_tensors(dict(text)))])
+
+
 def digest_others(arguments: Mapping[Path, Any], changing: Collection[Path]) -> dict[Path, str]:
     """Return a digest of each argument that is not in `changing`."""
     return {path: key_of(leaf) for path, leaf in arguments.items() if path not in changing}
@@ -144,7 +177,7 @@ def compose(joint: Mapping[Path, tuple[int, int]], of_size: Mapping[Path, Any], 
     made = {**of_size, **text}
     for path, (axis, length) in joint.items():
         more = of_size[path].narrow(axis, length, of_size[path].shape[axis] - length)
-        made[path] = torch.cat([text[path], more], axis)
+        made[path] = torch.cat([text[path].narrow(axis, 0, length), more], axis)
     return made
 
 

@@ -1,7 +1,7 @@
 """How a pipeline is trained: the roles of the denoiser's arguments, the objective, and the scale of the latents."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +13,8 @@ from library.architectures.any_pipeline.watch import Size, Trace
 
 Mix = Literal["flow", "ddpm"]
 Target = Literal["noise - latent", "latent - noise", "noise", "latent", "velocity"]
+Whole = Literal["", "cut", "rounded"]
+LEVEL_ROUNDING = 1e-6  # of a level, relative
 PROMPTS = ("a cat", 'two dogs and a "sign"')  # of the measurement; some pipelines encode quoted words by another model
 
 
@@ -22,15 +24,20 @@ class Line:
 
     factor: float
     offset: float
+    whole: Whole = ""  # schedulers that keep their timesteps as integers cut or round them
 
     def at(self, levels_B: Tensor) -> Tensor:
-        return self.factor * levels_B + self.offset
+        values_B = self.factor * levels_B + self.offset
+        if self.whole:
+            return values_B.trunc() if self.whole == "cut" else values_B.round()
+        return values_B
 
     def describe(self, name: str) -> str:
         product = name if abs(self.factor) == 1 else f"{abs(self.factor):g} {name}"
+        text = f"-{product}" if self.factor < 0 else product
         if self.offset:
-            return f"{self.offset:g} {'-' if self.factor < 0 else '+'} {product}"
-        return f"-{product}" if self.factor < 0 else product
+            text = f"{self.offset:g} {'-' if self.factor < 0 else '+'} {product}"
+        return f"{text}, {self.whole} to whole numbers" if self.whole else text
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,17 @@ class Table:
         return values_B.round() if torch.equal(values, values.round()) else values_B
 
 
+def level_error(source: Line | Table, levels: Sequence[float], given: Sequence[float]) -> float:
+    """Return how far a line or a table is from what a denoiser is given, relative to the largest value.
+
+    A level is known up to its rounding to float32, which decides at a whole number where timesteps are cut.
+    """
+    levels_B, given_B = torch.tensor(levels), torch.tensor(given)
+    near = [source.at(levels_B * (1 + share)) for share in (0.0, -LEVEL_ROUNDING, LEVEL_ROUNDING)]
+    error_B = torch.stack([(values_B - given_B).abs() for values_B in near]).amin(0)
+    return float(error_B.max() / given_B.abs().max().clamp(min=1e-9))
+
+
 @dataclass(frozen=True)
 class Unconditional:
     """Where the pipeline's own negative prompt is: in a call of the denoiser in each step, with guidance."""
@@ -65,11 +83,12 @@ class Convention:
 
     pipeline: str
     denoiser: str
+    idle: tuple[str, ...]  # models that are called in each step for guidance, whose outputs have no effect without it
     latents: Path
     time: tuple[Path, ...]
     text: tuple[Path, ...]
     geometry: tuple[Path, ...]
-    joint: Mapping[Path, tuple[int, int]]  # text that grows with the size: the axis, and its length at `size`
+    joint: Mapping[Path, tuple[int, int]]  # text before values for the image: the axis, and the text's length
     constant: Mapping[Path, str]  # with values as the log shows them
     fixed: Mapping[Path, str]  # digests of the constants and, at `size`, of the geometry
     extra: Mapping[str, Any]  # options that switch guidance off
@@ -110,10 +129,13 @@ class Convention:
 
     def weights_of(self, trace: Trace, step: int) -> tuple[float, float]:
         """Return the weights of image and noise in their mix at a step."""
-        level = self.level_of(trace, step)
+        return self.weights_at(trace.scheduler, self.level_of(trace, step))
+
+    def weights_at(self, scheduler: Any, level: float) -> tuple[float, float]:
+        """Return the weights of image and noise in their mix at a noise level."""
         if self.mix == "flow":
             return 1 - level, level
-        abar = float(trace.scheduler.alphas_cumprod[round(level)])
+        abar = float(scheduler.alphas_cumprod[round(level)])
         return math.sqrt(abar), math.sqrt(1 - abar)
 
     def describe(self) -> Iterator[str]:

@@ -7,7 +7,7 @@ before 0.38 runs Python files of a local folder unasked. Folders that cannot be 
 import inspect
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from library.architectures.any_pipeline.classes import INDEX, FolderClasses, find_components, is_absent
+from library.architectures.any_pipeline.refusals import find_cause
 from library.architectures.any_pipeline.targets import block_lists, with_targets
 from library.architectures.any_pipeline.watch import SMALL, Watched, is_vae, stand_in
 from library.checkpoints import model_lookup
@@ -34,9 +35,8 @@ from networks.core.targets.targets import AdapterTargets
 
 logger = logging.getLogger(__name__)
 
-VERSION = 4  # of the rules that measure
+VERSION = 5  # of the rules that measure
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
-DISTILLED = ("LCM", "SCM", "TCD", "CMStochastic", "Wuerstchen")  # in the name of a scheduler
 LEFT_OUT = {  # not needed to draw from text
     **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder", "watermark")),
     "requires_safety_checker": False,
@@ -84,7 +84,7 @@ class PipelineFolder:
 
         digest = blake2b(f"{VERSION} {diffusers.__version__} {transformers.__version__}".encode(), digest_size=10)
         for path in sorted(self.path.rglob("*")):
-            if path.suffix in (".json", ".py"):
+            if path.suffix in (".json", ".jinja", ".model", ".py", ".txt"):
                 digest.update(f"{path.relative_to(self.path)}".encode() + path.read_bytes())
             elif path.suffix in (".safetensors", ".bin"):
                 stat = path.stat()
@@ -102,11 +102,10 @@ class PipelineFolder:
         config = getattr(kind, "config_class", None)  # of transformers' models
         with init_empty_weights(include_buffers=False):  # what no file has, such as angles, stays real
             try:
-                model: nn.Module = (
-                    kind.from_config(settings)
-                    if config is None
-                    else kind(config.from_pretrained(str(self.path / name), local_files_only=True))
-                )
+                if config is None:
+                    model: nn.Module = kind.from_config(settings)
+                else:
+                    model = build_by_config(kind, config.from_pretrained(str(self.path / name), local_files_only=True))
             except Exception as error:  # the classes compute with the values of the file
                 raise self._incomplete(f"{name}/config.json: {error!r}") from error
         return model
@@ -182,6 +181,17 @@ class PipelineFolder:
         )
 
 
+def build_by_config(kind: Any, config: Any) -> nn.Module:
+    """Build a model of transformers. The sizes of an encoder may stand in a part of its configuration (T5Gemma)."""
+    try:
+        model: nn.Module = kind(config)
+    except AttributeError:
+        if getattr(config, "encoder", None) is None:
+            raise
+        model = kind(config.encoder)
+    return model
+
+
 def open_folder(name: str | None, trusts_code: bool) -> PipelineFolder:
     """Open the pipeline that --pretrained_model_name_or_path names; only its JSON files are read.
 
@@ -237,26 +247,8 @@ def find_folder(name: str, trusts_code: bool) -> Path:
 
 def refuse_by_class(folder: PipelineFolder) -> None:
     """Raise UserError for a pipeline that is not made to draw images from text, or was distilled to few steps."""
-    parameters = inspect.signature(folder.kind.__call__).parameters
-    image = parameters.get("image")
     config = read_json(folder.path / "scheduler" / "scheduler_config.json")
-    use_text = "which this script does not train; use the text-to-image pipeline"
-    reason = None
-    if "prompt" not in parameters:
-        reason = "does not draw from text, so no captions can train it"
-    elif "mask_image" in parameters:
-        reason = f"is for inpainting, {use_text}"
-    elif "strength" in parameters or (image is not None and image.default is inspect.Parameter.empty):
-        reason = f"draws from other images, {use_text}"
-    elif folder.scheduler.startswith(DISTILLED):
-        reason = (
-            f"draws with {folder.scheduler}, so the model is distilled to a few steps, which training would undo. Use "
-            "the model that it was distilled from"
-        )
-    elif str(config.get("variance_type")).startswith("learned"):
-        reason = "predicts the variance of the noise too, which this script does not train"
-    elif "height" not in parameters:
-        reason = "has no argument for the height of the image"
+    reason = find_cause(folder.kind, tuple(list_arguments(folder.kind)), folder.scheduler, config)
     if reason is not None:
         raise UserError.about(folder.flag, f": {folder.kind.__name__} {reason}", path=folder.path)
 
@@ -297,11 +289,11 @@ class PipelineLoader:
         return self.folder.load(name, dtype)
 
 
-def open_loader(folder: PipelineFolder, denoiser: str, options: Any) -> PipelineLoader:
+def open_loader(folder: PipelineFolder, denoiser: str, idle: Collection[str], options: Any) -> PipelineLoader:
     """Open the weights of all models. Those whose outputs are cached on disk may be missing."""
     texts_are_cached = options.text_caching.cache_text_encoder_outputs_to_disk
     precision = options.precision.mixed_precision
-    names = tuple(name for name in folder.classes if name not in (denoiser, folder.vae))
+    names = tuple(name for name in folder.classes if name not in (denoiser, folder.vae, *idle))
     return PipelineLoader(
         folder,
         denoiser,

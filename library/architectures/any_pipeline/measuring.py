@@ -8,7 +8,7 @@ The rules:
   exactly on the same image and noise, mixed at the next level.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
@@ -16,7 +16,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from library.architectures.any_pipeline.check import compare_step
+from library.architectures.any_pipeline.check import TOLERANCE, compare_step
 from library.architectures.any_pipeline.conditioning import digest_others
 from library.architectures.any_pipeline.convention import (
     PROMPTS,
@@ -26,22 +26,33 @@ from library.architectures.any_pipeline.convention import (
     Target,
     Unconditional,
     format_constant,
+    level_error,
 )
-from library.architectures.any_pipeline.maps import SizeMaps, answer_with, read_level_values, read_maps, read_pattern
+from library.architectures.any_pipeline.maps import (
+    NUM_TABLE_STEPS,
+    SizeMaps,
+    answer_with,
+    read_level_values,
+    read_maps,
+    read_pattern,
+)
 from library.architectures.any_pipeline.trees import Path, differing, is_same, join_values, leaves, list_paths
 from library.architectures.any_pipeline.watch import (
     Answers,
+    CannotDraw,
     Refused,
     Size,
     Trace,
     Watched,
     WrongSize,
     replace_sample,
+    setting,
 )
 
 NEGATIVE = ("blue", "a red house")
-MOST_ERROR = 1e-3  # of a scheduler's step, to accept an objective
 SCALES = ("guidance_scale", "cfg_scale", "pag_scale")  # ends of the names of options that guide
+NUM_TRIED_STEPS = (2, 3, 7)  # of drawings whose first steps show the objective
+MOST_CALLS = 3  # of the denoiser in a step with guidance
 NUM_LEVELS = 7  # steps of a drawing from which lines of levels are fitted
 
 
@@ -52,7 +63,7 @@ def measure(watched: Watched, size: Size) -> tuple[Convention, SizeMaps]:
     """
     if not watched.vae:
         raise Refused("it draws without a VAE, which this script does not train")
-    watched.denoiser = None
+    watched.denoiser, watched.idle = None, ()
     watched.memory.clear()
     convention = read_roles(watched, size)
     try:
@@ -75,9 +86,7 @@ def read_roles(watched: Watched, size: Size) -> Convention:
     """Find the denoiser and the roles of its arguments by changing sample, prompt, size and step one at a time."""
     extra, trace = find_quiet(watched, size)
     names = sorted({call.name for call in trace.calls if call.step == 1})
-    if len(names) != 1:
-        raise Refused(f"between two steps of the scheduler {len(names)} models are called ({', '.join(names)})")
-    watched.denoiser = names[0]
+    watched.denoiser, watched.idle = find_denoiser(watched, names, size, extra)
 
     def arguments(prompt: str = PROMPTS[0], sides: Size = size, value: float | None = None) -> dict[Path, Any]:
         """Return those of the first step, or with `value` those of the second step for a sample of that value."""
@@ -89,13 +98,13 @@ def read_roles(watched: Watched, size: Size) -> Convention:
         raise WrongSize(f"an image of {size} comes out with {trace.pixel_shape[-2:]}")
     if len(trace.calls) != len(trace.steps):
         raise Refused(
-            f"{names[0]} is called {len(trace.calls)} times in {len(trace.steps)} steps, so two models share the noise "
-            "levels or guidance cannot be switched off"
+            f"{watched.denoiser} is called {len(trace.calls)} times in {len(trace.steps)} steps, so two models share "
+            "the noise levels or guidance cannot be switched off"
         )
     wide, tall = (size[0], 2 * size[1]), (2 * size[0], size[1])
     base, second = (leaves(call.kwargs) for call in trace.calls[:2])
-    of_wide, of_tall = arguments(sides=wide), arguments(sides=tall)
-    by_text, by_size = differing(base, arguments(PROMPTS[1])), differing(base, of_wide) | differing(base, of_tall)
+    of_wide, of_tall, other = arguments(sides=wide), arguments(sides=tall), arguments(PROMPTS[1])
+    by_text, by_size = differing(base, other), differing(base, of_wide) | differing(base, of_tall)
     by_sample = differing(arguments(value=0.0), arguments(value=1.0))
     found = sort(path for path in by_sample if isinstance(base.get(path), Tensor))
     if len(found) != 1:
@@ -109,12 +118,13 @@ def read_roles(watched: Watched, size: Size) -> Convention:
     constant = sort(base.keys() - text - {*geometry, *time, latents})
     return Convention(
         pipeline=type(watched.pipe).__name__,
-        denoiser=names[0],
+        denoiser=watched.denoiser,
+        idle=tuple(watched.idle),
         latents=latents,
         time=time,
         text=sort(text),
         geometry=geometry,
-        joint=find_joint(text & by_size, base, of_wide),
+        joint=find_joint(text & by_size, base, (of_wide, of_tall), other),
         constant={path: format_constant(base[path]) for path in constant},
         fixed=digest_others(base, {*text, *time, latents}),
         extra=extra,
@@ -125,44 +135,79 @@ def read_roles(watched: Watched, size: Size) -> Convention:
     )
 
 
+def find_denoiser(
+    watched: Watched, names: Sequence[str], size: Size, extra: Mapping[str, Any]
+) -> tuple[str, tuple[str, ...]]:
+    """Return the model that follows the prompt of those called between two steps, and the others, whose outputs must
+    not reach the scheduler."""
+    if not names:
+        raise Refused("no model is called between two steps of the scheduler")
+    if len(names) == 1:
+        return names[0], ()
+    for name in names:
+        watched.denoiser, watched.idle = name, tuple(other for other in names if other != name)
+        drawn = [watched.draw(prompt, size, Answers(stops_at=0), **extra).calls for prompt in PROMPTS]
+        if any(differing(leaves(a.kwargs), leaves(b.kwargs)) for a, b in zip(*drawn, strict=False)):
+            break
+    else:
+        raise Refused(f"{len(names)} models are called between two steps and none follows the prompt")
+    output = watched.draw(PROMPTS[0], size, **extra).calls[0].output
+    given = []
+    for value in (0.0, 1.0):
+        with setting(watched, idle_value=value):
+            given.append(watched.draw(PROMPTS[0], size, answer_with(output), **extra).steps[0].output)
+    if not torch.equal(*given):
+        raise Refused(f"{' and '.join(names)} draw together with guidance off, of which this script trains one")
+    return watched.denoiser, watched.idle
+
+
 def sort(paths: Any) -> tuple[Path, ...]:
     return tuple(sorted(paths, key=str))
 
 
-def find_joint(paths: Set[Path], small: Mapping[Path, Any], large: Mapping[Path, Any]) -> dict[Path, tuple[int, int]]:
-    """Return (axis, length) of each text argument that follows the size too. Raises Refused if it grows otherwise."""
-    found = {path: find_growing_axis(small.get(path), large.get(path)) for path in paths}
+def find_joint(
+    paths: Set[Path], base: Mapping[Path, Any], sizes: Sequence[Mapping[Path, Any]], other: Mapping[Path, Any]
+) -> dict[Path, tuple[int, int]]:
+    """Return (axis, length) of the text in each argument that follows the size too. `sizes` are two arguments of twice
+    the area, `other` those of another caption. Raises Refused if caption and size do not follow one another."""
+    found = {p: find_text_part(base.get(p), [size.get(p) for size in sizes], other.get(p)) for p in paths}
     if together := sort(path for path, axis in found.items() if axis is None):
         raise Refused(f"{list_paths(together)} follows caption and size together, so captions cannot be cached")
     return {path: axis for path, axis in found.items() if axis is not None}
 
 
-def find_growing_axis(small: Any, large: Any) -> tuple[int, int] | None:
-    """Return (axis, length) of an argument to whose end a larger size adds values; None if it follows the size
-    otherwise."""
-    if not (isinstance(small, Tensor) and isinstance(large, Tensor) and small.ndim == large.ndim):
+def find_text_part(base: Any, sizes: Sequence[Any], other: Any) -> tuple[int, int] | None:
+    """Return (axis, length) of the text at the beginning of an argument that ends with a value for each part of the
+    image, so that the rest doubles with the area; None for another one."""
+    tensors = [value for value in (base, *sizes, other) if isinstance(value, Tensor)]
+    if len(tensors) != len(sizes) + 2 or len({tensor.ndim for tensor in tensors}) != 1:
         return None
-    axes = [axis for axis in range(small.ndim) if small.shape[axis] < large.shape[axis]]
-    if len(axes) != 1 or not is_same(large.narrow(axes[0], 0, small.shape[axes[0]]), small):
+    axes = [axis for axis in range(base.ndim) if base.shape[axis] < sizes[0].shape[axis]]
+    if len(axes) != 1:
         return None
-    return axes[0], small.shape[axes[0]]
+    (axis,), length = axes, base.shape[axes[0]]
+    num_text = 2 * length - sizes[0].shape[axis]
+    if num_text < 0 or other.shape != base.shape:
+        return None
+    text, image = base.narrow(axis, 0, num_text), base.narrow(axis, num_text, length - num_text)
+    is_apart = is_same(other.narrow(axis, num_text, length - num_text), image)
+    return (axis, num_text) if is_apart and all(is_same(s.narrow(axis, 0, num_text), text) for s in sizes) else None
 
 
 def find_quiet(watched: Watched, size: Size) -> tuple[dict[str, Any], Trace]:
     """Return the options with which the models compute the least, and a drawing with them."""
     names = [name for name in watched.options if name.endswith(SCALES) and not name.startswith("image")]
+    schedules = {name: None for name in watched.options if name.endswith("guidance_schedule")}
     drawn: list[tuple[dict[str, Any], Trace]] = []
-    failure: Exception | None = None
+    failure: CannotDraw | None = None
     for value in (1.0, 0.0):
-        extra: dict[str, Any] = dict.fromkeys(names, value)
+        extra: dict[str, Any] = {**dict.fromkeys(names, value), **schedules}
         try:
             drawn.append((extra, watched.draw(PROMPTS[0], size, **extra)))
-        except Refused:
-            raise
-        except Exception as error:  # a scale that this pipeline does not take
+        except CannotDraw as error:  # a scale that this pipeline does not take
             failure = failure or error
-    if not drawn:
-        raise WrongSize(f"it cannot draw an image of {size[0]}x{size[1]}: {failure}") from failure
+    if failure is not None and not drawn:
+        raise failure
     return min(drawn, key=lambda pair: sum(len(join_values(call.output)) for call in pair[1].calls if call.step == 1))
 
 
@@ -172,14 +217,17 @@ def find_quiet(watched: Watched, size: Size) -> tuple[dict[str, Any], Trace]:
 def read_numbers(watched: Watched, convention: Convention) -> tuple[Convention, SizeMaps]:
     """Read objective, levels and maps."""
     c = convention
-    trace = watched.draw(PROMPTS[0], c.size, answer_with(c.output), **c.extra)
-    c = find_objective(c, trace)
+    traces = [watched.draw(PROMPTS[0], c.size, answer_with(c.output), steps=n, **c.extra) for n in NUM_TRIED_STEPS]
+    c, trace = find_objective(c, traces), traces[0]
     if c.mix == "flow":
         deviation = float(trace.steps[0].sample.float().std()) / max(c.level_of(trace, 0), 1e-3)
         if abs(deviation - 1) > 0.15:
             raise Refused(f"it draws from noise of standard deviation {deviation:.2g}, not 1")
     levels, given = read_level_values(watched, c, c.size, c.output, NUM_LEVELS)
     lines = {path: fit_line(levels, values) for path, values in given.items()}
+    if None in lines.values():
+        levels, given = read_level_values(watched, c, c.size, c.output, NUM_TABLE_STEPS)
+        lines = {path: line or fit_whole_line(levels, given[path]) for path, line in lines.items()}
     c = replace(c, lines={path: line for path, line in lines.items() if line is not None})
     maps = read_maps(watched, c, c.size)
     if c.mix == "ddpm" and not torch.allclose(maps.into.scale_M, torch.ones(()), atol=1e-5):
@@ -197,35 +245,50 @@ def plain_scheduler(scheduler: Any) -> Any:
     )  # fmt: skip
 
 
-def find_objective(convention: Convention, trace: Trace) -> Convention:
-    """Return a convention with the mix and the target with which one step of the trace's scheduler is exact."""
+def find_objective(convention: Convention, traces: Sequence[Trace]) -> Convention:
+    """Return a convention with the mix and the target with which the first step of the scheduler is exact in each
+    drawing: one whose timesteps are rounded is exact by chance in some."""
     for mix in get_args(Mix):
         for target in get_args(Target):
             c = replace(convention, mix=mix, target=target)
             try:
-                if mix == "flow" and c.level_of(trace, 0) > 1 + 1e-6:
+                if mix == "flow" and c.level_of(traces[0], 0) > 1 + 1e-6:
                     continue
-                error = compare_step(c, trace)
+                error = max(compare_step(c, trace) for trace in traces)
             except Exception:  # the scheduler has no such levels, or does not take such a prediction
                 continue
-            if error < MOST_ERROR:
+            if error < TOLERANCE:
                 return c
-    raise Refused(f"no known objective makes a step of {type(trace.scheduler).__name__} exact")
+    raise Refused(f"no known objective makes a step of {type(traces[0].scheduler).__name__} exact")
 
 
 def fit_line(levels: list[float], given: list[float]) -> Line | None:
     """Return the line through (level, given); None if there is none."""
-    x, y = torch.tensor(levels, dtype=torch.float64), torch.tensor(given, dtype=torch.float64)
-    factor, offset = torch.linalg.lstsq(torch.stack([x, torch.ones_like(x)], 1), y[:, None]).solution.flatten().tolist()
-    span = max(1e-9, float(y.max() - y.min()))
-    if (y - (factor * x + offset)).abs().max() > 1e-4 * span:
-        return None
+    factor, offset, span = regress(levels, given)
     # The levels are rounded to float32.
     if abs(factor - round(factor)) < 1e-5 * abs(factor):
         factor = float(round(factor))
     if abs(offset - round(offset)) < 1e-6 * span:
         offset = float(round(offset))
-    return Line(factor, offset)
+    line = Line(factor, offset)
+    return line if (line.at(torch.tensor(levels)) - torch.tensor(given)).abs().max() <= 1e-4 * span else None
+
+
+def fit_whole_line(levels: list[float], given: list[float]) -> Line | None:
+    """Return the line of whole coefficients whose values are cut or rounded to those given; None if there is none."""
+    factor, offset, _ = regress(levels, given)
+    if any(value != round(value) for value in given):
+        return None
+    # Cut values lie half a unit below their line in the mean.
+    lines = (Line(round(factor), round(offset + 0.5), "cut"), Line(round(factor), round(offset), "rounded"))
+    return next((line for line in lines if level_error(line, levels, given) == 0), None)
+
+
+def regress(levels: list[float], given: list[float]) -> tuple[float, float, float]:
+    """Return factor, offset and the span of the values of the line nearest to (level, given)."""
+    x, y = torch.tensor(levels, dtype=torch.float64), torch.tensor(given, dtype=torch.float64)
+    factor, offset = torch.linalg.lstsq(torch.stack([x, torch.ones_like(x)], 1), y[:, None]).solution.flatten().tolist()
+    return factor, offset, max(1e-9, float(y.max() - y.min()))
 
 
 # --- the negative prompt ---
@@ -236,14 +299,15 @@ def find_unconditional(watched: Watched, convention: Convention) -> Unconditiona
     c = convention
     if "negative_prompt" not in watched.options:
         return None
-    for extra in ({}, *({**c.extra, name: 3.0} for name in c.extra)):
-        try:
-            blue, red = (watched.draw(PROMPTS[0], c.size, negative_prompt=text, **extra).calls for text in NEGATIVE)
-        except Refused:
-            raise
-        except Exception:  # a scale that this pipeline does not take
-            continue
-        for place, (a, b) in enumerate(zip(blue, red, strict=False)):
+    scales = [name for name, value in c.extra.items() if value is not None]
+    for extra in ({}, *({**c.extra, name: 3.0} for name in scales)):
+        for place in range(MOST_CALLS):
+            answers = Answers(lambda _: c.output, stops_at=place)
+            try:
+                drawn = [watched.draw(PROMPTS[0], c.size, answers, negative_prompt=t, **extra) for t in NEGATIVE]
+            except CannotDraw:  # a scale that this pipeline does not take, or more rows than were measured
+                break
+            a, b = (trace.calls[-1] for trace in drawn)
             rows = find_rows(c, leaves(a.kwargs), leaves(b.kwargs)) if a.step == 0 else []
             if len(rows) == 1:
                 return Unconditional(extra, place, rows[0])

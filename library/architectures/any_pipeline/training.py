@@ -1,9 +1,7 @@
 """A measured pipeline as the trainer sees it: latents, prediction and objective."""
 
-import logging
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -11,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.any_pipeline.check import TOLERANCE, compare_own_mix, difference, encode_raw
+from library.architectures.any_pipeline.check import TOLERANCE, difference, encode_raw
 from library.architectures.any_pipeline.conditioning import CapturedText, fill_arguments
 from library.architectures.any_pipeline.convention import PROMPTS, Convention
 from library.architectures.any_pipeline.maps import SizeMaps, read_maps
 from library.architectures.any_pipeline.options import PipelineOptions
 from library.architectures.any_pipeline.trees import Unequal, join_rows, join_values, split_rows, take_row
-from library.architectures.any_pipeline.watch import Answers, Refused, Size, Trace, Watched, bind, is_fake, setting
+from library.architectures.any_pipeline.watch import Answers, Refused, Size, Trace, Watched, bind, is_fake
 from library.diffusion.flow import FlowMatching
 from library.diffusion.objective import DDPM
 from library.diffusion.schedules import snr_of
@@ -32,9 +30,7 @@ from library.diffusion.weighting import check_huber
 from library.protocols import LatentSpec, Objective
 from library.types import Batch, Conditioning, Noised
 
-logger = logging.getLogger(__name__)
-
-TOLERANCE_IN_16_BITS = 0.02  # of a prediction, relative to its largest value
+NUM_STEPS = 30  # of a pipeline without a default
 
 
 @dataclass(frozen=True)
@@ -83,18 +79,33 @@ class PipelinePredict:
     watched: Watched
     convention: Convention
     text: CapturedText
+    check: Callable[["PipelinePredict", Repeated, SizeMaps, Size], None] = lambda *_: (
+        None
+    )  # of the denoiser, at each size
     ready: dict[tuple[Size, torch.device], SizeMaps] = field(default_factory=dict)
+    expected: list[Size] = field(default_factory=list)  # the sizes of a run that are checked before its first step
+
+    def expect_sizes(self, sizes: Iterable[tuple[int, int]]) -> None:
+        """Check the tallest and the widest of these (width, height) before the first step."""
+        ratios = sorted(set(sizes), key=lambda size: size[0] / size[1])
+        self.expected[:] = dict.fromkeys(size[::-1] for size in (*ratios[:1], *ratios[-1:]))
 
     def __call__(self, denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
         """Return the prediction that the pipeline would give its scheduler, in the layout of the latents."""
+        c, device, count = self.convention, noised.latents_BCHW.device, len(noised.latents_BCHW)
+        height, width = (side * c.downscale for side in noised.latents_BCHW.shape[-2:])
+        if is_fake(denoiser):  # a planned run has not begun, and begins with the check
+            return self.predict(denoiser, self.prepare((height, width), device), noised, conditioning)
+        sizes = [*([] if self.ready else self.expected), (height, width)]
+        for size in dict.fromkeys(size for size in sizes if (size, device) not in self.ready):
+            maps = self.prepare(size, device)
+            self.check(self, Repeated(denoiser, count if c.takes_batches else 1), maps, size)
+            self.ready[size, device] = maps
+        return self.predict(denoiser, self.ready[(height, width), device], noised, conditioning)
+
+    def predict(self, denoiser: nn.Module, maps: SizeMaps, noised: Noised, conditioning: Conditioning) -> Tensor:
+        """Return the prediction for latents of the size of the maps."""
         c, latents_BCHW = self.convention, noised.latents_BCHW.float()
-        if not self.ready and not is_fake(denoiser):
-            require_same_prediction(self, Repeated(denoiser, len(latents_BCHW) if c.takes_batches else 1))
-        height, width = (side * c.downscale for side in latents_BCHW.shape[-2:])
-        key = (height, width), latents_BCHW.device
-        maps = self.ready.get(key) or self.prepare(*key)
-        if not is_fake(denoiser):  # a planned run has not begun, and begins with the check
-            self.ready[key] = maps
         levels_B = (noised.sigmas_B if c.mix == "flow" else noised.timesteps_B).float()
         rows = [
             fill_arguments(c, maps, self.text.restore(conditioning, place), sample_N, levels_B[place : place + 1])
@@ -130,32 +141,18 @@ class PipelinePredict:
         return self.watched.draw(PROMPTS[0], size, Answers(stops_at=0), steps=steps, **c.extra)
 
     def shift(self, size: Size) -> float:
-        """Return how far the pipeline shifts the noise levels of a size toward noise."""
-        mu, config = self.draw_first(size).mu, self.watched.pipe.scheduler.config
-        if mu is None:
-            return float(config.get("shift") or 1.0)
+        """Return how far the pipeline shifts the noise levels of a size toward noise, at its default number of steps,
+        which some pipelines' shift follows."""
+        mu, config = self.draw_default(size).mu, self.watched.pipe.scheduler.config
+        if mu is None or not config.get("use_dynamic_shifting"):
+            return float(config.get("shift") or config.get("flow_shift") or 1.0)
         return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
-
-@torch.no_grad()
-def require_same_prediction(predict: PipelinePredict, denoiser: Repeated) -> None:
-    """Check the prediction of the denoiser as it trains for our own mix against the pipeline's own, and log the result.
-
-    The pipeline draws with the recorded outputs of text encoders, at its smallest size. Raises Refused if the two
-    differ by more than rounding.
-    """
-    begun, c, watched = time.monotonic(), predict.convention, predict.watched
-    with torch.random.fork_rng(), setting(watched, models={**watched.models, c.denoiser: denoiser}):
-        error = compare_own_mix(watched, c, read_maps(watched, c, c.size))
-    device = next(iter(denoiser.parameters())).device
-    most = TOLERANCE_IN_16_BITS if torch.is_autocast_enabled(device.type) else TOLERANCE
-    if not error <= most:
-        raise Refused(
-            f"{c.pipeline}: the prediction of the loaded denoiser differs from the pipeline's own by {error:.2g} of "
-            f"its largest value (at most {most:g} is accepted)"
-        )
-    seconds = time.monotonic() - begun
-    logger.info("the prediction agrees with the pipeline's own (%.1g), checked in %.1f s", error, seconds)
+    def draw_default(self, size: Size) -> Trace:
+        """Draw with the pipeline's default number of steps until the denoiser's first call."""
+        option = self.watched.options.get("num_inference_steps")
+        default = None if option is None else option.default
+        return self.draw_first(size, default if isinstance(default, int) else NUM_STEPS)
 
 
 def build_objective(options: PipelineOptions, predict: PipelinePredict) -> Objective:

@@ -30,6 +30,29 @@ class Output(dict[str, Any]):
         return Output, (dict(self),)  # what torch.load takes with weights_only
 
 
+class Noted(Tensor):
+    """A tensor that calls `note` when it is read; results of operations are plain tensors."""
+
+    note: Callable[[], Any]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def read(_: Path, leaf: Any) -> Any:
+            if not isinstance(leaf, Noted):
+                return leaf
+            leaf.note()
+            return leaf.as_subclass(Tensor)
+
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*map_leaves(tuple(args), read), **map_leaves(kwargs or {}, read))
+
+
+def noted(tensor: Tensor, note: Callable[[], Any]) -> Noted:
+    made = tensor.as_subclass(Noted)
+    made.note = note
+    return made
+
+
 def map_leaves(tree: Any, change: Callable[[Path, Any], Any], path: Path = ()) -> Any:
     """Return a tree of plain dicts, `Output`s, lists and tuples with every leaf replaced by `change(path, leaf)`."""
     if isinstance(tree, Mapping):

@@ -13,28 +13,32 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial, update_wrapper
 from hashlib import blake2b
+from importlib.util import find_spec
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
 from library.architectures.any_pipeline.trees import (
     Output,
+    Path,
     copy_tensors,
     leaves,
     map_leaves,
     map_tensors,
     move,
+    noted,
 )
 from library.errors import UserError
 
 SMALL = 4096  # values of a tensor that a stand-in keeps, such as the VAE's statistics of latents
 OFF = ("cache", "rewrite", "use_pe", "upsampling", "enhance", "binning")
 """Parts of the names of options that rewrite the caption, round the size or keep state between steps."""
+NUM_FRAMES = ("num_frames", "frames", "video_length")  # names of options
 Size = tuple[int, int]  # height, width
 
 
@@ -44,6 +48,10 @@ class Refused(UserError):
 
 class WrongSize(Refused):
     """The pipeline does not draw an image of this size."""
+
+
+class CannotDraw(WrongSize):
+    """The pipeline ends in an error of its own."""
 
 
 class Stop(Exception):
@@ -78,7 +86,12 @@ class Trace:
     decoded: list[Tensor] = field(default_factory=list)  # what the VAE decoded
     pixel_shape: tuple[int, ...] = ()  # of the VAE's output
     scheduler: Any = None  # a copy, as it was at the first step
-    mu: float | None = None  # the shift that the scheduler was given for this size
+    schedule: Mapping[str, Any] = field(default_factory=dict)  # the arguments of its `set_timesteps`
+
+    @property
+    def mu(self) -> float | None:
+        """The shift that the scheduler was given for this size."""
+        return None if self.schedule.get("mu") is None else float(self.schedule["mu"])
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,13 @@ class Answers:
 def replace_sample(new: Tensor, old: Tensor) -> Tensor:
     """Return `new` in the shape, dtype and device of the sample that it replaces."""
     return new.to(old).expand_as(old)
+
+
+def find_missing_package(error: Exception) -> str | None:
+    """Return the package without which a pipeline ends in this error; None if it is about something else."""
+    name = getattr(error, "name", None) if isinstance(error, NameError | ImportError) else None
+    package = (name or "").partition(".")[0]
+    return package if package and find_spec(package) is None else None
 
 
 @contextmanager
@@ -151,9 +171,13 @@ class Watched:
         """`pipe` has stand-ins for all of its models."""
         self.pipe, self.models, self.memory = pipe, dict(models or {}), dict[str, Any]()
         self.denoiser: str | None = None  # the component, once it is known
+        self.read: set[tuple[str, Path]] | None = None  # notes which outputs in memory are read: (key, path)
+        self.idle: tuple[str, ...] = ()  # those that are called beside it in each step
+        self.idle_value = 0.0  # of their outputs
         self.load_text: Callable[[], Mapping[str, nn.Module]] | None = None  # if an input is not in memory
         self.vae = ""  # the component that encodes and decodes images; "" if the pipeline draws pixels
         self.options: Mapping[str, inspect.Parameter] = inspect.signature(type(pipe).__call__).parameters
+        self._bare = dict[str, nn.Module]()  # the stand-ins themselves, which are not watched
         self._trace, self._answers = Trace(), Answers()
         self._modes: list[TorchDispatchMode] = []  # of the caller of `real_tensors`
         pipe.set_progress_bar_config(disable=True)
@@ -163,6 +187,7 @@ class Watched:
                 # A drawing needs no more than the shape of the image.
                 module.decode = partial(self._decode, copy.deepcopy(module).to("meta"))  # type: ignore[assignment]
             elif isinstance(module, nn.Module):
+                self._bare[name] = copy.deepcopy(module)
                 for path, part in module.named_modules():
                     part.forward = partial(self._forward, name, path, part)
         self.own_scheduler = pipe.scheduler
@@ -180,7 +205,8 @@ class Watched:
         """Draw one image of `size` and return what was seen."""
         arguments = {
             "height": size[0], "width": size[1], "num_inference_steps": steps, "output_type": "pt",
-            "generator": torch.Generator().manual_seed(1), "num_frames": 1, "max_area": size[0] * size[1],
+            "generator": torch.Generator().manual_seed(1), **dict.fromkeys(NUM_FRAMES, 1),
+            "max_area": size[0] * size[1],
             **{k: False for k, p in self.options.items() if isinstance(p.default, bool) and any(w in k for w in OFF)},
         }  # fmt: skip
         known = {name: value for name, value in arguments.items() if name in self.options}
@@ -193,7 +219,17 @@ class Watched:
                 # Some pipelines draw every shape with the area of their default size, rounded down.
                 side = math.sqrt(size[0] * size[1]) * (1 + 1e-6) / getattr(self.pipe, "vae_scale_factor", 8)
                 stack.enter_context(setting(self.pipe, default_sample_size=side))
-            self.pipe(prompt=prompt, **{**known, **extra})
+            if getattr(self.pipe, "resolutions", None):  # a list of (width, height), of which the nearest is drawn
+                stack.enter_context(setting(self.pipe, resolutions=[size[::-1]]))
+            try:
+                self.pipe(prompt=prompt, **{**known, **extra})
+            except (Stop, UserError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # the pipeline's own
+                if package := find_missing_package(error):
+                    raise Refused(f"it needs the Python package {package}, which is missing: install it") from error
+                what = f"{type(error).__name__}: {str(error).strip()[:300]}"
+                raise CannotDraw(f"it cannot draw an image of {size[0]}x{size[1]} from a caption ({what})") from error
         return self._trace
 
     @contextmanager
@@ -226,6 +262,8 @@ class Watched:
     def _forward(self, name: str, path: str, part: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if name == self.denoiser or (self.denoiser is None and self._trace.steps):
             return self._denoise(name, part, args, kwargs)
+        if name in self.idle:
+            return self._idle(name, path, args, kwargs)
         key = key_of(name, path, args, kwargs)
         if key not in self.memory:
             if name not in self.models and self.load_text is not None:
@@ -235,9 +273,20 @@ class Watched:
             kinds = (Tensor, int, float, str)
             self.memory[key] = map_leaves(output, lambda _, leaf: leaf if isinstance(leaf, kinds) else None)
         output = copy_tensors(self.memory[key])
+        if self.read is not None:
+            output = map_leaves(output, partial(self._note, self.read, key))
         if self.denoiser is None and path == "":  # any model may turn out to be the denoiser
             self._trace.calls.append(Call(name, len(self._trace.steps), bind(part, args, kwargs), output))
         return output
+
+    def _note(self, read: set[tuple[str, Path]], key: str, path: Path, leaf: Any) -> Any:
+        return noted(leaf, lambda: read.add((key, path))) if isinstance(leaf, Tensor) else leaf
+
+    def _idle(self, name: str, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return an output of the right shape, for which no weights are needed."""
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            output = self._bare[name].get_submodule(path)(*args, **kwargs)
+        return map_tensors(output, lambda old: torch.full(old.shape, self.idle_value, dtype=old.dtype))
 
     def _denoise(self, name: str, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         trace, answers, place = self._trace, self._answers, len(self._trace.calls)
@@ -264,7 +313,7 @@ class Watched:
         return (new, *out[1:]) if isinstance(out, tuple) else Output({**out, "prev_sample": new})
 
     def _set_timesteps(self, _: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        self._trace.mu = None if kwargs.get("mu") is None else float(kwargs["mu"])
+        self._trace.schedule = dict(inspect.signature(method).bind(*args, **kwargs).arguments)
         return method(*args, **kwargs)
 
     def _decode(self, vae: Any, latents: Tensor, *args: Any, **kwargs: Any) -> Any:

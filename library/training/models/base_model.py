@@ -65,6 +65,8 @@ def load_models(
     sharded = open_sharded(options.distributed, processes)
     models = load_frozen(options.network, formats.denoiser, arch, text.encoders, vae, compute, reader, sharded)
     arch.fit_to_sizes(models.denoiser, [dataset.resolution for dataset in data.config.datasets])
+    if data.sizes is not None:
+        arch.expect_sizes(sizes[0] for _, sizes in data.sizes.batch_shapes())
     return LoadedModels(models, text_plan.live, text.prompts, latents, text.store, text.concepts)
 
 
