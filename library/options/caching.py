@@ -35,7 +35,7 @@ class CachingOptions(Options, needs_images=True):
         affects_training=False,
         help="Folder for cached latents and text features, for the index of tar shards and Parquet files, and for what "
         "is read of images behind a URL, which need it. Unset keeps caches beside the images, and those of a folder "
-        "that cannot be written in --output_dir/cache.",
+        "that cannot be written in cache below --output_dir.",
     )
     shared_cache_dir: str | None = option(
         None,

@@ -29,5 +29,5 @@ class ConsoleOptions(Options, affects_training=False):
         False,
         own=True,
         help="Also print the error that ends the run as one line of JSON on standard error, for programs: the option, "
-        "the file and the cause. docs/events.md describes it.",
+        "the file and the cause, as events.md in docs describes.",
     )

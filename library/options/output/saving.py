@@ -126,7 +126,6 @@ class StateOptions(Options, affects_training=False):
     save_state_on_train_end: bool = option(False, help="Save the training state at the end only.")
     save_every_n_minutes: float | None = option(
         None,
-        usual=True,
         own=True,
         kind=number(above=0),
         help="Save the training state after every N minutes too, without a file to use. The newest two are kept until "

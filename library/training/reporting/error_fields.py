@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,24 @@ from library.launcher import launched_rank
 from library.options.config_file import read_toml
 from library.terminal import print_line
 from library.training.config_file import CONFIG_FLAG, SECRETS, config_path, flatten
-from library.training.reporting.events import ErrorFields
 
 HIDDEN = "***"
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "WANDB_API_KEY")
 CAUSES: Mapping[type[OSError], Cause] = {FileNotFoundError: "missing", PermissionError: "unreadable"}
+
+
+@dataclass(frozen=True)
+class ErrorFields:
+    """What a program needs of an error, as in library/errors.py; --errors_json prints the same."""
+
+    message: str
+    remedy: str | None = None
+    setting: str | None = None
+    others: Sequence[str] = ()
+    file: str | None = None
+    path: str | None = None
+    place: str | None = None
+    cause: Cause | None = None
 
 
 def describe_error(error: BaseException, values: Mapping[str, Any], paths: Collection[str]) -> ErrorFields:

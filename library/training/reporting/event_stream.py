@@ -17,11 +17,11 @@ from library.checkpoints.overwriting import FileKind, check_target, known_by_sta
 from library.errors import UserError
 from library.json_text import parse_json
 from library.progress import State
+from library.training.reporting.error_fields import ErrorFields
 from library.training.reporting.events import (
     End,
     EndCause,
     EndReason,
-    ErrorFields,
     Event,
     Plan,
     Planned,

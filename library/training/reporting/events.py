@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypedDict
 
-from library.errors import Cause
 from library.progress import State
+from library.training.reporting.error_fields import ErrorFields
 
 VERSION = 1
 
@@ -387,20 +387,6 @@ class Warned(Event):
     level: str
     logger: str
     text: str
-
-
-@dataclass(frozen=True)
-class ErrorFields:
-    """What a program needs of an error, as in library/errors.py; --errors_json prints the same."""
-
-    message: str
-    remedy: str | None = None
-    setting: str | None = None
-    others: Sequence[str] = ()
-    file: str | None = None
-    path: str | None = None
-    place: str | None = None
-    cause: Cause | None = None
 
 
 @dataclass(frozen=True)

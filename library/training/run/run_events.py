@@ -25,7 +25,7 @@ from library.training.failures.nonfinite import NonFiniteError
 from library.training.report_page.index import IndexWriter
 from library.training.report_page.writer import ReportWriter, earlier_record
 from library.training.reporting.console_lines import ImageCounts
-from library.training.reporting.error_fields import HIDDEN, describe_error, hide, list_secrets
+from library.training.reporting.error_fields import HIDDEN, ErrorFields, describe_error, hide, list_secrets
 from library.training.reporting.event_stream import (
     FLAG,
     Events,
@@ -35,7 +35,7 @@ from library.training.reporting.event_stream import (
     open_event_file,
     plain,
 )
-from library.training.reporting.events import ErrorFields, Plan, Start
+from library.training.reporting.events import Plan, Start
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import NonFiniteWeights
 from library.training.saving.names import Names

@@ -16,6 +16,7 @@ from library.errors import UserError
 from library.options.base import Options
 from library.options.caching import CachingOptions
 from library.options.config_file import ConfigFileOptions
+from library.options.kinds import BOOL
 from library.options.machine.compiling import CompileOptions
 from library.options.machine.distributed import DistributedOptions
 from library.options.machine.fit import FitOptions
@@ -246,7 +247,7 @@ def parse_value(kind: type[Options], name: str, text: str) -> Any:
     declared = kind.declarations()[name]
     if text.lower() == NONE and declared.default is None:
         return None
-    read = declared.kind.parse
+    read = read_switch if declared.kind is BOOL else declared.kind.parse
     try:
         value = [read(part) for part in split_words(text)] if declared.nargs else read(text)
     except (ValueError, ArgumentTypeError) as error:
@@ -257,15 +258,15 @@ def parse_value(kind: type[Options], name: str, text: str) -> Any:
     return value
 
 
-def split_words(text: str) -> list[str]:
-    """Split a list of values at its spaces, except for those in quotes."""
-    return shlex.split(text) if re.search("[\"']", text) else text.split()
-
-
 def read_switch(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise ValueError("it is true or false")
     return text.lower() == "true"
+
+
+def split_words(text: str) -> list[str]:
+    """Split a list of values at its spaces, except for those in quotes."""
+    return shlex.split(text) if re.search("[\"']", text) else text.split()
 
 
 def find_idle_words(options: Options, network: NetworkOptions, chosen: Mapping[str, str]) -> Iterator[str]:

@@ -16,8 +16,9 @@ import pytest
 
 from library.errors import Cause
 from library.options.train import TrainOptions
+from library.training.reporting.error_fields import ErrorFields
 from library.training.reporting.event_stream import Events, capture_warnings, open_event_file, plain
-from library.training.reporting.events import VERSION, ErrorFields, Event, Removed, Stage
+from library.training.reporting.events import VERSION, Event, Removed, Stage
 from library.training.run.run_events import hide_secrets, open_events
 from library.training.saving.names import Names
 from tests.running import ROOT

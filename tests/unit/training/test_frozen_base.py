@@ -39,7 +39,7 @@ def options(tiny: object, **values: object) -> TrainOptions:
 
 
 def check(options: TrainOptions, arch: Architecture) -> None:
-    check_base(options.precision, BaseFormats.load(options.precision), options.memory, arch)
+    check_base(options.precision, options.memory, arch)
 
 
 def test_nf4_without_bitsandbytes_names_the_package_to_install(

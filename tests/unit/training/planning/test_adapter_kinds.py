@@ -46,6 +46,6 @@ def test_adapters_of_every_kind_are_counted_on_one_device(
     convolutions = ["conv_dim=4"] if name == FAST and "oft" not in kind else []
     options = options.with_values({"network_module": kind, "network_args": convolutions})
     step = count_run(
-        RequestedRun.resolve([options], arch), BatchShape(*BASES[name].count_shape), torch.device("cpu")
+        RequestedRun.resolve(options, arch), BatchShape(*BASES[name].count_shape), torch.device("cpu")
     ).step
     assert step.gradient_bytes > 0 and step.optimizer.state >= 2 * step.gradient_bytes

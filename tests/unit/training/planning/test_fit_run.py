@@ -61,7 +61,7 @@ def test_the_longest_caption_is_that_of_the_data_set(subsets: list[Any], num_tok
 def test_captions_are_counted_as_long_as_the_data_set_has_them(name: str, is_shorter: bool, tmp_path: Path) -> None:
     """FLUX.1 pads captions to the maximum."""
     options, arch = opened_with(name, [*BASES[name].build(tmp_path), "--cache_latents", "--network_train_unet_only"])
-    run, shape = RequestedRun.resolve([options], arch), BatchShape(*BASES[name].count_shape)
+    run, shape = RequestedRun.resolve(options, arch), BatchShape(*BASES[name].count_shape)
     longest, short = (
         sum(segment.flops for segment in count_run(run, batch, torch.device("cpu")).step.timeline.plain.segments)
         for batch in (shape, replace(shape, num_tokens=3))
