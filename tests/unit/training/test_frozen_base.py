@@ -1,6 +1,5 @@
 """Impossible weight formats and offloading are refused before anything is read."""
 
-import importlib.util
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +9,7 @@ import psutil
 import pytest
 import torch
 
+from library import installed
 from library.architectures.flux.options import FluxOptions
 from library.architectures.sd.assembly import build
 from library.errors import UserError
@@ -47,8 +47,8 @@ def test_nf4_without_bitsandbytes_names_the_package_to_install(
 ) -> None:
     options_given = options(tiny_sd_folder, base_format="nf4_double")
     arch = build(options_given)
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    find = installed.find_spec
+    monkeypatch.setattr(installed, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
     with pytest.raises(UserError, match=r"--base_format nf4_double needs the library bitsandbytes.*--base_format int8"):
         check(options_given, arch)
     check(options(tiny_sd_folder, base_format="int8"), arch)
