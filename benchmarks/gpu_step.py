@@ -183,7 +183,7 @@ def our_step(subject: Subject, mode: Mode, device: torch.device, casts: bool) ->
     network = lora.create_network(1.0, RANK, RANK, None, [], seen)
     network.apply_to([], seen, False, True)
     network.to(device)
-    cast_factors_of([adopt(network)], subject.stacks(model))
+    cast_factors_of(adopt(network), subject.stacks(model))
     values, named = tree_map_only(Tensor, lambda tensor: tensor.to(device), subject.values())
     run = step_of(lambda: model(*values, **named), list(network.parameters()), device, casts)
     return run, sum(p.numel() for p in network.parameters())

@@ -24,14 +24,14 @@ def metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata())
 
 
-def test_a_plain_run_writes_these_93_keys(
+def test_a_plain_run_writes_these_94_keys(
     train: Train, base_arguments: list[str], tmp_path: Path, tiny_sd_file: Path
 ) -> None:
     done = train([*base_arguments, "--pretrained_model_name_or_path", str(tiny_sd_file), "--network_alpha", "2"])
     assert done.status == 0, done.stderr
     actual = metadata(tmp_path / "out" / "mine.safetensors")
     assert set(actual) == {*ALWAYS, *FOLDER_ONLY}
-    assert len(actual) == 93
+    assert len(actual) == 94
     assert actual["ss_network_alpha"] == "2.0" and actual["ss_network_dim"] == "4"
     assert actual["ss_base_model_version"] == "sd_v1" and actual["ss_v2"] == "False"
     assert actual["modelspec.architecture"] == "stable-diffusion-v1/lora"

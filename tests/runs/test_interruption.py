@@ -1,7 +1,6 @@
 """Signals before the first step, also while the main thread waits inside torch for other processes."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -142,5 +141,4 @@ def test_ctrl_c_in_the_readme_command_saves_adapter_and_state_and_says_how_to_co
     (adapter,) = (tmp_path / "output" / "mine").glob("mine-step*.safetensors")
     assert len(load_file(adapter)) == 420
     assert (adapter.with_name(f"{adapter.stem}-state") / "train_state.json").is_file()
-    (continuing,) = re.findall("^To continue: python3 (.*)$", log, re.MULTILINE)
-    assert continuing.endswith("mine.toml --autoresume")
+    assert "To continue, give the same command again" in log

@@ -255,7 +255,7 @@ def test_a_nan_gradient_after_a_finite_loss_is_traced(
 
     def prepare(*arguments: Any) -> Any:
         prepared = honest(*arguments)
-        block = prepared[0].run.context.models.denoiser.up_blocks[0].resnets[0]
+        block = prepared.run.context.models.denoiser.up_blocks[0].resnets[0]
         block.register_forward_pre_hook(lambda module, inputs: (Poisoned.apply(inputs[0]), *inputs[1:]))
         return prepared
 

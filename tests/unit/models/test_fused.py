@@ -266,9 +266,10 @@ def test_a_compiler_that_fails_its_trial_is_named_once_and_not_used(
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiling")
 def test_a_trial_compiles_both_directions_and_says_what_it_took(caplog: pytest.LogCaptureFixture) -> None:
+    known = num_graphs()
     with caplog.at_level(logging.INFO, fused.__name__), FakeTensorMode():  # as while a plan is counted
         assert try_compiler(CPU) is None
-    assert num_graphs() == 2
+    assert num_graphs() == known + 2
     assert re.search(r"a trial took \d+\.\d s, (from the compiler's cache|not cached yet)", caplog.text)
 
 
