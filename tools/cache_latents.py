@@ -125,10 +125,10 @@ def caching_command(
 
     def main(argv: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else list(argv)
-        flags = [word for word in words if word.removeprefix("--") in ("sdxl", "flux", *list_families())]
-        if len(set(flags)) == 1 and flags[0] not in ("--sdxl", "--flux"):
-            script = CachingScript(flags[0].removeprefix("--"))
-            return cache_family(script, [word for word in words if word not in flags])
+        families = {f"--{name}": name for name in list_families()}
+        flags = {word for word in words if word in ("--sdxl", "--flux", *families)}
+        if len(flags) == 1 and (family := families.get(*flags)) is not None:
+            return cache_family(CachingScript(family), [word for word in words if word not in flags])
         command_line = check_words(setup_parser(), check, argv)
         command_line.start_log()
         from library.training.command_line.caching import run_caching

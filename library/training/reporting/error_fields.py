@@ -1,4 +1,4 @@
-"""What a program is told of the error that ended a run, by the last event and by --errors_json."""
+"""The fields of the error that ended a run, for the last event and the line of --errors_json."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ CAUSES: Mapping[type[OSError], Cause] = {FileNotFoundError: "missing", Permissio
 
 @dataclass(frozen=True)
 class ErrorFields:
-    """What a program needs of an error, as in library/errors.py; --errors_json prints the same."""
+    """The fields of a `UserError` as programs get them, by the last event and by --errors_json."""
 
     message: str
     remedy: str | None = None
