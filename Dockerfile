@@ -14,11 +14,11 @@ RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev &
 WORKDIR /app
 ARG TORCH_INDEX
 COPY requirements.txt requirements.lock ./
-COPY library/lock_file.py library/
+COPY library/environment/lock_file.py library/
 # Before all else: builds after a change of the sources reuse these layers.
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url $TORCH_INDEX} "$(grep ^torch requirements.txt)"
 # The other packages as tested, checked by their hashes.
-RUN python -c "from library.lock_file import *; print(format_entries(open('requirements.lock').read(), False, True))" > /tmp/beside-torch.lock && pip install --no-cache-dir --require-hashes --no-deps -r /tmp/beside-torch.lock
+RUN python -c "from library.environment.lock_file import *; print(format_entries(open('requirements.lock').read(), False, True))" > /tmp/beside-torch.lock && pip install --no-cache-dir --require-hashes --no-deps -r /tmp/beside-torch.lock
 # Any user may write there, so that --user gives the files to whoever starts the container.
 RUN install -d -m 1777 /output /hub
 ENV HF_HOME=/hub HOME=/tmp

@@ -3,7 +3,7 @@
 import argparse
 
 from library import train_util as train_util
-from library.training_script import TrainingScript
+from library.training.command_line.training_script import TrainingScript
 
 SCRIPT = TrainingScript("anima")
 setup_parser = SCRIPT.setup_parser

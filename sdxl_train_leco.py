@@ -7,11 +7,11 @@ from typing import Any
 from library import train_util as train_util
 from library.architectures.scripts import OtherScripts
 from library.architectures.sdxl.options import SdxlOptions
-from library.collector import freeze_imports
-from library.launcher import prepare_for_torch
+from library.base.collector import freeze_imports
+from library.base.launcher import prepare_for_torch
 from library.options.leco import leco_options
 from library.training.command_line.cli import build_parser_of_prompts, check_training, check_words
-from library.training_script import find_build
+from library.training.command_line.training_script import find_build
 
 
 def setup_parser() -> argparse.ArgumentParser:

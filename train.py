@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from library.launcher import prepare_for_torch
+from library.base.launcher import prepare_for_torch
 
 EXAMPLES = """\
   python3 train.py pictures/my_cat --base path/to/sd_xl_base_1.0.safetensors --trigger "mycat, a cat"
@@ -14,7 +14,7 @@ EXAMPLES = """\
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    from tools.command import make_parser
+    from library.commands.command import make_parser
 
     parser = make_parser(__doc__, EXAMPLES)
     add_options(parser)
@@ -40,9 +40,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan, ask and train. Return the exit status."""
-    from tools.exit_status import act
-    from tools.front_door.command_line import read_command_line
-    from tools.front_door.session import train_photos
+    from library.commands.exit_status import act
+    from library.train_photos.command_line import read_command_line
+    from library.train_photos.session import train_photos
 
     return act(lambda: train_photos(*read_command_line(add_options, setup_parser(), argv)))
 

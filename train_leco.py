@@ -5,8 +5,8 @@ from functools import partial
 
 from library import train_util as train_util
 from library.architectures.scripts import OtherScripts, list_scripts
-from library.collector import freeze_imports
-from library.launcher import prepare_for_torch
+from library.base.collector import freeze_imports
+from library.base.launcher import prepare_for_torch
 from library.options.leco import LecoOptions, leco_options
 from library.options.model import BASE_FLAG
 from library.training.command_line.cli import build_parser, build_parser_of_prompts

@@ -94,7 +94,7 @@ def prepare_words(words: Sequence[str]) -> Any:
     import train_network
     from library.architectures.sd.assembly import build
     from library.options.train import TrainOptions
-    from library.processes import from_accelerator
+    from library.processes.process_group import from_accelerator
     from library.training.command_line.cli import parse
     from library.training.models import opening
     from library.training.models.requests import RequestedRun

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.results_page import PAGE, put_into  # noqa: E402
-from library.formatting import format_gib  # noqa: E402
+from library.base.formatting import format_gib  # noqa: E402
+from library.commands.counted_plan import count  # noqa: E402
 from library.memory.planner.choice import Allowed  # noqa: E402
 from library.memory.planner.gpus import LINUX, TYPICAL, Gpu, parse_cards  # noqa: E402
 from library.memory.planner.known import FILE, KnownFormat, KnownMode, KnownModel, load_models, plan  # noqa: E402
@@ -32,7 +33,6 @@ from library.options.config_file import read_toml  # noqa: E402
 from library.training.command_line.recipes import FOLDER, list_recipes  # noqa: E402
 from library.training.planning.settings import describe  # noqa: E402
 from tests.contracts.header_only import FULL_SIZE, FullSize  # noqa: E402
-from tools.counted_plan import count  # noqa: E402
 from tools.plan_memory import SYSTEM_BYTES  # noqa: E402
 
 CARDS = ("8GB", "12GB", "16GB", "24GB")

@@ -6,8 +6,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.commands.command import command
 from tools import merge_flux_lora
-from tools.command import command
 
 merge, setup_parser = merge_flux_lora.merge_as_sd_scripts, merge_flux_lora.setup_parser
 main = command(setup_parser, merge)

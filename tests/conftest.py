@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from library.collector import keep_imported
+from library.base.collector import keep_imported
 from tests.running import base_arguments, fresh_process, images, launch, train  # noqa: F401
 
 SLOW_FOLDERS = ("made_up", "parity", "runs")

@@ -20,8 +20,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from library.base.collector import keep_imported
 from library.checkpoints.base_model_spec import BaseModelSpec
-from library.collector import keep_imported
 from tests.running import ROOT
 
 FRONT_DOOR = "train"  # train.py, which calls the scripts

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from library.collector import keep_imported
+from library.base.collector import keep_imported
 from tests.killing import import_all, run_module
 
 MOST_SECONDS = 120  # of one run

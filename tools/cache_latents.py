@@ -20,10 +20,10 @@ from library import train_util as train_util
 from library.architectures.flux.options import FluxOptions
 from library.architectures.scripts import list_scripts, script_of
 from library.architectures.sdxl.options import SdxlOptions
-from library.caching_script import CachingScript, check_caching
-from library.errors import UserError
+from library.base.errors import UserError
 from library.options.dit import DitTrainOptions
 from library.options.train import TrainOptions
+from library.training.command_line.caching_script import CachingScript, check_caching
 from library.training.command_line.cli import add_missing, build_parser, check_words, from_program
 from library.training.command_line.option_checks import check_data
 

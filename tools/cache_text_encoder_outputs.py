@@ -12,8 +12,8 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library import train_util as train_util
-from library.caching_script import CachingScript
-from library.errors import UserError
+from library.base.errors import UserError
+from library.training.command_line.caching_script import CachingScript
 from tools.cache_latents import caching_command, read_options, setup_parser
 
 __all__ = ["cache_to_disk", "main", "setup_parser", "train_util"]

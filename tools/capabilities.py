@@ -16,26 +16,26 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.architectures.scripts import BY_PROMPTS, ROOT
 from library.architectures.specs import list_specs
+from library.base.errors import UserError
+from library.base.suggestions import nearest_name
+from library.base.terminal import print_json, print_line
+from library.base.version import NAME, VERSION
+from library.commands.command import command, make_parser
 from library.data.concepts.prompts_file import PAIR_KEYS, SLIDER_KEYS
 from library.data.description.schema import ALL_KEYS
-from library.errors import UserError
 from library.options.base import Options, is_group
 from library.options.declared import Declared, list_declared
 from library.options.kinds import Range, int_or_float
 from library.options.leco import LecoOptions, list_ignored_by_leco
 from library.options.machine.base_formats import BASE_FORMATS
 from library.options.training.optimizer import ScheduleOptions
-from library.suggestions import nearest_name
-from library.terminal import print_json, print_line
 from library.training.command_line.recipes import list_recipes
 from library.training.optimization.lr_schedules import arguments_by_name
 from library.training.optimization.optimizers import KNOWN
-from library.version import NAME, VERSION
 from networks.core.arguments.common import COMMON
 from networks.core.changes.dora import DoraArguments
 from networks.core.registry.adapter_kind import AdapterKind
 from networks.core.registry.layouts import list_kinds
-from tools.command import command, make_parser
 
 SCRIPTS = ("*train_network.py", "*train_leco.py")
 CACHING = "src/musubi_tuner/*_cache_*.py"

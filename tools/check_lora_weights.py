@@ -21,15 +21,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from library.architectures.specs import list_specs
+from library.base.errors import UserError
+from library.base.terminal import print_json, print_line
 from library.checkpoints.base_model import BaseModel
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.compatibility import Reading, describe, problems, readings
 from library.checkpoints.files import file_in_folder, load_state_dict, read_metadata
 from library.checkpoints.recognition import recognise_adapter
 from library.checkpoints.relative_change import format_change, relative_norm
-from library.errors import UserError
+from library.commands.base_models import open_base_model
+from library.commands.command import add_file, command, make_parser
 from library.models.identify import find_spec
-from library.terminal import print_json, print_line
 from networks.core.changes.parameter_keys import ALPHA
 from networks.core.files.adapter_file import (
     PeftSettings,
@@ -50,8 +52,6 @@ from networks.core.files.inspection import (
 )
 from networks.core.files.module_weights import ModuleWeights, value_problems
 from networks.core.files.renaming import list_some_keys
-from tools.base_models import open_base_model
-from tools.command import add_file, command, make_parser
 
 EXAMPLES = """\
   python3 tools/check_lora_weights.py --model my_cat.safetensors

@@ -14,14 +14,16 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 import torch
 
+from library.base.errors import UserError
+from library.base.terminal import print_line
 from library.checkpoints.files import display_path, read_metadata
-from library.errors import UserError
+from library.commands.command import make_training_parser, training_command
+from library.commands.counted_plan import read_training_options
 from library.options.output.preview import PreviewOptions
 from library.options.output.reports import ReportOptions
 from library.options.output.saving import SavingOptions
 from library.options.training.validation import ValidationOptions
 from library.protocols import Architecture
-from library.terminal import print_line
 from library.training.command_line.checks import check_precision
 from library.training.command_line.option_checks import check_values
 from library.training.evaluation.choice import average_by_image
@@ -51,9 +53,7 @@ from library.training.saving.names import Names
 from library.training.saving.run_lock import run_lock
 from library.training.saving.saved_files import drop_copies, read_num_steps
 from library.types import Prompt
-from tools.command import make_training_parser, training_command
 from tools.contact_sheet import add_seeds, choose_files, expand_columns, find_device
-from tools.counted_plan import read_training_options
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.base.terminal import print_line
+from library.commands.command import command, make_parser
 from library.data.sources.folders.metadata_file import read_table
-from library.terminal import print_line
 from tools.captions_to_metadata import check_name, write_table
-from tools.command import command, make_parser
 
 logger = logging.getLogger(__name__)
 

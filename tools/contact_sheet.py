@@ -18,10 +18,12 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 import torch
 from PIL import Image
 
+from library.base.errors import UserError
 from library.checkpoints.files import display_path, file_in_folder
 from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import check_target
-from library.errors import UserError
+from library.commands.command import check_at_least_one, make_training_parser, training_command, written_by
+from library.commands.counted_plan import read_training_options
 from library.options.output.saving import SavingOptions
 from library.options.training.run import MAX_SEED
 from library.protocols import LatentSpec
@@ -42,8 +44,6 @@ from library.training.saving.names import Names
 from library.training.saving.run_lock import run_lock
 from library.training.saving.saved_files import drop_copies, files_of_run
 from library.types import Prompt
-from tools.command import check_at_least_one, make_training_parser, training_command, written_by
-from tools.counted_plan import read_training_options
 
 logger = logging.getLogger(__name__)
 

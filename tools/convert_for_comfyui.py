@@ -8,11 +8,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from library.base.errors import UserError
+from library.base.terminal import print_line
 from library.checkpoints.adapter_names import FileNaming
-from library.errors import UserError
-from library.terminal import print_line
-from tools import command as tool
-from tools.adapter_files import read_adapter, spec_for_file
+from library.commands import command as tool
+from library.commands.adapter_files import read_adapter, spec_for_file
 from tools.convert_lora import WRITER, convert
 
 NAMINGS: dict[str, FileNaming] = {"sd-scripts": "kohya", "ai-toolkit": "diffusers"}

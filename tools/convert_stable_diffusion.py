@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 from library.architectures.sd import layouts
 from library.architectures.sd.load import TITLES, single_file_parts
+from library.base.errors import UserError
+from library.base.terminal import print_line
 from library.checkpoints import model_lookup
 from library.checkpoints.files import (
     holds_safetensors,
@@ -35,14 +37,12 @@ from library.checkpoints.files import (
 from library.checkpoints.folders import atomic_folder
 from library.checkpoints.marks import mark_folder, mark_of
 from library.checkpoints.weights import Weights
-from library.errors import UserError
+from library.commands.base_models import find_base
+from library.commands.command import SUFFIXES, check_output, check_output_folder, command, make_parser, parse_dtype
 from library.memory.devices import SAVE_DTYPES
 from library.models.clip.clip import clip_of_folder
 from library.models.loading import Component
 from library.models.vae.vae import vae_of_checkpoint, vae_of_folder
-from library.terminal import print_line
-from tools.base_models import find_base
-from tools.command import SUFFIXES, check_output, check_output_folder, command, make_parser, parse_dtype
 
 logger = logging.getLogger(__name__)
 

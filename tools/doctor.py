@@ -19,12 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-NEEDS_PACKAGES = False  # read by library/requirements.py
+NEEDS_PACKAGES = False  # read by library/environment/requirements.py
 ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(ROOT))
 
-from library.installed import (  # noqa: E402
+from library.base.terminal import print_line  # noqa: E402
+from library.base.version import add_version  # noqa: E402
+from library.environment.installed import (  # noqa: E402
     GET_TORCH,
     architecture_of,
     explain_missing_kernels,
@@ -34,11 +36,9 @@ from library.installed import (  # noqa: E402
     list_nvidia_gpus,
     version_of,
 )
-from library.requirements import package_of, python_problem, suggest_python  # noqa: E402
-from library.terminal import print_line  # noqa: E402
-from library.torch_builds import list_compiler_needs  # noqa: E402
-from library.version import add_version  # noqa: E402
-from tools.front_ends.journal import FrontEndError, Place, compare_with_journal, read_journal  # noqa: E402
+from library.environment.requirements import package_of, python_problem, suggest_python  # noqa: E402
+from library.environment.torch_builds import list_compiler_needs  # noqa: E402
+from library.front_ends.journal import FrontEndError, Place, compare_with_journal, read_journal  # noqa: E402
 
 GIB = 2**30
 LEAST_FREE_GIB = 8  # main memory, through which checkpoints are loaded

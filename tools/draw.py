@@ -19,9 +19,12 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from PIL import Image
 
+from library.base.errors import UserError
 from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import FileKind, check_target, judge, marked
-from library.errors import UserError
+from library.commands.base_models import find_base
+from library.commands.command import make_training_parser, training_command
+from library.commands.counted_plan import read_training_options
 from library.training.command_line.checks import check_precision
 from library.training.command_line.option_checks import check_values
 from library.training.evaluation.prompts import (
@@ -39,10 +42,7 @@ from library.training.offline.adapter_files import Stack
 from library.training.offline.contact_sheet import Row, arrange, draw_rows
 from library.training.reporting.sample_images import Drawn, write_image
 from library.types import Prompt
-from tools.base_models import find_base
-from tools.command import make_training_parser, training_command
 from tools.contact_sheet import find_device, parse_seed
-from tools.counted_plan import read_training_options
 
 logger = logging.getLogger(__name__)
 

@@ -21,16 +21,16 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 import torch
 from tqdm import tqdm
 
+from library.base.errors import UserError
+from library.base.json_text import parse_json
+from library.base.terminal import print_line
 from library.checkpoints.files import atomic_path
 from library.checkpoints.marks import mark_of
-from library.errors import UserError
-from library.json_text import parse_json
-from library.terminal import print_line
+from library.commands.command import add_options, check_extension, check_output, command, make_parser, with_comment
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, require_layouts, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora, norm
 from networks.core.kinds.dylora import resolve_nested_rank
-from tools.command import add_options, check_extension, check_output, command, make_parser, with_comment
 
 WRITER = "tools/extract_lora_from_dylora.py"
 EXAMPLES = """\

@@ -22,16 +22,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from library.base.errors import UserError
 from library.checkpoints.base_model import BaseModel
-from library.errors import UserError
-from library.memory.devices import SAVE_DTYPES
-from networks.core.changes.svd import best_factors, clamp_factors
-from networks.core.files.module_weights import ModuleWeights
-from networks.core.kinds import lora
-from networks.core.targets.targets import TargetModule
-from tools.adapter_files import write_lora
-from tools.base_models import find_adapter_targets, open_base_model, spec_for
-from tools.command import (
+from library.commands.adapter_files import write_lora
+from library.commands.base_models import find_adapter_targets, open_base_model, spec_for
+from library.commands.command import (
     add_options,
     check_at_least_one,
     check_finite,
@@ -41,6 +36,11 @@ from tools.command import (
     parse_dtype,
     resolve_device,
 )
+from library.memory.devices import SAVE_DTYPES
+from networks.core.changes.svd import best_factors, clamp_factors
+from networks.core.files.module_weights import ModuleWeights
+from networks.core.kinds import lora
+from networks.core.targets.targets import TargetModule
 
 logger = logging.getLogger(__name__)
 

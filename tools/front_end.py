@@ -13,14 +13,14 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    NEEDS_PACKAGES = False  # read by library/requirements.py
+    NEEDS_PACKAGES = False  # read by library/environment/requirements.py
 
-from library.terminal import EscapedTexts, print_error, print_line
-from library.version import VERSION, add_version
-from tools.front_ends.journal import FrontEndError, compare_with_journal, read_journal
-from tools.front_ends.layouts import FOLDERS, MUSUBI_FOLDERS, ROOT, Layout, find_layouts
-from tools.front_ends.place import install, restore
-from tools.front_ends.submodule import NONE, find_submodule, read_update
+from library.base.terminal import EscapedTexts, print_error, print_line
+from library.base.version import VERSION, add_version
+from library.front_ends.journal import FrontEndError, compare_with_journal, read_journal
+from library.front_ends.layouts import FOLDERS, MUSUBI_FOLDERS, ROOT, Layout, find_layouts
+from library.front_ends.place import install, restore
+from library.front_ends.submodule import NONE, find_submodule, read_update
 
 logger = logging.getLogger(__name__)
 

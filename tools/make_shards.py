@@ -23,10 +23,15 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 import toml
 
+from library.base.errors import NoDataFound, UserError
+from library.base.progress import Bar, progress_bar
+from library.base.terminal import print_line
 from library.checkpoints.files import atomic_path, remove_temporary
 from library.checkpoints.hashes import digest_of_file
 from library.checkpoints.marks import MARK_FIELD, mark_of, read_mark, seal_text
 from library.checkpoints.overwriting import FileKind, check_target, judge, known_by_start, sealed
+from library.commands.command import make_training_parser, training_command
+from library.commands.counted_plan import read_training_options, spec_of_script
 from library.data.decoding.images import open_image
 from library.data.description.dataset_file import load_dataset_config, read_description
 from library.data.description.image_extensions import image_extensions
@@ -39,14 +44,9 @@ from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.indexed.parquet_files import pyarrow_parquet
 from library.data.sources.storage.source import load_source
 from library.data.sources.storage.storage import Storage
-from library.errors import NoDataFound, UserError
 from library.options.train import TrainOptions
-from library.progress import Bar, progress_bar
-from library.terminal import print_line
 from library.training.command_line.caching import cache_captions, cache_images
 from library.training.command_line.option_checks import check_data
-from tools.command import make_training_parser, training_command
-from tools.counted_plan import read_training_options, spec_of_script
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from library.base.errors import UserError
 from library.checkpoints.adapter_keys import recognise_naming
 from library.checkpoints.adapter_names import BaseNames
 from library.checkpoints.base_model import BaseModel
-from library.errors import UserError
+from library.commands.adapter_files import names_in, spec_for_file
+from library.commands.command import parse_dtype, resolve_device
 from library.memory.devices import SAVE_DTYPES
 from networks.core.changes.svd import balance, best_factors, concatenate, svd_of_product
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts
@@ -29,8 +31,6 @@ from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename
 from networks.core.kinds import full, lora, norm
 from networks.core.registry.layouts import PIECES
-from tools.adapter_files import names_in, spec_for_file
-from tools.command import parse_dtype, resolve_device
 
 logger = logging.getLogger(__name__)
 

@@ -15,14 +15,14 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.architectures.flux.merging import open_clip_l, open_t5xxl
+from library.base.errors import UserError
+from library.base.terminal import print_line
 from library.checkpoints.base_model import BaseModel
-from library.errors import UserError
-from library.terminal import print_line
+from library.commands.adapter_files import names_in, read_adapter
+from library.commands.base_models import open_base_model
+from library.commands.command import check_output, command
 from networks.core.files.adapter_file import AdapterFile
 from tools import merge_lora
-from tools.adapter_files import names_in, read_adapter
-from tools.base_models import open_base_model
-from tools.command import check_output, command
 from tools.merge_adapters import Arithmetic, Strengths, Weighted, keep_ratios, rename_to_kohya, square_strengths
 from tools.merge_lora import merge_into_checkpoint
 

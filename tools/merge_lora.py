@@ -27,23 +27,19 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from torch import Tensor
 from tqdm import tqdm
 
+from library.base.errors import UserError
+from library.base.randomness import generator_for
+from library.base.terminal import print_line
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_keys import is_of_text_encoder
 from library.checkpoints.base_model import BaseModel, WeightFile
 from library.checkpoints.files import is_safetensors, read_metadata, save_pickle_state_dict, save_safetensors
 from library.checkpoints.folders import atomic_folder
 from library.checkpoints.marks import mark_folder, mark_of
-from library.errors import UserError
-from library.randomness import generator_for
-from library.terminal import print_line
-from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts
-from networks.core.files.module_weights import ModuleWeights, make_name_error
-from networks.core.files.renaming import rename
-from networks.core.kinds import norm
-from tools import block_weights
-from tools.adapter_files import names_in, read_adapter, spec_for_file, write_lora
-from tools.base_models import open_base_model, spec_for
-from tools.command import (
+from library.commands import block_weights
+from library.commands.adapter_files import names_in, read_adapter, spec_for_file, write_lora
+from library.commands.base_models import open_base_model, spec_for
+from library.commands.command import (
     add_options,
     check_at_least_one,
     check_output,
@@ -53,6 +49,10 @@ from tools.command import (
     make_parser,
     resolve_ratios,
 )
+from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts
+from networks.core.files.module_weights import ModuleWeights, make_name_error
+from networks.core.files.renaming import rename
+from networks.core.kinds import norm
 from tools.merge_adapters import (
     Arithmetic,
     Joining,

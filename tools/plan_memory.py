@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-NEEDS_PACKAGES = False  # read by library/requirements.py
+NEEDS_PACKAGES = False  # read by library/environment/requirements.py
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.errors import UserError  # noqa: E402
-from library.formatting import columns  # noqa: E402
+from library.base.errors import UserError  # noqa: E402
+from library.base.formatting import columns  # noqa: E402
+from library.base.terminal import print_error, print_line  # noqa: E402
+from library.base.version import add_version  # noqa: E402
+from library.environment.requirements import describe_missing, list_missing  # noqa: E402
 from library.memory.planner.gpus import GIB, SYSTEMS, Gpu, find_system, parse_cards, parse_size  # noqa: E402
 from library.memory.planner.known import load_models, plan, rows  # noqa: E402
-from library.requirements import describe_missing, list_missing  # noqa: E402
-from library.terminal import print_error, print_line  # noqa: E402
-from library.version import add_version  # noqa: E402
 
 SYSTEM_BYTES = 6 * GIB  # of main memory: a desktop, and Python with the libraries [derived]
 EXAMPLES = """\
@@ -84,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print_error(error)
         return 1
-    from tools.counted_plan import plan as plan_counted
-    from tools.exit_status import act
+    from library.commands.counted_plan import plan as plan_counted
+    from library.commands.exit_status import act
 
     return act(lambda: plan_counted(args.script, training, gpus, args.system))
 

@@ -13,16 +13,16 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.base.errors import UserError
+from library.base.terminal import print_line
+from library.commands.base_models import find_base
+from library.commands.command import command, make_parser
 from library.data.description.buckets import Size
 from library.data.sources.folders.metadata_file import parse_entries, read_table
 from library.data.sources.folders.metadata_listing import find_image
-from library.errors import UserError
 from library.memory.devices import DTYPES
-from library.terminal import print_line
-from tools.base_models import find_base
 from tools.cache_latents import cache_images
 from tools.captions_to_metadata import check_name, check_table, list_images, write_table
-from tools.command import command, make_parser
 
 logger = logging.getLogger(__name__)
 

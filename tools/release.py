@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-NEEDS_PACKAGES = False  # read by library/requirements.py
+NEEDS_PACKAGES = False  # read by library/environment/requirements.py
 ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(ROOT))
 
-from library.errors import UserError  # noqa: E402
-from library.terminal import print_error, print_line  # noqa: E402
-from library.version import NAME, VERSION, add_version  # noqa: E402
+from library.base.errors import UserError  # noqa: E402
+from library.base.terminal import print_error, print_line  # noqa: E402
+from library.base.version import NAME, VERSION, add_version  # noqa: E402
 
 FORMATS = ("tar.gz", "zip")
 SUMS = "SHA256SUMS"

@@ -11,13 +11,13 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.base.errors import UserError
 from library.checkpoints.overwriting import FileKind, check_target
-from library.errors import UserError
+from library.commands.command import command, make_parser
 from library.training.report_page.live import ReportServer
 from library.training.report_page.page import report_kind
 from library.training.report_page.record import Record
 from library.training.report_page.writer import build_report, read_events, read_report, write_page
-from tools.command import command, make_parser
 
 EXAMPLES = """\
   python3 tools/report.py output/events.jsonl --output output/my_cat-report.html

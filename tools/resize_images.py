@@ -24,15 +24,15 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from PIL import Image
 from tqdm import tqdm
 
+from library.base.errors import UserError
+from library.base.terminal import print_line
 from library.checkpoints.files import copy_atomically
 from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import FileKind, check_target, marked
+from library.commands.command import check_at_least_one, command, make_parser
 from library.data.decoding.images import Pixels, read_pixels, resize
 from library.data.description.buckets import Size
 from library.data.description.image_extensions import describe_unread, image_extensions
-from library.errors import UserError
-from library.terminal import print_line
-from tools.command import check_at_least_one, command, make_parser
 
 DEFAULT_RESOLUTIONS = "512x512,384x384,256x256,128x128"
 FILTERS = {name: name for name in ("area", "cubic", "nearest", "linear", "box")} | {"lanczos4": "lanczos"}

@@ -21,9 +21,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from library.errors import UserError
-from library.randomness import generator_for
-from library.terminal import print_line
+from library.base.errors import UserError
+from library.base.randomness import generator_for
+from library.base.terminal import print_line
+from library.commands.adapter_files import write_adapter
+from library.commands.command import (
+    add_options,
+    check_at_least_one,
+    check_output,
+    command,
+    complete_options,
+    make_parser,
+    parse_dtype,
+    resolve_device,
+    with_comment,
+)
 from networks.core.changes.svd import (
     MIN_SINGULAR_VALUE,
     balance,
@@ -36,18 +48,6 @@ from networks.core.changes.svd import (
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, read_adapter_file, require_layouts
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora, norm
-from tools.adapter_files import write_adapter
-from tools.command import (
-    add_options,
-    check_at_least_one,
-    check_output,
-    command,
-    complete_options,
-    make_parser,
-    parse_dtype,
-    resolve_device,
-    with_comment,
-)
 
 logger = logging.getLogger(__name__)
 

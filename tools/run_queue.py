@@ -14,18 +14,18 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     import library  # noqa: F401  # checks the packages before they are imported
 
 from library.architectures.scripts import BY_PROMPTS, OtherScripts, Script, list_scripts
-from library.errors import UserError
+from library.base.errors import UserError
+from library.base.terminal import print_line
+from library.base.version import add_version
+from library.commands.exit_status import act
 from library.options.leco import LecoOptions, leco_options
 from library.options.train import TrainOptions
-from library.terminal import print_line
 from library.training.command_line.cli import build_parser, build_parser_of_prompts
 from library.training.run_queue.adding import make_job
 from library.training.run_queue.folder import Queue
 from library.training.run_queue.progress import format_queue
 from library.training.run_queue.runner import run_queue
 from library.training.run_queue.stopping import remove_job, stop_queue
-from library.version import add_version
-from tools.exit_status import act
 from tools.start import split_at_dashes
 
 FOLDER = Path("output") / "queue"

@@ -20,17 +20,17 @@ import time
 from collections import deque
 from pathlib import Path
 
-NEEDS_PACKAGES = False  # read by library/requirements.py
+NEEDS_PACKAGES = False  # read by library/environment/requirements.py
 ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(ROOT))
 
-from library import torch_builds  # noqa: E402
-from library.lock_file import format_entries  # noqa: E402
-from library.package_sources import Source, chooses_packages, uv_options  # noqa: E402
-from library.requirements import python_path, python_problem, suggest_python  # noqa: E402
-from library.terminal import print_error, print_line  # noqa: E402
-from library.version import add_version  # noqa: E402
+from library.base.terminal import print_error, print_line  # noqa: E402
+from library.base.version import add_version  # noqa: E402
+from library.environment import torch_builds  # noqa: E402
+from library.environment.lock_file import format_entries  # noqa: E402
+from library.environment.package_sources import Source, chooses_packages, uv_options  # noqa: E402
+from library.environment.requirements import python_path, python_problem, suggest_python  # noqa: E402
 
 REQUIREMENTS, TESTED, FOR_TESTS = "requirements.txt", "requirements.lock", "requirements-dev.txt"
 RUN_REQUIREMENTS = (TESTED,)

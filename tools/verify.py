@@ -28,10 +28,14 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 import torch
 from torch import Tensor, nn
 
+from library.base.errors import UserError
+from library.base.formatting import format_gib
+from library.base.temporary_folders import delete_abandoned_folders, make_temporary_folder
+from library.base.terminal import print_line
 from library.checkpoints.base_model_spec import BaseModelSpec
-from library.errors import UserError
-from library.formatting import format_gib
-from library.installed import version_of
+from library.commands.command import make_training_parser, training_command
+from library.commands.counted_plan import count, read_training_options
+from library.environment.installed import version_of
 from library.memory.devices import DTYPES
 from library.memory.planner.measured import benchmark_gpu
 from library.memory.planner.prediction import MemoryMode, predict
@@ -46,15 +50,11 @@ from library.options.output.trackers import TrackerOptions
 from library.options.train import TrainOptions
 from library.options.training.flow import TimestepPreviewOptions
 from library.options.training.validation import ValidationOptions
-from library.temporary_folders import delete_abandoned_folders, make_temporary_folder
-from library.terminal import print_line
 from library.training.command_line.cli import to_toml_value
 from library.training.config_file import SECRETS, write_config
 from library.training.models.preflight import mute_logging
 from library.training.planning.settings import describe, resolve_memory_mode
 from networks.core.protocol import OURS
-from tools.command import make_training_parser, training_command
-from tools.counted_plan import count, read_training_options
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_STEPS, RESUMED_AT = 20, 10

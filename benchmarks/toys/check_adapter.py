@@ -21,8 +21,8 @@ import numpy as np
 from torch import Tensor
 
 from library.checkpoints.files import load_state_dict
+from library.commands.command import command, make_parser
 from library.training.evaluation.strength_response import rank_correlation
-from tools.command import command, make_parser
 from tools.contact_sheet import parse_numbers
 from tools.quickstart.sampling import Prompt, load_pipeline, merge_lora, sample
 from tools.quickstart.toy_world import (

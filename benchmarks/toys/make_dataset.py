@@ -18,7 +18,7 @@ from PIL import Image
 
 from benchmarks.toys.toy_files import check_scene, save_scene, text_kind, write_text
 from library.checkpoints.overwriting import check_target
-from tools.command import command, make_parser
+from library.commands.command import command, make_parser
 from tools.quickstart.toy_world import HELD_OUT_SHAPES, KNOWN_SHAPES, QUICKSTART, draw_scene, list_scenes
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.toys.toy_files import check_scene, save_scene
-from library.errors import UserError
-from tools.command import command, make_parser
+from library.base.errors import UserError
+from library.commands.command import command, make_parser
 from tools.quickstart.toy_world import COLOURS, SIZES, Scene, draw_scene, list_scenes
 
 EXAMPLES = """\

@@ -28,7 +28,7 @@ from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
 from benchmarks.toys.toy_files import check_model_folder, new_model
-from tools.command import command, make_parser
+from library.commands.command import command, make_parser
 from tools.quickstart.toy_world import (
     CAPTION_TEMPLATES,
     IMAGE_SIZE,

@@ -31,9 +31,9 @@ from benchmarks.toys.make_toy_base import SCALING_FACTOR, Trainer, to_tensor
 from benchmarks.toys.toy_files import check_model_folder, new_model
 from library.architectures.flux.model import Flux, FluxConfig
 from library.architectures.flux.reference import diffusers_model, diffusers_state
+from library.commands.command import command, make_parser
 from library.diffusion.timesteps import shift_sigmas
 from library.models.vae.flux import SCALE, SHIFT, map_latents
-from tools.command import command, make_parser
 from tools.quickstart.toy_world import (
     BACKGROUNDS,
     COLOURS,

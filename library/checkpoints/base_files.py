@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from library.base.errors import NotThere, UserError
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights
-from library.errors import NotThere, UserError
 from library.options.model import BASE_FLAG
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from library.base.errors import UserError
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.checkpoints.weights import Weights
-from library.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from zipfile import ZipFile, is_zipfile
 import torch
 from torch import Tensor
 
+from library.base.errors import UserError
+from library.base.json_text import parse_json
 from library.checkpoints.marks import MARK_FIELD, add_digest, digest_tensors
-from library.errors import UserError
-from library.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from library.base.errors import UserError
 from library.checkpoints.weights import Quantised, Weights, select_weights
-from library.errors import UserError
 
 
 def join_tensors(weights: Weights, parts: Mapping[str, tuple[str, ...]], swapped: str | None = None) -> Weights:

@@ -16,8 +16,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.errors import UserError
-from library.json_text import parse_json
+from library.base.errors import UserError
+from library.base.json_text import parse_json
 
 if TYPE_CHECKING:
     from PIL import Image

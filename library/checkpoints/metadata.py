@@ -15,13 +15,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from library.base.errors import UserError
+from library.base.version import NAME, VERSION
 from library.checkpoints.hashes import sha256_of_file, webui_hash
-from library.errors import UserError
 from library.options.base import Options
 from library.options.model import ModelOptions
 from library.options.train import TrainOptions
 from library.options.training.averaging import FILES
-from library.version import NAME, VERSION
 
 # The keys that sd-scripts writes even with --no_metadata.
 KEPT_WITHOUT_METADATA = (
@@ -173,7 +173,7 @@ def commit_hash() -> str | None:
     if not (checkout / ".git").exists():
         return None
     # In a front end's folder .git is that of sd-scripts, which has no such file.
-    command = ["git", "-C", str(checkout), "rev-parse", "HEAD", "HEAD:library/version.py"]
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD", "HEAD:library/base/version.py"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):

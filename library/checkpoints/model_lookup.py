@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from library.base.errors import NotThere, UserError, flagged
+from library.base.json_text import parse_json
+from library.base.suggestions import nearby
 from library.checkpoints.files import WEIGHT_SUFFIXES
 from library.checkpoints.quantised import open_checkpoint
 from library.checkpoints.weights import Weights
-from library.errors import NotThere, UserError, flagged
-from library.json_text import parse_json
-from library.suggestions import nearby
 
 logger = logging.getLogger(__name__)
 

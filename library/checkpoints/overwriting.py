@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Literal
 
+from library.base.errors import UserError
 from library.checkpoints.marks import (
     JPEG_START,
     PNG_START,
@@ -18,7 +19,6 @@ from library.checkpoints.marks import (
     is_sealed,
     read_mark,
 )
-from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.base.errors import UserError, list_few
+from library.base.json_text import parse_json
 from library.checkpoints.weights import FromFiles, Quantised, Weights, open_weights
-from library.errors import UserError, list_few
-from library.json_text import parse_json
 
 MARK = "scaled_fp8"
 SCALES = (".scale_weight", ".weight_scale")

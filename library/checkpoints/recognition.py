@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from library.base.errors import UserError
 from library.checkpoints.adapter_keys import (
     WIDE_LEAVES,
     AdapterKey,
@@ -17,7 +18,6 @@ from library.checkpoints.adapter_names import add_missing_prefixes
 from library.checkpoints.base_model_spec import BaseModelSpec, recognise
 from library.checkpoints.files import file_in_folder
 from library.checkpoints.weights import open_weights
-from library.errors import UserError
 
 TEXT_ENCODER = r"(lora_te\d?|text_encoders?(_\d)?)_"
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from library.errors import UserError
+from library.base.errors import UserError
 
 TENSOR, LIST, TUPLE, TABLE = "tensor", "list", "tuple", "table"
 

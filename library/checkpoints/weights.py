@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from library.base.errors import UserError, list_few
+from library.base.json_text import parse_json
 from library.checkpoints.files import (
     LENGTH_BYTES,
     TensorEntry,
@@ -23,8 +25,6 @@ from library.checkpoints.files import (
     read_header,
     require_weight_file,
 )
-from library.errors import UserError, list_few
-from library.json_text import parse_json
 
 ConfigT = TypeVar("ConfigT")
 

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from library.base.errors import UserError
 from library.diffusion.noise import draw_normal, perturb_input
 from library.diffusion.timesteps import (
     NUM_TIMESTEPS,
@@ -23,7 +24,6 @@ from library.diffusion.timesteps import (
     takes_offset,
 )
 from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error
-from library.errors import UserError
 from library.memory.devices import send
 from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
 from library.options.training.loss import LossOptions

@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from library.errors import UserError
+from library.base.errors import UserError
+from library.base.randomness import generator_for, random_for
 from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
 from library.options.training.noise import NoiseOptions
-from library.randomness import generator_for, random_for
 
 
 class LevelSampler(Protocol):

@@ -6,7 +6,7 @@ Letters: B samples, C channels, H height, W width, T noise levels.
 import torch
 from torch import Tensor
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.options.training.loss import LossOptions
 
 MAX_SNR = 1000.0  # the first timesteps are nearly clean; uncapped they would dominate the weights

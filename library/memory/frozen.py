@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.grad import conv2d_input
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.memory import small_convolutions
 from library.memory.codecs.codec import Codec, Decoder, Parts
 from library.memory.codecs.matmul_8bit import Codes, input_gradient, output

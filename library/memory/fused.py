@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
-from library.errors import UserError
+from library.base.errors import UserError
 
 logger = logging.getLogger(__name__)
 

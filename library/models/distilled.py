@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from library.base.errors import UserError
 from library.checkpoints.model_lookup import read_json
-from library.errors import UserError
 from library.options.model import BASE_FLAG
 
 DISTILLED_WORDS = frozenset(("turbo", "distilled", "distill"))

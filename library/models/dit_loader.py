@@ -8,9 +8,9 @@ from typing import Protocol, TypeVar
 import torch
 from torch import nn
 
+from library.base.errors import UserError
 from library.checkpoints.base_files import BaseFiles, open_base, open_without_base
 from library.checkpoints.weights import Weights
-from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.models.clip.clip import CLIP_WORDS

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from library.base.errors import NotThere, UserError
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.base_model_spec import BaseModelSpec, Shapes, recognise
 from library.checkpoints.model_lookup import read_json, read_pipeline_class
 from library.checkpoints.weights import Weights, find_prefix, list_first_names, with_prefix
-from library.errors import NotThere, UserError
 from library.models.unet.checkpoint_keys import UNET_NAME, UNET_PREFIX
 from library.models.vae.checkpoint_keys import VAE_PREFIX
 

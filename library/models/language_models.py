@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.base.errors import UserError
 from library.checkpoints.weights import Weights, select_weights, with_prefix
-from library.errors import UserError
 from library.memory.devices import send
 from library.memory.formats.fp8 import Fp8Rows
 from library.memory.frozen import layers_in_blocks, store_all_in

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from library.base.errors import NotThere, UserError, list_few
 from library.checkpoints.quantised import multiply_scales, rotate_groups
 from library.checkpoints.weights import FromFiles, Weights
-from library.errors import NotThere, UserError, list_few
 from library.memory.codecs.codec import AS_IN_FILE, AsInFile, AsRead, Codec, RequestedFormat
 from library.memory.codecs.plain import Plain
 from library.memory.codecs.scaled import Scaled

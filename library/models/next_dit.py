@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.fused import fuses, owned
 from library.models.fused import gated_norm_sum, modulated_norm, rotated_norm, scaled_norm, silu_product

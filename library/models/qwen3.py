@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.base.errors import NotThere, UserError
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, list_first_names
-from library.errors import NotThere, UserError
 from library.memory.devices import send
 from library.models.language_models import decoder_config, extract_decoder
 from library.models.loading import Component, empty_transformers_model, load_component

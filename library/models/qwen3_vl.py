@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from library.base.errors import UserError
 from library.checkpoints.weights import Weights, configure, list_first_names
-from library.errors import UserError
 from library.models.language_models import PREFIXES, decoder_config, extract_decoder, remove_last_norm
 from library.models.loading import Component, MaybeComponent, empty_transformers_model, load_component
 from library.models.qwen3 import EPS, MARK, Qwen3Release

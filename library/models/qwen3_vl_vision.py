@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 from torch.nn.utils.rnn import pad_sequence
 
+from library.base.errors import UserError
 from library.checkpoints.weights import Weights, configure, find_prefix, with_prefix
-from library.errors import UserError
 from library.memory.devices import send
 from library.models.loading import Component, empty_transformers_model, load_component
 from library.models.qwen3 import encode_qwen3

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from library.base.errors import UserError
 from library.diffusion.flow import IGNORES
-from library.errors import UserError
-from library.installed import NEEDED_BY_ALL, check_installed
+from library.environment.installed import NEEDED_BY_ALL, check_installed
 from library.options.base import Options
 from library.options.no_effect import is_requested
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
 
-from library.errors import UserError
+from library.base.errors import UserError
 
 Shapes = Mapping[str, tuple[int, ...]]
 

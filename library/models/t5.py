@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.base.errors import UserError
 from library.checkpoints.weights import Weights, configure, find_prefix, list_first_names, select_weights, with_prefix
-from library.errors import UserError
 from library.memory.devices import send
 from library.models.loading import Component, MaybeComponent, materialise, text_encoder_dtype
 from library.models.shapes import Shapes, count, shape_of

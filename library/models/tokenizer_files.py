@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.base.errors import UserError
 from library.checkpoints.files import copy_atomically
 from library.checkpoints.model_lookup import fetch_snapshot
-from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from library.base.errors import UserError
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, open_single_file
 from library.checkpoints.weights import Weights, configure, find_prefix, with_prefix
-from library.errors import UserError
 from library.models.adapter_views import view_denoiser
 from library.models.identify import DENOISER_PREFIXES
 from library.models.loading import build_on_meta_device

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from library.base.errors import UserError
 from library.checkpoints.base_files import BaseFiles, open_base
-from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.models.clip.clip import CLIP_WORDS, load_clip

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError, naming
-from library.json_text import InvalidJson, explain_parse_error, find_place, parse_json
+from library.base.errors import UserError, naming
+from library.base.json_text import InvalidJson, explain_parse_error, find_place, parse_json
 from library.options.base import Options, option
 from library.options.encodings import decode_utf8
 

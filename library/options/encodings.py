@@ -2,7 +2,7 @@
 
 import re
 
-from library.errors import UserError
+from library.base.errors import UserError
 
 COMMON = {
     "utf_16": "UTF-16",

@@ -5,8 +5,8 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from library.errors import UserError
-from library.suggestions import did_you_mean
+from library.base.errors import UserError
+from library.base.suggestions import did_you_mean
 
 
 def read_keyword_args(items: Sequence[str] | None, flag: str) -> dict[str, Any]:

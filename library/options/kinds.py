@@ -8,8 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
-from library.errors import UserError
-from library.suggestions import did_you_mean
+from library.base.errors import UserError
+from library.base.suggestions import did_you_mean
 
 MOST_SHOWN = 80  # characters of a value in an error
 ValueType = Literal["flag", "int", "float", "steps", "text", "path", "table"]

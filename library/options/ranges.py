@@ -2,7 +2,7 @@
 
 from math import isfinite
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.options.base import Options
 from library.options.declared import Declared
 from library.options.kinds import SHARE, is_number

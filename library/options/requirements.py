@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.options.base import Options
 from library.options.no_effect import describe_needs, is_met, is_requested, is_set
 

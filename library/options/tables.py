@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from library.errors import UserError
+from library.base.errors import UserError
+from library.base.suggestions import did_you_mean
 from library.options.kinds import Kind, explain_unfit
-from library.suggestions import did_you_mean
 
 Table = Mapping[str, Any]
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError, naming
+from library.base.errors import UserError, naming
+from library.base.suggestions import nearest_name
 from library.options.config_file import read_toml
 from library.options.kinds import int_or_float, is_number
 from library.options.train import TrainOptions
-from library.suggestions import nearest_name
 
 CONFIG_FLAG = "--config_file"
 SECRETS = tuple(name for name, declared in TrainOptions.declarations().items() if declared.secret)

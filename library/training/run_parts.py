@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 
 from library.data.training_data import TrainingBatches, TrainingData
 from library.options.train import TrainOptions
-from library.processes import Processes
+from library.processes.process_group import Processes
 from library.training.optimization.ema import WeightAverage
 from library.training.optimization.lr_schedules import Schedule
 from library.training.optimization.optimizers import BuiltOptimizer

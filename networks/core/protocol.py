@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.base.errors import UserError
+from library.base.suggestions import nearest_name
 from library.checkpoints.files import atomic_path, is_safetensors, mark_pickle
 from library.checkpoints.marks import RUN, mark_of
 from library.checkpoints.relative_change import relative_norm
-from library.errors import UserError
-from library.suggestions import nearest_name
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the repository's folder goes before this one, which has equal names
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from library.caching_script import CachingScript
+from library.training.command_line.caching_script import CachingScript
 
 SCRIPT = CachingScript("flux_3")
 setup_parser = SCRIPT.setup_parser

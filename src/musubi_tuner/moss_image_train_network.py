@@ -6,7 +6,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the repository's folder goes before this one, which has equal names
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from library.training_script import TrainingScript
+from library.training.command_line.training_script import TrainingScript
 
 SCRIPT = TrainingScript("moss_image")
 setup_parser = SCRIPT.setup_parser

@@ -11,15 +11,15 @@ from torch import Tensor
 from library.architectures.any_pipeline.folder import open_folder
 from library.architectures.any_pipeline.targets import with_targets
 from library.architectures.any_pipeline.trees import join_values
+from library.base.errors import UserError
 from library.checkpoints.files import load_state_dict
-from library.errors import UserError
+from library.commands.base_models import open_base_model
 from networks import dylora, loha, lora
 from tests.any_pipeline.test_convention import measured
 from tests.tiers import first_is_fast
 from tests.tiny.pipelines import PIPELINES, build_tiny_pipeline
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAME_MATH, FLOAT32_SAMPLED
 from tools import extract_lora_from_dylora, extract_lora_from_models, merge_lora
-from tools.base_models import open_base_model
 
 
 def attach_adapter(denoiser: Any, component: str, kind: Any = lora) -> Any:

@@ -12,12 +12,12 @@ import pytest
 
 from library.architectures.any_pipeline.folder import open_folder
 from library.architectures.any_pipeline.folder import open_for_merging as open_pipeline
-from library.errors import UserError
+from library.base.errors import UserError
+from library.commands.base_models import open_base_model
+from library.train_photos.base import recognise
 from tests.any_pipeline.test_training import SCRIPT, arguments
 from tests.running import Finished
 from tests.tiny.pipelines import build_tiny_pipeline
-from tools.base_models import open_base_model
-from tools.front_door.base import recognise
 
 Train = Callable[..., Finished]
 NAMES = ("None", "diffusers", "transformers", "pipeline", "custom_pipeline", "modeling", "tokenizer", "generate")

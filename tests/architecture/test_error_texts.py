@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from library.errors import UserError
+from library.base.errors import UserError
 from tests.architecture.sources import python_files, scripts, text_of
 
 READ_ELSEWHERE: Mapping[str, str] = {  # function that reads an error's text -> whose words they are
@@ -17,17 +17,17 @@ READ_ELSEWHERE: Mapping[str, str] = {  # function that reads an error's text -> 
     "library/checkpoints/files.py::full_disk_named": "safetensors' and torch's, on a full disk",
     "library/checkpoints/model_lookup.py::fetch_snapshot": "the hub's",
     "library/data/sources/storage/object_storage.py::clean_message": "fsspec's, which may hold passwords",
-    "library/errors.py::reason_of": "the system's, without blanks at its ends",
-    "library/installed.py::import_needed": "a package's own, of which the first line is shown",
-    "library/determinism.py::explain_nondeterminism": "torch's: the operation without a fixed order",
-    "library/json_text.py::explain_parse_error": "json's and tomllib's advice on long numbers",
-    "library/json_text.py::find_place": "json's and tomllib's: line and column",
+    "library/base/errors.py::reason_of": "the system's, without blanks at its ends",
+    "library/environment/installed.py::import_needed": "a package's own, of which the first line is shown",
+    "library/base/determinism.py::explain_nondeterminism": "torch's: the operation without a fixed order",
+    "library/base/json_text.py::explain_parse_error": "json's and tomllib's advice on long numbers",
+    "library/base/json_text.py::find_place": "json's and tomllib's: line and column",
     "library/memory/fused.py::*": "the compiler's first line",
     "library/memory/pinned.py::*": "CUDA's first line",
     "library/models/tokenizer_files.py::*": "tokenizers' first line",
     "library/options/config_file.py::read_toml": "tomllib's, of backslashes",
-    "library/processes.py::format_first_line": "the line that other processes are told",
-    "library/processes.py::Processes.reporting_failures": "torch's broken connections, of a RuntimeError alone",
+    "library/processes/process_group.py::format_first_line": "the line that other processes are told",
+    "library/processes/process_group.py::Processes.reporting_failures": "torch's connections: RuntimeError alone",
     "library/training/command_line/caching.py::select_device": "torch's first line",
     "library/training/evaluation/image_scores.py::*": "transformers' first line",
     "library/training/failures/nondeterministic.py::*": "torch's: the operation without a fixed order",
@@ -37,9 +37,9 @@ READ_ELSEWHERE: Mapping[str, str] = {  # function that reads an error's text -> 
     "library/training/optimization/optimizers.py::*": "an optimizer's, shortened",
     "library/training/run_queue/runner.py::Runner.warn": "the system's, logged once",
     "networks/core/protocol.py::*": "LyCORIS', of a layer named twice",
-    "tools/command.py::resolve_device": "torch's first line",
+    "library/commands/command.py::resolve_device": "torch's first line",
     "tools/doctor.py::*": "those of torch, the driver and packages",
-    "tools/front_door/captioner.py::*": "transformers' first line",
+    "library/train_photos/captioner.py::*": "transformers' first line",
 }
 
 
@@ -219,12 +219,12 @@ WITHOUT_SETTING: Mapping[str, str] = {  # file or folder -> why its raises name 
     "library/data/description/dataset_file.py": "`read_file` names --dataset_config and the file",
     "library/data/plan/": "all subsets together, which the message lists",
     "library/data/sources/folders/": "several images, or reasons before which the index file is put",
-    "library/errors.py": "copies of errors, which get their fields",
-    "library/installed.py": "the machine and its packages",
+    "library/base/errors.py": "copies of errors, which get their fields",
+    "library/environment/installed.py": "the machine and its packages",
     "library/memory/exchange.py": "`--turbo_dit` is put before it",
     "library/models/": "`configure` names the file; a tokenizer may be in several folders",
     "library/options/": "the reader of the file names flag and file",
-    "library/processes.py": "other processes and the launcher",
+    "library/processes/process_group.py": "other processes and the launcher",
     "library/training/command_line/help.py": "argparse says no more of it",
     "library/training/command_line/replaced.py": "a program's own code",
     "library/training/evaluation/drawing.py": "the adapter diverged",

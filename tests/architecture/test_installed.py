@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from library.requirements import python_path
-from library.version import VERSION
+from library.base.version import VERSION
+from library.environment.requirements import python_path
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("finetune", "library", "networks", "tools")

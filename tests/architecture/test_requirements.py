@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from library.requirements import module_of
+from library.environment.requirements import module_of
 from tests.architecture.sources import ROOT, python_files, scripts, source_of, text_of
 
 OURS = {"library", "networks", "tools", "finetune", "tests", "benchmarks", *(path.stem for path in ROOT.glob("*.py"))}

@@ -1,4 +1,4 @@
-"""Everything that commands print goes through library/terminal.py, which escapes what steers a terminal."""
+"""Everything that commands print goes through library/base/terminal.py, which escapes what steers a terminal."""
 
 import ast
 from collections.abc import Iterator
@@ -41,5 +41,5 @@ def test_a_print_of_its_own_is_found(line: str) -> None:
 
 
 def test_every_text_goes_through_the_function_that_escapes_it() -> None:
-    found = {path: list(find_prints(text_of(path))) for path in PROGRAM if path != Path("library/terminal.py")}
+    found = {path: list(find_prints(text_of(path))) for path in PROGRAM if path != Path("library/base/terminal.py")}
     assert {path: calls for path, calls in found.items() if calls} == {}

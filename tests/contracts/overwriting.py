@@ -155,7 +155,7 @@ CALLS: Mapping[str, tuple[Call, ...]] = {
 ELSEWHERE = "writes only into temporary folders"
 NOTHING = "writes no file"
 WITHOUT_TARGET: Mapping[str, str] = {
-    "train.py": "its files are those of a training script; tests/front_door/test_train.py",
+    "train.py": "its files are those of a training script; tests/train_photos/test_train.py",
     "tools/capabilities.py": NOTHING,
     "tools/check_lora_weights.py": NOTHING,
     "tools/choose_checkpoint.py": "adds a line to the report and the events of the run that it judges",

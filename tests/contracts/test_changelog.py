@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from library.version import VERSION
+from library.base.version import VERSION
 
 ROOT = Path(__file__).parents[2]
 

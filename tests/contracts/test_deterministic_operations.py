@@ -1,7 +1,7 @@
 """No step of any base model uses an operation that torch's deterministic mode refuses on a GPU.
 
 The planner runs every operation of a step on fake tensors; those of attention depend on the GPU, see
-`library.determinism.deterministic_attention`.
+`library.base.determinism.deterministic_attention`.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.determinism import deterministic_mode
+from library.base.determinism import deterministic_mode
 from library.memory.planner import counter
 from library.training.models.requests import RequestedRun
 from library.training.planning import counting

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from library.architectures.sd.targets import view
-from library.errors import UserError
+from library.base.errors import UserError
 from networks import lora
 from networks.core.protocol import adopt
 from tests.contracts.full_size import facts, view_for_networks

@@ -14,7 +14,7 @@ import toml
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.training.command_line.checks import check, report_unused
 from library.training.command_line.cli import parse
 from tests.running import SCRIPTS, Finished

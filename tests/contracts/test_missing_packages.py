@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from library import requirements
-from library.requirements import (
+from library.base.version import VERSION
+from library.environment import requirements
+from library.environment.requirements import (
     ROOT,
     check_environment,
     describe_missing,
@@ -20,7 +21,6 @@ from library.requirements import (
     python_path,
     quote,
 )
-from library.version import VERSION
 
 WITHOUT_PACKAGES = ("start.py", "front_end.py", "doctor.py", "plan_memory.py", "release.py")
 SCRIPTS = [
@@ -91,7 +91,7 @@ def test_a_new_environment_without_packages_gets_the_sentence(tmp_path: Path) ->
 
 
 def test_a_program_that_imports_the_library_gets_pythons_own_error() -> None:
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import library.errors; import library.memory.devices"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import library.base.errors; import library.memory.devices"
     done = subprocess.run([*BARE, "-c", code], capture_output=True, text=True)
     assert "ModuleNotFoundError" in done.stderr and "lacks packages" not in done.stderr
 
@@ -126,8 +126,9 @@ def test_a_newer_python_is_refused_only_if_it_lacks_packages(script: None, monke
 
 
 READ_BY_OLD = (
-    "__init__.py", "lock_file.py", "package_sources.py", "requirements.py", "terminal.py", "torch_builds.py",
-    "version.py", "../tools/start.py",
+    "__init__.py", "base/__init__.py", "base/terminal.py", "base/version.py", "environment/__init__.py",
+    "environment/lock_file.py", "environment/package_sources.py", "environment/requirements.py",
+    "environment/torch_builds.py", "../tools/start.py",
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from library.checkpoints.files import load_state_dict
-from library.network_args import parse_network_args
+from library.options.network_args import parse_network_args
 from networks.core.protocol import adopt, open_network_module
 from tests.unit.networks.toy import toy_models
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from library.base.version import NAME, VERSION
 from library.training.reporting.step_times import IN_STEP
 from library.training.saving.state import read_manifest
-from library.version import NAME, VERSION
 from tests.running import ROOT, Finished, launch_command
 
 pytestmark = pytest.mark.slow

@@ -33,8 +33,8 @@ from library import (
     utils,
 )
 from library.architectures.flux.options import FluxOptions
+from library.base.errors import UserError
 from library.checkpoints.files import read_metadata
-from library.errors import UserError
 from library.models.vae.qwen_image_2d import ImageConv
 from tests.running import ROOT, make_images
 from tests.tiny.bases import BASES

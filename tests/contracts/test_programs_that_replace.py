@@ -9,7 +9,7 @@ import flux_train_network
 import sdxl_train_network
 import train_network
 from library import train_util
-from library.errors import UserError
+from library.base.errors import UserError
 from library.training.command_line.replaced import NEVER_CALLED
 from tests.contracts.test_programs_that_import import TRAINERS
 

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from library.base.errors import UserError
 from library.checkpoints.quantised import open_checkpoint, regular_hadamard
-from library.errors import UserError
 from library.memory.codecs.codec import AS_IN_FILE
 from library.memory.codecs.scaled import Scaled
 from library.memory.frozen import FrozenLayer

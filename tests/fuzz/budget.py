@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 
-from library.errors import UserError
+from library.base.errors import UserError
 
 SECONDS = 20  # limit of one example; most take milliseconds
 AT_LENGTH = int(os.environ.get("FUZZ_EXAMPLES", "0"))

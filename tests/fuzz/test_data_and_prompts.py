@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from library.data.concepts.prompts_file import PAIR_KEYS, SLIDER_KEYS, read_prompt_pairs
 from library.data.description.schema import ALL_KEYS
-from library.network_args import parse_network_args
+from library.options.network_args import parse_network_args
 from library.protocols import PromptDefaults
 from library.training.config_file import basic_string
 from library.training.evaluation.prompts import read_prompts, resolve

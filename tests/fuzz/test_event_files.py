@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.training.report_page.comparison import build_comparison
 from library.training.report_page.page import build_page
 from library.training.report_page.record import Record

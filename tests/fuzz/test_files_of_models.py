@@ -13,18 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from library.architectures.any_pipeline.folder import load_for_measuring, open_folder
+from library.base.errors import UserError
 from library.checkpoints.files import read_header
+from library.commands.adapter_files import read_adapter
+from library.commands.base_models import open_base_model
 from library.data.sources.folders.metadata_file import read_metadata
-from library.errors import UserError
+from library.front_ends.journal import MARK, FrontEndError, Place, compare_with_journal, read_journal
+from library.train_photos.base import recognise
 from library.training.evaluation.image_scores import load_score_models
 from networks.core.files.adapter_file import read_adapter_file
 from tests.fuzz.budget import any_input, works_or_says_why
 from tests.tiny.pipelines import build_tiny_pipeline
 from tests.tiny.score_models import write_clip, write_dinov2
-from tools.adapter_files import read_adapter
-from tools.base_models import open_base_model
-from tools.front_door.base import recognise
-from tools.front_ends.journal import MARK, FrontEndError, Place, compare_with_journal, read_journal
 
 LONG = 10**5
 VALUES = [

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from library.processes import ALONE
+from library.processes.process_group import ALONE
 from library.training.saving.resume import find_state, record_options
 from library.training.saving.state import OptimizerState, require_undamaged, restore, save_state
 from tests.fuzz.budget import any_input, works_or_says_why

@@ -1,6 +1,6 @@
 """Train a LoRA-family adapter for Knots, a made-up base model."""
 
-from library.training_script import TrainingScript
+from library.training.command_line.training_script import TrainingScript
 
 SCRIPT = TrainingScript("knots")
 setup_parser = SCRIPT.setup_parser

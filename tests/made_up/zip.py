@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from zipfile import BadZipFile, ZipFile
 
+from library.base.errors import UserError
 from library.data.description.image_extensions import image_extensions
 from library.data.description.schema import SubsetConfig, strip_secrets
 from library.data.scanned.images import ImageLocation, OpenFiles
@@ -14,7 +15,6 @@ from library.data.sources.indexed.rows import Row, row_of_bytes
 from library.data.sources.indexed.scan import SourceFile, scan_files
 from library.data.sources.storage.source import Source
 from library.data.sources.storage.storage import Storage
-from library.errors import UserError
 
 KEYS = ("caption_extension",)
 

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from library.checkpoints.weights import Weights
-from library.gradient_exchange import Order, exchange_gradients
 from library.memory.codecs.codec import AS_IN_FILE, AsRead
 from library.memory.frozen import FrozenLayer, frozen_layers, layers_in_blocks
 from library.memory.offload.sharded import ShardedModel
 from library.models.loading import materialise
-from library.processes import Processes
+from library.processes.gradient_exchange import Order, exchange_gradients
+from library.processes.process_group import Processes
 from library.training.models.compute import Compute
 from library.training.models.frozen_models import load_frozen
 from library.training.models.weight_formats import BaseFormats

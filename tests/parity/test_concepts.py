@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from library.architectures.sdxl.options import SdxlOptions
+from library.base.randomness import generator_for
 from library.options.train import TrainOptions
 from library.protocols import Architecture
-from library.randomness import generator_for
 from library.training.step.concepts import draw_partly
 from library.training.step.conditioning import CaptionMemo
 from library.training.step.context import Models, StepContext

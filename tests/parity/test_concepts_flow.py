@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.specs import recognise_base_model
+from library.base.randomness import generator_for
 from library.data.concepts.prompt_pairs import resolve_guidance
 from library.options.leco import leco_options
 from library.options.training.concepts import ConceptOptions
 from library.protocols import Architecture
-from library.randomness import generator_for
 from library.training.step.concepts import build_prompt, draw_partly
 from library.training.step.conditioning import CaptionMemo
 from library.training.step.context import StepContext

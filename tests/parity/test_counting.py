@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from library.base.progress import listening
+from library.base.randomness import generator_for
 from library.memory.blocks import plain, recompute
 from library.memory.devices import bytes_of
 from library.memory.planner.gpus import TYPICAL
@@ -17,9 +19,7 @@ from library.memory.planner.prediction import MemoryMode, predict
 from library.memory.planner.steps import compute_peak_bytes
 from library.memory.planner.weights import StorageCost
 from library.options.train import TrainOptions
-from library.progress import listening
 from library.protocols import Architecture
-from library.randomness import generator_for
 from library.training.models.base_model import LoadedModels
 from library.training.models.compute import Compute
 from library.training.models.frozen_base import use_8bit_matmul

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from library.errors import UserError
+from library.base.errors import UserError
 from networks import dylora, lokr, lora, lora_fa
 from networks.core.files.adapter_file import adapter_tensors, read_adapter_file
 from networks.core.files.foreign_names import add_model

@@ -13,6 +13,7 @@ from library.architectures.flux.adapter_names import NAMES
 from library.architectures.lumina.adapter_names import NAMES as LUMINA_NAMES
 from library.architectures.specs import list_specs
 from library.checkpoints.adapter_names import BaseNames, FileNaming
+from library.commands.adapter_files import spec_for_file
 from networks.core.files.adapter_file import adapter_tensors, parse_adapter, read_adapter_file, save_adapter_file
 from networks.core.files.foreign_names import add_model
 from networks.core.files.renaming import rename
@@ -21,7 +22,6 @@ from tests.parity.test_conversions import predict_by_diffusers
 from tests.tiny.base import Pair
 from tests.tiny.bases import BASES
 from tests.tolerances import FLOAT32_DEEP
-from tools.adapter_files import spec_for_file
 
 KOHYA = [name for name, base in BASES.items() if base.is_flow and base.dit is None and base.pairs]
 Arguments = Mapping[str, str]

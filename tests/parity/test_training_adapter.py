@@ -10,7 +10,7 @@ from torch import Tensor
 
 from library.memory.planner.prediction import MemoryMode, apply_mode, pass_work
 from library.options.train import TrainOptions
-from library.processes import ALONE
+from library.processes.process_group import ALONE
 from library.protocols import Architecture
 from library.training.evaluation.preview_weights import without_training_adapter
 from library.training.models.base_model import LoadedModels

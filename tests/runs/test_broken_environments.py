@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from library.hidden_libraries import BITSANDBYTES
+from library.environment.hidden_libraries import BITSANDBYTES
 from tests.running import ROOT
 
 ERRORS = [

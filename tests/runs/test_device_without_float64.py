@@ -8,7 +8,7 @@ import torch
 
 from library.checkpoints.files import load_state_dict
 from library.models import rotary
-from library.processes import Processes
+from library.processes.process_group import Processes
 from library.training.command_line import training
 from tests.device_standin import device_without_float64
 from tests.running import Finished, make_images

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from library.lock_file import read_entries
+from library.environment.lock_file import read_entries
 from tests.running import make_images
 from tests.tiny.bases import BASES
 

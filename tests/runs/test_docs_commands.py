@@ -41,7 +41,7 @@ NOT_RUN = {  # start of a command -> where it is tested, or why it cannot run he
         if base.script != "train_network"
     },
     "python3 train_network.py --recipe sd15_character --pretrained": "tests/runs/test_recipes.py",
-    "python3 train.py": "tests/front_door",
+    "python3 train.py": "tests/train_photos",
     "seq 4 | xargs": "tests/runs/test_sweep.py",
     **{
         f"python3 tools/cache_{what}.py --{name}": "tests/runs/test_musubi_tuner_commands.py"

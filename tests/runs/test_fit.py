@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from library.commands.counted_plan import count
 from library.memory.planner.gpus import TYPICAL
 from library.memory.planner.prediction import MemoryMode, predict
 from library.training.planning import correction, counting
 from library.training.planning.correction import Gauge
 from tests.running import Finished, make_images
 from tests.tiny.bases import BASES
-from tools.counted_plan import count
 
 Train = Callable[..., Finished]
 MIB = 2**20

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from library.architectures.specs import list_specs
-from library.version import NAME, VERSION
+from library.base.version import NAME, VERSION
+from library.front_ends.layouts import ABSENT, FOLDERS, PREFIXES
 from tests.running import make_images
 from tests.tiny.bases import BASES
 from tools.front_end import main
-from tools.front_ends.layouts import ABSENT, FOLDERS, PREFIXES
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from library import installed
+from library.environment import installed
 from tests.running import SCRIPTS, Finished
 from tests.tiny.bases import BASES
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from library.memory.offload.readback import Readback
-from library.processes import Processes
+from library.processes.process_group import Processes
 from library.training.command_line import training
 from library.training.loop.update import Updates
 from tests.device_reads import HostWaits, NoWaiting

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import scaled_dot_product_attention
 
-from library.determinism import deterministic_mode
+from library.base.determinism import deterministic_mode
 from tests.runs.test_verify import arguments_for
 from tests.simulated_gpu.device import Simulation
 from tools import verify

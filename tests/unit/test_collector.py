@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from library.collector import freeze_imports, keep_imported, pause_collection
+from library.base.collector import freeze_imports, keep_imported, pause_collection
 from tests.running import ROOT
 
 
@@ -29,7 +29,7 @@ def test_garbage_collection_is_paused_during_imports_and_always_resumed() -> Non
 
 
 IN_A_RUN = """
-from library.collector import keep_imported
+from library.base.collector import keep_imported
 keep_imported("a test")
 """
 IN_A_TEST = """

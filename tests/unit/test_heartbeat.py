@@ -11,8 +11,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from library.heartbeat import Heartbeat, Times, has_ended
-from library.processes import Processes, ProcessLost
+from library.processes.heartbeat import Heartbeat, Times, has_ended
+from library.processes.process_group import Processes, ProcessLost
 from library.training.failures.interruption import Interrupted
 from tests.unit.test_processes import Board
 

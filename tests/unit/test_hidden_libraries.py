@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from library.hidden_libraries import BITSANDBYTES, hide_library, unhide_library
+from library.environment.hidden_libraries import BITSANDBYTES, hide_library, unhide_library
 from tests.running import ROOT
 
 pytestmark = pytest.mark.slow
@@ -35,7 +35,7 @@ def test_a_run_does_not_import_scipy_but_can_import_it_when_needed() -> None:
     """Runs in a process of its own: diffusers and transformers cache which libraries they found."""
     code = """
 import sys
-from library.hidden_libraries import import_diffusers_hiding_libraries
+from library.environment.hidden_libraries import import_diffusers_hiding_libraries
 import_diffusers_hiding_libraries()
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
@@ -50,7 +50,7 @@ def test_a_library_that_diffusers_has_already_found_stays_visible() -> None:
     """A program may import diffusers before it trains; its lazy imports rely on the libraries found then."""
     code = """
 import diffusers
-from library.hidden_libraries import BITSANDBYTES, import_diffusers_hiding_libraries, hide_library
+from library.environment.hidden_libraries import BITSANDBYTES, import_diffusers_hiding_libraries, hide_library
 import_diffusers_hiding_libraries()
 with hide_library(BITSANDBYTES):
     from diffusers import EulerDiscreteScheduler, UNet2DConditionModel

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from library import installed
-from library.errors import UserError
-from library.installed import check_gpu_is_used, check_installed, find_lack
+from library.base.errors import UserError
+from library.environment import installed
+from library.environment.installed import check_gpu_is_used, check_installed, find_lack
 
 
 @pytest.fixture(autouse=True)

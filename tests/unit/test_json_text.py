@@ -2,7 +2,7 @@
 
 import pytest
 
-from library.json_text import InvalidJson, parse_json
+from library.base.json_text import InvalidJson, parse_json
 
 
 @pytest.mark.parametrize("text", ['{"a": [1, "ä\\ud83d\\ude00"]}', '{"a": [1, "ä😀"]}'])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from library import launcher
+from library.base import launcher
 from tests.running import ROOT, STARTED
 from tests.tiers import first_is_fast
 

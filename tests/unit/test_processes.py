@@ -7,8 +7,8 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 
-from library.gradient_exchange import exchange_gradients
-from library.processes import PLAIN, Processes, from_accelerator
+from library.processes.gradient_exchange import exchange_gradients
+from library.processes.process_group import PLAIN, Processes, from_accelerator
 
 
 @pytest.mark.parametrize(

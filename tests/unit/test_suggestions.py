@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from library.suggestions import did_you_mean, nearby, nearest_name
+from library.base.suggestions import did_you_mean, nearby, nearest_name
 
 KNOWN = ["AdamW", "AdamW8bit", "Lion", "Prodigy"]
 

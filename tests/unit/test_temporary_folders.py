@@ -9,12 +9,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from library.temporary_folders import delete_abandoned_folders, make_temporary_folder
+from library.base.temporary_folders import delete_abandoned_folders, make_temporary_folder
 from tests.running import ROOT
 
 WAITS = """
 import sys
-from library.temporary_folders import make_temporary_folder
+from library.base.temporary_folders import make_temporary_folder
 print(make_temporary_folder("latents", sys.argv[1]), flush=True)
 sys.stdin.read()
 """

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from library.terminal import EscapedTexts, ask, print_error, print_json, print_line
+from library.base.terminal import EscapedTexts, ask, print_error, print_json, print_line
 
 
 def test_controls_and_what_reorders_a_line_are_escaped_and_lines_kept(capsys: pytest.CaptureFixture[str]) -> None:

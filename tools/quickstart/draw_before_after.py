@@ -12,18 +12,18 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from library.launcher import prepare_for_torch
+    from library.base.launcher import prepare_for_torch
 
     prepare_for_torch()  # before torch is imported
 
 from PIL import Image, ImageDraw, ImageFont
 
+from library.base.terminal import print_line
 from library.checkpoints.marks import save_image
 from library.checkpoints.overwriting import check_target, marked
-from library.terminal import print_line
+from library.commands.command import command, make_parser
 from library.training.report_page.writer import add_sheet
 from library.training.reporting.sample_images import encode_data_url
-from tools.command import command, make_parser
 from tools.quickstart.sampling import count_right, load_pipeline, merge_lora, read_prompts, sample
 from tools.quickstart.toy_world import QUICKSTART, ImageArray
 

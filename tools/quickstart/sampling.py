@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from library.architectures.sd.targets import view
+from library.base.errors import UserError
 from library.checkpoints.model_lookup import existing
-from library.errors import UserError
 from library.training.evaluation import prompts as evaluation
 from networks import lora
 from tools.quickstart.toy_world import ImageArray, look_at, parse_caption

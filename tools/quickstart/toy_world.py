@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from library.errors import UserError
+from library.base.errors import UserError
 
 ImageArray = NDArray[np.uint8]  # (64, 64, 3), RGB
 Points = NDArray[np.float64]  # (n, 2), x to the right and y down, centred at 0 with a radius of about 1

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.toys.check_adapter import draw_prompts
 from benchmarks.toys.experiments import count_shares, train
 from benchmarks.toys.toy_files import save_scene
-from library.errors import UserError
+from library.base.errors import UserError
 from networks.core.files.adapter_file import read_adapter_file
 from tools import start
 from tools.quickstart.sampling import Prompt

@@ -12,10 +12,10 @@ from library.architectures.anima.options import AnimaOptions
 from library.architectures.anima.predict import predict
 from library.architectures.anima.text import AnimaText
 from library.architectures.specs import list_specs
+from library.base.errors import UserError
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import FlowMatching, build_sampled_flow
 from library.diffusion.samplers import build_shifted_sampler
-from library.errors import UserError
 from library.models.adapter_views import view_both
 from library.models.dit_loader import DitLoader
 from library.models.qwen3 import load_qwen3_tokenizer

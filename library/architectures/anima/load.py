@@ -7,6 +7,7 @@ from library.architectures.anima.checkpoint_keys import ADAPTER
 from library.architectures.anima.model import Anima, AnimaConfig, read_config
 from library.architectures.anima.options import AnimaOptions
 from library.architectures.specs import list_specs
+from library.base.errors import UserError
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles, require_base_name
 from library.checkpoints.model_lookup import existing
@@ -18,7 +19,6 @@ from library.checkpoints.weights import (
     rename_weights,
     with_prefix,
 )
-from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.models.dit_loader import DitLoader, check_input_width, open_dit_loader
 from library.models.identify import open_single_file, refuse_transformer

@@ -9,11 +9,11 @@ from library.architectures.anima.adapter_names import ADAPTER_BLOCK, denoiser_mo
 from library.architectures.anima.checkpoint_keys import BLOCK, TOP
 from library.architectures.anima.load import ADAPTER_MARK, MARK, PREFIXES, QWEN3
 from library.architectures.anima.model import Anima, read_config
+from library.base.errors import UserError
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, open_single_file
 from library.checkpoints.weights import configure, with_prefix
-from library.errors import UserError
 from library.models.language_models import LAYER_LINEAR
 from library.models.loading import build_on_meta_device
 

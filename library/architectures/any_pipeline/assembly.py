@@ -43,15 +43,15 @@ from library.architectures.any_pipeline.training import PipelineLatents, Pipelin
 from library.architectures.any_pipeline.trees import format_path
 from library.architectures.any_pipeline.watch import Refused, Watched, WrongSize, setting
 from library.architectures.specs import list_specs
+from library.base.errors import UserError
+from library.base.progress import progress_bar
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES
-from library.errors import UserError
 from library.models.adapter_views import view_denoiser
 from library.models.identify import bases_of_pipeline
 from library.models.recipe import OTHER_ATTENTION, Recipe
-from library.network_args import is_switched_on
 from library.options.model import BASE_FLAG
-from library.progress import progress_bar
+from library.options.network_args import is_switched_on
 from library.protocols import Architecture, LatentSpec, TextCacheSpec
 
 logger = logging.getLogger(__name__)

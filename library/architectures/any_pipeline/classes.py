@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from library.architectures.any_pipeline.own_code import import_own_class
-from library.errors import UserError
+from library.base.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -21,12 +21,12 @@ from library.architectures.any_pipeline.classes import INDEX, FolderClasses, fin
 from library.architectures.any_pipeline.refusals import find_cause
 from library.architectures.any_pipeline.targets import block_lists, with_targets
 from library.architectures.any_pipeline.watch import SMALL, Watched, is_vae, stand_in
+from library.base.errors import UserError
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import require_base_name
 from library.checkpoints.base_model import BaseModel, WeightFile
 from library.checkpoints.model_lookup import read_json, read_model_config
 from library.checkpoints.weights import Weights, select_weights
-from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.models.loading import Component, MaybeComponent, materialise, open_if_there, text_encoder_dtype

@@ -33,7 +33,7 @@ from library.architectures.any_pipeline.trees import (
     move,
     noted,
 )
-from library.errors import UserError
+from library.base.errors import UserError
 
 SMALL = 4096  # values of a tensor that a stand-in keeps, such as the VAE's statistics of latents
 OFF = ("cache", "rewrite", "use_pe", "upsampling", "enhance", "binning")

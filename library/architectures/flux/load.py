@@ -11,9 +11,9 @@ from library.architectures.flux.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.flux.model import PATCH, Flux, FluxConfig, read_config
 from library.architectures.flux.options import FluxOptions
 from library.architectures.specs import list_specs
+from library.base.errors import UserError
 from library.checkpoints.base_files import BaseFiles, open_base
 from library.checkpoints.weights import Weights, configure, find_prefix, select_weights, with_prefix
-from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.models.clip.clip import CLIP_WORDS, clip_component, clip_of_folder, load_clip
 from library.models.dit_loader import DitLoader, open_dit_loader

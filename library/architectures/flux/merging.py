@@ -10,11 +10,11 @@ from library.architectures.flux.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.flux.load import CLIP_PREFIXES, MARK, T5_MARK, is_schnell
 from library.architectures.flux.model import Flux, read_config
 from library.architectures.flux.targets import view
+from library.base.errors import UserError
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, open_single_file
 from library.checkpoints.weights import Weights
-from library.errors import UserError
 from library.models.clip.names import CLIP_LINEAR
 from library.models.t5 import T5_LINEAR
 from library.models.transformer_file import TransformerFile

@@ -20,7 +20,7 @@ from library.architectures.flux.approximator import (
     read_approximator,
 )
 from library.architectures.flux.targets import CHROMA_TARGETS, TARGETS
-from library.errors import UserError
+from library.base.errors import UserError
 from library.models.double_stream import (
     GivenModulation,
     LastModulation,

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from library.base.errors import UserError
 from library.checkpoints.weights import Weights, configure, list_first_names
-from library.errors import UserError
 from library.models.language_models import PREFIXES, decoder_config, extract_decoder
 from library.models.loading import Component, empty_transformers_model
 from library.models.shapes import Shapes

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from library.architectures.flux_2.positions import NUM_AXES, REFERENCE_STEP, image_positions, text_positions
 from library.architectures.flux_2.targets import TARGETS
-from library.errors import UserError
+from library.base.errors import UserError
 from library.models.double_stream import (
     GivenModulation,
     LastModulation,

@@ -10,8 +10,8 @@ from torch import nn
 
 from library.architectures.flux_2 import mistral
 from library.architectures.flux_2.model import Flux2Config
+from library.base.errors import UserError
 from library.checkpoints.weights import Weights
-from library.errors import UserError
 from library.models.distilled import DistilledRelease
 from library.models.language_models import WORDS, remove_last_norm, with_first_layers
 from library.models.loading import Component, MaybeComponent, materialise

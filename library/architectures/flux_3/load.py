@@ -10,9 +10,9 @@ from library.architectures.flux_3.model import Flux3, read_config
 from library.architectures.flux_3.options import Flux3Options
 from library.architectures.flux_3.text import LAYERS
 from library.architectures.specs import list_specs
+from library.base.errors import UserError
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights, configure, select_weights
-from library.errors import UserError
 from library.models import dit_loader
 from library.models.dit_loader import DitLoader, check_input_width, open_dit, open_dit_loader
 from library.models.identify import open_denoiser

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from library.architectures.flux_3.layers import IMAGES, TARGETS, TEXT
 from library.architectures.flux_3.text import LAYERS
-from library.errors import UserError
+from library.base.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
 from library.models.double_stream import (

@@ -11,10 +11,10 @@ from library.architectures.hunyuan_image.options import HunyuanImageOptions
 from library.architectures.hunyuan_image.qwen import load_qwen, qwen_component
 from library.architectures.hunyuan_image.vae import MARK, SCALE, load_hunyuan_image_vae, vae_component
 from library.architectures.specs import list_specs
+from library.base.errors import NotThere, UserError, flagged
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles, open_base
 from library.checkpoints.weights import Weights, configure, rename_weights
-from library.errors import NotThere, UserError, flagged
 from library.memory.devices import DTYPES
 from library.models.dit_loader import DitLoader, check_input_width, open_dit_loader
 from library.models.identify import open_denoiser

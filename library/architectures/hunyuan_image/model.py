@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 from library.architectures.hunyuan_image.targets import TARGETS
-from library.errors import UserError
+from library.base.errors import UserError
 from library.models.double_stream import (
     DoubleStreamBlock,
     LastLayer,

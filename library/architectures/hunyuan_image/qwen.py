@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from library.base.errors import UserError
 from library.checkpoints.weights import Weights, configure, list_first_names, select_weights
-from library.errors import UserError
 from library.memory.devices import send
 from library.models.language_models import DESCRIBE, PREFIXES, WORDS, extract_decoder, remove_last_norm
 from library.models.loading import Component, empty_transformers_model, load_component

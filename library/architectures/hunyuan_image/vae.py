@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
+from library.base.errors import UserError
 from library.checkpoints.weights import Weights, configure, list_first_names, rename_weights, with_prefix
-from library.errors import UserError
 from library.models.loading import Component, MaybeComponent, empty_diffusers_model, load_component
 from library.models.shapes import Shapes, count, shape_of
 from library.models.vae.checkpoint_keys import VAE_MID, VAE_PREFIXES

@@ -13,11 +13,11 @@ from library.architectures.krea2.model import PATCH, SingleStreamDiT, read_confi
 from library.architectures.krea2.options import Krea2Options
 from library.architectures.krea2.text import LAYERS
 from library.architectures.specs import list_specs
+from library.base.errors import UserError
 from library.checkpoints.base_files import BaseFiles, open_files
 from library.checkpoints.model_lookup import find_model
 from library.checkpoints.recognition import is_dora
 from library.checkpoints.weights import Weights, configure
-from library.errors import UserError
 from library.models import dit_loader
 from library.models.distilled import DistilledRelease
 from library.models.dit_loader import DitLoader, add_vision, check_input_width, open_dit, open_dit_loader

@@ -11,10 +11,10 @@ from library.architectures.lumina.load import open_loader
 from library.architectures.lumina.options import LuminaOptions
 from library.architectures.lumina.text import LuminaText
 from library.architectures.specs import list_specs
+from library.base.errors import UserError
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import RECORDS, FlowMatching, build_sampled_flow
 from library.diffusion.samplers import build_shifted_sampler
-from library.errors import UserError
 from library.models.adapter_views import view_both
 from library.models.dit_loader import DitLoader
 from library.models.next_dit import predict

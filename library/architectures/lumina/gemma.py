@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from library.base.errors import UserError
 from library.checkpoints.files import copy_atomically
 from library.checkpoints.model_lookup import fetch_snapshot
 from library.checkpoints.weights import Weights, configure, list_first_names
-from library.errors import UserError
 from library.memory.devices import send
 from library.models.language_models import extract_decoder
 from library.models.loading import Component, empty_transformers_model, load_component

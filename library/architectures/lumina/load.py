@@ -7,9 +7,9 @@ from library.architectures.lumina.gemma import gemma_component, gemma_of_folder,
 from library.architectures.lumina.model import PATCH, NextDiT, read_config
 from library.architectures.lumina.options import LuminaOptions
 from library.architectures.specs import list_specs
+from library.base.errors import flagged
 from library.checkpoints.base_files import BaseFiles, open_base
 from library.checkpoints.weights import Weights, configure, select_weights
-from library.errors import flagged
 from library.memory.devices import DTYPES
 from library.models.dit_loader import DitLoader, check_input_width, open_dit_loader
 from library.models.identify import open_denoiser, refuse_other_model

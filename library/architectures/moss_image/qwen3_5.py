@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from library.base.errors import UserError
 from library.checkpoints.weights import Weights, configure, list_first_names
-from library.errors import UserError
 from library.models.language_models import WORDS, extract_decoder
 from library.models.loading import Component, empty_transformers_model, load_component
 from library.models.qwen3_vl_vision import embed_with_images, vision_component

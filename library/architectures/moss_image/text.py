@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.moss_image.qwen3_5 import HUB_NAME, encode_with_images
-from library.determinism import deterministic_mode
-from library.errors import UserError
+from library.base.determinism import deterministic_mode
+from library.base.errors import UserError
 from library.models.qwen3_vl_vision import (
     SLOT,
     VISION_MARKS,

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from library.architectures.qwen_image_21.targets import TARGETS
-from library.errors import UserError
+from library.base.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
 from library.memory.fused import fuses

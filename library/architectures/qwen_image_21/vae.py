@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from library.base.errors import UserError
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import configure, list_first_names, rename_weights, select_weights
-from library.errors import UserError
 from library.memory.devices import send
 from library.models.loading import Component, empty_diffusers_model, load_component
 from library.models.shapes import Shapes, count, shape_of

@@ -10,8 +10,8 @@ from library.architectures.sd.predict import predict
 from library.architectures.sd.targets import view
 from library.architectures.sd.text import ClipText
 from library.architectures.specs import list_specs
+from library.base.errors import UserError
 from library.diffusion.objective import build_ddpm
-from library.errors import UserError
 from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import CHUNK_TOKENS, OPEN_CLIP_PAD, ClipTokens
 from library.models.shapes import count

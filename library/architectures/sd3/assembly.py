@@ -18,11 +18,11 @@ from library.architectures.sd3.predict import predict
 from library.architectures.sd3.targets import view
 from library.architectures.sd3.text import Sd3Text
 from library.architectures.specs import list_specs
+from library.base.errors import needing
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import FlowMatching
 from library.diffusion.samplers import FlowSampler, Sampler
 from library.diffusion.timesteps import FINEST_LEVEL, build_shifted_scheme, shift_sigmas, takes_offset
-from library.errors import needing
 from library.models.clip.clip import CLIP_WORDS, PROJECTION
 from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import ClipTokens

@@ -11,11 +11,11 @@ import torch
 from library.architectures.sd3.model import MMDiT, MMDiTConfig, read_config
 from library.architectures.sd3.options import Sd3Options, Sd3TextOptions
 from library.architectures.specs import list_specs
+from library.base.errors import NotThere, UserError
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles, require_base_name
 from library.checkpoints.model_lookup import existing
 from library.checkpoints.weights import Weights, configure, find_prefix, list_first_names, select_weights, with_prefix
-from library.errors import NotThere, UserError
 from library.memory.devices import DTYPES
 from library.models.clip.clip import PROJECTION, clip_component, load_clip
 from library.models.dit_loader import DitLoader, open_dit_loader

@@ -8,11 +8,11 @@ from library.architectures.sd3.adapter_names import NAMES
 from library.architectures.sd3.load import read_denoiser
 from library.architectures.sd3.model import MMDiT, read_config, recognise_version
 from library.architectures.sd3.targets import view
+from library.base.errors import UserError
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, open_single_file
 from library.checkpoints.weights import configure, find_prefix
-from library.errors import UserError
 from library.models.identify import DENOISER_PREFIXES
 from library.models.loading import build_on_meta_device
 

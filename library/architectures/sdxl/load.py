@@ -4,9 +4,9 @@ from functools import partial
 
 from library.architectures.sdxl.options import SdxlOptions
 from library.architectures.specs import list_specs
+from library.base.errors import UserError
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights, configure, with_prefix
-from library.errors import UserError
 from library.models.clip.clip import PROJECTION, clip_component, clip_of_folder
 from library.models.identify import open_unet_folder, refuse_other_file, text_encoder_in
 from library.models.loading import Component, open_if_there

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from library.base.errors import UserError
+from library.base.randomness import random_for
 from library.data.caching.latent_files import LatentFile, Latents, judge
 from library.data.caching.latent_jobs import Job
 from library.data.caching.stores import CacheFiles
@@ -40,8 +42,6 @@ from library.data.description.schema import SubsetConfig
 from library.data.plan.samples import Sample, Samples, check_size, find_replacement
 from library.data.plan.seen_references import SeenReferences, read_placed_references
 from library.data.sources.storage.storage import Storage
-from library.errors import UserError
-from library.randomness import random_for
 from library.types import Batch
 
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.base.errors import UserError
+from library.base.randomness import random_for
 from library.data.batches.validation_set import ValidationSet, make_empty_set
 from library.data.description.dataset_file import parse_numbers
 from library.data.description.schema import RunDataConfig
 from library.data.plan.audit_values import make_empty_values
-from library.errors import UserError
 from library.options.dataset import DatasetOptions
 from library.protocols import LatentSpec
-from library.randomness import random_for
 from library.types import Batch
 
 logger = logging.getLogger(__name__)

@@ -12,6 +12,8 @@ from typing import Any, cast
 import numpy as np
 from torch.utils.data import DataLoader
 
+from library.base.errors import UserError
+from library.base.formatting import format_count
 from library.data.batches.batches import (
     BatchMaker,
     BatchSampler,
@@ -28,8 +30,6 @@ from library.data.plan.data_plan import DataPlan
 from library.data.plan.order import epoch_batches
 from library.data.plan.samples import build_draws
 from library.data.plan.validation_split import identities_of_images
-from library.errors import UserError
-from library.formatting import format_count
 from library.types import Batch
 
 logger = logging.getLogger(__name__)

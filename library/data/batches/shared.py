@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from library.base.errors import UserError
 from library.data.batches.batches import BatchMaker, BatchOrder, PartialBatch
-from library.errors import UserError
 
 ALIGNMENT = 64  # bytes; no column has wider values
 

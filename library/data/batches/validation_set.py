@@ -7,11 +7,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from library.base.errors import UserError
 from library.data.batches.batches import BatchMaker, BatchOrder, PartialBatch
 from library.data.caching.stores import CacheFiles
 from library.data.plan.order import plain_batches
 from library.data.plan.samples import Draws, Sample, Samples
-from library.errors import UserError
 from library.types import Batch
 
 

@@ -18,6 +18,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from library.base.errors import NotThere, UserError, list_few, needing
+from library.base.formatting import format_bytes, format_count
+from library.base.progress import Bar, progress_bar
 from library.checkpoints.files import load_state_dict, save_safetensors
 from library.data.caching.filling import ADD_ENCODERS, CheckedJob, Codec, fill
 from library.data.caching.stores import CacheFiles, TextStore, default_text_file
@@ -26,10 +29,7 @@ from library.data.decoding.images import DamagedImage
 from library.data.decoding.npz import MISSING, Verdict, archive_kind
 from library.data.plan.data_plan import DataPlan
 from library.data.scanned.names import same_file_key
-from library.errors import NotThere, UserError, list_few, needing
-from library.formatting import format_bytes, format_count
-from library.processes import ALONE, Processes
-from library.progress import Bar, progress_bar
+from library.processes.process_group import ALONE, Processes
 from library.protocols import TextCacheSpec
 from library.types import CaptionWithImages, Conditioning, shown_caption
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
+from library.base.errors import list_few
 from library.checkpoints.overwriting import FileKind, check_target
 from library.data.decoding.npz import MISSING, CacheWords, Verdict, clear_left_overs
 from library.data.decoding.threads import read_many
 from library.data.scanned.names import same_file_key
-from library.errors import list_few
-from library.processes import Processes
+from library.processes.process_group import Processes
 
 logger = logging.getLogger(__name__)
 

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from library.base.json_text import parse_json
 from library.data.decoding.npz import (
     DAMAGE,
     CacheWords,
@@ -44,7 +45,6 @@ from library.data.description.image_extensions import is_uncompressed
 from library.data.plan.seen_references import digest_references
 from library.data.scanned.images import HIDES_EDITS, ScannedImage, Version
 from library.data.sources.storage.storage import Storage, is_remote
-from library.json_text import parse_json
 from library.protocols import POSTERIOR_MEAN, LatentSpec
 
 WORDS = CacheWords(

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from library.base.errors import NotThere, list_few
 from library.data.caching.filling import CheckedJob
 from library.data.caching.latent_files import Expected, LatentFile, origin_of_file
 from library.data.caching.latent_index import VerifiedEntries
@@ -18,7 +19,6 @@ from library.data.plan.samples import Sample
 from library.data.plan.seen_references import SeenReferences
 from library.data.scanned.images import ScannedImage
 from library.data.scanned.names import same_file_key
-from library.errors import NotThere, list_few
 
 logger = logging.getLogger(__name__)
 

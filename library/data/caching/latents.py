@@ -13,6 +13,10 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from library.base.errors import UserError, list_few, needing
+from library.base.formatting import format_count
+from library.base.progress import progress_bar
+from library.base.randomness import generator_for
 from library.data.caching.filling import ADD_ENCODERS, CheckedJob, Codec, fill
 from library.data.caching.latent_files import (
     KIND,
@@ -51,13 +55,9 @@ from library.data.plan.data_plan import DataPlan
 from library.data.plan.samples import check_size, find_replacement
 from library.data.scanned.images import HIDES_EDITS, ScannedImage, Version
 from library.data.sources.storage.storage import Storage
-from library.errors import UserError, list_few, needing
-from library.formatting import format_count
 from library.options.caching import CachingOptions
-from library.processes import ALONE, Processes
-from library.progress import progress_bar
+from library.processes.process_group import ALONE, Processes
 from library.protocols import LatentSpec
-from library.randomness import generator_for
 
 logger = logging.getLogger(__name__)
 

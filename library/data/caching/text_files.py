@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from library.base.json_text import parse_json
 from library.data.decoding.npz import (
     DAMAGE,
     DAMAGED,
@@ -34,7 +35,6 @@ from library.data.decoding.npz import (
     require_plain_file,
     require_small,
 )
-from library.json_text import parse_json
 from library.types import Conditioning, shown_caption
 
 WORDS = CacheWords(

@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from library.base.errors import UserError
+from library.base.randomness import random_for
 from library.data.batches.validation_set import ValidationSet, make_empty_set
 from library.data.concepts.prompts_file import FLAG, PromptPair, read_prompt_pairs
 from library.data.description.schema import RunDataConfig
 from library.data.plan.audit_values import make_empty_values
-from library.errors import UserError
 from library.options.dataset import DatasetOptions
 from library.options.training.concepts import USUAL_GUIDANCE, ConceptOptions
 from library.options.training.run import RunOptions
 from library.protocols import Architecture, PromptDefaults
-from library.randomness import random_for
 from library.types import Batch, Concept
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from library.errors import UserError, naming
+from library.base.errors import UserError, naming
 from library.options.config_file import read_toml
 from library.options.encodings import decode_utf8
 from library.options.kinds import BOOL, TEXT, Kind, choice, is_texts, number, size, whole

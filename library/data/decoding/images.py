@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from library.base.errors import UserError
 from library.data.description.buckets import Shape, Size
 from library.data.description.image_extensions import load_plugin, plugin_for
-from library.errors import UserError
 
 Pixels = NDArray[np.uint8]
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import TypeVar
 
-from library.progress import progress_bar
+from library.base.progress import progress_bar
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")

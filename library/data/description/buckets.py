@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from library.errors import UserError
+from library.base.errors import UserError
 
 logger = logging.getLogger(__name__)
 

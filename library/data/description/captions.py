@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from library.base.randomness import random_for
 from library.data.description.keys import COUNT, NUMBER, SEPARATOR, key, key_of_option
 from library.options.kinds import BOOL, SHARE, TEXT
-from library.randomness import random_for
 
 
 @dataclass(frozen=True)

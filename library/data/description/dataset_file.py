@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from library.base.errors import UserError, naming
+from library.base.suggestions import did_you_mean
 from library.data.description.captions import CaptionRules
 from library.data.description.flat_datasets import with_subsets
 from library.data.description.folder_options import list_subsets, warn_of_ignored
@@ -30,7 +32,6 @@ from library.data.description.schema import (
     SubsetConfig,
 )
 from library.data.description.source_keys import SOURCES, keys_used_by
-from library.errors import UserError, naming
 from library.options.base import Options
 from library.options.config_file import read_json, read_toml, refuse_unusable
 from library.options.dataset import FOLDER_FLAGS, DatasetOptions
@@ -38,7 +39,6 @@ from library.options.declared import Declared
 from library.options.kinds import BOOL, TABLE, number, read_value
 from library.options.tables import Table, find_problem, is_table_list
 from library.options.train import TrainOptions
-from library.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from library.errors import UserError
+from library.base.errors import UserError
 
 SOURCES = {"image_directory": "image_dir", "image_jsonl_file": "metadata_file"}  # its key -> the key of a subset
 REFERENCES = {"control_directory": "control_dirs"}

@@ -4,9 +4,9 @@ import logging
 import os
 from collections.abc import Sequence
 
+from library.base.errors import NoDataFound, UserError
 from library.data.description.keys import Style
 from library.data.description.schema import explain_missing_folder
-from library.errors import NoDataFound, UserError
 from library.options.dataset import DatasetOptions
 from library.options.tables import Table
 

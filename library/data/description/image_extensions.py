@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from library.errors import list_few
-from library.requirements import quote
+from library.base.errors import list_few
+from library.environment.requirements import quote
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp")
 # Formats whose files may have the same size whatever they show.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from library.base.suggestions import nearby
 from library.data.description.captions import CaptionRules
 from library.data.description.keys import (
     BATCH_SIZE,
@@ -29,7 +30,6 @@ from library.options.dataset import OWN_INDEX
 from library.options.declared import Declared
 from library.options.kinds import BOOL, SHARE, TABLE, TEXT, TEXTS, number
 from library.options.tables import Table
-from library.suggestions import nearby
 
 PRESERVATION = "diff_output_preservation"  # key of a subset's custom_attributes
 

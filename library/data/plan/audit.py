@@ -13,6 +13,8 @@ from itertools import chain, compress
 import numpy as np
 from numpy.typing import NDArray
 
+from library.base.errors import list_few
+from library.base.formatting import format_count
 from library.data.decoding.images import parse_face
 from library.data.description.buckets import BucketRules, Size
 from library.data.description.captions import has_nested_wildcard, iterate_fullest_captions
@@ -22,8 +24,6 @@ from library.data.plan.samples import Draws, Samples, find_duplicated_stems
 from library.data.scanned.images import ScannedImages
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 from library.data.sources.storage.storage import Storage
-from library.errors import list_few
-from library.formatting import format_count
 
 MOST_COUNTED_AT_START = 2000  # captions; tokenizing this many takes 0.2 s
 COUNTED_AT_ONCE = 16

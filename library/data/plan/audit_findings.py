@@ -3,14 +3,14 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from library.base.errors import list_few
+from library.base.formatting import format_count
 from library.data.description.buckets import Size
 from library.data.description.schema import SubsetConfig
 from library.data.plan.audit_pixels import PixelMeasures, connect_groups, measure_all_pixels, similar_pairs
 from library.data.plan.samples import Sample
 from library.data.scanned.images import ScannedImage
 from library.data.sources.storage.storage import Storage
-from library.errors import list_few
-from library.formatting import format_count
 
 MOST_BITS = 6  # of 64: resized, recompressed or slightly cropped copies differ in up to 6, other images in about 20
 BLURRED = 15.0  # variance of the Laplacian: an image blurred by 2 pixels has 5, a sharp one 50 or much more

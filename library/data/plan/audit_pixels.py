@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from library.base.errors import UserError, reason_of
+from library.base.progress import progress_bar
 from library.data.decoding.images import TRANSPOSITIONS, decode_all, open_image, read_orientation, read_pixels
 from library.data.description.buckets import Size
 from library.data.scanned.images import ScannedImage
 from library.data.sources.storage.storage import Storage
-from library.errors import UserError, reason_of
-from library.progress import progress_bar
 
 HASH_BITS = 64
 HASH_SIDE = 128  # images are shrunk to this before hashing; hashing whole images takes ten times as long

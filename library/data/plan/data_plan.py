@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from library.collector import pause_collection
+from library.base.collector import pause_collection
+from library.base.errors import UserError, list_few
 from library.data.description.buckets import BucketRules, Shape, Size
 from library.data.description.captions import caption_variant
 from library.data.description.dataset_file import load_dataset_config
@@ -38,7 +39,6 @@ from library.data.plan.seen_references import SeenReferences
 from library.data.plan.validation_split import Split, split_datasets, unchanging
 from library.data.scanned.subsets import ScannedDataset
 from library.data.sources.storage.storage import Storage
-from library.errors import UserError, list_few
 from library.options.caching import CachingOptions
 from library.options.dataset import DatasetOptions
 from library.options.train import TrainOptions

@@ -6,12 +6,12 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
+from library.base.errors import list_few
+from library.base.formatting import format_count
 from library.data.description.image_extensions import group_unread, image_extensions, list_unread
 from library.data.scanned.images import ScannedImages
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.folders.listing import CAPTION_ENDINGS
-from library.errors import list_few
-from library.formatting import format_count
 
 MOST_COMPARED = 20_000  # images; the search for duplicates reads all file sizes
 MOST_VISITED = 2_000  # subfolders searched for images

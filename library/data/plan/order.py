@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from library.base.randomness import random_for
 from library.data.scanned.columns import Column
-from library.randomness import random_for
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,12 +2,12 @@
 
 import os
 
+from library.base.errors import UserError, list_few
+from library.base.formatting import format_count
 from library.data.decoding.threads import read_many
 from library.data.description.schema import RunDataConfig
 from library.data.plan.dataset_digest import content_digest, whole_digest
 from library.data.scanned.images import ScannedImage, ScannedImages
-from library.errors import UserError, list_few
-from library.formatting import format_count
 
 NUM_THREADS = 16
 

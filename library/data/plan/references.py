@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from library.base.errors import UserError, list_few
+from library.base.formatting import format_count
 from library.data.decoding.images import has_alpha, open_image
 from library.data.decoding.threads import read_many
 from library.data.description.schema import SubsetConfig
@@ -15,8 +17,6 @@ from library.data.plan.samples import Samples
 from library.data.scanned.images import ScannedImage, ScannedImages
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.storage.storage import Storage, is_remote
-from library.errors import UserError, list_few
-from library.formatting import format_count
 from library.protocols import LatentSpec
 
 RATIO_TOLERANCE = 0.02  # relative difference of aspect ratios; resizing a copy rounds by less

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from library.base.errors import NoDataFound, UserError, list_few
 from library.data.decoding.images import Pixels, read_size
 from library.data.description.buckets import BucketRules, ReferenceRules, Shape, Size, assign_shapes, cover
 from library.data.description.image_extensions import describe_unread
@@ -23,7 +24,6 @@ from library.data.plan.order import Bucket, regularisation_repeats
 from library.data.scanned.columns import Column, join_columns
 from library.data.scanned.images import ScannedImage, ScannedImages, iterate_in_blocks
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
-from library.errors import NoDataFound, UserError, list_few
 
 logger = logging.getLogger(__name__)
 

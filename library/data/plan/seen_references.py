@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from library.base.errors import UserError
 from library.data.decoding.images import Pixels, Placement, apply_placement, crop_at_centre, read_pixels, with_alpha
 from library.data.decoding.tensors import to_pixels
 from library.data.decoding.threads import read_many
@@ -20,7 +21,6 @@ from library.data.plan.samples import Sample, Samples, check_size
 from library.data.scanned.images import ScannedImage
 from library.data.sources.storage.index_places import IndexPlaces
 from library.data.sources.storage.storage import Storage, is_remote
-from library.errors import UserError
 from library.types import CaptionWithImages
 
 Reader = Callable[[], tuple[Tensor, ...]]

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from library.base.errors import UserError
+from library.base.randomness import stream_seed
 from library.data.description.schema import SubsetConfig
 from library.data.plan.folder_audit import Line
 from library.data.scanned.images import END_BYTES, ScannedImage, digest_of_ends
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
-from library.errors import UserError
-from library.randomness import stream_seed
 
 
 @dataclass(frozen=True)

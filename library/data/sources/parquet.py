@@ -10,6 +10,7 @@ from functools import partial
 from hashlib import blake2b
 from itertools import chain, repeat
 
+from library.base.errors import UserError, reason_of
 from library.data.decoding.threads import read_many
 from library.data.description.schema import SubsetConfig, strip_secrets
 from library.data.scanned.images import ImageLocation, OpenFiles, Reader
@@ -21,7 +22,6 @@ from library.data.sources.indexed.scan import SourceFile, check_packages, scan_f
 from library.data.sources.indexed.tar_files import Member
 from library.data.sources.storage.source import Source
 from library.data.sources.storage.storage import Storage, is_remote
-from library.errors import UserError, reason_of
 
 logger = logging.getLogger(__name__)
 

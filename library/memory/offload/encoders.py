@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from library.formatting import format_bytes
+from library.base.formatting import format_bytes
 from library.memory.blocks import encoder_layers
 from library.memory.codecs.plain import Plain
 from library.memory.devices import bytes_of

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.formatting import format_gib
+from library.base.formatting import format_gib
 from library.memory.planner.gpus import Gpu, fuses
 from library.memory.planner.selection import offload_for_spare, select
 from library.memory.planner.speed import StepSpeed, Work

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from library.formatting import columns, format_count, format_gib
+from library.base.formatting import columns, format_count, format_gib
 from library.memory.planner.choice import Choice
 from library.memory.planner.prediction import MemoryMode, Predicted
 from library.memory.planner.selection import fits

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.base.errors import UserError
 from library.checkpoints.weights import Weights, configure, rename_weights
 from library.diffusion.inpainting import FEATURE
-from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, run_library_blocks_with
 from library.models.loading import Component, empty_diffusers_model
 from library.models.shapes import Shapes, choose_num_heads, count, norm_groups, shape_of

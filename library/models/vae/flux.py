@@ -4,10 +4,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from library.base.errors import NotThere, UserError
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights, list_first_names, with_prefix
-from library.errors import NotThere, UserError
 from library.models.loading import Component
 from library.models.shapes import shape_of
 from library.models.vae.checkpoint_keys import VAE_PREFIXES

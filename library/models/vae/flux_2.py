@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from library.base.errors import UserError
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import rename_weights, select_weights
-from library.errors import UserError
 from library.memory.devices import send
 from library.models.loading import Component, MaybeComponent, empty_diffusers_model, materialise
 from library.models.shapes import count, shape_of

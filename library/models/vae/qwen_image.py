@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.base.errors import NotThere, UserError
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights, configure, list_first_names, rename_weights, with_prefix
-from library.errors import NotThere, UserError
 from library.memory.devices import send
 from library.models.loading import Component, empty_diffusers_model, load_component
 from library.models.shapes import Shapes, shape_of

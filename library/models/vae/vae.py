@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from library.base.errors import NotThere, UserError
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import (
@@ -18,7 +19,6 @@ from library.checkpoints.weights import (
     select_weights,
     with_prefix,
 )
-from library.errors import NotThere, UserError
 from library.memory.devices import DTYPES
 from library.models.loading import Component, empty_diffusers_model, load_component
 from library.models.shapes import Shapes, count, norm_groups, shape_of

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from PIL import Image
 
+from library.base.errors import UserError
 from library.checkpoints.overwriting import check_target
 from library.data.debug_dataset import show_batches
 from library.data.decoding.images import read_pixels
@@ -15,7 +16,6 @@ from library.data.description.dataset_file import warn_of_overridden_defaults
 from library.data.plan.audit_findings import Finding, inspect
 from library.data.plan.data_plan import DataPlan, build_plan
 from library.diffusion.flow import FlowMatching
-from library.errors import UserError
 from library.options.base import Options
 from library.options.output.saving import SavingOptions
 from library.options.train import TrainOptions

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from library.base.errors import UserError
+from library.base.terminal import print_line
 from library.data.plan.data_plan import DataPlan, build_plan
 from library.data.sources.folders.metadata_file import MetadataEntry
-from library.errors import UserError
 from library.options.train import TrainOptions
-from library.processes import from_accelerator
+from library.processes.process_group import from_accelerator
 from library.protocols import Architecture, LatentCodec
-from library.terminal import print_line
 from library.training.command_line.cli import CommandLine
 from library.training.command_line.main import report_error
 from library.training.failures.interruption import Interrupted, Interruption

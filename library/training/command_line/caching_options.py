@@ -2,7 +2,7 @@
 
 import argparse
 
-from library.errors import UserError
+from library.base.errors import UserError
 
 NEVER_DELETED = "Has no effect: cache files are never deleted."
 

@@ -8,11 +8,11 @@ from pathlib import Path, PureWindowsPath
 
 import torch
 
+from library.base.errors import UserError
 from library.checkpoints.files import file_in_folder
 from library.checkpoints.folders import ADDED_TO_NAMES, LONGEST_ON_WINDOWS
 from library.checkpoints.metadata import modelspec_resolution, thumbnail_url
 from library.checkpoints.recognition import keys_of_text_encoders
-from library.errors import UserError
 from library.memory.codecs.weight_format import load_format
 from library.memory.planner.gpus import parse_size
 from library.options.base import Options

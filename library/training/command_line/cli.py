@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-from library.errors import NotThere, UserError
+from library.base.errors import NotThere, UserError
 from library.options.base import Options
 from library.options.leco import list_ignored_by_leco, list_refused_by_leco
 from library.options.model import BASE_FLAG

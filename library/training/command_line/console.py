@@ -9,12 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from library.base.errors import UserError
+from library.base.launcher import launched_rank
+from library.base.terminal import EscapedTexts
+from library.base.version import NAME, VERSION
 from library.checkpoints.overwriting import FileKind, check_target, read_start
-from library.errors import UserError
-from library.launcher import launched_rank
 from library.options.output.console import ConsoleOptions
-from library.terminal import EscapedTexts
-from library.version import NAME, VERSION
 
 logger = logging.getLogger(__name__)
 

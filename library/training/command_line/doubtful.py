@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
-from library.installed import architecture_of
-from library.network_args import is_switched_on
+from library.environment.installed import architecture_of
 from library.options.machine.memory import PrecisionOptions
 from library.options.model import ModelOptions
+from library.options.network_args import is_switched_on
 from library.options.no_effect import is_set
 from library.options.output.saving import MetadataOptions
 from library.options.training.network import NetworkOptions

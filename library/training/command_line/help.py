@@ -7,10 +7,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from library.errors import UserError
-from library.terminal import escape_text, print_line
+from library.base.errors import UserError
+from library.base.terminal import escape_text, print_line
+from library.base.version import VERSION
 from library.training.reporting.error_fields import describe_error, print_error_line, wants_error_line
-from library.version import VERSION
 
 EVERYTHING = "--help_all"
 EXAMPLES = """\

@@ -7,8 +7,8 @@ from bdb import BdbQuit
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from library.base.errors import UserError
 from library.diffusion.flow import FlowMatching
-from library.errors import UserError
 from library.options.train import TrainOptions
 from library.protocols import Architecture, LatentSpec
 from library.training.command_line.cli import (

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from library.collector import freeze_imports
-from library.errors import UserError
-from library.hidden_libraries import BITSANDBYTES, hide_library, import_diffusers_hiding_libraries
+from library.base.collector import freeze_imports
+from library.base.errors import UserError
+from library.environment.hidden_libraries import BITSANDBYTES, hide_library, import_diffusers_hiding_libraries
 from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.training.command_line.checks import report_unused, warn_of_fp16_vae

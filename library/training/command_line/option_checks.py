@@ -5,9 +5,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from library.base.errors import NoDataFound, NotThere, UserError
+from library.base.suggestions import nearby
 from library.data.concepts.prompts_file import FLAG as PROMPTS_FLAG
 from library.data.concepts.prompts_file import read_prompt_pairs
-from library.errors import NoDataFound, NotThere, UserError
 from library.options.base import Options
 from library.options.dataset import FOLDER_FLAGS
 from library.options.declared import PathKind
@@ -20,7 +21,6 @@ from library.options.train import TrainOptions
 from library.options.training.concepts import ConceptOptions
 from library.options.training.network import NetworkOptions
 from library.options.training.noise import NoiseOptions
-from library.suggestions import nearby
 
 IMAGES = "train_data_dir"
 MODEL_FILES = (".safetensors", ".sft", ".ckpt")

@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from library.installed import NEEDED_BY_ALL, check_gpu_is_used, check_installed
+from library.environment.installed import NEEDED_BY_ALL, check_gpu_is_used, check_installed
 from library.options.dataset import DatasetOptions
 from library.options.output.saving import SavingOptions
 from library.options.train import TrainOptions

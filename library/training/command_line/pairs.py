@@ -5,10 +5,10 @@ from itertools import islice
 
 from PIL import Image
 
+from library.base.errors import UserError
 from library.data.decoding.images import Pixels, apply_placement, crop_at_centre, read_pixels
 from library.data.plan.data_plan import DataPlan
 from library.data.plan.samples import Sample
-from library.errors import UserError
 from library.training.evaluation.prompt_images import show_beside
 from library.training.reporting.events import FoundImage
 from library.training.reporting.sample_images import THUMBNAIL_SIDE, encode_data_url

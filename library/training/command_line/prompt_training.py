@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from library.base.errors import UserError
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.data.concepts.prompts_file import read_prompt_pairs
-from library.errors import UserError
 from library.options.leco import LecoOptions, leco_options
 from library.options.output.console import ConsoleOptions
 from library.options.train import TrainOptions

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.options.config_file import read_toml
 from library.options.leco import LecoOptions
 from library.training.command_line.cli import (

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError
+from library.base.errors import UserError
+from library.base.suggestions import did_you_mean
 from library.options.config_file import read_toml
-from library.suggestions import did_you_mean
 from library.training.config_file import Config, flatten, read_values
 
 FOLDER = Path(__file__).parents[3] / "configs" / "recipes"

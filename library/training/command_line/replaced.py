@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
-from library.errors import UserError
+from library.base.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Generic, TypeVar
 import torch
 
 from library.data.training_data import TrainingData
-from library.hidden_libraries import BITSANDBYTES, hide_library
+from library.environment.hidden_libraries import BITSANDBYTES, hide_library
 from library.options.train import TrainOptions
-from library.processes import Processes
+from library.processes.process_group import Processes
 from library.protocols import Architecture
 from library.training.command_line.outputs import writes
 from library.training.command_line.pairs import show_pairs

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from library.determinism import explain_nondeterminism
+from library.base.determinism import explain_nondeterminism
 from library.options.base import Options
 from library.options.no_effect import is_set
 from library.options.train import TrainOptions

@@ -8,12 +8,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from library.base.errors import UserError
+from library.base.launcher import launched_rank
 from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import check_target, marked
 from library.diffusion.flow import FlowMatching
 from library.diffusion.timesteps import NUM_TIMESTEPS, scheme_weights
-from library.errors import UserError
-from library.launcher import launched_rank
 from library.options.base import Options
 from library.options.output.saving import SavingOptions
 from library.options.training.flow import TimestepPreviewOptions

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.options.train import TrainOptions
 from library.training.command_line.cli import (
     CommandLine,

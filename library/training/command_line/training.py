@@ -5,11 +5,11 @@ from contextlib import ExitStack
 from time import monotonic
 from typing import TypeVar
 
+from library.base.determinism import deterministic
 from library.data.debug_dataset import show_batches
-from library.determinism import deterministic
 from library.diffusion.flow import FlowMatching
 from library.options.train import TrainOptions
-from library.processes import from_accelerator
+from library.processes.process_group import from_accelerator
 from library.protocols import Architecture, LatentSpec
 from library.training.command_line.audit_only import check_and_look
 from library.training.command_line.opened_base import open_base

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from library.formatting import align_columns, format_count
+from library.base.formatting import align_columns, format_count
 from library.training.evaluation.choice import CONFIDENCE, MIN_IMAGES, Choice, choose, estimate, estimate_of_difference
 from library.training.evaluation.image_scores import Scores
 from library.training.evaluation.validation_record import ValidationRecord

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from library.base.errors import UserError
+from library.base.randomness import generator_for
 from library.diffusion.guidance import apply_guidance, needs_negative
-from library.errors import UserError
 from library.protocols import Architecture, LiveText
-from library.randomness import generator_for
 from library.training.evaluation.prompt_images import prompt_conditioning, resolve_seen_text
 from library.training.failures.vae_memory import VaeFallback
 from library.training.reporting.sample_images import to_image

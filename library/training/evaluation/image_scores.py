@@ -17,14 +17,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from library.base.errors import UserError
+from library.base.progress import progress_bar
 from library.checkpoints.model_lookup import HUB_NAME, existing, fetch_snapshot, read_model_config
 from library.data.decoding.images import apply_placement, crop_at_centre, read_pixels, with_alpha
 from library.data.plan.audit_findings import MOST_BITS
 from library.data.plan.audit_pixels import HASH_BITS, HASH_SIDE, measure_sharpness, perceptual_hash
 from library.data.plan.data_plan import DataPlan
-from library.errors import UserError
 from library.options.output.preview import PreviewOptions
-from library.progress import progress_bar
 from library.training.evaluation.without_side_effects import random_streams_kept
 from library.training.reporting.sample_images import composite_on_white
 

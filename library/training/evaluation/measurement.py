@@ -13,9 +13,9 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from library.base.progress import progress_bar
 from library.data.batches.validation_set import ValidationSet
-from library.processes import Processes
-from library.progress import progress_bar
+from library.processes.process_group import Processes
 from library.training.evaluation.validation_loss import Name, batch_losses
 from library.training.step.context import StepContext
 

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from library.determinism import deterministic_mode
+from library.base.determinism import deterministic_mode
+from library.base.progress import progress_bar
 from library.memory.devices import move_to_device, release_memory
 from library.options.output.preview import PreviewOptions
 from library.options.training.averaging import PREVIEWS
-from library.progress import progress_bar
 from library.protocols import Architecture
 from library.training.evaluation.drawing import collect_texts, decode, draw_latents, encode_prompts, seed_generator
 from library.training.evaluation.image_scores import Scorer, format_means

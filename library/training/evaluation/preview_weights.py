@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import psutil
 from torch import nn
 
-from library.errors import UserError
-from library.formatting import format_bytes
+from library.base.errors import UserError
+from library.base.formatting import format_bytes
 from library.memory.codecs.codec import AS_IN_FILE
 from library.memory.codecs.weight_format import load_format
 from library.memory.devices import bytes_of

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError, naming
+from library.base.errors import UserError, naming
+from library.base.suggestions import did_you_mean
 from library.options.config_file import read_json, read_text, read_toml
 from library.options.declared import declare, list_declared
 from library.options.kinds import TABLE, TEXT, TEXTS, Kind, choice, number, read_value, whole
@@ -19,7 +20,6 @@ from library.options.output.sampler_names import ALIASES, SAMPLERS
 from library.options.tables import Table, read_table
 from library.options.training.run import MAX_SEED
 from library.protocols import Architecture, PromptDefaults
-from library.suggestions import did_you_mean
 from library.types import Prompt
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from math import nan, sqrt
 import torch
 from torch import Generator, Tensor
 
+from library.base.randomness import generator_for, stream_seed
 from library.diffusion.timesteps import NUM_TIMESTEPS
 from library.options.training.noise import NoiseOptions
 from library.protocols import Objective
-from library.randomness import generator_for, stream_seed
 from library.training.step.context import StepContext
 from library.training.step.joining import join_noised
 from library.training.step.latents import build_image_features, load_latents

@@ -6,8 +6,8 @@ from math import isfinite, isnan, nan
 
 import torch
 
+from library.base.errors import list_few
 from library.diffusion.dpo import implicit_accuracy, invert_losses
-from library.errors import list_few
 from library.training.evaluation.choice import average_by_image
 from library.training.evaluation.validation_loss import estimate_paired_difference
 from library.training.evaluation.validation_record import Evaluation, ValidationRecord

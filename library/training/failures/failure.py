@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from library.determinism import NotDeterministicError
+from library.base.determinism import NotDeterministicError
 from library.training.failures.nonfinite import NonFiniteError
 from library.training.reporting.progress import Progress
 from library.training.saving.checkpoints import NonFiniteWeights, SavedElsewhere, Writer

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
-from library.launcher import DRIVER
+from library.base.launcher import DRIVER
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from library.determinism import NO_FIXED_ORDER
+from library.base.determinism import NO_FIXED_ORDER
 from library.training.failures.nonfinite_trace import list_models
 from library.training.run_parts import Run
 from library.training.step.losses import loss_of, start_batch

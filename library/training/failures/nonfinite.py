@@ -14,7 +14,7 @@ from functools import partial
 from math import isfinite
 from pathlib import Path
 
-from library.errors import UserError, list_few
+from library.base.errors import UserError, list_few
 from library.training.failures.nonfinite_trace import find_first_damage
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import NonFiniteWeights, Writer, weights_are_finite

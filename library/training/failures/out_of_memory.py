@@ -9,8 +9,8 @@ from typing import Any
 import psutil
 import torch
 
-from library.errors import UserError
-from library.formatting import format_bytes
+from library.base.errors import UserError
+from library.base.formatting import format_bytes
 from library.memory.devices import bytes_of
 from library.options.base import Options
 from library.options.leco import list_ignored_by_leco

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from library.determinism import explain_nondeterminism
+from library.base.determinism import explain_nondeterminism
 from library.training.failures.interruption import Interruption
 from library.training.failures.nondeterministic import find_nondeterministic_module
 from library.training.failures.out_of_memory import explain_out_of_memory, measure_sizes

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from library.gradient_exchange import Order, exchange_gradients
+from library.processes.gradient_exchange import Order, exchange_gradients
 from library.training.evaluation.preview import Previews, epoch_event, step_event
 from library.training.evaluation.validation import Validation
 from library.training.failures.interruption import Interruption

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from library.errors import UserError
+from library.base.errors import UserError
+from library.base.randomness import stream_seed
 from library.memory.offload.readback import Readback
-from library.randomness import stream_seed
 from library.training.failures.nonfinite import NonFiniteGuard
 from library.training.optimization.rounding import stochastic_rounding
 from library.training.reporting.console_lines import LimitedNorms

@@ -5,8 +5,8 @@ import logging
 import torch
 from torch import Tensor
 
+from library.base.errors import UserError
 from library.checkpoints.weights import to_meta_device
-from library.errors import UserError
 from library.memory.codecs.codec import AS_IN_FILE, Codec
 from library.memory.codecs.matmul_8bit import Codes, input_gradient, output
 from library.memory.codecs.weight_format import WeightFormat

@@ -15,7 +15,7 @@ from library.data.training_data import TrainingData
 from library.memory.devices import move_to_device, release_memory
 from library.options.caching import CachingOptions
 from library.options.train import TrainOptions
-from library.processes import Processes
+from library.processes.process_group import Processes
 from library.protocols import Architecture, LatentCodec, LiveText
 from library.training.failures.vae_memory import VaeFallback
 from library.training.models.compute import Compute

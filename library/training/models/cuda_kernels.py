@@ -17,7 +17,7 @@ def cuda_kernels(options: KernelOptions) -> Iterator[None]:
     """Enable the requested kernels inside the block, and restore torch's settings afterwards.
 
     Settings that are not requested stay as torch, or a program that imports a script, has set them. Enter before
-    anything runs on a GPU, and outside `library.determinism.deterministic`, which disables cuDNN's benchmark.
+    anything runs on a GPU, and outside `library.base.determinism.deterministic`, which disables cuDNN's benchmark.
     """
     flags = [f"--{name}" for name, value in options.flat().items() if value]
     if flags and not torch.cuda.is_available():

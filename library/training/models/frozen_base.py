@@ -9,8 +9,8 @@ import psutil
 import torch
 from torch import nn
 
+from library.base.errors import UserError
 from library.checkpoints.weights import to_meta_device
-from library.errors import UserError
 from library.memory.blocks import Stacks
 from library.memory.codecs.plain import Plain
 from library.memory.codecs.scaled import Scaled
@@ -30,7 +30,7 @@ from library.memory.offload.streamed import bytes_of_parts, stream
 from library.memory.planner.weights import ModelWeights, StorageCost
 from library.options.machine.distributed import DistributedOptions
 from library.options.machine.memory import MemoryOptions, PrecisionOptions
-from library.processes import Processes
+from library.processes.process_group import Processes
 from library.protocols import Architecture
 from library.training.models.compute import Compute
 from library.training.models.weight_formats import BaseFormats, check_format, store_in_format

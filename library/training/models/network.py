@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from library.errors import UserError, naming
-from library.network_args import parse_network_args
+from library.base.errors import UserError, naming
+from library.base.randomness import stream_seed
+from library.options.network_args import parse_network_args
 from library.options.training.network import NetworkOptions
-from library.randomness import stream_seed
 from library.training.models.compute import Compute
 from library.training.models.requests import RequestedRun
 from library.training.reporting.console_lines import announce

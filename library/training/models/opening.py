@@ -9,23 +9,23 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
-from library.collector import freeze_imports
+from library.base.collector import freeze_imports
+from library.base.errors import UserError
+from library.base.json_text import parse_json
+from library.base.launcher import restart_count
+from library.base.temporary_folders import delete_abandoned_folders
 from library.data.batches.own_dataset import open_own_dataset, warn_of_replaced
 from library.data.concepts.prompt_pairs import open_prompt_pairs
 from library.data.description.schema import RunDataConfig, level_offset
 from library.data.plan.data_plan import DataPlan, build_plan
 from library.data.training_data import TrainingData
-from library.errors import UserError
-from library.hidden_libraries import hide_library
-from library.json_text import parse_json
-from library.launcher import restart_count
+from library.environment.hidden_libraries import hide_library
 from library.memory.offload.shared import IN_MEMORY
 from library.options.output.trackers import TrackerOptions
 from library.options.train import TrainOptions
 from library.options.training.network import NetworkOptions
-from library.processes import Processes, register_rendezvous
+from library.processes.process_group import Processes, register_rendezvous
 from library.protocols import Architecture, Objective
-from library.temporary_folders import delete_abandoned_folders
 from library.training.models.text_caching import TextPlan, check_text_caching, files_that_change_text
 from library.training.optimization.optimizers import import_class
 from library.training.reporting.trackers import run_folder, tracker_kind

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from library.base.collector import freeze_imports
+from library.base.errors import NotThere, UserError
 from library.checkpoints.weights import to_meta_device
-from library.collector import freeze_imports
-from library.errors import NotThere, UserError
 from library.options.training.optimizer import ScheduleOptions
 from library.protocols import Architecture
 from library.training.models.frozen_adapters import create_training_adapter

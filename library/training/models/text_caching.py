@@ -9,18 +9,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from library.base.errors import UserError, needing
 from library.checkpoints.recognition import keys_of_text_encoders
 from library.data.caching.captions import Encode, Encoders, TextEncoding, cache_texts
 from library.data.caching.stores import NO_TEXTS, TextStore
 from library.data.caching.text_files import stack_rows
 from library.data.training_data import TrainingData
-from library.errors import UserError, needing
 from library.memory.offload.encoders import place_encoders
-from library.network_args import is_switched_on
 from library.options.caching import CachingOptions
 from library.options.machine.memory import PrecisionOptions
+from library.options.network_args import is_switched_on
 from library.options.training.network import NetworkOptions
-from library.processes import Processes
+from library.processes.process_group import Processes
 from library.protocols import Architecture, LiveText, TextCacheSpec, TextPipeline
 from library.training.models.compute import Compute
 from library.training.step.context import Autocast

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from library.errors import UserError
-from library.hidden_libraries import unhide_library
-from library.installed import is_missing
+from library.base.errors import UserError
+from library.environment.hidden_libraries import unhide_library
+from library.environment.installed import is_missing
 from library.memory.codecs.codec import AS_IN_FILE, AsInFile, Codec
 from library.memory.codecs.weight_format import WeightFormat, load_format
 from library.memory.frozen import frozen_layers, layers_in_blocks, store_all_in

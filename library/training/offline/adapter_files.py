@@ -10,7 +10,7 @@ from torch import nn
 
 from library.memory.blocks import plain
 from library.options.machine.memory import MemoryOptions, PrecisionOptions
-from library.processes import ALONE
+from library.processes.process_group import ALONE
 from library.protocols import Architecture
 from library.training.models.compute import Compute
 from library.training.models.frozen_adapters import create_frozen_adapter, load_frozen_adapter

@@ -8,8 +8,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
+from library.base.errors import UserError
 from library.checkpoints.recognition import keys_of_text_encoders
-from library.errors import UserError
 from library.memory.devices import move_to_device, release_memory
 from library.options.machine.memory import MemoryOptions, PrecisionOptions
 from library.options.training.network import NetworkOptions

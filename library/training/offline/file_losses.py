@@ -11,14 +11,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from library.base.errors import UserError
 from library.checkpoints.recognition import keys_of_text_encoders
 from library.data.batches.planned import PlannedBatches
 from library.data.batches.validation_set import ValidationSet
 from library.data.caching.stores import NO_LATENTS, NO_TEXTS
 from library.data.plan.data_plan import DataPlan
-from library.errors import UserError
 from library.options.train import TrainOptions
-from library.processes import ALONE
+from library.processes.process_group import ALONE
 from library.protocols import Architecture
 from library.training.evaluation.measurement import Measurement
 from library.training.evaluation.validation import resolve_measurements

@@ -14,10 +14,10 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from library.errors import UserError
+from library.base.errors import UserError
+from library.base.suggestions import did_you_mean
 from library.options.keyword_args import call_with_keywords, read_keyword_args
 from library.options.training.optimizer import ScheduleOptions
-from library.suggestions import did_you_mean
 from library.training.optimization.optimizers import BuiltOptimizer, import_class
 
 logger = logging.getLogger(__name__)

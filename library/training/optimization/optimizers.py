@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from library.errors import UserError
-from library.hidden_libraries import BITSANDBYTES, unhide_library
-from library.installed import is_missing
+from library.base.errors import UserError
+from library.base.suggestions import did_you_mean
+from library.environment.hidden_libraries import BITSANDBYTES, unhide_library
+from library.environment.installed import is_missing
 from library.options.keyword_args import call_with_keywords, read_keyword_args
 from library.options.training.optimizer import OptimizerOptions
-from library.suggestions import did_you_mean
 from library.training.optimization.muon import MuonWithAdamW
 from library.training.optimization.rounding import step_in_float32
 

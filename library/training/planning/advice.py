@@ -6,8 +6,8 @@ from math import ceil
 
 import torch
 
-from library.errors import NotThere
-from library.formatting import format_gib
+from library.base.errors import NotThere
+from library.base.formatting import format_gib
 from library.memory.pinned import max_pinned_bytes
 from library.memory.planner.choice import Allowed
 from library.memory.planner.gpus import Gpu, MemorySize, typical_gpu

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from library.formatting import format_gib
+from library.base.formatting import format_gib
 from library.memory.planner.choice import choose
 from library.training.models.block_running import choose_block_runner
 from library.training.planning.fit import Fit

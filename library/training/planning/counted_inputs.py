@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from library.base.randomness import generator_for
 from library.data.concepts.prompt_pairs import resolve_guidance
 from library.memory.devices import bytes_of, tensors_of
 from library.memory.offload.encoders import least_bytes
@@ -19,7 +20,6 @@ from library.memory.planner.stages import Stage, max_images
 from library.options.training.concepts import ConceptOptions
 from library.options.training.pairs import PairOptions
 from library.protocols import Architecture, TextCacheSpec
-from library.randomness import generator_for
 from library.training.planning.meta_run import (
     BatchShape,
     MetaRun,

@@ -11,14 +11,14 @@ from functools import partial
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from library.collector import pause_collection
+from library.base.collector import pause_collection
+from library.base.progress import progress_bar
 from library.memory.formats.int8 import clear_hadamard_cache
 from library.memory.fused import compiles_bf16, compiles_for, count_fused
 from library.memory.planner.fakes import emulate_cuda_norms
 from library.memory.planner.prediction import CountedStep
 from library.memory.planner.stages import Stage
 from library.options.train import TrainOptions
-from library.progress import progress_bar
 from library.training.models.preflight import mute_logging
 from library.training.models.requests import RequestedRun
 from library.training.planning.counted_inputs import count_inputs

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from library.formatting import format_gib
+from library.base.formatting import format_gib
 from library.memory.planner.choice import Allowed, Choice, choose
 from library.memory.planner.gpus import GIB, Gpu
 from library.memory.planner.prediction import CONTEXT_BYTES, Predicted

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
+from library.base.errors import UserError, needing
 from library.data.description.captions import iterate_fullest_captions
 from library.data.plan.data_plan import DataPlan
 from library.data.training_data import BatchSizes
-from library.errors import UserError, needing
 from library.memory.devices import DTYPES
 from library.memory.planner.gpus import GIB, Gpu, parse_size
 from library.memory.planner.measured import benchmark_gpu
-from library.processes import Processes
+from library.processes.process_group import Processes
 from library.training.models.requests import RequestedRun
 from library.training.planning.counting import CountedRun, count_run
 from library.training.planning.fit import Fit, fit_to

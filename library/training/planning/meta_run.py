@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from library.base.errors import NotThere
 from library.checkpoints.weights import to_meta_device
-from library.errors import NotThere
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.memory.frozen import frozen_layers, multiply_codes

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.training.report_page.page import ENDING, TITLES, build_page
 from library.training.report_page.record import Record
 from library.training.report_page.writer import read_events, read_report

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from library.base.errors import UserError
 from library.checkpoints.overwriting import check_target
-from library.errors import UserError
 from library.training.report_page.page import ENDING, INDEX, build_page
 from library.training.report_page.record import Record
 from library.training.report_page.writer import read_report, write_page

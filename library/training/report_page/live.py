@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.training.report_page.index import FILE_NAME, IndexedRuns, build_index
 from library.training.report_page.local_server import LocalServer
 from library.training.report_page.page import ENDING

@@ -12,7 +12,7 @@ from time import monotonic
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, unquote
 
-from library.errors import UserError
+from library.base.errors import UserError
 
 HOST = "127.0.0.1"  # pages contain paths and options that other machines must not read
 MAX_PORT = 65535

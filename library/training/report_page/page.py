@@ -14,9 +14,9 @@ from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
+from library.base.json_text import parse_json
 from library.checkpoints.marks import is_sealed_page, seal_page
 from library.checkpoints.overwriting import FileKind, read_start
-from library.json_text import parse_json
 
 HERE = Path(__file__).parent
 UPLOT = ("uplot/uPlot.iife.min.js", "uplot/uPlot.min.css")

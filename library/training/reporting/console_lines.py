@@ -13,10 +13,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from library.base.formatting import format_count
+from library.base.launcher import launched_rank
+from library.base.terminal import print_line
 from library.checkpoints.relative_change import format_change
-from library.formatting import format_count
-from library.launcher import launched_rank
-from library.terminal import print_line
 from library.training.step.accumulation import Plan
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from library.errors import Cause, UserError
-from library.launcher import launched_rank
+from library.base.errors import Cause, UserError
+from library.base.launcher import launched_rank
+from library.base.terminal import print_line
 from library.options.config_file import read_toml
-from library.terminal import print_line
 from library.training.config_file import CONFIG_FLAG, SECRETS, config_path, flatten
 
 HIDDEN = "***"

@@ -13,10 +13,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any, Protocol
 
+from library.base.errors import UserError
+from library.base.json_text import parse_json
+from library.base.progress import State
 from library.checkpoints.overwriting import FileKind, check_target, known_by_start
-from library.errors import UserError
-from library.json_text import parse_json
-from library.progress import State
 from library.training.reporting.error_fields import ErrorFields
 from library.training.reporting.events import (
     End,
@@ -90,7 +90,7 @@ class Events:
         self._queue.put(event.as_line(self._clock()))
 
     def tell_progress(self, name: str, state: State, done: int, total: int) -> None:
-        """Emit the progress of long work about once a second; see library/progress.py."""
+        """Emit the progress of long work about once a second; see library/base/progress.py."""
         now = self._clock()
         if state == "progress" and now - self._progress.get(name, 0.0) < PROGRESS_S:
             return

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypedDict
 
-from library.progress import State
+from library.base.progress import State
 from library.training.reporting.error_fields import ErrorFields
 
 VERSION = 1

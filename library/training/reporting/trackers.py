@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from library.errors import UserError
-from library.installed import import_needed, is_missing
+from library.base.errors import UserError
+from library.environment.installed import import_needed, is_missing
 from library.options.base import Options
 from library.options.config_file import read_toml
 from library.options.output.trackers import TrackerOptions

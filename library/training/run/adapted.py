@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from library.data.training_data import TrainingData
-from library.processes import Processes
+from library.processes.process_group import Processes
 from library.training.models.arithmetic import check_arithmetic
 from library.training.models.base_model import LoadedModels, load_models
 from library.training.models.block_running import choose_block_runner

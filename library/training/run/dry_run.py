@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from library.errors import UserError
-from library.formatting import format_bytes
+from library.base.errors import UserError
+from library.base.formatting import format_bytes
 from library.memory.devices import bytes_of
 from library.options.training.averaging import FILES
 from library.training.evaluation.without_side_effects import show_weights

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.options.machine.memory import PrecisionOptions
 from library.options.train import TrainOptions
 from library.options.training.averaging import AveragingOptions

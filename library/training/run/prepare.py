@@ -3,11 +3,11 @@
 from dataclasses import replace
 from typing import Any
 
+from library.base.errors import UserError
 from library.data.training_data import TrainingData, open_batches
-from library.errors import UserError
 from library.memory.fused import decide_fusing
 from library.memory.planner.measured import measure_peak_flops
-from library.processes import Processes
+from library.processes.process_group import Processes
 from library.training.evaluation.preview import Previews
 from library.training.evaluation.validation import Validation
 from library.training.loop.steps import PreparedRun

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
+from library.base.errors import UserError
+from library.base.launcher import launched_rank
+from library.base.progress import listening
 from library.checkpoints.metadata import commit_hash
-from library.errors import UserError
-from library.installed import version_of
-from library.launcher import launched_rank
+from library.environment.installed import version_of
 from library.options.base import Options
 from library.options.output.reports import ReportOptions
 from library.options.train import TrainOptions
-from library.progress import listening
 from library.training.config_file import SECRETS
 from library.training.failures.failure import StoppedByError
 from library.training.failures.interruption import Interrupted

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.memory.blocks import BlockRunner
 from library.memory.frozen import frozen_layers
 from library.memory.offload.sharded import ShardedHandle

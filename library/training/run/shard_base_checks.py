@@ -3,16 +3,16 @@
 import logging
 from typing import Any
 
+from library.base.errors import UserError
+from library.base.launcher import fsdp_version
 from library.data.description.schema import PRESERVATION
 from library.data.training_data import TrainingData
-from library.errors import UserError
-from library.launcher import fsdp_version
 from library.memory.offload.sharded import ShardedModel
 from library.options.machine.compiling import CompileOptions
 from library.options.machine.distributed import DistributedOptions
 from library.options.machine.memory import MemoryOptions
 from library.options.training.network import NetworkOptions
-from library.processes import Processes
+from library.processes.process_group import Processes
 from networks.core.protocol import OURS
 
 logger = logging.getLogger(__name__)

@@ -4,9 +4,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from library.base.errors import needing
 from library.checkpoints.weights import to_meta_device
 from library.data.training_data import TrainingData
-from library.errors import needing
 from library.options.output.preview import PreviewOptions
 from library.protocols import Architecture
 from library.training.evaluation.drawing import collect_texts

@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from library.errors import UserError
+from library.base.errors import UserError
+from library.base.suggestions import did_you_mean
 from library.options.config_file import read_text, read_toml
 from library.options.train import TrainOptions
-from library.suggestions import did_you_mean
 from library.training.command_line.cli import check_training, parse_words, read_command_line
 from library.training.command_line.recipes import list_recipes
 from library.training.config_file import CONFIG_FLAG, config_path

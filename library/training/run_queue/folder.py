@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 from uuid import uuid4
 
+from library.base.errors import UserError
 from library.checkpoints.overwriting import known_by_start
-from library.errors import UserError
 from library.training.run_queue.jobs import Job
 from library.training.run_queue.tickets import Claim, Ticket
 from library.training.saving.run_lock import Locked, acquire, release

@@ -4,8 +4,8 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from library.errors import UserError
-from library.json_text import parse_json
+from library.base.errors import UserError
+from library.base.json_text import parse_json
 
 VERSION = 1
 MOST_BYTES = 10**7

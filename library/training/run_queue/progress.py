@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.formatting import align_columns
-from library.json_text import InvalidJson, parse_json
-from library.terminal import escape_controls
+from library.base.formatting import align_columns
+from library.base.json_text import InvalidJson, parse_json
+from library.base.terminal import escape_controls
 from library.training.report_page.page import ENDING
 from library.training.run_queue.folder import STATES, Queue, State
 from library.training.run_queue.jobs import Job

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterable
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.training.run_queue.folder import Queue
 from library.training.run_queue.runner import POLL_S
 from library.training.run_queue.tending import tend_orphans

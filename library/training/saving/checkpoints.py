@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from library.base.errors import UserError
+from library.base.formatting import format_bytes
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.metadata import file_metadata, modelspec_metadata
 from library.checkpoints.overwriting import find_place
-from library.errors import UserError
-from library.formatting import format_bytes
 from library.memory.devices import SAVE_DTYPES
 from library.options.train import TrainOptions
 from library.training.reporting.console_lines import announce

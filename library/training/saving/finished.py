@@ -3,10 +3,10 @@
 import json
 from hashlib import blake2b
 
+from library.base.errors import UserError
 from library.checkpoints.files import holds_safetensors, read_metadata
 from library.checkpoints.overwriting import judge
 from library.data.training_data import TrainingData
-from library.errors import UserError
 from library.options.train import TrainOptions
 from library.training.saving.names import Names
 from library.training.saving.resume import AlreadyComplete, record_options

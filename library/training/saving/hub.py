@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.options.output.saving import HubOptions
 
 logger = logging.getLogger(__name__)

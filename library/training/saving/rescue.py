@@ -13,8 +13,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from library.base.errors import UserError
 from library.checkpoints.overwriting import alternative_names
-from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -8,16 +8,16 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from library.base.errors import UserError, list_few
+from library.base.formatting import format_count
 from library.checkpoints.files import remove_temporary
 from library.checkpoints.folders import remove_folder, tidy
 from library.checkpoints.overwriting import judge
-from library.errors import UserError, list_few
-from library.formatting import format_count
 from library.options.base import Options
 from library.options.declared import OnResume
 from library.options.output.saving import HubOptions, StateOptions
 from library.options.training.network import NetworkOptions
-from library.processes import Processes
+from library.processes.process_group import Processes
 from library.training.config_file import SECRETS
 from library.training.reporting.sample_images import FOLDER, GRID_FOLDER, is_preview_stem
 from library.training.saving.hub import fetch_state

@@ -16,10 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from library.base.errors import UserError
+from library.base.json_text import parse_json
+from library.base.launcher import launched_rank
 from library.checkpoints.overwriting import known_by_start, open_lock_file
-from library.errors import UserError
-from library.json_text import parse_json
-from library.launcher import launched_rank
 from library.options.output.saving import SavingOptions
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ A state is a folder:
     train_state.json       `current_epoch` and `current_step`, and the rest as plain values; written last, with digests
                            of all three files
 
-Whatever is drawn at random is a function of the seed and the place in the run (library/randomness.py), so there are no
-generators to keep. Nothing is pickled.
+Whatever is drawn at random is a function of the seed and the place in the run (library/base/randomness.py), so there
+are no generators to keep. Nothing is pickled.
 """
 
 import json
@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from library.base.errors import UserError
+from library.base.json_text import parse_json
 from library.checkpoints.files import load_state_dict, read_header, save_safetensors
 from library.checkpoints.folders import atomic_folder
 from library.checkpoints.hashes import digest_of_file
 from library.checkpoints.tree_json import dump_tree, load_tree
-from library.errors import UserError
-from library.json_text import parse_json
 from library.options.training.run import MAX_SEED
 from library.training.reporting.progress import Part
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from library.base.randomness import generator_for
 from library.diffusion.guidance import concept_target, guide, is_guided_at
 from library.diffusion.samplers import DDPM_SAMPLER
-from library.randomness import generator_for
 from library.training.step.context import StepContext
 from library.training.step.denoising import add_noise_at, denoise
 from library.training.step.joining import join_noised, repeat_batch

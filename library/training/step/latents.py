@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from library.base.errors import UserError
+from library.base.randomness import generator_for, stream_seed
 from library.diffusion.inpainting import FEATURE, blank, draw_mask, mask_channels
 from library.diffusion.references import reference_features
-from library.errors import UserError
 from library.memory.devices import send
-from library.randomness import generator_for, stream_seed
 from library.training.step.context import StepContext
 from library.types import Batch, Conditioning
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from library.base.errors import UserError
+from library.base.randomness import generator_for, stream_seed
 from library.data.description.schema import PRESERVATION, level_offset
 from library.diffusion.timesteps import stratify
-from library.errors import UserError
 from library.memory.devices import send
 from library.protocols import Objective
-from library.randomness import generator_for, stream_seed
 from library.training.step.concepts import compute_target, draw_partly
 from library.training.step.context import StepContext
 from library.training.step.latents import build_image_features, load_latents

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from library.errors import UserError
-from library.launcher import DRIVER
+from library.base.errors import UserError
+from library.base.launcher import DRIVER
 from library.training.sweep.commands import environment_of_runs
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from library.errors import UserError
+from library.base.errors import UserError
+from library.base.suggestions import did_you_mean
 from library.options.base import Options
 from library.options.caching import CachingOptions
 from library.options.config_file import ConfigFileOptions
@@ -36,7 +37,6 @@ from library.options.training.network import NetworkOptions
 from library.options.training.optimizer import OptimizerOptions, ScheduleOptions
 from library.options.training.run import DiagnosticOptions, RunOptions
 from library.options.training.sweep import SweepOptions
-from library.suggestions import did_you_mean
 from library.training.sweep.strength import (
     ALPHA_NAMES,
     Strength,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.options.train import TrainOptions
 from library.training.config_file import SECRETS, format_config
 

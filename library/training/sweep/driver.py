@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError
-from library.launcher import launched_count
+from library.base.errors import UserError
+from library.base.launcher import launched_count
+from library.base.temporary_folders import delete_abandoned_folders, make_temporary_folder
 from library.options.train import TrainOptions
-from library.temporary_folders import delete_abandoned_folders, make_temporary_folder
 from library.training.saving.run_lock import run_lock
 from library.training.sweep.children import Children
 from library.training.sweep.combinations import (

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from library.formatting import align_columns
-from library.terminal import print_json, print_line
+from library.base.formatting import align_columns
+from library.base.terminal import print_json, print_line
 from library.training.sweep.combinations import Combination
 from library.training.sweep.commands import Command
 

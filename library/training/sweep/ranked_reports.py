@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.training.report_page.comparison import label_runs
 from library.training.report_page.page import ENDING
 from library.training.report_page.record import Record

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from library.base.formatting import align_columns
 from library.checkpoints.overwriting import find_place
-from library.formatting import align_columns
 from library.training.evaluation.choice import CONFIDENCE, Compared, choose, is_clearly_worse
 from library.training.evaluation.choosing import format_interval
 from library.training.report_page.comparison import select_shown

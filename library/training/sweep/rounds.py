@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.errors import UserError
-from library.formatting import format_bytes
+from library.base.errors import UserError
+from library.base.formatting import format_bytes
 from library.options.train import TrainOptions
 from library.training.sweep.outcomes import end_file
 from library.training.sweep.worker import Standing

@@ -4,8 +4,8 @@ rank of convolutions."""
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from library.errors import UserError
-from library.network_args import is_switched_on, parse_network_args
+from library.base.errors import UserError
+from library.options.network_args import is_switched_on, parse_network_args
 from library.options.training.network import NetworkOptions
 
 NETWORK_DIM = "network_dim"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.options.declared import Needs, declare
 from library.options.kinds import PROBABILITY
 from networks.core.arguments.lr_curves import LR_WEIGHTS, LrWeights

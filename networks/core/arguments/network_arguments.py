@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from library.base.errors import UserError
+from library.base.suggestions import nearest_name
 from library.checkpoints.base_model_spec import ArgumentForm
-from library.errors import UserError
 from library.options.declared import Declared, Needs, list_aliases, list_declared
 from library.options.kinds import TEXT, Kind, parse_text
-from library.suggestions import nearest_name
 from networks.core.arguments.values import RANK, RANKS, SELECTION, SWITCH
 
 logger = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from library.errors import UserError
-from library.network_args import TRUE_WORDS
+from library.base.errors import UserError
 from library.options.kinds import BOOL, Kind, number, parse_text, whole
+from library.options.network_args import TRUE_WORDS
 
 FALSE_WORDS = ("false", "0", "no", "n", "off")
 

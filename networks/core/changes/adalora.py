@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from library.errors import UserError
+from library.base.errors import UserError
 
 KEY = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[ABE])(?:\.(?!weight$)[\w-]+)?")
 KEYS = ("A", "B", "E")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from library.errors import UserError
+from library.base.errors import UserError
 from networks.core.changes.change import Change, Forward
 from networks.core.targets.targets import TargetModule
 

@@ -6,7 +6,7 @@ from math import prod
 
 from torch import nn
 
-from library.errors import UserError
+from library.base.errors import UserError
 from networks.core.arguments.common import LORAPLUS_RATIOS, RankArguments, TargetArguments
 from networks.core.arguments.network_arguments import NetworkSettings
 from networks.core.changes.change import ModuleTensors, weight_shape

@@ -10,7 +10,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from library.errors import UserError
+from library.base.errors import UserError
 
 Forward = Callable[[Tensor], Tensor]
 

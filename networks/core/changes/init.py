@@ -16,7 +16,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.options.declared import declare
 from library.options.kinds import Kind
 from networks.core.changes.change import Delta, get_weight

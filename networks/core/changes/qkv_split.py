@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from library.errors import UserError
+from library.base.errors import UserError
 from networks.core.changes.change import get_weight
 from networks.core.changes.low_rank import TwoFactors
 from networks.core.changes.parameter_keys import ALPHA, DOWN, UP

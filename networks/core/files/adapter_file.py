@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.base.errors import UserError, flagged, naming
+from library.base.json_text import parse_json
 from library.checkpoints.adapter_keys import UP_BIASES, AdapterKey, strip_peft_prefix
 from library.checkpoints.files import (
     PEFT_STEM,
@@ -29,8 +31,6 @@ from library.checkpoints.files import (
     save_safetensors,
 )
 from library.checkpoints.hashes import with_hashes
-from library.errors import UserError, flagged, naming
-from library.json_text import parse_json
 from networks.core.changes.adalora import alpha_of, to_lora
 from networks.core.changes.parameter_keys import ALPHA
 from networks.core.changes.qkv_pieces import split_piece_key

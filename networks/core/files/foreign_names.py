@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import torch
 
+from library.base.errors import UserError
 from library.checkpoints.adapter_keys import PEFT_PREFIX, bare_path, replace_module
 from library.checkpoints.adapter_names import BaseNames, add_missing_prefixes
-from library.errors import UserError
 from networks.core.changes import qkv_rows
 from networks.core.files.adapter_file import AdapterFile, complete_file
 from networks.core.files.module_weights import ModuleWeights, make_name_error

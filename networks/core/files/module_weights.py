@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.errors import UserError
+from library.base.errors import UserError
 from networks.core.changes import qkv_rows
 from networks.core.changes.change import Change, Misfit, change_norms
 from networks.core.changes.dora import are_per_output

@@ -12,9 +12,9 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from library.base.errors import UserError
 from library.checkpoints.adapter_keys import recognise_naming
 from library.checkpoints.adapter_names import BaseNames
-from library.errors import UserError
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.change import ChangeSize, Converted, get_weight
 from networks.core.changes.dora import are_per_output

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from library.base.errors import UserError
 from library.checkpoints.adapter_names import BaseNames, FileNaming, ModuleNames
-from library.errors import UserError
 from networks.core.changes import qkv_rows
 from networks.core.changes.dora import are_per_output
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.options.declared import declare
 from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings
 from networks.core.arguments.values import RANK, SWITCH, UNIT

@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from library.errors import UserError
+from library.base.errors import UserError
+from library.base.randomness import random_for
 from library.options.declared import Needs, declare
-from library.randomness import random_for
 from networks.core.arguments.common import ON_CONVOLUTIONS
 from networks.core.arguments.network_arguments import NetworkArguments
 from networks.core.arguments.values import SWITCH, UNIT

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from library.base.errors import UserError
 from library.checkpoints.adapter_names import NAMINGS
-from library.errors import UserError
 from networks.core.changes.additive import read_with, wrap
 from networks.core.changes.change import Change, Delta, MakeDelta, ModuleTensors
 from networks.core.changes.ggpo import GgpoArguments

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.options.declared import declare
 from networks.core.arguments.common import RankArguments
 from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings

@@ -11,7 +11,7 @@ from math import isqrt
 import torch
 from torch import Tensor, nn
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.options.declared import declare
 from networks.core.arguments.common import DropoutArguments
 from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings

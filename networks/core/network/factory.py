@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.errors import UserError, list_few
+from library.base.errors import UserError, list_few
 from networks.core.arguments.common import RankArguments, RateArguments, TargetArguments
 from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings
 from networks.core.changes.dora import DoraArguments, can_have_magnitudes

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.errors import UserError
+from library.base.errors import UserError
 from networks.core.arguments.common import LR_LISTS, RateArguments
 from networks.core.arguments.network_arguments import NetworkArguments
 from networks.core.changes.adapter import Adapter

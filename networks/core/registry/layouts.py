@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torch import nn
 
+from library.base.errors import UserError
 from library.checkpoints.adapter_names import FileNaming
-from library.errors import UserError
 from networks.core.changes import qkv_pieces
 from networks.core.changes.change import Change, ModuleTensors
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from library.errors import UserError
+from library.base.errors import UserError
 from networks.core.arguments.common import LR_LISTS, RankArguments, RateArguments
 from networks.core.arguments.lr_curves import LR_CURVES, LrPreset, LrWeights
 from networks.core.arguments.network_arguments import NetworkArguments

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 from torch import nn
 
-from library.errors import UserError
+from library.base.errors import UserError
 from networks.core.arguments.common import RankArguments, StructureArguments, TargetArguments
 from networks.core.arguments.network_arguments import NetworkArguments
 from networks.core.arguments.values import Selection

@@ -9,10 +9,10 @@ from torch import nn
 from library.architectures.knots.model import ByteEncoder, Knots, KnotsConfig, read_config
 from library.architectures.knots.options import KnotsOptions
 from library.architectures.specs import list_specs
+from library.base.errors import UserError
 from library.checkpoints.base_files import require_base_name
 from library.checkpoints.model_lookup import existing
 from library.checkpoints.weights import Weights, configure, with_prefix
-from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.models.identify import open_single_file, refuse_other_model

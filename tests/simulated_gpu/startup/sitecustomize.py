@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from library.launcher import prepare_for_torch
+from library.base.launcher import prepare_for_torch
 
 prepare_for_torch()
 

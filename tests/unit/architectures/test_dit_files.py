@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from library.base.errors import UserError
 from library.checkpoints.base_model_spec import BaseModelSpec
-from library.errors import UserError
 from library.models.loading import text_encoder_dtype
 from library.protocols import Loader
 from tests.tiers import first_is_fast

@@ -10,11 +10,11 @@ from library.architectures.specs import list_specs
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.checkpoints.files import save_safetensors
 from library.checkpoints.recognition import keys_of_text_encoders, require_spec
+from library.commands import adapter_files
 from library.models.identify import find_spec
 from networks.core.files.adapter_file import parse_adapter
 from networks.core.files.foreign_names import add_model
 from tests.recognising import base_of
-from tools import adapter_files
 
 ATTN2 = "transformer_blocks_0_attn2_to_k.lora_down.weight"
 # The naming of older diffusers versions.

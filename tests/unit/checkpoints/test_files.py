@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from library.base.errors import UserError
 from library.checkpoints.files import (
     atomic_path,
     load_state_dict,
@@ -19,7 +20,6 @@ from library.checkpoints.files import (
     save_pickle_state_dict,
     save_safetensors,
 )
-from library.errors import UserError
 
 TWO_TENSORS = {
     "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from library.base.errors import UserError
 from library.checkpoints.fused_tensors import join_tensors
 from library.checkpoints.weights import Quantised, Weights
-from library.errors import UserError
 
 PARTS = {"qkv": ("q", "k"), "out": ("o",), "last": ("norm",), "absent": ("x", "y")}
 

@@ -14,10 +14,10 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from library.base.errors import UserError
 from library.checkpoints.files import load_state_dict, save_pickle_state_dict, save_safetensors
 from library.checkpoints.marks import MARK_FIELD, mark_folder, mark_of, read_mark, save_image, seal_text
 from library.checkpoints.overwriting import check_target, find_place, judge, known_by_start, marked, sealed
-from library.errors import UserError
 
 TENSORS = {"a": torch.arange(3.0)}
 

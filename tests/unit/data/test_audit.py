@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from library.base.errors import NoDataFound
 from library.data.plan import dataset_metadata
 from library.data.plan.data_plan import build_plan
-from library.errors import NoDataFound
 from tests.unit.data.builders import SPEC, options_of, plan_of, write_config, write_folder, write_image
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from library.base.errors import UserError
 from library.data.description.buckets import BucketRules, assign_shapes, bucket_sizes, crop_ltrb
-from library.errors import UserError
 
 
 def parse_sizes(text: str) -> list[tuple[int, int]]:

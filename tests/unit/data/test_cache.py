@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from library.base.errors import NotThere, UserError
 from library.data.batches.planned import PlannedBatches
 from library.data.caching.filling import assign_jobs
 from library.data.caching.latent_jobs import plan_jobs
@@ -23,9 +24,8 @@ from library.data.plan import data_plan
 from library.data.plan.data_plan import DataPlan
 from library.data.sources.folders import image_index
 from library.data.training_data import open_batches
-from library.errors import NotThere, UserError
 from library.options.caching import CachingOptions
-from library.processes import Processes
+from library.processes.process_group import Processes
 from library.protocols import POSTERIOR_MEAN, LatentSpec
 from tests.unit.data.builders import (
     SPEC,

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from library.base.randomness import random_for
 from library.data.description.buckets import BucketRules, Shape
 from library.data.description.schema import DatasetConfig, SubsetConfig
 from library.data.plan import data_plan
@@ -17,7 +18,6 @@ from library.data.plan.samples import Sample, build_draws, build_samples
 from library.data.scanned.columns import BLOCK, Texts
 from library.data.scanned.images import ImageLocation, ImageLocations, ScannedImage, ScannedImages
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
-from library.randomness import random_for
 from tests.unit.data.builders import options_of, plan_of, write_config, write_folder
 
 ALPHABETS = {"ascii": "ab ,1", "wide": "aé猫\U0001f431", "bytes of a file name": "a\udc80\udcff"}

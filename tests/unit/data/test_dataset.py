@@ -17,12 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
+from library.base.errors import UserError
 from library.data.batches.batches import BatchMaker, BatchOrder, PartialBatch
 from library.data.batches.planned import build_batch_maker
 from library.data.caching.stores import NO_LATENTS, NO_TEXTS
 from library.data.debug_dataset import show_batches
 from library.data.training_data import open_batches
-from library.errors import UserError
 from tests.unit.data.builders import (
     SPEC,
     batches_of,

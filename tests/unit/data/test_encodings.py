@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from library.base.errors import UserError
 from library.data.description.dataset_file import load_dataset_config
 from library.data.plan.collect import collect
-from library.errors import UserError
 from library.options.config_file import read_toml
 from library.options.encodings import likely_encoding
 from library.training.evaluation.prompts import read_prompts

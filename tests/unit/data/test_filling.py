@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from library.base.errors import UserError
 from library.checkpoints.overwriting import known_by_start
 from library.data.caching.filling import CheckedJob, Codec, fill
 from library.data.decoding.npz import MISSING, CacheWords, Verdict, open_to_write
-from library.errors import UserError
-from library.processes import ALONE, Processes
+from library.processes.process_group import ALONE, Processes
 from tests.unit.test_processes import Board
 
 WORDS = CacheWords("word cache", "words", "words", "cache_words", "checking words", "caching words")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from library.base.errors import UserError
 from library.data.description.dataset_file import load_dataset_config
 from library.data.description.schema import RunDataConfig
-from library.errors import UserError
 from library.options.train import TrainOptions
 
 

@@ -12,13 +12,13 @@ import pillow_heif.HeifImagePlugin  # noqa: F401  # registers the format for sav
 import pytest
 from PIL import Image, ImageOps
 
+from library.base.errors import UserError
 from library.data.decoding.images import ORIENTATION, read_pixels, read_size
 from library.data.description import image_extensions
 from library.data.description.image_extensions import plugin_for
 from library.data.plan.audit_pixels import read_grey
 from library.data.sources.folders.reading import read_image_size
-from library.errors import UserError
-from library.requirements import quote
+from library.environment.requirements import quote
 from tests.unit.data.builders import SPEC, batches_of, plan_of, write_config
 from tests.unit.data.shard_builders import write_tar
 from tools import captions_to_metadata, resize_images

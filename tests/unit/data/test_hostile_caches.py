@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from library.base.errors import UserError
 from library.data.decoding import npz
-from library.errors import UserError
 from tests.unit.data import test_text_cache as texts
 from tests.unit.data.builders import options_of, plan_of, write_folder
 from tests.unit.data.test_cache import cache, file_of, folder, latents_by_key  # noqa: F401

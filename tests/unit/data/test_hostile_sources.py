@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
+from library.base.errors import UserError
 from library.data.sources.storage import object_storage
-from library.errors import UserError
 from tests.unit.data.builders import batches_of, write_image
 from tests.unit.data.shard_builders import open_subset, write_parquet, write_tar
 

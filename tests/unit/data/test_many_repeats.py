@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from library.base.errors import UserError
 from library.data.plan import samples
-from library.errors import UserError
 from tests.unit.data.builders import options_of, plan_of, write_folder
 
 

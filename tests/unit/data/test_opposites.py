@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from library.base.errors import UserError
 from library.data.caching.latents import cache_latents
 from library.data.plan.data_plan import DataPlan
 from library.data.training_data import open_batches
-from library.errors import UserError
 from library.options.caching import CachingOptions
 from library.protocols import LatentSpec
 from tests.unit.data import builders

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from library.base.errors import UserError
 from library.data.caching.latents import cache_latents
 from library.data.plan.data_plan import DataPlan
 from library.data.training_data import open_batches
-from library.errors import UserError
 from library.options.caching import CachingOptions
 from library.options.train import TrainOptions
 from tests.unit.data.builders import (

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
+from library.base.randomness import random_for
 from library.data.concepts.prompt_pairs import PromptPairs, draw_size, open_prompt_pairs, size_conditioning
 from library.data.concepts.prompts_file import PromptPair
 from library.options.dataset import DatasetOptions
 from library.options.training.concepts import ConceptOptions
 from library.options.training.run import RunOptions
-from library.randomness import random_for
 from library.types import Batch, Concept
 
 PAIR = PromptPair(

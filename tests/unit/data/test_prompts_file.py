@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from library.base.errors import UserError
 from library.data.concepts.prompts_file import PromptPair, read_prompt_pairs
-from library.errors import UserError
 
 
 def write_file(folder: Path, text: str, name: str = "prompts.toml") -> Path:

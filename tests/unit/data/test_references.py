@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from library.base.errors import UserError
 from library.data.batches.planned import PlannedBatches
 from library.data.caching.latents import cache_latents
 from library.data.decoding.images import read_pixels
@@ -22,7 +23,6 @@ from library.data.plan.data_plan import DataPlan
 from library.data.scanned.images import References, ScannedImage
 from library.data.sources.folders import image_index
 from library.data.training_data import open_batches
-from library.errors import UserError
 from library.options.caching import CachingOptions
 from library.training.saving.resume import content_differences
 from tests.unit.data import builders

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from library.base.errors import UserError
 from library.data.caching.latents import cache_latents
 from library.data.decoding.images import HEAD_BYTES
 from library.data.sources.storage import object_storage
 from library.data.sources.storage.disk_cache import DiskCache
 from library.data.sources.storage.storage import REMOTE_CHUNK_BYTES, Storage
 from library.data.training_data import open_batches
-from library.errors import UserError
 from library.options.caching import CachingOptions
 from tests.unit.data.builders import averaging_vae, batches_of, content_of, write_image
 from tests.unit.data.object_store import BUCKET, SECRET, ObjectStore, object_store

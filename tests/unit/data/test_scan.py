@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from library.base.errors import NoDataFound
 from library.data.decoding.images import read_size
 from library.data.description.dataset_file import load_dataset_config
 from library.data.plan.collect import collect
 from library.data.scanned.subsets import ScannedSubset
-from library.errors import NoDataFound
 from tests.unit.data.builders import options_of, plan_of, write_config, write_folder, write_image
 
 

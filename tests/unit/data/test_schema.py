@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from library.base.errors import NoDataFound, UserError
 from library.data.description.captions import CaptionRules
 from library.data.description.dataset_file import load_dataset_config
 from library.data.description.schema import SubsetConfig
-from library.errors import NoDataFound, UserError
 from library.options.train import TrainOptions
 from tests.unit.data.builders import options_of, write_config
 

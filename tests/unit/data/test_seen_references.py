@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from library.base.errors import UserError
+from library.base.randomness import random_for
 from library.data.caching.captions import Encoders, TextEncoding, cache_texts, check_row
 from library.data.caching.latents import cache_latents
 from library.data.decoding.images import DamagedImage, Pixels, change_colour, read_pixels, resize, with_alpha
@@ -21,10 +23,8 @@ from library.data.plan.seen_references import digest_packed
 from library.data.scanned.images import ImageLocation, ScannedImage
 from library.data.sources.storage.storage import Storage
 from library.data.training_data import open_batches
-from library.errors import UserError
 from library.options.caching import CachingOptions, TextCachingOptions
 from library.protocols import TextCacheSpec
-from library.randomness import random_for
 from library.types import CaptionWithImages, Conditioning, plain_caption
 from tests.unit.data import builders
 from tests.unit.data.builders import averaging_vae, batches_of, plan_of, write_config, write_folder

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from pyarrow.parquet import read_table, write_table
 
+from library.base.errors import UserError
 from library.data.caching.latents import cache_latents
 from library.data.sources import parquet, shards
 from library.data.sources.indexed import parquet_index
@@ -20,7 +21,6 @@ from library.data.sources.storage import storage
 from library.data.sources.storage.ranges import Window
 from library.data.sources.storage.storage import expand_pattern
 from library.data.training_data import open_batches
-from library.errors import UserError
 from library.options.caching import CachingOptions
 from tests.unit.data.builders import (
     averaging_vae,

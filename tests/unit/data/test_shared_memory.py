@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from library.base.errors import UserError
 from library.data.batches import planned
 from library.data.batches.batches import BatchMaker
 from library.data.batches.planned import build_batch_maker
@@ -21,7 +22,6 @@ from library.data.caching.stores import NO_LATENTS, NO_TEXTS, CacheFiles
 from library.data.description.buckets import Shape
 from library.data.plan.samples import Samples
 from library.data.training_data import open_batches
-from library.errors import UserError
 from library.options.caching import CachingOptions
 from tests.unit.data.builders import batches_of, content_of, options_of, plan_of, write_folder
 from tests.unit.data.test_columns import make_images

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from library.base.errors import NoDataFound, UserError
 from library.data.plan.data_plan import DataPlan
-from library.errors import NoDataFound, UserError
 from library.options.train import TrainOptions
 from tests.unit.data.builders import options_of, plan_of, write_config, write_image
 

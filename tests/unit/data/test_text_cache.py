@@ -17,15 +17,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from library.base.errors import NotThere, UserError
 from library.data.caching.captions import CachedTexts, Encoders, TextEncoding, cache_texts
 from library.data.caching.text_files import TOKEN_STEP, TextFile, stack_rows
 from library.data.decoding import npz
 from library.data.description.captions import CaptionRules, caption_variant
 from library.data.plan.data_plan import DataPlan
 from library.data.training_data import TrainingBatches, open_batches
-from library.errors import NotThere, UserError
 from library.options.caching import TextCachingOptions
-from library.processes import ALONE, Processes
+from library.processes.process_group import ALONE, Processes
 from library.protocols import TextCacheSpec
 from library.types import Conditioning
 from tests.unit.data.builders import batches_of, options_of, plan_of, write_folder, write_image

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from library.base.errors import UserError
 from library.checkpoints import model_lookup, weights
 from library.data.description.dataset_file import load_dataset_config
 from library.data.sources.folders.metadata_file import read_metadata
-from library.errors import UserError
 from library.options.config_file import read_toml
 from library.training.evaluation.prompts import read_prompts
 from tests.unit.data.builders import options_of

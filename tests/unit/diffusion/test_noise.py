@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from library.base.randomness import generator_for
 from library.diffusion.noise import add_coarse_noise, add_offset, draw_strength
-from library.randomness import generator_for
 
 
 def normal(shape: tuple[int, ...], seed: int) -> Tensor:

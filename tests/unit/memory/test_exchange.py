@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.memory import exchange as module
 from library.memory.exchange import exchange, exchange_weights
 from library.memory.formats.int8 import Int8Rows

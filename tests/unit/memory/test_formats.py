@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.memory.codecs.codec import Codec
 from library.memory.codecs.matmul_8bit import FP8
 from library.memory.codecs.plain import Plain

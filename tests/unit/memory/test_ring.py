@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.memory.codecs.plain import Plain
 from library.memory.frozen import layers_in_blocks, store_all_in
 from library.memory.offload import pinning, shared

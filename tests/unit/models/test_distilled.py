@@ -11,7 +11,7 @@ from library.architectures.krea2.load import TURBO as KREA2_TURBO
 from library.architectures.zimage.assembly import build
 from library.architectures.zimage.load import TURBO as ZIMAGE_TURBO
 from library.architectures.zimage.options import ZImageOptions
-from library.errors import UserError
+from library.base.errors import UserError
 from library.models.distilled import DistilledRelease, is_distilled
 from tests.tiny.zimage import build_tiny_zimage
 from zimage_train_network import setup_parser

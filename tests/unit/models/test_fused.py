@@ -15,8 +15,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from library.architectures.moss_image.model import situ
-from library.determinism import deterministic_mode
-from library.errors import UserError
+from library.base.determinism import deterministic_mode
+from library.base.errors import UserError
 from library.memory import fused
 from library.memory.fused import (
     Fused,

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from library.base.errors import UserError
 from library.checkpoints.weights import Weights, open_weights
-from library.errors import UserError
 from library.memory.devices import move_to_device
 from library.models import loading
 from library.models.loading import cast, materialise

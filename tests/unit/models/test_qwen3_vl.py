@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from library.base.errors import UserError
 from library.checkpoints.model_lookup import open_model
 from library.checkpoints.weights import Weights
-from library.errors import UserError
 from library.models.language_models import choose_load, encode_layers, with_first_layers
 from library.models.qwen3 import FOLDER, Qwen3Release, qwen3_component
 from library.models.qwen3_vl import load_qwen3_vl, qwen3_vl_component, qwen3_vl_config

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from library.architectures.sdxl.load import CLIP_G_PREFIX, single_file_parts
 from library.architectures.specs import list_specs
+from library.base.errors import NotThere
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.base_model_spec import BaseModelSpec, Shapes, Sign
 from library.checkpoints.recognition import recognise_adapter
 from library.checkpoints.weights import Weights, select_weights
-from library.errors import NotThere
 from library.models.identify import (
     base_of_file,
     base_of_folder,

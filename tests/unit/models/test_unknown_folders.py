@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from library.architectures.specs import list_specs
-from library.errors import UserError
+from library.base.errors import UserError
+from library.commands.base_models import open_base_model
 from library.models.identify import refuse_other_folder
 from tests.running import SCRIPTS, Finished, make_images
-from tools.base_models import open_base_model
 
 UNKNOWN = ("SanaPipeline", "QwenImagePipeline", "PixArtSigmaPipeline")
 

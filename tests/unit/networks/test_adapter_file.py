@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from library.base.errors import UserError
 from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
 from library.checkpoints.hashes import sshs_hashes
-from library.errors import UserError
 from networks.core.files.adapter_file import (
     COMPUTED,
     adapter_tensors,

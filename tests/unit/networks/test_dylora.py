@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from library.randomness import random_for
+from library.base.randomness import random_for
 from networks import dylora, lora
 from networks.core.changes.alpha import ScaledDelta
 from networks.core.changes.dropout import Dropout

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from library.architectures.sd.targets import view
-from library.errors import UserError
+from library.base.errors import UserError
 from networks import oft, oft_flux
 from networks.core.network.network import AdapterNetwork
 from tests.parity.test_lora_merge import tiny_clip, tiny_unet

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from library.architectures.sdxl.options import SdxlOptions
-from library.errors import UserError
+from library.base.errors import UserError
 from library.options.declared import Declared
 from library.options.kinds import TEXT
 from library.options.leco import leco_options, list_ignored_by_leco

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from library.architectures.flux.options import FluxOptions
-from library.errors import UserError
+from library.base.errors import UserError
 from library.options.keyword_args import call_with_keywords
 from library.options.no_effect import find_unused
 from library.options.requirements import check_requirements

@@ -12,7 +12,10 @@ from typing import Any
 ROOT = Path(__file__).parents[3]
 PYTHON = [sys.executable, "-I", "-S"]  # the standard library alone
 
-LIBRARY = tuple(f"library/{name}.py" for name in ("__init__", "requirements", "terminal", "version"))
+LIBRARY = (
+    "library/__init__.py", "library/base/__init__.py", "library/base/terminal.py", "library/base/version.py",
+    "library/environment/__init__.py", "library/environment/requirements.py",
+)  # fmt: skip
 
 THEIRS = {
     "sd-scripts/train_network.py": "print('theirs')\n",
@@ -70,7 +73,7 @@ def build_small_suite(folder: Path) -> SmallSuite:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, folder / name)
     shutil.copytree(
-        ROOT / "tools" / "front_ends", folder / "tools" / "front_ends", ignore=shutil.ignore_patterns("__pycache__")
+        ROOT / "library" / "front_ends", folder / "library" / "front_ends", ignore=shutil.ignore_patterns("__pycache__")
     )
     files = {
         "train_network.py": "print('ours')\n",

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.files import load_state_dict, save_safetensors
+from library.commands.base_models import find_adapter_targets, open_base_model
 from networks import sdxl_merge_lora, svd_merge_lora
 from tests.tolerances import FLOAT32_SAME_MATH
 from tests.unit.tools.adapter_files import write as write_small_adapter
 from tools import merge_flux_lora, merge_lora
-from tools.base_models import find_adapter_targets, open_base_model
 
 pytestmark = pytest.mark.slow
 

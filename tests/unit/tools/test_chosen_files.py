@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from library.base.errors import UserError
 from library.checkpoints.files import display_path
-from library.errors import UserError
 from library.options.output.saving import SavingOptions
 from library.training.saving.saved_files import drop_copies
 from tools.contact_sheet import choose_files, label_rows

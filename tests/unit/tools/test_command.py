@@ -1,4 +1,4 @@
-"""tools/command.py: behaviour that all commands share."""
+"""library/commands/command.py: behaviour that all commands share."""
 
 import argparse
 import importlib.util
@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from library.errors import UserError
+from library.base.errors import UserError
+from library.commands.command import check_output, check_output_folder, run
 from library.options.output.console import ConsoleOptions
 from library.training.command_line.console import setup_logging
 from tests.unit.tools import adapter_files
-from tools.command import check_output, check_output_folder, run
 from tools.resize_lora import main as resize
 
 NAME = "bitsandbytes"

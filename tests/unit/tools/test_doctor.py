@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from library import torch_builds
-from library.torch_builds import list_compiler_needs
+from library.environment import torch_builds
+from library.environment.torch_builds import list_compiler_needs
+from library.front_ends.journal import Place
 from tests.unit.tools.small_suite import build_small_suite, write_files
 from tools import doctor, start
 from tools.doctor import Line
-from tools.front_ends.journal import Place
 
 
 def torch_like(cuda: str | None = None, **gpu: Any) -> Any:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from library.checkpoints.adapter_keys import recognise_naming
 from library.checkpoints.files import read_metadata
+from library.commands.base_models import find_adapter_targets, open_base_model, spec_for
 from networks.core.files.adapter_file import read_adapter_file
 from networks.core.files.renaming import rename
 from networks.core.targets.targets import TargetModule
@@ -22,7 +23,6 @@ from tests.tiny.qwen_image_21 import with_fused_gates
 from tests.tiny.sd3 import build_tiny_sd3
 from tests.tolerances import FLOAT32_DEEP
 from tools import extract_lora_from_models, merge_lora
-from tools.base_models import find_adapter_targets, open_base_model, spec_for
 
 SEED, RANK = 41, 3
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from library.architectures.specs import list_specs
+from library.front_ends.layouts import ROOT, list_musubi
 from tests.front_end_kills import read_tree
 from tests.unit.tools.small_suite import MINE, SmallSuite, build_small_suite, check_all_kept, write_files
-from tools.front_ends.layouts import ROOT, list_musubi
 
 
 def test_install_update_and_restore_keep_the_users_files_and_name_what_is_moved(suite: SmallSuite, gui: Path) -> None:
@@ -48,6 +48,18 @@ def test_an_update_removes_modules_that_the_suite_no_longer_has(suite: SmallSuit
     assert suite.run(gui).returncode == 0
     assert not (gui / "sd-scripts/library/formats").exists()
     assert (gui / "sd-scripts.aside/library/formats/edited.py").read_text() == "my edit"
+
+
+def test_an_update_puts_a_folder_in_place_of_a_module(suite: SmallSuite, gui: Path) -> None:
+    """library/processes.py was a module of an earlier layout."""
+    write_files(suite.root, {"library/processes.py": ""})
+    assert suite.run(gui).returncode == 0
+    (suite.root / "library/processes.py").unlink()
+    write_files(suite.root, {"library/processes/__init__.py": ""})
+    assert suite.run(gui).returncode == 0
+    installed = gui / "sd-scripts/library"
+    assert (installed / "processes/__init__.py").is_file() and not (installed / "processes.py").exists()
+    assert suite.run(gui, "--restore").returncode == 0
 
 
 @pytest.mark.parametrize("name", ["sd-scripts.original", "sd-scripts.journal.json", "sd-scripts.journal.part"])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from library.checkpoints.files import read_metadata
+from library.commands.base_models import has_pipeline
 from library.protocols import Architecture
 from networks.core.files.adapter_file import read_adapter_file, save_adapter_file
 from networks.core.files.renaming import rename
@@ -28,7 +29,6 @@ from tests.tiny.sdxl import build_tiny_sdxl
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAME_MATH
 from tests.unit.networks.toy import randomize
 from tools import convert_lora, merge_lora
-from tools.base_models import has_pipeline
 
 FILES: Mapping[str, tuple[str, Callable[[Path], list[str]]]] = {  # title -> base model and what writes its files
     **{name: (name, base.build) for name, base in BASES.items()},

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
 from library.checkpoints.hashes import sshs_hashes
+from library.commands.base_models import find_adapter_targets, open_base_model
 from networks.core.files.adapter_file import AdapterFile, parse_adapter, read_adapter_file
 from tests.tolerances import FLOAT32_SAME_MATH
 from tools import convert_lora, extract_lora_from_models, merge_lora
-from tools.base_models import find_adapter_targets, open_base_model
 from tools.merge_adapters import Arithmetic, Weighted, merge_adapters
 
 pytestmark = pytest.mark.slow

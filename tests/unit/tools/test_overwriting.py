@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from library.base.errors import UserError
 from library.checkpoints.files import save_safetensors
 from library.data.sources.folders.metadata_file import parse_entries
 from library.data.sources.indexed.parquet_index import index_lock
-from library.errors import UserError
 from library.options.output.console import ConsoleOptions
 from library.training.command_line.checks import check_output
 from library.training.command_line.console import build_handlers

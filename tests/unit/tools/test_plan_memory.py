@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from library.commands import counted_plan
+from library.commands.counted_plan import count
 from library.memory.devices import bytes_of
 from library.memory.planner import fakes
 from library.memory.planner.gpus import GIB
@@ -18,8 +20,6 @@ from tests.contracts.header_only import FULL_SIZE
 from tests.running import ROOT
 from tests.tiny.bases import BASES
 from tests.unit.memory.planner.made_up import allocated_peak
-from tools import counted_plan
-from tools.counted_plan import count
 from tools.plan_memory import main
 
 pytestmark = pytest.mark.usefixtures("fresh_process")  # parsing options sets up logging

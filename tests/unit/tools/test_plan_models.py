@@ -8,12 +8,12 @@ import pytest
 
 from benchmarks.plan_models import CARDS, FORMATS, arguments_for, count_model, gpus_of, table, to_json
 from benchmarks.results_page import PAGE, put_into
+from library.commands.counted_plan import count
 from library.memory.planner import gpus
 from library.memory.planner.gpus import LINUX, TYPICAL, WINDOWS, find_system, parse_cards
 from library.memory.planner.known import FILE, load_models, plan
 from library.training.planning.fit import fit_to
 from tests.contracts.header_only import FULL_SIZE
-from tools.counted_plan import count
 
 # A model takes up to 6 CPU seconds. Those that are not listed are nightly.
 SLOW = ("Anima", "FLUX.1")

@@ -9,17 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from library.version import NAME, VERSION
+from library.base.version import NAME, VERSION
 from tools import release
+
+ENVIRONMENT = ("lock_file", "package_sources", "requirements", "torch_builds")  # what start imports
+OTHERS = ("pyproject.toml", "requirements.txt")
 
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a repository with the files that start needs, committed."""
     root = tmp_path / "repository"
-    for name in ("tools/start.py", "library/torch_builds.py", "tools/__init__.py", "library/__init__.py",
-                 "library/lock_file.py", "library/package_sources.py", "library/terminal.py",
-                 "library/requirements.py", "library/version.py", "pyproject.toml", "requirements.txt"):  # fmt: skip
+    environment = [f"library/environment/{name}.py" for name in ("__init__", *ENVIRONMENT)]
+    base = [f"library/base/{name}.py" for name in ("__init__", "terminal", "version")]
+    for name in ("tools/start.py", "tools/__init__.py", "library/__init__.py", *base, *environment, *OTHERS):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes((release.ROOT / name).read_bytes())
     git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b"]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from library import package_sources, torch_builds
-from library.lock_file import read_entries
+from library.environment import package_sources, torch_builds
+from library.environment.lock_file import read_entries
 from library.training.saving.names import Names
 from tools import start
 from train import setup_parser

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from library.errors import UserError
+from library.base.errors import UserError
 from tests.parity.test_lora_merge import tiny_clip, tiny_unet
 from tests.tolerances import FLOAT32_SAME_MATH
 from tools.quickstart.sampling import merge_lora

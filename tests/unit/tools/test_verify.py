@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from library.architectures.specs import list_specs
+from library.commands.counted_plan import read_training_options
 from library.models.reference import select_first_and_last, with_weights
 from library.training.config_file import SECRETS
 from tests.tiny.bases import BASES
 from tools import verify
-from tools.counted_plan import read_training_options
 from tools.verify import (
     PlannedStep,
     compare_files,

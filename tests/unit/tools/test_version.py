@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from library.version import VERSION
+from library.base.version import VERSION
 
 ROOT = Path(__file__).parents[3]
 SCRIPTS = [

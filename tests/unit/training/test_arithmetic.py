@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.sd.assembly import build
-from library.errors import UserError
+from library.base.errors import UserError
 from library.memory.codecs.matmul_8bit import FP8
 from library.memory.frozen import store_all_in
 from library.options.train import TrainOptions

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 
 from library.architectures.flux.options import FluxModelOptions, FluxOptions
 from library.architectures.sd3.options import Sd3TrainingOptions
+from library.base.errors import UserError
 from library.checkpoints.folders import ADDED_TO_NAMES, LONGEST_ON_WINDOWS, atomic_folder
 from library.data.sources.storage.object_storage import SIGNED, URL
-from library.errors import UserError
 from library.options.base import group
 from library.options.kinds import TEXT
 from library.options.machine.compiling import CompileOptions

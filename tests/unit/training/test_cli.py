@@ -13,12 +13,12 @@ import toml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.errors import UserError
+from library.base.errors import UserError
+from library.base.version import NAME, VERSION
 from library.options.config_file import read_toml
 from library.options.train import TrainOptions
 from library.training.command_line.cli import build_parser, normalize, parse
 from library.training.config_file import read_config, write_config
-from library.version import NAME, VERSION
 from tests.tiers import first_is_fast
 
 ROOT = Path(__file__).parents[3]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from library.determinism import deterministic
+from library.base.determinism import deterministic
 from library.options.machine.kernels import KernelOptions
 from library.options.no_effect import find_unused
 from library.options.train import TrainOptions

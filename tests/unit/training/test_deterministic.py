@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from library.determinism import (
+from library.base.determinism import (
     WORKSPACES,
     NotDeterministicError,
     deterministic,
     deterministic_mode,
     explain_nondeterminism,
 )
-from library.errors import UserError
+from library.base.errors import UserError
 from library.models import unet_loader
 from library.models.unet_loader import should_use_xformers
 from library.options.machine.memory import MemoryOptions

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train_network
-from library.errors import NoDataFound, NotThere, UserError, flagged, list_few, naming, needing, reason_of
+from library.base.errors import NoDataFound, NotThere, UserError, flagged, list_few, naming, needing, reason_of
 from library.training.command_line.cli import CommandLine, check_training, check_words
 from library.training.command_line.main import report_error
 from library.training.failures.failure import StoppedByError

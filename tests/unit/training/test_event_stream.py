@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import pytest
 
-from library.errors import Cause
+from library.base.errors import Cause
 from library.options.train import TrainOptions
 from library.training.reporting.error_fields import ErrorFields
 from library.training.reporting.event_stream import Events, capture_warnings, open_event_file, plain

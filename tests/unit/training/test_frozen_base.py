@@ -9,10 +9,10 @@ import psutil
 import pytest
 import torch
 
-from library import installed
 from library.architectures.flux.options import FluxOptions
 from library.architectures.sd.assembly import build
-from library.errors import UserError
+from library.base.errors import UserError
+from library.environment import installed
 from library.memory.codecs.codec import AS_IN_FILE
 from library.memory.codecs.weight_format import load_format
 from library.memory.frozen import layers_in_blocks
@@ -20,7 +20,7 @@ from library.memory.offload import shared
 from library.options.machine.memory import MemoryOptions
 from library.options.no_effect import find_unused
 from library.options.train import TrainOptions
-from library.processes import Processes
+from library.processes.process_group import Processes
 from library.protocols import Architecture
 from library.training.models import frozen_base
 from library.training.models.frozen_base import check_base, offload_blocks

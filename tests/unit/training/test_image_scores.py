@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from scipy import ndimage, stats
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.options.output.preview import PreviewOptions
 from library.training.evaluation.choosing import MeasuredFile, add_scores, choose_measured, format_scores
 from library.training.evaluation.image_scores import (

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from library.base.errors import UserError
 from library.data.description.dataset_file import load_dataset_config
 from library.diffusion.objective import build_ddpm
-from library.errors import UserError
 from library.options.training.loss import LossOptions
 from library.options.training.noise import NoiseOptions
 from library.training.models.opening import idle_offsets

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.options.train import TrainOptions
-from library.processes import ALONE
+from library.processes.process_group import ALONE
 from library.training.failures.nonfinite import NonFiniteError, NonFiniteGuard
 from library.training.loop.loop import accumulate_gradients
 from library.training.loop.update import Updates

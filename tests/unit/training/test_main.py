@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.training.command_line.cli import CommandLine
 from library.training.command_line.main import OUR_FAULT, report_error
 from library.training.evaluation import preview

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from library.base.randomness import generator_for
 from library.diffusion.flow import FlowMatching
 from library.diffusion.objective import build_ddpm
 from library.diffusion.timesteps import LevelSampler
 from library.options.training.noise import NoiseOptions
-from library.randomness import generator_for
 from library.training.evaluation.validation import ValidationSchedule
 from library.training.evaluation.validation_loss import (
     Difference,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.options.keyword_args import read_keyword_args
 from library.options.no_effect import find_unused
 from library.options.training.optimizer import OptimizerOptions

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from library.architectures.sd3.options import Sd3TrainingOptions
-from library.errors import UserError
+from library.base.errors import UserError
 from library.options.ranges import check_ranges
 from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
 from library.options.training.optimizer import ScheduleOptions

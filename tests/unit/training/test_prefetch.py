@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.training.loop.ahead import Ahead, move_batch
 from library.training.loop.loop import accumulate_gradients
 from library.training.reporting.step_times import StepTimes

@@ -15,10 +15,10 @@ from PIL import Image
 from torch import nn
 
 from library.architectures.sd.assembly import build
-from library.errors import UserError
+from library.base.errors import UserError
 from library.options.output.preview import PreviewOptions
 from library.options.output.saving import SavingOptions
-from library.processes import ALONE, Processes
+from library.processes.process_group import ALONE, Processes
 from library.training.evaluation.drawing import collect_texts, decode, draw_latents, encode_prompts
 from library.training.evaluation.preview import Previews, PreviewSchedule, read_wanted_prompts
 from library.training.evaluation.without_side_effects import evaluating

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.protocols import PromptDefaults
 from library.training.evaluation.prompts import LINE_OPTIONS, PromptSpec, parse_line, read_prompts, resolve
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.training.run_queue import folder as folder_module
 from library.training.run_queue import tending, trainings
 from library.training.run_queue.folder import Queue

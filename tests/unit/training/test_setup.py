@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from library.options.train import TrainOptions
-from library.processes import Processes
+from library.processes.process_group import Processes
 from library.training.models.base_model import hash_module
 from library.training.models.opening import choose_seed
 from library.training.run.optimization import allow_fp16_gradients, name_groups

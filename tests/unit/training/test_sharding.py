@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from library.gradient_exchange import Order
 from library.options.train import TrainOptions
-from library.processes import Processes
+from library.processes.gradient_exchange import Order
+from library.processes.process_group import Processes
 from library.training.run.shard_base_checks import resolve_launched_values, sharding_values
 from library.training.step.accumulation import Window
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
 from library.architectures.flux.options import FluxOptions
+from library.base.errors import UserError
 from library.checkpoints.tree_json import dump_tree, load_tree
 from library.data.plan.dataset_digest import content_digests
-from library.errors import UserError
 from library.options.output.saving import SavingOptions, StateOptions
 from library.options.train import TrainOptions
 from library.options.training.run import RunOptions
-from library.processes import ALONE, Processes
+from library.processes.process_group import ALONE, Processes
 from library.training.reporting.progress import Part
 from library.training.saving.names import Names
 from library.training.saving.resume import (

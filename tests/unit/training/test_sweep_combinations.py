@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.options.train import TrainOptions
 from library.training.sweep.combinations import describe_sweep, expand_combinations, find_unranked
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.options.train import TrainOptions
 from library.training.command_line.sweeps import open_script
 from library.training.sweep.commands import environment_of_runs, start_script, write_command

@@ -14,7 +14,7 @@ from torch import nn
 
 from library.data.training_data import open_batches
 from library.options.caching import TextCachingOptions
-from library.processes import Processes
+from library.processes.process_group import Processes
 from library.protocols import TextCacheSpec
 from library.training.models.text_caching import RunText, TextPlan, prepare_text
 from library.types import Conditioning

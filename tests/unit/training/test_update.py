@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.training.failures.nonfinite import NonFiniteError, NonFiniteGuard
 from library.training.failures.nonfinite_trace import find_first_damage
 from library.training.loop.loop import accumulate_gradients

@@ -16,14 +16,14 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from library.base.errors import UserError
+from library.base.json_text import parse_json
 from library.data.decoding.images import is_compressed
 from library.data.decoding.index_file import pack_names, unpack_names
 from library.data.decoding.threads import read_many
 from library.data.description.buckets import Size
 from library.data.scanned.columns import Sizes, Texts
 from library.data.sources.storage.index_places import IndexPlaces
-from library.errors import UserError
-from library.json_text import parse_json
 
 FILE_NAME = ".picture_index.npz"  # front ends accept this extension among images
 VERSION = 2

@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from library.base.errors import UserError
 from library.data.description.image_extensions import OTHER_IMAGES, image_extensions
 from library.data.sources.folders.image_index import FolderIndex, Stamps, compute_stamps
-from library.errors import UserError
 
 CAPTION_ENDINGS = ("txt", "caption", "cap", "tags")  # written by caption tools
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError
-from library.json_text import InvalidJson, parse_json
+from library.base.errors import UserError
+from library.base.json_text import InvalidJson, parse_json
 from library.options.config_file import read_json, read_text
 from library.options.kinds import TABLE, TEXT, read_value
 

@@ -2,6 +2,7 @@
 
 import os
 
+from library.base.errors import UserError, list_few
 from library.data.description.captions import CaptionRules
 from library.data.description.schema import SubsetConfig
 from library.data.scanned.columns import Texts
@@ -11,7 +12,6 @@ from library.data.sources.folders.metadata_file import MetadataEntry, read_metad
 from library.data.sources.folders.pairing import add_reference_paths
 from library.data.sources.folders.reading import sizes_anywhere
 from library.data.sources.storage.index_places import IndexPlaces
-from library.errors import UserError, list_few
 
 
 def list_metadata(config: SubsetConfig, places: IndexPlaces, num_threads: int) -> Listing:

@@ -5,14 +5,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from library.base.errors import UserError, list_few
+from library.base.formatting import format_count
 from library.data.description.buckets import Size
 from library.data.description.image_extensions import describe_unread
 from library.data.scanned.subsets import Listing
 from library.data.sources.folders.listing import list_files
 from library.data.sources.folders.reading import sizes_anywhere
 from library.data.sources.storage.index_places import IndexPlaces
-from library.errors import UserError, list_few
-from library.formatting import format_count
 
 NUMBERED = re.compile(r"(.+)_(\d+)")  # stem of one of several references
 

@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from library.base.errors import UserError, list_few, reason_of
 from library.data.decoding.images import HEAD_BYTES, read_size
 from library.data.description.buckets import Size
 from library.data.description.captions import CaptionRules
@@ -19,7 +20,6 @@ from library.data.sources.folders.image_index import (
     update_table,
 )
 from library.data.sources.storage.index_places import IndexPlaces
-from library.errors import UserError, list_few, reason_of
 from library.options.encodings import NotUtf8, describe_encoding, likely_encoding
 
 MOST_CAPTION_BYTES = 1 << 20  # counting the tokens of ten times as much takes a minute

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from library.errors import UserError
+from library.base.errors import UserError
 
 IMAGE_COLUMNS = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 URL_COLUMNS = ("url", "image_url", "img_url", "URL")

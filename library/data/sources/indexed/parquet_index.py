@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from library.base.errors import UserError
+from library.base.json_text import parse_json
+from library.base.progress import progress_bar
 from library.checkpoints.files import atomic_path
 from library.checkpoints.overwriting import known_by_start, open_lock_file
 from library.data.decoding.index_file import read_index_file
@@ -25,9 +28,6 @@ from library.data.scanned.names import short_digest
 from library.data.sources.indexed.parquet_files import pyarrow_parquet
 from library.data.sources.indexed.rows import Row
 from library.data.sources.storage.index_places import IndexPlaces
-from library.errors import UserError
-from library.json_text import parse_json
-from library.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from library.base.errors import UserError, reason_of
+from library.base.json_text import parse_json
 from library.data.decoding.images import HEAD_BYTES, read_size
 from library.data.description.buckets import Size
 from library.data.description.image_extensions import PLUGINS, image_extensions
@@ -13,8 +15,6 @@ from library.data.sources.folders.image_headers import plain_size
 from library.data.sources.folders.reading import MOST_CAPTION_BYTES, stripped_lines
 from library.data.sources.indexed.tar_files import Member, iterate_members
 from library.data.sources.storage.ranges import RangeFile, Window
-from library.errors import UserError, reason_of
-from library.json_text import parse_json
 
 CAPTION_FIELDS = ("caption", "text", "prompt")  # in a .json member, without caption_column
 DOTTED = "is skipped: the name of an image in a tar file ends at its first dot; rename it without other dots"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from library.base.errors import UserError, list_few
 from library.data.description.image_extensions import PLUGINS, load_plugin
 from library.data.description.schema import SubsetConfig, strip_secrets
 from library.data.scanned.columns import Texts
@@ -20,7 +21,6 @@ from library.data.sources.indexed.parquet_index import IndexedFiles, read_index
 from library.data.sources.indexed.rows import Row
 from library.data.sources.storage.object_storage import open_file_system
 from library.data.sources.storage.storage import Storage, is_remote
-from library.errors import UserError, list_few
 
 
 @dataclass(frozen=True)

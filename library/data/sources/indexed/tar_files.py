@@ -9,9 +9,9 @@ import tarfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from library.base.errors import UserError
+from library.base.terminal import escape_controls
 from library.data.sources.storage.ranges import Window
-from library.errors import UserError
-from library.terminal import escape_controls
 
 BLOCK = 512
 LONGEST_NAME = 1 << 16

@@ -5,8 +5,8 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.base.errors import UserError
 from library.data.scanned.names import short_digest
-from library.errors import UserError
 
 # fsspec's caches cannot replace this one. None has a size limit; filecache and simplecache fetch whole shards.
 # blockcache fetches whole blocks and requires file objects that not every file system of fsspec has. Its only JSON file

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from library.base.errors import UserError
 from library.data.description.schema import strip_secrets
 from library.data.scanned.images import FileStamp
-from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 

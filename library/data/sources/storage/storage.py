@@ -11,6 +11,8 @@ from glob import glob
 from math import prod
 from typing import Any, TypeVar
 
+from library.base.errors import UserError
+from library.base.formatting import format_bytes
 from library.data.description.schema import SubsetConfig, strip_secrets
 from library.data.scanned.images import FileStamp, ImageLocation, ScannedImage, Version, digest_content
 from library.data.scanned.names import folder_name, safe_name, short_digest
@@ -18,8 +20,6 @@ from library.data.sources.storage import object_storage
 from library.data.sources.storage.disk_cache import DiskCache
 from library.data.sources.storage.index_places import IndexPlaces
 from library.data.sources.storage.ranges import RangeFile, Window
-from library.errors import UserError
-from library.formatting import format_bytes
 
 CHUNK_BYTES = 5120  # the end of an image, the next header, and the start of the next image
 BRACES = re.compile(r"\{(?:(?P<first>[0-9]{1,18})\.\.(?P<last>[0-9]{1,18})|(?P<choices>[^{}]*,[^{}]*))\}")

@@ -11,8 +11,8 @@ from library.architectures.flux.assembly import build
 from library.architectures.flux.load import open_loader
 from library.architectures.flux.options import FluxOptions
 from library.architectures.specs import list_specs
+from library.base.errors import UserError
 from library.checkpoints.recognition import recognise_adapter
-from library.errors import UserError
 from library.protocols import Architecture
 from tests.tiny.changes import without
 from tests.tiny.chroma import build_tiny_chroma

@@ -19,8 +19,8 @@ from library.architectures.flux_2.releases import (
     recognise_encoder,
     recognise_release,
 )
+from library.base.errors import UserError
 from library.checkpoints.weights import Weights
-from library.errors import UserError
 from library.models.dit_loader import DitLoader
 from library.models.vae.flux_2 import COUNTER, statistics
 from tests.tiny import flux_2 as tiny_flux_2

@@ -14,9 +14,9 @@ from library.architectures.flux_3.assembly import build
 from library.architectures.flux_3.load import open_loader
 from library.architectures.flux_3.options import Flux3Options
 from library.architectures.specs import list_specs
+from library.base.errors import UserError
 from library.checkpoints.quantised import rotate_groups
 from library.checkpoints.recognition import recognise_adapter
-from library.errors import UserError
 from library.models.dit_loader import DitLoader
 from library.models.identify import base_of_file
 from tests.tiers import first_is_fast

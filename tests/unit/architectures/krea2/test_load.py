@@ -11,7 +11,7 @@ from krea2_train_network import setup_parser
 from library.architectures.krea2.assembly import build
 from library.architectures.krea2.load import open_loader
 from library.architectures.krea2.options import Krea2Options
-from library.errors import UserError
+from library.base.errors import UserError
 from library.models.dit_loader import DitLoader
 from tests.tiny.krea2 import build_tiny_krea2
 

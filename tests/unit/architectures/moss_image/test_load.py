@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from library.architectures.moss_image.assembly import build
 from library.architectures.moss_image.load import open_loader
 from library.architectures.moss_image.options import MossImageOptions
+from library.base.errors import UserError
 from library.checkpoints.quantised import rotate_groups
-from library.errors import UserError
 from library.models.dit_loader import DitLoader
 from library.types import CaptionWithImages
 from moss_image_train_network import setup_parser

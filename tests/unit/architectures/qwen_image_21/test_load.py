@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from library.architectures.qwen_image_21.assembly import build
 from library.architectures.qwen_image_21.load import open_loader
 from library.architectures.qwen_image_21.options import QwenImage21Options
-from library.errors import UserError
+from library.base.errors import UserError
 from library.models.dit_loader import DitLoader
 from library.types import CaptionWithImages
 from qwen_image_21_train_network import setup_parser

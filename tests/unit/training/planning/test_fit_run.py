@@ -12,7 +12,7 @@ import torch
 from library.data.description.captions import CaptionRules
 from library.memory.planner.gpus import GIB, Gpu
 from library.memory.planner.prediction import CONTEXT_BYTES
-from library.processes import Processes
+from library.processes.process_group import Processes
 from library.training.models.requests import RequestedRun
 from library.training.planning import correction, fit_run
 from library.training.planning.correction import Gauge, MemoryWatch

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.training.report_page.comparison import differences, is_measured_alike, label_runs, read_run
 from library.training.report_page.record import Record
 from library.training.report_page.writer import build_report, write_page

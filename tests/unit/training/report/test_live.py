@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import pytest
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.training.report_page.index import IndexedRuns, write_index
 from library.training.report_page.live import ReportServer
 from library.training.report_page.page import read_data

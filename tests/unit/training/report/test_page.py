@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.training.report_page.page import HERE, UPLOT, build_page, read_data
 from library.training.report_page.record import Record
 from library.training.report_page.writer import (

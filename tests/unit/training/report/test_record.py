@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from library.errors import UserError
+from library.base.errors import UserError
 from library.training.report_page.record import Record
 from library.training.report_page.writer import collect_record
 from library.training.reporting import events

@@ -1,0 +1,1 @@
+"""Small modules that know nothing of the rest: errors, formatting, progress, randomness."""

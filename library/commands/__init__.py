@@ -1,0 +1,1 @@
+"""Shared by the commands in tools/: options, adapter files, base models."""

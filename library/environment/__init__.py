@@ -1,0 +1,1 @@
+"""This Python: versions, packages, and the build of torch for this machine."""

@@ -1,0 +1,1 @@
+"""The processes of a run: ranks, launcher, and what they exchange."""

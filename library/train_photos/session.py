@@ -1,0 +1,132 @@
+"""The steps of train.py, from the command line to the trained adapter."""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from library.base.errors import UserError
+from library.base.terminal import ask as ask_user
+from library.train_photos.base import Base, choose_recipe
+from library.train_photos.captioner import write_captions
+from library.train_photos.description import describe_plan, remark_on_trigger
+from library.train_photos.photos import PhotoFolder, Trigger, clean, find_photos, parse_trigger, suggest_trigger
+from library.train_photos.plan import Files, Plan, Wishes, make_plan, read_options
+from library.train_photos.runs import (
+    EarlierRun,
+    Record,
+    Start,
+    check_name,
+    choose_start,
+    find_runs,
+    list_names,
+)
+from library.train_photos.training import train, write, write_command
+from library.training.command_line.recipes import Recipe
+from library.training.reporting.console_lines import announce
+
+
+def train_photos(args: argparse.Namespace, base: Base, given: Mapping[str, Any]) -> int:
+    """Plan, ask and train. `given` are options of the base model's script.
+
+    Raises UserError for what the user has to decide.
+    """
+    check_length(args)
+    asks = not args.yes and sys.stdin.isatty() and sys.stdout.isatty()
+    folders = find_photos(args.photos)
+    if args.caption and write_captions(folders):
+        folders = find_photos(args.photos)
+    recipe = choose_recipe(base, args.kind)
+    names = partial(list_names, args.output_dir, args.name or clean(args.photos.absolute().name))
+    if args.name is not None:
+        check_name(next(names()))
+    runs, free = find_runs(names())
+    trigger = choose_trigger(args.trigger, args.photos, folders, runs, asks)
+    wishes = Wishes(trigger, args.steps, args.minutes, args.models, args.prediction, given)
+    record = build_record(args, base, folders, trigger, given)
+    make = partial(plan_run, base, recipe, folders, wishes)
+    choose_length = cache(partial(choose_steps, args, make))
+    start = choose_start(runs, free, record, choose_length, partial(ask, asks))
+    has_other_length = start.earlier is not None and start.earlier.record.length != record.length
+    record = replace(record, origin=start.origin)
+    return confirm(make, start, record, choose_length() if has_other_length else None, args.plan_only, asks)
+
+
+def check_length(args: argparse.Namespace) -> None:
+    """Raise UserError for a length that is none."""
+    for flag, value in (("--steps", args.steps), ("--minutes", args.minutes)):
+        if value is not None and not 0 < value < 10**7:
+            raise UserError.about(flag, f"is {value:g}; use a number above 0")
+
+
+def choose_trigger(
+    text: str | None, root: Path, folders: Sequence[PhotoFolder], runs: Sequence[EarlierRun], asks: bool
+) -> Trigger:
+    """Return the trigger of the command line, else of the terminal; usual is that of an unfinished run, else the
+    folder's name."""
+    usual = suggest_trigger(root, folders)
+    unfinished = next((run.record.trigger for run in reversed(runs) if not run.is_finished), usual.text)
+    if unfinished != usual.text:
+        usual = parse_trigger(unfinished)
+    if text is None and asks:
+        text = ask_user(f'Trigger word, and what it is, such as "mycat, a cat" [{usual.text}]: ').strip()
+        text = None if text == usual.text else text
+    trigger = parse_trigger(text) if text else usual
+    for remark in remark_on_trigger(trigger):
+        announce(f"note      {remark}")
+    return trigger
+
+
+def build_record(
+    args: argparse.Namespace, base: Base, folders: Sequence[PhotoFolder], trigger: Trigger, given: Mapping[str, Any]
+) -> Record:
+    length = {name: value for name in ("steps", "minutes") if (value := getattr(args, name)) is not None}
+    prediction = {} if args.prediction is None else {"prediction": args.prediction}
+    return Record.build(folders, trigger, base.name, args.kind, {**given, **prediction}, length)
+
+
+def plan_run(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder], wishes: Wishes, start: Start | None) -> Plan:
+    """Return the plan of a run, or that of NAME.toml for one that goes on."""
+    if start is not None and start.earlier is not None:
+        values = read_options(base, start.files).flat()
+        return Plan(base, recipe, folders, wishes.trigger, values, "", None, None, wishes.given)
+    with TemporaryDirectory() as folder:
+        return make_plan(base, recipe, folders, wishes, Files(Path(folder), "plan"))
+
+
+def choose_steps(args: argparse.Namespace, make: "partial[Plan]") -> int | None:
+    """Return the length that the command line asks for; None if it asks for none."""
+    if args.minutes is not None:
+        return int(make(None).values["max_train_steps"])
+    return None if args.steps is None else int(args.steps)
+
+
+def ask(asks: bool, sentence: str, question: str) -> str:
+    """Say a sentence, and return the answer to the question; "" without a terminal or a question."""
+    announce(sentence)
+    return ask_user(f"{question} ").strip().lower() if asks and question else ""
+
+
+def confirm(make: "partial[Plan]", start: Start, record: Record, steps: int | None, only: bool, asks: bool) -> int:
+    """Show the plan, ask whether to train, and train; with `only` write it. Return the exit status.
+
+    `steps` is the length of a run that goes on, if it is not that of its NAME.toml.
+    """
+    plan = make(start) if steps is None else make(start).with_values({"max_train_steps": steps})
+    announce("\n".join(describe_plan(plan, start.files)))
+    answer = "e" if only else "y"
+    if asks and not only and start.earlier is None:  # else it was asked whether to go on
+        answer = ask_user("Train? [Y/n, e: write the plan to edit it] ").strip().lower() or "y"
+    if answer == "e":
+        if start.earlier is None:
+            write(plan, start.files, record)
+        announce(
+            f"The plan is {start.files.config}. To train, give the same command again, or\n"
+            f"  {write_command(plan, start, steps)}"
+        )
+        return 0
+    return train(plan, start, record, steps) if answer in ("y", "yes") else 0

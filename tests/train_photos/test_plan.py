@@ -1,0 +1,284 @@
+"""What train.py decides before it trains: recipe, steps, size, captions, parts, prediction."""
+
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import train
+from library.architectures.specs import list_specs
+from library.base.errors import UserError
+from library.data.plan.data_plan import build_plan
+from library.options.train import TrainOptions
+from library.train_photos.base import Base, choose_recipe, measure_loss, measure_prediction, read_prediction, recognise
+from library.train_photos.command_line import read_command_line
+from library.train_photos.description import describe_given, list_captions, remark_on_trigger
+from library.train_photos.parts import find_parts
+from library.train_photos.photos import Trigger, find_photos, parse_trigger, suggest_trigger
+from library.train_photos.plan import Files, Plan, choose_side, choose_values, compose_captions, write_prompts
+from library.training.config_file import format_config
+from tests.running import make_images
+from tests.tiny.bases import BASES
+from tests.train_photos.test_train import GENERIC, KINDS, build_base
+from tests.unit.data.builders import SPEC
+from tools.recipes import interpolate_steps
+
+HEARTS, TOY = "configs/quickstart/dataset", "configs/quickstart/toy_base"
+
+
+def base_of(spec: str, name: str, *tensors: str) -> Base:
+    (found,) = (candidate for candidate in list_specs() if candidate.name == spec)
+    return Base(name, Path(name), found, frozenset(tensors))
+
+
+@pytest.mark.parametrize(
+    ("base", "kind", "recipe"),
+    [
+        (base_of("sd1", "/m/v1-5-pruned.safetensors"), "style", "sd15_style"),
+        (base_of("sd1", "/m/toy_base"), "character", "toy_character"),
+        (base_of("sd2", "/m/v2-1_768.safetensors"), "style", "sd2_character"),  # the only one
+        (base_of("sdxl", "/m/sd_xl_base_1.0.safetensors"), "character", "sdxl_character"),
+        (base_of("sdxl", "/m/waiNSFWIllustrious_v140.safetensors"), "style", "sdxl_anime_style"),
+        (base_of("sd3", "/m/a.safetensors", "joint_blocks.37.x"), "style", "sd35_large_style"),
+        (base_of("sd3", "/m/a.safetensors", "joint_blocks.3.x_block.attn2.qkv"), "style", "sd35_medium_style"),
+        (base_of("sd3", "/m/a.safetensors", "joint_blocks.3.x"), "style", "sd3_medium_character"),
+        (base_of("flux", "/m/flux1-dev.safetensors"), "character", "flux_character"),
+        (base_of("chroma", "/m/Chroma1-HD.safetensors"), "character", "chroma_character"),
+        (base_of("any_pipeline", "/m/pixart"), "style", "diffusers_character"),
+    ],
+)
+def test_the_recipe_that_suits_the_base_is_taken(base: Base, kind: str, recipe: str) -> None:
+    assert choose_recipe(base, kind).name == recipe  # type: ignore[arg-type]
+
+
+def test_every_base_model_has_a_recipe() -> None:
+    for spec in list_specs():
+        assert choose_recipe(base_of(spec.name, "/m/a.safetensors"), "character").script == spec.script
+
+
+@pytest.mark.parametrize(
+    ("num_images", "steps"), [(15, 1200), (30, 1800), (100, 3500), (21, 1460), (200, 5130), (5, 630)]
+)
+def test_steps_between_those_of_the_recipe_lie_on_a_curve(num_images: int, steps: int) -> None:
+    assert interpolate_steps({15: 1200, 30: 1800, 100: 3500}, num_images) == steps
+
+
+@pytest.mark.parametrize(
+    ("name", "distilled"),
+    [("z_image_turbo_bf16", True), ("flux2-klein-4b", True), ("flux2-klein-base-4b", False), ("sdxl_lightning", True),
+     ("flux1-schnell", True), ("flux1-dev", False), ("raw", False), ("ponyDiffusionV6XL", False)],
+)  # fmt: skip
+def test_a_distilled_base_is_noticed_by_its_name(name: str, distilled: bool) -> None:
+    assert base_of("sdxl", f"/m/{name}.safetensors").is_distilled is distilled
+
+
+def test_photos_that_cannot_be_trained_on_are_left_out_with_the_reason(tmp_path: Path) -> None:
+    KINDS["damaged"](tmp_path)
+    (tmp_path / "clip.psd").write_bytes(b"8BPS")
+    (tmp_path / ".thumbnails").mkdir()
+    (folder,) = find_photos(tmp_path)
+    assert len(folder.photos) == 3
+    reasons = {path.name: reason for path, reason in folder.left_out}
+    assert "cannot be read" in reasons["broken.jpg"] and "unsupported" in reasons["clip.psd"]
+
+
+@pytest.mark.parametrize(
+    ("captions", "trained"),
+    [
+        ([], ["mycat, a cat"] * 3),
+        (["a cat on a sofa", "", "my MyCat asleep"], ["mycat, a cat on a sofa", "mycat", "my MyCat asleep"]),
+        (["mycat on a sofa", "mycats, a sofa"], ["mycat on a sofa", "mycat, mycats, a sofa", "mycat, a cat"]),
+    ],
+)
+def test_the_trigger_goes_before_each_caption_that_lacks_it(
+    captions: list[str], trained: list[str], tmp_path: Path
+) -> None:
+    for number in range(3):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    for number, caption in enumerate(captions):
+        (tmp_path / f"{number}.txt").write_text(caption)
+    (folder,) = find_photos(tmp_path)
+    dataset = {"datasets": [{"resolution": 64, "subsets": [folder.describe(parse_trigger(" mycat , a cat"))]}]}
+    (tmp_path / "dataset.toml").write_text(format_config(dataset))
+    options = TrainOptions().with_values({"dataset_config": str(tmp_path / "dataset.toml"), "max_train_steps": 1})
+    plan = build_plan(options, SPEC, 0, lambda text: len(text), None, 1)
+    assert compose_captions(plan) == trained
+
+
+def test_what_the_user_typed_wins_over_a_folders_words_and_the_plan_says_so(tmp_path: Path) -> None:
+    make_images(tmp_path / "10_sks cat", 2)
+    make_images(tmp_path / "2_other dog", 2)
+    base, folders = base_of("sd1", "/m/a.safetensors"), find_photos(tmp_path)
+    recipe = choose_recipe(base, "style")
+    for text, class_tokens, said in (
+        ("mycat, a cat", ["mycat, a cat"] * 2, '"mycat, a cat", as given, and not its words'),
+        (None, ["sks cat", "other dog"], '"sks cat", its words'),
+    ):
+        trigger = parse_trigger(text) if text else suggest_trigger(tmp_path, folders)
+        assert [folder.describe(trigger)["class_tokens"] for folder in folders if folder.photos] == class_tokens
+        plan = Plan(base, recipe, folders, trigger, {}, "", None, None, captions=["a", "b c d", "b c d", "x"])
+        lines = "\n".join(list_captions(plan))
+        assert f"10_sks cat: each photo 10 times; without a caption {said}" in lines
+        assert '"b c d" (2 photos)' in lines and "as well" not in lines
+
+
+def test_a_style_without_captions_is_remarked_on(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    base, folders = base_of("sd1", "/m/a.safetensors"), find_photos(tmp_path)
+    plan = Plan(base, choose_recipe(base, "style"), folders, Trigger("ink"), {}, "", None, None, captions=["ink"])
+    assert any("learns what the photos show as well" in line for line in list_captions(plan))
+
+
+@pytest.mark.parametrize(
+    ("trigger", "remark"), [("photos", "usual word"), ("my cat on a red sofa", "sentence"), ("mycat, a cat", None)]
+)
+def test_a_trigger_that_is_hard_to_call_is_remarked_on_once(trigger: str, remark: str | None) -> None:
+    remarks = list(remark_on_trigger(parse_trigger(trigger)))
+    assert len(remarks) == bool(remark) and all(str(remark) in text and "mycat, a cat" in text for text in remarks)
+
+
+def test_repeats_and_trigger_come_from_the_folders_of_sd_scripts(tmp_path: Path) -> None:
+    KINDS["nested"](tmp_path)
+    folders = find_photos(tmp_path)
+    trigger = suggest_trigger(tmp_path, folders)
+    assert trigger == Trigger("mycat", "cat")
+    assert sorted(folder.describe(trigger)["num_repeats"] for folder in folders if folder.photos) == [1, 3]
+    assert suggest_trigger(Path("/a/My photos (2)"), []) == Trigger("myphotos2")
+
+
+def test_small_photos_are_trained_at_their_own_size(tmp_path: Path) -> None:
+    recipe = choose_recipe(base_of("sdxl", "/m/a.safetensors"), "character")
+    for side, expected in ((1600, 1024), (600, 1024), (300, 256)):
+        folder = tmp_path / str(side)
+        folder.mkdir()
+        Image.new("RGB", (side, side)).save(folder / "a.png")
+        assert choose_side(base_of("sdxl", "/m/a.safetensors"), recipe, find_photos(folder)) == expected
+
+
+def test_the_marker_tensors_of_a_checkpoint_tell_its_prediction(tmp_path: Path) -> None:
+    path = tmp_path / "noob.safetensors"
+    save_file({"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, path)
+    marked = read_prediction(Base(str(path), path, base_of("sdxl", "x").spec, frozenset(("v_pred", "ztsnr"))))
+    assert marked is not None and marked.values == {"v_parameterization": True, "zero_terminal_snr": True}
+    save_file({"a": torch.zeros(1)}, path, {"modelspec.prediction_type": "epsilon"})
+    told = read_prediction(Base(str(path), path, base_of("sdxl", "x").spec, frozenset(("a",))))
+    assert told is not None and told.values == {"v_parameterization": False}
+
+
+@pytest.mark.slow
+def test_the_losses_of_a_trained_base_tell_that_it_predicts_noise(tmp_path: Path, fresh_process: None) -> None:
+    base, folders = recognise(TOY), find_photos(Path(HEARTS))
+    recipe, trigger = choose_recipe(base, "character"), Trigger("heart")
+    values = {**choose_values(recipe, 64, 32, 10), **base.values}
+    plan = Plan(base, recipe, folders, trigger, values, write_prompts(recipe, trigger, 64), None, None)
+    measured = measure_prediction(base, partial(measure_loss, base, plan.read(Files(tmp_path, "mine"))))
+    assert measured.prediction == "epsilon" and "on 5 photos" in measured.why
+
+
+def test_text_encoders_and_vaes_are_found_in_comfyuis_folders_by_content(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    words = BASES["flux"].build(models)
+    files = dict(zip(words[::2], words[1::2], strict=True))
+    for flag, folder, name in (
+        ("--pretrained_model_name_or_path", "diffusion_models", "f.safetensors"),
+        ("--clip_l", "text_encoders", "one.safetensors"),
+        ("--t5xxl", "text_encoders", "clip_l.safetensors"),  # a misleading name
+        ("--ae", "vae", "mine.safetensors"),
+    ):
+        (models / folder).mkdir(exist_ok=True)
+        Path(files[flag]).rename(models / folder / name)
+    for tokenizer in models.glob("tokenizer*"):
+        tokenizer.rename(models / "diffusion_models" / tokenizer.name)
+    base = recognise(str(models / "diffusion_models" / "f.safetensors"))
+    parser = import_module(base.spec.script.removesuffix(".py")).setup_parser()
+    options = base.spec.options.from_args(parser.parse_args(["--pretrained_model_name_or_path", base.name]))
+    found = find_parts(base, options, None)
+    assert {flag: Path(path).name for flag, path in found.items()} == {
+        "clip_l": "one.safetensors",
+        "t5xxl": "clip_l.safetensors",
+        "ae": "mine.safetensors",
+    }
+    (models / "vae" / "mine.safetensors").unlink()
+    with pytest.raises(UserError, match=r"--ae is missing.*--models.*ae\.safetensors of .* \(0\.34 GB"):
+        find_parts(base, options, None)
+
+
+def test_a_pipeline_without_a_family_is_recognised(tmp_path: Path) -> None:
+    base = recognise(build_base(GENERIC, tmp_path))
+    assert base.spec.script == "diffusers_train_network.py" and base.title == GENERIC
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["no_such_folder", "--base", TOY], "is no folder"),
+        (["configs/leco", "--base", TOY], "has no photos that can be read"),
+        ([HEARTS, "--base", "no.safetensors"], "--base no.safetensors does not exist"),
+        ([HEARTS, "--base", TOY, "--steps", "0"], "--steps is 0"),
+        ([HEARTS, "--base", TOY, "--trigger", ", a cat"], "has no word"),
+        ([HEARTS, "--base", TOY, "--dataset_config", "x.toml"], "--dataset_config is no option of train.py"),
+        ([HEARTS, "--base", TOY, "--max_train_steps", "5"], "give --steps or --minutes"),
+    ],
+)
+def test_a_mistake_is_named_before_any_work(words: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*words, "--yes"]) == 1
+    assert error in capsys.readouterr().err
+
+
+def test_steps_and_minutes_exclude_each_other() -> None:
+    with pytest.raises(SystemExit):
+        train.main([HEARTS, "--base", TOY, "--steps", "5", "--minutes", "5"])
+
+
+WORDS: list[list[str]] = [
+    ["--base", TOY],
+    ["--learning_rate", "5e-5"],
+    ["--network_args", "conv_dim=4", "conv_alpha=1"],
+    ["--flip_aug"],
+    ["--steps", "7"],
+    ["--min_snr_gamma=5"],
+]
+
+
+@pytest.mark.parametrize("order", range(len(WORDS)))
+def test_any_option_of_the_script_is_read_in_any_order(order: int) -> None:
+    groups = [*WORDS[order:], *WORDS[:order]]
+    flag = next(i for i, words in enumerate(groups) if words[0] == "--flip_aug")
+    groups[flag + 1 : flag + 1] = [[HEARTS]]
+    words = [word for group in groups for word in group]
+    args, base, given = read_command_line(train.add_options, train.setup_parser(), words)
+    assert (args.photos, args.steps, args.minutes, base.spec.script) == (Path(HEARTS), 7, None, "train_network.py")
+    assert given == {
+        "learning_rate": 5e-5,
+        "network_args": ["conv_dim=4", "conv_alpha=1"],
+        "flip_aug": True,
+        "min_snr_gamma": 5.0,
+    }
+
+
+@pytest.mark.parametrize("word", ["--learning_rat", "--step"])
+def test_options_are_not_abbreviated(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main([HEARTS, "--base", TOY, word, "5"])
+    assert f"unrecognized arguments: {word}" in capsys.readouterr().err
+
+
+def test_what_the_user_overrides_is_shown_with_what_the_recipe_has() -> None:
+    text = describe_given({"learning_rate": 5e-5, "flip_aug": True}, {"learning_rate": 1e-4})
+    assert text == "--learning_rate 5e-05, the recipe has 0.0001; --flip_aug True"
+
+
+def test_names_of_photos_cannot_steer_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("library.train_photos.session.train", lambda plan, start, record, steps: 0)
+    KINDS["alpha"](tmp_path)
+    (tmp_path / "\x1b]0;title\x07.jpg").write_bytes(b"no picture")
+    words = [str(tmp_path), "--base", TOY, "--trigger", "heart", "--steps", "9", "--yes", "--output_dir"]
+    assert train.main([*words, str(tmp_path / "\x1b[31mred")]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: \\x1b]0;title\\x07.jpg" in printed and "\\x1b[31mred" in printed and "\x1b" not in printed
