@@ -149,6 +149,27 @@ def install_torch(venv: Path, python: Path, tag: "str | None") -> None:
     install(venv, python, [], (*index, *again, choice.requirement))
 
 
+def name_build() -> None:
+    """Say which build of torch this machine's GPU needs where the user's settings choose another one, or why none."""
+    try:
+        choice = torch_builds.choose()
+    except torch_builds.NoBuild as error:
+        print_line(f"note  {error}")
+        return
+    tag = (choice.index or "").replace(torch_builds.INDEX, "")
+    if tag not in ("", "cpu"):
+        print_line(f"note  {choice.reason}: a torch without its kernels is replaced by `setup --torch {tag}`")
+
+
+def name_compiler_needs(python: Path) -> None:
+    """Say what fused operations and --compile still need on a machine with an NVIDIA GPU."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from library.environment import torch_builds as b; "
+    needs = torch_builds.read([str(python), "-c", code + "print(*b.list_compiler_needs())", str(ROOT)]).split()
+    if needs and torch_builds.list_nvidia():
+        where = "docs/windows.md says which version" if "triton-windows" in needs else "with your system's packages"
+        print_line(f"note  fused operations and --compile need {' and '.join(needs)}: install them ({where})")
+
+
 def check_disk(venv: Path) -> None:
     """Raise StartError if the disk of `venv` has too little space for the packages."""
     free_bytes = shutil.disk_usage(str(venv)).free
@@ -189,6 +210,8 @@ def install_all(venv: Path, python: Path, names: "tuple[str, ...]", source: Sour
         names = tuple(source.versions or REQUIREMENTS if name == TESTED else name for name in names)
         chooser = "these wheels" if source.wheels else "your settings of pip or uv"
         print_line(f"Installing {names[0]} without hashes: {chooser} choose the packages")
+    if settings_choose and not source.torch:
+        name_build()
     with_torch = not is_hashed and not source.torch
     if source.wheels is None and not (TESTED in names and with_torch):
         install_torch(venv, python, source.torch)
@@ -421,7 +444,7 @@ def setup_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="quickstart | train | test | setup | doctor")
     commands.required = True
     setup = commands.add_parser("setup", parents=[common], help="create the environment, with the packages for tests")
-    setup.add_argument("--torch", metavar="TAG", help="build of torch: cpu, cu126, rocm6.4, xpu ...; unset: by the GPU")
+    setup.add_argument("--torch", metavar="TAG", help="build of torch: cpu, cu126, rocm7.1, xpu ...; unset: by the GPU")
     setup.add_argument(
         "--offline", type=Path, metavar="DIR", help="install from the wheels in this folder (`pip download` fills it)"
     )
@@ -478,7 +501,9 @@ def main(arguments: "list[str]") -> int:
                 )
             versions = TESTED if args.locked else REQUIREMENTS if args.newest or args.offline else None
             names = (versions or TESTED,) if args.locked or args.offline else (versions or TESTED, FOR_TESTS)
-            print_line(f"Ready: {ready_python(venv, names, Source(args.offline, args.torch, versions))}")
+            python = ready_python(venv, names, Source(args.offline, args.torch, versions))
+            name_compiler_needs(python)
+            print_line(f"Ready: {python}")
             return 0
         return quickstart(venv)
     except StartError as error:

@@ -4,6 +4,7 @@ The facts are those of PyTorch's release notes and support matrix (RELEASE.md of
 able to parse this file, so annotations are quoted.
 """
 
+import importlib.util
 import os
 import platform
 import re
@@ -39,9 +40,10 @@ CUDA_BUILDS = (
     CudaBuild("cu128", (7.5, 12.1), 525, "torch>=2.7,<2.11"),
     CudaBuild("cu118", (5.0, 9.0), 450, "torch>=2.6,<2.8"),
 )
-ROCM_TAG, ROCM_VERSIONS = "rocm6.4", "torch>=2.8"
+ROCM_TAG, ROCM_VERSIONS = "rocm7.1", "torch>=2.10"
 ROCM_TARGETS = (
-    "gfx900", "gfx906", "gfx908", "gfx90a", "gfx942", "gfx1030", "gfx1100", "gfx1101", "gfx1102", "gfx1200", "gfx1201",
+    "gfx900", "gfx906", "gfx908", "gfx90a", "gfx942", "gfx950", "gfx1030", "gfx1100", "gfx1101", "gfx1102", "gfx1150",
+    "gfx1151", "gfx1200", "gfx1201",
 )  # fmt: skip
 
 
@@ -91,7 +93,10 @@ def capability_of(name: str, queried: str = "") -> float:
 
 
 def list_compiler_needs() -> "list[str]":
-    """Return what Triton needs to compile on Linux and is missing: a C compiler, Python's headers."""
+    """Return what compiled operations need and this machine lacks: a C compiler and Python's headers on Linux, Triton
+    on Windows, where torch does not bring it."""
+    if sys.platform == "win32":
+        return [] if importlib.util.find_spec("triton") else ["triton-windows"]
     if sys.platform != "linux":
         return []
     has_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")

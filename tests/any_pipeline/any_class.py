@@ -37,6 +37,10 @@ SHRUNK: Sequence[tuple[str, Callable[[int], int]]] = (
     (r"_dim$|^dim$|hidden_size|_channels$|^base_dim$|_projection_dim$", lambda old: min(old, WIDTH)),
 )
 """(part of a parameter's name, what its number becomes), the first that matches."""
+LEVELS: Mapping[str, Any] = {
+    "block_out_channels": (8,) * 4, "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}  # fmt: skip
 RELATIONS: Mapping[str, Mapping[str, Any]] = {
     "SD3Transformer2DModel": {
         "joint_attention_dim": 2 * WIDTH, "pooled_projection_dim": 2 * WIDTH, "caption_projection_dim": 32,
@@ -45,6 +49,33 @@ RELATIONS: Mapping[str, Mapping[str, Any]] = {
     "WanTransformer3DModel": {"attention_head_dim": 12, "freq_dim": 32},
     "SkyReelsV2Transformer3DModel": {"attention_head_dim": 12, "freq_dim": 32},
     "QwenImageTransformer2DModel": {"joint_attention_dim": 16, "axes_dims_rope": (8, 4, 4)},
+    "UNet2DConditionModel": {
+        "attention_head_dim": 2, "cross_attention_dim": WIDTH, "layers_per_block": 1, "sample_size": 8,
+    },
+    "MotionAdapter": {
+        "motion_layers_per_block": 1, "block_out_channels": (8,) * 4, "motion_norm_num_groups": 4,
+        "motion_num_attention_heads": 2,
+    },
+    "UNet3DConditionModel": {
+        "attention_head_dim": 4, "cross_attention_dim": WIDTH, "layers_per_block": 1, "sample_size": 8,
+    },
+    "Kandinsky5Transformer3DModel": {
+        "in_text_dim": 16, "in_text_dim2": WIDTH, "time_dim": 16, "model_dim": 32, "ff_dim": 48, "axes_dims": (8, 4, 4),
+        "in_visual_dim": 4, "out_visual_dim": 4, "num_text_blocks": 1, "num_visual_blocks": 2,
+    },
+    "LatteTransformer3DModel": {
+        "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 8, "num_attention_heads": 2,
+        "attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": WIDTH, "video_length": 1,
+        "num_layers": 2, "attention_bias": True, "num_embeds_ada_norm": 1000, "norm_type": "ada_norm_single",
+        "norm_elementwise_affine": False, "activation_fn": "gelu-approximate",
+    },
+    "AutoencoderKLMochi": {"encoder_block_out_channels": (32,) * 4, "decoder_block_out_channels": (32,) * 4},
+    "AutoencoderKL": {"shift_factor": 0.1159, "layers_per_block": 1, **LEVELS},
+    "FluxTransformer2DModel": {"pooled_projection_dim": WIDTH, "guidance_embeds": True, "in_channels": 16},
+    "UNet2DConditionModel of SDXL|StableDiffusionXL": {
+        "cross_attention_dim": 2 * WIDTH, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
+    },
 }  # fmt: skip
 ENCODERS: Mapping[str, Callable[[], nn.Module]] = {
     "CLIPTextModel": clip,
@@ -104,7 +135,18 @@ def shrink_axes(old: Any) -> Any:
     return type(old)(even)
 
 
-def shrink(kind: type[Any]) -> nn.Module:
+def relations_of(model: str, pipeline: str) -> dict[str, Any]:
+    """Return what RELATIONS has for a model, and for it in a pipeline whose name begins or ends as written there."""
+    own = [values for key, values in RELATIONS.items() if key == model]
+    inside = [
+        values
+        for key, values in RELATIONS.items()
+        if key.startswith(f"{model} of ") and re.search(key.partition(" of ")[2], pipeline)
+    ]
+    return {name: value for values in own + inside for name, value in values.items()}
+
+
+def shrink(kind: type[Any], pipeline: str) -> nn.Module:
     """Build a model of diffusers with small numbers."""
     parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
     given = {p.name: shrink_value(p.name, p.default) for p in parameters if p.default is not p.empty}
@@ -114,7 +156,7 @@ def shrink(kind: type[Any]) -> nn.Module:
             given[name] = type(given[name])(given[name][:width])
     if "norm_num_groups" in given and given["norm_num_groups"] is not None:
         given["norm_num_groups"] = 4
-    model: nn.Module = kind(**{**given, **RELATIONS.get(kind.__name__, {})})
+    model: nn.Module = kind(**{**given, **relations_of(kind.__name__, pipeline)})
     return model
 
 
@@ -124,7 +166,7 @@ def list_types(annotation: Any) -> list[type[Any]]:
     return [annotation] if isinstance(annotation, type) and annotation is not type(None) else []
 
 
-def build_part(name: str, kinds: Sequence[type[Any]], is_clip: bool) -> Any:
+def build_part(name: str, kinds: Sequence[type[Any]], is_clip: bool, pipeline: str) -> Any:
     from diffusers import ModelMixin, SchedulerMixin
 
     if name.startswith(("tokenizer", "processor", "text_processor")):
@@ -134,14 +176,14 @@ def build_part(name: str, kinds: Sequence[type[Any]], is_clip: bool) -> Any:
         if kind is None or kind.__name__ in ("KarrasDiffusionSchedulers", "SchedulerMixin"):
             from diffusers import DDIMScheduler
 
-            return DDIMScheduler(**BETAS)
+            return DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1)
         assert issubclass(kind, SchedulerMixin)
         return flow(shift=3.0) if kind.__name__ == "FlowMatchEulerDiscreteScheduler" else kind()
     for kind in kinds:
         if kind.__name__ in ENCODERS:
             return ENCODERS[kind.__name__]()
         if issubclass(kind, ModelMixin):
-            return shrink(kind)
+            return shrink(kind, pipeline)
     raise NotBuilt(f"{name}: {', '.join(kind.__name__ for kind in kinds) or 'unknown'}")
 
 
@@ -159,5 +201,5 @@ def build_parts(kind: type[Any]) -> dict[str, Any]:
         else:
             number = name.removeprefix("tokenizer")
             encoder = list_types(hints.get(f"text_encoder{number}"))
-            parts[name] = build_part(name, kinds, any("CLIP" in one.__name__ for one in encoder))
+            parts[name] = build_part(name, kinds, any("CLIP" in one.__name__ for one in encoder), kind.__name__)
     return parts

@@ -3,7 +3,7 @@
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,6 +17,9 @@ from library.architectures.any_pipeline.watch import Refused, Watched
 from tests.tiers import first_is_fast
 from tests.tiny.more_pipelines import MORE, t5_gemma_config
 from tests.tiny.pipelines import build_tiny_pipeline, watch_pipeline
+
+if TYPE_CHECKING:  # as diffusers imports what may be missing
+    from vision_that_is_missing import transforms  # type: ignore[import-not-found]
 
 SIZE = (64, 64)
 
@@ -71,6 +74,9 @@ def test_an_error_of_a_pipeline_is_a_refusal_that_names_a_missing_package(monkey
 
     monkeypatch.setattr(type(pipe), "encode_prompt", fail)
     with pytest.raises(Refused, match="it needs the Python package ftfy_that_is_missing, which is missing: install it"):
+        measure(watch_pipeline(pipe), SIZE)
+    monkeypatch.setattr(type(pipe), "encode_prompt", lambda *_, **__: transforms.resize())
+    with pytest.raises(Refused, match="it needs the Python package vision_that_is_missing, which is missing"):
         measure(watch_pipeline(pipe), SIZE)
 
 

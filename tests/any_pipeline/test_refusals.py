@@ -55,6 +55,10 @@ def write_index(folder: Path, class_name: object, scheduler: str = "DDIMSchedule
         ("QwenImageEditPipeline", "FlowMatchEulerDiscreteScheduler", {}, "draws from other images"),
         ("KandinskyPipeline", "DDIMScheduler", {}, "draws from what a prior model makes of a text"),
         ("KandinskyCombinedPipeline", "DDIMScheduler", {}, "joins a prior and a decoder"),
+        ("StableDiffusionAttendAndExcitePipeline", "DDIMScheduler", {}, "needs token_indices beside a caption"),
+        ("FluxControlPipeline", "FlowMatchEulerDiscreteScheduler", {}, "that sees an image"),
+        ("StableDiffusionXLInstructPix2PixPipeline", "DDIMScheduler", {}, "draws from other images"),
+        ("LTX2Pipeline", "FlowMatchEulerDiscreteScheduler", {}, "makes sound"),
     ],
 )
 def test_the_class_of_a_pipeline_shows_that_it_cannot_be_trained(

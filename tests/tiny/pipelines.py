@@ -1,6 +1,7 @@
 """Tiny random text-to-image pipelines of diffusers, by the name of their class."""
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -446,7 +447,8 @@ def build_tiny_pipeline(name: str, seed: int = 7, builder: Callable[[], dict[str
                 {key: new[key] if value.is_floating_point() else value for key, value in state.items()}
             )
             part.eval().requires_grad_(False)
-    extra = {"requires_safety_checker": False} if "safety_checker" in parts else {}
+    known = inspect.signature(kind.__init__).parameters
+    extra = {"requires_safety_checker": False} if "requires_safety_checker" in known else {}
     pipe = kind(**parts, **extra)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -101,7 +101,7 @@ def test_training_on_the_cpu_despite_a_gpu_is_refused_unless_requested(monkeypat
         ({"capability": (3, 5)}, "no build of torch from 2.6 on has kernels for a GPU"),
         ({"gcn": "gfx1100", "architectures": ("gfx1100", "gfx942")}, None),
         ({"gcn": "gfx942:sramecc+:xnack-", "architectures": ("gfx942",)}, None),
-        ({"gcn": "gfx1201", "architectures": ("gfx1100",)}, "setup --torch rocm6.4"),
+        ({"gcn": "gfx1201", "architectures": ("gfx1100",)}, "setup --torch rocm7.1"),
     ],
 )
 def test_a_gpu_without_kernels_in_torch_ends_the_run_with_the_command(

@@ -50,7 +50,7 @@ from library.architectures.any_pipeline.watch import (
 )
 
 NEGATIVE = ("blue", "a red house")
-SCALES = ("guidance_scale", "cfg_scale", "pag_scale")  # ends of the names of options that guide
+SCALES = ("guidance_scale", "cfg_scale", "pag_scale", "sag_scale")  # ends of the names of options that guide
 NUM_TRIED_STEPS = (2, 3, 7)  # of drawings whose first steps show the objective
 MOST_CALLS = 3  # of the denoiser in a step with guidance
 NUM_LEVELS = 7  # steps of a drawing from which lines of levels are fitted

@@ -65,6 +65,10 @@ class Repeated(nn.Module):
         super().__init__()
         self.denoiser, self.count = denoiser, count
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """Return a part of the denoiser, on which pipelines register hooks; "" is this module."""
+        return self.denoiser.get_submodule(target) if target else self
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.count == 1:
             return self.denoiser(*args, **kwargs)

@@ -7,13 +7,16 @@ only some of its models are in memory, or none.
 
 import copy
 import inspect
+import linecache
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial, update_wrapper
+from functools import partial, wraps
 from hashlib import blake2b
 from importlib.util import find_spec
+from traceback import walk_tb
 from types import MethodType
 from typing import Any
 
@@ -23,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
+from library.architectures.any_pipeline.refusals import list_other_inputs
 from library.architectures.any_pipeline.trees import (
     Output,
     Path,
@@ -33,12 +37,13 @@ from library.architectures.any_pipeline.trees import (
     move,
     noted,
 )
-from library.base.errors import UserError
+from library.base.errors import UserError, list_few
 
 SMALL = 4096  # values of a tensor that a stand-in keeps, such as the VAE's statistics of latents
 OFF = ("cache", "rewrite", "use_pe", "upsampling", "enhance", "binning")
 """Parts of the names of options that rewrite the caption, round the size or keep state between steps."""
 NUM_FRAMES = ("num_frames", "frames", "video_length")  # names of options
+WATCHED = "watched_class"  # holds the own class of a watched scheduler
 Size = tuple[int, int]  # height, width
 
 
@@ -110,8 +115,13 @@ def replace_sample(new: Tensor, old: Tensor) -> Tensor:
 
 def find_missing_package(error: Exception) -> str | None:
     """Return the package without which a pipeline ends in this error; None if it is about something else."""
-    name = getattr(error, "name", None) if isinstance(error, NameError | ImportError) else None
-    package = (name or "").partition(".")[0]
+    name = str(getattr(error, "name", None) or "") if isinstance(error, NameError | ImportError) else ""
+    if isinstance(error, NameError):  # of an import that stands below a condition: transforms is torchvision's
+        frame = [frame for frame, _ in walk_tb(error.__traceback__)][-1]
+        source = "".join(linecache.getlines(frame.f_code.co_filename))
+        found = re.search(rf"^ *(?:from (\S+) import .*\b{name}\b|import (\S+) as {name}$)", source, re.MULTILINE)
+        name = (found[1] or found[2]) if found else name
+    package = name.partition(".")[0]
     return package if package and find_spec(package) is None else None
 
 
@@ -194,12 +204,12 @@ class Watched:
         self.set_scheduler(pipe.scheduler)
 
     def set_scheduler(self, scheduler: Any) -> None:
-        """Draw with a scheduler, whose functions are watched."""
+        """Draw with a scheduler, whose functions are watched, also those of copies that the pipeline makes of it."""
         self.pipe.scheduler = scheduler
-        for name, watched in (("step", self._step), ("set_timesteps", self._set_timesteps)):
-            method = MethodType(getattr(type(scheduler), name), scheduler)
-            # The pipelines look at the parameters that these functions have.
-            setattr(scheduler, name, update_wrapper(partial(watched, scheduler, method), method))
+        kind = unwatched(scheduler)
+        follows = {"step": self._step, "set_timesteps": self._set_timesteps}
+        functions = {name: follow(getattr(kind, name), call) for name, call in follows.items()}
+        scheduler.__class__ = type(kind.__name__, (kind,), {**functions, WATCHED: kind, "__module__": kind.__module__})
 
     def draw(self, prompt: str, size: Size, answers: Answers | None = None, *, steps: int = 2, **extra: Any) -> Trace:
         """Draw one image of `size` and return what was seen."""
@@ -229,7 +239,11 @@ class Watched:
                 if package := find_missing_package(error):
                     raise Refused(f"it needs the Python package {package}, which is missing: install it") from error
                 what = f"{type(error).__name__}: {str(error).strip()[:300]}"
-                raise CannotDraw(f"it cannot draw an image of {size[0]}x{size[1]} from a caption ({what})") from error
+                needs = list_other_inputs(self.options)
+                also = f"; it may need {list_few(needs)}, which this script does not give" if needs else ""
+                raise CannotDraw(
+                    f"it cannot draw an image of {size[0]}x{size[1]} from a caption ({what}){also}"
+                ) from error
         return self._trace
 
     @contextmanager
@@ -344,9 +358,24 @@ def is_fake(model: nn.Module) -> bool:
     return isinstance(next(iter(model.parameters())), FakeTensor)
 
 
+def follow(function: Callable[..., Any], watched: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that calls `watched` with the scheduler and with `function` bound to it."""
+
+    @wraps(function)  # the pipelines look at the parameters that these functions have
+    def call(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        return watched(scheduler, MethodType(function, scheduler), *args, **kwargs)
+
+    return call
+
+
+def unwatched(scheduler: Any) -> type[Any]:
+    """Return the scheduler's own class."""
+    kind: type[Any] = getattr(type(scheduler), WATCHED, type(scheduler))
+    return kind
+
+
 def copy_scheduler(scheduler: Any) -> Any:
     """Return a copy that is not watched."""
-    new = copy.copy(scheduler)
-    for name in ("step", "set_timesteps"):
-        vars(new).pop(name, None)
-    return copy.deepcopy(new)
+    new = copy.deepcopy(scheduler)
+    new.__class__ = unwatched(scheduler)
+    return new

@@ -54,13 +54,16 @@ class Adapter:
         give_forward_back(self.target.module, self.forward, self._base_forward, self.target.path)
         self._base_forward = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output with the change, in the shape and dtype of the layer's own output."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the layer's output with the change, in the shape and dtype of the layer's own output.
+
+        The parameter has the name that it has in torch's layers, which some models call by keyword.
+        """
         assert self._base_forward is not None
         if self.multiplier == 0:
-            return self._base_forward(x)
+            return self._base_forward(input)
         # Call the method, not the module: the hooks that trace NaN are on the layer, which calls this forward.
-        return self.change.forward(x, self._base_forward, self.multiplier)
+        return self.change.forward(input, self._base_forward, self.multiplier)
 
     def merged(self) -> Mapping[str, Tensor]:
         """Return the layer's parameters with the adapter merged in, by name."""

@@ -237,3 +237,14 @@ def test_a_restored_state_computes_with_all_digits_of_alpha(dtype: torch.dtype) 
     other = module_of(adapted(layer, 92, rank=5, alpha=0.4)).to(dtype)
     other.load_state_dict(first.state_dict())
     assert other.alpha_value == float(torch.tensor(0.3, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("name", ["linear", "3x3"])
+def test_a_layer_that_the_model_calls_by_keyword_is_adapted(name: str) -> None:
+    make, shape = LAYERS[name]
+    layer, x = frozen(make, 0), torch.randn(shape)
+    adapter = adapted(layer, 1)
+    adapter.install()
+    assert torch.equal(layer(input=x), layer(x))
+    adapter.remove()
+    assert not torch.equal(layer(x), adapter.change.forward(x, layer.forward, 0.7))

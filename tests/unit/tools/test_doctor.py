@@ -68,6 +68,9 @@ def test_a_missing_c_compiler_and_missing_headers_are_named(monkeypatch: pytest.
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/clang" if name == "clang" else None)
     assert list_compiler_needs() == []
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert list_compiler_needs() == ["triton-windows"]
 
 
 @pytest.mark.parametrize(
