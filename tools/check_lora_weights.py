@@ -26,7 +26,8 @@ from library.base.terminal import print_json, print_line
 from library.checkpoints.base_model import BaseModel
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.compatibility import Reading, describe, problems, readings
-from library.checkpoints.files import file_in_folder, load_state_dict, read_metadata
+from library.checkpoints.files import file_in_folder, load_state_dict
+from library.checkpoints.headers import read_metadata
 from library.checkpoints.recognition import recognise_adapter
 from library.checkpoints.relative_change import format_change, relative_norm
 from library.commands.base_models import open_base_model

@@ -16,7 +16,8 @@ import torch
 
 from library.base.errors import UserError
 from library.base.terminal import print_line
-from library.checkpoints.files import display_path, read_metadata
+from library.checkpoints.files import display_path
+from library.checkpoints.headers import read_metadata
 from library.commands.command import make_training_parser, training_command
 from library.commands.counted_plan import read_training_options
 from library.options.output.preview import PreviewOptions

@@ -27,15 +27,11 @@ from library.architectures.sd.load import TITLES, single_file_parts
 from library.base.errors import UserError
 from library.base.terminal import print_line
 from library.checkpoints import model_lookup
-from library.checkpoints.files import (
-    holds_safetensors,
-    is_safetensors,
-    load_pickle,
-    save_pickle_state_dict,
-    save_safetensors,
-)
+from library.checkpoints.files import load_pickle
 from library.checkpoints.folders import atomic_folder
+from library.checkpoints.headers import holds_safetensors, is_safetensors
 from library.checkpoints.marks import mark_folder, mark_of
+from library.checkpoints.saving import save_pickle_state_dict, save_safetensors
 from library.checkpoints.weights import Weights
 from library.commands.base_models import find_base
 from library.commands.command import SUFFIXES, check_output, check_output_folder, command, make_parser, parse_dtype

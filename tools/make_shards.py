@@ -23,10 +23,10 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 import toml
 
+from library.base.atomic_files import atomic_path, remove_temporary
 from library.base.errors import NoDataFound, UserError
 from library.base.progress import Bar, progress_bar
 from library.base.terminal import print_line
-from library.checkpoints.files import atomic_path, remove_temporary
 from library.checkpoints.hashes import digest_of_file
 from library.checkpoints.marks import MARK_FIELD, mark_of, read_mark, seal_text
 from library.checkpoints.overwriting import FileKind, check_target, judge, known_by_start, sealed

@@ -33,9 +33,10 @@ from library.base.terminal import print_line
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_keys import is_of_text_encoder
 from library.checkpoints.base_model import BaseModel, WeightFile
-from library.checkpoints.files import is_safetensors, read_metadata, save_pickle_state_dict, save_safetensors
 from library.checkpoints.folders import atomic_folder
+from library.checkpoints.headers import is_safetensors, read_metadata
 from library.checkpoints.marks import mark_folder, mark_of
+from library.checkpoints.saving import save_pickle_state_dict, save_safetensors
 from library.commands import block_weights
 from library.commands.adapter_files import names_in, read_adapter, spec_for_file, write_lora
 from library.commands.base_models import open_base_model, spec_for

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from library.base.errors import UserError, list_few
 from library.base.terminal import print_line
 from library.checkpoints import model_lookup
-from library.checkpoints.files import read_metadata
+from library.checkpoints.headers import read_metadata
 from library.checkpoints.marks import mark_of
 from library.checkpoints.weights import Weights
 from library.commands.command import add_options, check_output, command, make_parser, resolve_device, resolve_ratios

@@ -33,8 +33,9 @@ from library.architectures.specs import list_specs
 from library.base.errors import UserError
 from library.base.terminal import print_line
 from library.checkpoints import model_lookup
-from library.checkpoints.files import read_metadata, save_safetensors
+from library.checkpoints.headers import read_metadata
 from library.checkpoints.marks import mark_of
+from library.checkpoints.saving import save_safetensors
 from library.checkpoints.weights import Weights, configure, open_weights
 from library.commands.command import add_file_precision, check_safetensors_output, command, dtype_of_file, make_parser
 from library.models.identify import base_of_file, refuse_other

@@ -24,9 +24,9 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from PIL import Image
 from tqdm import tqdm
 
+from library.base.atomic_files import copy_atomically
 from library.base.errors import UserError
 from library.base.terminal import print_line
-from library.checkpoints.files import copy_atomically
 from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import FileKind, check_target, marked
 from library.commands.command import check_at_least_one, command, make_parser

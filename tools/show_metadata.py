@@ -19,7 +19,8 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.base.errors import UserError
 from library.base.json_text import parse_json
 from library.base.terminal import escape_controls, print_line
-from library.checkpoints.files import file_in_folder, holds_safetensors, read_header, require_weight_file
+from library.checkpoints.files import file_in_folder
+from library.checkpoints.headers import holds_safetensors, read_header, require_weight_file
 from library.commands.command import add_file, command, make_parser
 
 TAG_KEY = "ss_tag_frequency"

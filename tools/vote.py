@@ -18,9 +18,9 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from PIL import Image
 
+from library.base.atomic_files import atomic_path
 from library.base.errors import UserError
 from library.base.formatting import format_count
-from library.checkpoints.files import atomic_path
 from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import FileKind, check_target, judge, marked
 from library.commands.command import check_at_least_one, make_training_parser, training_command

@@ -9,7 +9,7 @@ from typing import Any
 from library.base.errors import NotThere, UserError, flagged
 from library.base.json_text import parse_json
 from library.base.suggestions import nearby
-from library.checkpoints.files import WEIGHT_SUFFIXES
+from library.checkpoints.headers import WEIGHT_SUFFIXES
 from library.checkpoints.quantised import open_checkpoint
 from library.checkpoints.weights import Weights
 

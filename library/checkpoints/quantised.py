@@ -214,7 +214,7 @@ def is_plain_fp8(weights: Weights, name: str) -> bool:
 def dtype_in_file(weights: Weights, name: str) -> torch.dtype:
     """Return a tensor's stored dtype, from the header if the file has one."""
     places = weights.read.places if isinstance(weights.read, FromFiles) else {}
-    return places[name].entry.dtype if name in places else weights.read(name).dtype
+    return places[name].dtype if name in places else weights.read(name).dtype
 
 
 def are_possible(weights: Weights, layer: str, scale: str) -> bool:

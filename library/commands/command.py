@@ -12,7 +12,7 @@ import torch
 
 from library.base.errors import UserError
 from library.base.version import add_version
-from library.checkpoints.files import SAFETENSORS_SUFFIXES, is_safetensors
+from library.checkpoints.headers import SAFETENSORS_SUFFIXES, is_safetensors
 from library.checkpoints.marks import mark_of
 from library.checkpoints.overwriting import FileKind, check_target, marked
 from library.commands.exit_status import act

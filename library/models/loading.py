@@ -276,7 +276,7 @@ def read_as(weights: Weights, name: str, expected: Tensor, dtype: torch.dtype, l
     """
     source = weights.read.places.get(name) if isinstance(weights.read, FromFiles) else None
     layout = layout if expected.ndim == 4 else torch.contiguous_format
-    if source is None or source.entry.dtype == dtype or not source.entry.dtype.is_floating_point or expected.ndim < 2:
+    if source is None or source.dtype == dtype or not source.dtype.is_floating_point or expected.ndim < 2:
         return cast(read_number(weights, name, expected), dtype, layout)
     return join_pieces(source.pieces(BYTES_IN_CACHE), torch.empty(expected.shape, dtype=dtype, memory_format=layout))
 

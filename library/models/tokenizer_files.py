@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.base.atomic_files import copy_atomically
 from library.base.errors import UserError
-from library.checkpoints.files import copy_atomically
 from library.checkpoints.model_lookup import fetch_snapshot
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from library.architectures.specs import list_specs
 from library.base.errors import UserError
 from library.checkpoints import model_lookup
 from library.checkpoints.base_model_spec import BaseModelSpec
-from library.checkpoints.files import is_safetensors, read_metadata
+from library.checkpoints.headers import is_safetensors, read_metadata
 from library.checkpoints.model_lookup import find_weight_file, read_json, read_pipeline_class
 from library.commands.base_models import find_base
 from library.diffusion.objective import DDPM

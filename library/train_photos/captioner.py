@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from library.base.atomic_files import atomic_path
 from library.base.errors import UserError
-from library.checkpoints.files import atomic_path
 from library.data.decoding.images import read_pixels
 from library.train_photos.photos import PhotoFolder
 from library.training.reporting.console_lines import announce

@@ -7,7 +7,7 @@ from typing import Any
 
 from library.architectures.scripts import script_of
 from library.base.errors import NotThere, UserError
-from library.checkpoints.files import is_safetensors
+from library.checkpoints.headers import is_safetensors
 from library.options.model import BASE_FLAG, ModelFile
 from library.options.train import TrainOptions
 from library.train_photos.base import Base

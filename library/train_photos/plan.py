@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 import torch
 
+from library.base.atomic_files import atomic_path
 from library.base.errors import UserError
-from library.checkpoints.files import atomic_path
 from library.checkpoints.marks import seal_text
 from library.checkpoints.overwriting import sealed
 from library.data.description.captions import caption_variant

@@ -6,9 +6,9 @@ from importlib import import_module
 from itertools import count
 from pathlib import Path
 
+from library.base.atomic_files import remove_temporary
 from library.base.errors import UserError
 from library.checkpoints.base_model_spec import Program
-from library.checkpoints.files import remove_temporary
 from library.environment.requirements import quote
 from library.train_photos.plan import Files, Plan
 from library.train_photos.runs import Record, Start, holding, is_free

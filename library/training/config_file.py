@@ -199,7 +199,7 @@ def to_whole(value: int | float) -> int | None:
 
 def write_config(path: Path, values: Mapping[str, Any]) -> None:
     """Write options to a new file, atomically. Raises UserError."""
-    from library.checkpoints.files import atomic_path
+    from library.base.atomic_files import atomic_path
 
     if path.exists():
         raise UserError(

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.base.atomic_files import atomic_path
 from library.base.errors import UserError
 from library.base.suggestions import nearest_name
-from library.checkpoints.files import atomic_path, is_safetensors, mark_pickle
+from library.checkpoints.headers import is_safetensors
 from library.checkpoints.marks import RUN, mark_of
 from library.checkpoints.relative_change import relative_norm
+from library.checkpoints.saving import mark_pickle
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ READ_ELSEWHERE: Mapping[str, str] = {  # function that reads an error's text -> 
     "library/architectures/any_pipeline/folder.py::PipelineFolder.load": "torch's, of memory that ran out",
     "library/architectures/any_pipeline/watch.py::Watched.draw": "the pipeline's own",
     "library/checkpoints/files.py::load_pickle": "torch's: objects that it refuses, and its first line",
-    "library/checkpoints/files.py::full_disk_named": "safetensors' and torch's, on a full disk",
+    "library/base/atomic_files.py::full_disk_named": "safetensors' and torch's, on a full disk",
     "library/checkpoints/model_lookup.py::fetch_snapshot": "the hub's",
     "library/data/sources/storage/object_storage.py::clean_message": "fsspec's, which may hold passwords",
     "library/base/errors.py::reason_of": "the system's, without blanks at its ends",

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from library.checkpoints.files import load_state_dict, read_metadata
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.headers import read_metadata
 from tests.ranks import Job, Rank, run_ranks
 from tests.running import make_images
 from tests.tiny.bases import BASES

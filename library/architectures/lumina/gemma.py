@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from library.base.atomic_files import copy_atomically
 from library.base.errors import UserError
-from library.checkpoints.files import copy_atomically
 from library.checkpoints.model_lookup import fetch_snapshot
 from library.checkpoints.weights import Weights, configure, list_first_names
 from library.memory.devices import send

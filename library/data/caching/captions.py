@@ -21,7 +21,8 @@ from torch import Tensor
 from library.base.errors import NotThere, UserError, list_few, needing
 from library.base.formatting import format_bytes, format_count
 from library.base.progress import Bar, progress_bar
-from library.checkpoints.files import load_state_dict, save_safetensors
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.saving import save_safetensors
 from library.data.caching.filling import ADD_ENCODERS, CheckedJob, Codec, fill
 from library.data.caching.stores import CacheFiles, TextStore, default_text_file
 from library.data.caching.text_files import NOTE, WORDS, Identity, Row, TextFile, judge, strip_padding, write_texts

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from library.base.atomic_files import atomic_path
 from library.base.errors import UserError
-from library.checkpoints.files import atomic_path
 from library.checkpoints.folders import LONGEST_ON_WINDOWS
 from library.checkpoints.marks import ZIP_START
 from library.checkpoints.overwriting import FileKind, read_start

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from library.base.errors import UserError, naming
-from library.checkpoints.files import file_in_folder, read_metadata
+from library.checkpoints.files import file_in_folder
+from library.checkpoints.headers import read_metadata
 from library.checkpoints.recognition import base_in_metadata, recognise_adapter
 from library.checkpoints.weights import open_weights
 from library.options.training.network import NetworkOptions

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from library.base.atomic_files import atomic_path
 from library.base.errors import UserError
 from library.base.json_text import parse_json
-from library.checkpoints.files import atomic_path
 from library.checkpoints.overwriting import find_place
 from library.training.report_page.page import REPORT, build_page, read_data, report_kind
 from library.training.report_page.record import Record

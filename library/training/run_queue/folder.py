@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 from uuid import uuid4
 
+from library.base.atomic_files import write_whole
 from library.base.errors import UserError
 from library.checkpoints.overwriting import known_by_start
 from library.training.run_queue.jobs import Job
@@ -226,17 +227,3 @@ class Queue:
             with suppress(OSError):  # on Windows another program may show it
                 path.unlink(missing_ok=True)
         return True
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file whole or not at all. `library.checkpoints.files` does so for large ones, with torch."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}")
-    try:
-        with temporary.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

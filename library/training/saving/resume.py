@@ -8,9 +8,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from library.base.atomic_files import remove_temporary
 from library.base.errors import UserError, list_few
 from library.base.formatting import format_count
-from library.checkpoints.files import remove_temporary
 from library.checkpoints.folders import remove_folder, tidy
 from library.checkpoints.overwriting import judge
 from library.options.base import Options

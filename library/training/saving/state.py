@@ -27,9 +27,11 @@ from torch.optim import Optimizer
 
 from library.base.errors import UserError
 from library.base.json_text import parse_json
-from library.checkpoints.files import load_state_dict, read_header, save_safetensors
+from library.checkpoints.files import load_state_dict
 from library.checkpoints.folders import atomic_folder
 from library.checkpoints.hashes import digest_of_file
+from library.checkpoints.headers import read_header
+from library.checkpoints.saving import save_safetensors
 from library.checkpoints.tree_json import dump_tree, load_tree
 from library.options.training.run import MAX_SEED
 from library.training.reporting.progress import Part

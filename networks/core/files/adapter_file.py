@@ -21,16 +21,10 @@ from torch import Tensor
 from library.base.errors import UserError, flagged, naming
 from library.base.json_text import parse_json
 from library.checkpoints.adapter_keys import UP_BIASES, AdapterKey, strip_peft_prefix
-from library.checkpoints.files import (
-    PEFT_STEM,
-    file_in_folder,
-    is_safetensors,
-    load_state_dict,
-    read_metadata,
-    save_pickle_state_dict,
-    save_safetensors,
-)
+from library.checkpoints.files import PEFT_STEM, file_in_folder, load_state_dict
 from library.checkpoints.hashes import with_hashes
+from library.checkpoints.headers import is_safetensors, read_metadata
+from library.checkpoints.saving import save_pickle_state_dict, save_safetensors
 from networks.core.changes.adalora import alpha_of, to_lora
 from networks.core.changes.parameter_keys import ALPHA
 from networks.core.changes.qkv_pieces import split_piece_key

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.checkpoints.files import save_safetensors
 from library.checkpoints.relative_change import format_change
+from library.checkpoints.saving import save_safetensors
 from tests.unit.tools.adapter_files import CONV, LINEAR, tensors, write
 from tools.check_lora_weights import judge, main
 

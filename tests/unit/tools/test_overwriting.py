@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from library.base.errors import UserError
-from library.checkpoints.files import save_safetensors
+from library.checkpoints.saving import save_safetensors
 from library.data.sources.folders.metadata_file import parse_entries
 from library.data.sources.indexed.parquet_index import index_lock
 from library.options.output.console import ConsoleOptions

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from library.base.atomic_files import atomic_path
 from library.base.errors import UserError
 from library.base.json_text import parse_json
 from library.base.progress import progress_bar
-from library.checkpoints.files import atomic_path
 from library.checkpoints.overwriting import known_by_start, open_lock_file
 from library.data.decoding.index_file import read_index_file
 from library.data.scanned.images import FileStamp
