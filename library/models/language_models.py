@@ -15,7 +15,7 @@ from library.base.errors import UserError
 from library.checkpoints.weights import Weights, select_weights, with_prefix
 from library.memory.devices import send
 from library.memory.formats.fp8 import Fp8Rows
-from library.memory.frozen import layers_in_blocks, store_all_in
+from library.memory.frozen import freeze_layers, layers_in_blocks
 from library.models.loading import Component, LoadPart, MaybeComponent
 from library.models.shapes import Shapes, count, shape_of
 from library.types import Conditioning, Tokens
@@ -43,7 +43,7 @@ def choose_load(load: LoadPart, name: str, in_8_bits: bool) -> LoadPart:
 
     def load_in_8_bits(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
         encoder = load(component, dtype)
-        logger.info("%s: %d layers in 8 bits", name, store_all_in(Fp8Rows(), layers_in_blocks(encoder).values()))
+        logger.info("%s: %d layers in 8 bits", name, freeze_layers(Fp8Rows(), layers_in_blocks(encoder).values()))
         return encoder
 
     return load_in_8_bits if in_8_bits else load

@@ -23,7 +23,7 @@ from library.memory.codecs.plain import Plain
 from library.memory.codecs.scaled import Scaled
 from library.memory.codecs.weight_format import load_format
 from library.memory.devices import channels_last_where_it_fits
-from library.memory.frozen import keep_in, layers_in_blocks, store_in
+from library.memory.frozen import freeze_encoded, freeze_layer, layers_in_blocks
 from library.models.shapes import shape_of
 
 logger = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def materialise(
 
     With a `weight_format` the weights inside its blocks are stored in that format as they are read: peak memory is the
     result and one weight. Weights that the file already has in that format, or in any 8-bit format with AS_IN_FILE, are
-    kept as stored unless `AsRead.changes` names them. With `AsRead.take` every layer is stored in some format.
+    kept as stored unless `AsRead.changes` names them. With `AsRead.shard` every layer is stored in some format.
 
     Raises UserError naming missing weights and wrong shapes; warns of unknown names.
     """
@@ -220,17 +220,17 @@ class WeightReader:
         if parts is None:
             return False
         rotate = partial(rotate_groups, group_size=quantised.group_size) if quantised.group_size else None
-        keep_in(Scaled(multiply_scales, rotate), layer, parts, self.expected[name].shape, self.dtype)
+        freeze_encoded(Scaled(multiply_scales, rotate), layer, parts, self.expected[name].shape, self.dtype)
         return True
 
 
 def store_blocks(model: nn.Module, reader: WeightReader, request: AsRead) -> set[str]:
     """Store the weights inside the model's blocks in the requested format, and return their names."""
-    if request.codec is None and request.take is None:
+    if request.codec is None and request.shard is None:
         return set()
     codec = None if isinstance(request.codec, AsInFile) else request.codec
-    # `take` needs the parts of a frozen layer; plain storage changes no value.
-    if codec is None and request.take is not None:
+    # `shard` needs the parts of a frozen layer; plain storage changes no value.
+    if codec is None and request.shard is not None:
         codec = Plain()
     stored = set()
     for path, layer in layers_in_blocks(model).items():
@@ -238,10 +238,10 @@ def store_blocks(model: nn.Module, reader: WeightReader, request: AsRead) -> set
         if not reader.keep_quantised(name, layer, request.codec):
             if codec is None:
                 continue
-            store_in(codec, layer, reader.read(name))
+            freeze_layer(codec, layer, reader.read(name))
         stored.add(name)
-        if request.take is not None:
-            request.take(layer)
+        if request.shard is not None:
+            request.shard(layer)
     return stored
 
 

@@ -22,7 +22,7 @@ READ_ELSEWHERE: Mapping[str, str] = {  # function that reads an error's text -> 
     "library/base/determinism.py::explain_nondeterminism": "torch's: the operation without a fixed order",
     "library/base/json_text.py::explain_parse_error": "json's and tomllib's advice on long numbers",
     "library/base/json_text.py::find_place": "json's and tomllib's: line and column",
-    "library/memory/fused.py::*": "the compiler's first line",
+    "library/memory/fused_kernels.py::*": "the compiler's first line",
     "library/memory/pinned.py::*": "CUDA's first line",
     "library/models/tokenizer_files.py::*": "tokenizers' first line",
     "library/options/config_file.py::read_toml": "tomllib's, of backslashes",

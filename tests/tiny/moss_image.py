@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from library.architectures.moss_image.layers import FUSED, PARTS, linear_paths
+from library.architectures.moss_image.layer_names import FUSED, PARTS, linear_paths
 from library.architectures.moss_image.model import MossImage, MossImageConfig
 from library.architectures.moss_image.text import MARKS
 from library.models.adapter_views import view_denoiser

@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import nn
 
-from library.architectures.flux_3.layers import DIFFUSERS_MARK, IMAGES, KEYS, MARK
+from library.architectures.flux_3.layer_names import DIFFUSERS_MARK, IMAGES, KEYS, MARK
 from library.architectures.flux_3.model import Flux3, read_config
 from library.architectures.flux_3.options import Flux3Options
 from library.architectures.flux_3.text import LAYERS

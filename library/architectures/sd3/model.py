@@ -17,7 +17,7 @@ from library.architectures.sd3.targets import TARGETS
 from library.base.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
-from library.models.fused import gated_sum, modulated_norm
+from library.models.fused_norms import gated_sum, modulated_norm
 from library.models.patches import unpatchify
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import TimestepEmbedder

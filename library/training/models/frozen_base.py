@@ -18,10 +18,10 @@ from library.memory.devices import move_to_device
 from library.memory.frozen import (
     FrozenLayer,
     FrozenLinear,
+    freeze_layers,
     frozen_layers,
     layers_in_blocks,
     multiply_codes,
-    store_all_in,
 )
 from library.memory.offload.pinning import SHARE_BESIDE_INPUTS
 from library.memory.offload.sharded import PEAK_BLOCKS, ShardedModel
@@ -162,9 +162,9 @@ def explain_no_matmul(layer: FrozenLayer) -> str:
 
 def shard_blocks(sharded: ShardedModel, denoiser: nn.Module, stacks: Stacks) -> None:
     """Shard what was not sharded while reading, and group the shards by block."""
-    store_all_in(Plain(), layers_in_blocks(denoiser).values())
+    freeze_layers(Plain(), layers_in_blocks(denoiser).values())
     for layer in frozen_layers(denoiser):
-        sharded.take(layer)
+        sharded.keep_shard(layer)
     sharded.resolve(stacks)
     logger.info(
         "denoiser: %d blocks and layers (%.2f GB) spread over %d processes, %.2f GB in each; gathered blocks take up "
@@ -183,7 +183,7 @@ def offload_blocks(memory: MemoryOptions, stacks: Stacks, device: torch.device, 
     Processes of one machine wait for the first one, which copies the weights into shared files. Once all have mapped
     these files they are unlinked, so that the memory is freed as soon as the last process ends.
     """
-    store_all_in(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
+    freeze_layers(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
     num_offloaded = count_offloaded_blocks(memory.num_offloaded, stacks)
     num_slots = memory.block_swap_ring_size
     share = SHARE_BESIDE_INPUTS if memory.offloads_inputs else 1.0

@@ -9,7 +9,7 @@ from library.environment.hidden_libraries import unhide_library
 from library.environment.installed import is_missing
 from library.memory.codecs.codec import AS_IN_FILE, AsInFile, Codec
 from library.memory.codecs.weight_format import WeightFormat, load_format
-from library.memory.frozen import frozen_layers, layers_in_blocks, store_all_in
+from library.memory.frozen import freeze_layers, frozen_layers, layers_in_blocks
 from library.options.machine.memory import PrecisionOptions
 
 
@@ -62,6 +62,6 @@ def store_in_format(codec: Codec, *models: nn.Module) -> int:
     those that were converted while they were read."""
     num_layers = 0
     for model in models:
-        store_all_in(codec, layers_in_blocks(model).values())
+        freeze_layers(codec, layers_in_blocks(model).values())
         num_layers += sum(layer.decoder is codec for layer in frozen_layers(model))
     return num_layers

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from library.base.collector import pause_collection
 from library.base.progress import progress_bar
 from library.memory.formats.int8 import clear_hadamard_cache
-from library.memory.fused import compiles_bf16, compiles_for, count_fused
+from library.memory.fused_kernels import compiles_bf16, compiles_for, count_fused
 from library.memory.planner.fakes import emulate_cuda_norms
 from library.memory.planner.prediction import CountedStep
 from library.memory.planner.stages import Stage

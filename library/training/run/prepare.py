@@ -5,7 +5,7 @@ from typing import Any
 
 from library.base.errors import UserError
 from library.data.training_data import TrainingData, open_batches
-from library.memory.fused import decide_fusing
+from library.memory.fused_kernels import decide_fusing
 from library.memory.planner.measured import measure_peak_flops
 from library.processes.process_group import Processes
 from library.training.evaluation.preview import Previews
