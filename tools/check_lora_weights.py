@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from library.architectures.specs import list_specs
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.terminal import print_json, print_line
 from library.checkpoints.base_model import BaseModel
 from library.checkpoints.base_model_spec import BaseModelSpec
@@ -126,8 +126,8 @@ def judge(
     if lone_alphas and len(modules) > len(lone_alphas):
         warnings.append(f"alphas without weights, which have no effect: {list_some_keys(lone_alphas)}")
     if base_model is not None and summaries and not norms:
-        raise UserError.about(
-            "--base_model", f"has none of the modules of {origin}; name its own base model", path=base_model.path
+        raise about("--base_model", path=base_model.path)(
+            f"has none of the modules of {origin}; name its own base model"
         )
     name = base.name if base else None
     alphas = {key: float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha") and tensor.numel() == 1}

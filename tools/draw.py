@@ -19,7 +19,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from PIL import Image
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import FileKind, check_target, judge, marked
 from library.commands.base_models import find_base
@@ -87,11 +87,8 @@ def scale_strengths(files: Stack, factor: float) -> Stack:
 def read_specs(args: argparse.Namespace) -> list[PromptSpec]:
     """Return the prompts of --prompt and --prompts, all with a seed. Raises UserError if there are none."""
     if not args.prompt and not args.prompts:
-        raise UserError(
-            "there is nothing to draw; give --prompt, or --prompts with a file",
-            setting="--prompt",
-            others=["--prompts"],
-            cause="missing",
+        raise error_in("--prompt", others=["--prompts"], cause="missing")(
+            "there is nothing to draw; give --prompt, or --prompts with a file"
         )
     lines = enumerate(args.prompt, 1)
     specs = [spec for number, line in lines for spec in parse_strip(line, f"--prompt {number}")]

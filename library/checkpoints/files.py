@@ -9,7 +9,7 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor
 
-from library.base.errors import UserError
+from library.base.errors import error_in, of_file
 from library.checkpoints.headers import Header, holds_safetensors, is_safetensors, read_header, require_weight_file
 
 PEFT_STEM = "adapter_model"  # of the weight file that PEFT saves in a folder
@@ -38,8 +38,8 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: 
     path = Path(path)
     if not path.is_file():
         if not path.exists():
-            raise UserError.of_file(path, "does not exist", cause="missing")
-        raise UserError.of_file(path, "is a folder, not a weight file")
+            raise of_file(path, cause="missing")("does not exist")
+        raise of_file(path)("is a folder, not a weight file")
     require_weight_file(path)
     if holds_safetensors(path):
         from safetensors.torch import load_file
@@ -50,7 +50,7 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: 
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):
-        raise UserError.of_file(path, f"contains a {type(content).__name__}, not a dictionary of tensors")
+        raise of_file(path)(f"contains a {type(content).__name__}, not a dictionary of tensors")
     tensors = {str(name): to_tensor(str(name), value) for name, value in content.items()}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
@@ -59,9 +59,7 @@ def require_dtypes(path: Path, header: Header) -> None:
     """Raise UserError for a type that this version of torch lacks."""
     lacking = next((entry.dtype for entry in header.tensors.values() if entry.dtype not in TORCH_DTYPES), None)
     if lacking is not None:
-        raise UserError.of_file(
-            path, f"has tensors of the type {lacking}; torch {torch.__version__} is too old for them"
-        )
+        raise of_file(path)(f"has tensors of the type {lacking}; torch {torch.__version__} is too old for them")
 
 
 def load_pickle(path: Path, device: str | torch.device = "cpu", mmap: bool = False) -> Any:
@@ -77,18 +75,14 @@ def load_pickle(path: Path, device: str | torch.device = "cpu", mmap: bool = Fal
         foreign_object = OBJECT_IN_PICKLE.search(str(error))
         if foreign_object or type(error).__name__ == "UnpicklingError":
             object_name = f" ({foreign_object[1]})" if foreign_object else ""
-            raise UserError.of_file(
-                path,
+            raise of_file(path, cause="unreadable")(
                 f"cannot be read as a file of plain tensors: it contains other Python objects{object_name}, which are "
-                "not loaded, because that could run code; convert it to .safetensors with a program you trust",
-                cause="unreadable",
+                "not loaded, because that could run code; convert it to .safetensors with a program you trust"
             ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0][:200]
-        raise UserError.of_file(
-            path,
+        raise of_file(path, cause="unreadable")(
             f"cannot be read as a file of plain tensors: it is truncated or damaged ({reason}); download or "
-            "copy it again",
-            cause="unreadable",
+            "copy it again"
         ) from error
 
 
@@ -113,8 +107,8 @@ def file_in_folder(path: Path, where: str) -> Path:
         (file for suffix in ("safetensors", "bin") if (file := path / f"{PEFT_STEM}.{suffix}").is_file()), None
     )
     if weight_file is None:
-        raise UserError(
-            f"{where} is a folder without {PEFT_STEM}.safetensors, which PEFT saves; use an adapter file", path=path
+        raise error_in(path=path)(
+            f"{where} is a folder without {PEFT_STEM}.safetensors, which PEFT saves; use an adapter file"
         )
     return weight_file
 

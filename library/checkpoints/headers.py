@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.errors import UserError, of_file
 from library.base.json_text import parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors format
@@ -108,26 +108,23 @@ def require_weight_file(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(256)
     if not start:
-        raise UserError.of_file(path, "is empty; download or copy it again")
+        raise of_file(path)("is empty; download or copy it again")
     if start.startswith(b"version https://git-lfs"):
-        raise UserError.of_file(path, "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+        raise of_file(path)("is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
-        raise UserError.of_file(path, "is a web page, not a checkpoint: download the file itself")
+        raise of_file(path)("is a web page, not a checkpoint: download the file itself")
     if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start):
-        raise UserError.of_file(
-            path, f"is a text file, not a checkpoint; it begins with {start[:40].decode('ascii')!r}"
-        )
+        raise of_file(path)(f"is a text file, not a checkpoint; it begins with {start[:40].decode('ascii')!r}")
     is_named = path.suffix.lower() in WEIGHT_SUFFIXES
     if not (is_named or holds_safetensors(path) or start.startswith(PICKLE_STARTS)):
-        raise UserError.of_file(
-            path,
+        raise of_file(path)(
             f"is not a checkpoint: it contains neither safetensors nor a PyTorch pickle (it begins with "
-            f"{start[:8]!r}); other formats, such as GGUF, are not supported",
+            f"{start[:8]!r}); other formats, such as GGUF, are not supported"
         )
 
 
 def _broken(path: Path, problem: str) -> UserError:
-    return UserError.of_file(path, f"is not a complete safetensors file: {problem}. Download or copy it again")
+    return of_file(path)(f"is not a complete safetensors file: {problem}. Download or copy it again")
 
 
 def _entry(path: Path, name: str, fields: Any) -> TensorEntry:
@@ -136,8 +133,8 @@ def _entry(path: Path, name: str, fields: Any) -> TensorEntry:
     except (TypeError, KeyError, ValueError) as error:
         raise _broken(path, f"the header's entry for {name!r} lacks dtype, shape or data_offsets") from error
     if not isinstance(dtype_name, str) or dtype_name not in BYTES_BY_DTYPE:
-        raise UserError.of_file(
-            path, f": {name!r} has the type {dtype_name}, which is not supported; known: {', '.join(BYTES_BY_DTYPE)}"
+        raise of_file(path)(
+            f": {name!r} has the type {dtype_name}, which is not supported; known: {', '.join(BYTES_BY_DTYPE)}"
         )
     if not all(type(n) is int and n >= 0 for n in (*shape, start, end)) or len(shape) > MAX_DIMENSIONS:
         raise _broken(path, f"{name!r} has the shape {str(shape)[:80]} and the offsets {start} to {end}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.grad import conv2d_input
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.memory import small_convolutions
 from library.memory.codecs.codec import Codec, Decoder, Parts
 from library.memory.codecs.matmul_8bit import Codes, input_gradient, output
@@ -44,11 +44,10 @@ class FrozenLayer(nn.Module):
     @weight.deleter
     def weight(self) -> None:
         # LyCORIS' `algo=full` trains a weight of its own in the place of the layer's.
-        raise UserError.about(
-            "--network_module",
+        raise about("--network_module")(
             "replaces the weights of the base model's layers, which does not work where they are "
             "offloaded, sharded or stored in 8 or 4 bits; remove --blocks_to_swap, --shard_base, --base_format and "
-            "--fp8_base, or use a kind of adapter that keeps them",
+            "--fp8_base, or use a kind of adapter that keeps them"
         )
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:

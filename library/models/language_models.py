@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.checkpoints.weights import Weights, select_weights, with_prefix
 from library.memory.devices import send
 from library.memory.formats.fp8 import Fp8Rows
@@ -128,10 +128,8 @@ def with_first_layers(component: Component, num_layers: int, label: str) -> Comp
     """
     depth = component.config["num_hidden_layers"]
     if depth < num_layers:
-        raise UserError(
-            f"{label} {component.weights.origin} has {depth} layers, but the first {num_layers} are used",
-            path=component.weights.origin,
-            cause="does not fit",
+        raise error_in(path=component.weights.origin, cause="does not fit")(
+            f"{label} {component.weights.origin} has {depth} layers, but the first {num_layers} are used"
         )
     names = component.weights.shapes
     kept = {key: key for key in names if not key.startswith("layers.") or int(key.split(".")[1]) < num_layers}

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from library.base.errors import NotThere, UserError, list_few
+from library.base.errors import NotThere, about, list_few, of_file
 from library.checkpoints.quantised import multiply_scales, rotate_groups
 from library.checkpoints.weights import FromFiles, Weights
 from library.memory.codecs.codec import AS_IN_FILE, AsInFile, AsRead, Codec, RequestedFormat
@@ -132,12 +132,8 @@ def check_text_width(
     text_width = shape_of(component.weights.shapes, embedding)[1]
     if num_states * text_width != width:
         states = "text features of" if num_states == 1 else f"{num_states} states of"
-        raise UserError.about(
-            flag,
-            f"has width {text_width}, but the transformer expects {states} "
-            f"width {width / num_states:g}; use {expected}",
-            path=component.weights.origin,
-            cause="does not fit",
+        raise about(flag, path=component.weights.origin, cause="does not fit")(
+            f"has width {text_width}, but the transformer expects {states} width {width / num_states:g}; use {expected}"
         )
 
 
@@ -170,10 +166,8 @@ def check_names(weights: Weights, expected: Mapping[str, Tensor], model: str) ->
     """Raise UserError for missing weights; warn of unknown names."""
     missing = [name for name in expected if name not in weights.shapes]
     if missing:
-        raise UserError.of_file(
-            weights.origin,
-            f"is incomplete: {len(missing)} of the {len(expected)} weights of {model} are missing: {list_few(missing)}",
-            cause="missing",
+        raise of_file(weights.origin, cause="missing")(
+            f"is incomplete: {len(missing)} of the {len(expected)} weights of {model} are missing: {list_few(missing)}"
         )
     # Older versions of transformers saved position_ids, which are no weights.
     unknown = [name for name in weights.shapes if name not in expected and not name.endswith("position_ids")]
@@ -189,10 +183,8 @@ def check_shapes(weights: Weights, expected: Mapping[str, Tensor], model: str) -
     wrong = [name for name, tensor in expected.items() if not fits(weights, name, tuple(tensor.shape))]
     if wrong:
         has, needs = weights.shapes[wrong[0]], tuple(expected[wrong[0]].shape)
-        raise UserError.of_file(
-            weights.origin,
-            f"does not fit {model}: {wrong[0]} has shape {has} instead of {needs} (wrong shapes: {len(wrong)})",
-            cause="does not fit",
+        raise of_file(weights.origin, cause="does not fit")(
+            f"does not fit {model}: {wrong[0]} has shape {has} instead of {needs} (wrong shapes: {len(wrong)})"
         )
 
 
@@ -289,11 +281,9 @@ def read_number(weights: Weights, name: str, expected: Tensor) -> Tensor:
     value = weights.read(name)
     if expected.is_floating_point() and not value.is_floating_point():
         dtype_name = str(value.dtype).removeprefix("torch.")
-        raise UserError.of_file(
-            weights.origin,
+        raise of_file(weights.origin, cause="does not fit")(
             f": {name} holds integers ({dtype_name}), so this is a quantised checkpoint in an "
-            "unsupported format; use one in float32, float16, bfloat16 or float8",
-            cause="does not fit",
+            "unsupported format; use one in float32, float16, bfloat16 or float8"
         )
     if name in weights.padded_to:
         value = value[tuple(map(slice, expected.shape))]

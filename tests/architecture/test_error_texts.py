@@ -259,6 +259,9 @@ def bare_raises() -> Iterator[str]:
                 case ast.Call(func=ast.Name(name), keywords=keywords) if name in user_errors():
                     if not {"setting", "path"} & {keyword.arg for keyword in keywords}:
                         yield path.as_posix()
+                case ast.Call(func=ast.Name("error_in"), args=[], keywords=keywords):
+                    if "path" not in {keyword.arg for keyword in keywords}:
+                        yield path.as_posix()
 
 
 def test_a_raise_without_a_setting_has_a_reason() -> None:

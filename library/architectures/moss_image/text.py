@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from library.architectures.moss_image.qwen3_5 import HUB_NAME, encode_with_images
 from library.base.determinism import deterministic_mode
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.models.qwen3_vl_vision import (
     SLOT,
     VISION_MARKS,
@@ -62,10 +62,9 @@ class MossImageText:
             )
         )
         if images and len(ids) > NUM_TOKENS:
-            raise UserError(
+            raise error_in("caption")(
                 f"a caption and its {len(images)} reference images have {len(ids)} tokens, but the text encoder reads "
-                f"{NUM_TOKENS}; shorten the caption: {plain_caption(caption)[:60]!r}",
-                setting="caption",
+                f"{NUM_TOKENS}; shorten the caption: {plain_caption(caption)[:60]!r}"
             )
         return ids[:NUM_TOKENS]
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from library.base.errors import NotThere, UserError, list_few, needing
+from library.base.errors import NotThere, error_in, list_few, needing
 from library.base.formatting import format_bytes, format_count
 from library.base.progress import Bar, progress_bar
 from library.checkpoints.files import load_state_dict
@@ -384,10 +384,9 @@ def check_row(text: str, row: Row) -> None:
     """Raise UserError naming the caption if its features contain NaN or infinity."""
     for name, tensor in row.items():
         if tensor.is_floating_point() and not is_finite(tensor):
-            raise UserError(
+            raise error_in("--mixed_precision")(
                 f"the text encoders give NaN ({name}) for the caption {shown_caption(text)!r}; use --mixed_precision "
-                "bf16 or no, or text encoder weights in another precision",
-                setting="--mixed_precision",
+                "bf16 or no, or text encoder weights in another precision"
             )
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from library.base.errors import UserError, naming
+from library.base.errors import about, naming
 from library.base.randomness import stream_seed
 from library.options.network_args import parse_network_args
 from library.options.training.network import NetworkOptions
@@ -72,5 +72,5 @@ def create(options: NetworkOptions, module: NetworkModule, models: Models) -> An
             **keywords,
         )
     if network is None:
-        raise UserError.about("--network_module", f"{module.name} made no network; see its own messages above")
+        raise about("--network_module")(f"{module.name} made no network; see its own messages above")
     return network

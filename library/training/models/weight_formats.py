@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.environment.hidden_libraries import unhide_library
 from library.environment.installed import is_missing
 from library.memory.codecs.codec import AS_IN_FILE, AsInFile, Codec
@@ -34,11 +34,9 @@ def check_format(name: str | None) -> None:
     # bitsandbytes is hidden from diffusers and peft, which import it without need, and so from `is_missing`.
     unhide_library(package)
     if is_missing(package):
-        raise UserError.about(
-            "--base_format",
+        raise about("--base_format", cause="not installed")(
             f"{name} needs the library {package}, which is not installed; install it with "
-            f"`pip install {package}`, or use --base_format int8",
-            cause="not installed",
+            f"`pip install {package}`, or use --base_format int8"
         )
 
 

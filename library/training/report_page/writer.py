@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from library.base.atomic_files import atomic_path
-from library.base.errors import UserError
+from library.base.errors import UserError, error_in, of_file
 from library.base.json_text import parse_json
 from library.checkpoints.overwriting import find_place
 from library.training.report_page.page import REPORT, build_page, read_data, report_kind
@@ -96,7 +96,7 @@ def write_page(path: Path, page: str) -> None:
 def check_regular(path: Path) -> None:
     """Raise UserError for a pipe or device, which might never end."""
     if path.exists() and not path.is_file():
-        raise UserError.of_file(path, "is not a regular file; name a report or a file of --log_events")
+        raise of_file(path)("is not a regular file; name a report or a file of --log_events")
 
 
 def read_report(path: Path) -> Record:
@@ -105,9 +105,9 @@ def read_report(path: Path) -> Record:
     try:
         return Record.from_json(read_data(path.read_text(encoding="utf-8")))
     except OSError as error:
-        raise UserError.of_file(path, f"cannot be read: {error.strerror}", cause="unreadable") from error
+        raise of_file(path, cause="unreadable")(f"cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise UserError.of_file(path, f"is not a report of this version: {error}") from error
+        raise of_file(path)(f"is not a report of this version: {error}") from error
 
 
 def read_events(path: Path) -> Record:
@@ -120,9 +120,9 @@ def read_events(path: Path) -> Record:
         with path.open(encoding="utf-8") as file:
             return collect_record(file, str(path))
     except OSError as error:
-        raise UserError.of_file(path, f"cannot be read: {error.strerror}", cause="unreadable") from error
+        raise of_file(path, cause="unreadable")(f"cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError.of_file(path, f"is no file of events: {error}") from error
+        raise of_file(path)(f"is no file of events: {error}") from error
 
 
 def collect_record(lines: Iterable[str], source: str) -> Record:
@@ -134,11 +134,8 @@ def collect_record(lines: Iterable[str], source: str) -> Record:
         try:
             event = check_line(parse_json(line, allow_nan=False))
         except ValueError as error:
-            raise UserError(
-                f"{source}: line {number} is not an event: {error}",
-                path=source,
-                place=f"line {number}",
-                cause="unreadable",
+            raise error_in(path=source, place=f"line {number}", cause="unreadable")(
+                f"{source}: line {number} is not an event: {error}"
             ) from error
         record.add(event)
     return record

@@ -13,7 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any, Protocol
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.json_text import parse_json
 from library.base.progress import State
 from library.checkpoints.overwriting import FileKind, check_target, known_by_start
@@ -214,7 +214,7 @@ def open_event_file(path: Path, goes_on: bool, run: Mapping[str, Any] | None = N
                 file.truncate(end_of_last_line(file) if goes_on else 0)
         return JsonLines(path.open("a", encoding="ascii", newline="\n"), f"{FLAG} {path}", closes=True)
     except OSError as error:
-        raise UserError.about(FLAG, f"cannot be written: {error.strerror}", path=path) from error
+        raise about(FLAG, path=path)(f"cannot be written: {error.strerror}") from error
 
 
 def end_of_last_line(file: IO[bytes]) -> int:

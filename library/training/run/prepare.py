@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.data.training_data import TrainingData, open_batches
 from library.memory.fused_kernels import decide_fusing
 from library.memory.planner.measured import measure_peak_flops
@@ -103,10 +103,9 @@ def prepare_run(
         go_on(run, progress, validation, state)
     pause = run.options.state.pause_after_step
     if pause is not None and state is None and pause < run.plan.max_train_steps and not validation.is_due_from(pause):
-        raise UserError(
+        raise error_in("--pause_after_step")(
             f"--pause_after_step {pause}: no validation is scheduled from that step on; set --validation_split, and "
-            "--validate_every_n_steps or --validate_every_n_epochs",
-            setting="--pause_after_step",
+            "--validate_every_n_steps or --validate_every_n_epochs"
         )
     # The main process alone reads the prompts, but with a sharded model the others compute its blocks with it.
     is_drawing = run.processes.share("are there previews", "yes" if wanted.prompts else "no") == "yes"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.memory.blocks import BlockRunner
 from library.memory.frozen import frozen_layers
 from library.memory.offload.sharded import ShardedHandle
@@ -180,11 +180,10 @@ def report(findings: Sequence[GradientError], calls: Sequence[Call]) -> None:
     wrong = [finding for finding in findings if finding.is_wrong]
     lines = [f"{f.name}: off by {f.error:.1e}, rounding alone by {f.floor:.1e}" for f in worst[:NUM_SHOWN]]
     if wrong:
-        raise UserError.about(
-            "--selftest",
+        raise about("--selftest")(
             f": {len(wrong)} of {len(findings)} gradients in {len(calls)} blocks are not those of the plain "
             f"mode: {'; '.join(lines)}. Train without --blocks_to_swap, --shard_base, --base_format or "
-            "--gradient_checkpointing, and report this: it is a bug or a fault of the GPU's memory",
+            "--gradient_checkpointing, and report this: it is a bug or a fault of the GPU's memory"
         )
     logger.info(
         "self-test: %d gradients in %d blocks equal those of the plain mode: off by %.1e at most, where rounding alone "

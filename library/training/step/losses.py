@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.randomness import generator_for, stream_seed
 from library.data.description.schema import PRESERVATION, level_offset
 from library.diffusion.timesteps import stratify
@@ -137,10 +137,9 @@ def preserve_output(
     if not any(is_preserved) and not context.preserves_in_step:
         return target_BCHW
     if context.models.sharded is not None and not context.preserves_in_step:
-        raise UserError.about(
-            "--shard_base",
+        raise about("--shard_base")(
             f": {PRESERVATION} in custom_attributes of a --dataset_class asks the base model alone, and "
-            "the other processes do not know of it; leave one of them out",
+            "the other processes do not know of it; leave one of them out"
         )
     context.network.set_multiplier(0.0)
     try:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.base.errors import UserError, flagged, naming
+from library.base.errors import UserError, error_in, flagged, naming, of_file
 from library.base.json_text import parse_json
 from library.checkpoints.adapter_keys import UP_BIASES, AdapterKey, strip_peft_prefix
 from library.checkpoints.files import PEFT_STEM, file_in_folder, load_state_dict
@@ -78,7 +78,7 @@ def read_adapter_file(path: str | Path, flag: str = "") -> AdapterFile:
             with flagged(flag):
                 tensors, metadata = load_state_dict(path), read_metadata(path)
         except OSError as error:
-            raise UserError(f"{flag}: {error}" if flag else str(error), cause="unreadable") from error
+            raise error_in(cause="unreadable")(f"{flag}: {error}" if flag else str(error)) from error
         return complete_file(replace(sort_tensors(tensors, metadata, where), peft_settings=peft_settings(path)))
 
 
@@ -257,7 +257,7 @@ def peft_settings(path: Path) -> PeftSettings | None:
     try:
         return {"": dict(parse_json(settings_path.read_text(encoding="utf-8")))}
     except (ValueError, TypeError) as error:
-        raise UserError.of_file(settings_path, f"is damaged: {error}", cause="unreadable") from error
+        raise of_file(settings_path, cause="unreadable")(f"is damaged: {error}") from error
 
 
 def with_alpha(module: ModuleWeights, settings: PeftSettings) -> ModuleWeights:
