@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.terminal import ask as ask_user
 from library.train_photos.base import Base, choose_recipe
 from library.train_photos.captioner import write_captions
@@ -60,7 +60,7 @@ def check_length(args: argparse.Namespace) -> None:
     """Raise UserError for a length that is none."""
     for flag, value in (("--steps", args.steps), ("--minutes", args.minutes)):
         if value is not None and not 0 < value < 10**7:
-            raise UserError.about(flag, f"is {value:g}; use a number above 0")
+            raise about(flag)(f"is {value:g}; use a number above 0")
 
 
 def choose_trigger(
