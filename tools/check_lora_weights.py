@@ -59,6 +59,8 @@ EXAMPLES = """\
   python3 tools/check_lora_weights.py --model my_cat.safetensors --base_model sd15.safetensors
   python3 tools/check_lora_weights.py --model my_cat.safetensors --json > report.json"""
 
+MOST_PROBLEMS = 8  # shown as text
+
 
 @dataclass(frozen=True)
 class Report:
@@ -194,7 +196,9 @@ def format_text(report: Report) -> Iterator[str]:
     yield describe(report.programs)
     yield from (f"  {reason}" for reason in problems(report.programs))
     yield from (f"warning: {text}" for text in report.warnings)
-    yield from (f"problem: {text}" for text in report.problems)
+    yield from (f"problem: {text}" for text in report.problems[:MOST_PROBLEMS])
+    if len(report.problems) > MOST_PROBLEMS:
+        yield f"problem: {len(report.problems) - MOST_PROBLEMS} more, which --json lists"
     yield format_size(report)
 
 
@@ -211,10 +215,14 @@ def format_blocks(blocks: Sequence[BlockSummary]) -> Iterator[str]:
     """Yield one line per block, below a heading per part."""
     width = max((len(block.block) for block in blocks), default=0)
     for part in dict.fromkeys(block.part for block in blocks):
+        rows = [block for block in blocks if block.part == part]
+        if not any(block.ranks or block.update_norm for block in rows):
+            yield f"{part}: {len(rows)} blocks, modules of a kind that is only recognised"
+            continue
         yield f"{part}:"
         norms = f"{'|down|':>10} {'|up|':>10} {'|change|':>10}"
         yield f"  {'block':{width}} {'modules':>7}  {'rank':10} {'alpha':10} {norms}"
-        for block in (b for b in blocks if b.part == part):
+        for block in rows:
             yield (
                 f"  {block.block:{width}} {block.num_modules:7}  {join(block.ranks):10} {join(block.alphas):10} "
                 f"{block.down_norm:10.4g} {block.up_norm:10.4g} {block.update_norm:10.4g}"
