@@ -110,7 +110,7 @@ def choose_files(named: list[Path] | None, saving: SavingOptions) -> list[Path]:
     """
     for path in named or ():
         if not path.exists():
-            raise about("--files", path=path, cause="missing")("does not exist")
+            raise about("--files", path, cause="missing")("does not exist")
     if named:
         return [file_in_folder(path, f"--files {path}") for path in named]
     if not saving.output_dir:
@@ -118,7 +118,7 @@ def choose_files(named: list[Path] | None, saving: SavingOptions) -> list[Path]:
     names = Names.build(saving)
     files = files_of_run(names)
     if not files:
-        raise about("--output_dir", path=names.folder)("contains no adapter files of this name; list some with --files")
+        raise about("--output_dir", names.folder)("contains no adapter files of this name; list some with --files")
     return files
 
 

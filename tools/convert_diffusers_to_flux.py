@@ -47,14 +47,14 @@ def open_transformer(path: Path) -> Weights:
         weights = model_lookup.open_file(FLAG, path)
     if DIFFUSERS_MARK not in weights.shapes:
         first_names = list_first_names(weights)
-        raise about(FLAG, path=path)(f"is not a FLUX.1 transformer in diffusers' layout (first names: {first_names})")
+        raise about(FLAG, path)(f"is not a FLUX.1 transformer in diffusers' layout (first names: {first_names})")
     original = KEYS.from_diffusers(weights)
     spec = base_of_file(list_specs(), original.shapes)
     if spec is None or spec.name not in MODELS:
-        raise about(FLAG, path=path)(f"is {'of an unknown model' if spec is None else f'{spec.called} model'}")
+        raise about(FLAG, path)(f"is {'of an unknown model' if spec is None else f'{spec.called} model'}")
     unknown = sorted(set(original.shapes) - set(KEYS.our_keys(weights.shapes)))
     if unknown:
-        raise about(FLAG, path=path, cause="missing")(
+        raise about(FLAG, path, cause="missing")(
             f": {unknown[0]} does not exist in the original layout; this is another variant"
         )
     return original

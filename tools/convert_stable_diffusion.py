@@ -151,7 +151,7 @@ def find_reference(model: Opened, name: str | None) -> Path:
             ) from error
     missing = [part for part in ("scheduler/scheduler_config.json", "tokenizer") if not (path / part).exists()]
     if missing:
-        raise about("--reference_model", path=path)(f"has no {missing[0]}; use a diffusers folder of the same model")
+        raise about("--reference_model", path)(f"has no {missing[0]}; use a diffusers folder of the same model")
     return path
 
 

@@ -58,7 +58,7 @@ def subtract_weights(org: BaseModel, tuned: BaseModel, name: str) -> Tensor:
     for flag, base, weight in zip(("--model_org", "--model_tuned"), (org, tuned), weights, strict=True):
         # NaN exceeds no --min_diff, so a damaged text encoder would count as unchanged.
         if num_bad := int((~torch.isfinite(weight)).sum()):
-            raise about(flag, path=base.path, cause="unreadable")(
+            raise about(flag, base.path, cause="unreadable")(
                 f": {name} has {num_bad} of {weight.numel()} values that are not finite; the "
                 "checkpoint is damaged; use another one"
             )
@@ -123,7 +123,7 @@ def check_same_layers(org: BaseModel, tuned: BaseModel, target_modules: Sequence
     for target in target_modules:
         a, b = (read_shape(base, target.name) for base in (org, tuned))
         if a != b:
-            raise about("--model_tuned", path=tuned.path)(
+            raise about("--model_tuned", tuned.path)(
                 f"is not a tuned --model_org {org.path}: {target.name} has shape {b or 'none'} instead of {a or 'none'}"
             )
 

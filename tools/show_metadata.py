@@ -111,10 +111,10 @@ def show(path: Path, key: str | None, is_json: bool, num_tags: int) -> Iterator[
     """Yield the lines to print. Raises UserError for a file or key that cannot be shown."""
     path = file_in_folder(path, f"--model {path}")
     if not path.is_file():
-        raise about("--model", path=path, cause="missing")("does not exist")
+        raise about("--model", path, cause="missing")("does not exist")
     require_weight_file(path)
     if not holds_safetensors(path):
-        raise about("--model", path=path)(": only safetensors files have metadata")
+        raise about("--model", path)(": only safetensors files have metadata")
     metadata = read_header(path).metadata
     if key is not None:
         if key not in metadata:

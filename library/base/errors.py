@@ -87,18 +87,17 @@ class UserError(ValueError):
 
 
 def about(
-    setting: str | None, shown: str | Path | None = None, *, kind: type[UserError] = UserError, **fields: Any
+    setting: str | None, path: str | Path | None = None, *, kind: type[UserError] = UserError, **fields: Any
 ) -> Callable[[str], UserError]:
-    """Return the maker of an error whose message is the setting, the path `shown` if there is one, and the reason:
-    `raise about("--rank")("is 0; use at least 1")`. The keyword `path` names a file that the message does not begin
-    with."""
+    """Return the maker of an error whose message is the setting, the path if there is one, and the reason:
+    `raise about("--vae", path)("is a text file; use a checkpoint")`."""
 
     def make(reason: str) -> UserError:
-        start = " ".join(str(name) for name in (setting, shown) if name is not None)
+        start = " ".join(str(name) for name in (setting, path) if name is not None)
         error = kind(f"{start}{reason}" if reason[:1] in (":", ",") else f"{start} {reason}", **fields)
-        error.complete(setting, shown)
+        error.complete(setting, path)
         error.cause = error.cause or ("wrong value" if setting is not None else None)
-        error.reason = None if shown is None else reason
+        error.reason = None if path is None else reason
         return error
 
     return make

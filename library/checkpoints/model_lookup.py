@@ -38,7 +38,7 @@ def existing(flag: str, name: str) -> Path:
     """Return the path of an existing file or folder. Raises NotThere with the nearest name if it does not exist."""
     path = Path(name).expanduser()
     if not path.exists():
-        raise about(flag, path=name, kind=NotThere)(f"does not exist{nearby(path)}")
+        raise about(flag, name, kind=NotThere)(f"does not exist{nearby(path)}")
     return path
 
 
@@ -56,7 +56,7 @@ def fetch_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
         try:
             snapshot = fetch_snapshot(name, [*small_files, *weights])
         except ConnectionError as error:
-            raise about(flag, path=name, kind=NotThere)(
+            raise about(flag, name, kind=NotThere)(
                 f"is neither a file nor a folder, and cannot be downloaded from the hub ({error}). "
                 "Check the path, or download the model elsewhere and use the path of its folder or file"
             ) from error
@@ -135,7 +135,7 @@ def open_part(flag: str, folder: Path, kind: str, variant: str | None = None) ->
     if not (folder / "config.json").is_file():
         files = sorted(file.name for file in folder.parent.glob("*") if file.suffix.lower() in WEIGHT_SUFFIXES)
         hint = f"; to use {files[0]} in it, give its path" if files else ""
-        raise about(flag, path=folder.parent, kind=NotThere)(
+        raise about(flag, folder.parent, kind=NotThere)(
             f"is not a diffusers folder: {folder / 'config.json'} is missing{hint}"
         )
     file = find_weight_file(folder, kind, variant)
@@ -153,7 +153,7 @@ def open_file(flag: str, path: Path) -> Weights:
         with flagged(flag, path):
             return open_checkpoint(path)
     except PermissionError as error:
-        raise about(flag, path=path, cause="unreadable")(
+        raise about(flag, path, cause="unreadable")(
             f"cannot be read: {error.strerror}; change its permissions"
         ) from error
 

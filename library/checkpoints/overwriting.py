@@ -75,9 +75,9 @@ def check_target(flag: str, path: Path, kind: FileKind, inputs: Iterable[Path | 
     """
     check_not_input(flag, path, inputs)
     if path.is_dir() and not kind.is_folder:
-        raise about(flag, path=path)("is a folder; use the name of a file")
+        raise about(flag, path)("is a folder; use the name of a file")
     if judge(path, kind) == "foreign":
-        raise about(flag, path=path, cause="would be lost")(
+        raise about(flag, path, cause="would be lost")(
             f"exists and is {describe(path)}, not {kind.name}: it would be lost. Use another name, or move it away"
         )
 
@@ -106,7 +106,7 @@ def check_not_input(flag: str, path: Path, inputs: Iterable[Path | None]) -> Non
         if input_path is None or not path.exists() or not input_path.exists():
             continue
         if path.samefile(input_path) or (input_path.is_dir() and input_path.resolve() in path.resolve().parents):
-            raise about(flag, path=path, cause="would be lost")(
+            raise about(flag, path, cause="would be lost")(
                 "is also read by this command and would be lost; use another name"
             )
 

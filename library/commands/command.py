@@ -167,7 +167,7 @@ def resolve_ratios(args: argparse.Namespace, unset: float) -> list[float]:
 def check_extension(flag: str, path: Path) -> None:
     """Raise UserError unless the extension selects a weight file format."""
     if path.suffix.lower() not in SUFFIXES:
-        raise about(flag, path=path)(f": the name must end in one of {', '.join(SUFFIXES)}, which chooses the format")
+        raise about(flag, path)(f": the name must end in one of {', '.join(SUFFIXES)}, which chooses the format")
 
 
 def check_output(flag: str, path: Path, writer: str, inputs: Iterable[Path | None] = ()) -> None:
@@ -180,7 +180,7 @@ def check_output(flag: str, path: Path, writer: str, inputs: Iterable[Path | Non
 def check_safetensors_output(flag: str, path: Path, writer: str, inputs: Iterable[Path | None] = ()) -> None:
     """Raise UserError as `check_output` does, and for other extensions than those of safetensors."""
     if not is_safetensors(path):
-        raise about(flag, path=path)(f": the name must end in {' or '.join(SAFETENSORS_SUFFIXES)}, the only format")
+        raise about(flag, path)(f": the name must end in {' or '.join(SAFETENSORS_SUFFIXES)}, the only format")
     check_place(flag, path, written_by(writer, path), inputs)
 
 
@@ -205,9 +205,9 @@ def check_folder(flag: str, path: Path) -> None:
     """Raise UserError if nothing can be created at `path`; missing parent folders are allowed."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir():
-        raise about(flag, path=path)(f": {folder} is a file, not a folder; use another folder")
+        raise about(flag, path)(f": {folder} is a file, not a folder; use another folder")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise about(flag, path=path)(f": {folder} is not writable; change its permissions, or use another folder")
+        raise about(flag, path)(f": {folder} is not writable; change its permissions, or use another folder")
 
 
 def resolve_device(name: str) -> torch.device:

@@ -75,7 +75,7 @@ def recognise_name(release: DistilledRelease, name: str, path: Path) -> bool | N
     base = [word for word in words if word in BASE_WORDS | release.base_words]
     base += [f"{before} {word}" for before, word in pairs if word in DISTILLED_WORDS and before == "de"]
     if distilled and base:
-        raise about(BASE_FLAG, path=path)(
+        raise about(BASE_FLAG, path)(
             f": {name} has {distilled[0]!r}, as a distilled model, and {base[0]!r}, as its base "
             f"model; set {release.flag} to say which it is"
         )

@@ -147,7 +147,7 @@ def add_vision(loader: DitLoader, open_it: Callable[[], Component | None], load:
 def check_input_width(path: Path, num_inputs: int, expected: int, unit: str, title: str) -> None:
     """Raise UserError if the transformer at `path` takes another number of values per `unit` than the VAE produces."""
     if num_inputs != expected:
-        raise about(BASE_FLAG, path=path, cause="does not fit")(
+        raise about(BASE_FLAG, path, cause="does not fit")(
             f": the transformer takes {num_inputs} values per {unit}, but only {expected} are "
             f"supported; use a checkpoint of {title}"
         )

@@ -132,7 +132,7 @@ def check_text_width(
     text_width = shape_of(component.weights.shapes, embedding)[1]
     if num_states * text_width != width:
         states = "text features of" if num_states == 1 else f"{num_states} states of"
-        raise about(flag, path=component.weights.origin, cause="does not fit")(
+        raise about(flag, component.weights.origin, cause="does not fit")(
             f"has width {text_width}, but the transformer expects {states} width {width / num_states:g}; use {expected}"
         )
 

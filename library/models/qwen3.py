@@ -53,7 +53,7 @@ def qwen3_component(weights: Weights, release: Qwen3Release) -> Component:
     decoder = extract_decoder(weights, release.prefixes)
     if decoder is None or MARK not in decoder.shapes:
         first = list_first_names(weights)
-        raise about(release.flag, path=weights.origin)(f"is not a Qwen3 text encoder (first names: {first})")
+        raise about(release.flag, weights.origin)(f"is not a Qwen3 text encoder (first names: {first})")
     return Component(configure(decoder, qwen3_config), decoder)
 
 

@@ -91,7 +91,7 @@ def build_text(options: AnimaOptions, loader: DitLoader, num_t5_words: int) -> A
     if text.t5_tokenizer_path:
         t5_folders = [Path(text.t5_tokenizer_path).expanduser()]
         if not holds_t5_tokenizer(t5_folders[0]):
-            raise about("--t5_tokenizer_path", path=text.t5_tokenizer_path)("lacks tokenizer.json and spiece.model")
+            raise about("--t5_tokenizer_path", text.t5_tokenizer_path)("lacks tokenizer.json and spiece.model")
     return AnimaText(
         qwen3_tokenizer=load_qwen3_tokenizer(QWEN3, qwen3_folders, cache_dir, loader.num_words),
         t5_tokenizer=load_t5_tokenizer(t5_folders, cache_dir, num_t5_words),

@@ -45,7 +45,7 @@ def open_loader(options: AnimaOptions) -> tuple[DitLoader, AnimaConfig]:
     if options.text.llm_adapter_path:
         weights = with_adapter(weights, open_adapter(options.text.llm_adapter_path))
     elif f"{ADAPTER}{ADAPTER_MARK}" not in weights.shapes:
-        raise about(BASE_FLAG, path=path, cause="missing")(
+        raise about(BASE_FLAG, path, cause="missing")(
             f"has no text adapter (nothing begins with {ADAPTER!r}); it is a Cosmos model or "
             f"only a part of Anima; use anima-preview.safetensors or another complete one, or add {ADAPTER_FLAG}"
         )
@@ -105,7 +105,7 @@ def check_fit(loader: DitLoader, config: AnimaConfig) -> None:
     """Raise UserError if the parts do not fit together."""
     check_input_width(loader.path, config.channels, CHANNELS, "latent pixel", "Anima")
     if config.adapter.width != config.text_width:
-        raise about(BASE_FLAG, path=loader.path, cause="does not fit")(
+        raise about(BASE_FLAG, loader.path, cause="does not fit")(
             f": its text adapter has width {config.adapter.width}, but the transformer "
             f"expects text features of width {config.text_width}"
         )
@@ -113,6 +113,6 @@ def check_fit(loader: DitLoader, config: AnimaConfig) -> None:
         return
     width = loader.text.component.config["hidden_size"]
     if width != config.adapter.source_width:
-        raise about(QWEN3.flag, path=loader.text.component.weights.origin, cause="does not fit")(
+        raise about(QWEN3.flag, loader.text.component.weights.origin, cause="does not fit")(
             f"has width {width}, but Anima's text adapter expects {config.adapter.source_width}; use {QWEN3.hub_name}"
         )

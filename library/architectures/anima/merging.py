@@ -24,13 +24,13 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
     Raises UserError naming `flag` if it is missing, broken or of another kind.
     """
     if path.is_dir():
-        raise about(flag, path=path)("is a folder; for Anima use the transformer's file")
+        raise about(flag, path)("is a folder; for Anima use the transformer's file")
     weights = model_lookup.open_file(flag, path)
     # A file with the text adapter alone can be merged into, too.
     marks = (MARK, f"llm_adapter.{ADAPTER_MARK}")
     prefix = next((p for p in PREFIXES if any(p + mark in weights.shapes for mark in marks)), None)
     if prefix is None:
-        raise about(flag, path=path)("has no layers of Anima's transformer")
+        raise about(flag, path)("has no layers of Anima's transformer")
     return open_single_file(path, weights, partial(target_names, prefix=prefix), "anima", "anima-preview")
 
 

@@ -173,7 +173,7 @@ class PipelineFolder:
             raise self._incomplete(repr(error)) from error
 
     def _incomplete(self, reason: str) -> UserError:
-        return about(self.flag, path=self.path, cause="unreadable")(
+        return about(self.flag, self.path, cause="unreadable")(
             f"is not complete: {self.kind.__name__} cannot be opened ({reason}); download the whole folder again"
         )
 
@@ -206,7 +206,7 @@ def read_folder(flag: str, path: Path, trusts_code: bool = False) -> PipelineFol
     """Return the folder of a pipeline by its model_index.json. Raises UserError for unknown classes."""
     index = read_json(path / INDEX)
     if "_class_name" not in index:
-        raise about(flag, path=path)(
+        raise about(flag, path)(
             f"is no pipeline of diffusers: it has no {INDEX} that names one. Use a folder in diffusers' layout, or the "
             "script of this base model"
         )
@@ -243,7 +243,7 @@ def refuse_by_class(folder: PipelineFolder) -> None:
     config = read_json(folder.path / "scheduler" / "scheduler_config.json")
     reason = find_cause(folder.kind, tuple(list_arguments(folder.kind)), folder.scheduler, config)
     if reason is not None:
-        raise about(folder.flag, path=folder.path)(f": {folder.kind.__name__} {reason}")
+        raise about(folder.flag, folder.path)(f": {folder.kind.__name__} {reason}")
 
 
 @dataclass(frozen=True)
@@ -345,11 +345,11 @@ def find_denoiser(flag: str, path: Path) -> tuple[PipelineFolder, str, nn.Module
     folder = read_folder(flag, path)
     names, kind = folder.denoisers, folder.kind.__name__
     if not names:
-        raise about(flag, path=path, cause="missing")(
+        raise about(flag, path, cause="missing")(
             f": model_index.json names no model of {kind} that draws; use another copy"
         )
     if len(names) > 1:
-        raise about(flag, path=path)(
+        raise about(flag, path)(
             f": {kind} has several models that an adapter may belong to ({', '.join(names)}); "
             "load the adapter with the pipeline and call its fuse_lora"
         )

@@ -111,7 +111,7 @@ def open_t5(name: str | None, base: BaseFiles, folder: str) -> Component:
 def check_fit(loader: DitLoader, config: FluxConfig, title: str) -> None:
     """Raise UserError if the parts do not fit together."""
     if config.in_features != CHANNELS * PATCH**2:
-        raise about(BASE_FLAG, path=loader.path, cause="does not fit")(
+        raise about(BASE_FLAG, loader.path, cause="does not fit")(
             f": the transformer takes {config.in_features} values per patch, but only "
             f"{CHANNELS * PATCH**2} are supported; FLUX.1 Fill, Canny, Depth and other conditioned variants are not"
         )

@@ -39,7 +39,7 @@ def mistral_component(weights: Weights, flag: str, prefix: str) -> Component:
     # Qwen3 has the same names, and norms of queries and keys besides.
     if decoder is None or "layers.0.self_attn.q_norm.weight" in decoder.shapes:
         first_names = list_first_names(weights)
-        raise about(flag, path=weights.origin)(f"is not a Mistral 3 text encoder (first names: {first_names})")
+        raise about(flag, weights.origin)(f"is not a Mistral 3 text encoder (first names: {first_names})")
     return Component(configure(decoder, mistral_config), decoder)
 
 

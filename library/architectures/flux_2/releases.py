@@ -144,7 +144,7 @@ def recognise_encoder(weights: Weights, version: str | None) -> TextEncoder:
         requested = release_named(version)
         others = [release.title for release in RELEASES if release is not requested and release.encoder_width == width]
         if others:
-            raise about(FLAG, path=weights.origin, cause="does not fit")(
+            raise about(FLAG, weights.origin, cause="does not fit")(
                 f"has width {width}, which is for {others[0]}, but --model_version {version} "
                 f"needs width {requested.encoder_width}; use {requested.encoder.hub_name}"
             )

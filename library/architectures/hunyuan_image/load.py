@@ -103,7 +103,7 @@ def check_vae(component: Component) -> Component:
     origin, config = component.weights.origin, component.config
     latent_shape = (config.get("latent_channels"), config.get("spatial_compression_ratio"))
     if MARK not in component.weights.shapes or latent_shape != (SPEC.channels, SPEC.downscale):
-        raise about("--vae", path=origin)(
+        raise about("--vae", origin)(
             f"has {latent_shape[0]} channels per {latent_shape[1]} pixels, but {MODEL} needs "
             f"{SPEC.channels} per {SPEC.downscale}; use hunyuan_image_2.1_vae_fp16.safetensors"
         )
@@ -121,4 +121,4 @@ def check_fit(loader: DitLoader, config: HunyuanImageConfig) -> None:
     check_text_width("--byt5", byt5, GLYPH_WORDS, config.glyph_width, f"{MODEL}'s ByT5")
     num_words = get_first_side(byt5, GLYPH_WORDS)
     if num_words is not None and num_words < NUM_BYTE_IDS:
-        raise about("--byt5", path=byt5.weights.origin)(f"has {num_words} embeddings; ByT5 needs {NUM_BYTE_IDS}")
+        raise about("--byt5", byt5.weights.origin)(f"has {num_words} embeddings; ByT5 needs {NUM_BYTE_IDS}")

@@ -48,7 +48,7 @@ def open_loader(options: Krea2Options) -> DitLoader:
     loader = build_loader(options, base, weights, partial(SingleStreamDiT, config))
     check_input_width(base.path, config.in_features, CHANNELS * PATCH**2, "patch", MODEL)
     if config.num_states != len(LAYERS):
-        raise about(BASE_FLAG, path=base.path)(
+        raise about(BASE_FLAG, base.path)(
             f": the transformer takes {config.num_states} states of the text encoder for each "
             f"token, but only {len(LAYERS)} are supported; use a checkpoint of {MODEL}"
         )

@@ -39,7 +39,7 @@ def language_component(weights: Weights) -> Component:
     decoder = None if prefix is None else extract_decoder(weights, (prefix,))
     if decoder is None:
         first = list_first_names(weights)
-        raise about(FLAG, path=weights.origin)(f"is not a Qwen3.5 text encoder (first names: {first}); use {HUB_NAME}")
+        raise about(FLAG, weights.origin)(f"is not a Qwen3.5 text encoder (first names: {first}); use {HUB_NAME}")
     return Component(configure(decoder, language_config), decoder)
 
 

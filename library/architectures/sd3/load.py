@@ -80,7 +80,7 @@ def open_checkpoint(name: str | None) -> tuple[Path, Weights]:
     refuse_other(specs, BASE_FLAG, str(path), spec, "sd3", "checkpoint")
     if spec is None:
         why = "it has no joint_blocks, so it is not an SD3 checkpoint"
-        raise about(BASE_FLAG, path=path)(f": {why} (first names: {list_first_names(weights)})")
+        raise about(BASE_FLAG, path)(f": {why} (first names: {list_first_names(weights)})")
     return path, weights
 
 

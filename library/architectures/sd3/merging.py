@@ -23,7 +23,7 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
     Raises UserError naming `flag` if it is missing, broken or of another kind.
     """
     if path.is_dir():
-        raise about(flag, path=path)("is a folder; for SD3 use a single file in the original layout")
+        raise about(flag, path)("is a folder; for SD3 use a single file in the original layout")
     weights = model_lookup.open_file(flag, path)
     prefix = find_prefix(weights.shapes, DENOISER_PREFIXES)
     version = recognise_version(configure(read_denoiser(weights), read_config))

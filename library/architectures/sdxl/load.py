@@ -51,7 +51,7 @@ def folder_parts(files: BaseFiles, may_lack_text: bool = False) -> UnetParts:
     unet = Component(*open_unet_folder(list_specs(), files, "sdxl"))
     # The refiner has the second text encoder alone.
     if not (files.path / "text_encoder").is_dir() and (files.path / "text_encoder_2").is_dir():
-        raise about(files.flag, path=files.path, cause="does not fit")(
+        raise about(files.flag, files.path, cause="does not fit")(
             ": this is the SDXL refiner; only the base model can be trained"
         )
 

@@ -78,6 +78,6 @@ def check_channels(model: str, flag: str, component: Component, num_channels: in
     """Raise UserError if a VAE's number of latent channels differs from the base model's."""
     channels = shape_of(component.weights.shapes, "decoder.conv_in.weight")[1]
     if channels != num_channels:
-        raise about(flag, path=component.weights.origin, cause="does not fit")(
+        raise about(flag, component.weights.origin, cause="does not fit")(
             f"has {channels} latent channels, but {model} needs {num_channels}; use its ae.safetensors"
         )

@@ -109,13 +109,11 @@ def vae_component(model: str, weights: Weights) -> Component:
         num_blocks = first_resample(weights.shapes)
         weights = rename_weights(weights, lambda key: from_original(key, num_blocks))
     elif DIFFUSERS_MARK not in weights.shapes:
-        raise about(FLAG, path=weights.origin)(
-            f"is not the VAE of Qwen-Image (first names: {list_first_names(weights)})"
-        )
+        raise about(FLAG, weights.origin)(f"is not the VAE of Qwen-Image (first names: {list_first_names(weights)})")
     component = Component(configure(weights, vae_config), weights)
     channels = component.config["z_dim"]
     if channels != CHANNELS:
-        raise about(FLAG, path=weights.origin, cause="does not fit")(
+        raise about(FLAG, weights.origin, cause="does not fit")(
             f"has {channels} latent channels, but {model} needs {CHANNELS}; use {FILE}"
         )
     return component

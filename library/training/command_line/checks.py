@@ -152,7 +152,7 @@ def check_lengths(names: Names) -> None:
     # The 2 are the separators before the state's folder and before its file.
     length = path_length(os.path.abspath(names.folder)) + name_length + len(FILE_OF_STATE) + 2
     if length > longest_path:
-        raise about("--output_dir", path=names.folder)(
+        raise about("--output_dir", names.folder)(
             f": files of the run would have paths of {length} characters, but this system "
             f"takes {longest_path}; use a shorter --output_dir or --output_name, or on Windows enable long paths "
             "(docs/windows.md)"
@@ -196,9 +196,9 @@ def check_folder(flag: str, folder: Path) -> None:
     """Raise UserError if a folder is a file, or cannot be created or written to."""
     nearest = nearest_folder(folder)
     if not nearest.is_dir():
-        raise about(f"--{flag}", path=folder)(f": {nearest} is a file, not a folder; name another place")
+        raise about(f"--{flag}", folder)(f": {nearest} is a file, not a folder; name another place")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise about(f"--{flag}", path=folder)(
+        raise about(f"--{flag}", folder)(
             f": nothing can be written in {nearest}; change its permissions or name another place"
         )
 

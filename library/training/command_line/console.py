@@ -169,7 +169,7 @@ def build_handlers(options: ConsoleOptions) -> list[logging.Handler]:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = logging.FileHandler(path, mode="w", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
-            raise about("--console_log_file", path=path)(f"cannot be written: {error.strerror}") from error
+            raise about("--console_log_file", path)(f"cannot be written: {error.strerror}") from error
         file.setFormatter(DATED)
         # Front ends show standard error; with a log file alone, a failed run would leave them the exit status only.
         errors = build_stderr_handler()

@@ -34,7 +34,7 @@ def parse_adapter(text: str, flag: str) -> tuple[Path, float]:
     except ValueError:
         path, factor = Path(text), 1.0
     if not path.exists():
-        raise about(flag, path=path, cause="missing")("does not exist")
+        raise about(flag, path, cause="missing")("does not exist")
     if not math.isfinite(factor):
         raise about(flag)(f"{text}: the strength is {factor}; use a number, such as 0.8")
     return file_in_folder(path, f"{flag} {path}"), factor

@@ -214,7 +214,7 @@ def open_event_file(path: Path, goes_on: bool, run: Mapping[str, Any] | None = N
                 file.truncate(end_of_last_line(file) if goes_on else 0)
         return JsonLines(path.open("a", encoding="ascii", newline="\n"), f"{FLAG} {path}", closes=True)
     except OSError as error:
-        raise about(FLAG, path=path)(f"cannot be written: {error.strerror}") from error
+        raise about(FLAG, path)(f"cannot be written: {error.strerror}") from error
 
 
 def end_of_last_line(file: IO[bytes]) -> int:

@@ -123,13 +123,13 @@ def read_manifest(folder: Path) -> StateManifest:
     Only the sizes of the large files are checked; `require_undamaged` reads them.
     """
     if not folder.is_dir():
-        raise about("--resume", path=folder)("is not a folder; give the folder of a saved state, such as last-state")
+        raise about("--resume", folder)("is not a folder; give the folder of a saved state, such as last-state")
     try:
         content = parse_json((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         content = {}
     except (OSError, ValueError) as error:
-        raise about("--resume", path=folder, cause="unreadable")(
+        raise about("--resume", folder, cause="unreadable")(
             f": its {MANIFEST_FILE} cannot be read ({error}); use another state"
         ) from None
     version = content.get("version") if isinstance(content, dict) else None
