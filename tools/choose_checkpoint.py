@@ -143,7 +143,7 @@ def measure_forgetting(file_losses: FileLosses, base: FileLosses, probe: Measure
     return forgotten(before_G, after_G)
 
 
-def record_choice(choice: events.Choice, reports: ReportOptions, saving: SavingOptions) -> None:
+def record_choice(choice: events.FileChoice, reports: ReportOptions, saving: SavingOptions) -> None:
     """Append the choice to the run's event file and report, if they exist."""
     line = plain(choice.as_line(time.time()))
     if (path := reports.log_events) and path != "-":

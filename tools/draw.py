@@ -109,7 +109,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DrawingPlan:
     """The images to draw into a folder, a row for each strength, and the sheet of --strengths."""
 
     rows: list[list[Target]]
@@ -121,17 +121,19 @@ class Plan:
             yield path, marked("the image that this command draws there", mark)
 
 
-def plan_images(args: argparse.Namespace, training: Sequence[str], files: Stack, specs: Sequence[PromptSpec]) -> Plan:
+def plan_images(
+    args: argparse.Namespace, training: Sequence[str], files: Stack, specs: Sequence[PromptSpec]
+) -> DrawingPlan:
     """Plan the images for --output, or for the first default folder without images of other commands.
 
     Raises UserError if --output has such images, or if an adapter would be replaced.
     """
 
-    def plan(folder: Path) -> Plan:
+    def plan(folder: Path) -> DrawingPlan:
         sheet = folder / SHEET
         mark = make_mark(sheet, args.model, training, files, args.strengths, specs)
         rows = plan_rows(args, folder, training, files, specs)
-        return Plan(rows, None if args.strengths is None else (sheet, mark))
+        return DrawingPlan(rows, None if args.strengths is None else (sheet, mark))
 
     if args.output is None:
         folders = (DRAWN if number == 1 else DRAWN.with_name(f"{DRAWN.name}-{number}") for number in count(1))

@@ -171,7 +171,7 @@ class Validation:
             f"more than chance (--early_stop_patience {self._patience})"
         )
 
-    def choose(self, files: Sequence[Path]) -> events.Choice | None:
+    def choose(self, files: Sequence[Path]) -> events.FileChoice | None:
         """Compare the saved files in the order of their steps; None without validation or without a choice."""
         averaging = self._run.options.averaging
         measures_what_is_saved = averaging.averages(FILES) == averaging.averages(VALIDATION)

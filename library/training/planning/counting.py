@@ -17,7 +17,7 @@ from library.memory.formats.int8 import clear_hadamard_cache
 from library.memory.fused_kernels import compiles_bf16, compiles_for, count_fused
 from library.memory.planner.fakes import emulate_cuda_norms
 from library.memory.planner.prediction import CountedStep
-from library.memory.planner.stages import Stage
+from library.memory.planner.stages import StageMemory
 from library.options.train import TrainOptions
 from library.training.models.preflight import mute_logging
 from library.training.models.requests import RequestedRun
@@ -42,7 +42,7 @@ class CountedRun:
     options: TrainOptions  # of the base model, the data and the loop
     batch: BatchShape  # the largest
     step: CountedStep
-    stages: tuple[Stage, ...]  # before training, one after another, each freeing its memory
+    stages: tuple[StageMemory, ...]  # before training, one after another, each freeing its memory
     preview: CountedPreview | None = None  # during training
 
 

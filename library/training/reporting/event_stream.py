@@ -23,11 +23,11 @@ from library.training.reporting.events import (
     EndCause,
     EndReason,
     Event,
-    Plan,
     Planned,
-    Stage,
+    StageProgress,
     Start,
     Step,
+    TrainingPlan,
     Warned,
 )
 
@@ -85,7 +85,7 @@ class Events:
             return
         if isinstance(event, Step):
             self.last_step = event.step
-        elif isinstance(event, Plan):
+        elif isinstance(event, TrainingPlan):
             self.last_step = event.first_step
         self._queue.put(event.as_line(self._clock()))
 
@@ -95,16 +95,16 @@ class Events:
         if state == "progress" and now - self._progress.get(name, 0.0) < PROGRESS_S:
             return
         self._progress[name] = now
-        self.emit(Stage(name, state, done, total))
+        self.emit(StageProgress(name, state, done, total))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Report the block as a stage of the run."""
-        self.emit(Stage(name, "begin"))
+        self.emit(StageProgress(name, "begin"))
         try:
             yield
         finally:
-            self.emit(Stage(name, "end"))
+            self.emit(StageProgress(name, "end"))
 
     def end(self, reason: EndReason, error: str | None = None, details: ErrorFields | None = None) -> None:
         """Emit the last event of a run; later events are dropped."""

@@ -28,7 +28,7 @@ from library.training.run.writer import build_writer, go_on
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import save_dtype
 from library.training.saving.resume import check_latents, resolve_starting_step
-from library.training.step.accumulation import Plan
+from library.training.step.accumulation import StepPlan
 
 
 def prepare(requested: RequestedRun, data: TrainingData, accelerator: Any, processes: Processes) -> PreparedRun:
@@ -41,7 +41,7 @@ def prepare(requested: RequestedRun, data: TrainingData, accelerator: Any, proce
     save_dtype(options.saving.save_precision)
     require_same_data(data, processes)
     compute = Compute.build(options.precision, processes.device)
-    plan = Plan.build(options.run, data.num_batches, processes.count)
+    plan = StepPlan.build(options.run, data.num_batches, processes.count)
     assert requested.names is not None, "a run that is trained has names"
     progress = Progress(resolve_starting_step(options.state, requested.names.of_end(), plan, state))
     if state is not None and data.prompts is None:
@@ -64,7 +64,7 @@ def prepare(requested: RequestedRun, data: TrainingData, accelerator: Any, proce
 def build_run(
     requested: RequestedRun,
     adapted: AdaptedModels,
-    plan: Plan,
+    plan: StepPlan,
     data: TrainingData,
     compute: Compute,
     processes: Processes,

@@ -35,7 +35,7 @@ from library.training.reporting.event_stream import (
     open_event_file,
     plain,
 )
-from library.training.reporting.events import Plan, Start
+from library.training.reporting.events import Start, TrainingPlan
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import NonFiniteWeights
 from library.training.saving.names import Names
@@ -133,10 +133,10 @@ def format_error(error: BaseException) -> str:
     return f"{error}{cause}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}{cause}"
 
 
-def build_plan_event(run: Run, counts: ImageCounts, first_step: int, resumed_from: str | None) -> Plan:
+def build_plan_event(run: Run, counts: ImageCounts, first_step: int, resumed_from: str | None) -> TrainingPlan:
     options, plan, context = run.options, run.plan, run.context
     images: Mapping[str, int] = {"train": counts.train, "validation": counts.validation, "reg": counts.reg}
-    return Plan(
+    return TrainingPlan(
         base_model=context.arch.name,
         network=options.network.network_module or "",
         num_trained=sum(p.numel() for p in context.network.trainable_parameters()),

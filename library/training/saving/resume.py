@@ -30,7 +30,7 @@ from library.training.saving.state import (
     read_manifest,
     require_undamaged,
 )
-from library.training.step.accumulation import Plan
+from library.training.step.accumulation import StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ def state_of_main(path: str) -> StateManifest:
     return read_manifest(Path(path))
 
 
-def resolve_starting_step(options: StateOptions, end: Path, plan: Plan, manifest: StateManifest | None) -> int:
+def resolve_starting_step(options: StateOptions, end: Path, plan: StepPlan, manifest: StateManifest | None) -> int:
     """Return the number of finished steps at the start: from the options, else from the state, else 0.
 
     `end` is the file of the finished run. A step inside an epoch restarts the epoch unless its first batches are to be

@@ -15,12 +15,12 @@ from library.options.output.console import ConsoleOptions
 from library.training.command_line.checks import check_output
 from library.training.command_line.console import build_handlers
 from library.training.reporting.event_stream import Events, open_event_file
-from library.training.reporting.events import Removed, Stage
+from library.training.reporting.events import Removed, StageProgress
 from library.training.saving.run_lock import lock_path, run_lock
 from tests.unit.data.builders import options_of, write_image
 from tools import captions_to_metadata, clean_metadata, compare_runs, make_shards, report
 
-EVENT = json.dumps(Stage("loading", "begin").as_line(1.0), separators=(",", ":")) + "\n"
+EVENT = json.dumps(StageProgress("loading", "begin").as_line(1.0), separators=(",", ":")) + "\n"
 DATASET = """
 [general]
 caption_extension = ".txt"
