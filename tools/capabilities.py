@@ -102,10 +102,7 @@ def describe_options(script: str) -> Iterator[dict[str, Any]]:
             if action.dest != "help":
                 yield describe_option(
                     action, declarations[action.dest], ignored.get(action.dest), known.get(action.dest)
-                ) | {
-                    "group": group.title,
-                    "group_id": group_ids[group.title],
-                }
+                ) | {"group": group.title, "group_id": group_ids[group.title]}
 
 
 def list_groups(kind: type[Options], name: str = "script") -> Iterator[tuple[str, str]]:

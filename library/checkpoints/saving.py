@@ -13,10 +13,7 @@ from library.checkpoints.marks import MARK_FIELD, add_digest, digest_tensors
 
 
 def save_safetensors(
-    path: str | Path,
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str] | None = None,
-    mark: str | None = None,
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, mark: str | None = None
 ) -> None:
     """Write tensors, metadata and the command's mark to a safetensors file, atomically."""
     from safetensors.torch import save_file
@@ -29,10 +26,7 @@ def save_safetensors(
 
 
 def save_pickle_state_dict(
-    path: str | Path,
-    tensors: Mapping[str, Tensor],
-    counts: Mapping[str, int] | None = None,
-    mark: str | None = None,
+    path: str | Path, tensors: Mapping[str, Tensor], counts: Mapping[str, int] | None = None, mark: str | None = None
 ) -> None:
     """Write a .ckpt or .pt file for `torch.load(weights_only=True)`, atomically and without metadata.
 

@@ -18,13 +18,7 @@ from torch import Tensor
 from library.base.errors import list_few, of_file
 from library.base.json_text import parse_json
 from library.checkpoints.files import TORCH_DTYPES, load_state_dict, require_dtypes
-from library.checkpoints.headers import (
-    LENGTH_BYTES,
-    TensorEntry,
-    holds_safetensors,
-    read_header,
-    require_weight_file,
-)
+from library.checkpoints.headers import LENGTH_BYTES, TensorEntry, holds_safetensors, read_header, require_weight_file
 
 ConfigT = TypeVar("ConfigT")
 

@@ -16,15 +16,7 @@ from library.train_photos.captioner import write_captions
 from library.train_photos.description import describe_plan, remark_on_trigger
 from library.train_photos.photos import PhotoFolder, Trigger, clean, find_photos, parse_trigger, suggest_trigger
 from library.train_photos.plan import Files, Plan, Wishes, make_plan, read_options
-from library.train_photos.runs import (
-    EarlierRun,
-    Record,
-    Start,
-    check_name,
-    choose_start,
-    find_runs,
-    list_names,
-)
+from library.train_photos.runs import EarlierRun, Record, Start, check_name, choose_start, find_runs, list_names
 from library.train_photos.training import train, write, write_command
 from library.training.command_line.recipes import Recipe
 from library.training.reporting.console_lines import announce

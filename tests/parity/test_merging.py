@@ -29,12 +29,7 @@ FAST = ("sd", "flux")
 
 
 def write_adapter_file(
-    path: Path,
-    arch: Architecture,
-    seed: int,
-    module: str,
-    arguments: Mapping[str, str],
-    has_text_encoder: bool = True,
+    path: Path, arch: Architecture, seed: int, module: str, arguments: Mapping[str, str], has_text_encoder: bool = True
 ) -> str:
     """Write a file for the base model with random parameters."""
     encoders = arch.load.text_encoders()

@@ -13,9 +13,7 @@ from tests.tolerances import SUMS_OF_A_RUN
 
 pytestmark = pytest.mark.nightly
 WARMED = ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "4"]  # so that the best loss comes early
-RUNS = {
-    "patience": ["--learning_rate", "2000", *WARMED, "--early_stop_patience", "2", "--max_train_steps", "9"],
-}
+RUNS = {"patience": ["--learning_rate", "2000", *WARMED, "--early_stop_patience", "2", "--max_train_steps", "9"]}
 
 
 @pytest.fixture(scope="module")

@@ -168,12 +168,7 @@ BASES = (
         deeper={"num_layers": 6},
         needs_newer="transformers 4.54.1",
         offset_words=("--timestep_sampling", "sigmoid", "--sigmoid_scale", "0.7"),
-        deep=Deep(
-            lambda: MossImage(replace(CONFIG, num_layers=6)),
-            lambda: inputs(4, 6),
-            view_denoiser,
-            most_graphs=2,
-        ),
+        deep=Deep(lambda: MossImage(replace(CONFIG, num_layers=6)), lambda: inputs(4, 6), view_denoiser, most_graphs=2),
         merged=("networks.lora", {"in_dims": "[2,2,2,2,2,2]"}),
         full_size={"MOSS-Image": (1024, write_full_size)},
         readers=(

@@ -11,14 +11,7 @@ from library.base.errors import about
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles, require_base_name
 from library.checkpoints.model_lookup import existing
-from library.checkpoints.weights import (
-    Weights,
-    configure,
-    join_weights,
-    list_first_names,
-    rename_weights,
-    with_prefix,
-)
+from library.checkpoints.weights import Weights, configure, join_weights, list_first_names, rename_weights, with_prefix
 from library.memory.devices import DTYPES
 from library.models.dit_loader import DitLoader, check_input_width, open_dit_loader
 from library.models.identify import open_single_file, refuse_transformer

@@ -12,12 +12,7 @@ from typing import Any
 
 import torch
 
-from library.architectures.any_pipeline.check import (
-    PROMPT,
-    check,
-    gives_same_in_batch,
-    require_exact,
-)
+from library.architectures.any_pipeline.check import PROMPT, check, gives_same_in_batch, require_exact
 from library.architectures.any_pipeline.conditioning import CapturedText, capture_text
 from library.architectures.any_pipeline.convention import PROMPTS, Convention
 from library.architectures.any_pipeline.folder import (

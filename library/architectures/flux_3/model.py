@@ -19,15 +19,7 @@ from library.architectures.flux_3.text import LAYERS
 from library.base.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
-from library.models.double_stream import (
-    EPS,
-    LastModulation,
-    MLPEmbedder,
-    Modulation,
-    QKNorm,
-    SwiGLU,
-    embed_level,
-)
+from library.models.double_stream import EPS, LastModulation, MLPEmbedder, Modulation, QKNorm, SwiGLU, embed_level
 from library.models.fused_norms import modulated_norm
 from library.models.patches import key_mask, patchify, unpatchify
 from library.models.rotary import ROPE_BASE, Rope, apply_rope

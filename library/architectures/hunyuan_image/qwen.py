@@ -84,11 +84,7 @@ def qwen_config(shapes: Shapes, folder_config: Mapping[str, Any]) -> dict[str, A
             "rope_type": "default",
             "rope_theta": ROPE_BASE,
             # Without images the three positions of a token are equal, so any sections give the same angles.
-            "mrope_section": [
-                head_width // 8,
-                num_spatial_pairs // 2,
-                num_spatial_pairs - num_spatial_pairs // 2,
-            ],
+            "mrope_section": [head_width // 8, num_spatial_pairs // 2, num_spatial_pairs - num_spatial_pairs // 2],
         },
         "bos_token_id": None,  # used only for text generation
         "eos_token_id": None,

@@ -113,11 +113,7 @@ class CachedTexts:
 
 
 def cache_texts(
-    plan: DataPlan,
-    encoding: TextEncoding,
-    prompts: Sequence[str],
-    skips_check: bool,
-    processes: Processes = ALONE,
+    plan: DataPlan, encoding: TextEncoding, prompts: Sequence[str], skips_check: bool, processes: Processes = ALONE
 ) -> CachedTexts:
     """Encode whatever is not cached yet, and return the features of all captions and preview prompts.
 

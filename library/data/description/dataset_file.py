@@ -42,11 +42,7 @@ from library.options.train import TrainOptions
 
 logger = logging.getLogger(__name__)
 
-HEADINGS: Mapping[Level, str] = {
-    "general": "[general]",
-    "dataset": "[[datasets]]",
-    "subset": "[[datasets.subsets]]",
-}
+HEADINGS: Mapping[Level, str] = {"general": "[general]", "dataset": "[[datasets]]", "subset": "[[datasets.subsets]]"}
 
 
 def load_dataset_config(options: TrainOptions) -> RunDataConfig:

@@ -268,10 +268,7 @@ def check_draws(num_draws: int) -> None:
             "--max_train_steps or --max_train_epochs for a longer training"
         )
     if num_draws > MANY_DRAWS:
-        logger.warning(
-            "num_repeats: an epoch has %d samples; ordering them before it starts takes a while",
-            num_draws,
-        )
+        logger.warning("num_repeats: an epoch has %d samples; ordering them before it starts takes a while", num_draws)
 
 
 def build_draws(samples: Samples, configs: Sequence[DatasetConfig], chosen: Container[int]) -> Draws:

@@ -19,15 +19,7 @@ from library.training.command_line.console import forgive_write_errors, start_ru
 from library.training.command_line.help import EXAMPLES, EXAMPLES_OF_PROMPTS, TrainingParser
 from library.training.command_line.option_checks import check_options, check_values
 from library.training.command_line.recipes import read_recipe
-from library.training.config_file import (
-    SECRETS,
-    Config,
-    config_path,
-    nearest,
-    read_config,
-    read_values,
-    write_config,
-)
+from library.training.config_file import SECRETS, Config, config_path, nearest, read_config, read_values, write_config
 from library.training.reporting.error_fields import change_texts, describe_error, print_error_line, wants_error_line
 
 logger = logging.getLogger(__name__)

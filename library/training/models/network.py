@@ -33,9 +33,7 @@ def open_network(request: RequestedRun, models: Models, compute: Compute) -> Ado
     announce(f"import network module: {request.module.name}")
     network = adopt(create(options, request.module, models))
     network.apply_to(
-        *models.network_view,
-        not options.network_train_unet_only,
-        not options.network_train_text_encoder_only,
+        *models.network_view, not options.network_train_unet_only, not options.network_train_text_encoder_only
     )
     if options.network_weights:
         with naming("--network_weights", options.network_weights):

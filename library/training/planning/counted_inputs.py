@@ -20,13 +20,7 @@ from library.memory.planner.stages import StageMemory, max_images
 from library.options.training.concepts import ConceptOptions
 from library.options.training.pairs import PairOptions
 from library.protocols import Architecture, TextCacheSpec
-from library.training.planning.meta_run import (
-    BatchShape,
-    MetaRun,
-    counter_for,
-    fake_batch,
-    longest_caption,
-)
+from library.training.planning.meta_run import BatchShape, MetaRun, counter_for, fake_batch, longest_caption
 from library.types import CaptionWithImages, Conditioning
 
 T = TypeVar("T")

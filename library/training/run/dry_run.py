@@ -13,12 +13,7 @@ from library.base.formatting import format_bytes
 from library.memory.devices import bytes_of
 from library.options.training.averaging import FILES
 from library.training.evaluation.without_side_effects import show_weights
-from library.training.failures.out_of_memory import (
-    Sizes,
-    explain_out_of_memory,
-    measure_sizes,
-    memory_figures,
-)
+from library.training.failures.out_of_memory import Sizes, explain_out_of_memory, measure_sizes, memory_figures
 from library.training.loop.loop import MemoryHints, backward
 from library.training.loop.steps import PreparedRun
 from library.training.loop.update import round_weights

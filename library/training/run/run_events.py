@@ -26,15 +26,7 @@ from library.training.report_page.index import IndexWriter
 from library.training.report_page.writer import ReportWriter, earlier_record
 from library.training.reporting.console_lines import ImageCounts
 from library.training.reporting.error_fields import HIDDEN, ErrorFields, describe_error, hide, list_secrets
-from library.training.reporting.event_stream import (
-    FLAG,
-    Events,
-    JsonLines,
-    Sink,
-    WarningEvents,
-    open_event_file,
-    plain,
-)
+from library.training.reporting.event_stream import FLAG, Events, JsonLines, Sink, WarningEvents, open_event_file, plain
 from library.training.reporting.events import Start, TrainingPlan
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import NonFiniteWeights
@@ -46,10 +38,7 @@ PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "safetensors", "
 
 @contextmanager
 def open_events(
-    options: TrainOptions,
-    names: Names | None,
-    command: Sequence[str] | None,
-    warnings: WarningEvents,
+    options: TrainOptions, names: Names | None, command: Sequence[str] | None, warnings: WarningEvents
 ) -> Iterator[Events]:
     """Open the event stream of a run in the main process; the last event says how the block ended.
 

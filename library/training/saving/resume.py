@@ -35,10 +35,7 @@ from library.training.step.accumulation import StepPlan
 logger = logging.getLogger(__name__)
 
 EFFECTS: Mapping[OnResume | None, tuple[int, str]] = {
-    "new rate": (
-        logging.WARNING,
-        ", which takes effect from here on: the run will differ from an uninterrupted one",
-    ),
+    "new rate": (logging.WARNING, ", which takes effect from here on: the run will differ from an uninterrupted one"),
     "new length": (
         logging.INFO,
         ": learning rates that depend on the length of the run follow the new length from here on, so the run may "
@@ -239,11 +236,7 @@ def record_options(options: Options) -> dict[str, Any]:
 
 
 def report_differences(
-    manifest: StateManifest,
-    options: Options,
-    dataset: Mapping[str, Any],
-    num_processes: int,
-    paths: Sequence[str] = (),
+    manifest: StateManifest, options: Options, dataset: Mapping[str, Any], num_processes: int, paths: Sequence[str] = ()
 ) -> None:
     """Warn of everything that makes this run differ from the uninterrupted one.
 

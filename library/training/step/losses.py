@@ -78,11 +78,7 @@ def loss_of(context: StepContext, batch: Batch, batch_number: int) -> Tensor:
 
 
 def compute_losses(
-    context: StepContext,
-    objective: Objective,
-    batch: Batch,
-    noised: Noised,
-    condition: Callable[[], Conditioning],
+    context: StepContext, objective: Objective, batch: Batch, noised: Noised, condition: Callable[[], Conditioning]
 ) -> Tensor:
     """Return the loss of each sample, shape B, masked but without subset weights. `condition` returns the text
     conditioning."""

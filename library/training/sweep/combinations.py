@@ -202,11 +202,7 @@ def short_value(text: str) -> str:
 
 
 def resolve_run_options(
-    options: OptionsT,
-    chosen: Mapping[str, str],
-    label: str,
-    ranks: Mapping[str, str],
-    strengths: Sequence[Strength],
+    options: OptionsT, chosen: Mapping[str, str], label: str, ranks: Mapping[str, str], strengths: Sequence[Strength]
 ) -> OptionsT:
     """Return the options of one run; `ranks` are its `varied_ranks`.
 

@@ -173,10 +173,7 @@ def save_adapter_file(
 
 
 def save_network(
-    path: str | Path,
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str] | None,
-    mark: str | None = None,
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, mark: str | None = None
 ) -> None:
     """Write adapters atomically: .safetensors with metadata and both hashes, otherwise a pickled state dict."""
     if is_safetensors(path):

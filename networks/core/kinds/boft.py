@@ -15,13 +15,7 @@ from library.options.declared import declare
 from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings
 from networks.core.arguments.values import RANK, SWITCH, UNIT
 from networks.core.changes.adapter import Adapter
-from networks.core.changes.blocks import (
-    REFUSED,
-    block_size_for,
-    refuse_magnitudes,
-    resolve_blocks,
-    row_length,
-)
+from networks.core.changes.blocks import REFUSED, block_size_for, refuse_magnitudes, resolve_blocks, row_length
 from networks.core.changes.change import Change, ModuleTensors, weight_shape
 from networks.core.changes.dropout import NO_DROPOUT, Dropout
 from networks.core.changes.orthogonal import Orthogonal

@@ -123,10 +123,7 @@ def test_earlier_warnings_are_sent_when_events_start() -> None:
 def test_warnings_of_a_run_without_events_are_not_stored() -> None:
     options, sink = TrainOptions().with_values({"output_dir": "out", "no_report": True}), Kept()
     names = Names.build(options.saving)
-    with (
-        capture_warnings() as warnings,
-        open_events(options, names, None, warnings) as silent,
-    ):
+    with capture_warnings() as warnings, open_events(options, names, None, warnings) as silent:
         logging.getLogger("library.somewhere").warning("an hour later")
         assert not silent.is_on
         events = Events([sink])

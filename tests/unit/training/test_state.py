@@ -488,8 +488,7 @@ def test_the_same_run_at_another_path_logs_no_difference(caplog: pytest.LogCaptu
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"log_events": "events.jsonl"}, {"no_report": True}, {"fit": "12GB", "fit_formats": ["int8"]}],
+    "changes", [{"log_events": "events.jsonl"}, {"no_report": True}, {"fit": "12GB", "fit_formats": ["int8"]}]
 )
 def test_options_that_do_not_affect_the_result_log_no_difference(
     caplog: pytest.LogCaptureFixture, changes: dict[str, Any]

@@ -44,8 +44,7 @@ def test_previews_are_planned_on_top_of_the_memory_that_training_keeps() -> None
     step, preview = counted_step(), CountedPreview(1024, 768, GIB, 2 * GIB)
     roomy, tight = (
         fit_to(
-            CountedRun(fitted(8).options, BatchShape(1, 64, 64), step, (), preview),
-            Gpu("made up", gib * GIB, 1, 1, 1),
+            CountedRun(fitted(8).options, BatchShape(1, 64, 64), step, (), preview), Gpu("made up", gib * GIB, 1, 1, 1)
         )
         for gib in (8, 3)
     )
