@@ -17,7 +17,7 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.base.atomic_files import atomic_path
+from library.base.atomic_files import write_whole
 from library.base.errors import about, error_in, of_file
 from library.base.terminal import print_line
 from library.checkpoints.marks import digest_text, mark_of
@@ -89,8 +89,7 @@ def write_table(path: Path, table: dict[str, Any], writer: str, source: Path | N
     """Write a metadata file atomically, with its mark. Raises UserError as `check_table` does."""
     check_table(path, table, writer, source)
     text = json.dumps(table, indent=2, ensure_ascii=False) + mark_table(table, writer, path)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+    write_whole(path, text)
 
 
 def read_captions(images: Sequence[Path], extension: str) -> Iterator[tuple[Path, str | None]]:

@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 import toml
 
-from library.base.atomic_files import atomic_path, remove_temporary
+from library.base.atomic_files import atomic_path, remove_temporary, write_whole
 from library.base.errors import NoDataFound, about, error_in
 from library.base.progress import Bar, progress_bar
 from library.base.terminal import print_line
@@ -437,8 +437,7 @@ def make_shards(args: argparse.Namespace, training: Sequence[str]) -> None:
     check_target("--out", path, kind, [source])
     patterns = pack(config, args.out, args.shard_mb * 1e6, storage)
     content = toml.dumps(describe_shards(read_description(str(options.dataset.dataset_config)), patterns))
-    with atomic_path(path) as temporary:
-        temporary.write_text(seal_text(first_line, content), encoding="utf-8", newline="\n")
+    write_whole(path, seal_text(first_line, content))
     options = options.with_values({"dataset_config": path, "cache_dir": None})
     count = sum(len(subset.images) for dataset in collect(load_dataset_config(options)) for subset in dataset.subsets)
     logger.info("%d images are in the shards of %s", count, args.out)

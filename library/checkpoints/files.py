@@ -14,7 +14,6 @@ from library.checkpoints.headers import Header, holds_safetensors, is_safetensor
 
 PEFT_STEM = "adapter_model"  # of the weight file that PEFT saves in a folder
 OBJECT_IN_PICKLE = re.compile(r"GLOBAL ([\w.]+)")  # in torch's message about an object that it refuses to load
-TEMPORARY = re.compile(r"\.(?P<stem>.+)\.[0-9a-f]{12}")  # stem of an incomplete `atomic_path` file
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.base.atomic_files import write_whole
 from library.base.errors import error_in, naming, of_file
 from library.base.suggestions import nearest_name
 from library.options.config_file import read_toml
@@ -197,14 +198,11 @@ def to_whole(value: int | float) -> int | None:
 
 def write_config(path: Path, values: Mapping[str, Any]) -> None:
     """Write options to a new file, atomically. Raises UserError."""
-    from library.base.atomic_files import atomic_path
-
     if path.exists():
         raise error_in("--output_config", path=path, cause="would be lost")(
             f"--output_config does not overwrite {path}; remove it or name another --config_file"
         )
-    with atomic_path(path) as unfinished:
-        unfinished.write_text(format_config(values), encoding="utf-8", newline="\n")
+    write_whole(path, format_config(values))
 
 
 def format_config(values: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from library.base.atomic_files import atomic_path
+from library.base.atomic_files import write_whole
 from library.base.errors import UserError, error_in, of_file
 from library.base.json_text import parse_json
 from library.checkpoints.overwriting import find_place
@@ -59,7 +59,7 @@ class ReportWriter:
         """Write the page. If it cannot be written (open in another program, or a full disk), try again when due."""
         try:
             self.path = find_place(self.path, report_kind(self._record.name))
-            write_page(self.path, build_report(self._record, self._reload_s))
+            write_whole(self.path, build_report(self._record, self._reload_s))
         except OSError as error:
             if not self._is_reported:
                 logger.warning("%s cannot be written; trying again later: %s", self.path, error)
@@ -71,26 +71,19 @@ def add_sheet(path: Path, image: str) -> None:
     """Add a contact sheet (a data: URL) to the report of a finished run. Raises UserError for another file."""
     record = read_report(path)
     record.sheet = image
-    write_page(find_place(path, REPORT), build_report(record))
+    write_whole(find_place(path, REPORT), build_report(record))
 
 
 def add_event(path: Path, line: Mapping[str, Any]) -> None:
     """Add an event after a run to its report. Raises UserError for another file."""
     record = read_report(path)
     record.add(line)
-    write_page(find_place(path, REPORT), build_report(record))
+    write_whole(find_place(path, REPORT), build_report(record))
 
 
 def build_report(record: Record, reload_s: int | None = None) -> str:
     """Build the page of a run; it reloads every `reload_s` seconds."""
     return build_page(record.name, SCRIPT, record.as_json(), reload_s)
-
-
-def write_page(path: Path, page: str) -> None:
-    """Write a page atomically."""
-    with atomic_path(path) as temporary:
-        # Without newline, Windows would write other bytes than the report that is rebuilt from the events elsewhere.
-        temporary.write_text(page, encoding="utf-8", newline="\n")
 
 
 def check_regular(path: Path) -> None:

@@ -219,7 +219,7 @@ def test_training_does_not_overwrite_the_files_it_reads(tmp_path: Path) -> None:
     check_output(options_of("", *words, "--resume", str(tmp_path / "another-state")))
 
 
-def test_training_does_not_overwrite_pages_that_are_not_reports(tmp_path: Path) -> None:
+def test_training_does_not_overwrite_wholes_that_are_not_reports(tmp_path: Path) -> None:
     (tmp_path / "cat-report.html").write_text("<p>mine")
     words = ["--network_module", "networks.lora", "--output_dir", str(tmp_path), "--output_name", "cat"]
     options = options_of("", *words, "--pretrained_model_name_or_path", "base.safetensors")
