@@ -46,18 +46,7 @@ from library.memory.devices import move_to_device  # noqa: E402
 from library.memory.planner.counter import OperationCounter  # noqa: E402
 from library.models.vae.qwen_image import qwen_image_latents, statistics  # noqa: E402
 from library.models.vae.qwen_image_2d import replace_layers_for_images  # noqa: E402
-from tests.tiny import (  # noqa: E402
-    anima,
-    chroma,
-    flux,
-    flux_2,
-    hunyuan_image,
-    krea2,
-    lumina,
-    qwen_image_21,
-    sd3,
-    zimage,
-)
+from tests.tiny import anima, chroma, flux, flux_2, hunyuan_image, krea2, lumina, qwen_image_21, sd3, zimage  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NUM_TEXT = 128

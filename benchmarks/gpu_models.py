@@ -12,7 +12,7 @@ from library.memory.activations import RecomputeFromMainMemory
 from library.memory.blocks import BlockRunner, Every, Stacks, plain, recompute, run_blocks_with, stacks_of
 from library.memory.codecs.plain import Plain
 from library.memory.codecs.weight_format import load_format
-from library.memory.frozen import layers_in_blocks, store_in
+from library.memory.frozen import freeze_layer, layers_in_blocks
 from library.memory.offload.streamed import choose_blocks, stream
 
 
@@ -145,7 +145,7 @@ def build_randomly(subject: Subject, mode: Mode, device: torch.device) -> nn.Mod
         if mode.weight_format == "none" and layer not in waits:
             layer.weight = nn.Parameter(weight)
             continue
-        store_in(load_format(mode.weight_format).codec if mode.weight_format != "none" else Plain(), layer, weight)
+        freeze_layer(load_format(mode.weight_format).codec if mode.weight_format != "none" else Plain(), layer, weight)
         for name, part in layer.own_parts().items():  # type: ignore[operator]
             setattr(layer, name, nn.Parameter(part.to(place), requires_grad=False))
     for module in model.modules():

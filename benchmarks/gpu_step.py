@@ -35,16 +35,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils._pytree import tree_map_only  # noqa: E402
 
-from benchmarks.gpu_models import (  # noqa: E402
-    MEMORY_MODES,
-    RUNNERS,
-    Mode,
-    Subject,
-    build_randomly,
-    flux,
-    random_weight,
-    sdxl,
-)
+from benchmarks.gpu_models import MEMORY_MODES, RUNNERS, Mode, Subject, build_randomly, flux, random_weight, sdxl  # noqa: E402
 from library.memory.blocks import run_blocks_with, stacks_of  # noqa: E402
 from library.memory.compiled import Compiled, CompileSettings  # noqa: E402
 from library.memory.devices import move_to_device  # noqa: E402

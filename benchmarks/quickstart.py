@@ -27,11 +27,7 @@ from tools.start import num_threads  # noqa: E402
 
 CONFIG = "configs/quickstart/train.toml"  # the same training without previews
 
-SETTINGS = {
-    "chosen": {},
-    "spinning": {"OMP_WAIT_POLICY": "ACTIVE"},
-    "sleeping": {"OMP_WAIT_POLICY": "PASSIVE"},
-}
+SETTINGS = {"chosen": {}, "spinning": {"OMP_WAIT_POLICY": "ACTIVE"}, "sleeping": {"OMP_WAIT_POLICY": "PASSIVE"}}
 SET_BY_SCRIPTS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 LOAD_AVERAGE_S = 45  # seconds until one busy core raises the one-minute load average above 0.5
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from library.architectures.sd.load import open_loader
 from library.architectures.sd.targets import view
-from library.checkpoints.files import is_safetensors
+from library.checkpoints.headers import is_safetensors
 from library.options.train import TrainOptions
 
 __all__ = ["is_safetensors", "load_models_from_stable_diffusion_checkpoint"]

@@ -45,8 +45,8 @@ def audit(source: str = "pictures") -> events.Audit:
     return events.Audit([dataset], dropped, 1, lengths, [["cat", 7], [EVIL, 2]])
 
 
-def plan(max_train_steps: int, first_step: int = 0) -> events.Plan:
-    return events.Plan(
+def plan(max_train_steps: int, first_step: int = 0) -> events.TrainingPlan:
+    return events.TrainingPlan(
         base_model="sd", network="networks.lora", num_trained=1_600_000, seed=1, first_step=first_step,
         resumed_from="out/cat-state" if first_step else None, max_train_steps=max_train_steps, num_epochs=10,
         steps_per_epoch=max(1, max_train_steps // 10), batch_sizes=[2], accumulation=1,
@@ -83,7 +83,7 @@ def saved(number: int, reason: events.SavedFor = "step", name: str | None = None
     return events.Saved("weights", reason, number, 1, file, 9_400_000)
 
 
-def choice(steps: Sequence[int]) -> events.Choice:
+def choice(steps: Sequence[int]) -> events.FileChoice:
     """Return a choice that suggests the last of the files, whose images are the sharpest."""
     files = [(None, 0), *((f"out/cat-step{step:08}.safetensors", step) for step in steps)]
     candidates = [
@@ -101,7 +101,7 @@ def choice(steps: Sequence[int]) -> events.Choice:
         )
         for (file, step), gap in zip(files, (0.02 * (len(steps) - i) for i in range(len(files))), strict=True)
     ]
-    return events.Choice(files[-1][0], steps[-1], True, f"the others are worse {EVIL}", 9, 0.95, candidates)
+    return events.FileChoice(files[-1][0], steps[-1], True, f"the others are worse {EVIL}", 9, 0.95, candidates)
 
 
 def whole_run(num_steps: int, name: str = "cat", seed: int = 0) -> Iterator[events.Event]:
@@ -110,8 +110,8 @@ def whole_run(num_steps: int, name: str = "cat", seed: int = 0) -> Iterator[even
     yield start(name, learning_rate=1e-4 * (seed + 1), train_data_dir=EVIL)
     yield events.Warned("warning", "library.somewhere", EVIL)
     yield audit(EVIL)
-    yield events.Stage("loading", "begin")
-    yield events.Stage("loading", "end")
+    yield events.StageProgress("loading", "begin")
+    yield events.StageProgress("loading", "end")
     yield plan(num_steps)
     best = (0, 0.2)
     yield validation(0, 0.2, best)

@@ -20,7 +20,7 @@ from library import train_util as train_util
 from library.architectures.flux.options import FluxOptions
 from library.architectures.scripts import list_scripts, script_of
 from library.architectures.sdxl.options import SdxlOptions
-from library.base.errors import UserError
+from library.base.errors import about
 from library.options.dit import DitTrainOptions
 from library.options.train import TrainOptions
 from library.training.command_line.caching_script import CachingScript, check_caching
@@ -68,9 +68,7 @@ def find_package(args: argparse.Namespace) -> str:
     flags = [name for name in ("sdxl", "flux", *list_families()) if getattr(args, name, False)]
     if len(flags) > 1:
         others = [f"--{flags[1]}"]
-        raise UserError.about(
-            f"--{flags[0]}", f"and {others[0]} name two base models; remove one of them", others=others
-        )
+        raise about(f"--{flags[0]}", others=others)(f"and {others[0]} name two base models; remove one of them")
     return flags[0] if flags else "sd"
 
 

@@ -12,7 +12,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library import train_util as train_util
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.training.command_line.caching_script import CachingScript
 from tools.cache_latents import caching_command, read_options, setup_parser
 
@@ -32,11 +32,9 @@ def cache_to_disk(args: argparse.Namespace) -> None:
     assembly, options = read_options(args, **CAPTIONS)
     arch = assembly.build(options)
     if arch.text_cache is None:
-        raise UserError(
+        raise error_in("--sdxl", cause="needs")(
             "use --sdxl or --flux: the text encoder outputs of Stable Diffusion 1.x and 2.x are not cached, because "
-            "their encoder is fast",
-            setting="--sdxl",
-            cause="needs",
+            "their encoder is fast"
         )
     cache_captions(options, arch)
 

@@ -16,7 +16,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.architectures.scripts import BY_PROMPTS, ROOT
 from library.architectures.specs import list_specs
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.suggestions import nearest_name
 from library.base.terminal import print_json, print_line
 from library.base.version import NAME, VERSION
@@ -102,10 +102,7 @@ def describe_options(script: str) -> Iterator[dict[str, Any]]:
             if action.dest != "help":
                 yield describe_option(
                     action, declarations[action.dest], ignored.get(action.dest), known.get(action.dest)
-                ) | {
-                    "group": group.title,
-                    "group_id": group_ids[group.title],
-                }
+                ) | {"group": group.title, "group_id": group_ids[group.title]}
 
 
 def list_groups(kind: type[Options], name: str = "script") -> Iterator[tuple[str, str]]:
@@ -252,9 +249,7 @@ def print_capabilities(args: argparse.Namespace) -> None:
     scripts = list_training_scripts()
     if args.script and args.script not in scripts:
         suggestion = nearest_name(args.script, scripts)
-        raise UserError.about(
-            "--script", f"{args.script} is not a training script; use {suggestion or ', '.join(scripts)}"
-        )
+        raise about("--script")(f"{args.script} is not a training script; use {suggestion or ', '.join(scripts)}")
     capabilities = list_capabilities([args.script] if args.script else scripts)
     if args.json:
         print_json(capabilities)

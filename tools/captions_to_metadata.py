@@ -17,9 +17,9 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.base.errors import UserError
+from library.base.atomic_files import write_whole
+from library.base.errors import about, error_in, of_file
 from library.base.terminal import print_line
-from library.checkpoints.files import atomic_path
 from library.checkpoints.marks import digest_text, mark_of
 from library.checkpoints.overwriting import FileKind, check_target, known_by_start
 from library.commands.command import check_place, command, make_parser
@@ -41,24 +41,20 @@ EXAMPLES = """\
 def list_images(folder: Path, is_recursive: bool) -> list[Path]:
     """List the images of a folder, sorted by path. Raises UserError if there are none."""
     if not folder.is_dir():
-        raise UserError.of_file(folder, "is not a folder")
+        raise of_file(folder)("is not a folder")
     endings = image_extensions()
     entries = sorted(folder.rglob("*") if is_recursive else folder.iterdir())
     images = [path for path in entries if path.suffix in endings and path.is_file()]
     if not images:
         hint = "" if is_recursive else "; --recursive with --full_path searches its subfolders"
-        raise UserError.of_file(
-            folder, f"has no images{hint}{describe_unread(path.name for path in entries)}", cause="missing"
-        )
+        raise of_file(folder, cause="missing")(f"has no images{hint}{describe_unread(path.name for path in entries)}")
     return images
 
 
 def check_name(path: Path) -> None:
     """Raise UserError if the name ends in .jsonl, or the file cannot be written."""
     if path.suffix.lower() == ".jsonl":
-        raise UserError.of_file(
-            path, ": the metadata file is a JSON object, not JSON lines; use a name that ends in .json"
-        )
+        raise of_file(path)(": the metadata file is a JSON object, not JSON lines; use a name that ends in .json")
     # No inputs are passed: as in sd-scripts, several calls may collect into one file, which is then also read.
     check_place("out_json", path, METADATA)
 
@@ -93,8 +89,7 @@ def write_table(path: Path, table: dict[str, Any], writer: str, source: Path | N
     """Write a metadata file atomically, with its mark. Raises UserError as `check_table` does."""
     check_table(path, table, writer, source)
     text = json.dumps(table, indent=2, ensure_ascii=False) + mark_table(table, writer, path)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+    write_whole(path, text)
 
 
 def read_captions(images: Sequence[Path], extension: str) -> Iterator[tuple[Path, str | None]]:
@@ -114,21 +109,16 @@ def check_keys(images: Sequence[Path], is_full: bool) -> None:
     for image in images:
         other = seen.setdefault(image_key(image, is_full), image)
         if other is not image:
-            raise UserError(
-                f"{other} and {image} have the same key, {image.stem}; use --full_path, or rename one",
-                setting="--full_path",
-                path=image,
-                cause="would be lost",
+            raise error_in("--full_path", path=image, cause="would be lost")(
+                f"{other} and {image} have the same key, {image.stem}; use --full_path, or rename one"
             )
 
 
 def collect(args: argparse.Namespace) -> None:
     """Read the captions and write the metadata file."""
     if args.recursive and not args.full_path:
-        raise UserError.about(
-            "--recursive",
-            "requires --full_path: file names alone do not distinguish images of several folders",
-            cause="needs",
+        raise about("--recursive", cause="needs")(
+            "requires --full_path: file names alone do not distinguish images of several folders"
         )
     check_name(args.out_json)
     extension = args.caption_extention or args.caption_extension or ENDINGS[args.field]
@@ -143,10 +133,8 @@ def collect(args: argparse.Namespace) -> None:
         else:
             table.setdefault(image_key(image, args.full_path), {})[args.field] = text
     if len(missing) == len(images):
-        raise UserError(
-            f"none of the {len(images)} images has a {extension} file; set --caption_extension",
-            setting="--caption_extension",
-            cause="missing",
+        raise error_in("--caption_extension", cause="missing")(
+            f"none of the {len(images)} images has a {extension} file; set --caption_extension"
         )
     if missing:
         logger.warning(

@@ -21,12 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from library.architectures.specs import list_specs
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.terminal import print_json, print_line
 from library.checkpoints.base_model import BaseModel
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.compatibility import Reading, describe, problems, readings
-from library.checkpoints.files import file_in_folder, load_state_dict, read_metadata
+from library.checkpoints.files import file_in_folder, load_state_dict
+from library.checkpoints.headers import read_metadata
 from library.checkpoints.recognition import recognise_adapter
 from library.checkpoints.relative_change import format_change, relative_norm
 from library.commands.base_models import open_base_model
@@ -57,6 +58,8 @@ EXAMPLES = """\
   python3 tools/check_lora_weights.py --model my_cat.safetensors
   python3 tools/check_lora_weights.py --model my_cat.safetensors --base_model sd15.safetensors
   python3 tools/check_lora_weights.py --model my_cat.safetensors --json > report.json"""
+
+MOST_PROBLEMS = 8  # shown as text
 
 
 @dataclass(frozen=True)
@@ -125,9 +128,7 @@ def judge(
     if lone_alphas and len(modules) > len(lone_alphas):
         warnings.append(f"alphas without weights, which have no effect: {list_some_keys(lone_alphas)}")
     if base_model is not None and summaries and not norms:
-        raise UserError.about(
-            "--base_model", f"has none of the modules of {origin}; name its own base model", path=base_model.path
-        )
+        raise about("--base_model", base_model.path)(f"has none of the modules of {origin}; name its own base model")
     name = base.name if base else None
     alphas = {key: float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha") and tensor.numel() == 1}
     programs = readings(specs, shapes, metadata, alphas)
@@ -193,7 +194,9 @@ def format_text(report: Report) -> Iterator[str]:
     yield describe(report.programs)
     yield from (f"  {reason}" for reason in problems(report.programs))
     yield from (f"warning: {text}" for text in report.warnings)
-    yield from (f"problem: {text}" for text in report.problems)
+    yield from (f"problem: {text}" for text in report.problems[:MOST_PROBLEMS])
+    if len(report.problems) > MOST_PROBLEMS:
+        yield f"problem: {len(report.problems) - MOST_PROBLEMS} more, which --json lists"
     yield format_size(report)
 
 
@@ -210,10 +213,14 @@ def format_blocks(blocks: Sequence[BlockSummary]) -> Iterator[str]:
     """Yield one line per block, below a heading per part."""
     width = max((len(block.block) for block in blocks), default=0)
     for part in dict.fromkeys(block.part for block in blocks):
+        rows = [block for block in blocks if block.part == part]
+        if not any(block.ranks or block.update_norm for block in rows):
+            yield f"{part}: {len(rows)} blocks, modules of a kind that is only recognised"
+            continue
         yield f"{part}:"
         norms = f"{'|down|':>10} {'|up|':>10} {'|change|':>10}"
         yield f"  {'block':{width}} {'modules':>7}  {'rank':10} {'alpha':10} {norms}"
-        for block in (b for b in blocks if b.part == part):
+        for block in rows:
             yield (
                 f"  {block.block:{width}} {block.num_modules:7}  {join(block.ranks):10} {join(block.alphas):10} "
                 f"{block.down_norm:10.4g} {block.up_norm:10.4g} {block.update_norm:10.4g}"

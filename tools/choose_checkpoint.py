@@ -14,9 +14,10 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 import torch
 
-from library.base.errors import UserError
+from library.base.errors import about, error_in
 from library.base.terminal import print_line
-from library.checkpoints.files import display_path, read_metadata
+from library.checkpoints.files import display_path
+from library.checkpoints.headers import read_metadata
 from library.commands.command import make_training_parser, training_command
 from library.commands.counted_plan import read_training_options
 from library.options.output.preview import PreviewOptions
@@ -78,10 +79,8 @@ def choose_seed(seed: int | None, files: Sequence[Path]) -> int:
         return seed
     seeds = {read_metadata(path).get("ss_seed", "") for path in files}
     if len(seeds) != 1 or not (text := seeds.pop()).isdigit():
-        raise UserError.about(
-            "--seed",
-            "is not set, and the files record no common seed; set --seed to that of the training",
-            cause="missing",
+        raise about("--seed", cause="missing")(
+            "is not set, and the files record no common seed; set --seed to that of the training"
         )
     logger.info("--seed is not set: using %s from the files", text)
     return int(text)
@@ -144,7 +143,7 @@ def measure_forgetting(file_losses: FileLosses, base: FileLosses, probe: Measure
     return forgotten(before_G, after_G)
 
 
-def record_choice(choice: events.Choice, reports: ReportOptions, saving: SavingOptions) -> None:
+def record_choice(choice: events.FileChoice, reports: ReportOptions, saving: SavingOptions) -> None:
     """Append the choice to the run's event file and report, if they exist."""
     line = plain(choice.as_line(time.time()))
     if (path := reports.log_events) and path != "-":
@@ -164,15 +163,11 @@ def read_columns(options: PreviewOptions, arch: Architecture, seeds: Sequence[in
     if not options.score_previews:
         if seeds or options.score_models:
             flag = "--seeds" if seeds else "--score_models"
-            raise UserError.about(
-                flag, "has no effect without --score_previews, which draws images and scores them; add it"
-            )
+            raise about(flag)("has no effect without --score_previews, which draws images and scores them; add it")
         return []
     specs = read_prompts(Path(options.sample_prompts)) if options.sample_prompts else []
     if not specs:
-        raise UserError.about(
-            "--score_previews", "needs prompts to draw: set --sample_prompts to a file of them", cause="needs"
-        )
+        raise about("--score_previews", cause="needs")("needs prompts to draw: set --sample_prompts to a file of them")
     refuse_strengths(specs, "--score_previews")
     return expand_columns(resolve_all(specs, arch), seeds)
 
@@ -189,8 +184,8 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     )
     files = drop_copies(files)
     if options.dataset.dataset_class:
-        raise UserError.about(
-            "--dataset_class", "is not supported: images of a custom dataset class cannot be measured one by one"
+        raise about("--dataset_class")(
+            "is not supported: images of a custom dataset class cannot be measured one by one"
         )
     seed = choose_seed(options.run.seed, files)
     warn_of_other_splits(options.validation, files, seed)
@@ -202,7 +197,7 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     sides, losses = losses_of_files(options, text_plan, arch, plan, seed, [None, *files], find_device())
     choice = choose_measured(measure_files(sides, list(losses)), is_held_out=sides.held_out is not None)
     if choice is None:
-        raise UserError("the loss of every file is NaN; use --mixed_precision bf16 or no", setting="--mixed_precision")
+        raise error_in("--mixed_precision")("the loss of every file is NaN; use --mixed_precision bf16 or no")
     if scorer is not None:
         rows = [Row([], columns), *(Row([(file, 1.0)], columns) for file in files)]
         # The models are loaded again: drawing moves text encoders and VAE as contact sheets do.

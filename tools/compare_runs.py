@@ -10,13 +10,13 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.base.errors import UserError
+from library.base.atomic_files import write_whole
+from library.base.errors import error_in
 from library.base.terminal import print_line
 from library.checkpoints.overwriting import check_target
 from library.commands.command import command, make_parser
 from library.training.report_page.comparison import build_comparison
 from library.training.report_page.page import COMPARISON, same_title
-from library.training.report_page.writer import write_page
 from library.training.sweep.ranked_reports import rank_reports
 from library.training.sweep.ranking import format_ranking
 
@@ -38,13 +38,13 @@ def compare(args: argparse.Namespace) -> None:
     """Write the page, or print the ranking. Raises UserError for a run that cannot be read."""
     if args.rank is not None:
         if args.runs:
-            raise UserError("--rank takes a folder, and no other runs; leave one of them out", setting="--rank")
+            raise error_in("--rank")("--rank takes a folder, and no other runs; leave one of them out")
         rank(args.rank)
         return
     check_target("--output", args.output, COMPARISON, [path for path in args.runs if path.is_file()])
     page = build_comparison(args.runs)
     check_target("--output", args.output, same_title("a comparison of these runs", page))
-    write_page(args.output, page)
+    write_whole(args.output, page)
     logger.info("wrote %s", args.output)
 
 

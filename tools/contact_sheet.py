@@ -18,7 +18,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 import torch
 from PIL import Image
 
-from library.base.errors import UserError
+from library.base.errors import about, error_in
 from library.checkpoints.files import display_path, file_in_folder
 from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import check_target
@@ -110,19 +110,15 @@ def choose_files(named: list[Path] | None, saving: SavingOptions) -> list[Path]:
     """
     for path in named or ():
         if not path.exists():
-            raise UserError.about("--files", "does not exist", path=path, cause="missing")
+            raise about("--files", path, cause="missing")("does not exist")
     if named:
         return [file_in_folder(path, f"--files {path}") for path in named]
     if not saving.output_dir:
-        raise UserError(
-            "no adapter files: set --files, or --output_dir to search for them", setting="--files", cause="missing"
-        )
+        raise error_in("--files", cause="missing")("no adapter files: set --files, or --output_dir to search for them")
     names = Names.build(saving)
     files = files_of_run(names)
     if not files:
-        raise UserError.about(
-            "--output_dir", "contains no adapter files of this name; list some with --files", path=names.folder
-        )
+        raise about("--output_dir", names.folder)("contains no adapter files of this name; list some with --files")
     return files
 
 
@@ -197,7 +193,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     check_format(options.precision.denoiser_format)
     check_at_least_one(args, "side")
     if not options.preview.sample_prompts:
-        raise UserError.about("--sample_prompts", "contains no prompts")
+        raise about("--sample_prompts")("contains no prompts")
     files = choose_files(args.files, options.saving)
     target = (
         args.sheet or Names.build(options.saving).path_with_ending("-sheet.png")
@@ -205,7 +201,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
         else args.sheet
     )
     if target is None:
-        raise UserError.about("--sheet", "is not set; set the PNG to write, or --output_dir", cause="missing")
+        raise about("--sheet", cause="missing")("is not set; set the PNG to write, or --output_dir")
     check_target("--sheet", target, written_by(WRITER, target), [*files, Path(options.preview.sample_prompts)])
     files = drop_copies(files)
     arch, device = base.build(options), find_device()

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from library.architectures.flux.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.specs import list_specs
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.terminal import print_line
 from library.checkpoints import model_lookup
-from library.checkpoints.files import save_safetensors
 from library.checkpoints.marks import mark_of
+from library.checkpoints.saving import save_safetensors
 from library.checkpoints.weights import Weights, list_first_names
 from library.commands.command import add_file_precision, check_safetensors_output, command, dtype_of_file, make_parser
 from library.models.identify import base_of_file
@@ -47,22 +47,15 @@ def open_transformer(path: Path) -> Weights:
         weights = model_lookup.open_file(FLAG, path)
     if DIFFUSERS_MARK not in weights.shapes:
         first_names = list_first_names(weights)
-        raise UserError.about(
-            FLAG, f"is not a FLUX.1 transformer in diffusers' layout (first names: {first_names})", path=path
-        )
+        raise about(FLAG, path)(f"is not a FLUX.1 transformer in diffusers' layout (first names: {first_names})")
     original = KEYS.from_diffusers(weights)
     spec = base_of_file(list_specs(), original.shapes)
     if spec is None or spec.name not in MODELS:
-        raise UserError.about(
-            FLAG, f"is {'of an unknown model' if spec is None else f'{spec.called} model'}", path=path
-        )
+        raise about(FLAG, path)(f"is {'of an unknown model' if spec is None else f'{spec.called} model'}")
     unknown = sorted(set(original.shapes) - set(KEYS.our_keys(weights.shapes)))
     if unknown:
-        raise UserError.about(
-            FLAG,
-            f": {unknown[0]} does not exist in the original layout; this is another variant",
-            path=path,
-            cause="missing",
+        raise about(FLAG, path, cause="missing")(
+            f": {unknown[0]} does not exist in the original layout; this is another variant"
         )
     return original
 

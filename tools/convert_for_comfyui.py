@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from library.base.errors import UserError
+from library.base.errors import about, of_file
 from library.base.terminal import print_line
 from library.checkpoints.adapter_names import FileNaming
 from library.commands import command as tool
@@ -40,12 +40,11 @@ def rename(base: str, to: FileNaming, back: FileNaming | None, args: argparse.Na
     tool.check_output("dst_path", args.dst_path, WRITER, [args.src_path])
     spec = spec_for_file(read_adapter(args.src_path, "src_path"), str(args.src_path))
     if spec.name != base:
-        raise UserError.of_file(args.src_path, f"is an adapter of {spec.title}; use tools/convert_lora.py")
+        raise of_file(args.src_path)(f"is an adapter of {spec.title}; use tools/convert_lora.py")
     if args.reverse and back is None:
-        raise UserError.about(
-            "--reverse",
+        raise about("--reverse")(
             f": {args.src_path} needs no renaming, because training and all tools use ComfyUI's names for "
-            f"{spec.title}; pass it to --network_weights as it is",
+            f"{spec.title}; pass it to --network_weights as it is"
         )
     renamed = convert(args.src_path, args.dst_path, (back or to) if args.reverse else to, drop_unsupported=False)
     print_line(f"{args.dst_path}: {len(renamed.file.modules)} modules renamed")
@@ -68,11 +67,8 @@ def command_by_trainer(description: str | None) -> Callable[..., int]:
 def rename_by_trainer(args: argparse.Namespace) -> None:
     """Read, rename and write the LoRA. Keys that the other naming does not support are dropped and reported."""
     if args.src == args.dst:
-        raise UserError.about(
-            "--src",
-            f"and --dst are both {args.src}; there is nothing to rename",
-            cause="does not fit",
-            others=["--dst"],
+        raise about("--src", cause="does not fit", others=["--dst"])(
+            f"and --dst are both {args.src}; there is nothing to rename"
         )
     tool.check_output("--dst_path", args.dst_path, WRITER, [args.src_path])
     convert(args.src_path, args.dst_path, NAMINGS[args.dst], drop_unsupported=True)

@@ -15,7 +15,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import library  # noqa: F401  # checks the packages before they are imported
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.terminal import print_line
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.base_model_spec import BaseModelSpec
@@ -39,8 +39,8 @@ def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) 
     file = read_adapter(model, "--model")
     spec = spec_for_file(file, f"--model {model}")
     if not programs_that_read(spec, to):
-        raise UserError.about(
-            "--to", f"{to}: no program reads adapters of {spec.title} in that naming; {best_namings(spec)} are read"
+        raise about("--to")(
+            f"{to}: no program reads adapters of {spec.title} in that naming; {best_namings(spec)} are read"
         )
     renamed = rename(file, spec.names, to, drop_unsupported)
     if renamed.dropped:

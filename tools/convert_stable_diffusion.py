@@ -24,18 +24,14 @@ from tqdm import tqdm
 
 from library.architectures.sd import layouts
 from library.architectures.sd.load import TITLES, single_file_parts
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.terminal import print_line
 from library.checkpoints import model_lookup
-from library.checkpoints.files import (
-    holds_safetensors,
-    is_safetensors,
-    load_pickle,
-    save_pickle_state_dict,
-    save_safetensors,
-)
+from library.checkpoints.files import load_pickle
 from library.checkpoints.folders import atomic_folder
+from library.checkpoints.headers import holds_safetensors, is_safetensors
 from library.checkpoints.marks import mark_folder, mark_of
+from library.checkpoints.saving import save_pickle_state_dict, save_safetensors
 from library.checkpoints.weights import Weights
 from library.commands.base_models import find_base
 from library.commands.command import SUFFIXES, check_output, check_output_folder, command, make_parser, parse_dtype
@@ -69,18 +65,12 @@ def open_source(name: str, required: str | None, variant: str | None) -> Opened:
     """Open the model; only file headers are read. Raises UserError if it is not the required base model."""
     path, spec = find_base(SOURCE, name, *layouts.PARTS)
     if spec.name not in TITLES:
-        raise UserError.about(
-            SOURCE, f"{path}: this is {spec.called} model; this command supports only SD 1.x and SD 2.x"
-        )
+        raise about(SOURCE)(f"{path}: this is {spec.called} model; this command supports only SD 1.x and SD 2.x")
     if required not in (None, spec.name):
-        raise UserError.about(
-            SOURCE, f"{path}: this is {spec.called} model; remove --{'v1' if required == 'sd1' else 'v2'}"
-        )
+        raise about(SOURCE)(f"{path}: this is {spec.called} model; remove --{'v1' if required == 'sd1' else 'v2'}")
     if not path.is_dir():
         if variant is not None:
-            raise UserError.about(
-                "--variant", f"selects files in a diffusers folder, but {SOURCE} {path} is a file; remove it"
-            )
+            raise about("--variant")(f"selects files in a diffusers folder, but {SOURCE} {path} is a file; remove it")
         weights = model_lookup.open_file(SOURCE, path)
         parts = {**single_file_parts(SOURCE, weights, spec.name), "vae": vae_of_checkpoint(SOURCE, weights)}
         return Opened(path, spec.name, parts, weights)
@@ -129,9 +119,7 @@ def parse_metadata(text: str | None) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(
         isinstance(string, str) for item in metadata.items() for string in item
     ):
-        raise UserError.about(
-            "--metadata", f"""{text} is not a mapping of strings; write it as '{{"name": "my model"}}'"""
-        )
+        raise about("--metadata")(f"""{text} is not a mapping of strings; write it as '{{"name": "my model"}}'""")
     return metadata
 
 
@@ -156,18 +144,14 @@ def find_reference(model: Opened, name: str | None) -> Path:
             patterns = ("scheduler/*.json", "tokenizer/*", "unet/config.json")
             path = model_lookup.fetch_snapshot(name or REFERENCES[model.base], patterns)
         except ConnectionError as error:
-            raise UserError.about(
-                "--reference_model",
+            raise about("--reference_model", cause="missing")(
                 f"{name or 'is not set'}: a file has neither scheduler nor tokenizer, and "
                 f"{name or REFERENCES[model.base]} cannot be downloaded ({error}); use a diffusers folder of "
-                f"{TITLES[model.base]}",
-                cause="missing",
+                f"{TITLES[model.base]}"
             ) from error
     missing = [part for part in ("scheduler/scheduler_config.json", "tokenizer") if not (path / part).exists()]
     if missing:
-        raise UserError.about(
-            "--reference_model", f"has no {missing[0]}; use a diffusers folder of the same model", path=path
-        )
+        raise about("--reference_model", path)(f"has no {missing[0]}; use a diffusers folder of the same model")
     return path
 
 
@@ -245,17 +229,16 @@ def setup_parser() -> argparse.ArgumentParser:
 def is_file_name(path: Path) -> bool:
     """Return True if the target is a file, False for a folder. Raises UserError for an unsupported extension."""
     if path.suffix and path.suffix.lower() not in SUFFIXES:
-        raise UserError.about(
-            TARGET,
-            f"{path} ends in {path.suffix}: a file ends in one of {', '.join(SUFFIXES)}, a folder's name has no dot",
+        raise about(TARGET)(
+            f"{path} ends in {path.suffix}: a file ends in one of {', '.join(SUFFIXES)}, a folder's name has no dot"
         )
     return bool(path.suffix)
 
 
 def convert(args: argparse.Namespace) -> None:
     if args.v1 and args.v2:
-        raise UserError.about(
-            "--v1", "and --v2 exclude each other; the model is recognised anyway", cause="does not fit", others=["--v2"]
+        raise about("--v1", cause="does not fit", others=["--v2"])(
+            "and --v2 exclude each other; the model is recognised anyway"
         )
     to_file, dtype = is_file_name(args.model_to_save), parse_dtype(args.save_precision_as)
     parse_metadata(args.metadata)

@@ -191,7 +191,7 @@ def product_lines(torch: Any, device: Any) -> Iterator[Line]:
 
 def fused_line(device: Any) -> Line:
     """Compile an operation as training does, and report what that took, or what is missing."""
-    from library.memory.fused import find_compiler_fault
+    from library.memory.fused_kernels import find_compiler_fault
 
     began, subject = time.perf_counter(), "fused operations"
     reason = find_compiler_fault(device)

@@ -19,7 +19,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from PIL import Image
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import FileKind, check_target, judge, marked
 from library.commands.base_models import find_base
@@ -87,11 +87,8 @@ def scale_strengths(files: Stack, factor: float) -> Stack:
 def read_specs(args: argparse.Namespace) -> list[PromptSpec]:
     """Return the prompts of --prompt and --prompts, all with a seed. Raises UserError if there are none."""
     if not args.prompt and not args.prompts:
-        raise UserError(
-            "there is nothing to draw; give --prompt, or --prompts with a file",
-            setting="--prompt",
-            others=["--prompts"],
-            cause="missing",
+        raise error_in("--prompt", others=["--prompts"], cause="missing")(
+            "there is nothing to draw; give --prompt, or --prompts with a file"
         )
     lines = enumerate(args.prompt, 1)
     specs = [spec for number, line in lines for spec in parse_strip(line, f"--prompt {number}")]
@@ -112,7 +109,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DrawingPlan:
     """The images to draw into a folder, a row for each strength, and the sheet of --strengths."""
 
     rows: list[list[Target]]
@@ -124,17 +121,19 @@ class Plan:
             yield path, marked("the image that this command draws there", mark)
 
 
-def plan_images(args: argparse.Namespace, training: Sequence[str], files: Stack, specs: Sequence[PromptSpec]) -> Plan:
+def plan_images(
+    args: argparse.Namespace, training: Sequence[str], files: Stack, specs: Sequence[PromptSpec]
+) -> DrawingPlan:
     """Plan the images for --output, or for the first default folder without images of other commands.
 
     Raises UserError if --output has such images, or if an adapter would be replaced.
     """
 
-    def plan(folder: Path) -> Plan:
+    def plan(folder: Path) -> DrawingPlan:
         sheet = folder / SHEET
         mark = make_mark(sheet, args.model, training, files, args.strengths, specs)
         rows = plan_rows(args, folder, training, files, specs)
-        return Plan(rows, None if args.strengths is None else (sheet, mark))
+        return DrawingPlan(rows, None if args.strengths is None else (sheet, mark))
 
     if args.output is None:
         folders = (DRAWN if number == 1 else DRAWN.with_name(f"{DRAWN.name}-{number}") for number in count(1))

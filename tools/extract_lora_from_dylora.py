@@ -21,10 +21,10 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 import torch
 from tqdm import tqdm
 
-from library.base.errors import UserError
+from library.base.atomic_files import atomic_path
+from library.base.errors import UserError, about, error_in
 from library.base.json_text import parse_json
 from library.base.terminal import print_line
-from library.checkpoints.files import atomic_path
 from library.checkpoints.marks import mark_of
 from library.commands.command import add_options, check_extension, check_output, command, make_parser, with_comment
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, require_layouts, save_adapter_file
@@ -113,25 +113,21 @@ def choose_ranks(nested: Nested, unit: int | None, ranks: Sequence[int] | None) 
     if ranks:
         wrong = [rank for rank in ranks if rank not in possible]
         if wrong:
-            raise UserError.about(
-                "--rank",
-                f"{wrong[0]}: the file has rank {nested.full_rank}{trained}; use one of {format_ranks(possible)}",
+            raise about("--rank")(
+                f"{wrong[0]}: the file has rank {nested.full_rank}{trained}; use one of {format_ranks(possible)}"
             )
         return sorted(set(ranks))
     unit = unit if unit is not None else nested.unit
     if unit is None:
-        raise UserError(
+        raise error_in("--unit", others=["--rank"], cause="needs")(
             f"use --unit N for the ranks N, 2N, ... or --rank R [R ...]: the file has rank {nested.full_rank} and "
-            "does not record its unit",
-            setting="--unit",
-            others=["--rank"],
-            cause="needs",
+            "does not record its unit"
         )
     smallest = nested.unit or 1
     if unit < 1 or nested.full_rank % unit or unit % smallest:
         units = [n for n in possible if nested.full_rank % n == 0]
-        raise UserError.about(
-            "--unit", f"{unit}: the file has rank {nested.full_rank}{trained}; use one of {format_ranks(units)}"
+        raise about("--unit")(
+            f"{unit}: the file has rank {nested.full_rank}{trained}; use one of {format_ranks(units)}"
         )
     return list(range(unit, nested.full_rank + 1, unit))
 
@@ -220,17 +216,12 @@ def setup_parser() -> argparse.ArgumentParser:
 def extract(args: argparse.Namespace) -> None:
     """Write the files and print the report, as requested."""
     if args.unit is not None and args.rank is not None:
-        raise UserError.about(
-            "--unit",
-            "and --rank exclude each other: --unit cuts at every multiple, --rank at given ranks",
-            cause="does not fit",
-            others=["--rank"],
+        raise about("--unit", cause="does not fit", others=["--rank"])(
+            "and --rank exclude each other: --unit cuts at every multiple, --rank at given ranks"
         )
     if args.save_to is None and not args.report:
-        raise UserError.about(
-            "--save_to",
-            "is missing: set the base name of the files, or use --report to only print the ranks",
-            cause="missing",
+        raise about("--save_to", cause="missing")(
+            "is missing: set the base name of the files, or use --report to only print the ranks"
         )
     if args.save_to is not None:
         check_extension("--save_to", args.save_to)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints.base_model import BaseModel
 from library.commands.adapter_files import write_lora
 from library.commands.base_models import find_adapter_targets, open_base_model, spec_for
@@ -58,12 +58,9 @@ def subtract_weights(org: BaseModel, tuned: BaseModel, name: str) -> Tensor:
     for flag, base, weight in zip(("--model_org", "--model_tuned"), (org, tuned), weights, strict=True):
         # NaN exceeds no --min_diff, so a damaged text encoder would count as unchanged.
         if num_bad := int((~torch.isfinite(weight)).sum()):
-            raise UserError.about(
-                flag,
+            raise about(flag, base.path, cause="unreadable")(
                 f": {name} has {num_bad} of {weight.numel()} values that are not finite; the "
-                "checkpoint is damaged; use another one",
-                path=base.path,
-                cause="unreadable",
+                "checkpoint is damaged; use another one"
             )
     return weights[1] - weights[0]
 
@@ -114,9 +111,7 @@ def extract_modules(
         modules.append(module)
         missed, total = missed + module_missed, total + module_total
     if total == 0:
-        raise UserError.about(
-            "--model_tuned", "equals --model_org in every layer that a LoRA targets; nothing to extract"
-        )
+        raise about("--model_tuned")("equals --model_org in every layer that a LoRA targets; nothing to extract")
     logger.info(
         "%d layers; the LoRA misses %.1f%% of their difference (norm)", len(modules), 100 * (missed / total) ** 0.5
     )
@@ -128,11 +123,8 @@ def check_same_layers(org: BaseModel, tuned: BaseModel, target_modules: Sequence
     for target in target_modules:
         a, b = (read_shape(base, target.name) for base in (org, tuned))
         if a != b:
-            raise UserError.about(
-                "--model_tuned",
-                f"is not a tuned --model_org {org.path}: {target.name} has shape "
-                f"{b or 'none'} instead of {a or 'none'}",
-                path=tuned.path,
+            raise about("--model_tuned", tuned.path)(
+                f"is not a tuned --model_org {org.path}: {target.name} has shape {b or 'none'} instead of {a or 'none'}"
             )
 
 
@@ -190,8 +182,8 @@ def check(args: argparse.Namespace) -> None:
     """Raise UserError for invalid option values."""
     check_at_least_one(args, "dim", "conv_dim")
     if not 0.5 < args.clamp_quantile <= 1:
-        raise UserError.about(
-            "--clamp_quantile", f"is {args.clamp_quantile:g}; use a value above 0.5 and up to 1, which disables it"
+        raise about("--clamp_quantile")(
+            f"is {args.clamp_quantile:g}; use a value above 0.5 and up to 1, which disables it"
         )
     check_finite("--min_diff", args.min_diff)
     check_output("--save_to", args.save_to, WRITER, [args.model_org, args.model_tuned])
@@ -201,12 +193,12 @@ def check_bases(args: argparse.Namespace, org: BaseModel, tuned: BaseModel) -> N
     """Raise UserError unless both checkpoints have the same base model, and it is the required one."""
     org_spec, tuned_spec = spec_for(org), spec_for(tuned)
     if org_spec.name != tuned_spec.name:
-        raise UserError.about(
-            "--model_org", f"is {org_spec.called} model, --model_tuned {tuned_spec.called} model; use two of one kind"
+        raise about("--model_org")(
+            f"is {org_spec.called} model, --model_tuned {tuned_spec.called} model; use two of one kind"
         )
     for flag, base in (("v2", "sd2"), ("sdxl", "sdxl")):
         if getattr(args, flag) and org_spec.name != base:
-            raise UserError.about(f"--{flag}", f": --model_org {org.path} is of {org_spec.title}; remove --{flag}")
+            raise about(f"--{flag}")(f": --model_org {org.path} is of {org_spec.title}; remove --{flag}")
 
 
 def extract(args: argparse.Namespace) -> None:

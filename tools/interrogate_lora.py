@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from library.architectures.specs import list_specs
-from library.base.errors import UserError
+from library.base.errors import UserError, about
 from library.base.terminal import print_line
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.commands.adapter_files import read_adapter
@@ -42,7 +42,7 @@ def open_architecture(flag: str, name: str) -> tuple[BaseModelSpec, Architecture
     path, spec = find_base(flag, name, "unet", "text_encoder")
     if not spec.folders:
         known = ", ".join(other.title for other in list_specs() if other.folders)
-        raise UserError.about(flag, f"{name} is {spec.called} model; supported: {known}")
+        raise about(flag)(f"{name} is {spec.called} model; supported: {known}")
     values: dict[str, Any] = spec.options.defaults() | {"pretrained_model_name_or_path": str(path)}
     if spec.script_flag:
         values[spec.script_flag.removeprefix("--")] = True
@@ -105,8 +105,8 @@ def measure_changes(
     """
     num_layers = len(clip_body(encoder).encoder.layers)
     if not 1 <= clip_skip <= num_layers:
-        raise UserError.about(
-            "--clip_skip", f"is {clip_skip}, but the text encoder has {num_layers} layers; use 1 to {num_layers}"
+        raise about("--clip_skip")(
+            f"is {clip_skip}, but the text encoder has {num_layers} layers; use 1 to {num_layers}"
         )
     plain, changed = encoder.to(device), merge_adapter(encoder, modules).to(device)
     batches = list(iterate_batches(tokenizer, batch_size))

@@ -23,10 +23,10 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 import toml
 
-from library.base.errors import NoDataFound, UserError
+from library.base.atomic_files import atomic_path, remove_temporary, write_whole
+from library.base.errors import NoDataFound, about, error_in
 from library.base.progress import Bar, progress_bar
 from library.base.terminal import print_line
-from library.checkpoints.files import atomic_path, remove_temporary
 from library.checkpoints.hashes import digest_of_file
 from library.checkpoints.marks import MARK_FIELD, mark_of, read_mark, seal_text
 from library.checkpoints.overwriting import FileKind, check_target, judge, known_by_start, sealed
@@ -79,10 +79,9 @@ class Packed:
         try:
             return None if self.caption is None else self.caption.encode()
         except UnicodeEncodeError as error:
-            raise UserError(
+            raise error_in(path=self.image.key)(
                 f"the caption of {self.image.key} contains an unpaired surrogate at position {error.start}, which "
-                "text files cannot store; fix it in the metadata file",
-                path=self.image.key,
+                "text files cannot store; fix it in the metadata file"
             ) from None
 
 
@@ -98,10 +97,9 @@ def choose_extension(image: ScannedImage, content: bytes) -> str:
         name = str(opened.format)
     ending = JPEG if name in JPEG_FORMATS else f".{name.lower()}"
     if ending not in image_extensions():
-        raise UserError(
+        raise error_in(path=image.key)(
             f"{image.key} is an image in the format {name}, which is not read from shards; convert it to PNG, JPEG or "
-            "WebP, or train this dataset without shards",
-            path=image.key,
+            "WebP, or train this dataset without shards"
         )
     return ending
 
@@ -327,17 +325,15 @@ def refuse_other_folders(dataset: DatasetConfig) -> None:
     """Raise UserError for separate folders of masks or opposite images, which shards do not support."""
     if dataset.style == "masked":
         source = dataset.subsets[0].conditioning_data_dir
-        raise UserError(
+        raise error_in("conditioning_data_dir")(
             f"conditioning_data_dir {source}: shards do not support mask files; store masks as the images' alpha "
-            "channel and set alpha_mask, or train this dataset from its folders",
-            setting="conditioning_data_dir",
+            "channel and set alpha_mask, or train this dataset from its folders"
         )
     for subset in dataset.subsets:
         if subset.opposite_dir:
-            raise UserError(
+            raise error_in("opposite_dir")(
                 f"opposite_dir {subset.opposite_dir}: shards do not support opposite images; train this dataset from "
-                "its folders",
-                setting="opposite_dir",
+                "its folders"
             )
 
 
@@ -419,12 +415,12 @@ def read_options(args: argparse.Namespace, training: Sequence[str]) -> TrainOpti
     """Return the training options. Raises UserError for missing or contradictory ones."""
     options: TrainOptions = read_training_options(args.script or "train_network.py", training)[1]
     if options.dataset.dataset_config is None:
-        raise UserError.about("--dataset_config", "is missing; it lists the images to pack", cause="missing")
+        raise about("--dataset_config", cause="missing")("is missing; it lists the images to pack")
     if args.shard_mb <= 0:
-        raise UserError.about("--shard_mb", f"is {args.shard_mb:g}, but must be above 0")
+        raise about("--shard_mb")(f"is {args.shard_mb:g}, but must be above 0")
     requested = [name for name in CACHES if options.flat().get(name)]
     if requested and args.script is None:
-        raise UserError.about(f"--{requested[0]}", "requires --script, the training script of the base model")
+        raise about(f"--{requested[0]}")("requires --script, the training script of the base model")
     check_data(options)
     return options
 
@@ -441,8 +437,7 @@ def make_shards(args: argparse.Namespace, training: Sequence[str]) -> None:
     check_target("--out", path, kind, [source])
     patterns = pack(config, args.out, args.shard_mb * 1e6, storage)
     content = toml.dumps(describe_shards(read_description(str(options.dataset.dataset_config)), patterns))
-    with atomic_path(path) as temporary:
-        temporary.write_text(seal_text(first_line, content), encoding="utf-8", newline="\n")
+    write_whole(path, seal_text(first_line, content))
     options = options.with_values({"dataset_config": path, "cache_dir": None})
     count = sum(len(subset.images) for dataset in collect(load_dataset_config(options)) for subset in dataset.subsets)
     logger.info("%d images are in the shards of %s", count, args.out)

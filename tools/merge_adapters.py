@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from library.base.errors import UserError
+from library.base.errors import UserError, about, error_in
 from library.checkpoints.adapter_keys import recognise_naming
 from library.checkpoints.adapter_names import BaseNames
 from library.checkpoints.base_model import BaseModel
@@ -180,10 +180,8 @@ def add_factors(
     shape = max((module.shape for module, _ in terms), key=len)
     for module, _ in terms:
         if not module.is_low_rank or module.shape[:2] != shape[:2] or prod(module.shape) != prod(shape):
-            raise UserError(
-                f"{name} has different shapes in --models; they were made for different base models",
-                setting="--models",
-                cause="does not fit",
+            raise error_in("--models", cause="does not fit")(
+                f"{name} has different shapes in --models; they were made for different base models"
             )
     device = arithmetic.device
     pairs = (module.factors(arithmetic.dtype) for module, _ in terms)
@@ -214,8 +212,8 @@ def approximate(name: str, terms: Terms, ranks: tuple[int, int], weight: Tensor,
     for module, ratio in terms:
         change += module.merged(weight, ratio, dtype) - weight
     if not bool(torch.isfinite(change).all()):
-        raise UserError.about(
-            "--base_model", f"has values that are not finite in {name}; the checkpoint is damaged", cause="unreadable"
+        raise about("--base_model", cause="unreadable")(
+            f"has values that are not finite in {name}; the checkpoint is damaged"
         )
     matrix_ON = change.flatten(1)
     exact_ON = matrix_ON if weight.device.type == "mps" else matrix_ON.double()  # MPS has no float64

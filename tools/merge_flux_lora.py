@@ -15,7 +15,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.architectures.flux.merging import open_clip_l, open_t5xxl
-from library.base.errors import UserError
+from library.base.errors import UserError, about
 from library.base.terminal import print_line
 from library.checkpoints.base_model import BaseModel
 from library.commands.adapter_files import names_in, read_adapter
@@ -55,10 +55,8 @@ def open_parts(args: argparse.Namespace) -> list[tuple[BaseModel, Path]]:
         ("--t5xxl", args.t5xxl, args.t5xxl_save_to, open_t5xxl),
     ):
         if (path is None) != (save_to is None):
-            raise UserError.about(
-                flag,
-                f"and {flag}_save_to must be used together: the file to read, and the file to write",
-                cause="does not fit",
+            raise about(flag, cause="does not fit")(
+                f"and {flag}_save_to must be used together: the file to read, and the file to write"
             )
         if path is not None:
             check_output(f"{flag}_save_to", save_to, merge_lora.WRITER, inputs)
@@ -99,7 +97,7 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
         return
     ratios = merge_lora.check(args)
     if args.lbws:
-        raise UserError.about("--lbws", "names the blocks of a U-Net, but FLUX.1 has none; remove it")
+        raise about("--lbws")("names the blocks of a U-Net, but FLUX.1 has none; remove it")
     arithmetic = Arithmetic.from_args(args)
     parts = open_parts(args)
     read = [read_adapter(path, "--models") for path in args.models]

@@ -27,15 +27,16 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from torch import Tensor
 from tqdm import tqdm
 
-from library.base.errors import UserError
+from library.base.errors import UserError, about
 from library.base.randomness import generator_for
 from library.base.terminal import print_line
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_keys import is_of_text_encoder
 from library.checkpoints.base_model import BaseModel, WeightFile
-from library.checkpoints.files import is_safetensors, read_metadata, save_pickle_state_dict, save_safetensors
 from library.checkpoints.folders import atomic_folder
+from library.checkpoints.headers import is_safetensors, read_metadata
 from library.checkpoints.marks import mark_folder, mark_of
+from library.checkpoints.saving import save_pickle_state_dict, save_safetensors
 from library.commands import block_weights
 from library.commands.adapter_files import names_in, read_adapter, spec_for_file, write_lora
 from library.commands.base_models import open_base_model, spec_for
@@ -264,10 +265,9 @@ def resolve_ranks(args: argparse.Namespace, adapters: Sequence[Weighted]) -> tup
         return None
     largest = largest_ranks(adapters) or ((1, 1) if all(is_norms(adapter.file) for adapter in adapters) else None)
     if args.new_rank is None and largest is None:
-        raise UserError.about(
-            "--new_rank",
+        raise about("--new_rank")(
             "is required: --models have no rank for the merged LoRA (LoKr of two whole matrices, OFT and "
-            "BOFT have none); try 32, and see the error in the log",
+            "BOFT have none); try 32, and see the error in the log"
         )
     new_rank, new_conv_rank = (args.new_rank, args.new_rank) if args.new_rank or largest is None else largest
     return new_rank, args.new_conv_rank or new_conv_rank
@@ -281,16 +281,12 @@ def check(args: argparse.Namespace) -> list[float]:
     """Return the ratios. Raises UserError for options that exclude each other."""
     ratios = resolve_ratios(args, 1.0)
     if args.sd_model is not None and args.concat:
-        raise UserError.about(
-            "--concat",
-            "makes one LoRA of several and cannot be used with --sd_model; remove one of them",
-            others=["--sd_model"],
+        raise about("--concat", others=["--sd_model"])(
+            "makes one LoRA of several and cannot be used with --sd_model; remove one of them"
         )
     if args.sd_model is not None and args.base_model is not None:
-        raise UserError.about(
-            "--base_model",
-            "is only for merging into one LoRA and cannot be used with --sd_model; remove it",
-            others=["--sd_model"],
+        raise about("--base_model", others=["--sd_model"])(
+            "is only for merging into one LoRA and cannot be used with --sd_model; remove it"
         )
     if args.shuffle and not args.concat:
         logger.warning("--shuffle has no effect without --concat")
@@ -299,17 +295,12 @@ def check(args: argparse.Namespace) -> list[float]:
         if getattr(args, flag) is None:
             continue
         if args.concat:
-            raise UserError.about(
-                f"--{flag}",
-                "and --concat exclude each other: with --concat the ranks add up",
-                cause="does not fit",
-                others=["--concat"],
+            raise about(f"--{flag}", cause="does not fit", others=["--concat"])(
+                "and --concat exclude each other: with --concat the ranks add up"
             )
         if args.sd_model is not None:
-            raise UserError.about(
-                f"--{flag}",
-                "is only for merging into one LoRA and cannot be used with --sd_model; remove it",
-                others=["--sd_model"],
+            raise about(f"--{flag}", others=["--sd_model"])(
+                "is only for merging into one LoRA and cannot be used with --sd_model; remove it"
             )
     if args.sd_model is not None and args.sd_model.is_dir():
         check_output_folder("--save_to", args.save_to, WRITER)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from library.base.errors import UserError, list_few
+from library.base.errors import about, list_few
 from library.base.terminal import print_line
 from library.checkpoints import model_lookup
-from library.checkpoints.files import read_metadata
+from library.checkpoints.headers import read_metadata
 from library.checkpoints.marks import mark_of
 from library.checkpoints.weights import Weights
 from library.commands.command import add_options, check_output, command, make_parser, resolve_device, resolve_ratios
@@ -54,10 +54,9 @@ def merge_tensors(
         total = torch.zeros_like(value, dtype=dtype, device=device)
         for model, ratio in zip(models, ratios, strict=True):
             if model.shapes.get(key, value.shape) != first.shapes[key]:
-                raise UserError.about(
-                    "--models",
+                raise about("--models")(
                     f": {key} has shape {first.shapes[key]} in {first.origin} and {model.shapes[key]} in "
-                    f"{model.origin}; use checkpoints of one base model",
+                    f"{model.origin}; use checkpoints of one base model"
                 )
             total += ratio * (model.read(key) if key in model.shapes else value).to(device, dtype)
         tensors[key] = total.cpu()
@@ -71,10 +70,9 @@ def log_differences(models: Sequence[Weights], show_skipped: bool) -> None:
         skipped = [key for key in model.shapes if key not in first]
         missing = [key for key in first if key not in model.shapes]
         if len(missing) == len(first):
-            raise UserError.about(
-                "--models",
+            raise about("--models")(
                 f": {model.origin} and {models[0].origin} have no weight in common; use checkpoints of one "
-                "base model in one layout",
+                "base model in one layout"
             )
         if skipped:
             names = f": {', '.join(skipped)}" if show_skipped else "; --show_skipped names them"
@@ -114,10 +112,10 @@ def merge(args: argparse.Namespace) -> None:
     device = resolve_device(args.device)
     folders = [path for path in args.models if path.is_dir()]
     if folders:
-        raise UserError.about("--models", f"{folders[0]} is a folder; use single-file checkpoints")
+        raise about("--models")(f"{folders[0]} is a folder; use single-file checkpoints")
     models = [model_lookup.open_file("--models", model_lookup.find_model("--models", str(p), ())) for p in args.models]
     if args.unet_only and not any(key.startswith(UNET) for key in models[0].shapes):
-        raise UserError.about("--unet_only", f": {args.models[0]} has no {UNET}...; remove it")
+        raise about("--unet_only")(f": {args.models[0]} has no {UNET}...; remove it")
     log_differences(models, args.show_skipped)
     tensors = merge_tensors(models, ratios, args.unet_only, SAVE_DTYPES[args.precision], device)
     dtype = SAVE_DTYPES[args.saving_precision]

@@ -14,7 +14,7 @@ NEEDS_PACKAGES = False  # read by library/environment/requirements.py
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.base.errors import UserError  # noqa: E402
+from library.base.errors import UserError, error_in  # noqa: E402
 from library.base.formatting import columns  # noqa: E402
 from library.base.terminal import print_error, print_line  # noqa: E402
 from library.base.version import add_version  # noqa: E402
@@ -72,10 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         gpus = [replace(gpu, main_memory_bytes=main_memory) for gpu in named]
         if args.script is None:
             if training:
-                raise UserError(
-                    f"{training[0]} belongs to a training; add --script, such as flux_train_network.py",
-                    setting="--script",
-                    cause="needs",
+                raise error_in("--script", cause="needs")(
+                    f"{training[0]} belongs to a training; add --script, such as flux_train_network.py"
                 )
             show_models(gpus, args.system)
             return 0

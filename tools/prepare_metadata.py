@@ -13,7 +13,7 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.base.terminal import print_line
 from library.commands.base_models import find_base
 from library.commands.command import command, make_parser
@@ -41,11 +41,9 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
     name = args.model_name_or_path
     path, spec = find_base("model_name_or_path", name, "unet", "vae")
     if not spec.folders:
-        raise UserError(
+        raise error_in(path=name, cause="does not fit")(
             f"{name} is {spec.called} model; encode its images with its training script and --cache_latents_to_disk, "
-            "or with tools/make_shards.py",
-            path=name,
-            cause="does not fit",
+            "or with tools/make_shards.py"
         )
     values: dict[str, Any] = {key: getattr(args, key) for key in FORWARDED_OPTIONS}
     values |= {

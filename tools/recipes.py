@@ -12,7 +12,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.base.errors import UserError
+from library.base.errors import UserError, error_in
 from library.base.suggestions import did_you_mean
 from library.base.terminal import print_line
 from library.commands.command import command, make_parser
@@ -64,9 +64,8 @@ def show_recipes(args: argparse.Namespace) -> None:
     elif args.name in recipes:
         print_line((FOLDER / f"{args.name}.toml").read_text(encoding="utf-8"), end="")
     else:
-        raise UserError(
-            f"there is no recipe {args.name}{did_you_mean(args.name, recipes)}; run without a name to list all",
-            setting="name",
+        raise error_in("name")(
+            f"there is no recipe {args.name}{did_you_mean(args.name, recipes)}; run without a name to list all"
         )
 
 

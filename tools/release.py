@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(ROOT))
 
-from library.base.errors import UserError  # noqa: E402
+from library.base.errors import UserError, of_file  # noqa: E402
 from library.base.terminal import print_error, print_line  # noqa: E402
 from library.base.version import NAME, VERSION, add_version  # noqa: E402
 
@@ -43,7 +43,7 @@ def git(*words: str) -> bytes:
 def pack(folder: Path) -> None:
     """Write the archives of the current commit and their sums. Raises UserError for uncommitted changes."""
     if folder.exists():
-        raise UserError.of_file(folder, "exists; name a new folder", cause="would be lost")
+        raise of_file(folder, cause="would be lost")("exists; name a new folder")
     if changed := git("status", "--porcelain", "--untracked-files=no").decode():
         raise UserError(f"`git commit` these changes first, the release would lack them:\n{changed.rstrip()}")
     name = f"{NAME}-{VERSION}"

@@ -24,9 +24,9 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from PIL import Image
 from tqdm import tqdm
 
-from library.base.errors import UserError
+from library.base.atomic_files import copy_atomically
+from library.base.errors import about, error_in
 from library.base.terminal import print_line
-from library.checkpoints.files import copy_atomically
 from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import FileKind, check_target, marked
 from library.commands.command import check_at_least_one, command, make_parser
@@ -62,7 +62,7 @@ def parse_resolutions(text: str) -> tuple[Size, ...]:
     matches = [re.fullmatch(r"(\d+)x(\d+)", part.strip()) for part in text.split(",")]
     sizes = tuple((int(match[1]), int(match[2])) for match in matches if match is not None)
     if len(sizes) < len(matches) or not all(map(min, sizes)):
-        raise UserError.about("--max_resolution", f'is "{text}"; use sizes such as 1024x1024, separated by commas')
+        raise about("--max_resolution")(f'is "{text}"; use sizes such as 1024x1024, separated by commas')
     return sizes
 
 
@@ -86,10 +86,8 @@ def write_sizes(image: Path, folder: Path, resizing: Resizing) -> None:
     for limit, suffix in zip(resizing.resolutions, resizing.suffixes(), strict=True):
         resized = resize_image(pixels, limit, resizing)
         if 0 in resized.shape:
-            raise UserError(
-                f"{image} has less than --divisible_by {resizing.divisible_by} pixels on a side",
-                setting="--divisible_by",
-                path=image,
+            raise error_in("--divisible_by", path=image)(
+                f"{image} has less than --divisible_by {resizing.divisible_by} pixels on a side"
             )
         path = folder / f"{image.stem}{suffix}{resizing.ending}"
         save_image(path, Image.fromarray(resized), make_mark(image, path))
@@ -119,10 +117,8 @@ def check_names(images: Sequence[Path]) -> None:
     for image in images:
         other = names.setdefault(image.stem, image)
         if other is not image:
-            raise UserError(
-                f"{other} and {image.name} differ only in their extension; rename one of them",
-                path=image,
-                cause="would be lost",
+            raise error_in(path=image, cause="would be lost")(
+                f"{other} and {image.name} differ only in their extension; rename one of them"
             )
 
 
@@ -130,12 +126,10 @@ def resize_all(args: argparse.Namespace) -> None:
     """Write every image of a folder at every resolution, and copy the other files."""
     source, target = args.src_img_folder, args.dst_img_folder
     if not source.is_dir():
-        raise UserError(f"{source} is not a folder", path=source)
+        raise error_in(path=source)(f"{source} is not a folder")
     if target.resolve() == source.resolve():
-        raise UserError(
-            f"{target} is the folder of the images themselves; use another one for the new files",
-            path=target,
-            cause="would be lost",
+        raise error_in(path=target, cause="would be lost")(
+            f"{target} is the folder of the images themselves; use another one for the new files"
         )
     check_at_least_one(args, "divisible_by")
     filter_name = FILTERS[args.interpolation] if args.interpolation else None
@@ -145,7 +139,7 @@ def resize_all(args: argparse.Namespace) -> None:
     images = [path for path in files if path.suffix in image_extensions()]
     if not images:
         unread = describe_unread(path.name for path in files)
-        raise UserError(f"{source} has no images; subfolders are not searched{unread}", path=source)
+        raise error_in(path=source)(f"{source} has no images; subfolders are not searched{unread}")
     check_names(images)
     others = [path for path in files if path not in set(images) and not path.name.endswith(CACHES)]
     copies = plan_copies(others, images, target, resizing, args)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from library.base.errors import UserError
+from library.base.errors import UserError, about
 from library.base.randomness import generator_for
 from library.base.terminal import print_line
 from library.commands.adapter_files import write_adapter
@@ -206,21 +206,16 @@ def resolve_measure(args: argparse.Namespace) -> Measure:
     conv = args.new_rank if args.new_conv_rank is None else args.new_conv_rank
     method, param = args.dynamic_method, args.dynamic_param
     if (method is None) != (param is None):
-        raise UserError.about(
-            "--dynamic_method",
-            "and --dynamic_param belong together, for example sv_fro and 0.9",
-            others=["--dynamic_param"],
+        raise about("--dynamic_method", others=["--dynamic_param"])(
+            "and --dynamic_param belong together, for example sv_fro and 0.9"
         )
     if method == "sv_ratio" and not 1 <= param < math.inf:
-        raise UserError.about("--dynamic_param", f"is {param:g}; sv_ratio needs at least 1, for example 10")
+        raise about("--dynamic_param")(f"is {param:g}; sv_ratio needs at least 1, for example 10")
     if method in ("sv_fro", "sv_cumulative") and not 0 < param <= 1:
-        raise UserError.about(
-            "--dynamic_param", f"is {param:g}; {method} needs a share above 0 and up to 1, for example 0.9"
-        )
+        raise about("--dynamic_param")(f"is {param:g}; {method} needs a share above 0 and up to 1, for example 0.9")
     if args.svd_lowrank_niter < 0:
-        raise UserError.about(
-            "--svd_lowrank_niter",
-            f"is {args.svd_lowrank_niter}; use 0 for the exact decomposition, or a number such as 2",
+        raise about("--svd_lowrank_niter")(
+            f"is {args.svd_lowrank_niter}; use 0 for the exact decomposition, or a number such as 2"
         )
     if args.svd_lowrank_niter and method is not None:
         logger.warning("--svd_lowrank_niter has no effect with --dynamic_method, which needs all singular values")

@@ -14,7 +14,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     import library  # noqa: F401  # checks the packages before they are imported
 
 from library.architectures.scripts import BY_PROMPTS, OtherScripts, Script, list_scripts
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.base.terminal import print_line
 from library.base.version import add_version
 from library.commands.exit_status import act
@@ -105,7 +105,7 @@ def execute(args: argparse.Namespace, words: Sequence[str]) -> int:
         add(queue, args, words)
         return 0
     if words:
-        raise UserError(f"`{args.command}` takes no options after --: {' '.join(words)}", setting=args.command)
+        raise error_in(args.command)(f"`{args.command}` takes no options after --: {' '.join(words)}")
     queue.require()
     if args.command == "run":
         queue.create()

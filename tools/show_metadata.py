@@ -16,10 +16,11 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.json_text import parse_json
 from library.base.terminal import escape_controls, print_line
-from library.checkpoints.files import file_in_folder, holds_safetensors, read_header, require_weight_file
+from library.checkpoints.files import file_in_folder
+from library.checkpoints.headers import holds_safetensors, read_header, require_weight_file
 from library.commands.command import add_file, command, make_parser
 
 TAG_KEY = "ss_tag_frequency"
@@ -110,16 +111,14 @@ def show(path: Path, key: str | None, is_json: bool, num_tags: int) -> Iterator[
     """Yield the lines to print. Raises UserError for a file or key that cannot be shown."""
     path = file_in_folder(path, f"--model {path}")
     if not path.is_file():
-        raise UserError.about("--model", "does not exist", path=path, cause="missing")
+        raise about("--model", path, cause="missing")("does not exist")
     require_weight_file(path)
     if not holds_safetensors(path):
-        raise UserError.about("--model", ": only safetensors files have metadata", path=path)
+        raise about("--model", path)(": only safetensors files have metadata")
     metadata = read_header(path).metadata
     if key is not None:
         if key not in metadata:
-            raise UserError.about(
-                "--key", f"{key}: the file has no such key; it has {', '.join(sorted(metadata)) or 'none'}"
-            )
+            raise about("--key")(f"{key}: the file has no such key; it has {', '.join(sorted(metadata)) or 'none'}")
         metadata = {key: metadata[key]}
     if is_json:
         yield json.dumps({k: parse_value(text) for k, text in metadata.items()}, indent=2, ensure_ascii=False)

@@ -28,7 +28,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 import torch
 from torch import Tensor, nn
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.formatting import format_gib
 from library.base.temporary_folders import delete_abandoned_folders, make_temporary_folder
 from library.base.terminal import print_line
@@ -122,9 +122,7 @@ def verify(args: argparse.Namespace, training: Sequence[str]) -> int:
     spec, options = read_training_options(args.script, training)
     results: list[Result] = []
     if options.sweep.sweep:
-        raise UserError.about(
-            "--sweep", "is not supported here; remove it: each adapter of a sweep trains as a single one does"
-        )
+        raise about("--sweep")("is not supported here; remove it: each adapter of a sweep trains as a single one does")
     delete_abandoned_folders((gettempdir(),))
     folder = Path(make_temporary_folder("verify"))
     try:

@@ -18,9 +18,9 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from PIL import Image
 
+from library.base.atomic_files import atomic_path
 from library.base.errors import UserError
 from library.base.formatting import format_count
-from library.checkpoints.files import atomic_path
 from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import FileKind, check_target, judge, marked
 from library.commands.command import check_at_least_one, make_training_parser, training_command
@@ -56,7 +56,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 @dataclass(frozen=True)
-class Pair:
+class Ballot:
     """Two images of one prompt, and the files that a vote on them writes."""
 
     folder: Path
@@ -118,7 +118,7 @@ class Pair:
 class VotingPages:
     """The page of the first open pair, and after the last vote one that says so."""
 
-    def __init__(self, pairs: Sequence[Pair]) -> None:
+    def __init__(self, pairs: Sequence[Ballot]) -> None:
         self.is_over = False
         self._pairs = {pair.name: pair for pair in pairs}
         self._lock = Lock()
@@ -177,7 +177,7 @@ def vote(args: argparse.Namespace, training: Sequence[str]) -> None:
     planned = draw.plan_images(candidates, training, files, specs)
     targets = sorted((target for row in planned.rows for target in row), key=lambda target: target.number)
     pairs = [
-        Pair(args.output, spec.prompt, images)
+        Ballot(args.output, spec.prompt, images)
         for spec, images in zip(specs[::2], zip(targets[::2], targets[1::2], strict=True), strict=True)
     ]
     open_pairs = [pair for pair in pairs if pair.is_open]
@@ -200,7 +200,7 @@ def is_drawn(target: Target) -> bool:
     return target.path.exists() and judge(target.path, marked("the image", target.mark)) == "ours"
 
 
-def log_votes(folder: Path, pairs: Sequence[Pair]) -> None:
+def log_votes(folder: Path, pairs: Sequence[Ballot]) -> None:
     """Log what there is, and what to do next."""
     votes = format_count(sum(pair.has_vote(PREFERRED) for pair in pairs), "vote")
     logger.info("%s in %s and %s", votes, folder / PREFERRED, folder / REJECTED)

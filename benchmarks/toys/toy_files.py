@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from library.checkpoints.files import atomic_path
+from library.base.atomic_files import atomic_path
 from library.checkpoints.folders import atomic_folder
 from library.checkpoints.marks import mark_folder, read_mark, save_image
 from library.checkpoints.overwriting import FileKind, check_target, known_by_start

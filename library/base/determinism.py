@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.base.errors import UserError
+from library.base.errors import UserError, about
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +36,9 @@ def deterministic(is_enabled: bool) -> Iterator[None]:
         return
     workspaces = os.environ.setdefault(WORKSPACES, FIXED_WORKSPACES[0])
     if workspaces not in FIXED_WORKSPACES:
-        raise UserError.about(
-            "--deterministic",
+        raise about("--deterministic")(
             f": the environment variable {WORKSPACES} is {workspaces!r}, with which cuBLAS adds in "
-            f"varying order; unset it, or set it to {' or '.join(FIXED_WORKSPACES)}",
+            f"varying order; unset it, or set it to {' or '.join(FIXED_WORKSPACES)}"
         )
     memory: Any = torch.utils.deterministic
     benchmarks, fills = torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory

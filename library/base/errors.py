@@ -1,10 +1,11 @@
 """The exception whose message is shown to users, with what a program needs of it, and the formatting of lists of names
 in such messages."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 Cause = Literal["missing", "unreadable", "wrong value", "does not fit", "needs", "would be lost", "not installed"]
 """What is wrong with a setting or a file. Front ends read it, so values are added and never changed."""
@@ -46,17 +47,10 @@ class UserError(ValueError):
     def about(
         cls: type[ErrorT], setting: str | None, reason: str, path: str | Path | None = None, **fields: Any
     ) -> ErrorT:
-        """Return an error whose message is the setting, the path if there is one, and the `reason`."""
-        start = " ".join(str(name) for name in (setting, path) if name is not None)
-        error = cls(f"{start}{reason}" if reason[:1] in (":", ",") else f"{start} {reason}", **fields)
-        error.complete(setting, path)
-        error.cause = error.cause or ("wrong value" if setting is not None else None)
-        error.reason = None if path is None else reason
-        return error
+        return cast(ErrorT, about(setting, path, kind=cls, **fields)(reason))
 
     @classmethod
     def of_file(cls: type[ErrorT], path: str | Path, reason: str, **fields: Any) -> ErrorT:
-        """Return an error whose message is the path and the `reason`, which a list of files shows alone."""
         return cls.about(None, reason, path, **fields)
 
     def __reduce__(self) -> Any:
@@ -90,6 +84,33 @@ class UserError(ValueError):
         error.path, error.file = self.path, self.file
         error.complete(setting, **fields)
         return error
+
+
+def about(
+    setting: str | None, path: str | Path | None = None, *, kind: type[UserError] = UserError, **fields: Any
+) -> Callable[[str], UserError]:
+    """Return the maker of an error whose message is the setting, the path if there is one, and the reason:
+    `raise about("--vae", path)("is a text file; use a checkpoint")`."""
+
+    def make(reason: str) -> UserError:
+        start = " ".join(str(name) for name in (setting, path) if name is not None)
+        error = kind(f"{start}{reason}" if reason[:1] in (":", ",") else f"{start} {reason}", **fields)
+        error.complete(setting, path)
+        error.cause = error.cause or ("wrong value" if setting is not None else None)
+        error.reason = None if path is None else reason
+        return error
+
+    return make
+
+
+def of_file(path: str | Path, **fields: Any) -> Callable[[str], UserError]:
+    """Return the maker of an error whose message is the path and the reason, which a list of files shows alone."""
+    return about(None, path, **fields)
+
+
+def error_in(setting: str | None = None, **fields: Any) -> Callable[[str], UserError]:
+    """Return the maker of an error in a setting or a file, which the message names at its own place."""
+    return partial(UserError, setting=setting, **fields)
 
 
 def rebuild(kind: type[UserError], text: str, fields: dict[str, Any]) -> UserError:

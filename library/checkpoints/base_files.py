@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from library.base.errors import NotThere, UserError
+from library.base.errors import NotThere, about
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights
 from library.options.model import BASE_FLAG
@@ -40,7 +40,7 @@ class BaseFiles:
         if self.whole is None:
             return self.open_folder(folder)
         if not any(key.startswith(prefix) for key in self.whole.shapes):
-            raise NotThere.about(flag, f"is missing: {self.path} does not contain this text encoder")
+            raise about(flag, kind=NotThere)(f"is missing: {self.path} does not contain this text encoder")
         return None, self.whole
 
 
@@ -65,9 +65,7 @@ def open_without_base(flag: str, name: str | None) -> tuple[BaseFiles, Weights]:
     Tokenizers are looked for next to the encoder. Raises UserError if there is no name.
     """
     if name is None:
-        raise UserError.about(
-            flag, "is missing: name its file or folder, or the whole model with --dit", cause="missing"
-        )
+        raise about(flag, cause="missing")("is missing: name its file or folder, or the whole model with --dit")
     path = Path(name).expanduser()
     nothing: dict[str, Tensor] = {}
     weights = Weights(str(path), {}, nothing.__getitem__)
@@ -77,5 +75,5 @@ def open_without_base(flag: str, name: str | None) -> tuple[BaseFiles, Weights]:
 def require_base_name(name: str | None, give: str) -> str:
     """Return the name of the base model. Raises UserError if there is none; `give` says which option to set."""
     if not name:
-        raise UserError.about(BASE_FLAG, f"is missing: use {give}", cause="missing")
+        raise about(BASE_FLAG, cause="missing")(f"is missing: use {give}")
     return name

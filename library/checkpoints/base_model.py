@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from library.base.errors import UserError
+from library.base.errors import of_file
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.checkpoints.weights import Weights
 
@@ -69,7 +69,7 @@ class BaseModel:
         none."""
         location = self._find(module)
         if location is None:
-            raise UserError.of_file(self.path, f"has no module {module}")
+            raise of_file(self.path)(f"has no module {module}")
         file, name, rows = location
         return file.read(name)[rows]
 

@@ -21,6 +21,7 @@ Amount = Literal["all", "some", "none"]
 
 # Beyond this number Forge drops the whole file (measured with dfdcbab).
 FORGE_MAX_UNKNOWN_KEYS = 12
+MOST_REASONS = 4  # of a program, in messages
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,11 @@ class Content:
         names = self.spec.names
         return frozenset(module for module in self.leaves if not (names.find(module) or names.find_parts(module)))
 
+    @cached_property
+    def examples(self) -> Mapping[str, str]:
+        """The first key of the file with each ending."""
+        return {key.text.rpartition(".")[2]: key.text for key in reversed(self.keys)}
+
     def is_lone(self, key: Key) -> bool:
         """Return True if a key belongs to a module that has only an alpha."""
         return self.leaves[key.module].keys() == {"alpha"}
@@ -166,7 +172,7 @@ def read_by(program: Program, content: Content) -> Reading:
 def explain_unused(program: Program, content: Content, key: Key, reader: Reader) -> str | None:
     """Return why a program ignores a key, or None if it uses it."""
     if key.naming is None:
-        return f"it is not known to read keys such as {key.text}"
+        return f"it is not known to read keys such as {content.examples[key.text.rpartition('.')[2]]}"
     if key.naming not in (reader.denoiser if key.part == "denoiser" else reader.text):
         subject = "text encoder keys in " if key.part == "text" else "keys in "
         return f"it does not read {subject}the {key.naming} naming"
@@ -318,7 +324,9 @@ def describe(program_readings: Sequence[Reading]) -> str:
 
 
 def problems(program_readings: Sequence[Reading]) -> Iterator[str]:
-    """Yield one line for each program and reason."""
+    """Yield one line for each program and reason, and few of many reasons."""
     for reading in program_readings:
-        for reason in reading.reasons:
+        for reason in reading.reasons[:MOST_REASONS]:
             yield f"{reading.program}: {reason}"
+        if len(reading.reasons) > MOST_REASONS:
+            yield f"{reading.program}: {len(reading.reasons) - MOST_REASONS} more reasons"

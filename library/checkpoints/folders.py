@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from library.checkpoints.files import flush_folder, full_disk_named
+from library.base.atomic_files import flush_folder, full_disk_named
 
 LONGEST_ON_WINDOWS = 259  # characters of a path, without long path support
 UNFINISHED, REPLACED = "unfinished", "replaced"

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from library.base.errors import UserError
+from library.base.errors import of_file
 from library.checkpoints.weights import Quantised, Weights, select_weights
 
 
@@ -26,7 +26,7 @@ def join_tensors(weights: Weights, parts: Mapping[str, tuple[str, ...]], swapped
         if len(missing) == len(names):
             continue
         if missing:
-            raise UserError.of_file(weights.origin, f"is incomplete: {', '.join(missing)} is missing", cause="missing")
+            raise of_file(weights.origin, cause="missing")(f"is incomplete: {', '.join(missing)} is missing")
         shapes[key] = (sum(weights.shapes[name][0] for name in names), *weights.shapes[names[0]][1:])
         if len(names) == 1 and key not in swaps:
             renamed[key] = names[0]

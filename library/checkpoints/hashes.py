@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from library.checkpoints.files import LENGTH_BYTES
+from library.checkpoints.headers import LENGTH_BYTES
 
 LEGACY_OFFSET = 0x100000
 LEGACY_BYTES = 0x10000

@@ -16,8 +16,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.base.atomic_files import atomic_path
 from library.base.errors import UserError
 from library.base.json_text import parse_json
+from library.checkpoints.headers import holds_safetensors, read_metadata
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -175,8 +177,6 @@ def _read_folder_mark(folder: Path) -> str | None:
 
 
 def _read_file_mark(path: Path) -> str | None:
-    from library.checkpoints.files import holds_safetensors, read_metadata  # it imports torch
-
     with path.open("rb") as file:
         start = file.read(TAR_AT + len(TAR_WORD))
     if start.startswith((PNG_START, JPEG_START)):
@@ -204,8 +204,6 @@ def _read_image_mark(path: Path) -> str | None:
 def save_image(path: Path, image: "Image.Image", mark: str, texts: Mapping[str, str] | None = None) -> None:
     """Write a PNG or JPEG atomically, with its mark and, in a PNG, further text fields."""
     from PIL.PngImagePlugin import PngInfo
-
-    from library.checkpoints.files import atomic_path  # it imports torch
 
     with atomic_path(path) as temporary:
         if path.suffix.lower() in (".jpg", ".jpeg"):

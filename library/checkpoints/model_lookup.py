@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from library.base.errors import NotThere, UserError, flagged
+from library.base.errors import NotThere, about, flagged, of_file
 from library.base.json_text import parse_json
 from library.base.suggestions import nearby
-from library.checkpoints.files import WEIGHT_SUFFIXES
+from library.checkpoints.headers import WEIGHT_SUFFIXES
 from library.checkpoints.quantised import open_checkpoint
 from library.checkpoints.weights import Weights
 
@@ -38,7 +38,7 @@ def existing(flag: str, name: str) -> Path:
     """Return the path of an existing file or folder. Raises NotThere with the nearest name if it does not exist."""
     path = Path(name).expanduser()
     if not path.exists():
-        raise NotThere.about(flag, f"does not exist{nearby(path)}", path=name)
+        raise about(flag, name, kind=NotThere)(f"does not exist{nearby(path)}")
     return path
 
 
@@ -56,11 +56,9 @@ def fetch_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
         try:
             snapshot = fetch_snapshot(name, [*small_files, *weights])
         except ConnectionError as error:
-            raise NotThere.about(
-                flag,
+            raise about(flag, name, kind=NotThere)(
                 f"is neither a file nor a folder, and cannot be downloaded from the hub ({error}). "
-                "Check the path, or download the model elsewhere and use the path of its folder or file",
-                path=name,
+                "Check the path, or download the model elsewhere and use the path of its folder or file"
             ) from error
         if all(any(find_weight_file(snapshot / folder, folder) for folder in part) for part in parts):
             break
@@ -137,8 +135,8 @@ def open_part(flag: str, folder: Path, kind: str, variant: str | None = None) ->
     if not (folder / "config.json").is_file():
         files = sorted(file.name for file in folder.parent.glob("*") if file.suffix.lower() in WEIGHT_SUFFIXES)
         hint = f"; to use {files[0]} in it, give its path" if files else ""
-        raise NotThere.about(
-            flag, f"is not a diffusers folder: {folder / 'config.json'} is missing{hint}", path=folder.parent
+        raise about(flag, folder.parent, kind=NotThere)(
+            f"is not a diffusers folder: {folder / 'config.json'} is missing{hint}"
         )
     file = find_weight_file(folder, kind, variant)
     if file is None:
@@ -155,8 +153,8 @@ def open_file(flag: str, path: Path) -> Weights:
         with flagged(flag, path):
             return open_checkpoint(path)
     except PermissionError as error:
-        raise UserError.about(
-            flag, f"cannot be read: {error.strerror}; change its permissions", path=path, cause="unreadable"
+        raise about(flag, path, cause="unreadable")(
+            f"cannot be read: {error.strerror}; change its permissions"
         ) from error
 
 
@@ -167,11 +165,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise UserError.of_file(path, f"is damaged: {error}", cause="unreadable") from None
+        raise of_file(path, cause="unreadable")(f"is damaged: {error}") from None
     if not isinstance(content, dict):
-        raise UserError.of_file(
-            path, f"is damaged: it contains a {type(content).__name__}, not an object", cause="unreadable"
-        )
+        raise of_file(path, cause="unreadable")(f"is damaged: it contains a {type(content).__name__}, not an object")
     return content
 
 
@@ -189,7 +185,7 @@ def refuse_kernels(file: Path, value: object) -> None:
     for key, name in value.items() if isinstance(value, dict) else ():
         if str(key).endswith("_implementation") and "/" in str(name):
             reason = f"asks for {key} {name}, code that transformers would download and run; remove that line"
-            raise UserError.of_file(file, reason, place=str(key))
+            raise of_file(file, place=str(key))(reason)
 
 
 def read_pipeline_class(folder: Path) -> str:
@@ -199,9 +195,7 @@ def read_pipeline_class(folder: Path) -> str:
     name: Any = index.get("_class_name", "")
     if isinstance(name, str) and (name == "" or name.isidentifier()):
         return name
-    raise UserError.of_file(
-        folder / "model_index.json",
+    raise of_file(folder / "model_index.json", place="_class_name")(
         f": _class_name is {str(name)[:80]!r}, not the name of a pipeline of diffusers. If it names Python code of the "
-        "model itself, only diffusers_train_network.py can run that",
-        place="_class_name",
+        "model itself, only diffusers_train_network.py can run that"
     )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.base.errors import UserError, list_few
+from library.base.errors import list_few, of_file
 from library.base.json_text import parse_json
 from library.checkpoints.weights import FromFiles, Quantised, Weights, open_weights
 
@@ -94,10 +94,9 @@ def check_formats(weights: Weights, formats: Mapping[str, object]) -> None:
     """Raise UserError for a weight in a format that is not supported."""
     for name, kind in formats.items():
         if not isinstance(kind, str) or kind not in DECODERS:
-            raise UserError.of_file(
-                weights.origin,
+            raise of_file(weights.origin)(
                 f": {name} is stored in the unsupported format {str(kind)[:40]!r}; supported: "
-                f"{', '.join(sorted(filter(None, DECODERS)))}. Use a bf16 or fp8 file of this model",
+                f"{', '.join(sorted(filter(None, DECODERS)))}. Use a bf16 or fp8 file of this model"
             )
 
 
@@ -130,10 +129,9 @@ def check_scales(weights: Weights, scales: Mapping[str, str], configs: Mapping[s
             impossible.append(layer)
     for layers, problem in ((missing, "have no scale"), (impossible, "have scales that are negative, not finite or 0")):
         if layers:
-            raise UserError.of_file(
-                weights.origin,
+            raise of_file(weights.origin)(
                 f": these quantised layers {problem} and cannot be decoded: {list_few(layers)}. "
-                "Download the file again, or use a bf16 file of this model",
+                "Download the file again, or use a bf16 file of this model"
             )
 
 
@@ -148,10 +146,9 @@ def check_marked(weights: Weights) -> None:
         and is_plain_fp8(weights, name)
     ]
     if names:
-        raise UserError.of_file(
-            weights.origin,
+        raise of_file(weights.origin)(
             f"is marked as {MARK}, but has no scales for its fp8 weights: {list_few(names)}. "
-            "Download the file again, or use a bf16 file of this model",
+            "Download the file again, or use a bf16 file of this model"
         )
 
 
@@ -166,22 +163,19 @@ def check_layout(weights: Weights, layer: str, scale: str, config: Config) -> No
         is_grouped = not remainder and num_groups > 1 and len(shape) == 2 and shape[1] % num_groups == 0
         fits = num_scales == 1 or (num_groups == 1 and not remainder) or is_grouped
     if not fits:
-        raise UserError.of_file(
-            weights.origin,
+        raise of_file(weights.origin, cause="does not fit")(
             f": {layer} has {num_scales} scales for a weight of shape {list(shape)} stored as "
-            f"{kind or 'fp8'}, which do not fit each other. Download the file again, or use a bf16 file of this model",
-            cause="does not fit",
+            f"{kind or 'fp8'}, which do not fit each other. Download the file again, or use a bf16 file of this model"
         )
     if not config.get("convrot"):
         return
     size = config.get("convrot_groupsize") or DEFAULT_CONVROT_GROUP
     is_power_of_4 = type(size) is int and size in (4**power for power in range(1, 7))
     if not is_power_of_4 or len(shape) != 2 or shape[1] % size:
-        raise UserError.of_file(
-            weights.origin,
+        raise of_file(weights.origin)(
             f": {layer} has the convrot_groupsize {str(size)[:40]!r}; it must be a power of 4, at most "
             f"{LARGEST_CONVROT_GROUP}, that divides the weight's {shape[-1] if shape else 0} inputs. Use a bf16 file "
-            "of this model",
+            "of this model"
         )
 
 
@@ -214,7 +208,7 @@ def is_plain_fp8(weights: Weights, name: str) -> bool:
 def dtype_in_file(weights: Weights, name: str) -> torch.dtype:
     """Return a tensor's stored dtype, from the header if the file has one."""
     places = weights.read.places if isinstance(weights.read, FromFiles) else {}
-    return places[name].entry.dtype if name in places else weights.read(name).dtype
+    return places[name].dtype if name in places else weights.read(name).dtype
 
 
 def are_possible(weights: Weights, layer: str, scale: str) -> bool:
@@ -242,7 +236,7 @@ def layer_configs(weights: Weights) -> dict[str, Config]:
             elif dot and last == "weight" and (header_config := find_config(layers, layer)) is not None:
                 configs.setdefault(layer, header_config)
     except ValueError as error:
-        raise UserError.of_file(weights.origin, f": the JSON description of its weights is invalid: {error}") from error
+        raise of_file(weights.origin)(f": the JSON description of its weights is invalid: {error}") from error
     return {layer: flat(config) for layer, config in configs.items() if isinstance(config, dict)}
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from library.base.errors import UserError
+from library.base.errors import of_file
 from library.checkpoints.adapter_keys import (
     WIDE_LEAVES,
     AdapterKey,
@@ -82,7 +82,7 @@ def require_spec(
     spec = recognise_adapter(specs, shapes, metadata)
     if spec is None:
         known = ", ".join(spec.title for spec in specs if spec.adapter)
-        raise UserError.of_file(origin, f": its base model cannot be recognised from its keys; supported: {known}")
+        raise of_file(origin)(f": its base model cannot be recognised from its keys; supported: {known}")
     return spec
 
 

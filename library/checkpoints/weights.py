@@ -15,16 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from library.base.errors import UserError, list_few
+from library.base.errors import list_few, of_file
 from library.base.json_text import parse_json
-from library.checkpoints.files import (
-    LENGTH_BYTES,
-    TensorEntry,
-    holds_safetensors,
-    load_state_dict,
-    read_header,
-    require_weight_file,
-)
+from library.checkpoints.files import TORCH_DTYPES, load_state_dict, require_dtypes
+from library.checkpoints.headers import LENGTH_BYTES, TensorEntry, holds_safetensors, read_header, require_weight_file
 
 ConfigT = TypeVar("ConfigT")
 
@@ -59,21 +53,25 @@ class Place:
     start: int
     entry: TensorEntry
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.entry.dtype]
+
     def read(self) -> Tensor:
         """Read the tensor into new memory. Raises UserError if the file has changed since its header was read."""
         raw = torch.empty(self.entry.end - self.entry.start, dtype=torch.uint8)
         with self._at_start() as file:
             read_into(file, raw.numpy().data, self.path)
-        return raw.view(self.entry.dtype).reshape(self.entry.shape)
+        return raw.view(self.dtype).reshape(self.entry.shape)
 
     def pieces(self, num_bytes: int) -> Iterator[Tensor]:
         """Yield the rows in order, about `num_bytes` at a time, in a buffer that is reused."""
         shape = self.entry.shape
-        size_of_row = prod(shape[1:]) * self.entry.dtype.itemsize
+        size_of_row = prod(shape[1:]) * self.dtype.itemsize
         num_rows = min(shape[0], max(1, num_bytes // max(1, size_of_row)))
         # A small buffer that is reused stays in the processor's cache. Casting float16 files through one takes a
         # quarter less CPU time than casting whole tensors.
-        rows = torch.empty(num_rows, *shape[1:], dtype=self.entry.dtype)
+        rows = torch.empty(num_rows, *shape[1:], dtype=self.dtype)
         with self._at_start() as file:
             for left in range(shape[0], 0, -max(1, num_rows)):
                 piece = rows[:left]
@@ -86,7 +84,7 @@ class Place:
         with self.path.open("rb", buffering=0) as file:
             stat = os.fstat(file.fileno())
             if (stat.st_size, stat.st_mtime_ns) != (self.opened.st_size, self.opened.st_mtime_ns):
-                raise UserError.of_file(self.path, "was changed while it was being read; start again")
+                raise of_file(self.path)("was changed while it was being read; start again")
             file.seek(self.start)
             yield file
 
@@ -168,6 +166,7 @@ def open_safetensors(path: Path) -> Weights:
     # Tensors are read into their own memory, not mapped: the peak is one copy, and the file may be replaced afterwards.
     stat_at_open = path.stat()
     header = read_header(path)
+    require_dtypes(path, header)
     data_start = LENGTH_BYTES + header.num_bytes
     places = {
         name: Place(path, stat_at_open, data_start + entry.start, entry) for name, entry in header.tensors.items()
@@ -206,7 +205,7 @@ def read_into(file: RawIOBase, buffer: memoryview, path: Path) -> None:
     while buffer:
         num_bytes = file.readinto(buffer)
         if not num_bytes:
-            raise UserError.of_file(path, "ended while it was being read; download or copy it again")
+            raise of_file(path)("ended while it was being read; download or copy it again")
         buffer = buffer[num_bytes:]
 
 
@@ -215,15 +214,13 @@ def open_sharded(index: Path) -> Weights:
     weight_map = read_weight_map(index)
     missing = sorted(name for name in set(weight_map.values()) if not (index.parent / name).is_file())
     if missing:
-        raise UserError.of_file(
-            index, f"lists files that are not next to it: {', '.join(missing)}; download them too", cause="missing"
+        raise of_file(index, cause="missing")(
+            f"lists files that are not next to it: {', '.join(missing)}; download them too"
         )
     files = {name: open_one(index.parent / name) for name in sorted(set(weight_map.values()))}
     absent = sorted(name for name, file in weight_map.items() if name not in files[file].shapes)
     if absent:
-        raise UserError.of_file(
-            index, f"lists weights missing from its files: {', '.join(absent[:3])}; download it again"
-        )
+        raise of_file(index)(f"lists weights missing from its files: {', '.join(absent[:3])}; download it again")
     return join_weights(str(index), files, weight_map)
 
 
@@ -232,9 +229,7 @@ def open_numbered(first: Path, stem: str, count: int, suffix: str) -> Weights:
     names = [f"{stem}{number:05}-of-{count:05}{suffix}" for number in range(1, count + 1)]
     missing = [name for name in names if not (first.parent / name).is_file()]
     if missing:
-        raise UserError.of_file(
-            first, f"is the first of {count} files, but these are not next to it: {list_few(missing)}"
-        )
+        raise of_file(first)(f"is the first of {count} files, but these are not next to it: {list_few(missing)}")
     files = {name: open_one(first.parent / name) for name in names}
     return join_weights(str(first), files, {key: name for name in names for key in files[name].shapes})
 
@@ -259,13 +254,13 @@ def read_weight_map(index: Path) -> dict[str, str]:
     try:
         content = parse_json(index.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError.of_file(index, f"is not valid JSON: {error}; download it again", cause="unreadable") from error
+        raise of_file(index, cause="unreadable")(f"is not valid JSON: {error}; download it again") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise UserError.of_file(index, "has no weight_map of tensor names to file names; download it again")
+        raise of_file(index)("has no weight_map of tensor names to file names; download it again")
     outside = sorted(file for file in set(weight_map.values()) if Path(file).name != file)
     if outside:
-        raise UserError.of_file(index, f"names files outside its folder: {', '.join(outside[:3])}; they are not opened")
+        raise of_file(index)(f"names files outside its folder: {', '.join(outside[:3])}; they are not opened")
     return dict(weight_map)
 
 
@@ -307,4 +302,4 @@ def configure(weights: Weights, read_config: Callable[[Mapping[str, tuple[int, .
     try:
         return read_config(weights.shapes)
     except ValueError as error:
-        raise UserError.of_file(weights.origin, f": {error}") from None
+        raise of_file(weights.origin)(f": {error}") from None

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from library.architectures.specs import list_specs
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.json_text import parse_json
 from library.checkpoints.base_model_spec import BaseModelSpec, BlockWeights
 from library.options.kinds import is_finite_number
@@ -54,9 +54,8 @@ def parse_lists(texts: Sequence[str] | None, num_files: int) -> list[tuple[float
     if not texts:
         return []
     if len(texts) != num_files:
-        raise UserError.about(
-            "--lbws",
-            f"has {len(texts)} lists, but --models {num_files}; use one for each file, in quotes if it contains spaces",
+        raise about("--lbws")(
+            f"has {len(texts)} lists, but --models {num_files}; use one for each file, in quotes if it contains spaces"
         )
     return [parse_list(text) for text in texts]
 
@@ -68,7 +67,7 @@ def parse_list(text: str) -> tuple[float, ...]:
     except ValueError:
         numbers = None
     if not isinstance(numbers, list) or not all(map(is_finite_number, numbers)):
-        raise UserError.about("--lbws", f'has "{text}", which is not a list of numbers; write it as [1,0,0.5,...]')
+        raise about("--lbws")(f'has "{text}", which is not a list of numbers; write it as [1,0,0.5,...]')
     return tuple(float(value) for value in numbers)
 
 
@@ -80,22 +79,19 @@ def strength_by_block(file: AdapterFile, spec: BaseModelSpec, numbers: tuple[flo
     """
     lists = spec.block_weights
     if lists is None:
-        raise UserError.about(
-            "--lbws", f"names the blocks of a U-Net, but {file.origin} is for {spec.title}, which has none; remove it"
+        raise about("--lbws")(
+            f"names the blocks of a U-Net, but {file.origin} is for {spec.title}, which has none; remove it"
         )
     names = next((names for names in lists.lists if len(names) == len(numbers)), None)
     if names is None:
-        raise UserError.about(
-            "--lbws",
+        raise about("--lbws")(
             f"has a list of {len(numbers)} numbers, but {file.origin} is for {spec.title}, "
-            f"which needs {format_lengths(spec)}",
+            f"which needs {format_lengths(spec)}"
         )
     # The strength acts on the change. sd-scripts multiplies both factors by it, so that 0.5 acts as 0.25 there.
     strength = BlockStrength(spec, dict(zip(names, numbers, strict=True)))
     if not any(map(strength, file.modules)):
-        raise UserError.about(
-            "--lbws", f"gives every module of {file.origin} strength 0; remove the file or use other numbers"
-        )
+        raise about("--lbws")(f"gives every module of {file.origin} strength 0; remove the file or use other numbers")
     warn_about_uncovered_modules(file, lists, strength)
     return strength
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.version import add_version
-from library.checkpoints.files import SAFETENSORS_SUFFIXES, is_safetensors
+from library.checkpoints.headers import SAFETENSORS_SUFFIXES, is_safetensors
 from library.checkpoints.marks import mark_of
 from library.checkpoints.overwriting import FileKind, check_target, marked
 from library.commands.exit_status import act
@@ -128,7 +128,7 @@ def dtype_of_file(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
     if name.lower() not in FILE_PRECISIONS:
-        raise UserError.about("--save_precision", f"is {name}; use one of {', '.join(FILE_PRECISIONS)}")
+        raise about("--save_precision")(f"is {name}; use one of {', '.join(FILE_PRECISIONS)}")
     return FILE_PRECISIONS[name.lower()]
 
 
@@ -142,14 +142,14 @@ def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise UserError.about(f"--{name}", f"is {value}; it must be at least 1")
+            raise about(f"--{name}")(f"is {value}; it must be at least 1")
 
 
 def check_finite(flag: str, *numbers: float) -> None:
     """Raise UserError for NaN and infinity."""
     for number in numbers:
         if not math.isfinite(number):
-            raise UserError.about(flag, f"has {number}; use a finite number")
+            raise about(flag)(f"has {number}; use a finite number")
 
 
 def resolve_ratios(args: argparse.Namespace, unset: float) -> list[float]:
@@ -160,18 +160,14 @@ def resolve_ratios(args: argparse.Namespace, unset: float) -> list[float]:
     ratios = args.ratios or [unset] * len(args.models)
     check_finite("--ratios", *ratios)
     if len(ratios) != len(args.models):
-        raise UserError.about(
-            "--ratios", f"has {len(ratios)} values, but --models {len(args.models)}; use one for each file"
-        )
+        raise about("--ratios")(f"has {len(ratios)} values, but --models {len(args.models)}; use one for each file")
     return ratios
 
 
 def check_extension(flag: str, path: Path) -> None:
     """Raise UserError unless the extension selects a weight file format."""
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError.about(
-            flag, f": the name must end in one of {', '.join(SUFFIXES)}, which chooses the format", path=path
-        )
+        raise about(flag, path)(f": the name must end in one of {', '.join(SUFFIXES)}, which chooses the format")
 
 
 def check_output(flag: str, path: Path, writer: str, inputs: Iterable[Path | None] = ()) -> None:
@@ -184,9 +180,7 @@ def check_output(flag: str, path: Path, writer: str, inputs: Iterable[Path | Non
 def check_safetensors_output(flag: str, path: Path, writer: str, inputs: Iterable[Path | None] = ()) -> None:
     """Raise UserError as `check_output` does, and for other extensions than those of safetensors."""
     if not is_safetensors(path):
-        raise UserError.about(
-            flag, f": the name must end in {' or '.join(SAFETENSORS_SUFFIXES)}, the only format", path=path
-        )
+        raise about(flag, path)(f": the name must end in {' or '.join(SAFETENSORS_SUFFIXES)}, the only format")
     check_place(flag, path, written_by(writer, path), inputs)
 
 
@@ -211,11 +205,9 @@ def check_folder(flag: str, path: Path) -> None:
     """Raise UserError if nothing can be created at `path`; missing parent folders are allowed."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir():
-        raise UserError.about(flag, f": {folder} is a file, not a folder; use another folder", path=path)
+        raise about(flag, path)(f": {folder} is a file, not a folder; use another folder")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError.about(
-            flag, f": {folder} is not writable; change its permissions, or use another folder", path=path
-        )
+        raise about(flag, path)(f": {folder} is not writable; change its permissions, or use another folder")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -226,9 +218,7 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError.about(
-            "--device", f"{name} cannot be used ({reason}); use cpu, or cuda if there is a GPU"
-        ) from None
+        raise about("--device")(f"{name} cannot be used ({reason}); use cpu, or cuda if there is a GPU") from None
     return device
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from library.architectures.specs import list_specs
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.terminal import print_line
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.data.description.dataset_file import load_dataset_config, parse_numbers
@@ -36,9 +36,7 @@ def spec_of_script(name: str) -> BaseModelSpec:
     specs = {spec.script: spec for spec in reversed(list_specs())}
     script = f"{name.removesuffix('.py')}.py"
     if script not in specs:
-        raise UserError.about(
-            "--script", f"{name} is not a training script; use one of {', '.join(sorted(specs, key=len))}"
-        )
+        raise about("--script")(f"{name} is not a training script; use one of {', '.join(sorted(specs, key=len))}")
     return specs[script]
 
 
@@ -56,11 +54,9 @@ def count(name: str, arguments: Sequence[str], is_fused: bool | None = None) -> 
     """
     spec, options = read_training_options(name, arguments)
     if not options.network.network_module:
-        raise UserError.about("--network_module", "is not set; use networks.lora for a LoRA", cause="missing")
+        raise about("--network_module", cause="missing")("is not set; use networks.lora for a LoRA")
     if options.distributed.shard_base and not options.distributed.shard_group:
-        raise UserError.about(
-            "--shard_base", ": set --shard_group to the number of processes that share the base model"
-        )
+        raise about("--shard_base")(": set --shard_group to the number of processes that share the base model")
     check_requirements(options)
     check_paths(options.with_values({"resume": None}))  # a plan reads no state
     check_multipliers(options.network)
@@ -78,9 +74,7 @@ def count(name: str, arguments: Sequence[str], is_fused: bool | None = None) -> 
 def batch_of_options(data: DatasetOptions) -> BatchShape:
     """Return the batch of --resolution and --train_batch_size. Raises UserError if no resolution is set."""
     if not data.resolution:
-        raise UserError.about(
-            "--resolution", "is not set; set the training size, such as 512 or 512,768", cause="missing"
-        )
+        raise about("--resolution", cause="missing")("is not set; set the training size, such as 512 or 512,768")
     sides = parse_numbers("--resolution", data.resolution, int, (1, 2), "512 or 768,512")
     return BatchShape(data.train_batch_size, sides[0], sides[-1], num_tokens=NUM_TOKENS)
 

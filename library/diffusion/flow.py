@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.diffusion.noise import draw_normal, perturb_input
 from library.diffusion.timesteps import (
     NUM_TIMESTEPS,
@@ -150,11 +150,10 @@ class FlowMatching:
                 return timesteps_B
             redrawn_B = NUM_TIMESTEPS * self.draw_levels(*shape, generator, offsets_B)
             timesteps_B = torch.where(is_inside_B, timesteps_B, redrawn_B)
-        raise UserError.about(
-            "--preserve_distribution_shape",
+        raise about("--preserve_distribution_shape")(
             f": in {MOST_REDRAWS} draws no noise level lay between --min_timestep "
             f"{lowest} and --max_timestep {highest}; widen the range, choose another --timestep_sampling, or leave the "
-            "option out",
+            "option out"
         )
 
     def noise_levels(self, noised: Noised) -> Tensor:

@@ -34,11 +34,7 @@ def perturb_input(noise_BCHW: Tensor, options: NoiseOptions, generator: torch.Ge
 
 
 def add_offset(
-    noise_BCHW: Tensor,
-    clean_BCHW: Tensor,
-    strength: float,
-    adaptive_scale: float | None,
-    generator: torch.Generator,
+    noise_BCHW: Tensor, clean_BCHW: Tensor, strength: float, adaptive_scale: float | None, generator: torch.Generator
 ) -> Tensor:
     """Shift each channel of each sample by one random value, so that the model learns the brightness of whole images.
 

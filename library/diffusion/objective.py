@@ -145,10 +145,7 @@ class DDPM:
 
 
 def build_ddpm(
-    noise: NoiseOptions,
-    weighting: LossOptions,
-    predicts_velocity: bool,
-    schedule: BetaSchedule = LATENT_DIFFUSION,
+    noise: NoiseOptions, weighting: LossOptions, predicts_velocity: bool, schedule: BetaSchedule = LATENT_DIFFUSION
 ) -> DDPM:
     """Build the objective of the models that were trained on a schedule.
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.randomness import generator_for, random_for
 from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
 from library.options.training.noise import NoiseOptions
@@ -249,10 +249,10 @@ def resolve_timestep_range(noise: NoiseOptions, num_timesteps: int) -> tuple[int
 def check_timestep_range(min_timestep: int, max_timestep: int, num_timesteps: int) -> None:
     """Raise UserError for limits outside the schedule."""
     if not 0 <= min_timestep < num_timesteps:
-        raise UserError.about("--min_timestep", f"is {min_timestep}; it must lie in 0..{num_timesteps - 1}")
+        raise about("--min_timestep")(f"is {min_timestep}; it must lie in 0..{num_timesteps - 1}")
     # From an empty range every sample gets `max_timestep` itself, so it must be in the schedule.
     highest = num_timesteps if min_timestep < max_timestep else num_timesteps - 1
     if not 0 <= max_timestep <= highest:
-        raise UserError.about(
-            "--max_timestep", f"is {max_timestep}; timesteps are drawn below it, so it must lie in 1..{num_timesteps}"
+        raise about("--max_timestep")(
+            f"is {max_timestep}; timesteps are drawn below it, so it must lie in 1..{num_timesteps}"
         )

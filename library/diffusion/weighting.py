@@ -6,7 +6,7 @@ Letters: B samples, C channels, H height, W width, T noise levels.
 import torch
 from torch import Tensor
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.options.training.loss import LossOptions
 
 MAX_SNR = 1000.0  # the first timesteps are nearly clean; uncapped they would dominate the weights
@@ -54,7 +54,7 @@ def check_huber(options: LossOptions) -> None:
         return
     for flag, value in (("--huber_c", options.huber_c), ("--huber_scale", options.huber_scale)):
         if value <= 0:
-            raise UserError.about(flag, f"is {value}; with --loss_type {options.loss_type} it must be above 0")
+            raise about(flag)(f"is {value}; with --loss_type {options.loss_type} it must be above 0")
 
 
 def snr_weights(options: LossOptions, snr_T: Tensor, predicts_velocity: bool) -> Tensor:

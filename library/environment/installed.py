@@ -9,7 +9,7 @@ from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.errors import UserError, about
 from library.environment import torch_builds
 
 # Lower than in requirements.txt, because front ends pin their own versions and most base models train with these.
@@ -164,16 +164,14 @@ def import_needed(module: str, flag: str) -> Any:
     """Import the module of an option. Raises UserError if its package is missing or broken, saying what to install."""
     package = module.partition(".")[0]
     if is_missing(package):
-        raise UserError.about(flag, f"needs the package: pip install {package}", cause="not installed")
+        raise about(flag, cause="not installed")(f"needs the package: pip install {package}")
     try:
         return import_module(module)
     except Exception as error:  # a version that does not fit its own requirements raises anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError.about(
-            flag,
+        raise about(flag, cause="not installed")(
             f": {package} {version_of(package) or ''} cannot be imported ({type(error).__name__}: {reason}); install "
-            f"another version: pip install --upgrade {package}",
-            cause="not installed",
+            f"another version: pip install --upgrade {package}"
         ) from error
 
 

@@ -54,7 +54,7 @@ SERIES = (
 )  # fmt: skip
 
 
-class Choice:
+class TorchBuild:
     """A build to install: the index (None: PyPI's), the requirement for torch, and the reason for the user."""
 
     def __init__(self, index: "str | None", requirement: str, reason: str) -> None:
@@ -115,7 +115,7 @@ def list_amd() -> "list[str]":
     return targets
 
 
-def choose_cuda(gpus: "list[tuple[str, float, int]]") -> Choice:
+def choose_cuda(gpus: "list[tuple[str, float, int]]") -> TorchBuild:
     """Return the build with the newest torch for the newest GPU. Raises NoBuild if there is none."""
     name, capability, driver = max(gpus, key=lambda gpu: gpu[1])
     if not capability:
@@ -134,7 +134,7 @@ def choose_cuda(gpus: "list[tuple[str, float, int]]") -> Choice:
         )
     build = fitting[0]
     reason = f"{name} (compute capability {capability}, driver {driver})"
-    return Choice(INDEX + build.tag, build.versions, reason)
+    return TorchBuild(INDEX + build.tag, build.versions, reason)
 
 
 def is_reachable(index: str) -> bool:
@@ -146,24 +146,24 @@ def is_reachable(index: str) -> bool:
         return False
 
 
-def choose() -> Choice:
+def choose() -> TorchBuild:
     """Return the build for this machine. Raises NoBuild if its GPU has none."""
     gpus = list_nvidia()
     if gpus:
         return choose_cuda(gpus)
     if sys.platform == "darwin":
-        return Choice(None, "torch>=2.6", "Apple's processor" if platform.machine() == "arm64" else "no GPU")
+        return TorchBuild(None, "torch>=2.6", "Apple's processor" if platform.machine() == "arm64" else "no GPU")
     targets = list_amd() if sys.platform == "linux" else []
     usable = [target for target in targets if target in ROCM_TARGETS]
     if usable:
-        return Choice(INDEX + ROCM_TAG, ROCM_VERSIONS, f"AMD GPU {usable[0]}")
+        return TorchBuild(INDEX + ROCM_TAG, ROCM_VERSIONS, f"AMD GPU {usable[0]}")
     if read(["xpu-smi", "discovery"]):
-        return Choice(INDEX + "xpu", "torch>=2.8", "Intel GPU")
+        return TorchBuild(INDEX + "xpu", "torch>=2.8", "Intel GPU")
     none = f"AMD GPU {targets[0]} without kernels in torch" if targets else "no GPU"
-    return Choice(INDEX + "cpu" if sys.platform == "linux" else None, "torch>=2.6", none)
+    return TorchBuild(INDEX + "cpu" if sys.platform == "linux" else None, "torch>=2.6", none)
 
 
-def named(tag: str) -> Choice:
+def named(tag: str) -> TorchBuild:
     """Return the build of a tag that the user gives, such as cpu, cu126, rocm6.4 or xpu."""
     versions = {build.tag: build.versions for build in CUDA_BUILDS}
-    return Choice(INDEX + tag, versions.get(tag, "torch>=2.6"), f"--torch {tag}")
+    return TorchBuild(INDEX + tag, versions.get(tag, "torch>=2.6"), f"--torch {tag}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.grad import conv2d_input
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.memory import small_convolutions
 from library.memory.codecs.codec import Codec, Decoder, Parts
 from library.memory.codecs.matmul_8bit import Codes, input_gradient, output
@@ -44,11 +44,10 @@ class FrozenLayer(nn.Module):
     @weight.deleter
     def weight(self) -> None:
         # LyCORIS' `algo=full` trains a weight of its own in the place of the layer's.
-        raise UserError.about(
-            "--network_module",
+        raise about("--network_module")(
             "replaces the weights of the base model's layers, which does not work where they are "
             "offloaded, sharded or stored in 8 or 4 bits; remove --blocks_to_swap, --shard_base, --base_format and "
-            "--fp8_base, or use a kind of adapter that keeps them",
+            "--fp8_base, or use a kind of adapter that keeps them"
         )
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
@@ -173,17 +172,17 @@ def frozen_layers(block: nn.Module) -> Iterator[FrozenLayer]:
 
 
 @torch.no_grad()
-def store_in(codec: Codec, layer: nn.Module, weight: Tensor | None = None) -> None:
+def freeze_layer(codec: Codec, layer: nn.Module, weight: Tensor | None = None) -> None:
     """Convert a layer in place to its frozen version, stored by `codec`. References to the layer stay valid.
 
     `weight` replaces the layer's own, which may have no values yet.
     """
     original = layer.weight if weight is None else weight
     assert isinstance(original, Tensor)
-    keep_in(codec, layer, codec.encode(original), original.shape, original.dtype)
+    freeze_encoded(codec, layer, codec.encode(original), original.shape, original.dtype)
 
 
-def keep_in(decoder: Decoder, layer: nn.Module, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> None:
+def freeze_encoded(decoder: Decoder, layer: nn.Module, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> None:
     """Convert a layer in place to its frozen version, from the encoded parts of a weight with this shape and dtype."""
     del layer.weight
     layer.__class__ = KINDS[type(layer)]
@@ -194,12 +193,12 @@ def keep_in(decoder: Decoder, layer: nn.Module, parts: Parts, shape: torch.Size,
     layer.handle = layer.own_parts
 
 
-def store_all_in(codec: Codec, layers: Iterable[nn.Module]) -> int:
+def freeze_layers(codec: Codec, layers: Iterable[nn.Module]) -> int:
     """Store with `codec` all layers that can be frozen and are not frozen yet. Return the number of frozen layers."""
     layers = list(layers)
     for layer in layers:
         if can_be_frozen(layer):
-            store_in(codec, layer)
+            freeze_layer(codec, layer)
     return sum(isinstance(layer, FrozenLayer) for layer in layers)
 
 

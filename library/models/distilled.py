@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints.model_lookup import read_json
 from library.options.model import BASE_FLAG
 
@@ -75,11 +75,9 @@ def recognise_name(release: DistilledRelease, name: str, path: Path) -> bool | N
     base = [word for word in words if word in BASE_WORDS | release.base_words]
     base += [f"{before} {word}" for before, word in pairs if word in DISTILLED_WORDS and before == "de"]
     if distilled and base:
-        raise UserError.about(
-            BASE_FLAG,
+        raise about(BASE_FLAG, path)(
             f": {name} has {distilled[0]!r}, as a distilled model, and {base[0]!r}, as its base "
-            f"model; set {release.flag} to say which it is",
-            path=path,
+            f"model; set {release.flag} to say which it is"
         )
     if distilled or base:
         return bool(distilled)

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import nn
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints.base_files import BaseFiles, open_base, open_without_base
 from library.checkpoints.weights import Weights
 from library.memory.codecs.codec import RequestedFormat
@@ -147,12 +147,9 @@ def add_vision(loader: DitLoader, open_it: Callable[[], Component | None], load:
 def check_input_width(path: Path, num_inputs: int, expected: int, unit: str, title: str) -> None:
     """Raise UserError if the transformer at `path` takes another number of values per `unit` than the VAE produces."""
     if num_inputs != expected:
-        raise UserError.about(
-            BASE_FLAG,
+        raise about(BASE_FLAG, path, cause="does not fit")(
             f": the transformer takes {num_inputs} values per {unit}, but only {expected} are "
-            f"supported; use a checkpoint of {title}",
-            path=path,
-            cause="does not fit",
+            f"supported; use a checkpoint of {title}"
         )
 
 

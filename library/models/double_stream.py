@@ -15,8 +15,8 @@ from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from library.memory.blocks import BlockRunner, Stacks, plain
-from library.memory.fused import fuses, owned
-from library.models.fused import gated_sum, modulated_norm, rotated_norm, swiglu
+from library.memory.fused_kernels import fuses, owned
+from library.models.fused_norms import gated_sum, modulated_norm, rotated_norm, swiglu
 from library.models.layer_keys import LayerKeys, Layers, Stack, is_norm, list_leaves
 from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.sinusoids import sinusoids

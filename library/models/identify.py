@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from library.base.errors import NotThere, UserError
+from library.base.errors import NotThere, about
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.base_model_spec import BaseModelSpec, Shapes, recognise
@@ -73,7 +73,7 @@ def base_of_checkpoint(specs: Sequence[BaseModelSpec], flag: str, path: Path) ->
         return named[0]
     spec = base_of_folder(specs, class_name, model_lookup.open_part(flag, path / "unet", "unet")[1].shapes)
     if spec is None:  # every U-Net with weights is recognised as this family
-        raise UserError.about(flag, ": its U-Net has no weights; download it again", path=path)
+        raise about(flag, path)(": its U-Net has no weights; download it again")
     return spec
 
 
@@ -103,11 +103,8 @@ def base_of_parts(specs: Sequence[BaseModelSpec], folder: Path) -> BaseModelSpec
 def refuse_unknown_folder(flag: str, folder: Path, class_name: str) -> None:
     """Raise UserError for a folder whose pipeline no script trains. One with a U-Net passes: its weights decide."""
     if class_name and not (folder / "unet").is_dir():
-        raise UserError.about(
-            flag,
-            f": its model_index.json names {class_name}, which has no script of its own; try "
-            "diffusers_train_network.py",
-            path=folder,
+        raise about(flag, folder)(
+            f": its model_index.json names {class_name}, which has no script of its own; try diffusers_train_network.py"
         )
 
 
@@ -133,10 +130,8 @@ def text_encoder_in(flag: str, weights: Weights, prefix: str) -> Weights:
     """Return the text encoder in a U-Net checkpoint, below `prefix`. Raises NotThere if it is missing."""
     encoder = with_prefix(weights, prefix)
     if not encoder.shapes:
-        raise NotThere.about(
-            flag,
-            f"has a U-Net but no text encoder (nothing begins with {prefix!r}); use a full checkpoint",
-            path=weights.origin,
+        raise about(flag, weights.origin, kind=NotThere)(
+            f"has a U-Net but no text encoder (nothing begins with {prefix!r}); use a full checkpoint"
         )
     return encoder
 
@@ -145,7 +140,7 @@ def refuse_variants(specs: Sequence[BaseModelSpec], flag: str, origin: str, shap
     """Raise UserError for an unsupported variant of a known model."""
     for pattern, description in (item for spec in specs for item in spec.variants.items()):
         if any(re.search(pattern, name) for name in shapes):
-            raise UserError.about(flag, f": this is {description}", path=origin, cause="does not fit")
+            raise about(flag, origin, cause="does not fit")(f": this is {description}")
 
 
 def refuse_unknown_file(flag: str, weights: Weights) -> NoReturn:
@@ -155,18 +150,14 @@ def refuse_unknown_file(flag: str, weights: Weights) -> NoReturn:
         (description for marks, description in NO_MODELS if any(m in name for name in names for m in marks)), None
     )
     if description:
-        raise UserError.about(flag, f": this is {description}", path=weights.origin, cause="does not fit")
+        raise about(flag, weights.origin, cause="does not fit")(f": this is {description}")
     denoiser_names = [name for name in names if name.startswith(UNET_PREFIX)]
     if denoiser_names:
-        raise UserError.about(
-            flag,
-            f": its denoiser belongs to no supported model (first names: {', '.join(denoiser_names[:3])})",
-            path=weights.origin,
+        raise about(flag, weights.origin)(
+            f": its denoiser belongs to no supported model (first names: {', '.join(denoiser_names[:3])})"
         )
-    raise UserError.about(
-        flag,
-        f"is not a checkpoint of a supported base model (first names: {list_first_names(weights)})",
-        path=weights.origin,
+    raise about(flag, weights.origin)(
+        f"is not a checkpoint of a supported base model (first names: {list_first_names(weights)})"
     )
 
 
@@ -187,7 +178,7 @@ def refuse_other(
     """Raise UserError if another base model was recognised in a folder or file; None means that no model was."""
     if recognised is not None and recognised.name != expected:
         fix = suggest_fix(recognised, find_spec(specs, expected))
-        raise UserError.about(flag, f": this is {recognised.called} {kind}; {fix}", path=origin, cause="does not fit")
+        raise about(flag, origin, cause="does not fit")(f": this is {recognised.called} {kind}; {fix}")
 
 
 def open_unet_folder(specs: Sequence[BaseModelSpec], base: BaseFiles, expected: str) -> tuple[dict[str, Any], Weights]:
@@ -239,7 +230,7 @@ def open_single_file(specs: Sequence[BaseModelSpec], flag: str, path: Path, expe
     """
     if path.is_dir():
         refuse_other_folder(specs, flag, path, expected)
-        raise UserError.about(flag, f"is a folder; {advice}", path=path)
+        raise about(flag, path)(f"is a folder; {advice}")
     return model_lookup.open_file(flag, path)
 
 
@@ -249,7 +240,7 @@ def refuse_transformer(
     """Raise UserError for weights that are not a denoiser of `expected`, naming their model if it is recognised, else
     with `why`."""
     refuse_other_model(specs, base.flag, str(base.path), (base.whole or weights).shapes, expected)
-    raise UserError.about(base.flag, f": {why} (first names: {list_first_names(weights)})", path=base.path)
+    raise about(base.flag, base.path)(f": {why} (first names: {list_first_names(weights)})")
 
 
 def find_spec(specs: Sequence[BaseModelSpec], name: str) -> BaseModelSpec:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.checkpoints.weights import Weights, select_weights, with_prefix
 from library.memory.devices import send
 from library.memory.formats.fp8 import Fp8Rows
-from library.memory.frozen import layers_in_blocks, store_all_in
+from library.memory.frozen import freeze_layers, layers_in_blocks
 from library.models.loading import Component, LoadPart, MaybeComponent
 from library.models.shapes import Shapes, count, shape_of
 from library.types import Conditioning, Tokens
@@ -43,7 +43,7 @@ def choose_load(load: LoadPart, name: str, in_8_bits: bool) -> LoadPart:
 
     def load_in_8_bits(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
         encoder = load(component, dtype)
-        logger.info("%s: %d layers in 8 bits", name, store_all_in(Fp8Rows(), layers_in_blocks(encoder).values()))
+        logger.info("%s: %d layers in 8 bits", name, freeze_layers(Fp8Rows(), layers_in_blocks(encoder).values()))
         return encoder
 
     return load_in_8_bits if in_8_bits else load
@@ -128,10 +128,8 @@ def with_first_layers(component: Component, num_layers: int, label: str) -> Comp
     """
     depth = component.config["num_hidden_layers"]
     if depth < num_layers:
-        raise UserError(
-            f"{label} {component.weights.origin} has {depth} layers, but the first {num_layers} are used",
-            path=component.weights.origin,
-            cause="does not fit",
+        raise error_in(path=component.weights.origin, cause="does not fit")(
+            f"{label} {component.weights.origin} has {depth} layers, but the first {num_layers} are used"
         )
     names = component.weights.shapes
     kept = {key: key for key in names if not key.startswith("layers.") or int(key.split(".")[1]) < num_layers}

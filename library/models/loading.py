@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from library.base.errors import NotThere, UserError, list_few
+from library.base.errors import NotThere, about, list_few, of_file
 from library.checkpoints.quantised import multiply_scales, rotate_groups
 from library.checkpoints.weights import FromFiles, Weights
 from library.memory.codecs.codec import AS_IN_FILE, AsInFile, AsRead, Codec, RequestedFormat
@@ -23,7 +23,7 @@ from library.memory.codecs.plain import Plain
 from library.memory.codecs.scaled import Scaled
 from library.memory.codecs.weight_format import load_format
 from library.memory.devices import channels_last_where_it_fits
-from library.memory.frozen import keep_in, layers_in_blocks, store_in
+from library.memory.frozen import freeze_encoded, freeze_layer, layers_in_blocks
 from library.models.shapes import shape_of
 
 logger = logging.getLogger(__name__)
@@ -132,12 +132,8 @@ def check_text_width(
     text_width = shape_of(component.weights.shapes, embedding)[1]
     if num_states * text_width != width:
         states = "text features of" if num_states == 1 else f"{num_states} states of"
-        raise UserError.about(
-            flag,
-            f"has width {text_width}, but the transformer expects {states} "
-            f"width {width / num_states:g}; use {expected}",
-            path=component.weights.origin,
-            cause="does not fit",
+        raise about(flag, component.weights.origin, cause="does not fit")(
+            f"has width {text_width}, but the transformer expects {states} width {width / num_states:g}; use {expected}"
         )
 
 
@@ -148,7 +144,7 @@ def materialise(
 
     With a `weight_format` the weights inside its blocks are stored in that format as they are read: peak memory is the
     result and one weight. Weights that the file already has in that format, or in any 8-bit format with AS_IN_FILE, are
-    kept as stored unless `AsRead.changes` names them. With `AsRead.take` every layer is stored in some format.
+    kept as stored unless `AsRead.changes` names them. With `AsRead.shard` every layer is stored in some format.
 
     Raises UserError naming missing weights and wrong shapes; warns of unknown names.
     """
@@ -170,10 +166,8 @@ def check_names(weights: Weights, expected: Mapping[str, Tensor], model: str) ->
     """Raise UserError for missing weights; warn of unknown names."""
     missing = [name for name in expected if name not in weights.shapes]
     if missing:
-        raise UserError.of_file(
-            weights.origin,
-            f"is incomplete: {len(missing)} of the {len(expected)} weights of {model} are missing: {list_few(missing)}",
-            cause="missing",
+        raise of_file(weights.origin, cause="missing")(
+            f"is incomplete: {len(missing)} of the {len(expected)} weights of {model} are missing: {list_few(missing)}"
         )
     # Older versions of transformers saved position_ids, which are no weights.
     unknown = [name for name in weights.shapes if name not in expected and not name.endswith("position_ids")]
@@ -189,10 +183,8 @@ def check_shapes(weights: Weights, expected: Mapping[str, Tensor], model: str) -
     wrong = [name for name, tensor in expected.items() if not fits(weights, name, tuple(tensor.shape))]
     if wrong:
         has, needs = weights.shapes[wrong[0]], tuple(expected[wrong[0]].shape)
-        raise UserError.of_file(
-            weights.origin,
-            f"does not fit {model}: {wrong[0]} has shape {has} instead of {needs} (wrong shapes: {len(wrong)})",
-            cause="does not fit",
+        raise of_file(weights.origin, cause="does not fit")(
+            f"does not fit {model}: {wrong[0]} has shape {has} instead of {needs} (wrong shapes: {len(wrong)})"
         )
 
 
@@ -220,17 +212,17 @@ class WeightReader:
         if parts is None:
             return False
         rotate = partial(rotate_groups, group_size=quantised.group_size) if quantised.group_size else None
-        keep_in(Scaled(multiply_scales, rotate), layer, parts, self.expected[name].shape, self.dtype)
+        freeze_encoded(Scaled(multiply_scales, rotate), layer, parts, self.expected[name].shape, self.dtype)
         return True
 
 
 def store_blocks(model: nn.Module, reader: WeightReader, request: AsRead) -> set[str]:
     """Store the weights inside the model's blocks in the requested format, and return their names."""
-    if request.codec is None and request.take is None:
+    if request.codec is None and request.shard is None:
         return set()
     codec = None if isinstance(request.codec, AsInFile) else request.codec
-    # `take` needs the parts of a frozen layer; plain storage changes no value.
-    if codec is None and request.take is not None:
+    # `shard` needs the parts of a frozen layer; plain storage changes no value.
+    if codec is None and request.shard is not None:
         codec = Plain()
     stored = set()
     for path, layer in layers_in_blocks(model).items():
@@ -238,10 +230,10 @@ def store_blocks(model: nn.Module, reader: WeightReader, request: AsRead) -> set
         if not reader.keep_quantised(name, layer, request.codec):
             if codec is None:
                 continue
-            store_in(codec, layer, reader.read(name))
+            freeze_layer(codec, layer, reader.read(name))
         stored.add(name)
-        if request.take is not None:
-            request.take(layer)
+        if request.shard is not None:
+            request.shard(layer)
     return stored
 
 
@@ -276,7 +268,7 @@ def read_as(weights: Weights, name: str, expected: Tensor, dtype: torch.dtype, l
     """
     source = weights.read.places.get(name) if isinstance(weights.read, FromFiles) else None
     layout = layout if expected.ndim == 4 else torch.contiguous_format
-    if source is None or source.entry.dtype == dtype or not source.entry.dtype.is_floating_point or expected.ndim < 2:
+    if source is None or source.dtype == dtype or not source.dtype.is_floating_point or expected.ndim < 2:
         return cast(read_number(weights, name, expected), dtype, layout)
     return join_pieces(source.pieces(BYTES_IN_CACHE), torch.empty(expected.shape, dtype=dtype, memory_format=layout))
 
@@ -289,11 +281,9 @@ def read_number(weights: Weights, name: str, expected: Tensor) -> Tensor:
     value = weights.read(name)
     if expected.is_floating_point() and not value.is_floating_point():
         dtype_name = str(value.dtype).removeprefix("torch.")
-        raise UserError.of_file(
-            weights.origin,
+        raise of_file(weights.origin, cause="does not fit")(
             f": {name} holds integers ({dtype_name}), so this is a quantised checkpoint in an "
-            "unsupported format; use one in float32, float16, bfloat16 or float8",
-            cause="does not fit",
+            "unsupported format; use one in float32, float16, bfloat16 or float8"
         )
     if name in weights.padded_to:
         value = value[tuple(map(slice, expected.shape))]

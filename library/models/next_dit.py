@@ -14,8 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from library.base.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
-from library.memory.fused import fuses, owned
-from library.models.fused import gated_norm_sum, modulated_norm, rotated_norm, scaled_norm, silu_product
+from library.memory.fused_kernels import fuses, owned
+from library.models.fused_norms import gated_norm_sum, modulated_norm, rotated_norm, scaled_norm, silu_product
 from library.models.layer_keys import LayerKeys, Layers, Stack, is_norm
 from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.shapes import ShapeReader

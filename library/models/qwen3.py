@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.base.errors import NotThere, UserError
+from library.base.errors import NotThere, about
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, list_first_names
 from library.memory.devices import send
@@ -44,7 +44,7 @@ class Qwen3Release:
 def open_qwen3(name: str | None, release: Qwen3Release) -> Component:
     """Open the encoder from a file or a folder. Raises UserError naming the flag if it is missing or something else."""
     if not name:
-        raise NotThere.about(release.flag, f"is missing: use the file or folder of {release.hub_name}")
+        raise about(release.flag, kind=NotThere)(f"is missing: use the file or folder of {release.hub_name}")
     return qwen3_component(model_lookup.open_model(release.flag, name, FOLDER)[1], release)
 
 
@@ -53,7 +53,7 @@ def qwen3_component(weights: Weights, release: Qwen3Release) -> Component:
     decoder = extract_decoder(weights, release.prefixes)
     if decoder is None or MARK not in decoder.shapes:
         first = list_first_names(weights)
-        raise UserError.about(release.flag, f"is not a Qwen3 text encoder (first names: {first})", path=weights.origin)
+        raise about(release.flag, weights.origin)(f"is not a Qwen3 text encoder (first names: {first})")
     return Component(configure(decoder, qwen3_config), decoder)
 
 

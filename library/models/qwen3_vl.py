@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints.weights import Weights, configure, list_first_names
 from library.models.language_models import PREFIXES, decoder_config, extract_decoder, remove_last_norm
 from library.models.loading import Component, MaybeComponent, empty_transformers_model, load_component
@@ -38,9 +38,7 @@ def qwen3_vl_component(weights: Weights, folder_config: Mapping[str, Any] | None
         reason = (
             f"{model_type}'s" if decoder is None and model_type != KIND else f"first names: {list_first_names(weights)}"
         )
-        raise UserError.about(
-            release.flag, f"is not a Qwen3-VL text encoder ({reason}); use {release.hub_name}", path=weights.origin
-        )
+        raise about(release.flag, weights.origin)(f"is not a Qwen3-VL text encoder ({reason}); use {release.hub_name}")
     if folder_config is None and not any(VISION in name for name in weights.shapes):
         logger.warning(
             "%s %s has no vision model. If it is Qwen3, which has the same sizes, it encodes captions wrongly; then "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 from torch.nn.utils.rnn import pad_sequence
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints.weights import Weights, configure, find_prefix, with_prefix
 from library.memory.devices import send
 from library.models.loading import Component, empty_transformers_model, load_component
@@ -165,9 +165,8 @@ def encode_captions(
     if not any(images):
         return encode_texts(language, ids_BT, mask_BT)
     if not vision:
-        raise UserError.about(
-            "--text_encoder",
-            f"has no vision model, which reference images require; use a complete file or folder of {encoder}",
+        raise about("--text_encoder")(
+            f"has no vision model, which reference images require; use a complete file or folder of {encoder}"
         )
     rows = []
     for ids_T, mask_T, shown in zip(ids_BT, mask_BT, images, strict=True):

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.diffusion.flow import IGNORES
 from library.environment.installed import NEEDED_BY_ALL, check_installed
 from library.options.base import Options
@@ -44,9 +44,7 @@ class Recipe:
         values = options.flat()
         for name, why in self.refuses.items():
             if is_requested(values[name]):
-                raise UserError.about(
-                    f"--{name}", f"does not work with {self.title}: {why}; remove it", cause="does not fit"
-                )
+                raise about(f"--{name}", cause="does not fit")(f"does not work with {self.title}: {why}; remove it")
 
     def describe(self, options: Options, **more: str) -> dict[str, str]:
         """Return a base model's metadata for trained files; `more` are modelspec.* keys without that prefix."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.base.errors import UserError
+from library.base.errors import of_file
 from library.checkpoints.weights import Weights, configure, find_prefix, list_first_names, select_weights, with_prefix
 from library.memory.devices import send
 from library.models.loading import Component, MaybeComponent, materialise, text_encoder_dtype
@@ -35,9 +35,7 @@ def t5_component(weights: Weights) -> Component:
     weights = with_prefix(weights, find_prefix(weights.shapes, T5_XXL_NAMES))
     if not any(name in weights.shapes for name in WORDS) or "encoder.final_layer_norm.weight" not in weights.shapes:
         first = list_first_names(weights)
-        raise UserError.of_file(
-            weights.origin, f"is not a T5 encoder: no {WORDS[0]} or no final norm (first names: {first})"
-        )
+        raise of_file(weights.origin)(f"is not a T5 encoder: no {WORDS[0]} or no final norm (first names: {first})")
     weights = with_one_embedding(weights)
     return Component(configure(weights, t5_config), weights)
 

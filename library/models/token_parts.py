@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from library.models.fused import gated_sum
+from library.models.fused_norms import gated_sum
 
 
 def by_parts(

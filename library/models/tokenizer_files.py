@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.base.errors import UserError
-from library.checkpoints.files import copy_atomically
+from library.base.atomic_files import copy_atomically
+from library.base.errors import UserError, error_in
 from library.checkpoints.model_lookup import fetch_snapshot
 
 logger = logging.getLogger(__name__)
@@ -85,8 +85,8 @@ def read_tokenizer(read: Callable[[], Any], place: Path) -> Any:
         return read()
     except Exception as error:  # transformers and tokenizers raise anything for damaged files, also bare Exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(
-            f"the tokenizer {place} cannot be read ({reason}); download its files again", path=place
+        raise error_in(path=place)(
+            f"the tokenizer {place} cannot be read ({reason}); download its files again"
         ) from error
 
 
@@ -122,10 +122,9 @@ def check_marks(tokenizer: Any, marks: Sequence[str], hub_name: str) -> None:
     words = tokenizer.get_vocab()
     missing = [mark for mark in marks if mark not in words]
     if missing:
-        raise UserError(
+        raise error_in(path=tokenizer.name_or_path)(
             f"the tokenizer {tokenizer.name_or_path} has no {missing[0]}: it belongs to another model; use that of "
-            f"{hub_name}",
-            path=tokenizer.name_or_path,
+            f"{hub_name}"
         )
 
 
@@ -133,8 +132,7 @@ def check_ids(owner: str, tokenizer: Any, folder: Path, num_words: int | None) -
     """Raise UserError if a tokenizer has token IDs beyond the text encoder's `num_words`; None skips the check."""
     largest = max(tokenizer.get_vocab().values())
     if num_words is not None and largest >= num_words:
-        raise UserError(
+        raise error_in(path=folder)(
             f"the tokenizer in {folder} has token IDs up to {largest}, but {owner} has {num_words} embeddings: it "
-            "belongs to another model; replace it with the right one",
-            path=folder,
+            "belongs to another model; replace it with the right one"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, open_single_file
@@ -60,19 +60,16 @@ class TransformerFile:
     def open_weights(self, flag: str, path: Path) -> tuple[Weights, str]:
         """Return the weights of the file and the prefix of the transformer's names."""
         if path.is_dir():
-            raise UserError.about(
-                flag, f"is a folder; for {self.title} merging supports only a file in the original layout", path=path
+            raise about(flag, path)(
+                f"is a folder; for {self.title} merging supports only a file in the original layout"
             )
         weights = model_lookup.open_file(flag, path)
         prefix = find_prefix(weights.shapes, DENOISER_PREFIXES)
         if self.diffusers_mark is not None and prefix + self.diffusers_mark in weights.shapes:
-            raise UserError.about(
-                flag,
+            raise about(flag, path, cause="does not fit")(
                 ": this is a transformer in diffusers' layout; use a file in the original layout, which "
-                "other programs load",
-                path=path,
-                cause="does not fit",
+                "other programs load"
             )
         if prefix + self.mark not in weights.shapes:
-            raise UserError.about(flag, f"has no layers of {self.title}'s transformer", path=path)
+            raise about(flag, path)(f"has no layers of {self.title}'s transformer")
         return weights, prefix

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints.base_files import BaseFiles, open_base
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
@@ -116,12 +116,9 @@ def should_use_xformers(memory: MemoryOptions, is_deterministic: bool) -> bool:
         return False
     # torch's deterministic mode makes some versions of xformers choose other kernels, and others fail.
     if memory.xformers and is_deterministic:
-        raise UserError.about(
-            "--deterministic",
+        raise about("--deterministic", cause="does not fit", others=["--xformers"])(
             "excludes --xformers, whose backward pass adds in varying order; leave --xformers out: "
-            "torch's scaled dot product attention (sdpa) needs as little memory",
-            cause="does not fit",
-            others=["--xformers"],
+            "torch's scaled dot product attention (sdpa) needs as little memory"
         )
     return memory.xformers
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.base.errors import UserError, naming
+from library.base.errors import UserError, about, error_in, naming
 from library.base.json_text import InvalidJson, explain_parse_error, find_place, parse_json
 from library.options.base import Options, option
 from library.options.encodings import decode_utf8
@@ -52,12 +52,12 @@ def read_text(path: Path, flag: str) -> str:
     """Return the text of a UTF-8 file without its byte order mark; `flag` is the option that names the file. Raises
     UserError if it is missing, unreadable, or in another encoding."""
     if not path.is_file():
-        raise UserError(f"{flag} is {path}, but there is no such file", setting=flag, path=path, cause="missing")
+        raise error_in(flag, path=path, cause="missing")(f"{flag} is {path}, but there is no such file")
     try:
         content = path.read_bytes()
     except OSError as error:
         reason = f"cannot be read: {error.strerror}; change its permissions"
-        raise UserError.about(flag, reason, path, cause="unreadable") from error
+        raise about(flag, path, cause="unreadable")(reason) from error
     with naming(flag, path, cause="unreadable"):
         return decode_utf8(content, f"{flag} {path}")
 
@@ -76,7 +76,7 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
         is_about_backslash = any(words in str(error) for words in ("Unescaped", "Invalid hex value"))
         hint = "; " + BACKSLASH_HINT if is_about_backslash else ""
         reason = f"is not valid TOML: {explain_parse_error(error)}{hint}"
-        raise UserError.about(flag, reason, path, place=find_place(error), cause="unreadable") from None
+        raise about(flag, path, place=find_place(error), cause="unreadable")(reason) from None
     with naming(flag, path):
         refuse_unusable(tables, f"{flag} {path}")
     return tables
@@ -89,9 +89,7 @@ def read_json(path: Path, flag: str) -> Any:
     try:
         return parse_json(text) if text.strip() else None
     except InvalidJson as error:
-        raise UserError.about(
-            flag, f"is not valid JSON: {error}", path, place=find_place(error), cause="unreadable"
-        ) from None
+        raise about(flag, path, place=find_place(error), cause="unreadable")(f"is not valid JSON: {error}") from None
 
 
 def refuse_unusable(value: Any, origin: str) -> None:

@@ -51,8 +51,7 @@ class DatasetOptions(Options, needs_images=True):
     )
     dataset_repeats: int = option(1, kind=whole(1), help="How often each image of --in_json is shown per epoch.")
     dataset_class: str | None = option(
-        None,
-        help="Dotted path of a Python class that makes the batches, instead of described images.",
+        None, help="Dotted path of a Python class that makes the batches, instead of described images."
     )
     debug_dataset: bool = option(
         False,
@@ -81,8 +80,7 @@ class DatasetOptions(Options, needs_images=True):
         help="Extension of the caption files beside the images, such as .txt; a missing dot is added.",
     )
     caption_extention: str | None = option(
-        None,
-        help="Old misspelling of --caption_extension, kept for old command lines. Wins over it when set.",
+        None, help="Old misspelling of --caption_extension, kept for old command lines. Wins over it when set."
     )
     keep_tokens: int = option(
         0,
@@ -131,9 +129,7 @@ class DatasetOptions(Options, needs_images=True):
         help="Probability of leaving out each tag of a caption, 0 to 1. Tags kept by --keep_tokens stay.",
     )
     token_warmup_min: int = option(
-        1,
-        kind=whole(0),
-        help="Number of tags that captions begin with when --token_warmup_step lets them grow.",
+        1, kind=whole(0), help="Number of tags that captions begin with when --token_warmup_step lets them grow."
     )
     token_warmup_step: float = option(
         0,
@@ -142,8 +138,7 @@ class DatasetOptions(Options, needs_images=True):
         " 0 uses whole captions from the start.",
     )
     color_aug: bool = option(
-        False,
-        help="Change hue or brightness of images slightly, at random. Excludes cached latents.",
+        False, help="Change hue or brightness of images slightly, at random. Excludes cached latents."
     )
     flip_aug: bool = option(
         False,
@@ -161,8 +156,7 @@ class DatasetOptions(Options, needs_images=True):
         "latents.",
     )
     alpha_mask: bool = option(
-        False,
-        help="Use the alpha channel of images as a loss mask: transparent areas are not learned.",
+        False, help="Use the alpha channel of images as a loss mask: transparent areas are not learned."
     )
     conditioning_data_dir: str | None = option(
         None,
@@ -177,9 +171,7 @@ class DatasetOptions(Options, needs_images=True):
         "conditioning_data_dir.",
     )
     prior_loss_weight: float = option(
-        1.0,
-        kind=number(0),
-        help="Factor on the loss of regularisation images. 1.0 weights them like training images.",
+        1.0, kind=number(0), help="Factor on the loss of regularisation images. 1.0 weights them like training images."
     )
     resolution: str | None = option(
         None,

@@ -128,10 +128,7 @@ class PartOptions(Options):
     """The parts of the base model."""
 
     text_encoder: str | None = option(
-        None,
-        path="part",
-        usual=True,
-        help="File or folder of the text encoder. Unset takes it from the base.",
+        None, path="part", usual=True, help="File or folder of the text encoder. Unset takes it from the base."
     )
 
 

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.errors import about, error_in
 from library.base.suggestions import did_you_mean
 
 
@@ -19,16 +19,15 @@ def read_keyword_args(items: Sequence[str] | None, flag: str) -> dict[str, Any]:
     for item in items or ():
         key, equals, text = (part.strip() for part in item.partition("="))
         if not equals or not key:
-            raise UserError.about(flag, f"{item!r} is not key=value; write for example weight_decay=0.01")
+            raise about(flag)(f"{item!r} is not key=value; write for example weight_decay=0.01")
         if key in keywords:
-            raise UserError(f"{flag} gives {key} twice; keep one of them", setting=f"{flag} {key}")
+            raise error_in(f"{flag} {key}")(f"{flag} gives {key} twice; keep one of them")
         try:
             keywords[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            raise UserError(
+            raise error_in(f"{flag} {key}")(
                 f"{flag} {item!r}: {text!r} is not a Python value; numbers are written plainly, text in quotes "
-                f"({key}='...'), switches as True and False, several values as 0.9,0.99",
-                setting=f"{flag} {key}",
+                f"({key}='...'), switches as True and False, several values as 0.9,0.99"
             ) from None
     return keywords
 
@@ -55,14 +54,14 @@ def call_with_keywords(
     for key in keywords:
         if key in set_elsewhere:
             fix = f"use --{set_elsewhere[key]}" if set_elsewhere[key] else "the trainer sets it; leave it out"
-            raise UserError.about(f"{flag} {key}", f"does not belong there: {fix}")
+            raise about(f"{flag} {key}")(f"does not belong there: {fix}")
         if key not in names and not takes_others:
             known = [n for n in names[len(positional) :] if n not in set_elsewhere]
             reason = f"is unknown to {name}; it accepts {', '.join(known) or 'none'}{did_you_mean(key, known)}"
-            raise UserError.about(f"{flag} {key}", reason)
+            raise about(f"{flag} {key}")(reason)
     try:
         return target(*positional, **{**(ours or {}), **keywords})
     # Libraries refuse values with many types of errors: betas=(0.9,) of an optimizer is an IndexError.
     except (TypeError, ValueError, AssertionError, NotImplementedError, LookupError, ArithmeticError) as error:
         settings = ", ".join(f"{key}={value}" for key, value in keywords.items()) or "no arguments"
-        raise UserError(f"{name} refuses its settings ({flag}: {settings}): {error}", setting=flag) from error
+        raise error_in(flag)(f"{name} refuses its settings ({flag}: {settings}): {error}") from error

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 
 logger = logging.getLogger(__name__)
 
@@ -16,9 +16,7 @@ def parse_network_args(items: Sequence[str] | None) -> dict[str, str]:
     for item in items or []:
         key, equals, value = item.partition("=")
         if not equals or not key:
-            raise UserError(
-                f"--network_args {item!r} has no '='; write key=value, such as conv_dim=8", setting="--network_args"
-            )
+            raise error_in("--network_args")(f"--network_args {item!r} has no '='; write key=value, such as conv_dim=8")
         if arguments.get(key, value) != value:
             logger.warning("--network_args %s is given twice; %s counts, not %s", key, value, arguments[key])
         arguments[key] = value

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.options.base import Options
 from library.options.no_effect import describe_needs, is_met, is_requested, is_set
 
@@ -35,11 +35,8 @@ def check_required(name: str, needs: tuple[str, ...], values: Mapping[str, Any])
         return
     other, is_value, _ = needs[0].partition("=")
     current = f", but that is {values[other]}" if is_value else ", which is not set"
-    raise UserError(
-        f"{flag_with_value(name, values[name])} needs {describe_needs(needs)}{current}; set it, or leave out --{name}",
-        setting=f"--{name}",
-        others=[f"--{need.partition('=')[0]}" for need in needs],
-        cause="needs",
+    raise error_in(f"--{name}", others=[f"--{need.partition('=')[0]}" for need in needs], cause="needs")(
+        f"{flag_with_value(name, values[name])} needs {describe_needs(needs)}{current}; set it, or leave out --{name}"
     )
 
 
@@ -49,11 +46,8 @@ def check_excluded(name: str, excludes: Mapping[str, str], values: Mapping[str, 
         other = need.partition("=")[0]
         if values.get(other) is not None and is_met(need, values):
             flags = [flag_with_value(name, values[name]), flag_with_value(other, values[other])]
-            raise UserError(
-                f"{flags[0]} does not work with {flags[1]}: {reason}; leave one of them out",
-                setting=f"--{name}",
-                others=[f"--{other}"],
-                cause="does not fit",
+            raise error_in(f"--{name}", others=[f"--{other}"], cause="does not fit")(
+                f"{flags[0]} does not work with {flags[1]}: {reason}; leave one of them out"
             )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.base.suggestions import did_you_mean
 from library.options.kinds import Kind, explain_unfit
 
@@ -29,5 +29,5 @@ def read_table(table: Table, kinds: Mapping[str, Kind], describe: Callable[[str]
     given = {name: value for name, value in table.items() if value is not None or name not in kinds}
     for name, value in given.items():
         if problem := find_problem(name, value, kinds, describe(name)):
-            raise UserError(problem, setting=name)
+            raise error_in(name)(problem)
     return {name: kinds[name].convert(value) for name, value in given.items()}

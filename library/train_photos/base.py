@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args
 import torch
 
 from library.architectures.specs import list_specs
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints import model_lookup
 from library.checkpoints.base_model_spec import BaseModelSpec
-from library.checkpoints.files import is_safetensors, read_metadata
+from library.checkpoints.headers import is_safetensors, read_metadata
 from library.checkpoints.model_lookup import find_weight_file, read_json, read_pipeline_class
 from library.commands.base_models import find_base
 from library.diffusion.objective import DDPM
@@ -160,10 +160,9 @@ def measure_prediction(base: Base, measure: Callable[[Prediction], float]) -> Pr
     best: Prediction = "epsilon" if losses["epsilon"] < losses["v"] else "v"
     stated = f"loss {losses['epsilon']:.3f} as noise, {losses['v']:.3f} as velocity on {NUM_MEASURED} photos"
     if min(losses.values()) > CLEAR * max(losses.values()):
-        raise UserError.about(
-            FLAG,
+        raise about(FLAG)(
             f"{base.name}: it is not clear whether it predicts noise or velocity ({stated}); its page says "
-            "which: give --prediction epsilon or --prediction v",
+            "which: give --prediction epsilon or --prediction v"
         )
     return Predicted(best, stated)
 

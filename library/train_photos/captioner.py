@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from library.base.errors import UserError
-from library.checkpoints.files import atomic_path
+from library.base.atomic_files import atomic_path
+from library.base.errors import about
 from library.data.decoding.images import read_pixels
 from library.train_photos.photos import PhotoFolder
 from library.training.reporting.console_lines import announce
@@ -57,10 +57,8 @@ def load_captioner(name: str) -> tuple[Any, Any]:
         model = Florence2ForConditionalGeneration.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError.about(
-            "--caption",
-            f": {name} cannot be loaded ({reason}); write the captions yourself, or leave out --caption",
-            cause="unreadable",
+        raise about("--caption", cause="unreadable")(
+            f": {name} cannot be loaded ({reason}); write the captions yourself, or leave out --caption"
         ) from None
     return model.to(find_device()).eval(), processor
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.train_photos.base import FLAG, Base, recognise
 from library.training.command_line.cli import parse_words, to_toml_value
 from library.training.config_file import SECRETS
@@ -54,5 +54,5 @@ def read_command_line(
     typed, names = vars(parse_words(parser, words)), {action.dest for action in own._actions}
     given = {option: to_toml_value(value) for option, value in typed.items() if option not in names}
     for option in given.keys() & REFUSED.keys():
-        raise UserError.about(f"--{option}", f"is no option of train.py: {REFUSED[option]}")
+        raise about(f"--{option}")(f"is no option of train.py: {REFUSED[option]}")
     return argparse.Namespace(**{name: value for name, value in typed.items() if name in names}), base, given

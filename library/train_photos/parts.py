@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from library.architectures.scripts import script_of
-from library.base.errors import NotThere, UserError
-from library.checkpoints.files import is_safetensors
+from library.base.errors import NotThere, UserError, error_in
+from library.checkpoints.headers import is_safetensors
 from library.options.model import BASE_FLAG, ModelFile
 from library.options.train import TrainOptions
 from library.train_photos.base import Base
@@ -41,11 +41,9 @@ def find_parts(base: Base, options: TrainOptions, models: Path | None) -> dict[s
         if path is None:
             where = ", ".join(map(str, list_roots(base.path, models)))
             known_files = "; ".join(str(file) for file in list_files(base) if file.flag == flag)
-            raise UserError(
+            raise error_in(error.setting, cause="missing")(
                 f"{error}. It is not in {where} either: name its folder with --models"
-                + (f", or get it on the hub: {known_files}" if known_files else ""),
-                setting=error.setting,
-                cause="missing",
+                + (f", or get it on the hub: {known_files}" if known_files else "")
             )
         found[flag] = str(path)
     for file in list_files(base):

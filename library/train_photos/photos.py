@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from library.base.errors import UserError, reason_of
+from library.base.errors import UserError, about, of_file, reason_of
 from library.base.suggestions import nearby
 from library.data.decoding.images import read_pixels
 from library.data.description.captions import has_word
@@ -79,9 +79,7 @@ def find_photos(root: Path) -> list[PhotoFolder]:
     Raises UserError if there are none.
     """
     if not root.is_dir():
-        raise UserError.of_file(
-            root, f"is no folder{nearby(root, is_folder=True)}; give the folder that your photos are in"
-        )
+        raise of_file(root)(f"is no folder{nearby(root, is_folder=True)}; give the folder that your photos are in")
     paths = []
     for path, names, _ in os.walk(root.absolute()):
         names[:] = sorted(name for name in names if not name.startswith("."))
@@ -89,7 +87,7 @@ def find_photos(root: Path) -> list[PhotoFolder]:
     folders = [folder for path in paths if (folder := open_folder(path)) is not None]
     if not any(folder.photos for folder in folders):
         reasons = "".join(f"; {file.name} {reason}" for f in folders for file, reason in f.left_out[:1])
-        raise UserError.of_file(root, f"has no photos that can be read{reasons}")
+        raise of_file(root)(f"has no photos that can be read{reasons}")
     return folders
 
 
@@ -143,9 +141,7 @@ def parse_trigger(text: str) -> Trigger:
     """Parse "mycat, a cat". Raises UserError for a text without a word."""
     word, _, subject = (part.strip() for part in text.partition(","))
     if not word:
-        raise UserError.about(
-            "--trigger", f'{text!r} has no word; write one that the base does not know, as in "mycat, a cat"'
-        )
+        raise about("--trigger")(f'{text!r} has no word; write one that the base does not know, as in "mycat, a cat"')
     return Trigger(word, subject, is_given=True)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 import torch
 
-from library.base.errors import UserError
-from library.checkpoints.files import atomic_path
+from library.base.atomic_files import atomic_path
+from library.base.errors import about
 from library.checkpoints.marks import seal_text
 from library.checkpoints.overwriting import sealed
 from library.data.description.captions import caption_variant
@@ -253,8 +253,6 @@ def compose_captions(data: DataPlan) -> list[str]:
 def limit_time(plan: Plan, minutes: float) -> Plan:
     """Return the plan with as many steps as fit into this time."""
     if plan.fit is None or plan.fit.choice.chosen is None:
-        raise UserError.about(
-            "--minutes", f"{minutes:g}: how long a step of this model takes is not known; give --steps instead"
-        )
+        raise about("--minutes")(f"{minutes:g}: how long a step of this model takes is not known; give --steps instead")
     steps = max(1, int(60 * minutes / plan.fit.choice.chosen.seconds))
     return plan.with_values(choose_length(steps, plan.num_photos))

@@ -189,11 +189,7 @@ class Start:
 
 
 def choose_start(
-    runs: Sequence[EarlierRun],
-    free: Files,
-    record: Record,
-    steps: Callable[[], int | None],
-    ask: Ask,
+    runs: Sequence[EarlierRun], free: Files, record: Record, steps: Callable[[], int | None], ask: Ask
 ) -> Start:
     """Return how the run of a command line begins.
 

@@ -9,22 +9,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.terminal import ask as ask_user
 from library.train_photos.base import Base, choose_recipe
 from library.train_photos.captioner import write_captions
 from library.train_photos.description import describe_plan, remark_on_trigger
 from library.train_photos.photos import PhotoFolder, Trigger, clean, find_photos, parse_trigger, suggest_trigger
 from library.train_photos.plan import Files, Plan, Wishes, make_plan, read_options
-from library.train_photos.runs import (
-    EarlierRun,
-    Record,
-    Start,
-    check_name,
-    choose_start,
-    find_runs,
-    list_names,
-)
+from library.train_photos.runs import EarlierRun, Record, Start, check_name, choose_start, find_runs, list_names
 from library.train_photos.training import train, write, write_command
 from library.training.command_line.recipes import Recipe
 from library.training.reporting.console_lines import announce
@@ -60,7 +52,7 @@ def check_length(args: argparse.Namespace) -> None:
     """Raise UserError for a length that is none."""
     for flag, value in (("--steps", args.steps), ("--minutes", args.minutes)):
         if value is not None and not 0 < value < 10**7:
-            raise UserError.about(flag, f"is {value:g}; use a number above 0")
+            raise about(flag)(f"is {value:g}; use a number above 0")
 
 
 def choose_trigger(

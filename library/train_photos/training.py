@@ -6,9 +6,9 @@ from importlib import import_module
 from itertools import count
 from pathlib import Path
 
-from library.base.errors import UserError
+from library.base.atomic_files import remove_temporary
+from library.base.errors import UserError, error_in
 from library.checkpoints.base_model_spec import Program
-from library.checkpoints.files import remove_temporary
 from library.environment.requirements import quote
 from library.train_photos.plan import Files, Plan
 from library.train_photos.runs import Record, Start, holding, is_free
@@ -59,11 +59,8 @@ def write(plan: Plan, files: Files, record: Record) -> None:
     """Write the files of a new run. Raises UserError if another process trains one of this name."""
     with holding(files):
         if not is_free(files):
-            raise UserError(
-                f"another run has taken the name {files.name} meanwhile; give the same command again",
-                setting="--name",
-                path=files.config,
-                cause="would be lost",
+            raise error_in("--name", path=files.config, cause="would be lost")(
+                f"another run has taken the name {files.name} meanwhile; give the same command again"
             )
         remove_temporary(files.folder, lambda stem: stem in [path.stem for path in files.texts])
         plan.write(files, record.line)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.base.errors import UserError, naming
+from library.base.atomic_files import write_whole
+from library.base.errors import error_in, naming, of_file
 from library.base.suggestions import nearest_name
 from library.options.config_file import read_toml
 from library.options.kinds import int_or_float, is_number
@@ -74,7 +75,7 @@ def read_values(
         converted = convert(value, actions[key])
         if isinstance(converted, Refused):
             text = json.dumps(value, default=str)
-            raise UserError(f"{where}: {key} is {text}, but --{key} takes {converted.wanted}", setting=f"--{key}")
+            raise error_in(f"--{key}")(f"{where}: {key} is {text}, but --{key} takes {converted.wanted}")
         values[key] = converted
         if key == "max_token_length" and converted is not None:
             values[key] = to_whole_chunks(converted, where, warnings)
@@ -90,8 +91,8 @@ def flatten(tables: Mapping[str, Any], path: Path, warnings: list[str]) -> dict[
         section = value if isinstance(value, dict) else {name: value}
         for key, inner in section.items():
             if isinstance(inner, dict):
-                raise UserError.of_file(
-                    path, f": [{name}.{key}] is a table inside a table; options go into the top level or into [{name}]"
+                raise of_file(path)(
+                    f": [{name}.{key}] is a table inside a table; options go into the top level or into [{name}]"
                 )
             if key in values and values[key] != inner:
                 warnings.append(f"{path}: {key} is set to {values[key]!r} and again to {inner!r}; the later one counts")
@@ -109,9 +110,7 @@ def nearest(key: str, actions: Mapping[str, argparse.Action]) -> str:
 def to_whole_chunks(max_token_length: int, where: str, warnings: list[str]) -> int | None:
     """Convert a caption length in tokens: captions are read in chunks of 75 tokens, and one chunk is the default."""
     if max_token_length < 75:
-        raise UserError(
-            f"{where}: max_token_length is {max_token_length}; use 75, 150 or 225", setting="--max_token_length"
-        )
+        raise error_in("--max_token_length")(f"{where}: max_token_length is {max_token_length}; use 75, 150 or 225")
     rounded = max_token_length // 75 * 75
     if rounded != max_token_length:
         warnings.append(f"{where}: max_token_length {max_token_length} acts as {rounded}: chunks have 75 tokens")
@@ -199,17 +198,11 @@ def to_whole(value: int | float) -> int | None:
 
 def write_config(path: Path, values: Mapping[str, Any]) -> None:
     """Write options to a new file, atomically. Raises UserError."""
-    from library.checkpoints.files import atomic_path
-
     if path.exists():
-        raise UserError(
-            f"--output_config does not overwrite {path}; remove it or name another --config_file",
-            setting="--output_config",
-            path=path,
-            cause="would be lost",
+        raise error_in("--output_config", path=path, cause="would be lost")(
+            f"--output_config does not overwrite {path}; remove it or name another --config_file"
         )
-    with atomic_path(path) as unfinished:
-        unfinished.write_text(format_config(values), encoding="utf-8", newline="\n")
+    write_whole(path, format_config(values))
 
 
 def format_config(values: Mapping[str, Any]) -> str:

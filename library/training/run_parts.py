@@ -14,7 +14,7 @@ from library.training.optimization.optimizers import BuiltOptimizer
 from library.training.reporting.event_stream import Events
 from library.training.reporting.step_events import NormMeter
 from library.training.reporting.step_times import StepTimes
-from library.training.step.accumulation import Plan
+from library.training.step.accumulation import StepPlan
 from library.training.step.context import StepContext
 
 
@@ -41,7 +41,7 @@ class Run:
     processes: Processes
     data: TrainingData
     batches: TrainingBatches
-    plan: Plan
+    plan: StepPlan
     context: StepContext
     optimization: Optimization
     times: StepTimes = field(default_factory=StepTimes)

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.base.errors import UserError
+from library.base.atomic_files import atomic_path
+from library.base.errors import about, error_in
 from library.base.suggestions import nearest_name
-from library.checkpoints.files import atomic_path, is_safetensors, mark_pickle
+from library.checkpoints.headers import is_safetensors
 from library.checkpoints.marks import RUN, mark_of
 from library.checkpoints.relative_change import relative_norm
+from library.checkpoints.saving import mark_pickle
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ def open_network_module(name: str) -> NetworkModule:
     Raises UserError with a fix if it does not exist or is not a network module.
     """
     if name.startswith("."):
-        raise UserError.about("--network_module", f"{name} is no name of a module; {_suggest_module(name)}")
+        raise about("--network_module")(f"{name} is no name of a module; {_suggest_module(name)}")
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -96,18 +98,15 @@ def open_network_module(name: str) -> NetworkModule:
         # that it imports is not installed.
         missing = error.name or name
         if not (name == missing or name.startswith(f"{missing}.")):
-            raise UserError.about(
-                "--network_module", f"{name} needs the package {missing}, which is not installed", cause="not installed"
+            raise about("--network_module", cause="not installed")(
+                f"{name} needs the package {missing}, which is not installed"
             ) from error
-        raise UserError.about(
-            "--network_module", f"{name}: there is no such module; {_suggest_module(name)}"
-        ) from error
+        raise about("--network_module")(f"{name}: there is no such module; {_suggest_module(name)}") from error
     create = getattr(module, "create_network", None)
     if not callable(create):
-        raise UserError.about(
-            "--network_module",
+        raise about("--network_module")(
             f"{name} is no network module: it lacks the function create_network "
-            "(networks/core/protocol.py says what it must offer)",
+            "(networks/core/protocol.py says what it must offer)"
         )
     from_weights = getattr(module, "create_network_from_weights", None) or _cannot_read_files(name)
     # An assertion or ValueError in one of our own modules is a bug and keeps its traceback.
@@ -122,17 +121,15 @@ def adopt(network: Any) -> "AdoptedNetwork":
     Raises UserError if it is not an `nn.Module`, or lacks a method that cannot be replaced.
     """
     if not isinstance(network, nn.Module):
-        raise UserError(
-            f"the network module gave {network!r} instead of a network; see its own messages above",
-            setting="--network_module",
+        raise error_in("--network_module")(
+            f"the network module gave {network!r} instead of a network; see its own messages above"
         )
     required = ("apply_to", "prepare_optimizer_params", "save_weights")
     missing = [method for method in required if not callable(getattr(network, method, None))]
     if missing:
-        raise UserError(
+        raise error_in("--network_module")(
             f"{type(network).__name__} cannot be trained: it lacks {', '.join(missing)} "
-            "(networks/core/protocol.py says what a network must offer)",
-            setting="--network_module",
+            "(networks/core/protocol.py says what a network must offer)"
         )
     return AdoptedNetwork(network)
 
@@ -312,9 +309,8 @@ class AdoptedNetwork:
     def _needed(self, name: str, purpose: str) -> Any:
         method = self._method(name)
         if method is None:
-            raise UserError(
-                f"{purpose} does not work with this --network_module: its network has no {name}()",
-                setting="--network_module",
+            raise error_in("--network_module")(
+                f"{purpose} does not work with this --network_module: its network has no {name}()"
             )
         return method
 
@@ -336,10 +332,9 @@ def _trained_groups(
     # Parameters can come as an iterator, which can be read only once.
     groups = [{**group, "params": list(group["params"])} for group in groups]
     if not any(group["params"] for group in groups):
-        raise UserError(
+        raise error_in("--network_args")(
             "nothing would be trained: --network_module attached to no layer of this base model; look at what "
-            "--network_args, such as a preset or a pattern, and --network_train_*_only leave over",
-            setting="--network_args",
+            "--network_args, such as a preset or a pattern, and --network_train_*_only leave over"
         )
     for index, group in enumerate(groups):
         lr = group.get("lr", learning_rate)
@@ -348,10 +343,9 @@ def _trained_groups(
         kept.append(group)
         kept_names.append(names[index] if names is not None and index < len(names) else f"group{index}")
     if not kept:
-        raise UserError(
+        raise error_in("--learning_rate")(
             "nothing would be trained: every part of the adapter has the learning rate 0; "
-            "set --learning_rate, --unet_lr or --text_encoder_lr",
-            setting="--learning_rate",
+            "set --learning_rate, --unet_lr or --text_encoder_lr"
         )
     return kept, kept_names if names is not None else None
 
@@ -369,7 +363,7 @@ def _explain_errors(name: str, create: Callable[..., Any]) -> Callable[..., Any]
             hint = "check --network_dim and --network_args against the documentation of that module"
             if name.startswith("lycoris.") and "duplicated lora name" in str(error):
                 hint = 'its preset names a layer of this base model twice; add --network_args "preset=attn-mlp"'
-            raise UserError.about("--network_module", f"{name} cannot make a network ({error}): {hint}") from error
+            raise about("--network_module")(f"{name} cannot make a network ({error}): {hint}") from error
 
     return create_network
 
@@ -384,10 +378,9 @@ def _explain_reading_errors(name: str, create: Callable[..., Any]) -> Callable[.
             result: tuple[Any, dict[str, Tensor]] = create(multiplier, file, *arguments, **keywords)
             return result
         except AssertionError as error:
-            raise UserError.about(
-                "--network_module",
+            raise about("--network_module")(
                 f"{name} cannot read {file} for this base model ({error}); use one of networks.*, "
-                "which read files of most kinds, or merge it into the base model with tools/merge_lora.py",
+                "which read files of most kinds, or merge it into the base model with tools/merge_lora.py"
             ) from error
 
     return create_network_from_weights
@@ -395,11 +388,9 @@ def _explain_reading_errors(name: str, create: Callable[..., Any]) -> Callable[.
 
 def _cannot_read_files(name: str) -> Callable[..., tuple[Any, dict[str, Tensor]]]:
     def create_network_from_weights(*_: Any, **__: Any) -> tuple[Any, dict[str, Tensor]]:
-        raise UserError.about(
-            "--dim_from_weights",
+        raise about("--dim_from_weights", others=["--base_weights"])(
             f"and --base_weights do not work with --network_module {name}: it lacks "
-            "the function create_network_from_weights",
-            others=["--base_weights"],
+            "the function create_network_from_weights"
         )
 
     return create_network_from_weights

@@ -12,18 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from torch import nn
 
 from tests.tiny.language_model_pipelines import mistral_3, qwen_3_vl
-from tests.tiny.pipeline_parts import (
-    BETAS,
-    SIZES,
-    WIDTH,
-    clip,
-    flow,
-    language_model,
-    qwen_2_5_vl,
-    t5,
-    tokenizer,
-    umt5,
-)
+from tests.tiny.pipeline_parts import BETAS, SIZES, WIDTH, clip, flow, language_model, qwen_2_5_vl, t5, tokenizer, umt5
 
 HEAD_DIM = 16
 NUM_HEADS = 2

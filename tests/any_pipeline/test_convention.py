@@ -76,9 +76,7 @@ def forget_pooled_text(convention: Convention, maps: SizeMaps) -> tuple[Conventi
     ],
 )
 def test_a_wrong_convention_fails_the_check(
-    change: Callable[[Convention, SizeMaps], tuple[Convention, SizeMaps]],
-    error: str,
-    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Convention, SizeMaps], tuple[Convention, SizeMaps]], error: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched, convention, maps = measured("FluxPipeline")
     monkeypatch.setattr(conditioning, "require_fixed", lambda *_: None)

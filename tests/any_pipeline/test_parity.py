@@ -153,9 +153,7 @@ FAMILIES: Mapping[str, Callable[[Path], Family]] = {
     "hunyuan_image": hunyuan_image, "zimage": in_folder("zimage"), "krea2": in_folder("krea2", False),
     "qwen_image_21": in_folder("qwen_image_21"),
 }  # fmt: skip
-MARKS: Mapping[str, Any] = {
-    "lumina": (),
-}
+MARKS: Mapping[str, Any] = {"lumina": ()}
 
 
 def parts_of(

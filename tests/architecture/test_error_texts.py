@@ -14,7 +14,7 @@ READ_ELSEWHERE: Mapping[str, str] = {  # function that reads an error's text -> 
     "library/architectures/any_pipeline/folder.py::PipelineFolder.load": "torch's, of memory that ran out",
     "library/architectures/any_pipeline/watch.py::Watched.draw": "the pipeline's own",
     "library/checkpoints/files.py::load_pickle": "torch's: objects that it refuses, and its first line",
-    "library/checkpoints/files.py::full_disk_named": "safetensors' and torch's, on a full disk",
+    "library/base/atomic_files.py::full_disk_named": "safetensors' and torch's, on a full disk",
     "library/checkpoints/model_lookup.py::fetch_snapshot": "the hub's",
     "library/data/sources/storage/object_storage.py::clean_message": "fsspec's, which may hold passwords",
     "library/base/errors.py::reason_of": "the system's, without blanks at its ends",
@@ -22,7 +22,7 @@ READ_ELSEWHERE: Mapping[str, str] = {  # function that reads an error's text -> 
     "library/base/determinism.py::explain_nondeterminism": "torch's: the operation without a fixed order",
     "library/base/json_text.py::explain_parse_error": "json's and tomllib's advice on long numbers",
     "library/base/json_text.py::find_place": "json's and tomllib's: line and column",
-    "library/memory/fused.py::*": "the compiler's first line",
+    "library/memory/fused_kernels.py::*": "the compiler's first line",
     "library/memory/pinned.py::*": "CUDA's first line",
     "library/models/tokenizer_files.py::*": "tokenizers' first line",
     "library/options/config_file.py::read_toml": "tomllib's, of backslashes",
@@ -258,6 +258,9 @@ def bare_raises() -> Iterator[str]:
             match node:
                 case ast.Call(func=ast.Name(name), keywords=keywords) if name in user_errors():
                     if not {"setting", "path"} & {keyword.arg for keyword in keywords}:
+                        yield path.as_posix()
+                case ast.Call(func=ast.Name("error_in"), args=[], keywords=keywords):
+                    if "path" not in {keyword.arg for keyword in keywords}:
                         yield path.as_posix()
 
 

@@ -1,5 +1,6 @@
 """Folders are layers: imports point down, and no two folders import each other, even indirectly."""
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -210,3 +211,14 @@ def test_every_layer_exists() -> None:
 def test_old_paths_of_tools_have_no_options_of_their_own() -> None:
     doors = [path for path in python_files("networks", "finetune") if len(path.parts) == 2]
     assert len(doors) > 20 and [str(path) for path in doors if "add_argument" in text_of(path)] == []
+
+
+def test_no_modules_import_each_other_in_a_cycle() -> None:
+    """Imports inside functions count: one there hides a cycle, it does not break it."""
+    list(TopologicalSorter({module: others - {module} for module, others in imports().items()}).static_order())
+
+
+def test_files_are_written_and_recognised_without_torch() -> None:
+    modules = "library.base.atomic_files, library.checkpoints.headers, library.checkpoints.marks"
+    command = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'safetensors' in sys.modules)"
+    subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=True)

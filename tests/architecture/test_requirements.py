@@ -14,14 +14,7 @@ IMPORTED_AS = {"lycoris-lora": "lycoris"}  # of requirements-dev.txt
 NAMED_WHEN_MISSING = {
     "dadaptation", "fsspec", "lion_pytorch", "prodigyopt", "pyarrow", "pynvml", "schedulefree", "wandb", "xformers",
 }  # fmt: skip
-COMMANDS = {
-    "ipykernel",
-    "mypy",
-    "pre_commit",
-    "pytest_timeout",
-    "pytest_xdist",
-    "ruff",
-}  # not imported
+COMMANDS = {"ipykernel", "mypy", "pre_commit", "pytest_timeout", "pytest_xdist", "ruff"}  # not imported
 FOR_PIP = {"aiobotocore"}  # listed so that pip resolves versions faster
 
 

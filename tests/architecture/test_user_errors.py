@@ -18,7 +18,6 @@ NAMED = re.compile(
     rf"|\{{[^}}]*(?i:{OF_THE_USER})[^}}]*\}}"
 )
 CALLER_ADDS = {  # files whose errors are reasons -> who puts flag and file before them
-    "library/base/errors.py": "the caller, as `what`",
     "library/processes/process_group.py": "it names the process",
     "library/architectures/": "library/models/dit_loader.py, the file whose sizes are read",
     "library/models/": "the loader of a base model, flag and file",
@@ -54,15 +53,15 @@ def message_of(node: ast.expr) -> str:
 def messages() -> Iterator[tuple[str, str]]:
     """Yield the file and text of every UserError that is made."""
     for path in (*python_files("library", "networks", "tools"), *scripts()):
-        if "UserError" in text_of(path):
+        if "base.errors import" in text_of(path):
             for node in ast.walk(ast.parse(text_of(path))):
                 match node:
                     case ast.Call(func=ast.Name("UserError"), args=[message, *_]):
                         yield path.as_posix(), message_of(message)
-                    case ast.Call(func=ast.Attribute(attr="about"), args=[setting, reason, *_]):
-                        yield path.as_posix(), f"{message_of(setting)} {message_of(reason)}"
-                    case ast.Call(func=ast.Attribute(attr="of_file"), args=[path_of_file, reason, *_]):
-                        yield path.as_posix(), f"{message_of(path_of_file)} {message_of(reason)}"
+                    case ast.Call(func=ast.Call(func=ast.Name("error_in")), args=[message]):
+                        yield path.as_posix(), message_of(message)
+                    case ast.Call(func=ast.Call(func=ast.Name("about" | "of_file"), args=[first, *_]), args=[reason]):
+                        yield path.as_posix(), f"{message_of(first)} {message_of(reason)}"
 
 
 def test_every_message_names_something_to_type_or_change() -> None:

@@ -14,7 +14,8 @@ from library.architectures.hunyuan_image.checkpoint_keys import from_original
 from library.architectures.hunyuan_image.model import HunyuanImage, read_config
 from library.architectures.specs import list_specs
 from library.checkpoints.compatibility import readings
-from library.checkpoints.files import load_state_dict, save_safetensors
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.saving import save_safetensors
 from library.models.adapter_views import view_denoiser
 from networks.lora_hunyuan_image import create_network, create_network_from_weights
 from tests.contracts.full_size import facts

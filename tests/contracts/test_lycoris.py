@@ -11,7 +11,8 @@ from torch import nn
 
 from library.architectures.sd.targets import view
 from library.base.errors import UserError
-from library.checkpoints.files import load_state_dict, read_metadata
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.headers import read_metadata
 from networks.core.protocol import AdoptedNetwork, adopt, open_network_module
 from tests.parity.test_lora_merge import tiny_clip, tiny_unet
 from tests.tolerances import FLOAT32_DEEP

@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from library.checkpoints.files import read_metadata
+from library.checkpoints.headers import read_metadata
 from library.training.evaluation import preview
 from library.training.reporting.sample_images import image_path
 from library.training.saving import checkpoints

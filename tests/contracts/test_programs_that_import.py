@@ -34,7 +34,7 @@ from library import (
 )
 from library.architectures.flux.options import FluxOptions
 from library.base.errors import UserError
-from library.checkpoints.files import read_metadata
+from library.checkpoints.headers import read_metadata
 from library.models.vae.qwen_image_2d import ImageConv
 from tests.running import ROOT, make_images
 from tests.tiny.bases import BASES

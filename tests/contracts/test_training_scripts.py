@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.checkpoints.files import load_state_dict, read_metadata
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.headers import read_metadata
 from networks.core.registry.layouts import list_kinds
 from tests.running import Finished, make_images
 from tests.runs.test_resume import ALL_RANDOM, interrupt_and_resume

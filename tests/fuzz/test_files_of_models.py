@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from library.architectures.any_pipeline.folder import load_for_measuring, open_folder
 from library.base.errors import UserError
-from library.checkpoints.files import read_header
+from library.checkpoints.headers import read_header
 from library.commands.adapter_files import read_adapter
 from library.commands.base_models import open_base_model
 from library.data.sources.folders.metadata_file import read_metadata

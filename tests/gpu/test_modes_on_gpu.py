@@ -63,11 +63,11 @@ def test_pinned_and_staged_copies_are_both_used_and_give_equal_results(
 @GPU_ONLY
 def test_swapped_weights_take_two_slots_of_gpu_memory() -> None:
     from library.memory.codecs.plain import Plain
-    from library.memory.frozen import layers_in_blocks, store_all_in
+    from library.memory.frozen import freeze_layers, layers_in_blocks
 
     deep = DEEP["flux"]
     model = deep.frozen(91)
-    store_all_in(Plain(), layers_in_blocks(model).values())
+    freeze_layers(Plain(), layers_in_blocks(model).values())
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     ring = streamed.stream(deep.stacks(model), [2, 4], DEVICE)

@@ -9,7 +9,7 @@ from torch import Tensor
 from library.architectures.knots.load import DENOISER_PREFIX, TEXT_PREFIX
 from library.architectures.knots.model import ByteEncoder, Knots, KnotsConfig
 from library.architectures.knots.targets import view
-from library.checkpoints.files import save_safetensors
+from library.checkpoints.saving import save_safetensors
 from tests.tiny.base import Base, Deep, path_argument
 from tests.tiny.headers import write_headers
 from tests.tiny.init import fixed_init

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.headers import read_metadata
+from library.checkpoints.saving import save_safetensors
 from tests.running import ROOT, make_images
 from tests.tiny.init import fixed_init
 from tests.tiny.sd import VAE, vae_tensors

@@ -14,7 +14,7 @@ from library.memory.activations import RecomputeFromMainMemory
 from library.memory.blocks import BlockRunner, Every, Stacks, plain, recompute
 from library.memory.codecs.codec import Codec
 from library.memory.codecs.plain import Plain
-from library.memory.frozen import FrozenLayer, frozen_layers, layers_in_blocks, multiply_codes, store_all_in
+from library.memory.frozen import FrozenLayer, freeze_layers, frozen_layers, layers_in_blocks, multiply_codes
 from library.memory.offload.ring import Ring
 from library.memory.offload.sharded import ShardedModel
 from library.memory.offload.streamed import stream
@@ -102,14 +102,14 @@ def gradients(
     model = deep.frozen(51)
     form = ALL_CODECS[mode.form]
     if form is not None:
-        store_all_in(form, layers_in_blocks(model).values())
+        freeze_layers(form, layers_in_blocks(model).values())
     if is_multiplied:
         assert multiply_codes(frozen_layers(model)) > 4
     if is_decoded:
         decode(model)
     elif mode.place == "streamed":
         stacks = deep.stacks(model)
-        store_all_in(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
+        freeze_layers(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
         ring = stream(stacks, [len(stack) - 2 for stack in stacks], device)
         assert ring is not None
         if change is not None:
@@ -132,9 +132,9 @@ def gradients(
 def shard_over_all(model: nn.Module, stacks: Stacks, device: torch.device = CPU) -> ShardedModel:
     """Shard a model over all processes of torch's group."""
     sharded = ShardedModel(device, dist.get_world_size(), dist.get_world_size())
-    store_all_in(Plain(), layers_in_blocks(model).values())
+    freeze_layers(Plain(), layers_in_blocks(model).values())
     for layer in frozen_layers(model):
-        sharded.take(layer)
+        sharded.keep_shard(layer)
     sharded.resolve(stacks)
     return sharded
 

@@ -105,7 +105,7 @@ def peaks() -> tuple[int, int, int]:
     weights = Weights("made up", shapes, read)
     sharded = ShardedModel(CPU, dist.get_world_size(), dist.get_world_size())
     sharded.mesh  # noqa: B018
-    first = reading_growth(weights, AsRead(AS_IN_FILE, take=sharded.take))
+    first = reading_growth(weights, AsRead(AS_IN_FILE, shard=sharded.keep_shard))
     layers: list[Any] = list(sharded.shares)
     assert all(isinstance(layer, FrozenLayer) for layer in layers)
     assert torch.equal(layers[3].weight, read(names[3]))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from library.memory.blocks import Every, plain, recompute
 from library.memory.codecs.plain import Plain
 from library.memory.compiled import Compiled, CompiledBlock, CompileSettings
-from library.memory.frozen import frozen_layers, layers_in_blocks, multiply_codes, store_all_in
+from library.memory.frozen import freeze_layers, frozen_layers, layers_in_blocks, multiply_codes
 from library.memory.offload.streamed import stream
 from library.memory.planner.counter import FlopCounter
 from tests.parity.deep import DEEP
@@ -49,12 +49,12 @@ def gradients(
     deep = DEEP[base]
     model = deep.frozen(61)
     if (kind := ALL_CODECS[form]) is not None:
-        store_all_in(kind, layers_in_blocks(model).values())
+        freeze_layers(kind, layers_in_blocks(model).values())
     if is_multiplied:
         assert multiply_codes(frozen_layers(model)) > 4
     if place == "streamed":
         stacks = deep.stacks(model)
-        store_all_in(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
+        freeze_layers(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
         stream(stacks, [len(stack) - 2 for stack in stacks], CPU)
     blocks = RUNNERS[runner]()
     deep.run_blocks_with(model, blocks if settings is None else Compiled(blocks, settings))

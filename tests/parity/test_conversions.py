@@ -18,8 +18,9 @@ from library.architectures.sdxl import targets as sdxl_targets
 from library.architectures.specs import list_specs
 from library.base.errors import UserError
 from library.checkpoints.adapter_names import BaseNames, FileNaming
-from library.checkpoints.files import load_state_dict, save_safetensors
+from library.checkpoints.files import load_state_dict
 from library.checkpoints.recognition import recognise_adapter
+from library.checkpoints.saving import save_safetensors
 from networks import lora
 from networks.core.files.adapter_file import adapter_tensors, parse_adapter
 from networks.core.files.foreign_names import add_model

@@ -11,7 +11,7 @@ from torch import Tensor
 from library.architectures.sd.targets import view
 from library.architectures.specs import list_specs
 from library.checkpoints.compatibility import readings
-from library.checkpoints.files import save_safetensors
+from library.checkpoints.saving import save_safetensors
 from networks.core.network.network import AdapterNetwork
 from networks.lora import create_network
 from tests.tolerances import FLOAT32_DEEP

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.files import load_state_dict, save_safetensors
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.saving import save_safetensors
 from networks import lora
 from networks.core.files.adapter_file import AdapterFile, parse_adapter, read_adapter_file
 from tests.tolerances import FLOAT32_SAME_MATH

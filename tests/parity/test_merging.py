@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.memory.frozen import layers_in_blocks, store_all_in
+from library.memory.frozen import freeze_layers, layers_in_blocks
 from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.training.models.compute import Compute
@@ -29,12 +29,7 @@ FAST = ("sd", "flux")
 
 
 def write_adapter_file(
-    path: Path,
-    arch: Architecture,
-    seed: int,
-    module: str,
-    arguments: Mapping[str, str],
-    has_text_encoder: bool = True,
+    path: Path, arch: Architecture, seed: int, module: str, arguments: Mapping[str, str], has_text_encoder: bool = True
 ) -> str:
     """Write a file for the base model with random parameters."""
     encoders = arch.load.text_encoders()
@@ -97,7 +92,7 @@ def test_merging_while_reading_equals_merging_afterwards(name: str, form: str, t
     changed = [n for n, value in wanted.denoiser.state_dict().items() if not torch.equal(value, plain.state_dict()[n])]
     assert len(changed) > 10
     if form:
-        store_all_in(CODECS[form], layers_in_blocks(wanted.denoiser).values())
+        freeze_layers(CODECS[form], layers_in_blocks(wanted.denoiser).values())
     assert_same(actual.denoiser, wanted.denoiser)
     for ours, theirs in zip(actual.text_encoders, wanted.text_encoders, strict=True):
         assert_same(ours, theirs)

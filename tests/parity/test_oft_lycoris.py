@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.sd.targets import view
-from library.checkpoints.files import load_state_dict, save_safetensors
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.saving import save_safetensors
 from networks import lora, oft, oft_flux, oft_v2
 from networks.core.changes.dropout import Dropout
 from networks.core.files.adapter_file import parse_adapter

@@ -26,10 +26,7 @@ SCHEDULERS = {
     "k_dpm_2": ("KDPM2DiscreteScheduler", {}),
     "dpm_2_a": ("KDPM2AncestralDiscreteScheduler", {}),
     "dpmsolver++": ("DPMSolverMultistepScheduler", {}),
-    "dpmsolver": (
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
-    ),
+    "dpmsolver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
     "dpmsingle": ("DPMSolverSinglestepScheduler", {}),
 }
 

@@ -46,11 +46,7 @@ def pipeline_of(folder: Path) -> Any:
         QwenImage21Pipeline,
         QwenImage21Transformer2DModel,
     )
-    from transformers import (
-        Qwen2Tokenizer,
-        Qwen3VLForConditionalGeneration,
-        Qwen3VLProcessor,
-    )
+    from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     class Processor(Qwen3VLProcessor):

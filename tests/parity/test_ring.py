@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.memory.codecs.plain import Plain
-from library.memory.frozen import layers_in_blocks, store_all_in
+from library.memory.frozen import freeze_layers, layers_in_blocks
 from library.memory.offload import streamed
 from library.memory.offload.ring import Ring
 from library.memory.offload.streamed import stream
@@ -145,7 +145,7 @@ def test_missing_waits_for_concurrent_copies_are_detected(monkeypatch: pytest.Mo
 def test_from_the_second_step_on_every_block_is_prefetched_before_its_use(base: str) -> None:
     deep = DEEP[base]
     model = deep.frozen(64)
-    store_all_in(Plain(), layers_in_blocks(model).values())
+    freeze_layers(Plain(), layers_in_blocks(model).values())
     stacks = deep.stacks(model)
     ring = stream(stacks, [len(stack) - 2 for stack in stacks], CPU)
     assert ring is not None

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from library.checkpoints.files import load_state_dict, read_metadata
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.headers import read_metadata
 from tests.ranks import Job, Rank, run_ranks
 from tests.running import make_images
 from tests.tiny.bases import BASES
@@ -12,9 +13,7 @@ from tests.tolerances import SUMS_OF_A_RUN
 
 pytestmark = pytest.mark.nightly
 WARMED = ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "4"]  # so that the best loss comes early
-RUNS = {
-    "patience": ["--learning_rate", "2000", *WARMED, "--early_stop_patience", "2", "--max_train_steps", "9"],
-}
+RUNS = {"patience": ["--learning_rate", "2000", *WARMED, "--early_stop_patience", "2", "--max_train_steps", "9"]}
 
 
 @pytest.fixture(scope="module")

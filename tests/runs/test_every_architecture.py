@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from library.architectures.specs import list_specs
-from library.checkpoints.files import load_state_dict, read_metadata
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.headers import read_metadata
 from library.checkpoints.recognition import recognise_adapter
 from networks.core.files.adapter_file import read_adapter_file
 from tests.running import ROOT, Finished, make_images

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.checkpoints.files import load_state_dict, read_metadata
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.headers import read_metadata
 from tests.running import Finished, small_run
 from tests.tiny.base import Base
 from tests.tiny.bases import BASES

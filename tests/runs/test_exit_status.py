@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from library.checkpoints.files import read_metadata
+from library.checkpoints.headers import read_metadata
 from library.training.failures.interruption import Interruption
 from tests.running import Finished, make_images
 

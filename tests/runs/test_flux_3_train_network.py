@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.checkpoints.files import read_metadata
+from library.checkpoints.headers import read_metadata
 from tests.running import Finished, small_run
 from tests.runs.musubi_tuner import paths_of, run_command
 from tests.runs.test_edit_training import (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from library.checkpoints.files import LENGTH_BYTES, read_header
+from library.checkpoints.headers import LENGTH_BYTES, read_header
 from library.data.decoding.npz import LEFT_OVER
 from tests.killing import Job, run_jobs
 from tests.running import make_images

@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from library.checkpoints.files import load_state_dict, read_metadata
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.headers import read_metadata
 from tests.ranks import Job, run_ranks
 from tests.running import Finished
 from tests.runs.test_exit_status import stop_in_step  # noqa: F401

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.checkpoints.files import load_state_dict, read_metadata
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.headers import read_metadata
 from tests.running import Finished
 from tests.tiny.bases import BASES
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from library.checkpoints.files import read_metadata
+from library.checkpoints.headers import read_metadata
 from tests.running import Finished
 from tests.runs.musubi_tuner import paths_of, run_command
 from tests.tiny.moss_image import CONFIG, build_tiny_moss_image

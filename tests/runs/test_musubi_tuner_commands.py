@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.checkpoints.files import read_metadata
+from library.checkpoints.headers import read_metadata
 from tests.running import ROOT, Finished, small_run
 from tests.runs.musubi_tuner import paths_of, run_command, run_script
 from tests.tiny.base import Dit

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.checkpoints.files import load_state_dict, read_metadata
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.headers import read_metadata
 from tests.running import ROOT, Finished, launch_command, make_images
 from tests.unit.training.test_run_lock import OtherRun, other_run  # noqa: F401
 

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from library.base.atomic_files import write_whole
 from library.training.report_page.comparison import build_comparison
 from library.training.report_page.page import read_data
 from library.training.report_page.record import Record
-from library.training.report_page.writer import build_report, write_page
+from library.training.report_page.writer import build_report
 from library.training.reporting.events import Warned
 from library.training.sweep.ranking import rank_and_write
 from library.training.sweep.worker import Standing
@@ -213,7 +214,7 @@ def test_runs_are_compared_on_one_axis_and_side_by_side(tmp_path: Path) -> None:
         for line in lines_of(whole_run(num_steps, name=f"run{number}", seed=number)):
             record.add(line)
         paths.append(tmp_path / f"{number}-report.html")
-        write_page(paths[-1], build_report(record))
+        write_whole(paths[-1], build_report(record))
     result, errors = ask(build_comparison(paths), COMPARE, tmp_path)
     assert errors == [], errors
     assert result["headings"] == ["Differences", "Losses", "Validation", "Previews", "Training"]
@@ -260,7 +261,7 @@ def test_the_page_of_a_sweep_has_a_grid_charts_previews_and_links(tmp_path: Path
         for line in lines_of(whole_run(20, name=label, seed=number)):
             record.add(line)
         reports[label] = tmp_path / f"cat-{number}-report.html"
-        write_page(reports[label], build_report(record))
+        write_whole(reports[label], build_report(record))
         losses = by_image(1.0 + number, 2.1, 1.5 + number)
         measured.append(Standing(label, 20, 20, losses, "", f"{number}.safetensors"))
     page = tmp_path / "cat-sweep.html"

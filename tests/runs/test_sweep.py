@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from flux_train_network import FluxNetworkTrainer, setup_parser
-from library.checkpoints.files import load_state_dict, read_metadata
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.headers import read_metadata
 from library.training.report_page.page import read_data
 from library.training.report_page.writer import read_report
 from tests.running import ROOT, Finished, make_images

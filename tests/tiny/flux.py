@@ -242,11 +242,7 @@ BASES = (
         adapts_text_encoders=True,
         everything={"split_qkv": "True", "in_dims": "[2,2,2,2,2]"},
         written=("flux1", "flux-1-dev"),
-        runs={
-            "text_cache": TEXT_CACHE,
-            "page": PAGE,
-            "page_train_blocks": ["--network_args", "train_blocks=single"],
-        },
+        runs={"text_cache": TEXT_CACHE, "page": PAGE, "page_train_blocks": ["--network_args", "train_blocks=single"]},
         deeper=DEEPER,
         draws_without_guidance=True,
         offset_words=("--timestep_sampling", "flux_shift", "--sigmoid_scale", "0.7"),

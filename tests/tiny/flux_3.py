@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from library.architectures.flux_3.layers import KEYS, NAMES, NUM_BLOCKS
+from library.architectures.flux_3.layer_names import KEYS, NAMES, NUM_BLOCKS
 from library.architectures.flux_3.model import Flux3, Flux3Config
 from library.architectures.flux_3.options import SHIFT
 from library.architectures.flux_3.reference import diffusers_model
@@ -30,22 +30,10 @@ from tests.tiny.zimage import write_qwen3_tokenizer
 Layout = Literal["files", "whole", "diffusers"]
 
 CONFIG = Flux3Config(
-    in_features=128,
-    width=48,
-    head_width=16,
-    mlp_width=144,
-    text_width=16 * len(LAYERS),
-    num_mode=2,
-    num_single=2,
+    in_features=128, width=48, head_width=16, mlp_width=144, text_width=16 * len(LAYERS), num_mode=2, num_single=2
 )
 FULL_SIZE = Flux3Config(
-    in_features=128,
-    width=3072,
-    head_width=128,
-    mlp_width=9216,
-    text_width=20480,
-    num_mode=5,
-    num_single=28,
+    in_features=128, width=3072, head_width=128, mlp_width=9216, text_width=20480, num_mode=5, num_single=28
 )
 QWEN3_VL = {
     "hidden_size": CONFIG.text_width // len(LAYERS),

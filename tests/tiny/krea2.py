@@ -193,9 +193,7 @@ DIT = Dit(
     architectures={"files": "Krea-2", "whole": "Krea-2"},
     trained={"": lambda folder: build_tiny_krea2(folder, 31)},
     training=training_command(
-        "--dit {dit} --vae {vae}",
-        "--timestep_sampling shift --discrete_flow_shift 2.5",
-        "networks.lora_krea2",
+        "--dit {dit} --vae {vae}", "--timestep_sampling shift --discrete_flow_shift 2.5", "networks.lora_krea2"
     ),
     num_adapted=8 * (CONFIG.num_blocks + CONFIG.num_layerwise + CONFIG.num_refiners) + 8,
     saved=("diffusion_model.blocks.0.attn.wq", CONFIG.block.width),

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from library.architectures.moss_image.layers import FUSED, PARTS, linear_paths
+from library.architectures.moss_image.layer_names import FUSED, PARTS, linear_paths
 from library.architectures.moss_image.model import MossImage, MossImageConfig
 from library.architectures.moss_image.text import MARKS
 from library.models.adapter_views import view_denoiser
@@ -168,12 +168,7 @@ BASES = (
         deeper={"num_layers": 6},
         needs_newer="transformers 4.54.1",
         offset_words=("--timestep_sampling", "sigmoid", "--sigmoid_scale", "0.7"),
-        deep=Deep(
-            lambda: MossImage(replace(CONFIG, num_layers=6)),
-            lambda: inputs(4, 6),
-            view_denoiser,
-            most_graphs=2,
-        ),
+        deep=Deep(lambda: MossImage(replace(CONFIG, num_layers=6)), lambda: inputs(4, 6), view_denoiser, most_graphs=2),
         merged=("networks.lora", {"in_dims": "[2,2,2,2,2,2]"}),
         full_size={"MOSS-Image": (1024, write_full_size)},
         readers=(

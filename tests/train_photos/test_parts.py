@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from library.base.errors import NotThere, UserError
+from library.base.errors import NotThere, UserError, about, of_file
 from library.train_photos.base import recognise
 from library.train_photos.parts import find_parts, is_accepted
 from tests.tiny.bases import BASES
@@ -91,12 +91,12 @@ def test_a_part_that_is_nowhere_is_named(tmp_path: Path, wording: None) -> None:
 @pytest.mark.parametrize(
     ("error", "accepted"),
     [
-        (UserError.about("--vae", "is wrong"), False),
-        (UserError.about("--clip_l", "does not fit", others=["--vae"]), False),
-        (UserError.of_file("/models/vae/a.safetensors", "is damaged"), False),
-        (UserError.of_file("/models/vae/a.safetensors/config.json", "is damaged"), False),
-        (UserError.of_file("/models/text_encoders/b.safetensors", "is damaged"), True),
-        (NotThere.about("--clip_l", "is missing"), True),
+        (about("--vae")("is wrong"), False),
+        (about("--clip_l", others=["--vae"])("does not fit"), False),
+        (of_file("/models/vae/a.safetensors")("is damaged"), False),
+        (of_file("/models/vae/a.safetensors/config.json")("is damaged"), False),
+        (of_file("/models/text_encoders/b.safetensors")("is damaged"), True),
+        (about("--clip_l", kind=NotThere)("is missing"), True),
         (UserError("something, somewhere"), False),
     ],
 )

@@ -9,7 +9,7 @@ from torch import nn
 
 import train
 from library.base.errors import UserError
-from library.checkpoints.files import save_safetensors
+from library.checkpoints.saving import save_safetensors
 from library.train_photos.plan import HEADER, Files
 from library.train_photos.runs import Record, Start, choose_start, find_runs, list_names
 from library.training.config_file import format_config

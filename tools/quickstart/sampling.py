@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from library.architectures.sd.targets import view
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints.model_lookup import existing
 from library.training.evaluation import prompts as evaluation
 from networks import lora
@@ -36,10 +36,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     specs = evaluation.read_prompts(path)
     if not specs:
-        raise UserError.about(
-            "--prompts",
-            'contains no prompts; write one per line, e.g. "a large red star on a white background"',
-            path=path,
+        raise about("--prompts", path)(
+            'contains no prompts; write one per line, e.g. "a large red star on a white background"'
         )
     return [Prompt(spec.prompt, number if spec.seed is None else spec.seed) for number, spec in enumerate(specs)]
 

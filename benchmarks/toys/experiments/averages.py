@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.toys.experiments import CONFIG, call, measure, train
-from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.headers import read_metadata
+from library.checkpoints.saving import save_safetensors
 from library.training.optimization.ema import WeightAverage
 from tools import start
 

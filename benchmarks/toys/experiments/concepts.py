@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from benchmarks.toys.make_toy_base import SCALING_FACTOR, Trainer, to_tensor, tokenize
-from library.checkpoints.files import load_state_dict, save_safetensors
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.saving import save_safetensors
 from tools import start
 from tools.quickstart.sampling import GUIDANCE_SCALE, SAMPLING_STEPS, load_pipeline
 from tools.quickstart.toy_world import BACKGROUNDS, COLOURS, IMAGE_SIZE, KNOWN_SHAPES, Scene, Seen, draw_scene, look_at

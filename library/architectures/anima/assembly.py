@@ -12,7 +12,7 @@ from library.architectures.anima.options import AnimaOptions
 from library.architectures.anima.predict import predict
 from library.architectures.anima.text import AnimaText
 from library.architectures.specs import list_specs
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import FlowMatching, build_sampled_flow
 from library.diffusion.samplers import build_shifted_sampler
@@ -91,9 +91,7 @@ def build_text(options: AnimaOptions, loader: DitLoader, num_t5_words: int) -> A
     if text.t5_tokenizer_path:
         t5_folders = [Path(text.t5_tokenizer_path).expanduser()]
         if not holds_t5_tokenizer(t5_folders[0]):
-            raise UserError.about(
-                "--t5_tokenizer_path", "lacks tokenizer.json and spiece.model", path=text.t5_tokenizer_path
-            )
+            raise about("--t5_tokenizer_path", text.t5_tokenizer_path)("lacks tokenizer.json and spiece.model")
     return AnimaText(
         qwen3_tokenizer=load_qwen3_tokenizer(QWEN3, qwen3_folders, cache_dir, loader.num_words),
         t5_tokenizer=load_t5_tokenizer(t5_folders, cache_dir, num_t5_words),

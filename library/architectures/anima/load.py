@@ -7,18 +7,11 @@ from library.architectures.anima.checkpoint_keys import ADAPTER
 from library.architectures.anima.model import Anima, AnimaConfig, read_config
 from library.architectures.anima.options import AnimaOptions
 from library.architectures.specs import list_specs
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles, require_base_name
 from library.checkpoints.model_lookup import existing
-from library.checkpoints.weights import (
-    Weights,
-    configure,
-    join_weights,
-    list_first_names,
-    rename_weights,
-    with_prefix,
-)
+from library.checkpoints.weights import Weights, configure, join_weights, list_first_names, rename_weights, with_prefix
 from library.memory.devices import DTYPES
 from library.models.dit_loader import DitLoader, check_input_width, open_dit_loader
 from library.models.identify import open_single_file, refuse_transformer
@@ -45,12 +38,9 @@ def open_loader(options: AnimaOptions) -> tuple[DitLoader, AnimaConfig]:
     if options.text.llm_adapter_path:
         weights = with_adapter(weights, open_adapter(options.text.llm_adapter_path))
     elif f"{ADAPTER}{ADAPTER_MARK}" not in weights.shapes:
-        raise UserError.about(
-            BASE_FLAG,
+        raise about(BASE_FLAG, path, cause="missing")(
             f"has no text adapter (nothing begins with {ADAPTER!r}); it is a Cosmos model or "
-            f"only a part of Anima; use anima-preview.safetensors or another complete one, or add {ADAPTER_FLAG}",
-            path=path,
-            cause="missing",
+            f"only a part of Anima; use anima-preview.safetensors or another complete one, or add {ADAPTER_FLAG}"
         )
     config = configure(weights, read_config)
     loader = open_dit_loader(
@@ -90,8 +80,8 @@ def open_adapter(name: str) -> Weights:
     prefix = next((p for p in prefixes if f"{p}{ADAPTER_MARK}" in weights.shapes), None)
     if prefix is None:
         first_names = list_first_names(weights)
-        raise UserError.about(
-            ADAPTER_FLAG, f"{name} is not a text adapter: it has no {ADAPTER_MARK} (first names: {first_names})"
+        raise about(ADAPTER_FLAG)(
+            f"{name} is not a text adapter: it has no {ADAPTER_MARK} (first names: {first_names})"
         )
     return with_prefix(weights, prefix)
 
@@ -108,20 +98,14 @@ def check_fit(loader: DitLoader, config: AnimaConfig) -> None:
     """Raise UserError if the parts do not fit together."""
     check_input_width(loader.path, config.channels, CHANNELS, "latent pixel", "Anima")
     if config.adapter.width != config.text_width:
-        raise UserError.about(
-            BASE_FLAG,
+        raise about(BASE_FLAG, loader.path, cause="does not fit")(
             f": its text adapter has width {config.adapter.width}, but the transformer "
-            f"expects text features of width {config.text_width}",
-            path=loader.path,
-            cause="does not fit",
+            f"expects text features of width {config.text_width}"
         )
     if isinstance(loader.text.component, Absent):
         return
     width = loader.text.component.config["hidden_size"]
     if width != config.adapter.source_width:
-        raise UserError.about(
-            QWEN3.flag,
-            f"has width {width}, but Anima's text adapter expects {config.adapter.source_width}; use {QWEN3.hub_name}",
-            path=loader.text.component.weights.origin,
-            cause="does not fit",
+        raise about(QWEN3.flag, loader.text.component.weights.origin, cause="does not fit")(
+            f"has width {width}, but Anima's text adapter expects {config.adapter.source_width}; use {QWEN3.hub_name}"
         )

@@ -9,7 +9,7 @@ from library.architectures.anima.adapter_names import ADAPTER_BLOCK, denoiser_mo
 from library.architectures.anima.checkpoint_keys import BLOCK, TOP
 from library.architectures.anima.load import ADAPTER_MARK, MARK, PREFIXES, QWEN3
 from library.architectures.anima.model import Anima, read_config
-from library.base.errors import UserError
+from library.base.errors import about, of_file
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, open_single_file
@@ -24,13 +24,13 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
     Raises UserError naming `flag` if it is missing, broken or of another kind.
     """
     if path.is_dir():
-        raise UserError.about(flag, "is a folder; for Anima use the transformer's file", path=path)
+        raise about(flag, path)("is a folder; for Anima use the transformer's file")
     weights = model_lookup.open_file(flag, path)
     # A file with the text adapter alone can be merged into, too.
     marks = (MARK, f"llm_adapter.{ADAPTER_MARK}")
     prefix = next((p for p in PREFIXES if any(p + mark in weights.shapes for mark in marks)), None)
     if prefix is None:
-        raise UserError.about(flag, "has no layers of Anima's transformer", path=path)
+        raise about(flag, path)("has no layers of Anima's transformer")
     return open_single_file(path, weights, partial(target_names, prefix=prefix), "anima", "anima-preview")
 
 
@@ -53,5 +53,5 @@ def view_for_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     weights = model_lookup.open_file("the checkpoint", path)
     prefix = next((p for p in PREFIXES if p + MARK in weights.shapes), None)
     if prefix is None:
-        raise UserError.of_file(path, "contains only the text adapter; use the transformer's file")
+        raise of_file(path)("contains only the text adapter; use the transformer's file")
     return [], build_on_meta_device(Anima, configure(with_prefix(weights, prefix), read_config))

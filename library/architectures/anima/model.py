@@ -18,7 +18,7 @@ from library.architectures.anima.positions import Angles, image_angles
 from library.architectures.anima.targets import TARGETS
 from library.base.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
-from library.models.fused import gated_sum, modulated_norm
+from library.models.fused_norms import gated_sum, modulated_norm
 from library.models.patches import patchify, unpatchify
 from library.models.rotary import AxisTables
 from library.models.shapes import ShapeReader

@@ -36,11 +36,7 @@ class AnimaText:
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """Return Qwen3's IDs and mask (B, 1, S), then T5's (B, 1, L); masks are 0 for padding."""
         encoded = self.qwen3_tokenizer(
-            list(captions),
-            max_length=self.num_qwen3_tokens,
-            padding="max_length",
-            truncation=True,
-            return_tensors="pt",
+            list(captions), max_length=self.num_qwen3_tokens, padding="max_length", truncation=True, return_tensors="pt"
         )
         ids_BS, mask_BS = encoded["input_ids"].long(), encoded["attention_mask"]
         ids_BL, mask_BL = tokenize_t5(self.t5_tokenizer, captions, self.num_t5_tokens)

@@ -12,12 +12,7 @@ from typing import Any
 
 import torch
 
-from library.architectures.any_pipeline.check import (
-    PROMPT,
-    check,
-    gives_same_in_batch,
-    require_exact,
-)
+from library.architectures.any_pipeline.check import PROMPT, check, gives_same_in_batch, require_exact
 from library.architectures.any_pipeline.conditioning import CapturedText, capture_text
 from library.architectures.any_pipeline.convention import PROMPTS, Convention
 from library.architectures.any_pipeline.folder import (
@@ -43,7 +38,7 @@ from library.architectures.any_pipeline.training import PipelineLatents, Pipelin
 from library.architectures.any_pipeline.trees import format_path
 from library.architectures.any_pipeline.watch import Refused, Watched, WrongSize, setting
 from library.architectures.specs import list_specs
-from library.base.errors import UserError
+from library.base.errors import UserError, error_in
 from library.base.progress import progress_bar
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES
@@ -110,11 +105,9 @@ def require_batches(options: PipelineOptions, convention: Convention) -> None:
     network = options.network
     is_tlora = network.network_module == "networks.tlora" or is_switched_on(network.network_args, "tlora")
     if is_tlora and not convention.pads:
-        raise UserError(
+        raise error_in("T-LoRA", cause="does not fit")(
             f"T-LoRA does not work with {convention.pipeline}: captions of different lengths cannot share a call "
-            f"of its {convention.denoiser}; remove it",
-            setting="T-LoRA",
-            cause="does not fit",
+            f"of its {convention.denoiser}; remove it"
         )
 
 

@@ -21,7 +21,7 @@ from library.architectures.any_pipeline.classes import INDEX, FolderClasses, fin
 from library.architectures.any_pipeline.refusals import find_cause
 from library.architectures.any_pipeline.targets import block_lists, with_targets
 from library.architectures.any_pipeline.watch import SMALL, Watched, is_vae, stand_in
-from library.base.errors import UserError
+from library.base.errors import UserError, about
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import require_base_name
 from library.checkpoints.base_model import BaseModel, WeightFile
@@ -173,11 +173,8 @@ class PipelineFolder:
             raise self._incomplete(repr(error)) from error
 
     def _incomplete(self, reason: str) -> UserError:
-        return UserError.about(
-            self.flag,
-            f"is not complete: {self.kind.__name__} cannot be opened ({reason}); download the whole folder again",
-            path=self.path,
-            cause="unreadable",
+        return about(self.flag, self.path, cause="unreadable")(
+            f"is not complete: {self.kind.__name__} cannot be opened ({reason}); download the whole folder again"
         )
 
 
@@ -209,11 +206,9 @@ def read_folder(flag: str, path: Path, trusts_code: bool = False) -> PipelineFol
     """Return the folder of a pipeline by its model_index.json. Raises UserError for unknown classes."""
     index = read_json(path / INDEX)
     if "_class_name" not in index:
-        raise UserError.about(
-            flag,
+        raise about(flag, path)(
             f"is no pipeline of diffusers: it has no {INDEX} that names one. Use a folder in diffusers' layout, or the "
-            "script of this base model",
-            path=path,
+            "script of this base model"
         )
     classes = FolderClasses(flag, path, trusts_code)
     kind = classes.find_pipeline(index["_class_name"])
@@ -238,10 +233,8 @@ def find_folder(name: str, trusts_code: bool) -> Path:
     try:
         return model_lookup.fetch_snapshot(name, (*SMALL_FILES, *(["*.py"] if trusts_code else [])))
     except ConnectionError as error:
-        raise UserError.about(
-            BASE_FLAG,
-            f"{name} is neither a folder nor a repository that can be downloaded ({error}). Check the path",
-            cause="missing",
+        raise about(BASE_FLAG, cause="missing")(
+            f"{name} is neither a folder nor a repository that can be downloaded ({error}). Check the path"
         ) from error
 
 
@@ -250,7 +243,7 @@ def refuse_by_class(folder: PipelineFolder) -> None:
     config = read_json(folder.path / "scheduler" / "scheduler_config.json")
     reason = find_cause(folder.kind, tuple(list_arguments(folder.kind)), folder.scheduler, config)
     if reason is not None:
-        raise UserError.about(folder.flag, f": {folder.kind.__name__} {reason}", path=folder.path)
+        raise about(folder.flag, folder.path)(f": {folder.kind.__name__} {reason}")
 
 
 @dataclass(frozen=True)
@@ -352,17 +345,12 @@ def find_denoiser(flag: str, path: Path) -> tuple[PipelineFolder, str, nn.Module
     folder = read_folder(flag, path)
     names, kind = folder.denoisers, folder.kind.__name__
     if not names:
-        raise UserError.about(
-            flag,
-            f": model_index.json names no model of {kind} that draws; use another copy",
-            path=path,
-            cause="missing",
+        raise about(flag, path, cause="missing")(
+            f": model_index.json names no model of {kind} that draws; use another copy"
         )
     if len(names) > 1:
-        raise UserError.about(
-            flag,
+        raise about(flag, path)(
             f": {kind} has several models that an adapter may belong to ({', '.join(names)}); "
-            "load the adapter with the pipeline and call its fuse_lora",
-            path=path,
+            "load the adapter with the pipeline and call its fuse_lora"
         )
     return folder, names[0], with_targets(folder.build_empty(names[0]), names[0])

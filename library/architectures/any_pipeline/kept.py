@@ -15,7 +15,8 @@ from library.architectures.any_pipeline.convention import Convention, Line, Unco
 from library.architectures.any_pipeline.trees import Output, map_leaves, map_tensors
 from library.architectures.any_pipeline.trees import Path as TreePath
 from library.architectures.any_pipeline.watch import key_of
-from library.checkpoints.files import atomic_path, load_pickle
+from library.base.atomic_files import atomic_path
+from library.checkpoints.files import load_pickle
 
 logger = logging.getLogger(__name__)
 

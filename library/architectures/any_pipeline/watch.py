@@ -64,7 +64,7 @@ class Stop(Exception):
 
 
 @dataclass(frozen=True)
-class Call:
+class DenoiserCall:
     """A call of the denoiser during step number `step`, all arguments by name."""
 
     name: str
@@ -86,7 +86,7 @@ class Step:
 class Trace:
     """The calls of denoiser, scheduler and VAE while one image was drawn."""
 
-    calls: list[Call] = field(default_factory=list)
+    calls: list[DenoiserCall] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     decoded: list[Tensor] = field(default_factory=list)  # what the VAE decoded
     pixel_shape: tuple[int, ...] = ()  # of the VAE's output
@@ -290,7 +290,7 @@ class Watched:
         if self.read is not None:
             output = map_leaves(output, partial(self._note, self.read, key))
         if self.denoiser is None and path == "":  # any model may turn out to be the denoiser
-            self._trace.calls.append(Call(name, len(self._trace.steps), bind(part, args, kwargs), output))
+            self._trace.calls.append(DenoiserCall(name, len(self._trace.steps), bind(part, args, kwargs), output))
         return output
 
     def _note(self, read: set[tuple[str, Path]], key: str, path: Path, leaf: Any) -> Any:
@@ -304,7 +304,7 @@ class Watched:
 
     def _denoise(self, name: str, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         trace, answers, place = self._trace, self._answers, len(self._trace.calls)
-        call = Call(name, len(trace.steps), bind(part, args, kwargs))
+        call = DenoiserCall(name, len(trace.steps), bind(part, args, kwargs))
         trace.calls.append(call)
         if answers.stops_at == place:
             raise Stop

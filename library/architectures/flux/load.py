@@ -11,7 +11,7 @@ from library.architectures.flux.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.flux.model import PATCH, Flux, FluxConfig, read_config
 from library.architectures.flux.options import FluxOptions
 from library.architectures.specs import list_specs
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints.base_files import BaseFiles, open_base
 from library.checkpoints.weights import Weights, configure, find_prefix, select_weights, with_prefix
 from library.memory.devices import DTYPES
@@ -111,12 +111,9 @@ def open_t5(name: str | None, base: BaseFiles, folder: str) -> Component:
 def check_fit(loader: DitLoader, config: FluxConfig, title: str) -> None:
     """Raise UserError if the parts do not fit together."""
     if config.in_features != CHANNELS * PATCH**2:
-        raise UserError.about(
-            BASE_FLAG,
+        raise about(BASE_FLAG, loader.path, cause="does not fit")(
             f": the transformer takes {config.in_features} values per patch, but only "
-            f"{CHANNELS * PATCH**2} are supported; FLUX.1 Fill, Canny, Depth and other conditioned variants are not",
-            path=loader.path,
-            cause="does not fit",
+            f"{CHANNELS * PATCH**2} are supported; FLUX.1 Fill, Canny, Depth and other conditioned variants are not"
         )
     *clip, t5 = loader.texts
     for part in clip:

@@ -10,7 +10,7 @@ from library.architectures.flux.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.flux.load import CLIP_PREFIXES, MARK, T5_MARK, is_schnell
 from library.architectures.flux.model import Flux, read_config
 from library.architectures.flux.targets import view
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, open_single_file
@@ -70,7 +70,5 @@ def open_text_encoder(
     model = open_single_file(path, model_lookup.open_file(flag, path), target_names, "flux", "")
     # Other text encoders open without an error, but have no layer of these names.
     if not model.files[0].modules:
-        raise UserError.about(
-            flag, f"has no layer called {prefix}encoder....{layers[0]}; use the file for FLUX.1", path=path
-        )
+        raise about(flag, path)(f"has no layer called {prefix}encoder....{layers[0]}; use the file for FLUX.1")
     return model

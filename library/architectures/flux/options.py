@@ -34,10 +34,7 @@ class FluxModelOptions(Options):
         help="File or folder of the text encoder CLIP-L. Unset takes it from the base. Chroma has none.",
     )
     t5xxl: str | None = option(
-        None,
-        path="part",
-        usual=True,
-        help="File or folder of the text encoder T5-XXL. Unset takes it from the base.",
+        None, path="part", usual=True, help="File or folder of the text encoder T5-XXL. Unset takes it from the base."
     )
     ae: str | None = option(
         None, path="part", usual=True, help="File or folder of the VAE. Unset takes it from the base."

@@ -10,13 +10,7 @@ from library.types import Batch, Conditioning, Noised, Prompt
 
 
 def predict(
-    denoiser: nn.Module,
-    noised: Noised,
-    conditioning: Conditioning,
-    batch: Batch,
-    *,
-    guidance: float,
-    masks_text: bool,
+    denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch, *, guidance: float, masks_text: bool
 ) -> Tensor:
     """Return the velocity, noise - latent, in the shape of the latents.
 

@@ -46,9 +46,7 @@ LOST_LAYERS = Gap(
     "it does not find the layers of Chroma's approximator under diffusers' names",
 )
 NO_APPROXIMATOR = Gap(
-    DIFFUSERS,
-    rf"transformer_{CHROMA_ONLY}_.*",
-    "it does not find Chroma's approximator under diffusers' names",
+    DIFFUSERS, rf"transformer_{CHROMA_ONLY}_.*", "it does not find Chroma's approximator under diffusers' names"
 )
 
 

@@ -17,10 +17,7 @@ T5 = Part("lora_te3", blocks=T5_BLOCKS, needs="train_t5xxl")
 
 TARGETS = AdapterTargets(
     denoiser=Part("lora_unet", blocks=("DoubleStreamBlock", "SingleStreamBlock"), attention=("SelfAttention",)),
-    text_encoders=(
-        Part("lora_te1", blocks=clip_names.CLIP_BLOCKS),
-        T5,
-    ),
+    text_encoders=(Part("lora_te1", blocks=clip_names.CLIP_BLOCKS), T5),
     ranks={
         "img_attn_dim": r"\.img_attn\.",
         "txt_attn_dim": r"\.txt_attn\.",

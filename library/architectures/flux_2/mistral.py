@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints.weights import Weights, configure, list_first_names
 from library.models.language_models import PREFIXES, decoder_config, extract_decoder
 from library.models.loading import Component, empty_transformers_model
@@ -39,9 +39,7 @@ def mistral_component(weights: Weights, flag: str, prefix: str) -> Component:
     # Qwen3 has the same names, and norms of queries and keys besides.
     if decoder is None or "layers.0.self_attn.q_norm.weight" in decoder.shapes:
         first_names = list_first_names(weights)
-        raise UserError.about(
-            flag, f"is not a Mistral 3 text encoder (first names: {first_names})", path=weights.origin
-        )
+        raise about(flag, weights.origin)(f"is not a Mistral 3 text encoder (first names: {first_names})")
     return Component(configure(decoder, mistral_config), decoder)
 
 

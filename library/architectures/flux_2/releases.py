@@ -10,7 +10,7 @@ from torch import nn
 
 from library.architectures.flux_2 import mistral
 from library.architectures.flux_2.model import Flux2Config
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints.weights import Weights
 from library.models.distilled import DistilledRelease
 from library.models.language_models import WORDS, remove_last_norm, with_first_layers
@@ -127,10 +127,9 @@ def recognise_release(config: Flux2Config, version: str | None, origin: str) -> 
     requested = release_named(version)
     is_of_known_size = config.text_width in (release.text_width for release in RELEASES)
     if (requested is DEV) != config.has_guidance or (requested is not recognised and is_of_known_size):
-        raise UserError.about(
-            "--model_version",
+        raise about("--model_version")(
             f"is {version}, but {origin} is the transformer of {recognised.title}, with text features "
-            f"of width {config.text_width}; use --model_version {recognised.name}, or the file of {requested.title}",
+            f"of width {config.text_width}; use --model_version {recognised.name}, or the file of {requested.title}"
         )
     return requested
 
@@ -145,12 +144,9 @@ def recognise_encoder(weights: Weights, version: str | None) -> TextEncoder:
         requested = release_named(version)
         others = [release.title for release in RELEASES if release is not requested and release.encoder_width == width]
         if others:
-            raise UserError.about(
-                FLAG,
+            raise about(FLAG, weights.origin, cause="does not fit")(
                 f"has width {width}, which is for {others[0]}, but --model_version {version} "
-                f"needs width {requested.encoder_width}; use {requested.encoder.hub_name}",
-                path=weights.origin,
-                cause="does not fit",
+                f"needs width {requested.encoder_width}; use {requested.encoder.hub_name}"
             )
         return requested.encoder
     # Qwen3 has norms of queries and keys, Mistral has none.

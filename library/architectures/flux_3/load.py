@@ -5,12 +5,12 @@ from functools import partial
 
 from torch import nn
 
-from library.architectures.flux_3.layers import DIFFUSERS_MARK, IMAGES, KEYS, MARK
+from library.architectures.flux_3.layer_names import DIFFUSERS_MARK, IMAGES, KEYS, MARK
 from library.architectures.flux_3.model import Flux3, read_config
 from library.architectures.flux_3.options import Flux3Options
 from library.architectures.flux_3.text import LAYERS
 from library.architectures.specs import list_specs
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights, configure, select_weights
 from library.models import dit_loader
@@ -36,11 +36,9 @@ def open_loader(options: Flux3Options) -> DitLoader:
     weights = read_denoiser(base, options.parts.edit)
     config = configure(weights, read_config)
     if options.parts.edit and not config.has_references:
-        raise UserError.about(
-            "--edit",
+        raise about("--edit", cause="needs")(
             f"needs layers for reference images, which {base.path} lacks; use a complete checkpoint of {MODEL}, "
-            "or remove --edit",
-            cause="needs",
+            "or remove --edit"
         )
     loader = build_loader(options, base, weights, partial(Flux3, config))
     check_input_width(base.path, config.in_features, PACKED_CHANNELS, "token", MODEL)

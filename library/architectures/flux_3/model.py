@@ -14,21 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
-from library.architectures.flux_3.layers import IMAGES, TARGETS, TEXT
+from library.architectures.flux_3.layer_names import IMAGES, TARGETS, TEXT
 from library.architectures.flux_3.text import LAYERS
 from library.base.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
-from library.models.double_stream import (
-    EPS,
-    LastModulation,
-    MLPEmbedder,
-    Modulation,
-    QKNorm,
-    SwiGLU,
-    embed_level,
-)
-from library.models.fused import modulated_norm
+from library.models.double_stream import EPS, LastModulation, MLPEmbedder, Modulation, QKNorm, SwiGLU, embed_level
+from library.models.fused_norms import modulated_norm
 from library.models.patches import key_mask, patchify, unpatchify
 from library.models.rotary import ROPE_BASE, Rope, apply_rope
 from library.models.shapes import ShapeReader

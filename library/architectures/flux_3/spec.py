@@ -1,7 +1,7 @@
 """The `BaseModelSpec` of FLUX.3 Image Klein."""
 
 from library.architectures.flux_3.assembly import ARCHITECTURE, LATENTS, RECIPE, build, build_objective
-from library.architectures.flux_3.layers import DIFFUSERS_MARK, KEYS, MARK, NAMES, TARGETS, denoiser_module
+from library.architectures.flux_3.layer_names import DIFFUSERS_MARK, KEYS, MARK, NAMES, TARGETS, denoiser_module
 from library.architectures.flux_3.load import MODEL
 from library.architectures.flux_3.model import Flux3, read_config
 from library.architectures.flux_3.options import Flux3Options

@@ -11,7 +11,7 @@ from library.architectures.hunyuan_image.options import HunyuanImageOptions
 from library.architectures.hunyuan_image.qwen import load_qwen, qwen_component
 from library.architectures.hunyuan_image.vae import MARK, SCALE, load_hunyuan_image_vae, vae_component
 from library.architectures.specs import list_specs
-from library.base.errors import NotThere, UserError, flagged
+from library.base.errors import NotThere, about, flagged
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles, open_base
 from library.checkpoints.weights import Weights, configure, rename_weights
@@ -78,7 +78,7 @@ def open_component(part: str, name: str | None, base: BaseFiles) -> Component:
     """Open a part from the file or folder of its flag, or from the folder of the base model in diffusers' layout."""
     flag, folder = f"--{part}", FOLDERS[part]
     if name is None and base.whole is not None:
-        raise NotThere.about(flag, f"is missing: {base.path} is only the transformer")
+        raise about(flag, kind=NotThere)(f"is missing: {base.path} is only the transformer")
     config, weights = base.open_folder(folder) if name is None else model_lookup.open_model(flag, name, folder)
     with flagged(flag):
         if config is None:
@@ -103,11 +103,9 @@ def check_vae(component: Component) -> Component:
     origin, config = component.weights.origin, component.config
     latent_shape = (config.get("latent_channels"), config.get("spatial_compression_ratio"))
     if MARK not in component.weights.shapes or latent_shape != (SPEC.channels, SPEC.downscale):
-        raise UserError.about(
-            "--vae",
+        raise about("--vae", origin)(
             f"has {latent_shape[0]} channels per {latent_shape[1]} pixels, but {MODEL} needs "
-            f"{SPEC.channels} per {SPEC.downscale}; use hunyuan_image_2.1_vae_fp16.safetensors",
-            path=origin,
+            f"{SPEC.channels} per {SPEC.downscale}; use hunyuan_image_2.1_vae_fp16.safetensors"
         )
     scale = config.get("scaling_factor") or SCALE
     if scale != SCALE:
@@ -123,6 +121,4 @@ def check_fit(loader: DitLoader, config: HunyuanImageConfig) -> None:
     check_text_width("--byt5", byt5, GLYPH_WORDS, config.glyph_width, f"{MODEL}'s ByT5")
     num_words = get_first_side(byt5, GLYPH_WORDS)
     if num_words is not None and num_words < NUM_BYTE_IDS:
-        raise UserError.about(
-            "--byt5", f"has {num_words} embeddings; ByT5 needs {NUM_BYTE_IDS}", path=byt5.weights.origin
-        )
+        raise about("--byt5", byt5.weights.origin)(f"has {num_words} embeddings; ByT5 needs {NUM_BYTE_IDS}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.base.errors import UserError
+from library.base.errors import UserError, error_in, of_file
 from library.checkpoints.weights import Weights, configure, list_first_names, select_weights
 from library.memory.devices import send
 from library.models.language_models import DESCRIBE, PREFIXES, WORDS, extract_decoder, remove_last_norm
@@ -45,13 +45,11 @@ def qwen_component(weights: Weights, config: Mapping[str, Any] | None = None) ->
     decoder = extract_decoder(weights, PREFIXES)
     # Qwen3 has the same names, but no biases.
     if decoder is None or "layers.0.self_attn.q_proj.bias" not in decoder.shapes:
-        raise UserError.of_file(
-            weights.origin, f"is not a Qwen2.5-VL text encoder (first names: {list_first_names(weights)})"
-        )
+        raise of_file(weights.origin)(f"is not a Qwen2.5-VL text encoder (first names: {list_first_names(weights)})")
     weights = decoder
     num_layers = count(weights.shapes, r"layers\.(\d+)\.") - NUM_UNUSED_LAYERS
     if num_layers < 1:
-        raise UserError.of_file(weights.origin, f"has {num_layers + NUM_UNUSED_LAYERS} layers; Qwen2.5-VL 7B has 28")
+        raise of_file(weights.origin)(f"has {num_layers + NUM_UNUSED_LAYERS} layers; Qwen2.5-VL 7B has 28")
     kept = [key for key in weights.shapes if key == WORDS or is_used(key, num_layers)]
     weights = select_weights(weights, {key: key for key in kept})
     folder_config = dict(config or {})
@@ -86,11 +84,7 @@ def qwen_config(shapes: Shapes, folder_config: Mapping[str, Any]) -> dict[str, A
             "rope_type": "default",
             "rope_theta": ROPE_BASE,
             # Without images the three positions of a token are equal, so any sections give the same angles.
-            "mrope_section": [
-                head_width // 8,
-                num_spatial_pairs // 2,
-                num_spatial_pairs - num_spatial_pairs // 2,
-            ],
+            "mrope_section": [head_width // 8, num_spatial_pairs // 2, num_spatial_pairs - num_spatial_pairs // 2],
         },
         "bos_token_id": None,  # used only for text generation
         "eos_token_id": None,
@@ -129,9 +123,8 @@ def load_qwen_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_word
     tokenizer = TOKENIZER.load(folders, cache_dir, num_words, padding_side="right")
     num_tokens = len(tokenizer(TEMPLATE.partition("{}")[0])["input_ids"])
     if num_tokens != NUM_TEMPLATE_TOKENS:
-        raise UserError(
+        raise error_in(path=tokenizer.name_or_path)(
             f"the tokenizer {tokenizer.name_or_path} encodes the system prompt in {num_tokens} tokens instead of "
-            f"{NUM_TEMPLATE_TOKENS}: it belongs to another model; replace it with {HUB_NAME}'s",
-            path=tokenizer.name_or_path,
+            f"{NUM_TEMPLATE_TOKENS}: it belongs to another model; replace it with {HUB_NAME}'s"
         )
     return tokenizer

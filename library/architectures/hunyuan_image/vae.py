@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
-from library.base.errors import UserError
+from library.base.errors import of_file
 from library.checkpoints.weights import Weights, configure, list_first_names, rename_weights, with_prefix
 from library.models.loading import Component, MaybeComponent, empty_diffusers_model, load_component
 from library.models.shapes import Shapes, count, shape_of
@@ -24,15 +24,12 @@ def vae_component(weights: Weights) -> Component:
     """Build the VAE from a single file. Raises UserError naming the file if it holds something else."""
     prefix = next((p for p in VAE_PREFIXES if f"{p}{MARK}" in weights.shapes), None)
     if prefix is None:
-        raise UserError.of_file(
-            weights.origin, f"is not a VAE: it has no {MARK} (first names: {list_first_names(weights)})"
-        )
+        raise of_file(weights.origin)(f"is not a VAE: it has no {MARK} (first names: {list_first_names(weights)})")
     weights = with_prefix(weights, prefix)
     if "encoder.down.0.block.0.conv1.weight" not in weights.shapes:
-        raise UserError.of_file(
-            weights.origin,
+        raise of_file(weights.origin)(
             "is not a VAE of HunyuanImage 2.1 in the original layout; use "
-            "hunyuan_image_2.1_vae_fp16.safetensors, or the folder vae/ of a diffusers model",
+            "hunyuan_image_2.1_vae_fp16.safetensors, or the folder vae/ of a diffusers model"
         )
     config = configure(weights, vae_config)
     return Component(config, rename_weights(weights, lambda key: vae_from_original(key, config["layers_per_block"])))

@@ -13,7 +13,7 @@ from library.architectures.krea2.model import PATCH, SingleStreamDiT, read_confi
 from library.architectures.krea2.options import Krea2Options
 from library.architectures.krea2.text import LAYERS
 from library.architectures.specs import list_specs
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints.base_files import BaseFiles, open_files
 from library.checkpoints.model_lookup import find_model
 from library.checkpoints.recognition import is_dora
@@ -48,11 +48,9 @@ def open_loader(options: Krea2Options) -> DitLoader:
     loader = build_loader(options, base, weights, partial(SingleStreamDiT, config))
     check_input_width(base.path, config.in_features, CHANNELS * PATCH**2, "patch", MODEL)
     if config.num_states != len(LAYERS):
-        raise UserError.about(
-            BASE_FLAG,
+        raise about(BASE_FLAG, base.path)(
             f": the transformer takes {config.num_states} states of the text encoder for each "
-            f"token, but only {len(LAYERS)} are supported; use a checkpoint of {MODEL}",
-            path=base.path,
+            f"token, but only {len(LAYERS)} are supported; use a checkpoint of {MODEL}"
         )
     check_text_width(QWEN3_VL.flag, loader.text.component, WORDS, config.fusion.width, QWEN3_VL.hub_name)
     return loader
@@ -94,31 +92,24 @@ def open_turbo(options: Krea2Options, loader: DitLoader) -> DitLoader | None:
         return None
     weights = read_denoiser(open_files(TURBO_FLAG, find_model(TURBO_FLAG, name, (("transformer",),))))
     if configure(weights, read_config) != configure(base, read_config):
-        raise UserError.about(
-            TURBO_FLAG,
-            f"{name} and the base {base.origin} have different sizes; use two of one size",
-            cause="does not fit",
+        raise about(TURBO_FLAG, cause="does not fit")(
+            f"{name} and the base {base.origin} have different sizes; use two of one size"
         )
     # Weights are exchanged tensor by tensor in place, which needs two files of one form.
     if {k: q.kind for k, q in weights.quantised.items()} != {k: q.kind for k, q in base.quantised.items()}:
-        raise UserError.about(
-            TURBO_FLAG,
+        raise about(TURBO_FLAG)(
             f"{name} is stored differently from the base {base.origin}: one has 8-bit weights where the "
-            "other has none; use two files of the same precision",
+            "other has none; use two files of the same precision"
         )
     if any(argument.startswith("dora_wd") for argument in options.network.network_args or ()):
-        raise UserError.about(
-            TURBO_FLAG,
-            "does not work with dora_wd, which keeps the norms of the base's weights; remove one of them",
-            cause="does not fit",
+        raise about(TURBO_FLAG, cause="does not fit")(
+            "does not work with dora_wd, which keeps the norms of the base's weights; remove one of them"
         )
     file = options.network.network_weights
     if options.network.dim_from_weights and file is not None and is_dora(Path(file)):
-        raise UserError.about(
-            TURBO_FLAG,
+        raise about(TURBO_FLAG, cause="does not fit")(
             f"does not work with a DoRA, which keeps the norms of the base's weights, and "
-            f"--network_weights {file} is one; remove {TURBO_FLAG}",
-            cause="does not fit",
+            f"--network_weights {file} is one; remove {TURBO_FLAG}"
         )
     return replace(loader, denoiser_weights=weights)
 

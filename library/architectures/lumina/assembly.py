@@ -11,7 +11,7 @@ from library.architectures.lumina.load import open_loader
 from library.architectures.lumina.options import LuminaOptions
 from library.architectures.lumina.text import LuminaText
 from library.architectures.specs import list_specs
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import RECORDS, FlowMatching, build_sampled_flow
 from library.diffusion.samplers import build_shifted_sampler
@@ -87,10 +87,9 @@ def build_text(options: LuminaOptions, loader: DitLoader) -> LuminaText:
     # A space, because an empty caption gets no instruction.
     num_instruction = text.count_tokens(" ") if text.system_prompt else 0
     if num_instruction >= text.max_tokens:
-        raise UserError.about(
-            "--system_prompt",
+        raise about("--system_prompt")(
             f"has {num_instruction} tokens, which leaves no room for a caption within "
-            f"--gemma2_max_token_length {text.num_tokens}; shorten the prompt or raise the limit",
+            f"--gemma2_max_token_length {text.num_tokens}; shorten the prompt or raise the limit"
         )
     return text
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.base.errors import UserError
-from library.checkpoints.files import copy_atomically
+from library.base.atomic_files import copy_atomically
+from library.base.errors import UserError, error_in, of_file
 from library.checkpoints.model_lookup import fetch_snapshot
 from library.checkpoints.weights import Weights, configure, list_first_names
 from library.memory.devices import send
@@ -38,18 +38,15 @@ def gemma_component(weights: Weights) -> Component:
     """Build the encoder's component from a single file or a full checkpoint. Raises UserError for anything else."""
     decoder = extract_decoder(weights, GEMMA_PREFIXES)
     if decoder is None or "layers.0.pre_feedforward_layernorm.weight" not in decoder.shapes:
-        raise UserError.of_file(
-            weights.origin, f"is not a Gemma 2 text encoder (first names: {list_first_names(weights)})"
-        )
+        raise of_file(weights.origin)(f"is not a Gemma 2 text encoder (first names: {list_first_names(weights)})")
     return Component(configure(decoder, gemma_config), decoder)
 
 
 def gemma_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
     """Build the encoder's component from a diffusers or transformers folder. Raises UserError for another model."""
     if config.get("model_type") != "gemma2":
-        raise UserError.of_file(
-            weights.origin,
-            f"is not a Gemma 2 encoder: config.json names model_type {config.get('model_type')!r} instead of 'gemma2'",
+        raise of_file(weights.origin)(
+            f"is not a Gemma 2 encoder: config.json names model_type {config.get('model_type')!r} instead of 'gemma2'"
         )
     return Component(config, extract_decoder(weights, GEMMA_PREFIXES) or weights)
 
@@ -99,9 +96,8 @@ def load_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_wor
     tokenizer = read_tokenizer(lambda: PreTrainedTokenizerFast(tokenizer_file=str(file)), file)
     vocabulary = tokenizer.get_vocab()
     if missing := [word for word in (BEGIN, PADDING) if word not in vocabulary]:
-        raise UserError(
-            f"the tokenizer {file} has no {missing[0]}: it belongs to another model; replace it with the right one",
-            path=file,
+        raise error_in(path=file)(
+            f"the tokenizer {file} has no {missing[0]}: it belongs to another model; replace it with the right one"
         )
     check_ids("Gemma", tokenizer, file, num_words)
     return tokenizer

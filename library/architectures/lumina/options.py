@@ -22,10 +22,7 @@ class LuminaModelOptions(Options):
     """The parts of the base model and the text limits."""
 
     gemma2: str | None = option(
-        None,
-        path="part",
-        usual=True,
-        help="File or folder of the text encoder Gemma 2. Unset takes it from the base.",
+        None, path="part", usual=True, help="File or folder of the text encoder Gemma 2. Unset takes it from the base."
     )
     ae: str | None = option(
         None, path="part", usual=True, help="File or folder of the VAE. Unset takes it from the base."

@@ -5,7 +5,7 @@ from functools import cache, partial
 
 from torch import nn
 
-from library.architectures.moss_image.layers import FUSED, PARTS
+from library.architectures.moss_image.layer_names import FUSED, PARTS
 from library.architectures.moss_image.model import MossImage, read_config
 from library.architectures.moss_image.options import MossImageOptions
 from library.architectures.moss_image.qwen3_5 import (

@@ -11,12 +11,7 @@ SKIPPED = (22,)  # blocks that the model's pipeline leaves out for the negative 
 
 
 def predict(
-    denoiser: nn.Module,
-    noised: Noised,
-    conditioning: Conditioning,
-    batch: Batch,
-    *,
-    skipped: Collection[int] = (),
+    denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch, *, skipped: Collection[int] = ()
 ) -> Tensor:
     """Return the velocity, noise - latent, in the shape of the latents. Blocks `skipped` have no effect."""
     velocity_BCHW: Tensor = denoiser(

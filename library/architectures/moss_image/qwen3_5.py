@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.base.errors import UserError
+from library.base.errors import about, error_in
 from library.checkpoints.weights import Weights, configure, list_first_names
 from library.models.language_models import WORDS, extract_decoder
 from library.models.loading import Component, empty_transformers_model, load_component
@@ -39,9 +39,7 @@ def language_component(weights: Weights) -> Component:
     decoder = None if prefix is None else extract_decoder(weights, (prefix,))
     if decoder is None:
         first = list_first_names(weights)
-        raise UserError.about(
-            FLAG, f"is not a Qwen3.5 text encoder (first names: {first}); use {HUB_NAME}", path=weights.origin
-        )
+        raise about(FLAG, weights.origin)(f"is not a Qwen3.5 text encoder (first names: {first}); use {HUB_NAME}")
     return Component(configure(decoder, language_config), decoder)
 
 
@@ -111,9 +109,8 @@ def load_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: in
     """Load Qwen3.5's tokenizer, as described at `TokenizerFiles.load`. Raises UserError if it has no chat template."""
     tokenizer = FILES.load(folders, cache_dir, num_words)
     if not tokenizer.chat_template:
-        raise UserError(
+        raise error_in(path=tokenizer.name_or_path)(
             f"the tokenizer {tokenizer.name_or_path} has no chat template; put chat_template.jinja of {HUB_NAME} next "
-            "to its tokenizer.json",
-            path=tokenizer.name_or_path,
+            "to its tokenizer.json"
         )
     return tokenizer

@@ -1,7 +1,7 @@
 """The `BaseModelSpec` of MOSS-Image."""
 
 from library.architectures.moss_image.assembly import LATENTS, RECIPE, build, build_objective
-from library.architectures.moss_image.layers import NAMES, TARGETS, denoiser_module, is_linear
+from library.architectures.moss_image.layer_names import NAMES, TARGETS, denoiser_module, is_linear
 from library.architectures.moss_image.load import MARK, MODEL
 from library.architectures.moss_image.model import MossImage, read_config
 from library.architectures.moss_image.options import MossImageOptions

@@ -13,15 +13,8 @@ from torch import Tensor, nn
 
 from library.architectures.moss_image.qwen3_5 import HUB_NAME, encode_with_images
 from library.base.determinism import deterministic_mode
-from library.base.errors import UserError
-from library.models.qwen3_vl_vision import (
-    SLOT,
-    VISION_MARKS,
-    encode_captions,
-    fit_images,
-    join_rows,
-    number_images,
-)
+from library.base.errors import error_in
+from library.models.qwen3_vl_vision import SLOT, VISION_MARKS, encode_captions, fit_images, join_rows, number_images
 from library.types import Conditioning, Tokens, plain_caption
 
 NUM_TOKENS = 4096  # with the template and reference images; longer captions are cut
@@ -62,10 +55,9 @@ class MossImageText:
             )
         )
         if images and len(ids) > NUM_TOKENS:
-            raise UserError(
+            raise error_in("caption")(
                 f"a caption and its {len(images)} reference images have {len(ids)} tokens, but the text encoder reads "
-                f"{NUM_TOKENS}; shorten the caption: {plain_caption(caption)[:60]!r}",
-                setting="caption",
+                f"{NUM_TOKENS}; shorten the caption: {plain_caption(caption)[:60]!r}"
             )
         return ids[:NUM_TOKENS]
 

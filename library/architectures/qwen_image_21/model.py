@@ -20,8 +20,8 @@ from library.architectures.qwen_image_21.targets import TARGETS
 from library.base.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
-from library.memory.fused import fuses
-from library.models.fused import modulated_norm, rotated_norm, silu_product
+from library.memory.fused_kernels import fuses
+from library.models.fused_norms import modulated_norm, rotated_norm, silu_product
 from library.models.patches import patchify, unpatchify
 from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.shapes import ShapeReader

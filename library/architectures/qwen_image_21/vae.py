@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import configure, list_first_names, rename_weights, select_weights
 from library.memory.devices import send
@@ -97,17 +97,14 @@ def open_vae(name: str | None, base: BaseFiles) -> Component:
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     weights = select_weights(weights, {key: key for key in weights.shapes if key.startswith(parts)})
     if "encoder.down_blocks.0.resnets.0.norm1.gamma" not in weights.shapes:
-        raise UserError.about(
-            flag, f"is not the VAE of Qwen-Image 2.1 (first names: {list_first_names(weights)})", path=weights.origin
+        raise about(flag, weights.origin)(
+            f"is not the VAE of Qwen-Image 2.1 (first names: {list_first_names(weights)})"
         )
     component = Component(config or configure(weights, vae_config), weights)
     num_channels = shape_of(weights.shapes, MARKS[0])[1]
     if num_channels != CHANNELS:
-        raise UserError.about(
-            flag,
-            f"has {num_channels} latent channels, but Qwen-Image 2.1 needs {CHANNELS}; use its own VAE",
-            path=weights.origin,
-            cause="does not fit",
+        raise about(flag, weights.origin, cause="does not fit")(
+            f"has {num_channels} latent channels, but Qwen-Image 2.1 needs {CHANNELS}; use its own VAE"
         )
     return component
 

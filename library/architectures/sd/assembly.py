@@ -10,7 +10,7 @@ from library.architectures.sd.predict import predict
 from library.architectures.sd.targets import view
 from library.architectures.sd.text import ClipText
 from library.architectures.specs import list_specs
-from library.base.errors import UserError
+from library.base.errors import about
 from library.diffusion.objective import build_ddpm
 from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import CHUNK_TOKENS, OPEN_CLIP_PAD, ClipTokens
@@ -66,8 +66,8 @@ def build_text(model: ModelOptions, loader: UnetLoader) -> ClipText:
     (clip,) = loader.parts.clips
     num_layers = count(clip.weights.shapes, r"encoder\.layers\.(\d+)\.")
     if model.clip_skip is not None and not 1 <= model.clip_skip <= num_layers:
-        raise UserError.about(
-            "--clip_skip", f"is {model.clip_skip}, but the text encoder has {num_layers} layers; use 1 to {num_layers}"
+        raise about("--clip_skip")(
+            f"is {model.clip_skip}, but the text encoder has {num_layers} layers; use 1 to {num_layers}"
         )
     if model.v2 and (model.clip_skip or 1) > 1:
         logger.warning(

@@ -18,10 +18,7 @@ from library.models.unet.unet import empty_unet
 ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-512"}
 LAYOUTS = {
     base: CheckpointLayout(
-        base,
-        ARCHITECTURES[base],
-        unet_module,
-        (EncoderPlace("text_encoder", prefix, partial(clip_module, base=base)),),
+        base, ARCHITECTURES[base], unet_module, (EncoderPlace("text_encoder", prefix, partial(clip_module, base=base)),)
     )
     for base, prefix in CLIP_PREFIXES.items()
 }

@@ -23,9 +23,7 @@ from library.options.train import TrainOptions
 SD1_TEXT_WIDTH, SD2_TEXT_WIDTH = 768, 1024
 # Found by giving stable-diffusion.cpp files with every layer.
 NO_OUTER_LAYERS = Gap(
-    ALL,
-    r".*_(conv_in|conv_out|time_embedding_linear_[12])",
-    "it does not read conv_in, conv_out and time_embedding",
+    ALL, r".*_(conv_in|conv_out|time_embedding_linear_[12])", "it does not read conv_in, conv_out and time_embedding"
 )
 PACKED_QKV = Gap(
     KOHYA, r"lora_te_.*_self_attn_[qkv]_proj", "q, k and v of SD 2's text encoder are one matrix in the checkpoint"
@@ -49,10 +47,7 @@ SPECS = (
         options=TrainOptions,
         build=build,
         latents=LATENTS,
-        checkpoint=(
-            Sign(UNET, Certainty.FAMILY),
-            Sign(TEXT_INPUT, Certainty.NAMES, width=SD1_TEXT_WIDTH),
-        ),
+        checkpoint=(Sign(UNET, Certainty.FAMILY), Sign(TEXT_INPUT, Certainty.NAMES, width=SD1_TEXT_WIDTH)),
         adapter=(
             Sign(ADAPTED_UNET, Certainty.FAMILY),
             Sign(ADAPTED_CLIP, Certainty.FAMILY),

@@ -34,10 +34,7 @@ def unet_block_list() -> BlockList:
 
 TARGETS = AdapterTargets(
     denoiser=Part(
-        "lora_unet",
-        blocks=("Transformer2DModel",),
-        attention=("Attention",),
-        conv_blocks=unet_names.CONV_BLOCKS,
+        "lora_unet", blocks=("Transformer2DModel",), attention=("Attention",), conv_blocks=unet_names.CONV_BLOCKS
     ),
     text_encoders=(Part("lora_te", blocks=clip_names.CLIP_BLOCKS),),
     block_list=unet_block_list(),

@@ -11,7 +11,7 @@ import torch
 from library.architectures.sd3.model import MMDiT, MMDiTConfig, read_config
 from library.architectures.sd3.options import Sd3Options, Sd3TextOptions
 from library.architectures.specs import list_specs
-from library.base.errors import NotThere, UserError
+from library.base.errors import NotThere, about
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles, require_base_name
 from library.checkpoints.model_lookup import existing
@@ -80,7 +80,7 @@ def open_checkpoint(name: str | None) -> tuple[Path, Weights]:
     refuse_other(specs, BASE_FLAG, str(path), spec, "sd3", "checkpoint")
     if spec is None:
         why = "it has no joint_blocks, so it is not an SD3 checkpoint"
-        raise UserError.about(BASE_FLAG, f": {why} (first names: {list_first_names(weights)})", path=path)
+        raise about(BASE_FLAG, path)(f": {why} (first names: {list_first_names(weights)})")
     return path, weights
 
 
@@ -158,13 +158,10 @@ def check_widths(config: MMDiTConfig, clips: Sequence[MaybeComponent], t5: Seque
     # Files of CLIP-L and CLIP-G given for one another have the right sum of widths, so their order is checked too.
     pooled = [clip.weights.shapes[PROJECTION][0] for clip in clips if isinstance(clip, Component)]
     if len(pooled) == len(clips) == 2 and (sum(pooled) != config.pooled_width or pooled[0] > pooled[1]):
-        raise UserError.about(
-            "--clip_l",
+        raise about("--clip_l", cause="does not fit", others=["--clip_g"])(
             f"and --clip_g have {pooled[0]} and {pooled[1]} pooled features ({clips[0].weights.origin}, "
             f"{clips[1].weights.origin}), but the model expects {config.pooled_width} together, fewer from CLIP-L; "
-            "check that they are not swapped or of another model",
-            cause="does not fit",
-            others=["--clip_g"],
+            "check that they are not swapped or of another model"
         )
     for component in t5:
         check_text_width("--t5xxl", component, T5_WORDS[0], config.context_width, "T5-XXL v1.1")

@@ -8,7 +8,7 @@ from library.architectures.sd3.adapter_names import NAMES
 from library.architectures.sd3.load import read_denoiser
 from library.architectures.sd3.model import MMDiT, read_config, recognise_version
 from library.architectures.sd3.targets import view
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, open_single_file
@@ -23,7 +23,7 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
     Raises UserError naming `flag` if it is missing, broken or of another kind.
     """
     if path.is_dir():
-        raise UserError.about(flag, "is a folder; for SD3 use a single file in the original layout", path=path)
+        raise about(flag, path)("is a folder; for SD3 use a single file in the original layout")
     weights = model_lookup.open_file(flag, path)
     prefix = find_prefix(weights.shapes, DENOISER_PREFIXES)
     version = recognise_version(configure(read_denoiser(weights), read_config))

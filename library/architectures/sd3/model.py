@@ -14,10 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from library.architectures.sd3.positions import nearest_side, scaled_positions, table_side
 from library.architectures.sd3.targets import TARGETS
-from library.base.errors import UserError
+from library.base.errors import UserError, error_in
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
-from library.models.fused import gated_sum, modulated_norm
+from library.models.fused_norms import gated_sum, modulated_norm
 from library.models.patches import unpatchify
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import TimestepEmbedder
@@ -147,10 +147,9 @@ class MMDiT(nn.Module):
         side = self.config.positions_side
         if h > side or w > side:
             pixels = side * self.config.patch * 8
-            raise UserError(
+            raise error_in("--resolution")(
                 f"an image of {w * self.config.patch * 8}x{h * self.config.patch * 8} pixels exceeds this model's "
-                f"limit of {pixels}x{pixels}; lower --resolution or --max_bucket_reso",
-                setting="--resolution",
+                f"limit of {pixels}x{pixels}; lower --resolution or --max_bucket_reso"
             )
         top, left = ((side - h) // 2, (side - w) // 2) if corner is None else corner
         table_1yxM = self.pos_embed.view(1, side, side, -1)

@@ -16,16 +16,10 @@ class Sd3TextOptions(Options):
     """The text encoders and their use by the denoiser."""
 
     clip_l: str | None = option(
-        None,
-        path="part",
-        usual=True,
-        help="File or folder of the text encoder CLIP-L. Unset takes it from the base.",
+        None, path="part", usual=True, help="File or folder of the text encoder CLIP-L. Unset takes it from the base."
     )
     clip_g: str | None = option(
-        None,
-        path="part",
-        usual=True,
-        help="File or folder of the text encoder CLIP-G. Unset takes it from the base.",
+        None, path="part", usual=True, help="File or folder of the text encoder CLIP-G. Unset takes it from the base."
     )
     t5xxl: str | None = option(
         None,
@@ -72,10 +66,7 @@ class Sd3TextOptions(Options):
         help="Share of samples trained with zeros instead of CLIP-G's features, 0 to 1.",
     )
     t5_dropout_rate: float = option(
-        0.0,
-        kind=SHARE,
-        needs_images=True,
-        help="Share of samples trained with zeros instead of T5's features, 0 to 1.",
+        0.0, kind=SHARE, needs_images=True, help="Share of samples trained with zeros instead of T5's features, 0 to 1."
     )
 
 

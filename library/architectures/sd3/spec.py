@@ -40,10 +40,7 @@ SPECS = (
         latents=LATENTS,
         objective=build_objective,
         checkpoint=(Sign(r"joint_blocks\."),),
-        adapter=(
-            Sign(r"_joint_blocks_"),
-            Sign(r"^transformer_transformer_blocks_", Certainty.NAMES),
-        ),
+        adapter=(Sign(r"_joint_blocks_"), Sign(r"^transformer_transformer_blocks_", Certainty.NAMES)),
         version=r"(5-)?(medium|large)|sd3",
         architecture=r"stable-diffusion-3",
         pipelines=("StableDiffusion3",),

@@ -4,7 +4,7 @@ from functools import partial
 
 from library.architectures.sdxl.options import SdxlOptions
 from library.architectures.specs import list_specs
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.models.clip.clip import PROJECTION, clip_component, clip_of_folder
@@ -51,11 +51,8 @@ def folder_parts(files: BaseFiles, may_lack_text: bool = False) -> UnetParts:
     unet = Component(*open_unet_folder(list_specs(), files, "sdxl"))
     # The refiner has the second text encoder alone.
     if not (files.path / "text_encoder").is_dir() and (files.path / "text_encoder_2").is_dir():
-        raise UserError.about(
-            files.flag,
-            ": this is the SDXL refiner; only the base model can be trained",
-            path=files.path,
-            cause="does not fit",
+        raise about(files.flag, files.path, cause="does not fit")(
+            ": this is the SDXL refiner; only the base model can be trained"
         )
 
     def clip(folder: str, projects: bool) -> Component:

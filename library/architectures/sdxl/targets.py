@@ -37,10 +37,7 @@ def unet_block_list() -> BlockList:
 
 TARGETS = AdapterTargets(
     denoiser=Part(
-        "lora_unet",
-        blocks=("Transformer2DModel",),
-        attention=("Attention",),
-        conv_blocks=unet_names.CONV_BLOCKS,
+        "lora_unet", blocks=("Transformer2DModel",), attention=("Attention",), conv_blocks=unet_names.CONV_BLOCKS
     ),
     text_encoders=tuple(Part(prefix, blocks=clip_names.CLIP_BLOCKS) for prefix, _, _ in ENCODERS),
     block_list=unet_block_list(),

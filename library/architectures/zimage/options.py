@@ -14,10 +14,7 @@ class ZImageModelOptions(PartOptions):
     """The parts of the base model."""
 
     text_encoder: str | None = option(
-        None,
-        path="part",
-        usual=True,
-        help="File or folder of the text encoder Qwen3 4B. Unset takes it from the base.",
+        None, path="part", usual=True, help="File or folder of the text encoder Qwen3 4B. Unset takes it from the base."
     )
     fp8_llm: bool = option(False, help="Keep the text encoder Qwen3 in 8 bits.")
     model_version: str | None = option(
@@ -47,11 +44,7 @@ FILES: tuple[ModelFile, ...] = (
 PARTS = "--text_encoder qwen_3_4b.safetensors --vae ae.safetensors"
 """The options of the example in the help, besides the base model."""
 
-INSTEAD: Mapping[str, str] = {
-    **ALTERNATIVES,
-    "fp8_vl": "use --fp8_llm",
-    "fp8_text_encoder": "use --fp8_llm",
-}
+INSTEAD: Mapping[str, str] = {**ALTERNATIVES, "fp8_vl": "use --fp8_llm", "fp8_text_encoder": "use --fp8_llm"}
 """Hints for options of other scripts and programs, appended to the error for such an option."""
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.base.errors import UserError
+from library.base.errors import UserError, about
 from library.base.randomness import random_for
 from library.data.batches.validation_set import ValidationSet, make_empty_set
 from library.data.description.dataset_file import parse_numbers
@@ -46,9 +46,9 @@ class OwnDataset:
         try:
             self.num_batches = len(source)
         except (TypeError, NotImplementedError) as error:
-            raise UserError.about(FLAG, f"{name} must return the number of its batches from len(): {error}") from error
+            raise about(FLAG)(f"{name} must return the number of its batches from len(): {error}") from error
         if self.num_batches < 1:
-            raise UserError.about(FLAG, f"{name} has no batches: its len() is {self.num_batches}")
+            raise about(FLAG)(f"{name} has no batches: its len() is {self.num_batches}")
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -138,7 +138,7 @@ class OwnDataset:
             set_epoch(epoch)
         item = self._source[number]
         if not isinstance(item, Mapping):
-            raise UserError.about(FLAG, f"{self._name}: batch {number} is {type(item).__name__}, not a mapping")
+            raise about(FLAG)(f"{self._name}: batch {number} is {type(item).__name__}, not a mapping")
         return build_batch(item, f"{FLAG} {self._name}: batch {number}", self.spec)
 
 
@@ -228,7 +228,7 @@ def open_own_dataset(
     try:
         source = cls(None, max_token_length, parse_resolution(data.resolution), data.debug_dataset)
     except TypeError as error:
-        raise UserError.about(
-            FLAG, f"{name} is called with (tokenizer=None, max_token_length, resolution, debug_dataset): {error}"
+        raise about(FLAG)(
+            f"{name} is called with (tokenizer=None, max_token_length, resolution, debug_dataset): {error}"
         ) from error
     return OwnDataset(source, name, seed, spec)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from library.base.errors import UserError
+from library.base.errors import UserError, about
 from library.data.batches.batches import BatchMaker, BatchOrder, PartialBatch
 
 ALIGNMENT = 64  # bytes; no column has wider values
@@ -40,10 +40,9 @@ class SharedMaker(Dataset[PartialBatch | UserError]):
         try:
             columns.share_memory_()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
-            raise UserError.about(
-                "--max_data_loader_n_workers",
+            raise about("--max_data_loader_n_workers")(
                 f": shared memory has no room for the {len(columns) / 1e6:.0f} MB that "
-                f"describe the images ({error}); enlarge it (docker run --shm-size), or use 0",
+                f"describe the images ({error}); enlarge it (docker run --shm-size), or use 0"
             ) from error
         for column, view in zip(split_columns(columns, sizes), views, strict=True):
             column[:] = np.frombuffer(view, dtype=np.uint8)

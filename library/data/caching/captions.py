@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from library.base.errors import NotThere, UserError, list_few, needing
+from library.base.errors import NotThere, error_in, list_few, needing
 from library.base.formatting import format_bytes, format_count
 from library.base.progress import Bar, progress_bar
-from library.checkpoints.files import load_state_dict, save_safetensors
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.saving import save_safetensors
 from library.data.caching.filling import ADD_ENCODERS, CheckedJob, Codec, fill
 from library.data.caching.stores import CacheFiles, TextStore, default_text_file
 from library.data.caching.text_files import NOTE, WORDS, Identity, Row, TextFile, judge, strip_padding, write_texts
@@ -112,11 +113,7 @@ class CachedTexts:
 
 
 def cache_texts(
-    plan: DataPlan,
-    encoding: TextEncoding,
-    prompts: Sequence[str],
-    skips_check: bool,
-    processes: Processes = ALONE,
+    plan: DataPlan, encoding: TextEncoding, prompts: Sequence[str], skips_check: bool, processes: Processes = ALONE
 ) -> CachedTexts:
     """Encode whatever is not cached yet, and return the features of all captions and preview prompts.
 
@@ -383,10 +380,9 @@ def check_row(text: str, row: Row) -> None:
     """Raise UserError naming the caption if its features contain NaN or infinity."""
     for name, tensor in row.items():
         if tensor.is_floating_point() and not is_finite(tensor):
-            raise UserError(
+            raise error_in("--mixed_precision")(
                 f"the text encoders give NaN ({name}) for the caption {shown_caption(text)!r}; use --mixed_precision "
-                "bf16 or no, or text encoder weights in another precision",
-                setting="--mixed_precision",
+                "bf16 or no, or text encoder weights in another precision"
             )
 
 

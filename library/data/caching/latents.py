@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from library.base.errors import UserError, list_few, needing
+from library.base.errors import error_in, list_few, needing
 from library.base.formatting import format_count
 from library.base.progress import progress_bar
 from library.base.randomness import generator_for
@@ -363,21 +363,19 @@ def check_latents(job: Job, latents: Latents, plan: DataPlan) -> None:
     """Raise UserError naming the image if its latents contain NaN or do not have the base model's shape."""
     for reference, encoded in zip(job.sample.image.references, latents.references, strict=True):
         if not torch.isfinite(encoded).all():
-            raise UserError(
-                f"the VAE gives NaN for {reference.key}; add --no_half_vae, or use a VAE made for fp16",
-                path=reference.key,
+            raise error_in(path=reference.key)(
+                f"the VAE gives NaN for {reference.key}; add --no_half_vae, or use a VAE made for fp16"
             )
     path = job.sample.image.key
     for tensor in (latents.latents_CHW, latents.flipped_CHW):
         if tensor is None:
             continue
         if not torch.isfinite(tensor).all():
-            raise UserError(f"the VAE gives NaN for {path}; add --no_half_vae, or use a VAE made for fp16", path=path)
+            raise error_in(path=path)(f"the VAE gives NaN for {path}; add --no_half_vae, or use a VAE made for fp16")
         expected_shape = locate_file(job.sample, plan).latent_shape
         if tuple(tensor.shape) != expected_shape:
-            raise UserError(
-                f"the VAE gives latents of shape {tuple(tensor.shape)} for {path}, but {expected_shape} is needed",
-                path=path,
+            raise error_in(path=path)(
+                f"the VAE gives latents of shape {tuple(tensor.shape)} for {path}, but {expected_shape} is needed"
             )
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.randomness import random_for
 from library.data.batches.validation_set import ValidationSet, make_empty_set
 from library.data.concepts.prompts_file import FLAG, PromptPair, read_prompt_pairs
@@ -277,8 +277,7 @@ def check_size(pair: PromptPair, step: int) -> None:
     for side in (pair.height, pair.width):
         if side < SMALLEST_SIDE or side % step:
             near = max(SMALLEST_SIDE, side - side % step)
-            raise UserError.about(
-                FLAG,
+            raise about(FLAG)(
                 f"{pair.place}: resolution has a side of {side}; use {near}, at least {SMALLEST_SIDE} and a "
-                f"multiple of {step}",
+                f"multiple of {step}"
             )

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from library.base.errors import UserError
+from library.base.errors import UserError, of_file
 from library.data.description.buckets import Shape, Size
 from library.data.description.image_extensions import load_plugin, plugin_for
 
@@ -50,10 +50,10 @@ def open_image(path: str, content: bytes | io.RawIOBase | None = None) -> Image.
         except UnidentifiedImageError:
             head = read_head(opened)
             if plugin := plugin_for(path, head):
-                raise UserError.of_file(path, f"cannot be read: it requires {plugin}", cause="not installed") from None
+                raise of_file(path, cause="not installed")(f"cannot be read: it requires {plugin}") from None
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError.of_file(path, f"cannot be read: {error}", cause="unreadable") from None
-    raise UserError.of_file(path, f"is {'not an image that can be read' if head else 'empty'}", cause="unreadable")
+            raise of_file(path, cause="unreadable")(f"cannot be read: {error}") from None
+    raise of_file(path, cause="unreadable")(f"is {'not an image that can be read' if head else 'empty'}")
 
 
 def read_head(opened: Any) -> bytes:
@@ -94,7 +94,7 @@ def read_size(path: str, content: bytes | io.RawIOBase | None = None) -> Size:
         # Orientations 5 to 8 swap width and height.
         is_transposed = read_orientation(image) >= 5
     if width <= 0 or height <= 0:
-        raise UserError.of_file(path, f"is {width}x{height} pixels")
+        raise of_file(path)(f"is {width}x{height} pixels")
     return (height, width) if is_transposed else (width, height)
 
 
@@ -105,7 +105,7 @@ def decode_all(image: Image.Image, path: str) -> None:
     except MemoryError:  # says nothing about the image
         raise
     except Exception as error:  # damaged pixels raise OSError, SyntaxError, struct.error, zlib.error, ...
-        raise DamagedImage.of_file(path, f"is damaged: {error}", cause="unreadable") from None
+        raise of_file(path, cause="unreadable", kind=DamagedImage)(f"is damaged: {error}") from None
 
 
 def read_pixels(path: str, content: bytes | None = None) -> tuple[Pixels, Pixels | None]:

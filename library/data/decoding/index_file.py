@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from library.checkpoints.files import atomic_path
+from library.base.atomic_files import atomic_path
 from library.data.decoding.npz import DAMAGE, open_npz
 
 logger = logging.getLogger(__name__)

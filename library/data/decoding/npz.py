@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from library.base.errors import UserError
-from library.checkpoints.files import atomic_path
+from library.base.atomic_files import atomic_path
+from library.base.errors import UserError, error_in
 from library.checkpoints.folders import LONGEST_ON_WINDOWS
 from library.checkpoints.marks import ZIP_START
 from library.checkpoints.overwriting import FileKind, read_start
@@ -108,7 +108,7 @@ def open_to_read(path: str, words: CacheWords) -> Iterator[Mapping[str, Any]]:
     # which it does not read.
     fixes = {MISSING: "run again", DAMAGED: "delete it and run again"}
     fix = fixes.get(fault, "run again without --skip_cache_check")
-    raise UserError(f"the {words.name} {path} is {reason}; {fix} to rebuild it", path=path)
+    raise error_in(path=path)(f"the {words.name} {path} is {reason}; {fix} to rebuild it")
 
 
 @contextmanager
@@ -123,10 +123,9 @@ def open_to_write(path: str, words: CacheWords) -> Iterator[Path]:
     except OSError as error:
         length = len(os.path.abspath(path))
         long = f", its path has {length} characters" if length > LONGEST_ON_WINDOWS else ""
-        raise UserError(
+        raise error_in(path=path)(
             f"the {words.name} {path} cannot be written ({error.strerror}{long}); give a folder for "
-            f"--{words.flag}_to_disk with --cache_dir, or use --{words.flag} to keep {words.content} in memory",
-            path=path,
+            f"--{words.flag}_to_disk with --cache_dir, or use --{words.flag} to keep {words.content} in memory"
         ) from None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from library.base.errors import UserError
+from library.base.errors import about
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +45,11 @@ class BucketRules:
         base model."""
         resolution, step, needed_step = self.resolution, self.step, self.needed_step
         if min(resolution) <= 0:
-            raise UserError.about("resolution", f"is {resolution[0]}x{resolution[1]}; both sides must be positive")
+            raise about("resolution")(f"is {resolution[0]}x{resolution[1]}; both sides must be positive")
         if resolution[0] * resolution[1] > MOST_PIXELS:
-            raise UserError.about(
-                "resolution",
+            raise about("resolution")(
                 f"is {resolution[0]}x{resolution[1]}; the maximum is {MOST_PIXELS // 10**6} megapixels, "
-                "such as 4096x4096, and base models work best far below it",
+                "such as 4096x4096, and base models work best far below it"
             )
         # Without buckets the other keys have no effect, so their defaults need not fit the resolution.
         if not self.enable_bucket:
@@ -58,18 +57,17 @@ class BucketRules:
                 logger.warning("bucket_no_upscale has no effect without enable_bucket: smaller images are enlarged")
             return self
         if step <= 0 or step % needed_step:
-            raise UserError.about(
-                "bucket_reso_steps", f"is {step}, but this model needs a multiple of {needed_step}; set {needed_step}"
+            raise about("bucket_reso_steps")(
+                f"is {step}, but this model needs a multiple of {needed_step}; set {needed_step}"
             )
         # The limits are unused here, so they need not fit the resolution. sd-scripts refuses those that do not.
         if self.no_upscale:
             logger.warning("bucket_no_upscale: min_bucket_reso and max_bucket_reso have no effect")
             return self
         if step > min(resolution):
-            raise UserError.about(
-                "bucket_reso_steps",
+            raise about("bucket_reso_steps")(
                 f"is {step}, more than the shorter side of the resolution {resolution}: no bucket "
-                f"fits; lower bucket_reso_steps to {needed_step} or another multiple of it",
+                f"fits; lower bucket_reso_steps to {needed_step} or another multiple of it"
             )
         side = math.isqrt(resolution[0] * resolution[1])
         if resolution[0] % step or resolution[1] % step:
@@ -84,13 +82,9 @@ class BucketRules:
             limits = f"{self.min_reso}..{self.max_reso} are rounded to {low}..{high}"
             logger.warning("bucket limits %s, multiples of bucket_reso_steps %d", limits, step)
         if low > min(resolution):
-            raise UserError.about(
-                "min_bucket_reso", f"is {low}, more than the shorter side of the resolution {resolution}"
-            )
+            raise about("min_bucket_reso")(f"is {low}, more than the shorter side of the resolution {resolution}")
         if high < max(resolution):
-            raise UserError.about(
-                "max_bucket_reso", f"is {high}, less than the longer side of the resolution {resolution}"
-            )
+            raise about("max_bucket_reso")(f"is {high}, less than the longer side of the resolution {resolution}")
         # A min_reso below the step, such as the 0 of `flat_datasets`, rounds down to 0, which no bucket can have.
         return replace(self, min_reso=max(low, step), max_reso=high)
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from library.base.errors import UserError, naming
+from library.base.errors import UserError, error_in, naming
 from library.base.suggestions import did_you_mean
 from library.data.description.captions import CaptionRules
 from library.data.description.flat_datasets import with_subsets
@@ -42,11 +42,7 @@ from library.options.train import TrainOptions
 
 logger = logging.getLogger(__name__)
 
-HEADINGS: Mapping[Level, str] = {
-    "general": "[general]",
-    "dataset": "[[datasets]]",
-    "subset": "[[datasets.subsets]]",
-}
+HEADINGS: Mapping[Level, str] = {"general": "[general]", "dataset": "[[datasets]]", "subset": "[[datasets.subsets]]"}
 
 
 def load_dataset_config(options: TrainOptions) -> RunDataConfig:
@@ -57,10 +53,9 @@ def load_dataset_config(options: TrainOptions) -> RunDataConfig:
     """
     data = options.dataset
     if data.dataset_class:
-        raise UserError(
+        raise error_in("--dataset_class")(
             f"--dataset_class {data.dataset_class} makes batches during training, but this requires the images "
-            "themselves; describe them with --dataset_config",
-            setting="--dataset_class",
+            "themselves; describe them with --dataset_config"
         )
     fallbacks = option_values(options.flat())
     config = read_folders(data, fallbacks) if data.dataset_config is None else read_file(data, fallbacks)
@@ -80,7 +75,7 @@ def read_file(data: DatasetOptions, fallbacks: Table) -> RunDataConfig:
     warn_of_ignored(data, FOLDER_FLAGS, "--dataset_config describes the data")
     path, (content, problems) = str(data.dataset_config), read_content(data)
     if problems:
-        raise UserError(f"{path}: " + "\n  ".join(["invalid dataset description", *problems]), path=path)
+        raise error_in(path=path)(f"{path}: " + "\n  ".join(["invalid dataset description", *problems]))
     general, tables = content.get("general", {}), with_styles(content, data)
     for line in find_overridden(given_keys(fallbacks), tables, general, fallbacks, path):
         logger.warning("%s", line)
@@ -139,7 +134,7 @@ def read_description(path: str) -> dict[str, Any]:
     """
     label, extension = f"--dataset_config {path}", os.path.splitext(path)[1].lower()
     if extension not in (".toml", ".json"):
-        raise UserError(f"{label}: the file must end in .toml or .json", setting="--dataset_config", path=path)
+        raise error_in("--dataset_config", path=path)(f"{label}: the file must end in .toml or .json")
     if extension == ".toml":
         return read_toml(Path(path), "--dataset_config")
     content: dict[str, Any] = read_value(read_json(Path(path), "--dataset_config"), TABLE, label)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.errors import of_file
 
 SOURCES = {"image_directory": "image_dir", "image_jsonl_file": "metadata_file"}  # its key -> the key of a subset
 REFERENCES = {"control_directory": "control_dirs"}
@@ -43,9 +43,7 @@ def rename_in(table: Any, path: str) -> Any:
     for key, value in table.items():
         name = next((ours for theirs, ours in RENAMED.items() if key == theirs or key.endswith(f"_{theirs}")), key)
         if values.setdefault(name, value) != value:
-            raise UserError.of_file(
-                path, f": {key} has another value than a key of the same meaning; remove one of them"
-            )
+            raise of_file(path)(f": {key} has another value than a key of the same meaning; remove one of them")
     return values
 
 

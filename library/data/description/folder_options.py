@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Sequence
 
-from library.base.errors import NoDataFound, UserError
+from library.base.errors import NoDataFound, UserError, about
 from library.data.description.keys import Style
 from library.data.description.schema import explain_missing_folder
 from library.options.dataset import DatasetOptions
@@ -23,7 +23,7 @@ def list_subsets(data: DatasetOptions) -> tuple[Style, list[Table]]:
         raise NoDataFound("use --dataset_config or --train_data_dir", setting="--dataset_config", cause="missing")
     if masks:
         if not data.masked_loss:
-            raise UserError.about("--conditioning_data_dir", "requires --masked_loss", cause="needs")
+            raise about("--conditioning_data_dir", cause="needs")("requires --masked_loss")
         warn_of_ignored(data, ("reg_data_dir",), "with --conditioning_data_dir all images have masks")
         return "masked", [{"image_dir": folder, "conditioning_data_dir": masks}]
     subsets = list_numbered_folders("--train_data_dir", folder, is_reg=False)

@@ -89,8 +89,7 @@ def collect_findings(measured: Sequence[PixelMeasures], trained: set[str]) -> It
     decodable = [image for image in measured if image.problem is None]
     empty = [image for image in decodable if image.contrast < EMPTY]
     yield from make_finding(
-        [(image.path, f"contrast {image.contrast:.1f}") for image in empty],
-        "{} of a single colour; remove",
+        [(image.path, f"contrast {image.contrast:.1f}") for image in empty], "{} of a single colour; remove"
     )
     detailed = [image for image in decodable if image.contrast >= EMPTY]  # images of a single colour are all similar
     groups = connect_groups(list(similar_pairs([image.hash for image in detailed], MOST_BITS)))

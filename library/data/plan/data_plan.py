@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from library.base.collector import pause_collection
-from library.base.errors import UserError, list_few
+from library.base.errors import about, list_few, of_file
 from library.data.description.buckets import BucketRules, Shape, Size
 from library.data.description.captions import caption_variant
 from library.data.description.dataset_file import load_dataset_config
@@ -195,10 +195,9 @@ class DataPlan:
         """
         for subset in self.subsets:
             if subset.captions.token_warmup_step > 0:
-                raise UserError.of_file(
-                    subset.source,
+                raise of_file(subset.source)(
                     ": --token_warmup_step changes captions in every step, but "
-                    "--cache_text_encoder_outputs stores a few per image; remove one of them",
+                    "--cache_text_encoder_outputs stores a few per image; remove one of them"
                 )
         return replace(self, num_variants=num_variants)
 
@@ -393,10 +392,9 @@ def check_rules(rules: BucketRules, spec: LatentSpec) -> BucketRules:
     rounded = width // spec.downscale * spec.downscale, height // spec.downscale * spec.downscale
     if not rules.enable_bucket and not spec.fits(width, height):
         step = spec.downscale * spec.patch
-        raise UserError.about(
-            "resolution",
+        raise about("resolution")(
             f"is {width}x{height}, but without enable_bucket this base model needs multiples of {step}; use "
-            f"{max(width // step, 1) * step}x{max(height // step, 1) * step}, or set enable_bucket",
+            f"{max(width // step, 1) * step}x{max(height // step, 1) * step}, or set enable_bucket"
         )
     if not rules.enable_bucket and rounded != rules.resolution:
         logger.warning(
@@ -414,9 +412,8 @@ def check_drawing(config: RunDataConfig) -> None:
     for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
         for name in ("random_crop", "color_aug"):
             if getattr(subset, name):
-                raise UserError.of_file(
-                    subset.source,
-                    f": --{name} changes the image in every draw, but --cache_latents stores one; remove one of them",
+                raise of_file(subset.source)(
+                    f": --{name} changes the image in every draw, but --cache_latents stores one; remove one of them"
                 )
 
 

@@ -2,7 +2,7 @@
 
 import os
 
-from library.base.errors import UserError, list_few
+from library.base.errors import about, list_few, of_file
 from library.base.formatting import format_count
 from library.data.decoding.threads import read_many
 from library.data.description.schema import RunDataConfig
@@ -16,16 +16,14 @@ def check_pairs(config: RunDataConfig, are_trained: bool) -> None:
     """Raise UserError if the dataset has pairs but they are not trained (`are_trained`), or the reverse."""
     for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
         if are_trained and not subset.opposite_dir and not subset.is_forgetting_probe:
-            raise UserError.of_file(
-                subset.source,
+            raise of_file(subset.source)(
                 "has no pairs, which --preference_loss and --pair_slider train: set opposite_dir in "
-                "this subset of --dataset_config, or remove it",
+                "this subset of --dataset_config, or remove it"
             )
         if subset.opposite_dir and not are_trained:
-            raise UserError.of_file(
-                subset.source,
+            raise of_file(subset.source)(
                 "has opposite_dir, whose pairs are trained with --preference_loss dpo or "
-                "--pair_slider 1; add one of them, or remove opposite_dir",
+                "--pair_slider 1; add one of them, or remove opposite_dir"
             )
 
 
@@ -33,10 +31,9 @@ def check_differences(opposite_dir: str, images: ScannedImages) -> None:
     """Raise UserError for pairs of equal files, from which nothing can be learned."""
     are_same = read_many(lambda image: is_same_file(image, image.references[0]), list(images), NUM_THREADS)
     if same := [image.key for image, is_same in zip(images, are_same, strict=True) if is_same]:
-        raise UserError.about(
-            "opposite_dir",
+        raise about("opposite_dir")(
             f"{opposite_dir}: {format_count(len(same), 'image')} equal to the partner, which teaches "
-            f"nothing: {list_few(same)}; replace or remove them",
+            f"nothing: {list_few(same)}; replace or remove them"
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from library.base.errors import UserError, list_few
+from library.base.errors import about, list_few, of_file
 from library.base.formatting import format_count
 from library.data.decoding.images import has_alpha, open_image
 from library.data.decoding.threads import read_many
@@ -27,10 +27,9 @@ def check_references(subsets: Sequence[SubsetConfig], samples: Samples, spec: La
     """Raise UserError for too many or no references, as the base model needs, for crops that references cannot follow,
     and for pairs of equal images."""
     if spec.needs_references and all(images.references is None for images in samples.subsets):
-        raise UserError.about(
-            "--edit",
+        raise about("--edit")(
             "trains on reference images, but no subset of the data set has any; name them (control_dirs, "
-            "control_directory or control_path), or remove --edit",
+            "control_directory or control_path), or remove --edit"
         )
     ends = samples.ends
     for subset, images, end in zip(subsets, samples.subsets, ends, strict=True):
@@ -41,10 +40,9 @@ def check_references(subsets: Sequence[SubsetConfig], samples: Samples, spec: La
         count = len(images.references.paths)
         if not subset.opposite_dir and count > spec.max_references:
             limit = f"takes at most {spec.max_references}" if spec.max_references else "takes none"
-            raise UserError.of_file(
-                subset.source,
+            raise of_file(subset.source)(
                 f"has {format_count(count, 'reference image')} for each image (control_dirs, "
-                f"control_directory or control_path), but this base model {limit}; remove them, or train an edit model",
+                f"control_directory or control_path), but this base model {limit}; remove them, or train an edit model"
             )
         for name in ("random_crop", "face_crop_aug_range"):
             if getattr(subset, name):
@@ -59,11 +57,10 @@ def check_crops(name: str, subset: SubsetConfig, samples: Samples, numbers: rang
     ]
     mismatched = [number for number in numbers if is_other_M[samples.shape_N[number]]]
     if mismatched:
-        raise UserError.of_file(
-            subset.source,
+        raise of_file(subset.source)(
             f": {name} crops images where reference images of another size cannot follow: "
             f"{list_few(samples.keys_at(np.array(mismatched[:3])), count=len(mismatched))}; remove {name}, "
-            "control_resolution and control_no_resize, or give the references the sizes of their images",
+            "control_resolution and control_no_resize, or give the references the sizes of their images"
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from library.base.errors import NoDataFound, UserError, list_few
+from library.base.errors import NoDataFound, UserError, about, error_in, list_few, of_file
 from library.data.decoding.images import Pixels, read_size
 from library.data.description.buckets import BucketRules, ReferenceRules, Shape, Size, assign_shapes, cover
 from library.data.description.image_extensions import describe_unread
@@ -176,10 +176,8 @@ def check_mask_sizes(images: Sequence[ScannedImage]) -> None:
         if size != image.size
     ]
     if wrong:
-        raise UserError(
-            f"{len(wrong)} masks do not have the size of their image: {list_few(wrong, 3)}",
-            setting="conditioning_data_dir",
-            cause="does not fit",
+        raise error_in("conditioning_data_dir", cause="does not fit")(
+            f"{len(wrong)} masks do not have the size of their image: {list_few(wrong, 3)}"
         )
 
 
@@ -265,16 +263,12 @@ def draws_of_dataset(dataset: ScannedDataset) -> NDArray[np.int32]:
 def check_draws(num_draws: int) -> None:
     """Raise UserError if an epoch has too many draws to be ordered. Warn if ordering them takes long."""
     if num_draws > MAX_DRAWS:
-        raise UserError.about(
-            "num_repeats",
+        raise about("num_repeats")(
             f": an epoch would have {num_draws} samples, more than {MAX_DRAWS}. Lower the repeats, and use "
-            "--max_train_steps or --max_train_epochs for a longer training",
+            "--max_train_steps or --max_train_epochs for a longer training"
         )
     if num_draws > MANY_DRAWS:
-        logger.warning(
-            "num_repeats: an epoch has %d samples; ordering them before it starts takes a while",
-            num_draws,
-        )
+        logger.warning("num_repeats: an epoch has %d samples; ordering them before it starts takes a while", num_draws)
 
 
 def build_draws(samples: Samples, configs: Sequence[DatasetConfig], chosen: Container[int]) -> Draws:
@@ -356,6 +350,4 @@ def check_size(image: ScannedImage, rgb: Pixels) -> None:
     """Raise UserError if the size of an image has changed since the start of the run."""
     size = (rgb.shape[1], rgb.shape[0])
     if size != image.size:
-        raise UserError.of_file(
-            image.key, f"is {size[0]}x{size[1]}, but was {image.size} at the start; restart the run"
-        )
+        raise of_file(image.key)(f"is {size[0]}x{size[1]}, but was {image.size} at the start; restart the run")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from library.base.errors import UserError
+from library.base.errors import of_file
 from library.data.decoding.images import Pixels, Placement, apply_placement, crop_at_centre, read_pixels, with_alpha
 from library.data.decoding.tensors import to_pixels
 from library.data.decoding.threads import read_many
@@ -50,10 +50,9 @@ class SeenReferences:
         for config in [subsets[row] for row in dict.fromkeys(sample.subset for sample in sample_by_number.values())]:
             for name in ("random_crop", "color_aug", "face_crop_aug_range"):
                 if getattr(config, name):
-                    raise UserError.of_file(
-                        config.source,
+                    raise of_file(config.source)(
                         f": {name} changes reference images in every draw, but the text encoder, "
-                        "whose outputs are cached, sees them too; remove it",
+                        "whose outputs are cached, sees them too; remove it"
                     )
         contents = digest_contents(sample_by_number.values(), subsets, storage, num_threads)
         digests_N = np.zeros(len(samples), dtype=np.uint64)

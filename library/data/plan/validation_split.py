@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from library.base.errors import UserError
+from library.base.errors import error_in, of_file
 from library.base.randomness import stream_seed
 from library.data.description.schema import SubsetConfig
 from library.data.plan.folder_audit import Line
@@ -72,10 +72,9 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
         replace(dataset, subsets=tuple(sides[id(subset)][1] for subset in dataset.subsets)) for dataset in datasets
     )
     if not any(not subset.config.is_reg for dataset in trained for subset in dataset.subsets):
-        raise UserError(
+        raise error_in("validation_split")(
             "validation_split and is_forgetting_probe hold out every image, so nothing is left to train on; use less "
-            "than 1.0, and leave some subset without is_forgetting_probe",
-            setting="validation_split",
+            "than 1.0, and leave some subset without is_forgetting_probe"
         )
     return Split(
         trained, drop_empty(take_held_out(dataset, sides) for dataset in datasets), identity_by_key, tuple(lines)
@@ -227,5 +226,5 @@ def hash_file(path: str) -> str:
             file.seek(max(0, size - END_BYTES))
             ends += file.read(END_BYTES)
     except OSError as error:
-        raise UserError.of_file(path, f"cannot be read: {error.strerror}", cause="unreadable") from None
+        raise of_file(path, cause="unreadable")(f"cannot be read: {error.strerror}") from None
     return digest_of_ends(ends, size)

@@ -10,7 +10,7 @@ from functools import partial
 from hashlib import blake2b
 from itertools import chain, repeat
 
-from library.base.errors import UserError, reason_of
+from library.base.errors import UserError, of_file, reason_of
 from library.data.decoding.threads import read_many
 from library.data.description.schema import SubsetConfig, strip_secrets
 from library.data.scanned.images import ImageLocation, OpenFiles, Reader
@@ -135,7 +135,7 @@ def rows_of_parquet(file: str, label: str, config: SubsetConfig, storage: Storag
 def caption_lines(caption: str, label: str) -> str:
     """Return the stripped lines of a caption. Raises UserError for a text that is too long to be one."""
     if len(caption) > MOST_CAPTION_BYTES:
-        raise UserError.of_file(label, f"has a caption of {len(caption) / 1e6:.1f} MB; no caption is that long")
+        raise of_file(label)(f"has a caption of {len(caption) / 1e6:.1f} MB; no caption is that long")
     return stripped_lines(caption)
 
 

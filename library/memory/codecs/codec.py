@@ -49,7 +49,7 @@ class AsRead:
 
     codec: Codec | AsInFile | None
     changes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # by weight name, before storing
-    take: Callable[[nn.Module], None] | None = None  # called with each stored layer, e.g. to shard it
+    shard: Callable[[nn.Module], None] | None = None  # keeps this process's part of a stored layer
 
 
 RequestedFormat = Codec | AsInFile | AsRead

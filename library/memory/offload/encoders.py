@@ -10,7 +10,7 @@ from library.base.formatting import format_bytes
 from library.memory.blocks import encoder_layers
 from library.memory.codecs.plain import Plain
 from library.memory.devices import bytes_of
-from library.memory.frozen import can_be_frozen, store_all_in
+from library.memory.frozen import can_be_frozen, freeze_layers
 from library.memory.offload.ring import NUM_SLOTS
 from library.memory.offload.streamed import stream
 
@@ -73,5 +73,5 @@ def stream_layers(encoder: nn.Module, device: torch.device) -> None:
     """Offload all layers of a frozen encoder but the last to main memory, and stream their weights through slots."""
     layers = encoder_layers(encoder)
     # Only frozen layers fetch their weight through a handle. Plain storage changes no bit.
-    store_all_in(Plain(), (module for layer in layers for module in layer.modules()))
+    freeze_layers(Plain(), (module for layer in layers for module in layer.modules()))
     stream([layers], [len(layers) - 1], device)

@@ -155,7 +155,7 @@ class ShardedModel:
         """True if the main process belongs to this group."""
         return 0 in dist.get_process_group_ranks(self.group)
 
-    def take(self, layer: nn.Module) -> None:
+    def keep_shard(self, layer: nn.Module) -> None:
         """Keep only this process's shard of a frozen layer's weight. All processes must call it in the same order."""
         from torch.distributed.tensor import DTensor, Replicate, Shard
 

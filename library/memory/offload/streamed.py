@@ -54,7 +54,7 @@ def stream(
     if not blocks:
         return None
     layouts = [list(spans(frozen_layers(block))) for block in blocks]
-    masters = [take_out(number, layout, make_master) for number, layout in enumerate(layouts)]
+    masters = [move_to_master(number, layout, make_master) for number, layout in enumerate(layouts)]
     ring = Ring(masters, open_streams(masters, device, num_slots, pinned_share))
     for number, layout in enumerate(layouts):
         for layer in {span.layer: None for span in layout}:
@@ -76,7 +76,7 @@ def bytes_of_parts(block: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for layer in frozen_layers(block) for p in layer.own_parts().values())
 
 
-def take_out(number: int, layout: Sequence[Span], make_master: MakeMaster) -> Tensor:
+def move_to_master(number: int, layout: Sequence[Span], make_master: MakeMaster) -> Tensor:
     """Move the parts of a block from its layers into a master and return it."""
     master, is_filled = make_master(number, layout[-1].end if layout else 0)
     for span in layout:

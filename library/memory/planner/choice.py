@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from library.memory.offload.ring import NUM_SLOTS
 from library.memory.planner.gpus import Gpu
-from library.memory.planner.prediction import CountedStep, MemoryMode, Predicted, predict
+from library.memory.planner.prediction import CountedStep, MemoryMode, ModeCost, predict
 from library.memory.planner.selection import offload_for_spare, select, spare_bytes
 
 
@@ -31,15 +31,15 @@ class Allowed:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ModeChoice:
     """All candidates on a GPU, each with the fewest offloaded blocks that leave the spare, and the chosen candidate."""
 
     gpu: Gpu
-    candidates: tuple[Predicted, ...]
-    chosen: Predicted | None  # None if nothing fits
+    candidates: tuple[ModeCost, ...]
+    chosen: ModeCost | None  # None if nothing fits
 
     @property
-    def least(self) -> Predicted:
+    def least(self) -> ModeCost:
         """The candidate that needs the least memory."""
         return min(self.candidates, key=lambda candidate: candidate.device_bytes)
 
@@ -49,15 +49,15 @@ class Choice:
         return self.chosen is not None and self.chosen.device_bytes > self.gpu.memory_bytes - spare_bytes(self.gpu)
 
 
-def choose(step: CountedStep, allowed: Allowed, gpu: Gpu, correction: float = 1.0) -> Choice:
+def choose(step: CountedStep, allowed: Allowed, gpu: Gpu, correction: float = 1.0) -> ModeChoice:
     """Choose a configuration by the rule of `select`."""
     predictions = [fit_mode(step, mode, allowed, gpu, correction) for mode in allowed.modes()]
     # Inputs that cannot be pinned make the host wait for each of them, so the planner does not choose this by itself.
     candidates = tuple(p for p in predictions if p.pins_inputs or all(allowed.offloads_inputs))
-    return Choice(gpu, candidates, select(candidates, gpu))
+    return ModeChoice(gpu, candidates, select(candidates, gpu))
 
 
-def fit_mode(step: CountedStep, mode: MemoryMode, allowed: Allowed, gpu: Gpu, correction: float) -> Predicted:
+def fit_mode(step: CountedStep, mode: MemoryMode, allowed: Allowed, gpu: Gpu, correction: float) -> ModeCost:
     """Predict a mode with the offloaded blocks of `offload_for_spare`.
 
     A fixed number of offloaded blocks is kept, and a sharded model offloads none.

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from library.memory.fused import ProductCounter
+from library.memory.fused_kernels import ProductCounter
 
 aten = torch.ops.aten
 
@@ -59,16 +59,7 @@ NO_KERNEL = {
 # Six of seven calls of a step that reach FakeTensorMode. Its rules give equal sizes and dtypes for them, but take four
 # times as long as the operation itself: counting SDXL takes 14.9 instead of 27.6 CPU seconds without them. (Strides
 # along axes of one element are those of the operation.)
-DIRECT = {
-    aten._to_copy,
-    aten._unsafe_view,
-    aten.addmm,
-    aten.detach,
-    aten.mm,
-    aten.t,
-    aten.transpose,
-    aten.view,
-}
+DIRECT = {aten._to_copy, aten._unsafe_view, aten.addmm, aten.detach, aten.mm, aten.t, aten.transpose, aten.view}
 FILLS = {aten.uniform_, aten.zero_}
 
 

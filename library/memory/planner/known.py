@@ -66,7 +66,7 @@ class KnownCandidate:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ModelPlan:
     """The choice for one model on one GPU; `least_bytes` is what the smallest configuration needs."""
 
     model: KnownModel
@@ -90,7 +90,7 @@ def read_model(entry: Mapping[str, Any]) -> KnownModel:
     return KnownModel(**{**entry, **modes, "formats": [KnownFormat(**item) for item in entry["formats"]]})
 
 
-def plan(model: KnownModel, gpu: Gpu, system: str) -> Plan:
+def plan(model: KnownModel, gpu: Gpu, system: str) -> ModelPlan:
     """Choose how a usual training runs on a GPU under a system, by the rule of --fit."""
     modes = model.modes if fuses(gpu, system) else model.unfused_modes or model.modes
     candidates = [
@@ -103,7 +103,7 @@ def plan(model: KnownModel, gpu: Gpu, system: str) -> Plan:
         for mode in modes
     ]
     least = min(candidate.device_bytes for candidate in candidates)
-    return Plan(model, select(candidates, gpu), least)
+    return ModelPlan(model, select(candidates, gpu), least)
 
 
 def predict(item: KnownFormat, mode: KnownMode, num_offloaded: int, gpu: Gpu) -> KnownCandidate:
@@ -126,7 +126,7 @@ def predict(item: KnownFormat, mode: KnownMode, num_offloaded: int, gpu: Gpu) ->
     )
 
 
-def rows(plans: Sequence[Plan]) -> Iterator[tuple[str, ...]]:
+def rows(plans: Sequence[ModelPlan]) -> Iterator[tuple[str, ...]]:
     """Yield the headings and one row per model."""
     yield "model", "options", "GPU memory", "main memory", "disk", "step", "recipe"
     for found in plans:

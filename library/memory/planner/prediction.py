@@ -71,7 +71,7 @@ class CountedStep:
 
 
 @dataclass(frozen=True)
-class Predicted:
+class ModeCost:
     """Predicted memory and time in a mode."""
 
     mode: MemoryMode
@@ -93,7 +93,7 @@ class Predicted:
         return self.mode.complexity
 
 
-def predict(step: CountedStep, mode: MemoryMode, gpu: Gpu, correction: float = 1.0) -> Predicted:
+def predict(step: CountedStep, mode: MemoryMode, gpu: Gpu, correction: float = 1.0) -> ModeCost:
     """Predict the memory and time in a mode.
 
     `correction` is the measured ratio of real to counted bytes of a step's tensors, without weights.
@@ -136,7 +136,7 @@ def predict(step: CountedStep, mode: MemoryMode, gpu: Gpu, correction: float = 1
     device_bytes = weight_bytes + round((1 + ALLOCATOR_SHARE) * training_bytes) + CONTEXT_BYTES
     # The tensors of the passes are freed before the optimizer steps, so the larger of the two is the peak.
     peak = FORWARD_BACKWARD if pass_bytes >= optimizer_bytes else OPTIMIZER_STEP
-    return Predicted(
+    return ModeCost(
         mode,
         weight_bytes,
         weight_bytes + training_bytes,

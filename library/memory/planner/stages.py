@@ -12,7 +12,7 @@ PIXELS_AT_ONCE = 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageMemory:
     """Memory needs of a stage, in bytes."""
 
     name: str

@@ -3,19 +3,19 @@
 from collections.abc import Callable, Iterator
 
 from library.base.formatting import columns, format_count, format_gib
-from library.memory.planner.choice import Choice
-from library.memory.planner.prediction import MemoryMode, Predicted
+from library.memory.planner.choice import ModeChoice
+from library.memory.planner.prediction import MemoryMode, ModeCost
 from library.memory.planner.selection import fits
 
 
-def select_shown(choice: Choice) -> tuple[Predicted, ...]:
+def select_shown(choice: ModeChoice) -> tuple[ModeCost, ...]:
     """Return the candidates that fit, or all if none does."""
     fitting = tuple(candidate for candidate in choice.candidates if fits(candidate, choice.gpu))
     return fitting or choice.candidates
 
 
 def iterate_rows(
-    choice: Choice, describe: Callable[[MemoryMode], str], num_passes: int | None = None
+    choice: ModeChoice, describe: Callable[[MemoryMode], str], num_passes: int | None = None
 ) -> Iterator[tuple[str, ...]]:
     """Yield the headings and a row for each shown candidate. `describe` formats a mode as options.
 
@@ -42,7 +42,7 @@ def iterate_rows(
         )
 
 
-def format_table(choice: Choice, describe: Callable[[MemoryMode], str], num_passes: int | None = None) -> list[str]:
+def format_table(choice: ModeChoice, describe: Callable[[MemoryMode], str], num_passes: int | None = None) -> list[str]:
     """Format the shown candidates as aligned lines with the chosen one marked, and count the others."""
     lines = columns([*iterate_rows(choice, describe, num_passes)])
     others = [candidate.device_bytes for candidate in choice.candidates if candidate not in select_shown(choice)]

@@ -13,10 +13,7 @@ def build_unet_preview(
     def sampler(prompt: Prompt) -> Sampler:
         assert prompt.sampler is not None
         return build_ddpm_sampler(
-            prompt.sampler,
-            prompt.num_steps,
-            predicts_velocity=predicts_velocity,
-            zero_terminal_snr=zero_terminal_snr,
+            prompt.sampler, prompt.num_steps, predicts_velocity=predicts_velocity, zero_terminal_snr=zero_terminal_snr
         )
 
     return Preview(

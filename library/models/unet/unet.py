@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.base.errors import UserError
+from library.base.errors import UserError, error_in
 from library.checkpoints.weights import Weights, configure, rename_weights
 from library.diffusion.inpainting import FEATURE
 from library.memory.blocks import BlockRunner, Stacks, run_library_blocks_with
@@ -132,11 +132,9 @@ def check_unet_input(what: str, unet: Component, num_latent_channels: int, inpai
             f"{num_latent_channels + MASK_CHANNELS} (inpainting) are supported"
         )
     elif not inpaints:
-        raise UserError(
+        raise error_in("--train_inpainting", cause="needs")(
             f"{what} is an inpainting model (its U-Net takes {channels} channels); add --train_inpainting, which "
-            "requires images, or use the plain model",
-            setting="--train_inpainting",
-            cause="needs",
+            "requires images, or use the plain model"
         )
 
 

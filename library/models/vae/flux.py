@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from library.base.errors import NotThere, UserError
+from library.base.errors import NotThere, about
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights, list_first_names, with_prefix
@@ -68,9 +68,9 @@ def find_vae(
     prefix = next((p for p in prefixes if any(f"{p}{mark}" in weights.shapes for mark in marks)), None)
     if prefix is None:
         if name is None:
-            raise NotThere.about(flag, f"is missing: {base.path} contains no VAE; name its file or folder")
+            raise about(flag, kind=NotThere)(f"is missing: {base.path} contains no VAE; name its file or folder")
         first = list_first_names(weights)
-        raise UserError.about(flag, f"{name} is not a VAE: it has no {marks[0]} (first names: {first})")
+        raise about(flag)(f"{name} is not a VAE: it has no {marks[0]} (first names: {first})")
     return flag, None, with_prefix(weights, prefix)
 
 
@@ -78,9 +78,6 @@ def check_channels(model: str, flag: str, component: Component, num_channels: in
     """Raise UserError if a VAE's number of latent channels differs from the base model's."""
     channels = shape_of(component.weights.shapes, "decoder.conv_in.weight")[1]
     if channels != num_channels:
-        raise UserError.about(
-            flag,
-            f"has {channels} latent channels, but {model} needs {num_channels}; use its ae.safetensors",
-            path=component.weights.origin,
-            cause="does not fit",
+        raise about(flag, component.weights.origin, cause="does not fit")(
+            f"has {channels} latent channels, but {model} needs {num_channels}; use its ae.safetensors"
         )

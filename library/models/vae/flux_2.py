@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import rename_weights, select_weights
 from library.memory.devices import send
@@ -86,10 +86,8 @@ def open_vae(model: str, name: str | None, base: BaseFiles) -> Component:
     check_channels(model, flag, component, CHANNELS)
     missing = [name for name in STATISTICS if f"{BATCH_NORM}{name}" not in component.weights.shapes]
     if missing:
-        raise UserError.about(
-            flag,
-            f"has no {BATCH_NORM}{missing[0]}, by which latents are normalized; use the VAE of {model}",
-            path=component.weights.origin,
+        raise about(flag, component.weights.origin)(
+            f"has no {BATCH_NORM}{missing[0]}, by which latents are normalized; use the VAE of {model}"
         )
     kept = {key: key for key in component.weights.shapes if key != COUNTER}
     return Component(component.config, select_weights(component.weights, kept))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.base.errors import NotThere, UserError
+from library.base.errors import NotThere, about
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights, configure, list_first_names, rename_weights, with_prefix
@@ -99,7 +99,7 @@ def open_vae(model: str, name: str | None, base: BaseFiles | None = None) -> Com
         return vae_component(model, base.open_folder(FOLDER)[1])
     weights = with_prefix(base.whole, WHOLE) if base is not None and base.whole is not None else None
     if weights is None or not weights.shapes:
-        raise NotThere.about(FLAG, f"is missing: use {FILE}, or a folder in diffusers' layout")
+        raise about(FLAG, kind=NotThere)(f"is missing: use {FILE}, or a folder in diffusers' layout")
     return vae_component(model, weights)
 
 
@@ -109,17 +109,12 @@ def vae_component(model: str, weights: Weights) -> Component:
         num_blocks = first_resample(weights.shapes)
         weights = rename_weights(weights, lambda key: from_original(key, num_blocks))
     elif DIFFUSERS_MARK not in weights.shapes:
-        raise UserError.about(
-            FLAG, f"is not the VAE of Qwen-Image (first names: {list_first_names(weights)})", path=weights.origin
-        )
+        raise about(FLAG, weights.origin)(f"is not the VAE of Qwen-Image (first names: {list_first_names(weights)})")
     component = Component(configure(weights, vae_config), weights)
     channels = component.config["z_dim"]
     if channels != CHANNELS:
-        raise UserError.about(
-            FLAG,
-            f"has {channels} latent channels, but {model} needs {CHANNELS}; use {FILE}",
-            path=weights.origin,
-            cause="does not fit",
+        raise about(FLAG, weights.origin, cause="does not fit")(
+            f"has {channels} latent channels, but {model} needs {CHANNELS}; use {FILE}"
         )
     return component
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from library.base.errors import NotThere, UserError
+from library.base.errors import NotThere, about
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import (
@@ -106,10 +106,8 @@ def open_vae(name: str, needs: VaeNeeds) -> Component:
         component = single_vae(weights)
     channels = component.weights.shapes["decoder.conv_in.weight"][1]
     if channels != needs.channels:
-        raise UserError.about(
-            "--vae",
-            f"{name} has {channels} latent channels, but {needs.base} needs {needs.channels}; use its own VAE",
-            cause="does not fit",
+        raise about("--vae", cause="does not fit")(
+            f"{name} has {channels} latent channels, but {needs.base} needs {needs.channels}; use its own VAE"
         )
     return component
 
@@ -118,9 +116,7 @@ def refuse_no_vae(name: str, weights: Weights, base: str) -> None:
     """Raise UserError if --vae names something other than a VAE for the base model called `base`."""
     if "decoder.conv_in.weight" not in weights.shapes:
         first = list_first_names(weights)
-        raise UserError.about(
-            "--vae", f"{name} is not a VAE for {base}: it has no decoder.conv_in.weight (first names: {first})"
-        )
+        raise about("--vae")(f"{name} is not a VAE for {base}: it has no decoder.conv_in.weight (first names: {first})")
 
 
 def single_vae(weights: Weights, more: tuple[str, ...] = ()) -> Component:

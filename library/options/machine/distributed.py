@@ -25,9 +25,7 @@ class DistributedOptions(Options, affects_training=False):
         help="Let gradients share memory with the buffers that processes exchange, in a distributed run.",
     )
     ddp_static_graph: bool = option(
-        False,
-        ignored=FLAT_BUFFER,
-        help="Tell a distributed run that the graph of the computation never changes.",
+        False, ignored=FLAT_BUFFER, help="Tell a distributed run that the graph of the computation never changes."
     )
     shard_base: bool = option(
         False,

@@ -47,10 +47,7 @@ class MemoryOptions(Options):
         help="Offload the block inputs that --gradient_checkpointing keeps to main memory.",
     )
     unsloth_offload_checkpointing: bool = option(
-        False,
-        own=True,
-        affects_training=False,
-        help="--gradient_checkpointing and --cpu_offload_checkpointing in one.",
+        False, own=True, affects_training=False, help="--gradient_checkpointing and --cpu_offload_checkpointing in one."
     )
     blocks_to_swap: int | None = option(
         None,
@@ -73,20 +70,13 @@ class MemoryOptions(Options):
         "computes in turn.",
     )
     block_swap_h2d_only: bool = option(
-        False,
-        ignored=ONLY_TO_THE_GPU,
-        own=True,
-        affects_training=False,
-        help=f"Has no effect: {ONLY_TO_THE_GPU}.",
+        False, ignored=ONLY_TO_THE_GPU, own=True, affects_training=False, help=f"Has no effect: {ONLY_TO_THE_GPU}."
     )
     use_pinned_memory_for_block_swap: bool = option(
         False, ignored=PINNED, own=True, affects_training=False, help=f"Has no effect: {PINNED}."
     )
     lowram: bool = option(
-        False,
-        affects_training=False,
-        ignored=THROUGH_MAIN_MEMORY,
-        help=f"Has no effect: {THROUGH_MAIN_MEMORY}.",
+        False, affects_training=False, ignored=THROUGH_MAIN_MEMORY, help=f"Has no effect: {THROUGH_MAIN_MEMORY}."
     )
     highvram: bool = option(
         False,
@@ -96,8 +86,7 @@ class MemoryOptions(Options):
     xformers: bool = option(False, help="Compute attention with the xformers library, if it is installed.")
     sdpa: bool = option(False, help="Compute attention with PyTorch's scaled dot product, fast and sparing of memory.")
     mem_eff_attn: bool = option(
-        False,
-        help="Compute attention in small parts: slow, for GPUs that support neither --sdpa nor --xformers.",
+        False, help="Compute attention in small parts: slow, for GPUs that support neither --sdpa nor --xformers."
     )
 
     @property

@@ -20,10 +20,7 @@ class PreviewOptions(Options, affects_training=False):
         help="Draw images every N steps. Unset or 0 draws none; --sample_every_n_epochs wins.",
     )
     sample_at_first: bool = option(
-        False,
-        usual=True,
-        needs="sample_prompts",
-        help="Draw images before the first step too, to compare with.",
+        False, usual=True, needs="sample_prompts", help="Draw images before the first step too, to compare with."
     )
     sample_every_n_epochs: int | None = option(
         None,
@@ -41,10 +38,7 @@ class PreviewOptions(Options, affects_training=False):
         help="File with the prompts to draw images of: .txt with one a line, .toml or .json.",
     )
     sample_with_training_adapter: bool = option(
-        False,
-        own=True,
-        needs="training_adapter",
-        help="Draw images with the adapter of --training_adapter too.",
+        False, own=True, needs="training_adapter", help="Draw images with the adapter of --training_adapter too."
     )
     sample_sampler: str = option(
         "ddim",

@@ -23,6 +23,5 @@ class ReportOptions(Options, affects_training=False, own=True):
         "writes it every 30 s, without reloading.",
     )
     no_report: bool = option(
-        False,
-        help="Write no report. Unset keeps an HTML file with charts, previews and saved files in --output_dir.",
+        False, help="Write no report. Unset keeps an HTML file with charts, previews and saved files in --output_dir."
     )

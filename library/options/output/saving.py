@@ -14,9 +14,7 @@ class SavingOptions(Options, affects_training=False):
         None, path="new folder", usual=True, logged=False, help="Folder for saved files; created if missing."
     )
     output_name: str | None = option(
-        None,
-        usual=True,
-        help="Name of the saved files, without ending. Unset uses last, epoch-N and at-stepN.",
+        None, usual=True, help="Name of the saved files, without ending. Unset uses last, epoch-N and at-stepN."
     )
     save_precision: str | None = option(
         None,
@@ -38,11 +36,7 @@ class SavingOptions(Options, affects_training=False):
         help="Save after every N-th epoch too. Unset or 0 does not.",
     )
     save_every_n_steps: int | None = option(
-        None,
-        usual=True,
-        kind=whole(1),
-        zero_is_unset=True,
-        help="Save after every N-th step too. Unset or 0 does not.",
+        None, usual=True, kind=whole(1), zero_is_unset=True, help="Save after every N-th step too. Unset or 0 does not."
     )
     save_n_epoch_ratio: int | None = option(
         None,
@@ -84,10 +78,7 @@ class HubOptions(Options, affects_training=False):
         help="Folder inside the Hugging Face repository for the uploaded files. Unset is its top folder.",
     )
     huggingface_token: str | None = option(
-        None,
-        secret=True,
-        logged=False,
-        help="Access token for Hugging Face. Unset uses the one that is logged in.",
+        None, secret=True, logged=False, help="Access token for Hugging Face. Unset uses the one that is logged in."
     )
     huggingface_repo_visibility: str | None = option(
         None,
@@ -95,9 +86,7 @@ class HubOptions(Options, affects_training=False):
         help="Who may see a new Hugging Face repository: public for everyone. Unset or anything else keeps it private.",
     )
     save_state_to_huggingface: bool = option(
-        False,
-        needs="huggingface_repo_id",
-        help="Upload training states to the Hugging Face repository as well.",
+        False, needs="huggingface_repo_id", help="Upload training states to the Hugging Face repository as well."
     )
     resume_from_huggingface: bool = option(
         False,
@@ -171,8 +160,7 @@ class StateOptions(Options, affects_training=False):
         "--sweep_stop_after do so.",
     )
     skip_until_initial_step: bool = option(
-        False,
-        help="Skip the data of the steps before --initial_step or before the resumed state.",
+        False, help="Skip the data of the steps before --initial_step or before the resumed state."
     )
     initial_epoch: int | None = option(
         None,
@@ -204,8 +192,7 @@ class MetadataOptions(Options, affects_training=False):
         None, unless="no_metadata", help="Comment of your own in the file's metadata."
     )
     metadata_title: str | None = option(
-        None,
-        help="Title of the model in the file's metadata. Unset uses --output_name.",
+        None, help="Title of the model in the file's metadata. Unset uses --output_name."
     )
     metadata_author: str | None = option(None, help="Author of the model in the file's metadata.")
     metadata_description: str | None = option(None, help="Description of the model in the file's metadata.")
@@ -221,19 +208,15 @@ class MetadataOptions(Options, affects_training=False):
     )
     metadata_usage_hint: str | None = option(None, help="Hint in the file's metadata on how to use the model.")
     metadata_thumbnail: str | None = option(
-        None,
-        help="Preview image in the file's metadata: an image file, or a data URL.",
+        None, help="Preview image in the file's metadata: an image file, or a data URL."
     )
     metadata_merged_from: str | None = option(
-        None,
-        help="Names of the models that this one was merged from, in the file's metadata.",
+        None, help="Names of the models that this one was merged from, in the file's metadata."
     )
     metadata_trigger_phrase: str | None = option(
-        None,
-        help="Words that trigger what was trained, in the file's metadata.",
+        None, help="Words that trigger what was trained, in the file's metadata."
     )
     metadata_preprocessor: str | None = option(None, help="How images were prepared, in the file's metadata.")
     metadata_is_negative_embedding: str | None = option(
-        None,
-        help="Whether this is a negative embedding, in the file's metadata.",
+        None, help="Whether this is a negative embedding, in the file's metadata."
     )

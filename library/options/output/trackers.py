@@ -26,9 +26,7 @@ class TrackerOptions(Options, affects_training=False):
         choices=("tensorboard", "wandb", "all"),
     )
     log_prefix: str | None = option(
-        None,
-        needs="logging_dir",
-        help="Text before the date in the name of the run's folder below --logging_dir.",
+        None, needs="logging_dir", help="Text before the date in the name of the run's folder below --logging_dir."
     )
     log_tracker_name: str | None = option(
         None, needs=DRAWN, help="Name of the project in the charts. Unset is network_train."

@@ -33,10 +33,7 @@ class LossOptions(Options):
         help="Threshold of huber and smooth_l1 at the noisy end. Differences above it count like l1.",
     )
     huber_scale: float = option(
-        1.0,
-        kind=number(0),
-        needs="loss_type=huber|smooth_l1",
-        help="Factor on the threshold of huber and smooth_l1.",
+        1.0, kind=number(0), needs="loss_type=huber|smooth_l1", help="Factor on the threshold of huber and smooth_l1."
     )
     min_snr_gamma: float | None = option(
         None,
@@ -56,6 +53,5 @@ class LossOptions(Options):
         "adds nothing.",
     )
     debiased_estimation_loss: bool = option(
-        False,
-        help="Weight timesteps by the inverse root of the signal-to-noise ratio, which favours noisy ones.",
+        False, help="Weight timesteps by the inverse root of the signal-to-noise ratio, which favours noisy ones."
     )

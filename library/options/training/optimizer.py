@@ -77,9 +77,7 @@ class ScheduleOptions(Options):
         "--lr_scheduler.",
     )
     lr_scheduler_args: list[str] | None = option(
-        None,
-        help="Further settings of the schedule as key=value, separated by spaces.",
-        nargs="*",
+        None, help="Further settings of the schedule as key=value, separated by spaces.", nargs="*"
     )
     lr_warmup_steps: int | float = option(
         0,

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from PIL import Image
 
+from library.base.atomic_files import write_whole
 from library.base.errors import UserError
 from library.checkpoints.overwriting import check_target
 from library.data.debug_dataset import show_batches
@@ -26,7 +27,7 @@ from library.training.command_line.pairs import show_pairs
 from library.training.command_line.show_timesteps import resolve_timestep_preview, show_timesteps
 from library.training.report_page.page import report_kind
 from library.training.report_page.record import Record
-from library.training.report_page.writer import build_report, write_page
+from library.training.report_page.writer import build_report
 from library.training.reporting.event_stream import WarningEvents, plain
 from library.training.reporting.events import Audit, End, Event, FoundImage, Start
 from library.training.reporting.events import Finding as FindingEvent
@@ -89,7 +90,7 @@ def audit(plan: DataPlan, options: Options, saving: SavingOptions, warnings: War
         ]
         path = Names.build(saving).path_with_ending("-audit.html")
         check_target("--audit_only:", path, report_kind(saving.output_name))
-        write_page(path, build_report(collect_events(events)))
+        write_whole(path, build_report(collect_events(events)))
         logger.info("full report with thumbnails: %s", path)
 
 

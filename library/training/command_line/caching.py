@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.terminal import print_line
 from library.data.plan.data_plan import DataPlan, build_plan
 from library.data.sources.folders.metadata_file import MetadataEntry
@@ -47,9 +47,8 @@ def cache_captions(options: TrainOptions, arch: Architecture) -> None:
     compute = Compute.build(options.precision, processes.device)
     text = TextPlan.resolve(options.network, arch.text_cache)
     if text.cached is None:
-        raise UserError.about(
-            "--cache_text_encoder_outputs_to_disk",
-            "has no effect here: every text encoder trains, or none can be cached; remove it",
+        raise about("--cache_text_encoder_outputs_to_disk")(
+            "has no effect here: every text encoder trains, or none can be cached; remove it"
         )
     plan = open_data_plan(options, arch, text, options.run.seed or 0, processes.count)
     prepare_text(text, options.caching, options.precision, arch, plan, compute, [], processes)
@@ -62,7 +61,7 @@ def select_device(text: str) -> None:
     # torch raises AssertionError where it was built without the device.
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError.about("--device", f"{text} cannot be used ({reason}); use cpu, or leave it out") from None
+        raise about("--device")(f"{text} cannot be used ({reason}); use cpu, or leave it out") from None
     os.environ["ACCELERATE_TORCH_DEVICE"] = text
 
 

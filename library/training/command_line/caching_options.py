@@ -2,7 +2,7 @@
 
 import argparse
 
-from library.base.errors import UserError
+from library.base.errors import about
 
 NEVER_DELETED = "Has no effect: cache files are never deleted."
 
@@ -26,7 +26,7 @@ def with_command_options(args: argparse.Namespace, cached: str, batch_size: str)
     values = {"skip_cache_check": args.skip_existing or args.skip_cache_check, cached: True, f"{cached}_to_disk": True}
     if args.batch_size is not None:
         if args.batch_size < 1:
-            raise UserError.about("--batch_size", f"is {args.batch_size}, but must be at least 1")
+            raise about("--batch_size")(f"is {args.batch_size}, but must be at least 1")
         values[batch_size] = args.batch_size
     if args.num_workers is not None:
         values["max_data_loader_n_workers"] = args.num_workers

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-from library.base.errors import NotThere, UserError
+from library.base.errors import NotThere, UserError, about, error_in
 from library.options.base import Options
 from library.options.leco import list_ignored_by_leco, list_refused_by_leco
 from library.options.model import BASE_FLAG
@@ -19,15 +19,7 @@ from library.training.command_line.console import forgive_write_errors, start_ru
 from library.training.command_line.help import EXAMPLES, EXAMPLES_OF_PROMPTS, TrainingParser
 from library.training.command_line.option_checks import check_options, check_values
 from library.training.command_line.recipes import read_recipe
-from library.training.config_file import (
-    SECRETS,
-    Config,
-    config_path,
-    nearest,
-    read_config,
-    read_values,
-    write_config,
-)
+from library.training.config_file import SECRETS, Config, config_path, nearest, read_config, read_values, write_config
 from library.training.reporting.error_fields import change_texts, describe_error, print_error_line, wants_error_line
 
 logger = logging.getLogger(__name__)
@@ -122,9 +114,7 @@ def read_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
     # Parsed alone first, because the command line may name a config file and a recipe, which go beneath it.
     typed = parse_words(parser, argv)
     if typed.output_config and not typed.config_file:
-        need = UserError.about(
-            "--output_config", "needs --config_file with the path of the file to write", cause="needs"
-        )
+        need = about("--output_config", cause="needs")("needs --config_file with the path of the file to write")
         refuse(parser, need, argv)
     try:
         if typed.output_config:
@@ -297,7 +287,7 @@ def parse_words(
         # Their values are left out, because a mistyped flag may be that of a password.
         flags = [word.partition("=")[0] for word in unknown if word.startswith("-")] or unknown
         named = " ".join(flag + hint(parser, flag) if flag.startswith("-") else flag for flag in flags)
-        error = UserError(f"unrecognized arguments: {named}", setting=flags[0], others=flags[1:])
+        error = error_in(flags[0], others=flags[1:])(f"unrecognized arguments: {named}")
         refuse(parser, error, argv, f"unrecognized arguments: {' '.join(hints)}")
     return args
 
@@ -316,7 +306,7 @@ def refuse_misread(parser: argparse.ArgumentParser, words: Sequence[str]) -> Non
                 parser._get_value(action, value if equals else following)
             except argparse.ArgumentError:
                 text = f"unrecognized arguments: {word}{other_scripts}"
-                refuse(parser, UserError(f"unrecognized arguments: {flag}{other_scripts}", setting=flag), words, text)
+                refuse(parser, error_in(flag)(f"unrecognized arguments: {flag}{other_scripts}"), words, text)
 
 
 def hint(parser: argparse.ArgumentParser, flag: str) -> str:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.launcher import launched_rank
 from library.base.terminal import EscapedTexts
 from library.base.version import NAME, VERSION
@@ -146,7 +146,7 @@ def resolve_log_level(options: ConsoleOptions) -> int:
     name = options.console_log_level or "INFO"
     level = logging.getLevelName(name)
     if not isinstance(level, int):
-        raise UserError.about("--console_log_level", f"is {name}; use DEBUG, INFO, WARNING, ERROR or CRITICAL")
+        raise about("--console_log_level")(f"is {name}; use DEBUG, INFO, WARNING, ERROR or CRITICAL")
     return level
 
 
@@ -169,7 +169,7 @@ def build_handlers(options: ConsoleOptions) -> list[logging.Handler]:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = logging.FileHandler(path, mode="w", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
-            raise UserError.about("--console_log_file", f"cannot be written: {error.strerror}", path=path) from error
+            raise about("--console_log_file", path)(f"cannot be written: {error.strerror}") from error
         file.setFormatter(DATED)
         # Front ends show standard error; with a log file alone, a failed run would leave them the exit status only.
         errors = build_stderr_handler()

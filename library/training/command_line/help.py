@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from library.base.errors import UserError
+from library.base.errors import UserError, error_in
 from library.base.terminal import escape_text, print_line
 from library.base.version import VERSION
 from library.training.reporting.error_fields import describe_error, print_error_line, wants_error_line
@@ -124,7 +124,7 @@ class TrainingParser(argparse.ArgumentParser):
             return super().parse_known_args(args, namespace)
         except argparse.ArgumentError as error:
             flag = error.argument_name and error.argument_name.partition("/")[0]
-            self.refuse(UserError(str(error), setting=flag, cause="wrong value"), words)
+            self.refuse(error_in(flag, cause="wrong value")(str(error)), words)
         finally:
             self.exit_on_error = True
 
@@ -156,7 +156,7 @@ class TrainingParser(argparse.ArgumentParser):
             super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
-        self.refuse(UserError(message, cause="wrong value"), sys.argv[1:])
+        self.refuse(error_in(cause="wrong value")(message), sys.argv[1:])
 
     def refuse(self, error: UserError, words: Sequence[str], text: str | None = None) -> NoReturn:
         """Print a one-line error without the usage, or `text` in its place, and exit with status 2.

@@ -11,12 +11,7 @@ from library.base.errors import UserError
 from library.diffusion.flow import FlowMatching
 from library.options.train import TrainOptions
 from library.protocols import Architecture, LatentSpec
-from library.training.command_line.cli import (
-    CommandLine,
-    from_program,
-    log_user_error,
-    read_command_line,
-)
+from library.training.command_line.cli import CommandLine, from_program, log_user_error, read_command_line
 from library.training.command_line.console import forgive_write_errors
 from library.training.command_line.replaced import refuse_replaced
 from library.training.command_line.sweeps import sweep_by_command, sweep_for_program

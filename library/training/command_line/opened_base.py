@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from library.base.collector import freeze_imports
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.environment.hidden_libraries import BITSANDBYTES, hide_library, import_diffusers_hiding_libraries
 from library.options.train import TrainOptions
 from library.protocols import Architecture
@@ -36,9 +36,7 @@ def open_base(
         arch = build(options)
     report_unused(options, arch.ignores)
     if options.dataset.train_inpainting and not arch.inpaints:
-        raise UserError(
-            "--train_inpainting: this base model takes no masks; leave it out", setting="--train_inpainting"
-        )
+        raise error_in("--train_inpainting")("--train_inpainting: this base model takes no masks; leave it out")
     if arch.vae_overflows_in_fp16:
         warn_of_fp16_vae(options.model, options.precision.mixed_precision)
     return options, module, arch

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from library.base.errors import NoDataFound, NotThere, UserError
+from library.base.errors import NoDataFound, NotThere, UserError, about, error_in
 from library.base.suggestions import nearby
 from library.data.concepts.prompts_file import FLAG as PROMPTS_FLAG
 from library.data.concepts.prompts_file import read_prompt_pairs
@@ -45,11 +45,8 @@ def check_data(options: TrainOptions) -> None:
     check_values(options)
     low, high = options.dataset.min_bucket_reso, options.dataset.max_bucket_reso
     if options.dataset.enable_bucket and low > high:
-        raise UserError.about(
-            "--min_bucket_reso",
-            f"is {low}, above --max_bucket_reso {high}; swap them",
-            cause="does not fit",
-            others=["--max_bucket_reso"],
+        raise about("--min_bucket_reso", cause="does not fit", others=["--max_bucket_reso"])(
+            f"is {low}, above --max_bucket_reso {high}; swap them"
         )
     if options.concepts is not None:
         check_concepts(options, options.concepts)
@@ -57,15 +54,12 @@ def check_data(options: TrainOptions) -> None:
     dataset = options.dataset
     if dataset.dataset_config is None and dataset.dataset_class is None:
         if not dataset.train_data_dir:
-            raise UserError(
-                "no images are named; give --dataset_config with a TOML file, or --train_data_dir with a folder",
-                setting="--dataset_config",
-                others=["--train_data_dir"],
-                cause="missing",
+            raise error_in("--dataset_config", others=["--train_data_dir"], cause="missing")(
+                "no images are named; give --dataset_config with a TOML file, or --train_data_dir with a folder"
             )
         if not dataset.resolution:
-            raise UserError.about(
-                "--resolution", "is not set; give the training size with it, such as 512 or 512,768", cause="missing"
+            raise about("--resolution", cause="missing")(
+                "is not set; give the training size with it, such as 512 or 512,768"
             )
 
 
@@ -74,11 +68,9 @@ def check_concepts(options: Options, concepts: ConceptOptions) -> None:
     values = options.flat()
     for name, why in list_refused_by_leco(type(options)).items():
         if is_requested(values[name]):
-            raise UserError.about(f"--{name}", f"does not work with {PROMPTS_FLAG}: {why}", cause="does not fit")
+            raise about(f"--{name}", cause="does not fit")(f"does not work with {PROMPTS_FLAG}: {why}")
     if not concepts.prompts_file:
-        raise UserError.about(
-            PROMPTS_FLAG, "is not set; give the TOML file with the prompts that are trained", cause="missing"
-        )
+        raise about(PROMPTS_FLAG, cause="missing")("is not set; give the TOML file with the prompts that are trained")
     read_prompt_pairs(Path(concepts.prompts_file), warn=ignore_message)
 
 
@@ -90,7 +82,7 @@ def check_values(options: Options) -> None:
     """Raise UserError for values, paths and combinations that the options' declarations do not allow."""
     missing = unsupported(options)
     if missing:
-        raise UserError("\n".join(missing.values()), setting=next(iter(missing)), others=[*missing][1:])
+        raise error_in(next(iter(missing)), others=[*missing][1:])("\n".join(missing.values()))
     refuse_passwords(options)
     check_ranges(options)
     check_choices(options)
@@ -106,10 +98,10 @@ def check_paths(options: Options) -> None:
             hint = nearby(Path(path), is_folder=kind == "folder")
             error = NotThere if kind in ("part", "model") else NoDataFound if name == IMAGES else UserError
             reason = f"does not exist{hint or '; correct the path, or leave it out'}"
-            raise error.about(f"--{name}", reason, text, cause="missing")
+            raise about(f"--{name}", text, cause="missing", kind=error)(reason)
         found = "folder" if os.path.isdir(path) else "file"
         if found not in kind and kind not in ("part", "model"):
-            raise UserError.about(f"--{name}", f"is a {found}; name a {kind}", text)
+            raise about(f"--{name}", text)(f"is a {found}; name a {kind}")
 
 
 def list_read_paths(options: Options) -> Iterator[tuple[str, PathKind, str]]:
@@ -146,10 +138,9 @@ def refuse_passwords(options: Options) -> None:
     for name, value in options.flat().items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and (match := PASSWORD.search(text)):
-                raise UserError.about(
-                    f"--{name}",
+                raise about(f"--{name}")(
                     f"has a URL with a password, {match['scheme']}…@{match['host']}, which logs and files "
-                    "would keep. No option takes one; give a file or a folder",
+                    "would keep. No option takes one; give a file or a folder"
                 )
 
 
@@ -162,32 +153,27 @@ def check_choices(options: Options) -> None:
             continue
         if not all(item in choices for item in (value if isinstance(value, list) else [value])):
             known = ", ".join(str(choice) for choice in choices if choice is not None)
-            raise UserError.about(f"--{name}", f"is {value!r}; use one of {known}")
+            raise about(f"--{name}")(f"is {value!r}; use one of {known}")
 
 
 def check_required(base_model: str | None, network_module: str | None, output_dir: str | None) -> None:
     """Raise UserError if the model, the network module or the output folder is missing."""
     if not base_model:
-        raise UserError.about(
-            "--pretrained_model_name_or_path",
-            "is not set; give the base model's file, folder or hub name",
-            cause="missing",
+        raise about("--pretrained_model_name_or_path", cause="missing")(
+            "is not set; give the base model's file, folder or hub name"
         )
     if not network_module:
-        raise UserError.about("--network_module", "is not set; networks.lora trains a LoRA", cause="missing")
+        raise about("--network_module", cause="missing")("is not set; networks.lora trains a LoRA")
     if not output_dir:
-        raise UserError.about(
-            "--output_dir", "is not set; give the folder that the trained weights go to", cause="missing"
-        )
+        raise about("--output_dir", cause="missing")("is not set; give the folder that the trained weights go to")
 
 
 def check_multipliers(network: NetworkOptions) -> None:
     """Raise UserError if there are more multipliers than files."""
     factors, files = network.base_weights_multiplier or [], network.base_weights or []
     if files and len(factors) > len(files):
-        raise UserError.about(
-            "--base_weights_multiplier",
-            f"has {len(factors)} values for {len(files)} --base_weights; give one for each file",
+        raise about("--base_weights_multiplier")(
+            f"has {len(factors)} values for {len(files)} --base_weights; give one for each file"
         )
 
 
@@ -195,9 +181,6 @@ def check_timesteps(noise: NoiseOptions) -> None:
     """Raise UserError if the lowest timestep exceeds the highest."""
     low, high = noise.min_timestep or 0, 1000 if noise.max_timestep is None else noise.max_timestep
     if low > high:
-        raise UserError.about(
-            "--min_timestep",
-            f"{low} is above --max_timestep {high}; the same value for both trains one level",
-            cause="does not fit",
-            others=["--max_timestep"],
+        raise about("--min_timestep", cause="does not fit", others=["--max_timestep"])(
+            f"{low} is above --max_timestep {high}; the same value for both trains one level"
         )

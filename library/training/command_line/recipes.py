@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.errors import about, error_in
 from library.base.suggestions import did_you_mean
 from library.options.config_file import read_toml
 from library.training.config_file import Config, flatten, read_values
@@ -57,16 +57,13 @@ def read_recipe(
     """
     names = [recipe.name for recipe in list_recipes()]
     if name not in names:
-        raise UserError(
-            f"there is no recipe {name}{did_you_mean(name, names)}; `python3 tools/recipes.py` lists them",
-            setting="--recipe",
+        raise error_in("--recipe")(
+            f"there is no recipe {name}{did_you_mean(name, names)}; `python3 tools/recipes.py` lists them"
         )
     path = FOLDER / f"{name}.toml"
     recipe = read_head(path)
     if recipe.script != script:
-        raise UserError.about(
-            "--recipe", f"{recipe.name} is for {recipe.script}; `python3 tools/recipes.py` lists others"
-        )
+        raise about("--recipe")(f"{recipe.name} is for {recipe.script}; `python3 tools/recipes.py` lists others")
     warnings: list[str] = []
     values = read_values(recipe.values, str(path), actions, warnings, elsewhere)
     if any(requested.get(option) for option in IMAGES):

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.errors import UserError, error_in
 from library.options.train import TrainOptions
 from library.training.command_line.cli import (
     CommandLine,
@@ -54,7 +54,7 @@ def sweep_for_program(parser: argparse.ArgumentParser, options: TrainOptions, bu
     script = open_script(parser, type(options), has_command=False)
     status = run_sweep(script, options, partial(check_runs, lambda: build), has_signals=False)
     if status:
-        raise UserError(f"--sweep ended with status {status}; the lines above say why", setting="--sweep")
+        raise error_in("--sweep")(f"--sweep ended with status {status}; the lines above say why")
 
 
 def check_runs(find_build: Callable[[], Callable[[Any], Any]], runs: Sequence[TrainOptions]) -> int:

@@ -49,7 +49,7 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Choice:
+class RankedFiles:
     """The suggested file, and each file's comparison with the best."""
 
     files: tuple[Compared, ...]  # in the order given
@@ -59,7 +59,7 @@ class Choice:
     num_images: int
 
 
-def choose(losses_FG: Tensor, num_baselines: int = 0) -> Choice | None:
+def choose(losses_FG: Tensor, num_baselines: int = 0) -> RankedFiles | None:
     """Compare files in the order of their steps; None if no loss is finite.
 
     The first `num_baselines` rows, such as the base model alone, are compared but never suggested. A file with a
@@ -84,7 +84,7 @@ def choose(losses_FG: Tensor, num_baselines: int = 0) -> Choice | None:
     gaps = [file.to_best for file in files]
     suggested = next(i for i in range(num_baselines, num_files) if i == best or gaps[i].mean <= gaps[i].error)
     has_winner = bool(others) and all(file.is_worse for file in others)
-    return Choice(tuple(files), best, suggested, has_winner, num_images)
+    return RankedFiles(tuple(files), best, suggested, has_winner, num_images)
 
 
 def is_clearly_worse(losses_G: Tensor, best_G: Tensor, num_compared: int) -> bool:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from library.base.formatting import align_columns, format_count
-from library.training.evaluation.choice import CONFIDENCE, MIN_IMAGES, Choice, choose, estimate, estimate_of_difference
+from library.training.evaluation.choice import (
+    CONFIDENCE,
+    MIN_IMAGES,
+    RankedFiles,
+    choose,
+    estimate,
+    estimate_of_difference,
+)
 from library.training.evaluation.image_scores import Scores
 from library.training.evaluation.validation_record import ValidationRecord
 from library.training.reporting import events
@@ -41,7 +48,9 @@ class MeasuredFile:
         return "before training" if self.file is None else self.file.name
 
 
-def choose_saved(files: Sequence[Path], record: ValidationRecord, measures_what_is_saved: bool) -> events.Choice | None:
+def choose_saved(
+    files: Sequence[Path], record: ValidationRecord, measures_what_is_saved: bool
+) -> events.FileChoice | None:
     """Compare saved files by the run's own validation, in the order of their steps; log how many it did not measure.
 
     None if there is nothing to compare, for example if files hold averaged weights but the raw weights were measured.
@@ -60,7 +69,7 @@ def choose_saved(files: Sequence[Path], record: ValidationRecord, measures_what_
     return choose_measured(measured) if len(known) > 1 else None
 
 
-def choose_measured(measured: Sequence[MeasuredFile], is_held_out: bool = True) -> events.Choice | None:
+def choose_measured(measured: Sequence[MeasuredFile], is_held_out: bool = True) -> events.FileChoice | None:
     """Choose among files in the order of their steps; the model before training comes first.
 
     None if no loss is finite. No file is suggested with fewer than MIN_IMAGES images, or on training images
@@ -87,7 +96,7 @@ def choose_measured(measured: Sequence[MeasuredFile], is_held_out: bool = True) 
         for entry, compared in zip(measured, choice.files, strict=True)
     ]
     is_enough = choice.num_images >= MIN_IMAGES and is_held_out
-    return events.Choice(
+    return events.FileChoice(
         suggested=candidates[choice.suggested].file if is_enough else None,
         step=candidates[choice.suggested].step if is_enough else None,
         has_winner=choice.has_winner,
@@ -98,7 +107,7 @@ def choose_measured(measured: Sequence[MeasuredFile], is_held_out: bool = True) 
     )
 
 
-def add_scores(choice: events.Choice, scores_by_file: Sequence[Scores]) -> events.Choice:
+def add_scores(choice: events.FileChoice, scores_by_file: Sequence[Scores]) -> events.FileChoice:
     """Add the scores of the images that each candidate draws for the same prompts and seeds.
 
     A score's differences to the file with the lowest loss are estimated image by image, at the level that `choose` uses
@@ -120,7 +129,7 @@ def add_scores(choice: events.Choice, scores_by_file: Sequence[Scores]) -> event
     return replace(choice, candidates=scored)
 
 
-def explain_choice(choice: Choice, measured: Sequence[MeasuredFile]) -> str:
+def explain_choice(choice: RankedFiles, measured: Sequence[MeasuredFile]) -> str:
     """Explain the choice in a sentence without its full stop."""
     has_base = measured[0].file is None
     files = choice.files[int(has_base) :]
@@ -170,7 +179,7 @@ def forgotten(before_G: Tensor, after_G: Tensor) -> events.Forgotten:
     return events.Forgotten(rise.mean, rise.low, rise.high)
 
 
-def format_candidates(choice: events.Choice) -> list[str]:
+def format_candidates(choice: events.FileChoice) -> list[str]:
     """Format all files as aligned lines."""
     has_probe = any(candidate.forgotten is not None for candidate in choice.candidates)
     heads = ("file", "step", "loss", "difference from best", "significant", "memorization gap")
@@ -192,7 +201,7 @@ def format_candidates(choice: events.Choice) -> list[str]:
     return align_columns(rows)
 
 
-def format_scores(choice: events.Choice) -> list[str]:
+def format_scores(choice: events.FileChoice) -> list[str]:
     """Format the scores of all files as aligned lines, each with its difference from the file of the lowest loss."""
 
     def cell(score: events.Score) -> str:
@@ -214,7 +223,7 @@ def format_memory(memory: events.Memorised | events.Forgotten | None) -> str:
     return "" if memory is None else f"{memory.more:.5f}{format_interval(memory.low, memory.high)}"
 
 
-def memory_line(choice: events.Choice) -> str | None:
+def memory_line(choice: events.FileChoice) -> str | None:
     """Describe the memorization of the suggested file, else of the last one; None if it was not measured."""
     files = [candidate for candidate in choice.candidates if candidate.memorised is not None]
     if not files:
@@ -238,7 +247,7 @@ def format_interval(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None or isnan(low) else f" ({low:.5f} to {high:.5f})"
 
 
-def format_choice(choice: events.Choice) -> str:
+def format_choice(choice: events.FileChoice) -> str:
     if choice.suggested is None:
         return f"no file is suggested: {choice.reason}"
     name, images = Path(choice.suggested).name, f"measured on {choice.num_pictures} images"

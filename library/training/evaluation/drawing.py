@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from library.base.errors import UserError
+from library.base.errors import UserError, about, error_in
 from library.base.randomness import generator_for
 from library.diffusion.guidance import apply_guidance, needs_negative
 from library.protocols import Architecture, LiveText
@@ -116,10 +116,9 @@ def make_reference_error(prompt: Prompt) -> UserError:
     assert prompt.reference_paths, "the features of a prompt without images are kept under its text"
     gone = [path for path in prompt.reference_paths if not path.is_file()]
     names = ", ".join(map(str, gone or prompt.reference_paths))
-    return UserError.about(
-        "--ci",
+    return about("--ci")(
         f"{names} {'is gone' if gone else 'has changed'} since the run began, and the text encoder, which saw it, "
-        "has left memory; put the file back as it was, or stop and continue with --resume to use the new one",
+        "has left memory; put the file back as it was, or stop and continue with --resume to use the new one"
     )
 
 
@@ -127,8 +126,8 @@ def decode(context: StepContext, vae: nn.Module, latents_BCHW: Tensor, fallback:
     """Decode latents to an image. Raises UserError if the VAE returns NaN."""
     pixels_BCHW = fallback.run(vae, lambda: context.arch.codec.decode(vae, latents_BCHW))
     if not pixels_BCHW.isfinite().all():
-        raise UserError(
-            "the VAE gives NaN; add --no_half_vae, or use a VAE made for fp16", setting="--no_half_vae", cause="needs"
+        raise error_in("--no_half_vae", cause="needs")(
+            "the VAE gives NaN; add --no_half_vae, or use a VAE made for fp16"
         )
     return to_image(pixels_BCHW[0])
 

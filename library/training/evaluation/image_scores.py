@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from library.base.errors import UserError
+from library.base.errors import UserError, about
 from library.base.progress import progress_bar
 from library.checkpoints.model_lookup import HUB_NAME, existing, fetch_snapshot, read_model_config
 from library.data.decoding.images import apply_placement, crop_at_centre, read_pixels, with_alpha
@@ -184,13 +184,12 @@ def load_score_models(names: Sequence[str]) -> dict[str, ScoreModel]:
         folder = find_folder(name)
         kind = read_model_config(folder).get("model_type") if folder.is_dir() else None
         if kind not in ("dinov2", "clip"):
-            raise UserError.about(
-                FLAG,
+            raise about(FLAG)(
                 f"{name} is no folder of transformers with a DINOv2 model or a whole CLIP model: the model_type "
-                f"in its config.json is {kind or 'missing'}, not dinov2 or clip",
+                f"in its config.json is {kind or 'missing'}, not dinov2 or clip"
             )
         if kind in models:
-            raise UserError.about(FLAG, f"{name} is a second {kind} model; give one")
+            raise about(FLAG)(f"{name} is a second {kind} model; give one")
         models[kind] = load_score_model(name, folder, kind)
     return models
 
@@ -206,16 +205,12 @@ def load_score_model(name: str, folder: Path, kind: str) -> ScoreModel:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **options) if kind == "clip" else None
     except Exception as error:  # transformers raises anything for damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError.about(
-            FLAG,
+        raise about(FLAG, cause="unreadable")(
             f"{name} cannot be loaded ({reason}); it needs config.json, preprocessor_config.json, "
-            f"{' or '.join(WEIGHTS)}, and for CLIP its tokenizer",
-            cause="unreadable",
+            f"{' or '.join(WEIGHTS)}, and for CLIP its tokenizer"
         ) from error
     if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
-        raise UserError.about(
-            FLAG, f"{name} lacks {len(missing)} tensors of the model, such as {missing[0]}; download it again"
-        )
+        raise about(FLAG)(f"{name} lacks {len(missing)} tensors of the model, such as {missing[0]}; download it again")
     return ScoreModel(model.float().eval(), processor, tokenizer)
 
 
@@ -231,8 +226,7 @@ def find_folder(name: str) -> Path:
                 break
         return folder
     except ConnectionError as error:
-        raise UserError.about(
-            FLAG,
+        raise about(FLAG)(
             f"{name} is no folder, and cannot be downloaded from the hub ({error}). Check the path, or download "
-            "the model elsewhere and give its folder",
+            "the model elsewhere and give its folder"
         ) from error

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from library.base.errors import UserError, naming
+from library.base.errors import UserError, error_in, naming
 from library.base.suggestions import did_you_mean
 from library.options.config_file import read_json, read_text, read_toml
 from library.options.declared import declare, list_declared
@@ -169,7 +169,7 @@ def parse_line(line: str, place: str) -> PromptSpec:
                 'a prompt that itself has " --" in it can stand in a .toml or .json file'
             )
         if key in table and key != REFERENCES:
-            raise UserError(f"{place}: --{letters} is given twice; keep one", setting=key)
+            raise error_in(key)(f"{place}: --{letters} is given twice; keep one")
         extends = KINDS[key] in (TEXT, PATHS)
         value, _, trailing = (text.strip(), "", "") if extends else text.strip().partition(" ")
         table[key] = [*table.get(key, []), value] if key == REFERENCES else value if extends else parse_number(value)

@@ -17,12 +17,7 @@ from library.training.evaluation.forgetting import ForgettingProbe, Kind, evalua
 from library.training.evaluation.measurement import Measurement
 from library.training.evaluation.validation_loss import noise_levels
 from library.training.evaluation.validation_record import Evaluation, ValidationRecord
-from library.training.evaluation.validation_report import (
-    build_event,
-    detail_values,
-    log_evaluation,
-    measure_preference,
-)
+from library.training.evaluation.validation_report import build_event, detail_values, log_evaluation, measure_preference
 from library.training.reporting import events
 from library.training.reporting.progress import Progress
 from library.training.reporting.trackers import Charts
@@ -171,7 +166,7 @@ class Validation:
             f"more than chance (--early_stop_patience {self._patience})"
         )
 
-    def choose(self, files: Sequence[Path]) -> events.Choice | None:
+    def choose(self, files: Sequence[Path]) -> events.FileChoice | None:
         """Compare the saved files in the order of their steps; None without validation or without a choice."""
         averaging = self._run.options.averaging
         measures_what_is_saved = averaging.averages(FILES) == averaging.averages(VALIDATION)

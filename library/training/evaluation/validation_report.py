@@ -60,10 +60,7 @@ def measure_preference(evaluation: Evaluation) -> events.Preference:
 
 
 def detail_values(
-    evaluation: Evaluation,
-    record: ValidationRecord,
-    levels: Sequence[int],
-    preference: events.Preference | None = None,
+    evaluation: Evaluation, record: ValidationRecord, levels: Sequence[int], preference: events.Preference | None = None
 ) -> dict[str, float]:
     """Return the last evaluation's values for charts, apart from its average."""
     means = zip(levels, evaluation.level_means, strict=True)
@@ -78,10 +75,7 @@ def detail_values(
 
 
 def build_event(
-    evaluation: Evaluation,
-    record: ValidationRecord,
-    levels: Sequence[int],
-    preference: events.Preference | None = None,
+    evaluation: Evaluation, record: ValidationRecord, levels: Sequence[int], preference: events.Preference | None = None
 ) -> events.Validation:
     zeros_N1 = torch.zeros_like(evaluation.losses_NL)[:, :1]
     # The paired difference to zero has the standard error of the mean itself.

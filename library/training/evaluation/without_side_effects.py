@@ -23,12 +23,7 @@ def evaluating(run: Run, use: str) -> Iterator[None]:
     if run.options.concepts is not None:
         run.context.network.set_multiplier(1.0)
     modules = [run.context.models.denoiser, *run.context.models.text_encoders, run.context.network.module]
-    with (
-        torch.no_grad(),
-        random_streams_kept(run.context.device),
-        eval_mode(modules),
-        show_weights(run, use),
-    ):
+    with torch.no_grad(), random_streams_kept(run.context.device), eval_mode(modules), show_weights(run, use):
         yield
 
 

@@ -9,7 +9,7 @@ from library.training.failures.nonfinite import NonFiniteError
 from library.training.reporting.progress import Progress
 from library.training.saving.checkpoints import NonFiniteWeights, SavedElsewhere, Writer
 from library.training.saving.rescue import NotWrittenError
-from library.training.step.accumulation import Plan
+from library.training.step.accumulation import StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class StoppedByError(Exception):
 
 
 @contextmanager
-def save_on_error(writer: Writer, progress: Progress, plan: Plan) -> Iterator[None]:
+def save_on_error(writer: Writer, progress: Progress, plan: StepPlan) -> Iterator[None]:
     """Save weights and state if an error ends the run, and raise StoppedByError.
 
     The error itself is re-raised if no step is finished, if validation had ended the run, on ranks other than 0, and if

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from library.base.errors import UserError
+from library.base.errors import UserError, about
 from library.base.randomness import stream_seed
 from library.memory.offload.readback import Readback
 from library.training.failures.nonfinite import NonFiniteGuard
@@ -192,7 +192,7 @@ def resolve_norm_limit(run: Run) -> float | None:
     if not limit:
         return None
     if limit < 0:
-        raise UserError.about("--scale_weight_norms", f"is {limit:g}; a norm is at least 0, and 0 sets no limit")
+        raise about("--scale_weight_norms")(f"is {limit:g}; a norm is at least 0, and 0 sets no limit")
     if not run.context.network.can_limit_norms:
         logger.warning(
             "--scale_weight_norms has no effect: the network of %s has no apply_max_norm_regularization()",

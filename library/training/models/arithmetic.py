@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import Tensor
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints.weights import to_meta_device
 from library.memory.codecs.codec import AS_IN_FILE, Codec
 from library.memory.codecs.matmul_8bit import Codes, input_gradient, output
@@ -54,11 +54,9 @@ def kinds_in_file(arch: Architecture) -> set[torch.dtype]:
     all_codes = [layer.decoder.codes(layer.own_parts()) for layer in layers if isinstance(layer, FrozenLinear)]
     kinds = {codes.codes_OI.dtype for codes in all_codes if codes is not None and codes.can_be_multiplied}
     if not kinds:
-        raise UserError.about(
-            "--base_arithmetic",
+        raise about("--base_arithmetic", cause="needs")(
             "8bit multiplies weights that are stored in 8 bits, and the checkpoint has none that can "
-            "be; add --base_format int8_rotated",
-            cause="needs",
+            "be; add --base_format int8_rotated"
         )
     return kinds
 
@@ -72,16 +70,14 @@ def try_kind(kind: torch.dtype, compute: Compute) -> None:
     try:
         error = measure_error(*make_inputs(kind, SIDE, compute))
     except (RuntimeError, NotImplementedError, ValueError) as failure:
-        raise UserError.about(
-            "--base_arithmetic",
+        raise about("--base_arithmetic")(
             f"8bit: {name_device(device)} with torch {torch.__version__} cannot multiply {name} "
             f"({str(failure).splitlines()[0]}); {NEEDS}. Leave out --base_arithmetic, or store the weights in another "
-            "--base_format",
+            "--base_format"
         ) from failure
     if not error < MOST_ERROR:
-        raise UserError.about(
-            "--base_arithmetic",
-            f"8bit: a product of {name} on {name_device(device)} is off by {error:.0%}; leave it out",
+        raise about("--base_arithmetic")(
+            f"8bit: a product of {name} on {name_device(device)} is off by {error:.0%}; leave it out"
         )
     if device.type == "cpu" and kind.is_floating_point:
         logger.warning(

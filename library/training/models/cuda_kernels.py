@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from library.memory.fused import fused_operations
+from library.memory.fused_kernels import fused_operations
 from library.options.machine.kernels import KernelOptions
 
 logger = logging.getLogger(__name__)

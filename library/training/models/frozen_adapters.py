@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from library.base.errors import UserError, naming
-from library.checkpoints.files import file_in_folder, read_metadata
+from library.base.errors import UserError, about, naming
+from library.checkpoints.files import file_in_folder
+from library.checkpoints.headers import read_metadata
 from library.checkpoints.recognition import base_in_metadata, recognise_adapter
 from library.checkpoints.weights import open_weights
 from library.options.training.network import NetworkOptions
@@ -33,9 +34,9 @@ def parse_adapter(text: str, flag: str) -> tuple[Path, float]:
     except ValueError:
         path, factor = Path(text), 1.0
     if not path.exists():
-        raise UserError.about(flag, "does not exist", path=path, cause="missing")
+        raise about(flag, path, cause="missing")("does not exist")
     if not math.isfinite(factor):
-        raise UserError.about(flag, f"{text}: the strength is {factor}; use a number, such as 0.8")
+        raise about(flag)(f"{text}: the strength is {factor}; use a number, such as 0.8")
     return file_in_folder(path, f"{flag} {path}"), factor
 
 
@@ -81,10 +82,9 @@ def require_same_base(file: Path, arch: Architecture) -> None:
     own = base_in_metadata(arch.specs, arch.metadata)
     made_for = recognise_adapter(arch.specs, open_weights(file).shapes, read_metadata(file))
     if own is not None and made_for is not None and made_for is not own:
-        raise UserError.about(
-            TRAINING_ADAPTER,
+        raise about(TRAINING_ADAPTER)(
             f"{file} is an adapter for {made_for.title}, and the base model is {own.title}; use a "
-            "training adapter that was made for this base model",
+            "training adapter that was made for this base model"
         )
 
 

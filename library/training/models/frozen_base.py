@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import nn
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.checkpoints.weights import to_meta_device
 from library.memory.blocks import Stacks
 from library.memory.codecs.plain import Plain
@@ -18,10 +18,10 @@ from library.memory.devices import move_to_device
 from library.memory.frozen import (
     FrozenLayer,
     FrozenLinear,
+    freeze_layers,
     frozen_layers,
     layers_in_blocks,
     multiply_codes,
-    store_all_in,
 )
 from library.memory.offload.pinning import SHARE_BESIDE_INPUTS
 from library.memory.offload.sharded import PEAK_BLOCKS, ShardedModel
@@ -56,11 +56,10 @@ def check_main_memory(format_name: str | None, num_offloaded: int, denoiser: nn.
     needed = ModelWeights.of(denoiser, layers_in_blocks(denoiser).values(), []).resident_bytes(cost, ())
     free = psutil.virtual_memory().available
     if needed > free:
-        raise UserError.about(
-            "--blocks_to_swap",
+        raise about("--blocks_to_swap")(
             f"{num_offloaded}: the denoiser takes {needed / 1e9:.1f} GB of main "
             f"memory on its way to the GPU and {free / 1e9:.1f} GB are free; close other programs, or store it in "
-            "fewer bits with --base_format int8 or nf4",
+            "fewer bits with --base_format int8 or nf4"
         )
 
 
@@ -73,10 +72,9 @@ def count_offloaded_blocks(num_blocks: int, stacks: Stacks) -> list[int]:
     """
     if num_blocks > (most := most_offloaded(stacks)):
         sizes = " and ".join(str(len(stack)) for stack in stacks)
-        raise UserError.about(
-            "--blocks_to_swap",
+        raise about("--blocks_to_swap")(
             f"{num_blocks}: the model has {sizes} blocks and must keep {NUM_STAYING} of each kind on "
-            f"the GPU, so at most {most} can be swapped",
+            f"the GPU, so at most {most} can be swapped"
         )
     if len(stacks) == 1:
         return [num_blocks]
@@ -142,8 +140,8 @@ def use_8bit_matmul(denoiser: nn.Module) -> None:
     count = multiply_codes(layers)
     reasons = Counter(explain_no_matmul(layer) for layer in layers if not layer.multiplies_codes)
     if not count:
-        raise UserError.about(
-            "--base_arithmetic", "8bit: no layer of the denoiser supports 8-bit products; remove --base_arithmetic"
+        raise about("--base_arithmetic")(
+            "8bit: no layer of the denoiser supports 8-bit products; remove --base_arithmetic"
         )
     listed = ", ".join(f"{number} {reason}" for reason, number in reasons.items())
     decoded = f"; {reasons.total()} are decoded: {listed}" if reasons else ""
@@ -162,9 +160,9 @@ def explain_no_matmul(layer: FrozenLayer) -> str:
 
 def shard_blocks(sharded: ShardedModel, denoiser: nn.Module, stacks: Stacks) -> None:
     """Shard what was not sharded while reading, and group the shards by block."""
-    store_all_in(Plain(), layers_in_blocks(denoiser).values())
+    freeze_layers(Plain(), layers_in_blocks(denoiser).values())
     for layer in frozen_layers(denoiser):
-        sharded.take(layer)
+        sharded.keep_shard(layer)
     sharded.resolve(stacks)
     logger.info(
         "denoiser: %d blocks and layers (%.2f GB) spread over %d processes, %.2f GB in each; gathered blocks take up "
@@ -183,7 +181,7 @@ def offload_blocks(memory: MemoryOptions, stacks: Stacks, device: torch.device, 
     Processes of one machine wait for the first one, which copies the weights into shared files. Once all have mapped
     these files they are unlinked, so that the memory is freed as soon as the last process ends.
     """
-    store_all_in(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
+    freeze_layers(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
     num_offloaded = count_offloaded_blocks(memory.num_offloaded, stacks)
     num_slots = memory.block_swap_ring_size
     share = SHARE_BESIDE_INPUTS if memory.offloads_inputs else 1.0

@@ -41,10 +41,10 @@ def load_frozen(
     """
     merges = bool(options.base_weights)
     assert reader.is_ours or sharded is None or not merges
-    changes = changes_while_reading(options, arch, text_encoders, compute, reader) if reader.is_ours else {}
+    changes = merge_while_reading(options, arch, text_encoders, compute, reader) if reader.is_ours else {}
     codec = format_while_reading(weight_format, merges, merges_afterwards=not reader.is_ours)
     if changes or sharded is not None:
-        denoiser = arch.load.denoiser(AsRead(codec, changes, None if sharded is None else sharded.take))
+        denoiser = arch.load.denoiser(AsRead(codec, changes, None if sharded is None else sharded.keep_shard))
     else:
         denoiser = arch.load.denoiser(codec)
     models = Models(denoiser, text_encoders, vae, arch.view(text_encoders, denoiser), sharded)
@@ -62,10 +62,10 @@ def iterate_base_weights(options: NetworkOptions) -> Iterator[tuple[str, float]]
         yield file, multipliers[index] if index < len(multipliers) else 1.0
 
 
-def changes_while_reading(
+def merge_while_reading(
     options: NetworkOptions, arch: Architecture, text_encoders: list[nn.Module], compute: Compute, reader: NetworkModule
 ) -> Mapping[str, Change]:
-    """Return the changes of the denoiser's parameters by name; text encoders are changed at once."""
+    """Merge adapters into the text encoders, and return the changes that merge them into the denoiser, by parameter."""
     if not options.base_weights:
         return {}
     meta = to_meta_device(arch.load).denoiser()

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from library.base.errors import UserError, naming
+from library.base.errors import about, naming
 from library.base.randomness import stream_seed
 from library.options.network_args import parse_network_args
 from library.options.training.network import NetworkOptions
@@ -33,9 +33,7 @@ def open_network(request: RequestedRun, models: Models, compute: Compute) -> Ado
     announce(f"import network module: {request.module.name}")
     network = adopt(create(options, request.module, models))
     network.apply_to(
-        *models.network_view,
-        not options.network_train_unet_only,
-        not options.network_train_text_encoder_only,
+        *models.network_view, not options.network_train_unet_only, not options.network_train_text_encoder_only
     )
     if options.network_weights:
         with naming("--network_weights", options.network_weights):
@@ -72,5 +70,5 @@ def create(options: NetworkOptions, module: NetworkModule, models: Models) -> An
             **keywords,
         )
     if network is None:
-        raise UserError.about("--network_module", f"{module.name} made no network; see its own messages above")
+        raise about("--network_module")(f"{module.name} made no network; see its own messages above")
     return network

@@ -10,7 +10,7 @@ from tempfile import gettempdir
 from typing import Any
 
 from library.base.collector import freeze_imports
-from library.base.errors import UserError
+from library.base.errors import about, error_in
 from library.base.json_text import parse_json
 from library.base.launcher import restart_count
 from library.base.temporary_folders import delete_abandoned_folders
@@ -82,10 +82,9 @@ def require_no_text_changes(options: NetworkOptions) -> None:
     """Raise UserError for adapters to merge that change a text encoder, because prompts are encoded before the
     merge."""
     for file, changed in files_that_change_text(options):
-        raise UserError.about(
-            "--base_weights",
+        raise about("--base_weights")(
             f"{file} changes the text encoder ({changed} and others), which encodes the prompts before "
-            "anything is merged; merge the file into the base model with tools/merge_lora.py first",
+            "anything is merged; merge the file into the base model with tools/merge_lora.py first"
         )
 
 
@@ -99,11 +98,9 @@ def open_data_plan(
         plan = plan.with_fixed_captions(text.cached.options.text_cache_variants)
     if arch.text_cache is not None and arch.text_cache.sees_images and plan.has_references:
         if text.cached is None:
-            raise UserError(
+            raise error_in("--cache_text_encoder_outputs", cause="needs")(
                 "the text encoder of this base model sees the reference images of the data set, for which its outputs "
-                "must be cached; add --cache_text_encoder_outputs",
-                setting="--cache_text_encoder_outputs",
-                cause="needs",
+                "must be cached; add --cache_text_encoder_outputs"
             )
         plan = plan.with_seen_references()
     plan.audit(logger)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from library.base.collector import freeze_imports
-from library.base.errors import NotThere, UserError
+from library.base.errors import NotThere, about
 from library.checkpoints.weights import to_meta_device
 from library.options.training.optimizer import ScheduleOptions
 from library.protocols import Architecture
@@ -62,9 +62,7 @@ def take_first_step(options: ScheduleOptions, schedule: Schedule) -> None:
         schedule.step()
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         arguments = " ".join(options.lr_scheduler_args or []) or "no --lr_scheduler_args"
-        raise UserError.about(
-            "--lr_scheduler_type", f"{options.lr_scheduler_type} fails with {arguments}: {error}"
-        ) from error
+        raise about("--lr_scheduler_type")(f"{options.lr_scheduler_type} fails with {arguments}: {error}") from error
 
 
 def models_on_meta_device(arch: Architecture) -> Models:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from library.base.errors import UserError, needing
+from library.base.errors import about, error_in, needing
 from library.checkpoints.recognition import keys_of_text_encoders
 from library.data.caching.captions import Encode, Encoders, TextEncoding, cache_texts
 from library.data.caching.stores import NO_TEXTS, TextStore
@@ -66,17 +66,15 @@ def check_text_caching(options: NetworkOptions, spec: TextCacheSpec | None, plan
     if spec is None or not spec.options.cache_text_encoder_outputs:
         return
     if spec.live is None and spec.can_train and plan.are_adapted:
-        raise UserError.about(
-            "--cache_text_encoder_outputs",
+        raise about("--cache_text_encoder_outputs")(
             "encodes the captions once and frees the text encoders, so these cannot get "
-            "an adapter; add --network_train_unet_only, or leave out --cache_text_encoder_outputs",
+            "an adapter; add --network_train_unet_only, or leave out --cache_text_encoder_outputs"
         )
     argument = None if plan.live is None else plan.live.excluded_by
     if argument is not None and is_switched_on(options.network_args, argument):
-        raise UserError(
+        raise error_in(f"--network_args {argument}")(
             f"--network_args {argument}=True trains a text encoder whose outputs --cache_text_encoder_outputs takes "
-            "before training; leave one of them out",
-            setting=f"--network_args {argument}",
+            "before training; leave one of them out"
         )
     if plan.cached is None:
         logger.warning(
@@ -85,11 +83,10 @@ def check_text_caching(options: NetworkOptions, spec: TextCacheSpec | None, plan
         )
         return
     for file, changed in files_that_change_text(options):
-        raise UserError.about(
-            "--base_weights",
+        raise about("--base_weights")(
             f"{file} changes the text encoder ({changed} and others), whose outputs "
             "--cache_text_encoder_outputs takes before anything is merged; merge the file into the base model with "
-            "tools/merge_lora.py first, or leave out --cache_text_encoder_outputs",
+            "tools/merge_lora.py first, or leave out --cache_text_encoder_outputs"
         )
 
 

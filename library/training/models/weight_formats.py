@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.environment.hidden_libraries import unhide_library
 from library.environment.installed import is_missing
 from library.memory.codecs.codec import AS_IN_FILE, AsInFile, Codec
 from library.memory.codecs.weight_format import WeightFormat, load_format
-from library.memory.frozen import frozen_layers, layers_in_blocks, store_all_in
+from library.memory.frozen import freeze_layers, frozen_layers, layers_in_blocks
 from library.options.machine.memory import PrecisionOptions
 
 
@@ -34,11 +34,9 @@ def check_format(name: str | None) -> None:
     # bitsandbytes is hidden from diffusers and peft, which import it without need, and so from `is_missing`.
     unhide_library(package)
     if is_missing(package):
-        raise UserError.about(
-            "--base_format",
+        raise about("--base_format", cause="not installed")(
             f"{name} needs the library {package}, which is not installed; install it with "
-            f"`pip install {package}`, or use --base_format int8",
-            cause="not installed",
+            f"`pip install {package}`, or use --base_format int8"
         )
 
 
@@ -62,6 +60,6 @@ def store_in_format(codec: Codec, *models: nn.Module) -> int:
     those that were converted while they were read."""
     num_layers = 0
     for model in models:
-        store_all_in(codec, layers_in_blocks(model).values())
+        freeze_layers(codec, layers_in_blocks(model).values())
         num_layers += sum(layer.decoder is codec for layer in frozen_layers(model))
     return num_layers

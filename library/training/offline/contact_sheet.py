@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.checkpoints.recognition import keys_of_text_encoders
 from library.memory.devices import move_to_device, release_memory
 from library.options.machine.memory import MemoryOptions, PrecisionOptions
@@ -64,10 +64,8 @@ def draw_rows(
     equals the preview of a run with the same weights, prompt and seed. Raises UserError for a file that does not fit.
     """
     if arch.preview.load_denoiser is not None:
-        raise UserError(
-            "an option names a second model for the previews of a training; give that one as the base model",
-            setting="--turbo_dit",
-            cause="does not fit",
+        raise error_in("--turbo_dit", cause="does not fit")(
+            "an option names a second model for the previews of a training; give that one as the base model"
         )
     formats = BaseFormats.load(precision)
     check_base(precision, memory, arch)

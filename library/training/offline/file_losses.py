@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.checkpoints.recognition import keys_of_text_encoders
 from library.data.batches.planned import PlannedBatches
 from library.data.batches.validation_set import ValidationSet
@@ -153,9 +153,7 @@ def check_text_parts(rows: Sequence[Row]) -> None:
     """Raise UserError for a file that changes text encoders, which are unloaded."""
     for row in rows:
         if row is not None and keys_of_text_encoders(row):
-            raise UserError(
+            raise error_in("--cache_text_encoder_outputs", cause="does not fit")(
                 f"{row} changes the text encoders, whose outputs --cache_text_encoder_outputs takes without it; leave "
-                "that option out",
-                setting="--cache_text_encoder_outputs",
-                cause="does not fit",
+                "that option out"
             )

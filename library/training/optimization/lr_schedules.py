@@ -14,7 +14,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.suggestions import did_you_mean
 from library.options.keyword_args import call_with_keywords, read_keyword_args
 from library.options.training.optimizer import ScheduleOptions
@@ -61,10 +61,9 @@ def build_schedule(options: ScheduleOptions, built: BuiltOptimizer, max_train_st
         return schedule_of_class(options, optimizer, arguments, warmup_steps, max_train_steps)
     name = options.lr_scheduler.lower()
     if name.partition(":")[0] == ADAFACTOR:
-        raise UserError.about(
-            "--lr_scheduler",
+        raise about("--lr_scheduler")(
             f"{options.lr_scheduler} shows the rates that Adafactor sets itself; it needs "
-            "--optimizer_type Adafactor with relative_step=True. Use constant_with_warmup otherwise",
+            "--optimizer_type Adafactor with relative_step=True. Use constant_with_warmup otherwise"
         )
     return build_named_schedule(name, options, optimizer, arguments, warmup_steps, max_train_steps)
 
@@ -101,11 +100,11 @@ def follow_rates(schedule: Schedule, optimizer: Optimizer, rates: Sequence[float
 def resolve_num_steps(value: int | float, max_train_steps: int, flag: str) -> int:
     """Return `value` as a number of steps: a fraction of the run below 1, a count otherwise."""
     if value < 0:
-        raise UserError.about(flag, f"is {value}; it must not be negative")
+        raise about(flag)(f"is {value}; it must not be negative")
     if value < 1:
         return int(value * max_train_steps)
     if value != int(value):
-        raise UserError.about(flag, f"is {value}; use a whole number of steps, or a share of the run below 1.0")
+        raise about(flag)(f"is {value}; use a whole number of steps, or a share of the run below 1.0")
     return int(value)
 
 
@@ -203,23 +202,19 @@ def build_rex_schedule(
 def check_name(name: str, known: list[str]) -> None:
     """Raise UserError for an unknown schedule, suggesting another name."""
     if name == "reduce_lr_on_plateau":
-        raise UserError.about(
-            "--lr_scheduler",
+        raise about("--lr_scheduler", cause="needs")(
             "reduce_lr_on_plateau waits for a validation loss after each step, which training does not "
-            "have; use cosine, or constant_with_warmup with a lower --learning_rate",
-            cause="needs",
+            "have; use cosine, or constant_with_warmup with a lower --learning_rate"
         )
     if name == "cosine_warmup_with_min_lr":
-        raise UserError.about(
-            "--lr_scheduler",
+        raise about("--lr_scheduler")(
             "cosine_warmup_with_min_lr is not supported; cosine_with_min_lr with --lr_warmup_steps and "
-            "--lr_scheduler_min_lr_ratio gives the same curve but for one step",
+            "--lr_scheduler_min_lr_ratio gives the same curve but for one step"
         )
     if name not in known:
-        raise UserError.about(
-            "--lr_scheduler",
+        raise about("--lr_scheduler")(
             f"{name} is unknown{did_you_mean(name, known)}. It may be one of {', '.join(known)}; "
-            "other classes go to --lr_scheduler_type",
+            "other classes go to --lr_scheduler_type"
         )
 
 
@@ -233,35 +228,27 @@ def check_settings(
 ) -> None:
     """Raise UserError for settings that the schedule does not support; warn of those without effect."""
     if warmup_steps and name in WITHOUT_WARMUP:
-        raise UserError.about(
-            "--lr_warmup_steps",
-            f"is {options.lr_warmup_steps}, but --lr_scheduler {name} has no warm-up; {WITHOUT_WARMUP[name]}",
+        raise about("--lr_warmup_steps")(
+            f"is {options.lr_warmup_steps}, but --lr_scheduler {name} has no warm-up; {WITHOUT_WARMUP[name]}"
         )
     if name == "piecewise_constant" and "step_rules" not in arguments:
-        raise UserError.about(
-            "--lr_scheduler",
+        raise about("--lr_scheduler", cause="needs")(
             "piecewise_constant needs its rules: --lr_scheduler_args \"step_rules='1:500,0.1'\" is the "
-            "full rate for 500 steps and a tenth of it afterwards",
-            cause="needs",
+            "full rate for 500 steps and a tenth of it afterwards"
         )
     if (
         name == "cosine_with_min_lr"
         and options.lr_scheduler_min_lr_ratio is None
         and not {"min_lr", "min_lr_rate"} & set(arguments)
     ):
-        raise UserError.about(
-            "--lr_scheduler",
+        raise about("--lr_scheduler", cause="needs")(
             "cosine_with_min_lr needs --lr_scheduler_min_lr_ratio, the share of the learning rate that "
-            "is left at the end, such as 0.1",
-            cause="needs",
+            "is left at the end, such as 0.1"
         )
     if warmup_steps + decay_steps > max_train_steps and name == "warmup_stable_decay":
-        raise UserError.about(
-            "--lr_warmup_steps",
+        raise about("--lr_warmup_steps", cause="does not fit", others=["--lr_decay_steps"])(
             f"and --lr_decay_steps are {warmup_steps} and {decay_steps} steps, together more than "
-            f"the {max_train_steps} steps of the run; lower one of them",
-            cause="does not fit",
-            others=["--lr_decay_steps"],
+            f"the {max_train_steps} steps of the run; lower one of them"
         )
     if warmup_steps > max_train_steps:
         logger.warning(
@@ -298,8 +285,8 @@ def schedule_of_class(
     if warmup_steps and ("num_warmup_steps" not in parameters or "num_warmup_steps" in arguments):
         reason = "sets num_warmup_steps" if "num_warmup_steps" in arguments else "has no num_warmup_steps"
         where = FLAG if "num_warmup_steps" in arguments else f"--lr_scheduler_type {name}"
-        raise UserError.about(
-            "--lr_warmup_steps", f"is {options.lr_warmup_steps}, but {where} {reason}; leave --lr_warmup_steps out"
+        raise about("--lr_warmup_steps")(
+            f"is {options.lr_warmup_steps}, but {where} {reason}; leave --lr_warmup_steps out"
         )
     ours = {"num_training_steps": max_train_steps} if "num_training_steps" in parameters else {}
     # 0 is "not given", for which the class may have a default of its own.
@@ -356,10 +343,9 @@ def adafactor_rates(options: ScheduleOptions, built: BuiltOptimizer, warmup_step
     Before the first step the groups show the rate of `adafactor:<rate>`, or 0.
     """
     if warmup_steps:
-        raise UserError.about(
-            "--lr_warmup_steps",
+        raise about("--lr_warmup_steps")(
             f"is {options.lr_warmup_steps}, but Adafactor with relative_step=True sets its own "
-            "rates; use warmup_init=True in --optimizer_args, or relative_step=False",
+            "rates; use warmup_init=True in --optimizer_args, or relative_step=False"
         )
     name, _, rate = options.lr_scheduler.lower().partition(":")
     if options.lr_scheduler_type or name not in (ADAFACTOR, CONSTANT):
@@ -370,8 +356,8 @@ def adafactor_rates(options: ScheduleOptions, built: BuiltOptimizer, warmup_step
     try:
         initial_lr = float(rate) if rate and name == ADAFACTOR else 0.0
     except ValueError:
-        raise UserError.about(
-            "--lr_scheduler", f"{options.lr_scheduler}: {rate!r} is not a rate; write for example adafactor:1e-4"
+        raise about("--lr_scheduler")(
+            f"{options.lr_scheduler}: {rate!r} is not a rate; write for example adafactor:1e-4"
         ) from None
     for group in built.optimizer.param_groups:
         group["lr"] = initial_lr

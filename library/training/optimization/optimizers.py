@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from library.base.errors import UserError
+from library.base.errors import about, error_in
 from library.base.suggestions import did_you_mean
 from library.environment.hidden_libraries import BITSANDBYTES, unhide_library
 from library.environment.installed import is_missing
@@ -130,7 +130,7 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any
         has_relative_step = keywords["relative_step"]
     if options.fused_backward_pass and not is_adafactor:
         reason = f"works with --optimizer_type Adafactor only, not {optimizer_type}; leave it out"
-        raise UserError.about("--fused_backward_pass", reason)
+        raise about("--fused_backward_pass")(reason)
     if has_relative_step:
         logger.warning(
             "Adafactor with relative_step=True sets its own learning rates: --learning_rate, --unet_lr, "
@@ -206,8 +206,8 @@ def check_step(built: BuiltOptimizer, optimizer_type: str, arguments: Mapping[st
     except Exception as error:
         text = " ".join(f"{key}={value!r}" for key, value in arguments.items())
         reason = " ".join(str(error).split())[:200]
-        raise UserError.about(
-            "--optimizer_type", f"{optimizer_type} fails with {FLAG} {text}: {reason}; change or drop them"
+        raise about("--optimizer_type")(
+            f"{optimizer_type} fails with {FLAG} {text}: {reason}; change or drop them"
         ) from error
 
 
@@ -219,9 +219,7 @@ def resolve_optimizer_type(options: OptimizerOptions) -> str:
         names = " and ".join(
             f"--{name}" for name in [*given_aliases, *["optimizer_type"] * bool(options.optimizer_type)]
         )
-        raise UserError(
-            f"{names} name different optimizers; keep one of them", setting="--optimizer_type", cause="does not fit"
-        )
+        raise error_in("--optimizer_type", cause="does not fit")(f"{names} name different optimizers; keep one of them")
     return aliases[given_aliases[0]] if given_aliases else options.optimizer_type or "AdamW"
 
 
@@ -236,18 +234,17 @@ def class_path(optimizer_type: str) -> tuple[str, Mapping[str, Any]]:
     of_torch = {name for name, value in vars(torch.optim).items() if inspect.isclass(value) and name != "Optimizer"}
     if optimizer_type in of_torch:
         return f"torch.optim.{optimizer_type}", {}
-    raise UserError.about(
-        "--optimizer_type",
+    raise about("--optimizer_type")(
         f"{optimizer_type} is unknown{did_you_mean(optimizer_type, [*KNOWN, *of_torch])}. It may be "
         f"one of {', '.join(KNOWN)}, a class of torch.optim in its exact spelling, or a path such as "
-        "package.module.Class",
+        "package.module.Class"
     )
 
 
 def import_class(path: str, flag: str, wanted: str) -> type[Any]:
     """Return the class at a dotted path. Raises UserError naming what to install, or what the module lacks."""
     if not all(part.isidentifier() for part in path.split(".")):
-        raise UserError.about(flag, f"{wanted} is not a path such as package.module.Class")
+        raise about(flag)(f"{wanted} is not a path such as package.module.Class")
     check_package(path, flag, wanted)
     module_name, _, class_name = path.rpartition(".")
     try:
@@ -257,25 +254,19 @@ def import_class(path: str, flag: str, wanted: str) -> type[Any]:
         root = missing.partition(".")[0]
         package = PACKAGE_OF.get(root, root)
         if root != module_name.partition(".")[0]:
-            raise UserError.about(
-                flag,
-                f"{wanted}: {describe_package(module_name)} needs {missing}: pip install {package}",
-                cause="not installed",
+            raise about(flag, cause="not installed")(
+                f"{wanted}: {describe_package(module_name)} needs {missing}: pip install {package}"
             ) from error
-        raise UserError.about(flag, f"{wanted}: there is no module {missing}; check the path") from error
+        raise about(flag)(f"{wanted}: there is no module {missing}; check the path") from error
     except ImportError as error:
         described = describe_package(module_name)
-        raise UserError.about(
-            flag,
+        raise about(flag, cause="not installed")(
             f"{wanted}: {described} cannot be imported: {error}; install another version: "
-            f"pip install --upgrade {described.partition(' ')[0]}",
-            cause="not installed",
+            f"pip install --upgrade {described.partition(' ')[0]}"
         ) from error
     value = getattr(module, class_name, None)
     if not inspect.isclass(value):
-        raise UserError.about(
-            flag, f"{wanted}: {module_name} has no class {class_name}{did_you_mean(class_name, vars(module))}"
-        )
+        raise about(flag)(f"{wanted}: {module_name} has no class {class_name}{did_you_mean(class_name, vars(module))}")
     return value
 
 
@@ -286,7 +277,7 @@ def check_package(path: str, flag: str, wanted: str) -> None:
         unhide_library(BITSANDBYTES)
     if root.isidentifier() and is_missing(root):
         reason = f"{wanted} needs the library {root}: pip install {PACKAGE_OF.get(root, root)}"
-        raise UserError.about(flag, reason, cause="not installed")
+        raise about(flag, cause="not installed")(reason)
 
 
 def describe_package(module_name: str) -> str:
@@ -302,13 +293,11 @@ def describe_package(module_name: str) -> str:
 def import_optimizer(path: str, optimizer_type: str) -> type[Optimizer]:
     cls = import_class(path, "--optimizer_type", optimizer_type)
     if not issubclass(cls, Optimizer):
-        raise UserError.about(
-            "--optimizer_type", f"{optimizer_type}: {path} is not an optimizer (a subclass of torch.optim.Optimizer)"
+        raise about("--optimizer_type")(
+            f"{optimizer_type}: {path} is not an optimizer (a subclass of torch.optim.Optimizer)"
         )
     if issubclass(cls, torch.optim.LBFGS | torch.optim.SparseAdam):
-        raise UserError.about(
-            "--optimizer_type", f"{optimizer_type} cannot train an adapter by gradient steps; AdamW can"
-        )
+        raise about("--optimizer_type")(f"{optimizer_type} cannot train an adapter by gradient steps; AdamW can")
     return cls
 
 
@@ -329,12 +318,9 @@ def check_order_of_sums(optimizer: Optimizer, optimizer_type: str) -> None:
     limits_gradient = getattr(settings, "percentile_clipping", 100) < 100  # removed in bitsandbytes 0.50
     if type(optimizer).__module__.startswith(BITSANDBYTES) and (limits_update or limits_gradient):
         argument = "max_unorm" if limits_update else "percentile_clipping"
-        raise UserError.about(
-            "--deterministic",
+        raise about("--deterministic", cause="does not fit", others=["--optimizer_type"])(
             f"excludes --optimizer_type {optimizer_type} with {argument}, whose kernels add in varying "
-            f"order; leave {argument} out of {FLAG}, or use AdamW8bit",
-            cause="does not fit",
-            others=["--optimizer_type"],
+            f"order; leave {argument} out of {FLAG}, or use AdamW8bit"
         )
 
 
@@ -350,12 +336,10 @@ def check_rates(groups: Sequence[Mapping[str, Any]], learning_rate: float, name:
         )
     may_freeze = name in FREEZES_AT_RATE_0
     if len({rate for rate in rates if rate or not may_freeze}) > 1:
-        raise UserError(
+        raise error_in("--learning_rate", cause="does not fit")(
             f"{name} estimates one learning rate for all parts, but --learning_rate, --unet_lr, --text_encoder_lr or "
             f"--network_args give {', '.join(map(str, sorted(set(rates))))}; use one value everywhere"
-            + (" (0 leaves a part as it is)" if may_freeze else ""),
-            setting="--learning_rate",
-            cause="does not fit",
+            + (" (0 leaves a part as it is)" if may_freeze else "")
         )
 
 

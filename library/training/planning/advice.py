@@ -11,7 +11,7 @@ from library.base.formatting import format_gib
 from library.memory.pinned import max_pinned_bytes
 from library.memory.planner.choice import Allowed
 from library.memory.planner.gpus import Gpu, MemorySize, typical_gpu
-from library.memory.planner.prediction import CountedStep, MemoryMode, Predicted, predict
+from library.memory.planner.prediction import CountedStep, MemoryMode, ModeCost, predict
 from library.training.models.requests import RequestedRun
 from library.training.planning.counting import count_run
 from library.training.planning.meta_run import shape_of_batch
@@ -63,7 +63,7 @@ def lines(step: CountedStep, used: MemoryMode, allowed: Allowed, gpu: Gpu) -> It
             yield f"{describe(candidate.mode)} needs {format_gib(current.device_bytes - best)} less and takes {time}"
 
 
-def candidates(step: CountedStep, allowed: Allowed, gpu: Gpu) -> Iterator[Predicted]:
+def candidates(step: CountedStep, allowed: Allowed, gpu: Gpu) -> Iterator[ModeCost]:
     """Yield every configuration with no blocks offloaded, half of them, and as many as possible, where offloaded inputs
     can be pinned."""
     # --shard_base excludes offloaded blocks.

@@ -16,17 +16,11 @@ from library.data.concepts.prompt_pairs import resolve_guidance
 from library.memory.devices import bytes_of, tensors_of
 from library.memory.offload.encoders import least_bytes
 from library.memory.planner.prediction import GradientlessPasses
-from library.memory.planner.stages import Stage, max_images
+from library.memory.planner.stages import StageMemory, max_images
 from library.options.training.concepts import ConceptOptions
 from library.options.training.pairs import PairOptions
 from library.protocols import Architecture, TextCacheSpec
-from library.training.planning.meta_run import (
-    BatchShape,
-    MetaRun,
-    counter_for,
-    fake_batch,
-    longest_caption,
-)
+from library.training.planning.meta_run import BatchShape, MetaRun, counter_for, fake_batch, longest_caption
 from library.types import CaptionWithImages, Conditioning
 
 T = TypeVar("T")
@@ -41,7 +35,7 @@ class CountedInputs:
     rows: BatchShape
     conditioning: Conditioning | None
     gradientless: GradientlessPasses | None = None  # before each pass
-    stages: tuple[Stage, ...] = ()  # before training
+    stages: tuple[StageMemory, ...] = ()  # before training
 
 
 def count_inputs(meta: MetaRun, batch: BatchShape) -> CountedInputs:
@@ -87,7 +81,7 @@ def count_rise(
     return counter.peak, result
 
 
-def count_images(arch: Architecture, vae: nn.Module, shape: BatchShape) -> Stage:
+def count_images(arch: Architecture, vae: nn.Module, shape: BatchShape) -> StageMemory:
     """Count encoding the largest images with their references before training."""
     # A reference may be larger than its image.
     width, height = max(((shape.width, shape.height), *shape.reference_sizes), key=prod)
@@ -95,12 +89,12 @@ def count_images(arch: Architecture, vae: nn.Module, shape: BatchShape) -> Stage
     generators = [generator_for(0, "planned")]
     bytes_of_one, _ = count_rise(arch, [vae], lambda: arch.codec.encode(vae, pixels_BCHW, generators))
     max_batch = max_images(width * height)
-    return Stage("encoding images", "vae_batch_size", bytes_of(vae), bytes_of_one, bytes_of_one, most=max_batch)
+    return StageMemory("encoding images", "vae_batch_size", bytes_of(vae), bytes_of_one, bytes_of_one, most=max_batch)
 
 
 def count_captions(
     spec: TextCacheSpec | None, meta: MetaRun, batch: BatchShape
-) -> tuple[Stage | None, Conditioning | None]:
+) -> tuple[StageMemory | None, Conditioning | None]:
     """Count encoding captions before training, with the reference images that the encoders see. Return the features
     of a batch too; None if no `spec` caches them."""
     if spec is None:
@@ -131,7 +125,9 @@ def count_captions(
     if spec.options.text_encoder_cpu:
         return None, features
     weights, streamed = bytes_of(*encoders), least_bytes(encoders)
-    return Stage("encoding captions", "text_encoder_batch_size", weights, bytes_of_one, each_more, streamed), features
+    return StageMemory(
+        "encoding captions", "text_encoder_batch_size", weights, bytes_of_one, each_more, streamed
+    ), features
 
 
 def count_prompts(

@@ -30,10 +30,7 @@ from library.training.models.block_running import cast_factors_of
 from library.training.models.frozen_base import count_offloaded_blocks, most_offloaded
 from library.training.models.step_context import step_context
 from library.training.optimization.optimizers import build_optimizer
-from library.training.planning.meta_run import (
-    MetaRun,
-    counter_for,
-)
+from library.training.planning.meta_run import MetaRun, counter_for
 from library.training.step.losses import loss_of
 from library.types import Batch
 from networks.core.protocol import AdoptedNetwork

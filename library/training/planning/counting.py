@@ -14,22 +14,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from library.base.collector import pause_collection
 from library.base.progress import progress_bar
 from library.memory.formats.int8 import clear_hadamard_cache
-from library.memory.fused import compiles_bf16, compiles_for, count_fused
+from library.memory.fused_kernels import compiles_bf16, compiles_for, count_fused
 from library.memory.planner.fakes import emulate_cuda_norms
 from library.memory.planner.prediction import CountedStep
-from library.memory.planner.stages import Stage
+from library.memory.planner.stages import StageMemory
 from library.options.train import TrainOptions
 from library.training.models.preflight import mute_logging
 from library.training.models.requests import RequestedRun
 from library.training.planning.counted_inputs import count_inputs
 from library.training.planning.counted_step import build_step, count_some_blocks, count_step, count_update
-from library.training.planning.meta_run import (
-    BatchShape,
-    counter_for,
-    fake_batch,
-    has_latents,
-    run_on_meta_device,
-)
+from library.training.planning.meta_run import BatchShape, counter_for, fake_batch, has_latents, run_on_meta_device
 from library.training.planning.previews import CountedPreview, count_preview
 
 NUM_COUNTS = 5  # models, encoding, a pass, a recomputed pass, the optimizer
@@ -42,7 +36,7 @@ class CountedRun:
     options: TrainOptions  # of the base model, the data and the loop
     batch: BatchShape  # the largest
     step: CountedStep
-    stages: tuple[Stage, ...]  # before training, one after another, each freeing its memory
+    stages: tuple[StageMemory, ...]  # before training, one after another, each freeing its memory
     preview: CountedPreview | None = None  # during training
 
 
@@ -74,8 +68,7 @@ def count_run(run: RequestedRun, batch: BatchShape, device: torch.device, is_fus
         bar.update(1)
         fake = fake_batch(arch, inputs.rows, inputs.conditioning, caches_latents)
         timeline = count_some_blocks(
-            arch.chains(meta.models.denoiser),
-            lambda repeats: count_step(meta, fake, repeats, partial(bar.update, 1)),
+            arch.chains(meta.models.denoiser), lambda repeats: count_step(meta, fake, repeats, partial(bar.update, 1))
         )
         is_averaged = bool(options.averaging.ema_decay)
         optimizer = count_update(options.optimizer, options.network, is_averaged, arch, meta.network)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.base.formatting import format_gib
-from library.memory.planner.choice import Allowed, Choice, choose
+from library.memory.planner.choice import Allowed, ModeChoice, choose
 from library.memory.planner.gpus import GIB, Gpu
-from library.memory.planner.prediction import CONTEXT_BYTES, Predicted
-from library.memory.planner.stages import Stage
+from library.memory.planner.prediction import CONTEXT_BYTES, ModeCost
+from library.memory.planner.stages import StageMemory
 from library.memory.planner.table import format_table
 from library.options.train import TrainOptions
 from library.training.planning.counting import CountedRun
@@ -22,7 +22,7 @@ class Fit:
 
     counted: CountedRun
     allowed: Allowed
-    choice: Choice
+    choice: ModeChoice
     stage_sizes: Mapping[str, int]  # the batch sizes for encoding, by option; 0 if not even 1 fits
     num_passes: int | None = None  # of the run; None if its length is unknown
 
@@ -69,7 +69,7 @@ class Fit:
                 else "-> matches your options; nothing to change"
             )
 
-    def peak_line(self, chosen: Predicted) -> str:
+    def peak_line(self, chosen: ModeCost) -> str:
         """Name the stage of the run with the highest GPU peak; each stage frees its memory."""
         peaks = {f"training ({chosen.peak})": chosen.device_bytes}
         peaks |= {
@@ -87,16 +87,16 @@ class Fit:
             return line
         return f"{line}, more than there is: the VAE decodes them in tiles, or on the processor"
 
-    def stage_bytes(self, stage: Stage) -> int:
+    def stage_bytes(self, stage: StageMemory) -> int:
         """Return a stage's bytes with the chosen batch size, or with 1 if none fits."""
         size = self.stage_sizes[stage.option] or 1
         return stage.peak(size, self.is_streamed(stage)) + CONTEXT_BYTES
 
-    def is_streamed(self, stage: Stage) -> bool:
+    def is_streamed(self, stage: StageMemory) -> bool:
         size = self.stage_sizes[stage.option]
         return size > 0 and stage.is_streamed(size, self.choice.gpu.memory_bytes - CONTEXT_BYTES)
 
-    def stage_line(self, stage: Stage) -> str:
+    def stage_line(self, stage: StageMemory) -> str:
         size, need = self.stage_sizes[stage.option], format_gib(self.stage_bytes(stage))
         if not size:
             return f"{stage.name} needs {need} by itself, more than there is: {WITHOUT_CARD[stage.option]}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from library.base.errors import UserError, needing
+from library.base.errors import UserError, about, error_in, needing
 from library.data.description.captions import iterate_fullest_captions
 from library.data.plan.data_plan import DataPlan
 from library.data.training_data import BatchSizes
@@ -53,9 +53,7 @@ SPEEDS = ("flops", "bus", "bandwidth", "staging", "launch")  # of a Gpu
 def free_memory(device: torch.device) -> int:
     """Return the GPU memory available to a run, including this process's existing context."""
     if device.type != "cuda":
-        raise UserError.about(
-            "--fit", "auto measures the free memory of the GPU, and there is none; give a size such as 12GB"
-        )
+        raise about("--fit")("auto measures the free memory of the GPU, and there is none; give a size such as 12GB")
     return torch.cuda.mem_get_info(device)[0] + BARE_CONTEXT_BYTES
 
 
@@ -86,10 +84,9 @@ def count_adapter_run(
     except Exception as error:  # third-party code may raise anything when it reads missing values
         if module.is_ours:
             raise
-        raise UserError.about(
-            "--fit",
+        raise about("--fit")(
             f"cannot count what --network_module {module.name} does ({type(error).__name__}: {error}); leave out "
-            "--fit and set what saves memory yourself",
+            "--fit and set what saves memory yourself"
         ) from error
 
 
@@ -109,7 +106,7 @@ def fit_run(run: RequestedRun, sizes: BatchSizes, processes: Processes, plan: Da
     counted = count_adapter_run(run, batch, processes.device)
     fit = fit_to(counted, gpu, sizes.max_train_steps)
     if fit.choice.chosen is None:
-        raise UserError("\n  ".join([f"--fit {options.fit.fit}", *fit.lines()]), setting="--fit")
+        raise error_in("--fit")("\n  ".join([f"--fit {options.fit.fit}", *fit.lines()]))
     for line in fit.lines() if processes.is_main else ():
         logger.info("%s", line)
     return fit

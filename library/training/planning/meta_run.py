@@ -130,9 +130,7 @@ def network_on_meta_device(run: RequestedRun, models: Models) -> AdoptedNetwork:
             network = adopt(create(options, module, models))
     with counter_for(run.arch):
         network.apply_to(
-            *models.network_view,
-            not options.network_train_unet_only,
-            not options.network_train_text_encoder_only,
+            *models.network_view, not options.network_train_unet_only, not options.network_train_text_encoder_only
         )
     if precision.full_fp16 or precision.full_bf16:
         give_fakes(network.module, DTYPES[precision.mixed_precision], is_channels_last=False)

@@ -8,7 +8,7 @@ from torch import nn
 
 from library.memory.devices import bytes_of, tensors_of
 from library.memory.planner.counter import OperationCounter
-from library.memory.planner.prediction import ALLOCATOR_SHARE, CONTEXT_BYTES, CountedStep, Predicted
+from library.memory.planner.prediction import ALLOCATOR_SHARE, CONTEXT_BYTES, CountedStep, ModeCost
 from library.options.output.preview import PreviewOptions
 from library.protocols import Architecture
 from library.training.evaluation.preview import PreviewSchedule
@@ -27,7 +27,7 @@ class CountedPreview:
     vae_bytes: int  # 0 if the VAE stays in memory during training
     decoding_bytes: int
 
-    def peak(self, step: CountedStep, chosen: Predicted) -> int:
+    def peak(self, step: CountedStep, chosen: ModeCost) -> int:
         """Return the GPU memory for a preview in a run configured as `chosen`."""
         resident_bytes = chosen.weight_bytes + step.adapter_bytes + step.optimizer.state + self.vae_bytes
         return resident_bytes + round((1 + ALLOCATOR_SHARE) * self.decoding_bytes) + CONTEXT_BYTES

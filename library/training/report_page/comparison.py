@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.errors import error_in, of_file
 from library.training.report_page.page import ENDING, TITLES, build_page
 from library.training.report_page.record import Record
 from library.training.report_page.writer import read_events, read_report
@@ -26,9 +26,7 @@ def file_of_run(path: Path) -> Path:
     reports = sorted(path.glob(f"*{ENDING}"))
     if len(reports) != 1:
         names = ", ".join(file.name for file in reports) or "none"
-        raise UserError.of_file(
-            path, f"holds {len(reports)} reports of runs ({names}); name a report or a file of events"
-        )
+        raise of_file(path)(f"holds {len(reports)} reports of runs ({names}); name a report or a file of events")
     return reports[0]
 
 
@@ -37,7 +35,7 @@ def read_run(path: Path) -> Record:
     path = file_of_run(path)
     record = read_report(path) if path.suffix == ".html" else read_events(path)
     if record.plan is None or not record.sessions:
-        raise UserError.of_file(path, ": that run ended before its training began, there is nothing to compare")
+        raise of_file(path)(": that run ended before its training began, there is nothing to compare")
     return record
 
 
@@ -90,9 +88,7 @@ def is_measured_alike(records: Sequence[Record]) -> bool:
 def build_comparison(paths: Sequence[Path]) -> str:
     """Build the page that compares runs. Raises UserError for fewer than two, or for one that cannot be read."""
     if len(paths) < 2:
-        raise UserError(
-            "name two runs or more: folders, reports or files of --log_events", setting="runs", cause="missing"
-        )
+        raise error_in("runs", cause="missing")("name two runs or more: folders, reports or files of --log_events")
     records = [read_run(path) for path in paths]
     labels = label_runs(records, paths)
     runs = [{"label": label, **select_shown(record)} for label, record in zip(labels, records, strict=True)]

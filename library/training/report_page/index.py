@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from library.base.atomic_files import write_whole
 from library.base.errors import UserError
 from library.checkpoints.overwriting import check_target
 from library.training.report_page.page import ENDING, INDEX, build_page
 from library.training.report_page.record import Record
-from library.training.report_page.writer import read_report, write_page
+from library.training.report_page.writer import read_report
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def write_index(runs: IndexedRuns) -> None:
     exists."""
     if len(list(runs.folder.glob(f"*{ENDING}"))) >= 2:
         check_target("index of the runs:", runs.folder / FILE_NAME, INDEX)
-        write_page(runs.folder / FILE_NAME, build_index(runs))
+        write_whole(runs.folder / FILE_NAME, build_index(runs))
 
 
 def summarize(record: Record, path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.training.report_page.index import FILE_NAME, IndexedRuns, build_index
 from library.training.report_page.local_server import LocalServer
 from library.training.report_page.page import ENDING
@@ -17,10 +17,8 @@ class ReportServer(LocalServer):
 
     def __init__(self, source: Path, port: int) -> None:
         if not source.exists():
-            raise UserError(
-                f"{source} does not exist; name a report, an events file, or the folder of a run",
-                path=source,
-                cause="missing",
+            raise error_in(path=source, cause="missing")(
+                f"{source} does not exist; name a report, an events file, or the folder of a run"
             )
         pages = ReportPages(source)
         pages.list_reports()
@@ -44,10 +42,8 @@ class ReportPages:
             return {self.source.name: self.source}
         reports = {path.name: path for path in sorted(self.source.glob(f"*{ENDING}")) if path.is_file()}
         if not reports:
-            raise UserError(
-                f"{self.source} has no report yet; start the run first, or name another folder",
-                path=self.source,
-                cause="missing",
+            raise error_in(path=self.source, cause="missing")(
+                f"{self.source} has no report yet; start the run first, or name another folder"
             )
         return reports
 

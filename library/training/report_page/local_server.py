@@ -12,7 +12,7 @@ from time import monotonic
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, unquote
 
-from library.base.errors import UserError
+from library.base.errors import UserError, about
 
 HOST = "127.0.0.1"  # pages contain paths and options that other machines must not read
 MAX_PORT = 65535
@@ -46,12 +46,12 @@ class LocalServer(ThreadingHTTPServer):
 
     def __init__(self, pages: Pages, port: int, take: TakeForm | None = None) -> None:
         if not 0 <= port <= MAX_PORT:
-            raise UserError.about("--port", f"is {port}; use a number from 0 (any free port) to {MAX_PORT}")
+            raise about("--port")(f"is {port}; use a number from 0 (any free port) to {MAX_PORT}")
         try:
             super().__init__((HOST, port), partial(Handler, pages, take))
         except OSError as error:
-            raise UserError.about(
-                "--port", f"{port} cannot be opened: {error.strerror}; use another one", cause="unreadable"
+            raise about("--port", cause="unreadable")(
+                f"{port} cannot be opened: {error.strerror}; use another one"
             ) from error
         self.free_connections = threading.Semaphore(MOST_CONNECTIONS)
 

@@ -14,7 +14,7 @@ from typing import Any, TypedDict, get_type_hints
 
 from library.training.report_page.thinning import Curves, Kept, SavedCurves, SavedKept
 from library.training.reporting.event_checks import check_value
-from library.training.reporting.events import Audit, Plan
+from library.training.reporting.events import Audit, TrainingPlan
 
 VERSION = 1
 MOST_FINDINGS = 20
@@ -289,7 +289,7 @@ class Record:
 
 
 SAVED_AS = {  # fields of Record that have other types as plain values
-    "plan": Plan | None,
+    "plan": TrainingPlan | None,
     "audit": Audit | None,
     "curves": SavedCurves,
     **dict.fromkeys(KEPT, SavedKept),

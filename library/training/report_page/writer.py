@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.atomic_files import write_whole
+from library.base.errors import UserError, error_in, of_file
 from library.base.json_text import parse_json
-from library.checkpoints.files import atomic_path
 from library.checkpoints.overwriting import find_place
 from library.training.report_page.page import REPORT, build_page, read_data, report_kind
 from library.training.report_page.record import Record
@@ -59,7 +59,7 @@ class ReportWriter:
         """Write the page. If it cannot be written (open in another program, or a full disk), try again when due."""
         try:
             self.path = find_place(self.path, report_kind(self._record.name))
-            write_page(self.path, build_report(self._record, self._reload_s))
+            write_whole(self.path, build_report(self._record, self._reload_s))
         except OSError as error:
             if not self._is_reported:
                 logger.warning("%s cannot be written; trying again later: %s", self.path, error)
@@ -71,14 +71,14 @@ def add_sheet(path: Path, image: str) -> None:
     """Add a contact sheet (a data: URL) to the report of a finished run. Raises UserError for another file."""
     record = read_report(path)
     record.sheet = image
-    write_page(find_place(path, REPORT), build_report(record))
+    write_whole(find_place(path, REPORT), build_report(record))
 
 
 def add_event(path: Path, line: Mapping[str, Any]) -> None:
     """Add an event after a run to its report. Raises UserError for another file."""
     record = read_report(path)
     record.add(line)
-    write_page(find_place(path, REPORT), build_report(record))
+    write_whole(find_place(path, REPORT), build_report(record))
 
 
 def build_report(record: Record, reload_s: int | None = None) -> str:
@@ -86,17 +86,10 @@ def build_report(record: Record, reload_s: int | None = None) -> str:
     return build_page(record.name, SCRIPT, record.as_json(), reload_s)
 
 
-def write_page(path: Path, page: str) -> None:
-    """Write a page atomically."""
-    with atomic_path(path) as temporary:
-        # Without newline, Windows would write other bytes than the report that is rebuilt from the events elsewhere.
-        temporary.write_text(page, encoding="utf-8", newline="\n")
-
-
 def check_regular(path: Path) -> None:
     """Raise UserError for a pipe or device, which might never end."""
     if path.exists() and not path.is_file():
-        raise UserError.of_file(path, "is not a regular file; name a report or a file of --log_events")
+        raise of_file(path)("is not a regular file; name a report or a file of --log_events")
 
 
 def read_report(path: Path) -> Record:
@@ -105,9 +98,9 @@ def read_report(path: Path) -> Record:
     try:
         return Record.from_json(read_data(path.read_text(encoding="utf-8")))
     except OSError as error:
-        raise UserError.of_file(path, f"cannot be read: {error.strerror}", cause="unreadable") from error
+        raise of_file(path, cause="unreadable")(f"cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise UserError.of_file(path, f"is not a report of this version: {error}") from error
+        raise of_file(path)(f"is not a report of this version: {error}") from error
 
 
 def read_events(path: Path) -> Record:
@@ -120,9 +113,9 @@ def read_events(path: Path) -> Record:
         with path.open(encoding="utf-8") as file:
             return collect_record(file, str(path))
     except OSError as error:
-        raise UserError.of_file(path, f"cannot be read: {error.strerror}", cause="unreadable") from error
+        raise of_file(path, cause="unreadable")(f"cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError.of_file(path, f"is no file of events: {error}") from error
+        raise of_file(path)(f"is no file of events: {error}") from error
 
 
 def collect_record(lines: Iterable[str], source: str) -> Record:
@@ -134,11 +127,8 @@ def collect_record(lines: Iterable[str], source: str) -> Record:
         try:
             event = check_line(parse_json(line, allow_nan=False))
         except ValueError as error:
-            raise UserError(
-                f"{source}: line {number} is not an event: {error}",
-                path=source,
-                place=f"line {number}",
-                cause="unreadable",
+            raise error_in(path=source, place=f"line {number}", cause="unreadable")(
+                f"{source}: line {number} is not an event: {error}"
             ) from error
         record.add(event)
     return record

@@ -17,7 +17,7 @@ from library.base.formatting import format_count
 from library.base.launcher import launched_rank
 from library.base.terminal import print_line
 from library.checkpoints.relative_change import format_change
-from library.training.step.accumulation import Plan
+from library.training.step.accumulation import StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def is_read_by_person() -> bool:
         return False
 
 
-def announce_run(plan: Plan, counts: ImageCounts, batch_sizes: Sequence[int], accumulation: int) -> None:
+def announce_run(plan: StepPlan, counts: ImageCounts, batch_sizes: Sequence[int], accumulation: int) -> None:
     sizes = ", ".join(str(size) for size in batch_sizes)
     if is_read_by_person():
         validation = f", {counts.validation} for validation" if counts.validation else ""

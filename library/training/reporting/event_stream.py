@@ -13,7 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any, Protocol
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.json_text import parse_json
 from library.base.progress import State
 from library.checkpoints.overwriting import FileKind, check_target, known_by_start
@@ -23,11 +23,11 @@ from library.training.reporting.events import (
     EndCause,
     EndReason,
     Event,
-    Plan,
     Planned,
-    Stage,
+    StageProgress,
     Start,
     Step,
+    TrainingPlan,
     Warned,
 )
 
@@ -85,7 +85,7 @@ class Events:
             return
         if isinstance(event, Step):
             self.last_step = event.step
-        elif isinstance(event, Plan):
+        elif isinstance(event, TrainingPlan):
             self.last_step = event.first_step
         self._queue.put(event.as_line(self._clock()))
 
@@ -95,16 +95,16 @@ class Events:
         if state == "progress" and now - self._progress.get(name, 0.0) < PROGRESS_S:
             return
         self._progress[name] = now
-        self.emit(Stage(name, state, done, total))
+        self.emit(StageProgress(name, state, done, total))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Report the block as a stage of the run."""
-        self.emit(Stage(name, "begin"))
+        self.emit(StageProgress(name, "begin"))
         try:
             yield
         finally:
-            self.emit(Stage(name, "end"))
+            self.emit(StageProgress(name, "end"))
 
     def end(self, reason: EndReason, error: str | None = None, details: ErrorFields | None = None) -> None:
         """Emit the last event of a run; later events are dropped."""
@@ -214,7 +214,7 @@ def open_event_file(path: Path, goes_on: bool, run: Mapping[str, Any] | None = N
                 file.truncate(end_of_last_line(file) if goes_on else 0)
         return JsonLines(path.open("a", encoding="ascii", newline="\n"), f"{FLAG} {path}", closes=True)
     except OSError as error:
-        raise UserError.about(FLAG, f"cannot be written: {error.strerror}", path=path) from error
+        raise about(FLAG, path)(f"cannot be written: {error.strerror}") from error
 
 
 def end_of_last_line(file: IO[bytes]) -> int:

@@ -110,7 +110,7 @@ class Finding(Event):
 
 
 @dataclass(frozen=True)
-class Stage(Event):
+class StageProgress(Event):
     """A long part of the run, such as caching; `total` is None if unknown."""
 
     event = "stage"
@@ -130,7 +130,7 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Plan(Event):
+class TrainingPlan(Event):
     """Everything is loaded and training is about to start."""
 
     event = "plan"
@@ -304,7 +304,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Choice(Event):
+class FileChoice(Event):
     """The saved files were compared on the same images; see library/training/evaluation/choice.py."""
 
     event = "choice"

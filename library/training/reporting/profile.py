@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from library.checkpoints.files import atomic_path
+from library.base.atomic_files import atomic_path
 from library.checkpoints.overwriting import find_place, known_by_start
 
 logger = logging.getLogger(__name__)

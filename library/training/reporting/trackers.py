@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.environment.installed import import_needed, is_missing
 from library.options.base import Options
 from library.options.config_file import read_toml
@@ -30,9 +30,7 @@ def tracker_kind(options: TrackerOptions) -> str | None:
         # sd-scripts, too, takes TensorBoard where only a folder is given.
         kind = "tensorboard" if options.logging_dir else None
     if kind in ("tensorboard", "all") and not options.logging_dir:
-        raise UserError.about(
-            "--log_with", f"{kind} needs --logging_dir, the folder for tensorboard's files", cause="needs"
-        )
+        raise about("--log_with", cause="needs")(f"{kind} needs --logging_dir, the folder for tensorboard's files")
     for package in ("tensorboard", "wandb"):
         # "all" means those that are installed.
         if kind == package or (kind == "all" and not is_missing(package)):

@@ -8,17 +8,12 @@ from typing import Any
 
 import torch
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.formatting import format_bytes
 from library.memory.devices import bytes_of
 from library.options.training.averaging import FILES
 from library.training.evaluation.without_side_effects import show_weights
-from library.training.failures.out_of_memory import (
-    Sizes,
-    explain_out_of_memory,
-    measure_sizes,
-    memory_figures,
-)
+from library.training.failures.out_of_memory import Sizes, explain_out_of_memory, measure_sizes, memory_figures
 from library.training.loop.loop import MemoryHints, backward
 from library.training.loop.steps import PreparedRun
 from library.training.loop.update import round_weights
@@ -71,9 +66,7 @@ def try_largest_batch(run: Run, writer: Writer, batch_index: int, hints: MemoryH
         seconds = time.perf_counter() - started
     if not math.isfinite(loss):
         add_noise_to(run.context, batch, batch_index)  # raises the error that names the VAE
-        raise UserError.about(
-            "--dry_run", f": the loss of the largest batch is {loss}; images: {', '.join(batch.keys)}"
-        )
+        raise about("--dry_run")(f": the loss of the largest batch is {loss}; images: {', '.join(batch.keys)}")
     report(run, writer, sizes, shape, loss, seconds)
 
 

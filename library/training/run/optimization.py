@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.options.machine.memory import PrecisionOptions
 from library.options.train import TrainOptions
 from library.options.training.averaging import AveragingOptions
@@ -58,11 +58,9 @@ def build_average(
     if not options.ema_decay:
         return None
     if is_schedule_free:
-        raise UserError.about(
-            "--ema_decay",
+        raise about("--ema_decay", cause="does not fit")(
             f"{options.ema_decay} does not work with --optimizer_type {optimizer_type}: "
-            "schedule-free optimizers save, draw and validate an average of their own; leave one of them out",
-            cause="does not fit",
+            "schedule-free optimizers save, draw and validate an average of their own; leave one of them out"
         )
     return WeightAverage(network.trainable_parameters(), options.ema_decay, options.ema_update_after_step)
 

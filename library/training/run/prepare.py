@@ -3,9 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.data.training_data import TrainingData, open_batches
-from library.memory.fused import decide_fusing
+from library.memory.fused_kernels import decide_fusing
 from library.memory.planner.measured import measure_peak_flops
 from library.processes.process_group import Processes
 from library.training.evaluation.preview import Previews
@@ -28,7 +28,7 @@ from library.training.run.writer import build_writer, go_on
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import save_dtype
 from library.training.saving.resume import check_latents, resolve_starting_step
-from library.training.step.accumulation import Plan
+from library.training.step.accumulation import StepPlan
 
 
 def prepare(requested: RequestedRun, data: TrainingData, accelerator: Any, processes: Processes) -> PreparedRun:
@@ -41,7 +41,7 @@ def prepare(requested: RequestedRun, data: TrainingData, accelerator: Any, proce
     save_dtype(options.saving.save_precision)
     require_same_data(data, processes)
     compute = Compute.build(options.precision, processes.device)
-    plan = Plan.build(options.run, data.num_batches, processes.count)
+    plan = StepPlan.build(options.run, data.num_batches, processes.count)
     assert requested.names is not None, "a run that is trained has names"
     progress = Progress(resolve_starting_step(options.state, requested.names.of_end(), plan, state))
     if state is not None and data.prompts is None:
@@ -64,7 +64,7 @@ def prepare(requested: RequestedRun, data: TrainingData, accelerator: Any, proce
 def build_run(
     requested: RequestedRun,
     adapted: AdaptedModels,
-    plan: Plan,
+    plan: StepPlan,
     data: TrainingData,
     compute: Compute,
     processes: Processes,
@@ -103,10 +103,9 @@ def prepare_run(
         go_on(run, progress, validation, state)
     pause = run.options.state.pause_after_step
     if pause is not None and state is None and pause < run.plan.max_train_steps and not validation.is_due_from(pause):
-        raise UserError(
+        raise error_in("--pause_after_step")(
             f"--pause_after_step {pause}: no validation is scheduled from that step on; set --validation_split, and "
-            "--validate_every_n_steps or --validate_every_n_epochs",
-            setting="--pause_after_step",
+            "--validate_every_n_steps or --validate_every_n_epochs"
         )
     # The main process alone reads the prompts, but with a sharded model the others compute its blocks with it.
     is_drawing = run.processes.share("are there previews", "yes" if wanted.prompts else "no") == "yes"

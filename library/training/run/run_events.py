@@ -26,16 +26,8 @@ from library.training.report_page.index import IndexWriter
 from library.training.report_page.writer import ReportWriter, earlier_record
 from library.training.reporting.console_lines import ImageCounts
 from library.training.reporting.error_fields import HIDDEN, ErrorFields, describe_error, hide, list_secrets
-from library.training.reporting.event_stream import (
-    FLAG,
-    Events,
-    JsonLines,
-    Sink,
-    WarningEvents,
-    open_event_file,
-    plain,
-)
-from library.training.reporting.events import Plan, Start
+from library.training.reporting.event_stream import FLAG, Events, JsonLines, Sink, WarningEvents, open_event_file, plain
+from library.training.reporting.events import Start, TrainingPlan
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import NonFiniteWeights
 from library.training.saving.names import Names
@@ -46,10 +38,7 @@ PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "safetensors", "
 
 @contextmanager
 def open_events(
-    options: TrainOptions,
-    names: Names | None,
-    command: Sequence[str] | None,
-    warnings: WarningEvents,
+    options: TrainOptions, names: Names | None, command: Sequence[str] | None, warnings: WarningEvents
 ) -> Iterator[Events]:
     """Open the event stream of a run in the main process; the last event says how the block ended.
 
@@ -133,10 +122,10 @@ def format_error(error: BaseException) -> str:
     return f"{error}{cause}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}{cause}"
 
 
-def build_plan_event(run: Run, counts: ImageCounts, first_step: int, resumed_from: str | None) -> Plan:
+def build_plan_event(run: Run, counts: ImageCounts, first_step: int, resumed_from: str | None) -> TrainingPlan:
     options, plan, context = run.options, run.plan, run.context
     images: Mapping[str, int] = {"train": counts.train, "validation": counts.validation, "reg": counts.reg}
-    return Plan(
+    return TrainingPlan(
         base_model=context.arch.name,
         network=options.network.network_module or "",
         num_trained=sum(p.numel() for p in context.network.trainable_parameters()),

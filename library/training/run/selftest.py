@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.memory.blocks import BlockRunner
 from library.memory.frozen import frozen_layers
 from library.memory.offload.sharded import ShardedHandle
@@ -36,7 +36,7 @@ Gradients = dict[str, Tensor]
 
 
 @dataclass
-class Call:
+class BlockCall:
     """One call of a block: its inputs, and the gradients of its outputs, in main memory."""
 
     block: nn.Module
@@ -54,12 +54,12 @@ class Recorder:
     """A block runner that delegates to another one and records the calls that need gradients."""
 
     runner: BlockRunner
-    calls: list[Call] = field(default_factory=list)
+    calls: list[BlockCall] = field(default_factory=list)
 
     def __call__(self, block: nn.Module, *inputs: Any, **named: Any) -> Any:
         outputs = self.runner(block, *inputs, **named)
         if torch.is_grad_enabled():
-            call = Call(block, *tree_map_only(Tensor, set_aside, (inputs, named)))
+            call = BlockCall(block, *tree_map_only(Tensor, set_aside, (inputs, named)))
             self.calls.append(call)
             for place, output in enumerate(tree_flatten(outputs)[0]):
                 if isinstance(output, Tensor) and output.requires_grad:
@@ -113,7 +113,7 @@ def context_dtype(run: Run) -> torch.dtype:
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
 
 
-def compute_gradients(run: Run, calls: Sequence[Call], noise: float) -> Gradients:
+def compute_gradients(run: Run, calls: Sequence[BlockCall], noise: float) -> Gradients:
     """Return the gradients of the adapter's parameters, each block run plainly on its recorded inputs.
 
     `noise` perturbs inputs and gradients by random relative amounts up to that, to estimate the effect of rounding.
@@ -171,7 +171,7 @@ def compare(name: str, gradient: Tensor, plain: Tensor, noisy: Tensor) -> Gradie
     return GradientError(name, error, float((noisy.float() - plain.float()).norm() / size))
 
 
-def report(findings: Sequence[GradientError], calls: Sequence[Call]) -> None:
+def report(findings: Sequence[GradientError], calls: Sequence[BlockCall]) -> None:
     """Log the result. Raises UserError if a gradient is off by more than rounding explains."""
     if not findings:
         logger.warning("self-test: no adapter of the denoiser's blocks has a gradient, so there is nothing to compare")
@@ -180,11 +180,10 @@ def report(findings: Sequence[GradientError], calls: Sequence[Call]) -> None:
     wrong = [finding for finding in findings if finding.is_wrong]
     lines = [f"{f.name}: off by {f.error:.1e}, rounding alone by {f.floor:.1e}" for f in worst[:NUM_SHOWN]]
     if wrong:
-        raise UserError.about(
-            "--selftest",
+        raise about("--selftest")(
             f": {len(wrong)} of {len(findings)} gradients in {len(calls)} blocks are not those of the plain "
             f"mode: {'; '.join(lines)}. Train without --blocks_to_swap, --shard_base, --base_format or "
-            "--gradient_checkpointing, and report this: it is a bug or a fault of the GPU's memory",
+            "--gradient_checkpointing, and report this: it is a bug or a fault of the GPU's memory"
         )
     logger.info(
         "self-test: %d gradients in %d blocks equal those of the plain mode: off by %.1e at most, where rounding alone "

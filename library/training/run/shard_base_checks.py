@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.errors import about, error_in
 from library.base.launcher import fsdp_version
 from library.data.description.schema import PRESERVATION
 from library.data.training_data import TrainingData
@@ -25,18 +25,15 @@ def resolve_launched_values(is_sharded: bool, refusal: str | None = None) -> dic
     initialized, which raises its own errors for FSDP 1.
     """
     if fsdp_version() == 1:
-        raise UserError(
+        raise error_in("--shard_base")(
             "accelerate is configured for FSDP 1, which spreads a model that is trained; the base model is frozen here "
             "and the adapter is small: run `accelerate config` again with FSDP version 2, which means --shard_base, or "
-            "give --multi_gpu to accelerate launch",
-            setting="--shard_base",
+            "give --multi_gpu to accelerate launch"
         )
     if fsdp_version() != 2 or is_sharded:
         return {}
     if refusal is not None:
-        raise UserError(
-            f"accelerate is configured for FSDP2, which means --shard_base: {refusal}", setting="--shard_base"
-        )
+        raise error_in("--shard_base")(f"accelerate is configured for FSDP2, which means --shard_base: {refusal}")
     logger.info("accelerate is configured for FSDP2: --shard_base spreads the frozen base model over the processes")
     return {"shard_base": True}
 
@@ -59,39 +56,32 @@ def sharding_values(
         return {"shard_base": False, "shard_group": None}
     size = distributed.shard_group or processes.local_count
     if size == 1:
-        raise UserError.about(
-            "--shard_base",
+        raise about("--shard_base")(
             ": each machine has one process, so nothing would be spread; --shard_group "
-            f"{processes.count} spreads the weights over all of them, through the network",
+            f"{processes.count} spreads the weights over all of them, through the network"
         )
     if processes.count % size:
         sizes = [str(n) for n in range(2, processes.count + 1) if processes.count % n == 0]
-        raise UserError.about(
-            "--shard_base",
+        raise about("--shard_base")(
             f": {processes.count} processes cannot be divided into groups of {size} that share the "
-            f"weights; use --shard_group {' or '.join(sizes)}",
+            f"weights; use --shard_group {' or '.join(sizes)}"
         )
     if memory.blocks_to_swap:
-        raise UserError.about(
-            "--shard_base",
+        raise about("--shard_base", others=["--blocks_to_swap"])(
             "and --blocks_to_swap put the same weights at two places, sharded over GPUs and in main "
-            "memory; leave one of them out",
-            others=["--blocks_to_swap"],
+            "memory; leave one of them out"
         )
     module = network.network_module or ""
     if network.base_weights and not module.startswith(OURS):
-        raise UserError.about(
-            "--base_weights",
+        raise about("--base_weights", others=["--shard_base"])(
             f"and --shard_base with --network_module {module}: its networks are merged into whole "
             "weights, which no process has; merge the files into the base model with tools/merge_lora.py first, or "
-            "use one of networks.*",
-            others=["--shard_base"],
+            "use one of networks.*"
         )
     if compiling.is_on:
-        raise UserError.about(
-            "--shard_base",
+        raise about("--shard_base")(
             ": blocks whose weights come from other processes while they compute cannot be compiled; leave "
-            "out --compile and --torch_compile",
+            "out --compile and --torch_compile"
         )
     return {"shard_group": size}
 

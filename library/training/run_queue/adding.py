@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from library.base.errors import UserError
+from library.base.errors import about, of_file
 from library.base.suggestions import did_you_mean
 from library.options.config_file import read_text, read_toml
 from library.options.train import TrainOptions
@@ -41,7 +41,7 @@ def make_job(
     if typed.config_file or typed.output_config:
         flags = ["--config_file", "--output_config"]
         reason = f"and {flags[1]}: the job has its TOML file already; leave them out"
-        raise UserError.about(flags[0], reason, others=flags[1:])
+        raise about(flags[0], others=flags[1:])(reason)
     command_line = read_command_line(parser, ["--config_file", str(path), *words])
     for warning in (warning for read in command_line.configs for warning in read.warnings):
         logger.warning("%s", warning)
@@ -49,7 +49,7 @@ def make_job(
     check_training(kind, args)
     if not args.output_dir:
         reason = "is not set; a job trains an adapter, so give the folder that it goes to"
-        raise UserError.about("--output_dir", reason, cause="needs")
+        raise about("--output_dir", cause="needs")(reason)
     output = Path(os.path.realpath(args.output_dir)) / (args.output_name or "last")
     warn_of_states(output, args.output_name)
     events = args.log_events if args.log_events in (None, "-") else os.path.abspath(args.log_events)
@@ -64,9 +64,7 @@ def choose_script(path: Path, text: str, script: str | None, scripts: Collection
     if script is not None:
         name = Path(script).name
         if name not in scripts:
-            raise UserError.about(
-                "--script", f"{script} is no training script of this suite{did_you_mean(name, scripts)}"
-            )
+            raise about("--script")(f"{script} is no training script of this suite{did_you_mean(name, scripts)}")
         return name
     recipe = read_toml(path, CONFIG_FLAG).get("recipe")
     of_recipe = {known.script for known in list_recipes() if known.name == recipe} if isinstance(recipe, str) else set()
@@ -74,14 +72,14 @@ def choose_script(path: Path, text: str, script: str | None, scripts: Collection
     named = {*SCRIPT_NAME.findall(comments[0] if comments else "")} & {*scripts}
     found = of_recipe or named
     if len(found) != 1:
-        raise UserError.of_file(path, "names no training script; add --script, such as --script train_network.py")
+        raise of_file(path)("names no training script; add --script, such as --script train_network.py")
     return found.pop()
 
 
 def refuse_file_options(words: Sequence[str]) -> None:
     """Raise UserError for options that end a command before it trains."""
     if ended := {"-h", "--help", "--help_all", "--version"} & {*words}:
-        raise UserError.about(sorted(ended)[0], "after NAME.toml trains nothing; leave it out")
+        raise about(sorted(ended)[0])("after NAME.toml trains nothing; leave it out")
 
 
 def warn_of_states(output: Path, output_name: str | None) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 from uuid import uuid4
 
-from library.base.errors import UserError
+from library.base.atomic_files import write_whole
+from library.base.errors import UserError, about, error_in
 from library.checkpoints.overwriting import known_by_start
 from library.training.run_queue.jobs import Job
 from library.training.run_queue.tickets import Claim, Ticket
@@ -63,7 +64,7 @@ class Queue:
         """Create the folder. Raises UserError for one that holds other files, or that cannot be written."""
         if not self.mark.exists() and self.folder.is_dir() and any(self.folder.iterdir()):
             reason = "holds other files than a queue; use a new folder"
-            raise UserError.about("--folder", reason, self.folder, cause="would be lost")
+            raise about("--folder", self.folder, cause="would be lost")(reason)
         try:
             # For the owner alone, because whoever writes here decides what this user's trainings load.
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -73,13 +74,13 @@ class Queue:
                 write_whole(self.mark, HEAD)
         except OSError as error:
             reason = f"cannot be written: {error.strerror}; use another folder"
-            raise UserError.about("--folder", reason, self.folder, cause="unreadable") from None
+            raise about("--folder", self.folder, cause="unreadable")(reason) from None
 
     def require(self) -> None:
         """Raise UserError unless the folder is a queue's."""
         if not (self.mark.is_file() and MARK.is_own(self.mark)):
             reason = "is no queue; `python3 tools/run_queue.py add` makes one"
-            raise UserError.about("--folder", reason, self.folder)
+            raise about("--folder", self.folder)(reason)
 
     def list_tickets(self, state: State) -> list[Ticket]:
         """List the jobs in the order in which they were added."""
@@ -140,13 +141,9 @@ class Queue:
         with self.locked():
             for ticket, other in self.read_jobs("running", "waiting", "running"):  # a job may move meanwhile
                 if other is not None and os.path.normcase(other.output) == os.path.normcase(job.output):
-                    raise UserError(
+                    raise error_in("--output_name", others=["--output_dir"], path=other.output, cause="would be lost")(
                         f"job {ticket.number} ({other.config}) writes {other.output} too; use another --output_name or "
-                        "--output_dir",
-                        setting="--output_name",
-                        others=["--output_dir"],
-                        path=other.output,
-                        cause="would be lost",
+                        "--output_dir"
                     )
             # Also behind the logs of removed jobs, which another job must not continue.
             names = (entry.name.partition(".")[0] for state in (*STATES, "logs") for entry in self.entries(state))
@@ -226,17 +223,3 @@ class Queue:
             with suppress(OSError):  # on Windows another program may show it
                 path.unlink(missing_ok=True)
         return True
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file whole or not at all. `library.checkpoints.files` does so for large ones, with torch."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}")
-    try:
-        with temporary.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

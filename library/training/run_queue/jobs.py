@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from library.base.errors import UserError
+from library.base.errors import of_file
 from library.base.json_text import parse_json
 
 VERSION = 1
@@ -34,7 +34,7 @@ class Job:
     def read(cls, path: Path) -> "Job":
         """Read a job's file. Raises UserError for another file, FileNotFoundError if it was moved."""
         if path.stat().st_size > MOST_BYTES:
-            raise UserError.of_file(path, "is no job of this queue; remove the file")
+            raise of_file(path)("is no job of this queue; remove the file")
         try:
             values = parse_json(path.read_bytes())
             assert isinstance(values, dict) and values.pop("queue") == VERSION
@@ -44,5 +44,5 @@ class Job:
             assert Path(texts["script"]).name == texts["script"]  # of this suite, whoever wrote the job
         except (AssertionError, KeyError, ValueError):
             reason = "is no job of this version's queue; remove it, and add the job again"
-            raise UserError.of_file(path, reason) from None
+            raise of_file(path)(reason) from None
         return cls(**values, options=tuple(options))

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterable
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.training.run_queue.folder import Queue
 from library.training.run_queue.runner import POLL_S
 from library.training.run_queue.tending import tend_orphans
@@ -49,8 +49,8 @@ def remove_job(queue: Queue, number: int, now: bool) -> None:
         say_waiting([ticket], said)
         time.sleep(POLL_S)
     if not said:
-        raise UserError(
-            f"there is no job {number} in --folder {queue.folder}; `list` shows the numbers", path=queue.folder
+        raise error_in(path=queue.folder)(
+            f"there is no job {number} in --folder {queue.folder}; `list` shows the numbers"
         )
 
 

@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from library.training.run_queue.folder import Queue, write_whole
+from library.base.atomic_files import write_whole
+from library.training.run_queue.folder import Queue
 from library.training.run_queue.jobs import Job
 from library.training.run_queue.tickets import ProcessId, Ticket
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from library.base.errors import UserError
+from library.base.errors import UserError, about, error_in
 from library.base.formatting import format_bytes
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.metadata import file_metadata, modelspec_metadata
@@ -228,9 +228,8 @@ class Writer:
         needed = one_file * (num_files + 1) + one_state * num_states
         space = f"--output_dir {folder}: {format_bytes(free)} are free on its disk"
         if free < one_file:
-            raise UserError(
-                f"{space}, and the adapter takes {format_bytes(one_file)}; make room or name another folder",
-                setting="--output_dir",
+            raise error_in("--output_dir")(
+                f"{space}, and the adapter takes {format_bytes(one_file)}; make room or name another folder"
             )
         if free < needed:
             logger.warning(
@@ -357,5 +356,5 @@ def save_dtype(save_precision: str | None) -> torch.dtype | None:
     if save_precision is None:
         return None
     if save_precision not in SAVE_DTYPES:
-        raise UserError.about("--save_precision", f"is {save_precision}; it must be one of {', '.join(SAVE_DTYPES)}")
+        raise about("--save_precision")(f"is {save_precision}; it must be one of {', '.join(SAVE_DTYPES)}")
     return SAVE_DTYPES[save_precision]

@@ -4,7 +4,7 @@ import json
 from hashlib import blake2b
 
 from library.base.errors import UserError
-from library.checkpoints.files import holds_safetensors, read_metadata
+from library.checkpoints.headers import holds_safetensors, read_metadata
 from library.checkpoints.overwriting import judge
 from library.data.training_data import TrainingData
 from library.options.train import TrainOptions

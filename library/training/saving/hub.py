@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.options.output.saving import HubOptions
 
 logger = logging.getLogger(__name__)
@@ -82,10 +82,9 @@ def check_repository(options: HubOptions) -> None:
     try:
         make_repository(client(options), options)
     except Exception as error:
-        raise UserError.about(
-            "--huggingface_repo_id",
+        raise about("--huggingface_repo_id")(
             f"{options.huggingface_repo_id} cannot be reached or made ({type(error).__name__}: "
-            f"{error}); check the name, --huggingface_token and the network, or leave it out",
+            f"{error}); check the name, --huggingface_token and the network, or leave it out"
         ) from error
 
 
@@ -99,10 +98,9 @@ def fetch_state(name: str, options: HubOptions) -> Path:
     owner, _, tail = location.partition("/")
     repo, _, folder = tail.partition("/")
     if not (owner and repo and folder):
-        raise UserError.about(
-            "--resume",
+        raise about("--resume")(
             f"{name} does not name a state on Hugging Face; write owner/repository/path, and :revision and "
-            ":type behind it if needed",
+            ":type behind it if needed"
         )
     folder = folder.strip("/")
     try:
@@ -113,12 +111,11 @@ def fetch_state(name: str, options: HubOptions) -> Path:
             allow_patterns=[f"{folder}/*"],
         )
     except Exception as error:
-        raise UserError.about(
-            "--resume",
+        raise about("--resume")(
             f"{name} cannot be fetched from Hugging Face ({type(error).__name__}: {error}); check the name, "
-            "--huggingface_token and the network",
+            "--huggingface_token and the network"
         ) from error
     path = Path(root) / folder
     if not path.is_dir():
-        raise UserError.about("--resume", f"{name}: {owner}/{repo} has no folder {folder}")
+        raise about("--resume")(f"{name}: {owner}/{repo} has no folder {folder}")
     return path

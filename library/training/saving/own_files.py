@@ -10,9 +10,10 @@ from typing import Literal
 
 from library.base.json_text import parse_json
 from library.checkpoints.adapter_keys import AdapterKey
-from library.checkpoints.files import holds_safetensors, load_state_dict, read_metadata
+from library.checkpoints.files import load_state_dict
 from library.checkpoints.folders import remove_folder
 from library.checkpoints.hashes import sha256_of_tensors
+from library.checkpoints.headers import holds_safetensors, read_metadata
 from library.checkpoints.marks import MARK_FIELD, RUN, has_changed, mark_of, read_mark
 from library.checkpoints.overwriting import FileKind, judge
 from library.training.reporting.console_lines import announce

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.compatibility import describe, readings
-from library.checkpoints.files import is_safetensors
+from library.checkpoints.headers import is_safetensors
 from library.checkpoints.weights import open_safetensors
 
 

@@ -8,9 +8,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from library.base.errors import UserError, list_few
+from library.base.atomic_files import remove_temporary
+from library.base.errors import UserError, about, error_in, list_few
 from library.base.formatting import format_count
-from library.checkpoints.files import remove_temporary
 from library.checkpoints.folders import remove_folder, tidy
 from library.checkpoints.overwriting import judge
 from library.options.base import Options
@@ -30,15 +30,12 @@ from library.training.saving.state import (
     read_manifest,
     require_undamaged,
 )
-from library.training.step.accumulation import Plan
+from library.training.step.accumulation import StepPlan
 
 logger = logging.getLogger(__name__)
 
 EFFECTS: Mapping[OnResume | None, tuple[int, str]] = {
-    "new rate": (
-        logging.WARNING,
-        ", which takes effect from here on: the run will differ from an uninterrupted one",
-    ),
+    "new rate": (logging.WARNING, ", which takes effect from here on: the run will differ from an uninterrupted one"),
     "new length": (
         logging.INFO,
         ": learning rates that depend on the length of the run follow the new length from here on, so the run may "
@@ -103,11 +100,10 @@ def batches_of_state(accumulation: int, manifest: StateManifest | None, num_proc
     total = manifest.num_processes * accumulation
     if total % num_processes:
         fitting = [str(n) for n in range(1, total + 1) if total % n == 0]
-        raise UserError(
+        raise error_in(path=manifest.path)(
             f"the state {manifest.path} was saved by {manifest.num_processes} processes, which averaged {total} "
             f"batches in each step; {num_processes} cannot share these out. Start {' or '.join(fitting)} processes, or "
-            "set another --gradient_accumulation_steps to go on with other steps",
-            path=manifest.path,
+            "set another --gradient_accumulation_steps to go on with other steps"
         )
     logger.info(
         "the state comes from %d processes and this run has %d: --gradient_accumulation_steps %d keeps the %d batches "
@@ -120,10 +116,9 @@ def batches_of_state(accumulation: int, manifest: StateManifest | None, num_proc
 def check_latents(manifest: StateManifest, computed_as: str) -> None:
     """Raise UserError for a state of an earlier version that computed latents in another way."""
     if manifest.dataset.get(LATENTS, "") != computed_as:
-        raise UserError(
+        raise error_in(path=manifest.path)(
             f"the state {manifest.path} is of an earlier version, which trained this base model on random samples of "
-            "the VAE's latents in place of their mean; start from the LoRA file with --network_weights instead",
-            path=manifest.path,
+            "the VAE's latents in place of their mean; start from the LoRA file with --network_weights instead"
         )
 
 
@@ -190,15 +185,14 @@ def find_named_or_newest(options: StateOptions, hub: HubOptions, names: Names | 
 def state_of_main(path: str) -> StateManifest:
     """Read the state that the main process found. Raises UserError if it is not on this machine."""
     if not Path(path).is_dir():
-        raise UserError.about(
-            "--autoresume",
+        raise about("--autoresume")(
             f": the main process goes on from {path}, which is not on this machine; copy it here, or use "
-            "an --output_dir that all machines share",
+            "an --output_dir that all machines share"
         )
     return read_manifest(Path(path))
 
 
-def resolve_starting_step(options: StateOptions, end: Path, plan: Plan, manifest: StateManifest | None) -> int:
+def resolve_starting_step(options: StateOptions, end: Path, plan: StepPlan, manifest: StateManifest | None) -> int:
     """Return the number of finished steps at the start: from the options, else from the state, else 0.
 
     `end` is the file of the finished run. A step inside an epoch restarts the epoch unless its first batches are to be
@@ -229,9 +223,7 @@ def resolve_starting_step(options: StateOptions, end: Path, plan: Plan, manifest
         message = f"{source} is at step {step} of {plan.max_train_steps}: nothing is left to train"
         if (options.autoresume or options.skip_finished) and manifest is not None and not options.resume:
             raise AlreadyComplete(message)
-        raise UserError(
-            f"{message}; raise --max_train_steps or --max_train_epochs to train longer", setting="--max_train_steps"
-        )
+        raise error_in("--max_train_steps")(f"{message}; raise --max_train_steps or --max_train_epochs to train longer")
     return step
 
 
@@ -244,11 +236,7 @@ def record_options(options: Options) -> dict[str, Any]:
 
 
 def report_differences(
-    manifest: StateManifest,
-    options: Options,
-    dataset: Mapping[str, Any],
-    num_processes: int,
-    paths: Sequence[str] = (),
+    manifest: StateManifest, options: Options, dataset: Mapping[str, Any], num_processes: int, paths: Sequence[str] = ()
 ) -> None:
     """Warn of everything that makes this run differ from the uninterrupted one.
 

@@ -5,7 +5,8 @@ import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
-from library.checkpoints.files import LENGTH_BYTES, PEFT_STEM, holds_safetensors, read_header, read_metadata
+from library.checkpoints.files import PEFT_STEM
+from library.checkpoints.headers import LENGTH_BYTES, holds_safetensors, read_header, read_metadata
 from library.checkpoints.marks import MARK_FIELD
 from library.checkpoints.overwriting import judge
 from library.training.saving.names import Names

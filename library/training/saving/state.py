@@ -25,11 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from library.base.errors import UserError
+from library.base.errors import UserError, about, error_in
 from library.base.json_text import parse_json
-from library.checkpoints.files import load_state_dict, read_header, save_safetensors
+from library.checkpoints.files import load_state_dict
 from library.checkpoints.folders import atomic_folder
 from library.checkpoints.hashes import digest_of_file
+from library.checkpoints.headers import read_header
+from library.checkpoints.saving import save_safetensors
 from library.checkpoints.tree_json import dump_tree, load_tree
 from library.options.training.run import MAX_SEED
 from library.training.reporting.progress import Part
@@ -121,35 +123,28 @@ def read_manifest(folder: Path) -> StateManifest:
     Only the sizes of the large files are checked; `require_undamaged` reads them.
     """
     if not folder.is_dir():
-        raise UserError.about(
-            "--resume", "is not a folder; give the folder of a saved state, such as last-state", path=folder
-        )
+        raise about("--resume", folder)("is not a folder; give the folder of a saved state, such as last-state")
     try:
         content = parse_json((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         content = {}
     except (OSError, ValueError) as error:
-        raise UserError.about(
-            "--resume",
-            f": its {MANIFEST_FILE} cannot be read ({error}); use another state",
-            path=folder,
-            cause="unreadable",
+        raise about("--resume", folder, cause="unreadable")(
+            f": its {MANIFEST_FILE} cannot be read ({error}); use another state"
         ) from None
     version = content.get("version") if isinstance(content, dict) else None
     if version is None:
-        raise UserError(f"the folder {folder} {explain_no_state(folder)}", path=folder)
+        raise error_in(path=folder)(f"the folder {folder} {explain_no_state(folder)}")
     if version != VERSION:
-        raise UserError(
-            f"the state {folder} is of version {version}; this program reads version {VERSION}", path=folder
-        )
+        raise error_in(path=folder)(f"the state {folder} is of version {version}; this program reads version {VERSION}")
     digest = content.pop("digest", None)  # older states have no digests
     if digest is not None and digest != digest_of_text(json.dumps(content, ensure_ascii=False)):
         raise UserError(make_damage_error(folder, MANIFEST_FILE))
     try:
         for name, size in content["sizes"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-                raise UserError(
-                    f"the state {folder} is not whole: {name} should have {size} bytes; copy it again", path=folder
+                raise error_in(path=folder)(
+                    f"the state {folder} is not whole: {name} should have {size} bytes; copy it again"
                 )
         require_values(folder, content)
         return StateManifest(
@@ -164,8 +159,8 @@ def read_manifest(folder: Path) -> StateManifest:
             digests=content.get("digests", {}),
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"the state {folder}: its {MANIFEST_FILE} lacks {error}; use another state", path=folder
+        raise error_in(path=folder)(
+            f"the state {folder}: its {MANIFEST_FILE} lacks {error}; use another state"
         ) from None
 
 
@@ -174,14 +169,13 @@ def require_values(folder: Path, content: Mapping[str, Any]) -> None:
     for name, least in (("current_step", 0), ("seed", -MAX_SEED), ("num_processes", 1)):
         value = content[name]
         if type(value) is not int or value < least:
-            raise UserError(
-                f"the state {folder}: {name} in its {MANIFEST_FILE} is {value!r}; use another state", path=folder
+            raise error_in(path=folder)(
+                f"the state {folder}: {name} in its {MANIFEST_FILE} is {value!r}; use another state"
             )
     for name, kind in (("options", dict), ("dataset", dict), ("parts", dict), ("digests", dict), ("done", list)):
         if not isinstance(content.get(name, kind()), kind):
-            raise UserError(
-                f"the state {folder}: {name} in its {MANIFEST_FILE} is {content[name]!r}; use another state",
-                path=folder,
+            raise error_in(path=folder)(
+                f"the state {folder}: {name} in its {MANIFEST_FILE} is {content[name]!r}; use another state"
             )
 
 
@@ -191,8 +185,8 @@ def require_undamaged(manifest: StateManifest) -> None:
         try:
             is_whole = digest_of_file(manifest.path / name) == digest
         except OSError as error:
-            raise UserError(
-                f"the state {manifest.path}: {name} cannot be read ({error}); use another state", path=manifest.path
+            raise error_in(path=manifest.path)(
+                f"the state {manifest.path}: {name} cannot be read ({error}); use another state"
             ) from None
         if not is_whole:
             raise UserError(make_damage_error(manifest.path, name))
@@ -256,10 +250,9 @@ def restore(manifest: StateManifest, network: nn.Module, keepers: Mapping[str, S
     try:
         load_network(network, weights)
     except (RuntimeError, KeyError) as error:
-        raise UserError(
+        raise error_in(path=manifest.path)(
             f"the state {manifest.path} holds another network: {shorten_line(str(error))}. Give the --network_module, "
-            "--network_dim and --network_args that it was trained with",
-            path=manifest.path,
+            "--network_dim and --network_args that it was trained with"
         ) from None
     tensors = load_state_dict(manifest.path / TENSOR_FILE)
     for name, keeper in keepers.items():
@@ -269,10 +262,9 @@ def restore(manifest: StateManifest, network: nn.Module, keepers: Mapping[str, S
         try:
             keeper.load_state_dict(load_tree(manifest.parts[name], tensors))
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-            raise UserError(
+            raise error_in(path=manifest.path)(
                 f"the state {manifest.path} does not fit the {name} of this run: {shorten_line(str(error))}. Give the "
-                "options that it was trained with",
-                path=manifest.path,
+                "options that it was trained with"
             ) from None
 
 

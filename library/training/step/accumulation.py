@@ -36,7 +36,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """The shape of a run."""
 
     num_batches: int  # in an epoch
@@ -44,7 +44,7 @@ class Plan:
     max_train_steps: int
 
     @classmethod
-    def build(cls, options: RunOptions, num_batches: int, num_processes: int = 1) -> "Plan":
+    def build(cls, options: RunOptions, num_batches: int, num_processes: int = 1) -> "StepPlan":
         """Build the plan of a run whose epochs have `num_batches` over all processes."""
         accumulation = options.gradient_accumulation_steps * num_processes
         return cls(num_batches, accumulation, options.planned_steps(num_batches, num_processes))

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.base.errors import UserError
+from library.base.errors import about, error_in
 from library.base.randomness import generator_for, stream_seed
 from library.diffusion.inpainting import FEATURE, blank, draw_mask, mask_channels
 from library.diffusion.references import reference_features
@@ -36,10 +36,8 @@ def load_latents(
         damaged = [
             key for key, latents_CHW in zip(batch.keys, latents_BCHW, strict=True) if not latents_CHW.isfinite().all()
         ]
-        raise UserError(
-            f"the VAE gives NaN for {', '.join(damaged)}; add --no_half_vae, or use a VAE made for fp16",
-            setting="--no_half_vae",
-            cause="needs",
+        raise error_in("--no_half_vae", cause="needs")(
+            f"the VAE gives NaN for {', '.join(damaged)}; add --no_half_vae, or use a VAE made for fp16"
         )
     return latents_BCHW
 
@@ -81,10 +79,8 @@ def build_inpainting(context: StepContext, batch: Batch, seed: int, place_of: Ca
     if not context.arch.inpaints:
         return {}
     if batch.pixels_BCHW is None:  # cached latents are refused
-        raise UserError.about(
-            "--train_inpainting",
-            "needs images, but --dataset_class gives `latents`; give `images` instead",
-            cause="needs",
+        raise about("--train_inpainting", cause="needs")(
+            "needs images, but --dataset_class gives `latents`; give `images` instead"
         )
     height, width = batch.pixels_BCHW.shape[-2:]
     rngs = [np.random.default_rng(stream_seed(seed, "mask", *place_of(i))) for i in range(len(batch.keys))]

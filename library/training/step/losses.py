@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.randomness import generator_for, stream_seed
 from library.data.description.schema import PRESERVATION, level_offset
 from library.diffusion.timesteps import stratify
@@ -78,11 +78,7 @@ def loss_of(context: StepContext, batch: Batch, batch_number: int) -> Tensor:
 
 
 def compute_losses(
-    context: StepContext,
-    objective: Objective,
-    batch: Batch,
-    noised: Noised,
-    condition: Callable[[], Conditioning],
+    context: StepContext, objective: Objective, batch: Batch, noised: Noised, condition: Callable[[], Conditioning]
 ) -> Tensor:
     """Return the loss of each sample, shape B, masked but without subset weights. `condition` returns the text
     conditioning."""
@@ -137,10 +133,9 @@ def preserve_output(
     if not any(is_preserved) and not context.preserves_in_step:
         return target_BCHW
     if context.models.sharded is not None and not context.preserves_in_step:
-        raise UserError.about(
-            "--shard_base",
+        raise about("--shard_base")(
             f": {PRESERVATION} in custom_attributes of a --dataset_class asks the base model alone, and "
-            "the other processes do not know of it; leave one of them out",
+            "the other processes do not know of it; leave one of them out"
         )
     context.network.set_multiplier(0.0)
     try:

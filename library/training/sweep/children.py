@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.base.launcher import DRIVER
 from library.training.sweep.commands import environment_of_runs
 
@@ -58,9 +58,7 @@ class Children:
         try:
             self._running = subprocess.Popen(words, env=environment)
         except OSError as error:
-            raise UserError(
-                f"--launcher: {words[0]} cannot be started: {error.strerror}", setting="--launcher"
-            ) from error
+            raise error_in("--launcher")(f"--launcher: {words[0]} cannot be started: {error.strerror}") from error
         try:
             status = self._running.wait()
         finally:

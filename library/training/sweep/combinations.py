@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.base.suggestions import did_you_mean
 from library.options.base import Options
 from library.options.caching import CachingOptions
@@ -89,11 +89,11 @@ def expand_combinations(options: OptionsT) -> list[Combination[OptionsT]]:
     labels_of = short_names(type(options))
     names = [name for name, _ in swept]
     if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise UserError.about("--sweep", f"names {repeated} twice; give all of its values in one word")
+        raise about("--sweep")(f"names {repeated} twice; give all of its values in one word")
     # Counted before they are listed, because a few options with many values each make millions.
     num_runs = prod(len(texts) for _, texts in swept)
     if num_runs > MOST_RUNS:
-        raise UserError.about("--sweep", f"names {num_runs} runs; at most {MOST_RUNS} can be trained by one command")
+        raise about("--sweep")(f"names {num_runs} runs; at most {MOST_RUNS} can be trained by one command")
     warn_of_replaced(options, names)
     words, combinations = dict(swept), []
     strengths = find_kept_strengths(options.network, words)
@@ -104,15 +104,15 @@ def expand_combinations(options: OptionsT) -> list[Combination[OptionsT]]:
         combinations.append(Combination(label, chosen, resolve_run_options(options, chosen, label, ranks, strengths)))
     if len(combinations) < 2:
         typed = " ".join(options.sweep.sweep or ())
-        raise UserError.about("--sweep", f"{typed} names a single run; give it two values or more")
+        raise about("--sweep")(f"{typed} names a single run; give it two values or more")
     labels = [
         combination.label.casefold() for combination in combinations
     ]  # file names ignore case on Windows and macOS
     if clash := next(
         (combination.label for combination in combinations if labels.count(combination.label.casefold()) > 1), None
     ):
-        raise UserError.about(
-            "--sweep", f": two runs would have the name {clash}; give values whose names differ in more than case"
+        raise about("--sweep")(
+            f": two runs would have the name {clash}; give values whose names differ in more than case"
         )
     return combinations
 
@@ -131,16 +131,16 @@ def parse_word(item: str, options: Options) -> tuple[str, list[str]]:
     name = name.strip().removeprefix("--")
     texts = [value.strip() for value in text.split("|" if "|" in text else ",")]
     if not equals or not name or not all(texts):
-        raise UserError.about("--sweep", f"{item!r}: {FORM}")
+        raise about("--sweep")(f"{item!r}: {FORM}")
     if repeated := next((value for value in texts if texts.count(value) > 1), None):
-        raise UserError.about("--sweep", f"{name}: {repeated} appears twice; list each value once")
+        raise about("--sweep")(f"{name}: {repeated} appears twice; list each value once")
     swept = short_names(type(options))
     if name in swept or (name.partition(".")[0] in TABLES and "." in name):
         return name, texts
     if name in options.flat():
-        raise UserError.about("--sweep", f"{name}: {explain_refusal(name)}")
+        raise about("--sweep")(f"{name}: {explain_refusal(name)}")
     if hint := did_you_mean(name, swept, NEAR):
-        raise UserError.about("--sweep", f"{name}: there is no such option{hint}")
+        raise about("--sweep")(f"{name}: there is no such option{hint}")
     return f"{TABLES[0]}.{name}", texts  # the network module checks it
 
 
@@ -202,11 +202,7 @@ def short_value(text: str) -> str:
 
 
 def resolve_run_options(
-    options: OptionsT,
-    chosen: Mapping[str, str],
-    label: str,
-    ranks: Mapping[str, str],
-    strengths: Sequence[Strength],
+    options: OptionsT, chosen: Mapping[str, str], label: str, ranks: Mapping[str, str], strengths: Sequence[Strength]
 ) -> OptionsT:
     """Return the options of one run; `ranks` are its `varied_ranks`.
 
@@ -238,7 +234,7 @@ def resolve_run_options(
             if strength.rank_name in ranks:
                 resolved = resolved.with_values(strength.as_option(resolved.network, ranks[strength.rank_name]))
     for line in find_idle_words(resolved, resolved.network, chosen):
-        raise UserError.about("--sweep", f"{line}")
+        raise about("--sweep")(f"{line}")
     return resolved
 
 
@@ -251,7 +247,7 @@ def parse_value(kind: type[Options], name: str, text: str) -> Any:
     try:
         value = [read(part) for part in split_words(text)] if declared.nargs else read(text)
     except (ValueError, ArgumentTypeError) as error:
-        raise UserError.about("--sweep", f"{name}: {text!r} is no value of --{name}: {error}") from error
+        raise about("--sweep")(f"{name}: {text!r} is no value of --{name}: {error}") from error
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, int | float):
             check_number(name, number, declared)

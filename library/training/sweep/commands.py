@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.options.train import TrainOptions
 from library.training.config_file import SECRETS, format_config
 
@@ -111,7 +111,7 @@ def write_file(folder: Path, name: str, given: Mapping[str, Any]) -> Path:
         with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
             file.write(format_config({name: value for name, value in given.items() if value is not None}))
     except OSError as error:
-        raise UserError(f"--sweep: {path} cannot be written: {error.strerror}", setting="--sweep") from error
+        raise error_in("--sweep")(f"--sweep: {path} cannot be written: {error.strerror}") from error
     return path
 
 
@@ -120,7 +120,7 @@ def start_script(launcher: str | None) -> list[str]:
     try:
         words = shlex.split(launcher or "")
     except ValueError as error:
-        raise UserError(f"--launcher {launcher!r} cannot be split into words: {error}", setting="--launcher") from error
+        raise error_in("--launcher")(f"--launcher {launcher!r} cannot be split into words: {error}") from error
     names = {Path(word).name for word in words}
     return words if names & {*START_PYTHON} else [*words, sys.executable]
 

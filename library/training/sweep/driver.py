@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.base.launcher import launched_count
 from library.base.temporary_folders import delete_abandoned_folders, make_temporary_folder
 from library.options.train import TrainOptions
@@ -82,23 +82,21 @@ def run_sweep(script: Script[Any], options: TrainOptions, check: Check, has_sign
     `check` is called in a process of its own. Raises UserError for an invalid sweep.
     """
     if (count := launched_count()) > 1:
-        raise UserError(
+        raise error_in("--sweep")(
             f"--sweep starts each run as a process of its own, and {count} processes were launched; start it without "
             f'a launcher, and give it --launcher "accelerate launch --num_processes {count}", which stands before '
-            "each of its runs",
-            setting="--sweep",
+            "each of its runs"
         )
     words = options.sweep
     if words.sweep_only is not None and options.run.seed is None:
-        raise UserError(
-            "--sweep_only needs --seed, which it shares with the runs that other machines train", setting="--sweep_only"
+        raise error_in("--sweep_only")(
+            "--sweep_only needs --seed, which it shares with the runs that other machines train"
         )
     seed = find_seed(options) if options.run.seed is None else options.run.seed
     members = resolve_members(options, seed)
     if words.sweep_only is not None and words.sweep_only > len(members):
-        raise UserError(
-            f"--sweep_only is {words.sweep_only}, and --sweep has {len(members)} runs; see --sweep_list",
-            setting="--sweep_only",
+        raise error_in("--sweep_only")(
+            f"--sweep_only is {words.sweep_only}, and --sweep has {len(members)} runs; see --sweep_list"
         )
     if words.sweep_list:
         folder = Path(options.saving.output_dir or tempfile.gettempdir())
@@ -292,7 +290,7 @@ def open_folder(options: TrainOptions, seed: int | None) -> Path:
         if seed is not None and options.run.seed is None and not seed_file(options).exists():
             seed_file(options).write_text(str(seed))
     except OSError as error:
-        raise UserError(f"--output_dir {parent} cannot be written: {error.strerror}", setting="--output_dir") from error
+        raise error_in("--output_dir")(f"--output_dir {parent} cannot be written: {error.strerror}") from error
     return folder
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.training.report_page.comparison import label_runs
 from library.training.report_page.page import ENDING
 from library.training.report_page.record import Record
@@ -30,18 +30,16 @@ def rank_reports(folder: Path) -> tuple[Ranking, list[str]]:
     records = [read_report(path) for path in paths]
     measured = [(path, record) for path, record in zip(paths, records, strict=True) if record.last_losses]
     if len(measured) < 2:
-        raise UserError(
+        raise error_in("--rank")(
             f"--rank {folder}: {len(measured)} of its {len(paths)} reports have losses of held-out images; "
-            "--validation_split sets images aside",
-            setting="--rank",
+            "--validation_split sets images aside"
         )
     labels = label_runs([record for _, record in measured], [path for path, _ in measured])
     standings = [make_standing(label, record) for label, (_, record) in zip(labels, measured, strict=True)]
     if (count := len(next(iter(pair_losses(standings).values()), []))) < 2:
-        raise UserError(
+        raise error_in("--rank")(
             f"--rank {folder}: its runs have measured {count} common images, and two are needed; give all of them one "
-            "--validation_seed and the same images",
-            setting="--rank",
+            "--validation_seed and the same images"
         )
     return rank_standings(standings), list(differences([record for _, record in measured]))
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
+from library.base.atomic_files import write_whole
 from library.base.formatting import align_columns
 from library.checkpoints.overwriting import find_place
 from library.training.evaluation.choice import CONFIDENCE, Compared, choose, is_clearly_worse
 from library.training.evaluation.choosing import format_interval
 from library.training.report_page.comparison import select_shown
 from library.training.report_page.page import SWEEP, TITLES, build_page, read_data
-from library.training.report_page.writer import read_report, write_page
+from library.training.report_page.writer import read_report
 from library.training.reporting.event_stream import plain
 from library.training.sweep.worker import Standing
 
@@ -110,7 +111,7 @@ def rank_and_write(
         return [*lines, f"sweep: {ranking.verdict}"]
     page = find_place(page, SWEEP)
     try:
-        write_page(page, build_page(title, SCRIPT, build_page_data(ranking, title)))
+        write_whole(page, build_page(title, SCRIPT, build_page_data(ranking, title)))
     except OSError as error:
         return [*lines, f"sweep: {ranking.verdict}", f"{page} cannot be written: {error}"]
     add_runs(page, chosen, reports)
@@ -166,7 +167,7 @@ def add_runs(page: Path, chosen: Mapping[str, Mapping[str, str]], reports: Mappi
         runs = [{"label": label, **select_shown(read_report(path))} for label, path in reports.items() if path.exists()]
         names = {label: path.name for label, path in reports.items()}
         data = {**data, "chosen": chosen, "reports": names, "runs": runs}
-        write_page(find_place(page, SWEEP), build_page(str(data.get("title")), SCRIPT, data))
+        write_whole(find_place(page, SWEEP), build_page(str(data.get("title")), SCRIPT, data))
     except (OSError, ValueError) as error:
         logger.warning("%s has no charts: %s", page, error)
 

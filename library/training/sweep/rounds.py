@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.base.formatting import format_bytes
 from library.options.train import TrainOptions
 from library.training.sweep.outcomes import end_file
@@ -33,16 +33,13 @@ class Rounds:
         if step is None:
             return None
         if unranked:
-            raise UserError(
+            raise error_in(FLAG)(
                 f"{FLAG}: {', '.join(unranked)} changes the held-out images or what their losses mean, so that runs "
-                f"cannot be compared; leave out {FLAG}",
-                setting=FLAG,
+                f"cannot be compared; leave out {FLAG}"
             )
         has_images = options.dataset.dataset_config or options.validation.validation_split
         if options.concepts is not None or not has_images:
-            raise UserError(
-                f"{FLAG} compares runs by their validation, and there is none; set --validation_split", setting=FLAG
-            )
+            raise error_in(FLAG)(f"{FLAG} compares runs by their validation, and there is none; set --validation_split")
         return cls(step)
 
     def next_step(self) -> int:
@@ -54,10 +51,9 @@ class Rounds:
         """Raise UserError if the states of all runs do not fit."""
         free = shutil.disk_usage(folder).free
         if num_bytes > free:
-            raise UserError(
+            raise error_in(FLAG)(
                 f"{FLAG} keeps a state of every run between rounds, {format_bytes(num_bytes)} in all, and "
-                f"{format_bytes(free)} are free in --output_dir {folder}; make room, or leave out {FLAG}",
-                setting=FLAG,
+                f"{format_bytes(free)} are free in --output_dir {folder}; make room, or leave out {FLAG}"
             )
 
     def find_worse(self, standings: Sequence[Standing], num_runs: int) -> list[str]:

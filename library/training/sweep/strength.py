@@ -4,7 +4,7 @@ rank of convolutions."""
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.options.network_args import is_switched_on, parse_network_args
 from library.options.training.network import NetworkOptions
 
@@ -53,9 +53,8 @@ def find_kept_strengths(network: NetworkOptions, words: Mapping[str, Sequence[st
             try:
                 strengths += [Strength(name, float(alphas[name]), rank) for rank in known[:1]]
             except ValueError as error:
-                raise UserError(
-                    f"--network_args conv_alpha={alphas[name]} is not a number; correct it",
-                    setting="--network_args conv_alpha",
+                raise error_in("--network_args conv_alpha")(
+                    f"--network_args conv_alpha={alphas[name]} is not a number; correct it"
                 ) from error
     return strengths
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.options.declared import Needs, declare
 from library.options.kinds import PROBABILITY
 from networks.core.arguments.lr_curves import LR_WEIGHTS, LrWeights
@@ -127,8 +127,6 @@ COMMON: tuple[type, ...] = (RankArguments, RateArguments, DropoutArguments, Stru
 def check_blocks(arguments: NetworkArguments) -> None:
     """Raise UserError if conv_block_dims is given without block_dims or an *_lr_weight list."""
     if "conv_block_dims" in arguments.given and not any(name in arguments.given for name in IN_BLOCKS):
-        raise UserError(
-            "--network_args conv_block_dims needs block_dims; give both, or conv_dim for one rank everywhere",
-            setting="--network_args conv_block_dims",
-            cause="needs",
+        raise error_in("--network_args conv_block_dims", cause="needs")(
+            "--network_args conv_block_dims needs block_dims; give both, or conv_dim for one rank everywhere"
         )

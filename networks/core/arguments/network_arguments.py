@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from library.base.errors import UserError
+from library.base.errors import UserError, error_in
 from library.base.suggestions import nearest_name
 from library.checkpoints.base_model_spec import ArgumentForm
 from library.options.declared import Declared, Needs, list_aliases, list_declared
@@ -94,7 +94,7 @@ def read_groups(
         if aliases.get(key, key) not in kinds:
             hint = _suggest(key, kinds, aliases, known)
             message = f"--network_args {key}={value}: there is no argument {key}; {hint}"
-            raise UserError(message, setting=f"--network_args {key}")
+            raise error_in(f"--network_args {key}")(message)
     values = _merge_aliases(given, aliases, kinds)
     of_model = {key: value for key, value in values.items() if key in of_models}
     group_values = {
@@ -121,7 +121,7 @@ def _parse(key: str, value: Any, name: str, kind: Kind) -> Any:
     try:
         return parse_text(text, kind)
     except UserError as error:
-        raise UserError(f"{_as_typed(key)}={text}: {error}", setting=_as_typed(key)) from None
+        raise error_in(_as_typed(key))(f"{_as_typed(key)}={text}: {error}") from None
 
 
 def _as_typed(key: str) -> str:
@@ -138,11 +138,8 @@ def _merge_aliases(given: Mapping[str, Any], aliases: Mapping[str, str], kinds: 
         if values.setdefault(name, parsed) != parsed:
             other = spellings[name]
             same = f"{_as_typed(key)}={value} and {other}={given[other]}"
-            raise UserError(
-                f"{same} mean the same and differ; give one of them",
-                setting=_as_typed(key),
-                others=[_as_typed(other)],
-                cause="does not fit",
+            raise error_in(_as_typed(key), others=[_as_typed(other)], cause="does not fit")(
+                f"{same} mean the same and differ; give one of them"
             )
         spellings[name] = key
     return values

@@ -5,15 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from networks.core.changes.change import (
-    ChangeSize,
-    Delta,
-    Forward,
-    Misfit,
-    StoredOtherwise,
-    list_parts,
-    match_shape,
-)
+from networks.core.changes.change import ChangeSize, Delta, Forward, Misfit, StoredOtherwise, list_parts, match_shape
 from networks.core.changes.dropout import NO_DROPOUT, Dropout
 from networks.core.changes.parameter_keys import ALPHA, START
 from networks.core.changes.tlora import NoiseMask

@@ -6,7 +6,7 @@ from math import prod
 
 from torch import nn
 
-from library.base.errors import UserError
+from library.base.errors import UserError, about
 from networks.core.arguments.common import LORAPLUS_RATIOS, RankArguments, TargetArguments
 from networks.core.arguments.network_arguments import NetworkSettings
 from networks.core.changes.change import ModuleTensors, weight_shape
@@ -43,11 +43,10 @@ def block_size_for(num_columns: int, wanted: int, may_adjust: bool) -> int:
     if wanted > 1 and num_columns % wanted == 0:
         return wanted
     if not may_adjust and wanted > 1:
-        raise UserError.about(
-            "--network_dim",
+        raise about("--network_dim")(
             f"(or block_size) is {wanted}, which does not divide the {num_columns} inputs of a layer, "
             "and --network_args auto_adjust=False forbids another size; choose one that divides all layers, or leave "
-            "auto_adjust out",
+            "auto_adjust out"
         )
     divisors = [size for size in range(2, num_columns + 1) if num_columns % size == 0]
     if not divisors:

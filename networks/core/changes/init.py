@@ -16,7 +16,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from library.base.errors import UserError
+from library.base.errors import UserError, error_in
 from library.options.declared import declare
 from library.options.kinds import Kind
 from networks.core.changes.change import Delta, get_weight
@@ -190,10 +190,9 @@ def orthogonal(layer: nn.Module, rank: int) -> Delta:
     up to rounding, so nothing is subtracted. Raises UserError for an odd rank.
     """
     if rank % 2:
-        raise UserError(
+        raise error_in("--network_args init")(
             f"--network_args init={ORTHOGONAL} needs even ranks, half for each factor, but a module has rank {rank}; "
-            f"set --network_dim (or the rank that this module has of --network_args) to {rank + 1}",
-            setting="--network_args init",
+            f"set --network_dim (or the rank that this module has of --network_args) to {rank + 1}"
         )
     delta = LowRank(layer, rank)
     down, up = get_weight(delta.lora_down), get_weight(delta.lora_up)

@@ -18,19 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.base.errors import UserError, flagged, naming
+from library.base.errors import UserError, error_in, flagged, naming, of_file
 from library.base.json_text import parse_json
 from library.checkpoints.adapter_keys import UP_BIASES, AdapterKey, strip_peft_prefix
-from library.checkpoints.files import (
-    PEFT_STEM,
-    file_in_folder,
-    is_safetensors,
-    load_state_dict,
-    read_metadata,
-    save_pickle_state_dict,
-    save_safetensors,
-)
+from library.checkpoints.files import PEFT_STEM, file_in_folder, load_state_dict
 from library.checkpoints.hashes import with_hashes
+from library.checkpoints.headers import is_safetensors, read_metadata
+from library.checkpoints.saving import save_pickle_state_dict, save_safetensors
 from networks.core.changes.adalora import alpha_of, to_lora
 from networks.core.changes.parameter_keys import ALPHA
 from networks.core.changes.qkv_pieces import split_piece_key
@@ -84,7 +78,7 @@ def read_adapter_file(path: str | Path, flag: str = "") -> AdapterFile:
             with flagged(flag):
                 tensors, metadata = load_state_dict(path), read_metadata(path)
         except OSError as error:
-            raise UserError(f"{flag}: {error}" if flag else str(error), cause="unreadable") from error
+            raise error_in(cause="unreadable")(f"{flag}: {error}" if flag else str(error)) from error
         return complete_file(replace(sort_tensors(tensors, metadata, where), peft_settings=peft_settings(path)))
 
 
@@ -179,10 +173,7 @@ def save_adapter_file(
 
 
 def save_network(
-    path: str | Path,
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str] | None,
-    mark: str | None = None,
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, mark: str | None = None
 ) -> None:
     """Write adapters atomically: .safetensors with metadata and both hashes, otherwise a pickled state dict."""
     if is_safetensors(path):
@@ -263,7 +254,7 @@ def peft_settings(path: Path) -> PeftSettings | None:
     try:
         return {"": dict(parse_json(settings_path.read_text(encoding="utf-8")))}
     except (ValueError, TypeError) as error:
-        raise UserError.of_file(settings_path, f"is damaged: {error}", cause="unreadable") from error
+        raise of_file(settings_path, cause="unreadable")(f"is damaged: {error}") from error
 
 
 def with_alpha(module: ModuleWeights, settings: PeftSettings) -> ModuleWeights:

@@ -10,18 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from library.base.errors import UserError
+from library.base.errors import about, error_in
 from library.options.declared import declare
 from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings
 from networks.core.arguments.values import RANK, SWITCH, UNIT
 from networks.core.changes.adapter import Adapter
-from networks.core.changes.blocks import (
-    REFUSED,
-    block_size_for,
-    refuse_magnitudes,
-    resolve_blocks,
-    row_length,
-)
+from networks.core.changes.blocks import REFUSED, block_size_for, refuse_magnitudes, resolve_blocks, row_length
 from networks.core.changes.change import Change, ModuleTensors, weight_shape
 from networks.core.changes.dropout import NO_DROPOUT, Dropout
 from networks.core.changes.orthogonal import Orthogonal
@@ -96,12 +90,10 @@ def sizes_for(num_columns: int, wanted: int, num_blocks: int, num_factors: int, 
         return num_columns // requested, requested
     setting = f"boft_block_num={num_blocks}" if num_blocks else f"block_size={wanted}"
     if not sizes or num_blocks or not may_adjust:
-        raise UserError.about(
-            "--network_args",
+        raise about("--network_args", cause="does not fit")(
             f"{setting} with boft_n_butterfly_factor={num_factors} does not fit a layer with "
             f"{num_columns} inputs, of which sizes {', '.join(map(str, sizes)) or 'none'} can be made; choose another, "
-            "or leave the layer out with exclude_patterns",
-            cause="does not fit",
+            "or leave the layer out with exclude_patterns"
         )
     size = min(sizes, key=lambda size: (abs(size - wanted), size))
     return num_columns // size, size
@@ -212,10 +204,9 @@ def resolve(settings: NetworkSettings) -> NetworkSettings:
     """Use the block size as the rank. Raises UserError if both a size and a number of blocks are given."""
     boft = settings.arguments.of(BoftArguments)
     if boft.block_size and boft.block_num:
-        raise UserError(
+        raise error_in("--network_args block_size")(
             f"--network_args block_size={boft.block_size} and boft_block_num={boft.block_num} say the same in two "
-            "ways; give one of them",
-            setting="--network_args block_size",
+            "ways; give one of them"
         )
     return resolve_blocks(settings, boft.block_size, boft.enable_conv)
 

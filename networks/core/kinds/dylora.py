@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.base.randomness import random_for
 from library.options.declared import Needs, declare
 from networks.core.arguments.common import ON_CONVOLUTIONS
@@ -153,10 +153,9 @@ def check_units(adapters: Sequence[Adapter], arguments: DyloraArguments) -> None
             name, setting = UNITS[target.kind]
             lower = delta.rank - delta.rank % unit
             nearest = f"{lower} or {lower + unit}" if lower else str(unit)
-            raise UserError(
+            raise error_in(f"--network_args {name}")(
                 f"--network_args {name}={unit}: {target.name} has rank {delta.rank}, which is no multiple of it; "
-                f"set {setting} to {nearest}, or choose another {name}",
-                setting=f"--network_args {name}",
+                f"set {setting} to {nearest}, or choose another {name}"
             )
     if modules:
         full_rank, unit = largest_rank(modules, arguments)

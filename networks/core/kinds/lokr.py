@@ -46,12 +46,7 @@ class LoKr(nn.Module):
     """
 
     def __init__(
-        self,
-        layer: nn.Module,
-        rank: int,
-        outer: tuple[int, int],
-        is_product: tuple[bool, bool],
-        has_core: bool = False,
+        self, layer: nn.Module, rank: int, outer: tuple[int, int], is_product: tuple[bool, bool], has_core: bool = False
     ) -> None:
         """`outer` is (L, M). `is_product` holds for w1 and w2 True if the matrix is a product of factors."""
         super().__init__()
@@ -206,12 +201,7 @@ def factorize(size: int, factor: int) -> tuple[int, int]:
 
 
 def make_fresh(
-    layer: nn.Module,
-    rank: int,
-    factor: int = -1,
-    is_both: bool = False,
-    is_full: bool = False,
-    has_core: bool = False,
+    layer: nn.Module, rank: int, factor: int = -1, is_both: bool = False, is_full: bool = False, has_core: bool = False
 ) -> Delta:
     """Make a LoKr as requested by the arguments `factor`, `decompose_both` and `full_matrix`.
 

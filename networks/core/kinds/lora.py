@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from library.checkpoints.adapter_names import NAMINGS
 from networks.core.changes.additive import read_with, wrap
 from networks.core.changes.change import Change, Delta, MakeDelta, ModuleTensors
@@ -47,10 +47,9 @@ def make_pair(request: ChangeRequest, make_delta: MakeDelta, make_split: MakeSpl
         return wrap(request, make_split(layer, rank, widths), alpha)
     if init.starts_at_weight and request.tensors is not None:  # the file has the initial values
         if rank % 2:
-            raise UserError(
+            raise error_in("--network_args init")(
                 f"--network_args init={init.init}: {request.target.name} has rank {rank} in {request.source}, but "
-                "files trained with it have even ranks; leave init out to train it further as it is",
-                setting="--network_args init",
+                "files trained with it have even ranks; leave init out to train it further as it is"
             )
         # Files have twice the rank and alpha of the settings.
         return wrap(request, FromStart(layer, rank // 2), alpha / 2)
@@ -63,10 +62,9 @@ def check_apart(request: ChangeRequest, widths: tuple[int, ...]) -> None:
     """Raise UserError if a file has one adapter for all projections of a layer."""
     assert request.tensors is not None
     if not are_apart(request.tensors, widths):
-        raise UserError(
+        raise error_in("--network_args split_qkv")(
             f"--network_args split_qkv: {request.target.name} is one adapter for all projections of its layer in "
-            f"{request.source}; leave split_qkv out to train it further as it is",
-            setting="--network_args split_qkv",
+            f"{request.source}; leave split_qkv out to train it further as it is"
         )
 
 

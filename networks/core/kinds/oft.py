@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from library.base.errors import UserError
+from library.base.errors import UserError, about
 from library.options.declared import declare
 from networks.core.arguments.common import RankArguments
 from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings
@@ -232,11 +232,10 @@ def make_fresh(
     for name, width in zip((BLOCKS,) if widths is None else PIECES, widths or (len(get_weight(layer)),), strict=False):
         if width % num_blocks or width == num_blocks:
             fits = max((number for number in range(1, min(num_blocks, width)) if width % number == 0), default=1)
-            raise UserError.about(
-                "--network_dim",
+            raise about("--network_dim")(
                 f"{num_blocks} is the number of blocks that outputs are turned in, and {path} has "
                 f"{width} of them; use a smaller number that divides it, such as {fits}, or --network_module "
-                "networks.oft_v2",
+                "networks.oft_v2"
             )
         tensors[name] = torch.zeros(num_blocks, width // num_blocks, width // num_blocks)
     return OrthogonalOutputs(layer, tensors, drops)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.base.errors import UserError, list_few
+from library.base.errors import UserError, about, error_in, list_few, of_file
 from networks.core.arguments.common import RankArguments, RateArguments, TargetArguments
 from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings
 from networks.core.changes.dora import DoraArguments, can_have_magnitudes
@@ -81,9 +81,8 @@ def create_network(
         rules = make_rules(rank, settings.alpha, arguments, targets, is_denoiser=model.is_denoiser)
         members += maker.fresh(model, rules)
     if not members:
-        raise UserError(
-            f"nothing to train: with --network_dim {rank} and these --network_args every module has the rank 0",
-            setting="--network_dim",
+        raise error_in("--network_dim")(
+            f"nothing to train: with --network_dim {rank} and these --network_args every module has the rank 0"
         )
     report_new_members(targets, arguments, members)
     report_without_magnitudes(arguments, members)
@@ -129,10 +128,8 @@ def create_network_from_weights(
         rules = rates_alone(arguments, targets, is_denoiser=model.is_denoiser)
         members += maker.of_file(model, rules, groups, str(file), is_merged=for_inference)
     if not members:
-        raise UserError(
-            f"{file}: none of its {len(groups)} modules is in this base model; was it made for another?",
-            path=file,
-            cause="does not fit",
+        raise error_in(path=file, cause="does not fit")(
+            f"{file}: none of its {len(groups)} modules is in this base model; was it made for another?"
         )
     network = AdapterNetwork(members, targets, arguments, maker.noise, str(file), spelling)
     if not for_inference:
@@ -242,10 +239,8 @@ def check_arguments(kind: AdapterKind, arguments: NetworkArguments) -> None:
     """Raise UserError for an argument that this kind does not support; warn about arguments of other kinds."""
     for name, (conflict, reason) in list_refused(kind, arguments).items():
         if arguments.given.get(name):
-            raise UserError(
-                f"--network_args {name} does not work with {conflict}: {reason}",
-                setting=f"--network_args {name}",
-                cause="does not fit",
+            raise error_in(f"--network_args {name}", cause="does not fit")(
+                f"--network_args {name} does not work with {conflict}: {reason}"
             )
     for owners, names in list_ignored(kind, arguments).items():
         logger.warning("--network_args %s has no effect; it belongs to %s", ", ".join(names), owners)
@@ -274,8 +269,8 @@ def resolve_settings(
     alpha = DEFAULT_ALPHA if network_alpha is None else float(network_alpha)
     settings = kind.resolve(NetworkSettings(rank, alpha, arguments, network_dim is not None))
     if settings.rank < 0 or settings.alpha < 0:
-        raise UserError.about(
-            "--network_dim", f"is {settings.rank} and --network_alpha {settings.alpha:g}; neither can be negative"
+        raise about("--network_dim")(
+            f"is {settings.rank} and --network_alpha {settings.alpha:g}; neither can be negative"
         )
     return settings
 
@@ -290,8 +285,8 @@ def check_forms(kind: AdapterKind, arguments: NetworkArguments, groups: Groups, 
     refused = list_refused(kind, arguments)
     for name, is_present in features.items():
         if is_present and name in refused:
-            raise UserError.of_file(
-                source, f"was trained with {name}, which does not work with this --network_module: {refused[name][1]}"
+            raise of_file(source)(
+                f"was trained with {name}, which does not work with this --network_module: {refused[name][1]}"
             )
 
 
@@ -319,10 +314,9 @@ def check_pieces(kind: AdapterKind, groups: Groups, source: str) -> None:
             fix = "merge it with --base_weights"
             if layout.is_low_rank:
                 fix = f"use --network_module {layout.network_module}"
-            raise UserError.of_file(
-                source,
+            raise of_file(source)(
                 f"has {layout.words} of a part of {module} ({name.replace('_', ' ')}), which is one layer "
-                f"here; this --network_module cannot train it further: {fix}",
+                f"here; this --network_module cannot train it further: {fix}"
             )
 
 

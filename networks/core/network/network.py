@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.base.errors import UserError
+from library.base.errors import UserError, error_in
 from networks.core.arguments.common import LR_LISTS, RateArguments
 from networks.core.arguments.network_arguments import NetworkArguments
 from networks.core.changes.adapter import Adapter
@@ -100,11 +100,9 @@ class AdapterNetwork(nn.Module):
         """
         kept = [m for m in self.members if (train_unet if m.text_encoder is None else train_text_encoder)]
         if not kept:
-            raise UserError(
+            raise error_in("--network_train_unet_only", cause="does not fit")(
                 "the adapter has no module left to train: --network_train_unet_only and "
-                "--network_train_text_encoder_only leave out every side that has some",
-                setting="--network_train_unet_only",
-                cause="does not fit",
+                "--network_train_text_encoder_only leave out every side that has some"
             )
         for member in self.members:
             if member not in kept:

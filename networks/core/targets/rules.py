@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from library.base.errors import UserError
+from library.base.errors import about, error_in
 from networks.core.arguments.common import LR_LISTS, RankArguments, RateArguments
 from networks.core.arguments.lr_curves import LR_CURVES, LrPreset, LrWeights
 from networks.core.arguments.network_arguments import NetworkArguments
@@ -146,10 +146,9 @@ def make_block_table(
         if values is None:
             return (otherwise,) * num_blocks
         if len(values) != num_blocks:
-            raise UserError(
+            raise error_in(f"--network_args {name}")(
                 f"--network_args {name} has {len(values)} entries; this base model needs {num_blocks}, one per block: "
-                f"{describe_blocks(_needed(layout, arguments))}",
-                setting=f"--network_args {name}",
+                f"{describe_blocks(_needed(layout, arguments))}"
             )
         return tuple(values)
 
@@ -200,9 +199,7 @@ def _factor_lists(arguments: NetworkArguments) -> list[str]:
 def _needed(layout: BlockList | None, arguments: NetworkArguments) -> BlockList:
     if layout is None:
         names = [*(["block_dims"] if "block_dims" in arguments.given else []), *_factor_lists(arguments)]
-        raise UserError.about(
-            "--network_args", f"{', '.join(names)}: this base model has no numbered blocks; leave it out"
-        )
+        raise about("--network_args")(f"{', '.join(names)}: this base model has no numbered blocks; leave it out")
     return layout
 
 
@@ -217,9 +214,8 @@ def _side(name: str, weights: LrWeights | None, num_blocks: int) -> tuple[float,
     if isinstance(weights, LrPreset):
         return preset_factors(weights, num_blocks)
     if any(weight != 1 for weight in weights[num_blocks:]):
-        raise UserError(
-            f"--network_args {name} has {len(weights)} entries; there are {num_blocks} such blocks here",
-            setting=f"--network_args {name}",
+        raise error_in(f"--network_args {name}")(
+            f"--network_args {name} has {len(weights)} entries; there are {num_blocks} such blocks here"
         )
     if len(weights) > num_blocks:  # front ends send twelve entries for all base models
         logger.warning(

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 from torch import nn
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 from networks.core.arguments.common import RankArguments, StructureArguments, TargetArguments
 from networks.core.arguments.network_arguments import NetworkArguments
 from networks.core.arguments.values import Selection
@@ -127,23 +127,20 @@ def check_choices(targets: AdapterTargets, arguments: NetworkArguments, denoiser
         num_blocks = count_blocks(denoiser, pattern)
         indices = given[name].indices if name in given else None
         if indices and max(indices) >= num_blocks:
-            raise UserError(
+            raise error_in(f"--network_args {name}")(
                 f"--network_args {name} names block {max(indices)}, but the base model has {num_blocks} of them: "
-                f"0 to {num_blocks - 1}",
-                setting=f"--network_args {name}",
+                f"0 to {num_blocks - 1}"
             )
     embedders = targets.embedders
     if embedders is not None and len(given.get(embedders.argument, embedders.patterns)) != len(embedders.patterns):
-        raise UserError(
+        raise error_in(f"--network_args {embedders.argument}")(
             f"--network_args {embedders.argument} has {len(given[embedders.argument])} entries; it needs "
-            f"{len(embedders.patterns)}: {', '.join(p.replace(chr(92), '') for p in embedders.patterns)}",
-            setting=f"--network_args {embedders.argument}",
+            f"{len(embedders.patterns)}: {', '.join(p.replace(chr(92), '') for p in embedders.patterns)}"
         )
     subset = given.get("train_blocks", "all")
     if targets.subsets and subset not in ("all", *targets.subsets):
-        raise UserError(
-            f"--network_args train_blocks={subset}: this base model has {', '.join(('all', *targets.subsets))}",
-            setting="--network_args train_blocks",
+        raise error_in("--network_args train_blocks")(
+            f"--network_args train_blocks={subset}: this base model has {', '.join(('all', *targets.subsets))}"
         )
     foreign = sorted(given.keys() - targets.arguments.keys())
     foreign += ["split_qkv"] if arguments.of(StructureArguments).split_qkv and not targets.fused else []

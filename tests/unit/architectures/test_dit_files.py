@@ -101,11 +101,7 @@ def test_models_are_loaded_frozen_and_in_the_precision_of_the_run(
     load = spec.build(parse_options(spec, words)).load
     # Language models overflow in float16.
     texts = [(model, {dtype, text_encoder_dtype(dtype)}) for model in load.text_encoders()]
-    for model, expected in (
-        (load.denoiser(), {dtype}),
-        *texts,
-        (load.vae(), {torch.float32 if more else dtype}),
-    ):
+    for model, expected in ((load.denoiser(), {dtype}), *texts, (load.vae(), {torch.float32 if more else dtype})):
         assert len(dtypes := {weight.dtype for weight in model.parameters()}) == 1 and dtypes <= expected
         assert not any(weight.requires_grad for weight in model.parameters())
         assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))

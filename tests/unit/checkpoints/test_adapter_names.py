@@ -8,8 +8,8 @@ import torch
 
 from library.architectures.specs import list_specs
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
-from library.checkpoints.files import save_safetensors
 from library.checkpoints.recognition import keys_of_text_encoders, require_spec
+from library.checkpoints.saving import save_safetensors
 from library.commands import adapter_files
 from library.models.identify import find_spec
 from networks.core.files.adapter_file import parse_adapter

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.checkpoints.files import LENGTH_BYTES, read_header, save_safetensors
 from library.checkpoints.hashes import sha256_of_file, sshs_hashes, webui_hash, with_hashes
+from library.checkpoints.headers import LENGTH_BYTES, read_header
+from library.checkpoints.saving import save_safetensors
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from library.checkpoints.files import read_header
+from library.checkpoints.headers import read_header
 from library.checkpoints.weights import open_weights
 from tests.running import ROOT
 from tests.tiers import first_is_fast
@@ -82,7 +82,7 @@ def test_a_header_that_claims_more_than_the_file_has_allocates_no_memory(tmp_pat
     """A process limited to 64 MB of extra memory refuses the file, so it never allocates the claimed size."""
     path = write_raw(tmp_path / "evil.safetensors", b"{}", num_bytes=claimed)
     code = (
-        "import resource, sys; from library.checkpoints.files import read_header\n"
+        "import resource, sys; from library.checkpoints.headers import read_header\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))\n"
         "try: read_header(sys.argv[1])\n"

@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from library.base.errors import UserError
-from library.checkpoints.files import load_state_dict, save_pickle_state_dict, save_safetensors
+from library.checkpoints.files import load_state_dict
 from library.checkpoints.marks import MARK_FIELD, mark_folder, mark_of, read_mark, save_image, seal_text
 from library.checkpoints.overwriting import check_target, find_place, judge, known_by_start, marked, sealed
+from library.checkpoints.saving import save_pickle_state_dict, save_safetensors
 
 TENSORS = {"a": torch.arange(3.0)}
 

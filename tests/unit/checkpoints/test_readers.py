@@ -327,8 +327,7 @@ def test_reasons_are_listed_once_with_the_program() -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "module", "width"),
-    [("moss_image", "layers_0_proj_q", 4096), ("flux_3", "single_blocks_0_q_proj", 3072)],
+    ("base", "module", "width"), [("moss_image", "layers_0_proj_q", 4096), ("flux_3", "single_blocks_0_q_proj", 3072)]
 )
 @pytest.mark.parametrize("kind", ["dora", "lokr", "loha"])
 def test_kinds_that_were_not_tried_in_comfyui_are_not_claimed(base: str, module: str, width: int, kind: str) -> None:

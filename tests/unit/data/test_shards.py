@@ -443,10 +443,7 @@ def test_images_with_a_dot_in_their_name_are_not_lost_silently(tmp_path):
         ('shards = "{here}/json.tar"', r"json\.tar/a\.json is not valid JSON"),
         ('shards = "{here}/half.tar"', r"half\.tar/a\.json is not valid JSON: it contains half of a surrogate pair"),
         ('parquet = "{here}/text.tar"', r"text\.tar is not a Parquet file"),
-        (
-            'parquet = "{here}/other.parquet"',
-            r"no image column with a usual name; set image_column, it has a, b",
-        ),
+        ('parquet = "{here}/other.parquet"', r"no image column with a usual name; set image_column, it has a, b"),
         ('parquet = "{here}/other.parquet"\nimage_column = "c"', r"image_column is 'c'.*no such column; it has a, b"),
         (
             'parquet = "{here}/other.parquet"\nimage_column = "a"',
@@ -457,10 +454,7 @@ def test_images_with_a_dot_in_their_name_are_not_lost_silently(tmp_path):
             'shards = "{here}/0.tar"\ncache_info = true',
             r"\['cache_info'\] has no effect with shards; it is for image_dir",
         ),
-        (
-            'parquet = "x"\ncaption_extension = ".txt"',
-            r"_extension'\] has no effect with parquet; .* and shards",
-        ),
+        ('parquet = "x"\ncaption_extension = ".txt"', r"_extension'\] has no effect with parquet; .* and shards"),
         ('shards = "{here}/0.tar"\nimage_column = "a"', r"\['image_column'\] has no effect with shards.* for parquet"),
         ("num_repeats = 2", r"\['image_dir'\] is missing: set a folder, or tar files as shards, or Parquet files"),
         ("shards = 3", r"\['shards'\] is 3, but must be text in quotes, or a list of such texts"),

@@ -14,7 +14,7 @@ from library.memory.frozen import frozen_layers
 from library.memory.offload import encoders as offload
 from library.memory.offload.encoders import count_streamed_bytes, least_bytes, place_encoders, stream_layers
 from library.memory.offload.streamed import OffloadedHandle
-from library.memory.planner.stages import Stage
+from library.memory.planner.stages import StageMemory
 from tests.parity.tiny_models import opened_with
 from tests.tiers import first_is_fast
 from tests.tiny.bases import BASES
@@ -83,9 +83,9 @@ def test_the_memory_of_streamed_encoders_is_predicted(monkeypatch: pytest.Monkey
 
 def test_a_stage_is_planned_resident_then_streamed_then_not_at_all() -> None:
     """n captions need 30 + (n - 1) * 20 above the weights, plus 5 % for the allocator."""
-    stage = Stage("encoding captions", "text_encoder_batch_size", 1000, 30, 20, streamed_weights=100)
+    stage = StageMemory("encoding captions", "text_encoder_batch_size", 1000, 30, 20, streamed_weights=100)
     assert stage.most_that_fits(1178) == 8 and not stage.is_streamed(8, 1178)
     assert stage.most_that_fits(1030) == 8 and stage.is_streamed(8, 1030)
     assert stage.most_that_fits(152) == 2 and stage.peak(2, is_streamed=True) == 152
     assert stage.most_that_fits(131) == 0
-    assert Stage("encoding images", "vae_batch_size", 1000, 30, 20).most_that_fits(1030) == 0
+    assert StageMemory("encoding images", "vae_batch_size", 1000, 30, 20).most_that_fits(1030) == 0

@@ -8,7 +8,7 @@ from library.base.errors import UserError
 from library.memory import exchange as module
 from library.memory.exchange import exchange, exchange_weights
 from library.memory.formats.int8 import Int8Rows
-from library.memory.frozen import store_in
+from library.memory.frozen import freeze_layer
 from tests.tiny.init import fixed_init
 
 
@@ -16,7 +16,7 @@ def model(seed: int, stores: bool = False) -> nn.Module:
     layers = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4)).requires_grad_(False)
     layers.load_state_dict(fixed_init(layers, seed))
     if stores:
-        store_in(Int8Rows(), layers[0])
+        freeze_layer(Int8Rows(), layers[0])
     return layers
 
 

@@ -16,7 +16,7 @@ from library.memory.codecs.matmul_8bit import FP8
 from library.memory.codecs.plain import Plain
 from library.memory.formats.fp8 import Fp8Rows
 from library.memory.formats.int8 import Int8Rows, group_size, hadamard
-from library.memory.frozen import FrozenLinear, layers_in_blocks, store_all_in, store_in
+from library.memory.frozen import FrozenLinear, freeze_layer, freeze_layers, layers_in_blocks
 from library.memory.planner.counter import OperationCounter
 from library.memory.planner.weights import Matrix, StorageCost
 from networks import lora
@@ -59,7 +59,7 @@ def decoded_copy(model: nn.Module) -> nn.Module:
 
 def test_only_layers_inside_blocks_are_encoded_at_one_byte_per_weight() -> None:
     model = frozen()
-    assert store_all_in(Fp8Rows(), layers_in_blocks(model).values()) == 2
+    assert freeze_layers(Fp8Rows(), layers_in_blocks(model).values()) == 2
     assert type(model.outside) is nn.Linear
     layer = model.blocks[0][0]
     assert isinstance(layer, nn.Linear) and type(layer).__name__ == "Linear"
@@ -77,7 +77,7 @@ def test_every_value_is_within_a_sixteenth_regardless_of_its_row_scale(dtype: to
     layer.weight[3] *= 1e-3
     layer.weight[5] = 0
     before = layer.weight.double()
-    store_all_in(Fp8Rows(), layers_in_blocks(model).values())
+    freeze_layers(Fp8Rows(), layers_in_blocks(model).values())
     after = layer.weight
     assert after.dtype == dtype
     limit = (before.abs() / 16).maximum(before.abs().amax(1, keepdim=True) * 2.0**-17)
@@ -92,7 +92,7 @@ ALL = {"plain": Plain(), **CODECS}
 @pytest.mark.parametrize("codec", ALL.values(), ids=ALL)
 def test_outputs_and_gradients_are_those_of_the_decoded_weight(codec: Codec) -> None:
     model = frozen()
-    store_all_in(codec, layers_in_blocks(model).values())
+    freeze_layers(codec, layers_in_blocks(model).values())
     plain = decoded_copy(model)
     results = []
     for module in (model, plain):
@@ -105,14 +105,14 @@ def test_outputs_and_gradients_are_those_of_the_decoded_weight(codec: Codec) -> 
 
 def test_under_autocast_the_output_has_the_autocast_dtype() -> None:
     model = frozen(dtype=torch.bfloat16)
-    store_all_in(Fp8Rows(), layers_in_blocks(model).values())
+    freeze_layers(Fp8Rows(), layers_in_blocks(model).values())
     with torch.autocast("cpu", torch.bfloat16):
         assert model.blocks[0][0](torch.randn(2, 16)).dtype == torch.bfloat16
 
 
 def test_the_backward_pass_keeps_no_decoded_weight() -> None:
     model = frozen()
-    store_all_in(Fp8Rows(), layers_in_blocks(model).values())
+    freeze_layers(Fp8Rows(), layers_in_blocks(model).values())
     saved: list[Tensor] = []
     with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         model(torch.randn(2, 16).requires_grad_())
@@ -122,7 +122,7 @@ def test_the_backward_pass_keeps_no_decoded_weight() -> None:
 @pytest.mark.parametrize("codec", ALL.values(), ids=ALL)
 def test_reading_the_weight_returns_a_copy(codec: Codec) -> None:
     layer = nn.Linear(6, 4).requires_grad_(False)
-    store_in(codec, layer)
+    freeze_layer(codec, layer)
     read = layer.weight
     read.fill_(7)
     assert not (layer.weight == 7).any()
@@ -131,7 +131,7 @@ def test_reading_the_weight_returns_a_copy(codec: Codec) -> None:
 def test_a_network_that_takes_the_weight_away_is_refused_with_the_options_to_remove() -> None:
     """LyCORIS' full weights do so."""
     layer = nn.Linear(6, 4)
-    store_in(Plain(), layer)
+    freeze_layer(Plain(), layer)
     with pytest.raises(UserError, match=r"--network_module replaces .* remove --blocks_to_swap"):
         del layer.weight
     assert layer.weight.shape == (4, 6)
@@ -142,7 +142,7 @@ def test_the_backward_pass_reads_the_weight_from_its_handle_again() -> None:
     torch.manual_seed(8)
     layer = nn.Linear(6, 4, bias=False).requires_grad_(False)
     before = layer.weight.clone()
-    store_in(Plain(), layer)
+    freeze_layer(Plain(), layer)
     assert isinstance(layer, FrozenLinear)
     requests: list[str] = []
     values = before.clone()
@@ -161,7 +161,7 @@ def test_the_backward_pass_reads_the_weight_from_its_handle_again() -> None:
 )
 def test_adapters_train_as_on_the_decoded_weight(arguments: dict[str, str]) -> None:
     base = toy_transformer(0)
-    assert store_all_in(Fp8Rows(), layers_in_blocks(base).values()) > 0
+    assert freeze_layers(Fp8Rows(), layers_in_blocks(base).values()) > 0
     results = []
     for model in (base, decoded_copy(base)):
         network = lora.create_network(1.0, 3, 2, None, None, model, **arguments)
@@ -281,7 +281,7 @@ def test_convolutions_compute_with_the_decoded_weight(codec: Codec, is_last: boo
     if is_last:
         layer = layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     exact = copy.deepcopy(layer)
-    store_in(codec, layer)
+    freeze_layer(codec, layer)
     assert type(layer).__name__ == "Conv2d" and layer.weight.shape == exact.weight.shape
     exact.weight = nn.Parameter(layer.weight, requires_grad=False)
     results = []
@@ -300,7 +300,7 @@ def test_only_layers_with_a_frozen_twin_are_frozen() -> None:
 
     odd = [Scaled(3, 3), nn.Conv2d(3, 3, 3, padding="same"), nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular")]
     layers = [*odd, nn.Conv1d(3, 3, 1), nn.LayerNorm(3), nn.Linear(3, 3)]
-    assert store_all_in(Plain(), layers) == 1 and type(odd[0]) is Scaled
+    assert freeze_layers(Plain(), layers) == 1 and type(odd[0]) is Scaled
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from library.memory.codecs.codec import Codec
 from library.memory.codecs.matmul_8bit import FP8, Codes, columns_first, input_gradient, output
 from library.memory.formats.int8 import rotate
-from library.memory.frozen import multiply_codes, store_all_in, store_in
+from library.memory.frozen import freeze_layer, freeze_layers, multiply_codes
 from tests.tolerances import FLOAT32_SAME_MATH
 from tests.weight_formats import CODECS, EIGHT_BIT_FORMATS
 
@@ -186,7 +186,7 @@ def test_layers_multiply_codes_and_still_expose_the_decoded_weight(name: str) ->
     torch.manual_seed(24)
     layers = [nn.Linear(64, 32), nn.Linear(64, 20), nn.Conv2d(16, 16, 3, padding=1)]
     decoded = [nn.Linear(64, 32), nn.Linear(64, 20), nn.Conv2d(16, 16, 3, padding=1)]
-    store_all_in(CODECS[name], layers)
+    freeze_layers(CODECS[name], layers)
     assert multiply_codes(layers) == 1  # type: ignore[arg-type]
     for layer, plain in zip(layers, decoded, strict=True):
         plain.requires_grad_(False)
@@ -206,7 +206,7 @@ def test_layers_multiply_codes_and_still_expose_the_decoded_weight(name: str) ->
 def test_the_backward_pass_reads_the_codes_again() -> None:
     """By then their memory may hold another layer's codes."""
     layer = nn.Linear(64, 32).requires_grad_(False)
-    store_in(CODECS["int8"], layer)
+    freeze_layer(CODECS["int8"], layer)
     multiply_codes([layer])  # type: ignore[list-item]
     requests: list[str] = []
     parts = layer.own_parts()  # type: ignore[operator]

@@ -12,7 +12,7 @@ from torch import nn
 
 from library.base.errors import UserError
 from library.memory.codecs.plain import Plain
-from library.memory.frozen import layers_in_blocks, store_all_in
+from library.memory.frozen import freeze_layers, layers_in_blocks
 from library.memory.offload import pinning, shared
 from library.memory.offload.ring import Ring
 from library.memory.offload.shared import share_masters
@@ -28,7 +28,7 @@ def test_only_weights_are_offloaded_and_all_of_their_memory_is_released() -> Non
     deep = DEEP["flux"]
     model = deep.frozen(65)
     before = {name: p for name, p in model.named_parameters()}
-    store_all_in(Plain(), layers_in_blocks(model).values())
+    freeze_layers(Plain(), layers_in_blocks(model).values())
     ring = stream(deep.stacks(model), [2, 3], CPU)
     assert ring is not None and len(ring.masters) == 5
     remaining = {name for name, _ in model.named_parameters()}
@@ -66,7 +66,7 @@ def test_a_ring_of_another_size_changes_no_gradient() -> None:
     gradients = []
     for num_slots in (1, 2, 3):
         model = deep.frozen(65)
-        store_all_in(Plain(), layers_in_blocks(model).values())
+        freeze_layers(Plain(), layers_in_blocks(model).values())
         ring = stream(deep.stacks(model), [2, 3], CPU, num_slots=num_slots)
         assert ring is not None and len(ring.streams.slots) == num_slots
         latents, *rest = deep.values()
@@ -342,7 +342,7 @@ def test_processes_of_one_machine_share_one_master(tmp_path: Path) -> None:
     for is_first in (True, False):
         model = deep.frozen(67 if is_first else 68)  # the second process must not use its own weights
         stacks = deep.stacks(model)
-        store_all_in(Plain(), (layer for block in stacks[0] for layer in block.modules()))
+        freeze_layers(Plain(), (layer for block in stacks[0] for layer in block.modules()))
         rings.append(stream(stacks, [3], CPU, share_masters(tmp_path, is_first)))
     first, second = rings
     assert first is not None and second is not None

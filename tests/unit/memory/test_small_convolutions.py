@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from library.memory import small_convolutions
 from library.memory.codecs.plain import Plain
 from library.memory.devices import move_to_device
-from library.memory.frozen import store_in
+from library.memory.frozen import freeze_layer
 
 SHAPES = [
     # kernel, stride, padding, images
@@ -73,7 +73,7 @@ def test_outputs_and_gradients_are_those_of_float64(
     x = torch.randn(images).to(memory_format=torch.channels_last)
     gradient = torch.randn_like(layer(x))
     if stored:
-        store_in(Plain(), layer)
+        freeze_layer(Plain(), layer)
     adapted = frozen(layer)
     with count_calls() as fast_calls:
         y, x_gradient = trained_through(adapted, x, gradient)

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from library.base.errors import UserError
-from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
+from library.checkpoints.files import load_state_dict
 from library.checkpoints.hashes import sshs_hashes
+from library.checkpoints.headers import read_metadata
+from library.checkpoints.saving import save_safetensors
 from networks.core.files.adapter_file import (
     COMPUTED,
     adapter_tensors,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.files import load_state_dict, save_safetensors
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.saving import save_safetensors
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.change import Change, ChangeSize, Forward, Misfit
 from networks.core.changes.dora import Decompose

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.checkpoints.files import load_state_dict, read_metadata
+from library.checkpoints.files import load_state_dict
 from library.checkpoints.hashes import sshs_hashes
+from library.checkpoints.headers import read_metadata
 from networks.core.files.adapter_file import parse_adapter
 from networks.core.network.network import AdapterNetwork
 from networks.lora import create_network, create_network_from_weights

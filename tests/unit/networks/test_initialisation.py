@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from library.memory.frozen import store_in
+from library.memory.frozen import freeze_layer
 from networks import dylora, lora, lora_fa, tlora
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.init import FromStart, make_starting_delta
@@ -98,7 +98,7 @@ def test_the_decoded_weight_of_an_8_bit_base_is_decomposed() -> None:
     torch.manual_seed(86)
     layer = nn.Linear(128, 64).requires_grad_(False)
     exact = layer.weight.clone()
-    store_in(CODECS["int8"], layer)
+    freeze_layer(CODECS["int8"], layer)
     delta = make_starting_delta("olora", layer, 8, 1.0)
     assert isinstance(delta, FromStart)
     q, r = torch.linalg.qr(layer.weight)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.files import save_safetensors
+from library.checkpoints.saving import save_safetensors
 from networks import loha, lokr, lora
 from networks.core.changes.dora import Decompose
 from networks.core.changes.dropout import Dropout

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.files import load_state_dict, save_safetensors
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.saving import save_safetensors
 from networks import boft, loha, oft_v2
 from networks.core.changes.orthogonal import Orthogonal
 from networks.core.files.adapter_file import read_adapter_file

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.checkpoints.files import save_safetensors
+from library.checkpoints.saving import save_safetensors
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 CONV = "lora_unet_up_blocks_2_resnets_1_conv1"

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.checkpoints.files import load_state_dict, save_safetensors
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.saving import save_safetensors
 from library.commands.base_models import find_adapter_targets, open_base_model
 from networks import sdxl_merge_lora, svd_merge_lora
 from tests.tolerances import FLOAT32_SAME_MATH

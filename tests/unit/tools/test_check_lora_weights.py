@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.checkpoints.files import save_safetensors
 from library.checkpoints.relative_change import format_change
+from library.checkpoints.saving import save_safetensors
 from tests.unit.tools.adapter_files import CONV, LINEAR, tensors, write
-from tools.check_lora_weights import judge, main
+from tools.check_lora_weights import format_text, judge, main
 
 ROOT = Path(__file__).parents[3]
 TOY = ROOT / "configs" / "quickstart" / "toy_base"
@@ -126,3 +126,18 @@ def test_the_size_is_said_beside_the_base_models_weights(tmp_path: Path, capsys:
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"compared with the base model (1 of 1 modules), {format_change(0.01)}" and "1.00%" in last
     assert main([str(write(tmp_path / "b.safetensors", 958)), "--base_model", str(TOY)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "endings"),
+    [
+        ("lora_unet_double_blocks_{i}_img_attn_qkv", ["mora_a", "mora_b"]),  # a kind that nobody knows
+        ("diffusion_model.x.{i}.attn", ["lora_up.weight"]),  # every down factor is missing
+        ("transformer_blocks.{i}.attn.to_q", ["weight", "bias"]),  # no adapter
+        ("lora_unet_double_blocks_{i}_img_mlp_0", [f"kind_{n}" for n in range(60)]),
+    ],
+)
+def test_many_modules_of_an_unknown_kind_take_few_lines(name: str, endings: list[str]) -> None:
+    file = {f"{name.format(i=i)}.{ending}": torch.ones(2, 2) for i in range(100) for ending in endings}
+    report = judge(file, {}, "a.safetensors")
+    assert 4 < len(list(format_text(report))) <= 40

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.checkpoints.files import load_state_dict, save_safetensors
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.saving import save_safetensors
 from networks import flux_merge_lora, merge_lora, sdxl_merge_lora
 from tests.tolerances import FLOAT32_DEEP
 from tests.unit.tools import adapter_files

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
+from library.checkpoints.files import load_state_dict
 from library.checkpoints.hashes import sshs_hashes
+from library.checkpoints.headers import read_metadata
 from library.checkpoints.marks import add_digest, digest_tensors
+from library.checkpoints.saving import save_safetensors
 from tests.unit.tools.adapter_files import LINEAR, METADATA, tensors, write
 from tools.convert_lora import main
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from library.architectures.sd import layouts
-from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.headers import read_metadata
+from library.checkpoints.saving import save_safetensors
 from tests.tiny.sd import build_tiny_sd
 from tools import convert_diffusers20_original_sd, convert_stable_diffusion
 

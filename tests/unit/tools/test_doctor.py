@@ -52,7 +52,7 @@ DRIVER = ["NVIDIA GeForce RTX 4060, 535.54, 8188 MiB"]
 def test_the_compiler_of_fused_operations_is_tried(
     reason: str | None, needs: list[str], remark: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("library.memory.fused.find_compiler_fault", lambda device: reason)
+    monkeypatch.setattr("library.memory.fused_kernels.find_compiler_fault", lambda device: reason)
     monkeypatch.setattr(doctor, "list_compiler_needs", lambda: needs)
     line = doctor.fused_line(torch.device("cpu"))
     assert not line.is_wrong and line.fix.endswith(remark)

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.checkpoints.files import load_state_dict, read_metadata, save_pickle_state_dict, save_safetensors
+from library.checkpoints.files import load_state_dict
 from library.checkpoints.hashes import sshs_hashes
+from library.checkpoints.headers import read_metadata
 from library.checkpoints.marks import mark_of
+from library.checkpoints.saving import save_pickle_state_dict, save_safetensors
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file
 from tests.tolerances import EXACT, FLOAT32_SAME_MATH
 from tools import extract_lora_from_dylora as tool

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.checkpoints.adapter_keys import recognise_naming
-from library.checkpoints.files import read_metadata
+from library.checkpoints.headers import read_metadata
 from library.commands.base_models import find_adapter_targets, open_base_model, spec_for
 from networks.core.files.adapter_file import read_adapter_file
 from networks.core.files.renaming import rename

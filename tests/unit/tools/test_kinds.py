@@ -13,7 +13,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from library.architectures.sd.targets import view
-from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.headers import read_metadata
+from library.checkpoints.saving import save_safetensors
 from networks.core.files.adapter_file import read_adapter_file
 from tests.parity.test_lora_merge import tiny_clip
 from tests.tolerances import FLOAT32_SAME_MATH

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from library.architectures.specs import list_specs
 from library.checkpoints.adapter_names import BaseNames
-from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.headers import read_metadata
+from library.checkpoints.saving import save_safetensors
 from networks.core.files.adapter_file import read_adapter_file
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename

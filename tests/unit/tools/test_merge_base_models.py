@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from library.checkpoints.files import read_metadata
+from library.checkpoints.headers import read_metadata
 from library.commands.base_models import has_pipeline
 from library.protocols import Architecture
 from networks.core.files.adapter_file import read_adapter_file, save_adapter_file

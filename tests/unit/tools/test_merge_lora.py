@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
+from library.checkpoints.files import load_state_dict
 from library.checkpoints.hashes import sshs_hashes
+from library.checkpoints.headers import read_metadata
+from library.checkpoints.saving import save_safetensors
 from library.commands.base_models import find_adapter_targets, open_base_model
 from networks.core.files.adapter_file import AdapterFile, parse_adapter, read_adapter_file
 from tests.tolerances import FLOAT32_SAME_MATH

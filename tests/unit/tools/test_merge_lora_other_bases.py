@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from library.architectures.sd.assembly import build as build_sd
 from library.architectures.sdxl.assembly import build as build_sdxl
 from library.architectures.sdxl.options import SdxlOptions
-from library.checkpoints.files import read_metadata
+from library.checkpoints.headers import read_metadata
 from library.options.model import ModelOptions
 from library.options.train import TrainOptions
 from networks.lora import create_network

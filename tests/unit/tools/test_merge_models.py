@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.checkpoints.files import read_metadata
+from library.checkpoints.headers import read_metadata
 from tests.tolerances import FLOAT32_SAME_MATH
 from tools import merge_models
 

@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 
 from library.base.errors import UserError
-from library.checkpoints.files import save_safetensors
+from library.checkpoints.saving import save_safetensors
 from library.data.sources.folders.metadata_file import parse_entries
 from library.data.sources.indexed.parquet_index import index_lock
 from library.options.output.console import ConsoleOptions
 from library.training.command_line.checks import check_output
 from library.training.command_line.console import build_handlers
 from library.training.reporting.event_stream import Events, open_event_file
-from library.training.reporting.events import Removed, Stage
+from library.training.reporting.events import Removed, StageProgress
 from library.training.saving.run_lock import lock_path, run_lock
 from tests.unit.data.builders import options_of, write_image
 from tools import captions_to_metadata, clean_metadata, compare_runs, make_shards, report
 
-EVENT = json.dumps(Stage("loading", "begin").as_line(1.0), separators=(",", ":")) + "\n"
+EVENT = json.dumps(StageProgress("loading", "begin").as_line(1.0), separators=(",", ":")) + "\n"
 DATASET = """
 [general]
 caption_extension = ".txt"
@@ -219,7 +219,7 @@ def test_training_does_not_overwrite_the_files_it_reads(tmp_path: Path) -> None:
     check_output(options_of("", *words, "--resume", str(tmp_path / "another-state")))
 
 
-def test_training_does_not_overwrite_pages_that_are_not_reports(tmp_path: Path) -> None:
+def test_training_does_not_overwrite_wholes_that_are_not_reports(tmp_path: Path) -> None:
     (tmp_path / "cat-report.html").write_text("<p>mine")
     words = ["--network_module", "networks.lora", "--output_dir", str(tmp_path), "--output_name", "cat"]
     options = options_of("", *words, "--pretrained_model_name_or_path", "base.safetensors")

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
+from library.checkpoints.files import load_state_dict
 from library.checkpoints.hashes import sshs_hashes
+from library.checkpoints.headers import read_metadata
+from library.checkpoints.saving import save_safetensors
 from networks.core.files.adapter_file import parse_adapter, read_adapter_file
 from tests.device_standin import device_without_float64
 from tests.unit.tools.adapter_files import CLIP, CONV, LINEAR, write

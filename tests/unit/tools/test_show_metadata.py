@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.checkpoints.files import save_safetensors
+from library.checkpoints.saving import save_safetensors
 from tests.unit.tools.adapter_files import METADATA, write
 from tools.show_metadata import main
 

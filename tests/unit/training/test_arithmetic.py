@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from library.architectures.sd.assembly import build
 from library.base.errors import UserError
 from library.memory.codecs.matmul_8bit import FP8
-from library.memory.frozen import store_all_in
+from library.memory.frozen import freeze_layers
 from library.options.train import TrainOptions
 from library.training.command_line.checks import check
 from library.training.models.arithmetic import check_arithmetic, try_kind
@@ -97,7 +97,7 @@ class Model(nn.Module):
 
 def test_layers_that_are_decoded_instead_are_counted_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
     model = Model(64)
-    store_all_in(CODECS["int8"], model.blocks)
+    freeze_layers(CODECS["int8"], model.blocks)
     with caplog.at_level(logging.INFO):
         use_8bit_matmul(model)
     assert caplog.messages[-1] == (
@@ -110,6 +110,6 @@ def test_layers_that_are_decoded_instead_are_counted_with_the_reason(caplog: pyt
 def test_a_model_without_suitable_layers_is_refused() -> None:
     model = nn.Module()
     model.blocks = nn.ModuleList([nn.Conv2d(8, 8, 3), nn.Linear(9, 8)])
-    store_all_in(CODECS["int8"], model.blocks)
+    freeze_layers(CODECS["int8"], model.blocks)
     with pytest.raises(UserError, match="no layer of the denoiser supports 8-bit products"):
         use_8bit_matmul(model)

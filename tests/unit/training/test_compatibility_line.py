@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from library.architectures.specs import list_specs
-from library.checkpoints.files import save_safetensors
+from library.checkpoints.saving import save_safetensors
 from library.options.output.saving import HubOptions
 from library.options.train import TrainOptions
 from library.training.saving.checkpoints import Writer

@@ -12,7 +12,19 @@ import pytest
 import torch
 
 import train_network
-from library.base.errors import NoDataFound, NotThere, UserError, flagged, list_few, naming, needing, reason_of
+from library.base.errors import (
+    NoDataFound,
+    NotThere,
+    UserError,
+    about,
+    error_in,
+    flagged,
+    list_few,
+    naming,
+    needing,
+    of_file,
+    reason_of,
+)
 from library.training.command_line.cli import CommandLine, check_training, check_words
 from library.training.command_line.main import report_error
 from library.training.failures.failure import StoppedByError
@@ -160,12 +172,12 @@ def test_an_error_of_the_system_has_its_path(capfd: pytest.CaptureFixture[str]) 
 
 def test_the_error_is_told_and_not_what_was_saved(capfd: pytest.CaptureFixture[str]) -> None:
     stopped = StoppedByError("saved as x")
-    stopped.__cause__ = UserError.about("--vae", "gives NaN")
+    stopped.__cause__ = about("--vae")("gives NaN")
     assert line_of(stopped, capfd)["setting"] == "--vae"
 
 
 def test_the_flag_is_the_one_that_was_typed(capfd: pytest.CaptureFixture[str]) -> None:
-    error = UserError.about("--pretrained_model_name_or_path", "is of another model", "x.safetensors")
+    error = about("--pretrained_model_name_or_path", "x.safetensors")("is of another model")
     assert line_of(error, capfd, dit="x.safetensors")["setting"] == "--dit"
 
 
@@ -193,12 +205,12 @@ def test_the_option_is_found_before_a_command_line_is_read(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "error",
     [
-        UserError("a", setting="--b", path="c", place="line 1", cause="needs", remedy="d", others=["--e"]),
-        NotThere.about("--vae", "is missing"),
+        error_in("--b", path="c", place="line 1", cause="needs", remedy="d", others=["--e"])("a"),
+        about("--vae", kind=NotThere)("is missing"),
         NoDataFound("use --dataset_config"),
         NonFiniteError("a", (1, 2)),
         NotWrittenError("no place"),
-        UserError.of_file("a.png", ": it is damaged"),
+        of_file("a.png")(": it is damaged"),
     ],
     ids=repr,
 )
@@ -208,34 +220,34 @@ def test_an_error_is_the_same_in_another_process(error: UserError) -> None:
 
 
 def test_the_text_is_message_and_remedy() -> None:
-    error = UserError("--seed is x", remedy="use a number")
+    error = error_in(remedy="use a number")("--seed is x")
     assert (str(error), error.message, error.remedy) == ("--seed is x; use a number", "--seed is x", "use a number")
-    error = UserError.about("--vae", "is of another model", "a b.safetensors")
+    error = about("--vae", "a b.safetensors")("is of another model")
     assert str(error) == "--vae a b.safetensors is of another model" and reason_of(error) == "is of another model"
-    assert str(UserError.about("--vae", ": it is empty")) == "--vae: it is empty"
+    assert str(about("--vae")(": it is empty")) == "--vae: it is empty"
     assert reason_of(OSError("x ")) == "x" and list_few(["a"]) == "a"
 
 
 def test_deeper_raises_come_first() -> None:
     with pytest.raises(UserError) as caught, naming("--a", "outer", place="there", cause="missing"):
-        raise UserError("x", path="inner")
+        raise error_in(path="inner")("x")
     error = caught.value
     assert (error.setting, error.path, error.place, error.cause) == ("--a", "inner", "there", "missing")
     with pytest.raises(UserError) as caught, naming("--a", "outer", cause="missing"), naming("--b"):
         raise UserError("x")
     assert (caught.value.setting, caught.value.path, caught.value.cause) == ("--b", None, None)
     with pytest.raises(UserError) as caught, naming("--dataset_config", "d.toml", file="d.toml"):
-        raise UserError("x", setting="num_repeats")
+        raise error_in("num_repeats")("x")
     assert (caught.value.setting, caught.value.file) == ("num_repeats", "d.toml")
 
 
 def test_prefixes_keep_the_fields() -> None:
     with pytest.raises(UserError) as caught, needing("previews need it"):
-        raise NotThere.about("--vae", "is missing")
+        raise about("--vae", kind=NotThere)("is missing")
     assert type(caught.value) is UserError and str(caught.value) == "previews need it: --vae is missing"
     assert (caught.value.setting, caught.value.cause) == ("--vae", "missing")
     with pytest.raises(UserError) as caught, flagged("--vae", "a"), flagged("--other"):
-        raise UserError.of_file("a", "is empty")
+        raise of_file("a")("is empty")
     assert str(caught.value) == "--other: a is empty" and caught.value.setting == "--other"
 
 
@@ -254,4 +266,4 @@ class Failing(torch.utils.data.Dataset[UserError]):
     def __getitem__(self, number: int) -> UserError:
         if number:
             raise IndexError
-        return UserError.of_file("a.png", "is damaged")
+        return of_file("a.png")("is damaged")

@@ -18,7 +18,7 @@ from library.base.errors import Cause
 from library.options.train import TrainOptions
 from library.training.reporting.error_fields import ErrorFields
 from library.training.reporting.event_stream import Events, capture_warnings, open_event_file, plain
-from library.training.reporting.events import VERSION, Event, Removed, Stage
+from library.training.reporting.events import VERSION, Event, Removed, StageProgress
 from library.training.run.run_events import hide_secrets, open_events
 from library.training.saving.names import Names
 from tests.running import ROOT
@@ -123,10 +123,7 @@ def test_earlier_warnings_are_sent_when_events_start() -> None:
 def test_warnings_of_a_run_without_events_are_not_stored() -> None:
     options, sink = TrainOptions().with_values({"output_dir": "out", "no_report": True}), Kept()
     names = Names.build(options.saving)
-    with (
-        capture_warnings() as warnings,
-        open_events(options, names, None, warnings) as silent,
-    ):
+    with capture_warnings() as warnings, open_events(options, names, None, warnings) as silent:
         logging.getLogger("library.somewhere").warning("an hour later")
         assert not silent.is_on
         events = Events([sink])
@@ -176,7 +173,7 @@ def test_a_second_process_continues_the_lines_of_a_killed_one(tmp_path: Path) ->
     complete_lines = path.read_bytes()[: path.read_bytes().rfind(b"\n") + 1]
     path.write_bytes(complete_lines + b'{"v":1,"event":"remo')  # at worst
     events = Events([open_event_file(path, goes_on=True)])
-    events.emit(Stage("späte Zeile \ud800", "end"))
+    events.emit(StageProgress("späte Zeile \ud800", "end"))
     events.close()
     lines = path.read_bytes().splitlines(keepends=True)
     assert b"".join(lines[:-1]) == complete_lines and all(json.loads(line)["v"] == 1 for line in lines)

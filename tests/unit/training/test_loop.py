@@ -18,7 +18,7 @@ from library.training.optimization.lr_schedules import build_schedule
 from library.training.optimization.optimizers import build_optimizer
 from library.training.reporting.step_events import StepResult
 from library.training.run_parts import Optimization, Run
-from library.training.step.accumulation import Plan, Window
+from library.training.step.accumulation import StepPlan, Window
 from library.training.step.context import Models, StepContext
 from library.types import Batch, Noised
 from networks.core.protocol import AdoptedNetwork
@@ -99,7 +99,7 @@ def run_of(max_grad_norm: float = 0.0, batches: tuple[Batch, ...] = (), **option
     optimization = Optimization(built, schedule, None, ["unet"])
     data: Any = None
     drawn: Any = SimpleNamespace(iterate_epoch=lambda epoch, indices, *_: iter([batches[i] for i in indices]))
-    plan = Plan(num_batches=4, accumulation=2, max_train_steps=10)
+    plan = StepPlan(num_batches=4, accumulation=2, max_train_steps=10)
     return Run(options, ALONE, data, drawn, plan, context, optimization)
 
 

@@ -7,9 +7,9 @@ from zipfile import ZipFile
 import pytest
 import torch
 
-from library.checkpoints.files import save_pickle_state_dict, save_safetensors
 from library.checkpoints.hashes import with_hashes
 from library.checkpoints.overwriting import judge
+from library.checkpoints.saving import save_pickle_state_dict, save_safetensors
 from library.training.reporting.event_stream import Events
 from library.training.saving.names import Names
 from library.training.saving.own_files import move_changed, remove

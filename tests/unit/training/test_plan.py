@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 
 from library.options.training.run import RunOptions
-from library.training.step.accumulation import Plan
+from library.training.step.accumulation import StepPlan
 
 
-def plan(num_batches: int, accumulation: int = 1, **run: int) -> Plan:
+def plan(num_batches: int, accumulation: int = 1, **run: int) -> StepPlan:
     options = replace(RunOptions(), gradient_accumulation_steps=accumulation, **run)
-    return Plan.build(options, num_batches)
+    return StepPlan.build(options, num_batches)
 
 
 def test_epochs_win_over_steps() -> None:
@@ -45,7 +45,7 @@ def test_a_resumed_run_has_the_remaining_windows() -> None:
 
 @pytest.mark.parametrize("num_processes", [2, 3, 5])
 def test_several_processes_share_the_batches_of_one_process_with_more_accumulation(num_processes: int) -> None:
-    shared = Plan.build(replace(RunOptions(), gradient_accumulation_steps=2, max_train_epochs=1), 11, num_processes)
+    shared = StepPlan.build(replace(RunOptions(), gradient_accumulation_steps=2, max_train_epochs=1), 11, num_processes)
     alone = plan(11, accumulation=2 * num_processes, max_train_epochs=1)
     assert shared == alone
     for window in shared.windows(1, 0):

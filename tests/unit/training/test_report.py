@@ -22,7 +22,7 @@ from library.training.reporting.console_lines import (
     rate_values,
 )
 from library.training.reporting.progress import LossAverage
-from library.training.step.accumulation import Plan
+from library.training.step.accumulation import StepPlan
 
 
 def test_the_average_keeps_the_last_loss_of_each_position_of_an_epoch() -> None:
@@ -105,7 +105,7 @@ def test_a_person_reads_no_bilingual_block(kind: str, tmp_path: Path, monkeypatc
     with open(end if kind == "pipe" else path, "w", encoding="utf-8") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         monkeypatch.setattr(stream, "isatty", lambda: kind == "terminal")
-        announce_run(Plan(6, 2, 6), ImageCounts(12, 3, 0), [2], 2)
+        announce_run(StepPlan(6, 2, 6), ImageCounts(12, 3, 0), [2], 2)
     text = os.read(source, 5000).decode() if kind == "pipe" else path.read_text(encoding="utf-8")
     assert ("学習" in text) == (kind == "pipe") and all(len(line) <= 80 for line in text.splitlines()) and text
 

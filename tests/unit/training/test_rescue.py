@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from library.checkpoints.files import load_state_dict, save_safetensors
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.saving import save_safetensors
 from library.options.output.saving import HubOptions
 from library.options.train import TrainOptions
 from library.training.reporting.progress import Progress

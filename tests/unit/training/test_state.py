@@ -38,7 +38,7 @@ from library.training.saving.resume import (
     resolve_starting_step,
 )
 from library.training.saving.state import OptimizerState, StateManifest, read_manifest, restore, save_state
-from library.training.step.accumulation import Plan
+from library.training.step.accumulation import StepPlan
 from tests.unit.test_processes import Board
 
 DATASET = {"num_pictures": 6, "num_batches": 3, "pictures": "a", "captions": "b", "settings": "c"}
@@ -426,7 +426,7 @@ def test_processes_with_different_states_are_refused(tmp_path: Path) -> None:
 
 # --- the first step ---
 
-PLAN = Plan(num_batches=10, accumulation=1, max_train_steps=100)
+PLAN = StepPlan(num_batches=10, accumulation=1, max_train_steps=100)
 
 
 def at_step(step: int, *done: Part) -> StateManifest:
@@ -451,7 +451,7 @@ def test_the_first_step_of_a_run(saved: int | None, state: dict[str, Any], expec
     assert begin(options_with(**state), PLAN, None if saved is None else at_step(saved)) == expected
 
 
-def begin(options: TrainOptions, plan: Plan, manifest: StateManifest | None) -> int:
+def begin(options: TrainOptions, plan: StepPlan, manifest: StateManifest | None) -> int:
     end = Path(options.saving.output_dir or "") / "x.safetensors"
     return resolve_starting_step(options.state, end, plan, manifest)
 
@@ -488,8 +488,7 @@ def test_the_same_run_at_another_path_logs_no_difference(caplog: pytest.LogCaptu
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"log_events": "events.jsonl"}, {"no_report": True}, {"fit": "12GB", "fit_formats": ["int8"]}],
+    "changes", [{"log_events": "events.jsonl"}, {"no_report": True}, {"fit": "12GB", "fit_formats": ["int8"]}]
 )
 def test_options_that_do_not_affect_the_result_log_no_difference(
     caplog: pytest.LogCaptureFixture, changes: dict[str, Any]

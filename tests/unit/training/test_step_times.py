@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from library.memory.blocks import plain, recompute
-from library.memory.frozen import frozen_layers, multiply_codes, store_in
+from library.memory.frozen import freeze_layer, frozen_layers, multiply_codes
 from library.memory.planner import measured
 from library.memory.planner.counter import FlopCounter
 from library.memory.planner.gpus import CARDS
@@ -158,7 +158,7 @@ def test_operations_match_the_formula_with_and_without_recomputing(runner):
 def test_operations_with_encoded_weights_match_plain_weights(form: str, is_multiplied: bool, runner: Any) -> None:
     """Their products run inside a custom autograd function, where no gradients are recorded."""
     layer = nn.Linear(64, 32).requires_grad_(False)
-    store_in(CODECS[form], layer)
+    freeze_layer(CODECS[form], layer)
     if is_multiplied:
         assert multiply_codes(frozen_layers(layer)) == 1
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(6)).requires_grad_()

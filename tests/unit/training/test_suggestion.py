@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from library.training.evaluation.choice import Choice, average_by_image, choose, estimate, is_clearly_worse
+from library.training.evaluation.choice import RankedFiles, average_by_image, choose, estimate, is_clearly_worse
 from library.training.evaluation.choosing import MeasuredFile, choose_measured, format_choice, memorised
 
 pytestmark = pytest.mark.slow
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 NUM_RUNS = 1500
 
 
-def choose_file(losses_FG: np.ndarray, num_baselines: int = 0) -> Choice:
+def choose_file(losses_FG: np.ndarray, num_baselines: int = 0) -> RankedFiles:
     result = choose(torch.tensor(losses_FG), num_baselines)
     assert result is not None
     return result

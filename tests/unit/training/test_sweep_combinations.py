@@ -47,11 +47,7 @@ def test_every_run_has_events_and_a_log_of_its_own() -> None:
 
 
 def test_switches_lists_and_values_with_spaces_are_swept() -> None:
-    words = (
-        "cache_latents=true,False",
-        "base_weights='a b.safetensors' c.safetensors|d",
-        "text_encoder_lr=1 2,0",
-    )
+    words = ("cache_latents=true,False", "base_weights='a b.safetensors' c.safetensors|d", "text_encoder_lr=1 2,0")
     first, *_, last = (run.options for run in expand_combinations(options_of(*words)))
     assert (first.caching.cache_latents, last.caching.cache_latents) == (True, False)
     assert first.network.base_weights == ["a b.safetensors", "c.safetensors"] and last.network.base_weights == ["d"]

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from library.base.errors import UserError
+from library.base.errors import UserError, of_file
 from library.data.description.image_extensions import OTHER_IMAGES, image_extensions
 from library.data.sources.folders.image_index import FolderIndex, Stamps, compute_stamps
 
@@ -108,6 +108,6 @@ def list_indexed_files(index: FolderIndex, caption_extension: str, num_threads: 
 
 
 def make_listing_error(folder: str, error: OSError) -> UserError:
-    return UserError.of_file(
-        folder, f"cannot be read: {error.strerror}; change its permissions, or remove it", cause="unreadable"
+    return of_file(folder, cause="unreadable")(
+        f"cannot be read: {error.strerror}; change its permissions, or remove it"
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.base.errors import UserError
+from library.base.errors import UserError, error_in
 from library.base.json_text import InvalidJson, parse_json
 from library.options.config_file import read_json, read_text
 from library.options.kinds import TABLE, TEXT, read_value
@@ -62,9 +62,7 @@ def _json_lines(path: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str
         except InvalidJson as error:
             raise UserError(f"{place} is not valid JSON: {error}") from None
         if "image_path" not in value:
-            raise UserError(
-                f"{place}: image_path is missing; add the path of the image", setting="image_path", cause="missing"
-            )
+            raise error_in("image_path", cause="missing")(f"{place}: image_path is missing; add the path of the image")
         yield read_value(value.pop("image_path"), TEXT, f"{place}: image_path"), _checked(value, place)
 
 
@@ -86,10 +84,9 @@ def _reference_names(value: Mapping[str, Any], place: str = "") -> list[str]:
     first = numbered[0][0] if numbered else 0
     has_gap = [number for number, _ in numbered] != list(range(first, first + len(numbered)))
     if has_gap or (numbered and len(names) > len(numbered)):
-        raise UserError(
+        raise error_in("control_path")(
             f"{place} has {', '.join(names)}; name one reference image as control_path, or several as "
-            "control_path_0, control_path_1 and so on without a gap",
-            setting="control_path",
+            "control_path_0, control_path_1 and so on without a gap"
         )
     return names
 

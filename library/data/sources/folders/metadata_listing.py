@@ -2,7 +2,7 @@
 
 import os
 
-from library.base.errors import UserError, list_few
+from library.base.errors import about, list_few
 from library.data.description.captions import CaptionRules
 from library.data.description.schema import SubsetConfig
 from library.data.scanned.columns import Texts
@@ -45,17 +45,15 @@ def list_metadata(config: SubsetConfig, places: IndexPlaces, num_threads: int) -
     listing.captions, listing.tags = Texts.of(captions), tags
     listing.sizes = sizes_anywhere(listing.names, places, num_threads, f"reading sizes of {config.base_name}")
     if missing:
-        raise UserError.about(
-            "metadata_file",
+        raise about("metadata_file")(
             f"{config.metadata_file}: there are no such reference images: {list_few(missing)}; "
-            "correct their control_path, which is relative to image_dir or to the working folder",
+            "correct their control_path, which is relative to image_dir or to the working folder"
         )
     if any(references):
         if config.control_dirs or config.opposite_dir:
-            raise UserError.about(
-                "metadata_file",
+            raise about("metadata_file")(
                 f"{config.metadata_file} names reference images with control_path, and the subset has "
-                f"{'control_dirs' if config.control_dirs else 'opposite_dir'}; keep one of them",
+                f"{'control_dirs' if config.control_dirs else 'opposite_dir'}; keep one of them"
             )
         add_reference_paths(listing, references, places, num_threads)
     return listing

@@ -5,7 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from library.base.errors import UserError, list_few
+from library.base.errors import UserError, about, error_in, list_few
 from library.base.formatting import format_count
 from library.data.description.buckets import Size
 from library.data.description.image_extensions import describe_unread
@@ -21,7 +21,7 @@ def names_by_stem(key: str, folder: str) -> dict[str, list[str]]:
     """Return the images of a folder by name without extension. Raises UserError naming `key` if the folder does not
     exist."""
     if not os.path.isdir(folder):
-        raise UserError.about(key, f"{folder} is not a folder; correct the path, or create it")
+        raise about(key)(f"{folder} is not a folder; correct the path, or create it")
     names: dict[str, list[str]] = defaultdict(list)
     for name in list_files(folder).images:
         names[os.path.splitext(name)[0]].append(name)
@@ -46,15 +46,13 @@ def add_masks(listing: Listing) -> None:
     stems = list_stems(listing)
     missing = [path for path, stem in zip(listing.paths, stems, strict=True) if stem not in masks]
     if missing:
-        raise UserError(
-            f"{format_count(len(missing), 'image')} without a mask in {folder}: {list_few(missing)}{unread_in(folder)}",
-            path=folder,
+        raise error_in(path=folder)(
+            f"{format_count(len(missing), 'image')} without a mask in {folder}: {list_few(missing)}{unread_in(folder)}"
         )
     surplus = [masks[stem] for stem in sorted(masks.keys() - set(stems))]
     if surplus:
-        raise UserError(
-            f"{len(surplus)} masks in {folder} belong to no image in {listing.config.image_dir}: {list_few(surplus)}",
-            path=folder,
+        raise error_in(path=folder)(
+            f"{len(surplus)} masks in {folder} belong to no image in {listing.config.image_dir}: {list_few(surplus)}"
         )
     listing.masks = [masks[stem] for stem in stems]
 
@@ -99,10 +97,9 @@ def opposites_in(folder: str, paths: Sequence[str], stems: Sequence[str], surplu
     partners = names_by_stem("opposite_dir", folder)
     unclear = [path for path, stem in zip(paths, stems, strict=True) if len(partners.get(stem, ())) != 1]
     if unclear:
-        raise UserError.about(
-            "opposite_dir",
+        raise about("opposite_dir")(
             f"{folder}: {len(unclear)} of {len(paths)} images do not have exactly one partner of their "
-            f"name there: {list_few(unclear)}; add or remove images{unread_in(folder)}",
+            f"name there: {list_few(unclear)}; add or remove images{unread_in(folder)}"
         )
     surplus += [os.path.join(folder, name) for stem in sorted(partners.keys() - set(stems)) for name in partners[stem]]
     return [os.path.join(folder, partners[stem][0]) for stem in stems]
@@ -115,18 +112,16 @@ def references_in(folder: str, paths: Sequence[str], stems: Sequence[str], surpl
     surplus += [os.path.join(folder, name) for name in surplus_names]
     missing = [path for path, stem in zip(paths, stems, strict=True) if stem not in matches]
     if missing:
-        raise UserError.about(
-            "control_dirs",
+        raise about("control_dirs")(
             f"{folder}: {len(missing)} of {len(paths)} images have no reference image there: "
             f"{list_few(missing)}; add images of the same names, or train these images in a subset without control_dirs"
-            + unread_in(folder),
+            + unread_in(folder)
         )
     unclear = [f"{stem} ({', '.join(names)})" for stem, names in matches.items() if not is_in_order(stem, names)]
     if unclear:
-        raise UserError.about(
-            "control_dirs",
+        raise about("control_dirs")(
             f"{folder}: {format_count(len(unclear), 'image')} with ambiguous reference images: {list_few(unclear)}; "
-            "keep one of the image's own name, or several numbered _0, _1 and so on without a gap",
+            "keep one of the image's own name, or several numbered _0, _1 and so on without a gap"
         )
     return [tuple(os.path.join(folder, name) for name in matches[stem]) for stem in stems]
 

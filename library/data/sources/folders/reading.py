@@ -5,7 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from library.base.errors import UserError, list_few, reason_of
+from library.base.errors import error_in, list_few, reason_of
 from library.data.decoding.images import HEAD_BYTES, read_size
 from library.data.description.buckets import Size
 from library.data.description.captions import CaptionRules
@@ -51,17 +51,16 @@ def read_caption(path: str) -> tuple[int, str]:
     try:
         status, content = read_stamped(path)
         if len(content) > MOST_CAPTION_BYTES:
-            raise UserError(
+            raise error_in(path=path)(
                 f"the caption file {path} has {len(content) / 1e6:.1f} MB, too much for a caption; if it is another "
-                "kind of file, move it elsewhere or set another caption_extension",
-                path=path,
+                "kind of file, move it elsewhere or set another caption_extension"
             )
         text = content.decode()
     except UnicodeDecodeError as error:
         raise NotUtf8(f"the caption file {path} {describe_encoding(content, error)}", path=path) from None
     except OSError as error:
-        raise UserError(
-            f"the caption file {path} cannot be read: {error.strerror}", path=path, cause="unreadable"
+        raise error_in(path=path, cause="unreadable")(
+            f"the caption file {path} cannot be read: {error.strerror}"
         ) from None
     # All lines are kept, so that one index serves all rules about lines.
     return compute_stamp(status, time.time_ns()), stripped_lines(text.removeprefix("\ufeff"))

@@ -9,12 +9,7 @@ from library.data.scanned.columns import Texts
 from library.data.scanned.subsets import Listing
 from library.data.sources.folders.image_index import FolderIndex, Table, list_own_captions, open_index, update_table
 from library.data.sources.folders.listing import Folder, list_files, list_indexed_files
-from library.data.sources.folders.reading import (
-    check_encodings,
-    parse_captions,
-    read_caption,
-    read_image_size,
-)
+from library.data.sources.folders.reading import check_encodings, parse_captions, read_caption, read_image_size
 from library.data.sources.storage.index_places import IndexPlaces
 from library.options.config_file import BACKSLASH_HINT
 from library.options.encodings import NotUtf8

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from library.base.errors import UserError
+from library.base.errors import about, error_in, of_file
 
 IMAGE_COLUMNS = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 URL_COLUMNS = ("url", "image_url", "img_url", "URL")
@@ -28,10 +28,8 @@ def pyarrow_parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError(
-            "shards and parquet require the package pyarrow: python3 -m pip install pyarrow",
-            cause="not installed",
-            setting="parquet",
+        raise error_in("parquet", cause="not installed")(
+            "shards and parquet require the package pyarrow: python3 -m pip install pyarrow"
         ) from None
     return pyarrow.parquet
 
@@ -61,29 +59,24 @@ def find_columns(schema: Any, image: str | None, caption: str | None, references
     )
     for key, name in requested:
         if name is not None and name not in names:
-            raise UserError.about(key, f"is {name!r}, but {label} has no such column; {listed}")
+            raise about(key)(f"is {name!r}, but {label} has no such column; {listed}")
     image = image or first_of((*IMAGE_COLUMNS, *URL_COLUMNS), names)
     if image is None:
-        raise UserError.of_file(label, f"has no image column with a usual name; set image_column, {listed}")
+        raise of_file(label)(f"has no image column with a usual name; set image_column, {listed}")
     caption = caption or first_of(CAPTION_COLUMNS, names)
     if caption is not None and not is_text(schema.field(caption).type):
-        raise UserError.about(
-            "caption_column", f"{caption!r} of {label} has {schema.field(caption).type}, but must be text"
-        )
+        raise about("caption_column")(f"{caption!r} of {label} has {schema.field(caption).type}, but must be text")
     reference_columns = tuple(bytes_column(schema, reference) for reference in references)
     for reference, column in zip(references, reference_columns, strict=True):
         if column is None:
-            raise UserError.about(
-                "control_columns",
-                f"{reference!r} of {label} has {schema.field(reference).type}, but must have image bytes",
+            raise about("control_columns")(
+                f"{reference!r} of {label} has {schema.field(reference).type}, but must have image bytes"
             )
     column, kind = bytes_column(schema, image), schema.field(image).type
     if column is None and not is_text(kind):
-        raise UserError.about("image_column", f"{image!r} of {label} has {kind}, but must have image bytes or URLs")
+        raise about("image_column")(f"{image!r} of {label} has {kind}, but must have image bytes or URLs")
     if column is None and reference_columns:
-        raise UserError.about(
-            "control_columns", f": {label} has URLs in {image!r}; references require images in the file too"
-        )
+        raise about("control_columns")(f": {label} has URLs in {image!r}; references require images in the file too")
     return Columns(column or image, column is None, caption, tuple(filter(None, reference_columns)))
 
 
@@ -140,7 +133,7 @@ class ParquetRows:
         try:
             self._file = parquet.ParquetFile(file, pre_buffer=False)
         except (OSError, ValueError) as error:
-            raise UserError.of_file(label, f"is not a Parquet file, or is damaged: {error}") from None
+            raise of_file(label)(f"is not a Parquet file, or is damaged: {error}") from None
         counts = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
         self._firsts = list(accumulate(counts, initial=0))[:-1]
         self._kept = kept or KeptGroups()
@@ -176,15 +169,13 @@ class ParquetRows:
             for batch in self._file.iter_batches(batch_size=num_rows, columns=list(columns)):
                 yield {name: _values(batch, name) for name in columns}
         except (OSError, pa.ArrowException) as error:
-            raise UserError.of_file(self.label, f"is damaged: {error}") from None
+            raise of_file(self.label)(f"is damaged: {error}") from None
 
     def value(self, column: str, row: int) -> bytes:
         """Return the bytes in a row of a column. Raises UserError if there are none, because the file was replaced."""
         first, values = self._group(column, row)
         if row - first >= len(values) or not values[row - first].is_valid:
-            raise UserError.of_file(
-                self.label, f"has no image in row {row}: it was replaced since the start; restart the run"
-            )
+            raise of_file(self.label)(f"has no image in row {row}: it was replaced since the start; restart the run")
         content: bytes = values[row - first].as_py()
         return content
 
@@ -211,7 +202,7 @@ class ParquetRows:
         try:
             return _leaf(self._file.read_row_group(group, columns=[column], use_threads=False), column)
         except (OSError, KeyError, pa.ArrowException) as error:
-            raise UserError.of_file(self.label, f"cannot be read any more: {error}") from None
+            raise of_file(self.label)(f"cannot be read any more: {error}") from None
 
 
 def _leaf(table: Any, column: str) -> Any:

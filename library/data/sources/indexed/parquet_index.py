@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from library.base.errors import UserError
+from library.base.atomic_files import atomic_path
+from library.base.errors import of_file
 from library.base.json_text import parse_json
 from library.base.progress import progress_bar
-from library.checkpoints.files import atomic_path
 from library.checkpoints.overwriting import known_by_start, open_lock_file
 from library.data.decoding.index_file import read_index_file
 from library.data.scanned.images import FileStamp
@@ -132,7 +132,7 @@ def write_table(table: Any, path: Path) -> None:
         with atomic_path(path) as temporary:
             pyarrow_parquet().write_table(table, temporary, compression="zstd")
     except OSError as error:
-        raise UserError.of_file(path, f"cannot be written: {error.strerror}; free space, or set --cache_dir") from None
+        raise of_file(path)(f"cannot be written: {error.strerror}; free space, or set --cache_dir") from None
 
 
 def open_index(path: Path, files: IndexedFiles) -> Any:

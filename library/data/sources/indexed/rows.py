@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from library.base.errors import UserError, reason_of
+from library.base.errors import UserError, error_in, reason_of
 from library.base.json_text import parse_json
 from library.data.decoding.images import HEAD_BYTES, read_size
 from library.data.description.buckets import Size
@@ -145,17 +145,17 @@ def read_caption_text(window: Window, member: Member, label: str, rule: CaptionR
     cannot be read."""
     name = f"{label}/{member.name}"
     if member.num_bytes > MOST_CAPTION_BYTES:
-        raise UserError(f"the caption {name} has {member.num_bytes / 1e6:.1f} MB, too much for a caption", path=name)
+        raise error_in(path=name)(f"the caption {name} has {member.num_bytes / 1e6:.1f} MB, too much for a caption")
     content = window.read(member.start, member.num_bytes)
     try:
         text = content.decode("utf-8-sig")
         caption = read_caption_field(parse_json(text), rule.field) if member.ending == "json" else text
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"the caption {name} is not UTF-8: byte {error.start}; rewrite the tar file", path=name
+        raise error_in(path=name)(
+            f"the caption {name} is not UTF-8: byte {error.start}; rewrite the tar file"
         ) from None
     except ValueError as error:
-        raise UserError(f"{name} is not valid JSON: {error}", path=name, cause="unreadable") from None
+        raise error_in(path=name, cause="unreadable")(f"{name} is not valid JSON: {error}") from None
     return None if caption is None else stripped_lines(caption)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from library.base.errors import UserError, list_few
+from library.base.errors import about, error_in, list_few, of_file
 from library.data.description.image_extensions import PLUGINS, load_plugin
 from library.data.description.schema import SubsetConfig, strip_secrets
 from library.data.scanned.columns import Texts
@@ -89,20 +89,19 @@ def describe_files(
     key = config.source_key
     files = [file for pattern in config.patterns for file in storage.matching(pattern)]
     if not files:
-        raise UserError.about(key, f"= {config.source!r} matched no files; check bucket, path and pattern")
+        raise about(key)(f"= {config.source!r} matched no files; check bucket, path and pattern")
     # count() for each file is quadratic, so it runs only if a file is repeated.
     repeated = sorted({file for file in files if files.count(file) > 1}) if len(set(files)) < len(files) else []
     if repeated:
-        raise UserError.about(key, f"= {config.source!r} lists a file twice: {list_few(map(strip_secrets, repeated))}")
+        raise about(key)(f"= {config.source!r} lists a file twice: {list_few(map(strip_secrets, repeated))}")
     if any(map(is_remote, files)):
         storage.required_cache_dir(f"{key} at a URL")
     labels = [strip_secrets(file) for file in files]
     if len(set(labels)) < len(labels):
         alike = sorted({label for label in labels if labels.count(label) > 1})
-        raise UserError(
+        raise error_in(key)(
             f"{key} has addresses that differ only in their parameters, which names of images leave out: "
-            f"{list_few(alike)}; use addresses with different paths",
-            setting=key,
+            f"{list_few(alike)}; use addresses with different paths"
         )
     stamps = read_stamps(files, labels, key, storage, num_threads)
     stamps = [stamp._replace(mark=stamp.mark + text) for stamp, text in zip(stamps, stamp_images(files), strict=True)]
@@ -129,13 +128,13 @@ def read_stamps(
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise UserError.of_file(strip_secrets(file), f"cannot be read: {error.strerror or error}") from None
+            raise of_file(strip_secrets(file))(f"cannot be read: {error.strerror or error}") from None
 
     with ThreadPoolExecutor(max(1, num_threads)) as pool:
         stamps = list(pool.map(read_stamp, files))
     missing = [name for name, stamp in zip(labels, stamps, strict=True) if stamp is None]
     if missing:
-        raise UserError.about(key, f": {len(missing)} of {len(files)} files are missing: {list_few(missing)}")
+        raise about(key)(f": {len(missing)} of {len(files)} files are missing: {list_few(missing)}")
     return [stamp for stamp in stamps if stamp is not None]
 
 
@@ -206,11 +205,10 @@ def references_in(
         return None
     missing = np.flatnonzero(counts == 0)
     if len(missing):
-        raise UserError.of_file(
-            config.source,
+        raise of_file(config.source)(
             f": {len(missing)} of {len(images)} images have no reference image: "
             f"{list_few(images.keys_at(missing[:3]), count=len(missing))}; add them, or put these "
-            "images into files of their own",
+            "images into files of their own"
         )
     locations = images.locations
     assert locations is not None

@@ -5,7 +5,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.base.errors import UserError
+from library.base.errors import about
 from library.data.scanned.names import short_digest
 
 # fsspec's caches cannot replace this one. None has a size limit; filecache and simplecache fetch whole shards.
@@ -52,8 +52,8 @@ class DiskCache:
             os.replace(temporary, path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise UserError.about(
-                "--cache_dir", f": {self.folder} cannot be written: {error.strerror}; use another folder, or free space"
+            raise about("--cache_dir")(
+                f": {self.folder} cannot be written: {error.strerror}; use another folder, or free space"
             ) from None
         if self.num_written is None or self.num_written + len(content) > PRUNE_EVERY * self.max_bytes:
             self.prune()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from library.base.errors import UserError
+from library.base.errors import UserError, error_in, of_file
 from library.data.description.schema import strip_secrets
 from library.data.scanned.images import FileStamp
 
@@ -41,15 +41,11 @@ def open_file_system(url: str) -> tuple[Any, str]:
         opened, path = url_to_fs(url)
     except ImportError as error:
         package = PACKAGES.get(protocol) or (error.name if error.name else "fsspec")
-        raise UserError(
-            f"{protocol}:// requires the package {package}: python3 -m pip install {package}",
-            path=strip_secrets(url),
-            cause="not installed",
+        raise error_in(path=strip_secrets(url), cause="not installed")(
+            f"{protocol}:// requires the package {package}: python3 -m pip install {package}"
         ) from None
     except ValueError as error:
-        raise UserError.of_file(
-            strip_secrets(url), f": {clean_message(error)}; use s3://, hf://, https:// or a path"
-        ) from None
+        raise of_file(strip_secrets(url))(f": {clean_message(error)}; use s3://, hf://, https:// or a path") from None
     return opened, path
 
 
@@ -61,9 +57,7 @@ def stamp_of_url(url: str) -> FileStamp:
         file_system.invalidate_cache()  # listings are otherwise kept until the process ends
         info = file_system.info(path, **_limit(file_system))
         if info.get("size") is None:
-            raise UserError.of_file(
-                strip_secrets(url), ": the server does not report its size, so parts cannot be read"
-            )
+            raise of_file(strip_secrets(url))(": the server does not report its size, so parts cannot be read")
         # Only one mark: a hub does not report each of them every time, and a stamp of several would change.
         return FileStamp(int(info["size"]), next((str(info[name]) for name in MARKS if info.get(name)), ""))
 
@@ -82,7 +76,7 @@ def read_url(url: str, start: int, num_bytes: int) -> bytes:
     try:
         return retry(ask, url)
     except FileNotFoundError:
-        raise UserError.of_file(strip_secrets(url), "no longer exists; restore it, or restart the run") from None
+        raise of_file(strip_secrets(url))("no longer exists; restore it, or restart the run") from None
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
@@ -124,10 +118,9 @@ def list_matching_urls(pattern: str) -> list[str]:
 def check_length(url: str, content: bytes, num_bytes: int) -> bytes:
     """Return content of the right length. Raises UserError if it is longer, ConnectionError if it is shorter."""
     if len(content) > num_bytes:
-        raise UserError.of_file(
-            strip_secrets(url),
+        raise of_file(strip_secrets(url))(
             ": the server sends whole files instead of parts; copy the files to a disk "
-            "or to a server that supports byte ranges",
+            "or to a server that supports byte ranges"
         )
     if len(content) < num_bytes:
         raise ConnectionError(f"{len(content)} of {num_bytes} bytes were received")
@@ -157,14 +150,13 @@ def retry(ask: Callable[[], Value], url: str) -> Value:
                 raise FileNotFoundError(strip_secrets(url)) from None
             reason = clean_message(cause)
             if is_permanent(cause):
-                raise UserError.of_file(
-                    strip_secrets(url), f"cannot be read: {reason}; check the address and the credentials"
+                raise of_file(strip_secrets(url))(
+                    f"cannot be read: {reason}; check the address and the credentials"
                 ) from None
             if number == NUM_TRIES:
-                raise UserError.of_file(
-                    strip_secrets(url),
+                raise of_file(strip_secrets(url))(
                     f"cannot be read after {NUM_TRIES} tries: {reason}; check the network, and "
-                    "restart the run: finished work is kept",
+                    "restart the run: finished work is kept"
                 ) from None
             wait_s = FIRST_WAIT_S * 2 ** (number - 1)
             logger.warning("%s: %s; trying again in %g s", strip_secrets(url), reason, wait_s)

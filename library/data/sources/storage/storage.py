@@ -11,7 +11,7 @@ from glob import glob
 from math import prod
 from typing import Any, TypeVar
 
-from library.base.errors import UserError
+from library.base.errors import error_in, of_file
 from library.base.formatting import format_bytes
 from library.data.description.schema import SubsetConfig, strip_secrets
 from library.data.scanned.images import FileStamp, ImageLocation, ScannedImage, Version, digest_content
@@ -66,10 +66,9 @@ class Storage:
         os.makedirs(self.shared_cache_dir, exist_ok=True)
         free = shutil.disk_usage(self.shared_cache_dir).free
         if num_bytes > free:
-            raise UserError(
+            raise error_in("--shared_cache_dir")(
                 f"--shared_cache_dir {self.shared_cache_dir}: {what} take {format_bytes(num_bytes)}, and "
-                f"{format_bytes(free)} are free on its disk; make room, or put --output_dir on another disk",
-                setting="--shared_cache_dir",
+                f"{format_bytes(free)} are free on its disk; make room, or put --output_dir on another disk"
             )
 
     def content(self, image: ScannedImage) -> bytes | None:
@@ -85,7 +84,7 @@ class Storage:
             with open(image.key, "rb") as file:
                 return version, file.read()
         except OSError as error:
-            raise UserError.of_file(image.key, f"cannot be read: {error.strerror}", cause="unreadable") from None
+            raise of_file(image.key, cause="unreadable")(f"cannot be read: {error.strerror}") from None
 
     def version(self, image: ScannedImage) -> Version:
         """Return the version that cached entries are compared with. Raises OSError for a missing file."""
@@ -124,10 +123,8 @@ class Storage:
     def required_cache_dir(self, what: str) -> str:
         """Return the cache folder. Raises UserError, starting with `what`, if none is set."""
         if self.cache_dir is None:
-            raise UserError(
-                f"{what} require --cache_dir, a folder for the index and downloaded images",
-                setting="--cache_dir",
-                cause="needs",
+            raise error_in("--cache_dir", cause="needs")(
+                f"{what} require --cache_dir, a folder for the index and downloaded images"
             )
         return self.cache_dir
 
@@ -148,9 +145,7 @@ class Storage:
             # Only an image in a file of its own starts at byte 0 and has no reader; a start does not look at it again.
             is_own_file = location.start == 0 and location.reader is None
             remedy = "delete .picture_index-*.parquet below --cache_dir and " if is_own_file else ""
-            raise UserError.of_file(
-                strip_secrets(location.file), f"was replaced since it was indexed; {remedy}restart the run"
-            )
+            raise of_file(strip_secrets(location.file))(f"was replaced since it was indexed; {remedy}restart the run")
         return content
 
     # Files
@@ -182,13 +177,11 @@ class Storage:
                 while len(content) < num_bytes and (more := opened.read(num_bytes - len(content))):
                     content += more
         except OSError as error:
-            raise UserError.of_file(file, f"cannot be read: {error.strerror}", cause="unreadable") from None
+            raise of_file(file, cause="unreadable")(f"cannot be read: {error.strerror}") from None
         if len(content) < num_bytes:
-            raise UserError(
+            raise error_in(path=file, cause="unreadable")(
                 f"{file} ends at byte {start + len(content)}, before an indexed image at {start + num_bytes}: it was "
-                "truncated or replaced since it was indexed; restart the run, or copy it again",
-                path=file,
-                cause="unreadable",
+                "truncated or replaced since it was indexed; restart the run, or copy it again"
             )
         return content
 
@@ -214,9 +207,8 @@ class Storage:
         existing files; local paths may also use `?` and `[...]`. Raises UserError for too many names."""
         num_names = count_names(pattern)
         if num_names > MOST_NAMES:
-            raise UserError(
-                f"{strip_secrets(pattern)!r} lists {num_names} files; the maximum is {MOST_NAMES}",
-                path=strip_secrets(pattern),
+            raise error_in(path=strip_secrets(pattern))(
+                f"{strip_secrets(pattern)!r} lists {num_names} files; the maximum is {MOST_NAMES}"
             )
         paths: list[str] = []
         for path in expand_pattern(pattern):

@@ -12,13 +12,7 @@ from flux_2_train_network import setup_parser
 from library.architectures.flux_2.assembly import build
 from library.architectures.flux_2.load import open_loader
 from library.architectures.flux_2.options import VERSIONS, Flux2Options
-from library.architectures.flux_2.releases import (
-    DEV,
-    KLEIN_4B,
-    KLEIN_9B,
-    recognise_encoder,
-    recognise_release,
-)
+from library.architectures.flux_2.releases import DEV, KLEIN_4B, KLEIN_9B, recognise_encoder, recognise_release
 from library.base.errors import UserError
 from library.checkpoints.weights import Weights
 from library.models.dit_loader import DitLoader

@@ -25,7 +25,7 @@ from library.memory.planner.prediction import (
 )
 from library.memory.planner.repeats import Repeats
 from library.memory.planner.speed import Work
-from library.memory.planner.stages import Stage, max_images
+from library.memory.planner.stages import StageMemory, max_images
 from library.memory.planner.steps import CountedOptimizer, CountedPass, Segment, Timeline
 from library.memory.planner.table import format_table
 from library.memory.planner.weights import Matrix, ModelWeights, StorageCost
@@ -369,7 +369,7 @@ def test_a_gpu_of_any_maker_is_busy_before_it_is_measured_and_waited_for(monkeyp
 
 def test_a_stage_encodes_as_many_items_at_a_time_as_fit() -> None:
     """The allocator adds 5 % to temporary memory."""
-    stage = Stage("encoding images", "vae_batch_size", 100, 40, 20)
+    stage = StageMemory("encoding images", "vae_batch_size", 100, 40, 20)
     assert [stage.peak(count) for count in (1, 2, 8)] == [142, 163, 289]
     assert [stage.most_that_fits(room) for room in (141, 142, 163, 204, 205, 288, 1000)] == [0, 1, 2, 2, 4, 4, 8]
     assert replace(stage, rise_of_each_more=0).most_that_fits(142) == 8

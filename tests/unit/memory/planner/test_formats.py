@@ -6,7 +6,7 @@ from torch import nn
 
 from benchmarks.format_errors import errors_of
 from library.memory.codecs.weight_format import load_format
-from library.memory.frozen import store_in
+from library.memory.frozen import freeze_layer
 from library.memory.planner.weights import Matrix, StorageCost
 from tests.unit.memory.planner.made_up import allocated_peak
 from tests.weight_formats import CODECS
@@ -26,7 +26,7 @@ def test_decoding_takes_the_declared_number_of_copies(name: str) -> None:
     torch.manual_seed(96)
     layer = nn.Linear(1024, 2048, bias=False).bfloat16().requires_grad_(False)
     matrix = Matrix.of(layer.weight)
-    store_in(CODECS[name], layer)
+    freeze_layer(CODECS[name], layer)
     x = torch.randn(1, 1024).bfloat16().requires_grad_()
     layer(x)  # one-time allocations such as tables
     taken = allocated_peak(lambda: layer(x).sum().backward(), multiplies_bf16=True) / matrix.plain_bytes

@@ -5,7 +5,7 @@ from typing import Any
 from library.memory.planner.choice import Allowed, choose
 from library.memory.planner.gpus import GIB, Gpu
 from library.memory.planner.prediction import CONTEXT_BYTES, OPTIMIZER_STEP, MemoryMode, predict
-from library.memory.planner.stages import Stage
+from library.memory.planner.stages import StageMemory
 from library.training.planning.counting import CountedRun
 from library.training.planning.fit import Fit, fit_to
 from library.training.planning.meta_run import BatchShape
@@ -13,10 +13,10 @@ from library.training.planning.previews import CountedPreview
 from tests.unit.memory.planner.test_choice import counted_step
 from tests.unit.training.test_checks import make_options
 
-IMAGES = Stage("encoding images", "vae_batch_size", 5 * GIB, GIB, GIB, streamed_weights=GIB)
+IMAGES = StageMemory("encoding images", "vae_batch_size", 5 * GIB, GIB, GIB, streamed_weights=GIB)
 
 
-def fitted(gib: float, *stages: Stage, adapter: int = 0) -> Fit:
+def fitted(gib: float, *stages: StageMemory, adapter: int = 0) -> Fit:
     options: Any = make_options(network_module="networks.lora")
     counted = CountedRun(options, BatchShape(1, 64, 64), counted_step(adapter), stages)
     return fit_to(counted, Gpu("made up", int(gib * GIB), 1e12, 1e9, 1e12))
@@ -44,8 +44,7 @@ def test_previews_are_planned_on_top_of_the_memory_that_training_keeps() -> None
     step, preview = counted_step(), CountedPreview(1024, 768, GIB, 2 * GIB)
     roomy, tight = (
         fit_to(
-            CountedRun(fitted(8).options, BatchShape(1, 64, 64), step, (), preview),
-            Gpu("made up", gib * GIB, 1, 1, 1),
+            CountedRun(fitted(8).options, BatchShape(1, 64, 64), step, (), preview), Gpu("made up", gib * GIB, 1, 1, 1)
         )
         for gib in (8, 3)
     )

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from library.base.atomic_files import write_whole
 from library.base.errors import UserError
 from library.training.report_page.comparison import differences, is_measured_alike, label_runs, read_run
 from library.training.report_page.record import Record
-from library.training.report_page.writer import build_report, write_page
+from library.training.report_page.writer import build_report
 from library.training.reporting.events import Event
 from tests.event_lines import EVIL, audit, lines_of, plan, start, whole_run
 from tools import compare_runs
@@ -58,7 +59,7 @@ def test_a_folder_a_report_and_a_file_of_events_are_the_same_run(tmp_path: Path)
     record = Record()
     for line in lines:
         record.add(line)
-    write_page(tmp_path / "out" / "cat-report.html", build_report(record))
+    write_whole(tmp_path / "out" / "cat-report.html", build_report(record))
     (tmp_path / "events.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     for path in (tmp_path / "out", tmp_path / "out" / "cat-report.html", tmp_path / "events.jsonl"):
         assert read_run(path).as_json() == record.as_json()
@@ -70,7 +71,7 @@ def test_inputs_that_cannot_be_compared_are_refused_with_the_reason(
     with pytest.raises(UserError, match="holds 0 reports of runs"):
         read_run(tmp_path)
     for name in ("a", "b"):
-        write_page(tmp_path / f"{name}-report.html", build_report(record_of(start(name))))
+        write_whole(tmp_path / f"{name}-report.html", build_report(record_of(start(name))))
     with pytest.raises(UserError, match=r"2 reports of runs \(a-report\.html, b-report\.html\)"):
         read_run(tmp_path)
     with pytest.raises(UserError, match="ended before its training began"):
@@ -82,7 +83,7 @@ def test_inputs_that_cannot_be_compared_are_refused_with_the_reason(
 def test_foreign_texts_are_embedded_only_as_data(tmp_path: Path) -> None:
     paths = [tmp_path / "a-report.html", tmp_path / "b-report.html"]
     for path in paths:
-        write_page(path, build_report(record_of(*whole_run(20, f"{EVIL}{path.name}"))))
+        write_whole(path, build_report(record_of(*whole_run(20, f"{EVIL}{path.name}"))))
     assert compare_runs.main([*map(str, paths), "--output", str(tmp_path / "x.html")]) == 0
     page = (tmp_path / "x.html").read_text(encoding="utf-8")
     assert page.count("<script") == 5 and "<img" not in page and page.count("</title>") == 1

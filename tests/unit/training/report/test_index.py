@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
+from library.base.atomic_files import write_whole
 from library.training.report_page import index
 from library.training.report_page.index import FILE_NAME, IndexedRuns, IndexWriter, write_index
 from library.training.report_page.page import read_data
 from library.training.report_page.record import Record
-from library.training.report_page.writer import ReportWriter, build_report, read_report, write_page
+from library.training.report_page.writer import ReportWriter, build_report, read_report
 from tests import browser
 from tests.event_lines import EVIL, lines_of, plan, start, whole_run
 
@@ -18,7 +19,7 @@ def add_run(folder: Path, name: str, num_lines: int | None = None, num_steps: in
     record = Record()
     for line in lines_of(whole_run(num_steps, name))[:num_lines]:
         record.add(line)
-    write_page(folder / f"{name}-report.html", build_report(record))
+    write_whole(folder / f"{name}-report.html", build_report(record))
     return record
 
 
@@ -93,7 +94,7 @@ def test_the_index_opens_in_a_browser(tmp_path: Path) -> None:
     record = Record()
     for line in lines_of(whole_run(20, EVIL)):
         record.add(line)
-    write_page(path, build_report(record))
+    write_whole(path, build_report(record))
     write_index(IndexedRuns(tmp_path))
     script = """
       const rows = [...document.querySelectorAll("tr")].slice(1);

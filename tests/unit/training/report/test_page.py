@@ -11,17 +11,11 @@ from typing import Any
 
 import pytest
 
+from library.base.atomic_files import write_whole
 from library.base.errors import UserError
 from library.training.report_page.page import HERE, UPLOT, build_page, read_data
 from library.training.report_page.record import Record
-from library.training.report_page.writer import (
-    ReportWriter,
-    add_sheet,
-    build_report,
-    earlier_record,
-    read_report,
-    write_page,
-)
+from library.training.report_page.writer import ReportWriter, add_sheet, build_report, earlier_record, read_report
 from tests.event_lines import EVIL, lines_of, plan, start, thumbnail, whole_run
 
 
@@ -118,7 +112,7 @@ def test_a_file_that_is_not_a_report_is_warned_about_and_replaced(content: str, 
 
 def test_a_contact_sheet_is_added_to_the_report_and_kept_when_the_run_resumes(tmp_path: Path) -> None:
     path, lines = tmp_path / "cat-report.html", lines_of(whole_run(30))
-    write_page(path, build_report(record_of_run(30)))
+    write_whole(path, build_report(record_of_run(30)))
     add_sheet(path, thumbnail(7))
     assert read_report(path).sheet == thumbnail(7)
     writer = ReportWriter(path, earlier_record(path))
@@ -151,7 +145,7 @@ def test_a_report_that_cannot_be_written_is_tried_again(
     now, path = [0.0], tmp_path / "cat-report.html"
     writer = ReportWriter(path, None, clock=lambda: now[0])
     with monkeypatch.context() as locked:
-        locked.setattr("library.training.report_page.writer.write_page", refuse)
+        locked.setattr("library.training.report_page.writer.write_whole", refuse)
         for _ in range(3):
             writer.take(lines_of([plan(10)]))
             now[0] += 31

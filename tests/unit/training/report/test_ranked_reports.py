@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from library.base.atomic_files import write_whole
 from library.training.report_page.record import Record
-from library.training.report_page.writer import build_report, write_page
+from library.training.report_page.writer import build_report
 from tests.event_lines import lines_of, plan, start, validation
 from tools import compare_runs
 
@@ -17,7 +18,7 @@ def write_run(folder: Path, name: str, losses: dict[str, float], step: int = 8, 
     measured = replace(validation(step, 1.0, (step, 1.0)), losses=losses)
     for line in lines_of([start(name, **options), plan(10), measured]):
         record.add(line)
-    write_page(folder / f"{name}-report.html", build_report(record))
+    write_whole(folder / f"{name}-report.html", build_report(record))
 
 
 def by_digest(*losses: float, first: int = 0) -> dict[str, float]:

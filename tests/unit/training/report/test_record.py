@@ -97,9 +97,9 @@ def test_deleted_or_overwritten_files_are_listed_once() -> None:
 def test_stage_durations_are_summed_by_name() -> None:
     event_list = [
         start(),
-        *[events.Stage("previews", state, i, 4) for i in range(3) for state in ("begin", "progress", "end")],
+        *[events.StageProgress("previews", state, i, 4) for i in range(3) for state in ("begin", "progress", "end")],
     ]
-    event_list.append(events.Stage("validation steps", "begin", 0, 9))
+    event_list.append(events.StageProgress("validation steps", "begin", 0, 9))
     record = folded(lines_of(event_list))
     assert record.stages == {"previews": [6.0, 3]}
     assert folded(lines_of([start()]), record).stages == {}

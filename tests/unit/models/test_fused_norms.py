@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from library.architectures.moss_image.model import situ
 from library.base.determinism import deterministic_mode
 from library.base.errors import UserError
-from library.memory import fused
-from library.memory.fused import (
+from library.memory import fused_kernels as fused
+from library.memory.fused_kernels import (
     Fused,
     compiles_bf16,
     compiles_for,
@@ -30,7 +30,7 @@ from library.memory.fused import (
 from library.memory.planner.counter import FlopCounter, OperationCounter
 from library.memory.planner.known import load_models
 from library.models.double_stream import DoubleStreamBlock, Modulation, SingleStreamBlock, StreamConfig
-from library.models.fused import (
+from library.models.fused_norms import (
     gated_norm_sum,
     gated_sum,
     modulated_norm,

@@ -43,10 +43,7 @@ def denoiser_module(path: str) -> ModuleNames:
 
 
 NAMES = BaseNames(
-    "moss_image",
-    tuple(map(denoiser_module, linear_paths())),
-    fused=((FUSED, PARTS),),
-    saved_naming="diffusers",
+    "moss_image", tuple(map(denoiser_module, linear_paths())), fused=((FUSED, PARTS),), saved_naming="diffusers"
 )
 TARGETS = AdapterTargets(
     denoiser=Part("lora_unet", blocks=("SingleStreamBlock",)),

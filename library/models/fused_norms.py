@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import silu
 
-from library.memory.fused import Fused
+from library.memory.fused_kernels import Fused
 from library.models.rotary import Rope
 
 

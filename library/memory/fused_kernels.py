@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
-from library.base.errors import UserError
+from library.base.errors import error_in
 
 logger = logging.getLogger(__name__)
 
@@ -238,11 +238,9 @@ def explain_failed_compiler() -> Iterator[None]:
         if not type(error).__module__.startswith(COMPILERS):
             raise
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(
+        raise error_in("--no_fused_operations", cause="needs")(
             f"the compiler of norms, gates and activations failed ({reason}), although its trial at the start worked: "
-            "add --no_fused_operations, which is slower and compiles nothing",
-            setting="--no_fused_operations",
-            cause="needs",
+            "add --no_fused_operations, which is slower and compiles nothing"
         ) from error
 
 
