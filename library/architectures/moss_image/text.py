@@ -16,7 +16,6 @@ from library.base.determinism import deterministic_mode
 from library.base.errors import UserError
 from library.models.qwen3_vl_vision import (
     SLOT,
-    VISION_MARKS,
     encode_captions,
     fit_images,
     join_rows,
@@ -25,7 +24,6 @@ from library.models.qwen3_vl_vision import (
 from library.types import Conditioning, Tokens, plain_caption
 
 NUM_TOKENS = 4096  # with the template and reference images; longer captions are cut
-MARKS = ("<|im_start|>", "<|im_end|>", *VISION_MARKS)
 
 
 @dataclass(frozen=True)

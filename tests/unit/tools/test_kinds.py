@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from library.architectures.sd.targets import view
+from library.architectures.sd.layers import view
 from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
 from networks.core.files.adapter_file import read_adapter_file
 from tests.parity.test_lora_merge import tiny_clip
