@@ -5,8 +5,8 @@ import argparse
 import torch
 from torch import nn
 
+from library.architectures.sd.layers import view
 from library.architectures.sd.load import open_loader
-from library.architectures.sd.targets import view
 from library.checkpoints.headers import is_safetensors
 from library.options.train import TrainOptions
 

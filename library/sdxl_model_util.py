@@ -5,9 +5,9 @@ import argparse
 import torch
 from torch import nn
 
+from library.architectures.sdxl.layers import build_view
 from library.architectures.sdxl.load import open_loader, recognise_unet_layout
 from library.architectures.sdxl.options import SdxlOptions
-from library.architectures.sdxl.targets import build_view
 
 
 def load_models_from_sdxl_checkpoint(

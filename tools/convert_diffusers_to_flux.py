@@ -13,7 +13,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from tqdm import tqdm
 
-from library.architectures.flux.checkpoint_keys import DIFFUSERS_MARK, KEYS
+from library.architectures.flux.layers import DIFFUSERS_MARK, KEYS
 from library.architectures.specs import list_specs
 from library.base.errors import about
 from library.base.terminal import print_line

@@ -149,25 +149,14 @@ def install_torch(venv: Path, python: Path, tag: "str | None") -> None:
     install(venv, python, [], (*index, *again, choice.requirement))
 
 
-def name_build() -> None:
-    """Say which build of torch this machine's GPU needs where the user's settings choose another one, or why none."""
-    try:
-        choice = torch_builds.choose()
-    except torch_builds.NoBuild as error:
-        print_line(f"note  {error}")
-        return
-    tag = (choice.index or "").replace(torch_builds.INDEX, "")
-    if tag not in ("", "cpu"):
-        print_line(f"note  {choice.reason}: a torch without its kernels is replaced by `setup --torch {tag}`")
-
-
-def name_compiler_needs(python: Path) -> None:
-    """Say what fused operations and --compile still need on a machine with an NVIDIA GPU."""
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from library.environment import torch_builds as b; "
-    needs = torch_builds.read([str(python), "-c", code + "print(*b.list_compiler_needs())", str(ROOT)]).split()
-    if needs and torch_builds.list_nvidia():
-        where = "docs/windows.md says which version" if "triton-windows" in needs else "with your system's packages"
-        print_line(f"note  fused operations and --compile need {' and '.join(needs)}: install them ({where})")
+def ask_settings(python: Path, source: Source) -> bool:
+    """Return True if the user's settings choose the packages, and say which torch this machine's GPU needs then."""
+    if source.wheels is not None or not chooses_packages(python):
+        return False
+    note = "" if source.torch else torch_builds.describe_build()
+    if note:
+        print_line(f"note  {note}")
+    return True
 
 
 def check_disk(venv: Path) -> None:
@@ -204,14 +193,12 @@ def install_all(venv: Path, python: Path, names: "tuple[str, ...]", source: Sour
     requirements.lock is checked by hashes, without torch, whose build depends on the GPU. Other wheels than PyPI's have
     other hashes: where the user's settings choose packages, they choose the versions too unless `source` names them.
     """
-    settings_choose = source.wheels is None and chooses_packages(python)
+    settings_choose = ask_settings(python, source)
     is_hashed = TESTED in names and source.wheels is None and not settings_choose
     if TESTED in names and not is_hashed:
         names = tuple(source.versions or REQUIREMENTS if name == TESTED else name for name in names)
         chooser = "these wheels" if source.wheels else "your settings of pip or uv"
         print_line(f"Installing {names[0]} without hashes: {chooser} choose the packages")
-    if settings_choose and not source.torch:
-        name_build()
     with_torch = not is_hashed and not source.torch
     if source.wheels is None and not (TESTED in names and with_torch):
         install_torch(venv, python, source.torch)
@@ -502,7 +489,9 @@ def main(arguments: "list[str]") -> int:
             versions = TESTED if args.locked else REQUIREMENTS if args.newest or args.offline else None
             names = (versions or TESTED,) if args.locked or args.offline else (versions or TESTED, FOR_TESTS)
             python = ready_python(venv, names, Source(args.offline, args.torch, versions))
-            name_compiler_needs(python)
+            needs = torch_builds.describe_compiler_needs(python)
+            if needs:
+                print_line(f"note  {needs}")
             print_line(f"Ready: {python}")
             return 0
         return quickstart(venv)

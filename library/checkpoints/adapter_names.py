@@ -2,7 +2,7 @@
 
 There are three namings: `kohya` (`lora_unet_down_blocks_0_...`), `generic` (the original checkpoint's module paths
 below `diffusion_model.` and `text_encoders.`) and `diffusers` (diffusers' module paths below `unet.` or
-`transformer.`). A base model declares its modules as `BaseNames` in library/architectures/<model>/adapter_names.py.
+`transformer.`). A base model declares its modules as `BaseNames` in library/architectures/<model>/layers.py.
 """
 
 import re
@@ -129,6 +129,8 @@ class BaseNames:
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """Layers that some programs fuse: (end of the fused layer's path, ends of its parts' paths, in equal shares of
     the rows)."""
+    joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Layers that diffusers alone fuses, in the same form; its naming has the parts only in these tables."""
     saved_naming: FileNaming = "kohya"  # of files that hold LoRA alone; other kinds mostly have kohya's names
     holds_all_kinds_in_diffusers: bool = False  # some program reads kinds other than LoRA under diffusers' names
 
@@ -146,12 +148,23 @@ class BaseNames:
     def find_parts(self, name: str) -> tuple[ModuleNames, ...]:
         """Return the modules that make up a layer that some programs fuse, in row order; () for any other name."""
         flat = to_underscores(name)
-        for fused_path, parts in self.fused:
+        for fused_path, parts in (*self.fused, *self.joined):
             if flat.endswith(end := to_underscores(fused_path)):
                 modules = [self.find(flat.removesuffix(end) + to_underscores(part)) for part in parts]
                 found = tuple(module for module in modules if module is not None)
                 return found if len(found) == len(parts) else ()
         return ()
+
+    def whole_in_diffusers(self, module: ModuleNames) -> ModuleNames | None:
+        """Return the layer of diffusers that a module is a part of, with the parts as its pieces and diffusers' name as
+        the other names; None for a module that diffusers has, too."""
+        path = module.diffusers if isinstance(module.diffusers, str) else ""
+        for whole, parts in self.joined:
+            stem = next((path.removesuffix(part) for part in parts if path.endswith(f".{part}")), None)
+            if stem is not None:
+                modules = self.find_parts(name := f"{stem}{whole}")
+                return ModuleNames(name, name, tuple(Piece(part.kohya, 1, part.spellings) for part in modules))
+        return None
 
     def _find_in_longer_stack(self, flat: str) -> ModuleNames | None:
         """Find a module in a block beyond the usual number, through the same layer of block 0."""

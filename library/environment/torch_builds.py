@@ -104,6 +104,16 @@ def list_compiler_needs() -> "list[str]":
     return ([] if has_compiler else ["gcc"]) + ([] if has_headers else ["python3-dev"])
 
 
+def describe_compiler_needs(python: Path) -> str:
+    """Say what fused operations and --compile still need in an environment, with an NVIDIA GPU; "" if nothing."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from library.environment import torch_builds as b; "
+    needs = read([str(python), "-c", code + "print(*b.list_compiler_needs())", str(Path(__file__).parents[2])]).split()
+    if not needs or not list_nvidia():
+        return ""
+    where = "docs/windows.md says which version" if "triton-windows" in needs else "with your system's packages"
+    return f"fused operations and --compile need {' and '.join(needs)}: install them ({where})"
+
+
 def list_amd() -> "list[str]":
     """Return the targets ("gfx1100") of AMD's GPUs, as the Linux driver lists them."""
     targets = []
@@ -161,6 +171,20 @@ def choose() -> TorchBuild:
         return TorchBuild(INDEX + "xpu", "torch>=2.8", "Intel GPU")
     none = f"AMD GPU {targets[0]} without kernels in torch" if targets else "no GPU"
     return TorchBuild(INDEX + "cpu" if sys.platform == "linux" else None, "torch>=2.6", none)
+
+
+def describe_build() -> str:
+    """Say which build this machine's GPU needs, or why there is none; "" where any build will do."""
+    try:
+        choice = choose()
+    except NoBuild as error:
+        return str(error)
+    tag = (choice.index or "").replace(INDEX, "")
+    return (
+        ""
+        if tag in ("", "cpu")
+        else f"{choice.reason}: a torch without its kernels is replaced by `setup --torch {tag}`"
+    )
 
 
 def named(tag: str) -> TorchBuild:

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from library.base.errors import about
-from library.checkpoints.base_files import BaseFiles, open_base, open_without_base
+from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
@@ -28,13 +28,10 @@ from library.models.shapes import shape_of
 from library.models.t5 import WORDS as T5_WORDS
 from library.models.vae.vae import resolve_vae_dtype
 from library.options.caching import CachingOptions, TextCachingOptions
-from library.options.dit import DitTrainOptions
 from library.options.machine.memory import PrecisionOptions
 from library.options.model import BASE_FLAG, ModelOptions
 
 EMBEDDINGS = (WORDS, T5_WORDS[0], CLIP_WORDS)  # the word embeddings of language models, T5 and CLIP
-
-OptionsT = TypeVar("OptionsT", bound=DitTrainOptions)
 
 
 class DitLoaderOptions(Protocol):
@@ -151,39 +148,3 @@ def check_input_width(path: Path, num_inputs: int, expected: int, unit: str, tit
             f": the transformer takes {num_inputs} values per {unit}, but only {expected} are "
             f"supported; use a checkpoint of {title}"
         )
-
-
-def open_dit(model: ModelOptions, text_encoder: str | None, title: str) -> BaseFiles:
-    """Open the transformer's file, or a diffusers folder with every part that no option replaces.
-
-    Raises UserError naming the flag if it is missing or broken.
-    """
-    replacements = {"text_encoder": text_encoder, "vae": model.vae}
-    return open_base(
-        model.pretrained_model_name_or_path,
-        f"the file of {title}'s transformer, or a diffusers folder",
-        [folder for folder in ("transformer", "text_encoder", "vae") if replacements.get(folder) is None],
-    )
-
-
-def open_encoder_files(model: ModelOptions, text_encoder: str | None, flag: str) -> tuple[BaseFiles, Weights]:
-    """Return the files and an empty denoiser for a caching command that is given only the encoder of `flag`.
-
-    Raises UserError if that encoder is not given.
-    """
-    return open_without_base(flag, model.vae if flag == "--vae" else text_encoder)
-
-
-def open_encoder(
-    open_loader: Callable[[OptionsT], DitLoader],
-    build_loader: Callable[[OptionsT, BaseFiles, Weights], DitLoader],
-    options: OptionsT,
-    flag: str,
-) -> DitLoader:
-    """Open the models for a caching command: the whole base model if it is given, else only the encoder of `flag`.
-
-    Raises UserError like `open_loader`, or if neither is given.
-    """
-    if options.model.pretrained_model_name_or_path:
-        return open_loader(options)
-    return build_loader(options, *open_encoder_files(options.model, options.parts.text_encoder, flag))

@@ -4,8 +4,9 @@ Letters: B captions, S tokens, E width.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,26 @@ DESCRIBE = (  # the text before a caption in pipelines with a Qwen-VL
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
 )
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")  # in files
+
+
+FLAG = "--text_encoder"
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A language model that encodes captions, and its tokenizer. `FLAG` names its file or folder."""
+
+    name: str  # in the log
+    hub_name: str
+    prefix: str  # of its names in a file with several models
+    marks: tuple[str, ...]  # special tokens of its template
+    open: Callable[[Mapping[str, Any] | None, Weights], Component]
+    """(configuration of its folder, None for a file; weights) -> its component. Raises UserError for another model."""
+    load: LoadPart
+    load_tokenizer: Callable[[Sequence[Path], str | None, int | None], Any]  # see `TokenizerFiles.load`
+    tokenizer_folders: tuple[str, ...] = ("tokenizer",)  # next to the base model and the encoder
+    vision: tuple[Callable[[Weights], Component | None], LoadPart] | None = None
+    """Opens and loads the vision model in its files, which only reference images need."""
 
 
 def choose_load(load: LoadPart, name: str, in_8_bits: bool) -> LoadPart:

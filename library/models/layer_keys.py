@@ -1,13 +1,13 @@
 """Names of a denoiser's layers and weights in the original layout, which is ours, and in diffusers' layout.
 
-One of our layers may stack several of diffusers' along its rows.
+One of our layers may stack several of diffusers' along its rows, or one of diffusers' several of ours.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from library.checkpoints.adapter_names import ModuleNames, Piece
-from library.checkpoints.fused_tensors import join_tensors
+from library.checkpoints.fused_tensors import join_tensors, split_rows
 from library.checkpoints.weights import Weights
 
 KOHYA_PREFIX = "lora_unet_"  # prefix of a denoiser's layers in kohya's naming
@@ -44,6 +44,9 @@ class LayerKeys:
     swapped: str | None = None  # a layer whose shift and scale diffusers stores in reverse order
     leaves: Callable[[str], Mapping[str, str]] = list_leaves  # path -> our names of its weights -> diffusers'
     is_other: Callable[[str], bool] = is_norm  # True for the path of a layer that is not Linear
+    joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Layers that diffusers joins: the end of its path, and the ends that stand in `stacks` for equal shares of its
+    rows, as in `BaseNames.joined`."""
     parameters: tuple[str, ...] = ()  # of the model itself, with the same name in both layouts
 
     def split(self, path: str) -> tuple[Stack, str, str] | None:
@@ -87,6 +90,8 @@ class LayerKeys:
 
         Raises UserError naming the missing parts of an incomplete layer.
         """
+        for whole, ends in self.joined:
+            weights = split_rows(weights, whole, ends)
         parts = {key: self.source_keys(key) for key in self.our_keys(weights.shapes)}
         return join_tensors(weights, parts, self.swapped and f"{self.swapped}.")
 

@@ -16,7 +16,7 @@ from library.base.errors import NotThere, about
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, list_first_names
 from library.memory.devices import send
-from library.models.language_models import decoder_config, extract_decoder
+from library.models.language_models import FLAG, LanguageModel, decoder_config, extract_decoder
 from library.models.loading import Component, empty_transformers_model, load_component
 from library.models.shapes import Shapes, shape_of
 from library.models.tokenizer_files import BYTE_PAIR_FILES, TokenizerFiles, holds_byte_pairs
@@ -25,6 +25,7 @@ ROPE_BASE = 1_000_000.0
 EPS = 1e-6
 MARK = "layers.0.self_attn.q_norm.weight"  # earlier Qwens and Mistral do not normalize queries
 FOLDER = "text_encoder"  # in a diffusers folder
+BEGIN, END = "<|im_start|>", "<|im_end|>"  # marks of a message in Qwen's chat template
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,20 @@ def qwen3_config(shapes: Shapes) -> dict[str, Any]:
 
 empty_qwen3 = partial(empty_transformers_model, "qwen3", "Qwen3")
 load_qwen3 = partial(load_component, empty_qwen3)
+
+
+def qwen3_encoder(size: str) -> LanguageModel:
+    """Return the Qwen3 of this size ("4B") as a base model's encoder."""
+    release = Qwen3Release(FLAG, f"Qwen/Qwen3-{size}", f"text_encoders.qwen3_{size.lower()}.transformer.model.")
+    return LanguageModel(
+        name="Qwen3",
+        hub_name=release.hub_name,
+        prefix=release.prefix,
+        marks=(BEGIN, END),
+        open=lambda config, weights: qwen3_component(weights, release),
+        load=load_qwen3,
+        load_tokenizer=partial(load_qwen3_tokenizer, release),
+    )
 
 
 def encode_qwen3(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:

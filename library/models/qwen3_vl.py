@@ -14,9 +14,17 @@ from torch import nn
 
 from library.base.errors import about
 from library.checkpoints.weights import Weights, configure, list_first_names
-from library.models.language_models import PREFIXES, decoder_config, extract_decoder, remove_last_norm
+from library.models.language_models import (
+    FLAG,
+    PREFIXES,
+    LanguageModel,
+    decoder_config,
+    extract_decoder,
+    remove_last_norm,
+    with_first_layers,
+)
 from library.models.loading import Component, MaybeComponent, empty_transformers_model, load_component
-from library.models.qwen3 import EPS, MARK, Qwen3Release
+from library.models.qwen3 import BEGIN, END, EPS, MARK, Qwen3Release, load_qwen3_tokenizer
 from library.models.shapes import Shapes, shape_of
 
 logger = logging.getLogger(__name__)
@@ -68,3 +76,23 @@ empty_qwen3_vl = partial(empty_transformers_model, "qwen3_vl", "Qwen3VLText")
 def load_qwen3_vl(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
     """Load the encoder in `dtype`, frozen, on the CPU. It has no last norm: its last states are the last layer's."""
     return remove_last_norm(load_component(empty_qwen3_vl, component, dtype))
+
+
+def qwen3_vl_encoder(size: str, num_layers: int | None = None) -> LanguageModel:
+    """Return the Qwen3-VL of this size ("4B"), or its first layers, as a base model's encoder."""
+    prefix = f"text_encoders.qwen3vl_{size.lower()}.transformer.model."
+    release = Qwen3Release(FLAG, f"Qwen/Qwen3-VL-{size}-Instruct", prefix)
+
+    def open_it(config: Mapping[str, Any] | None, weights: Weights) -> Component:
+        component = qwen3_vl_component(weights, config, release)
+        return component if num_layers is None else with_first_layers(component, num_layers, FLAG)
+
+    return LanguageModel(
+        name="Qwen3-VL",
+        hub_name=release.hub_name,
+        prefix=prefix,
+        marks=(BEGIN, END),
+        open=open_it,
+        load=load_qwen3_vl,
+        load_tokenizer=partial(load_qwen3_tokenizer, release),
+    )

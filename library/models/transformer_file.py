@@ -1,6 +1,7 @@
-"""The file of a base model's transformer, for merging adapters into it and extracting them."""
+"""A base model's transformer in files, for training it, merging adapters into it and extracting them; and the spec of a
+base model with such a transformer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,24 @@ from torch import nn
 from library.base.errors import about
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
+from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.base_model import BaseModel, open_single_file
-from library.checkpoints.weights import Weights, configure, find_prefix, with_prefix
+from library.checkpoints.base_model_spec import BaseModelSpec, Program, Reader, Sign
+from library.checkpoints.weights import Weights, configure, find_prefix, select_weights, with_prefix
 from library.models.adapter_views import view_denoiser
-from library.models.identify import DENOISER_PREFIXES
+from library.models.identify import DENOISER_PREFIXES, open_denoiser
 from library.models.loading import build_on_meta_device
+from library.models.recipe import Recipe
 from library.models.shapes import Shapes
-from library.protocols import AdapterView
+from library.options.train import TrainOptions
+from library.protocols import AdapterView, LatentSpec
+from networks.core.targets.targets import AdapterTargets
 
 
 @dataclass(frozen=True)
 class TransformerFile:
-    """A base model's transformer in one file of the original layout, which may also hold its text encoders and VAE."""
+    """A base model's transformer: a file of the original layout, which may also hold text encoders and VAE, or a
+    diffusers folder."""
 
     base: str  # `BaseModelSpec.name`
     title: str  # in messages
@@ -32,8 +39,19 @@ class TransformerFile:
     name: Callable[[str], ModuleNames]  # names of a layer by its path
     build: Callable[[Any], nn.Module]
     read_config: Callable[[Shapes], Any]
+    from_diffusers: Callable[[Weights], Weights] = lambda weights: weights  # renames weights of diffusers' layout
+    split_fused: Callable[[Weights], Weights] = lambda weights: weights  # splits what some files fuse
+    unused: tuple[str, ...] = ()  # parts of the names of weights that the model does not use
     view: AdapterView = view_denoiser
     name_text_layer: Callable[[str], ModuleNames | None] = lambda stem: None  # by its full name in the file
+
+    def read(self, specs: Sequence[BaseModelSpec], base: BaseFiles) -> Weights:
+        """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
+        weights = self.split_fused(
+            open_denoiser(specs, base, self.base, self.mark, self.diffusers_mark, self.from_diffusers)
+        )
+        used = (key for key in weights.shapes if not any(part in key for part in self.unused))
+        return select_weights(weights, {key: key for key in used})
 
     def open(self, flag: str, path: Path) -> BaseModel:
         """Open the file; only its header is read.
@@ -73,3 +91,51 @@ class TransformerFile:
         if prefix + self.mark not in weights.shapes:
             raise about(flag, path)(f"has no layers of {self.title}'s transformer")
         return weights, prefix
+
+
+def transformer_spec(
+    file: TransformerFile,
+    targets: AdapterTargets,
+    recipe: Recipe,
+    *,
+    options: type[TrainOptions],
+    build: Callable[[Any], Any],
+    objective: Callable[[Any], Any],
+    latents: LatentSpec,
+    checkpoint: tuple[Sign, ...],
+    adapter: tuple[Sign, ...],
+    version: str,
+    architecture: str,
+    pipelines: tuple[str, ...],
+    readers: Mapping[Program, Reader],
+    called: str = "",
+    script: str = "",
+    script_flag: str = "",
+    variants: Mapping[str, str] | None = None,
+) -> BaseModelSpec:
+    """Return the spec of a flow model whose transformer is `file`; the keywords are fields of `BaseModelSpec`."""
+    assert targets.names is not None
+    return BaseModelSpec(
+        name=file.base,
+        title=file.title,
+        called=called or f"a {file.title}",
+        script=script or f"{file.base}_train_network.py",
+        script_flag=script_flag,
+        options=options,
+        build=build,
+        objective=objective,
+        latents=latents,
+        checkpoint=checkpoint,
+        adapter=adapter,
+        version=version,
+        architecture=architecture,
+        pipelines=pipelines,
+        readers=readers,
+        names=targets.names,
+        network_arguments=targets.arguments,
+        open_for_merging=file.open,
+        view_for_networks=file.view_for_networks,
+        adapter_metadata=recipe.of_checkpoint,
+        ignores=recipe.ignores,
+        variants=variants or {},
+    )

@@ -9,7 +9,7 @@ from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
 from library.options.machine.compiling import COMPILERS, CompileOptions
 from library.options.machine.memory import ScaledPrecisionOptions
-from library.options.model import ReadingOptions
+from library.options.model import ReadingOptions, part
 from library.options.train import TrainOptions
 from library.options.training.flow import (
     FlowPredictionOptions,
@@ -127,9 +127,7 @@ ALTERNATIVES: Mapping[str, str] = {
 class PartOptions(Options):
     """The parts of the base model."""
 
-    text_encoder: str | None = option(
-        None, path="part", usual=True, help="File or folder of the text encoder. Unset takes it from the base."
-    )
+    text_encoder: str | None = part("the text encoder")
 
 
 @dataclass(frozen=True)

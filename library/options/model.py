@@ -1,6 +1,7 @@
 """The base model and how its text is read."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from library.options.base import Options, option
 from library.options.kinds import whole
@@ -24,6 +25,11 @@ class ModelFile:
         size = None if self.gigabytes is None else f"{self.gigabytes:g} GB"
         stated = ", ".join(filter(None, (size, self.licence)))
         return f"{self.file or 'the folder'} of {self.repository}" + (f" ({stated})" if stated else "")
+
+
+def part(what: str, base: str = "the base") -> Any:
+    """Declare the option for the file or folder of a part of the base model, which `base` may have, too."""
+    return option(None, f"File or folder of {what}. Unset takes it from {base}.", path="part", usual=True)
 
 
 @dataclass(frozen=True)

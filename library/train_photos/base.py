@@ -3,7 +3,7 @@
 import gc
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -87,12 +87,23 @@ def list_tensors(path: Path) -> frozenset[str]:
 
 
 def choose_recipe(base: Base, kind: Kind) -> Recipe:
-    """Return the recipe of this kind that suits the base best, or the other kind's if it has none of this one."""
+    """Return the recipe of this kind that suits the base best, or the other kind's if it has none of this one, or plain
+    settings if it has neither."""
     recipes = [recipe for recipe in list_recipes() if suits(recipe, base)]
     of_kind = [recipe for recipe in recipes if recipe.name.endswith(f"_{kind}")]
     others = [recipe for recipe in recipes if recipe.name.endswith(("_character", "_style"))]
     # A recipe that asks for more of the base suits it better.
-    return max(of_kind or others, key=lambda recipe: (bool(recipe.words), bool(recipe.has)))
+    best = max(of_kind or others, key=lambda recipe: (bool(recipe.words), bool(recipe.has)), default=None)
+    return best or build_plain_recipe(base.spec, kind)
+
+
+def build_plain_recipe(spec: BaseModelSpec, kind: Kind) -> Recipe:
+    """Return the settings of the recipe for general pipelines that the script of another base model has, too."""
+    general = {spec.script for spec in list_specs() if spec.is_general}
+    plain = next(recipe for recipe in list_recipes() if recipe.script in general)
+    values = {name: value for name, value in plain.values.items() if name in spec.options.defaults()}
+    title = f"{spec.title} has no recipe in configs/recipes/; these are plain settings"
+    return replace(plain, name=f"plain_{kind}", script=spec.script, title=title, values=values)
 
 
 def suits(recipe: Recipe, base: Base) -> bool:

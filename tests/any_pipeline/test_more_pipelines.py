@@ -3,7 +3,8 @@
 import json
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from runpy import run_path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,6 @@ from library.architectures.any_pipeline.watch import Refused, Watched
 from tests.tiers import first_is_fast
 from tests.tiny.more_pipelines import MORE, t5_gemma_config
 from tests.tiny.pipelines import build_tiny_pipeline, watch_pipeline
-
-if TYPE_CHECKING:  # as diffusers imports what may be missing
-    from vision_that_is_missing import transforms  # type: ignore[import-not-found]
 
 SIZE = (64, 64)
 
@@ -66,7 +64,9 @@ def test_an_encoder_is_built_by_the_part_of_its_configuration_that_has_its_sizes
     assert shapes == {n: t.shape for n, t in folder.load("text_encoder", torch.float32).state_dict().items()}
 
 
-def test_an_error_of_a_pipeline_is_a_refusal_that_names_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_a_pipeline_is_a_refusal_that_names_a_missing_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipe = build_tiny_pipeline("AuraFlowPipeline")
 
     def fail(*_: Any, **__: Any) -> Any:
@@ -75,7 +75,10 @@ def test_an_error_of_a_pipeline_is_a_refusal_that_names_a_missing_package(monkey
     monkeypatch.setattr(type(pipe), "encode_prompt", fail)
     with pytest.raises(Refused, match="it needs the Python package ftfy_that_is_missing, which is missing: install it"):
         measure(watch_pipeline(pipe), SIZE)
-    monkeypatch.setattr(type(pipe), "encode_prompt", lambda *_, **__: transforms.resize())
+    # As diffusers imports what may be missing.
+    (tmp_path / "drawing.py").write_text("if False:\n    from vision_that_is_missing import transforms\n\n\n"
+                                         "def draw(*_, **__):\n    return transforms.resize()\n")  # fmt: skip
+    monkeypatch.setattr(type(pipe), "encode_prompt", run_path(str(tmp_path / "drawing.py"))["draw"])
     with pytest.raises(Refused, match="it needs the Python package vision_that_is_missing, which is missing"):
         measure(watch_pipeline(pipe), SIZE)
 

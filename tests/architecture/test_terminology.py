@@ -35,7 +35,7 @@ PHRASES = {  # consecutive words of an identifier
     "without_values": "on_meta_device",
 }
 FILE_NAMES = {
-    "adapters.py": "targets.py, adapter_names.py",
+    "adapters.py": "layers.py",
     "average.py": "ema.py",
     "card.py": "spec.py",
     "doors": "kinds",

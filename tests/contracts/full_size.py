@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from library.architectures.sd import load as sd
-from library.architectures.sd.targets import view as sd_view
+from library.architectures.sd.layers import view as sd_view
 from library.architectures.sdxl import load as sdxl
-from library.architectures.sdxl.targets import build_view
+from library.architectures.sdxl.layers import build_view
 from library.checkpoints.weights import Weights
 from library.models.clip.clip import PROJECTION, empty_clip
 from library.models.loading import Component

@@ -5,7 +5,7 @@ import re
 import pytest
 from torch import nn
 
-from library.architectures.sd.targets import view
+from library.architectures.sd.layers import view
 from library.models.clip.clip import empty_clip
 from library.models.unet.unet import empty_unet
 from networks.core.targets.targets import TargetModule, find_target_modules

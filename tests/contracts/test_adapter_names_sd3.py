@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.sd3.adapter_names import NAMES
+from library.architectures.sd3.layers import NAMES
 from library.architectures.sd3.model import MMDiTConfig
 from library.checkpoints.adapter_names import ModuleNames
 from tests.tiny.sd3 import CONFIGS, full_size_keys, mmdit_weights

@@ -2,7 +2,7 @@
 
 import pytest
 
-from library.architectures.sd.adapter_names import NAMES
+from library.architectures.sd.layers import NAMES
 from tests.recognising import base_of
 from tests.tiny.sd import full_size_keys
 

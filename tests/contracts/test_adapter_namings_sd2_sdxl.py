@@ -2,8 +2,8 @@
 
 import pytest
 
-from library.architectures.sd.adapter_names import SD2_NAMES
-from library.architectures.sdxl.adapter_names import NAMES
+from library.architectures.sd.layers import SD2_NAMES
+from library.architectures.sdxl.layers import NAMES
 from library.models.clip.clip import clip_from_any
 from library.models.unet.checkpoint_keys import UNET_PREFIX
 from tests.contracts.full_size import facts, parts

@@ -8,12 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from library.architectures.flux.adapter_names import CHROMA_NAMES
 from library.architectures.flux.approximator import ApproximatorConfig
-from library.architectures.flux.checkpoint_keys import KEYS
+from library.architectures.flux.layers import CHROMA_NAMES, KEYS, view_chroma
 from library.architectures.flux.load import read_denoiser
 from library.architectures.flux.model import Flux, FluxConfig, read_config
-from library.architectures.flux.targets import view_chroma
 from library.checkpoints.base_files import BaseFiles
 from library.models.loading import build_on_meta_device
 from library.models.t5 import empty_t5

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.architectures.flux.adapter_names import NAMES
+from library.architectures.flux.layers import NAMES
 from library.checkpoints.adapter_names import FileNaming
 from networks import lora_flux
 from networks.core.files.adapter_file import read_adapter_file, save_adapter_file

@@ -90,9 +90,10 @@ def plain(value: Any) -> Any:
 @pytest.mark.parametrize(("name", "size"), SIZES)
 def test_the_denoiser_loads_from_the_names_of_either_layout(name: str, size: str, prefix: str) -> None:
     expected, base = shapes_of_model(ours(name, size)), DITS[name]
+    file = base.spec.open_for_merging.__self__  # type: ignore[attr-defined]
     for model in (ours(name, size), theirs(name, size)):
         shapes = {prefix + key: shape for key, shape in shapes_of_model(model).items()}
-        weights = part_of(base, "load").read_denoiser(BaseFiles(Path("file"), weights_of_shapes(shapes)))
+        weights = file.read(list_specs(), BaseFiles(Path("file"), weights_of_shapes(shapes)))
         assert dict(weights.shapes) == expected
         assert part_of(base, "model").read_config(weights.shapes) == base.dit.full_size[size][0]  # type: ignore[union-attr]
         assert base_of_file(list_specs(), shapes).name == name  # type: ignore[union-attr]

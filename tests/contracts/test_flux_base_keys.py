@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from library.architectures.flux.checkpoint_keys import KEYS
+from library.architectures.flux.layers import KEYS
 from library.architectures.flux.load import CLIP_PREFIXES, read_denoiser
 from library.architectures.flux.model import Flux, read_config
 from library.checkpoints.base_files import BaseFiles

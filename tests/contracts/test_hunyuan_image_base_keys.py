@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from library.architectures.hunyuan_image.checkpoint_keys import KEYS
-from library.architectures.hunyuan_image.load import check_vae, component_of_file, read_denoiser
+from library.architectures.hunyuan_image.layers import KEYS
+from library.architectures.hunyuan_image.load import TRANSFORMER, check_vae, component_of_file
 from library.architectures.hunyuan_image.model import read_config
 from library.architectures.hunyuan_image.qwen import empty_qwen, qwen_component
 from library.architectures.hunyuan_image.vae import empty_vae, vae_component
+from library.architectures.specs import list_specs
 from library.checkpoints.base_files import BaseFiles
 from library.models.loading import Component
 from library.models.t5 import empty_t5
@@ -103,13 +104,15 @@ def test_the_vae_matches_diffusers(prefix: str) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_the_denoiser_is_found_with_and_without_prefix(prefix: str) -> None:
-    weights = read_denoiser(BaseFiles(Path("file"), weights_of_shapes({prefix + n: s for n, s in DENOISER.items()})))
+    base = BaseFiles(Path("file"), weights_of_shapes({prefix + n: s for n, s in DENOISER.items()}))
+    weights = TRANSFORMER.read(list_specs(), base)
     assert dict(weights.shapes) == DENOISER
 
 
 def test_other_models_are_rejected_by_name() -> None:
     with pytest.raises(ValueError, match=r"this is a FLUX model; use flux_train_network\.py"):
-        read_denoiser(BaseFiles(Path("file"), weights_of_shapes({"double_blocks.0.img_attn.qkv.weight": (9216, 3072)})))
+        shapes = {"double_blocks.0.img_attn.qkv.weight": (9216, 3072)}
+        TRANSFORMER.read(list_specs(), BaseFiles(Path("file"), weights_of_shapes(shapes)))
     with pytest.raises(ValueError, match=r"--vae file has 16 channels per 8 pixels, but HunyuanImage 2\.1 needs 64"):
         shapes = {"decoder.conv_in.weight": (512, 16, 3, 3)}
         check_vae(Component({"latent_channels": 16, "spatial_compression_ratio": 8}, weights_of_shapes(shapes)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.architectures.anima.adapter_names import NAMES
+from library.architectures.anima.layers import NAMES
 from library.architectures.anima.model import Anima, read_config
 from networks.lora_anima import create_network
 from tests.contracts.full_size import facts

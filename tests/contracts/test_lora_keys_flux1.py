@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from torch import nn
 
+from library.architectures.flux.layers import view
 from library.architectures.flux.model import Flux, FluxConfig
-from library.architectures.flux.targets import view
 from library.models.clip.clip import empty_clip
 from library.models.loading import build_on_meta_device
 from library.models.t5 import empty_t5

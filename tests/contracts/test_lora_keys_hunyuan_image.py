@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.architectures.hunyuan_image.adapter_names import NAMES
-from library.architectures.hunyuan_image.checkpoint_keys import from_original
+from library.architectures.hunyuan_image.layers import NAMES, from_original
 from library.architectures.hunyuan_image.model import HunyuanImage, read_config
 from library.architectures.specs import list_specs
 from library.checkpoints.compatibility import readings

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from library.architectures.lumina.checkpoint_keys import KEYS
 from library.architectures.lumina.gemma import GEMMA_PREFIXES, empty_gemma, gemma_component
+from library.architectures.lumina.layers import KEYS
 from library.architectures.lumina.load import read_denoiser
 from library.architectures.lumina.model import NextDiT, read_config
 from library.checkpoints.base_files import BaseFiles

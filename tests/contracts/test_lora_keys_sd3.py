@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from library.architectures.sd3.layers import view
 from library.architectures.sd3.model import MMDiT, read_config
-from library.architectures.sd3.targets import view
 from library.models.clip.clip import empty_clip
 from library.models.t5 import empty_t5
 from networks.lora_sd3 import create_network

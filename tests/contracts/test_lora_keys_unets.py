@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.architectures.sd.targets import view
+from library.architectures.sd.layers import view
 from library.base.errors import UserError
 from networks import lora
 from networks.core.protocol import adopt

@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from library.architectures.sd.targets import view
+from library.architectures.sd.layers import view
 from library.base.errors import UserError
 from library.checkpoints.files import load_state_dict
 from library.checkpoints.headers import read_metadata

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from library.architectures.qwen_image_21.load import QWEN3_VL, read_denoiser
+from library.architectures.qwen_image_21.load import FILES
 from library.architectures.qwen_image_21.model import QwenImage21, read_config
 from library.architectures.qwen_image_21.vae import empty_vae, vae_config
 from library.architectures.specs import list_specs
 from library.checkpoints.base_files import BaseFiles
 from library.models.identify import base_of_file
 from library.models.loading import build_on_meta_device
-from library.models.qwen3_vl import empty_qwen3_vl, qwen3_vl_component
+from library.models.qwen3_vl import empty_qwen3_vl
 from library.models.qwen3_vl_vision import empty_vision, vision_component
 from tests.contracts.full_size import shapes_of_model, weights_of_shapes
 from tests.tiers import first_is_fast
@@ -30,7 +30,7 @@ def ours() -> QwenImage21:
 def test_the_denoiser_loads_from_fused_gates(prefix: str) -> None:
     state = dict(ours().state_dict())
     shapes = {prefix + n: tuple(t.shape) for n, t in with_fused_gates(state).items()}
-    weights = read_denoiser(BaseFiles(Path("file"), weights_of_shapes(shapes)))
+    weights = FILES.transformer.read(list_specs(), BaseFiles(Path("file"), weights_of_shapes(shapes)))
     assert dict(weights.shapes) == shapes_of_model(ours())
     assert read_config(weights.shapes) == FULL_SIZE
     assert base_of_file(list_specs(), shapes).name == "qwen_image_21"  # type: ignore[union-attr]
@@ -38,14 +38,14 @@ def test_the_denoiser_loads_from_fused_gates(prefix: str) -> None:
 
 @pytest.mark.parametrize(
     ("prefix", "level"),
-    first_is_fast([("model.", "language_model."), ("", "language_model."), ("model.", ""), (QWEN3_VL.prefix, "")]),
+    first_is_fast([("model.", "language_model."), ("", "language_model."), ("model.", ""), (FILES.encoder.prefix, "")]),
 )
 def test_the_text_encoder_loads_with_its_vision_model(prefix: str, level: str) -> None:
     """ComfyUI's files omit one level of the language model's names."""
     names = shapes_of_model(full_size_encoder())
     shapes = {prefix + name.replace("language_model.", level): shape for name, shape in names.items()}
     language, vision = (
-        qwen3_vl_component(weights_of_shapes(shapes), None, QWEN3_VL),
+        FILES.encoder.open(None, weights_of_shapes(shapes)),
         vision_component(weights_of_shapes(shapes)),
     )
     assert vision is not None

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from library.architectures.knots.layers import view
 from library.architectures.knots.load import DENOISER_PREFIX, TEXT_PREFIX
 from library.architectures.knots.model import ByteEncoder, Knots, KnotsConfig
-from library.architectures.knots.targets import view
 from library.checkpoints.saving import save_safetensors
 from tests.tiny.base import Base, Deep, path_argument
 from tests.tiny.headers import write_headers
@@ -70,7 +70,6 @@ BASES = (
         readers=(
             ("knots kohya", "ANNNN", kohya("unet.knots.0.mix", 6000)),
             ("knots generic", "ANNNN", peft("diffusion_model.knots.1.lift", 3000)),
-            ("knots diffusers", "NNNNN", peft("transformer.transformer_knots.1.lift", 3000)),
         ),
     ),
 )

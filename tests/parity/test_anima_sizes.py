@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.anima.adapter_names import NAMES
+from library.architectures.anima.layers import NAMES
 from library.architectures.anima.model import Anima, AnimaConfig, read_config
 from library.architectures.anima.reference import diffusers_models
 from library.checkpoints.adapter_names import FileNaming

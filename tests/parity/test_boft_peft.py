@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.architectures.sd.targets import view
+from library.architectures.sd.layers import view
 from library.checkpoints.files import load_state_dict
 from networks import boft
 from networks.core.changes.orthogonal import Orthogonal, rotate

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.architectures.sd import targets as sd_targets
-from library.architectures.sdxl import targets as sdxl_targets
+from library.architectures.sd import layers as sd_layers
+from library.architectures.sdxl import layers as sdxl_layers
 from library.architectures.specs import list_specs
 from library.base.errors import UserError
 from library.checkpoints.adapter_names import BaseNames, FileNaming
@@ -167,9 +167,9 @@ def test_network_weights_and_base_weights_accept_diffusers_names(pair: Pair, tmp
 
 def network_view(pair: Pair) -> nn.Module:
     """Return our denoiser as networks see it, with names for its layout if it is a tiny U-Net."""
-    targets = {"sd1": sd_targets, "sd2": sd_targets, "sdxl": sdxl_targets}.get(pair.names.base)
-    if targets is not None:
-        pair.seen.adapter_targets = replace(targets.TARGETS, names=pair.names)  # type: ignore[assignment]
+    layers = {"sd1": sd_layers, "sd2": sd_layers, "sdxl": sdxl_layers}.get(pair.names.base)
+    if layers is not None:
+        pair.seen.adapter_targets = replace(layers.TARGETS, names=pair.names)  # type: ignore[assignment]
     return pair.seen
 
 

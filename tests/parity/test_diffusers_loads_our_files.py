@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from library.architectures.sd.targets import view
+from library.architectures.sd.layers import view
 from library.architectures.specs import list_specs
 from library.checkpoints.compatibility import readings
 from library.checkpoints.saving import save_safetensors

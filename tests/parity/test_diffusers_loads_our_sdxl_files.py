@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.sd.targets import view as sd_view
-from library.architectures.sdxl.targets import build_view
+from library.architectures.sd.layers import view as sd_view
+from library.architectures.sdxl.layers import build_view
 from networks.lora import create_network
 from tests.tiny.sdxl import UNET_LAYOUT
 from tests.tolerances import FLOAT32_DEEP

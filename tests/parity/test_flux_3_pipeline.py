@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from library.architectures.flux_3.layer_names import KEYS
+from library.architectures.flux_3.layers import KEYS
 from library.architectures.flux_3.model import rope_at
 from library.architectures.flux_3.predict import next_sigmas
 from library.types import Prompt

@@ -37,7 +37,7 @@ def kohya_file(models: Models, tmp_path: Path) -> Path:
 
 def convert_to_diffusers_paths(file: Path, to: Path) -> Path:
     """Rewrite Kohya keys with the paths of diffusers' U-Net, as other trainers write SDXL files."""
-    from library.architectures.sdxl.adapter_names import NAMES
+    from library.architectures.sdxl.layers import NAMES
 
     aliases = {module.kohya: module.aliases[0] for module in NAMES.modules if module.kohya.startswith("lora_unet_")}
     tensors = {}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.architectures.krea2.adapter_names import NAMES
+from library.architectures.krea2.layers import NAMES
 from networks import lora_krea2
 from networks.core.files.adapter_file import adapter_tensors, read_adapter_file
 from networks.core.files.renaming import rename

@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from library.architectures.sd.targets import view
+from library.architectures.sd.layers import view
 from library.memory.blocks import recompute
 from library.models.unet.unet import run_unet_blocks_with
 from networks.lora import create_network

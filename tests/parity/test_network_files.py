@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.flux.adapter_names import NAMES
-from library.architectures.lumina.adapter_names import NAMES as LUMINA_NAMES
+from library.architectures.flux.layers import NAMES
+from library.architectures.lumina.layers import NAMES as LUMINA_NAMES
 from library.architectures.specs import list_specs
 from library.checkpoints.adapter_names import BaseNames, FileNaming
 from library.commands.adapter_files import spec_for_file

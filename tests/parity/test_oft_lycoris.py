@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.architectures.sd.targets import view
+from library.architectures.sd.layers import view
 from library.checkpoints.files import load_state_dict
 from library.checkpoints.saving import save_safetensors
 from networks import lora, oft, oft_flux, oft_v2

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.architectures.sd.targets import view
+from library.architectures.sd.layers import view
 from library.checkpoints.files import load_state_dict
 from networks import oft_v2
 from networks.core.changes.blocks import block_size_for

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from library.architectures.sd3.layers import view
 from library.architectures.sd3.load import open_loader
 from library.architectures.sd3.model import MMDiT, MMDiTConfig
-from library.architectures.sd3.targets import view
 from networks.core.network.network import AdapterNetwork
 from networks.lora_sd3 import create_network
 from tests.tiny.sd3 import CONFIGS, build_tiny_sd3, diffusers_mmdit

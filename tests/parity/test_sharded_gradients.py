@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from library.architectures.flux.layers import view
 from library.architectures.flux.model import Flux
-from library.architectures.flux.targets import view
 from library.models.loading import build_on_meta_device
 from networks.core.protocol import open_network_module
 from tests.parity.deep import DEEP

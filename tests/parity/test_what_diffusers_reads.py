@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.architectures.flux.adapter_names import CHROMA_NAMES
+from library.architectures.flux.layers import CHROMA_NAMES
 from library.architectures.specs import list_specs
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.compatibility import Reading, readings

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.anima.adapter_names import NAMES
+from library.architectures.anima.layers import NAMES
 from library.architectures.anima.llm_adapter import AdapterConfig
 from library.architectures.anima.model import Anima, AnimaConfig, read_config
 from library.architectures.anima.reference import conditioner_config, diffusers_models, transformer_config

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.flux.adapter_names import CHROMA_NAMES
 from library.architectures.flux.approximator import ApproximatorConfig
+from library.architectures.flux.layers import CHROMA_NAMES
 from library.architectures.flux.model import PATCH, Flux, FluxConfig
 from library.architectures.flux.predict import with_first_padding
 from library.architectures.flux.reference import diffusers_config, diffusers_model, diffusers_state

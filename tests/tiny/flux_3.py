@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from library.architectures.flux_3.layer_names import KEYS, NAMES, NUM_BLOCKS
+from library.architectures.flux_3.layers import KEYS, NAMES, NUM_BLOCKS
 from library.architectures.flux_3.model import Flux3, Flux3Config
 from library.architectures.flux_3.options import SHIFT
 from library.architectures.flux_3.reference import diffusers_model

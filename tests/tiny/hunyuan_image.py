@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from library.architectures.hunyuan_image.adapter_names import NAMES
-from library.architectures.hunyuan_image.checkpoint_keys import to_original
+from library.architectures.hunyuan_image.layers import NAMES, to_original
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig
 from library.architectures.hunyuan_image.qwen import TEMPLATE, qwen_config
 from library.architectures.hunyuan_image.reference import diffusers_config, diffusers_model, diffusers_state

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from library.architectures.krea2.adapter_names import KEYS, NAMES, NUM_BLOCKS
+from library.architectures.krea2.layers import KEYS, NAMES, NUM_BLOCKS
 from library.architectures.krea2.model import AttentionConfig, Krea2Config, SingleStreamDiT
 from library.architectures.krea2.reference import diffusers_config, diffusers_model, diffusers_state
 from library.models.adapter_views import view_denoiser

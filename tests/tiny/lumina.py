@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from library.architectures.lumina.adapter_names import NAMES
+from library.architectures.lumina.layers import NAMES
 from library.architectures.lumina.model import LuminaConfig, NextDiT
 from library.architectures.lumina.reference import diffusers_config, diffusers_model, diffusers_state
 from library.models.adapter_views import view_both

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from library.architectures.moss_image.layer_names import FUSED, PARTS, linear_paths
+from library.architectures.moss_image.layers import FUSED, PARTS, linear_paths
 from library.architectures.moss_image.model import MossImage, MossImageConfig
-from library.architectures.moss_image.text import MARKS
+from library.architectures.moss_image.qwen3_5 import ENCODER
 from library.models.adapter_views import view_denoiser
 from library.models.loading import build_on_meta_device
 from library.models.qwen3_vl_vision import NUM_HEADS
@@ -73,7 +73,7 @@ VISION = {
     "num_position_embeddings": 16,
     "out_hidden_size": CONFIG.text_width,
 }
-SPECIAL = ("<|endoftext|>", *MARKS, "<|video_pad|>")
+SPECIAL = ("<|endoftext|>", *ENCODER.marks, "<|video_pad|>")
 
 
 def build_tiny_moss_image(folder: Path, seed: int, layout: Layout = "files", flag: str = BASE) -> list[str]:
@@ -106,7 +106,12 @@ def tiny_text_encoder(seed: int, num_words: int) -> Any:
     from transformers import Qwen3_5Config, Qwen3_5Model
 
     first = num_words - len(SPECIAL)
-    ids = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": MARKS[3], "vision_end": MARKS[4]}
+    ids = {
+        "image": "<|image_pad|>",
+        "video": "<|video_pad|>",
+        "vision_start": ENCODER.marks[3],
+        "vision_end": ENCODER.marks[4],
+    }
     config = Qwen3_5Config(
         text_config={**TEXT, "vocab_size": num_words},
         vision_config=VISION,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from library.architectures.qwen_image_21.adapter_names import NAMES, NUM_BLOCKS, linear_paths
+from library.architectures.qwen_image_21.layers import NAMES, NUM_BLOCKS, linear_paths
 from library.architectures.qwen_image_21.model import QwenImage21, QwenImage21Config
 from library.architectures.qwen_image_21.reference import diffusers_config, diffusers_model
 from library.models.adapter_views import view_denoiser

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from library.architectures.sd import assembly
-from library.architectures.sd.adapter_names import unet_module
+from library.architectures.sd.layers import unet_module
 from library.architectures.sd.load import CLIP_PREFIXES
 from library.checkpoints.adapter_names import BaseNames
 from library.models.unet.checkpoint_keys import UNET_PREFIX, UnetLayout, unet_to_ldm

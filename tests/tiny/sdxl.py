@@ -7,9 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from library.architectures.sdxl.adapter_names import unet_module
+from library.architectures.sdxl.layers import unet_module, unet_view
 from library.architectures.sdxl.load import CLIP_G_PREFIX, CLIP_L_PREFIX
-from library.architectures.sdxl.targets import unet_view
 from library.checkpoints.adapter_names import BaseNames
 from library.models.unet.checkpoint_keys import UNET_PREFIX, UnetLayout, unet_to_ldm
 from tests.contracts.full_size import facts

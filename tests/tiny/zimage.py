@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from library.architectures.zimage.adapter_names import KEYS, NAMES, NUM_BLOCKS
+from library.architectures.zimage.layers import KEYS, NAMES, NUM_BLOCKS
 from library.architectures.zimage.model import ZImage, ZImageConfig
 from library.architectures.zimage.reference import diffusers_config, diffusers_model, diffusers_state
 from library.models.adapter_views import view_denoiser

@@ -20,6 +20,7 @@ from library.train_photos.description import describe_given, list_captions, rema
 from library.train_photos.parts import find_parts
 from library.train_photos.photos import Trigger, find_photos, parse_trigger, suggest_trigger
 from library.train_photos.plan import Files, Plan, choose_side, choose_values, compose_captions, write_prompts
+from library.training.command_line.recipes import list_recipes
 from library.training.config_file import format_config
 from tests.running import make_images
 from tests.tiny.bases import BASES
@@ -57,7 +58,22 @@ def test_the_recipe_that_suits_the_base_is_taken(base: Base, kind: str, recipe: 
 
 def test_every_base_model_has_a_recipe() -> None:
     for spec in list_specs():
-        assert choose_recipe(base_of(spec.name, "/m/a.safetensors"), "character").script == spec.script
+        recipe = choose_recipe(base_of(spec.name, "/m/a.safetensors"), "character")
+        assert recipe.script == spec.script and not recipe.name.startswith("plain_")
+
+
+@pytest.mark.parametrize("name", ["sd1", "zimage"])
+def test_a_base_model_without_recipes_gets_plain_settings_that_its_script_has(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = base_of(name, "/m/a.safetensors").spec
+    others = [recipe for recipe in list_recipes() if recipe.script != spec.script]
+    monkeypatch.setattr("library.train_photos.base.list_recipes", lambda: others)
+    recipe = choose_recipe(base_of(name, "/m/a.safetensors"), "style")
+    assert (recipe.script, recipe.name) == (spec.script, "plain_style")
+    assert recipe.values.keys() <= spec.options.defaults().keys()
+    assert ("cache_text_encoder_outputs_to_disk" in recipe.values) == (name == "zimage")
+    assert recipe.values["learning_rate"] == 1e-4 and recipe.steps
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.architectures.sd.targets import view
+from library.architectures.sd.layers import view
 from library.base.errors import about
 from library.checkpoints.model_lookup import existing
 from library.training.evaluation import prompts as evaluation

@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from library.architectures.anima.checkpoint_keys import ADAPTER
+from library.architectures.anima.layers import ADAPTER
 from library.architectures.anima.model import Anima, AnimaConfig, read_config
 from library.architectures.anima.options import AnimaOptions
 from library.architectures.specs import list_specs

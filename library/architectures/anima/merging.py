@@ -5,8 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from library.architectures.anima.adapter_names import ADAPTER_BLOCK, denoiser_module, qwen3_module
-from library.architectures.anima.checkpoint_keys import BLOCK, TOP
+from library.architectures.anima.layers import ADAPTER_BLOCK, BLOCK, TOP, denoiser_module, qwen3_module
 from library.architectures.anima.load import ADAPTER_MARK, MARK, PREFIXES, QWEN3
 from library.architectures.anima.model import Anima, read_config
 from library.base.errors import about, of_file

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
+from library.architectures.anima.layers import TARGETS
 from library.architectures.anima.llm_adapter import EPS, AdapterConfig, Attention, LLMAdapter
 from library.architectures.anima.positions import Angles, image_angles
-from library.architectures.anima.targets import TARGETS
 from library.base.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.models.fused_norms import gated_sum, modulated_norm

@@ -103,10 +103,8 @@ FILES: tuple[ModelFile, ...] = (
     ModelFile("qwen3", "circlestone-labs/Anima", "qwen_3_06b_base.safetensors", 1.2),
     ModelFile("vae", "circlestone-labs/Anima", "qwen_image_vae.safetensors", 0.25),
 )
-"""Where the base models and their parts are to be had."""
 
 PARTS = "--qwen3 qwen3.safetensors --vae vae.safetensors"
-"""The options of the example in the help, besides the base model."""
 
 INSTEAD: Mapping[str, str] = {
     "dit": "use --pretrained_model_name_or_path",
@@ -124,7 +122,6 @@ INSTEAD: Mapping[str, str] = {
     "gemma2_max_token_length": "use --qwen3_max_token_length",
     "split_mode": "use --blocks_to_swap",
 }
-"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

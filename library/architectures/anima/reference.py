@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.anima.checkpoint_keys import diffusers_path
+from library.architectures.anima.layers import diffusers_path
 from library.architectures.anima.llm_adapter import EPS, AdapterConfig
 from library.architectures.anima.model import MASK_CHANNELS, Anima, AnimaConfig, with_mask
 from library.models.reference import diffusers_class, random_inputs, shorten_model, with_weights

@@ -1,10 +1,9 @@
 """The `BaseModelSpec` of Anima."""
 
-from library.architectures.anima.adapter_names import NAMES
 from library.architectures.anima.assembly import LATENTS, RECIPE, build, build_objective
+from library.architectures.anima.layers import NAMES, TARGETS
 from library.architectures.anima.merging import open_base_model, view_for_networks
 from library.architectures.anima.options import AnimaOptions
-from library.architectures.anima.targets import TARGETS
 from library.checkpoints.base_model_spec import ALL, DIFFUSERS, GENERIC, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
 
 LOST_NAMES = Gap(

@@ -46,7 +46,6 @@ INSTEAD: Mapping[str, str] = {
     "guidance_scale": "the denoiser is told what the pipeline tells it without guidance",
     "dit": "use --pretrained_model_name_or_path with the pipeline's folder",
 }
-"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

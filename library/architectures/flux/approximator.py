@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from library.architectures.flux.checkpoint_keys import APPROXIMATOR
+from library.architectures.flux.layers import APPROXIMATOR
 from library.models.double_stream import MLPEmbedder, RMSNorm
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import sinusoids

@@ -11,10 +11,10 @@ from functools import partial
 
 import torch
 
+from library.architectures.flux.layers import view, view_chroma
 from library.architectures.flux.load import is_schnell, open_loader
 from library.architectures.flux.options import FluxOptions
 from library.architectures.flux.predict import predict, predict_chroma, preview_sampler
-from library.architectures.flux.targets import view, view_chroma
 from library.architectures.flux.text import FluxText, T5Text
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from library.architectures.flux.checkpoint_keys import DIFFUSERS_MARK, KEYS
+from library.architectures.flux.layers import DIFFUSERS_MARK, KEYS
 from library.architectures.flux.model import PATCH, Flux, FluxConfig, read_config
 from library.architectures.flux.options import FluxOptions
 from library.architectures.specs import list_specs

@@ -5,11 +5,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from library.architectures.flux.adapter_names import clip_module, denoiser_module, t5_module
-from library.architectures.flux.checkpoint_keys import DIFFUSERS_MARK, KEYS
+from library.architectures.flux.layers import DIFFUSERS_MARK, KEYS, clip_module, denoiser_module, t5_module, view
 from library.architectures.flux.load import CLIP_PREFIXES, MARK, T5_MARK, is_schnell
 from library.architectures.flux.model import Flux, read_config
-from library.architectures.flux.targets import view
 from library.base.errors import about
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames

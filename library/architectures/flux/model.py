@@ -19,7 +19,7 @@ from library.architectures.flux.approximator import (
     modulation_inputs,
     read_approximator,
 )
-from library.architectures.flux.targets import CHROMA_TARGETS, TARGETS
+from library.architectures.flux.layers import CHROMA_TARGETS, TARGETS
 from library.base.errors import UserError
 from library.models.double_stream import (
     GivenModulation,

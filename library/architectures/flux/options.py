@@ -8,7 +8,7 @@ from typing import TypeVar
 from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
 from library.options.kinds import whole
-from library.options.model import BASE, ModelFile, ReadingOptions
+from library.options.model import BASE, ModelFile, ReadingOptions, part
 from library.options.train import TrainOptions
 from library.options.training.flow import (
     FlowPredictionOptions,
@@ -33,12 +33,8 @@ class FluxModelOptions(Options):
         usual=True,
         help="File or folder of the text encoder CLIP-L. Unset takes it from the base. Chroma has none.",
     )
-    t5xxl: str | None = option(
-        None, path="part", usual=True, help="File or folder of the text encoder T5-XXL. Unset takes it from the base."
-    )
-    ae: str | None = option(
-        None, path="part", usual=True, help="File or folder of the VAE. Unset takes it from the base."
-    )
+    t5xxl: str | None = part("the text encoder T5-XXL")
+    ae: str | None = part("the VAE")
     controlnet_model_name_or_path: str | None = option(
         None,
         ignored="training adapters with a ControlNet is not supported",
@@ -81,10 +77,8 @@ FILES: tuple[ModelFile, ...] = (
     ModelFile("t5xxl", "comfyanonymous/flux_text_encoders", "t5xxl_fp16.safetensors", 9.8, "Apache-2.0"),
     ModelFile("ae", "Comfy-Org/z_image_turbo", "ae.safetensors", 0.34, "Apache-2.0"),
 )
-"""Where the base models and their parts are to be had."""
 
 PARTS = "--clip_l clip_l.safetensors --t5xxl t5xxl.safetensors --ae ae.safetensors"
-"""The options of the example in the help, besides the base model."""
 
 INSTEAD: Mapping[str, str] = {
     "dit": "use --pretrained_model_name_or_path",
@@ -96,7 +90,6 @@ INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(("qwen3", "gemma2"), "use --t5xxl"),
     "sample_batch_size": "previews are drawn one by one",
 }
-"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

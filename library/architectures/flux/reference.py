@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.flux.checkpoint_keys import KEYS
+from library.architectures.flux.layers import KEYS
 from library.architectures.flux.model import PATCH, Flux, FluxConfig
 from library.models.double_stream import SWAPPED
 from library.models.patches import patchify

@@ -2,24 +2,13 @@
 
 from collections.abc import Mapping
 
-from library.architectures.flux.adapter_names import CHROMA_NAMES, NAMES
 from library.architectures.flux.assembly import CHROMA_RECIPE, LATENTS, RECIPE, build, build_objective
+from library.architectures.flux.layers import CHROMA_TARGETS, NAMES, TARGETS
 from library.architectures.flux.merging import CHROMA_FILE, FILE
 from library.architectures.flux.options import FluxOptions
-from library.architectures.flux.targets import CHROMA_TARGETS, TARGETS
 from library.checkpoints.adapter_names import FileNaming
-from library.checkpoints.base_model_spec import (
-    ALL,
-    DIFFUSERS,
-    GENERIC,
-    KOHYA,
-    NONE,
-    BaseModelSpec,
-    Certainty,
-    Gap,
-    Reader,
-    Sign,
-)
+from library.checkpoints.base_model_spec import ALL, DIFFUSERS, GENERIC, KOHYA, NONE, Certainty, Gap, Reader, Sign
+from library.models.transformer_file import transformer_spec
 
 WIDTH = 3072
 # What ComfyUI, Forge and diffusers read was found by giving their loading code files with every layer in each naming.
@@ -68,11 +57,11 @@ def explain_approximator(modules: Mapping[str, FileNaming | None]) -> str | None
 
 
 SPECS = (
-    BaseModelSpec(
-        name="flux",
-        title="FLUX.1",
+    transformer_spec(
+        FILE,
+        TARGETS,
+        RECIPE,
         called="a FLUX",
-        script="flux_train_network.py",
         options=FluxOptions,
         build=build,
         latents=LATENTS,
@@ -93,17 +82,11 @@ SPECS = (
             ),
             "stable-diffusion.cpp": Reader(ALL, KOHYA | GENERIC, gaps=(LOST_INPUTS,)),
         },
-        names=NAMES,
-        network_arguments=TARGETS.arguments,
-        open_for_merging=FILE.open,
-        view_for_networks=FILE.view_for_networks,
-        adapter_metadata=RECIPE.of_checkpoint,
-        ignores=RECIPE.ignores,
     ),
-    BaseModelSpec(
-        name="chroma",
-        title="Chroma",
-        called="a Chroma",
+    transformer_spec(
+        CHROMA_FILE,
+        CHROMA_TARGETS,
+        CHROMA_RECIPE,
         script="flux_train_network.py",
         script_flag="--model_type chroma",
         options=FluxOptions,
@@ -127,11 +110,5 @@ SPECS = (
             "diffusers": Reader(KOHYA | DIFFUSERS, NONE, gaps=(CHROMA_INPUTS,), refuses=explain_approximator),
             "stable-diffusion.cpp": Reader(ALL, KOHYA | GENERIC, gaps=(LOST_PARTS, LOST_LAYERS)),
         },
-        names=CHROMA_NAMES,
-        network_arguments=CHROMA_TARGETS.arguments,
-        open_for_merging=CHROMA_FILE.open,
-        view_for_networks=CHROMA_FILE.view_for_networks,
-        adapter_metadata=CHROMA_RECIPE.of_checkpoint,
-        ignores=CHROMA_RECIPE.ignores,
     ),
 )

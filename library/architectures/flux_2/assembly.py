@@ -6,53 +6,34 @@ Start here to read this package.
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
 
-from library.architectures.flux_2.load import open_encoder, open_loader
+from library.architectures.flux_2.load import TRANSFORMER, files_with, open_encoder, open_loader
 from library.architectures.flux_2.options import Flux2Options
 from library.architectures.flux_2.predict import predict, preview_sampler
-from library.architectures.flux_2.releases import (
-    DEV,
-    DISTILLED_KLEIN,
-    FLAG,
-    Release,
-    TextEncoder,
-    modelspec_architecture,
-)
-from library.architectures.flux_2.text import build_chat_text
+from library.architectures.flux_2.releases import DEV, DISTILLED_KLEIN, Release, TextEncoder, modelspec_architecture
+from library.architectures.flux_2.text import NUM_TOKENS, build_chat_text
 from library.architectures.specs import list_specs
-from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import RECORDS, FlowMatching, build_sampled_flow
+from library.diffusion.flow import FlowMatching, build_sampled_flow
 from library.models.adapter_views import view_denoiser
 from library.models.distilled import is_distilled
 from library.models.dit_loader import DitLoader
-from library.models.language_models import ChatText
-from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
-from library.models.tokenizer_files import check_marks
+from library.models.language_model_dit import VAE_FLAG, build_recipe, cache_text, load_tokenizer
+from library.models.language_models import FLAG, ChatText
 from library.models.vae.flux_2 import pack_latents
-from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
+from library.protocols import Architecture, Preview, PromptDefaults
 
 logger = logging.getLogger(__name__)
 
-RECIPE = Recipe(
-    title="FLUX.2",
-    metadata={
-        "ss_base_model_version": "flux_2",
-        "modelspec.implementation": "https://github.com/black-forest-labs/flux2",
-        "modelspec.resolution": "1024x1024",
-    },
-    refuses={
-        "weighted_captions": "its text encoders have no prompt weighting",
-        "network_train_text_encoder_only": "its text encoder cannot be trained",
-    },
-    ignores=ignored_by_flow(
-        "FLUX.2",
-        clip_skip="FLUX.2 uses fixed layers of its text encoder",
-        max_token_length="its text encoder reads 512 tokens",
-    ),
-    records=RECORDS,
+RECIPE = build_recipe(
+    TRANSFORMER,
+    "https://github.com/black-forest-labs/flux2",
+    weighted_captions="its text encoders have no prompt weighting",
+    clip_skip="FLUX.2 uses fixed layers of its text encoder",
+    num_tokens=NUM_TOKENS,
     needs={"diffusers": ">=0.36"},  # AutoencoderKLFlux2
 )
 CODEC = pack_latents("_flux_2.npz", max_references=10)  # the limit that the model's authors name
@@ -79,27 +60,27 @@ def build(options: Flux2Options) -> Architecture:
             loader.path,
             release.title,
         )
-    text = build_text(options, loader, release.encoder)
-    return assemble(options, loader, text, build_preview(text, release, distilled), modelspec_architecture(release))
+    return assemble(options, loader, release.encoder, release, distilled)
 
 
 def open_vae(options: Flux2Options) -> Callable[[], nn.Module]:
     """Open the VAE for caching latents, which needs nothing else. Raises UserError like `build`."""
-    return open_encoder(options, "--vae")[0].vae
+    return open_encoder(options, VAE_FLAG)[0].vae
 
 
 def build_for_caching(options: Flux2Options) -> Architecture:
     """Assemble the model for caching captions, which needs no denoiser. Raises UserError like `build`."""
     RECIPE.check(options)
     loader, encoder = open_encoder(options, FLAG)
-    text = build_text(options, loader, encoder)
     # Without a denoiser the release is unknown. Nothing is drawn or saved, so DEV's settings do.
-    return assemble(options, loader, text, build_preview(text, DEV, distilled=True), modelspec_architecture(DEV))
+    return assemble(options, loader, encoder, DEV, distilled=True)
 
 
 def assemble(
-    options: Flux2Options, loader: DitLoader, text: ChatText, preview: Preview, architecture: str
+    options: Flux2Options, loader: DitLoader, encoder: TextEncoder, release: Release, distilled: bool
 ) -> Architecture:
+    text = build_chat_text(encoder, load_tokenizer(encoder.model, options, loader))
+    cache = cache_text(files_with(encoder), options, loader, text, "_flux_2_te.npz")
     return Architecture(
         name="flux_2",
         load=loader,
@@ -108,36 +89,17 @@ def assemble(
         objective=build_objective(options),
         predict=predict,
         view=view_denoiser,
-        preview=preview,
-        metadata=RECIPE.describe(options, architecture=f"{architecture}/lora"),
+        preview=build_preview(text, release, distilled),
+        metadata=RECIPE.describe(options, architecture=f"{modelspec_architecture(release)}/lora"),
         specs=list_specs(),
         ignores=RECIPE.ignores,
-        text_cache=build_text_cache(options, loader, text),
+        # The denoiser attends to padding, so all captions have one length and no mask.
+        text_cache=replace(cache, keys=("hidden_state",), padding={}, on_host=()),
     )
 
 
 def build_objective(options: Flux2Options) -> FlowMatching:
     return build_sampled_flow(options, options.flow_prediction.model_prediction_type, patch=1)
-
-
-def build_text(options: Flux2Options, loader: DitLoader, encoder: TextEncoder) -> ChatText:
-    """Build the text pipeline; its tokenizer is searched next to the base model and the encoder."""
-    folders = tokenizer_folders(loader.path, options.parts.text_encoder)
-    tokenizer = encoder.load_tokenizer(folders, options.model.tokenizer_cache_dir, loader.num_words)
-    check_marks(tokenizer, encoder.marks, encoder.hub_name)
-    return build_chat_text(encoder, tokenizer)
-
-
-def build_text_cache(options: Flux2Options, loader: DitLoader, text: ChatText) -> TextCacheSpec:
-    return TextCacheSpec(
-        options=options.text_caching,
-        suffix="_flux_2_te.npz",
-        keys=("hidden_state",),
-        encoders=lambda: fingerprint(loader.text.component.weights),
-        settings=f"{loader.text.dtype} {options.parts.fp8_text_encoder}",
-        tokenizers=(text.tokenizer,),
-        can_train=False,
-    )
 
 
 def build_preview(text: ChatText, release: Release, distilled: bool) -> Preview:
@@ -150,9 +112,9 @@ def build_preview(text: ChatText, release: Release, distilled: bool) -> Preview:
     return Preview(
         defaults=PromptDefaults(
             # dev is distilled for guidance only, not for few steps.
-            num_steps=4 if distilled and not has_input else 50,
-            width=1024,
-            height=1024,
+            4 if distilled and not has_input else 50,
+            1024,
+            1024,
             scale=1.0 if distilled else GUIDANCE,
             size_step=LATENTS.bucket_step,
             guidance_scale=GUIDANCE if has_input else None,

@@ -10,8 +10,8 @@ from typing import Any
 
 from library.base.errors import about
 from library.checkpoints.weights import Weights, configure, list_first_names
-from library.models.language_models import PREFIXES, decoder_config, extract_decoder
-from library.models.loading import Component, empty_transformers_model
+from library.models.language_models import FLAG, PREFIXES, LanguageModel, decoder_config, extract_decoder
+from library.models.loading import Component, empty_transformers_model, load_component
 from library.models.shapes import Shapes
 from library.models.tokenizer_files import TokenizerFiles
 
@@ -20,6 +20,7 @@ HEAD_WIDTH = 128
 ROPE_BASE = 1_000_000_000.0
 EPS = 1e-5
 PADDING = "<pad>"
+PREFIX = "text_encoders.mistral3_24b.transformer.model."  # in files with several models
 FILES = TokenizerFiles(
     HUB_NAME,
     ("tokenizer.json", "tokenizer_config.json"),
@@ -30,16 +31,13 @@ FILES = TokenizerFiles(
 )
 
 
-def mistral_component(weights: Weights, flag: str, prefix: str) -> Component:
-    """Build the encoder's component from shapes; `prefix` is its prefix in files with several models.
-
-    Raises UserError if the weights are something else.
-    """
-    decoder = extract_decoder(weights, (prefix, *PREFIXES))
+def mistral_component(weights: Weights) -> Component:
+    """Build the encoder's component from shapes. Raises UserError if the weights are something else."""
+    decoder = extract_decoder(weights, (PREFIX, *PREFIXES))
     # Qwen3 has the same names, and norms of queries and keys besides.
     if decoder is None or "layers.0.self_attn.q_norm.weight" in decoder.shapes:
         first_names = list_first_names(weights)
-        raise about(flag, weights.origin)(f"is not a Mistral 3 text encoder (first names: {first_names})")
+        raise about(FLAG, weights.origin)(f"is not a Mistral 3 text encoder (first names: {first_names})")
     return Component(configure(decoder, mistral_config), decoder)
 
 
@@ -58,3 +56,14 @@ def load_mistral_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_w
     # A folder may hold tokenizer.json alone, which names no padding token.
     tokenizer.pad_token = tokenizer.pad_token or PADDING
     return tokenizer
+
+
+ENCODER = LanguageModel(
+    name="Mistral 3",
+    hub_name=HUB_NAME,
+    prefix=PREFIX,
+    marks=("<s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]"),
+    open=lambda config, weights: mistral_component(weights),
+    load=partial(load_component, empty_mistral),
+    load_tokenizer=load_mistral_tokenizer,
+)

@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from library.architectures.flux_2.layers import TARGETS
 from library.architectures.flux_2.positions import NUM_AXES, REFERENCE_STEP, image_positions, text_positions
-from library.architectures.flux_2.targets import TARGETS
 from library.base.errors import UserError
 from library.models.double_stream import (
     GivenModulation,

@@ -51,10 +51,8 @@ FILES: tuple[ModelFile, ...] = (
     ModelFile("text_encoder", "Comfy-Org/vae-text-encorder-for-flux-klein-9b", "qwen_3_8b.safetensors", 16.4),
     ModelFile("vae", "Comfy-Org/vae-text-encorder-for-flux-klein-4b", "flux2-vae.safetensors", 0.34, "Apache-2.0"),
 )
-"""Where the base models and their parts are to be had."""
 
 PARTS = "--text_encoder qwen_3_4b.safetensors --vae ae.safetensors"
-"""The options of the example in the help, besides the base model."""
 
 INSTEAD: Mapping[str, str] = {
     **ALTERNATIVES,
@@ -62,7 +60,6 @@ INSTEAD: Mapping[str, str] = {
     "fp8_llm": "use --fp8_text_encoder",
     "fp8_t5": "use --fp8_text_encoder",  # what musubi-tuner's page calls it in one place
 }
-"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.flux_2.checkpoint_keys import KEYS
+from library.architectures.flux_2.layers import KEYS
 from library.architectures.flux_2.model import Flux2, Flux2Config
 from library.models.double_stream import SWAPPED
 from library.models.patches import patchify

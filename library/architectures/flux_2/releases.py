@@ -1,65 +1,41 @@
 """The releases of FLUX.2: their text encoders, and their recognition from files and --model_version."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from dataclasses import dataclass, replace
 
 from library.architectures.flux_2 import mistral
 from library.architectures.flux_2.model import Flux2Config
 from library.base.errors import about
 from library.checkpoints.weights import Weights
 from library.models.distilled import DistilledRelease
-from library.models.language_models import WORDS, remove_last_norm, with_first_layers
-from library.models.loading import Component, MaybeComponent, materialise
-from library.models.qwen3 import Qwen3Release, empty_qwen3, load_qwen3_tokenizer, qwen3_component
-
-FLAG = "--text_encoder"
+from library.models.language_models import FLAG, WORDS, LanguageModel, remove_last_norm, with_first_layers
+from library.models.qwen3 import BEGIN, END, qwen3_encoder
 
 
 @dataclass(frozen=True)
 class TextEncoder:
     """A language model that encodes captions; the denoiser gets the states of some of its layers, concatenated."""
 
-    name: str
-    hub_name: str
-    prefix: str  # of its names in a file with several models
-    layers: tuple[int, ...]  # layers whose states are used; later ones are not loaded
+    model: LanguageModel  # without the layers after those and without its last norm
+    layers: tuple[int, ...]  # layers whose states are used
     template: tuple[str, str]  # before and after a caption
-    marks: tuple[str, ...]  # tokens of the template
-    component: Callable[[Weights], Component]
-    empty: Callable[[Mapping[str, Any]], Any]
-    load_tokenizer: Callable[[Sequence[Path], str | None, int | None], Any]
     removed: str = ""  # deleted from captions
 
-    def open(self, weights: Weights) -> Component:
-        """Build the encoder's component from shapes, without its unused layers. Raises UserError for another model."""
-        return with_first_layers(self.component(weights), self.layers[-1], FLAG)
 
-    def load(self, component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
-        """Load the encoder in `dtype`, frozen, on the CPU, without its last norm."""
-        return remove_last_norm(materialise(self.empty(component.config), component.weights, dtype))
-
-
-def qwen3_encoder(size: str) -> TextEncoder:
-    prefix = f"text_encoders.qwen3_{size.lower()}.transformer.model."
-    release = Qwen3Release(FLAG, f"Qwen/Qwen3-{size}", prefix)
-    begin, end, think = "<|im_start|>", "<|im_end|>", "<think>"
-    return TextEncoder(
-        name="Qwen3",
-        hub_name=release.hub_name,
-        prefix=prefix,
-        layers=(9, 18, 27),
-        # Qwen3's chat template with thinking disabled.
-        template=(f"{begin}user\n", f"{end}\n{begin}assistant\n{think}\n\n</think>\n\n"),
-        marks=(begin, end, think),
-        component=lambda weights: qwen3_component(weights, release),
-        empty=empty_qwen3,
-        load_tokenizer=lambda *places: load_qwen3_tokenizer(release, *places),
+def use_layers(model: LanguageModel, layers: tuple[int, ...], marks: tuple[str, ...]) -> LanguageModel:
+    """Return a language model cut after the last of `layers`, with the tokens of its template."""
+    return replace(
+        model,
+        marks=marks,
+        open=lambda config, weights: with_first_layers(model.open(config, weights), layers[-1], FLAG),
+        load=lambda component, dtype: remove_last_norm(model.load(component, dtype)),
     )
+
+
+def qwen3_text(size: str) -> TextEncoder:
+    think, layers = "<think>", (9, 18, 27)
+    # Qwen3's chat template with thinking disabled.
+    template = (f"{BEGIN}user\n", f"{END}\n{BEGIN}assistant\n{think}\n\n</think>\n\n")
+    return TextEncoder(use_layers(qwen3_encoder(size), layers, (BEGIN, END, think)), layers, template)
 
 
 # With the line break of the reference implementation's message, in the middle of a sentence.
@@ -67,17 +43,10 @@ SYSTEM_MESSAGE = (
     "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
     "relationships, object\nattribution and actions without speculation."
 )
-MISTRAL_PREFIX = "text_encoders.mistral3_24b.transformer.model."
 MISTRAL = TextEncoder(
-    name="Mistral 3",
-    hub_name=mistral.HUB_NAME,
-    prefix=MISTRAL_PREFIX,
+    use_layers(mistral.ENCODER, (10, 20, 30), mistral.ENCODER.marks),
     layers=(10, 20, 30),
     template=(f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]", "[/INST]"),
-    marks=("<s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]"),
-    component=lambda weights: mistral.mistral_component(weights, FLAG, MISTRAL_PREFIX),
-    empty=mistral.empty_mistral,
-    load_tokenizer=mistral.load_mistral_tokenizer,
     # diffusers' pipeline deletes the token too, because Mistral's processor counts it as an image.
     removed="[IMG]",
 )
@@ -98,8 +67,8 @@ class Release:
 
 
 DEV = Release("dev", "FLUX.2 dev", 15360, MISTRAL)
-KLEIN_4B = Release("klein-4b", "FLUX.2 klein 4B", 7680, qwen3_encoder("4B"))
-KLEIN_9B = Release("klein-9b", "FLUX.2 klein 9B", 12288, qwen3_encoder("8B"))
+KLEIN_4B = Release("klein-4b", "FLUX.2 klein 4B", 7680, qwen3_text("4B"))
+KLEIN_9B = Release("klein-9b", "FLUX.2 klein 9B", 12288, qwen3_text("8B"))
 RELEASES = (DEV, KLEIN_4B, KLEIN_9B)
 DISTILLED_KLEIN = DistilledRelease("--model_version", distilled_by_default=frozenset(("klein",)))
 
@@ -146,7 +115,7 @@ def recognise_encoder(weights: Weights, version: str | None) -> TextEncoder:
         if others:
             raise about(FLAG, weights.origin, cause="does not fit")(
                 f"has width {width}, which is for {others[0]}, but --model_version {version} "
-                f"needs width {requested.encoder_width}; use {requested.encoder.hub_name}"
+                f"needs width {requested.encoder_width}; use {requested.encoder.model.hub_name}"
             )
         return requested.encoder
     # Qwen3 has norms of queries and keys, Mistral has none.

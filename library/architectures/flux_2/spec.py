@@ -1,16 +1,11 @@
 """The `BaseModelSpec` of FLUX.2."""
 
-from library.architectures.flux_2.adapter_names import NAMES, denoiser_module
 from library.architectures.flux_2.assembly import LATENTS, RECIPE, build, build_objective
-from library.architectures.flux_2.checkpoint_keys import DIFFUSERS_MARK, KEYS
-from library.architectures.flux_2.load import MARK, MODEL
-from library.architectures.flux_2.model import Flux2, read_config
+from library.architectures.flux_2.layers import TARGETS
+from library.architectures.flux_2.load import TRANSFORMER
 from library.architectures.flux_2.options import Flux2Options
-from library.architectures.flux_2.releases import modelspec_architecture, recognise_release
-from library.architectures.flux_2.targets import TARGETS
-from library.checkpoints.base_model_spec import ALL, DIFFUSERS, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
-from library.checkpoints.weights import Weights, configure
-from library.models.transformer_file import TransformerFile
+from library.checkpoints.base_model_spec import ALL, DIFFUSERS, KOHYA, NONE, Gap, Reader, Sign
+from library.models.transformer_file import transformer_spec
 
 BLOCKS = (
     r"_(double|single)_blocks_\d+_"
@@ -32,32 +27,15 @@ NO_MODULATION = Gap(
 )
 
 
-def architecture_of(weights: Weights) -> str:
-    return modelspec_architecture(recognise_release(configure(weights, read_config), None, weights.origin))
-
-
-FILE = TransformerFile(
-    base="flux_2",
-    title=MODEL,
-    architecture=architecture_of,
-    mark=MARK,
-    diffusers_mark=DIFFUSERS_MARK,
-    is_layer=KEYS.is_linear,
-    name=denoiser_module,
-    build=Flux2,
-    read_config=read_config,
-)
-
 SPECS = (
-    BaseModelSpec(
-        name="flux_2",
-        title="FLUX.2",
-        called="a FLUX.2",
-        script="flux_2_train_network.py",
+    transformer_spec(
+        TRANSFORMER,
+        TARGETS,
+        RECIPE,
         options=Flux2Options,
         build=build,
-        latents=LATENTS,
         objective=build_objective,
+        latents=LATENTS,
         checkpoint=(Sign(r"(^|\.)(single|double)_stream_modulation(_img|_txt)?\.lin"),),
         adapter=(
             Sign(r"_(single|double)_stream_modulation_|_attn_to_qkv_mlp_proj|_ff(_context)?_linear_(in|out)_"),
@@ -73,11 +51,5 @@ SPECS = (
             "ComfyUI": Reader(ALL, NONE, gaps=(NO_NUMBERS,)),
             "diffusers": Reader(ALL, NONE, gaps=(NO_MODULATION,)),
         },
-        names=NAMES,
-        network_arguments=TARGETS.arguments,
-        open_for_merging=FILE.open,
-        view_for_networks=FILE.view_for_networks,
-        adapter_metadata=RECIPE.of_checkpoint,
-        ignores=RECIPE.ignores,
     ),
 )

@@ -5,55 +5,39 @@ Start here to read this package.
 """
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from torch import nn
-
-from library.architectures.flux_3.load import MODEL, QWEN3_VL, open_encoder, open_loader
+from library.architectures.flux_3.load import FILES, open_loader
 from library.architectures.flux_3.model import read_config
 from library.architectures.flux_3.options import SHIFT, Flux3Options
 from library.architectures.flux_3.predict import predict
-from library.architectures.flux_3.text import MARKS, build_text
+from library.architectures.flux_3.text import NUM_TOKENS, build_text
 from library.architectures.specs import list_specs
-from library.checkpoints.weights import configure, fingerprint
-from library.diffusion.flow import RECORDS, FlowMatching, build_sampled_flow
+from library.checkpoints.weights import configure
+from library.diffusion.flow import FlowMatching, build_sampled_flow
 from library.diffusion.samplers import build_shifted_sampler
 from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
-from library.models.language_models import ChatText
-from library.models.qwen3 import load_qwen3_tokenizer
-from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
-from library.models.tokenizer_files import check_marks
+from library.models.language_model_dit import build_recipe, cache_text, load_tokenizer, open_for_caching, open_vae_alone
+from library.models.language_models import FLAG, ChatText
 from library.models.vae.flux_2 import pack_latents
-from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
+from library.protocols import Architecture, Preview, PromptDefaults
 
 logger = logging.getLogger(__name__)
 
-ARCHITECTURE = "Flux.3-image-klein"
-RECIPE = Recipe(
-    title=MODEL,
-    metadata={
-        "ss_base_model_version": "FLUX.3",
-        "modelspec.architecture": f"{ARCHITECTURE}/lora",
-        "modelspec.implementation": "https://github.com/black-forest-labs/flux-3-image-klein",
-        "modelspec.resolution": "1024x1024",
-    },
-    refuses={
-        "weighted_captions": "Qwen3-VL has no prompt weighting",
-        "network_train_text_encoder_only": "its text encoder cannot be trained",
-    },
-    ignores=ignored_by_flow(
-        MODEL,
-        clip_skip="it uses fixed layers of its text encoder",
-        max_token_length="its text encoder reads 4096 tokens",
-    ),
-    records=RECORDS,
+RECIPE = build_recipe(
+    FILES.transformer,
+    "https://github.com/black-forest-labs/flux-3-image-klein",
+    version="FLUX.3",
+    weighted_captions="Qwen3-VL has no prompt weighting",
+    clip_skip="it uses fixed layers of its text encoder",
+    num_tokens=NUM_TOKENS,
     needs={"diffusers": ">=0.36", "transformers": ">=4.57"},  # AutoencoderKLFlux2, Qwen3VLTextModel
 )
 CODEC = pack_latents("_flux_3.npz", max_references=10)
 LATENTS = CODEC.spec
+open_vae = partial(open_vae_alone, FILES, open_loader)
 GUIDANCE = 3.5  # of the base model, as in ComfyUI's workflow; the model's page has 4
 
 
@@ -74,22 +58,14 @@ def build(options: Flux3Options) -> Architecture:
     return assemble(options, loader, distilled)
 
 
-def open_vae(options: Flux3Options) -> Callable[[], nn.Module]:
-    """Open the VAE for caching latents, which needs nothing else. Raises UserError like `build`."""
-    return open_encoder(options, "--vae").vae
-
-
 def build_for_caching(options: Flux3Options) -> Architecture:
     """Assemble the model for caching captions, which needs no denoiser. Raises UserError like `build`."""
     RECIPE.check(options)
-    return assemble(options, open_encoder(options, QWEN3_VL.flag), distilled=False)
+    return assemble(options, open_for_caching(FILES, open_loader, options, FLAG), distilled=False)
 
 
 def assemble(options: Flux3Options, loader: DitLoader, distilled: bool) -> Architecture:
-    folders = tokenizer_folders(loader.path, options.parts.text_encoder)
-    tokenizer = load_qwen3_tokenizer(QWEN3_VL, folders, options.model.tokenizer_cache_dir, loader.num_words)
-    check_marks(tokenizer, MARKS, QWEN3_VL.hub_name)
-    text, edits = build_text(tokenizer), options.parts.edit
+    text, edits = build_text(load_tokenizer(FILES.encoder, options, loader)), options.parts.edit
     latents = replace(LATENTS, needs_references=edits, max_references=LATENTS.max_references if edits else 0)
     return Architecture(
         name="flux_3",
@@ -103,27 +79,12 @@ def assemble(options: Flux3Options, loader: DitLoader, distilled: bool) -> Archi
         metadata=RECIPE.describe(options),
         specs=list_specs(),
         ignores=RECIPE.ignores,
-        text_cache=build_text_cache(options, loader, text),
+        text_cache=replace(cache_text(FILES, options, loader, text, "_flux_3_te.npz"), keeps_bits=True),
     )
 
 
 def build_objective(options: Flux3Options) -> FlowMatching:
     return build_sampled_flow(options, options.flow_prediction.model_prediction_type, patch=1)
-
-
-def build_text_cache(options: Flux3Options, loader: DitLoader, text: ChatText) -> TextCacheSpec:
-    return TextCacheSpec(
-        options=options.text_caching,
-        suffix="_flux_3_te.npz",
-        keys=("hidden_state", "attention_mask"),
-        encoders=lambda: fingerprint(loader.text.component.weights),
-        settings=f"{loader.text.dtype} {options.parts.fp8_text_encoder}",
-        tokenizers=(text.tokenizer,),
-        padding={"hidden_state": 0.0, "attention_mask": 0.0},
-        on_host=("attention_mask",),
-        can_train=False,
-        keeps_bits=True,
-    )
 
 
 def build_preview(text: ChatText, distilled: bool) -> Preview:

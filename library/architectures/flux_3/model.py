@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
-from library.architectures.flux_3.layer_names import IMAGES, TARGETS, TEXT
+from library.architectures.flux_3.layers import IMAGES, TARGETS, TEXT
 from library.architectures.flux_3.text import LAYERS
 from library.base.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain

@@ -44,13 +44,10 @@ FILES: tuple[ModelFile, ...] = (
     ModelFile("text_encoder", "Qwen/Qwen3-VL-4B-Instruct", "", 8.9, "Apache-2.0"),
     ModelFile("vae", "Comfy-Org/vae-text-encorder-for-flux-klein-4b", "flux2-vae.safetensors", 0.34, "Apache-2.0"),
 )
-"""Where the base model and its parts are to be had."""
 
 PARTS = "--text_encoder qwen3vl_4b.safetensors --vae flux2-vae.safetensors"
-"""The options of the example in the help, besides the base model."""
 
 INSTEAD: Mapping[str, str] = ALTERNATIVES
-"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

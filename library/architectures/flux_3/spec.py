@@ -1,12 +1,11 @@
 """The `BaseModelSpec` of FLUX.3 Image Klein."""
 
-from library.architectures.flux_3.assembly import ARCHITECTURE, LATENTS, RECIPE, build, build_objective
-from library.architectures.flux_3.layer_names import DIFFUSERS_MARK, KEYS, MARK, NAMES, TARGETS, denoiser_module
-from library.architectures.flux_3.load import MODEL
-from library.architectures.flux_3.model import Flux3, read_config
+from library.architectures.flux_3.assembly import LATENTS, RECIPE, build, build_objective
+from library.architectures.flux_3.layers import TARGETS
+from library.architectures.flux_3.load import FILES
 from library.architectures.flux_3.options import Flux3Options
-from library.checkpoints.base_model_spec import DIFFUSERS, GENERIC, NONE, BaseModelSpec, Gap, Reader, Sign
-from library.models.transformer_file import TransformerFile
+from library.checkpoints.base_model_spec import DIFFUSERS, GENERIC, NONE, Gap, Reader, Sign
+from library.models.transformer_file import transformer_spec
 
 NO_EMBEDDERS = Gap(
     GENERIC,
@@ -14,28 +13,15 @@ NO_EMBEDDERS = Gap(
     "under generic names it finds the layers of the blocks alone",
 )
 
-FILE = TransformerFile(
-    base="flux_3",
-    title=MODEL,
-    architecture=ARCHITECTURE,
-    mark=MARK,
-    diffusers_mark=DIFFUSERS_MARK,
-    is_layer=KEYS.is_linear,
-    name=denoiser_module,
-    build=Flux3,
-    read_config=read_config,
-)
-
 SPECS = (
-    BaseModelSpec(
-        name="flux_3",
-        title=MODEL,
-        called="a FLUX.3 Image Klein",
-        script="flux_3_train_network.py",
+    transformer_spec(
+        FILES.transformer,
+        TARGETS,
+        RECIPE,
         options=Flux3Options,
         build=build,
-        latents=LATENTS,
         objective=build_objective,
+        latents=LATENTS,
         checkpoint=(Sign(r"(^|\.)early_stream_modulations\."),),
         adapter=(
             Sign(r"_(early_stream_modulations|single_stream_modulations|emb_in|x_embedders|ref_time_in)_"),
@@ -49,11 +35,5 @@ SPECS = (
             "ComfyUI": Reader(GENERIC, NONE),
             "diffusers": Reader(GENERIC | DIFFUSERS, NONE, gaps=(NO_EMBEDDERS,)),
         },
-        names=NAMES,
-        network_arguments=TARGETS.arguments,
-        open_for_merging=FILE.open,
-        view_for_networks=FILE.view_for_networks,
-        adapter_metadata=RECIPE.of_checkpoint,
-        ignores=RECIPE.ignores,
     ),
 )

@@ -17,7 +17,6 @@ from library.types import Conditioning
 NUM_TOKENS = 4096  # most that the denoiser gets, with the template; the planner counts as many
 WINDOW = 80  # captions are padded to multiples, and the denoiser attends to that padding
 TEMPLATE = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
-MARKS = ("<|im_start|>", "<|im_end|>")
 LAYERS = (4, 8, 12, 16, 20, 24, 28, 32)  # layers whose states are used; later ones are not loaded
 
 

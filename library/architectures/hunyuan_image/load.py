@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from library.architectures.hunyuan_image.checkpoint_keys import DIFFUSERS_MARK, KEYS, from_original
+from library.architectures.hunyuan_image.layers import DIFFUSERS_MARK, KEYS, denoiser_module, from_original, is_target
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig, read_config
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
 from library.architectures.hunyuan_image.qwen import load_qwen, qwen_component
@@ -17,19 +17,30 @@ from library.checkpoints.base_files import BaseFiles, open_base
 from library.checkpoints.weights import Weights, configure, rename_weights
 from library.memory.devices import DTYPES
 from library.models.dit_loader import DitLoader, check_input_width, open_dit_loader
-from library.models.identify import open_denoiser
 from library.models.language_models import WORDS, choose_load
 from library.models.loading import Component, check_text_width, get_first_side
 from library.models.t5 import load_t5, t5_component, t5_of_folder
+from library.models.transformer_file import TransformerFile
 from library.protocols import LatentSpec
 
 logger = logging.getLogger(__name__)
 
 MODEL = "HunyuanImage 2.1"
-GLYPH_MARK = "byt5_in.fc1.weight"
 FOLDERS = {"vae": "vae", "text_encoder": "text_encoder", "byt5": "text_encoder_2"}
 GLYPH_WORDS = "shared.weight"
 NUM_BYTE_IDS = 259  # three special tokens and 256 bytes
+TRANSFORMER = TransformerFile(
+    base="hunyuan_image",
+    title=MODEL,
+    architecture="hunyuan-image-2.1",
+    mark="byt5_in.fc1.weight",
+    diffusers_mark=DIFFUSERS_MARK,
+    is_layer=is_target,
+    name=denoiser_module,
+    build=HunyuanImage,
+    read_config=read_config,
+    from_diffusers=KEYS.from_diffusers,
+)
 SPEC = LatentSpec(channels=64, downscale=32, bucket_step=32, cache_suffix="_hi.npz", had_keys_without_size=False)
 
 
@@ -45,7 +56,7 @@ def open_loader(options: HunyuanImageOptions) -> DitLoader:
         "hunyuanimage2.1.safetensors, or a diffusers folder",
         ["transformer", *(folder for part, folder in FOLDERS.items() if paths[part] is None)],
     )
-    weights = read_denoiser(base)
+    weights = TRANSFORMER.read(list_specs(), base)  # under their original names
     config = configure(weights, read_config)
     # sd-scripts runs this VAE in float16 under bf16 too.
     is_float32 = options.model.no_half_vae or DTYPES[options.precision.mixed_precision] == torch.float32
@@ -67,11 +78,6 @@ def open_loader(options: HunyuanImageOptions) -> DitLoader:
     )
     check_fit(loader, config)
     return loader
-
-
-def read_denoiser(base: BaseFiles) -> Weights:
-    """Return the denoiser's weights under their original names. Raises UserError for another model, naming it."""
-    return open_denoiser(list_specs(), base, "hunyuan_image", GLYPH_MARK, DIFFUSERS_MARK, KEYS.from_diffusers)
 
 
 def open_component(part: str, name: str | None, base: BaseFiles) -> Component:

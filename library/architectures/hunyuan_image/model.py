@@ -1,7 +1,7 @@
 """The denoiser of HunyuanImage 2.1 (Tencent 2025): FLUX.1's streams, with a refiner of text tokens and with glyph
 tokens.
 
-Module paths are those of ComfyUI's model and of adapters in files; `from_original` in checkpoint_keys.py renames the
+Module paths are those of ComfyUI's model and of adapters in files; `from_original` in layers.py renames the
 original checkpoint's. Letters: B samples, C channels, H and W sides of the latent (a patch is one latent pixel), L text
 tokens, G glyph tokens, T all tokens (glyphs, text, then the image in row order), M model width, E width of the text
 encoder.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
-from library.architectures.hunyuan_image.targets import TARGETS
+from library.architectures.hunyuan_image.layers import TARGETS
 from library.base.errors import UserError
 from library.models.double_stream import (
     DoubleStreamBlock,

@@ -9,7 +9,7 @@ from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
 from library.options.kinds import whole
 from library.options.machine.memory import ATTENTION_MODES, ScaledPrecisionOptions
-from library.options.model import BASE, ModelFile, ReadingOptions
+from library.options.model import BASE, ModelFile, ReadingOptions, part
 from library.options.train import TrainOptions
 from library.options.training.flow import (
     FlowPredictionOptions,
@@ -25,12 +25,7 @@ OptionsT = TypeVar("OptionsT", bound="HunyuanImageOptions")
 class HunyuanImageModelOptions(Options):
     """The parts of the base model and their execution."""
 
-    text_encoder: str | None = option(
-        None,
-        path="part",
-        usual=True,
-        help="File or folder of the text encoder Qwen2.5-VL. Unset takes it from a base in diffusers' layout.",
-    )
+    text_encoder: str | None = part("the text encoder Qwen2.5-VL", "a base in diffusers' layout")
     byt5: str | None = option(
         None,
         path="part",
@@ -81,10 +76,8 @@ FILES: tuple[ModelFile, ...] = (
         "Tencent Hunyuan Community",
     ),
 )
-"""Where the base models and their parts are to be had."""
 
 PARTS = "--text_encoder qwen_2.5_vl.safetensors --byt5 byt5.safetensors --vae vae.safetensors"
-"""The options of the example in the help, besides the base model."""
 
 INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(("dit", "dit_path"), "use --pretrained_model_name_or_path"),
@@ -95,7 +88,6 @@ INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(("qwen3", "gemma2"), "use --text_encoder"),
     "split_mode": "use --blocks_to_swap",
 }
-"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

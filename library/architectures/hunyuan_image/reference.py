@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.hunyuan_image.checkpoint_keys import KEYS, to_original
+from library.architectures.hunyuan_image.layers import KEYS, to_original
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig
 from library.models.double_stream import SWAPPED
 from library.models.reference import diffusers_class, random_inputs, shorten_model, split_weights, with_weights

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from library.options.base import group, option, redeclare
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
-from library.options.model import BASE, ModelFile
+from library.options.model import BASE, ModelFile, part
 from library.options.training.flow import FlowSamplingOptions
 
 CACHED_BY_SYSTEM = "the system caches the file of --turbo_dit while main memory has room for it"
@@ -16,12 +16,7 @@ IN_PLACE = "previews swap all weights in place on the GPU"
 class Krea2ModelOptions(PartOptions):
     """The parts of the base model."""
 
-    text_encoder: str | None = option(
-        None,
-        path="part",
-        usual=True,
-        help="File or folder of the text encoder Qwen3-VL 4B. Unset takes it from the base.",
-    )
+    text_encoder: str | None = part("the text encoder Qwen3-VL 4B")
     fp8_text_encoder: bool = option(False, help="Keep the text encoder in 8 bits.")
     dit_variant: str | None = option(
         None,
@@ -66,10 +61,8 @@ FILES: tuple[ModelFile, ...] = (
     ModelFile("text_encoder", "Qwen/Qwen3-VL-4B-Instruct", "", 8.9, "Apache-2.0"),
     ModelFile("vae", "Comfy-Org/Qwen-Image_ComfyUI", "qwen_image_vae.safetensors", 0.25, "Apache-2.0"),
 )
-"""Where the base models and their parts are to be had."""
 
 PARTS = "--text_encoder qwen3vl_4b.safetensors --vae qwen_image_vae.safetensors"
-"""The options of the example in the help, besides the base model."""
 
 INSTEAD: Mapping[str, str] = {
     **ALTERNATIVES,
@@ -78,7 +71,6 @@ INSTEAD: Mapping[str, str] = {
     "fp8_vl": "use --fp8_text_encoder",
     "fp8_llm": "use --fp8_text_encoder",
 }
-"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

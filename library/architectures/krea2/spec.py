@@ -3,15 +3,13 @@
 import re
 from collections.abc import Mapping
 
-from library.architectures.krea2.adapter_names import NAMES, denoiser_module
 from library.architectures.krea2.assembly import LATENTS, RECIPE, build, build_objective
-from library.architectures.krea2.checkpoint_keys import DIFFUSERS_MARK, KEYS, MARK
-from library.architectures.krea2.model import SingleStreamDiT, read_config
+from library.architectures.krea2.layers import TARGETS
+from library.architectures.krea2.load import FILES
 from library.architectures.krea2.options import Krea2Options
-from library.architectures.krea2.targets import TARGETS
 from library.checkpoints.adapter_names import FileNaming
-from library.checkpoints.base_model_spec import ALL, DIFFUSERS, GENERIC, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
-from library.models.transformer_file import TransformerFile
+from library.checkpoints.base_model_spec import ALL, DIFFUSERS, GENERIC, KOHYA, NONE, Gap, Reader, Sign
+from library.models.transformer_file import transformer_spec
 
 OTHER_PATHS = r"(transformer_blocks|text_fusion|txt_in|time_embed|time_mod_proj|img_in|final_layer)_.*"  # diffusers'
 NO_OTHER_PATHS = Gap(
@@ -32,28 +30,15 @@ def explain_unread_names(modules: Mapping[str, FileNaming | None]) -> str | None
 
 WIDTH = 6144
 
-FILE = TransformerFile(
-    base="krea2",
-    title="Krea 2",
-    architecture="Krea-2",
-    mark=MARK,
-    diffusers_mark=DIFFUSERS_MARK,
-    is_layer=KEYS.is_linear,
-    name=denoiser_module,
-    build=SingleStreamDiT,
-    read_config=read_config,
-)
-
 SPECS = (
-    BaseModelSpec(
-        name="krea2",
-        title="Krea 2",
-        called="a Krea 2",
-        script="krea2_train_network.py",
+    transformer_spec(
+        FILES.transformer,
+        TARGETS,
+        RECIPE,
         options=Krea2Options,
         build=build,
-        latents=LATENTS,
         objective=build_objective,
+        latents=LATENTS,
         checkpoint=(Sign(r"(^|\.)(txtfusion|text_fusion)\.projector\."),),
         adapter=(
             Sign(r"_(txtfusion|text_fusion)_|_blocks_\d+_(attn_to_gate|(mlp|ff)_(gate|up|down))_"),
@@ -67,11 +52,5 @@ SPECS = (
             "ComfyUI": Reader(ALL, NONE, gaps=(NO_OTHER_PATHS,)),
             "diffusers": Reader(GENERIC | DIFFUSERS, NONE, refuses=explain_unread_names),
         },
-        names=NAMES,
-        network_arguments=TARGETS.arguments,
-        open_for_merging=FILE.open,
-        view_for_networks=FILE.view_for_networks,
-        adapter_metadata=RECIPE.of_checkpoint,
-        ignores=RECIPE.ignores,
     ),
 )

@@ -2,27 +2,49 @@
 
 from functools import partial
 
-from library.architectures.lumina.checkpoint_keys import DIFFUSERS_MARK, KEYS
-from library.architectures.lumina.gemma import gemma_component, gemma_of_folder, load_gemma
+from library.architectures.lumina.gemma import GEMMA_PREFIXES, gemma_component, gemma_of_folder, load_gemma
+from library.architectures.lumina.layers import DIFFUSERS_MARK, KEYS, MARK, denoiser_module, gemma_module
 from library.architectures.lumina.model import PATCH, NextDiT, read_config
 from library.architectures.lumina.options import LuminaOptions
 from library.architectures.specs import list_specs
 from library.base.errors import flagged
+from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_files import BaseFiles, open_base
-from library.checkpoints.weights import Weights, configure, select_weights
+from library.checkpoints.weights import Weights, configure
 from library.memory.devices import DTYPES
 from library.models.dit_loader import DitLoader, check_input_width, open_dit_loader
-from library.models.identify import open_denoiser, refuse_other_model
-from library.models.language_models import WORDS
+from library.models.identify import refuse_other_model
+from library.models.language_models import LAYER_LINEAR, WORDS
 from library.models.loading import Component, check_text_width
+from library.models.transformer_file import TransformerFile
 from library.models.vae.flux import CHANNELS, open_ae
 from library.models.vae.vae import load_vae
 
 MODEL = "Lumina Image 2.0"
 GEMMA_FLAG = "--gemma2"
 GEMMA_MARK = "text_encoders.gemma2_2b."
-MARK = "layers.0.attention.qkv.weight"
-UNUSED = "norm_final.weight"  # in checkpoints, but unused by the model
+
+
+def name_text_layer(stem: str) -> ModuleNames | None:
+    """Return the names of a layer of Gemma in a file with everything; None for other layers."""
+    is_target = stem.startswith(GEMMA_PREFIXES[0]) and stem.endswith(LAYER_LINEAR)
+    return gemma_module(stem.removeprefix(GEMMA_PREFIXES[0])) if is_target else None
+
+
+TRANSFORMER = TransformerFile(
+    base="lumina",
+    title=MODEL,
+    architecture="lumina-2",
+    mark=MARK,
+    diffusers_mark=DIFFUSERS_MARK,
+    is_layer=KEYS.is_linear,
+    name=denoiser_module,
+    build=NextDiT,
+    read_config=read_config,
+    from_diffusers=KEYS.from_diffusers,
+    unused=("norm_final.weight",),
+    name_text_layer=name_text_layer,
+)
 
 
 def open_loader(options: LuminaOptions) -> DitLoader:
@@ -56,10 +78,10 @@ def open_loader(options: LuminaOptions) -> DitLoader:
 
 def read_denoiser(base: BaseFiles) -> Weights:
     """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
-    weights = open_denoiser(list_specs(), base, "lumina", MARK, DIFFUSERS_MARK, KEYS.from_diffusers)
+    weights = TRANSFORMER.read(list_specs(), base)
     # Z-Image has layers of the same names.
     refuse_other_model(list_specs(), base.flag, str(base.path), (base.whole or weights).shapes, "lumina")
-    return select_weights(weights, {key: key for key in weights.shapes if key != UNUSED})
+    return weights
 
 
 def open_gemma(name: str | None, base: BaseFiles) -> Component:

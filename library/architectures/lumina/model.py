@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from library.architectures.lumina.targets import TARGETS
+from library.architectures.lumina.layers import TARGETS
 from library.memory.devices import send
 from library.models.next_dit import JointTransformer, NextDiTConfig, read_sizes
 from library.models.patches import key_mask, patchify, unpatchify

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
 from library.options.kinds import whole
-from library.options.model import BASE, ModelFile, ReadingOptions
+from library.options.model import BASE, ModelFile, ReadingOptions, part
 from library.options.train import TrainOptions
 from library.options.training.flow import (
     TIMESTEP_SAMPLINGS,
@@ -21,12 +21,8 @@ from library.options.training.flow import (
 class LuminaModelOptions(Options):
     """The parts of the base model and the text limits."""
 
-    gemma2: str | None = option(
-        None, path="part", usual=True, help="File or folder of the text encoder Gemma 2. Unset takes it from the base."
-    )
-    ae: str | None = option(
-        None, path="part", usual=True, help="File or folder of the VAE. Unset takes it from the base."
-    )
+    gemma2: str | None = part("the text encoder Gemma 2")
+    ae: str | None = part("the VAE")
     gemma2_max_token_length: int | None = option(
         None, kind=whole(2), help="Longest caption in Gemma's tokens; longer captions are cut. Unset is 256."
     )
@@ -74,10 +70,8 @@ FILES: tuple[ModelFile, ...] = (
     ModelFile("gemma2", "Comfy-Org/Lumina_Image_2.0_Repackaged", "gemma_2_2b_fp16.safetensors", 5.2, "Gemma"),
     ModelFile("ae", "Comfy-Org/z_image_turbo", "ae.safetensors", 0.34, "Apache-2.0"),
 )
-"""Where the base models and their parts are to be had."""
 
 PARTS = "--gemma2 gemma2.safetensors --ae ae.safetensors"
-"""The options of the example in the help, besides the base model."""
 
 INSTEAD: Mapping[str, str] = {
     "dit": "use --pretrained_model_name_or_path",
@@ -92,7 +86,6 @@ INSTEAD: Mapping[str, str] = {
     "text_encoder": "use --gemma2",
     "split_mode": "use --blocks_to_swap",
 }
-"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

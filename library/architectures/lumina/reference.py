@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.lumina.checkpoint_keys import KEYS
+from library.architectures.lumina.layers import KEYS
 from library.architectures.lumina.model import PATCH, LuminaConfig, NextDiT
 from library.models.next_dit import COUNT_FIELDS
 from library.models.reference import diffusers_class, random_inputs, shorten_model, split_weights, with_weights

@@ -3,18 +3,13 @@
 import re
 from collections.abc import Mapping
 
-from library.architectures.lumina.adapter_names import NAMES, denoiser_module, gemma_module
 from library.architectures.lumina.assembly import LATENTS, RECIPE, build, build_objective
-from library.architectures.lumina.checkpoint_keys import DIFFUSERS_MARK, KEYS
-from library.architectures.lumina.gemma import GEMMA_PREFIXES
-from library.architectures.lumina.load import MARK, MODEL
-from library.architectures.lumina.model import NextDiT, read_config
+from library.architectures.lumina.layers import TARGETS
+from library.architectures.lumina.load import TRANSFORMER
 from library.architectures.lumina.options import LuminaOptions
-from library.architectures.lumina.targets import TARGETS
-from library.checkpoints.adapter_names import FileNaming, ModuleNames
-from library.checkpoints.base_model_spec import DIFFUSERS, GENERIC, KOHYA, NONE, BaseModelSpec, Certainty, Reader, Sign
-from library.models.language_models import LAYER_LINEAR
-from library.models.transformer_file import TransformerFile
+from library.checkpoints.adapter_names import FileNaming
+from library.checkpoints.base_model_spec import DIFFUSERS, GENERIC, KOHYA, NONE, Certainty, Reader, Sign
+from library.models.transformer_file import transformer_spec
 
 BLOCK = frozenset(("attention_qkv", "attention_out", *(f"feed_forward_w{n}" for n in (1, 2, 3)), "adaLN_modulation_1"))
 
@@ -39,35 +34,16 @@ def explain_parts_of_blocks(modules: Mapping[str, FileNaming | None]) -> str | N
     return None
 
 
-def name_text_layer(stem: str) -> ModuleNames | None:
-    """Return the names of a layer of Gemma in a file with everything; None for other layers."""
-    is_target = stem.startswith(GEMMA_PREFIXES[0]) and stem.endswith(LAYER_LINEAR)
-    return gemma_module(stem.removeprefix(GEMMA_PREFIXES[0])) if is_target else None
-
-
-FILE = TransformerFile(
-    base="lumina",
-    title=MODEL,
-    architecture="lumina-2",
-    mark=MARK,
-    diffusers_mark=DIFFUSERS_MARK,
-    is_layer=KEYS.is_linear,
-    name=denoiser_module,
-    build=NextDiT,
-    read_config=read_config,
-    name_text_layer=name_text_layer,
-)
-
 SPECS = (
-    BaseModelSpec(
-        name="lumina",
-        title="Lumina Image 2.0",
+    transformer_spec(
+        TRANSFORMER,
+        TARGETS,
+        RECIPE,
         called="a Lumina",
-        script="lumina_train_network.py",
         options=LuminaOptions,
         build=build,
-        latents=LATENTS,
         objective=build_objective,
+        latents=LATENTS,
         checkpoint=(Sign(r"cap_embedder\.|context_refiner\.", Certainty.NAMES),),
         adapter=(
             Sign(r"_(noise_refiner|context_refiner)_|(unet|diffusion_model|transformer)_layers_\d+_", Certainty.NAMES),
@@ -79,11 +55,5 @@ SPECS = (
             "ComfyUI": Reader(KOHYA | GENERIC, KOHYA | GENERIC),
             "diffusers": Reader(GENERIC | DIFFUSERS, NONE, refuses=explain_parts_of_blocks),
         },
-        names=NAMES,
-        network_arguments=TARGETS.arguments,
-        open_for_merging=FILE.open,
-        view_for_networks=FILE.view_for_networks,
-        adapter_metadata=RECIPE.of_checkpoint,
-        ignores=RECIPE.ignores,
     ),
 )

@@ -4,51 +4,35 @@ generates images from text, and can be trained to edit reference images.
 Start here to read this package.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from torch import nn
-
 from library.architectures.moss_image.levels import draw_levels, preview_sampler
-from library.architectures.moss_image.load import open_encoder, open_loader
+from library.architectures.moss_image.load import FILES, open_loader
 from library.architectures.moss_image.options import OWN_SAMPLING, MossImageOptions
 from library.architectures.moss_image.predict import SKIPPED, predict
-from library.architectures.moss_image.qwen3_5 import FLAG, HUB_NAME, load_tokenizer
-from library.architectures.moss_image.text import MARKS, MossImageText
+from library.architectures.moss_image.text import NUM_TOKENS, MossImageText
 from library.architectures.specs import list_specs
-from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import RECORDS, FlowMatching, build_sampled_flow
+from library.diffusion.flow import FlowMatching, build_sampled_flow
 from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
-from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
-from library.models.tokenizer_files import check_marks
+from library.models.language_model_dit import build_recipe, cache_text, load_tokenizer, open_for_caching, open_vae_alone
+from library.models.language_models import FLAG
 from library.models.vae.flux_2 import pack_latents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
-RECIPE = Recipe(
-    title="MOSS-Image",
-    metadata={
-        "ss_base_model_version": "moss_image",
-        "modelspec.architecture": "MOSS-Image/lora",
-        "modelspec.implementation": "https://huggingface.co/openmoss/MOSS-Image-Base",
-        "modelspec.resolution": "1024x1024",
-    },
-    refuses={
-        "weighted_captions": "Qwen3.5 has no prompt weighting",
-        "network_train_text_encoder_only": "its text encoder cannot be trained",
-    },
-    ignores=ignored_by_flow(
-        "MOSS-Image",
-        clip_skip="MOSS-Image uses Qwen3.5's last states",
-        max_token_length="its text encoder reads 4096 tokens",
-    ),
-    records=RECORDS,
+RECIPE = build_recipe(
+    FILES.transformer,
+    "https://huggingface.co/openmoss/MOSS-Image-Base",
+    weighted_captions="Qwen3.5 has no prompt weighting",
+    clip_skip="MOSS-Image uses Qwen3.5's last states",
+    num_tokens=NUM_TOKENS,
     needs={"diffusers": ">=0.36", "transformers": ">=5.3"},  # AutoencoderKLFlux2, Qwen3.5
 )
 # The names of sd-scripts' caches are unknown, so these differ from the pattern of its others.
 CODEC = pack_latents("_moss_latents.npz", max_references=10)  # the model has no limit of its own
 LATENTS = CODEC.spec
+open_vae = partial(open_vae_alone, FILES, open_loader)
 
 
 def build(options: MossImageOptions) -> Architecture:
@@ -60,19 +44,14 @@ def build(options: MossImageOptions) -> Architecture:
     return assemble(options, open_loader(options))
 
 
-def open_vae(options: MossImageOptions) -> Callable[[], nn.Module]:
-    """Open the VAE for caching latents, which needs nothing else. Raises UserError like `build`."""
-    return open_encoder(options, "--vae").vae
-
-
 def build_for_caching(options: MossImageOptions) -> Architecture:
     """Assemble the model for caching captions, which needs no denoiser. Raises UserError like `build`."""
     RECIPE.check(options)
-    return assemble(options, open_encoder(options, FLAG))
+    return assemble(options, open_for_caching(FILES, open_loader, options, FLAG))
 
 
 def assemble(options: MossImageOptions, loader: DitLoader) -> Architecture:
-    text = build_text(options, loader)
+    text = MossImageText(load_tokenizer(FILES.encoder, options, loader))
     return Architecture(
         name="moss_image",
         load=loader,
@@ -96,35 +75,15 @@ def build_objective(options: MossImageOptions) -> FlowMatching:
     return replace(objective, draw_levels=draw_levels, takes_offset=False)
 
 
-def build_text(options: MossImageOptions, loader: DitLoader) -> MossImageText:
-    """Build the text pipeline; its tokenizer is searched next to the base model and the encoder."""
-    folders = tokenizer_folders(loader.path, options.parts.text_encoder)
-    tokenizer = load_tokenizer(folders, options.model.tokenizer_cache_dir, loader.num_words)
-    check_marks(tokenizer, MARKS, HUB_NAME)
-    return MossImageText(tokenizer)
-
-
 def build_text_cache(options: MossImageOptions, loader: DitLoader, text: MossImageText) -> TextCacheSpec:
-    return TextCacheSpec(
-        options=options.text_caching,
-        suffix="_moss_text.npz",
-        keys=("hidden_state", "attention_mask"),
-        encoders=lambda: fingerprint(*(part.component.weights for part in loader.texts)),
-        settings=f"{loader.text.dtype} {options.parts.fp8_text_encoder} {text.tokenizer.chat_template}",
-        tokenizers=(text.tokenizer,),
-        padding={"hidden_state": 0.0, "attention_mask": 0.0},
-        on_host=("attention_mask",),
-        can_train=False,
-        sees_images=True,
-    )
+    cache = cache_text(FILES, options, loader, text, "_moss_text.npz")
+    return replace(cache, settings=f"{cache.settings} {text.tokenizer.chat_template}")
 
 
 def build_preview(text: MossImageText) -> Preview:
     """Build the preview settings: classifier-free guidance whose negative branch leaves out a block."""
     return Preview(
-        defaults=PromptDefaults(
-            num_steps=50, width=1024, height=1024, scale=3.0, size_step=LATENTS.bucket_step, flow_shift=5.0
-        ),
+        defaults=PromptDefaults(50, 1024, 1024, scale=3.0, size_step=LATENTS.bucket_step, flow_shift=5.0),
         text=text,
         predict=lambda prompt: predict,
         predict_negative=lambda prompt: partial(predict, skipped=SKIPPED),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from library.options.base import group, option, redeclare
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
-from library.options.model import BASE, ModelFile
+from library.options.model import BASE, ModelFile, part
 from library.options.training.flow import TIMESTEP_SAMPLINGS, FlowSamplingOptions
 
 OWN_SAMPLING = "moss_image"
@@ -16,16 +16,13 @@ FILES: tuple[ModelFile, ...] = (
 )
 
 PARTS = "--text_encoder qwen3.5_9b_bf16.safetensors --vae flux2-vae.safetensors"
-"""The options of the example in the help, besides the base model."""
 
 
 @dataclass(frozen=True)
 class MossImageModelOptions(PartOptions):
     """The parts of the base model."""
 
-    text_encoder: str | None = option(
-        None, usual=True, help="File or folder of the text encoder Qwen3.5 9B. Unset takes it from the base."
-    )
+    text_encoder: str | None = part("the text encoder Qwen3.5 9B")
     fp8_text_encoder: bool = option(False, help="Keep the text encoder in 8 bits.")
 
 
@@ -50,7 +47,6 @@ INSTEAD: Mapping[str, str] = {
     "fp8_llm": "use --fp8_text_encoder",
     "model_version": "Base and SFT are trained alike; remove it",
 }
-"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from library.base.errors import about, error_in
 from library.checkpoints.weights import Weights, configure, list_first_names
-from library.models.language_models import WORDS, extract_decoder
+from library.models.language_models import FLAG, WORDS, LanguageModel, extract_decoder
 from library.models.loading import Component, empty_transformers_model, load_component
-from library.models.qwen3_vl_vision import embed_with_images, vision_component
+from library.models.qwen3 import BEGIN, END
+from library.models.qwen3_vl_vision import VISION_MARKS, embed_with_images, vision_component
 from library.models.shapes import Shapes, count, shape_of
 from library.models.tokenizer_files import TokenizerFiles
 
-FLAG = "--text_encoder"
 HUB_NAME = "Qwen/Qwen3.5-9B"
 LINEAR, FULL = "linear_attn.in_proj_qkv.weight", "self_attn.q_norm.weight"  # of a layer's two kinds of attention
 ROPE_BASE = 10_000_000.0
@@ -114,3 +114,15 @@ def load_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: in
             "to its tokenizer.json"
         )
     return tokenizer
+
+
+ENCODER = LanguageModel(
+    name="Qwen3.5",
+    hub_name=HUB_NAME,
+    prefix="text_encoders.",
+    marks=(BEGIN, END, *VISION_MARKS),
+    open=lambda config, weights: language_component(weights),
+    load=load_language,
+    load_tokenizer=load_tokenizer,
+    vision=(image_component, load_vision),
+)

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from library.architectures.moss_image.qwen3_5 import HUB_NAME, encode_with_images
 from library.base.determinism import deterministic_mode
 from library.base.errors import error_in
-from library.models.qwen3_vl_vision import SLOT, VISION_MARKS, encode_captions, fit_images, join_rows, number_images
+from library.models.qwen3_vl_vision import SLOT, encode_captions, fit_images, join_rows, number_images
 from library.types import Conditioning, Tokens, plain_caption
 
 NUM_TOKENS = 4096  # with the template and reference images; longer captions are cut
-MARKS = ("<|im_start|>", "<|im_end|>", *VISION_MARKS)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from library.options.base import group, option, redeclare
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
-from library.options.model import BASE, ModelFile
+from library.options.model import BASE, ModelFile, part
 from library.options.training.flow import FlowSamplingOptions
 
 
@@ -13,12 +13,7 @@ from library.options.training.flow import FlowSamplingOptions
 class QwenImage21ModelOptions(PartOptions):
     """The parts of the base model."""
 
-    text_encoder: str | None = option(
-        None,
-        path="part",
-        usual=True,
-        help="File or folder of the text encoder Qwen3-VL 8B. Unset takes it from the base.",
-    )
+    text_encoder: str | None = part("the text encoder Qwen3-VL 8B")
     fp8_vl: bool = option(False, help="Keep the text encoder Qwen3-VL in 8 bits.")
 
 
@@ -34,10 +29,8 @@ FILES: tuple[ModelFile, ...] = (
     ModelFile("text_encoder", "Comfy-Org/Qwen-Image-2.1", "qwen3vl_8b_bf16.safetensors", 17.5, "Qwen Research"),
     ModelFile("vae", "Comfy-Org/Qwen-Image-2.1", "qwen_image_2.1_vae_bf16.safetensors", 0.68, "Qwen Research"),
 )
-"""Where the base models and their parts are to be had."""
 
 PARTS = "--text_encoder qwen3vl_8b.safetensors --vae qwen_image_2.1_vae.safetensors"
-"""The options of the example in the help, besides the base model."""
 
 INSTEAD: Mapping[str, str] = {
     **ALTERNATIVES,
@@ -46,7 +39,6 @@ INSTEAD: Mapping[str, str] = {
     "model_version": "there is one Qwen-Image 2.1; remove it",
     "dit_config": "sizes are read from the file; remove it",
 }
-"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.qwen_image_21.checkpoint_keys import BLOCKS
+from library.architectures.qwen_image_21.layers import BLOCKS
 from library.architectures.qwen_image_21.model import QwenImage21, QwenImage21Config
 from library.models.patches import patchify
 from library.models.reference import SIDE, diffusers_class, random_inputs, shorten_model, with_weights

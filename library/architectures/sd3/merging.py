@@ -4,10 +4,9 @@ from pathlib import Path
 
 from torch import nn
 
-from library.architectures.sd3.adapter_names import NAMES
+from library.architectures.sd3.layers import NAMES, view
 from library.architectures.sd3.load import read_denoiser
 from library.architectures.sd3.model import MMDiT, read_config, recognise_version
-from library.architectures.sd3.targets import view
 from library.base.errors import about
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from library.architectures.sd3.layers import TARGETS
 from library.architectures.sd3.positions import nearest_side, scaled_positions, table_side
-from library.architectures.sd3.targets import TARGETS
 from library.base.errors import UserError, error_in
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from library.options.base import Options, group, option
 from library.options.caching import TextCachingOptions
 from library.options.kinds import SHARE, number, whole
-from library.options.model import BASE, ModelFile, ReadingOptions
+from library.options.model import BASE, ModelFile, ReadingOptions, part
 from library.options.train import TrainOptions
 from library.options.training.flow import FlowWeightingOptions, TimestepPreviewOptions
 
@@ -15,12 +15,8 @@ from library.options.training.flow import FlowWeightingOptions, TimestepPreviewO
 class Sd3TextOptions(Options):
     """The text encoders and their use by the denoiser."""
 
-    clip_l: str | None = option(
-        None, path="part", usual=True, help="File or folder of the text encoder CLIP-L. Unset takes it from the base."
-    )
-    clip_g: str | None = option(
-        None, path="part", usual=True, help="File or folder of the text encoder CLIP-G. Unset takes it from the base."
-    )
+    clip_l: str | None = part("the text encoder CLIP-L")
+    clip_g: str | None = part("the text encoder CLIP-G")
     t5xxl: str | None = option(
         None,
         path="part",
@@ -107,10 +103,8 @@ FILES: tuple[ModelFile, ...] = (
     ModelFile("clip_g", "stabilityai/stable-diffusion-3.5-medium", "clip_g.safetensors", 1.4),
     ModelFile("t5xxl", "stabilityai/stable-diffusion-3.5-medium", "t5xxl_fp16.safetensors", 9.8, is_optional=True),
 )
-"""Where the base models and their parts are to be had."""
 
 PARTS = "--clip_l clip_l.safetensors --clip_g clip_g.safetensors --t5xxl t5xxl.safetensors"
-"""The options of the example in the help, besides the base model."""
 
 INSTEAD: Mapping[str, str] = {
     "dit": "use --pretrained_model_name_or_path",
@@ -124,7 +118,6 @@ INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(("text_encoder", "qwen3", "gemma2"), "use --clip_l, --clip_g and --t5xxl"),
     "split_mode": "use --blocks_to_swap",
 }
-"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

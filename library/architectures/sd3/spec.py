@@ -1,10 +1,9 @@
 """The `BaseModelSpec` of Stable Diffusion 3 and 3.5."""
 
-from library.architectures.sd3.adapter_names import NAMES
 from library.architectures.sd3.assembly import LATENTS, RECIPE, build, build_objective
+from library.architectures.sd3.layers import NAMES, TARGETS
 from library.architectures.sd3.merging import open_base_model, view_for_networks
 from library.architectures.sd3.options import Sd3Options
-from library.architectures.sd3.targets import TARGETS
 from library.checkpoints.base_model_spec import (
     ALL,
     DIFFUSERS,

@@ -5,10 +5,10 @@ Start here to read this package.
 
 from functools import partial
 
+from library.architectures.sdxl.layers import build_view
 from library.architectures.sdxl.load import LATENT_CHANNELS, LATENT_SCALE, open_loader, recognise_unet_layout
 from library.architectures.sdxl.options import SdxlOptions
 from library.architectures.sdxl.predict import predict
-from library.architectures.sdxl.targets import build_view
 from library.architectures.sdxl.text import CACHE_KEYS, SdxlText
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint

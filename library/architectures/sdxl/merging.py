@@ -5,9 +5,8 @@ from pathlib import Path
 
 from torch import nn
 
-from library.architectures.sdxl.adapter_names import clip_module, unet_module
+from library.architectures.sdxl.layers import build_view, clip_module, unet_module
 from library.architectures.sdxl.load import CLIP_G_PREFIX, CLIP_L_PREFIX, open_parts, recognise_unet_layout
-from library.architectures.sdxl.targets import build_view
 from library.architectures.specs import list_specs
 from library.checkpoints.base_files import open_files
 from library.checkpoints.base_model import BaseModel

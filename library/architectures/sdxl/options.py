@@ -36,4 +36,3 @@ FILES: tuple[ModelFile, ...] = (
         BASE, "stabilityai/stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors", 6.9, "CreativeML Open RAIL++-M"
     ),
 )
-"""Where the base models and their parts are to be had."""

@@ -1,10 +1,9 @@
 """The `BaseModelSpec` of Stable Diffusion XL."""
 
-from library.architectures.sdxl.adapter_names import NAMES
 from library.architectures.sdxl.assembly import LATENTS, RECIPE, build
+from library.architectures.sdxl.layers import NAMES, TARGETS
 from library.architectures.sdxl.merging import open_base_model, view_for_networks
 from library.architectures.sdxl.options import SdxlOptions
-from library.architectures.sdxl.targets import TARGETS
 from library.checkpoints.base_model_spec import (
     DIFFUSERS,
     GENERIC,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from library.architectures.zimage.targets import TARGETS
+from library.architectures.zimage.layers import TARGETS
 from library.memory.devices import send
 from library.models.next_dit import JointTransformer, NextDiTConfig, read_sizes
 from library.models.patches import key_mask, patchify, unpatchify

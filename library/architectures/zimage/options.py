@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from library.options.base import group, option, redeclare
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
-from library.options.model import BASE, ModelFile
+from library.options.model import BASE, ModelFile, part
 from library.options.training.flow import FlowSamplingOptions
 
 
@@ -13,9 +13,7 @@ from library.options.training.flow import FlowSamplingOptions
 class ZImageModelOptions(PartOptions):
     """The parts of the base model."""
 
-    text_encoder: str | None = option(
-        None, path="part", usual=True, help="File or folder of the text encoder Qwen3 4B. Unset takes it from the base."
-    )
+    text_encoder: str | None = part("the text encoder Qwen3 4B")
     fp8_llm: bool = option(False, help="Keep the text encoder Qwen3 in 8 bits.")
     model_version: str | None = option(
         None,
@@ -39,13 +37,10 @@ FILES: tuple[ModelFile, ...] = (
     ModelFile("text_encoder", "Comfy-Org/z_image_turbo", "qwen_3_4b.safetensors", 8.0, "Apache-2.0"),
     ModelFile("vae", "Comfy-Org/z_image_turbo", "ae.safetensors", 0.34, "Apache-2.0"),
 )
-"""Where the base models and their parts are to be had."""
 
 PARTS = "--text_encoder qwen_3_4b.safetensors --vae ae.safetensors"
-"""The options of the example in the help, besides the base model."""
 
 INSTEAD: Mapping[str, str] = {**ALTERNATIVES, "fp8_vl": "use --fp8_llm", "fp8_text_encoder": "use --fp8_llm"}
-"""Hints for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.zimage.checkpoint_keys import KEYS
+from library.architectures.zimage.layers import KEYS
 from library.architectures.zimage.model import PATCH, ZImage, ZImageConfig
 from library.models.next_dit import COUNT_FIELDS
 from library.models.reference import LENGTHS, diffusers_class, random_inputs, shorten_model, split_weights, with_weights

@@ -1,14 +1,11 @@
 """The `BaseModelSpec` of Z-Image."""
 
-from library.architectures.zimage.adapter_names import NAMES, denoiser_module
 from library.architectures.zimage.assembly import LATENTS, RECIPE, build, build_objective
-from library.architectures.zimage.checkpoint_keys import DIFFUSERS_MARK, KEYS
-from library.architectures.zimage.load import MARK, MODEL
-from library.architectures.zimage.model import ZImage, read_config
+from library.architectures.zimage.layers import TARGETS
+from library.architectures.zimage.load import FILES
 from library.architectures.zimage.options import ZImageOptions
-from library.architectures.zimage.targets import TARGETS
-from library.checkpoints.base_model_spec import ALL, GENERIC, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
-from library.models.transformer_file import TransformerFile
+from library.checkpoints.base_model_spec import ALL, GENERIC, KOHYA, NONE, Gap, Reader, Sign
+from library.models.transformer_file import transformer_spec
 
 WIDTH = 3840
 
@@ -27,28 +24,15 @@ OUTER_NAMES = Gap(
     KOHYA, r"lora_unet_(x_embedder|final_layer_.*)", "it finds no x_embedder and final_layer under kohya's names"
 )
 
-FILE = TransformerFile(
-    base="zimage",
-    title=MODEL,
-    architecture=MODEL,
-    mark=MARK,
-    diffusers_mark=DIFFUSERS_MARK,
-    is_layer=KEYS.is_linear,
-    name=denoiser_module,
-    build=ZImage,
-    read_config=read_config,
-)
-
 SPECS = (
-    BaseModelSpec(
-        name="zimage",
-        title="Z-Image",
-        called="a Z-Image",
-        script="zimage_train_network.py",
+    transformer_spec(
+        FILES.transformer,
+        TARGETS,
+        RECIPE,
         options=ZImageOptions,
         build=build,
-        latents=LATENTS,
         objective=build_objective,
+        latents=LATENTS,
         checkpoint=(Sign(r"(^|\.)(cap|x)_pad_token$"),),
         adapter=(
             Sign(r"_attention_to_(q|k|v|out)_|_adaLN_modulation_0_|_all_(x_embedder|final_layer)_"),
@@ -61,12 +45,6 @@ SPECS = (
             "ComfyUI": Reader(ALL, NONE, gaps=(SPLIT_NAMES,)),
             "diffusers": Reader(ALL, NONE, gaps=(ORIGINAL_NAMES, OUTER_NAMES)),
         },
-        names=NAMES,
-        network_arguments=TARGETS.arguments,
-        open_for_merging=FILE.open,
-        view_for_networks=FILE.view_for_networks,
-        adapter_metadata=RECIPE.of_checkpoint,
-        ignores=RECIPE.ignores,
         variants={r"siglip_embedder\.": "Z-Image Omni, which cannot be trained"},
     ),
 )

@@ -8,11 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from library.models.language_models import ChatText
-from library.models.qwen3 import encode_before_last_layer
+from library.models.qwen3 import BEGIN, END, encode_before_last_layer
 from library.types import Conditioning
 
 NUM_TOKENS = 512  # with the template
-BEGIN, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE = (f"{BEGIN}user\n", f"{END}\n{BEGIN}assistant\n")  # Qwen3's chat template with thinking enabled
 
 

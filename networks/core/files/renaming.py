@@ -53,12 +53,15 @@ def rename(
     modules: dict[str, ModuleWeights] = {}
     widened = []
     groups = group_by_place(file, names, frozenset(unsupported))
+    wholes = join_groups(groups, names, file.origin) if to == "diffusers" else {}
     # If the parts of one layer stay apart, those of all layers do, so that the network can be saved under the file's
     # names.
     are_apart = keeps_pieces and any(is_apart(entry, members) for entry, members in groups.items())
-    for entry, members in groups.items():
+    for entry, members in (*groups.items(), *wholes.items()):
         dtypes = {dtype for member in members for dtype in qkv_rows.dtypes_of(member.tensors)}
-        for name, tensors in rename_module(entry, members, to, file.origin, are_apart):
+        # In a layer that diffusers joins, the generic name is diffusers'.
+        naming = "generic" if entry in wholes else to
+        for name, tensors in rename_module(entry, members, naming, file.origin, are_apart):
             is_peft_dora = to == "diffusers" and DORA_SCALE in tensors and are_per_output(tensors[DORA_SCALE].shape)
             if is_peft_dora:
                 tensors = {**tensors, DORA_SCALE: qkv_rows.to_peft_magnitudes(tensors[DORA_SCALE])}
@@ -98,6 +101,28 @@ def group_by_place(
         if entry is not None and kept:
             groups.setdefault(entry, []).append(replace(module, tensors=kept))
     return groups
+
+
+def join_groups(
+    groups: dict[ModuleNames, list[ModuleWeights]], names: BaseNames, origin: str
+) -> dict[ModuleNames, list[ModuleWeights]]:
+    """Move the parts of layers that diffusers joins out of `groups`, and return them by layer.
+
+    Raises UserError for parts that cannot be joined to one adapter.
+    """
+    wholes: dict[ModuleNames, list[ModuleWeights]] = {}
+    for entry in list(groups):
+        whole = names.whole_in_diffusers(entry)
+        if whole is not None:
+            wholes.setdefault(whole, []).extend(groups.pop(entry))
+    for whole, members in wholes.items():
+        if not can_join(whole, members):
+            raise UserError(
+                f"{origin}: diffusers has {members[0].name} and others as one layer, {whole.generic}, and "
+                f"{'DoRA' if members[0].is_dora else members[0].layout.words} of parts cannot be joined; use another "
+                "naming, or leave these layers out"
+            )
+    return wholes
 
 
 def rename_module(

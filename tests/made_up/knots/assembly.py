@@ -1,9 +1,9 @@
 """Knots: the assembly, and the table of contents of this package."""
 
+from library.architectures.knots.layers import view
 from library.architectures.knots.load import open_loader
 from library.architectures.knots.options import KnotsOptions
 from library.architectures.knots.predict import predict
-from library.architectures.knots.targets import view
 from library.architectures.knots.text import ByteText
 from library.architectures.specs import list_specs
 from library.diffusion.objective import build_ddpm

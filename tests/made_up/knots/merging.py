@@ -4,10 +4,9 @@ from pathlib import Path
 
 from torch import nn
 
-from library.architectures.knots.adapter_names import LAYERS, denoiser_module, text_module
+from library.architectures.knots.layers import LAYERS, denoiser_module, text_module, view
 from library.architectures.knots.load import DENOISER_PREFIX, TEXT_PREFIX, open_denoiser
 from library.architectures.knots.model import Knots, read_config
-from library.architectures.knots.targets import view
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, open_single_file
 from library.checkpoints.weights import configure

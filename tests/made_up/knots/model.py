@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from library.architectures.knots.targets import TARGETS
+from library.architectures.knots.layers import TARGETS
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.models.shapes import ShapeReader
 

@@ -1,10 +1,9 @@
 """The spec of Knots, which is all that code outside this package uses."""
 
-from library.architectures.knots.adapter_names import NAMES
 from library.architectures.knots.assembly import LATENTS, RECIPE, build
+from library.architectures.knots.layers import NAMES, TARGETS
 from library.architectures.knots.merging import open_base_model, view_for_networks
 from library.architectures.knots.options import KnotsOptions
-from library.architectures.knots.targets import TARGETS
 from library.checkpoints.base_model_spec import GENERIC, KOHYA, NONE, BaseModelSpec, Reader, Sign
 
 SPECS = (
@@ -17,7 +16,7 @@ SPECS = (
         build=build,
         latents=LATENTS,
         checkpoint=(Sign(r"\bknots\.\d+\."),),
-        adapter=(Sign(r"_(transformer_)?knots_\d+_"),),
+        adapter=(Sign(r"_knots_\d+_"),),
         version=r"knots",
         architecture=r"knots",
         pipelines=("Knots",),

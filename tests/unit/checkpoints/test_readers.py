@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from library.architectures.flux.adapter_names import CHROMA_NAMES
+from library.architectures.flux.layers import CHROMA_NAMES
 from library.architectures.specs import list_specs
-from library.checkpoints.base_model_spec import BaseModelSpec
+from library.checkpoints.base_model_spec import PROGRAMS, BaseModelSpec
 from library.checkpoints.compatibility import Reading, describe, problems, readings
 from library.checkpoints.recognition import base_in_metadata, recognise_adapter
 from library.models.identify import find_spec
@@ -34,6 +34,24 @@ NAMINGS = [case for base in BASES.values() for case in base.readers]  # a letter
 @pytest.mark.parametrize(("expected", "shapes"), [case[1:] for case in NAMINGS], ids=[case[0] for case in NAMINGS])
 def test_each_program_uses_the_expected_share_of_each_naming(expected: str, shapes: Shapes) -> None:
     assert usage_letters(shapes) == expected
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_names_for_diffusers_are_compared_with_its_model(name: str) -> None:
+    """Without a model of diffusers to compare with, a table must not claim names of its own for it."""
+    base = BASES[name]
+    denoiser = [module for module in base.spec.names.modules if module.kohya.startswith("lora_unet_")]
+    claimed = [module.diffusers for module in denoiser if not module.is_in_diffusers(module.generic)]
+    assert base.pairs or not (claimed or "diffusers" in base.spec.readers), (
+        f"no pair shows that {claimed[:1]} are right"
+    )
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_each_program_that_reads_a_base_model_has_a_case_in_which_it_uses_keys(name: str) -> None:
+    base = BASES[name]
+    cases = [zip(PROGRAMS, letters, strict=True) for _, letters, _ in base.readers]
+    assert base.spec.readers.keys() <= {program for case in cases for program, letter in case if letter != "N"}
 
 
 NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"

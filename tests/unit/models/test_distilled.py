@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from library.architectures.flux_2.releases import DISTILLED_KLEIN
-from library.architectures.krea2.load import TURBO as KREA2_TURBO
+from library.architectures.krea2.assembly import TURBO as KREA2_TURBO
+from library.architectures.zimage.assembly import TURBO as ZIMAGE_TURBO
 from library.architectures.zimage.assembly import build
-from library.architectures.zimage.load import TURBO as ZIMAGE_TURBO
 from library.architectures.zimage.options import ZImageOptions
 from library.base.errors import UserError
 from library.models.distilled import DistilledRelease, is_distilled

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from library.architectures.sd.targets import view
+from library.architectures.sd.layers import view
 from library.base.errors import UserError
 from networks import oft, oft_flux
 from networks.core.network.network import AdapterNetwork

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from library.architectures.sd.adapter_names import NAMES
+from library.architectures.sd.layers import NAMES
 from library.checkpoints.adapter_names import FileNaming
 from networks.core.files.adapter_file import adapter_tensors, parse_adapter
 from networks.core.files.renaming import Renamed, fold_scale, list_some_keys, rename

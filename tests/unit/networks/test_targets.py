@@ -58,7 +58,7 @@ def test_a_path_belongs_to_the_block_of_the_first_matching_pattern() -> None:
 
 
 def test_every_adapted_layer_of_the_sd_unet_belongs_to_one_block() -> None:
-    from library.architectures.sd.targets import TARGETS
+    from library.architectures.sd.layers import TARGETS
 
     layout = TARGETS.block_list
     assert layout is not None and len(layout.patterns) == 25 == layout.down + layout.mid + layout.up

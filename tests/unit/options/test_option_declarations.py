@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from library.architectures.scripts import Script, list_scripts
 from library.architectures.sdxl.options import SdxlOptions
 from library.base.errors import UserError
 from library.options.declared import Declared
@@ -146,3 +147,9 @@ def test_output_paths_are_not_declared_as_inputs(tmp_path: Path) -> None:
             options = TrainOptions().with_values({name: str(path)})
             is_output = declared.path == "new file"
             assert find_input_files(options) == ([] if is_output else [path])
+
+
+@pytest.mark.parametrize("script", list_scripts(), ids=lambda script: script.name)
+def test_the_option_of_every_published_file_is_checked_as_a_path_before_torch_is_imported(script: Script) -> None:
+    declarations = script.options.declarations()
+    assert [file.flag for file in script.files if not declarations[file.flag].path] == []

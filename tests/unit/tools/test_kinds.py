@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from library.architectures.sd.targets import view
+from library.architectures.sd.layers import view
 from library.checkpoints.files import load_state_dict
 from library.checkpoints.headers import read_metadata
 from library.checkpoints.saving import save_safetensors

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anima_train_network import setup_parser
-from library.architectures.anima.checkpoint_keys import ADAPTER
+from library.architectures.anima.layers import ADAPTER
 from library.architectures.anima.load import open_loader, with_adapter
 from library.architectures.anima.options import AnimaOptions
 from library.checkpoints.weights import Quantised, Weights

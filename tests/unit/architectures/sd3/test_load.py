@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from library.architectures.sd3.assembly import build, metadata
+from library.architectures.sd3.layers import view
 from library.architectures.sd3.load import DENOISER_PREFIX, open_loader
 from library.architectures.sd3.options import Sd3Options
-from library.architectures.sd3.targets import view
 from library.models.dit_loader import DitLoader
 from library.options.ranges import check_ranges
 from tests.tiny.sd3 import CONFIGS, build_tiny_sd3

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from library.architectures.sd import load as sd
-from library.architectures.sd.targets import TARGETS
+from library.architectures.sd.layers import TARGETS
 from library.memory.blocks import BlockRunner, plain, recompute
 from library.memory.devices import bytes_of, tensors_of
 from library.memory.planner.counter import OperationCounter

@@ -1,17 +1,48 @@
-"""The layers of Stable Diffusion XL that adapters target, and the view of the models for network modules."""
+"""The layers of Stable Diffusion XL: their names in adapter files, what adapters target, and the view of the models for
+network modules.
+
+Files name the U-Net's layers after the single-file layout (`input_blocks_4_1_...`), but diffusers' model has other
+paths. Network modules therefore get a view: a tree with the paths of files that contains the real layers and attention
+blocks.
+"""
 
 from collections.abc import Sequence
 
 from torch import nn
 
-from library.architectures.sdxl.adapter_names import ENCODERS, NAMES
 from library.architectures.specs import list_network_arguments
+from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.models.clip import names as clip_names
 from library.models.clip.clip import ClipView
 from library.models.unet import names as unet_names
 from library.models.unet.checkpoint_keys import UnetLayout, unet_to_ldm
 from library.protocols import AdapterView
 from networks.core.targets.targets import AdapterTargets, BlockList, Part
+
+LAYOUT = UnetLayout(layers_per_block=2, has_attention=(False, True, True))
+DEPTHS = (0, 2, 10)
+ENCODERS = (("lora_te1", "clip_l", "text_encoder"), ("lora_te2", "clip_g", "text_encoder_2"))
+NUM_LAYERS = (12, 32)
+
+
+def unet_module(path: str, layout: UnetLayout = LAYOUT) -> ModuleNames:
+    return unet_names.unet_module(path, layout, named_after_file=True)
+
+
+def clip_module(path: str, encoder: int) -> ModuleNames:
+    """Name one module of the first (0) or second (1) text encoder."""
+    return clip_names.clip_module(path, *ENCODERS[encoder])
+
+
+NAMES = BaseNames(
+    "sdxl",
+    (
+        *map(unet_module, (*unet_names.unet_paths(LAYOUT, DEPTHS), *unet_names.SIZE_EMBEDDING)),
+        *(clip_module(path, 0) for path in clip_names.clip_paths(NUM_LAYERS[0])),
+        *(clip_module(path, 1) for path in clip_names.clip_paths(NUM_LAYERS[1])),
+    ),
+)
+
 
 NUM_SIDE_BLOCKS = 9  # of input blocks and of output blocks
 NUM_MIDDLE_BLOCKS = 3

@@ -1,12 +1,16 @@
-"""Names of the denoiser's weights in the original layout, in ours, which is ComfyUI's, and in diffusers'.
+"""The layers of HunyuanImage 2.1: their names in the original layout, in ours, which is ComfyUI's, in diffusers' and in
+adapter files, and what adapters target.
 
 ComfyUI's model has FLUX.1's names in the blocks. It ignores adapters under the original names without an error.
 """
 
 from collections.abc import Mapping
 
+from library.architectures.specs import list_network_arguments
+from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.models.double_stream import SWAPPED
-from library.models.layer_keys import LayerKeys, Layers, Stack
+from library.models.layer_keys import LayerKeys, Layers, Stack, name_layer, underscore
+from networks.core.targets.targets import AdapterTargets, Part, qkv_and_rest, thirds
 
 DIFFUSERS_MARK = "x_embedder.proj.weight"
 TIME, TEXT = "time_guidance_embed.timestep_embedder", "context_embedder"
@@ -103,3 +107,32 @@ def to_original(name: str) -> str:
     for theirs, ours in RENAMED.items():
         name = name.replace(ours, theirs)
     return name
+
+
+NUM_BLOCKS = {"double_blocks": 20, "single_blocks": 40}
+LINEAR1_SHARES = (1, 1, 1, 4)  # the MLP is four times as wide as the model
+
+
+def is_target(path: str) -> bool:
+    """Return True for the original path of a layer that adapters target: the Linear layers of the blocks."""
+    return path.startswith(BLOCKS) and KEYS.is_linear(path)
+
+
+def denoiser_module(path: str) -> ModuleNames:
+    """Name a layer by its original path, which sd-scripts uses; our files use the names of ComfyUI's model."""
+    original_name, comfy_path = underscore(path), from_original(path)
+    shares = LINEAR1_SHARES if path.endswith(".linear1") else ()
+    aliases = (original_name,) if original_name != underscore(comfy_path) else ()
+    return name_layer(comfy_path, KEYS.sources(path), shares=shares, aliases=aliases)
+
+
+PATHS = filter(is_target, KEYS.linear_paths(NUM_BLOCKS))
+NAMES = BaseNames("hunyuan_image", tuple(map(denoiser_module, PATHS)))
+
+
+TARGETS = AdapterTargets(
+    denoiser=Part("lora_unet", blocks=("MMDoubleStreamBlock", "MMSingleStreamBlock")),
+    fused={r"_attn\.qkv$": thirds, r"\.linear1$": qkv_and_rest},
+    names=NAMES,
+    elsewhere=list_network_arguments,
+)

@@ -1,11 +1,19 @@
-"""Names of the denoiser's weights in the original layout, which is ours, and in diffusers'."""
+"""The layers of Krea 2: their names in the original layout, which is ours, in diffusers' and in adapter files, and what
+adapters target.
+
+ai-toolkit and the model's authors write the original paths in the generic naming, musubi-tuner in kohya's; SimpleTuner
+and OneTrainer write diffusers' paths.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 
+from library.architectures.specs import list_network_arguments
+from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.checkpoints.weights import Weights, rename_weights
-from library.models.layer_keys import LayerKeys, Layers, Stack, list_leaves
+from library.models.layer_keys import KOHYA_PREFIX, LayerKeys, Layers, Stack, list_leaves, name_layer
+from networks.core.targets.targets import AdapterTargets, Part
 
 MARK, DIFFUSERS_MARK = "txtfusion.projector.weight", "text_fusion.projector.weight"
 
@@ -70,3 +78,18 @@ def from_diffusers(weights: Weights) -> Weights:
     # Loading reshapes a weight to its parameter, so only the declared shape changes here.
     flat = {key: (prod(shape),) for key, shape in renamed.shapes.items() if key.endswith(".mod.lin")}
     return replace(renamed, shapes={**renamed.shapes, **flat})
+
+
+def denoiser_module(path: str) -> ModuleNames:
+    return name_layer(path, KEYS.sources(path), others=("diffusion_model.", KOHYA_PREFIX))
+
+
+NAMES = BaseNames("krea2", tuple(map(denoiser_module, KEYS.linear_paths(NUM_BLOCKS))), saved_naming="generic")
+TARGETS = AdapterTargets(
+    denoiser=Part("lora_unet", blocks=("SingleStreamDiT",), attention=("Attention",)),  # all Linear layers
+    ranks={"attn_dim": r"^blocks\.\d+\.attn\.", "mlp_dim": r"^blocks\.\d+\.mlp\.", "txtfusion_dim": r"^txtfusion\."},
+    block_choices={"train_block_indices": r"^blocks\.(\d+)\."},
+    names=NAMES,
+    expressions="path",
+    elsewhere=list_network_arguments,
+)

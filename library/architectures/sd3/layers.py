@@ -1,12 +1,17 @@
-"""The names of the layers of Stable Diffusion 3 and 3.5 in adapter files.
+"""The layers of Stable Diffusion 3 and 3.5: their names in the original layout, which is ours, in diffusers' and in
+adapter files, what adapters target, and the view of the models for network modules."""
 
-Module paths are those of the original checkpoint.
-"""
+from collections.abc import Sequence
 
+from torch import nn
+
+from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, text_module
-from library.models.clip.names import clip_module, clip_paths
+from library.models.clip.clip import ClipView
+from library.models.clip.names import CLIP_BLOCKS, clip_module, clip_paths
 from library.models.layer_keys import LayerKeys, Layers, Stack, name_layer
-from library.models.t5 import T5_LINEAR
+from library.models.t5 import T5_BLOCKS, T5_LINEAR
+from networks.core.targets.targets import AdapterTargets, Embedders, Part, thirds
 
 MAX_DEPTH = 38  # of SD3.5 large; the others have 24 blocks
 NUM_CLIP_LAYERS = {"clip_l": 12, "clip_g": 32}
@@ -57,3 +62,42 @@ NAMES = BaseNames(
         *(text_module(path, "lora_te3", "t5xxl", "text_encoder_3") for path in T5_PATHS),
     ),
 )
+
+
+TARGETS = AdapterTargets(
+    denoiser=Part("lora_unet", blocks=("SingleDiTBlock",)),
+    text_encoders=(
+        Part("lora_te1", blocks=CLIP_BLOCKS),
+        Part("lora_te2", blocks=CLIP_BLOCKS),
+        Part("lora_te3", blocks=T5_BLOCKS, needs="train_t5xxl"),
+    ),
+    ranks={
+        "context_attn_dim": r"\.context_block\.attn\.",
+        "context_mlp_dim": r"\.context_block\.mlp\.",
+        "context_mod_dim": r"\.context_block\.adaLN_modulation\.",
+        "x_attn_dim": r"\.x_block\.attn2?\.",
+        "x_mlp_dim": r"\.x_block\.mlp\.",
+        "x_mod_dim": r"\.x_block\.adaLN_modulation\.",
+    },
+    embedders=Embedders(
+        "emb_dims",
+        (
+            r"context_embedder",
+            r"t_embedder",
+            r"x_embedder",
+            r"y_embedder",
+            r"final_layer\.adaLN_modulation",
+            r"final_layer\.linear",
+        ),
+    ),
+    block_choices={"train_block_indices": r"^joint_blocks\.(\d+)\."},
+    fused={r"qkv$": thirds},
+    names=NAMES,
+    elsewhere=list_network_arguments,
+)
+
+
+def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:
+    """Return ([CLIP-L, CLIP-G, T5 if present], denoiser) for `create_network` and `apply_to`."""
+    clips = [ClipView(encoder) for encoder in text_encoders[:2]]
+    return [*clips, *text_encoders[2:]], denoiser

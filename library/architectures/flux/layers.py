@@ -1,0 +1,174 @@
+"""The layers of FLUX.1 and Chroma: their names in the original layout, which is ours, in diffusers' and in adapter
+files, what adapters target, and the view of the models for network modules."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from library.architectures.specs import list_network_arguments
+from library.checkpoints.adapter_names import BaseNames, ModuleNames, text_module
+from library.models.clip import names as clip_names
+from library.models.clip.clip import ClipView
+from library.models.double_stream import ATTENTION, SWAPPED, stream_keys
+from library.models.layer_keys import Layers, Stack, name_layer
+from library.models.t5 import T5_BLOCKS, T5_LINEAR
+from networks.core.targets.targets import AdapterTargets, Embedders, Part, qkv_and_rest, thirds
+
+DIFFUSERS_MARK = "x_embedder.weight"
+APPROXIMATOR = "distilled_guidance_layer."  # Chroma's
+
+TOP = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    SWAPPED: "norm_out.linear",
+    **{f"{APPROXIMATOR}{side}_proj": f"{APPROXIMATOR}{side}_proj" for side in ("in", "out")},
+}
+DOUBLE: Layers = {
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    **ATTENTION,
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+}
+SINGLE: Layers = {
+    "modulation.lin": ("norm.linear",),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "norm.query_norm": ("attn.norm_q",),
+    "norm.key_norm": ("attn.norm_k",),
+}
+KEYS = stream_keys(
+    TOP,
+    DOUBLE,
+    SINGLE,
+    Stack(f"{APPROXIMATOR}layers", f"{APPROXIMATOR}layers", {"in_layer": ("linear_1",), "out_layer": ("linear_2",)}),
+    Stack(f"{APPROXIMATOR}norms", f"{APPROXIMATOR}norms", {"": ("",)}),
+)
+
+
+NUM_BLOCKS = {"double_blocks": 19, "single_blocks": 38}
+LINEAR1_SHARES = (1, 1, 1, 4)  # the MLP is four times as wide as the model
+NUM_CLIP_LAYERS, NUM_T5_BLOCKS, NUM_APPROXIMATOR_LAYERS = 12, 24, 5
+MODULATION = ("_mod.lin", ".modulation.lin", ".adaLN_modulation.1")  # ends of the paths that Chroma lacks
+VECTORS = ("time_in.", "guidance_in.", "vector_in.")  # prefixes of the paths of FLUX.1's modulation
+PROCESSORS = {  # names in XLabs's trainer -> the layers whose outputs they change
+    "qkv_lora1": "img_attn.qkv", "proj_lora1": "img_attn.proj",
+    "qkv_lora2": "txt_attn.qkv", "proj_lora2": "txt_attn.proj", "proj_lora": "linear2",
+}  # fmt: skip
+
+
+def flux_paths() -> Iterator[str]:
+    """Yield the path of every Linear layer of FLUX.1."""
+    yield from (path for path in KEYS.linear_paths(NUM_BLOCKS) if not path.startswith(APPROXIMATOR))
+
+
+def chroma_paths() -> Iterator[str]:
+    """Yield the path of every Linear layer of Chroma, whose approximator replaces all modulation layers."""
+    for path in KEYS.linear_paths({**NUM_BLOCKS, f"{APPROXIMATOR}layers": NUM_APPROXIMATOR_LAYERS}):
+        if not path.startswith(VECTORS) and not path.endswith(MODULATION):
+            yield path
+
+
+def denoiser_module(path: str) -> ModuleNames:
+    xlabs_names = (f"diffusion_model.{path.removesuffix(layer)}processor.{name}"
+           for name, layer in PROCESSORS.items() if path.endswith(f".{layer}"))  # fmt: skip
+    shares = LINEAR1_SHARES if path.endswith(".linear1") else ()
+    return name_layer(
+        path, KEYS.sources(path), shares=shares, aliases=tuple(xlabs_names), swaps_pair=path == KEYS.swapped
+    )
+
+
+def clip_module(path: str) -> ModuleNames:
+    return clip_names.clip_module(path, "lora_te1", "clip_l", "text_encoder")
+
+
+def t5_module(path: str) -> ModuleNames:
+    # Trainers that number the encoders without a gap have T5 as the second, sd-scripts as the third.
+    aliases = (f"lora_te2_{path.replace('.', '_')}",)
+    return text_module(path, "lora_te3", "t5xxl", "text_encoder_2", aliases)
+
+
+def chroma_t5_module(path: str) -> ModuleNames:
+    """Name a module of Chroma's T5. It is the only text encoder, so OneTrainer does not number it."""
+    names = t5_module(path)
+    return replace(names, aliases=(*names.aliases, f"lora_te_{path.replace('.', '_')}"))
+
+
+NAMES = BaseNames(
+    "flux",
+    (
+        *map(denoiser_module, flux_paths()),
+        *(clip_module(f"encoder.layers.{n}.{name}") for n in range(NUM_CLIP_LAYERS) for name in clip_names.CLIP_LINEAR),
+        *(t5_module(f"encoder.block.{n}.{name}") for n in range(NUM_T5_BLOCKS) for name in T5_LINEAR),
+    ),
+)
+
+
+CHROMA_NAMES = BaseNames(
+    "chroma",
+    (
+        *map(denoiser_module, chroma_paths()),
+        *(chroma_t5_module(f"encoder.block.{n}.{name}") for n in range(NUM_T5_BLOCKS) for name in T5_LINEAR),
+    ),
+)
+
+
+T5 = Part("lora_te3", blocks=T5_BLOCKS, needs="train_t5xxl")
+
+
+TARGETS = AdapterTargets(
+    denoiser=Part("lora_unet", blocks=("DoubleStreamBlock", "SingleStreamBlock"), attention=("SelfAttention",)),
+    text_encoders=(Part("lora_te1", blocks=clip_names.CLIP_BLOCKS), T5),
+    ranks={
+        "img_attn_dim": r"\.img_attn\.",
+        "txt_attn_dim": r"\.txt_attn\.",
+        "img_mlp_dim": r"\.img_mlp\.",
+        "txt_mlp_dim": r"\.txt_mlp\.",
+        "img_mod_dim": r"\.img_mod\.",
+        "txt_mod_dim": r"\.txt_mod\.",
+        "single_dim": r"^single_blocks\.\d+\.linear",
+        "single_mod_dim": r"^single_blocks\.\d+\.modulation\.",
+    },
+    embedders=Embedders("in_dims", (r"img_in", r"time_in", r"vector_in", r"guidance_in", r"txt_in")),
+    block_choices={
+        "train_double_block_indices": r"^double_blocks\.(\d+)\.",
+        "train_single_block_indices": r"^single_blocks\.(\d+)\.",
+    },
+    subsets={"double": r"^double_blocks\.", "single": r"^single_blocks\."},
+    fused={r"_attn\.qkv$": thirds, r"\.linear1$": qkv_and_rest},
+    names=NAMES,
+    elsewhere=list_network_arguments,
+)
+
+
+CHROMA_TARGETS = replace(
+    TARGETS,
+    denoiser=replace(TARGETS.denoiser, extra_blocks={"train_approximator": ("Approximator",)}),
+    text_encoders=(T5,),
+    ranks={name: pattern for name, pattern in TARGETS.ranks.items() if "mod_dim" not in name},
+    names=CHROMA_NAMES,
+)
+
+
+def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:
+    """Return ([CLIP-L, T5 if present], denoiser) for `create_network` and `apply_to`.
+
+    The denoiser's own paths are those in files.
+    """
+    clip = [ClipView(encoder) for encoder in text_encoders[:1]]
+    return [*clip, *text_encoders[1:]], denoiser
+
+
+def view_chroma(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:
+    """Return ([T5 if present], denoiser), whose paths are those in files."""
+    return [*text_encoders], denoiser

@@ -1,0 +1,73 @@
+"""The layers of FLUX.2: their names in the original layout, which is ours, in diffusers' and in adapter files, and what
+adapters target.
+
+ai-toolkit writes the original paths in the generic naming, musubi-tuner in kohya's; SimpleTuner and OneTrainer write
+diffusers' paths.
+"""
+
+from collections.abc import Mapping
+
+from library.architectures.specs import list_network_arguments
+from library.checkpoints.adapter_names import BaseNames, ModuleNames
+from library.models.double_stream import ATTENTION, SWAPPED, stream_keys
+from library.models.layer_keys import KOHYA_PREFIX, Layers, name_layer
+from networks.core.targets.targets import AdapterTargets, Embedders, Part, qkv_and_rest, thirds
+
+MARK, DIFFUSERS_MARK = "single_stream_modulation.lin.weight", "x_embedder.weight"
+NUM_BLOCKS = {"double_blocks": 8, "single_blocks": 48}  # of dev; klein has fewer
+MODULATIONS = (r"double_stream_modulation_img", r"double_stream_modulation_txt", r"single_stream_modulation")
+
+TOP: Mapping[str, str] = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+    **{f"{name}.lin": f"{name}.linear" for name in MODULATIONS},
+    "final_layer.linear": "proj_out",
+    SWAPPED: "norm_out.linear",
+}
+DOUBLE: Layers = {
+    **ATTENTION,
+    "img_mlp.0": ("ff.linear_in",),
+    "img_mlp.2": ("ff.linear_out",),
+    "txt_mlp.0": ("ff_context.linear_in",),
+    "txt_mlp.2": ("ff_context.linear_out",),
+}
+SINGLE: Layers = {
+    "linear1": ("attn.to_qkv_mlp_proj",),
+    "linear2": ("attn.to_out",),
+    "norm.query_norm": ("attn.norm_q",),
+    "norm.key_norm": ("attn.norm_k",),
+}
+KEYS = stream_keys(TOP, DOUBLE, SINGLE)
+
+
+def denoiser_module(path: str) -> ModuleNames:
+    return name_layer(
+        path, KEYS.sources(path), others=("diffusion_model.", KOHYA_PREFIX), swaps_pair=path == KEYS.swapped
+    )
+
+
+NAMES = BaseNames("flux_2", tuple(map(denoiser_module, KEYS.linear_paths(NUM_BLOCKS))), saved_naming="generic")
+TARGETS = AdapterTargets(
+    denoiser=Part("lora_unet", blocks=("DoubleStreamBlock", "SingleStreamBlock"), attention=("SelfAttention",)),
+    ranks={
+        "img_attn_dim": r"\.img_attn\.",
+        "txt_attn_dim": r"\.txt_attn\.",
+        "img_mlp_dim": r"\.img_mlp\.",
+        "txt_mlp_dim": r"\.txt_mlp\.",
+        "single_dim": r"^single_blocks\.\d+\.linear",
+    },
+    embedders=Embedders("in_dims", (r"img_in", r"time_in", r"guidance_in", r"txt_in", *MODULATIONS)),
+    block_choices={
+        "train_double_block_indices": r"^double_blocks\.(\d+)\.",
+        "train_single_block_indices": r"^single_blocks\.(\d+)\.",
+    },
+    subsets={"double": r"^double_blocks\.", "single": r"^single_blocks\."},
+    fused={r"_attn\.qkv$": thirds, r"\.linear1$": qkv_and_rest},
+    names=NAMES,
+    expressions="path",
+    elsewhere=list_network_arguments,
+)

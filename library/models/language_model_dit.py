@@ -1,0 +1,208 @@
+"""Diffusion transformers whose captions one language model encodes: their files, recipe, tokenizer and text cache."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, Protocol, TypeVar
+
+from torch import nn
+
+from library.checkpoints.base_files import BaseFiles, open_base, open_without_base
+from library.checkpoints.base_model_spec import BaseModelSpec
+from library.checkpoints.weights import Weights, configure, fingerprint
+from library.diffusion.flow import RECORDS
+from library.models.dit_loader import DitLoader, DitLoaderOptions, add_vision, check_input_width, open_dit_loader
+from library.models.language_models import FLAG, WORDS, LanguageModel, choose_load
+from library.models.loading import Component, LoadPart, check_text_width
+from library.models.qwen3 import FOLDER
+from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
+from library.models.tokenizer_files import check_marks
+from library.models.transformer_file import TransformerFile
+from library.options.dit import PartOptions
+from library.protocols import TextCacheSpec, TextPipeline
+
+VAE_FLAG = "--vae"
+PADDING: Mapping[str, float] = {"hidden_state": 0.0, "attention_mask": 0.0}  # of the features of captions
+OptionsT = TypeVar("OptionsT", bound="LanguageModelOptions")
+
+
+class LanguageModelOptions(DitLoaderOptions, Protocol):
+    """The options that name the files and set their precision."""
+
+    @property
+    def parts(self) -> PartOptions: ...
+
+
+class TokenizedText(TextPipeline, Protocol):
+    """A text pipeline with one tokenizer."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class DitFiles:
+    """The files of a base model: a transformer, one language model and a VAE."""
+
+    transformer: TransformerFile
+    encoder: LanguageModel
+    open_vae: Callable[[str, str | None, BaseFiles], Component]  # title of the base model, name of the VAE, base
+    load_vae: LoadPart
+    num_inputs: int  # values per `unit` that the VAE gives the transformer
+    unit: str  # "token", "patch"
+    list_specs: Callable[[], Sequence[BaseModelSpec]]  # of all base models
+    fp8: str = "fp8_text_encoder"  # the option that keeps the encoder in 8 bits
+    encoder_width: Callable[[Any], int] = lambda config: int(config.text_width)  # that this transformer expects
+    num_states: int = 1  # states of the encoder side by side in that width
+
+
+def open_models(files: DitFiles, options: LanguageModelOptions) -> DitLoader:
+    """Open the files that the options name; only headers are read.
+
+    Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
+    """
+    base = open_dit(files.transformer, options)
+    return open_with(files, options, base, files.transformer.read(files.list_specs(), base))
+
+
+def open_dit(transformer: TransformerFile, options: LanguageModelOptions) -> BaseFiles:
+    """Open the transformer's file, or a diffusers folder with every part that no option replaces.
+
+    Raises UserError naming the flag if it is missing or broken.
+    """
+    replacements = {"text_encoder": options.parts.text_encoder, "vae": options.model.vae}
+    return open_base(
+        options.model.pretrained_model_name_or_path,
+        f"the file of {transformer.title}'s transformer, or a diffusers folder",
+        [folder for folder in ("transformer", "text_encoder", "vae") if replacements.get(folder) is None],
+    )
+
+
+def open_with(files: DitFiles, options: LanguageModelOptions, base: BaseFiles, weights: Weights) -> DitLoader:
+    """Open the parts around a transformer of these weights. Raises UserError for a part that does not fit it."""
+    transformer, encoder = files.transformer, files.encoder
+    config = configure(weights, transformer.read_config)
+    loader = open_parts(files, options, base, weights, partial(transformer.build, config))
+    check_input_width(base.path, config.in_features, files.num_inputs, files.unit, transformer.title)
+    width = files.encoder_width(config)
+    check_text_width(FLAG, loader.text.component, WORDS, width, encoder.hub_name, files.num_states)
+    return loader
+
+
+def open_parts(
+    files: DitFiles,
+    options: LanguageModelOptions,
+    base: BaseFiles,
+    weights: Weights,
+    build: Callable[[], nn.Module] | None = None,
+) -> DitLoader:
+    """Open the encoder and the VAE; without `build` there is no transformer."""
+    encoder = files.encoder
+    # The language and the vision model are in the same files, whose headers are read once.
+    opened = cache(lambda: base.open_text_encoder(FLAG, options.parts.text_encoder, FOLDER, encoder.prefix))
+    loader = open_dit_loader(
+        options,
+        base,
+        weights,
+        build,
+        texts=[
+            (lambda: encoder.open(*opened()), choose_load(encoder.load, encoder.name, is_in_8_bits(files, options)))
+        ],
+        vae=lambda: files.open_vae(files.transformer.title, options.model.vae, base),
+        load_vae=files.load_vae,
+    )
+    if encoder.vision is None:
+        return loader
+    open_vision, load_vision = encoder.vision
+    return add_vision(loader, lambda: open_vision(opened()[1]), load_vision)
+
+
+def open_for_caching(
+    files: DitFiles, open_loader: Callable[[OptionsT], DitLoader], options: OptionsT, flag: str
+) -> DitLoader:
+    """Open the models for a caching command: the whole base model if it is given, else only the part of `flag`.
+
+    Raises UserError like `open_loader`, or if neither is given.
+    """
+    if options.model.pretrained_model_name_or_path:
+        return open_loader(options)
+    return open_parts(files, options, *open_without_base(flag, part_of(options, flag)))
+
+
+def part_of(options: LanguageModelOptions, flag: str) -> str | None:
+    """Return the name that the flag of the VAE or of the encoder gives."""
+    return options.model.vae if flag == VAE_FLAG else options.parts.text_encoder
+
+
+def open_vae_alone(
+    files: DitFiles, open_loader: Callable[[OptionsT], DitLoader], options: OptionsT
+) -> Callable[[], nn.Module]:
+    """Open the VAE for caching latents, which needs nothing else. Raises UserError like `open_for_caching`."""
+    return open_for_caching(files, open_loader, options, VAE_FLAG).vae
+
+
+def is_in_8_bits(files: DitFiles, options: LanguageModelOptions) -> bool:
+    return bool(options.parts.flat()[files.fp8])
+
+
+def build_recipe(
+    file: TransformerFile,
+    page: str,
+    *,
+    version: str = "",
+    weighted_captions: str,
+    clip_skip: str,
+    num_tokens: int,
+    needs: Mapping[str, str] | None = None,
+) -> Recipe:
+    """Return what a base model refuses, ignores and records.
+
+    `page` is that of its implementation, `version` its ss_base_model_version if that is not its name; the options'
+    names stand for the reasons why they are not supported.
+    """
+    architecture = {"modelspec.architecture": f"{file.architecture}/lora"} if isinstance(file.architecture, str) else {}
+    return Recipe(
+        title=file.title,
+        metadata={
+            "ss_base_model_version": version or file.base,
+            **architecture,
+            "modelspec.implementation": page,
+            "modelspec.resolution": "1024x1024",
+        },
+        refuses={
+            "weighted_captions": weighted_captions,
+            "network_train_text_encoder_only": "its text encoder cannot be trained",
+        },
+        ignores=ignored_by_flow(
+            file.title, clip_skip=clip_skip, max_token_length=f"its text encoder reads {num_tokens} tokens"
+        ),
+        records=RECORDS,
+        needs=needs or {},
+    )
+
+
+def load_tokenizer(encoder: LanguageModel, options: LanguageModelOptions, loader: DitLoader) -> Any:
+    """Load the tokenizer, which is searched next to the base model and the encoder. Raises UserError for another
+    model's."""
+    folders = tokenizer_folders(loader.path, options.parts.text_encoder, encoder.tokenizer_folders)
+    tokenizer = encoder.load_tokenizer(folders, options.model.tokenizer_cache_dir, loader.num_words)
+    check_marks(tokenizer, encoder.marks, encoder.hub_name)
+    return tokenizer
+
+
+def cache_text(
+    files: DitFiles, options: LanguageModelOptions, loader: DitLoader, text: TokenizedText, suffix: str
+) -> TextCacheSpec:
+    """Return the text cache of states and their mask, which the denoiser reads on the host."""
+    return TextCacheSpec(
+        options=options.text_caching,
+        suffix=suffix,
+        keys=tuple(PADDING),
+        encoders=lambda: fingerprint(*(part.component.weights for part in loader.texts)),
+        settings=f"{loader.text.dtype} {is_in_8_bits(files, options)}",
+        tokenizers=(text.tokenizer,),
+        padding=PADDING,
+        on_host=("attention_mask",),
+        can_train=False,
+        sees_images=files.encoder.vision is not None,
+    )
