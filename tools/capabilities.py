@@ -28,6 +28,7 @@ from library.options.declared import Declared, list_declared
 from library.options.kinds import Range, int_or_float
 from library.options.leco import LecoOptions, list_ignored_by_leco
 from library.options.machine.base_formats import BASE_FORMATS
+from library.options.other_programs import SD_SCRIPTS, has_option
 from library.options.training.optimizer import ScheduleOptions
 from library.training.command_line.recipes import list_recipes
 from library.training.optimization.lr_schedules import arguments_by_name
@@ -105,6 +106,7 @@ def describe_options(script: str) -> Iterator[dict[str, Any]]:
                 ) | {
                     "group": group.title,
                     "group_id": group_ids[group.title],
+                    "in_sd_scripts": has_option(SD_SCRIPTS, script, action.dest),
                 }
 
 
@@ -131,7 +133,6 @@ def describe_option(
         "excludes": sorted(declared.excludes),
         "has_no_effect": declared.ignored or ignored,
         "is_usual": declared.usual,
-        "in_sd_scripts": not declared.own,
     }
 
 

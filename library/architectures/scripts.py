@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from library.options.model import ModelFile
+from library.options.other_programs import explain_name
 from library.options.train import TrainOptions
 from library.options.training.concepts import ConceptOptions
 
@@ -69,7 +70,8 @@ class OtherScripts:
         has = [script for script, (options, _) in self.scripts.items() if option in options]
         if self.name in has:
             return ""
-        instead = self.scripts[self.name][1].get(option) if self.name in self.scripts else None
+        own, replacements = self.scripts.get(self.name, (TrainOptions.defaults(), {}))
+        instead = replacements.get(option) or ("" if has else explain_name(option, own))
         owners = describe_scripts(has, list(self.scripts)) if has else None
         hint = "; ".join(part for part in (owners, instead) if part)
         return f" ({hint})" if hint else ""

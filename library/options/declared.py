@@ -5,6 +5,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from library.options.kinds import Kind, Range
+from library.options.other_programs import ABBREVIATED, SD_SCRIPTS, read_program
 
 METADATA = "declared"  # metadata key of a field
 
@@ -95,12 +96,16 @@ class Declared:
     logged: bool = True
     # Listed in the short help.
     usual: bool = False
-    # The option does not exist in sd-scripts 0.10, so an ambiguous abbreviation resolves to one of its options instead.
-    own: bool = False
 
     @property
     def range(self) -> Range:
         return self.kind.range
+
+    @property
+    def own(self) -> bool:
+        """Return True for an option that no script of sd-scripts 0.10 has."""
+        entry = read_program(SD_SCRIPTS).get(self.name)
+        return entry is None or entry.since != ABBREVIATED
 
     @property
     def may_change_on_resume(self) -> bool:

@@ -60,7 +60,6 @@ INSTEAD: Mapping[str, str] = {
     **ALTERNATIVES,
     "fp8_vl": "use --fp8_text_encoder",
     "fp8_llm": "use --fp8_text_encoder",
-    "fp8_t5": "use --fp8_text_encoder",  # what musubi-tuner's page calls it in one place
 }
 """Hints for options of other scripts and programs, appended to the error for such an option."""
 

@@ -37,6 +37,7 @@ from library.options.config_file import read_json, read_toml, refuse_unusable
 from library.options.dataset import FOLDER_FLAGS, DatasetOptions
 from library.options.declared import Declared
 from library.options.kinds import BOOL, TABLE, number, read_value
+from library.options.other_programs import explain_name
 from library.options.tables import Table, find_problem, is_table_list
 from library.options.train import TrainOptions
 
@@ -198,8 +199,13 @@ def table_problems(table: Table, place: str, level: Level, style: Style | None) 
             belongs = f"is only for subsets of style {' or '.join(key.styles)}"
             belongs = belongs if level in key.levels else f"belongs in {headings}"
             yield f"{setting} is not allowed here; it {belongs}"
-        elif problem := find_problem(name, value, KINDS, setting):
+        elif problem := find_problem(name, value, KINDS, setting, explain_key):
             yield problem
+
+
+def explain_key(name: str) -> str:
+    """Return what to use for a key of another program's data set, or ""."""
+    return explain_name(name, in_data=True)
 
 
 def source_problems(subset: Table, place: str) -> list[str]:

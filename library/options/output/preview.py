@@ -42,7 +42,6 @@ class PreviewOptions(Options, affects_training=False):
     )
     sample_with_training_adapter: bool = option(
         False,
-        own=True,
         needs="training_adapter",
         help="Draw images with the adapter of --training_adapter too.",
     )
@@ -55,7 +54,6 @@ class PreviewOptions(Options, affects_training=False):
     )
     score_previews: bool = option(
         False,
-        own=True,
         needs=TIMES,
         needs_images=True,
         excludes={"dataset_class": "its images are not known one by one"},
@@ -63,7 +61,6 @@ class PreviewOptions(Options, affects_training=False):
     )
     score_models: list[str] | None = option(
         None,
-        own=True,
         path="model",
         logged=False,
         needs="score_previews",

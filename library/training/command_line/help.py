@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from library.base.errors import UserError
 from library.base.terminal import escape_text, print_line
 from library.base.version import VERSION
+from library.options.other_programs import ABBREVIATED, MUSUBI_TUNER, SD_SCRIPTS, has_option
 from library.training.reporting.error_fields import describe_error, print_error_line, wants_error_line
 
 EVERYTHING = "--help_all"
@@ -92,14 +93,13 @@ class TrainingParser(argparse.ArgumentParser):
         self,
         usual: frozenset[str],
         parts: str = "",
-        own: frozenset[str] = frozenset(),
         elsewhere: Callable[[str], str] = lambda option: "",
         examples: str = EXAMPLES,
         left_out: frozenset[str] = frozenset(),
         paths: frozenset[str] = frozenset(),
     ) -> None:
         """Options in `left_out` have no effect here; they are accepted and hidden. Those in `paths` name files."""
-        self._own, self.elsewhere, self._left_out, self.paths = own, elsewhere, left_out, paths
+        self.elsewhere, self._left_out, self.paths = elsewhere, left_out, paths
         super().__init__(
             usage="%(prog)s [options]",
             description=examples.format(parts=f"      {parts} \\\n" if parts else ""),
@@ -140,15 +140,20 @@ class TrainingParser(argparse.ArgumentParser):
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         """Return the options that an abbreviation may mean.
 
-        If several match, options that sd-scripts lacks are excluded; if another script has an option of that exact
-        name, none matches.
+        If several match, options of our own are excluded; if the name is one of another script or program, none
+        matches.
         """
         matches: list[Any] = super()._get_option_tuples(option_string)  # type: ignore[misc]
         # Front ends and guides abbreviate options of sd-scripts, which options of our own must not make ambiguous.
-        reference_matches = [entry for entry in matches if entry[0].dest not in self._own]
-        candidates = reference_matches if len(matches) > 1 and reference_matches else matches
+        for program, version in ((SD_SCRIPTS, ABBREVIATED), (MUSUBI_TUNER, "")) if len(matches) > 1 else ():
+            known = [entry for entry in matches if has_option(program, self._script, entry[0].dest, version)]
+            matches = known or matches
         name = option_string.partition("=")[0].lstrip("-")
-        return [] if len(candidates) > 1 and self.elsewhere(name) else candidates
+        return [] if len(matches) > 1 and self.elsewhere(name) else matches
+
+    @property
+    def _script(self) -> str:
+        return getattr(self.elsewhere, "name", self.prog)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         # 75 is not a choice of the caption length, but sd-scripts' documentation calls it the default.
