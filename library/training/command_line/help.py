@@ -100,6 +100,7 @@ class TrainingParser(argparse.ArgumentParser):
     ) -> None:
         """Options in `left_out` have no effect here; they are accepted and hidden. Those in `paths` name files."""
         self.elsewhere, self._left_out, self.paths = elsewhere, left_out, paths
+        self._first = "What most trainings set"
         super().__init__(
             usage="%(prog)s [options]",
             description=examples.format(parts=f"      {parts} \\\n" if parts else ""),
@@ -128,10 +129,15 @@ class TrainingParser(argparse.ArgumentParser):
         finally:
             self.exit_on_error = True
 
+    def show_only(self, usual: frozenset[str], description: str, first: str) -> None:
+        """Let --help show these options under another description; `first` is the heading of those that come first."""
+        self.formatter_class = functools.partial(FilteredHelp, self._left_out, usual)
+        self.description, self._first = description, first
+
     def format_help(self) -> str:
         """Format the help; the options that most trainings set come first, and not again in their groups."""
         actions = {action.dest: action for action in self._actions}
-        first = argparse.ArgumentParser(add_help=False).add_argument_group("What most trainings set")
+        first = argparse.ArgumentParser(add_help=False).add_argument_group(self._first)
         first._group_actions = [actions[name] for name in FIRST if name in actions]
         ordered = copy.copy(self)
         ordered._action_groups = [first, *self._action_groups]
