@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 
 from library.options.model import ModelFile
-from library.options.other_programs import explain_name
 from library.options.train import TrainOptions
 from library.options.training.concepts import ConceptOptions
 
@@ -67,6 +66,8 @@ class OtherScripts:
         if option in ConceptOptions.defaults() and not self.name.endswith(BY_PROMPTS):
             names = sorted((path.name for path in ROOT.glob(f"*{BY_PROMPTS}")), key=len)
             return f" (an option of {' and '.join(names)}, which train concepts from prompts alone)"
+        from library.options.other_programs import explain_name  # only after a mistake
+
         has = [script for script, (options, _) in self.scripts.items() if option in options]
         if self.name in has:
             return ""

@@ -5,7 +5,6 @@ from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from library.options.kinds import Kind, Range
-from library.options.other_programs import ABBREVIATED, SD_SCRIPTS, read_program
 
 METADATA = "declared"  # metadata key of a field
 
@@ -104,6 +103,8 @@ class Declared:
     @property
     def own(self) -> bool:
         """Return True for an option that no script of sd-scripts 0.10 has."""
+        from library.options.other_programs import ABBREVIATED, SD_SCRIPTS, read_program  # few starts need it
+
         entry = read_program(SD_SCRIPTS).get(self.name)
         return entry is None or entry.since != ABBREVIATED
 

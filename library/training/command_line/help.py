@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 from library.base.errors import UserError
 from library.base.terminal import escape_text, print_line
 from library.base.version import VERSION
-from library.options.other_programs import ABBREVIATED, MUSUBI_TUNER, SD_SCRIPTS, has_option
 from library.training.reporting.error_fields import describe_error, print_error_line, wants_error_line
 
 EVERYTHING = "--help_all"
@@ -151,15 +150,19 @@ class TrainingParser(argparse.ArgumentParser):
         """
         matches: list[Any] = super()._get_option_tuples(option_string)  # type: ignore[misc]
         # Front ends and guides abbreviate options of sd-scripts, which options of our own must not make ambiguous.
-        for program, version in ((SD_SCRIPTS, ABBREVIATED), (MUSUBI_TUNER, "")) if len(matches) > 1 else ():
-            known = [entry for entry in matches if has_option(program, self._script, entry[0].dest, version)]
-            matches = known or matches
+        if len(matches) > 1:
+            matches = self._prefer_known(matches)
         name = option_string.partition("=")[0].lstrip("-")
         return [] if len(matches) > 1 and self.elsewhere(name) else matches
 
-    @property
-    def _script(self) -> str:
-        return getattr(self.elsewhere, "name", self.prog)
+    def _prefer_known(self, matches: list[Any]) -> list[Any]:
+        """Return the options of sd-scripts, or else of musubi-tuner, or else all."""
+        from library.options.other_programs import ABBREVIATED, MUSUBI_TUNER, SD_SCRIPTS, has_option
+
+        script = getattr(self.elsewhere, "name", self.prog)
+        for program, version in ((SD_SCRIPTS, ABBREVIATED), (MUSUBI_TUNER, "")):
+            matches = [m for m in matches if has_option(program, script, m[0].dest, version)] or matches
+        return matches
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         # 75 is not a choice of the caption length, but sd-scripts' documentation calls it the default.
