@@ -56,7 +56,7 @@ def test_the_key_is_checked_where_it_stands_and_a_misspelt_one_is_told_it(projec
     code = (
         "import sys; from pathlib import Path; from library.data.description.dataset_file import read_content; "
         "from library.options.dataset import DatasetOptions; "
-        "print(read_content(DatasetOptions(dataset_config=Path(sys.argv[1])))[1])"
+        "print(read_content(DatasetOptions(dataset_config=Path(sys.argv[1])))[1][0].text)"
     )
     file = tmp_path / "data.toml"
     for line, problem in (
