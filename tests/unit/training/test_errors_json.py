@@ -1,6 +1,7 @@
 """--errors_json: one line with the fields of the error that ends a command."""
 
 import argparse
+import importlib
 import json
 import pickle
 from collections.abc import Callable, Mapping
@@ -285,3 +286,24 @@ def test_a_key_of_the_dataset_file_is_named_with_its_table(
     assert (fields.setting, fields.place, fields.cause) == (setting, place, cause)
     assert fields.file == fields.path == str(path)
     assert (fields.remedy is not None) == (cause in ("missing", "does not fit"))
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "status", "setting"),
+    [
+        ("tools.resize_lora", ["--model", "no.safetensors", "--save_to", "b.xyz", "--new_rank", "4"], 1, "--save_to"),
+        ("tools.merge_lora", ["--models", "a.safetensors", "--ratios", "x"], 2, None),
+        ("train", ["--base", "no.safetensors", "photos", "mycat, a cat"], 1, "--base"),
+    ],
+)
+def test_tools_and_the_front_door_print_it_too(
+    command: str, words: list[str], status: int, setting: str | None, capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("sys.argv", [command, *words, "--errors_json"])
+    try:
+        found = importlib.import_module(command).main()
+    except SystemExit as end:
+        found = end.code
+    fields = read_line(capfd.readouterr().err)
+    assert found == status and fields is not None and fields["setting"] == setting and fields["cause"]
