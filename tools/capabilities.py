@@ -20,7 +20,10 @@ from library.base.errors import UserError
 from library.base.suggestions import nearest_name
 from library.base.terminal import print_json, print_line
 from library.base.version import NAME, VERSION
+from library.checkpoints.files import atomic_path
+from library.checkpoints.overwriting import FileKind, check_target, read_start
 from library.commands.command import command, make_parser
+from library.commands.reference_page import HEAD, render_page
 from library.data.concepts.prompts_file import PAIR_KEYS, SLIDER_KEYS
 from library.data.description.schema import ALL_KEYS
 from library.options.base import Options, is_group
@@ -50,6 +53,7 @@ EXAMPLES = """\
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--json", action="store_true", help="print JSON; unset: a short list to read")
+    parser.add_argument("--docs", type=Path, metavar="PAGE", help="write all settings as a Markdown page, anew")
     parser.add_argument("--script", help="only the options of this script, such as train_network.py")
     return parser
 
@@ -236,6 +240,11 @@ def describe_kind(kind: AdapterKind) -> dict[str, Any]:
     }
 
 
+def is_page(path: Path) -> bool:
+    """Return True for a page that --docs wrote."""
+    return read_start(path).startswith(HEAD[:200].encode())
+
+
 def show(capabilities: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of the short, human-readable list."""
     yield f"{capabilities['name']} {capabilities['version']}"
@@ -257,7 +266,12 @@ def print_capabilities(args: argparse.Namespace) -> None:
             "--script", f"{args.script} is not a training script; use {suggestion or ', '.join(scripts)}"
         )
     capabilities = list_capabilities([args.script] if args.script else scripts)
-    if args.json:
+    if args.docs is not None:
+        path, page = args.docs, render_page(list_capabilities(scripts))
+        check_target("--docs", path, FileKind("a page of settings", is_page))
+        with atomic_path(path) as unfinished:
+            unfinished.write_text(page, encoding="utf-8", newline="\n")
+    elif args.json:
         print_json(capabilities)
     else:
         print_line("\n".join(show(capabilities)))

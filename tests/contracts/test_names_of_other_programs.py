@@ -182,6 +182,18 @@ def test_the_json_says_what_sd_scripts_has(script: str) -> None:
     assert has_option("sd_scripts", script, "config_file")
 
 
+@pytest.mark.parametrize(
+    ("heading", "program"), [("## Same number, other meaning", "sd_scripts"), ("## musubi-tuner", "musubi_tuner")]
+)
+def test_the_page_of_differences_names_options_that_the_table_has(heading: str, program: str) -> None:
+    page = (ROOT / "docs" / "differences.md").read_text(encoding="utf-8")
+    section = page.partition(heading)[2].partition("\n## ")[0]
+    first_cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| ")]
+    flags = {flag for cell in first_cells for flag in re.findall(r"`--(\w+)", cell)}
+    others = {"ratios", "concat", "lbws", "clamp_quantile", "svd_lowrank_niter", "edit"}  # of tools; of ours
+    assert len(flags) > 3 and flags - others <= read_program(program).keys()
+
+
 def test_a_usual_start_reads_no_table() -> None:
     code = f"""
 import sys; sys.argv = ["train_network.py", "--help"]

@@ -78,6 +78,14 @@ def test_the_argument_is_parsed_checked_and_suggested(project: Path) -> None:
     assert "did you mean mad_argument? A made-up argument." in run(project, "-c", code, "mad_argumnet=1").stderr
 
 
+def test_the_page_of_settings_has_all_three(project: Path) -> None:
+    assert run(project, "tools/capabilities.py", "--docs", "reference.md").returncode == 0
+    page = (project / "reference.md").read_text(encoding="utf-8")
+    assert "| `--mad_option` | int (3) | A made-up option. |" in page
+    assert "| `mad_key` | float (0.5) | A made-up key. |" in page
+    assert "| `mad_argument` | float (0.0) | A made-up argument. |" in page
+
+
 def test_the_json_has_all_three(project: Path) -> None:
     described: dict[str, Any] = json.loads(run(project, "tools/capabilities.py", "--json").stdout)
     (script,) = (script for script in described["scripts"] if script["name"] == "train_network.py")
