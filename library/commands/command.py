@@ -18,6 +18,7 @@ from library.checkpoints.marks import mark_of
 from library.checkpoints.overwriting import FileKind, check_target, marked
 from library.commands.exit_status import act, print_json_error
 from library.memory.devices import SAVE_DTYPES
+from library.training.reporting.error_fields import ErrorFields
 
 FILE_PRECISIONS = {
     **dict.fromkeys(("float32", "fp32", "float"), torch.float32),
@@ -91,7 +92,7 @@ class CommandParser(argparse.ArgumentParser):
         try:
             super().error(message)
         finally:
-            print_json_error(UserError(message, cause="wrong value"), sys.argv[1:])
+            print_json_error(ErrorFields(message, cause="wrong value"), sys.argv[1:])
 
 
 def make_parser(description: str | None, examples: str = "") -> argparse.ArgumentParser:

@@ -83,9 +83,8 @@ def read_file(data: DatasetOptions, fallbacks: Table) -> RunDataConfig:
     path, (content, problems) = str(data.dataset_config), read_content(data)
     if problems:
         first, texts = problems[0], [problem.text for problem in problems]
-        message = f"{path}: " + "\n  ".join(["invalid dataset description", *texts])
         with naming("--dataset_config", path, place=first.place, file=path):
-            raise UserError(message, setting=first.key, cause="wrong value")
+            raise UserError(f"{path}: " + "\n  ".join(["invalid dataset description", *texts]), setting=first.key)
     general, tables = content.get("general", {}), with_styles(content, data)
     for line in find_overridden(given_keys(fallbacks), tables, general, fallbacks, path):
         logger.warning("%s", line)
@@ -375,37 +374,21 @@ def check_attributes(attributes: Table, place: str) -> None:
 def check_conflicts(values: Table, place: str) -> None:
     """Raise UserError for keys of a subset that exclude each other."""
     if values["is_forgetting_probe"] and values["is_reg"]:
-        raise UserError(
-            f"{place}: is_forgetting_probe keeps images out of training, and is_reg trains them",
-            remedy="remove one of the two",
-            setting="is_forgetting_probe",
-            others=["is_reg"],
-            cause="does not fit",
-        )
+        reason = "is_forgetting_probe keeps images out of training, and is_reg trains them"
+        raise conflict(place, "is_forgetting_probe", "is_reg", reason)
     if values["conditioning_data_dir"] and values["random_crop"]:
-        raise UserError(
-            f"{place}: random_crop does not work with conditioning_data_dir: masks are cropped at the centre",
-            setting="random_crop",
-            others=["conditioning_data_dir"],
-            cause="does not fit",
-        )
+        reason = "random_crop does not work with conditioning_data_dir: masks are cropped at the centre"
+        raise conflict(place, "random_crop", "conditioning_data_dir", reason, None)
     if not values["opposite_dir"]:
         return
     for name in ("control_dirs", "control_resolution", "control_no_resize", "is_reg"):
         if values[name]:
-            raise UserError(
-                f"{place}: {name} does not work with opposite_dir, whose images are trained as pairs with those of the "
-                "subset at equal size",
-                remedy="remove one of the two",
-                setting=name,
-                others=["opposite_dir"],
-                cause="does not fit",
-            )
+            reason = "whose images are trained as pairs with those of the subset at equal size"
+            raise conflict(place, name, "opposite_dir", f"{name} does not work with opposite_dir, {reason}")
     if values["custom_attributes"].get(PRESERVATION):
-        raise UserError(
-            f"{place}: {PRESERVATION} trains toward the base model's own predictions, and opposite_dir away from them",
-            remedy="remove one of the two",
-            setting="custom_attributes",
-            others=["opposite_dir"],
-            cause="does not fit",
-        )
+        reason = f"{PRESERVATION} trains toward the base model's own predictions, and opposite_dir away from them"
+        raise conflict(place, "custom_attributes", "opposite_dir", reason)
+
+
+def conflict(place: str, key: str, other: str, reason: str, remedy: str | None = "remove one of the two") -> UserError:
+    return UserError(f"{place}: {reason}", remedy=remedy, setting=key, others=[other], cause="does not fit")
