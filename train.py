@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from library.train_photos.command_line import read_command_line
     from library.train_photos.session import train_photos
 
-    return act(lambda: train_photos(*read_command_line(add_options, setup_parser(), argv)))
+    return act(lambda: train_photos(*read_command_line(add_options, setup_parser(), argv)), argv)
 
 
 if __name__ == "__main__":

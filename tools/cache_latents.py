@@ -23,6 +23,7 @@ from library.architectures.sdxl.options import SdxlOptions
 from library.base.errors import about
 from library.options.dit import DitTrainOptions
 from library.options.train import TrainOptions
+from library.training.command_line.caching_options import show_for_caching
 from library.training.command_line.caching_script import CachingScript, check_caching
 from library.training.command_line.cli import add_missing, build_parser, check_words, from_program
 from library.training.command_line.option_checks import check_data
@@ -37,9 +38,9 @@ if TYPE_CHECKING:  # the options are checked before torch is imported
 LATENTS = {"cache_latents": True, "cache_latents_to_disk": True}
 
 
-def setup_parser() -> argparse.ArgumentParser:
+def setup_parser(encoded: str = "images") -> argparse.ArgumentParser:
     """Return the options of the three training scripts, plus --sdxl, --flux, --zimage and the like, and
-    --skip_existing."""
+    --skip_existing, for a command of what is `encoded`."""
     parser = build_parser(FluxOptions)
     add_missing(parser, SdxlOptions)
     parser.add_argument("--sdxl", action="store_true", help="the base model is SDXL")
@@ -48,7 +49,7 @@ def setup_parser() -> argparse.ArgumentParser:
         text = f"the base model is that of {family}_train_network.py; `--{family} --help` shows its options"
         parser.add_argument(f"--{family}", action="store_true", help=text)
     parser.add_argument("--skip_existing", action="store_true", help="trust existing files by name: --skip_cache_check")
-    return parser
+    return show_for_caching(parser, encoded, "", ("sdxl", "flux", *list_families(), "skip_existing"))
 
 
 def read_options(args: argparse.Namespace, **values: bool) -> tuple[Any, TrainOptions]:
@@ -127,7 +128,7 @@ def caching_command(
         flags = {word for word in words if word in ("--sdxl", "--flux", *families)}
         if len(flags) == 1 and (family := families.get(*flags)) is not None:
             return cache_family(CachingScript(family), [word for word in words if word not in flags])
-        command_line = check_words(setup_parser(), check, argv)
+        command_line = check_words(setup_parser("images" if values == LATENTS else "captions"), check, argv)
         command_line.start_log()
         from library.training.command_line.caching import run_caching
 

@@ -6,6 +6,7 @@ of Stable Diffusion 1.x and 2.x are not cached.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
@@ -14,10 +15,12 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library import train_util as train_util
 from library.base.errors import error_in
 from library.training.command_line.caching_script import CachingScript
-from tools.cache_latents import caching_command, read_options, setup_parser
+from tools.cache_latents import caching_command, read_options
+from tools.cache_latents import setup_parser as setup_parser_of
 
 __all__ = ["cache_to_disk", "main", "setup_parser", "train_util"]
 
+setup_parser = partial(setup_parser_of, "captions")
 CAPTIONS = {
     "cache_text_encoder_outputs": True,
     "cache_text_encoder_outputs_to_disk": True,

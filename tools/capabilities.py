@@ -16,11 +16,14 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.architectures.scripts import BY_PROMPTS, ROOT
 from library.architectures.specs import list_specs
+from library.base.atomic_files import atomic_path
 from library.base.errors import about
 from library.base.suggestions import nearest_name
 from library.base.terminal import print_json, print_line
 from library.base.version import NAME, VERSION
+from library.checkpoints.overwriting import FileKind, check_target, read_start
 from library.commands.command import command, make_parser
+from library.commands.reference_page import HEAD, render_page
 from library.data.concepts.prompts_file import PAIR_KEYS, SLIDER_KEYS
 from library.data.description.schema import ALL_KEYS
 from library.options.base import Options, is_group
@@ -28,6 +31,7 @@ from library.options.declared import Declared, list_declared
 from library.options.kinds import Range, int_or_float
 from library.options.leco import LecoOptions, list_ignored_by_leco
 from library.options.machine.base_formats import BASE_FORMATS
+from library.options.other_programs import SD_SCRIPTS, has_option
 from library.options.training.optimizer import ScheduleOptions
 from library.training.command_line.recipes import list_recipes
 from library.training.optimization.lr_schedules import arguments_by_name
@@ -49,6 +53,7 @@ EXAMPLES = """\
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--json", action="store_true", help="print JSON; unset: a short list to read")
+    parser.add_argument("--docs", type=Path, metavar="PAGE", help="write all settings as a Markdown page, anew")
     parser.add_argument("--script", help="only the options of this script, such as train_network.py")
     return parser
 
@@ -102,7 +107,11 @@ def describe_options(script: str) -> Iterator[dict[str, Any]]:
             if action.dest != "help":
                 yield describe_option(
                     action, declarations[action.dest], ignored.get(action.dest), known.get(action.dest)
-                ) | {"group": group.title, "group_id": group_ids[group.title]}
+                ) | {
+                    "group": group.title,
+                    "group_id": group_ids[group.title],
+                    "in_sd_scripts": has_option(SD_SCRIPTS, script, action.dest),
+                }
 
 
 def list_groups(kind: type[Options], name: str = "script") -> Iterator[tuple[str, str]]:
@@ -128,7 +137,6 @@ def describe_option(
         "excludes": sorted(declared.excludes),
         "has_no_effect": declared.ignored or ignored,
         "is_usual": declared.usual,
-        "in_sd_scripts": not declared.own,
     }
 
 
@@ -232,6 +240,11 @@ def describe_kind(kind: AdapterKind) -> dict[str, Any]:
     }
 
 
+def is_page(path: Path) -> bool:
+    """Return True for a page that --docs wrote."""
+    return read_start(path).startswith(HEAD[:200].encode())
+
+
 def show(capabilities: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of the short, human-readable list."""
     yield f"{capabilities['name']} {capabilities['version']}"
@@ -251,7 +264,12 @@ def print_capabilities(args: argparse.Namespace) -> None:
         suggestion = nearest_name(args.script, scripts)
         raise about("--script")(f"{args.script} is not a training script; use {suggestion or ', '.join(scripts)}")
     capabilities = list_capabilities([args.script] if args.script else scripts)
-    if args.json:
+    if args.docs is not None:
+        path, page = args.docs, render_page(list_capabilities(scripts))
+        check_target("--docs", path, FileKind("a page of settings", is_page))
+        with atomic_path(path) as unfinished:
+            unfinished.write_text(page, encoding="utf-8", newline="\n")
+    elif args.json:
         print_json(capabilities)
     else:
         print_line("\n".join(show(capabilities)))

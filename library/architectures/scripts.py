@@ -66,10 +66,13 @@ class OtherScripts:
         if option in ConceptOptions.defaults() and not self.name.endswith(BY_PROMPTS):
             names = sorted((path.name for path in ROOT.glob(f"*{BY_PROMPTS}")), key=len)
             return f" (an option of {' and '.join(names)}, which train concepts from prompts alone)"
+        from library.options.other_programs import explain_name  # only after a mistake
+
         has = [script for script, (options, _) in self.scripts.items() if option in options]
         if self.name in has:
             return ""
-        instead = self.scripts[self.name][1].get(option) if self.name in self.scripts else None
+        own, replacements = self.scripts.get(self.name, (TrainOptions.defaults(), {}))
+        instead = replacements.get(option) or ("" if has else explain_name(option, own))
         owners = describe_scripts(has, list(self.scripts)) if has else None
         hint = "; ".join(part for part in (owners, instead) if part)
         return f" ({hint})" if hint else ""

@@ -3,10 +3,11 @@
 import argparse
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -15,8 +16,9 @@ from library.base.version import add_version
 from library.checkpoints.headers import SAFETENSORS_SUFFIXES, is_safetensors
 from library.checkpoints.marks import mark_of
 from library.checkpoints.overwriting import FileKind, check_target, marked
-from library.commands.exit_status import act
+from library.commands.exit_status import act, print_json_error
 from library.memory.devices import SAVE_DTYPES
+from library.training.reporting.error_fields import ErrorFields
 
 FILE_PRECISIONS = {
     **dict.fromkeys(("float32", "fp32", "float"), torch.float32),
@@ -50,7 +52,7 @@ Action = Callable[[argparse.Namespace], int | None]
 def run(parser: argparse.ArgumentParser, action: Action, argv: Sequence[str] | None) -> int:
     """Parse the command line, run `action` and return the exit status: 0 success, 1 user error, 130 interrupted, or
     the action's own."""
-    return act(partial(action, parser.parse_args(argv)))
+    return act(partial(action, parser.parse_args(argv)), argv)
 
 
 def command(setup_parser: Callable[[], argparse.ArgumentParser], action: Action) -> Callable[..., int]:
@@ -68,7 +70,7 @@ def training_command(
     """Return the `main` of a command that passes unknown options on to a training script."""
 
     def main(argv: Sequence[str] | None = None) -> int:
-        return act(partial(action, *setup_parser().parse_known_args(argv)))
+        return act(partial(action, *setup_parser().parse_known_args(argv)), argv)
 
     return main
 
@@ -83,11 +85,28 @@ def complete_options(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     return argparse.Namespace(**values)
 
 
+class CommandParser(argparse.ArgumentParser):
+    """A parser that also prints errors as JSON if --errors_json is typed."""
+
+    def error(self, message: str) -> NoReturn:
+        try:
+            super().error(message)
+        finally:
+            print_json_error(ErrorFields(message, cause="wrong value"), sys.argv[1:])
+
+
 def make_parser(description: str | None, examples: str = "") -> argparse.ArgumentParser:
     """Return a parser that prints `examples` below its help."""
+    parser = _build_parser(description, examples)
+    help = "also print the error that ends the command as a line of JSON on standard error (docs/events.md)"
+    parser.add_argument("--errors_json", action="store_true", help=help)
+    return parser
+
+
+def _build_parser(description: str | None, examples: str) -> argparse.ArgumentParser:
     epilog = f"examples:\n{examples}" if examples else None
     layout = argparse.RawDescriptionHelpFormatter
-    return add_version(argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=layout))
+    return add_version(CommandParser(description=description, epilog=epilog, formatter_class=layout))
 
 
 def make_training_parser(
@@ -97,7 +116,7 @@ def make_training_parser(
 
     `script` is the example in the help of --script; None leaves that option out.
     """
-    parser = make_parser(description, examples)
+    parser = _build_parser(description, examples)
     parser.allow_abbrev = False  # abbreviations refer to training options
     parser.epilog = f"all other options are those of {others}.\n\n{parser.epilog}"
     if script is not None:

@@ -31,7 +31,6 @@ class CachingOptions(Options, needs_images=True):
     cache_dir: str | None = option(
         None,
         path="new folder",
-        own=True,
         affects_training=False,
         help="Folder for cached latents and text features, for the index of tar shards and Parquet files, and for what "
         "is read of images behind a URL, which need it. Unset keeps caches beside the images, and those of a folder "
@@ -40,7 +39,6 @@ class CachingOptions(Options, needs_images=True):
     shared_cache_dir: str | None = option(
         None,
         path="new folder",
-        own=True,
         affects_training=False,
         needs=("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk"),
         help="Folder for all latents and text features that are cached in files, in place of those beside the images "
@@ -48,7 +46,6 @@ class CachingOptions(Options, needs_images=True):
     )
     remote_cache_gb: float = option(
         20.0,
-        own=True,
         kind=number(0.001),
         needs="cache_dir",
         affects_training=False,
@@ -95,7 +92,6 @@ class TextCachingOptions(Options):
     )
     text_encoder_batch_size: int | None = option(
         None,
-        own=True,
         kind=whole(1),
         needs="cache_text_encoder_outputs",
         needs_images=True,
@@ -104,13 +100,11 @@ class TextCachingOptions(Options):
     )
     text_encoder_cpu: bool = option(
         False,
-        own=True,
         help="Run text encoders that are not trained on the CPU. Slow: encoders that do not fit the GPU are streamed "
         "from main memory without it.",
     )
     text_cache_variants: int = option(
         VARIANTS,
-        own=True,
         kind=whole(1),
         needs="cache_text_encoder_outputs",
         needs_images=True,

@@ -25,7 +25,6 @@ class ConfigFileOptions(Options, affects_training=False):
     recipe: str | None = option(
         None,
         usual=True,
-        own=True,
         help="Name of a recipe, which holds the options of a usual training; --config_file and the command line win. "
         "recipes.py among the tools lists the names.",
     )

@@ -61,7 +61,6 @@ class DatasetOptions(Options, needs_images=True):
     )
     audit_only: bool = option(
         False,
-        own=True,
         refused_by_leco="there are no images to check; leave it out",
         help="Check every image for duplicates, blur, a single colour and damage, report the problems, and exit. Needs "
         "no base model; with --output_dir a report page with thumbnails is written.",
@@ -196,13 +195,11 @@ class DatasetOptions(Options, needs_images=True):
     )
     skip_image_resolution: str | None = option(
         None,
-        own=True,
         help="Skip images whose area is not larger than this, N for a square or WIDTH,HEIGHT in pixels. For data sets "
         "of several resolutions, so that small images are not enlarged.",
     )
     train_inpainting: bool = option(
         False,
-        own=True,
         excludes={
             "cache_latents_to_disk": "each draw masks another area, so the masked image must be encoded each time",
             "cache_latents": "each draw masks another area, so the masked image must be encoded each time",

@@ -95,12 +95,18 @@ class Declared:
     logged: bool = True
     # Listed in the short help.
     usual: bool = False
-    # The option does not exist in sd-scripts 0.10, so an ambiguous abbreviation resolves to one of its options instead.
-    own: bool = False
 
     @property
     def range(self) -> Range:
         return self.kind.range
+
+    @property
+    def own(self) -> bool:
+        """Return True for an option that no script of sd-scripts 0.10 has."""
+        from library.options.other_programs import ABBREVIATED, SD_SCRIPTS, read_program  # few starts need it
+
+        entry = read_program(SD_SCRIPTS).get(self.name)
+        return entry is None or entry.since != ABBREVIATED
 
     @property
     def may_change_on_resume(self) -> bool:

@@ -55,42 +55,32 @@ class DitOptions(Options):
         ignored="the samples of a batch share one call of attention",
         help="Has no effect: the samples of a batch share one call of attention.",
     )
-    flash3: bool = option(
-        False, ignored=OWN_ATTENTION, own=True, help=f"Has no effect, like --flash_attn: {OWN_ATTENTION}."
-    )
-    use_32bit_attention: bool = option(
-        False, ignored=IN_MIXED_PRECISION, own=True, help=f"Has no effect: {IN_MIXED_PRECISION}."
-    )
+    flash3: bool = option(False, ignored=OWN_ATTENTION, help=f"Has no effect, like --flash_attn: {OWN_ATTENTION}.")
+    use_32bit_attention: bool = option(False, ignored=IN_MIXED_PRECISION, help=f"Has no effect: {IN_MIXED_PRECISION}.")
     gradient_checkpointing_cpu_offload: bool = option(
         False, affects_training=False, help="musubi-tuner's name of --cpu_offload_checkpointing."
     )
-    img_in_txt_in_offloading: bool = option(
-        False, ignored=EMBEDDERS_STAY, own=True, help=f"Has no effect: {EMBEDDERS_STAY}."
-    )
-    disable_numpy_memmap: bool = option(False, ignored=NEVER_MAPPED, own=True, help=f"Has no effect: {NEVER_MAPPED}.")
-    vae_tiling: bool = option(False, ignored=TILED_IF_NEEDED, own=True, help=f"Has no effect: {TILED_IF_NEEDED}.")
+    img_in_txt_in_offloading: bool = option(False, ignored=EMBEDDERS_STAY, help=f"Has no effect: {EMBEDDERS_STAY}.")
+    disable_numpy_memmap: bool = option(False, ignored=NEVER_MAPPED, help=f"Has no effect: {NEVER_MAPPED}.")
+    vae_tiling: bool = option(False, ignored=TILED_IF_NEEDED, help=f"Has no effect: {TILED_IF_NEEDED}.")
     vae_dtype: str | None = option(
         None,
         ignored=VAE_DTYPE,
-        own=True,
         choices=tuple(FORMATS),
         help=f"Number format of the VAE. float32 is --no_half_vae; others have no effect: {VAE_DTYPE}.",
     )
     text_encoder_dtype: str | None = option(
         None,
         ignored=TEXT_ENCODER_DTYPE,
-        own=True,
         choices=tuple(FORMATS),
         help=f"Number format of the text encoders. Has no effect: {TEXT_ENCODER_DTYPE}.",
     )
     dynamo_mode: str | None = option(
-        None, own=True, choices=("default", "reduce-overhead", "max-autotune"), help="Old name of --compile_mode."
+        None, choices=("default", "reduce-overhead", "max-autotune"), help="Old name of --compile_mode."
     )
-    dynamo_fullgraph: bool = option(False, own=True, help="Old name of --compile_fullgraph.")
-    dynamo_dynamic: bool = option(False, own=True, help="Old name of --compile_dynamic true.")
-    guidance_scale: float | None = option(
-        None, ignored=NO_GUIDANCE_INPUT, own=True, help=f"Has no effect: {NO_GUIDANCE_INPUT}."
-    )
+    dynamo_fullgraph: bool = option(False, help="Old name of --compile_fullgraph.")
+    dynamo_dynamic: bool = option(False, help="Old name of --compile_dynamic true.")
+    guidance_scale: float | None = option(None, ignored=NO_GUIDANCE_INPUT, help=f"Has no effect: {NO_GUIDANCE_INPUT}.")
 
 
 DYNAMO_BACKENDS = (  # accelerate's names
@@ -113,12 +103,10 @@ class DitCompileOptions(CompileOptions):
 
 
 ALTERNATIVES: Mapping[str, str] = {
-    "dit_path": "use --pretrained_model_name_or_path",
     "training_shift": "use --discrete_flow_shift with --timestep_sampling shift",
     "ae": "use --vae",
     **dict.fromkeys(("t5xxl", "clip_l", "qwen3", "gemma2", "byt5"), "use --text_encoder"),
     "split_mode": "use --blocks_to_swap",
-    "dit_dtype": "use --mixed_precision",
 }
 """Replacements for options of other scripts and programs, appended to the error for such an option."""
 

@@ -14,8 +14,13 @@ def is_table_list(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
-def find_problem(name: str, value: Any, kinds: Mapping[str, Kind], setting: str) -> str | None:
-    """Return a sentence if the key is unknown or the value does not fit; `setting` names the key in its place."""
+def find_problem(
+    name: str, value: Any, kinds: Mapping[str, Kind], setting: str, explain: Callable[[str], str] = lambda name: ""
+) -> str | None:
+    """Return a sentence if the key is unknown or the value does not fit; `setting` names the key in its place, and
+    `explain` says what to use for a name of another program."""
+    if name not in kinds and (hint := explain(name)):
+        return f"{setting} is not a key; {hint}"
     if name not in kinds:
         return f"{setting} is not a key{did_you_mean(name, kinds) or '; use ' + ', '.join(kinds)}"
     return explain_unfit(value, kinds[name], setting)

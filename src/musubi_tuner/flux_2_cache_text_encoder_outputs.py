@@ -9,7 +9,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder goes
 from library.training.command_line.caching_script import CachingScript
 
 SCRIPT = CachingScript("flux_2")
-setup_parser = SCRIPT.setup_parser
+setup_parser = SCRIPT.setup_captions_parser
 main = SCRIPT.cache_captions
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ FORBIDDEN = {
 }
 EXCEPT = (
     "networks.core.protocol", "networks.core.targets.targets", "library.options.declared", "library.options.kinds",
-    "library.options.network_args",
+    "library.options.network_args", "library.options.other_programs",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from library.architectures.scripts import Script, describe_scripts, list_scripts
 from library.architectures.specs import list_specs
+from library.options.other_programs import SD_SCRIPTS, has_option
 from library.training.command_line.cli import parse
 from tests.tiny.bases import BASES
 
@@ -20,8 +21,7 @@ QUICK = ("train_network.py", "flux_train_network.py", "zimage_train_network.py")
 ALL = {name for script in SCRIPTS for name in script.options.defaults()}
 IN_PROMPTS = {"g", "l"}
 OF_OTHER_PROGRAMS = {  # musubi-tuner, sd-scripts before Anima was released
-    "dit", "dit_path", "timestep_sample_method", "gradient_checkpointing_cpu_offload", "dit_dtype", "vae_dtype",
-    "use_32bit_attention", "disable_numpy_memmap", "kv_cache", "fp8_t5",
+    "dit", "gradient_checkpointing_cpu_offload", "vae_dtype", "use_32bit_attention", "disable_numpy_memmap", "kv_cache",
     *(name for base in BASES.values() for name in base.other_options),
 }  # fmt: skip
 
@@ -84,7 +84,7 @@ def test_a_config_file_with_foreign_options_gets_the_same_hint(
 
 
 def test_options_of_other_programs_and_earlier_versions_are_recognised(capsys: pytest.CaptureFixture[str]) -> None:
-    (script,) = (script for script in SCRIPTS if "timestep_sample_method" in script.instead)
+    (script,) = (script for script in SCRIPTS if script.name == "anima_train_network.py")
     with pytest.raises(SystemExit):
         parse(parser_of(script), ["--dit_path=x", "--qwen3_path", "y", "--vae_path=z", "--timestep_sample_method=w"])
     message = capsys.readouterr().err
@@ -105,6 +105,8 @@ def test_a_path_for_an_abbreviated_numeric_option_gets_a_hint(
         named, _, hint = message.partition("; ")
         assert f"unrecognized arguments: {words[0]} (an option of " in named
         assert "hunyuan_image_train_network.py" in named and hint
+        if has_option(SD_SCRIPTS, script.name, "text_encoder_batch_size"):
+            continue  # ambiguous there too
         assert parse(parser_of(script), ["--text_encoder", "1e-5"]).text_encoder_lr in (1e-5, [1e-5])
 
 

@@ -56,7 +56,7 @@ def test_the_key_is_checked_where_it_stands_and_a_misspelt_one_is_told_it(projec
     code = (
         "import sys; from pathlib import Path; from library.data.description.dataset_file import read_content; "
         "from library.options.dataset import DatasetOptions; "
-        "print(read_content(DatasetOptions(dataset_config=Path(sys.argv[1])))[1])"
+        "print(read_content(DatasetOptions(dataset_config=Path(sys.argv[1])))[1][0].text)"
     )
     file = tmp_path / "data.toml"
     for line, problem in (
@@ -76,6 +76,14 @@ def test_the_argument_is_parsed_checked_and_suggested(project: Path) -> None:
     wrong = run(project, "-c", code, "mad_argument=1").stderr
     assert "--network_args mad_argument=1: expected a chance from 0 to below 1" in wrong
     assert "did you mean mad_argument? A made-up argument." in run(project, "-c", code, "mad_argumnet=1").stderr
+
+
+def test_the_page_of_settings_has_all_three(project: Path) -> None:
+    assert run(project, "tools/capabilities.py", "--docs", "reference.md").returncode == 0
+    page = (project / "reference.md").read_text(encoding="utf-8")
+    assert "| `--mad_option` | int (3) | A made-up option. |" in page
+    assert "| `mad_key` | float (0.5) | A made-up key. |" in page
+    assert "| `mad_argument` | float (0.0) | A made-up argument. |" in page
 
 
 def test_the_json_has_all_three(project: Path) -> None:

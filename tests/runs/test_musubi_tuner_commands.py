@@ -58,6 +58,15 @@ def test_the_commands_of_musubi_tuners_pages_cache_and_train(tmp_path: Path, cas
     assert metadata["modelspec.architecture"] == f"{architecture}/lora"
 
 
+def test_debug_mode_lists_the_images_and_encodes_nothing(tmp_path: Path) -> None:
+    model = DITS["zimage"].trained[""](tmp_path / "model")
+    paths = paths_of(model, tmp_path)
+    words = "--dataset_config {data} --vae {vae} --disable_cudnn_backend --debug_mode console --console_width 40"
+    log = run_command("zimage_cache_latents", words, paths)
+    assert "--console_width has no effect: images are listed, and not drawn in the terminal" in log
+    assert "trained at " in log and "to encode" not in log and not [*(tmp_path / "cache").rglob("*.safetensors")]
+
+
 @pytest.fixture(scope="module", params=DITS)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)

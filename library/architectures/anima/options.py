@@ -79,7 +79,6 @@ class AnimaMemoryOptions(Options):
     )
     qwen_image_vae_2d: bool = option(
         False,
-        own=True,
         help="Compute the VAE's convolutions over time in two dimensions, which suffices for images and takes less "
         "time and memory. Latents are the same up to rounding, and caches are valid both ways.",
     )
@@ -108,8 +107,6 @@ PARTS = "--qwen3 qwen3.safetensors --vae vae.safetensors"
 
 INSTEAD: Mapping[str, str] = {
     "dit": "use --pretrained_model_name_or_path",
-    "dit_path": "use --pretrained_model_name_or_path",
-    "timestep_sample_method": "use --timestep_sampling",
     "training_shift": "use --discrete_flow_shift with --timestep_sampling shift",
     "guidance_scale": "the model is trained without guidance; use --l in a prompt line to guide a preview",
     "model_prediction_type": "the model has only one prediction type, equal to raw",

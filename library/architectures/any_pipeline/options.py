@@ -21,7 +21,6 @@ class TrustOptions(Options):
 
     trust_remote_code: bool = option(
         False,
-        own=True,
         help="Run Python code that comes with the model, for classes that diffusers and transformers do not have. It "
         "has all rights that you have, so read it first.",
     )

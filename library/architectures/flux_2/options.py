@@ -58,7 +58,6 @@ INSTEAD: Mapping[str, str] = {
     **ALTERNATIVES,
     "fp8_vl": "use --fp8_text_encoder",
     "fp8_llm": "use --fp8_text_encoder",
-    "fp8_t5": "use --fp8_text_encoder",  # what musubi-tuner's page calls it in one place
 }
 
 

@@ -19,7 +19,6 @@ class Flux3ModelOptions(PartOptions):
     edit: bool = option(
         False,
         usual=True,
-        own=True,
         help="Train with the reference images of the data set. Unset leaves out the layers that only they need, which "
         "are an eighth of the model.",
     )

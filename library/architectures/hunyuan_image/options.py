@@ -80,7 +80,7 @@ FILES: tuple[ModelFile, ...] = (
 PARTS = "--text_encoder qwen_2.5_vl.safetensors --byt5 byt5.safetensors --vae vae.safetensors"
 
 INSTEAD: Mapping[str, str] = {
-    **dict.fromkeys(("dit", "dit_path"), "use --pretrained_model_name_or_path"),
+    "dit": "use --pretrained_model_name_or_path",
     "training_shift": "use --discrete_flow_shift with --timestep_sampling shift",
     "guidance_scale": "the model is trained without guidance; use --l in a prompt line to guide a preview",
     "ae": "use --vae",

@@ -26,7 +26,7 @@ class Krea2ModelOptions(PartOptions):
         "is_distilled in a folder's model_index.json, or looks for words such as turbo in the name.",
     )
     edit: bool = option(
-        False, own=True, help="Refuse a data set without reference images; those of a data set are always trained."
+        False, help="Refuse a data set without reference images; those of a data set are always trained."
     )
     turbo_dit: str | None = option(
         None,
@@ -45,7 +45,7 @@ class Krea2ModelOptions(PartOptions):
         "It is read for each event of previews and takes as much main memory as the base.",
     )
     turbo_dit_cache: bool = option(
-        False, ignored=CACHED_BY_SYSTEM, own=True, affects_training=False, help=f"Has no effect: {CACHED_BY_SYSTEM}."
+        False, ignored=CACHED_BY_SYSTEM, affects_training=False, help=f"Has no effect: {CACHED_BY_SYSTEM}."
     )
 
 

@@ -15,7 +15,6 @@ class SdxlSizeOptions(Options):
 
     correct_crop_coordinates: bool = option(
         False,
-        own=True,
         needs_images=True,
         help="Condition the denoiser on the actual crop of each image, as SDXL itself was trained. Unset uses the same "
         "corner as sd-scripts, that of the image fitted inside its bucket, which existing recipes assume.",

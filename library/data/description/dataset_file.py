@@ -6,6 +6,7 @@ The keys are declared in `schema`.
 import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from library.options.config_file import read_json, read_toml, refuse_unusable
 from library.options.dataset import FOLDER_FLAGS, DatasetOptions
 from library.options.declared import Declared
 from library.options.kinds import BOOL, TABLE, number, read_value
+from library.options.other_programs import explain_name
 from library.options.tables import Table, find_problem, is_table_list
 from library.options.train import TrainOptions
 
@@ -75,20 +77,22 @@ def read_file(data: DatasetOptions, fallbacks: Table) -> RunDataConfig:
     warn_of_ignored(data, FOLDER_FLAGS, "--dataset_config describes the data")
     path, (content, problems) = str(data.dataset_config), read_content(data)
     if problems:
-        raise error_in(path=path)(f"{path}: " + "\n  ".join(["invalid dataset description", *problems]))
+        first, texts = problems[0], [problem.text for problem in problems]
+        with naming("--dataset_config", path, place=first.place, file=path):
+            raise error_in(first.key)(f"{path}: " + "\n  ".join(["invalid dataset description", *texts]))
     general, tables = content.get("general", {}), with_styles(content, data)
     for line in find_overridden(given_keys(fallbacks), tables, general, fallbacks, path):
         logger.warning("%s", line)
-    with naming("--dataset_config", path, file=path):
-        datasets = tuple(
-            build_dataset(dataset, general, fallbacks, style, f"{path}: data['datasets'][{i}]")
-            for i, (dataset, style) in enumerate(tables)
-        )
+    datasets = []
+    for i, (dataset, style) in enumerate(tables):
+        place = f"data['datasets'][{i}]"
+        with naming("--dataset_config", path, place=place, file=path):
+            datasets.append(build_dataset(dataset, general, fallbacks, style, f"{path}: {place}"))
     warn_of_unused(general, {dataset.style for dataset in datasets}, path)
-    return RunDataConfig(datasets, is_from_file=True)
+    return RunDataConfig(tuple(datasets), is_from_file=True)
 
 
-def read_content(data: DatasetOptions) -> tuple[Table, list[str]]:
+def read_content(data: DatasetOptions) -> tuple[Table, list["Problem"]]:
     """Return the content of the dataset file, with subsets in every dataset, and its mistakes."""
     path = str(data.dataset_config)
     content = with_subsets(read_description(path), path)
@@ -145,33 +149,44 @@ def read_description(path: str) -> dict[str, Any]:
 # Checking
 
 
-def find_problems(content: Table, masked_loss: bool) -> list[str]:
-    """Return all mistakes in a description, one sentence each with its place."""
+@dataclass(frozen=True)
+class Problem:
+    """A mistake in a description: a sentence, the table that it is in, and the key that it is about."""
+
+    text: str
+    place: str
+    key: str | None
+
+
+def find_problems(content: Table, masked_loss: bool) -> list[Problem]:
+    """Return all mistakes in a description."""
+    known = ("general", "datasets", *ALL_KEYS)
     problems = [
-        f"data['{name}'] is not a key{did_you_mean(name, ('general', 'datasets', *ALL_KEYS))}; use general and datasets"
+        Problem(f"data['{name}'] is not a key{did_you_mean(name, known)}; use general and datasets", "data", name)
         for name in content.keys() - {"general", "datasets"}
     ]
     general, datasets = content.get("general", {}), content.get("datasets", [])
     if isinstance(general, dict):
         problems += table_problems(general, "data['general']", "general", None)
     else:
-        problems.append("data['general'] must be a table, [general]")
+        problems.append(Problem("data['general'] must be a table, [general]", "data", "general"))
     if not is_table_list(datasets):
-        return [*problems, "data['datasets'] must be an array of tables, [[datasets]]"]
+        text = "data['datasets'] must be an array of tables, [[datasets]]"
+        return [*problems, Problem(text, "data", "datasets")]
     for i, dataset in enumerate(datasets):
         problems += dataset_problems(dataset, f"data['datasets'][{i}]", masked_loss)
     return problems
 
 
-def dataset_problems(dataset: Table, place: str, masked_loss: bool) -> Iterator[str]:
+def dataset_problems(dataset: Table, place: str, masked_loss: bool) -> Iterator[Problem]:
     """Yield the mistakes in a [[datasets]] table and its subsets."""
     if not is_table_list(dataset.get("subsets")):
-        yield f"{place}['subsets'] must be an array of tables, [[datasets.subsets]]"
+        yield Problem(f"{place}['subsets'] must be an array of tables, [[datasets.subsets]]", place, "subsets")
         return
     try:
         style = resolve_style(dataset, masked_loss)
     except UserError as error:
-        yield f"{place}: {error}"
+        yield Problem(f"{place}: {error}", place, error.setting)
         return
     yield from table_problems({k: v for k, v in dataset.items() if k != "subsets"}, place, "dataset", style)
     for j, subset in enumerate(dataset["subsets"]):
@@ -181,31 +196,41 @@ def dataset_problems(dataset: Table, place: str, masked_loss: bool) -> Iterator[
             yield from source_problems(subset, subset_place)
         for name in REQUIRED[style]:
             if name not in subset:
-                yield f"{subset_place}['{name}'] is missing, a {style} subset needs it"
+                text = f"{subset_place}['{name}'] is missing, a {style} subset needs it"
+                yield Problem(text, subset_place, name)
 
 
-def table_problems(table: Table, place: str, level: Level, style: Style | None) -> Iterator[str]:
-    """Yield a sentence for each unknown, misplaced or mistyped key of a table."""
+def table_problems(table: Table, place: str, level: Level, style: Style | None) -> Iterator[Problem]:
+    """Yield each unknown, misplaced or mistyped key of a table."""
     for name, value in table.items():
         setting, key = f"{place}['{name}']", ALL_KEYS.get(name)
         if key is not None and not is_allowed_at(key, level, style):
             headings = " or ".join(HEADINGS[level] for level in HEADINGS if level in key.levels)
             belongs = f"is only for subsets of style {' or '.join(key.styles)}"
             belongs = belongs if level in key.levels else f"belongs in {headings}"
-            yield f"{setting} is not allowed here; it {belongs}"
-        elif problem := find_problem(name, value, KINDS, setting):
-            yield problem
+            yield Problem(f"{setting} is not allowed here; it {belongs}", place, name)
+        elif problem := find_problem(name, value, KINDS, setting, explain_key):
+            yield Problem(problem, place, name)
 
 
-def source_problems(subset: Table, place: str) -> list[str]:
+def explain_key(name: str) -> str:
+    """Return what to use for a key of another program's data set, or ""."""
+    return explain_name(name, in_data=True)
+
+
+def source_problems(subset: Table, place: str) -> list[Problem]:
     """Return the mistakes in the image source of a subset: it must have exactly one, with keys that the source uses."""
     given_sources = [name for name in SOURCES if name in subset]
     if not given_sources:
-        return [f"{place}['image_dir'] is missing: set a folder, or tar files as shards, or Parquet files as parquet"]
+        text = f"{place}['image_dir'] is missing: set a folder, or tar files as shards, or Parquet files as parquet"
+        return [Problem(text, place, "image_dir")]
     if len(given_sources) > 1:
-        return [f"{place} has {' and '.join(given_sources)}; each is a separate source; use two subsets"]
+        text = f"{place} has {' and '.join(given_sources)}; each is a separate source; use two subsets"
+        return [Problem(text, place, given_sources[1])]
     return [
-        f"{place}['{name}'] has no effect with {given_sources[0]}; it is for {' and '.join(sources)}"
+        Problem(
+            f"{place}['{name}'] has no effect with {given_sources[0]}; it is for {' and '.join(sources)}", place, name
+        )
         for name in subset
         if (sources := [source for source in SOURCES if name in keys_used_by(source)])
         and given_sources[0] not in sources
@@ -289,7 +314,9 @@ def build_dataset(dataset: Table, general: Table, fallbacks: Table, style: Style
     tables = (dataset, general, fallbacks)
     values = {key.name: resolve_value(key, tables) for key in DATASET_KEYS}
     if values["resolution"] is None:
-        raise UserError(f"{place}['resolution'] is missing; set it there, in [general], or with --resolution")
+        raise error_in("resolution", remedy="set it there, in [general], or with --resolution", cause="missing")(
+            f"{place}['resolution'] is missing"
+        )
     warn_if_given(NETWORK_MULTIPLIER, resolve_value(NETWORK_MULTIPLIER, tables), place)
     subsets = []
     for j, subset in enumerate(dataset["subsets"]):
@@ -311,8 +338,11 @@ def build_subset(subset: Table, outer: Sequence[Table], style: Style, place: str
 
     warn_if_given(CACHE_INFO, resolve((CACHE_INFO,))["cache_info"], place)
     values = resolve(SUBSET_KEYS)
-    check_conflicts(values, place)
-    check_attributes(values["custom_attributes"], place)
+    table = place.rpartition(": ")[2]
+    with naming(None, place=table):
+        check_conflicts(values, place)
+    with naming("custom_attributes", place=table):
+        check_attributes(values["custom_attributes"], place)
     files = {name: patterns for name, patterns in resolve(FILE_SOURCES).items() if patterns}
     source, patterns = next(iter(files.items()), ("metadata_file" if style == "metadata" else "image_dir", ()))
     rules = CaptionRules(**resolve(CAPTION_KEYS))
@@ -336,23 +366,21 @@ def check_attributes(attributes: Table, place: str) -> None:
 def check_conflicts(values: Table, place: str) -> None:
     """Raise UserError for keys of a subset that exclude each other."""
     if values["is_forgetting_probe"] and values["is_reg"]:
-        raise UserError(
-            f"{place}: is_forgetting_probe keeps images out of training, and is_reg trains them; remove one of the two"
-        )
+        reason = "is_forgetting_probe keeps images out of training, and is_reg trains them"
+        raise conflict(place, "is_forgetting_probe", "is_reg", reason)
     if values["conditioning_data_dir"] and values["random_crop"]:
-        raise UserError(
-            f"{place}: random_crop does not work with conditioning_data_dir: masks are cropped at the centre"
-        )
+        reason = "random_crop does not work with conditioning_data_dir: masks are cropped at the centre"
+        raise conflict(place, "random_crop", "conditioning_data_dir", reason, None)
     if not values["opposite_dir"]:
         return
     for name in ("control_dirs", "control_resolution", "control_no_resize", "is_reg"):
         if values[name]:
-            raise UserError(
-                f"{place}: {name} does not work with opposite_dir, whose images are trained as pairs with those of the "
-                "subset at equal size; remove one of the two"
-            )
+            reason = "whose images are trained as pairs with those of the subset at equal size"
+            raise conflict(place, name, "opposite_dir", f"{name} does not work with opposite_dir, {reason}")
     if values["custom_attributes"].get(PRESERVATION):
-        raise UserError(
-            f"{place}: {PRESERVATION} trains toward the base model's own predictions, and opposite_dir away from them; "
-            "remove one of the two"
-        )
+        reason = f"{PRESERVATION} trains toward the base model's own predictions, and opposite_dir away from them"
+        raise conflict(place, "custom_attributes", "opposite_dir", reason)
+
+
+def conflict(place: str, key: str, other: str, reason: str, remedy: str | None = "remove one of the two") -> UserError:
+    return error_in(key, remedy=remedy, others=[other], cause="does not fit")(f"{place}: {reason}")

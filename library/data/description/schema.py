@@ -52,7 +52,7 @@ class SubsetConfig:
     source_key: str  # the key that names the source of the images
     patterns: tuple[str, ...]  # the larger files with images; empty if images are separate files
     captions: CaptionRules
-    num_repeats: int = key_of_option(INT, 1, flag="dataset_repeats")
+    num_repeats: int = key_of_option(INT, 1, flag="dataset_repeats", help="How often an epoch shows each image.")
     color_aug: bool = key_of_option(BOOL, False)
     flip_aug: bool = key_of_option(BOOL, False)
     random_crop: bool = key_of_option(BOOL, False)

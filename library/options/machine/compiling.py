@@ -18,21 +18,18 @@ class CompileOptions(Options):
 
     compile: bool = option(
         False,
-        own=True,
         help="Compile the blocks of the denoiser, each kind of block once. Steps get faster; the first ones take "
         "minutes, and so does the first of each new image size.",
     )
-    compile_backend: str = option("inductor", own=True, needs=ON, help="Compiler that --compile uses.")
+    compile_backend: str = option("inductor", needs=ON, help="Compiler that --compile uses.")
     compile_mode: str = option(
         "default",
-        own=True,
         needs=ON,
         help="Optimization mode of the compiler, as in torch.compile.",
         choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     )
     compile_dynamic: str | None = option(
         None,
-        own=True,
         needs=ON,
         help="true, auto and unset compile once for all image sizes. false compiles each size separately, which is "
         "faster if there are few sizes.",
@@ -40,13 +37,11 @@ class CompileOptions(Options):
     )
     compile_fullgraph: bool = option(
         False,
-        own=True,
         needs=ON,
         help="Fail if a block cannot be compiled as one graph, instead of compiling it in parts.",
     )
     compile_cache_size_limit: int | None = option(
         None,
-        own=True,
         kind=whole(1),
         needs=ON,
         help="Maximum number of compilations of one kind of block, for new sizes. Further sizes run uncompiled. Unset "
@@ -63,7 +58,6 @@ class CompileOptions(Options):
 
     cuda_graphs: bool = option(
         False,
-        own=True,
         unsupported="training steps are not recorded as CUDA graphs. Use --compile instead, which is available for "
         "every base model.",
         help="Not supported: use --compile.",

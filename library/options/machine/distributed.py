@@ -29,7 +29,6 @@ class DistributedOptions(Options, affects_training=False):
     )
     shard_base: bool = option(
         False,
-        own=True,
         refused_by_leco="the processes call the denoiser different numbers of times, but sharding requires equal ones; "
         "leave it out, or use --blocks_to_swap",
         help="Shard the weights of the frozen denoiser over the processes of a run: each keeps its share, and a block "
@@ -39,7 +38,6 @@ class DistributedOptions(Options, affects_training=False):
     shard_group: int | None = option(
         None,
         kind=whole(2),
-        own=True,
         needs="shard_base",
         help="Number of processes that share one copy of the weights with --shard_base. Unset is all processes of a "
         "machine: machines then exchange only the adapter's gradients.",

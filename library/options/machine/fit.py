@@ -7,7 +7,7 @@ from library.options.machine.base_formats import BASE_FORMATS
 
 
 @dataclass(frozen=True)
-class FitOptions(Options, affects_training=False, own=True):
+class FitOptions(Options, affects_training=False):
     """Automatic choice of memory-saving options."""
 
     fit: str | None = option(

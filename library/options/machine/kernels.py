@@ -6,7 +6,7 @@ from library.options.base import Options, option
 
 
 @dataclass(frozen=True)
-class KernelOptions(Options, own=True):
+class KernelOptions(Options):
     """Kernels of CUDA GPUs."""
 
     cuda_allow_tf32: bool = option(

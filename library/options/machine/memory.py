@@ -35,7 +35,6 @@ class MemoryOptions(Options):
         1,
         kind=whole(1),
         needs=("gradient_checkpointing", "unsloth_offload_checkpointing"),
-        own=True,
         affects_training=False,
         help="Recompute the activations of every N-th block and keep those of the others: 2 costs half the time of "
         "--gradient_checkpointing and saves half as much. Unset is every block.",
@@ -47,7 +46,7 @@ class MemoryOptions(Options):
         help="Offload the block inputs that --gradient_checkpointing keeps to main memory.",
     )
     unsloth_offload_checkpointing: bool = option(
-        False, own=True, affects_training=False, help="--gradient_checkpointing and --cpu_offload_checkpointing in one."
+        False, affects_training=False, help="--gradient_checkpointing and --cpu_offload_checkpointing in one."
     )
     blocks_to_swap: int | None = option(
         None,
@@ -63,17 +62,16 @@ class MemoryOptions(Options):
         2,
         kind=whole(1),
         needs="blocks_to_swap",
-        own=True,
         affects_training=False,
         help="Number of GPU buffers through which the blocks of --blocks_to_swap pass. 2 copies one block while "
         "another computes, more also hide copies of uneven length, and 1 takes the least memory but copies and "
         "computes in turn.",
     )
     block_swap_h2d_only: bool = option(
-        False, ignored=ONLY_TO_THE_GPU, own=True, affects_training=False, help=f"Has no effect: {ONLY_TO_THE_GPU}."
+        False, ignored=ONLY_TO_THE_GPU, affects_training=False, help=f"Has no effect: {ONLY_TO_THE_GPU}."
     )
     use_pinned_memory_for_block_swap: bool = option(
-        False, ignored=PINNED, own=True, affects_training=False, help=f"Has no effect: {PINNED}."
+        False, ignored=PINNED, affects_training=False, help=f"Has no effect: {PINNED}."
     )
     lowram: bool = option(
         False, affects_training=False, ignored=THROUGH_MAIN_MEMORY, help=f"Has no effect: {THROUGH_MAIN_MEMORY}."
@@ -145,7 +143,6 @@ class PrecisionOptions(Options):
 
     base_format: str | None = option(
         None,
-        own=True,
         usual=True,
         choices=BASE_FORMATS,
         help="Storage format of the weights of the frozen denoiser's blocks, and of text encoders that stay loaded; "
@@ -156,7 +153,6 @@ class PrecisionOptions(Options):
 
     base_arithmetic: str = option(
         "decoded",
-        own=True,
         choices=("decoded", "8bit"),
         help="How the denoiser's blocks multiply with weights stored in 8 bits: decoded to the format of "
         "--mixed_precision, or directly in 8bit, with activations and gradients rounded to 8 bits too. The latter is "

@@ -27,7 +27,6 @@ class ConsoleOptions(Options, affects_training=False):
     )
     errors_json: bool = option(
         False,
-        own=True,
         help="Also print the error that ends the run as one line of JSON on standard error, for programs: the option, "
         "the file and the cause, as events.md in docs describes.",
     )

@@ -38,7 +38,7 @@ class PreviewOptions(Options, affects_training=False):
         help="File with the prompts to draw images of: .txt with one a line, .toml or .json.",
     )
     sample_with_training_adapter: bool = option(
-        False, own=True, needs="training_adapter", help="Draw images with the adapter of --training_adapter too."
+        False, needs="training_adapter", help="Draw images with the adapter of --training_adapter too."
     )
     sample_sampler: str = option(
         "ddim",
@@ -49,7 +49,6 @@ class PreviewOptions(Options, affects_training=False):
     )
     score_previews: bool = option(
         False,
-        own=True,
         needs=TIMES,
         needs_images=True,
         excludes={"dataset_class": "its images are not known one by one"},
@@ -57,7 +56,6 @@ class PreviewOptions(Options, affects_training=False):
     )
     score_models: list[str] | None = option(
         None,
-        own=True,
         path="model",
         logged=False,
         needs="score_previews",

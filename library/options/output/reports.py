@@ -6,7 +6,7 @@ from library.options.base import Options, option
 
 
 @dataclass(frozen=True)
-class ReportOptions(Options, affects_training=False, own=True):
+class ReportOptions(Options, affects_training=False):
     """Events of a run for programs, and a report for people."""
 
     log_events: str | None = option(

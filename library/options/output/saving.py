@@ -115,7 +115,6 @@ class StateOptions(Options, affects_training=False):
     save_state_on_train_end: bool = option(False, help="Save the training state at the end only.")
     save_every_n_minutes: float | None = option(
         None,
-        own=True,
         kind=number(above=0),
         help="Save the training state after every N minutes too, without a file to use. The newest two are kept until "
         "the run ends, and are not uploaded. Unset saves none.",
@@ -141,21 +140,18 @@ class StateOptions(Options, affects_training=False):
         False,
         usual=True,
         unless="resume",
-        own=True,
         help="Continue from the newest complete training state in --output_dir, or start at the beginning if there is "
         "none, so that the same command can be repeated after any stop.",
     )
     skip_finished: bool = option(
         False,
         unless="resume",
-        own=True,
         help="End at once if --output_dir holds the adapter that this very run gives, and continue from its newest "
         "state if it was cut off. The runs of --sweep have it.",
     )
     pause_after_step: int | None = option(
         None,
         kind=whole(1),
-        own=True,
         help="Save weights and state after the first validation from this step on, and end. The rounds of "
         "--sweep_stop_after do so.",
     )
@@ -200,11 +196,10 @@ class MetadataOptions(Options, affects_training=False):
     metadata_tags: str | None = option(None, help="Tags of the model in the file's metadata, separated by commas.")
     metadata_reso: str | None = option(
         None,
-        own=True,
         help="Resolution of the model in the file's metadata, SIDE or WIDTH,HEIGHT. Unset uses --resolution.",
     )
     metadata_arch: str | None = option(
-        None, own=True, help="Architecture of the model in the file's metadata. Unset uses the base model's."
+        None, help="Architecture of the model in the file's metadata. Unset uses the base model's."
     )
     metadata_usage_hint: str | None = option(None, help="Hint in the file's metadata on how to use the model.")
     metadata_thumbnail: str | None = option(

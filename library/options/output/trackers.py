@@ -49,7 +49,6 @@ class TrackerOptions(Options, affects_training=False):
     )
     profile: int = option(
         0,
-        own=True,
         kind=whole(0),
         help="Write a trace of this many steps, from the third on, into --output_dir: a timeline of CPU and GPU for "
         "Perfetto. 0 writes none.",

@@ -9,7 +9,7 @@ FILES, PREVIEWS, VALIDATION = "files", "previews", "validation"
 
 
 @dataclass(frozen=True)
-class AveragingOptions(Options, own=True):
+class AveragingOptions(Options):
     """A moving average of the adapter's weights."""
 
     ema_decay: float | None = option(

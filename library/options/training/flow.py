@@ -85,13 +85,11 @@ class FlowSamplingOptions(Options, needs_images=True):
         None,
         kind=whole(0, 1000),
         # whole timesteps
-        own=True,
         help="Divide the distribution of noise levels into N equal parts and draw each equally often, so that small "
         "datasets see all levels evenly. Unset, 0 or 1 draws each level independently.",
     )
     preserve_distribution_shape: bool = option(
         False,
-        own=True,
         needs=("min_timestep", "max_timestep"),
         help="Cut the distribution of noise levels off at --min_timestep and --max_timestep, instead of scaling it to "
         "fit between them.",
@@ -113,7 +111,7 @@ class FlowPredictionOptions(Options):
 
 
 @dataclass(frozen=True)
-class TimestepPreviewOptions(Options, affects_training=False, needs_images=True, own=True):
+class TimestepPreviewOptions(Options, affects_training=False, needs_images=True):
     """Display of the noise levels that would be drawn, without a model or images."""
 
     show_timesteps: str | None = option(

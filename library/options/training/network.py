@@ -87,7 +87,6 @@ class NetworkOptions(Options):
     )
     training_adapter: str | None = option(
         None,
-        own=True,
         path="file",
         help="Adapter that acts in training beside the trained one, FILE or FILE:STRENGTH, such as a training adapter "
         "for a distilled model. It is not part of the saved file, and previews are drawn without it.",

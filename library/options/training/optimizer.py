@@ -46,7 +46,6 @@ class OptimizerOptions(Options):
     )
     stochastic_rounding: bool = option(
         False,
-        own=True,
         needs="full_bf16",
         help="Round the weights of an adapter in bf16 up or down at random after each step, so that steps too small "
         "for bf16 count on average. The optimizer computes and remembers in float32.",

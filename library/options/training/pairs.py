@@ -12,7 +12,7 @@ EXCLUDES = {
 
 
 @dataclass(frozen=True)
-class PairOptions(Options, needs_images=True, own=True):
+class PairOptions(Options, needs_images=True):
     """Training on pairs of images: those of a subset, and those of its opposite_dir."""
 
     preference_loss: str | None = option(

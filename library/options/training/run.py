@@ -53,7 +53,7 @@ class RunOptions(Options):
 
 
 @dataclass(frozen=True)
-class DiagnosticOptions(Options, own=True):
+class DiagnosticOptions(Options):
     """Failures of a run, and checks before it starts."""
 
     on_nonfinite: str = option(

@@ -7,7 +7,7 @@ from library.options.kinds import whole
 
 
 @dataclass(frozen=True)
-class SweepOptions(Options, own=True, affects_training=False):
+class SweepOptions(Options, affects_training=False):
     """A run for every combination of values."""
 
     sweep: list[str] | None = option(

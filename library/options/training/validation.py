@@ -40,7 +40,6 @@ class ValidationOptions(Options, needs_images=True):
     )
     validate_at_first: bool = option(
         False,
-        own=True,
         affects_training=False,
         help="Measure the validation loss before the first step too, to compare the others with.",
     )
@@ -53,7 +52,6 @@ class ValidationOptions(Options, needs_images=True):
     )
     early_stop_patience: int | None = option(
         None,
-        own=True,
         kind=whole(1),
         affects_training=False,
         help="End the run, and save, after N validations in a row that are each worse than the best one by more than "
@@ -62,7 +60,6 @@ class ValidationOptions(Options, needs_images=True):
     keep_best_checkpoint: bool = option(
         False,
         usual=True,
-        own=True,
         affects_training=False,
         help="Keep the weights with the lowest validation loss so far in a file of their own, <name>-best.",
     )

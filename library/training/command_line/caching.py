@@ -1,6 +1,7 @@
 """Commands that encode a dataset for later runs."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,11 +11,12 @@ from torch import nn
 
 from library.base.errors import about
 from library.base.terminal import print_line
+from library.data.debug_dataset import show_batches
 from library.data.plan.data_plan import DataPlan, build_plan
 from library.data.sources.folders.metadata_file import MetadataEntry
 from library.options.train import TrainOptions
 from library.processes.process_group import from_accelerator
-from library.protocols import Architecture, LatentCodec
+from library.protocols import Architecture, LatentCodec, LatentSpec
 from library.training.command_line.cli import CommandLine
 from library.training.command_line.main import report_error
 from library.training.failures.interruption import Interrupted, Interruption
@@ -22,6 +24,8 @@ from library.training.models.base_model import encode_images
 from library.training.models.compute import Compute
 from library.training.models.opening import open_accelerator, open_data_plan
 from library.training.models.text_caching import TextPlan, prepare_text
+
+logger = logging.getLogger(__name__)
 
 
 def cache_images(
@@ -34,6 +38,8 @@ def cache_images(
 
     `entries` is the metadata file if already read. Raises UserError.
     """
+    if options.dataset.debug_dataset:
+        return show_data(options, codec.spec)
     processes = from_accelerator(open_accelerator(options.precision.mixed_precision))
     seed = options.run.seed or 0
     plan = build_plan(options, codec.spec, seed, None, None, processes.count, entries)
@@ -43,6 +49,9 @@ def cache_images(
 
 def cache_captions(options: TrainOptions, arch: Architecture) -> None:
     """Encode every caption whose cache file is missing or stale. Raises UserError."""
+    if options.dataset.debug_dataset:
+        show_data(options, arch.codec.spec)
+        return
     processes = from_accelerator(open_accelerator(options.precision.mixed_precision))
     compute = Compute.build(options.precision, processes.device)
     text = TextPlan.resolve(options.network, arch.text_cache)
@@ -54,8 +63,19 @@ def cache_captions(options: TrainOptions, arch: Architecture) -> None:
     prepare_text(text, options.caching, options.precision, arch, plan, compute, [], processes)
 
 
-def select_device(text: str) -> None:
-    """Make accelerate use a device. Raises UserError if the device is unknown or absent."""
+def show_data(options: TrainOptions, spec: LatentSpec) -> DataPlan:
+    """List the images as a training with --debug_dataset does, and encode nothing."""
+    plan = build_plan(options, spec, options.run.seed or 0, None, None)
+    plan.audit(logger)
+    show_batches(plan)
+    return plan
+
+
+def select_backend(text: str | None, has_cudnn: bool) -> None:
+    """Make accelerate use a device, None for its own choice. Raises UserError if the device is unknown or absent."""
+    torch.backends.cudnn.enabled = has_cudnn and torch.backends.cudnn.enabled
+    if text is None:
+        return
     try:
         torch.empty(1, device=text)
     # torch raises AssertionError where it was built without the device.

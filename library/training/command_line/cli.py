@@ -40,9 +40,8 @@ def build_parser(
     """
     declarations = {name: declared for kind in groups for name, declared in kind.declarations().items()}
     usual = frozenset(name for name in declarations if declarations[name].usual)
-    own = frozenset(name for name in declarations if declarations[name].own)
     paths = frozenset(name for name in declarations if declarations[name].path)
-    parser = TrainingParser(usual, parts, own, elsewhere, examples, frozenset(left_out), paths)
+    parser = TrainingParser(usual, parts, elsewhere, examples, frozenset(left_out), paths)
     for kind in groups:
         kind.add_to(parser)
     return parser

@@ -13,7 +13,6 @@ from library.base.errors import about
 from library.base.launcher import launched_rank
 from library.base.terminal import EscapedTexts
 from library.base.version import NAME, VERSION
-from library.checkpoints.overwriting import FileKind, check_target, read_start
 from library.options.output.console import ConsoleOptions
 
 logger = logging.getLogger(__name__)
@@ -152,6 +151,8 @@ def resolve_log_level(options: ConsoleOptions) -> int:
 
 def is_log(path: Path) -> bool:
     """Return True for a log by this suite, and for a text named .log, as sd-scripts writes it."""
+    from library.checkpoints.overwriting import read_start
+
     start = read_start(path)
     return LOG_LINE.match(start) is not None or (path.suffix == ".log" and b"\0" not in start)
 
@@ -163,6 +164,9 @@ def build_handlers(options: ConsoleOptions) -> list[logging.Handler]:
         handler.setFormatter(logging.Formatter(f"process {launched_rank()}: %(levelname)s %(message)s"))
         return [handler]
     if options.console_log_file:
+        # Archives and hashes cost a tenth of the time in which a command line is answered.
+        from library.checkpoints.overwriting import FileKind, check_target
+
         path = Path(options.console_log_file)
         try:
             check_target("--console_log_file", path, FileKind("a log file", is_log))

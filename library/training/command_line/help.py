@@ -92,14 +92,14 @@ class TrainingParser(argparse.ArgumentParser):
         self,
         usual: frozenset[str],
         parts: str = "",
-        own: frozenset[str] = frozenset(),
         elsewhere: Callable[[str], str] = lambda option: "",
         examples: str = EXAMPLES,
         left_out: frozenset[str] = frozenset(),
         paths: frozenset[str] = frozenset(),
     ) -> None:
         """Options in `left_out` have no effect here; they are accepted and hidden. Those in `paths` name files."""
-        self._own, self.elsewhere, self._left_out, self.paths = own, elsewhere, left_out, paths
+        self.elsewhere, self._left_out, self.paths = elsewhere, left_out, paths
+        self._first = "What most trainings set"
         super().__init__(
             usage="%(prog)s [options]",
             description=examples.format(parts=f"      {parts} \\\n" if parts else ""),
@@ -128,10 +128,15 @@ class TrainingParser(argparse.ArgumentParser):
         finally:
             self.exit_on_error = True
 
+    def show_only(self, usual: frozenset[str], description: str, first: str) -> None:
+        """Let --help show these options under another description; `first` is the heading of those that come first."""
+        self.formatter_class = functools.partial(FilteredHelp, self._left_out, usual)
+        self.description, self._first = description, first
+
     def format_help(self) -> str:
         """Format the help; the options that most trainings set come first, and not again in their groups."""
         actions = {action.dest: action for action in self._actions}
-        first = argparse.ArgumentParser(add_help=False).add_argument_group("What most trainings set")
+        first = argparse.ArgumentParser(add_help=False).add_argument_group(self._first)
         first._group_actions = [actions[name] for name in FIRST if name in actions]
         ordered = copy.copy(self)
         ordered._action_groups = [first, *self._action_groups]
@@ -140,15 +145,24 @@ class TrainingParser(argparse.ArgumentParser):
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         """Return the options that an abbreviation may mean.
 
-        If several match, options that sd-scripts lacks are excluded; if another script has an option of that exact
-        name, none matches.
+        If several match, options of our own are excluded; if the name is one of another script or program, none
+        matches.
         """
         matches: list[Any] = super()._get_option_tuples(option_string)  # type: ignore[misc]
         # Front ends and guides abbreviate options of sd-scripts, which options of our own must not make ambiguous.
-        reference_matches = [entry for entry in matches if entry[0].dest not in self._own]
-        candidates = reference_matches if len(matches) > 1 and reference_matches else matches
+        if len(matches) > 1:
+            matches = self._prefer_known(matches)
         name = option_string.partition("=")[0].lstrip("-")
-        return [] if len(candidates) > 1 and self.elsewhere(name) else candidates
+        return [] if len(matches) > 1 and self.elsewhere(name) else matches
+
+    def _prefer_known(self, matches: list[Any]) -> list[Any]:
+        """Return the options of sd-scripts, or else of musubi-tuner, or else all."""
+        from library.options.other_programs import ABBREVIATED, MUSUBI_TUNER, SD_SCRIPTS, has_option
+
+        script = getattr(self.elsewhere, "name", self.prog)
+        for program, version in ((SD_SCRIPTS, ABBREVIATED), (MUSUBI_TUNER, "")):
+            matches = [m for m in matches if has_option(program, script, m[0].dest, version)] or matches
+        return matches
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         # 75 is not a choice of the caption length, but sd-scripts' documentation calls it the default.

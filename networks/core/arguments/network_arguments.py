@@ -15,6 +15,7 @@ from library.base.suggestions import nearest_name
 from library.checkpoints.base_model_spec import ArgumentForm
 from library.options.declared import Declared, Needs, list_aliases, list_declared
 from library.options.kinds import TEXT, Kind, parse_text
+from library.options.other_programs import explain_name
 from networks.core.arguments.values import RANK, RANKS, SELECTION, SWITCH
 
 logger = logging.getLogger(__name__)
@@ -106,6 +107,8 @@ def read_groups(
 
 
 def _suggest(unknown: str, kinds: Collection[str], aliases: Mapping[str, str], known: Mapping[str, Declared]) -> str:
+    if hint := explain_name(unknown):
+        return hint
     nearest = nearest_name(unknown, (*kinds, *aliases), least=0.5)
     if nearest is None:
         return f"known: {', '.join(kinds)}"

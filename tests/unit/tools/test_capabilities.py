@@ -3,12 +3,15 @@
 import importlib
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
 
 from library.architectures.scripts import list_scripts
+from library.commands.reference_page import render_page
+from library.options.other_programs import read_program
 from networks.core.registry.layouts import list_kinds
 from tests.running import ROOT
 from tools.capabilities import main
@@ -105,6 +108,16 @@ def test_an_unknown_script_is_named_with_the_nearest(capsys: pytest.CaptureFixtu
 def test_every_setting_has_a_help_text(described: dict[str, Any]) -> None:
     settings = [*described["dataset_keys"], *(a for kind in described["network_modules"] for a in kind["arguments"])]
     assert len(described["dataset_keys"]) > 47 and all(setting["help"].endswith(".") for setting in settings)
+
+
+def test_the_page_of_settings_is_what_the_declarations_say(described: dict[str, Any], tmp_path: Path) -> None:
+    """`python3 tools/capabilities.py --docs docs/reference.md` writes it anew."""
+    page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert page == render_page(described)
+    assert all(f"| `{entry.name}` | " in page for entry in read_program("diffusers").values() if not entry.option)
+    (tmp_path / "mine.md").write_text("mine")
+    assert main(["--docs", str(tmp_path / "mine.md")]) == 1 and (tmp_path / "mine.md").read_text() == "mine"
+    assert main(["--docs", str(tmp_path / "new.md")]) == 0 and (tmp_path / "new.md").read_text("utf-8") == page
 
 
 def test_scripts_that_train_on_prompts_say_which_options_have_no_effect(described: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """--errors_json: one line with the fields of the error that ends a command."""
 
 import argparse
+import importlib
 import json
 import pickle
 from collections.abc import Callable, Mapping
@@ -25,11 +26,13 @@ from library.base.errors import (
     of_file,
     reason_of,
 )
+from library.data.description.dataset_file import load_dataset_config
+from library.options.train import TrainOptions
 from library.training.command_line.cli import CommandLine, check_training, check_words
 from library.training.command_line.main import report_error
 from library.training.failures.failure import StoppedByError
 from library.training.failures.nonfinite import NonFiniteError
-from library.training.reporting.error_fields import find_setting, wants_error_line
+from library.training.reporting.error_fields import describe_error, find_setting, wants_error_line
 from library.training.saving.rescue import NotWrittenError
 from tests.running import SCRIPTS, make_images
 
@@ -267,3 +270,52 @@ class Failing(torch.utils.data.Dataset[UserError]):
         if number:
             raise IndexError
         return of_file("a.png")("is damaged")
+
+
+SUBSET = "data['datasets'][0]['subsets'][0]"
+
+
+@pytest.mark.parametrize(
+    ("lines", "setting", "place", "cause"),
+    [
+        ("resolution = 64", "num_repeat", SUBSET, "wrong value"),
+        ("resolution = 64\nbatch_size = 'x'", "batch_size", "data['datasets'][0]", "wrong value"),
+        ("", "resolution", "data['datasets'][0]", "missing"),
+        ("resolution = 64", "is_forgetting_probe", SUBSET, "does not fit"),
+    ],
+)
+def test_a_key_of_the_dataset_file_is_named_with_its_table(
+    lines: str, setting: str, place: str, cause: str, tmp_path: Path
+) -> None:
+    keys = {"num_repeat": "num_repeat = 2", "is_forgetting_probe": "is_reg = true\nis_forgetting_probe = true"}
+    path = tmp_path / "data.toml"
+    subset = f"[[datasets.subsets]]\nimage_dir = 'x'\n{keys.get(setting, '')}"
+    path.write_text(f"[[datasets]]\n{lines}\n{subset}\n")
+    options = train_network.setup_parser().parse_args(["--dataset_config", str(path)])
+    with pytest.raises(UserError) as raised:
+        load_dataset_config(TrainOptions.from_args(options))
+    fields = describe_error(raised.value, {}, ())
+    assert (fields.setting, fields.place, fields.cause) == (setting, place, cause)
+    assert fields.file == fields.path == str(path)
+    assert (fields.remedy is not None) == (cause in ("missing", "does not fit"))
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "status", "setting"),
+    [
+        ("tools.resize_lora", ["--model", "no.safetensors", "--save_to", "b.xyz", "--new_rank", "4"], 1, "--save_to"),
+        ("tools.merge_lora", ["--models", "a.safetensors", "--ratios", "x"], 2, None),
+        ("train", ["--base", "no.safetensors", "photos", "mycat, a cat"], 1, "--base"),
+    ],
+)
+def test_tools_and_the_front_door_print_it_too(
+    command: str, words: list[str], status: int, setting: str | None, capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("sys.argv", [command, *words, "--errors_json"])
+    try:
+        found = importlib.import_module(command).main()
+    except SystemExit as end:
+        found = end.code
+    fields = read_line(capfd.readouterr().err)
+    assert found == status and fields is not None and fields["setting"] == setting and fields["cause"]

@@ -171,3 +171,19 @@ def test_caching_commands_refuse_mistakes_before_torch(
     for name in ("data.toml", "vae.safetensors"):
         (tmp_path / name).touch()
     check_answer_without_torch(command, words, status, answer, tmp_path)
+
+
+@pytest.mark.parametrize("command", CACHING)
+def test_caching_commands_have_their_own_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every option of the training is taken, though few are shown."""
+    encoded = "captions" if "text" in command else "images"
+    module = command.removesuffix(".py").replace("/", ".")
+    text = shown(module, "--help", capsys)
+    assert f"Encode the {encoded} of a data set" in text and f"What encoding the {encoded} needs:" in text
+    assert {"--dataset_config", "--vae", "--skip_existing", "--mixed_precision"} <= options_in(text)
+    assert len(options_in(text)) <= 60 and not {"--learning_rate", "--network_dim"} & options_in(text)
+    assert {"--learning_rate", "--network_dim"} < options_in(shown(module, "--help_all", capsys))
+    commands = re.findall(r"^ +python3 \S+ (.*)$", text, re.MULTILINE)
+    assert len(commands) == 2
+    for line in commands:
+        assert parser_of(module).parse_known_args([*line.split(), "--learning_rate", "1e-4"])[1] == []

@@ -1,0 +1,121 @@
+"""Names of settings in other programs, and what stands for them here: names/<program>.json.
+
+Read only for a hint, an ambiguous abbreviation or JSON. An entry of `names` is by the name there, dotted as in a YAML
+or JSON file, and has one of `option` (several: that of the base model's script), `key` of a dataset file, `argument` of
+--network_args, `optimizer` of --optimizer_args, `prompt` (the letters of a prompt line), or `none` with the reason.
+`value` is what a mere switch stands for, `values` translate words (null: no equal), `convert` names how the value
+changes, `beside` are settings that go with it, and `note` is for people. `since` and `scripts` say which version and
+scripts have the name; without `scripts` all of them.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).with_name("names")
+SD_SCRIPTS, MUSUBI_TUNER = "sd_scripts", "musubi_tuner"
+ABBREVIATED = "0.10"  # of sd-scripts: later ones are not abbreviated in guides and front ends
+DATA_TABLES = ("datasets.", "concepts.", "concepts.text.", "concepts.image.", "data_backend.")
+CONVERSIONS: Mapping[str, str] = {  # what the value becomes, as the end of "use --option"
+    "negate": "its opposite",
+    "pair": "both as a pair",
+    "pairs": "written name=value",
+    "list": "one value of the list each",
+    "patterns": "as regular expressions",
+    "dot": "with its dot",
+    "latest": "or --autoresume for the latest",
+    "prompt_lines": "a file with a prompt a line",
+    "folder_and_name": "its folder, and --output_name",
+    "saves_to_steps": "in steps, not in files",
+    "unit": "or the option of its unit",
+    "thousandths": "in thousandths",
+    "plus_one": "one more",
+    "share_of_blocks": "as a number of blocks",
+    "share_of_rate": "as a share of the learning rate",
+    "megapixels": "in pixels",
+}
+
+
+@dataclass(frozen=True)
+class Equivalent:
+    """What stands here for a name of another program."""
+
+    program: str
+    name: str
+    option: str | list[str] = ""
+    key: str = ""
+    argument: str = ""
+    optimizer: str = ""
+    prompt: str = ""
+    none: str = ""
+    value: Any = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+    convert: str = ""
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+    since: str = ""
+    scripts: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> list[str]:
+        return [self.option] if self.option and isinstance(self.option, str) else [*self.option]
+
+    def describe(self, options: Collection[str] | None, has_note: bool = True) -> str:
+        """Return what to use, or why there is nothing; `options` are the command's, None for those of any script."""
+        if self.none:
+            return self.none
+        known = [option for option in self.options if options is None or option in options]
+        if self.option and not known:
+            return f"here it is --{' or --'.join(self.options)}, which this command does not have"
+        beside = "".join(f" and {name} = {_format(value)}" for name, value in self.beside.items())
+        value = "" if self.value is None else _format(self.value)
+        if known:
+            use = f"--{known[0]} {value}".rstrip() + beside.replace(" and ", " and --").replace(" = true", "")
+        elif self.key:
+            use = f"{self.key}{beside} in the dataset file"
+        elif self.argument:
+            use = f"--network_args {self.argument}={value or '…'}" + beside.replace(" and ", " ").replace(" = ", "=")
+        else:
+            use = f"--optimizer_args {self.optimizer}=…" if self.optimizer else f"--{self.prompt} in a prompt line"
+        note = f"; {self.note}" if self.note and has_note else ""
+        return f"use {use}" + (self.convert and f", {CONVERSIONS[self.convert]}") + note
+
+
+def _format(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def list_programs() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+@cache
+def read_program(program: str) -> Mapping[str, Equivalent]:
+    """Return what stands for each name of a program."""
+    content = json.loads((FOLDER / f"{program}.json").read_text(encoding="utf-8"))
+    return {name: Equivalent(content["program"], name, **entry) for name, entry in content["names"].items()}
+
+
+def has_option(program: str, script: str, name: str, version: str = "") -> bool:
+    """Return True if a program's script has an option, in a `version` if there is one; a script that the program lacks
+    is taken to have what all of its scripts have."""
+    entry = read_program(program).get(name)
+    return entry is not None and (not entry.scripts or script in entry.scripts) and version in ("", entry.since)
+
+
+def explain_name(name: str, options: Collection[str] | None = None, *, in_data: bool = False) -> str:
+    """Return what to use for a name of other programs, or ""; `in_data` is for keys of a dataset file, and `options` as
+    in `describe`."""
+    places = ("", *DATA_TABLES) if in_data else ("",)
+    programs = [read_program(program) for program in list_programs()]
+    found = [next((p[place + name] for place in places if place + name in p), None) for p in programs]
+    entries = [entry for entry in found if entry is not None and name not in entry.options]
+    texts = dict[str, list[str]]()
+    for entry in entries:
+        texts.setdefault(entry.describe(options, has_note=len(entries) == 1), []).append(entry.program)
+    if len(texts) == 1:
+        return next(iter(texts))
+    return "; ".join(f"{' and '.join(names)}: {text}" for text, names in texts.items())
