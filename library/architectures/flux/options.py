@@ -8,7 +8,7 @@ from typing import TypeVar
 from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
 from library.options.kinds import whole
-from library.options.model import BASE, ModelFile, ReadingOptions
+from library.options.model import BASE, TRAINING_ADAPTER, ModelFile, ReadingOptions
 from library.options.train import TrainOptions
 from library.options.training.flow import (
     FlowPredictionOptions,
@@ -83,6 +83,7 @@ FILES: tuple[ModelFile, ...] = (
     ModelFile("clip_l", "comfyanonymous/flux_text_encoders", "clip_l.safetensors", 0.25, "Apache-2.0"),
     ModelFile("t5xxl", "comfyanonymous/flux_text_encoders", "t5xxl_fp16.safetensors", 9.8, "Apache-2.0"),
     ModelFile("ae", "Comfy-Org/z_image_turbo", "ae.safetensors", 0.34, "Apache-2.0"),
+    ModelFile(TRAINING_ADAPTER, "ostris/FLUX.1-schnell-training-adapter", "", release="schnell"),
 )
 """Where the base models and their parts are to be had."""
 
