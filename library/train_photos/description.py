@@ -18,6 +18,7 @@ from tools.recipes import MOST_STEPS
 
 NUM_CAPTIONS = 3  # that are shown
 MOST_COMPARED = 200  # captions
+NUM_PARTS = 3  # of the time that are shown
 MOST_WORDS = 3  # of a trigger
 ADAPTERS = {TRAINING_ADAPTER, "base_weights", "network_weights"}
 DISTILLED = (
@@ -171,10 +172,12 @@ def format_value(value: Any) -> str:
 
 
 def describe_cost(plan: Plan) -> str:
-    if plan.fit is None or plan.fit.choice.chosen is None:
+    if plan.fit is None or plan.fit.choice.chosen is None or plan.duration is None:
         return "an unknown time: the first steps tell"
     chosen, gpu = plan.fit.choice.chosen, plan.fit.choice.gpu
-    time = duration(chosen.seconds * plan.values["max_train_steps"])
+    parts = sorted(plan.duration.parts.items(), key=lambda part: -part[1])
+    largest = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts[:NUM_PARTS] if seconds >= 1)
+    time = duration(plan.duration.seconds) + (f" ({largest})" if largest else "")
     if find_device().type != "cuda":
         return f"about {time}; there is no NVIDIA or AMD GPU, which would be many times faster"
     memory = f"{format_gib(chosen.device_bytes)} of {format_gib(gpu.memory_bytes)}"

@@ -14,7 +14,7 @@ import torch
 
 from library.base.errors import UserError
 from library.checkpoints.files import atomic_path
-from library.checkpoints.marks import seal_text
+from library.checkpoints.marks import TRAIN_PY, seal_text
 from library.checkpoints.overwriting import sealed
 from library.data.description.captions import caption_variant
 from library.data.plan.audit import MOST_ENLARGED
@@ -26,7 +26,7 @@ from library.options.model import TRAINING_ADAPTER, ModelFile
 from library.options.train import TrainOptions
 from library.processes.process_group import ALONE
 from library.protocols import Architecture
-from library.train_photos.base import Base, Predicted, Prediction, find_prediction, measure_loss
+from library.train_photos.base import Base, Predicted, Prediction, find_prediction, measure_losses
 from library.train_photos.parts import find_parts, find_training_adapter
 from library.train_photos.photos import PhotoFolder, Trigger
 from library.training.command_line.checks import check
@@ -39,11 +39,12 @@ from library.training.models.preflight import mute_logging
 from library.training.models.requests import RequestedRun
 from library.training.planning.fit import Fit, fit_to
 from library.training.planning.fit_run import count_adapter_run, fit_run, largest_batch
+from library.training.planning.run_duration import RunDuration, predict_duration
 from tools.contact_sheet import find_device
 from tools.recipes import interpolate_steps
 
-HEADER = "# Written by train.py, which replaces it if it runs with the same --name."
-TEXT_KIND = sealed("a file that train.py wrote, unchanged", HEADER)
+TEXT_KIND = sealed("a file that train.py wrote, unchanged", TRAIN_PY)
+OUTPUT = Path("output")  # default folder of all runs
 SIDE_STEP = 64
 SMALLEST_BUCKET = 256  # the scripts' own
 SET_ASIDE, MOST_SET_ASIDE = 0.1, 50  # a share, and a number of photos
@@ -53,6 +54,7 @@ FEWEST_BATCHES = 4  # of an epoch
 REFUSED_ADAPTER = (TRAINING_ADAPTER, "none")
 MINUTES = 10  # of work that a crash may cost
 PLANNED = ("fit", "fit_formats")  # resolved before the run
+NUM_ROWS = 8  # of the sheets at the end: files, and strengths
 SMALL_PRODUCT = 1024  # side of the matrices that measure a CPU
 
 
@@ -89,6 +91,10 @@ class Files:
         return self.folder / f"{self.name}-prompts.txt"
 
     @property
+    def log(self) -> Path:
+        return self.folder / f"{self.name}.log"
+
+    @property
     def texts(self) -> tuple[Path, ...]:
         return self.config, self.dataset, self.prompts
 
@@ -115,6 +121,7 @@ class Plan:
     draws_per_step: float = 0.0  # 0 if unknown
     missing: ModelFile | None = None  # the training adapter of a distilled base, which is not there
     findings: Sequence[Finding] = ()  # about the photos
+    duration: RunDuration | None = None
 
     def with_values(self, values: Mapping[str, Any]) -> "Plan":
         """Return the plan with more options, which replace none that the user gave."""
@@ -149,7 +156,7 @@ class Plan:
         texts = {files.dataset: format_config(self.dataset), files.prompts: self.prompts, files.config: options}
         for path, text in texts.items():
             with atomic_path(path) as unfinished:
-                unfinished.write_text(seal_text(HEADER, text), encoding="utf-8", newline="\n")
+                unfinished.write_text(seal_text(TRAIN_PY, text), encoding="utf-8", newline="\n")
 
     def read(self, files: Files) -> TrainOptions:
         """Write the files, and return the options as the base model's script reads them."""
@@ -181,7 +188,7 @@ def make_plan(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder], wishes
         options = plan.read(scratch)
         check(options)
         arch = base.spec.build(options)
-        predicted = find_prediction(base, arch, wishes.prediction, partial(measure_loss, base, options))
+        predicted = find_prediction(base, arch, wishes.prediction, partial(measure_losses, base, options))
         if predicted is not None:
             plan = replace(plan, predicted=predicted).with_values(predicted.values)
             options = plan.read(scratch)
@@ -238,7 +245,10 @@ def choose_values(recipe: Recipe, side: int, num_photos: int, steps: int) -> dic
 def choose_length(steps: int, num_photos: int) -> dict[str, Any]:
     """Return the options of a run's length and of its files; photos are set aside to measure each file on, if there are
     enough for a choice."""
-    every = -(-steps // max(1, min(NUM_FILES, steps // FEWEST_STEPS)))
+    most = max(1, min(NUM_FILES, steps // FEWEST_STEPS))
+    # If possible, so that the last file has previews too.
+    even = (number for number in range(most, most // 2, -1) if steps % number == 0)
+    every = -(-steps // next(even, most))
     values = {"max_train_steps": steps, "save_every_n_steps": every, "sample_every_n_steps": every}
     if round(num_photos * SET_ASIDE) < MIN_IMAGES:
         return values
@@ -279,12 +289,12 @@ def with_fit(plan: Plan, options: TrainOptions, arch: Architecture, formats: Seq
     if device.type == "cuda":
         options = options.with_values({"fit": "auto", "fit_formats": formats})
         fit = fit_run(RequestedRun.resolve(options, arch), data, replace(ALONE, device=device), data)
-        return replace(plan, fit=fit).with_values(fit.values())
-    gpu = benchmark_gpu(
-        device, psutil.virtual_memory().available, DTYPES[options.precision.mixed_precision], SMALL_PRODUCT
-    )
-    counted = count_adapter_run(run, largest_batch(data), device)
-    return replace(plan, fit=fit_to(counted, gpu, num_steps=data.max_train_steps))
+    else:
+        memory_bytes, dtype = psutil.virtual_memory().available, DTYPES[options.precision.mixed_precision]
+        gpu = benchmark_gpu(device, memory_bytes, dtype, SMALL_PRODUCT)
+        fit = fit_to(count_adapter_run(run, largest_batch(data), device), gpu, num_steps=data.max_train_steps)
+    plan = replace(plan, fit=fit, duration=predict_duration(fit, arch, plan.num_photos, NUM_ROWS))
+    return plan.with_values(fit.values()) if device.type == "cuda" else plan
 
 
 def compose_captions(data: DataPlan) -> list[str]:
@@ -297,9 +307,17 @@ def compose_captions(data: DataPlan) -> list[str]:
 
 def limit_time(plan: Plan, minutes: float) -> Plan:
     """Return the plan with as many steps as fit into this time."""
-    if plan.fit is None or plan.fit.choice.chosen is None:
+    if plan.duration is None:
         raise UserError.about(
             "--minutes", f"{minutes:g}: how long a step of this model takes is not known; give --steps instead"
         )
-    steps = max(1, int(60 * minutes / plan.fit.choice.chosen.seconds))
-    return plan.with_values(choose_length(steps, plan.num_photos))
+    beside = plan.duration.seconds - plan.duration.parts["training"]
+    steps = int((60 * minutes - beside) / plan.duration.step)
+    if steps < 1:
+        raise UserError.about(
+            "--minutes",
+            f"is {minutes:g}, but loading, previews and sheets take {beside / 60:.1f} alone; give more, or --steps",
+        )
+    return replace(plan, duration=replace(plan.duration, num_steps=steps)).with_values(
+        choose_length(steps, plan.num_photos)
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -19,7 +20,14 @@ from library.data.decoding.images import MODEL
 from library.data.plan.data_plan import build_plan
 from library.options.model import TRAINING_ADAPTER
 from library.options.train import TrainOptions
-from library.train_photos.base import Base, choose_recipe, measure_loss, measure_prediction, read_prediction, recognise
+from library.train_photos.base import (
+    Base,
+    choose_recipe,
+    measure_losses,
+    measure_prediction,
+    read_prediction,
+    recognise,
+)
 from library.train_photos.command_line import read_command_line
 from library.train_photos.description import (
     describe_given,
@@ -266,13 +274,19 @@ def test_the_marker_tensors_of_a_checkpoint_tell_its_prediction(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_the_losses_of_a_trained_base_tell_that_it_predicts_noise(tmp_path: Path, fresh_process: None) -> None:
+def test_the_losses_of_a_trained_base_tell_that_it_predicts_noise(
+    tmp_path: Path, fresh_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    encode = AutoencoderKL.encode
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda vae, x: encoded.append(len(x)) or encode(vae, x))
     base, folders = recognise(TOY), find_photos(Path(HEARTS))
     recipe, trigger = choose_recipe(base, "character"), Trigger("heart")
     values = {**choose_values(recipe, 64, 32, 10), **base.values}
     plan = Plan(base, recipe, folders, trigger, values, write_prompts(recipe, trigger, 64), None, None)
-    measured = measure_prediction(base, partial(measure_loss, base, plan.read(Files(tmp_path, "mine"))))
+    measured = measure_prediction(base, partial(measure_losses, base, plan.read(Files(tmp_path, "mine"))))
     assert measured.prediction == "epsilon" and "on 5 photos" in measured.why
+    assert sum(encoded) == 5
 
 
 def test_text_encoders_and_vaes_are_found_in_comfyuis_folders_by_content(tmp_path: Path) -> None:
