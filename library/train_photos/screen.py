@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -30,7 +30,7 @@ class Screen:
 
     name = "the progress bar"
 
-    def __init__(self, stream: IO[str], planned: RunDuration | None) -> None:
+    def __init__(self, stream: TextIO, planned: RunDuration | None) -> None:
         self._stream, self._planned = stream, planned or UNPLANNED
         self._first = 0, 0.0  # a step, and when it was finished
         self._step_s: float | None = None  # measured
@@ -41,7 +41,8 @@ class Screen:
     def take(self, lines: Sequence[Mapping[str, Any]]) -> None:
         for line in lines:
             show = {"plan": self._plan, "step": self._step, "preview": self._preview, "saved": self._saved}
-            show.get(line["event"], lambda line: None)(line)
+            if line["event"] in show:
+                show[line["event"]](line)
 
     def show_stage(self, name: str) -> None:
         """Say what goes on when no steps are trained."""
@@ -115,7 +116,7 @@ def is_for_people(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def logging_to(path: Path) -> Iterator[IO[str]]:
+def logging_to(path: Path) -> Iterator[TextIO]:
     """Write what the block prints and logs to a file, and errors to standard error too, which the block is given."""
     screen, root = sys.stderr, logging.getLogger()
     errors = logging.StreamHandler(screen)

@@ -40,10 +40,10 @@ def train(plan: Plan, start: Start, record: Record, steps: int | None) -> int:
     NAME.toml.
     """
     files, began = start.files, monotonic()
-    if start.earlier is None:
-        write(plan, files, record)
     advice: list[str] = []
     with logging_to(files.log) as stream, Screen(stream, plan.duration) as screen:
+        if start.earlier is None:
+            write(plan, files, record)
         status = run_script(plan, start, steps, screen)
         if status == 0 and is_trained(files):
             screen.show_stage("drawing")

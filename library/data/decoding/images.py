@@ -82,9 +82,10 @@ def read_tags(image: Image.Image) -> Mapping[int, Any]:
     if image.format == "PNG" and "exif" not in image.info:
         return {}
     try:
-        return image.getexif()
+        tags: Mapping[int, Any] = image.getexif()
     except Exception:  # damaged tags must not cost the image, and Pillow raises many errors here
         return {}
+    return tags
 
 
 def read_orientation(image: Image.Image) -> int:
