@@ -68,7 +68,8 @@ def list_part_names(plan: Plan) -> list[str]:
     """Return the options of the files beside the base that the run reads: parts, and adapters."""
     declared = plan.base.spec.options.declarations()
     parts = {name for name in declared if declared[name].path in ("part", "model")} - {BASE}
-    return [name for name in plan.values if name in parts | ADAPTERS and (name, plan.values[name]) != REFUSED_ADAPTER]
+    given = {name for name, value in plan.values.items() if value and (name, value) != REFUSED_ADAPTER}
+    return sorted(given & (parts | ADAPTERS))
 
 
 def list_folders(folders: Sequence[PhotoFolder]) -> Iterator[str]:

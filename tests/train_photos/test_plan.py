@@ -34,6 +34,7 @@ from library.train_photos.description import (
     describe_photos,
     list_captions,
     list_folders,
+    list_part_names,
     remark_on_trigger,
 )
 from library.train_photos.parts import find_parts, find_training_adapter
@@ -341,6 +342,13 @@ def test_a_step_distilled_base_takes_its_training_adapter_beside_it_or_of_the_mo
     assert find_training_adapter(base, {}, tmp_path)[1] == adapter
     for given in ({"training_adapter": "none"}, {"base_weights": ["a"]}, {"model_version": "de-turbo"}):
         assert find_training_adapter(base, given, tmp_path) == (None, None)
+
+
+def test_parts_and_adapters_are_listed_and_not_what_is_unset() -> None:
+    base = base_of("flux", "/m/a.safetensors")
+    values = {"ae": "/m/ae", "clip_l": None, "training_adapter": "none", "base_weights": ["/m/b"], "output_dir": "/o"}
+    plan = Plan(base, choose_recipe(base, "style"), [], Trigger("ink"), values, "", None, None)
+    assert list_part_names(plan) == ["ae", "base_weights"]
 
 
 def test_the_published_training_adapters_are_those_of_the_page() -> None:
