@@ -13,12 +13,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import train
-from library.architectures.scripts import list_scripts
 from library.architectures.specs import list_specs
 from library.base.errors import UserError
 from library.data.decoding.images import MODEL
 from library.data.plan.data_plan import build_plan
-from library.options.model import TRAINING_ADAPTER
 from library.options.train import TrainOptions
 from library.train_photos.base import (
     Base,
@@ -349,12 +347,6 @@ def test_parts_and_adapters_are_listed_and_not_what_is_unset() -> None:
     values = {"ae": "/m/ae", "clip_l": None, "training_adapter": "none", "base_weights": ["/m/b"], "output_dir": "/o"}
     plan = Plan(base, choose_recipe(base, "style"), [], Trigger("ink"), values, "", None, None)
     assert list_part_names(plan) == ["ae", "base_weights"]
-
-
-def test_the_published_training_adapters_are_those_of_the_page() -> None:
-    page = Path("docs/flow_models.md").read_text()
-    published = [file for script in list_scripts() for file in script.files if file.flag == TRAINING_ADAPTER]
-    assert len(published) >= 4 and all(f"`{file.repository}`" in page for file in published)
 
 
 def test_a_pipeline_without_a_family_is_recognised(tmp_path: Path) -> None:
