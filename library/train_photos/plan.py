@@ -54,7 +54,7 @@ FEWEST_BATCHES = 4  # of an epoch
 REFUSED_ADAPTER = (TRAINING_ADAPTER, "none")
 MINUTES = 10  # of work that a crash may cost
 PLANNED = ("fit", "fit_formats")  # resolved before the run
-NUM_ROWS = 8  # of the sheets at the end: files, and strengths
+NUM_SHEET_FILES, NUM_STRENGTHS = 5, 3  # rows of the sheets at the end, besides strength 1 of the last file
 SMALL_PRODUCT = 1024  # side of the matrices that measure a CPU
 
 
@@ -293,7 +293,9 @@ def with_fit(plan: Plan, options: TrainOptions, arch: Architecture, formats: Seq
         memory_bytes, dtype = psutil.virtual_memory().available, DTYPES[options.precision.mixed_precision]
         gpu = benchmark_gpu(device, memory_bytes, dtype, SMALL_PRODUCT)
         fit = fit_to(count_adapter_run(run, largest_batch(data), device), gpu, num_steps=data.max_train_steps)
-    plan = replace(plan, fit=fit, duration=predict_duration(fit, arch, plan.num_photos, NUM_ROWS))
+    num_files = -(-int(plan.values["max_train_steps"]) // max(1, int(plan.values.get("save_every_n_steps") or 1)))
+    num_rows = min(NUM_SHEET_FILES, num_files) + NUM_STRENGTHS
+    plan = replace(plan, fit=fit, duration=predict_duration(fit, arch, plan.num_photos, num_rows))
     return plan.with_values(fit.values()) if device.type == "cuda" else plan
 
 

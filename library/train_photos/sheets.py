@@ -11,7 +11,7 @@ from PIL import Image
 from library.base.formatting import format_count
 from library.checkpoints.marks import mark_of, save_image
 from library.data.decoding.images import read_pixels
-from library.train_photos.plan import Files, Plan, read_options
+from library.train_photos.plan import NUM_SHEET_FILES, Files, Plan, read_options
 from library.training.evaluation.image_scores import NEAR_COPIES, build_scorer, measure_change
 from library.training.evaluation.prompts import read_prompts, resolve_all
 from library.training.offline.contact_sheet import Row, arrange, draw_rows
@@ -22,7 +22,6 @@ from tools.draw import SHEET
 
 WRITER = "train.py"
 STRENGTHS = (0.0, 0.5, 0.75, 1.0)
-NUM_FILES = 5  # the last ones
 FILES_SHEET = "files.png"
 SIDE = 512  # pixels of an image in a sheet
 MOST_COMPARED = 500  # photos
@@ -48,7 +47,7 @@ def draw_sheets(plan: Plan, files: Files, adapter: Path) -> Sheets:
     options = read_options(plan.base, files)
     arch = plan.base.spec.build(options)
     prompts = expand_columns(resolve_all(read_prompts(files.prompts), arch), None)
-    last = drop_copies(files_of_run(Names(files.folder, files.name, "safetensors")))[-NUM_FILES:]
+    last = drop_copies(files_of_run(Names(files.folder, files.name, "safetensors")))[-NUM_SHEET_FILES:]
     wanted = list(dict.fromkeys([*((file, 1.0) for file in last), *((adapter, strength) for strength in STRENGTHS)]))
     rows = [Row([pair] if pair[1] else [], prompts) for pair in wanted]
     drawn_rows = draw_rows(options.network, options.precision, options.memory, arch, rows, find_device())
