@@ -15,7 +15,7 @@ OWN = re.compile(
     r"mine\.toml|mine-dataset|mine-prompts|strengths|timed|\.lock| \.?mine\.safetensors| mine-state|^mkdir out"
 )
 """The files of train.py itself, and those that decide what it does next."""
-NUM_PARTS = 15  # each of about ten cuts, which take minutes
+NUM_PARTS = 25  # each of about six cuts, which take minutes
 
 
 def start(folder: Path) -> Path:
