@@ -15,7 +15,7 @@ OWN = re.compile(
     r"mine\.toml|mine-dataset|mine-prompts|strengths|timed|\.lock| \.?mine\.safetensors| mine-state|^mkdir out"
 )
 """The files of train.py itself, and those that decide what it does next."""
-NUM_PARTS = 25  # each of about six cuts, which take minutes
+NUM_PARTS = 15  # each of a few cuts, which take minutes
 
 
 def start(folder: Path) -> Path:
@@ -72,4 +72,4 @@ def test_train_py_killed_at_every_file_operation_of_its_own_goes_on(part: int, t
     points = points[part::NUM_PARTS]
     outcomes = cut_at(points, arguments, whole, tmp_path)
     print("\n".join(f"{count:4}  {what}" for what, count in outcomes.most_common()))
-    assert len(outcomes) > 1 and sum(outcomes.values()) == len(points)
+    assert points and sum(outcomes.values()) == len(points)
