@@ -4,8 +4,7 @@
 #   docker build -t lora-training --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
 #   docker run --rm --gpus all --shm-size 2g --user "$(id -u):$(id -g)" \
 #     -v "$PWD/pictures:/pictures:ro" -v "$PWD/models:/models:ro" -v "$PWD/output:/output" -v lora-hub:/hub \
-#     lora-training python sdxl_train_network.py --recipe sdxl_character \
-#     --pretrained_model_name_or_path /models/sdxl.safetensors --train_data_dir /pictures --output_dir /output
+#     lora-training python train.py /pictures --base /models/sdxl.safetensors --trigger "mycat, a cat" --output_dir /output
 FROM python:3.12-slim
 
 # Triton, which --compile uses, builds with a C compiler.

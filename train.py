@@ -31,6 +31,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--minutes", type=float, help="length of the training, as this machine is predicted to run it")
     parser.add_argument("--models", type=Path, metavar="DIR", help="folder with text encoders and VAEs, as ComfyUI's")
     parser.add_argument("--prediction", choices=("epsilon", "v"), help="what the base predicts, if that is not clear")
+    parser.add_argument("--leave_out", nargs="+", action="extend", default=[], metavar="FILE", help="photos not to use")
+    parser.add_argument("--keep_all", action="store_true", help="also train on copies, and on very small photos")
     parser.add_argument("--caption", action="store_true", help="first write captions for photos without one")
     parser.add_argument("--output_dir", type=Path, help="folder for what is saved (default: output/NAME)")
     parser.add_argument("--name", help="name of what is saved (default: from the folder of photos)")

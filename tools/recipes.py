@@ -23,6 +23,9 @@ EXAMPLES = """\
   python3 tools/recipes.py NAME"""
 
 
+MOST_STEPS = 10_000  # of a run whose length nobody gave
+
+
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("name", nargs="?", help="print this recipe; unset: list all")
@@ -32,14 +35,18 @@ def setup_parser() -> argparse.ArgumentParser:
 def interpolate_steps(steps: Mapping[int, int], num_images: int) -> int:
     """Return the steps for a number of images: a line through the table's logarithms, in tens.
 
-    Beyond its ends the table continues as between its last two rows.
+    With fewer images than in its first row, each is seen as often as there; beyond the last row the line goes on, up to
+    MOST_STEPS.
     """
     images = sorted(steps)
-    end = min(max(bisect_left(images, num_images), 1), len(images) - 1)
-    low, high = images[end - 1], images[end]
-    power = log(steps[high] / steps[low]) / log(high / low)
-    tens: float = steps[low] * (num_images / low) ** power / 10
-    return 10 * max(1, round(tens))
+    if num_images < images[0]:
+        tens = steps[images[0]] * num_images / images[0] / 10
+    else:
+        end = min(max(bisect_left(images, num_images), 1), len(images) - 1)
+        low, high = images[end - 1], images[end]
+        power = log(steps[high] / steps[low]) / log(high / low)
+        tens = steps[low] * (num_images / low) ** power / 10
+    return min(MOST_STEPS, 10 * max(1, round(tens)))
 
 
 def check_steps(recipe: Recipe) -> None:

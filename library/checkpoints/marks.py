@@ -139,6 +139,9 @@ def digest_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
+TRAIN_PY = "# Written by train.py, which replaces it if it runs with the same --name."  # first line of its texts
+
+
 def seal_text(first_line: str, text: str) -> str:
     """Return a text file of a comment by which its writer is known, with a digest of the text, and the text."""
     return f"{add_digest(first_line, digest_text(text))}\n{text}"

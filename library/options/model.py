@@ -8,6 +8,7 @@ from library.options.kinds import whole
 
 BASE = "pretrained_model_name_or_path"
 BASE_FLAG = f"--{BASE}"
+TRAINING_ADAPTER = "training_adapter"
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class ModelFile:
     gigabytes: float | None = None  # as the hub shows them, in units of 10**9 bytes; None if unknown
     licence: str | None = None  # None if unknown
     is_optional: bool = False  # the model works without
+    release: str = ""  # pattern in the base's names or tensors, of the release that this file is for; "" for all
 
     def __str__(self) -> str:
         size = None if self.gigabytes is None else f"{self.gigabytes:g} GB"

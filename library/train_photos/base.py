@@ -151,7 +151,7 @@ def read_prediction(base: Base) -> Predicted | None:
 
 
 def find_prediction(
-    base: Base, arch: Architecture, asked: Prediction | None, measure: Callable[[Prediction], float]
+    base: Base, arch: Architecture, asked: Prediction | None, measure: Callable[[], Mapping[Prediction, float]]
 ) -> Predicted | None:
     """Return what the base predicts: as asked for, as its files say, else by the losses that `measure` returns. None if
     only one thing is possible, as for flow models. Raises UserError if the measurement is not clear."""
@@ -162,9 +162,9 @@ def find_prediction(
     return read_prediction(base) or measure_prediction(base, measure)
 
 
-def measure_prediction(base: Base, measure: Callable[[Prediction], float]) -> Predicted:
+def measure_prediction(base: Base, measure: Callable[[], Mapping[Prediction, float]]) -> Predicted:
     """Compare the base's losses on a few photos as noise and as velocity; the smaller is what it learned."""
-    losses: dict[Prediction, float] = {prediction: measure(prediction) for prediction in get_args(Prediction)}
+    losses = measure()
     if torch.cuda.is_available():  # the planner counts what is free for other programs
         gc.collect()
         torch.cuda.empty_cache()
@@ -178,20 +178,23 @@ def measure_prediction(base: Base, measure: Callable[[Prediction], float]) -> Pr
     return Predicted(best, stated)
 
 
-def measure_loss(base: Base, options: TrainOptions, prediction: str) -> float:
-    """Return the base model's mean loss on held-out photos of the run."""
+def measure_losses(base: Base, options: TrainOptions) -> Mapping[Prediction, float]:
+    """Return the base model's mean losses on a few photos of the run, which are encoded once."""
     in_memory = {"cache_latents_to_disk": False, "cache_text_encoder_outputs_to_disk": False, "min_snr_gamma": None}
     known = type(options).defaults()
-    values = {name: value for name, value in in_memory.items() if name in known}
-    options = options.with_values({**values, "v_parameterization": prediction == "v"})
-    arch, seed = base.spec.build(options), options.run.seed or 0
+    options = options.with_values({name: value for name, value in in_memory.items() if name in known})
+    predictions: tuple[Prediction, ...] = get_args(Prediction)
+    archs = [base.spec.build(options.with_values({"v_parameterization": p == "v"})) for p in predictions]
+    arch, seed = archs[0], options.run.seed or 0
     text = TextPlan.resolve(options.network, arch.text_cache)
     num_photos = len(open_data_plan(options, arch, text, seed, 1).samples)
     share = min(NUM_MEASURED, max(num_photos - 1, 1)) / num_photos if num_photos > 1 else 0.0
-    options = options.with_values({"validation_split": share})
+    options = options.with_values({"validation_split": share, "v_parameterization": False})
     plan = open_data_plan(options, arch, text, seed, 1)
-    _, losses = losses_of_files(options, text, arch, plan, seed, [None], find_device())
-    measured = next(losses)
-    losses_NL = measured.trained_NL if measured.held_out_NL is None else measured.held_out_NL
-    assert losses_NL is not None
-    return losses_NL.mean().item()
+    _, measured = losses_of_files(options, text, arch, plan, seed, [None], find_device(), archs[1:], False)
+    means = {}
+    for prediction, losses in zip(predictions, measured, strict=True):
+        losses_NL = losses.mirrored_NL if losses.held_out_NL is None else losses.held_out_NL
+        assert losses_NL is not None
+        means[prediction] = losses_NL.mean().item()
+    return means

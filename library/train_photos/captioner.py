@@ -25,10 +25,10 @@ def write_captions(folders: Sequence[PhotoFolder], model_name: str = MODEL) -> i
     Raises UserError if the captioner can neither be loaded nor downloaded.
     """
     targets = [
-        (photo, target)
+        (photo.path, target)
         for folder in folders
         for photo in folder.photos
-        if not (target := photo.with_suffix(folder.caption_extension)).exists()
+        if not (target := photo.path.with_suffix(folder.caption_extension)).exists()
     ]
     if not targets:
         return 0

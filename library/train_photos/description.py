@@ -6,15 +6,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from library.base.formatting import format_count, format_gib
+from library.data.description.captions import has_word
+from library.environment.requirements import quote
+from library.options.model import BASE, TRAINING_ADAPTER
 from library.train_photos.photos import PhotoFolder, Trigger
-from library.train_photos.plan import SET_ASIDE, Files, Plan
+from library.train_photos.plan import REFUSED_ADAPTER, Files, Plan
 from library.training.planning.settings import describe
 from library.training.reporting.console_lines import duration
 from tools.contact_sheet import find_device
+from tools.recipes import MOST_STEPS
 
 NUM_CAPTIONS = 3  # that are shown
 MOST_COMPARED = 200  # captions
+NUM_PARTS = 3  # of the time that are shown
 MOST_WORDS = 3  # of a trigger
+ADAPTERS = {TRAINING_ADAPTER, "base_weights", "network_weights"}
+DISTILLED = (
+    "this base is distilled: training undoes that. Train on the model that it was made from, and use the LoRA with both"
+)
 # Words that any base model knows, and names that systems and cameras give to folders.
 COMMON = re.compile(
     "man|woman|boy|girl|person|face|people|cat|dog|animal|car|house|style|art|photos?|pictures?|images?|pics|img|dcim|"
@@ -32,23 +41,45 @@ def describe_plan(plan: Plan, files: Files) -> list[str]:
     steps, every = values["max_train_steps"], values["save_every_n_steps"]
     lines = [
         f"base      {base.title}: {base.name}{prediction}",
+        *(f"part      --{name} {format_value(values[name])}" for name in list_part_names(plan)),
         f"photos    {describe_photos(plan.folders)}",
+        *list_folders(plan.folders),
+        *(f"kept      {finding.line}" for finding in plan.findings),
         f"captions  {describe_captions(plan.folders, plan.trigger)}",
         *list_captions(plan),
         f"recipe    {plan.recipe.name}: {plan.recipe.title}",
         f"training  {describe_size(plan)}, batches of {values['train_batch_size']}, {steps} steps"
-        + (f"; {SET_ASIDE:.0%} of the photos only measure" if values.get("validation_split") else ""),
+        + (f": each photo is seen {plan.times_seen:.0f} times" if plan.times_seen else "")
+        + (f"; {values['validation_split']:.0%} of the photos only measure" if values.get("validation_split") else "")
+        + ("; more only with --steps" if steps == MOST_STEPS else ""),
         f"takes     {describe_cost(plan)}",
         f"saves     {files.adapter}, a file every {every} steps, previews without it and with it",
     ]
     if plan.given:
         lines.append(f"given     {describe_given(plan.given, plan.recipe.values)}")
-    if base.is_distilled:
-        lines.append(
-            "note      this base is distilled: training undoes that. Train on the model that it was made from, and use "
-            "the LoRA with both"
-        )
+    if plan.missing is not None:
+        lines.append(f"note      {DISTILLED}, or put its training adapter beside it: {plan.missing}")
+    elif base.is_distilled and not values.get("training_adapter") and not values.get("base_weights"):
+        lines.append(f"note      {DISTILLED}")
     return lines
+
+
+def list_part_names(plan: Plan) -> list[str]:
+    """Return the options of the files beside the base that the run reads: parts, and adapters."""
+    declared = plan.base.spec.options.declarations()
+    parts = {name for name in declared if declared[name].path in ("part", "model")} - {BASE}
+    given = {name for name, value in plan.values.items() if value and (name, value) != REFUSED_ADAPTER}
+    return sorted(given & (parts | ADAPTERS))
+
+
+def list_folders(folders: Sequence[PhotoFolder]) -> Iterator[str]:
+    """Yield a line for each of several folders; what to do about those named as if they were not wanted comes last."""
+    if len(folders) < 2:
+        return
+    for folder in sorted(folders, key=lambda folder: folder.is_unwanted):
+        remark = f"; its name says that it is not wanted: --leave_out {quote(folder.path.name)}"
+        counted = format_count(len(folder.photos), "photo")
+        yield f"          {folder.path}: {counted}{remark if folder.is_unwanted and folder.photos else ''}"
 
 
 def remark_on_trigger(trigger: Trigger) -> Iterator[str]:
@@ -69,7 +100,7 @@ def describe_size(plan: Plan) -> str:
 
 def describe_photos(folders: Sequence[PhotoFolder]) -> str:
     used, left_out = sum(len(f.photos) for f in folders), [item for f in folders for item in f.left_out]
-    where = str(folders[0].path) if len(folders) == 1 else format_count(len(folders), "folder")
+    where = str(folders[0].path) if len(folders) == 1 else f"{len(folders)} folders"
     text = f"{used} of {used + len(left_out)} in {where}"
     reasons: dict[str, list[str]] = {}
     for path, reason in left_out:
@@ -83,7 +114,7 @@ def describe_captions(folders: Sequence[PhotoFolder], trigger: Trigger) -> str:
     num_captions, num_photos = sum(len(f.captions) for f in folders), sum(len(f.photos) for f in folders)
     if not num_captions:
         return "none"
-    num_naming = sum(folder.count_naming(trigger) for folder in folders)
+    num_naming = sum(has_word(caption, trigger.word) for folder in folders for caption in folder.captions)
     lacking = f'; "{trigger.word}" is put before {num_captions - num_naming}' if num_naming < num_captions else ""
     return f'{num_captions} of {num_photos} photos, "{trigger.word}" is in {num_naming}{lacking}'
 
@@ -130,21 +161,24 @@ def shorten(text: str, length: int = 90) -> str:
 def describe_given(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     """Return the options that the user gave, and what they replace."""
 
-    def text(value: Any) -> str:
-        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
     return "; ".join(
-        f"--{name} {text(value)}"
-        + (f", the recipe has {text(recipe[name])}" if recipe.get(name, value) != value else "")
+        f"--{name} {format_value(value)}"
+        + (f", the recipe has {format_value(recipe[name])}" if recipe.get(name, value) != value else "")
         for name, value in given.items()
     )
 
 
+def format_value(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def describe_cost(plan: Plan) -> str:
-    if plan.fit is None or plan.fit.choice.chosen is None:
+    if plan.fit is None or plan.fit.choice.chosen is None or plan.duration is None:
         return "an unknown time: the first steps tell"
     chosen, gpu = plan.fit.choice.chosen, plan.fit.choice.gpu
-    time = duration(chosen.seconds * plan.values["max_train_steps"])
+    parts = sorted(plan.duration.parts.items(), key=lambda part: -part[1])
+    largest = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts[:NUM_PARTS] if seconds >= 1)
+    time = duration(plan.duration.seconds) + (f" ({largest})" if largest else "")
     if find_device().type != "cuda":
         return f"about {time}; there is no NVIDIA or AMD GPU, which would be many times faster"
     memory = f"{format_gib(chosen.device_bytes)} of {format_gib(gpu.memory_bytes)}"

@@ -1,21 +1,28 @@
 """The files of a base model besides its denoiser, found where ComfyUI, Forge and diffusers keep them."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
 from library.architectures.scripts import script_of
+from library.architectures.specs import list_specs
 from library.base.errors import NotThere, UserError, error_in
-from library.checkpoints.headers import is_safetensors
-from library.options.model import BASE_FLAG, ModelFile
+from library.checkpoints.headers import is_safetensors, read_metadata
+from library.checkpoints.recognition import recognise_adapter
+from library.checkpoints.weights import open_weights
+from library.models.distilled import split_words
+from library.options.model import BASE_FLAG, TRAINING_ADAPTER, ModelFile
 from library.options.train import TrainOptions
 from library.train_photos.base import Base
 
 # Folders below that of all models: text_encoders, clip and vae are ComfyUI's, text_encoder and VAE are Forge's;
 # diffusers has text_encoder_2 and others beside the denoiser's folder.
-ENCODERS = ("text_encoders", "clip", "text_encoder", "text_encoder_2", "text_encoder_3")
-VAES = ("vae", "VAE")
+PARTS = ("text_encoders", "clip", "text_encoder", "text_encoder_2", "text_encoder_3", "vae", "VAE")
+ADAPTERS = ("loras", "Lora")
+ADAPTER_WORDS = (frozenset(("training", "adapter")), frozenset(("training", "assistant")))  # in their published names
+RELEASE_OPTIONS = ("model_version", "dit_variant")  # that say which release a base is, whatever its name
 MOST_PARENTS = 3  # above the base, for a denoiser in models/diffusion_models/mine
 NOT_IN_CACHE = ("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk")  # excuse parts that are not there
 
@@ -98,20 +105,56 @@ def is_of_another(error: UserError, flag: str, path: Path) -> bool:
 
 def list_roots(base: Path, models: Path | None) -> list[Path]:
     """Return the folders to search: those above the base that have folders of parts, its own, and `models`."""
-    above = [folder for folder in list(base.parents)[:MOST_PARENTS] if any(map(Path.is_dir, list_folders(folder)))]
+    above = [folder for folder in list(base.parents)[:MOST_PARENTS] if any((folder / name).is_dir() for name in PARTS)]
     return list(dict.fromkeys([*([models] if models else []), base.parent, *above]))
 
 
-def list_folders(root: Path) -> Sequence[Path]:
-    return [root / name for name in (*ENCODERS, *VAES)]
-
-
-def list_candidates(base: Path, models: Path | None) -> Iterator[Path]:
-    """Yield the files and transformers or diffusers folders that may be a part."""
+def list_candidates(base: Path, models: Path | None, names: Sequence[str] = PARTS) -> Iterator[Path]:
+    """Yield the files and transformers or diffusers folders that may be a part, in folders of these names."""
     for root in list_roots(base, models):
         files = root.rglob("*") if root == models else root.glob("*")
         yield from (path for path in files if path.is_file() and is_safetensors(path) and path != base)
-        for folder in filter(Path.is_dir, list_folders(root)):
+        for folder in (folder for name in names if (folder := root / name).is_dir()):
             if (folder / "config.json").is_file():
                 yield folder
             yield from (path for path in folder.rglob("*") if path.is_file() and is_safetensors(path))
+
+
+# --- the training adapter of a distilled base ---
+
+
+def find_training_adapter(
+    base: Base, given: Mapping[str, Any], models: Path | None
+) -> tuple[ModelFile | None, Path | None]:
+    """Return the published training adapter of a step-distilled base, and its file if it is there; None for other
+    bases, and if the user's options say what acts beside the base."""
+    if given.get(TRAINING_ADAPTER) or given.get("base_weights"):
+        return None, None
+    # A base distilled for guidance alone has no entry: nothing acts beside it unasked.
+    published = next((file for file in list_files(base) if file.release and is_release(base, file, given)), None)
+    if published is None:
+        return None, None
+    usual = published.file or published.repository
+    found = sorted(set(list_candidates(base.path, models, ADAPTERS)), key=lambda path: (-likeness(path, usual), path))
+    return published, next((path for path in found if is_training_adapter(base, path)), None)
+
+
+def is_release(base: Base, file: ModelFile, given: Mapping[str, Any]) -> bool:
+    """Return True if a file is for this release: by the user's options, its tensors, or else its names."""
+    stated = next((given[name] for name in RELEASE_OPTIONS if name in given), None)
+    if stated is not None:
+        return re.fullmatch(file.release, str(stated)) is not None
+    if any(re.search(file.release, name) for name in base.tensors):
+        return True
+    return base.is_distilled and re.search(file.release, base.called.lower()) is not None
+
+
+def is_training_adapter(base: Base, path: Path) -> bool:
+    """Return True for an adapter of this base model that is named, or whose folder is, as training adapters are."""
+    words = {*split_words(path.stem), *split_words(path.parent.name)}
+    try:
+        if not any(needed <= words for needed in ADAPTER_WORDS):
+            return False
+        return recognise_adapter(list_specs(), open_weights(path).shapes, read_metadata(path)) is base.spec
+    except UserError:  # a damaged file is none
+        return False

@@ -2,24 +2,26 @@
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from library.base.errors import UserError, about, of_file, reason_of
-from library.base.suggestions import nearby
-from library.data.decoding.images import read_pixels
-from library.data.description.captions import has_word
-from library.data.description.image_extensions import list_unread, plugin_for
+from library.base.errors import about, of_file
+from library.base.suggestions import did_you_mean, nearby
+from library.data.description.image_extensions import image_extensions, list_unread, plugin_for
+from library.data.plan.audit_pixels import PixelMeasures, measure_pixels
 from library.data.sources.folders.listing import list_files
 from library.data.sources.folders.reading import read_caption
 
 CAPTION_EXTENSIONS = (".txt", ".caption")
 REPEATED = re.compile(r"(\d+)_(.+)")  # sd-scripts' name of a folder: how often each image is drawn, and its caption
+UNWANTED = re.compile(r"_*(rejects?|rejected|bad|trash|deleted?|discarded|unused|not used|old|backups?|duplicates)_*")
+USUAL_SIDE = 1024
+SMALLEST = 1 / 4  # of the training side; enlarged four times, a photo teaches blur alone
 
 
 @dataclass(frozen=True)
@@ -36,45 +38,86 @@ class Trigger:
 
 
 @dataclass(frozen=True)
+class Photo:
+    """A photo that can be opened."""
+
+    path: Path
+    caption: str  # the first line of its text file; "" if it has none
+    digest: str  # of its file
+    measures: PixelMeasures
+
+    @property
+    def side(self) -> float:
+        """The side of a square with as many pixels."""
+        width, height = self.measures.size
+        return float((width * height) ** 0.5)
+
+
+@dataclass(frozen=True)
 class PhotoFolder:
     """A folder with photos directly in it."""
 
     path: Path
-    photos: tuple[Path, ...]  # that can be opened
+    photos: tuple[Photo, ...]
     left_out: tuple[tuple[Path, str], ...]  # with the reason
-    captions: tuple[str, ...]  # of photos that have one
     caption_extension: str
-    num_repeats: int
-    name: str  # without the repeats
-    median_side: float  # of a square as large as a photo, in pixels
-    digest: str  # of the photos, with their names
+
+    @property
+    def name(self) -> str:
+        """The folder's name without the repeats."""
+        return split_name(self.path.name)[1]
+
+    @property
+    def num_repeats(self) -> int:
+        """The repeats in the folder's name."""
+        return split_name(self.path.name)[0]
+
+    @property
+    def captions(self) -> list[str]:
+        return [photo.caption for photo in self.photos if photo.caption]
+
+    @property
+    def digest(self) -> str:
+        """A digest of the photos, with their names."""
+        return digest_texts(f"{photo.path.name} {photo.digest}" for photo in self.photos)
 
     @property
     def own_words(self) -> str:
         """The words of a folder named as sd-scripts', `10_sks cat`; "" for others."""
         return self.name if REPEATED.fullmatch(self.path.name) else ""
 
+    @property
+    def is_unwanted(self) -> bool:
+        """True for a folder whose name says that its photos are not meant for training."""
+        return UNWANTED.fullmatch(self.path.name.lower()) is not None
+
     def describe_uncaptioned(self, trigger: Trigger) -> str:
         """Return the caption of photos without one: what the user gave wins over the folder's words."""
         return trigger.text if trigger.is_given else self.own_words or trigger.text
 
-    def describe(self, trigger: Trigger) -> dict[str, Any]:
-        """Return the folder as a subset of a dataset file."""
+    def describe(self, trigger: Trigger, num_repeats: int = 1) -> dict[str, Any]:
+        """Return the folder as a subset of a dataset file; `num_repeats` multiplies those of its name."""
+        endings = image_extensions()
+        excluded = sorted(path.name for path, _ in self.left_out if path.name.endswith(endings))
         return {
             "image_dir": str(self.path),
             "class_tokens": self.describe_uncaptioned(trigger),
             "caption_extension": self.caption_extension,
-            "num_repeats": self.num_repeats,
+            "num_repeats": num_repeats * self.num_repeats,
             "trigger_word": trigger.word,
+            **({"exclude": excluded} if excluded else {}),
         }
 
-    def count_naming(self, trigger: Trigger) -> int:
-        """Count the captions that have the trigger word."""
-        return sum(has_word(caption, trigger.word) for caption in self.captions)
+    def without(self, reasons: Mapping[Path, str]) -> "PhotoFolder":
+        """Return the folder without these photos."""
+        left_out = [(photo.path, reasons[photo.path]) for photo in self.photos if photo.path in reasons]
+        photos = tuple(photo for photo in self.photos if photo.path not in reasons)
+        return replace(self, photos=photos, left_out=(*self.left_out, *left_out))
 
 
-def find_photos(root: Path) -> list[PhotoFolder]:
-    """Find the photos in a folder and the folders below it; hidden folders are left out.
+def find_photos(root: Path, side: int = USUAL_SIDE) -> list[PhotoFolder]:
+    """Find the photos in a folder and the folders below it, and measure them as they are trained at this side; hidden
+    folders are left out.
 
     Raises UserError if there are none.
     """
@@ -84,51 +127,77 @@ def find_photos(root: Path) -> list[PhotoFolder]:
     for path, names, _ in os.walk(root.absolute()):
         names[:] = sorted(name for name in names if not name.startswith("."))
         paths.append(Path(path))
-    folders = [folder for path in paths if (folder := open_folder(path)) is not None]
+    folders = [folder for path in paths if (folder := open_folder(path, side)).photos or folder.left_out]
     if not any(folder.photos for folder in folders):
         reasons = "".join(f"; {file.name} {reason}" for f in folders for file, reason in f.left_out[:1])
         raise of_file(root)(f"has no photos that can be read{reasons}")
     return folders
 
 
-def open_folder(path: Path) -> PhotoFolder | None:
-    """Open the photos directly in a folder; None if it has none."""
+def open_folder(path: Path, side: int) -> PhotoFolder:
+    """Open the photos directly in a folder."""
     listed = {extension: list_files(str(path), extension) for extension in CAPTION_EXTENSIONS}
     extension = max(listed, key=lambda ending: len(listed[ending].captions))
     files = listed[extension]
-    all_photos = [path / name for name in files.images]
     with ThreadPoolExecutor() as threads:
-        found = dict(zip(all_photos, threads.map(decode, all_photos), strict=True))
-    left_out = [(file, reason) for file, reason in found.items() if isinstance(reason, str)]
+        found = list(threads.map(partial(open_photo, extension=extension, side=side), map(path.joinpath, files.images)))
+    left_out = [(p.path, f"cannot be read ({p.measures.problem})") for p in found if p.measures.problem is not None]
     for name in list_unread(files.aside):
         plugin = plugin_for(name)
         left_out.append((path / name, f"needs {plugin}" if plugin else "unsupported: convert it to .png or .jpg"))
-    if not found and not left_out:
-        return None
-    opened = {file: photo for file, photo in found.items() if not isinstance(photo, str)}
-    photos = tuple(opened)
-    repeats, name = split_name(path.name)
-    caption_files = [file.with_suffix(extension) for file in photos if file.with_suffix(extension).is_file()]
-    captions = tuple(text.partition("\n")[0] for file in caption_files if (text := read_caption(str(file))[1]))
-    side = median(side for side, _ in opened.values()) if opened else 0.0
-    digest = digest_texts(f"{file.name} {content}" for file, (_, content) in opened.items())
-    return PhotoFolder(path, photos, tuple(left_out), captions, extension, repeats, name, side, digest)
+    return PhotoFolder(path, tuple(p for p in found if p.measures.problem is None), tuple(left_out), extension)
 
 
-def digest_texts(texts: Iterable[str]) -> str:
-    """Return a short digest of texts in their order."""
-    return blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-
-
-def decode(path: Path) -> tuple[float, str] | str:
-    """Return the side of a square with as many pixels as a photo and a digest of its file, or why it cannot be trained
-    on: only decoding shows damage."""
+def open_photo(path: Path, extension: str, side: int) -> Photo:
+    """Decode a photo, because only that shows damage, and read its caption."""
     try:
         content = path.read_bytes()
-        pixels, _ = read_pixels(str(path), content)
-    except (UserError, OSError) as error:
-        return f"cannot be read ({reason_of(error) or 'damaged'})"
-    return float((pixels.shape[0] * pixels.shape[1]) ** 0.5), blake2b(content, digest_size=8).hexdigest()
+    except OSError as error:
+        return Photo(path, "", "", PixelMeasures(str(path), problem=str(error.strerror)))
+    text = path.with_suffix(extension)
+    caption = str(read_caption(str(text))[1]).partition("\n")[0] if text.is_file() else ""
+    return Photo(path, caption, digest_texts([content]), measure_pixels(str(path), (side, side), content))
+
+
+def select_photos(
+    root: Path, folders: Sequence[PhotoFolder], side: int, unwanted: Sequence[str], keeps_all: bool
+) -> list[PhotoFolder]:
+    """Leave out the photos that the user names, and unless all are kept, copies and those too small for the training.
+
+    Raises UserError for a name that no photo has, and if none is left.
+    """
+    reasons = dict.fromkeys((path for name in unwanted for path in find_named(root, folders, name)), "as asked")
+    first_by_digest: dict[str, Photo] = {}
+    # Of two copies, one that has a caption stays.
+    for photo in sorted((photo for f in folders for photo in f.photos), key=lambda photo: not photo.caption):
+        if photo.path in reasons or keeps_all:
+            continue
+        if photo.side < side * SMALLEST:
+            reasons[photo.path] = f"below a quarter of {side} px"
+        elif first_by_digest.setdefault(photo.digest, photo) is not photo:
+            reasons[photo.path] = "the same file as another"
+    selected = [folder.without(reasons) for folder in folders]
+    if not any(folder.photos for folder in selected):
+        why = "; ".join(sorted(set(reasons.values())))
+        raise of_file(root)(f"has no photo that is not left out ({why}); --keep_all trains on small ones")
+    return selected
+
+
+def find_named(root: Path, folders: Sequence[PhotoFolder], name: str) -> list[Path]:
+    """Return the photos that a name or a path means, also as a folder. Raises UserError if there are none."""
+    known = [path for f in folders for path in (*(p.path for p in f.photos), *(path for path, _ in f.left_out))]
+    places = {Path(os.path.abspath(path)) for path in (name, root / name)}
+    found = [path for path in known if path.name == name or not places.isdisjoint((path, *path.parents))]
+    if not found:
+        hint = did_you_mean(name, [path.name for path in known])
+        raise about("--leave_out")(f": no photo in {root} is named {name}{hint}")
+    return found
+
+
+def digest_texts(texts: Iterable[str | bytes]) -> str:
+    """Return a short digest of texts in their order."""
+    encoded = (text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass") for text in texts)
+    return blake2b(b"\0".join(encoded), digest_size=8).hexdigest()
 
 
 def split_name(name: str) -> tuple[int, str]:

@@ -14,17 +14,20 @@ import torch
 
 from library.base.atomic_files import atomic_path
 from library.base.errors import about
-from library.checkpoints.marks import seal_text
+from library.checkpoints.marks import TRAIN_PY, seal_text
 from library.checkpoints.overwriting import sealed
 from library.data.description.captions import caption_variant
+from library.data.plan.audit import MOST_ENLARGED
+from library.data.plan.audit_findings import Finding, collect_findings, find_file_kinds, make_finding
 from library.data.plan.data_plan import DataPlan
 from library.memory.devices import DTYPES
 from library.memory.planner.measured import benchmark_gpu
+from library.options.model import TRAINING_ADAPTER, ModelFile
 from library.options.train import TrainOptions
 from library.processes.process_group import ALONE
 from library.protocols import Architecture
-from library.train_photos.base import Base, Predicted, Prediction, find_prediction, measure_loss
-from library.train_photos.parts import find_parts
+from library.train_photos.base import Base, Predicted, Prediction, find_prediction, measure_losses
+from library.train_photos.parts import find_parts, find_training_adapter
 from library.train_photos.photos import PhotoFolder, Trigger
 from library.training.command_line.checks import check
 from library.training.command_line.cli import parse
@@ -36,17 +39,22 @@ from library.training.models.preflight import mute_logging
 from library.training.models.requests import RequestedRun
 from library.training.planning.fit import Fit, fit_to
 from library.training.planning.fit_run import count_adapter_run, fit_run, largest_batch
+from library.training.planning.run_duration import RunDuration, predict_duration
 from tools.contact_sheet import find_device
 from tools.recipes import interpolate_steps
 
-HEADER = "# Written by train.py, which replaces it if it runs with the same --name."
-TEXT_KIND = sealed("a file that train.py wrote, unchanged", HEADER)
+TEXT_KIND = sealed("a file that train.py wrote, unchanged", TRAIN_PY)
+OUTPUT = Path("output")  # default folder of all runs
 SIDE_STEP = 64
 SMALLEST_BUCKET = 256  # the scripts' own
-SET_ASIDE = 0.1  # of the photos
+SET_ASIDE, MOST_SET_ASIDE = 0.1, 50  # a share, and a number of photos
 NUM_FILES = 8  # that a run saves, to choose from
+FEWEST_STEPS = 25  # between two files
+FEWEST_BATCHES = 4  # of an epoch
+REFUSED_ADAPTER = (TRAINING_ADAPTER, "none")
 MINUTES = 10  # of work that a crash may cost
 PLANNED = ("fit", "fit_formats")  # resolved before the run
+NUM_SHEET_FILES, NUM_STRENGTHS = 5, 3  # rows of the sheets at the end, besides strength 1 of the last file
 SMALL_PRODUCT = 1024  # side of the matrices that measure a CPU
 
 
@@ -55,6 +63,7 @@ class Wishes:
     """The options of train.py."""
 
     trigger: Trigger
+    side: int  # to train at
     steps: int | None
     minutes: float | None
     models: Path | None
@@ -82,6 +91,10 @@ class Files:
         return self.folder / f"{self.name}-prompts.txt"
 
     @property
+    def log(self) -> Path:
+        return self.folder / f"{self.name}.log"
+
+    @property
     def texts(self) -> tuple[Path, ...]:
         return self.config, self.dataset, self.prompts
 
@@ -104,10 +117,22 @@ class Plan:
     fit: Fit | None  # None if the time and the memory are not known
     given: Mapping[str, Any] = field(default_factory=dict)  # typed options of the script, which override all others
     captions: Sequence[str] = ()  # as trained, one for each photo
+    num_repeats: int = 1  # of each photo in an epoch
+    draws_per_step: float = 0.0  # 0 if unknown
+    missing: ModelFile | None = None  # the training adapter of a distilled base, which is not there
+    findings: Sequence[Finding] = ()  # about the photos
+    duration: RunDuration | None = None
 
     def with_values(self, values: Mapping[str, Any]) -> "Plan":
         """Return the plan with more options, which replace none that the user gave."""
-        return replace(self, values={**self.values, **values, **self.given})
+        given = {name: value for name, value in self.given.items() if (name, value) != REFUSED_ADAPTER}
+        return replace(self, values={**self.values, **values, **given})
+
+    @property
+    def times_seen(self) -> float:
+        """How often each photo is trained on; 0 if unknown."""
+        num_trained = self.num_photos * (1 - self.values.get("validation_split", 0.0))
+        return float(self.values["max_train_steps"] * self.draws_per_step / num_trained) if num_trained else 0.0
 
     @property
     def num_photos(self) -> int:
@@ -116,7 +141,9 @@ class Plan:
     @property
     def dataset(self) -> dict[str, Any]:
         """The content of the dataset file."""
-        return {"datasets": [{"subsets": [f.describe(self.trigger) for f in self.folders if f.photos]}]}
+        return {
+            "datasets": [{"subsets": [f.describe(self.trigger, self.num_repeats) for f in self.folders if f.photos]}]
+        }
 
     def write(self, files: Files, head: str = "") -> None:
         """Write the dataset, the prompts, and last the options of the run, with the comment `head` above them."""
@@ -129,7 +156,7 @@ class Plan:
         texts = {files.dataset: format_config(self.dataset), files.prompts: self.prompts, files.config: options}
         for path, text in texts.items():
             with atomic_path(path) as unfinished:
-                unfinished.write_text(seal_text(HEADER, text), encoding="utf-8", newline="\n")
+                unfinished.write_text(seal_text(TRAIN_PY, text), encoding="utf-8", newline="\n")
 
     def read(self, files: Files) -> TrainOptions:
         """Write the files, and return the options as the base model's script reads them."""
@@ -145,35 +172,58 @@ def read_options(base: Base, files: Files) -> TrainOptions:
 
 def make_plan(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder], wishes: Wishes, scratch: Files) -> Plan:
     """Resolve every option of a run, with temporary files. Raises UserError for what the user has to decide."""
-    recipe = replace(recipe, values={**recipe.values, **wishes.given})
-    side, trigger, num_photos = choose_side(base, recipe, folders), wishes.trigger, sum(len(f.photos) for f in folders)
+    side, given, num_photos = wishes.side, wishes.given, sum(len(f.photos) for f in folders)
     steps = wishes.steps or interpolate_steps(recipe.steps, num_photos)
-    prompts = write_prompts(recipe, trigger, side)
-    plan = Plan(base, recipe, folders, trigger, {}, prompts, None, None, wishes.given)
-    plan = plan.with_values({**choose_values(recipe, side, num_photos, steps), **base.values})
+    prompts = write_prompts(recipe, wishes.trigger, side)
+    repeats = given.get("dataset_repeats") or choose_repeats({**recipe.values, **given}["train_batch_size"], num_photos)
+    plan = Plan(base, recipe, folders, wishes.trigger, {}, prompts, None, None, given, num_repeats=repeats)
+    missing, adapter = find_training_adapter(base, given, wishes.models)
+    beside = {} if adapter is None else {TRAINING_ADAPTER: str(adapter)}
+    findings = find_problems(folders, side, bool(base.spec.latents.has_alpha or given.get("alpha_mask")))
+    plan = replace(plan, findings=findings, missing=None if adapter else missing)
+    plan = plan.with_values({**choose_values(recipe, side, num_photos, steps), **base.values, **beside})
     with mute_logging():  # the run itself logs the same
         options = plan.read(scratch)
         plan = plan.with_values(find_parts(base, options, wishes.models))
         options = plan.read(scratch)
         check(options)
         arch = base.spec.build(options)
-        predicted = find_prediction(base, arch, wishes.prediction, partial(measure_loss, base, options))
+        predicted = find_prediction(base, arch, wishes.prediction, partial(measure_losses, base, options))
         if predicted is not None:
             plan = replace(plan, predicted=predicted).with_values(predicted.values)
             options = plan.read(scratch)
             arch = base.spec.build(options)
-        plan = with_fit(plan, options, arch, recipe.values.get("fit_formats"))
+        plan = with_fit(plan, options, arch, {**recipe.values, **given}.get("fit_formats"))
     return plan if wishes.minutes is None else limit_time(plan, wishes.minutes)
 
 
-def choose_side(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder]) -> int:
-    """Return the side to train at: the recipe's, or less if the base states less or photos have less than half."""
-    side = int(recipe.values["resolution"].partition(",")[0])
+def choose_repeats(batch_size: int, num_photos: int) -> int:
+    """Return the repeats with which an epoch has a few batches: fewer photos would not fill them."""
+    return max(1, -(-FEWEST_BATCHES * batch_size // num_photos))
+
+
+def find_problems(folders: Sequence[PhotoFolder], side: int, uses_alpha: bool) -> list[Finding]:
+    """Return what the audit finds in the photos that are trained, with short names."""
+    photos = [photo for folder in folders for photo in folder.photos]
+    measured, trained = [photo.measures for photo in photos], {photo.measures.path for photo in photos}
+    found = [*collect_findings(measured, trained), *find_file_kinds(measured, trained if uses_alpha else set())]
+    small = [photo.measures for photo in photos if MOST_ENLARGED * photo.side < side]
+    enlarged = [(image.path, "{}x{}".format(*image.size)) for image in small]
+    found += make_finding(enlarged, f"{{}} upscaled more than {MOST_ENLARGED}x; the LoRA may learn blur")
+    return [finding.with_paths(lambda path: Path(path).name) for finding in found]
+
+
+def choose_side(base: Base, usual: Mapping[str, Any], given: Mapping[str, Any], folders: Sequence[PhotoFolder]) -> int:
+    """Return the side to train at: as given, else the recipe's `usual` one, or less if the base states less or photos
+    have less than half."""
+    side = int(str({**usual, **given}["resolution"]).partition(",")[0])
+    if "resolution" in given:
+        return side
     # The VAE of a folder without a U-Net states the size of its own training.
     stated = native_sides({}, str(base.path))[:1] if (base.path / "unet").is_dir() else []
-    photo_side = median(folder.median_side for folder in folders for _ in folder.photos)
-    if photo_side < side / 2:
-        stated.append(max(SIDE_STEP, int(photo_side) // SIDE_STEP * SIDE_STEP))
+    sides = [photo.side for folder in folders for photo in folder.photos]
+    if sides and median(sides) < side / 2:
+        stated.append(max(SIDE_STEP, int(median(sides)) // SIDE_STEP * SIDE_STEP))
     return min([side, *stated])
 
 
@@ -195,11 +245,15 @@ def choose_values(recipe: Recipe, side: int, num_photos: int, steps: int) -> dic
 def choose_length(steps: int, num_photos: int) -> dict[str, Any]:
     """Return the options of a run's length and of its files; photos are set aside to measure each file on, if there are
     enough for a choice."""
-    every = -(-steps // NUM_FILES)
+    most = max(1, min(NUM_FILES, steps // FEWEST_STEPS))
+    # If possible, so that the last file has previews too.
+    even = (number for number in range(most, most // 2, -1) if steps % number == 0)
+    every = -(-steps // next(even, most))
     values = {"max_train_steps": steps, "save_every_n_steps": every, "sample_every_n_steps": every}
     if round(num_photos * SET_ASIDE) < MIN_IMAGES:
         return values
-    return {**values, "validation_split": SET_ASIDE, "validate_every_n_steps": every}
+    share = min(SET_ASIDE, MOST_SET_ASIDE / num_photos)
+    return {**values, "validation_split": share, "validate_every_n_steps": every}
 
 
 def choose_precision(usual: str) -> dict[str, str]:
@@ -228,18 +282,21 @@ def with_fit(plan: Plan, options: TrainOptions, arch: Architecture, formats: Seq
     """Return the plan with the fastest settings that fit this machine's GPU; elsewhere only its time is predicted."""
     run = RequestedRun.resolve(options, arch)
     data, device = open_data_plan(options, arch, run.text, options.run.seed or 0, 1), find_device()
-    plan = replace(plan, captions=compose_captions(data))
+    draws = data.num_train_images / max(1, data.num_batches)
+    plan = replace(plan, captions=compose_captions(data), draws_per_step=draws)
     if plan.base.spec.is_general:
         return plan
     if device.type == "cuda":
         options = options.with_values({"fit": "auto", "fit_formats": formats})
         fit = fit_run(RequestedRun.resolve(options, arch), data, replace(ALONE, device=device), data)
-        return replace(plan, fit=fit).with_values(fit.values())
-    gpu = benchmark_gpu(
-        device, psutil.virtual_memory().available, DTYPES[options.precision.mixed_precision], SMALL_PRODUCT
-    )
-    counted = count_adapter_run(run, largest_batch(data), device)
-    return replace(plan, fit=fit_to(counted, gpu, num_steps=data.max_train_steps))
+    else:
+        memory_bytes, dtype = psutil.virtual_memory().available, DTYPES[options.precision.mixed_precision]
+        gpu = benchmark_gpu(device, memory_bytes, dtype, SMALL_PRODUCT)
+        fit = fit_to(count_adapter_run(run, largest_batch(data), device), gpu, num_steps=data.max_train_steps)
+    num_files = -(-int(plan.values["max_train_steps"]) // max(1, int(plan.values.get("save_every_n_steps") or 1)))
+    num_rows = min(NUM_SHEET_FILES, num_files) + NUM_STRENGTHS
+    plan = replace(plan, fit=fit, duration=predict_duration(fit, arch, plan.num_photos, num_rows))
+    return plan.with_values(fit.values()) if device.type == "cuda" else plan
 
 
 def compose_captions(data: DataPlan) -> list[str]:
@@ -252,7 +309,14 @@ def compose_captions(data: DataPlan) -> list[str]:
 
 def limit_time(plan: Plan, minutes: float) -> Plan:
     """Return the plan with as many steps as fit into this time."""
-    if plan.fit is None or plan.fit.choice.chosen is None:
+    if plan.duration is None:
         raise about("--minutes")(f"{minutes:g}: how long a step of this model takes is not known; give --steps instead")
-    steps = max(1, int(60 * minutes / plan.fit.choice.chosen.seconds))
-    return plan.with_values(choose_length(steps, plan.num_photos))
+    beside = plan.duration.seconds - plan.duration.parts["training"]
+    steps = int((60 * minutes - beside) / plan.duration.step)
+    if steps < 1:
+        raise about("--minutes")(
+            f"is {minutes:g}, but loading, previews and sheets take {beside / 60:.1f} alone; give more, or --steps"
+        )
+    return replace(plan, duration=replace(plan.duration, num_steps=steps)).with_values(
+        choose_length(steps, plan.num_photos)
+    )

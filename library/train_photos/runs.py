@@ -14,7 +14,7 @@ from library.checkpoints.overwriting import check_target, judge
 from library.options.config_file import read_toml
 from library.options.output.saving import SavingOptions
 from library.train_photos.photos import PhotoFolder, Trigger, digest_texts
-from library.train_photos.plan import TEXT_KIND, Files
+from library.train_photos.plan import OUTPUT, TEXT_KIND, Files
 from library.training.config_file import CONFIG_FLAG, flatten
 from library.training.saving.names import Names
 from library.training.saving.run_lock import run_lock
@@ -138,7 +138,7 @@ def list_names(output_dir: Path | None, name: str) -> Iterator[Files]:
     """Yield the files of a name, and of the name with numbers."""
     for number in count(1):
         numbered = name if number == 1 else f"{name}-{number}"
-        yield Files((output_dir or Path("output") / numbered).absolute(), numbered)
+        yield Files((output_dir or OUTPUT / numbered).absolute(), numbered)
 
 
 def find_runs(names: Iterator[Files]) -> tuple[list[EarlierRun], Files]:

@@ -14,8 +14,16 @@ from library.base.terminal import ask as ask_user
 from library.train_photos.base import Base, choose_recipe
 from library.train_photos.captioner import write_captions
 from library.train_photos.description import describe_plan, remark_on_trigger
-from library.train_photos.photos import PhotoFolder, Trigger, clean, find_photos, parse_trigger, suggest_trigger
-from library.train_photos.plan import Files, Plan, Wishes, make_plan, read_options
+from library.train_photos.photos import (
+    PhotoFolder,
+    Trigger,
+    clean,
+    find_photos,
+    parse_trigger,
+    select_photos,
+    suggest_trigger,
+)
+from library.train_photos.plan import Files, Plan, Wishes, choose_side, make_plan, read_options
 from library.train_photos.runs import EarlierRun, Record, Start, check_name, choose_start, find_runs, list_names
 from library.train_photos.training import train, write, write_command
 from library.training.command_line.recipes import Recipe
@@ -29,16 +37,19 @@ def train_photos(args: argparse.Namespace, base: Base, given: Mapping[str, Any])
     """
     check_length(args)
     asks = not args.yes and sys.stdin.isatty() and sys.stdout.isatty()
-    folders = find_photos(args.photos)
-    if args.caption and write_captions(folders):
-        folders = find_photos(args.photos)
     recipe = choose_recipe(base, args.kind)
+    side = choose_side(base, recipe.values, given, ())
+    folders = find_photos(args.photos, side)
+    if args.caption and write_captions(folders):
+        folders = find_photos(args.photos, side)
+    side = choose_side(base, recipe.values, given, folders)
+    folders = select_photos(args.photos, folders, side, args.leave_out, args.keep_all)
     names = partial(list_names, args.output_dir, args.name or clean(args.photos.absolute().name))
     if args.name is not None:
         check_name(next(names()))
     runs, free = find_runs(names())
     trigger = choose_trigger(args.trigger, args.photos, folders, runs, asks)
-    wishes = Wishes(trigger, args.steps, args.minutes, args.models, args.prediction, given)
+    wishes = Wishes(trigger, side, args.steps, args.minutes, args.models, args.prediction, given)
     record = build_record(args, base, folders, trigger, given)
     make = partial(plan_run, base, recipe, folders, wishes)
     choose_length = cache(partial(choose_steps, args, make))

@@ -3,25 +3,33 @@
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib import import_module
-from itertools import count
 from pathlib import Path
+from time import monotonic
+
+from PIL import Image
 
 from library.base.atomic_files import remove_temporary
 from library.base.errors import UserError, error_in
 from library.checkpoints.base_model_spec import Program
+from library.data.decoding.images import read_pixels
 from library.environment.requirements import quote
-from library.train_photos.plan import Files, Plan
+from library.train_photos.description import describe_plan
+from library.train_photos.plan import OUTPUT, Files, Plan
 from library.train_photos.runs import Record, Start, holding, is_free
+from library.train_photos.screen import Screen, logging_to
+from library.train_photos.sheets import Sheets, draw_sheets, save_sheets
 from library.training.command_line.main import main
-from library.training.report_page.writer import read_report
-from library.training.reporting.console_lines import announce
+from library.training.report_page.index import IndexedRuns, write_index
+from library.training.report_page.writer import add_notes, read_report
+from library.training.reporting.console_lines import announce, duration
+from library.training.reporting.sample_images import encode_data_url
 from library.training.saving.names import Names
 from library.training.saving.saved_files import read_num_steps
 from library.training.saving.state import StateManifest, newest_state
-from tools import draw
+from tools.contact_sheet import LARGEST_IN_REPORT
 
-STRENGTHS = ("0", "0.5", "0.75", "1")
 LONGER = 1.5  # times the steps, in the command that continues
+MOST_PHOTOS = 24  # in the report
 FOLDERS: dict[Program, str] = {"ComfyUI": "loras", "Forge": "Lora"}  # in the program's folder of models
 
 
@@ -31,28 +39,47 @@ def train(plan: Plan, start: Start, record: Record, steps: int | None) -> int:
     `steps` is the length of a run that goes on, if it is not that of its NAME.toml. A start that fails leaves no
     NAME.toml.
     """
-    files, spec = start.files, plan.base.spec
-    if start.earlier is None:
-        write(plan, files, record)
-    arguments = list_arguments(start, steps)
+    files, began = start.files, monotonic()
+    advice: list[str] = []
+    with logging_to(files.log) as stream, Screen(stream, plan.duration) as screen:
+        if start.earlier is None:
+            write(plan, files, record)
+        status = run_script(plan, start, steps, screen)
+        if status == 0 and is_trained(files):
+            screen.show_stage("drawing")
+            adapter, why = choose_adapter(files)
+            sheets = draw_sheets(plan, files, adapter)
+            advice = [*advise(plan, files, adapter, why, sheets), describe_time(plan, monotonic() - began)]
+            add_to_report(plan, files, sheets, advice)
+            save_sheets(sheets)
+    if status == 0 and not advice:  # stopped, and saved under the name of its step
+        advice = ["To continue, give the same command again"]
+    for line in [*advice, f"All else is in {files.log}"] if status == 0 else []:
+        announce(line)
+    return status
+
+
+def run_script(plan: Plan, start: Start, steps: int | None, screen: Screen) -> int:
+    """Train by the base model's own script. Return its exit status."""
+    files, spec, status = start.files, plan.base.spec, 1
     assembly = import_module(spec.build.__module__)
     parser = import_module(spec.script.removesuffix(".py")).setup_parser()
     objective = vars(assembly).get("build_objective")  # of flow models
-    status = 1
     try:
-        status = main(parser, spec.options, spec.build, arguments, latents=assembly.LATENTS, objective=objective)
+        status = main(
+            parser, spec.options, spec.build, list_arguments(start, steps), latents=assembly.LATENTS,
+            objective=objective, sinks=[screen],
+        )  # fmt: skip
     finally:
         if status == 1 and start.earlier is None and find_state(files) is None:
             remove(files)
-    if status:
-        return status
+    return status
+
+
+def is_trained(files: Files) -> bool:
+    """Return True if a run has reached its end."""
     state = find_state(files)
-    if state is None or "end" not in state.done:  # stopped, and saved under the name of its step
-        announce("To continue, give the same command again")
-        return 0
-    sheet = draw_strengths(plan, files)
-    announce("\n".join(advise(plan, files, sheet)))
-    return 0
+    return state is not None and "end" in state.done
 
 
 def write(plan: Plan, files: Files, record: Record) -> None:
@@ -91,31 +118,22 @@ def write_command(plan: Plan, start: Start, steps: int | None) -> str:
     return f"python3 {plan.base.spec.script} {' '.join(map(quote, list_arguments(start, steps)))}"
 
 
-def draw_strengths(plan: Plan, files: Files) -> Path:
-    """Draw the prompts at several strengths side by side, into the first folder without a sheet. Return the sheet."""
-    names = (f"{files.name}-strengths{'' if number == 1 else f'-{number}'}" for number in count(1))
-    folder = next(path for name in names if not (path := files.folder / name / draw.SHEET).exists()).parent
-    adapter, _ = choose_adapter(files)
-    words = ["--adapter", str(adapter), "--prompts", str(files.prompts), "--strengths", *STRENGTHS]
-    draw.main([plan.base.name, *words, "--output", str(folder), "--config_file", str(files.config)])
-    return folder / draw.SHEET
-
-
 def choose_adapter(files: Files) -> tuple[Path, str]:
     """Return the file to use and why: the one that the run suggests by its validation, else the last."""
-    choice = read_report(Names(files.folder, files.name, "safetensors").of_report()).choice
+    report = Names(files.folder, files.name, "safetensors").of_report()
+    choice = read_report(report).choice if report.is_file() else None
     if choice is not None and choice["suggested"]:
         return Path(choice["suggested"]), choice["reason"]
-    return files.adapter, "the last one: too few photos to measure files on, so compare the previews in the report"
+    return files.adapter, "the last one, because too few photos can be set aside to measure files on"
 
 
-def advise(plan: Plan, files: Files, sheet: Path) -> Iterator[str]:
+def advise(plan: Plan, files: Files, adapter: Path, why: str, sheets: Sheets) -> Iterator[str]:
     """Yield what to do with the adapter."""
-    adapter, why = choose_adapter(files)
     yield f"Use {adapter}: {why}"
+    yield f"  an earlier one if it draws better: {sheets.files}; {sheets.seen}"
     yield (
-        f"  at strength 1, as it was trained; less if the other words of a prompt get lost: {sheet} shows the prompts "
-        "at several strengths"
+        "  at strength 1, as it was trained; less if the other words of a prompt get lost: "
+        f"{sheets.strengths} shows the prompts at several strengths"
     )
     yield f"  with {plan.trigger.word!r} in the prompt, such as {plan.trigger.text!r}"
     for program, name in FOLDERS.items():
@@ -123,6 +141,26 @@ def advise(plan: Plan, files: Files, sheet: Path) -> Iterator[str]:
             yield f"  {program}: copy it to {find_folder(plan.base.path, name) or f'models/{name} of {program}'}"
     longer = int(LONGER * read_num_steps(files.adapter))
     yield f"To train longer, give the same command with --steps {longer}: it goes on under a new name"
+
+
+def describe_time(plan: Plan, seconds: float) -> str:
+    planned = "" if plan.duration is None else f", {duration(plan.duration.seconds)} were planned"
+    return f"It took {duration(seconds)}{planned}"
+
+
+def add_to_report(plan: Plan, files: Files, sheets: Sheets, advice: list[str]) -> None:
+    """Put the plan, some photos, the sheets and the advice into the report, and list all runs of the default folder."""
+    photos = [photo for folder in plan.folders for photo in folder.photos][:MOST_PHOTOS]
+    thumbnails = [encode_data_url(Image.fromarray(read_pixels(str(photo.path))[0])) for photo in photos]
+    images = {title: encode_data_url(image, *LARGEST_IN_REPORT) for title, image in sheets.images.items()}
+    notes = {"Use it": advice, "Plan": describe_plan(plan, files)}
+    with suppress(UserError):  # no report, if the user's options turn it off
+        add_notes(Names(files.folder, files.name, "safetensors").of_report(), notes, thumbnails, images)
+    if files.folder.parent == OUTPUT.absolute():
+        try:
+            write_index(IndexedRuns(files.folder.parent))
+        except UserError as error:  # an index of another program
+            announce(f"note      {error}")
 
 
 def find_folder(base: Path, name: str) -> Path | None:

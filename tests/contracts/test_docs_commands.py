@@ -80,7 +80,7 @@ def check_command(command: str) -> None:
             return  # always installed; find_spec would make setuptools drop its distutils
         case ["python3" | "python", "-m", module, *_]:
             assert importlib.util.find_spec(module) is not None, f"the requirements bring no module {module}"
-        case ["python3", "tools/start.py", "train", *arguments] | ["python3", "train.py", *arguments]:
+        case ["python3", "tools/start.py", "train", *arguments] | ["python3" | "python", "train.py", *arguments]:
             parse(train.setup_parser(), arguments)
         case ["python3" | "python", "tools/start.py", *arguments]:
             parse(start.setup_parser(), start.split_at_dashes(arguments)[0])
@@ -211,7 +211,7 @@ def test_readme_shows_both_commands_and_a_real_training() -> None:
     commands = commands_of(ROOT / "README.md")
     assert "python3 tools/start.py quickstart" in commands
     assert "python3 tools/start.py test" in commands
-    assert any(command.startswith("python3 train_network.py") and "--dataset_config" in command for command in commands)
+    assert any(command.startswith("python3 tools/start.py train ") for command in commands)
 
 
 @pytest.mark.parametrize(

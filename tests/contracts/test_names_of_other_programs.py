@@ -16,14 +16,7 @@ from library.data.description.dataset_file import explain_key
 from library.data.description.schema import ALL_KEYS
 from library.options.declared import list_declared
 from library.options.leco import LecoOptions
-from library.options.other_programs import (
-    CONVERSIONS,
-    FOLDER,
-    Equivalent,
-    has_option,
-    list_programs,
-    read_program,
-)
+from library.options.other_programs import CONVERSIONS, FOLDER, Equivalent, has_option, list_programs, read_program
 from library.training.command_line.cli import parse
 from library.training.evaluation.prompts import PromptSpec
 from networks.core.arguments.common import COMMON

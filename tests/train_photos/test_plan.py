@@ -1,30 +1,58 @@
 """What train.py decides before it trains: recipe, steps, size, captions, parts, prediction."""
 
+import re
+import shutil
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
 
 import train
 from library.architectures.specs import list_specs
 from library.base.errors import UserError
+from library.data.decoding.images import MODEL
 from library.data.plan.data_plan import build_plan
 from library.options.train import TrainOptions
-from library.train_photos.base import Base, choose_recipe, measure_loss, measure_prediction, read_prediction, recognise
+from library.train_photos.base import (
+    Base,
+    choose_recipe,
+    measure_losses,
+    measure_prediction,
+    read_prediction,
+    recognise,
+)
 from library.train_photos.command_line import read_command_line
-from library.train_photos.description import describe_given, list_captions, remark_on_trigger
-from library.train_photos.parts import find_parts
-from library.train_photos.photos import Trigger, find_photos, parse_trigger, suggest_trigger
-from library.train_photos.plan import Files, Plan, choose_side, choose_values, compose_captions, write_prompts
+from library.train_photos.description import (
+    describe_given,
+    describe_photos,
+    list_captions,
+    list_folders,
+    list_part_names,
+    remark_on_trigger,
+)
+from library.train_photos.parts import find_parts, find_training_adapter
+from library.train_photos.photos import PhotoFolder, Trigger, find_photos, parse_trigger, select_photos, suggest_trigger
+from library.train_photos.plan import (
+    Files,
+    Plan,
+    choose_length,
+    choose_repeats,
+    choose_side,
+    choose_values,
+    compose_captions,
+    find_problems,
+    write_prompts,
+)
 from library.training.command_line.recipes import list_recipes
 from library.training.config_file import format_config
 from tests.running import make_images
 from tests.tiny.bases import BASES
-from tests.train_photos.test_train import GENERIC, KINDS, build_base
+from tests.train_photos.test_train import GENERIC, KINDS, build_base, draw_photo
 from tests.unit.data.builders import SPEC
 from tools.recipes import interpolate_steps
 
@@ -77,9 +105,10 @@ def test_a_base_model_without_recipes_gets_plain_settings_that_its_script_has(
 
 
 @pytest.mark.parametrize(
-    ("num_images", "steps"), [(15, 1200), (30, 1800), (100, 3500), (21, 1460), (200, 5130), (5, 630)]
+    ("num_images", "steps"),
+    [(15, 1200), (30, 1800), (100, 3500), (21, 1460), (200, 5130), (5, 400), (3, 240), (1, 80), (3000, 10_000)],
 )
-def test_steps_between_those_of_the_recipe_lie_on_a_curve(num_images: int, steps: int) -> None:
+def test_steps_lie_on_a_curve_with_bounds_for_few_and_for_many_photos(num_images: int, steps: int) -> None:
     assert interpolate_steps({15: 1200, 30: 1800, 100: 3500}, num_images) == steps
 
 
@@ -100,6 +129,71 @@ def test_photos_that_cannot_be_trained_on_are_left_out_with_the_reason(tmp_path:
     assert len(folder.photos) == 3
     reasons = {path.name: reason for path, reason in folder.left_out}
     assert "cannot be read" in reasons["broken.jpg"] and "unsupported" in reasons["clip.psd"]
+
+
+def write_photos(folder: Path, **sizes: int) -> None:
+    folder.mkdir(exist_ok=True)
+    for number, (name, side) in enumerate(sizes.items()):
+        draw_photo(number).resize((side, side)).save(folder / f"{name}.png")
+
+
+def names_of(folders: list[PhotoFolder]) -> list[str]:
+    return [photo.path.name for folder in folders for photo in folder.photos]
+
+
+def test_copies_and_very_small_photos_are_left_out_unless_all_are_kept(tmp_path: Path) -> None:
+    write_photos(tmp_path, a=600, b=200)
+    (tmp_path / "below").mkdir()
+    shutil.copy(tmp_path / "a.png", tmp_path / "below" / "copy.png")
+    (tmp_path / "below" / "copy.txt").write_text("a cat")  # of two copies, that with a caption stays
+    folders = find_photos(tmp_path)
+    selected = select_photos(tmp_path, folders, 1024, [], False)
+    assert names_of(selected) == ["copy.png"]
+    text = describe_photos(selected)
+    assert "left out: a.png, the same file as another; left out: b.png, below a quarter of 1024 px" in text
+    assert selected[0].describe(Trigger("x"))["exclude"] == ["a.png", "b.png"]
+    assert names_of(select_photos(tmp_path, folders, 1024, [], True)) == ["a.png", "b.png", "copy.png"]
+
+
+def test_photos_are_left_out_by_name_path_and_folder(tmp_path: Path) -> None:
+    write_photos(tmp_path, a=600, b=601, c=602)
+    write_photos(tmp_path / "rejects", d=603, e=604)
+    folders = find_photos(tmp_path)
+    lines = "\n".join(list_folders(folders))
+    assert lines.endswith("rejects: 2 photos; its name says that it is not wanted: --leave_out rejects")
+    left = select_photos(tmp_path, folders, 512, ["a.png", str(tmp_path / "b.png"), "rejects"], False)
+    assert names_of(left) == ["c.png"]
+    with pytest.raises(UserError, match=r"--leave_out: no photo in .* is named d.jpg \(did you mean d.png"):
+        select_photos(tmp_path, folders, 512, ["d.jpg"], False)
+    with pytest.raises(UserError, match="no photo that is not left out"):
+        select_photos(tmp_path, folders, 512, ["rejects", "a.png", "b.png", "c.png"], False)
+
+
+def test_other_problems_are_named_and_the_photos_kept(tmp_path: Path) -> None:
+    draw_photo(1).resize((1170, 2532)).save(tmp_path / "IMG_1.PNG")
+    exif = Image.Exif()
+    exif[MODEL] = "iPhone"
+    for number, name in ((1, "near"), (2, "photo")):
+        draw_photo(number).resize((1170, 2532)).save(tmp_path / f"{name}.jpg", exif=exif, quality=98)
+    write_photos(tmp_path, small=500)
+    lines = [finding.line for finding in find_problems(find_photos(tmp_path), 1024, uses_alpha=False)]
+    assert any(re.match(r"1 image like screenshots.*: IMG_1.PNG \(1170x2532\)", line) for line in lines), lines
+    assert any("near-duplicated" in line and "IMG_1.PNG" in line and "near.jpg" in line for line in lines)
+    assert any("upscaled more than 1.5x" in line and "small.png (500x500)" in line for line in lines)
+    assert any("blurred all over" in line for line in lines)
+
+
+@pytest.mark.parametrize(("num_photos", "batch_size", "repeats"), [(3, 2, 3), (3, 1, 2), (12, 2, 1), (3000, 2, 1)])
+def test_few_photos_are_repeated_until_an_epoch_has_full_batches(
+    num_photos: int, batch_size: int, repeats: int
+) -> None:
+    assert choose_repeats(batch_size, num_photos) == repeats
+
+
+def test_of_many_photos_only_some_are_set_aside() -> None:
+    assert choose_length(1000, 100)["validation_split"] == 0.1
+    assert choose_length(10_000, 3000)["validation_split"] == 50 / 3000
+    assert choose_length(100, 12) == {"max_train_steps": 100, "save_every_n_steps": 25, "sample_every_n_steps": 25}
 
 
 @pytest.mark.parametrize(
@@ -172,7 +266,9 @@ def test_small_photos_are_trained_at_their_own_size(tmp_path: Path) -> None:
         folder = tmp_path / str(side)
         folder.mkdir()
         Image.new("RGB", (side, side)).save(folder / "a.png")
-        assert choose_side(base_of("sdxl", "/m/a.safetensors"), recipe, find_photos(folder)) == expected
+        base, photos = base_of("sdxl", "/m/a.safetensors"), find_photos(folder)
+        assert choose_side(base, recipe.values, {}, photos) == expected
+        assert choose_side(base, recipe.values, {"resolution": "768,768"}, photos) == 768
 
 
 def test_the_marker_tensors_of_a_checkpoint_tell_its_prediction(tmp_path: Path) -> None:
@@ -186,13 +282,19 @@ def test_the_marker_tensors_of_a_checkpoint_tell_its_prediction(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_the_losses_of_a_trained_base_tell_that_it_predicts_noise(tmp_path: Path, fresh_process: None) -> None:
+def test_the_losses_of_a_trained_base_tell_that_it_predicts_noise(
+    tmp_path: Path, fresh_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    encode = AutoencoderKL.encode
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda vae, x: encoded.append(len(x)) or encode(vae, x))
     base, folders = recognise(TOY), find_photos(Path(HEARTS))
     recipe, trigger = choose_recipe(base, "character"), Trigger("heart")
     values = {**choose_values(recipe, 64, 32, 10), **base.values}
     plan = Plan(base, recipe, folders, trigger, values, write_prompts(recipe, trigger, 64), None, None)
-    measured = measure_prediction(base, partial(measure_loss, base, plan.read(Files(tmp_path, "mine"))))
+    measured = measure_prediction(base, partial(measure_losses, base, plan.read(Files(tmp_path, "mine"))))
     assert measured.prediction == "epsilon" and "on 5 photos" in measured.why
+    assert sum(encoded) == 5
 
 
 def test_text_encoders_and_vaes_are_found_in_comfyuis_folders_by_content(tmp_path: Path) -> None:
@@ -221,6 +323,39 @@ def test_text_encoders_and_vaes_are_found_in_comfyuis_folders_by_content(tmp_pat
     (models / "vae" / "mine.safetensors").unlink()
     with pytest.raises(UserError, match=r"--ae is missing.*--models.*ae\.safetensors of .* \(0\.34 GB"):
         find_parts(base, options, None)
+
+
+def write_adapter(path: Path, base: Base) -> Path:
+    """Write an adapter whose metadata name its base model."""
+    path.parent.mkdir(exist_ok=True)
+    module = "diffusion_model.layers.0.attention.to_q" if base.spec.name == "zimage" else "lora_unet_x"
+    tensors = {f"{module}.lora_A.weight": torch.zeros(2, 3840), f"{module}.lora_B.weight": torch.zeros(3840, 2)}
+    save_file(
+        tensors, path, {"modelspec.architecture": base.spec.adapter_metadata("", False)["modelspec.architecture"]}
+    )
+    return path
+
+
+def test_a_step_distilled_base_takes_its_training_adapter_beside_it_or_of_the_models(tmp_path: Path) -> None:
+    (tmp_path / "diffusion_models").mkdir()
+    path = tmp_path / "diffusion_models" / "z_image_turbo_bf16.safetensors"
+    base = Base(str(path), path, base_of("zimage", "x").spec, frozenset())
+    published, found = find_training_adapter(base, {}, tmp_path)
+    assert published is not None and found is None and "ostris/zimage_turbo_training_adapter" in str(published)
+    write_adapter(tmp_path / "loras" / "my_cat.safetensors", base)
+    (tmp_path / "loras" / "other_training_adapter.safetensors").write_bytes(b"damaged")
+    assert find_training_adapter(base, {}, tmp_path)[1] is None
+    adapter = write_adapter(tmp_path / "loras" / "zimage_turbo_training_adapter_v1.safetensors", base)
+    assert find_training_adapter(base, {}, tmp_path)[1] == adapter
+    for given in ({"training_adapter": "none"}, {"base_weights": ["a"]}, {"model_version": "de-turbo"}):
+        assert find_training_adapter(base, given, tmp_path) == (None, None)
+
+
+def test_parts_and_adapters_are_listed_and_not_what_is_unset() -> None:
+    base = base_of("flux", "/m/a.safetensors")
+    values = {"ae": "/m/ae", "clip_l": None, "training_adapter": "none", "base_weights": ["/m/b"], "output_dir": "/o"}
+    plan = Plan(base, choose_recipe(base, "style"), [], Trigger("ink"), values, "", None, None)
+    assert list_part_names(plan) == ["ae", "base_weights"]
 
 
 def test_a_pipeline_without_a_family_is_recognised(tmp_path: Path) -> None:

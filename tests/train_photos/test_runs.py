@@ -9,8 +9,9 @@ from torch import nn
 
 import train
 from library.base.errors import UserError
+from library.checkpoints.marks import TRAIN_PY
 from library.checkpoints.saving import save_safetensors
-from library.train_photos.plan import HEADER, Files
+from library.train_photos.plan import Files
 from library.train_photos.runs import Record, Start, choose_start, find_runs, list_names
 from library.training.config_file import format_config
 from library.training.reporting.progress import Part
@@ -37,7 +38,7 @@ def write_run(out: Path) -> Callable[..., Files]:
 
     def write(name: str, step: int, record: Record = RECORD, is_finished: bool = False, steps: int = 100) -> Files:
         files = Files(out, name)
-        files.config.write_text(f"{HEADER}\n{record.line}{format_config({'max_train_steps': steps})}")
+        files.config.write_text(f"{TRAIN_PY}\n{record.line}{format_config({'max_train_steps': steps})}")
         if step:
             done: list[Part] = ["end"] if is_finished else []
             folder = out / (f"{name}-state" if is_finished else f"{name}-step{step:08d}-timed-state")
@@ -158,7 +159,7 @@ def test_a_run_that_is_running_is_named(
 
 
 def test_a_name_is_free_with_what_a_cut_start_left_and_not_with_files_of_a_run(out: Path) -> None:
-    (out / "mine-dataset.toml").write_text(HEADER)
+    (out / "mine-dataset.toml").write_text(TRAIN_PY)
     assert choose(out)[0].files.name == "mine"
     (out / "mine-step00000100.safetensors").touch()  # by the script
     assert choose(out)[0].files.name == "mine-2"
@@ -208,4 +209,5 @@ def test_a_start_that_fails_leaves_no_plan(tmp_path: Path, fresh_process: None) 
     (out / "mine-report.html").write_text("my own page")  # which the run would replace
     words = [str(photos), "--base", build_base("sd3", tmp_path / "base"), "--output_dir", str(out), "--name", "mine"]
     assert train.main([*words, "--steps", "2", "--yes"]) == 1
-    assert [path.name for path in out.iterdir()] == ["mine-report.html"]
+    assert {path.name for path in out.iterdir()} == {"mine-report.html", "mine.log"}
+    assert "my own page" in (out / "mine-report.html").read_text()

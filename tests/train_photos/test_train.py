@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
+from library.training.report_page.writer import read_report
 from tests.running import Finished, make_images
 from tests.tiny.bases import BASES
 from tests.tiny.pipelines import build_tiny_pipeline
@@ -94,7 +95,15 @@ def test_a_folder_of_photos_becomes_an_adapter_that_draws(
     assert status == 0, printed
     assert load_file(out / "mine.safetensors")
     assert (out / "mine-strengths" / "strengths.png").is_file()  # drawn by tools/draw.py
-    assert len(list((out / "sample").glob("*.png"))) == 9  # three prompts before the first step and after each
+    assert (out / "mine-strengths" / "files.png").is_file()
+    assert len(list((out / "sample").glob("*.png"))) == 6  # three prompts before the first step and after the last
+    record = read_report(out / "mine-report.html")
+    assert record.notes["Plan"][0].startswith("base") and any(
+        line.startswith("It took") for line in record.notes["Use it"]
+    )
+    assert len(record.photos) >= 3 and len(record.sheets) == 2 and record.previews.items[-1]["step"] == 2
+    assert printed.splitlines()[-1] == f"All else is in {out / 'mine.log'}"
+    assert "import network module" not in printed and "import network module" in (out / "mine.log").read_text()
     assert all(path.read_bytes() == content for path, content in before.items())
     assert ("broken.jpg, cannot be read" in printed) == (kind == "damaged")
     assert "photos    " in printed and f"Use {out / 'mine.safetensors'}" in printed

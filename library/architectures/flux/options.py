@@ -8,7 +8,7 @@ from typing import TypeVar
 from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
 from library.options.kinds import whole
-from library.options.model import BASE, ModelFile, ReadingOptions, part
+from library.options.model import BASE, TRAINING_ADAPTER, ModelFile, ReadingOptions, part
 from library.options.train import TrainOptions
 from library.options.training.flow import (
     FlowPredictionOptions,
@@ -76,6 +76,7 @@ FILES: tuple[ModelFile, ...] = (
     ModelFile("clip_l", "comfyanonymous/flux_text_encoders", "clip_l.safetensors", 0.25, "Apache-2.0"),
     ModelFile("t5xxl", "comfyanonymous/flux_text_encoders", "t5xxl_fp16.safetensors", 9.8, "Apache-2.0"),
     ModelFile("ae", "Comfy-Org/z_image_turbo", "ae.safetensors", 0.34, "Apache-2.0"),
+    ModelFile(TRAINING_ADAPTER, "ostris/FLUX.1-schnell-training-adapter", "", release="schnell"),
 )
 
 PARTS = "--clip_l clip_l.safetensors --t5xxl t5xxl.safetensors --ae ae.safetensors"

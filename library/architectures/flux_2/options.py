@@ -54,11 +54,7 @@ FILES: tuple[ModelFile, ...] = (
 
 PARTS = "--text_encoder qwen_3_4b.safetensors --vae ae.safetensors"
 
-INSTEAD: Mapping[str, str] = {
-    **ALTERNATIVES,
-    "fp8_vl": "use --fp8_text_encoder",
-    "fp8_llm": "use --fp8_text_encoder",
-}
+INSTEAD: Mapping[str, str] = {**ALTERNATIVES, "fp8_vl": "use --fp8_text_encoder", "fp8_llm": "use --fp8_text_encoder"}
 
 
 @dataclass(frozen=True)

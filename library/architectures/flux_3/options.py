@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from library.options.base import group, option, redeclare
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
-from library.options.model import BASE, ModelFile
+from library.options.model import BASE, TRAINING_ADAPTER, ModelFile
 from library.options.training.flow import FlowSamplingOptions
 
 SHIFT = 6.93  # of noise levels at every size, in training and at inference
@@ -42,6 +42,9 @@ FILES: tuple[ModelFile, ...] = (
     ),
     ModelFile("text_encoder", "Qwen/Qwen3-VL-4B-Instruct", "", 8.9, "Apache-2.0"),
     ModelFile("vae", "Comfy-Org/vae-text-encorder-for-flux-klein-4b", "flux2-vae.safetensors", 0.34, "Apache-2.0"),
+    ModelFile(
+        TRAINING_ADAPTER, "SimpleTuner/flux-3-klein-image-training-assistant", "", release=r"ref_time_in\.in_layer"
+    ),
 )
 
 PARTS = "--text_encoder qwen3vl_4b.safetensors --vae flux2-vae.safetensors"

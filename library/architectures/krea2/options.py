@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from library.options.base import group, option, redeclare
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
-from library.options.model import BASE, ModelFile, part
+from library.options.model import BASE, TRAINING_ADAPTER, ModelFile, part
 from library.options.training.flow import FlowSamplingOptions
 
 CACHED_BY_SYSTEM = "the system caches the file of --turbo_dit while main memory has room for it"
@@ -60,6 +60,7 @@ FILES: tuple[ModelFile, ...] = (
     ModelFile(BASE, "krea/Krea-2-Raw", "raw.safetensors", 26.3, "Krea 2 Community"),
     ModelFile("text_encoder", "Qwen/Qwen3-VL-4B-Instruct", "", 8.9, "Apache-2.0"),
     ModelFile("vae", "Comfy-Org/Qwen-Image_ComfyUI", "qwen_image_vae.safetensors", 0.25, "Apache-2.0"),
+    ModelFile(TRAINING_ADAPTER, "ostris/krea2_turbo_training_adapter", "", release="turbo"),
 )
 
 PARTS = "--text_encoder qwen3vl_4b.safetensors --vae qwen_image_vae.safetensors"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from library.options.base import group, option, redeclare
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
-from library.options.model import BASE, ModelFile, part
+from library.options.model import BASE, TRAINING_ADAPTER, ModelFile, part
 from library.options.training.flow import FlowSamplingOptions
 
 
@@ -36,6 +36,12 @@ FILES: tuple[ModelFile, ...] = (
     ModelFile(BASE, "Comfy-Org/z_image", "z_image_bf16.safetensors", 12.3, "Apache-2.0"),
     ModelFile("text_encoder", "Comfy-Org/z_image_turbo", "qwen_3_4b.safetensors", 8.0, "Apache-2.0"),
     ModelFile("vae", "Comfy-Org/z_image_turbo", "ae.safetensors", 0.34, "Apache-2.0"),
+    ModelFile(
+        TRAINING_ADAPTER,
+        "ostris/zimage_turbo_training_adapter",
+        "zimage_turbo_training_adapter_v2.safetensors",
+        release="turbo",
+    ),
 )
 
 PARTS = "--text_encoder qwen_3_4b.safetensors --vae ae.safetensors"

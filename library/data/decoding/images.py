@@ -6,6 +6,7 @@ Arrays are uint8, HWC or HW; sizes are (width, height).
 import io
 import os
 import random
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ HEAD_BYTES = 4096
 # JPEG, GIF, JPEG XL and JPEG 2000
 COMPRESSED = (b"\xff\xd8\xff", b"GIF8", b"\xff\x0a", b"\0\0\0\x0cJXL ", b"\0\0\0\x0cjP  ")
 ORIENTATION = 0x0112  # EXIF
+MAKE, MODEL = 0x010F, 0x0110  # EXIF of a camera or a phone
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -74,15 +76,21 @@ def is_compressed(content: bytes) -> bool:
     return content.startswith(COMPRESSED) or content[4:8] == b"ftyp" or content[8:12] == b"WEBP"  # HEIF and AVIF
 
 
-def read_orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8, without decoding. A PNG's tags count only if they precede the pixels."""
+def read_tags(image: Image.Image) -> Mapping[int, Any]:
+    """Return the EXIF tags without decoding. A PNG's tags count only if they precede the pixels."""
     # For such a PNG, getexif() decodes all pixels to look for tags behind them.
     if image.format == "PNG" and "exif" not in image.info:
-        return 1
+        return {}
     try:
-        value = image.getexif().get(ORIENTATION, 1)
+        tags: Mapping[int, Any] = image.getexif()
     except Exception:  # damaged tags must not cost the image, and Pillow raises many errors here
-        return 1
+        return {}
+    return tags
+
+
+def read_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8, without decoding. A PNG's tags count only if they precede the pixels."""
+    value = read_tags(image).get(ORIENTATION, 1)
     return value if value in TRANSPOSITIONS else 1
 
 

@@ -71,6 +71,9 @@ class SubsetConfig:
         BOOL, False, "Never train on these images; their loss shows what the model forgets.", ("dataset", "subset")
     )
     image_dir: str | None = key(TEXT, None, "Folder with images.", ONLY_S)
+    exclude: tuple[str, ...] = key(
+        TEXTS, (), "Names of images in image_dir that are not used.", ONLY_S, ("dreambooth", "masked")
+    )
     image_column: str | None = key(
         TEXT, None, "Column of Parquet files with the images or their URLs.", GDS, ("dreambooth",)
     )

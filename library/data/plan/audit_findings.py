@@ -1,7 +1,7 @@
 """Problems that only an image's pixels reveal: duplicates, blur, a single colour, damage."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from library.base.errors import list_few
 from library.base.formatting import format_count
@@ -17,6 +17,14 @@ BLURRED = 15.0  # variance of the Laplacian: an image blurred by 2 pixels has 5,
 TRANSPARENT = 0.01  # share of pixels; antialiased edges have fewer
 CROPPED = 1 / 3  # share of the resized image that the crop to its bucket discards
 EMPTY = 6.0  # standard deviation of 8-bit grey values: a single colour with some noise
+# Pixels of screens. Phones' are told by their width and aspect, because their heights are many.
+PHONE_WIDTHS = frozenset((640, 720, 750, 828, 1080, 1125, 1170, 1179, 1206, 1242, 1260, 1284, 1290, 1320, 1344, 1440))
+LEAST_ASPECT, MOST_ASPECT = 16 / 9 - 0.01, 2.4  # of phones
+OTHER_SCREENS = frozenset((
+    (1280, 720), (1280, 800), (1366, 768), (1440, 900), (1600, 900), (1680, 1050), (1920, 1080), (1920, 1200),
+    (2256, 1504), (2360, 1640), (2388, 1668), (2420, 1668), (2560, 1440), (2560, 1600), (2560, 1664), (2732, 2048),
+    (2752, 2064), (2880, 1800), (2880, 1864), (3024, 1964), (3440, 1440), (3456, 2234), (3840, 2160), (5120, 2880),
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,9 @@ class Finding:
     def line(self) -> str:
         """The finding as a log line with the first few images."""
         return f"{self.text}: " + list_few(f"{path} ({note})" if note else path for path, note in self.images)
+
+    def with_paths(self, shorten: Callable[[str], str]) -> "Finding":
+        return replace(self, images=tuple((shorten(path), note) for path, note in self.images))
 
 
 def inspect(
@@ -68,6 +79,17 @@ def find_file_kinds(measured: Sequence[PixelMeasures], masked: set[str]) -> Iter
         [(image.path, "") for image in measured if image.is_cmyk],
         "{} in CMYK, whose colors change in the conversion to RGB; re-save as sRGB",
     )
+    yield from make_finding(
+        [(image.path, "{}x{}".format(*image.size)) for image in measured if is_screenshot(image)],
+        "{} like screenshots: of a screen's size, without a camera's data; crop bars and texts away, which are learned",
+    )
+
+
+def is_screenshot(image: PixelMeasures) -> bool:
+    """Return True for an image of a screen's size that no camera has made."""
+    long, short = max(image.size), min(image.size)
+    is_phone = short in PHONE_WIDTHS and LEAST_ASPECT <= long / short <= MOST_ASPECT
+    return not image.has_camera and (is_phone or (long, short) in OTHER_SCREENS)
 
 
 def find_large_crops(samples: Sequence[Sample]) -> Iterator[Finding]:

@@ -13,7 +13,16 @@ from PIL import Image
 
 from library.base.errors import UserError, reason_of
 from library.base.progress import progress_bar
-from library.data.decoding.images import TRANSPOSITIONS, decode_all, open_image, read_orientation, read_pixels
+from library.data.decoding.images import (
+    MAKE,
+    MODEL,
+    TRANSPOSITIONS,
+    decode_all,
+    open_image,
+    read_orientation,
+    read_pixels,
+    read_tags,
+)
 from library.data.description.buckets import Size
 from library.data.scanned.images import ScannedImage
 from library.data.sources.storage.storage import Storage
@@ -35,6 +44,8 @@ class PixelMeasures:
     num_frames: int = 1
     transparent: float = 0.0  # share of pixels that are not fully opaque
     is_cmyk: bool = False
+    size: Size = (0, 0)  # of the file, in pixels, whatever its orientation
+    has_camera: bool = False  # its EXIF names a camera or a phone
 
 
 def measure_pixels(path: str, trained: Size, content: bytes | None = None) -> PixelMeasures:
@@ -47,6 +58,8 @@ def measure_pixels(path: str, trained: Size, content: bytes | None = None) -> Pi
     try:
         with open_image(path, content) as image:
             num_frames, is_cmyk = int(getattr(image, "n_frames", 1)), image.mode == "CMYK"
+            file_size, tags = image.size, read_tags(image)
+            has_camera = any(tags.get(tag) for tag in (MAKE, MODEL))
         grey, transparent = read_grey(path, trained, content)
     except (UserError, OSError) as error:
         return PixelMeasures(path, problem=reason_of(error))
@@ -63,6 +76,8 @@ def measure_pixels(path: str, trained: Size, content: bytes | None = None) -> Pi
         num_frames=num_frames,
         transparent=transparent,
         is_cmyk=is_cmyk,
+        size=file_size,
+        has_camera=has_camera,
     )
 
 

@@ -3,11 +3,12 @@
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import replace
 
 import numpy as np
 
+from library.base.errors import list_few
 from library.data.description.buckets import Size
 from library.data.description.schema import DatasetConfig, RunDataConfig, SubsetConfig
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
@@ -58,6 +59,7 @@ def collect_dataset(config: DatasetConfig, scan: Callable[[SubsetConfig], Scanne
         seen.add(source)
         limit = config.skip_image_resolution
         if (scanned := scan(subset)) is not None:
+            scanned = drop_excluded(scanned) if subset.exclude else scanned
             subsets.append(scanned if limit is None else drop_small(scanned, limit))
     return ScannedDataset(config, tuple(subsets))
 
@@ -66,13 +68,27 @@ def drop_small(subset: ScannedSubset, limit: Size) -> ScannedSubset:
     """Keep only images with an area larger than that of `limit`. The captions of the others are not reported as
     missing or empty."""
     sizes_N2 = subset.images.sizes_N2.astype(np.int64)
-    is_small = sizes_N2.prod(axis=1) <= math.prod(limit)
-    small = subset.images.keys_at(np.flatnonzero(is_small))
-    left_out = set(small)
+    small = subset.images.keys_at(np.flatnonzero(sizes_N2.prod(axis=1) <= math.prod(limit)))
+    return replace(drop(subset, set(small)), small=small)
+
+
+def drop_excluded(subset: ScannedSubset) -> ScannedSubset:
+    """Keep only images that the subset does not exclude; warn about names that none has."""
+    folder = subset.config.image_dir or ""
+    excluded = {os.path.join(folder, name) for name in subset.config.exclude}
+    known = {*subset.images.each_key(), *(path for path, _ in subset.dropped)}
+    if unknown := [os.path.basename(path) for path in sorted(excluded - known)]:
+        logger.warning("exclude names what is no image in %s: %s", folder, list_few(unknown))
+    kept = tuple(pair for pair in subset.dropped if pair[0] not in excluded)
+    return replace(drop(subset, excluded), dropped=kept)
+
+
+def drop(subset: ScannedSubset, left_out: Set[str]) -> ScannedSubset:
+    """Remove images by their keys."""
+    is_kept = np.fromiter((key not in left_out for key in subset.images.each_key()), bool, len(subset.images))
     return replace(
         subset,
-        images=subset.images.take(np.flatnonzero(~is_small)),
+        images=subset.images.take(np.flatnonzero(is_kept)),
         without_caption=tuple(path for path in subset.without_caption if path not in left_out),
         empty_caption=tuple(path for path in subset.empty_caption if path not in left_out),
-        small=small,
     )

@@ -22,7 +22,7 @@ AT_ONCE = 4096  # images hashed together
 WHERE = (
     "entries", "image_dir", "metadata_file", "conditioning_data_dir", "source_key",
     "control_dirs", "opposite_dir", "control_resolution", "control_no_resize",  # covered by the digest of the images
-    "cache_directory", "patterns", "image_column", "caption_column", "control_columns",
+    "exclude", "cache_directory", "patterns", "image_column", "caption_column", "control_columns",
 )  # fmt: skip
 
 

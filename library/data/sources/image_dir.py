@@ -19,4 +19,4 @@ def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSub
     return listing.to_subset()
 
 
-SOURCE = Source(("caption_extension", "cache_info", "control_dirs", "opposite_dir"), scan)
+SOURCE = Source(("caption_extension", "cache_info", "control_dirs", "opposite_dir", "exclude"), scan)

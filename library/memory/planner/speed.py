@@ -30,6 +30,9 @@ class Work:
         return slowdown * self.flops / gpu.flops + self.moved / gpu.bandwidth + self.launches * gpu.launch
 
 
+NO_WORK = Work()
+
+
 @dataclass(frozen=True)
 class StepSpeed:
     """The work of a step."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from library.memory.planner.prediction import ALLOCATOR_SHARE
+from library.memory.planner.speed import NO_WORK, Work
 
 MOST_AT_ONCE = 8  # larger batches are hardly faster
 
@@ -22,6 +23,7 @@ class StageMemory:
     rise_of_each_more: int
     streamed_weights: int | None = None  # on the device, with layers in main memory; None if not possible
     most: int = MOST_AT_ONCE  # largest useful batch size, a power of two
+    work: Work = NO_WORK  # for one item
 
     def peak(self, count: int, is_streamed: bool = False) -> int:
         """Return the peak bytes with this batch size, including the overhead of the allocator."""

@@ -36,9 +36,7 @@ class CompileOptions(Options):
         choices=("true", "false", "auto"),
     )
     compile_fullgraph: bool = option(
-        False,
-        needs=ON,
-        help="Fail if a block cannot be compiled as one graph, instead of compiling it in parts.",
+        False, needs=ON, help="Fail if a block cannot be compiled as one graph, instead of compiling it in parts."
     )
     compile_cache_size_limit: int | None = option(
         None,

@@ -195,8 +195,7 @@ class MetadataOptions(Options, affects_training=False):
     metadata_license: str | None = option(None, help="License of the model in the file's metadata.")
     metadata_tags: str | None = option(None, help="Tags of the model in the file's metadata, separated by commas.")
     metadata_reso: str | None = option(
-        None,
-        help="Resolution of the model in the file's metadata, SIDE or WIDTH,HEIGHT. Unset uses --resolution.",
+        None, help="Resolution of the model in the file's metadata, SIDE or WIDTH,HEIGHT. Unset uses --resolution."
     )
     metadata_arch: str | None = option(
         None, help="Architecture of the model in the file's metadata. Unset uses the base model's."

@@ -19,6 +19,7 @@ from library.training.command_line.training import train_as_asked
 from library.training.failures.failure import StoppedByError
 from library.training.failures.interruption import Interrupted, Interruption
 from library.training.failures.out_of_memory import describe_out_of_memory, is_out_of_memory
+from library.training.reporting.event_stream import Sink
 from library.training.saving.resume import AlreadyComplete
 
 logger = logging.getLogger(__name__)
@@ -35,12 +36,14 @@ def main(
     latents: LatentSpec | None = None,
     objective: Callable[[OptionsT], FlowMatching] | None = None,
     command_line: CommandLine | None = None,
+    sinks: Sequence[Sink] = (),
 ) -> int:
     """Train as the command line says. Return the exit status: 0 finished or stopped and saved, 1 error (2 is
     argparse's).
 
     With `latents`, which determine bucket sizes, batches can be shown without a base model. A flow model also passes
-    its `objective`, to show its timesteps. `command_line` is what `check_words` has already read.
+    its `objective`, to show its timesteps. `command_line` is what `check_words` has already read. `sinks` take the
+    events of the run too.
     """
     # First of all, because a closed pipe or a full disk behind the output must not end a run.
     forgive_write_errors()
@@ -53,7 +56,7 @@ def main(
     try:
         options = options_type.from_args(args)
         command = sys.argv[1:] if argv is None else argv
-        is_over = train_as_asked(options, build, latents, objective, interruption, command)
+        is_over = train_as_asked(options, build, latents, objective, interruption, command, sinks)
         if options.diagnostics.exit_status_on_stop and not is_over:
             return interruption.exit_status
     except AlreadyComplete as error:

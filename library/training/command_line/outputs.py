@@ -10,7 +10,7 @@ from library.options.dataset import DatasetOptions
 from library.options.output.saving import SavingOptions
 from library.options.train import TrainOptions
 from library.options.training.run import DiagnosticOptions
-from library.training.reporting.event_stream import Events, WarningEvents
+from library.training.reporting.event_stream import Events, Sink, WarningEvents
 from library.training.run.run_events import open_events
 from library.training.saving.names import Names
 from library.training.saving.run_lock import run_lock
@@ -30,12 +30,17 @@ def name_files(saving: SavingOptions) -> Names | None:
 
 @contextmanager
 def holding_outputs(
-    options: TrainOptions, names: Names | None, command: Sequence[str] | None, warnings: WarningEvents
+    options: TrainOptions,
+    names: Names | None,
+    command: Sequence[str] | None,
+    warnings: WarningEvents,
+    sinks: Sequence[Sink] = (),
 ) -> Iterator[Events]:
-    """Open the event stream, and keep other runs from writing the same files inside the block."""
+    """Open the event stream, which `sinks` take too, and keep other runs from writing the same files inside the
+    block."""
     is_written = writes(options.diagnostics, options.dataset)
     with (
         run_lock(options.saving) if is_written else nullcontext(),
-        open_events(options, names if is_written else None, command, warnings) as events,
+        open_events(options, names if is_written else None, command, warnings, sinks) as events,
     ):
         yield events

@@ -21,7 +21,7 @@ from library.training.loop.loop import train
 from library.training.models import opening
 from library.training.models.cuda_kernels import cuda_kernels
 from library.training.planning.correction import MemoryWatch
-from library.training.reporting.event_stream import capture_warnings
+from library.training.reporting.event_stream import Sink, capture_warnings
 from library.training.run.dry_run import try_out
 from library.training.run.prepare import prepare
 
@@ -35,6 +35,7 @@ def train_as_asked(
     objective: Callable[[OptionsT], FlowMatching] | None,
     interruption: Interruption,
     command: Sequence[str] | None = None,
+    sinks: Sequence[Sink] = (),
 ) -> bool:
     """Check the options, then train, or show the noise levels or the dataset. Return True if the run is complete, False
     if it was stopped.
@@ -47,7 +48,7 @@ def train_as_asked(
         if check_and_look(options, latents, objective, command, warnings):
             return True
         names = name_files(options.saving)
-        events = stack.enter_context(holding_outputs(options, names, command, warnings))
+        events = stack.enter_context(holding_outputs(options, names, command, warnings, sinks))
         stack.enter_context(cuda_kernels(options.kernels))
         stack.enter_context(deterministic(options.diagnostics.deterministic))
         options, module, arch = open_base(options, build)

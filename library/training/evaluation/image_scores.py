@@ -114,6 +114,12 @@ class Scorer:
         return min(((own ^ other).bit_count() for own in shifted for other in self.hashes), default=HASH_BITS)
 
 
+def measure_change(before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
+    """Return the mean difference of images of the same prompts and seeds, as a share of the range of 8-bit values."""
+    values = [[np.asarray(composite_on_white(image), np.float32) for image in images] for images in (before, after)]
+    return float(np.mean([np.abs(one - other).mean() for one, other in zip(*values, strict=True)]) / 255)
+
+
 def shrink(grey: Image.Image) -> Image.Image:
     return grey.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX)
 

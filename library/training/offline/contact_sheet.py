@@ -1,6 +1,6 @@
 """Contact sheets: images of several adapter files for the same prompts and noise; models are loaded once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -158,11 +158,22 @@ def write(
     corner: tuple[int, int], width: int, most_lines: int,
 ) -> None:  # fmt: skip
     """Write a text in lines of `width` pixels, truncated if too long."""
-    lines = [""]
-    for letter in text.replace("\n", " "):
-        if lines[-1] and pen.textlength(lines[-1] + letter, font=font) > width:
-            lines.append("")
-        lines[-1] += letter
+    lines = wrap(text, lambda line: pen.textlength(line, font=font) <= width)
     for number, line in enumerate(lines[:most_lines]):
         is_cut = number == most_lines - 1 and len(lines) > most_lines
         pen.text((corner[0], corner[1] + number * LINE), f"{line[:-2]}…" if is_cut else line, fill=INK, font=font)
+
+
+def wrap(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """Break a text into lines that fit, at words; a word that is too long is broken anywhere."""
+    lines = [""]
+    for word in text.split():
+        if fits(f"{lines[-1]} {word}".lstrip()):
+            lines[-1] = f"{lines[-1]} {word}".lstrip()
+            continue
+        lines += [""] if lines[-1] else []
+        for letter in word:
+            if lines[-1] and not fits(lines[-1] + letter):
+                lines.append("")
+            lines[-1] += letter
+    return lines

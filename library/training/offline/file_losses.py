@@ -79,8 +79,11 @@ def losses_of_files(
     seed: int,
     rows: Sequence[Row],
     device: torch.device,
+    others: Sequence[Architecture] = (),
+    measures_trained: bool = True,
 ) -> tuple[Sides, Iterator[FileLosses]]:
-    """Return the measurements and an iterator over each file's losses, on as many training images as unseen ones.
+    """Return the measurements and an iterator over each file's losses, on as many training images as unseen ones, or
+    on unseen ones alone. `others` are the same base model with other objectives, for which each file's losses follow.
 
     Raises UserError for a file that does not fit.
     """
@@ -93,7 +96,8 @@ def losses_of_files(
         sample for part in (held_out, probe) for sample in part.images.iterate_samples(part.batch_indices)
     }
     are_mirrored = not held_out.rows and not has_flips
-    plan, indices = plan.limited_to_measured(len(held_out.rows) or MOST_MIRRORED, held_out_samples, are_mirrored)
+    count = count_trained(len(held_out.rows), measures_trained)
+    plan, indices = plan.limited_to_measured(count, held_out_samples, are_mirrored)
     if not held_out.rows:  # mirrored images have no cached latents
         options = options.with_values({"cache_latents": False, "cache_latents_to_disk": False})
     compute, processes = Compute.build(options.precision, device), replace(ALONE, device=device)
@@ -108,7 +112,7 @@ def losses_of_files(
     trained = select_all(batches.measured(indices), held_out)
     if held_out.rows:
         # Both groups are measured with the same noise, so that only their images differ.
-        measurements = Sides(held_out, replace(trained, noise=held_out.rows), None)
+        measurements = Sides(held_out, replace(trained, noise=held_out.rows) if count else None, None)
     elif has_flips:
         logger.warning("trained images are not compared with their mirror images: --flip_aug trained these too")
         measurements = Sides(None, trained, None)
@@ -124,24 +128,31 @@ def losses_of_files(
                 torch.no_grad(),
                 install_adapters([] if row is None else [(row, 1.0)], loaded.models, compute) as network,
             ):
-                context = step_context(
-                    options.trains_text_encoders, options.caching.vae_batch_size, arch, seed, loaded, network,
-                    compute, pairs=options.pairs,
-                )  # fmt: skip
-                losses = [
-                    None
-                    if measurement is None
-                    else measurement.losses(context, processes, num_threads, f"measuring {name}")
-                    for measurement in (
-                        measurements.held_out,
-                        measurements.trained,
-                        measurements.mirrored,
-                        measurements.probe,
+                for each in (arch, *others):
+                    context = step_context(
+                        options.trains_text_encoders, options.caching.vae_batch_size, each, seed, loaded, network,
+                        compute, pairs=options.pairs,
+                    )  # fmt: skip
+                    title = f"measuring {name}"
+                    yield FileLosses(
+                        row,
+                        *(
+                            None if one is None else one.losses(context, processes, num_threads, title)
+                            for one in (
+                                measurements.held_out,
+                                measurements.trained,
+                                measurements.mirrored,
+                                measurements.probe,
+                            )
+                        ),
                     )
-                ]
-            yield FileLosses(row, *losses)
 
     return measurements, measure_files()
+
+
+def count_trained(num_held_out: int, are_wanted: bool) -> int:
+    """Return the number of trained images to measure: as many as are held out, or many without these."""
+    return MOST_MIRRORED if not num_held_out else num_held_out if are_wanted else 0
 
 
 def select_all(images: ValidationSet, like: Measurement) -> Measurement:

@@ -16,6 +16,7 @@ from library.data.concepts.prompt_pairs import resolve_guidance
 from library.memory.devices import bytes_of, tensors_of
 from library.memory.offload.encoders import least_bytes
 from library.memory.planner.prediction import GradientlessPasses
+from library.memory.planner.speed import Work
 from library.memory.planner.stages import StageMemory, max_images
 from library.options.training.concepts import ConceptOptions
 from library.options.training.pairs import PairOptions
@@ -71,14 +72,14 @@ def count_rise(
     run: Callable[[], T],
     inputs: Sequence[Tensor] = (),
     num_tokens: int | None = None,
-) -> tuple[int, T]:
+) -> tuple[int, T, Work]:
     """Run `run` and return the peak bytes that it takes beyond the weights of `models` and the `inputs`, with its
-    result."""
+    result and its work."""
     counter = counter_for(arch, num_tokens)
     counter.leave_out([*tensors_of(*models), *inputs])
     with counter, torch.no_grad():
         result = run()
-    return counter.peak, result
+    return counter.peak, result, Work(counter.flops, counter.moved, counter.launches)
 
 
 def count_images(arch: Architecture, vae: nn.Module, shape: BatchShape) -> StageMemory:
@@ -87,9 +88,11 @@ def count_images(arch: Architecture, vae: nn.Module, shape: BatchShape) -> Stage
     width, height = max(((shape.width, shape.height), *shape.reference_sizes), key=prod)
     pixels_BCHW = torch.empty(1, 3, height, width)
     generators = [generator_for(0, "planned")]
-    bytes_of_one, _ = count_rise(arch, [vae], lambda: arch.codec.encode(vae, pixels_BCHW, generators))
-    max_batch = max_images(width * height)
-    return StageMemory("encoding images", "vae_batch_size", bytes_of(vae), bytes_of_one, bytes_of_one, most=max_batch)
+    bytes_of_one, _, work = count_rise(arch, [vae], lambda: arch.codec.encode(vae, pixels_BCHW, generators))
+    most = max_images(width * height)
+    return StageMemory(
+        "encoding images", "vae_batch_size", bytes_of(vae), bytes_of_one, bytes_of_one, most=most, work=work
+    )
 
 
 def count_captions(
@@ -106,7 +109,7 @@ def count_captions(
         sizes = batch.reference_sizes
         caption = CaptionWithImages(caption, "", lambda: tuple(torch.zeros(channels, h, w) for w, h in sizes))
 
-    def encode(count: int) -> tuple[int, Conditioning]:
+    def encode(count: int) -> tuple[int, Conditioning, Work]:
         # Which tokens represent images depends on token values, so the fake mode must be off.
         with unset_fake_temporarily() if sees_images else nullcontext():
             tokens = arch.text.tokenize([caption] * count)
@@ -125,9 +128,10 @@ def count_captions(
     if spec.options.text_encoder_cpu:
         return None, features
     weights, streamed = bytes_of(*encoders), least_bytes(encoders)
-    return StageMemory(
-        "encoding captions", "text_encoder_batch_size", weights, bytes_of_one, each_more, streamed
-    ), features
+    stage = StageMemory(
+        "encoding captions", "text_encoder_batch_size", weights, bytes_of_one, each_more, streamed, work=counted[1][2]
+    )
+    return stage, features
 
 
 def count_prompts(

@@ -9,6 +9,7 @@ from torch import nn
 from library.memory.devices import bytes_of, tensors_of
 from library.memory.planner.counter import OperationCounter
 from library.memory.planner.prediction import ALLOCATOR_SHARE, CONTEXT_BYTES, CountedStep, ModeCost
+from library.memory.planner.speed import NO_WORK, Work
 from library.options.output.preview import PreviewOptions
 from library.protocols import Architecture
 from library.training.evaluation.preview import PreviewSchedule
@@ -26,6 +27,7 @@ class CountedPreview:
     height: int
     vae_bytes: int  # 0 if the VAE stays in memory during training
     decoding_bytes: int
+    work: Work = NO_WORK  # of decoding
 
     def peak(self, step: CountedStep, chosen: ModeCost) -> int:
         """Return the GPU memory for a preview in a run configured as `chosen`."""
@@ -59,4 +61,5 @@ def count_preview(
     counter.leave_out(tensors_of(vae))
     with counter, torch.no_grad():
         arch.codec.decode(vae, latents_BCHW)
-    return CountedPreview(width, height, 0 if stays else bytes_of(vae), counter.peak)
+    work = Work(counter.flops, counter.moved, counter.launches)
+    return CountedPreview(width, height, 0 if stays else bytes_of(vae), counter.peak, work)

@@ -3,7 +3,7 @@
 
 const {title, runs} = readData();
 
-const link = ({name, file}) => make("a", {href: encodeURIComponent(file)}, name);
+const link = ({name, file}) => make("a", {href: file.split("/").map(encodeURIComponent).join("/")}, name);
 const preview = ({picture, prompt}) => (picture ? make("img", {class: "thumbnail", src: picture, alt: prompt}) : "–");
 const best = ({best}) => (best ? `${short(best.loss)} at step ${best.step}` : "–");
 const steps = ({step, max_train_steps: all}) => (all === null ? "–" : `${step} / ${all}`);

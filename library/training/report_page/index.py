@@ -1,4 +1,4 @@
-"""index.html: all runs of an output folder on one page, with links to their reports."""
+"""index.html: all runs of an output folder and of those directly below it on one page, with links to their reports."""
 
 import logging
 import stat
@@ -68,21 +68,29 @@ class IndexedRuns:
 
     def summarize(self) -> list[dict[str, Any]]:
         """Return the summaries of the latest runs, latest first; logs reports that cannot be read once."""
-        found = {path: read_stamp(path) for path in self.folder.glob(f"*{ENDING}")}
+        found = {path: read_stamp(path) for path in list_reports(self.folder).values()}
         stamps = {path: stamp for path, stamp in found.items() if stamp is not None}
         latest = sorted(stamps, key=lambda path: stamps[path], reverse=True)[:MOST_RUNS]
         old = self._by_path
         self._by_path = {
-            path: old[path] if path in old and old[path][0] == stamps[path] else (stamps[path], read_summary(path))
+            path: old[path]
+            if path in old and old[path][0] == stamps[path]
+            else (stamps[path], read_summary(path, path.relative_to(self.folder).as_posix()))
             for path in latest
         }
         return [summary for _, summary in self._by_path.values() if summary is not None]
 
 
-def read_summary(path: Path) -> dict[str, Any] | None:
+def list_reports(folder: Path) -> dict[str, Path]:
+    """Return the reports in a folder and in those directly below it, by their links."""
+    found = (path for pattern in (f"*{ENDING}", f"*/*{ENDING}") for path in sorted(folder.glob(pattern)))
+    return {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
+
+
+def read_summary(path: Path, link: str) -> dict[str, Any] | None:
     """Return the summary of a run; None, with a warning, if its report cannot be read."""
     try:
-        return summarize(read_report(path), path)
+        return summarize(read_report(path), link)
     except UserError as error:
         logger.warning("%s; it is not part of %s", error, FILE_NAME)
         return None
@@ -97,17 +105,17 @@ def build_index(runs: IndexedRuns, reload_s: int | None = None) -> str:
 def write_index(runs: IndexedRuns) -> None:
     """Write the index of a folder with at least two reports. Raises UserError if another program's index.html
     exists."""
-    if len(list(runs.folder.glob(f"*{ENDING}"))) >= 2:
+    if len(list_reports(runs.folder)) >= 2:
         check_target("index of the runs:", runs.folder / FILE_NAME, INDEX)
         write_whole(runs.folder / FILE_NAME, build_index(runs))
 
 
-def summarize(record: Record, path: Path) -> dict[str, Any]:
+def summarize(record: Record, link: str) -> dict[str, Any]:
     end = record.sessions[-1]["end"] if record.sessions else None
     number, image = find_last_preview(record)
     return {
         "name": record.name,
-        "file": path.name,
+        "file": link,
         "state": "running, or killed" if end is None else end["reason"],
         "step": record.step,
         "max_train_steps": None if record.plan is None else record.plan["max_train_steps"],

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from library.base.errors import error_in
-from library.training.report_page.index import FILE_NAME, IndexedRuns, build_index
+from library.training.report_page.index import FILE_NAME, IndexedRuns, build_index, list_reports
 from library.training.report_page.local_server import LocalServer
-from library.training.report_page.page import ENDING
 from library.training.report_page.writer import LIVE_S, build_report, check_regular, read_events, read_report
 
 
 class ReportServer(LocalServer):
-    """Serves the page of one file, or the overview and the reports of a folder. `port` 0 selects a free one.
+    """Serves the page of one file, or the overview and the reports of a folder and of those directly below it. `port` 0
+    selects a free one.
 
     Raises UserError if there is nothing to serve, or if the port is taken.
     """
@@ -40,7 +40,7 @@ class ReportPages:
         if not self.source.is_dir():
             check_regular(self.source)
             return {self.source.name: self.source}
-        reports = {path.name: path for path in sorted(self.source.glob(f"*{ENDING}")) if path.is_file()}
+        reports = list_reports(self.source)
         if not reports:
             raise error_in(path=self.source, cause="missing")(
                 f"{self.source} has no report yet; start the run first, or name another folder"

@@ -96,7 +96,11 @@ class Record:
     num_removed: int = 0
     warnings: list[dict[str, Any]] = field(default_factory=list)
     num_warnings_left_out: int = 0
-    sheet: str | None = None  # a contact sheet as a data: URL; the only content without an event
+    # Content without events, all of it as data: URLs or texts:
+    sheet: str | None = None  # a contact sheet
+    notes: dict[str, list[str]] = field(default_factory=dict)  # lines of train.py: its plan, its advice
+    photos: list[str] = field(default_factory=list)
+    sheets: dict[str, str] = field(default_factory=dict)  # by title
 
     @property
     def is_empty(self) -> bool:
@@ -279,6 +283,8 @@ class Record:
         restored: dict[str, Any] = {f.name: values.get(f.name) for f in fields(cls)}
         for name in LATER:  # missing in older reports
             restored[name] = restored[name] or Kept(KEPT[name]).as_json()
+        empty_notes: Mapping[str, Any] = {"notes": {}, "photos": [], "sheets": {}}
+        restored |= {name: restored[name] or empty for name, empty in empty_notes.items()}
         for name, annotation in {**get_type_hints(cls), **SAVED_AS}.items():
             check_value(restored[name], annotation, name)
         restored["curves"] = Curves.from_json(restored["curves"])

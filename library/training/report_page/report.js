@@ -146,9 +146,19 @@ function scores() {
 }
 
 function sheet() {
-  if (!record.sheet) return;
-  const picture = make("img", {src: record.sheet, alt: "contact sheet", class: "sheet"});
-  section("Contact sheet", make("div", {class: "scroll"}, picture));
+  const sheets = {...record.sheets, ...(record.sheet ? {"Contact sheet": record.sheet} : {})};
+  for (const [title, src] of Object.entries(sheets)) {
+    section(title, make("div", {class: "scroll"}, make("img", {src, alt: title, class: "sheet"})));
+  }
+}
+
+function notes() {
+  for (const [title, lines] of Object.entries(record.notes ?? {})) section(title, make("pre", {class: "scroll"}, lines.join("\n")));
+}
+
+function photos() {
+  if (!(record.photos ?? []).length) return;
+  section("Photos", make("div", {class: "shown"}, record.photos.map((src) => make("img", {src, alt: "", loading: "lazy"}))));
 }
 
 function files() {
@@ -274,6 +284,6 @@ function run() {
   page.append(make("details", {}, make("summary", {}, "Stages"), table(["stage", "time", ""], stages)));
 }
 
-for (const part of [head, warnings, losses, validations, previews, strengths, scores, sheet, choice, files, optimization, speed, findings, data, run]) {
+for (const part of [head, notes, photos, warnings, losses, validations, previews, strengths, scores, sheet, choice, files, optimization, speed, findings, data, run]) {
   part();
 }

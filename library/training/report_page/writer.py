@@ -74,6 +74,13 @@ def add_sheet(path: Path, image: str) -> None:
     write_whole(find_place(path, REPORT), build_report(record))
 
 
+def add_notes(path: Path, notes: Mapping[str, list[str]], photos: list[str], sheets: dict[str, str]) -> None:
+    """Add what train.py says, some photos, and sheets by title (data: URLs). Raises UserError for another file."""
+    record = read_report(path)
+    record.notes, record.photos, record.sheets = dict(notes), photos, sheets
+    write_whole(find_place(path, REPORT), build_report(record))
+
+
 def add_event(path: Path, line: Mapping[str, Any]) -> None:
     """Add an event after a run to its report. Raises UserError for another file."""
     record = read_report(path)

@@ -38,9 +38,14 @@ PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "safetensors", "
 
 @contextmanager
 def open_events(
-    options: TrainOptions, names: Names | None, command: Sequence[str] | None, warnings: WarningEvents
+    options: TrainOptions,
+    names: Names | None,
+    command: Sequence[str] | None,
+    warnings: WarningEvents,
+    sinks: Sequence[Sink] = (),
 ) -> Iterator[Events]:
-    """Open the event stream of a run in the main process; the last event says how the block ended.
+    """Open the event stream of a run in the main process; the last event says how the block ended. `sinks` take the
+    events besides those that the options name.
 
     `names` are those of its files, None in a run that writes nothing. A run that ends without an error and is not
     stopped is finished. If events go to standard output, everything else goes to standard error.
@@ -48,7 +53,7 @@ def open_events(
     with ExitStack() as stack:
         is_written = names is not None and launched_rank() == 0
         events = Events(
-            open_sinks(options, options.reports, options.state.may_resume, names, stack)
+            [*open_sinks(options, options.reports, options.state.may_resume, names, stack), *sinks]
             if names is not None and is_written
             else []
         )

@@ -3,8 +3,10 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from library.base.errors import needing
+from library.checkpoints.marks import TRAIN_PY, is_sealed
 from library.checkpoints.weights import to_meta_device
 from library.data.training_data import TrainingData
 from library.options.output.preview import PreviewOptions
@@ -35,7 +37,8 @@ def read_wanted_previews(options: PreviewOptions, arch: Architecture, data: Trai
     with needing("--sample_prompts draws images; give the VAE, or leave it out"):
         # Reads the header of the file only, which is enough to notice that there is none.
         to_meta_device(arch.load).vae()
-    warn_of_untaught_words(prompts, data, arch)
+    if not is_sealed(Path(str(options.sample_prompts)), TRAIN_PY):  # whose words are not the user's
+        warn_of_untaught_words(prompts, data, arch)
     return WantedPreviews(prompts, collect_texts(prompts, arch), read_scorer(options, data.image_plan))
 
 

@@ -44,6 +44,21 @@ def test_the_index_lists_runs_with_state_loss_preview_and_link(tmp_path: Path) -
     assert runs["dog"]["file"] == "dog-report.html" and runs["dog"]["step"] == 2
 
 
+def test_the_index_lists_the_folders_directly_below_too(tmp_path: Path) -> None:
+    for folder in ("my cat", "dog", "dog/deeper"):
+        (tmp_path / folder).mkdir()
+    add_run(tmp_path / "my cat", "mycat")
+    write_index(IndexedRuns(tmp_path))
+    assert not (tmp_path / FILE_NAME).exists()
+    add_run(tmp_path / "dog", "dog")
+    add_run(tmp_path / "dog" / "deeper", "deeper")
+    write_index(IndexedRuns(tmp_path))
+    assert {name: run["file"] for name, run in index_of(tmp_path).items()} == {
+        "mycat": "my cat/mycat-report.html",
+        "dog": "dog/dog-report.html",
+    }
+
+
 def index_of(folder: Path) -> dict[str, dict[str, Any]]:
     return {run["name"]: run for run in read_data((folder / FILE_NAME).read_text(encoding="utf-8"))["runs"]}
 

@@ -146,3 +146,12 @@ def test_pipes_do_not_hang_a_command(folder: Path, server: ReportServer, capsys:
     for words in ([], ["--serve"]):
         assert report.main([str(folder / "pipe-report.html"), *words]) == 1
     assert capsys.readouterr().err.count("pipe-report.html is not a regular file; name a report or a file of") == 2
+
+
+def test_reports_of_folders_below_are_served_as_the_index_links_them(server: ReportServer, folder: Path) -> None:
+    (folder / "my dog").mkdir()
+    ReportWriter(folder / "my dog" / "dog-report.html", None).take(lines_of([start("dog"), plan(7)]))
+    assert {run["file"] for run in read_data(get(server)[1])["runs"]} == {"cat-report.html", "my dog/dog-report.html"}
+    status, page = get(server, "/my%20dog/dog-report.html")
+    assert status == 200 and read_data(page)["plan"]["max_train_steps"] == 7
+    assert get(server, "/my%20dog/index.html")[0] == 404 and get(server, "/../cat-report.html")[0] == 404

@@ -15,7 +15,14 @@ from library.base.atomic_files import write_whole
 from library.base.errors import UserError
 from library.training.report_page.page import HERE, UPLOT, build_page, read_data
 from library.training.report_page.record import Record
-from library.training.report_page.writer import ReportWriter, add_sheet, build_report, earlier_record, read_report
+from library.training.report_page.writer import (
+    ReportWriter,
+    add_notes,
+    add_sheet,
+    build_report,
+    earlier_record,
+    read_report,
+)
 from tests.event_lines import EVIL, lines_of, plan, start, thumbnail, whole_run
 
 
@@ -121,6 +128,18 @@ def test_a_contact_sheet_is_added_to_the_report_and_kept_when_the_run_resumes(tm
     writer = ReportWriter(path, earlier_record(path))
     writer.take(lines)  # from the beginning: it shows removed steps
     assert read_report(path).sheet is None
+
+
+def test_what_train_py_says_is_kept_in_the_report(tmp_path: Path) -> None:
+    path = tmp_path / "cat-report.html"
+    write_whole(path, build_report(record_of_run(30)))
+    add_notes(path, {"Plan": ["photos 3"]}, [thumbnail(1)], {"Files": thumbnail(7)})
+    record = read_report(path)
+    assert (record.notes, record.photos, record.sheets) == (
+        {"Plan": ["photos 3"]},
+        [thumbnail(1)],
+        {"Files": thumbnail(7)},
+    )
 
 
 def test_a_page_that_somebody_edited_is_kept_and_the_report_goes_beside_it(
