@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from library.architectures.sd import layouts
 from library.architectures.sd.load import TITLES, single_file_parts
+from library.base.command_parser import make_parser
 from library.base.errors import UserError
 from library.base.terminal import print_line
 from library.checkpoints import model_lookup
@@ -38,7 +39,7 @@ from library.checkpoints.folders import atomic_folder
 from library.checkpoints.marks import mark_folder, mark_of
 from library.checkpoints.weights import Weights
 from library.commands.base_models import find_base
-from library.commands.command import SUFFIXES, check_output, check_output_folder, command, make_parser, parse_dtype
+from library.commands.command import SUFFIXES, check_output, check_output_folder, command, parse_dtype
 from library.memory.devices import SAVE_DTYPES
 from library.models.clip.clip import clip_of_folder
 from library.models.loading import Component

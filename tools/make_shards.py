@@ -24,6 +24,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 import toml
 
 from library.base.errors import NoDataFound, UserError
+from library.base.json_text import parse_json
 from library.base.progress import Bar, progress_bar
 from library.base.terminal import print_line
 from library.checkpoints.files import atomic_path, remove_temporary
@@ -264,7 +265,7 @@ class Journal:
     def read(self) -> list[Shard]:
         """Read the list; return an empty one if the file is missing or damaged."""
         try:
-            return [Shard(**row) for row in json.loads(self.path.read_text(encoding="utf-8"))]
+            return [Shard(**row) for row in parse_json(self.path.read_text(encoding="utf-8"))]
         except FileNotFoundError:
             return []
         except (ValueError, TypeError):

@@ -11,9 +11,10 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.base.command_parser import make_parser
 from library.base.errors import UserError
 from library.checkpoints.overwriting import FileKind, check_target
-from library.commands.command import command, make_parser
+from library.commands.command import command
 from library.training.report_page.live import ReportServer
 from library.training.report_page.page import report_kind
 from library.training.report_page.record import Record

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from library.base.command_parser import make_parser
 from library.base.errors import UserError
-from library.base.version import add_version
 from library.checkpoints.files import SAFETENSORS_SUFFIXES, is_safetensors
 from library.checkpoints.marks import mark_of
 from library.checkpoints.overwriting import FileKind, check_target, marked
@@ -83,13 +83,6 @@ def complete_options(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     return argparse.Namespace(**values)
 
 
-def make_parser(description: str | None, examples: str = "") -> argparse.ArgumentParser:
-    """Return a parser that prints `examples` below its help."""
-    epilog = f"examples:\n{examples}" if examples else None
-    layout = argparse.RawDescriptionHelpFormatter
-    return add_version(argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=layout))
-
-
 def make_training_parser(
     description: str | None, examples: str, script: str | None = "train_network.py", others: str = "the training"
 ) -> argparse.ArgumentParser:
@@ -97,8 +90,7 @@ def make_training_parser(
 
     `script` is the example in the help of --script; None leaves that option out.
     """
-    parser = make_parser(description, examples)
-    parser.allow_abbrev = False  # abbreviations refer to training options
+    parser = make_parser(description, examples, allow_abbrev=False)  # abbreviations refer to training options
     parser.epilog = f"all other options are those of {others}.\n\n{parser.epilog}"
     if script is not None:
         parser.add_argument("--script", required=True, help=f"training script, such as {script}")

@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial, update_wrapper
 from hashlib import blake2b
-from importlib.util import find_spec
 from types import MethodType
 from typing import Any
 
@@ -34,6 +33,7 @@ from library.architectures.any_pipeline.trees import (
     noted,
 )
 from library.base.errors import UserError
+from library.environment.packages import describe_fault, describe_lack, is_missing, pip_name_of
 
 SMALL = 4096  # values of a tensor that a stand-in keeps, such as the VAE's statistics of latents
 OFF = ("cache", "rewrite", "use_pe", "upsampling", "enhance", "binning")
@@ -108,11 +108,12 @@ def replace_sample(new: Tensor, old: Tensor) -> Tensor:
     return new.to(old).expand_as(old)
 
 
-def find_missing_package(error: Exception) -> str | None:
-    """Return the package without which a pipeline ends in this error; None if it is about something else."""
-    name = getattr(error, "name", None) if isinstance(error, NameError | ImportError) else None
-    package = (name or "").partition(".")[0]
-    return package if package and find_spec(package) is None else None
+def describe_package(error: Exception) -> str | None:
+    """Return which package a pipeline that ends in this error needs; None if it is about something else."""
+    # Pipelines of diffusers leave a name undefined where its import failed.
+    if isinstance(error, NameError) and error.name and is_missing(error.name):
+        return describe_lack(pip_name_of(error.name))
+    return describe_fault(error)
 
 
 @contextmanager
@@ -226,8 +227,8 @@ class Watched:
             except (Stop, UserError, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # the pipeline's own
-                if package := find_missing_package(error):
-                    raise Refused(f"it needs the Python package {package}, which is missing: install it") from error
+                if fault := describe_package(error):
+                    raise Refused(f"it {fault}", cause="not installed") from error
                 what = f"{type(error).__name__}: {str(error).strip()[:300]}"
                 raise CannotDraw(f"it cannot draw an image of {size[0]}x{size[1]} from a caption ({what})") from error
         return self._trace
