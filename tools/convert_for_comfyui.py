@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from library.base.command_parser import make_parser
 from library.base.errors import about, of_file
 from library.base.terminal import print_line
 from library.checkpoints.adapter_names import FileNaming
@@ -26,7 +27,7 @@ def command(description: str | None, base: str, to: FileNaming, back: FileNaming
     """
 
     def setup_parser() -> argparse.ArgumentParser:
-        parser = tool.make_parser(description)
+        parser = make_parser(description)
         parser.add_argument("src_path", type=Path, help="the adapter file to read")
         parser.add_argument("dst_path", type=Path, help="the adapter file to write")
         parser.add_argument("--reverse", action="store_true", help="rename from ComfyUI's names to those of training")
@@ -54,7 +55,7 @@ def command_by_trainer(description: str | None) -> Callable[..., int]:
     """Return the `main` of a module that renames between the names of two trainers."""
 
     def setup_parser() -> argparse.ArgumentParser:
-        parser = tool.make_parser(description)
+        parser = make_parser(description)
         parser.add_argument("--src", choices=tuple(NAMINGS), default="ai-toolkit", help="whose names the file has")
         parser.add_argument("--dst", choices=tuple(NAMINGS), default="sd-scripts", help="whose names to write")
         parser.add_argument("--src_path", type=Path, required=True, help="the LoRA to read")

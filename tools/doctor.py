@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(ROOT))
 
+from library.base.command_parser import make_parser  # noqa: E402
 from library.base.terminal import print_line  # noqa: E402
-from library.base.version import add_version  # noqa: E402
 from library.environment.installed import (  # noqa: E402
     GET_TORCH,
     architecture_of,
@@ -34,8 +34,8 @@ from library.environment.installed import (  # noqa: E402
     find_lack,
     install_command,
     list_nvidia_gpus,
-    version_of,
 )
+from library.environment.packages import version_of  # noqa: E402
 from library.environment.requirements import package_of, python_problem, suggest_python  # noqa: E402
 from library.environment.torch_builds import list_compiler_needs  # noqa: E402
 from library.front_ends.journal import FrontEndError, Place, compare_with_journal, read_journal  # noqa: E402
@@ -358,8 +358,7 @@ def iterate_lines(folder: Path) -> Iterator[Line]:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_version(parser)
+    parser = make_parser(__doc__)
     help_text = "where trainings write (default: this folder)"
     parser.add_argument("--output_dir", type=Path, default=Path.cwd(), help=help_text)
     return parser

@@ -15,8 +15,9 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     NEEDS_PACKAGES = False  # read by library/environment/requirements.py
 
+from library.base.command_parser import make_parser
 from library.base.terminal import EscapedTexts, print_error, print_line
-from library.base.version import VERSION, add_version
+from library.base.version import VERSION
 from library.front_ends.journal import FrontEndError, compare_with_journal, read_journal
 from library.front_ends.layouts import FOLDERS, MUSUBI_FOLDERS, ROOT, Layout, find_layouts
 from library.front_ends.place import install, restore
@@ -24,21 +25,18 @@ from library.front_ends.submodule import NONE, find_submodule, read_update
 
 logger = logging.getLogger(__name__)
 
-EXAMPLES = """examples:
+EXAMPLES = """\
   python3 tools/front_end.py ../kohya_ss
   python3 tools/front_end.py ../kohya_ss --check
   python3 tools/front_end.py ../kohya_ss --restore"""
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("folder", type=Path, help="folder of the front end")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--restore", action="store_true", help="put the front end's own scripts back")
     action.add_argument("--check", action="store_true", help="compare what is installed with the journal")
-    add_version(parser)
     return parser
 
 

@@ -25,6 +25,7 @@ import toml
 
 from library.base.atomic_files import atomic_path, remove_temporary, write_whole
 from library.base.errors import NoDataFound, about, error_in
+from library.base.json_text import parse_json
 from library.base.progress import Bar, progress_bar
 from library.base.terminal import print_line
 from library.checkpoints.hashes import digest_of_file
@@ -262,7 +263,7 @@ class Journal:
     def read(self) -> list[Shard]:
         """Read the list; return an empty one if the file is missing or damaged."""
         try:
-            return [Shard(**row) for row in json.loads(self.path.read_text(encoding="utf-8"))]
+            return [Shard(**row) for row in parse_json(self.path.read_text(encoding="utf-8"))]
         except FileNotFoundError:
             return []
         except (ValueError, TypeError):

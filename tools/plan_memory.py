@@ -14,17 +14,16 @@ NEEDS_PACKAGES = False  # read by library/environment/requirements.py
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.base.command_parser import make_parser  # noqa: E402
 from library.base.errors import UserError, error_in  # noqa: E402
 from library.base.formatting import columns  # noqa: E402
 from library.base.terminal import print_error, print_line  # noqa: E402
-from library.base.version import add_version  # noqa: E402
 from library.environment.requirements import describe_missing, list_missing  # noqa: E402
 from library.memory.planner.gpus import GIB, SYSTEMS, Gpu, find_system, parse_cards, parse_size  # noqa: E402
 from library.memory.planner.known import load_models, plan, rows  # noqa: E402
 
 SYSTEM_BYTES = 6 * GIB  # of main memory: a desktop, and Python with the libraries [derived]
 EXAMPLES = """\
-examples:
   python3 tools/plan_memory.py --cards "RTX 3060 12GB"
   python3 tools/plan_memory.py --cards 4090,16GB --main_memory 64GB
   python3 tools/plan_memory.py --script flux_train_network.py --cards 8GB,12GB,16GB,24GB \\
@@ -34,9 +33,7 @@ examples:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(__doc__, EXAMPLES, allow_abbrev=False)
     parser.add_argument("--script", help="training script; all other options are then those of the training")
     parser.add_argument(
         "--cards", default="8GB,12GB,16GB,24GB", help='names or memory of GPUs, "3060 12GB,4090" (default: %(default)s)'
@@ -51,7 +48,7 @@ def setup_parser() -> argparse.ArgumentParser:
         help="system of the machine; without Triton, as on Windows "
         "without triton-windows, a step needs more memory and time (default: this one, %(default)s)",
     )
-    return add_version(parser)
+    return parser
 
 
 def show_models(gpus: Sequence[Gpu], system: str) -> None:

@@ -12,24 +12,22 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(ROOT))
 
+from library.base.command_parser import make_parser  # noqa: E402
 from library.base.errors import UserError, of_file  # noqa: E402
 from library.base.terminal import print_error, print_line  # noqa: E402
-from library.base.version import NAME, VERSION, add_version  # noqa: E402
+from library.base.version import NAME, VERSION  # noqa: E402
 
 FORMATS = ("tar.gz", "zip")
 SUMS = "SHA256SUMS"
 EXAMPLES = """\
-examples:
   python3 tools/release.py dist
   cd dist && sha256sum --check SHA256SUMS"""
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("output_dir", type=Path, help="folder for the archives; it must not exist")
-    return add_version(parser)
+    return parser
 
 
 def git(*words: str) -> bytes:

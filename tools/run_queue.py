@@ -14,9 +14,9 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     import library  # noqa: F401  # checks the packages before they are imported
 
 from library.architectures.scripts import BY_PROMPTS, OtherScripts, Script, list_scripts
+from library.base.command_parser import CommandParser, make_parser
 from library.base.errors import error_in
 from library.base.terminal import print_line
-from library.base.version import add_version
 from library.commands.exit_status import act
 from library.options.leco import LecoOptions, leco_options
 from library.options.train import TrainOptions
@@ -29,7 +29,7 @@ from library.training.run_queue.stopping import remove_job, stop_queue
 from tools.start import split_at_dashes
 
 FOLDER = Path("output") / "queue"
-EXAMPLES = """examples:
+EXAMPLES = """\
   python3 tools/run_queue.py add cat.toml --script train_network.py
   python3 tools/run_queue.py add cat.toml --script train_network.py -- --network_dim 8 --output_name cat_8
   python3 tools/run_queue.py run --gpus 0,1
@@ -39,10 +39,9 @@ logger = logging.getLogger(__name__)
 
 def setup_parser() -> argparse.ArgumentParser:
     """Return the parser of the words before `--`."""
-    common = argparse.ArgumentParser(add_help=False)
+    common = CommandParser(add_help=False)
     common.add_argument("--folder", type=Path, default=FOLDER, help="folder of the queue (default: %(default)s)")
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = add_version(argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=layout))
+    parser = make_parser(__doc__, EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True, metavar="add | list | run | remove | stop")
     add = commands.add_parser("add", parents=[common], help="add a training: `add NAME.toml -- MORE OPTIONS`")
     add.add_argument("config", type=Path, metavar="NAME.toml", help="options of the training, of which a copy is kept")

@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(ROOT))
 
+from library.base.command_parser import CommandParser, make_parser  # noqa: E402
 from library.base.terminal import print_error, print_line  # noqa: E402
-from library.base.version import add_version  # noqa: E402
 from library.environment import torch_builds  # noqa: E402
 from library.environment.lock_file import format_entries  # noqa: E402
 from library.environment.package_sources import Source, chooses_packages, uv_options  # noqa: E402
@@ -419,15 +419,14 @@ def run_doctor(venv: Path) -> int:
 
 def setup_parser() -> argparse.ArgumentParser:
     """Return the parser for the arguments before `--`."""
-    common = argparse.ArgumentParser(add_help=False)
+    common = CommandParser(add_help=False)
     common.add_argument(
         "--venv",
         type=Path,
         default=Path(os.environ.get("START_VENV") or ROOT / ".venv"),
         help="folder of the virtual environment (default: START_VENV if set, else .venv in this repository)",
     )
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_version(parser)
+    parser = make_parser(__doc__)
     commands = parser.add_subparsers(dest="command", metavar="quickstart | train | test | setup | doctor")
     commands.required = True
     setup = commands.add_parser("setup", parents=[common], help="create the environment, with the packages for tests")

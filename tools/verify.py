@@ -35,7 +35,7 @@ from library.base.terminal import print_line
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.commands.command import make_training_parser, training_command
 from library.commands.counted_plan import count, read_training_options
-from library.environment.installed import version_of
+from library.environment.packages import version_of
 from library.memory.devices import DTYPES
 from library.memory.planner.measured import benchmark_gpu
 from library.memory.planner.prediction import MemoryMode, predict

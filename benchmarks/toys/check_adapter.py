@@ -20,8 +20,9 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 import numpy as np
 from torch import Tensor
 
+from library.base.command_parser import make_parser
 from library.checkpoints.files import load_state_dict
-from library.commands.command import command, make_parser
+from library.commands.command import command
 from library.training.evaluation.strength_response import rank_correlation
 from tools.contact_sheet import parse_numbers
 from tools.quickstart.sampling import Prompt, load_pipeline, merge_lora, sample

@@ -16,9 +16,10 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.toys.toy_files import text_kind, write_text
+from library.base.command_parser import make_parser
 from library.base.errors import UserError, list_few
 from library.checkpoints.overwriting import check_target
-from library.commands.command import command, make_parser
+from library.commands.command import command
 from tools import draw
 from tools.quickstart.toy_world import QUICKSTART, ImageArray, find_foreground, look_at
 

@@ -23,8 +23,9 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from benchmarks.results_page import PAGE, put_into
 from benchmarks.toys.toy_files import write_text
+from library.base.command_parser import make_parser
 from library.base.errors import UserError
-from library.commands.command import command, make_parser
+from library.commands.command import command
 
 EXAMPLES = "  python3 -m benchmarks.toys.evidence quickstart"
 FOLDER = Path(__file__).parent / "experiments"

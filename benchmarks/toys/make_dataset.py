@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.toys.toy_files import check_scene, save_scene, text_kind, write_text
+from library.base.command_parser import make_parser
 from library.checkpoints.overwriting import check_target
-from library.commands.command import command, make_parser
+from library.commands.command import command
 from tools.quickstart.toy_world import HELD_OUT_SHAPES, KNOWN_SHAPES, QUICKSTART, draw_scene, list_scenes
 
 logger = logging.getLogger(__name__)

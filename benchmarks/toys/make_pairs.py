@@ -21,8 +21,9 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.toys.toy_files import check_scene, save_scene
+from library.base.command_parser import make_parser
 from library.base.errors import UserError
-from library.commands.command import command, make_parser
+from library.commands.command import command
 from tools.quickstart.toy_world import COLOURS, SIZES, Scene, draw_scene, list_scenes
 
 EXAMPLES = """\

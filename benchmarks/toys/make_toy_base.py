@@ -28,7 +28,8 @@ from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
 from benchmarks.toys.toy_files import check_model_folder, new_model
-from library.commands.command import command, make_parser
+from library.base.command_parser import make_parser
+from library.commands.command import command
 from tools.quickstart.toy_world import (
     CAPTION_TEMPLATES,
     IMAGE_SIZE,

@@ -31,7 +31,8 @@ from benchmarks.toys.make_toy_base import SCALING_FACTOR, Trainer, to_tensor
 from benchmarks.toys.toy_files import check_model_folder, new_model
 from library.architectures.flux.model import Flux, FluxConfig
 from library.architectures.flux.reference import diffusers_model, diffusers_state
-from library.commands.command import command, make_parser
+from library.base.command_parser import make_parser
+from library.commands.command import command
 from library.diffusion.timesteps import shift_sigmas
 from library.models.vae.flux import SCALE, SHIFT, map_latents
 from tools.quickstart.toy_world import (

@@ -232,7 +232,7 @@ def layer_configs(weights: Weights) -> dict[str, Config]:
         for key in weights.shapes:
             layer, dot, last = key.rpartition(".")
             if last == "comfy_quant":
-                configs[layer] = parse_json(bytes(weights.read(key).to(torch.uint8).flatten().tolist()))
+                configs[layer] = parse_json(weights.read(key).to(torch.uint8).numpy().tobytes())
             elif dot and last == "weight" and (header_config := find_config(layers, layer)) is not None:
                 configs.setdefault(layer, header_config)
     except ValueError as error:

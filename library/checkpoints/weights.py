@@ -212,7 +212,7 @@ def read_into(file: RawIOBase, buffer: memoryview, path: Path) -> None:
 def open_sharded(index: Path) -> Weights:
     """Open the files listed in an `*.index.json` as one checkpoint. Raises UserError for missing files and tensors."""
     weight_map = read_weight_map(index)
-    missing = sorted(name for name in set(weight_map.values()) if not (index.parent / name).is_file())
+    missing = sorted(name for name in set(weight_map.values()) if not os.path.isfile(index.parent / name))
     if missing:
         raise of_file(index, cause="missing")(
             f"lists files that are not next to it: {', '.join(missing)}; download them too"

@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 
 import torch
 
+from library.base import command_parser
+from library.base.command_parser import CommandParser
 from library.base.errors import about
-from library.base.version import add_version
 from library.checkpoints.headers import SAFETENSORS_SUFFIXES, is_safetensors
 from library.checkpoints.marks import mark_of
 from library.checkpoints.overwriting import FileKind, check_target, marked
@@ -85,7 +86,7 @@ def complete_options(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     return argparse.Namespace(**values)
 
 
-class CommandParser(argparse.ArgumentParser):
+class ToolParser(CommandParser):
     """A parser that also prints errors as JSON if --errors_json is typed."""
 
     def error(self, message: str) -> NoReturn:
@@ -95,18 +96,12 @@ class CommandParser(argparse.ArgumentParser):
             print_json_error(ErrorFields(message, cause="wrong value"), sys.argv[1:])
 
 
-def make_parser(description: str | None, examples: str = "") -> argparse.ArgumentParser:
-    """Return a parser that prints `examples` below its help."""
-    parser = _build_parser(description, examples)
+def make_parser(description: str | None, examples: str = "") -> CommandParser:
+    """Return the parser of a command, with --errors_json."""
+    parser = command_parser.make_parser(description, examples, ToolParser)
     help = "also print the error that ends the command as a line of JSON on standard error (docs/events.md)"
     parser.add_argument("--errors_json", action="store_true", help=help)
     return parser
-
-
-def _build_parser(description: str | None, examples: str) -> argparse.ArgumentParser:
-    epilog = f"examples:\n{examples}" if examples else None
-    layout = argparse.RawDescriptionHelpFormatter
-    return add_version(CommandParser(description=description, epilog=epilog, formatter_class=layout))
 
 
 def make_training_parser(
@@ -116,8 +111,8 @@ def make_training_parser(
 
     `script` is the example in the help of --script; None leaves that option out.
     """
-    parser = _build_parser(description, examples)
-    parser.allow_abbrev = False  # abbreviations refer to training options
+    # Abbreviations refer to training options.
+    parser = command_parser.make_parser(description, examples, ToolParser, allow_abbrev=False)
     parser.epilog = f"all other options are those of {others}.\n\n{parser.epilog}"
     if script is not None:
         parser.add_argument("--script", required=True, help=f"training script, such as {script}")

@@ -2,15 +2,13 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module, metadata
-from importlib.util import find_spec
 from typing import Any
 
-from library.base.errors import UserError, about
+from library.base.errors import UserError
 from library.environment import torch_builds
+from library.environment.packages import version_of
 
 # Lower than in requirements.txt, because front ends pin their own versions and most base models train with these.
 NEEDED_BY_ALL: Mapping[str, str] = {"transformers": ">=4.53", "diffusers": ">=0.32"}
@@ -26,13 +24,6 @@ class Lack:
 
     def __str__(self) -> str:
         return "missing" if self.found is None else f"{self.found} (required: {self.needed})"
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def find_lack(requirement: str) -> Lack | None:
@@ -145,34 +136,6 @@ def check_gpu_is_used(torch: Any) -> None:
             f"this machine has {gpus[0].partition(',')[0]}, but training would run on the CPU, a hundred times slower: "
             f"{reason}. To train on the CPU anyway, use `accelerate launch --cpu`"
         )
-
-
-def is_missing(module: str) -> bool:
-    """Return True if a module cannot be found. Imports nothing, not even the package of a submodule."""
-    package = module.partition(".")[0]
-    try:
-        return find_spec(package) is None
-    except ModuleNotFoundError as error:  # of an importer, which may itself lack something
-        return error.name == package
-    except ImportError:
-        return False
-    except ValueError:  # it is in `sys.modules` without a spec, such as a program's own module or a hidden one
-        return sys.modules[package] is None
-
-
-def import_needed(module: str, flag: str) -> Any:
-    """Import the module of an option. Raises UserError if its package is missing or broken, saying what to install."""
-    package = module.partition(".")[0]
-    if is_missing(package):
-        raise about(flag, cause="not installed")(f"needs the package: pip install {package}")
-    try:
-        return import_module(module)
-    except Exception as error:  # a version that does not fit its own requirements raises anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise about(flag, cause="not installed")(
-            f": {package} {version_of(package) or ''} cannot be imported ({type(error).__name__}: {reason}); install "
-            f"another version: pip install --upgrade {package}"
-        ) from error
 
 
 def install_command(requirements: Iterable[str]) -> str:

@@ -3,21 +3,25 @@
 # An old Python must be able to parse this file in order to reject itself, so the syntax is that of Python 3.6 and
 # annotations are quoted.
 
-import argparse
 import os
 import re
 import shutil
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from traceback import format_exception
 
+from library.base.command_parser import make_parser
 from library.base.terminal import print_line
-from library.base.version import add_version
 
 ROOT = Path(__file__).resolve().parents[2]
 OLDEST_PYTHON = (3, 10)
 NEWEST_PYTHON = (3, 14)
-MODULES = {"opencv-python-headless": "cv2", "pillow": "PIL"}
+MODULES = {
+    "beautifulsoup4": "bs4", "lycoris-lora": "lycoris", "opencv-python-headless": "cv2", "pillow": "PIL",
+    "prodigy-plus-schedule-free": "prodigyplus", "protobuf": "google",
+}  # fmt: skip
 NAMED_WHEN_USED = ("bitsandbytes", "pillow-heif", "tensorboard")  # what uses them says what to install
 LISTED = 3
 
@@ -107,25 +111,26 @@ def check_environment() -> None:
     if problem and sys.version_info[:2] < OLDEST_PYTHON:
         raise SystemExit(f"error: {problem}; {suggest_python()}")
     missing = list_missing() if getattr(sys.modules["__main__"], "NEEDS_PACKAGES", True) else []
-    if not missing:
-        return
-    # A new Python runs the suite as soon as all packages support it.
-    sentence = f"error: {problem}; {suggest_python()}" if problem else f"error: {describe_missing(missing)}"
-    if sys.argv[1:] == ["--version"]:
-        add_version(argparse.ArgumentParser()).parse_args()
-    if not {"-h", "--help"} & set(sys.argv[1:]):
-        raise SystemExit(sentence)
-    set_import_error(sentence)  # the help of training scripts needs no package
+    sentence = ""
+    if missing:
+        # A new Python runs the suite as soon as all packages support it.
+        sentence = f"error: {problem}; {suggest_python()}" if problem else f"error: {describe_missing(missing)}"
+        if sys.argv[1:] == ["--version"]:
+            make_parser().parse_args()
+        if not {"-h", "--help"} & set(sys.argv[1:]):
+            raise SystemExit(sentence)
+    sys.excepthook = partial(show_uncaught, sentence)  # the help of training scripts needs no package
 
 
-def set_import_error(sentence: str) -> None:
-    """Let `sentence` replace the traceback of a missing package."""
-    show_traceback = sys.excepthook
+def show_uncaught(sentence, kind, error, traceback):  # type: ignore[no-untyped-def]
+    """Show an exception that ends a script: one line for a missing or broken package, else its traceback, escaped.
 
-    def show(kind, error, traceback):  # type: ignore[no-untyped-def]
-        if isinstance(error, ImportError):
-            print_line(sentence, sys.stderr)
-        else:
-            show_traceback(kind, error, traceback)
+    `sentence` is that of packages which every run needs, if some are missing.
+    """
+    if sentence and isinstance(error, ImportError):
+        return print_line(sentence, sys.stderr)
+    from library.environment.packages import describe_fault  # not for an old Python
 
-    sys.excepthook = show
+    fault = describe_fault(error.with_traceback(traceback))
+    text = f"error: {fault}" if fault else "".join(format_exception(kind, error, traceback)).rstrip("\n")
+    return print_line(text, sys.stderr)

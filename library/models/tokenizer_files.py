@@ -1,6 +1,5 @@
 """Location of a tokenizer's files: next to a model, in --tokenizer_cache_dir, or on the hub."""
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 from library.base.atomic_files import copy_atomically
 from library.base.errors import UserError, error_in
+from library.base.json_text import parse_json
 from library.checkpoints.model_lookup import fetch_snapshot
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,8 @@ def tokens_for_transformers_4(folder: Path) -> dict[str, Any]:
     Transformers 5 saves a list, where 4 expects names.
     """
     config = folder / "tokenizer_config.json"
-    extra = json.loads(config.read_text("utf-8")).get("extra_special_tokens") if config.is_file() else None
+    values = parse_json(config.read_text("utf-8")) if config.is_file() else {}
+    extra = values.get("extra_special_tokens")
     return {"additional_special_tokens": extra, "extra_special_tokens": {}} if isinstance(extra, list) else {}
 
 

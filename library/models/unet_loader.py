@@ -1,6 +1,5 @@
 """The loader of the U-Net models, whose checkpoints contain U-Net, CLIP text encoders and VAE."""
 
-import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.base.errors import about
+from library.base.errors import UserError, about
 from library.checkpoints.base_files import BaseFiles, open_base
+from library.environment.packages import import_needed
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.models.clip.clip import CLIP_WORDS, load_clip
@@ -108,12 +108,15 @@ def should_use_xformers(memory: MemoryOptions, is_deterministic: bool) -> bool:
     if memory.mem_eff_attn:
         logger.info("--mem_eff_attn: using torch's scaled dot product attention (sdpa), which needs as little memory")
         return False
-    if memory.xformers and importlib.util.find_spec("xformers") is None:
-        logger.warning(
-            "--xformers: the package xformers is not installed; using torch's scaled dot product attention (sdpa), "
-            "which computes the same in as little memory"
-        )
-        return False
+    if memory.xformers:
+        try:
+            import_needed("xformers", "--xformers")
+        except UserError as error:
+            logger.warning(
+                "%s; using torch's scaled dot product attention (sdpa), which computes the same in as little memory",
+                error,
+            )
+            return False
     # torch's deterministic mode makes some versions of xformers choose other kernels, and others fail.
     if memory.xformers and is_deterministic:
         raise about("--deterministic", cause="does not fit", others=["--xformers"])(

@@ -23,6 +23,8 @@ from library.checkpoints.headers import is_safetensors
 from library.checkpoints.marks import RUN, mark_of
 from library.checkpoints.relative_change import relative_norm
 from library.checkpoints.saving import mark_pickle
+from library.environment.packages import describe_broken, describe_fault, pip_name_of
+from library.environment.requirements import MODULES
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,6 @@ TextEncoder = nn.Module | list[nn.Module] | None
 """The text encoder, or a list of them if the base model has several."""
 
 OURS = "networks."  # prefix of the names of our own modules
-PACKAGES = {"lycoris": "lycoris-lora"}  # import name -> name of the pip package
 
 
 @dataclass(frozen=True)
@@ -91,17 +92,20 @@ def open_network_module(name: str) -> NetworkModule:
     """
     if name.startswith("."):
         raise about("--network_module")(f"{name} is no name of a module; {_suggest_module(name)}")
+    root = name.partition(".")[0]
     try:
         module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
+    except Exception as error:
         # If the error names the module or a package that contains it, the module does not exist. Otherwise something
-        # that it imports is not installed.
-        missing = error.name or name
-        if not (name == missing or name.startswith(f"{missing}.")):
-            raise about("--network_module", cause="not installed")(
-                f"{name} needs the package {missing}, which is not installed"
-            ) from error
-        raise about("--network_module")(f"{name}: there is no such module; {_suggest_module(name)}") from error
+        # that it imports is missing or broken, or one of our own modules has a bug.
+        absent = (error.name or name) if isinstance(error, ModuleNotFoundError) else ""
+        if absent and f"{name}.".startswith(f"{absent}."):
+            fault = f"there is no such module; {_suggest_module(name)}"
+        elif name.startswith(OURS) and describe_fault(error) is None:
+            raise
+        else:
+            fault = describe_fault(error) or describe_broken(root, error)
+        raise about("--network_module", cause="not installed")(f"{name}: {fault}") from error
     create = getattr(module, "create_network", None)
     if not callable(create):
         raise about("--network_module")(
@@ -403,9 +407,9 @@ def _own_modules() -> list[str]:
 
 
 def _suggest_module(name: str) -> str:
-    package = PACKAGES.get(name.partition(".")[0])
-    if package is not None:
-        return f"install it with: pip install {package}"
+    root = name.partition(".")[0]
+    if root in MODULES.values():
+        return f"install it with: pip install {pip_name_of(root)}"
     known = [*_own_modules(), "lycoris.kohya"]
     nearest = nearest_name(name, known)
     return f"did you mean {nearest}?" if nearest else f"there are: {', '.join(known)}, or a Python file of your own"

@@ -73,7 +73,7 @@ def test_an_error_of_a_pipeline_is_a_refusal_that_names_a_missing_package(
         return ftfy_that_is_missing.fix_text("a")  # type: ignore[name-defined]  # noqa: F821
 
     monkeypatch.setattr(type(pipe), "encode_prompt", fail)
-    with pytest.raises(Refused, match="it needs the Python package ftfy_that_is_missing, which is missing: install it"):
+    with pytest.raises(Refused, match="it needs the package ftfy-that-is-missing, which is not installed: pip"):
         measure(watch_pipeline(pipe), SIZE)
     # As diffusers imports what may be missing.
     (tmp_path / "drawing.py").write_text("if False:\n    from vision_that_is_missing import transforms\n\n\n"

@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
+from diffusers.utils import DummyObject
 
 from library.architectures.any_pipeline.convention import Target
 from library.architectures.any_pipeline.folder import list_arguments
@@ -16,8 +18,10 @@ from library.architectures.any_pipeline.options import PipelineOptions
 from library.architectures.any_pipeline.refusals import find_cause
 from library.architectures.any_pipeline.training import PipelinePredict, build_objective
 from library.architectures.any_pipeline.watch import Refused
+from library.environment import packages
 from tests.any_pipeline.test_convention import measured
 from tests.any_pipeline.test_training import SCRIPT, arguments
+from tests.hiding import hide
 from tests.running import Finished
 from tests.tiny.more_pipelines import MORE
 from tests.tiny.pipelines import PIPELINES, build_tiny_pipeline, watch_pipeline
@@ -119,6 +123,37 @@ def test_a_folder_without_one_of_its_parts_is_refused(tmp_path: Path, train: Tra
     (model / "model_index.json").write_text(json.dumps(index))
     done = train(arguments(model, tmp_path), script=SCRIPT)
     assert done.status == 1 and f"--pretrained_model_name_or_path {model} is not complete: AuraFlow" in done.stderr
+
+
+def test_a_class_whose_package_is_missing_names_it(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = DummyObject("SongPipeline", (), {"_backends": ["torch", "no_songs"]})
+    monkeypatch.setattr(diffusers, "SongPipeline", stand_in, raising=False)
+    done = train(arguments(write_index(tmp_path / "model", "SongPipeline"), tmp_path), script=SCRIPT)
+    assert done.status == 1 and "SongPipeline needs the package no_songs, which is not installed: pip" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("lacking", "sentence"),
+    [
+        (("sentencepiece", "google"), "needs the packages sentencepiece protobuf, which are not installed: pip"),
+        (("google",), "needs the package protobuf, which is not installed: pip install protobuf"),
+    ],
+)
+def test_a_tokenizer_whose_packages_are_missing_names_them(
+    lacking: tuple[str, ...], sentence: str, tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers names another package, or the file."""
+    model = tmp_path / "model"
+    build_tiny_pipeline("AuraFlowPipeline").save_pretrained(model)
+    (model / "tokenizer" / "tokenizer.json").unlink()
+    (model / "tokenizer" / "spiece.model").write_bytes(b"pieces")
+    monkeypatch.setattr(packages, "version_of", lambda name: "1")
+    for name in ("sentencepiece", "google"):
+        hide(name, monkeypatch, None if name in lacking else ImportError())
+    done = train(arguments(model, tmp_path), script=SCRIPT)
+    assert done.status == 1 and sentence in done.stderr and "download the whole folder" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,11 @@ import pytest
 
 from library.environment.requirements import module_of
 from tests.architecture.sources import ROOT, python_files, scripts, source_of, text_of
+from tests.hiding import OPTIONAL
 
 OURS = {"library", "networks", "tools", "finetune", "tests", "benchmarks", *(path.stem for path in ROOT.glob("*.py"))}
 IMPORTED_AS = {"lycoris-lora": "lycoris"}  # of requirements-dev.txt
-NAMED_WHEN_MISSING = {
-    "dadaptation", "fsspec", "lion_pytorch", "prodigyopt", "pyarrow", "pynvml", "schedulefree", "wandb", "xformers",
-}  # fmt: skip
+NAMED_WHEN_MISSING = {*OPTIONAL, "fsspec"}  # which comes with torch and huggingface_hub
 COMMANDS = {"ipykernel", "mypy", "pre_commit", "pytest_timeout", "pytest_xdist", "ruff"}  # not imported
 FOR_PIP = {"aiobotocore"}  # listed so that pip resolves versions faster
 

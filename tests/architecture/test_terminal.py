@@ -1,6 +1,7 @@
 """Everything that commands print goes through library/base/terminal.py, which escapes what steers a terminal."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tests.architecture.sources import python_files, scripts, text_of
 
 PROGRAM = [*python_files("library", "networks", "tools", "finetune"), *scripts()]
 FUNCTIONS = ("print", "input")
+PARSERS = ("library/base/command_parser.py", "library/training/command_line/")  # which escape what they refuse
 METHODS = ("stdout.write", "stderr.write", "stdout.writelines", "stderr.writelines", "tqdm.write")
 HANDLERS = ("StreamHandler", "RichHandler")  # of log lines; a module that makes one escapes their texts
 
@@ -43,3 +45,9 @@ def test_a_print_of_its_own_is_found(line: str) -> None:
 def test_every_text_goes_through_the_function_that_escapes_it() -> None:
     found = {path: list(find_prints(text_of(path))) for path in PROGRAM if path != Path("library/base/terminal.py")}
     assert {path: calls for path, calls in found.items() if calls} == {}
+
+
+def test_every_command_has_a_parser_that_escapes_what_it_refuses() -> None:
+    """A parser without a help reads words for another one."""
+    others = [path for path in PROGRAM if not path.as_posix().startswith(PARSERS)]
+    assert [p for p in others if re.search(r"ArgumentParser\((?!add_help=False)", text_of(p))] == []

@@ -126,9 +126,9 @@ def test_a_newer_python_is_refused_only_if_it_lacks_packages(script: None, monke
 
 
 READ_BY_OLD = (
-    "__init__.py", "base/__init__.py", "base/terminal.py", "base/version.py", "environment/__init__.py",
-    "environment/lock_file.py", "environment/package_sources.py", "environment/requirements.py",
-    "environment/torch_builds.py", "../tools/start.py",
+    "__init__.py", "base/__init__.py", "base/command_parser.py", "base/terminal.py", "base/version.py",
+    "environment/__init__.py", "environment/lock_file.py", "environment/package_sources.py",
+    "environment/requirements.py", "environment/torch_builds.py", "../tools/start.py",
 )  # fmt: skip
 
 

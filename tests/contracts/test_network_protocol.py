@@ -72,7 +72,7 @@ def third_party_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 def test_a_missing_dependency_of_the_module_is_named(third_party_file: Path) -> None:
     third_party_file.write_text("import a_package_nobody_has\n")
-    with pytest.raises(ValueError, match="users_network needs the package a_package_nobody_has"):
+    with pytest.raises(ValueError, match="users_network: this needs the package a-package-nobody-has"):
         open_network_module("users_network")
 
 

@@ -4,7 +4,6 @@ The base model is a damaged file, which a command that reads it first would name
 when a script starts, see test_missing_packages.py.
 """
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,37 +11,63 @@ import pytest
 from fsspec.registry import _registry
 
 from tests.contracts.test_overwriting import command_of
-from tests.hiding import hide
+from tests.hiding import OPTIONAL, hide
 from tests.running import STARTED, Finished, make_images
-from tests.tiers import first_is_fast
 
 Train = Callable[..., Finished]
-# Module -> the options that need it, and the sentence.
+# Module -> the options that need it, and pip's name of its package.
 OPTIONS: dict[str, tuple[str, str]] = {
-    "wandb": ("--log_with wandb", "--log_with wandb needs the package: pip install wandb"),
-    "tensorboard": ("--logging_dir {out}", "--log_with tensorboard needs the package: pip install tensorboard"),
-    "bitsandbytes.optim": (
-        "--optimizer_type AdamW8bit",
-        "--optimizer_type AdamW8bit needs the library bitsandbytes: pip install bits",
-    ),
-    "bitsandbytes": ("--base_format nf4", "--base_format nf4 needs the library bitsandbytes, which is not installed"),
-    "prodigyopt": ("--optimizer_type Prodigy", "needs the library prodigyopt: pip install prodigyopt"),
-    "schedulefree": ("--optimizer_type AdamWScheduleFree", "needs the library schedulefree: pip install schedulefree"),
-    "dadaptation": ("--optimizer_type DAdaptAdam", "needs the library dadaptation: pip install dadaptation"),
-    "lion_pytorch": ("--optimizer_type Lion", "needs the library lion_pytorch: pip install lion-pytorch"),
-    "came_pytorch": ("--optimizer_type came_pytorch.CAME", "needs the library came_pytorch: pip install came-pytorch"),
-    "users_rates": ("--lr_scheduler_type users_rates.Wave", "--lr_scheduler_type users_rates.Wave needs the library"),
-    "users_images": ("--dataset_class users_images.All", "--dataset_class users_images.All needs the library users_im"),
-    "lycoris": ("--network_module lycoris.kohya", "--network_module lycoris.kohya"),
+    "wandb": ("--log_with wandb", "wandb"),
+    "tensorboard": ("--log_with tensorboard --logging_dir {out}", "tensorboard"),
+    "bitsandbytes.optim": ("--optimizer_type AdamW8bit", "bitsandbytes"),
+    "bitsandbytes": ("--base_format nf4", "bitsandbytes"),
+    "prodigyopt": ("--optimizer_type Prodigy", "prodigyopt"),
+    "schedulefree": ("--optimizer_type AdamWScheduleFree", "schedulefree"),
+    "dadaptation": ("--optimizer_type DAdaptAdam", "dadaptation"),
+    "lion_pytorch": ("--optimizer_type Lion", "lion-pytorch"),
+    "came_pytorch": ("--optimizer_type came_pytorch.CAME", "came-pytorch"),
+    "users_rates": ("--lr_scheduler_type users_rates.Wave", "users-rates"),
+    "users_images": ("--dataset_class users_images.All", "users-images"),
+    "lycoris": ("--network_module lycoris.kohya", "lycoris-lora"),
 }
 TOOLS = {
     "tools/choose_checkpoint.py": "--script train_network.py --files {base}",
     "tools/contact_sheet.py": "--script train_network.py --files {base} --sample_prompts {prompts}",
 }
 DATA = {
-    "pyarrow": ('parquet = "{folder}/a.parquet"', "shards and parquet require the package pyarrow: python3 -m pip"),
-    "s3fs": ('shards = "s3://bucket/a.tar"', "s3:// requires the package s3fs: python3 -m pip install s3fs"),
+    "pyarrow": ('parquet = "{folder}/a.parquet"', "parquet (and shards)"),
+    "s3fs": ('shards = "s3://bucket/a.tar"', "s3://"),
 }
+BROKEN = (OSError("libcudart.so.9: no such file"), RuntimeError("CUDA setup failed"), AttributeError("np.float_"))
+STATES = [None, *BROKEN]  # None: missing
+
+
+def sentences(package: str, error: Exception | None) -> tuple[str, str]:
+    """Return what a message says of a package that is missing, or raises `error` when it is imported, and pip's
+    command."""
+    if error is None:
+        return package, f"pip install {package}"
+    return f" cannot be imported ({type(error).__name__}: {error})", f"pip install --upgrade {package}"
+
+
+WORK_WITHOUT = {"pillow_heif", "pynvml", "xformers"}
+
+
+def test_every_optional_package_has_a_case() -> None:
+    assert {*OPTIONAL} == {module.partition(".")[0] for module in OPTIONS} & {*OPTIONAL} | {"pyarrow"} | WORK_WITHOUT
+
+
+@pytest.mark.parametrize("error", STATES[:2])
+def test_a_training_that_asks_for_no_package_works_without_all(
+    error: Exception | None, base_arguments: list[str], train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in OPTIONAL:
+        hide(module, monkeypatch, error)
+    done = train([*base_arguments, "--max_train_steps", "1", "--xformers"])
+    assert done.status == 0, done.stderr
+    assert (
+        "using torch's scaled dot product attention" in done.stderr and sentences("xformers", error)[1] in done.stderr
+    )
 
 
 @pytest.fixture
@@ -66,41 +91,67 @@ def words(tmp_path: Path) -> list[str]:
     ]
 
 
-# train_leco.py reads the header of the base model first, which chooses the script; then it does as the others.
+# train_leco.py and tools/draw.py read the header of the base model first, which chooses the script; then they do as
+# the others.
+SCRIPTS = ["train_network", *sorted({*STARTED} - {"train_network", "train_leco"})]
+CASES = [
+    *((script, module, None) for script in SCRIPTS for module in OPTIONS),
+    *(("train_network", module, error) for module, error in zip(OPTIONS, BROKEN * len(OPTIONS), strict=False)),
+]
+
+
 @pytest.mark.parametrize(
-    "script", first_is_fast(["train_network", *sorted({*STARTED} - {"train_network", "train_leco"})])
+    ("script", "module", "error"),
+    [pytest.param(*case, marks=() if case[0] == "train_network" else pytest.mark.slow) for case in CASES],
 )
-@pytest.mark.parametrize("module", OPTIONS)
 def test_a_training_names_the_package_before_it_reads_the_base_model(
-    script: str, module: str, words: list[str], tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+    script: str,
+    module: str,
+    error: Exception | None,
+    words: list[str],
+    tmp_path: Path,
+    train: Train,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    hide(module.partition(".")[0], monkeypatch)
-    options, sentence = OPTIONS[module]
+    hide(module.partition(".")[0], monkeypatch, error)
+    options, package = OPTIONS[module]
     more = options.format(out=tmp_path / "logs").split()
     network = [] if "--network_module" in more else ["--network_module", "networks.lora"]
     (tmp_path / "prompts.toml").write_text('[[prompts]]\ntarget = "cat"\n')
     leco = ["--prompts_file", str(tmp_path / "prompts.toml")] if script.endswith("leco") else []
     done = train([*words, *network, *more, *leco], script)
-    assert done.status == 1 and sentence in " ".join(done.stderr.split()), done.stderr[-2000:]
+    printed = " ".join(done.stderr.split())
+    assert done.status == 1 and " ".join(more[:2]) in printed and "this is a bug" not in printed, printed
+    assert all(sentence in printed for sentence in sentences(package, error)), printed
     assert not (tmp_path / "out").exists() and not (tmp_path / "logs").exists()
 
 
+@pytest.mark.parametrize("error", STATES)
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_tool_names_the_package_before_it_reads_the_base_model(
-    tool: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tool: str,
+    error: Exception | None,
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    hide("bitsandbytes", monkeypatch)
+    hide("bitsandbytes", monkeypatch, error)
     (tmp_path / "prompts.txt").write_text("a cat")
     named = TOOLS[tool].format(base=tmp_path / "base.safetensors", prompts=tmp_path / "prompts.txt")
     before = sorted(tmp_path.rglob("*"))
     assert command_of(tool)([*named.split(), *words, "--base_format", "nf4"]) == 1
-    assert OPTIONS["bitsandbytes"][1] in capsys.readouterr().err and sorted(tmp_path.rglob("*")) == before
+    printed = capsys.readouterr().err
+    assert all(sentence in printed for sentence in ("--base_format nf4", *sentences("bitsandbytes", error))), printed
+    assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("error", STATES[:2])
 @pytest.mark.parametrize("package", DATA)
 @pytest.mark.parametrize("command", ["train_network.py", "tools/cache_latents.py", "tools/make_shards.py"])
 def test_a_source_of_images_names_its_package_before_any_other_is_read(
     package: str,
+    error: Exception | None,
     command: str,
     tiny_sd_folder: Path,
     tmp_path: Path,
@@ -109,7 +160,7 @@ def test_a_source_of_images_names_its_package_before_any_other_is_read(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """The first source is a damaged image, which listing would report."""
-    hide(package, monkeypatch)
+    hide(package, monkeypatch, error)
     monkeypatch.delitem(_registry, "s3", raising=False)  # the class, which another test may have used
     folder = make_images(tmp_path / "images", 1)
     (folder / "00.png").write_bytes(b"damaged")
@@ -127,20 +178,6 @@ def test_a_source_of_images_names_its_package_before_any_other_is_read(
     else:
         status = command_of(command)([*words, *(model if "cache" in command else ["--out", str(tmp_path / "shards")])])
         printed = capfd.readouterr().err
-    assert status == 1 and DATA[package][1] in " ".join(printed.split()), printed[-2000:]
+    said = " ".join(printed.split())
+    assert status == 1 and all(sentence in said for sentence in (DATA[package][1], *sentences(package, error))), said
     assert "00.png" not in printed and sorted(tmp_path.rglob("*")) == before
-
-
-def test_a_broken_wandb_is_named_before_the_base_model_is_read(
-    words: list[str], tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "broken" / "wandb").mkdir(parents=True)
-    (tmp_path / "broken" / "wandb" / "__init__.py").write_text("raise AttributeError('np.float_ was removed')")
-    monkeypatch.syspath_prepend(str(tmp_path / "broken"))
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    for more in (["--log_with", "wandb"], ["--log_with", "all", "--logging_dir", str(tmp_path / "logs")]):
-        done = train([*words, "--network_module", "networks.lora", *more])
-        printed = " ".join(done.stderr.split())
-        assert done.status == 1 and "cannot be imported (AttributeError: np.float_ was removed)" in printed, printed
-        assert f"{more[0]} {more[1]}: wandb" in printed and "pip install --upgrade wandb" in printed
-        assert "this is a bug" not in printed and not (tmp_path / "out").exists()

@@ -26,7 +26,8 @@ from library.training.saving import checkpoints
 from library.training.saving.checkpoints import weights_are_finite
 from library.training.saving.state import read_manifest
 from tests.contracts.overwriting import CALLS, INPUTS, WITHOUT_TARGET, Call
-from tests.running import ROOT, STARTED, Finished, make_images
+from tests.hiding import OPTIONAL, hide
+from tests.running import ROOT, STARTED, Finished, exit_status, make_images
 from tests.tiers import first_is_fast
 from tests.tiny.bases import BASES
 from tests.tiny.pipelines import build_tiny_pipeline
@@ -44,14 +45,30 @@ MODEL_OF = {f"{base.script}.py": name for name, base in reversed(BASES.items())}
 CASES = [(path, call) for path, calls in CALLS.items() for call in calls]
 
 
+COMMANDS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in FOLDERS
+    for path in (ROOT / folder).glob("*.py")
+    if "__main__" in path.read_text(encoding="utf-8")
+)
+
+
 def test_every_command_is_listed() -> None:
-    commands = {
-        path.relative_to(ROOT).as_posix()
-        for folder in FOLDERS
-        for path in (ROOT / folder).glob("*.py")
-        if "__main__" in path.read_text(encoding="utf-8")
-    }
-    assert commands == {*CALLS, *WITHOUT_TARGET, *CACHING, *TRAINING}
+    assert {*COMMANDS} == {*CALLS, *WITHOUT_TARGET, *CACHING, *TRAINING}
+
+
+@pytest.mark.parametrize("path", [path for path in COMMANDS if not path.startswith("benchmarks/")])
+def test_an_argument_that_a_command_refuses_does_not_steer_the_terminal(
+    path: str, train: Train, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--no_such\x1b[31m", "\u202ename", "\x07"]
+    if path in TRAINING:
+        done = train(words, TRAINING[path])
+    else:
+        done = Finished(exit_status(lambda: command_of(path)(words)), *capfd.readouterr())
+    said = done.stdout + done.stderr
+    assert done.status in (1, 2) and "error" in said.lower()
+    assert not {"\x1b", "\x07", "\u202e"} & {*said}
 
 
 def png() -> bytes:
@@ -154,10 +171,17 @@ TWICE = [
 
 
 @pytest.mark.parametrize(("path", "call"), TWICE, ids=name_case)
-def test_a_command_run_twice_works_twice(path: str, call: Call, tmp_path: Path, fresh_process: None) -> None:
+def test_a_command_run_twice_works_twice_without_optional_packages(
+    path: str, call: Call, tmp_path: Path, fresh_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The packages are missing at first, and broken in the second run."""
     words, target = fill_in(call, tmp_path, is_read=True)
-    for _ in range(2):
-        assert command_of(path)(words) == 0
+    optional = set(OPTIONAL) - ({"pyarrow"} if path == "tools/make_shards.py" else set())
+    for error in (None, OSError("libcudart.so.9: no such file")):
+        with monkeypatch.context() as changes:
+            for module in optional:
+                hide(module, changes, error)
+            assert command_of(path)(words) == 0
         assert target.exists()
 
 

@@ -5,26 +5,37 @@ import json
 import shutil
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from library.architectures.any_pipeline.folder import load_for_measuring, open_folder
 from library.base.errors import UserError
+from library.checkpoints.files import PEFT_STEM
 from library.checkpoints.headers import read_header
+from library.checkpoints.weights import open_sharded
 from library.commands.adapter_files import read_adapter
 from library.commands.base_models import open_base_model
 from library.data.sources.folders.metadata_file import read_metadata
 from library.front_ends.journal import MARK, FrontEndError, Place, compare_with_journal, read_journal
+from library.models.tokenizer_files import read_tokenizer, tokens_for_transformers_4
 from library.train_photos.base import recognise
 from library.training.evaluation.image_scores import load_score_models
-from networks.core.files.adapter_file import read_adapter_file
+from library.training.reporting.event_stream import log_kind
+from library.training.run_queue.jobs import Job
+from library.training.saving.run_lock import read_holder
+from library.training.sweep.outcomes import read_events
+from networks.core.files.adapter_file import PEFT_SETTINGS, read_adapter_file
 from tests.fuzz.budget import any_input, works_or_says_why
 from tests.tiny.pipelines import build_tiny_pipeline
 from tests.tiny.score_models import write_clip, write_dinov2
+from tools.make_shards import Journal
 
 LONG = 10**5
 VALUES = [
@@ -155,6 +166,57 @@ def test_any_value_in_the_header_of_an_adapter(tmp_path: Path, data: st.DataObje
     works_or_says_why(lambda: read_header(file))
     works_or_says_why(lambda: read_adapter_file(file, "--model"))
     works_or_says_why(lambda: read_adapter(file, "--model"))
+
+
+SETTINGS = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "alpha_pattern": {"to_q": 2}, "rank_pattern": {"to_q": 4}}
+INDEX = {"metadata": {"total_size": 32}, "weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}
+TOKENS = {"extra_special_tokens": ["a"], "tokenizer_class": "T5Tokenizer"}
+LOG = {"v": 1, "event": "start", "time": 1.0, "options": {"output_name": "a"}}
+SHARDS = [{"name": "a", "num_bytes": 1, "digest": "x", "num_pictures": 1, "is_full": True, "inputs": "y"}]
+
+
+def read_peft(file: Path) -> None:
+    """Read a LoRA by PEFT whose settings are in the file."""
+    peft = "base_model.model.unet.to_q.lora_{}.weight"
+    tensors = {peft.format("A"): torch.ones(4, 8), peft.format("B"): torch.ones(6, 4)}
+    save_file(tensors, file.parent / f"{PEFT_STEM}.safetensors")
+    read_adapter(file.parent, "--model")
+
+
+def read_sharded(file: Path) -> None:
+    for name in ("m-1", "m-2"):
+        save_file({"a" if name == "m-1" else "b": torch.ones(4)}, file.parent / f"{name}.safetensors")
+    open_sharded(file)
+
+
+def read_tokens(file: Path) -> None:
+    read_tokenizer(partial(tokens_for_transformers_4, file.parent), file.parent)
+
+
+READERS: dict[str, tuple[Any, str, Callable[[Path], Any]]] = {
+    "adapter_config": (SETTINGS, PEFT_SETTINGS, read_peft),
+    "sharded": (INDEX, "model.safetensors.index.json", read_sharded),
+    "tokenizer": (
+        TOKENS,
+        "tokenizer_config.json",
+        lambda file: read_tokenizer(partial(tokens_for_transformers_4, file.parent), file.parent),
+    ),
+    "event log": (LOG, "log.jsonl", lambda file: log_kind({"output_name": "a"}).is_own(file)),
+    "outcome": (LOG, "run-events.jsonl", lambda file: read_events(file, 0.0)),
+    "shards": (SHARDS, ".a-shards.json", lambda file: Journal(file).read()),
+    "lock": ({"process": 1, "host": "a", "since": "b"}, "lock", lambda file: read_holder(file.open())),
+    "job": ({}, "1.json", Job.read),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_any_value_in_a_small_file(reader: str, tmp_path: Path) -> None:
+    valid, name, read = READERS[reader]
+    file = tmp_path / name
+    texts = [json.dumps(with_value(valid, path, value)) for path in places(valid) for value in [*VALUES, {"(a+)+$": 1}]]
+    for text in (*texts, "", "[" * LONG, "[" * LONG + "]" * LONG, "1" * LONG, '"\\ud800"', "\0"):
+        file.write_text(text)
+        works_or_says_why(lambda: read(file))
 
 
 IMAGES = {"a": {"caption": "a cat", "tags": "cat", "control_path_0": "b.png", "control_path_1": "c.png"}, "b": {}}

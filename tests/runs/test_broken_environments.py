@@ -33,6 +33,24 @@ def test_an_optional_library_that_fails_to_import_does_not_end_a_run(
     assert (tmp_path / "out" / "mine.safetensors").is_file()
 
 
+@pytest.mark.parametrize("package", ["xformers", "torchvision"])
+def test_a_library_that_diffusers_or_transformers_imports_by_itself_is_named(
+    base_arguments: list[str], tmp_path: Path, package: str
+) -> None:
+    metadata = tmp_path / "broken" / f"{package}-9.9.dist-info"
+    for folder in (metadata, tmp_path / "broken" / package):
+        folder.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 9.9\n")
+    (metadata / "top_level.txt").write_text(package)
+    (tmp_path / "broken" / package / "__init__.py").write_text("raise OSError('undefined symbol: _ZN5torch')")
+    command = [sys.executable, str(ROOT / "train_network.py"), *base_arguments, "--max_train_steps", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "broken")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "this is a bug" not in done.stderr
+    named = f"{package} 9.9 cannot be imported (OSError: undefined symbol: _ZN5torch)"
+    assert f"{named}; install another version: pip install --upgrade {package}" in done.stderr
+
+
 def test_a_run_with_nf4_weights_imports_bitsandbytes(base_arguments: list[str], tmp_path: Path) -> None:
     """Use a fresh process, in which nothing has imported it before."""
     arguments = [*base_arguments, "--max_train_steps", "1", "--base_format", "nf4", "--mixed_precision", "bf16"]

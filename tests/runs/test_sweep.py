@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from flux_train_network import FluxNetworkTrainer, setup_parser
 from library.checkpoints.files import load_state_dict
@@ -39,13 +40,14 @@ def words(tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def assert_same_files(one: Path, other: Path) -> None:
+def assert_same_files(one: Path, other: Path, has_layers: bool = True) -> None:
     """Assert that two files have the same bits and the same metadata but for times."""
     actual, wanted = load_state_dict(one), load_state_dict(other)
     assert actual.keys() == wanted.keys() and all(torch.equal(actual[key], wanted[key]) for key in wanted)
     metadata, others = read_metadata(one), read_metadata(other)
     assert {key for key in metadata.keys() | others.keys() if metadata.get(key) != others.get(key)} <= VARYING
-    assert max(float(tensor.abs().max()) for key, tensor in wanted.items() if "lora_up" in key) > 1e-4
+    changes = [float(tensor.abs().max()) for key, tensor in wanted.items() if "lora_up" in key or not has_layers]
+    assert max(changes) > 1e-4
 
 
 def commands_of(done: Finished) -> dict[str, list[str]]:
@@ -130,6 +132,36 @@ def test_a_wrong_value_of_any_run_is_refused_before_the_first(train: Train, word
     done = train([*words, "--sweep", "conv_dim=2,x"], SCRIPT)
     assert done.status == 1 and "mine-convdimx: " in done.stderr and "run 1 of 2" not in done.stderr
     assert not (tmp_path / "out").exists() or files_in(tmp_path / "out") == set()
+
+
+IN_SWEEPS = {
+    "compile": ["--compile"],
+    "lycoris": ["--network_module", "lycoris.kohya", "--network_args", "algo=lokr"],
+    "selftest": ["--selftest"],
+    "base_weights": ["--base_weights", "{lora}"],
+    "config file": ["--config_file", "{config}"],
+}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case == "config file" else pytest.mark.nightly) for case in IN_SWEEPS]
+)
+def test_options_work_in_a_sweep_as_in_a_run(case: str, train: Train, words: list[str], tmp_path: Path) -> None:
+    config = tmp_path / "sweep.toml"
+    config.write_text('sweep = ["learning_rate=0.5,1"]\nnetwork_train_unet_only = true\n')
+    lora = tmp_path / "base.safetensors"
+    shape = {"lora_down": (1, 128), "lora_up": (128, 1)}
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    save_file({f"{name}.{part}.weight": torch.ones(size) for part, size in shape.items()}, lora)
+    more = [word.format(lora=lora, config=config) for word in IN_SWEEPS[case]]
+    swept = [] if case == "config file" else ["--sweep", "learning_rate=0.5,1", "--network_train_unet_only"]
+    done = train([*words, *swept, *more], SCRIPT)
+    assert done.status == 0, done.stderr
+    file = tmp_path / "out" / "mine-lr1.safetensors"
+    assert files_in(tmp_path / "out") == {"mine-lr0.5.safetensors", file.name}
+    (tmp_path / "out").rename(tmp_path / "swept")
+    subprocess.run(commands_of(done)["lr1"], check=True, capture_output=True, timeout=300)
+    assert_same_files(tmp_path / "swept" / file.name, file, has_layers=case != "lycoris")
 
 
 def test_a_dry_run_tries_the_first_and_the_largest(train: Train, words: list[str], tmp_path: Path) -> None:

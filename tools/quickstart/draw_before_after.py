@@ -18,10 +18,11 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from PIL import Image, ImageDraw, ImageFont
 
+from library.base.command_parser import make_parser
 from library.base.terminal import print_line
 from library.checkpoints.marks import save_image
 from library.checkpoints.overwriting import check_target, marked
-from library.commands.command import command, make_parser
+from library.commands.command import command
 from library.training.report_page.writer import add_sheet
 from library.training.reporting.sample_images import encode_data_url
 from tools.quickstart.sampling import count_right, load_pipeline, merge_lora, read_prompts, sample

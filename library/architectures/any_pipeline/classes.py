@@ -12,7 +12,8 @@ from types import ModuleType
 from typing import Any
 
 from library.architectures.any_pipeline.own_code import import_own_class
-from library.base.errors import UserError
+from library.base.errors import UserError, about
+from library.environment.packages import describe_lack, list_lacks
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +89,10 @@ class FolderClasses:
 
         kind = getattr(owner, name, None) if isinstance(owner, ModuleType) else None
         if type(kind).__name__ == "DummyObject":  # stands for a class whose packages are missing
-            packages = " ".join(vars(kind)["_backends"])
-            raise UserError(f"{self.flag} {self.path}: {name} needs packages that are missing: install {packages}")
+            packages = vars(kind)["_backends"]
+            # All are installed if one is broken or too old.
+            lack = describe_lack(*(list_lacks(*packages) or packages))
+            raise about(self.flag, self.path, cause="not installed")(f": {name} {lack}")
         if not isinstance(kind, type):
             own = "" if self.trusts_code else ", or add --trust_remote_code if it is code of the model itself"
             raise UserError(

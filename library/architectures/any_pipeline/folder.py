@@ -20,13 +20,14 @@ from torch import nn
 from library.architectures.any_pipeline.classes import INDEX, FolderClasses, find_components, is_absent
 from library.architectures.any_pipeline.refusals import find_cause
 from library.architectures.any_pipeline.targets import block_lists, with_targets
-from library.architectures.any_pipeline.watch import SMALL, Watched, is_vae, stand_in
+from library.architectures.any_pipeline.watch import SMALL, Watched, describe_package, is_vae, stand_in
 from library.base.errors import UserError, about
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import require_base_name
 from library.checkpoints.base_model import BaseModel, WeightFile
 from library.checkpoints.model_lookup import read_json, read_model_config
 from library.checkpoints.weights import Weights, select_weights
+from library.environment.packages import describe_lack, list_lacks
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.models.loading import Component, MaybeComponent, materialise, open_if_there, text_encoder_dtype
@@ -107,7 +108,7 @@ class PipelineFolder:
                 else:
                     model = build_by_config(kind, config.from_pretrained(str(self.path / name), local_files_only=True))
             except Exception as error:  # the classes compute with the values of the file
-                raise self._incomplete(f"{name}/config.json: {error!r}") from error
+                raise self._incomplete(f"{name}/config.json: {error!r}", error) from error
         return model
 
     def load(self, name: str, dtype: torch.dtype) -> nn.Module:
@@ -120,7 +121,7 @@ class PipelineFolder:
         except Exception as error:  # such as the package of its quantisation, which may be missing
             if isinstance(error, MemoryError) or "memory" in str(error):
                 raise
-            raise self._incomplete(f"{name}: {error}") from error
+            raise self._incomplete(f"{name}: {error}", error) from error
         return model.eval().requires_grad_(False)
 
     def open(self, name: str) -> Component:
@@ -157,7 +158,7 @@ class PipelineFolder:
                 raise FileNotFoundError(f"there is no folder {name}")
             return kind.from_pretrained(str(folder), local_files_only=True, **trust)
         except Exception as error:  # parsers raise anything for damaged files, also bare Exception
-            raise self._incomplete(f"{name}: {error}") from error
+            raise self._incomplete(f"{name}: {error}", error, folder) from error
 
     def _build(self, parts: Mapping[str, Any]) -> Any:
         """Build the pipeline; parts that it can do without are None. Raises UserError if another one is missing."""
@@ -170,9 +171,16 @@ class PipelineFolder:
         try:
             return self.kind(**given, **dict.fromkeys(absent.keys() & optional))
         except Exception as error:  # it reads values of its parts' configurations
-            raise self._incomplete(repr(error)) from error
+            raise self._incomplete(repr(error), error) from error
 
-    def _incomplete(self, reason: str) -> UserError:
+    def _incomplete(self, reason: str, error: Exception | None = None, folder: Path | None = None) -> UserError:
+        fault = None if error is None else describe_package(error)
+        # Tokenizers without tokenizer.json are built from a file that needs these, which transformers does not say.
+        if folder is not None and any(folder.glob("*.model")) and not (folder / "tokenizer.json").exists():
+            lacks = list_lacks("sentencepiece", "protobuf")
+            fault = describe_lack(*lacks) if lacks else fault
+        if fault is not None:
+            return about(self.flag, self.path, cause="not installed")(f": {self.kind.__name__} {fault}")
         return about(self.flag, self.path, cause="unreadable")(
             f"is not complete: {self.kind.__name__} cannot be opened ({reason}); download the whole folder again"
         )

@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from hashlib import blake2b
-from importlib.util import find_spec
 from traceback import walk_tb
 from types import MethodType
 from typing import Any
@@ -38,6 +37,7 @@ from library.architectures.any_pipeline.trees import (
     noted,
 )
 from library.base.errors import UserError, list_few
+from library.environment.packages import describe_fault, describe_lack, is_missing, pip_name_of
 
 SMALL = 4096  # values of a tensor that a stand-in keeps, such as the VAE's statistics of latents
 OFF = ("cache", "rewrite", "use_pe", "upsampling", "enhance", "binning")
@@ -113,16 +113,23 @@ def replace_sample(new: Tensor, old: Tensor) -> Tensor:
     return new.to(old).expand_as(old)
 
 
-def find_missing_package(error: Exception) -> str | None:
-    """Return the package without which a pipeline ends in this error; None if it is about something else."""
-    name = str(getattr(error, "name", None) or "") if isinstance(error, NameError | ImportError) else ""
-    if isinstance(error, NameError):  # of an import that stands below a condition: transforms is torchvision's
-        frame = [frame for frame, _ in walk_tb(error.__traceback__)][-1]
-        source = "".join(linecache.getlines(frame.f_code.co_filename))
-        found = re.search(rf"^ *(?:from (\S+) import .*\b{name}\b|import (\S+) as {name}$)", source, re.MULTILINE)
-        name = (found[1] or found[2]) if found else name
-    package = name.partition(".")[0]
-    return package if package and find_spec(package) is None else None
+def describe_package(error: Exception) -> str | None:
+    """Return which package a pipeline that ends in this error needs; None if it is about something else."""
+    # Pipelines of diffusers leave a name undefined where its import failed.
+    if isinstance(error, NameError) and error.name and is_missing(root := imported_from(error)):
+        return describe_lack(pip_name_of(root))
+    return describe_fault(error)
+
+
+def imported_from(error: NameError) -> str:
+    """Return the package that an undefined name is imported from below a condition, else the name: transforms is
+    torchvision's."""
+    frame = [frame for frame, _ in walk_tb(error.__traceback__)][-1]
+    source = "".join(linecache.getlines(frame.f_code.co_filename))
+    line = rf"^ *(?:from (\S+) import .*\b{error.name}\b|import (\S+) as {error.name}$)"
+    found = re.search(line, source, re.MULTILINE)
+    name: str = found[1] or found[2] if found else error.name
+    return name.partition(".")[0]
 
 
 @contextmanager
@@ -236,8 +243,8 @@ class Watched:
             except (Stop, UserError, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # the pipeline's own
-                if package := find_missing_package(error):
-                    raise Refused(f"it needs the Python package {package}, which is missing: install it") from error
+                if fault := describe_package(error):
+                    raise Refused(f"it {fault}", cause="not installed") from error
                 what = f"{type(error).__name__}: {str(error).strip()[:300]}"
                 needs = list_other_inputs(self.options)
                 also = f"; it may need {list_few(needs)}, which this script does not give" if needs else ""

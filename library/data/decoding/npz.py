@@ -1,5 +1,7 @@
 """The archives of a disk cache: reading, writing, errors, and cleaning up after killed processes."""
 
+import io
+import math
 import os
 import re
 import time
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
 
 from library.base.atomic_files import atomic_path
 from library.base.errors import UserError, error_in
@@ -36,6 +40,7 @@ DAMAGE = (
 MISSING, DAMAGED = "missing", "damaged"
 
 MOST_BYTES = 1 << 30  # of all arrays in an archive; our largest, eight captions of T5, have 64 MB
+LARGEST_RATIO = 50  # of unpacked to packed bytes in a large archive; latents and text features hardly shrink
 # The first form is that of `atomic_path`, the second that of earlier versions.
 LEFT_OVER = re.compile(r"\.(.+\.[0-9a-f]{12}\.npz|.+\.npz\.\d+\.tmp)")
 DEAD_AFTER_S = 3600.0  # writing takes seconds, and other runs may be writing into the folder
@@ -135,8 +140,38 @@ def open_npz(path: str | Path) -> Iterator[Mapping[str, Any]]:
     require_plain_file(path)
     with zipfile.ZipFile(path) as archive:
         require_small(archive)
-    with np.load(path, allow_pickle=False) as arrays:
-        yield arrays
+        yield Arrays(archive)
+
+
+class Arrays(Mapping[str, Any]):
+    """The arrays of an archive by name. Unlike numpy's, they take as much memory as their files, whatever shapes their
+    headers state."""
+
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        self._archive = archive
+        self._entries = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        with self._archive.open(self._entries[name]) as file:
+            content = io.BytesIO(file.read())
+        version = npy.read_magic(content)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"version {version} of {name} is unknown")
+        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, is_fortran, dtype = read_header(content)
+        if dtype.hasobject:
+            raise ValueError(f"{name} contains Python objects")
+        size, data = math.prod(shape) * dtype.itemsize, content.getbuffer()[content.tell() :]
+        if min(shape, default=0) < 0 or size != len(data):
+            raise ValueError(f"{name} has the shape {str(shape)[:80]} and {len(data)} bytes")
+        flat = np.frombuffer(data, dtype) if size else np.empty(0, dtype)
+        return flat.reshape(shape, order="F" if is_fortran else "C")
 
 
 def require_plain_file(path: str | Path) -> None:
@@ -146,9 +181,10 @@ def require_plain_file(path: str | Path) -> None:
 
 
 def require_small(archive: zipfile.ZipFile) -> None:
-    """Raise UserError if an archive would unpack to more bytes than any cache file holds."""
+    """Raise UserError if an archive would unpack to more bytes than any cache file holds, or than one of its size."""
     num_bytes = sum(info.file_size for info in archive.infolist())
-    if num_bytes > MOST_BYTES:
+    packed_bytes = sum(info.compress_size for info in archive.infolist())
+    if num_bytes > min(MOST_BYTES, max(MOST_BYTES // 16, LARGEST_RATIO * packed_bytes)):
         raise UserError(f"it would unpack to {num_bytes / 1e9:.1f} GB")
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from library.base.errors import list_few
+from library.environment.packages import is_missing
 from library.environment.requirements import quote
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp")
@@ -24,7 +25,10 @@ class Plugin:
     package: str
 
     def __str__(self) -> str:
-        return f"{self.package} ({quote(sys.executable)} -m pip install {self.package})"
+        pip = f"{quote(sys.executable)} -m pip install"
+        if is_missing(self.module):
+            return f"{self.package} ({pip} {self.package})"
+        return f"{self.package}, which is installed and cannot be imported ({pip} --upgrade {self.package})"
 
 
 HEIF = Plugin("pillow_heif.HeifImagePlugin", "pillow-heif")
@@ -59,7 +63,7 @@ def load_plugin(extension: str) -> bool:
         return False
     try:
         __import__(plugin.module)
-    except ImportError:
+    except Exception:  # missing or broken
         return False
     return True
 

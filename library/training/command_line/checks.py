@@ -33,7 +33,7 @@ from library.training.evaluation.preview import PreviewSchedule
 from library.training.evaluation.prompts import SAMPLER, read_prompts
 from library.training.models.frozen_adapters import TRAINING_ADAPTER, parse_adapter
 from library.training.models.weight_formats import check_format
-from library.training.optimization.optimizers import check_package, class_path, resolve_optimizer_type
+from library.training.optimization.optimizers import class_path, import_class, resolve_optimizer_type
 from library.training.reporting.trackers import read_tracker_config, tracker_kind
 from library.training.saving.names import Names, state_folder
 
@@ -67,18 +67,18 @@ def check(options: TrainOptions) -> None:
 
 
 def check_class_packages(options: TrainOptions) -> None:
-    """Raise UserError for several optimizers, an unknown one, and a missing package of a class that is trained with."""
+    """Raise UserError for several optimizers, an unknown one, and a class that cannot be imported."""
     optimizer_type = resolve_optimizer_type(options.optimizer)
     if options.dataset.only_looks:
         return
-    check_package(class_path(optimizer_type)[0], "--optimizer_type", optimizer_type)
+    import_class(class_path(optimizer_type)[0], "--optimizer_type", optimizer_type)
     others = {
         "--lr_scheduler_type": options.schedule.lr_scheduler_type,
         "--dataset_class": options.dataset.dataset_class,
     }
     for flag, path in others.items():
         if path and "." in path:  # else a class of torch
-            check_package(path, flag, path)
+            import_class(path, flag, path)
 
 
 def ignored_for_concepts(kind: type[Options], draws_previews: bool) -> Mapping[str, str]:

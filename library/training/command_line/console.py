@@ -192,8 +192,8 @@ def build_stderr_handler() -> logging.Handler:
         try:
             from rich.console import Console
             from rich.logging import RichHandler
-        except ImportError:
-            pass  # rich only adds colour
+        except Exception:
+            pass  # missing or broken; rich only adds colour
         else:
             return RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%Y-%m-%d %H:%M:%S")
     handler = logging.StreamHandler(sys.stderr)

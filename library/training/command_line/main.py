@@ -5,10 +5,11 @@ import logging
 import sys
 from bdb import BdbQuit
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from library.base.errors import UserError
 from library.diffusion.flow import FlowMatching
+from library.environment.packages import explain_fault
 from library.options.train import TrainOptions
 from library.protocols import Architecture, LatentSpec
 from library.training.command_line.cli import CommandLine, from_program, log_user_error, read_command_line
@@ -105,10 +106,15 @@ OUR_FAULT = (
 
 def report_error(error: Exception, command_line: CommandLine | None = None) -> None:
     """Print the error that ended a command, and what was saved; as JSON too, if the command line asks for it."""
-    log_error(error, command_line)
+    is_wrapped = isinstance(error, StoppedByError) and isinstance(error.__cause__, Exception)
+    cause: Any = error.__cause__ if is_wrapped else error
+    if not is_out_of_memory(cause):
+        cause = explain_fault(cause)
+    log_error(cause, command_line)
+    if is_wrapped:
+        logger.error("%s", error)
     if command_line is not None:
-        is_wrapped = isinstance(error, StoppedByError) and error.__cause__ is not None
-        command_line.print_error(error.__cause__ or error if is_wrapped else error)
+        command_line.print_error(cause)
 
 
 def log_error(error: Exception, command_line: CommandLine | None) -> None:
@@ -119,10 +125,7 @@ def log_error(error: Exception, command_line: CommandLine | None) -> None:
     """
     # A full disk or missing rights: the operating system refused something for a file.
     is_from_system = isinstance(error, OSError) and error.errno is not None and error.filename is not None
-    if isinstance(error, StoppedByError) and isinstance(error.__cause__, Exception):
-        log_error(error.__cause__, command_line)
-        logger.error("%s", error)
-    elif isinstance(error, BdbQuit):
+    if isinstance(error, BdbQuit):
         logger.error("the debugger ended the run")
     elif is_out_of_memory(error):
         logger.error("%s", describe_out_of_memory(error))

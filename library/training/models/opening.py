@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -113,7 +114,8 @@ def open_data_plan(
 def native_sides(metadata: Mapping[str, str], base: str | None) -> list[int]:
     """Return the sides in pixels that a base model is known to be trained at: its family's, then those that a diffusers
     folder states."""
-    sides = [int(metadata["modelspec.resolution"].partition("x")[0])] if "modelspec.resolution" in metadata else []
+    recorded = re.match(r"[1-9]\d{0,4}(?!\d)", metadata.get("modelspec.resolution", ""))
+    sides = [int(recorded[0])] if recorded else []
     if base is None:
         return sides
     for part, pixels in (("unet", LATENT_PIXELS), ("vae", 1)):
@@ -122,7 +124,7 @@ def native_sides(metadata: Mapping[str, str], base: str | None) -> list[int]:
         except (OSError, ValueError):
             continue
         side = config.get("sample_size") if isinstance(config, dict) else None
-        sides += [side * pixels] if isinstance(side, int) else []
+        sides += [side * pixels] if type(side) is int and side > 0 else []
     return sides
 
 

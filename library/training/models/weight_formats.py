@@ -4,9 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from library.base.errors import about
-from library.environment.hidden_libraries import unhide_library
-from library.environment.installed import is_missing
+from library.environment.packages import import_needed
 from library.memory.codecs.codec import AS_IN_FILE, AsInFile, Codec
 from library.memory.codecs.weight_format import WeightFormat, load_format
 from library.memory.frozen import freeze_layers, frozen_layers, layers_in_blocks
@@ -27,17 +25,10 @@ class BaseFormats:
 
 
 def check_format(name: str | None) -> None:
-    """Raise UserError if a package that the weight format needs is missing."""
+    """Raise UserError if a package that the weight format needs is missing or broken."""
     package = None if name is None else load_format(name).required_package
-    if package is None:
-        return
-    # bitsandbytes is hidden from diffusers and peft, which import it without need, and so from `is_missing`.
-    unhide_library(package)
-    if is_missing(package):
-        raise about("--base_format", cause="not installed")(
-            f"{name} needs the library {package}, which is not installed; install it with "
-            f"`pip install {package}`, or use --base_format int8"
-        )
+    if package is not None:
+        import_needed(package, "--base_format", str(name), ", or use --base_format int8")
 
 
 def format_while_reading(

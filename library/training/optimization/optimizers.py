@@ -1,12 +1,10 @@
 """The optimizers, each from its own library."""
 
-import importlib
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -14,8 +12,8 @@ from torch.optim import Optimizer
 
 from library.base.errors import about, error_in
 from library.base.suggestions import did_you_mean
-from library.environment.hidden_libraries import BITSANDBYTES, unhide_library
-from library.environment.installed import is_missing
+from library.environment.hidden_libraries import BITSANDBYTES
+from library.environment.packages import import_needed
 from library.options.keyword_args import call_with_keywords, read_keyword_args
 from library.options.training.optimizer import OptimizerOptions
 from library.training.optimization.muon import MuonWithAdamW
@@ -54,14 +52,6 @@ KNOWN: dict[str, tuple[str, Mapping[str, Any]]] = {
     "SGDScheduleFree": ("schedulefree.SGDScheduleFree", {}),
 }
 """Names, matched in any case -> (class, arguments that the name implies)."""
-
-PACKAGE_OF = {
-    "lion_pytorch": "lion-pytorch",
-    "came_pytorch": "came-pytorch",
-    "prodigyplus": "prodigy-plus-schedule-free",
-    "pytorch_optimizer": "pytorch-optimizer",
-}
-"""Modules whose package has another name on the package index."""
 
 FINDS_ITS_RATE = ("prodigyopt.", "dadaptation.")
 FREEZES_AT_RATE_0 = ("Prodigy", "DAdaptAdam", "DAdaptAdamPreprint", "DAdaptSGD")  # and fail at other differing rates
@@ -245,49 +235,12 @@ def import_class(path: str, flag: str, wanted: str) -> type[Any]:
     """Return the class at a dotted path. Raises UserError naming what to install, or what the module lacks."""
     if not all(part.isidentifier() for part in path.split(".")):
         raise about(flag)(f"{wanted} is not a path such as package.module.Class")
-    check_package(path, flag, wanted)
     module_name, _, class_name = path.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        missing = error.name or module_name
-        root = missing.partition(".")[0]
-        package = PACKAGE_OF.get(root, root)
-        if root != module_name.partition(".")[0]:
-            raise about(flag, cause="not installed")(
-                f"{wanted}: {describe_package(module_name)} needs {missing}: pip install {package}"
-            ) from error
-        raise about(flag)(f"{wanted}: there is no module {missing}; check the path") from error
-    except ImportError as error:
-        described = describe_package(module_name)
-        raise about(flag, cause="not installed")(
-            f"{wanted}: {described} cannot be imported: {error}; install another version: "
-            f"pip install --upgrade {described.partition(' ')[0]}"
-        ) from error
+    module = import_needed(module_name, flag, wanted)
     value = getattr(module, class_name, None)
     if not inspect.isclass(value):
         raise about(flag)(f"{wanted}: {module_name} has no class {class_name}{did_you_mean(class_name, vars(module))}")
     return value
-
-
-def check_package(path: str, flag: str, wanted: str) -> None:
-    """Raise UserError naming what to install if the package of a dotted path is missing. Imports nothing."""
-    root = path.partition(".")[0]
-    if root == BITSANDBYTES:
-        unhide_library(BITSANDBYTES)
-    if root.isidentifier() and is_missing(root):
-        reason = f"{wanted} needs the library {root}: pip install {PACKAGE_OF.get(root, root)}"
-        raise about(flag, cause="not installed")(reason)
-
-
-def describe_package(module_name: str) -> str:
-    """Return a module's package with its installed version: `prodigyopt 1.1.2`."""
-    module = module_name.partition(".")[0]
-    package = next(iter(metadata.packages_distributions().get(module, ())), PACKAGE_OF.get(module, module))
-    try:
-        return f"{package} {metadata.version(package)}"
-    except metadata.PackageNotFoundError:
-        return package
 
 
 def import_optimizer(path: str, optimizer_type: str) -> type[Optimizer]:

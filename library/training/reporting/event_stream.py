@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from typing import IO, Any, Protocol
 
 from library.base.errors import about
-from library.base.json_text import parse_json
+from library.base.json_text import InvalidJson, parse_json
 from library.base.progress import State
 from library.checkpoints.overwriting import FileKind, check_target, known_by_start
 from library.training.reporting.error_fields import ErrorFields
@@ -192,8 +192,11 @@ def log_kind(run: Mapping[str, Any]) -> FileKind:
     def is_own(path: Path) -> bool:
         if not EVENT_LOG.is_own(path):
             return False
-        with path.open(encoding="ascii", errors="replace") as file:
-            line = parse_json(file.readline())
+        try:
+            with path.open(encoding="ascii", errors="replace") as file:
+                line = parse_json(file.readline())
+        except InvalidJson:  # the first line of a log that a full disk cut
+            return True
         options = line.get("options") if isinstance(line, dict) and line.get("event") == Start.event else None
         return not isinstance(options, dict) or all(options.get(name) == run.get(name) for name in RUN_NAMES)
 

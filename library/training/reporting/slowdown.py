@@ -166,7 +166,7 @@ def read_throttling(uuid: str) -> tuple[str, ...]:
     """Return NVML's reasons for the GPU's current throttling; () without any, or without the package nvidia-ml-py."""
     try:
         import pynvml
-    except ImportError:
+    except Exception:  # missing or broken
         return ()
     nvml: Any = pynvml
     try:

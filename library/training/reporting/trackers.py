@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from library.base.errors import about
-from library.environment.installed import import_needed, is_missing
+from library.environment.packages import import_needed, is_missing
 from library.options.base import Options
 from library.options.config_file import read_toml
 from library.options.output.trackers import TrackerOptions
@@ -34,7 +34,7 @@ def tracker_kind(options: TrackerOptions) -> str | None:
     for package in ("tensorboard", "wandb"):
         # "all" means those that are installed.
         if kind == package or (kind == "all" and not is_missing(package)):
-            import_needed(package, f"--log_with {kind}")
+            import_needed(package, "--log_with", kind)
     return kind
 
 

@@ -14,7 +14,7 @@ from library.base.errors import UserError
 from library.base.launcher import launched_rank
 from library.base.progress import listening
 from library.checkpoints.metadata import commit_hash
-from library.environment.installed import version_of
+from library.environment.packages import version_of
 from library.options.base import Options
 from library.options.output.reports import ReportOptions
 from library.options.train import TrainOptions

@@ -13,12 +13,14 @@ from typing import Any
 
 from library.base.errors import error_in
 from library.base.launcher import DRIVER
+from library.training.failures.interruption import HANGUP, STOP_SIGNALS
 from library.training.sweep.commands import environment_of_runs
 
 logger = logging.getLogger(__name__)
 
 MOST_SIGNALS = 3  # the run ends by itself after the first, at once after the second
-SIGHUP = getattr(signal, "SIGHUP", None)  # not on all systems
+# Ctrl-C and, on Windows, Ctrl-Break: a terminal sends them to the run, too, which would count them twice.
+OF_TERMINALS = tuple(vars(signal)[name] for name in ("SIGINT", "SIGBREAK") if hasattr(signal, name))
 
 
 class Children:
@@ -40,16 +42,15 @@ class Children:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        numbers = [n for n in (signal.SIGINT, signal.SIGTERM, SIGHUP) if n is not None]
-        before = {number: signal.getsignal(number) for number in numbers}
-        handled = [n for n in numbers if n != SIGHUP or before[n] != signal.SIG_IGN]  # as under nohup
-        for number in handled:
-            signal.signal(number, self._receive)
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        for number in STOP_SIGNALS:
+            if number != HANGUP or before[number] != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self._receive)
         try:
             yield
         finally:
-            for number in handled:
-                signal.signal(number, before[number])
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def run(self, words: Sequence[str]) -> int:
         """Run a command, and return its exit status, as shells define it."""
@@ -75,8 +76,7 @@ class Children:
             if running is not None:
                 running.kill()
             os._exit(128 + number)
-        # The terminal's Ctrl-C reaches the run by itself, and would count twice.
-        if running is not None and number != signal.SIGINT:
+        if running is not None and number not in OF_TERMINALS:
             running.send_signal(number)
 
 

@@ -117,10 +117,11 @@ def expand_combinations(options: OptionsT) -> list[Combination[OptionsT]]:
     return combinations
 
 
-def describe_sweep(options: TrainOptions, combinations: Sequence[Combination[Any]]) -> Iterator[str]:
-    """Yield lines about the runs of a sweep of these options, and how their alphas follow their ranks."""
+def describe_sweep(
+    network: NetworkOptions, swept: Mapping[str, Sequence[str]], combinations: Sequence[Combination[Any]]
+) -> Iterator[str]:
+    """Yield lines about the runs of a sweep of these words, and how their alphas follow their ranks."""
     yield f"--sweep: {len(combinations)} runs: {', '.join(combination.label for combination in combinations)}"
-    network, swept = options.network, dict(parse_word(item, options) for item in options.sweep.sweep or ())
     adapters = [(c.options.network, varied_ranks(network, swept, c.chosen)) for c in combinations]
     yield from describe_strengths(adapters, find_kept_strengths(network, swept), swept)
 

@@ -27,6 +27,7 @@ from library.training.sweep.combinations import (
     digest_encoded,
     expand_combinations,
     find_unranked,
+    parse_word,
 )
 from library.training.sweep.commands import Command, Script, write_command
 from library.training.sweep.listing import print_list
@@ -70,7 +71,7 @@ class Member:
 
     @property
     def standing(self) -> Standing:
-        file, outcome = end_file(self.options), self.outcome
+        file, outcome = end_file(self.options.saving), self.outcome
         name = file.name if file.exists() else None
         return Standing(self.label, outcome.step, outcome.measured_step, outcome.losses, self.ended, name)
 
@@ -105,7 +106,8 @@ def run_sweep(script: Script[Any], options: TrainOptions, check: Check, has_sign
         return 0
     if options.run.seed is None:
         logger.info("no --seed given: using --seed %d", seed)
-    for line in describe_sweep(options, [member.combination for member in members]):
+    swept = dict(parse_word(item, options) for item in words.sweep or ())
+    for line in describe_sweep(options.network, swept, [member.combination for member in members]):
         logger.info("%s", line)
     chosen = members if words.sweep_only is None else [members[words.sweep_only - 1]]
     return Sweep(script, options, seed, members, has_signals=has_signals).train(chosen, check)
@@ -190,9 +192,11 @@ class Sweep:
 
     def train_one(self, member: Member, pause: int | None) -> int | None:
         """Train a run, to a pause or to its end. Return the status of a sweep that cannot go on, else None."""
-        before = newest_pause(member.options) if self.options.sweep.sweep_stop_after else None
+        before = newest_pause(member.options.saving) if self.options.sweep.sweep_stop_after else None
         if pause is not None and before is not None and before >= pause:  # of a sweep that was stopped
-            member.status, member.outcome = 0, replace(read_outcome(self.complete(member)), reason=STOPPED, step=before)
+            options = self.complete(member)
+            outcome = read_outcome(options.saving, options.reports.log_events)
+            member.status, member.outcome = 0, replace(outcome, reason=STOPPED, step=before)
             return None
         options = self.complete(member).with_values({"pause_after_step": pause})
         command = self.write_command(options)
@@ -200,12 +204,12 @@ class Sweep:
         logger.info("--sweep: run %d of %d, %s: %s", member.number, len(self.members), member.label, own.shown)
         started = time.time()
         member.status = self.children.run(command.words)
-        member.outcome = read_outcome(options, started)
+        member.outcome = read_outcome(options.saving, options.reports.log_events, started)
         member.ended = member.outcome.ended
         if self.children.is_stopped:
             return self.stopped_status(member.status)
         if before is not None and not member.status and member.outcome.step > before:
-            delete_pause(member.options, before)
+            delete_pause(member.options.saving, member.options.state.save_state, before)
         return self.judge(member, pause)
 
     def judge(self, member: Member, pause: int | None) -> int | None:
@@ -252,7 +256,7 @@ class Sweep:
         for member in (member for member in active if member.label in worse):
             member.ended = DROPPED
             logger.info("--sweep: %s ends after step %d: %s", member.label, member.outcome.step, DROPPED)
-            end_at_pause(member.options, member.outcome.step)
+            end_at_pause(member.options.saving, member.options.state.save_state, member.outcome.step)
         return [member for member in active if member.label not in worse]
 
     def rank(self) -> None:
@@ -266,7 +270,7 @@ class Sweep:
             None if self.options.reports.no_report else page,
             find_unranked(self.options),
             {member.label: dict(member.combination.chosen) for member in self.members},
-            {member.label: report_file(member.options) for member in self.members},
+            {member.label: report_file(member.options.saving) for member in self.members},
         )
         for line in lines:
             logger.info("%s", line)

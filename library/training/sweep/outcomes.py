@@ -1,13 +1,13 @@
 """How the runs of a sweep ended, read from their events or reports without importing torch."""
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from library.options.train import TrainOptions
+from library.base.json_text import parse_json
+from library.options.output.saving import SavingOptions
 from library.training.report_page.page import ENDING, read_data
 
 STOPPED = "stopped"  # reason of the end
@@ -30,23 +30,24 @@ class Outcome:
         return EARLY.get(self.cause or "", "")
 
 
-def end_file(options: TrainOptions) -> Path:
+def end_file(saving: SavingOptions) -> Path:
     """Return the path of a run's adapter."""
-    name, extension = options.saving.output_name, options.saving.save_model_as or "safetensors"
-    return Path(options.saving.output_dir or "") / f"{name}.{extension}"
+    return Path(saving.output_dir or "") / f"{saving.output_name}.{saving.save_model_as or 'safetensors'}"
 
 
-def report_file(options: TrainOptions) -> Path:
-    return Path(options.saving.output_dir or "") / f"{options.saving.output_name}{ENDING}"
+def report_file(saving: SavingOptions) -> Path:
+    return Path(saving.output_dir or "") / f"{saving.output_name}{ENDING}"
 
 
-def read_outcome(options: TrainOptions, since: float = 0.0) -> Outcome:
-    """Read a run's events, else its report. The end of a process that started before `since` (Unix time) does not
-    count, because a run that fails early leaves what an earlier one has written."""
-    if options.reports.log_events:
-        return read_events(Path(options.reports.log_events), since)
+def read_outcome(saving: SavingOptions, log_events: str | None, since: float = 0.0) -> Outcome:
+    """Read the events that a run has logged, else its report.
+
+    The end of a process that started before `since` (Unix time) does not count, because a run that fails early leaves
+    what an earlier one has written."""
+    if log_events:
+        return read_events(Path(log_events), since)
     try:
-        data = read_data(report_file(options).read_text(encoding="utf-8"))
+        data = read_data(report_file(saving).read_text(encoding="utf-8"))
         session, measured = (data["sessions"] or [{}])[-1], data.get("last_losses") or {}
         is_new = session.get("time", 0.0) >= since
         end = (session.get("end") or {}) if is_new else {}
@@ -62,8 +63,8 @@ def read_events(path: Path, since: float) -> Outcome:
     step, measured_step, losses, is_new = 0, None, dict[str, float](), True
     with suppress(OSError), path.open(encoding="utf-8") as file:
         for line in file:
-            with suppress(ValueError):
-                event = json.loads(line)
+            with suppress(ValueError, KeyError, TypeError, AttributeError):  # a line of another program, or damaged
+                event = parse_json(line)
                 if event.get("event") == "start":
                     end, is_new = {}, event.get("time", 0.0) >= since
                 elif event.get("event") == "validation":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from library.base.errors import error_in
 from library.base.formatting import format_bytes
+from library.options.output.saving import SavingOptions
 from library.options.train import TrainOptions
 from library.training.sweep.outcomes import end_file
 from library.training.sweep.worker import Standing
@@ -66,16 +67,16 @@ class Rounds:
         return clearly_worse(pair_losses(standings), num_runs, self.number)
 
 
-def paused_files(options: TrainOptions, step: int) -> tuple[Path, Path]:
+def paused_files(saving: SavingOptions, step: int) -> tuple[Path, Path]:
     """Return the weights and the state of a pause after `step`."""
-    end = end_file(options)
+    end = end_file(saving)
     weights = end.with_name(f"{end.stem}-step{step:08d}{end.suffix}")
     return weights, end.with_name(f"{end.stem}-step{step:08d}-state")
 
 
-def newest_pause(options: TrainOptions) -> int | None:
+def newest_pause(saving: SavingOptions) -> int | None:
     """Return the step of a run's newest state; None if there is none."""
-    end = end_file(options)
+    end = end_file(saving)
     steps = [
         int(digits)
         for path in (end.parent.iterdir() if end.parent.is_dir() else ())
@@ -85,21 +86,21 @@ def newest_pause(options: TrainOptions) -> int | None:
     return max(steps, default=None)
 
 
-def end_at_pause(options: TrainOptions, step: int) -> None:
-    """Make the weights of a pause the run's adapter."""
-    weights, _ = paused_files(options, step)
+def end_at_pause(saving: SavingOptions, keeps_state: bool, step: int) -> None:
+    """Make the weights of a pause the run's adapter, and delete the files of the pause."""
+    (weights, _), end = paused_files(saving, step), end_file(saving)
     if weights.exists():
-        temporary = end_file(options).with_name(f".{end_file(options).name}.unfinished")
+        temporary = end.with_name(f".{end.name}.unfinished")
         shutil.copyfile(weights, temporary)
-        os.replace(temporary, end_file(options))
-    delete_pause(options, step)
+        os.replace(temporary, end)
+    delete_pause(saving, keeps_state, step)
 
 
-def delete_pause(options: TrainOptions, step: int) -> None:
+def delete_pause(saving: SavingOptions, keeps_state: bool, step: int) -> None:
     """Delete the files of a pause that the user has not asked for."""
-    weights, state = paused_files(options, step)
-    every = options.saving.save_every_n_steps
+    weights, state = paused_files(saving, step)
+    every = saving.save_every_n_steps
     if not (every and step % every == 0):
         weights.unlink(missing_ok=True)
-    if not options.state.save_state and state.is_dir():
+    if not keeps_state and state.is_dir():
         shutil.rmtree(state)

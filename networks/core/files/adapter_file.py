@@ -42,6 +42,9 @@ DIFFUSERS_SETTINGS = "lora_adapter_metadata"  # JSON in the metadata of diffuser
 PEFT_SETTINGS = "adapter_config.json"  # next to files by PEFT
 
 PeftSettings = Mapping[str, Mapping[str, Any]]
+LARGEST_SETTING = 1e9
+LONGEST_PATTERN = 1000
+SLOW_PATTERN = re.compile(r"\)[*+{]|([*+}].*){4}|\\\d")  # takes exponential time, or cubic and more
 """PEFT's settings by sub-model ("unet", "text_encoder"); "" is the key for a file by PEFT itself."""
 
 
@@ -239,6 +242,8 @@ def diffusers_settings(metadata: Mapping[str, str]) -> PeftSettings:
     for key, value in flat.items():
         part, _, setting = str(key).partition(".")
         parts.setdefault(part, {})[setting] = value
+    for settings in parts.values():
+        check_settings(settings)
     return parts
 
 
@@ -252,9 +257,38 @@ def peft_settings(path: Path) -> PeftSettings | None:
     if path.stem != PEFT_STEM or not settings_path.is_file():
         return None
     try:
-        return {"": dict(parse_json(settings_path.read_text(encoding="utf-8")))}
+        settings = dict(parse_json(settings_path.read_text(encoding="utf-8")))
+        check_settings(settings)
+        return {"": settings}
     except (ValueError, TypeError) as error:
         raise of_file(settings_path, cause="unreadable")(f"is damaged: {error}") from error
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise UserError for settings of PEFT that are no numbers, and for patterns that take long."""
+    for name in ("alpha_pattern", "rank_pattern"):
+        patterns = settings.get(name) or {}
+        if not isinstance(patterns, dict) or not all(map(is_pattern, patterns)):
+            raise error_in(cause="unreadable")(f"{name} does not map short patterns of layer names to numbers")
+        require_numbers(name, patterns.values())
+    for name in ("lora_alpha", "alpha", "r"):
+        require_numbers(name, [settings[name]] if settings.get(name) is not None else [])
+
+
+def require_numbers(name: str, values: Iterable[Any]) -> None:
+    """Raise UserError unless all values of a setting are numbers that an alpha or a rank may be."""
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST_SETTING:
+            raise error_in(cause="unreadable")(f"{name} has {str(value)[:40]!r}, which is no number")
+
+
+def is_pattern(pattern: str) -> bool:
+    """Return True if Python can match a pattern against names in time: without repeated groups and few repetitions."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return len(pattern) <= LONGEST_PATTERN and not SLOW_PATTERN.search(pattern)
 
 
 def with_alpha(module: ModuleWeights, settings: PeftSettings) -> ModuleWeights:

@@ -1,7 +1,9 @@
 """Hostile files in place of caches and captions: pipes, zip bombs, other formats, leftovers of killed processes."""
 
 import os
+import re
 import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -40,7 +42,40 @@ def put_bomb(path: Path) -> None:
     assert path.stat().st_size < 1 << 16
 
 
-@pytest.mark.parametrize("spoil", [put_pipe, put_bomb])
+def put_claims(path: Path) -> None:
+    """State shapes of terabytes in the headers of a cache's arrays."""
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(name, re.sub(rb"\((\d+)([^)]*)\), } {9}", rb"(\g<1>000000000\2), }", content))
+
+
+def test_an_array_takes_no_more_memory_than_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, latents=np.zeros((4, 8, 8), np.float32), others=np.arange(6).reshape(2, 3).T)
+    put_claims(path)
+    tracemalloc.start()
+    with npz.open_npz(path) as arrays, pytest.raises(ValueError, match=r"has the shape .4000000000, 8, 8. and 1024"):
+        arrays["latents"]
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f2", "u1", "i8", "bool", "U3"])
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 3, 4)])
+def test_arrays_are_numpys(shape: tuple[int, ...], dtype: str, tmp_path: Path) -> None:
+    values = np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype)
+    np.savez_compressed(tmp_path / "a.npz", a=values, b=np.array(values, order="F"))
+    with npz.open_npz(tmp_path / "a.npz") as arrays:
+        assert list(arrays) == ["a", "b"] and len(arrays) == 2 and "c" not in arrays
+        for name in arrays:
+            read = arrays[name]
+            assert (read.shape, read.dtype) == (values.shape, values.dtype) and np.array_equal(read, values)
+            assert read.flags.writeable
+
+
+@pytest.mark.parametrize("spoil", [put_pipe, put_bomb, put_claims])
 def test_hostile_latent_files_are_encoded_again(folder: Path, spoil, caplog: pytest.LogCaptureFixture) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
     before = latents_by_key(cache(folder)[0])
     spoil(file_of(folder))
@@ -58,7 +93,7 @@ def test_files_that_are_no_cache_are_refused_unread(tmp_path: Path, spoil) -> No
     assert first.encoded
 
 
-@pytest.mark.parametrize("spoil", [put_pipe])
+@pytest.mark.parametrize("spoil", [put_pipe, put_claims])
 def test_hostile_text_cache_files_are_encoded_again(tmp_path: Path, spoil) -> None:  # type: ignore[no-untyped-def]
     first = texts.cache(texts.write_data(tmp_path))
     spoil(texts.file_of(tmp_path))

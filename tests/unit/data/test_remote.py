@@ -294,7 +294,7 @@ def test_wrong_credentials_are_reported_without_retries(
     ("subset", "message"),
     [
         ('shards = "nosuch://bucket/x.tar"', r"nosuch://bucket/x\.tar: .*use s3://, hf://, https:// or a path"),
-        ('shards = "oci://bucket/x.tar"', r"oci:// requires the package ocifs: python3 -m pip install ocifs"),
+        ('shards = "oci://bucket/x.tar"', r"oci:// needs the package ocifs, which is not installed: pip install ocifs"),
         (f'shards = "s3://{BUCKET}/none/*.tar"', r"matched no files"),
     ],
 )
@@ -314,7 +314,7 @@ def test_the_error_for_a_missing_package_names_it(
     monkeypatch.delitem(_registry, protocol, raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
-        UserError, match=f"{protocol}:// requires the package {package}: python3 -m pip install {package}"
+        UserError, match=f"{protocol}:// needs the package {package}, which is not installed: pip install {package}"
     ):
         open_remote(tmp_path, f'shards = "{protocol}://datasets/me/cats/x.tar"')
 

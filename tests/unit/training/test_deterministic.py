@@ -1,9 +1,11 @@
 """--deterministic: torch's strict mode, errors that name the operation and its module, and what is refused."""
 
 import os
+import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,7 +19,6 @@ from library.base.determinism import (
     explain_nondeterminism,
 )
 from library.base.errors import UserError
-from library.models import unet_loader
 from library.models.unet_loader import should_use_xformers
 from library.options.machine.memory import MemoryOptions
 from library.options.training.optimizer import OptimizerOptions
@@ -88,9 +89,11 @@ def test_another_workspace_configuration_is_refused_and_kept(monkeypatch: pytest
 
 def test_xformers_is_refused_where_it_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Front ends set --xformers by default, also where it is not installed."""
-    monkeypatch.setattr(unet_loader.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "xformers", None)
     assert not should_use_xformers(MemoryOptions(xformers=True), is_deterministic=True)
-    monkeypatch.setattr(unet_loader.importlib.util, "find_spec", lambda name: SimpleNamespace())
+    installed = ModuleType("xformers")
+    installed.__spec__ = ModuleSpec("xformers", None)
+    monkeypatch.setitem(sys.modules, "xformers", installed)
     assert should_use_xformers(MemoryOptions(xformers=True), is_deterministic=False)
     with pytest.raises(UserError, match=r"--deterministic excludes --xformers, .* leave --xformers out"):
         should_use_xformers(MemoryOptions(xformers=True), is_deterministic=True)

@@ -12,7 +12,6 @@ import torch
 from library.architectures.flux.options import FluxOptions
 from library.architectures.sd.assembly import build
 from library.base.errors import UserError
-from library.environment import installed
 from library.memory.codecs.codec import AS_IN_FILE
 from library.memory.codecs.weight_format import load_format
 from library.memory.frozen import layers_in_blocks
@@ -25,6 +24,7 @@ from library.protocols import Architecture
 from library.training.models import frozen_base
 from library.training.models.frozen_base import check_base, offload_blocks
 from library.training.models.weight_formats import BaseFormats, format_while_reading, store_in_format
+from tests.hiding import hide
 from tests.parity.deep import DEEP
 from tests.unit.test_processes import Board
 from tests.unit.training.test_checks import NEEDED
@@ -47,9 +47,8 @@ def test_nf4_without_bitsandbytes_names_the_package_to_install(
 ) -> None:
     options_given = options(tiny_sd_folder, base_format="nf4_double")
     arch = build(options_given)
-    find = installed.find_spec
-    monkeypatch.setattr(installed, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
-    with pytest.raises(UserError, match=r"--base_format nf4_double needs the library bitsandbytes.*--base_format int8"):
+    hide("bitsandbytes", monkeypatch)
+    with pytest.raises(UserError, match=r"--base_format nf4_double needs the package bitsandbytes.*--base_format int8"):
         check(options_given, arch)
     check(options(tiny_sd_folder, base_format="int8"), arch)
 

@@ -6,7 +6,7 @@ import pytest
 
 from library.base.errors import UserError
 from library.options.train import TrainOptions
-from library.training.sweep.combinations import describe_sweep, expand_combinations, find_unranked
+from library.training.sweep.combinations import describe_sweep, expand_combinations, find_unranked, parse_word
 
 
 def options_of(*sweep: str, **values: object) -> TrainOptions:
@@ -134,7 +134,9 @@ def test_alpha_is_unchanged_if_alpha_over_rank_is_not_the_strength(values: dict[
 def test_the_alpha_of_each_rank_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         options = options_of("network_dim=4,16", "seed=1,2", network_alpha=2, network_args=["conv_dim=8"])
-    lines = [line for line in describe_sweep(options, expand_combinations(options)) if not line.startswith("--sweep:")]
+    swept = dict(parse_word(item, options) for item in options.sweep.sweep or ())
+    described = describe_sweep(options.network, swept, expand_combinations(options))
+    lines = [line for line in described if not line.startswith("--sweep:")]
     assert lines == [
         "--sweep network_dim keeps alpha / rank at 0.5: alpha 2 at rank 4, alpha 8 at rank 16; add "
         "network_alpha=VALUE to --sweep to set alpha yourself",

@@ -1,17 +1,25 @@
 """The parts of --sweep that start and judge runs, without training."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from library.base.errors import UserError
+from library.options.output.saving import SavingOptions
 from library.options.train import TrainOptions
 from library.training.command_line.sweeps import open_script
+from library.training.failures.interruption import STOP_SIGNALS
+from library.training.sweep.children import Children
 from library.training.sweep.commands import environment_of_runs, start_script, write_command
+from library.training.sweep.driver import open_folder
 from library.training.sweep.outcomes import read_outcome
 from library.training.sweep.rounds import Rounds, delete_pause, end_at_pause, newest_pause
 from library.training.sweep.worker import Standing
@@ -115,11 +123,56 @@ def test_a_pause_leaves_what_the_user_has_asked_for(values: dict[str, Any], kept
     options, state = options_of(tmp_path, **values), tmp_path / "cat-lr1-step00000004-state"
     state.mkdir()
     (tmp_path / "cat-lr1-step00000004.safetensors").write_bytes(b"weights")
-    assert newest_pause(options) == 4
-    end_at_pause(options, 4)
+    assert newest_pause(options.saving) == 4
+    end_at_pause(options.saving, options.state.save_state, 4)
     assert (tmp_path / "cat-lr1.safetensors").read_bytes() == b"weights"
-    delete_pause(options, 4)
+    delete_pause(options.saving, options.state.save_state, 4)
     assert {path.name for path in tmp_path.iterdir()} == {"cat-lr1.safetensors", *kept}
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_the_third_signal_ends_the_sweep_and_a_run_that_does_not_end(first: int, tmp_path: Path) -> None:
+    """The run ignores signals, as one does whose save takes long."""
+    run = "import os, signal, time; [signal.signal(n, signal.SIG_IGN) for n in (2, 15)]; print(os.getpid(), flush=True)"
+    code = f"""
+import sys
+from library.training.sweep.children import Children
+children = Children()
+with children.receiving_signals():
+    children.run([sys.executable, "-c", {f"{run}; time.sleep(600)"!r}])
+"""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes) as driver:  # type: ignore[call-overload]
+        run_process = psutil.Process(int(driver.stdout.readline()))
+        for _ in range(3):
+            driver.send_signal(first)
+            time.sleep(0.2)  # equal signals that wait become one
+        assert driver.wait(60) == 128 + first
+        assert run_process.wait(60) in (None, -signal.SIGKILL)
+
+
+@pytest.mark.parametrize("reaches_all", [True, False])
+def test_a_signal_of_the_terminal_is_not_passed_on_to_a_run_that_got_it(
+    reaches_all: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows' Ctrl-Break is such a signal; no other system has it."""
+    passed: list[int] = []
+    children = Children()
+    children._running = SimpleNamespace(send_signal=passed.append)  # type: ignore[assignment]
+    monkeypatch.setattr("library.training.sweep.children.OF_TERMINALS", (signal.SIGTERM,) if reaches_all else ())
+    children._receive(signal.SIGTERM, None)
+    assert passed == ([] if reaches_all else [signal.SIGTERM]) and children.is_stopped
+
+
+def test_the_driver_handles_the_signals_that_a_run_handles() -> None:
+    with Children().receiving_signals():
+        assert {signal.getsignal(number).__name__ for number in STOP_SIGNALS} == {"_receive"}  # type: ignore[union-attr]
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--output_dir .*file.out cannot be written"):
+        open_folder(options_of(tmp_path / "file" / "out"), seed=1)
 
 
 def test_the_outcome_of_a_run_is_that_of_its_last_process(tmp_path: Path) -> None:
@@ -130,9 +183,9 @@ def test_the_outcome_of_a_run_is_that_of_its_last_process(tmp_path: Path) -> Non
         {"event": "end", "reason": "error", "step": 3, "cause": "non-finite"},
     ]  # fmt: skip
     events.write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"event": "en')
-    outcome = read_outcome(options_of(tmp_path, log_events=str(events)))
+    outcome = read_outcome(SavingOptions(), str(events))
     assert (outcome.reason, outcome.step, outcome.measured_step) == ("error", 3, 2)
     assert outcome.losses == {"a": 1.0, "b": None} and outcome.ended == "its losses were not finite"
-    assert read_outcome(options_of(tmp_path)).reason is None
-    later = read_outcome(options_of(tmp_path, log_events=str(events)), since=10.0)
+    assert read_outcome(options_of(tmp_path).saving, None).reason is None
+    later = read_outcome(SavingOptions(), str(events), since=10.0)
     assert (later.reason, later.cause, later.step) == (None, None, 0), "a process that fails early leaves old events"

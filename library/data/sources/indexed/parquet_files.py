@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from library.base.errors import about, error_in, of_file
+from library.base.errors import about, of_file
+from library.environment.packages import import_needed
 
 IMAGE_COLUMNS = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 URL_COLUMNS = ("url", "image_url", "img_url", "URL")
@@ -25,13 +26,7 @@ BINARY = re.compile(r"(large_)?binary(_view)?|fixed_size_binary\[\d+\]|dictionar
 
 def pyarrow_parquet() -> Any:
     """Import the package for Parquet files. Raises UserError saying how to install it."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise error_in("parquet", cause="not installed")(
-            "shards and parquet require the package pyarrow: python3 -m pip install pyarrow"
-        ) from None
-    return pyarrow.parquet
+    return import_needed("pyarrow.parquet", "parquet", "(and shards)")
 
 
 class Columns(NamedTuple):

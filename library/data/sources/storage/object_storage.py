@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from library.base.errors import UserError, error_in, of_file
+from library.base.errors import UserError, naming, of_file
 from library.data.description.schema import strip_secrets
 from library.data.scanned.images import FileStamp
+from library.environment.packages import import_needed
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +40,11 @@ def open_file_system(url: str) -> tuple[Any, str]:
         from fsspec.core import url_to_fs
 
         opened, path = url_to_fs(url)
-    except ImportError as error:
-        package = PACKAGES.get(protocol) or (error.name if error.name else "fsspec")
-        raise error_in(path=strip_secrets(url), cause="not installed")(
-            f"{protocol}:// requires the package {package}: python3 -m pip install {package}"
-        ) from None
-    except ValueError as error:
+    except Exception as error:
+        with naming(None, strip_secrets(url)):  # a package that is broken raises anything
+            import_needed(PACKAGES.get(protocol, "fsspec"), None, f"{protocol}://")
+        if not isinstance(error, ValueError):
+            raise
         raise of_file(strip_secrets(url))(f": {clean_message(error)}; use s3://, hf://, https:// or a path") from None
     return opened, path
 
