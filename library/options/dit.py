@@ -88,9 +88,7 @@ class DitOptions(Options):
     )
     dynamo_fullgraph: bool = option(False, own=True, help="Old name of --compile_fullgraph.")
     dynamo_dynamic: bool = option(False, own=True, help="Old name of --compile_dynamic true.")
-    guidance_scale: float | None = option(
-        None, ignored=NO_GUIDANCE_INPUT, own=True, help=f"Has no effect: {NO_GUIDANCE_INPUT}."
-    )
+    guidance_scale: float | None = option(None, ignored=NO_GUIDANCE_INPUT, help=f"Has no effect: {NO_GUIDANCE_INPUT}.")
 
 
 DYNAMO_BACKENDS = (  # accelerate's names

@@ -119,10 +119,11 @@ def assert_equal_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Te
 def test_memory_cache_disk_cache_and_no_cache_train_identically(
     run: Run, base_arguments: list[str], tmp_path: Path, images: Path, precision: str
 ) -> None:
-    """Captions vary only by dropout, and all runs start from the same weights."""
+    """Captions vary only by dropout, all runs start from the same weights, and the unconditional caption is cached."""
     run([*base_arguments, "--output_name", "start", "--network_train_unet_only", "--max_train_steps", "1"])
     start = ["--network_weights", str(tmp_path / "out" / "start.safetensors")]
     common = [*base_arguments, *start, "--mixed_precision", precision, "--caption_dropout_rate", "0.3"]
+    common += ["--guidance_loss", "2", "--guidance_loss_caption", "two blurred dogs"]
     plain, losses, _ = run([*common, "--output_name", "plain", "--network_train_unet_only"])
     assert plain.status == 0, plain.stderr
     for name, options, loads in (("memory", CACHED, 1), ("disk", ON_DISK, 1), ("again", ON_DISK, 0)):

@@ -12,7 +12,7 @@ from torch import nn
 
 from library.architectures.flux_2.load import open_encoder, open_loader
 from library.architectures.flux_2.options import Flux2Options
-from library.architectures.flux_2.predict import predict, preview_sampler
+from library.architectures.flux_2.predict import TRAINING_GUIDANCE, predict, preview_sampler
 from library.architectures.flux_2.releases import (
     DEV,
     DISTILLED_KLEIN,
@@ -106,7 +106,7 @@ def assemble(
         text=text,
         codec=CODEC,
         objective=build_objective(options),
-        predict=predict,
+        predict=partial(predict, guidance=options.guidance.guidance_loss or TRAINING_GUIDANCE),
         view=view_denoiser,
         preview=preview,
         metadata=RECIPE.describe(options, architecture=f"{architecture}/lora"),

@@ -126,7 +126,7 @@ def losses_of_files(
             ):
                 context = step_context(
                     options.trains_text_encoders, options.caching.vae_batch_size, arch, seed, loaded, network,
-                    compute, pairs=options.pairs,
+                    compute, options.pairs, options.guidance,
                 )  # fmt: skip
                 losses = [
                     None

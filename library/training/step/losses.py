@@ -16,6 +16,7 @@ from library.memory.devices import send
 from library.protocols import Objective
 from library.training.step.concepts import compute_target, draw_partly
 from library.training.step.context import StepContext
+from library.training.step.guided import prepare_guidance_loss
 from library.training.step.latents import build_image_features, load_latents
 from library.training.step.masks import compute_masked_means
 from library.training.step.pairs import losses_of_pairs, prefers, split_pairs
@@ -67,12 +68,12 @@ def loss_of(context: StepContext, batch: Batch, batch_number: int) -> Tensor:
     """
     if prefers(context, batch):
         noised_sides = [add_noise_to(context, side, batch_number, is_checked=False) for side in split_pairs(batch)]
-        condition = partial(encode_varied, context, batch, batch_number, {})
-        losses_B = losses_of_pairs(context, context.arch.objective, batch, noised_sides, condition)
+        condition_pairs = partial(encode_varied, context, batch_number, {}, batch)
+        losses_B = losses_of_pairs(context, context.arch.objective, batch, noised_sides, condition_pairs)
         return (losses_B * send(batch.loss_weights_B, losses_B.device)).mean()
     noised = add_noise_to(context, batch, batch_number, is_checked=False)
     extra = build_image_features(context, batch, context.seed, lambda place: ("batch", batch_number, place))
-    condition = partial(encode_varied, context, batch, batch_number, extra)
+    condition = partial(encode_varied, context, batch_number, extra)
     losses_B = compute_losses(context, context.arch.objective, batch, noised, condition)
     return (losses_B * send(batch.loss_weights_B, losses_B.device)).mean()
 
@@ -82,16 +83,19 @@ def compute_losses(
     objective: Objective,
     batch: Batch,
     noised: Noised,
-    condition: Callable[[], Conditioning],
+    condition: Callable[[Batch], Conditioning],
 ) -> Tensor:
     """Return the loss of each sample, shape B, masked but without subset weights. `condition` returns the text
-    conditioning."""
+    conditioning of a batch."""
     if batch.concept is not None:  # first, while no activations are kept for the backward pass
         target_BCHW = compute_target(context, batch, batch.concept, noised)
+    undo_guidance = prepare_guidance_loss(context, objective, batch, noised, condition)
     with context.autocast():
-        conditioning = condition()
+        conditioning = condition(batch)
         context.network.set_noise_levels(objective.noise_levels(noised))
         output_BCHW = context.arch.predict(context.models.denoiser, noised, conditioning, batch)
+        if undo_guidance is not None:
+            output_BCHW = undo_guidance(output_BCHW)
         prediction_BCHW = output_BCHW if batch.concept is not None else objective.estimate(output_BCHW, noised)
     if batch.concept is None:
         target_BCHW = preserve_output(context, objective, batch, noised, condition, conditioning)
@@ -105,7 +109,7 @@ def describe_shape(batch: Batch) -> str:
     return f"{len(batch.keys)} images of {width}x{height}"
 
 
-def encode_varied(context: StepContext, batch: Batch, batch_number: int, extra: Conditioning) -> Conditioning:
+def encode_varied(context: StepContext, batch_number: int, extra: Conditioning, batch: Batch) -> Conditioning:
     """Build the text conditioning and apply the base model's training-time variation, such as a dropped text encoder.
 
     Prompts without images are not varied, because their targets use the same features.
@@ -127,7 +131,7 @@ def preserve_output(
     objective: Objective,
     batch: Batch,
     noised: Noised,
-    condition: Callable[[], Conditioning],
+    condition: Callable[[Batch], Conditioning],
     conditioning: Conditioning,
 ) -> Tensor:
     """Return the target; for samples marked for preservation, the prediction of the model without its adapter
@@ -147,7 +151,7 @@ def preserve_output(
         with torch.no_grad(), context.autocast():
             # The conditioning at hand was computed with the text encoder's adapter, which has to be off as well.
             if context.trains_text_encoder:
-                conditioning = condition()
+                conditioning = condition(batch)
             output_BCHW = context.arch.predict(context.models.denoiser, noised, conditioning, batch)
             base_BCHW = objective.estimate(output_BCHW, noised)
     finally:
