@@ -13,12 +13,11 @@ class GuidanceOptions(Options, own=True):
     guidance_loss: float | None = option(
         None,
         kind=number(1.0),
-        usual=True,
         refused_by_leco="the targets there are the base model's own predictions; leave it out",
         excludes={"preference_loss": "it compares predictions of images, whose guidance cancels out"},
         help="Keep the guidance of a distilled model: fit the mean of one part v_cond and SCALE - 1 parts v_uncond, "
-        "the prediction without the caption, in place of v_cond. 1.5 to 4.5 is usual, 1 is the plain loss. A step "
-        "takes up to half as long again.",
+        "the prediction without the caption, in place of v_cond. Begin with 1.5; 1 is the plain loss. A step takes "
+        "up to half as long again.",
     )
     guidance_loss_caption: str = option(
         "",

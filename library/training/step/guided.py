@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from library.data.description.schema import PRESERVATION
+from library.data.description.preservation import PRESERVATION
 from library.diffusion.guidance import extrapolate
 from library.memory.devices import send
 from library.protocols import Objective
