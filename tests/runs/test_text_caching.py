@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from library.architectures.sd.assembly import build as build_sd
+from library.checkpoints.files import read_metadata
 from library.checkpoints.weights import fingerprint
 from library.memory.codecs.codec import RequestedFormat
 from library.models.unet_loader import UnetLoader
@@ -131,6 +132,8 @@ def test_memory_cache_disk_cache_and_no_cache_train_identically(
         assert done.status == 0, done.stderr
         assert cached_losses == losses and num_loads == loads
         assert_equal_weights(weights_of(tmp_path, name), weights_of(tmp_path, "plain"))
+    recorded = read_metadata(tmp_path / "out" / "plain.safetensors")
+    assert (recorded["ss_guidance_loss"], recorded["ss_guidance_loss_caption"]) == ("2.0", "two blurred dogs")
     assert len(losses) == 4 and len(list((images / "2_thing").glob("0*_tiny_te.npz"))) == 6
 
 
