@@ -87,6 +87,7 @@ class Batch:
     reference_pixels: tuple[Tensor, ...] = ()
     reference_latents: tuple[Tensor, ...] = ()
     are_pairs: bool = False
+    unconditional: Conditioning | None = None  # of --guidance_loss, cached like `conditioning`
 
     @property
     def height_width(self) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from library.checkpoints.files import load_state_dict
 from library.commands.command import command
 from library.training.evaluation.strength_response import rank_correlation
 from tools.contact_sheet import parse_numbers
-from tools.quickstart.sampling import Prompt, load_pipeline, merge_lora, sample
+from tools.quickstart.sampling import GUIDANCE_SCALE, Prompt, load_pipeline, merge_lora, sample
 from tools.quickstart.toy_world import (
     HELD_OUT_SHAPES,
     KNOWN_SHAPES,
@@ -73,13 +73,17 @@ def draw_prompts(shapes: tuple[str, ...], count: int) -> list[Prompt]:
 
 
 def draw_images(
-    base: Path, weights: dict[str, Tensor], parts: Iterable[Sequence[Prompt]], strength: float = 1.0
+    base: Path,
+    weights: dict[str, Tensor],
+    parts: Iterable[Sequence[Prompt]],
+    strength: float = 1.0,
+    guidance: float = GUIDANCE_SCALE,
 ) -> list[list[ImageArray]]:
     """Return the images of each part, with an adapter's weights unless they are empty."""
     pipeline = load_pipeline(base)
     if weights and strength:
         merge_lora(pipeline, weights, strength)
-    return [sample(pipeline, prompts) for prompts in parts]
+    return [sample(pipeline, prompts, guidance) for prompts in parts]
 
 
 def describe(prompts: Sequence[Prompt], colour: str, images: Mapping[float, Sequence[ImageArray]]) -> Iterator[str]:

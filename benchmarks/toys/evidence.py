@@ -1,5 +1,4 @@
-"""Run experiments on the toy world with three seeds, and write their tables into benchmarks/RESULTS.md, or into the
-`PAGE` of an experiment.
+"""Run experiments on the toy world with five seeds, and write their tables into benchmarks/RESULTS.md.
 
 An experiment is a module of benchmarks/toys/experiments. Its docstring says what is compared, `COLUMNS` names the
 figures, and `run(seed, folder)` maps the name of each row to its figures, 0 to 1, and may write into the folder. The
@@ -14,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, stdev
 from typing import Protocol, cast
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
@@ -29,7 +28,7 @@ from library.commands.command import command
 
 EXAMPLES = "  python3 -m benchmarks.toys.evidence quickstart"
 FOLDER = Path(__file__).parent / "experiments"
-SEEDS = (1, 2, 3)
+SEEDS = (1, 2, 3, 4, 5)
 
 
 class Experiment(Protocol):
@@ -93,10 +92,10 @@ def cpu_seconds() -> float:
 
 
 def describe(name: str, experiment: Experiment, figures: Sequence[Figures]) -> Iterator[str]:
-    """Yield the lines of an experiment's section: the command, what is compared, and median and range over seeds."""
+    """Yield the lines of an experiment's section: the command, what is compared, and means over seeds."""
     hours = sum(of_seed.cpu_seconds for of_seed in figures) / 3600
-    yield f"`python -m benchmarks.toys.evidence {name}`, {hours:.2f} hours of CPU, one thread: the median of the seeds"
-    yield f"{', '.join(map(str, SEEDS))}, and their range."
+    yield f"`python -m benchmarks.toys.evidence {name}`, {hours:.2f} hours of CPU, one thread: the mean of the seeds"
+    yield f"{', '.join(map(str, SEEDS))}, and its standard error."
     yield from ("", *experiment.__doc__.strip().splitlines(), "")
     yield f"| | {' | '.join(experiment.COLUMNS)} |"
     yield "|---|" + "---|" * len(experiment.COLUMNS)
@@ -106,9 +105,9 @@ def describe(name: str, experiment: Experiment, figures: Sequence[Figures]) -> I
 
 
 def cell(values: Sequence[float]) -> str:
-    """Return "72 % (69 to 75)"."""
-    lowest, highest = (f"{100 * value:.0f}" for value in (min(values), max(values)))
-    return f"{100 * median(values):.0f} %" + (f" ({lowest} to {highest})" if lowest != highest else "")
+    """Return "72.3 ± 1.4 %", or "72.3 %" for values that are all equal."""
+    error = 100 * stdev(values) / len(values) ** 0.5
+    return f"{100 * mean(values):.1f}" + (f" ± {error:.1f} %" if error else " %")
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -131,8 +130,7 @@ def make_tables(args: argparse.Namespace) -> None:
             raise UserError(f"{folder}/seed_*.json have different rows; delete those of an older version of {name}")
         lines = list(describe(name, experiment, figures))
         title = f"{name.replace('_', ' ').capitalize()} on the toy world"
-        page: Path = getattr(experiment, "PAGE", PAGE)
-        page.write_text(put_into(page.read_text(encoding="utf-8"), name, lines, title), encoding="utf-8")
+        PAGE.write_text(put_into(PAGE.read_text(encoding="utf-8"), name, lines, title), encoding="utf-8")
         print("\n".join(lines))
 
 

@@ -93,6 +93,8 @@ def training_metadata(options: TrainOptions, architecture: Mapping[str, str], su
         values["ss_network_args"] = dict(summary.network_args)
     if options.averaging.averages(FILES):
         values["ss_ema_decay"] = options.averaging.ema_decay
+    if options.guidance.guidance_loss is not None:
+        values |= {f"ss_{name}": value for name, value in options.guidance.flat().items()}
     values.update(summary.datasets)
     values.update((key, value) for key, value in architecture.items() if key.startswith("ss_"))
     return {key: _text(value) for key, value in values.items()}

@@ -95,6 +95,9 @@ class Declared:
     logged: bool = True
     # Listed in the short help.
     usual: bool = False
+    # An option whose value this one takes, over a default and a recipe, while a setting has the given value: ("that",
+    # "loss_type=l2"). Another value of the user's own is refused.
+    follows: tuple[str, str] | None = None
 
     @property
     def range(self) -> Range:

@@ -1,6 +1,6 @@
 """Checks of options against their declarations: unsupported ones, and those that require or exclude others."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from library.base.errors import error_in
@@ -48,6 +48,16 @@ def check_excluded(name: str, excludes: Mapping[str, str], values: Mapping[str, 
             flags = [flag_with_value(name, values[name]), flag_with_value(other, values[other])]
             raise error_in(f"--{name}", others=[f"--{other}"], cause="does not fit")(
                 f"{flags[0]} does not work with {flags[1]}: {reason}; leave one of them out"
+            )
+
+
+def check_followers(follows: Mapping[str, tuple[str, str]], values: Mapping[str, Any], own: Collection[str]) -> None:
+    """Raise UserError if the user's `own` command or file sets an option to another value than the one it follows."""
+    for name, (other, need) in follows.items():
+        value, followed = values.get(name), values.get(other)
+        if name in own and followed is not None and value != followed and is_met(need, values):
+            raise error_in(f"--{name}", others=[f"--{other}"], cause="does not fit")(
+                f"--{name} is {value}, but takes the value of --{other}, {followed}; leave out --{name}"
             )
 
 

@@ -19,6 +19,7 @@ from library.options.output.saving import HubOptions, MetadataOptions, SavingOpt
 from library.options.output.trackers import TrackerOptions
 from library.options.training.averaging import AveragingOptions
 from library.options.training.concepts import ConceptOptions
+from library.options.training.guidance import GuidanceOptions
 from library.options.training.loss import LossOptions
 from library.options.training.network import NetworkOptions
 from library.options.training.noise import NoiseOptions
@@ -51,6 +52,7 @@ class TrainOptions(Options):
     fit: FitOptions = group(FitOptions)
     noise: NoiseOptions = group(NoiseOptions)
     loss: LossOptions = group(LossOptions)
+    guidance: GuidanceOptions = group(GuidanceOptions)
     pairs: PairOptions = group(PairOptions)
     saving: SavingOptions = group(SavingOptions)
     state: StateOptions = group(StateOptions)

@@ -56,6 +56,7 @@ def test_the_base_can_be_stored_in_few_bits(base_format: str, model: Path, tmp_p
         ["--compile", "--compile_backend", "aot_eager"],
         ["--mixed_precision", "bf16", "--full_bf16"],
         ["--gradient_checkpointing", "--caption_dropout_rate", "0.5"],
+        ["--guidance_loss", "3", "--cache_text_encoder_outputs", "--network_train_unet_only"],
     ],
     ids=" ".join,
 )

@@ -141,6 +141,9 @@ CALLS: Mapping[str, tuple[Call, ...]] = {
         for target in ("{out}/red/001.png", "{out}/blue/001.png", "{out}/red/001.txt")
     ),
     "benchmarks/toys/make_toy_base.py": (Call(TOY_BASE, "{out}/base", "nightly"),),
+    "benchmarks/toys/make_distilled_toy.py": (
+        Call("--kind four_steps --out {out}/base --steps 1", "{out}/base", "nightly"),
+    ),
     "benchmarks/toys/make_toy_edit_base.py": (
         Call("--out {out}/base --num_edits 60 --steps 2", "{out}/base", "nightly"),
     ),

@@ -145,6 +145,27 @@ def test_marked_samples_are_trained_toward_the_base_models_output(tiny_sd_folder
     assert run.network.module.values == [0.0, 1.0]
 
 
+def test_preserved_samples_have_a_weight_and_the_noise_levels_of_few_steps(tiny_sd_folder: Path) -> None:
+    """Four DDIM steps call the denoiser at 751, 501, 251 and 1; samples without `num_steps` keep their draws."""
+    calls: list[tuple[Noised, Tensor]] = []
+    run = context_of(options_for(tiny_sd_folder), calls)
+    attributes = [{"diff_output_preservation": {"weight": 0.25, "num_steps": 4}}, {}]
+    batch, plain = batch_of(seed=24, attributes=attributes), batch_of(seed=24)
+    levels = []
+    for number in range(12):
+        loss = loss_of(run, batch, number)
+        noised, prediction_BCHW = calls[-1]
+        learned = ((prediction_BCHW[1] - noised.noise_BCHW[1]) ** 2).mean() * 0.3
+        torch.testing.assert_close(loss, (0.25 * 0.5**2 + learned) / 2, rtol=1e-5, atol=0.0)
+        a = abar(noised.timesteps_B)[0]
+        expected = a.sqrt() * noised.clean_BCHW[0].double() + (1 - a).sqrt() * noised.noise_BCHW[0].double()
+        torch.testing.assert_close(noised.latents_BCHW[0].double(), expected, rtol=1e-5, atol=1e-5)
+        levels.append(int(noised.timesteps_B[0]))
+        unmarked = add_noise_to(run, plain, number)
+        assert torch.equal(unmarked.latents_BCHW[1], noised.latents_BCHW[1])
+    assert set(levels) == {1, 251, 501, 751}
+
+
 def test_nan_latents_raise_an_error_that_names_the_image(tiny_sd_folder: Path) -> None:
     run = context_of(options_for(tiny_sd_folder), [])
     pixels_BCHW = torch.zeros(2, 3, 64, 64)

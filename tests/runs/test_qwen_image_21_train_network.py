@@ -83,7 +83,7 @@ def test_training_on_pairs_resumes_exactly_and_previews_show_the_references(
     caches = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--network_train_unet_only"]
     uninterrupted = [
         *tiny_arguments, *settings(config, tmp_path), *caches, "--save_every_n_steps", "2", "--save_state",
-        "--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "4",
+        "--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "4", "--guidance_loss", "2",
     ]  # fmt: skip
     done = train_qwen(uninterrupted)
     assert done.status == 0, done.stderr

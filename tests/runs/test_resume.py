@@ -20,6 +20,7 @@ ALL_RANDOM = [
     "--flip_aug", "--color_aug", "--network_dropout", "0.1", "--noise_offset", "0.1", "--multires_noise_iterations",
     "3", "--ip_noise_gamma", "0.1", "--gradient_accumulation_steps", "2", "--token_warmup_step", "4",
     "--network_args", "rank_dropout=0.1", "module_dropout=0.1", "--ema_decay", "0.7", "--ema_update_after_step", "2",
+    "--guidance_loss", "2",
 ]  # fmt: skip
 
 

@@ -123,7 +123,7 @@ def test_four_processes_in_groups_of_two_equal_one(arguments: Arguments, tmp_pat
 
 @pytest.mark.nightly
 def test_a_subset_that_needs_the_bare_base_model_keeps_processes_in_step(arguments: Arguments, tmp_path: Path) -> None:
-    words = arguments("flux")
+    words = [*arguments("flux"), "--guidance_loss", "2"]
     make_images(tmp_path / "data" / "1_other", 3, seed=93)
     config = tmp_path / "data.toml"
     subsets = "".join(

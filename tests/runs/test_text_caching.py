@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from library.architectures.sd.assembly import build as build_sd
+from library.checkpoints.headers import read_metadata
 from library.checkpoints.weights import fingerprint
 from library.memory.codecs.codec import RequestedFormat
 from library.models.unet_loader import UnetLoader
@@ -119,10 +120,11 @@ def assert_equal_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Te
 def test_memory_cache_disk_cache_and_no_cache_train_identically(
     run: Run, base_arguments: list[str], tmp_path: Path, images: Path, precision: str
 ) -> None:
-    """Captions vary only by dropout, and all runs start from the same weights."""
+    """Captions vary only by dropout, all runs start from the same weights, and the unconditional caption is cached."""
     run([*base_arguments, "--output_name", "start", "--network_train_unet_only", "--max_train_steps", "1"])
     start = ["--network_weights", str(tmp_path / "out" / "start.safetensors")]
     common = [*base_arguments, *start, "--mixed_precision", precision, "--caption_dropout_rate", "0.3"]
+    common += ["--guidance_loss", "2", "--guidance_loss_caption", "two blurred dogs"]
     plain, losses, _ = run([*common, "--output_name", "plain", "--network_train_unet_only"])
     assert plain.status == 0, plain.stderr
     for name, options, loads in (("memory", CACHED, 1), ("disk", ON_DISK, 1), ("again", ON_DISK, 0)):
@@ -130,6 +132,8 @@ def test_memory_cache_disk_cache_and_no_cache_train_identically(
         assert done.status == 0, done.stderr
         assert cached_losses == losses and num_loads == loads
         assert_equal_weights(weights_of(tmp_path, name), weights_of(tmp_path, "plain"))
+    recorded = read_metadata(tmp_path / "out" / "plain.safetensors")
+    assert (recorded["ss_guidance_loss"], recorded["ss_guidance_loss_caption"]) == ("2.0", "two blurred dogs")
     assert len(losses) == 4 and len(list((images / "2_thing").glob("0*_tiny_te.npz"))) == 6
 
 

@@ -65,7 +65,7 @@ def load_pipeline(base: Path, dtype: torch.dtype = torch.float32) -> Any:
     return pipeline
 
 
-def sample(pipeline: Any, prompts: Sequence[Prompt]) -> list[ImageArray]:
+def sample(pipeline: Any, prompts: Sequence[Prompt], guidance: float = GUIDANCE_SCALE) -> list[ImageArray]:
     """Sample one image (64, 64, 3) per prompt; each depends only on its own seed."""
     drawn: list[ImageArray] = []
     for start in range(0, len(prompts), BATCH_SIZE):
@@ -73,7 +73,7 @@ def sample(pipeline: Any, prompts: Sequence[Prompt]) -> list[ImageArray]:
         images = pipeline(
             [prompt.caption for prompt in batch],
             num_inference_steps=SAMPLING_STEPS,
-            guidance_scale=GUIDANCE_SCALE,
+            guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(prompt.seed) for prompt in batch],
             output_type="np",
         ).images

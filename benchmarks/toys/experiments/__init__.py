@@ -10,12 +10,16 @@ from torch import Tensor
 from benchmarks.toys.check_adapter import draw_images, draw_prompts
 from library.checkpoints.files import load_state_dict
 from tools import start
-from tools.quickstart.sampling import Prompt, count_right
-from tools.quickstart.toy_world import KNOWN_SHAPES
+from tools.quickstart.sampling import GUIDANCE_SCALE, Prompt, count_right
+from tools.quickstart.toy_world import KNOWN_SHAPES, QUICKSTART, ImageArray, look_at
 
 CONFIG = "configs/quickstart/train.toml"
 BASE = start.ROOT / start.TOY_BASE
 HEARTS, KNOWN_WORLD = draw_prompts(("heart",), 84), draw_prompts(KNOWN_SHAPES, 21)
+CAPTIONS = {file.read_text(encoding="utf-8").strip() for file in (QUICKSTART / "dataset").glob("*.txt")}
+TRAINED = [prompt for prompt in HEARTS if prompt.caption in CAPTIONS]
+NEW = [prompt for prompt in HEARTS if prompt.caption not in CAPTIONS]
+SPLIT_COLUMNS = ("trained hearts", "new hearts", "known world", "like the base model")
 
 
 def call(*words: str) -> None:
@@ -41,3 +45,18 @@ def count_shares(weights: dict[str, Tensor], *parts: Sequence[Prompt]) -> tuple[
 def measure(file: Path) -> tuple[float, ...]:
     """Return the shares of 84 hearts and of 21 images of the known world."""
     return count_shares(load_state_dict(file), HEARTS, KNOWN_WORLD)
+
+
+def measure_split(base: Path, weights: dict[str, Tensor], guidance: float = GUIDANCE_SCALE) -> tuple[float, ...]:
+    """Return the shares of hearts of trained combinations of words, of new ones, and of 84 images of the known world
+    that are as asked; last, of those 84 the share that shows what the base model draws there."""
+    parts = (TRAINED, NEW, draw_prompts(KNOWN_SHAPES, 84))
+    drawn = draw_images(base, weights, parts, guidance=guidance)
+    shares = [count_right(images, prompts) / len(prompts) for images, prompts in zip(drawn, parts, strict=True)]
+    (expected,) = draw_images(base, {}, parts[-1:], guidance=guidance) if weights else drawn[-1:]
+    return (*shares, sum(map(show_the_same, drawn[-1], expected)) / len(expected))
+
+
+def show_the_same(image: ImageArray, other: ImageArray) -> bool:
+    seen, wanted = look_at(image), look_at(other)
+    return (seen.shape, seen.colour, seen.background) == (wanted.shape, wanted.colour, wanted.background)

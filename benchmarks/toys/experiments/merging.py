@@ -1,10 +1,8 @@
 """Two concepts trained apart with the quickstart's settings and merged: hearts (the quickstart's 32 images) and large
 outlined circles (42 images, two of each scene), neither of which the base model draws. The changes are merged as full
-matrices, so the rank of the result has no part in the figures. `null_space` removes from one change its part in the row
-space of the other, which is kept (NP-LoRA, arXiv 2511.11051, hard projection). TIES keeps the largest 20 % of each
-change and averages those with the elected sign (arXiv 2306.01708); DARE drops half of the weights at random and doubles
-the others (arXiv 2311.03099). Cells: of 24 images of each concept and 16 of the known world, those that show
-shape, colour, background and style of their prompt; the last column is the lower of both concepts.
+matrices, so the rank of the result has no part in the figures. Cells: of 24 images of each concept and 16 of the known
+world, those that show shape, colour, background and style of their prompt; the last column is the lower of both
+concepts.
 """
 
 import json
@@ -30,48 +28,14 @@ CIRCLES = [scene for scene in list_scenes(("circle",), "outlined") if scene.size
 Merge = Callable[[Tensor, Tensor], Tensor]
 
 
-def project(first: Tensor, second: Tensor) -> Tensor:
-    """Return `second` without its part in the row space of `first`; both flattened as (out, in)."""
-    _, s_K, v_KN = torch.linalg.svd(first, full_matrices=False)
-    v_KN = v_KN[s_K > 1e-9 * s_K[0]]
-    return second - second @ v_KN.T @ v_KN
-
-
-def ties(density: float) -> Merge:
-    def trim(change: Tensor) -> Tensor:
-        least = change.abs().flatten().kthvalue(round((1 - density) * change.numel()) + 1).values
-        return torch.where(change.abs() >= least, change, 0)
-
-    def merge(first: Tensor, second: Tensor) -> Tensor:
-        changes = torch.stack([trim(first), trim(second)])
-        agrees = (changes.sign() == changes.sum(0).sign()) & (changes != 0)
-        return (changes * agrees).sum(0) / agrees.sum(0).clamp(min=1)
-
-    return merge
-
-
-def dare(dropped: float, seed: int) -> Merge:
-    generator = torch.Generator().manual_seed(seed)
-
-    def drop(change: Tensor) -> Tensor:
-        return change * (torch.rand(change.shape, generator=generator) >= dropped) / (1 - dropped)
-
-    return lambda first, second: drop(first) + drop(second)
-
-
-def list_methods(seed: int) -> Mapping[str, Merge]:
-    return {
-        "hearts alone": lambda first, second: first,
-        "circles alone": lambda first, second: second,
-        "`sum`": lambda first, second: first + second,
-        "`sum`, ratios 0.5 0.5": lambda first, second: 0.5 * (first + second),
-        "`sum`, ratios 1 0.5": lambda first, second: first + 0.5 * second,
-        "`sum`, ratios 0.5 0.7": lambda first, second: 0.5 * first + 0.7 * second,
-        "`null_space`, hearts kept": lambda first, second: first + project(first, second),
-        "`null_space`, circles kept": lambda first, second: second + project(second, first),
-        "TIES": ties(0.2),
-        "DARE": dare(0.5, seed),
-    }
+METHODS: Mapping[str, Merge] = {
+    "hearts alone": lambda first, second: first,
+    "circles alone": lambda first, second: second,
+    "`sum`": lambda first, second: first + second,
+    "`sum`, ratios 0.5 0.5": lambda first, second: 0.5 * (first + second),
+    "`sum`, ratios 1 0.5": lambda first, second: first + 0.5 * second,
+    "`sum`, ratios 0.5 0.7": lambda first, second: 0.5 * first + 0.7 * second,
+}
 
 
 def train_circles(seed: int, folder: Path) -> Path:
@@ -94,7 +58,7 @@ def run(seed: int, folder: Path) -> dict[str, tuple[float, ...]]:
     circles = [Prompt((2 * CIRCLES)[int(row)].caption(), 1000 + number) for number, row in enumerate(chosen)]
     parts = draw_prompts(("heart",), 24), circles, draw_prompts(KNOWN_SHAPES, 16)
     rows = {}
-    for name, merge in list_methods(seed).items():
+    for name, merge in METHODS.items():
         weights = {}
         for module in files[0]:
             first, second = (file[module].weight(torch.float64) for file in files)

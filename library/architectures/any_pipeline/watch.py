@@ -128,7 +128,7 @@ def imported_from(error: NameError) -> str:
     source = "".join(linecache.getlines(frame.f_code.co_filename))
     line = rf"^ *(?:from (\S+) import .*\b{error.name}\b|import (\S+) as {error.name}$)"
     found = re.search(line, source, re.MULTILINE)
-    name: str = found[1] or found[2] if found else error.name
+    name = str(found[1] or found[2] if found else error.name)
     return name.partition(".")[0]
 
 

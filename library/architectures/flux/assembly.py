@@ -82,6 +82,9 @@ def build(options: FluxOptions) -> Architecture:
 
 def build_flux(options: FluxOptions) -> Architecture:
     RECIPE.check(options)
+    # Loss and metadata must both see the guidance, so it is set before they read the options.
+    if options.guidance.guidance_loss is not None:
+        options = options.with_values({"guidance_scale": options.guidance.guidance_loss})
     loader = open_loader(options)
     text = build_text(options, loader)
     masks_text = options.flux.apply_t5_attn_mask

@@ -53,6 +53,7 @@ class FluxModelOptions(Options):
         usual=True,
         help="Guidance strength given to the denoiser in training; schnell has no such input. Most FLUX.1 recipes "
         "train with 1; Chroma was trained with 0.",
+        follows=("guidance_loss", "model_type=flux"),
     )
     model_type: str = option(
         "flux", help="The base model: flux for FLUX.1 dev and schnell.", choices=("flux", "chroma")

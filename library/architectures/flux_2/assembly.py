@@ -13,7 +13,7 @@ from torch import nn
 
 from library.architectures.flux_2.load import TRANSFORMER, files_with, open_encoder, open_loader
 from library.architectures.flux_2.options import Flux2Options
-from library.architectures.flux_2.predict import predict, preview_sampler
+from library.architectures.flux_2.predict import TRAINING_GUIDANCE, predict, preview_sampler
 from library.architectures.flux_2.releases import DEV, DISTILLED_KLEIN, Release, TextEncoder, modelspec_architecture
 from library.architectures.flux_2.text import NUM_TOKENS, build_chat_text
 from library.architectures.specs import list_specs
@@ -87,7 +87,7 @@ def assemble(
         text=text,
         codec=CODEC,
         objective=build_objective(options),
-        predict=predict,
+        predict=partial(predict, guidance=options.guidance.guidance_loss or TRAINING_GUIDANCE),
         view=view_denoiser,
         preview=build_preview(text, release, distilled),
         metadata=RECIPE.describe(options, architecture=f"{modelspec_architecture(release)}/lora"),

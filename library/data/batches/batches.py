@@ -42,7 +42,7 @@ from library.data.description.schema import SubsetConfig
 from library.data.plan.samples import Sample, Samples, check_size, find_replacement
 from library.data.plan.seen_references import SeenReferences, read_placed_references
 from library.data.sources.storage.storage import Storage
-from library.types import Batch
+from library.types import Batch, Conditioning
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,8 @@ class PartialBatch:
     texts: list[Row | None]
     references: list[tuple[Tensor, ...]]  # latents of each sample's references, CHW
     text_keys: list[str]  # keys of text features that are kept in memory
+    unconditional_keys: list[str] = field(default_factory=list)  # the same for the unconditional caption
+    unconditional_texts: list[Row | None] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)  # messages about damaged images that were replaced
 
 
@@ -130,6 +132,7 @@ class BatchMaker(Dataset[PartialBatch | UserError]):
     has_alpha: bool = False  # images are RGBA, for a base model that encodes their alpha channel
     seen: SeenReferences | None = None  # reference images for text encoders that see them
     vae: str | None = None  # which has made the files of latents; None: any
+    unconditional: str | None = None  # the caption of --guidance_loss, if its features are cached
 
     def __getitem__(self, order: BatchOrder) -> PartialBatch | UserError:
         """Make a batch. A UserError is returned, because torch rewrites those that are raised in another process."""
@@ -152,6 +155,9 @@ class BatchMaker(Dataset[PartialBatch | UserError]):
         text_keys = [
             self.text_key(drawn, caption) for drawn, caption in zip(drawn_samples, batch.captions, strict=True)
         ]
+        unconditional_keys = (
+            [] if self.unconditional is None else [self.text_key(drawn, self.unconditional) for drawn in drawn_samples]
+        )
         return PartialBatch(
             batch=batch,
             samples=[drawn.number for drawn in drawn_samples],
@@ -160,6 +166,12 @@ class BatchMaker(Dataset[PartialBatch | UserError]):
             masks=[drawn.mask for drawn in drawn_samples],
             texts=[self.text_row(drawn.number, text) for drawn, text in zip(drawn_samples, text_keys, strict=True)],
             text_keys=text_keys,
+            unconditional_keys=unconditional_keys,
+            unconditional_texts=[
+                # The caption alone is kept in memory; with references it is in the sample's file.
+                None if key == self.unconditional else self.text_row(drawn.number, key)
+                for drawn, key in zip(drawn_samples, unconditional_keys, strict=False)
+            ],
             references=[drawn.references if drawn.image is None else () for drawn in drawn_samples],
             skipped=skipped,
         )
@@ -330,18 +342,23 @@ def finish_batch(
             # A mask file, which the worker has read, wins over the alpha of the cached image.
             masks[index] = masks[index] if masks[index] is not None else mask
     cached_latents = [latent for latent in latents if latent is not None]
-    rows = (
-        [texts[key] if row is None else row for key, row in zip(draft.text_keys, draft.texts, strict=True)]
-        if texts
-        else []
-    )
     return replace(
         draft.batch,
         latents_BCHW=torch.stack(cached_latents) if cached_latents else None,
-        conditioning=stack_rows(rows, text_padding) if rows else None,
+        conditioning=stack_texts(draft.text_keys, draft.texts, texts, text_padding),
+        unconditional=stack_texts(draft.unconditional_keys, draft.unconditional_texts, texts, text_padding),
         masks_B1HW=stack_masks(masks),
         reference_latents=stack_references(references),
     )
+
+
+def stack_texts(
+    keys: Sequence[str], read: Sequence[Row | None], texts: Mapping[str, Row], padding: Mapping[str, float]
+) -> Conditioning | None:
+    """Stack the text features that a worker has read, or else those in memory; None if none are cached."""
+    if not texts or not keys:
+        return None
+    return stack_rows([texts[key] if row is None else row for key, row in zip(keys, read, strict=True)], padding)
 
 
 def stack_references(references: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

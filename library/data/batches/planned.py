@@ -175,4 +175,5 @@ def build_batch_maker(plan: DataPlan, latents: LatentStore, texts: TextStore) ->
         has_alpha=plan.spec.has_alpha,
         seen=plan.seen,
         vae=latents.vae,
+        unconditional=plan.unconditional if texts.memory else None,
     )

@@ -125,30 +125,31 @@ def cache_texts(
     open_encoders = cache(encoding.open_encoders)
     if spec.options.cache_text_encoder_outputs_to_disk:
         jobs, files = plan_jobs(plan, spec)
-        empty_job = plan_shared_job(plan, spec, "empty_prompt", [""])
+        jobs = [*plan_shared_jobs(plan, spec), *jobs]
         prompts_job = plan_shared_job(plan, spec, "preview_prompts", prompts)
         # Computed when it is first needed: the digest of the encoders reads all their weights.
-        identity = cache(lambda: compute_identity(encoding, [empty_job, *jobs]))
-        placed = (one for job in (empty_job, *jobs) for one in iterate_placed_jobs(job))
+        identity = cache(lambda: compute_identity(encoding, jobs))
+        placed = (one for job in jobs for one in iterate_placed_jobs(job))
         if not skips_check and any(os.path.exists(job.path) for job in placed):
             # functools.cache has no lock: threads that check files at once would each compute it.
             identity()
         # A training image with a damaged reference is replaced by another one. A preview prompt has no replacement, so
         # a damaged reference there is an error.
-        new_texts = [text for job in (empty_job, *jobs) if not os.path.exists(job.path) for text in job.texts]
+        new_texts = [text for job in jobs if not os.path.exists(job.path) for text in job.texts]
         plan.storage.check_shared_room("the text features", sum(map(spec.bytes_of, new_texts)) if spec.bytes_of else 0)
         caption_codec = text_codec(lambda: skip_damaged(open_encoders().captions), spec, identity)
         prompt_codec = text_codec(lambda: encode_all(open_encoders().prompts), spec, identity)
-        found = fill(caption_codec, [empty_job, *jobs], skips_check, plan.num_workers, processes)
-        (empty_job,) = (job for job in found if not job.users)
+        found = fill(caption_codec, jobs, skips_check, plan.num_workers, processes)
+        shared = {text: job.file.read(text) for job in found if not job.users for text in job.texts}
         if prompts:
             # Only the main process has prompts, so it must not wait for the others here.
             (prompts_job,) = fill(prompt_codec, [prompts_job], skips_check, plan.num_workers, ALONE)
         renamed = {user: job.file for job in found if job.path == job.beside for user in job.users}
-        store = TextStore(replace(files, renamed_files=renamed), {"": empty_job.file.read("")}, spec.padding)
+        store = TextStore(replace(files, renamed_files=renamed), shared, spec.padding)
         return CachedTexts(store, {text: prompts_job.file.read(text) for text in prompts})
     # The order is the same in every process: `exchange_rows` names captions by their index.
-    texts = list(dict.fromkeys(["", *(text for texts in plan.caption_texts() for text in texts)]))
+    captions = (text for texts in plan.caption_texts() for text in texts)
+    texts = list(dict.fromkeys([*plan.shared_texts, *captions]))
     size = describe_size([*texts, *prompts], spec)
     logger.info("caching text encoder outputs of %d captions in memory%s", len(texts) + len(prompts), size)
     # Every machine encodes all captions, because the folder of the exchange is local to it.
@@ -223,6 +224,12 @@ def plan_jobs(plan: DataPlan, spec: TextCacheSpec) -> tuple[list[Job], CacheFile
         beside = None if stem is None else os.path.abspath(stem) + spec.suffix
         jobs.append(Job(TextFile(paths[key], spec.keys), tuple(captions_of_file), users, beside))
     return jobs, CacheFiles(locate_file, has_N)
+
+
+def plan_shared_jobs(plan: DataPlan, spec: TextCacheSpec) -> list[Job]:
+    """Plan the empty prompt, and the unconditional caption if that is another one."""
+    names = ("empty_prompt", "unconditional_prompt")
+    return [plan_shared_job(plan, spec, name, [text]) for name, text in zip(names, plan.shared_texts, strict=False)]
 
 
 def plan_shared_job(plan: DataPlan, spec: TextCacheSpec, name: str, texts: Sequence[str]) -> Job:

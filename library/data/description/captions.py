@@ -33,6 +33,7 @@ class CaptionRules:
     caption_tag_dropout_rate: float = key_of_option(SHARE, 0.0)
     token_warmup_min: int = key_of_option(COUNT, 1)
     token_warmup_step: float = key_of_option(NUMBER, 0.0)  # steps, or a share of the run if below 1
+    fixed: str | None = None  # in place of the caption and all changes but dropout; no key of its own
 
     @property
     def moves_tags(self) -> bool:
@@ -42,7 +43,7 @@ class CaptionRules:
     @property
     def varies(self) -> bool:
         """True if different draws of an image can have different captions, apart from the empty prompt."""
-        return self.moves_tags or self.enable_wildcard
+        return self.fixed is None and (self.moves_tags or self.enable_wildcard)
 
 
 def compose_caption(
@@ -66,6 +67,8 @@ def is_dropped(rules: CaptionRules, rng: random.Random, epoch: int) -> bool:
 
 def arrange_caption(text: str, rules: CaptionRules, rng: random.Random, step: int, max_train_steps: int) -> str:
     """Compose a caption from a line of `text` with prefix, suffix, wildcards and tag rules, without caption dropout."""
+    if rules.fixed is not None:
+        return rules.fixed
     lines = caption_lines(text, rules)
     # The drawn line gets both affixes: sd-scripts adds the prefix to the first line and the suffix to the last one.
     # They precede the wildcards, so that they may contain some.
@@ -192,6 +195,9 @@ def warm_up_tags(tags: list[str], rules: CaptionRules, step: int, max_train_step
 
 def iterate_fullest_captions(text: str, rules: CaptionRules) -> Iterator[str]:
     """Yield every line with affixes and all of its tags, for the check of the token limit."""
+    if rules.fixed is not None:
+        yield rules.fixed
+        return
     for line in caption_lines(text, rules):
         caption = with_trigger(with_affixes(line, rules), rules)
         if rules.keep_tokens_separator:

@@ -17,6 +17,7 @@ from library.data.description.flat_datasets import with_subsets
 from library.data.description.folder_options import list_subsets, warn_of_ignored
 from library.data.description.keys import Level, Style, is_allowed_at
 from library.data.description.overridden import find_overridden, given_keys, typed_default_keys
+from library.data.description.preservation import KEYS, PRESERVATION, check_preservation, read_preservation
 from library.data.description.schema import (
     ALL_KEYS,
     CACHE_INFO,
@@ -25,7 +26,6 @@ from library.data.description.schema import (
     FILE_SOURCES,
     KINDS,
     NETWORK_MULTIPLIER,
-    PRESERVATION,
     REQUIRED,
     SUBSET_KEYS,
     DatasetConfig,
@@ -37,7 +37,7 @@ from library.options.base import Options
 from library.options.config_file import read_json, read_toml, refuse_unusable
 from library.options.dataset import FOLDER_FLAGS, DatasetOptions
 from library.options.declared import Declared
-from library.options.kinds import BOOL, TABLE, number, read_value
+from library.options.kinds import TABLE, number, read_value
 from library.options.other_programs import explain_name
 from library.options.tables import Table, find_problem, is_table_list
 from library.options.train import TrainOptions
@@ -345,7 +345,8 @@ def build_subset(subset: Table, outer: Sequence[Table], style: Style, place: str
         check_attributes(values["custom_attributes"], place)
     files = {name: patterns for name, patterns in resolve(FILE_SOURCES).items() if patterns}
     source, patterns = next(iter(files.items()), ("metadata_file" if style == "metadata" else "image_dir", ()))
-    rules = CaptionRules(**resolve(CAPTION_KEYS))
+    preservation = read_preservation(values["custom_attributes"])
+    rules = CaptionRules(**resolve(CAPTION_KEYS), fixed=None if preservation is None else preservation.caption)
     return SubsetConfig(style=style, captions=rules, source_key=source, patterns=patterns, **values)
 
 
@@ -354,10 +355,11 @@ def check_attributes(attributes: Table, place: str) -> None:
     place = f"{place}['custom_attributes']"
     sampling = read_value(attributes.get("timestep_sampling", {}), TABLE, f"{place}: timestep_sampling")
     read_value(sampling.get("offset", 0.0), number(None, 1e3), f"{place}: timestep_sampling.offset")
-    read_value(attributes.get(PRESERVATION, False), BOOL, f"{place}: {PRESERVATION}")
+    preservation = check_preservation(attributes, place)
     for table, names, prefix in (
         (attributes, ("timestep_sampling", PRESERVATION), ""),
         (sampling, ("offset",), "timestep_sampling."),
+        (preservation, tuple(KEYS), f"{PRESERVATION}."),
     ):
         for name in table.keys() - set(names):
             logger.warning("%s: %s%s has no effect%s", place, prefix, name, did_you_mean(name, names))

@@ -31,8 +31,6 @@ from library.options.declared import Declared
 from library.options.kinds import BOOL, SHARE, TABLE, TEXT, TEXTS, number
 from library.options.tables import Table
 
-PRESERVATION = "diff_output_preservation"  # key of a subset's custom_attributes
-
 
 def strip_secrets(url: str) -> str:
     """Remove user, password, signature and other parameters from a URL. Paths are returned unchanged."""

@@ -72,6 +72,7 @@ class DataPlan:
     token_limit: TokenLimit | None  # None: caption lengths are not checked
     num_variants: int = 0  # variants of a caption to draw from; 0 composes a new caption for every draw
     seen: SeenReferences | None = None  # reference images for text encoders that see them
+    unconditional: str | None = None  # a caption to cache besides those of the images, for --guidance_loss
 
     @property
     def datasets(self) -> tuple[ScannedDataset, ...]:
@@ -138,6 +139,11 @@ class DataPlan:
     def subset_of(self, sample: Sample) -> SubsetConfig:
         return self.subsets[sample.subset]
 
+    @property
+    def shared_texts(self) -> tuple[str, ...]:
+        """The texts to encode that belong to no image: the empty prompt, and the unconditional caption."""
+        return tuple(dict.fromkeys(("", self.unconditional or "")))
+
     def caption_texts(self) -> Iterator[tuple[str, ...]]:
         """Yield the texts to encode for each sample: its caption's distinct variants, or none if it is never drawn."""
         for number, sample in enumerate(self.samples):
@@ -147,7 +153,8 @@ class DataPlan:
             image, rules = sample.image, self.subset_of(sample).captions
             variants = range(self.num_variants if rules.varies else 1)
             texts = tuple(dict.fromkeys(caption_variant(image.key, image.caption, rules, v) for v in variants))
-            yield texts if self.seen is None else self.seen.texts(number, sample, texts, self.subset_of(sample))
+            also = () if self.unconditional is None else (self.unconditional,)
+            yield texts if self.seen is None else self.seen.texts(number, sample, texts, self.subset_of(sample), also)
 
     # Reports
 

@@ -72,9 +72,11 @@ class SeenReferences:
         """Return the text under which the features of a caption of this sample are cached."""
         return str(self.seen(number, caption, is_flipped, lambda: ())) if self.digests_N[number] else caption
 
-    def texts(self, number: int, sample: Sample, captions: Sequence[str], config: SubsetConfig) -> tuple[str, ...]:
-        """Return the texts to encode for this sample: its captions, and the empty one if caption dropout is on, with
-        its references; also with mirrored references if they are needed."""
+    def texts(
+        self, number: int, sample: Sample, captions: Sequence[str], config: SubsetConfig, also: Sequence[str] = ()
+    ) -> tuple[str, ...]:
+        """Return the texts to encode for this sample: its captions, those in `also`, and the empty one if caption
+        dropout is on, with its references; also with mirrored references if they are needed."""
         if not self.digests_N[number]:
             return tuple(captions)
         rules = config.captions
@@ -82,7 +84,7 @@ class SeenReferences:
         return tuple(
             self.seen(number, caption, is_flipped, partial(self.read, sample, config.resize_interpolation, is_flipped))
             for is_flipped in ((False, True) if config.flip_aug or self.are_measured_mirrored else (False,))
-            for caption in (*captions, *([""] if drops else []))
+            for caption in dict.fromkeys((*captions, *also, *([""] if drops else [])))
         )
 
     def seen(self, number: int, caption: str, is_flipped: bool, read: Reader) -> CaptionWithImages:

@@ -14,6 +14,7 @@ from library.options.base import Options
 from library.options.leco import list_ignored_by_leco, list_refused_by_leco
 from library.options.model import BASE_FLAG
 from library.options.output.console import ConsoleOptions
+from library.options.requirements import check_followers
 from library.options.train import TrainOptions
 from library.training.command_line.console import forgive_write_errors, start_run_log
 from library.training.command_line.help import EXAMPLES, EXAMPLES_OF_PROMPTS, TrainingParser
@@ -41,7 +42,8 @@ def build_parser(
     declarations = {name: declared for kind in groups for name, declared in kind.declarations().items()}
     usual = frozenset(name for name in declarations if declarations[name].usual)
     paths = frozenset(name for name in declarations if declarations[name].path)
-    parser = TrainingParser(usual, parts, elsewhere, examples, frozenset(left_out), paths)
+    follows = {name: declared.follows for name, declared in declarations.items() if declared.follows}
+    parser = TrainingParser(usual, parts, elsewhere, examples, frozenset(left_out), paths, follows)
     for kind in groups:
         kind.add_to(parser)
     return parser
@@ -122,13 +124,16 @@ def read_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
             logger.info("wrote the options to %s", config_path(typed.config_file))
             parser.exit(0)
         configs = read_configs(parser, typed)
+        args = combine(parser, argv, configs)
+        own_configs = configs[1:] if getattr(args, "recipe", None) else configs
+        check_followers(follows_of(parser), vars(args), list_own_names(parser, argv, own_configs))
     except UserError as error:
         start_logging(parser, typed)
         logger.error("%s", error)
         typed.errors_json = wants_error_line(sys.argv[1:] if argv is None else argv)
         CommandLine(parser, argv, typed, ()).print_error(error)
         parser.exit(1)
-    return CommandLine(parser, argv, combine(parser, argv, configs), configs)
+    return CommandLine(parser, argv, args, configs)
 
 
 def read_configs(parser: argparse.ArgumentParser, typed: argparse.Namespace) -> list[Config]:
@@ -143,6 +148,18 @@ def read_configs(parser: argparse.ArgumentParser, typed: argparse.Namespace) -> 
     if recipe := requested.get("recipe"):
         configs = [read_recipe(recipe, script_name(parser), requested, actions, elsewhere), *configs]
     return configs
+
+
+def follows_of(parser: argparse.ArgumentParser) -> Mapping[str, tuple[str, str]]:
+    return parser.follows if isinstance(parser, TrainingParser) else {}
+
+
+def list_own_names(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, configs: Sequence[Config]
+) -> frozenset[str]:
+    """Return the options that the command line and these config files set, also those set to their defaults."""
+    typed = collect_typed_values(parser, sys.argv[1:] if argv is None else argv)
+    return frozenset((*(flag.removeprefix("--") for flag in typed), *(name for c in configs for name in c.values)))
 
 
 def combine(
@@ -252,7 +269,9 @@ def from_program(parser: argparse.ArgumentParser, args: argparse.Namespace) -> a
     for warning in warnings:
         logger.warning("%s", warning)
     defaults = {name: action.default for name, action in actions.items()}
-    return normalize(unset_empty(argparse.Namespace(**{**defaults, **values}), parser))
+    args = normalize(unset_empty(argparse.Namespace(**{**defaults, **values}), parser))
+    check_followers(follows_of(parser), vars(args), changed)
+    return args
 
 
 def to_toml_value(value: Any) -> Any:

@@ -4,7 +4,8 @@ import argparse
 import copy
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from library.base.errors import UserError, error_in
@@ -96,9 +97,11 @@ class TrainingParser(argparse.ArgumentParser):
         examples: str = EXAMPLES,
         left_out: frozenset[str] = frozenset(),
         paths: frozenset[str] = frozenset(),
+        follows: Mapping[str, tuple[str, str]] = MappingProxyType({}),
     ) -> None:
-        """Options in `left_out` have no effect here; they are accepted and hidden. Those in `paths` name files."""
-        self.elsewhere, self._left_out, self.paths = elsewhere, left_out, paths
+        """Options in `left_out` have no effect here; they are accepted and hidden. Those in `paths` name files;
+        `follows` is as in `Declared`."""
+        self.elsewhere, self._left_out, self.paths, self.follows = elsewhere, left_out, paths, follows
         self._first = "What most trainings set"
         super().__init__(
             usage="%(prog)s [options]",

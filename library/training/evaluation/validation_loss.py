@@ -64,7 +64,7 @@ def losses_at_levels(
         latents_BCHW = load_latents(context, side, lambda i: generator_for(seed, "validation vae", *names[i]))
         clean_sides.append(context.arch.codec.normalize(latents_BCHW))
     extra = {} if is_preference else build_image_features(context, batch, seed, lambda i: ("validation", *names[i]))
-    condition = partial(build_conditioning, context, batch, extra)
+    condition = partial(build_conditioning, context, extra=extra)
     columns = []
     for level in levels:
         objective = context.arch.objective.at_timestep(level)
@@ -73,7 +73,7 @@ def losses_at_levels(
             generators = [generator_for(seed, "validation noise", *name, level) for name in names]
             noised.append(corrupt_each(objective, clean_BCHW, generators))
         if is_preference:
-            columns.append(losses_of_pairs(context, objective, batch, noised, condition))
+            columns.append(losses_of_pairs(context, objective, batch, noised, partial(condition, batch)))
         else:
             columns.append(compute_losses(context, objective, batch, noised[0], condition))
     return torch.stack(columns, 1).cpu().double()

@@ -5,6 +5,7 @@ import math
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from tempfile import gettempdir
@@ -97,6 +98,8 @@ def open_data_plan(
     plan = build_plan(options, arch.codec.spec, seed, arch.text.count_tokens, arch.text.max_tokens, num_processes)
     if text.cached is not None:
         plan = plan.with_fixed_captions(text.cached.options.text_cache_variants)
+        if options.guidance.guidance_scale_of_loss is not None:
+            plan = replace(plan, unconditional=options.guidance.guidance_loss_caption)
     if arch.text_cache is not None and arch.text_cache.sees_images and plan.has_references:
         if text.cached is None:
             raise error_in("--cache_text_encoder_outputs", cause="needs")(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from library.options.training.guidance import NO_GUIDANCE, GuidanceOptions
 from library.options.training.pairs import NO_PAIRS, PairOptions
 from library.protocols import Architecture
 from library.training.models.base_model import LoadedModels
@@ -23,6 +24,7 @@ def step_context(
     network: AdoptedNetwork,
     compute: Compute,
     pairs: PairOptions = NO_PAIRS,
+    guidance: GuidanceOptions = NO_GUIDANCE,
 ) -> StepContext:
     """Build the context of a step."""
     encoders, live, concepts = loaded.models.text_encoders, loaded.live_text, loaded.concepts
@@ -49,4 +51,5 @@ def step_context(
         live_text=live,
         vae_batch_size=vae_batch_size,
         pairs=pairs,
+        guidance=guidance,
     )

@@ -131,7 +131,7 @@ def losses_of_files(
                 for each in (arch, *others):
                     context = step_context(
                         options.trains_text_encoders, options.caching.vae_batch_size, each, seed, loaded, network,
-                        compute, pairs=options.pairs,
+                        compute, options.pairs, options.guidance,
                     )  # fmt: skip
                     title = f"measuring {name}"
                     yield FileLosses(

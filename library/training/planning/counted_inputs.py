@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from library.base.randomness import generator_for
 from library.data.concepts.prompt_pairs import resolve_guidance
+from library.diffusion.references import reference_features
 from library.memory.devices import bytes_of, tensors_of
 from library.memory.offload.encoders import least_bytes
 from library.memory.planner.prediction import GradientlessPasses
@@ -55,7 +56,19 @@ def count_inputs(meta: MetaRun, batch: BatchShape) -> CountedInputs:
         # A preference loss needs one prediction of the base model alone for each image.
         features = encode_longest(meta, rows.count) if conditioning is None else conditioning
         gradientless = GradientlessPasses(1, 1, count_prediction(meta, rows, features))
+    elif options.guidance.guidance_scale_of_loss is not None:
+        gradientless = count_unconditional(meta, rows, conditioning)
     return CountedInputs(rows, conditioning, gradientless, tuple(filter(None, (images, captions))))
+
+
+def count_unconditional(meta: MetaRun, rows: BatchShape, conditioning: Conditioning | None) -> GradientlessPasses:
+    """Count the prediction for the unconditional caption of --guidance_loss; its caption is taken to be as long as the
+    longest."""
+    features = encode_longest(meta, rows.count) if conditioning is None else conditioning
+    spec, references = meta.arch.codec.spec, []
+    for width, height in rows.reference_sizes:
+        references.append(torch.empty(rows.count, spec.channels, height // spec.downscale, width // spec.downscale))
+    return GradientlessPasses(1, 1, count_prediction(meta, rows, {**features, **reference_features(references)}))
 
 
 def rows_of_pass(pairs: PairOptions, batch: BatchShape) -> BatchShape:

@@ -77,7 +77,7 @@ def build_run(
     optimization = build_optimization(options, network, loaded.models, plan.max_train_steps, compute.device)
     context = step_context(
         options.trains_text_encoders, options.caching.vae_batch_size, requested.arch, requested.seed, loaded, network,
-        compute, options.pairs,
+        compute, options.pairs, options.guidance,
     )  # fmt: skip
     context = replace(context, preserves_in_step=preserves_in_step(data, loaded.models.sharded))
     norms = NormMeter(requested.events.is_on)

@@ -5,7 +5,7 @@ from typing import Any
 
 from library.base.errors import about, error_in
 from library.base.launcher import fsdp_version
-from library.data.description.schema import PRESERVATION
+from library.data.description.preservation import PRESERVATION
 from library.data.training_data import TrainingData
 from library.memory.offload.sharded import ShardedModel
 from library.options.machine.compiling import CompileOptions

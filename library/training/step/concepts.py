@@ -31,7 +31,7 @@ def draw_partly(context: StepContext, batch: Batch, concept: Concept, batch_numb
     From here on the adapter has the concept's strength, because the backward pass may recompute its layers.
     """
     (caption,) = set(batch.captions)
-    prompt = build_prompt(context, batch, concept)
+    prompt = build_prompt(context, batch, concept.unconditional, concept.num_steps, concept.guidance)
     sampler = context.arch.preview.sampler(prompt)
     predict = build_predictor(context, batch, [caption])
     # At scale 1 guidance gives the prediction for the caption, whatever that for the other prompt is.
@@ -91,18 +91,18 @@ def build_predictor(context: StepContext, batch: Batch, texts: Sequence[str]) ->
     return predict
 
 
-def build_prompt(context: StepContext, batch: Batch, concept: Concept) -> Prompt:
+def build_prompt(context: StepContext, batch: Batch, negative: str, num_steps: int, scale: float) -> Prompt:
     """Return the batch as a preview prompt, for the preview sampler."""
     defaults = context.arch.preview.defaults
     height, width = batch.height_width
     return Prompt(
         text=batch.captions[0],
-        negative=concept.unconditional,
+        negative=negative,
         width=width,
         height=height,
         seed=None,
-        num_steps=concept.num_steps,
-        scale=concept.guidance,
+        num_steps=num_steps,
+        scale=scale,
         sampler=None if defaults.sampler is None else DDPM_SAMPLER,
         guidance_scale=defaults.guidance_scale,
         cfg_trunc_ratio=defaults.cfg_trunc_ratio,

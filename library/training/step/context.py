@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from library.memory.offload.sharded import ShardedModel
+from library.options.training.guidance import NO_GUIDANCE, GuidanceOptions
 from library.options.training.pairs import NO_PAIRS, PairOptions
 from library.protocols import Architecture, LiveText
 from library.training.step.conditioning import CaptionMemo
@@ -56,3 +57,4 @@ class StepContext:
     vae_batch_size: int = 1
     preserves_in_step: bool = False  # run the base model in every batch, because a batch of another rank may need it
     pairs: PairOptions = NO_PAIRS
+    guidance: GuidanceOptions = NO_GUIDANCE

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import fields, replace
 from functools import partial
 
 import numpy as np
@@ -10,12 +11,15 @@ from torch import Tensor
 
 from library.base.errors import about
 from library.base.randomness import generator_for, stream_seed
-from library.data.description.schema import PRESERVATION, level_offset
-from library.diffusion.timesteps import stratify
+from library.data.description.preservation import PRESERVATION, read_preservation
+from library.data.description.schema import level_offset
+from library.diffusion.timesteps import NUM_TIMESTEPS, stratify
 from library.memory.devices import send
 from library.protocols import Objective
-from library.training.step.concepts import compute_target, draw_partly
+from library.training.step.concepts import build_prompt, compute_target, draw_partly
 from library.training.step.context import StepContext
+from library.training.step.guided import prepare_guidance_loss
+from library.training.step.joining import join_noised
 from library.training.step.latents import build_image_features, load_latents
 from library.training.step.masks import compute_masked_means
 from library.training.step.pairs import losses_of_pairs, prefers, split_pairs
@@ -57,7 +61,39 @@ def add_noise_to(context: StepContext, batch: Batch, batch_number: int, is_check
     uniforms_B = None
     if objective.num_strata > 1:
         uniforms_B = stratify(objective.num_strata, context.seed, batch_number * B, B)
-    return objective.corrupt(clean_BCHW, generator, offsets_B if offsets_B.any() else None, uniforms_B)
+    noised = objective.corrupt(clean_BCHW, generator, offsets_B if offsets_B.any() else None, uniforms_B)
+    return move_to_few_levels(context, batch, noised, batch_number)
+
+
+def move_to_few_levels(context: StepContext, batch: Batch, noised: Noised, batch_number: int) -> Noised:
+    """Move preserved samples with `num_steps` to noise levels at which previews of so many steps call the denoiser."""
+    preserved = [read_preservation(attributes) for attributes in batch.attributes]
+    if not any(one is not None and one.num_steps for one in preserved):
+        return noised
+    parts = []
+    for place, one in enumerate(preserved):
+        part = Noised(*(getattr(noised, f.name)[place : place + 1] for f in fields(Noised)))
+        if one is not None and one.num_steps is not None:
+            generator = generator_for(context.seed, "preserved", batch_number, place)
+            objective = context.arch.objective.at_timestep(draw_level(context, batch, one.num_steps, generator))
+            part = objective.corrupt(part.clean_BCHW, generator)
+        parts.append(part)
+    return join_noised(parts)
+
+
+def draw_level(context: StepContext, batch: Batch, num_steps: int, generator: torch.Generator) -> int:
+    """Draw one of the noise levels of a preview of this size, in thousandths, 0..999."""
+    defaults = context.arch.preview.defaults
+    prompt = replace(build_prompt(context, batch, "", num_steps, defaults.scale), sampler=defaults.sampler)
+    levels = context.arch.preview.sampler(prompt).levels
+    level = levels[int(torch.randint(len(levels), (1,), generator=generator))]
+    return min(round(level.timestep), NUM_TIMESTEPS - 1)
+
+
+def weights_of(batch: Batch) -> Tensor:
+    """Return the weight of each sample's loss, with that of its preservation."""
+    preserved = (read_preservation(attributes) for attributes in batch.attributes)
+    return batch.loss_weights_B * torch.tensor([1.0 if one is None else one.weight for one in preserved])
 
 
 def loss_of(context: StepContext, batch: Batch, batch_number: int) -> Tensor:
@@ -67,27 +103,30 @@ def loss_of(context: StepContext, batch: Batch, batch_number: int) -> Tensor:
     """
     if prefers(context, batch):
         noised_sides = [add_noise_to(context, side, batch_number, is_checked=False) for side in split_pairs(batch)]
-        condition = partial(encode_varied, context, batch, batch_number, {})
-        losses_B = losses_of_pairs(context, context.arch.objective, batch, noised_sides, condition)
+        condition_pairs = partial(encode_varied, context, batch_number, {}, batch)
+        losses_B = losses_of_pairs(context, context.arch.objective, batch, noised_sides, condition_pairs)
         return (losses_B * send(batch.loss_weights_B, losses_B.device)).mean()
     noised = add_noise_to(context, batch, batch_number, is_checked=False)
     extra = build_image_features(context, batch, context.seed, lambda place: ("batch", batch_number, place))
-    condition = partial(encode_varied, context, batch, batch_number, extra)
+    condition = partial(encode_varied, context, batch_number, extra)
     losses_B = compute_losses(context, context.arch.objective, batch, noised, condition)
-    return (losses_B * send(batch.loss_weights_B, losses_B.device)).mean()
+    return (losses_B * send(weights_of(batch), losses_B.device)).mean()
 
 
 def compute_losses(
-    context: StepContext, objective: Objective, batch: Batch, noised: Noised, condition: Callable[[], Conditioning]
+    context: StepContext, objective: Objective, batch: Batch, noised: Noised, condition: Callable[[Batch], Conditioning]
 ) -> Tensor:
     """Return the loss of each sample, shape B, masked but without subset weights. `condition` returns the text
-    conditioning."""
+    conditioning of a batch."""
     if batch.concept is not None:  # first, while no activations are kept for the backward pass
         target_BCHW = compute_target(context, batch, batch.concept, noised)
+    undo_guidance = prepare_guidance_loss(context, objective, batch, noised, condition)
     with context.autocast():
-        conditioning = condition()
+        conditioning = condition(batch)
         context.network.set_noise_levels(objective.noise_levels(noised))
         output_BCHW = context.arch.predict(context.models.denoiser, noised, conditioning, batch)
+        if undo_guidance is not None:
+            output_BCHW = undo_guidance(output_BCHW)
         prediction_BCHW = output_BCHW if batch.concept is not None else objective.estimate(output_BCHW, noised)
     if batch.concept is None:
         target_BCHW = preserve_output(context, objective, batch, noised, condition, conditioning)
@@ -101,7 +140,7 @@ def describe_shape(batch: Batch) -> str:
     return f"{len(batch.keys)} images of {width}x{height}"
 
 
-def encode_varied(context: StepContext, batch: Batch, batch_number: int, extra: Conditioning) -> Conditioning:
+def encode_varied(context: StepContext, batch_number: int, extra: Conditioning, batch: Batch) -> Conditioning:
     """Build the text conditioning and apply the base model's training-time variation, such as a dropped text encoder.
 
     Prompts without images are not varied, because their targets use the same features.
@@ -123,7 +162,7 @@ def preserve_output(
     objective: Objective,
     batch: Batch,
     noised: Noised,
-    condition: Callable[[], Conditioning],
+    condition: Callable[[Batch], Conditioning],
     conditioning: Conditioning,
 ) -> Tensor:
     """Return the target; for samples marked for preservation, the prediction of the model without its adapter
@@ -142,7 +181,7 @@ def preserve_output(
         with torch.no_grad(), context.autocast():
             # The conditioning at hand was computed with the text encoder's adapter, which has to be off as well.
             if context.trains_text_encoder:
-                conditioning = condition()
+                conditioning = condition(batch)
             output_BCHW = context.arch.predict(context.models.denoiser, noised, conditioning, batch)
             base_BCHW = objective.estimate(output_BCHW, noised)
     finally:

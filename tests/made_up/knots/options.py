@@ -12,7 +12,7 @@ class KnotsTextOptions(Options):
     """Options for the text features that the denoiser receives."""
 
     max_bytes: int = option(
-        32, own=True, kind=whole(1), help="Bytes of a caption that reach the model; the rest is cut."
+        32, kind=whole(1), help="Bytes of a caption that reach the model; the rest is cut."
     )
 
 

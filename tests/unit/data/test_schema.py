@@ -1,12 +1,13 @@
 """Dataset files: the accepted keys and the precedence of values."""
 
 import dataclasses
+import random
 from pathlib import Path
 
 import pytest
 
 from library.base.errors import NoDataFound, UserError
-from library.data.description.captions import CaptionRules
+from library.data.description.captions import CaptionRules, compose_caption, iterate_fullest_captions
 from library.data.description.dataset_file import load_dataset_config
 from library.data.description.schema import SubsetConfig
 from library.options.train import TrainOptions
@@ -161,8 +162,19 @@ def test_attributes_without_effect_are_warned_about_and_wrong_values_refused(tmp
     load(tmp_path, SUBSET + "custom_attributes = {diff_output_preservaton = true, timestep_sampling = {ofset = 0.3}}\n")
     assert "diff_output_preservaton has no effect (did you mean diff_output_preservation?)" in caplog.text
     assert "timestep_sampling.ofset has no effect (did you mean offset?)" in caplog.text
-    with pytest.raises(UserError, match="diff_output_preservation is 'false', but must be true or false"):
+    with pytest.raises(UserError, match="'false', but must be true, false or a table of its keys"):
         load(tmp_path, SUBSET + "custom_attributes = {diff_output_preservation = 'false'}\n")
+    with pytest.raises(UserError, match=r"diff_output_preservation\.weight is -1, but must be a number from 0"):
+        load(tmp_path, SUBSET + "custom_attributes = {diff_output_preservation = {weight = -1}}\n")
+
+
+def test_a_preserved_subset_may_have_one_caption(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In place of the images' own with all their changes; dropout stays."""
+    words = "custom_attributes = {diff_output_preservation = {caption = 'a cat', num_step = 4}}\ncaption_prefix = 'x'\n"
+    rules = load(tmp_path, SUBSET + words + "shuffle_caption = true\n")[0].subsets[0].captions
+    assert compose_caption("mycat, red", rules, random.Random(1), 1, 0, 10) == "a cat" and not rules.varies
+    assert list(iterate_fullest_captions("mycat, red", rules)) == ["a cat"]
+    assert "diff_output_preservation.num_step has no effect (did you mean num_steps?)" in caplog.text
 
 
 @pytest.mark.parametrize(
