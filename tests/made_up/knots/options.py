@@ -11,9 +11,7 @@ from library.options.train import TrainOptions
 class KnotsTextOptions(Options):
     """Options for the text features that the denoiser receives."""
 
-    max_bytes: int = option(
-        32, kind=whole(1), help="Bytes of a caption that reach the model; the rest is cut."
-    )
+    max_bytes: int = option(32, kind=whole(1), help="Bytes of a caption that reach the model; the rest is cut.")
 
 
 @dataclass(frozen=True)
