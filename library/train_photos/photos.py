@@ -48,6 +48,7 @@ class PhotoFolder:
     name: str  # without the repeats
     median_side: float  # of a square as large as a photo, in pixels
     digest: str  # of the photos, with their names
+    metadata_file: str = ""  # with the photos and captions that were chosen, instead of the files beside them
 
     @property
     def own_words(self) -> str:
@@ -60,10 +61,11 @@ class PhotoFolder:
 
     def describe(self, trigger: Trigger) -> dict[str, Any]:
         """Return the folder as a subset of a dataset file."""
+        chosen = {"metadata_file": self.metadata_file} if self.metadata_file else {}
         return {
             "image_dir": str(self.path),
             "class_tokens": self.describe_uncaptioned(trigger),
-            "caption_extension": self.caption_extension,
+            **(chosen or {"caption_extension": self.caption_extension}),
             "num_repeats": self.num_repeats,
             "trigger_word": trigger.word,
         }

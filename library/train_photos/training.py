@@ -10,7 +10,7 @@ from library.base.errors import UserError
 from library.checkpoints.base_model_spec import Program
 from library.checkpoints.files import remove_temporary
 from library.environment.requirements import quote
-from library.train_photos.plan import Files, Plan
+from library.train_photos.plan import Files, Plan, RunTexts
 from library.train_photos.runs import Record, Start, holding, is_free
 from library.training.command_line.main import main
 from library.training.report_page.writer import read_report
@@ -33,7 +33,7 @@ def train(plan: Plan, start: Start, record: Record, steps: int | None) -> int:
     """
     files, spec = start.files, plan.base.spec
     if start.earlier is None:
-        write(plan, files, record)
+        write(plan.texts, files, record)
     arguments = list_arguments(start, steps)
     assembly = import_module(spec.build.__module__)
     parser = import_module(spec.script.removesuffix(".py")).setup_parser()
@@ -55,7 +55,7 @@ def train(plan: Plan, start: Start, record: Record, steps: int | None) -> int:
     return 0
 
 
-def write(plan: Plan, files: Files, record: Record) -> None:
+def write(texts: RunTexts, files: Files, record: Record) -> None:
     """Write the files of a new run. Raises UserError if another process trains one of this name."""
     with holding(files):
         if not is_free(files):
@@ -66,7 +66,7 @@ def write(plan: Plan, files: Files, record: Record) -> None:
                 cause="would be lost",
             )
         remove_temporary(files.folder, lambda stem: stem in [path.stem for path in files.texts])
-        plan.write(files, record.line)
+        texts.write(files, record.line)
 
 
 def remove(files: Files) -> None:
