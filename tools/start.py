@@ -1,5 +1,6 @@
 """Set up and run this suite: `tools/start.py quickstart` trains a small LoRA, `tools/start.py train` one on photos,
-`tools/start.py test` runs the tests, `tools/start.py doctor` checks whether this machine can train.
+`tools/start.py page` opens a page to train from, `tools/start.py test` runs the tests, `tools/start.py doctor` checks
+whether this machine can train.
 
 Needs only Python and its standard library. The packages are installed into `.venv` in this folder (elsewhere: --venv
 PATH or the variable START_VENV), and reinstalled only if a requirements file or the environment's Python changes.
@@ -34,6 +35,7 @@ from library.environment.requirements import python_path, python_problem, sugges
 
 REQUIREMENTS, TESTED, FOR_TESTS = "requirements.txt", "requirements.lock", "requirements-dev.txt"
 RUN_REQUIREMENTS = (TESTED,)
+PAGE_REQUIREMENTS = (TESTED, "requirements-page.txt")
 TEST_REQUIREMENTS = (TESTED, FOR_TESTS)
 SMALLEST_INSTALL_BYTES = 3 * 1024**3  # torch's CPU build and the rest; CUDA builds take about three times as much
 MAX_QUICKSTART_THREADS = 8  # the toy model is too small for more
@@ -382,9 +384,9 @@ def quickstart(venv: Path) -> int:
     return 0
 
 
-def train(venv: Path, arguments: "list[str]") -> int:
-    """Run train.py where the user is, with access to the model hub. Return its exit status."""
-    return replace_process([str(ready_python(venv, RUN_REQUIREMENTS)), str(ROOT / "train.py"), *arguments])
+def train(venv: Path, script: str, names: "tuple[str, ...]", arguments: "list[str]") -> int:
+    """Run train.py or the page where the user is, with access to the model hub. Return its exit status."""
+    return replace_process([str(ready_python(venv, names)), str(ROOT / script), *arguments])
 
 
 def run_tests(venv: Path, slow: bool, pytest_arguments: "list[str]") -> int:
@@ -418,7 +420,7 @@ def setup_parser() -> argparse.ArgumentParser:
     )
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_version(parser)
-    commands = parser.add_subparsers(dest="command", metavar="quickstart | train | test | setup | doctor")
+    commands = parser.add_subparsers(dest="command", metavar="page | quickstart | train | test | setup | doctor")
     commands.required = True
     setup = commands.add_parser("setup", parents=[common], help="create the environment, with the packages for tests")
     setup.add_argument("--torch", metavar="TAG", help="build of torch: cpu, cu126, rocm6.4, xpu ...; unset: by the GPU")
@@ -435,6 +437,7 @@ def setup_parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "train", parents=[common], allow_abbrev=False, help="train on your photos: `train PHOTOS --base FILE`"
     )
+    commands.add_parser("page", parents=[common], allow_abbrev=False, help="open a page in the browser to train from")
     test = commands.add_parser(
         "test", parents=[common], help="run the tests: `test --slow -- -k dataset` also takes arguments of pytest"
     )
@@ -459,7 +462,7 @@ def main(arguments: "list[str]") -> int:
             sys.stdout.reconfigure(errors="backslashreplace")
         parser = setup_parser()
         args, for_training = parser.parse_known_args(own_arguments)
-        if for_training and args.command != "train":
+        if for_training and args.command not in ("train", "page"):
             parser.error(f"unrecognized arguments: {' '.join(for_training)}")
         venv = Path(os.path.abspath(str(args.venv)))
         if args.command == "test":
@@ -469,7 +472,9 @@ def main(arguments: "list[str]") -> int:
         if args.command == "doctor":
             return run_doctor(venv)
         if args.command == "train":
-            return train(venv, for_training)
+            return train(venv, "train.py", RUN_REQUIREMENTS, for_training)
+        if args.command == "page":
+            return train(venv, "tools/page.py", PAGE_REQUIREMENTS, for_training)
         if args.command == "setup":
             if args.offline is not None and not any(args.offline.glob("*.whl")):
                 raise StartError(

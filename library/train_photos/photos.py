@@ -1,10 +1,11 @@
 """The photos of a run: their folders and captions, and the trigger word that calls them."""
 
+import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from statistics import median
@@ -61,11 +62,13 @@ class PhotoFolder:
 
     def describe(self, trigger: Trigger) -> dict[str, Any]:
         """Return the folder as a subset of a dataset file."""
-        chosen = {"metadata_file": self.metadata_file} if self.metadata_file else {}
+        captions = {
+            "class_tokens": self.describe_uncaptioned(trigger),
+            "caption_extension": self.caption_extension,
+        }
         return {
             "image_dir": str(self.path),
-            "class_tokens": self.describe_uncaptioned(trigger),
-            **(chosen or {"caption_extension": self.caption_extension}),
+            **({"metadata_file": self.metadata_file} if self.metadata_file else captions),
             "num_repeats": self.num_repeats,
             "trigger_word": trigger.word,
         }
@@ -112,11 +115,31 @@ def open_folder(path: Path) -> PhotoFolder | None:
     opened = {file: photo for file, photo in found.items() if not isinstance(photo, str)}
     photos = tuple(opened)
     repeats, name = split_name(path.name)
-    caption_files = [file.with_suffix(extension) for file in photos if file.with_suffix(extension).is_file()]
-    captions = tuple(text.partition("\n")[0] for file in caption_files if (text := read_caption(str(file))[1]))
+    captions = tuple(text for file in photos if (text := read_own_caption(file, extension)))
     side = median(side for side, _ in opened.values()) if opened else 0.0
     digest = digest_texts(f"{file.name} {content}" for file, (_, content) in opened.items())
     return PhotoFolder(path, photos, tuple(left_out), captions, extension, repeats, name, side, digest)
+
+
+def read_own_caption(photo: Path, extension: str) -> str:
+    """Return the caption in the file beside a photo; "" without one."""
+    file = photo.with_suffix(extension)
+    return read_caption(str(file))[1].partition("\n")[0] if file.is_file() else ""
+
+
+def choose(folder: PhotoFolder, captions: Mapping[Path, str], metadata_file: str) -> PhotoFolder:
+    """Return a folder with only some of its photos and with these captions, which `metadata_file` is to hold."""
+    given = tuple(caption for caption in captions.values() if caption)
+    digest = folder.digest
+    if len(captions) < len(folder.photos):
+        digest = digest_texts([digest, *(photo.name for photo in captions)])
+    return replace(folder, photos=tuple(captions), captions=given, digest=digest, metadata_file=metadata_file)
+
+
+def format_metadata(captions: Mapping[Path, str], uncaptioned: str) -> str:
+    """Return the lines of a metadata file; photos without a caption get `uncaptioned`."""
+    entries = ({"image_path": str(photo), "caption": text or uncaptioned} for photo, text in captions.items())
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 
 
 def digest_texts(texts: Iterable[str]) -> str:
