@@ -36,10 +36,11 @@ def open_page(args: argparse.Namespace) -> int:
     try:
         from library.page.server import serve
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "jinja2", "h11"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("starlette", "uvicorn", "jinja2", "h11"):
             raise
         raise UserError(
-            f"the page needs the package {error.name}; `python3 tools/start.py page` installs it",
+            f"the page needs the package {package}; `python3 tools/start.py page` installs it",
             setting="page",
             cause="not installed",
         ) from None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from library.base.errors import UserError
+from library.page.model_folders import find_adapter_folders
 from library.page.store import Store, shorten_hash
 from library.training.report_page.page import ENDING
 from library.training.run_queue.folder import State, write_whole
@@ -143,6 +144,23 @@ class Trainings:
         path.unlink(missing_ok=True)
         return found is not None or is_there
 
+    def copy(self, run_id: str, name: str, folder: str) -> bool:
+        """Copy a file of a training into the folder of another program. Return False for a file or folder that is
+        not offered. Raises UserError for a name that is taken there."""
+        job = self.find_job(run_id)
+        if job is None or name not in describe(job, "")["files"] or folder not in map(str, find_adapter_folders()):
+            return False
+        path = Path(folder) / name
+        try:
+            with Path(job.output).with_name(name).open("rb") as source, path.open("xb") as target:
+                shutil.copyfileobj(source, target)
+        except FileExistsError:
+            raise UserError.of_file(path, "exists already and is kept; rename one of the two files") from None
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+        return True
+
     # --- the process of the queue ---
 
     def run(self) -> None:
@@ -178,6 +196,7 @@ def describe(job: Job, state: str) -> dict[str, Any]:
     """Return what is known of a job without the queue."""
     adapter = Path(job.output + WEIGHTS)
     files = adapter.parent.glob(f"{adapter.stem}*{WEIGHTS}") if adapter.parent.is_dir() else ()
+    sheets = list_sheets(job)
     return {
         "id": id_of(job),
         "name": job.name,
@@ -188,10 +207,17 @@ def describe(job: Job, state: str) -> dict[str, Any]:
         "adapter": str(adapter) if state == "done" else None,
         "folder": str(adapter.parent),
         "files": sorted(path.name for path in files),
+        "sheet": sheets[-1].parent.name if sheets else None,
         "has_report": Path(job.output + ENDING).is_file(),
         "is_stopping": False,
         "remark": "",
     }
+
+
+def list_sheets(job: Job) -> list[Path]:
+    """Return the images of a training's adapter at several strengths, the newest last."""
+    paths = Path(job.output).parent.glob(f"{job.name}-strengths*/strengths.png")
+    return sorted(paths, key=lambda path: path.stat().st_mtime_ns)
 
 
 def read_step(adapter: Path) -> int | None:

@@ -132,7 +132,7 @@ class Live:
         self.publish()
 
     def remove(self, draft: Draft) -> None:
-        """Forget a draft, with what was uploaded for it unless a training reads it."""
+        """Forget a draft. Uploaded photos stay, which a training may need to go on."""
         self.cancel(draft)
         self.drafts.pop(draft.id, None)
         shutil.rmtree(self.store.path_of(draft.id, "x").parent, ignore_errors=True)
@@ -149,7 +149,6 @@ class Live:
     def cancel(self, draft: Draft) -> None:
         for task in ("photos", "plan", "captions"):
             self.tasks.cancel(f"{draft.id}/{task}")
-            self.tasks.states.pop(f"{draft.id}/{task}", None)
         self.publish()
 
     def read_photos(self, draft: Draft) -> None:
@@ -192,6 +191,10 @@ class Live:
         photos = list_photos(self.photos_of(draft))
         names = [photo["name"] for photo in photos if draft.takes(photo) and not draft.caption_of(photo)]
         self.tasks.begin(f"{draft.id}/captions", "captions", {"root": draft.root, "photos": names}, keep)
+
+    def draw_sheet(self, run_id: str, config: Path) -> None:
+        inputs = {"folder": str(config.parent), "name": config.stem}
+        self.tasks.begin(f"{run_id}/draw", "draw", inputs, lambda result: dict(result))
 
     # --- base models ---
 

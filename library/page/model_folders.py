@@ -9,6 +9,7 @@ TOYS = (ROOT / "configs" / "quickstart" / "toy_base",)
 PROGRAMS = ("ComfyUI", "comfyui", "stable-diffusion-webui-forge", "stable-diffusion-webui", "sd-webui-forge", "forge",
             "sd-webui-forge-classic", "reForge", "StabilityMatrix/Data", "StabilityMatrix", "SwarmUI")  # fmt: skip
 KINDS = ("checkpoints", "diffusion_models", "unet", "Stable-diffusion", "StableDiffusion")  # in their `models`
+ADAPTERS = ("loras", "Lora")
 ENDINGS = (".safetensors", ".ckpt")
 DENOISERS = ("transformer", "unet")
 MOST_MODELS, MOST_VISITED = 200, 5_000
@@ -32,6 +33,12 @@ def find_model_folders() -> list[Path]:
         for kind in KINDS
     )
     return list(dict.fromkeys(path.resolve() for path in found if path.is_dir()))
+
+
+def find_adapter_folders() -> list[Path]:
+    """Return the folders that such programs load adapters from."""
+    folders = (models.parent / name for models in find_model_folders() for name in ADAPTERS)
+    return list(dict.fromkeys(folder for folder in folders if folder.is_dir()))
 
 
 def hub_cache() -> Path:

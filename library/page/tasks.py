@@ -50,20 +50,18 @@ class Tasks:
         self.changed()
 
     def cancel(self, name: str) -> None:
+        """End a task, if it runs, and forget it."""
         if (running := self._running.pop(name, None)) is not None:
             running.cancel()
+            self.states.pop(name, None)
+            self.changed()
 
     def close(self) -> None:
         for name in list(self._running):
             self.cancel(name)
 
     async def _run(self, name: str, task: str, inputs: Mapping[str, Any], finish: Finish) -> None:
-        try:
-            answer = await self._work(name, task, inputs)
-        except asyncio.CancelledError:
-            if asyncio.current_task() is self._running.get(name):
-                self.states.pop(name, None)
-            raise
+        answer = await self._work(name, task, inputs)
         if "result" in answer:
             self.states[name] = TaskState("done", result=finish(answer["result"]))
         else:

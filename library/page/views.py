@@ -19,7 +19,9 @@ from library.base.errors import UserError
 from library.base.json_text import parse_json
 from library.base.version import VERSION
 from library.data.description.image_extensions import image_extensions
+from library.page.jobs import list_sheets
 from library.page.live import Live
+from library.page.model_folders import find_adapter_folders
 from library.page.photos import list_folder, make_thumbnail
 from library.page.security import TooLarge
 from library.page.store import KINDS, MOST_CAPTION_LETTERS, STRENGTHS, Draft, find_photo, list_photos
@@ -65,6 +67,8 @@ class Views:
             "/api/folders": self.send_folder,
             "/api/bases": self.send_bases,
             "/runs/{run}/report": self.send_report,
+            "/runs/{run}/sheet": self.send_sheet,
+            "/api/programs": self.send_programs,
             "/api/runs/{run}/log": self.send_log,
         }
         post: dict[str, Callable[[Request], Awaitable[Response]]] = {
@@ -76,6 +80,8 @@ class Views:
             "/api/drafts/{draft}/remove": self.remove_draft,
             "/api/upload/{draft}/{name}": self.take_upload,
             "/api/bases": self.search_bases,
+            "/api/runs/{run}/copy": self.copy_adapter,
+            "/api/runs/{run}/draw": self.draw_sheet,
             "/api/runs/{run}/{action}": self.act_on_run,
             "/api/queue/run": self.run_queue,
         }
@@ -185,7 +191,7 @@ class Views:
         return JSONResponse({})
 
     async def remove_draft(self, request: Request) -> Response:
-        """Forget a draft, with what was uploaded for it."""
+        """Forget a draft; its photos stay."""
         self.live.remove(self.draft_of(request))
         return JSONResponse({})
 
@@ -293,6 +299,36 @@ class Views:
         if path is None or not path.is_file():
             raise Refused("unknown", 404)
         return FileResponse(path, media_type="text/html", headers={"cache-control": "no-store"})
+
+    async def send_sheet(self, request: Request) -> Response:
+        job = await asyncio.to_thread(self.live.trainings.find_job, request.path_params["run"])
+        sheets = [] if job is None else list_sheets(job)
+        if not sheets:
+            raise Refused("unknown", 404)
+        return FileResponse(sheets[-1], media_type="image/png", headers={"cache-control": "no-cache"})
+
+    async def send_programs(self, request: Request) -> Response:
+        """Send the folders that other programs load adapters from."""
+        return JSONResponse({"folders": list(map(str, await asyncio.to_thread(find_adapter_folders)))})
+
+    async def copy_adapter(self, request: Request) -> Response:
+        values = await read_json(request)
+        name, folder = str(values.get("name")), str(values.get("folder"))
+        if not await asyncio.to_thread(self.live.trainings.copy, request.path_params["run"], name, folder):
+            raise Refused("unknown", 404)
+        return JSONResponse({})
+
+    async def draw_sheet(self, request: Request) -> Response:
+        """Start or cancel the drawing of a finished adapter at several strengths."""
+        run = request.path_params["run"]
+        job = await asyncio.to_thread(self.live.trainings.find_job, run)
+        if job is None:
+            raise Refused("run", 409)
+        if (await read_json(request)).get("cancel") is True:
+            self.live.tasks.cancel(f"{run}/draw")
+        else:
+            self.live.draw_sheet(run, Path(job.config))
+        return JSONResponse({})
 
     async def send_log(self, request: Request) -> Response:
         return JSONResponse(

@@ -102,8 +102,12 @@ def choose_photos(inputs: Mapping[str, Any], scratch: Path) -> tuple[list[Any], 
             folders.append(choose(folder, captions, str(file)))
             texts.append(format_metadata(captions, folder.describe_uncaptioned(trigger)))
             file.write_text(texts[-1], encoding="utf-8")
+    num_found = sum(len(folder.photos) for folder in folders)
     if not folders:
         raise UserError.of_file(root, "has no photo that is chosen; take at least one in")
+    if num_found < len(chosen):
+        reason = f"lacks {len(chosen) - num_found} of the chosen photos by now; read the folder again"
+        raise UserError.of_file(root, reason, cause="missing")
     return folders, trigger, texts
 
 
@@ -240,12 +244,29 @@ def write_captions(inputs: Mapping[str, Any], say: Say) -> dict[str, Any]:
     return {"captions": captions}
 
 
+def draw_sheet(inputs: Mapping[str, Any], say: Say) -> dict[str, Any]:
+    """Draw the prompts of a finished run at several strengths, as train.py does at its end, and say which file to
+    use."""
+    from library.train_photos.plan import Files
+    from library.train_photos.runs import Record
+    from library.train_photos.training import choose_adapter, draw_strengths
+
+    files = Files(Path(inputs["folder"]), inputs["name"])
+    record = Record.read(files.config)
+    if record is None:
+        raise UserError.of_file(files.config, "does not say what its base is; draw with tools/draw.py")
+    adapter, why = choose_adapter(files)
+    draw_strengths(record.base, files)
+    return {"adapter": str(adapter), "why": why}
+
+
 TASKS: Mapping[str, Callable[[Mapping[str, Any], Say], dict[str, Any]]] = {
     "photos": read_photos,
     "plan": make_plan,
     "start": start,
     "bases": find_bases,
     "captions": write_captions,
+    "draw": draw_sheet,
 }
 
 

@@ -50,7 +50,7 @@ def train(plan: Plan, start: Start, record: Record, steps: int | None) -> int:
     if state is None or "end" not in state.done:  # stopped, and saved under the name of its step
         announce("To continue, give the same command again")
         return 0
-    sheet = draw_strengths(plan, files)
+    sheet = draw_strengths(plan.base.name, files)
     announce("\n".join(advise(plan, files, sheet)))
     return 0
 
@@ -94,13 +94,13 @@ def write_command(plan: Plan, start: Start, steps: int | None) -> str:
     return f"python3 {plan.base.spec.script} {' '.join(map(quote, list_arguments(start, steps)))}"
 
 
-def draw_strengths(plan: Plan, files: Files) -> Path:
+def draw_strengths(base: str, files: Files) -> Path:
     """Draw the prompts at several strengths side by side, into the first folder without a sheet. Return the sheet."""
     names = (f"{files.name}-strengths{'' if number == 1 else f'-{number}'}" for number in count(1))
     folder = next(path for name in names if not (path := files.folder / name / draw.SHEET).exists()).parent
     adapter, _ = choose_adapter(files)
     words = ["--adapter", str(adapter), "--prompts", str(files.prompts), "--strengths", *STRENGTHS]
-    draw.main([plan.base.name, *words, "--output", str(folder), "--config_file", str(files.config)])
+    draw.main([base, *words, "--output", str(folder), "--config_file", str(files.config)])
     return folder / draw.SHEET
 
 

@@ -60,7 +60,7 @@ class Server:
 @contextmanager
 def serving(folder: Path, listen: str = "", **limits: Any) -> Iterator[Server]:
     """Serve the page of a folder inside the block."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HOME": str(folder.parent)}
     process = subprocess.Popen(
         [sys.executable, "-c", START, str(folder), listen, repr(limits)],
         cwd=ROOT,

@@ -52,6 +52,9 @@ def test_dropped_photos_become_a_file(tmp_path: Path) -> None:
     (tmp_path / "mine" / "heart_00.txt").write_text(EVIL)
     files = sorted((tmp_path / "mine").iterdir())
     before = {path: path.read_bytes() for path in files}
+    loras = tmp_path / "ComfyUI" / "models" / "loras"
+    for folder in (loras, loras.with_name("checkpoints")):
+        folder.mkdir(parents=True)
     with serving(tmp_path / "suite") as server, browsing(tmp_path) as browser:
         tab = browser.open(server.address.url)
         tab.see("Train a LoRA on your photos")
@@ -95,6 +98,15 @@ def test_dropped_photos_become_a_file(tmp_path: Path) -> None:
         output = tmp_path / "suite" / "output" / "zheart"
         assert str(output / "zheart.safetensors") in tab.run("document.body.innerText")
         assert load_file(output / "zheart.safetensors")
+        tab.click("Draw at several strengths")
+        tab.see(f"Use {output / 'zheart.safetensors'}: the last one")
+        tab.when("return document.querySelector('img.sheet')")
+        assert tab.run("document.querySelector('img.sheet').decode().then(() => true)")
+        tab.click("Copy")
+        tab.see(f"zheart.safetensors is in {loras} now")
+        assert (loras / "zheart.safetensors").read_bytes() == (output / "zheart.safetensors").read_bytes()
+        tab.click("Copy")
+        tab.see("exists already and is kept")
         chosen = [json.loads(line) for line in (output / "zheart-photos.jsonl").read_text().splitlines()]
         assert [Path(one["image_path"]).name for one in chosen] == [f"heart_0{number}.png" for number in range(5)]
         assert [one["caption"] for one in chosen[:2]] == [EVIL, "one that is small"]

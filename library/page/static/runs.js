@@ -1,6 +1,6 @@
 // A training: its progress, what can be done with it, its report and its log.
 
-import {button, get, make, note, post, t} from "./dom.js";
+import {button, field, get, make, note, post, problem, progress, t} from "./dom.js";
 
 export function stateOf(run) {
   return t(`run.states.${run.is_stopping ? "stopping" : run.state}`);
@@ -41,9 +41,27 @@ export function runRow(run) {
     make("div", {class: "row"}, actionsOf(run)));
 }
 
+/** Return what can be done with a finished adapter. */
+function waysToUse(run, drawing, folders) {
+  const draw = (values) => post(`/api/runs/${run.id}/draw`, values), isDrawing = drawing?.state === "running";
+  const pick = (values) => make("select", {}, values.map((value) => make("option", {}, value)));
+  const file = pick([...run.files].sort((one, other) => one.length - other.length)), folder = pick(folders);
+  const copy = async () => {
+    await post(`/api/runs/${run.id}/copy`, {name: file.value, folder: folder.value});
+    note(t("run.copied", {name: file.value, folder: folder.value}));
+  };
+  return [
+    drawing?.result ? make("p", {}, t("run.use", drawing.result)) : null, problem(drawing), progress(drawing, "run.drawing"),
+    isDrawing ? button(t("run.cancel"), () => draw({cancel: true})) : button(t("run.draw"), () => draw({})),
+    run.sheet ? make("p", {}, make("img", {class: "sheet", src: `/runs/${run.id}/sheet?${run.sheet}`, alt: t("run.sheet")})) : null,
+    folders.length ? make("div", {class: "pair"}, field(t("run.copy_file"), file), field(t("run.copy_to"), folder), button(t("run.copy"), copy)) : null,
+  ].filter(Boolean);
+}
+
 export async function showRun(box, id) {
-  const head = make("div"), log = make("pre", {tabindex: 0}), report = make("section"), logs = make("details", {}, make("summary", {}, t("run.log")), log);
-  box.append(make("p", {}, make("a", {href: "#/"}, t("run.back"))), head, report, logs);
+  const folders = (await get("/api/programs")).folders;
+  const head = make("div"), use = make("div"), log = make("pre", {tabindex: 0}), report = make("section"), logs = make("details", {}, make("summary", {}, t("run.log")), log);
+  box.append(make("p", {}, make("a", {href: "#/"}, t("run.back"))), head, use, report, logs);
   let key = "", reported = "";
   logs.addEventListener("toggle", () => loadLog());
   async function loadLog() {
@@ -52,7 +70,8 @@ export async function showRun(box, id) {
   }
   return (state) => {
     const run = state.runs.find((one) => one.id === id);
-    const now = JSON.stringify(run ?? null);
+    const drawing = state.tasks[`${id}/draw`];
+    const now = JSON.stringify([run ?? null, drawing]);
     if (now === key) return;
     key = now;
     if (!run) { head.replaceChildren(make("h1", {}, t("run.unknown"))); return; }
@@ -63,6 +82,7 @@ export async function showRun(box, id) {
       ...(run.adapter ? [make("p", {}, t("run.finished")), make("p", {class: "path"}, run.adapter)] : []),
       ...(run.files.length ? [make("details", {}, make("summary", {}, t("run.files")), make("p", {class: "dim"}, t("run.folder", run)), make("ul", {}, run.files.map((name) => make("li", {}, name))))] : []),
     );
+    use.replaceChildren(...(run.state === "done" ? waysToUse(run, drawing, folders) : []));
     // A report that is shown reloads itself until its training ends.
     const want = `${run.has_report} ${run.state}`;
     if (reported !== want) {
