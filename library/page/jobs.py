@@ -181,7 +181,7 @@ class Trainings:
         if self.runner is not None and self.runner.poll() is None:
             return True
         running = queue.list_tickets("running")
-        if any(ticket.claim is not None and ticket.claim.runner.is_alive for ticket in running):
+        if any(claim.is_here and claim.runner.is_alive for ticket in running if (claim := ticket.claim) is not None):
             return True
         tend_orphans(queue)
         # A runner that ends when nothing waits may miss what is added at that moment.

@@ -32,7 +32,7 @@ def copy_photos(folder: Path, number: int) -> list[Path]:
 
 def choose_toy(tab: Tab) -> None:
     tab.click("Next: base model")
-    tab.click("Use toy_base")
+    tab.click("Use this: toy_base")
     tab.click("Next: plan")
 
 
@@ -67,7 +67,7 @@ def test_dropped_photos_become_a_file(tmp_path: Path) -> None:
         assert tab.run("document.querySelectorAll('img[onerror], img[src=x]').length") == 0
         assert tab.run("document.querySelector('textarea').value") == EVIL
         tab.write("Trigger word, and what it is", "zheart, a heart")
-        tab.click("heart_05.png: train on it")
+        tab.click("heart_05.png: trained")
         tab.see("5 of 6 photos are trained")
         tab.write("Caption of heart_01.png", "one that is small")
         tab.see("trained as: zheart, one that is small")
@@ -77,6 +77,7 @@ def test_dropped_photos_become_a_file(tmp_path: Path) -> None:
         tab.see("captions changed")
         tab.see("on a black backdrop")
         tab.click("Next: base model")
+        tab.see("predicts noise")  # what is found moves what stands below
         tab.write("Path of a file or folder, or a Hugging Face name", str(tmp_path / "missing.safetensors"))
         tab.click("Use this")
         tab.click("Next: plan")
@@ -89,7 +90,7 @@ def test_dropped_photos_become_a_file(tmp_path: Path) -> None:
         tab.click("Make the plan")
         tab.see(f"This did not work: --base {TOY / 'vae'}")
         tab.click("2 Base model")
-        tab.click("Use toy_base")
+        tab.click("Use this: toy_base")
         tab.click("Next: plan")
         tab.click("Make the plan")
         make_plan(tab, 4)

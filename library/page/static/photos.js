@@ -50,7 +50,7 @@ export async function showPhotos(box, id) {
     const change = (values) => post(`${path}/photos`, {names: [photo.name], ...values}).catch((error) => note(error.message));
     const image = make("img", {src: `${path}/thumbnails/${photo.name.split("/").map(encodeURIComponent).join("/")}`, alt: "", loading: "lazy", decoding: "async"});
     const mark = make("span", {class: "mark"});
-    const toggle = make("button", {type: "button", class: "photo", "aria-label": t("photos.toggle", {name: photo.name}), onclick: () => change({is_out: toggle.ariaPressed === "true"})}, image, mark);
+    const toggle = make("button", {type: "button", class: "photo", onclick: () => change({is_out: toggle.ariaPressed === "true"})}, image, mark);
     const caption = make("textarea", {rows: 2, "aria-label": t("photos.caption", {name: photo.name}), onchange: () => change({caption: caption.value})});
     const trained = make("small", {class: "dim"});
     const problems = make("small", {class: "bad"});
@@ -58,6 +58,7 @@ export async function showPhotos(box, id) {
     return {item, set(now, word) {
       toggle.setAttribute("aria-pressed", String(!now.is_out));
       mark.textContent = t(now.is_out ? "photos.out" : "photos.in");
+      toggle.setAttribute("aria-label", `${photo.name}: ${mark.textContent}`);
       item.classList.toggle("out", now.is_out);
       refresh(caption, now.caption);
       trained.textContent = t("photos.as_trained", {text: asTrained(now.caption, word)});
