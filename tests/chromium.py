@@ -29,7 +29,7 @@ WHEN = """new Promise((resolve, reject) => {
   look();
 })"""
 FIND = """
-const shown = (one) => one.getClientRects().length && !one.disabled;
+const shown = (one) => one.getClientRects().length && one.ariaDisabled !== "true";
 const name = (one) => one.getAttribute("aria-label") ?? (one.labels?.[0]?.textContent || one.textContent).trim();
 const controls = document.querySelectorAll("button, a, input, textarea, select, summary");
 const all = [...controls].filter((one) => shown(one) && name(one) === %s);

@@ -24,11 +24,12 @@ export function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** Return a button that is off while `act` runs, and shows what went wrong. */
+/** Return a button that does nothing while `act` runs, keeps the focus, and shows what went wrong. */
 export function button(text, act, attributes = {}) {
   const click = async () => {
-    one.disabled = true;
-    try { await act(); } catch (error) { note(error.message); } finally { one.disabled = false; }
+    if (one.ariaDisabled === "true") return;
+    one.ariaDisabled = "true";
+    try { await act(); } catch (error) { note(error.message); } finally { one.ariaDisabled = "false"; }
   };
   const one = make("button", {type: "button", onclick: click, ...attributes}, text);
   return one;
