@@ -62,6 +62,7 @@ def test_dropped_photos_become_a_file(tmp_path: Path) -> None:
         first = tab.run("performance.getEntriesByType('navigation')[0].transferSize")
         assert len(loaded) < FIRST_REQUESTS and first + sum(size for _, size in loaded) < FIRST_BYTES, loaded
         tab.drop(".drop", files)
+        tab.see("Neither photos nor captions, and left out (1): notes.pdf")
         tab.see("6 of 6 photos are trained")
         assert "Cannot be trained on: 1" in tab.run("document.body.innerText")
         assert tab.run("document.querySelectorAll('img[onerror], img[src=x]').length") == 0

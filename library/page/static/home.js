@@ -1,7 +1,7 @@
 // The first view: new photos, trainings in preparation, and the queue.
 
 import {browse} from "./browse.js";
-import {button, get, make, nameOf, note, post, t, upload} from "./dom.js";
+import {button, make, nameOf, note, post, t, upload} from "./dom.js";
 import {runRow} from "./runs.js";
 
 const IMAGE = /\.(jpe?g|png|webp|bmp|heic|heif|avif|jxl)$/i, CAPTION = /\.(txt|caption)$/;
@@ -28,6 +28,8 @@ async function filesOf(transfer) {
 async function take(files, name, status) {
   const taken = files.filter((file) => IMAGE.test(file.name) || CAPTION.test(file.name));
   if (!taken.some((file) => IMAGE.test(file.name))) return note(t("home.nothing"));
+  const others = files.filter((file) => !taken.includes(file) && !file.name.startsWith(".")).map((file) => file.name);
+  if (others.length) note(t("home.others", {names: others.slice(0, 5).join(", ") + (others.length > 5 ? " …" : ""), count: others.length}));
   const {id} = await post("/api/drafts", {is_upload: true, name});
   for (const [done, file] of taken.entries()) {
     status.textContent = t("home.uploading", {done, total: taken.length});
