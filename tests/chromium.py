@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from tests.browser import CHROMIUM, command
 
-DEADLINE_MS = 300_000  # of a condition, for a test that fails; a page that works never waits for it
+DEADLINE_MS = 600_000  # of a condition, for a test that fails; a page that works never waits for it
 # Conditions are looked at after every change of the page, not by the clock.
 WHEN = """new Promise((resolve, reject) => {
   const look = () => {

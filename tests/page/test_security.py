@@ -7,10 +7,12 @@ import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from library.base.errors import UserError
 from library.page.security import Gate
 from library.page.store import Store, find_photo
 from library.page.worker import choose_photos, read_photos
@@ -240,7 +242,10 @@ def test_links_out_of_the_chosen_folder_are_neither_shown_nor_trained(tmp_path: 
     assert find_photo(everything, root, "00.png") == root / "00.png"
     assert find_photo(everything, root, "link.png") is None
     assert find_photo(everything, root, "../private/00.png") is None
-    inputs = {"root": str(root), "trigger": "cat", "photos": {"00.png": "", "link.png": ""}}
+    inputs: dict[str, Any] = {"root": str(root), "trigger": "cat", "photos": {"00.png": "", "link.png": ""}}
+    with pytest.raises(UserError, match="lacks 1 of the chosen photos"):
+        choose_photos(inputs, tmp_path)
+    del inputs["photos"]["link.png"]
     folders, _, texts = choose_photos(inputs, tmp_path)
     assert [path.name for path in folders[0].photos] == ["00.png"] and "link.png" not in texts[0]
 
