@@ -122,15 +122,20 @@ class Tab:
             FIND
             % json.dumps(name)
             + "const one = all[0]; if (!one) return null; one.scrollIntoView({block: 'center', behavior: 'instant'});"
+            "window.hasClicked = false;"
+            "one.addEventListener('click', () => { window.hasClicked = true; }, {once: true});"
             "const box = one.getBoundingClientRect(); return {x: box.x + box.width / 2, y: box.y + box.height / 2};"
         )
         return place
 
     def click(self, name: str) -> None:
-        """Click what a screen reader calls by this name, once it is there."""
-        place = self._place_of(name)
-        for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **place)
+        """Click what a screen reader calls by this name, once it is there; again if it moved away meanwhile."""
+        while True:
+            place = self._place_of(name)
+            for kind in ("mousePressed", "mouseReleased"):
+                self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **place)
+            if self.run("window.hasClicked"):
+                return
 
     def write(self, name: str, text: str) -> None:
         """Write into the field of this name in place of its content, and leave it."""

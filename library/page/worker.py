@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -216,8 +215,8 @@ def describe_base(path: Path) -> dict[str, Any] | None:
 
     try:
         base = recognise(str(path))
-        is_flow = "build_objective" in vars(import_module(base.spec.build.__module__)) or base.spec.is_general
-        predicted = None if is_flow else read_prediction(base)
+        is_measured = base.spec.objective is None and not base.spec.is_general  # flow models predict one thing
+        predicted = read_prediction(base) if is_measured else None
     except UserError:
         return None
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
