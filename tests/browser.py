@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,7 +13,13 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+# With CI set, a browser that is missing fails the tests instead of skipping them.
+in_browser = pytest.mark.skipif(
+    CHROMIUM is None and "CI" not in os.environ, reason="no Chromium is installed; on Debian: apt install chromium"
+)
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-extensions",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",

@@ -1,5 +1,6 @@
 """Set up and run this suite: `tools/start.py quickstart` trains a small LoRA, `tools/start.py train` one on photos,
-`tools/start.py test` runs the tests, `tools/start.py doctor` checks whether this machine can train.
+`tools/start.py page` opens a page to train from, `tools/start.py test` runs the tests, `tools/start.py doctor` checks
+whether this machine can train.
 
 Needs only Python and its standard library. The packages are installed into `.venv` in this folder (elsewhere: --venv
 PATH or the variable START_VENV), and reinstalled only if a requirements file or the environment's Python changes.
@@ -31,13 +32,14 @@ from library.environment import torch_builds  # noqa: E402
 from library.environment.lock_file import format_entries  # noqa: E402
 from library.environment.package_sources import Source, chooses_packages, uv_options  # noqa: E402
 from library.environment.requirements import python_path, python_problem, suggest_python  # noqa: E402
+from library.environment.running import INTERRUPTED, replace_process, run  # noqa: E402
 
 REQUIREMENTS, TESTED, FOR_TESTS = "requirements.txt", "requirements.lock", "requirements-dev.txt"
 RUN_REQUIREMENTS = (TESTED,)
+PAGE_REQUIREMENTS = (TESTED, "requirements-page.txt")
 TEST_REQUIREMENTS = (TESTED, FOR_TESTS)
 SMALLEST_INSTALL_BYTES = 3 * 1024**3  # torch's CPU build and the rest; CUDA builds take about three times as much
 MAX_QUICKSTART_THREADS = 8  # the toy model is too small for more
-INTERRUPTED = 130  # exit status of shells after Ctrl-C
 
 GPU_TESTS = ("tests/gpu", "tests/simulated_gpu")
 TOY_BASE = "configs/quickstart/toy_base"
@@ -253,68 +255,6 @@ def ready_python(venv: Path, names: "tuple[str, ...]", source: "Source | None" =
 # --- running ---
 
 
-def child_environment() -> "dict[str, str]":
-    """Return the environment of all child processes: UTF-8 output, no model hub, no user-site installs by pip."""
-    settings = {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "PIP_USER": "0"}
-    return {**os.environ, **settings}
-
-
-def run(command: "list[str]", keep_errors_in: "deque[str] | None" = None, quiet: bool = False) -> int:
-    """Run a command in the repository's folder and return its exit status.
-
-    `keep_errors_in` collects the lines of its standard error, which are also shown. Raises KeyboardInterrupt once a
-    command ended after Ctrl-C, see `wait`.
-    """
-    process = subprocess.Popen(
-        command,
-        cwd=str(ROOT),
-        env=child_environment(),
-        stdout=subprocess.DEVNULL if quiet else None,
-        stderr=subprocess.DEVNULL if quiet else subprocess.PIPE if keep_errors_in is not None else None,
-        universal_newlines=True,
-        encoding="utf-8",
-        errors="replace",
-    )
-    exit_code, is_interrupted = wait(process, keep_errors_in)
-    if is_interrupted:
-        raise KeyboardInterrupt
-    return exit_code
-
-
-def wait(process: "subprocess.Popen[str]", keep_errors_in: "deque[str] | None" = None) -> "tuple[int, bool]":
-    """Wait for a command. Return its exit status, and True after Ctrl-C.
-
-    The terminal sends Ctrl-C to the command too, which gets time to save and exit; the third one kills it.
-    """
-    num_interrupts = 0
-    while True:
-        try:
-            if keep_errors_in is not None and process.stderr is not None:
-                for line in process.stderr:
-                    print_line(line, sys.stderr, end="")
-                    keep_errors_in.append(line)
-            exit_code = process.wait()
-            break
-        except KeyboardInterrupt:
-            num_interrupts += 1
-            if num_interrupts >= 3:
-                process.kill()
-    # A shell reports death by signal n as status 128 + n, subprocess as -n.
-    return int(128 - exit_code if exit_code < 0 else exit_code), num_interrupts > 0
-
-
-def replace_process(command: "list[str]", platform: str = sys.platform) -> int:
-    """Go on as a command, in this folder and environment, so that signals reach it alone.
-
-    Windows cannot replace a process: there the command is waited for, and its exit status returned.
-    """
-    if platform == "win32":
-        return wait(subprocess.Popen(command, universal_newlines=True))[0]
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execv(command[0], command)
-
-
 def num_threads() -> int:
     """Return the number of CPU threads for the toy model."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -392,9 +332,9 @@ def quickstart(venv: Path) -> int:
     return 0
 
 
-def train(venv: Path, arguments: "list[str]") -> int:
-    """Run train.py where the user is, with access to the model hub. Return its exit status."""
-    return replace_process([str(ready_python(venv, RUN_REQUIREMENTS)), str(ROOT / "train.py"), *arguments])
+def train(venv: Path, script: str, names: "tuple[str, ...]", arguments: "list[str]") -> int:
+    """Run train.py or the page where the user is, with access to the model hub. Return its exit status."""
+    return replace_process([str(ready_python(venv, names)), str(ROOT / script), *arguments])
 
 
 def run_tests(venv: Path, slow: bool, pytest_arguments: "list[str]") -> int:
@@ -427,7 +367,7 @@ def setup_parser() -> argparse.ArgumentParser:
         help="folder of the virtual environment (default: START_VENV if set, else .venv in this repository)",
     )
     parser = make_parser(__doc__)
-    commands = parser.add_subparsers(dest="command", metavar="quickstart | train | test | setup | doctor")
+    commands = parser.add_subparsers(dest="command", metavar="page | quickstart | train | test | setup | doctor")
     commands.required = True
     setup = commands.add_parser("setup", parents=[common], help="create the environment, with the packages for tests")
     setup.add_argument("--torch", metavar="TAG", help="build of torch: cpu, cu126, rocm7.1, xpu ...; unset: by the GPU")
@@ -444,6 +384,7 @@ def setup_parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "train", parents=[common], allow_abbrev=False, help="train on your photos: `train PHOTOS --base FILE`"
     )
+    commands.add_parser("page", parents=[common], allow_abbrev=False, help="open a page in the browser to train from")
     test = commands.add_parser(
         "test", parents=[common], help="run the tests: `test --slow -- -k dataset` also takes arguments of pytest"
     )
@@ -468,7 +409,7 @@ def main(arguments: "list[str]") -> int:
             sys.stdout.reconfigure(errors="backslashreplace")
         parser = setup_parser()
         args, for_training = parser.parse_known_args(own_arguments)
-        if for_training and args.command != "train":
+        if for_training and args.command not in ("train", "page"):
             parser.error(f"unrecognized arguments: {' '.join(for_training)}")
         venv = Path(os.path.abspath(str(args.venv)))
         if args.command == "test":
@@ -478,7 +419,9 @@ def main(arguments: "list[str]") -> int:
         if args.command == "doctor":
             return run_doctor(venv)
         if args.command == "train":
-            return train(venv, for_training)
+            return train(venv, "train.py", RUN_REQUIREMENTS, for_training)
+        if args.command == "page":
+            return train(venv, "tools/page.py", PAGE_REQUIREMENTS, for_training)
         if args.command == "setup":
             if args.offline is not None and not any(args.offline.glob("*.whl")):
                 raise StartError(

@@ -1,6 +1,7 @@
 """Captions for photos that have none, by Florence-2."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,28 +25,37 @@ def write_captions(folders: Sequence[PhotoFolder], model_name: str = MODEL) -> i
 
     Raises UserError if the captioner can neither be loaded nor downloaded.
     """
-    targets = [
-        (photo.path, target)
+    targets = {
+        photo.path: target
         for folder in folders
         for photo in folder.photos
         if not (target := photo.path.with_suffix(folder.caption_extension)).exists()
-    ]
-    if not targets:
-        return 0
-    announce(f"captions by {DESCRIPTION}, of {model_name}")
-    model, processor = load_captioner(model_name)
+    }
     num_written = 0
-    for photo, target in targets:
-        pixels, _ = read_pixels(str(photo), photo.read_bytes())
-        caption = describe_image(model, processor, Image.fromarray(pixels))
-        if not caption:  # an empty file would train the photo without the trigger
-            announce(f"{photo.name}: no caption was found")
-            continue
-        with atomic_path(target) as unfinished:
+    for photo, caption in describe_photos(list(targets), model_name):
+        with atomic_path(targets[photo]) as unfinished:
             unfinished.write_text(caption + "\n", encoding="utf-8")
         num_written += 1
-        announce(f"{target.name}: {caption}")
+        announce(f"{targets[photo].name}: {caption}")
     return num_written
+
+
+def describe_photos(photos: Sequence[Path], model_name: str = MODEL) -> Iterator[tuple[Path, str]]:
+    """Yield the photos with a caption for each; those for which none is found are left out.
+
+    Raises UserError if the captioner can neither be loaded nor downloaded.
+    """
+    if not photos:
+        return
+    announce(f"captions by {DESCRIPTION}, of {model_name}")
+    model, processor = load_captioner(model_name)
+    for photo in photos:
+        pixels, _ = read_pixels(str(photo), photo.read_bytes())
+        caption = describe_image(model, processor, Image.fromarray(pixels))
+        if caption:
+            yield photo, caption
+        else:  # an empty file would train the photo without the trigger
+            announce(f"{photo.name}: no caption was found")
 
 
 def load_captioner(name: str) -> tuple[Any, Any]:

@@ -1,8 +1,9 @@
 """The photos of a run: their folders and captions, and the trigger word that calls them."""
 
+import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -61,6 +62,7 @@ class PhotoFolder:
     photos: tuple[Photo, ...]
     left_out: tuple[tuple[Path, str], ...]  # with the reason
     caption_extension: str
+    metadata_file: str = ""  # with the photos and captions that were chosen, instead of the files beside them
 
     @property
     def name(self) -> str:
@@ -99,10 +101,15 @@ class PhotoFolder:
         """Return the folder as a subset of a dataset file; `num_repeats` multiplies those of its name."""
         endings = image_extensions()
         excluded = sorted(path.name for path, _ in self.left_out if path.name.endswith(endings))
+        if self.metadata_file:
+            chosen, excluded = {"metadata_file": self.metadata_file}, []
+        else:
+            chosen = {
+                "class_tokens": self.describe_uncaptioned(trigger), "caption_extension": self.caption_extension
+            }  # fmt: skip
         return {
             "image_dir": str(self.path),
-            "class_tokens": self.describe_uncaptioned(trigger),
-            "caption_extension": self.caption_extension,
+            **chosen,
             "num_repeats": num_repeats * self.num_repeats,
             "trigger_word": trigger.word,
             **({"exclude": excluded} if excluded else {}),
@@ -115,9 +122,21 @@ class PhotoFolder:
         return replace(self, photos=photos, left_out=(*self.left_out, *left_out))
 
 
-def find_photos(root: Path, side: int = USUAL_SIDE) -> list[PhotoFolder]:
+def choose(folder: PhotoFolder, captions: Mapping[Path, str], metadata_file: str) -> PhotoFolder:
+    """Return a folder with only some of its photos and with these captions, which `metadata_file` is to hold."""
+    chosen = (replace(one, caption=captions[one.path]) for one in folder.photos if one.path in captions)
+    return replace(folder, photos=tuple(chosen), metadata_file=metadata_file)
+
+
+def format_metadata(captions: Mapping[Path, str], uncaptioned: str) -> str:
+    """Return the lines of a metadata file; photos without a caption get `uncaptioned`."""
+    entries = ({"image_path": str(photo), "caption": text or uncaptioned} for photo, text in captions.items())
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+
+
+def find_photos(root: Path, side: int = USUAL_SIDE, on_photo: Callable[[], object] = lambda: None) -> list[PhotoFolder]:
     """Find the photos in a folder and the folders below it, and measure them as they are trained at this side; hidden
-    folders are left out.
+    folders are left out. `on_photo` is called after each.
 
     Raises UserError if there are none.
     """
@@ -127,20 +146,23 @@ def find_photos(root: Path, side: int = USUAL_SIDE) -> list[PhotoFolder]:
     for path, names, _ in os.walk(root.absolute()):
         names[:] = sorted(name for name in names if not name.startswith("."))
         paths.append(Path(path))
-    folders = [folder for path in paths if (folder := open_folder(path, side)).photos or folder.left_out]
+    folders = [folder for path in paths if (folder := open_folder(path, side, on_photo)).photos or folder.left_out]
     if not any(folder.photos for folder in folders):
         reasons = "".join(f"; {file.name} {reason}" for f in folders for file, reason in f.left_out[:1])
         raise of_file(root)(f"has no photos that can be read{reasons}")
     return folders
 
 
-def open_folder(path: Path, side: int) -> PhotoFolder:
+def open_folder(path: Path, side: int, on_photo: Callable[[], object]) -> PhotoFolder:
     """Open the photos directly in a folder."""
     listed = {extension: list_files(str(path), extension) for extension in CAPTION_EXTENSIONS}
     extension = max(listed, key=lambda ending: len(listed[ending].captions))
     files = listed[extension]
     with ThreadPoolExecutor() as threads:
-        found = list(threads.map(partial(open_photo, extension=extension, side=side), map(path.joinpath, files.images)))
+        found = []
+        for photo in threads.map(partial(open_photo, extension=extension, side=side), map(path.joinpath, files.images)):
+            found.append(photo)
+            on_photo()
     left_out = [(p.path, f"cannot be read ({p.measures.problem})") for p in found if p.measures.problem is not None]
     for name in list_unread(files.aside):
         plugin = plugin_for(name)

@@ -104,6 +104,29 @@ class Files:
 
 
 @dataclass(frozen=True)
+class RunTexts:
+    """The content of a run's files, as values that JSON can hold."""
+
+    script: str
+    values: Mapping[str, Any]  # options of the script
+    dataset: Mapping[str, Any]  # content of the dataset file
+    prompts: str  # content of the prompts file
+
+    def write(self, files: Files, head: str = "") -> None:
+        """Write the dataset, the prompts, and last the options of the run, with the comment `head` above them."""
+        paths = {"dataset_config": files.dataset, "sample_prompts": files.prompts, "output_dir": files.folder}
+        paths["cache_dir"] = files.folder / "cache"  # nothing goes into the photos' folders
+        named = {name: str(path.absolute()) for name, path in paths.items()}
+        values = {**self.values, **named, "output_name": files.name}
+        # The comment tells people and tools/run_queue.py which script trains with the file.
+        options = f"# Options of {self.script}.\n{head}{format_config(values)}"
+        texts = {files.dataset: format_config(self.dataset), files.prompts: self.prompts, files.config: options}
+        for path, text in texts.items():
+            with atomic_path(path) as unfinished:
+                unfinished.write_text(seal_text(TRAIN_PY, text), encoding="utf-8", newline="\n")
+
+
+@dataclass(frozen=True)
 class Plan:
     """A run before its start."""
 
@@ -139,28 +162,14 @@ class Plan:
         return sum(len(folder.photos) for folder in self.folders)
 
     @property
-    def dataset(self) -> dict[str, Any]:
-        """The content of the dataset file."""
-        return {
-            "datasets": [{"subsets": [f.describe(self.trigger, self.num_repeats) for f in self.folders if f.photos]}]
-        }
-
-    def write(self, files: Files, head: str = "") -> None:
-        """Write the dataset, the prompts, and last the options of the run, with the comment `head` above them."""
-        paths = {"dataset_config": files.dataset, "sample_prompts": files.prompts, "output_dir": files.folder}
-        paths["cache_dir"] = files.folder / "cache"  # nothing goes into the photos' folders
-        named = {name: str(path.absolute()) for name, path in paths.items()}
-        values = {**self.values, **named, "output_name": files.name}
-        # The comment tells people and tools/run_queue.py which script trains with the file.
-        options = f"# Options of {self.base.spec.script}.\n{head}{format_config(values)}"
-        texts = {files.dataset: format_config(self.dataset), files.prompts: self.prompts, files.config: options}
-        for path, text in texts.items():
-            with atomic_path(path) as unfinished:
-                unfinished.write_text(seal_text(TRAIN_PY, text), encoding="utf-8", newline="\n")
+    def texts(self) -> "RunTexts":
+        """The content of the run's files."""
+        subsets = [f.describe(self.trigger, self.num_repeats) for f in self.folders if f.photos]
+        return RunTexts(self.base.spec.script, self.values, {"datasets": [{"subsets": subsets}]}, self.prompts)
 
     def read(self, files: Files) -> TrainOptions:
         """Write the files, and return the options as the base model's script reads them."""
-        self.write(files)
+        self.texts.write(files)
         return read_options(self.base, files)
 
 

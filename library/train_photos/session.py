@@ -126,7 +126,7 @@ def confirm(make: "partial[Plan]", start: Start, record: Record, steps: int | No
         answer = ask_user("Train? [Y/n, e: write the plan to edit it] ").strip().lower() or "y"
     if answer == "e":
         if start.earlier is None:
-            write(plan, start.files, record)
+            write(plan.texts, start.files, record)
         announce(
             f"The plan is {start.files.config}. To train, give the same command again, or\n"
             f"  {write_command(plan, start, steps)}"

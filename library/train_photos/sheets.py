@@ -11,7 +11,8 @@ from PIL import Image
 from library.base.formatting import format_count
 from library.checkpoints.marks import mark_of, save_image
 from library.data.decoding.images import read_pixels
-from library.train_photos.plan import NUM_SHEET_FILES, Files, Plan, read_options
+from library.train_photos.base import Base
+from library.train_photos.plan import NUM_SHEET_FILES, Files, read_options
 from library.training.evaluation.image_scores import NEAR_COPIES, build_scorer, measure_change
 from library.training.evaluation.prompts import read_prompts, resolve_all
 from library.training.offline.contact_sheet import Row, arrange, draw_rows
@@ -42,10 +43,13 @@ class Sheets:
     seen: str
 
 
-def draw_sheets(plan: Plan, files: Files, adapter: Path) -> Sheets:
-    """Draw the sheets, for the first folder without them. Raises UserError for files that do not fit."""
-    options = read_options(plan.base, files)
-    arch = plan.base.spec.build(options)
+def draw_sheets(base: Base, photos: Sequence[Path], files: Files, adapter: Path) -> Sheets:
+    """Draw the sheets of a run that was trained on these photos, for the first folder without them.
+
+    Raises UserError for files that do not fit.
+    """
+    options = read_options(base, files)
+    arch = base.spec.build(options)
     prompts = expand_columns(resolve_all(read_prompts(files.prompts), arch), None)
     last = drop_copies(files_of_run(Names(files.folder, files.name, "safetensors")))[-NUM_SHEET_FILES:]
     wanted = list(dict.fromkeys([*((file, 1.0) for file in last), *((adapter, strength) for strength in STRENGTHS)]))
@@ -60,7 +64,7 @@ def draw_sheets(plan: Plan, files: Files, adapter: Path) -> Sheets:
     strengths = [f"strength {strength:g}" for strength in STRENGTHS]
     of_strengths = arrange([drawn[adapter, s] for s in STRENGTHS], strengths, columns, SIDE)
     images = {f"The last {format_count(len(last), 'file')} at strength 1": of_files, adapter.name: of_strengths}
-    seen = describe_seen(plan, [drawn[file, 1.0] for file in last])
+    seen = describe_seen(photos, [drawn[file, 1.0] for file in last])
     return Sheets(folder / SHEET, folder / FILES_SHEET, images, seen)
 
 
@@ -70,9 +74,9 @@ def save_sheets(sheets: Sheets) -> None:
         save_image(path, image, mark_of(WRITER, path))
 
 
-def describe_seen(plan: Plan, rows: Sequence[Sequence[Image.Image]]) -> str:
+def describe_seen(photos: Sequence[Path], rows: Sequence[Sequence[Image.Image]]) -> str:
     """Return what the images of successive files show, and how much that is worth."""
-    scorer = build_scorer(read_photos(plan))
+    scorer = build_scorer(read_photos(photos))
     copies = [int(sum(scorer.score(images, [])[NEAR_COPIES])) for images in rows]
     changes = [measure_change(before, after) for before, after in pairwise(rows)]
     text = f"of {len(rows[0])} images a file, near-copies of photos are {', '.join(map(str, copies))}"
@@ -81,9 +85,8 @@ def describe_seen(plan: Plan, rows: Sequence[Sequence[Image.Image]]) -> str:
     return f"{text} ({WORTH})"
 
 
-def read_photos(plan: Plan) -> Iterator[Image.Image]:
+def read_photos(photos: Sequence[Path]) -> Iterator[Image.Image]:
     """Yield the photos, or of many some that are spread evenly."""
-    photos = [photo for folder in plan.folders for photo in folder.photos]
     for photo in photos[:: -(-len(photos) // MOST_COMPARED)]:
-        pixels, _ = read_pixels(str(photo.path))
+        pixels, _ = read_pixels(str(photo))
         yield Image.fromarray(pixels)

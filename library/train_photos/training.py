@@ -14,7 +14,7 @@ from library.checkpoints.base_model_spec import Program
 from library.data.decoding.images import read_pixels
 from library.environment.requirements import quote
 from library.train_photos.description import describe_plan
-from library.train_photos.plan import OUTPUT, Files, Plan
+from library.train_photos.plan import OUTPUT, Files, Plan, RunTexts
 from library.train_photos.runs import Record, Start, holding, is_free
 from library.train_photos.screen import Screen, logging_to
 from library.train_photos.sheets import Sheets, draw_sheets, save_sheets
@@ -43,12 +43,13 @@ def train(plan: Plan, start: Start, record: Record, steps: int | None) -> int:
     advice: list[str] = []
     with logging_to(files.log) as stream, Screen(stream, plan.duration) as screen:
         if start.earlier is None:
-            write(plan, files, record)
+            write(plan.texts, files, record)
         status = run_script(plan, start, steps, screen)
         if status == 0 and is_trained(files):
             screen.show_stage("drawing")
             adapter, why = choose_adapter(files)
-            sheets = draw_sheets(plan, files, adapter)
+            photos = [photo.path for folder in plan.folders for photo in folder.photos]
+            sheets = draw_sheets(plan.base, photos, files, adapter)
             advice = [*advise(plan, files, adapter, why, sheets), describe_time(plan, monotonic() - began)]
             add_to_report(plan, files, sheets, advice)
             save_sheets(sheets)
@@ -82,7 +83,7 @@ def is_trained(files: Files) -> bool:
     return state is not None and "end" in state.done
 
 
-def write(plan: Plan, files: Files, record: Record) -> None:
+def write(texts: RunTexts, files: Files, record: Record) -> None:
     """Write the files of a new run. Raises UserError if another process trains one of this name."""
     with holding(files):
         if not is_free(files):
@@ -90,7 +91,7 @@ def write(plan: Plan, files: Files, record: Record) -> None:
                 f"another run has taken the name {files.name} meanwhile; give the same command again"
             )
         remove_temporary(files.folder, lambda stem: stem in [path.stem for path in files.texts])
-        plan.write(files, record.line)
+        texts.write(files, record.line)
 
 
 def remove(files: Files) -> None:

@@ -67,6 +67,7 @@ LAYERS = (
     ("library.commands",),
     ("library.train_photos", "library.front_ends"),
     ("library.training.run_queue",),
+    ("library.page",),
 )
 LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
 

@@ -51,6 +51,7 @@ MAY_NAME_MODELS = {
     "tools/plan_memory.py": "the example of its help is a command line of one model",
     "tools/quickstart/sampling.py": "draws with the model of the quickstart",
     "library/options/model.py": OPTIONS,
+    "library/page/model_folders.py": "folders of other programs",
     "library/options/output/preview.py": OPTIONS,
     "library/options/training/flow.py": OPTIONS,
     "library/diffusion/timesteps.py": "schedules are called after the model or paper that they come from",

@@ -12,14 +12,11 @@ from typing import Any
 import pytest
 
 import flux_2_train_network
-from tests.browser import CHROMIUM, ask
+from tests.browser import ask, in_browser
 from tests.running import ROOT
 from tools.capabilities import main
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed; on Debian: apt install chromium"),
-]
+pytestmark = [pytest.mark.slow, in_browser]
 SCRIPT = "flux_2_train_network.py"
 # Fill in every field, and return the words of the command line and the fields that refuse what is out of range.
 FILL = """

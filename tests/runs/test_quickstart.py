@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from library.environment.running import child_environment
 from tools import start
 from tools.quickstart.draw_before_after import draw_before_and_after
 from tools.quickstart.sampling import count_right, load_pipeline, merge_lora, read_prompts, sample
@@ -38,7 +39,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train the quickstart's adapter with its own command into another folder."""
     out = tmp_path_factory.mktemp("quickstart")
     command = [*start.training_command(Path(sys.executable)), "--output_dir", str(out)]
-    done = subprocess.run(command, cwd=start.ROOT, env=start.child_environment(), capture_output=True, timeout=900)
+    done = subprocess.run(command, cwd=start.ROOT, env=child_environment(), capture_output=True, timeout=900)
     assert done.returncode == 0, done.stderr.decode("utf-8", "replace")[-4000:]
     return out / Path(start.ADAPTER).name
 
@@ -69,7 +70,7 @@ def test_every_adapter_kind_teaches_the_new_shape(kind: str, tmp_path: Path) -> 
     command = [sys.executable, "train_network.py", "--config_file", CONFIG, "--output_dir", str(tmp_path)]
     module = ["--network_module", f"networks.{kind}"]
     done = subprocess.run(
-        [*command, *module, *words], cwd=start.ROOT, env=start.child_environment(), capture_output=True, timeout=1800
+        [*command, *module, *words], cwd=start.ROOT, env=child_environment(), capture_output=True, timeout=1800
     )
     assert done.returncode == 0, done.stderr.decode("utf-8", "replace")[-4000:]
     adapter = tmp_path / Path(start.ADAPTER).name
@@ -87,7 +88,7 @@ def test_the_script_for_any_pipeline_teaches_the_shape_as_well(tmp_path: Path) -
         done = subprocess.run(
             [sys.executable, script, "--config_file", CONFIG, *words],
             cwd=start.ROOT,
-            env=start.child_environment(),
+            env=child_environment(),
             capture_output=True,
             timeout=1800,
         )

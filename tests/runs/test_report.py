@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from library.environment.running import child_environment
 from library.training.report_page.writer import read_report
 from tests.running import Finished
 from tools import report, start
@@ -98,7 +99,7 @@ def test_the_quickstarts_report_shows_images_before_and_after(tmp_path: Path, mo
     for constant, name in {**names, "PROMPTS": "prompts.txt"}.items():
         monkeypatch.setattr(start, constant, str(tmp_path / name))
     for command in ([*start.training_command(python), "--steps", "1"], start.image_command(python)):
-        done = subprocess.run(command, cwd=start.ROOT, env=start.child_environment(), capture_output=True, text=True)
+        done = subprocess.run(command, cwd=start.ROOT, env=child_environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     shown = read_report(tmp_path / "quickstart-report.html")
     assert shown.step == 1 and shown.sheet is not None

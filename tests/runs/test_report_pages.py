@@ -12,10 +12,8 @@ from library.training.report_page.writer import build_report
 from library.training.reporting.events import Warned
 from library.training.sweep.ranking import rank_and_write
 from library.training.sweep.worker import Standing
-from tests.browser import CHROMIUM, ask
+from tests.browser import ask, in_browser
 from tests.event_lines import EVIL, lines_of, thumbnail, whole_run
-
-in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed; on Debian: apt install chromium")
 
 LOOK = """
 const drawn = [...document.querySelectorAll("canvas")].map((canvas) => {

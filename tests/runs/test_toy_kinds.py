@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.toys.experiments.kinds import KINDS as MEASURED
+from library.environment.running import child_environment
 from tools import start
 from tools.quickstart.draw_before_after import draw_before_and_after
 
@@ -56,7 +57,7 @@ IN_8_BITS = "--base_format int8_rotated --base_arithmetic 8bit"
 def test_the_adapter_kind_learns_the_new_concept(words: str, tmp_path: Path) -> None:
     config = "configs/quickstart/train.toml"
     command = [sys.executable, "train_network.py", "--config_file", config, "--output_dir", str(tmp_path)]
-    environment = start.child_environment()
+    environment = child_environment()
     done = subprocess.run(
         [*command, *words.split()], cwd=start.ROOT, env=environment, capture_output=True, timeout=3600
     )

@@ -14,7 +14,7 @@ from PIL import Image
 
 from library.training.report_page.local_server import LocalServer, TakeForm
 from library.training.report_page.page import build_page
-from tests.browser import CHROMIUM, WATCH, opened, with_scripts
+from tests.browser import WATCH, in_browser, opened, with_scripts
 from tests.contracts.test_docs_commands import ROOT, commands_of
 from tests.running import Finished
 from tests.tiny.bases import BASES
@@ -69,7 +69,7 @@ class Browsed(LocalServer):
         deadline.cancel()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed; on Debian: apt install chromium")
+@in_browser
 def test_votes_by_key_become_the_data_of_the_documented_training(
     train: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

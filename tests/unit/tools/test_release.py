@@ -12,7 +12,7 @@ import pytest
 from library.base.version import NAME, VERSION
 from tools import release
 
-ENVIRONMENT = ("lock_file", "package_sources", "requirements", "torch_builds")  # what start imports
+ENVIRONMENT = ("lock_file", "package_sources", "requirements", "running", "torch_builds")  # what start imports
 OTHERS = ("pyproject.toml", "requirements.txt")
 
 

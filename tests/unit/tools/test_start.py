@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from library.environment import package_sources, torch_builds
+from library.environment import package_sources, running, torch_builds
 from library.environment.lock_file import read_entries
 from library.training.saving.names import Names
 from tools import start
@@ -419,7 +419,7 @@ def test_the_third_ctrl_c_kills_a_command_that_does_not_react() -> None:
             self.is_killed = True
 
     command = Deaf()
-    assert start.wait(command) == (137, True)
+    assert running.wait(command) == (137, True)
     assert command.num_waits == 4
 
 

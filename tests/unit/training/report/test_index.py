@@ -102,7 +102,7 @@ def test_a_damaged_report_is_omitted(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "cow-report.html is not a report" in caplog.text
 
 
-@pytest.mark.skipif(browser.CHROMIUM is None, reason="Chromium is not installed")
+@browser.in_browser
 def test_the_index_opens_in_a_browser(tmp_path: Path) -> None:
     add_run(tmp_path, "cat")
     path = tmp_path / "mean-report.html"

@@ -1,0 +1,168 @@
+"""The page as a user has it: clicks in Chromium, trainings of the quickstart's toy model."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from library.page.store import Store
+from tests.browser import in_browser
+from tests.chromium import Tab, browsing
+from tests.page.serving import serving
+from tests.running import ROOT
+
+pytestmark = [in_browser, pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="passes pipes to a shell")]
+
+PHOTOS = ROOT / "configs" / "quickstart" / "dataset"
+TOY = ROOT / "configs" / "quickstart" / "toy_base"
+EVIL = "<img src=x onerror=alert(1)>, a heart"
+FIRST_BYTES, FIRST_REQUESTS = 100_000, 10
+
+
+def copy_photos(folder: Path, number: int) -> list[Path]:
+    """Copy the first photos of the quickstart with their captions."""
+    folder.mkdir()
+    files = [PHOTOS / f"heart_{n:02}{ending}" for n in range(number) for ending in (".png", ".txt")]
+    return [Path(shutil.copy(file, folder)) for file in files]
+
+
+def choose_toy(tab: Tab) -> None:
+    tab.click("Next: base model")
+    tab.click("Use this: toy_base")
+    tab.click("Next: plan")
+
+
+def make_plan(tab: Tab, steps: int) -> None:
+    tab.see("What is decided, and why")
+    tab.choose("Length", "steps")
+    tab.write("How many", str(steps))
+    tab.see("The settings have changed")
+    tab.click("Make the plan again")
+    tab.see(f"batches of 8, {steps} steps")
+
+
+def test_dropped_photos_become_a_file(tmp_path: Path) -> None:
+    files = copy_photos(tmp_path / "mine", 6)
+    (tmp_path / "mine" / "broken.png").write_bytes(files[0].read_bytes()[:300])
+    (tmp_path / "mine" / "notes.pdf").write_bytes(b"x")
+    (tmp_path / "mine" / "heart_00.txt").write_text(EVIL)
+    files = sorted((tmp_path / "mine").iterdir())
+    before = {path: path.read_bytes() for path in files}
+    loras = tmp_path / "ComfyUI" / "models" / "loras"
+    for folder in (loras, loras.with_name("checkpoints")):
+        folder.mkdir(parents=True)
+    with serving(tmp_path / "suite") as server, browsing(tmp_path) as browser:
+        tab = browser.open(server.address.url)
+        tab.see("Train a LoRA on your photos")
+        loaded = tab.run("performance.getEntriesByType('resource').map((one) => [one.name, one.transferSize])")
+        first = tab.run("performance.getEntriesByType('navigation')[0].transferSize")
+        assert len(loaded) < FIRST_REQUESTS and first + sum(size for _, size in loaded) < FIRST_BYTES, loaded
+        tab.drop(".drop", files)
+        tab.see("Neither photos nor captions, and left out (1): notes.pdf")
+        tab.see("6 of 6 photos are trained")
+        assert "Cannot be trained on: 1" in tab.run("document.body.innerText")
+        assert tab.run("document.querySelectorAll('img[onerror], img[src=x]').length") == 0
+        assert tab.run("document.querySelector('textarea').value") == EVIL
+        tab.write("Trigger word, and what it is", "zheart, a heart")
+        tab.click("heart_05.png: trained")
+        tab.see("5 of 6 photos are trained")
+        tab.write("Caption of heart_01.png", "one that is small")
+        tab.see("trained as: zheart, one that is small")
+        tab.write("Find in captions", "background")
+        tab.write("Replace with", "backdrop")
+        tab.click("Replace all")
+        tab.see("captions changed")
+        tab.see("on a black backdrop")
+        tab.click("Next: base model")
+        tab.see("predicts noise")  # what is found moves what stands below
+        tab.write("Path of a file or folder, or a Hugging Face name", str(tmp_path / "missing.safetensors"))
+        tab.click("Use this")
+        tab.click("Next: plan")
+        tab.see(f"This did not work: --base {tmp_path / 'missing.safetensors'}")
+        tab.click("2 Base model")
+        tab.write("Path of a file or folder, or a Hugging Face name", str(TOY / "vae"))
+        tab.click("Use this")
+        tab.when(f"return document.querySelector('form input').value === {json.dumps(str(TOY / 'vae'))}")
+        tab.click("3 Plan")
+        tab.click("Make the plan")
+        tab.see(f"This did not work: --base {TOY / 'vae'}")
+        tab.click("2 Base model")
+        tab.click("Use this: toy_base")
+        tab.click("Next: plan")
+        tab.click("Make the plan")
+        make_plan(tab, 4)
+        tab.click("Train")
+        tab.see("The LoRA is finished")
+        output = tmp_path / "suite" / "output" / "zheart"
+        assert str(output / "zheart.safetensors") in tab.run("document.body.innerText")
+        assert load_file(output / "zheart.safetensors")
+        tab.click("Draw at several strengths")
+        tab.see(f"Use {output / 'zheart.safetensors'}: the last one")
+        tab.when("return document.querySelector('img.sheet')")
+        assert tab.run("document.querySelector('img.sheet').decode().then(() => true)")
+        tab.click("Copy")
+        tab.see(f"zheart.safetensors is in {loras} now")
+        assert (loras / "zheart.safetensors").read_bytes() == (output / "zheart.safetensors").read_bytes()
+        tab.click("Copy")
+        tab.see("exists already and is kept")
+        chosen = [json.loads(line) for line in (output / "zheart-photos.jsonl").read_text().splitlines()]
+        assert [Path(one["image_path"]).name for one in chosen] == [f"heart_0{number}.png" for number in range(5)]
+        assert [one["caption"] for one in chosen[:2]] == [EVIL, "one that is small"]
+        (told,) = browser.told
+        assert "400" in told  # the second copy
+    assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
+
+
+def test_trainings_outlive_the_server_and_stop_and_go_on_in_every_tab(tmp_path: Path) -> None:
+    copy_photos(tmp_path / "zheart", 4)
+    suite = tmp_path / "suite"
+    queue = Store(suite).queue
+    with browsing(tmp_path) as browser:
+        with serving(suite) as server:
+            tab = browser.open(server.address.url)
+            tab.click("Use a folder of this computer")
+            tab.write("Folder", str(tmp_path / "nowhere"))
+            tab.click("Use this folder")
+            tab.see("is no folder")
+            tab.write("Folder", str(tmp_path / "zheart"))
+            tab.click("Use this folder")
+            tab.see("4 of 4 photos are trained")
+            choose_toy(tab)
+            make_plan(tab, 30)
+            plan = tab.run("location.hash")
+            for name in ("zheart", "zheart-2", "zheart-3"):
+                tab.click("Train")
+                tab.when(f"return document.querySelector('h1')?.textContent === {json.dumps(name)}")
+                tab.run(f"location.hash = {json.dumps(plan)}")
+            other = browser.open(server.address.url)
+            other.click("Stop and save: zheart-3")
+            other.see("stopped")
+            tab.click("Train a LoRA")
+            tab.see("stopped")
+            tab.see("step ")
+            server.process.send_signal(signal.SIGKILL)
+            server.process.wait()
+            tab.see("The page has no connection to its server")
+        (ticket,) = queue.list_tickets("running")
+        assert ticket.claim is not None and ticket.claim.is_training
+        with serving(suite) as server:
+            tab, other = browser.open(server.address.url), browser.open(server.address.url)
+            tab.see("training")
+            other.click("Stop and save: zheart")
+            tab.click("Continue: zheart")  # now behind zheart-2
+            for run in ("zheart", "zheart-2"):
+                tab.when(
+                    "return [...document.querySelectorAll('.run.done')]"
+                    f".some((one) => one.querySelector('a').textContent === {json.dumps(run)})"
+                )
+            tab.click("Take off the list: zheart-3")
+            tab.when("return document.querySelectorAll('.run').length === 2")
+            other.when("return document.querySelectorAll('.run').length === 2")
+    for run in ("zheart", "zheart-2"):
+        assert load_file(suite / "output" / run / f"{run}.safetensors")
+    assert not (suite / "output" / "zheart-3" / "zheart-3.safetensors").exists()
+    assert (tmp_path / "zheart" / "heart_00.txt").read_bytes() == (PHOTOS / "heart_00.txt").read_bytes()

@@ -1,0 +1,142 @@
+"""The page at the widths of phones, laptops and large screens, light and dark, for a keyboard and for axe-core."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from library.page.jobs import id_of
+from library.page.server import PORT
+from library.page.store import Choice, Draft, Store
+from library.training.run_queue.folder import write_whole
+from library.training.run_queue.jobs import Job
+from tests.browser import in_browser
+from tests.chromium import Browser, Tab, browsing
+from tests.page.serving import Server, serving
+from tests.running import ROOT
+
+pytestmark = [in_browser, pytest.mark.slow]
+
+PHOTOS = ROOT / "configs" / "quickstart" / "dataset"
+AXE = Path(__file__).parent / "axe" / "axe.min.js"  # MPL 2.0, from https://github.com/dequelabs/axe-core
+SIZES = ((390, 844), (1400, 900), (2560, 1300))
+RULES = "{runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa'], iframes: false}"
+LINES = (
+    ("base", "Stable Diffusion 1.x: /models/a_model_with_a_long_name_that_has_no_place_to_break.safetensors"),
+    ("captions", '24 of 24 photos, "zheart" is in 24'),
+    ("", 'trained as "zheart, a heart" (24 photos)'),
+    ("takes", "about 35 min and 9.8 GiB of 11.2 GiB of the GPU"),
+)
+
+
+def fill(folder: Path) -> dict[str, str]:
+    """Write a draft with photos, bases and a plan, and a training that was stopped; return the views by name."""
+    store = Store(folder)
+    store.create()
+    root = folder / "photos"
+    root.mkdir()
+    names = [shutil.copy(path, root) and path.name for path in sorted(PHOTOS.glob("*.png"))[:24]]
+    draft = Draft(str(root), base="/models/one.safetensors", choices={names[3]: Choice(is_out=True)})
+    store.save(draft)
+    photos = [
+        {"name": name, "caption": "a heart", "problems": ["blurred"] if n == 2 else []} for n, name in enumerate(names)
+    ]
+    left_out = [["broken.png", "cannot be read (damaged)"]]
+    found = {"folders": [{"path": str(root), "photos": photos, "left_out": left_out}], "trigger": "zheart"}
+    store.write(draft.id, "photos.json", found)
+    plan = {
+        "lines": LINES,
+        "remarks": ["a remark"],
+        "steps": 900,
+        "seconds": 60.0,
+        "texts": {"prompts": "zheart\na dog"},
+    }
+    store.write(draft.id, "plan.json", {**plan, "digest": draft.digest})
+    facts = {"family": "Stable Diffusion 1.x", "bytes": 2 * 10**9, "is_distilled": True, "prediction": "v"}
+    bases = [{"path": f"/models/{name}.safetensors", "name": f"{name}.safetensors", **facts} for name in ("one", "two")]
+    store.write("bases", "bases.json", {"bases": bases, "folders": []})
+    job = Job("train_network.py", str(folder / "cat.toml"), "", (), str(folder), str(folder / "cat"), None)
+    write_whole(store.stopped / f"{id_of(job)}.json", job.as_text())
+    views = {name: f"#/{name}/{draft.id}" for name in ("photos", "base", "plan")}
+    return {"home": "#/", **views, "run": f"#/run/{id_of(job)}"}
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Browser, dict[str, str]]]:
+    folder = tmp_path_factory.mktemp("looks")
+    views = fill(folder)
+    with serving(folder) as server, browsing(folder) as browser:
+        yield server, browser, views
+
+
+def open_view(opened: tuple[Server, Browser, dict[str, str]], name: str, *size: int, dark: bool = False) -> Tab:
+    server, browser, views = opened
+    tab = browser.open(server.address.url + views[name], *size, dark=dark)
+    tab.when("return document.querySelector('h1')")
+    return tab
+
+
+@pytest.mark.parametrize("name", ["home", "photos", "base", "plan", "run"])
+def test_axe_finds_nothing_and_no_width_scrolls_sideways(opened: Any, name: str) -> None:
+    for width, height in SIZES:
+        for dark in (False, True):
+            tab = open_view(opened, name, width, height, dark=dark)
+            tab.run(AXE.read_text(encoding="utf-8"))
+            violations = tab.run(
+                f"axe.run(document, {RULES}).then(({{violations}}) => JSON.stringify(violations.map(({{id, nodes}}) => "
+                "[id, ...nodes.map(({html, failureSummary}) => html.slice(0, 200) + failureSummary)])))"
+            )
+            assert json.loads(violations) == [], (name, width, dark)
+            assert tab.run("document.documentElement.scrollWidth") == width
+            tab.call("Page.close")
+    assert opened[1].told == []
+
+
+def test_a_keyboard_reaches_and_uses_every_control_of_the_photos(opened: Any) -> None:
+    tab = open_view(opened, "photos", *SIZES[1])
+    tab.see("23 of 24 photos are trained")
+    reached: list[str] = []
+    tab.press("Tab")
+    for _ in range(200):
+        name = tab.run("document.activeElement.getAttribute('aria-label') ?? document.activeElement.textContent.trim()")
+        if name == "heart_01.png: trained":
+            break
+        reached.append(name)
+        tab.press("Tab")
+    assert {"Replace all", "Write missing captions", "Next: base model", "Caption of heart_00.png"} <= {*reached}
+    tab.press("Enter")
+    tab.see("22 of 24 photos are trained")
+    tab.press("Enter")
+    tab.see("23 of 24 photos are trained")
+    tab.run("document.getElementById('home').focus()")
+    tab.press("Enter")
+    tab.click("Use a folder of this computer")
+    tab.when("return document.querySelector('dialog[open]')")
+    tab.press("Escape")
+    tab.when("return !document.querySelector('dialog')")
+    assert tab.run("document.activeElement.textContent") == "Use a folder of this computer"
+
+
+def test_thumbnails_are_loaded_as_they_come_into_sight(opened: Any) -> None:
+    tab = open_view(opened, "photos", 390, 600)
+    tab.see("of 24 photos are trained")
+    assert tab.run("document.querySelector('.photo img').decode().then(() => true)")
+    assert tab.run("document.querySelectorAll('.photo img[loading=lazy]').length") == 24
+
+
+def test_every_text_that_the_scripts_name_is_in_the_file() -> None:
+    static = ROOT / "library" / "page" / "static"
+    texts = json.loads((ROOT / "library" / "page" / "texts.json").read_text(encoding="utf-8"))
+    for script in static.glob("*.js"):
+        source = script.read_text(encoding="utf-8")
+        for name in re.findall(r"""\bt\("([\w.]+)"|"((?:home|browse|photos|base|plan|run)\.[\w.]+)\"""", source):
+            value = texts
+            for key in (name[0] or name[1]).split("."):
+                assert key in value, (script.name, name)
+                value = value[key]
+            assert isinstance(value, str), name
+    assert f"port instead of {PORT}" in (ROOT / "docs" / "page.md").read_text(encoding="utf-8")

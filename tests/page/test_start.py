@@ -1,0 +1,96 @@
+"""The starts of the page: by a double-click, by command, and a second time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from library.base.errors import UserError
+from library.environment.requirements import NEWEST_PYTHON, OLDEST_PYTHON
+from library.page.jobs import list_gpu_programs
+from library.page.server import serve
+from tests.page.serving import serving
+from tests.running import ROOT
+from tools import start
+
+SUPPORTED = [f"3.{minor}" for minor in range(OLDEST_PYTHON[1], NEWEST_PYTHON[1] + 1)]
+on_posix = pytest.mark.skipif(os.name != "posix", reason="starts a script of Unix")
+
+
+def write_program(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def run_start(name: str, path: Path) -> "subprocess.CompletedProcess[str]":
+    environment = {"PATH": str(path), "HOME": str(path)}
+    return subprocess.run(
+        [str(ROOT / name)], env=environment, cwd="/", capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+
+
+@on_posix
+@pytest.mark.parametrize("name", ["start.sh", "start.command"])
+def test_a_double_click_starts_the_first_python_that_is_supported(name: str, tmp_path: Path) -> None:
+    (tmp_path / "dirname").symlink_to("/usr/bin/dirname")
+    done = run_start(name, tmp_path)
+    assert done.returncode == 1 and "needs Python 3.10 to 3.14" in done.stderr and "python.org" in done.stderr
+    write_program(tmp_path / "python3", '[ "$1" = -c ] && exit 1\necho too old')  # the check says no
+    write_program(tmp_path / "python3.11", '[ "$1" = -c ] && exit 0\necho "$PWD: $*"\nexit 3')
+    done = run_start(name, tmp_path)
+    assert (done.returncode, done.stdout) == (3, f"{ROOT}: tools/start.py page\n")
+
+
+def test_the_scripts_try_every_python_that_is_supported() -> None:
+    shell, batch = (ROOT / "start.sh").read_text(), (ROOT / "start.bat").read_bytes()
+    assert all(f"python{version}" in shell and version in batch.decode() for version in SUPPORTED)
+    first, last = (f"({major}, {minor})" for major, minor in (OLDEST_PYTHON, NEWEST_PYTHON))
+    assert f"{first} <= sys.version_info[:2] <= {last}" in shell and f"{first} <= sys.version_info" in batch.decode()
+    assert batch.count(b"\n") == batch.count(b"\r\n") > 10  # cmd.exe finds no labels otherwise
+
+
+def test_the_command_installs_what_the_page_needs_and_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed: list[tuple[str, ...]] = []
+    started: list[list[str]] = []
+    monkeypatch.setattr(start, "ready_python", lambda venv, names: installed.append(names) or Path("python"))
+    monkeypatch.setattr(start, "replace_process", lambda command: started.append(command) or 0)
+    assert start.main(["page", "--port", "9000", "--no_browser"]) == 0
+    assert installed == [("requirements.lock", "requirements-page.txt")]
+    assert started == [["python", str(ROOT / "tools" / "page.py"), "--port", "9000", "--no_browser"]]
+
+
+@pytest.mark.parametrize("package", ["starlette", "uvicorn", "jinja2"])
+def test_without_its_packages_the_page_says_what_installs_them(package: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; from tools.page import main; sys.exit(main(['--no_browser']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == (f"error: the page needs the package {package}; `python3 tools/start.py page` installs it\n")
+
+
+def test_a_second_start_finds_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(tmp_path) as server:
+        assert serve(tmp_path, None, None, opens=False) == 0
+        assert capsys.readouterr().out == f"The page is open already: {server.address.url}\n"
+        with pytest.raises(UserError, match=f"--port {server.port} cannot be opened"):
+            serve(tmp_path / "other", server.port, None, opens=False)
+
+
+def test_a_server_that_was_killed_does_not_keep_the_next_one_out(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        server.process.kill()
+        server.process.wait()
+        assert (tmp_path / "output" / "page" / "server.json").exists()
+        with serving(tmp_path) as second:
+            assert second.send("GET", "/")[0] == 200 and second.address.token != server.address.token
+
+
+@on_posix
+def test_other_programs_on_the_gpu_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert list_gpu_programs(frozenset()) == []
+    write_program(tmp_path / "nvidia-smi", "echo '7, /opt/ComfyUI/python, 8000 MiB'\necho '8, python, [N/A]'\necho x")
+    assert list_gpu_programs(frozenset([8])) == ["python (8000 MiB)"]
+    write_program(tmp_path / "nvidia-smi", "exit 9")
+    assert list_gpu_programs(frozenset()) == []
