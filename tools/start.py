@@ -345,6 +345,23 @@ def run_tests(venv: Path, slow: bool, pytest_arguments: "list[str]") -> int:
     return gpu_status or run(pytest_command(python, slow, pytest_arguments))
 
 
+def set_up(venv: Path, args: argparse.Namespace) -> int:
+    """Create the environment as the command line says. Return the exit status."""
+    if args.offline is not None and not any(args.offline.glob("*.whl")):
+        raise StartError(
+            f"--offline {args.offline} has no wheels; on a machine with a network run "
+            f"`python3 -m pip download -d {args.offline} -r requirements.txt`"
+        )
+    versions = TESTED if args.locked else REQUIREMENTS if args.newest or args.offline else None
+    names = (versions or TESTED,) if args.locked or args.offline else (versions or TESTED, FOR_TESTS)
+    python = ready_python(venv, names, Source(args.offline, args.torch, versions))
+    needs = torch_builds.describe_compiler_needs(python)
+    if needs:
+        print_line(f"note  {needs}")
+    print_line(f"Ready: {python}")
+    return 0
+
+
 def run_doctor(venv: Path) -> int:
     """Run tools/doctor.py with the environment's Python, or with this one if there is no environment.
 
@@ -423,19 +440,7 @@ def main(arguments: "list[str]") -> int:
         if args.command == "page":
             return train(venv, "tools/page.py", PAGE_REQUIREMENTS, for_training)
         if args.command == "setup":
-            if args.offline is not None and not any(args.offline.glob("*.whl")):
-                raise StartError(
-                    f"--offline {args.offline} has no wheels; on a machine with a network run "
-                    f"`python3 -m pip download -d {args.offline} -r requirements.txt`"
-                )
-            versions = TESTED if args.locked else REQUIREMENTS if args.newest or args.offline else None
-            names = (versions or TESTED,) if args.locked or args.offline else (versions or TESTED, FOR_TESTS)
-            python = ready_python(venv, names, Source(args.offline, args.torch, versions))
-            needs = torch_builds.describe_compiler_needs(python)
-            if needs:
-                print_line(f"note  {needs}")
-            print_line(f"Ready: {python}")
-            return 0
+            return set_up(venv, args)
         return quickstart(venv)
     except StartError as error:
         print_error(error)

@@ -15,8 +15,9 @@ from typing import Any
 
 from library.base.errors import UserError, about, error_in
 from library.environment.hidden_libraries import unhide_library
-from library.environment.requirements import MODULES, ROOT, module_of
+from library.environment.module_names import MODULES, module_of
 
+ROOT = Path(__file__).parents[2]
 # transformers and diffusers name packages that they look for by metadata, and raise a bare ImportError.
 LACKS = re.compile(r"requires the (\w[\w.-]*) library but it was not found")
 

@@ -14,14 +14,11 @@ from traceback import format_exception
 
 from library.base.command_parser import make_parser
 from library.base.terminal import print_line
+from library.environment.module_names import module_of
 
 ROOT = Path(__file__).resolve().parents[2]
 OLDEST_PYTHON = (3, 10)
 NEWEST_PYTHON = (3, 14)
-MODULES = {
-    "beautifulsoup4": "bs4", "lycoris-lora": "lycoris", "opencv-python-headless": "cv2", "pillow": "PIL",
-    "prodigy-plus-schedule-free": "prodigyplus", "protobuf": "google",
-}  # fmt: skip
 NAMED_WHEN_USED = ("bitsandbytes", "pillow-heif", "tensorboard")  # what uses them says what to install
 LISTED = 3
 
@@ -52,11 +49,6 @@ def python_path(venv: Path) -> Path:
 
 
 # --- packages ---
-
-
-def module_of(package: str) -> str:
-    """Return the name under which a package is imported."""
-    return MODULES.get(package.lower(), package.lower().replace("-", "_"))
 
 
 def package_of(line: str) -> "str | None":

@@ -23,8 +23,8 @@ from library.checkpoints.headers import is_safetensors
 from library.checkpoints.marks import RUN, mark_of
 from library.checkpoints.relative_change import relative_norm
 from library.checkpoints.saving import mark_pickle
+from library.environment.module_names import MODULES
 from library.environment.packages import describe_broken, describe_fault, pip_name_of
-from library.environment.requirements import MODULES
 
 logger = logging.getLogger(__name__)
 

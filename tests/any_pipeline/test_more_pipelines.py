@@ -79,7 +79,7 @@ def test_an_error_of_a_pipeline_is_a_refusal_that_names_a_missing_package(
     (tmp_path / "drawing.py").write_text("if False:\n    from vision_that_is_missing import transforms\n\n\n"
                                          "def draw(*_, **__):\n    return transforms.resize()\n")  # fmt: skip
     monkeypatch.setattr(type(pipe), "encode_prompt", run_path(str(tmp_path / "drawing.py"))["draw"])
-    with pytest.raises(Refused, match="it needs the Python package vision_that_is_missing, which is missing"):
+    with pytest.raises(Refused, match="it needs the package vision-that-is-missing, which is not installed"):
         measure(watch_pipeline(pipe), SIZE)
 
 

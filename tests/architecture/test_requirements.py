@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from library.environment.requirements import module_of
+from library.environment.module_names import module_of
 from tests.architecture.sources import ROOT, python_files, scripts, source_of, text_of
 from tests.hiding import OPTIONAL
 

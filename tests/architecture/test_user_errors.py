@@ -18,7 +18,6 @@ NAMED = re.compile(
     rf"|\{{[^}}]*(?i:{OF_THE_USER})[^}}]*\}}"
 )
 CALLER_ADDS = {  # files whose errors are reasons -> who puts flag and file before them
-    "library/base/errors.py": "the caller, as `what`",
     "library/environment/packages.py": "`describe_lack` and `describe_broken`, pip's command",
     "library/processes/process_group.py": "it names the process",
     "library/architectures/": "library/models/dit_loader.py, the file whose sizes are read",

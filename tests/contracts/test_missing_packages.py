@@ -69,7 +69,7 @@ def test_a_package_of_one_image_format_is_missed_by_no_script(monkeypatch: pytes
 @pytest.mark.parametrize("script", [s for s in SCRIPTS if "train_network" in s or "cache_" in s])
 def test_the_help_of_training_and_caching_needs_no_packages(script: str) -> None:
     done = start(script, "--help")
-    assert done.returncode == 0 and "--network_module" in done.stdout and done.stderr == ""
+    assert done.returncode == 0 and "--dataset_config" in done.stdout and done.stderr == ""
 
 
 @pytest.mark.parametrize("script", ["train_network.py", "tools/merge_lora.py", "networks/merge_lora.py"])
@@ -128,8 +128,9 @@ def test_a_newer_python_is_refused_only_if_it_lacks_packages(script: None, monke
 
 READ_BY_OLD = (
     "__init__.py", "base/__init__.py", "base/command_parser.py", "base/terminal.py", "base/version.py",
-    "environment/__init__.py", "environment/lock_file.py", "environment/package_sources.py",
-    "environment/requirements.py", "environment/running.py", "environment/torch_builds.py", "../tools/start.py",
+    "environment/__init__.py", "environment/lock_file.py", "environment/module_names.py",
+    "environment/package_sources.py", "environment/requirements.py", "environment/running.py",
+    "environment/torch_builds.py", "../tools/start.py",
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from library.data.plan.data_plan import DataPlan, build_plan
 from library.data.sources.folders.metadata_file import MetadataEntry
 from library.options.train import TrainOptions
 from library.processes.process_group import from_accelerator
-from library.protocols import Architecture, LatentCodec, LatentSpec
+from library.protocols import Architecture, LatentCodec
 from library.training.command_line.cli import CommandLine
 from library.training.command_line.main import report_error
 from library.training.failures.interruption import Interrupted, Interruption
@@ -39,7 +39,7 @@ def cache_images(
     `entries` is the metadata file if already read. Raises UserError.
     """
     if options.dataset.debug_dataset:
-        return show_data(options, codec.spec)
+        return show_data(build_plan(options, codec.spec, options.run.seed or 0, None, None))
     processes = from_accelerator(open_accelerator(options.precision.mixed_precision))
     seed = options.run.seed or 0
     plan = build_plan(options, codec.spec, seed, None, None, processes.count, entries)
@@ -50,7 +50,7 @@ def cache_images(
 def cache_captions(options: TrainOptions, arch: Architecture) -> None:
     """Encode every caption whose cache file is missing or stale. Raises UserError."""
     if options.dataset.debug_dataset:
-        show_data(options, arch.codec.spec)
+        show_data(build_plan(options, arch.codec.spec, options.run.seed or 0, None, None))
         return
     processes = from_accelerator(open_accelerator(options.precision.mixed_precision))
     compute = Compute.build(options.precision, processes.device)
@@ -63,9 +63,8 @@ def cache_captions(options: TrainOptions, arch: Architecture) -> None:
     prepare_text(text, options.caching, options.precision, arch, plan, compute, [], processes)
 
 
-def show_data(options: TrainOptions, spec: LatentSpec) -> DataPlan:
+def show_data(plan: DataPlan) -> DataPlan:
     """List the images as a training with --debug_dataset does, and encode nothing."""
-    plan = build_plan(options, spec, options.run.seed or 0, None, None)
     plan.audit(logger)
     show_batches(plan)
     return plan

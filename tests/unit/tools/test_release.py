@@ -12,7 +12,8 @@ import pytest
 from library.base.version import NAME, VERSION
 from tools import release
 
-ENVIRONMENT = ("lock_file", "package_sources", "requirements", "running", "torch_builds")  # what start imports
+# What start imports.
+ENVIRONMENT = ("lock_file", "module_names", "package_sources", "requirements", "running", "torch_builds")
 OTHERS = ("pyproject.toml", "requirements.txt")
 
 
@@ -21,7 +22,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a repository with the files that start needs, committed."""
     root = tmp_path / "repository"
     environment = [f"library/environment/{name}.py" for name in ("__init__", *ENVIRONMENT)]
-    base = [f"library/base/{name}.py" for name in ("__init__", "terminal", "version")]
+    base = [f"library/base/{name}.py" for name in ("__init__", "command_parser", "terminal", "version")]
     for name in ("tools/start.py", "tools/__init__.py", "library/__init__.py", *base, *environment, *OTHERS):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes((release.ROOT / name).read_bytes())
