@@ -117,6 +117,7 @@ def test_dropped_photos_become_a_file(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
 
 
+@pytest.mark.nightly
 def test_trainings_outlive_the_server_and_stop_and_go_on_in_every_tab(tmp_path: Path) -> None:
     copy_photos(tmp_path / "zheart", 4)
     suite = tmp_path / "suite"
