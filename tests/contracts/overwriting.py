@@ -165,6 +165,7 @@ WITHOUT_TARGET: Mapping[str, str] = {
     "tools/doctor.py": NOTHING,
     "tools/front_end.py": "installs into a front end, by its own journal: tests/runs/test_front_end.py",
     "tools/interrogate_lora.py": NOTHING,
+    "tools/page.py": "serves until it is stopped; what it writes: tests/page/",
     "tools/plan_memory.py": NOTHING,
     "tools/recipes.py": NOTHING,
     "tools/release.py": "refuses a folder that exists",
@@ -177,11 +178,13 @@ WITHOUT_TARGET: Mapping[str, str] = {
     "networks/check_lora_weights.py": NOTHING,
     "networks/lora_interrogator.py": NOTHING,
     "benchmarks/toys/evidence.py": "keeps the figures that are there, and replaces a table between marks in a page",
+    "benchmarks/recipe_heads.py": "replaces the lines that it wrote in the heads of recipes",
     "benchmarks/plan_models.py": "replaces the counts that it wrote, and a table between marks in a page",
     **{
         f"benchmarks/{name}.py": ELSEWHERE
         for name in (
             "adapters", "compiled_blocks", "denoisers", "format_errors", "gpu_step", "own_overhead", "quickstart",
+            "run_duration",
         )
     },
 }  # fmt: skip

@@ -95,7 +95,7 @@ def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) 
                 subset.pop(name)
             subset.pop("is_forgetting_probe")  # changes the list of images, too
             # States of runs without the key may have been saved before it existed.
-            for name in ("enable_multiline_caption", "trigger_word"):
+            for name in ("enable_multiline_caption", "fixed", "trigger_word"):
                 if not subset["captions"][name]:
                     subset["captions"].pop(name)
     images, captions = blake2b(digest_size=16), blake2b(digest_size=16)
