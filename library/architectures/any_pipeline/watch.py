@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial, wraps
+from functools import partial, update_wrapper
 from hashlib import blake2b
 from traceback import walk_tb
 from types import MethodType
@@ -43,7 +43,6 @@ SMALL = 4096  # values of a tensor that a stand-in keeps, such as the VAE's stat
 OFF = ("cache", "rewrite", "use_pe", "upsampling", "enhance", "binning")
 """Parts of the names of options that rewrite the caption, round the size or keep state between steps."""
 NUM_FRAMES = ("num_frames", "frames", "video_length")  # names of options
-WATCHED = "watched_class"  # holds the own class of a watched scheduler
 Size = tuple[int, int]  # height, width
 
 
@@ -213,10 +212,8 @@ class Watched:
     def set_scheduler(self, scheduler: Any) -> None:
         """Draw with a scheduler, whose functions are watched, also those of copies that the pipeline makes of it."""
         self.pipe.scheduler = scheduler
-        kind = unwatched(scheduler)
-        follows = {"step": self._step, "set_timesteps": self._set_timesteps}
-        functions = {name: follow(getattr(kind, name), call) for name, call in follows.items()}
-        scheduler.__class__ = type(kind.__name__, (kind,), {**functions, WATCHED: kind, "__module__": kind.__module__})
+        for name, watched in (("step", self._step), ("set_timesteps", self._set_timesteps)):
+            setattr(scheduler, name, Followed(watched, scheduler, name))
 
     def draw(self, prompt: str, size: Size, answers: Answers | None = None, *, steps: int = 2, **extra: Any) -> Trace:
         """Draw one image of `size` and return what was seen."""
@@ -365,24 +362,25 @@ def is_fake(model: nn.Module) -> bool:
     return isinstance(next(iter(model.parameters())), FakeTensor)
 
 
-def follow(function: Callable[..., Any], watched: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method that calls `watched` with the scheduler and with `function` bound to it."""
+class Followed:
+    """A function of a scheduler that is watched. A copy of the scheduler has its own; the class stays the scheduler's,
+    which some pipelines compare."""
 
-    @wraps(function)  # the pipelines look at the parameters that these functions have
-    def call(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-        return watched(scheduler, MethodType(function, scheduler), *args, **kwargs)
+    def __init__(self, watched: Callable[..., Any], scheduler: Any, name: str) -> None:
+        self.watched, self.scheduler, self.name = watched, scheduler, name
+        self.method = MethodType(getattr(type(scheduler), name), scheduler)
+        update_wrapper(self, self.method)  # the pipelines look at the parameters that these functions have
 
-    return call
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.watched(self.scheduler, self.method, *args, **kwargs)
 
-
-def unwatched(scheduler: Any) -> type[Any]:
-    """Return the scheduler's own class."""
-    kind: type[Any] = getattr(type(scheduler), WATCHED, type(scheduler))
-    return kind
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Followed":
+        return Followed(self.watched, memo.get(id(self.scheduler), self.scheduler), self.name)
 
 
 def copy_scheduler(scheduler: Any) -> Any:
     """Return a copy that is not watched."""
-    new = copy.deepcopy(scheduler)
-    new.__class__ = unwatched(scheduler)
-    return new
+    new = copy.copy(scheduler)
+    for name in ("step", "set_timesteps"):
+        vars(new).pop(name, None)
+    return copy.deepcopy(new)
