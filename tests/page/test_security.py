@@ -247,7 +247,7 @@ def test_links_out_of_the_chosen_folder_are_neither_shown_nor_trained(tmp_path: 
         choose_photos(inputs, tmp_path)
     del inputs["photos"]["link.png"]
     folders, _, texts = choose_photos(inputs, tmp_path)
-    assert [path.name for path in folders[0].photos] == ["00.png"] and "link.png" not in texts[0]
+    assert [photo.path.name for photo in folders[0].photos] == ["00.png"] and "link.png" not in texts[0]
 
 
 def test_a_photo_that_is_no_photo_is_answered_with_a_reason(server: Server) -> None:

@@ -77,7 +77,9 @@ class Recomputed:
 
         Like the base model, guide only part of the steps, with a limited norm, where it does.
         """
-        prompt = replace(build_prompt(self.context, self.batch, CONCEPT), scale=guidance)
+        prompt = replace(
+            build_prompt(self.context, self.batch, CONCEPT.unconditional, CONCEPT.num_steps, guidance), scale=guidance
+        )
         sigmas = [level.sigma for level in self.context.arch.preview.sampler(prompt).levels]
         latents = noise
         for n in range(5):

@@ -42,10 +42,10 @@ DIFFUSERS_SETTINGS = "lora_adapter_metadata"  # JSON in the metadata of diffuser
 PEFT_SETTINGS = "adapter_config.json"  # next to files by PEFT
 
 PeftSettings = Mapping[str, Mapping[str, Any]]
+"""PEFT's settings by sub-model ("unet", "text_encoder"); "" is the key for a file by PEFT itself."""
 LARGEST_SETTING = 1e9
 LONGEST_PATTERN = 1000
 SLOW_PATTERN = re.compile(r"\)[*+{]|([*+}].*){4}|\\\d")  # takes exponential time, or cubic and more
-"""PEFT's settings by sub-model ("unet", "text_encoder"); "" is the key for a file by PEFT itself."""
 
 
 @dataclass(frozen=True)
@@ -270,9 +270,14 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         patterns = settings.get(name) or {}
         if not isinstance(patterns, dict) or not all(map(is_pattern, patterns)):
             raise error_in(cause="unreadable")(f"{name} does not map short patterns of layer names to numbers")
-        require_numbers(name, patterns.values())
+        # AdaLoRA's is a mask of the ranks that are left.
+        require_numbers(name, [value for value in patterns.values() if not is_mask(value)])
     for name in ("lora_alpha", "alpha", "r"):
         require_numbers(name, [settings[name]] if settings.get(name) is not None else [])
+
+
+def is_mask(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, bool) for one in value)
 
 
 def require_numbers(name: str, values: Iterable[Any]) -> None:
