@@ -152,7 +152,7 @@ def test_preserved_samples_have_a_weight_and_the_noise_levels_of_few_steps(tiny_
     attributes = [{"diff_output_preservation": {"weight": 0.25, "num_steps": 4}}, {}]
     batch, plain = batch_of(seed=24, attributes=attributes), batch_of(seed=24)
     levels = []
-    for number in range(12):
+    for number in range(40):
         loss = loss_of(run, batch, number)
         noised, prediction_BCHW = calls[-1]
         learned = ((prediction_BCHW[1] - noised.noise_BCHW[1]) ** 2).mean() * 0.3
