@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 
 from library.models.unet_loader import UnetLoader
+from tests.hiding import hide
 from tests.running import Finished, make_images
 from tests.runs.test_resume import load_saved
 from tests.tiny.bases import BASES
@@ -266,8 +266,7 @@ def test_missing_inputs_are_named(
 def test_the_package_of_the_index_is_asked_for_before_anything_is_written(
     write_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    hide("pyarrow", monkeypatch)
     assert pack(tmp_path / "out", write_dataset) == 1
     assert "pip install pyarrow" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
