@@ -101,7 +101,8 @@ def test_a_folder_of_photos_becomes_an_adapter_that_draws(
     assert record.notes["Plan"][0].startswith("base") and any(
         line.startswith("It took") for line in record.notes["Use it"]
     )
-    assert len(record.photos) >= 3 and len(record.sheets) == 2 and record.previews.items[-1]["step"] == 2
+    # Two folders of `nested` hold the same two photos.
+    assert len(record.photos) >= 2 and len(record.sheets) == 2 and record.previews.items[-1]["step"] == 2
     assert printed.splitlines()[-1] == f"All else is in {out / 'mine.log'}"
     assert "import network module" not in printed and "import network module" in (out / "mine.log").read_text()
     assert all(path.read_bytes() == content for path, content in before.items())
