@@ -93,7 +93,8 @@ def draw_level(context: StepContext, batch: Batch, num_steps: int, generator: to
 def weights_of(batch: Batch) -> Tensor:
     """Return the weight of each sample's loss, with that of its preservation."""
     preserved = (read_preservation(attributes) for attributes in batch.attributes)
-    return batch.loss_weights_B * torch.tensor([1.0 if one is None else one.weight for one in preserved])
+    weights = [1.0 if one is None else one.weight for one in preserved]
+    return batch.loss_weights_B if set(weights) == {1.0} else batch.loss_weights_B * torch.tensor(weights)
 
 
 def loss_of(context: StepContext, batch: Batch, batch_number: int) -> Tensor:
