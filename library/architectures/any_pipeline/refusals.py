@@ -61,7 +61,10 @@ def name_script(name: str) -> str:
 
 CAUSES: Sequence[tuple[Callable[[Candidate], bool], str]] = (
     (
-        lambda p: any(part.startswith(("controlnet", "adapter")) for part in p.components) or "Control" in p.name,
+        lambda p: (
+            any(part.startswith(("controlnet", "adapter")) for part in p.components)
+            or re.search(r"ControlNet|Control(?!.*(Inpaint|Img2Img))", p.name) is not None
+        ),
         f"is steered by a ControlNet or an adapter that sees an image; {TEXT_TO_IMAGE}",
     ),
     (
