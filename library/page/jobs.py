@@ -152,14 +152,17 @@ class Trainings:
         if job is None or name not in describe(job, "")["files"] or folder not in map(str, find_adapter_folders()):
             return False
         path = Path(folder) / name
-        try:
-            with Path(job.output).with_name(name).open("rb") as source, path.open("xb") as target:
-                shutil.copyfileobj(source, target)
-        except FileExistsError:
-            raise of_file(path)("exists already and is kept; rename one of the two files") from None
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
+        with Path(job.output).with_name(name).open("rb") as source:
+            try:
+                target = path.open("xb")
+            except FileExistsError:
+                raise of_file(path)("exists already and is kept; rename one of the two files") from None
+            try:  # from here on the file is ours
+                with target:
+                    shutil.copyfileobj(source, target)
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
         return True
 
     # --- the process of the queue ---

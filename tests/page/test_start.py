@@ -4,13 +4,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from library.base.errors import UserError
 from library.environment.requirements import NEWEST_PYTHON, OLDEST_PYTHON
-from library.page.jobs import list_gpu_programs
+from library.page import jobs
+from library.page.jobs import Trainings, list_gpu_programs
 from library.page.server import serve
+from library.page.store import Store
 from tests.page.serving import serving
 from tests.running import ROOT
 from tools import start
@@ -94,3 +97,24 @@ def test_other_programs_on_the_gpu_are_named(tmp_path: Path, monkeypatch: pytest
     assert list_gpu_programs(frozenset([8])) == ["python (8000 MiB)"]
     write_program(tmp_path / "nvidia-smi", "exit 9")
     assert list_gpu_programs(frozenset()) == []
+
+
+def test_a_copy_that_fails_leaves_the_file_of_another_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter may vanish between the list and the copy; a file of its name belongs to somebody else."""
+    loras, job = tmp_path / "loras", SimpleNamespace(output=str(tmp_path / "out" / "cat"))
+    loras.mkdir()
+    (loras / "cat.safetensors").write_text("theirs")
+    monkeypatch.setattr(Trainings, "find_job", lambda self, run_id: job)
+    monkeypatch.setattr(jobs, "describe", lambda job, state: {"files": ["cat.safetensors"]})
+    monkeypatch.setattr(jobs, "find_adapter_folders", lambda: [loras])
+    trainings = Trainings(Store(tmp_path))
+    with pytest.raises(FileNotFoundError):
+        trainings.copy("x", "cat.safetensors", str(loras))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "cat.safetensors").write_text("ours")
+    with pytest.raises(UserError, match="exists already and is kept"):
+        trainings.copy("x", "cat.safetensors", str(loras))
+    assert (loras / "cat.safetensors").read_text() == "theirs"
+    (loras / "cat.safetensors").unlink()
+    assert trainings.copy("x", "cat.safetensors", str(loras))
+    assert (loras / "cat.safetensors").read_text() == "ours"
