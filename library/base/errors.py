@@ -5,13 +5,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
 Cause = Literal["missing", "unreadable", "wrong value", "does not fit", "needs", "would be lost", "not installed"]
 """What is wrong with a setting or a file. Front ends read it, so values are added and never changed."""
-
-
-ErrorT = TypeVar("ErrorT", bound="UserError")
 
 
 class UserError(ValueError):
@@ -42,16 +39,6 @@ class UserError(ValueError):
         self.cause: Cause | None = cause or ("wrong value" if setting is not None else None)
         self.file: str | None = None  # that the setting stands in; None for the command line
         self.reason: str | None = None  # the message without its path
-
-    @classmethod
-    def about(
-        cls: type[ErrorT], setting: str | None, reason: str, path: str | Path | None = None, **fields: Any
-    ) -> ErrorT:
-        return cast(ErrorT, about(setting, path, kind=cls, **fields)(reason))
-
-    @classmethod
-    def of_file(cls: type[ErrorT], path: str | Path, reason: str, **fields: Any) -> ErrorT:
-        return cls.about(None, reason, path, **fields)
 
     def __reduce__(self) -> Any:
         # Exceptions are copied by calling the class with its text, which fits few of the classes.

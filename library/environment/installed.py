@@ -1,7 +1,6 @@
 """Checks of installed packages against required versions."""
 
 import os
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,18 +41,13 @@ def find_lack(requirement: str) -> Lack | None:
 
 GET_TORCH = "reinstall it with `python3 tools/start.py setup`"
 SETUP_TORCH = "python3 tools/start.py setup --torch"
-SECONDS = 20  # for nvidia-smi to answer
 
 
 def list_nvidia_gpus() -> list[str]:
     """Return "name, driver version, memory" of each GPU that nvidia-smi lists; empty without a driver."""
     # nvidia-smi finds the GPU that a CPU build of torch does not see.
     command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line.strip() for line in result.stdout.splitlines() if line.strip()] if result.returncode == 0 else []
+    return [line.strip() for line in torch_builds.read(command).splitlines() if line.strip()]
 
 
 def explain_unused_gpu(torch: Any, gpus: Iterable[str]) -> str | None:

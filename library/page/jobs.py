@@ -12,6 +12,7 @@ from typing import Any
 
 from library.base.atomic_files import write_whole
 from library.base.errors import UserError, of_file
+from library.environment.torch_builds import read
 from library.page.model_folders import find_adapter_folders
 from library.page.store import Store, shorten_hash
 from library.training.report_page.page import ENDING
@@ -26,7 +27,6 @@ SHOWN: tuple[State, ...] = ("done", "failed", "waiting", "running")  # a later o
 STATE = re.compile(r"-step(\d{1,12})-state")
 WEIGHTS = ".safetensors"
 SMI = ("nvidia-smi", "--query-compute-apps=pid,process_name,used_gpu_memory", "--format=csv,noheader")
-SMI_S = 5.0
 
 
 def id_of(job: Job) -> str:
@@ -233,12 +233,6 @@ def read_step(adapter: Path) -> int | None:
 
 def list_gpu_programs(own_pids: frozenset[int]) -> list[str]:
     """Return the programs that use an NVIDIA GPU besides `own_pids`, with their memory; empty without one."""
-    if shutil.which(SMI[0]) is None:
-        return []
-    try:
-        done = subprocess.run(SMI, capture_output=True, text=True, timeout=SMI_S, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    rows = ([cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines())
+    rows = ([cell.strip() for cell in line.split(",")] for line in read([*SMI]).splitlines())
     return [f"{Path(row[1]).name} ({row[2]})" for row in rows if len(row) == 3 and row[0].isdecimal()
             and int(row[0]) not in own_pids]  # fmt: skip

@@ -43,8 +43,9 @@ def find_adapter_folders() -> list[Path]:
 
 def hub_cache() -> Path:
     """Return the folder of models that were downloaded from the Hugging Face hub."""
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    return Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
 
 
 def find_models(more: Sequence[Path]) -> list[Path]:

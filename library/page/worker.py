@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from library.base.atomic_files import write_whole
 from library.base.errors import UserError, of_file
 from library.page.model_folders import find_models
 from library.page.store import is_below, shorten_hash
@@ -154,9 +155,9 @@ def start(inputs: Mapping[str, Any], say: Say) -> dict[str, Any]:
     subsets = plan["texts"]["dataset"]["datasets"][0]["subsets"]
     for subset, path in zip(subsets, paths, strict=True):
         subset["metadata_file"] = str(path)
-    write(RunTexts(**plan["texts"]), files, Record(**plan["record"]))
     for path, text in zip(paths, plan["metadata"], strict=True):
-        path.write_text(text, encoding="utf-8", newline="\n")
+        write_whole(path, text)
+    write(RunTexts(**plan["texts"]), files, Record(**plan["record"]))
     script = plan["texts"]["script"]
     command = f"python3 {script} --config_file {quote(files.config)} --autoresume"
     run = add_job(Store(Path.cwd()).queue, files.config, script) if inputs["trains"] else None
