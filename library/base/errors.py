@@ -81,7 +81,7 @@ def about(
 
     def make(reason: str) -> UserError:
         start = " ".join(str(name) for name in (setting, path) if name is not None)
-        error = kind(f"{start}{reason}" if reason[:1] in (":", ",") else f"{start} {reason}", **fields)
+        error = kind(f"{start}{reason}" if reason[:1] in (":", ",") else f"{start} {reason}".lstrip(), **fields)
         error.complete(setting, path)
         error.cause = error.cause or ("wrong value" if setting is not None else None)
         error.reason = None if path is None else reason

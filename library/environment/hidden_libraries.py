@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 BITSANDBYTES = "bitsandbytes"
+_hidden: set[str] = set()  # by this module: what another program hides stays hidden
 
 
 @contextmanager
@@ -22,6 +23,7 @@ def hide_library(name: str) -> Iterator[None]:
     """
     if name not in sys.modules and not is_found_by_diffusers(name):
         sys.modules[name] = None  # type: ignore[assignment]  # makes Python's import fail
+        _hidden.add(name)
     try:
         yield
     finally:
@@ -30,8 +32,9 @@ def hide_library(name: str) -> Iterator[None]:
 
 def unhide_library(name: str) -> None:
     """Make a hidden library importable again, for example for an optimizer that needs bitsandbytes."""
-    if name in sys.modules and sys.modules[name] is None:
+    if name in _hidden and sys.modules.get(name, ...) is None:
         del sys.modules[name]
+    _hidden.discard(name)
 
 
 def is_found_by_diffusers(name: str) -> bool:

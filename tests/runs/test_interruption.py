@@ -133,7 +133,7 @@ def test_ctrl_c_in_the_readme_command_saves_adapter_and_state_and_says_how_to_co
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "slow"), sysconfig.get_path("purelib")])},
     )  # fmt: skip
     log = ""
-    while process.stdout is not None and "avr_loss" not in log and (read := process.stdout.read(1)):
+    while process.stdout is not None and " left" not in log and (read := process.stdout.read(1)):
         log += read
     os.killpg(process.pid, signal.SIGINT)
     log += process.communicate()[0]
