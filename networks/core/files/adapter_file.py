@@ -270,13 +270,13 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         patterns = settings.get(name) or {}
         if not isinstance(patterns, dict) or not all(map(is_pattern, patterns)):
             raise error_in(cause="unreadable")(f"{name} does not map short patterns of layer names to numbers")
-        # AdaLoRA's is a mask of the ranks that are left.
-        require_numbers(name, [value for value in patterns.values() if not is_mask(value)])
+        require_numbers(name, [v for v in patterns.values() if not (name == "rank_pattern" and is_mask(v))])
     for name in ("lora_alpha", "alpha", "r"):
         require_numbers(name, [settings[name]] if settings.get(name) is not None else [])
 
 
 def is_mask(value: Any) -> bool:
+    """Return True for what AdaLoRA writes in place of a rank: which of the ranks are left."""
     return isinstance(value, list) and all(isinstance(one, bool) for one in value)
 
 
@@ -319,8 +319,9 @@ def with_alpha(module: ModuleWeights, settings: PeftSettings) -> ModuleWeights:
     return replace(module, alpha_elsewhere=alpha_of(alpha * factor, module.rank, part_settings))
 
 
-def find_for_layer(patterns: Mapping[str, float] | None, path: str, otherwise: float | None) -> float | None:
-    """Return the number of the first of PEFT's patterns that matches the end of `path`, or `otherwise`."""
+def find_for_layer(patterns: Mapping[str, Any] | None, path: str, otherwise: float | None) -> float | None:
+    """Return the number of the first of PEFT's patterns that matches the end of `path`, or `otherwise`; a mask's is the
+    number of ranks that are left."""
     # The group keeps the alternatives of a pattern such as to_k|to_q together. PEFT matches the ends of paths.
     number = next((n for p, n in (patterns or {}).items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", path)), otherwise)
-    return None if number is None else float(number)
+    return None if number is None else float(sum(number) if is_mask(number) else number)

@@ -91,6 +91,14 @@ def test_an_alpha_pattern_with_alternatives_matches_the_end_of_a_path() -> None:
     assert parse_adapter(tensors, metadata, "").modules["unet.a.to_q"].scale == 0.5
 
 
+@pytest.mark.parametrize("value", [[], [True], "2", None, True, float("nan")])
+def test_an_alpha_pattern_without_a_number_is_refused(value: object, tmp_path: Path) -> None:
+    save_safetensors(tmp_path / "adapter_model.safetensors", {"base_model.model.q.lora_A.weight": randn(10, 4, 5)})
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 6, "alpha_pattern": {"q": value}}))
+    with pytest.raises(UserError, match="is damaged: alpha_pattern has"):
+        read_adapter_file(tmp_path / "adapter_model.safetensors")
+
+
 def test_rslora_alpha_in_peft_settings_is_divided_by_the_square_root_of_the_rank(tmp_path: Path) -> None:
     tensors = {"base_model.model.q.lora_A.weight": randn(10, 4, 5), "base_model.model.q.lora_B.weight": randn(11, 5, 4)}
     save_safetensors(tmp_path / "adapter_model.safetensors", tensors)
