@@ -64,8 +64,8 @@ def test_the_adapter_kind_learns_the_new_concept(words: str, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr.decode("utf-8", "replace")[-4000:]
     adapter, prompts = tmp_path / Path(start.ADAPTER).name, start.ROOT / start.PROMPTS
     before, after = draw_before_and_after(start.ROOT / start.TOY_BASE, adapter, prompts, tmp_path / "both.png")
-    assert before < MOST_BEFORE
-    assert after > LEAST_OF_KIND.get(words, LEAST_AFTER)
+    assert before.share < MOST_BEFORE
+    assert after.share > LEAST_OF_KIND.get(words, LEAST_AFTER)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -81,11 +81,14 @@ def sample(pipeline: Any, prompts: Sequence[Prompt], guidance: float = GUIDANCE_
     return drawn
 
 
+def find_right(images: Sequence[ImageArray], prompts: Sequence[Prompt]) -> list[bool]:
+    """Return for each image whether it has the shape, colour, background and style of its prompt."""
+    return [look_at(image).shows(parse_caption(prompt.caption)) for image, prompt in zip(images, prompts, strict=True)]
+
+
 def count_right(images: Sequence[ImageArray], prompts: Sequence[Prompt]) -> int:
     """Return the number of images with the shape, colour, background and style of their prompt."""
-    return sum(
-        look_at(image).shows(parse_caption(prompt.caption)) for image, prompt in zip(images, prompts, strict=True)
-    )
+    return sum(find_right(images, prompts))
 
 
 def merge_lora(pipeline: Any, weights: dict[str, Tensor], strength: float = 1.0) -> None:
