@@ -249,7 +249,7 @@ def lines_of(text: str, folder: Path) -> list[str]:
     text = re.sub(r"\x1b\[[A-Z]", "", text.replace(str(folder.parent), "FOLDER").replace(str(ROOT), "ROOT"))
     lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
     kept_lines = [line for line in lines if line and not re.search(r"\d+%\||it/s|s/it", line)]
-    varying = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|\d+(\.\d+)? ?(s|ms|min)\b|\d{14}|\b[0-9a-f]{40}\b"
+    varying = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|\d+(\.\d+)? ?(s|ms|min)\b|\d{14}|\b[0-9a-f]{40}\b|(?<=\+)[0-9a-f]{12}\b"
     # Its breakdown varies.
     return [re.sub(r"(a step took #).*", r"\1", re.sub(varying, "#", line)) for line in kept_lines]
 

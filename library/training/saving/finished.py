@@ -15,13 +15,16 @@ DIGEST = "ss_run_digest"
 
 
 def digest_run(options: TrainOptions, data: TrainingData, seed: int) -> str:
-    """Return a digest of all that determines the trained weights: options, length, seed and data."""
-    declarations = type(options).declarations()
+    """Return a digest of all that determines the trained weights: options, length, seed and data.
+
+    Options at their defaults are left out, so a release with more options makes the same digest.
+    """
     recorded = record_options(options)
     values = {
         name: recorded[name]
-        for name, declared in declarations.items()
+        for name, declared in type(options).declarations().items()
         if declared.affects_training and not declared.kept_in_state and declared.ignored is None
+        if recorded[name] != declared.default
     }
     text = json.dumps([values, seed, dict(data.identity)], sort_keys=True, default=str)
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
