@@ -44,8 +44,10 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def load_pipeline(base: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Load a diffusers folder of Stable Diffusion 1.x with DDIM sampling, without network access."""
+    from transformers import CLIPTextModel, CLIPTokenizer, logging
+
+    logging.set_verbosity_error()  # it warns of image processors that nothing here uses
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
 
     # StableDiffusionPipeline.from_pretrained of diffusers before 0.38 runs Python files of a folder unasked.
     parts: dict[str, type[Any]] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
