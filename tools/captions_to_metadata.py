@@ -18,11 +18,12 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.base.atomic_files import write_whole
+from library.base.command_parser import make_parser
 from library.base.errors import about, error_in, of_file
 from library.base.terminal import print_line
 from library.checkpoints.marks import digest_text, mark_of
 from library.checkpoints.overwriting import FileKind, check_target, known_by_start
-from library.commands.command import check_place, command, make_parser
+from library.commands.command import check_place, command
 from library.data.description.image_extensions import describe_unread, image_extensions
 from library.data.sources.folders.metadata_file import read_table
 from library.options.encodings import decode_utf8

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from library.architectures.specs import list_specs
+from library.base.command_parser import make_parser
 from library.base.errors import about
 from library.base.terminal import print_json, print_line
 from library.checkpoints.base_model import BaseModel
@@ -31,7 +32,7 @@ from library.checkpoints.headers import read_metadata
 from library.checkpoints.recognition import recognise_adapter
 from library.checkpoints.relative_change import format_change, relative_norm
 from library.commands.base_models import open_base_model
-from library.commands.command import add_file, command, make_parser
+from library.commands.command import add_file, command
 from library.models.identify import find_spec
 from networks.core.changes.parameter_keys import ALPHA
 from networks.core.files.adapter_file import (

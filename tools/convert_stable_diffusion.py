@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from library.architectures.sd import layouts
 from library.architectures.sd.load import TITLES, single_file_parts
+from library.base.command_parser import make_parser
 from library.base.errors import about
 from library.base.terminal import print_line
 from library.checkpoints import model_lookup
@@ -34,7 +35,7 @@ from library.checkpoints.marks import mark_folder, mark_of
 from library.checkpoints.saving import save_pickle_state_dict, save_safetensors
 from library.checkpoints.weights import Weights
 from library.commands.base_models import find_base
-from library.commands.command import SUFFIXES, check_output, check_output_folder, command, make_parser, parse_dtype
+from library.commands.command import SUFFIXES, check_output, check_output_folder, command, parse_dtype
 from library.memory.devices import SAVE_DTYPES
 from library.models.clip.clip import clip_of_folder
 from library.models.loading import Component

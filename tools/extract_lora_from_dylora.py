@@ -22,11 +22,12 @@ import torch
 from tqdm import tqdm
 
 from library.base.atomic_files import atomic_path
+from library.base.command_parser import make_parser
 from library.base.errors import UserError, about, error_in
 from library.base.json_text import parse_json
 from library.base.terminal import print_line
 from library.checkpoints.marks import mark_of
-from library.commands.command import add_options, check_extension, check_output, command, make_parser, with_comment
+from library.commands.command import add_options, check_extension, check_output, command, with_comment
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, require_layouts, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora, norm

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from library.base.command_parser import make_parser
 from library.base.errors import about
 from library.checkpoints.base_model import BaseModel
 from library.commands.adapter_files import write_lora
@@ -32,7 +33,6 @@ from library.commands.command import (
     check_finite,
     check_output,
     command,
-    make_parser,
     parse_dtype,
     resolve_device,
 )

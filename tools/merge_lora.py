@@ -27,6 +27,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from torch import Tensor
 from tqdm import tqdm
 
+from library.base.command_parser import make_parser
 from library.base.errors import UserError, about
 from library.base.randomness import generator_for
 from library.base.terminal import print_line
@@ -47,7 +48,6 @@ from library.commands.command import (
     check_output_folder,
     command,
     complete_options,
-    make_parser,
     resolve_ratios,
 )
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from library.base.command_parser import make_parser
 from library.base.errors import about, list_few
 from library.base.terminal import print_line
 from library.checkpoints import model_lookup
 from library.checkpoints.headers import read_metadata
 from library.checkpoints.marks import mark_of
 from library.checkpoints.weights import Weights
-from library.commands.command import add_options, check_output, command, make_parser, resolve_device, resolve_ratios
+from library.commands.command import add_options, check_output, command, resolve_device, resolve_ratios
 from library.memory.devices import SAVE_DTYPES
 from tools.merge_adapters import modelspec
 from tools.merge_lora import write

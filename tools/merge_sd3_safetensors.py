@@ -30,6 +30,7 @@ from library.architectures.sd3.load import (
 from library.architectures.sd3.model import read_config
 from library.architectures.sd3.options import Sd3TextOptions
 from library.architectures.specs import list_specs
+from library.base.command_parser import make_parser
 from library.base.errors import about
 from library.base.terminal import print_line
 from library.checkpoints import model_lookup
@@ -37,7 +38,7 @@ from library.checkpoints.headers import read_metadata
 from library.checkpoints.marks import mark_of
 from library.checkpoints.saving import save_safetensors
 from library.checkpoints.weights import Weights, configure, open_weights
-from library.commands.command import add_file_precision, check_safetensors_output, command, dtype_of_file, make_parser
+from library.commands.command import add_file_precision, check_safetensors_output, command, dtype_of_file
 from library.models.identify import base_of_file, refuse_other
 from library.models.vae.checkpoint_keys import VAE_PREFIX
 from library.models.vae.vae import vae_of_checkpoint

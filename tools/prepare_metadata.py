@@ -13,10 +13,11 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.base.command_parser import make_parser
 from library.base.errors import error_in
 from library.base.terminal import print_line
 from library.commands.base_models import find_base
-from library.commands.command import command, make_parser
+from library.commands.command import command
 from library.data.description.buckets import Size
 from library.data.sources.folders.metadata_file import parse_entries, read_table
 from library.data.sources.folders.metadata_listing import find_image

@@ -12,10 +12,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.base.command_parser import make_parser
 from library.base.errors import UserError, error_in
 from library.base.suggestions import did_you_mean
 from library.base.terminal import print_line
-from library.commands.command import command, make_parser
+from library.commands.command import command
 from library.training.command_line.recipes import FOLDER, Recipe, list_recipes
 
 EXAMPLES = """\

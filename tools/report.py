@@ -12,9 +12,10 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.base.atomic_files import write_whole
+from library.base.command_parser import make_parser
 from library.base.errors import error_in
 from library.checkpoints.overwriting import FileKind, check_target
-from library.commands.command import command, make_parser
+from library.commands.command import command
 from library.training.report_page.live import ReportServer
 from library.training.report_page.page import report_kind
 from library.training.report_page.record import Record

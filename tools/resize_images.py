@@ -25,11 +25,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from library.base.atomic_files import copy_atomically
+from library.base.command_parser import make_parser
 from library.base.errors import about, error_in
 from library.base.terminal import print_line
 from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import FileKind, check_target, marked
-from library.commands.command import check_at_least_one, command, make_parser
+from library.commands.command import check_at_least_one, command
 from library.data.decoding.images import Pixels, read_pixels, resize
 from library.data.description.buckets import Size
 from library.data.description.image_extensions import describe_unread, image_extensions

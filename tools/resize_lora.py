@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from library.base.command_parser import make_parser
 from library.base.errors import UserError, about
 from library.base.randomness import generator_for
 from library.base.terminal import print_line
@@ -31,7 +32,6 @@ from library.commands.command import (
     check_output,
     command,
     complete_options,
-    make_parser,
     parse_dtype,
     resolve_device,
     with_comment,

@@ -8,7 +8,7 @@ from tests.architecture.sources import python_files, scripts, text_of
 
 OF_THE_USER = (  # parts of the names of values that name a flag, a key, a file or a part of one
     "flag|path|file|folder|dir|key|name|place|origin|source|where|url|label|setting|argument|index|item|caption|target"
-    "|image|prefix|start|missing|install_command|describe|list_few|root"
+    "|image|prefix|start|missing|front_end|install_command|describe|list_few|root"
 )
 NAMED = re.compile(
     r"--[\w{]"  # a flag
@@ -51,6 +51,10 @@ def message_of(node: ast.expr) -> str:
     return f"{{{ast.unparse(node)}}}"
 
 
+def remedy_of(call: ast.Call) -> str:
+    return "".join(f"; {message_of(keyword.value)}" for keyword in call.keywords if keyword.arg == "remedy")
+
+
 def messages() -> Iterator[tuple[str, str]]:
     """Yield the file and text of every UserError that is made."""
     for path in (*python_files("library", "networks", "tools"), *scripts()):
@@ -59,10 +63,12 @@ def messages() -> Iterator[tuple[str, str]]:
                 match node:
                     case ast.Call(func=ast.Name("UserError"), args=[message, *_]):
                         yield path.as_posix(), message_of(message)
-                    case ast.Call(func=ast.Call(func=ast.Name("error_in")), args=[message]):
-                        yield path.as_posix(), message_of(message)
-                    case ast.Call(func=ast.Call(func=ast.Name("about" | "of_file"), args=[first, *_]), args=[reason]):
-                        yield path.as_posix(), f"{message_of(first)} {message_of(reason)}"
+                    case ast.Call(func=ast.Call(func=ast.Name("error_in")) as made, args=[message]):
+                        yield path.as_posix(), message_of(message) + remedy_of(made)
+                    case ast.Call(
+                        func=ast.Call(func=ast.Name("about" | "of_file"), args=[first, *_]) as made, args=[reason]
+                    ):
+                        yield path.as_posix(), f"{message_of(first)} {message_of(reason)}{remedy_of(made)}"
 
 
 def test_every_message_names_something_to_type_or_change() -> None:

@@ -306,6 +306,16 @@ def test_a_key_of_the_dataset_file_is_named_with_its_table(
         ("tools.resize_lora", ["--model", "no.safetensors", "--save_to", "b.xyz", "--new_rank", "4"], 1, "--save_to"),
         ("tools.merge_lora", ["--models", "a.safetensors", "--ratios", "x"], 2, None),
         ("train", ["--base", "no.safetensors", "photos", "mycat, a cat"], 1, "--base"),
+        ("tools.draw", ["no.safetensors", "--prompt", "a cat"], 1, "MODEL"),
+        ("tools.vote", ["--base", "no.safetensors", "--prompts", "no.txt"], 1, "--prompts"),
+        ("tools.doctor", ["--output_dir"], 2, None),
+        ("tools.front_end", ["no_folder"], 1, "folder"),
+        ("tools.plan_memory", ["--cards", "x"], 1, "--cards"),
+        ("tools.plan_memory", ["--script", "no.py"], 1, "--script"),
+        ("tools.plan_memory", ["--script", "train_network.py", "--sead", "3"], 2, "--sead"),
+        ("tools.run_queue", ["run", "--folder", "no_folder", "--gpus", "0,0"], 2, None),
+        ("tools.run_queue", ["remove", "--folder", "no_folder", "1"], 1, "--folder"),
+        ("tools.release", ["."], 1, None),
     ],
 )
 def test_tools_and_the_front_door_print_it_too(
