@@ -43,7 +43,11 @@ INIT = Kind(
 class InitArguments:
     """Initial values of the factors of a LoRA. By default up starts at zero and down at random."""
 
-    init: str | None = declare(INIT, None, f"One of {', '.join(INITS)}.")
+    init: str | None = declare(
+        INIT,
+        None,
+        f"How the factors start: one of {', '.join(INITS)}; pissa and olora for short trainings, at a lower rate.",
+    )
 
     switches: ClassVar[tuple[str, ...]] = ("init",)
     made_for: ClassVar[str] = "it says where the two factors of a LoRA start, and both of them train"

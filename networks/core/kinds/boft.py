@@ -175,8 +175,8 @@ class BoftArguments:
     """The network arguments of BOFT."""
 
     block_size: int | None = declare(
-        UNIT, None, "The size of the blocks, before --network_dim.", aliases=("boft_block_size",),
-        is_fixed_by_file=True,
+        UNIT, None, "The size of the blocks, before --network_dim; larger ones hold more.",
+        aliases=("boft_block_size",), is_fixed_by_file=True,
     )  # fmt: skip
     block_num: int = declare(
         RANK, 0, "How many blocks, in place of their size.", aliases=("boft_block_num",), is_fixed_by_file=True
@@ -185,10 +185,13 @@ class BoftArguments:
         UNIT, 1, "How many factors rotate one after the other.", is_fixed_by_file=True
     )
     enable_conv: bool = declare(
-        SWITCH, False, "Adapt larger kernels, without a size of their own.", is_fixed_by_file=True
+        SWITCH,
+        False,
+        "Adapt convolutions larger than 1x1 too; conv_dim does so with another size.",
+        is_fixed_by_file=True,
     )
     auto_adjust: bool = declare(
-        SWITCH, True, "Take the nearest size where one does not divide a layer.", is_fixed_by_file=True
+        SWITCH, True, "Take the nearest size where one does not divide a layer's inputs.", is_fixed_by_file=True
     )
 
 

@@ -306,7 +306,10 @@ class OftArguments:
     """The network arguments of OFT of outputs."""
 
     enable_conv: bool = declare(
-        SWITCH, False, "Adapt larger kernels, without a size of their own.", is_fixed_by_file=True
+        SWITCH,
+        False,
+        "Adapt convolutions larger than 1x1 too; conv_dim does so with another size.",
+        is_fixed_by_file=True,
     )
     enable_all_linear: bool = declare(
         SWITCH, False, "Adapt all layers of the blocks, not those of attention alone.", is_fixed_by_file=True
