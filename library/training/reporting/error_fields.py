@@ -12,6 +12,7 @@ from library.base.error_lines import ErrorFields, print_error_line, read_fields
 from library.base.errors import UserError
 from library.base.terminal import ERRORS_JSON
 from library.options.config_file import read_toml
+from library.options.toml_lines import find_line
 from library.training.config_file import CONFIG_FLAG, SECRETS, config_path, flatten
 
 HIDDEN = "***"
@@ -25,7 +26,15 @@ def describe_error(error: BaseException, values: Mapping[str, Any], paths: Colle
     """
     fields = read_fields(error)
     setting = fields.setting or find_setting(fields.path, values, paths)
-    return change_texts(replace(fields, setting=setting), lambda text: hide(text, values))
+    return change_texts(locate(replace(fields, setting=setting)), lambda text: hide(text, values))
+
+
+def locate(fields: ErrorFields) -> ErrorFields:
+    """Return the fields with the line of the setting in its TOML file as the place, where the file shows it."""
+    if fields.setting is None or fields.file is None or not fields.file.endswith(".toml"):
+        return fields
+    line = find_line(Path(fields.file), fields.setting, fields.place)
+    return fields if line is None else replace(fields, place=f"line {line}")
 
 
 def change_texts(fields: ErrorFields, change: Callable[[str], str]) -> ErrorFields:

@@ -128,6 +128,7 @@ def test_a_file_of_options_is_named_with_the_place(check: Check, tmp_path: Path)
     config.write_text("errors_json = true\nnetwork_dropout = 3.0\n")
     _, fields, _ = check("--config_file", str(config))
     assert fields is not None and (fields["setting"], fields["file"]) == ("--network_dropout", str(config))
+    assert fields["place"] == "line 2"
     _, fields, _ = check("--config_file", str(config), "--network_dropout", "4")
     assert fields is not None and (fields["setting"], fields["file"]) == ("--network_dropout", None)
     config.write_text("errors_json = true\nseed = 'x'\n")
@@ -272,19 +273,16 @@ class Failing(torch.utils.data.Dataset[UserError]):
         return of_file("a.png")("is damaged")
 
 
-SUBSET = "data['datasets'][0]['subsets'][0]"
-
-
 @pytest.mark.parametrize(
     ("lines", "setting", "place", "cause"),
     [
-        ("resolution = 64", "num_repeat", SUBSET, "wrong value"),
-        ("resolution = 64\nbatch_size = 'x'", "batch_size", "data['datasets'][0]", "wrong value"),
+        ("resolution = 64", "num_repeat", "line 5", "wrong value"),
+        ("resolution = 64\nbatch_size = 'x'", "batch_size", "line 3", "wrong value"),
         ("", "resolution", "data['datasets'][0]", "missing"),
-        ("resolution = 64", "is_forgetting_probe", SUBSET, "does not fit"),
+        ("resolution = 64", "is_forgetting_probe", "line 6", "does not fit"),
     ],
 )
-def test_a_key_of_the_dataset_file_is_named_with_its_table(
+def test_a_key_of_the_dataset_file_is_named_with_its_line_or_table(
     lines: str, setting: str, place: str, cause: str, tmp_path: Path
 ) -> None:
     keys = {"num_repeat": "num_repeat = 2", "is_forgetting_probe": "is_reg = true\nis_forgetting_probe = true"}
