@@ -263,7 +263,7 @@ def print_capabilities(args: argparse.Namespace) -> None:
     scripts = list_training_scripts()
     if args.script and args.script not in scripts:
         suggestion = nearest_name(args.script, scripts)
-        raise about("--script")(f"{args.script} is not a training script; use {suggestion or ', '.join(scripts)}")
+        raise about("--script")(f"{args.script} is not a training script", f"use {suggestion or ', '.join(scripts)}")
     capabilities = list_capabilities([args.script] if args.script else scripts)
     if args.docs is not None:
         path, page = args.docs, render_page(list_capabilities(scripts))

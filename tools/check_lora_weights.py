@@ -129,7 +129,7 @@ def judge(
     if lone_alphas and len(modules) > len(lone_alphas):
         warnings.append(f"alphas without weights, which have no effect: {list_some_keys(lone_alphas)}")
     if base_model is not None and summaries and not norms:
-        raise about("--base_model", base_model.path)(f"has none of the modules of {origin}; name its own base model")
+        raise about("--base_model", base_model.path)(f"has none of the modules of {origin}", "name its own base model")
     name = base.name if base else None
     alphas = {key: float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha") and tensor.numel() == 1}
     programs = readings(specs, shapes, metadata, alphas)

@@ -39,7 +39,7 @@ def compare(args: argparse.Namespace) -> None:
     """Write the page, or print the ranking. Raises UserError for a run that cannot be read."""
     if args.rank is not None:
         if args.runs:
-            raise error_in("--rank")("--rank takes a folder, and no other runs; leave one of them out")
+            raise error_in("--rank")("--rank takes a folder, and no other runs", "leave one of them out")
         rank(args.rank)
         return
     check_target("--output", args.output, COMPARISON, [path for path in args.runs if path.is_file()])

@@ -115,7 +115,7 @@ def choose_ranks(nested: Nested, unit: int | None, ranks: Sequence[int] | None) 
         wrong = [rank for rank in ranks if rank not in possible]
         if wrong:
             raise about("--rank")(
-                f"{wrong[0]}: the file has rank {nested.full_rank}{trained}; use one of {format_ranks(possible)}"
+                f"{wrong[0]}: the file has rank {nested.full_rank}{trained}", f"use one of {format_ranks(possible)}"
             )
         return sorted(set(ranks))
     unit = unit if unit is not None else nested.unit
@@ -128,7 +128,7 @@ def choose_ranks(nested: Nested, unit: int | None, ranks: Sequence[int] | None) 
     if unit < 1 or nested.full_rank % unit or unit % smallest:
         units = [n for n in possible if nested.full_rank % n == 0]
         raise about("--unit")(
-            f"{unit}: the file has rank {nested.full_rank}{trained}; use one of {format_ranks(units)}"
+            f"{unit}: the file has rank {nested.full_rank}{trained}", f"use one of {format_ranks(units)}"
         )
     return list(range(unit, nested.full_rank + 1, unit))
 

@@ -50,11 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     try:
         if ROOT.is_relative_to(args.folder.resolve()) and not (args.restore or args.check):
-            remedy = "clone the suite next to the front end and run it there"
-            raise error_in("folder", path=args.folder, remedy=remedy)(f"{args.folder} contains this suite")
+            raise error_in("folder", path=args.folder)(
+                f"{args.folder} contains this suite", "clone the suite next to the front end and run it there"
+            )
         if (args.folder / "tools" / "front_end.py").is_file() and not (args.restore or args.check):
-            raise error_in("folder", path=args.folder, remedy="give the folder of the front end")(
-                f"{args.folder} is a copy of this suite"
+            raise error_in("folder", path=args.folder)(
+                f"{args.folder} is a copy of this suite", "give the folder of the front end"
             )
         layouts = require_layouts(args.folder)
         if args.check:
@@ -72,9 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def require_layouts(front_end: Path) -> list[Layout]:
     """Return the folders of scripts in a front end. Raises UserError if there are none."""
     if not front_end.is_dir():
-        raise error_in("folder", path=front_end, remedy="use the folder of the front end")(
-            f"{front_end} is not a folder"
-        )
+        raise error_in("folder", path=front_end)(f"{front_end} is not a folder", "use the folder of the front end")
     layouts = find_layouts(front_end)
     if not layouts:
         names = ", ".join((*FOLDERS, *MUSUBI_FOLDERS))

@@ -107,7 +107,7 @@ def measure_changes(
     num_layers = len(clip_body(encoder).encoder.layers)
     if not 1 <= clip_skip <= num_layers:
         raise about("--clip_skip")(
-            f"is {clip_skip}, but the text encoder has {num_layers} layers; use 1 to {num_layers}"
+            f"is {clip_skip}, but the text encoder has {num_layers} layers", f"use 1 to {num_layers}"
         )
     plain, changed = encoder.to(device), merge_adapter(encoder, modules).to(device)
     batches = list(iterate_batches(tokenizer, batch_size))

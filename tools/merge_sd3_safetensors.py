@@ -110,8 +110,8 @@ def check(parts: Sequence[PartFile]) -> None:
     for part, weights in zip(parts[1:], opened[1:], strict=True):
         if part.flag == "--vae" and not any(key.removeprefix(VAE_PREFIX) == LDM_VAE for key in weights.shapes):
             raise about("--vae", part.path)(
-                f"has no {LDM_VAE}, so it is not a VAE in the original layout; use the one next to "
-                "the transformer's file instead of diffusers'"
+                f"has no {LDM_VAE}, so it is not a VAE in the original layout",
+                "use the one next to the transformer's file instead of diffusers'",
             )
     combined = combine_weights(collect_weights(parts, opened), dit.origin)
     present = [name for name in TEXT_PREFIXES if text_weights(name, Sd3TextOptions(), combined) is not None]
@@ -131,7 +131,7 @@ def find_file(part: PartFile) -> Path:
     """Return the path of a file. Raises UserError if it does not exist or is a folder."""
     path = model_lookup.find_model(part.flag, str(part.path), ())
     if path.is_dir():
-        raise about(part.flag, path)("is a folder; use a weight file")
+        raise about(part.flag, path)("is a folder", "use a weight file")
     return path
 
 

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.script is None:
             if training:
                 raise error_in("--script", cause="needs")(
-                    f"{training[0]} belongs to a training; add --script, such as flux_train_network.py"
+                    f"{training[0]} belongs to a training", "add --script, such as flux_train_network.py"
                 )
             show_models(gpus, args.system)
             return 0

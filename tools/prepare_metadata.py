@@ -43,8 +43,8 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
     path, spec = find_base("model_name_or_path", name, "unet", "vae")
     if not spec.folders:
         raise error_in(path=name, cause="does not fit")(
-            f"{name} is {spec.called} model; encode its images with its training script and --cache_latents_to_disk, "
-            "or with tools/make_shards.py"
+            f"{name} is {spec.called} model",
+            "encode its images with its training script and --cache_latents_to_disk, or with tools/make_shards.py",
         )
     values: dict[str, Any] = {key: getattr(args, key) for key in FORWARDED_OPTIONS}
     values |= {

@@ -42,7 +42,7 @@ def git(*words: str) -> bytes:
 def pack(folder: Path) -> None:
     """Write the archives of the current commit and their sums. Raises UserError for uncommitted changes."""
     if folder.exists():
-        raise of_file(folder, cause="would be lost")("exists; name a new folder")
+        raise of_file(folder, cause="would be lost")("exists", "name a new folder")
     if changed := git("status", "--porcelain", "--untracked-files=no").decode():
         raise UserError(f"`git commit` these changes first, the release would lack them:\n{changed.rstrip()}")
     name = f"{NAME}-{VERSION}"

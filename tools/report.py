@@ -47,7 +47,7 @@ def make_report(args: argparse.Namespace) -> None:
     path = args.output or args.events.with_name(f"{args.events.stem}-report.html")
     record = read_events(args.events)
     if record.is_empty:
-        raise error_in(path=args.events)(f"{args.events} has no events; use the file written by --log_events")
+        raise error_in(path=args.events)(f"{args.events} has no events", "use the file written by --log_events")
     kind = FileKind(f"{report_kind(record.name).name} with these events", partial(is_of_run, record))
     check_target("--output", path, kind, [args.events])
     write_whole(path, build_report(record))

@@ -63,7 +63,7 @@ def parse_resolutions(text: str) -> tuple[Size, ...]:
     matches = [re.fullmatch(r"(\d+)x(\d+)", part.strip()) for part in text.split(",")]
     sizes = tuple((int(match[1]), int(match[2])) for match in matches if match is not None)
     if len(sizes) < len(matches) or not all(map(min, sizes)):
-        raise about("--max_resolution")(f'is "{text}"; use sizes such as 1024x1024, separated by commas')
+        raise about("--max_resolution")(f'is "{text}"', "use sizes such as 1024x1024, separated by commas")
     return sizes
 
 
@@ -119,7 +119,7 @@ def check_names(images: Sequence[Path]) -> None:
         other = names.setdefault(image.stem, image)
         if other is not image:
             raise error_in(path=image, cause="would be lost")(
-                f"{other} and {image.name} differ only in their extension; rename one of them"
+                f"{other} and {image.name} differ only in their extension", "rename one of them"
             )
 
 
@@ -130,7 +130,7 @@ def resize_all(args: argparse.Namespace) -> None:
         raise error_in(path=source)(f"{source} is not a folder")
     if target.resolve() == source.resolve():
         raise error_in(path=target, cause="would be lost")(
-            f"{target} is the folder of the images themselves; use another one for the new files"
+            f"{target} is the folder of the images themselves", "use another one for the new files"
         )
     check_at_least_one(args, "divisible_by")
     filter_name = FILTERS[args.interpolation] if args.interpolation else None

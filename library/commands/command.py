@@ -123,7 +123,7 @@ def dtype_of_file(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
     if name.lower() not in FILE_PRECISIONS:
-        raise about("--save_precision")(f"is {name}; use one of {', '.join(FILE_PRECISIONS)}")
+        raise about("--save_precision")(f"is {name}", f"use one of {', '.join(FILE_PRECISIONS)}")
     return FILE_PRECISIONS[name.lower()]
 
 
@@ -144,7 +144,7 @@ def check_finite(flag: str, *numbers: float) -> None:
     """Raise UserError for NaN and infinity."""
     for number in numbers:
         if not math.isfinite(number):
-            raise about(flag)(f"has {number}; use a finite number")
+            raise about(flag)(f"has {number}", "use a finite number")
 
 
 def resolve_ratios(args: argparse.Namespace, unset: float) -> list[float]:
@@ -155,7 +155,7 @@ def resolve_ratios(args: argparse.Namespace, unset: float) -> list[float]:
     ratios = args.ratios or [unset] * len(args.models)
     check_finite("--ratios", *ratios)
     if len(ratios) != len(args.models):
-        raise about("--ratios")(f"has {len(ratios)} values, but --models {len(args.models)}; use one for each file")
+        raise about("--ratios")(f"has {len(ratios)} values, but --models {len(args.models)}", "use one for each file")
     return ratios
 
 
@@ -200,9 +200,9 @@ def check_folder(flag: str, path: Path) -> None:
     """Raise UserError if nothing can be created at `path`; missing parent folders are allowed."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir():
-        raise about(flag, path)(f": {folder} is a file, not a folder; use another folder")
+        raise about(flag, path)(f": {folder} is a file, not a folder", "use another folder")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise about(flag, path)(f": {folder} is not writable; change its permissions, or use another folder")
+        raise about(flag, path)(f": {folder} is not writable", "change its permissions, or use another folder")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -213,7 +213,7 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise about("--device")(f"{name} cannot be used ({reason}); use cpu, or cuda if there is a GPU") from None
+        raise about("--device")(f"{name} cannot be used ({reason})", "use cpu, or cuda if there is a GPU") from None
     return device
 
 

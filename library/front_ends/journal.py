@@ -77,9 +77,8 @@ def read_journal(place: Place) -> Journal | None:
             require_journal(journal)
             return journal
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            remedy = "rename it, and run the command again"
-            raise of_file(place.journal, cause="unreadable", remedy=remedy)(
-                "is damaged or not a journal of this tool"
+            raise of_file(place.journal, cause="unreadable")(
+                "is damaged or not a journal of this tool", "rename it, and run the command again"
             ) from error
     if os.path.lexists(place.original):
         raise of_file(place.original, cause="would be lost")(
@@ -110,8 +109,8 @@ def is_outside(path: str) -> bool:
 def write_journal(place: Place, journal: Journal) -> None:
     """Replace the journal at once. Raises UserError if `Place.part` is a file of the user's."""
     if not place.journal.exists() and os.path.lexists(place.part) and not is_begun_journal(place.part):
-        raise of_file(place.part, cause="would be lost", remedy="rename it")(
-            "was not made by this tool, which needs that name"
+        raise of_file(place.part, cause="would be lost")(
+            "was not made by this tool, which needs that name", "rename it"
         )
     text = MARK + json.dumps(asdict(journal), indent=1, ensure_ascii=False)[1:].lstrip() + "\n"
     with open(place.part, "w", encoding="utf-8", newline="\n") as file:

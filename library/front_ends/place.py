@@ -202,8 +202,8 @@ def remove_empty_folders(place: Place, journal: Journal) -> None:
 def set_aside(place: Place, path: str) -> None:
     """Move a file or folder that is not ours out of the way, and name it."""
     if place.aside.exists() and not place.aside.is_dir():
-        raise of_file(place.aside, cause="would be lost", remedy="rename that file")(
-            "is needed as the folder for files that are in the way"
+        raise of_file(place.aside, cause="would be lost")(
+            "is needed as the folder for files that are in the way", "rename that file"
         )
     target = find_free_name(place.aside / path)
     logger.warning("%s is not as installed, or is yours: it is moved to %s", place.folder / path, target)

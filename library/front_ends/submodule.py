@@ -33,11 +33,10 @@ def find_submodule(folder: Path, front_end: Path) -> Submodule | None:
     candidates = [path for path in (folder, *folder.parents) if path.is_relative_to(front_end)]
     if shutil.which("git") is None:
         if any((path / ".git").exists() for path in candidates):
-            raise of_file(
-                front_end,
-                cause="not installed",
-                remedy="install git, or run this command where the front end's own commands run",
-            )("is a git repository, but git is not found")
+            raise of_file(front_end, cause="not installed")(
+                "is a git repository, but git is not found",
+                "install git, or run this command where the front end's own commands run",
+            )
         return None
     for path in candidates:
         top = run_git(path.parent, "rev-parse", "--show-toplevel")

@@ -51,24 +51,36 @@ def message_of(node: ast.expr) -> str:
     return f"{{{ast.unparse(node)}}}"
 
 
-def remedy_of(call: ast.Call) -> str:
-    return "".join(f"; {message_of(keyword.value)}" for keyword in call.keywords if keyword.arg == "remedy")
-
-
 def messages() -> Iterator[tuple[str, str]]:
     """Yield the file and text of every UserError that is made."""
     for path in (*python_files("library", "networks", "tools"), *scripts()):
         if "base.errors import" in text_of(path):
             for node in ast.walk(ast.parse(text_of(path))):
                 match node:
-                    case ast.Call(func=ast.Name("UserError"), args=[message, *_]):
-                        yield path.as_posix(), message_of(message)
-                    case ast.Call(func=ast.Call(func=ast.Name("error_in")) as made, args=[message]):
-                        yield path.as_posix(), message_of(message) + remedy_of(made)
-                    case ast.Call(
-                        func=ast.Call(func=ast.Name("about" | "of_file"), args=[first, *_]) as made, args=[reason]
-                    ):
-                        yield path.as_posix(), f"{message_of(first)} {message_of(reason)}{remedy_of(made)}"
+                    case ast.Call(func=ast.Name("UserError") | ast.Call(func=ast.Name("error_in")), args=[*texts]):
+                        yield path.as_posix(), "; ".join(map(message_of, texts))
+                    case ast.Call(func=ast.Call(func=ast.Name("about" | "of_file"), args=[first, *_]), args=[*texts]):
+                        yield path.as_posix(), f"{message_of(first)} {'; '.join(map(message_of, texts))}"
+
+
+ADVICE = re.compile(
+    r"; (add|begin|change|check|choose|close|convert|copy|correct|delete|describe|download|draw|encode|enlarge|fetch"
+    r"|fix|free|give|install|keep|leave|list|load|look|lower|make|merge|move|name|pass|put|raise|re-save|remove|rename"
+    r"|replace|restart|restore|rewrite|run|save|see|set|shorten|start|store|swap|take|train|try|unset|use|widen|write)\b"
+)
+
+
+def test_advice_is_the_remedy_and_no_part_of_the_reason() -> None:
+    """`about("--rank")("is 0", "use at least 1")`: programs get the remedy by itself."""
+    made = r"(about|of_file|error_in)\(.*\)|UserError|NotThere|NoDataFound"
+    inside = [
+        f"{path}:{node.lineno}"
+        for path in (*python_files("library", "networks", "tools"), *scripts())
+        for node in ast.walk(ast.parse(text_of(path)))
+        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], (ast.Constant, ast.JoinedStr))
+        if ADVICE.search(message_of(node.args[0])) and re.fullmatch(made, ast.unparse(node.func), re.DOTALL)
+    ]
+    assert inside == []
 
 
 def test_every_message_names_something_to_type_or_change() -> None:

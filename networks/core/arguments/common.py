@@ -156,5 +156,5 @@ def check_blocks(arguments: NetworkArguments) -> None:
     """Raise UserError if conv_block_dims is given without block_dims or an *_lr_weight list."""
     if "conv_block_dims" in arguments.given and not any(name in arguments.given for name in IN_BLOCKS):
         raise error_in("--network_args conv_block_dims", cause="needs")(
-            "--network_args conv_block_dims needs block_dims; give both, or conv_dim for one rank everywhere"
+            "--network_args conv_block_dims needs block_dims", "give both, or conv_dim for one rank everywhere"
         )

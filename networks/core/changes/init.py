@@ -195,8 +195,8 @@ def orthogonal(layer: nn.Module, rank: int) -> Delta:
     """
     if rank % 2:
         raise error_in("--network_args init")(
-            f"--network_args init={ORTHOGONAL} needs even ranks, half for each factor, but a module has rank {rank}; "
-            f"set --network_dim (or the rank that this module has of --network_args) to {rank + 1}"
+            f"--network_args init={ORTHOGONAL} needs even ranks, half for each factor, but a module has rank {rank}",
+            f"set --network_dim (or the rank that this module has of --network_args) to {rank + 1}",
         )
     delta = LowRank(layer, rank)
     down, up = get_weight(delta.lora_down), get_weight(delta.lora_up)

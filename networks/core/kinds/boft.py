@@ -91,9 +91,9 @@ def sizes_for(num_columns: int, wanted: int, num_blocks: int, num_factors: int, 
     setting = f"boft_block_num={num_blocks}" if num_blocks else f"block_size={wanted}"
     if not sizes or num_blocks or not may_adjust:
         raise about("--network_args", cause="does not fit")(
-            f"{setting} with boft_n_butterfly_factor={num_factors} does not fit a layer with "
-            f"{num_columns} inputs, of which sizes {', '.join(map(str, sizes)) or 'none'} can be made; choose another, "
-            "or leave the layer out with exclude_patterns"
+            f"{setting} with boft_n_butterfly_factor={num_factors} does not fit a layer with {num_columns} inputs, of "
+            f"which sizes {', '.join(map(str, sizes)) or 'none'} can be made",
+            "choose another, or leave the layer out with exclude_patterns",
         )
     size = min(sizes, key=lambda size: (abs(size - wanted), size))
     return num_columns // size, size
@@ -208,8 +208,8 @@ def resolve(settings: NetworkSettings) -> NetworkSettings:
     boft = settings.arguments.of(BoftArguments)
     if boft.block_size and boft.block_num:
         raise error_in("--network_args block_size")(
-            f"--network_args block_size={boft.block_size} and boft_block_num={boft.block_num} say the same in two "
-            "ways; give one of them"
+            f"--network_args block_size={boft.block_size} and boft_block_num={boft.block_num} say the same in two ways",
+            "give one of them",
         )
     return resolve_blocks(settings, boft.block_size, boft.enable_conv)
 

@@ -164,8 +164,8 @@ def check_units(adapters: Sequence[Adapter], arguments: DyloraArguments) -> None
             lower = delta.rank - delta.rank % unit
             nearest = f"{lower} or {lower + unit}" if lower else str(unit)
             raise error_in(f"--network_args {name}")(
-                f"--network_args {name}={unit}: {target.name} has rank {delta.rank}, which is no multiple of it; "
-                f"set {setting} to {nearest}, or choose another {name}"
+                f"--network_args {name}={unit}: {target.name} has rank {delta.rank}, which is no multiple of it",
+                f"set {setting} to {nearest}, or choose another {name}",
             )
     if modules:
         full_rank, unit = largest_rank(modules, arguments)

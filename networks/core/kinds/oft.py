@@ -233,9 +233,8 @@ def make_fresh(
         if width % num_blocks or width == num_blocks:
             fits = max((number for number in range(1, min(num_blocks, width)) if width % number == 0), default=1)
             raise about("--network_dim")(
-                f"{num_blocks} is the number of blocks that outputs are turned in, and {path} has "
-                f"{width} of them; use a smaller number that divides it, such as {fits}, or --network_module "
-                "networks.oft_v2"
+                f"{num_blocks} is the number of blocks that outputs are turned in, and {path} has {width} of them",
+                f"use a smaller number that divides it, such as {fits}, or --network_module networks.oft_v2",
             )
         tensors[name] = torch.zeros(num_blocks, width // num_blocks, width // num_blocks)
     return OrthogonalOutputs(layer, tensors, drops)

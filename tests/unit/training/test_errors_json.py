@@ -209,7 +209,7 @@ def test_the_option_is_found_before_a_command_line_is_read(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "error",
     [
-        error_in("--b", path="c", place="line 1", cause="needs", remedy="d", others=["--e"])("a"),
+        error_in("--b", path="c", place="line 1", cause="needs", others=["--e"])("a", "d"),
         about("--vae", kind=NotThere)("is missing"),
         NoDataFound("use --dataset_config"),
         NonFiniteError("a", (1, 2)),
@@ -224,7 +224,7 @@ def test_an_error_is_the_same_in_another_process(error: UserError) -> None:
 
 
 def test_the_text_is_message_and_remedy() -> None:
-    error = error_in(remedy="use a number")("--seed is x")
+    error = error_in()("--seed is x", "use a number")
     assert (str(error), error.message, error.remedy) == ("--seed is x; use a number", "--seed is x", "use a number")
     error = about("--vae", "a b.safetensors")("is of another model")
     assert str(error) == "--vae a b.safetensors is of another model" and reason_of(error) == "is of another model"
