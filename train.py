@@ -14,7 +14,7 @@ EXAMPLES = """\
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    from library.commands.command import make_parser
+    from library.base.command_parser import make_parser
 
     parser = make_parser(__doc__, EXAMPLES)
     add_options(parser)

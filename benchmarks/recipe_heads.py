@@ -11,9 +11,10 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     import library  # noqa: F401  # checks the packages before they are imported
 
 from benchmarks.plan_models import gpus_of
+from library.base.command_parser import make_parser
 from library.base.formatting import format_gib
 from library.base.terminal import print_line
-from library.commands.command import command, make_parser
+from library.commands.command import command
 from library.memory.planner.gpus import LINUX
 from library.memory.planner.known import KnownModel, load_models, plan
 from library.training.command_line.recipes import FOLDER, Recipe, list_recipes

@@ -18,9 +18,10 @@ import numpy as np
 from PIL import Image
 
 import train
+from library.base.command_parser import make_parser
 from library.base.formatting import align_columns
 from library.base.terminal import print_line
-from library.commands.command import command, make_parser
+from library.commands.command import command
 from library.train_photos import session, training
 from library.train_photos.plan import Plan
 from tests.tiny.bases import BASES

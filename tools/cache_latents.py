@@ -69,7 +69,7 @@ def find_package(args: argparse.Namespace) -> str:
     flags = [name for name in ("sdxl", "flux", *list_families()) if getattr(args, name, False)]
     if len(flags) > 1:
         others = [f"--{flags[1]}"]
-        raise about(f"--{flags[0]}", others=others)(f"and {others[0]} name two base models; remove one of them")
+        raise about(f"--{flags[0]}", others=others)(f"and {others[0]} name two base models", "remove one of them")
     return flags[0] if flags else "sd"
 
 

@@ -17,12 +17,13 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.architectures.scripts import BY_PROMPTS, ROOT
 from library.architectures.specs import list_specs
 from library.base.atomic_files import atomic_path
+from library.base.command_parser import make_parser
 from library.base.errors import about
 from library.base.suggestions import nearest_name
 from library.base.terminal import print_json, print_line
 from library.base.version import NAME, VERSION
 from library.checkpoints.overwriting import FileKind, check_target, read_start
-from library.commands.command import command, make_parser
+from library.commands.command import command
 from library.commands.reference_page import HEAD, render_page
 from library.data.concepts.prompts_file import PAIR_KEYS, SLIDER_KEYS
 from library.data.description.schema import ALL_KEYS
@@ -262,7 +263,7 @@ def print_capabilities(args: argparse.Namespace) -> None:
     scripts = list_training_scripts()
     if args.script and args.script not in scripts:
         suggestion = nearest_name(args.script, scripts)
-        raise about("--script")(f"{args.script} is not a training script; use {suggestion or ', '.join(scripts)}")
+        raise about("--script")(f"{args.script} is not a training script", f"use {suggestion or ', '.join(scripts)}")
     capabilities = list_capabilities([args.script] if args.script else scripts)
     if args.docs is not None:
         path, page = args.docs, render_page(list_capabilities(scripts))

@@ -18,11 +18,12 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.base.atomic_files import write_whole
+from library.base.command_parser import make_parser
 from library.base.errors import about, error_in, of_file
 from library.base.terminal import print_line
 from library.checkpoints.marks import digest_text, mark_of
 from library.checkpoints.overwriting import FileKind, check_target, known_by_start
-from library.commands.command import check_place, command, make_parser
+from library.commands.command import check_place, command
 from library.data.description.image_extensions import describe_unread, image_extensions
 from library.data.sources.folders.metadata_file import read_table
 from library.options.encodings import decode_utf8
@@ -54,7 +55,7 @@ def list_images(folder: Path, is_recursive: bool) -> list[Path]:
 def check_name(path: Path) -> None:
     """Raise UserError if the name ends in .jsonl, or the file cannot be written."""
     if path.suffix.lower() == ".jsonl":
-        raise of_file(path)(": the metadata file is a JSON object, not JSON lines; use a name that ends in .json")
+        raise of_file(path)(": the metadata file is a JSON object, not JSON lines", "use a name that ends in .json")
     # No inputs are passed: as in sd-scripts, several calls may collect into one file, which is then also read.
     check_place("out_json", path, METADATA)
 
@@ -110,7 +111,7 @@ def check_keys(images: Sequence[Path], is_full: bool) -> None:
         other = seen.setdefault(image_key(image, is_full), image)
         if other is not image:
             raise error_in("--full_path", path=image, cause="would be lost")(
-                f"{other} and {image} have the same key, {image.stem}; use --full_path, or rename one"
+                f"{other} and {image} have the same key, {image.stem}", "use --full_path, or rename one"
             )
 
 
@@ -134,7 +135,7 @@ def collect(args: argparse.Namespace) -> None:
             table.setdefault(image_key(image, args.full_path), {})[args.field] = text
     if len(missing) == len(images):
         raise error_in("--caption_extension", cause="missing")(
-            f"none of the {len(images)} images has a {extension} file; set --caption_extension"
+            f"none of the {len(images)} images has a {extension} file", "set --caption_extension"
         )
     if missing:
         logger.warning(

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from library.architectures.specs import list_specs
+from library.base.command_parser import make_parser
 from library.base.errors import about
 from library.base.terminal import print_json, print_line
 from library.checkpoints.base_model import BaseModel
@@ -31,7 +32,7 @@ from library.checkpoints.headers import read_metadata
 from library.checkpoints.recognition import recognise_adapter
 from library.checkpoints.relative_change import format_change, relative_norm
 from library.commands.base_models import open_base_model
-from library.commands.command import add_file, command, make_parser
+from library.commands.command import add_file, command
 from library.models.identify import find_spec
 from networks.core.changes.parameter_keys import ALPHA
 from networks.core.files.adapter_file import (
@@ -128,7 +129,7 @@ def judge(
     if lone_alphas and len(modules) > len(lone_alphas):
         warnings.append(f"alphas without weights, which have no effect: {list_some_keys(lone_alphas)}")
     if base_model is not None and summaries and not norms:
-        raise about("--base_model", base_model.path)(f"has none of the modules of {origin}; name its own base model")
+        raise about("--base_model", base_model.path)(f"has none of the modules of {origin}", "name its own base model")
     name = base.name if base else None
     alphas = {key: float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha") and tensor.numel() == 1}
     programs = readings(specs, shapes, metadata, alphas)

@@ -80,7 +80,7 @@ def choose_seed(seed: int | None, files: Sequence[Path]) -> int:
     seeds = {read_metadata(path).get("ss_seed", "") for path in files}
     if len(seeds) != 1 or not (text := seeds.pop()).isdigit():
         raise about("--seed", cause="missing")(
-            "is not set, and the files record no common seed; set --seed to that of the training"
+            "is not set, and the files record no common seed", "set --seed to that of the training"
         )
     logger.info("--seed is not set: using %s from the files", text)
     return int(text)
@@ -163,7 +163,7 @@ def read_columns(options: PreviewOptions, arch: Architecture, seeds: Sequence[in
     if not options.score_previews:
         if seeds or options.score_models:
             flag = "--seeds" if seeds else "--score_models"
-            raise about(flag)("has no effect without --score_previews, which draws images and scores them; add it")
+            raise about(flag)("has no effect without --score_previews, which draws images and scores them", "add it")
         return []
     specs = read_prompts(Path(options.sample_prompts)) if options.sample_prompts else []
     if not specs:
@@ -197,7 +197,7 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     sides, losses = losses_of_files(options, text_plan, arch, plan, seed, [None, *files], find_device())
     choice = choose_measured(measure_files(sides, list(losses)), is_held_out=sides.held_out is not None)
     if choice is None:
-        raise error_in("--mixed_precision")("the loss of every file is NaN; use --mixed_precision bf16 or no")
+        raise error_in("--mixed_precision")("the loss of every file is NaN", "use --mixed_precision bf16 or no")
     if scorer is not None:
         rows = [Row([], columns), *(Row([(file, 1.0)], columns) for file in files)]
         # The models are loaded again: drawing moves text encoders and VAE as contact sheets do.

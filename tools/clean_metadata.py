@@ -15,8 +15,9 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.base.command_parser import make_parser
 from library.base.terminal import print_line
-from library.commands.command import command, make_parser
+from library.commands.command import command
 from library.data.sources.folders.metadata_file import read_table
 from tools.captions_to_metadata import check_name, write_table
 

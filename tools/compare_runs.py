@@ -11,10 +11,11 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.base.atomic_files import write_whole
+from library.base.command_parser import make_parser
 from library.base.errors import error_in
 from library.base.terminal import print_line
 from library.checkpoints.overwriting import check_target
-from library.commands.command import command, make_parser
+from library.commands.command import command
 from library.training.report_page.comparison import build_comparison
 from library.training.report_page.page import COMPARISON, same_title
 from library.training.sweep.ranked_reports import rank_reports
@@ -38,7 +39,7 @@ def compare(args: argparse.Namespace) -> None:
     """Write the page, or print the ranking. Raises UserError for a run that cannot be read."""
     if args.rank is not None:
         if args.runs:
-            raise error_in("--rank")("--rank takes a folder, and no other runs; leave one of them out")
+            raise error_in("--rank")("--rank takes a folder, and no other runs", "leave one of them out")
         rank(args.rank)
         return
     check_target("--output", args.output, COMPARISON, [path for path in args.runs if path.is_file()])

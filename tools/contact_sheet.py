@@ -118,7 +118,7 @@ def choose_files(named: list[Path] | None, saving: SavingOptions) -> list[Path]:
     names = Names.build(saving)
     files = files_of_run(names)
     if not files:
-        raise about("--output_dir", names.folder)("contains no adapter files of this name; list some with --files")
+        raise about("--output_dir", names.folder)("contains no adapter files of this name", "list some with --files")
     return files
 
 
@@ -201,7 +201,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
         else args.sheet
     )
     if target is None:
-        raise about("--sheet", cause="missing")("is not set; set the PNG to write, or --output_dir")
+        raise about("--sheet", cause="missing")("is not set", "set the PNG to write, or --output_dir")
     check_target("--sheet", target, written_by(WRITER, target), [*files, Path(options.preview.sample_prompts)])
     files = drop_copies(files)
     arch, device = base.build(options), find_device()

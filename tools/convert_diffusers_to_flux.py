@@ -15,13 +15,14 @@ from tqdm import tqdm
 
 from library.architectures.flux.layers import DIFFUSERS_MARK, KEYS
 from library.architectures.specs import list_specs
+from library.base.command_parser import make_parser
 from library.base.errors import about
 from library.base.terminal import print_line
 from library.checkpoints import model_lookup
 from library.checkpoints.marks import mark_of
 from library.checkpoints.saving import save_safetensors
 from library.checkpoints.weights import Weights, list_first_names
-from library.commands.command import add_file_precision, check_safetensors_output, command, dtype_of_file, make_parser
+from library.commands.command import add_file_precision, check_safetensors_output, command, dtype_of_file
 from library.models.identify import base_of_file
 
 FLAG = "--diffusers_path"

@@ -41,11 +41,11 @@ def rename(base: str, to: FileNaming, back: FileNaming | None, args: argparse.Na
     tool.check_output("dst_path", args.dst_path, WRITER, [args.src_path])
     spec = spec_for_file(read_adapter(args.src_path, "src_path"), str(args.src_path))
     if spec.name != base:
-        raise of_file(args.src_path)(f"is an adapter of {spec.title}; use tools/convert_lora.py")
+        raise of_file(args.src_path)(f"is an adapter of {spec.title}", "use tools/convert_lora.py")
     if args.reverse and back is None:
         raise about("--reverse")(
-            f": {args.src_path} needs no renaming, because training and all tools use ComfyUI's names for "
-            f"{spec.title}; pass it to --network_weights as it is"
+            f": {args.src_path} needs no renaming, because training and all tools use ComfyUI's names for {spec.title}",
+            "pass it to --network_weights as it is",
         )
     renamed = convert(args.src_path, args.dst_path, (back or to) if args.reverse else to, drop_unsupported=False)
     print_line(f"{args.dst_path}: {len(renamed.file.modules)} modules renamed")

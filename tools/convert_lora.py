@@ -15,6 +15,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import library  # noqa: F401  # checks the packages before they are imported
 
+from library.base.command_parser import make_parser
 from library.base.errors import about
 from library.base.terminal import print_line
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
@@ -22,7 +23,7 @@ from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.compatibility import programs_that_read
 from library.checkpoints.marks import mark_of
 from library.commands.adapter_files import read_adapter, spec_for_file
-from library.commands.command import add_options, check_output, command, make_parser
+from library.commands.command import add_options, check_output, command
 from networks.core.files.adapter_file import save_adapter_file
 from networks.core.files.renaming import Renamed, list_some_keys, rename
 

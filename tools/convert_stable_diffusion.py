@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from library.architectures.sd import layouts
 from library.architectures.sd.load import TITLES, single_file_parts
+from library.base.command_parser import make_parser
 from library.base.errors import about
 from library.base.terminal import print_line
 from library.checkpoints import model_lookup
@@ -34,7 +35,7 @@ from library.checkpoints.marks import mark_folder, mark_of
 from library.checkpoints.saving import save_pickle_state_dict, save_safetensors
 from library.checkpoints.weights import Weights
 from library.commands.base_models import find_base
-from library.commands.command import SUFFIXES, check_output, check_output_folder, command, make_parser, parse_dtype
+from library.commands.command import SUFFIXES, check_output, check_output_folder, command, parse_dtype
 from library.memory.devices import SAVE_DTYPES
 from library.models.clip.clip import clip_of_folder
 from library.models.loading import Component
@@ -67,10 +68,10 @@ def open_source(name: str, required: str | None, variant: str | None) -> Opened:
     if spec.name not in TITLES:
         raise about(SOURCE)(f"{path}: this is {spec.called} model; this command supports only SD 1.x and SD 2.x")
     if required not in (None, spec.name):
-        raise about(SOURCE)(f"{path}: this is {spec.called} model; remove --{'v1' if required == 'sd1' else 'v2'}")
+        raise about(SOURCE)(f"{path}: this is {spec.called} model", f"remove --{'v1' if required == 'sd1' else 'v2'}")
     if not path.is_dir():
         if variant is not None:
-            raise about("--variant")(f"selects files in a diffusers folder, but {SOURCE} {path} is a file; remove it")
+            raise about("--variant")(f"selects files in a diffusers folder, but {SOURCE} {path} is a file", "remove it")
         weights = model_lookup.open_file(SOURCE, path)
         parts = {**single_file_parts(SOURCE, weights, spec.name), "vae": vae_of_checkpoint(SOURCE, weights)}
         return Opened(path, spec.name, parts, weights)
@@ -119,7 +120,7 @@ def parse_metadata(text: str | None) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(
         isinstance(string, str) for item in metadata.items() for string in item
     ):
-        raise about("--metadata")(f"""{text} is not a mapping of strings; write it as '{{"name": "my model"}}'""")
+        raise about("--metadata")(f"{text} is not a mapping of strings", """write it as '{"name": "my model"}'""")
     return metadata
 
 
@@ -146,12 +147,12 @@ def find_reference(model: Opened, name: str | None) -> Path:
         except ConnectionError as error:
             raise about("--reference_model", cause="missing")(
                 f"{name or 'is not set'}: a file has neither scheduler nor tokenizer, and "
-                f"{name or REFERENCES[model.base]} cannot be downloaded ({error}); use a diffusers folder of "
-                f"{TITLES[model.base]}"
+                f"{name or REFERENCES[model.base]} cannot be downloaded ({error})",
+                f"use a diffusers folder of {TITLES[model.base]}",
             ) from error
     missing = [part for part in ("scheduler/scheduler_config.json", "tokenizer") if not (path / part).exists()]
     if missing:
-        raise about("--reference_model", path)(f"has no {missing[0]}; use a diffusers folder of the same model")
+        raise about("--reference_model", path)(f"has no {missing[0]}", "use a diffusers folder of the same model")
     return path
 
 

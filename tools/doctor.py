@@ -25,6 +25,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(ROOT))
 
 from library.base.command_parser import make_parser  # noqa: E402
+from library.base.errors import UserError  # noqa: E402
 from library.base.terminal import print_line  # noqa: E402
 from library.environment.installed import (  # noqa: E402
     GET_TORCH,
@@ -38,7 +39,7 @@ from library.environment.installed import (  # noqa: E402
 from library.environment.packages import version_of  # noqa: E402
 from library.environment.requirements import package_of, python_problem, suggest_python  # noqa: E402
 from library.environment.torch_builds import list_compiler_needs  # noqa: E402
-from library.front_ends.journal import FrontEndError, Place, compare_with_journal, read_journal  # noqa: E402
+from library.front_ends.journal import Place, compare_with_journal, read_journal  # noqa: E402
 
 GIB = 2**30
 LEAST_FREE_GIB = 8  # main memory, through which checkpoints are loaded
@@ -86,7 +87,7 @@ def suite_line(place: Place) -> Line:
     """Report the revision of this suite; inside a front end, whether its files are as they were installed."""
     try:
         journal = read_journal(place) if place.journal.exists() else None
-    except FrontEndError as error:
+    except UserError as error:
         return Line("suite", "its files cannot be checked", hide_user_name(str(error)), True)
     if journal is None:
         return Line("suite", revision())

@@ -88,7 +88,7 @@ def read_specs(args: argparse.Namespace) -> list[PromptSpec]:
     """Return the prompts of --prompt and --prompts, all with a seed. Raises UserError if there are none."""
     if not args.prompt and not args.prompts:
         raise error_in("--prompt", others=["--prompts"], cause="missing")(
-            "there is nothing to draw; give --prompt, or --prompts with a file"
+            "there is nothing to draw", "give --prompt, or --prompts with a file"
         )
     lines = enumerate(args.prompt, 1)
     specs = [spec for number, line in lines for spec in parse_strip(line, f"--prompt {number}")]

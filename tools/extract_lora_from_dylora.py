@@ -22,11 +22,12 @@ import torch
 from tqdm import tqdm
 
 from library.base.atomic_files import atomic_path
+from library.base.command_parser import make_parser
 from library.base.errors import UserError, about, error_in
 from library.base.json_text import parse_json
 from library.base.terminal import print_line
 from library.checkpoints.marks import mark_of
-from library.commands.command import add_options, check_extension, check_output, command, make_parser, with_comment
+from library.commands.command import add_options, check_extension, check_output, command, with_comment
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, require_layouts, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora, norm
@@ -114,7 +115,7 @@ def choose_ranks(nested: Nested, unit: int | None, ranks: Sequence[int] | None) 
         wrong = [rank for rank in ranks if rank not in possible]
         if wrong:
             raise about("--rank")(
-                f"{wrong[0]}: the file has rank {nested.full_rank}{trained}; use one of {format_ranks(possible)}"
+                f"{wrong[0]}: the file has rank {nested.full_rank}{trained}", f"use one of {format_ranks(possible)}"
             )
         return sorted(set(ranks))
     unit = unit if unit is not None else nested.unit
@@ -127,7 +128,7 @@ def choose_ranks(nested: Nested, unit: int | None, ranks: Sequence[int] | None) 
     if unit < 1 or nested.full_rank % unit or unit % smallest:
         units = [n for n in possible if nested.full_rank % n == 0]
         raise about("--unit")(
-            f"{unit}: the file has rank {nested.full_rank}{trained}; use one of {format_ranks(units)}"
+            f"{unit}: the file has rank {nested.full_rank}{trained}", f"use one of {format_ranks(units)}"
         )
     return list(range(unit, nested.full_rank + 1, unit))
 

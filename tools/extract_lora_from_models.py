@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from library.base.command_parser import make_parser
 from library.base.errors import about
 from library.checkpoints.base_model import BaseModel
 from library.commands.adapter_files import write_lora
@@ -32,7 +33,6 @@ from library.commands.command import (
     check_finite,
     check_output,
     command,
-    make_parser,
     parse_dtype,
     resolve_device,
 )
@@ -59,8 +59,8 @@ def subtract_weights(org: BaseModel, tuned: BaseModel, name: str) -> Tensor:
         # NaN exceeds no --min_diff, so a damaged text encoder would count as unchanged.
         if num_bad := int((~torch.isfinite(weight)).sum()):
             raise about(flag, base.path, cause="unreadable")(
-                f": {name} has {num_bad} of {weight.numel()} values that are not finite; the "
-                "checkpoint is damaged; use another one"
+                f": {name} has {num_bad} of {weight.numel()} values that are not finite; the checkpoint is damaged",
+                "use another one",
             )
     return weights[1] - weights[0]
 
@@ -183,7 +183,7 @@ def check(args: argparse.Namespace) -> None:
     check_at_least_one(args, "dim", "conv_dim")
     if not 0.5 < args.clamp_quantile <= 1:
         raise about("--clamp_quantile")(
-            f"is {args.clamp_quantile:g}; use a value above 0.5 and up to 1, which disables it"
+            f"is {args.clamp_quantile:g}", "use a value above 0.5 and up to 1, which disables it"
         )
     check_finite("--min_diff", args.min_diff)
     check_output("--save_to", args.save_to, WRITER, [args.model_org, args.model_tuned])
@@ -194,11 +194,11 @@ def check_bases(args: argparse.Namespace, org: BaseModel, tuned: BaseModel) -> N
     org_spec, tuned_spec = spec_for(org), spec_for(tuned)
     if org_spec.name != tuned_spec.name:
         raise about("--model_org")(
-            f"is {org_spec.called} model, --model_tuned {tuned_spec.called} model; use two of one kind"
+            f"is {org_spec.called} model, --model_tuned {tuned_spec.called} model", "use two of one kind"
         )
     for flag, base in (("v2", "sd2"), ("sdxl", "sdxl")):
         if getattr(args, flag) and org_spec.name != base:
-            raise about(f"--{flag}")(f": --model_org {org.path} is of {org_spec.title}; remove --{flag}")
+            raise about(f"--{flag}")(f": --model_org {org.path} is of {org_spec.title}", f"remove --{flag}")
 
 
 def extract(args: argparse.Namespace) -> None:

@@ -16,9 +16,11 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     NEEDS_PACKAGES = False  # read by library/environment/requirements.py
 
 from library.base.command_parser import make_parser
-from library.base.terminal import EscapedTexts, print_error, print_line
+from library.base.error_lines import fail
+from library.base.errors import UserError, error_in
+from library.base.terminal import EscapedTexts, print_line
 from library.base.version import VERSION
-from library.front_ends.journal import FrontEndError, compare_with_journal, read_journal
+from library.front_ends.journal import compare_with_journal, read_journal
 from library.front_ends.layouts import FOLDERS, MUSUBI_FOLDERS, ROOT, Layout, find_layouts
 from library.front_ends.place import install, restore
 from library.front_ends.submodule import NONE, find_submodule, read_update
@@ -48,19 +50,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     try:
         if ROOT.is_relative_to(args.folder.resolve()) and not (args.restore or args.check):
-            raise FrontEndError(
-                f"{args.folder} contains this suite; clone the suite next to the front end and run it there"
+            raise error_in("folder", path=args.folder)(
+                f"{args.folder} contains this suite", "clone the suite next to the front end and run it there"
             )
         if (args.folder / "tools" / "front_end.py").is_file() and not (args.restore or args.check):
-            raise FrontEndError(f"{args.folder} is a copy of this suite; give the folder of the front end")
+            raise error_in("folder", path=args.folder)(
+                f"{args.folder} is a copy of this suite", "give the folder of the front end"
+            )
         layouts = require_layouts(args.folder)
         if args.check:
             return check(args.folder, layouts)
         for layout in layouts if not args.restore else find_installed(args.folder, layouts):
             change(layout, args.folder, args.restore)
-    except (FrontEndError, OSError) as error:
-        print_error(error)
-        return 1
+    except (UserError, OSError) as error:
+        return fail(error, argv)
     except KeyboardInterrupt:
         print_line("stopped; run the same command again to continue, or --restore to undo it", sys.stderr)
         return 130
@@ -68,18 +71,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def require_layouts(front_end: Path) -> list[Layout]:
-    """Return the folders of scripts in a front end. Raises FrontEndError if there are none."""
+    """Return the folders of scripts in a front end. Raises UserError if there are none."""
     if not front_end.is_dir():
-        raise FrontEndError(f"{front_end} is not a folder; use the folder of the front end")
+        raise error_in("folder", path=front_end)(f"{front_end} is not a folder", "use the folder of the front end")
     layouts = find_layouts(front_end)
     if not layouts:
         names = ", ".join((*FOLDERS, *MUSUBI_FOLDERS))
-        raise FrontEndError(f"{front_end} has none of the folders {names}; is it a front end for sd-scripts?")
+        raise error_in("folder", path=front_end)(
+            f"{front_end} has none of the folders {names}; is it a front end for sd-scripts?"
+        )
     return layouts
 
 
 def find_installed(front_end: Path, layouts: Sequence[Layout]) -> list[Layout]:
-    """Return the folders that this suite was installed into. Raises FrontEndError if there are none."""
+    """Return the folders that this suite was installed into. Raises UserError if there are none."""
     installed = [layout for layout in layouts if layout.place.journal.exists()]
     if not installed:
         for layout in layouts:

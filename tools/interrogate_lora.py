@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from library.architectures.specs import list_specs
+from library.base.command_parser import make_parser
 from library.base.errors import UserError, about
 from library.base.terminal import print_line
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.commands.adapter_files import read_adapter
 from library.commands.base_models import find_base
-from library.commands.command import add_options, check_at_least_one, command, make_parser, resolve_device
+from library.commands.command import add_options, check_at_least_one, command, resolve_device
 from library.models.clip.clip import clip_body
 from library.protocols import Architecture
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts
@@ -106,7 +107,7 @@ def measure_changes(
     num_layers = len(clip_body(encoder).encoder.layers)
     if not 1 <= clip_skip <= num_layers:
         raise about("--clip_skip")(
-            f"is {clip_skip}, but the text encoder has {num_layers} layers; use 1 to {num_layers}"
+            f"is {clip_skip}, but the text encoder has {num_layers} layers", f"use 1 to {num_layers}"
         )
     plain, changed = encoder.to(device), merge_adapter(encoder, modules).to(device)
     batches = list(iterate_batches(tokenizer, batch_size))

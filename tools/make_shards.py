@@ -82,7 +82,8 @@ class Packed:
         except UnicodeEncodeError as error:
             raise error_in(path=self.image.key)(
                 f"the caption of {self.image.key} contains an unpaired surrogate at position {error.start}, which "
-                "text files cannot store; fix it in the metadata file"
+                "text files cannot store",
+                "fix it in the metadata file",
             ) from None
 
 
@@ -99,8 +100,8 @@ def choose_extension(image: ScannedImage, content: bytes) -> str:
     ending = JPEG if name in JPEG_FORMATS else f".{name.lower()}"
     if ending not in image_extensions():
         raise error_in(path=image.key)(
-            f"{image.key} is an image in the format {name}, which is not read from shards; convert it to PNG, JPEG or "
-            "WebP, or train this dataset without shards"
+            f"{image.key} is an image in the format {name}, which is not read from shards",
+            "convert it to PNG, JPEG or WebP, or train this dataset without shards",
         )
     return ending
 
@@ -327,14 +328,14 @@ def refuse_other_folders(dataset: DatasetConfig) -> None:
     if dataset.style == "masked":
         source = dataset.subsets[0].conditioning_data_dir
         raise error_in("conditioning_data_dir")(
-            f"conditioning_data_dir {source}: shards do not support mask files; store masks as the images' alpha "
-            "channel and set alpha_mask, or train this dataset from its folders"
+            f"conditioning_data_dir {source}: shards do not support mask files",
+            "store masks as the images' alpha channel and set alpha_mask, or train this dataset from its folders",
         )
     for subset in dataset.subsets:
         if subset.opposite_dir:
             raise error_in("opposite_dir")(
-                f"opposite_dir {subset.opposite_dir}: shards do not support opposite images; train this dataset from "
-                "its folders"
+                f"opposite_dir {subset.opposite_dir}: shards do not support opposite images",
+                "train this dataset from its folders",
             )
 
 
@@ -351,7 +352,7 @@ def pack(config: RunDataConfig, out: Path, shard_bytes: float, storage: Storage)
         scanned = load_source(subset.source_key).scan(subset, storage, 16)
         if not scanned.images:
             raise NoDataFound(
-                f"there are no images in {subset.source}; remove the subset", path=subset.source, cause="missing"
+                f"there are no images in {subset.source}", "remove the subset", path=subset.source, cause="missing"
             )
         patterns[key] = write_shards(scanned, subset.source, out, name, shard_bytes, storage)
     return [

@@ -122,8 +122,8 @@ def merge_adapters(
                 continue
             if full.DIFF_B in module.tensors or (module.layout is full.LAYOUT and len(module.shape) == 1):
                 raise UserError(
-                    f"{file.origin}: {name} changes a bias or a norm, which a LoRA cannot; merge it into a checkpoint "
-                    "with --sd_model"
+                    f"{file.origin}: {name} changes a bias or a norm, which a LoRA cannot",
+                    "merge it into a checkpoint with --sd_model",
                 )
             if needs_base(module) and (base is None or ranks is None):
                 raise UserError(explain_refusal(file, module, has_base=base is not None))

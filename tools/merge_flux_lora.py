@@ -97,7 +97,7 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
         return
     ratios = merge_lora.check(args)
     if args.lbws:
-        raise about("--lbws")("names the blocks of a U-Net, but FLUX.1 has none; remove it")
+        raise about("--lbws")("names the blocks of a U-Net, but FLUX.1 has none", "remove it")
     arithmetic = Arithmetic.from_args(args)
     parts = open_parts(args)
     read = [read_adapter(path, "--models") for path in args.models]

@@ -27,6 +27,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from torch import Tensor
 from tqdm import tqdm
 
+from library.base.command_parser import make_parser
 from library.base.errors import UserError, about
 from library.base.randomness import generator_for
 from library.base.terminal import print_line
@@ -47,7 +48,6 @@ from library.commands.command import (
     check_output_folder,
     command,
     complete_options,
-    make_parser,
     resolve_ratios,
 )
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts
@@ -192,7 +192,7 @@ class CheckpointMerge:
                 if module.layout is not norm.LAYOUT:
                     if module.changes("bias"):
                         raise UserError(
-                            f"{module.origin}: {name} changes one of several biases stored as one; remove it"
+                            f"{module.origin}: {name} changes one of several biases stored as one", "remove it"
                         )
                     rows.copy_(module.merged(rows, ratio, self.arithmetic.dtype))
         return new
@@ -266,8 +266,9 @@ def resolve_ranks(args: argparse.Namespace, adapters: Sequence[Weighted]) -> tup
     largest = largest_ranks(adapters) or ((1, 1) if all(is_norms(adapter.file) for adapter in adapters) else None)
     if args.new_rank is None and largest is None:
         raise about("--new_rank")(
-            "is required: --models have no rank for the merged LoRA (LoKr of two whole matrices, OFT and "
-            "BOFT have none); try 32, and see the error in the log"
+            "is required: --models have no rank for the merged LoRA (LoKr of two whole matrices, OFT and BOFT have "
+            "none)",
+            "try 32, and see the error in the log",
         )
     new_rank, new_conv_rank = (args.new_rank, args.new_rank) if args.new_rank or largest is None else largest
     return new_rank, args.new_conv_rank or new_conv_rank
@@ -282,11 +283,11 @@ def check(args: argparse.Namespace) -> list[float]:
     ratios = resolve_ratios(args, 1.0)
     if args.sd_model is not None and args.concat:
         raise about("--concat", others=["--sd_model"])(
-            "makes one LoRA of several and cannot be used with --sd_model; remove one of them"
+            "makes one LoRA of several and cannot be used with --sd_model", "remove one of them"
         )
     if args.sd_model is not None and args.base_model is not None:
         raise about("--base_model", others=["--sd_model"])(
-            "is only for merging into one LoRA and cannot be used with --sd_model; remove it"
+            "is only for merging into one LoRA and cannot be used with --sd_model", "remove it"
         )
     if args.shuffle and not args.concat:
         logger.warning("--shuffle has no effect without --concat")
@@ -300,7 +301,7 @@ def check(args: argparse.Namespace) -> list[float]:
             )
         if args.sd_model is not None:
             raise about(f"--{flag}", others=["--sd_model"])(
-                "is only for merging into one LoRA and cannot be used with --sd_model; remove it"
+                "is only for merging into one LoRA and cannot be used with --sd_model", "remove it"
             )
     if args.sd_model is not None and args.sd_model.is_dir():
         check_output_folder("--save_to", args.save_to, WRITER)

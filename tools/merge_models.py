@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from library.base.command_parser import make_parser
 from library.base.errors import about, list_few
 from library.base.terminal import print_line
 from library.checkpoints import model_lookup
 from library.checkpoints.headers import read_metadata
 from library.checkpoints.marks import mark_of
 from library.checkpoints.weights import Weights
-from library.commands.command import add_options, check_output, command, make_parser, resolve_device, resolve_ratios
+from library.commands.command import add_options, check_output, command, resolve_device, resolve_ratios
 from library.memory.devices import SAVE_DTYPES
 from tools.merge_adapters import modelspec
 from tools.merge_lora import write
@@ -56,7 +57,8 @@ def merge_tensors(
             if model.shapes.get(key, value.shape) != first.shapes[key]:
                 raise about("--models")(
                     f": {key} has shape {first.shapes[key]} in {first.origin} and {model.shapes[key]} in "
-                    f"{model.origin}; use checkpoints of one base model"
+                    f"{model.origin}",
+                    "use checkpoints of one base model",
                 )
             total += ratio * (model.read(key) if key in model.shapes else value).to(device, dtype)
         tensors[key] = total.cpu()
@@ -71,8 +73,8 @@ def log_differences(models: Sequence[Weights], show_skipped: bool) -> None:
         missing = [key for key in first if key not in model.shapes]
         if len(missing) == len(first):
             raise about("--models")(
-                f": {model.origin} and {models[0].origin} have no weight in common; use checkpoints of one "
-                "base model in one layout"
+                f": {model.origin} and {models[0].origin} have no weight in common",
+                "use checkpoints of one base model in one layout",
             )
         if skipped:
             names = f": {', '.join(skipped)}" if show_skipped else "; --show_skipped names them"
@@ -112,10 +114,10 @@ def merge(args: argparse.Namespace) -> None:
     device = resolve_device(args.device)
     folders = [path for path in args.models if path.is_dir()]
     if folders:
-        raise about("--models")(f"{folders[0]} is a folder; use single-file checkpoints")
+        raise about("--models")(f"{folders[0]} is a folder", "use single-file checkpoints")
     models = [model_lookup.open_file("--models", model_lookup.find_model("--models", str(p), ())) for p in args.models]
     if args.unet_only and not any(key.startswith(UNET) for key in models[0].shapes):
-        raise about("--unet_only")(f": {args.models[0]} has no {UNET}...; remove it")
+        raise about("--unet_only")(f": {args.models[0]} has no {UNET}...", "remove it")
     log_differences(models, args.show_skipped)
     tensors = merge_tensors(models, ratios, args.unet_only, SAVE_DTYPES[args.precision], device)
     dtype = SAVE_DTYPES[args.saving_precision]

@@ -30,6 +30,7 @@ from library.architectures.sd3.load import (
 from library.architectures.sd3.model import read_config
 from library.architectures.sd3.options import Sd3TextOptions
 from library.architectures.specs import list_specs
+from library.base.command_parser import make_parser
 from library.base.errors import about
 from library.base.terminal import print_line
 from library.checkpoints import model_lookup
@@ -37,7 +38,7 @@ from library.checkpoints.headers import read_metadata
 from library.checkpoints.marks import mark_of
 from library.checkpoints.saving import save_safetensors
 from library.checkpoints.weights import Weights, configure, open_weights
-from library.commands.command import add_file_precision, check_safetensors_output, command, dtype_of_file, make_parser
+from library.commands.command import add_file_precision, check_safetensors_output, command, dtype_of_file
 from library.models.identify import base_of_file, refuse_other
 from library.models.vae.checkpoint_keys import VAE_PREFIX
 from library.models.vae.vae import vae_of_checkpoint
@@ -109,8 +110,8 @@ def check(parts: Sequence[PartFile]) -> None:
     for part, weights in zip(parts[1:], opened[1:], strict=True):
         if part.flag == "--vae" and not any(key.removeprefix(VAE_PREFIX) == LDM_VAE for key in weights.shapes):
             raise about("--vae", part.path)(
-                f"has no {LDM_VAE}, so it is not a VAE in the original layout; use the one next to "
-                "the transformer's file instead of diffusers'"
+                f"has no {LDM_VAE}, so it is not a VAE in the original layout",
+                "use the one next to the transformer's file instead of diffusers'",
             )
     combined = combine_weights(collect_weights(parts, opened), dit.origin)
     present = [name for name in TEXT_PREFIXES if text_weights(name, Sd3TextOptions(), combined) is not None]
@@ -130,7 +131,7 @@ def find_file(part: PartFile) -> Path:
     """Return the path of a file. Raises UserError if it does not exist or is a folder."""
     path = model_lookup.find_model(part.flag, str(part.path), ())
     if path.is_dir():
-        raise about(part.flag, path)("is a folder; use a weight file")
+        raise about(part.flag, path)("is a folder", "use a weight file")
     return path
 
 

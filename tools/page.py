@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from library.commands.exit_status import act
 
     args = setup_parser().parse_args(argv)
-    return act(lambda: open_page(args))
+    return act(lambda: open_page(args), argv)
 
 
 if __name__ == "__main__":

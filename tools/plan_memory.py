@@ -15,9 +15,10 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.base.command_parser import make_parser  # noqa: E402
+from library.base.error_lines import fail  # noqa: E402
 from library.base.errors import UserError, error_in  # noqa: E402
 from library.base.formatting import columns  # noqa: E402
-from library.base.terminal import print_error, print_line  # noqa: E402
+from library.base.terminal import ERRORS_JSON, print_line  # noqa: E402
 from library.environment.requirements import describe_missing, list_missing  # noqa: E402
 from library.memory.planner.gpus import GIB, SYSTEMS, Gpu, find_system, parse_cards, parse_size  # noqa: E402
 from library.memory.planner.known import load_models, plan, rows  # noqa: E402
@@ -70,19 +71,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.script is None:
             if training:
                 raise error_in("--script", cause="needs")(
-                    f"{training[0]} belongs to a training; add --script, such as flux_train_network.py"
+                    f"{training[0]} belongs to a training", "add --script, such as flux_train_network.py"
                 )
             show_models(gpus, args.system)
             return 0
         if missing := list_missing():
             raise UserError(describe_missing(missing))
     except UserError as error:
-        print_error(error)
-        return 1
+        return fail(error, argv)
     from library.commands.counted_plan import plan as plan_counted
     from library.commands.exit_status import act
 
-    return act(lambda: plan_counted(args.script, training, gpus, args.system))
+    training += [ERRORS_JSON] * args.errors_json
+    return act(lambda: plan_counted(args.script, training, gpus, args.system), argv)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.base.command_parser import make_parser
 from library.base.errors import error_in
 from library.base.terminal import print_line
 from library.commands.base_models import find_base
-from library.commands.command import command, make_parser
+from library.commands.command import command
 from library.data.description.buckets import Size
 from library.data.sources.folders.metadata_file import parse_entries, read_table
 from library.data.sources.folders.metadata_listing import find_image
@@ -42,8 +43,8 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
     path, spec = find_base("model_name_or_path", name, "unet", "vae")
     if not spec.folders:
         raise error_in(path=name, cause="does not fit")(
-            f"{name} is {spec.called} model; encode its images with its training script and --cache_latents_to_disk, "
-            "or with tools/make_shards.py"
+            f"{name} is {spec.called} model",
+            "encode its images with its training script and --cache_latents_to_disk, or with tools/make_shards.py",
         )
     values: dict[str, Any] = {key: getattr(args, key) for key in FORWARDED_OPTIONS}
     values |= {

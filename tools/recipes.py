@@ -12,10 +12,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.base.command_parser import make_parser
 from library.base.errors import UserError, error_in
 from library.base.suggestions import did_you_mean
 from library.base.terminal import print_line
-from library.commands.command import command, make_parser
+from library.commands.command import command
 from library.training.command_line.recipes import FOLDER, Recipe, list_recipes
 
 EXAMPLES = """\
@@ -55,8 +56,9 @@ def check_steps(recipe: Recipe) -> None:
     grows = all(images > 0 and 0 < fewer <= more for (images, fewer), (_, more) in pairwise(rows))
     if len(rows) < 2 or not grows or recipe.steps.get(30) != length:
         raise UserError(
-            f"{recipe.name}: [steps] is {recipe.steps}; list at least two numbers of images, of which 30 has the "
-            f"{length} of max_train_steps, and more images no fewer steps"
+            f"{recipe.name}: [steps] is {recipe.steps}",
+            f"list at least two numbers of images, of which 30 has the {length} of max_train_steps, and more images "
+            "no fewer steps",
         )
 
 
@@ -72,7 +74,7 @@ def show_recipes(args: argparse.Namespace) -> None:
         print_line((FOLDER / f"{args.name}.toml").read_text(encoding="utf-8"), end="")
     else:
         raise error_in("name")(
-            f"there is no recipe {args.name}{did_you_mean(args.name, recipes)}; run without a name to list all"
+            f"there is no recipe {args.name}{did_you_mean(args.name, recipes)}", "run without a name to list all"
         )
 
 

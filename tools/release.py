@@ -13,8 +13,9 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(ROOT))
 
 from library.base.command_parser import make_parser  # noqa: E402
+from library.base.error_lines import fail  # noqa: E402
 from library.base.errors import UserError, of_file  # noqa: E402
-from library.base.terminal import print_error, print_line  # noqa: E402
+from library.base.terminal import print_line  # noqa: E402
 from library.base.version import NAME, VERSION  # noqa: E402
 
 FORMATS = ("tar.gz", "zip")
@@ -41,7 +42,7 @@ def git(*words: str) -> bytes:
 def pack(folder: Path) -> None:
     """Write the archives of the current commit and their sums. Raises UserError for uncommitted changes."""
     if folder.exists():
-        raise of_file(folder, cause="would be lost")("exists; name a new folder")
+        raise of_file(folder, cause="would be lost")("exists", "name a new folder")
     if changed := git("status", "--porcelain", "--untracked-files=no").decode():
         raise UserError(f"`git commit` these changes first, the release would lack them:\n{changed.rstrip()}")
     name = f"{NAME}-{VERSION}"
@@ -60,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         pack(args.output_dir)
     except UserError as error:
-        print_error(error)
-        return 1
+        return fail(error, argv)
     return 0
 
 

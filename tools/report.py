@@ -12,9 +12,10 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.base.atomic_files import write_whole
+from library.base.command_parser import make_parser
 from library.base.errors import error_in
 from library.checkpoints.overwriting import FileKind, check_target
-from library.commands.command import command, make_parser
+from library.commands.command import command
 from library.training.report_page.live import ReportServer
 from library.training.report_page.page import report_kind
 from library.training.report_page.record import Record
@@ -46,7 +47,7 @@ def make_report(args: argparse.Namespace) -> None:
     path = args.output or args.events.with_name(f"{args.events.stem}-report.html")
     record = read_events(args.events)
     if record.is_empty:
-        raise error_in(path=args.events)(f"{args.events} has no events; use the file written by --log_events")
+        raise error_in(path=args.events)(f"{args.events} has no events", "use the file written by --log_events")
     kind = FileKind(f"{report_kind(record.name).name} with these events", partial(is_of_run, record))
     check_target("--output", path, kind, [args.events])
     write_whole(path, build_report(record))

@@ -25,11 +25,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from library.base.atomic_files import copy_atomically
+from library.base.command_parser import make_parser
 from library.base.errors import about, error_in
 from library.base.terminal import print_line
 from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import FileKind, check_target, marked
-from library.commands.command import check_at_least_one, command, make_parser
+from library.commands.command import check_at_least_one, command
 from library.data.decoding.images import Pixels, read_pixels, resize
 from library.data.description.buckets import Size
 from library.data.description.image_extensions import describe_unread, image_extensions
@@ -62,7 +63,7 @@ def parse_resolutions(text: str) -> tuple[Size, ...]:
     matches = [re.fullmatch(r"(\d+)x(\d+)", part.strip()) for part in text.split(",")]
     sizes = tuple((int(match[1]), int(match[2])) for match in matches if match is not None)
     if len(sizes) < len(matches) or not all(map(min, sizes)):
-        raise about("--max_resolution")(f'is "{text}"; use sizes such as 1024x1024, separated by commas')
+        raise about("--max_resolution")(f'is "{text}"', "use sizes such as 1024x1024, separated by commas")
     return sizes
 
 
@@ -118,7 +119,7 @@ def check_names(images: Sequence[Path]) -> None:
         other = names.setdefault(image.stem, image)
         if other is not image:
             raise error_in(path=image, cause="would be lost")(
-                f"{other} and {image.name} differ only in their extension; rename one of them"
+                f"{other} and {image.name} differ only in their extension", "rename one of them"
             )
 
 
@@ -129,7 +130,7 @@ def resize_all(args: argparse.Namespace) -> None:
         raise error_in(path=source)(f"{source} is not a folder")
     if target.resolve() == source.resolve():
         raise error_in(path=target, cause="would be lost")(
-            f"{target} is the folder of the images themselves; use another one for the new files"
+            f"{target} is the folder of the images themselves", "use another one for the new files"
         )
     check_at_least_one(args, "divisible_by")
     filter_name = FILTERS[args.interpolation] if args.interpolation else None

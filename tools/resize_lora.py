@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from library.base.command_parser import make_parser
 from library.base.errors import UserError, about
 from library.base.randomness import generator_for
 from library.base.terminal import print_line
@@ -31,7 +32,6 @@ from library.commands.command import (
     check_output,
     command,
     complete_options,
-    make_parser,
     parse_dtype,
     resolve_device,
     with_comment,
@@ -132,8 +132,9 @@ def resize_file(file: AdapterFile, measure: Measure, device: torch.device, verbo
     rankless = next((m for m in file.modules.values() if not m.is_low_rank and m.layout is not norm.LAYOUT), None)
     if rankless is not None:
         raise UserError(
-            f"{file.origin}: {rankless.name} is {rankless.layout.words}, which has no rank to reduce; convert it to a "
-            "LoRA with tools/merge_lora.py --base_model (the checkpoint that it was trained on) --new_rank"
+            f"{file.origin}: {rankless.name} is {rankless.layout.words}, which has no rank to reduce",
+            "convert it to a LoRA with tools/merge_lora.py --base_model (the checkpoint that it was trained on) "
+            "--new_rank",
         )
     modules = []
     kept_norms = []
@@ -215,7 +216,7 @@ def resolve_measure(args: argparse.Namespace) -> Measure:
         raise about("--dynamic_param")(f"is {param:g}; {method} needs a share above 0 and up to 1, for example 0.9")
     if args.svd_lowrank_niter < 0:
         raise about("--svd_lowrank_niter")(
-            f"is {args.svd_lowrank_niter}; use 0 for the exact decomposition, or a number such as 2"
+            f"is {args.svd_lowrank_niter}", "use 0 for the exact decomposition, or a number such as 2"
         )
     if args.svd_lowrank_niter and method is not None:
         logger.warning("--svd_lowrank_niter has no effect with --dynamic_method, which needs all singular values")

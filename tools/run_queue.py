@@ -14,7 +14,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     import library  # noqa: F401  # checks the packages before they are imported
 
 from library.architectures.scripts import BY_PROMPTS, OtherScripts, Script, list_scripts
-from library.base.command_parser import CommandParser, make_parser
+from library.base.command_parser import CommandParser, add_errors_json, make_parser
 from library.base.errors import error_in
 from library.base.terminal import print_line
 from library.commands.exit_status import act
@@ -41,6 +41,7 @@ def setup_parser() -> argparse.ArgumentParser:
     """Return the parser of the words before `--`."""
     common = CommandParser(add_help=False)
     common.add_argument("--folder", type=Path, default=FOLDER, help="folder of the queue (default: %(default)s)")
+    add_errors_json(common)
     parser = make_parser(__doc__, EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True, metavar="add | list | run | remove | stop")
     add = commands.add_parser("add", parents=[common], help="add a training: `add NAME.toml -- MORE OPTIONS`")
@@ -121,7 +122,7 @@ def execute(args: argparse.Namespace, words: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, and return the exit status."""
     words, more = split_at_dashes(list(sys.argv[1:] if argv is None else argv))
-    return act(partial(execute, setup_parser().parse_args(words), more))
+    return act(partial(execute, setup_parser().parse_args(words), more), words)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.base.command_parser import make_parser
 from library.base.errors import about
 from library.base.json_text import parse_json
 from library.base.terminal import escape_controls, print_line
 from library.checkpoints.files import file_in_folder
 from library.checkpoints.headers import holds_safetensors, read_header, require_weight_file
-from library.commands.command import add_file, command, make_parser
+from library.commands.command import add_file, command
 
 TAG_KEY = "ss_tag_frequency"
 TIME_KEYS = ("ss_training_started_at", "ss_training_finished_at")

@@ -20,18 +20,19 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 NEEDS_PACKAGES = False  # read by library/environment/requirements.py
 ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(ROOT))
 
-from library.base.command_parser import CommandParser, make_parser  # noqa: E402
-from library.base.terminal import print_error, print_line  # noqa: E402
+from library.base.command_parser import CommandParser, add_errors_json, make_parser  # noqa: E402
+from library.base.terminal import ERRORS_JSON, print_error, print_line  # noqa: E402
 from library.environment import torch_builds  # noqa: E402
 from library.environment.lock_file import format_entries  # noqa: E402
 from library.environment.package_sources import Source, chooses_packages, uv_options  # noqa: E402
-from library.environment.requirements import python_path, python_problem, suggest_python  # noqa: E402
+from library.environment.requirements import OLDEST_PYTHON, python_path, python_problem, suggest_python  # noqa: E402
 from library.environment.running import INTERRUPTED, replace_process, run  # noqa: E402
 
 REQUIREMENTS, TESTED, FOR_TESTS = "requirements.txt", "requirements.lock", "requirements-dev.txt"
@@ -51,7 +52,12 @@ REPORT = "output/quickstart/quickstart-report.html"
 
 
 class StartError(Exception):
-    """An error that the user can fix; the message says how."""
+    """An error that the user can fix; the message says how. `fields` are those of a UserError, which needs a newer
+    Python."""
+
+    def __init__(self, message: str, remedy: "str | None" = None, **fields: "Any") -> None:
+        super().__init__(message if remedy is None else f"{message}; {remedy}")
+        self.fields = {"message": message, "remedy": remedy, **fields}
 
 
 # --- Python ---
@@ -61,7 +67,7 @@ def check_python(version: "tuple[int, int]") -> None:
     """Raise StartError with the fix if this Python version is not supported."""
     problem = python_problem(version)
     if problem is not None:
-        raise StartError(f"{problem}; {suggest_python()}")
+        raise StartError(problem, suggest_python(), cause="not installed")
 
 
 # --- the environment ---
@@ -85,16 +91,24 @@ def make_venv(venv: Path) -> None:
     Raises StartError if the folder has other content, if this Python lacks venv or ensurepip, or if creation fails.
     """
     if venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").exists():
-        raise StartError(f"{venv} exists but is not a virtual environment; use another folder with --venv")
+        raise StartError(
+            f"{venv} exists but is not a virtual environment",
+            "use another folder with --venv",
+            setting="--venv",
+            path=str(venv),
+            cause="would be lost",
+        )
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         raise StartError(
-            "this Python lacks the modules for virtual environments (venv, ensurepip); on Debian and "
-            f"Ubuntu get them with `sudo apt install python3-venv` (or `python3.{sys.version_info[1]}-venv`), "
-            "then run this command again"
+            "this Python lacks the modules for virtual environments (venv, ensurepip)",
+            "on Debian and Ubuntu get them with `sudo apt install python3-venv` "
+            f"(or `python3.{sys.version_info[1]}-venv`), then run this command again",
+            cause="not installed",
         )
     print_line(f"Creating the virtual environment {venv}")
     if run([sys.executable, "-m", "venv", "--clear", str(venv)]) != 0:
-        raise StartError(f"creating {venv} failed, see the lines above; delete that folder and run this command again")
+        remedy = "delete that folder and run this command again"
+        raise StartError(f"creating {venv} failed, see the lines above", remedy, path=str(venv))
 
 
 def digest_text(path: Path) -> str:
@@ -139,7 +153,7 @@ def install_torch(venv: Path, python: Path, tag: "str | None") -> None:
     try:
         choice = torch_builds.named(tag) if tag else torch_builds.choose()
     except torch_builds.NoBuild as error:
-        raise StartError(str(error)) from None
+        raise StartError(str(error), setting="--torch", cause="wrong value") from None
     is_reachable = choice.index is None or torch_builds.is_reachable(choice.index)
     if not is_reachable:
         print_line(f"{choice.index} cannot be reached, so torch comes from PyPI; `doctor` checks it")
@@ -167,7 +181,11 @@ def check_disk(venv: Path) -> None:
     if free_bytes < SMALLEST_INSTALL_BYTES:
         raise StartError(
             f"{free_bytes / 1024**3:.1f} GiB are free where {venv} is, the packages need at least "
-            f"{SMALLEST_INSTALL_BYTES / 1024**3:.0f} GiB; free space or use a folder on another disk with --venv"
+            f"{SMALLEST_INSTALL_BYTES / 1024**3:.0f} GiB",
+            "free space or use a folder on another disk with --venv",
+            setting="--venv",
+            path=str(venv),
+            cause="does not fit",
         )
 
 
@@ -233,10 +251,21 @@ def ready_python(venv: Path, names: "tuple[str, ...]", source: "Source | None" =
         make_venv(venv)
         version = read_version(python)
         if version is None:
-            raise StartError(f"{python} does not start; delete {venv} and run this command again")
+            raise StartError(
+                f"{python} does not start",
+                f"delete {venv} and run this command again",
+                path=str(python),
+                cause="unreadable",
+            )
     problem = python_problem(version[:2])
     if problem:
-        raise StartError(f"{venv}: {problem}; delete that folder or use another one with --venv")
+        raise StartError(
+            f"{venv}: {problem}",
+            "delete that folder or use another one with --venv",
+            setting="--venv",
+            path=str(venv),
+            cause="does not fit",
+        )
     accepted = [names]
     if source.versions is None:
         accepted.append(tuple(REQUIREMENTS if name == TESTED else name for name in names))
@@ -349,8 +378,11 @@ def set_up(venv: Path, args: argparse.Namespace) -> int:
     """Create the environment as the command line says. Return the exit status."""
     if args.offline is not None and not any(args.offline.glob("*.whl")):
         raise StartError(
-            f"--offline {args.offline} has no wheels; on a machine with a network run "
-            f"`python3 -m pip download -d {args.offline} -r requirements.txt`"
+            f"--offline {args.offline} has no wheels",
+            f"on a machine with a network run `python3 -m pip download -d {args.offline} -r requirements.txt`",
+            setting="--offline",
+            path=str(args.offline),
+            cause="missing",
         )
     versions = TESTED if args.locked else REQUIREMENTS if args.newest or args.offline else None
     names = (versions or TESTED,) if args.locked or args.offline else (versions or TESTED, FOR_TESTS)
@@ -383,6 +415,7 @@ def setup_parser() -> argparse.ArgumentParser:
         default=Path(os.environ.get("START_VENV") or ROOT / ".venv"),
         help="folder of the virtual environment (default: START_VENV if set, else .venv in this repository)",
     )
+    add_errors_json(common)
     parser = make_parser(__doc__)
     commands = parser.add_subparsers(dest="command", metavar="page | quickstart | train | test | setup | doctor")
     commands.required = True
@@ -429,6 +462,7 @@ def main(arguments: "list[str]") -> int:
         if for_training and args.command not in ("train", "page"):
             parser.error(f"unrecognized arguments: {' '.join(for_training)}")
         venv = Path(os.path.abspath(str(args.venv)))
+        for_training += [ERRORS_JSON] * (ERRORS_JSON in own_arguments)
         if args.command == "test":
             return run_tests(venv, args.slow, for_pytest)
         if for_pytest:
@@ -444,6 +478,10 @@ def main(arguments: "list[str]") -> int:
         return quickstart(venv)
     except StartError as error:
         print_error(error)
+        if ERRORS_JSON in own_arguments and sys.version_info >= OLDEST_PYTHON:
+            from library.base.error_lines import ErrorFields, print_error_line  # not for an old Python
+
+            print_error_line(ErrorFields(**error.fields))
         return 1
     except KeyboardInterrupt:
         print_line("stopped", sys.stderr)

@@ -122,7 +122,9 @@ def verify(args: argparse.Namespace, training: Sequence[str]) -> int:
     spec, options = read_training_options(args.script, training)
     results: list[Result] = []
     if options.sweep.sweep:
-        raise about("--sweep")("is not supported here; remove it: each adapter of a sweep trains as a single one does")
+        raise about("--sweep")(
+            "is not supported here", "remove it: each adapter of a sweep trains as a single one does"
+        )
     delete_abandoned_folders((gettempdir(),))
     folder = Path(make_temporary_folder("verify"))
     try:

@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from benchmarks.toys.make_toy_base import NUM_TIMESTEPS, SCALING_FACTOR, to_tensor, tokenize
 from benchmarks.toys.toy_files import check_model_folder, new_model
-from library.commands.command import command, make_parser
+from library.base.command_parser import make_parser
+from library.commands.command import command
 from library.diffusion.guidance import extrapolate
 from tools.quickstart.sampling import SAMPLING_STEPS, load_pipeline
 from tools.quickstart.toy_world import QUICKSTART, draw_scene, list_scenes

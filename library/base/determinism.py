@@ -37,8 +37,8 @@ def deterministic(is_enabled: bool) -> Iterator[None]:
     workspaces = os.environ.setdefault(WORKSPACES, FIXED_WORKSPACES[0])
     if workspaces not in FIXED_WORKSPACES:
         raise about("--deterministic")(
-            f": the environment variable {WORKSPACES} is {workspaces!r}, with which cuBLAS adds in "
-            f"varying order; unset it, or set it to {' or '.join(FIXED_WORKSPACES)}"
+            f": the environment variable {WORKSPACES} is {workspaces!r}, with which cuBLAS adds in varying order",
+            f"unset it, or set it to {' or '.join(FIXED_WORKSPACES)}",
         )
     memory: Any = torch.utils.deterministic
     benchmarks, fills = torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory

@@ -1,11 +1,11 @@
 """The exception whose message is shown to users, with what a program needs of it, and the formatting of lists of names
 in such messages."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 Cause = Literal["missing", "unreadable", "wrong value", "does not fit", "needs", "would be lost", "not installed"]
 """What is wrong with a setting or a file. Front ends read it, so values are added and never changed."""
@@ -21,17 +21,17 @@ class UserError(ValueError):
     def __init__(
         self,
         message: str,
+        remedy: str | None = None,
         *,
         setting: str | None = None,
         others: Sequence[str] = (),
         path: str | Path | None = None,
         place: str | None = None,
         cause: Cause | None = None,
-        remedy: str | None = None,
     ) -> None:
-        """`setting` is the flag ("--vae"), key or argument to change, as the user types it, and `others` are those that
-        it does not fit. `path` is the file or folder that is wrong, and `place` where in there. The text is `message`,
-        and "; " and `remedy` if there is one."""
+        """`remedy` is what to do, such as "use another file"; the text is `message`, "; " and `remedy`. `setting` is
+        the flag ("--vae"), key or argument to change, as the user types it, and `others` are those that it does not
+        fit. `path` is the file or folder that is wrong, and `place` where in there."""
         super().__init__(message if remedy is None else f"{message}; {remedy}")
         self.message, self.remedy, self.place = message, remedy, place
         self.setting, self.others = setting, tuple(others)
@@ -66,36 +66,43 @@ class UserError(ValueError):
 
     def prefixed(self, prefix: str, setting: str | None = None, **fields: Any) -> "UserError":
         """Return an error that says `prefix` before the same message, with its fields, and those of `complete`."""
-        error = UserError(prefix + self.message, remedy=self.remedy)
+        error = UserError(prefix + self.message, self.remedy)
         error.setting, error.cause, error.place = self.setting, self.cause, self.place
         error.path, error.file = self.path, self.file
         error.complete(setting, **fields)
         return error
 
 
+class MakeError(Protocol):
+    """Makes an error of a reason and what to do."""
+
+    def __call__(self, reason: str, remedy: str | None = None, /) -> UserError: ...
+
+
 def about(
     setting: str | None, path: str | Path | None = None, *, kind: type[UserError] = UserError, **fields: Any
-) -> Callable[[str], UserError]:
+) -> MakeError:
     """Return the maker of an error whose message is the setting, the path if there is one, and the reason:
-    `raise about("--vae", path)("is a text file; use a checkpoint")`."""
+    `raise about("--vae", path)("is a text file", "use a checkpoint")`."""
 
-    def make(reason: str) -> UserError:
+    def make(reason: str, remedy: str | None = None, /) -> UserError:
         start = " ".join(str(name) for name in (setting, path) if name is not None)
-        error = kind(f"{start}{reason}" if reason[:1] in (":", ",") else f"{start} {reason}".lstrip(), **fields)
+        message = f"{start}{reason}" if reason[:1] in (":", ",") else f"{start} {reason}".lstrip()
+        error = kind(message, remedy, **fields)
         error.complete(setting, path)
         error.cause = error.cause or ("wrong value" if setting is not None else None)
-        error.reason = None if path is None else reason
+        error.reason = None if path is None else reason + (f"; {remedy}" if remedy else "")
         return error
 
     return make
 
 
-def of_file(path: str | Path, **fields: Any) -> Callable[[str], UserError]:
+def of_file(path: str | Path, **fields: Any) -> MakeError:
     """Return the maker of an error whose message is the path and the reason, which a list of files shows alone."""
     return about(None, path, **fields)
 
 
-def error_in(setting: str | None = None, **fields: Any) -> Callable[[str], UserError]:
+def error_in(setting: str | None = None, **fields: Any) -> MakeError:
     """Return the maker of an error in a setting or a file, which the message names at its own place."""
     return partial(UserError, setting=setting, **fields)
 
@@ -112,15 +119,15 @@ def rebuild(kind: type[UserError], text: str, fields: dict[str, Any]) -> UserErr
 class NoDataFound(UserError):
     """There are no training images. Front ends search for the start of the message, "No data found"."""
 
-    def __init__(self, reason: str, **fields: Any) -> None:
-        super().__init__(f"No data found: {reason}", **fields)
+    def __init__(self, reason: str, remedy: str | None = None, **fields: Any) -> None:
+        super().__init__(f"No data found: {reason}", remedy, **fields)
 
 
 class NotThere(UserError):
     """A model's files are missing. Not fatal if all outputs of the model are cached."""
 
-    def __init__(self, message: str, **fields: Any) -> None:
-        super().__init__(message, **{"cause": "missing", **fields})
+    def __init__(self, message: str, remedy: str | None = None, **fields: Any) -> None:
+        super().__init__(message, remedy, **{"cause": "missing", **fields})
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import re
 import sys
 from typing import Any, TextIO
 
+ERRORS_JSON = "--errors_json"  # also print the error that ends a command as JSON
 LINES = "\n\t"  # control characters that texts of several lines contain
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Terminals that obey these show a name in another order or on two lines; lone surrogates are no characters.

@@ -76,12 +76,13 @@ def load_pickle(path: Path, device: str | torch.device = "cpu", mmap: bool = Fal
             object_name = f" ({foreign_object[1]})" if foreign_object else ""
             raise of_file(path, cause="unreadable")(
                 f"cannot be read as a file of plain tensors: it contains other Python objects{object_name}, which are "
-                "not loaded, because that could run code; convert it to .safetensors with a program you trust"
+                "not loaded, because that could run code",
+                "convert it to .safetensors with a program you trust",
             ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0][:200]
         raise of_file(path, cause="unreadable")(
-            f"cannot be read as a file of plain tensors: it is truncated or damaged ({reason}); download or "
-            "copy it again"
+            f"cannot be read as a file of plain tensors: it is truncated or damaged ({reason})",
+            "download or copy it again",
         ) from error
 
 
@@ -107,7 +108,7 @@ def file_in_folder(path: Path, where: str) -> Path:
     )
     if weight_file is None:
         raise error_in(path=path)(
-            f"{where} is a folder without {PEFT_STEM}.safetensors, which PEFT saves; use an adapter file"
+            f"{where} is a folder without {PEFT_STEM}.safetensors, which PEFT saves", "use an adapter file"
         )
     return weight_file
 

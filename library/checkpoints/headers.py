@@ -108,9 +108,9 @@ def require_weight_file(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(256)
     if not start:
-        raise of_file(path)("is empty; download or copy it again")
+        raise of_file(path)("is empty", "download or copy it again")
     if start.startswith(b"version https://git-lfs"):
-        raise of_file(path)("is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+        raise of_file(path)("is a Git LFS pointer, not the file itself", "fetch it with `git lfs pull`")
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
         raise of_file(path)("is a web page, not a checkpoint: download the file itself")
     if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start):

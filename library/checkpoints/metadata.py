@@ -151,7 +151,7 @@ def modelspec_resolution(flag: str, text: str) -> str:
     """Format SIDE or WIDTH,HEIGHT as modelspec writes resolutions, WIDTHxHEIGHT. Raises UserError for other texts."""
     sides = [side.strip() for side in text.split(",")]
     if len(sides) > 2 or not all(side.isdecimal() and len(side) <= 6 and int(side) > 0 for side in sides):
-        raise about(f"--{flag}")(f"is {text}; use a side or WIDTH,HEIGHT in pixels, such as 1024 or 1024,768")
+        raise about(f"--{flag}")(f"is {text}", "use a side or WIDTH,HEIGHT in pixels, such as 1024 or 1024,768")
     return f"{int(sides[0])}x{int(sides[-1])}"
 
 
@@ -207,5 +207,5 @@ def thumbnail_url(value: str | None) -> str | None:
     path = Path(value)
     mime_type = mimetypes.guess_type(path.name)[0]
     if not path.is_file() or mime_type is None or not mime_type.startswith("image/"):
-        raise about("--metadata_thumbnail")(f"is {value}, which is not an image file; use a PNG, JPEG or WebP file")
+        raise about("--metadata_thumbnail")(f"is {value}, which is not an image file", "use a PNG, JPEG or WebP file")
     return f"data:{mime_type};base64,{base64.b64encode(path.read_bytes()).decode()}"

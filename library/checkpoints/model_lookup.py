@@ -154,7 +154,7 @@ def open_file(flag: str, path: Path) -> Weights:
             return open_checkpoint(path)
     except PermissionError as error:
         raise about(flag, path, cause="unreadable")(
-            f"cannot be read: {error.strerror}; change its permissions"
+            f"cannot be read: {error.strerror}", "change its permissions"
         ) from error
 
 

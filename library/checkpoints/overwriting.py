@@ -75,7 +75,7 @@ def check_target(flag: str, path: Path, kind: FileKind, inputs: Iterable[Path | 
     """
     check_not_input(flag, path, inputs)
     if path.is_dir() and not kind.is_folder:
-        raise about(flag, path)("is a folder; use the name of a file")
+        raise about(flag, path)("is a folder", "use the name of a file")
     if judge(path, kind) == "foreign":
         raise about(flag, path, cause="would be lost")(
             f"exists and is {describe(path)}, not {kind.name}: it would be lost. Use another name, or move it away"
@@ -107,7 +107,7 @@ def check_not_input(flag: str, path: Path, inputs: Iterable[Path | None]) -> Non
             continue
         if path.samefile(input_path) or (input_path.is_dir() and input_path.resolve() in path.resolve().parents):
             raise about(flag, path, cause="would be lost")(
-                "is also read by this command and would be lost; use another name"
+                "is also read by this command and would be lost", "use another name"
             )
 
 
@@ -151,7 +151,7 @@ def open_lock_file(path: Path, kind: FileKind) -> IO[str]:
     Raises UserError for a symbolic link, because writing would follow it, and for a file of another kind.
     """
     if path.is_symlink():
-        raise of_file(path)(f"is a symbolic link, but must be {kind.name}; remove the link")
+        raise of_file(path)(f"is a symbolic link, but must be {kind.name}", "remove the link")
     check_target("the lock file", path, kind)
     # O_NOFOLLOW, which Windows lacks, refuses a link that is created after the check above.
     handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)

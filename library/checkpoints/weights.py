@@ -84,7 +84,7 @@ class Place:
         with self.path.open("rb", buffering=0) as file:
             stat = os.fstat(file.fileno())
             if (stat.st_size, stat.st_mtime_ns) != (self.opened.st_size, self.opened.st_mtime_ns):
-                raise of_file(self.path)("was changed while it was being read; start again")
+                raise of_file(self.path)("was changed while it was being read", "start again")
             file.seek(self.start)
             yield file
 
@@ -205,7 +205,7 @@ def read_into(file: RawIOBase, buffer: memoryview, path: Path) -> None:
     while buffer:
         num_bytes = file.readinto(buffer)
         if not num_bytes:
-            raise of_file(path)("ended while it was being read; download or copy it again")
+            raise of_file(path)("ended while it was being read", "download or copy it again")
         buffer = buffer[num_bytes:]
 
 
@@ -215,12 +215,12 @@ def open_sharded(index: Path) -> Weights:
     missing = sorted(name for name in set(weight_map.values()) if not os.path.isfile(index.parent / name))
     if missing:
         raise of_file(index, cause="missing")(
-            f"lists files that are not next to it: {', '.join(missing)}; download them too"
+            f"lists files that are not next to it: {', '.join(missing)}", "download them too"
         )
     files = {name: open_one(index.parent / name) for name in sorted(set(weight_map.values()))}
     absent = sorted(name for name, file in weight_map.items() if name not in files[file].shapes)
     if absent:
-        raise of_file(index)(f"lists weights missing from its files: {', '.join(absent[:3])}; download it again")
+        raise of_file(index)(f"lists weights missing from its files: {', '.join(absent[:3])}", "download it again")
     return join_weights(str(index), files, weight_map)
 
 
@@ -254,10 +254,10 @@ def read_weight_map(index: Path) -> dict[str, str]:
     try:
         content = parse_json(index.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise of_file(index, cause="unreadable")(f"is not valid JSON: {error}; download it again") from error
+        raise of_file(index, cause="unreadable")(f"is not valid JSON: {error}", "download it again") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise of_file(index)("has no weight_map of tensor names to file names; download it again")
+        raise of_file(index)("has no weight_map of tensor names to file names", "download it again")
     outside = sorted(file for file in set(weight_map.values()) if Path(file).name != file)
     if outside:
         raise of_file(index)(f"names files outside its folder: {', '.join(outside[:3])}; they are not opened")

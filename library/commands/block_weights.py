@@ -55,7 +55,8 @@ def parse_lists(texts: Sequence[str] | None, num_files: int) -> list[tuple[float
         return []
     if len(texts) != num_files:
         raise about("--lbws")(
-            f"has {len(texts)} lists, but --models {num_files}; use one for each file, in quotes if it contains spaces"
+            f"has {len(texts)} lists, but --models {num_files}",
+            "use one for each file, in quotes if it contains spaces",
         )
     return [parse_list(text) for text in texts]
 
@@ -67,7 +68,7 @@ def parse_list(text: str) -> tuple[float, ...]:
     except ValueError:
         numbers = None
     if not isinstance(numbers, list) or not all(map(is_finite_number, numbers)):
-        raise about("--lbws")(f'has "{text}", which is not a list of numbers; write it as [1,0,0.5,...]')
+        raise about("--lbws")(f'has "{text}", which is not a list of numbers', "write it as [1,0,0.5,...]")
     return tuple(float(value) for value in numbers)
 
 
@@ -80,7 +81,7 @@ def strength_by_block(file: AdapterFile, spec: BaseModelSpec, numbers: tuple[flo
     lists = spec.block_weights
     if lists is None:
         raise about("--lbws")(
-            f"names the blocks of a U-Net, but {file.origin} is for {spec.title}, which has none; remove it"
+            f"names the blocks of a U-Net, but {file.origin} is for {spec.title}, which has none", "remove it"
         )
     names = next((names for names in lists.lists if len(names) == len(numbers)), None)
     if names is None:
@@ -91,7 +92,7 @@ def strength_by_block(file: AdapterFile, spec: BaseModelSpec, numbers: tuple[flo
     # The strength acts on the change. sd-scripts multiplies both factors by it, so that 0.5 acts as 0.25 there.
     strength = BlockStrength(spec, dict(zip(names, numbers, strict=True)))
     if not any(map(strength, file.modules)):
-        raise about("--lbws")(f"gives every module of {file.origin} strength 0; remove the file or use other numbers")
+        raise about("--lbws")(f"gives every module of {file.origin} strength 0", "remove the file or use other numbers")
     warn_about_uncovered_modules(file, lists, strength)
     return strength
 

@@ -3,23 +3,21 @@
 import argparse
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from library.base import command_parser
-from library.base.command_parser import CommandParser
+from library.base.command_parser import make_parser
 from library.base.errors import about
+from library.base.terminal import ERRORS_JSON
 from library.checkpoints.headers import SAFETENSORS_SUFFIXES, is_safetensors
 from library.checkpoints.marks import mark_of
 from library.checkpoints.overwriting import FileKind, check_target, marked
-from library.commands.exit_status import act, print_json_error
+from library.commands.exit_status import act
 from library.memory.devices import SAVE_DTYPES
-from library.training.reporting.error_fields import ErrorFields
 
 FILE_PRECISIONS = {
     **dict.fromkeys(("float32", "fp32", "float"), torch.float32),
@@ -71,7 +69,8 @@ def training_command(
     """Return the `main` of a command that passes unknown options on to a training script."""
 
     def main(argv: Sequence[str] | None = None) -> int:
-        return act(partial(action, *setup_parser().parse_known_args(argv)), argv)
+        args, others = setup_parser().parse_known_args(argv)
+        return act(partial(action, args, [*others, *[ERRORS_JSON] * args.errors_json]), argv)
 
     return main
 
@@ -86,24 +85,6 @@ def complete_options(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     return argparse.Namespace(**values)
 
 
-class ToolParser(CommandParser):
-    """A parser that also prints errors as JSON if --errors_json is typed."""
-
-    def error(self, message: str) -> NoReturn:
-        try:
-            super().error(message)
-        finally:
-            print_json_error(ErrorFields(message, cause="wrong value"), sys.argv[1:])
-
-
-def make_parser(description: str | None, examples: str = "") -> CommandParser:
-    """Return the parser of a command, with --errors_json."""
-    parser = command_parser.make_parser(description, examples, ToolParser)
-    help = "also print the error that ends the command as a line of JSON on standard error (docs/events.md)"
-    parser.add_argument("--errors_json", action="store_true", help=help)
-    return parser
-
-
 def make_training_parser(
     description: str | None, examples: str, script: str | None = "train_network.py", others: str = "the training"
 ) -> argparse.ArgumentParser:
@@ -112,7 +93,7 @@ def make_training_parser(
     `script` is the example in the help of --script; None leaves that option out.
     """
     # Abbreviations refer to training options.
-    parser = command_parser.make_parser(description, examples, ToolParser, allow_abbrev=False)
+    parser = make_parser(description, examples, allow_abbrev=False)
     parser.epilog = f"all other options are those of {others}.\n\n{parser.epilog}"
     if script is not None:
         parser.add_argument("--script", required=True, help=f"training script, such as {script}")
@@ -142,7 +123,7 @@ def dtype_of_file(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
     if name.lower() not in FILE_PRECISIONS:
-        raise about("--save_precision")(f"is {name}; use one of {', '.join(FILE_PRECISIONS)}")
+        raise about("--save_precision")(f"is {name}", f"use one of {', '.join(FILE_PRECISIONS)}")
     return FILE_PRECISIONS[name.lower()]
 
 
@@ -163,7 +144,7 @@ def check_finite(flag: str, *numbers: float) -> None:
     """Raise UserError for NaN and infinity."""
     for number in numbers:
         if not math.isfinite(number):
-            raise about(flag)(f"has {number}; use a finite number")
+            raise about(flag)(f"has {number}", "use a finite number")
 
 
 def resolve_ratios(args: argparse.Namespace, unset: float) -> list[float]:
@@ -174,7 +155,7 @@ def resolve_ratios(args: argparse.Namespace, unset: float) -> list[float]:
     ratios = args.ratios or [unset] * len(args.models)
     check_finite("--ratios", *ratios)
     if len(ratios) != len(args.models):
-        raise about("--ratios")(f"has {len(ratios)} values, but --models {len(args.models)}; use one for each file")
+        raise about("--ratios")(f"has {len(ratios)} values, but --models {len(args.models)}", "use one for each file")
     return ratios
 
 
@@ -219,9 +200,9 @@ def check_folder(flag: str, path: Path) -> None:
     """Raise UserError if nothing can be created at `path`; missing parent folders are allowed."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir():
-        raise about(flag, path)(f": {folder} is a file, not a folder; use another folder")
+        raise about(flag, path)(f": {folder} is a file, not a folder", "use another folder")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise about(flag, path)(f": {folder} is not writable; change its permissions, or use another folder")
+        raise about(flag, path)(f": {folder} is not writable", "change its permissions, or use another folder")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -232,7 +213,7 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise about("--device")(f"{name} cannot be used ({reason}); use cpu, or cuda if there is a GPU") from None
+        raise about("--device")(f"{name} cannot be used ({reason})", "use cpu, or cuda if there is a GPU") from None
     return device
 
 

@@ -36,7 +36,7 @@ def spec_of_script(name: str) -> BaseModelSpec:
     specs = {spec.script: spec for spec in reversed(list_specs())}
     script = f"{name.removesuffix('.py')}.py"
     if script not in specs:
-        raise about("--script")(f"{name} is not a training script; use one of {', '.join(sorted(specs, key=len))}")
+        raise about("--script")(f"{name} is not a training script", f"use one of {', '.join(sorted(specs, key=len))}")
     return specs[script]
 
 
@@ -54,7 +54,7 @@ def count(name: str, arguments: Sequence[str], is_fused: bool | None = None) -> 
     """
     spec, options = read_training_options(name, arguments)
     if not options.network.network_module:
-        raise about("--network_module", cause="missing")("is not set; use networks.lora for a LoRA")
+        raise about("--network_module", cause="missing")("is not set", "use networks.lora for a LoRA")
     if options.distributed.shard_base and not options.distributed.shard_group:
         raise about("--shard_base")(": set --shard_group to the number of processes that share the base model")
     check_requirements(options)
@@ -74,7 +74,7 @@ def count(name: str, arguments: Sequence[str], is_fused: bool | None = None) -> 
 def batch_of_options(data: DatasetOptions) -> BatchShape:
     """Return the batch of --resolution and --train_batch_size. Raises UserError if no resolution is set."""
     if not data.resolution:
-        raise about("--resolution", cause="missing")("is not set; set the training size, such as 512 or 512,768")
+        raise about("--resolution", cause="missing")("is not set", "set the training size, such as 512 or 512,768")
     sides = parse_numbers("--resolution", data.resolution, int, (1, 2), "512 or 768,512")
     return BatchShape(data.train_batch_size, sides[0], sides[-1], num_tokens=NUM_TOKENS)
 

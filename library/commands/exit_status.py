@@ -7,7 +7,7 @@ from library.base.errors import UserError
 from library.base.terminal import print_error, print_line
 from library.environment.hidden_libraries import BITSANDBYTES, hide_library
 from library.training.command_line.console import setup_plain_logging
-from library.training.reporting.error_fields import ErrorFields, describe_error, print_error_line, wants_error_line
+from library.training.reporting.error_fields import print_json_error
 
 
 def act(action: Callable[[], int | None], argv: Sequence[str] | None = None) -> int:
@@ -20,12 +20,6 @@ def act(action: Callable[[], int | None], argv: Sequence[str] | None = None) -> 
     except KeyboardInterrupt:
         print_line("stopped; no partial file was written", sys.stderr)
         return 130
-
-
-def print_json_error(error: BaseException | ErrorFields, argv: Sequence[str]) -> None:
-    """Print the line of --errors_json if `argv` asks for it."""
-    if wants_error_line(argv):
-        print_error_line(error if isinstance(error, ErrorFields) else describe_error(error, {}, ()))
 
 
 def _act(action: Callable[[], int | None], argv: Sequence[str]) -> int:

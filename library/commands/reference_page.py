@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from library.architectures.scripts import describe_scripts
-from library.options.other_programs import list_programs, read_program
+from library.options.other_programs import Equivalent, list_programs, read_program
 
 HEAD = """\
 # All settings
@@ -65,8 +65,20 @@ def describe_value(setting: Mapping[str, Any]) -> str:
     return words if default is None or default is False or default in ("", [], ()) else f"{words} ({default})"
 
 
+LEVELS = {
+    ("subset",): " In subsets only.",
+    ("dataset", "subset"): " Not in [general].",
+    ("general", "dataset"): " Not in subsets.",
+}
+
+
 def describe_key(key: Mapping[str, Any]) -> Sequence[str]:
-    return f"`{key['name']}`", describe_value(key), key["help"]
+    """Return the cells of a key of a dataset file, with where it may stand and the option that is its fallback."""
+    fallback = key["default_option"]
+    note = "" if fallback in (None, key["name"]) else f" Fallback: --{fallback}."
+    choices = key["value"].removeprefix("one of ").split(", ") if key["value"].startswith("one of ") else None
+    value = key["value"] if key["is_list"] else describe_value({**key, "choices": choices})
+    return f"`{key['name']}`", value, key["help"] + note + LEVELS.get(tuple(key["levels"]), "")
 
 
 def describe_arguments(capabilities: Mapping[str, Any]) -> Iterator[Sequence[str]]:
@@ -80,13 +92,20 @@ def describe_arguments(capabilities: Mapping[str, Any]) -> Iterator[Sequence[str
             first.setdefault(argument["name"], argument)
     for name, argument in first.items():
         few = f" ({', '.join(owners[name])})" if len(owners[name]) <= len(modules) // 2 else ""
-        yield f"`{name}`", describe_value(argument), argument["help"] + few
+        names = ", ".join(f"`{spelling}`" for spelling in (name, *argument["aliases"]))
+        needs = f" Needs {argument['needs']}." if argument["needs"] else ""
+        yield names, describe_value(argument), argument["help"] + needs + few
 
 
 def render_names() -> Iterator[str]:
     """Yield a table for each program with the names that mean something else here, or nothing."""
     for program in list_programs():
-        entries = [entry for entry in read_program(program).values() if entry.name not in entry.options]
+        entries = [entry for entry in read_program(program).values() if entry.name not in entry.options or entry.note]
         if entries:
             yield from ("", f"### {entries[0].program}", "", "| name | here |", "|---|---|")
-            yield from (f"| `{entry.name}` | {entry.describe(None)} |" for entry in entries)
+            yield from (f"| `{entry.name}` | {describe_name(entry)} |" for entry in entries)
+
+
+def describe_name(entry: Equivalent) -> str:
+    """Return what stands here for a name of another program; of the same name, how its meaning differs."""
+    return entry.note if entry.name in entry.options else entry.describe(None)

@@ -151,9 +151,9 @@ class FlowMatching:
             redrawn_B = NUM_TIMESTEPS * self.draw_levels(*shape, generator, offsets_B)
             timesteps_B = torch.where(is_inside_B, timesteps_B, redrawn_B)
         raise about("--preserve_distribution_shape")(
-            f": in {MOST_REDRAWS} draws no noise level lay between --min_timestep "
-            f"{lowest} and --max_timestep {highest}; widen the range, choose another --timestep_sampling, or leave the "
-            "option out"
+            f": in {MOST_REDRAWS} draws no noise level lay between --min_timestep {lowest} and --max_timestep "
+            f"{highest}",
+            "widen the range, choose another --timestep_sampling, or leave the option out",
         )
 
     def noise_levels(self, noised: Noised) -> Tensor:

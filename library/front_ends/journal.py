@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 
+from library.base.errors import of_file
+
 MARK = '{"made_by": "tools/front_end.py", '  # how every journal begins
 
 # Phases of an installation, in order.
@@ -19,10 +21,6 @@ WRITING = "writing"
 INSTALLED = "installed"
 REMOVING = "removing"
 RETURNING = "moving the original back"
-
-
-class FrontEndError(Exception):
-    """An error that the user can fix; the message says how."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Journal:
 def read_journal(place: Place) -> Journal | None:
     """Return the journal of a folder; None if nothing is installed there.
 
-    Raises FrontEndError if the file is no journal, or a kept original has none: another program made it.
+    Raises UserError if the file is no journal, or a kept original has none: another program made it.
     """
     if place.journal.exists():
         try:
@@ -79,12 +77,12 @@ def read_journal(place: Place) -> Journal | None:
             require_journal(journal)
             return journal
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise FrontEndError(
-                f"{place.journal} is damaged or not a journal of this tool; rename it, and run the command again"
+            raise of_file(place.journal, cause="unreadable")(
+                "is damaged or not a journal of this tool", "rename it, and run the command again"
             ) from error
     if os.path.lexists(place.original):
-        raise FrontEndError(
-            f"{place.original} exists, but {place.journal.name} beside it is missing. If it holds the front end's own "
+        raise of_file(place.original, cause="would be lost")(
+            f"exists, but {place.journal.name} beside it is missing. If it holds the front end's own "
             f"scripts, move {place.folder.name} away and rename it to {place.folder.name}; else give it another name"
         )
     return None
@@ -109,9 +107,11 @@ def is_outside(path: str) -> bool:
 
 
 def write_journal(place: Place, journal: Journal) -> None:
-    """Replace the journal at once. Raises FrontEndError if `Place.part` is a file of the user's."""
+    """Replace the journal at once. Raises UserError if `Place.part` is a file of the user's."""
     if not place.journal.exists() and os.path.lexists(place.part) and not is_begun_journal(place.part):
-        raise FrontEndError(f"{place.part} was not made by this tool, which needs that name; rename it")
+        raise of_file(place.part, cause="would be lost")(
+            "was not made by this tool, which needs that name", "rename it"
+        )
     text = MARK + json.dumps(asdict(journal), indent=1, ensure_ascii=False)[1:].lstrip() + "\n"
     with open(place.part, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)

@@ -12,13 +12,13 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
+from library.base.errors import of_file
 from library.front_ends.journal import (
     DISPLACING,
     INSTALLED,
     REMOVING,
     RETURNING,
     WRITING,
-    FrontEndError,
     Journal,
     Place,
     digest_file,
@@ -45,7 +45,7 @@ def install(
     """Install `contents` (path in the folder -> content), or update what is installed. Return True if it was an update.
 
     `is_whole` moves everything else of the folder away, otherwise only files of these names. Git no longer updates
-    `submodule`, which is or contains the folder. Raises FrontEndError if files of these names beside the folder are not
+    `submodule`, which is or contains the folder. Raises UserError if files of these names beside the folder are not
     of this tool.
     """
     digests = {path: [digest_content(content)] for path, content in contents.items()}
@@ -81,12 +81,12 @@ def install(
 def restore(place: Place, submodule: Submodule | None) -> None:
     """Remove what is installed, and put the front end's own files back.
 
-    Raises FrontEndError if nothing is installed.
+    Raises UserError if nothing is installed.
     """
     journal = read_journal(place)
     if journal is None:
         discard_begun_journal(place)
-        raise FrontEndError(f"{place.journal} is missing, so nothing was installed into {place.folder}")
+        raise of_file(place.journal, cause="missing")(f"is missing, so nothing was installed into {place.folder}")
     check_original(place, journal, submodule)
     if journal.phase not in (DISPLACING, RETURNING):
         write_journal(place, replace(journal, phase=REMOVING))
@@ -109,12 +109,12 @@ def restore(place: Place, submodule: Submodule | None) -> None:
 
 
 def check_original(place: Place, journal: Journal | None, submodule: Submodule | None) -> None:
-    """Raise FrontEndError if the front end's own files were taken from where they are kept."""
+    """Raise UserError if the front end's own files were taken from where they are kept."""
     if journal is None or journal.phase in (DISPLACING, RETURNING) or not journal.displaced or place.original.is_dir():
         return
     unset = "" if submodule is None else f" and run `git -C {submodule.repository} config --unset {submodule.setting}`"
-    raise FrontEndError(
-        f"{place.original} with the front end's own files is missing. If you have put them back into {place.folder}, "
+    raise of_file(place.original, cause="missing")(
+        f"with the front end's own files is missing. If you have put them back into {place.folder}, "
         f"delete {place.journal}{unset}; else put the folder back"
     )
 
@@ -202,7 +202,9 @@ def remove_empty_folders(place: Place, journal: Journal) -> None:
 def set_aside(place: Place, path: str) -> None:
     """Move a file or folder that is not ours out of the way, and name it."""
     if place.aside.exists() and not place.aside.is_dir():
-        raise FrontEndError(f"{place.aside} is needed as the folder for files that are in the way; rename that file")
+        raise of_file(place.aside, cause="would be lost")(
+            "is needed as the folder for files that are in the way", "rename that file"
+        )
     target = find_free_name(place.aside / path)
     logger.warning("%s is not as installed, or is yours: it is moved to %s", place.folder / path, target)
     target.parent.mkdir(parents=True, exist_ok=True)

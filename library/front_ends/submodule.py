@@ -6,7 +6,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.front_ends.journal import FrontEndError
+from library.base.errors import error_in, of_file
 
 NONE = "none"  # the setting with which `git submodule update` skips a submodule
 
@@ -27,15 +27,15 @@ class Submodule:
 def find_submodule(folder: Path, front_end: Path) -> Submodule | None:
     """Return the submodule that `folder` is or is a part of, looked for up to the folder of the front end.
 
-    Raises FrontEndError if git is missing or refuses to read the repository.
+    Raises UserError if git is missing or refuses to read the repository.
     """
     folder, front_end = folder.resolve(), front_end.resolve()
     candidates = [path for path in (folder, *folder.parents) if path.is_relative_to(front_end)]
     if shutil.which("git") is None:
         if any((path / ".git").exists() for path in candidates):
-            raise FrontEndError(
-                f"{front_end} is a git repository, but git is not found; install git, or run this command where the "
-                "front end's own commands run"
+            raise of_file(front_end, cause="not installed")(
+                "is a git repository, but git is not found",
+                "install git, or run this command where the front end's own commands run",
             )
         return None
     for path in candidates:
@@ -98,21 +98,23 @@ def restore_head(folder: Path, head: str) -> None:
 def run_git(folder: Path, *words: str) -> str | None:
     """Return the output of a git command without the final line break; None if git finds nothing.
 
-    Raises FrontEndError if git does not trust the repository.
+    Raises UserError if git does not trust the repository.
     """
     if not folder.is_dir():
         return None
     process = start_git(folder, *words)
     if process.returncode != 0 and "dubious ownership" in process.stderr:
-        raise FrontEndError(f"git does not trust {folder}, which another user owns: {process.stderr.strip()}")
+        raise error_in(path=folder, cause="unreadable")(
+            f"git does not trust {folder}, which another user owns: {process.stderr.strip()}"
+        )
     return process.stdout.rstrip("\n") if process.returncode == 0 else None
 
 
 def change_git(folder: Path, *words: str) -> None:
-    """Run a git command. Raises FrontEndError with git's message if it fails."""
+    """Run a git command. Raises UserError with git's message if it fails."""
     process = start_git(folder, *words)
     if process.returncode != 0:
-        raise FrontEndError(f"`git {' '.join(words)}` in {folder} failed: {process.stderr.strip()}")
+        raise error_in(path=folder)(f"`git {' '.join(words)}` in {folder} failed: {process.stderr.strip()}")
 
 
 def start_git(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":

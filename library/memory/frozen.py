@@ -45,9 +45,10 @@ class FrozenLayer(nn.Module):
     def weight(self) -> None:
         # LyCORIS' `algo=full` trains a weight of its own in the place of the layer's.
         raise about("--network_module")(
-            "replaces the weights of the base model's layers, which does not work where they are "
-            "offloaded, sharded or stored in 8 or 4 bits; remove --blocks_to_swap, --shard_base, --base_format and "
-            "--fp8_base, or use a kind of adapter that keeps them"
+            "replaces the weights of the base model's layers, which does not work where they are offloaded, sharded "
+            "or stored in 8 or 4 bits",
+            "remove --blocks_to_swap, --shard_base, --base_format and --fp8_base, or use a kind of adapter that "
+            "keeps them",
         )
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:

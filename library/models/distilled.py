@@ -76,8 +76,8 @@ def recognise_name(release: DistilledRelease, name: str, path: Path) -> bool | N
     base += [f"{before} {word}" for before, word in pairs if word in DISTILLED_WORDS and before == "de"]
     if distilled and base:
         raise about(BASE_FLAG, path)(
-            f": {name} has {distilled[0]!r}, as a distilled model, and {base[0]!r}, as its base "
-            f"model; set {release.flag} to say which it is"
+            f": {name} has {distilled[0]!r}, as a distilled model, and {base[0]!r}, as its base model",
+            f"set {release.flag} to say which it is",
         )
     if distilled or base:
         return bool(distilled)

@@ -145,6 +145,6 @@ def check_input_width(path: Path, num_inputs: int, expected: int, unit: str, tit
     """Raise UserError if the transformer at `path` takes another number of values per `unit` than the VAE produces."""
     if num_inputs != expected:
         raise about(BASE_FLAG, path, cause="does not fit")(
-            f": the transformer takes {num_inputs} values per {unit}, but only {expected} are "
-            f"supported; use a checkpoint of {title}"
+            f": the transformer takes {num_inputs} values per {unit}, but only {expected} are supported",
+            f"use a checkpoint of {title}",
         )

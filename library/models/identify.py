@@ -73,7 +73,7 @@ def base_of_checkpoint(specs: Sequence[BaseModelSpec], flag: str, path: Path) ->
         return named[0]
     spec = base_of_folder(specs, class_name, model_lookup.open_part(flag, path / "unet", "unet")[1].shapes)
     if spec is None:  # every U-Net with weights is recognised as this family
-        raise about(flag, path)(": its U-Net has no weights; download it again")
+        raise about(flag, path)(": its U-Net has no weights", "download it again")
     return spec
 
 
@@ -104,7 +104,8 @@ def refuse_unknown_folder(flag: str, folder: Path, class_name: str) -> None:
     """Raise UserError for a folder whose pipeline no script trains. One with a U-Net passes: its weights decide."""
     if class_name and not (folder / "unet").is_dir():
         raise about(flag, folder)(
-            f": its model_index.json names {class_name}, which has no script of its own; try diffusers_train_network.py"
+            f": its model_index.json names {class_name}, which has no script of its own",
+            "try diffusers_train_network.py",
         )
 
 
@@ -131,7 +132,7 @@ def text_encoder_in(flag: str, weights: Weights, prefix: str) -> Weights:
     encoder = with_prefix(weights, prefix)
     if not encoder.shapes:
         raise about(flag, weights.origin, kind=NotThere)(
-            f"has a U-Net but no text encoder (nothing begins with {prefix!r}); use a full checkpoint"
+            f"has a U-Net but no text encoder (nothing begins with {prefix!r})", "use a full checkpoint"
         )
     return encoder
 

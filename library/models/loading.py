@@ -133,7 +133,8 @@ def check_text_width(
     if num_states * text_width != width:
         states = "text features of" if num_states == 1 else f"{num_states} states of"
         raise about(flag, component.weights.origin, cause="does not fit")(
-            f"has width {text_width}, but the transformer expects {states} width {width / num_states:g}; use {expected}"
+            f"has width {text_width}, but the transformer expects {states} width {width / num_states:g}",
+            f"use {expected}",
         )
 
 
@@ -282,8 +283,8 @@ def read_number(weights: Weights, name: str, expected: Tensor) -> Tensor:
     if expected.is_floating_point() and not value.is_floating_point():
         dtype_name = str(value.dtype).removeprefix("torch.")
         raise of_file(weights.origin, cause="does not fit")(
-            f": {name} holds integers ({dtype_name}), so this is a quantised checkpoint in an "
-            "unsupported format; use one in float32, float16, bfloat16 or float8"
+            f": {name} holds integers ({dtype_name}), so this is a quantised checkpoint in an unsupported format",
+            "use one in float32, float16, bfloat16 or float8",
         )
     if name in weights.padded_to:
         value = value[tuple(map(slice, expected.shape))]

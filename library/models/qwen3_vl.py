@@ -46,7 +46,9 @@ def qwen3_vl_component(weights: Weights, folder_config: Mapping[str, Any] | None
         reason = (
             f"{model_type}'s" if decoder is None and model_type != KIND else f"first names: {list_first_names(weights)}"
         )
-        raise about(release.flag, weights.origin)(f"is not a Qwen3-VL text encoder ({reason}); use {release.hub_name}")
+        raise about(release.flag, weights.origin)(
+            f"is not a Qwen3-VL text encoder ({reason})", f"use {release.hub_name}"
+        )
     if folder_config is None and not any(VISION in name for name in weights.shapes):
         logger.warning(
             "%s %s has no vision model. If it is Qwen3, which has the same sizes, it encodes captions wrongly; then "

@@ -166,7 +166,7 @@ def encode_captions(
         return encode_texts(language, ids_BT, mask_BT)
     if not vision:
         raise about("--text_encoder")(
-            f"has no vision model, which reference images require; use a complete file or folder of {encoder}"
+            "has no vision model, which reference images require", f"use a complete file or folder of {encoder}"
         )
     rows = []
     for ids_T, mask_T, shown in zip(ids_BT, mask_BT, images, strict=True):

@@ -44,7 +44,7 @@ class Recipe:
         values = options.flat()
         for name, why in self.refuses.items():
             if is_requested(values[name]):
-                raise about(f"--{name}", cause="does not fit")(f"does not work with {self.title}: {why}; remove it")
+                raise about(f"--{name}", cause="does not fit")(f"does not work with {self.title}: {why}", "remove it")
 
     def describe(self, options: Options, **more: str) -> dict[str, str]:
         """Return a base model's metadata for trained files; `more` are modelspec.* keys without that prefix."""

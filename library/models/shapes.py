@@ -37,7 +37,7 @@ class ShapeReader:
     def shape(self, name: str) -> tuple[int, ...]:
         """Look up a shape. Raises UserError if the name is missing."""
         if name not in self.shapes:
-            raise UserError(f"{name} is missing; use a complete {self.model} checkpoint")
+            raise UserError(f"{name} is missing", f"use a complete {self.model} checkpoint")
         return self.shapes[name]
 
     def count(self, stem: str) -> int:
@@ -45,7 +45,8 @@ class ShapeReader:
         numbers = {int(match[1]) for name in self.shapes if (match := re.match(rf"{re.escape(stem)}\.(\d+)\.", name))}
         if not numbers or numbers != set(range(len(numbers))):
             raise UserError(
-                f"its {stem} are numbered {sorted(numbers)}, not 0, 1, 2, ...; use a complete {self.model} checkpoint"
+                f"its {stem} are numbered {sorted(numbers)}, not 0, 1, 2, ...",
+                f"use a complete {self.model} checkpoint",
             )
         return len(numbers)
 

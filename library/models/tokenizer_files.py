@@ -86,7 +86,7 @@ def read_tokenizer(read: Callable[[], Any], place: Path) -> Any:
     except Exception as error:  # transformers and tokenizers raise anything for damaged files, also bare Exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise error_in(path=place)(
-            f"the tokenizer {place} cannot be read ({reason}); download its files again"
+            f"the tokenizer {place} cannot be read ({reason})", "download its files again"
         ) from error
 
 
@@ -124,8 +124,8 @@ def check_marks(tokenizer: Any, marks: Sequence[str], hub_name: str) -> None:
     missing = [mark for mark in marks if mark not in words]
     if missing:
         raise error_in(path=tokenizer.name_or_path)(
-            f"the tokenizer {tokenizer.name_or_path} has no {missing[0]}: it belongs to another model; use that of "
-            f"{hub_name}"
+            f"the tokenizer {tokenizer.name_or_path} has no {missing[0]}: it belongs to another model",
+            f"use that of {hub_name}",
         )
 
 
@@ -135,5 +135,6 @@ def check_ids(owner: str, tokenizer: Any, folder: Path, num_words: int | None) -
     if num_words is not None and largest >= num_words:
         raise error_in(path=folder)(
             f"the tokenizer in {folder} has token IDs up to {largest}, but {owner} has {num_words} embeddings: it "
-            "belongs to another model; replace it with the right one"
+            "belongs to another model",
+            "replace it with the right one",
         )

@@ -85,8 +85,8 @@ class TransformerFile:
         prefix = find_prefix(weights.shapes, DENOISER_PREFIXES)
         if self.diffusers_mark is not None and prefix + self.diffusers_mark in weights.shapes:
             raise about(flag, path, cause="does not fit")(
-                ": this is a transformer in diffusers' layout; use a file in the original layout, which "
-                "other programs load"
+                ": this is a transformer in diffusers' layout",
+                "use a file in the original layout, which other programs load",
             )
         if prefix + self.mark not in weights.shapes:
             raise about(flag, path)(f"has no layers of {self.title}'s transformer")

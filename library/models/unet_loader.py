@@ -120,8 +120,8 @@ def should_use_xformers(memory: MemoryOptions, is_deterministic: bool) -> bool:
     # torch's deterministic mode makes some versions of xformers choose other kernels, and others fail.
     if memory.xformers and is_deterministic:
         raise about("--deterministic", cause="does not fit", others=["--xformers"])(
-            "excludes --xformers, whose backward pass adds in varying order; leave --xformers out: "
-            "torch's scaled dot product attention (sdpa) needs as little memory"
+            "excludes --xformers, whose backward pass adds in varying order",
+            "leave --xformers out: torch's scaled dot product attention (sdpa) needs as little memory",
         )
     return memory.xformers
 

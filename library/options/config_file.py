@@ -95,9 +95,9 @@ def refuse_unusable(value: Any, origin: str) -> None:
     """Raise UserError if nested tables and lists have a string with NUL, which ends a path for the system, or an
     integer that no float holds, such as a hexadecimal one of thousands of digits."""
     if isinstance(value, str) and "\0" in value:
-        raise UserError(f"{origin} has a NUL character in a text: {value[:60]!r}; remove it")
+        raise UserError(f"{origin} has a NUL character in a text: {value[:60]!r}", "remove it")
     if isinstance(value, int) and value.bit_length() > MOST_BITS:
-        raise UserError(f"{origin} has a number of more than 300 digits; use a smaller one")
+        raise UserError(f"{origin} has a number of more than 300 digits", "use a smaller one")
     if isinstance(value, (dict, list)):
         for item in value.values() if isinstance(value, dict) else value:
             refuse_unusable(item, origin)

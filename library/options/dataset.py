@@ -147,7 +147,7 @@ class DatasetOptions(Options, needs_images=True):
     face_crop_aug_range: str | None = option(
         None,
         help="Smallest and largest zoom for crops around faces, such as 2.0,4.0. File names must hold the face's "
-        "position as _cx_cy_w_h. Unset crops no faces.",
+        "position as _cx_cy_w_h. Unset crops no faces; with buckets or cached latents it has no effect.",
     )
     random_crop: bool = option(
         False,

@@ -19,9 +19,9 @@ def read_keyword_args(items: Sequence[str] | None, flag: str) -> dict[str, Any]:
     for item in items or ():
         key, equals, text = (part.strip() for part in item.partition("="))
         if not equals or not key:
-            raise about(flag)(f"{item!r} is not key=value; write for example weight_decay=0.01")
+            raise about(flag)(f"{item!r} is not key=value", "write for example weight_decay=0.01")
         if key in keywords:
-            raise error_in(f"{flag} {key}")(f"{flag} gives {key} twice; keep one of them")
+            raise error_in(f"{flag} {key}")(f"{flag} gives {key} twice", "keep one of them")
         try:
             keywords[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):

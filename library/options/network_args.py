@@ -16,7 +16,9 @@ def parse_network_args(items: Sequence[str] | None) -> dict[str, str]:
     for item in items or []:
         key, equals, value = item.partition("=")
         if not equals or not key:
-            raise error_in("--network_args")(f"--network_args {item!r} has no '='; write key=value, such as conv_dim=8")
+            raise error_in("--network_args")(
+                f"--network_args {item!r} has no '='", "write key=value, such as conv_dim=8"
+            )
         if arguments.get(key, value) != value:
             logger.warning("--network_args %s is given twice; %s counts, not %s", key, value, arguments[key])
         arguments[key] = value

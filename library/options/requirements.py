@@ -36,7 +36,8 @@ def check_required(name: str, needs: tuple[str, ...], values: Mapping[str, Any])
     other, is_value, _ = needs[0].partition("=")
     current = f", but that is {values[other]}" if is_value else ", which is not set"
     raise error_in(f"--{name}", others=[f"--{need.partition('=')[0]}" for need in needs], cause="needs")(
-        f"{flag_with_value(name, values[name])} needs {describe_needs(needs)}{current}; set it, or leave out --{name}"
+        f"{flag_with_value(name, values[name])} needs {describe_needs(needs)}{current}",
+        f"set it, or leave out --{name}",
     )
 
 
@@ -47,7 +48,7 @@ def check_excluded(name: str, excludes: Mapping[str, str], values: Mapping[str, 
         if values.get(other) is not None and is_met(need, values):
             flags = [flag_with_value(name, values[name]), flag_with_value(other, values[other])]
             raise error_in(f"--{name}", others=[f"--{other}"], cause="does not fit")(
-                f"{flags[0]} does not work with {flags[1]}: {reason}; leave one of them out"
+                f"{flags[0]} does not work with {flags[1]}: {reason}", "leave one of them out"
             )
 
 
@@ -57,7 +58,7 @@ def check_followers(follows: Mapping[str, tuple[str, str]], values: Mapping[str,
         value, followed = values.get(name), values.get(other)
         if name in own and followed is not None and value != followed and is_met(need, values):
             raise error_in(f"--{name}", others=[f"--{other}"], cause="does not fit")(
-                f"--{name} is {value}, but takes the value of --{other}, {followed}; leave out --{name}"
+                f"--{name} is {value}, but takes the value of --{other}, {followed}", f"leave out --{name}"
             )
 
 

@@ -156,7 +156,7 @@ class Trainings:
             try:
                 target = path.open("xb")
             except FileExistsError:
-                raise of_file(path)("exists already and is kept; rename one of the two files") from None
+                raise of_file(path)("exists already and is kept", "rename one of the two files") from None
             try:  # from here on the file is ours
                 with target:
                     shutil.copyfileobj(source, target)

@@ -82,7 +82,7 @@ def show_other(path: Path, opens: bool) -> int:
     deadline = time.monotonic() + OTHER_S
     while (address := read_address(path)) is None:
         if time.monotonic() > deadline:
-            raise of_file(path)("is missing though another page is open; close that one, and start again")
+            raise of_file(path)("is missing though another page is open", "close that one, and start again")
         time.sleep(POLL_S)
     print_line(f"The page is open already: {address.first_url}")
     if address.version != read_code_version():
@@ -96,7 +96,7 @@ def bind(host: str, port: int | None) -> socket.socket:
     """Return a socket that is bound; without a port to the usual one, or to a free one if that is taken. Raises
     UserError."""
     if port is not None and not 0 <= port <= MAX_PORT:
-        raise about("--port")(f"is {port}; use a number from 0 (any free port) to {MAX_PORT}")
+        raise about("--port")(f"is {port}", f"use a number from 0 (any free port) to {MAX_PORT}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for choice in (PORT, 0) if port is None else (port,):
         bound = socket.socket(family, socket.SOCK_STREAM)
@@ -110,7 +110,7 @@ def bind(host: str, port: int | None) -> socket.socket:
             bound.close()
             problem = error
     if port is None:
-        raise about("--listen")(f"{host} cannot be used: {problem.strerror}; use an address of this machine")
+        raise about("--listen")(f"{host} cannot be used: {problem.strerror}", "use an address of this machine")
     reason = f"{port} cannot be opened: {problem.strerror}; use another one, or leave it out"
     raise about("--port", cause="unreadable")(reason) from None
 

@@ -113,7 +113,7 @@ class Store:
                 path.mkdir(exist_ok=True)
         except OSError as error:
             raise of_file(self.own, cause="unreadable")(
-                f"cannot be written: {error.strerror}; use another --folder"
+                f"cannot be written: {error.strerror}", "use another --folder"
             ) from None
         self.queue.create()
 

@@ -373,7 +373,7 @@ def absolute_folder(text: object) -> Path:
     if not path.is_absolute():
         raise Refused("path")
     if not path.is_dir():
-        raise of_file(path, cause="missing")("is no folder; choose the folder that holds the files")
+        raise of_file(path, cause="missing")("is no folder", "choose the folder that holds the files")
     return path
 
 

@@ -97,7 +97,7 @@ def choose_photos(inputs: Mapping[str, Any], scratch: Path) -> tuple[list[Any], 
             file.write_text(texts[-1], encoding="utf-8")
     num_found = sum(len(folder.photos) for folder in folders)
     if not folders:
-        raise of_file(root)("has no photo that is chosen; take at least one in")
+        raise of_file(root)("has no photo that is chosen", "take at least one in")
     if num_found < len(chosen):
         reason = f"lacks {len(chosen) - num_found} of the chosen photos by now; read the folder again"
         raise of_file(root, cause="missing")(reason)
@@ -247,7 +247,7 @@ def draw_sheet(inputs: Mapping[str, Any], say: Say) -> dict[str, Any]:
     files = Files(Path(inputs["folder"]), inputs["name"])
     record = Record.read(files.config)
     if record is None:
-        raise of_file(files.config)("does not say what its base is; draw with tools/draw.py")
+        raise of_file(files.config)("does not say what its base is", "draw with tools/draw.py")
     adapter, why = choose_adapter(files)
     lines = [line for file in list_metadata(files) for line in file.read_text(encoding="utf-8").splitlines()]
     photos = [path for line in lines if (path := Path(json.loads(line)["image_path"])).is_file()]

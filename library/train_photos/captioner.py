@@ -68,7 +68,7 @@ def load_captioner(name: str) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise about("--caption", cause="unreadable")(
-            f": {name} cannot be loaded ({reason}); write the captions yourself, or leave out --caption"
+            f": {name} cannot be loaded ({reason})", "write the captions yourself, or leave out --caption"
         ) from None
     return model.to(find_device()).eval(), processor
 

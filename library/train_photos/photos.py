@@ -141,7 +141,7 @@ def find_photos(root: Path, side: int = USUAL_SIDE, on_photo: Callable[[], objec
     Raises UserError if there are none.
     """
     if not root.is_dir():
-        raise of_file(root)(f"is no folder{nearby(root, is_folder=True)}; give the folder that your photos are in")
+        raise of_file(root)(f"is no folder{nearby(root, is_folder=True)}", "give the folder that your photos are in")
     paths = []
     for path, names, _ in os.walk(root.absolute()):
         names[:] = sorted(name for name in names if not name.startswith("."))
@@ -232,7 +232,7 @@ def parse_trigger(text: str) -> Trigger:
     """Parse "mycat, a cat". Raises UserError for a text without a word."""
     word, _, subject = (part.strip() for part in text.partition(","))
     if not word:
-        raise about("--trigger")(f'{text!r} has no word; write one that the base does not know, as in "mycat, a cat"')
+        raise about("--trigger")(f"{text!r} has no word", 'write one that the base does not know, as in "mycat, a cat"')
     return Trigger(word, subject, is_given=True)
 
 

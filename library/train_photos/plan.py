@@ -319,12 +319,14 @@ def compose_captions(data: DataPlan) -> list[str]:
 def limit_time(plan: Plan, minutes: float) -> Plan:
     """Return the plan with as many steps as fit into this time."""
     if plan.duration is None:
-        raise about("--minutes")(f"{minutes:g}: how long a step of this model takes is not known; give --steps instead")
+        raise about("--minutes")(
+            f"{minutes:g}: how long a step of this model takes is not known", "give --steps instead"
+        )
     beside = plan.duration.seconds - plan.duration.parts["training"]
     steps = int((60 * minutes - beside) / plan.duration.step)
     if steps < 1:
         raise about("--minutes")(
-            f"is {minutes:g}, but loading, previews and sheets take {beside / 60:.1f} alone; give more, or --steps"
+            f"is {minutes:g}, but loading, previews and sheets take {beside / 60:.1f} alone", "give more, or --steps"
         )
     return replace(plan, duration=replace(plan.duration, num_steps=steps)).with_values(
         choose_length(steps, plan.num_photos)

@@ -63,7 +63,7 @@ def check_length(args: argparse.Namespace) -> None:
     """Raise UserError for a length that is none."""
     for flag, value in (("--steps", args.steps), ("--minutes", args.minutes)):
         if value is not None and not 0 < value < 10**7:
-            raise about(flag)(f"is {value:g}; use a number above 0")
+            raise about(flag)(f"is {value:g}", "use a number above 0")
 
 
 def choose_trigger(

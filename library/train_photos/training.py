@@ -88,7 +88,7 @@ def write(texts: RunTexts, files: Files, record: Record) -> None:
     with holding(files):
         if not is_free(files):
             raise error_in("--name", path=files.config, cause="would be lost")(
-                f"another run has taken the name {files.name} meanwhile; give the same command again"
+                f"another run has taken the name {files.name} meanwhile", "give the same command again"
             )
         remove_temporary(files.folder, lambda stem: stem in [path.stem for path in files.texts])
         texts.write(files, record.line)

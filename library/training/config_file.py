@@ -110,7 +110,7 @@ def nearest(key: str, actions: Mapping[str, argparse.Action]) -> str:
 def to_whole_chunks(max_token_length: int, where: str, warnings: list[str]) -> int | None:
     """Convert a caption length in tokens: captions are read in chunks of 75 tokens, and one chunk is the default."""
     if max_token_length < 75:
-        raise error_in("--max_token_length")(f"{where}: max_token_length is {max_token_length}; use 75, 150 or 225")
+        raise error_in("--max_token_length")(f"{where}: max_token_length is {max_token_length}", "use 75, 150 or 225")
     rounded = max_token_length // 75 * 75
     if rounded != max_token_length:
         warnings.append(f"{where}: max_token_length {max_token_length} acts as {rounded}: chunks have 75 tokens")
@@ -200,7 +200,7 @@ def write_config(path: Path, values: Mapping[str, Any]) -> None:
     """Write options to a new file, atomically. Raises UserError."""
     if path.exists():
         raise error_in("--output_config", path=path, cause="would be lost")(
-            f"--output_config does not overwrite {path}; remove it or name another --config_file"
+            f"--output_config does not overwrite {path}", "remove it or name another --config_file"
         )
     write_whole(path, format_config(values))
 

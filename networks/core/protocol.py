@@ -126,7 +126,7 @@ def adopt(network: Any) -> "AdoptedNetwork":
     """
     if not isinstance(network, nn.Module):
         raise error_in("--network_module")(
-            f"the network module gave {network!r} instead of a network; see its own messages above"
+            f"the network module gave {network!r} instead of a network", "see its own messages above"
         )
     required = ("apply_to", "prepare_optimizer_params", "save_weights")
     missing = [method for method in required if not callable(getattr(network, method, None))]
@@ -337,8 +337,8 @@ def _trained_groups(
     groups = [{**group, "params": list(group["params"])} for group in groups]
     if not any(group["params"] for group in groups):
         raise error_in("--network_args")(
-            "nothing would be trained: --network_module attached to no layer of this base model; look at what "
-            "--network_args, such as a preset or a pattern, and --network_train_*_only leave over"
+            "nothing would be trained: --network_module attached to no layer of this base model",
+            "look at what --network_args, such as a preset or a pattern, and --network_train_*_only leave over",
         )
     for index, group in enumerate(groups):
         lr = group.get("lr", learning_rate)
@@ -348,8 +348,8 @@ def _trained_groups(
         kept_names.append(names[index] if names is not None and index < len(names) else f"group{index}")
     if not kept:
         raise error_in("--learning_rate")(
-            "nothing would be trained: every part of the adapter has the learning rate 0; "
-            "set --learning_rate, --unet_lr or --text_encoder_lr"
+            "nothing would be trained: every part of the adapter has the learning rate 0",
+            "set --learning_rate, --unet_lr or --text_encoder_lr",
         )
     return kept, kept_names if names is not None else None
 
@@ -383,8 +383,9 @@ def _explain_reading_errors(name: str, create: Callable[..., Any]) -> Callable[.
             return result
         except AssertionError as error:
             raise about("--network_module")(
-                f"{name} cannot read {file} for this base model ({error}); use one of networks.*, "
-                "which read files of most kinds, or merge it into the base model with tools/merge_lora.py"
+                f"{name} cannot read {file} for this base model ({error})",
+                "use one of networks.*, which read files of most kinds, or merge it into the base model with "
+                "tools/merge_lora.py",
             ) from error
 
     return create_network_from_weights

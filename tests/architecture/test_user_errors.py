@@ -8,7 +8,7 @@ from tests.architecture.sources import python_files, scripts, text_of
 
 OF_THE_USER = (  # parts of the names of values that name a flag, a key, a file or a part of one
     "flag|path|file|folder|dir|key|name|place|origin|source|where|url|label|setting|argument|index|item|caption|target"
-    "|image|prefix|start|missing|install_command|describe|list_few|root"
+    "|image|prefix|start|missing|front_end|install_command|describe|list_few|root"
 )
 NAMED = re.compile(
     r"--[\w{]"  # a flag
@@ -57,12 +57,30 @@ def messages() -> Iterator[tuple[str, str]]:
         if "base.errors import" in text_of(path):
             for node in ast.walk(ast.parse(text_of(path))):
                 match node:
-                    case ast.Call(func=ast.Name("UserError"), args=[message, *_]):
-                        yield path.as_posix(), message_of(message)
-                    case ast.Call(func=ast.Call(func=ast.Name("error_in")), args=[message]):
-                        yield path.as_posix(), message_of(message)
-                    case ast.Call(func=ast.Call(func=ast.Name("about" | "of_file"), args=[first, *_]), args=[reason]):
-                        yield path.as_posix(), f"{message_of(first)} {message_of(reason)}"
+                    case ast.Call(func=ast.Name("UserError") | ast.Call(func=ast.Name("error_in")), args=[*texts]):
+                        yield path.as_posix(), "; ".join(map(message_of, texts))
+                    case ast.Call(func=ast.Call(func=ast.Name("about" | "of_file"), args=[first, *_]), args=[*texts]):
+                        yield path.as_posix(), f"{message_of(first)} {'; '.join(map(message_of, texts))}"
+
+
+ADVICE = re.compile(
+    r"; (add|begin|change|check|choose|close|convert|copy|correct|delete|describe|download|draw|encode|enlarge|fetch"
+    r"|fix|free|give|install|keep|leave|list|load|look|lower|make|merge|move|name|pass|put|raise|re-save|remove|rename"
+    r"|replace|restart|restore|rewrite|run|save|see|set|shorten|start|store|swap|take|train|try|unset|use|widen|write)\b"
+)
+
+
+def test_advice_is_the_remedy_and_no_part_of_the_reason() -> None:
+    """`about("--rank")("is 0", "use at least 1")`: programs get the remedy by itself."""
+    made = r"(about|of_file|error_in)\(.*\)|UserError|NotThere|NoDataFound"
+    inside = [
+        f"{path}:{node.lineno}"
+        for path in (*python_files("library", "networks", "tools"), *scripts())
+        for node in ast.walk(ast.parse(text_of(path)))
+        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], (ast.Constant, ast.JoinedStr))
+        if ADVICE.search(message_of(node.args[0])) and re.fullmatch(made, ast.unparse(node.func), re.DOTALL)
+    ]
+    assert inside == []
 
 
 def test_every_message_names_something_to_type_or_change() -> None:

@@ -23,7 +23,7 @@ from library.checkpoints.weights import open_sharded
 from library.commands.adapter_files import read_adapter
 from library.commands.base_models import open_base_model
 from library.data.sources.folders.metadata_file import read_metadata
-from library.front_ends.journal import MARK, FrontEndError, Place, compare_with_journal, read_journal
+from library.front_ends.journal import MARK, Place, compare_with_journal, read_journal
 from library.models.tokenizer_files import read_tokenizer, tokens_for_transformers_4
 from library.train_photos.base import recognise
 from library.training.evaluation.image_scores import load_score_models
@@ -249,7 +249,7 @@ def check_journal(place: Place, text: str) -> None:
     place.journal.write_text(text, encoding="utf-8")
     try:
         journal = read_journal(place)
-    except FrontEndError:
+    except UserError:
         return
     assert journal is not None
     compare_with_journal(place, journal)

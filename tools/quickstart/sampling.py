@@ -37,7 +37,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     specs = evaluation.read_prompts(path)
     if not specs:
         raise about("--prompts", path)(
-            'contains no prompts; write one per line, e.g. "a large red star on a white background"'
+            "contains no prompts", 'write one per line, e.g. "a large red star on a white background"'
         )
     return [Prompt(spec.prompt, number if spec.seed is None else spec.seed) for number, spec in enumerate(specs)]
 

@@ -88,7 +88,7 @@ def parse_caption(caption: str) -> Scene:
     )
     if not (shape and colour and background):
         raise UserError(
-            f'"{caption}" does not describe a scene of the toy world; write e.g. "{list_scenes()[0].caption()}"'
+            f'"{caption}" does not describe a scene of the toy world', f'write e.g. "{list_scenes()[0].caption()}"'
         )
     return Scene(shape, colour, background, size, "outlined" if "outlined" in words else "solid")
 
@@ -123,7 +123,7 @@ def shape_outline(shape: str) -> Points:
             y = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
             return np.stack([x, -y - 2.0], axis=1) / 15.0
     raise UserError(
-        f'"{shape}" is not a shape of the toy world; use one of {", ".join(KNOWN_SHAPES + HELD_OUT_SHAPES)}'
+        f'"{shape}" is not a shape of the toy world', f"use one of {', '.join(KNOWN_SHAPES + HELD_OUT_SHAPES)}"
     )
 
 

@@ -39,8 +39,8 @@ def open_loader(options: AnimaOptions) -> tuple[DitLoader, AnimaConfig]:
         weights = with_adapter(weights, open_adapter(options.text.llm_adapter_path))
     elif f"{ADAPTER}{ADAPTER_MARK}" not in weights.shapes:
         raise about(BASE_FLAG, path, cause="missing")(
-            f"has no text adapter (nothing begins with {ADAPTER!r}); it is a Cosmos model or "
-            f"only a part of Anima; use anima-preview.safetensors or another complete one, or add {ADAPTER_FLAG}"
+            f"has no text adapter (nothing begins with {ADAPTER!r}); it is a Cosmos model or only a part of Anima",
+            f"use anima-preview.safetensors or another complete one, or add {ADAPTER_FLAG}",
         )
     config = configure(weights, read_config)
     loader = open_dit_loader(
@@ -107,5 +107,6 @@ def check_fit(loader: DitLoader, config: AnimaConfig) -> None:
     width = loader.text.component.config["hidden_size"]
     if width != config.adapter.source_width:
         raise about(QWEN3.flag, loader.text.component.weights.origin, cause="does not fit")(
-            f"has width {width}, but Anima's text adapter expects {config.adapter.source_width}; use {QWEN3.hub_name}"
+            f"has width {width}, but Anima's text adapter expects {config.adapter.source_width}",
+            f"use {QWEN3.hub_name}",
         )

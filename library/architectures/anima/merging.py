@@ -52,5 +52,5 @@ def view_for_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     weights = model_lookup.open_file("the checkpoint", path)
     prefix = next((p for p in PREFIXES if p + MARK in weights.shapes), None)
     if prefix is None:
-        raise of_file(path)("contains only the text adapter; use the transformer's file")
+        raise of_file(path)("contains only the text adapter", "use the transformer's file")
     return [], build_on_meta_device(Anima, configure(with_prefix(weights, prefix), read_config))

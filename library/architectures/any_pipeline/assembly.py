@@ -106,8 +106,9 @@ def require_batches(options: PipelineOptions, convention: Convention) -> None:
     is_tlora = network.network_module == "networks.tlora" or is_switched_on(network.network_args, "tlora")
     if is_tlora and not convention.pads:
         raise error_in("T-LoRA", cause="does not fit")(
-            f"T-LoRA does not work with {convention.pipeline}: captions of different lengths cannot share a call "
-            f"of its {convention.denoiser}; remove it"
+            f"T-LoRA does not work with {convention.pipeline}: captions of different lengths cannot share a call of "
+            f"its {convention.denoiser}",
+            "remove it",
         )
 
 

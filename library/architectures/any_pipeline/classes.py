@@ -69,7 +69,8 @@ class FolderClasses:
         if not issubclass(kind, tuple(bases)) and not (owner is transformers and name in AUTO_CLASSES):
             raise UserError(
                 f"{self.flag} {self.path}: {INDEX} names {name} as {component}, which is no model, scheduler, "
-                "tokenizer or processor that can be loaded; download the file again"
+                "tokenizer or processor that can be loaded",
+                "download the file again",
             )
         return kind
 
@@ -78,8 +79,8 @@ class FolderClasses:
         is_pair = isinstance(entry, list) and len(entry) == 2
         if not is_pair or not all(isinstance(w, str) and w.isidentifier() and len(w) < LONGEST for w in entry):
             raise UserError(
-                f"{self.flag} {self.path}: {INDEX} has {str(entry)[:80]!r} as {key}, which names no class; download "
-                "the file again"
+                f"{self.flag} {self.path}: {INDEX} has {str(entry)[:80]!r} as {key}, which names no class",
+                "download the file again",
             )
         return entry[0], entry[1]
 
@@ -97,7 +98,8 @@ class FolderClasses:
             own = "" if self.trusts_code else ", or add --trust_remote_code if it is code of the model itself"
             raise UserError(
                 f"{self.flag} {self.path}: {called} is neither in diffusers {diffusers.__version__} nor in "
-                f"transformers {transformers.__version__}; install a newer version that has it{own}"
+                f"transformers {transformers.__version__}",
+                f"install a newer version that has it{own}",
             )
         return kind
 

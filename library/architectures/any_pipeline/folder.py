@@ -182,7 +182,7 @@ class PipelineFolder:
         if fault is not None:
             return about(self.flag, self.path, cause="not installed")(f": {self.kind.__name__} {fault}")
         return about(self.flag, self.path, cause="unreadable")(
-            f"is not complete: {self.kind.__name__} cannot be opened ({reason}); download the whole folder again"
+            f"is not complete: {self.kind.__name__} cannot be opened ({reason})", "download the whole folder again"
         )
 
 
@@ -354,11 +354,11 @@ def find_denoiser(flag: str, path: Path) -> tuple[PipelineFolder, str, nn.Module
     names, kind = folder.denoisers, folder.kind.__name__
     if not names:
         raise about(flag, path, cause="missing")(
-            f": model_index.json names no model of {kind} that draws; use another copy"
+            f": model_index.json names no model of {kind} that draws", "use another copy"
         )
     if len(names) > 1:
         raise about(flag, path)(
-            f": {kind} has several models that an adapter may belong to ({', '.join(names)}); "
-            "load the adapter with the pipeline and call its fuse_lora"
+            f": {kind} has several models that an adapter may belong to ({', '.join(names)})",
+            "load the adapter with the pipeline and call its fuse_lora",
         )
     return folder, names[0], with_targets(folder.build_empty(names[0]), names[0])

@@ -68,5 +68,5 @@ def open_text_encoder(
     model = open_single_file(path, model_lookup.open_file(flag, path), target_names, "flux", "")
     # Other text encoders open without an error, but have no layer of these names.
     if not model.files[0].modules:
-        raise about(flag, path)(f"has no layer called {prefix}encoder....{layers[0]}; use the file for FLUX.1")
+        raise about(flag, path)(f"has no layer called {prefix}encoder....{layers[0]}", "use the file for FLUX.1")
     return model

@@ -97,8 +97,9 @@ def recognise_release(config: Flux2Config, version: str | None, origin: str) -> 
     is_of_known_size = config.text_width in (release.text_width for release in RELEASES)
     if (requested is DEV) != config.has_guidance or (requested is not recognised and is_of_known_size):
         raise about("--model_version")(
-            f"is {version}, but {origin} is the transformer of {recognised.title}, with text features "
-            f"of width {config.text_width}; use --model_version {recognised.name}, or the file of {requested.title}"
+            f"is {version}, but {origin} is the transformer of {recognised.title}, with text features of width "
+            f"{config.text_width}",
+            f"use --model_version {recognised.name}, or the file of {requested.title}",
         )
     return requested
 
@@ -114,8 +115,9 @@ def recognise_encoder(weights: Weights, version: str | None) -> TextEncoder:
         others = [release.title for release in RELEASES if release is not requested and release.encoder_width == width]
         if others:
             raise about(FLAG, weights.origin, cause="does not fit")(
-                f"has width {width}, which is for {others[0]}, but --model_version {version} "
-                f"needs width {requested.encoder_width}; use {requested.encoder.model.hub_name}"
+                f"has width {width}, which is for {others[0]}, but --model_version {version} needs width "
+                f"{requested.encoder_width}",
+                f"use {requested.encoder.model.hub_name}",
             )
         return requested.encoder
     # Qwen3 has norms of queries and keys, Mistral has none.

@@ -49,7 +49,7 @@ def open_loader(options: Flux3Options) -> DitLoader:
         weights = select_weights(weights, {key: key for key in weights.shapes if left_out not in key})
     elif not configure(weights, read_config).has_references:
         raise about("--edit", cause="needs")(
-            f"needs layers for reference images, which {base.path} lacks; use a complete checkpoint of "
-            f"{FILES.transformer.title}, or remove --edit"
+            f"needs layers for reference images, which {base.path} lacks",
+            f"use a complete checkpoint of {FILES.transformer.title}, or remove --edit",
         )
     return open_with(FILES, options, base, weights)

@@ -110,8 +110,9 @@ def check_vae(component: Component) -> Component:
     latent_shape = (config.get("latent_channels"), config.get("spatial_compression_ratio"))
     if MARK not in component.weights.shapes or latent_shape != (SPEC.channels, SPEC.downscale):
         raise about("--vae", origin)(
-            f"has {latent_shape[0]} channels per {latent_shape[1]} pixels, but {MODEL} needs "
-            f"{SPEC.channels} per {SPEC.downscale}; use hunyuan_image_2.1_vae_fp16.safetensors"
+            f"has {latent_shape[0]} channels per {latent_shape[1]} pixels, but {MODEL} needs {SPEC.channels} per "
+            f"{SPEC.downscale}",
+            "use hunyuan_image_2.1_vae_fp16.safetensors",
         )
     scale = config.get("scaling_factor") or SCALE
     if scale != SCALE:

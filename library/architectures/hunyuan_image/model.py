@@ -85,7 +85,7 @@ def refuse_variants(shapes: Mapping[str, tuple[int, ...]]) -> None:
         )
     # The refiner's first layer is a convolution over frames too, so its weight has a fifth axis.
     if len(shapes.get("img_in.proj.weight", ())) == 5:
-        raise UserError("this is the refiner of HunyuanImage 2.1, which cannot be trained; use the base model")
+        raise UserError("this is the refiner of HunyuanImage 2.1, which cannot be trained", "use the base model")
 
 
 class MMDoubleStreamBlock(DoubleStreamBlock):

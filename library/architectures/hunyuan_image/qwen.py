@@ -125,6 +125,7 @@ def load_qwen_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_word
     if num_tokens != NUM_TEMPLATE_TOKENS:
         raise error_in(path=tokenizer.name_or_path)(
             f"the tokenizer {tokenizer.name_or_path} encodes the system prompt in {num_tokens} tokens instead of "
-            f"{NUM_TEMPLATE_TOKENS}: it belongs to another model; replace it with {HUB_NAME}'s"
+            f"{NUM_TEMPLATE_TOKENS}: it belongs to another model",
+            f"replace it with {HUB_NAME}'s",
         )
     return tokenizer

@@ -28,8 +28,8 @@ def vae_component(weights: Weights) -> Component:
     weights = with_prefix(weights, prefix)
     if "encoder.down.0.block.0.conv1.weight" not in weights.shapes:
         raise of_file(weights.origin)(
-            "is not a VAE of HunyuanImage 2.1 in the original layout; use "
-            "hunyuan_image_2.1_vae_fp16.safetensors, or the folder vae/ of a diffusers model"
+            "is not a VAE of HunyuanImage 2.1 in the original layout",
+            "use hunyuan_image_2.1_vae_fp16.safetensors, or the folder vae/ of a diffusers model",
         )
     config = configure(weights, vae_config)
     return Component(config, rename_weights(weights, lambda key: vae_from_original(key, config["layers_per_block"])))

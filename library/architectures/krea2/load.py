@@ -55,8 +55,9 @@ def open_loader(options: Krea2Options) -> DitLoader:
     num_states = configure(loader.denoiser_weights, read_config).num_states
     if num_states != len(LAYERS):
         raise about(BASE_FLAG, loader.path)(
-            f": the transformer takes {num_states} states of the text encoder for each "
-            f"token, but only {len(LAYERS)} are supported; use a checkpoint of Krea 2"
+            f": the transformer takes {num_states} states of the text encoder for each token, but only {len(LAYERS)} "
+            "are supported",
+            "use a checkpoint of Krea 2",
         )
     return loader
 
@@ -74,22 +75,23 @@ def open_turbo(options: Krea2Options, loader: DitLoader) -> DitLoader | None:
     )
     if configure(weights, read_config) != configure(base, read_config):
         raise about(TURBO_FLAG, cause="does not fit")(
-            f"{name} and the base {base.origin} have different sizes; use two of one size"
+            f"{name} and the base {base.origin} have different sizes", "use two of one size"
         )
     # Weights are exchanged tensor by tensor in place, which needs two files of one form.
     if {k: q.kind for k, q in weights.quantised.items()} != {k: q.kind for k, q in base.quantised.items()}:
         raise about(TURBO_FLAG)(
-            f"{name} is stored differently from the base {base.origin}: one has 8-bit weights where the "
-            "other has none; use two files of the same precision"
+            f"{name} is stored differently from the base {base.origin}: one has 8-bit weights where the other has none",
+            "use two files of the same precision",
         )
     if any(argument.startswith("dora_wd") for argument in options.network.network_args or ()):
         raise about(TURBO_FLAG, cause="does not fit")(
-            "does not work with dora_wd, which keeps the norms of the base's weights; remove one of them"
+            "does not work with dora_wd, which keeps the norms of the base's weights", "remove one of them"
         )
     file = options.network.network_weights
     if options.network.dim_from_weights and file is not None and is_dora(Path(file)):
         raise about(TURBO_FLAG, cause="does not fit")(
-            f"does not work with a DoRA, which keeps the norms of the base's weights, and "
-            f"--network_weights {file} is one; remove {TURBO_FLAG}"
+            f"does not work with a DoRA, which keeps the norms of the base's weights, and --network_weights {file} is "
+            "one",
+            f"remove {TURBO_FLAG}",
         )
     return replace(loader, denoiser_weights=weights)

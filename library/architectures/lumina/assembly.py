@@ -88,8 +88,9 @@ def build_text(options: LuminaOptions, loader: DitLoader) -> LuminaText:
     num_instruction = text.count_tokens(" ") if text.system_prompt else 0
     if num_instruction >= text.max_tokens:
         raise about("--system_prompt")(
-            f"has {num_instruction} tokens, which leaves no room for a caption within "
-            f"--gemma2_max_token_length {text.num_tokens}; shorten the prompt or raise the limit"
+            f"has {num_instruction} tokens, which leaves no room for a caption within --gemma2_max_token_length "
+            f"{text.num_tokens}",
+            "shorten the prompt or raise the limit",
         )
     return text
 

@@ -97,7 +97,7 @@ def load_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_wor
     vocabulary = tokenizer.get_vocab()
     if missing := [word for word in (BEGIN, PADDING) if word not in vocabulary]:
         raise error_in(path=file)(
-            f"the tokenizer {file} has no {missing[0]}: it belongs to another model; replace it with the right one"
+            f"the tokenizer {file} has no {missing[0]}: it belongs to another model", "replace it with the right one"
         )
     check_ids("Gemma", tokenizer, file, num_words)
     return tokenizer

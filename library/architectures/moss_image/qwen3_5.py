@@ -39,7 +39,7 @@ def language_component(weights: Weights) -> Component:
     decoder = None if prefix is None else extract_decoder(weights, (prefix,))
     if decoder is None:
         first = list_first_names(weights)
-        raise about(FLAG, weights.origin)(f"is not a Qwen3.5 text encoder (first names: {first}); use {HUB_NAME}")
+        raise about(FLAG, weights.origin)(f"is not a Qwen3.5 text encoder (first names: {first})", f"use {HUB_NAME}")
     return Component(configure(decoder, language_config), decoder)
 
 
@@ -110,8 +110,8 @@ def load_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: in
     tokenizer = FILES.load(folders, cache_dir, num_words)
     if not tokenizer.chat_template:
         raise error_in(path=tokenizer.name_or_path)(
-            f"the tokenizer {tokenizer.name_or_path} has no chat template; put chat_template.jinja of {HUB_NAME} next "
-            "to its tokenizer.json"
+            f"the tokenizer {tokenizer.name_or_path} has no chat template",
+            f"put chat_template.jinja of {HUB_NAME} next to its tokenizer.json",
         )
     return tokenizer
 

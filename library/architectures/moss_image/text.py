@@ -56,7 +56,8 @@ class MossImageText:
         if images and len(ids) > NUM_TOKENS:
             raise error_in("caption")(
                 f"a caption and its {len(images)} reference images have {len(ids)} tokens, but the text encoder reads "
-                f"{NUM_TOKENS}; shorten the caption: {plain_caption(caption)[:60]!r}"
+                f"{NUM_TOKENS}",
+                f"shorten the caption: {plain_caption(caption)[:60]!r}",
             )
         return ids[:NUM_TOKENS]
 

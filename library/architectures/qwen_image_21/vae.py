@@ -102,7 +102,7 @@ def open_vae(model: str, name: str | None, base: BaseFiles) -> Component:
     num_channels = shape_of(weights.shapes, MARKS[0])[1]
     if num_channels != CHANNELS:
         raise about(flag, weights.origin, cause="does not fit")(
-            f"has {num_channels} latent channels, but {model} needs {CHANNELS}; use its own VAE"
+            f"has {num_channels} latent channels, but {model} needs {CHANNELS}", "use its own VAE"
         )
     return component
 

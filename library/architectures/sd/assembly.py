@@ -67,7 +67,7 @@ def build_text(model: ModelOptions, loader: UnetLoader) -> ClipText:
     num_layers = count(clip.weights.shapes, r"encoder\.layers\.(\d+)\.")
     if model.clip_skip is not None and not 1 <= model.clip_skip <= num_layers:
         raise about("--clip_skip")(
-            f"is {model.clip_skip}, but the text encoder has {num_layers} layers; use 1 to {num_layers}"
+            f"is {model.clip_skip}, but the text encoder has {num_layers} layers", f"use 1 to {num_layers}"
         )
     if model.v2 and (model.clip_skip or 1) > 1:
         logger.warning(

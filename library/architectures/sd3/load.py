@@ -97,7 +97,7 @@ def open_clip(name: str, options: Sd3TextOptions, base: Weights) -> Component:
     weights = text_weights(name, options, base)
     if weights is None:
         why = f"{BASE_FLAG} {base.origin} has no text encoder {name} (nothing begins with {TEXT_PREFIXES[name]!r})"
-        raise NotThere(f"{why}; use --{name}", setting=f"--{name}", others=[BASE_FLAG], path=base.origin)
+        raise NotThere(f"{why}", f"use --{name}", setting=f"--{name}", others=[BASE_FLAG], path=base.origin)
     if name == "clip_l":
         weights = with_projection(weights)
     return clip_component(weights, ACTIVATIONS[name], projects=True)
@@ -160,8 +160,8 @@ def check_widths(config: MMDiTConfig, clips: Sequence[MaybeComponent], t5: Seque
     if len(pooled) == len(clips) == 2 and (sum(pooled) != config.pooled_width or pooled[0] > pooled[1]):
         raise about("--clip_l", cause="does not fit", others=["--clip_g"])(
             f"and --clip_g have {pooled[0]} and {pooled[1]} pooled features ({clips[0].weights.origin}, "
-            f"{clips[1].weights.origin}), but the model expects {config.pooled_width} together, fewer from CLIP-L; "
-            "check that they are not swapped or of another model"
+            f"{clips[1].weights.origin}), but the model expects {config.pooled_width} together, fewer from CLIP-L",
+            "check that they are not swapped or of another model",
         )
     for component in t5:
         check_text_width("--t5xxl", component, T5_WORDS[0], config.context_width, "T5-XXL v1.1")

@@ -149,7 +149,8 @@ class MMDiT(nn.Module):
             pixels = side * self.config.patch * 8
             raise error_in("--resolution")(
                 f"an image of {w * self.config.patch * 8}x{h * self.config.patch * 8} pixels exceeds this model's "
-                f"limit of {pixels}x{pixels}; lower --resolution or --max_bucket_reso"
+                f"limit of {pixels}x{pixels}",
+                "lower --resolution or --max_bucket_reso",
             )
         top, left = ((side - h) // 2, (side - w) // 2) if corner is None else corner
         table_1yxM = self.pos_embed.view(1, side, side, -1)

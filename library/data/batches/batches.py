@@ -318,7 +318,7 @@ class BatchMaker(Dataset[PartialBatch | UserError]):
         fault = judge(file, sample.image, job.expected(self.vae, self.seen), self.storage).fault
         if fault not in (None, MISSING, DAMAGED):  # reading names the last two
             raise UserError(
-                f"the latent cache {file.path} was replaced during the run and is {fault}; run again to rebuild it"
+                f"the latent cache {file.path} was replaced during the run and is {fault}", "run again to rebuild it"
             )
 
 

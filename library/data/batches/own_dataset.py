@@ -183,7 +183,7 @@ def check_entries(item: Mapping[str, Any], place: str, count: int) -> None:
     for name in PER_IMAGE:
         # An empty list of keys or attributes stands for none.
         if (values := item.get(name)) is not None and len(values) not in (0, count):
-            raise UserError(f"{place}: `{name}` has {len(values)} entries for {count} captions; give one for each")
+            raise UserError(f"{place}: `{name}` has {len(values)} entries for {count} captions", "give one for each")
 
 
 def read_masks(item: Mapping[str, Any], place: str, count: int) -> Tensor | None:

@@ -41,8 +41,8 @@ class SharedMaker(Dataset[PartialBatch | UserError]):
             columns.share_memory_()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             raise about("--max_data_loader_n_workers")(
-                f": shared memory has no room for the {len(columns) / 1e6:.0f} MB that "
-                f"describe the images ({error}); enlarge it (docker run --shm-size), or use 0"
+                f": shared memory has no room for the {len(columns) / 1e6:.0f} MB that describe the images ({error})",
+                "enlarge it (docker run --shm-size), or use 0",
             ) from error
         for column, view in zip(split_columns(columns, sizes), views, strict=True):
             column[:] = np.frombuffer(view, dtype=np.uint8)

@@ -388,8 +388,8 @@ def check_row(text: str, row: Row) -> None:
     for name, tensor in row.items():
         if tensor.is_floating_point() and not is_finite(tensor):
             raise error_in("--mixed_precision")(
-                f"the text encoders give NaN ({name}) for the caption {shown_caption(text)!r}; use --mixed_precision "
-                "bf16 or no, or text encoder weights in another precision"
+                f"the text encoders give NaN ({name}) for the caption {shown_caption(text)!r}",
+                "use --mixed_precision bf16 or no, or text encoder weights in another precision",
             )
 
 

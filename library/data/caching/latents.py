@@ -364,14 +364,14 @@ def check_latents(job: Job, latents: Latents, plan: DataPlan) -> None:
     for reference, encoded in zip(job.sample.image.references, latents.references, strict=True):
         if not torch.isfinite(encoded).all():
             raise error_in(path=reference.key)(
-                f"the VAE gives NaN for {reference.key}; add --no_half_vae, or use a VAE made for fp16"
+                f"the VAE gives NaN for {reference.key}", "add --no_half_vae, or use a VAE made for fp16"
             )
     path = job.sample.image.key
     for tensor in (latents.latents_CHW, latents.flipped_CHW):
         if tensor is None:
             continue
         if not torch.isfinite(tensor).all():
-            raise error_in(path=path)(f"the VAE gives NaN for {path}; add --no_half_vae, or use a VAE made for fp16")
+            raise error_in(path=path)(f"the VAE gives NaN for {path}", "add --no_half_vae, or use a VAE made for fp16")
         expected_shape = locate_file(job.sample, plan).latent_shape
         if tuple(tensor.shape) != expected_shape:
             raise error_in(path=path)(

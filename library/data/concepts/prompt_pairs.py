@@ -278,6 +278,6 @@ def check_size(pair: PromptPair, step: int) -> None:
         if side < SMALLEST_SIDE or side % step:
             near = max(SMALLEST_SIDE, side - side % step)
             raise about(FLAG)(
-                f"{pair.place}: resolution has a side of {side}; use {near}, at least {SMALLEST_SIDE} and a "
-                f"multiple of {step}"
+                f"{pair.place}: resolution has a side of {side}",
+                f"use {near}, at least {SMALLEST_SIDE} and a multiple of {step}",
             )

@@ -125,7 +125,7 @@ def read_prompt_pairs(path: Path, warn: Warn = logger.warning) -> list[PromptPai
             check_teaches(pair)
         if all(pair.action == PRESERVE for pair in pairs):
             raise UserError(
-                f"{FLAG} {path}: every entry has action {PRESERVE}, so nothing is changed; add one to {ERASE}"
+                f"{FLAG} {path}: every entry has action {PRESERVE}, so nothing is changed", f"add one to {ERASE}"
             )
         return pairs
 
@@ -146,7 +146,7 @@ def split_entries(tables: Mapping[str, Any], path: Path) -> tuple[dict[str, Any]
     """Return (the defaults above the entries, the entries)."""
     kinds = [name for name in ("prompts", "targets", "slider") if name in tables]
     if len(kinds) > 1:
-        raise UserError(f"{FLAG} {path} has {' and '.join(kinds)}, but only one of them may be used; use two files")
+        raise UserError(f"{FLAG} {path} has {' and '.join(kinds)}, but only one of them may be used", "use two files")
     shared = dict(tables)
     if kinds == ["slider"]:
         inner = shared.pop("slider")
@@ -160,7 +160,7 @@ def split_entries(tables: Mapping[str, Any], path: Path) -> tuple[dict[str, Any]
         return {}, [Entry(str(path), shared, is_pair="target_class" not in shared)]
     entry_tables = shared.pop(kind)
     if not entry_tables or not is_table_list(entry_tables):
-        raise UserError(f"{FLAG} {path}: {kind} is not a list of tables; begin each entry with [[{kind}]]")
+        raise UserError(f"{FLAG} {path}: {kind} is not a list of tables", f"begin each entry with [[{kind}]]")
     entries = []
     for index, values in enumerate(entry_tables, start=1):
         is_pair = "target_class" not in values if kind == "prompts" else "target" in values
@@ -189,7 +189,7 @@ def build_pairs(entry: Entry, shared: Mapping[str, Any], folder: Path, warn: War
             inherited = {key: value for key, value in inherited.items() if key not in group}
     values = read_table({**inherited, **entry_values}, entry.keys, lambda key: f"{FLAG} {place}: {key}")
     if entry.is_pair and "target" not in values:
-        raise UserError(f'{FLAG} {place} has no target; add target = "..."')
+        raise UserError(f"{FLAG} {place} has no target", 'add target = "..."')
     pairs = [build_pair(place, values)] if entry.is_pair else list(slider_pairs(place, values, folder, warn))
     if fixed := [pair for pair in pairs if pair.dynamic_resolution and not pair.has_drawn_size]:
         warn(
@@ -208,7 +208,8 @@ def build_pair(place: str, values: Mapping[str, Any]) -> PromptPair:
             if key in values:
                 raise UserError(
                     f"{FLAG} {place}: {key} has no effect with action {PRESERVE}, which keeps what the base model "
-                    "predicts for target; remove it"
+                    "predicts for target",
+                    "remove it",
                 )
         # With a push of 0 the training target is the base model's prediction for `neutral`, here that for `target`.
         values = {**values, "neutral": values["target"]}
@@ -233,7 +234,7 @@ def build_pair(place: str, values: Mapping[str, Any]) -> PromptPair:
 def read_sizes(values: Mapping[str, Any], place: str, warn: Warn) -> list[tuple[int, int]]:
     """Return the sizes (height, width) of a slider: one, or each of a list."""
     if "resolution" in values and "resolutions" in values:
-        raise UserError(f"{FLAG} {place} has both resolution and resolutions; keep one")
+        raise UserError(f"{FLAG} {place} has both resolution and resolutions", "keep one")
     value = values.get("resolutions", values.get("resolution", DEFAULT_SIDE))
     if is_sizes(value):
         return [SIZE.convert(one) for one in value]
@@ -252,9 +253,9 @@ def slider_pairs(place: str, values: Mapping[str, Any], folder: Path, warn: Warn
     positive, negative = (values.get(key, "") for key in ("positive", "negative"))
     has_positive, has_negative = bool(positive.strip()), bool(negative.strip())
     if not has_positive and not has_negative:
-        raise UserError(f"{FLAG} {place} has neither positive nor negative; add one end of the slider, or both")
+        raise UserError(f"{FLAG} {place} has neither positive nor negative", "add one end of the slider, or both")
     if positive == negative:
-        raise UserError(f"{FLAG} {place}: positive and negative are both {positive!r}; use two ends")
+        raise UserError(f"{FLAG} {place}: positive and negative are both {positive!r}", "use two ends")
     multiplier = values.get("multiplier", 1.0)
     if has_positive and has_negative:
         directions = [
@@ -280,7 +281,7 @@ def read_neutral_prompts(values: Mapping[str, Any], place: str, folder: Path) ->
     """Return the neutral prompts of a slider: `neutrals` and the lines of its prompt files, or else `neutral`."""
     lists = [key for key in NEUTRAL_LISTS if key in values]
     if lists and "neutral" in values:
-        raise UserError(f"{FLAG} {place} has both neutral and {lists[0]}; keep one")
+        raise UserError(f"{FLAG} {place} has both neutral and {lists[0]}", "keep one")
     if not lists:
         return [values.get("neutral", "")]
     prompts: list[str] = list(values.get("neutrals", ()))
@@ -288,7 +289,7 @@ def read_neutral_prompts(values: Mapping[str, Any], place: str, folder: Path) ->
         if key in values:
             prompts += read_lines(folder / values[key], f"{FLAG} {place}: {key}")
     if not prompts:
-        raise UserError(f'{FLAG} {place}: {" and ".join(lists)} contain no prompt; use [""] for the empty one')
+        raise UserError(f"{FLAG} {place}: {' and '.join(lists)} contain no prompt", 'use [""] for the empty one')
     return prompts
 
 
@@ -308,6 +309,6 @@ def check_teaches(pair: PromptPair) -> None:
         same = f"positive and unconditional are both {pair.positive!r}"
         reason = "guidance_scale is 0" if pair.guidance_scale == 0 else same
         raise UserError(
-            f"{FLAG} {pair.place} teaches nothing: {reason}, so {pair.target!r} would stay as it is; use another "
-            "positive, unconditional or neutral prompt"
+            f"{FLAG} {pair.place} teaches nothing: {reason}, so {pair.target!r} would stay as it is",
+            "use another positive, unconditional or neutral prompt",
         )

@@ -129,8 +129,9 @@ def open_to_write(path: str, words: CacheWords) -> Iterator[Path]:
         length = len(os.path.abspath(path))
         long = f", its path has {length} characters" if length > LONGEST_ON_WINDOWS else ""
         raise error_in(path=path)(
-            f"the {words.name} {path} cannot be written ({error.strerror}{long}); give a folder for "
-            f"--{words.flag}_to_disk with --cache_dir, or use --{words.flag} to keep {words.content} in memory"
+            f"the {words.name} {path} cannot be written ({error.strerror}{long})",
+            f"give a folder for --{words.flag}_to_disk with --cache_dir, or use --{words.flag} to keep "
+            f"{words.content} in memory",
         ) from None
 
 

@@ -58,7 +58,7 @@ class BucketRules:
             return self
         if step <= 0 or step % needed_step:
             raise about("bucket_reso_steps")(
-                f"is {step}, but this model needs a multiple of {needed_step}; set {needed_step}"
+                f"is {step}, but this model needs a multiple of {needed_step}", f"set {needed_step}"
             )
         # The limits are unused here, so they need not fit the resolution. sd-scripts refuses those that do not.
         if self.no_upscale:
@@ -66,8 +66,8 @@ class BucketRules:
             return self
         if step > min(resolution):
             raise about("bucket_reso_steps")(
-                f"is {step}, more than the shorter side of the resolution {resolution}: no bucket "
-                f"fits; lower bucket_reso_steps to {needed_step} or another multiple of it"
+                f"is {step}, more than the shorter side of the resolution {resolution}: no bucket fits",
+                f"lower bucket_reso_steps to {needed_step} or another multiple of it",
             )
         side = math.isqrt(resolution[0] * resolution[1])
         if resolution[0] % step or resolution[1] % step:

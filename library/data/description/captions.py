@@ -27,7 +27,7 @@ class CaptionRules:
     )
     caption_prefix: str | None = key_of_option(TEXT, None)
     caption_suffix: str | None = key_of_option(TEXT, None)
-    trigger_word: str | None = key(TEXT, None, "Words put before captions that lack them, in any case.")
+    trigger_word: str | None = key(TEXT, None, "Words put before captions that lack them as words, in any case.")
     caption_dropout_rate: float = key_of_option(SHARE, 0.0)
     caption_dropout_every_n_epochs: int = key_of_option(COUNT, 0)
     caption_tag_dropout_rate: float = key_of_option(SHARE, 0.0)

@@ -57,7 +57,8 @@ def load_dataset_config(options: TrainOptions) -> RunDataConfig:
     if data.dataset_class:
         raise error_in("--dataset_class")(
             f"--dataset_class {data.dataset_class} makes batches during training, but this requires the images "
-            "themselves; describe them with --dataset_config"
+            "themselves",
+            "describe them with --dataset_config",
         )
     fallbacks = option_values(options.flat())
     config = read_folders(data, fallbacks) if data.dataset_config is None else read_file(data, fallbacks)
@@ -245,11 +246,11 @@ def resolve_style(dataset: Table, masked_loss: bool) -> Style:
         return "masked"
     if any("conditioning_data_dir" in subset for subset in subsets):
         if masked_loss:
-            raise UserError("only some subsets have conditioning_data_dir; use masks for all subsets or none")
+            raise UserError("only some subsets have conditioning_data_dir", "use masks for all subsets or none")
         raise UserError("conditioning_data_dir requires --masked_loss")
     has_metadata = ["metadata_file" in subset for subset in subsets]
     if any(has_metadata) and not all(has_metadata):
-        raise UserError("only some subsets have metadata_file; use separate datasets")
+        raise UserError("only some subsets have metadata_file", "use separate datasets")
     return "metadata" if any(has_metadata) else "dreambooth"
 
 
@@ -314,8 +315,8 @@ def build_dataset(dataset: Table, general: Table, fallbacks: Table, style: Style
     tables = (dataset, general, fallbacks)
     values = {key.name: resolve_value(key, tables) for key in DATASET_KEYS}
     if values["resolution"] is None:
-        raise error_in("resolution", remedy="set it there, in [general], or with --resolution", cause="missing")(
-            f"{place}['resolution'] is missing"
+        raise error_in("resolution", cause="missing")(
+            f"{place}['resolution'] is missing", "set it there, in [general], or with --resolution"
         )
     warn_if_given(NETWORK_MULTIPLIER, resolve_value(NETWORK_MULTIPLIER, tables), place)
     subsets = []
@@ -385,4 +386,4 @@ def check_conflicts(values: Table, place: str) -> None:
 
 
 def conflict(place: str, key: str, other: str, reason: str, remedy: str | None = "remove one of the two") -> UserError:
-    return error_in(key, remedy=remedy, others=[other], cause="does not fit")(f"{place}: {reason}")
+    return error_in(key, others=[other], cause="does not fit")(f"{place}: {reason}", remedy)

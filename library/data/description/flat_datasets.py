@@ -43,7 +43,7 @@ def rename_in(table: Any, path: str) -> Any:
     for key, value in table.items():
         name = next((ours for theirs, ours in RENAMED.items() if key == theirs or key.endswith(f"_{theirs}")), key)
         if values.setdefault(name, value) != value:
-            raise of_file(path)(f": {key} has another value than a key of the same meaning; remove one of them")
+            raise of_file(path)(f": {key} has another value than a key of the same meaning", "remove one of them")
     return values
 
 

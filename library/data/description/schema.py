@@ -59,8 +59,9 @@ class SubsetConfig:
     custom_attributes: Mapping[str, Any] = key(
         TABLE,
         {},
-        "Settings of one subset: diff_output_preservation keeps what the base model predicts, and "
-        "timestep_sampling.offset moves the timesteps of flow models toward noise.",
+        "Settings of one subset. diff_output_preservation = true, or { caption, weight, num_steps }, keeps what the "
+        "base model predicts; timestep_sampling = { offset = 0.3 } moves the timesteps of flow models toward noise, "
+        "below 0 toward the image, and 0.5 is a lot.",
     )
     # sd-scripts' documentation shows these two in subsets, so they are allowed there.
     validation_split: float = key_of_option(SHARE, 0.0)
@@ -68,7 +69,13 @@ class SubsetConfig:
     is_forgetting_probe: bool = key(
         BOOL, False, "Never train on these images; their loss shows what the model forgets.", ("dataset", "subset")
     )
-    image_dir: str | None = key(TEXT, None, "Folder with images.", ONLY_S)
+    image_dir: str | None = key(
+        TEXT,
+        None,
+        "Folder with png, jpg, jpeg, webp, bmp, avif, heic, heif and hif images, with jxl "
+        "after `pip install pillow-jxl-plugin`; hidden files and folders below it are not read.",
+        ONLY_S,
+    )
     exclude: tuple[str, ...] = key(
         TEXTS, (), "Names of images in image_dir that are not used.", ONLY_S, ("dreambooth", "masked")
     )
@@ -85,7 +92,7 @@ class SubsetConfig:
     class_tokens: str | None = key(
         TEXT, None, "Caption of images without a caption file.", GDS, ("dreambooth", "masked")
     )
-    is_reg: bool = key(BOOL, False, "Regularisation images.", ONLY_S, ("dreambooth",))
+    is_reg: bool = key(BOOL, False, "Regularisation images, weighted by --prior_loss_weight.", ONLY_S, ("dreambooth",))
     # sd-scripts refuses alpha_mask above a subset.
     alpha_mask: bool = key_of_option(BOOL, False, ONLY_S, ("dreambooth", "metadata"))
     caption_extension: str = key_of_option(EXTENSION, ".caption", GDS, ("dreambooth", "masked"))
@@ -160,7 +167,9 @@ class UnusedKeys:
     network_multiplier: float = key(
         number(None, 2**31), 1.0, "Has no effect.", GD, ignored="adapters are trained at multiplier 1"
     )
-    cache_info: bool = key(BOOL, False, "Has no effect.", GDS, ("dreambooth", "masked"), ignored=OWN_INDEX)
+    cache_info: bool = key(
+        BOOL, False, "Has no effect: a folder has an index.", GDS, ("dreambooth", "masked"), ignored=OWN_INDEX
+    )
 
 
 NETWORK_MULTIPLIER, CACHE_INFO = keys_of(UnusedKeys)

@@ -203,8 +203,9 @@ class DataPlan:
         for subset in self.subsets:
             if subset.captions.token_warmup_step > 0:
                 raise of_file(subset.source)(
-                    ": --token_warmup_step changes captions in every step, but "
-                    "--cache_text_encoder_outputs stores a few per image; remove one of them"
+                    ": --token_warmup_step changes captions in every step, but --cache_text_encoder_outputs stores a "
+                    "few per image",
+                    "remove one of them",
                 )
         return replace(self, num_variants=num_variants)
 
@@ -400,8 +401,8 @@ def check_rules(rules: BucketRules, spec: LatentSpec) -> BucketRules:
     if not rules.enable_bucket and not spec.fits(width, height):
         step = spec.downscale * spec.patch
         raise about("resolution")(
-            f"is {width}x{height}, but without enable_bucket this base model needs multiples of {step}; use "
-            f"{max(width // step, 1) * step}x{max(height // step, 1) * step}, or set enable_bucket"
+            f"is {width}x{height}, but without enable_bucket this base model needs multiples of {step}",
+            f"use {max(width // step, 1) * step}x{max(height // step, 1) * step}, or set enable_bucket",
         )
     if not rules.enable_bucket and rounded != rules.resolution:
         logger.warning(
@@ -420,7 +421,7 @@ def check_drawing(config: RunDataConfig) -> None:
         for name in ("random_crop", "color_aug"):
             if getattr(subset, name):
                 raise of_file(subset.source)(
-                    f": --{name} changes the image in every draw, but --cache_latents stores one; remove one of them"
+                    f": --{name} changes the image in every draw, but --cache_latents stores one", "remove one of them"
                 )
 
 

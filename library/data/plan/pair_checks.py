@@ -22,8 +22,8 @@ def check_pairs(config: RunDataConfig, are_trained: bool) -> None:
             )
         if subset.opposite_dir and not are_trained:
             raise of_file(subset.source)(
-                "has opposite_dir, whose pairs are trained with --preference_loss dpo or "
-                "--pair_slider 1; add one of them, or remove opposite_dir"
+                "has opposite_dir, whose pairs are trained with --preference_loss dpo or --pair_slider 1",
+                "add one of them, or remove opposite_dir",
             )
 
 
@@ -32,8 +32,9 @@ def check_differences(opposite_dir: str, images: ScannedImages) -> None:
     are_same = read_many(lambda image: is_same_file(image, image.references[0]), list(images), NUM_THREADS)
     if same := [image.key for image, is_same in zip(images, are_same, strict=True) if is_same]:
         raise about("opposite_dir")(
-            f"{opposite_dir}: {format_count(len(same), 'image')} equal to the partner, which teaches "
-            f"nothing: {list_few(same)}; replace or remove them"
+            f"{opposite_dir}: {format_count(len(same), 'image')} equal to the partner, which teaches nothing: "
+            f"{list_few(same)}",
+            "replace or remove them",
         )
 
 

@@ -28,8 +28,8 @@ def check_references(subsets: Sequence[SubsetConfig], samples: Samples, spec: La
     and for pairs of equal images."""
     if spec.needs_references and all(images.references is None for images in samples.subsets):
         raise about("--edit")(
-            "trains on reference images, but no subset of the data set has any; name them (control_dirs, "
-            "control_directory or control_path), or remove --edit"
+            "trains on reference images, but no subset of the data set has any",
+            "name them (control_dirs, control_directory or control_path), or remove --edit",
         )
     ends = samples.ends
     for subset, images, end in zip(subsets, samples.subsets, ends, strict=True):
@@ -41,8 +41,9 @@ def check_references(subsets: Sequence[SubsetConfig], samples: Samples, spec: La
         if not subset.opposite_dir and count > spec.max_references:
             limit = f"takes at most {spec.max_references}" if spec.max_references else "takes none"
             raise of_file(subset.source)(
-                f"has {format_count(count, 'reference image')} for each image (control_dirs, "
-                f"control_directory or control_path), but this base model {limit}; remove them, or train an edit model"
+                f"has {format_count(count, 'reference image')} for each image (control_dirs, control_directory or "
+                f"control_path), but this base model {limit}",
+                "remove them, or train an edit model",
             )
         for name in ("random_crop", "face_crop_aug_range"):
             if getattr(subset, name):
@@ -59,8 +60,9 @@ def check_crops(name: str, subset: SubsetConfig, samples: Samples, numbers: rang
     if mismatched:
         raise of_file(subset.source)(
             f": {name} crops images where reference images of another size cannot follow: "
-            f"{list_few(samples.keys_at(np.array(mismatched[:3])), count=len(mismatched))}; remove {name}, "
-            "control_resolution and control_no_resize, or give the references the sizes of their images"
+            f"{list_few(samples.keys_at(np.array(mismatched[:3])), count=len(mismatched))}",
+            f"remove {name}, control_resolution and control_no_resize, or give the references the sizes of their "
+            "images",
         )
 
 

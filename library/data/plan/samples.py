@@ -350,4 +350,4 @@ def check_size(image: ScannedImage, rgb: Pixels) -> None:
     """Raise UserError if the size of an image has changed since the start of the run."""
     size = (rgb.shape[1], rgb.shape[0])
     if size != image.size:
-        raise of_file(image.key)(f"is {size[0]}x{size[1]}, but was {image.size} at the start; restart the run")
+        raise of_file(image.key)(f"is {size[0]}x{size[1]}, but was {image.size} at the start", "restart the run")

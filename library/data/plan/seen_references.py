@@ -51,8 +51,9 @@ class SeenReferences:
             for name in ("random_crop", "color_aug", "face_crop_aug_range"):
                 if getattr(config, name):
                     raise of_file(config.source)(
-                        f": {name} changes reference images in every draw, but the text encoder, "
-                        "whose outputs are cached, sees them too; remove it"
+                        f": {name} changes reference images in every draw, but the text encoder, whose outputs are "
+                        "cached, sees them too",
+                        "remove it",
                     )
         contents = digest_contents(sample_by_number.values(), subsets, storage, num_threads)
         digests_N = np.zeros(len(samples), dtype=np.uint64)

@@ -73,8 +73,8 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
     )
     if not any(not subset.config.is_reg for dataset in trained for subset in dataset.subsets):
         raise error_in("validation_split")(
-            "validation_split and is_forgetting_probe hold out every image, so nothing is left to train on; use less "
-            "than 1.0, and leave some subset without is_forgetting_probe"
+            "validation_split and is_forgetting_probe hold out every image, so nothing is left to train on",
+            "use less than 1.0, and leave some subset without is_forgetting_probe",
         )
     return Split(
         trained, drop_empty(take_held_out(dataset, sides) for dataset in datasets), identity_by_key, tuple(lines)

@@ -139,9 +139,9 @@ def parse_cards(text: str) -> list[Gpu]:
     if not name:
         return [typical_gpu(parse_size("--cards", size))]
     if card is None:
-        raise about("--cards")(f": {text!r} is not known; give its memory, such as 24GB")
+        raise about("--cards")(f": {text!r} is not known", "give its memory, such as 24GB")
     if not size and not card.memory_gb:
-        raise about("--cards")(f": {text!r} comes with any amount of memory; write {card.name} 64GB")
+        raise about("--cards")(f": {text!r} comes with any amount of memory", f"write {card.name} 64GB")
     sizes = [parse_size("--cards", text) for text in ([size] if size else [f"{gb}GB" for gb in card.memory_gb])]
     return [
         replace(card.gpu(size.free_bytes), nominal_bytes=size.num_bytes if size.names_gpu else None) for size in sizes
@@ -199,10 +199,10 @@ def parse_size(flag: str, text: str) -> MemorySize:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if match is None or match[2] not in UNITS or float(match[1]) <= 0:
-        raise about(flag)(f": {text!r} is not a memory size; use e.g. 12GB or 11500MB")
+        raise about(flag)(f": {text!r} is not a memory size", "use e.g. 12GB or 11500MB")
     num_bytes = float(match[1]) * UNITS[match[2]]  # infinite for hundreds of digits
     if num_bytes > LARGEST_GPU:
-        raise about(flag)(f": {text[:40]!r} is {num_bytes / GIB:g} GiB, more than any GPU has; use e.g. 24GB")
+        raise about(flag)(f": {text[:40]!r} is {num_bytes / GIB:g} GiB, more than any GPU has", "use e.g. 24GB")
     return MemorySize(round(num_bytes), "." not in match[1] and match[2] in NAMES_A_GPU)
 
 

@@ -133,8 +133,8 @@ def check_unet_input(what: str, unet: Component, num_latent_channels: int, inpai
         )
     elif not inpaints:
         raise error_in("--train_inpainting", cause="needs")(
-            f"{what} is an inpainting model (its U-Net takes {channels} channels); add --train_inpainting, which "
-            "requires images, or use the plain model"
+            f"{what} is an inpainting model (its U-Net takes {channels} channels)",
+            "add --train_inpainting, which requires images, or use the plain model",
         )
 
 

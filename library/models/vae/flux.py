@@ -68,7 +68,7 @@ def find_vae(
     prefix = next((p for p in prefixes if any(f"{p}{mark}" in weights.shapes for mark in marks)), None)
     if prefix is None:
         if name is None:
-            raise about(flag, kind=NotThere)(f"is missing: {base.path} contains no VAE; name its file or folder")
+            raise about(flag, kind=NotThere)(f"is missing: {base.path} contains no VAE", "name its file or folder")
         first = list_first_names(weights)
         raise about(flag)(f"{name} is not a VAE: it has no {marks[0]} (first names: {first})")
     return flag, None, with_prefix(weights, prefix)
@@ -79,5 +79,5 @@ def check_channels(model: str, flag: str, component: Component, num_channels: in
     channels = shape_of(component.weights.shapes, "decoder.conv_in.weight")[1]
     if channels != num_channels:
         raise about(flag, component.weights.origin, cause="does not fit")(
-            f"has {channels} latent channels, but {model} needs {num_channels}; use its ae.safetensors"
+            f"has {channels} latent channels, but {model} needs {num_channels}", "use its ae.safetensors"
         )

@@ -87,7 +87,7 @@ def open_vae(model: str, name: str | None, base: BaseFiles) -> Component:
     missing = [name for name in STATISTICS if f"{BATCH_NORM}{name}" not in component.weights.shapes]
     if missing:
         raise about(flag, component.weights.origin)(
-            f"has no {BATCH_NORM}{missing[0]}, by which latents are normalized; use the VAE of {model}"
+            f"has no {BATCH_NORM}{missing[0]}, by which latents are normalized", f"use the VAE of {model}"
         )
     kept = {key: key for key in component.weights.shapes if key != COUNTER}
     return Component(component.config, select_weights(component.weights, kept))

@@ -114,7 +114,7 @@ def vae_component(model: str, weights: Weights) -> Component:
     channels = component.config["z_dim"]
     if channels != CHANNELS:
         raise about(FLAG, weights.origin, cause="does not fit")(
-            f"has {channels} latent channels, but {model} needs {CHANNELS}; use {FILE}"
+            f"has {channels} latent channels, but {model} needs {CHANNELS}", f"use {FILE}"
         )
     return component
 

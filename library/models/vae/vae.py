@@ -107,7 +107,7 @@ def open_vae(name: str, needs: VaeNeeds) -> Component:
     channels = component.weights.shapes["decoder.conv_in.weight"][1]
     if channels != needs.channels:
         raise about("--vae", cause="does not fit")(
-            f"{name} has {channels} latent channels, but {needs.base} needs {needs.channels}; use its own VAE"
+            f"{name} has {channels} latent channels, but {needs.base} needs {needs.channels}", "use its own VAE"
         )
     return component
 

@@ -57,7 +57,7 @@ def cache_captions(options: TrainOptions, arch: Architecture) -> None:
     text = TextPlan.resolve(options.network, arch.text_cache)
     if text.cached is None:
         raise about("--cache_text_encoder_outputs_to_disk")(
-            "has no effect here: every text encoder trains, or none can be cached; remove it"
+            "has no effect here: every text encoder trains, or none can be cached", "remove it"
         )
     plan = open_data_plan(options, arch, text, options.run.seed or 0, processes.count)
     prepare_text(text, options.caching, options.precision, arch, plan, compute, [], processes)
@@ -80,7 +80,7 @@ def select_backend(text: str | None, has_cudnn: bool) -> None:
     # torch raises AssertionError where it was built without the device.
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise about("--device")(f"{text} cannot be used ({reason}); use cpu, or leave it out") from None
+        raise about("--device")(f"{text} cannot be used ({reason})", "use cpu, or leave it out") from None
     os.environ["ACCELERATE_TORCH_DEVICE"] = text
 
 

@@ -131,11 +131,11 @@ def check_output_name(name: str) -> None:
     """Raise UserError for a name with folders, because resuming and rotation look only in the output folder."""
     if "/" in name or "\\" in name or PureWindowsPath(name).drive:
         raise about("--output_name")(
-            f"{name} holds a path, but all files of a run lie in --output_dir itself; put the folder "
-            f"into --output_dir and give only a name, such as {PureWindowsPath(name).name or 'my_cat'}"
+            f"{name} holds a path, but all files of a run lie in --output_dir itself",
+            f"put the folder into --output_dir and give only a name, such as {PureWindowsPath(name).name or 'my_cat'}",
         )
     if name and not name.strip(". "):
-        raise about("--output_name")(f"is {name!r}; give a name with letters or digits, such as my_cat")
+        raise about("--output_name")(f"is {name!r}", "give a name with letters or digits, such as my_cat")
 
 
 def check_lengths(names: Names) -> None:
@@ -146,16 +146,16 @@ def check_lengths(names: Names) -> None:
     name_length = path_length(state) + ADDED_TO_NAMES
     if name_length > longest_name:
         raise about("--output_name")(
-            f"{names.output_name} is too long: files of the run would have names of {name_length}, but "
-            f"{longest_name} are possible, in {'characters' if os.name == 'nt' else 'bytes'}; use a shorter one"
+            f"{names.output_name} is too long: files of the run would have names of {name_length}, but {longest_name} "
+            f"are possible, in {'characters' if os.name == 'nt' else 'bytes'}",
+            "use a shorter one",
         )
     # The 2 are the separators before the state's folder and before its file.
     length = path_length(os.path.abspath(names.folder)) + name_length + len(FILE_OF_STATE) + 2
     if length > longest_path:
         raise about("--output_dir", names.folder)(
-            f": files of the run would have paths of {length} characters, but this system "
-            f"takes {longest_path}; use a shorter --output_dir or --output_name, or on Windows enable long paths "
-            "(docs/windows.md)"
+            f": files of the run would have paths of {length} characters, but this system takes {longest_path}",
+            "use a shorter --output_dir or --output_name, or on Windows enable long paths (docs/windows.md)",
         )
 
 
@@ -196,10 +196,10 @@ def check_folder(flag: str, folder: Path) -> None:
     """Raise UserError if a folder is a file, or cannot be created or written to."""
     nearest = nearest_folder(folder)
     if not nearest.is_dir():
-        raise about(f"--{flag}", folder)(f": {nearest} is a file, not a folder; name another place")
+        raise about(f"--{flag}", folder)(f": {nearest} is a file, not a folder", "name another place")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise about(f"--{flag}", folder)(
-            f": nothing can be written in {nearest}; change its permissions or name another place"
+            f": nothing can be written in {nearest}", "change its permissions or name another place"
         )
 
 
@@ -208,7 +208,7 @@ def check_precision(precision: PrecisionOptions, network: NetworkOptions, only_l
     check_arithmetic(precision, bool(network.base_weights))
     if precision.mixed_precision == "fp16" and not only_looks and not has_accelerator():
         raise about("--mixed_precision", cause="needs")(
-            "fp16 needs a GPU and none is found; use --mixed_precision bf16 or no on the CPU"
+            "fp16 needs a GPU and none is found", "use --mixed_precision bf16 or no on the CPU"
         )
 
 
@@ -220,13 +220,13 @@ def check_arithmetic(precision: PrecisionOptions, merges: bool) -> None:
     supported = [other for other in BASE_FORMATS if load_format(other).supports_8bit_matmul]
     if name not in (None, *supported):
         raise about("--base_arithmetic", cause="needs")(
-            f"8bit multiplies weights that are stored in 8 bits, and --base_format {name} has none; "
-            f"use --base_format {' or '.join(supported)}, or leave out --base_arithmetic"
+            f"8bit multiplies weights that are stored in 8 bits, and --base_format {name} has none",
+            f"use --base_format {' or '.join(supported)}, or leave out --base_arithmetic",
         )
     if name is None and merges:
         raise about("--base_arithmetic", cause="needs")(
-            "8bit needs weights in 8 bits, and those that --base_weights are merged into are whole "
-            "again; add --base_format int8_rotated"
+            "8bit needs weights in 8 bits, and those that --base_weights are merged into are whole again",
+            "add --base_format int8_rotated",
         )
 
 
@@ -235,8 +235,8 @@ def check_full_fp16(optimizer_type: str) -> None:
     path, _ = class_path(optimizer_type)
     if path.startswith(SQUARES_IN_DTYPE_OF_WEIGHTS):
         raise about("--full_fp16")(
-            f"makes {optimizer_type} keep squared gradients in fp16, where they vanish: weights become NaN "
-            "or jump; leave out --full_fp16, or use --optimizer_type AdamW8bit or Lion"
+            f"makes {optimizer_type} keep squared gradients in fp16, where they vanish: weights become NaN or jump",
+            "leave out --full_fp16, or use --optimizer_type AdamW8bit or Lion",
         )
     if path == "transformers.optimization.Adafactor":
         logger.warning(
@@ -255,9 +255,11 @@ def check_compiling(compiling: CompileOptions) -> None:
     # By default torch leaves out debug backends such as eager, which the options accept.
     backend, known = getattr(compiling, flag), list_backends(exclude_tags=())
     if backend not in known:
-        raise about(f"--{flag}")(f"{backend}: this torch has no such compiler; use one of {', '.join(sorted(known))}")
+        raise about(f"--{flag}")(
+            f"{backend}: this torch has no such compiler", f"use one of {', '.join(sorted(known))}"
+        )
     if compiling.compile_mode != "default" and backend != "inductor":
-        raise about("--compile_mode")(f"{compiling.compile_mode} is for inductor; leave it out for {backend}")
+        raise about("--compile_mode")(f"{compiling.compile_mode} is for inductor", f"leave it out for {backend}")
 
 
 def warn_of_fp16_vae(model: ModelOptions, mixed_precision: str) -> None:
@@ -280,13 +282,13 @@ def check_training_adapter(text: str, merged: Sequence[str]) -> None:
     for path in merged:
         if file.samefile(file_in_folder(Path(path), path)):
             raise about(TRAINING_ADAPTER)(
-                f"{file} is also a file of --base_weights, so it would act twice; leave it out of "
-                "--base_weights, which previews keep"
+                f"{file} is also a file of --base_weights, so it would act twice",
+                "leave it out of --base_weights, which previews keep",
             )
     if keys := keys_of_text_encoders(file):
         raise about(TRAINING_ADAPTER)(
-            f"{file} changes a text encoder ({keys[0]} and others), and a training adapter acts on "
-            "the denoiser alone; merge the file with --base_weights"
+            f"{file} changes a text encoder ({keys[0]} and others), and a training adapter acts on the denoiser alone",
+            "merge the file with --base_weights",
         )
 
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
+from library.base.error_lines import print_error_line
 from library.base.errors import NotThere, UserError, about, error_in
 from library.options.base import Options
 from library.options.leco import list_ignored_by_leco, list_refused_by_leco
@@ -21,7 +22,7 @@ from library.training.command_line.help import EXAMPLES, EXAMPLES_OF_PROMPTS, Tr
 from library.training.command_line.option_checks import check_options, check_values
 from library.training.command_line.recipes import read_recipe
 from library.training.config_file import SECRETS, Config, config_path, nearest, read_config, read_values, write_config
-from library.training.reporting.error_fields import change_texts, describe_error, print_error_line, wants_error_line
+from library.training.reporting.error_fields import change_texts, describe_error, locate, wants_error_line
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class CommandLine:
             return
         paths = self.parser.paths if isinstance(self.parser, TrainingParser) else ()
         fields = describe_error(error, values, paths)
-        fields = replace(fields, file=fields.file or self.find_file(fields.setting))
+        fields = locate(replace(fields, file=fields.file or self.find_file(fields.setting)))
         print_error_line(change_texts(fields, lambda text: name_as_typed(text, self.args)))
 
     def find_file(self, setting: str | None) -> str | None:

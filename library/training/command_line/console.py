@@ -145,7 +145,7 @@ def resolve_log_level(options: ConsoleOptions) -> int:
     name = options.console_log_level or "INFO"
     level = logging.getLevelName(name)
     if not isinstance(level, int):
-        raise about("--console_log_level")(f"is {name}; use DEBUG, INFO, WARNING, ERROR or CRITICAL")
+        raise about("--console_log_level")(f"is {name}", "use DEBUG, INFO, WARNING, ERROR or CRITICAL")
     return level
 
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from library.base.errors import UserError, error_in
 from library.base.terminal import escape_text, print_line
 from library.base.version import VERSION
-from library.training.reporting.error_fields import describe_error, print_error_line, wants_error_line
+from library.training.reporting.error_fields import print_json_error
 
 EVERYTHING = "--help_all"
 EXAMPLES = """\
@@ -181,6 +181,5 @@ class TrainingParser(argparse.ArgumentParser):
         The command line `words` may ask for the error as JSON too.
         """
         self._print_message(f"{self.prog}: error: {escape_text(text or str(error))}; see --help\n", sys.stderr)
-        if wants_error_line(words):
-            print_error_line(describe_error(error, {}, ()))
+        print_json_error(error, words)
         self.exit(2)

@@ -39,7 +39,7 @@ def open_base(
         arch = build(options)
     report_unused(options, arch.ignores)
     if options.dataset.train_inpainting and not arch.inpaints:
-        raise error_in("--train_inpainting")("--train_inpainting: this base model takes no masks; leave it out")
+        raise error_in("--train_inpainting")("--train_inpainting: this base model takes no masks", "leave it out")
     if options.guidance.guidance_scale_of_loss is not None and arch.preview.defaults.scale > 1:
         warn_of_undistilled(arch.name, arch.preview.defaults.scale)
     if arch.vae_overflows_in_fp16:

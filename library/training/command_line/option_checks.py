@@ -46,7 +46,7 @@ def check_data(options: TrainOptions) -> None:
     low, high = options.dataset.min_bucket_reso, options.dataset.max_bucket_reso
     if options.dataset.enable_bucket and low > high:
         raise about("--min_bucket_reso", cause="does not fit", others=["--max_bucket_reso"])(
-            f"is {low}, above --max_bucket_reso {high}; swap them"
+            f"is {low}, above --max_bucket_reso {high}", "swap them"
         )
     if options.concepts is not None:
         check_concepts(options, options.concepts)
@@ -55,11 +55,11 @@ def check_data(options: TrainOptions) -> None:
     if dataset.dataset_config is None and dataset.dataset_class is None:
         if not dataset.train_data_dir:
             raise error_in("--dataset_config", others=["--train_data_dir"], cause="missing")(
-                "no images are named; give --dataset_config with a TOML file, or --train_data_dir with a folder"
+                "no images are named", "give --dataset_config with a TOML file, or --train_data_dir with a folder"
             )
         if not dataset.resolution:
             raise about("--resolution", cause="missing")(
-                "is not set; give the training size with it, such as 512 or 512,768"
+                "is not set", "give the training size with it, such as 512 or 512,768"
             )
 
 
@@ -70,7 +70,7 @@ def check_concepts(options: Options, concepts: ConceptOptions) -> None:
         if is_requested(values[name]):
             raise about(f"--{name}", cause="does not fit")(f"does not work with {PROMPTS_FLAG}: {why}")
     if not concepts.prompts_file:
-        raise about(PROMPTS_FLAG, cause="missing")("is not set; give the TOML file with the prompts that are trained")
+        raise about(PROMPTS_FLAG, cause="missing")("is not set", "give the TOML file with the prompts that are trained")
     read_prompt_pairs(Path(concepts.prompts_file), warn=ignore_message)
 
 
@@ -101,7 +101,7 @@ def check_paths(options: Options) -> None:
             raise about(f"--{name}", text, cause="missing", kind=error)(reason)
         found = "folder" if os.path.isdir(path) else "file"
         if found not in kind and kind not in ("part", "model"):
-            raise about(f"--{name}", text)(f"is a {found}; name a {kind}")
+            raise about(f"--{name}", text)(f"is a {found}", f"name a {kind}")
 
 
 def list_read_paths(options: Options) -> Iterator[tuple[str, PathKind, str]]:
@@ -139,8 +139,9 @@ def refuse_passwords(options: Options) -> None:
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and (match := PASSWORD.search(text)):
                 raise about(f"--{name}")(
-                    f"has a URL with a password, {match['scheme']}…@{match['host']}, which logs and files "
-                    "would keep. No option takes one; give a file or a folder"
+                    f"has a URL with a password, {match['scheme']}…@{match['host']}, which logs and files would keep. "
+                    "No option takes one",
+                    "give a file or a folder",
                 )
 
 
@@ -153,19 +154,19 @@ def check_choices(options: Options) -> None:
             continue
         if not all(item in choices for item in (value if isinstance(value, list) else [value])):
             known = ", ".join(str(choice) for choice in choices if choice is not None)
-            raise about(f"--{name}")(f"is {value!r}; use one of {known}")
+            raise about(f"--{name}")(f"is {value!r}", f"use one of {known}")
 
 
 def check_required(base_model: str | None, network_module: str | None, output_dir: str | None) -> None:
     """Raise UserError if the model, the network module or the output folder is missing."""
     if not base_model:
         raise about("--pretrained_model_name_or_path", cause="missing")(
-            "is not set; give the base model's file, folder or hub name"
+            "is not set", "give the base model's file, folder or hub name"
         )
     if not network_module:
         raise about("--network_module", cause="missing")("is not set; networks.lora trains a LoRA")
     if not output_dir:
-        raise about("--output_dir", cause="missing")("is not set; give the folder that the trained weights go to")
+        raise about("--output_dir", cause="missing")("is not set", "give the folder that the trained weights go to")
 
 
 def check_multipliers(network: NetworkOptions) -> None:
@@ -173,7 +174,7 @@ def check_multipliers(network: NetworkOptions) -> None:
     factors, files = network.base_weights_multiplier or [], network.base_weights or []
     if files and len(factors) > len(files):
         raise about("--base_weights_multiplier")(
-            f"has {len(factors)} values for {len(files)} --base_weights; give one for each file"
+            f"has {len(factors)} values for {len(files)} --base_weights", "give one for each file"
         )
 
 

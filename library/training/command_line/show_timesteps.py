@@ -81,14 +81,14 @@ def read_resolution(text: str) -> tuple[int, int]:
     """Parse "1024" or "1024,768" to height and width in pixels. Raises UserError."""
     parts = text.split(",")
     if len(parts) > 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise about("--show_timesteps_resolution")(f"is {text!r}; use pixels: 1024 for a square, or HEIGHT,WIDTH")
+        raise about("--show_timesteps_resolution")(f"is {text!r}", "use pixels: 1024 for a square, or HEIGHT,WIDTH")
     return int(parts[0]), int(parts[-1])
 
 
 def image_place(saving: SavingOptions) -> Path:
     """Return the path of the image. Raises UserError without a folder for it."""
     if not saving.output_dir:
-        raise about("--show_timesteps")("image has no place for its file; give --output_dir, or use console")
+        raise about("--show_timesteps")("image has no place for its file", "give --output_dir, or use console")
     return Path(saving.output_dir) / f"{saving.output_name or 'last'}-timesteps.png"
 
 

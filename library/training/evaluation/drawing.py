@@ -117,8 +117,9 @@ def make_reference_error(prompt: Prompt) -> UserError:
     gone = [path for path in prompt.reference_paths if not path.is_file()]
     names = ", ".join(map(str, gone or prompt.reference_paths))
     return about("--ci")(
-        f"{names} {'is gone' if gone else 'has changed'} since the run began, and the text encoder, which saw it, "
-        "has left memory; put the file back as it was, or stop and continue with --resume to use the new one"
+        f"{names} {'is gone' if gone else 'has changed'} since the run began, and the text encoder, which saw it, has "
+        "left memory",
+        "put the file back as it was, or stop and continue with --resume to use the new one",
     )
 
 
@@ -127,7 +128,7 @@ def decode(context: StepContext, vae: nn.Module, latents_BCHW: Tensor, fallback:
     pixels_BCHW = fallback.run(vae, lambda: context.arch.codec.decode(vae, latents_BCHW))
     if not pixels_BCHW.isfinite().all():
         raise error_in("--no_half_vae", cause="needs")(
-            "the VAE gives NaN; add --no_half_vae, or use a VAE made for fp16"
+            "the VAE gives NaN", "add --no_half_vae, or use a VAE made for fp16"
         )
     return to_image(pixels_BCHW[0])
 

@@ -195,7 +195,7 @@ def load_score_models(names: Sequence[str]) -> dict[str, ScoreModel]:
                 f"in its config.json is {kind or 'missing'}, not dinov2 or clip"
             )
         if kind in models:
-            raise about(FLAG)(f"{name} is a second {kind} model; give one")
+            raise about(FLAG)(f"{name} is a second {kind} model", "give one")
         models[kind] = load_score_model(name, folder, kind)
     return models
 
@@ -216,7 +216,9 @@ def load_score_model(name: str, folder: Path, kind: str) -> ScoreModel:
             f"{' or '.join(WEIGHTS)}, and for CLIP its tokenizer"
         ) from error
     if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
-        raise about(FLAG)(f"{name} lacks {len(missing)} tensors of the model, such as {missing[0]}; download it again")
+        raise about(FLAG)(
+            f"{name} lacks {len(missing)} tensors of the model, such as {missing[0]}", "download it again"
+        )
     return ScoreModel(model.float().eval(), processor, tokenizer)
 
 

@@ -99,7 +99,7 @@ def read_prompts(path: Path, flag: str = FLAG) -> list[PromptSpec]:
             return list(specs_in_toml(label, read_toml(path, flag)))
         if suffix == ".json":
             return list(specs_in_json(label, read_json(path, flag)))
-        raise UserError(f"{flag} is {path}; use a .txt file with a prompt a line, or a .toml or .json file")
+        raise UserError(f"{flag} is {path}", "use a .txt file with a prompt a line, or a .toml or .json file")
 
 
 def specs_in_text(label: str, text: str) -> Iterator[PromptSpec]:
@@ -169,7 +169,7 @@ def parse_line(line: str, place: str) -> PromptSpec:
                 'a prompt that itself has " --" in it can stand in a .toml or .json file'
             )
         if key in table and key != REFERENCES:
-            raise error_in(key)(f"{place}: --{letters} is given twice; keep one")
+            raise error_in(key)(f"{place}: --{letters} is given twice", "keep one")
         extends = KINDS[key] in (TEXT, PATHS)
         value, _, trailing = (text.strip(), "", "") if extends else text.strip().partition(" ")
         table[key] = [*table.get(key, []), value] if key == REFERENCES else value if extends else parse_number(value)
@@ -187,7 +187,7 @@ def parse_number(text: str) -> int | float | str:
 def parse_prompt_table(table: Any, place: str) -> PromptSpec:
     values = read_table(read_value(table, TABLE, place), KINDS, lambda key: f"{place}: {describe_setting(key)}")
     if "prompt" not in values:
-        raise UserError(f'{place} has no text; give one with "prompt"')
+        raise UserError(f"{place} has no text", 'give one with "prompt"')
     return PromptSpec(place=place, **values)
 
 
@@ -250,8 +250,9 @@ def refuse_strengths(specs: Sequence[PromptSpec], flag: str) -> None:
 def read_inpainted_image(spec: PromptSpec) -> Path:
     if spec.image_path is None:
         raise UserError(
-            f"{spec.place} has no image to inpaint; give one with {describe_setting('image_path')}: its transparent "
-            "part is painted, or a random part if nothing is transparent"
+            f"{spec.place} has no image to inpaint",
+            f"give one with {describe_setting('image_path')}: its transparent part is painted, or a random part if "
+            "nothing is transparent",
         )
     return require_file(Path(spec.image_path), "image_path", spec.place)
 

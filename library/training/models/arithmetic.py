@@ -55,8 +55,8 @@ def kinds_in_file(arch: Architecture) -> set[torch.dtype]:
     kinds = {codes.codes_OI.dtype for codes in all_codes if codes is not None and codes.can_be_multiplied}
     if not kinds:
         raise about("--base_arithmetic", cause="needs")(
-            "8bit multiplies weights that are stored in 8 bits, and the checkpoint has none that can "
-            "be; add --base_format int8_rotated"
+            "8bit multiplies weights that are stored in 8 bits, and the checkpoint has none that can be",
+            "add --base_format int8_rotated",
         )
     return kinds
 
@@ -77,7 +77,7 @@ def try_kind(kind: torch.dtype, compute: Compute) -> None:
         ) from failure
     if not error < MOST_ERROR:
         raise about("--base_arithmetic")(
-            f"8bit: a product of {name} on {name_device(device)} is off by {error:.0%}; leave it out"
+            f"8bit: a product of {name} on {name_device(device)} is off by {error:.0%}", "leave it out"
         )
     if device.type == "cpu" and kind.is_floating_point:
         logger.warning(

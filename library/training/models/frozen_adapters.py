@@ -36,7 +36,7 @@ def parse_adapter(text: str, flag: str) -> tuple[Path, float]:
     if not path.exists():
         raise about(flag, path, cause="missing")("does not exist")
     if not math.isfinite(factor):
-        raise about(flag)(f"{text}: the strength is {factor}; use a number, such as 0.8")
+        raise about(flag)(f"{text}: the strength is {factor}", "use a number, such as 0.8")
     return file_in_folder(path, f"{flag} {path}"), factor
 
 
@@ -83,8 +83,8 @@ def require_same_base(file: Path, arch: Architecture) -> None:
     made_for = recognise_adapter(arch.specs, open_weights(file).shapes, read_metadata(file))
     if own is not None and made_for is not None and made_for is not own:
         raise about(TRAINING_ADAPTER)(
-            f"{file} is an adapter for {made_for.title}, and the base model is {own.title}; use a "
-            "training adapter that was made for this base model"
+            f"{file} is an adapter for {made_for.title}, and the base model is {own.title}",
+            "use a training adapter that was made for this base model",
         )
 
 

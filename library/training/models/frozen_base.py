@@ -57,9 +57,9 @@ def check_main_memory(format_name: str | None, num_offloaded: int, denoiser: nn.
     free = psutil.virtual_memory().available
     if needed > free:
         raise about("--blocks_to_swap")(
-            f"{num_offloaded}: the denoiser takes {needed / 1e9:.1f} GB of main "
-            f"memory on its way to the GPU and {free / 1e9:.1f} GB are free; close other programs, or store it in "
-            "fewer bits with --base_format int8 or nf4"
+            f"{num_offloaded}: the denoiser takes {needed / 1e9:.1f} GB of main memory on its way to the GPU and "
+            f"{free / 1e9:.1f} GB are free",
+            "close other programs, or store it in fewer bits with --base_format int8 or nf4",
         )
 
 
@@ -141,7 +141,7 @@ def use_8bit_matmul(denoiser: nn.Module) -> None:
     reasons = Counter(explain_no_matmul(layer) for layer in layers if not layer.multiplies_codes)
     if not count:
         raise about("--base_arithmetic")(
-            "8bit: no layer of the denoiser supports 8-bit products; remove --base_arithmetic"
+            "8bit: no layer of the denoiser supports 8-bit products", "remove --base_arithmetic"
         )
     listed = ", ".join(f"{number} {reason}" for reason, number in reasons.items())
     decoded = f"; {reasons.total()} are decoded: {listed}" if reasons else ""

@@ -70,5 +70,5 @@ def create(options: NetworkOptions, module: NetworkModule, models: Models) -> An
             **keywords,
         )
     if network is None:
-        raise about("--network_module")(f"{module.name} made no network; see its own messages above")
+        raise about("--network_module")(f"{module.name} made no network", "see its own messages above")
     return network

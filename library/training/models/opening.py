@@ -85,8 +85,9 @@ def require_no_text_changes(options: NetworkOptions) -> None:
     merge."""
     for file, changed in files_that_change_text(options):
         raise about("--base_weights")(
-            f"{file} changes the text encoder ({changed} and others), which encodes the prompts before "
-            "anything is merged; merge the file into the base model with tools/merge_lora.py first"
+            f"{file} changes the text encoder ({changed} and others), which encodes the prompts before anything is "
+            "merged",
+            "merge the file into the base model with tools/merge_lora.py first",
         )
 
 
@@ -103,8 +104,9 @@ def open_data_plan(
     if arch.text_cache is not None and arch.text_cache.sees_images and plan.has_references:
         if text.cached is None:
             raise error_in("--cache_text_encoder_outputs", cause="needs")(
-                "the text encoder of this base model sees the reference images of the data set, for which its outputs "
-                "must be cached; add --cache_text_encoder_outputs"
+                "the text encoder of this base model sees the reference images of the data set, for which its "
+                "outputs must be cached",
+                "add --cache_text_encoder_outputs",
             )
         plan = plan.with_seen_references()
     plan.audit(logger)

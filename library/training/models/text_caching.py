@@ -67,14 +67,15 @@ def check_text_caching(options: NetworkOptions, spec: TextCacheSpec | None, plan
         return
     if spec.live is None and spec.can_train and plan.are_adapted:
         raise about("--cache_text_encoder_outputs")(
-            "encodes the captions once and frees the text encoders, so these cannot get "
-            "an adapter; add --network_train_unet_only, or leave out --cache_text_encoder_outputs"
+            "encodes the captions once and frees the text encoders, so these cannot get an adapter",
+            "add --network_train_unet_only, or leave out --cache_text_encoder_outputs",
         )
     argument = None if plan.live is None else plan.live.excluded_by
     if argument is not None and is_switched_on(options.network_args, argument):
         raise error_in(f"--network_args {argument}")(
             f"--network_args {argument}=True trains a text encoder whose outputs --cache_text_encoder_outputs takes "
-            "before training; leave one of them out"
+            "before training",
+            "leave one of them out",
         )
     if plan.cached is None:
         logger.warning(
@@ -84,9 +85,10 @@ def check_text_caching(options: NetworkOptions, spec: TextCacheSpec | None, plan
         return
     for file, changed in files_that_change_text(options):
         raise about("--base_weights")(
-            f"{file} changes the text encoder ({changed} and others), whose outputs "
-            "--cache_text_encoder_outputs takes before anything is merged; merge the file into the base model with "
-            "tools/merge_lora.py first, or leave out --cache_text_encoder_outputs"
+            f"{file} changes the text encoder ({changed} and others), whose outputs --cache_text_encoder_outputs "
+            "takes before anything is merged",
+            "merge the file into the base model with tools/merge_lora.py first, or leave out "
+            "--cache_text_encoder_outputs",
         )
 
 

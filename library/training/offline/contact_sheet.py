@@ -65,7 +65,7 @@ def draw_rows(
     """
     if arch.preview.load_denoiser is not None:
         raise error_in("--turbo_dit", cause="does not fit")(
-            "an option names a second model for the previews of a training; give that one as the base model"
+            "an option names a second model for the previews of a training", "give that one as the base model"
         )
     formats = BaseFormats.load(precision)
     check_base(precision, memory, arch)

@@ -165,6 +165,6 @@ def check_text_parts(rows: Sequence[Row]) -> None:
     for row in rows:
         if row is not None and keys_of_text_encoders(row):
             raise error_in("--cache_text_encoder_outputs", cause="does not fit")(
-                f"{row} changes the text encoders, whose outputs --cache_text_encoder_outputs takes without it; leave "
-                "that option out"
+                f"{row} changes the text encoders, whose outputs --cache_text_encoder_outputs takes without it",
+                "leave that option out",
             )

@@ -67,7 +67,7 @@ class WeightAverage:
         values = state_dict["values"]
         shapes = [tuple(parameter.shape) for parameter in self.parameters]
         if values and [tuple(value.shape) for value in values] != shapes:
-            raise UserError("it is the average of other weights; give the network options that it was trained with")
+            raise UserError("it is the average of other weights", "give the network options that it was trained with")
         self.num_updates = state_dict["num_updates"]
         # No values are saved before the first update, hence not strict.
         self.values = [v.to(p.device, torch.float32) for v, p in zip(values, self.parameters, strict=False)]

@@ -104,7 +104,7 @@ def resolve_num_steps(value: int | float, max_train_steps: int, flag: str) -> in
     if value < 1:
         return int(value * max_train_steps)
     if value != int(value):
-        raise about(flag)(f"is {value}; use a whole number of steps, or a share of the run below 1.0")
+        raise about(flag)(f"is {value}", "use a whole number of steps, or a share of the run below 1.0")
     return int(value)
 
 
@@ -203,8 +203,8 @@ def check_name(name: str, known: list[str]) -> None:
     """Raise UserError for an unknown schedule, suggesting another name."""
     if name == "reduce_lr_on_plateau":
         raise about("--lr_scheduler", cause="needs")(
-            "reduce_lr_on_plateau waits for a validation loss after each step, which training does not "
-            "have; use cosine, or constant_with_warmup with a lower --learning_rate"
+            "reduce_lr_on_plateau waits for a validation loss after each step, which training does not have",
+            "use cosine, or constant_with_warmup with a lower --learning_rate",
         )
     if name == "cosine_warmup_with_min_lr":
         raise about("--lr_scheduler")(
@@ -247,8 +247,9 @@ def check_settings(
         )
     if warmup_steps + decay_steps > max_train_steps and name == "warmup_stable_decay":
         raise about("--lr_warmup_steps", cause="does not fit", others=["--lr_decay_steps"])(
-            f"and --lr_decay_steps are {warmup_steps} and {decay_steps} steps, together more than "
-            f"the {max_train_steps} steps of the run; lower one of them"
+            f"and --lr_decay_steps are {warmup_steps} and {decay_steps} steps, together more than the "
+            f"{max_train_steps} steps of the run",
+            "lower one of them",
         )
     if warmup_steps > max_train_steps:
         logger.warning(
@@ -286,7 +287,7 @@ def schedule_of_class(
         reason = "sets num_warmup_steps" if "num_warmup_steps" in arguments else "has no num_warmup_steps"
         where = FLAG if "num_warmup_steps" in arguments else f"--lr_scheduler_type {name}"
         raise about("--lr_warmup_steps")(
-            f"is {options.lr_warmup_steps}, but {where} {reason}; leave --lr_warmup_steps out"
+            f"is {options.lr_warmup_steps}, but {where} {reason}", "leave --lr_warmup_steps out"
         )
     ours = {"num_training_steps": max_train_steps} if "num_training_steps" in parameters else {}
     # 0 is "not given", for which the class may have a default of its own.
@@ -344,8 +345,8 @@ def adafactor_rates(options: ScheduleOptions, built: BuiltOptimizer, warmup_step
     """
     if warmup_steps:
         raise about("--lr_warmup_steps")(
-            f"is {options.lr_warmup_steps}, but Adafactor with relative_step=True sets its own "
-            "rates; use warmup_init=True in --optimizer_args, or relative_step=False"
+            f"is {options.lr_warmup_steps}, but Adafactor with relative_step=True sets its own rates",
+            "use warmup_init=True in --optimizer_args, or relative_step=False",
         )
     name, _, rate = options.lr_scheduler.lower().partition(":")
     if options.lr_scheduler_type or name not in (ADAFACTOR, CONSTANT):
@@ -357,7 +358,7 @@ def adafactor_rates(options: ScheduleOptions, built: BuiltOptimizer, warmup_step
         initial_lr = float(rate) if rate and name == ADAFACTOR else 0.0
     except ValueError:
         raise about("--lr_scheduler")(
-            f"{options.lr_scheduler}: {rate!r} is not a rate; write for example adafactor:1e-4"
+            f"{options.lr_scheduler}: {rate!r} is not a rate", "write for example adafactor:1e-4"
         ) from None
     for group in built.optimizer.param_groups:
         group["lr"] = initial_lr

@@ -197,7 +197,7 @@ def check_step(built: BuiltOptimizer, optimizer_type: str, arguments: Mapping[st
         text = " ".join(f"{key}={value!r}" for key, value in arguments.items())
         reason = " ".join(str(error).split())[:200]
         raise about("--optimizer_type")(
-            f"{optimizer_type} fails with {FLAG} {text}: {reason}; change or drop them"
+            f"{optimizer_type} fails with {FLAG} {text}: {reason}", "change or drop them"
         ) from error
 
 
@@ -209,7 +209,9 @@ def resolve_optimizer_type(options: OptimizerOptions) -> str:
         names = " and ".join(
             f"--{name}" for name in [*given_aliases, *["optimizer_type"] * bool(options.optimizer_type)]
         )
-        raise error_in("--optimizer_type", cause="does not fit")(f"{names} name different optimizers; keep one of them")
+        raise error_in("--optimizer_type", cause="does not fit")(
+            f"{names} name different optimizers", "keep one of them"
+        )
     return aliases[given_aliases[0]] if given_aliases else options.optimizer_type or "AdamW"
 
 
@@ -272,8 +274,8 @@ def check_order_of_sums(optimizer: Optimizer, optimizer_type: str) -> None:
     if type(optimizer).__module__.startswith(BITSANDBYTES) and (limits_update or limits_gradient):
         argument = "max_unorm" if limits_update else "percentile_clipping"
         raise about("--deterministic", cause="does not fit", others=["--optimizer_type"])(
-            f"excludes --optimizer_type {optimizer_type} with {argument}, whose kernels add in varying "
-            f"order; leave {argument} out of {FLAG}, or use AdamW8bit"
+            f"excludes --optimizer_type {optimizer_type} with {argument}, whose kernels add in varying order",
+            f"leave {argument} out of {FLAG}, or use AdamW8bit",
         )
 
 

@@ -53,7 +53,7 @@ SPEEDS = ("flops", "bus", "bandwidth", "staging", "launch")  # of a Gpu
 def free_memory(device: torch.device) -> int:
     """Return the GPU memory available to a run, including this process's existing context."""
     if device.type != "cuda":
-        raise about("--fit")("auto measures the free memory of the GPU, and there is none; give a size such as 12GB")
+        raise about("--fit")("auto measures the free memory of the GPU, and there is none", "give a size such as 12GB")
     return torch.cuda.mem_get_info(device)[0] + BARE_CONTEXT_BYTES
 
 
@@ -85,8 +85,8 @@ def count_adapter_run(
         if module.is_ours:
             raise
         raise about("--fit")(
-            f"cannot count what --network_module {module.name} does ({type(error).__name__}: {error}); leave out "
-            "--fit and set what saves memory yourself"
+            f"cannot count what --network_module {module.name} does ({type(error).__name__}: {error})",
+            "leave out --fit and set what saves memory yourself",
         ) from error
 
 

@@ -26,7 +26,7 @@ def file_of_run(path: Path) -> Path:
     reports = sorted(path.glob(f"*{ENDING}"))
     if len(reports) != 1:
         names = ", ".join(file.name for file in reports) or "none"
-        raise of_file(path)(f"holds {len(reports)} reports of runs ({names}); name a report or a file of events")
+        raise of_file(path)(f"holds {len(reports)} reports of runs ({names})", "name a report or a file of events")
     return reports[0]
 
 

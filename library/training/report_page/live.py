@@ -18,7 +18,7 @@ class ReportServer(LocalServer):
     def __init__(self, source: Path, port: int) -> None:
         if not source.exists():
             raise error_in(path=source, cause="missing")(
-                f"{source} does not exist; name a report, an events file, or the folder of a run"
+                f"{source} does not exist", "name a report, an events file, or the folder of a run"
             )
         pages = ReportPages(source)
         pages.list_reports()
@@ -43,7 +43,7 @@ class ReportPages:
         reports = list_reports(self.source)
         if not reports:
             raise error_in(path=self.source, cause="missing")(
-                f"{self.source} has no report yet; start the run first, or name another folder"
+                f"{self.source} has no report yet", "start the run first, or name another folder"
             )
         return reports
 

@@ -46,12 +46,12 @@ class LocalServer(ThreadingHTTPServer):
 
     def __init__(self, pages: Pages, port: int, take: TakeForm | None = None) -> None:
         if not 0 <= port <= MAX_PORT:
-            raise about("--port")(f"is {port}; use a number from 0 (any free port) to {MAX_PORT}")
+            raise about("--port")(f"is {port}", f"use a number from 0 (any free port) to {MAX_PORT}")
         try:
             super().__init__((HOST, port), partial(Handler, pages, take))
         except OSError as error:
             raise about("--port", cause="unreadable")(
-                f"{port} cannot be opened: {error.strerror}; use another one"
+                f"{port} cannot be opened: {error.strerror}", "use another one"
             ) from error
         self.free_connections = threading.Semaphore(MOST_CONNECTIONS)
 

@@ -96,7 +96,7 @@ def build_report(record: Record, reload_s: int | None = None) -> str:
 def check_regular(path: Path) -> None:
     """Raise UserError for a pipe or device, which might never end."""
     if path.exists() and not path.is_file():
-        raise of_file(path)("is not a regular file; name a report or a file of --log_events")
+        raise of_file(path)("is not a regular file", "name a report or a file of --log_events")
 
 
 def read_report(path: Path) -> Record:

@@ -1,38 +1,22 @@
 """The fields of the error that ended a run, for the last event and the line of --errors_json."""
 
 import argparse
-import json
 import os
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from library.base.errors import Cause, UserError
-from library.base.launcher import launched_rank
-from library.base.terminal import print_line
+from library.base.error_lines import ErrorFields, print_error_line, read_fields
+from library.base.errors import UserError
+from library.base.terminal import ERRORS_JSON
 from library.options.config_file import read_toml
+from library.options.toml_lines import find_line
 from library.training.config_file import CONFIG_FLAG, SECRETS, config_path, flatten
 
 HIDDEN = "***"
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "WANDB_API_KEY")
-CAUSES: Mapping[type[OSError], Cause] = {FileNotFoundError: "missing", PermissionError: "unreadable"}
-
-
-@dataclass(frozen=True)
-class ErrorFields:
-    """The fields of a `UserError` as programs get them, by the last event and by --errors_json."""
-
-    message: str
-    remedy: str | None = None
-    setting: str | None = None
-    others: Sequence[str] = ()
-    file: str | None = None
-    path: str | None = None
-    place: str | None = None
-    cause: Cause | None = None
 
 
 def describe_error(error: BaseException, values: Mapping[str, Any], paths: Collection[str]) -> ErrorFields:
@@ -40,14 +24,17 @@ def describe_error(error: BaseException, values: Mapping[str, Any], paths: Colle
 
     An error that names no setting is about the option in `paths` that its file belongs to, if there is one.
     """
-    fields = ErrorFields(f"{type(error).__name__}: {error}")
-    if isinstance(error, UserError):
-        names = ("message", "remedy", "setting", "others", "file", "path", "place", "cause")
-        fields = ErrorFields(**{name: getattr(error, name) for name in names})
-    elif isinstance(error, OSError) and error.filename is not None:
-        fields = ErrorFields(str(error), path=os.fsdecode(error.filename), cause=CAUSES.get(type(error)))
+    fields = read_fields(error)
     setting = fields.setting or find_setting(fields.path, values, paths)
-    return change_texts(replace(fields, setting=setting), lambda text: hide(text, values))
+    return change_texts(locate(replace(fields, setting=setting)), lambda text: hide(text, values))
+
+
+def locate(fields: ErrorFields) -> ErrorFields:
+    """Return the fields with the line of the setting in its TOML file as the place, where the file shows it."""
+    if fields.setting is None or fields.file is None or not fields.file.endswith(".toml"):
+        return fields
+    line = find_line(Path(fields.file), fields.setting, fields.place)
+    return fields if line is None else replace(fields, place=f"line {line}")
 
 
 def change_texts(fields: ErrorFields, change: Callable[[str], str]) -> ErrorFields:
@@ -85,16 +72,16 @@ def hide(text: str, values: Mapping[str, Any]) -> str:
     return text
 
 
-def print_error_line(fields: ErrorFields) -> None:
-    """Print the line of --errors_json to standard error, from the main process alone."""
-    if launched_rank() == 0:
-        print_line(json.dumps({"error": asdict(fields)}), sys.stderr)
+def print_json_error(error: BaseException, words: Sequence[str]) -> None:
+    """Print the line of --errors_json if the command line or its config file asks for it."""
+    if wants_error_line(words):
+        print_error_line(describe_error(error, {}, ()))
 
 
 def wants_error_line(words: Sequence[str]) -> bool:
     """Return True if a command line that cannot be read, or its config file, has --errors_json."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--errors_json", action="store_true")
+    parser.add_argument(ERRORS_JSON, action="store_true")
     parser.add_argument(CONFIG_FLAG, nargs="?")
     with suppress(argparse.ArgumentError, UserError):
         typed = parser.parse_known_args(words)[0]

@@ -13,11 +13,11 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any, Protocol
 
+from library.base.error_lines import ErrorFields
 from library.base.errors import about
 from library.base.json_text import InvalidJson, parse_json
 from library.base.progress import State
 from library.checkpoints.overwriting import FileKind, check_target, known_by_start
-from library.training.reporting.error_fields import ErrorFields
 from library.training.reporting.events import (
     End,
     EndCause,

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypedDict
 
+from library.base.error_lines import ErrorFields
 from library.base.progress import State
-from library.training.reporting.error_fields import ErrorFields
 
 VERSION = 1
 

@@ -59,8 +59,9 @@ def build_average(
         return None
     if is_schedule_free:
         raise about("--ema_decay", cause="does not fit")(
-            f"{options.ema_decay} does not work with --optimizer_type {optimizer_type}: "
-            "schedule-free optimizers save, draw and validate an average of their own; leave one of them out"
+            f"{options.ema_decay} does not work with --optimizer_type {optimizer_type}: schedule-free optimizers "
+            "save, draw and validate an average of their own",
+            "leave one of them out",
         )
     return WeightAverage(network.trainable_parameters(), options.ema_decay, options.ema_update_after_step)
 

@@ -104,8 +104,8 @@ def prepare_run(
     pause = run.options.state.pause_after_step
     if pause is not None and state is None and pause < run.plan.max_train_steps and not validation.is_due_from(pause):
         raise error_in("--pause_after_step")(
-            f"--pause_after_step {pause}: no validation is scheduled from that step on; set --validation_split, and "
-            "--validate_every_n_steps or --validate_every_n_epochs"
+            f"--pause_after_step {pause}: no validation is scheduled from that step on",
+            "set --validation_split, and --validate_every_n_steps or --validate_every_n_epochs",
         )
     # The main process alone reads the prompts, but with a sharded model the others compute its blocks with it.
     is_drawing = run.processes.share("are there previews", "yes" if wanted.prompts else "no") == "yes"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from library.base.error_lines import ErrorFields
 from library.base.errors import UserError
 from library.base.launcher import launched_rank
 from library.base.progress import listening
@@ -25,7 +26,7 @@ from library.training.failures.nonfinite import NonFiniteError
 from library.training.report_page.index import IndexWriter
 from library.training.report_page.writer import ReportWriter, earlier_record
 from library.training.reporting.console_lines import ImageCounts
-from library.training.reporting.error_fields import HIDDEN, ErrorFields, describe_error, hide, list_secrets
+from library.training.reporting.error_fields import HIDDEN, describe_error, hide, list_secrets
 from library.training.reporting.event_stream import FLAG, Events, JsonLines, Sink, WarningEvents, open_event_file, plain
 from library.training.reporting.events import Start, TrainingPlan
 from library.training.run_parts import Run

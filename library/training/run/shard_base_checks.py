@@ -63,25 +63,25 @@ def sharding_values(
     if processes.count % size:
         sizes = [str(n) for n in range(2, processes.count + 1) if processes.count % n == 0]
         raise about("--shard_base")(
-            f": {processes.count} processes cannot be divided into groups of {size} that share the "
-            f"weights; use --shard_group {' or '.join(sizes)}"
+            f": {processes.count} processes cannot be divided into groups of {size} that share the weights",
+            f"use --shard_group {' or '.join(sizes)}",
         )
     if memory.blocks_to_swap:
         raise about("--shard_base", others=["--blocks_to_swap"])(
-            "and --blocks_to_swap put the same weights at two places, sharded over GPUs and in main "
-            "memory; leave one of them out"
+            "and --blocks_to_swap put the same weights at two places, sharded over GPUs and in main memory",
+            "leave one of them out",
         )
     module = network.network_module or ""
     if network.base_weights and not module.startswith(OURS):
         raise about("--base_weights", others=["--shard_base"])(
-            f"and --shard_base with --network_module {module}: its networks are merged into whole "
-            "weights, which no process has; merge the files into the base model with tools/merge_lora.py first, or "
-            "use one of networks.*"
+            f"and --shard_base with --network_module {module}: its networks are merged into whole weights, which no "
+            "process has",
+            "merge the files into the base model with tools/merge_lora.py first, or use one of networks.*",
         )
     if compiling.is_on:
         raise about("--shard_base")(
-            ": blocks whose weights come from other processes while they compute cannot be compiled; leave "
-            "out --compile and --torch_compile"
+            ": blocks whose weights come from other processes while they compute cannot be compiled",
+            "leave out --compile and --torch_compile",
         )
     return {"shard_group": size}
 

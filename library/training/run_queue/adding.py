@@ -72,14 +72,14 @@ def choose_script(path: Path, text: str, script: str | None, scripts: Collection
     named = {*SCRIPT_NAME.findall(comments[0] if comments else "")} & {*scripts}
     found = of_recipe or named
     if len(found) != 1:
-        raise of_file(path)("names no training script; add --script, such as --script train_network.py")
+        raise of_file(path)("names no training script", "add --script, such as --script train_network.py")
     return found.pop()
 
 
 def refuse_file_options(words: Sequence[str]) -> None:
     """Raise UserError for options that end a command before it trains."""
     if ended := {"-h", "--help", "--help_all", "--version"} & {*words}:
-        raise about(sorted(ended)[0])("after NAME.toml trains nothing; leave it out")
+        raise about(sorted(ended)[0])("after NAME.toml trains nothing", "leave it out")
 
 
 def warn_of_states(output: Path, output_name: str | None) -> None:

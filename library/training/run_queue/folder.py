@@ -142,8 +142,8 @@ class Queue:
             for ticket, other in self.read_jobs("running", "waiting", "running"):  # a job may move meanwhile
                 if other is not None and os.path.normcase(other.output) == os.path.normcase(job.output):
                     raise error_in("--output_name", others=["--output_dir"], path=other.output, cause="would be lost")(
-                        f"job {ticket.number} ({other.config}) writes {other.output} too; use another --output_name or "
-                        "--output_dir"
+                        f"job {ticket.number} ({other.config}) writes {other.output} too",
+                        "use another --output_name or --output_dir",
                     )
             # Also behind the logs of removed jobs, which another job must not continue.
             names = (entry.name.partition(".")[0] for state in (*STATES, "logs") for entry in self.entries(state))

@@ -34,7 +34,7 @@ class Job:
     def read(cls, path: Path) -> "Job":
         """Read a job's file. Raises UserError for another file, FileNotFoundError if it was moved."""
         if path.stat().st_size > MOST_BYTES:
-            raise of_file(path)("is no job of this queue; remove the file")
+            raise of_file(path)("is no job of this queue", "remove the file")
         try:
             values = parse_json(path.read_bytes())
             assert isinstance(values, dict) and values.pop("queue") == VERSION

@@ -229,7 +229,7 @@ class Writer:
         space = f"--output_dir {folder}: {format_bytes(free)} are free on its disk"
         if free < one_file:
             raise error_in("--output_dir")(
-                f"{space}, and the adapter takes {format_bytes(one_file)}; make room or name another folder"
+                f"{space}, and the adapter takes {format_bytes(one_file)}", "make room or name another folder"
             )
         if free < needed:
             logger.warning(

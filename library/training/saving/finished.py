@@ -41,4 +41,4 @@ def check_unfinished(names: Names, digest: str) -> None:
     if found == digest:
         raise AlreadyComplete(f"{path} is finished: it is what this run gives")
     what = "was trained with other options, steps or images" if found else "does not say which run has trained it"
-    raise UserError(f"{path} is there, and {what}; move it away, or use another --output_name")
+    raise UserError(f"{path} is there, and {what}", "move it away, or use another --output_name")

@@ -83,8 +83,8 @@ def check_repository(options: HubOptions) -> None:
         make_repository(client(options), options)
     except Exception as error:
         raise about("--huggingface_repo_id")(
-            f"{options.huggingface_repo_id} cannot be reached or made ({type(error).__name__}: "
-            f"{error}); check the name, --huggingface_token and the network, or leave it out"
+            f"{options.huggingface_repo_id} cannot be reached or made ({type(error).__name__}: {error})",
+            "check the name, --huggingface_token and the network, or leave it out",
         ) from error
 
 
@@ -99,8 +99,8 @@ def fetch_state(name: str, options: HubOptions) -> Path:
     repo, _, folder = tail.partition("/")
     if not (owner and repo and folder):
         raise about("--resume")(
-            f"{name} does not name a state on Hugging Face; write owner/repository/path, and :revision and "
-            ":type behind it if needed"
+            f"{name} does not name a state on Hugging Face",
+            "write owner/repository/path, and :revision and :type behind it if needed",
         )
     folder = folder.strip("/")
     try:
@@ -112,8 +112,8 @@ def fetch_state(name: str, options: HubOptions) -> Path:
         )
     except Exception as error:
         raise about("--resume")(
-            f"{name} cannot be fetched from Hugging Face ({type(error).__name__}: {error}); check the name, "
-            "--huggingface_token and the network"
+            f"{name} cannot be fetched from Hugging Face ({type(error).__name__}: {error})",
+            "check the name, --huggingface_token and the network",
         ) from error
     path = Path(root) / folder
     if not path.is_dir():

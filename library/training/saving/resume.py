@@ -118,7 +118,8 @@ def check_latents(manifest: StateManifest, computed_as: str) -> None:
     if manifest.dataset.get(LATENTS, "") != computed_as:
         raise error_in(path=manifest.path)(
             f"the state {manifest.path} is of an earlier version, which trained this base model on random samples of "
-            "the VAE's latents in place of their mean; start from the LoRA file with --network_weights instead"
+            "the VAE's latents in place of their mean",
+            "start from the LoRA file with --network_weights instead",
         )
 
 
@@ -186,8 +187,8 @@ def state_of_main(path: str) -> StateManifest:
     """Read the state that the main process found. Raises UserError if it is not on this machine."""
     if not Path(path).is_dir():
         raise about("--autoresume")(
-            f": the main process goes on from {path}, which is not on this machine; copy it here, or use "
-            "an --output_dir that all machines share"
+            f": the main process goes on from {path}, which is not on this machine",
+            "copy it here, or use an --output_dir that all machines share",
         )
     return read_manifest(Path(path))
 
@@ -223,7 +224,9 @@ def resolve_starting_step(options: StateOptions, end: Path, plan: StepPlan, mani
         message = f"{source} is at step {step} of {plan.max_train_steps}: nothing is left to train"
         if (options.autoresume or options.skip_finished) and manifest is not None and not options.resume:
             raise AlreadyComplete(message)
-        raise error_in("--max_train_steps")(f"{message}; raise --max_train_steps or --max_train_epochs to train longer")
+        raise error_in("--max_train_steps")(
+            f"{message}", "raise --max_train_steps or --max_train_epochs to train longer"
+        )
     return step
 
 

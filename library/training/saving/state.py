@@ -123,14 +123,14 @@ def read_manifest(folder: Path) -> StateManifest:
     Only the sizes of the large files are checked; `require_undamaged` reads them.
     """
     if not folder.is_dir():
-        raise about("--resume", folder)("is not a folder; give the folder of a saved state, such as last-state")
+        raise about("--resume", folder)("is not a folder", "give the folder of a saved state, such as last-state")
     try:
         content = parse_json((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         content = {}
     except (OSError, ValueError) as error:
         raise about("--resume", folder, cause="unreadable")(
-            f": its {MANIFEST_FILE} cannot be read ({error}); use another state"
+            f": its {MANIFEST_FILE} cannot be read ({error})", "use another state"
         ) from None
     version = content.get("version") if isinstance(content, dict) else None
     if version is None:
@@ -144,7 +144,7 @@ def read_manifest(folder: Path) -> StateManifest:
         for name, size in content["sizes"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
                 raise error_in(path=folder)(
-                    f"the state {folder} is not whole: {name} should have {size} bytes; copy it again"
+                    f"the state {folder} is not whole: {name} should have {size} bytes", "copy it again"
                 )
         require_values(folder, content)
         return StateManifest(
@@ -160,7 +160,7 @@ def read_manifest(folder: Path) -> StateManifest:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise error_in(path=folder)(
-            f"the state {folder}: its {MANIFEST_FILE} lacks {error}; use another state"
+            f"the state {folder}: its {MANIFEST_FILE} lacks {error}", "use another state"
         ) from None
 
 
@@ -170,12 +170,12 @@ def require_values(folder: Path, content: Mapping[str, Any]) -> None:
         value = content[name]
         if type(value) is not int or value < least:
             raise error_in(path=folder)(
-                f"the state {folder}: {name} in its {MANIFEST_FILE} is {value!r}; use another state"
+                f"the state {folder}: {name} in its {MANIFEST_FILE} is {value!r}", "use another state"
             )
     for name, kind in (("options", dict), ("dataset", dict), ("parts", dict), ("digests", dict), ("done", list)):
         if not isinstance(content.get(name, kind()), kind):
             raise error_in(path=folder)(
-                f"the state {folder}: {name} in its {MANIFEST_FILE} is {content[name]!r}; use another state"
+                f"the state {folder}: {name} in its {MANIFEST_FILE} is {content[name]!r}", "use another state"
             )
 
 
@@ -186,7 +186,7 @@ def require_undamaged(manifest: StateManifest) -> None:
             is_whole = digest_of_file(manifest.path / name) == digest
         except OSError as error:
             raise error_in(path=manifest.path)(
-                f"the state {manifest.path}: {name} cannot be read ({error}); use another state"
+                f"the state {manifest.path}: {name} cannot be read ({error})", "use another state"
             ) from None
         if not is_whole:
             raise UserError(make_damage_error(manifest.path, name))

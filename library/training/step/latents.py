@@ -37,7 +37,7 @@ def load_latents(
             key for key, latents_CHW in zip(batch.keys, latents_BCHW, strict=True) if not latents_CHW.isfinite().all()
         ]
         raise error_in("--no_half_vae", cause="needs")(
-            f"the VAE gives NaN for {', '.join(damaged)}; add --no_half_vae, or use a VAE made for fp16"
+            f"the VAE gives NaN for {', '.join(damaged)}", "add --no_half_vae, or use a VAE made for fp16"
         )
     return latents_BCHW
 
@@ -80,7 +80,7 @@ def build_inpainting(context: StepContext, batch: Batch, seed: int, place_of: Ca
         return {}
     if batch.pixels_BCHW is None:  # cached latents are refused
         raise about("--train_inpainting", cause="needs")(
-            "needs images, but --dataset_class gives `latents`; give `images` instead"
+            "needs images, but --dataset_class gives `latents`", "give `images` instead"
         )
     height, width = batch.pixels_BCHW.shape[-2:]
     rngs = [np.random.default_rng(stream_seed(seed, "mask", *place_of(i))) for i in range(len(batch.keys))]

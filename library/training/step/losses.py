@@ -174,8 +174,9 @@ def preserve_output(
         return target_BCHW
     if context.models.sharded is not None and not context.preserves_in_step:
         raise about("--shard_base")(
-            f": {PRESERVATION} in custom_attributes of a --dataset_class asks the base model alone, and "
-            "the other processes do not know of it; leave one of them out"
+            f": {PRESERVATION} in custom_attributes of a --dataset_class asks the base model alone, and the other "
+            "processes do not know of it",
+            "leave one of them out",
         )
     context.network.set_multiplier(0.0)
     try:

@@ -89,7 +89,7 @@ def expand_combinations(options: OptionsT) -> list[Combination[OptionsT]]:
     labels_of = short_names(type(options))
     names = [name for name, _ in swept]
     if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise about("--sweep")(f"names {repeated} twice; give all of its values in one word")
+        raise about("--sweep")(f"names {repeated} twice", "give all of its values in one word")
     # Counted before they are listed, because a few options with many values each make millions.
     num_runs = prod(len(texts) for _, texts in swept)
     if num_runs > MOST_RUNS:
@@ -104,7 +104,7 @@ def expand_combinations(options: OptionsT) -> list[Combination[OptionsT]]:
         combinations.append(Combination(label, chosen, resolve_run_options(options, chosen, label, ranks, strengths)))
     if len(combinations) < 2:
         typed = " ".join(options.sweep.sweep or ())
-        raise about("--sweep")(f"{typed} names a single run; give it two values or more")
+        raise about("--sweep")(f"{typed} names a single run", "give it two values or more")
     labels = [
         combination.label.casefold() for combination in combinations
     ]  # file names ignore case on Windows and macOS
@@ -112,7 +112,7 @@ def expand_combinations(options: OptionsT) -> list[Combination[OptionsT]]:
         (combination.label for combination in combinations if labels.count(combination.label.casefold()) > 1), None
     ):
         raise about("--sweep")(
-            f": two runs would have the name {clash}; give values whose names differ in more than case"
+            f": two runs would have the name {clash}", "give values whose names differ in more than case"
         )
     return combinations
 
@@ -134,7 +134,7 @@ def parse_word(item: str, options: Options) -> tuple[str, list[str]]:
     if not equals or not name or not all(texts):
         raise about("--sweep")(f"{item!r}: {FORM}")
     if repeated := next((value for value in texts if texts.count(value) > 1), None):
-        raise about("--sweep")(f"{name}: {repeated} appears twice; list each value once")
+        raise about("--sweep")(f"{name}: {repeated} appears twice", "list each value once")
     swept = short_names(type(options))
     if name in swept or (name.partition(".")[0] in TABLES and "." in name):
         return name, texts

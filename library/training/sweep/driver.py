@@ -84,9 +84,10 @@ def run_sweep(script: Script[Any], options: TrainOptions, check: Check, has_sign
     """
     if (count := launched_count()) > 1:
         raise error_in("--sweep")(
-            f"--sweep starts each run as a process of its own, and {count} processes were launched; start it without "
+            f"--sweep starts each run as a process of its own, and {count} processes were launched",
+            "start it without "
             f'a launcher, and give it --launcher "accelerate launch --num_processes {count}", which stands before '
-            "each of its runs"
+            "each of its runs",
         )
     words = options.sweep
     if words.sweep_only is not None and options.run.seed is None:
@@ -97,7 +98,7 @@ def run_sweep(script: Script[Any], options: TrainOptions, check: Check, has_sign
     members = resolve_members(options, seed)
     if words.sweep_only is not None and words.sweep_only > len(members):
         raise error_in("--sweep_only")(
-            f"--sweep_only is {words.sweep_only}, and --sweep has {len(members)} runs; see --sweep_list"
+            f"--sweep_only is {words.sweep_only}, and --sweep has {len(members)} runs", "see --sweep_list"
         )
     if words.sweep_list:
         folder = Path(options.saving.output_dir or tempfile.gettempdir())

@@ -38,8 +38,8 @@ def rank_reports(folder: Path) -> tuple[Ranking, list[str]]:
     standings = [make_standing(label, record) for label, (_, record) in zip(labels, measured, strict=True)]
     if (count := len(next(iter(pair_losses(standings).values()), []))) < 2:
         raise error_in("--rank")(
-            f"--rank {folder}: its runs have measured {count} common images, and two are needed; give all of them one "
-            "--validation_seed and the same images"
+            f"--rank {folder}: its runs have measured {count} common images, and two are needed",
+            "give all of them one --validation_seed and the same images",
         )
     return rank_standings(standings), list(differences([record for _, record in measured]))
 

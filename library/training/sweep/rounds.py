@@ -36,11 +36,14 @@ class Rounds:
         if unranked:
             raise error_in(FLAG)(
                 f"{FLAG}: {', '.join(unranked)} changes the held-out images or what their losses mean, so that runs "
-                f"cannot be compared; leave out {FLAG}"
+                "cannot be compared",
+                f"leave out {FLAG}",
             )
         has_images = options.dataset.dataset_config or options.validation.validation_split
         if options.concepts is not None or not has_images:
-            raise error_in(FLAG)(f"{FLAG} compares runs by their validation, and there is none; set --validation_split")
+            raise error_in(FLAG)(
+                f"{FLAG} compares runs by their validation, and there is none", "set --validation_split"
+            )
         return cls(step)
 
     def next_step(self) -> int:
@@ -54,7 +57,8 @@ class Rounds:
         if num_bytes > free:
             raise error_in(FLAG)(
                 f"{FLAG} keeps a state of every run between rounds, {format_bytes(num_bytes)} in all, and "
-                f"{format_bytes(free)} are free in --output_dir {folder}; make room, or leave out {FLAG}"
+                f"{format_bytes(free)} are free in --output_dir {folder}",
+                f"make room, or leave out {FLAG}",
             )
 
     def find_worse(self, standings: Sequence[Standing], num_runs: int) -> list[str]:

@@ -54,7 +54,7 @@ def find_kept_strengths(network: NetworkOptions, words: Mapping[str, Sequence[st
                 strengths += [Strength(name, float(alphas[name]), rank) for rank in known[:1]]
             except ValueError as error:
                 raise error_in("--network_args conv_alpha")(
-                    f"--network_args conv_alpha={alphas[name]} is not a number; correct it"
+                    f"--network_args conv_alpha={alphas[name]} is not a number", "correct it"
                 ) from error
     return strengths
 

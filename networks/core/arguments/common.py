@@ -30,14 +30,20 @@ class RankArguments:
     """Ranks and alphas of target modules, in addition to `network_dim` and `network_alpha`."""
 
     conv_dim: int | None = declare(
-        RANK, None, "Rank of convolutions larger than 1x1, which are adapted with it.", is_fixed_by_file=True
+        RANK,
+        None,
+        "Rank of convolutions larger than 1x1, which are adapted with it (LoCon), for styles and textures.",
+        is_fixed_by_file=True,
     )
     conv_alpha: float | None = declare(
-        NUMBER, None, "Alpha of convolutions larger than 1x1.",
+        NUMBER, None, "Alpha of convolutions larger than 1x1. Unset is 1.",
         needs=Needs((ON_CONVOLUTIONS,), "conv_dim"), is_fixed_by_file=True,
     )  # fmt: skip
     block_dims: tuple[int, ...] | None = declare(
-        RANKS, None, "Rank of each numbered block of a U-Net; 0 leaves a block out.", is_fixed_by_file=True
+        RANKS,
+        None,
+        "Rank of each numbered block of a U-Net (SD: the first, 11 down, the middle, 12 up); 0 leaves a block out.",
+        is_fixed_by_file=True,
     )
     block_alphas: tuple[float, ...] | None = declare(
         NUMBERS, None, "Alpha of each numbered block.",
@@ -54,7 +60,12 @@ class RankArguments:
         is_fixed_by_file=True,
     )
     rslora: bool = declare(
-        SWITCH, False, "alpha / sqrt(rank) in place of alpha / rank.", aliases=("rs_lora",), is_fixed_by_file=True
+        SWITCH,
+        False,
+        "Strength alpha / sqrt(rank) in place of alpha / rank, for ranks of 64 and more; the "
+        "saved alpha is larger to match.",
+        aliases=("rs_lora",),
+        is_fixed_by_file=True,
     )
     network_reg_dims: tuple[tuple[str, int], ...] | None = declare(
         RANKS_BY_EXPRESSION, None, "expression=rank; the first that fits a module decides.", is_fixed_by_file=True
@@ -65,16 +76,23 @@ class RankArguments:
 class RateArguments:
     """Learning rates of target modules, in addition to `learning_rate`, `unet_lr` and `text_encoder_lr`."""
 
-    down_lr_weight: LrWeights | None = declare(LR_WEIGHTS, None, "Factors of the input blocks, or a curve.")
-    mid_lr_weight: LrWeights | None = declare(LR_WEIGHTS, None, "Factor of the middle block.")
-    up_lr_weight: LrWeights | None = declare(LR_WEIGHTS, None, "Factors of the output blocks, or a curve.")
+    down_lr_weight: LrWeights | None = declare(
+        LR_WEIGHTS,
+        None,
+        "Factors on the learning rate of the input blocks (12 of SD), or a curve such as "
+        "cosine+0.25; a block with 0 gets no adapter.",
+    )
+    mid_lr_weight: LrWeights | None = declare(LR_WEIGHTS, None, "Factor on the learning rate of the middle block.")
+    up_lr_weight: LrWeights | None = declare(
+        LR_WEIGHTS, None, "Factors on the learning rate of the output blocks (12 of SD), or a curve."
+    )
     block_lr_zero_threshold: float = declare(
         NUMBER,
         0.0,
         "Blocks with a factor up to this are not trained.",
         needs=Needs((LR_LISTS,), "one of the *_lr_weight lists"),
     )
-    loraplus_lr_ratio: float | None = declare(NUMBER, None, "LoRA+: how much faster up factors learn.")
+    loraplus_lr_ratio: float | None = declare(NUMBER, None, "LoRA+: how many times faster the up matrices learn.")
     loraplus_unet_lr_ratio: float | None = declare(NUMBER, None, "The ratio of LoRA+ in the denoiser.")
     loraplus_text_encoder_lr_ratio: float | None = declare(NUMBER, None, "The ratio in text encoders.")
     network_reg_lrs: tuple[tuple[str, float], ...] | None = declare(
@@ -98,11 +116,15 @@ class StructureArguments:
     """Structure of a module's change."""
 
     use_tucker: bool = declare(
-        SWITCH, False, "A Tucker core between the factors of larger kernels.",
+        SWITCH, False, "A Tucker core (lora_mid) between the factors of larger kernels, for fewer parameters.",
         needs=Needs((ON_CONVOLUTIONS,), "conv_dim or conv_block_dims: it is for kernels larger than 1x1"),
         is_fixed_by_file=True,
     )  # fmt: skip
-    use_scalar: bool = declare(SWITCH, False, "A trained strength, which starts at 0.")
+    use_scalar: bool = declare(
+        SWITCH,
+        False,
+        "A trained strength of each module, which starts at 0 and is multiplied into the up matrix when saved.",
+    )
     split_qkv: bool = declare(SWITCH, False, "Adapt q, k and v apart that the base model has in one layer.")
 
 
@@ -110,12 +132,18 @@ class StructureArguments:
 class TargetArguments:
     """Selection of target modules."""
 
-    train_norm: bool = declare(SWITCH, False, "Train normalisation layers too.", is_fixed_by_file=True)
+    train_norm: bool = declare(
+        SWITCH, False, "Train LayerNorm and GroupNorm of the same blocks too (w_norm, b_norm).", is_fixed_by_file=True
+    )
     exclude_patterns: tuple[str, ...] = declare(
-        PATTERNS, (), "Whole module paths that are left alone.", is_fixed_by_file=True
+        PATTERNS, (), "Regular expressions for whole module paths that are left alone.", is_fixed_by_file=True
     )
     include_patterns: tuple[str, ...] = declare(
-        PATTERNS, (), "Whole module paths that are adapted although they are excluded.", is_fixed_by_file=True
+        PATTERNS,
+        (),
+        "Regular expressions for whole module paths that are adapted although they are "
+        "excluded; OFT and BOFT then adapt nothing else.",
+        is_fixed_by_file=True,
     )
     verbose: bool = declare(SWITCH, False, "List the modules at start.")
     only_patterns: tuple[str, ...] = ()  # set from include_patterns by kinds that adapt nothing else
@@ -128,5 +156,5 @@ def check_blocks(arguments: NetworkArguments) -> None:
     """Raise UserError if conv_block_dims is given without block_dims or an *_lr_weight list."""
     if "conv_block_dims" in arguments.given and not any(name in arguments.given for name in IN_BLOCKS):
         raise error_in("--network_args conv_block_dims", cause="needs")(
-            "--network_args conv_block_dims needs block_dims; give both, or conv_dim for one rank everywhere"
+            "--network_args conv_block_dims needs block_dims", "give both, or conv_dim for one rank everywhere"
         )

@@ -142,7 +142,7 @@ def _merge_aliases(given: Mapping[str, Any], aliases: Mapping[str, str], kinds: 
             other = spellings[name]
             same = f"{_as_typed(key)}={value} and {other}={given[other]}"
             raise error_in(_as_typed(key), others=[_as_typed(other)], cause="does not fit")(
-                f"{same} mean the same and differ; give one of them"
+                f"{same} mean the same and differ", "give one of them"
             )
         spellings[name] = key
     return values

@@ -19,7 +19,7 @@ def take_forward(layer: nn.Module, forward: Forward) -> Forward:
 def give_forward_back(layer: nn.Module, forward: Forward, base: Forward, path: str) -> None:
     """Undo `take_forward`. Raises UserError naming the layer where something wrapped it again since."""
     if layer.__dict__.get("forward") != forward:
-        raise UserError(f"{path} was wrapped again after this adapter; remove the later wrapping first")
+        raise UserError(f"{path} was wrapped again after this adapter", "remove the later wrapping first")
     # Without the attribute of the instance the method of the layer's class is found again.
     del layer.__dict__["forward"]
     if base != layer.forward:  # it was wrapped before us

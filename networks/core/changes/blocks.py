@@ -27,7 +27,7 @@ REFUSED = {  # network argument -> why rotations do not support it
 def refuse_magnitudes(tensors: ModuleTensors) -> None:
     """Raise UserError for a rotation with DoRA magnitudes, which OneTrainer can train."""
     if DORA_SCALE in tensors:
-        raise UserError(f"{DORA_SCALE} beside a rotation is not computed here; train without DoRA")
+        raise UserError(f"{DORA_SCALE} beside a rotation is not computed here", "train without DoRA")
 
 
 def row_length(layer: nn.Module) -> int:
@@ -44,13 +44,13 @@ def block_size_for(num_columns: int, wanted: int, may_adjust: bool) -> int:
         return wanted
     if not may_adjust and wanted > 1:
         raise about("--network_dim")(
-            f"(or block_size) is {wanted}, which does not divide the {num_columns} inputs of a layer, "
-            "and --network_args auto_adjust=False forbids another size; choose one that divides all layers, or leave "
-            "auto_adjust out"
+            f"(or block_size) is {wanted}, which does not divide the {num_columns} inputs of a layer, and "
+            "--network_args auto_adjust=False forbids another size",
+            "choose one that divides all layers, or leave auto_adjust out",
         )
     divisors = [size for size in range(2, num_columns + 1) if num_columns % size == 0]
     if not divisors:
-        raise UserError("a layer with one input has nothing to turn; leave it out with exclude_patterns")
+        raise UserError("a layer with one input has nothing to turn", "leave it out with exclude_patterns")
     return min(divisors, key=lambda size: (abs(size - wanted), size))
 
 

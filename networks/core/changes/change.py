@@ -157,7 +157,7 @@ class MergedOnly(nn.Module):
     size = ChangeSize()
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
-        raise UserError(f"{self.words} can be merged, but not trained; merge it with tools/merge_lora.py")
+        raise UserError(f"{self.words} can be merged, but not trained", "merge it with tools/merge_lora.py")
 
     def stored_tensors(self) -> Mapping[str, Tensor]:
         return self.state_dict()
@@ -275,7 +275,7 @@ def check_kernel(layer: nn.Module) -> nn.Module:
     """Return the layer. Raises UserError for a convolution with groups or with a padding mode other than zeros."""
     if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
         raise UserError(
-            f"a convolution with groups={layer.groups} and padding_mode={layer.padding_mode!r} cannot be adapted; "
-            "give its block the rank 0"
+            f"a convolution with groups={layer.groups} and padding_mode={layer.padding_mode!r} cannot be adapted",
+            "give its block the rank 0",
         )
     return layer

@@ -51,7 +51,9 @@ def can_have_magnitudes(layer: nn.Module) -> bool:
 class DoraArguments:
     """The network arguments of DoRA."""
 
-    dora_wd: bool = declare(SWITCH, False, "Train magnitudes of the changed weight (DoRA).")
+    dora_wd: bool = declare(
+        SWITCH, False, "Train magnitudes of the changed weight (DoRA), for low ranks (4 to 8); slower."
+    )
     dora_constant_norm: bool = declare(
         SWITCH, False, "Leave the norm out of the backward pass, as the paper does to save memory.",
         needs="dora_wd",

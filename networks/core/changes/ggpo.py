@@ -31,11 +31,12 @@ class GgpoArguments:
     """The network arguments of GGPO, which needs both of them."""
 
     ggpo_sigma: float | None = declare(
-        NUMBER, None, "Noise on weights in training, by the norms of rows.",
+        NUMBER, None, "Noise on weights in training (GGPO), by the norms of rows, such as 0.03; against "
+        "overfitting.",
         needs="ggpo_beta",
     )  # fmt: skip
     ggpo_beta: float | None = declare(
-        NUMBER, None, "Noise on weights in training, by the norms of the gradients of rows.",
+        NUMBER, None, "Noise on weights in training, by the norms of the gradients of rows, such as 0.01.",
         needs="ggpo_sigma",
     )  # fmt: skip
 

@@ -43,7 +43,11 @@ INIT = Kind(
 class InitArguments:
     """Initial values of the factors of a LoRA. By default up starts at zero and down at random."""
 
-    init: str | None = declare(INIT, None, f"One of {', '.join(INITS)}.")
+    init: str | None = declare(
+        INIT,
+        None,
+        f"How the factors start: one of {', '.join(INITS)}; pissa and olora for short trainings, at a lower rate.",
+    )
 
     switches: ClassVar[tuple[str, ...]] = ("init",)
     made_for: ClassVar[str] = "it says where the two factors of a LoRA start, and both of them train"
@@ -191,8 +195,8 @@ def orthogonal(layer: nn.Module, rank: int) -> Delta:
     """
     if rank % 2:
         raise error_in("--network_args init")(
-            f"--network_args init={ORTHOGONAL} needs even ranks, half for each factor, but a module has rank {rank}; "
-            f"set --network_dim (or the rank that this module has of --network_args) to {rank + 1}"
+            f"--network_args init={ORTHOGONAL} needs even ranks, half for each factor, but a module has rank {rank}",
+            f"set --network_dim (or the rank that this module has of --network_args) to {rank + 1}",
         )
     delta = LowRank(layer, rank)
     down, up = get_weight(delta.lora_down), get_weight(delta.lora_up)

@@ -23,7 +23,7 @@ ROUNDED = 1e-4  # in ranks: float32 rounding can put a level this far below a wh
 class TLoraArguments:
     """The network arguments of T-LoRA."""
 
-    tlora: bool = declare(SWITCH, False, "The noisier a sample, the fewer ranks act on it.")
+    tlora: bool = declare(SWITCH, False, "T-LoRA: the noisier a sample, the fewer ranks act on it.")
     tlora_min_rank: int = declare(UNIT, 1, "The ranks that act on pure noise.", needs=WITH_TLORA)
     tlora_power: float = declare(
         POSITIVE, 1.0, "Power of the share of the signal that the ranks follow; 1 is linear.", needs=WITH_TLORA

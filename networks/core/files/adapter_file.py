@@ -139,7 +139,7 @@ def check_alphas(file: AdapterFile) -> AdapterFile:
         module.check_values(file.origin)
     if not modules:
         first_keys = ", ".join(list(file.unknown)[:3]) or "none"
-        raise UserError(f"{file.origin} has no weights of an adapter (first keys: {first_keys}); give a LoRA file")
+        raise UserError(f"{file.origin} has no weights of an adapter (first keys: {first_keys})", "give a LoRA file")
     return replace(file, modules=modules)
 
 
@@ -216,7 +216,8 @@ def require_layouts(file: AdapterFile, layouts: Collection[KeyLayout], purpose: 
         if (unknown_key := module.unexpected_key) is not None:
             raise UserError(
                 f"{file.origin} has {module.keys[unknown_key]}, which is not understood beside {module.layout.words}, "
-                f"so it cannot be {purpose}; use the program that wrote it"
+                f"so it cannot be {purpose}",
+                "use the program that wrote it",
             )
     if file.unknown:
         advice = BIASES if all(key.endswith(UP_BIASES) for key in file.unknown) else WITHOUT_THEM

@@ -83,7 +83,8 @@ def _split(module: ModuleWeights, names: BaseNames, origin: str) -> list[ModuleW
     if not can_split or qkv_rows.num_rows(module.tensors) % len(parts):
         raise UserError(
             f"{origin}: {module.name} is {len(parts)} layers in this base model, and its "
-            f"{'DoRA' if module.is_dora else module.layout.words} cannot be split; leave this layer out"
+            f"{'DoRA' if module.is_dora else module.layout.words} cannot be split",
+            "leave this layer out",
         )
     num_rows = qkv_rows.num_rows(module.tensors) // len(parts)
     return [

@@ -235,7 +235,7 @@ def alpha_tensor(alpha: float, like: Tensor) -> Tensor:
 
 def make_name_error(origin: str, name: str) -> UserError:
     """Return the error for a file that contains a module under two names."""
-    return UserError(f"{origin} has the module {name} twice, under different names; remove one of them")
+    return UserError(f"{origin} has the module {name} twice, under different names", "remove one of them")
 
 
 def value_problems(module: ModuleWeights) -> Iterator[str]:

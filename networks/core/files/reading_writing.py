@@ -89,7 +89,7 @@ def check_belongs_to_base(file: AdapterFile) -> None:
     unknown = list(file.unknown)
     if unknown and not file.modules:
         raise UserError(
-            f"{file.origin} has no weights of an adapter (first keys: {', '.join(unknown[:3])}); give a LoRA file"
+            f"{file.origin} has no weights of an adapter (first keys: {', '.join(unknown[:3])})", "give a LoRA file"
         )
     if unknown:
         raise UserError(
@@ -208,8 +208,8 @@ def check_shapes(name: str, adapter: Adapter, group: Mapping[str, Tensor], sourc
         if size.block_sizes:
             has, gives, take = (f"blocks of {rank}", f"blocks of {size.rank}", "sizes")
         raise UserError(
-            f"{name} has {has} in {source}, but the settings (--network_dim, --network_args) give it {gives}; add "
-            f"--dim_from_weights to take the {take} from the file, or set --network_dim={rank}"
+            f"{name} has {has} in {source}, but the settings (--network_dim, --network_args) give it {gives}",
+            f"add --dim_from_weights to take the {take} from the file, or set --network_dim={rank}",
         )
     for key in group:
         if key != ALPHA and (key not in expected or group[key].shape != expected[key].shape):
@@ -217,7 +217,8 @@ def check_shapes(name: str, adapter: Adapter, group: Mapping[str, Tensor], sourc
             if size.block_sizes or fits_layer(name, adapter, group):
                 raise UserError(
                     f"{name}.{key} has the shape {list(group[key].shape)} in {source}, but with these --network_args "
-                    f"it {needed}; add --dim_from_weights to take the form from the file"
+                    f"it {needed}",
+                    "add --dim_from_weights to take the form from the file",
                 )
             raise UserError(
                 f"{name}.{key} has the shape {list(group[key].shape)} in {source}, but the base model {needed}; the "
@@ -242,26 +243,28 @@ def check_layout(name: str, size: ChangeSize, expected: KeyLayout, group: Mappin
     if layout.has_core(group) != size.has_core:
         has, value = ("a Tucker core", "True") if layout.has_core(group) else ("no Tucker core", "False")
         raise UserError(
-            f"{name} has {has} in {source}; set --network_args use_tucker={value}, or add --dim_from_weights to take "
-            "the form from the file"
+            f"{name} has {has} in {source}",
+            f"set --network_args use_tucker={value}, or add --dim_from_weights to take the form from the file",
         )
     if layout is not expected:
         raise UserError(
             f"{name} is made of {' and '.join(layout.needs)} in {source}, but the settings make it of "
-            f"{' and '.join(expected.needs)}; add --dim_from_weights to take the form from the file"
+            f"{' and '.join(expected.needs)}",
+            "add --dim_from_weights to take the form from the file",
         )
     if DORA_SCALE not in group:
         return
     if not size.magnitudes:
         raise UserError(
-            f"{name} has magnitudes (DoRA) in {source}; set --network_args dora_wd=True, or add --dim_from_weights to "
-            "take the form from the file"
+            f"{name} has magnitudes (DoRA) in {source}",
+            "set --network_args dora_wd=True, or add --dim_from_weights to take the form from the file",
         )
     magnitudes = "output" if (is_per_output := are_per_output(group[DORA_SCALE].shape)) else "input"
     if magnitudes != size.magnitudes:
         raise UserError(
-            f"{name} has one magnitude for each {magnitudes} (DoRA) in {source}; set --network_args "
-            f"wd_on_output={is_per_output}, or add --dim_from_weights to take the form from the file"
+            f"{name} has one magnitude for each {magnitudes} (DoRA) in {source}",
+            f"set --network_args wd_on_output={is_per_output}, or add --dim_from_weights to take the form from the "
+            "file",
         )
 
 

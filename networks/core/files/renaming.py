@@ -119,8 +119,8 @@ def join_groups(
         if not can_join(whole, members):
             raise UserError(
                 f"{origin}: diffusers has {members[0].name} and others as one layer, {whole.generic}, and "
-                f"{'DoRA' if members[0].is_dora else members[0].layout.words} of parts cannot be joined; use another "
-                "naming, or leave these layers out"
+                f"{'DoRA' if members[0].is_dora else members[0].layout.words} of parts cannot be joined",
+                "use another naming, or leave these layers out",
             )
     return wholes
 
@@ -218,7 +218,8 @@ def swap_halves(module: ModuleWeights, origin: str) -> ModuleWeights:
     if swapped is None:
         raise UserError(
             f"{origin}: the halves of the rows of {module.name} have another order in diffusers, and its "
-            f"{module.layout.words} cannot be brought into it; leave this layer out"
+            f"{module.layout.words} cannot be brought into it",
+            "leave this layer out",
         )
     return replace(module, tensors=swapped)
 

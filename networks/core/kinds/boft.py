@@ -91,9 +91,9 @@ def sizes_for(num_columns: int, wanted: int, num_blocks: int, num_factors: int, 
     setting = f"boft_block_num={num_blocks}" if num_blocks else f"block_size={wanted}"
     if not sizes or num_blocks or not may_adjust:
         raise about("--network_args", cause="does not fit")(
-            f"{setting} with boft_n_butterfly_factor={num_factors} does not fit a layer with "
-            f"{num_columns} inputs, of which sizes {', '.join(map(str, sizes)) or 'none'} can be made; choose another, "
-            "or leave the layer out with exclude_patterns"
+            f"{setting} with boft_n_butterfly_factor={num_factors} does not fit a layer with {num_columns} inputs, of "
+            f"which sizes {', '.join(map(str, sizes)) or 'none'} can be made",
+            "choose another, or leave the layer out with exclude_patterns",
         )
     size = min(sizes, key=lambda size: (abs(size - wanted), size))
     return num_columns // size, size
@@ -175,8 +175,8 @@ class BoftArguments:
     """The network arguments of BOFT."""
 
     block_size: int | None = declare(
-        UNIT, None, "The size of the blocks, before --network_dim.", aliases=("boft_block_size",),
-        is_fixed_by_file=True,
+        UNIT, None, "The size of the blocks, before --network_dim; larger ones hold more.",
+        aliases=("boft_block_size",), is_fixed_by_file=True,
     )  # fmt: skip
     block_num: int = declare(
         RANK, 0, "How many blocks, in place of their size.", aliases=("boft_block_num",), is_fixed_by_file=True
@@ -185,10 +185,13 @@ class BoftArguments:
         UNIT, 1, "How many factors rotate one after the other.", is_fixed_by_file=True
     )
     enable_conv: bool = declare(
-        SWITCH, False, "Adapt larger kernels, without a size of their own.", is_fixed_by_file=True
+        SWITCH,
+        False,
+        "Adapt convolutions larger than 1x1 too; conv_dim does so with another size.",
+        is_fixed_by_file=True,
     )
     auto_adjust: bool = declare(
-        SWITCH, True, "Take the nearest size where one does not divide a layer.", is_fixed_by_file=True
+        SWITCH, True, "Take the nearest size where one does not divide a layer's inputs.", is_fixed_by_file=True
     )
 
 
@@ -205,8 +208,8 @@ def resolve(settings: NetworkSettings) -> NetworkSettings:
     boft = settings.arguments.of(BoftArguments)
     if boft.block_size and boft.block_num:
         raise error_in("--network_args block_size")(
-            f"--network_args block_size={boft.block_size} and boft_block_num={boft.block_num} say the same in two "
-            "ways; give one of them"
+            f"--network_args block_size={boft.block_size} and boft_block_num={boft.block_num} say the same in two ways",
+            "give one of them",
         )
     return resolve_blocks(settings, boft.block_size, boft.enable_conv)
 

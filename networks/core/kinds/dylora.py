@@ -39,12 +39,22 @@ UNITS: Mapping[str, tuple[str, str]] = {  # kind of target module -> (argument, 
 class DyloraArguments:
     """The network arguments of DyLoRA."""
 
-    unit: int = declare(UNIT, 1, "Ranks are trained in blocks of so many.", aliases=("dyloRA",))
+    unit: int = declare(
+        UNIT,
+        1,
+        "Ranks are trained in blocks of so many: 4, 8, 12 and so on with 4. Every rank must be a multiple of it.",
+        aliases=("dyloRA",),
+    )
     conv_unit: int = declare(
-        UNIT, 1, "The blocks of convolutions larger than 1x1.",
+        UNIT, 1, "The blocks of convolutions larger than 1x1, which train the same share of their rank "
+        "as other layers.",
         needs=Needs((ON_CONVOLUTIONS,), "conv_dim"),
     )  # fmt: skip
-    train_all_ranks: bool = declare(SWITCH, True, "Train all rows up to the rank of a step, not its newest block.")
+    train_all_ranks: bool = declare(
+        SWITCH,
+        True,
+        "Train all rows up to the rank of a step; false trains its newest block, which learns more slowly.",
+    )
 
 
 def resolve_nested_rank(rank: int, step_rank: int, full_rank: int, unit: int = 1) -> int:
@@ -154,8 +164,8 @@ def check_units(adapters: Sequence[Adapter], arguments: DyloraArguments) -> None
             lower = delta.rank - delta.rank % unit
             nearest = f"{lower} or {lower + unit}" if lower else str(unit)
             raise error_in(f"--network_args {name}")(
-                f"--network_args {name}={unit}: {target.name} has rank {delta.rank}, which is no multiple of it; "
-                f"set {setting} to {nearest}, or choose another {name}"
+                f"--network_args {name}={unit}: {target.name} has rank {delta.rank}, which is no multiple of it",
+                f"set {setting} to {nearest}, or choose another {name}",
             )
     if modules:
         full_rank, unit = largest_rank(modules, arguments)

@@ -319,7 +319,8 @@ class LokrArguments:
     """The network arguments of LoKr."""
 
     factor: int | None = declare(
-        FACTOR, None, "A side of the small matrix; -1, as if unset, for the nearest to a square.",
+        FACTOR, None, "A side of the small matrix, where it divides both sides; -1, as if unset, for the "
+        "nearest to a square.",
         is_fixed_by_file=True,
     )  # fmt: skip
     decompose_both: bool = declare(

@@ -49,7 +49,8 @@ def make_pair(request: ChangeRequest, make_delta: MakeDelta, make_split: MakeSpl
         if rank % 2:
             raise error_in("--network_args init")(
                 f"--network_args init={init.init}: {request.target.name} has rank {rank} in {request.source}, but "
-                "files trained with it have even ranks; leave init out to train it further as it is"
+                "files trained with it have even ranks",
+                "leave init out to train it further as it is",
             )
         # Files have twice the rank and alpha of the settings.
         return wrap(request, FromStart(layer, rank // 2), alpha / 2)
@@ -64,7 +65,8 @@ def check_apart(request: ChangeRequest, widths: tuple[int, ...]) -> None:
     if not are_apart(request.tensors, widths):
         raise error_in("--network_args split_qkv")(
             f"--network_args split_qkv: {request.target.name} is one adapter for all projections of its layer in "
-            f"{request.source}; leave split_qkv out to train it further as it is"
+            f"{request.source}",
+            "leave split_qkv out to train it further as it is",
         )
 
 

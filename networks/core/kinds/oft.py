@@ -233,9 +233,8 @@ def make_fresh(
         if width % num_blocks or width == num_blocks:
             fits = max((number for number in range(1, min(num_blocks, width)) if width % number == 0), default=1)
             raise about("--network_dim")(
-                f"{num_blocks} is the number of blocks that outputs are turned in, and {path} has "
-                f"{width} of them; use a smaller number that divides it, such as {fits}, or --network_module "
-                "networks.oft_v2"
+                f"{num_blocks} is the number of blocks that outputs are turned in, and {path} has {width} of them",
+                f"use a smaller number that divides it, such as {fits}, or --network_module networks.oft_v2",
             )
         tensors[name] = torch.zeros(num_blocks, width // num_blocks, width // num_blocks)
     return OrthogonalOutputs(layer, tensors, drops)
@@ -306,7 +305,10 @@ class OftArguments:
     """The network arguments of OFT of outputs."""
 
     enable_conv: bool = declare(
-        SWITCH, False, "Adapt larger kernels, without a size of their own.", is_fixed_by_file=True
+        SWITCH,
+        False,
+        "Adapt convolutions larger than 1x1 too; conv_dim does so with another size.",
+        is_fixed_by_file=True,
     )
     enable_all_linear: bool = declare(
         SWITCH, False, "Adapt all layers of the blocks, not those of attention alone.", is_fixed_by_file=True

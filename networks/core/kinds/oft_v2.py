@@ -172,19 +172,24 @@ class OftV2Arguments:
     """The network arguments of OFT."""
 
     block_size: int | None = declare(
-        UNIT, None, "The size of the blocks, before --network_dim.", aliases=("oft_block_size",),
+        UNIT, None, "The size of the blocks, before --network_dim; larger ones hold more.", aliases=("oft_block_size",),
         is_fixed_by_file=True,
     )  # fmt: skip
-    coft: bool = declare(SWITCH, False, "Limit the angles.", aliases=("oft_coft",))
+    coft: bool = declare(
+        SWITCH, False, "Limit the angles of each block to coft_eps / sqrt(blocks).", aliases=("oft_coft",)
+    )
     coft_eps: float = declare(NUMBER, 6e-5, "The length that all blocks together may have.", needs="coft")
     block_share: bool = declare(
         SWITCH, False, "All inputs of a layer share one block.", aliases=("oft_block_share",), is_fixed_by_file=True
     )
     enable_conv: bool = declare(
-        SWITCH, False, "Adapt larger kernels, without a size of their own.", is_fixed_by_file=True
+        SWITCH,
+        False,
+        "Adapt convolutions larger than 1x1 too; conv_dim does so with another size.",
+        is_fixed_by_file=True,
     )
     auto_adjust: bool = declare(
-        SWITCH, True, "Take the nearest size where one does not divide a layer.", is_fixed_by_file=True
+        SWITCH, True, "Take the nearest size where one does not divide a layer's inputs.", is_fixed_by_file=True
     )
 
 

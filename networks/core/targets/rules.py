@@ -199,7 +199,7 @@ def _factor_lists(arguments: NetworkArguments) -> list[str]:
 def _needed(layout: BlockList | None, arguments: NetworkArguments) -> BlockList:
     if layout is None:
         names = [*(["block_dims"] if "block_dims" in arguments.given else []), *_factor_lists(arguments)]
-        raise about("--network_args")(f"{', '.join(names)}: this base model has no numbered blocks; leave it out")
+        raise about("--network_args")(f"{', '.join(names)}: this base model has no numbered blocks", "leave it out")
     return layout
 
 

@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[3]
 PYTHON = [sys.executable, "-I", "-S"]  # the standard library alone
 
 LIBRARY = (
-    "library/__init__.py", "library/base/__init__.py", "library/base/command_parser.py", "library/base/terminal.py",
-    "library/base/version.py", "library/environment/__init__.py", "library/environment/module_names.py",
+    "library/__init__.py", "library/base/__init__.py", "library/base/command_parser.py", "library/base/error_lines.py",
+    "library/base/errors.py", "library/base/launcher.py", "library/base/terminal.py", "library/base/version.py",
+    "library/environment/__init__.py", "library/environment/module_names.py",
     "library/environment/requirements.py",
 )  # fmt: skip
 

@@ -1,6 +1,7 @@
-"""--version of every script and command."""
+"""--version and --errors_json of every script and command."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -27,3 +28,17 @@ def test_every_script_prints_its_version(
         module.setup_parser().parse_args() if hasattr(module, "setup_parser") else module.main()
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"{Path(script).name} {VERSION}\n"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_prints_a_wrong_command_line_as_json(
+    script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "--errors_json"])
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    if hasattr(module, "setup_parser"):
+        assert "--errors_json" in module.setup_parser()._option_string_actions
+    with pytest.raises(SystemExit):
+        module.setup_parser().error("no file") if hasattr(module, "setup_parser") else module.main()
+    fields = json.loads(capsys.readouterr().err.splitlines()[-1])["error"]
+    assert fields["message"] and fields["cause"] == "wrong value"

@@ -128,6 +128,7 @@ def test_a_file_of_options_is_named_with_the_place(check: Check, tmp_path: Path)
     config.write_text("errors_json = true\nnetwork_dropout = 3.0\n")
     _, fields, _ = check("--config_file", str(config))
     assert fields is not None and (fields["setting"], fields["file"]) == ("--network_dropout", str(config))
+    assert fields["place"] == "line 2"
     _, fields, _ = check("--config_file", str(config), "--network_dropout", "4")
     assert fields is not None and (fields["setting"], fields["file"]) == ("--network_dropout", None)
     config.write_text("errors_json = true\nseed = 'x'\n")
@@ -208,7 +209,7 @@ def test_the_option_is_found_before_a_command_line_is_read(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "error",
     [
-        error_in("--b", path="c", place="line 1", cause="needs", remedy="d", others=["--e"])("a"),
+        error_in("--b", path="c", place="line 1", cause="needs", others=["--e"])("a", "d"),
         about("--vae", kind=NotThere)("is missing"),
         NoDataFound("use --dataset_config"),
         NonFiniteError("a", (1, 2)),
@@ -223,7 +224,7 @@ def test_an_error_is_the_same_in_another_process(error: UserError) -> None:
 
 
 def test_the_text_is_message_and_remedy() -> None:
-    error = error_in(remedy="use a number")("--seed is x")
+    error = error_in()("--seed is x", "use a number")
     assert (str(error), error.message, error.remedy) == ("--seed is x; use a number", "--seed is x", "use a number")
     error = about("--vae", "a b.safetensors")("is of another model")
     assert str(error) == "--vae a b.safetensors is of another model" and reason_of(error) == "is of another model"
@@ -272,19 +273,16 @@ class Failing(torch.utils.data.Dataset[UserError]):
         return of_file("a.png")("is damaged")
 
 
-SUBSET = "data['datasets'][0]['subsets'][0]"
-
-
 @pytest.mark.parametrize(
     ("lines", "setting", "place", "cause"),
     [
-        ("resolution = 64", "num_repeat", SUBSET, "wrong value"),
-        ("resolution = 64\nbatch_size = 'x'", "batch_size", "data['datasets'][0]", "wrong value"),
+        ("resolution = 64", "num_repeat", "line 5", "wrong value"),
+        ("resolution = 64\nbatch_size = 'x'", "batch_size", "line 3", "wrong value"),
         ("", "resolution", "data['datasets'][0]", "missing"),
-        ("resolution = 64", "is_forgetting_probe", SUBSET, "does not fit"),
+        ("resolution = 64", "is_forgetting_probe", "line 6", "does not fit"),
     ],
 )
-def test_a_key_of_the_dataset_file_is_named_with_its_table(
+def test_a_key_of_the_dataset_file_is_named_with_its_line_or_table(
     lines: str, setting: str, place: str, cause: str, tmp_path: Path
 ) -> None:
     keys = {"num_repeat": "num_repeat = 2", "is_forgetting_probe": "is_reg = true\nis_forgetting_probe = true"}
@@ -306,6 +304,16 @@ def test_a_key_of_the_dataset_file_is_named_with_its_table(
         ("tools.resize_lora", ["--model", "no.safetensors", "--save_to", "b.xyz", "--new_rank", "4"], 1, "--save_to"),
         ("tools.merge_lora", ["--models", "a.safetensors", "--ratios", "x"], 2, None),
         ("train", ["--base", "no.safetensors", "photos", "mycat, a cat"], 1, "--base"),
+        ("tools.draw", ["no.safetensors", "--prompt", "a cat"], 1, "MODEL"),
+        ("tools.vote", ["--base", "no.safetensors", "--prompts", "no.txt"], 1, "--prompts"),
+        ("tools.doctor", ["--output_dir"], 2, None),
+        ("tools.front_end", ["no_folder"], 1, "folder"),
+        ("tools.plan_memory", ["--cards", "x"], 1, "--cards"),
+        ("tools.plan_memory", ["--script", "no.py"], 1, "--script"),
+        ("tools.plan_memory", ["--script", "train_network.py", "--sead", "3"], 2, "--sead"),
+        ("tools.run_queue", ["run", "--folder", "no_folder", "--gpus", "0,0"], 2, None),
+        ("tools.run_queue", ["remove", "--folder", "no_folder", "1"], 1, "--folder"),
+        ("tools.release", ["."], 1, None),
     ],
 )
 def test_tools_and_the_front_door_print_it_too(

@@ -14,9 +14,9 @@ from typing import Any, get_args
 
 import pytest
 
+from library.base.error_lines import ErrorFields
 from library.base.errors import Cause
 from library.options.train import TrainOptions
-from library.training.reporting.error_fields import ErrorFields
 from library.training.reporting.event_stream import Events, capture_warnings, open_event_file, plain
 from library.training.reporting.events import VERSION, Event, Removed, StageProgress
 from library.training.run.run_events import hide_secrets, open_events

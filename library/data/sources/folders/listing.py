@@ -109,5 +109,5 @@ def list_indexed_files(index: FolderIndex, caption_extension: str, num_threads: 
 
 def make_listing_error(folder: str, error: OSError) -> UserError:
     return of_file(folder, cause="unreadable")(
-        f"cannot be read: {error.strerror}; change its permissions, or remove it"
+        f"cannot be read: {error.strerror}", "change its permissions, or remove it"
     )

@@ -62,7 +62,9 @@ def _json_lines(path: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str
         except InvalidJson as error:
             raise UserError(f"{place} is not valid JSON: {error}") from None
         if "image_path" not in value:
-            raise error_in("image_path", cause="missing")(f"{place}: image_path is missing; add the path of the image")
+            raise error_in("image_path", cause="missing")(
+                f"{place}: image_path is missing", "add the path of the image"
+            )
         yield read_value(value.pop("image_path"), TEXT, f"{place}: image_path"), _checked(value, place)
 
 
@@ -85,8 +87,9 @@ def _reference_names(value: Mapping[str, Any], place: str = "") -> list[str]:
     has_gap = [number for number, _ in numbered] != list(range(first, first + len(numbered)))
     if has_gap or (numbered and len(names) > len(numbered)):
         raise error_in("control_path")(
-            f"{place} has {', '.join(names)}; name one reference image as control_path, or several as "
-            "control_path_0, control_path_1 and so on without a gap"
+            f"{place} has {', '.join(names)}",
+            "name one reference image as control_path, or several as control_path_0, control_path_1 and so on "
+            "without a gap",
         )
     return names
 

@@ -46,14 +46,15 @@ def list_metadata(config: SubsetConfig, places: IndexPlaces, num_threads: int) -
     listing.sizes = sizes_anywhere(listing.names, places, num_threads, f"reading sizes of {config.base_name}")
     if missing:
         raise about("metadata_file")(
-            f"{config.metadata_file}: there are no such reference images: {list_few(missing)}; "
-            "correct their control_path, which is relative to image_dir or to the working folder"
+            f"{config.metadata_file}: there are no such reference images: {list_few(missing)}",
+            "correct their control_path, which is relative to image_dir or to the working folder",
         )
     if any(references):
         if config.control_dirs or config.opposite_dir:
             raise about("metadata_file")(
                 f"{config.metadata_file} names reference images with control_path, and the subset has "
-                f"{'control_dirs' if config.control_dirs else 'opposite_dir'}; keep one of them"
+                f"{'control_dirs' if config.control_dirs else 'opposite_dir'}",
+                "keep one of them",
             )
         add_reference_paths(listing, references, places, num_threads)
     return listing

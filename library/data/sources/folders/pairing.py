@@ -21,7 +21,7 @@ def names_by_stem(key: str, folder: str) -> dict[str, list[str]]:
     """Return the images of a folder by name without extension. Raises UserError naming `key` if the folder does not
     exist."""
     if not os.path.isdir(folder):
-        raise about(key)(f"{folder} is not a folder; correct the path, or create it")
+        raise about(key)(f"{folder} is not a folder", "correct the path, or create it")
     names: dict[str, list[str]] = defaultdict(list)
     for name in list_files(folder).images:
         names[os.path.splitext(name)[0]].append(name)
@@ -85,8 +85,8 @@ def add_reference_paths(
     broken = [f"{path} {size}" for path, size in size_or_reason.items() if isinstance(size, str)]
     if broken:
         raise UserError(
-            f"{format_count(len(broken), word)} cannot be read: {list_few(broken)}; re-save them, or remove them "
-            "together with their images"
+            f"{format_count(len(broken), word)} cannot be read: {list_few(broken)}",
+            "re-save them, or remove them together with their images",
         )
     size_by_path = {path: size for path, size in size_or_reason.items() if not isinstance(size, str)}
     listing.references = [[(path, size_by_path[path]) for path in row] for row in paths]
@@ -98,8 +98,9 @@ def opposites_in(folder: str, paths: Sequence[str], stems: Sequence[str], surplu
     unclear = [path for path, stem in zip(paths, stems, strict=True) if len(partners.get(stem, ())) != 1]
     if unclear:
         raise about("opposite_dir")(
-            f"{folder}: {len(unclear)} of {len(paths)} images do not have exactly one partner of their "
-            f"name there: {list_few(unclear)}; add or remove images{unread_in(folder)}"
+            f"{folder}: {len(unclear)} of {len(paths)} images do not have exactly one partner of their name there: "
+            f"{list_few(unclear)}",
+            f"add or remove images{unread_in(folder)}",
         )
     surplus += [os.path.join(folder, name) for stem in sorted(partners.keys() - set(stems)) for name in partners[stem]]
     return [os.path.join(folder, partners[stem][0]) for stem in stems]
@@ -120,8 +121,8 @@ def references_in(folder: str, paths: Sequence[str], stems: Sequence[str], surpl
     unclear = [f"{stem} ({', '.join(names)})" for stem, names in matches.items() if not is_in_order(stem, names)]
     if unclear:
         raise about("control_dirs")(
-            f"{folder}: {format_count(len(unclear), 'image')} with ambiguous reference images: {list_few(unclear)}; "
-            "keep one of the image's own name, or several numbered _0, _1 and so on without a gap"
+            f"{folder}: {format_count(len(unclear), 'image')} with ambiguous reference images: {list_few(unclear)}",
+            "keep one of the image's own name, or several numbered _0, _1 and so on without a gap",
         )
     return [tuple(os.path.join(folder, name) for name in matches[stem]) for stem in stems]
 

@@ -57,7 +57,7 @@ def find_columns(schema: Any, image: str | None, caption: str | None, references
             raise about(key)(f"is {name!r}, but {label} has no such column; {listed}")
     image = image or first_of((*IMAGE_COLUMNS, *URL_COLUMNS), names)
     if image is None:
-        raise of_file(label)(f"has no image column with a usual name; set image_column, {listed}")
+        raise of_file(label)("has no image column with a usual name", f"set image_column, {listed}")
     caption = caption or first_of(CAPTION_COLUMNS, names)
     if caption is not None and not is_text(schema.field(caption).type):
         raise about("caption_column")(f"{caption!r} of {label} has {schema.field(caption).type}, but must be text")
@@ -170,7 +170,7 @@ class ParquetRows:
         """Return the bytes in a row of a column. Raises UserError if there are none, because the file was replaced."""
         first, values = self._group(column, row)
         if row - first >= len(values) or not values[row - first].is_valid:
-            raise of_file(self.label)(f"has no image in row {row}: it was replaced since the start; restart the run")
+            raise of_file(self.label)(f"has no image in row {row}: it was replaced since the start", "restart the run")
         content: bytes = values[row - first].as_py()
         return content
 

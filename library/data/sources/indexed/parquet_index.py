@@ -132,7 +132,7 @@ def write_table(table: Any, path: Path) -> None:
         with atomic_path(path) as temporary:
             pyarrow_parquet().write_table(table, temporary, compression="zstd")
     except OSError as error:
-        raise of_file(path)(f"cannot be written: {error.strerror}; free space, or set --cache_dir") from None
+        raise of_file(path)(f"cannot be written: {error.strerror}", "free space, or set --cache_dir") from None
 
 
 def open_index(path: Path, files: IndexedFiles) -> Any:

@@ -152,7 +152,7 @@ def read_caption_text(window: Window, member: Member, label: str, rule: CaptionR
         caption = read_caption_field(parse_json(text), rule.field) if member.ending == "json" else text
     except UnicodeDecodeError as error:
         raise error_in(path=name)(
-            f"the caption {name} is not UTF-8: byte {error.start}; rewrite the tar file"
+            f"the caption {name} is not UTF-8: byte {error.start}", "rewrite the tar file"
         ) from None
     except ValueError as error:
         raise error_in(path=name, cause="unreadable")(f"{name} is not valid JSON: {error}") from None

@@ -89,7 +89,7 @@ def describe_files(
     key = config.source_key
     files = [file for pattern in config.patterns for file in storage.matching(pattern)]
     if not files:
-        raise about(key)(f"= {config.source!r} matched no files; check bucket, path and pattern")
+        raise about(key)(f"= {config.source!r} matched no files", "check bucket, path and pattern")
     # count() for each file is quadratic, so it runs only if a file is repeated.
     repeated = sorted({file for file in files if files.count(file) > 1}) if len(set(files)) < len(files) else []
     if repeated:
@@ -101,7 +101,8 @@ def describe_files(
         alike = sorted({label for label in labels if labels.count(label) > 1})
         raise error_in(key)(
             f"{key} has addresses that differ only in their parameters, which names of images leave out: "
-            f"{list_few(alike)}; use addresses with different paths"
+            f"{list_few(alike)}",
+            "use addresses with different paths",
         )
     stamps = read_stamps(files, labels, key, storage, num_threads)
     stamps = [stamp._replace(mark=stamp.mark + text) for stamp, text in zip(stamps, stamp_images(files), strict=True)]
@@ -207,8 +208,8 @@ def references_in(
     if len(missing):
         raise of_file(config.source)(
             f": {len(missing)} of {len(images)} images have no reference image: "
-            f"{list_few(images.keys_at(missing[:3]), count=len(missing))}; add them, or put these "
-            "images into files of their own"
+            f"{list_few(images.keys_at(missing[:3]), count=len(missing))}",
+            "add them, or put these images into files of their own",
         )
     locations = images.locations
     assert locations is not None

@@ -46,7 +46,7 @@ def iterate_members(window: Window, label: str) -> Iterator[Member]:
     Raises UserError if it is not a tar file, is compressed, or ends within a member. `label` is its name in messages.
     """
     if window.file_bytes < BLOCK:
-        raise of_file(label)(f"is not a tar file: it has {window.file_bytes} bytes; check the path or the address")
+        raise of_file(label)(f"is not a tar file: it has {window.file_bytes} bytes", "check the path or the address")
     position, next_name, next_bytes = 0, None, None
     # An empty block ends the archive, as in Python's tarfile.
     while len(block := window.read(position, BLOCK)) == BLOCK and block.strip(b"\0"):
@@ -57,19 +57,20 @@ def iterate_members(window: Window, label: str) -> Iterator[Member]:
         start = position + BLOCK
         num_bytes = info.size if next_bytes is None else next_bytes
         if num_bytes < 0:
-            raise of_file(label)(f"is damaged at byte {position}: a size is negative; copy it again")
+            raise of_file(label)(f"is damaged at byte {position}: a size is negative", "copy it again")
         # These have no content, whatever their size field says.
         if info.type in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE):
             num_bytes = 0
         if start + num_bytes > window.file_bytes:
             raise of_file(label)(
                 f"is truncated: {info.name} would end at byte {start + num_bytes}, but the file has "
-                f"{window.file_bytes}; copy it again"
+                f"{window.file_bytes}",
+                "copy it again",
             )
         position = start + -(-num_bytes // BLOCK) * BLOCK
         if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
             if num_bytes > LONGEST_NAME:
-                raise of_file(label)(f"has a name of {num_bytes} bytes at byte {start}; it is damaged; rewrite it")
+                raise of_file(label)(f"has a name of {num_bytes} bytes at byte {start}; it is damaged", "rewrite it")
             content = window.read(start, num_bytes)
             if info.type == tarfile.GNUTYPE_LONGNAME:
                 next_name = content.rstrip(b"\0").decode("utf-8", NAME_ERRORS)
@@ -77,7 +78,7 @@ def iterate_members(window: Window, label: str) -> Iterator[Member]:
                 records = pax_records(content, label, start)
                 next_name = records.get("path", next_name)
                 if not NUMBER.fullmatch(records.get("size", "0")):
-                    raise of_file(label)(f"has a damaged header at byte {start}; rewrite it")
+                    raise of_file(label)(f"has a damaged header at byte {start}", "rewrite it")
                 # This record replaces the size field, whose eleven octal digits end at 8 GB.
                 next_bytes = int(records["size"]) if "size" in records else None
             continue
@@ -85,7 +86,7 @@ def iterate_members(window: Window, label: str) -> Iterator[Member]:
             # Names reach logs, and control characters could act on the terminal.
             yield Member(escape_controls(next_name or info.name), start, num_bytes)
         elif info.type == tarfile.GNUTYPE_SPARSE:
-            raise of_file(label)(f": {info.name} is stored with holes (GNU sparse); write the tar file without -S")
+            raise of_file(label)(f": {info.name} is stored with holes (GNU sparse)", "write the tar file without -S")
         next_name, next_bytes = None, None
 
 
@@ -100,7 +101,7 @@ def pax_records(content: bytes, label: str, position: int) -> dict[str, str]:
             or not NUMBER.fullmatch(length.decode("latin-1"))
             or not len(length) + 1 < int(length) <= len(remaining)
         ):
-            raise of_file(label)(f"has a damaged header at byte {position}; rewrite it")
+            raise of_file(label)(f"has a damaged header at byte {position}", "rewrite it")
         key, _, value = remaining[len(length) + 1 : int(length)].rstrip(b"\n").partition(b"=")
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", NAME_ERRORS)
         remaining = remaining[int(length) :]

@@ -53,7 +53,7 @@ class DiskCache:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise about("--cache_dir")(
-                f": {self.folder} cannot be written: {error.strerror}; use another folder, or free space"
+                f": {self.folder} cannot be written: {error.strerror}", "use another folder, or free space"
             ) from None
         if self.num_written is None or self.num_written + len(content) > PRUNE_EVERY * self.max_bytes:
             self.prune()

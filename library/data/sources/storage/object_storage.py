@@ -45,7 +45,7 @@ def open_file_system(url: str) -> tuple[Any, str]:
             import_needed(PACKAGES.get(protocol, "fsspec"), None, f"{protocol}://")
         if not isinstance(error, ValueError):
             raise
-        raise of_file(strip_secrets(url))(f": {clean_message(error)}; use s3://, hf://, https:// or a path") from None
+        raise of_file(strip_secrets(url))(f": {clean_message(error)}", "use s3://, hf://, https:// or a path") from None
     return opened, path
 
 
@@ -76,7 +76,7 @@ def read_url(url: str, start: int, num_bytes: int) -> bytes:
     try:
         return retry(ask, url)
     except FileNotFoundError:
-        raise of_file(strip_secrets(url))("no longer exists; restore it, or restart the run") from None
+        raise of_file(strip_secrets(url))("no longer exists", "restore it, or restart the run") from None
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
@@ -119,8 +119,8 @@ def check_length(url: str, content: bytes, num_bytes: int) -> bytes:
     """Return content of the right length. Raises UserError if it is longer, ConnectionError if it is shorter."""
     if len(content) > num_bytes:
         raise of_file(strip_secrets(url))(
-            ": the server sends whole files instead of parts; copy the files to a disk "
-            "or to a server that supports byte ranges"
+            ": the server sends whole files instead of parts",
+            "copy the files to a disk or to a server that supports byte ranges",
         )
     if len(content) < num_bytes:
         raise ConnectionError(f"{len(content)} of {num_bytes} bytes were received")
@@ -151,12 +151,12 @@ def retry(ask: Callable[[], Value], url: str) -> Value:
             reason = clean_message(cause)
             if is_permanent(cause):
                 raise of_file(strip_secrets(url))(
-                    f"cannot be read: {reason}; check the address and the credentials"
+                    f"cannot be read: {reason}", "check the address and the credentials"
                 ) from None
             if number == NUM_TRIES:
                 raise of_file(strip_secrets(url))(
-                    f"cannot be read after {NUM_TRIES} tries: {reason}; check the network, and "
-                    "restart the run: finished work is kept"
+                    f"cannot be read after {NUM_TRIES} tries: {reason}",
+                    "check the network, and restart the run: finished work is kept",
                 ) from None
             wait_s = FIRST_WAIT_S * 2 ** (number - 1)
             logger.warning("%s: %s; trying again in %g s", strip_secrets(url), reason, wait_s)

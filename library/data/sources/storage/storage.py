@@ -68,7 +68,8 @@ class Storage:
         if num_bytes > free:
             raise error_in("--shared_cache_dir")(
                 f"--shared_cache_dir {self.shared_cache_dir}: {what} take {format_bytes(num_bytes)}, and "
-                f"{format_bytes(free)} are free on its disk; make room, or put --output_dir on another disk"
+                f"{format_bytes(free)} are free on its disk",
+                "make room, or put --output_dir on another disk",
             )
 
     def content(self, image: ScannedImage) -> bytes | None:
@@ -181,7 +182,8 @@ class Storage:
         if len(content) < num_bytes:
             raise error_in(path=file, cause="unreadable")(
                 f"{file} ends at byte {start + len(content)}, before an indexed image at {start + num_bytes}: it was "
-                "truncated or replaced since it was indexed; restart the run, or copy it again"
+                "truncated or replaced since it was indexed",
+                "restart the run, or copy it again",
             )
         return content
 
