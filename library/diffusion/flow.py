@@ -7,7 +7,7 @@ B samples, C channels, H height, W width.
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from library.diffusion.timesteps import (
 )
 from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error
 from library.memory.devices import send
-from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
+from library.options.training.flow import FlowPredictionOptions, FlowSamplingOptions, FlowWeightingOptions
 from library.options.training.loss import LossOptions
 from library.options.training.noise import NoiseOptions
 from library.types import Noised
@@ -243,6 +243,18 @@ def build_sampled_flow(
         num_strata=sampling.num_timestep_buckets or 1,
         keeps_shape=sampling.preserve_distribution_shape,
     )
+
+
+class PredictedFlowOptions(SampledFlowOptions, Protocol):
+    """The options of a model whose interpretation is an option too."""
+
+    @property
+    def flow_prediction(self) -> FlowPredictionOptions: ...
+
+
+def build_predicted_flow(options: PredictedFlowOptions, **settings: Any) -> FlowMatching:
+    """Build the objective by `build_sampled_flow`, with the prediction type that the options name."""
+    return build_sampled_flow(options, options.flow_prediction.model_prediction_type, **settings)
 
 
 def find_unused_settings(
