@@ -17,6 +17,7 @@ from library.diffusion.noise import draw_normal, perturb_input
 from library.diffusion.timesteps import (
     NUM_TIMESTEPS,
     PATCH,
+    LevelDraws,
     LevelSampler,
     build_level_sampler,
     resolve_timestep_range,
@@ -96,7 +97,7 @@ class FlowMatching:
         input_noise_BCHW = perturb_input(noise_BCHW, self.noise, generator)
         B, _, H, W = clean.shape
         # Timesteps stay in float32: those of bfloat16 are 4 apart between 512 and 1000.
-        timesteps_B = send(self.draw_timesteps(B, H, W, generator, offsets_B, uniforms_B), clean.device)
+        timesteps_B = send(self.draw_timesteps(LevelDraws(B, H, W, generator, offsets_B, uniforms_B)), clean.device)
         sigmas_B = timesteps_B / NUM_TIMESTEPS
         sigmas_B111 = sigmas_B.view(-1, 1, 1, 1)
         return Noised(
@@ -111,44 +112,27 @@ class FlowMatching:
         """Draw white noise in the shape of the latents, float32."""
         return draw_normal(clean_BCHW.shape, generator, clean_BCHW.device)
 
-    def draw_timesteps(
-        self,
-        B: int,
-        H: int,
-        W: int,
-        generator: torch.Generator,
-        offsets_B: Tensor | None = None,
-        uniforms_B: Tensor | None = None,
-    ) -> Tensor:
+    def draw_timesteps(self, draws: LevelDraws) -> Tensor:
         """Draw timesteps, 1000 times the noise level, float32, on the CPU. If the range is empty, every sample gets
         its upper limit. Raises UserError if `keeps_shape` and the levels hardly ever lie in the range."""
         lowest, highest = resolve_timestep_range(self.noise, NUM_TIMESTEPS)
         if self.timestep is not None or lowest >= highest:
-            return torch.full((B,), float(highest if self.timestep is None else self.timestep))
+            return torch.full((draws.num_samples,), float(highest if self.timestep is None else self.timestep))
         if self.keeps_shape:
-            timesteps_B = self.draw_inside(lowest, highest, (B, H, W), generator, offsets_B, uniforms_B)
+            timesteps_B = self.draw_inside(lowest, highest, draws)
         else:
-            levels_B = self.draw_levels(B, H, W, generator, offsets_B, uniforms_B)
-            timesteps_B = levels_B * (highest - lowest) + lowest
+            timesteps_B = self.draw_levels(draws) * (highest - lowest) + lowest
         # A drawn level of 1 would be `highest` itself, which is outside of the range.
         return timesteps_B.floor().clamp(max=highest - 1) if self.has_whole_timesteps else timesteps_B
 
-    def draw_inside(
-        self,
-        lowest: int,
-        highest: int,
-        shape: tuple[int, int, int],
-        generator: torch.Generator,
-        offsets_B: Tensor | None,
-        uniforms_B: Tensor | None,
-    ) -> Tensor:
+    def draw_inside(self, lowest: int, highest: int, draws: LevelDraws) -> Tensor:
         """Draw timesteps of the whole distribution until each lies in the range."""
-        timesteps_B = NUM_TIMESTEPS * self.draw_levels(*shape, generator, offsets_B, uniforms_B)
+        timesteps_B = NUM_TIMESTEPS * self.draw_levels(draws)
         for _ in range(MOST_REDRAWS):
             is_inside_B = (timesteps_B >= lowest) & (timesteps_B <= highest)
             if is_inside_B.all():
                 return timesteps_B
-            redrawn_B = NUM_TIMESTEPS * self.draw_levels(*shape, generator, offsets_B)
+            redrawn_B = NUM_TIMESTEPS * self.draw_levels(replace(draws, uniforms_B=None))
             timesteps_B = torch.where(is_inside_B, timesteps_B, redrawn_B)
         raise about("--preserve_distribution_shape")(
             f": in {MOST_REDRAWS} draws no noise level lay between --min_timestep "
