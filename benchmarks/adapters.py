@@ -4,8 +4,8 @@ The plain implementations are measured too: LoRA as three separate operations, a
 All implementations of a layer take turns, so that a busy machine slows all of them alike; the median of the rounds
 counts. Memory is counted: the peak of the tensors of one forward and backward pass beside the weights.
 
-    python benchmarks/adapters.py
-    python benchmarks/adapters.py --shapes sd15 flux --rank 16 --device cuda --dtype bf16
+    python -m benchmarks adapters
+    python -m benchmarks adapters --shapes sd15 flux --rank 16 --device cuda --dtype bf16
 """
 
 import argparse
@@ -14,29 +14,27 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, linear
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn.functional import conv2d, linear  # noqa: E402
-
-from library.memory.planner.counter import OperationCounter  # noqa: E402
-from networks.core.changes.alpha import ScaledDelta  # noqa: E402
-from networks.core.changes.change import Delta  # noqa: E402
-from networks.core.changes.dora import EPS, Decompose, DoRA  # noqa: E402
-from networks.core.changes.low_rank import LowRank  # noqa: E402
-from networks.core.changes.tucker import Tucker  # noqa: E402
-from networks.core.kinds.boft import make_fresh as fresh_boft  # noqa: E402
-from networks.core.kinds.dylora import NestedRank  # noqa: E402
-from networks.core.kinds.loha import LoHa  # noqa: E402
-from networks.core.kinds.lokr import make_fresh as fresh_lokr  # noqa: E402
-from networks.core.kinds.lora_fa import frozen_down  # noqa: E402
-from networks.core.kinds.oft_v2 import make_fresh as fresh_oft  # noqa: E402
-from networks.core.targets.targets import adaptation_kind  # noqa: E402
+from benchmarks.runner import measurement
+from library.base.command_parser import make_parser
+from library.memory.planner.counter import OperationCounter
+from networks.core.changes.alpha import ScaledDelta
+from networks.core.changes.change import Delta
+from networks.core.changes.dora import EPS, Decompose, DoRA
+from networks.core.changes.low_rank import LowRank
+from networks.core.changes.tucker import Tucker
+from networks.core.kinds.boft import make_fresh as fresh_boft
+from networks.core.kinds.dylora import NestedRank
+from networks.core.kinds.loha import LoHa
+from networks.core.kinds.lokr import make_fresh as fresh_lokr
+from networks.core.kinds.lora_fa import frozen_down
+from networks.core.kinds.oft_v2 import make_fresh as fresh_oft
+from networks.core.targets.targets import adaptation_kind
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -227,7 +225,7 @@ def measure(shape: Shape, args: argparse.Namespace) -> list[str]:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Time and memory of adapters, relative to the layer alone.")
+    parser = make_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["quick"], help="which layers")
     parser.add_argument("--rank", type=int, default=16, help="rank of every adapter")
     parser.add_argument("--rounds", type=int, default=15, help="how often each way is timed")
@@ -236,13 +234,11 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    args = setup_parser().parse_args()
+def measure_all(args: argparse.Namespace) -> None:
     for name in args.shapes:
         for shape in SHAPES[name]:
             sys.stdout.write("\n".join(measure(shape, args)) + "\n")
             sys.stdout.flush()
 
 
-if __name__ == "__main__":
-    main()
+main = measurement(setup_parser, measure_all)

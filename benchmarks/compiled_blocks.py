@@ -4,32 +4,29 @@ kind of block, and the products, convolutions and attention that it calls.
 The U-Net has the layers of SDXL, a tenth of its width and a small image, which change no count, and a LoRA. Compiled
 for the CPU, so no GPU is needed; takes some minutes.
 
-    python benchmarks/compiled_blocks.py
+    python -m benchmarks compiled_blocks
 """
 
 import argparse
 import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+from torch import Tensor, nn
+from torch._inductor.graph import GraphLowering
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch._inductor.graph import GraphLowering  # noqa: E402
-from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
-
-from library.memory.blocks import plain  # noqa: E402
-from library.memory.planner.counter import OperationCounter  # noqa: E402
-from library.memory.planner.fakes import emulate_cuda_norms  # noqa: E402
-from library.models.unet.unet import run_unet_blocks_with, unet_stacks  # noqa: E402
-from library.training.models.block_running import cast_factors_of  # noqa: E402
-from networks import lora  # noqa: E402
-from networks.core.protocol import adopt  # noqa: E402
+from benchmarks.runner import measurement
+from library.base.command_parser import make_parser
+from library.memory.blocks import plain
+from library.memory.planner.counter import OperationCounter
+from library.memory.planner.fakes import emulate_cuda_norms
+from library.models.unet.unet import run_unet_blocks_with, unet_stacks
+from library.training.models.block_running import cast_factors_of
+from networks import lora
+from networks.core.protocol import adopt
 
 WIDTH, TEXT = 32, 64
 GENERATED, CALLED = r"(?m)^\s+cpp_fused\w*\(", r"extern_kernels\.\w+\(|torch\.ops\.[\w.]+\("
@@ -83,8 +80,11 @@ def count_compiled(block: nn.Module, *inputs: Any, **named: Any) -> tuple[int, i
     return tuple(sum(len(re.findall(kind, code)) for code in calls) for kind in (GENERATED, CALLED))  # type: ignore[return-value]
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+def setup_parser() -> argparse.ArgumentParser:
+    return make_parser(__doc__)
+
+
+def count(args: argparse.Namespace) -> None:
     torch.manual_seed(1)
     model, network = narrow_sdxl()
     calls: list[Call] = []
@@ -114,5 +114,4 @@ def main() -> None:
     print(f"| all | {len(calls)} | {' | '.join(map(str, sums))} |\n{whole - sums[0]} kernels run outside of blocks")
 
 
-if __name__ == "__main__":
-    main()
+main = measurement(setup_parser, count)

@@ -6,47 +6,44 @@ text are computed. Both implementations take turns in one run, and the fastest p
 of the tensors' storage in addition to weights and inputs. Both ratios are ours to theirs. With --compile, the last line
 of a model is the time of ours with compiled blocks, and its ratio to ours without.
 
-    python benchmarks/denoisers.py
-    python benchmarks/denoisers.py --models flux --precision bf16 --tokens 1024 --compile --profile
+    python -m benchmarks denoisers
+    python -m benchmarks denoisers --models flux --precision bf16 --tokens 1024 --compile --profile
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+from torch import Tensor, nn
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from benchmarks.gpu_models import FLUX  # noqa: E402
-from library.architectures.anima.llm_adapter import AdapterConfig  # noqa: E402
-from library.architectures.anima.model import Anima, AnimaConfig  # noqa: E402
-from library.architectures.anima.reference import diffusers_models  # noqa: E402
-from library.architectures.flux.approximator import ApproximatorConfig  # noqa: E402
-from library.architectures.flux.model import Flux  # noqa: E402
-from library.architectures.flux_2.model import Flux2  # noqa: E402
-from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig  # noqa: E402
-from library.architectures.krea2.model import SingleStreamDiT  # noqa: E402
-from library.architectures.lumina.model import LuminaConfig, NextDiT  # noqa: E402
-from library.architectures.qwen_image_21.model import QwenImage21  # noqa: E402
-from library.architectures.sd3.model import MMDiT, MMDiTConfig  # noqa: E402
-from library.architectures.zimage.model import ZImage  # noqa: E402
-from library.memory.blocks import plain, run_blocks_with  # noqa: E402
-from library.memory.compiled import Compiled, CompileSettings  # noqa: E402
-from library.memory.devices import move_to_device  # noqa: E402
-from library.memory.planner.counter import OperationCounter  # noqa: E402
-from library.models.vae.qwen_image import qwen_image_latents, statistics  # noqa: E402
-from library.models.vae.qwen_image_2d import replace_layers_for_images  # noqa: E402
-from tests.tiny import anima, chroma, flux, flux_2, hunyuan_image, krea2, lumina, qwen_image_21, sd3, zimage  # noqa: E402
+from benchmarks.gpu_models import FLUX
+from benchmarks.runner import measurement
+from library.architectures.anima.llm_adapter import AdapterConfig
+from library.architectures.anima.model import Anima, AnimaConfig
+from library.architectures.anima.reference import diffusers_models
+from library.architectures.flux.approximator import ApproximatorConfig
+from library.architectures.flux.model import Flux
+from library.architectures.flux_2.model import Flux2
+from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig
+from library.architectures.krea2.model import SingleStreamDiT
+from library.architectures.lumina.model import LuminaConfig, NextDiT
+from library.architectures.qwen_image_21.model import QwenImage21
+from library.architectures.sd3.model import MMDiT, MMDiTConfig
+from library.architectures.zimage.model import ZImage
+from library.base.command_parser import make_parser
+from library.memory.blocks import plain, run_blocks_with
+from library.memory.compiled import Compiled, CompileSettings
+from library.memory.devices import move_to_device
+from library.memory.planner.counter import OperationCounter
+from library.models.vae.qwen_image import qwen_image_latents, statistics
+from library.models.vae.qwen_image_2d import replace_layers_for_images
+from tests.tiny import anima, chroma, flux, flux_2, hunyuan_image, krea2, lumina, qwen_image_21, sd3, zimage
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NUM_TEXT = 128
@@ -295,15 +292,18 @@ def difference(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> float:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def setup_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--tokens", type=int, default=1024, help="image tokens")
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
     parser.add_argument("--compile", action="store_true", help="also time ours with compiled blocks")
     parser.add_argument("--profile", action="store_true", help="print a profile of both")
-    args = parser.parse_args()
+    return parser
+
+
+def compare(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     dtype, with_autocast = DTYPES[args.precision], args.precision == "bf16"
     print("model             ours s  theirs s  ratio  ours MiB  theirs  ratio   off by")
@@ -327,5 +327,4 @@ def main() -> None:
             print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=16, max_name_column_width=40))
 
 
-if __name__ == "__main__":
-    main()
+main = measurement(setup_parser, compare)

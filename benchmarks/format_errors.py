@@ -8,28 +8,25 @@ For "outlier", one channel of the input is 30 times as large as the others. Its 
 ratios to the decoded weight (decoding included) and to a bf16 weight. Times are the fastest of several passes, which
 take turns. docs/memory.md has their figures.
 
-    python benchmarks/format_errors.py
-    python benchmarks/format_errors.py --device cuda --tokens 4608
+    python -m benchmarks format_errors
+    python -m benchmarks format_errors --device cuda --tokens 4608
 
 On a CPU, torch multiplies 8-bit floats one by one, so products with fp8 are measured on a small matrix there.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+from torch import Tensor
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from library.memory.codecs.codec import Codec, Parts  # noqa: E402
-from library.memory.codecs.matmul_8bit import input_gradient, output  # noqa: E402
-from library.memory.codecs.weight_format import load_format  # noqa: E402
-from library.options.machine.base_formats import BASE_FORMATS  # noqa: E402
+from benchmarks.runner import measurement
+from library.base.command_parser import make_parser
+from library.memory.codecs.codec import Codec, Parts
+from library.memory.codecs.matmul_8bit import input_gradient, output
+from library.memory.codecs.weight_format import load_format
+from library.options.machine.base_formats import BASE_FORMATS
 
 HEADINGS = ("`--base_format`", "bytes a weight", "y", "dx", "y, outliers", "dx, outliers", "decoding")
 HEADINGS_8_BIT = ("format", "tokens", "outputs x inputs", "y", "y, outlier", "dx", "/ decoded", "/ bf16")
@@ -130,18 +127,20 @@ def rows(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, 
                 yield name, str(tokens), f"{num_out} x {num_in}", *cells
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def setup_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
     parser.add_argument("--side", type=int, default=3072, help="rows and columns; the default is FLUX.1's attention")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--passes", type=int, default=5)
-    args = parser.parse_args()
+    return parser
+
+
+def print_tables(args: argparse.Namespace) -> None:
     for row in rows(args, torch.device(args.device)):
         print(f"| {' | '.join(row)} |", flush=True)
         if row in (HEADINGS, HEADINGS_8_BIT):
             print("|---" * len(row) + "|")
 
 
-if __name__ == "__main__":
-    main()
+main = measurement(setup_parser, print_tables)

@@ -9,11 +9,11 @@ requested. Each mode runs in a separate process, with at most `--budget` GB of t
 without the CUDA context); modes that do not fit are reported as such. TFLOP/s and MFU count the operations of the eager
 step, relative to the GPU's 16-bit peak. The last column is the time relative to the bare loop, or to the first mode.
 
-    python benchmarks/gpu_step.py
-    python benchmarks/gpu_step.py --memory --models flux sdxl --budget 8
-    python benchmarks/gpu_step.py --models flux --modes eager bare --recompute
-    python benchmarks/gpu_step.py --device cpu --tiny      # smoke test; the figures mean nothing
-    python benchmarks/gpu_step.py --device cpu --models sd15 --modes eager bare --float32 --pixels 128
+    python -m benchmarks gpu_step
+    python -m benchmarks gpu_step --memory --models flux sdxl --budget 8
+    python -m benchmarks gpu_step --models flux --modes eager bare --recompute
+    python -m benchmarks gpu_step --device cpu --tiny      # smoke test; the figures mean nothing
+    python -m benchmarks gpu_step --device cpu --models sd15 --modes eager bare --float32 --pixels 128
 
 Our convolutions have the layout that runs give them: channels last, and on a CPU matrix products for few pixels.
 """
@@ -25,26 +25,24 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.utils._pytree import tree_map_only  # noqa: E402
-
-from benchmarks.gpu_models import MEMORY_MODES, RUNNERS, Mode, Subject, build_randomly, flux, random_weight, sdxl  # noqa: E402
-from library.memory.blocks import run_blocks_with, stacks_of  # noqa: E402
-from library.memory.compiled import Compiled, CompileSettings  # noqa: E402
-from library.memory.devices import move_to_device  # noqa: E402
-from library.memory.frozen import frozen_layers, multiply_codes  # noqa: E402
-from library.memory.planner.counter import FlopCounter  # noqa: E402
-from library.memory.planner.measured import measure_peak_flops  # noqa: E402
-from library.training.models.block_running import cast_factors_of  # noqa: E402
-from networks import lora  # noqa: E402
-from networks.core.protocol import adopt  # noqa: E402
+from benchmarks.gpu_models import MEMORY_MODES, RUNNERS, Mode, Subject, build_randomly, flux, random_weight, sdxl
+from benchmarks.runner import measurement
+from library.base.command_parser import make_parser
+from library.memory.blocks import run_blocks_with, stacks_of
+from library.memory.compiled import Compiled, CompileSettings
+from library.memory.devices import move_to_device
+from library.memory.frozen import frozen_layers, multiply_codes
+from library.memory.planner.counter import FlopCounter
+from library.memory.planner.measured import measure_peak_flops
+from library.training.models.block_running import cast_factors_of
+from networks import lora
+from networks.core.protocol import adopt
 
 RANK, NUM_WARM, NUM_TIMED = 16, 3, 10
 EAGER, BARE = Mode(runner="plain"), "bare"
@@ -268,8 +266,12 @@ def child(args: argparse.Namespace) -> None:
 
 def run_in_child(args: argparse.Namespace, model: str, mode: str) -> dict[str, float] | str:
     """Measure one mode in a separate process; return its figures, or the reason why there are none."""
-    command = [sys.executable, __file__, "--child", "--models", model, "--modes", mode, "--device", args.device]
-    command += ["--tiny"] * args.tiny + ["--recompute"] * args.recompute + ["--float32"] * args.float32
+    command = [sys.executable, "-m", "benchmarks", "gpu_step", "--child", "--models", model, "--modes", mode]
+    command += (
+        ["--device", args.device, *["--tiny"] * args.tiny]
+        + ["--recompute"] * args.recompute
+        + ["--float32"] * args.float32
+    )
     command += ["--pixels", str(args.pixels)] if args.pixels else []
     command += [] if args.budget is None else ["--budget", str(args.budget)]
     try:
@@ -282,8 +284,8 @@ def run_in_child(args: argparse.Namespace, model: str, mode: str) -> dict[str, f
     return found or "does not fit"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def setup_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--modes", nargs="+", choices=[*MODES, BARE], default=[*STEP_MODES, BARE])
     parser.add_argument("--memory", action="store_true", help="eager and in every memory mode, in place of --modes")
@@ -295,7 +297,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="models of a few narrow blocks")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser
+
+
+def measure_all(args: argparse.Namespace) -> None:
     if args.child:
         child(args)
         return
@@ -321,5 +326,4 @@ def main() -> None:
             print(f"  {mode:52}{found['seconds']:7.3f}{rate / 1e12:9.1f}{share}{memory}{ratio:7.2f}", flush=True)
 
 
-if __name__ == "__main__":
-    main()
+main = measurement(setup_parser, measure_all)

@@ -5,13 +5,12 @@ replaced by one operation that gives every factor a gradient. A bare loop runs t
 optimizer; the difference is the trainer's overhead. The figures are medians of the thread's CPU time, so other load on
 the machine matters little.
 
-    python benchmarks/own_overhead.py
+    python -m benchmarks own_overhead
 """
 
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,13 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+from torch import Tensor, nn
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from tests.running import make_images  # noqa: E402
+from benchmarks.runner import measurement
+from library.base.command_parser import make_parser
+from tests.running import make_images
 
 LEVELS = (32, 64, 64, 64)
 WARM_UP = 20  # steps that fill caches and optimizer states
@@ -162,11 +160,14 @@ def bare_ms(weights: Sequence[nn.Parameter], num_steps: int, more: Sequence[str]
     return median_ms(marks)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def setup_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=200, help="measured steps")
     parser.add_argument("--case", choices=CASES, nargs="*", default=list(CASES), help="which cases")
-    args = parser.parse_args()
+    return parser
+
+
+def measure(args: argparse.Namespace) -> None:
     num_steps = WARM_UP + args.steps
     torch.set_num_threads(1)  # hundreds of small tensors: threads would wait for each other
     for case in args.case:
@@ -180,5 +181,4 @@ def main() -> None:
             print(f"{case}: {ours:.2f} ms per step, bare {bare:.2f}, overhead {ours - bare:.2f}")
 
 
-if __name__ == "__main__":
-    main()
+main = measurement(setup_parser, measure)

@@ -3,9 +3,9 @@
 Nothing is measured and no weights are read: the base models are files that contain only a header. Takes about four
 minutes.
 
-    python benchmarks/plan_models.py
-    python benchmarks/plan_models.py --models FLUX.1 --cards "RTX 3060 12GB" 24GB
-    python benchmarks/plan_models.py --write
+    python -m benchmarks plan_models
+    python -m benchmarks plan_models --models FLUX.1 --cards "RTX 3060 12GB" 24GB
+    python -m benchmarks plan_models --write
 """
 
 import argparse
@@ -18,22 +18,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.results_page import PAGE, put_into  # noqa: E402
-from library.base.formatting import format_gib  # noqa: E402
-from library.commands.counted_plan import count  # noqa: E402
-from library.memory.planner.choice import Allowed  # noqa: E402
-from library.memory.planner.gpus import LINUX, TYPICAL, Gpu, parse_cards  # noqa: E402
-from library.memory.planner.known import FILE, KnownFormat, KnownMode, KnownModel, load_models, plan  # noqa: E402
-from library.memory.planner.prediction import CountedStep, MemoryMode, apply_mode, pass_work, predict  # noqa: E402
-from library.memory.planner.weights import StorageCost  # noqa: E402
-from library.options.config_file import read_toml  # noqa: E402
-from library.training.command_line.recipes import FOLDER, list_recipes  # noqa: E402
-from library.training.planning.settings import describe  # noqa: E402
-from tests.contracts.header_only import FULL_SIZE, FullSize  # noqa: E402
-from tools.plan_memory import SYSTEM_BYTES  # noqa: E402
+from benchmarks.results_page import PAGE, put_into
+from benchmarks.runner import measurement
+from library.base.command_parser import make_parser
+from library.base.formatting import format_gib
+from library.commands.counted_plan import count
+from library.memory.planner.choice import Allowed
+from library.memory.planner.gpus import LINUX, TYPICAL, Gpu, parse_cards
+from library.memory.planner.known import FILE, KnownFormat, KnownMode, KnownModel, load_models, plan
+from library.memory.planner.prediction import CountedStep, MemoryMode, apply_mode, pass_work, predict
+from library.memory.planner.weights import StorageCost
+from library.options.config_file import read_toml
+from library.training.command_line.recipes import FOLDER, list_recipes
+from library.training.planning.settings import describe
+from tests.contracts.header_only import FULL_SIZE, FullSize
+from tools.plan_memory import SYSTEM_BYTES
 
 CARDS = ("8GB", "12GB", "16GB", "24GB")
 FORMATS = ("bf16", "int8_rotated", "int8", "nf4")
@@ -165,12 +164,15 @@ def cell(model: KnownModel, gpu: Gpu) -> str:
     return f"{format_gib(found.chosen.device_bytes)}, {found.chosen.seconds:.2f} s: `{found.chosen.options}`"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def setup_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", default=list(FULL_SIZE), choices=list(FULL_SIZE))
     parser.add_argument("--cards", nargs="+", default=CARDS)
     parser.add_argument("--write", action="store_true", help="write the counts, and the table of the page")
-    args = parser.parse_args()
+    return parser
+
+
+def count_models(args: argparse.Namespace) -> None:
     models = [count_model(title) for title in args.models]
     if args.write:
         kept = {} if set(args.models) == set(FULL_SIZE) else {model.title: model for model in load_models()}
@@ -183,5 +185,4 @@ def main() -> None:
     print("\n".join([*lines, "", *work_lines(models)]))
 
 
-if __name__ == "__main__":
-    main()
+main = measurement(setup_parser, count_models)

@@ -1,7 +1,7 @@
 """Time the README's quickstart training with the thread settings that it chooses, against fixed ones.
 
-    python benchmarks/quickstart.py
-    python benchmarks/quickstart.py --busy_cores 1
+    python -m benchmarks quickstart
+    python -m benchmarks quickstart --busy_cores 1
 
 Each round trains `--steps` steps with every setting in turn, so that all settings meet the same machine state; the
 figure is the median time of a step. `--busy_cores N` keeps N cores busy with another program. Run it on an otherwise
@@ -20,10 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from tools.start import num_threads  # noqa: E402
+from benchmarks.runner import measurement
+from library.base.command_parser import make_parser
+from tools.start import ROOT, num_threads
 
 CONFIG = "configs/quickstart/train.toml"  # the same training without previews
 
@@ -47,13 +46,16 @@ def time_steps(setting: dict[str, str], num_steps: int) -> list[float]:
     return [later - earlier for earlier, later in itertools.pairwise(times)]
 
 
-def main() -> None:
-    """Print the median step time of each setting, and its ratio to the fastest."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def setup_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--busy_cores", type=int, default=0, help="cores that another program keeps busy")
-    args = parser.parse_args()
+    return parser
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Print the median step time of each setting, and its ratio to the fastest."""
     programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(args.busy_cores)]
     try:
         if programs:
@@ -70,5 +72,4 @@ def main() -> None:
         print(f"{name:10} {median:.3f} s per step, {median / min(medians.values()):.2f} x the fastest")
 
 
-if __name__ == "__main__":
-    main()
+main = measurement(setup_parser, compare)

@@ -3,12 +3,6 @@ GPU, as planned from counts (`benchmarks/plan_models.py`) until somebody measure
 
 import argparse
 import re
-import sys
-from pathlib import Path
-
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    import library  # noqa: F401  # checks the packages before they are imported
 
 from benchmarks.plan_models import gpus_of
 from library.base.command_parser import make_parser
@@ -19,7 +13,7 @@ from library.memory.planner.gpus import LINUX
 from library.memory.planner.known import KnownModel, load_models, plan
 from library.training.command_line.recipes import FOLDER, Recipe, list_recipes
 
-EXAMPLES = "  python3 benchmarks/recipe_heads.py --write"
+EXAMPLES = "  python3 -m benchmarks recipe_heads --write"
 NUM_PHOTOS = 30
 CARDS = ("8GB", "12GB", "16GB", "24GB")
 COUNTED = {
@@ -71,6 +65,3 @@ def write_heads(args: argparse.Namespace) -> None:
 
 
 main = command(setup_parser, write_heads)
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,10 +10,6 @@ from tempfile import TemporaryDirectory
 from time import monotonic
 from unittest.mock import patch
 
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    import library  # noqa: F401  # checks the packages before they are imported
-
 import numpy as np
 from PIL import Image
 
@@ -28,7 +24,7 @@ from tests.tiny.bases import BASES
 
 TOY = Path(__file__).parents[1] / "configs" / "quickstart" / "toy_base"
 RUNS = [*((base, number) for base in ("quickstart", "sdxl", "flux") for number in (5, 12, 40)), ("quickstart", 80)]
-EXAMPLES = "  python3 benchmarks/run_duration.py --steps 60"
+EXAMPLES = "  python3 -m benchmarks run_duration --steps 60"
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -83,6 +79,3 @@ def compare(args: argparse.Namespace) -> None:
 
 
 main = command(setup_parser, compare)
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,7 +19,6 @@ from library.base.command_parser import make_parser
 from library.base.errors import about
 from library.base.terminal import print_line
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
-from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.compatibility import programs_that_read
 from library.checkpoints.marks import mark_of
 from library.commands.adapter_files import read_adapter, spec_for_file
@@ -40,9 +39,8 @@ def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) 
     file = read_adapter(model, "--model")
     spec = spec_for_file(file, f"--model {model}")
     if not programs_that_read(spec, to):
-        raise about("--to")(
-            f"{to}: no program reads adapters of {spec.title} in that naming; {best_namings(spec)} are read"
-        )
+        read = " and ".join(naming for naming in NAMINGS if programs_that_read(spec, naming))
+        raise about("--to")(f"{to}: no program reads adapters of {spec.title} in that naming; {read} are read")
     renamed = rename(file, spec.names, to, drop_unsupported)
     if renamed.dropped:
         logger.warning("dropped keys that the %s naming cannot express: %s", to, list_some_keys(renamed.dropped))
@@ -67,11 +65,6 @@ def setup_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--drop_unsupported", action="store_true", help="drop what the naming cannot express")
     return parser
-
-
-def best_namings(spec: BaseModelSpec) -> str:
-    """List the namings that at least one program reads for a base model."""
-    return " and ".join(naming for naming in NAMINGS if programs_that_read(spec, naming))
 
 
 def convert_and_report(args: argparse.Namespace) -> None:

@@ -115,11 +115,6 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def write_first_line(dataset_config: Path) -> str:
-    """Return the first line of the dataset file for the shards of another one, which tells it from further ones."""
-    return f"# Written by {WRITER} from {digest_source(str(dataset_config))} and replaced by its next call."
-
-
 def digest_source(source: str) -> str:
     """Return a digest of a folder, file or address."""
     full = source if "://" in source else os.path.abspath(source)
@@ -434,7 +429,8 @@ def make_shards(args: argparse.Namespace, training: Sequence[str]) -> None:
     config, storage = load_dataset_config(options), Storage(options.caching.cache_dir)
     check_packages(config)
     path, source = args.out / DESCRIPTION, Path(str(options.dataset.dataset_config))
-    first_line = write_first_line(source)
+    # The digest tells the dataset files for the shards of several ones apart.
+    first_line = f"# Written by {WRITER} from {digest_source(str(source))} and replaced by its next call."
     kind = sealed(f"a dataset file that {WRITER} wrote from {source}, unchanged", first_line)
     check_target("--out", path, kind, [source])
     patterns = pack(config, args.out, args.shard_mb * 1e6, storage)

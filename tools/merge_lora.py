@@ -263,7 +263,8 @@ def resolve_ranks(args: argparse.Namespace, adapters: Sequence[Weighted]) -> tup
     """
     if args.concat:
         return None
-    largest = largest_ranks(adapters) or ((1, 1) if all(is_norms(adapter.file) for adapter in adapters) else None)
+    modules = [module for adapter in adapters for module in adapter.file.modules.values()]
+    largest = largest_ranks(adapters) or ((1, 1) if all(module.layout is norm.LAYOUT for module in modules) else None)
     if args.new_rank is None and largest is None:
         raise about("--new_rank")(
             "is required: --models have no rank for the merged LoRA (LoKr of two whole matrices, OFT and BOFT have "
@@ -272,10 +273,6 @@ def resolve_ranks(args: argparse.Namespace, adapters: Sequence[Weighted]) -> tup
         )
     new_rank, new_conv_rank = (args.new_rank, args.new_rank) if args.new_rank or largest is None else largest
     return new_rank, args.new_conv_rank or new_conv_rank
-
-
-def is_norms(file: AdapterFile) -> bool:
-    return all(module.layout is norm.LAYOUT for module in file.modules.values())
 
 
 def check(args: argparse.Namespace) -> list[float]:

@@ -2,10 +2,10 @@
 the rejected ones become the two folders that --preference_loss dpo trains from."""
 
 import argparse
-import base64
 import logging
 import secrets
 import sys
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -132,7 +132,7 @@ class VotingPages:
         if pair is None:
             self.is_over = True
             return build_page("Votes", "vote.js", {"pair": None})
-        left, right = (encode_png(target.path) for target in pair.images)
+        left, right = (f"data:image/png;base64,{b64encode(shown.path.read_bytes()).decode()}" for shown in pair.images)
         number, count = [*self._pairs].index(pair.name) + 1, len(self._pairs)
         data = {"pair": pair.name, "caption": pair.caption, "left": left, "right": right, "token": self._token}
         return build_page(f"Pair {number} of {count}", "vote.js", {**data, "number": number, "count": count})
@@ -147,10 +147,6 @@ class VotingPages:
             if pair.is_open:
                 pair.save(choice)
         return True
-
-
-def encode_png(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
 
 
 def double_specs(specs: Sequence[PromptSpec], num_pairs: int) -> Iterator[PromptSpec]:

@@ -8,14 +8,9 @@ and radius over all its images. Without captions, those of the known world and o
 
 import argparse
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    import library  # noqa: F401  # checks the packages before they are imported
 
 import numpy as np
 from torch import Tensor
@@ -37,9 +32,9 @@ from tools.quickstart.toy_world import (
 )
 
 EXAMPLES = """\
-  python3 benchmarks/toys/check_adapter.py output/toy_slider/toy_slider.safetensors \\
+  python3 -m benchmarks.toys check_adapter output/toy_slider/toy_slider.safetensors \\
     --captions "a red circle on a white background" --strengths=-2,-1,0,1,2
-  python3 benchmarks/toys/check_adapter.py --strengths 0 --count 200"""
+  python3 -m benchmarks.toys check_adapter --strengths 0 --count 200"""
 
 SHARES = re.compile(r"  strength +(\S+): shape (\S+)%, colour (\S+)%, .*as asked (\S+)%")
 
@@ -134,6 +129,3 @@ def check(args: argparse.Namespace) -> None:
 
 
 main = command(setup_parser, check)
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,12 +5,7 @@ and background match the partner, and the two shapes overlap by at least half of
 """
 
 import argparse
-import sys
 from pathlib import Path
-
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    import library  # noqa: F401  # checks the packages before they are imported
 
 import numpy as np
 from PIL import Image
@@ -24,7 +19,7 @@ from tools import draw
 from tools.quickstart.toy_world import QUICKSTART, ImageArray, find_foreground, look_at
 
 EXAMPLES = """\
-  python3 benchmarks/toys/check_edits.py --references output/toy_asked/other --results output/toy_asked/red \\
+  python3 -m benchmarks.toys check_edits --references output/toy_asked/other --results output/toy_asked/red \\
     --output output/toy_asked/drawn --adapter output/toy_recolour/toy_recolour.safetensors"""
 FIRST_LINE = "# Written by benchmarks/toys/check_edits.py"
 PROMPT_OPTIONS = "--w 64 --h 64 --s 20 --g 1"
@@ -85,6 +80,3 @@ def check_edits(args: argparse.Namespace) -> None:
 
 
 main = command(setup_parser, check_edits)
-
-if __name__ == "__main__":
-    sys.exit(main())

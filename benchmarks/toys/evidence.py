@@ -9,16 +9,11 @@ import argparse
 import importlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Protocol, cast
-
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    import library  # noqa: F401  # checks the packages before they are imported
 
 from benchmarks.results_page import PAGE, put_into
 from benchmarks.toys.toy_files import write_text
@@ -26,7 +21,7 @@ from library.base.command_parser import make_parser
 from library.base.errors import UserError
 from library.commands.command import command
 
-EXAMPLES = "  python3 -m benchmarks.toys.evidence quickstart"
+EXAMPLES = "  python3 -m benchmarks.toys evidence quickstart"
 FOLDER = Path(__file__).parent / "experiments"
 SEEDS = (1, 2, 3, 4, 5)
 
@@ -94,7 +89,7 @@ def cpu_seconds() -> float:
 def describe(name: str, experiment: Experiment, figures: Sequence[Figures]) -> Iterator[str]:
     """Yield the lines of an experiment's section: the command, what is compared, and means over seeds."""
     hours = sum(of_seed.cpu_seconds for of_seed in figures) / 3600
-    yield f"`python -m benchmarks.toys.evidence {name}`, {hours:.2f} hours of CPU, one thread: the mean of the seeds"
+    yield f"`python -m benchmarks.toys evidence {name}`, {hours:.2f} hours of CPU, one thread: the mean of the seeds"
     yield f"{', '.join(map(str, SEEDS))}, and its standard error."
     yield from ("", *experiment.__doc__.strip().splitlines(), "")
     yield f"| | {' | '.join(experiment.COLUMNS)} |"
@@ -135,6 +130,3 @@ def make_tables(args: argparse.Namespace) -> None:
 
 
 main = command(setup_parser, make_tables)
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,12 +6,7 @@ whether the LoRA learned the shape rather than the images.
 
 import argparse
 import logging
-import sys
 from pathlib import Path
-
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    import library  # noqa: F401  # checks the packages before they are imported
 
 import numpy as np
 from PIL import Image
@@ -49,7 +44,7 @@ def make_dataset(args: argparse.Namespace) -> None:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, "  python3 benchmarks/toys/make_dataset.py --shape heart")
+    parser = make_parser(__doc__, "  python3 -m benchmarks.toys make_dataset --shape heart")
     parser.add_argument("--out", type=Path, default=QUICKSTART / "dataset", help="folder of images and captions")
     parser.add_argument("--prompts", type=Path, default=QUICKSTART / "prompts.txt", help="file of prompts to write")
     parser.add_argument("--shape", choices=(*HELD_OUT_SHAPES, *KNOWN_SHAPES), default="heart", help="shape to draw")
@@ -59,6 +54,3 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 main = command(setup_parser, make_dataset)
-
-if __name__ == "__main__":
-    sys.exit(main())

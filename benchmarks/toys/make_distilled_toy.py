@@ -9,15 +9,10 @@ import argparse
 import copy
 import logging
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    import library  # noqa: F401  # checks the packages before they are imported
 
 import numpy as np
 import torch
@@ -158,7 +153,9 @@ def make_distilled_toy(args: argparse.Namespace) -> None:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, f"  python3 {WRITER} --kind guidance --out output/toy_distilled")
+    parser = make_parser(
+        __doc__, "  python3 -m benchmarks.toys make_distilled_toy --kind guidance --out output/toy_distilled"
+    )
     parser.add_argument("--kind", choices=sorted(KINDS), required=True, help="how the copy draws")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--base", type=Path, default=QUICKSTART / "toy_base", help="diffusers folder to distil")
@@ -167,6 +164,3 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 main = command(setup_parser, make_distilled_toy)
-
-if __name__ == "__main__":
-    sys.exit(main())

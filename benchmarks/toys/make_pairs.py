@@ -7,15 +7,10 @@ word>].
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    import library  # noqa: F401  # checks the packages before they are imported
 
 import numpy as np
 from PIL import Image
@@ -27,8 +22,8 @@ from library.commands.command import command
 from tools.quickstart.toy_world import COLOURS, SIZES, Scene, draw_scene, list_scenes
 
 EXAMPLES = """\
-  python3 benchmarks/toys/make_pairs.py --out output/toy_pairs --words blue other
-  python3 benchmarks/toys/make_pairs.py --out output/toy_edits --caption "make the shape red" --words red other"""
+  python3 -m benchmarks.toys make_pairs --out output/toy_pairs --words blue other
+  python3 -m benchmarks.toys make_pairs --out output/toy_edits --caption "make the shape red" --words red other"""
 WRITER = "benchmarks/toys/make_pairs.py"
 OTHER = "other"  # a different other colour in each pair
 WORDS = {"colour": tuple(COLOURS), "size": tuple(SIZES)}
@@ -81,6 +76,3 @@ def make_pairs(args: argparse.Namespace) -> None:
 
 
 main = command(setup_parser, make_pairs)
-
-if __name__ == "__main__":
-    sys.exit(main())

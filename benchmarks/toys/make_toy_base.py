@@ -11,15 +11,10 @@ import copy
 import json
 import logging
 import math
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    import library  # noqa: F401  # checks the packages before they are imported
 
 import numpy as np
 import torch
@@ -398,7 +393,7 @@ def make_toy_base(args: argparse.Namespace) -> None:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, "  python3 benchmarks/toys/make_toy_base.py --out configs/quickstart/toy_base")
+    parser = make_parser(__doc__, "  python3 -m benchmarks.toys make_toy_base --out configs/quickstart/toy_base")
     parser.add_argument("--out", type=Path, default=QUICKSTART / "toy_base", help="folder to write")
     parser.add_argument("--seed", type=int, default=1, help="seed of images, weights and training")
     parser.add_argument("--vae_steps", type=int, default=3000, help="training steps of the VAE")
@@ -409,6 +404,3 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 main = command(setup_parser, make_toy_base)
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,15 +11,10 @@ Letters of shapes: B images, C channels, H and W latent cells.
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    import library  # noqa: F401  # checks the packages before they are imported
 
 import numpy as np
 import torch
@@ -285,7 +280,7 @@ def write_model(out: Path, num_edits: int, num_steps: int, seed: int) -> None:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, "  python3 benchmarks/toys/make_toy_edit_base.py --out output/toy_edit_base")
+    parser = make_parser(__doc__, "  python3 -m benchmarks.toys make_toy_edit_base --out output/toy_edit_base")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--num_edits", type=int, default=3000, help="training pairs (default: 3000)")
     parser.add_argument("--steps", type=int, default=7000, help="training steps of the transformer (default: 7000)")
@@ -294,6 +289,3 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 main = command(setup_parser, make_toy_edit_base)
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -157,7 +157,8 @@ def check_layout(weights: Weights, layer: str, scale: str, config: Config) -> No
     name, kind = f"{layer}.weight", config.get("format", "")
     shape, num_scales = weights.shapes[name], prod(weights.shapes[scale])
     if kind in PADDED_TO:
-        fits = is_tiled(kind, shape, num_scales) and element_sizes(weights, name, scale) == {1}
+        are_bytes = (dtype_in_file(weights, key).itemsize == 1 for key in (name, scale))
+        fits = is_tiled(kind, shape, num_scales) and all(are_bytes)
     else:
         num_groups, remainder = divmod(num_scales, shape[0] if shape else 1)
         is_grouped = not remainder and num_groups > 1 and len(shape) == 2 and shape[1] % num_groups == 0
@@ -186,11 +187,6 @@ def is_tiled(kind: str, shape: tuple[int, ...], num_scales: int) -> bool:
     num_inputs, group = (2 * shape[1], NVFP4_GROUP) if kind in HALVED else (shape[1], MXFP8_GROUP)
     num_tiles = -(-shape[0] // TILE_ROWS) * -(-num_inputs // (group * TILE_COLUMNS))
     return num_inputs % group == 0 and num_scales == num_tiles * TILE_ROWS * TILE_COLUMNS
-
-
-def element_sizes(weights: Weights, *names: str) -> set[int]:
-    """Return the element sizes of some tensors, in bytes."""
-    return {dtype_in_file(weights, name).itemsize for name in names}
 
 
 def model_in_file(key: str) -> str:

@@ -7,7 +7,7 @@ B samples, C channels, H height, W width.
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from library.diffusion.noise import draw_normal, perturb_input
 from library.diffusion.timesteps import (
     NUM_TIMESTEPS,
     PATCH,
+    LevelDraws,
     LevelSampler,
     build_level_sampler,
     resolve_timestep_range,
@@ -25,7 +26,7 @@ from library.diffusion.timesteps import (
 )
 from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error
 from library.memory.devices import send
-from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
+from library.options.training.flow import FlowPredictionOptions, FlowSamplingOptions, FlowWeightingOptions
 from library.options.training.loss import LossOptions
 from library.options.training.noise import NoiseOptions
 from library.types import Noised
@@ -96,7 +97,7 @@ class FlowMatching:
         input_noise_BCHW = perturb_input(noise_BCHW, self.noise, generator)
         B, _, H, W = clean.shape
         # Timesteps stay in float32: those of bfloat16 are 4 apart between 512 and 1000.
-        timesteps_B = send(self.draw_timesteps(B, H, W, generator, offsets_B, uniforms_B), clean.device)
+        timesteps_B = send(self.draw_timesteps(LevelDraws(B, H, W, generator, offsets_B, uniforms_B)), clean.device)
         sigmas_B = timesteps_B / NUM_TIMESTEPS
         sigmas_B111 = sigmas_B.view(-1, 1, 1, 1)
         return Noised(
@@ -111,44 +112,27 @@ class FlowMatching:
         """Draw white noise in the shape of the latents, float32."""
         return draw_normal(clean_BCHW.shape, generator, clean_BCHW.device)
 
-    def draw_timesteps(
-        self,
-        B: int,
-        H: int,
-        W: int,
-        generator: torch.Generator,
-        offsets_B: Tensor | None = None,
-        uniforms_B: Tensor | None = None,
-    ) -> Tensor:
+    def draw_timesteps(self, draws: LevelDraws) -> Tensor:
         """Draw timesteps, 1000 times the noise level, float32, on the CPU. If the range is empty, every sample gets
         its upper limit. Raises UserError if `keeps_shape` and the levels hardly ever lie in the range."""
         lowest, highest = resolve_timestep_range(self.noise, NUM_TIMESTEPS)
         if self.timestep is not None or lowest >= highest:
-            return torch.full((B,), float(highest if self.timestep is None else self.timestep))
+            return torch.full((draws.num_samples,), float(highest if self.timestep is None else self.timestep))
         if self.keeps_shape:
-            timesteps_B = self.draw_inside(lowest, highest, (B, H, W), generator, offsets_B, uniforms_B)
+            timesteps_B = self.draw_inside(lowest, highest, draws)
         else:
-            levels_B = self.draw_levels(B, H, W, generator, offsets_B, uniforms_B)
-            timesteps_B = levels_B * (highest - lowest) + lowest
+            timesteps_B = self.draw_levels(draws) * (highest - lowest) + lowest
         # A drawn level of 1 would be `highest` itself, which is outside of the range.
         return timesteps_B.floor().clamp(max=highest - 1) if self.has_whole_timesteps else timesteps_B
 
-    def draw_inside(
-        self,
-        lowest: int,
-        highest: int,
-        shape: tuple[int, int, int],
-        generator: torch.Generator,
-        offsets_B: Tensor | None,
-        uniforms_B: Tensor | None,
-    ) -> Tensor:
+    def draw_inside(self, lowest: int, highest: int, draws: LevelDraws) -> Tensor:
         """Draw timesteps of the whole distribution until each lies in the range."""
-        timesteps_B = NUM_TIMESTEPS * self.draw_levels(*shape, generator, offsets_B, uniforms_B)
+        timesteps_B = NUM_TIMESTEPS * self.draw_levels(draws)
         for _ in range(MOST_REDRAWS):
             is_inside_B = (timesteps_B >= lowest) & (timesteps_B <= highest)
             if is_inside_B.all():
                 return timesteps_B
-            redrawn_B = NUM_TIMESTEPS * self.draw_levels(*shape, generator, offsets_B)
+            redrawn_B = NUM_TIMESTEPS * self.draw_levels(replace(draws, uniforms_B=None))
             timesteps_B = torch.where(is_inside_B, timesteps_B, redrawn_B)
         raise about("--preserve_distribution_shape")(
             f": in {MOST_REDRAWS} draws no noise level lay between --min_timestep {lowest} and --max_timestep "
@@ -243,6 +227,18 @@ def build_sampled_flow(
         num_strata=sampling.num_timestep_buckets or 1,
         keeps_shape=sampling.preserve_distribution_shape,
     )
+
+
+class PredictedFlowOptions(SampledFlowOptions, Protocol):
+    """The options of a model whose interpretation is an option too."""
+
+    @property
+    def flow_prediction(self) -> FlowPredictionOptions: ...
+
+
+def build_predicted_flow(options: PredictedFlowOptions, **settings: Any) -> FlowMatching:
+    """Build the objective by `build_sampled_flow`, with the prediction type that the options name."""
+    return build_sampled_flow(options, options.flow_prediction.model_prediction_type, **settings)
 
 
 def find_unused_settings(

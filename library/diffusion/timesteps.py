@@ -6,7 +6,8 @@ generator; shares are float32.
 """
 
 import math
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,26 +16,6 @@ from library.base.errors import about
 from library.base.randomness import generator_for, random_for
 from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
 from library.options.training.noise import NoiseOptions
-
-
-class LevelSampler(Protocol):
-    """A function that draws shares of noise, shape B.
-
-    Offsets, if supported, add to each sample's normal value. `uniforms_B`, in 0..1, replaces the draws that a level is
-    computed from; a normal value is then their quantile.
-    """
-
-    def __call__(
-        self,
-        num_samples: int,
-        latent_height: int,
-        latent_width: int,
-        generator: torch.Generator,
-        offsets_B: Tensor | None = None,
-        uniforms_B: Tensor | None = None,
-        /,
-    ) -> Tensor: ...
-
 
 NUM_TIMESTEPS = 1000  # discrete noise levels of the DDPM models, and the scale of flow timesteps
 PATCH = 2  # side, in latents, of the patch that most transformers read as one token
@@ -80,21 +61,39 @@ def stratify(num_strata: int, seed: int, first: int, num_samples: int) -> Tensor
     return torch.tensor([value(draw) for draw in range(first, first + num_samples)])
 
 
-def draw_uniform(num_samples: int, generator: torch.Generator, uniforms_B: Tensor | None) -> Tensor:
-    """Draw uniform values in 0..1, unless they are given."""
-    return torch.rand(num_samples, generator=generator) if uniforms_B is None else uniforms_B
+@dataclass(frozen=True)
+class LevelDraws:
+    """The random values from which the noise levels of samples of one latent size are computed.
+
+    Offsets, if levels are computed from normal values, add to these. `uniforms_B`, in 0..1, replaces the draws that a
+    level is computed from; a normal value is then their quantile.
+    """
+
+    num_samples: int
+    latent_height: int
+    latent_width: int
+    generator: torch.Generator
+    offsets_B: Tensor | None = None
+    uniforms_B: Tensor | None = None
+
+    def uniform(self) -> Tensor:
+        """Draw uniform values in 0..1, unless they are given."""
+        given_B = self.uniforms_B
+        return torch.rand(self.num_samples, generator=self.generator) if given_B is None else given_B
+
+    def normal(self, direction: int = 1) -> Tensor:
+        """Draw standard normal values, or take the quantiles of given uniform ones, and add each sample's offset, or
+        subtract it if `direction` is -1."""
+        if self.uniforms_B is None:
+            z_B = torch.randn(self.num_samples, generator=self.generator)
+        else:
+            # 0 and 1, to which float32 rounds, have no finite quantile.
+            z_B = torch.special.ndtri(self.uniforms_B.clamp(SMALLEST_DRAW, 1 - SMALLEST_DRAW))
+        return z_B if self.offsets_B is None else z_B + direction * self.offsets_B
 
 
-def draw_moved_normal(
-    num_samples: int, generator: torch.Generator, offsets_B: Tensor | None, uniforms_B: Tensor | None = None
-) -> Tensor:
-    """Draw standard normal values, or take the quantiles of given uniform ones, and add each sample's offset."""
-    if uniforms_B is None:
-        z_B = torch.randn(num_samples, generator=generator)
-    else:
-        # 0 and 1, to which float32 rounds, have no finite quantile.
-        z_B = torch.special.ndtri(uniforms_B.clamp(SMALLEST_DRAW, 1 - SMALLEST_DRAW))
-    return z_B if offsets_B is None else z_B + offsets_B
+LevelSampler = Callable[[LevelDraws], Tensor]
+"""Draws shares of noise, shape B."""
 
 
 def takes_offset(weighting: FlowWeightingOptions, sampling: FlowSamplingOptions | None = None) -> bool:
@@ -105,22 +104,15 @@ def takes_offset(weighting: FlowWeightingOptions, sampling: FlowSamplingOptions 
     return weighting.weighting_scheme == "logit_normal"
 
 
-def draw_scheme(
-    options: FlowWeightingOptions,
-    num_samples: int,
-    generator: torch.Generator,
-    offsets_B: Tensor | None = None,
-    uniforms_B: Tensor | None = None,
-) -> Tensor:
+def draw_scheme(options: FlowWeightingOptions, draws: LevelDraws, direction: int = 1) -> Tensor:
     """Draw values in 0..1 from the density of the weighting scheme; uniform for schemes that only weight the loss.
 
-    logit_normal is the sigmoid of a normal value, to which offsets are added. mode is 1 - u - c (cos(pi u / 2)^2 - 1 +
-    u) with scale c (Esser et al. 2024, section 3.1).
+    logit_normal is the sigmoid of a normal value, which offsets move in `direction`. mode is
+    1 - u - c (cos(pi u / 2)^2 - 1 + u) with scale c (Esser et al. 2024, section 3.1).
     """
     if options.weighting_scheme == "logit_normal":
-        z_B = draw_moved_normal(num_samples, generator, offsets_B, uniforms_B)
-        return torch.sigmoid(options.logit_mean + options.logit_std * z_B)
-    u_B = draw_uniform(num_samples, generator, uniforms_B)
+        return torch.sigmoid(options.logit_mean + options.logit_std * draws.normal(direction))
+    u_B = draws.uniform()
     if options.weighting_scheme == "mode":
         c = options.mode_scale
         # Rounding, and large scales, lead outside of 0..1.
@@ -141,32 +133,13 @@ def scheme_weights(scheme: str, sigmas_B: Tensor) -> Tensor:
 
 def build_shifted_scheme(options: FlowWeightingOptions, shift: float) -> LevelSampler:
     """Build SD3's level sampler: draws from the weighting scheme, shifted."""
-
-    def draw(
-        num_samples: int,
-        _height: int,
-        _width: int,
-        generator: torch.Generator,
-        offsets_B: Tensor | None = None,
-        uniforms_B: Tensor | None = None,
-    ) -> Tensor:
-        return shift_sigmas(draw_scheme(options, num_samples, generator, offsets_B, uniforms_B), shift)
-
-    return draw
+    return lambda draws: shift_sigmas(draw_scheme(options, draws), shift)
 
 
-def draw_logsnr(
-    mean: float,
-    deviation: float,
-    num_samples: int,
-    generator: torch.Generator,
-    offsets_B: Tensor | None = None,
-    uniforms_B: Tensor | None = None,
-) -> Tensor:
+def draw_logsnr(mean: float, deviation: float, draws: LevelDraws) -> Tensor:
     """Draw levels with a normally distributed log-SNR, 2 log((1 - sigma) / sigma) (Choi et al. 2024,
     arXiv:2411.14793). Positive offsets move a level toward noise."""
-    away_B = None if offsets_B is None else -offsets_B
-    return torch.sigmoid(-(mean + deviation * draw_moved_normal(num_samples, generator, away_B, uniforms_B)) / 2)
+    return torch.sigmoid(-(mean + deviation * draws.normal(-1)) / 2)
 
 
 def build_level_sampler(
@@ -186,39 +159,31 @@ def build_level_sampler(
     style = weighting.logit_mean, weighting.logit_std
     ends = next((ends for name, ends in ENDS.items() if name in kind), FLUX_SHIFT_ENDS)
 
-    def draw(
-        num_samples: int,
-        latent_height: int,
-        latent_width: int,
-        generator: torch.Generator,
-        offsets_B: Tensor | None = None,
-        uniforms_B: Tensor | None = None,
-    ) -> Tensor:
+    def draw(draws: LevelDraws) -> Tensor:
         if kind == "sigma":
-            # The table descends, so a draw near 1 means little noise.
-            away_B = None if offsets_B is None else -offsets_B
-            u_B = draw_scheme(weighting, num_samples, generator, away_B, uniforms_B)
+            u_B = draw_scheme(weighting, draws, -1)  # the table descends, so a draw near 1 means little noise
             # A draw of exactly 1 has no entry.
             indices_B = (u_B * NUM_TIMESTEPS).long().clamp(max=NUM_TIMESTEPS - 1)
             return shift_sigmas((NUM_TIMESTEPS - indices_B) / NUM_TIMESTEPS, shift)
         if kind == "logsnr":
-            return draw_logsnr(*style, num_samples, generator, offsets_B, uniforms_B)
+            return draw_logsnr(*style, draws)
         if kind in ("uniform", "nextdit_shift"):
-            q_B = draw_uniform(num_samples, generator, uniforms_B)
+            q_B = draws.uniform()
         else:
-            q_B = torch.sigmoid(k * draw_moved_normal(num_samples, generator, offsets_B, uniforms_B))
+            q_B = torch.sigmoid(k * draws.normal())
         if kind in ("uniform", "sigmoid"):
             return q_B
         if kind == "shift":
             return shift_sigmas(q_B, shift)
         if kind == "nextdit_shift":
             q_B = q_B.clamp(min=SMALLEST_DRAW)
-        q_B = shift_sigmas(q_B, resolution_shift(latent_height, latent_width, ends, patch))
+        q_B = shift_sigmas(q_B, resolution_shift(draws.latent_height, draws.latent_width, ends, patch))
         if kind not in HYBRID_SHARES:
             return q_B
         first, second = HYBRID_SHARES[kind]
-        u_B = torch.rand(num_samples, generator=generator)
-        style_B, detail_B = (draw_logsnr(*logsnr, num_samples, generator) for logsnr in (style, DETAIL_LOGSNR))
+        fresh = replace(draws, offsets_B=None, uniforms_B=None)
+        u_B = fresh.uniform()
+        style_B, detail_B = (draw_logsnr(*logsnr, fresh) for logsnr in (style, DETAIL_LOGSNR))
         return torch.where(u_B < first, q_B, torch.where(u_B < second, style_B, detail_B))
 
     return draw

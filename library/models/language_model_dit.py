@@ -18,12 +18,13 @@ from library.models.qwen3 import FOLDER
 from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
 from library.models.tokenizer_files import check_marks
 from library.models.transformer_file import TransformerFile
-from library.options.dit import PartOptions
-from library.protocols import TextCacheSpec, TextPipeline
+from library.options.base import Options
+from library.options.dit import DitTrainOptions, PartOptions
+from library.protocols import Architecture, TextCacheSpec, TextPipeline
 
 VAE_FLAG = "--vae"
 PADDING: Mapping[str, float] = {"hidden_state": 0.0, "attention_mask": 0.0}  # of the features of captions
-OptionsT = TypeVar("OptionsT", bound="LanguageModelOptions")
+OptionsT = TypeVar("OptionsT", bound=DitTrainOptions)
 
 
 class LanguageModelOptions(DitLoaderOptions, Protocol):
@@ -31,6 +32,11 @@ class LanguageModelOptions(DitLoaderOptions, Protocol):
 
     @property
     def parts(self) -> PartOptions: ...
+
+
+Build = Callable[[OptionsT], Architecture]
+Assemble = Callable[[OptionsT, DitLoader, bool], Architecture]
+"""Assembles a base model of the options and the opened files, which are trained if the last value is True."""
 
 
 class TokenizedText(TextPipeline, Protocol):
@@ -117,28 +123,50 @@ def open_parts(
     return add_vision(loader, lambda: open_vision(opened()[1]), load_vision)
 
 
-def open_for_caching(
-    files: DitFiles, open_loader: Callable[[OptionsT], DitLoader], options: OptionsT, flag: str
-) -> DitLoader:
-    """Open the models for a caching command: the whole base model if it is given, else only the part of `flag`.
-
-    Raises UserError like `open_loader`, or if neither is given.
-    """
-    if options.model.pretrained_model_name_or_path:
-        return open_loader(options)
-    return open_parts(files, options, *open_without_base(flag, part_of(options, flag)))
-
-
 def part_of(options: LanguageModelOptions, flag: str) -> str | None:
     """Return the name that the flag of the VAE or of the encoder gives."""
     return options.model.vae if flag == VAE_FLAG else options.parts.text_encoder
 
 
-def open_vae_alone(
-    files: DitFiles, open_loader: Callable[[OptionsT], DitLoader], options: OptionsT
-) -> Callable[[], nn.Module]:
-    """Open the VAE for caching latents, which needs nothing else. Raises UserError like `open_for_caching`."""
-    return open_for_caching(files, open_loader, options, VAE_FLAG).vae
+def ways_to_build(
+    files: DitFiles, recipe: Recipe, open_loader: Callable[[OptionsT], DitLoader], assemble: Assemble[OptionsT]
+) -> tuple[Build[OptionsT], Build[OptionsT], Callable[[OptionsT], Callable[[], nn.Module]]]:
+    """Return `build`, `build_for_caching` and `open_vae` of a base model.
+
+    The first assembles it for training, the second for caching captions, and the third opens the VAE for caching
+    latents; nothing is loaded yet. Without a base model, which caching does not need, the part that encodes is opened
+    alone. Raises UserError naming the flag for a file or a setting that does not fit.
+    """
+
+    def open_to_cache(flag: str, options: OptionsT) -> DitLoader:
+        if options.model.pretrained_model_name_or_path:
+            return open_loader(options)
+        return open_parts(files, options, *open_without_base(flag, part_of(options, flag)))
+
+    def build(options: OptionsT) -> Architecture:
+        recipe.check(options)
+        return assemble(options, open_loader(options), True)
+
+    def build_for_caching(options: OptionsT) -> Architecture:
+        recipe.check(options)
+        return assemble(options, open_to_cache(FLAG, options), False)
+
+    build.__module__ = assemble.__module__  # by which the package of a base model is found
+    return build, build_for_caching, lambda options: open_to_cache(VAE_FLAG, options).vae
+
+
+def shared_parts(
+    files: DitFiles, recipe: Recipe, options: Options, loader: DitLoader, **metadata: str
+) -> dict[str, Any]:
+    """Return the parts of an `Architecture` that follow from its files; `metadata` as for `Recipe.describe`."""
+    return {
+        "name": files.transformer.base,
+        "load": loader,
+        "view": files.transformer.view,
+        "metadata": recipe.describe(options, **metadata),
+        "specs": files.list_specs(),
+        "ignores": recipe.ignores,
+    }
 
 
 def is_in_8_bits(files: DitFiles, options: LanguageModelOptions) -> bool:

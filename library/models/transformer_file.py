@@ -1,7 +1,7 @@
-"""A base model's transformer in files, for training it, merging adapters into it and extracting them; and the spec of a
-base model with such a transformer."""
+"""A base model's transformer in files, for training it, merging adapters into it and extracting them; and the
+fields of the spec of a base model with such a transformer."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,14 @@ from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.base_model import BaseModel, open_single_file
-from library.checkpoints.base_model_spec import BaseModelSpec, Program, Reader, Sign
+from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.weights import Weights, configure, find_prefix, select_weights, with_prefix
 from library.models.adapter_views import view_denoiser
 from library.models.identify import DENOISER_PREFIXES, open_denoiser
 from library.models.loading import build_on_meta_device
 from library.models.recipe import Recipe
 from library.models.shapes import Shapes
-from library.options.train import TrainOptions
-from library.protocols import AdapterView, LatentSpec
+from library.protocols import AdapterView
 from networks.core.targets.targets import AdapterTargets
 
 
@@ -93,49 +92,19 @@ class TransformerFile:
         return weights, prefix
 
 
-def transformer_spec(
-    file: TransformerFile,
-    targets: AdapterTargets,
-    recipe: Recipe,
-    *,
-    options: type[TrainOptions],
-    build: Callable[[Any], Any],
-    objective: Callable[[Any], Any],
-    latents: LatentSpec,
-    checkpoint: tuple[Sign, ...],
-    adapter: tuple[Sign, ...],
-    version: str,
-    architecture: str,
-    pipelines: tuple[str, ...],
-    readers: Mapping[Program, Reader],
-    called: str = "",
-    script: str = "",
-    script_flag: str = "",
-    variants: Mapping[str, str] | None = None,
-) -> BaseModelSpec:
-    """Return the spec of a flow model whose transformer is `file`; the keywords are fields of `BaseModelSpec`."""
+def transformer_fields(file: TransformerFile, targets: AdapterTargets, recipe: Recipe, **own: str) -> dict[str, Any]:
+    """Return the fields of `BaseModelSpec` that follow from a flow model's transformer; `own` replaces names."""
     assert targets.names is not None
-    return BaseModelSpec(
-        name=file.base,
-        title=file.title,
-        called=called or f"a {file.title}",
-        script=script or f"{file.base}_train_network.py",
-        script_flag=script_flag,
-        options=options,
-        build=build,
-        objective=objective,
-        latents=latents,
-        checkpoint=checkpoint,
-        adapter=adapter,
-        version=version,
-        architecture=architecture,
-        pipelines=pipelines,
-        readers=readers,
-        names=targets.names,
-        network_arguments=targets.arguments,
-        open_for_merging=file.open,
-        view_for_networks=file.view_for_networks,
-        adapter_metadata=recipe.of_checkpoint,
-        ignores=recipe.ignores,
-        variants=variants or {},
-    )
+    return {
+        "name": file.base,
+        "title": file.title,
+        "called": f"a {file.title}",
+        "script": f"{file.base}_train_network.py",
+        "names": targets.names,
+        "network_arguments": targets.arguments,
+        "open_for_merging": file.open,
+        "view_for_networks": file.view_for_networks,
+        "adapter_metadata": recipe.of_checkpoint,
+        "ignores": recipe.ignores,
+        **own,
+    }

@@ -78,6 +78,8 @@ def check_command(command: str) -> None:
             check_launch(arguments)
         case ["python3" | "python", "-m", "pip", *_]:
             return  # always installed; find_spec would make setuptools drop its distutils
+        case ["python3" | "python", "-m", "benchmarks" | "benchmarks.toys" as package, name, *arguments]:
+            parse(importlib.import_module(f"{package}.{name}").setup_parser(), arguments)
         case ["python3" | "python", "-m", module, *_]:
             assert importlib.util.find_spec(module) is not None, f"the requirements bring no module {module}"
         case ["python3", "tools/start.py", "train", *arguments] | ["python3" | "python", "train.py", *arguments]:
@@ -102,7 +104,7 @@ def check_command(command: str) -> None:
                 check_script(args.script or "train_network.py", ["--config_file", str(args.config), *training])
         case ["python3", "tools/cache_latents.py" | "tools/cache_text_encoder_outputs.py" as tool, family, *arguments]:
             check_script(f"src/musubi_tuner/{family.removeprefix('--')}_{Path(tool).name}", arguments)
-        case ["python3" | "python", script, *arguments] if script.startswith(("tools/", "benchmarks/")):
+        case ["python3" | "python", script, *arguments] if script.startswith("tools/"):
             check_tool(script, arguments)
         case ["python3" | "python", script, *arguments]:
             check_script(script, arguments)
@@ -179,7 +181,7 @@ print(json.dumps(texts))
 def options_of_tools() -> dict[str, frozenset[str]]:
     """Return the options in the help of every tool that pages name, collected in one subprocess."""
     words = {word for _, command in COMMANDS for word in shlex.split(command)}
-    tools = {word for word in words if re.match("(tools|benchmarks)/.*[.]py$", word)} - {"tools/start.py"}
+    tools = {word for word in words if re.match("tools/.*[.]py$", word)} - {"tools/start.py"}
     scripts = sorted(word for word in tools if (ROOT / word).exists())
     shown = subprocess.run([sys.executable, "-c", SHOW_HELP, *scripts], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
@@ -197,6 +199,14 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Nam
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_documented_command_is_valid(page: str, command: str) -> None:
     check_command(command)
+
+
+def test_the_commands_of_the_results_are_valid() -> None:
+    page = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    commands = [code for code in INLINE_CODE.findall(page) if code.startswith("python -m benchmarks")]
+    assert len(commands) > 20
+    for command in commands:
+        check_command(command)
 
 
 def test_the_batch_file_of_the_windows_page_is_valid() -> None:
@@ -221,6 +231,7 @@ def test_readme_shows_both_commands_and_a_real_training() -> None:
         "python3 tools/start.py quickfinish",
         "python3 tools/no_such_tool.py",
         "python3 -m no_such_module",
+        "python3 -m benchmarks gpu_step --no_such_option 1",
         "accelerate launch no_such_script.py",
         "accelerate launch train_network.py --no_such_option 1",
         "accelerate launch train_network.py --network_modul networks.lora",

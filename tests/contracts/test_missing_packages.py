@@ -26,7 +26,7 @@ from library.environment.requirements import (
 WITHOUT_PACKAGES = ("start.py", "front_end.py", "doctor.py", "plan_memory.py", "release.py")
 SCRIPTS = [
     path.relative_to(ROOT).as_posix()
-    for folder in (".", "src/musubi_tuner", "tools", "tools/quickstart", "benchmarks/toys", "networks", "finetune")
+    for folder in (".", "src/musubi_tuner", "tools", "tools/quickstart", "networks", "finetune")
     for path in sorted((ROOT / folder).glob("*.py"))
     if '__name__ == "__main__"' in path.read_text(encoding="utf-8") and path.name not in WITHOUT_PACKAGES
 ]
@@ -44,10 +44,12 @@ def describe_setup(python: Path = Path(sys.executable)) -> str:
 
 
 def start(script: str, *words: str, python: tuple[str, ...] = tuple(BARE)) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*python, str(ROOT / script), *words], capture_output=True, text=True, cwd="/")
+    place = ["-m", script] if script.startswith("benchmarks") else [str(ROOT / script)]
+    where = ROOT if script.startswith("benchmarks") else "/"
+    return subprocess.run([*python, *place, *words], capture_output=True, text=True, cwd=where)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, "benchmarks", "benchmarks.toys"])
 def test_every_script_says_in_one_line_what_to_install(script: str) -> None:
     needs_packages_for_help = script.startswith("tools/") and not re.search("cache_|queue|page", script)
     done = start(script, *(["--help"] if needs_packages_for_help else []))

@@ -6,6 +6,7 @@
 import importlib
 import io
 import json
+import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -49,7 +50,7 @@ COMMANDS = sorted(
     path.relative_to(ROOT).as_posix()
     for folder in FOLDERS
     for path in (ROOT / folder).glob("*.py")
-    if "__main__" in path.read_text(encoding="utf-8")
+    if not path.stem.startswith("_") and re.search(r"__main__|\nmain = command", path.read_text(encoding="utf-8"))
 )
 
 

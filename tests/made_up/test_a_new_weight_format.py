@@ -62,5 +62,5 @@ def test_base_format_accepts_it_and_the_planner_uses_it(project: Path, tiny_sd_f
 def test_help_and_documentation_list_it(project: Path) -> None:
     help_text = " ".join(run(project, "train_network.py", "--help").stdout.split())
     assert "--base_format {bf16,fp8,int6,int8,int8_rotated,nf4,nf4_double}" in help_text
-    table = run(project, str(Path("benchmarks", "format_errors.py")), "--side", "256").stdout
+    table = run(project, "-m", "benchmarks", "format_errors", "--side", "256").stdout
     assert re.search(r"(?m)^\| `int6` \| 0\.766 \| [1-9]\.\d\d % \|", table)

@@ -46,7 +46,7 @@ def test_captions_and_buckets_add_no_compilation(name: str, train: Callable[...,
 
 @pytest.mark.nightly
 def test_compiling_the_blocks_of_sdxl_leaves_few_generated_kernels() -> None:
-    words = [sys.executable, "benchmarks/compiled_blocks.py"]
+    words = [sys.executable, "-m", "benchmarks", "compiled_blocks"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("|")][2:]

@@ -27,11 +27,13 @@ Train = Callable[..., Finished]
 NOT_RUN = {  # start of a command -> where it is tested, or why it cannot run here
     "source .venv/bin/activate": "a matter of the shell",
     "python3 tools/start.py": "tests/runs/test_quickstart.py and tests/unit/tools/test_start.py",
-    "python3 -m": "programs of others",
-    "python3 benchmarks/gpu_": "needs a card; tests/runs/test_memory_modes.py runs it in small",
-    "python3 benchmarks/toys/check_adapter.py": "tests/runs/test_leco_toy.py and test_toy_preferences.py",
-    "python3 benchmarks/toys/check_edits.py": "tests/runs/test_toy_edits.py",
-    "python3 benchmarks/toys/evidence.py": "tests/unit/tools/test_toy_evidence.py",
+    "python3 -m pip": "a program of others",
+    "python3 -m pytest": "a program of others",
+    "python3 -m pre_commit": "a program of others",
+    "python3 -m benchmarks gpu_step": "needs a card; tests/runs/test_memory_modes.py runs it in small",
+    "python3 -m benchmarks.toys check_adapter": "tests/runs/test_leco_toy.py and test_toy_preferences.py",
+    "python3 -m benchmarks.toys check_edits": "tests/runs/test_toy_edits.py",
+    "python3 -m benchmarks.toys evidence": "tests/unit/tools/test_toy_evidence.py",
     "python3 tools/verify.py": "tests/runs/test_verify.py; with --fit auto it needs a GPU",
     "python3 tools/vote.py": "waits for a browser: tests/runs/test_vote.py",
     "python3 tools/front_end.py": "tests/runs/test_front_end.py",
@@ -191,6 +193,8 @@ def run_command(command: str, place: Path, train: Train) -> None:
     """Run one command; raise AssertionError with its output unless it exits with 0."""
     words = shlex.split(command)
     words = words[2:] if words[0] == "accelerate" else words[1:]
+    if words[0] == "-m":  # benchmarks, benchmarks.toys
+        words = ["/".join([*words[1].split("."), f"{words[2]}.py"]), *words[3:]]
     script, arguments = Path(words[0]), words[1:]
     if script.parts[0] in ("tools", "benchmarks"):
         arguments = [word.removeprefix("path/to/") for word in arguments]

@@ -190,7 +190,7 @@ def test_the_step_benchmark_takes_a_size_and_computes_in_float32() -> None:
 
 
 def measure_step(*words: str) -> dict[str, float]:
-    command = [sys.executable, "benchmarks/gpu_step.py", "--device", "cpu", "--tiny", "--child", *words]
+    command = [sys.executable, "-m", "benchmarks", "gpu_step", "--device", "cpu", "--tiny", "--child", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

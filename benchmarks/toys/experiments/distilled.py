@@ -28,7 +28,7 @@ def run(seed: int, folder: Path) -> dict[str, tuple[float, ...]]:
 
 def make_base(base: Path) -> Path:
     if not base.exists():
-        call("benchmarks/toys/make_distilled_toy.py", "--kind", "guidance", "--out", str(base))
+        call("-m", "benchmarks.toys", "make_distilled_toy", "--kind", "guidance", "--out", str(base))
     return base
 
 

@@ -21,15 +21,10 @@ def split_head(head_width: int) -> tuple[int, int, int]:
     return head_width - 2 * spatial, spatial, spatial
 
 
-def stretched_base(width: int) -> float:
-    """Return the rotary base that extends the range of `width` values by `STRETCH` (NTK-aware scaling)."""
-    return float(BASE * STRETCH ** (width / (width - 2)))
-
-
 def image_angles(tables: AxisTables, head_width: int, h: int, w: int, device: torch.device) -> Angles:
     """Return the angles of an image's patches in row order. The image is frame 0, whose values do not rotate."""
     frame_width, side_width, _ = split_head(head_width)
-    base = stretched_base(side_width)
+    base = float(BASE * STRETCH ** (side_width / (side_width - 2)))  # extends the range by STRETCH (NTK-aware scaling)
     rows, columns = tables(side_width, h, base, device), tables(side_width, w, base, device)
     cos_of_row, sin_of_row = (table.repeat_interleave(w, 0) for table in rows)
     cos_of_column, sin_of_column = (table.repeat(h, 1) for table in columns)

@@ -20,6 +20,7 @@ from library.diffusion.flow import FlowMatching
 from library.diffusion.objective import DDPM
 from library.diffusion.schedules import snr_of
 from library.diffusion.timesteps import (
+    LevelDraws,
     LevelSampler,
     build_level_sampler,
     resolve_timestep_range,
@@ -191,9 +192,7 @@ def build_objective(options: PipelineOptions, predict: PipelinePredict) -> Objec
     return DDPM(abar_T, snr_T, target == "velocity", *timesteps, options.noise, options.loss)
 
 
-def draw_like_pipeline(
-    predict: PipelinePredict, draw: LevelSampler, num_samples: int, height: int, width: int, *how: Any
-) -> Tensor:
-    """Draw noise levels with the pipeline's shift; `height` and `width` are those of the latents."""
+def draw_like_pipeline(predict: PipelinePredict, draw: LevelSampler, draws: LevelDraws) -> Tensor:
+    """Draw noise levels with the pipeline's shift."""
     downscale = predict.convention.downscale
-    return shift_sigmas(draw(num_samples, height, width, *how), predict.shift((height * downscale, width * downscale)))
+    return shift_sigmas(draw(draws), predict.shift((draws.latent_height * downscale, draws.latent_width * downscale)))

@@ -18,7 +18,7 @@ from library.architectures.flux.predict import predict, predict_chroma, preview_
 from library.architectures.flux.text import FluxText, T5Text
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import FlowMatching, build_sampled_flow
+from library.diffusion.flow import build_predicted_flow
 from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import ClipTokens
 from library.models.dit_loader import DitLoader
@@ -70,6 +70,7 @@ CHROMA_USUAL = {"guidance_scale": 0.0, "timestep_sampling": "sigmoid"}
 CODEC = map_latents("_flux.npz", max_references=1)  # Kontext, which has dev's layout, was trained with one reference
 CODEC_WITHOUT_REFERENCES = map_latents("_flux.npz")  # of schnell and Chroma
 LATENTS = CODEC.spec
+build_objective = build_predicted_flow
 
 
 def build(options: FluxOptions) -> Architecture:
@@ -151,10 +152,6 @@ def warn_of_unusual(options: FluxOptions) -> None:
         has_effect = options.concepts is None or not declarations[name].needs_images
         if has_effect and values[name] != usual:
             logger.warning("--%s is %s; Chroma was trained with --%s %s", name, values[name], name, usual)
-
-
-def build_objective(options: FluxOptions) -> FlowMatching:
-    return build_sampled_flow(options, options.flow_prediction.model_prediction_type)
 
 
 def build_text(options: FluxOptions, loader: DitLoader) -> FluxText:

@@ -67,11 +67,6 @@ PROCESSORS = {  # names in XLabs's trainer -> the layers whose outputs they chan
 }  # fmt: skip
 
 
-def flux_paths() -> Iterator[str]:
-    """Yield the path of every Linear layer of FLUX.1."""
-    yield from (path for path in KEYS.linear_paths(NUM_BLOCKS) if not path.startswith(APPROXIMATOR))
-
-
 def chroma_paths() -> Iterator[str]:
     """Yield the path of every Linear layer of Chroma, whose approximator replaces all modulation layers."""
     for path in KEYS.linear_paths({**NUM_BLOCKS, f"{APPROXIMATOR}layers": NUM_APPROXIMATOR_LAYERS}):
@@ -107,7 +102,7 @@ def chroma_t5_module(path: str) -> ModuleNames:
 NAMES = BaseNames(
     "flux",
     (
-        *map(denoiser_module, flux_paths()),
+        *(denoiser_module(path) for path in KEYS.linear_paths(NUM_BLOCKS) if not path.startswith(APPROXIMATOR)),
         *(clip_module(f"encoder.layers.{n}.{name}") for n in range(NUM_CLIP_LAYERS) for name in clip_names.CLIP_LINEAR),
         *(t5_module(f"encoder.block.{n}.{name}") for n in range(NUM_T5_BLOCKS) for name in T5_LINEAR),
     ),

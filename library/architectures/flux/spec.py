@@ -7,8 +7,19 @@ from library.architectures.flux.layers import CHROMA_TARGETS, NAMES, TARGETS
 from library.architectures.flux.merging import CHROMA_FILE, FILE
 from library.architectures.flux.options import FluxOptions
 from library.checkpoints.adapter_names import FileNaming
-from library.checkpoints.base_model_spec import ALL, DIFFUSERS, GENERIC, KOHYA, NONE, Certainty, Gap, Reader, Sign
-from library.models.transformer_file import transformer_spec
+from library.checkpoints.base_model_spec import (
+    ALL,
+    DIFFUSERS,
+    GENERIC,
+    KOHYA,
+    NONE,
+    BaseModelSpec,
+    Certainty,
+    Gap,
+    Reader,
+    Sign,
+)
+from library.models.transformer_file import transformer_fields
 
 WIDTH = 3072
 # What ComfyUI, Forge and diffusers read was found by giving their loading code files with every layer in each naming.
@@ -57,11 +68,8 @@ def explain_approximator(modules: Mapping[str, FileNaming | None]) -> str | None
 
 
 SPECS = (
-    transformer_spec(
-        FILE,
-        TARGETS,
-        RECIPE,
-        called="a FLUX",
+    BaseModelSpec(
+        **transformer_fields(FILE, TARGETS, RECIPE, called="a FLUX"),
         options=FluxOptions,
         build=build,
         latents=LATENTS,
@@ -83,11 +91,8 @@ SPECS = (
             "stable-diffusion.cpp": Reader(ALL, KOHYA | GENERIC, gaps=(LOST_INPUTS,)),
         },
     ),
-    transformer_spec(
-        CHROMA_FILE,
-        CHROMA_TARGETS,
-        CHROMA_RECIPE,
-        script="flux_train_network.py",
+    BaseModelSpec(
+        **transformer_fields(CHROMA_FILE, CHROMA_TARGETS, CHROMA_RECIPE, script="flux_train_network.py"),
         script_flag="--model_type chroma",
         options=FluxOptions,
         build=build,

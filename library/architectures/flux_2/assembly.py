@@ -16,12 +16,10 @@ from library.architectures.flux_2.options import Flux2Options
 from library.architectures.flux_2.predict import TRAINING_GUIDANCE, predict, preview_sampler
 from library.architectures.flux_2.releases import DEV, DISTILLED_KLEIN, Release, TextEncoder, modelspec_architecture
 from library.architectures.flux_2.text import NUM_TOKENS, build_chat_text
-from library.architectures.specs import list_specs
-from library.diffusion.flow import FlowMatching, build_sampled_flow
-from library.models.adapter_views import view_denoiser
+from library.diffusion.flow import build_predicted_flow
 from library.models.distilled import is_distilled
 from library.models.dit_loader import DitLoader
-from library.models.language_model_dit import VAE_FLAG, build_recipe, cache_text, load_tokenizer
+from library.models.language_model_dit import VAE_FLAG, build_recipe, cache_text, load_tokenizer, shared_parts
 from library.models.language_models import FLAG, ChatText
 from library.models.vae.flux_2 import pack_latents
 from library.protocols import Architecture, Preview, PromptDefaults
@@ -38,6 +36,7 @@ RECIPE = build_recipe(
 )
 CODEC = pack_latents("_flux_2.npz", max_references=10)  # the limit that the model's authors name
 LATENTS = CODEC.spec
+build_objective = partial(build_predicted_flow, patch=1)
 GUIDANCE = 4.0  # dev takes it as an input, klein base for classifier-free guidance
 
 
@@ -80,26 +79,18 @@ def assemble(
     options: Flux2Options, loader: DitLoader, encoder: TextEncoder, release: Release, distilled: bool
 ) -> Architecture:
     text = build_chat_text(encoder, load_tokenizer(encoder.model, options, loader))
-    cache = cache_text(files_with(encoder), options, loader, text, "_flux_2_te.npz")
+    files = files_with(encoder)
+    cache = cache_text(files, options, loader, text, "_flux_2_te.npz")
     return Architecture(
-        name="flux_2",
-        load=loader,
+        **shared_parts(files, RECIPE, options, loader, architecture=f"{modelspec_architecture(release)}/lora"),
         text=text,
         codec=CODEC,
         objective=build_objective(options),
         predict=partial(predict, guidance=options.guidance.guidance_loss or TRAINING_GUIDANCE),
-        view=view_denoiser,
         preview=build_preview(text, release, distilled),
-        metadata=RECIPE.describe(options, architecture=f"{modelspec_architecture(release)}/lora"),
-        specs=list_specs(),
-        ignores=RECIPE.ignores,
         # The denoiser attends to padding, so all captions have one length and no mask.
         text_cache=replace(cache, keys=("hidden_state",), padding={}, on_host=()),
     )
-
-
-def build_objective(options: Flux2Options) -> FlowMatching:
-    return build_sampled_flow(options, options.flow_prediction.model_prediction_type, patch=1)
 
 
 def build_preview(text: ChatText, release: Release, distilled: bool) -> Preview:

@@ -71,10 +71,6 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> Flux2Config:
     )
 
 
-def take_modulation(num_parts: int, first_row: int) -> GivenModulation:
-    return GivenModulation(first_row, 3 * num_parts)
-
-
 class Flux2(StreamTransformer):
     """The denoiser, which predicts the velocity noise - latent from noisy latents, noise levels and text."""
 
@@ -90,7 +86,9 @@ class Flux2(StreamTransformer):
         self.double_stream_modulation_img = Modulation(width, 2, bias=False)
         self.double_stream_modulation_txt = Modulation(width, 2, bias=False)
         self.single_stream_modulation = Modulation(width, 1, bias=False)
-        self.add_streams(config, take_modulation, LastModulation(width, bias=False))
+        self.add_streams(
+            config, lambda parts, first_row: GivenModulation(first_row, 3 * parts), LastModulation(width, bias=False)
+        )
 
     def forward(
         self,

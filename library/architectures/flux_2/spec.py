@@ -4,8 +4,8 @@ from library.architectures.flux_2.assembly import LATENTS, RECIPE, build, build_
 from library.architectures.flux_2.layers import TARGETS
 from library.architectures.flux_2.load import TRANSFORMER
 from library.architectures.flux_2.options import Flux2Options
-from library.checkpoints.base_model_spec import ALL, DIFFUSERS, KOHYA, NONE, Gap, Reader, Sign
-from library.models.transformer_file import transformer_spec
+from library.checkpoints.base_model_spec import ALL, DIFFUSERS, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
+from library.models.transformer_file import transformer_fields
 
 BLOCKS = (
     r"_(double|single)_blocks_\d+_"
@@ -28,10 +28,8 @@ NO_MODULATION = Gap(
 
 
 SPECS = (
-    transformer_spec(
-        TRANSFORMER,
-        TARGETS,
-        RECIPE,
+    BaseModelSpec(
+        **transformer_fields(TRANSFORMER, TARGETS, RECIPE),
         options=Flux2Options,
         build=build,
         objective=build_objective,

@@ -13,14 +13,12 @@ from library.architectures.flux_3.model import read_config
 from library.architectures.flux_3.options import SHIFT, Flux3Options
 from library.architectures.flux_3.predict import predict
 from library.architectures.flux_3.text import NUM_TOKENS, build_text
-from library.architectures.specs import list_specs
 from library.checkpoints.weights import configure
-from library.diffusion.flow import FlowMatching, build_sampled_flow
+from library.diffusion.flow import build_predicted_flow
 from library.diffusion.samplers import build_shifted_sampler
-from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
-from library.models.language_model_dit import build_recipe, cache_text, load_tokenizer, open_for_caching, open_vae_alone
-from library.models.language_models import FLAG, ChatText
+from library.models.language_model_dit import build_recipe, cache_text, load_tokenizer, shared_parts, ways_to_build
+from library.models.language_models import ChatText
 from library.models.vae.flux_2 import pack_latents
 from library.protocols import Architecture, Preview, PromptDefaults
 
@@ -37,17 +35,12 @@ RECIPE = build_recipe(
 )
 CODEC = pack_latents("_flux_3.npz", max_references=10)
 LATENTS = CODEC.spec
-open_vae = partial(open_vae_alone, FILES, open_loader)
+build_objective = partial(build_predicted_flow, patch=1)
 GUIDANCE = 3.5  # of the base model, as in ComfyUI's workflow; the model's page has 4
 
 
-def build(options: Flux3Options) -> Architecture:
-    """Assemble the model that the options name; nothing is loaded yet.
-
-    Raises UserError naming the flag for a file or a setting that does not fit FLUX.3 Image Klein.
-    """
-    RECIPE.check(options)
-    loader = open_loader(options)
+def recognise_distilled(options: Flux3Options, loader: DitLoader) -> bool:
+    """Return True for the distilled model, and warn if it is trained without a training adapter."""
     distilled = configure(loader.denoiser_weights, read_config).has_target
     if distilled and not options.network.has_training_adapter:
         logger.warning(
@@ -55,36 +48,25 @@ def build(options: Flux3Options) -> Architecture:
             "adapters work with the distilled one too, or add --training_adapter with a training adapter",
             loader.path,
         )
-    return assemble(options, loader, distilled)
+    return distilled
 
 
-def build_for_caching(options: Flux3Options) -> Architecture:
-    """Assemble the model for caching captions, which needs no denoiser. Raises UserError like `build`."""
-    RECIPE.check(options)
-    return assemble(options, open_for_caching(FILES, open_loader, options, FLAG), distilled=False)
-
-
-def assemble(options: Flux3Options, loader: DitLoader, distilled: bool) -> Architecture:
+def assemble(options: Flux3Options, loader: DitLoader, is_trained: bool) -> Architecture:
+    distilled = is_trained and recognise_distilled(options, loader)
     text, edits = build_text(load_tokenizer(FILES.encoder, options, loader)), options.parts.edit
     latents = replace(LATENTS, needs_references=edits, max_references=LATENTS.max_references if edits else 0)
     return Architecture(
-        name="flux_3",
-        load=loader,
+        **shared_parts(FILES, RECIPE, options, loader),
         text=text,
         codec=replace(CODEC, spec=latents),
         objective=build_objective(options),
         predict=predict,
-        view=view_denoiser,
         preview=build_preview(text, distilled),
-        metadata=RECIPE.describe(options),
-        specs=list_specs(),
-        ignores=RECIPE.ignores,
         text_cache=replace(cache_text(FILES, options, loader, text, "_flux_3_te.npz"), keeps_bits=True),
     )
 
 
-def build_objective(options: Flux3Options) -> FlowMatching:
-    return build_sampled_flow(options, options.flow_prediction.model_prediction_type, patch=1)
+build, build_for_caching, open_vae = ways_to_build(FILES, RECIPE, open_loader, assemble)
 
 
 def build_preview(text: ChatText, distilled: bool) -> Preview:

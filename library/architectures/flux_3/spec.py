@@ -4,8 +4,8 @@ from library.architectures.flux_3.assembly import LATENTS, RECIPE, build, build_
 from library.architectures.flux_3.layers import TARGETS
 from library.architectures.flux_3.load import FILES
 from library.architectures.flux_3.options import Flux3Options
-from library.checkpoints.base_model_spec import DIFFUSERS, GENERIC, NONE, Gap, Reader, Sign
-from library.models.transformer_file import transformer_spec
+from library.checkpoints.base_model_spec import DIFFUSERS, GENERIC, NONE, BaseModelSpec, Gap, Reader, Sign
+from library.models.transformer_file import transformer_fields
 
 NO_EMBEDDERS = Gap(
     GENERIC,
@@ -14,10 +14,8 @@ NO_EMBEDDERS = Gap(
 )
 
 SPECS = (
-    transformer_spec(
-        FILES.transformer,
-        TARGETS,
-        RECIPE,
+    BaseModelSpec(
+        **transformer_fields(FILES.transformer, TARGETS, RECIPE),
         options=Flux3Options,
         build=build,
         objective=build_objective,

@@ -4,6 +4,7 @@
 Start here to read this package.
 """
 
+from functools import partial
 from pathlib import Path
 
 from library.architectures.hunyuan_image.load import SPEC, open_loader
@@ -14,7 +15,7 @@ from library.architectures.hunyuan_image.text import HunyuanImageText
 from library.architectures.hunyuan_image.vae import SCALE
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import FlowMatching, build_sampled_flow
+from library.diffusion.flow import build_predicted_flow
 from library.diffusion.samplers import build_shifted_sampler
 from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
@@ -47,6 +48,8 @@ RECIPE = Recipe(
     needs={"transformers": ">=5", "diffusers": ">=0.36"},  # rope_parameters; AutoencoderKLHunyuanImage
 )  # fmt: skip
 LATENTS = SPEC
+# sd-scripts gives the model whole timesteps too; previews use the exact levels.
+build_objective = partial(build_predicted_flow, tells_whole_timesteps=True)
 
 
 def build(options: HunyuanImageOptions) -> Architecture:
@@ -71,11 +74,6 @@ def build(options: HunyuanImageOptions) -> Architecture:
         ignores={**RECIPE.ignores, **explain_ignored_attention(options.hunyuan_image.attn_mode)},
         text_cache=build_text_cache(options, loader, text),
     )
-
-
-def build_objective(options: HunyuanImageOptions) -> FlowMatching:
-    # sd-scripts gives the model whole timesteps too; previews use the exact levels.
-    return build_sampled_flow(options, options.flow_prediction.model_prediction_type, tells_whole_timesteps=True)
 
 
 def build_text(options: HunyuanImageOptions, loader: DitLoader) -> HunyuanImageText:

@@ -4,8 +4,8 @@ from library.architectures.hunyuan_image.assembly import LATENTS, RECIPE, build,
 from library.architectures.hunyuan_image.layers import TARGETS
 from library.architectures.hunyuan_image.load import TRANSFORMER
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
-from library.checkpoints.base_model_spec import GENERIC, KOHYA, NONE, Gap, Reader, Sign
-from library.models.transformer_file import transformer_spec
+from library.checkpoints.base_model_spec import GENERIC, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
+from library.models.transformer_file import transformer_fields
 
 WIDTH = 3584
 ORIGINAL_NAMES = Gap(
@@ -15,11 +15,8 @@ ORIGINAL_NAMES = Gap(
 )
 
 SPECS = (
-    transformer_spec(
-        TRANSFORMER,
-        TARGETS,
-        RECIPE,
-        called="a HunyuanImage",
+    BaseModelSpec(
+        **transformer_fields(TRANSFORMER, TARGETS, RECIPE, called="a HunyuanImage"),
         options=HunyuanImageOptions,
         build=build,
         objective=build_objective,

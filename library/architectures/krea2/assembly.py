@@ -12,13 +12,10 @@ from library.architectures.krea2.load import FILES, open_loader, open_turbo
 from library.architectures.krea2.options import Krea2Options
 from library.architectures.krea2.predict import predict, preview_sampler
 from library.architectures.krea2.text import LAYERS, NUM_TOKENS, Krea2Text
-from library.architectures.specs import list_specs
-from library.diffusion.flow import FlowMatching, build_sampled_flow
-from library.models.adapter_views import view_denoiser
+from library.diffusion.flow import build_predicted_flow
 from library.models.distilled import DistilledRelease, is_distilled
 from library.models.dit_loader import DitLoader
-from library.models.language_model_dit import build_recipe, cache_text, load_tokenizer, open_for_caching, open_vae_alone
-from library.models.language_models import FLAG
+from library.models.language_model_dit import build_recipe, cache_text, load_tokenizer, shared_parts, ways_to_build
 from library.models.vae.qwen_image import qwen_image_latents
 from library.protocols import Architecture, Preview, PromptDefaults
 
@@ -35,17 +32,12 @@ RECIPE = build_recipe(
 )
 CODEC = qwen_image_latents("_krea2.npz", max_references=10)  # the model has no limit of its own
 LATENTS = CODEC.spec
-open_vae = partial(open_vae_alone, FILES, open_loader)
+build_objective = build_predicted_flow
 GUIDANCE = 5.5  # of Raw: diffusers' pipeline has 4.5, to which it adds 1
 
 
-def build(options: Krea2Options) -> Architecture:
-    """Assemble the model that the options name; nothing is loaded yet.
-
-    Raises UserError naming the flag for a file or a setting that does not fit Krea 2.
-    """
-    RECIPE.check(options)
-    loader = open_loader(options)
+def recognise_turbo(options: Krea2Options, loader: DitLoader) -> bool:
+    """Return True for Krea 2 Turbo, and warn if it is trained without a training adapter."""
     variant = options.parts.dit_variant
     turbo = is_distilled(TURBO, None if variant is None else variant == "turbo", loader.path)
     if turbo and not options.network.has_training_adapter:
@@ -55,31 +47,19 @@ def build(options: Krea2Options) -> Architecture:
             "If it is Raw, set --dit_variant raw",
             loader.path,
         )
-    return assemble(options, loader, turbo, open_turbo(options, loader))
+    return turbo
 
 
-def build_for_caching(options: Krea2Options) -> Architecture:
-    """Assemble the model for caching captions, which needs no denoiser. Raises UserError like `build`."""
-    RECIPE.check(options)
-    return assemble(options, open_for_caching(FILES, open_loader, options, FLAG), turbo=False)
-
-
-def assemble(
-    options: Krea2Options, loader: DitLoader, turbo: bool, turbo_loader: DitLoader | None = None
-) -> Architecture:
+def assemble(options: Krea2Options, loader: DitLoader, is_trained: bool) -> Architecture:
+    turbo = is_trained and recognise_turbo(options, loader)
     text = Krea2Text(load_tokenizer(FILES.encoder, options, loader))
     return Architecture(
-        name="krea2",
-        load=loader,
+        **shared_parts(FILES, RECIPE, options, loader),
         text=text,
         codec=replace(CODEC, spec=replace(LATENTS, needs_references=options.parts.edit)),
         objective=build_objective(options),
         predict=predict,
-        view=view_denoiser,
-        preview=build_preview(text, turbo, turbo_loader),
-        metadata=RECIPE.describe(options),
-        specs=list_specs(),
-        ignores=RECIPE.ignores,
+        preview=build_preview(text, turbo, open_turbo(options, loader) if is_trained else None),
         text_cache=replace(
             cache_text(FILES, options, loader, text, "_krea2_te.npz"),
             bytes_of=lambda caption: feature_bytes(loader, text, caption),
@@ -88,8 +68,7 @@ def assemble(
     )
 
 
-def build_objective(options: Krea2Options) -> FlowMatching:
-    return build_sampled_flow(options, options.flow_prediction.model_prediction_type)
+build, build_for_caching, open_vae = ways_to_build(FILES, RECIPE, open_loader, assemble)
 
 
 def feature_bytes(loader: DitLoader, text: Krea2Text, caption: str) -> int:

@@ -8,8 +8,8 @@ from library.architectures.krea2.layers import TARGETS
 from library.architectures.krea2.load import FILES
 from library.architectures.krea2.options import Krea2Options
 from library.checkpoints.adapter_names import FileNaming
-from library.checkpoints.base_model_spec import ALL, DIFFUSERS, GENERIC, KOHYA, NONE, Gap, Reader, Sign
-from library.models.transformer_file import transformer_spec
+from library.checkpoints.base_model_spec import ALL, DIFFUSERS, GENERIC, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
+from library.models.transformer_file import transformer_fields
 
 OTHER_PATHS = r"(transformer_blocks|text_fusion|txt_in|time_embed|time_mod_proj|img_in|final_layer)_.*"  # diffusers'
 NO_OTHER_PATHS = Gap(
@@ -31,10 +31,8 @@ def explain_unread_names(modules: Mapping[str, FileNaming | None]) -> str | None
 WIDTH = 6144
 
 SPECS = (
-    transformer_spec(
-        FILES.transformer,
-        TARGETS,
-        RECIPE,
+    BaseModelSpec(
+        **transformer_fields(FILES.transformer, TARGETS, RECIPE),
         options=Krea2Options,
         build=build,
         objective=build_objective,

@@ -13,7 +13,7 @@ from library.architectures.lumina.text import LuminaText
 from library.architectures.specs import list_specs
 from library.base.errors import about
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import RECORDS, FlowMatching, build_sampled_flow
+from library.diffusion.flow import RECORDS, build_predicted_flow
 from library.diffusion.samplers import build_shifted_sampler
 from library.models.adapter_views import view_both
 from library.models.dit_loader import DitLoader
@@ -42,6 +42,8 @@ RECIPE = Recipe(
 )
 CODEC = map_latents("_lumina.npz")
 LATENTS = CODEC.spec
+# The model predicts toward the image, the opposite of most flow models.
+build_objective = partial(build_predicted_flow, target_kind="latent - noise")
 
 
 def build(options: LuminaOptions) -> Architecture:
@@ -66,11 +68,6 @@ def build(options: LuminaOptions) -> Architecture:
         ignores=RECIPE.ignores,
         text_cache=build_text_cache(options, loader, text),
     )
-
-
-def build_objective(options: LuminaOptions) -> FlowMatching:
-    # The model predicts toward the image, the opposite of most flow models.
-    return build_sampled_flow(options, options.flow_prediction.model_prediction_type, target_kind="latent - noise")
 
 
 def build_text(options: LuminaOptions, loader: DitLoader) -> LuminaText:

@@ -8,8 +8,8 @@ from library.architectures.lumina.layers import TARGETS
 from library.architectures.lumina.load import TRANSFORMER
 from library.architectures.lumina.options import LuminaOptions
 from library.checkpoints.adapter_names import FileNaming
-from library.checkpoints.base_model_spec import DIFFUSERS, GENERIC, KOHYA, NONE, Certainty, Reader, Sign
-from library.models.transformer_file import transformer_spec
+from library.checkpoints.base_model_spec import DIFFUSERS, GENERIC, KOHYA, NONE, BaseModelSpec, Certainty, Reader, Sign
+from library.models.transformer_file import transformer_fields
 
 BLOCK = frozenset(("attention_qkv", "attention_out", *(f"feed_forward_w{n}" for n in (1, 2, 3)), "adaLN_modulation_1"))
 
@@ -35,11 +35,8 @@ def explain_parts_of_blocks(modules: Mapping[str, FileNaming | None]) -> str | N
 
 
 SPECS = (
-    transformer_spec(
-        TRANSFORMER,
-        TARGETS,
-        RECIPE,
-        called="a Lumina",
+    BaseModelSpec(
+        **transformer_fields(TRANSFORMER, TARGETS, RECIPE, called="a Lumina"),
         options=LuminaOptions,
         build=build,
         objective=build_objective,

@@ -12,12 +12,9 @@ from library.architectures.moss_image.load import FILES, open_loader
 from library.architectures.moss_image.options import OWN_SAMPLING, MossImageOptions
 from library.architectures.moss_image.predict import SKIPPED, predict
 from library.architectures.moss_image.text import NUM_TOKENS, MossImageText
-from library.architectures.specs import list_specs
-from library.diffusion.flow import FlowMatching, build_sampled_flow
-from library.models.adapter_views import view_denoiser
+from library.diffusion.flow import FlowMatching, build_predicted_flow
 from library.models.dit_loader import DitLoader
-from library.models.language_model_dit import build_recipe, cache_text, load_tokenizer, open_for_caching, open_vae_alone
-from library.models.language_models import FLAG
+from library.models.language_model_dit import build_recipe, cache_text, load_tokenizer, shared_parts, ways_to_build
 from library.models.vae.flux_2 import pack_latents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
@@ -32,44 +29,26 @@ RECIPE = build_recipe(
 # The names of sd-scripts' caches are unknown, so these differ from the pattern of its others.
 CODEC = pack_latents("_moss_latents.npz", max_references=10)  # the model has no limit of its own
 LATENTS = CODEC.spec
-open_vae = partial(open_vae_alone, FILES, open_loader)
 
 
-def build(options: MossImageOptions) -> Architecture:
-    """Assemble the model that the options name; nothing is loaded yet.
-
-    Raises UserError naming the flag for a file or a setting that does not fit MOSS-Image.
-    """
-    RECIPE.check(options)
-    return assemble(options, open_loader(options))
-
-
-def build_for_caching(options: MossImageOptions) -> Architecture:
-    """Assemble the model for caching captions, which needs no denoiser. Raises UserError like `build`."""
-    RECIPE.check(options)
-    return assemble(options, open_for_caching(FILES, open_loader, options, FLAG))
-
-
-def assemble(options: MossImageOptions, loader: DitLoader) -> Architecture:
+def assemble(options: MossImageOptions, loader: DitLoader, is_trained: bool) -> Architecture:
     text = MossImageText(load_tokenizer(FILES.encoder, options, loader))
     return Architecture(
-        name="moss_image",
-        load=loader,
+        **shared_parts(FILES, RECIPE, options, loader),
         text=text,
         codec=CODEC,
         objective=build_objective(options),
         predict=predict,
-        view=view_denoiser,
         preview=build_preview(text),
-        metadata=RECIPE.describe(options),
-        specs=list_specs(),
-        ignores=RECIPE.ignores,
         text_cache=build_text_cache(options, loader, text),
     )
 
 
+build, build_for_caching, open_vae = ways_to_build(FILES, RECIPE, open_loader, assemble)
+
+
 def build_objective(options: MossImageOptions) -> FlowMatching:
-    objective = build_sampled_flow(options, options.flow_prediction.model_prediction_type, patch=1)
+    objective = build_predicted_flow(options, patch=1)
     if options.flow_sampling.timestep_sampling != OWN_SAMPLING:
         return objective
     return replace(objective, draw_levels=draw_levels, takes_offset=False)

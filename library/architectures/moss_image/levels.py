@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from library.diffusion.samplers import FlowSampler, Sampler
-from library.diffusion.timesteps import NUM_TIMESTEPS, SMALLEST_DRAW, draw_uniform, shift_sigmas
+from library.diffusion.timesteps import NUM_TIMESTEPS, SMALLEST_DRAW, LevelDraws, shift_sigmas
 from library.types import Prompt
 
 MEAN, DEVIATION = 1.09, 0.95  # of z, where x = sigmoid(MEAN + DEVIATION z)
@@ -18,16 +18,9 @@ UNIFORM_SHARE = 0.01  # of the levels, drawn uniformly instead
 LARGEST_QUANTILE = 0.5 * (1 + math.erf((math.log(LARGEST / (1 - LARGEST)) - MEAN) / DEVIATION / math.sqrt(2)))
 
 
-def draw_levels(
-    num_samples: int,
-    latent_height: int,
-    latent_width: int,
-    generator: torch.Generator,
-    offsets_B: Tensor | None = None,
-    uniforms_B: Tensor | None = None,
-) -> Tensor:
+def draw_levels(draws: LevelDraws) -> Tensor:
     """Draw noise levels as the model was trained, whole thousandths, float32, shape B. Offsets are not supported."""
-    u_B = draw_uniform(num_samples, generator, uniforms_B)
+    u_B = draws.uniform()
     rest_B = (u_B - UNIFORM_SHARE) / (1 - UNIFORM_SHARE)
     z_B = torch.special.ndtri((rest_B * LARGEST_QUANTILE).clamp(min=SMALLEST_DRAW))
     logit_normal_B = torch.sigmoid(MEAN + DEVIATION * z_B) / LARGEST

@@ -4,14 +4,12 @@ from library.architectures.moss_image.assembly import LATENTS, RECIPE, build, bu
 from library.architectures.moss_image.layers import TARGETS
 from library.architectures.moss_image.load import FILES
 from library.architectures.moss_image.options import MossImageOptions
-from library.checkpoints.base_model_spec import GENERIC, NONE, Reader, Sign
-from library.models.transformer_file import transformer_spec
+from library.checkpoints.base_model_spec import GENERIC, NONE, BaseModelSpec, Reader, Sign
+from library.models.transformer_file import transformer_fields
 
 SPECS = (
-    transformer_spec(
-        FILES.transformer,
-        TARGETS,
-        RECIPE,
+    BaseModelSpec(
+        **transformer_fields(FILES.transformer, TARGETS, RECIPE),
         options=MossImageOptions,
         build=build,
         objective=build_objective,

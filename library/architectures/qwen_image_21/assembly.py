@@ -12,9 +12,7 @@ from library.architectures.qwen_image_21.options import QwenImage21Options
 from library.architectures.qwen_image_21.predict import predict, preview_sampler
 from library.architectures.qwen_image_21.text import NO_PLACE, NUM_TOKENS, QwenImage21Text
 from library.architectures.qwen_image_21.vae import RgbaLatents
-from library.architectures.specs import list_specs
-from library.diffusion.flow import FlowMatching, build_sampled_flow
-from library.models.adapter_views import view_denoiser
+from library.diffusion.flow import build_predicted_flow
 from library.models.dit_loader import DitLoader
 from library.models.language_model_dit import (
     PADDING,
@@ -22,10 +20,9 @@ from library.models.language_model_dit import (
     build_recipe,
     cache_text,
     load_tokenizer,
-    open_for_caching,
-    open_vae_alone,
+    shared_parts,
+    ways_to_build,
 )
-from library.models.language_models import FLAG
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
 RECIPE = build_recipe(
@@ -38,44 +35,23 @@ RECIPE = build_recipe(
 )
 CODEC = RgbaLatents()
 LATENTS = CODEC.spec
-open_vae = partial(open_vae_alone, FILES, open_loader)
+build_objective = partial(build_predicted_flow, patch=1)
 
 
-def build(options: QwenImage21Options) -> Architecture:
-    """Assemble the model that the options name; nothing is loaded yet.
-
-    Raises UserError naming the flag for a file or a setting that does not fit Qwen-Image 2.1.
-    """
-    RECIPE.check(options)
-    return assemble(options, open_loader(options))
-
-
-def build_for_caching(options: QwenImage21Options) -> Architecture:
-    """Assemble the model for caching captions, which needs no denoiser. Raises UserError like `build`."""
-    RECIPE.check(options)
-    return assemble(options, open_for_caching(FILES, open_loader, options, FLAG))
-
-
-def assemble(options: QwenImage21Options, loader: DitLoader) -> Architecture:
+def assemble(options: QwenImage21Options, loader: DitLoader, is_trained: bool) -> Architecture:
     text = QwenImage21Text(load_tokenizer(FILES.encoder, options, loader), LATENTS.bucket_step)
     return Architecture(
-        name="qwen_image_21",
-        load=loader,
+        **shared_parts(FILES, RECIPE, options, loader),
         text=text,
         codec=CODEC,
         objective=build_objective(options),
         predict=predict,
-        view=view_denoiser,
         preview=build_preview(text),
-        metadata=RECIPE.describe(options),
-        specs=list_specs(),
-        ignores=RECIPE.ignores,
         text_cache=build_text_cache(options, loader, text),
     )
 
 
-def build_objective(options: QwenImage21Options) -> FlowMatching:
-    return build_sampled_flow(options, options.flow_prediction.model_prediction_type, patch=1)
+build, build_for_caching, open_vae = ways_to_build(FILES, RECIPE, open_loader, assemble)
 
 
 def build_text_cache(options: QwenImage21Options, loader: DitLoader, text: TokenizedText) -> TextCacheSpec:

@@ -8,8 +8,8 @@ from library.architectures.qwen_image_21.layers import TARGETS
 from library.architectures.qwen_image_21.load import FILES
 from library.architectures.qwen_image_21.options import QwenImage21Options
 from library.checkpoints.adapter_names import FileNaming
-from library.checkpoints.base_model_spec import ALL, DIFFUSERS, GENERIC, KOHYA, NONE, Gap, Reader, Sign
-from library.models.transformer_file import transformer_spec
+from library.checkpoints.base_model_spec import ALL, DIFFUSERS, GENERIC, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
+from library.models.transformer_file import transformer_fields
 
 WIDTH = 4096
 
@@ -32,10 +32,8 @@ def explain_outer_names(modules: Mapping[str, FileNaming | None]) -> str | None:
 
 
 SPECS = (
-    transformer_spec(
-        FILES.transformer,
-        TARGETS,
-        RECIPE,
+    BaseModelSpec(
+        **transformer_fields(FILES.transformer, TARGETS, RECIPE),
         options=QwenImage21Options,
         build=build,
         objective=build_objective,

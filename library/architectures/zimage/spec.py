@@ -4,8 +4,8 @@ from library.architectures.zimage.assembly import LATENTS, RECIPE, build, build_
 from library.architectures.zimage.layers import TARGETS
 from library.architectures.zimage.load import FILES
 from library.architectures.zimage.options import ZImageOptions
-from library.checkpoints.base_model_spec import ALL, GENERIC, KOHYA, NONE, Gap, Reader, Sign
-from library.models.transformer_file import transformer_spec
+from library.checkpoints.base_model_spec import ALL, GENERIC, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
+from library.models.transformer_file import transformer_fields
 
 WIDTH = 3840
 
@@ -25,10 +25,8 @@ OUTER_NAMES = Gap(
 )
 
 SPECS = (
-    transformer_spec(
-        FILES.transformer,
-        TARGETS,
-        RECIPE,
+    BaseModelSpec(
+        **transformer_fields(FILES.transformer, TARGETS, RECIPE),
         options=ZImageOptions,
         build=build,
         objective=build_objective,

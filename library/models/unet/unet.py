@@ -60,7 +60,7 @@ def unet_config(shapes: Shapes, head_width: int | None = None) -> dict[str, Any]
     attention = next((stem for stem, has in zip(stems, has_attention, strict=True) if has), "mid_block.attentions.0")
     # Levels without attention get the middle's depth: diffusers builds the middle like the coarsest level.
     depths = tuple(
-        num_transformers(shapes, stem if has else "mid_block.attentions.0")
+        count(shapes, rf"{re.escape(stem if has else 'mid_block.attentions.0')}\.transformer_blocks\.(\d+)\.")
         for stem, has in zip(stems, has_attention, strict=True)
     )
     heads = [choose_num_heads(width, width // head_width if head_width else NUM_HEADS) for width in channels]
@@ -93,11 +93,6 @@ def size_embedding_config(shapes: Shapes, pooled_width: int) -> dict[str, Any]:
         "addition_time_embed_dim": (width - pooled_width) // NUM_SIZES,
         "projection_class_embeddings_input_dim": width,
     }
-
-
-def num_transformers(shapes: Shapes, stem: str) -> int:
-    """Count the transformer blocks in the attention at `stem`."""
-    return count(shapes, rf"{re.escape(stem)}\.transformer_blocks\.(\d+)\.")
 
 
 empty_unet = partial(empty_diffusers_model, "UNet2DConditionModel")

@@ -13,7 +13,7 @@ from library.base.launcher import launched_rank
 from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import check_target, marked
 from library.diffusion.flow import FlowMatching
-from library.diffusion.timesteps import NUM_TIMESTEPS, scheme_weights
+from library.diffusion.timesteps import NUM_TIMESTEPS, LevelDraws, scheme_weights
 from library.options.base import Options
 from library.options.output.saving import SavingOptions
 from library.options.training.flow import TimestepPreviewOptions
@@ -98,7 +98,7 @@ def draw_levels(
     """Count the objective's draws for images of one size."""
     generator = torch.Generator().manual_seed(seed)
     offsets_B = torch.full((NUM_DRAWS,), offset)
-    timesteps_B = objective.draw_timesteps(NUM_DRAWS, latent_height, latent_width, generator, offsets_B)
+    timesteps_B = objective.draw_timesteps(LevelDraws(NUM_DRAWS, latent_height, latent_width, generator, offsets_B))
     # Pure noise, timestep 1000, belongs to the last bin.
     bins_B = (timesteps_B / BIN_SIZE).long().clamp(max=NUM_BINS - 1)
     bin_centres: Tensor = (torch.arange(NUM_BINS) + 0.5) / NUM_BINS

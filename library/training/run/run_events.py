@@ -130,6 +130,7 @@ def format_error(error: BaseException) -> str:
 
 def build_plan_event(run: Run, counts: ImageCounts, first_step: int, resumed_from: str | None) -> TrainingPlan:
     options, plan, context = run.options, run.plan, run.context
+    device = context.device
     images: Mapping[str, int] = {"train": counts.train, "validation": counts.validation, "reg": counts.reg}
     return TrainingPlan(
         base_model=context.arch.name,
@@ -145,7 +146,7 @@ def build_plan_event(run: Run, counts: ImageCounts, first_step: int, resumed_fro
         accumulation=plan.accumulation,
         pictures=images,
         num_processes=run.processes.count,
-        device=describe_device(context.device),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         peak_flops=run.times.peak,
         planned=run.events.planned,
     )
@@ -157,8 +158,3 @@ def describe_end(error: BaseException, options: Options) -> tuple[str, ErrorFiel
     cause = error.__cause__ if isinstance(error, StoppedByError) and error.__cause__ is not None else error
     paths = [name for name, declared in type(options).declarations().items() if declared.path]
     return hide(format_error(error), values), describe_error(cause, values, paths)
-
-
-def describe_device(device: torch.device) -> str:
-    """Return the GPU's name, else the kind of device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

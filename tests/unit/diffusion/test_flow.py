@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from library.diffusion.flow import FlowMatching, Target, build_sampled_flow
-from library.diffusion.timesteps import build_shifted_scheme
+from library.diffusion.timesteps import LevelDraws, build_shifted_scheme
 from library.options.train import TrainOptions
 from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
 from library.options.training.loss import LossOptions
@@ -267,7 +267,7 @@ def test_a_kept_shape_is_the_distribution_cut_off_at_the_range() -> None:
     samplings = {keeps: FlowSamplingOptions("sigmoid", preserve_distribution_shape=keeps) for keeps in (False, True)}
     kept, scaled, whole = (
         build_sampled_flow(SimpleNamespace(**vars(settings), noise=options, flow_sampling=samplings[keeps]))
-        .draw_timesteps(50_000, H, W, torch.Generator().manual_seed(4))
+        .draw_timesteps(LevelDraws(50_000, H, W, torch.Generator().manual_seed(4)))
         .sort()
         .values
         for keeps, options in ((True, noise), (False, noise), (False, NoiseOptions()))
@@ -288,4 +288,4 @@ def test_a_range_that_is_never_drawn_is_an_error() -> None:
         flow_weighting=FlowWeightingOptions(),
     )
     with pytest.raises(ValueError, match=r"--preserve_distribution_shape.*--max_timestep 10; widen the range"):
-        build_sampled_flow(options).draw_timesteps(2, H, W, torch.Generator().manual_seed(4))
+        build_sampled_flow(options).draw_timesteps(LevelDraws(2, H, W, torch.Generator().manual_seed(4)))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from library.diffusion.timesteps import (
+    LevelDraws,
     build_level_sampler,
     build_shifted_scheme,
     draw_scheme,
@@ -36,11 +37,15 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(7)
 
 
+def draws() -> LevelDraws:
+    return LevelDraws(N, 64, 64, generator())
+
+
 def sample_levels(**settings: Any) -> Tensor:
     weighting = {k: settings.pop(k) for k in list(settings) if k in vars(FlowWeightingOptions())}
     size, patch = settings.pop("size", (64, 64)), settings.pop("patch", 2)
     draw = build_level_sampler(FlowSamplingOptions(**settings), FlowWeightingOptions(**weighting), patch)
-    return draw(N, *size, generator())
+    return draw(LevelDraws(N, *size, generator()))
 
 
 def logit_normal(mean: float, deviation: float) -> Cdf:
@@ -168,7 +173,7 @@ def mode_cdf(scale: float) -> Cdf:
 
 @pytest.mark.parametrize("scale", [-0.8, 0.0, 1.29, 1.75])
 def test_mode_sampling_follows_its_distribution(scale: float) -> None:
-    drawn = draw_scheme(FlowWeightingOptions("mode", mode_scale=scale), N, generator())
+    drawn = draw_scheme(FlowWeightingOptions("mode", mode_scale=scale), draws())
     assert drawn.min() >= 0 and drawn.max() <= 1
     assert ks_distance(drawn, mode_cdf(scale)) < KS_LIMIT
 
@@ -176,17 +181,17 @@ def test_mode_sampling_follows_its_distribution(scale: float) -> None:
 @pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (-0.7, 0.4)])
 def test_logit_normal_sampling_follows_its_distribution(mean: float, deviation: float) -> None:
     options = FlowWeightingOptions("logit_normal", logit_mean=mean, logit_std=deviation)
-    assert ks_distance(draw_scheme(options, N, generator()), logit_normal(mean, deviation)) < KS_LIMIT
+    assert ks_distance(draw_scheme(options, draws()), logit_normal(mean, deviation)) < KS_LIMIT
 
 
 @pytest.mark.parametrize("scheme", ["uniform", "none", "sigma_sqrt", "cosmap"])
 def test_schemes_that_weight_the_loss_draw_uniformly(scheme: str) -> None:
-    assert ks_distance(draw_scheme(FlowWeightingOptions(scheme), N, generator()), uniform) < KS_LIMIT
+    assert ks_distance(draw_scheme(FlowWeightingOptions(scheme), draws()), uniform) < KS_LIMIT
 
 
 def test_the_training_shift_of_sd3_adds_its_logarithm_to_the_logit() -> None:
     draw = build_shifted_scheme(FlowWeightingOptions("logit_normal", logit_mean=0.2), 3.0)
-    assert ks_distance(draw(N, 64, 64, generator()), logit_normal(0.2 + math.log(3), 1.0)) < KS_LIMIT
+    assert ks_distance(draw(draws()), logit_normal(0.2 + math.log(3), 1.0)) < KS_LIMIT
 
 
 def test_shifted_sigmas_match_a_float64_computation() -> None:
@@ -222,7 +227,7 @@ def test_stratified_levels_have_the_same_distribution_and_steadier_means(kind: s
     weighting = {"weighting_scheme": "logit_normal"} if kind == "sigma" else {}
     reference = sample_levels(timestep_sampling=kind, **weighting)
     draw = build_level_sampler(FlowSamplingOptions(kind), FlowWeightingOptions(**weighting))
-    drawn = draw(4000, 64, 64, generator(), None, stratify(10, 3, 0, 4000))
+    drawn = draw(LevelDraws(4000, 64, 64, generator(), None, stratify(10, 3, 0, 4000)))
     quantiles = torch.linspace(0.02, 0.98, 25)
     torch.testing.assert_close(drawn.quantile(quantiles), reference.quantile(quantiles), rtol=0, atol=0.03)
     spread, independent = drawn.view(-1, 10).mean(1).std(), reference.view(-1, 10).mean(1).std()

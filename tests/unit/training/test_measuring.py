@@ -73,7 +73,7 @@ def test_one_image_has_no_error_and_equal_weights_no_difference():
 
 
 def uniform() -> LevelSampler:
-    return lambda B, H, W, generator, offsets_B=None: torch.rand(B, generator=generator)
+    return lambda draws: torch.rand(draws.num_samples, generator=draws.generator)
 
 
 @pytest.mark.parametrize("kind", ["ddpm", "flow"])

@@ -8,6 +8,7 @@ import torch
 from library.architectures.moss_image.assembly import build_objective
 from library.architectures.moss_image.levels import draw_levels, preview_sampler
 from library.architectures.moss_image.options import MossImageOptions
+from library.diffusion.timesteps import LevelDraws
 from moss_image_train_network import setup_parser
 from tests.parity.test_preview import prompt_of
 
@@ -24,7 +25,7 @@ def share_below(sigma: float) -> float:
 def test_levels_have_the_published_distribution(is_stratified: bool) -> None:
     count = 200_000
     uniforms = (torch.arange(count) + 0.5) / count if is_stratified else None
-    levels = draw_levels(count, 8, 8, torch.Generator().manual_seed(4), None, uniforms)
+    levels = draw_levels(LevelDraws(count, 8, 8, torch.Generator().manual_seed(4), None, uniforms))
     assert torch.equal(levels, (1000 * levels).round() / 1000) and levels.min() > 0 and levels.max() == 1
     for sigma in (0.1, 0.3, 0.5, 0.7, 0.9, 0.99):
         # A level is rounded to the nearest thousandth.
@@ -39,7 +40,7 @@ def test_the_options_of_sd_scripts_draw_its_form_of_the_levels() -> None:
     assert options.flow_sampling.discrete_flow_shift == 1.0
     objective = build_objective(options)
     assert objective.takes_offset
-    levels = objective.draw_levels(100_000, 8, 8, torch.Generator().manual_seed(4))
+    levels = objective.draw_levels(LevelDraws(100_000, 8, 8, torch.Generator().manual_seed(4)))
     for sigma in (0.3, 0.7, 0.9):
         expected = NormalDist(1.09, 0.95).cdf(torch.tensor(sigma, dtype=torch.float64).logit().item())
         assert (levels < sigma).double().mean().item() == pytest.approx(expected, abs=5e-3)
