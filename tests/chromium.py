@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,6 +45,10 @@ os.execv(sys.argv[3], sys.argv[3:])
 """
 
 
+class Navigated(Exception):
+    """The page that a script ran in was replaced by another one."""
+
+
 class Browser:
     """A browser without any page."""
 
@@ -62,6 +66,8 @@ class Browser:
         while True:
             answer = self._read()
             if answer.get("id") == number:
+                if "error" in answer and "navigated" in answer["error"]["message"]:
+                    raise Navigated
                 assert "error" not in answer, (method, answer["error"])
                 return answer["result"]
 
@@ -110,8 +116,10 @@ class Tab:
         return done["result"].get("value")
 
     def when(self, body: str) -> Any:
-        """Return what the body of a function returns as soon as that is true."""
-        return self.run(WHEN % (body, json.dumps(body), DEADLINE_MS))
+        """Return what the body of a function returns as soon as that is true, on this page or one that it leads to."""
+        while True:
+            with suppress(Navigated):
+                return self.run(WHEN % (body, json.dumps(body), DEADLINE_MS))
 
     def see(self, text: str) -> None:
         """Wait until the page shows a text."""

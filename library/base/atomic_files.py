@@ -34,17 +34,18 @@ def full_disk_named(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, mode: int = 0o666) -> Iterator[Path]:
     """Yield a temporary path next to `path` for writing; it replaces `path` if the block succeeds.
 
     If the block fails, the temporary file is removed and an existing file at `path` is kept. The temporary name keeps
-    the extension, because writers choose the format by it. Missing parent folders are created.
+    the extension, because writers choose the format by it. Missing parent folders are created. The file never has more
+    permissions than `mode`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.stem[:100]}.{uuid4().hex[:12]}{path.suffix}"
     try:
-        temporary.touch(exist_ok=False)
+        temporary.touch(mode, exist_ok=False)
         mode = stat.S_IMODE(temporary.stat().st_mode)
         with full_disk_named(path):
             yield temporary
@@ -58,9 +59,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     flush_folder(path.parent)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small text file."""
-    with atomic_path(path) as temporary:
+def write_whole(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write a small text file with at most the permissions `mode`."""
+    with atomic_path(path, mode) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 

@@ -15,6 +15,7 @@ from library.base.errors import UserError, of_file
 from library.environment.torch_builds import read
 from library.page.model_folders import find_adapter_folders
 from library.page.store import Store, shorten_hash
+from library.training.loop.requests import DRAW_NOW, SAVE_NOW
 from library.training.report_page.page import ENDING
 from library.training.run_queue.folder import State
 from library.training.run_queue.jobs import Job
@@ -24,6 +25,7 @@ from library.training.run_queue.tickets import Ticket
 from library.training.run_queue.trainings import ROOT, group_options
 
 SHOWN: tuple[State, ...] = ("done", "failed", "waiting", "running")  # a later one of the same adapter wins
+REQUESTS = {"draw_now": DRAW_NOW, "save_now": SAVE_NOW}
 STATE = re.compile(r"-step(\d{1,12})-state")
 WEIGHTS = ".safetensors"
 SMI = ("nvidia-smi", "--query-compute-apps=pid,process_name,used_gpu_memory", "--format=csv,noheader")
@@ -71,6 +73,7 @@ class Trainings:
             "seconds_left": progress.seconds_left if state == "running" else None,
             "remark": remark(queue, state, ticket, job) if state == "failed" else "",
             "is_stopping": is_stopping,
+            "requests": [name for name, ending in REQUESTS.items() if Path(job.output + ending).exists()],
         }
 
     def list_stopped(self) -> Iterator[Job]:
@@ -118,6 +121,16 @@ class Trainings:
             self.store.queue.request(ticket, "remove")
             return True
         return self.store.queue.delete(state, ticket) or self.stop(run_id)  # it may have started meanwhile
+
+    def request(self, run_id: str, name: str) -> bool:
+        """Let a training draw or save after its step. Return False if it does not run."""
+        found = self.find(run_id)
+        if found is None or found[0] != "running":
+            return False
+        path = Path(found[2].output + REQUESTS[name])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        return True
 
     def go_on(self, run_id: str) -> bool:
         """Put a stopped or failed training back into the queue, behind the others."""
@@ -214,6 +227,7 @@ def describe(job: Job, state: str) -> dict[str, Any]:
         "sheet": sheets[-1].parent.name if sheets else None,
         "has_report": Path(job.output + ENDING).is_file(),
         "is_stopping": False,
+        "requests": [],
         "remark": "",
     }
 

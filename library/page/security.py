@@ -18,7 +18,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-COOKIE = "page_token"
 UPLOAD_PATH = "/api/upload/"
 SHOWN_ALONE = ("report",)  # views that other programs' files are shown by, which get the page's frame and no more
 POLICY = (
@@ -52,12 +51,17 @@ class Gate:
     hosts: frozenset[str]  # values of the Host header; empty if it listens to other machines
     port: int
     token: str
-    needs_cookie: bool = False  # for every request; else the token is needed for changes alone
+    report_key: str  # opens reports, which send no cookie when they reload themselves in an origin of their own
     limits: Limits = Limits()
+
+    @property
+    def cookie(self) -> str:
+        """The cookie's name; browsers send cookies to all ports of a host."""
+        return f"page_token_{self.port}"
 
     def knows_host(self, host: str) -> bool:
         """Return True for a Host header that no page of another site can send."""
-        if not self.needs_cookie:
+        if self.hosts:
             return host in self.hosts
         name, _, port = host.rpartition(":")
         if port != str(self.port):
@@ -70,6 +74,13 @@ class Gate:
 
     def is_token(self, text: str) -> bool:
         return hmac.compare_digest(text.encode(), self.token.encode())
+
+    def is_owner(self, scope: Message, cookies: Iterable[str]) -> bool:
+        """Return True for the browser that the address with the token was opened in, and for a report in it."""
+        if scope["method"] == "GET" and shows_report(scope["path"]):
+            key = read_query(scope, "key")
+            return hmac.compare_digest(key.encode(), self.report_key.encode())
+        return self.is_token(read_cookie(cookies, self.cookie))
 
     def refuse(self, scope: Message) -> tuple[int, str] | None:
         """Return status and reason if a request is not allowed; None if it is."""
@@ -85,7 +96,7 @@ class Gate:
             return 403, "origin"
         if scope["method"] not in ("GET", "HEAD", "POST"):
             return 405, "method"
-        if self.needs_cookie and not self.is_token(read_cookie(headers.get("cookie", ()))):
+        if not self.is_owner(scope, headers.get("cookie", ())):
             return 401, "cookie"
         if scope["method"] == "POST" and not self.is_token("".join(headers.get("x-page-token", ()))):
             return 403, "token"
@@ -106,9 +117,17 @@ def list_headers(scope: Message) -> dict[str, list[str]]:
     return headers
 
 
-def read_cookie(values: Iterable[str]) -> str:
+def read_cookie(values: Iterable[str], name: str) -> str:
     cookies = SimpleCookie("; ".join(values))
-    return cookies[COOKIE].value if COOKIE in cookies else ""
+    return cookies[name].value if name in cookies else ""
+
+
+def read_query(scope: Message, name: str) -> str:
+    return parse_qs(scope["query_string"].decode("latin-1")).get(name, [""])[0]
+
+
+def shows_report(path: str) -> bool:
+    return path.rpartition("/")[2] in SHOWN_ALONE
 
 
 class TooLarge(Exception):
@@ -139,11 +158,15 @@ class Guard:
 
     async def answer_refused(self, scope: Message, status: int, reason: str, send: Send) -> None:
         """Say why, or take the token that the address of a first visit has."""
-        token = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
-        if reason == "cookie" and scope["method"] == "GET" and scope["path"] == "/" and self.gate.is_token(token):
-            cookie = f"{COOKIE}={self.gate.token}; HttpOnly; SameSite=Strict; Path=/"
-            return await answer(send, 303, "", [(b"location", b"/"), (b"set-cookie", cookie.encode())])
-        return await answer(send, status, reason)
+        is_first = scope["method"] == "GET" and scope["path"] == "/" and self.gate.is_token(read_query(scope, "token"))
+        if reason != "cookie":
+            return await answer(send, status, reason)
+        if not is_first:
+            return await answer(send, status, "Open the address that `python3 tools/start.py page` prints.")
+        cookie = f"{self.gate.cookie}={self.gate.token}; HttpOnly; SameSite=Strict; Path=/"
+        # No redirect: browsers would send it without the cookie, since the first address came from elsewhere.
+        own = [(b"set-cookie", cookie.encode()), (b"refresh", b"0; url=/")]
+        return await answer(send, 200, "", own)
 
     def bounded(self, scope: Message, receive: Receive) -> Receive:
         """Return a receive that raises TooLarge, and TimeoutError for a client that stops sending."""
@@ -165,7 +188,7 @@ class Guard:
 
 
 def headers_for(path: str) -> list[tuple[bytes, bytes]]:
-    policy = REPORT_POLICY if path.rpartition("/")[2] in SHOWN_ALONE else POLICY
+    policy = REPORT_POLICY if shows_report(path) else POLICY
     headers = {**HEADERS, "content-security-policy": policy}
     return [(name.encode(), value.encode()) for name, value in headers.items()]
 

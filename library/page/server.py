@@ -30,6 +30,7 @@ from library.training.saving.run_lock import Locked, acquire, release
 HOST = "127.0.0.1"
 PORT = 8189  # usual; another one if it is taken
 MAX_PORT = 65535
+NAME, FIRST_PAGE, OWNER_ALONE = "server.json", "open.html", 0o600
 OTHER_S, POLL_S = 10.0, 0.05  # for another server to have written its file
 GRACE_S = 1  # for open pages when the server ends
 
@@ -45,7 +46,8 @@ class Address:
 
     @property
     def first_url(self) -> str:
-        return self.url if self.url.startswith(f"http://{HOST}:") else f"{self.url}?token={self.token}"
+        """The address that gives a browser the cookie without which nothing is answered."""
+        return f"{self.url}?token={self.token}"
 
 
 def read_address(path: Path) -> Address | None:
@@ -62,7 +64,7 @@ def serve(folder: Path, port: int | None, listen: str | None, opens: bool, limit
     """
     store = Store(folder.absolute())
     store.create()
-    path, lock = store.own / "server.json", store.own / "server.lock"
+    path, lock = store.own / NAME, store.own / "server.lock"
     try:
         file = acquire(lock, "another server has this folder", "close it, or use another --folder")
     except Locked:
@@ -71,10 +73,19 @@ def serve(folder: Path, port: int | None, listen: str | None, opens: bool, limit
         path.unlink(missing_ok=True)  # of a server that was killed
         run(store, path, bind(listen or HOST, port), listen, opens, limits or Limits())
     finally:
-        path.unlink(missing_ok=True)
+        for name in (NAME, FIRST_PAGE):
+            path.with_name(name).unlink(missing_ok=True)
         if file is not None:
             release(file, lock)
     return 0
+
+
+def write_first_page(folder: Path, address: Address) -> str:
+    """Write a file that leads to the page, for the owner alone, and return its address: the arguments of the process
+    that opens a browser are read by all users of the machine."""
+    path = folder / FIRST_PAGE
+    write_whole(path, f'<meta http-equiv="refresh" content="0; url={address.first_url}">\n', OWNER_ALONE)
+    return path.as_uri()
 
 
 def show_other(path: Path, opens: bool) -> int:
@@ -88,7 +99,7 @@ def show_other(path: Path, opens: bool) -> int:
     if address.version != read_code_version():
         print_line("It was started before the suite was updated: end it with Ctrl-C where it runs, and start again")
     if opens:
-        webbrowser.open(address.first_url)
+        webbrowser.open(write_first_page(path.parent, address))
     return 0
 
 
@@ -120,18 +131,17 @@ def run(store: Store, path: Path, bound: socket.socket, listen: str | None, open
     host, port = bound.getsockname()[:2]
     token = secrets.token_urlsafe(24)
     hosts = frozenset(f"{name}:{port}" for name in (HOST, "localhost"))
-    gate = Gate(hosts, port, token, needs_cookie=listen is not None, limits=limits)
+    gate = Gate(frozenset() if listen else hosts, port, token, secrets.token_urlsafe(24), limits)
     shown = f"[{host}]" if ":" in host else host
     address = Address(f"http://{shown}:{port}/", token, os.getpid(), read_code_version())
 
     def announce() -> None:
-        write_whole(path, json.dumps(asdict(address)))
-        with suppress(OSError):
-            path.chmod(0o600)
+        write_whole(path, json.dumps(asdict(address)), OWNER_ALONE)
         print_line(f"The page is {address.first_url}; Ctrl-C ends it, and trainings go on")
         if opens:
+            first = write_first_page(path.parent, address)
             # Some browsers keep the call waiting until they are closed.
-            threading.Thread(target=webbrowser.open, args=(address.first_url,), daemon=True).start()
+            threading.Thread(target=webbrowser.open, args=(first,), daemon=True).start()
 
     app = build_app(Live(store, Trainings(store)), gate, announce)
     config = uvicorn.Config(
@@ -162,4 +172,4 @@ def build_app(live: Live, gate: Gate, announce: Callable[[], None]) -> App:
         watching.cancel()
         live.tasks.close()
 
-    return Guard(Starlette(routes=make_views(live, gate.token).routes(), lifespan=lifespan), gate)
+    return Guard(Starlette(routes=make_views(live, gate).routes(), lifespan=lifespan), gate)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,11 +20,11 @@ from library.base.errors import UserError, of_file
 from library.base.json_text import parse_json
 from library.base.version import VERSION
 from library.data.description.image_extensions import image_extensions
-from library.page.jobs import list_sheets
+from library.page.jobs import REQUESTS, list_sheets
 from library.page.live import Live
 from library.page.model_folders import find_adapter_folders
 from library.page.photos import list_folder, make_thumbnail
-from library.page.security import TooLarge
+from library.page.security import Gate, TooLarge
 from library.page.store import KINDS, MOST_CAPTION_LETTERS, STRENGTHS, Draft, find_photo, list_photos
 from library.training.report_page.page import ENDING
 
@@ -54,7 +55,7 @@ class Views:
     """The views of one server."""
 
     live: Live
-    token: str
+    gate: Gate
     texts: Mapping[str, Any]
 
     def routes(self) -> list[Route]:
@@ -114,7 +115,7 @@ class Views:
         environment = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=True)
         # In a script element nothing is markup but its end, and JSON may write < as an escape.
         texts = json.dumps(self.texts).replace("<", "\\u003c")
-        page = environment.get_template("page.html").render(token=self.token, texts=texts, title=self.texts["title"])
+        page = environment.get_template("page.html").render(gate=self.gate, texts=texts, title=self.texts["title"])
         return Response(page, media_type="text/html", headers={"cache-control": "no-store"})
 
     async def send_static(self, request: Request) -> Response:
@@ -339,6 +340,7 @@ class Views:
         run, action = request.path_params["run"], request.path_params["action"]
         trainings = self.live.trainings
         acts = {"stop": trainings.stop, "continue": trainings.go_on, "remove": trainings.remove}
+        acts |= {name: partial(trainings.request, name=name) for name in REQUESTS}
         if action not in acts:
             raise Refused("unknown", 404)
         if not await asyncio.to_thread(acts[action], run):
@@ -408,5 +410,5 @@ def shorten_plan(plan: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
     return {**shown, "prompts": plan["texts"]["prompts"], "is_stale": plan["digest"] != draft.digest}
 
 
-def make_views(live: Live, token: str) -> Views:
-    return Views(live, token, {**read_texts(), "version": VERSION})
+def make_views(live: Live, gate: Gate) -> Views:
+    return Views(live, gate, {**read_texts(), "version": VERSION})

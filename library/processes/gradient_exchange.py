@@ -36,17 +36,17 @@ def exchange_gradients(
     parameters: Sequence[nn.Parameter],
     losses: Tensor,
     num_losses: int,
-    stops: bool,
+    wishes: Sequence[bool],
     order: Order | None = None,
-) -> tuple[Tensor, bool]:
-    """Sum the gradients of all processes. Return the losses of all, and True if any process wants to stop.
+) -> tuple[Tensor, list[bool]]:
+    """Sum the gradients of all processes. Return the losses of all, and for each wish whether any process has it.
 
     `losses` belong to this process's share of `num_losses` batches, in order; the result has the losses of all
     batches, in order. Everything travels in one float32 buffer and one all-reduce. A gradient that no process has
     stays None. Raises RuntimeError if processes that share an `order` computed different things.
     """
     if processes.count == 1:
-        return losses, stops
+        return losses, list(wishes)
     all_losses = torch.zeros(num_losses, device=processes.device)
     # Every process fills its own entries and leaves the others 0, so the sum over processes holds all of them.
     all_losses[processes.rank :: processes.count] = losses.to(processes.device, torch.float32)
@@ -54,7 +54,7 @@ def exchange_gradients(
     digests = [0.0] * (0 if order is None else processes.count)
     if order is not None:
         digests[processes.rank] = float(order.digest)
-    flags = torch.tensor([*has_gradient, stops, *digests], dtype=torch.float32, device=processes.device)
+    flags = torch.tensor([*has_gradient, *wishes, *digests], dtype=torch.float32, device=processes.device)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([g.reshape(-1).to(processes.device, torch.float32) for g in gradients] + [flags, all_losses])
     processes.all_reduce(flat)
@@ -63,9 +63,9 @@ def exchange_gradients(
     flag_sums = flags.tolist()
     if order is not None:
         # Checked before gradients are assigned, so that a step with wrong weights is never applied.
-        order.require_same(flag_sums[len(parameters) + 1 :], processes.rank)
-    is_set = [number > 0 for number in flag_sums[: len(parameters) + 1]]
+        order.require_same(flag_sums[len(parameters) + len(wishes) :], processes.rank)
+    is_set = [number > 0 for number in flag_sums[: len(parameters) + len(wishes)]]
     for parameter, total, is_used in zip(parameters, sums, is_set, strict=False):
         parameter.grad = total.view_as(parameter).to(parameter.dtype) if is_used else None
     # A view would keep the whole buffer in memory for as long as the losses are used.
-    return all_losses.clone(), is_set[-1]
+    return all_losses.clone(), is_set[len(parameters) :]

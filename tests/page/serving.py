@@ -36,17 +36,22 @@ class Server:
         return int(self.address.url.rstrip("/").rpartition(":")[2])
 
     @property
+    def cookie(self) -> dict[str, str]:
+        """The header of the browser that the first address was opened in."""
+        return {"Cookie": f"page_token_{self.port}={self.address.token}"}
+
+    @property
     def own(self) -> dict[str, str]:
         """The headers that the page's scripts send."""
-        return {"X-Page-Token": self.address.token, "Origin": self.address.url.rstrip("/")}
+        return {"X-Page-Token": self.address.token, "Origin": self.address.url.rstrip("/"), **self.cookie}
 
     def send(
         self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
     ) -> tuple[int, bytes, Mapping[str, str]]:
-        """Return status, body and headers of an answer; a path is sent as it is."""
+        """Return status, body and headers of an answer. A path is sent as it is, the cookie unless headers have one."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
-            connection.request(method, path, body=body, headers=dict(headers or {}))
+            connection.request(method, path, body=body, headers={**self.cookie, **(headers or {})})
             answer = connection.getresponse()
             return answer.status, answer.read(), dict(answer.getheaders())
         finally:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -30,6 +31,12 @@ def copy_photos(folder: Path, number: int) -> list[Path]:
     return [Path(shutil.copy(file, folder)) for file in files]
 
 
+def choose_folder(tab: Tab, folder: Path) -> None:
+    tab.click("Use a folder of this computer")
+    tab.write("Folder", str(folder))
+    tab.click("Use this folder")
+
+
 def choose_toy(tab: Tab) -> None:
     tab.click("Next: base model")
     tab.click("Use this: toy_base")
@@ -56,7 +63,7 @@ def test_dropped_photos_become_a_file(tmp_path: Path) -> None:
     for folder in (loras, loras.with_name("checkpoints")):
         folder.mkdir(parents=True)
     with serving(tmp_path / "suite") as server, browsing(tmp_path) as browser:
-        tab = browser.open(server.address.url)
+        tab = browser.open(server.address.first_url)
         tab.see("Train a LoRA on your photos")
         loaded = tab.run("performance.getEntriesByType('resource').map((one) => [one.name, one.transferSize])")
         first = tab.run("performance.getEntriesByType('navigation')[0].transferSize")
@@ -124,10 +131,8 @@ def test_trainings_outlive_the_server_and_stop_and_go_on_in_every_tab(tmp_path: 
     queue = Store(suite).queue
     with browsing(tmp_path) as browser:
         with serving(suite) as server:
-            tab = browser.open(server.address.url)
-            tab.click("Use a folder of this computer")
-            tab.write("Folder", str(tmp_path / "nowhere"))
-            tab.click("Use this folder")
+            tab = browser.open(server.address.first_url)
+            choose_folder(tab, tmp_path / "nowhere")
             tab.see("is no folder")
             tab.write("Folder", str(tmp_path / "zheart"))
             tab.click("Use this folder")
@@ -139,7 +144,7 @@ def test_trainings_outlive_the_server_and_stop_and_go_on_in_every_tab(tmp_path: 
                 tab.click("Train")
                 tab.when(f"return document.querySelector('h1')?.textContent === {json.dumps(name)}")
                 tab.run(f"location.hash = {json.dumps(plan)}")
-            other = browser.open(server.address.url)
+            other = browser.open(server.address.first_url)
             other.click("Stop and save: zheart-3")
             other.see("stopped")
             tab.click("Train a LoRA")
@@ -151,7 +156,7 @@ def test_trainings_outlive_the_server_and_stop_and_go_on_in_every_tab(tmp_path: 
         (ticket,) = queue.list_tickets("running")
         assert ticket.claim is not None and ticket.claim.is_training
         with serving(suite) as server:
-            tab, other = browser.open(server.address.url), browser.open(server.address.url)
+            tab, other = browser.open(server.address.first_url), browser.open(server.address.first_url)
             tab.see("training")
             other.click("Stop and save: zheart")
             tab.click("Continue: zheart")  # now behind zheart-2
@@ -167,3 +172,31 @@ def test_trainings_outlive_the_server_and_stop_and_go_on_in_every_tab(tmp_path: 
         assert load_file(suite / "output" / run / f"{run}.safetensors")
     assert not (suite / "output" / "zheart-3" / "zheart-3.safetensors").exists()
     assert (tmp_path / "zheart" / "heart_00.txt").read_bytes() == (PHOTOS / "heart_00.txt").read_bytes()
+
+
+@pytest.mark.nightly
+def test_a_training_draws_and_saves_when_it_is_asked(tmp_path: Path) -> None:
+    copy_photos(tmp_path / "zheart", 4)
+    output = tmp_path / "suite" / "output" / "zheart"
+    with serving(tmp_path / "suite") as server, browsing(tmp_path) as browser:
+        tab = browser.open(server.address.first_url)
+        choose_folder(tab, tmp_path / "zheart")
+        choose_toy(tab)
+        make_plan(tab, 4000)
+        tab.click("Train")
+        tab.click("Save now: zheart")
+        tab.when(
+            "return [...document.querySelectorAll('li')].some((one) => /-step\\d+.safetensors/.test(one.textContent))"
+        )
+        tab.click("Draw now: zheart")
+        tab.see("draws after this step")
+        tab.when("return document.body.innerText.includes('Draw now')")
+        step = "Number(/step (\\d+) of/.exec(document.body.innerText)?.[1])"
+        begun = tab.run(step)
+        tab.when(f"return {step} > {begun} + 1")  # a signal would cut the previews short
+        tab.click("Stop and save: zheart")
+        tab.see("stopped at step")
+        assert browser.told == []
+    every = int(re.findall(r"sample_every_n_steps = (\d+)", (output / "zheart.toml").read_text())[0])
+    drawn = {int(path.name.split("_")[1]) for path in (output / "sample").glob("zheart_0*.png")}
+    assert any(step % every for step in drawn)

@@ -12,6 +12,7 @@ import pytest
 from library.page.jobs import id_of
 from library.page.server import PORT
 from library.page.store import Choice, Draft, Store
+from library.training.report_page.page import ENDING
 from library.training.run_queue.folder import write_whole
 from library.training.run_queue.jobs import Job
 from tests.browser import in_browser
@@ -25,6 +26,11 @@ PHOTOS = ROOT / "configs" / "quickstart" / "dataset"
 AXE = Path(__file__).parent / "axe" / "axe.min.js"  # MPL 2.0, from https://github.com/dequelabs/axe-core
 SIZES = ((390, 844), (1400, 900), (2560, 1300))
 RULES = "{runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa'], iframes: false}"
+RELOADS = """<!doctype html><title>report</title><body><script>
+const {type} = performance.getEntriesByType("navigation")[0];
+document.body.textContent = `loaded by ${type}`;
+if (type !== "reload") location.reload();
+</script>"""
 LINES = (
     ("base", "Stable Diffusion 1.x: /models/a_model_with_a_long_name_that_has_no_place_to_break.safetensors"),
     ("captions", '24 of 24 photos, "zheart" is in 24'),
@@ -61,6 +67,7 @@ def fill(folder: Path) -> dict[str, str]:
     store.write("bases", "bases.json", {"bases": bases, "folders": []})
     job = Job("train_network.py", str(folder / "cat.toml"), "", (), str(folder), str(folder / "cat"), None)
     write_whole(store.stopped / f"{id_of(job)}.json", job.as_text())
+    (folder / f"cat{ENDING}").write_text(RELOADS)
     views = {name: f"#/{name}/{draft.id}" for name in ("photos", "base", "plan")}
     return {"home": "#/", **views, "run": f"#/run/{id_of(job)}"}
 
@@ -75,7 +82,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, B
 
 def open_view(opened: tuple[Server, Browser, dict[str, str]], name: str, *size: int, dark: bool = False) -> Tab:
     server, browser, views = opened
-    tab = browser.open(server.address.url + views[name], *size, dark=dark)
+    tab = browser.open(server.address.first_url + views[name], *size, dark=dark)
     tab.when("return document.querySelector('h1')")
     return tab
 
@@ -94,6 +101,17 @@ def test_axe_finds_nothing_and_no_width_scrolls_sideways(opened: Any, name: str)
             assert tab.run("document.documentElement.scrollWidth") == width
             tab.call("Page.close")
     assert opened[1].told == []
+
+
+def test_a_report_reloads_itself_in_its_own_origin(opened: Any) -> None:
+    """Its requests count as another site's, so they have no cookie."""
+    tab = open_view(opened, "run", *SIZES[1])
+    assert tab.run("location.pathname + location.search") == "/"
+    address = tab.when("return document.querySelector('iframe')?.src")
+    report = opened[1].open(address)
+    report.see("loaded by reload")
+    assert report.run("self.origin") == "null"
+    assert tab.run("document.querySelector('a[target=_blank]').href") == address
 
 
 def test_a_keyboard_reaches_and_uses_every_control_of_the_photos(opened: Any) -> None:

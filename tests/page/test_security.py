@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
 from PIL import Image
 
 from library.base.errors import UserError
 from library.page.security import Gate
+from library.page.server import serve
 from library.page.store import Store, find_photo
 from library.page.worker import choose_photos, read_photos
 from tests.page.serving import Server, serving
@@ -61,7 +63,6 @@ def test_two_hosts_are_refused(server: Server) -> None:
         {},
         {"X-Page-Token": "wrong"},
         {"X-Page-Token": ""},
-        {"Cookie": "page_token=TOKEN"},
         {"X-Page-Token": "TOKEN", "Origin": "http://evil.example"},
         {"X-Page-Token": "TOKEN", "Origin": "null"},
         {"X-Page-Token": "TOKEN", "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
@@ -75,6 +76,42 @@ def test_nothing_is_changed_without_the_token_of_this_page(server: Server, heade
     assert set((server.folder / "output" / "page" / "drafts").iterdir()) == before
 
 
+@pytest.mark.parametrize("cookie", ["", "page_token_PORT=wrong", "page_token=TOKEN", "page_token_1=TOKEN"])
+def test_another_user_of_this_machine_gets_nothing(server: Server, cookie: str) -> None:
+    """Other local users reach the port too, but neither the address with the token nor the file that has it."""
+    draft = begin_upload(server)
+    headers = {"Cookie": cookie.replace("PORT", str(server.port)).replace("TOKEN", server.address.token)}
+    paths = ["/", "/?token=", "/?token=wrong", "/static/main.js", "/api/events", "/api/bases", "/api/folders"]
+    paths += [f"/api/drafts/{draft}", f"/api/drafts/{draft}/thumbnails/report", "/runs/x/report", "/runs/x/report?key="]
+    for path in (*paths, f"/api/drafts?token={server.address.token}"):
+        status, body, answered = server.send("GET", path, headers=headers)
+        assert status == 401 and server.address.token.encode() not in body and "set-cookie" not in answered, path
+    own = {name: value for name, value in server.own.items() if name != "Cookie"}
+    assert server.send("POST", "/api/drafts", '{"is_upload": true}', {**own, **headers})[0] == 401
+
+
+def test_the_address_of_the_start_gives_a_browser_its_cookie(server: Server) -> None:
+    path = server.address.first_url.removeprefix(server.address.url.rstrip("/"))
+    status, body, headers = server.send("GET", path, headers={"Cookie": ""})
+    assert (status, body, headers["refresh"]) == (200, b"", "0; url=/")
+    assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= {*headers["set-cookie"].split("; ")}
+    given = {"Cookie": headers["set-cookie"].partition(";")[0]}
+    assert server.send("GET", "/", headers=given)[0] == 200
+    assert server.send("POST", "/api/drafts", "{}", given)[0] == 403
+
+
+@pytest.mark.skipif(os.name != "posix", reason="reads permissions")
+def test_no_process_and_no_file_shows_the_token_to_other_users(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    assert serve(server.folder, None, None, opens=True) == 0
+    assert len(opened) == 1 and server.address.token not in opened[0]
+    page = Path(unquote(urlsplit(opened[0]).path))
+    assert server.address.first_url in page.read_text()
+    for path in (page, page.with_name("server.json")):
+        assert path.stat().st_mode & 0o077 == 0
+
+
 def test_other_sites_can_embed_nothing_and_read_nothing(server: Server) -> None:
     headers = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "image"}
     assert server.send("GET", "/static/main.js", headers=headers)[0] == 403
@@ -84,12 +121,10 @@ def test_other_sites_can_embed_nothing_and_read_nothing(server: Server) -> None:
     assert "access-control-allow-origin" not in answered
 
 
-def test_the_token_is_in_the_page_and_in_the_owners_file_alone(server: Server) -> None:
+def test_the_token_is_in_the_page_alone(server: Server) -> None:
     assert server.address.token.encode() in server.send("GET", "/")[1]
     for path in ("/static/main.js", "/api/bases", f"/api/folders?path={server.folder}"):
         assert server.address.token.encode() not in server.send("GET", path)[1]
-    if os.name == "posix":
-        assert (server.folder / "output" / "page" / "server.json").stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.parametrize(
@@ -174,6 +209,7 @@ def hangs_up(connection: socket.socket) -> bool:
 
 def test_a_client_that_never_ends_its_request_is_hung_up_on(server: Server) -> None:
     head = f"POST /api/drafts HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nX-Page-Token: {server.address.token}\r\n"
+    head += f"Cookie: {server.cookie['Cookie']}\r\n"
     for start in (b"", b"GET / HT", head.encode()):
         with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
             connection.sendall(start)
@@ -193,7 +229,8 @@ def test_a_client_that_reads_no_answer_is_hung_up_on(server: Server) -> None:
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", server.port))
-        connection.sendall(f"GET /api/drafts/{draft} HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n\r\n".encode())
+        own = f"Host: 127.0.0.1:{server.port}\r\nCookie: {server.cookie['Cookie']}\r\n"
+        connection.sendall(f"GET /api/drafts/{draft} HTTP/1.1\r\n{own}\r\n".encode())
         assert hangs_up(connection)
 
 
@@ -213,7 +250,8 @@ def is_followed(connection: socket.socket) -> bool:
 
 def test_more_pages_than_the_server_follows_are_told_so(server: Server) -> None:
     path, connections = "/api/events", []
-    head = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nConnection: close\r\n\r\n".encode()
+    own = f"Host: 127.0.0.1:{server.port}\r\nCookie: {server.cookie['Cookie']}\r\n"
+    head = f"GET {path} HTTP/1.1\r\n{own}Connection: close\r\n\r\n".encode()
     for _ in range(60):
         connections.append(socket.create_connection(("127.0.0.1", server.port), timeout=60))
         connections[-1].sendall(head)
@@ -281,23 +319,14 @@ def test_thumbnails_are_made_once_and_again_for_a_changed_photo(server: Server) 
     assert len(set(thumbnails.iterdir()) - before) == 2
 
 
-def test_other_machines_need_the_token_for_everything(tmp_path: Path) -> None:
+def test_other_machines_reach_a_listening_server_by_its_addresses_alone(tmp_path: Path) -> None:
     with serving(tmp_path, listen="127.0.0.1") as server:
-        assert server.address.first_url.startswith("http://127.0.0.1:")
-        for path in ("/", "/static/main.js", "/api/bases", "/?token=wrong"):
-            status, body, _ = server.send("GET", path)
-            assert status == 401 and server.address.token.encode() not in body
-        status, _, headers = server.send("GET", f"/?token={server.address.token}")
-        assert (status, headers["location"]) == (303, "/")
-        assert "HttpOnly" in headers["set-cookie"] and "SameSite=Strict" in headers["set-cookie"]
-        cookie = {"Cookie": headers["set-cookie"].partition(";")[0]}
-        assert server.send("GET", "/", headers=cookie)[0] == 200
-        assert server.send("POST", "/api/drafts", "{}", cookie)[0] == 403
-        named = {**cookie, "Host": f"evil.example:{server.port}"}
-        assert server.send("GET", "/", headers=named)[0] == 403
+        assert server.send("GET", "/", headers={"Host": f"192.168.0.2:{server.port}"})[0] == 200
+        assert server.send("GET", "/", headers={"Host": f"192.168.0.2:{server.port}", "Cookie": ""})[0] == 401
+        assert server.send("GET", "/", headers={"Host": f"evil.example:{server.port}"})[0] == 403
 
 
 def test_a_listening_server_is_known_by_addresses_and_its_own_name() -> None:
-    gate = Gate(frozenset(), 80, "x", needs_cookie=True)
+    gate = Gate(frozenset(), 80, "x", "y")
     assert all(map(gate.knows_host, ("192.168.0.2:80", "[::1]:80", "localhost:80", f"{socket.gethostname()}:80")))
     assert not any(map(gate.knows_host, ("evil.example:80", "192.168.0.2:81", "192.168.0.2", "", ":80")))

@@ -75,7 +75,7 @@ def test_without_its_packages_the_page_says_what_installs_them(package: str) -> 
 def test_a_second_start_finds_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(tmp_path) as server:
         assert serve(tmp_path, None, None, opens=False) == 0
-        assert capsys.readouterr().out == f"The page is open already: {server.address.url}\n"
+        assert capsys.readouterr().out == f"The page is open already: {server.address.first_url}\n"
         with pytest.raises(UserError, match=f"--port {server.port} cannot be opened"):
             serve(tmp_path / "other", server.port, None, opens=False)
 

@@ -86,7 +86,7 @@ def out_of_order() -> list[str]:
         assert sharded.ring is not None
         sharded.ring.need(block)
         try:
-            exchange_gradients(processes, [], torch.zeros(0), 0, False, Order(sharded.digest, sharded.group_size))
+            exchange_gradients(processes, [], torch.zeros(0), 0, [], Order(sharded.digest, sharded.group_size))
             errors.append("")
         except RuntimeError as error:
             errors.append(str(error))

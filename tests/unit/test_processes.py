@@ -48,7 +48,7 @@ def test_one_process_needs_no_store() -> None:
     assert processes.is_main and processes.store is None
     processes.wait_for_all("nothing")
     assert processes.share("seed", "7") == "7"
-    assert torch.equal(exchange_gradients(processes, [], torch.ones(2), 2, True)[0], torch.ones(2))
+    assert torch.equal(exchange_gradients(processes, [], torch.ones(2), 2, [True])[0], torch.ones(2))
 
 
 class Board(dict[str, str]):

@@ -6,12 +6,14 @@ import {button, field, get, make, note, t} from "./dom.js";
 export function browse() {
   return new Promise((resolve) => {
     const path = make("input", {type: "text", spellcheck: "false"}), list = make("ul", {class: "folders"}), count = make("p", {class: "dim", role: "status"});
-    let current = "", above = null;
+    let current = "", above = null, opened = 0;
     const open = async (folder) => {
+      const number = ++opened, before = path.value;
       try {
         const found = await get(`/api/folders?path=${encodeURIComponent(folder)}`);
+        if (number !== opened) return;  // another folder was asked for meanwhile
         ({path: current, above} = found);
-        path.value = current;
+        if (path.value === before) path.value = current;  // else the user types
         count.textContent = t("browse.photos", {count: found.num_photos});
         const separator = current.includes("\\") ? "\\" : "/";
         const join = (name) => (current.endsWith(separator) ? current : current + separator) + name;

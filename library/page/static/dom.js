@@ -2,6 +2,7 @@
 
 const texts = JSON.parse(document.getElementById("texts").textContent);
 const token = document.querySelector("meta[name=token]").content;
+export const reportKey = document.querySelector("meta[name=report-key]").content;
 
 /** Return a text of texts.json by its dotted name, with {words} replaced by values. */
 export function t(name, values = {}) {

@@ -1,6 +1,6 @@
 // A training: its progress, what can be done with it, its report and its log.
 
-import {button, field, get, make, note, post, problem, progress, t} from "./dom.js";
+import {button, field, get, make, note, post, problem, progress, reportKey, t} from "./dom.js";
 
 export function stateOf(run) {
   return t(`run.states.${run.is_stopping ? "stopping" : run.state}`);
@@ -29,7 +29,8 @@ function actionsOf(run) {
     await post(`/api/runs/${run.id}/${action}`);
     if (action === "remove" && location.hash.startsWith("#/run")) location.hash = "#/";
   }, {"aria-label": t("run.of", {action: t(`run.${name}`), name: run.name})});
-  if (run.state === "running") return run.is_stopping ? [] : [act("stop", "stop")];
+  const now = (name) => (run.requests.includes(name) ? make("span", {class: "dim"}, t(`run.asked.${name}`)) : act(name, name));
+  if (run.state === "running") return run.is_stopping ? [] : [act("stop", "stop"), ...(run.step === null ? [] : [now("draw_now"), now("save_now")])];
   if (run.state === "waiting") return [act("later", "continue"), act("stop", "stop")];
   const again = run.state === "done" ? [] : [act("continue", "continue")];
   return [...again, act("remove", "remove")];
@@ -87,7 +88,7 @@ export async function showRun(box, id) {
     const want = `${run.has_report} ${run.state}`;
     if (reported !== want) {
       reported = want;
-      const address = `/runs/${id}/report`;
+      const address = `/runs/${id}/report?key=${reportKey}`;
       report.replaceChildren(make("h2", {}, t("run.report")), ...(run.has_report
         ? [make("p", {}, make("a", {href: address, target: "_blank", rel: "noopener"}, t("run.report_alone"))), make("iframe", {src: address, title: t("run.report"), sandbox: "allow-scripts"})]
         : [make("p", {class: "dim"}, t("run.no_report"))]));

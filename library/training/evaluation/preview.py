@@ -150,6 +150,12 @@ class Previews:
         """Draw if scheduled after `step` of `epoch`. Return False if an interruption stopped it."""
         return not self._schedule.holds_step(step) or self._draw_all(step_event(step), step, epoch, interruption)
 
+    def draw_now(self, step: int, epoch: int, interruption: Interruption) -> bool:
+        """Draw unless `after_step` did; without prompts this is logged. Return False if an interruption stopped it."""
+        if not self._is_drawing:
+            logger.warning("no previews can be drawn now: this run has no --sample_prompts with an interval")
+        return self._schedule.holds_step(step) or self._draw_all(step_event(step), step, epoch, interruption)
+
     def after_epoch(self, step: int, epoch: int, interruption: Interruption) -> bool:
         """Draw if scheduled after `epoch`, whose last step is `step`. Return False if an interruption stopped it."""
         return not self._schedule.holds_epoch(epoch) or self._draw_all(epoch_event(epoch), step, epoch, interruption)

@@ -14,6 +14,7 @@ from library.training.evaluation.validation import Validation
 from library.training.failures.interruption import Interruption
 from library.training.failures.nonfinite import NonFiniteGuard
 from library.training.failures.out_of_memory import explain_out_of_memory, measure_sizes
+from library.training.loop.requests import DRAW_NOW, SAVE_NOW, Requests, take_request
 from library.training.loop.update import Updates, resolve_norm_limit
 from library.training.optimization.optimizers import effective_rates
 from library.training.reporting.console_lines import LimitedNorms, StepBar, bar_values, rate_values
@@ -54,6 +55,7 @@ class Steps:
         self._run, self._progress, self._validation = prepared.run, prepared.progress, prepared.validation
         self._stops = False  # a process asked for the end, or previews were cut off, which only this step can draw
         self._lacks_previews = False  # a signal came before the previews of the current step were complete
+        self._requests = Requests()
         self._guard = NonFiniteGuard(self._run)
         report = partial(report_step, self._run, self._progress, prepared.charts, bar)
         self.updates = Updates(self._run, self._guard, resolve_norm_limit(self._run), report)
@@ -79,7 +81,7 @@ class Steps:
         self._run.context.network.start_epoch(*self._run.context.models.network_view)
 
     def apply_gradients(self, window: Window, local_losses: Tensor) -> None:
-        """Apply the gradients of `window`, and hear whether any process requests a stop.
+        """Apply the gradients of `window`, and hear what any process is asked for.
 
         `local_losses` are the losses of this process's batches. Raises NonFiniteError if the run cannot continue.
         """
@@ -87,8 +89,8 @@ class Steps:
         parameters = run.context.network.trainable_parameters()
         num_losses, sharded = len(window.batch_indices), run.context.models.sharded
         order = None if sharded is None else Order(sharded.digest, sharded.group_size)
-        wants_stop = self._interruption.is_requested
-        losses, stops = exchange_gradients(run.processes, parameters, local_losses, num_losses, wants_stop, order)
+        wishes = [self._interruption.is_requested, *self._take_requests()]
+        losses, wishes = exchange_gradients(run.processes, parameters, local_losses, num_losses, wishes, order)
         # The previous step is judged only now, when the device has this step's gradients queued, and before this step
         # uses the learning rate that follows from it.
         self.updates.report()
@@ -100,7 +102,12 @@ class Steps:
             run.times.stage("optimizer"),
         ):
             self.updates.apply(window, losses)
-        self._stops = stops
+        self._stops, self._requests = wishes[0], Requests(*wishes[1:])
+
+    def _take_requests(self) -> list[bool]:
+        names = self._prepared.writer.names
+        is_main = self._run.processes.is_main
+        return [is_main and take_request(names.path_with_ending(ending)) for ending in (DRAW_NOW, SAVE_NOW)]
 
     def finish(self, window: Window) -> None:
         """Count the step, then validate, save and draw as scheduled."""
@@ -113,7 +120,7 @@ class Steps:
             prepared.writer.save_weights_of_end(progress.step, window.epoch)
         saves_by_clock = prepared.writer.timed.is_due
         is_due = prepared.writer.schedule.saves_step(progress.step) or prepared.previews.are_due(progress.step)
-        is_due = is_due or saves_by_clock
+        is_due = is_due or saves_by_clock or bool(self._requests)
         is_due = is_due or self._validation.is_due(progress.step) or window.ends_epoch or is_last or stops
         # The step's result decides the learning rate and the running average, which a state stores and previews,
         # validation and files are recorded with.
@@ -125,6 +132,7 @@ class Steps:
             if pause is not None and self._validation.record.measured_step == progress.step >= pause and not is_last:
                 self._stops = True
         self._after_step(window.epoch)
+        self._answer_requests(window.epoch)
         is_cut = is_last and self._validation.stop_reason is None  # the run ends here in mid-epoch
         if progress.step % plan.steps_per_epoch == 0 or is_cut:
             if prepared.charts.are_on:
@@ -133,6 +141,17 @@ class Steps:
             self._after_epoch(window.epoch)
         if saves_by_clock:
             self._save_timed_state(window.epoch)
+
+    def _answer_requests(self, epoch: int) -> None:
+        """Save and draw what a request file asks for and the schedule has not given yet."""
+        prepared, progress = self._prepared, self._progress
+        if self._requests.saves:
+            with self._run.times.stage("saving"):
+                prepared.writer.save_now(progress, epoch)
+        if self._requests.draws:
+            with self._run.times.stage("previews"):
+                # Like `_stops` the answer is that of all processes.
+                self._stops |= not prepared.previews.draw_now(progress.step, epoch, self._interruption)
 
     def _save_timed_state(self, epoch: int) -> None:
         """Save a state after all other work of the step, so that a run that goes on from it does nothing twice; `end`
@@ -144,6 +163,7 @@ class Steps:
     def end(self, epoch: int) -> None:
         """Save the final weights and state, and log a summary. Raises what keeps them from their place."""
         progress, writer, validation = self._progress, self._prepared.writer, self._validation
+        self._take_requests()  # too late: no later run is meant
         self._guard.report(progress.step)
         if progress.step >= self._run.plan.max_train_steps:
             writer.save_end(progress, self._run.plan.num_epochs, is_complete=not self._lacks_previews)

@@ -88,6 +88,13 @@ class Writer:
             outdated = self.schedule.outdated_epoch(epoch), self._states.outdated_epoch(epoch)
             self._save_and_outdate("epoch", self.names.of_epoch, epoch, outdated, progress, epoch)
 
+    def save_now(self, progress: Progress, epoch: int) -> None:
+        """Save after the step like a scheduled step, unless it is one. Later steps outdate its files as those of a
+        stop."""
+        if self.is_main and "step" not in progress.done:
+            progress.stops = sorted({*progress.stops, progress.step})
+            self._save(self.names.of_step(progress.step), progress, epoch, "step")
+
     def save_timed_state(self, progress: Progress, epoch: int) -> None:
         """Save a state between scheduled ones, unless the step has one already, and delete what that outdates."""
         step, folder = progress.step, self.names.of_timed_state(progress.step)
