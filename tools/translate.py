@@ -30,7 +30,7 @@ def translate_file(args: argparse.Namespace) -> None:
     configuration = read_configuration(args.config, "config")
     if configuration is None:
         raise about("config", args.config, cause="wrong value")(
-            "is no configuration of ai-toolkit, OneTrainer, SimpleTuner, musubi-tuner, sd-scripts, kohya_ss or diffusers"
+            "is no configuration of ai-toolkit, OneTrainer, SimpleTuner, musubi-tuner, sd-scripts, kohya_ss, diffusers"
         )
     translation = translate(configuration)
     output = args.output or Path(f"{args.config.stem}.toml")

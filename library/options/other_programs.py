@@ -109,9 +109,10 @@ class Program:
     base: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # setting -> its value -> script here
     defaults: Mapping[str, Mapping[str, Any]] = field(
         default_factory=dict
-    )  # script, here or there -> its defaults; "=name" is another's value
+    )  # by script, here or there; "=name": its value
     always: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # script -> options that hold in every run
     letters: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # script -> letter of a prompt -> its own
+    remarks: Mapping[str, str] = field(default_factory=dict)  # script -> what differs whatever a file says
     prompts: str = ""  # beginning of the names in the table of one prompt
     walk_seed: str = ""  # setting that gives each prompt the next seed
     warms_constant: bool = False  # a constant rate has a warmup
@@ -125,6 +126,9 @@ class Program:
     def list_always(self, script: str) -> dict[str, Any]:
         return {**self.always.get("", {}), **self.always.get(script, {})}
 
+    def list_remarks(self, script: str) -> list[str]:
+        return [self.remarks[script]] if script in self.remarks else []
+
     def name_letter(self, script: str, letter: str) -> str:
         return self.letters.get(script, {}).get(letter, letter)
 
@@ -134,9 +138,8 @@ class Program:
     def read_prompt(self, table: Mapping[str, Any], script: str) -> dict[str, Any]:
         """Return the letters of a prompt that is a table."""
         entries = {key: read_names(self.key).get(f"{self.prompts}{key}") for key in table}
-        return {
-            self.name_letter(script, e.prompt): table[key] for key, e in entries.items() if e is not None and e.prompt
-        }
+        letters = {key: entry.prompt for key, entry in entries.items() if entry is not None and entry.prompt}
+        return {self.name_letter(script, letter): table[key] for key, letter in letters.items()}
 
 
 def list_programs() -> list[str]:

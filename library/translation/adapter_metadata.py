@@ -1,4 +1,4 @@
-"""How an adapter was trained, as its file says: in kohya's ss_… fields, or as OneTrainer, ai-toolkit and diffusers do."""
+"""How an adapter was trained, as its file says: in kohya's ss_… fields, or as OneTrainer and diffusers do."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -113,10 +113,8 @@ def split_resolutions(draft: Draft) -> tuple[Mapping[str, Any], ...]:
 
 def render_prompts(draft: Draft) -> tuple[str, ...]:
     """Return the lines of a prompts file; with walk_seed each has the next seed."""
-    trigger = next(
-        (table["trigger_word"].value for table in (draft.general, *draft.subsets.values()) if "trigger_word" in table),
-        "",
-    )
+    tables = (draft.general, *draft.subsets.values())
+    trigger = next((table["trigger_word"].value for table in tables if "trigger_word" in table), "")
     lines = []
     for number, prompt in enumerate(draft.prompts):
         own = dict(draft.letters)

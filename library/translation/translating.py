@@ -59,7 +59,15 @@ def translate(configuration: Configuration, script: str = "") -> Translation:
             draft.put(draft.options, name, Line(value, (f"as {program.title} trains",), is_weak=True))
     finish(draft)
     datasets, prompts = split_resolutions(draft), render_prompts(draft)
-    return Translation(program.title, script, draft.options, datasets, prompts, tuple(outcomes), configuration.remarks)
+    return Translation(
+        program.title,
+        script,
+        draft.options,
+        datasets,
+        prompts,
+        tuple(outcomes),
+        (*configuration.remarks, *program.list_remarks(script)),
+    )
 
 
 def refer(default: Any, own: Mapping[str, Any]) -> Any:
@@ -94,8 +102,10 @@ def apply(setting: Setting, draft: Draft, default: str = "") -> Outcome:
         return outcome("equal", f"{draft.script} trains it")
     if not draft.meets(entry.only_with):
         return outcome("missing", entry.otherwise) if entry.otherwise else outcome("idle")
-    if entry.same is True or (isinstance(entry.same, list) and to_word(value) in map(to_word, entry.same)):
-        return outcome("equal", entry.none or entry.note)
+    if isinstance(entry.same, list) and to_word(value) in map(to_word, entry.same):
+        return outcome("equal", entry.none)
+    if entry.same is True:
+        return outcome("idle", entry.none)
     if entry.none:
         return outcome("idle") if is_off(value) or value == 0 else outcome("missing", entry.none)
     try:
@@ -114,7 +124,7 @@ def add(value: Any, entry: Equivalent, setting: Setting, draft: Draft, default: 
         if by_word.get(word, "") is None:
             raise Unanswered(f"there is no such choice here; {describe_default(entry, draft)}")
         if isinstance(several := by_word.get(word), dict):
-            return add_several(several, origins, draft)
+            return add_several(several, entry, origins, draft)
         value = by_word.get(word, value)
         how = "equal" if word == to_word(value).lower() else "converted"
     if entry.convert != "negate" and (is_off(value) or (value == 0 and entry.zero_is_off)):
@@ -167,11 +177,15 @@ def put_option(entry: Equivalent, draft: Draft, line: Line) -> None:
     draft.put(draft.options, name, line)
 
 
-def add_several(values: Mapping[str, Any], origins: tuple[str, ...], draft: Draft) -> tuple[How, str]:
+def add_several(
+    values: Mapping[str, Any], entry: Equivalent, origins: tuple[str, ...], draft: Draft
+) -> tuple[How, str]:
     """Add the options, and arguments of the optimizer, that one word of another trainer stands for."""
+    is_optimizer = "optimizer_type" in entry.options
     for name, value in values.items():
-        table = draft.options if name in draft.known else draft.optimizer
-        draft.put(table, name, Line(value, origins, is_weak=True))
+        if name not in draft.known and not is_optimizer:
+            raise Unanswered(f"{draft.script} has no option --{name}")
+        draft.put(draft.options if name in draft.known else draft.optimizer, name, Line(value, origins, is_weak=True))
     return "converted", ""
 
 

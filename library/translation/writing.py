@@ -15,6 +15,7 @@ from library.translation.translating import Translation
 
 TRANSLATE_PY = "# Written by tools/translate.py, which replaces it as long as nobody has changed it."  # first line
 MOST_LETTERS = 60  # of a value that is shown
+OF_DATASETS = ("resolution", "batch_size", "enable_bucket", "bucket_reso_steps", "skip_image_resolution")
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,7 @@ def render_files(translation: Translation, source: Path, files: TranslatedFiles)
 def render_dataset(dataset: Mapping[str, Line]) -> Iterator[str]:
     """Yield the lines of a dataset with one subset; resolution stands above the subset."""
     yield "[[datasets]]"
-    above = [name for name in ("resolution", "batch_size", "enable_bucket", "bucket_reso_steps", "skip_image_resolution")
-             if name in dataset]  # fmt: skip
+    above = [name for name in OF_DATASETS if name in dataset]
     yield from (render_line(name, dataset[name]) for name in above)
     yield "[[datasets.subsets]]"
     yield from (render_line(name, line) for name, line in dataset.items() if name not in above)
@@ -113,5 +113,5 @@ def check_files(texts: Sequence[Path], flag: str) -> None:
 def write_files(texts: Mapping[Path, str], flag: str) -> None:
     """Write the files of a translation, the options last. Raises UserError as `check_files` does, before any."""
     check_files(list(texts), flag)
-    for path, text in reversed(texts.items()):
+    for path, text in reversed(list(texts.items())):
         write_whole(path, seal_text(TRANSLATE_PY, text))
