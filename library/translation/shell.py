@@ -12,6 +12,7 @@ SCRIPT = re.compile(r"(?:.*[/\\])?((?:train|\w+_train)_[\w.-]*|train)\.py", re.I
 ASSIGNMENT = re.compile(r"(?:export\s+|set\s+|\$env:|\$)?([A-Za-z_]\w*)\s?=\s?(.*)", re.DOTALL)
 VARIABLE = re.compile(r"\$\{(\w+)\}|\$(\w+)|%(\w+)%")
 CONTINUED = re.compile(r"[ \t]*[\\^`][ \t]*\r?\n")  # of sh, cmd and PowerShell
+OPERATORS = (";", "&", "&&", "|", "||")
 COMMENT = re.compile(r"\s*(#|::|rem\b|@?echo\b)", re.IGNORECASE)
 
 
@@ -28,24 +29,34 @@ class Command:
 def read_commands(text: str) -> list[Command]:
     """Return the training commands of a text; variables that the text sets itself are replaced."""
     variables, commands = dict[str, str](), list[Command]()
-    for line in CONTINUED.sub(" ", text).splitlines():
-        if COMMENT.match(line):
-            continue
+    lines = (line for line in CONTINUED.sub(" ", text).splitlines() if not COMMENT.match(line))
+    for statement in (statement for line in lines for statement in split_statements(split_words(line))):
         unknown = list[str]()
-        words = [replace_variables(word, variables, unknown) for word in split_words(line)]
+        words = [replace_variables(word, variables, unknown) for word in statement]
         place = next((number for number, word in enumerate(words) if SCRIPT.fullmatch(word)), None)
         if place is not None:
             script = PurePosixPath(words[place].replace("\\", "/")).name
             options, launch = tuple(read_options(words[place + 1 :])), tuple(read_options(words[:place]))
             commands.append(Command(script, options, launch, tuple(dict.fromkeys(unknown))))
-        elif match := ASSIGNMENT.fullmatch(line.strip()):
-            variables[match[1]] = " ".join(replace_variables(word, variables, []) for word in split_words(match[2]))
+        elif match := ASSIGNMENT.fullmatch(" ".join(statement)):
+            variables[match[1]] = replace_variables(match[2], variables, [])
     return commands
+
+
+def split_statements(words: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the words between the operators of a line."""
+    statement = list[str]()
+    for word in (*words, ";"):
+        if word in OPERATORS:
+            yield statement
+            statement = []
+        else:
+            statement.append(word)
 
 
 def split_words(line: str) -> list[str]:
     """Split a line at spaces outside of quotes. Backslashes stay where they are Windows paths."""
-    lexer = shlex.shlex(line, posix=True, punctuation_chars=False)
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
     lexer.whitespace_split, lexer.commenters = True, ""
     if re.search(r"[A-Za-z]:\\|\w\\\w", line):
         lexer.escape = ""

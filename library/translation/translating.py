@@ -98,7 +98,7 @@ def apply(setting: Setting, draft: Draft, default: str = "") -> Outcome:
     if entry is None:
         text = f"{draft.program.title}'s setting is not known here"
         return outcome("idle") if is_off(value) or value == 0 else outcome("missing", text)
-    if setting.name in draft.program.base and to_word(value) in draft.program.base[setting.name]:
+    if entry.none and to_word(value) in draft.program.base.get(setting.name, {}):
         return outcome("equal", f"{draft.script} trains it")
     if not draft.meets(entry.only_with):
         return outcome("missing", entry.otherwise) if entry.otherwise else outcome("idle")
