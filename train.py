@@ -26,6 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, help="base model: a file, a diffusers folder or a Hugging Face name")
     parser.add_argument("--trigger", help='word that calls it, and what it is: "mycat, a cat" (default: asked for)')
     parser.add_argument("--kind", choices=("character", "style"), default="character", help="of the recipe")
+    parser.add_argument("--like", type=Path, metavar="FILE", help="train as this LoRA or configuration was trained")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="length of the training (default: by the number of photos)")
     length.add_argument("--minutes", type=float, help="length of the training, as this machine is predicted to run it")

@@ -20,13 +20,17 @@ class ConfigFileOptions(Options, affects_training=False):
         path="file",
         usual=True,
         help='TOML file with options, one "name = value" a line; .toml may be left out. Sections only group lines, and'
-        " the command line overrides the file.",
+        " the command line overrides the file. A file of another trainer is translated (docs: come_over).",
     )
     recipe: str | None = option(
         None,
         usual=True,
         help="Name of a recipe, which holds the options of a usual training; --config_file and the command line win. "
         "recipes.py among the tools lists the names.",
+    )
+    yes: bool = option(
+        False,
+        help="Train with what --config_file of another trainer becomes here. Without it the options are only shown.",
     )
     output_config: bool = option(
         False,

@@ -4,8 +4,11 @@ Read only for a hint, an ambiguous abbreviation or JSON. An entry of `names` is 
 or JSON file, and has one of `option` (several: that of the base model's script), `key` of a dataset file, `argument` of
 --network_args, `optimizer` of --optimizer_args, `prompt` (the letters of a prompt line), or `none` with the reason.
 `value` is what a mere switch stands for, `values` translate words (null: no equal), `convert` names how the value
-changes, `beside` are settings that go with it, and `note` is for people. `since` and `scripts` say which version and
-scripts have the name; without `scripts` all of them.
+changes, `beside` are settings that go with it, and `note` is for people. `same` lists values, or is true for all of
+them, with which a `none` has the same effect as there. `only_with` lists settings that have to be on, be off (!name) or
+have one of some values (name=A|B); `otherwise` is what happens instead if they do not and it matters, and `zero_is_off`
+says that 0 is no value. `since` and `scripts` say which version and scripts have the name; without `scripts` all of
+them.
 """
 
 import json
@@ -36,6 +39,10 @@ CONVERSIONS: Mapping[str, str] = {  # what the value becomes, as the end of "use
     "share_of_blocks": "as a number of blocks",
     "share_of_rate": "as a share of the learning rate",
     "megapixels": "in pixels",
+    "hundredths": "as a share of the run",
+    "prompt_text": "a file with a prompt a line",
+    "sides": "as width,height",
+    "size": "both sides",
 }
 
 
@@ -56,6 +63,10 @@ class Equivalent:
     convert: str = ""
     beside: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    same: bool | list[Any] = False
+    only_with: str = ""
+    otherwise: str = ""
+    zero_is_off: bool = False
     since: str = ""
     scripts: tuple[str, ...] = ()
 
@@ -88,8 +99,57 @@ def _format(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+@dataclass(frozen=True)
+class Program:
+    """What holds for a program's whole file. Tables by script have "" for what holds for all of them."""
+
+    key: str  # the name of its file
+    title: str
+    extends: str = ""  # program whose names it has too
+    base: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # setting -> its value -> script here
+    defaults: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=dict
+    )  # by script, here or there; "=name": its value
+    always: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # script -> options that hold in every run
+    letters: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # script -> letter of a prompt -> its own
+    remarks: Mapping[str, str] = field(default_factory=dict)  # script -> what differs whatever a file says
+    prompts: str = ""  # beginning of the names in the table of one prompt
+    walk_seed: str = ""  # setting that gives each prompt the next seed
+    warms_constant: bool = False  # a constant rate has a warmup
+    has_bucket_limits: bool = False
+
+    def list_defaults(self, script: str, own_script: str = "") -> dict[str, Any]:
+        """Return the defaults of what a script here trains, and of the program's own script."""
+        tables = [self.defaults.get(name, {}) for name in dict.fromkeys(("", script, own_script))]
+        return {name: value for table in tables for name, value in table.items()}
+
+    def list_always(self, script: str) -> dict[str, Any]:
+        return {**self.always.get("", {}), **self.always.get(script, {})}
+
+    def list_remarks(self, script: str) -> list[str]:
+        return [self.remarks[script]] if script in self.remarks else []
+
+    def name_letter(self, script: str, letter: str) -> str:
+        return self.letters.get(script, {}).get(letter, letter)
+
+    def walks_seed(self, values: Mapping[str, Any]) -> bool:
+        return bool(values.get(self.walk_seed))
+
+    def read_prompt(self, table: Mapping[str, Any], script: str) -> dict[str, Any]:
+        """Return the letters of a prompt that is a table."""
+        entries = {key: read_names(self.key).get(f"{self.prompts}{key}") for key in table}
+        letters = {key: entry.prompt for key, entry in entries.items() if entry is not None and entry.prompt}
+        return {self.name_letter(script, letter): table[key] for key, letter in letters.items()}
+
+
 def list_programs() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+@cache
+def read_whole_program(program: str) -> Program:
+    content = json.loads((FOLDER / f"{program}.json").read_text(encoding="utf-8"))
+    return Program(program, content["program"], **content.get("whole", {}))
 
 
 @cache
@@ -97,6 +157,12 @@ def read_program(program: str) -> Mapping[str, Equivalent]:
     """Return what stands for each name of a program."""
     content = json.loads((FOLDER / f"{program}.json").read_text(encoding="utf-8"))
     return {name: Equivalent(content["program"], name, **entry) for name, entry in content["names"].items()}
+
+
+def read_names(program: str) -> Mapping[str, Equivalent]:
+    """Return what stands for each name in a program's files, also for those of the program that it extends."""
+    base = read_whole_program(program).extends
+    return {**(read_program(base) if base else {}), **read_program(program)}
 
 
 def has_option(program: str, script: str, name: str, version: str = "") -> bool:

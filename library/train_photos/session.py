@@ -14,6 +14,7 @@ from library.base.terminal import ask as ask_user
 from library.train_photos.base import Base, choose_recipe
 from library.train_photos.captioner import write_captions
 from library.train_photos.description import describe_plan, remark_on_trigger
+from library.train_photos.like import like_recipe
 from library.train_photos.photos import (
     PhotoFolder,
     Trigger,
@@ -38,6 +39,8 @@ def train_photos(args: argparse.Namespace, base: Base, given: Mapping[str, Any])
     check_length(args)
     asks = not args.yes and sys.stdin.isatty() and sys.stdout.isatty()
     recipe = choose_recipe(base, args.kind)
+    if args.like is not None:
+        recipe = like_recipe(args.like, base, recipe)
     side = choose_side(base, recipe.values, given, ())
     folders = find_photos(args.photos, side)
     if args.caption and write_captions(folders):
@@ -89,7 +92,8 @@ def build_record(
 ) -> Record:
     length = {name: value for name in ("steps", "minutes") if (value := getattr(args, name)) is not None}
     prediction = {} if args.prediction is None else {"prediction": args.prediction}
-    return Record.build(folders, trigger, base.name, args.kind, {**given, **prediction}, length)
+    like = {} if args.like is None else {"like": str(args.like.absolute())}
+    return Record.build(folders, trigger, base.name, args.kind, {**given, **prediction, **like}, length)
 
 
 def plan_run(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder], wishes: Wishes, start: Start | None) -> Plan:

@@ -49,6 +49,7 @@ LAYERS = (
     ("library.data.concepts",),
     ("library.data.training_data", "library.data.debug_dataset"),
     ("library.training.config_file",),
+    ("library.translation",),
     ("library.training.step",),
     ("library.training.optimization",),
     ("library.training.reporting",),

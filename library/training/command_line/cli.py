@@ -18,6 +18,7 @@ from library.options.output.console import ConsoleOptions
 from library.options.requirements import check_followers
 from library.options.train import TrainOptions
 from library.training.command_line.console import forgive_write_errors, start_run_log
+from library.training.command_line.foreign_config import is_foreign, read_foreign
 from library.training.command_line.help import EXAMPLES, EXAMPLES_OF_PROMPTS, TrainingParser
 from library.training.command_line.option_checks import check_options, check_values
 from library.training.command_line.recipes import read_recipe
@@ -142,7 +143,9 @@ def read_configs(parser: argparse.ArgumentParser, typed: argparse.Namespace) -> 
     UserError."""
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     elsewhere, configs = describe_other_options(parser), list[Config]()
-    if typed.config_file:
+    if typed.config_file and is_foreign(typed.config_file):
+        configs = [read_foreign(typed, script_name(parser), actions, elsewhere)]
+    elif typed.config_file:
         configs = [read_config(config_path(typed.config_file), actions, elsewhere)]
     requested = {name: value for config in configs for name, value in config.values.items()}
     requested |= list_given_values(typed, parser)

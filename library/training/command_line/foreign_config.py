@@ -1,0 +1,63 @@
+"""--config_file of another trainer's file: shown as options of the script, and used with --yes."""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from library.base.errors import about
+from library.base.terminal import print_error, print_line
+from library.training.command_line.recipes import IMAGES
+from library.training.config_file import CONFIG_FLAG, Config, config_path, read_values
+from library.translation.reading import read_configuration
+from library.translation.translating import Translation, translate
+from library.translation.writing import TranslatedFiles, describe, list_values, render_files, write_files
+
+CONFIRM = "--yes trains with these options; tools/translate.py writes them to a file"
+
+
+def is_foreign(config_file: str) -> bool:
+    """Return True if the name is that of a file as it is typed, without .toml; a bare name of a TOML file is not."""
+    path = Path(config_file)
+    return path.suffix.lower() != ".toml" and path.is_file() and not config_path(config_file).is_file()
+
+
+def read_foreign(
+    typed: argparse.Namespace, script: str, actions: Mapping[str, argparse.Action], elsewhere: Callable[[str], str]
+) -> Config:
+    """Print the translation of another trainer's file, write its files to the output folder, and return its options.
+
+    Exits with status 2 without --yes, before anything is written. Raises UserError for a file that is none, and for one
+    of another script.
+    """
+    source = Path(typed.config_file)
+    configuration = read_configuration(source, CONFIG_FLAG)
+    if configuration is None:
+        raise about(CONFIG_FLAG, source, cause="wrong value")(
+            "is neither TOML with the name of an option a line nor the configuration of a trainer that is known here"
+        )
+    translation = without_images(translate(configuration, script), typed)
+    if translation.script != script:
+        raise about(CONFIG_FLAG, source, cause="does not fit")(f"is for {translation.script}, not for {script}")
+    folder = typed.output_dir or translation.values.get("output_dir") or "."
+    files = TranslatedFiles(Path(str(folder)) / f"{source.stem}.toml")
+    texts = render_files(translation, source, files)
+    for line in describe(translation, source, texts):
+        print_line(line)
+    if not typed.yes:
+        print_error(f"{CONFIG_FLAG} {source} is a file of {translation.title}; {CONFIRM}")
+        sys.exit(2)
+    write_files(texts, CONFIG_FLAG)
+    warnings = list[str]()
+    raw_values = {name: line.value for name, line in list_values(translation, files).items()}
+    return Config(source, read_values(raw_values, str(source), actions, warnings, elsewhere), warnings)
+
+
+def without_images(translation: Translation, typed: argparse.Namespace) -> Translation:
+    """Leave out the images of the file if the command line names others."""
+    names = ("dataset_config", *IMAGES)
+    if not any(getattr(typed, name, None) for name in names):
+        return translation
+    options = {name: line for name, line in translation.options.items() if name not in names}
+    return replace(translation, options=options, datasets=())

@@ -1,0 +1,117 @@
+"""The files of a translation, each line with where it comes from, and the translation as people read it."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.base.atomic_files import write_whole
+from library.base.errors import about
+from library.checkpoints.marks import is_sealed, seal_text
+from library.training.config_file import format_config
+from library.translation.draft import Line, Outcome
+from library.translation.translating import Translation
+
+TRANSLATE_PY = "# Written by tools/translate.py, which replaces it as long as nobody has changed it."  # first line
+MOST_LETTERS = 60  # of a value that is shown
+OF_DATASETS = ("resolution", "batch_size", "enable_bucket", "bucket_reso_steps", "skip_image_resolution")
+
+
+@dataclass(frozen=True)
+class TranslatedFiles:
+    """The files that a translation is written to."""
+
+    config: Path
+
+    @property
+    def dataset(self) -> Path:
+        return self.config.with_name(f"{self.config.stem}-dataset.toml")
+
+    @property
+    def prompts(self) -> Path:
+        return self.config.with_name(f"{self.config.stem}-prompts.txt")
+
+
+def list_values(translation: Translation, files: TranslatedFiles) -> dict[str, Line]:
+    """Return the options with the paths of the dataset file and the prompts."""
+    options = dict(translation.options)
+    if translation.datasets:
+        options["dataset_config"] = Line(files.dataset.as_posix(), ("the images",))
+    if translation.prompts:
+        options["sample_prompts"] = Line(files.prompts.as_posix(), ("the prompts",))
+    return options
+
+
+def render_files(translation: Translation, source: Path, files: TranslatedFiles) -> dict[Path, str]:
+    """Return the text of each file."""
+    script = translation.script or "the base model's script"
+    head = [f"# Options of {script}.", f"# Translated from {source.name} of {translation.title}.", ""]
+    lines = [render_line(name, line) for name, line in list_values(translation, files).items()]
+    notes = [f"# {line}" for line in describe_missing(translation)]
+    texts = {files.config: "\n".join([*head, *lines, *(["", "# Without an equal:"] if notes else []), *notes])}
+    if translation.datasets:
+        texts[files.dataset] = "\n".join(line for dataset in translation.datasets for line in render_dataset(dataset))
+    if translation.prompts:
+        texts[files.prompts] = "\n".join(translation.prompts)
+    return {path: f"{text}\n" for path, text in texts.items()}
+
+
+def render_dataset(dataset: Mapping[str, Line]) -> Iterator[str]:
+    """Yield the lines of a dataset with one subset; resolution stands above the subset."""
+    yield "[[datasets]]"
+    above = [name for name in OF_DATASETS if name in dataset]
+    yield from (render_line(name, dataset[name]) for name in above)
+    yield "[[datasets.subsets]]"
+    yield from (render_line(name, line) for name, line in dataset.items() if name not in above)
+
+
+def render_line(name: str, line: Line) -> str:
+    """Return `name = value` with a comment; a value that TOML lacks is written as text."""
+    origin = ", ".join(line.origins).replace("\n", " ").replace("\r", " ")
+    return f"{format_config({name: line.value}).strip()}  # {origin}"
+
+
+def describe_missing(translation: Translation) -> list[str]:
+    """Return a line for each setting without an equal, with what happens instead; equal reasons share a line."""
+    by_text = dict[str, list[Outcome]]()
+    for outcome in translation.missing:
+        by_text.setdefault(outcome.text, []).append(outcome)
+    return [f"{', '.join(map(name_outcome, outcomes))}: {text}" for text, outcomes in by_text.items()]
+
+
+def name_outcome(outcome: Outcome) -> str:
+    is_token = "password" in outcome.text
+    return outcome.place if is_token else f"{outcome.place} = {shorten(outcome.value)}"
+
+
+def shorten(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str).replace("\n", " ")
+    return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]} …"
+
+
+def describe(translation: Translation, source: Path, texts: Mapping[Path, str]) -> list[str]:
+    """Return the translation as lines: its files, and what has no equal."""
+    lines = [f"{source} is a configuration of {translation.title}; here it is:"]
+    for path, text in texts.items():
+        lines += ["", f"--- {path}", *text.rstrip().splitlines()]
+    counts = {how: sum(outcome.how == how for outcome in translation.outcomes) for how in ("equal", "converted")}
+    missing = len(translation.missing)
+    lines += ["", f"{counts['equal']} settings are equal, {counts['converted']} converted, {missing} without an equal"]
+    return [*lines, *(f"note: {remark}" for remark in translation.remarks)]
+
+
+def check_files(texts: Sequence[Path], flag: str) -> None:
+    """Raise UserError for files that are there and that no translation wrote."""
+    for path in texts:
+        if path.exists() and not (path.is_file() and is_sealed(path, TRANSLATE_PY)):
+            raise about(flag, path, cause="would be lost")(
+                "is there and was not written by a translation, or has been changed since; give another -o NAME.toml"
+            )
+
+
+def write_files(texts: Mapping[Path, str], flag: str) -> None:
+    """Write the files of a translation, the options last. Raises UserError as `check_files` does, before any."""
+    check_files(list(texts), flag)
+    for path, text in reversed(list(texts.items())):
+        write_whole(path, seal_text(TRANSLATE_PY, text))

@@ -1,0 +1,195 @@
+"""tools/translate.py, and --config_file of another trainer's file."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+import torch
+from safetensors.torch import save_file
+
+from library.base.errors import UserError
+from library.translation.reading import read_configuration
+from library.translation.shell import read_commands
+from library.translation.translating import Translation, translate
+from tests.contracts.other_trainers import find_example
+from tools.translate import main
+
+ROOT = Path(__file__).parents[3]
+
+
+def of_text(folder: Path, name: str, text: str) -> Translation:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    configuration = read_configuration(path, "config")
+    assert configuration is not None
+    return translate(configuration)
+
+
+def missing_names(translation: Translation) -> set[str]:
+    return {outcome.name for outcome in translation.missing}
+
+
+def test_every_line_says_where_it_comes_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, output = find_example("ostris/ai-toolkit", "lora_flux_24gb").write(tmp_path), tmp_path / "my cat.toml"
+    assert main([str(source), "-o", str(output)]) == 0
+    lines = output.read_text(encoding="utf-8").splitlines()
+    options = [line for line in lines if line and not line.startswith("#")]
+    assert len(options) > 25 and all("  # " in line for line in options)
+    values, dataset = tomllib.loads("\n".join(lines)), tomllib.loads((tmp_path / "my cat-dataset.toml").read_text())
+    assert [table["resolution"] for table in dataset["datasets"]] == [512, 768, 1024]
+    assert values["learning_rate"] == 1e-4 and values["save_last_n_steps"] == 4 * 250
+    assert "--seed" not in values and "eps=1e-06" in values["optimizer_args"]
+    assert "To train: python3 flux_train_network.py --config_file" in capsys.readouterr().out
+
+
+def test_the_suffix_of_a_file_says_nothing(tmp_path: Path) -> None:
+    example = find_example("Nerogar/OneTrainer", "sdxl 1.0")
+    assert of_text(tmp_path, "a.txt", json.dumps(example.content)).title == "OneTrainer"
+    assert of_text(tmp_path, "b.json", find_example("cocktailpeanut/fluxgym", "20G").render_command()).options
+
+
+def test_shell_text_is_read_without_a_shell(tmp_path: Path) -> None:
+    text = f"""
+# python train_network.py --seed 1
+touch {tmp_path}/run; export MODEL="base dir/model.safetensors"
+OUT=out$(touch {tmp_path}/substituted)
+accelerate launch --num_processes 2 sd-scripts/sdxl_train_network.py \\
+  --pretrained_model_name_or_path=$MODEL --output_dir ${{WHERE}} --network_args "conv_dim=4" "algo=lora" --sdpa
+"""
+    [command] = read_commands(text)
+    options = dict(command.options)
+    assert command.script == "sdxl_train_network.py" and command.unknown_variables == ("WHERE",)
+    assert options["pretrained_model_name_or_path"] == "base dir/model.safetensors"
+    assert options["network_args"] == ["conv_dim=4", "algo=lora"] and options["sdpa"] is True
+    translation = of_text(tmp_path, "train.sh", text)
+    assert any("--num_processes 2" in remark for remark in translation.remarks)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "substituted").exists()
+
+
+def test_a_batch_file_keeps_its_backslashes() -> None:
+    text = 'set OUT=C:\\loras\\my cat\npython train_network.py ^\r\n --output_dir "%OUT%" --train_data_dir D:\\cats\n'
+    [command] = read_commands(text)
+    assert dict(command.options) == {"output_dir": "C:\\loras\\my cat", "train_data_dir": "D:\\cats"}
+
+
+def test_yaml_builds_no_objects(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"config: !!python/object/apply:os.system ['touch {tmp_path}/run']\n")
+    assert read_configuration(path, "config") is None and not (tmp_path / "run").exists()
+
+
+def test_repeated_aliases_end_with_an_error(tmp_path: Path) -> None:
+    levels = "\n".join(f"a{i}: &a{i} {{{', '.join(f'k{j}: *a{i - 1}' for j in range(9))}}}" for i in range(1, 9))
+    path = tmp_path / "config.yaml"
+    path.write_text(f"a0: &a0 {{k: 1}}\n{levels}\nconfig: {{process: [{{type: sd_trainer, train: *a8}}]}}\n")
+    with pytest.raises(UserError, match="more than 10000 settings"):
+        read_configuration(path, "config")
+
+
+def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
+    torch.save({"lora": torch.zeros(1)}, tmp_path / "lora.pt")
+    with pytest.raises(UserError, match="may run code"):
+        read_configuration(tmp_path / "lora.pt", "config")
+
+
+def test_an_unknown_version_says_so(tmp_path: Path) -> None:
+    content = {**find_example("Nerogar/OneTrainer", "sdxl 1.0").content, "__version": 12, "brand_new": 3}
+    translation = of_text(tmp_path, "a.json", json.dumps(content))
+    assert any("version 12" in remark for remark in translation.remarks)
+    assert "brand_new" in missing_names(translation)
+
+
+def test_uploads_tokens_and_remote_code_are_never_taken_over(tmp_path: Path) -> None:
+    command = "python train_dreambooth_lora_flux.py --push_to_hub --hub_model_id me/cat --hub_token hf_secret --rank 8"
+    translation = of_text(tmp_path, "a.sh", command)
+    other = of_text(
+        tmp_path, "b.sh", "python train_network.py --huggingface_repo_id me/cat --huggingface_token hf_secret"
+    )
+    remote = of_text(tmp_path, "c.json", json.dumps({"model_family": "sdxl", "trust_remote_code": True}))
+    assert missing_names(translation) == {"push_to_hub", "hub_model_id", "hub_token"}
+    assert missing_names(other) == {"huggingface_repo_id", "huggingface_token"}
+    assert missing_names(remote) == {"trust_remote_code"}
+    for found in (translation, other, remote):
+        assert not any("huggingface" in name or "trust" in name for name in found.options)
+
+
+def test_class_images_are_a_subset_of_their_own(tmp_path: Path) -> None:
+    command = (
+        "python train_dreambooth_lora_sdxl.py --instance_data_dir cats --instance_prompt 'a sks cat' "
+        "--with_prior_preservation --class_data_dir all --class_prompt 'a cat' --prior_loss_weight 0.5"
+    )
+    first, second = of_text(tmp_path, "a.sh", command).datasets
+    assert first["class_tokens"].value == "a sks cat" and "is_reg" not in first
+    assert second["image_dir"].value == "all" and second["is_reg"].value is True
+
+
+def test_an_adapter_says_how_it_was_trained(tmp_path: Path) -> None:
+    metadata = {
+        "ss_base_model_version": "sdxl_base_v1-0", "ss_network_dim": "8", "ss_network_alpha": "4.0",
+        "ss_network_module": "networks.lora", "ss_learning_rate": "0.0002", "ss_resolution": "(1024, 1024)",
+        "ss_optimizer": "torch.optim.adamw.AdamW(weight_decay=0.1)", "ss_network_args": '{"conv_dim": "4"}',
+        "ss_unet_lr": "None", "ss_cache_latents": "False",
+    }  # fmt: skip
+    save_file({"lora_unet_a.lora_down.weight": torch.zeros(8, 4)}, tmp_path / "a.safetensors", metadata)
+    configuration = read_configuration(tmp_path / "a.safetensors", "config")
+    assert configuration is not None
+    translation = translate(configuration)
+    assert translation.script == "sdxl_train_network.py" and not translation.missing
+    assert translation.values == {
+        "network_dim": 8, "network_alpha": 4.0, "network_module": "networks.lora", "learning_rate": 0.0002,
+        "resolution": "1024,1024", "optimizer_type": "torch.optim.adamw.AdamW", "optimizer_args": ["weight_decay=0.1"],
+        "network_args": ["conv_dim=4"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["ot_config", "lora_adapter_metadata"])
+def test_adapters_of_onetrainer_and_diffusers_are_read(tmp_path: Path, key: str) -> None:
+    content = {"ot_config": {"training_method": "LORA", "model_type": "FLUX_DEV_1", "lora_rank": 8, "lora_alpha": 8.0},
+               "lora_adapter_metadata": {"transformer.r": 8, "transformer.lora_alpha": 8}}[key]  # fmt: skip
+    save_file({"a.lora_A.weight": torch.zeros(8, 4)}, tmp_path / "a.safetensors", {key: json.dumps(content)})
+    configuration = read_configuration(tmp_path / "a.safetensors", "config")
+    assert configuration is not None
+    values = translate(configuration).values
+    assert (values["network_dim"], float(values["network_alpha"])) == (8, 8.0)
+
+
+def test_a_file_that_it_did_not_write_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = find_example("Nerogar/OneTrainer", "sdxl 1.0").write(tmp_path)
+    (tmp_path / "mine-dataset.toml").write_text("mine")
+    assert main([str(source), "-o", str(tmp_path / "mine.toml")]) == 1
+    assert not (tmp_path / "mine.toml").exists() and (tmp_path / "mine-dataset.toml").read_text() == "mine"
+    assert "give another -o" in capsys.readouterr().err
+    (tmp_path / "mine-dataset.toml").unlink()
+    assert main([str(source), "-o", str(tmp_path / "mine.toml")]) == 0
+    assert main([str(source), "-o", str(tmp_path / "mine.toml")]) == 0  # its own files, unchanged
+
+
+def test_a_file_of_nobody_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "poem.txt").write_text("roses are red")
+    assert main([str(tmp_path / "poem.txt")]) == 1
+    assert "is no configuration of ai-toolkit" in capsys.readouterr().err
+
+
+def test_config_file_shows_another_trainers_file_and_ends(tmp_path: Path) -> None:
+    source = find_example("ostris/ai-toolkit", "lora_flux_24gb").write(tmp_path)
+    command = [sys.executable, str(ROOT / "flux_train_network.py"), "--config_file", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, input="y\n")
+    assert done.returncode == 2 and "--yes trains with these options" in done.stderr
+    assert "network_dim = 16" in done.stdout and "0 without an equal" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+    other = [sys.executable, str(ROOT / "sdxl_train_network.py"), "--config_file", str(source), "--yes"]
+    done = subprocess.run(other, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and "is for flux_train_network.py, not for sdxl_train_network.py" in done.stderr
+
+
+def test_a_bare_name_is_still_that_of_a_toml_file(tmp_path: Path) -> None:
+    from library.training.command_line.foreign_config import is_foreign
+
+    (tmp_path / "run").write_text("a folder's note")
+    assert is_foreign(str(tmp_path / "run"))
+    (tmp_path / "run.toml").write_text("seed = 1")
+    assert not is_foreign(str(tmp_path / "run")) and not is_foreign(str(tmp_path / "other"))
+    assert not is_foreign(str(tmp_path / "run.toml"))
