@@ -150,7 +150,7 @@ def test_options_work_in_a_sweep_as_in_a_run(case: str, train: Train, words: lis
     config = tmp_path / "sweep.toml"
     config.write_text('sweep = ["learning_rate=0.5,1"]\nnetwork_train_unet_only = true\n')
     lora = tmp_path / "base.safetensors"
-    shape = {"lora_down": (1, 128), "lora_up": (128, 1)}
+    shape = {"lora_down": (1, 64), "lora_up": (64, 1)}
     name = "lora_unet_double_blocks_0_img_attn_proj"
     save_file({f"{name}.{part}.weight": torch.ones(size) for part, size in shape.items()}, lora)
     more = [word.format(lora=lora, config=config) for word in IN_SWEEPS[case]]
