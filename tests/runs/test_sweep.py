@@ -21,6 +21,7 @@ from library.training.report_page.page import read_data
 from library.training.report_page.writer import read_report
 from tests.running import ROOT, Finished, make_images
 from tests.tiny.bases import BASES
+from tests.unit.data.builders import full_disk, unwritable
 
 Train = Callable[..., Finished]
 SCRIPT = "flux_train_network"
@@ -132,6 +133,29 @@ def test_a_wrong_value_of_any_run_is_refused_before_the_first(train: Train, word
     done = train([*words, "--sweep", "conv_dim=2,x"], SCRIPT)
     assert done.status == 1 and "mine-convdimx: " in done.stderr and "run 1 of 2" not in done.stderr
     assert not (tmp_path / "out").exists() or files_in(tmp_path / "out") == set()
+
+
+@pytest.mark.parametrize("trouble", ["read-only", "full disk", "full disk for caches"])
+def test_a_folder_that_cannot_be_written_is_refused_before_any_run(
+    trouble: str, words: list[str], tmp_path: Path
+) -> None:
+    """With nothing left behind: no lock, no seed, no temporary folder."""
+    place = tmp_path / "place"
+    place.mkdir()
+    room = {"read-only": unwritable(place), "full disk": full_disk(), "full disk for caches": full_disk(2000)}
+    more = ["--sweep", "learning_rate=0.5,1", "--output_dir", str(place / "out"), "--cache_latents"]
+    command = [sys.executable, str(ROOT / f"{SCRIPT}.py"), *words, *more]
+    del command[(seed := command.index("--seed")) : seed + 2]
+    with room[trouble]:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    said = done.stderr
+    assert done.returncode == 1 and "Traceback" not in said, said
+    if trouble == "full disk for caches":
+        assert "cannot be written" in said and "run 2 of 2" not in said, said
+        assert files_in(place / "out") == {".mine.sweep-seed"}
+    else:
+        assert f"--output_dir {place / 'out'} cannot be written: " in said and "run 1 of 2" not in said, said
+        assert files_in(place) == set()
 
 
 IN_SWEEPS = {

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.base.errors import error_in
-from library.base.formatting import format_bytes
 from library.options.output.saving import SavingOptions
 from library.options.train import TrainOptions
 from library.training.sweep.outcomes import end_file
@@ -47,15 +46,6 @@ class Rounds:
         """Begin a round, and return the step from which on its next validation ends it."""
         self.number += 1
         return int(self.first_step * 2 ** (self.number - 1))
-
-    def check_space(self, num_bytes: int, folder: Path) -> None:
-        """Raise UserError if the states of all runs do not fit."""
-        free = shutil.disk_usage(folder).free
-        if num_bytes > free:
-            raise error_in(FLAG)(
-                f"{FLAG} keeps a state of every run between rounds, {format_bytes(num_bytes)} in all, and "
-                f"{format_bytes(free)} are free in --output_dir {folder}; make room, or leave out {FLAG}"
-            )
 
     def find_worse(self, standings: Sequence[Standing], num_runs: int) -> list[str]:
         """Return the labels of the runs that are significantly worse than the best one; none if not all were measured

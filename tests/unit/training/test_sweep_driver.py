@@ -13,17 +13,20 @@ import psutil
 import pytest
 
 from library.base.errors import UserError
+from library.data.description.dataset_file import load_dataset_config
 from library.options.output.saving import SavingOptions
 from library.options.train import TrainOptions
+from library.options.training.run import MAX_SEED
 from library.training.command_line.sweeps import open_script
 from library.training.failures.interruption import STOP_SIGNALS
 from library.training.sweep.children import Children
 from library.training.sweep.commands import environment_of_runs, start_script, write_command
-from library.training.sweep.driver import open_folder
+from library.training.sweep.driver import check_room, open_folder, resolve_members
 from library.training.sweep.outcomes import read_outcome
 from library.training.sweep.rounds import Rounds, delete_pause, end_at_pause, newest_pause
-from library.training.sweep.worker import Standing
+from library.training.sweep.worker import RunSize, Standing
 from tests.running import ROOT
+from tests.unit.data.builders import full_disk
 from train_network import setup_parser
 
 
@@ -98,8 +101,6 @@ def test_rounds_double_and_need_losses_that_can_be_compared(tmp_path: Path) -> N
         Rounds.build(measured, ["loss_type"])
     with pytest.raises(UserError, match="compares runs by their validation, and there is none; set --validation_split"):
         Rounds.build(options_of(tmp_path, sweep_stop_after=100), [])
-    with pytest.raises(UserError, match="keeps a state of every run between rounds"):
-        rounds.check_space(10**18, tmp_path)
 
 
 def test_only_runs_that_were_measured_after_one_step_are_compared() -> None:
@@ -173,6 +174,40 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_runs(tmp_path: Path
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--output_dir .*file.out cannot be written"):
         open_folder(options_of(tmp_path / "file" / "out"), seed=1)
+
+
+def test_a_full_disk_keeps_no_damaged_seed(tmp_path: Path) -> None:
+    """The same command would draw another one, and train other runs."""
+    with full_disk(), pytest.raises(UserError, match=r"--output_dir .* cannot be written: .*; make room"):
+        open_folder(options_of(tmp_path), seed=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_any_seed_serves_the_validation_too(tmp_path: Path) -> None:
+    """A drawn seed has 32 bits."""
+    (tmp_path / "1_thing").mkdir()
+    options = options_of(tmp_path, sweep=["network_dim=2,4"], train_data_dir=str(tmp_path), resolution="64")
+    for member in resolve_members(options, MAX_SEED):
+        (dataset,) = load_dataset_config(member.options).datasets
+        assert {subset.validation_seed for subset in dataset.subsets} == {MAX_SEED}
+
+
+def test_room_for_the_files_of_all_runs_is_checked_before_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = options_of(tmp_path, sweep=["network_dim=2,4"])
+    members = resolve_members(options, 1)
+    free = SimpleNamespace(free=10**6)
+    monkeypatch.setattr("library.training.sweep.driver.shutil.disk_usage", lambda folder: free)
+    sizes = [RunSize(10**6, 5 * 10**5), RunSize(2 * 10**6, 6 * 10**5)]
+    with pytest.raises(
+        UserError, match=r"--output_dir .* has 1.0 MB free, and the files of 2 runs take 3.0 MB; make room"
+    ):
+        check_room(members, sizes, None)
+    (tmp_path / "cat-lr1-dim4.safetensors").touch()  # finished
+    check_room(members, sizes, None)
+    with pytest.raises(UserError, match="and their states, which --sweep_stop_after keeps between rounds"):
+        check_room(members, sizes, Rounds(4))
 
 
 def test_the_outcome_of_a_run_is_that_of_its_last_process(tmp_path: Path) -> None:
