@@ -113,10 +113,37 @@ def test_worse_runs_end_in_their_round_and_all_are_ranked(train: Train, words: l
         lines = [json.loads(line) for line in (tmp_path / f"events-{label}.jsonl").read_text().splitlines()]
         assert len([line for line in lines if line["event"] == "step"]) == rows[label]["step"]
         assert read_report(out / f"mine-{label}-report.html").plan is not None
+    before = {path: path.read_bytes() for path in out.glob("*.safetensors")}
+    again = train([word for word in [*words, *more] if word != "--no_report"], SCRIPT)
+    assert again.status == 0 and "avr_loss" not in again.stderr, again.stderr
+    assert before == {path: path.read_bytes() for path in out.glob("*.safetensors")}
     plain = [*words, "--learning_rate", "2e-3", "--output_name", "own", "--validation_seed", "8", *more[4:-3]]
     assert train([*plain, "--network_train_unet_only"], SCRIPT).status == 0
     swept, own = (load_state_dict(out / f"{name}.safetensors") for name in ("mine-lr2e-3", "own"))
     assert all(torch.equal(swept[key], own[key]) for key in own), "a paused run continues exactly"
+
+
+def test_early_stopping_ends_one_run(train: Train, words: list[str], tmp_path: Path) -> None:
+    """So small a learning rate lowers no loss."""
+    more = [
+        "--sweep", "learning_rate=1e-15,1e-3", "--early_stop_patience", "1", "--validation_split", "0.5",
+        "--validate_every_n_steps", "1", "--max_train_steps", "4", "--network_train_unet_only",
+    ]  # fmt: skip
+    done = train([*words, *more], SCRIPT)
+    assert done.status == 0, done.stderr
+    assert "run 2 of 2" in done.stderr and "early stopping (--early_stop_patience)" in done.stderr
+    assert files_in(tmp_path / "out") == {"mine-lr1e-15.safetensors", "mine-lr1e-3.safetensors"}
+    assert read_metadata(tmp_path / "out" / "mine-lr1e-15.safetensors")["ss_steps"] == "2"
+
+
+def test_rounds_need_a_validation_from_their_step_on(train: Train, words: list[str], tmp_path: Path) -> None:
+    more = [
+        "--sweep", "learning_rate=0.5,1", "--sweep_stop_after", "2", "--validation_split", "0.5",
+        "--validate_every_n_steps", "9", "--network_train_unet_only",
+    ]  # fmt: skip
+    done = train([*words, *more], SCRIPT)
+    assert done.status == 1 and "no validation is scheduled from that step on" in done.stderr, done.stderr
+    assert "avr_loss" not in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_nothing_is_ranked_where_losses_mean_other_things(train: Train, words: list[str], tmp_path: Path) -> None:
@@ -285,6 +312,29 @@ def test_a_sweep_whose_driver_is_killed_continues_with_the_same_command(
     assert train(own, SCRIPT).status == 0
     swept, wanted = (load_state_dict(tmp_path / "out" / f"{name}.safetensors") for name in ("mine-lr0.5", "own"))
     assert all(torch.equal(swept[key], wanted[key]) for key in wanted)
+
+
+def test_rounds_continue_after_their_driver_was_killed(train: Train, words: list[str], tmp_path: Path) -> None:
+    """In the second round, when one run waits for the others; then every run equals that of its own command."""
+    trained = [
+        *words, "--validation_split", "0.5", "--validate_every_n_steps", "2", "--max_train_steps", "6",
+        "--network_train_unet_only",
+    ]  # fmt: skip
+    swept = [*trained, "--sweep", "learning_rate=1e-3,1.1e-3", "--sweep_stop_after", "1"]
+    command = [sys.executable, str(ROOT / f"{SCRIPT}.py"), *swept]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        starts = (line for line in process.stdout if "--sweep: run 2 of 2" in line)
+        assert next(starts, None) and next(starts, None), "the second round has not begun"
+        process.kill()
+        process.stdout.read()  # until the run, which notices that its driver is gone, has ended too
+    done = train(swept, SCRIPT)
+    assert done.status == 0, done.stderr
+    assert files_in(tmp_path / "out") == {"mine-lr1e-3.safetensors", "mine-lr1.1e-3.safetensors"}
+    own = [*trained, "--learning_rate", "1.1e-3", "--output_name", "own", "--validation_seed", "8"]
+    assert train(own, SCRIPT).status == 0
+    actual, wanted = (load_state_dict(tmp_path / "out" / f"{name}.safetensors") for name in ("mine-lr1.1e-3", "own"))
+    assert all(torch.equal(actual[key], wanted[key]) for key in wanted)
 
 
 def test_the_state_of_an_earlier_versions_sweep_continues_as_a_single_run(

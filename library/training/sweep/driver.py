@@ -34,7 +34,7 @@ from library.training.sweep.combinations import (
 from library.training.sweep.commands import Command, Script, write_command
 from library.training.sweep.listing import print_list
 from library.training.sweep.outcomes import STOPPED, Outcome, end_file, read_outcome, report_file
-from library.training.sweep.rounds import Rounds, delete_pause, end_at_pause, newest_pause
+from library.training.sweep.rounds import Rounds, delete_passed, end_at_pause, list_pauses
 from library.training.sweep.worker import Imported, RunSize, Standing, call_worker
 
 logger = logging.getLogger(__name__)
@@ -194,13 +194,12 @@ class Sweep:
 
     def train_one(self, member: Member, pause: int | None) -> int | None:
         """Train a run, to a pause or to its end. Return the status of a sweep that cannot go on, else None."""
-        before = newest_pause(member.options.saving) if self.options.sweep.sweep_stop_after else None
-        if pause is not None and before is not None and before >= pause:  # of a sweep that was stopped
-            options = self.complete(member)
-            outcome = read_outcome(options.saving, options.reports.log_events)
-            member.status, member.outcome = 0, replace(outcome, reason=STOPPED, step=before)
-            return None
         options = self.complete(member).with_values({"pause_after_step": pause})
+        reached = max(list_pauses(options.saving), default=0)
+        if pause is not None and reached >= pause:  # of a sweep that was stopped
+            outcome = read_outcome(options.saving, options.reports.log_events)
+            member.status, member.outcome = 0, replace(outcome, reason=STOPPED, step=reached)
+            return None
         command = self.write_command(options)
         own = self.write_command(member.options)  # without what belongs to the sweep
         logger.info("--sweep: run %d of %d, %s: %s", member.number, len(self.members), member.label, own.shown)
@@ -210,8 +209,8 @@ class Sweep:
         member.ended = member.outcome.ended
         if self.children.is_stopped:
             return self.stopped_status(member.status)
-        if before is not None and not member.status and member.outcome.step > before:
-            delete_pause(member.options.saving, member.options.state.save_state, before)
+        if self.options.sweep.sweep_stop_after and not member.status:
+            delete_passed(options.saving, options.state.save_state, member.outcome.step)
         return self.judge(member, pause)
 
     def judge(self, member: Member, pause: int | None) -> int | None:

@@ -64,16 +64,15 @@ def paused_files(saving: SavingOptions, step: int) -> tuple[Path, Path]:
     return weights, end.with_name(f"{end.stem}-step{step:08d}-state")
 
 
-def newest_pause(saving: SavingOptions) -> int | None:
-    """Return the step of a run's newest state; None if there is none."""
+def list_pauses(saving: SavingOptions) -> list[int]:
+    """List the steps of a run's states."""
     end = end_file(saving)
-    steps = [
+    return [
         int(digits)
         for path in (end.parent.iterdir() if end.parent.is_dir() else ())
         if (digits := path.name.removeprefix(f"{end.stem}-step").removesuffix("-state")).isdecimal()
         and path.name == f"{end.stem}-step{digits}-state"
     ]
-    return max(steps, default=None)
 
 
 def end_at_pause(saving: SavingOptions, keeps_state: bool, step: int) -> None:
@@ -94,3 +93,10 @@ def delete_pause(saving: SavingOptions, keeps_state: bool, step: int) -> None:
         weights.unlink(missing_ok=True)
     if not keeps_state and state.is_dir():
         shutil.rmtree(state)
+
+
+def delete_passed(saving: SavingOptions, keeps_state: bool, step: int) -> None:
+    """Delete the pauses before `step`. A sweep that was killed may have left several."""
+    for passed in list_pauses(saving):
+        if passed < step:
+            delete_pause(saving, keeps_state, passed)

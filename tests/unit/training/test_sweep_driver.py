@@ -23,7 +23,7 @@ from library.training.sweep.children import Children
 from library.training.sweep.commands import environment_of_runs, start_script, write_command
 from library.training.sweep.driver import check_room, open_folder, resolve_members
 from library.training.sweep.outcomes import read_outcome
-from library.training.sweep.rounds import Rounds, delete_pause, end_at_pause, newest_pause
+from library.training.sweep.rounds import Rounds, delete_passed, delete_pause, end_at_pause, list_pauses
 from library.training.sweep.worker import RunSize, Standing
 from tests.running import ROOT
 from tests.unit.data.builders import full_disk
@@ -124,7 +124,9 @@ def test_a_pause_leaves_what_the_user_has_asked_for(values: dict[str, Any], kept
     options, state = options_of(tmp_path, **values), tmp_path / "cat-lr1-step00000004-state"
     state.mkdir()
     (tmp_path / "cat-lr1-step00000004.safetensors").write_bytes(b"weights")
-    assert newest_pause(options.saving) == 4
+    assert list_pauses(options.saving) == [4]
+    delete_passed(options.saving, options.state.save_state, 4)
+    assert list_pauses(options.saving) == [4]
     end_at_pause(options.saving, options.state.save_state, 4)
     assert (tmp_path / "cat-lr1.safetensors").read_bytes() == b"weights"
     delete_pause(options.saving, options.state.save_state, 4)
