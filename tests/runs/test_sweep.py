@@ -124,16 +124,17 @@ def test_worse_runs_end_in_their_round_and_all_are_ranked(train: Train, words: l
 
 
 def test_early_stopping_ends_one_run(train: Train, words: list[str], tmp_path: Path) -> None:
-    """So small a learning rate lowers no loss."""
     more = [
-        "--sweep", "learning_rate=1e-15,1e-3", "--early_stop_patience", "1", "--validation_split", "0.5",
-        "--validate_every_n_steps", "1", "--max_train_steps", "4", "--network_train_unet_only",
+        "--sweep", "learning_rate=1000,1e-3", "--early_stop_patience", "1", "--validation_split", "0.6",
+        "--validate_every_n_steps", "1", "--max_train_steps", "5", "--network_train_unet_only",
     ]  # fmt: skip
     done = train([*words, *more], SCRIPT)
     assert done.status == 0, done.stderr
     assert "run 2 of 2" in done.stderr and "early stopping (--early_stop_patience)" in done.stderr
-    assert files_in(tmp_path / "out") == {"mine-lr1e-15.safetensors", "mine-lr1e-3.safetensors"}
-    assert read_metadata(tmp_path / "out" / "mine-lr1e-15.safetensors")["ss_steps"] == "2"
+    assert files_in(tmp_path / "out") == {"mine-lr1000.safetensors", "mine-lr1e-3.safetensors"}
+    assert int(read_metadata(tmp_path / "out" / "mine-lr1000.safetensors")["ss_steps"]) < 5
+    again = train([*words, *more], SCRIPT)
+    assert again.status == 0 and "avr_loss" not in again.stderr, again.stderr
 
 
 def test_rounds_need_a_validation_from_their_step_on(train: Train, words: list[str], tmp_path: Path) -> None:
@@ -248,6 +249,10 @@ def test_a_program_that_calls_a_trainer_trains_a_sweep(words: list[str], tmp_pat
 def test_machines_train_one_run_each(words: list[str], tmp_path: Path) -> None:
     """`xargs` starts what --sweep_list counts; a finished run is skipped, another file is refused."""
     swept = [sys.executable, str(ROOT / f"{SCRIPT}.py"), *words, "--sweep", "learning_rate=0.5,1"]
+    shown = subprocess.run([*swept, "--sweep_list", "json"], capture_output=True, text=True, timeout=300, check=True)
+    (first, second), name = json.loads(shown.stdout), "mine-lr1"
+    assert second["chosen"] == {"learning_rate": "1"} and (second["number"], second["name"]) == (2, name)
+    assert second["command"][1:2] == swept[1:2] and name in second["command"] and name not in first["command"]
     listed = subprocess.run([*swept, "--sweep_list"], capture_output=True, text=True, timeout=300, check=True)
     assert [line.split()[:2] for line in listed.stdout.splitlines() if "learning_rate=" in line] == [
         ["1", "lr0.5"],
