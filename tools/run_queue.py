@@ -26,6 +26,7 @@ from library.training.run_queue.folder import Queue
 from library.training.run_queue.progress import format_queue
 from library.training.run_queue.runner import run_queue
 from library.training.run_queue.stopping import remove_job, stop_queue
+from library.training.saving.run_lock import unwritable
 from tools.start import split_at_dashes
 
 FOLDER = Path("output") / "queue"
@@ -99,8 +100,18 @@ def add(queue: Queue, args: argparse.Namespace, words: Sequence[str]) -> None:
 
 
 def execute(args: argparse.Namespace, words: Sequence[str]) -> int:
-    """Run a command of the queue. Return the exit status."""
+    """Run a command. Return the exit status. Raises UserError naming --folder if the system refuses a file in it."""
     queue = Queue(Path(os.path.abspath(args.folder)))
+    try:
+        return run_command(queue, args, words)
+    except OSError as error:
+        if error.filename is None or not Path(error.filename).is_relative_to(queue.folder):
+            raise
+        raise unwritable("--folder", queue.folder, error) from error
+
+
+def run_command(queue: Queue, args: argparse.Namespace, words: Sequence[str]) -> int:
+    """Run a command of a queue. Return the exit status."""
     if args.command == "add":
         add(queue, args, words)
         return 0

@@ -20,9 +20,13 @@ TEMPORARY = re.compile(r"\.(?P<stem>.+)\.[0-9a-f]{12}")  # stem of an incomplete
 
 @contextmanager
 def full_disk_named(path: str | Path) -> Iterator[None]:
-    """Convert the various errors that writers raise on a full disk into one OSError (ENOSPC) that names `path`."""
+    """Convert the various errors that writers raise on a full disk into one OSError that names `path`."""
     try:
         yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # of a write, which knows no name
     except Exception as error:
         # By its name: files are also written by a Python without safetensors.
         if not isinstance(error, RuntimeError | shutil.Error) and type(error).__name__ != "SafetensorError":

@@ -4,6 +4,8 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.architecture.sources import python_files, source_of, text_of
 
 # The number of calls in each file, with the reason for those outside.
@@ -46,6 +48,8 @@ CALLS = {
     },
 }
 MOST_IMPORTS = 30  # of the function that trains
+MOST_MODULES = 25  # that a module which builds a run imports
+MOST_LINES_OF_LOOP = 40
 MOST_TAKING_ALL = 26  # functions that take all options
 WITH_WHOLE_RUNS = (  # which write the command of a run
     "library/commands/", "library/train_photos/", "library/training/sweep/driver.py",
@@ -67,6 +71,18 @@ def test_only_listed_calls_resolve_a_value_of_the_run() -> None:
 
 def test_the_function_that_trains_imports_few_names() -> None:
     assert sum(len(names) or 1 for _, names in source_of(TRAINING).imports) <= MOST_IMPORTS
+
+
+@pytest.mark.parametrize("name", ["run/prepare", "command_line/resolved", "planning/counting"])
+def test_what_builds_a_run_imports_few_modules(name: str) -> None:
+    imports = source_of(Path(f"library/training/{name}.py")).imports
+    assert len({module for module, _ in imports if module.startswith(("library.", "networks."))}) <= MOST_MODULES
+
+
+def test_the_loop_fits_on_a_screen() -> None:
+    tree = ast.parse(text_of(Path("library/training/loop/loop.py")))
+    (train,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
+    assert train.end_lineno is not None and train.end_lineno - train.lineno < MOST_LINES_OF_LOOP
 
 
 def test_few_functions_take_all_options() -> None:

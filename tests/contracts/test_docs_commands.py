@@ -324,3 +324,7 @@ def test_options_that_the_page_calls_unsupported_are_refused() -> None:
     assert unsupported == {
         f"--{name}" for name, facts in facts_of.items() if facts.unsupported and not facts.needs.names
     }
+
+
+def test_the_page_about_sweeps_is_short() -> None:
+    assert len((ROOT / "docs" / "sweep.md").read_text(encoding="utf-8").split()) <= 400

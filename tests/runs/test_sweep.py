@@ -21,6 +21,7 @@ from library.training.report_page.page import read_data
 from library.training.report_page.writer import read_report
 from tests.running import ROOT, Finished, make_images
 from tests.tiny.bases import BASES
+from tests.unit.data.builders import full_disk, unwritable
 
 Train = Callable[..., Finished]
 SCRIPT = "flux_train_network"
@@ -112,10 +113,38 @@ def test_worse_runs_end_in_their_round_and_all_are_ranked(train: Train, words: l
         lines = [json.loads(line) for line in (tmp_path / f"events-{label}.jsonl").read_text().splitlines()]
         assert len([line for line in lines if line["event"] == "step"]) == rows[label]["step"]
         assert read_report(out / f"mine-{label}-report.html").plan is not None
+    before = {path: path.read_bytes() for path in out.glob("*.safetensors")}
+    again = train([word for word in [*words, *more] if word != "--no_report"], SCRIPT)
+    assert again.status == 0 and "avr_loss" not in again.stderr, again.stderr
+    assert before == {path: path.read_bytes() for path in out.glob("*.safetensors")}
     plain = [*words, "--learning_rate", "2e-3", "--output_name", "own", "--validation_seed", "8", *more[4:-3]]
     assert train([*plain, "--network_train_unet_only"], SCRIPT).status == 0
     swept, own = (load_state_dict(out / f"{name}.safetensors") for name in ("mine-lr2e-3", "own"))
     assert all(torch.equal(swept[key], own[key]) for key in own), "a paused run continues exactly"
+
+
+def test_early_stopping_ends_one_run(train: Train, words: list[str], tmp_path: Path) -> None:
+    more = [
+        "--sweep", "learning_rate=1000,1e-3", "--early_stop_patience", "1", "--validation_split", "0.6",
+        "--validate_every_n_steps", "1", "--max_train_steps", "5", "--network_train_unet_only",
+    ]  # fmt: skip
+    done = train([*words, *more], SCRIPT)
+    assert done.status == 0, done.stderr
+    assert "run 2 of 2" in done.stderr and "early stopping (--early_stop_patience)" in done.stderr
+    assert files_in(tmp_path / "out") == {"mine-lr1000.safetensors", "mine-lr1e-3.safetensors"}
+    assert int(read_metadata(tmp_path / "out" / "mine-lr1000.safetensors")["ss_steps"]) < 5
+    again = train([*words, *more], SCRIPT)
+    assert again.status == 0 and "avr_loss" not in again.stderr, again.stderr
+
+
+def test_rounds_need_a_validation_from_their_step_on(train: Train, words: list[str], tmp_path: Path) -> None:
+    more = [
+        "--sweep", "learning_rate=0.5,1", "--sweep_stop_after", "2", "--validation_split", "0.5",
+        "--validate_every_n_steps", "9", "--network_train_unet_only",
+    ]  # fmt: skip
+    done = train([*words, *more], SCRIPT)
+    assert done.status == 1 and "no validation is scheduled from that step on" in done.stderr, done.stderr
+    assert "avr_loss" not in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_nothing_is_ranked_where_losses_mean_other_things(train: Train, words: list[str], tmp_path: Path) -> None:
@@ -134,6 +163,29 @@ def test_a_wrong_value_of_any_run_is_refused_before_the_first(train: Train, word
     assert not (tmp_path / "out").exists() or files_in(tmp_path / "out") == set()
 
 
+@pytest.mark.parametrize("trouble", ["read-only", "full disk", "full disk for caches"])
+def test_a_folder_that_cannot_be_written_is_refused_before_any_run(
+    trouble: str, words: list[str], tmp_path: Path
+) -> None:
+    """With nothing left behind: no lock, no seed, no temporary folder."""
+    place = tmp_path / "place"
+    place.mkdir()
+    room = {"read-only": unwritable(place), "full disk": full_disk(), "full disk for caches": full_disk(2000)}
+    more = ["--sweep", "learning_rate=0.5,1", "--output_dir", str(place / "out"), "--cache_latents"]
+    command = [sys.executable, str(ROOT / f"{SCRIPT}.py"), *words, *more]
+    del command[(seed := command.index("--seed")) : seed + 2]
+    with room[trouble]:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    said = done.stderr
+    assert done.returncode == 1 and "Traceback" not in said, said
+    if trouble == "full disk for caches":
+        assert "cannot be written" in said and "run 2 of 2" not in said, said
+        assert files_in(place / "out") == {".mine.sweep-seed"}
+    else:
+        assert f"--output_dir {place / 'out'} cannot be written: " in said and "run 1 of 2" not in said, said
+        assert files_in(place) == set()
+
+
 IN_SWEEPS = {
     "compile": ["--compile"],
     "lycoris": ["--network_module", "lycoris.kohya", "--network_args", "algo=lokr"],
@@ -150,7 +202,7 @@ def test_options_work_in_a_sweep_as_in_a_run(case: str, train: Train, words: lis
     config = tmp_path / "sweep.toml"
     config.write_text('sweep = ["learning_rate=0.5,1"]\nnetwork_train_unet_only = true\n')
     lora = tmp_path / "base.safetensors"
-    shape = {"lora_down": (1, 128), "lora_up": (128, 1)}
+    shape = {"lora_down": (1, 64), "lora_up": (64, 1)}
     name = "lora_unet_double_blocks_0_img_attn_proj"
     save_file({f"{name}.{part}.weight": torch.ones(size) for part, size in shape.items()}, lora)
     more = [word.format(lora=lora, config=config) for word in IN_SWEEPS[case]]
@@ -197,6 +249,10 @@ def test_a_program_that_calls_a_trainer_trains_a_sweep(words: list[str], tmp_pat
 def test_machines_train_one_run_each(words: list[str], tmp_path: Path) -> None:
     """`xargs` starts what --sweep_list counts; a finished run is skipped, another file is refused."""
     swept = [sys.executable, str(ROOT / f"{SCRIPT}.py"), *words, "--sweep", "learning_rate=0.5,1"]
+    shown = subprocess.run([*swept, "--sweep_list", "json"], capture_output=True, text=True, timeout=300, check=True)
+    (first, second), name = json.loads(shown.stdout), "mine-lr1"
+    assert second["chosen"] == {"learning_rate": "1"} and (second["number"], second["name"]) == (2, name)
+    assert second["command"][1:2] == swept[1:2] and name in second["command"] and name not in first["command"]
     listed = subprocess.run([*swept, "--sweep_list"], capture_output=True, text=True, timeout=300, check=True)
     assert [line.split()[:2] for line in listed.stdout.splitlines() if "learning_rate=" in line] == [
         ["1", "lr0.5"],
@@ -261,6 +317,29 @@ def test_a_sweep_whose_driver_is_killed_continues_with_the_same_command(
     assert train(own, SCRIPT).status == 0
     swept, wanted = (load_state_dict(tmp_path / "out" / f"{name}.safetensors") for name in ("mine-lr0.5", "own"))
     assert all(torch.equal(swept[key], wanted[key]) for key in wanted)
+
+
+def test_rounds_continue_after_their_driver_was_killed(train: Train, words: list[str], tmp_path: Path) -> None:
+    """In the second round, when one run waits for the others; then every run equals that of its own command."""
+    trained = [
+        *words, "--validation_split", "0.5", "--validate_every_n_steps", "2", "--max_train_steps", "6",
+        "--network_train_unet_only",
+    ]  # fmt: skip
+    swept = [*trained, "--sweep", "learning_rate=1e-3,1.1e-3", "--sweep_stop_after", "1"]
+    command = [sys.executable, str(ROOT / f"{SCRIPT}.py"), *swept]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        starts = (line for line in process.stdout if "--sweep: run 2 of 2" in line)
+        assert next(starts, None) and next(starts, None), "the second round has not begun"
+        process.kill()
+        process.stdout.read()  # until the run, which notices that its driver is gone, has ended too
+    done = train(swept, SCRIPT)
+    assert done.status == 0, done.stderr
+    assert files_in(tmp_path / "out") == {"mine-lr1e-3.safetensors", "mine-lr1.1e-3.safetensors"}
+    own = [*trained, "--learning_rate", "1.1e-3", "--output_name", "own", "--validation_seed", "8"]
+    assert train(own, SCRIPT).status == 0
+    actual, wanted = (load_state_dict(tmp_path / "out" / f"{name}.safetensors") for name in ("mine-lr1.1e-3", "own"))
+    assert all(torch.equal(actual[key], wanted[key]) for key in wanted)
 
 
 def test_the_state_of_an_earlier_versions_sweep_continues_as_a_single_run(

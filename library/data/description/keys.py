@@ -7,6 +7,7 @@ from typing import Any, Literal
 from library.options.dataset import INTERPOLATIONS, DatasetOptions
 from library.options.declared import Declared, declare, list_declared
 from library.options.kinds import Kind, choice, number, size, whole
+from library.options.training.run import MAX_SEED
 from library.options.training.validation import ValidationOptions
 
 Style = Literal["dreambooth", "metadata", "masked"]
@@ -21,13 +22,14 @@ LARGEST = 2**31 - 1
 LARGEST_SIDE = 2**14  # images of a larger side exhaust main memory before any model sees them
 
 
-def _whole(low: int | None) -> Kind:
-    kind = whole(low, LARGEST)
+def _whole(low: int | None, high: int = LARGEST) -> Kind:
+    kind = whole(low, high)
     # As in sd-scripts, true and false count as 1 and 0.
     return replace(kind, fits=lambda v: kind.fits(int(v) if isinstance(v, bool) else v))
 
 
 INT, COUNT, BATCH_SIZE = _whole(None), _whole(0), _whole(1)
+SEED = _whole(-MAX_SEED, MAX_SEED)
 NUMBER = number(0, LARGEST)
 SIZE, IMAGE_SIZE = (size(low, high, "[width, height]") for low, high in ((0, LARGEST), (1, LARGEST_SIDE)))
 FILTER = choice(*INTERPOLATIONS, "box")

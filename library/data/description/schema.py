@@ -19,6 +19,7 @@ from library.data.description.keys import (
     IMAGE_SIZE,
     INT,
     ONLY_S,
+    SEED,
     SIZE,
     Style,
     key,
@@ -65,7 +66,7 @@ class SubsetConfig:
     )
     # sd-scripts' documentation shows these two in subsets, so they are allowed there.
     validation_split: float = key_of_option(SHARE, 0.0)
-    validation_seed: int | None = key_of_option(INT, None)
+    validation_seed: int | None = key_of_option(SEED, None)
     is_forgetting_probe: bool = key(
         BOOL, False, "Never train on these images; their loss shows what the model forgets.", ("dataset", "subset")
     )

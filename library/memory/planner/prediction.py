@@ -67,6 +67,7 @@ class CountedStep:
     most_offloaded: int
     multiplies_codes: bool = False  # the step was counted with --base_arithmetic 8bit
     gradientless: GradientlessPasses | None = None  # None if a step has only a forward and a backward pass
+    feature_bytes: int = 0  # of captions' features that stay in memory, once the last one has been encoded
     batch_bytes: int = 0  # of pinned main memory, from which batches are copied
 
 
@@ -117,6 +118,7 @@ def predict(step: CountedStep, mode: MemoryMode, gpu: Gpu, correction: float = 1
     peak_bytes = max(compute_peak_bytes(parts) + copied_bytes, 0 if passes is None else passes.peak_bytes)
     pass_bytes = kept_bytes + peak_bytes + step.weights.decoded_bytes(cost)
     optimizer_bytes = step.gradient_bytes + max(step.optimizer.rise, step.optimizer.state)
+    fixed_bytes = weight_bytes + step.feature_bytes
     training_bytes = step.adapter_bytes + round(correction * max(pass_bytes, optimizer_bytes))
     block_sizes = step.weights.block_bytes(cost)
     streamed_bytes = sum(block_sizes[block_index] for block_index in offloaded)
@@ -133,13 +135,13 @@ def predict(step: CountedStep, mode: MemoryMode, gpu: Gpu, correction: float = 1
     speed = StepSpeed(forward, backward, cost.slowdown, *ahead, overlaps=mode.num_slots > 1)
     seconds = speed.seconds(gpu, weights_s, inputs_s, len(offloaded) / max(1, len(block_sizes)))
     # The allocator's overhead comes from temporary tensors; weights are allocated once.
-    device_bytes = weight_bytes + round((1 + ALLOCATOR_SHARE) * training_bytes) + CONTEXT_BYTES
+    device_bytes = fixed_bytes + round((1 + ALLOCATOR_SHARE) * training_bytes) + CONTEXT_BYTES
     # The tensors of the passes are freed before the optimizer steps, so the larger of the two is the peak.
     peak = FORWARD_BACKWARD if pass_bytes >= optimizer_bytes else OPTIMIZER_STEP
     return ModeCost(
         mode,
         weight_bytes,
-        weight_bytes + training_bytes,
+        fixed_bytes + training_bytes,
         device_bytes,
         seconds,
         streamed_bytes + input_bytes,

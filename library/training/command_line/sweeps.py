@@ -18,6 +18,7 @@ from library.training.command_line.cli import (
 )
 from library.training.sweep.commands import Script
 from library.training.sweep.driver import run_sweep
+from library.training.sweep.worker import RunSize
 
 ROOT = Path(__file__).parents[3]  # the folder of the scripts
 
@@ -57,24 +58,36 @@ def sweep_for_program(parser: argparse.ArgumentParser, options: TrainOptions, bu
         raise error_in("--sweep")(f"--sweep ended with status {status}; the lines above say why")
 
 
-def check_runs(find_build: Callable[[], Callable[[Any], Any]], runs: Sequence[TrainOptions]) -> int:
-    """Check the options of runs before any of them is trained. Return the bytes of the largest state. Imports torch.
+def check_runs(find_build: Callable[[], Callable[[Any], Any]], runs: Sequence[TrainOptions]) -> list[RunSize]:
+    """Check the options of runs before any of them is trained. Return what each writes. Imports torch.
 
     Raises UserError naming the run.
     """
     from library.training.command_line.checks import check
-    from library.training.models.preflight import mute_logging, preflight
-    from library.training.models.requests import RequestedRun
+    from library.training.models.preflight import mute_logging
 
-    build, sizes = find_build(), [0]
+    build, sizes = find_build(), []
     for options in runs:
         try:
             with mute_logging():
                 check(options)
-                if not options.dataset.only_looks:
-                    requested = RequestedRun.resolve(options, build(options))
-                    # Beside the adapter, a state has two values of the optimizer for each of its own.
-                    sizes.append(3 * preflight(requested, options.run.max_train_steps))
+                sizes.append(RunSize(0, 0) if options.dataset.only_looks else measure_run(options, build))
         except UserError as error:
             raise error.prefixed(f"--sweep: {options.saving.output_name}: ", "--sweep") from error
-    return max(sizes)
+    return sizes
+
+
+def measure_run(options: TrainOptions, build: Callable[[Any], Any]) -> RunSize:
+    """Build the adapter of a run on meta models, and return what the run writes. Raises UserError for its options."""
+    from library.training.models.preflight import preflight
+    from library.training.models.requests import RequestedRun
+    from library.training.saving.checkpoints import save_dtype
+
+    num_values = preflight(RequestedRun.resolve(options, build(options)), options.run.max_train_steps)
+    dtype, is_half = (
+        save_dtype(options.saving.save_precision),
+        options.precision.full_bf16 or options.precision.full_fp16,
+    )
+    value_bytes = dtype.itemsize if dtype is not None else 2 if is_half else 4
+    # Beside the adapter, a state has two values of the optimizer for each of its own.
+    return RunSize(num_values * value_bytes, num_values * 3 * 4)

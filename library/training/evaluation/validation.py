@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.base.errors import error_in
 from library.data.batches.validation_set import ValidationSet
 from library.options.training.averaging import FILES, VALIDATION
 from library.options.training.noise import NoiseOptions
@@ -129,12 +130,19 @@ class Validation:
         """Return True if validation is scheduled after `step`, ignoring epochs."""
         return (self.is_on or self.probe.is_on) and any(self._schedule.due(step, None))
 
-    def is_due_from(self, first_step: int) -> bool:
-        """Return True if the held-out images are measured after `first_step` or a later one, before the last."""
+    def require_pause(self, first_step: int | None) -> None:
+        """Raise UserError if a run that pauses after a validation from `first_step` on would have none before its last
+        step."""
         plan = self._run.plan
+        if first_step is None or first_step >= plan.max_train_steps:
+            return
         positions = ((step, *divmod(step, plan.steps_per_epoch)) for step in range(first_step, plan.max_train_steps))
         due = (any(self._schedule.due(step, None if rest else epochs)) for step, epochs, rest in positions)
-        return self.is_on and any(due)
+        if not (self.is_on and any(due)):
+            raise error_in("--pause_after_step")(
+                f"--pause_after_step {first_step}: no validation is scheduled from that step on; set "
+                "--validation_split, and --validate_every_n_steps or --validate_every_n_epochs"
+            )
 
     def after_step(self, step: int, epoch: int, ends_epoch: bool, training_average: float) -> bool:
         """Measure if scheduled after `step` of `epoch`. Return True if the loss is the lowest so far.

@@ -29,7 +29,7 @@ from networks.core.protocol import adopt
 
 def preflight(run: RequestedRun, max_train_steps: int) -> int:
     """Build the adapter, its optimizer and its schedule as the run will, on meta models, and discard them. Return the
-    bytes of the adapter, 0 if unknown.
+    number of trained values, 0 if unknown.
 
     Raises UserError for any option of these that would end the run later. Third-party network modules are left out,
     because they may need real weights.
@@ -51,7 +51,7 @@ def preflight(run: RequestedRun, max_train_steps: int) -> int:
         dummy_groups = [{**group, "params": [nn.Parameter(torch.zeros(2, 2))]} for group in groups]
         built = build_optimizer(optimizer, dummy_groups)
         take_first_step(scheduler, build_schedule(scheduler, built, max_train_steps))
-    return sum(p.nbytes for group in groups for p in group["params"])
+    return sum(p.numel() for group in groups for p in group["params"])
 
 
 def take_first_step(options: ScheduleOptions, schedule: Schedule) -> None:

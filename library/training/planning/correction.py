@@ -75,7 +75,9 @@ class MemoryWatch:
         self._num_steps += 1
         if self.is_over or self._num_steps < FIRST_STEP:
             return
-        planned, measured = self._chosen.tensor_bytes, self._gauge.peak()
+        # Features of captions come with time, and only those that are there are measured.
+        kept, measured = self._run.context.captions.num_bytes, self._gauge.peak()
+        planned = self._chosen.tensor_bytes - self._fitted.counted.step.feature_bytes + kept
         excess = measured / planned - 1
         planned_batch = self._fitted.counted.batch
         num_tokens = planned_batch.num_tokens or 0
@@ -87,20 +89,21 @@ class MemoryWatch:
         if abs(excess) > TOLERATED:
             direction = "more" if excess > 0 else "less"
             logger.warning("a step takes %.0f %% %s memory than was planned", abs(100 * excess), direction)
-            self._correct(measured)
+            self._correct(measured, planned, kept)
 
-    def _correct(self, measured: int) -> None:
-        """Choose again by the measurement, among options that can change during training: how blocks run."""
+    def _correct(self, measured: int, planned: int, kept: int) -> None:
+        """Choose again by the measurement, among options that can change during training: how blocks run. Of both bytes
+        `kept` are captions' features."""
         chosen, gpu = self._chosen, self._fitted.choice.gpu
-        fixed = chosen.weight_bytes + self._fitted.counted.step.adapter_bytes
+        fixed = chosen.weight_bytes + self._fitted.counted.step.adapter_bytes + kept
         # Weights and adapter have known sizes. What the measurement corrects is the rest, the activations.
-        factor = max(0.0, (measured - fixed) / (chosen.tensor_bytes - fixed))
+        factor = max(0.0, (measured - fixed) / (planned - fixed))
         allowed = replace(
             self._fitted.allowed, weight_formats=(chosen.mode.weight_format,), num_offloaded=chosen.mode.num_offloaded
         )
         choice = choose(self._fitted.counted.step, allowed, gpu, factor)
         if choice.chosen is None:
-            remaining_bytes = gpu.memory_bytes - (measured - chosen.tensor_bytes)
+            remaining_bytes = gpu.memory_bytes - (measured - planned)
             smaller = f"--fit {remaining_bytes // MIB}MB, which leaves as much room"
             logger.warning(
                 "nothing that can be changed while training makes it fit %s; where memory runs out, start again with "

@@ -23,6 +23,7 @@ from library.options.training.concepts import ConceptOptions
 from library.options.training.pairs import PairOptions
 from library.protocols import Architecture, TextCacheSpec
 from library.training.planning.meta_run import BatchShape, MetaRun, counter_for, fake_batch, longest_caption
+from library.training.step.conditioning import MEMO_BYTES
 from library.types import CaptionWithImages, Conditioning
 
 T = TypeVar("T")
@@ -159,6 +160,20 @@ def count_prompts(
     num_steps = concepts.max_denoising_steps / 2
     passes = GradientlessPasses(num_steps + 1, num_guided * num_steps + NUM_ASKED, peak)
     return {name: tensor[: shape.count] for name, tensor in features.items()}, passes
+
+
+def count_kept_features(meta: MetaRun, num_captions: int | None) -> int:
+    """Return the bytes of the features that a run keeps of uncached captions, of an unknown number as many as it ever
+    keeps."""
+    options = meta.run.options
+    if not meta.models.text_encoders or options.concepts is not None or options.trains_text_encoders:
+        return 0
+    of_one = bytes_of_features(encode_longest(meta, 1))
+    return of_one * max(1, min(MEMO_BYTES // max(1, of_one), MEMO_BYTES if num_captions is None else num_captions))
+
+
+def bytes_of_features(features: Conditioning) -> int:
+    return sum(feature.nbytes for feature in features.values())
 
 
 def encode_longest(meta: MetaRun, count: int) -> Conditioning:

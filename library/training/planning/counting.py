@@ -5,7 +5,7 @@ Models, adapter, optimizer and loss are built as in the run, on fake tensors tha
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -21,7 +21,7 @@ from library.memory.planner.stages import StageMemory
 from library.options.train import TrainOptions
 from library.training.models.preflight import mute_logging
 from library.training.models.requests import RequestedRun
-from library.training.planning.counted_inputs import count_inputs
+from library.training.planning.counted_inputs import count_inputs, count_kept_features
 from library.training.planning.counted_step import build_step, count_some_blocks, count_step, count_update
 from library.training.planning.meta_run import BatchShape, counter_for, fake_batch, has_latents, run_on_meta_device
 from library.training.planning.previews import CountedPreview, count_preview
@@ -73,7 +73,8 @@ def count_run(run: RequestedRun, batch: BatchShape, device: torch.device, is_fus
         is_averaged = bool(options.averaging.ema_decay)
         optimizer = count_update(options.optimizer, options.network, is_averaged, arch, meta.network)
         bar.update(1)
-    step = build_step(meta, fake, timeline, optimizer, inputs.gradientless)
+        features = count_kept_features(meta, batch.num_captions)
+    step = replace(build_step(meta, fake, timeline, optimizer, inputs.gradientless), feature_bytes=features)
     return CountedRun(options, batch, step, inputs.stages, preview)
 
 

@@ -26,15 +26,30 @@ logger = logging.getLogger(__name__)
 BARE_CONTEXT_BYTES = 7 * GIB // 20
 
 
-def largest_batch(sizes: BatchSizes, num_tokens: int | None = None) -> BatchShape:
-    """Return the batch with the most pixels, with captions of `num_tokens`."""
-    shapes = [
-        BatchShape(count, *size, tuple(references), num_tokens) for count, (size, *references) in sizes.batch_shapes()
-    ]
-    return max(shapes, key=lambda shape: shape.num_pixels)
+CountTokens = Callable[[str], int]
 
 
-def find_longest_caption(plan: DataPlan, count_tokens: Callable[[str], int]) -> int | None:
+def largest_batch(sizes: BatchSizes, plan: DataPlan | None = None, count_tokens: CountTokens = len) -> BatchShape:
+    """Return the batch with the most pixels, with the captions of `plan`."""
+    shapes = [BatchShape(count, *size, tuple(references)) for count, (size, *references) in sizes.batch_shapes()]
+    largest = max(shapes, key=lambda shape: shape.num_pixels)
+    if plan is None:
+        return largest
+    return replace(largest, num_tokens=find_longest_caption(plan, count_tokens), num_captions=count_captions(plan))
+
+
+def count_captions(plan: DataPlan) -> int | None:
+    """Return how many different captions a run can draw; None where they vary or are not known before it."""
+    captions = {""}  # dropped ones
+    for subset in (subset for dataset in plan.datasets for subset in dataset.subsets):
+        if subset.config.captions.varies or not len(subset.images.captions):
+            return None
+        for text in (*subset.images.captions, subset.config.class_tokens or ""):
+            captions.update(iterate_fullest_captions(text, subset.config.captions))
+    return len(captions)
+
+
+def find_longest_caption(plan: DataPlan, count_tokens: CountTokens) -> int | None:
     """Return the tokens of the longest caption that a run can draw; None where captions are not known before it."""
     most = 0
     for subset in (subset for dataset in plan.datasets for subset in dataset.subsets):
@@ -99,10 +114,9 @@ def fit_run(run: RequestedRun, sizes: BatchSizes, processes: Processes, plan: Da
     options = run.options
     assert options.fit.fit is not None
     gpu = measure_gpu(options.fit.fit, options.precision.mixed_precision, processes)
-    num_tokens = None if plan is None else find_longest_caption(plan, run.arch.text.count_tokens)
-    if num_tokens is not None and processes.is_main:
-        logger.info("--fit counts captions of %d tokens, the longest of the data set", num_tokens)
-    batch = largest_batch(sizes, num_tokens)
+    batch = largest_batch(sizes, plan, run.arch.text.count_tokens)
+    if batch.num_tokens is not None and processes.is_main:
+        logger.info("--fit counts captions of %d tokens, the longest of the data set", batch.num_tokens)
     counted = count_adapter_run(run, batch, processes.device)
     fit = fit_to(counted, gpu, sizes.max_train_steps)
     if fit.choice.chosen is None:

@@ -39,6 +39,7 @@ class BatchShape:
     height: int
     reference_sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of each sample's reference images
     num_tokens: int | None = None  # of the longest caption; None for the model's maximum
+    num_captions: int | None = None  # different ones of the data set; None if they are unknown
 
     @property
     def num_pixels(self) -> int:

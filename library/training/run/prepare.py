@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-from library.base.errors import error_in
 from library.data.training_data import TrainingData, open_batches
 from library.memory.fused_kernels import decide_fusing
 from library.memory.planner.measured import measure_peak_flops
@@ -101,12 +100,8 @@ def prepare_run(
         writer.check_space()
     if state is not None:  # after every stateful part exists, and before anything is drawn or measured
         go_on(run, progress, validation, state)
-    pause = run.options.state.pause_after_step
-    if pause is not None and state is None and pause < run.plan.max_train_steps and not validation.is_due_from(pause):
-        raise error_in("--pause_after_step")(
-            f"--pause_after_step {pause}: no validation is scheduled from that step on",
-            "set --validation_split, and --validate_every_n_steps or --validate_every_n_epochs",
-        )
+    if state is None:
+        validation.require_pause(run.options.state.pause_after_step)
     # The main process alone reads the prompts, but with a sharded model the others compute its blocks with it.
     is_drawing = run.processes.share("are there previews", "yes" if wanted.prompts else "no") == "yes"
     previews = Previews(run, charts, wanted.prompts, adapted.loaded.prompts, is_drawing, wanted.scorer)

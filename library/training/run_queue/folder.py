@@ -15,7 +15,7 @@ from library.base.errors import UserError, about, error_in
 from library.checkpoints.overwriting import known_by_start
 from library.training.run_queue.jobs import Job
 from library.training.run_queue.tickets import Claim, Ticket
-from library.training.saving.run_lock import Locked, acquire, release
+from library.training.saving.run_lock import Locked, acquire, release, unwritable
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +73,7 @@ class Queue:
             if not self.mark.exists():
                 write_whole(self.mark, HEAD)
         except OSError as error:
-            reason = f"cannot be written: {error.strerror}; use another folder"
-            raise about("--folder", self.folder, cause="unreadable")(reason) from None
+            raise unwritable("--folder", self.folder, error) from None
 
     def require(self) -> None:
         """Raise UserError unless the folder is a queue's."""

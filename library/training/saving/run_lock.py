@@ -16,7 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from library.base.errors import UserError
+from library.base.atomic_files import full_disk_named
+from library.base.errors import UserError, about
 from library.base.json_text import parse_json
 from library.base.launcher import launched_rank
 from library.checkpoints.overwriting import known_by_start, open_lock_file
@@ -40,16 +41,21 @@ class Locked(UserError):
 def run_lock(saving: SavingOptions, flag: str = "--output_name") -> Iterator[None]:
     """Hold the lock of an output folder and name inside the block, in the main process.
 
-    `flag` is the option of the name, for messages. Raises UserError naming the process and host that hold it.
+    `flag` is the option of the name, for messages. Raises UserError naming the process and host that hold it, or the
+    folder if it cannot be written.
     """
     if not saving.output_dir or launched_rank() != 0:
         yield
         return
     path = lock_path(Path(saving.output_dir), saving.output_name)
     is_new_folder = not path.parent.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = acquire(path, advice=WAIT.format(flag))
+    file = None
     try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = acquire(path, advice=WAIT.format(flag))
+        except OSError as error:
+            raise unwritable("--output_dir", path.parent, error) from error
         yield
     finally:
         if file is not None:
@@ -58,6 +64,12 @@ def run_lock(saving: SavingOptions, flag: str = "--output_name") -> Iterator[Non
         if is_new_folder:
             with suppress(OSError):  # the folder is not empty
                 path.parent.rmdir()
+
+
+def unwritable(flag: str, folder: Path, error: OSError) -> UserError:
+    """Return the error of a folder in which the system refuses to write."""
+    reason = f"cannot be written: {error.strerror}; make room there, change its permissions, or name another folder"
+    return about(flag, folder, cause="unreadable")(reason)
 
 
 def lock_path(folder: Path, output_name: str | None) -> Path:
@@ -91,12 +103,17 @@ def acquire(path: Path, what: str = WRITES, advice: str = WAIT.format("--output_
         if is_at(file, path):
             break
         file.close()
-    file.seek(0)
-    file.truncate()
     # Another run that is refused reads this to name the process that it has to wait for.
     owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    file.write(json.dumps(owner))
-    file.flush()
+    try:
+        with full_disk_named(path):
+            file.seek(0)
+            file.truncate()
+            file.write(json.dumps(owner))
+            file.flush()
+    except OSError:
+        release(file, path)
+        raise
     return file
 
 
@@ -104,10 +121,12 @@ def release(file: IO[str], path: Path) -> None:
     """Release the lock and delete its file, in the order that the system allows."""
     # Windows deletes no open file. Elsewhere the file goes first, so that no other run locks one that is about to go.
     if sys.platform == "win32":
-        file.close()
+        with suppress(OSError):
+            file.close()
     with suppress(OSError):  # on Windows another run may have it open
         path.unlink()
-    file.close()
+    with suppress(OSError):  # a full disk, which refuses what is not written yet
+        file.close()
 
 
 def lock(file: IO[str]) -> None:

@@ -28,7 +28,7 @@ class CaptionMemo:
         self._encode = encode
         self._padding = padding or {}
         self._limit_bytes = limit_bytes
-        self._bytes = 0
+        self.num_bytes = 0  # of the features that are kept
         self._rows: OrderedDict[str, Row] = OrderedDict()
 
     def __call__(self, captions: Sequence[str]) -> Conditioning:
@@ -41,10 +41,10 @@ class CaptionMemo:
             with torch.no_grad():
                 row = {name: tensor[0] for name, tensor in self._encode([caption]).items()}
             self._rows[caption] = row
-            self._bytes += sum(tensor.nbytes for tensor in row.values())
+            self.num_bytes += sum(tensor.nbytes for tensor in row.values())
             # The caption just added stays, even if it alone is larger than the limit.
-            while self._bytes > self._limit_bytes and len(self._rows) > 1:
+            while self.num_bytes > self._limit_bytes and len(self._rows) > 1:
                 _, oldest = self._rows.popitem(last=False)
-                self._bytes -= sum(tensor.nbytes for tensor in oldest.values())
+                self.num_bytes -= sum(tensor.nbytes for tensor in oldest.values())
         self._rows.move_to_end(caption)
         return row

@@ -15,11 +15,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from library.base.errors import error_in
+from library.base.atomic_files import write_whole
+from library.base.errors import about, error_in
+from library.base.formatting import format_bytes
 from library.base.launcher import launched_count
 from library.base.temporary_folders import delete_abandoned_folders, make_temporary_folder
 from library.options.train import TrainOptions
-from library.training.saving.run_lock import run_lock
+from library.training.saving.run_lock import run_lock, unwritable
 from library.training.sweep.children import Children
 from library.training.sweep.combinations import (
     Combination,
@@ -32,8 +34,8 @@ from library.training.sweep.combinations import (
 from library.training.sweep.commands import Command, Script, write_command
 from library.training.sweep.listing import print_list
 from library.training.sweep.outcomes import STOPPED, Outcome, end_file, read_outcome, report_file
-from library.training.sweep.rounds import Rounds, delete_pause, end_at_pause, newest_pause
-from library.training.sweep.worker import Imported, Standing, call_worker
+from library.training.sweep.rounds import Rounds, delete_passed, end_at_pause, list_pauses
+from library.training.sweep.worker import Imported, RunSize, Standing, call_worker
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +44,8 @@ PAGE_ENDING = "-sweep.html"
 DROPPED = "another one was significantly better (--sweep_stop_after)"
 RANK = Imported("library.training.sweep.ranking", "rank_and_write")
 
-Check = Callable[[Sequence[TrainOptions]], int]
-"""(options of each run) -> bytes of the largest state. Raises UserError for what a run would refuse."""
+Check = Callable[[Sequence[TrainOptions]], Sequence[RunSize]]
+"""(options of each run) -> what each writes. Raises UserError for what a run would refuse."""
 
 
 @dataclass
@@ -165,9 +167,9 @@ class Sweep:
             stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
             if self.has_signals:
                 stack.enter_context(self.children.receiving_signals())
-            state_bytes = call_worker(check, [member.options for member in chosen])
-            if rounds is not None:
-                rounds.check_space(state_bytes * len(chosen), self.folder)
+            sizes = call_worker(check, [member.options for member in chosen])
+            if self.options.saving.output_dir and not self.only_tries:
+                check_room(chosen, sizes, rounds)
             status = self.stopped_status() if self.children.is_stopped else self.train_all(chosen, rounds)
             if status is not None or self.only_tries:
                 return status or 0
@@ -193,13 +195,12 @@ class Sweep:
 
     def train_one(self, member: Member, pause: int | None) -> int | None:
         """Train a run, to a pause or to its end. Return the status of a sweep that cannot go on, else None."""
-        before = newest_pause(member.options.saving) if self.options.sweep.sweep_stop_after else None
-        if pause is not None and before is not None and before >= pause:  # of a sweep that was stopped
-            options = self.complete(member)
-            outcome = read_outcome(options.saving, options.reports.log_events)
-            member.status, member.outcome = 0, replace(outcome, reason=STOPPED, step=before)
-            return None
         options = self.complete(member).with_values({"pause_after_step": pause})
+        reached = max(list_pauses(options.saving), default=0)
+        if pause is not None and reached >= pause:  # of a sweep that was stopped
+            outcome = read_outcome(options.saving, options.reports.log_events)
+            member.status, member.outcome = 0, replace(outcome, reason=STOPPED, step=reached)
+            return None
         command = self.write_command(options)
         own = self.write_command(member.options)  # without what belongs to the sweep
         logger.info("--sweep: run %d of %d, %s: %s", member.number, len(self.members), member.label, own.shown)
@@ -209,8 +210,8 @@ class Sweep:
         member.ended = member.outcome.ended
         if self.children.is_stopped:
             return self.stopped_status(member.status)
-        if before is not None and not member.status and member.outcome.step > before:
-            delete_pause(member.options.saving, member.options.state.save_state, before)
+        if self.options.sweep.sweep_stop_after and not member.status:
+            delete_passed(options.saving, options.state.save_state, member.outcome.step)
         return self.judge(member, pause)
 
     def judge(self, member: Member, pause: int | None) -> int | None:
@@ -285,18 +286,32 @@ class Sweep:
 
 def open_folder(options: TrainOptions, seed: int | None) -> Path:
     """Create the temporary folder of a sweep, delete those of killed ones, and keep a drawn seed, if there is one."""
-    parent = Path(
-        options.saving.output_dir if options.saving.output_dir and seed is not None else tempfile.gettempdir()
-    )
+    is_kept = options.saving.output_dir and seed is not None
+    parent = Path(str(options.saving.output_dir) if is_kept else tempfile.gettempdir())
     try:
         parent.mkdir(parents=True, exist_ok=True)
         delete_abandoned_folders([parent])
-        folder = Path(make_temporary_folder("sweep", str(parent)))
         if seed is not None and options.run.seed is None and not seed_file(options).exists():
-            seed_file(options).write_text(str(seed))
+            write_whole(seed_file(options), str(seed))
+        return Path(make_temporary_folder("sweep", str(parent)))
     except OSError as error:
-        raise error_in("--output_dir")(f"--output_dir {parent} cannot be written: {error.strerror}") from error
-    return folder
+        raise unwritable("--output_dir", parent, error) from error
+
+
+def check_room(chosen: Sequence[Member], sizes: Sequence[RunSize], rounds: Rounds | None) -> None:
+    """Raise UserError unless the disk has room for the files of all runs, and for the states that rounds keep."""
+    left = [(m, size) for m, size in zip(chosen, sizes, strict=True) if not end_file(m.options.saving).exists()]
+    if not left:
+        return
+    folder = end_file(left[0][0].options.saving).parent
+    free, files = shutil.disk_usage(folder).free, sum(size.adapter for _, size in left)
+    states = 0 if rounds is None else sum(size.state for _, size in left)
+    if free >= files + states:
+        return
+    reason = f"has {format_bytes(free)} free, and the files of {len(left)} runs take {format_bytes(files)}"
+    if states:
+        reason += f", and their states, which --sweep_stop_after keeps between rounds, {format_bytes(states)}"
+    raise about("--output_dir", folder)(f"{reason}; make room, or name another folder")
 
 
 def first_and_largest(members: Sequence[Member]) -> list[Member]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.base.errors import error_in
-from library.base.formatting import format_bytes
 from library.options.output.saving import SavingOptions
 from library.options.train import TrainOptions
 from library.training.sweep.outcomes import end_file
@@ -51,16 +50,6 @@ class Rounds:
         self.number += 1
         return int(self.first_step * 2 ** (self.number - 1))
 
-    def check_space(self, num_bytes: int, folder: Path) -> None:
-        """Raise UserError if the states of all runs do not fit."""
-        free = shutil.disk_usage(folder).free
-        if num_bytes > free:
-            raise error_in(FLAG)(
-                f"{FLAG} keeps a state of every run between rounds, {format_bytes(num_bytes)} in all, and "
-                f"{format_bytes(free)} are free in --output_dir {folder}",
-                f"make room, or leave out {FLAG}",
-            )
-
     def find_worse(self, standings: Sequence[Standing], num_runs: int) -> list[str]:
         """Return the labels of the runs that are significantly worse than the best one; none if not all were measured
         after the same step. Imports torch."""
@@ -78,16 +67,15 @@ def paused_files(saving: SavingOptions, step: int) -> tuple[Path, Path]:
     return weights, end.with_name(f"{end.stem}-step{step:08d}-state")
 
 
-def newest_pause(saving: SavingOptions) -> int | None:
-    """Return the step of a run's newest state; None if there is none."""
+def list_pauses(saving: SavingOptions) -> list[int]:
+    """List the steps of a run's states."""
     end = end_file(saving)
-    steps = [
+    return [
         int(digits)
         for path in (end.parent.iterdir() if end.parent.is_dir() else ())
         if (digits := path.name.removeprefix(f"{end.stem}-step").removesuffix("-state")).isdecimal()
         and path.name == f"{end.stem}-step{digits}-state"
     ]
-    return max(steps, default=None)
 
 
 def end_at_pause(saving: SavingOptions, keeps_state: bool, step: int) -> None:
@@ -108,3 +96,10 @@ def delete_pause(saving: SavingOptions, keeps_state: bool, step: int) -> None:
         weights.unlink(missing_ok=True)
     if not keeps_state and state.is_dir():
         shutil.rmtree(state)
+
+
+def delete_passed(saving: SavingOptions, keeps_state: bool, step: int) -> None:
+    """Delete the pauses before `step`. A sweep that was killed may have left several."""
+    for passed in list_pauses(saving):
+        if passed < step:
+            delete_pause(saving, keeps_state, passed)

@@ -26,6 +26,14 @@ class Standing:
 
 
 @dataclass(frozen=True)
+class RunSize:
+    """The bytes that a run writes; 0 where a module of others leaves them unknown."""
+
+    adapter: int  # the final file, at least
+    state: int
+
+
+@dataclass(frozen=True)
 class Imported:
     """A function of a module that is imported only where the function is called."""
 

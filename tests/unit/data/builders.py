@@ -85,6 +85,18 @@ def unwritable(*folders: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def full_disk(num_bytes: int = 0) -> Iterator[None]:
+    """Let no file of this process and its children grow beyond some bytes; the error is EFBIG in place of ENOSPC."""
+    resource = pytest.importorskip("resource")  # POSIX
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def write_config(path: Path, text: str) -> TrainOptions:
     """Write a dataset file and return the options of a run with it; {here} stands for the file's folder."""
     path.write_text(text.replace("{here}", path.parent.as_posix()), encoding="utf-8")

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from library.training.run_queue.folder import Queue
 from library.training.run_queue.jobs import Job
 from library.training.run_queue.progress import Progress, format_queue, read_progress
 from tests.running import ROOT
+from tests.unit.data.builders import full_disk, unwritable
 from tools.run_queue import main
 
 QUICKSTART = ROOT / "configs" / "quickstart" / "train.toml"
@@ -124,6 +126,25 @@ def test_unused_keys_of_the_file_are_named(folder: Path, caplog: pytest.LogCaptu
 def test_other_commands_need_a_queue(folder: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 1
     assert "is no queue" in capsys.readouterr().err and not (folder / "output").exists()
+
+
+def on_read_only_folder(folder: Path) -> AbstractContextManager[None]:
+    return unwritable(folder, *(path for path in folder.rglob("*") if path.is_dir()))
+
+
+@pytest.mark.parametrize("command", [["add", QUICKSTART, "--", "--output_name", "b"], ["run"], ["stop"]])
+@pytest.mark.parametrize("trouble", ["full disk", "read-only"])
+def test_a_folder_that_cannot_be_written_is_named(
+    folder: Path, command: list[str], trouble: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert add() == 0
+    queue = folder / "output" / "queue"
+    before = sorted(queue.rglob("*"))
+    with full_disk() if trouble == "full disk" else on_read_only_folder(queue):
+        status = main([str(word) for word in command])
+    said = capsys.readouterr().err
+    assert status == 1 and f"error: --folder {queue} cannot be written: " in said and "make room" in said, said
+    assert sorted(queue.rglob("*")) == before
 
 
 @pytest.mark.parametrize("gpus", ["", "0,0", "0,,1"])

@@ -1,11 +1,14 @@
 """Ranking the adapters of a sweep; the error rate of "significantly worse" covers repeated looks."""
 
 from math import nan
+from pathlib import Path
 
 import pytest
 import torch
 
-from library.training.sweep.ranking import MeasuredAdapter, clearly_worse, format_ranking, rank
+from library.training.report_page.page import read_data
+from library.training.sweep.ranking import MeasuredAdapter, clearly_worse, format_ranking, rank, rank_and_write
+from library.training.sweep.worker import Standing
 
 
 def measured(label: str, losses_G: list[float] | None, ended: str = "") -> MeasuredAdapter:
@@ -43,6 +46,16 @@ def test_adapters_are_sorted_by_loss_with_unmeasured_ones_last() -> None:
 )
 def test_the_verdict_on_a_ranking(losses: list[list[float] | None], verdict: str) -> None:
     assert rank([measured(f"a{i}", losses_G) for i, losses_G in enumerate(losses)]).verdict.startswith(verdict)
+
+
+def test_page_and_log_name_the_word_by_which_nothing_is_ranked(tmp_path: Path) -> None:
+    losses = {"a": 1.0, "b": 2.0}
+    runs = [Standing(label, 8, 8, losses, "", f"{label}.safetensors") for label in ("l1", "l2")]
+    lines = rank_and_write(runs, "cat", tmp_path / "cat-sweep.html", ["loss_type"], {}, {})
+    verdict = "nothing is ranked: loss_type changes the held-out images or what their losses mean"
+    assert lines == [f"sweep: {verdict}; the ranking is {tmp_path / 'cat-sweep.html'}"]
+    page = read_data((tmp_path / "cat-sweep.html").read_text(encoding="utf-8"))
+    assert page["verdict"] == verdict and all(row["compared"] is None for row in page["rows"])
 
 
 @pytest.mark.slow

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from library.base.errors import UserError
 from library.options.train import TrainOptions
 from library.training.saving.run_lock import lock_path, run_lock
 from tests.running import ROOT
-from tests.unit.data.builders import options_of
+from tests.unit.data.builders import full_disk, options_of, unwritable
 
 HOLD = """
 import os, sys, time
@@ -129,3 +130,16 @@ def test_a_file_system_without_locks_is_warned_about(
         pass
     assert not list(tmp_path.iterdir())
     assert "this file system has no locks; make sure that no second run writes there" in caplog.text
+
+
+def test_a_full_disk_is_an_error_of_the_output_folder_and_leaves_nothing(tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(UserError, match=r"--output_dir .*out cannot be written: .*; make room"):
+        with hold_lock(options(tmp_path / "out")):
+            pass
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_of_its_option(tmp_path: Path) -> None:
+    with unwritable(tmp_path), pytest.raises(UserError, match=r"--output_dir .*out cannot be written"):
+        with hold_lock(options(tmp_path / "out")):
+            pass

@@ -64,6 +64,12 @@ def test_words_that_change_what_a_loss_means_are_found() -> None:
     assert find_unranked(options_of(*(f"{name}=1,2" for name in changing))) == changing
 
 
+@pytest.mark.parametrize("name", ["output_dir", "resume", "sweep_only", "launcher", "dry_run", "logging_dir"])
+def test_what_a_run_writes_and_how_it_starts_cannot_be_swept(name: str) -> None:
+    with pytest.raises(UserError, match=f"--sweep {name}: it says what a run writes, where it starts or how it is"):
+        expand_combinations(options_of(f"{name}=1,2"))
+
+
 def test_a_million_combinations_are_counted_and_refused() -> None:
     words = [f"{name}={','.join(str(value + 1) for value in range(100))}" for name in ("network_dim", "network_alpha")]
     words.append("seed=" + ",".join(map(str, range(100))))

@@ -12,18 +12,23 @@ from typing import Any
 import psutil
 import pytest
 
+from library.architectures.scripts import script_of
 from library.base.errors import UserError
+from library.data.description.dataset_file import load_dataset_config
+from library.data.sources.storage.storage import Storage
 from library.options.output.saving import SavingOptions
 from library.options.train import TrainOptions
+from library.options.training.run import MAX_SEED
 from library.training.command_line.sweeps import open_script
 from library.training.failures.interruption import STOP_SIGNALS
 from library.training.sweep.children import Children
 from library.training.sweep.commands import environment_of_runs, start_script, write_command
-from library.training.sweep.driver import open_folder
+from library.training.sweep.driver import CACHES, Sweep, check_room, find_seed, open_folder, resolve_members
 from library.training.sweep.outcomes import read_outcome
-from library.training.sweep.rounds import Rounds, delete_pause, end_at_pause, newest_pause
-from library.training.sweep.worker import Standing
+from library.training.sweep.rounds import Rounds, delete_passed, delete_pause, end_at_pause, list_pauses
+from library.training.sweep.worker import RunSize, Standing
 from tests.running import ROOT
+from tests.unit.data.builders import full_disk
 from train_network import setup_parser
 
 
@@ -98,8 +103,6 @@ def test_rounds_double_and_need_losses_that_can_be_compared(tmp_path: Path) -> N
         Rounds.build(measured, ["loss_type"])
     with pytest.raises(UserError, match="compares runs by their validation, and there is none; set --validation_split"):
         Rounds.build(options_of(tmp_path, sweep_stop_after=100), [])
-    with pytest.raises(UserError, match="keeps a state of every run between rounds"):
-        rounds.check_space(10**18, tmp_path)
 
 
 def test_only_runs_that_were_measured_after_one_step_are_compared() -> None:
@@ -123,7 +126,9 @@ def test_a_pause_leaves_what_the_user_has_asked_for(values: dict[str, Any], kept
     options, state = options_of(tmp_path, **values), tmp_path / "cat-lr1-step00000004-state"
     state.mkdir()
     (tmp_path / "cat-lr1-step00000004.safetensors").write_bytes(b"weights")
-    assert newest_pause(options.saving) == 4
+    assert list_pauses(options.saving) == [4]
+    delete_passed(options.saving, options.state.save_state, 4)
+    assert list_pauses(options.saving) == [4]
     end_at_pause(options.saving, options.state.save_state, 4)
     assert (tmp_path / "cat-lr1.safetensors").read_bytes() == b"weights"
     delete_pause(options.saving, options.state.save_state, 4)
@@ -173,6 +178,91 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_runs(tmp_path: Path
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--output_dir .*file.out cannot be written"):
         open_folder(options_of(tmp_path / "file" / "out"), seed=1)
+
+
+def test_a_full_disk_keeps_no_damaged_seed(tmp_path: Path) -> None:
+    """The same command would draw another one, and train other runs."""
+    with full_disk(), pytest.raises(UserError, match=r"--output_dir .* cannot be written: .*; make room"):
+        open_folder(options_of(tmp_path), seed=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_any_seed_serves_the_validation_too(tmp_path: Path) -> None:
+    """A drawn seed has 32 bits."""
+    (tmp_path / "1_thing").mkdir()
+    options = options_of(tmp_path, sweep=["network_dim=2,4"], train_data_dir=str(tmp_path), resolution="64")
+    for member in resolve_members(options, MAX_SEED):
+        (dataset,) = load_dataset_config(member.options).datasets
+        assert {subset.validation_seed for subset in dataset.subsets} == {MAX_SEED}
+
+
+def sweep_of(folder: Path, **values: Any) -> Sweep:
+    """A sweep of three ranks of FLUX.1 that has begun."""
+    kind = script_of("flux").options
+    given = {"sweep": ["network_dim=2,8,4"], "output_dir": str(folder), "output_name": "cat-lr1", **values}
+    options, script = kind().with_values(given), open_script(setup_parser(), kind)
+    return Sweep(script, options, 1, resolve_members(options, 1), folder=folder / "sweep-1")
+
+
+@pytest.mark.parametrize(
+    ("values", "shared"),
+    [
+        ({}, set()),
+        ({"cache_latents": True}, {"cache_latents"}),
+        ({"cache_latents": True, "cache_text_encoder_outputs": True}, {"cache_latents", "cache_text_encoder_outputs"}),
+        ({"cache_latents": True, "cache_latents_to_disk": True, "cache_text_encoder_outputs": True}, set()),
+    ],
+)
+def test_runs_share_what_they_would_cache_in_memory(values: dict[str, Any], shared: set[str], tmp_path: Path) -> None:
+    """Through a temporary folder; caches on the disk have places of their own."""
+    sweep = sweep_of(tmp_path, **values)
+    completed = [sweep.complete(member) for member in sweep.members]
+    (place,) = {options.caching.shared_cache_dir for options in completed}
+    assert place is None if not shared else Path(str(place)).parent == tmp_path / "sweep-1"
+    on_disk = shared or {name for name in CACHES if f"{name}_to_disk" in values}
+    assert all({name for name in CACHES if o.flat()[f"{name}_to_disk"]} == on_disk for o in completed)
+
+
+def test_the_first_and_the_largest_run_test_themselves(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, selftest=True)
+    tested = [sweep.complete(member).diagnostics.selftest for member in sweep.members]
+    assert [member.label for member in sweep.members] == ["dim2", "dim8", "dim4"] and tested == [True, True, False]
+
+
+def test_a_drawn_seed_is_kept_and_stands_in_every_command(tmp_path: Path) -> None:
+    options = options_of(tmp_path, sweep=["network_dim=2,4"])
+    seed = find_seed(options)
+    open_folder(options, seed)
+    assert find_seed(options) == seed, "the same command continues the same runs"
+    script = open_script(setup_parser(), TrainOptions)
+    for member in resolve_members(options, seed):
+        words = write_command(script, member.options, None, tmp_path).words
+        assert words[words.index("--seed") + 1] == words[words.index("--validation_seed") + 1] == str(seed)
+
+
+def test_caches_without_room_are_refused_before_anything_is_encoded(tmp_path: Path) -> None:
+    storage = Storage(shared_cache_dir=str(tmp_path / "caches"))
+    storage.check_shared_room("latents", 1)
+    with pytest.raises(UserError, match=r"latents take .* are free on its disk; make room, or put --output_dir on"):
+        storage.check_shared_room("latents", 10**18)
+
+
+def test_room_for_the_files_of_all_runs_is_checked_before_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = options_of(tmp_path, sweep=["network_dim=2,4"])
+    members = resolve_members(options, 1)
+    free = SimpleNamespace(free=10**6)
+    monkeypatch.setattr("library.training.sweep.driver.shutil.disk_usage", lambda folder: free)
+    sizes = [RunSize(10**6, 5 * 10**5), RunSize(2 * 10**6, 6 * 10**5)]
+    with pytest.raises(
+        UserError, match=r"--output_dir .* has 1.0 MB free, and the files of 2 runs take 3.0 MB; make room"
+    ):
+        check_room(members, sizes, None)
+    (tmp_path / "cat-lr1-dim4.safetensors").touch()  # finished
+    check_room(members, sizes, None)
+    with pytest.raises(UserError, match="and their states, which --sweep_stop_after keeps between rounds"):
+        check_room(members, sizes, Rounds(4))
 
 
 def test_the_outcome_of_a_run_is_that_of_its_last_process(tmp_path: Path) -> None:

@@ -10,16 +10,23 @@ import pytest
 import torch
 
 from library.data.description.captions import CaptionRules
-from library.memory.planner.gpus import GIB, Gpu
-from library.memory.planner.prediction import CONTEXT_BYTES
+from library.memory.planner.gpus import GIB, TYPICAL, Gpu
+from library.memory.planner.prediction import CONTEXT_BYTES, CountedStep, MemoryMode, predict
 from library.processes.process_group import Processes
 from library.training.models.requests import RequestedRun
 from library.training.planning import correction, fit_run
 from library.training.planning.correction import Gauge, MemoryWatch
 from library.training.planning.counted_step import count_pinned_batches
 from library.training.planning.counting import count_run
-from library.training.planning.fit_run import count_adapter_run, find_longest_caption, largest_batch, measure_gpu
-from library.training.planning.meta_run import BatchShape, fake_batch, shape_of_batch
+from library.training.planning.fit_run import (
+    count_adapter_run,
+    count_captions,
+    find_longest_caption,
+    largest_batch,
+    measure_gpu,
+)
+from library.training.planning.meta_run import BatchShape, fake_batch, longest_caption, shape_of_batch
+from library.training.step.conditioning import MEMO_BYTES, CaptionMemo
 from tests.parity.tiny_models import opened_with
 from tests.tiny.bases import BASES
 from tests.unit.data.builders import SPEC
@@ -57,6 +64,48 @@ def test_the_longest_caption_is_that_of_the_data_set(subsets: list[Any], num_tok
     assert find_longest_caption(plan, lambda text: len(text.split())) == num_tokens
 
 
+@pytest.mark.parametrize(
+    ("subsets", "count"),
+    [
+        ([subset(["a", "b", "a"]), subset(["b", "c"], "d")], 5),  # with the empty one
+        ([subset(["a", "b"], caption_prefix="x")], 4),
+        ([subset(["a, b"], shuffle_caption=True)], None),
+        ([subset(["a"]), subset([])], None),
+    ],
+)
+def test_different_captions_of_the_data_set_are_counted(subsets: list[Any], count: int | None) -> None:
+    plan: Any = SimpleNamespace(datasets=[SimpleNamespace(subsets=subsets)])
+    assert count_captions(plan) == count
+
+
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_features_of_uncached_captions_are_planned_as_a_run_keeps_them(name: str, tmp_path: Path) -> None:
+    """The peak of a step has those of its own captions only."""
+    words = [*BASES[name].build(tmp_path), "--cache_latents", "--network_train_unet_only"]
+    options, arch = opened_with(name, words)
+    run, shape = RequestedRun.resolve(options, arch), BatchShape(*BASES[name].count_shape)
+    encoders = arch.load.text_encoders()
+    memo = CaptionMemo(lambda captions: arch.text.encode(encoders, arch.text.tokenize(captions)))
+    memo([longest_caption(arch), "a"])  # both are padded
+
+    def count(num_captions: int | None) -> CountedStep:
+        return count_run(run, replace(shape, num_captions=num_captions), torch.device("cpu")).step
+
+    few, all_of_them = count(2), count(None)
+    assert few.feature_bytes == memo.num_bytes and 0.99 * MEMO_BYTES < all_of_them.feature_bytes <= MEMO_BYTES
+    costs = [predict(step, MemoryMode(), TYPICAL[0]) for step in (few, all_of_them)]
+    more = all_of_them.feature_bytes - few.feature_bytes
+    assert costs[1].tensor_bytes - costs[0].tensor_bytes == costs[1].device_bytes - costs[0].device_bytes == more
+
+
+def test_no_features_are_kept_of_cached_captions_and_of_trained_encoders(tmp_path: Path) -> None:
+    words = [*BASES["flux"].build(tmp_path), "--cache_latents"]
+    shape = BatchShape(*BASES["flux"].count_shape, num_captions=5)
+    for more in (["--network_train_unet_only", "--cache_text_encoder_outputs"], []):
+        run = RequestedRun.resolve(*opened_with("flux", [*words, *more]))
+        assert count_run(run, shape, torch.device("cpu")).step.feature_bytes == 0
+
+
 @pytest.mark.parametrize(("name", "is_shorter"), [("moss_image", True), ("flux", False)])
 def test_captions_are_counted_as_long_as_the_data_set_has_them(name: str, is_shorter: bool, tmp_path: Path) -> None:
     """FLUX.1 pads captions to the maximum."""
@@ -75,10 +124,11 @@ def test_the_watch_waits_for_the_largest_images_and_the_longest_caption(captions
     num_pixels = correction.num_pixels(batch)
     shape = BatchShape(1, num_pixels, 1, num_tokens=3)
     fitted: Any = SimpleNamespace(
-        choice=SimpleNamespace(chosen=SimpleNamespace(tensor_bytes=100)), counted=SimpleNamespace(batch=shape)
+        choice=SimpleNamespace(chosen=SimpleNamespace(tensor_bytes=1100)),
+        counted=SimpleNamespace(batch=shape, step=SimpleNamespace(feature_bytes=1000)),
     )
     arch = SimpleNamespace(text=SimpleNamespace(count_tokens=lambda text: len(text.split())))
-    run: Any = SimpleNamespace(context=SimpleNamespace(arch=arch))
+    run: Any = SimpleNamespace(context=SimpleNamespace(arch=arch, captions=SimpleNamespace(num_bytes=0)))
     watch = MemoryWatch(run, fitted, Gauge(lambda: 99, lambda: None))
     for _ in range(2):
         watch.before_step()
