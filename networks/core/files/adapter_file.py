@@ -324,5 +324,5 @@ def find_for_layer(patterns: Mapping[str, Any] | None, path: str, otherwise: flo
     """Return the number of the first of PEFT's patterns that matches the end of `path`, or `otherwise`; a mask's is the
     number of ranks that are left."""
     # The group keeps the alternatives of a pattern such as to_k|to_q together. PEFT matches the ends of paths.
-    number = next((n for p, n in (patterns or {}).items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", path)), otherwise)
+    number: Any = next((n for p, n in (patterns or {}).items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", path)), otherwise)
     return None if number is None else float(sum(number) if is_mask(number) else number)
