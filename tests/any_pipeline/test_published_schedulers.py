@@ -143,6 +143,12 @@ def test_a_table_that_is_exact_at_its_own_levels_alone_fails_the_check() -> None
         require_exact(check(watched, *tabled))
 
 
+def test_a_table_of_whole_values_gives_whole_values() -> None:
+    levels_B = torch.tensor([0.1, 0.17, 0.32])
+    assert Table((0.1, 0.2, 0.4), (100, 200, 401)).at(levels_B).tolist() == [100.0, 170.0, 321.0]
+    torch.testing.assert_close(Table((0.1, 0.3), (1.5, 2.5)).at(levels_B[1:2]), torch.tensor([1.85]))
+
+
 def test_lines_of_whole_values_are_told_apart() -> None:
     levels = torch.linspace(0.003, 0.98, 100, dtype=torch.float64)
     cut, rounded = (1000 * levels).floor().tolist(), (1000 * levels).round().tolist()
