@@ -8,13 +8,12 @@ import pytest
 
 from library.architectures.any_pipeline.folder import list_arguments
 from library.architectures.any_pipeline.refusals import find_cause
-from tests.any_pipeline.any_class import build_parts
+from tests.any_pipeline.published import build_published, find_model
 from tests.any_pipeline.test_refusals import list_pipelines
 from tests.any_pipeline.test_training import SCRIPT, arguments, weights
 from tests.running import Finished
 from tests.tiny.more_pipelines import MORE
-from tests.tiny.pipeline_parts import replace_ftfy
-from tests.tiny.pipelines import PIPELINES, build_tiny_pipeline
+from tests.tiny.pipelines import PIPELINES
 
 TRAINED = (
     "AnimateDiffPAGPipeline", "AnimateDiffPipeline", "AnimateDiffSDXLPipeline", "CogVideoXPipeline",
@@ -81,10 +80,8 @@ def test_every_class_that_draws_from_text_is_trained_or_has_a_reason() -> None:
 def test_a_class_that_the_rule_builds_is_trained_and_draws(
     name: str, tmp_path: Path, train: Callable[..., Finished]
 ) -> None:
-    """Those of videos draw one frame."""
-    kind = list_pipelines()[name]
-    replace_ftfy(kind.__module__.removeprefix("diffusers.pipelines."))
-    build_tiny_pipeline(name, builder=lambda: build_parts(kind)).save_pretrained(tmp_path / "model")
+    """The scheduler is the published one. Those of videos draw one frame."""
+    build_published(find_model(name), name).save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("a red bird --w 64 --h 64 --s 3 --l 2.5 --n blurred\n")
     words = ("--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "2")
     done = train(arguments(tmp_path / "model", tmp_path, *words), script=SCRIPT)

@@ -118,6 +118,13 @@ def test_a_dropped_caption_is_the_negative_prompt_of_the_pipeline() -> None:
     torch.testing.assert_close(named[states], pipe.encode_prompt("a dog", "cpu", 1, False)[0], **FLOAT32_SAME_MATH)
 
 
+def test_a_dropped_caption_of_sdxl_is_zeros() -> None:
+    watched, convention, _ = measured("StableDiffusionXLPipeline")
+    for text, is_zero in (("", True), ("a dog", False)):
+        captured = capture_text(watched, convention, text)
+        assert bool(captured["encoder_hidden_states",].any()) != is_zero
+
+
 def test_hooks_that_a_pipeline_puts_on_its_models_act_once() -> None:
     """A hook on a part changes what the model computes; one on the whole model is called once for each of its calls."""
     watched = watch_pipeline(build_tiny_pipeline("AuraFlowPipeline"))

@@ -19,17 +19,17 @@ from library.architectures.any_pipeline.start_check import check_denoiser, compa
 from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict, Repeated, build_objective
 from library.architectures.any_pipeline.trees import leaves
 from library.architectures.any_pipeline.watch import Refused, Watched
+from tests.any_pipeline.published import build_published, find_model
 from tests.any_pipeline.wrong_conventions import WRONG, Trained
 from tests.tiers import first_is_fast
 from tests.tiny.pipelines import PIPELINES, build_tiny_pipeline, watch_pipeline
-from tests.tiny.published_schedulers import PUBLISHED
 
 SIZE = (64, 64)
 OPTIONS = PipelineOptions.from_args(argparse.Namespace(**PipelineOptions.defaults()))
 
 
 def build(name: str) -> Any:
-    return build_tiny_pipeline(name, builder={**PIPELINES, **PUBLISHED}[name] if name == "WanPipeline" else None)
+    return build_published(find_model(name), name) if name == "WanPipeline" else build_tiny_pipeline(name)
 
 
 @cache

@@ -4,11 +4,13 @@ import json
 from functools import cache
 from pathlib import Path
 from runpy import run_path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from library.architectures.any_pipeline.assembly import find_tokenizer
 from library.architectures.any_pipeline.check import check, require_exact
 from library.architectures.any_pipeline.convention import Convention
 from library.architectures.any_pipeline.folder import open_folder
@@ -62,6 +64,12 @@ def test_an_encoder_is_built_by_the_part_of_its_configuration_that_has_its_sizes
     assert json.loads((tmp_path / "text_encoder" / "config.json").read_text())["model_type"] == "t5gemma"
     shapes = {name: tensor.shape for name, tensor in folder.build_empty("text_encoder").state_dict().items()}
     assert shapes == {n: t.shape for n, t in folder.load("text_encoder", torch.float32).state_dict().items()}
+
+
+def test_a_tokenizer_without_a_limit_counts_captions_where_none_has_one() -> None:
+    own, short = object(), SimpleNamespace(model_max_length=77)
+    assert find_tokenizer({"tokenizer": own, "text_encoder": None}) == (own, 0)
+    assert find_tokenizer({"tokenizer": own, "processor": SimpleNamespace(tokenizer=short)}) == (short, 77)
 
 
 def test_an_error_of_a_pipeline_is_a_refusal_that_names_a_missing_package(

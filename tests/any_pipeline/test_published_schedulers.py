@@ -13,22 +13,65 @@ from torch import Tensor
 
 from library.architectures.any_pipeline.check import check, require_exact
 from library.architectures.any_pipeline.convention import Convention, Line, Table, level_error
+from library.architectures.any_pipeline.folder import list_arguments
 from library.architectures.any_pipeline.maps import NUM_TABLE_STEPS, SizeMaps, read_level_values
 from library.architectures.any_pipeline.measuring import fit_line, fit_whole_line, measure
+from library.architectures.any_pipeline.refusals import find_cause
 from library.architectures.any_pipeline.watch import Refused, Watched
 from library.types import Noised
+from tests.any_pipeline.published import MODELS, UNKNOWN, Published, build_published
+from tests.any_pipeline.test_any_class import TRAINED
+from tests.any_pipeline.test_gradients import compare_with_float64
 from tests.any_pipeline.test_parity import BATCH, CAPTION, HEIGHT, WIDTH, loss_and_gradients, parts_of
-from tests.tiny.pipelines import build_tiny_pipeline, watch_pipeline
-from tests.tiny.published_schedulers import PUBLISHED
+from tests.any_pipeline.test_refusals import list_pipelines
+from tests.tiers import first_is_fast
+from tests.tiny.more_pipelines import MORE
+from tests.tiny.pipelines import PIPELINES, watch_pipeline
 
 SIZE = (64, 64)
 
 
+TARGETS = {"epsilon": "noise", "v_prediction": "velocity", "flow_prediction": "noise - latent"}
+CASES = [
+    (name, model.name) for model in MODELS if model.scheduler != UNKNOWN and not model.refused
+    for name in model.pipelines
+]  # fmt: skip
+
+
 @cache
-def published(name: str) -> tuple[Any, Watched, Convention, SizeMaps]:
-    pipe = build_tiny_pipeline(name, builder=PUBLISHED[name])
+def published(name: str, model: str = "") -> tuple[Any, Watched, Convention, SizeMaps]:
+    """Measure a pipeline with the scheduler of a published model, the first one without a name."""
+    pipe = build_published(next(m for m in MODELS if name in m.pipelines and model in m.name), name)
     watched = watch_pipeline(pipe)
     return pipe, watched, *measure(watched, SIZE)
+
+
+@pytest.mark.parametrize(("name", "model"), first_is_fast(CASES))
+def test_a_published_scheduler_is_trained_as_a_step_in_float64(name: str, model: str) -> None:
+    pipe, watched, convention, maps = published(name, model)
+    require_exact(check(watched, convention, maps))
+    own, scheduler = pipe.scheduler, watched.pipe.scheduler
+    if convention.mix == "ddpm":
+        torch.testing.assert_close(scheduler.alphas_cumprod, own.alphas_cumprod, rtol=0, atol=0)
+    target = TARGETS[own.config.get("prediction_type", "flow_prediction")]
+    assert convention.target == ("latent - noise" if own.config.get("invert_sigmas") else target)
+    # UNetMotionModel takes over some weights and draws the others, so a second one is another model.
+    compare_with_float64(lambda: copy.deepcopy(pipe), watched, convention, maps, steps=5)
+
+
+def test_every_class_that_is_trained_has_a_published_scheduler_or_none_was_found() -> None:
+    known = {name: model for model in MODELS for name in model.pipelines if not model.refused}
+    assert known.keys() == {*PIPELINES, *MORE, *TRAINED}
+    assert all(model.source for model in MODELS)
+    assert sum(model.scheduler != UNKNOWN for model in known.values()) >= 37
+
+
+@pytest.mark.parametrize("model", [model for model in MODELS if model.refused], ids=lambda model: model.name)
+def test_other_published_schedulers_are_refused_by_name(model: Published) -> None:
+    for name in model.pipelines:
+        kind = list_pipelines()[name]
+        cause = find_cause(kind, tuple(list_arguments(kind)), model.scheduler, model.config)
+        assert cause is not None and cause.startswith(model.refused)
 
 
 def wan_step(pipe: Any, pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -85,13 +128,9 @@ def test_loss_and_gradients_are_those_of_a_step_in_float64(name: str, sigma: flo
     assert (joined[0] - joined[1]).norm() / joined[1].norm() < 1e-5
 
 
-@pytest.mark.parametrize("name", sorted(PUBLISHED))
-def test_published_schedulers_pass_the_check(name: str) -> None:
-    _, watched, convention, maps = published(name)
-    require_exact(check(watched, convention, maps))
-    assert convention.replaces_scheduler == (name == "StableDiffusionPipeline")
-    if name in STEPS:
-        assert convention.lines == {("timestep",): Line(1000.0, 0.0, "cut")}
+@pytest.mark.parametrize("name", sorted(STEPS))
+def test_timesteps_of_published_schedulers_are_cut(name: str) -> None:
+    assert published(name)[2].lines == {("timestep",): Line(1000.0, 0.0, "cut")}
 
 
 def test_a_table_that_is_exact_at_its_own_levels_alone_fails_the_check() -> None:
@@ -102,6 +141,12 @@ def test_a_table_that_is_exact_at_its_own_levels_alone_fails_the_check() -> None
     tabled = replace(convention, lines={}), replace(maps, tables={("timestep",): table})
     with pytest.raises(Refused, match="levels"):
         require_exact(check(watched, *tabled))
+
+
+def test_a_table_of_whole_values_gives_whole_values() -> None:
+    levels_B = torch.tensor([0.1, 0.17, 0.32])
+    assert Table((0.1, 0.2, 0.4), (100, 200, 401)).at(levels_B).tolist() == [100.0, 170.0, 321.0]
+    torch.testing.assert_close(Table((0.1, 0.3), (1.5, 2.5)).at(levels_B[1:2]), torch.tensor([1.85]))
 
 
 def test_lines_of_whole_values_are_told_apart() -> None:

@@ -1,13 +1,23 @@
-"""The table of benchmarks/RESULTS.md is what was measured; `python -m tests.any_pipeline.test_table` prints it."""
+"""The table of benchmarks/RESULTS.md is what was measured, and that of docs/any_model.md what the tests train.
 
+`python -m tests.any_pipeline.test_table` prints the first and writes the second.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 
 from library.architectures.any_pipeline.trees import format_path
+from tests.any_pipeline.published import MODELS, UNKNOWN
+from tests.any_pipeline.test_any_class import NOT_TRAINED, TRAINED
 from tests.any_pipeline.test_convention import measured
 from tests.running import ROOT
+from tests.tiny.more_pipelines import MORE
 from tests.tiny.pipelines import PIPELINES
+
+PAGE = ROOT / "docs" / "any_model.md"
+BEGIN, END = "<!-- classes: written by tests/any_pipeline/test_table.py -->", "<!-- end of classes -->"
 
 
 def row_of(name: str) -> str:
@@ -34,5 +44,49 @@ def test_the_page_lists_what_is_measured(name: str) -> None:
     assert row_of(name) in (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8").splitlines()
 
 
+def list_classes() -> str:
+    """Return the lists of classes of docs/any_model.md: those that are trained by their schedulers, and the others."""
+    schedulers: dict[str, list[str]] = {}
+    for name in sorted({*PIPELINES, *MORE, *TRAINED}):
+        known = [model.scheduler for model in MODELS if name in model.pipelines and model.scheduler != UNKNOWN]
+        schedulers.setdefault(", ".join(dict.fromkeys(known)) or "not known", []).append(name)
+    reasons: dict[str, list[str]] = {}
+    for name, reason in sorted(NOT_TRAINED.items()):
+        reasons.setdefault(reason, []).append(name)
+    num_trained = sum(map(len, schedulers.values()))
+    return "\n".join(
+        [
+            f"Of {num_trained + len(NOT_TRAINED)} classes of diffusers that draw from a text alone, {num_trained} are "
+            "trained, each on a tiny random model with the scheduler that its publisher uses, where that is known.",
+            "",
+            *write_table("publisher's scheduler", "classes that are trained", schedulers),
+            "",
+            *write_table("why not", "classes that are not", reasons),
+        ]
+    )
+
+
+def write_table(key: str, title: str, names: Mapping[str, Sequence[str]]) -> list[str]:
+    shown = {value: ", ".join(name.removesuffix("Pipeline") for name in found) for value, found in names.items()}
+    return [f"| {key} | {title} |", "|---|---|", *(f"| {value} | {found} |" for value, found in shown.items())]
+
+
+def place_classes(page: str) -> str:
+    """Return the page with the lists between its marks."""
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n{list_classes()}\n{END}{rest.partition(END)[2]}"
+
+
+def test_the_page_lists_the_classes_that_are_trained() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert place_classes(text) == text, "run python -m tests.any_pipeline.test_table"
+
+
+def test_the_readme_has_the_number_of_classes() -> None:
+    count = len({*PIPELINES, *MORE, *TRAINED})
+    assert f"{count} classes of pipelines" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 if __name__ == "__main__":
+    PAGE.write_text(place_classes(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     print("\n".join(map(row_of, sorted(PIPELINES))))

@@ -6,6 +6,7 @@ and `check` compares the result with the pipeline. `folder` opens and loads, `tr
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -271,15 +272,20 @@ def read_latent_spec(convention: Convention) -> LatentSpec:
 
 def build_text(watched: Watched, convention: Convention, loader: PipelineLoader) -> CapturedText:
     """Build the text pipeline; captions are counted by the tokenizer that takes most tokens."""
-    parts = [part for name, part in watched.pipe.components.items() if name.startswith(("tokenizer", "processor"))]
-    tokenizers = [getattr(part, "tokenizer", part) for part in parts if part]  # processors of text and images have one
-    lengths = [int(getattr(part, "model_max_length", 0)) for part in tokenizers]  # 0 for a tokenizer of its own
-    tokenizer = tokenizers[lengths.index(max(lengths))]
+    tokenizer, length = find_tokenizer(watched.pipe.components)
     limit = watched.options.get("max_sequence_length")
-    default = limit.default if limit is not None and isinstance(limit.default, int) else max(lengths) or NUM_TOKENS
+    default = limit.default if limit is not None and isinstance(limit.default, int) else length or NUM_TOKENS
     example = capture_text(watched, convention, PROMPTS[0])
     most = min(default, 1 << 16)
     return CapturedText(watched, convention, loader.text_names, example, tokenizer, most, loader.text_dtype)
+
+
+def find_tokenizer(components: Mapping[str, Any]) -> tuple[Any, int]:
+    """Return the tokenizer that takes most tokens, and how many; 0 if none of them says it, as Kolors' own."""
+    parts = [part for name, part in components.items() if name.startswith(("tokenizer", "processor"))]
+    tokenizers = [getattr(part, "tokenizer", part) for part in parts if part]  # processors of text and images have one
+    lengths = [int(getattr(part, "model_max_length", 0)) for part in tokenizers]
+    return tokenizers[lengths.index(max(lengths))], max(lengths)
 
 
 def build_text_cache(options: PipelineOptions, loader: PipelineLoader, text: CapturedText) -> TextCacheSpec:

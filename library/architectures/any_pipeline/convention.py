@@ -116,7 +116,7 @@ class Convention:
     def level_of(self, trace: Trace, step: int) -> float:
         """Return the noise level of a step: sigma for flows, else the timestep."""
         if self.mix == "flow":
-            return float(trace.scheduler.sigmas[step])
+            return float(levels_of(trace.scheduler)[step])
         return float(torch.as_tensor(trace.steps[step].timestep).flatten()[0])
 
     def latents_of(self, raw_BCHW: Tensor) -> Tensor:
@@ -158,6 +158,12 @@ class Convention:
         yield f"  guidance is off with {without}; dropped captions are " + (
             "the empty prompt" if self.unconditional is None else "the pipeline's own negative prompt"
         )
+
+
+def levels_of(scheduler: Any) -> Tensor:
+    """Return the noise levels of a flow's steps; the sigmas of some schedulers, as Mochi's, grow toward the image."""
+    sigmas: Tensor = scheduler.sigmas
+    return 1 - sigmas if scheduler.config.get("invert_sigmas") else sigmas
 
 
 def format_constant(value: Any) -> str:

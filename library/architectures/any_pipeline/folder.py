@@ -36,7 +36,7 @@ from networks.core.targets.targets import AdapterTargets
 
 logger = logging.getLogger(__name__)
 
-VERSION = 5  # of the rules that measure
+VERSION = 6  # of the rules that measure
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 LEFT_OUT = {  # not needed to draw from text
     **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder", "watermark")),

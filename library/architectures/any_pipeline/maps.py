@@ -23,7 +23,7 @@ from library.architectures.any_pipeline.watch import Answers, Refused, Size, Wat
 BASE = 32  # of the digits of an index
 LEAST_SCALE = 1e-6  # of the largest one; smaller means that the source has no say
 CPU = torch.device("cpu")
-NUM_TABLE_STEPS = 100  # of a drawing from which a table of levels is read
+NUM_TABLE_STEPS = 97  # of a drawing from which a table of levels is read; 100 steps of 10 would hide what cuts do
 
 
 @dataclass(frozen=True, eq=False)

@@ -239,10 +239,12 @@ def plain_scheduler(scheduler: Any) -> Any:
     """Return DDIM with the noise levels and the prediction of another scheduler."""
     from diffusers import DDIMScheduler
 
-    return DDIMScheduler.from_config(
-        scheduler.config, clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading", steps_offset=0,
-        rescale_betas_zero_snr=scheduler.config.get("rescale_betas_zero_snr", False),
-    )  # fmt: skip
+    plain = DDIMScheduler.from_config(
+        scheduler.config, clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading", steps_offset=0
+    )
+    # Their own, because DDIM does not know every setting that makes them, such as CogVideoX's shift.
+    plain.alphas_cumprod = scheduler.alphas_cumprod.clone()
+    return plain
 
 
 def find_objective(convention: Convention, traces: Sequence[Trace]) -> Convention:

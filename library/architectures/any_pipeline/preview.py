@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.architectures.any_pipeline.convention import levels_of
 from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict
 from library.architectures.any_pipeline.watch import Answers, Stop, copy_scheduler, setting
 from library.diffusion.samplers import DdpmSampler, FlowSampler, Sampler, Velocity
@@ -79,7 +80,7 @@ def build_sampler(predict: PipelinePredict, prompt: Prompt) -> Sampler:
     if predict.convention.mix == "flow":
         sign: Velocity = "latent - noise" if predict.convention.target == "latent - noise" else "noise - latent"
         predict.draw_first((prompt.height, prompt.width), prompt.num_steps)  # sets the levels for this size
-        return FlowSampler(predict.watched.pipe.scheduler.sigmas[:-1].double(), sign)
+        return FlowSampler(levels_of(predict.watched.pipe.scheduler)[:-1].double(), sign)
     scheduler = copy_scheduler(predict.watched.pipe.scheduler)
     scheduler.set_timesteps(prompt.num_steps)
     return DdpmSampler(scheduler, scheduler.alphas_cumprod.double())

@@ -24,7 +24,7 @@ from library.architectures.any_pipeline.check import (
     difference,
 )
 from library.architectures.any_pipeline.conditioning import CapturedText, capture_text
-from library.architectures.any_pipeline.convention import Convention, targets_of
+from library.architectures.any_pipeline.convention import Convention, levels_of, targets_of
 from library.architectures.any_pipeline.maps import CPU, SizeMaps, answer_with
 from library.architectures.any_pipeline.measuring import find_unconditional
 from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict, Repeated
@@ -172,7 +172,7 @@ def compare_shift(predict: PipelinePredict) -> float:
     if "_shift" in vars(plain):
         plain.set_shift(1.0)
     plain.set_timesteps(**{name: value for name, value in trace.schedule.items() if name != "mu"})
-    sigmas, own = (part.sigmas[:-1].double().cpu() for part in (scheduler, plain))
+    sigmas, own = (levels_of(part)[:-1].double().cpu() for part in (scheduler, plain))
     if config.get("shift_terminal"):  # stretches the levels too
         own_B = shift_sigmas(own, predict.shift(size))
         stretch = (1 - own_B[-1]) / (1 - config["shift_terminal"])
