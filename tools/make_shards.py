@@ -11,7 +11,7 @@ import re
 import sys
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
@@ -436,7 +436,8 @@ def make_shards(args: argparse.Namespace, training: Sequence[str]) -> None:
     patterns = pack(config, args.out, args.shard_mb * 1e6, storage)
     content = toml.dumps(describe_shards(read_description(str(options.dataset.dataset_config)), patterns))
     write_whole(path, seal_text(first_line, content))
-    options = options.with_values({"dataset_config": path, "cache_dir": None})
+    dataset, caching = replace(options.dataset, dataset_config=path), replace(options.caching, cache_dir=None)
+    options = replace(options, dataset=dataset, caching=caching)
     count = sum(len(subset.images) for dataset in collect(load_dataset_config(options)) for subset in dataset.subsets)
     logger.info("%d images are in the shards of %s", count, args.out)
     caches_text = bool(options.flat().get(CACHES[1]))

@@ -55,9 +55,11 @@ class StartError(Exception):
     """An error that the user can fix; the message says how. `fields` are those of a UserError, which needs a newer
     Python."""
 
-    def __init__(self, message: str, remedy: "str | None" = None, **fields: "Any") -> None:
+    def __init__(
+        self, message: str, remedy: "str | None" = None, setting: "str | None" = None, cause: "Any" = None
+    ) -> None:
         super().__init__(message if remedy is None else f"{message}; {remedy}")
-        self.fields = {"message": message, "remedy": remedy, **fields}
+        self.fields = (message, remedy, setting, cause)
 
 
 # --- Python ---
@@ -67,7 +69,7 @@ def check_python(version: "tuple[int, int]") -> None:
     """Raise StartError with the fix if this Python version is not supported."""
     problem = python_problem(version)
     if problem is not None:
-        raise StartError(problem, suggest_python(), cause="not installed")
+        raise StartError(problem, suggest_python(), None, "not installed")
 
 
 # --- the environment ---
@@ -94,21 +96,21 @@ def make_venv(venv: Path) -> None:
         raise StartError(
             f"{venv} exists but is not a virtual environment",
             "use another folder with --venv",
-            setting="--venv",
-            path=str(venv),
-            cause="would be lost",
+            "--venv",
+            "would be lost",
         )
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         raise StartError(
             "this Python lacks the modules for virtual environments (venv, ensurepip)",
             "on Debian and Ubuntu get them with `sudo apt install python3-venv` "
             f"(or `python3.{sys.version_info[1]}-venv`), then run this command again",
-            cause="not installed",
+            None,
+            "not installed",
         )
     print_line(f"Creating the virtual environment {venv}")
     if run([sys.executable, "-m", "venv", "--clear", str(venv)]) != 0:
         remedy = "delete that folder and run this command again"
-        raise StartError(f"creating {venv} failed, see the lines above", remedy, path=str(venv))
+        raise StartError(f"creating {venv} failed, see the lines above", remedy)
 
 
 def digest_text(path: Path) -> str:
@@ -153,7 +155,7 @@ def install_torch(venv: Path, python: Path, tag: "str | None") -> None:
     try:
         choice = torch_builds.named(tag) if tag else torch_builds.choose()
     except torch_builds.NoBuild as error:
-        raise StartError(str(error), setting="--torch", cause="wrong value") from None
+        raise StartError(str(error), None, "--torch", "wrong value") from None
     is_reachable = choice.index is None or torch_builds.is_reachable(choice.index)
     if not is_reachable:
         print_line(f"{choice.index} cannot be reached, so torch comes from PyPI; `doctor` checks it")
@@ -183,9 +185,8 @@ def check_disk(venv: Path) -> None:
             f"{free_bytes / 1024**3:.1f} GiB are free where {venv} is, the packages need at least "
             f"{SMALLEST_INSTALL_BYTES / 1024**3:.0f} GiB",
             "free space or use a folder on another disk with --venv",
-            setting="--venv",
-            path=str(venv),
-            cause="does not fit",
+            "--venv",
+            "does not fit",
         )
 
 
@@ -251,20 +252,11 @@ def ready_python(venv: Path, names: "tuple[str, ...]", source: "Source | None" =
         make_venv(venv)
         version = read_version(python)
         if version is None:
-            raise StartError(
-                f"{python} does not start",
-                f"delete {venv} and run this command again",
-                path=str(python),
-                cause="unreadable",
-            )
+            raise StartError(f"{python} does not start", f"delete {venv} and run this command again")
     problem = python_problem(version[:2])
     if problem:
         raise StartError(
-            f"{venv}: {problem}",
-            "delete that folder or use another one with --venv",
-            setting="--venv",
-            path=str(venv),
-            cause="does not fit",
+            f"{venv}: {problem}", "delete that folder or use another one with --venv", "--venv", "does not fit"
         )
     accepted = [names]
     if source.versions is None:
@@ -380,9 +372,8 @@ def set_up(venv: Path, args: argparse.Namespace) -> int:
         raise StartError(
             f"--offline {args.offline} has no wheels",
             f"on a machine with a network run `python3 -m pip download -d {args.offline} -r requirements.txt`",
-            setting="--offline",
-            path=str(args.offline),
-            cause="missing",
+            "--offline",
+            "missing",
         )
     versions = TESTED if args.locked else REQUIREMENTS if args.newest or args.offline else None
     names = (versions or TESTED,) if args.locked or args.offline else (versions or TESTED, FOR_TESTS)
@@ -481,7 +472,8 @@ def main(arguments: "list[str]") -> int:
         if ERRORS_JSON in own_arguments and sys.version_info >= OLDEST_PYTHON:
             from library.base.error_lines import ErrorFields, print_error_line  # not for an old Python
 
-            print_error_line(ErrorFields(**error.fields))
+            message, remedy, setting, cause = error.fields
+            print_error_line(ErrorFields(message, remedy, setting, cause=cause))
         return 1
     except KeyboardInterrupt:
         print_line("stopped", sys.stderr)

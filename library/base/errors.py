@@ -83,13 +83,13 @@ def about(
     setting: str | None, path: str | Path | None = None, *, kind: type[UserError] = UserError, **fields: Any
 ) -> MakeError:
     """Return the maker of an error whose message is the setting, the path if there is one, and the reason:
-    `raise about("--vae", path)("is a text file", "use a checkpoint")`."""
+    `raise about("--vae", path)("is a text file", "use a checkpoint")`. A colon may follow the setting in the text."""
 
     def make(reason: str, remedy: str | None = None, /) -> UserError:
         start = " ".join(str(name) for name in (setting, path) if name is not None)
         message = f"{start}{reason}" if reason[:1] in (":", ",") else f"{start} {reason}".lstrip()
         error = kind(message, remedy, **fields)
-        error.complete(setting, path)
+        error.complete(setting and setting.removesuffix(":"), path)
         error.cause = error.cause or ("wrong value" if setting is not None else None)
         error.reason = None if path is None else reason + (f"; {remedy}" if remedy else "")
         return error

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -58,7 +59,7 @@ def count(name: str, arguments: Sequence[str], is_fused: bool | None = None) -> 
     if options.distributed.shard_base and not options.distributed.shard_group:
         raise about("--shard_base")(": set --shard_group to the number of processes that share the base model")
     check_requirements(options)
-    check_paths(options.with_values({"resume": None}))  # a plan reads no state
+    check_paths(replace(options, state=replace(options.state, resume=None)))  # a plan reads no state
     check_multipliers(options.network)
     check_precision(options.precision, options.network)
     data = options.dataset

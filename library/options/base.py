@@ -104,10 +104,17 @@ class Options:
 
     @classmethod
     def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
+        """Build the options from parsed arguments, with the values that some of them give to others."""
         values = {
             f.name: kind.from_args(args) if is_group(kind) else getattr(args, f.name) for f, kind in cls.typed_fields()
         }
-        return cls(**values)
+        options = cls(**values)
+        implied = options.implied()
+        return options.with_values(implied) if implied else options
+
+    def implied(self) -> Mapping[str, Any]:
+        """Return values that these options give to others, by name, as those in another program's words do."""
+        return {}
 
     def flat(self) -> dict[str, Any]:
         """Return the values of all options by name, including those of groups."""

@@ -1,15 +1,14 @@
 """musubi-tuner's option names, for the base models that it also trains."""
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
 from library.options.machine.compiling import COMPILERS, CompileOptions
 from library.options.machine.memory import ScaledPrecisionOptions
-from library.options.model import ReadingOptions, part
+from library.options.model import ModelOptions, ReadingOptions, part
 from library.options.train import TrainOptions
 from library.options.training.flow import (
     FlowPredictionOptions,
@@ -17,6 +16,7 @@ from library.options.training.flow import (
     FlowWeightingOptions,
     TimestepPreviewOptions,
 )
+from library.options.training.network import train_denoiser_alone
 
 OWN_ATTENTION = "attention is torch's scaled dot product, which has flash attention of its own"
 IN_MIXED_PRECISION = "attention is computed in the format of --mixed_precision; --mixed_precision no is 32 bits"
@@ -30,7 +30,6 @@ FORMATS: Mapping[str, str] = {  # of musubi-tuner's options that name a dtype, b
     "float32": "no", "fp32": "no", "float": "no", "bfloat16": "bf16", "bf16": "bf16", "float16": "fp16", "fp16": "fp16",
     "half": "fp16",
 }  # fmt: skip
-OptionsT = TypeVar("OptionsT", bound="DitTrainOptions")
 
 
 @dataclass(frozen=True)
@@ -134,12 +133,11 @@ class DitTrainOptions(TrainOptions):
     timestep_preview: TimestepPreviewOptions = group(TimestepPreviewOptions)
     reading: ReadingOptions = group(ReadingOptions)
 
-    @classmethod
-    def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
-        """Build the options from parsed arguments, and apply musubi-tuner's."""
-        options = super().from_args(args)
-        words = translate_words(options.dit, options.precision.mixed_precision, options.compiling.dynamo_backend)
-        return resolve_dit(options.with_values(words), options.dit.dit)
+    def implied(self) -> Mapping[str, Any]:
+        """Return what musubi-tuner's options stand for. Train only the denoiser, because the text encoders of these
+        models do not support adapters."""
+        words = translate_words(self.dit, self.precision.mixed_precision, self.compiling.dynamo_backend)
+        return {**words, **train_denoiser_alone(self.network), **apply_dit(self.dit.dit, self.model)}
 
 
 def translate_words(words: DitOptions, mixed_precision: str, backend: str) -> Mapping[str, object]:
@@ -168,11 +166,10 @@ def translate_words(words: DitOptions, mixed_precision: str, backend: str) -> Ma
     return values
 
 
-def resolve_dit(options: OptionsT, dit: str | None) -> OptionsT:
-    """Apply --dit. Train only the denoiser, because the text encoders of these models do not support adapters."""
-    values: dict[str, object] = {"network_train_unet_only": not options.network.network_train_text_encoder_only}
-    if dit is not None:
-        caches = ("cache_latents", "cache_text_encoder_outputs")
-        values["pretrained_model_name_or_path"] = options.model.pretrained_model_name_or_path or dit
-        values |= {f"{name}{ending}": True for name in caches for ending in ("", "_to_disk")}
-    return options.with_values(values)
+def apply_dit(dit: str | None, model: ModelOptions) -> Mapping[str, object]:
+    """Return the values that --dit stands for: the base model, and caches on disk."""
+    if dit is None:
+        return {}
+    caches = ("cache_latents", "cache_text_encoder_outputs")
+    to_disk = {f"{name}{ending}": True for name in caches for ending in ("", "_to_disk")}
+    return {"pretrained_model_name_or_path": model.pretrained_model_name_or_path or dit, **to_disk}

@@ -1,16 +1,14 @@
 """Options of the scripts that train concepts from prompts alone (LECO)."""
 
-import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar, get_type_hints
+from typing import Any, get_type_hints
 
 from library.options.base import Options, group, is_group, redeclare
 from library.options.train import TrainOptions
 from library.options.training.concepts import ConceptOptions
 from library.options.training.flow import FlowPredictionOptions
-from library.options.training.network import NetworkOptions
-
-OptionsT = TypeVar("OptionsT", bound="PromptTraining")
+from library.options.training.network import NetworkOptions, train_denoiser_alone
 
 WITHOUT_IMAGES = "prompts are trained alone, without images"
 
@@ -34,15 +32,9 @@ class PromptTraining(Options):
     def concepts(self) -> ConceptOptions:
         return self.leco
 
-    @classmethod
-    def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
-        """Build the options from parsed arguments. Only the denoiser is trained; there is no initial epoch.
-
-        Training only the text encoders is refused later, with a reason.
-        """
-        options = super().from_args(args)
-        trains_denoiser = not options.network.network_train_text_encoder_only
-        return options.with_values({"network_train_unet_only": trains_denoiser, "skip_until_initial_step": True})
+    def implied(self) -> Mapping[str, Any]:
+        """Train only the denoiser; there is no initial epoch."""
+        return {**super().implied(), **train_denoiser_alone(self.network), "skip_until_initial_step": True}
 
 
 @dataclass(frozen=True)

@@ -181,15 +181,15 @@ def measure_prediction(base: Base, measure: Callable[[], Mapping[Prediction, flo
 def measure_losses(base: Base, options: TrainOptions) -> Mapping[Prediction, float]:
     """Return the base model's mean losses on a few photos of the run, which are encoded once."""
     in_memory = {"cache_latents_to_disk": False, "cache_text_encoder_outputs_to_disk": False, "min_snr_gamma": None}
-    known = type(options).defaults()
-    options = options.with_values({name: value for name, value in in_memory.items() if name in known})
+    options = options.with_values({**in_memory, "v_parameterization": False})
     predictions: tuple[Prediction, ...] = get_args(Prediction)
-    archs = [base.spec.build(options.with_values({"v_parameterization": p == "v"})) for p in predictions]
+    models = [replace(options.model, v_parameterization=prediction == "v") for prediction in predictions]
+    archs = [base.spec.build(replace(options, model=model)) for model in models]
     arch, seed = archs[0], options.run.seed or 0
     text = TextPlan.resolve(options.network, arch.text_cache)
     num_photos = len(open_data_plan(options, arch, text, seed, 1).samples)
     share = min(NUM_MEASURED, max(num_photos - 1, 1)) / num_photos if num_photos > 1 else 0.0
-    options = options.with_values({"validation_split": share, "v_parameterization": False})
+    options = replace(options, validation=replace(options.validation, validation_split=share))
     plan = open_data_plan(options, arch, text, seed, 1)
     _, measured = losses_of_files(options, text, arch, plan, seed, [None], find_device(), archs[1:], False)
     means = {}

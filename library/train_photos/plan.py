@@ -146,7 +146,7 @@ class Plan:
     findings: Sequence[Finding] = ()  # about the photos
     duration: RunDuration | None = None
 
-    def with_values(self, values: Mapping[str, Any]) -> "Plan":
+    def with_options(self, values: Mapping[str, Any]) -> "Plan":
         """Return the plan with more options, which replace none that the user gave."""
         given = {name: value for name, value in self.given.items() if (name, value) != REFUSED_ADAPTER}
         return replace(self, values={**self.values, **values, **given})
@@ -190,16 +190,16 @@ def make_plan(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder], wishes
     beside = {} if adapter is None else {TRAINING_ADAPTER: str(adapter)}
     findings = find_problems(folders, side, bool(base.spec.latents.has_alpha or given.get("alpha_mask")))
     plan = replace(plan, findings=findings, missing=None if adapter else missing)
-    plan = plan.with_values({**choose_values(recipe, side, num_photos, steps), **base.values, **beside})
+    plan = plan.with_options({**choose_values(recipe, side, num_photos, steps), **base.values, **beside})
     with mute_logging():  # the run itself logs the same
         options = plan.read(scratch)
-        plan = plan.with_values(find_parts(base, options, wishes.models))
+        plan = plan.with_options(find_parts(base, options, wishes.models))
         options = plan.read(scratch)
         check(options)
         arch = base.spec.build(options)
         predicted = find_prediction(base, arch, wishes.prediction, partial(measure_losses, base, options))
         if predicted is not None:
-            plan = replace(plan, predicted=predicted).with_values(predicted.values)
+            plan = replace(plan, predicted=predicted).with_options(predicted.values)
             options = plan.read(scratch)
             arch = base.spec.build(options)
         plan = with_fit(plan, options, arch, {**recipe.values, **given}.get("fit_formats"))
@@ -287,7 +287,7 @@ def write_prompts(recipe: Recipe, trigger: Trigger, side: int) -> str:
 # --- memory and time ---
 
 
-def with_fit(plan: Plan, options: TrainOptions, arch: Architecture, formats: Sequence[str] | None) -> Plan:
+def with_fit(plan: Plan, options: TrainOptions, arch: Architecture, formats: list[str] | None) -> Plan:
     """Return the plan with the fastest settings that fit this machine's GPU; elsewhere only its time is predicted."""
     run = RequestedRun.resolve(options, arch)
     data, device = open_data_plan(options, arch, run.text, options.run.seed or 0, 1), find_device()
@@ -296,7 +296,7 @@ def with_fit(plan: Plan, options: TrainOptions, arch: Architecture, formats: Seq
     if plan.base.spec.is_general:
         return plan
     if device.type == "cuda":
-        options = options.with_values({"fit": "auto", "fit_formats": formats})
+        options = replace(options, fit=replace(options.fit, fit="auto", fit_formats=formats))
         fit = fit_run(RequestedRun.resolve(options, arch), data, replace(ALONE, device=device), data)
     else:
         memory_bytes, dtype = psutil.virtual_memory().available, DTYPES[options.precision.mixed_precision]
@@ -305,7 +305,7 @@ def with_fit(plan: Plan, options: TrainOptions, arch: Architecture, formats: Seq
     num_files = -(-int(plan.values["max_train_steps"]) // max(1, int(plan.values.get("save_every_n_steps") or 1)))
     num_rows = min(NUM_SHEET_FILES, num_files) + NUM_STRENGTHS
     plan = replace(plan, fit=fit, duration=predict_duration(fit, arch, plan.num_photos, num_rows))
-    return plan.with_values(fit.values()) if device.type == "cuda" else plan
+    return plan.with_options(fit.values()) if device.type == "cuda" else plan
 
 
 def compose_captions(data: DataPlan) -> list[str]:
@@ -328,6 +328,6 @@ def limit_time(plan: Plan, minutes: float) -> Plan:
         raise about("--minutes")(
             f"is {minutes:g}, but loading, previews and sheets take {beside / 60:.1f} alone", "give more, or --steps"
         )
-    return replace(plan, duration=replace(plan.duration, num_steps=steps)).with_values(
+    return replace(plan, duration=replace(plan.duration, num_steps=steps)).with_options(
         choose_length(steps, plan.num_photos)
     )

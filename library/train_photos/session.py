@@ -123,7 +123,7 @@ def confirm(make: "partial[Plan]", start: Start, record: Record, steps: int | No
 
     `steps` is the length of a run that goes on, if it is not that of its NAME.toml.
     """
-    plan = make(start) if steps is None else make(start).with_values({"max_train_steps": steps})
+    plan = make(start) if steps is None else make(start).with_options({"max_train_steps": steps})
     announce("\n".join(describe_plan(plan, start.files)))
     answer = "e" if only else "y"
     if asks and not only and start.earlier is None:  # else it was asked whether to go on

@@ -29,7 +29,7 @@ def wording(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     init: Callable[..., None] = UserError.__init__
     rng = random.Random(5)
 
-    def init_with_nonsense(self: UserError, message: str, **fields: Any) -> None:
+    def init_with_nonsense(self: UserError, message: str, remedy: str | None = None, **fields: Any) -> None:
         init(self, " ".join(rng.choices(WORDS, k=12)), **fields)
 
     monkeypatch.setattr(UserError, "__init__", init_with_nonsense)

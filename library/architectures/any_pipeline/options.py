@@ -1,18 +1,17 @@
 """The options of diffusers_train_network.py."""
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
 from library.options.machine.memory import ScaledPrecisionOptions
 from library.options.train import TrainOptions
 from library.options.training.flow import TIMESTEP_SAMPLINGS, FlowSamplingOptions, FlowWeightingOptions
+from library.options.training.network import train_denoiser_alone
 
 SCRIPT = "diffusers_train_network.py"
-OptionsT = TypeVar("OptionsT", bound="PipelineOptions")
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,6 @@ class PipelineOptions(TrainOptions):
     flow_sampling: PipelineSamplingOptions = group(PipelineSamplingOptions)
     flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
 
-    @classmethod
-    def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
-        """Build the options from parsed arguments. Only the denoiser is trained."""
-        options = super().from_args(args)
-        return options.with_values({"network_train_unet_only": not options.network.network_train_text_encoder_only})
+    def implied(self) -> Mapping[str, Any]:
+        """Train only the denoiser."""
+        return train_denoiser_alone(self.network)

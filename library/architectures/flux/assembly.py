@@ -85,7 +85,7 @@ def build_flux(options: FluxOptions) -> Architecture:
     RECIPE.check(options)
     # Loss and metadata must both see the guidance, so it is set before they read the options.
     if options.guidance.guidance_loss is not None:
-        options = options.with_values({"guidance_scale": options.guidance.guidance_loss})
+        options = replace(options, flux=replace(options.flux, guidance_scale=options.guidance.guidance_loss))
     loader = open_loader(options)
     text = build_text(options, loader)
     masks_text = options.flux.apply_t5_attn_mask
@@ -141,7 +141,7 @@ def with_masked_padding(options: FluxOptions) -> FluxOptions:
     if options.flux.apply_t5_attn_mask:
         return options
     logger.info("--apply_t5_attn_mask is enabled: Chroma was trained with masked caption padding")
-    return options.with_values({"apply_t5_attn_mask": True})
+    return replace(options, flux=replace(options.flux, apply_t5_attn_mask=True))
 
 
 def warn_of_unusual(options: FluxOptions) -> None:

@@ -1,9 +1,8 @@
 """The options specific to FLUX.1 and Chroma."""
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
@@ -16,8 +15,6 @@ from library.options.training.flow import (
     FlowWeightingOptions,
     TimestepPreviewOptions,
 )
-
-OptionsT = TypeVar("OptionsT", bound="FluxOptions")
 
 SPLIT_MODE_BLOCKS = 18  # offloaded blocks with `split_mode`
 
@@ -106,10 +103,8 @@ class FluxOptions(TrainOptions):
     timestep_preview: TimestepPreviewOptions = group(TimestepPreviewOptions)
     reading: ReadingOptions = group(ReadingOptions)
 
-    @classmethod
-    def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
-        """Collect the parsed values and resolve `split_mode`."""
-        options = super().from_args(args)
-        if not options.flux.split_mode or options.memory.blocks_to_swap is not None:
-            return options
-        return options.with_values({"blocks_to_swap": SPLIT_MODE_BLOCKS, "split_mode": False})
+    def implied(self) -> Mapping[str, Any]:
+        """Resolve `split_mode`."""
+        if not self.flux.split_mode or self.memory.blocks_to_swap is not None:
+            return {}
+        return {"blocks_to_swap": SPLIT_MODE_BLOCKS, "split_mode": False}

@@ -1,9 +1,8 @@
 """The options specific to HunyuanImage 2.1."""
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 from library.options.base import Options, group, option, redeclare
 from library.options.caching import TextCachingOptions
@@ -17,8 +16,7 @@ from library.options.training.flow import (
     FlowWeightingOptions,
     TimestepPreviewOptions,
 )
-
-OptionsT = TypeVar("OptionsT", bound="HunyuanImageOptions")
+from library.options.training.network import train_denoiser_alone
 
 
 @dataclass(frozen=True)
@@ -103,9 +101,6 @@ class HunyuanImageOptions(TrainOptions):
     timestep_preview: TimestepPreviewOptions = group(TimestepPreviewOptions)
     reading: ReadingOptions = group(ReadingOptions)
 
-    @classmethod
-    def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
-        """Collect the parsed values, and train only the denoiser, because the text encoders have no adapters."""
-        options = super().from_args(args)
-        # A request to train only the text encoders is left for the recipe to refuse.
-        return options.with_values({"network_train_unet_only": not options.network.network_train_text_encoder_only})
+    def implied(self) -> Mapping[str, Any]:
+        """Train only the denoiser, because the text encoders have no adapters."""
+        return train_denoiser_alone(self.network)

@@ -122,3 +122,9 @@ class NetworkOptions(Options):
     def has_training_adapter(self) -> bool:
         """Return True if a distilled model is trained with an adapter that keeps it distilled, merged or beside."""
         return bool(self.base_weights or self.training_adapter)
+
+
+def train_denoiser_alone(network: NetworkOptions) -> dict[str, bool]:
+    """Return the value with which only the denoiser is trained, for base models whose text encoders have no adapters. A
+    request to train only those is left to be refused with a reason."""
+    return {"network_train_unet_only": not network.network_train_text_encoder_only}

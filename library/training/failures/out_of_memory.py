@@ -142,7 +142,7 @@ def lacks_main_memory(error: BaseException, device: torch.device) -> bool:
 
 def explain_main_memory(doing: str, values: Mapping[str, Any], error: BaseException) -> Iterator[str]:
     """Yield the lines of the message where a run on a GPU lacks main memory; `values` are those of all options."""
-    memory = MemoryOptions().with_values(values)
+    memory = MemoryOptions(**{name: values[name] for name in MemoryOptions.defaults()})
     yield f"{likely(error)}out of main memory while {doing}"
     yield f"main memory: {memory_figures(torch.device('cpu'))}, {format_bytes(psutil.virtual_memory().available)} free"
     if memory.num_offloaded:

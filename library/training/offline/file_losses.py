@@ -99,7 +99,8 @@ def losses_of_files(
     count = count_trained(len(held_out.rows), measures_trained)
     plan, indices = plan.limited_to_measured(count, held_out_samples, are_mirrored)
     if not held_out.rows:  # mirrored images have no cached latents
-        options = options.with_values({"cache_latents": False, "cache_latents_to_disk": False})
+        in_memory = replace(options.caching, cache_latents=False, cache_latents_to_disk=False)
+        options = replace(options, caching=in_memory)
     compute, processes = Compute.build(options.precision, device), replace(ALONE, device=device)
     formats, reader = BaseFormats.load(options.precision), open_network_module(READER)
     loaded = load_models(options, formats, text, arch, seed, plan, compute, (), processes, reader)

@@ -98,7 +98,7 @@ def reads_back(script: Script[Any], words: Sequence[str], options: TrainOptions)
     except SystemExit:
         return False
     unread = {"config_file": None, "output_config": False, "recipe": None}
-    same: bool = read.with_values(unread) == options.with_values(unread)
+    same: bool = read.flat() | unread == options.flat() | unread
     return same
 
 

@@ -118,10 +118,11 @@ def run_sweep(script: Script[Any], options: TrainOptions, check: Check, has_sign
 
 def resolve_members(options: TrainOptions, seed: int) -> list[Member]:
     """Return the runs of a sweep, with the seeds that all of them share."""
-    values: dict[str, Any] = {"seed": seed}
-    if options.validation.validation_seed is None and options.concepts is None:
-        values["validation_seed"] = seed
-    combinations = expand_combinations(options.with_values(values))
+    validation = options.validation
+    if validation.validation_seed is None and options.concepts is None:
+        validation = replace(validation, validation_seed=seed)
+    seeded = replace(options, run=replace(options.run, seed=seed), validation=validation)
+    combinations = expand_combinations(seeded)
     return [Member(number, combination) for number, combination in enumerate(combinations, 1)]
 
 
@@ -195,7 +196,7 @@ class Sweep:
 
     def train_one(self, member: Member, pause: int | None) -> int | None:
         """Train a run, to a pause or to its end. Return the status of a sweep that cannot go on, else None."""
-        options = self.complete(member).with_values({"pause_after_step": pause})
+        options = self.complete(member, pause)
         reached = max(list_pauses(options.saving), default=0)
         if pause is not None and reached >= pause:  # of a sweep that was stopped
             outcome = read_outcome(options.saving, options.reports.log_events)
@@ -230,11 +231,13 @@ class Sweep:
     def write_command(self, options: TrainOptions) -> Command:
         return write_command(self.script, options, self.options.sweep.launcher, self.folder)
 
-    def complete(self, member: Member) -> TrainOptions:
-        """Return a run's options with the caches that it shares, and with events where its losses would leave no
-        trace."""
-        if self.only_tries:
-            return member.options
+    def complete(self, member: Member, pause: int | None) -> TrainOptions:
+        """Return a run's options to a pause, with what it shares with others."""
+        shared = {} if self.only_tries else self.share(member)
+        return member.options.with_values({**shared, "pause_after_step": pause})
+
+    def share(self, member: Member) -> dict[str, Any]:
+        """Return a run's caches that others use too, and its events where its losses would leave no trace."""
         values: dict[str, Any] = {}
         if member not in first_and_largest(self.members):
             values["selftest"] = False
@@ -247,7 +250,7 @@ class Sweep:
             values["shared_cache_dir"] = str(self.folder / f"caches-{digest_encoded(member.options)}")
         if given["no_report"] and not given["log_events"]:
             values["log_events"] = str(self.folder / f"{member.label}.jsonl")
-        return member.options.with_values(values)
+        return values
 
     def end_worse(self, active: Sequence[Member], rounds: Rounds) -> list[Member]:
         """End the runs that are significantly worse than the best one, with the weights of their pause as adapter.

@@ -229,6 +229,9 @@ def test_the_text_is_message_and_remedy() -> None:
     error = about("--vae", "a b.safetensors")("is of another model")
     assert str(error) == "--vae a b.safetensors is of another model" and reason_of(error) == "is of another model"
     assert str(about("--vae")(": it is empty")) == "--vae: it is empty"
+    error = about("--output_name:", "a.safetensors")("exists", "use another name")
+    assert str(error) == "--output_name: a.safetensors exists; use another name" and error.setting == "--output_name"
+    assert reason_of(error) == "exists; use another name"
     assert reason_of(OSError("x ")) == "x" and list_few(["a"]) == "a"
 
 
