@@ -20,14 +20,14 @@ CAUSES: Mapping[type[OSError], Cause] = {FileNotFoundError: "missing", Permissio
 class ErrorFields:
     """The fields of a `UserError` as programs get them, by the last event and by --errors_json."""
 
-    message: str
-    remedy: str | None = None
-    setting: str | None = None
-    others: Sequence[str] = ()
-    file: str | None = None
-    path: str | None = None
-    place: str | None = None
-    cause: Cause | None = None
+    message: str  # for people; it may be reworded at any time
+    remedy: str | None = None  # what to do, where the message does not say it
+    setting: str | None = None  # the flag, key or argument to change: --vae, num_repeats, --network_args rank_dropout
+    others: Sequence[str] = ()  # settings that it does not fit or needs
+    file: str | None = None  # what the setting stands in; None for the command line
+    path: str | None = None  # the file or folder that is wrong
+    place: str | None = None  # where in the file: line and column, or a table
+    cause: Cause | None = None  # values may be added; None: not known, or a bug
 
 
 def read_fields(error: BaseException) -> ErrorFields:

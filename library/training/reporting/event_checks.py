@@ -54,8 +54,12 @@ def fits(value: Any, expected: Any) -> bool:
     if parts and issubclass(origin, Mapping):
         return isinstance(value, dict) and all(fits(item, parts[1]) for item in value.values())
     if parts and issubclass(origin, Sequence):
-        return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
+        return isinstance(value, list) and fit_all(value, parts if origin is tuple else parts * len(value))
     return is_plain(value, origin)
+
+
+def fit_all(values: Sequence[Any], expected: Sequence[Any]) -> bool:
+    return len(values) == len(expected) and all(map(fits, values, expected))
 
 
 def is_plain(value: Any, kind: type) -> bool:

@@ -1,12 +1,12 @@
 """The events of a run: lines of the events file, and the source of the report.
 
-docs/events.md describes them for people, docs/events.schema.json for programs; a test keeps the three in step. Adding a
-field keeps VERSION; removing one or changing its meaning raises it.
+docs/events.md describes them for people, docs/events.schema.json for programs: tests/schemas.py writes it from the
+types and comments here. Adding a field keeps VERSION; removing one or changing its meaning raises it.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 from library.base.error_lines import ErrorFields
 from library.base.progress import State
@@ -17,6 +17,10 @@ EndReason = Literal["finished", "stopped", "already complete", "error"]
 EndCause = Literal["early stopping", "non-finite"]
 SavedKind = Literal["weights", "state"]
 SavedFor = Literal["step", "epoch", "best", "end"]
+Finite = Annotated[float, {"type": "number"}]
+Seconds = Annotated[float, {"type": "number", "minimum": 0}]
+FromOne = Annotated[int, {"minimum": 1}]
+Image = Annotated[str, {"pattern": "^data:image/webp;base64,[A-Za-z0-9+/]+=*$"}]
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Start(Event):
     """A process starts or resumes a run. Nothing is loaded yet."""
 
     event = "start"
-    command: Sequence[str] | None  # the arguments of the script; None if a program called it
+    command: Sequence[str] | None  # arguments of the script, keys and tokens hidden; None if a program called it
     options: Mapping[str, Any]  # those not at their defaults
     versions: Mapping[str, str]  # by package; `commit` of this suite if git knows it
 
@@ -63,7 +67,7 @@ class AuditedBucket(TypedDict):
 class AuditedDataset(TypedDict):
     """One [[datasets]] table."""
 
-    resolution: Sequence[int]
+    resolution: tuple[int, int]
     batch_size: int
     subsets: Sequence[AuditedSubset]
     buckets: Sequence[AuditedBucket]
@@ -74,7 +78,22 @@ class CaptionLengths(TypedDict):
 
     unit: Literal["tokens", "words"]
     most: int | None  # the model's limit in tokens
-    counts: Sequence[Sequence[int]]
+    counts: Sequence[tuple[int, int]]  # [length, number of captions], sorted by length
+
+
+class DroppedImage(TypedDict):
+    """A skipped image."""
+
+    file: str
+    reason: str
+
+
+class CountedImages(TypedDict):
+    """Numbers of images, including repeats."""
+
+    train: int
+    validation: int
+    reg: int
 
 
 @dataclass(frozen=True)
@@ -92,10 +111,10 @@ class Audit(Event):
 
     event = "audit"
     datasets: Sequence[AuditedDataset]
-    dropped: Sequence[Mapping[str, str]]
+    dropped: Sequence[DroppedImage]  # the first 100
     num_dropped: int
     caption_lengths: CaptionLengths
-    tags: Sequence[Sequence[Any]]
+    tags: Sequence[tuple[str, int]]  # [tag, number of captions that have it] of the 50 most common tags
     pairs: Sequence[FoundImage] = ()  # the first images with references or partners, which are shown on their left
 
 
@@ -126,7 +145,7 @@ class Planned:
 
     card_bytes: int  # including what the GPU and its allocator add
     tensor_bytes: int  # peak of the tensors alone
-    seconds: float  # of a forward and backward pass
+    seconds: Seconds  # of a forward and backward pass
 
 
 @dataclass(frozen=True)
@@ -139,15 +158,15 @@ class TrainingPlan(Event):
     num_trained: int  # parameters
     seed: int
     first_step: int  # finished before this process; 0 unless resumed
-    resumed_from: str | None
+    resumed_from: str | None  # folder of the state
     max_train_steps: int
     num_epochs: int
     steps_per_epoch: int
     batch_sizes: Sequence[int]
     accumulation: int  # batches per step, over all processes
-    pictures: Mapping[str, int]  # train, validation, reg; including repeats
+    pictures: CountedImages
     num_processes: int
-    device: str
+    device: str  # name of the GPU, or cpu
     peak_flops: float | None  # of one GPU in the compute dtype, per second
     planned: Planned | None = None  # None without --fit
 
@@ -157,9 +176,9 @@ class Timing:
     """The time spent in a step. GPU times are read one step late, so `step` is usually the previous one."""
 
     step: int
-    seconds: float
-    parts: Mapping[str, float]  # seconds spent waiting for data, copying, forward, backward, optimizer
-    pictures_per_second: float  # over all processes
+    seconds: Seconds
+    parts: Mapping[str, Seconds]  # seconds spent waiting for data, copying, forward, backward, optimizer
+    pictures_per_second: Finite  # over all processes
     tflops: float | None  # of one GPU, per second
     mfu: float | None  # fraction of `peak_flops`
 
@@ -188,8 +207,8 @@ class Step(Event):
     """A finished optimizer step. A non-finite loss is null."""
 
     event = "step"
-    step: int
-    epoch: int
+    step: FromOne  # number of finished steps
+    epoch: FromOne
     loss: float  # mean over the step's batches
     average: float  # mean of the latest losses of all batches of an epoch
     learning_rates: Mapping[str, float]  # by group
@@ -203,7 +222,7 @@ class Step(Event):
 class Level:
     """The loss at one noise level; `error` is its standard error over images, None for a single image."""
 
-    level: int
+    level: int  # timestep, 0 to 999
     loss: float
     error: float | None
 
@@ -215,7 +234,7 @@ class Compared:
     to_step: int
     mean: float
     error: float | None
-    is_clear: bool
+    is_clear: bool  # whether the difference exceeds twice its standard error
 
 
 @dataclass(frozen=True)
@@ -308,13 +327,13 @@ class FileChoice(Event):
     """The saved files were compared on the same images; see library/training/evaluation/choice.py."""
 
     event = "choice"
-    suggested: str | None
+    suggested: str | None  # the file to keep; None if the data decide nothing
     step: int | None
     has_winner: bool  # every other file is significantly worse
     reason: str
     num_pictures: int
-    confidence: float
-    candidates: Sequence[Candidate]
+    confidence: Finite  # level of the intervals
+    candidates: Sequence[Candidate]  # sorted by step, the model before training first
 
 
 @dataclass(frozen=True)
@@ -330,7 +349,7 @@ class Preview(Event):
     width: int
     height: int
     file: str
-    thumbnail: str  # data: URL of a smaller copy
+    thumbnail: Image  # data: URL of a copy of at most 256 pixels
     strength: float = 1.0  # of the adapter
 
 
@@ -343,7 +362,7 @@ class Strengths(Event):
     epoch: int
     prompt: str
     seed: int | None
-    strengths: Sequence[float]  # in ascending order
+    strengths: Sequence[Finite]  # in ascending order
     changes: Sequence[float]  # from the first image, 0, to the last, 1
     correlation: float | None  # rank correlation of both; null if all images are equal
 
@@ -364,7 +383,7 @@ class Saved(Event):
 
     event = "saved"
     kind: SavedKind
-    reason: SavedFor
+    reason: SavedFor  # step is also the reason for the file of a stopped run
     step: int
     epoch: int
     file: str
@@ -384,7 +403,7 @@ class Warned(Event):
     """A logged warning or error."""
 
     event = "warning"
-    level: str
+    level: Annotated[str, {"enum": ["warning", "error", "critical"]}]
     logger: str
     text: str
 
@@ -396,7 +415,7 @@ class End(Event):
     event = "end"
     reason: EndReason
     step: int | None  # finished steps; None if training did not start
-    seconds: float  # since `start`
+    seconds: Finite  # since `start`
     error: str | None
     summary: str | None  # of the steps' times, as text
     file: str | None  # the adapter, if the run is complete

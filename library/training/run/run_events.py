@@ -2,7 +2,7 @@
 
 import sys
 from bdb import BdbQuit
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from platform import python_version
@@ -28,7 +28,7 @@ from library.training.report_page.writer import ReportWriter, earlier_record
 from library.training.reporting.console_lines import ImageCounts
 from library.training.reporting.error_fields import HIDDEN, describe_error, hide, list_secrets
 from library.training.reporting.event_stream import FLAG, Events, JsonLines, Sink, WarningEvents, open_event_file, plain
-from library.training.reporting.events import Start, TrainingPlan
+from library.training.reporting.events import CountedImages, Start, TrainingPlan
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import NonFiniteWeights
 from library.training.saving.names import Names
@@ -131,7 +131,7 @@ def format_error(error: BaseException) -> str:
 def build_plan_event(run: Run, counts: ImageCounts, first_step: int, resumed_from: str | None) -> TrainingPlan:
     options, plan, context = run.options, run.plan, run.context
     device = context.device
-    images: Mapping[str, int] = {"train": counts.train, "validation": counts.validation, "reg": counts.reg}
+    images: CountedImages = {"train": counts.train, "validation": counts.validation, "reg": counts.reg}
     return TrainingPlan(
         base_model=context.arch.name,
         network=options.network.network_module or "",

@@ -8,22 +8,20 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
-from library.base.error_lines import ErrorFields
-from library.base.errors import Cause
 from library.options.train import TrainOptions
 from library.training.reporting.event_stream import Events, capture_warnings, open_event_file, plain
-from library.training.reporting.events import VERSION, Event, Removed, StageProgress
+from library.training.reporting.events import Removed, Saved, StageProgress
 from library.training.run.run_events import hide_secrets, open_events
 from library.training.saving.names import Names
 from tests.running import ROOT
+from tests.schemas import EVENTS, PAGE, make_schema, to_text
 
-EVENTS = Event.__subclasses__()  # in definition order
 FOREVER = """
 import sys
 from pathlib import Path
@@ -56,19 +54,20 @@ class Kept:
         self.is_closed = True
 
 
-def test_schema_and_values_have_the_same_fields() -> None:
-    schema = json.loads((ROOT / "docs" / "events.schema.json").read_text(encoding="utf-8"))
-    assert schema["properties"]["v"]["const"] == VERSION
-    assert schema["properties"]["event"]["enum"] == [kind.event for kind in EVENTS]
-    for kind in EVENTS:
-        described = schema["$defs"][kind.event]
-        assert described["required"] == [f.name for f in fields(kind)]
-        assert list(described["properties"]) == ["v", "event", "time", *described["required"]]
-    described = schema["$defs"]["error_fields"]
-    assert described["required"] == list(described["properties"]) == [f.name for f in fields(ErrorFields)]
-    assert described["properties"]["cause"]["enum"] == [*get_args(Cause), None]
-    pointers = {rule["if"]["properties"]["event"]["const"]: rule["then"]["$ref"] for rule in schema["allOf"]}
-    assert pointers == {kind.event: f"#/$defs/{kind.event}" for kind in EVENTS}
+def test_the_schema_is_that_of_the_events() -> None:
+    """`python -m tests.schemas` writes it."""
+    assert PAGE.read_text(encoding="utf-8") == to_text(make_schema()) + "\n"
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"more": 1}, {"num_bytes": -1}, {"kind": "other"}, {"file": None}, {"step": 1.5}, {"epoch": ...}]
+)
+def test_the_schema_refuses_other_fields_and_values(change: dict[str, Any]) -> None:
+    line = {**Saved("weights", "end", 3, 1, "mine.safetensors", 7).as_line(1.0), **change}
+    line = {name: value for name, value in line.items() if value is not ...}
+    schema = make_schema()
+    Draft202012Validator.check_schema(schema)
+    assert Draft202012Validator(schema).is_valid(line) == (not change)
 
 
 def test_the_documentation_page_names_every_event() -> None:
