@@ -119,7 +119,7 @@ def list_headers(scope: Message) -> dict[str, list[str]]:
 
 def read_cookie(values: Iterable[str], name: str) -> str:
     cookies = SimpleCookie("; ".join(values))
-    return cookies[name].value if name in cookies else ""
+    return str(cookies[name].value) if name in cookies else ""
 
 
 def read_query(scope: Message, name: str) -> str:
