@@ -86,8 +86,8 @@ def fetch_snapshot(name: str, patterns: Sequence[str], bar: type[Any] | None = N
         hub_error = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         logger.warning("cannot download %s from the hub (%s); trying the local cache", name, hub_error)
     try:
-        bars = {} if bar is None else {"tqdm_class": bar}
-        return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=bool(hub_error), **bars))
+        is_offline = bool(hub_error)
+        return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=is_offline, tqdm_class=bar))
     except GatedRepoError as error:
         raise ConnectionError(
             f"the hub asks for a login: accept the terms on the page of {name}, and give the command `hf auth login`"

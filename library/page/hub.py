@@ -61,12 +61,12 @@ def download(inputs: Mapping[str, Any], say: Say) -> dict[str, Any]:
 
 def make_bar(say: Say) -> type[Any]:
     """Return a class of progress bars that says the bytes of all files."""
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
-    class Bar(tqdm):  # type: ignore[type-arg]
+    class Bar(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **values: Any) -> None:
             self._counts_bytes, self._num_done = values.get("unit") == "B", values.get("initial") or 0
-            super().__init__(*args, **{**values, "disable": True})
+            super().__init__(*args, **{**values, "disable": True})  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> bool | None:
             self._num_done += n or 0

@@ -123,7 +123,7 @@ def read_cookie(values: Iterable[str], name: str) -> str:
 
 
 def read_query(scope: Message, name: str) -> str:
-    return parse_qs(scope["query_string"].decode("latin-1")).get(name, [""])[0]
+    return str(parse_qs(scope["query_string"].decode("latin-1")).get(name, [""])[0])
 
 
 def shows_report(path: str) -> bool:
