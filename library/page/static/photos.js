@@ -130,7 +130,7 @@ export async function showBase(box, id) {
     showOffers(state.tasks.logins?.result?.logins);
     if (wasRunning && task?.state !== "running") found = await get("/api/bases");
     wasRunning = task?.state === "running";
-    status.replaceChildren(...[progress(task, "base.searching"), problem(task), progress(loading && {...loading, percent: Math.floor((100 * loading.done) / (loading.total || 1))}, "base.downloading"),
+    status.replaceChildren(...[progress(task, "base.searching"), problem(task), progress(loading && {...loading, percent: Math.floor((100 * loading.done) / (loading.total || 1))}, "base.downloading", "base.downloading_first"),
       loading?.state === "running" && button(t("base.cancel"), () => post(`${path}/tasks/cancel`)), problem(loading)].filter(Boolean));
     const bases = found?.bases ?? [], chosen = data.draft.base;
     const key = JSON.stringify([bases, chosen, wasRunning]);
