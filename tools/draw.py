@@ -202,7 +202,7 @@ def draw_targets(
     rows: Sequence[Sequence[Target]],
 ) -> tuple[list[Prompt], list[list[Image.Image]]]:
     """Draw and write the targets with the base model `name`, which `flag` gives. Return the prompts and the images."""
-    model, spec = find_base(flag, name, "unet", "transformer", "text_encoder")
+    model, spec = find_base(flag, name, ("unet", "transformer"), "text_encoder")
     model_options = [*spec.script_flag.split(), "--pretrained_model_name_or_path", str(model)]
     _, options = read_training_options(spec.script, [*model_options, *training])
     check_values(options)

@@ -22,16 +22,17 @@ WEIGHT_STEMS = {"text_encoder": TEXT_STEMS, "text_encoder_2": TEXT_STEMS, "text_
 PLAIN_STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model")
 
 
-def find_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
+def find_model(flag: str, name: str, parts: Sequence[Sequence[str]], bar: type[Any] | None = None) -> Path:
     """Return the local file or folder of `name`, downloading it if `name` is a hub repository.
 
     `parts` lists what is needed from a repository: for each part, the folders that may contain it ("" is the top).
+    `bar` is the hub client's class of progress bars, or one like it.
     Raises UserError saying what to do.
     """
     path = Path(name).expanduser()
     # A mistyped path must end in an error with the nearest file name, not in a request to the hub.
     is_local = path.is_absolute() or path.suffix.lower() in WEIGHT_SUFFIXES or not re.fullmatch(HUB_NAME, name)
-    return existing(flag, name) if path.exists() or is_local else fetch_model(flag, name, parts)
+    return existing(flag, name) if path.exists() or is_local else fetch_model(flag, name, parts, bar)
 
 
 def existing(flag: str, name: str) -> Path:
@@ -42,7 +43,7 @@ def existing(flag: str, name: str) -> Path:
     return path
 
 
-def fetch_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
+def fetch_model(flag: str, name: str, parts: Sequence[Sequence[str]], bar: type[Any] | None = None) -> Path:
     """Download the needed files of a diffusers repository: configurations, and the weights in one format.
 
     Raises NotThere if the repository can neither be downloaded nor found in the cache.
@@ -54,7 +55,7 @@ def fetch_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
     for num_format in range(NUM_FORMATS):
         weights = [in_repository(folder, file) for folder in folders for file in weight_files(folder)[num_format]]
         try:
-            snapshot = fetch_snapshot(name, [*small_files, *weights])
+            snapshot = fetch_snapshot(name, [*small_files, *weights], bar)
         except ConnectionError as error:
             raise about(flag, name, kind=NotThere)(
                 f"is neither a file nor a folder, and cannot be downloaded from the hub ({error}). "
@@ -69,12 +70,14 @@ def in_repository(folder: str, file: str) -> str:
     return f"{folder}/{file}" if folder else file
 
 
-def fetch_snapshot(name: str, patterns: Sequence[str]) -> Path:
-    """Return the folder with those files of a hub repository that match `patterns`, downloaded or cached.
+def fetch_snapshot(name: str, patterns: Sequence[str], bar: type[Any] | None = None) -> Path:
+    """Return the folder with those files of a hub repository that match `patterns`, downloaded or cached. A download
+    that was cut goes on where it ended.
 
     Raises ConnectionError with the reason if they are neither on the hub nor in the cache.
     """
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError
 
     hub_error = ""
     try:
@@ -83,7 +86,12 @@ def fetch_snapshot(name: str, patterns: Sequence[str]) -> Path:
         hub_error = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         logger.warning("cannot download %s from the hub (%s); trying the local cache", name, hub_error)
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=bool(hub_error)))
+        is_offline = bool(hub_error)
+        return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=is_offline, tqdm_class=bar))
+    except GatedRepoError as error:
+        raise ConnectionError(
+            f"the hub asks for a login: accept the terms on the page of {name}, and give the command `hf auth login`"
+        ) from error
     except (OSError, ValueError) as error:  # ValueError: not a valid repository name
         raise ConnectionError(hub_error or str(error)) from error
 

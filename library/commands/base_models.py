@@ -1,6 +1,7 @@
 """Opening of the checkpoints that adapters are merged into or extracted from, whatever their base model."""
 
 from pathlib import Path
+from typing import Any
 
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
@@ -10,12 +11,16 @@ from library.models.identify import base_of_checkpoint, bases_of_pipeline, find_
 from networks.core.targets.targets import AdapterTargets, TargetModule, find_target_modules
 
 
-def find_base(flag: str, name: str, *parts: str) -> tuple[Path, BaseModelSpec]:
-    """Locate a checkpoint and recognise its base model; for a hub name, `parts` are the folders to download.
+def find_base(
+    flag: str, name: str, *parts: str | tuple[str, ...], bar: type[Any] | None = None
+) -> tuple[Path, BaseModelSpec]:
+    """Locate a checkpoint and recognise its base model; for a hub name, `parts` are the folders to download, in tuples
+    of which one is enough, and `bar` is the class of progress bars.
 
     Raises UserError naming `flag` if the checkpoint is missing, broken or of an unknown base model.
     """
-    specs, path = list_specs(), model_lookup.find_model(flag, name, [(part,) for part in parts])
+    choices = [(part,) if isinstance(part, str) else part for part in parts]
+    specs, path = list_specs(), model_lookup.find_model(flag, name, choices, bar)
     pipeline = pipeline_of(path)
     is_of_family = not pipeline or bool(bases_of_pipeline(specs, pipeline))
     # The weights of a U-Net tell more than a name that diffusers does not have.

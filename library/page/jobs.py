@@ -12,6 +12,7 @@ from typing import Any
 
 from library.base.atomic_files import write_whole
 from library.base.errors import UserError, of_file
+from library.base.json_text import parse_json
 from library.environment.torch_builds import read
 from library.page.model_folders import find_adapter_folders
 from library.page.store import Store, shorten_hash
@@ -27,7 +28,7 @@ from library.training.run_queue.trainings import ROOT, group_options
 SHOWN: tuple[State, ...] = ("done", "failed", "waiting", "running")  # a later one of the same adapter wins
 REQUESTS = {"draw_now": DRAW_NOW, "save_now": SAVE_NOW}
 STATE = re.compile(r"-step(\d{1,12})-state")
-WEIGHTS = ".safetensors"
+WEIGHTS, MANIFEST = ".safetensors", "train_state.json"
 SMI = ("nvidia-smi", "--query-compute-apps=pid,process_name,used_gpu_memory", "--format=csv,noheader")
 
 
@@ -57,6 +58,8 @@ class Trainings:
                     if (known := queue.read_job(state, ticket)) is not None:
                         found.pop(id_of(known), None)
                         found[id_of(known)] = self.describe_job(state, ticket, known)
+        for run_id, run in found.items():
+            run["can_repeat"] = self.store.has_origin(run_id)
         order = {name: number for number, name in enumerate(("running", "waiting", "stopped", "failed", "done"))}
         return sorted(found.values(), key=lambda run: (order[run["state"]], run["number"] or 0))
 
@@ -230,6 +233,21 @@ def describe(job: Job, state: str) -> dict[str, Any]:
         "requests": [],
         "remark": "",
     }
+
+
+@dataclass(frozen=True)
+class End:
+    """The state at the end of a finished run."""
+
+    path: Path
+    step: int
+
+
+def read_end(job: Job) -> End | None:
+    path = Path(f"{job.output}-state")
+    with suppress(OSError, ValueError, KeyError):
+        return End(path, int(parse_json((path / MANIFEST).read_bytes())["current_step"]))
+    return None
 
 
 def list_sheets(job: Job) -> list[Path]:

@@ -6,12 +6,13 @@ import logging
 import shutil
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from library.base.version import VERSION
-from library.page.jobs import Trainings, list_gpu_programs
+from library.page.history import History
+from library.page.jobs import Trainings, list_gpu_programs, read_end
 from library.page.store import Draft, Store, list_photos
 from library.page.tasks import Tasks
 
@@ -22,7 +23,8 @@ GPU_LOOKS = 15  # looks at the queue for one at the GPU
 BEAT_S = 15.0  # a page that hears nothing this long is sent a sign
 MOST_FOLLOWERS = 40
 CODE = Path(__file__).resolve().parents[1]  # of the suite
-BASES = "bases"
+BASES, LOGINS = "bases", "logins"
+LONGER = 1.5  # times the steps of a run that goes on, until the user changes them
 
 
 def read_code_version() -> str:
@@ -38,6 +40,7 @@ class Live:
     store: Store
     trainings: Trainings
     tasks: Tasks = field(init=False)
+    history: History = field(init=False)
     drafts: dict[str, Draft] = field(default_factory=dict)
     text: str = "{}"  # the state as JSON
     version: str = field(default_factory=read_code_version)
@@ -51,6 +54,7 @@ class Live:
 
     def __post_init__(self) -> None:
         self.tasks = Tasks(self.store.folder, self.store.own / "tasks.log", self.publish)
+        self.history = History(self.store.output)
         self.drafts = {draft.id: draft for draft in reversed(list(self.store.list_drafts()))}
 
     # --- following ---
@@ -147,7 +151,7 @@ class Live:
     # --- tasks ---
 
     def cancel(self, draft: Draft) -> None:
-        for task in ("photos", "plan", "captions"):
+        for task in ("photos", "plan", "captions", "download"):
             self.tasks.cancel(f"{draft.id}/{task}")
         self.publish()
 
@@ -174,23 +178,54 @@ class Live:
     def start(self, draft: Draft, plan: Mapping[str, Any], trains: bool) -> None:
         def keep(result: Any) -> Mapping[str, Any]:
             if trains:
+                self.store.save_origin(result["run"], draft)
                 self.trainings.run()
             return dict(result)
 
         self.tasks.begin(f"{draft.id}/start", "start", {"plan": plan, "trains": trains}, keep)
+
+    def repeat(self, run_id: str, is_longer: bool) -> Draft | None:
+        """Prepare the training of a run once more, or one that goes on from its end; None for an unknown run.
+
+        What was chosen since about its photos stays."""
+        draft, job = self.store.find(run_id, "run.json"), self.trainings.find_job(run_id)
+        if draft is None or job is None:
+            return None
+        draft = replace(draft, choices=self.drafts.get(draft.id, draft).choices, origin="")
+        if is_longer:
+            if (end := read_end(job)) is None:
+                return None
+            draft = replace(draft, origin=str(end.path), steps=int(LONGER * end.step), minutes=None)
+        self.save(draft)
+        if self.photos_of(draft) is None:
+            self.read_photos(draft)
+        return draft
 
     def write_captions(self, draft: Draft) -> None:
         """Describe the photos that have no caption."""
 
         def keep(result: Any) -> None:
             now = self.drafts.get(draft.id, draft)
-            for name, caption in result["captions"].items():
-                now = now.change_photo(name, caption=caption)
+            for name in names & result["captions"].keys():
+                if not now.caption_of(photos[name]):  # the user may have written one meanwhile
+                    now = now.change_photo(name, caption=result["captions"][name])
             self.save(now)
 
-        photos = list_photos(self.photos_of(draft))
-        names = [photo["name"] for photo in photos if draft.takes(photo) and not draft.caption_of(photo)]
-        self.tasks.begin(f"{draft.id}/captions", "captions", {"root": draft.root, "photos": names}, keep)
+        photos = {photo["name"]: photo for photo in list_photos(self.photos_of(draft))}
+        names = {name for name, photo in photos.items() if draft.takes(photo) and not draft.caption_of(photo)}
+        self.tasks.begin(f"{draft.id}/captions", "captions", {"root": draft.root, "photos": sorted(names)}, keep)
+
+    def download(self, draft: Draft, repository: str, file: str) -> None:
+        """Download a base model from the hub for a draft."""
+
+        def keep(result: Any) -> None:
+            self.save(replace(self.drafts.get(draft.id, draft), base=result["base"]))
+
+        self.tasks.begin(f"{draft.id}/download", "download", {"repository": repository, "file": file}, keep)
+
+    def ask_logins(self) -> None:
+        names = sorted({file["repository"] for file in (self.bases() or {}).get("published", ())})
+        self.tasks.begin(LOGINS, "logins", {"repositories": names}, lambda result: dict(result))
 
     def draw_sheet(self, run_id: str, config: Path) -> None:
         inputs = {"folder": str(config.parent), "name": config.stem}

@@ -119,11 +119,11 @@ def list_headers(scope: Message) -> dict[str, list[str]]:
 
 def read_cookie(values: Iterable[str], name: str) -> str:
     cookies = SimpleCookie("; ".join(values))
-    return cookies[name].value if name in cookies else ""
+    return str(cookies[name].value) if name in cookies else ""
 
 
 def read_query(scope: Message, name: str) -> str:
-    return parse_qs(scope["query_string"].decode("latin-1")).get(name, [""])[0]
+    return str(parse_qs(scope["query_string"].decode("latin-1")).get(name, [""])[0])
 
 
 def shows_report(path: str) -> bool:

@@ -46,6 +46,7 @@ class Draft:
     minutes: float | None = None
     strength: float = 1.0
     prompts: str | None = None  # None for those of the recipe
+    origin: str = ""  # the state of a finished run that this one goes on from
     choices: Mapping[str, Choice] = field(default_factory=dict)  # by path below the root
 
     @property
@@ -71,7 +72,8 @@ class Draft:
 
 def read_draft(values: Mapping[str, Any]) -> Draft:
     choices = {name: Choice(**choice) for name, choice in values["choices"].items()}
-    return Draft(**{f.name: values[f.name] for f in fields(Draft) if f.name != "choices"}, choices=choices)
+    known = {f.name for f in fields(Draft) if f.name != "choices"}
+    return Draft(**{name: value for name, value in values.items() if name in known}, choices=choices)
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,17 @@ class Store:
     def save(self, draft: Draft) -> None:
         self.write(draft.id, "draft.json", asdict(draft))
 
-    def find(self, draft_id: str) -> Draft | None:
+    def save_origin(self, run_id: str, draft: Draft) -> None:
+        """Keep the draft that a run was made from."""
+        self.write(run_id, "run.json", asdict(draft))
+
+    def has_origin(self, run_id: str) -> bool:
+        return self.path_of(run_id, "run.json").exists()
+
+    def find(self, draft_id: str, name: str = "draft.json") -> Draft | None:
+        """Return a draft, or with the name "run.json" that of a run; None without one."""
         try:
-            return read_draft(self.read(draft_id, "draft.json"))
+            return read_draft(self.read(draft_id, name))
         except (KeyError, TypeError, AttributeError):
             return None
 

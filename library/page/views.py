@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -20,6 +21,7 @@ from library.base.errors import UserError, of_file
 from library.base.json_text import parse_json
 from library.base.version import VERSION
 from library.data.description.image_extensions import image_extensions
+from library.page import hub
 from library.page.jobs import REQUESTS, list_sheets
 from library.page.live import Live
 from library.page.model_folders import find_adapter_folders
@@ -67,6 +69,8 @@ class Views:
             "/api/drafts/{draft}/thumbnails/{name:path}": self.send_thumbnail,
             "/api/folders": self.send_folder,
             "/api/bases": self.send_bases,
+            "/api/history": self.send_history,
+            "/history/report": self.send_past_reports,
             "/runs/{run}/report": self.send_report,
             "/runs/{run}/sheet": self.send_sheet,
             "/api/programs": self.send_programs,
@@ -81,8 +85,11 @@ class Views:
             "/api/drafts/{draft}/remove": self.remove_draft,
             "/api/upload/{draft}/{name}": self.take_upload,
             "/api/bases": self.search_bases,
+            "/api/logins": self.ask_logins,
+            "/api/drafts/{draft}/download": self.download_base,
             "/api/runs/{run}/copy": self.copy_adapter,
             "/api/runs/{run}/draw": self.draw_sheet,
+            "/api/runs/{run}/again": self.repeat_run,
             "/api/runs/{run}/{action}": self.act_on_run,
             "/api/queue/run": self.run_queue,
         }
@@ -179,8 +186,10 @@ class Views:
         }
         return JSONResponse(answer, headers={"cache-control": "no-store"})
 
+    # A draft is looked up when the request is read: another one may change it meanwhile.
+
     async def change_draft(self, request: Request) -> Response:
-        draft, values = self.draft_of(request), await read_json(request)
+        values, draft = await read_json(request), self.draft_of(request)
         for name, value in values.items():
             if not is_setting(name, value):
                 raise Refused("setting")
@@ -198,7 +207,7 @@ class Views:
 
     async def change_photos(self, request: Request) -> Response:
         """Take photos in or out, or set the caption of one."""
-        draft, values = self.draft_of(request), await read_json(request)
+        values, draft = await read_json(request), self.draft_of(request)
         known = {photo["name"] for photo in list_photos(self.live.photos_of(draft))}
         names, changes = values.get("names"), {}
         if isinstance(values.get("is_out"), bool):
@@ -213,7 +222,7 @@ class Views:
         return JSONResponse({})
 
     async def replace_in_captions(self, request: Request) -> Response:
-        draft, values = self.draft_of(request), await read_json(request)
+        values, draft = await read_json(request), self.draft_of(request)
         find, new = str(values.get("find", "")), str(values.get("replace", ""))
         if not find:
             raise Refused("find")
@@ -292,6 +301,18 @@ class Views:
         self.live.search_bases(more)
         return JSONResponse({})
 
+    async def ask_logins(self, request: Request) -> Response:
+        self.live.ask_logins()
+        return JSONResponse({})
+
+    async def download_base(self, request: Request) -> Response:
+        values, draft = await read_json(request), self.draft_of(request)
+        name, file = str(values.get("repository")), str(values.get("file") or "")
+        if not re.fullmatch(hub.NAME, name):
+            raise Refused("hub_name")
+        self.live.download(draft, name, file)
+        return JSONResponse({})
+
     # --- trainings ---
 
     async def send_report(self, request: Request) -> Response:
@@ -300,6 +321,16 @@ class Views:
         if path is None or not path.is_file():
             raise Refused("unknown", 404)
         return FileResponse(path, media_type="text/html", headers={"cache-control": "no-store"})
+
+    async def send_history(self, request: Request) -> Response:
+        return JSONResponse(await asyncio.to_thread(self.live.history.list_all), headers={"cache-control": "no-store"})
+
+    async def send_past_reports(self, request: Request) -> Response:
+        """Send the report of a run of the history, or the comparison of several."""
+        page = await asyncio.to_thread(self.live.history.build, request.query_params.getlist("run"))
+        if page is None:
+            raise Refused("unknown", 404)
+        return Response(page, media_type="text/html", headers={"cache-control": "no-store"})
 
     async def send_sheet(self, request: Request) -> Response:
         job = await asyncio.to_thread(self.live.trainings.find_job, request.path_params["run"])
@@ -330,6 +361,14 @@ class Views:
         else:
             self.live.draw_sheet(run, Path(job.config))
         return JSONResponse({})
+
+    async def repeat_run(self, request: Request) -> Response:
+        """Prepare a training like that of a run, or one that goes on from its end."""
+        is_longer = (await read_json(request)).get("longer") is True
+        draft = self.live.repeat(request.path_params["run"], is_longer)
+        if draft is None:
+            raise Refused("run", 409)
+        return JSONResponse({"id": draft.id})
 
     async def send_log(self, request: Request) -> Response:
         return JSONResponse(
@@ -385,6 +424,8 @@ def is_setting(name: str, value: object) -> bool:
         return (isinstance(value, str) and len(value) <= TEXT_LIMITS[name]) or (name == "prompts" and value is None)
     if name == "kind":
         return value in KINDS
+    if name == "origin":  # a path, which the server alone sets
+        return value == ""
     if name == "strength":
         return value in STRENGTHS
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < MOST_STEPS

@@ -6,6 +6,7 @@ the result or an error.
 
 import json
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -15,9 +16,11 @@ from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from uuid import uuid4
 
 from library.base.atomic_files import write_whole
 from library.base.errors import UserError, of_file
+from library.page.hub import download, find_logins, list_published
 from library.page.model_folders import find_models
 from library.page.store import is_below, shorten_hash
 from library.training.run_queue.folder import Queue
@@ -113,7 +116,7 @@ def make_plan(inputs: Mapping[str, Any], say: Say) -> dict[str, Any]:
     from library.train_photos.base import choose_recipe, recognise
     from library.train_photos.description import describe_plan, remark_on_trigger
     from library.train_photos.photos import clean
-    from library.train_photos.runs import Record, find_runs, list_names
+    from library.train_photos.runs import find_runs, list_names, make_record
 
     base = recognise(inputs["base"])
     recipe = choose_recipe(base, inputs["kind"])
@@ -126,7 +129,8 @@ def make_plan(inputs: Mapping[str, Any], say: Say) -> dict[str, Any]:
         wishes = plans.Wishes(trigger, side, inputs["steps"], inputs["minutes"], models, None, given)
         plan = plans.make_plan(base, recipe, folders, wishes, plans.Files(Path(scratch), "plan"))
         length = {name: inputs[name] for name in ("steps", "minutes") if inputs[name] is not None}
-        record = Record.build(folders, trigger, base.name, inputs["kind"], given, length)
+        record = make_record(folders, trigger, base.name, inputs["kind"], given, length)
+        record = replace(record, origin=inputs["origin"])
     name = clean(trigger.word if inputs["is_upload"] else Path(inputs["root"]).name)
     _, files = find_runs(list_names(None, name))
     return {
@@ -137,6 +141,7 @@ def make_plan(inputs: Mapping[str, Any], say: Say) -> dict[str, Any]:
         "seconds": None if plan.duration is None else plan.duration.seconds,
         "texts": asdict(replace(plan.texts, prompts=inputs["prompts"] or plan.prompts)),
         "metadata": texts,
+        "origin": inputs["origin"],
         "record": asdict(record),
     }
 
@@ -146,7 +151,8 @@ def start(inputs: Mapping[str, Any], say: Say) -> dict[str, Any]:
     from library.environment.requirements import quote
     from library.page.store import Store
     from library.train_photos.plan import RunTexts
-    from library.train_photos.runs import Record, is_free, list_names
+    from library.train_photos.record import Record
+    from library.train_photos.runs import is_free, list_names
     from library.train_photos.training import write
 
     plan = inputs["plan"]
@@ -158,10 +164,27 @@ def start(inputs: Mapping[str, Any], say: Say) -> dict[str, Any]:
     for path, text in zip(paths, plan["metadata"], strict=True):
         write_whole(path, text)
     write(RunTexts(**plan["texts"]), files, Record(**plan["record"]))
+    if plan["origin"]:
+        copy_state(Path(plan["origin"]), files)
     script = plan["texts"]["script"]
     command = f"python3 {script} --config_file {quote(files.config)} --autoresume"
     run = add_job(Store(Path.cwd()).queue, files.config, script) if inputs["trains"] else None
     return {"name": files.name, "config": str(files.config), "command": command, "run": run}
+
+
+def copy_state(origin: Path, files: Any) -> None:
+    """Give a new run the last state of another one, from which --autoresume goes on. Raises UserError without it."""
+    from library.training.saving.names import Names, state_folder
+    from library.training.saving.state import read_manifest
+
+    step = read_manifest(origin).step
+    target = state_folder(Names(files.folder, files.name, "safetensors").of_step(step))
+    unfinished = target.with_name(f".{target.name}.{uuid4().hex[:12]}")
+    try:
+        shutil.copytree(origin, unfinished)
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def metadata_name(name: str, number: int) -> str:
@@ -199,7 +222,14 @@ def find_bases(inputs: Mapping[str, Any], say: Say) -> dict[str, Any]:
         described = describe_base(path)
         if described is not None:
             found.append(described)
-    return {"bases": found}
+    return {"bases": found, "published": list_published(), "gpu_bytes": read_gpu_bytes()}
+
+
+def read_gpu_bytes() -> int | None:
+    """Return the memory of the first GPU; None without one."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 def describe_base(path: Path) -> dict[str, Any] | None:
@@ -240,7 +270,7 @@ def draw_sheet(inputs: Mapping[str, Any], say: Say) -> dict[str, Any]:
     """Draw the sheets of a finished run, as train.py does at its end, and say which file to use."""
     from library.train_photos.base import recognise
     from library.train_photos.plan import Files
-    from library.train_photos.runs import Record
+    from library.train_photos.record import Record
     from library.train_photos.sheets import draw_sheets, save_sheets
     from library.train_photos.training import choose_adapter
 
@@ -260,6 +290,8 @@ TASKS: Mapping[str, Callable[[Mapping[str, Any], Say], dict[str, Any]]] = {
     "plan": make_plan,
     "start": start,
     "bases": find_bases,
+    "download": download,
+    "logins": find_logins,
     "captions": write_captions,
     "draw": draw_sheet,
 }

@@ -66,9 +66,9 @@ class Base:
         return is_distilled(DISTILLED, None, self.path)
 
 
-def recognise(name: str) -> Base:
+def recognise(name: str, bar: type[Any] | None = None) -> Base:
     """Recognise a file, a diffusers folder or a name on the hub. Raises UserError for what no script trains."""
-    path, spec = find_base(FLAG, name, "unet", "transformer", "text_encoder")
+    path, spec = find_base(FLAG, name, ("unet", "transformer"), "text_encoder", bar=bar)
     is_local = Path(name).expanduser().exists()
     return Base(str(path.absolute()) if is_local else name, path.absolute(), spec, list_tensors(path))
 

@@ -2,86 +2,41 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from library.base.formatting import format_count
-from library.base.json_text import parse_json
 from library.checkpoints.overwriting import check_target, judge
 from library.options.config_file import read_toml
 from library.options.output.saving import SavingOptions
 from library.train_photos.photos import PhotoFolder, Trigger, digest_texts
 from library.train_photos.plan import OUTPUT, TEXT_KIND, Files
+from library.train_photos.record import Record
 from library.training.config_file import CONFIG_FLAG, flatten
 from library.training.saving.names import Names
 from library.training.saving.run_lock import run_lock
 from library.training.saving.state import StateManifest, is_state_name, newest_state
 from tools.draw import SHEET
 
-RECORD = "# run: "  # begins the line of NAME.toml with the record
 
-
-@dataclass(frozen=True)
-class Record:
-    """What tells one run from another, as its NAME.toml keeps it."""
-
-    photos: str  # a count and a digest
-    captions: str  # a digest of what they are trained as
-    trigger: str
-    base: str
-    kind: str
-    options: Mapping[str, Any] = field(default_factory=dict)  # that were typed, without the length
-    length: Mapping[str, Any] = field(default_factory=dict)  # as typed; empty for that of the recipe
-    origin: str = ""  # the state of another run that it begins with
-
-    @classmethod
-    def build(
-        cls,
-        folders: Sequence[PhotoFolder],
-        trigger: Trigger,
-        base: str,
-        kind: str,
-        options: Mapping[str, Any],
-        length: Mapping[str, Any],
-    ) -> "Record":
-        num_photos = format_count(sum(len(folder.photos) for folder in folders), "photo")
-        photos = digest_texts(f"{folder.path} {folder.digest}" for folder in folders)
-        subsets = [json.dumps([folder.describe(trigger), folder.captions]) for folder in folders]
-        return cls(
-            f"{num_photos} ({photos})", digest_texts(subsets), trigger.text, base, kind, dict(options), dict(length)
-        )
-
-    @classmethod
-    def read(cls, config: Path) -> "Record | None":
-        """Read the record of a NAME.toml; None for a file without one."""
-        try:
-            lines = config.read_text(encoding="utf-8").splitlines()
-            values = parse_json(next(line for line in lines if line.startswith(RECORD)).removeprefix(RECORD))
-            return cls(**{f.name: values[f.name] for f in fields(cls)})
-        except (OSError, ValueError, StopIteration, KeyError, TypeError):
-            return None
-
-    @property
-    def line(self) -> str:
-        return f"{RECORD}{json.dumps(asdict(self))}\n"
-
-    def is_about_the_same(self, other: "Record") -> bool:
-        """Return True if both train the same thing, perhaps on other photos or with other options."""
-        return (self.trigger, self.base, self.kind) == (other.trigger, other.base, other.kind)
-
-    def differences(self, now: "Record") -> list[str]:
-        """Name what differs in `now`, besides the length."""
-        found = [] if self.photos == now.photos else [f"{self.photos} then and {now.photos} now"]
-        if self.captions != now.captions and self.photos == now.photos:
-            found.append("other captions")
-        for name in sorted({*self.options, *now.options}):
-            before, after = self.options.get(name, "not given"), now.options.get(name, "not given")
-            if before != after:
-                found.append(f"--{name} {before} then and {after} now")
-        return found
+def make_record(
+    folders: Sequence[PhotoFolder],
+    trigger: Trigger,
+    base: str,
+    kind: str,
+    options: Mapping[str, Any],
+    length: Mapping[str, Any],
+) -> Record:
+    """Return the record of a run on these photos."""
+    num_photos = format_count(sum(len(folder.photos) for folder in folders), "photo")
+    photos = digest_texts(f"{folder.path} {folder.digest}" for folder in folders)
+    subsets = [json.dumps([folder.describe(trigger), folder.captions]) for folder in folders]
+    return Record(
+        f"{num_photos} ({photos})", digest_texts(subsets), trigger.text, base, kind, dict(options), dict(length)
+    )
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from library.train_photos.photos import (
     suggest_trigger,
 )
 from library.train_photos.plan import Files, Plan, Wishes, choose_side, make_plan, read_options
-from library.train_photos.runs import EarlierRun, Record, Start, check_name, choose_start, find_runs, list_names
+from library.train_photos.record import Record
+from library.train_photos.runs import EarlierRun, Start, check_name, choose_start, find_runs, list_names, make_record
 from library.train_photos.training import train, write, write_command
 from library.training.command_line.recipes import Recipe
 from library.training.reporting.console_lines import announce
@@ -93,7 +94,7 @@ def build_record(
     length = {name: value for name in ("steps", "minutes") if (value := getattr(args, name)) is not None}
     prediction = {} if args.prediction is None else {"prediction": args.prediction}
     like = {} if args.like is None else {"like": str(args.like.absolute())}
-    return Record.build(folders, trigger, base.name, args.kind, {**given, **prediction, **like}, length)
+    return make_record(folders, trigger, base.name, args.kind, {**given, **prediction, **like}, length)
 
 
 def plan_run(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder], wishes: Wishes, start: Start | None) -> Plan:

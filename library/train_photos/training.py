@@ -15,7 +15,8 @@ from library.data.decoding.images import read_pixels
 from library.environment.requirements import quote
 from library.train_photos.description import describe_plan
 from library.train_photos.plan import OUTPUT, Files, Plan, RunTexts
-from library.train_photos.runs import Record, Start, holding, is_free
+from library.train_photos.record import Record
+from library.train_photos.runs import Start, holding, is_free
 from library.train_photos.screen import Screen, logging_to
 from library.train_photos.sheets import Sheets, draw_sheets, save_sheets
 from library.training.command_line.main import main

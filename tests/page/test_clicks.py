@@ -108,6 +108,10 @@ def test_dropped_photos_become_a_file(tmp_path: Path) -> None:
         assert str(output / "zheart.safetensors") in tab.run("document.body.innerText")
         assert load_file(output / "zheart.safetensors")
         tab.click("Draw at several strengths")
+        tab.click("Cancel")
+        tab.when("return !document.querySelector('progress')")
+        assert not list(output.glob("zheart-strengths*"))
+        tab.click("Draw at several strengths")
         tab.see(f"Use {output / 'zheart.safetensors'}: the last one")
         tab.when("return document.querySelector('img.sheet')")
         assert tab.run("document.querySelector('img.sheet').decode().then(() => true)")
@@ -119,6 +123,23 @@ def test_dropped_photos_become_a_file(tmp_path: Path) -> None:
         chosen = [json.loads(line) for line in (output / "zheart-photos.jsonl").read_text().splitlines()]
         assert [Path(one["image_path"]).name for one in chosen] == [f"heart_0{number}.png" for number in range(5)]
         assert [one["caption"] for one in chosen[:2]] == [EVIL, "one that is small"]
+        tab.click("Again with changes: zheart")
+        tab.see("What is decided, and why")
+        tab.when("return document.querySelector('input[type=number]').value === '4'")
+        tab.click("Train a LoRA")
+        tab.click("Train longer: zheart")
+        tab.see("Goes on where zheart ended")
+        tab.click("Make the plan again")
+        tab.see("batches of 8, 6 steps")
+        tab.click("Train")
+        tab.when("return document.querySelector('h1')?.textContent === 'zheart-2'")
+        tab.see("The LoRA is finished")
+        longer = output.with_name("zheart-2")
+        assert "at step 4 of 6" in "".join(
+            path.read_text() for path in (output.parent / "queue" / "logs").glob("*.log")
+        )
+        assert json.loads((longer / "zheart-2-state" / "train_state.json").read_text())["current_step"] == 6
+        assert load_file(longer / "zheart-2.safetensors") and (output / "zheart.safetensors").exists()
         (told,) = browser.told
         assert "400" in told  # the second copy
     assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before

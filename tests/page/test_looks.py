@@ -1,6 +1,7 @@
 """The page at the widths of phones, laptops and large screens, light and dark, for a keyboard and for axe-core."""
 
 import json
+import random
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,11 +13,14 @@ import pytest
 from library.page.jobs import id_of
 from library.page.server import PORT
 from library.page.store import Choice, Draft, Store
+from library.train_photos.record import Record
 from library.training.report_page.page import ENDING
+from library.training.report_page.writer import build_report, read_events
 from library.training.run_queue.folder import write_whole
 from library.training.run_queue.jobs import Job
 from tests.browser import in_browser
 from tests.chromium import Browser, Tab, browsing
+from tests.event_lines import STARTED, lines_of, plan, start, step
 from tests.page.serving import Server, serving
 from tests.running import ROOT
 
@@ -31,6 +35,10 @@ const {type} = performance.getEntriesByType("navigation")[0];
 document.body.textContent = `loaded by ${type}`;
 if (type !== "reload") location.reload();
 </script>"""
+PUBLISHED = [
+    {"repository": "me/one", "file": "one.safetensors", "gigabytes": 6.9, "licence": "MIT"},
+    {"repository": "me/two", "file": "", "gigabytes": None, "licence": ""},
+]
 LINES = (
     ("base", "Stable Diffusion 1.x: /models/a_model_with_a_long_name_that_has_no_place_to_break.safetensors"),
     ("captions", '24 of 24 photos, "zheart" is in 24'),
@@ -54,22 +62,39 @@ def fill(folder: Path) -> dict[str, str]:
     left_out = [["broken.png", "cannot be read (damaged)"]]
     found = {"folders": [{"path": str(root), "photos": photos, "left_out": left_out}], "trigger": "zheart"}
     store.write(draft.id, "photos.json", found)
-    plan = {
+    planned = {
         "lines": LINES,
         "remarks": ["a remark"],
         "steps": 900,
         "seconds": 60.0,
         "texts": {"prompts": "zheart\na dog"},
     }
-    store.write(draft.id, "plan.json", {**plan, "digest": draft.digest})
+    store.write(draft.id, "plan.json", {**planned, "digest": draft.digest})
     facts = {"family": "Stable Diffusion 1.x", "bytes": 2 * 10**9, "is_distilled": True, "prediction": "v"}
     bases = [{"path": f"/models/{name}.safetensors", "name": f"{name}.safetensors", **facts} for name in ("one", "two")]
-    store.write("bases", "bases.json", {"bases": bases, "folders": []})
+    store.write("bases", "bases.json", {"bases": bases, "folders": [], "published": PUBLISHED, "gpu_bytes": 10**9})
     job = Job("train_network.py", str(folder / "cat.toml"), "", (), str(folder), str(folder / "cat"), None)
     write_whole(store.stopped / f"{id_of(job)}.json", job.as_text())
     (folder / f"cat{ENDING}").write_text(RELOADS)
+    write_reports(store.output)
     views = {name: f"#/{name}/{draft.id}" for name in ("photos", "base", "plan")}
-    return {"home": "#/", **views, "run": f"#/run/{id_of(job)}"}
+    return {"home": "#/", "history": "#/history", **views, "run": f"#/run/{id_of(job)}"}
+
+
+def write_reports(output: Path) -> None:
+    """Write reports of three runs on two base models, the first of which has the record of train.py."""
+    rng = random.Random(0)
+    for number, (name, base, loss) in enumerate((("cat", "one", 0.3), ("dog", "one", 0.1), ("owl", "two", 0.2))):
+        folder = output / name
+        folder.mkdir()
+        begin = start(name, pretrained_model_name_or_path=f"/models/{base}.safetensors")
+        steps = [step(n, rng, loss) for n in range(1, 11)]
+        lines = lines_of([begin, plan(10), *steps], STARTED - 100 * number)
+        (folder / "events.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        (folder / f"{name}{ENDING}").write_text(build_report(read_events(folder / "events.jsonl")))
+        if number == 0:
+            record = Record("1 photo (x)", "y", "zcat, a cat", f"/models/{base}.safetensors", "character")
+            (folder / f"{name}.toml").write_text(record.line)
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +102,19 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, B
     folder = tmp_path_factory.mktemp("looks")
     views = fill(folder)
     with serving(folder) as server, browsing(folder) as browser:
+        browser.open(server.address.first_url).see("Train a LoRA on your photos")
         yield server, browser, views
 
 
 def open_view(opened: tuple[Server, Browser, dict[str, str]], name: str, *size: int, dark: bool = False) -> Tab:
     server, browser, views = opened
-    tab = browser.open(server.address.first_url + views[name], *size, dark=dark)
-    tab.when("return document.querySelector('h1')")
+    tab = browser.open(server.address.url + views[name], *size, dark=dark)
+    heading = {"run": "cat", "history": "All runs", "base": "Base model", "photos": "Photos", "plan": "Plan"}.get(name)
+    tab.when(f"return document.querySelector('h1')?.textContent.startsWith({json.dumps(heading or 'Train')})")
     return tab
 
 
-@pytest.mark.parametrize("name", ["home", "photos", "base", "plan", "run"])
+@pytest.mark.parametrize("name", ["home", "history", "photos", "base", "plan", "run"])
 def test_axe_finds_nothing_and_no_width_scrolls_sideways(opened: Any, name: str) -> None:
     for width, height in SIZES:
         for dark in (False, True):
@@ -101,6 +128,46 @@ def test_axe_finds_nothing_and_no_width_scrolls_sideways(opened: Any, name: str)
             assert tab.run("document.documentElement.scrollWidth") == width
             tab.call("Page.close")
     assert opened[1].told == []
+
+
+def test_the_bases_say_what_is_too_large_and_what_the_hub_has(opened: Any) -> None:
+    tab = open_view(opened, "base", *SIZES[1])
+    tab.see("larger than the 1 GB of this GPU")
+    tab.click("Download a base model from the Hugging Face hub")
+    tab.see("one.safetensors · 6.9 GB · MIT")
+    assert tab.run("document.querySelector('details a').href") == "https://huggingface.co/me/one"
+    tab.click("Download one.safetensors")  # tests reach no hub
+    tab.see("This did not work: --base me/one cannot be downloaded")
+
+
+def test_all_runs_are_searched_filtered_sorted_and_compared(opened: Any) -> None:
+    tab = open_view(opened, "history", *SIZES[1])
+    shown = "[...document.querySelectorAll('.list li > div > a')].map((one) => one.textContent).join()"
+    tab.see("3 of 3 runs")
+    assert tab.run(shown) == "cat,dog,owl"
+    tab.choose("Sort by", "loss")
+    assert tab.run(shown) == "dog,owl,cat"
+    tab.choose("Base model", "one.safetensors")
+    assert tab.run(shown) == "dog,cat"
+    tab.choose("Trigger word", "zcat, a cat")
+    assert tab.run(shown) == "cat"
+    tab.choose("Trigger word", "")
+    tab.choose("Base model", "")
+    tab.click("Search")
+    tab.call("Input.insertText", text="OWL")
+    tab.see("1 of 3 runs")
+    assert tab.run(shown) == "owl"
+    tab.run("document.activeElement.select()")
+    tab.call("Input.insertText", text="a")
+    for name in ("cat", "owl"):
+        tab.click(f"Compare {name}")
+    address = tab.when("return document.querySelector('a.button.main:not([hidden])')?.href")
+    compared = opened[1].open(address)
+    compared.see("2 runs")
+    compared.see("Training loss, smoothed")
+    one = opened[1].open(tab.run("document.querySelector('.list li > div > a').href"))
+    one.when("return document.querySelector('h1')?.textContent")
+    assert opened[0].send("GET", address.replace("cat%2Fcat", "..%2Fcat").partition(str(opened[0].port))[2])[0] == 404
 
 
 def test_a_report_reloads_itself_in_its_own_origin(opened: Any) -> None:
@@ -151,7 +218,9 @@ def test_every_text_that_the_scripts_name_is_in_the_file() -> None:
     texts = json.loads((ROOT / "library" / "page" / "texts.json").read_text(encoding="utf-8"))
     for script in static.glob("*.js"):
         source = script.read_text(encoding="utf-8")
-        for name in re.findall(r"""\bt\("([\w.]+)"|"((?:home|browse|photos|base|plan|run)\.[\w.]+)\"""", source):
+        for name in re.findall(
+            r"""\bt\("([\w.]+)"|"((?:home|browse|history|photos|base|plan|run)\.[\w.]+)\"""", source
+        ):
             value = texts
             for key in (name[0] or name[1]).split("."):
                 assert key in value, (script.name, name)

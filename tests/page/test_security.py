@@ -147,7 +147,7 @@ def test_the_token_is_in_the_page_alone(server: Server) -> None:
 )
 def test_no_path_leads_to_another_file(server: Server, path: str) -> None:
     status, body, _ = server.send("GET", path.replace("DRAFT", begin_upload(server)))
-    assert status in (400, 404) and server.address.token.encode() not in body and b"root:" not in body
+    assert status in (400, 401, 404) and server.address.token.encode() not in body and b"root:" not in body
 
 
 @pytest.mark.parametrize(
@@ -189,6 +189,20 @@ def test_requests_that_are_no_json_are_refused(server: Server) -> None:
         assert server.send("POST", "/api/drafts", body, server.own)[0] == 400
     assert server.send("PUT", "/api/drafts", b"{}", server.own)[0] == 405
     assert server.send("OPTIONS", "/", headers={"Origin": "http://evil.example"})[0] == 403
+
+
+def test_of_two_changes_at_once_both_stay(server: Server) -> None:
+    draft = begin_upload(server)
+    path, slow, quick = f"/api/drafts/{draft}", json.dumps({"trigger": "zcat"}), {"prompts": "a cat"}
+    own = {**server.own, "Host": f"127.0.0.1:{server.port}", "Content-Length": str(len(slow))}
+    head = "".join(f"{name}: {value}\r\n" for name, value in own.items())
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(f"POST {path} HTTP/1.1\r\n{head}\r\n{slow[:5]}".encode())
+        assert server.post(path, quick)[0] == 200
+        connection.sendall(slow[5:].encode())
+        assert b" 200 " in connection.makefile("rb").readline()
+    known = json.loads(server.send("GET", path)[1])["draft"]
+    assert (known["trigger"], known["prompts"]) == ("zcat", "a cat")
 
 
 def test_values_that_the_page_has_no_field_for_are_refused(server: Server) -> None:

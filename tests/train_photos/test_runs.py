@@ -12,7 +12,8 @@ from library.base.errors import UserError
 from library.checkpoints.marks import TRAIN_PY
 from library.checkpoints.saving import save_safetensors
 from library.train_photos.plan import Files
-from library.train_photos.runs import Record, Start, choose_start, find_runs, list_names
+from library.train_photos.record import Record
+from library.train_photos.runs import Start, choose_start, find_runs, list_names
 from library.training.config_file import format_config
 from library.training.reporting.progress import Part
 from library.training.saving.state import TENSOR_FILE, save_state

@@ -45,6 +45,12 @@ export function field(label, input, help = null) {
   return make("div", {class: "field"}, make("label", {for: input.id}, label), input, hint);
 }
 
+/** Return a list to choose from. `texts` gives the text of a value, `onchange` gets the chosen one. */
+export function pick(values, texts, onchange) {
+  const select = make("select", {onchange: () => onchange(select.value)}, values.map((value) => make("option", {value}, texts(value))));
+  return select;
+}
+
 /** Set the value of an input that the user is not writing in. */
 export function refresh(input, value) {
   if (document.activeElement !== input && input.value !== value) input.value = value;

@@ -91,6 +91,7 @@ function showRuns(box, {runs, is_training: isTraining, gpu_programs: programs}) 
     make("h2", {}, t("home.trainings")),
     programs.length ? make("p", {class: "bad"}, t("home.gpu_busy", {programs: programs.join(", ")})) : null,
     runs.length ? make("ul", {class: "list"}, runs.map((run) => runRow(run))) : make("p", {class: "dim"}, t("home.no_trainings")),
+    make("p", {}, make("a", {href: "#/history"}, t("history.heading"))),
     !isTraining && runs.some((run) => run.state === "waiting")
       ? make("p", {}, t("home.idle"), " ", button(t("home.run_queue"), () => post("/api/queue/run"))) : null,
   ]);

@@ -1,12 +1,13 @@
 // Shows the view that the address names, and passes the server's state on to it.
 
 import {make, note, t} from "./dom.js";
+import {showHistory} from "./history.js";
 import {showHome} from "./home.js";
 import {showBase, showPhotos} from "./photos.js";
 import {showPlan} from "./plan.js";
 import {showRun} from "./runs.js";
 
-const views = {"": showHome, photos: showPhotos, base: showBase, plan: showPlan, run: showRun};
+const views = {"": showHome, photos: showPhotos, base: showBase, plan: showPlan, run: showRun, history: showHistory};
 const content = document.getElementById("content");
 let state = null, update = null, source = null;
 

@@ -91,26 +91,47 @@ export async function showBase(box, id) {
   const choose = (values) => post(path, values).catch((error) => note(error.message));
   const next = make("a", {class: "button main", href: `#/plan/${id}`}, t("base.next"));
   let found = await get("/api/bases"), wasRunning = false;
+  const offered = make("ul", {class: "list"}), hub = make("details", {}, make("summary", {}, t("base.published")), make("p", {class: "dim"}, t("base.cut")), offered);
+  hub.addEventListener("toggle", () => { if (hub.open) post("/api/logins").catch((error) => note(error.message)); });
+  const download = (repository, file) => post(`${path}/download`, {repository, file});
+  const isHubName = (name) => /^[\w.-]+\/[\w.-]+$/.test(name) && !/\.(safetensors|ckpt)$/.test(name);
+  const take = (name) => (isHubName(name) ? download(name, "").catch((error) => note(error.message)) : choose({base: name}));
   if (found === null) await post("/api/bases");
-  box.append(make("h1", {}, t("base.heading")), make("p", {class: "dim"}, t("base.intro")), status, list,
-    make("form", {class: "pair", onsubmit: (event) => { event.preventDefault(); if (typed.value.trim()) choose({base: typed.value.trim()}); }}, field(t("base.typed"), typed), make("button", {}, t("base.use"))),
+  box.append(make("h1", {}, t("base.heading")), make("p", {class: "dim"}, t("base.intro")), status, list, hub,
+    make("form", {class: "pair", onsubmit: (event) => { event.preventDefault(); if (typed.value.trim()) take(typed.value.trim()); }}, field(t("base.typed"), typed), make("button", {}, t("base.use"))),
     field(t("base.models"), models),
     make("div", {class: "row"}, button(t("base.search"), () => post("/api/bases")),
       button(t("base.search_in"), async () => { const folder = await browse(); if (folder) await post("/api/bases", {folder}); }), next));
 
   function row(base, chosen) {
     const size = t("base.size", {gb: (base.bytes / 1e9).toFixed(base.bytes < 1e9 ? 2 : 1)});
-    const facts = [base.family, size, base.prediction && t(`base.predicts_${base.prediction}`), base.is_distilled && t("base.distilled")];
+    const facts = [base.family, size, base.prediction && t(`base.predicts_${base.prediction}`), base.is_distilled && t("base.distilled"), found.gpu_bytes && base.bytes > found.gpu_bytes && t("base.large", {gb: (found.gpu_bytes / 1e9).toFixed(0)})];
     return make("li", {class: base.path === chosen ? "chosen" : null},
       make("div", {}, make("b", {}, base.name), make("div", {class: "dim"}, facts.filter(Boolean).join(" · ")), make("small", {class: "dim"}, base.path)),
       base.path === chosen ? make("span", {class: "mark"}, t("base.chosen")) : button(t("base.use"), () => choose({base: base.path}), {"aria-label": t("base.choose", {name: base.name})}));
   }
 
+  function offer(file, logins) {
+    const login = logins?.[file.repository], asks = login === undefined ? null : t(login ? "base.login" : "base.no_login");
+    const facts = [file.file, file.gigabytes && t("base.size", {gb: file.gigabytes}), file.licence, asks];
+    return make("li", {}, make("div", {}, make("a", {href: `https://huggingface.co/${file.repository}`, target: "_blank", rel: "noopener noreferrer"}, file.repository), make("div", {class: "dim"}, facts.filter(Boolean).join(" · "))),
+      button(t("base.download"), () => download(file.repository, file.file), {"aria-label": t("base.download_of", {name: file.file || file.repository})}));
+  }
+
+  function showOffers(logins) {
+    const key = JSON.stringify([found?.published, logins]);
+    if (offered.dataset.key === key) return;
+    offered.dataset.key = key;
+    offered.replaceChildren(...(found?.published ?? []).map((file) => offer(file, logins)));
+  }
+
   return follow(id, async (data, state) => {
-    const task = state.tasks.bases;
+    const task = state.tasks.bases, loading = state.tasks[`${id}/download`];
+    showOffers(state.tasks.logins?.result?.logins);
     if (wasRunning && task?.state !== "running") found = await get("/api/bases");
     wasRunning = task?.state === "running";
-    status.replaceChildren(...[progress(task, "base.searching"), problem(task)].filter(Boolean));
+    status.replaceChildren(...[progress(task, "base.searching"), problem(task), progress(loading && {...loading, percent: Math.floor((100 * loading.done) / (loading.total || 1))}, "base.downloading", "base.downloading_first"),
+      loading?.state === "running" && button(t("base.cancel"), () => post(`${path}/tasks/cancel`)), problem(loading)].filter(Boolean));
     const bases = found?.bases ?? [], chosen = data.draft.base;
     const key = JSON.stringify([bases, chosen, wasRunning]);
     if (list.dataset.key !== key) {

@@ -1,12 +1,7 @@
 // The plan of a training with its simple controls.
 
-import {button, field, hasText, make, note, post, problem, progress, refresh, t} from "./dom.js";
+import {button, field, hasText, make, nameOf, note, pick, post, problem, progress, refresh, t} from "./dom.js";
 import {follow} from "./photos.js";
-
-const pick = (names, texts, onchange) => {
-  const select = make("select", {onchange: () => onchange(select.value)}, names.map((name) => make("option", {value: name}, texts(name))));
-  return select;
-};
 
 export async function showPlan(box, id) {
   const path = `/api/drafts/${id}`, task = (name) => post(`${path}/tasks/${name}`);
@@ -47,6 +42,7 @@ export async function showPlan(box, id) {
     const parts = [
       busy, busy && button(t("plan.cancel"), () => task("cancel")), problem(isRunning ? null : planning),
       progress(isStarting ? starting : null, "plan.starting"), problem(starting),
+      draft.origin ? make("p", {}, t("plan.origin", {name: nameOf(draft.origin).replace(/-state$/, "")}), " ", button(t("plan.anew"), () => save({origin: ""}))) : null,
       plan?.is_stale && !isRunning ? make("p", {class: "bad", role: "status"}, t("plan.stale")) : null,
     ];
     status.replaceChildren(...parts.filter(Boolean));

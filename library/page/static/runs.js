@@ -33,7 +33,10 @@ function actionsOf(run) {
   if (run.state === "running") return run.is_stopping ? [] : [act("stop", "stop"), ...(run.step === null ? [] : [now("draw_now"), now("save_now")])];
   if (run.state === "waiting") return [act("later", "continue"), act("stop", "stop")];
   const again = run.state === "done" ? [] : [act("continue", "continue")];
-  return [...again, act("remove", "remove")];
+  const repeat = (name, longer) => button(t(`run.${name}`), async () => { location.hash = `#/plan/${(await post(`/api/runs/${run.id}/again`, {longer})).id}`; },
+    {"aria-label": t("run.of", {action: t(`run.${name}`), name: run.name})});
+  const repeats = !run.can_repeat ? [] : [...(run.state === "done" ? [repeat("longer", true)] : []), repeat("again", false)];
+  return [...again, ...repeats, act("remove", "remove")];
 }
 
 export function runRow(run) {

@@ -119,9 +119,8 @@ class Steps:
             stops = False
             prepared.writer.save_weights_of_end(progress.step, window.epoch)
         saves_by_clock = prepared.writer.timed.is_due
-        is_due = prepared.writer.schedule.saves_step(progress.step) or prepared.previews.are_due(progress.step)
-        is_due = is_due or saves_by_clock or bool(self._requests)
-        is_due = is_due or self._validation.is_due(progress.step) or window.ends_epoch or is_last or stops
+        is_due = self._has_scheduled(progress.step) or saves_by_clock or bool(self._requests)
+        is_due = is_due or window.ends_epoch or is_last or stops
         # The step's result decides the learning rate and the running average, which a state stores and previews,
         # validation and files are recorded with.
         if is_due or not self.updates.reports_late:
@@ -141,6 +140,11 @@ class Steps:
             self._after_epoch(window.epoch)
         if saves_by_clock:
             self._save_timed_state(window.epoch)
+
+    def _has_scheduled(self, step: int) -> bool:
+        """Return True if the run saves, draws or validates after a step, ignoring epochs."""
+        saves, draws = self._prepared.writer.schedule.saves_step(step), self._prepared.previews.are_due(step)
+        return saves or draws or self._validation.is_due(step)
 
     def _answer_requests(self, epoch: int) -> None:
         """Save and draw what a request file asks for and the schedule has not given yet."""

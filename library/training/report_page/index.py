@@ -3,14 +3,15 @@
 import logging
 import stat
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath
 from typing import Any
 
 from library.base.atomic_files import write_whole
 from library.base.errors import UserError
 from library.checkpoints.overwriting import check_target
 from library.training.report_page.page import ENDING, INDEX, build_page
-from library.training.report_page.record import Record
+from library.training.report_page.record import Record, Session
 from library.training.report_page.writer import read_report
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,23 @@ def summarize(record: Record, link: str) -> dict[str, Any]:
         "prompt": record.prompts.get(number, {}).get("prompt", ""),
         "picture": image,
         "updated": record.updated,
+        "base": name_base(record),
+        "seconds": sum(map(partial(measure_seconds, record), record.sessions)),
     }
+
+
+def name_base(record: Record) -> str:
+    """Return the file or name of the base model; "" before training began."""
+    options = record.sessions[-1]["options"] if record.sessions else {}
+    path = str(options.get("pretrained_model_name_or_path") or "")
+    return PurePath(path.replace("\\", "/")).name or str((record.plan or {}).get("base_model", ""))
+
+
+def measure_seconds(record: Record, session: Session) -> float:
+    """Return how long a process of a run took; until its last event for one that runs, or was killed last."""
+    if session["end"] is not None:
+        return float(session["end"]["seconds"])
+    return max(0.0, record.updated - session["time"]) if session is record.sessions[-1] else 0.0
 
 
 def find_last_preview(record: Record) -> tuple[str, str | None]:

@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 
 from library.checkpoints.model_lookup import find_model
+from library.train_photos.base import recognise
 
 
 class Hub:
@@ -17,7 +18,7 @@ class Hub:
         self.folder, self.snapshot = folder, snapshot
         self.got: set[str] = set()
 
-    def download(self, name: str, allow_patterns: list[str], local_files_only: bool) -> str:
+    def download(self, name: str, allow_patterns: list[str], local_files_only: bool, tqdm_class: None) -> str:
         for file in self.folder.rglob("*"):
             path = file.relative_to(self.folder).as_posix()
             if file.is_file() and any(fnmatch.fnmatch(path, pattern) for pattern in allow_patterns):
@@ -55,6 +56,14 @@ def test_only_one_format_of_the_weights_is_downloaded(hub, open_sd):
         "vae/diffusion_pytorch_model.safetensors",
         "text_encoder/model.safetensors",
     }
+
+
+def test_train_py_downloads_one_format_though_no_repository_has_a_unet_and_a_transformer(hub):
+    for name in ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors"):
+        (hub.folder / "unet" / name).write_bytes(b"another format")
+    assert recognise("someone/tiny-sd").spec.script == "train_network.py"
+    weights = {path for path in hub.got if not path.endswith((".json", ".txt"))}
+    assert weights == {"unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"}
 
 
 def test_a_repository_with_only_half_precision_weights_loads(hub, open_sd):
