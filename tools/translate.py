@@ -20,7 +20,7 @@ from library.translation.translating import translate
 from library.translation.writing import TranslatedFiles, describe, list_values, render_files, write_files
 
 EXAMPLES = """\
-  python3 tools/translate.py train_lora_flux_24gb.yaml
+  python3 tools/translate.py train_lora_24gb.yaml
   python3 tools/translate.py train.sh -o my_cat.toml
   python3 tools/translate.py my_cat.safetensors -o my_cat.toml"""
 

@@ -9,18 +9,12 @@ from pathlib import Path
 from library.base.errors import about
 from library.base.terminal import print_error, print_line
 from library.training.command_line.recipes import IMAGES
-from library.training.config_file import CONFIG_FLAG, Config, config_path, read_values
+from library.training.config_file import CONFIG_FLAG, Config, read_values
 from library.translation.reading import read_configuration
 from library.translation.translating import Translation, translate
 from library.translation.writing import TranslatedFiles, describe, list_values, render_files, write_files
 
 CONFIRM = "--yes trains with these options; tools/translate.py writes them to a file"
-
-
-def is_foreign(config_file: str) -> bool:
-    """Return True if the name is that of a file as it is typed, without .toml; a bare name of a TOML file is not."""
-    path = Path(config_file)
-    return path.suffix.lower() != ".toml" and path.is_file() and not config_path(config_file).is_file()
 
 
 def read_foreign(

@@ -186,7 +186,7 @@ def test_config_file_shows_another_trainers_file_and_ends(tmp_path: Path) -> Non
 
 
 def test_a_bare_name_is_still_that_of_a_toml_file(tmp_path: Path) -> None:
-    from library.training.command_line.foreign_config import is_foreign
+    from library.training.config_file import is_foreign
 
     (tmp_path / "run").write_text("a folder's note")
     assert is_foreign(str(tmp_path / "run"))
