@@ -12,7 +12,7 @@ from library.training.command_line.recipes import IMAGES
 from library.training.config_file import CONFIG_FLAG, Config, read_values
 from library.translation.reading import read_configuration
 from library.translation.translating import Translation, translate
-from library.translation.writing import TranslatedFiles, describe, list_values, render_files, write_files
+from library.translation.writing import TranslatedFiles, check_files, describe, list_values, render_files, write_files
 
 CONFIRM = "--yes trains with these options; tools/translate.py writes them to a file"
 
@@ -42,7 +42,8 @@ def read_foreign(
     if not typed.yes:
         print_error(f"{CONFIG_FLAG} {source} is a file of {translation.title}; {CONFIRM}")
         sys.exit(2)
-    write_files(texts, CONFIG_FLAG)
+    check_files(files, CONFIG_FLAG, source)
+    write_files(texts)
     warnings = list[str]()
     raw_values = {name: line.value for name, line in list_values(translation, files).items()}
     return Config(source, read_values(raw_values, str(source), actions, warnings, elsewhere), warnings)
