@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomllib
+import toml
 import torch
 from safetensors.torch import save_file
 
@@ -38,7 +38,7 @@ def test_every_line_says_where_it_comes_from(tmp_path: Path, capsys: pytest.Capt
     lines = output.read_text(encoding="utf-8").splitlines()
     options = [line for line in lines if line and not line.startswith("#")]
     assert len(options) > 25 and all("  # " in line for line in options)
-    values, dataset = tomllib.loads("\n".join(lines)), tomllib.loads((tmp_path / "my cat-dataset.toml").read_text())
+    values, dataset = toml.loads("\n".join(lines)), toml.loads((tmp_path / "my cat-dataset.toml").read_text())
     assert [table["resolution"] for table in dataset["datasets"]] == [512, 768, 1024]
     assert values["learning_rate"] == 1e-4 and values["save_last_n_steps"] == 4 * 250
     assert "--seed" not in values and "eps=1e-06" in values["optimizer_args"]
