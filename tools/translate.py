@@ -17,32 +17,30 @@ from library.base.terminal import print_line
 from library.commands.command import command, make_parser
 from library.translation.reading import read_configuration
 from library.translation.translating import translate
-from library.translation.writing import TranslatedFiles, describe, list_values, render_files, write_files
+from library.translation.writing import TranslatedFiles, check_files, describe, list_values, render_files, write_files
 
 EXAMPLES = """\
-  python3 tools/translate.py train_lora_flux_24gb.yaml
+  python3 tools/translate.py train_lora_24gb.yaml
   python3 tools/translate.py train.sh -o my_cat.toml
   python3 tools/translate.py my_cat.safetensors -o my_cat.toml"""
 
 
 def translate_file(args: argparse.Namespace) -> None:
     """Write NAME.toml and the files beside it. Raises UserError for what is no configuration of a trainer."""
+    files = TranslatedFiles(args.output or Path(f"{args.config.stem}.toml"))
+    check_files(files, "--output", args.config)
     configuration = read_configuration(args.config, "config")
     if configuration is None:
         raise about("config", args.config, cause="wrong value")(
             "is no configuration of ai-toolkit, OneTrainer, SimpleTuner, musubi-tuner, sd-scripts, kohya_ss, diffusers"
         )
     translation = translate(configuration)
-    output = args.output or Path(f"{args.config.stem}.toml")
-    if output.exists() and output.samefile(args.config):
-        raise about("--output", output)("is the file to translate; give another -o NAME.toml")
-    files = TranslatedFiles(output)
     texts = render_files(translation, args.config, files)
-    write_files(texts, "--output")
+    write_files(texts)
     for line in describe(translation, args.config, texts):
         print_line(line)
     if translation.script:
-        print_line(f"\nTo train: python3 {translation.script} --config_file {output}")
+        print_line(f"\nTo train: python3 {translation.script} --config_file {files.config}")
     elif not list_values(translation, files):
         print_line("\nNothing in it is an option here.")
 

@@ -5,7 +5,7 @@ An old Python must be able to parse this file, so annotations are quoted.
 
 MODULES = {
     "beautifulsoup4": "bs4", "lycoris-lora": "lycoris", "opencv-python-headless": "cv2", "pillow": "PIL",
-    "prodigy-plus-schedule-free": "prodigyplus", "protobuf": "google",
+    "prodigy-plus-schedule-free": "prodigyplus", "protobuf": "google", "pyyaml": "yaml",
 }  # fmt: skip
 
 

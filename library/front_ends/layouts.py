@@ -1,5 +1,6 @@
 """Which folders front ends start scripts in, and what is installed into each."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ FOLDERS = (  # of sd-scripts
 )  # fmt: skip
 MUSUBI_FOLDERS = ("src/musubi_tuner", "musubi-tuner", "musubi-tuner/src/musubi_tuner")
 FILES = ("*.py", "*.txt", "pyproject.toml", "LICENSE", "README.md")
+LOCKED_VERSION = "0.0.0"  # of the package `library` in kohya_ss' uv.lock
 PACKAGES = ("configs", "docs", "finetune", "library", "networks", "src", "tools")
 
 WHOLE = "trains every weight of a model, but this suite trains only adapters. Use {own}, or sd-scripts"
@@ -129,7 +131,17 @@ def list_suite() -> dict[str, Content]:
     contents: dict[str, Content] = {path.relative_to(ROOT).as_posix(): path for path in found if path.is_file()}
     requirements = (ROOT / "requirements.txt").read_text("utf-8").splitlines(keepends=True)
     kept = [line for line in requirements if not line.startswith("torch>=") and line != "-e .\n"]
+    project = contents.get("pyproject.toml")
+    if isinstance(project, Path):
+        contents["pyproject.toml"] = freeze_version(project.read_text("utf-8")).encode()
     return {**contents, "requirements.txt": "".join([*kept, "-e .\n"]).encode()}
+
+
+def freeze_version(pyproject: str) -> str:
+    """Return pyproject.toml with the version that sd-scripts' package has in the lock files of front ends; with another
+    one, uv resolves their whole environment anew and rewrites the lock file, which is tracked."""
+    fixed = pyproject.replace('dynamic = ["version"]', f'version = "{LOCKED_VERSION}"')
+    return re.sub(r"\[tool\.setuptools\.dynamic\]\n.*?\n\n", "", fixed, flags=re.DOTALL)
 
 
 def list_replacements() -> dict[str, Content]:

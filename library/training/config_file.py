@@ -37,6 +37,12 @@ def config_path(config_file: str) -> Path:
     return Path(config_file if config_file.endswith(".toml") else config_file + ".toml")
 
 
+def is_foreign(config_file: str) -> bool:
+    """Return True if the name is that of a file as it is typed, without .toml; a bare name of a TOML file is not."""
+    path = Path(config_file)
+    return path.suffix.lower() != ".toml" and path.is_file() and not config_path(config_file).is_file()
+
+
 def read_config(
     path: Path, actions: Mapping[str, argparse.Action], elsewhere: Callable[[str], str] = lambda option: ""
 ) -> Config:

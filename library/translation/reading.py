@@ -27,7 +27,10 @@ MOST_BYTES = 4 << 20  # of a text file
 VERSION = 11  # of OneTrainer's files, that names/onetrainer.json knows
 PROCESSES = ("sd_trainer", "diffusion_trainer", "ui_trainer")  # of ai-toolkit, that train adapters
 CONFIG_EXTENSION = ".toml"
-SUBSETS = {"instance_data_dir": 0, "instance_prompt": 0, "train_data_dir": 0, "class_data_dir": 1, "class_prompt": 1}
+SUBSETS = {
+    **dict.fromkeys(("instance_data_dir", "instance_prompt", "train_data_dir"), 0),
+    **dict.fromkeys(("with_prior_preservation", "class_data_dir", "class_prompt"), 1),
+}
 
 
 def read_configuration(path: Path, flag: str) -> Configuration | None:
@@ -74,17 +77,19 @@ def read_tables(tables: Any, path: Path) -> Configuration | None:
     names = {str(key).removeprefix("--") for key in tables}
     inner = tables.get("config")
     if isinstance(inner, dict) and "process" in inner:
-        return read_ai_toolkit(inner)
+        return read_ai_toolkit(inner, path)
     readers: Mapping[str, Callable[[Mapping[str, Any], Path], Configuration]] = {
         "LoRA_type": read_kohya_ss, "training_method": read_onetrainer, "base_model_name": read_onetrainer,
         "model_family": read_simpletuner, "data_backend_config": read_simpletuner,
     }  # fmt: skip
     if isinstance(inner, dict) and "--model_family" in inner:
         return read_simpletuner(inner, path)
-    return next((read(tables, path) for name, read in readers.items() if name in names), None) or read_toml(tables)
+    return next((read(tables, path) for name, read in readers.items() if name in names), None) or read_toml(
+        tables, path
+    )
 
 
-def read_ai_toolkit(config: Mapping[str, Any]) -> Configuration:
+def read_ai_toolkit(config: Mapping[str, Any], path: Path) -> Configuration:
     processes = config["process"] if isinstance(config["process"], list) else [config["process"]]
     process = processes[0] if processes and isinstance(processes[0], dict) else {}
     kind, names = process.get("type"), read_program(AI_TOOLKIT).keys()
@@ -104,7 +109,7 @@ def read_ai_toolkit(config: Mapping[str, Any]) -> Configuration:
 
     # YAML takes 1e-4 for a text.
     read = (replace(s, value=to_number(s.value)) if isinstance(s.value, str) else s for s in settings())
-    return Configuration(AI_TOOLKIT, take_settings(read), remarks=tuple(remarks))
+    return Configuration(AI_TOOLKIT, take_settings(read, path), remarks=tuple(remarks))
 
 
 def read_onetrainer(config: Mapping[str, Any], path: Path) -> Configuration:
@@ -119,7 +124,7 @@ def read_onetrainer(config: Mapping[str, Any], path: Path) -> Configuration:
         yield from flatten(own, names)
         yield from flatten_list(concepts, names, "concepts", "concepts")
 
-    return Configuration(ONETRAINER, take_settings(settings()), remarks=tuple(remarks))
+    return Configuration(ONETRAINER, take_settings(settings(), path), remarks=tuple(remarks))
 
 
 def read_simpletuner(config: Mapping[str, Any], path: Path) -> Configuration:
@@ -132,7 +137,7 @@ def read_simpletuner(config: Mapping[str, Any], path: Path) -> Configuration:
         yield from flatten({key: value for key, value in own.items() if key != "data_backend_config"}, names)
         yield from flatten_list(images, names, "data_backend", "data_backend")
 
-    return Configuration(SIMPLETUNER, take_settings(settings()), remarks=tuple(remarks))
+    return Configuration(SIMPLETUNER, take_settings(settings(), path), remarks=tuple(remarks))
 
 
 def read_beside(config: Mapping[str, Any], name: str, path: Path, remarks: list[str]) -> list[Any]:
@@ -152,10 +157,10 @@ def read_beside(config: Mapping[str, Any], name: str, path: Path, remarks: list[
 def read_kohya_ss(config: Mapping[str, Any], path: Path) -> Configuration:
     # Its forms write numbers as text.
     values = {key: to_number(value) if isinstance(value, str) else value for key, value in config.items()}
-    return Configuration(KOHYA_SS, take_settings(flatten(values, values.keys())))
+    return Configuration(KOHYA_SS, take_settings(flatten(values, values.keys()), path))
 
 
-def read_toml(tables: Mapping[str, Any]) -> Configuration | None:
+def read_toml(tables: Mapping[str, Any], path: Path) -> Configuration | None:
     """Return the settings of a config file of sd-scripts or musubi-tuner, whose sections only group lines."""
     flat = {
         key: value
@@ -166,7 +171,7 @@ def read_toml(tables: Mapping[str, Any]) -> Configuration | None:
     program = max(known, key=lambda program: len(known[program]))
     if not known[program] or "datasets" in flat:
         return None
-    return Configuration(program, take_settings(flatten(flat, flat.keys())))
+    return Configuration(program, take_settings(flatten(flat, flat.keys()), path))
 
 
 def read_command_lines(text: str) -> Configuration | None:

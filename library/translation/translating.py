@@ -47,7 +47,8 @@ def translate(configuration: Configuration, script: str = "") -> Translation:
     script, *flag = (find_script(program, own, configuration.script) or script).split(" ")
     defaults = program.list_defaults(script, configuration.script)
     defaults = {name: refer(value, {**defaults, **own}) for name, value in defaults.items()}
-    draft = Draft(program, script, list_options(script), {**defaults, **own})
+    all_values = {setting.name: setting.value for setting in configuration.settings}
+    draft = Draft(program, script, list_options(script), {**defaults, **all_values})
     if flag:
         draft.options[flag[0].removeprefix("--")] = Line(flag[1] if flag[1:] else True, ("the base model",))
     outcomes = [apply(setting, draft) for setting in configuration.settings]

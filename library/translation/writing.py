@@ -1,19 +1,20 @@
 """The files of a translation, each line with where it comes from, and the translation as people read it."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from library.base.atomic_files import write_whole
-from library.base.errors import about
-from library.checkpoints.marks import is_sealed, seal_text
+from library.checkpoints.marks import seal_text
+from library.checkpoints.overwriting import check_target, sealed
 from library.training.config_file import format_config
 from library.translation.draft import Line, Outcome
 from library.translation.translating import Translation
 
 TRANSLATE_PY = "# Written by tools/translate.py, which replaces it as long as nobody has changed it."  # first line
+KIND = sealed("a file that a translation wrote, unchanged", TRANSLATE_PY)
 MOST_LETTERS = 60  # of a value that is shown
 OF_DATASETS = ("resolution", "batch_size", "enable_bucket", "bucket_reso_steps", "skip_image_resolution")
 
@@ -101,17 +102,13 @@ def describe(translation: Translation, source: Path, texts: Mapping[Path, str]) 
     return [*lines, *(f"note: {remark}" for remark in translation.remarks)]
 
 
-def check_files(texts: Sequence[Path], flag: str) -> None:
-    """Raise UserError for files that are there and that no translation wrote."""
-    for path in texts:
-        if path.exists() and not (path.is_file() and is_sealed(path, TRANSLATE_PY)):
-            raise about(flag, path, cause="would be lost")(
-                "is there and was not written by a translation, or has been changed since; give another -o NAME.toml"
-            )
+def check_files(files: TranslatedFiles, flag: str, source: Path) -> None:
+    """Raise UserError if a file of the translation is the source, or is there and no translation wrote it."""
+    for path in (files.config, files.dataset, files.prompts):
+        check_target(flag, path, KIND, (source,))
 
 
-def write_files(texts: Mapping[Path, str], flag: str) -> None:
-    """Write the files of a translation, the options last. Raises UserError as `check_files` does, before any."""
-    check_files(list(texts), flag)
+def write_files(texts: Mapping[Path, str]) -> None:
+    """Write the files of a translation, the options last."""
     for path, text in reversed(list(texts.items())):
         write_whole(path, seal_text(TRANSLATE_PY, text))

@@ -80,6 +80,10 @@ CALLS: Mapping[str, tuple[Call, ...]] = {
             "--sample_prompts {prompts} --sheet {out}/sheet.png", "{out}/sheet.png", "slow",
         ),
     ),
+    "tools/translate.py": (
+        Call("{translated} -o {out}/mine.toml", "{out}/mine.toml"),
+        Call("{translated} -o {out}/mine.toml", "{out}/mine-dataset.toml"),
+    ),
     "tools/resize_lora.py": (RESIZED,),
     "networks/resize_lora.py": (RESIZED,),
     "tools/convert_lora.py": (
@@ -257,6 +261,9 @@ INPUTS: Mapping[str, Callable[[Path], Path]] = {
     "table": lambda path: write_table(path.with_suffix(".json")),
     "prompts": lambda path: text(
         path.with_suffix(".txt"), "a small red heart on a white background --w 64 --h 64 --s 2 --d 1\n"
+    ),
+    "translated": lambda path: text(
+        path.with_suffix(".json"), '{"training_method": "LORA", "model_type": "STABLE_DIFFUSION_XL_10_BASE"}'
     ),
     "events": lambda path: write_events(path.with_suffix(".jsonl"), "cat"),
     "events_2": lambda path: write_events(path.with_suffix(".jsonl"), "dog"),

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-import tomllib
+import toml
 import torch
 from safetensors.torch import load_file
 
@@ -74,7 +74,7 @@ def test_a_configuration_decides_all_but_length_and_files(tmp_path: Path, capsys
     out = tmp_path / "out"
     words = [str(images), "--base", str(TOY_BASE), "--trigger", "heart", "--output_dir", str(out), "--name", "mine"]
     assert train.main([*words, "--like", str(file), "--plan_only"]) == 0
-    values = tomllib.loads((out / "mine.toml").read_text(encoding="utf-8"))
+    values = toml.loads((out / "mine.toml").read_text(encoding="utf-8"))
     taken = {"network_dim": 16, "network_alpha": 1.0, "learning_rate": 3e-4, "lr_scheduler": "constant_with_warmup",
              "optimizer_type": "AdamW", "train_batch_size": 4}  # fmt: skip
     assert {name: values[name] for name in taken} == taken

@@ -18,11 +18,19 @@ from library.options.output.console import ConsoleOptions
 from library.options.requirements import check_followers
 from library.options.train import TrainOptions
 from library.training.command_line.console import forgive_write_errors, start_run_log
-from library.training.command_line.foreign_config import is_foreign, read_foreign
 from library.training.command_line.help import EXAMPLES, EXAMPLES_OF_PROMPTS, TrainingParser
 from library.training.command_line.option_checks import check_options, check_values
 from library.training.command_line.recipes import read_recipe
-from library.training.config_file import SECRETS, Config, config_path, nearest, read_config, read_values, write_config
+from library.training.config_file import (
+    SECRETS,
+    Config,
+    config_path,
+    is_foreign,
+    nearest,
+    read_config,
+    read_values,
+    write_config,
+)
 from library.training.reporting.error_fields import change_texts, describe_error, locate, wants_error_line
 
 logger = logging.getLogger(__name__)
@@ -144,6 +152,8 @@ def read_configs(parser: argparse.ArgumentParser, typed: argparse.Namespace) -> 
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     elsewhere, configs = describe_other_options(parser), list[Config]()
     if typed.config_file and is_foreign(typed.config_file):
+        from library.training.command_line.foreign_config import read_foreign  # few starts need it
+
         configs = [read_foreign(typed, script_name(parser), actions, elsewhere)]
     elif typed.config_file:
         configs = [read_config(config_path(typed.config_file), actions, elsewhere)]

@@ -9,18 +9,12 @@ from pathlib import Path
 from library.base.errors import about
 from library.base.terminal import print_error, print_line
 from library.training.command_line.recipes import IMAGES
-from library.training.config_file import CONFIG_FLAG, Config, config_path, read_values
+from library.training.config_file import CONFIG_FLAG, Config, read_values
 from library.translation.reading import read_configuration
 from library.translation.translating import Translation, translate
-from library.translation.writing import TranslatedFiles, describe, list_values, render_files, write_files
+from library.translation.writing import TranslatedFiles, check_files, describe, list_values, render_files, write_files
 
 CONFIRM = "--yes trains with these options; tools/translate.py writes them to a file"
-
-
-def is_foreign(config_file: str) -> bool:
-    """Return True if the name is that of a file as it is typed, without .toml; a bare name of a TOML file is not."""
-    path = Path(config_file)
-    return path.suffix.lower() != ".toml" and path.is_file() and not config_path(config_file).is_file()
 
 
 def read_foreign(
@@ -48,7 +42,8 @@ def read_foreign(
     if not typed.yes:
         print_error(f"{CONFIG_FLAG} {source} is a file of {translation.title}; {CONFIRM}")
         sys.exit(2)
-    write_files(texts, CONFIG_FLAG)
+    check_files(files, CONFIG_FLAG, source)
+    write_files(texts)
     warnings = list[str]()
     raw_values = {name: line.value for name, line in list_values(translation, files).items()}
     return Config(source, read_values(raw_values, str(source), actions, warnings, elsewhere), warnings)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import toml
 
 from library.architectures.specs import list_specs
-from library.front_ends.layouts import ROOT, list_musubi
+from library.front_ends.layouts import ROOT, list_musubi, list_suite
 from tests.front_end_kills import read_tree
 from tests.unit.tools.small_suite import MINE, SmallSuite, build_small_suite, check_all_kept, write_files
 
@@ -255,3 +256,26 @@ def test_the_docs_name_every_base_model_whose_commands_replace_those_of_musubi_t
     text = " ".join((ROOT / "docs" / "front_ends.md").read_text(encoding="utf-8").split())
     listed = re.search(r"commands of (.+?) are replaced", text)
     assert listed and titles == set(re.split(", | and ", listed[1]))
+
+
+def test_the_installed_package_has_the_version_of_the_lock_files_of_front_ends() -> None:
+    installed = toml.loads(bytes(list_suite()["pyproject.toml"]).decode())  # type: ignore[arg-type]
+    ours = toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert installed["project"].pop("version") == "0.0.0" and ours["project"].pop("dynamic") == ["version"]
+    del ours["tool"]["setuptools"]["dynamic"]
+    assert installed == ours
+
+
+@pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not installed")
+def test_uv_keeps_the_lock_file_of_a_front_end(tmp_path: Path) -> None:
+    (tmp_path / "sd-scripts").mkdir()
+    project = tmp_path / "sd-scripts" / "pyproject.toml"
+    project.write_text('[project]\nname = "library"\nversion = "0.0.0"\nrequires-python = ">=3.10"\n')
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\nname = "gui"\nversion = "1"\nrequires-python = ">=3.10"\ndependencies = ["library"]\n'
+        '[tool.uv.sources]\nlibrary = { path = "sd-scripts" }\n'
+    )
+    subprocess.run(["uv", "lock", "--offline"], cwd=tmp_path, check=True, capture_output=True)
+    project.write_bytes(bytes(list_suite()["pyproject.toml"]))  # type: ignore[arg-type]
+    done = subprocess.run(["uv", "lock", "--check", "--offline"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
