@@ -7,7 +7,8 @@ are random and made on the GPU, so nothing has to be downloaded. Images have 512
 the others; the batch size is 3 for SD3 and 1 for the others. bf16, AdamW, LoRA of rank 16, no recomputation unless
 requested. Each mode runs in a separate process, with at most `--budget` GB of the GPU's memory (torch's own share,
 without the CUDA context); modes that do not fit are reported as such. TFLOP/s and MFU count the operations of the eager
-step, relative to the GPU's 16-bit peak. The last column is the time relative to the bare loop, or to the first mode.
+step, or of the first mode, relative to the GPU's 16-bit peak. The last column is the time relative to the bare loop, or
+to the first mode.
 
     python -m benchmarks gpu_step
     python -m benchmarks gpu_step --memory --models flux sdxl --budget 8
@@ -221,7 +222,8 @@ def with_images_of(pixels: int, subject: Subject) -> Subject:
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Return seconds, GiB (of tensors, taken) and trained parameters of a mode, and for "eager" a step's FLOPs."""
+    """Return seconds, GiB (of tensors, taken) and trained parameters of a mode, and for "eager" and "8bit" a step's
+    FLOPs."""
     (make_subject, make_peer), mode, recomputes = SUBJECTS[args.models[0]], args.modes[0], args.recompute
     subject = make_subject(args.tiny)
     if args.pixels:
@@ -233,7 +235,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
         step, num_trained = our_step(subject, wanted, device, not args.float32)
     is_gpu, flops = device.type == "cuda", 0
     assert step().isfinite(), "the loss of the random weights is not finite"
-    if mode == "eager":
+    if mode in ("eager", "8bit"):
         with FlopCounter() as counter:
             step(lambda: setattr(counter, "in_backward", True))
         flops = counter.flops
@@ -313,8 +315,8 @@ def measure_all(args: argparse.Namespace) -> None:
         print(f"{model:54} s/step  TFLOP/s    MFU tensors GiB taken GiB   trained  ratio")
         results = {mode: run_in_child(args, model, mode) for mode in modes}
         measured = {mode: found for mode, found in results.items() if not isinstance(found, str)}
-        flops = measured.get("eager", {}).get("flops", 0.0)
         first = measured.get(BARE) or next(iter(measured.values()), None)
+        flops = measured.get("eager", first or {}).get("flops", 0.0)
         for mode, found in results.items():
             if isinstance(found, str) or first is None:
                 print(f"  {mode:52} {found}")

@@ -12,9 +12,10 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.base.command_parser import make_parser
 from library.base.errors import about
 from library.base.terminal import print_line
-from library.commands.command import command, make_parser
+from library.commands.command import command
 from library.translation.reading import read_configuration
 from library.translation.translating import translate
 from library.translation.writing import TranslatedFiles, check_files, describe, list_values, render_files, write_files

@@ -55,7 +55,7 @@ def download(inputs: Mapping[str, Any], say: Say) -> dict[str, Any]:
     except ConnectionError as error:
         raise error_in(FLAG, path=name, cause="unreadable")(f"{FLAG} {name} cannot be downloaded: {error}") from error
     if not path.exists():  # no connection, and only other files of it in the cache
-        raise error_in(FLAG, path=name, cause="missing")(f"{FLAG} {name} cannot be reached; check the connection")
+        raise error_in(FLAG, path=name, cause="missing")(f"{FLAG} {name} cannot be reached", "check the connection")
     return {"base": str(path)}
 
 

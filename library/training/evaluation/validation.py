@@ -140,8 +140,8 @@ class Validation:
         due = (any(self._schedule.due(step, None if rest else epochs)) for step, epochs, rest in positions)
         if not (self.is_on and any(due)):
             raise error_in("--pause_after_step")(
-                f"--pause_after_step {first_step}: no validation is scheduled from that step on; set "
-                "--validation_split, and --validate_every_n_steps or --validate_every_n_epochs"
+                f"--pause_after_step {first_step}: no validation is scheduled from that step on",
+                "set --validation_split, and --validate_every_n_steps or --validate_every_n_epochs",
             )
 
     def after_step(self, step: int, epoch: int, ends_epoch: bool, training_average: float) -> bool:

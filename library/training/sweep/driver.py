@@ -314,7 +314,7 @@ def check_room(chosen: Sequence[Member], sizes: Sequence[RunSize], rounds: Round
     reason = f"has {format_bytes(free)} free, and the files of {len(left)} runs take {format_bytes(files)}"
     if states:
         reason += f", and their states, which --sweep_stop_after keeps between rounds, {format_bytes(states)}"
-    raise about("--output_dir", folder)(f"{reason}; make room, or name another folder")
+    raise about("--output_dir", folder)(reason, "make room, or name another folder")
 
 
 def first_and_largest(members: Sequence[Member]) -> list[Member]:

@@ -1,11 +1,13 @@
 """The kept counts and the table of the page match what benchmarks/plan_models.py counts and plans."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu_step import STEP_MODES
 from benchmarks.plan_models import CARDS, FORMATS, arguments_for, count_model, gpus_of, table, to_json
 from benchmarks.results_page import PAGE, put_into
 from library.commands.counted_plan import count
@@ -14,6 +16,7 @@ from library.memory.planner.gpus import LINUX, TYPICAL, WINDOWS, find_system, pa
 from library.memory.planner.known import FILE, load_models, plan
 from library.training.planning.fit import fit_to
 from tests.contracts.header_only import FULL_SIZE
+from tests.running import ROOT
 
 # A model takes up to 6 CPU seconds. Those that are not listed are nightly.
 SLOW = ("Anima", "FLUX.1")
@@ -89,3 +92,27 @@ def test_the_table_of_the_page_has_every_model() -> None:
 )  # fmt: skip
 def test_gpus_are_found_as_people_write_them(text: str, names: list[str]) -> None:
     assert [gpu.name for gpu in parse_cards(text)] == names
+
+
+def test_the_timings_of_the_first_day_fit_their_budget() -> None:
+    """As counted, with the context of CUDA, which the budget excludes."""
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    (line,) = (line for line in page.splitlines() if "gpu_step.py --models flux" in line)
+    words = shlex.split(line)
+    budget = float(words[words.index("--budget") + 1]) * 1e9
+    end = next(i for i, word in enumerate(words) if i > words.index("--modes") + 1 and word.startswith("--"))
+    (flux,) = (known for known in load_models() if known.title == "FLUX.1")
+    (recomputed,) = (mode for mode in flux.modes if mode.options == "--gradient_checkpointing")
+    resident = {item.name: item.resident_mib[0] for item in flux.formats}
+    for name in words[words.index("--modes") + 1 : end]:
+        weights = STEP_MODES[name].weight_format.replace("none", "bf16")
+        assert (resident[weights] + recomputed.other_mib[weights]) * 2**20 <= budget, name
+
+
+def test_the_first_day_is_in_its_order() -> None:
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    (section,) = (part for part in page.split("\n## ") if part.startswith("First day"))
+    steps = ["Compiler", "Build", "-m gpu", "One recomputed step", "Verify", "Reserved against allocated", "Timings",
+             "--profile 10", "Planned against measured"]  # fmt: skip
+    places = [section.index(step) for step in steps]
+    assert places == sorted(places)
