@@ -102,7 +102,9 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, B
     folder = tmp_path_factory.mktemp("looks")
     views = fill(folder)
     with serving(folder) as server, browsing(folder) as browser:
-        browser.open(server.address.first_url).see("Train a LoRA on your photos")
+        first = browser.open(server.address.first_url)
+        first.see("Train a LoRA on your photos")
+        first.call("Page.close")  # browsers keep few connections to a server, and each page holds one
         yield server, browser, views
 
 
@@ -138,6 +140,7 @@ def test_the_bases_say_what_is_too_large_and_what_the_hub_has(opened: Any) -> No
     assert tab.run("document.querySelector('details a').href") == "https://huggingface.co/me/one"
     tab.click("Download one.safetensors")  # tests reach no hub
     tab.see("This did not work: --base me/one cannot be downloaded")
+    tab.call("Page.close")
 
 
 def test_all_runs_are_searched_filtered_sorted_and_compared(opened: Any) -> None:
@@ -168,6 +171,7 @@ def test_all_runs_are_searched_filtered_sorted_and_compared(opened: Any) -> None
     one = opened[1].open(tab.run("document.querySelector('.list li > div > a').href"))
     one.when("return document.querySelector('h1')?.textContent")
     assert opened[0].send("GET", address.replace("cat%2Fcat", "..%2Fcat").partition(str(opened[0].port))[2])[0] == 404
+    tab.call("Page.close")
 
 
 def test_a_report_reloads_itself_in_its_own_origin(opened: Any) -> None:
@@ -179,6 +183,7 @@ def test_a_report_reloads_itself_in_its_own_origin(opened: Any) -> None:
     report.see("loaded by reload")
     assert report.run("self.origin") == "null"
     assert tab.run("document.querySelector('a[target=_blank]').href") == address
+    tab.call("Page.close")
 
 
 def test_a_keyboard_reaches_and_uses_every_control_of_the_photos(opened: Any) -> None:
