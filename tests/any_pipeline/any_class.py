@@ -48,6 +48,11 @@ RELATIONS: Mapping[str, Mapping[str, Any]] = {
     "UNet3DConditionModel": {
         "attention_head_dim": 4, "cross_attention_dim": WIDTH, "layers_per_block": 1, "sample_size": 8,
     },
+    "HunyuanVideo15Transformer3DModel": {
+        "in_channels": 2 * 32 + 1, "out_channels": 32, "text_embed_dim": 16, "text_embed_2_dim": WIDTH,
+        "image_embed_dim": 16, "rope_axes_dim": (4, 6, 6), "task_type": "t2v",
+    },
+    "AutoencoderKLHunyuanVideo15": {"latent_channels": 32, "block_out_channels": (32, 32, 64, 64, 64)},
     "Kandinsky5Transformer3DModel": {
         "in_text_dim": 16, "in_text_dim2": WIDTH, "time_dim": 16, "model_dim": 32, "ff_dim": 48, "axes_dims": (8, 4, 4),
         "in_visual_dim": 4, "out_visual_dim": 4, "num_text_blocks": 1, "num_visual_blocks": 2,
@@ -72,6 +77,7 @@ ENCODERS: Mapping[str, Callable[[], nn.Module]] = {
     "T5EncoderModel": t5,
     "UMT5EncoderModel": umt5,
     "Qwen2_5_VLForConditionalGeneration": qwen_2_5_vl,
+    "Qwen2_5_VLTextModel": lambda: qwen_2_5_vl().model.language_model,
     "Qwen3VLForConditionalGeneration": lambda: qwen_3_vl(36),
     "Qwen3VLModel": lambda: qwen_3_vl(36, "Model"),
     "Mistral3ForConditionalGeneration": lambda: mistral_3(31),
@@ -168,6 +174,8 @@ def build_part(name: str, kinds: Sequence[type[Any]], is_clip: bool, pipeline: s
             return DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1)
         assert issubclass(kind, SchedulerMixin)
         return flow(shift=3.0) if kind.__name__ == "FlowMatchEulerDiscreteScheduler" else kind()
+    if name == "guider":
+        return kinds[0]()
     for kind in kinds:
         if kind.__name__ in ENCODERS:
             return ENCODERS[kind.__name__]()
