@@ -50,7 +50,8 @@ COMMANDS = sorted(
     path.relative_to(ROOT).as_posix()
     for folder in FOLDERS
     for path in (ROOT / folder).glob("*.py")
-    if not path.stem.startswith("_") and re.search(r"__main__|\nmain = command", path.read_text(encoding="utf-8"))
+    if not path.stem.startswith("_")
+    and re.search(r"__main__|\nmain = (command|measurement)", path.read_text(encoding="utf-8"))
 )
 
 

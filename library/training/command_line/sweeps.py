@@ -79,15 +79,14 @@ def check_runs(find_build: Callable[[], Callable[[Any], Any]], runs: Sequence[Tr
 
 def measure_run(options: TrainOptions, build: Callable[[Any], Any]) -> RunSize:
     """Build the adapter of a run on meta models, and return what the run writes. Raises UserError for its options."""
+    import torch
+
     from library.training.models.preflight import preflight
     from library.training.models.requests import RequestedRun
     from library.training.saving.checkpoints import save_dtype
 
     num_values = preflight(RequestedRun.resolve(options, build(options)), options.run.max_train_steps)
-    dtype, is_half = (
-        save_dtype(options.saving.save_precision),
-        options.precision.full_bf16 or options.precision.full_fp16,
-    )
-    value_bytes = dtype.itemsize if dtype is not None else 2 if is_half else 4
+    is_half = options.precision.full_bf16 or options.precision.full_fp16
+    dtype = save_dtype(options.saving.save_precision) or (torch.bfloat16 if is_half else torch.float32)
     # Beside the adapter, a state has two values of the optimizer for each of its own.
-    return RunSize(num_values * value_bytes, num_values * 3 * 4)
+    return RunSize(num_values * dtype.itemsize, num_values * 3 * 4)

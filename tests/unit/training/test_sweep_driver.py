@@ -216,7 +216,7 @@ def sweep_of(folder: Path, **values: Any) -> Sweep:
 def test_runs_share_what_they_would_cache_in_memory(values: dict[str, Any], shared: set[str], tmp_path: Path) -> None:
     """Through a temporary folder; caches on the disk have places of their own."""
     sweep = sweep_of(tmp_path, **values)
-    completed = [sweep.complete(member) for member in sweep.members]
+    completed = [sweep.complete(member, None) for member in sweep.members]
     (place,) = {options.caching.shared_cache_dir for options in completed}
     assert place is None if not shared else Path(str(place)).parent == tmp_path / "sweep-1"
     on_disk = shared or {name for name in CACHES if f"{name}_to_disk" in values}
@@ -225,7 +225,7 @@ def test_runs_share_what_they_would_cache_in_memory(values: dict[str, Any], shar
 
 def test_the_first_and_the_largest_run_test_themselves(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, selftest=True)
-    tested = [sweep.complete(member).diagnostics.selftest for member in sweep.members]
+    tested = [sweep.complete(member, None).diagnostics.selftest for member in sweep.members]
     assert [member.label for member in sweep.members] == ["dim2", "dim8", "dim4"] and tested == [True, True, False]
 
 
