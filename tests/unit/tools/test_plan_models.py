@@ -97,7 +97,7 @@ def test_gpus_are_found_as_people_write_them(text: str, names: list[str]) -> Non
 def test_the_timings_of_the_first_day_fit_their_budget() -> None:
     """As counted, with the context of CUDA, which the budget excludes."""
     page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
-    (line,) = (line for line in page.splitlines() if "gpu_step.py --models flux" in line)
+    (line,) = (line for line in page.splitlines() if "gpu_step --models flux" in line)
     words = shlex.split(line)
     budget = float(words[words.index("--budget") + 1]) * 1e9
     end = next(i for i, word in enumerate(words) if i > words.index("--modes") + 1 and word.startswith("--"))
