@@ -16,6 +16,7 @@ from library.base.command_parser import make_parser
 from library.base.errors import about
 from library.base.terminal import print_line
 from library.commands.command import command
+from library.environment.requirements import quote
 from library.translation.reading import read_configuration
 from library.translation.translating import translate
 from library.translation.writing import TranslatedFiles, check_files, describe, list_values, render_files, write_files
@@ -41,7 +42,7 @@ def translate_file(args: argparse.Namespace) -> None:
     for line in describe(translation, args.config, texts):
         print_line(line)
     if translation.script:
-        print_line(f"\nTo train: python3 {translation.script} --config_file {files.config}")
+        print_line(f"\nTo train: python3 {translation.script} --config_file {quote(str(files.config))}")
     elif not list_values(translation, files):
         print_line("\nNothing in it is an option here.")
 

@@ -2,12 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from library.base.errors import of_file
-
-MOST_SETTINGS = 10_000  # of a file; more come from aliases that repeat each other
 
 
 @dataclass(frozen=True)
@@ -47,13 +42,3 @@ def flatten_list(tables: Any, names: Collection[str], name: str, place: str) -> 
     for number, table in enumerate(tables if isinstance(tables, list) else []):
         if isinstance(table, dict):
             yield from flatten(table, names, f"{name}.", f"{place}[{number}].", number)
-
-
-def take_settings(settings: Iterator[Setting], path: Path) -> tuple[Setting, ...]:
-    """Return the settings of a file. Raises UserError if there are more than any trainer has."""
-    taken = list[Setting]()
-    for setting in settings:
-        taken.append(setting)
-        if len(taken) > MOST_SETTINGS:
-            raise of_file(path)(f" has more than {MOST_SETTINGS} settings; this is no configuration of a training")
-    return tuple(taken)

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from library.base.errors import about, naming
+from library.base.errors import about, naming, of_file
 from library.base.json_text import InvalidJson, parse_json
 from library.checkpoints.headers import WEIGHT_SUFFIXES, holds_safetensors
 from library.options.config_file import read_text
 from library.options.other_programs import MUSUBI_TUNER, SD_SCRIPTS, read_program
 from library.translation.adapter_metadata import read_adapter
-from library.translation.configuration import Configuration, Setting, flatten, flatten_list, take_settings
+from library.translation.configuration import Configuration, Setting, flatten, flatten_list
 from library.translation.shell import Command, read_commands, to_number
 
 if sys.version_info >= (3, 11):
@@ -24,6 +24,7 @@ AI_TOOLKIT, ONETRAINER, SIMPLETUNER, DIFFUSERS, KOHYA_SS = (
     "ai_toolkit", "onetrainer", "simpletuner", "diffusers", "kohya_ss",
 )  # fmt: skip
 MOST_BYTES = 4 << 20  # of a text file
+MOST_VALUES = 100_000  # of a YAML file, whose aliases repeat others
 VERSION = 11  # of OneTrainer's files, that names/onetrainer.json knows
 PROCESSES = ("sd_trainer", "diffusion_trainer", "ui_trainer")  # of ai-toolkit, that train adapters
 CONFIG_EXTENSION = ".toml"
@@ -65,9 +66,25 @@ def parse_tables(text: str, path: Path) -> Any:
     import yaml  # few starts need it
 
     try:
-        return yaml.safe_load(text)
+        tables = yaml.safe_load(text)
+        num_values = count_values(tables, {})
     except (yaml.YAMLError, ValueError, RecursionError):
         return None
+    if num_values > MOST_VALUES:
+        raise of_file(path, cause="wrong value")(f"has more than {MOST_VALUES} values by its aliases")
+    return tables
+
+
+def count_values(value: Any, known: dict[int, int]) -> int:
+    """Return the number of values inside YAML's, those of an alias at each of its places; more than allowed for a
+    value inside itself. `known` has the counts of lists and tables by their identity."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = MOST_VALUES + 1  # until it is counted
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(count_values(part, known) for part in parts)
+    return known[id(value)]
 
 
 def read_tables(tables: Any, path: Path) -> Configuration | None:
@@ -109,7 +126,7 @@ def read_ai_toolkit(config: Mapping[str, Any], path: Path) -> Configuration:
 
     # YAML takes 1e-4 for a text.
     read = (replace(s, value=to_number(s.value)) if isinstance(s.value, str) else s for s in settings())
-    return Configuration(AI_TOOLKIT, take_settings(read, path), remarks=tuple(remarks))
+    return Configuration(AI_TOOLKIT, tuple(read), remarks=tuple(remarks))
 
 
 def read_onetrainer(config: Mapping[str, Any], path: Path) -> Configuration:
@@ -124,7 +141,7 @@ def read_onetrainer(config: Mapping[str, Any], path: Path) -> Configuration:
         yield from flatten(own, names)
         yield from flatten_list(concepts, names, "concepts", "concepts")
 
-    return Configuration(ONETRAINER, take_settings(settings(), path), remarks=tuple(remarks))
+    return Configuration(ONETRAINER, tuple(settings()), remarks=tuple(remarks))
 
 
 def read_simpletuner(config: Mapping[str, Any], path: Path) -> Configuration:
@@ -137,7 +154,7 @@ def read_simpletuner(config: Mapping[str, Any], path: Path) -> Configuration:
         yield from flatten({key: value for key, value in own.items() if key != "data_backend_config"}, names)
         yield from flatten_list(images, names, "data_backend", "data_backend")
 
-    return Configuration(SIMPLETUNER, take_settings(settings(), path), remarks=tuple(remarks))
+    return Configuration(SIMPLETUNER, tuple(settings()), remarks=tuple(remarks))
 
 
 def read_beside(config: Mapping[str, Any], name: str, path: Path, remarks: list[str]) -> list[Any]:
@@ -157,7 +174,7 @@ def read_beside(config: Mapping[str, Any], name: str, path: Path, remarks: list[
 def read_kohya_ss(config: Mapping[str, Any], path: Path) -> Configuration:
     # Its forms write numbers as text.
     values = {key: to_number(value) if isinstance(value, str) else value for key, value in config.items()}
-    return Configuration(KOHYA_SS, take_settings(flatten(values, values.keys()), path))
+    return Configuration(KOHYA_SS, tuple(flatten(values, values.keys())))
 
 
 def read_toml(tables: Mapping[str, Any], path: Path) -> Configuration | None:
@@ -171,7 +188,7 @@ def read_toml(tables: Mapping[str, Any], path: Path) -> Configuration | None:
     program = max(known, key=lambda program: len(known[program]))
     if not known[program] or "datasets" in flat:
         return None
-    return Configuration(program, take_settings(flatten(flat, flat.keys()), path))
+    return Configuration(program, tuple(flatten(flat, flat.keys())))
 
 
 def read_command_lines(text: str) -> Configuration | None:

@@ -81,12 +81,27 @@ def test_yaml_builds_no_objects(tmp_path: Path) -> None:
     assert read_configuration(path, "config") is None and not (tmp_path / "run").exists()
 
 
-def test_repeated_aliases_end_with_an_error(tmp_path: Path) -> None:
-    levels = "\n".join(f"a{i}: &a{i} {{{', '.join(f'k{j}: *a{i - 1}' for j in range(9))}}}" for i in range(1, 9))
+@pytest.mark.parametrize("place", ["train: {wibble: *a11}", "datasets: [{resolution: *a11}]", "train: *a11"])
+def test_repeated_aliases_end_with_an_error(place: str, tmp_path: Path) -> None:
+    levels = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))
     path = tmp_path / "config.yaml"
-    path.write_text(f"a0: &a0 {{k: 1}}\n{levels}\nconfig: {{process: [{{type: sd_trainer, train: *a8}}]}}\n")
-    with pytest.raises(UserError, match="more than 10000 settings"):
+    path.write_text(f"a0: &a0 {{k: 1}}\n{levels}\nconfig: {{process: [{{type: sd_trainer, {place}}}]}}\n")
+    with pytest.raises(UserError, match="more than 100000 values by its aliases"):
         read_configuration(path, "config")
+
+
+def test_an_alias_inside_itself_ends_with_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("config: {process: [{type: sd_trainer, train: &a {steps: 5, wibble: [*a]}}]}\n")
+    with pytest.raises(UserError, match="more than 100000 values by its aliases"):
+        read_configuration(path, "config")
+
+
+def test_an_alias_stands_for_its_value(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("size: &s [512, 768]\nconfig: {process: [{type: sd_trainer, datasets: [{resolution: *s}]}]}\n")
+    found = read_configuration(path, "config")
+    assert found is not None and [512, 768] in [setting.value for setting in found.settings]
 
 
 def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
