@@ -72,7 +72,7 @@ def choose_saves(draft: Draft) -> None:
         option, count = (name, every) if every is not None else (
             name.replace("steps", "epochs"), draft.options.get("save_every_n_epochs")
         )  # fmt: skip
-        if count is not None:
+        if count is not None and str(count.value).isdigit():
             value = line.value * int(count.value)
             draft.options[option] = Line(value, (*line.origins, *count.origins))
 

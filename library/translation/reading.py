@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,9 @@ def read_beside(config: Mapping[str, Any], name: str, path: Path, remarks: list[
     if not isinstance(given, str) or not given:
         return []
     candidates = [Path(given), *(folder / given for folder in path.absolute().parents), path.parent / Path(given).name]
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    found = None
+    with suppress(OSError, ValueError):  # no path can be so long, or has such a character
+        found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
         remarks.append(f"{name} is {given}, which is not there: write your folder of images into the dataset file")
         return []

@@ -135,7 +135,10 @@ def add(value: Any, entry: Equivalent, setting: Setting, draft: Draft, default: 
     if entry.value is not None:
         value, how = entry.value, "converted"
     if entry.convert:
-        value, how = BY_NAME[entry.convert](value, entry, setting, draft), "converted"
+        try:
+            value, how = BY_NAME[entry.convert](value, entry, setting, draft), "converted"
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise Unanswered(f"{draft.program.title} has no such value for it") from error
     if value is not None:
         place(value, entry, setting, draft, Line(value, origins, is_weak))
     for name, companion in entry.beside.items():
