@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from library.data.description.dataset_file import load_dataset_config
-from library.diffusion.timesteps import build_level_sampler
+from library.diffusion.timesteps import LevelDraws, build_level_sampler
 from library.training.command_line.cli import read_command_line
 from tests.contracts.other_trainers import Example, find_example
 from tests.running import STARTED, Finished, fresh_process, make_images, train  # noqa: F401
@@ -155,7 +155,7 @@ def test_a_run_resolves_to_what_the_other_trainer_computes(
         assert dataset["enable_bucket"] and dataset["max_bucket_reso"] >= 2 * 64
     if run.levels is not None:
         draw = build_level_sampler(options.flow_sampling, options.flow_weighting)
-        levels = draw(len(U), 8, 8, torch.Generator().manual_seed(0), uniforms_B=U)
+        levels = draw(LevelDraws(len(U), 8, 8, torch.Generator().manual_seed(0), uniforms_B=U))
         assert torch.allclose(levels, run.levels, atol=2e-3)
 
 

@@ -44,6 +44,7 @@ NOT_RUN = {  # start of a command -> where it is tested, or why it cannot run he
         if base.script != "train_network"
     },
     "python3 train_network.py --recipe sd15_character --pretrained": "tests/runs/test_recipes.py",
+    "python3 tools/translate.py": "tests/unit/tools/test_translate.py",
     "python3 train.py": "tests/train_photos",
     "seq 4 | xargs": "tests/runs/test_sweep.py",
     **{
