@@ -26,6 +26,7 @@ POLICY = (
 )
 # A report runs its own scripts in an origin of its own, without this page's token.
 REPORT_POLICY = "sandbox allow-scripts; frame-ancestors 'self'"
+EMPTY_PAGE = '<!doctype html><link rel="icon" href="data:,">'  # else browsers may ask for an icon before they go on
 HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -166,7 +167,7 @@ class Guard:
         cookie = f"{self.gate.cookie}={self.gate.token}; HttpOnly; SameSite=Strict; Path=/"
         # No redirect: browsers would send it without the cookie, since the first address came from elsewhere.
         own = [(b"set-cookie", cookie.encode()), (b"refresh", b"0; url=/")]
-        return await answer(send, 200, "", own)
+        return await answer(send, 200, EMPTY_PAGE, own, "text/html")
 
     def bounded(self, scope: Message, receive: Receive) -> Receive:
         """Return a receive that raises TooLarge, and TimeoutError for a client that stops sending."""
@@ -193,9 +194,11 @@ def headers_for(path: str) -> list[tuple[bytes, bytes]]:
     return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
-async def answer(send: Send, status: int, text: str, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+async def answer(
+    send: Send, status: int, text: str, headers: Iterable[tuple[bytes, bytes]] = (), kind: str = "text/plain"
+) -> None:
     body = text.encode()
-    own = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
+    own = [(b"content-type", f"{kind}; charset=utf-8".encode()), (b"content-length", str(len(body)).encode())]
     # Whatever of the request was not read must not be taken for the next one.
     own.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": [*own, *headers_for("/"), *headers]})

@@ -93,7 +93,8 @@ def test_another_user_of_this_machine_gets_nothing(server: Server, cookie: str) 
 def test_the_address_of_the_start_gives_a_browser_its_cookie(server: Server) -> None:
     path = server.address.first_url.removeprefix(server.address.url.rstrip("/"))
     status, body, headers = server.send("GET", path, headers={"Cookie": ""})
-    assert (status, body, headers["refresh"]) == (200, b"", "0; url=/")
+    assert (status, headers["refresh"]) == (200, "0; url=/")
+    assert b'rel="icon"' in body and headers["content-type"].startswith("text/html")  # no request for /favicon.ico
     assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= {*headers["set-cookie"].split("; ")}
     given = {"Cookie": headers["set-cookie"].partition(";")[0]}
     assert server.send("GET", "/", headers=given)[0] == 200
