@@ -101,7 +101,7 @@ def _format(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Program:
-    """What holds for a program's whole file. Tables by script have "" for what holds for all of them."""
+    """Facts about all files of a program: its scripts and defaults. Tables by script have "" for all scripts."""
 
     key: str  # the name of its file
     title: str

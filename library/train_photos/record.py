@@ -1,4 +1,4 @@
-"""What train.py keeps of a run in its NAME.toml; read without torch."""
+"""The record by which train.py knows a run again, a line of its NAME.toml; read without torch."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ RECORD = "# run: "  # begins the line of NAME.toml with the record
 
 @dataclass(frozen=True)
 class Record:
-    """What tells one run from another, as its NAME.toml keeps it."""
+    """Photos, base, options and length of a run: two runs with the same values are the same run."""
 
     photos: str  # a count and a digest
     captions: str  # a digest of what they are trained as

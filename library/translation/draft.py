@@ -10,8 +10,8 @@ from library.options.leco import LecoOptions
 from library.options.other_programs import Equivalent, Program
 
 How = Literal["equal", "converted", "missing", "idle"]
-"""What becomes of a setting: the same option or value; another form with the same effect; nothing, which differs from
-the other trainer; nothing, which does not."""
+"""The result of translating a setting: the same option or value; another form with the same effect; nothing, which
+differs from the other trainer; nothing, which does not."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a setting of the other trainer."""
+    """A setting of the other trainer, and how it was translated."""
 
     name: str
     value: Any

@@ -135,7 +135,7 @@ def read_onetrainer(config: Mapping[str, Any], path: Path) -> Configuration:
     version = config.get("__version", VERSION)
     if not isinstance(version, int) or version > VERSION:
         remarks.append(f"the file has version {version} of OneTrainer's settings; names are known up to {VERSION}")
-    concepts = config.get("concepts") or read_beside(config, "concept_file_name", path, remarks)
+    concepts = config.get("concepts") or read_named_list(config, "concept_file_name", path, remarks)
     own = {key: value for key, value in config.items() if key not in ("concepts", "concept_file_name", "__version")}
 
     def settings() -> Iterator[Setting]:
@@ -148,7 +148,7 @@ def read_onetrainer(config: Mapping[str, Any], path: Path) -> Configuration:
 def read_simpletuner(config: Mapping[str, Any], path: Path) -> Configuration:
     names, remarks = read_program(SIMPLETUNER).keys(), list[str]()
     own = {str(key).removeprefix("--"): value for key, value in config.items()}
-    backends = read_beside(own, "data_backend_config", path, remarks)
+    backends = read_named_list(own, "data_backend_config", path, remarks)
     images = [b for b in backends if isinstance(b, dict) and b.get("dataset_type", "image") == "image"]
 
     def settings() -> Iterator[Setting]:
@@ -158,7 +158,7 @@ def read_simpletuner(config: Mapping[str, Any], path: Path) -> Configuration:
     return Configuration(SIMPLETUNER, tuple(settings()), remarks=tuple(remarks))
 
 
-def read_beside(config: Mapping[str, Any], name: str, path: Path, remarks: list[str]) -> list[Any]:
+def read_named_list(config: Mapping[str, Any], name: str, path: Path, remarks: list[str]) -> list[Any]:
     """Return the JSON list in the file that a setting names, looked for where the trainer does and beside `path`."""
     given = config.get(name)
     if not isinstance(given, str) or not given:

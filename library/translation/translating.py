@@ -21,7 +21,7 @@ RUN_SETTINGS = ("config_file", "output_config", "yes", "recipe")  # of a command
 
 @dataclass(frozen=True)
 class Translation:
-    """What a file of another trainer is here."""
+    """The options, dataset tables and prompts here that stand for another trainer's file."""
 
     title: str  # of the other trainer
     script: str  # that trains it, or "" if the file does not say

@@ -8,7 +8,7 @@ DRAW_NOW, SAVE_NOW = "-draw-now", "-save-now"  # after the output name
 
 @dataclass(frozen=True)
 class Requests:
-    """What a run is asked for besides its schedule."""
+    """Requests to a running training: to draw or to save after the current step, besides its schedule."""
 
     draws: bool = False
     saves: bool = False
