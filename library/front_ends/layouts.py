@@ -29,25 +29,33 @@ ABSENT = {
     **{f"{prefix}train_control_net{ending}.py": CONTROL for prefix in PREFIXES for ending in ("", "_lllite")},
 }
 """Scripts of sd-scripts that front ends start and this suite lacks, with the message that each one exits with."""
-CAPTIONERS = ("make_captions.py", "make_captions_by_git.py", "tag_images_by_wd14_tagger.py")  # in finetune/
+FAMILIES = ("sdxl", "sd3", "flux", "lumina", "hunyuan_image", "anima")
+KEPT = (
+    *(f"finetune/{name}.py" for name in ("make_captions", "make_captions_by_git", "tag_images_by_wd14_tagger")),
+    *("gen_img.py", "gen_img_diffusers.py", "sdxl_gen_img.py"),
+    *(f"{family}_minimal_inference.py" for family in FAMILIES),
+    *(f"tools/{name}.py" for name in ("canny", "detect_face_rotate", "latent_upscaler")),
+    *("networks/lora_diffusers.py", "networks/merge_lora_old.py"),
+)
+"""Scripts of sd-scripts that this suite lacks and that train nothing: the front end's own are started."""
 
 REFUSING = '''"""Written by tools/front_end.py."""
 
 raise SystemExit({message!r})
 '''
 
-CAPTIONER = '''"""Written by tools/front_end.py: starts the front end's own finetune/{name}."""
+STARTING = '''"""Written by tools/front_end.py: starts the front end's own {path}."""
 
 import os
 import runpy
 import sys
 from pathlib import Path
 
-scripts = Path(__file__).resolve().parents[1]
+scripts = Path(__file__).resolve().parents[{depth}]
 original = scripts.with_name(scripts.name + ".original")
-script = original / "finetune" / "{name}"
+script = original / "{path}"
 if not script.is_file():
-    raise SystemExit(f"finetune/{name} needs the front end's own script, but {{script}} is missing; use another tagger")
+    raise SystemExit(f"{path} needs the front end's own script, but {{script}} is missing")
 # It imports the `library` of the front end's own scripts, also in processes that it starts.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(original), os.environ.get("PYTHONPATH")]))
 sys.path[:1] = [str(script.parent), str(original)]
@@ -145,10 +153,10 @@ def freeze_version(pyproject: str) -> str:
 
 
 def list_replacements() -> dict[str, Content]:
-    """Return the files in place of scripts that this suite lacks: captioners start the original, others refuse."""
+    """Return the files in place of scripts that this suite lacks: what trains refuses, the rest starts the original."""
     refusing = {name: REFUSING.format(message=f"{name} {sentence}") for name, sentence in ABSENT.items()}
-    captioners = {f"finetune/{name}": CAPTIONER.format(name=name) for name in CAPTIONERS}
-    return {path: text.encode() for path, text in {**refusing, **captioners}.items()}
+    starting = {path: STARTING.format(path=path, depth=path.count("/")) for path in KEPT}
+    return {path: text.encode() for path, text in {**refusing, **starting}.items()}
 
 
 def list_musubi() -> dict[str, Content]:

@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
 from library.base.errors import of_file
+from library.front_ends.git_files import follow_branch, hide_kept, list_committed, show_kept
 from library.front_ends.journal import (
     DISPLACING,
     INSTALLED,
@@ -62,10 +63,13 @@ def install(
     if submodule is not None and not journal.is_submodule:
         journal = replace(journal, is_submodule=True, earlier_update=read_update(submodule))
     write_journal(place, journal)
+    hide_kept(place)
     if submodule is not None:
         block_updates(submodule)
     if journal.phase == DISPLACING:
         displace(place, journal)
+    elif is_whole:
+        remove_committed(place, journal)
     journal = replace(journal, phase=WRITING)
     write_journal(place, journal)
     for path in journal.files.keys() - contents.keys():
@@ -102,8 +106,11 @@ def restore(place: Place, submodule: Submodule | None) -> None:
         os.rmdir(place.original)
     if journal.head is not None:
         restore_head(place.folder, journal.head)
+        if not follow_branch(place.folder, journal.head):
+            logger.warning("%s keeps files of an earlier commit, because you changed some of them", place.folder)
     if submodule is not None and journal.is_submodule:
         unblock_updates(submodule, journal.earlier_update)
+    show_kept(place)
     place.part.unlink(missing_ok=True)
     os.unlink(place.journal)
 
@@ -168,6 +175,8 @@ def put(place: Place, path: str, content: Content, journal: Journal) -> None:
 def remove_ours(place: Place, journal: Journal) -> None:
     """Remove the installed files, their caches and their empty folders. Move everything else that was not there before
     the installation aside."""
+    if journal.is_whole:
+        remove_committed(place, journal)
     for path in journal.files:
         remove_or_set_aside(place, path, journal)
     remove_empty_folders(place, journal)
@@ -175,6 +184,15 @@ def remove_ours(place: Place, journal: Journal) -> None:
         for name in sorted(os.listdir(place.folder)):
             if name not in STAYING:
                 set_aside(place, name)
+
+
+def remove_committed(place: Place, journal: Journal) -> None:
+    """Delete what git brought back since the installation, such as by `git checkout .` and a pull: unchanged files of
+    its commit, which are nobody's."""
+    for path in list_committed(place.folder):
+        if digest_file(place.folder / path) not in journal.files.get(path, ()):
+            os.unlink(place.folder / path)
+            remove_empty_parents(place.folder, place.folder / path)
 
 
 def remove_or_set_aside(place: Place, path: str, journal: Journal) -> None:
@@ -197,6 +215,14 @@ def remove_empty_folders(place: Place, journal: Journal) -> None:
         path = place.folder / folder
         if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
             os.rmdir(path)
+
+
+def remove_empty_parents(top: Path, path: Path) -> None:
+    """Delete the folders of a file that was deleted, up to `top`, as far as they are empty."""
+    for folder in path.parents:
+        if folder == top or any(folder.iterdir()):
+            return
+        os.rmdir(folder)
 
 
 def set_aside(place: Place, path: str) -> None:

@@ -95,14 +95,14 @@ def restore_head(folder: Path, head: str) -> None:
         change_git(folder, "reset", "--quiet", head)
 
 
-def run_git(folder: Path, *words: str) -> str | None:
-    """Return the output of a git command without the final line break; None if git finds nothing.
+def run_git(folder: Path, *words: str, typed: str | None = None) -> str | None:
+    """Return the output of a git command, to which `typed` is sent, without the final line break; None if it fails.
 
     Raises UserError if git does not trust the repository.
     """
     if not folder.is_dir():
         return None
-    process = start_git(folder, *words)
+    process = start_git(folder, *words, typed=typed)
     if process.returncode != 0 and "dubious ownership" in process.stderr:
         raise error_in(path=folder, cause="unreadable")(
             f"git does not trust {folder}, which another user owns: {process.stderr.strip()}"
@@ -117,9 +117,15 @@ def change_git(folder: Path, *words: str) -> None:
         raise error_in(path=folder)(f"`git {' '.join(words)}` in {folder} failed: {process.stderr.strip()}")
 
 
-def start_git(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+def start_git(folder: Path, *words: str, typed: str | None = None) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "LC_ALL": "C"}  # messages in English
     command = ["git", "-C", str(folder), *words]
     return subprocess.run(
-        command, env=environment, capture_output=True, encoding="utf-8", errors="surrogateescape", check=False
+        command,
+        env=environment,
+        input=typed,
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",
+        check=False,
     )

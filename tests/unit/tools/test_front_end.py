@@ -1,5 +1,6 @@
 """tools/front_end.py keeps the user's files and runs without any package."""
 
+import fnmatch
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ import pytest
 import toml
 
 from library.architectures.specs import list_specs
-from library.front_ends.layouts import ROOT, list_musubi, list_suite
+from library.front_ends.layouts import KEPT, ROOT, list_musubi, list_replacements, list_suite
 from tests.front_end_kills import read_tree
 from tests.unit.tools.small_suite import MINE, SmallSuite, build_small_suite, check_all_kept, write_files
 
@@ -182,17 +183,30 @@ def start(script: Path, *words: str, path: Path | None = None) -> str:
     return done.stdout
 
 
-def test_captioners_are_those_of_the_original_with_its_own_modules(suite: SmallSuite, gui: Path) -> None:
+@pytest.mark.parametrize("path", KEPT)
+def test_scripts_that_this_suite_lacks_are_those_of_the_original(suite: SmallSuite, gui: Path, path: str) -> None:
+    """They import the modules beside them and the original's `library`, in whatever folder they are."""
     text = "import sys\nimport beside\nfrom library.train_util import WHOSE\nprint(WHOSE, sys.argv[1:])\n"
-    write_files(gui, {"sd-scripts/finetune/make_captions.py": text, "sd-scripts/finetune/beside.py": ""})
+    beside = Path("sd-scripts", path).parent / "beside.py"
+    write_files(gui, {f"sd-scripts/{path}": text, beside.as_posix(): ""})
     assert suite.run(gui).returncode == 0
     # kohya_ss puts the scripts' folder on the path.
-    printed = start(gui / "sd-scripts/finetune/make_captions.py", "images", path=gui / "sd-scripts")
+    printed = start(gui / "sd-scripts" / path, "images", path=gui / "sd-scripts")
     assert printed == "theirs ['images']\n"
-    missing = subprocess.run(
-        [sys.executable, str(gui / "sd-scripts/finetune/tag_images_by_wd14_tagger.py")], capture_output=True, text=True
-    )
-    assert missing.returncode == 1 and "use another tagger" in missing.stderr and missing.stderr.count("\n") == 1
+    (gui / "sd-scripts.original" / path).unlink()
+    missing = subprocess.run([sys.executable, str(gui / "sd-scripts" / path)], capture_output=True, text=True)
+    assert missing.returncode == 1 and f"{path} needs the front end's own script" in missing.stderr
+    assert missing.stderr.count("\n") == 1
+
+
+def test_the_commands_of_the_page_start_the_originals_or_refuse() -> None:
+    """docs/tools.md names commands of sd-scripts that are not here."""
+    table = (ROOT / "docs/tools.md").read_text("utf-8").split("## Commands of sd-scripts that are not here")[1]
+    rows = [row for row in table.split("\n## ")[0].splitlines() if row.startswith("| `")]
+    patterns = re.findall(r"`([^`]+\.py)`", " ".join(row.split("|")[1] for row in rows))
+    names = {Path(path).name for path in list_replacements()}
+    assert len(patterns) > 15
+    assert all(fnmatch.filter(names, Path(pattern).name) for pattern in patterns)
 
 
 def test_a_journal_with_paths_outside_its_folder_is_refused(suite: SmallSuite, gui: Path) -> None:

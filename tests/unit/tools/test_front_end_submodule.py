@@ -191,3 +191,73 @@ def test_the_commit_in_saved_files_is_never_that_of_sd_scripts(gui: Path, monkey
     monkeypatch.undo()
     commit = metadata.commit_hash.__wrapped__()
     assert commit is None or len(commit) == 40
+
+
+@pytest.fixture
+def nested(tmp_path: Path, git: Git) -> Path:
+    """Return a front end that is a repository, with a clone of sd-scripts below a folder with special characters."""
+    (tmp_path / "scripts").mkdir()
+    git(tmp_path / "scripts", "init", "--quiet")
+    commit(git, tmp_path / "scripts", THEIRS)
+    gui = tmp_path / "my [gui]"
+    gui.mkdir()
+    git(gui, "init", "--quiet")
+    commit(git, gui, {"app.py": "", ".gitignore": "sd-scripts/\nscripts/sd-scripts/\n"})
+    git(tmp_path, "clone", "--quiet", str(tmp_path / "scripts"), str(gui / "scripts" / "sd-scripts"))
+    return gui
+
+
+TAKING = [("clean", "-fd"), ("stash", "--include-untracked"), ("add", "--all")]
+
+
+@pytest.mark.parametrize("words", TAKING, ids=[words[0] for words in TAKING])
+def test_git_takes_nothing_that_is_kept_beside_the_folder(
+    suite: SmallSuite, nested: Path, git: Git, words: tuple[str, ...]
+) -> None:
+    exclude = nested / ".git/info/exclude"
+    exclude.write_text("mine", "utf-8")  # without a final line break
+    assert suite.run(nested).returncode == 0
+    write_files(nested, {"scripts/sd-scripts/train_network.py": "my edit"})
+    assert suite.run(nested).returncode == 0  # moves the edited script aside
+    kept = read_tree(nested)
+    (nested / "other.txt").write_text("x")
+    git(nested, *words)
+    assert {path: text for path, text in read_tree(nested).items() if path != "other.txt"} == kept
+    assert "sd-scripts" not in git(nested, "status", "--porcelain").stdout
+    assert suite.run(nested, "--restore").returncode == 0
+    assert exclude.read_text("utf-8") == "mine\n"
+
+
+def test_files_that_git_brings_back_are_nobodys(suite: SmallSuite, nested: Path, git: Git, tmp_path: Path) -> None:
+    """A nested clone is updated by hand, as fluxgym's page says: nothing of it is taken for the user's."""
+    scripts = nested / "scripts/sd-scripts"
+    assert suite.run(nested).returncode == 0
+    installed = read_tree(scripts)
+    commit(git, tmp_path / "scripts", {"train_network.py": "theirs, 2", "library/new.py": "theirs, 2"})
+    git(scripts, "checkout", "--quiet", ".")
+    git(scripts, "pull", "--quiet")
+    write_files(scripts, {"library/mine.py": "mine"})
+    again = suite.run(nested)
+    assert again.returncode == 0 and "moved" not in again.stderr and not (nested / "scripts/sd-scripts.aside").exists()
+    assert read_tree(scripts) == {**installed, "library/mine.py": "mine"}
+    git(scripts, "checkout", "--quiet", ".")  # without another update
+    done = suite.run(nested, "--restore")
+    assert done.returncode == 0 and done.stderr.count("is moved to") == 1  # the user's module
+    assert read_tree(nested / "scripts/sd-scripts.aside") == {"library": "folder", "library/mine.py": "mine"}
+    assert (scripts / "train_network.py").read_text() == (scripts / "library/new.py").read_text() == "theirs, 2"
+    assert git(scripts, "status", "--porcelain").stdout == ""
+
+
+def test_a_script_that_the_user_edited_before_is_not_updated(
+    suite: SmallSuite, nested: Path, git: Git, tmp_path: Path
+) -> None:
+    scripts = nested / "scripts/sd-scripts"
+    write_files(scripts, {"train_network.py": "my edit"})
+    assert suite.run(nested).returncode == 0
+    commit(git, tmp_path / "scripts", {"train_network.py": "theirs, 2"})
+    git(scripts, "checkout", "--quiet", ".")
+    git(scripts, "pull", "--quiet")
+    done = suite.run(nested, "--restore")
+    assert done.returncode == 0 and "keeps files of an earlier commit" in done.stderr
+    assert (scripts / "train_network.py").read_text() == "my edit"
+    assert git(scripts, "status", "--porcelain").stdout == " M train_network.py\n"
