@@ -4,6 +4,8 @@ from library.train_util import prepare_dataset_args, read_config_from_file, veri
 
 __all__ = ["prepare_dataset_args", "read_config_from_file", "verify_command_line_training_args"]
 
-SHOW_TIMESTEPS = "--show_timesteps"  # LoRA Forge sends the option only where this file has it in quotes
+# LoRA Forge sends these options only where this file has them in quotes.
+SHOW_TIMESTEPS = "--show_timesteps"
+BLOCK_SWAP = ("--block_swap_h2d_only", "--use_pinned_memory_for_block_swap")
 
 AS_IMPORTED = dict(globals())  # detects names that a program patches, which has no effect

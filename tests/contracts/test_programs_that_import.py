@@ -208,13 +208,14 @@ def test_hash_functions_match_the_metadata_of_saved_files(tmp_path: Path) -> Non
 
 def test_lora_forge_finds_what_its_guard_looks_for() -> None:
     # A file that must exist, and the text that it must have, where git does not know the scripts' commits.
-    marks = {
-        "compile_utils": "",
-        "qwen_image_autoencoder_kl_2d": "",
-        "args": '"--show_timesteps"',
-        "flux_train_utils": "timestep_sampling_offset",
-    }
-    for name, text in marks.items():
+    words = ("--show_timesteps", "--block_swap_h2d_only", "--use_pinned_memory_for_block_swap")
+    marks = [
+        ("compile_utils", ""),
+        ("qwen_image_autoencoder_kl_2d", ""),
+        *(("args", f'"{word}"') for word in words),
+        ("flux_train_utils", "timestep_sampling_offset"),
+    ]
+    for name, text in marks:
         assert text in (ROOT / f"library/{name}.py").read_text(encoding="utf-8")
     parser = argparse.ArgumentParser()
     compile_utils.add_compile_arguments(parser)
