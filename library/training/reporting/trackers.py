@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,18 @@ def tracker_kind(options: TrackerOptions) -> str | None:
     for package in ("tensorboard", "wandb"):
         # "all" means those that are installed.
         if kind == package or (kind == "all" and not is_missing(package)):
-            import_needed(package, "--log_with", kind)
+            require_tracker(import_needed(package, "--log_with", kind))
     return kind
+
+
+def require_tracker(module: ModuleType) -> None:
+    """Raise UserError if a module is only a folder of that name, such as the one that wandb writes its runs into."""
+    if getattr(module, "__file__", None) is None and hasattr(module, "__path__"):
+        folder = next(iter(module.__path__))
+        raise about("--log_with", path=folder, cause="not installed")(
+            f"needs the package {module.__name__}, but Python finds only the folder {folder}",
+            f"pip install {module.__name__}",
+        )
 
 
 def run_folder(options: TrackerOptions) -> str | None:
@@ -51,12 +62,8 @@ def read_tracker_config(path: str | None) -> dict[str, Any]:
 
 
 def start_trackers(accelerator: Any, trackers: TrackerOptions, config: Mapping[str, Any]) -> None:
-    """Start the accelerator's trackers, with `config` if the user requests it."""
+    """Start the accelerator's trackers, with `config` if the user requests it. Raises UserError if wandb refuses."""
     uses_wandb = trackers.log_with == "wandb" or (trackers.log_with == "all" and not is_missing("wandb"))
-    if uses_wandb and trackers.wandb_api_key is not None:
-        import wandb
-
-        wandb.login(key=trackers.wandb_api_key)
     init = read_tracker_config(trackers.log_tracker_config)
     if trackers.wandb_run_name:
         init.setdefault("wandb", {})["name"] = trackers.wandb_run_name
@@ -67,11 +74,24 @@ def start_trackers(accelerator: Any, trackers: TrackerOptions, config: Mapping[s
             # By default wandb writes into the working folder; it takes no folder that does not exist.
             Path(accelerator.logging_dir).mkdir(parents=True, exist_ok=True)
             init.setdefault("wandb", {}).setdefault("dir", str(accelerator.logging_dir))
+        if uses_wandb and trackers.wandb_api_key is not None:
+            import wandb
+
+            wandb.login(key=trackers.wandb_api_key)
         # The default name is sd-scripts', and part of the path of TensorBoard's files.
         accelerator.init_trackers(trackers.log_tracker_name or "network_train", config=logged_config, init_kwargs=init)
-    except OSError as error:
-        logger.warning("--logging_dir %s: charts are off, it cannot be written: %s", trackers.logging_dir, error)
-        accelerator.trackers = []
+    except Exception as error:
+        if isinstance(error, OSError) and (error.errno is not None or not uses_wandb):  # wandb's of a network
+            logger.warning("--logging_dir %s: charts are off, it cannot be written: %s", trackers.logging_dir, error)
+            accelerator.trackers = []
+            return
+        if not uses_wandb:
+            raise
+        why = f"{type(error).__name__}: {(str(error).strip() or 'without a message').splitlines()[0]}"
+        raise about("--log_with")(
+            f"{trackers.log_with}: wandb does not start ({why})",
+            "run `wandb login`, set the environment variable WANDB_MODE=offline, or remove --log_with",
+        ) from error
 
 
 def loggable_options(options: Options) -> dict[str, int | float | str | bool]:

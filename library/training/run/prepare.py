@@ -48,11 +48,12 @@ def prepare(requested: RequestedRun, data: TrainingData, accelerator: Any, proce
     check_models(requested, compute, plan.max_train_steps)
     decide_fusing(compute.device)
     wanted = read_wanted_previews(options.preview, arch, data) if processes.is_main else WantedPreviews()
+    if processes.is_main:
+        start_trackers(accelerator, options.trackers, loggable_options(options))  # a broken one ends the run here
     adapted = load_adapted(requested, data, compute, wanted.texts, processes)
     run = build_run(requested, adapted, plan, data, compute, processes)
     prepared = prepare_run(run, requested, progress, Charts(accelerator), wanted, adapted)
     if processes.is_main:
-        start_trackers(accelerator, options.trackers, loggable_options(options))
         counts = ImageCounts(data.num_train_images, prepared.validation.num_images, data.num_reg_images)
         announce_run(plan, counts, data.batch_sizes, options.run.gradient_accumulation_steps)
         resumed_from = None if state is None else str(state.path)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from library.base.errors import UserError
 from library.options.output.trackers import TrackerOptions
 from library.training.reporting.sample_images import Drawn
-from library.training.reporting.trackers import Charts, start_trackers
+from library.training.reporting.trackers import Charts, start_trackers, tracker_kind
 from tests.parity.test_preview import prompt_of
 
 
@@ -79,6 +80,30 @@ def test_an_unwritable_folder_disables_the_charts(tmp_path: Path, caplog: pytest
     (record,) = caplog.records
     assert record.levelname == "WARNING" and f"--logging_dir {tmp_path}: charts are off" in record.getMessage()
     assert not Charts(accelerator).are_on
+
+
+@pytest.mark.parametrize("error", [RuntimeError("No API key configured.\nmore"), ConnectionError("no network")])
+def test_a_wandb_that_refuses_ends_the_run_with_its_reason(error: Exception) -> None:
+    def init_trackers(*arguments: Any, **keywords: Any) -> None:
+        raise error
+
+    with pytest.raises(UserError, match="wandb does not start") as caught:
+        start_trackers(SimpleNamespace(init_trackers=init_trackers), TrackerOptions(log_with="wandb"), {})
+    assert caught.value.setting == "--log_with" and "wandb login" in (caught.value.remedy or "")
+    assert str(error).splitlines()[0] in caught.value.message and "more" not in caught.value.message
+
+
+def test_the_folder_of_wandbs_runs_is_not_taken_for_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lies in the folder that runs are started in, which Python looks for modules in."""
+    (tmp_path / "wandb" / "run-1").mkdir(parents=True)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with pytest.raises(UserError, match="finds only the folder") as caught:
+        tracker_kind(TrackerOptions(log_with="wandb"))
+    assert (caught.value.path, caught.value.cause) == (str(tmp_path / "wandb"), "not installed")
+    sys.modules.pop("wandb", None)
 
 
 def test_wandb_writes_into_the_logging_folder(tmp_path: Path) -> None:
