@@ -13,6 +13,7 @@ from typing import Any
 from library.base.errors import UserError, error_in, naming
 from library.base.suggestions import did_you_mean
 from library.data.description.captions import CaptionRules
+from library.data.description.class_images import place_class_images
 from library.data.description.flat_datasets import with_subsets
 from library.data.description.folder_options import list_subsets, warn_of_ignored
 from library.data.description.keys import Level, Style, is_allowed_at
@@ -63,7 +64,7 @@ def load_dataset_config(options: TrainOptions) -> RunDataConfig:
     fallbacks = option_values(options.flat())
     config = read_folders(data, fallbacks) if data.dataset_config is None else read_file(data, fallbacks)
     warn_of_idle_masks(data, config)
-    return config
+    return place_class_images(config, options)
 
 
 def read_folders(data: DatasetOptions, fallbacks: Table) -> RunDataConfig:
@@ -222,6 +223,11 @@ def explain_key(name: str) -> str:
 def source_problems(subset: Table, place: str) -> list[Problem]:
     """Return the mistakes in the image source of a subset: it must have exactly one, with keys that the source uses."""
     given_sources = [name for name in SOURCES if name in subset]
+    if "prompt" in subset:  # the base model draws the images
+        return [
+            Problem(f"{place} has prompt, which makes the images, and {name}; use two subsets", place, name)
+            for name in given_sources
+        ]
     if not given_sources:
         text = f"{place}['image_dir'] is missing: set a folder, or tar files as shards, or Parquet files as parquet"
         return [Problem(text, place, "image_dir")]
@@ -371,6 +377,13 @@ def check_conflicts(values: Table, place: str) -> None:
     if values["is_forgetting_probe"] and values["is_reg"]:
         reason = "is_forgetting_probe keeps images out of training, and is_reg trains them"
         raise conflict(place, "is_forgetting_probe", "is_reg", reason)
+    if (values["prompt"], values["num"]) != (None, None) and not (
+        values["prompt"] and values["num"] and values["is_reg"]
+    ):
+        raise error_in("prompt", others=["num", "is_reg"], cause="needs")(
+            f"{place}: regularisation images that the base model draws need prompt, num and is_reg = true",
+            "set all three, or remove prompt and num",
+        )
     if values["conditioning_data_dir"] and values["random_crop"]:
         reason = "random_crop does not work with conditioning_data_dir: masks are cropped at the centre"
         raise conflict(place, "random_crop", "conditioning_data_dir", reason, None)

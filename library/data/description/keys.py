@@ -29,6 +29,7 @@ def _whole(low: int | None, high: int = LARGEST) -> Kind:
 
 
 INT, COUNT, BATCH_SIZE = _whole(None), _whole(0), _whole(1)
+COUNT_FROM_1 = whole(1, LARGEST)
 SEED = _whole(-MAX_SEED, MAX_SEED)
 NUMBER = number(0, LARGEST)
 SIZE, IMAGE_SIZE = (size(low, high, "[width, height]") for low, high in ((0, LARGEST), (1, LARGEST_SIDE)))

@@ -11,6 +11,7 @@ from library.base.suggestions import nearby
 from library.data.description.captions import CaptionRules
 from library.data.description.keys import (
     BATCH_SIZE,
+    COUNT_FROM_1,
     EXTENSION,
     FACE_RANGE,
     FILTER,
@@ -94,6 +95,15 @@ class SubsetConfig:
         TEXT, None, "Caption of images without a caption file.", GDS, ("dreambooth", "masked")
     )
     is_reg: bool = key(BOOL, False, "Regularisation images, weighted by --prior_loss_weight.", ONLY_S, ("dreambooth",))
+    prompt: str | None = key(
+        TEXT,
+        None,
+        "Prompt of regularisation images that the base model draws before the training, with options as in a prompts "
+        "file; needs is_reg and num.",
+        ONLY_S,
+        ("dreambooth",),
+    )
+    num: int | None = key(COUNT_FROM_1, None, "Number of images that are drawn with prompt.", ONLY_S, ("dreambooth",))
     # sd-scripts refuses alpha_mask above a subset.
     alpha_mask: bool = key_of_option(BOOL, False, ONLY_S, ("dreambooth", "metadata"))
     caption_extension: str = key_of_option(EXTENSION, ".caption", GDS, ("dreambooth", "masked"))

@@ -16,6 +16,7 @@ from library.base.collector import pause_collection
 from library.base.errors import about, list_few, of_file
 from library.data.description.buckets import BucketRules, Shape, Size
 from library.data.description.captions import caption_variant
+from library.data.description.class_images import drawn_alone
 from library.data.description.dataset_file import load_dataset_config
 from library.data.description.schema import DatasetConfig, RunDataConfig, SubsetConfig
 from library.data.plan.audit import MOST_COUNTED_AT_START, TokenLimit, audit_lines, held_out_lines, log_lengths_later
@@ -320,10 +321,12 @@ def build_plan(
     max_tokens: int | None,
     num_processes: int = 1,
     entries: Sequence[tuple[str, Any]] | None = None,
+    draw: Callable[[RunDataConfig], None] | None = None,
 ) -> DataPlan:
     """Read the dataset description, list the images and sort them into buckets, without decoding any.
 
-    `entries` is the content of `in_json`, if already read. Raises NoDataFound if there are no training images,
+    `entries` is the content of `in_json`, if already read; `draw` draws the missing images of subsets with a prompt,
+    which are left out without it. Raises NoDataFound if there are no training images,
     UserError for other mistakes in the description.
     """
     config = load_dataset_config(options)
@@ -340,6 +343,9 @@ def build_plan(
     is_on_disk = caches_to_disk(options.flat())
     if options.caching.cache_dir is not None and not is_on_disk and not any(s.patterns for s in subsets):
         logger.warning("--cache_dir gets nothing but indexes: nothing is cached on disk; add --cache_latents_to_disk")
+    config = leave_out_undrawn(config) if draw is None else config
+    if draw is not None:
+        draw(config)
     storage = open_storage(options.caching, options.saving.output_dir, options.diagnostics.dry_run)
     scanned = collect(config, storage)
     check_images(scanned)
@@ -372,6 +378,14 @@ def build_plan(
         num_workers=options.dataset.max_data_loader_n_workers,
         token_limit=None if count_tokens is None or max_tokens is None else TokenLimit(count_tokens, max_tokens),
     )
+
+
+def leave_out_undrawn(config: RunDataConfig) -> RunDataConfig:
+    """Return the description without subsets whose images the base model has not drawn yet, and name them."""
+    config, absent = drawn_alone(config)
+    for subset in absent:
+        logger.info("%d images of %r are left out here: a training draws them first", subset.num, subset.prompt)
+    return config
 
 
 def bucket_rules(configs: Sequence[DatasetConfig], spec: LatentSpec) -> tuple[BucketRules, ...]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from time import monotonic
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from library.options.train import TrainOptions
 from library.processes.process_group import from_accelerator
 from library.protocols import Architecture, LatentSpec
 from library.training.command_line.audit_only import check_and_look
+from library.training.command_line.class_images import draw_class_images
 from library.training.command_line.opened_base import open_base
 from library.training.command_line.outputs import holding_outputs, name_files
 from library.training.command_line.resolved import resolve_run, resolve_start
@@ -57,7 +59,9 @@ def train_as_asked(
         processes = from_accelerator(accelerator)
         with processes.taking_part(Interrupted):
             start = resolve_start(options, arch, names, processes)
-            data = opening.open_training_data(start.options, arch, start.text, start.seed, processes.count)
+            draw = partial(draw_class_images, start.options, arch, accelerator.device, processes)
+            draws = None if options.diagnostics.dry_run or options.dataset.debug_dataset else draw
+            data = opening.open_training_data(start.options, arch, start.text, start.seed, processes.count, draws)
             if options.dataset.debug_dataset:
                 show_batches(data)
                 return True

@@ -4,7 +4,7 @@ import logging
 import math
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +36,9 @@ from library.training.saving.state import StateManifest
 logger = logging.getLogger(__name__)
 
 NO_TRACKERS = TrackerOptions()
+Draw = Callable[[RunDataConfig], None]
+"""Draws the missing images of the subsets with a prompt."""
+
 LATENT_PIXELS = 8  # per latent of the U-Nets whose folders state a size
 LARGEST_FACTOR = 2.0  # sides beyond it are far from a base model's own; 512 on a model of 1024 px is usual
 
@@ -64,15 +67,16 @@ def choose_seed(seed: int | None, processes: Processes, state: StateManifest | N
 
 
 def open_training_data(
-    options: TrainOptions, arch: Architecture, text: TextPlan, seed: int, num_processes: int
+    options: TrainOptions, arch: Architecture, text: TextPlan, seed: int, num_processes: int, draw: Draw | None
 ) -> TrainingData:
-    """Open prompts to train on, the user's dataset class, or the described images; log what was found."""
+    """Open prompts to train on, the user's dataset class, or the described images, of which `draw` draws those of
+    subsets with a prompt; log what was found."""
     if options.concepts is not None:
         require_no_text_changes(options.network)
         return open_prompt_pairs(options.concepts, options.run, arch, seed, num_processes)
     name = options.dataset.dataset_class
     if name is None:
-        return open_data_plan(options, arch, text, seed, num_processes)
+        return open_data_plan(options, arch, text, seed, num_processes, draw)
     cls = import_class(name, "--dataset_class", name)
     warn_of_replaced(options.flat())
     dataset = open_own_dataset(cls, options.dataset, options.model.max_token_length, arch.codec.spec, seed)
@@ -92,11 +96,12 @@ def require_no_text_changes(options: NetworkOptions) -> None:
 
 
 def open_data_plan(
-    options: TrainOptions, arch: Architecture, text: TextPlan, seed: int, num_processes: int
+    options: TrainOptions, arch: Architecture, text: TextPlan, seed: int, num_processes: int, draw: Draw | None = None
 ) -> DataPlan:
     """Read the dataset description and the image headers, and log what was found."""
     check_text_caching(options.network, arch.text_cache, text)
-    plan = build_plan(options, arch.codec.spec, seed, arch.text.count_tokens, arch.text.max_tokens, num_processes)
+    spec, count_tokens, max_tokens = arch.codec.spec, arch.text.count_tokens, arch.text.max_tokens
+    plan = build_plan(options, spec, seed, count_tokens, max_tokens, num_processes, draw=draw)
     if text.cached is not None:
         plan = plan.with_fixed_captions(text.cached.options.text_cache_variants)
         if options.guidance.guidance_scale_of_loss is not None:
