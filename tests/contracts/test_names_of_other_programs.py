@@ -43,7 +43,7 @@ USUAL_OF_DIFFUSERS = {
     "instance_prompt": "use class_tokens in the dataset file",
     "class_prompt": "use class_tokens and is_reg = true in the dataset file",
     "with_prior_preservation": "use is_reg in the dataset file",
-    "num_class_images": "draw them with tools/draw.py",
+    "num_class_images": "prompt and num",
     "dataset_name": "data sets of the hub are not read",
     "caption_column": "use caption_column in the dataset file",
     "repeats": "use num_repeats in the dataset file",
