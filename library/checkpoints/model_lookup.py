@@ -15,7 +15,7 @@ from library.checkpoints.weights import Weights
 
 logger = logging.getLogger(__name__)
 
-HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
+HUB_NAME = r"[\w.-]+(/[\w.-]+(@[\w./-]+)?)?"  # with a branch, tag or commit behind the @
 HUB_TIMEOUT_S = 5.0
 TEXT_STEMS = ("model", "pytorch_model")  # for .safetensors and .bin files
 WEIGHT_STEMS = {"text_encoder": TEXT_STEMS, "text_encoder_2": TEXT_STEMS, "text_encoder_3": TEXT_STEMS}  # by folder
@@ -72,25 +72,30 @@ def in_repository(folder: str, file: str) -> str:
 
 def fetch_snapshot(name: str, patterns: Sequence[str], bar: type[Any] | None = None) -> Path:
     """Return the folder with those files of a hub repository that match `patterns`, downloaded or cached. A download
-    that was cut goes on where it ended.
+    that was cut goes on where it ended. `name` may have a revision: owner/model@revision.
 
     Raises ConnectionError with the reason if they are neither on the hub nor in the cache.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError
 
-    hub_error = ""
+    hub_error, (repository, _, revision) = "", name.partition("@")
+    place = {"revision": revision} if revision else {}
     try:
-        HfApi().repo_info(name, timeout=HUB_TIMEOUT_S)  # without network, snapshot_download alone waits for minutes
+        HfApi().repo_info(
+            repository, timeout=HUB_TIMEOUT_S, **place
+        )  # without network, snapshot_download alone waits for minutes
     except Exception as error:  # each network library of the hub client has its own errors
         hub_error = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         logger.warning("cannot download %s from the hub (%s); trying the local cache", name, hub_error)
     try:
-        is_offline = bool(hub_error)
-        return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=is_offline, tqdm_class=bar))
+        folder = snapshot_download(
+            repository, allow_patterns=list(patterns), local_files_only=bool(hub_error), tqdm_class=bar, **place
+        )
+        return Path(folder)
     except GatedRepoError as error:
         raise ConnectionError(
-            f"the hub asks for a login: accept the terms on the page of {name}, and give the command `hf auth login`"
+            f"the hub asks for a login: accept the terms of {repository} on its page, and give the command `hf auth login`"
         ) from error
     except (OSError, ValueError) as error:  # ValueError: not a valid repository name
         raise ConnectionError(hub_error or str(error)) from error

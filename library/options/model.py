@@ -44,7 +44,7 @@ class ModelOptions(Options):
         usual=True,
         logged=False,
         help="Base model that the adapter is trained on: a checkpoint file, a folder in diffusers layout, or a Hugging"
-        " Face name.",
+        " Face name, which may end in @ and a branch, tag or commit.",
     )
     v2: bool = option(False, usual=True, help="The base model is Stable Diffusion 2.x.")
     v_parameterization: bool = option(

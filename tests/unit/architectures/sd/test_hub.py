@@ -17,8 +17,17 @@ class Hub:
     def __init__(self, folder: Path, snapshot: Path) -> None:
         self.folder, self.snapshot = folder, snapshot
         self.got: set[str] = set()
+        self.asked: set[tuple[str, str | None]] = set()
 
-    def download(self, name: str, allow_patterns: list[str], local_files_only: bool, tqdm_class: None) -> str:
+    def download(
+        self,
+        name: str,
+        allow_patterns: list[str],
+        local_files_only: bool,
+        tqdm_class: None,
+        revision: str | None = None,
+    ) -> str:
+        self.asked.add((name, revision))
         for file in self.folder.rglob("*"):
             path = file.relative_to(self.folder).as_posix()
             if file.is_file() and any(fnmatch.fnmatch(path, pattern) for pattern in allow_patterns):
@@ -33,7 +42,7 @@ def hub(tmp_path, monkeypatch, tiny_sd_folder) -> Hub:
     shutil.copytree(tiny_sd_folder, tmp_path / "repository")
     fake = Hub(tmp_path / "repository", tmp_path / "snapshot")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.download)
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda self, name, timeout: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda self, name, timeout, revision=None: None)
     return fake
 
 
@@ -42,6 +51,11 @@ def test_a_repository_loads_like_its_folder(hub, open_sd):
     assert arch.load.path == hub.snapshot
     assert arch.load.denoiser() is not None and arch.load.vae() is not None
     assert arch.text.tokenize(["a cat"]).ids_BLT[0].shape == (1, 1, 77)
+
+
+def test_a_revision_stands_behind_the_name(hub, open_sd):
+    assert open_sd("someone/tiny-sd@refs/pr/1").load.denoiser() is not None
+    assert {asked for asked in hub.asked if asked[0] == "someone/tiny-sd"} == {("someone/tiny-sd", "refs/pr/1")}
 
 
 def test_only_one_format_of_the_weights_is_downloaded(hub, open_sd):
