@@ -95,7 +95,7 @@ def fetch_snapshot(name: str, patterns: Sequence[str], bar: type[Any] | None = N
         return Path(folder)
     except GatedRepoError as error:
         raise ConnectionError(
-            f"the hub asks for a login: accept the terms of {repository} on its page, and give the command `hf auth login`"
+            f"the hub asks for a login: accept the terms of {repository} on its page, and run `hf auth login`"
         ) from error
     except (OSError, ValueError) as error:  # ValueError: not a valid repository name
         raise ConnectionError(hub_error or str(error)) from error

@@ -32,8 +32,8 @@ def describe(folder: Path, num: int, prompt: str = PROMPT, more: str = "") -> Pa
 def arguments(folder: Path, base: list[str], module: str = "networks.lora", name: str = "mine") -> list[str]:
     return [
         *base, "--dataset_config", str(folder / "data.toml"), "--output_dir", str(folder / "out"), "--output_name",
-        name, "--network_module", module, "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "3", "--seed",
-        "5", "--max_data_loader_n_workers", "0", "--cache_dir", str(folder / "cache"), "--no_report",
+        name, "--network_module", module, "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "3",
+        "--seed", "5", "--max_data_loader_n_workers", "0", "--cache_dir", str(folder / "cache"), "--no_report",
         "--mixed_precision", "no",
     ]  # fmt: skip
 
