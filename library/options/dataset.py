@@ -139,6 +139,19 @@ class DatasetOptions(Options, needs_images=True):
     color_aug: bool = option(
         False, help="Change hue or brightness of images slightly, at random. Excludes cached latents."
     )
+    brightness_aug: float = option(
+        0.0,
+        kind=SHARE,
+        help="Multiply brightness by a random factor, at most this far from 1. Excludes cached latents.",
+    )
+    contrast_aug: float = option(
+        0.0, kind=SHARE, help="Multiply contrast by a random factor, at most this far from 1. Excludes cached latents."
+    )
+    saturation_aug: float = option(
+        0.0,
+        kind=SHARE,
+        help="Multiply saturation by a random factor, at most this far from 1. Excludes cached latents.",
+    )
     flip_aug: bool = option(
         False,
         usual=True,

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ from library.data.decoding.images import (
     Placement,
     apply_placement,
     change_colour,
+    change_light,
     crop_at_centre,
     crop_at_face,
     crop_at_random,
@@ -274,6 +276,11 @@ class BatchMaker(Dataset[PartialBatch | UserError]):
             # Equal generators change an image and its references alike, so that a pair keeps its difference.
             rngs = [random_for(self.seed, "colour", epoch, draw) for _ in range(1 + len(reference_pixels))]
             image, *reference_pixels = map(change_colour, [image, *reference_pixels], rngs)
+        if subset.light:
+            change = partial(change_light, largest=subset.light)
+            image, *reference_pixels = (
+                change(pixels, rng=random_for(self.seed, "light", epoch, draw)) for pixels in [image, *reference_pixels]
+            )
         references = tuple(map(to_pixels, reference_pixels))
         if sample.image.mask_path is not None:
             return image, file_mask(sample, placement, subset.resize_interpolation), references

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageEnhance, UnidentifiedImageError
 
 from library.base.errors import UserError, of_file
 from library.data.description.buckets import Shape, Size
@@ -34,6 +34,11 @@ TRANSPOSITIONS = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
+}
+ENHANCEMENTS = {  # key of a subset -> what changes
+    "brightness_aug": ImageEnhance.Brightness,
+    "contrast_aug": ImageEnhance.Contrast,
+    "saturation_aug": ImageEnhance.Color,
 }
 
 
@@ -295,6 +300,18 @@ def change_colour(rgb: Pixels, rng: random.Random) -> Pixels:
     if rng.random() < 0.5:
         return turn_hue(rgb, rng.uniform(-8, 8))
     return apply_gamma(rgb, rng.uniform(0.95, 1.05))
+
+
+def change_light(rgb: Pixels, largest: Mapping[str, float], rng: random.Random) -> Pixels:
+    """Multiply brightness, contrast and saturation, in this order, each by a factor within its `largest` change of 1.
+    Alpha is unchanged."""
+    if rgb.shape[2] == 4:
+        return with_alpha(change_light(np.ascontiguousarray(rgb[..., :3]), largest, rng), rgb[..., 3])
+    image = Image.fromarray(rgb)
+    for name, enhancement in ENHANCEMENTS.items():
+        if largest[name]:
+            image = enhancement(image).enhance(1 + rng.uniform(-largest[name], largest[name]))
+    return np.array(image)
 
 
 def turn_hue(rgb: Pixels, half_degrees: float) -> Pixels:

@@ -54,6 +54,9 @@ class SubsetConfig:
     captions: CaptionRules
     num_repeats: int = key_of_option(INT, 1, flag="dataset_repeats", help="How often an epoch shows each image.")
     color_aug: bool = key_of_option(BOOL, False)
+    brightness_aug: float = key_of_option(SHARE, 0.0)
+    contrast_aug: float = key_of_option(SHARE, 0.0)
+    saturation_aug: float = key_of_option(SHARE, 0.0)
     flip_aug: bool = key_of_option(BOOL, False)
     random_crop: bool = key_of_option(BOOL, False)
     face_crop_aug_range: tuple[float, float] | None = key_of_option(FACE_RANGE, None)
@@ -130,6 +133,17 @@ class SubsetConfig:
     )
     control_no_resize: bool = key(BOOL, False, "Leave reference images at their size.")
     entries: Sequence[tuple[str, Any]] | None = field(default=None, repr=False, compare=False)  # already read, by key
+
+    @property
+    def light(self) -> dict[str, float]:
+        """How far the factors of brightness, contrast and saturation may be from 1; empty if none changes."""
+        values = {name: getattr(self, name) for name in ("brightness_aug", "contrast_aug", "saturation_aug")}
+        return values if any(values.values()) else {}
+
+    @property
+    def changing(self) -> list[str]:
+        """The keys that change the pixels in every draw."""
+        return [name for name in ("random_crop", "color_aug", *self.light) if getattr(self, name)]
 
     @property
     def source(self) -> str:

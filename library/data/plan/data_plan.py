@@ -432,11 +432,10 @@ def check_rules(rules: BucketRules, spec: LatentSpec) -> BucketRules:
 def check_drawing(config: RunDataConfig) -> None:
     """Raise UserError for subsets whose images change in every draw, so that latents cannot be cached."""
     for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
-        for name in ("random_crop", "color_aug"):
-            if getattr(subset, name):
-                raise of_file(subset.source)(
-                    f": --{name} changes the image in every draw, but --cache_latents stores one", "remove one of them"
-                )
+        for name in subset.changing:
+            raise of_file(subset.source)(
+                f": --{name} changes the image in every draw, but --cache_latents stores one", "remove one of them"
+            )
 
 
 def drop_unused_face_crops(config: RunDataConfig, caches_latents: bool) -> RunDataConfig:

@@ -48,13 +48,12 @@ class SeenReferences:
             if sample.image.references and sample.num_draws and not subsets[sample.subset].opposite_dir
         }
         for config in [subsets[row] for row in dict.fromkeys(sample.subset for sample in sample_by_number.values())]:
-            for name in ("random_crop", "color_aug", "face_crop_aug_range"):
-                if getattr(config, name):
-                    raise of_file(config.source)(
-                        f": {name} changes reference images in every draw, but the text encoder, whose outputs are "
-                        "cached, sees them too",
-                        "remove it",
-                    )
+            for name in [*config.changing, *(["face_crop_aug_range"] if config.face_crop_aug_range else [])]:
+                raise of_file(config.source)(
+                    f": {name} changes reference images in every draw, but the text encoder, whose outputs are "
+                    "cached, sees them too",
+                    "remove it",
+                )
         contents = digest_contents(sample_by_number.values(), subsets, storage, num_threads)
         digests_N = np.zeros(len(samples), dtype=np.uint64)
         for number, sample in sample_by_number.items():

@@ -156,6 +156,9 @@ def unchanging(config: SubsetConfig) -> SubsetConfig:
         captions=captions,
         flip_aug=False,
         color_aug=False,
+        brightness_aug=0.0,
+        contrast_aug=0.0,
+        saturation_aug=0.0,
         random_crop=False,
         face_crop_aug_range=None,
     )

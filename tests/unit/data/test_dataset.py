@@ -414,7 +414,7 @@ def test_an_image_that_changes_its_size_during_the_run_is_refused_by_name(tmp_pa
         batches_of(plan)
 
 
-@pytest.mark.parametrize("flag", ["--random_crop", "--color_aug"])
+@pytest.mark.parametrize("flag", ["--random_crop", "--color_aug", "--brightness_aug 0.1", "--saturation_aug 0.1"])
 @pytest.mark.parametrize("cache", ["--cache_latents", "--cache_latents_to_disk"])
 def test_random_crop_and_color_aug_cannot_be_combined_with_latent_caches(tmp_path, flag, cache):
     write_image(tmp_path / "1_a/p.png")

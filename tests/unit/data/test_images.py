@@ -15,6 +15,7 @@ from library.data.decoding.images import (
     apply_gamma,
     apply_placement,
     change_colour,
+    change_light,
     crop_at_centre,
     crop_at_face,
     crop_at_random,
@@ -236,3 +237,21 @@ def test_about_a_third_of_the_draws_change_colours():
 
 def test_equal_placements_compare_equal():
     assert Placement((8, 8), 0, 0, (8, 8)) == Placement((8, 8), 0, 0, (8, 8), False)
+
+
+@pytest.mark.parametrize("name", ["brightness_aug", "contrast_aug", "saturation_aug"])
+def test_brightness_contrast_and_saturation_are_multiplied(name: str) -> None:
+    """Recomputed in float64: a mixture with black, with the mean grey, or with each pixel's own grey (ITU-R 601)."""
+    pixels = np.random.default_rng(3).integers(0, 256, (16, 16, 4), dtype=np.uint8)
+    largest = dict.fromkeys(("brightness_aug", "contrast_aug", "saturation_aug"), 0.0) | {name: 0.4}
+    factors = []
+    for seed in range(20):
+        changed = change_light(pixels, largest, random.Random(seed))
+        factors.append(1 + random.Random(seed).uniform(-0.4, 0.4))
+        rgb = pixels[..., :3].astype(np.float64)
+        grey_HW = rgb @ [0.299, 0.587, 0.114]
+        toward = {"brightness_aug": 0.0, "contrast_aug": grey_HW.mean(), "saturation_aug": grey_HW[..., None]}[name]
+        expected = np.clip(toward + factors[-1] * (rgb - toward), 0, 255)
+        assert np.abs(changed[..., :3] - expected).max() <= 2
+        assert (changed[..., 3] == pixels[..., 3]).all()
+    assert min(factors) < 0.8 and max(factors) > 1.2

@@ -241,7 +241,9 @@ def write_same(folder: Path, count: int, size: tuple[int, int] = (64, 64)) -> No
         Image.open(folder / "after" / f"p{i}.png").save(folder / "before" / f"p{i}.bmp")
 
 
-@pytest.mark.parametrize("keys", ["flip_aug = true", "random_crop = true\nflip_aug = true", "color_aug = true"])
+@pytest.mark.parametrize(
+    "keys", ["flip_aug = true", "random_crop = true\nflip_aug = true", "color_aug = true", "brightness_aug = 0.5"]
+)
 def test_references_are_augmented_like_their_image(tmp_path: Path, keys: str) -> None:
     write_same(tmp_path, 8, (96, 80))
     data_plan = plan(tmp_path, f"control_dirs = '{{here}}/before'\n{keys}")
