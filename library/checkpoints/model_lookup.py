@@ -80,7 +80,7 @@ def fetch_snapshot(name: str, patterns: Sequence[str], bar: type[Any] | None = N
     from huggingface_hub.errors import GatedRepoError
 
     hub_error, (repository, _, revision) = "", name.partition("@")
-    place = {"revision": revision} if revision else {}
+    place: dict[str, Any] = {"revision": revision} if revision else {}
     try:
         HfApi().repo_info(
             repository, timeout=HUB_TIMEOUT_S, **place

@@ -29,11 +29,10 @@ ABSENT = {
     **{f"{prefix}train_control_net{ending}.py": CONTROL for prefix in PREFIXES for ending in ("", "_lllite")},
 }
 """Scripts of sd-scripts that front ends start and this suite lacks, with the message that each one exits with."""
-FAMILIES = ("sdxl", "sd3", "flux", "lumina", "hunyuan_image", "anima")
 KEPT = (
     *(f"finetune/{name}.py" for name in ("make_captions", "make_captions_by_git", "tag_images_by_wd14_tagger")),
-    *("gen_img.py", "gen_img_diffusers.py", "sdxl_gen_img.py"),
-    *(f"{family}_minimal_inference.py" for family in FAMILIES),
+    "gen_img_diffusers.py",
+    *(f"{prefix}{name}.py" for prefix in PREFIXES for name in ("gen_img", "minimal_inference")),
     *(f"tools/{name}.py" for name in ("canny", "detect_face_rotate", "latent_upscaler")),
     *("networks/lora_diffusers.py", "networks/merge_lora_old.py"),
 )

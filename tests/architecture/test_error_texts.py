@@ -29,6 +29,7 @@ READ_ELSEWHERE: Mapping[str, str] = {  # function that reads an error's text -> 
     "library/options/config_file.py::read_toml": "tomllib's, of backslashes",
     "library/processes/process_group.py::format_first_line": "the line that other processes are told",
     "library/processes/process_group.py::Processes.reporting_failures": "torch's connections: RuntimeError alone",
+    "library/training/reporting/trackers.py::start_trackers": "wandb's",
     "library/training/command_line/caching.py::select_backend": "torch's first line",
     "library/training/evaluation/image_scores.py::*": "transformers' first line",
     "library/training/failures/nondeterministic.py::*": "torch's: the operation without a fixed order",

@@ -166,6 +166,24 @@ def test_preserved_samples_have_a_weight_and_the_noise_levels_of_few_steps(tiny_
     assert set(levels) == {1, 251, 501, 751}
 
 
+def test_what_masks_leave_out_is_preserved_by_its_share(tiny_sd_folder: Path) -> None:
+    """Recomputed in float64; the first sample has a mask of each value, the second none."""
+    calls: list[tuple[Noised, Tensor]] = []
+    run = context_of(options_for(tiny_sd_folder), calls)
+    attributes = [{"diff_output_preservation": {"outside_mask": True, "weight": 0.3}}, {}]
+    masks_B1HW = torch.ones(2, 1, 64, 64)
+    masks_B1HW[0] = torch.rand(1, 64, 64, generator=torch.Generator().manual_seed(3))
+    batch = batch_of(seed=24, attributes=attributes, masks_B1HW=masks_B1HW)
+    loss = loss_of(run, batch, 0)
+    noised, prediction_BCHW = calls[0]
+    error_BCHW = (prediction_BCHW.double() - noised.noise_BCHW.double()) ** 2
+    cells = 64 // error_BCHW.shape[-1]
+    mask_1HW = masks_B1HW[0].double().unfold(1, cells, cells).unfold(2, cells, cells).mean((-1, -2))
+    first = (mask_1HW * error_BCHW[0]).mean() + 0.3 * ((1 - mask_1HW) * 0.5**2).expand_as(error_BCHW[0]).mean()
+    expected = (first + 0.3 * error_BCHW[1].mean()) / 2  # 0.3 is the second subset's weight
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0.0)
+
+
 def test_nan_latents_raise_an_error_that_names_the_image(tiny_sd_folder: Path) -> None:
     run = context_of(options_for(tiny_sd_folder), [])
     pixels_BCHW = torch.zeros(2, 3, 64, 64)

@@ -2,26 +2,35 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from library.data.description.schema import DatasetConfig, RunDataConfig, SubsetConfig
+from library.options.declared import Declared
+from library.options.model import ModelOptions
 from library.options.train import TrainOptions
 
 FOLDER = "sd-scripts-class-images"  # below HF_HOME, for runs without --cache_dir
 
 
-def place_class_images(config: RunDataConfig, options: TrainOptions) -> RunDataConfig:
-    """Return the description with the folder, and the caption, of every subset whose images are drawn."""
+def place_class_images(
+    config: RunDataConfig, values: Mapping[str, Any], declared: Mapping[str, Declared]
+) -> RunDataConfig:
+    """Return the description with the folder, and the caption, of every subset whose images are drawn; `values` and
+    `declared` are those of all options."""
 
     def place(dataset: DatasetConfig, subset: SubsetConfig) -> SubsetConfig:
         if subset.prompt is None:
             return subset
         text = re.split(r"\s--\w", subset.prompt)[0].strip()
-        folder = find_folder(options, subset.prompt, text, dataset.resolution)
+        # Images of another base model, prompt or size are never taken for these.
+        drawn_with = repr((list(describe_base(values, declared)), subset.prompt, dataset.resolution))
+        digest = blake2b(drawn_with.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+        name = re.sub(r"\W+", "_", text)[:40].strip("_") or "images"
+        folder = find_parent(values["cache_dir"]) / f"{name}-{digest}"
         return replace(subset, image_dir=str(folder), class_tokens=subset.class_tokens or text)
 
     datasets = (
@@ -31,36 +40,24 @@ def place_class_images(config: RunDataConfig, options: TrainOptions) -> RunDataC
     return replace(config, datasets=tuple(datasets))
 
 
-def find_folder(options: TrainOptions, prompt: str, text: str, resolution: tuple[int, int]) -> Path:
-    """Return the folder for the images of a prompt. Its name holds a digest of what they are drawn with, so images of
-    another base model, prompt or size are never taken for them."""
-    digest = blake2b(
-        repr((list(base_values(options)), prompt, resolution)).encode("utf-8", "surrogatepass"), digest_size=8
-    )
-    name = re.sub(r"\W+", "_", text)[:40].strip("_") or "images"
-    if options.caching.cache_dir:
-        parent = Path(options.caching.cache_dir).expanduser()
-    else:
-        from huggingface_hub.constants import HF_HOME
+def find_parent(cache_dir: str | None) -> Path:
+    """Return the folder of the folders of images."""
+    if cache_dir:
+        return Path(cache_dir).expanduser()
+    from huggingface_hub.constants import HF_HOME
 
-        parent = Path(HF_HOME) / FOLDER
-    return parent / f"{name}-{digest.hexdigest()}"
+    return Path(HF_HOME) / FOLDER
 
 
-def base_values(options: TrainOptions) -> Iterator[tuple[str, Any, Any]]:
+def describe_base(values: Mapping[str, Any], declared: Mapping[str, Declared]) -> Iterator[tuple[str, Any, Any]]:
     """Yield what determines the base model: each option that is set, with the size and time of its file."""
-    values, declared, common = options.flat(), type(options).declarations(), TrainOptions.declarations()
+    common = TrainOptions.declarations()
     files = [name for name in declared if name not in common and declared[name].path is not None]
-    for name in (*options.model.flat(), *files):
+    for name in (*ModelOptions.declarations(), "base_weights", "base_weights_multiplier", *files):
         value = values[name]
         if value is not None and declared[name].affects_training:
-            yield name, value, list(describe_files(value)) if isinstance(value, str) else None
-    if options.network.base_weights:
-        yield (
-            "base_weights",
-            options.network.base_weights_multiplier,
-            [entry for path in options.network.base_weights for entry in describe_files(path)],
-        )
+            paths = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+            yield name, value, [entry for path in map(str, paths) for entry in describe_files(path)]
 
 
 def describe_files(path: str) -> Iterator[tuple[str, int, int]]:

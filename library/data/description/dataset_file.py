@@ -64,7 +64,7 @@ def load_dataset_config(options: TrainOptions) -> RunDataConfig:
     fallbacks = option_values(options.flat())
     config = read_folders(data, fallbacks) if data.dataset_config is None else read_file(data, fallbacks)
     warn_of_idle_masks(data, config)
-    return place_class_images(config, options)
+    return place_class_images(config, options.flat(), type(options).declarations())
 
 
 def read_folders(data: DatasetOptions, fallbacks: Table) -> RunDataConfig:
@@ -353,8 +353,19 @@ def build_subset(subset: Table, outer: Sequence[Table], style: Style, place: str
     files = {name: patterns for name, patterns in resolve(FILE_SOURCES).items() if patterns}
     source, patterns = next(iter(files.items()), ("metadata_file" if style == "metadata" else "image_dir", ()))
     preservation = read_preservation(values["custom_attributes"])
+    if preservation is not None and preservation.outside_mask:
+        require_masks(values, place)
     rules = CaptionRules(**resolve(CAPTION_KEYS), fixed=None if preservation is None else preservation.caption)
     return SubsetConfig(style=style, captions=rules, source_key=source, patterns=patterns, **values)
+
+
+def require_masks(values: Table, place: str) -> None:
+    """Raise UserError for a subset that preserves what masks leave out, and has none."""
+    if not values["alpha_mask"] and not values["conditioning_data_dir"]:
+        raise error_in("custom_attributes", others=["alpha_mask", "conditioning_data_dir"], cause="needs")(
+            f"{place}: outside_mask of {PRESERVATION} needs masks",
+            "set alpha_mask = true, or conditioning_data_dir and --masked_loss",
+        )
 
 
 def check_attributes(attributes: Table, place: str) -> None:

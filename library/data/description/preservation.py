@@ -20,6 +20,9 @@ class Preservation:
     num_steps: int | None = declare(
         whole(1, 1000), None, "Train them at the noise levels of previews of so many steps."
     )
+    outside_mask: bool = declare(
+        BOOL, False, "Preserve only what the masks leave out, by its share; the rest is learned. The weight is for it."
+    )
 
 
 KEYS = list_declared(Preservation)

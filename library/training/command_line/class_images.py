@@ -1,51 +1,62 @@
 """Draws regularisation images with the base model before the data is opened (`prompt` and `num` of a subset)."""
 
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 
 from library.base.errors import naming
 from library.base.progress import progress_bar
 from library.checkpoints.marks import mark_of
 from library.data.description.class_images import list_missing
 from library.data.description.schema import RunDataConfig, SubsetConfig
+from library.data.training_data import TrainingData
 from library.memory.devices import release_memory
-from library.options.train import TrainOptions
 from library.processes.process_group import Processes
 from library.protocols import Architecture
+from library.training.command_line.resolved import Start
 from library.training.evaluation.prompts import parse_line, resolve_all
 from library.training.evaluation.without_side_effects import random_streams_kept
 from library.training.failures.out_of_memory import explain_out_of_memory
+from library.training.models import opening
 from library.training.offline.contact_sheet import Row, draw_rows
 from library.training.reporting.sample_images import Drawn, write_image
 from library.types import Prompt
 
 logger = logging.getLogger(__name__)
 
+TITLE = "drawing regularisation images"
 
-def draw_class_images(
-    options: TrainOptions, arch: Architecture, device: torch.device, processes: Processes, config: RunDataConfig
-) -> None:
-    """Draw what is missing of the images that `config` describes, in the first process of each machine. What is drawn
-    stays, so an interrupted run goes on with the next image.
 
-    Raises UserError for a prompt that is none, and for memory that does not suffice.
+def open_data(start: Start[Any], device: torch.device, processes: Processes) -> TrainingData:
+    """Open the data of a run. What is missing of the images that it describes is drawn first, in the first process of
+    each machine; a look and a dry run draw nothing.
+
+    What is drawn stays, so an interrupted run goes on with the next image. Raises UserError for a prompt that is none,
+    and for memory that does not suffice.
     """
-    subsets = [(d, s) for d in config.datasets for s in d.subsets if s.prompt is not None]
-    if not subsets:
-        return
-    if processes.is_local_main:
-        missing = [
-            (path, prompt)
-            for dataset, subset in subsets
-            for path, prompt in list_prompts(subset, dataset.resolution, arch)
-        ]
-        if missing:
-            with explain_out_of_memory("drawing regularisation images", options, device, ""):
-                draw(options, arch, device, missing)
-    processes.wait_for_all("drawing regularisation images")
+    options, arch = start.options, start.arch
+
+    def draw(config: RunDataConfig) -> None:
+        subsets = [(d, s) for d in config.datasets for s in d.subsets if s.prompt is not None]
+        missing = [images for d, s in subsets for images in list_prompts(s, d.resolution, arch)]
+        if missing and processes.is_local_main:
+            rows = [Row([], [prompt]) for _, prompt in missing]
+            drawn = draw_rows(options.network, options.precision, options.memory, arch, rows, device)
+            with explain_out_of_memory(TITLE, options, device, ""), random_streams_kept(device):
+                write(missing, drawn)
+            release_memory(options.memory.highvram)
+        if subsets:
+            processes.wait_for_all(TITLE)
+
+    only_looks = options.diagnostics.dry_run or options.dataset.debug_dataset
+    return opening.open_training_data(
+        options, arch, start.text, start.seed, processes.count, None if only_looks else draw
+    )
 
 
 def list_prompts(subset: SubsetConfig, resolution: tuple[int, int], arch: Architecture) -> list[tuple[Path, Prompt]]:
@@ -57,14 +68,11 @@ def list_prompts(subset: SubsetConfig, resolution: tuple[int, int], arch: Archit
     return [(path, replace(prompt, seed=int(path.stem))) for path in list_missing(subset)]
 
 
-def draw(options: TrainOptions, arch: Architecture, device: torch.device, missing: list[tuple[Path, Prompt]]) -> None:
-    """Draw images one after another, with the models loaded once."""
+def write(missing: Sequence[tuple[Path, Prompt]], drawn: Iterator[list[Image.Image]]) -> None:
+    """Write each image as soon as it is drawn."""
     folders = ", ".join(dict.fromkeys(str(path.parent) for path, _ in missing))
     logger.info("%d regularisation images are drawn with the base model, into %s", len(missing), folders)
-    rows = [Row([], [prompt]) for _, prompt in missing]
-    with random_streams_kept(device), progress_bar("drawing regularisation images", len(missing)) as bar:
-        images = draw_rows(options.network, options.precision, options.memory, arch, rows, device)
-        for (path, prompt), (image,) in zip(missing, images, strict=True):
+    with progress_bar(TITLE, len(missing)) as bar:
+        for (path, prompt), (image,) in zip(missing, drawn, strict=True):
             write_image(path, Drawn(0, prompt, image), mark_of("regularisation image", path))
             bar.update(1)
-    release_memory(options.memory.highvram)

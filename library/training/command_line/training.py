@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from time import monotonic
 from typing import TypeVar
 
@@ -13,15 +12,15 @@ from library.options.train import TrainOptions
 from library.processes.process_group import from_accelerator
 from library.protocols import Architecture, LatentSpec
 from library.training.command_line.audit_only import check_and_look
-from library.training.command_line.class_images import draw_class_images
+from library.training.command_line.class_images import open_data
 from library.training.command_line.opened_base import open_base
 from library.training.command_line.outputs import holding_outputs, name_files
 from library.training.command_line.resolved import resolve_run, resolve_start
 from library.training.command_line.results import log_results, saving_progress
 from library.training.failures.interruption import Interrupted, Interruption
 from library.training.loop.loop import train
-from library.training.models import opening
 from library.training.models.cuda_kernels import cuda_kernels
+from library.training.models.opening import open_accelerator
 from library.training.planning.correction import MemoryWatch
 from library.training.reporting.event_stream import Sink, capture_warnings
 from library.training.run.dry_run import try_out
@@ -55,13 +54,11 @@ def train_as_asked(
         stack.enter_context(deterministic(options.diagnostics.deterministic))
         options, module, arch = open_base(options, build)
         mixed_precision, timeout = options.precision.mixed_precision, options.distributed.ddp_timeout
-        accelerator = opening.open_accelerator(mixed_precision, options.trackers, timeout)
+        accelerator = open_accelerator(mixed_precision, options.trackers, timeout)
         processes = from_accelerator(accelerator)
         with processes.taking_part(Interrupted):
             start = resolve_start(options, arch, names, processes)
-            draw = partial(draw_class_images, start.options, arch, accelerator.device, processes)
-            draws = None if options.diagnostics.dry_run or options.dataset.debug_dataset else draw
-            data = opening.open_training_data(start.options, arch, start.text, start.seed, processes.count, draws)
+            data = open_data(start, accelerator.device, processes)
             if options.dataset.debug_dataset:
                 show_batches(data)
                 return True

@@ -91,9 +91,9 @@ def draw_level(context: StepContext, batch: Batch, num_steps: int, generator: to
 
 
 def weights_of(batch: Batch) -> Tensor:
-    """Return the weight of each sample's loss, with that of its preservation."""
+    """Return the weight of each sample's loss, with that of its preservation if all of it is preserved."""
     preserved = (read_preservation(attributes) for attributes in batch.attributes)
-    weights = [1.0 if one is None else one.weight for one in preserved]
+    weights = [1.0 if one is None or one.outside_mask else one.weight for one in preserved]
     return batch.loss_weights_B if set(weights) == {1.0} else batch.loss_weights_B * torch.tensor(weights)
 
 
@@ -129,10 +129,24 @@ def compute_losses(
         if undo_guidance is not None:
             output_BCHW = undo_guidance(output_BCHW)
         prediction_BCHW = output_BCHW if batch.concept is not None else objective.estimate(output_BCHW, noised)
-    if batch.concept is None:
-        target_BCHW = preserve_output(context, objective, batch, noised, condition, conditioning)
-    loss_BCHW = objective.loss(prediction_BCHW, target_BCHW, noised)
-    return compute_masked_means(loss_BCHW, batch.masks_B1HW)
+    if batch.concept is not None:
+        return compute_masked_means(objective.loss(prediction_BCHW, target_BCHW, noised), batch.masks_B1HW)
+    target_BCHW = objective.target(noised)
+    base_BCHW = predict_base(context, objective, batch, noised, condition, conditioning)
+    if base_BCHW is None:
+        return compute_masked_means(objective.loss(prediction_BCHW, target_BCHW, noised), batch.masks_B1HW)
+    base_BCHW = base_BCHW.to(target_BCHW.dtype)
+    preserved = [read_preservation(attributes) for attributes in batch.attributes]
+    is_whole = [one is not None and not one.outside_mask for one in preserved]
+    is_whole_B111 = send(torch.tensor(is_whole), target_BCHW.device).view(-1, 1, 1, 1)
+    target_BCHW = torch.where(is_whole_B111, base_BCHW, target_BCHW)
+    losses_B = compute_masked_means(objective.loss(prediction_BCHW, target_BCHW, noised), batch.masks_B1HW)
+    outside = [one.weight if one is not None and one.outside_mask else 0.0 for one in preserved]
+    if any(outside) and batch.masks_B1HW is not None:
+        outside_BCHW = objective.loss(prediction_BCHW, base_BCHW, noised)
+        outside_B = compute_masked_means(outside_BCHW, 1 - batch.masks_B1HW)
+        losses_B = losses_B + send(torch.tensor(outside), losses_B.device) * outside_B
+    return losses_B
 
 
 def describe_shape(batch: Batch) -> str:
@@ -158,20 +172,19 @@ def vary(context: StepContext, conditioning: Conditioning, batch_number: int) ->
     return context.arch.vary(conditioning, generator_for(context.seed, "conditioning", batch_number))
 
 
-def preserve_output(
+def predict_base(
     context: StepContext,
     objective: Objective,
     batch: Batch,
     noised: Noised,
     condition: Callable[[Batch], Conditioning],
     conditioning: Conditioning,
-) -> Tensor:
-    """Return the target; for samples marked for preservation, the prediction of the model without its adapter
-    (differential output preservation)."""
-    target_BCHW = objective.target(noised)
-    is_preserved = [bool(attributes.get(PRESERVATION)) for attributes in batch.attributes]
-    if not any(is_preserved) and not context.preserves_in_step:
-        return target_BCHW
+) -> Tensor | None:
+    """Return the prediction of the model without its adapter, for differential output preservation; None if no sample
+    is marked for it."""
+    is_needed = any(attributes.get(PRESERVATION) for attributes in batch.attributes)
+    if not is_needed and not context.preserves_in_step:
+        return None
     if context.models.sharded is not None and not context.preserves_in_step:
         raise about("--shard_base")(
             f": {PRESERVATION} in custom_attributes of a --dataset_class asks the base model alone, and the other "
@@ -185,8 +198,6 @@ def preserve_output(
             if context.trains_text_encoder:
                 conditioning = condition(batch)
             output_BCHW = context.arch.predict(context.models.denoiser, noised, conditioning, batch)
-            base_BCHW = objective.estimate(output_BCHW, noised)
+            return objective.estimate(output_BCHW, noised)
     finally:
         context.network.set_multiplier(1.0)
-    is_preserved_B111 = send(torch.tensor(is_preserved), target_BCHW.device).view(-1, 1, 1, 1)
-    return torch.where(is_preserved_B111, base_BCHW.to(target_BCHW.dtype), target_BCHW)

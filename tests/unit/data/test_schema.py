@@ -166,6 +166,10 @@ def test_attributes_without_effect_are_warned_about_and_wrong_values_refused(tmp
         load(tmp_path, SUBSET + "custom_attributes = {diff_output_preservation = 'false'}\n")
     with pytest.raises(UserError, match=r"diff_output_preservation\.weight is -1, but must be a number from 0"):
         load(tmp_path, SUBSET + "custom_attributes = {diff_output_preservation = {weight = -1}}\n")
+    masked = SUBSET + "custom_attributes = {diff_output_preservation = {outside_mask = true}}\n"
+    with pytest.raises(UserError, match="outside_mask of diff_output_preservation needs masks"):
+        load(tmp_path, masked)
+    load(tmp_path, masked + "alpha_mask = true\n")
 
 
 def test_a_preserved_subset_may_have_one_caption(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
