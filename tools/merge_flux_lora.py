@@ -16,15 +16,13 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.architectures.flux.merging import open_clip_l, open_t5xxl
 from library.base.errors import UserError, about
-from library.base.terminal import print_line
 from library.checkpoints.base_model import BaseModel
 from library.commands.adapter_files import names_in, read_adapter
 from library.commands.base_models import open_base_model
 from library.commands.command import check_output, command
 from networks.core.files.adapter_file import AdapterFile
 from tools import merge_lora
-from tools.merge_adapters import Arithmetic, Strengths, Weighted, keep_ratios, rename_to_kohya, square_strengths
-from tools.merge_lora import merge_into_checkpoint
+from tools.merge_adapters import Arithmetic, Weighted, rename_to_kohya
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +46,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def open_parts(args: argparse.Namespace) -> list[tuple[BaseModel, Path]]:
     """Return each checkpoint with the file to write. Raises UserError if one of the two is missing."""
-    parts = [] if args.sd_model is None else [("--flux_model", args.sd_model, args.save_to, open_base_model)]
+    parts = [] if args.sd_model is None else [(open_base_model("--flux_model", args.sd_model), args.save_to)]
     inputs = [*args.models, args.sd_model, args.clip_l, args.t5xxl]
     for flag, path, save_to, opener in (
         ("--clip_l", args.clip_l, args.clip_l_save_to, open_clip_l),
@@ -60,8 +58,8 @@ def open_parts(args: argparse.Namespace) -> list[tuple[BaseModel, Path]]:
             )
         if path is not None:
             check_output(f"{flag}_save_to", save_to, merge_lora.WRITER, inputs)
-            parts.append((flag, path, save_to, opener))
-    return [(opener(flag, path), save_to) for flag, path, save_to, opener in parts]
+            parts.append((opener(flag, path), save_to))
+    return parts
 
 
 def list_modules(parts: Sequence[BaseModel]) -> set[str]:
@@ -83,17 +81,14 @@ def check_modules(file: AdapterFile, parts: Sequence[BaseModel]) -> None:
             f"the first is {(others or missing)[0]}; was it made for another base model?"
         )
     if missing:
-        logger.warning(
-            "omitting %d text encoder layers of %s: set their files with --clip_l and --t5xxl",
-            len(missing),
-            file.origin,
-        )
+        text = "omitting %d text encoder layers of %s: set their files with --clip_l and --t5xxl"
+        logger.warning(text, len(missing), file.origin)
 
 
-def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
-    """Read, merge and write; `strengths` interprets the ratios if factors are concatenated."""
+def merge(args: argparse.Namespace, squares: bool = False) -> None:
+    """Read, merge and write; `squares` gives the ratios sd-scripts' meaning if factors are concatenated."""
     if args.sd_model is None and args.clip_l is None and args.t5xxl is None:
-        merge_lora.merge(args, strengths)
+        merge_lora.merge(args, squares)
         return
     ratios = merge_lora.check(args)
     if args.lbws:
@@ -110,13 +105,7 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
         kept = [{name: module for name, module in file.modules.items() if name in known} for file in files]
         adapters = [Weighted(replace(f, modules=m), ratio) for f, m, ratio in zip(files, kept, ratios, strict=True)]
         with_metadata = bool(base.architecture) and not args.no_metadata  # a text encoder alone has no architecture
-        num = merge_into_checkpoint(base, adapters, save_to, arithmetic, with_metadata)
-        print_line(f"{save_to}: {len(adapters)} adapters merged into {num} modules")
-
-
-def merge_as_sd_scripts(args: argparse.Namespace) -> None:
-    """Merge as sd-scripts' command does: with --concat the ratios have its meaning. Raises UserError."""
-    merge(args, square_strengths)
+        merge_lora.merge_into_checkpoint(base, adapters, save_to, arithmetic, with_metadata)
 
 
 main = command(setup_parser, merge)
