@@ -156,7 +156,7 @@ def list_declared(group: type[Any]) -> dict[str, Declared]:
     return {f.name: declared_of(f, group) for f in fields(group) if METADATA in f.metadata}
 
 
-def declared_of(declaring: Field[Any], group: type[Any], **facts: Any) -> Declared:
+def declared_of(declaring: Field[Any], group: type, **facts: Any) -> Declared:
     """Return the setting that a field of a dataclass declares, with its name, its help and other facts."""
     declared: Declared = declaring.metadata[METADATA]
     help = declared.help or read_docs(group).get(declaring.name, "")
@@ -164,7 +164,7 @@ def declared_of(declaring: Field[Any], group: type[Any], **facts: Any) -> Declar
 
 
 @cache
-def read_docs(group: type[Any]) -> Mapping[str, str]:
+def read_docs(group: type) -> Mapping[str, str]:
     """Return the docstrings below the fields of a class and of its bases, by field; Python itself keeps none."""
     docs: dict[str, str] = {}
     for kind in reversed(group.__mro__):
