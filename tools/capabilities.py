@@ -1,8 +1,9 @@
 """Print the capabilities of this suite as JSON: base models, scripts, options, network modules, weight formats.
 
-Meant for front ends that build their forms from the output; docs/capabilities.schema.json describes it, which
-tests/schemas.py writes from the classes and comments here.
+Meant for front ends that build their forms from the output; docs/capabilities.schema.json describes it.
 """
+
+# tests/schemas.py writes the schema from the classes, docstrings and comments here.
 
 import argparse
 import importlib
