@@ -426,7 +426,7 @@ def test_what_the_user_overrides_is_shown_with_what_the_recipe_has() -> None:
 def test_names_of_photos_cannot_steer_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("library.train_photos.session.train", lambda plan, start, record, steps: 0)
+    monkeypatch.setattr("library.train_photos.session.train", lambda plan, start, record: 0)
     KINDS["alpha"](tmp_path)
     (tmp_path / "\x1b]0;title\x07.jpg").write_bytes(b"no picture")
     words = [str(tmp_path), "--base", TOY, "--trigger", "heart", "--steps", "9", "--yes", "--output_dir"]
