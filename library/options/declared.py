@@ -14,7 +14,7 @@ from typing import Any, Literal
 from library.options.kinds import Kind, Range
 
 METADATA = "declared"  # metadata key of a field
-LINES = re.compile(r'^class (\w+)|^    (\w+): |^    """(.*?)"""$', re.MULTILINE | re.DOTALL)  # of a class with fields
+LINES = re.compile(r'^(?:class (\w+)|def )|^    (\w+): |^    """(.*?)"""$', re.MULTILINE | re.DOTALL)
 
 PathKind = Literal["file", "folder", "file or folder", "part", "model", "new file", "new folder"]
 """A path of an option: a part of the base model is a file or a folder, a model may also be a name on the hub; a new
@@ -177,7 +177,7 @@ def read_docs_of_file(path: str | None) -> Mapping[str, Mapping[str, str]]:
     """Return the docstrings below fields in a Python file, by class and field; none for a module without a file."""
     docs, kind, name = dict[str, dict[str, str]](), "", ""
     for line in LINES.finditer("" if path is None else Path(path).read_text(encoding="utf-8")):
-        kind = line[1] or kind
+        kind = kind if line[2] or line[3] else line[1] or ""  # "" in a function
         if line[3] and name:
             docs.setdefault(kind, {})[name] = " ".join(line[3].split())
         name = line[2] or ""

@@ -11,7 +11,7 @@ import pytest
 from library.architectures.scripts import Script, list_scripts
 from library.architectures.sdxl.options import SdxlOptions
 from library.base.errors import UserError
-from library.options.declared import Declared
+from library.options.declared import Declared, read_docs_of_file
 from library.options.kinds import TEXT
 from library.options.leco import LecoNetworkOptions, leco_options, list_ignored_by_leco
 from library.options.machine.memory import PrecisionOptions, ScaledPrecisionOptions
@@ -170,3 +170,27 @@ def test_the_help_is_the_docstring_below_the_field_also_in_subclasses_and_redecl
     ):
         assert kind.declarations()[name].help == text and len(text) > 40
     assert LecoNetworkOptions.declarations()["network_dim"].default == 4
+
+
+def test_a_docstring_elsewhere_is_no_help(tmp_path: Path) -> None:
+    """Of the class, of a method, and of the function behind a field whose own was forgotten."""
+    lines = [
+        "class Some(Options):",
+        '    """A group."""',
+        "    first: int = option(",
+        "        1,",
+        "    )",
+        '    """Of',
+        '    two lines."""',
+        "    def method(self) -> int:",
+        '        """A method."""',
+        "    last: int = option(2)",
+        "",
+        "def function(",
+        "    last: int,",
+        ") -> int:",
+        '    """A function."""',
+    ]
+    (tmp_path / "some.py").write_text("\n".join(lines))
+    docs = read_docs_of_file(str(tmp_path / "some.py"))
+    assert docs["Some"] == {"first": "Of two lines."}
