@@ -7,7 +7,7 @@ Changes of a text encoder are omitted with a warning if its file is not given.
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,17 +62,11 @@ def open_parts(args: argparse.Namespace) -> list[tuple[BaseModel, Path]]:
     return parts
 
 
-def list_modules(parts: Sequence[BaseModel]) -> set[str]:
-    """Return the names of all modules of these checkpoints, in kohya's naming."""
-    return {module for base in parts for file in base.files for module in file.modules}
-
-
-def check_modules(file: AdapterFile, parts: Sequence[BaseModel]) -> None:
-    """Warn about text encoder modules of an adapter that no checkpoint has.
+def check_modules(file: AdapterFile, known: Collection[str]) -> None:
+    """Warn about text encoder modules of an adapter that no checkpoint has; `known` are the modules of all.
 
     Raises UserError if other modules are missing too, or none is left: the adapter was made for another base model.
     """
-    known = list_modules(parts)
     missing = [name for name in file.modules if name not in known]
     others = [name for name in missing if not name.startswith(TEXT_ENCODERS)]
     if others or len(missing) == len(file.modules):
@@ -98,11 +92,11 @@ def merge(args: argparse.Namespace, squares: bool = False) -> None:
     read = [read_adapter(path, "--models") for path in args.models]
     others = names_in(read)
     files = [rename_to_kohya(file, others) for file in read]
+    known = {module for base, _ in parts for module in base.modules}
     for file in files:
-        check_modules(file, [base for base, _ in parts])
+        check_modules(file, known)
     for base, save_to in parts:
-        known = list_modules([base])
-        kept = [{name: module for name, module in file.modules.items() if name in known} for file in files]
+        kept = [{name: module for name, module in file.modules.items() if name in base.modules} for file in files]
         adapters = [Weighted(replace(f, modules=m), ratio) for f, m, ratio in zip(files, kept, ratios, strict=True)]
         with_metadata = bool(base.architecture) and not args.no_metadata  # a text encoder alone has no architecture
         merge_lora.merge_into_checkpoint(base, adapters, save_to, arithmetic, with_metadata)

@@ -105,7 +105,7 @@ def collect_changes(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str, 
 
     Raises UserError for modules that the checkpoint lacks, because nothing is omitted silently.
     """
-    base_modules = {module for file in base.files for module in file.modules}
+    base_modules = base.modules
     changes: dict[str, list[tuple[ModuleWeights, float]]] = {}
     for adapter in adapters:
         require_layouts(adapter.file, COMPUTED, "merged")

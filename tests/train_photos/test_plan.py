@@ -46,6 +46,7 @@ from library.train_photos.plan import (
     choose_values,
     compose_captions,
     find_problems,
+    read_options,
     write_prompts,
 )
 from library.training.command_line.recipes import list_recipes
@@ -292,7 +293,8 @@ def test_the_losses_of_a_trained_base_tell_that_it_predicts_noise(
     recipe, trigger = choose_recipe(base, "character"), Trigger("heart")
     values = {**choose_values(recipe, 64, 32, 10), **base.values}
     plan = Plan(base, recipe, folders, trigger, values, write_prompts(recipe, trigger, 64), None, None)
-    measured = measure_prediction(base, partial(measure_losses, base, plan.read(Files(tmp_path, "mine"))))
+    plan.texts.write(files := Files(tmp_path, "mine"))
+    measured = measure_prediction(base, partial(measure_losses, base, read_options(base, files)))
     assert measured.prediction == "epsilon" and "on 5 photos" in measured.why
     assert sum(encoded) == 5
 
