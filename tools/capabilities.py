@@ -248,7 +248,7 @@ def describe_options(script: str) -> Iterator[Option]:
     for group in parser._action_groups:
         for action in group._group_actions:
             if action.dest != "help":
-                name, title = action.dest, group.title or ""
+                name, title = action.dest, str(group.title)
                 described = describe_option(action, declarations[name], ignored.get(name), known.get(name))
                 is_in_sd_scripts = has_option(SD_SCRIPTS, script, name)
                 yield Option(group=title, group_id=group_ids[title], in_sd_scripts=is_in_sd_scripts, **described)
