@@ -12,6 +12,8 @@ from torch import Tensor
 
 Conditioning = Mapping[str, Tensor]
 """Text features by name, first axis B; the names are the keys of the cache file."""
+StepOf = Callable[[int], int]
+"""Maps the index of a batch in its epoch to its optimizer step."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Entry point for programs that start tools/merge_lora.py at this path, with ratios for sd-scripts' way of joining."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
@@ -9,7 +10,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.commands.command import command
 from tools import merge_lora
 
-merge, setup_parser = merge_lora.merge_as_sd_scripts, merge_lora.setup_parser
+merge, setup_parser = partial(merge_lora.merge, squares=True), merge_lora.setup_parser
 main = command(setup_parser, merge)
 
 if __name__ == "__main__":

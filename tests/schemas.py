@@ -1,6 +1,6 @@
-"""The JSON Schema of the lines of --log_events, from the dataclasses of its events.
+"""The JSON Schemas of the lines of --log_events and of tools/capabilities.py --json, from their dataclasses.
 
-    python -m tests.schemas     # writes docs/events.schema.json
+    python -m tests.schemas     # writes docs/events.schema.json and docs/capabilities.schema.json
 
 Descriptions are the docstrings of the classes and the comments behind their fields.
 """
@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from library.base.error_lines import ErrorFields
 from library.training.reporting.events import VERSION, Event
 from tests.running import ROOT
+from tools.capabilities import Capabilities
 
-PAGE = ROOT / "docs" / "events.schema.json"
+DIALECT = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
 EVENTS = Event.__subclasses__()  # in definition order
 PLAIN: dict[Any, dict[str, Any]] = {
     str: {"type": "string"},
@@ -53,19 +54,19 @@ def describe(hint: Any, parts: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_class(kind: type, parts: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a dataclass or a TypedDict."""
     hints = {name: hint for name, hint in get_type_hints(kind, include_extras=True).items() if name != "event"}
-    comments = dict(re.findall(r"(?m)^    (\w+): .*?  # (.*)$", inspect.getsource(kind)))
+    source = "".join(inspect.getsource(base) for base in kind.__mro__ if base.__module__ == kind.__module__)
+    comments = dict(re.findall(r"(?m)^    (\w+): .*?  # (.*)$", source))
     properties = {
         name: {**({"description": to_json_words(comments[name])} if name in comments else {}), **describe(hint, parts)}
         for name, hint in hints.items()
     }
-    required = list(hints)
     if issubclass(kind, Event):
         properties = {"v": True, "event": True, "time": True} | properties
     return {
         "description": to_json_words(" ".join((kind.__doc__ or "").split())),
-        "type": "object", "required": required, "properties": properties, "additionalProperties": False,
+        "type": "object", "required": list(hints), "properties": properties,
+        **({} if kind.__module__ == Capabilities.__module__ else {"additionalProperties": False}),
     }  # fmt: skip
 
 
@@ -73,13 +74,17 @@ def to_json_words(text: str) -> str:
     return re.sub(r"\bNone\b", "null", text).replace("`", "")
 
 
-def make_schema() -> dict[str, Any]:
-    """Return the schema of a line."""
-    parts: dict[str, Any] = {"error_fields": {}}
+def make_capabilities() -> dict[str, Any]:
+    parts = dict[str, Any]()
+    return {**DIALECT, "title": "What this suite can do", **describe_class(Capabilities, parts), "$defs": parts}
+
+
+def make_events() -> dict[str, Any]:
+    parts = dict[str, Any]()
     events = {kind.event: describe_class(kind, parts) for kind in EVENTS}
-    parts["error_fields"] = describe_class(ErrorFields, parts)
+    describe(ErrorFields, parts)
     return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **DIALECT,
         "title": "A line of --log_events",
         "description": "The events of a training run, one JSON object per line. docs/events.md explains them.",
         "type": "object",
@@ -102,14 +107,14 @@ def to_text(value: Any, indent: str = "") -> str:
     if not isinstance(value, dict | list) or len(indent + flat) < 110:
         return flat
     is_object, inner = isinstance(value, dict), f"{indent}  "
-    parts = (
-        [f"{json.dumps(key)}: {to_text(part, inner)}" for key, part in value.items()]
-        if is_object
-        else [to_text(part, inner) for part in value]
-    )
+    named = value.items() if is_object else (("", part) for part in value)
+    parts = [(f"{json.dumps(key)}: " if is_object else "") + to_text(part, inner) for key, part in named]
     first, last = "{}" if is_object else "[]"
     return f"{first}\n{inner}" + f",\n{inner}".join(parts) + f"\n{indent}{last}"
 
 
+PAGES = {ROOT / "docs/events.schema.json": make_events, ROOT / "docs/capabilities.schema.json": make_capabilities}
+
 if __name__ == "__main__":
-    PAGE.write_text(to_text(make_schema()) + "\n", encoding="utf-8", newline="\n")
+    for path, make in PAGES.items():
+        path.write_text(to_text(make()) + "\n", encoding="utf-8", newline="\n")

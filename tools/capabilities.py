@@ -3,13 +3,16 @@
 Meant for front ends that build their forms from the output; docs/capabilities.schema.json describes it.
 """
 
+# tests/schemas.py writes the schema from the classes, docstrings and comments here.
+
 import argparse
 import importlib
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,14 +25,15 @@ from library.base.errors import about
 from library.base.suggestions import nearest_name
 from library.base.terminal import print_json, print_line
 from library.base.version import NAME, VERSION
+from library.checkpoints.base_model_spec import ArgumentForm
 from library.checkpoints.overwriting import FileKind, check_target, read_start
 from library.commands.command import command
 from library.commands.reference_page import HEAD, render_page
 from library.data.concepts.prompts_file import PAIR_KEYS, SLIDER_KEYS
 from library.data.description.schema import ALL_KEYS
 from library.options.base import Options, is_group
-from library.options.declared import Declared, list_declared
-from library.options.kinds import Range, int_or_float
+from library.options.declared import Declared, PathKind, list_declared
+from library.options.kinds import Range, ValueType, int_or_float
 from library.options.leco import LecoOptions, list_ignored_by_leco
 from library.options.machine.base_formats import BASE_FORMATS
 from library.options.other_programs import SD_SCRIPTS, has_option
@@ -44,11 +48,153 @@ from networks.core.registry.layouts import list_kinds
 
 SCRIPTS = ("*train_network.py", "*train_leco.py")
 CACHING = "src/musubi_tuner/*_cache_*.py"
-TYPES = {str: "text", Path: "path", int: "int", float: "float", int_or_float: "steps"}
+TYPES: Mapping[Any, ValueType] = {str: "text", Path: "path", int: "int", float: "float", int_or_float: "steps"}
 RECIPE = "recipe"
+Level = Literal["general", "dataset", "subset"]
+Style = Literal["dreambooth", "metadata", "masked"]
 EXAMPLES = """\
   python3 tools/capabilities.py --json > capabilities.json
   python3 tools/capabilities.py --script train_network.py --json"""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model."""
+
+    name: str
+    title: str
+    script: str  # the script that trains it
+    script_flag: str | None  # the option that selects it, if several base models share the script
+    network_arguments: Mapping[str, ArgumentForm]  # keys of --network_args that only this base model has
+    has_no_effect: Mapping[str, str]  # options of its script that have no effect on it, each with the reason
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of each number of a value."""
+
+    minimum: float | None
+    exclusive_minimum: float | None
+    maximum: float | None
+    exclusive_maximum: float | None
+
+
+@dataclass(frozen=True)
+class Action:
+    """An option of a tool or a caching script, or a word without a flag."""
+
+    name: str
+    flag: str | None  # None for a word without a flag
+    type: ValueType  # steps: an integer number of steps, or a share of the run below 1
+    is_list: bool  # it takes several values
+    is_required: bool
+    default: Any  # None if omitting the option has a meaning of its own, see help
+    choices: Sequence[Any] | None
+    help: str
+
+
+@dataclass(frozen=True)
+class Option(Limits, Action):
+    """An option of a training script; its name is the key in a --config_file."""
+
+    group: str  # the heading in --help_all
+    group_id: str  # a name of the group that stays when its heading changes
+    path_kind: PathKind | None  # a part is one of the base, a model may also be on the hub, what is new is created
+    takes_other_values: bool  # values other than the choices are accepted
+    needs_one_of: Sequence[str]  # else it has no effect or is refused; name=value|value if a certain value is needed
+    excludes: Sequence[str]  # options with which the run is refused, in the same form
+    has_no_effect: str | None  # why the option is accepted but has no effect
+    is_usual: bool  # --help shows it; --help_all shows all options
+    in_sd_scripts: bool  # so has sd-scripts' script of this name, up to 0.12.2, or all of its scripts if it has none
+
+
+@dataclass(frozen=True)
+class Script:
+    """A training script."""
+
+    name: str
+    options: Sequence[Option]
+
+
+@dataclass(frozen=True)
+class Setting(Limits):
+    """A key of a dataset file or of --network_args."""
+
+    name: str
+    type: ValueType
+    is_list: bool  # the value may be a list; in --network_args separated by commas
+    default: Any
+    help: str
+
+
+@dataclass(frozen=True)
+class Key(Setting):
+    """A key of --dataset_config."""
+
+    value: str  # the form of the value, in words
+    levels: Sequence[Level]  # the tables that may hold it: [general], [[datasets]], [[datasets.subsets]]
+    styles: Sequence[Style]
+    default_option: str | None  # the option that sets the default
+    has_no_effect: str | None  # why the key is accepted but has no effect
+
+
+@dataclass(frozen=True)
+class Argument(Setting):
+    """A key of --network_args."""
+
+    aliases: Sequence[str]
+    needs: str | None  # what else is required, in words
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A network module."""
+
+    network_module: str  # the value of --network_module
+    adapter: str  # the name of the method
+    default_rank: int
+    arguments: Sequence[Argument]
+
+
+@dataclass(frozen=True)
+class PromptKey:
+    """A key with the form of its value, in words."""
+
+    name: str
+    value: str
+
+
+@dataclass(frozen=True)
+class PromptKeys:
+    """The keys of --prompts_file (LECO) by kind of entry."""
+
+    pair: Sequence[PromptKey]
+    slider: Sequence[PromptKey]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A tool, or a script that encodes images and captions before a training."""
+
+    name: str
+    description: str | None
+    options: Sequence[Action]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """Output of `python3 tools/capabilities.py --json`. Later versions may add fields; none changes its meaning."""
+
+    name: str
+    version: str
+    base_models: Sequence[BaseModel]
+    scripts: Sequence[Script]
+    network_modules: Sequence[Kind]
+    base_formats: Sequence[str]  # the values of --base_format
+    dataset_keys: Sequence[Key]
+    prompts_file_keys: PromptKeys
+    caching_scripts: Sequence[Command]
+    tools: Sequence[Command]
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -60,32 +206,28 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def list_capabilities(scripts: Sequence[str]) -> dict[str, Any]:
-    """Return the object that docs/capabilities.schema.json describes, with the options of the given scripts."""
-    return {
-        "name": NAME,
-        "version": VERSION,
-        "base_models": [
-            {
-                "name": spec.name,
-                "title": spec.title,
-                "script": spec.script,
-                "script_flag": spec.script_flag or None,
-                "network_arguments": dict(spec.network_arguments),
-                "has_no_effect": dict(spec.ignores),
-            }
-            for spec in list_specs()
+    """Return the capabilities as values of JSON, with the options of the given scripts."""
+    capabilities = Capabilities(
+        NAME,
+        VERSION,
+        base_models=[
+            BaseModel(s.name, s.title, s.script, s.script_flag or None, dict(s.network_arguments), dict(s.ignores))
+            for s in list_specs()
         ],
-        "scripts": [{"name": name, "options": list(describe_options(name))} for name in scripts],
-        "network_modules": [describe_kind(kind) for kind in list_kinds() if kind.network_module],
-        "base_formats": list(BASE_FORMATS),
-        "dataset_keys": [describe_key(key) for key in ALL_KEYS.values()],
-        "prompts_file_keys": describe_prompt_keys(),
-        "caching_scripts": [describe_command(path) for path in sorted(ROOT.glob(CACHING))],
-        "tools": [describe_command(path) for path in list_tools()],
-    }
+        scripts=[Script(name, list(describe_options(name))) for name in scripts],
+        network_modules=[describe_kind(kind) for kind in list_kinds() if kind.network_module],
+        base_formats=BASE_FORMATS,
+        dataset_keys=[describe_key(key) for key in ALL_KEYS.values()],
+        prompts_file_keys=PromptKeys(
+            *([PromptKey(name, kind.name) for name, kind in keys.items()] for keys in (PAIR_KEYS, SLIDER_KEYS))
+        ),
+        caching_scripts=[describe_command(path) for path in sorted(ROOT.glob(CACHING))],
+        tools=[describe_command(path) for path in list_tools()],
+    )
+    return asdict(capabilities)
 
 
-def describe_options(script: str) -> Iterator[dict[str, Any]]:
+def describe_options(script: str) -> Iterator[Option]:
     """Yield a description of every option of a script, combining its parser and its declaration."""
     parser = importlib.import_module(script.removesuffix(".py")).setup_parser()
     specs = [spec for spec in list_specs() if script in (spec.script, spec.prompts_script)]
@@ -106,13 +248,10 @@ def describe_options(script: str) -> Iterator[dict[str, Any]]:
     for group in parser._action_groups:
         for action in group._group_actions:
             if action.dest != "help":
-                yield describe_option(
-                    action, declarations[action.dest], ignored.get(action.dest), known.get(action.dest)
-                ) | {
-                    "group": group.title,
-                    "group_id": group_ids[group.title],
-                    "in_sd_scripts": has_option(SD_SCRIPTS, script, action.dest),
-                }
+                name, title = action.dest, str(group.title)
+                described = describe_option(action, declarations[name], ignored.get(name), known.get(name))
+                is_in_sd_scripts = has_option(SD_SCRIPTS, script, name)
+                yield Option(group=title, group_id=group_ids[title], in_sd_scripts=is_in_sd_scripts, **described)
 
 
 def list_groups(kind: type[Options], name: str = "script") -> Iterator[tuple[str, str]]:
@@ -126,45 +265,41 @@ def list_groups(kind: type[Options], name: str = "script") -> Iterator[tuple[str
 def describe_option(
     action: argparse.Action, declared: Declared, ignored: str | None, known: Sequence[str] | None
 ) -> dict[str, Any]:
-    """Return the description of an option; `known` lists values of one that has no fixed choices."""
+    """Return what parser and declaration say of an option; `known` lists values of one that has no fixed choices."""
+    described = describe_action(action)
     return {
-        **describe_action(action),
-        **({"type": "path"} if declared.path else {}),
-        "path_kind": declared.path,
-        "choices": known if action.choices is None else list(action.choices),
-        "takes_other_values": known is not None and action.dest != RECIPE,
+        **vars(described),
         **describe_range(declared.range),
-        "needs_one_of": list(declared.requires or declared.needs.names),
+        "type": "path" if declared.path else described.type,
+        "choices": known if action.choices is None else described.choices,
+        "path_kind": declared.path,
+        "takes_other_values": known is not None and action.dest != RECIPE,
+        "needs_one_of": declared.requires or declared.needs.names,
         "excludes": sorted(declared.excludes),
         "has_no_effect": declared.ignored or ignored,
         "is_usual": declared.usual,
     }
 
 
-def describe_action(action: argparse.Action) -> dict[str, Any]:
+def describe_action(action: argparse.Action) -> Action:
     """Return what a parser knows of an option or, if its flag is None, of a positional argument."""
-    return {
-        "name": action.dest,
-        "flag": action.option_strings[0] if action.option_strings else None,
-        "type": "flag" if action.nargs == 0 else TYPES.get(action.type or str, "text"),
-        "is_list": action.nargs not in (None, 0, "?"),
-        "is_required": action.required,
-        "default": None if action.default is argparse.SUPPRESS else action.default,
-        "choices": None if action.choices is None else list(action.choices),
-        "help": (action.help or "").replace("%%", "%"),
-    }
+    return Action(
+        name=action.dest,
+        flag=action.option_strings[0] if action.option_strings else None,
+        type="flag" if action.nargs == 0 else TYPES.get(action.type or str, "text"),
+        is_list=action.nargs not in (None, 0, "?"),
+        is_required=action.required,
+        default=None if action.default is argparse.SUPPRESS else action.default,
+        choices=None if action.choices is None else list(action.choices),
+        help=(action.help or "").replace("%%", "%"),
+    )
 
 
-def describe_command(path: Path) -> dict[str, Any]:
-    """Return the description of a tool or a caching script."""
+def describe_command(path: Path) -> Command:
     name = path.relative_to(ROOT).with_suffix("").as_posix()
     parser = importlib.import_module(name.replace("/", ".")).setup_parser()
     actions = [action for action in parser._actions if action.dest not in ("help", "version")]
-    return {
-        "name": f"{name}.py",
-        "description": parser.description,
-        "options": [describe_action(action) for action in actions],
-    }
+    return Command(f"{name}.py", parser.description, [describe_action(action) for action in actions])
 
 
 def list_training_scripts() -> list[str]:
@@ -179,66 +314,28 @@ def list_tools() -> Iterator[Path]:
             yield path
 
 
-def describe_key(key: Declared) -> dict[str, Any]:
-    """Return the description of a key of the dataset file."""
-    return {
-        "name": key.name,
-        "value": key.kind.name,
-        **describe_declared(key),
-        "levels": list(key.levels),
-        "styles": list(key.styles),
-        "default_option": key.flag,
-        "has_no_effect": key.ignored,
-    }
+def describe_key(key: Declared) -> Key:
+    described = {**describe_declared(key), "levels": key.levels, "styles": key.styles, "has_no_effect": key.ignored}
+    return Key(value=key.kind.name, default_option=key.flag, **described)
 
 
 def describe_declared(declared: Declared) -> dict[str, Any]:
-    """Return what a declaration says of the values and the meaning of a setting."""
-    return {
-        "type": declared.kind.type,
-        "is_list": declared.kind.is_list,
-        **describe_range(declared.range),
-        "default": declared.default,
-        "help": declared.help,
-    }
+    """Return the fields of `Setting`."""
+    kind, said = declared.kind, {"default": declared.default, "help": declared.help}
+    return {"name": declared.name, "type": kind.type, "is_list": kind.is_list, **describe_range(kind.range), **said}
 
 
 def describe_range(range: Range) -> dict[str, Any]:
-    return {
-        "minimum": range.at_least,
-        "exclusive_minimum": range.above,
-        "maximum": range.at_most,
-        "exclusive_maximum": range.below,
-    }
+    """Return the fields of `Limits`."""
+    return vars(Limits(range.at_least, range.above, range.at_most, range.below))
 
 
-def describe_prompt_keys() -> dict[str, list[dict[str, str]]]:
-    """Return the keys of --prompts_file, of an entry and of a slider."""
-    return {
-        entry: [{"name": name, "value": kind.name} for name, kind in keys.items()]
-        for entry, keys in (("pair", PAIR_KEYS), ("slider", SLIDER_KEYS))
-    }
-
-
-def describe_kind(kind: AdapterKind) -> dict[str, Any]:
+def describe_kind(kind: AdapterKind) -> Kind:
     """Return an adapter kind with the network arguments that it accepts."""
     groups = (*COMMON, DoraArguments, *kind.wrappers, kind.arguments)
-    return {
-        "network_module": kind.network_module,
-        "adapter": kind.layouts[0].words,
-        "default_rank": kind.default_rank,
-        "arguments": [
-            {
-                "name": name,
-                "aliases": list(argument.aliases),
-                "needs": argument.needs.words or None,
-                **describe_declared(argument),
-            }
-            for group in groups
-            for name, argument in list_declared(group).items()
-            if name not in kind.refuses
-        ],
-    }
+    declared = [a for group in groups for name, a in list_declared(group).items() if name not in kind.refuses]
+    arguments = [Argument(**describe_declared(a), aliases=a.aliases, needs=a.needs.words or None) for a in declared]
+    return Kind(kind.network_module, kind.layouts[0].words, kind.default_rank, arguments)
 
 
 def is_page(path: Path) -> bool:

@@ -6,6 +6,7 @@ one: truncated, with non-finite values, or with one half of a pair missing.
 """
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,23 +36,7 @@ from library.commands.base_models import open_base_model
 from library.commands.command import add_file, command
 from library.models.identify import find_spec
 from networks.core.changes.parameter_keys import ALPHA
-from networks.core.files.adapter_file import (
-    PeftSettings,
-    adapter_tensors,
-    diffusers_settings,
-    peft_settings,
-    read_adapters,
-    sort_tensors,
-    with_alpha,
-)
-from networks.core.files.inspection import (
-    BlockSummary,
-    ModuleSummary,
-    count_dtypes,
-    group_by_block,
-    structure_problem,
-    summarise_module,
-)
+from networks.core.files import adapter_file, inspection
 from networks.core.files.module_weights import ModuleWeights, value_problems
 from networks.core.files.renaming import list_some_keys
 
@@ -70,8 +55,8 @@ class Report:
     origin: str
     base: str | None
     dtypes: dict[str, int]
-    modules: list[ModuleSummary]
-    blocks: list[BlockSummary]
+    modules: list[inspection.ModuleSummary]
+    blocks: list[inspection.BlockSummary]
     programs: tuple[Reading, ...]
     relative_change: float | None  # |W' - W| / |W| over the weights that the base model has; None without one
     num_compared: int  # modules with such a weight
@@ -86,57 +71,51 @@ def check(path: Path, base_model: BaseModel | None = None) -> Report:
     """
     origin = str(path)
     path = file_in_folder(path, origin)
-    return judge(load_state_dict(path), read_metadata(path), origin, peft_settings(path), base_model)
+    settings = adapter_file.peft_settings(path)
+    return judge(load_state_dict(path), read_metadata(path), origin, settings, base_model)
 
 
 def judge(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     origin: str,
-    settings: PeftSettings | None = None,
+    settings: adapter_file.PeftSettings | None = None,
     base_model: BaseModel | None = None,
 ) -> Report:
     """Check the tensors of an adapter file; `settings` are those of PEFT's adapter_config.json, if there is one."""
-    file = sort_tensors(tensors, metadata, origin)
-    tensors, modules = adapter_tensors(file), file.modules
-    recorded = diffusers_settings(metadata) if settings is None else settings
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    specs = list_specs()
+    file = adapter_file.sort_tensors(tensors, metadata, origin)
+    tensors, modules = adapter_file.adapter_tensors(file), file.modules
+    recorded = adapter_file.diffusers_settings(metadata) if settings is None else settings
+    shapes, specs = {key: tuple(tensor.shape) for key, tensor in tensors.items()}, list_specs()
     base = recognise_adapter(specs, shapes, metadata)
-    file_problems: list[str] = []
-    summaries: list[ModuleSummary] = []
-    norms: list[tuple[float, float]] = []
+    file_problems, summaries, norms = list[str](), list[inspection.ModuleSummary](), list[tuple[float, float]]()
     lone_alphas = [module.keys[ALPHA] for module in modules.values() if module.tensors.keys() == {ALPHA}]
     for module in tqdm(modules.values(), desc="modules", disable=None, leave=False):
         file_problems += value_problems(module)
         if module.keys.get(ALPHA) in lone_alphas:
             continue
-        problem = structure_problem(module)
-        if problem is None:
-            # Applied once, here: PEFT's recorded alpha is multiplied into a LoKr of whole matrices.
-            module = with_alpha(module, recorded)
-            summaries.append(summarise_module(module))
-            weight = None if base_model is None else find_weight(module, base_model)
-            if weight is not None and module.changes("weight"):
-                norms.append(module.change_norms(weight))
-        else:
+        if problem := inspection.structure_problem(module):
             file_problems.append(problem)
+            continue
+        # Applied once, here: PEFT's recorded alpha is multiplied into a LoKr of whole matrices.
+        module = adapter_file.with_alpha(module, recorded)
+        summaries.append(inspection.summarise_module(module))
+        weight = None if base_model is None else find_weight(module, base_model)
+        if weight is not None and module.changes("weight"):
+            norms.append(module.change_norms(weight))
     if len(modules) == len(lone_alphas):
-        file_problems.append(
-            f"the file contains no adapter weights (first keys: {', '.join(list(tensors)[:3]) or 'none'})"
-        )
+        first_keys = ", ".join(list(tensors)[:3]) or "none"
+        file_problems.append(f"the file contains no adapter weights (first keys: {first_keys})")
     warnings = list(find_warnings(list(modules.values()), summaries, list(file.unknown), base))
     if lone_alphas and len(modules) > len(lone_alphas):
         warnings.append(f"alphas without weights, which have no effect: {list_some_keys(lone_alphas)}")
     if base_model is not None and summaries and not norms:
         raise about("--base_model", base_model.path)(f"has none of the modules of {origin}", "name its own base model")
-    name = base.name if base else None
     alphas = {key: float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha") and tensor.numel() == 1}
-    programs = readings(specs, shapes, metadata, alphas)
     return Report(
-        origin, name, count_dtypes(tensors), summaries, group_by_block(summaries), programs,
-        relative_norm(norms), len(norms),
-        file_problems, warnings,
+        origin, base.name if base else None, inspection.count_dtypes(tensors), summaries,
+        inspection.group_by_block(summaries), readings(specs, shapes, metadata, alphas), relative_norm(norms),
+        len(norms), file_problems, warnings,
     )  # fmt: skip
 
 
@@ -151,7 +130,7 @@ def find_weight(module: ModuleWeights, base: BaseModel) -> Tensor | None:
 
 def find_warnings(
     modules: Sequence[ModuleWeights],
-    summaries: Sequence[ModuleSummary],
+    summaries: Sequence[inspection.ModuleSummary],
     unknown: Sequence[str],
     base: BaseModelSpec | None,
 ) -> Iterator[str]:
@@ -175,16 +154,7 @@ def make_json(report: Report) -> Any:
     for program, reading in zip(content["programs"], report.programs, strict=True):
         program |= {"amount": reading.amount, "num_used": reading.num_used}
     content["is_usable"] = not report.problems
-    return replace_nonfinite(content)
-
-
-def replace_nonfinite(value: Any) -> Any:
-    """Replace non-finite numbers, which JSON does not support, by None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: replace_nonfinite(item) for key, item in value.items()}
-    return [replace_nonfinite(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return json.loads(json.dumps(content), parse_constant=lambda nonfinite: None)
 
 
 def format_text(report: Report) -> Iterator[str]:
@@ -210,7 +180,7 @@ def format_size(report: Report) -> str:
     return f"compared with the base model ({share}), {format_change(report.relative_change)}"
 
 
-def format_blocks(blocks: Sequence[BlockSummary]) -> Iterator[str]:
+def format_blocks(blocks: Sequence[inspection.BlockSummary]) -> Iterator[str]:
     """Yield one line per block, below a heading per part."""
     width = max((len(block.block) for block in blocks), default=0)
     for part in dict.fromkeys(block.part for block in blocks):
@@ -234,7 +204,7 @@ def join(numbers: Sequence[float]) -> str:
 
 def list_keys(path: Path) -> Iterator[str]:
     """Yield every key with its dtype, shape and norm."""
-    for key, tensor in read_adapters(path).items():
+    for key, tensor in adapter_file.read_adapters(path).items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         yield f"{key} {dtype} {list(tensor.shape)} norm {float(tensor.double().norm()):.4g}"
 

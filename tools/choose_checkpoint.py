@@ -50,11 +50,9 @@ from library.training.offline.file_losses import FileLosses, Sides, adjust_for_m
 from library.training.report_page.writer import add_event
 from library.training.reporting import events
 from library.training.reporting.event_stream import open_event_file, plain
-from library.training.saving.names import Names
-from library.training.saving.run_lock import run_lock
 from library.training.saving.saved_files import drop_copies, read_num_steps
 from library.types import Prompt
-from tools.contact_sheet import add_seeds, choose_files, expand_columns, find_device
+from tools.contact_sheet import add_seeds, choose_files, expand_columns, find_device, update_report
 
 logger = logging.getLogger(__name__)
 
@@ -150,11 +148,7 @@ def record_choice(choice: events.FileChoice, reports: ReportOptions, saving: Sav
         file = open_event_file(Path(path), goes_on=True)
         file.take([line])
         file.close()
-    if saving.output_dir and (report := Names.build(saving).of_report()).is_file():
-        # A run that is still going on rewrites its report; the lock keeps the two writers apart.
-        with run_lock(saving):
-            add_event(report, line)
-        logger.info("updated %s", report)
+    update_report(saving, lambda report: add_event(report, line))
 
 
 def read_columns(options: PreviewOptions, arch: Architecture, seeds: Sequence[int] | None) -> list[Prompt]:

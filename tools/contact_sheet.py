@@ -4,7 +4,7 @@ loading the base model once. The training options determine the model and how it
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from math import isfinite
@@ -23,19 +23,16 @@ from library.checkpoints.files import display_path, file_in_folder
 from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import check_target
 from library.commands.command import check_at_least_one, make_training_parser, training_command, written_by
-from library.commands.counted_plan import read_training_options
+from library.commands.counted_plan import read_checked_options
 from library.options.output.saving import SavingOptions
 from library.options.training.run import MAX_SEED
 from library.protocols import LatentSpec
-from library.training.command_line.checks import check_precision
-from library.training.command_line.option_checks import check_values
 from library.training.evaluation.image_scores import Scorer, format_means, read_scorer
 from library.training.evaluation.prompt_images import show_with_references
 from library.training.evaluation.prompts import read_prompts, refuse_strengths, resolve_all
 from library.training.evaluation.strength_response import FEWEST, measure_response
 from library.training.models.opening import open_data_plan
 from library.training.models.text_caching import TextPlan
-from library.training.models.weight_formats import check_format
 from library.training.offline.adapter_files import Stack
 from library.training.offline.contact_sheet import Row, arrange, draw_rows
 from library.training.report_page.writer import add_sheet
@@ -122,6 +119,15 @@ def choose_files(named: list[Path] | None, saving: SavingOptions) -> list[Path]:
     return files
 
 
+def update_report(saving: SavingOptions, update: Callable[[Path], None]) -> None:
+    """Let `update` change the report of a run, if there is one."""
+    if saving.output_dir and (report := Names.build(saving).of_report()).is_file():
+        # A run that is still going on rewrites its report; the lock keeps the two writers apart.
+        with run_lock(saving):
+            update(report)
+        logger.info("updated %s", report)
+
+
 def find_device() -> torch.device:
     """Return the accelerator of this machine, or the CPU if there is none."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -187,19 +193,14 @@ def log_scores(
 
 def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Generate the sheet. Raises UserError for invalid options, and for files of another base model."""
-    base, options = read_training_options(args.script, training)
-    check_values(options)
-    check_precision(options.precision, options.network)
-    check_format(options.precision.denoiser_format)
+    base, options = read_checked_options(args.script, training)
     check_at_least_one(args, "side")
     if not options.preview.sample_prompts:
         raise about("--sample_prompts")("contains no prompts")
     files = choose_files(args.files, options.saving)
-    target = (
-        args.sheet or Names.build(options.saving).path_with_ending("-sheet.png")
-        if options.saving.output_dir
-        else args.sheet
-    )
+    target = args.sheet
+    if target is None and options.saving.output_dir:
+        target = Names.build(options.saving).path_with_ending("-sheet.png")
     if target is None:
         raise about("--sheet", cause="missing")("is not set", "set the PNG to write, or --output_dir")
     check_target("--sheet", target, written_by(WRITER, target), [*files, Path(options.preview.sample_prompts)])
@@ -228,11 +229,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
         sheet = arrange(images, label_rows(files), [f"{prompt.seed}: {prompt.text}" for prompt in columns], args.side)
     save_image(target, sheet, mark_of(WRITER, target))
     logger.info("wrote %s", target)
-    if options.saving.output_dir and (report := Names.build(options.saving).of_report()).is_file():
-        # A run that is still going on rewrites its report; the lock keeps the two writers apart.
-        with run_lock(options.saving):
-            add_sheet(report, encode_data_url(sheet, *LARGEST_IN_REPORT))
-        logger.info("updated %s", report)
+    update_report(options.saving, lambda report: add_sheet(report, encode_data_url(sheet, *LARGEST_IN_REPORT)))
 
 
 main = training_command(setup_parser, draw_sheet)

@@ -24,9 +24,7 @@ from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import FileKind, check_target, judge, marked
 from library.commands.base_models import find_base
 from library.commands.command import make_training_parser, training_command
-from library.commands.counted_plan import read_training_options
-from library.training.command_line.checks import check_precision
-from library.training.command_line.option_checks import check_values
+from library.commands.counted_plan import read_checked_options
 from library.training.evaluation.prompts import (
     STRENGTH,
     PromptSpec,
@@ -37,7 +35,6 @@ from library.training.evaluation.prompts import (
     resolve_all,
 )
 from library.training.models.frozen_adapters import parse_adapter
-from library.training.models.weight_formats import check_format
 from library.training.offline.adapter_files import Stack
 from library.training.offline.contact_sheet import Row, arrange, draw_rows
 from library.training.reporting.sample_images import Drawn, write_image
@@ -204,10 +201,7 @@ def draw_targets(
     """Draw and write the targets with the base model `name`, which `flag` gives. Return the prompts and the images."""
     model, spec = find_base(flag, name, ("unet", "transformer"), "text_encoder")
     model_options = [*spec.script_flag.split(), "--pretrained_model_name_or_path", str(model)]
-    _, options = read_training_options(spec.script, [*model_options, *training])
-    check_values(options)
-    check_precision(options.precision, options.network)
-    check_format(options.precision.denoiser_format)
+    _, options = read_checked_options(spec.script, [*model_options, *training])
     arch = spec.build(options)
     prompts = resolve_all(specs, arch)
     prompts_by_row = [[replace(prompts[target.number - 1], strength=target.strength) for target in row] for row in rows]

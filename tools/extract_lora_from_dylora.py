@@ -9,7 +9,7 @@ with conv_dim) are cut in proportion, as in training: to R' * r / R, rounded to 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from library.base.errors import UserError, about, error_in
 from library.base.json_text import parse_json
 from library.base.terminal import print_line
 from library.checkpoints.marks import mark_of
-from library.commands.command import add_options, check_extension, check_output, command, with_comment
+from library.commands import command as tool
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, require_layouts, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora, norm
@@ -75,18 +75,19 @@ def open_nested(path: Path) -> Nested:
             f"{file.origin}: {dora[0]} is DoRA; its magnitudes belong to the full rank, so it cannot be cut. "
             "tools/resize_lora.py reduces the rank of such files"
         )
-    modules = [module for module in file.modules.values() if module.is_low_rank]
-    if not modules:
+    full_rank = max((module.rank for module in list_ranked(file.modules.values())), default=0)
+    if not full_rank:
         raise UserError(f"{file.origin} contains only norm weights, which have no rank")
-    ranks = [m.rank for m in modules if m.form == "low_rank"] or [m.rank for m in modules]
     arguments = read_network_arguments(file.metadata)
     unit = read_unit(arguments, ("unit", "dyloRA", "dylora"))
-    return Nested(
-        file=file,
-        full_rank=max(ranks),
-        unit=unit if unit and max(ranks) % unit == 0 else None,
-        conv_unit=read_unit(arguments, ("conv_unit",)) or 1,
-    )
+    is_unit = unit is not None and full_rank % unit == 0
+    return Nested(file, full_rank, unit if is_unit else None, read_unit(arguments, ("conv_unit",)) or 1)
+
+
+def list_ranked(modules: Iterable[ModuleWeights]) -> list[ModuleWeights]:
+    """Return the modules whose ranks and alphas the file records: Linear layers, or convolutions if there are none."""
+    ranked = [module for module in modules if module.is_low_rank]
+    return [module for module in ranked if module.form == "low_rank"] or ranked
 
 
 def read_network_arguments(metadata: Mapping[str, str]) -> Mapping[str, object]:
@@ -153,31 +154,17 @@ def cut_module(nested: Nested, module: ModuleWeights, rank: int) -> ModuleWeight
 def cut_file(nested: Nested, rank: int) -> AdapterFile:
     """Return the plain LoRA of one rank, with updated metadata."""
     modules = [cut_module(nested, module, rank) for module in nested.file.modules.values()]
-    alphas = {module.alpha for module in modules if module.is_low_rank and module.form == "low_rank"} or {
-        module.alpha for module in modules if module.is_low_rank
-    }
-    metadata = dict(nested.file.metadata)
-    metadata["ss_network_dim"] = str(rank)
-    metadata["ss_network_alpha"] = str(alphas.pop()) if len(alphas) == 1 else "Dynamic"
-    comment = f"cut from DyLoRA of rank {nested.full_rank} at rank {rank}"
-    metadata["ss_training_comment"] = with_comment(metadata.get("ss_training_comment"), comment)
+    alphas = {module.alpha for module in list_ranked(modules)}
+    alpha = str(alphas.pop()) if len(alphas) == 1 else "Dynamic"
+    metadata = {**nested.file.metadata, "ss_network_dim": str(rank), "ss_network_alpha": alpha}
     convs = {(module.rank, module.alpha) for module in modules if module.form == "conv"}
-    arguments = set_conv_rank(metadata.get("ss_network_args"), convs)
-    if arguments is not None:
-        metadata["ss_network_args"] = arguments
-    return nested.file.with_modules(modules, metadata)
-
-
-def set_conv_rank(arguments: str | None, convs: set[tuple[int, float]]) -> str | None:
-    """Return `ss_network_args` with the new rank and alpha of the convolutions; None if it does not record them."""
-    try:
-        recorded = dict(parse_json(arguments or "{}"))
-    except (ValueError, TypeError):
-        return None
-    if "conv_dim" not in recorded or len(convs) != 1:
-        return None
-    ((rank, alpha),) = convs
-    return json.dumps({**recorded, "conv_dim": str(rank), "conv_alpha": str(alpha)})
+    recorded = read_network_arguments(metadata)
+    if "conv_dim" in recorded and len(convs) == 1:
+        ((conv_rank, conv_alpha),) = convs
+        arguments = {**recorded, "conv_dim": str(conv_rank), "conv_alpha": str(conv_alpha)}
+        metadata["ss_network_args"] = json.dumps(arguments)
+    comment = f"cut from DyLoRA of rank {nested.full_rank} at rank {rank}"
+    return nested.file.with_modules(modules, tool.with_comment(metadata, comment))
 
 
 def name_file(save_to: Path, rank: int) -> Path:
@@ -189,17 +176,15 @@ def measure_differences(nested: Nested, ranks: Sequence[int]) -> Iterator[tuple[
     """Yield (rank, ||full - cut|| / ||full||) in Frobenius norms over all modules, in float64."""
     # Gram matrices avoid matrices of a weight's size: full - cut is scale * up[:, r:] @ down[r:], and
     # ||up @ down||^2 is the sum of (up^T up) * (down down^T).
+    ranked = [module for module in nested.file.modules.values() if module.is_low_rank]
     grams = []
-    for module in nested.file.modules.values():
-        if module.is_low_rank:
-            up_OR, down_RN = module.factors(torch.float64)
-            grams.append((module, module.scale**2 * (up_OR.T @ up_OR) * (down_RN @ down_RN.T)))
-    full = sum(float(gram_RR.sum()) for _, gram_RR in grams)
+    for module in ranked:
+        up_OR, down_RN = module.factors(torch.float64)
+        grams.append(module.scale**2 * (up_OR.T @ up_OR) * (down_RN @ down_RN.T))
+    full = sum(float(gram_RR.sum()) for gram_RR in grams)
     for rank in ranks:
-        missed = 0.0
-        for module, gram_RR in grams:
-            module_rank = nested.rank_of(module, rank)
-            missed += float(gram_RR[module_rank:, module_rank:].sum())
+        kept = (nested.rank_of(module, rank) for module in ranked)
+        missed = sum(float(gram_RR[k:, k:].sum()) for gram_RR, k in zip(grams, kept, strict=True))
         # Rounding can leave a sum near 0 negative.
         yield rank, (max(missed, 0.0) / full) ** 0.5 if full > 0 else 0.0
 
@@ -207,7 +192,8 @@ def measure_differences(nested: Nested, ranks: Sequence[int]) -> Iterator[tuple[
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
     save_to = {"required": False, "help": "base name of the files, which gets the rank: cat.safetensors"}
-    add_options(parser, "model", "save_to", model={"help": "the file trained with networks.dylora"}, save_to=save_to)
+    model = {"help": "the file trained with networks.dylora"}
+    tool.add_options(parser, "model", "save_to", model=model, save_to=save_to)
     parser.add_argument("--unit", type=int, help="cut at every multiple of this, the full rank too; unset: as trained")
     parser.add_argument("--rank", type=int, nargs="+", help="cut at only these ranks")
     parser.add_argument("--report", action="store_true", help="print how far each rank is from the full rank")
@@ -225,29 +211,26 @@ def extract(args: argparse.Namespace) -> None:
             "is missing: set the base name of the files, or use --report to only print the ranks"
         )
     if args.save_to is not None:
-        check_extension("--save_to", args.save_to)
+        tool.check_extension("--save_to", args.save_to)
     nested = open_nested(args.model)
     ranks = choose_ranks(nested, args.unit, args.rank)
-    if args.save_to is not None:
-        for rank in ranks:
-            check_output("--save_to", name_file(args.save_to, rank), WRITER, [args.model])
-        # All files or none: an exit status of 1 says that nothing was written.
-        with ExitStack() as unfinished:
-            for rank in tqdm(ranks, desc="cutting", unit="file"):
-                path = name_file(args.save_to, rank)
-                temporary = unfinished.enter_context(atomic_path(path))
-                save_adapter_file(temporary, cut_file(nested, rank), mark=mark_of(WRITER, path))
+    files = {} if args.save_to is None else {name_file(args.save_to, rank): rank for rank in ranks}
+    for path in files:
+        tool.check_output("--save_to", path, WRITER, [args.model])
+    # All files or none: an exit status of 1 says that nothing was written.
+    with ExitStack() as unfinished:
+        for path, rank in tqdm(files.items(), desc="cutting", unit="file", disable=not files):
+            temporary = unfinished.enter_context(atomic_path(path))
+            save_adapter_file(temporary, cut_file(nested, rank), mark=mark_of(WRITER, path))
     if args.report:
         print_line("rank  relative difference to the full update")
         for rank, difference in measure_differences(nested, ranks):
             print_line(f"{rank:4d}  {difference:.4f}")
-    if args.save_to is not None:
-        print_line(
-            f"{len(ranks)} files: {name_file(args.save_to, ranks[0])} to {name_file(args.save_to, ranks[-1]).name}"
-        )
+    if files:
+        print_line(f"{len(files)} files: {min(files)} to {max(files).name}")
 
 
-main = command(setup_parser, extract)
+main = tool.command(setup_parser, extract)
 
 if __name__ == "__main__":
     sys.exit(main())

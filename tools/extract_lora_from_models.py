@@ -25,22 +25,13 @@ from tqdm import tqdm
 from library.base.command_parser import make_parser
 from library.base.errors import about
 from library.checkpoints.base_model import BaseModel
+from library.commands import command as tool
 from library.commands.adapter_files import write_lora
 from library.commands.base_models import find_adapter_targets, open_base_model, spec_for
-from library.commands.command import (
-    add_options,
-    check_at_least_one,
-    check_finite,
-    check_output,
-    command,
-    parse_dtype,
-    resolve_device,
-)
 from library.memory.devices import SAVE_DTYPES
-from networks.core.changes.svd import best_factors, clamp_factors
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.kinds import lora
 from networks.core.targets.targets import TargetModule
+from tools.merge_adapters import approximate_change, sum_errors
 
 logger = logging.getLogger(__name__)
 
@@ -73,25 +64,6 @@ def measure_differences(org: BaseModel, tuned: BaseModel, target_modules: Sequen
     }
 
 
-def extract_module(
-    target: TargetModule, difference: Tensor, rank: int, quantile: float, device: torch.device
-) -> tuple[ModuleWeights, float, float]:
-    """Return (module, squared norm of the error, squared norm of the difference), in float64 if the device has it."""
-    weight = target.module.weight
-    assert isinstance(weight, Tensor)
-    # MPS has no float64.
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    matrix_ON = difference.to(device, dtype).flatten(1)
-    up_OR, down_RN = best_factors(matrix_ON, rank)
-    if quantile < 1:
-        up_OR, down_RN = clamp_factors(up_OR, down_RN, quantile)
-    missed = float((matrix_ON - up_OR @ down_RN).square().sum())
-    alpha = torch.tensor(float(down_RN.shape[0]))
-    up, down = (factor.to("cpu", torch.float32) for factor in (up_OR, down_RN))
-    module = ModuleWeights.with_kohyas_keys(target.name, lora.make_tensors(up, down, tuple(weight.shape), alpha))
-    return module, missed, float(matrix_ON.square().sum())
-
-
 def extract_modules(
     org: BaseModel, tuned: BaseModel, args: argparse.Namespace, device: torch.device
 ) -> list[ModuleWeights]:
@@ -101,21 +73,18 @@ def extract_modules(
     if max(measure_differences(org, tuned, encoder_targets).values(), default=0.0) <= args.min_diff:
         logger.info("omitting the text encoders, which differ by no more than --min_diff %g", args.min_diff)
         encoder_targets = []
-    modules, missed, total = [], 0.0, 0.0
+    extracted = []
     for target in tqdm([*encoder_targets, *unet_targets], desc="extracting", unit="layer"):
         rank = args.conv_dim if target.kind == "conv" else args.dim
-        if rank is None:
-            continue
-        difference = subtract_weights(org, tuned, target.name)
-        module, module_missed, module_total = extract_module(target, difference, rank, args.clamp_quantile, device)
-        modules.append(module)
-        missed, total = missed + module_missed, total + module_total
+        if rank is not None:
+            change = subtract_weights(org, tuned, target.name)
+            extracted.append(approximate_change(target.name, change, rank, device, torch.float32, args.clamp_quantile))
+    missed, total = sum_errors(extracted)
     if total == 0:
         raise about("--model_tuned")("equals --model_org in every layer that a LoRA targets; nothing to extract")
-    logger.info(
-        "%d layers; the LoRA misses %.1f%% of their difference (norm)", len(modules), 100 * (missed / total) ** 0.5
-    )
-    return modules
+    share = 100 * (missed / total) ** 0.5
+    logger.info("%d layers; the LoRA misses %.1f%% of their difference (norm)", len(extracted), share)
+    return [result.module for result in extracted]
 
 
 def check_same_layers(org: BaseModel, tuned: BaseModel, target_modules: Sequence[TargetModule]) -> None:
@@ -174,19 +143,18 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("--load_precision", choices=tuple(SAVE_DTYPES), help="has no effect: weights stay as they are")
     parser.add_argument("--mem_eff_safe_open", action="store_true", help="has no effect: weights are read one by one")
     unset = {"help": "precision of the file; unset: float"}
-    add_options(parser, "save_to", "save_precision", "device", "no_metadata", save_precision=unset)
-    return parser
+    return tool.add_options(parser, "save_to", "save_precision", "device", "no_metadata", save_precision=unset)
 
 
 def check(args: argparse.Namespace) -> None:
     """Raise UserError for invalid option values."""
-    check_at_least_one(args, "dim", "conv_dim")
+    tool.check_at_least_one(args, "dim", "conv_dim")
     if not 0.5 < args.clamp_quantile <= 1:
         raise about("--clamp_quantile")(
             f"is {args.clamp_quantile:g}", "use a value above 0.5 and up to 1, which disables it"
         )
-    check_finite("--min_diff", args.min_diff)
-    check_output("--save_to", args.save_to, WRITER, [args.model_org, args.model_tuned])
+    tool.check_finite("--min_diff", args.min_diff)
+    tool.check_output("--save_to", args.save_to, WRITER, [args.model_org, args.model_tuned])
 
 
 def check_bases(args: argparse.Namespace, org: BaseModel, tuned: BaseModel) -> None:
@@ -206,16 +174,16 @@ def extract(args: argparse.Namespace) -> None:
     check(args)
     if args.load_precision is not None:
         logger.warning("--load_precision has no effect: weights are compared in the precision they have")
-    device = resolve_device(args.device)
+    device = tool.resolve_device(args.device)
     org = open_base_model("--model_org", args.model_org)
     tuned = open_base_model("--model_tuned", args.model_tuned)
     check_bases(args, org, tuned)
     modules = extract_modules(org, tuned, args, device)
-    dtype = parse_dtype(args.save_precision)
+    dtype = tool.parse_dtype(args.save_precision)
     write_lora(args.save_to, modules, make_metadata(args, org), WRITER, dtype, org.names, spec_for(org))
 
 
-main = command(setup_parser, extract)
+main = tool.command(setup_parser, extract)
 
 if __name__ == "__main__":
     sys.exit(main())

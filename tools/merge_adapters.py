@@ -25,7 +25,7 @@ from library.checkpoints.base_model import BaseModel
 from library.commands.adapter_files import names_in, spec_for_file
 from library.commands.command import parse_dtype, resolve_device
 from library.memory.devices import SAVE_DTYPES
-from networks.core.changes.svd import balance, best_factors, concatenate, svd_of_product
+from networks.core.changes.svd import balance, best_factors, clamp_factors, concatenate, svd_of_product
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename
@@ -55,19 +55,6 @@ class Weighted:
 Terms = Sequence[tuple[ModuleWeights, float]]
 """One module's changes from all files, with their ratios."""
 
-Strengths = Callable[[Sequence[float], Sequence[int]], list[float]]
-"""Maps the (ratios, ranks) of one module's changes to their strengths."""
-
-
-def keep_ratios(ratios: Sequence[float], ranks: Sequence[int]) -> list[float]:
-    """Use the ratios as strengths."""
-    return list(ratios)
-
-
-def square_strengths(ratios: Sequence[float], ranks: Sequence[int]) -> list[float]:
-    """Return the strengths of sd-scripts: both factors are multiplied by the ratio; alpha is kept, ranks add up."""
-    return [ratio * abs(ratio) * rank / sum(ranks) for ratio, rank in zip(ratios, ranks, strict=True)]
-
 
 @dataclass(frozen=True)
 class Arithmetic:
@@ -86,8 +73,13 @@ class Arithmetic:
 class Joining:
     """Settings for concatenating the factors of several files."""
 
-    strengths: Strengths = keep_ratios
+    squares: bool = False  # as sd-scripts: both factors are multiplied by the ratio; alpha is kept, ranks add up
     shuffling: torch.Generator | None = None  # shuffles the ranks so that no file can be recovered
+
+    def strengths(self, ratios: Sequence[float], ranks: Sequence[int]) -> list[float]:
+        """Return the strengths of one module's changes from their ratios and ranks."""
+        squared = (ratio * abs(ratio) * rank / sum(ranks) for ratio, rank in zip(ratios, ranks, strict=True))
+        return list(squared if self.squares else ratios)
 
 
 @dataclass(frozen=True)
@@ -134,15 +126,19 @@ def merge_adapters(
     for name, terms in tqdm(sums.items(), desc="merging", unit="module"):
         if terms[0][0].layout is norm.LAYOUT:
             merged.append(Merged(add_norms(name, terms, joining)))
-        elif any(needs_base(module) for module, _ in terms):
-            assert base is not None and ranks is not None
+        elif base is not None and ranks is not None and any(needs_base(module) for module, _ in terms):
             merged.append(approximate(name, terms, ranks, base.read(name), arithmetic))
         else:
             merged.append(add_factors(name, terms, ranks, arithmetic, joining))
-    missed, total = sum(result.missed for result in merged), sum(result.total for result in merged)
+    missed, total = sum_errors(merged)
     if missed > MIN_REPORTED_ERROR**2 * total:
         logger.info("the LoRA misses %.1f%% of the sum of the changes (norm)", 100 * (missed / total) ** 0.5)
     return [result.module for result in merged]
+
+
+def sum_errors(merged: Sequence[Merged]) -> tuple[float, float]:
+    """Return the squared norms (of the error, of the exact sum) of all modules."""
+    return sum(result.missed for result in merged), sum(result.total for result in merged)
 
 
 def needs_base(module: ModuleWeights) -> bool:
@@ -215,11 +211,19 @@ def approximate(name: str, terms: Terms, ranks: tuple[int, int], weight: Tensor,
         raise about("--base_model", cause="unreadable")(
             f"has values that are not finite in {name}; the checkpoint is damaged"
         )
-    matrix_ON = change.flatten(1)
-    exact_ON = matrix_ON if weight.device.type == "mps" else matrix_ON.double()  # MPS has no float64
-    up_OR, down_RN = (factor.to(dtype) for factor in best_factors(exact_ON, rank_for(tuple(weight.shape), ranks)))
-    missed = float((matrix_ON - up_OR @ down_RN).square().sum())
-    return Merged(lora_from_factors(name, up_OR, down_RN, tuple(weight.shape)), missed, float(matrix_ON.square().sum()))
+    return approximate_change(name, change, rank_for(tuple(weight.shape), ranks), arithmetic.device, dtype)
+
+
+def approximate_change(
+    name: str, change: Tensor, rank: int, device: torch.device, dtype: torch.dtype, quantile: float = 1.0
+) -> Merged:
+    """Return the best LoRA for the change of a weight, computed in float64 if the device has it and stored in `dtype`;
+    its factors are clamped to this quantile of their values."""
+    matrix_ON = change.to(device, torch.float32 if device.type == "mps" else torch.float64).flatten(1)
+    factors = best_factors(matrix_ON, rank)
+    up_OR, down_RN = factors if quantile == 1 else clamp_factors(*factors, quantile)
+    missed, total = (float(matrix.square().sum()) for matrix in (matrix_ON - up_OR @ down_RN, matrix_ON))
+    return Merged(lora_from_factors(name, up_OR.to(dtype), down_RN.to(dtype), tuple(change.shape)), missed, total)
 
 
 def rank_for(shape: tuple[int, ...], ranks: tuple[int, int]) -> int:

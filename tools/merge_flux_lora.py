@@ -7,7 +7,7 @@ Changes of a text encoder are omitted with a warning if its file is not given.
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,15 +16,13 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.architectures.flux.merging import open_clip_l, open_t5xxl
 from library.base.errors import UserError, about
-from library.base.terminal import print_line
 from library.checkpoints.base_model import BaseModel
 from library.commands.adapter_files import names_in, read_adapter
 from library.commands.base_models import open_base_model
 from library.commands.command import check_output, command
 from networks.core.files.adapter_file import AdapterFile
 from tools import merge_lora
-from tools.merge_adapters import Arithmetic, Strengths, Weighted, keep_ratios, rename_to_kohya, square_strengths
-from tools.merge_lora import merge_into_checkpoint
+from tools.merge_adapters import Arithmetic, Weighted, rename_to_kohya
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +46,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def open_parts(args: argparse.Namespace) -> list[tuple[BaseModel, Path]]:
     """Return each checkpoint with the file to write. Raises UserError if one of the two is missing."""
-    parts = [] if args.sd_model is None else [("--flux_model", args.sd_model, args.save_to, open_base_model)]
+    parts = [] if args.sd_model is None else [(open_base_model("--flux_model", args.sd_model), args.save_to)]
     inputs = [*args.models, args.sd_model, args.clip_l, args.t5xxl]
     for flag, path, save_to, opener in (
         ("--clip_l", args.clip_l, args.clip_l_save_to, open_clip_l),
@@ -60,21 +58,15 @@ def open_parts(args: argparse.Namespace) -> list[tuple[BaseModel, Path]]:
             )
         if path is not None:
             check_output(f"{flag}_save_to", save_to, merge_lora.WRITER, inputs)
-            parts.append((flag, path, save_to, opener))
-    return [(opener(flag, path), save_to) for flag, path, save_to, opener in parts]
+            parts.append((opener(flag, path), save_to))
+    return parts
 
 
-def list_modules(parts: Sequence[BaseModel]) -> set[str]:
-    """Return the names of all modules of these checkpoints, in kohya's naming."""
-    return {module for base in parts for file in base.files for module in file.modules}
-
-
-def check_modules(file: AdapterFile, parts: Sequence[BaseModel]) -> None:
-    """Warn about text encoder modules of an adapter that no checkpoint has.
+def check_modules(file: AdapterFile, known: Collection[str]) -> None:
+    """Warn about text encoder modules of an adapter that no checkpoint has; `known` are the modules of all.
 
     Raises UserError if other modules are missing too, or none is left: the adapter was made for another base model.
     """
-    known = list_modules(parts)
     missing = [name for name in file.modules if name not in known]
     others = [name for name in missing if not name.startswith(TEXT_ENCODERS)]
     if others or len(missing) == len(file.modules):
@@ -83,17 +75,14 @@ def check_modules(file: AdapterFile, parts: Sequence[BaseModel]) -> None:
             f"the first is {(others or missing)[0]}; was it made for another base model?"
         )
     if missing:
-        logger.warning(
-            "omitting %d text encoder layers of %s: set their files with --clip_l and --t5xxl",
-            len(missing),
-            file.origin,
-        )
+        text = "omitting %d text encoder layers of %s: set their files with --clip_l and --t5xxl"
+        logger.warning(text, len(missing), file.origin)
 
 
-def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
-    """Read, merge and write; `strengths` interprets the ratios if factors are concatenated."""
+def merge(args: argparse.Namespace, squares: bool = False) -> None:
+    """Read, merge and write; `squares` gives the ratios sd-scripts' meaning if factors are concatenated."""
     if args.sd_model is None and args.clip_l is None and args.t5xxl is None:
-        merge_lora.merge(args, strengths)
+        merge_lora.merge(args, squares)
         return
     ratios = merge_lora.check(args)
     if args.lbws:
@@ -103,20 +92,14 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
     read = [read_adapter(path, "--models") for path in args.models]
     others = names_in(read)
     files = [rename_to_kohya(file, others) for file in read]
+    known = {module for base, _ in parts for module in base.modules}
     for file in files:
-        check_modules(file, [base for base, _ in parts])
+        check_modules(file, known)
     for base, save_to in parts:
-        known = list_modules([base])
-        kept = [{name: module for name, module in file.modules.items() if name in known} for file in files]
+        kept = [{name: module for name, module in file.modules.items() if name in base.modules} for file in files]
         adapters = [Weighted(replace(f, modules=m), ratio) for f, m, ratio in zip(files, kept, ratios, strict=True)]
         with_metadata = bool(base.architecture) and not args.no_metadata  # a text encoder alone has no architecture
-        num = merge_into_checkpoint(base, adapters, save_to, arithmetic, with_metadata)
-        print_line(f"{save_to}: {len(adapters)} adapters merged into {num} modules")
-
-
-def merge_as_sd_scripts(args: argparse.Namespace) -> None:
-    """Merge as sd-scripts' command does: with --concat the ratios have its meaning. Raises UserError."""
-    merge(args, square_strengths)
+        merge_lora.merge_into_checkpoint(base, adapters, save_to, arithmetic, with_metadata)
 
 
 main = command(setup_parser, merge)

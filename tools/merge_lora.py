@@ -15,6 +15,7 @@ import logging
 import secrets
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isclose
@@ -35,21 +36,13 @@ from library.checkpoints import model_lookup
 from library.checkpoints.adapter_keys import is_of_text_encoder
 from library.checkpoints.base_model import BaseModel, WeightFile
 from library.checkpoints.folders import atomic_folder
-from library.checkpoints.headers import is_safetensors, read_metadata
+from library.checkpoints.headers import read_metadata
 from library.checkpoints.marks import mark_folder, mark_of
-from library.checkpoints.saving import save_pickle_state_dict, save_safetensors
+from library.checkpoints.saving import save_safetensors, save_weights
 from library.commands import block_weights
+from library.commands import command as tool
 from library.commands.adapter_files import names_in, read_adapter, spec_for_file, write_lora
 from library.commands.base_models import open_base_model, spec_for
-from library.commands.command import (
-    add_options,
-    check_at_least_one,
-    check_output,
-    check_output_folder,
-    command,
-    complete_options,
-    resolve_ratios,
-)
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts
 from networks.core.files.module_weights import ModuleWeights, make_name_error
 from networks.core.files.renaming import rename
@@ -57,15 +50,12 @@ from networks.core.kinds import norm
 from tools.merge_adapters import (
     Arithmetic,
     Joining,
-    Strengths,
     Weighted,
     find_path,
-    keep_ratios,
     largest_ranks,
     make_metadata,
     merge_adapters,
     modelspec,
-    square_strengths,
 )
 
 logger = logging.getLogger(__name__)
@@ -87,8 +77,8 @@ EXAMPLES = """\
 
 def merge_into_checkpoint(
     base: BaseModel, adapters: Sequence[Weighted], save_to: Path, arithmetic: Arithmetic, with_metadata: bool
-) -> int:
-    """Write the checkpoint with the changes added. Return the number of changed modules."""
+) -> None:
+    """Write the checkpoint with the changes added, and print how many modules changed."""
     changes = collect_changes(base, adapters)
     metadata = checkpoint_metadata(base, adapters, save_to) if with_metadata else {}
     with tqdm(total=sum(len(file.weights.shapes) for file in base.files), desc="merging", unit="tensor") as progress:
@@ -96,8 +86,8 @@ def merge_into_checkpoint(
         if base.is_folder:
             write_folder(base, merge, save_to)
         else:
-            write(save_to, merge.merge_tensors(base.files[0]), metadata, mark_of(WRITER, save_to))
-    return len(changes)
+            save_weights(save_to, merge.merge_tensors(base.files[0]), metadata, mark_of(WRITER, save_to))
+    print_line(f"{save_to}: {len(adapters)} adapters merged into {len(changes)} modules")
 
 
 def fit_names(file: AdapterFile, base: BaseModel) -> AdapterFile:
@@ -115,30 +105,24 @@ def collect_changes(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str, 
 
     Raises UserError for modules that the checkpoint lacks, because nothing is omitted silently.
     """
-    base_modules = {module for file in base.files for module in file.modules}
+    base_modules = base.modules
     changes: dict[str, list[tuple[ModuleWeights, float]]] = {}
     for adapter in adapters:
         require_layouts(adapter.file, COMPUTED, "merged")
-        names = {name: base.names.find(name) for name in adapter.file.modules}
-        missing = [
-            name
-            for name, module_names in names.items()
-            if module_names is None or module_names.kohya not in base_modules
-        ]
+        modules, origin = adapter.file.modules, adapter.file.origin
+        found = {name: names.kohya for name in modules if (names := base.names.find(name)) is not None}
+        missing = [name for name in modules if found.get(name) not in base_modules]
         if missing:
             raise UserError(
-                f"{adapter.file.origin}: {len(missing)} of its {len(names)} modules are not in --sd_model {base.path}; "
-                f"the first is {missing[0]}; {suggest_fix(base, missing, len(names))}"
+                f"{origin}: {len(missing)} of its {len(modules)} modules are not in --sd_model {base.path}; "
+                f"the first is {missing[0]}; {suggest_fix(base, missing, len(modules))}"
             )
-        renamed: dict[str, ModuleWeights] = {}
-        for name, module_names in names.items():
-            assert module_names is not None
-            if module_names.kohya in renamed:
-                raise make_name_error(adapter.file.origin, module_names.kohya)
-            renamed[module_names.kohya] = adapter.file.modules[name]
-        for name, module in renamed.items():
-            if not adapter.is_omitted(name):
-                changes.setdefault(name, []).append((module, adapter.ratio_of(name)))
+        for kohya, number in Counter(found.values()).items():
+            if number > 1:
+                raise make_name_error(origin, kohya)
+        for name, kohya in found.items():
+            if not adapter.is_omitted(kohya):
+                changes.setdefault(kohya, []).append((modules[name], adapter.ratio_of(kohya)))
     return changes
 
 
@@ -198,14 +182,6 @@ class CheckpointMerge:
         return new
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], mark: str) -> None:
-    """Write one weight file atomically."""
-    if is_safetensors(path):
-        save_safetensors(path, tensors, metadata, mark)
-    else:
-        save_pickle_state_dict(path, tensors, mark=mark)
-
-
 def write_folder(base: BaseModel, merge: CheckpointMerge, save_to: Path) -> None:
     """Write a copy of the diffusers folder with changed weights, atomically."""
     parts = {file.part: file for file in base.files}
@@ -245,15 +221,14 @@ def setup_parser(new_rank: int | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--base_model", type=Path, help="checkpoint that OFT, BOFT or DoRA of --models was trained on")
     save_to = {"help": "the file or, for a folder, the folder to write"}
     ratios = {"help": "strength of each file; unset: 1 for all"}
-    add_options(parser, "save_to", "models", "ratios", "v2", save_to=save_to, ratios=ratios)
+    tool.add_options(parser, "save_to", "models", "ratios", "v2", save_to=save_to, ratios=ratios)
     parser.add_argument("--lbws", nargs="+", help=block_weights.help_text())
     parser.add_argument("--concat", action="store_true", help="without --sd_model: exact, the ranks add")
     parser.add_argument("--shuffle", action="store_true", help="with --concat: no file can be extracted again")
     rank = {"default": new_rank, "help": "without --sd_model; unset: the largest rank"}
     unset = {"help": "precision of the file; unset: that of each tensor in a checkpoint, --precision in a LoRA"}
     names = ("new_rank", "new_conv_rank", "precision", "save_precision", "device", "no_metadata")
-    add_options(parser, *names, new_rank=rank, save_precision=unset)
-    return parser
+    return tool.add_options(parser, *names, new_rank=rank, save_precision=unset)
 
 
 def resolve_ranks(args: argparse.Namespace, adapters: Sequence[Weighted]) -> tuple[int, int] | None:
@@ -277,49 +252,43 @@ def resolve_ranks(args: argparse.Namespace, adapters: Sequence[Weighted]) -> tup
 
 def check(args: argparse.Namespace) -> list[float]:
     """Return the ratios. Raises UserError for options that exclude each other."""
-    ratios = resolve_ratios(args, 1.0)
+    ratios = tool.resolve_ratios(args, 1.0)
     if args.sd_model is not None and args.concat:
         raise about("--concat", others=["--sd_model"])(
             "makes one LoRA of several and cannot be used with --sd_model", "remove one of them"
         )
-    if args.sd_model is not None and args.base_model is not None:
-        raise about("--base_model", others=["--sd_model"])(
-            "is only for merging into one LoRA and cannot be used with --sd_model", "remove it"
-        )
     if args.shuffle and not args.concat:
         logger.warning("--shuffle has no effect without --concat")
-    check_at_least_one(args, "new_rank", "new_conv_rank")
-    for flag in ("new_rank", "new_conv_rank"):
-        if getattr(args, flag) is None:
-            continue
-        if args.concat:
-            raise about(f"--{flag}", cause="does not fit", others=["--concat"])(
+    tool.check_at_least_one(args, "new_rank", "new_conv_rank")
+    for name in ("base_model", "new_rank", "new_conv_rank"):
+        if getattr(args, name) is not None and args.concat and name != "base_model":
+            raise about(f"--{name}", cause="does not fit", others=["--concat"])(
                 "and --concat exclude each other: with --concat the ranks add up"
             )
-        if args.sd_model is not None:
-            raise about(f"--{flag}", others=["--sd_model"])(
+        if getattr(args, name) is not None and args.sd_model is not None:
+            raise about(f"--{name}", others=["--sd_model"])(
                 "is only for merging into one LoRA and cannot be used with --sd_model", "remove it"
             )
     if args.sd_model is not None and args.sd_model.is_dir():
-        check_output_folder("--save_to", args.save_to, WRITER)
+        tool.check_output_folder("--save_to", args.save_to, WRITER)
     else:
-        check_output("--save_to", args.save_to, WRITER, [*args.models, args.sd_model, args.base_model])
+        tool.check_output("--save_to", args.save_to, WRITER, [*args.models, args.sd_model, args.base_model])
     return ratios
 
 
-def log_strengths(ratios: Sequence[float], strengths: Strengths) -> None:
+def log_strengths(ratios: Sequence[float], squares: bool) -> None:
     """Log the strengths that ratios stand for with --concat, if they differ from the ratios or look unintended.
 
     In sd-scripts the ratios 1.41 and -1.41 give the difference of two files of equal rank.
     """
-    equal_ranks = [1] * len(ratios)
-    if strengths is not keep_ratios:
+    strengths = Joining(squares=True).strengths(ratios, [1] * len(ratios))
+    if squares:
         logger.info(
             "--ratios with --concat act as in sd-scripts: as %s if the ranks are equal; tools/merge_lora.py uses "
             "them unchanged",
-            ", ".join(f"{strength:.2f}" for strength in strengths(ratios, equal_ranks)),
+            ", ".join(f"{strength:.2f}" for strength in strengths),
         )
-    elif len(ratios) > 1 and all(isclose(abs(s), 1, rel_tol=0.02) for s in square_strengths(ratios, equal_ranks)):
+    elif len(ratios) > 1 and all(isclose(abs(strength), 1, rel_tol=0.02) for strength in strengths):
         logger.warning(
             "--ratios: %.2f with --concat is %.2f times the change of a file. In sd-scripts, and in %s, it means the "
             "unscaled change; use 1 for that", abs(ratios[0]), abs(ratios[0]), "networks/merge_lora.py",
@@ -339,12 +308,12 @@ def weigh_files(
     return [replace(adapter, strength_of=strength) for adapter, strength in zip(unweighted, strengths, strict=True)]
 
 
-def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
-    """Read, merge and write; `strengths` interprets the ratios if factors are concatenated.
+def merge(args: argparse.Namespace, squares: bool = False) -> None:
+    """Read, merge and write; `squares` gives the ratios sd-scripts' meaning if factors are concatenated.
 
     Programs that call this may leave out options. Raises UserError.
     """
-    args = complete_options(setup_parser(), args)
+    args = tool.complete_options(setup_parser(), args)
     ratios = check(args)
     arithmetic = Arithmetic.from_args(args)
     files = [read_adapter(path, "--models") for path in args.models]
@@ -352,28 +321,21 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
     adapters = weigh_files(files, ratios, args.lbws, base)
     if base is not None:
         adapters = [replace(adapter, file=fit_names(adapter.file, base)) for adapter in adapters]
-        num = merge_into_checkpoint(base, adapters, args.save_to, arithmetic, not args.no_metadata)
-        print_line(f"{args.save_to}: {len(adapters)} adapters merged into {num} modules")
+        merge_into_checkpoint(base, adapters, args.save_to, arithmetic, not args.no_metadata)
         return
     trained_on = None if args.base_model is None else open_base_model("--base_model", args.base_model)
-    joining = Joining()
     if args.concat:
-        log_strengths(ratios, strengths)
-        # A fixed seed would allow anyone to undo the shuffling.
-        shuffling = generator_for(secrets.randbits(62), "--shuffle") if args.shuffle else None
-        joining = Joining(strengths, shuffling)
+        log_strengths(ratios, squares)
+    # A fixed seed would allow anyone to undo the shuffling.
+    shuffling = generator_for(secrets.randbits(62), "--shuffle") if args.shuffle else None
+    joining = Joining(squares and args.concat, shuffling)
     modules = merge_adapters(adapters, resolve_ranks(args, adapters), arithmetic, trained_on, joining)
     metadata = make_metadata(adapters, modules, args.save_to, not args.no_metadata)
     dtype = arithmetic.save_dtype or arithmetic.dtype
     write_lora(args.save_to, modules, metadata, WRITER, dtype, names_in(files))
 
 
-def merge_as_sd_scripts(args: argparse.Namespace) -> None:
-    """Merge as sd-scripts' command does: with --concat the ratios have its meaning. Raises UserError."""
-    merge(args, square_strengths)
-
-
-main = command(setup_parser, merge)
+main = tool.command(setup_parser, merge)
 
 if __name__ == "__main__":
     sys.exit(main())

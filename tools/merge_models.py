@@ -24,15 +24,16 @@ from library.base.terminal import print_line
 from library.checkpoints import model_lookup
 from library.checkpoints.headers import read_metadata
 from library.checkpoints.marks import mark_of
+from library.checkpoints.saving import save_weights
 from library.checkpoints.weights import Weights
 from library.commands.command import add_options, check_output, command, resolve_device, resolve_ratios
 from library.memory.devices import SAVE_DTYPES
 from tools.merge_adapters import modelspec
-from tools.merge_lora import write
 
 logger = logging.getLogger(__name__)
 
 UNET = "model.diffusion_model."
+KEPT = ("modelspec.sai_model_spec", "modelspec.architecture")  # metadata of the first file
 WRITER = "tools/merge_models.py"
 EXAMPLES = """\
   python3 tools/merge_models.py --models first.safetensors second.safetensors --ratios 0.7 0.3 \\
@@ -123,11 +124,8 @@ def merge(args: argparse.Namespace) -> None:
     dtype = SAVE_DTYPES[args.saving_precision]
     saved = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
     warn_of_nonfinite(args.output, saved)
-    metadata = read_metadata(args.models[0])
-    kept: dict[str, str] = {
-        key: metadata[key] for key in ("modelspec.sai_model_spec", "modelspec.architecture") if key in metadata
-    }
-    write(args.output, saved, {**kept, **modelspec(args.output, args.models)}, mark_of(WRITER, args.output))
+    kept = {name: value for name, value in read_metadata(args.models[0]).items() if name in KEPT}
+    save_weights(args.output, saved, {**kept, **modelspec(args.output, args.models)}, mark_of(WRITER, args.output))
     print_line(f"{args.output}: {len(tensors)} weights of {len(models)} files")
 
 

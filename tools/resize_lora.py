@@ -9,9 +9,10 @@ import argparse
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,26 +26,9 @@ from library.base.command_parser import make_parser
 from library.base.errors import UserError, about
 from library.base.randomness import generator_for
 from library.base.terminal import print_line
+from library.commands import command as tool
 from library.commands.adapter_files import write_adapter
-from library.commands.command import (
-    add_options,
-    check_at_least_one,
-    check_output,
-    command,
-    complete_options,
-    parse_dtype,
-    resolve_device,
-    with_comment,
-)
-from networks.core.changes.svd import (
-    MIN_SINGULAR_VALUE,
-    balance,
-    largest_of_product,
-    rank_by_norm,
-    rank_by_ratio,
-    rank_by_sum,
-    svd_of_product,
-)
+from networks.core.changes import svd
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, read_adapter_file, require_layouts
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora, norm
@@ -61,11 +45,7 @@ EXAMPLES = """\
 # power iterations. On random factors these miss 1.003 times as much as the best approximation.
 MANY_SINGULAR_VALUES = 2048  # up to here the exact decomposition takes seconds
 
-METHODS: Mapping[str, Callable[[Tensor, float], int]] = {
-    "sv_ratio": rank_by_ratio,
-    "sv_fro": rank_by_norm,
-    "sv_cumulative": rank_by_sum,
-}
+METHODS = {"sv_ratio": svd.rank_by_ratio, "sv_fro": svd.rank_by_norm, "sv_cumulative": svd.rank_by_sum}
 
 
 @dataclass(frozen=True)
@@ -82,23 +62,19 @@ class Measure:
         return self.new_conv_rank if module.is_larger_kernel else self.new_rank
 
     def rank_of(self, module: ModuleWeights, s_K: Tensor) -> int:
-        max_rank = self.most_of(module)
         if self.method is None:
-            return min(max_rank, len(s_K))
-        if float(s_K[0]) <= MIN_SINGULAR_VALUE:
+            return min(self.most_of(module), len(s_K))
+        if float(s_K[0]) <= svd.MIN_SINGULAR_VALUE:
             return 1
-        return min(METHODS[self.method](s_K, self.param), max_rank)
+        return min(METHODS[self.method](s_K, self.param), self.most_of(module))
 
 
-@dataclass(frozen=True)
-class Resized:
-    """One resized module, with the shares that its new rank keeps."""
+class Resized(NamedTuple):
+    """One resized module, with what its new rank keeps."""
 
     module: ModuleWeights
-    old_rank: int
-    kept_sum: float | None  # share of the sum of singular values; None if not all were computed
     kept_norm: float  # share of the Frobenius norm
-    ratio: float  # of the largest singular value to the smallest kept one
+    line: str  # for --verbose
 
 
 def resize_module(module: ModuleWeights, measure: Measure, device: torch.device) -> Resized:
@@ -109,21 +85,20 @@ def resize_module(module: ModuleWeights, measure: Measure, device: torch.device)
         rank, total = measure.most_of(module), None
         # A generator per module, so that equal files give equal results.
         generator = generator_for(0, "resize_lora", module.name)
-        u, s_K, v, norm = largest_of_product(up_OR, down_RN, rank, measure.lowrank_niter, generator)
+        u, s_K, v, norm = svd.largest_of_product(up_OR, down_RN, rank, measure.lowrank_niter, generator)
     else:
-        u, s_K, v = svd_of_product(up_OR, down_RN)
+        u, s_K, v = svd.svd_of_product(up_OR, down_RN)
         rank = measure.rank_of(module, s_K)
         exact_K = s_K.cpu().double()  # not every device has float64
         total, norm = float(exact_K.sum()), float(exact_K.norm())
-    up, down = balance(u, s_K, v, rank)
+    up, down = svd.balance(u, s_K, v, rank)
+    resized = module.with_factors(up.cpu(), down.cpu(), module.scale)
     kept_K = s_K[:rank].cpu().double()
-    return Resized(
-        module=module.with_factors(up.cpu(), down.cpu(), module.scale),
-        old_rank=module.rank,
-        kept_sum=None if total is None else float(kept_K.sum()) / total if total > 0 else 1.0,
-        kept_norm=float(kept_K.norm()) / norm if norm > 0 else 1.0,
-        ratio=float(kept_K[0] / kept_K[-1].clamp(min=1e-30)),
-    )
+    kept_norm = float(kept_K.norm()) / norm if norm > 0 else 1.0
+    kept = f"{kept_norm:.1%} of the norm, largest / smallest {float(kept_K[0] / kept_K[-1].clamp(min=1e-30)):.1f}"
+    if total is not None:  # all singular values were computed
+        kept = f"{float(kept_K.sum()) / total if total > 0 else 1.0:.1%} of the sum of singular values, {kept}"
+    return Resized(resized, kept_norm, f"{module.name}: rank {module.rank} to {resized.rank}, keeps {kept}")
 
 
 def resize_file(file: AdapterFile, measure: Measure, device: torch.device, verbose: bool = False) -> AdapterFile:
@@ -136,22 +111,15 @@ def resize_file(file: AdapterFile, measure: Measure, device: torch.device, verbo
             "convert it to a LoRA with tools/merge_lora.py --base_model (the checkpoint that it was trained on) "
             "--new_rank",
         )
-    modules = []
-    kept_norms = []
+    modules, kept_norms = [], []
     for module in tqdm(file.modules.values(), desc="resizing", unit="module"):
-        if not module.is_low_rank:
-            modules.append(module)
-            continue
-        resized = resize_module(module, measure, device)
-        modules.append(resized.module)
-        kept_norms.append(resized.kept_norm)
-        if verbose:
-            sum_text = "" if resized.kept_sum is None else f"{resized.kept_sum:.1%} of the sum of singular values, "
-            with tqdm.external_write_mode():
-                print_line(
-                    f"{module.name}: rank {resized.old_rank} to {resized.module.rank}, keeps {sum_text}"
-                    f"{resized.kept_norm:.1%} of the norm, largest / smallest {resized.ratio:.1f}"
-                )
+        if module.is_low_rank:
+            module, kept_norm, line = resize_module(module, measure, device)
+            kept_norms.append(kept_norm)
+            if verbose:
+                with tqdm.external_write_mode():
+                    print_line(line)
+        modules.append(module)
     if not kept_norms:
         raise UserError(f"{file.origin} contains only norm weights, which have no rank")
     mean = sum(kept_norms) / len(kept_norms)
@@ -173,37 +141,32 @@ def make_metadata(file: AdapterFile, modules: Sequence[ModuleWeights], measure: 
     metadata["ss_network_alpha"] = "Dynamic" if is_dynamic or len(alphas) > 1 else str(alphas.pop())
     method_text = f"by {measure.method} {measure.param:g} " if is_dynamic else ""
     comment = f"resized {method_text}from rank {old_rank} to {'at most ' if is_dynamic else ''}{measure.new_rank}"
-    metadata["ss_training_comment"] = with_comment(metadata.get("ss_training_comment"), comment)
-    return metadata
+    return tool.with_comment(metadata, comment)
 
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
     rank = {"default": 4, "help": "rank; with a method, the largest (default: 4)"}
-    add_options(parser, "model", "save_to", "new_rank", "new_conv_rank", new_rank=rank)
-    parser.add_argument(
-        "--dynamic_method",
-        choices=tuple(METHODS),
-        help="choose each module's rank by its singular values: sv_ratio keeps those above the largest / PARAM, sv_fro "
-        "keeps the share PARAM of the Frobenius norm, sv_cumulative the share PARAM of their sum",
+    tool.add_options(parser, "model", "save_to", "new_rank", "new_conv_rank", new_rank=rank)
+    method = (
+        "choose each module's rank by its singular values: sv_ratio keeps those above the largest / PARAM, sv_fro "
+        "keeps the share PARAM of the Frobenius norm, sv_cumulative the share PARAM of their sum"
     )
+    parser.add_argument("--dynamic_method", choices=tuple(METHODS), help=method)
     parser.add_argument("--dynamic_param", type=float, help="PARAM of the method: 1 or more for sv_ratio, else 0 to 1")
-    parser.add_argument(
-        "--svd_lowrank_niter",
-        type=int,
-        default=0,
-        help=f"compute only the singular values that a fixed rank keeps, with so many power iterations, for modules "
+    iterations = (
+        f"compute only the singular values that a fixed rank keeps, with so many power iterations, for modules "
         f"with more than {MANY_SINGULAR_VALUES} of them, such as a LoHa of rank 46; fast and nearly the best "
-        "(default: 0, exact)",
+        "(default: 0, exact)"
     )
+    parser.add_argument("--svd_lowrank_niter", type=int, default=0, help=iterations)
     parser.add_argument("--verbose", action="store_true", help="show for each module what its new rank keeps")
-    add_options(parser, "save_precision", "device")
-    return parser
+    return tool.add_options(parser, "save_precision", "device")
 
 
 def resolve_measure(args: argparse.Namespace) -> Measure:
     """Return the requested measure. Raises UserError for invalid option values."""
-    check_at_least_one(args, "new_rank", "new_conv_rank")
+    tool.check_at_least_one(args, "new_rank", "new_conv_rank")
     conv = args.new_rank if args.new_conv_rank is None else args.new_conv_rank
     method, param = args.dynamic_method, args.dynamic_param
     if (method is None) != (param is None):
@@ -225,15 +188,15 @@ def resolve_measure(args: argparse.Namespace) -> Measure:
 
 def resize(args: argparse.Namespace) -> None:
     """Read, resize and write the file. Programs that call this may leave out options. Raises UserError."""
-    args = complete_options(setup_parser(), args)
+    args = tool.complete_options(setup_parser(), args)
     measure = resolve_measure(args)
-    check_output("--save_to", args.save_to, WRITER, [args.model])
+    tool.check_output("--save_to", args.save_to, WRITER, [args.model])
     file = read_adapter_file(args.model, "--model")
-    resized = resize_file(file, measure, resolve_device(args.device), args.verbose)
-    write_adapter(args.save_to, resized, WRITER, parse_dtype(args.save_precision))
+    resized = resize_file(file, measure, tool.resolve_device(args.device), args.verbose)
+    write_adapter(args.save_to, resized, WRITER, tool.parse_dtype(args.save_precision))
 
 
-main = command(setup_parser, resize)
+main = tool.command(setup_parser, resize)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -61,6 +61,11 @@ class BaseModel:
     architecture: str  # modelspec.architecture of a merged file
 
     @property
+    def modules(self) -> frozenset[str]:
+        """kohya's names of all modules."""
+        return frozenset[str]().union(*(file.modules for file in self.files))
+
+    @property
     def is_folder(self) -> bool:
         return not (len(self.files) == 1 and self.files[0].part == "")
 

@@ -9,7 +9,18 @@ from torch import Tensor
 
 from library.base.atomic_files import atomic_path
 from library.checkpoints.files import load_state_dict
+from library.checkpoints.headers import is_safetensors
 from library.checkpoints.marks import MARK_FIELD, add_digest, digest_tensors
+
+
+def save_weights(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, mark: str | None = None
+) -> None:
+    """Write a weight file, atomically; its extension chooses the format, of which only safetensors has metadata."""
+    if is_safetensors(path):
+        save_safetensors(path, tensors, metadata, mark)
+    else:
+        save_pickle_state_dict(path, tensors, mark=mark)
 
 
 def save_safetensors(

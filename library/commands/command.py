@@ -100,10 +100,11 @@ def make_training_parser(
     return parser
 
 
-def add_options(parser: argparse.ArgumentParser, *names: str, **changes: Mapping[str, Any]) -> None:
+def add_options(parser: argparse.ArgumentParser, *names: str, **changes: Mapping[str, Any]) -> argparse.ArgumentParser:
     """Add options of `OPTIONS`, in this order; `changes` has what a tool says differently, by name."""
     for name in names:
         parser.add_argument(f"--{name}", **{**OPTIONS[name], **changes.get(name, {})})
+    return parser
 
 
 def add_file(parser: argparse.ArgumentParser, title: str) -> None:
@@ -217,6 +218,7 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def with_comment(old: str | None, comment: str) -> str:
-    """Return `ss_training_comment` with a tool's remark in front."""
-    return f"{comment}; {old}" if old and old != "None" else comment
+def with_comment(metadata: Mapping[str, str], comment: str) -> dict[str, str]:
+    """Return an adapter's metadata with a tool's remark in front of its `ss_training_comment`."""
+    old = metadata.get("ss_training_comment", "None")
+    return {**metadata, "ss_training_comment": comment if old in ("", "None") else f"{comment}; {old}"}

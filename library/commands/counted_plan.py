@@ -19,9 +19,10 @@ from library.options.dataset import DatasetOptions
 from library.options.requirements import check_requirements
 from library.training.command_line.checks import check_precision
 from library.training.command_line.cli import parse
-from library.training.command_line.option_checks import check_multipliers, check_paths
+from library.training.command_line.option_checks import check_multipliers, check_paths, check_values
 from library.training.models.preflight import mute_logging
 from library.training.models.requests import RequestedRun
+from library.training.models.weight_formats import check_format
 from library.training.planning.counting import CountedRun, count_run
 from library.training.planning.fit import fit_to
 from library.training.planning.meta_run import BatchShape
@@ -46,6 +47,15 @@ def read_training_options(script: str, arguments: Sequence[str]) -> tuple[BaseMo
     spec = spec_of_script(script)
     parser = importlib.import_module(spec.script.removesuffix(".py")).setup_parser()
     return spec, spec.options.from_args(parse(parser, arguments))
+
+
+def read_checked_options(script: str, arguments: Sequence[str]) -> tuple[BaseModelSpec, Any]:
+    """Return a script's base model and its training options, checked as far as drawing and measuring need them."""
+    spec, options = read_training_options(script, arguments)
+    check_values(options)
+    check_precision(options.precision, options.network)
+    check_format(options.precision.denoiser_format)
+    return spec, options
 
 
 def count(name: str, arguments: Sequence[str], is_fused: bool | None = None) -> tuple[RequestedRun, CountedRun]:

@@ -1,7 +1,7 @@
 """The training data of a run: described images, a user's dataset class, or prompts alone."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from library.data.batches.planned import PlannedBatches
@@ -10,7 +10,7 @@ from library.data.caching.stores import NO_LATENTS, NO_TEXTS, LatentStore, TextS
 from library.data.description.schema import RunDataConfig
 from library.data.plan.data_plan import DataPlan
 from library.options.dataset import DatasetOptions
-from library.types import Batch
+from library.types import Batch, StepOf
 
 
 class TrainingBatches(Protocol):
@@ -21,12 +21,7 @@ class TrainingBatches(Protocol):
         """The held-out images."""
 
     def iterate_epoch(
-        self,
-        epoch: int,
-        batch_indices: Sequence[int],
-        step_of: Callable[[int], int],
-        num_workers: int,
-        persistent_workers: bool,
+        self, epoch: int, batch_indices: Sequence[int], step_of: StepOf, num_workers: int, persistent_workers: bool
     ) -> Iterator[Batch]:
         """Yield the batches of an epoch (from 1) at `batch_indices` (from 0); `step_of(i)` is the step of batch i."""
 

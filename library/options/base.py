@@ -18,7 +18,7 @@ UNTYPED = Kind("")  # stands for the kind of the field's type
 
 # Options that sd-scripts has keep its defaults, because command lines and configuration files rely on them
 # (tests/contracts/test_flags.py).
-def option(default: Any, help: str, *, kind: Kind = UNTYPED, **facts: Any) -> Any:
+def option(default: Any, help: str = "", *, kind: Kind = UNTYPED, **facts: Any) -> Any:
     """Declare a field of an Options class. The flag is the name of the field: `max_grad_norm` is --max_grad_norm.
 
     `kind` is that of the field's type unless it is given; `facts` are fields of `Declared`.
@@ -80,7 +80,7 @@ class Options:
             else:
                 given: Kind = f.metadata[METADATA].kind
                 kind = kind_of(hint) if given is UNTYPED else given
-                by_name[f.name] = declared_of(f, kind=kind, **cls._declared)
+                by_name[f.name] = declared_of(f, cls, kind=kind, **cls._declared)
         return by_name
 
     @classmethod

@@ -15,29 +15,17 @@ from library.options.encodings import decode_utf8
 class ConfigFileOptions(Options, affects_training=False):
     """Options kept in a TOML file."""
 
-    config_file: str | None = option(
-        None,
-        path="file",
-        usual=True,
-        help='TOML file with options, one "name = value" a line; .toml may be left out. Sections only group lines, and'
-        " the command line overrides the file. A file of another trainer is translated (docs: come_over).",
-    )
-    recipe: str | None = option(
-        None,
-        usual=True,
-        help="Name of a recipe, which holds the options of a usual training; --config_file and the command line win. "
-        "recipes.py among the tools lists the names.",
-    )
-    yes: bool = option(
-        False,
-        help="Train with what --config_file of another trainer becomes here. Without it the options are only shown.",
-    )
-    output_config: bool = option(
-        False,
-        usual=True,
-        help="Write the options of this command line that differ from their defaults into the file named by "
-        "--config_file, and end. An existing file is not overwritten.",
-    )
+    config_file: str | None = option(None, path="file", usual=True)
+    """TOML file with options, one "name = value" a line; .toml may be left out. Sections only group lines, and the
+    command line overrides the file. A file of another trainer is translated (docs: come_over)."""
+    recipe: str | None = option(None, usual=True)
+    """Name of a recipe, which holds the options of a usual training; --config_file and the command line win. recipes.py
+    among the tools lists the names."""
+    yes: bool = option(False)
+    """Train with what --config_file of another trainer becomes here. Without it the options are only shown."""
+    output_config: bool = option(False, usual=True)
+    """Write the options of this command line that differ from their defaults into the file named by --config_file, and
+    end. An existing file is not overwritten."""
 
 
 # The standard library has tomllib since Python 3.11.

@@ -1,12 +1,20 @@
-"""The declaration of a setting that a user can write, as a field of a frozen dataclass."""
+"""The declaration of a setting that a user can write, as a field of a frozen dataclass.
 
+Its help is the docstring below the field, or an argument where it is composed of other texts.
+"""
+
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 from library.options.kinds import Kind, Range
 
 METADATA = "declared"  # metadata key of a field
+LINES = re.compile(r'^(?:class (\w+)|def )|^    (\w+): |^    """(.*?)"""$', re.MULTILINE | re.DOTALL)
 
 PathKind = Literal["file", "folder", "file or folder", "part", "model", "new file", "new folder"]
 """A path of an option: a part of the base model is a file or a folder, a model may also be a name on the hub; a new
@@ -125,7 +133,7 @@ class Declared:
 NAMES = {"needs", "requires"}
 
 
-def declare(kind: Kind, default: Any, help: str, **facts: Any) -> Any:
+def declare(kind: Kind, default: Any, help: str = "", **facts: Any) -> Any:
     """Declare a field that is a setting of its name; `facts` are fields of `Declared`. `needs` may be one name, or
     several of which one suffices; so may `requires`."""
     names = {key: (facts[key],) if isinstance(facts[key], str) else facts[key] for key in facts.keys() & NAMES}
@@ -145,13 +153,35 @@ def _returning(value: Any) -> Callable[[], Any]:
 
 def list_declared(group: type[Any]) -> dict[str, Declared]:
     """Return the settings that a dataclass declares, by name, in order of declaration."""
-    return {f.name: declared_of(f) for f in fields(group) if METADATA in f.metadata}
+    return {f.name: declared_of(f, group) for f in fields(group) if METADATA in f.metadata}
 
 
-def declared_of(declaring: Field[Any], **facts: Any) -> Declared:
-    """Return the setting that a field declares, with its name and with other facts."""
+def declared_of(declaring: Field[Any], group: type, **facts: Any) -> Declared:
+    """Return the setting that a field of a dataclass declares, with its name, its help and other facts."""
     declared: Declared = declaring.metadata[METADATA]
-    return replace(declared, name=declaring.name, **facts)
+    help = declared.help or read_docs(group).get(declaring.name, "")
+    return replace(declared, name=declaring.name, help=help, **facts)
+
+
+@cache
+def read_docs(group: type) -> Mapping[str, str]:
+    """Return the docstrings below the fields of a class and of its bases, by field; Python itself keeps none."""
+    docs: dict[str, str] = {}
+    for kind in reversed(group.__mro__):
+        docs |= read_docs_of_file(getattr(sys.modules.get(kind.__module__), "__file__", None)).get(kind.__name__, {})
+    return docs
+
+
+@cache
+def read_docs_of_file(path: str | None) -> Mapping[str, Mapping[str, str]]:
+    """Return the docstrings below fields in a Python file, by class and field; none for a module without a file."""
+    docs, kind, name = dict[str, dict[str, str]](), "", ""
+    for line in LINES.finditer("" if path is None else Path(path).read_text(encoding="utf-8")):
+        kind = kind if line[2] or line[3] else line[1] or ""  # "" in a function
+        if line[3] and name:
+            docs.setdefault(kind, {})[name] = " ".join(line[3].split())
+        name = line[2] or ""
+    return docs
 
 
 def list_aliases(declared: Mapping[str, Declared]) -> dict[str, str]:

@@ -38,66 +38,32 @@ def part(what: str, base: str = "the base") -> Any:
 class ModelOptions(Options):
     """The base model and how its text is read."""
 
-    pretrained_model_name_or_path: str | None = option(
-        None,
-        path="model",
-        usual=True,
-        logged=False,
-        help="Base model that the adapter is trained on: a checkpoint file, a folder in diffusers layout, or a Hugging"
-        " Face name, which may end in @ and a branch, tag or commit.",
-    )
-    v2: bool = option(False, usual=True, help="The base model is Stable Diffusion 2.x.")
-    v_parameterization: bool = option(
-        False,
-        usual=True,
-        help="The base model predicts velocity instead of noise, as Stable Diffusion 2.x at 768 pixels does.",
-    )
-    vae: str | None = option(
-        None,
-        path="model",
-        usual=True,
-        logged=False,
-        help="VAE used instead of the base model's own: a file, a folder or a Hugging Face name.",
-    )
-    no_half_vae: bool = option(
-        False,
-        usual=True,
-        help="Run the VAE in 32 bits even with --mixed_precision. Cures black images and NaN latents.",
-    )
-    tokenizer_cache_dir: str | None = option(
-        None,
-        path="new folder",
-        affects_training=False,
-        logged=False,
-        help="Folder that keeps tokenizers, for machines without internet. Unset uses those of the model or of Hugging"
-        " Face.",
-    )
-    max_token_length: int | None = option(
-        None,
-        usual=True,
-        takes_other_values=True,
-        help="Maximum length of captions in tokens, read in chunks of 75; longer ones are truncated. Unset is 75.",
-        choices=(None, 150, 225),
-    )
-    clip_skip: int | None = option(
-        None,
-        usual=True,
-        kind=whole(1),
-        zero_is_unset=True,
-        help="Take the text features from the N-th last layer of the text encoder. Unset or 1 is the last layer; many "
-        "anime models need 2.",
-    )
-    weighted_captions: bool = option(
-        False, help="Let captions emphasize words, as in (word:1.3), or weaken them, as in [word]."
-    )
+    pretrained_model_name_or_path: str | None = option(None, path="model", usual=True, logged=False)
+    """Base model that the adapter is trained on: a checkpoint file, a folder in diffusers layout, or a Hugging Face
+    name, which may end in @ and a branch, tag or commit."""
+    v2: bool = option(False, usual=True)
+    """The base model is Stable Diffusion 2.x."""
+    v_parameterization: bool = option(False, usual=True)
+    """The base model predicts velocity instead of noise, as Stable Diffusion 2.x at 768 pixels does."""
+    vae: str | None = option(None, path="model", usual=True, logged=False)
+    """VAE used instead of the base model's own: a file, a folder or a Hugging Face name."""
+    no_half_vae: bool = option(False, usual=True)
+    """Run the VAE in 32 bits even with --mixed_precision. Cures black images and NaN latents."""
+    tokenizer_cache_dir: str | None = option(None, path="new folder", affects_training=False, logged=False)
+    """Folder that keeps tokenizers, for machines without internet. Unset uses those of the model or of Hugging Face."""
+    max_token_length: int | None = option(None, usual=True, takes_other_values=True, choices=(None, 150, 225))
+    """Maximum length of captions in tokens, read in chunks of 75; longer ones are truncated. Unset is 75."""
+    clip_skip: int | None = option(None, usual=True, kind=whole(1), zero_is_unset=True)
+    """Take the text features from the N-th last layer of the text encoder. Unset or 1 is the last layer; many anime
+    models need 2."""
+    weighted_captions: bool = option(False)
+    """Let captions emphasize words, as in (word:1.3), or weaken them, as in [word]."""
 
 
 @dataclass(frozen=True)
 class ReadingOptions(Options, affects_training=False):
     """How model files are read."""
 
-    disable_mmap_load_safetensors: bool = option(
-        False,
-        help="Read model files without mapping them into memory. Files are always read this way, tensor by tensor, "
-        "so this option changes nothing.",
-    )
+    disable_mmap_load_safetensors: bool = option(False)
+    """Read model files without mapping them into memory. Files are always read this way, tensor by tensor, so this
+    option changes nothing."""

@@ -40,6 +40,8 @@ from library.training.models.requests import RequestedRun
 from library.training.planning.fit import Fit, fit_to
 from library.training.planning.fit_run import count_adapter_run, fit_run, largest_batch
 from library.training.planning.run_duration import RunDuration, predict_duration
+from library.training.saving.names import Names
+from library.training.saving.state import StateManifest, newest_state
 from tools.contact_sheet import find_device
 from tools.recipes import interpolate_steps
 
@@ -99,8 +101,17 @@ class Files:
         return self.config, self.dataset, self.prompts
 
     @property
+    def names(self) -> Names:
+        """The names of the files that training saves."""
+        return Names(self.folder, self.name, "safetensors")
+
+    @property
     def adapter(self) -> Path:
-        return self.folder / f"{self.name}.safetensors"
+        return self.names.of_end()
+
+    def find_state(self) -> StateManifest | None:
+        """Return the newest undamaged state; the log names damaged ones."""
+        return newest_state(self.folder, (self.name,))
 
 
 @dataclass(frozen=True)
@@ -167,11 +178,6 @@ class Plan:
         subsets = [f.describe(self.trigger, self.num_repeats) for f in self.folders if f.photos]
         return RunTexts(self.base.spec.script, self.values, {"datasets": [{"subsets": subsets}]}, self.prompts)
 
-    def read(self, files: Files) -> TrainOptions:
-        """Write the files, and return the options as the base model's script reads them."""
-        self.texts.write(files)
-        return read_options(self.base, files)
-
 
 def read_options(base: Base, files: Files) -> TrainOptions:
     """Return the options of NAME.toml as the base model's script reads them."""
@@ -192,18 +198,23 @@ def make_plan(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder], wishes
     plan = replace(plan, findings=findings, missing=None if adapter else missing)
     plan = plan.with_options({**choose_values(recipe, side, num_photos, steps), **base.values, **beside})
     with mute_logging():  # the run itself logs the same
-        options = plan.read(scratch)
-        plan = plan.with_options(find_parts(base, options, wishes.models))
-        options = plan.read(scratch)
+        plan.texts.write(scratch)
+        options = read_options(base, scratch)
+        plan, options = add_values(plan, options, find_parts(base, options, wishes.models))
         check(options)
         arch = base.spec.build(options)
         predicted = find_prediction(base, arch, wishes.prediction, partial(measure_losses, base, options))
         if predicted is not None:
-            plan = replace(plan, predicted=predicted).with_options(predicted.values)
-            options = plan.read(scratch)
+            plan, options = add_values(replace(plan, predicted=predicted), options, predicted.values)
             arch = base.spec.build(options)
         plan = with_fit(plan, options, arch, {**recipe.values, **given}.get("fit_formats"))
     return plan if wishes.minutes is None else limit_time(plan, wishes.minutes)
+
+
+def add_values(plan: Plan, options: TrainOptions, values: Mapping[str, Any]) -> tuple[Plan, TrainOptions]:
+    """Return the plan and its options with more values; those that the user gave win."""
+    plan = plan.with_options(values)
+    return plan, options.with_values({name: plan.values[name] for name in values})
 
 
 def choose_repeats(batch_size: int, num_photos: int) -> int:

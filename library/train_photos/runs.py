@@ -16,9 +16,8 @@ from library.train_photos.photos import PhotoFolder, Trigger, digest_texts
 from library.train_photos.plan import OUTPUT, TEXT_KIND, Files
 from library.train_photos.record import Record
 from library.training.config_file import CONFIG_FLAG, flatten
-from library.training.saving.names import Names
 from library.training.saving.run_lock import run_lock
-from library.training.saving.state import StateManifest, is_state_name, newest_state
+from library.training.saving.state import StateManifest, is_state_name
 from tools.draw import SHEET
 
 
@@ -48,21 +47,11 @@ class EarlierRun:
 
     @cached_property
     def state(self) -> StateManifest | None:
-        """The newest undamaged state; the log names damaged ones."""
-        return newest_state(self.files.folder, (self.files.name,))
-
-    @cached_property
-    def values(self) -> dict[str, Any]:
-        """The options in its NAME.toml. Raises UserError if that cannot be read."""
-        return flatten(read_toml(self.files.config, CONFIG_FLAG), self.files.config, [])
+        return self.files.find_state()
 
     @property
     def step(self) -> int:
         return 0 if self.state is None else self.state.step
-
-    @property
-    def num_steps(self) -> int:
-        return max(int(self.values["max_train_steps"]), self.step)
 
     @property
     def is_finished(self) -> bool:
@@ -73,12 +62,9 @@ class EarlierRun:
 
     @property
     def title(self) -> str:
-        return f"{self.files.name}, {self.step:,} of {self.num_steps:,} steps"
-
-    def check_not_running(self) -> None:
-        """Raise UserError if a process is training it."""
-        with holding(self.files):
-            pass
+        """Its name and how far it is. Raises UserError if its NAME.toml cannot be read."""
+        values = flatten(read_toml(self.files.config, CONFIG_FLAG), self.files.config, [])
+        return f"{self.files.name}, {self.step:,} of {max(int(values['max_train_steps']), self.step):,} steps"
 
 
 def holding(files: Files) -> Any:
@@ -111,7 +97,7 @@ def is_free(files: Files) -> bool:
     """Return True if nothing has this name but what a start that was cut off has left."""
     if files.config.exists() or any(judge(path, TEXT_KIND) == "foreign" for path in files.texts):
         return False
-    names = Names(files.folder, files.name, "safetensors")
+    names = files.names
     return not any(
         is_state_name(path.name, names.starts) or (path.suffix == files.adapter.suffix and names.has_stem(path.stem))
         for path in (files.folder.iterdir() if files.folder.is_dir() else ())
@@ -125,7 +111,7 @@ def check_name(files: Files) -> None:
     for path in files.texts:
         check_target("--name", path, TEXT_KIND)
     if not files.config.exists():
-        check_target("--name", files.adapter, Names(files.folder, files.name, "safetensors").adapter_kind)
+        check_target("--name", files.adapter, files.names.adapter_kind)
 
 
 # --- the choice ---
@@ -141,6 +127,7 @@ class Start:
     files: Files
     earlier: EarlierRun | None = None  # goes on, with the options of its NAME.toml
     origin: str = ""  # the state of another run that a new one begins with
+    steps: int | None = None  # the length of a run that goes on, if it is not that of its NAME.toml
 
 
 def choose_start(
@@ -163,8 +150,8 @@ def choose_start(
 
 def go_on(run: EarlierRun, free: Files, length: int | None, ask: Ask) -> Start:
     """Return how to go on with an unfinished run, to `length` if that is given. Raises UserError if it is running."""
-    run.check_not_running()
-    said = f"an unfinished run is there: {run.title}"
+    with holding(run.files):  # raises if a process is training it
+        said = f"an unfinished run is there: {run.title}"
     if length is not None and length <= run.step:
         ask(f"{said}, more than {length:,}; this is a new run beside it, {free.name}", "")
         return Start(free)

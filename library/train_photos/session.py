@@ -58,9 +58,9 @@ def train_photos(args: argparse.Namespace, base: Base, given: Mapping[str, Any])
     make = partial(plan_run, base, recipe, folders, wishes)
     choose_length = cache(partial(choose_steps, args, make))
     start = choose_start(runs, free, record, choose_length, partial(ask, asks))
-    has_other_length = start.earlier is not None and start.earlier.record.length != record.length
-    record = replace(record, origin=start.origin)
-    return confirm(make, start, record, choose_length() if has_other_length else None, args.plan_only, asks)
+    if start.earlier is not None and start.earlier.record.length != record.length:
+        start = replace(start, steps=choose_length())
+    return confirm(make(start), start, replace(record, origin=start.origin), args.plan_only, asks)
 
 
 def check_length(args: argparse.Namespace) -> None:
@@ -101,6 +101,7 @@ def plan_run(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder], wishes:
     """Return the plan of a run, or that of NAME.toml for one that goes on."""
     if start is not None and start.earlier is not None:
         values = read_options(base, start.files).flat()
+        values |= {} if start.steps is None else {"max_train_steps": start.steps}
         return Plan(base, recipe, folders, wishes.trigger, values, "", None, None, wishes.given)
     with TemporaryDirectory() as folder:
         return make_plan(base, recipe, folders, wishes, Files(Path(folder), "plan"))
@@ -119,12 +120,8 @@ def ask(asks: bool, sentence: str, question: str) -> str:
     return ask_user(f"{question} ").strip().lower() if asks and question else ""
 
 
-def confirm(make: "partial[Plan]", start: Start, record: Record, steps: int | None, only: bool, asks: bool) -> int:
-    """Show the plan, ask whether to train, and train; with `only` write it. Return the exit status.
-
-    `steps` is the length of a run that goes on, if it is not that of its NAME.toml.
-    """
-    plan = make(start) if steps is None else make(start).with_options({"max_train_steps": steps})
+def confirm(plan: Plan, start: Start, record: Record, only: bool, asks: bool) -> int:
+    """Show the plan, ask whether to train, and train; with `only` write it. Return the exit status."""
     announce("\n".join(describe_plan(plan, start.files)))
     answer = "e" if only else "y"
     if asks and not only and start.earlier is None:  # else it was asked whether to go on
@@ -132,9 +129,7 @@ def confirm(make: "partial[Plan]", start: Start, record: Record, steps: int | No
     if answer == "e":
         if start.earlier is None:
             write(plan.texts, start.files, record)
-        announce(
-            f"The plan is {start.files.config}. To train, give the same command again, or\n"
-            f"  {write_command(plan, start, steps)}"
-        )
+        command = write_command(plan, start)
+        announce(f"The plan is {start.files.config}. To train, give the same command again, or\n  {command}")
         return 0
-    return train(plan, start, record, steps) if answer in ("y", "yes") else 0
+    return train(plan, start, record) if answer in ("y", "yes") else 0

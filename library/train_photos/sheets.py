@@ -16,7 +16,6 @@ from library.train_photos.plan import NUM_SHEET_FILES, Files, read_options
 from library.training.evaluation.image_scores import NEAR_COPIES, build_scorer, measure_change
 from library.training.evaluation.prompts import read_prompts, resolve_all
 from library.training.offline.contact_sheet import Row, arrange, draw_rows
-from library.training.saving.names import Names
 from library.training.saving.saved_files import drop_copies, files_of_run, read_num_steps
 from tools.contact_sheet import expand_columns, find_device
 from tools.draw import SHEET
@@ -51,7 +50,7 @@ def draw_sheets(base: Base, photos: Sequence[Path], files: Files, adapter: Path)
     options = read_options(base, files)
     arch = base.spec.build(options)
     prompts = expand_columns(resolve_all(read_prompts(files.prompts), arch), None)
-    last = drop_copies(files_of_run(Names(files.folder, files.name, "safetensors")))[-NUM_SHEET_FILES:]
+    last = drop_copies(files_of_run(files.names))[-NUM_SHEET_FILES:]
     wanted = list(dict.fromkeys([*((file, 1.0) for file in last), *((adapter, strength) for strength in STRENGTHS)]))
     rows = [Row([pair] if pair[1] else [], prompts) for pair in wanted]
     drawn_rows = draw_rows(options.network, options.precision, options.memory, arch, rows, find_device())

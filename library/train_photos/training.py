@@ -24,9 +24,7 @@ from library.training.report_page.index import IndexedRuns, write_index
 from library.training.report_page.writer import add_notes, read_report
 from library.training.reporting.console_lines import announce, duration
 from library.training.reporting.sample_images import encode_data_url
-from library.training.saving.names import Names
 from library.training.saving.saved_files import read_num_steps
-from library.training.saving.state import StateManifest, newest_state
 from tools.contact_sheet import LARGEST_IN_REPORT
 
 LONGER = 1.5  # times the steps, in the command that continues
@@ -34,18 +32,17 @@ MOST_PHOTOS = 24  # in the report
 FOLDERS: dict[Program, str] = {"ComfyUI": "loras", "Forge": "Lora"}  # in the program's folder of models
 
 
-def train(plan: Plan, start: Start, record: Record, steps: int | None) -> int:
+def train(plan: Plan, start: Start, record: Record) -> int:
     """Write the files of a new run, train, draw and say what to do with the adapter. Return the exit status.
 
-    `steps` is the length of a run that goes on, if it is not that of its NAME.toml. A start that fails leaves no
-    NAME.toml.
+    A start that fails leaves no NAME.toml.
     """
     files, began = start.files, monotonic()
     advice: list[str] = []
     with logging_to(files.log) as stream, Screen(stream, plan.duration) as screen:
         if start.earlier is None:
             write(plan.texts, files, record)
-        status = run_script(plan, start, steps, screen)
+        status = run_script(plan, start, screen)
         if status == 0 and is_trained(files):
             screen.show_stage("drawing")
             adapter, why = choose_adapter(files)
@@ -61,7 +58,7 @@ def train(plan: Plan, start: Start, record: Record, steps: int | None) -> int:
     return status
 
 
-def run_script(plan: Plan, start: Start, steps: int | None, screen: Screen) -> int:
+def run_script(plan: Plan, start: Start, screen: Screen) -> int:
     """Train by the base model's own script. Return its exit status."""
     files, spec, status = start.files, plan.base.spec, 1
     assembly = import_module(spec.build.__module__)
@@ -69,18 +66,18 @@ def run_script(plan: Plan, start: Start, steps: int | None, screen: Screen) -> i
     objective = vars(assembly).get("build_objective")  # of flow models
     try:
         status = main(
-            parser, spec.options, spec.build, list_arguments(start, steps), latents=assembly.LATENTS,
-            objective=objective, sinks=[screen],
+            parser, spec.options, spec.build, list_arguments(start), latents=assembly.LATENTS, objective=objective,
+            sinks=[screen],
         )  # fmt: skip
     finally:
-        if status == 1 and start.earlier is None and find_state(files) is None:
+        if status == 1 and start.earlier is None and files.find_state() is None:
             remove(files)
     return status
 
 
 def is_trained(files: Files) -> bool:
     """Return True if a run has reached its end."""
-    state = find_state(files)
+    state = files.find_state()
     return state is not None and "end" in state.done
 
 
@@ -102,27 +99,22 @@ def remove(files: Files) -> None:
             path.unlink(missing_ok=True)
 
 
-def find_state(files: Files) -> StateManifest | None:
-    return newest_state(files.folder, (files.name,))
-
-
-def list_arguments(start: Start, steps: int | None) -> list[str]:
+def list_arguments(start: Start) -> list[str]:
     """Return the arguments of the base model's script."""
     arguments = ["--config_file", str(start.files.config)]
-    if steps is not None:
-        arguments += ["--max_train_steps", str(steps)]
+    arguments += [] if start.steps is None else ["--max_train_steps", str(start.steps)]
     origin = start.origin if start.earlier is None else start.earlier.record.origin
-    return [*arguments, *(["--resume", origin] if origin and find_state(start.files) is None else ["--autoresume"])]
+    return [*arguments, *(["--resume", origin] if origin and start.files.find_state() is None else ["--autoresume"])]
 
 
-def write_command(plan: Plan, start: Start, steps: int | None) -> str:
+def write_command(plan: Plan, start: Start) -> str:
     """Return the command that trains as the plan says."""
-    return f"python3 {plan.base.spec.script} {' '.join(map(quote, list_arguments(start, steps)))}"
+    return f"python3 {plan.base.spec.script} {' '.join(map(quote, list_arguments(start)))}"
 
 
 def choose_adapter(files: Files) -> tuple[Path, str]:
     """Return the file to use and why: the one that the run suggests by its validation, else the last."""
-    report = Names(files.folder, files.name, "safetensors").of_report()
+    report = files.names.of_report()
     choice = read_report(report).choice if report.is_file() else None
     if choice is not None and choice["suggested"]:
         return Path(choice["suggested"]), choice["reason"]
@@ -157,7 +149,7 @@ def add_to_report(plan: Plan, files: Files, sheets: Sheets, advice: list[str]) -
     images = {title: encode_data_url(image, *LARGEST_IN_REPORT) for title, image in sheets.images.items()}
     notes = {"Use it": advice, "Plan": describe_plan(plan, files)}
     with suppress(UserError):  # no report, if the user's options turn it off
-        add_notes(Names(files.folder, files.name, "safetensors").of_report(), notes, thumbnails, images)
+        add_notes(files.names.of_report(), notes, thumbnails, images)
     if files.folder.parent == OUTPUT.absolute():
         try:
             write_index(IndexedRuns(files.folder.parent))

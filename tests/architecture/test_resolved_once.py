@@ -43,7 +43,6 @@ CALLS = {
         "library/training/command_line/outputs.py": 1,
         "library/training/command_line/audit_only.py": 1,  # a command
         "library/training/command_line/checks.py": 1,  # before the options are checked
-        "tools/choose_checkpoint.py": 1,
         "tools/contact_sheet.py": 3,
     },
 }

@@ -167,7 +167,7 @@ def test_a_name_that_programs_use_differently_names_them(capsys: pytest.CaptureF
 def test_the_json_says_what_sd_scripts_has(script: str) -> None:
     from tools.capabilities import describe_options
 
-    in_json = {option["name"]: option["in_sd_scripts"] for option in describe_options(script)}
+    in_json = {option.name: option.in_sd_scripts for option in describe_options(script)}
     listed = json.loads((DATA / "options_sd_scripts.json").read_text(encoding="utf-8"))
     has = {o["name"] for o in listed if o["scripts"] == "every script" or script in o["scripts"]}
     has |= {"prompts_file", "max_denoising_steps", "leco_denoise_guidance_scale"} if "leco" in script else set()

@@ -13,7 +13,7 @@ from tests.running import ROOT
 
 ADDED = {  # file -> the declaration that stands before a line of it, and that line
     "library/options/dataset.py": (
-        '    mad_option: int = option(3, kind=whole(2, 9), usual=True, help="A made-up option.")\n',
+        '    mad_option: int = option(3, kind=whole(2, 9), usual=True)\n    """A made-up option."""\n',
         "    masked_loss: bool",
     ),
     "library/data/description/schema.py": (

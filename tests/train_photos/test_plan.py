@@ -46,6 +46,7 @@ from library.train_photos.plan import (
     choose_values,
     compose_captions,
     find_problems,
+    read_options,
     write_prompts,
 )
 from library.training.command_line.recipes import list_recipes
@@ -292,7 +293,8 @@ def test_the_losses_of_a_trained_base_tell_that_it_predicts_noise(
     recipe, trigger = choose_recipe(base, "character"), Trigger("heart")
     values = {**choose_values(recipe, 64, 32, 10), **base.values}
     plan = Plan(base, recipe, folders, trigger, values, write_prompts(recipe, trigger, 64), None, None)
-    measured = measure_prediction(base, partial(measure_losses, base, plan.read(Files(tmp_path, "mine"))))
+    plan.texts.write(files := Files(tmp_path, "mine"))
+    measured = measure_prediction(base, partial(measure_losses, base, read_options(base, files)))
     assert measured.prediction == "epsilon" and "on 5 photos" in measured.why
     assert sum(encoded) == 5
 
@@ -426,7 +428,7 @@ def test_what_the_user_overrides_is_shown_with_what_the_recipe_has() -> None:
 def test_names_of_photos_cannot_steer_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("library.train_photos.session.train", lambda plan, start, record, steps: 0)
+    monkeypatch.setattr("library.train_photos.session.train", lambda plan, start, record: 0)
     KINDS["alpha"](tmp_path)
     (tmp_path / "\x1b]0;title\x07.jpg").write_bytes(b"no picture")
     words = [str(tmp_path), "--base", TOY, "--trigger", "heart", "--steps", "9", "--yes", "--output_dir"]

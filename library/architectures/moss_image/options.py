@@ -23,7 +23,8 @@ class MossImageModelOptions(PartOptions):
     """The parts of the base model."""
 
     text_encoder: str | None = part("the text encoder Qwen3.5 9B")
-    fp8_text_encoder: bool = option(False, help="Keep the text encoder in 8 bits.")
+    fp8_text_encoder: bool = option(False)
+    """Keep the text encoder in 8 bits."""
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,9 @@ from library.options.train import TrainOptions
 class SdxlSizeOptions(Options):
     """The size conditioning of the denoiser."""
 
-    correct_crop_coordinates: bool = option(
-        False,
-        needs_images=True,
-        help="Condition the denoiser on the actual crop of each image, as SDXL itself was trained. Unset uses the same "
-        "corner as sd-scripts, that of the image fitted inside its bucket, which existing recipes assume.",
-    )
+    correct_crop_coordinates: bool = option(False, needs_images=True)
+    """Condition the denoiser on the actual crop of each image, as SDXL itself was trained. Unset uses the same corner
+    as sd-scripts, that of the image fitted inside its bucket, which existing recipes assume."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ each), `image_keys` and `custom_attributes`. Token IDs are ignored, because capt
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -23,7 +23,7 @@ from library.data.description.schema import RunDataConfig
 from library.data.plan.audit_values import make_empty_values
 from library.options.dataset import DatasetOptions
 from library.protocols import LatentSpec
-from library.types import Batch
+from library.types import Batch, StepOf
 
 logger = logging.getLogger(__name__)
 
@@ -96,12 +96,7 @@ class OwnDataset:
         return make_empty_set()
 
     def iterate_epoch(
-        self,
-        epoch: int,
-        batch_indices: Sequence[int],
-        step_of: Callable[[int], int],
-        num_workers: int,
-        persistent_workers: bool,
+        self, epoch: int, batch_indices: Sequence[int], step_of: StepOf, num_workers: int, persistent_workers: bool
     ) -> Iterator[Batch]:
         """Yield the batches of an epoch at `batch_indices`. They are made in this process, on request."""
         order = list(range(self.num_batches))

@@ -4,7 +4,7 @@ import logging
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
@@ -30,7 +30,7 @@ from library.data.plan.data_plan import DataPlan
 from library.data.plan.order import epoch_batches
 from library.data.plan.samples import build_draws
 from library.data.plan.validation_split import identities_of_images
-from library.types import Batch
+from library.types import Batch, StepOf
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +69,7 @@ class PlannedBatches:
         return open_validation_set(maker, self._finished, draws, identities)
 
     def iterate_epoch(
-        self,
-        epoch: int,
-        batch_indices: Sequence[int],
-        step_of: Callable[[int], int],
-        num_workers: int,
-        persistent_workers: bool,
+        self, epoch: int, batch_indices: Sequence[int], step_of: StepOf, num_workers: int, persistent_workers: bool
     ) -> Iterator[Batch]:
         """Yield the batches of an epoch (from 1) at `batch_indices` (from 0), in their order. No others are read.
 

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -22,7 +22,7 @@ from library.options.dataset import DatasetOptions
 from library.options.training.concepts import USUAL_GUIDANCE, ConceptOptions
 from library.options.training.run import RunOptions
 from library.protocols import Architecture, PromptDefaults
-from library.types import Batch, Concept
+from library.types import Batch, Concept, StepOf
 
 logger = logging.getLogger(__name__)
 
@@ -108,12 +108,7 @@ class PromptPairs:
         return make_empty_set()
 
     def iterate_epoch(
-        self,
-        epoch: int,
-        batch_indices: Sequence[int],
-        step_of: Callable[[int], int],
-        num_workers: int,
-        persistent_workers: bool,
+        self, epoch: int, batch_indices: Sequence[int], step_of: StepOf, num_workers: int, persistent_workers: bool
     ) -> Iterator[Batch]:
         """Yield the batches at `batch_indices`. They are made in this process, on request."""
         return (self._batch(batch_index) for batch_index in batch_indices)

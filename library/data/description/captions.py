@@ -22,12 +22,12 @@ class CaptionRules:
     keep_tokens_separator: str = key_of_option(TEXT, "")
     secondary_separator: str | None = key_of_option(TEXT, None)
     enable_wildcard: bool = key_of_option(BOOL, False)
-    enable_multiline_caption: bool = key(
-        BOOL, False, "Use the whole caption file with its line breaks, not its first line."
-    )
+    enable_multiline_caption: bool = key(BOOL, False)
+    """Use the whole caption file with its line breaks, not its first line."""
     caption_prefix: str | None = key_of_option(TEXT, None)
     caption_suffix: str | None = key_of_option(TEXT, None)
-    trigger_word: str | None = key(TEXT, None, "Words put before captions that lack them as words, in any case.")
+    trigger_word: str | None = key(TEXT, None)
+    """Words put before captions that lack them as words, in any case."""
     caption_dropout_rate: float = key_of_option(SHARE, 0.0)
     caption_dropout_every_n_epochs: int = key_of_option(COUNT, 0)
     caption_tag_dropout_rate: float = key_of_option(SHARE, 0.0)

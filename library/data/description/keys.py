@@ -50,7 +50,7 @@ HELP: Mapping[str, str] = {
 
 
 def key(
-    kind: Kind, default: Any, help: str, levels: tuple[Level, ...] = GDS, styles: tuple[Style, ...] = STYLES,
+    kind: Kind, default: Any, help: str = "", levels: tuple[Level, ...] = GDS, styles: tuple[Style, ...] = STYLES,
     **facts: Any,
 ) -> Any:  # fmt: skip
     """Declare a field that is a key of its name; `facts` are fields of `Declared`."""

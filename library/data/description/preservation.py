@@ -15,14 +15,14 @@ PRESERVATION = "diff_output_preservation"
 class Preservation:
     """The keys of the table; `true` stands for their defaults."""
 
-    caption: str | None = declare(TEXT, None, "Caption of these samples, in place of their own.")
-    weight: float = declare(number(0), 1.0, "Factor on their loss.")
-    num_steps: int | None = declare(
-        whole(1, 1000), None, "Train them at the noise levels of previews of so many steps."
-    )
-    outside_mask: bool = declare(
-        BOOL, False, "Preserve only what the masks leave out, by its share; the rest is learned. The weight is for it."
-    )
+    caption: str | None = declare(TEXT, None)
+    """Caption of these samples, in place of their own."""
+    weight: float = declare(number(0), 1.0)
+    """Factor on their loss."""
+    num_steps: int | None = declare(whole(1, 1000), None)
+    """Train them at the noise levels of previews of so many steps."""
+    outside_mask: bool = declare(BOOL, False)
+    """Preserve only what the masks leave out, by its share; the rest is learned. The weight is for it."""
 
 
 KEYS = list_declared(Preservation)

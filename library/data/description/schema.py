@@ -61,77 +61,52 @@ class SubsetConfig:
     random_crop: bool = key_of_option(BOOL, False)
     face_crop_aug_range: tuple[float, float] | None = key_of_option(FACE_RANGE, None)
     resize_interpolation: str | None = key_of_option(FILTER, None)
-    custom_attributes: Mapping[str, Any] = key(
-        TABLE,
-        {},
-        "Settings of one subset. diff_output_preservation = true, or { caption, weight, num_steps }, keeps what the "
-        "base model predicts; timestep_sampling = { offset = 0.3 } moves the timesteps of flow models toward noise, "
-        "below 0 toward the image, and 0.5 is a lot.",
-    )
+    custom_attributes: Mapping[str, Any] = key(TABLE, {})
+    """Settings of one subset. diff_output_preservation = true, or { caption, weight, num_steps }, keeps what the base
+    model predicts; timestep_sampling = { offset = 0.3 } moves the timesteps of flow models toward noise, below 0 toward
+    the image, and 0.5 is a lot."""
     # sd-scripts' documentation shows these two in subsets, so they are allowed there.
     validation_split: float = key_of_option(SHARE, 0.0)
     validation_seed: int | None = key_of_option(SEED, None)
-    is_forgetting_probe: bool = key(
-        BOOL, False, "Never train on these images; their loss shows what the model forgets.", ("dataset", "subset")
-    )
-    image_dir: str | None = key(
-        TEXT,
-        None,
-        "Folder with png, jpg, jpeg, webp, bmp, avif, heic, heif and hif images, with jxl "
-        "after `pip install pillow-jxl-plugin`; hidden files and folders below it are not read.",
-        ONLY_S,
-    )
-    exclude: tuple[str, ...] = key(
-        TEXTS, (), "Names of images in image_dir that are not used.", ONLY_S, ("dreambooth", "masked")
-    )
-    image_column: str | None = key(
-        TEXT, None, "Column of Parquet files with the images or their URLs.", GDS, ("dreambooth",)
-    )
-    caption_column: str | None = key(
-        TEXT,
-        None,
-        "Column of Parquet files with the captions, or field of the .json members of a shard.",
-        GDS,
-        ("dreambooth",),
-    )
-    class_tokens: str | None = key(
-        TEXT, None, "Caption of images without a caption file.", GDS, ("dreambooth", "masked")
-    )
-    is_reg: bool = key(BOOL, False, "Regularisation images, weighted by --prior_loss_weight.", ONLY_S, ("dreambooth",))
-    prompt: str | None = key(
-        TEXT,
-        None,
-        "Prompt of regularisation images that the base model draws before the training, with options as in a prompts "
-        "file; needs is_reg and num.",
-        ONLY_S,
-        ("dreambooth",),
-    )
-    num: int | None = key(COUNT_FROM_1, None, "Number of images that are drawn with prompt.", ONLY_S, ("dreambooth",))
+    is_forgetting_probe: bool = key(BOOL, False, levels=("dataset", "subset"))
+    """Never train on these images; their loss shows what the model forgets."""
+    image_dir: str | None = key(TEXT, None, levels=ONLY_S)
+    """Folder with png, jpg, jpeg, webp, bmp, avif, heic, heif and hif images, with jxl after `pip install
+    pillow-jxl-plugin`; hidden files and folders below it are not read."""
+    exclude: tuple[str, ...] = key(TEXTS, (), levels=ONLY_S, styles=("dreambooth", "masked"))
+    """Names of images in image_dir that are not used."""
+    image_column: str | None = key(TEXT, None, levels=GDS, styles=("dreambooth",))
+    """Column of Parquet files with the images or their URLs."""
+    caption_column: str | None = key(TEXT, None, levels=GDS, styles=("dreambooth",))
+    """Column of Parquet files with the captions, or field of the .json members of a shard."""
+    class_tokens: str | None = key(TEXT, None, levels=GDS, styles=("dreambooth", "masked"))
+    """Caption of images without a caption file."""
+    is_reg: bool = key(BOOL, False, levels=ONLY_S, styles=("dreambooth",))
+    """Regularisation images, weighted by --prior_loss_weight."""
+    prompt: str | None = key(TEXT, None, levels=ONLY_S, styles=("dreambooth",))
+    """Prompt of regularisation images that the base model draws before the training, with options as in a prompts file;
+    needs is_reg and num."""
+    num: int | None = key(COUNT_FROM_1, None, levels=ONLY_S, styles=("dreambooth",))
+    """Number of images that are drawn with prompt."""
     # sd-scripts refuses alpha_mask above a subset.
     alpha_mask: bool = key_of_option(BOOL, False, ONLY_S, ("dreambooth", "metadata"))
     caption_extension: str = key_of_option(EXTENSION, ".caption", GDS, ("dreambooth", "masked"))
-    metadata_file: str | None = key(
-        TEXT, None, "JSON or JSON lines file with the captions of all images.", ONLY_S, ("metadata",)
-    )
-    conditioning_data_dir: str | None = key(
-        TEXT, None, "Folder with masks named like the images; needs --masked_loss.", ONLY_S, ("masked",)
-    )
-    control_dirs: tuple[str, ...] = key(
-        TEXTS, (), "Folders of reference images, in the order of the model's inputs.", ONLY_S
-    )
-    control_columns: tuple[str, ...] = key(
-        TEXTS, (), "Columns of Parquet files with reference images.", GDS, ("dreambooth",)
-    )
-    cache_directory: str | None = key(
-        TEXT, None, "Folder of the caches. Unset keeps them beside the images.", ("dataset", "subset")
-    )
-    opposite_dir: str | None = key(
-        TEXT, None, "Folder with the other image of each pair: rejected images, or the other end of a slider.", ONLY_S
-    )
-    control_resolution: tuple[int, int] | None = key(
-        IMAGE_SIZE, None, "Area that reference images keep their aspect ratio at. Unset is the size of their image."
-    )
-    control_no_resize: bool = key(BOOL, False, "Leave reference images at their size.")
+    metadata_file: str | None = key(TEXT, None, levels=ONLY_S, styles=("metadata",))
+    """JSON or JSON lines file with the captions of all images."""
+    conditioning_data_dir: str | None = key(TEXT, None, levels=ONLY_S, styles=("masked",))
+    """Folder with masks named like the images; needs --masked_loss."""
+    control_dirs: tuple[str, ...] = key(TEXTS, (), levels=ONLY_S)
+    """Folders of reference images, in the order of the model's inputs."""
+    control_columns: tuple[str, ...] = key(TEXTS, (), levels=GDS, styles=("dreambooth",))
+    """Columns of Parquet files with reference images."""
+    cache_directory: str | None = key(TEXT, None, levels=("dataset", "subset"))
+    """Folder of the caches. Unset keeps them beside the images."""
+    opposite_dir: str | None = key(TEXT, None, levels=ONLY_S)
+    """Folder with the other image of each pair: rejected images, or the other end of a slider."""
+    control_resolution: tuple[int, int] | None = key(IMAGE_SIZE, None)
+    """Area that reference images keep their aspect ratio at. Unset is the size of their image."""
+    control_no_resize: bool = key(BOOL, False)
+    """Leave reference images at their size."""
     entries: Sequence[tuple[str, Any]] | None = field(default=None, repr=False, compare=False)  # already read, by key
 
     @property
@@ -189,12 +164,10 @@ class RunDataConfig:
 class UnusedKeys:
     """Keys of sd-scripts without effect."""
 
-    network_multiplier: float = key(
-        number(None, 2**31), 1.0, "Has no effect.", GD, ignored="adapters are trained at multiplier 1"
-    )
-    cache_info: bool = key(
-        BOOL, False, "Has no effect: a folder has an index.", GDS, ("dreambooth", "masked"), ignored=OWN_INDEX
-    )
+    network_multiplier: float = key(number(None, 2**31), 1.0, levels=GD, ignored="adapters are trained at multiplier 1")
+    """Has no effect."""
+    cache_info: bool = key(BOOL, False, levels=GDS, styles=("dreambooth", "masked"), ignored=OWN_INDEX)
+    """Has no effect: a folder has an index."""
 
 
 NETWORK_MULTIPLIER, CACHE_INFO = keys_of(UnusedKeys)

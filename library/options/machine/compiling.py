@@ -16,36 +16,25 @@ COMPILERS = (
 class CompileOptions(Options):
     """Compiling the blocks of the denoiser."""
 
-    compile: bool = option(
-        False,
-        help="Compile the blocks of the denoiser, each kind of block once. Steps get faster; the first ones take "
-        "minutes, and so does the first of each new image size.",
-    )
-    compile_backend: str = option("inductor", needs=ON, help="Compiler that --compile uses.")
+    compile: bool = option(False)
+    """Compile the blocks of the denoiser, each kind of block once. Steps get faster; the first ones take minutes, and
+    so does the first of each new image size."""
+    compile_backend: str = option("inductor", needs=ON)
+    """Compiler that --compile uses."""
     compile_mode: str = option(
-        "default",
-        needs=ON,
-        help="Optimization mode of the compiler, as in torch.compile.",
-        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+        "default", needs=ON, choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
     )
-    compile_dynamic: str | None = option(
-        None,
-        needs=ON,
-        help="true, auto and unset compile once for all image sizes. false compiles each size separately, which is "
-        "faster if there are few sizes.",
-        choices=("true", "false", "auto"),
-    )
-    compile_fullgraph: bool = option(
-        False, needs=ON, help="Fail if a block cannot be compiled as one graph, instead of compiling it in parts."
-    )
-    compile_cache_size_limit: int | None = option(
-        None,
-        kind=whole(1),
-        needs=ON,
-        help="Maximum number of compilations of one kind of block, for new sizes. Further sizes run uncompiled. Unset "
-        "is 128.",
-    )
-    torch_compile: bool = option(False, help="The old name of --compile.")
+    """Optimization mode of the compiler, as in torch.compile."""
+    compile_dynamic: str | None = option(None, needs=ON, choices=("true", "false", "auto"))
+    """true, auto and unset compile once for all image sizes. false compiles each size separately, which is faster if
+    there are few sizes."""
+    compile_fullgraph: bool = option(False, needs=ON)
+    """Fail if a block cannot be compiled as one graph, instead of compiling it in parts."""
+    compile_cache_size_limit: int | None = option(None, kind=whole(1), needs=ON)
+    """Maximum number of compilations of one kind of block, for new sizes. Further sizes run uncompiled. Unset is
+    128."""
+    torch_compile: bool = option(False)
+    """The old name of --compile."""
     dynamo_backend: str = option(
         "inductor",
         needs="torch_compile",
@@ -58,8 +47,8 @@ class CompileOptions(Options):
         False,
         unsupported="training steps are not recorded as CUDA graphs. Use --compile instead, which is available for "
         "every base model.",
-        help="Not supported: use --compile.",
     )
+    """Not supported: use --compile."""
 
     @property
     def is_on(self) -> bool:

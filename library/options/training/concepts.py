@@ -13,21 +13,12 @@ USUAL_GUIDANCE = 3.0  # sd-scripts' default
 class ConceptOptions(Options):
     """Concepts to change by prompts alone (LECO)."""
 
-    prompts_file: str | None = option(
-        None,
-        path="file",
-        usual=True,
-        kept_in_state=True,
-        help="TOML file with the prompts: how each of them is changed, and at which size. docs/train_leco.md lists "
-        "every key.",
-    )
-    max_denoising_steps: int = option(
-        40,
-        usual=True,
-        kind=whole(2, MOST_DENOISING_STEPS),
-        help="Number of denoising steps from noise to an image. Each training step runs a random number of them, from "
-        "1 to one less than this, and trains on the resulting latents.",
-    )
+    prompts_file: str | None = option(None, path="file", usual=True, kept_in_state=True)
+    """TOML file with the prompts: how each of them is changed, and at which size. docs/train_leco.md lists every
+    key."""
+    max_denoising_steps: int = option(40, usual=True, kind=whole(2, MOST_DENOISING_STEPS))
+    """Number of denoising steps from noise to an image. Each training step runs a random number of them, from 1 to one
+    less than this, and trains on the resulting latents."""
     leco_denoise_guidance_scale: float | None = option(
         None,
         usual=True,

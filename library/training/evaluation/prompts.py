@@ -48,35 +48,36 @@ class PromptSpec:
 
     place: str  # "--sample_prompts prompts.txt, line 3", for messages
     prompt: str
-    negative_prompt: str | None = declare(
-        TEXT, None, "What the image is guided away from; has no effect without guidance.", letters="n"
-    )
-    width: int | None = declare(
-        whole(1, 1 << 16), None, "Width in pixels, rounded down to what the base model draws.", letters="w"
-    )
-    height: int | None = declare(
-        whole(1, 1 << 16), None, "Height in pixels, rounded down to what the base model draws.", letters="h"
-    )
-    seed: int | None = declare(SEED, None, "Seed of the noise; -1 is none.", letters="d")
-    sample_steps: int | None = declare(whole(1, 1000), None, "Number of steps.", letters="s")
-    scale: float | None = declare(
-        number(-100.0, 1000.0), None, "Scale of classifier-free guidance; 1 and below is none.", letters="l"
-    )
-    guidance_scale: float | None = declare(SCALE, None, "Guidance input of a guidance-distilled model.", letters="g")
-    sample_sampler: str | None = declare(SAMPLER, None, "Sampler, before --sample_sampler.", letters="ss")
-    cfg_trunc_ratio: float | None = declare(number(0.0, 1.0), None, "Share of the steps with guidance.", letters="ctr")
-    renorm_cfg: float | None = declare(SCALE, None, "Limit on the norm of a guided prediction.", letters="rcfg")
-    flow_shift: float | None = declare(
-        number(1e-3, 1000.0), None, "Shift of the noise levels toward noise.", letters="fs"
-    )
-    image_path: str | None = declare(TEXT, None, "Image that an inpainting model repaints.", letters="i")
-    controlnet_image: str | None = declare(TEXT, None, "Has no effect: no ControlNet is loaded.", letters="cn")
-    control_image_path: tuple[str, ...] | None = declare(
-        PATHS, None, "Reference images, in a line one per option.", letters="ci"
-    )
-    strength: float | None = declare(
-        STRENGTH, None, "Strength of the adapter; a line may list several, an image each.", letters="am"
-    )
+    negative_prompt: str | None = declare(TEXT, None, letters="n")
+    """What the image is guided away from; has no effect without guidance."""
+    width: int | None = declare(whole(1, 1 << 16), None, letters="w")
+    """Width in pixels, rounded down to what the base model draws."""
+    height: int | None = declare(whole(1, 1 << 16), None, letters="h")
+    """Height in pixels, rounded down to what the base model draws."""
+    seed: int | None = declare(SEED, None, letters="d")
+    """Seed of the noise; -1 is none."""
+    sample_steps: int | None = declare(whole(1, 1000), None, letters="s")
+    """Number of steps."""
+    scale: float | None = declare(number(-100.0, 1000.0), None, letters="l")
+    """Scale of classifier-free guidance; 1 and below is none."""
+    guidance_scale: float | None = declare(SCALE, None, letters="g")
+    """Guidance input of a guidance-distilled model."""
+    sample_sampler: str | None = declare(SAMPLER, None, letters="ss")
+    """Sampler, before --sample_sampler."""
+    cfg_trunc_ratio: float | None = declare(number(0.0, 1.0), None, letters="ctr")
+    """Share of the steps with guidance."""
+    renorm_cfg: float | None = declare(SCALE, None, letters="rcfg")
+    """Limit on the norm of a guided prediction."""
+    flow_shift: float | None = declare(number(1e-3, 1000.0), None, letters="fs")
+    """Shift of the noise levels toward noise."""
+    image_path: str | None = declare(TEXT, None, letters="i")
+    """Image that an inpainting model repaints."""
+    controlnet_image: str | None = declare(TEXT, None, letters="cn")
+    """Has no effect: no ControlNet is loaded."""
+    control_image_path: tuple[str, ...] | None = declare(PATHS, None, letters="ci")
+    """Reference images, in a line one per option."""
+    strength: float | None = declare(STRENGTH, None, letters="am")
+    """Strength of the adapter; a line may list several, an image each."""
 
 
 REFERENCES = "control_image_path"

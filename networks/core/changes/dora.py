@@ -51,17 +51,12 @@ def can_have_magnitudes(layer: nn.Module) -> bool:
 class DoraArguments:
     """The network arguments of DoRA."""
 
-    dora_wd: bool = declare(
-        SWITCH, False, "Train magnitudes of the changed weight (DoRA), for low ranks (4 to 8); slower."
-    )
-    dora_constant_norm: bool = declare(
-        SWITCH, False, "Leave the norm out of the backward pass, as the paper does to save memory.",
-        needs="dora_wd",
-    )  # fmt: skip
-    wd_on_output: bool = declare(
-        SWITCH, False, "One magnitude per output in place of one per input.", aliases=("wd_on_out",),
-        needs="dora_wd",
-    )  # fmt: skip
+    dora_wd: bool = declare(SWITCH, False)
+    """Train magnitudes of the changed weight (DoRA), for low ranks (4 to 8); slower."""
+    dora_constant_norm: bool = declare(SWITCH, False, needs="dora_wd")
+    """Leave the norm out of the backward pass, as the paper does to save memory."""
+    wd_on_output: bool = declare(SWITCH, False, aliases=("wd_on_out",), needs="dora_wd")
+    """One magnitude per output in place of one per input."""
 
 
 class DoRA(ScaledDelta):

@@ -30,15 +30,10 @@ DEVIATION = "ggpo_deviation"  # in memory and in training states only
 class GgpoArguments:
     """The network arguments of GGPO, which needs both of them."""
 
-    ggpo_sigma: float | None = declare(
-        NUMBER, None, "Noise on weights in training (GGPO), by the norms of rows, such as 0.03; against "
-        "overfitting.",
-        needs="ggpo_beta",
-    )  # fmt: skip
-    ggpo_beta: float | None = declare(
-        NUMBER, None, "Noise on weights in training, by the norms of the gradients of rows, such as 0.01.",
-        needs="ggpo_sigma",
-    )  # fmt: skip
+    ggpo_sigma: float | None = declare(NUMBER, None, needs="ggpo_beta")
+    """Noise on weights in training (GGPO), by the norms of rows, such as 0.03; against overfitting."""
+    ggpo_beta: float | None = declare(NUMBER, None, needs="ggpo_sigma")
+    """Noise on weights in training, by the norms of the gradients of rows, such as 0.01."""
 
     label: ClassVar[str] = "ggpo_sigma and ggpo_beta"
     switches: ClassVar[tuple[str, ...]] = ("ggpo_sigma", "ggpo_beta")

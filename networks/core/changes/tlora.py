@@ -23,11 +23,12 @@ ROUNDED = 1e-4  # in ranks: float32 rounding can put a level this far below a wh
 class TLoraArguments:
     """The network arguments of T-LoRA."""
 
-    tlora: bool = declare(SWITCH, False, "T-LoRA: the noisier a sample, the fewer ranks act on it.")
-    tlora_min_rank: int = declare(UNIT, 1, "The ranks that act on pure noise.", needs=WITH_TLORA)
-    tlora_power: float = declare(
-        POSITIVE, 1.0, "Power of the share of the signal that the ranks follow; 1 is linear.", needs=WITH_TLORA
-    )
+    tlora: bool = declare(SWITCH, False)
+    """T-LoRA: the noisier a sample, the fewer ranks act on it."""
+    tlora_min_rank: int = declare(UNIT, 1, needs=WITH_TLORA)
+    """The ranks that act on pure noise."""
+    tlora_power: float = declare(POSITIVE, 1.0, needs=WITH_TLORA)
+    """Power of the share of the signal that the ranks follow; 1 is linear."""
 
     label: ClassVar[str] = "tlora"
     switches: ClassVar[tuple[str, ...]] = ("tlora",)

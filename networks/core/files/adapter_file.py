@@ -24,7 +24,7 @@ from library.checkpoints.adapter_keys import UP_BIASES, AdapterKey, strip_peft_p
 from library.checkpoints.files import PEFT_STEM, file_in_folder, load_state_dict
 from library.checkpoints.hashes import with_hashes
 from library.checkpoints.headers import is_safetensors, read_metadata
-from library.checkpoints.saving import save_pickle_state_dict, save_safetensors
+from library.checkpoints.saving import save_weights
 from networks.core.changes.adalora import alpha_of, to_lora
 from networks.core.changes.parameter_keys import ALPHA
 from networks.core.changes.qkv_pieces import split_piece_key
@@ -179,10 +179,7 @@ def save_network(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, mark: str | None = None
 ) -> None:
     """Write adapters atomically: .safetensors with metadata and both hashes, otherwise a pickled state dict."""
-    if is_safetensors(path):
-        save_safetensors(path, tensors, with_hashes(tensors, metadata or {}), mark)
-    else:
-        save_pickle_state_dict(path, tensors, mark=mark)
+    save_weights(path, tensors, with_hashes(tensors, metadata or {}) if is_safetensors(path) else None, mark)
 
 
 COMPUTED: tuple[KeyLayout, ...] = (*(layout for layout in list_layouts() if layout.read is not None), PIECES)

@@ -174,25 +174,16 @@ LAYOUT = KeyLayout(
 class BoftArguments:
     """The network arguments of BOFT."""
 
-    block_size: int | None = declare(
-        UNIT, None, "The size of the blocks, before --network_dim; larger ones hold more.",
-        aliases=("boft_block_size",), is_fixed_by_file=True,
-    )  # fmt: skip
-    block_num: int = declare(
-        RANK, 0, "How many blocks, in place of their size.", aliases=("boft_block_num",), is_fixed_by_file=True
-    )
-    boft_n_butterfly_factor: int = declare(
-        UNIT, 1, "How many factors rotate one after the other.", is_fixed_by_file=True
-    )
-    enable_conv: bool = declare(
-        SWITCH,
-        False,
-        "Adapt convolutions larger than 1x1 too; conv_dim does so with another size.",
-        is_fixed_by_file=True,
-    )
-    auto_adjust: bool = declare(
-        SWITCH, True, "Take the nearest size where one does not divide a layer's inputs.", is_fixed_by_file=True
-    )
+    block_size: int | None = declare(UNIT, None, aliases=("boft_block_size",), is_fixed_by_file=True)
+    """The size of the blocks, before --network_dim; larger ones hold more."""
+    block_num: int = declare(RANK, 0, aliases=("boft_block_num",), is_fixed_by_file=True)
+    """How many blocks, in place of their size."""
+    boft_n_butterfly_factor: int = declare(UNIT, 1, is_fixed_by_file=True)
+    """How many factors rotate one after the other."""
+    enable_conv: bool = declare(SWITCH, False, is_fixed_by_file=True)
+    """Adapt convolutions larger than 1x1 too; conv_dim does so with another size."""
+    auto_adjust: bool = declare(SWITCH, True, is_fixed_by_file=True)
+    """Take the nearest size where one does not divide a layer's inputs."""
 
 
 def make(request: ChangeRequest) -> Change:

@@ -39,22 +39,12 @@ UNITS: Mapping[str, tuple[str, str]] = {  # kind of target module -> (argument, 
 class DyloraArguments:
     """The network arguments of DyLoRA."""
 
-    unit: int = declare(
-        UNIT,
-        1,
-        "Ranks are trained in blocks of so many: 4, 8, 12 and so on with 4. Every rank must be a multiple of it.",
-        aliases=("dyloRA",),
-    )
-    conv_unit: int = declare(
-        UNIT, 1, "The blocks of convolutions larger than 1x1, which train the same share of their rank "
-        "as other layers.",
-        needs=Needs((ON_CONVOLUTIONS,), "conv_dim"),
-    )  # fmt: skip
-    train_all_ranks: bool = declare(
-        SWITCH,
-        True,
-        "Train all rows up to the rank of a step; false trains its newest block, which learns more slowly.",
-    )
+    unit: int = declare(UNIT, 1, aliases=("dyloRA",))
+    """Ranks are trained in blocks of so many: 4, 8, 12 and so on with 4. Every rank must be a multiple of it."""
+    conv_unit: int = declare(UNIT, 1, needs=Needs((ON_CONVOLUTIONS,), "conv_dim"))
+    """The blocks of convolutions larger than 1x1, which train the same share of their rank as other layers."""
+    train_all_ranks: bool = declare(SWITCH, True)
+    """Train all rows up to the rank of a step; false trains its newest block, which learns more slowly."""
 
 
 def resolve_nested_rank(rank: int, step_rank: int, full_rank: int, unit: int = 1) -> int:

@@ -318,15 +318,12 @@ def _layouts() -> Iterator[KeyLayout]:
 class LokrArguments:
     """The network arguments of LoKr."""
 
-    factor: int | None = declare(
-        FACTOR, None, "A side of the small matrix, where it divides both sides; -1, as if unset, for the "
-        "nearest to a square.",
-        is_fixed_by_file=True,
-    )  # fmt: skip
-    decompose_both: bool = declare(
-        SWITCH, False, "Make the small matrix a product too, where it is large enough.", is_fixed_by_file=True
-    )
-    full_matrix: bool = declare(SWITCH, False, "Make neither matrix a product.", is_fixed_by_file=True)
+    factor: int | None = declare(FACTOR, None, is_fixed_by_file=True)
+    """A side of the small matrix, where it divides both sides; -1, as if unset, for the nearest to a square."""
+    decompose_both: bool = declare(SWITCH, False, is_fixed_by_file=True)
+    """Make the small matrix a product too, where it is large enough."""
+    full_matrix: bool = declare(SWITCH, False, is_fixed_by_file=True)
+    """Make neither matrix a product."""
 
 
 def make(request: ChangeRequest) -> Change:

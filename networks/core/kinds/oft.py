@@ -304,15 +304,10 @@ AS_MATRICES = _layout((MATRICES,), (RESCALE,), "", read_matrices)
 class OftArguments:
     """The network arguments of OFT of outputs."""
 
-    enable_conv: bool = declare(
-        SWITCH,
-        False,
-        "Adapt convolutions larger than 1x1 too; conv_dim does so with another size.",
-        is_fixed_by_file=True,
-    )
-    enable_all_linear: bool = declare(
-        SWITCH, False, "Adapt all layers of the blocks, not those of attention alone.", is_fixed_by_file=True
-    )
+    enable_conv: bool = declare(SWITCH, False, is_fixed_by_file=True)
+    """Adapt convolutions larger than 1x1 too; conv_dim does so with another size."""
+    enable_all_linear: bool = declare(SWITCH, False, is_fixed_by_file=True)
+    """Adapt all layers of the blocks, not those of attention alone."""
 
 
 def make(request: ChangeRequest) -> Change:

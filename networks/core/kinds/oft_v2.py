@@ -171,26 +171,18 @@ LAYOUT = KeyLayout(
 class OftV2Arguments:
     """The network arguments of OFT."""
 
-    block_size: int | None = declare(
-        UNIT, None, "The size of the blocks, before --network_dim; larger ones hold more.", aliases=("oft_block_size",),
-        is_fixed_by_file=True,
-    )  # fmt: skip
-    coft: bool = declare(
-        SWITCH, False, "Limit the angles of each block to coft_eps / sqrt(blocks).", aliases=("oft_coft",)
-    )
-    coft_eps: float = declare(NUMBER, 6e-5, "The length that all blocks together may have.", needs="coft")
-    block_share: bool = declare(
-        SWITCH, False, "All inputs of a layer share one block.", aliases=("oft_block_share",), is_fixed_by_file=True
-    )
-    enable_conv: bool = declare(
-        SWITCH,
-        False,
-        "Adapt convolutions larger than 1x1 too; conv_dim does so with another size.",
-        is_fixed_by_file=True,
-    )
-    auto_adjust: bool = declare(
-        SWITCH, True, "Take the nearest size where one does not divide a layer's inputs.", is_fixed_by_file=True
-    )
+    block_size: int | None = declare(UNIT, None, aliases=("oft_block_size",), is_fixed_by_file=True)
+    """The size of the blocks, before --network_dim; larger ones hold more."""
+    coft: bool = declare(SWITCH, False, aliases=("oft_coft",))
+    """Limit the angles of each block to coft_eps / sqrt(blocks)."""
+    coft_eps: float = declare(NUMBER, 6e-5, needs="coft")
+    """The length that all blocks together may have."""
+    block_share: bool = declare(SWITCH, False, aliases=("oft_block_share",), is_fixed_by_file=True)
+    """All inputs of a layer share one block."""
+    enable_conv: bool = declare(SWITCH, False, is_fixed_by_file=True)
+    """Adapt convolutions larger than 1x1 too; conv_dim does so with another size."""
+    auto_adjust: bool = declare(SWITCH, True, is_fixed_by_file=True)
+    """Take the nearest size where one does not divide a layer's inputs."""
 
 
 def make(request: ChangeRequest) -> Change:

@@ -11,11 +11,14 @@ import pytest
 from library.architectures.scripts import Script, list_scripts
 from library.architectures.sdxl.options import SdxlOptions
 from library.base.errors import UserError
-from library.options.declared import Declared
+from library.options.declared import Declared, read_docs_of_file
 from library.options.kinds import TEXT
-from library.options.leco import leco_options, list_ignored_by_leco
+from library.options.leco import LecoNetworkOptions, leco_options, list_ignored_by_leco
+from library.options.machine.memory import PrecisionOptions, ScaledPrecisionOptions
 from library.options.no_effect import find_unused
+from library.options.output.saving import SavingOptions
 from library.options.train import TrainOptions
+from library.options.training.network import NetworkOptions
 from library.training.command_line.checks import ignored_for_concepts
 from library.training.command_line.cli import normalize
 from library.training.command_line.option_checks import check_choices
@@ -153,3 +156,41 @@ def test_output_paths_are_not_declared_as_inputs(tmp_path: Path) -> None:
 def test_the_option_of_every_published_file_is_checked_as_a_path_before_torch_is_imported(script: Script) -> None:
     declarations = script.options.declarations()
     assert [file.flag for file in script.files if not declarations[file.flag].path] == []
+
+
+def test_the_help_is_the_docstring_below_the_field_also_in_subclasses_and_redeclared() -> None:
+    for kind, name, text in (
+        (
+            SavingOptions,
+            "output_name",
+            "Name of the saved files, without ending. Unset uses last, epoch-N and at-stepN.",
+        ),
+        (ScaledPrecisionOptions, "full_fp16", PrecisionOptions.declarations()["full_fp16"].help),
+        (LecoNetworkOptions, "network_dim", NetworkOptions.declarations()["network_dim"].help),
+    ):
+        assert kind.declarations()[name].help == text and len(text) > 40
+    assert LecoNetworkOptions.declarations()["network_dim"].default == 4
+
+
+def test_a_docstring_elsewhere_is_no_help(tmp_path: Path) -> None:
+    """Of the class, of a method, and of the function behind a field whose own was forgotten."""
+    lines = [
+        "class Some(Options):",
+        '    """A group."""',
+        "    first: int = option(",
+        "        1,",
+        "    )",
+        '    """Of',
+        '    two lines."""',
+        "    def method(self) -> int:",
+        '        """A method."""',
+        "    last: int = option(2)",
+        "",
+        "def function(",
+        "    last: int,",
+        ") -> int:",
+        '    """A function."""',
+    ]
+    (tmp_path / "some.py").write_text("\n".join(lines))
+    docs = read_docs_of_file(str(tmp_path / "some.py"))
+    assert docs["Some"] == {"first": "Of two lines."}

@@ -20,7 +20,7 @@ from library.training.reporting.events import Removed, Saved, StageProgress
 from library.training.run.run_events import hide_secrets, open_events
 from library.training.saving.names import Names
 from tests.running import ROOT
-from tests.schemas import EVENTS, PAGE, make_schema, to_text
+from tests.schemas import EVENTS, PAGES, make_events, to_text
 
 FOREVER = """
 import sys
@@ -54,9 +54,10 @@ class Kept:
         self.is_closed = True
 
 
-def test_the_schema_is_that_of_the_events() -> None:
-    """`python -m tests.schemas` writes it."""
-    assert PAGE.read_text(encoding="utf-8") == to_text(make_schema()) + "\n"
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_the_schemas_are_those_of_the_classes(path: Path) -> None:
+    """`python -m tests.schemas` writes them."""
+    assert path.read_text(encoding="utf-8") == to_text(PAGES[path]()) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_the_schema_is_that_of_the_events() -> None:
 def test_the_schema_refuses_other_fields_and_values(change: dict[str, Any]) -> None:
     line = {**Saved("weights", "end", 3, 1, "mine.safetensors", 7).as_line(1.0), **change}
     line = {name: value for name, value in line.items() if value is not ...}
-    schema = make_schema()
+    schema = make_events()
     Draft202012Validator.check_schema(schema)
     assert Draft202012Validator(schema).is_valid(line) == (not change)
 
