@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import Field, field, fields, replace
+from dataclasses import Field, field, fields, make_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -32,9 +32,19 @@ def redeclare(kind: type["Options"], name: str, default: Any, **facts: Any) -> A
     return field(default=default, metadata={METADATA: replace(original, default=default, **facts)})
 
 
-def group(kind: type["Options"]) -> Any:
-    """Declare a field that holds a group of options."""
-    return field(default_factory=kind)
+def without_effect(default: Any, reason: str, help: str = "", **facts: Any) -> Any:
+    """Declare an option that is accepted and ignored for `reason`, which is the help too unless `help` is given."""
+    return option(default, help or f"Has no effect: {reason}.", ignored=reason, **facts)
+
+
+def group(kind: type["Options"], **defaults: Any) -> Any:
+    """Declare a field that holds a group of options; `defaults` replace those that its class declares."""
+    if not defaults:
+        return field(default_factory=kind)
+    hints = get_type_hints(kind)
+    declared = [(name, hints[name], redeclare(kind, name, default)) for name, default in defaults.items()]
+    own = {"__doc__": kind.__doc__, "__module__": kind.__module__}
+    return field(default_factory=make_dataclass(kind.__name__, declared, bases=(kind,), namespace=own, frozen=True))
 
 
 def kind_of(hint: Any) -> Kind:
@@ -65,9 +75,11 @@ class Options:
     # Cached: a start asks about ten times, and reading the type hints of some forty classes takes 3 ms each time.
     @cache
     def typed_fields(cls) -> tuple[tuple[Field[Any], Any], ...]:
-        """Return each field of the class, option or group, with its type hint."""
+        """Return each field of the class with its type hint, or for a group with its class."""
         hints = get_type_hints(cls)
-        return tuple((f, hints[f.name]) for f in fields(cls))  # type: ignore[arg-type]
+        # A group with defaults of its own is of another class than its type hint says.
+        typed = ((f, hints[f.name]) for f in fields(cls))  # type: ignore[arg-type]
+        return tuple((f, f.default_factory if is_group(hint) else hint) for f, hint in typed)
 
     @classmethod
     @cache
