@@ -2,8 +2,8 @@
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import Field, field, fields, make_dataclass, replace
-from functools import cache
+from dataclasses import Field, field, fields, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -13,6 +13,7 @@ from library.options.kinds import BOOL, PATH, TEXT, Kind, number, whole
 OptionsT = TypeVar("OptionsT", bound="Options")
 
 
+DEFAULTS = "defaults"  # metadata key of a group's field
 UNTYPED = Kind("")  # stands for the kind of the field's type
 
 
@@ -39,12 +40,7 @@ def without_effect(default: Any, reason: str, help: str = "", **facts: Any) -> A
 
 def group(kind: type["Options"], **defaults: Any) -> Any:
     """Declare a field that holds a group of options; `defaults` replace those that its class declares."""
-    if not defaults:
-        return field(default_factory=kind)
-    hints = get_type_hints(kind)
-    declared = [(name, hints[name], redeclare(kind, name, default)) for name, default in defaults.items()]
-    own = {"__doc__": kind.__doc__, "__module__": kind.__module__}
-    return field(default_factory=make_dataclass(kind.__name__, declared, bases=(kind,), namespace=own, frozen=True))
+    return field(default_factory=partial(kind, **defaults), metadata={DEFAULTS: defaults})
 
 
 def kind_of(hint: Any) -> Kind:
@@ -75,11 +71,9 @@ class Options:
     # Cached: a start asks about ten times, and reading the type hints of some forty classes takes 3 ms each time.
     @cache
     def typed_fields(cls) -> tuple[tuple[Field[Any], Any], ...]:
-        """Return each field of the class with its type hint, or for a group with its class."""
+        """Return each field of the class, option or group, with its type hint."""
         hints = get_type_hints(cls)
-        # A group with defaults of its own is of another class than its type hint says.
-        typed = ((f, hints[f.name]) for f in fields(cls))  # type: ignore[arg-type]
-        return tuple((f, f.default_factory if is_group(hint) else hint) for f, hint in typed)
+        return tuple((f, hints[f.name]) for f in fields(cls))  # type: ignore[arg-type]
 
     @classmethod
     @cache
@@ -88,7 +82,11 @@ class Options:
         by_name: dict[str, Declared] = {}
         for f, hint in cls.typed_fields():
             if is_group(hint):
-                by_name |= hint.declarations()
+                own = f.metadata[DEFAULTS]
+                by_name |= {
+                    name: replace(declared, default=own[name]) if name in own else declared
+                    for name, declared in hint.declarations().items()
+                }
             else:
                 given: Kind = f.metadata[METADATA].kind
                 kind = kind_of(hint) if given is UNTYPED else given
@@ -101,18 +99,19 @@ class Options:
         return (cls.__doc__ or cls.__name__).partition("\n")[0].rstrip(".")
 
     @classmethod
-    def add_to(cls, parser: argparse.ArgumentParser) -> None:
-        """Declare every option of this class and its groups on `parser`.
+    def add_to(cls, parser: argparse.ArgumentParser, declarations: Mapping[str, Declared] | None = None) -> None:
+        """Declare every option of this class and its groups on `parser`, as in `declarations`, by default its own.
 
         Each class is an argument group, titled by its heading.
         """
+        declarations = cls.declarations() if declarations is None else declarations
         section = None
         for f, kind in cls.typed_fields():
             if is_group(kind):
-                kind.add_to(parser)
+                kind.add_to(parser, declarations)
                 continue
             section = section or parser.add_argument_group(cls.heading())
-            add_option(section, cls.declarations()[f.name])
+            add_option(section, declarations[f.name])
 
     @classmethod
     def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
