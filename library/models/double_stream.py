@@ -7,7 +7,7 @@ Module paths are the keys of the checkpoint and the names of adapters. Letters: 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from library.models.fused_norms import gated_sum, modulated_norm, rotated_norm, 
 from library.models.layer_keys import LayerKeys, Layers, Stack, is_norm, list_leaves
 from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.sinusoids import sinusoids
+from networks.core.targets.targets import Part, qkv_and_rest, thirds
 
 EPS = 1e-6
 rotate_norm = rotated_norm(EPS)
@@ -38,6 +39,41 @@ ATTENTION: Layers = {  # layers of double blocks -> diffusers' paths
 }
 
 
+DOUBLE_GELU: Layers = {
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    **ATTENTION,
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+}
+SINGLE: Layers = {
+    "modulation.lin": ("norm.linear",),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "norm.query_norm": ("attn.norm_q",),
+    "norm.key_norm": ("attn.norm_k",),
+}
+RANKS: Mapping[str, str] = {
+    "img_attn_dim": r"\.img_attn\.",
+    "txt_attn_dim": r"\.txt_attn\.",
+    "img_mlp_dim": r"\.img_mlp\.",
+    "txt_mlp_dim": r"\.txt_mlp\.",
+    "single_dim": r"^single_blocks\.\d+\.linear",
+}
+TARGET_FIELDS: Mapping[str, Any] = {  # fields of `AdapterTargets`
+    "denoiser": Part("lora_unet", blocks=("DoubleStreamBlock", "SingleStreamBlock"), attention=("SelfAttention",)),
+    "ranks": RANKS,
+    "block_choices": {
+        "train_double_block_indices": r"^double_blocks\.(\d+)\.",
+        "train_single_block_indices": r"^single_blocks\.(\d+)\.",
+    },
+    "subsets": {"double": r"^double_blocks\.", "single": r"^single_blocks\."},
+    "fused": {r"_attn\.qkv$": thirds, r"\.linear1$": qkv_and_rest},
+}
+
+
 def is_scale(path: str) -> bool:
     """Return True for the path of a norm, including one in a list of norms."""
     return is_norm(path) or ".norms." in path
@@ -47,13 +83,14 @@ def list_stream_leaves(path: str) -> Mapping[str, str]:
     return {"scale": "weight"} if is_scale(path) else list_leaves(path)
 
 
-def stream_keys(top: Mapping[str, str], double: Layers, single: Layers, *others: Stack) -> LayerKeys:
-    """Build a base model's `LayerKeys` from the layers of its double and single blocks and from other stacks."""
+def stream_keys(top: Mapping[str, str], double: Layers, single: Layers, *more: Stack, **settings: Any) -> LayerKeys:
+    """Build a base model's `LayerKeys` from the layers of its double and single blocks, from more stacks and from other
+    fields."""
     stacks = (
         Stack("double_blocks", "transformer_blocks", double),
         Stack("single_blocks", "single_transformer_blocks", single),
     )
-    return LayerKeys(top, (*stacks, *others), SWAPPED, list_stream_leaves, is_scale)
+    return LayerKeys(top, (*stacks, *more), SWAPPED, list_stream_leaves, is_scale, **settings)
 
 
 @dataclass(frozen=True)

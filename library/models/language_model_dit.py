@@ -1,7 +1,7 @@
 """Diffusion transformers whose captions one language model encodes: their files, recipe, tokenizer and text cache."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, Protocol, TypeVar
 
@@ -13,12 +13,12 @@ from library.checkpoints.weights import Weights, configure, fingerprint
 from library.diffusion.flow import RECORDS
 from library.models.dit_loader import DitLoader, DitLoaderOptions, add_vision, check_input_width, open_dit_loader
 from library.models.language_models import FLAG, WORDS, LanguageModel, choose_load
-from library.models.loading import Component, LoadPart, check_text_width
+from library.models.loading import check_text_width
 from library.models.qwen3 import FOLDER
-from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
+from library.models.recipe import Recipe, build_flow_recipe, tokenizer_folders
 from library.models.tokenizer_files import check_marks
-from library.models.transformer_file import TransformerFile
-from library.options.base import Options
+from library.models.transformer_file import TransformerFile, file_parts
+from library.models.vae.vae import TransformerVae
 from library.options.dit import DitTrainOptions, PartOptions
 from library.protocols import Architecture, TextCacheSpec, TextPipeline
 
@@ -32,6 +32,7 @@ class LanguageModelOptions(DitLoaderOptions, Protocol):
 
     @property
     def parts(self) -> PartOptions: ...
+    def flat(self) -> dict[str, Any]: ...
 
 
 Build = Callable[[OptionsT], Architecture]
@@ -52,10 +53,7 @@ class DitFiles:
 
     transformer: TransformerFile
     encoder: LanguageModel
-    open_vae: Callable[[str, str | None, BaseFiles], Component]  # title of the base model, name of the VAE, base
-    load_vae: LoadPart
-    num_inputs: int  # values per `unit` that the VAE gives the transformer
-    unit: str  # "token", "patch"
+    vae: TransformerVae
     list_specs: Callable[[], Sequence[BaseModelSpec]]  # of all base models
     fp8: str = "fp8_text_encoder"  # the option that keeps the encoder in 8 bits
     encoder_width: Callable[[Any], int] = lambda config: int(config.text_width)  # that this transformer expects
@@ -89,7 +87,7 @@ def open_with(files: DitFiles, options: LanguageModelOptions, base: BaseFiles, w
     transformer, encoder = files.transformer, files.encoder
     config = configure(weights, transformer.read_config)
     loader = open_parts(files, options, base, weights, partial(transformer.build, config))
-    check_input_width(base.path, config.in_features, files.num_inputs, files.unit, transformer.title)
+    check_input_width(base.path, config.in_features, files.vae.num_inputs, files.vae.unit, transformer.title)
     width = files.encoder_width(config)
     check_text_width(FLAG, loader.text.component, WORDS, width, encoder.hub_name, files.num_states)
     return loader
@@ -114,8 +112,8 @@ def open_parts(
         texts=[
             (lambda: encoder.open(*opened()), choose_load(encoder.load, encoder.name, is_in_8_bits(files, options)))
         ],
-        vae=lambda: files.open_vae(files.transformer.title, options.model.vae, base),
-        load_vae=files.load_vae,
+        vae=lambda: files.vae.open(files.transformer.title, options.model.vae, base),
+        load_vae=files.vae.load,
     )
     if encoder.vision is None:
         return loader
@@ -156,16 +154,22 @@ def ways_to_build(
 
 
 def shared_parts(
-    files: DitFiles, recipe: Recipe, options: Options, loader: DitLoader, **metadata: str
+    files: DitFiles,
+    recipe: Recipe,
+    options: LanguageModelOptions,
+    loader: DitLoader,
+    text: TokenizedText,
+    suffix: str,
+    **cache: Any,
 ) -> dict[str, Any]:
-    """Return the parts of an `Architecture` that follow from its files; `metadata` as for `Recipe.describe`."""
+    """Return the parts of an `Architecture` that follow from its files and its text.
+
+    `suffix` ends the names of text caches; `cache` as for `cache_text`.
+    """
     return {
-        "name": files.transformer.base,
-        "load": loader,
-        "view": files.transformer.view,
-        "metadata": recipe.describe(options, **metadata),
-        "specs": files.list_specs(),
-        "ignores": recipe.ignores,
+        **file_parts(files.transformer, recipe, options, loader, files.list_specs()),
+        "text": text,
+        "text_cache": cache_text(files, options, loader, text, suffix, **cache),
     }
 
 
@@ -188,24 +192,17 @@ def build_recipe(
     `page` is that of its implementation, `version` its ss_base_model_version if that is not its name; the options'
     names stand for the reasons why they are not supported.
     """
-    architecture = {"modelspec.architecture": f"{file.architecture}/lora"} if isinstance(file.architecture, str) else {}
-    return Recipe(
-        title=file.title,
-        metadata={
-            "ss_base_model_version": version or file.base,
-            **architecture,
-            "modelspec.implementation": page,
-            "modelspec.resolution": "1024x1024",
-        },
-        refuses={
-            "weighted_captions": weighted_captions,
-            "network_train_text_encoder_only": "its text encoder cannot be trained",
-        },
-        ignores=ignored_by_flow(
-            file.title, clip_skip=clip_skip, max_token_length=f"its text encoder reads {num_tokens} tokens"
-        ),
+    return build_flow_recipe(
+        file.title,
+        page,
+        version or file.base,
+        file.architecture if isinstance(file.architecture, str) else "",
+        weighted_captions=weighted_captions,
+        refuses={"network_train_text_encoder_only": "its text encoder cannot be trained"},
         records=RECORDS,
-        needs=needs or {},
+        needs=needs,
+        clip_skip=clip_skip,
+        max_token_length=f"its text encoder reads {num_tokens} tokens",
     )
 
 
@@ -219,18 +216,28 @@ def load_tokenizer(encoder: LanguageModel, options: LanguageModelOptions, loader
 
 
 def cache_text(
-    files: DitFiles, options: LanguageModelOptions, loader: DitLoader, text: TokenizedText, suffix: str
+    files: DitFiles,
+    options: LanguageModelOptions,
+    loader: DitLoader,
+    text: TokenizedText,
+    suffix: str,
+    settings: str = "",
+    **more: Any,
 ) -> TextCacheSpec:
-    """Return the text cache of states and their mask, which the denoiser reads on the host."""
-    return TextCacheSpec(
+    """Return the text cache of states and their mask, which the denoiser reads on the host.
+
+    `settings` are what affects the values besides the encoder; `more` are other fields, in place of the usual ones.
+    """
+    cache = TextCacheSpec(
         options=options.text_caching,
         suffix=suffix,
         keys=tuple(PADDING),
         encoders=lambda: fingerprint(*(part.component.weights for part in loader.texts)),
-        settings=f"{loader.text.dtype} {is_in_8_bits(files, options)}",
+        settings=" ".join(filter(None, (str(loader.text.dtype), str(is_in_8_bits(files, options)), settings))),
         tokenizers=(text.tokenizer,),
         padding=PADDING,
         on_host=("attention_mask",),
         can_train=False,
         sees_images=files.encoder.vision is not None,
     )
+    return replace(cache, **more)

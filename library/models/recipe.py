@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 from library.base.errors import about
-from library.diffusion.flow import IGNORES
+from library.diffusion.flow import IGNORES, RECORDS
 from library.environment.installed import NEEDED_BY_ALL, check_installed
-from library.options.base import Options
 from library.options.no_effect import is_requested
 
 OTHER_ATTENTION: Mapping[str, str] = {  # options without effect on this project's denoisers
@@ -27,6 +27,12 @@ def ignored_by_flow(title: str, **reasons: str) -> dict[str, str]:
     }
 
 
+class Values(Protocol):
+    """Options, by name."""
+
+    def flat(self) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The shared options that a base model refuses or ignores, and the metadata of files trained on it."""
@@ -38,7 +44,7 @@ class Recipe:
     records: Sequence[str] = ()  # options written into files as ss_<option>
     needs: Mapping[str, str] = field(default_factory=dict)  # package -> versions, if newer than for other base models
 
-    def check(self, options: Options) -> None:
+    def check(self, options: Values) -> None:
         """Raise UserError for packages that are too old, and for an option that this base model does not support."""
         check_installed(self.title, {**NEEDED_BY_ALL, **self.needs})
         values = options.flat()
@@ -46,7 +52,7 @@ class Recipe:
             if is_requested(values[name]):
                 raise about(f"--{name}", cause="does not fit")(f"does not work with {self.title}: {why}", "remove it")
 
-    def describe(self, options: Options, **more: str) -> dict[str, str]:
+    def describe(self, options: Values, **more: str) -> dict[str, str]:
         """Return a base model's metadata for trained files; `more` are modelspec.* keys without that prefix."""
         values = options.flat()
         return {
@@ -59,6 +65,39 @@ class Recipe:
     def of_checkpoint(self, architecture: str, predicts_velocity: bool = False) -> dict[str, str]:
         """Return the metadata of an adapter extracted from a checkpoint, for `BaseModelSpec.adapter_metadata`."""
         return {"ss_v2": "False", **self.metadata, "modelspec.architecture": f"{architecture}/lora"}
+
+
+def build_flow_recipe(
+    title: str,
+    page: str,
+    version: str = "",
+    architecture: str = "",
+    *,
+    weighted_captions: str,
+    resolution: str = "1024x1024",
+    records: Sequence[str] = (*RECORDS, "text_encoder_lr"),
+    refuses: Mapping[str, str] | None = None,
+    needs: Mapping[str, str] | None = None,
+    **ignores: str,
+) -> Recipe:
+    """Return the recipe of a flow model; `page` is that of its implementation.
+
+    `version` is its ss_base_model_version and `architecture` its modelspec.architecture, "" if they depend on the file.
+    `weighted_captions` is why these are refused, `ignores` as for `ignored_by_flow`.
+    """
+    named = {"ss_base_model_version": version, "modelspec.architecture": architecture and f"{architecture}/lora"}
+    return Recipe(
+        title=title,
+        metadata={
+            **{key: value for key, value in named.items() if value},
+            "modelspec.implementation": page,
+            "modelspec.resolution": resolution,
+        },
+        refuses={"weighted_captions": weighted_captions, **(refuses or {})},
+        ignores=ignored_by_flow(title, **ignores),
+        records=records,
+        needs=needs or {},
+    )
 
 
 def folders_of(*files: str | Path | None) -> list[Path]:

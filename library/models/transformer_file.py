@@ -18,9 +18,10 @@ from library.checkpoints.weights import Weights, configure, find_prefix, select_
 from library.models.adapter_views import view_denoiser
 from library.models.identify import DENOISER_PREFIXES, open_denoiser
 from library.models.loading import build_on_meta_device
-from library.models.recipe import Recipe
+from library.models.recipe import Recipe, Values
 from library.models.shapes import Shapes
-from library.protocols import AdapterView
+from library.options.base import Options
+from library.protocols import AdapterView, Architecture, LatentSpec, Loader, Objective
 from networks.core.targets.targets import AdapterTargets
 
 
@@ -92,8 +93,38 @@ class TransformerFile:
         return weights, prefix
 
 
-def transformer_fields(file: TransformerFile, targets: AdapterTargets, recipe: Recipe, **own: str) -> dict[str, Any]:
-    """Return the fields of `BaseModelSpec` that follow from a flow model's transformer; `own` replaces names."""
+def file_parts(
+    file: TransformerFile,
+    recipe: Recipe,
+    options: Values,
+    loader: Loader,
+    specs: Sequence[BaseModelSpec],
+    **metadata: str,
+) -> dict[str, Any]:
+    """Return the parts of an `Architecture` that follow from its transformer's file; `metadata` as for
+    `Recipe.describe`."""
+    return {
+        "name": file.base,
+        "load": loader,
+        "view": file.view,
+        "metadata": recipe.describe(options, **metadata),
+        "specs": specs,
+        "ignores": recipe.ignores,
+    }
+
+
+def transformer_fields(
+    file: TransformerFile,
+    targets: AdapterTargets,
+    recipe: Recipe,
+    options: type[Options],
+    build: Callable[[Any], Architecture],
+    objective: Callable[[Any], Objective],
+    latents: LatentSpec,
+    **own: Any,
+) -> dict[str, Any]:
+    """Return the fields of `BaseModelSpec` that follow from a flow model's transformer and its assembly; `own` replaces
+    some of them."""
     assert targets.names is not None
     return {
         "name": file.base,
@@ -105,6 +136,10 @@ def transformer_fields(file: TransformerFile, targets: AdapterTargets, recipe: R
         "open_for_merging": file.open,
         "view_for_networks": file.view_for_networks,
         "adapter_metadata": recipe.of_checkpoint,
+        "options": options,
+        "build": build,
+        "objective": objective,
+        "latents": latents,
         "ignores": recipe.ignores,
         **own,
     }

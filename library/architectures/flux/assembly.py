@@ -5,65 +5,54 @@ Start here to read this package.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
-from library.architectures.flux.layers import view, view_chroma
 from library.architectures.flux.load import is_schnell, open_loader
+from library.architectures.flux.merging import CHROMA_FILE, FILE, architecture_of
 from library.architectures.flux.options import FluxOptions
 from library.architectures.flux.predict import predict, predict_chroma, preview_sampler
 from library.architectures.flux.text import FluxText, T5Text
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import build_predicted_flow
+from library.diffusion.flow import RECORDS, build_predicted_flow
 from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import ClipTokens
 from library.models.dit_loader import DitLoader
-from library.models.recipe import Recipe, folders_of, ignored_by_flow
+from library.models.recipe import build_flow_recipe, folders_of
 from library.models.t5 import load_t5_tokenizer, precisions
+from library.models.transformer_file import file_parts
 from library.models.vae.flux import map_latents
 from library.protocols import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
 
 logger = logging.getLogger(__name__)
 
 T5_TOKENS_DEV, T5_TOKENS_SCHNELL = 512, 256
-RECIPE = Recipe(
-    title="FLUX.1",
-    metadata={
-        "ss_base_model_version": "flux1",
-        "modelspec.implementation": "https://github.com/black-forest-labs/flux",
-        "modelspec.resolution": "1024x1024",
-    },
-    refuses={"weighted_captions": "T5 has no prompt weighting"},
-    ignores=ignored_by_flow(
-        "FLUX.1",
-        clip_skip="FLUX.1 uses CLIP's pooled state",
-        max_token_length="T5 reads captions whole; use --t5xxl_max_token_length",
-        vae="use --ae",
-    ),
-    records=(
-        "model_type", "apply_t5_attn_mask", "guidance_scale", "weighting_scheme", "logit_mean", "logit_std",
-        "mode_scale", "timestep_sampling", "sigmoid_scale", "model_prediction_type", "discrete_flow_shift",
-        "text_encoder_lr",
-    ),
-)  # fmt: skip
-CHROMA_RECIPE = replace(
-    RECIPE,
-    title="Chroma",
-    metadata={
-        "ss_base_model_version": "chroma",
-        "modelspec.implementation": "https://huggingface.co/lodestones/Chroma",
-        "modelspec.resolution": "1024x1024",
-    },
-    ignores={
-        **RECIPE.ignores,
-        "v_parameterization": "Chroma predicts the velocity of a flow",
-        "clip_skip": "Chroma has no CLIP",
-        "clip_l": "Chroma reads captions only with T5",
-    },
+T5_READS_CAPTIONS: Mapping[str, Any] = {
+    "weighted_captions": "T5 has no prompt weighting",
+    "max_token_length": "T5 reads captions whole; use --t5xxl_max_token_length",
+    "vae": "use --ae",
+}
+RECIPE = build_flow_recipe(
+    "FLUX.1",
+    "https://github.com/black-forest-labs/flux",
+    "flux1",
+    **T5_READS_CAPTIONS,
+    records=("model_type", "apply_t5_attn_mask", "guidance_scale", *RECORDS, "text_encoder_lr"),
+    clip_skip="FLUX.1 uses CLIP's pooled state",
+)
+CHROMA_RECIPE = build_flow_recipe(
+    "Chroma",
+    "https://huggingface.co/lodestones/Chroma",
+    "chroma",
+    **T5_READS_CAPTIONS,
+    records=RECIPE.records,
+    clip_skip="Chroma has no CLIP",
+    clip_l="Chroma reads captions only with T5",
 )
 # Settings that Chroma was trained with, besides raw predictions.
 CHROMA_USUAL = {"guidance_scale": 0.0, "timestep_sampling": "sigmoid"}
@@ -78,32 +67,29 @@ def build(options: FluxOptions) -> Architecture:
 
     Raises UserError naming the flag for a file or a setting that does not fit the model of `model_type`.
     """
-    return build_chroma(options) if options.flux.model_type == "chroma" else build_flux(options)
+    return build_chroma(options) if options.parts.model_type == "chroma" else build_flux(options)
 
 
 def build_flux(options: FluxOptions) -> Architecture:
     RECIPE.check(options)
     # Loss and metadata must both see the guidance, so it is set before they read the options.
     if options.guidance.guidance_loss is not None:
-        options = replace(options, flux=replace(options.flux, guidance_scale=options.guidance.guidance_loss))
+        options = replace(options, parts=replace(options.parts, guidance_scale=options.guidance.guidance_loss))
     loader = open_loader(options)
     text = build_text(options, loader)
-    masks_text = options.flux.apply_t5_attn_mask
+    masks_text = options.parts.apply_t5_attn_mask
     schnell = is_schnell(loader.denoiser_weights)
-    kind = "schnell" if schnell else "dev"
     schnell_ignores = {"guidance_scale": "FLUX.1 schnell has no input for it"} if schnell else {}
+    recipe = replace(RECIPE, ignores={**RECIPE.ignores, **schnell_ignores})
     return Architecture(
-        name="flux",
-        load=loader,
+        **file_parts(
+            FILE, recipe, options, loader, list_specs(), architecture=f"{architecture_of(loader.denoiser_weights)}/lora"
+        ),
         text=text,
         codec=CODEC_WITHOUT_REFERENCES if schnell else CODEC,
         objective=build_objective(options),
-        predict=partial(predict, guidance=options.flux.guidance_scale, masks_text=masks_text),
-        view=view,
+        predict=partial(predict, guidance=options.parts.guidance_scale, masks_text=masks_text),
         preview=build_preview(text, schnell, masks_text),
-        metadata=RECIPE.describe(options, architecture=f"flux-1-{kind}/lora"),
-        specs=list_specs(),
-        ignores={**RECIPE.ignores, **schnell_ignores},
         text_cache=build_text_cache(options, loader, text),
     )
 
@@ -116,32 +102,27 @@ def build_chroma(options: FluxOptions) -> Architecture:
     loader = open_loader(options)
     text = build_t5_text(options, loader, T5_TOKENS_DEV, ("tokenizer_2", "tokenizer"))
     return Architecture(
-        name="chroma",
-        load=loader,
+        **file_parts(CHROMA_FILE, CHROMA_RECIPE, options, loader, list_specs(), architecture="chroma/lora"),
         text=text,
         codec=CODEC_WITHOUT_REFERENCES,
         objective=build_objective(options),
-        predict=partial(predict_chroma, guidance=options.flux.guidance_scale),
-        view=view_chroma,
+        predict=partial(predict_chroma, guidance=options.parts.guidance_scale),
         preview=Preview(
             defaults=PromptDefaults(num_steps=20, width=512, height=512, scale=4.0, size_step=16, guidance_scale=0.0),
             text=text,
             predict=lambda prompt: partial(predict_chroma, guidance=prompt.guidance_scale or 0.0),
             sampler=lambda prompt: preview_sampler(prompt, is_shifted=True),
         ),
-        metadata=CHROMA_RECIPE.describe(options, architecture="chroma/lora"),
-        specs=list_specs(),
-        ignores=CHROMA_RECIPE.ignores,
         text_cache=build_t5_cache(options, loader, text),
     )
 
 
 def with_masked_padding(options: FluxOptions) -> FluxOptions:
     """Return the options with `apply_t5_attn_mask` set, which Chroma requires."""
-    if options.flux.apply_t5_attn_mask:
+    if options.parts.apply_t5_attn_mask:
         return options
     logger.info("--apply_t5_attn_mask is enabled: Chroma was trained with masked caption padding")
-    return replace(options, flux=replace(options.flux, apply_t5_attn_mask=True))
+    return replace(options, parts=replace(options.parts, apply_t5_attn_mask=True))
 
 
 def warn_of_unusual(options: FluxOptions) -> None:
@@ -166,13 +147,13 @@ def build_t5_text(options: FluxOptions, loader: DitLoader, default_length: int, 
 
     The tokenizer is searched in `folders` next to the base model and the encoder.
     """
-    length = options.flux.t5xxl_max_token_length
-    model_folders = folders_of(loader.path, options.flux.t5xxl)
+    length = options.parts.t5xxl_max_token_length
+    model_folders = folders_of(loader.path, options.parts.t5xxl)
     cache_dir, num_words = options.model.tokenizer_cache_dir, loader.texts[-1].num_words
     return T5Text(
         tokenizer=load_t5_tokenizer([f / name for f in model_folders for name in folders], cache_dir, num_words),
         num_tokens=default_length if length is None else length,
-        masks_padding=options.flux.apply_t5_attn_mask,
+        masks_padding=options.parts.apply_t5_attn_mask,
     )
 
 

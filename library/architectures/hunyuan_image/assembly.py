@@ -4,52 +4,45 @@
 Start here to read this package.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from library.architectures.hunyuan_image.load import SPEC, open_loader
+from library.architectures.hunyuan_image.load import MODEL, SPEC, TRANSFORMER, open_loader
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
-from library.architectures.hunyuan_image.predict import predict
 from library.architectures.hunyuan_image.qwen import load_qwen_tokenizer
 from library.architectures.hunyuan_image.text import HunyuanImageText
 from library.architectures.hunyuan_image.vae import SCALE
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import build_predicted_flow
+from library.diffusion.flow import RECORDS, build_predicted_flow
 from library.diffusion.samplers import build_shifted_sampler
-from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
-from library.models.recipe import Recipe, explain_ignored_attention, folders_of, ignored_by_flow
+from library.models.prediction import build_predict
+from library.models.recipe import build_flow_recipe, explain_ignored_attention, folders_of
+from library.models.transformer_file import file_parts
 from library.models.vae.latents import KlLatents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
 SAMPLING_SHIFT = 5.0  # used by the model to sample images
-RECIPE = Recipe(
-    title="HunyuanImage 2.1",
-    metadata={
-        "ss_base_model_version": "hunyuan-image-2.1",
-        "modelspec.architecture": "hunyuan-image-2.1/lora",
-        "modelspec.implementation": "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1",
-        "modelspec.resolution": "2048x2048",
-    },
-    refuses={
-        "weighted_captions": "Qwen2.5-VL has no prompt weighting",
-        "network_train_text_encoder_only": "its text encoders cannot be trained",
-    },
-    ignores=ignored_by_flow(
-        "HunyuanImage 2.1",
-        clip_skip="it has no CLIP",
-        max_token_length="its text encoder reads 1024 tokens",
-    ),
-    records=(
-        "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale", "model_prediction_type",
-        "discrete_flow_shift", "text_encoder_lr",
-    ),
+RECIPE = build_flow_recipe(
+    MODEL,
+    "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1",
+    "hunyuan-image-2.1",
+    "hunyuan-image-2.1",
+    resolution="2048x2048",
+    weighted_captions="Qwen2.5-VL has no prompt weighting",
+    refuses={"network_train_text_encoder_only": "its text encoders cannot be trained"},
+    records=[*(name for name in RECORDS if name != "weighting_scheme"), "text_encoder_lr"],
     needs={"transformers": ">=5", "diffusers": ">=0.36"},  # rope_parameters; AutoencoderKLHunyuanImage
-)  # fmt: skip
+    clip_skip="it has no CLIP",
+    max_token_length="its text encoder reads 1024 tokens",
+)
 LATENTS = SPEC
 # sd-scripts gives the model whole timesteps too; previews use the exact levels.
 build_objective = partial(build_predicted_flow, tells_whole_timesteps=True)
+
+predict = build_predict("vlm_embed", "vlm_mask", "byt5_embed", "byt5_mask", takes_timesteps=True)
 
 
 def build(options: HunyuanImageOptions) -> Architecture:
@@ -60,18 +53,20 @@ def build(options: HunyuanImageOptions) -> Architecture:
     RECIPE.check(options)
     loader = open_loader(options)
     text = build_text(options, loader)
+    recipe = replace(RECIPE, ignores={**RECIPE.ignores, **explain_ignored_attention(options.parts.attn_mode)})
     return Architecture(
-        name="hunyuan_image",
-        load=loader,
+        **file_parts(TRANSFORMER, recipe, options, loader, list_specs()),
         text=text,
         codec=KlLatents(SPEC, SCALE),
         objective=build_objective(options),
         predict=predict,
-        view=view_denoiser,
-        preview=build_preview(text),
-        metadata=RECIPE.describe(options),
-        specs=list_specs(),
-        ignores={**RECIPE.ignores, **explain_ignored_attention(options.hunyuan_image.attn_mode)},
+        # Plain classifier-free guidance; --fs of a prompt shifts the noise levels.
+        preview=Preview(
+            PromptDefaults(num_steps=20, width=512, height=512, scale=3.5, size_step=32, flow_shift=SAMPLING_SHIFT),
+            text,
+            lambda prompt: predict,
+            build_shifted_sampler,
+        ),
         text_cache=build_text_cache(options, loader, text),
     )
 
@@ -81,7 +76,7 @@ def build_text(options: HunyuanImageOptions, loader: DitLoader) -> HunyuanImageT
     no files."""
     from transformers import ByT5Tokenizer
 
-    encoder_path = options.hunyuan_image.text_encoder
+    encoder_path = options.parts.text_encoder
     model_folders = folders_of(loader.path, encoder_path)
     folders = [folder / "tokenizer" for folder in model_folders]
     if encoder_path and Path(encoder_path).expanduser().is_dir():
@@ -103,20 +98,8 @@ def build_text_cache(options: HunyuanImageOptions, loader: DitLoader, text: Huny
         suffix="_hi_te.npz",
         keys=("vlm_embed", "vlm_mask", "byt5_embed", "byt5_mask", "ocr_mask"),
         encoders=encoders,
-        settings=f"{loader.text.dtype} {options.hunyuan_image.fp8_vl}",
+        settings=f"{loader.text.dtype} {options.parts.fp8_vl}",
         tokenizers=(text.qwen_tokenizer, text.byt5_tokenizer),
         padding={"vlm_embed": 0.0, "vlm_mask": 0.0},
         can_train=False,
-    )
-
-
-def build_preview(text: HunyuanImageText) -> Preview:
-    """Build the preview settings: plain classifier-free guidance; --fs of a prompt shifts the noise levels."""
-    return Preview(
-        defaults=PromptDefaults(
-            num_steps=20, width=512, height=512, scale=3.5, size_step=32, flow_shift=SAMPLING_SHIFT
-        ),
-        text=text,
-        predict=lambda prompt: predict,
-        sampler=build_shifted_sampler,
     )

@@ -3,7 +3,7 @@
 from functools import partial
 
 from library.architectures.lumina.gemma import GEMMA_PREFIXES, gemma_component, gemma_of_folder, load_gemma
-from library.architectures.lumina.layers import DIFFUSERS_MARK, KEYS, MARK, denoiser_module, gemma_module
+from library.architectures.lumina.layers import DIFFUSERS_MARK, KEYS, MARK, gemma_module
 from library.architectures.lumina.model import PATCH, NextDiT, read_config
 from library.architectures.lumina.options import LuminaOptions
 from library.architectures.specs import list_specs
@@ -12,6 +12,7 @@ from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_files import BaseFiles, open_base
 from library.checkpoints.weights import Weights, configure
 from library.memory.devices import DTYPES
+from library.models.adapter_views import view_both
 from library.models.dit_loader import DitLoader, check_input_width, open_dit_loader
 from library.models.identify import refuse_other_model
 from library.models.language_models import LAYER_LINEAR, WORDS
@@ -37,12 +38,11 @@ TRANSFORMER = TransformerFile(
     architecture="lumina-2",
     mark=MARK,
     diffusers_mark=DIFFUSERS_MARK,
-    is_layer=KEYS.is_linear,
-    name=denoiser_module,
+    **KEYS.of_file,
     build=NextDiT,
     read_config=read_config,
-    from_diffusers=KEYS.from_diffusers,
     unused=("norm_final.weight",),
+    view=view_both,
     name_text_layer=name_text_layer,
 )
 
@@ -52,7 +52,7 @@ def open_loader(options: LuminaOptions) -> DitLoader:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    gemma, ae = options.lumina.gemma2, options.lumina.ae
+    gemma, ae = options.parts.gemma2, options.parts.ae
     paths = {"text_encoder": gemma, "vae": ae}
     base = open_base(
         options.model.pretrained_model_name_or_path,

@@ -5,14 +5,15 @@ Start here to read this package.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from library.architectures.sd3.conditioning_dropout import Variation
-from library.architectures.sd3.layers import view
 from library.architectures.sd3.load import LATENT_CHANNELS, LATENT_SCALE, LATENT_SHIFT, open_loader
-from library.architectures.sd3.model import MMDiT, MMDiTConfig, recognise_version
+from library.architectures.sd3.merging import FILE
+from library.architectures.sd3.model import MMDiT, recognise_version
 from library.architectures.sd3.options import Sd3Options
 from library.architectures.sd3.positions import square_side
 from library.architectures.sd3.predict import predict
@@ -20,16 +21,17 @@ from library.architectures.sd3.text import Sd3Text
 from library.architectures.specs import list_specs
 from library.base.errors import needing
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import FlowMatching
+from library.diffusion.flow import SCHEME_RECORDS, FlowMatching
 from library.diffusion.samplers import FlowSampler, Sampler
 from library.diffusion.timesteps import FINEST_LEVEL, build_shifted_scheme, shift_sigmas, takes_offset
 from library.models.clip.clip import CLIP_WORDS, PROJECTION
 from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import ClipTokens
 from library.models.dit_loader import DitLoader
-from library.models.recipe import Recipe, folders_of, ignored_by_flow
+from library.models.recipe import build_flow_recipe, folders_of
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5_tokenizer, precisions
+from library.models.transformer_file import file_parts
 from library.models.vae.latents import KlLatents
 from library.protocols import Architecture, LatentSpec, LiveText, Preview, PromptDefaults, TextCacheSpec, leave_sizes
 from library.types import Prompt
@@ -43,23 +45,14 @@ T5_TOKENIZER = "tokenizer_3"  # a folder next to the model, named as in diffuser
 SAMPLING_SHIFT = 3.0  # used by SD3 to sample images
 
 
-RECIPE = Recipe(
-    title="SD3",
-    metadata={
-        "modelspec.implementation": "https://github.com/Stability-AI/sd3.5",
-        "modelspec.resolution": "1024x1024",
-    },
-    refuses={"weighted_captions": "its text encoders have no prompt weighting"},
-    ignores=ignored_by_flow(
-        "SD3",
-        clip_skip="SD3 uses the second-to-last states of both CLIPs",
-        max_token_length="both CLIPs read 75 tokens; use --t5xxl_max_token_length",
-    ),
-    records=(
-        "apply_lg_attn_mask", "apply_t5_attn_mask", "weighting_scheme", "logit_mean", "logit_std", "mode_scale",
-        "text_encoder_lr",
-    ),
-)  # fmt: skip
+RECIPE = build_flow_recipe(
+    "SD3",
+    "https://github.com/Stability-AI/sd3.5",
+    weighted_captions="its text encoders have no prompt weighting",
+    records=("apply_lg_attn_mask", "apply_t5_attn_mask", *SCHEME_RECORDS, "text_encoder_lr"),
+    clip_skip="SD3 uses the second-to-last states of both CLIPs",
+    max_token_length="both CLIPs read 75 tokens; use --t5xxl_max_token_length",
+)
 
 
 def build(options: Sd3Options) -> Architecture:
@@ -69,19 +62,16 @@ def build(options: Sd3Options) -> Architecture:
     """
     RECIPE.check(options)
     loader, config = open_loader(options)
-    text = build_text(options, loader)
+    text, version = build_text(options, loader), recognise_version(config)
+    recipe = replace(RECIPE, metadata={**RECIPE.metadata, "ss_base_model_version": version})
+    architecture = f"stable-diffusion-3-{version}/lora"
     return Architecture(
-        name="sd3",
-        load=loader,
+        **file_parts(FILE, recipe, options, loader, list_specs(), architecture=architecture),
         text=text,
         codec=KlLatents(LATENTS, LATENT_SCALE, LATENT_SHIFT),
         objective=build_objective(options),
         predict=predict,
-        view=view,
         preview=build_preview(text),
-        metadata=metadata(options, config),
-        specs=list_specs(),
-        ignores=RECIPE.ignores,
         text_cache=build_text_cache(options, loader, text),
         vary=build_variation(options, loader),
         fit_to_sizes=stretch_positions if options.sd3.enable_scaled_pos_embed else leave_sizes,
@@ -182,12 +172,3 @@ def sampling_sigmas(num_steps: int, shift: float) -> torch.Tensor:
     again, as SD3 was published."""
     finest = shift * FINEST_LEVEL / (1 + (shift - 1) * FINEST_LEVEL)
     return shift_sigmas(torch.linspace(1.0, finest, num_steps, dtype=torch.float64), shift)
-
-
-def metadata(options: Sd3Options, config: MMDiTConfig) -> dict[str, str]:
-    """Return the base model's metadata of files trained on it."""
-    version = recognise_version(config)
-    return {
-        **RECIPE.describe(options, architecture=f"stable-diffusion-3-{version}/lora"),
-        "ss_base_model_version": version,
-    }

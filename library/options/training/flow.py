@@ -53,9 +53,9 @@ class FlowWeightingOptions(Options):
 
 @dataclass(frozen=True)
 class FlowSamplingOptions(Options, needs_images=True):
-    """How noise levels are drawn.
+    """Sampling of noise levels.
 
-    Base models with other defaults use `redeclare`.
+    Base models with other defaults give them to `group`.
     """
 
     timestep_sampling: str = option(
