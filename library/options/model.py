@@ -34,6 +34,11 @@ def part(what: str, base: str = "the base") -> Any:
     return option(None, f"File or folder of {what}. Unset takes it from {base}.", path="part", usual=True)
 
 
+def edit() -> Any:
+    """Declare the option that musubi-tuner's commands have for models that may be trained with reference images."""
+    return option(False, "Refuse a data set without reference images; those of a data set are always trained.")
+
+
 @dataclass(frozen=True)
 class ModelOptions(Options):
     """The base model and how its text is read."""

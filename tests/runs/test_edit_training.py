@@ -13,7 +13,7 @@ from PIL import Image
 
 from library.training.evaluation.prompt_images import GAP
 from library.training.report_page.page import read_data
-from tests.running import Finished, load_saved, make_images
+from tests.running import SCRIPTS, Finished, load_saved, make_images
 from tests.tiny.flux import build_tiny_flux
 from tests.tiny.flux_2 import build_tiny_flux_2
 from tests.tiny.krea2 import build_tiny_krea2
@@ -174,7 +174,7 @@ def test_a_preview_depends_on_its_reference(train: Train, arguments: list[str], 
 @pytest.mark.parametrize(
     ("build", "script", "module", "more"),
     [
-        (build_tiny_flux_2, "flux_2_train_network", "networks.lora_flux_2", []),
+        (build_tiny_flux_2, "flux_2_train_network", "networks.lora_flux_2", ["--edit"]),
         (build_tiny_moss_image, "moss_image_train_network", "networks.lora", []),
         (build_tiny_krea2, "krea2_train_network", "networks.lora_krea2", ["--edit"]),
     ],
@@ -223,3 +223,13 @@ no_resize_control = true
     (preview,) = (tmp_path / "out" / "sample").glob("mine*.png")
     with Image.open(preview) as image:
         assert image.width > 3 * 64  # both references are to the left
+
+
+@pytest.mark.parametrize("script", [name for name, spec in SCRIPTS.items() if spec.latents.max_references])
+def test_edit_refuses_a_data_set_without_references(train: Train, tmp_path: Path, script: str) -> None:
+    """Every script that trains pairs takes the option of musubi-tuner's commands."""
+    make_images(tmp_path / "data" / "1_thing", 2)
+    words = ["--train_data_dir", str(tmp_path / "data"), "--resolution", "64", "--audit_only", "--caption_extension"]
+    assert train([*words, ".txt"], script).status == 0
+    done = train([*words, ".txt", "--edit"], script)
+    assert done.status == 1 and "--edit trains on reference images, but no subset of the data set" in done.stderr

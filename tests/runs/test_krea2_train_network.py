@@ -40,7 +40,7 @@ def test_caption_features_are_cached_without_padding(tiny_arguments: list[str], 
     texts = "--dataset_config {data} --text_encoder {text} --batch_size 2"
     log = run_command("krea2_cache_text_encoder_outputs", texts, paths_of(tiny_arguments, tmp_path))
     num_tokens = []
-    for file in (tmp_path / "images").glob("*_krea2_te.npz"):
+    for file in (tmp_path / "cache").rglob("*_krea2_te.npz"):
         with np.load(file) as archive:
             states, mask = archive["hidden_state"], archive["attention_mask"]
         assert states.dtype == np.uint16 and states.shape == (len(mask), 12 * CONFIG.fusion.width) and mask.all()

@@ -7,7 +7,7 @@ from typing import Any
 from library.options.base import group, option, without_effect
 from library.options.flow_model import FLOW_INSTEAD, FlowTrainOptions, PartsOptions
 from library.options.kinds import whole
-from library.options.model import BASE, TRAINING_ADAPTER, ModelFile, part
+from library.options.model import BASE, TRAINING_ADAPTER, ModelFile, edit, part
 from library.options.training.flow import FlowPredictionOptions
 
 SPLIT_MODE_BLOCKS = 18  # offloaded blocks with `split_mode`
@@ -47,6 +47,7 @@ class FluxModelOptions(PartsOptions):
     model_type: str = option(
         "flux", help="The base model: flux for FLUX.1 dev and schnell.", choices=("flux", "chroma")
     )
+    edit: bool = edit()
     split_mode: bool = option(
         False, unless="blocks_to_swap", affects_training=False, help="An old name for --blocks_to_swap 18."
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from library.options.base import group, option
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
-from library.options.model import BASE, ModelFile
+from library.options.model import BASE, ModelFile, edit
 from library.options.training.flow import FlowSamplingOptions
 
 VERSIONS = ("dev", "klein-4b", "klein-base-4b", "klein-9b", "klein-base-9b")
@@ -22,6 +22,7 @@ class Flux2ModelOptions(PartOptions):
         help="File or folder of the text encoder: Qwen3 4B for klein 4B, Qwen3 8B for klein 9B, Mistral Small 3 for "
         "dev. Unset takes it from the base.",
     )
+    edit: bool = edit()
     fp8_text_encoder: bool = option(False, help="Keep the text encoder in 8 bits.")
     model_version: str | None = option(
         None,

@@ -4,7 +4,6 @@ generates images from text, and can be trained to edit reference images.
 Start here to read this package.
 """
 
-from dataclasses import replace
 from functools import partial
 
 from library.architectures.krea2.load import FILES, open_loader, open_turbo
@@ -54,7 +53,7 @@ def assemble(options: Krea2Options, loader: DitLoader, is_trained: bool) -> Arch
             bytes_of=lambda caption: feature_bytes(loader, text, caption),
             keeps_bits=True,
         ),
-        codec=replace(CODEC, spec=replace(LATENTS, needs_references=options.parts.edit)),
+        codec=CODEC,
         objective=build_objective(options),
         predict=predict,
         preview=build_preview(text, turbo, turbo_loader),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from library.options.base import group, option, without_effect
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
-from library.options.model import BASE, TRAINING_ADAPTER, ModelFile, part
+from library.options.model import BASE, TRAINING_ADAPTER, ModelFile, edit, part
 from library.options.training.flow import FlowSamplingOptions
 
 IN_PLACE = "previews swap all weights in place on the GPU"
@@ -24,9 +24,7 @@ class Krea2ModelOptions(PartOptions):
         help="Which Krea 2 the base is: turbo is distilled, and previews take 8 steps without guidance. Unset reads "
         "is_distilled in a folder's model_index.json, or looks for words such as turbo in the name.",
     )
-    edit: bool = option(
-        False, help="Refuse a data set without reference images; those of a data set are always trained."
-    )
+    edit: bool = edit()
     turbo_dit: str | None = option(
         None,
         path="file or folder",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from library.options.base import group, option, redeclare
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
-from library.options.model import BASE, ModelFile, part
+from library.options.model import BASE, ModelFile, edit, part
 from library.options.training.flow import TIMESTEP_SAMPLINGS, FlowSamplingOptions
 
 OWN_SAMPLING = "moss_image"
@@ -23,6 +23,7 @@ class MossImageModelOptions(PartOptions):
     """The parts of the base model."""
 
     text_encoder: str | None = part("the text encoder Qwen3.5 9B")
+    edit: bool = edit()
     fp8_text_encoder: bool = option(False)
     """Keep the text encoder in 8 bits."""
 

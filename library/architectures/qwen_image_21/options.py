@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from library.options.base import group, option
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
-from library.options.model import BASE, ModelFile, part
+from library.options.model import BASE, ModelFile, edit, part
 from library.options.training.flow import FlowSamplingOptions
 
 
@@ -14,6 +14,7 @@ class QwenImage21ModelOptions(PartOptions):
     """The parts of the base model."""
 
     text_encoder: str | None = part("the text encoder Qwen3-VL 8B")
+    edit: bool = edit()
     fp8_vl: bool = option(False, help="Keep the text encoder Qwen3-VL in 8 bits.")
 
 

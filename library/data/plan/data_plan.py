@@ -330,6 +330,8 @@ def build_plan(
     UserError for other mistakes in the description.
     """
     config = load_dataset_config(options)
+    if options.flat().get("edit") and spec.max_references:
+        spec = replace(spec, needs_references=True)
     if entries is not None:
         config = config.with_subsets(entries=entries)
     # The description is checked before the images are listed, which takes longer.
