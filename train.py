@@ -34,6 +34,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prediction", choices=("epsilon", "v"), help="what the base predicts, if that is not clear")
     parser.add_argument("--leave_out", nargs="+", action="extend", default=[], metavar="FILE", help="photos not to use")
     parser.add_argument("--keep_all", action="store_true", help="also train on copies, and on very small photos")
+    parser.add_argument(
+        "--class_images",
+        type=int,
+        default=0,
+        metavar="N",
+        help='also train on N images of "a cat", drawn by the base first',
+    )
     parser.add_argument("--caption", action="store_true", help="first write captions for photos without one")
     parser.add_argument("--output_dir", type=Path, help="folder for what is saved (default: output/NAME)")
     parser.add_argument("--name", help="name of what is saved (default: from the folder of photos)")

@@ -47,6 +47,7 @@ def describe_plan(plan: Plan, files: Files) -> list[str]:
         *(f"kept      {finding.line}" for finding in plan.findings),
         f"captions  {describe_captions(plan.folders, plan.trigger)}",
         *list_captions(plan),
+        *list_class_images(plan),
         f"recipe    {plan.recipe.name}: {plan.recipe.title}",
         f"training  {describe_size(plan)}, batches of {values['train_batch_size']}, {steps} steps"
         + (f": each photo is seen {plan.times_seen:.0f} times" if plan.times_seen else "")
@@ -62,6 +63,12 @@ def describe_plan(plan: Plan, files: Files) -> list[str]:
     elif base.is_distilled and not values.get("training_adapter") and not values.get("base_weights"):
         lines.append(f"note      {DISTILLED}")
     return lines
+
+
+def list_class_images(plan: Plan) -> Iterator[str]:
+    if plan.num_class_images:
+        what = f"{plan.num_class_images} images of {plan.trigger.subject!r}"
+        yield f"class     {what}, which the base draws first; every second image of a step is one"
 
 
 def list_part_names(plan: Plan) -> list[str]:

@@ -71,6 +71,7 @@ class Wishes:
     models: Path | None
     prediction: Prediction | None
     given: Mapping[str, Any] = field(default_factory=dict)  # options of the base model's script
+    num_class_images: int = 0  # that the base draws
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ class Plan:
     given: Mapping[str, Any] = field(default_factory=dict)  # typed options of the script, which override all others
     captions: Sequence[str] = ()  # as trained, one for each photo
     num_repeats: int = 1  # of each photo in an epoch
-    draws_per_step: float = 0.0  # 0 if unknown
+    draws_per_step: float = 0.0  # of photos; 0 if unknown
+    num_class_images: int = 0  # that the base draws, and that are trained as often as the photos
     missing: ModelFile | None = None  # the training adapter of a distilled base, which is not there
     findings: Sequence[Finding] = ()  # about the photos
     duration: RunDuration | None = None
@@ -176,6 +178,8 @@ class Plan:
     def texts(self) -> "RunTexts":
         """The content of the run's files."""
         subsets = [f.describe(self.trigger, self.num_repeats) for f in self.folders if f.photos]
+        if self.num_class_images:
+            subsets += [{"is_reg": True, "prompt": self.trigger.subject, "num": self.num_class_images}]
         return RunTexts(self.base.spec.script, self.values, {"datasets": [{"subsets": subsets}]}, self.prompts)
 
 
@@ -192,6 +196,7 @@ def make_plan(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder], wishes
     prompts = write_prompts(recipe, wishes.trigger, side)
     repeats = given.get("dataset_repeats") or choose_repeats({**recipe.values, **given}["train_batch_size"], num_photos)
     plan = Plan(base, recipe, folders, wishes.trigger, {}, prompts, None, None, given, num_repeats=repeats)
+    plan = replace(plan, num_class_images=wishes.num_class_images)
     missing, adapter = find_training_adapter(base, given, wishes.models)
     beside = {} if adapter is None else {TRAINING_ADAPTER: str(adapter)}
     findings = find_problems(folders, side, bool(base.spec.latents.has_alpha or given.get("alpha_mask")))
@@ -302,7 +307,7 @@ def with_fit(plan: Plan, options: TrainOptions, arch: Architecture, formats: lis
     """Return the plan with the fastest settings that fit this machine's GPU; elsewhere only its time is predicted."""
     run = RequestedRun.resolve(options, arch)
     data, device = open_data_plan(options, arch, run.text, options.run.seed or 0, 1), find_device()
-    draws = data.num_train_images / max(1, data.num_batches)
+    draws = data.num_train_images / max(1, data.num_batches) / (2 if plan.num_class_images else 1)
     plan = replace(plan, captions=compose_captions(data), draws_per_step=draws)
     if plan.base.spec.is_general:
         return plan
@@ -315,7 +320,9 @@ def with_fit(plan: Plan, options: TrainOptions, arch: Architecture, formats: lis
         fit = fit_to(count_adapter_run(run, largest_batch(data), device), gpu, num_steps=data.max_train_steps)
     num_files = -(-int(plan.values["max_train_steps"]) // max(1, int(plan.values.get("save_every_n_steps") or 1)))
     num_rows = min(NUM_SHEET_FILES, num_files) + NUM_STRENGTHS
-    plan = replace(plan, fit=fit, duration=predict_duration(fit, arch, plan.num_photos, num_rows))
+    plan = replace(
+        plan, fit=fit, duration=predict_duration(fit, arch, plan.num_photos, num_rows, plan.num_class_images)
+    )
     return plan.with_options(fit.values()) if device.type == "cuda" else plan
 
 

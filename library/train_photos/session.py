@@ -53,7 +53,8 @@ def train_photos(args: argparse.Namespace, base: Base, given: Mapping[str, Any])
         check_name(next(names()))
     runs, free = find_runs(names())
     trigger = choose_trigger(args.trigger, args.photos, folders, runs, asks)
-    wishes = Wishes(trigger, side, args.steps, args.minutes, args.models, args.prediction, given)
+    check_class_images(args.class_images, trigger)
+    wishes = Wishes(trigger, side, args.steps, args.minutes, args.models, args.prediction, given, args.class_images)
     record = build_record(args, base, folders, trigger, given)
     make = partial(plan_run, base, recipe, folders, wishes)
     choose_length = cache(partial(choose_steps, args, make))
@@ -68,6 +69,16 @@ def check_length(args: argparse.Namespace) -> None:
     for flag, value in (("--steps", args.steps), ("--minutes", args.minutes)):
         if value is not None and not 0 < value < 10**7:
             raise about(flag)(f"is {value:g}", "use a number above 0")
+
+
+def check_class_images(number: int, trigger: Trigger) -> None:
+    """Raise UserError for images of a class that cannot be drawn."""
+    if number < 0:
+        raise about("--class_images")(f"is {number}", "use the number of images, such as 100")
+    if number and not trigger.subject:
+        raise about("--class_images", cause="needs")(
+            "needs what the photos show", 'give it behind the trigger: --trigger "mycat, a cat"'
+        )
 
 
 def choose_trigger(
@@ -94,7 +105,8 @@ def build_record(
     length = {name: value for name in ("steps", "minutes") if (value := getattr(args, name)) is not None}
     prediction = {} if args.prediction is None else {"prediction": args.prediction}
     like = {} if args.like is None else {"like": str(args.like.absolute())}
-    return make_record(folders, trigger, base.name, args.kind, {**given, **prediction, **like}, length)
+    drawn = {"class_images": args.class_images} if args.class_images else {}
+    return make_record(folders, trigger, base.name, args.kind, {**given, **prediction, **like, **drawn}, length)
 
 
 def plan_run(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder], wishes: Wishes, start: Start | None) -> Plan:

@@ -131,3 +131,24 @@ def test_the_script_trains_the_same_from_the_file_that_is_written(
     (out / "mine.toml").write_text("my = 'own'")
     assert train.main(words) == 1
     assert (out / "mine.toml").read_text() == "my = 'own'"
+
+
+@pytest.mark.slow
+def test_class_images_are_in_the_plan_and_drawn_before_the_training(
+    tmp_path: Path, fresh_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    write_turned(tmp_path / "photos")
+    out = tmp_path / "out"
+    words = [
+        str(tmp_path / "photos"), "--base", build_base("sd", tmp_path / "base"), "--prediction", "epsilon", "--steps",
+        "2", "--output_dir", str(out), "--name", "mine", "--yes", "--class_images", "3",
+    ]  # fmt: skip
+    assert train.main([*words, "--trigger", "mycat"]) == 1
+    assert "--class_images needs what the photos show" in capsys.readouterr().err and not out.exists()
+    assert train.main([*words, "--trigger", "mycat, a cat"]) == 0
+    printed = capsys.readouterr().out
+    assert "class     3 images of 'a cat', which the base draws first" in printed
+    assert len(list((out / "cache").glob("a_cat-*/0000?.png"))) == 3
+    assert 'prompt = "a cat"' in (out / "mine-dataset.toml").read_text()
+    assert "3 regularisation images are drawn" in (out / "mine.log").read_text()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from library.memory.planner.prediction import MemoryMode, apply_mode, pass_work
 from library.protocols import Architecture
 from library.training.evaluation.preview import PreviewSchedule, read_wanted_prompts
+from library.training.evaluation.prompts import PromptSpec, resolve
 from library.training.evaluation.validation_loss import NUM_LEVELS
 from library.training.planning.fit import Fit
 from library.types import Prompt
@@ -31,11 +32,13 @@ class RunDuration:
     validation: float
     saving: float
     sheets: float
+    class_images: float = 0.0  # that the base draws first, with the models loaded for it
 
     @property
     def parts(self) -> Mapping[str, float]:
         names = ("loading", "caching", "previews", "validation", "saving", "sheets")
-        return {"training": self.num_steps * self.step, **{name: getattr(self, name) for name in names}}
+        parts = {"training": self.num_steps * self.step, **{name: getattr(self, name) for name in names}}
+        return parts | {"class images": self.class_images}
 
     @property
     def seconds(self) -> float:
@@ -48,7 +51,9 @@ class RunDuration:
         return share * (self.num_steps * step_s + between) + self.sheets
 
 
-def predict_duration(fit: Fit, arch: Architecture, num_photos: int, num_rows: int) -> RunDuration | None:
+def predict_duration(
+    fit: Fit, arch: Architecture, num_photos: int, num_rows: int, num_class_images: int = 0
+) -> RunDuration | None:
     """Predict the parts of a run; None if nothing fits. `num_rows` are the times that the prompts are drawn for the
     sheets at the end, after the models have been loaded again."""
     counted, gpu, chosen, options = fit.counted, fit.choice.gpu, fit.choice.chosen, fit.options
@@ -64,6 +69,7 @@ def predict_duration(fit: Fit, arch: Architecture, num_photos: int, num_rows: in
         num_predictions = prompt.num_steps * (2 if prompt.scale > 1 else 1)
         return num_predictions * prediction_s * prompt.width * prompt.height / pixels + decoding_s
 
+    class_prompt = resolve(PromptSpec("", "", width=batch.width, height=batch.height), arch.preview.defaults)
     round_s = sum(map(image_s, read_wanted_prompts(options.preview, arch)))
     schedule = PreviewSchedule.build(options.preview)
     num_rounds = schedule.at_first + count_times(steps, schedule.every_n_steps)
@@ -72,13 +78,15 @@ def predict_duration(fit: Fit, arch: Architecture, num_photos: int, num_rows: in
     loading_s = START_S + (chosen.weight_bytes + sum(stage.weights for stage in counted.stages)) / READ_BYTES_PER_S
     return RunDuration(
         loading=loading_s,
-        caching=num_photos * (DECODE_S + sum(stage.work.seconds(gpu, 1.0) for stage in counted.stages)),
+        caching=(num_photos + num_class_images)
+        * (DECODE_S + sum(stage.work.seconds(gpu, 1.0) for stage in counted.stages)),
         step=run.gradient_accumulation_steps * chosen.seconds + STEP_S,
         num_steps=steps,
         previews=num_rounds * round_s,
         validation=num_validations * num_held_out * NUM_LEVELS * prediction_s,
         saving=(1 + count_times(steps, options.saving.save_every_n_steps)) * SAVE_S,
         sheets=num_rows * round_s + (loading_s if num_rows else 0.0),
+        class_images=num_class_images * image_s(class_prompt) + loading_s if num_class_images else 0.0,
     )
 
 
