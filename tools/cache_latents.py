@@ -89,10 +89,10 @@ def open_vae(assembly: Any, options: TrainOptions) -> "tuple[LatentCodec, Callab
 
     Raises UserError for a file that does not fit.
     """
-    if isinstance(options, FluxOptions) and options.flux.ae:
+    if isinstance(options, FluxOptions) and options.parts.ae:
         from library.architectures.flux.load import load_ae
 
-        return assembly.CODEC, partial(load_ae, options.flux.ae, options)
+        return assembly.CODEC, partial(load_ae, options.parts.ae, options)
     arch = assembly.build(options)
     return arch.codec, arch.load.vae
 

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Mapping
 from dataclasses import Field, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -13,6 +13,7 @@ from library.options.kinds import BOOL, PATH, TEXT, Kind, number, whole
 OptionsT = TypeVar("OptionsT", bound="Options")
 
 
+DEFAULTS = "defaults"  # metadata key of a group's field
 UNTYPED = Kind("")  # stands for the kind of the field's type
 
 
@@ -32,9 +33,14 @@ def redeclare(kind: type["Options"], name: str, default: Any, **facts: Any) -> A
     return field(default=default, metadata={METADATA: replace(original, default=default, **facts)})
 
 
-def group(kind: type["Options"]) -> Any:
-    """Declare a field that holds a group of options."""
-    return field(default_factory=kind)
+def without_effect(default: Any, reason: str, help: str = "", **facts: Any) -> Any:
+    """Declare an option that is accepted and ignored for `reason`, which is the help too unless `help` is given."""
+    return option(default, help or f"Has no effect: {reason}.", ignored=reason, **facts)
+
+
+def group(kind: type["Options"], **defaults: Any) -> Any:
+    """Declare a field that holds a group of options; `defaults` replace those that its class declares."""
+    return field(default_factory=partial(kind, **defaults), metadata={DEFAULTS: defaults})
 
 
 def kind_of(hint: Any) -> Kind:
@@ -76,7 +82,11 @@ class Options:
         by_name: dict[str, Declared] = {}
         for f, hint in cls.typed_fields():
             if is_group(hint):
-                by_name |= hint.declarations()
+                own = f.metadata[DEFAULTS]
+                by_name |= {
+                    name: replace(declared, default=own[name]) if name in own else declared
+                    for name, declared in hint.declarations().items()
+                }
             else:
                 given: Kind = f.metadata[METADATA].kind
                 kind = kind_of(hint) if given is UNTYPED else given
@@ -89,18 +99,19 @@ class Options:
         return (cls.__doc__ or cls.__name__).partition("\n")[0].rstrip(".")
 
     @classmethod
-    def add_to(cls, parser: argparse.ArgumentParser) -> None:
-        """Declare every option of this class and its groups on `parser`.
+    def add_to(cls, parser: argparse.ArgumentParser, declarations: Mapping[str, Declared] | None = None) -> None:
+        """Declare every option of this class and its groups on `parser`, as in `declarations`, by default its own.
 
         Each class is an argument group, titled by its heading.
         """
+        declarations = cls.declarations() if declarations is None else declarations
         section = None
         for f, kind in cls.typed_fields():
             if is_group(kind):
-                kind.add_to(parser)
+                kind.add_to(parser, declarations)
                 continue
             section = section or parser.add_argument_group(cls.heading())
-            add_option(section, cls.declarations()[f.name])
+            add_option(section, declarations[f.name])
 
     @classmethod
     def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:

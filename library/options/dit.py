@@ -4,18 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from library.options.base import Options, group, option, redeclare
-from library.options.caching import TextCachingOptions
+from library.options.base import Options, group, option, redeclare, without_effect
+from library.options.flow_model import FLOW_INSTEAD, NO_SAGE_ATTENTION, ONE_CALL_OF_ATTENTION, FlowOptions, PartsOptions
 from library.options.machine.compiling import COMPILERS, CompileOptions
 from library.options.machine.memory import ScaledPrecisionOptions
-from library.options.model import ModelOptions, ReadingOptions, part
+from library.options.model import ModelOptions, part
 from library.options.train import TrainOptions
-from library.options.training.flow import (
-    FlowPredictionOptions,
-    FlowSamplingOptions,
-    FlowWeightingOptions,
-    TimestepPreviewOptions,
-)
 from library.options.training.network import train_denoiser_alone
 
 OWN_ATTENTION = "attention is torch's scaled dot product, which has flash attention of its own"
@@ -43,25 +37,17 @@ class DitOptions(Options):
         help="The base model, as --pretrained_model_name_or_path, in musubi-tuner's words. As there, latents and text "
         "features are then cached in files.",
     )
-    flash_attn: bool = option(False, ignored=OWN_ATTENTION, help=f"Has no effect: {OWN_ATTENTION}.")
-    sage_attn: bool = option(
-        False,
-        ignored="SageAttention cannot train; attention is torch's scaled dot product",
-        help="Has no effect: SageAttention cannot train. Attention is PyTorch's scaled dot product.",
-    )
-    split_attn: bool = option(
-        False,
-        ignored="the samples of a batch share one call of attention",
-        help="Has no effect: the samples of a batch share one call of attention.",
-    )
-    flash3: bool = option(False, ignored=OWN_ATTENTION, help=f"Has no effect, like --flash_attn: {OWN_ATTENTION}.")
-    use_32bit_attention: bool = option(False, ignored=IN_MIXED_PRECISION, help=f"Has no effect: {IN_MIXED_PRECISION}.")
+    flash_attn: bool = without_effect(False, OWN_ATTENTION)
+    sage_attn: bool = without_effect(False, *NO_SAGE_ATTENTION)
+    split_attn: bool = without_effect(False, ONE_CALL_OF_ATTENTION)
+    flash3: bool = without_effect(False, OWN_ATTENTION, f"Has no effect, like --flash_attn: {OWN_ATTENTION}.")
+    use_32bit_attention: bool = without_effect(False, IN_MIXED_PRECISION)
     gradient_checkpointing_cpu_offload: bool = option(
         False, affects_training=False, help="musubi-tuner's name of --cpu_offload_checkpointing."
     )
-    img_in_txt_in_offloading: bool = option(False, ignored=EMBEDDERS_STAY, help=f"Has no effect: {EMBEDDERS_STAY}.")
-    disable_numpy_memmap: bool = option(False, ignored=NEVER_MAPPED, help=f"Has no effect: {NEVER_MAPPED}.")
-    vae_tiling: bool = option(False, ignored=TILED_IF_NEEDED, help=f"Has no effect: {TILED_IF_NEEDED}.")
+    img_in_txt_in_offloading: bool = without_effect(False, EMBEDDERS_STAY)
+    disable_numpy_memmap: bool = without_effect(False, NEVER_MAPPED)
+    vae_tiling: bool = without_effect(False, TILED_IF_NEEDED)
     vae_dtype: str | None = option(
         None,
         ignored=VAE_DTYPE,
@@ -79,7 +65,7 @@ class DitOptions(Options):
     )
     dynamo_fullgraph: bool = option(False, help="Old name of --compile_fullgraph.")
     dynamo_dynamic: bool = option(False, help="Old name of --compile_dynamic true.")
-    guidance_scale: float | None = option(None, ignored=NO_GUIDANCE_INPUT, help=f"Has no effect: {NO_GUIDANCE_INPUT}.")
+    guidance_scale: float | None = without_effect(None, NO_GUIDANCE_INPUT)
 
 
 DYNAMO_BACKENDS = (  # accelerate's names
@@ -102,36 +88,34 @@ class DitCompileOptions(CompileOptions):
 
 
 ALTERNATIVES: Mapping[str, str] = {
-    "training_shift": "use --discrete_flow_shift with --timestep_sampling shift",
+    **FLOW_INSTEAD,
     "ae": "use --vae",
     **dict.fromkeys(("t5xxl", "clip_l", "qwen3", "gemma2", "byt5"), "use --text_encoder"),
-    "split_mode": "use --blocks_to_swap",
 }
 """Replacements for options of other scripts and programs, appended to the error for such an option."""
 
 
 @dataclass(frozen=True)
-class PartOptions(Options):
+class PartOptions(PartsOptions):
     """The parts of the base model."""
 
     text_encoder: str | None = part("the text encoder")
 
 
 @dataclass(frozen=True)
-class DitTrainOptions(TrainOptions):
-    """The options of a base model that musubi-tuner also trains. Subclasses declare their own `parts` and
-    `flow_sampling`."""
+class MusubiOptions(TrainOptions):
+    """The options of musubi-tuner that other base models do not have."""
 
     precision: ScaledPrecisionOptions = group(ScaledPrecisionOptions)
     compiling: DitCompileOptions = group(DitCompileOptions)
     dit: DitOptions = group(DitOptions)
+
+
+@dataclass(frozen=True)
+class DitTrainOptions(FlowOptions, MusubiOptions):
+    """The options of a base model that musubi-tuner also trains."""
+
     parts: PartOptions = group(PartOptions)
-    text_caching: TextCachingOptions = group(TextCachingOptions)
-    flow_sampling: FlowSamplingOptions = group(FlowSamplingOptions)
-    flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
-    flow_prediction: FlowPredictionOptions = group(FlowPredictionOptions)
-    timestep_preview: TimestepPreviewOptions = group(TimestepPreviewOptions)
-    reading: ReadingOptions = group(ReadingOptions)
 
     def implied(self) -> Mapping[str, Any]:
         """Return what musubi-tuner's options stand for. Train only the denoiser, because the text encoders of these

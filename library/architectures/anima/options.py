@@ -2,17 +2,25 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from library.options.base import Options, group, option, redeclare
+from library.options.base import Options, group, option, without_effect
 from library.options.caching import TextCachingOptions
+from library.options.flow_model import SD_SCRIPTS_INSTEAD
 from library.options.kinds import whole
 from library.options.machine.memory import ATTENTION_MODES
 from library.options.model import BASE, ModelFile, ReadingOptions
 from library.options.train import TrainOptions
 from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions, TimestepPreviewOptions
 
-REG_LRS_INSTEAD = "it is for full fine-tuning; set rates of adapters with --network_args network_reg_lrs"
-FINE_TUNING_ONLY = "Has no effect: it is for full fine-tuning; adapters use network_reg_lrs."
+
+def rate_of(part: str) -> Any:
+    """Declare the learning rate of a part of the model."""
+    return without_effect(
+        None,
+        "it is for full fine-tuning; set rates of adapters with --network_args network_reg_lrs",
+        f"Has no effect: it is for full fine-tuning; adapters use network_reg_lrs. Learning rate of {part}.",
+    )
 
 
 @dataclass(frozen=True)
@@ -41,19 +49,11 @@ class AnimaTextOptions(Options):
 class AnimaRateOptions(Options):
     """Learning rates of parts of the model, for full fine-tuning only."""
 
-    llm_adapter_lr: float | None = option(
-        None, ignored=REG_LRS_INSTEAD, help=f"{FINE_TUNING_ONLY} Learning rate of the text adapter."
-    )
-    self_attn_lr: float | None = option(
-        None, ignored=REG_LRS_INSTEAD, help=f"{FINE_TUNING_ONLY} Learning rate of self-attention."
-    )
-    cross_attn_lr: float | None = option(
-        None, ignored=REG_LRS_INSTEAD, help=f"{FINE_TUNING_ONLY} Learning rate of cross-attention to the text."
-    )
-    mlp_lr: float | None = option(None, ignored=REG_LRS_INSTEAD, help=f"{FINE_TUNING_ONLY} Learning rate of the MLPs.")
-    mod_lr: float | None = option(
-        None, ignored=REG_LRS_INSTEAD, help=f"{FINE_TUNING_ONLY} Learning rate of the modulation."
-    )
+    llm_adapter_lr: float | None = rate_of("the text adapter")
+    self_attn_lr: float | None = rate_of("self-attention")
+    cross_attn_lr: float | None = rate_of("cross-attention to the text")
+    mlp_lr: float | None = rate_of("the MLPs")
+    mod_lr: float | None = rate_of("the modulation")
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class AnimaMemoryOptions(Options):
         "values only log a warning.",
         choices=ATTENTION_MODES,
     )
-    split_attn: bool = option(
+    split_attn: bool = without_effect(
         False,
-        ignored="torch's attention needs no more memory for several images",
-        help="Attend to one image at a time. Has no effect: PyTorch's attention needs no more memory for several.",
+        "torch's attention needs no more memory for several images",
+        "Attend to one image at a time. Has no effect: PyTorch's attention needs no more memory for several.",
     )
     vae_chunk_size: int | None = option(
         None,
@@ -82,19 +82,11 @@ class AnimaMemoryOptions(Options):
         help="Compute the VAE's convolutions over time in two dimensions, which suffices for images and takes less "
         "time and memory. Latents are the same up to rounding, and caches are valid both ways.",
     )
-    vae_disable_cache: bool = option(
+    vae_disable_cache: bool = without_effect(
         False,
-        ignored="an image has one frame, so the VAE caches nothing",
-        help="Do not cache earlier frames in the VAE. Has no effect: an image has one frame.",
+        "an image has one frame, so the VAE caches nothing",
+        "Do not cache earlier frames in the VAE. Has no effect: an image has one frame.",
     )
-
-
-@dataclass(frozen=True)
-class AnimaSamplingOptions(FlowSamplingOptions):
-    """Sampling of noise levels."""
-
-    timestep_sampling: str = redeclare(FlowSamplingOptions, "timestep_sampling", "sigmoid")
-    discrete_flow_shift: float = redeclare(FlowSamplingOptions, "discrete_flow_shift", 1.0)
 
 
 FILES: tuple[ModelFile, ...] = (
@@ -106,18 +98,12 @@ FILES: tuple[ModelFile, ...] = (
 PARTS = "--qwen3 qwen3.safetensors --vae vae.safetensors"
 
 INSTEAD: Mapping[str, str] = {
-    "dit": "use --pretrained_model_name_or_path",
-    "training_shift": "use --discrete_flow_shift with --timestep_sampling shift",
-    "guidance_scale": "the model is trained without guidance; use --l in a prompt line to guide a preview",
+    **SD_SCRIPTS_INSTEAD,
     "model_prediction_type": "the model has only one prediction type, equal to raw",
     "ae": "use --vae",
     "t5xxl_max_token_length": "use --t5_max_token_length",
-    "t5xxl": "use --qwen3",
-    "clip_l": "use --qwen3",
-    "gemma2": "use --qwen3",
-    "text_encoder": "use --qwen3",
+    **dict.fromkeys(("t5xxl", "clip_l", "gemma2", "text_encoder"), "use --qwen3"),
     "gemma2_max_token_length": "use --qwen3_max_token_length",
-    "split_mode": "use --blocks_to_swap",
 }
 
 
@@ -128,7 +114,9 @@ class AnimaOptions(TrainOptions):
     text: AnimaTextOptions = group(AnimaTextOptions)
     text_caching: TextCachingOptions = group(TextCachingOptions)
     rates: AnimaRateOptions = group(AnimaRateOptions)
-    flow_sampling: AnimaSamplingOptions = group(AnimaSamplingOptions)
+    flow_sampling: FlowSamplingOptions = group(
+        FlowSamplingOptions, timestep_sampling="sigmoid", discrete_flow_shift=1.0
+    )
     flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
     computing: AnimaMemoryOptions = group(AnimaMemoryOptions)
     timestep_preview: TimestepPreviewOptions = group(TimestepPreviewOptions)

@@ -78,17 +78,17 @@ def build(options: FluxOptions) -> Architecture:
 
     Raises UserError naming the flag for a file or a setting that does not fit the model of `model_type`.
     """
-    return build_chroma(options) if options.flux.model_type == "chroma" else build_flux(options)
+    return build_chroma(options) if options.parts.model_type == "chroma" else build_flux(options)
 
 
 def build_flux(options: FluxOptions) -> Architecture:
     RECIPE.check(options)
     # Loss and metadata must both see the guidance, so it is set before they read the options.
     if options.guidance.guidance_loss is not None:
-        options = replace(options, flux=replace(options.flux, guidance_scale=options.guidance.guidance_loss))
+        options = replace(options, parts=replace(options.parts, guidance_scale=options.guidance.guidance_loss))
     loader = open_loader(options)
     text = build_text(options, loader)
-    masks_text = options.flux.apply_t5_attn_mask
+    masks_text = options.parts.apply_t5_attn_mask
     schnell = is_schnell(loader.denoiser_weights)
     kind = "schnell" if schnell else "dev"
     schnell_ignores = {"guidance_scale": "FLUX.1 schnell has no input for it"} if schnell else {}
@@ -98,7 +98,7 @@ def build_flux(options: FluxOptions) -> Architecture:
         text=text,
         codec=CODEC_WITHOUT_REFERENCES if schnell else CODEC,
         objective=build_objective(options),
-        predict=partial(predict, guidance=options.flux.guidance_scale, masks_text=masks_text),
+        predict=partial(predict, guidance=options.parts.guidance_scale, masks_text=masks_text),
         view=view,
         preview=build_preview(text, schnell, masks_text),
         metadata=RECIPE.describe(options, architecture=f"flux-1-{kind}/lora"),
@@ -121,7 +121,7 @@ def build_chroma(options: FluxOptions) -> Architecture:
         text=text,
         codec=CODEC_WITHOUT_REFERENCES,
         objective=build_objective(options),
-        predict=partial(predict_chroma, guidance=options.flux.guidance_scale),
+        predict=partial(predict_chroma, guidance=options.parts.guidance_scale),
         view=view_chroma,
         preview=Preview(
             defaults=PromptDefaults(num_steps=20, width=512, height=512, scale=4.0, size_step=16, guidance_scale=0.0),
@@ -138,10 +138,10 @@ def build_chroma(options: FluxOptions) -> Architecture:
 
 def with_masked_padding(options: FluxOptions) -> FluxOptions:
     """Return the options with `apply_t5_attn_mask` set, which Chroma requires."""
-    if options.flux.apply_t5_attn_mask:
+    if options.parts.apply_t5_attn_mask:
         return options
     logger.info("--apply_t5_attn_mask is enabled: Chroma was trained with masked caption padding")
-    return replace(options, flux=replace(options.flux, apply_t5_attn_mask=True))
+    return replace(options, parts=replace(options.parts, apply_t5_attn_mask=True))
 
 
 def warn_of_unusual(options: FluxOptions) -> None:
@@ -166,13 +166,13 @@ def build_t5_text(options: FluxOptions, loader: DitLoader, default_length: int, 
 
     The tokenizer is searched in `folders` next to the base model and the encoder.
     """
-    length = options.flux.t5xxl_max_token_length
-    model_folders = folders_of(loader.path, options.flux.t5xxl)
+    length = options.parts.t5xxl_max_token_length
+    model_folders = folders_of(loader.path, options.parts.t5xxl)
     cache_dir, num_words = options.model.tokenizer_cache_dir, loader.texts[-1].num_words
     return T5Text(
         tokenizer=load_t5_tokenizer([f / name for f in model_folders for name in folders], cache_dir, num_words),
         num_tokens=default_length if length is None else length,
-        masks_padding=options.flux.apply_t5_attn_mask,
+        masks_padding=options.parts.apply_t5_attn_mask,
     )
 
 

@@ -40,7 +40,7 @@ def open_loader(options: FluxOptions) -> DitLoader:
     The text encoders are CLIP-L and T5, for Chroma only T5. Raises UserError naming the flag if a file is missing,
     broken, incomplete or of another model.
     """
-    flux, folders = options.flux, FOLDERS[options.flux.model_type]
+    flux, folders = options.parts, FOLDERS[options.parts.model_type]
     title = find_spec(list_specs(), flux.model_type).title
     paths = {"clip_l": flux.clip_l, "t5xxl": flux.t5xxl, "ae": flux.ae}
     base = open_base(

@@ -4,23 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from library.options.base import Options, group, option, redeclare
-from library.options.caching import TextCachingOptions
+from library.options.base import group, option, without_effect
+from library.options.flow_model import FLOW_INSTEAD, FlowTrainOptions, PartsOptions
 from library.options.kinds import whole
-from library.options.model import BASE, TRAINING_ADAPTER, ModelFile, ReadingOptions, part
-from library.options.train import TrainOptions
-from library.options.training.flow import (
-    FlowPredictionOptions,
-    FlowSamplingOptions,
-    FlowWeightingOptions,
-    TimestepPreviewOptions,
-)
+from library.options.model import BASE, TRAINING_ADAPTER, ModelFile, part
+from library.options.training.flow import FlowPredictionOptions
 
 SPLIT_MODE_BLOCKS = 18  # offloaded blocks with `split_mode`
 
 
 @dataclass(frozen=True)
-class FluxModelOptions(Options):
+class FluxModelOptions(PartsOptions):
     """The parts of the base model and the text limits."""
 
     clip_l: str | None = option(
@@ -32,10 +26,8 @@ class FluxModelOptions(Options):
     )
     t5xxl: str | None = part("the text encoder T5-XXL")
     ae: str | None = part("the VAE")
-    controlnet_model_name_or_path: str | None = option(
-        None,
-        ignored="training adapters with a ControlNet is not supported",
-        help="Has no effect: training adapters with a ControlNet is not supported.",
+    controlnet_model_name_or_path: str | None = without_effect(
+        None, "training adapters with a ControlNet is not supported"
     )
     t5xxl_max_token_length: int | None = option(
         None,
@@ -60,14 +52,6 @@ class FluxModelOptions(Options):
     )
 
 
-@dataclass(frozen=True)
-class FluxPredictionOptions(FlowPredictionOptions):
-    """The interpretation of the denoiser's output."""
-
-    # sd-scripts' default, although the loss then compares an estimate of the latent with a velocity: a run only warns.
-    model_prediction_type: str = redeclare(FlowPredictionOptions, "model_prediction_type", "sigma_scaled")
-
-
 FILES: tuple[ModelFile, ...] = (
     ModelFile(BASE, "black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors", 23.8, "FLUX.1 dev non-commercial"),
     ModelFile(BASE, "lodestones/Chroma1-HD", "Chroma1-HD.safetensors", 17.8, "Apache-2.0"),
@@ -81,7 +65,7 @@ PARTS = "--clip_l clip_l.safetensors --t5xxl t5xxl.safetensors --ae ae.safetenso
 
 INSTEAD: Mapping[str, str] = {
     "dit": "use --pretrained_model_name_or_path",
-    "training_shift": "use --discrete_flow_shift with --timestep_sampling shift",
+    "training_shift": FLOW_INSTEAD["training_shift"],
     "clip_g": "the model has only CLIP-L and T5",
     "apply_lg_attn_mask": "only CLIP-L's pooled vector is used, which needs no mask",
     "t5_max_token_length": "use --t5xxl_max_token_length",
@@ -92,19 +76,15 @@ INSTEAD: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class FluxOptions(TrainOptions):
+class FluxOptions(FlowTrainOptions):
     """All options of flux_train_network.py."""
 
-    flux: FluxModelOptions = group(FluxModelOptions)
-    text_caching: TextCachingOptions = group(TextCachingOptions)
-    flow_sampling: FlowSamplingOptions = group(FlowSamplingOptions)
-    flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
-    flow_prediction: FluxPredictionOptions = group(FluxPredictionOptions)
-    timestep_preview: TimestepPreviewOptions = group(TimestepPreviewOptions)
-    reading: ReadingOptions = group(ReadingOptions)
+    parts: FluxModelOptions = group(FluxModelOptions)
+    # sd-scripts' default, although the loss then compares an estimate of the latent with a velocity: a run only warns.
+    flow_prediction: FlowPredictionOptions = group(FlowPredictionOptions, model_prediction_type="sigma_scaled")
 
     def implied(self) -> Mapping[str, Any]:
         """Resolve `split_mode`."""
-        if not self.flux.split_mode or self.memory.blocks_to_swap is not None:
+        if not self.parts.split_mode or self.memory.blocks_to_swap is not None:
             return {}
         return {"blocks_to_swap": SPLIT_MODE_BLOCKS, "split_mode": False}

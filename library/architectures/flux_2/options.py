@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from library.options.base import group, option, redeclare
+from library.options.base import group, option
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
 from library.options.model import BASE, ModelFile
 from library.options.training.flow import FlowSamplingOptions
@@ -32,13 +32,6 @@ class Flux2ModelOptions(PartOptions):
     )
 
 
-@dataclass(frozen=True)
-class Flux2SamplingOptions(FlowSamplingOptions):
-    """Sampling of noise levels."""
-
-    timestep_sampling: str = redeclare(FlowSamplingOptions, "timestep_sampling", "flux2_shift")
-
-
 FILES: tuple[ModelFile, ...] = (
     ModelFile(BASE, "black-forest-labs/FLUX.2-klein-base-4B", "flux-2-klein-base-4b.safetensors", 7.8, "Apache-2.0"),
     ModelFile(
@@ -62,4 +55,4 @@ class Flux2Options(DitTrainOptions):
     """All options of flux_2_train_network.py."""
 
     parts: Flux2ModelOptions = group(Flux2ModelOptions)
-    flow_sampling: Flux2SamplingOptions = group(Flux2SamplingOptions)
+    flow_sampling: FlowSamplingOptions = group(FlowSamplingOptions, timestep_sampling="flux2_shift")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from library.options.base import group, option, redeclare
+from library.options.base import group, option
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
 from library.options.model import BASE, TRAINING_ADAPTER, ModelFile
 from library.options.training.flow import FlowSamplingOptions
@@ -22,14 +22,6 @@ class Flux3ModelOptions(PartOptions):
         help="Train with the reference images of the data set. Unset leaves out the layers that only they need, which "
         "are an eighth of the model.",
     )
-
-
-@dataclass(frozen=True)
-class Flux3SamplingOptions(FlowSamplingOptions):
-    """Sampling of noise levels."""
-
-    timestep_sampling: str = redeclare(FlowSamplingOptions, "timestep_sampling", "shift")
-    discrete_flow_shift: float = redeclare(FlowSamplingOptions, "discrete_flow_shift", SHIFT)
 
 
 FILES: tuple[ModelFile, ...] = (
@@ -57,4 +49,6 @@ class Flux3Options(DitTrainOptions):
     """All options of flux_3_train_network.py."""
 
     parts: Flux3ModelOptions = group(Flux3ModelOptions)
-    flow_sampling: Flux3SamplingOptions = group(Flux3SamplingOptions)
+    flow_sampling: FlowSamplingOptions = group(
+        FlowSamplingOptions, timestep_sampling="shift", discrete_flow_shift=SHIFT
+    )

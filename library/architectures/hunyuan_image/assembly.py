@@ -71,7 +71,7 @@ def build(options: HunyuanImageOptions) -> Architecture:
         preview=build_preview(text),
         metadata=RECIPE.describe(options),
         specs=list_specs(),
-        ignores={**RECIPE.ignores, **explain_ignored_attention(options.hunyuan_image.attn_mode)},
+        ignores={**RECIPE.ignores, **explain_ignored_attention(options.parts.attn_mode)},
         text_cache=build_text_cache(options, loader, text),
     )
 
@@ -81,7 +81,7 @@ def build_text(options: HunyuanImageOptions, loader: DitLoader) -> HunyuanImageT
     no files."""
     from transformers import ByT5Tokenizer
 
-    encoder_path = options.hunyuan_image.text_encoder
+    encoder_path = options.parts.text_encoder
     model_folders = folders_of(loader.path, encoder_path)
     folders = [folder / "tokenizer" for folder in model_folders]
     if encoder_path and Path(encoder_path).expanduser().is_dir():
@@ -103,7 +103,7 @@ def build_text_cache(options: HunyuanImageOptions, loader: DitLoader, text: Huny
         suffix="_hi_te.npz",
         keys=("vlm_embed", "vlm_mask", "byt5_embed", "byt5_mask", "ocr_mask"),
         encoders=encoders,
-        settings=f"{loader.text.dtype} {options.hunyuan_image.fp8_vl}",
+        settings=f"{loader.text.dtype} {options.parts.fp8_vl}",
         tokenizers=(text.qwen_tokenizer, text.byt5_tokenizer),
         padding={"vlm_embed": 0.0, "vlm_mask": 0.0},
         can_train=False,

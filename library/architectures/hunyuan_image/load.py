@@ -49,7 +49,7 @@ def open_loader(options: HunyuanImageOptions) -> DitLoader:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    model_options = options.hunyuan_image
+    model_options = options.parts
     paths = {"vae": options.model.vae, "text_encoder": model_options.text_encoder, "byt5": model_options.byt5}
     base = open_base(
         options.model.pretrained_model_name_or_path,

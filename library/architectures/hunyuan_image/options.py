@@ -4,23 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from library.options.base import Options, group, option, redeclare
-from library.options.caching import TextCachingOptions
+from library.options.base import group, option, without_effect
+from library.options.flow_model import ONE_CALL_OF_ATTENTION, SD_SCRIPTS_INSTEAD, FlowTrainOptions, PartsOptions
 from library.options.kinds import whole
 from library.options.machine.memory import ATTENTION_MODES, ScaledPrecisionOptions
-from library.options.model import BASE, ModelFile, ReadingOptions, part
-from library.options.train import TrainOptions
-from library.options.training.flow import (
-    FlowPredictionOptions,
-    FlowSamplingOptions,
-    FlowWeightingOptions,
-    TimestepPreviewOptions,
-)
+from library.options.model import BASE, ModelFile, part
+from library.options.training.flow import FlowSamplingOptions
 from library.options.training.network import train_denoiser_alone
 
 
 @dataclass(frozen=True)
-class HunyuanImageModelOptions(Options):
+class HunyuanImageModelOptions(PartsOptions):
     """The parts of the base model and their execution."""
 
     text_encoder: str | None = part("the text encoder Qwen2.5-VL", "a base in diffusers' layout")
@@ -42,18 +36,7 @@ class HunyuanImageModelOptions(Options):
         help="Attention implementation. Always PyTorch's own, which torch and sdpa select.",
         choices=ATTENTION_MODES,
     )
-    split_attn: bool = option(
-        False,
-        ignored="the samples of a batch share one call of attention",
-        help="Has no effect: the samples of a batch share one call of attention.",
-    )
-
-
-@dataclass(frozen=True)
-class HunyuanImageSamplingOptions(FlowSamplingOptions):
-    """Sampling of noise levels."""
-
-    discrete_flow_shift: float = redeclare(FlowSamplingOptions, "discrete_flow_shift", 5.0)
+    split_attn: bool = without_effect(False, ONE_CALL_OF_ATTENTION)
 
 
 FILES: tuple[ModelFile, ...] = (
@@ -78,28 +61,20 @@ FILES: tuple[ModelFile, ...] = (
 PARTS = "--text_encoder qwen_2.5_vl.safetensors --byt5 byt5.safetensors --vae vae.safetensors"
 
 INSTEAD: Mapping[str, str] = {
-    "dit": "use --pretrained_model_name_or_path",
-    "training_shift": "use --discrete_flow_shift with --timestep_sampling shift",
-    "guidance_scale": "the model is trained without guidance; use --l in a prompt line to guide a preview",
+    **SD_SCRIPTS_INSTEAD,
     "ae": "use --vae",
     **dict.fromkeys(("t5xxl", "clip_l"), "use --text_encoder and --byt5"),
     **dict.fromkeys(("qwen3", "gemma2"), "use --text_encoder"),
-    "split_mode": "use --blocks_to_swap",
 }
 
 
 @dataclass(frozen=True)
-class HunyuanImageOptions(TrainOptions):
+class HunyuanImageOptions(FlowTrainOptions):
     """All options of hunyuan_image_train_network.py."""
 
     precision: ScaledPrecisionOptions = group(ScaledPrecisionOptions)
-    hunyuan_image: HunyuanImageModelOptions = group(HunyuanImageModelOptions)
-    text_caching: TextCachingOptions = group(TextCachingOptions)
-    flow_sampling: HunyuanImageSamplingOptions = group(HunyuanImageSamplingOptions)
-    flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
-    flow_prediction: FlowPredictionOptions = group(FlowPredictionOptions)
-    timestep_preview: TimestepPreviewOptions = group(TimestepPreviewOptions)
-    reading: ReadingOptions = group(ReadingOptions)
+    parts: HunyuanImageModelOptions = group(HunyuanImageModelOptions)
+    flow_sampling: FlowSamplingOptions = group(FlowSamplingOptions, discrete_flow_shift=5.0)
 
     def implied(self) -> Mapping[str, Any]:
         """Train only the denoiser, because the text encoders have no adapters."""

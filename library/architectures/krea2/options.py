@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from library.options.base import group, option, redeclare
+from library.options.base import group, option, without_effect
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
 from library.options.model import BASE, TRAINING_ADAPTER, ModelFile, part
 from library.options.training.flow import FlowSamplingOptions
 
-CACHED_BY_SYSTEM = "the system caches the file of --turbo_dit while main memory has room for it"
 IN_PLACE = "previews swap all weights in place on the GPU"
 
 
@@ -44,16 +43,9 @@ class Krea2ModelOptions(PartOptions):
         help="File or folder of Krea 2 Turbo, stored as the base is, to draw previews with: 8 steps without guidance. "
         "It is read for each event of previews and takes as much main memory as the base.",
     )
-    turbo_dit_cache: bool = option(
-        False, ignored=CACHED_BY_SYSTEM, affects_training=False, help=f"Has no effect: {CACHED_BY_SYSTEM}."
+    turbo_dit_cache: bool = without_effect(
+        False, "the system caches the file of --turbo_dit while main memory has room for it", affects_training=False
     )
-
-
-@dataclass(frozen=True)
-class Krea2SamplingOptions(FlowSamplingOptions):
-    """Sampling of noise levels."""
-
-    timestep_sampling: str = redeclare(FlowSamplingOptions, "timestep_sampling", "krea2_shift")
 
 
 FILES: tuple[ModelFile, ...] = (
@@ -79,4 +71,4 @@ class Krea2Options(DitTrainOptions):
     """All options of krea2_train_network.py."""
 
     parts: Krea2ModelOptions = group(Krea2ModelOptions)
-    flow_sampling: Krea2SamplingOptions = group(Krea2SamplingOptions)
+    flow_sampling: FlowSamplingOptions = group(FlowSamplingOptions, timestep_sampling="krea2_shift")

@@ -75,11 +75,11 @@ def build_text(options: LuminaOptions, loader: DitLoader) -> LuminaText:
 
     Raises UserError for a --system_prompt that leaves no room for a caption.
     """
-    folders = tokenizer_folders(loader.path, options.lumina.gemma2)
+    folders = tokenizer_folders(loader.path, options.parts.gemma2)
     text = LuminaText(
         load_gemma_tokenizer(folders, options.model.tokenizer_cache_dir, loader.num_words),
-        num_tokens=options.lumina.gemma2_max_token_length or GEMMA_TOKENS,
-        system_prompt=options.lumina.system_prompt,
+        num_tokens=options.parts.gemma2_max_token_length or GEMMA_TOKENS,
+        system_prompt=options.parts.system_prompt,
     )
     # A space, because an empty caption gets no instruction.
     num_instruction = text.count_tokens(" ") if text.system_prompt else 0

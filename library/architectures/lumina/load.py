@@ -52,7 +52,7 @@ def open_loader(options: LuminaOptions) -> DitLoader:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    gemma, ae = options.lumina.gemma2, options.lumina.ae
+    gemma, ae = options.parts.gemma2, options.parts.ae
     paths = {"text_encoder": gemma, "vae": ae}
     base = open_base(
         options.model.pretrained_model_name_or_path,

@@ -3,22 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from library.options.base import Options, group, option, redeclare
-from library.options.caching import TextCachingOptions
+from library.options.base import group, option, redeclare, without_effect
+from library.options.flow_model import NO_SAGE_ATTENTION, SD_SCRIPTS_INSTEAD, FlowTrainOptions, PartsOptions
 from library.options.kinds import whole
-from library.options.model import BASE, ModelFile, ReadingOptions, part
-from library.options.train import TrainOptions
-from library.options.training.flow import (
-    TIMESTEP_SAMPLINGS,
-    FlowPredictionOptions,
-    FlowSamplingOptions,
-    FlowWeightingOptions,
-    TimestepPreviewOptions,
-)
+from library.options.model import BASE, ModelFile, part
+from library.options.training.flow import TIMESTEP_SAMPLINGS, FlowSamplingOptions
 
 
 @dataclass(frozen=True)
-class LuminaModelOptions(Options):
+class LuminaModelOptions(PartsOptions):
     """The parts of the base model and the text limits."""
 
     gemma2: str | None = part("the text encoder Gemma 2")
@@ -31,20 +24,16 @@ class LuminaModelOptions(Options):
         help="Instruction before every caption and preview prompt, followed by the marker that the model was trained "
         "with. Empty captions and negative prompts get none.",
     )
-    use_flash_attn: bool = option(
+    use_flash_attn: bool = without_effect(
         False,
-        ignored="attention is torch's scaled dot product, which includes flash attention",
-        help="Has no effect: attention is PyTorch's scaled dot product, which has its own flash attention.",
+        "attention is torch's scaled dot product, which includes flash attention",
+        "Has no effect: attention is PyTorch's scaled dot product, which has its own flash attention.",
     )
-    use_sage_attn: bool = option(
-        False,
-        ignored="SageAttention cannot train; attention is torch's scaled dot product",
-        help="Has no effect: SageAttention cannot train. Attention is PyTorch's scaled dot product.",
-    )
-    sample_batch_size: int | None = option(
+    use_sage_attn: bool = without_effect(False, *NO_SAGE_ATTENTION)
+    sample_batch_size: int | None = without_effect(
         None,
-        ignored="preview images are generated one by one",
-        help="Has no effect: preview images are generated one by one, so that none depends on another.",
+        "preview images are generated one by one",
+        "Has no effect: preview images are generated one by one, so that none depends on another.",
     )
 
 
@@ -74,28 +63,15 @@ FILES: tuple[ModelFile, ...] = (
 PARTS = "--gemma2 gemma2.safetensors --ae ae.safetensors"
 
 INSTEAD: Mapping[str, str] = {
-    "dit": "use --pretrained_model_name_or_path",
-    "training_shift": "use --discrete_flow_shift with --timestep_sampling shift",
-    "guidance_scale": "the model is trained without guidance; use --l in a prompt line to guide a preview",
-    "t5xxl_max_token_length": "use --gemma2_max_token_length",
-    "t5_max_token_length": "use --gemma2_max_token_length",
-    "qwen3_max_token_length": "use --gemma2_max_token_length",
-    "t5xxl": "use --gemma2",
-    "clip_l": "use --gemma2",
-    "qwen3": "use --gemma2",
-    "text_encoder": "use --gemma2",
-    "split_mode": "use --blocks_to_swap",
+    **SD_SCRIPTS_INSTEAD,
+    **dict.fromkeys([f"{name}_max_token_length" for name in ("t5xxl", "t5", "qwen3")], "use --gemma2_max_token_length"),
+    **dict.fromkeys(("t5xxl", "clip_l", "qwen3", "text_encoder"), "use --gemma2"),
 }
 
 
 @dataclass(frozen=True)
-class LuminaOptions(TrainOptions):
+class LuminaOptions(FlowTrainOptions):
     """All options of lumina_train_network.py."""
 
-    lumina: LuminaModelOptions = group(LuminaModelOptions)
-    text_caching: TextCachingOptions = group(TextCachingOptions)
+    parts: LuminaModelOptions = group(LuminaModelOptions)
     flow_sampling: LuminaSamplingOptions = group(LuminaSamplingOptions)
-    flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
-    flow_prediction: FlowPredictionOptions = group(FlowPredictionOptions)
-    timestep_preview: TimestepPreviewOptions = group(TimestepPreviewOptions)
-    reading: ReadingOptions = group(ReadingOptions)

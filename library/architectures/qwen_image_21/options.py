@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from library.options.base import group, option, redeclare
+from library.options.base import group, option
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
 from library.options.model import BASE, ModelFile, part
 from library.options.training.flow import FlowSamplingOptions
@@ -15,13 +15,6 @@ class QwenImage21ModelOptions(PartOptions):
 
     text_encoder: str | None = part("the text encoder Qwen3-VL 8B")
     fp8_vl: bool = option(False, help="Keep the text encoder Qwen3-VL in 8 bits.")
-
-
-@dataclass(frozen=True)
-class QwenImage21SamplingOptions(FlowSamplingOptions):
-    """Sampling of noise levels."""
-
-    timestep_sampling: str = redeclare(FlowSamplingOptions, "timestep_sampling", "shift")
 
 
 FILES: tuple[ModelFile, ...] = (
@@ -46,4 +39,4 @@ class QwenImage21Options(DitTrainOptions):
     """All options of qwen_image_21_train_network.py."""
 
     parts: QwenImage21ModelOptions = group(QwenImage21ModelOptions)
-    flow_sampling: QwenImage21SamplingOptions = group(QwenImage21SamplingOptions)
+    flow_sampling: FlowSamplingOptions = group(FlowSamplingOptions, timestep_sampling="shift")

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from library.options.base import Options, group, option
+from library.options.base import Options, group, option, without_effect
 from library.options.caching import TextCachingOptions
+from library.options.flow_model import SD_SCRIPTS_INSTEAD
 from library.options.kinds import SHARE, number, whole
 from library.options.model import BASE, ModelFile, ReadingOptions, part
 from library.options.train import TrainOptions
@@ -24,26 +25,16 @@ class Sd3TextOptions(Options):
         help="File or folder of the text encoder T5-XXL. Unset takes it from the base model, and trains without T5 if "
         "that has none.",
     )
-    save_clip: bool = option(
+    save_clip: bool = without_effect(
+        False, "adapter files contain no text encoders", "Has no effect: adapter files hold no text encoders."
+    )
+    save_t5xxl: bool = without_effect(
         False,
-        ignored="adapter files contain no text encoders",
-        help="Has no effect: adapter files hold no text encoders.",
+        "adapter files contain no text encoders",
+        "Has no effect: adapter files contain only the adapters of T5-XXL.",
     )
-    save_t5xxl: bool = option(
-        False,
-        ignored="adapter files contain no text encoders",
-        help="Has no effect: adapter files contain only the adapters of T5-XXL.",
-    )
-    t5xxl_device: str | None = option(
-        None,
-        ignored="T5-XXL runs on the same device as everything else",
-        help="Has no effect: T5-XXL runs on the same device as everything else.",
-    )
-    t5xxl_dtype: str | None = option(
-        None,
-        ignored="T5-XXL runs in the precision of --mixed_precision",
-        help="Has no effect: T5-XXL runs in the precision of --mixed_precision.",
-    )
+    t5xxl_device: str | None = without_effect(None, "T5-XXL runs on the same device as everything else")
+    t5xxl_dtype: str | None = without_effect(None, "T5-XXL runs in the precision of --mixed_precision")
     t5xxl_max_token_length: int = option(
         256, kind=whole(2), help="Longest caption in T5's tokens; longer captions are cut."
     )
@@ -107,16 +98,14 @@ FILES: tuple[ModelFile, ...] = (
 PARTS = "--clip_l clip_l.safetensors --clip_g clip_g.safetensors --t5xxl t5xxl.safetensors"
 
 INSTEAD: Mapping[str, str] = {
-    "dit": "use --pretrained_model_name_or_path",
+    **SD_SCRIPTS_INSTEAD,
     "discrete_flow_shift": "use --training_shift",
     "timestep_sampling": "use --weighting_scheme",
     "sigmoid_scale": "use --logit_std with --weighting_scheme logit_normal",
-    "guidance_scale": "the model is trained without guidance; use --l in a prompt line to guide a preview",
     "model_prediction_type": "the model has only one prediction type, equal to raw",
     "ae": "use --vae",
     "t5_max_token_length": "use --t5xxl_max_token_length",
     **dict.fromkeys(("text_encoder", "qwen3", "gemma2"), "use --clip_l, --clip_g and --t5xxl"),
-    "split_mode": "use --blocks_to_swap",
 }
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from library.options.base import group, option, redeclare
+from library.options.base import group, option
 from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
 from library.options.model import BASE, TRAINING_ADAPTER, ModelFile, part
 from library.options.training.flow import FlowSamplingOptions
@@ -22,14 +22,6 @@ class ZImageModelOptions(PartOptions):
         help="Which Z-Image the base is: turbo is distilled, and previews take 8 steps without guidance. Unset reads "
         "is_distilled in a folder's model_index.json, or looks for words such as turbo in the name.",
     )
-
-
-@dataclass(frozen=True)
-class ZImageSamplingOptions(FlowSamplingOptions):
-    """Sampling of noise levels."""
-
-    timestep_sampling: str = redeclare(FlowSamplingOptions, "timestep_sampling", "shift")
-    discrete_flow_shift: float = redeclare(FlowSamplingOptions, "discrete_flow_shift", 2.0)
 
 
 FILES: tuple[ModelFile, ...] = (
@@ -54,4 +46,4 @@ class ZImageOptions(DitTrainOptions):
     """All options of zimage_train_network.py."""
 
     parts: ZImageModelOptions = group(ZImageModelOptions)
-    flow_sampling: ZImageSamplingOptions = group(ZImageSamplingOptions)
+    flow_sampling: FlowSamplingOptions = group(FlowSamplingOptions, timestep_sampling="shift", discrete_flow_shift=2.0)

@@ -53,7 +53,7 @@ class FlowWeightingOptions(Options):
 
 @dataclass(frozen=True)
 class FlowSamplingOptions(Options, needs_images=True):
-    """How noise levels are drawn.
+    """Sampling of noise levels.
 
     Base models with other defaults use `redeclare`.
     """
