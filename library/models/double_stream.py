@@ -7,7 +7,7 @@ Module paths are the keys of the checkpoint and the names of adapters. Letters: 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +47,14 @@ def list_stream_leaves(path: str) -> Mapping[str, str]:
     return {"scale": "weight"} if is_scale(path) else list_leaves(path)
 
 
-def stream_keys(top: Mapping[str, str], double: Layers, single: Layers, *others: Stack) -> LayerKeys:
-    """Build a base model's `LayerKeys` from the layers of its double and single blocks and from other stacks."""
+def stream_keys(top: Mapping[str, str], double: Layers, single: Layers, *more: Stack, **settings: Any) -> LayerKeys:
+    """Build a base model's `LayerKeys` from the layers of its double and single blocks, from more stacks and from other
+    fields."""
     stacks = (
         Stack("double_blocks", "transformer_blocks", double),
         Stack("single_blocks", "single_transformer_blocks", single),
     )
-    return LayerKeys(top, (*stacks, *others), SWAPPED, list_stream_leaves, is_scale)
+    return LayerKeys(top, (*stacks, *more), SWAPPED, list_stream_leaves, is_scale, **settings)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from library.checkpoints.weights import Weights, configure, fingerprint
 from library.diffusion.flow import RECORDS
 from library.models.dit_loader import DitLoader, DitLoaderOptions, add_vision, check_input_width, open_dit_loader
 from library.models.language_models import FLAG, WORDS, LanguageModel, choose_load
-from library.models.loading import Component, LoadPart, check_text_width
+from library.models.loading import check_text_width
 from library.models.qwen3 import FOLDER
 from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
 from library.models.tokenizer_files import check_marks
 from library.models.transformer_file import TransformerFile
+from library.models.vae.vae import TransformerVae
 from library.options.base import Options
 from library.options.dit import DitTrainOptions, PartOptions
 from library.protocols import Architecture, TextCacheSpec, TextPipeline
@@ -52,10 +53,7 @@ class DitFiles:
 
     transformer: TransformerFile
     encoder: LanguageModel
-    open_vae: Callable[[str, str | None, BaseFiles], Component]  # title of the base model, name of the VAE, base
-    load_vae: LoadPart
-    num_inputs: int  # values per `unit` that the VAE gives the transformer
-    unit: str  # "token", "patch"
+    vae: TransformerVae
     list_specs: Callable[[], Sequence[BaseModelSpec]]  # of all base models
     fp8: str = "fp8_text_encoder"  # the option that keeps the encoder in 8 bits
     encoder_width: Callable[[Any], int] = lambda config: int(config.text_width)  # that this transformer expects
@@ -89,7 +87,7 @@ def open_with(files: DitFiles, options: LanguageModelOptions, base: BaseFiles, w
     transformer, encoder = files.transformer, files.encoder
     config = configure(weights, transformer.read_config)
     loader = open_parts(files, options, base, weights, partial(transformer.build, config))
-    check_input_width(base.path, config.in_features, files.num_inputs, files.unit, transformer.title)
+    check_input_width(base.path, config.in_features, files.vae.num_inputs, files.vae.unit, transformer.title)
     width = files.encoder_width(config)
     check_text_width(FLAG, loader.text.component, WORDS, width, encoder.hub_name, files.num_states)
     return loader
@@ -114,8 +112,8 @@ def open_parts(
         texts=[
             (lambda: encoder.open(*opened()), choose_load(encoder.load, encoder.name, is_in_8_bits(files, options)))
         ],
-        vae=lambda: files.open_vae(files.transformer.title, options.model.vae, base),
-        load_vae=files.load_vae,
+        vae=lambda: files.vae.open(files.transformer.title, options.model.vae, base),
+        load_vae=files.vae.load,
     )
     if encoder.vision is None:
         return loader

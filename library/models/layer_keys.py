@@ -4,13 +4,15 @@ One of our layers may stack several of diffusers' along its rows, or one of diff
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from library.checkpoints.adapter_names import ModuleNames, Piece
 from library.checkpoints.fused_tensors import join_tensors, split_rows
 from library.checkpoints.weights import Weights
 
 KOHYA_PREFIX = "lora_unet_"  # prefix of a denoiser's layers in kohya's naming
+GENERIC_PREFIX = "diffusion_model."
 
 Layers = Mapping[str, tuple[str, ...]]
 """Our paths of layers -> diffusers' paths of the layers that each one stacks."""
@@ -48,6 +50,10 @@ class LayerKeys:
     """Layers that diffusers joins: the end of its path, and the ends that stand in `stacks` for equal shares of its
     rows, as in `BaseNames.joined`."""
     parameters: tuple[str, ...] = ()  # of the model itself, with the same name in both layouts
+    shares: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Relative numbers of rows of the layers that one of ours stacks, by the end of its path; equal for others."""
+    prefix: str = "transformer."  # of diffusers' paths in adapter files
+    others: tuple[str, ...] = ()  # prefixes of the same paths in some trainers' files, as for `name_layer`
 
     def split(self, path: str) -> tuple[Stack, str, str] | None:
         """Split a path into its stack, its block number and the path inside the block; None outside of blocks."""
@@ -107,6 +113,21 @@ class LayerKeys:
             blocks = range(num_blocks.get(stack.ours, 0))
             yield from filter(self.is_linear, (f"{stack.ours}.{n}.{layer}" for n in blocks for layer in stack.layers))
 
+    def name(self, path: str) -> ModuleNames:
+        """Return the names of a layer in adapter files. Raises KeyError for other paths."""
+        shares = next((shares for end, shares in self.shares.items() if path.endswith(f".{end}")), ())
+        sources, swaps_pair = self.sources(path), path == self.swapped
+        return name_layer(path, sources, shares=shares, prefix=self.prefix, others=self.others, swaps_pair=swaps_pair)
+
+    def list_names(self, num_blocks: Mapping[str, int]) -> Iterator[ModuleNames]:
+        """Yield the names of every Linear layer, as `linear_paths`."""
+        yield from map(self.name, self.linear_paths(num_blocks))
+
+    @property
+    def of_file(self) -> dict[str, Any]:
+        """The fields of `TransformerFile` that follow from the names of the layers."""
+        return {"is_layer": self.is_linear, "name": self.name, "from_diffusers": self.from_diffusers}
+
 
 def name_layer(
     path: str,
@@ -135,7 +156,7 @@ def name_layer(
     is_whole = len(sources) == 1
     return ModuleNames(
         kohya=underscore(path),
-        generic=f"diffusion_model.{path}",
+        generic=f"{GENERIC_PREFIX}{path}",
         diffusers=pieces[0].diffusers if is_whole else pieces,
         aliases=(*aliases, *pieces[0].aliases) if is_whole else aliases,
         swaps_pair=swaps_pair,

@@ -6,7 +6,7 @@ embedding, F features of a patch.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -90,15 +90,16 @@ def read_sizes(
     )
 
 
-def next_dit_keys(
-    top: Mapping[str, str], block: Layers, context_block: Layers, parameters: tuple[str, ...] = ()
-) -> LayerKeys:
-    """Build a base model's `LayerKeys`; `context_block` are the layers of the context refiner, which has no
-    modulation."""
+def next_dit_keys(top: Mapping[str, str], block: Layers, context_norm: tuple[str, ...], **settings: Any) -> LayerKeys:
+    """Build a base model's `LayerKeys` from the layers of a block and from other fields.
+
+    The context refiner does not depend on the noise level, so it has no modulation; `context_norm` are diffusers' paths
+    of the norm before its attention.
+    """
+    context_block = {name: theirs for name, theirs in block.items() if not name.startswith("adaLN")}
+    context_block["attention_norm1"] = context_norm
     stacks = tuple(Stack(name, name, context_block if name == "context_refiner" else block) for name in COUNT_FIELDS)
-    return LayerKeys(
-        top, stacks, is_other=lambda path: is_norm(path) or path == "cap_embedder.0", parameters=parameters
-    )
+    return LayerKeys(top, stacks, is_other=lambda path: is_norm(path) or path == "cap_embedder.0", **settings)
 
 
 def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:

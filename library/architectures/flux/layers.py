@@ -11,7 +11,7 @@ from library.checkpoints.adapter_names import BaseNames, ModuleNames, text_modul
 from library.models.clip import names as clip_names
 from library.models.clip.clip import ClipView
 from library.models.double_stream import ATTENTION, SWAPPED, stream_keys
-from library.models.layer_keys import Layers, Stack, name_layer
+from library.models.layer_keys import Layers, Stack
 from library.models.t5 import T5_BLOCKS, T5_LINEAR
 from networks.core.targets.targets import AdapterTargets, Embedders, Part, qkv_and_rest, thirds
 
@@ -53,11 +53,11 @@ KEYS = stream_keys(
     SINGLE,
     Stack(f"{APPROXIMATOR}layers", f"{APPROXIMATOR}layers", {"in_layer": ("linear_1",), "out_layer": ("linear_2",)}),
     Stack(f"{APPROXIMATOR}norms", f"{APPROXIMATOR}norms", {"": ("",)}),
+    shares={"linear1": (1, 1, 1, 4)},  # the MLP is four times as wide as the model
 )
 
 
 NUM_BLOCKS = {"double_blocks": 19, "single_blocks": 38}
-LINEAR1_SHARES = (1, 1, 1, 4)  # the MLP is four times as wide as the model
 NUM_CLIP_LAYERS, NUM_T5_BLOCKS, NUM_APPROXIMATOR_LAYERS = 12, 24, 5
 MODULATION = ("_mod.lin", ".modulation.lin", ".adaLN_modulation.1")  # ends of the paths that Chroma lacks
 VECTORS = ("time_in.", "guidance_in.", "vector_in.")  # prefixes of the paths of FLUX.1's modulation
@@ -77,10 +77,7 @@ def chroma_paths() -> Iterator[str]:
 def denoiser_module(path: str) -> ModuleNames:
     xlabs_names = (f"diffusion_model.{path.removesuffix(layer)}processor.{name}"
            for name, layer in PROCESSORS.items() if path.endswith(f".{layer}"))  # fmt: skip
-    shares = LINEAR1_SHARES if path.endswith(".linear1") else ()
-    return name_layer(
-        path, KEYS.sources(path), shares=shares, aliases=tuple(xlabs_names), swaps_pair=path == KEYS.swapped
-    )
+    return replace(KEYS.name(path), aliases=tuple(xlabs_names))
 
 
 def clip_module(path: str) -> ModuleNames:

@@ -8,9 +8,9 @@ diffusers' paths.
 from collections.abc import Mapping
 
 from library.architectures.specs import list_network_arguments
-from library.checkpoints.adapter_names import BaseNames, ModuleNames
+from library.checkpoints.adapter_names import BaseNames
 from library.models.double_stream import ATTENTION, SWAPPED, stream_keys
-from library.models.layer_keys import KOHYA_PREFIX, Layers, name_layer
+from library.models.layer_keys import GENERIC_PREFIX, KOHYA_PREFIX, Layers
 from networks.core.targets.targets import AdapterTargets, Embedders, Part, qkv_and_rest, thirds
 
 MARK, DIFFUSERS_MARK = "single_stream_modulation.lin.weight", "x_embedder.weight"
@@ -41,16 +41,8 @@ SINGLE: Layers = {
     "norm.query_norm": ("attn.norm_q",),
     "norm.key_norm": ("attn.norm_k",),
 }
-KEYS = stream_keys(TOP, DOUBLE, SINGLE)
-
-
-def denoiser_module(path: str) -> ModuleNames:
-    return name_layer(
-        path, KEYS.sources(path), others=("diffusion_model.", KOHYA_PREFIX), swaps_pair=path == KEYS.swapped
-    )
-
-
-NAMES = BaseNames("flux_2", tuple(map(denoiser_module, KEYS.linear_paths(NUM_BLOCKS))), saved_naming="generic")
+KEYS = stream_keys(TOP, DOUBLE, SINGLE, others=(GENERIC_PREFIX, KOHYA_PREFIX))
+NAMES = BaseNames("flux_2", tuple(KEYS.list_names(NUM_BLOCKS)), saved_naming="generic")
 TARGETS = AdapterTargets(
     denoiser=Part("lora_unet", blocks=("DoubleStreamBlock", "SingleStreamBlock"), attention=("SelfAttention",)),
     ranks={

@@ -1,6 +1,6 @@
 """The files of FLUX.2: three files, one file with everything, or a diffusers folder."""
 
-from library.architectures.flux_2.layers import DIFFUSERS_MARK, KEYS, MARK, denoiser_module
+from library.architectures.flux_2.layers import DIFFUSERS_MARK, KEYS, MARK
 from library.architectures.flux_2.model import Flux2, read_config
 from library.architectures.flux_2.options import Flux2Options
 from library.architectures.flux_2.releases import (
@@ -20,7 +20,7 @@ from library.models.language_model_dit import DitFiles, open_dit, open_parts, op
 from library.models.language_models import FLAG
 from library.models.qwen3 import FOLDER
 from library.models.transformer_file import TransformerFile
-from library.models.vae.flux_2 import PACKED_CHANNELS, load_flux_2_vae, open_vae
+from library.models.vae.flux_2 import PACKED_VAE
 
 
 def architecture_of(weights: Weights) -> str:
@@ -33,26 +33,15 @@ TRANSFORMER = TransformerFile(
     architecture=architecture_of,
     mark=MARK,
     diffusers_mark=DIFFUSERS_MARK,
-    is_layer=KEYS.is_linear,
-    name=denoiser_module,
+    **KEYS.of_file,
     build=Flux2,
     read_config=read_config,
-    from_diffusers=KEYS.from_diffusers,
 )
 
 
 def files_with(encoder: TextEncoder) -> DitFiles:
     """Return the files of a release with this text encoder."""
-    return DitFiles(
-        TRANSFORMER,
-        encoder.model,
-        open_vae=open_vae,
-        load_vae=load_flux_2_vae,
-        num_inputs=PACKED_CHANNELS,
-        unit="token",
-        list_specs=list_specs,
-        num_states=len(encoder.layers),
-    )
+    return DitFiles(TRANSFORMER, encoder.model, vae=PACKED_VAE, list_specs=list_specs, num_states=len(encoder.layers))
 
 
 def open_loader(options: Flux2Options) -> tuple[DitLoader, Release]:

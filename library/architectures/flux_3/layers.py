@@ -4,9 +4,9 @@ files (ComfyUI and ai-toolkit write the original ones, SimpleTuner diffusers'), 
 from collections.abc import Mapping
 
 from library.architectures.specs import list_network_arguments
-from library.checkpoints.adapter_names import BaseNames, ModuleNames
+from library.checkpoints.adapter_names import BaseNames
 from library.models.double_stream import is_scale, list_stream_leaves
-from library.models.layer_keys import KOHYA_PREFIX, LayerKeys, Layers, Stack, name_layer
+from library.models.layer_keys import GENERIC_PREFIX, KOHYA_PREFIX, LayerKeys, Layers, Stack
 from networks.core.targets.targets import AdapterTargets, Embedders, Part
 
 IMAGES = ("image", "image_cond")  # modes of tokens: the noisy image, and reference images
@@ -45,17 +45,10 @@ KEYS = LayerKeys(
     swapped="final_layer.image.adaLN_modulation.1",
     leaves=list_stream_leaves,
     is_other=is_scale,
+    others=(GENERIC_PREFIX, KOHYA_PREFIX),
 )
 NUM_BLOCKS = {**{stack.ours: 5 for stack in KEYS.stacks}, "single_blocks": 28}
-
-
-def denoiser_module(path: str) -> ModuleNames:
-    return name_layer(
-        path, KEYS.sources(path), others=("diffusion_model.", KOHYA_PREFIX), swaps_pair=path == KEYS.swapped
-    )
-
-
-NAMES = BaseNames("flux_3", tuple(map(denoiser_module, KEYS.linear_paths(NUM_BLOCKS))), saved_naming="generic")
+NAMES = BaseNames("flux_3", tuple(KEYS.list_names(NUM_BLOCKS)), saved_naming="generic")
 TARGETS = AdapterTargets(
     denoiser=Part("lora_unet", blocks=("SingleStreamBlock",)),
     ranks={"attn_dim": r"\.(q_proj|k_proj|v_proj|attn_out)$", "mlp_dim": r"\.mlp_(in|out)$"},

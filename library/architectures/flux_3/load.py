@@ -1,6 +1,6 @@
 """The files of FLUX.3 Image Klein: three files, one file with everything, or a diffusers folder."""
 
-from library.architectures.flux_3.layers import DIFFUSERS_MARK, IMAGES, KEYS, MARK, denoiser_module
+from library.architectures.flux_3.layers import DIFFUSERS_MARK, IMAGES, KEYS, MARK
 from library.architectures.flux_3.model import Flux3, read_config
 from library.architectures.flux_3.options import Flux3Options
 from library.architectures.flux_3.text import LAYERS
@@ -11,7 +11,7 @@ from library.models.dit_loader import DitLoader
 from library.models.language_model_dit import DitFiles, open_dit, open_with
 from library.models.qwen3_vl import qwen3_vl_encoder
 from library.models.transformer_file import TransformerFile
-from library.models.vae.flux_2 import PACKED_CHANNELS, load_flux_2_vae, open_vae
+from library.models.vae.flux_2 import PACKED_VAE
 
 FILES = DitFiles(
     TransformerFile(
@@ -20,18 +20,13 @@ FILES = DitFiles(
         architecture="Flux.3-image-klein",
         mark=MARK,
         diffusers_mark=DIFFUSERS_MARK,
-        is_layer=KEYS.is_linear,
-        name=denoiser_module,
+        **KEYS.of_file,
         build=Flux3,
         read_config=read_config,
-        from_diffusers=KEYS.from_diffusers,
         unused=("repa_projectors.",),  # in some checkpoints, for the model's own training
     ),
     encoder=qwen3_vl_encoder("4B", LAYERS[-1]),
-    open_vae=open_vae,
-    load_vae=load_flux_2_vae,
-    num_inputs=PACKED_CHANNELS,
-    unit="token",
+    vae=PACKED_VAE,
     list_specs=list_specs,
     encoder_width=lambda config: int(config.text_width) // len(LAYERS),
 )

@@ -10,9 +10,9 @@ from dataclasses import replace
 from math import prod
 
 from library.architectures.specs import list_network_arguments
-from library.checkpoints.adapter_names import BaseNames, ModuleNames
+from library.checkpoints.adapter_names import BaseNames
 from library.checkpoints.weights import Weights, rename_weights
-from library.models.layer_keys import KOHYA_PREFIX, LayerKeys, Layers, Stack, list_leaves, name_layer
+from library.models.layer_keys import GENERIC_PREFIX, KOHYA_PREFIX, LayerKeys, Layers, Stack, list_leaves
 from networks.core.targets.targets import AdapterTargets, Part
 
 MARK, DIFFUSERS_MARK = "txtfusion.projector.weight", "text_fusion.projector.weight"
@@ -65,6 +65,7 @@ KEYS = LayerKeys(
     ),
     leaves=list_krea2_leaves,
     is_other=lambda path: path.endswith((*NORMS, *MODULATIONS)),
+    others=(GENERIC_PREFIX, KOHYA_PREFIX),
 )
 
 
@@ -80,11 +81,7 @@ def from_diffusers(weights: Weights) -> Weights:
     return replace(renamed, shapes={**renamed.shapes, **flat})
 
 
-def denoiser_module(path: str) -> ModuleNames:
-    return name_layer(path, KEYS.sources(path), others=("diffusion_model.", KOHYA_PREFIX))
-
-
-NAMES = BaseNames("krea2", tuple(map(denoiser_module, KEYS.linear_paths(NUM_BLOCKS))), saved_naming="generic")
+NAMES = BaseNames("krea2", tuple(KEYS.list_names(NUM_BLOCKS)), saved_naming="generic")
 TARGETS = AdapterTargets(
     denoiser=Part("lora_unet", blocks=("SingleStreamDiT",), attention=("Attention",)),  # all Linear layers
     ranks={"attn_dim": r"^blocks\.\d+\.attn\.", "mlp_dim": r"^blocks\.\d+\.mlp\.", "txtfusion_dim": r"^txtfusion\."},

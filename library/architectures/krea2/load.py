@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from library.architectures.krea2.layers import DIFFUSERS_MARK, KEYS, MARK, denoiser_module, from_diffusers
+from library.architectures.krea2.layers import DIFFUSERS_MARK, KEYS, MARK, from_diffusers
 from library.architectures.krea2.model import PATCH, SingleStreamDiT, read_config
 from library.architectures.krea2.options import Krea2Options
 from library.architectures.krea2.text import LAYERS, MARKS
@@ -20,6 +20,7 @@ from library.models.qwen3_vl_vision import load_vision, vision_component
 from library.models.transformer_file import TransformerFile
 from library.models.vae.qwen_image import CHANNELS, open_vae
 from library.models.vae.qwen_image_2d import load_vae_for_images
+from library.models.vae.vae import TransformerVae
 from library.options.model import BASE_FLAG
 
 TURBO_FLAG = "--turbo_dit"
@@ -31,16 +32,13 @@ FILES = DitFiles(
         mark=MARK,
         diffusers_mark=DIFFUSERS_MARK,
         is_layer=KEYS.is_linear,
-        name=denoiser_module,
+        name=KEYS.name,
         build=SingleStreamDiT,
         read_config=read_config,
         from_diffusers=from_diffusers,
     ),
     encoder=replace(qwen3_vl_encoder("4B", LAYERS[-1]), marks=MARKS, vision=(vision_component, load_vision)),
-    open_vae=open_vae,
-    load_vae=load_vae_for_images,
-    num_inputs=CHANNELS * PATCH**2,
-    unit="patch",
+    vae=TransformerVae(open_vae, load_vae_for_images, CHANNELS * PATCH**2, "patch"),
     list_specs=list_specs,
     encoder_width=lambda config: int(config.fusion.width),
 )

@@ -4,13 +4,12 @@ files, and what adapters target."""
 from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, text_module
 from library.models.language_models import LAYER_LINEAR
-from library.models.layer_keys import Layers, name_layer
+from library.models.layer_keys import Layers
 from library.models.next_dit import next_dit_keys
 from networks.core.targets.targets import AdapterTargets, Embedders, Part
 
 MARK, DIFFUSERS_MARK = "layers.0.attention.qkv.weight", "time_caption_embed.caption_embedder.1.weight"
 NUM_BLOCKS = {"context_refiner": 2, "noise_refiner": 2, "layers": 26}
-QKV_SHARES = (3, 1, 1)  # 24 heads of queries, 8 each of keys and values
 NUM_GEMMA_LAYERS = 26
 
 EMBEDDERS = "time_caption_embed"
@@ -33,14 +32,12 @@ BLOCK: Layers = {
     "ffn_norm2": ("ffn_norm2",),
     "adaLN_modulation.1": ("norm1.linear",),
 }
-# The context refiner does not depend on the noise level.
-CONTEXT_BLOCK = {name: theirs for name, theirs in BLOCK.items() if not name.startswith("adaLN")}
-CONTEXT_BLOCK["attention_norm1"] = ("norm1",)  # a plain norm in diffusers
-KEYS = next_dit_keys(TOP, BLOCK, CONTEXT_BLOCK)
-
-
-def denoiser_module(path: str) -> ModuleNames:
-    return name_layer(path, KEYS.sources(path), shares=QKV_SHARES)
+KEYS = next_dit_keys(
+    TOP,
+    BLOCK,
+    ("norm1",),  # a plain norm in diffusers
+    shares={"attention.qkv": (3, 1, 1)},  # 24 heads of queries, 8 each of keys and values
+)
 
 
 def gemma_module(path: str) -> ModuleNames:
@@ -50,7 +47,7 @@ def gemma_module(path: str) -> ModuleNames:
 NAMES = BaseNames(
     "lumina",
     (
-        *map(denoiser_module, KEYS.linear_paths(NUM_BLOCKS)),
+        *KEYS.list_names(NUM_BLOCKS),
         *(gemma_module(f"layers.{n}.{name}") for n in range(NUM_GEMMA_LAYERS) for name in LAYER_LINEAR),
     ),
 )

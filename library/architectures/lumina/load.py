@@ -3,7 +3,7 @@
 from functools import partial
 
 from library.architectures.lumina.gemma import GEMMA_PREFIXES, gemma_component, gemma_of_folder, load_gemma
-from library.architectures.lumina.layers import DIFFUSERS_MARK, KEYS, MARK, denoiser_module, gemma_module
+from library.architectures.lumina.layers import DIFFUSERS_MARK, KEYS, MARK, gemma_module
 from library.architectures.lumina.model import PATCH, NextDiT, read_config
 from library.architectures.lumina.options import LuminaOptions
 from library.architectures.specs import list_specs
@@ -37,11 +37,9 @@ TRANSFORMER = TransformerFile(
     architecture="lumina-2",
     mark=MARK,
     diffusers_mark=DIFFUSERS_MARK,
-    is_layer=KEYS.is_linear,
-    name=denoiser_module,
+    **KEYS.of_file,
     build=NextDiT,
     read_config=read_config,
-    from_diffusers=KEYS.from_diffusers,
     unused=("norm_final.weight",),
     name_text_layer=name_text_layer,
 )

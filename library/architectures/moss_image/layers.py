@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
-from library.models.layer_keys import KOHYA_PREFIX, name_layer
+from library.models.layer_keys import GENERIC_PREFIX, KOHYA_PREFIX, name_layer
 from networks.core.targets.targets import AdapterTargets, Embedders, Part, thirds
 
 NUM_LAYERS, NUM_TEXT_BLOCKS = 42, 2
@@ -39,7 +39,7 @@ def linear_paths(num_layers: int = NUM_LAYERS) -> Iterator[str]:
 def denoiser_module(path: str) -> ModuleNames:
     """Name a layer; a layer that ComfyUI's files fuse gets the names of its parts."""
     parts = [path.replace(FUSED, part) for part in PARTS] if path.endswith(FUSED) else [path]
-    return name_layer(path, parts, prefix="diffusion_model.", others=("transformer.", KOHYA_PREFIX))
+    return name_layer(path, parts, prefix=GENERIC_PREFIX, others=("transformer.", KOHYA_PREFIX))
 
 
 NAMES = BaseNames(

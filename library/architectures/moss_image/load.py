@@ -9,7 +9,7 @@ from library.architectures.specs import list_specs
 from library.checkpoints.fused_tensors import split_rows
 from library.models.language_model_dit import DitFiles, open_models
 from library.models.transformer_file import TransformerFile
-from library.models.vae.flux_2 import PACKED_CHANNELS, load_flux_2_vae, open_vae
+from library.models.vae.flux_2 import PACKED_VAE
 
 FILES = DitFiles(
     TransformerFile(
@@ -26,10 +26,7 @@ FILES = DitFiles(
         unused=("rope.bands",),  # it is computed instead
     ),
     encoder=ENCODER,
-    open_vae=open_vae,
-    load_vae=load_flux_2_vae,
-    num_inputs=PACKED_CHANNELS,
-    unit="token",
+    vae=PACKED_VAE,
     list_specs=list_specs,
 )
 open_loader = partial(open_models, FILES)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
-from library.models.layer_keys import KOHYA_PREFIX, name_layer
+from library.models.layer_keys import GENERIC_PREFIX, KOHYA_PREFIX, name_layer
 from networks.core.targets.targets import AdapterTargets, Embedders, Part
 
 NUM_BLOCKS = 32
@@ -40,7 +40,7 @@ def denoiser_module(path: str) -> ModuleNames:
     if not path.endswith(FUSED):
         return name_layer(path, (path,))
     parts = [path.replace(FUSED, part) for part in PARTS]
-    return name_layer(path, parts, others=("diffusion_model.", KOHYA_PREFIX))
+    return name_layer(path, parts, others=(GENERIC_PREFIX, KOHYA_PREFIX))
 
 
 NAMES = BaseNames(

@@ -13,6 +13,7 @@ from library.models.language_model_dit import DitFiles, open_models
 from library.models.qwen3_vl import qwen3_vl_encoder
 from library.models.qwen3_vl_vision import load_vision, vision_component
 from library.models.transformer_file import TransformerFile
+from library.models.vae.vae import TransformerVae
 
 FILES = DitFiles(
     TransformerFile(
@@ -33,10 +34,7 @@ FILES = DitFiles(
         tokenizer_folders=("processor", "tokenizer"),
         vision=(vision_component, load_vision),
     ),
-    open_vae=open_vae,
-    load_vae=load_qwen_image_21_vae,
-    num_inputs=CHANNELS,
-    unit="token",
+    vae=TransformerVae(open_vae, load_qwen_image_21_vae, CHANNELS, "token"),
     list_specs=list_specs,
     fp8="fp8_vl",
 )

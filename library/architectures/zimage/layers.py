@@ -8,8 +8,8 @@ trainers write them below other prefixes too.
 from collections.abc import Mapping
 
 from library.architectures.specs import list_network_arguments
-from library.checkpoints.adapter_names import BaseNames, ModuleNames
-from library.models.layer_keys import KOHYA_PREFIX, Layers, name_layer
+from library.checkpoints.adapter_names import BaseNames
+from library.models.layer_keys import GENERIC_PREFIX, KOHYA_PREFIX, Layers
 from library.models.next_dit import next_dit_keys
 from networks.core.targets.targets import AdapterTargets, Embedders, Part, thirds
 
@@ -33,15 +33,15 @@ BLOCK: Layers = {
     "attention.k_norm": ("attention.norm_k",),
     **{name: (name,) for name in (*SAME_LAYERS, *SAME_NORMS)},
 }
-CONTEXT_BLOCK = {name: theirs for name, theirs in BLOCK.items() if not name.startswith("adaLN")}
-KEYS = next_dit_keys(TOP, BLOCK, CONTEXT_BLOCK, PAD_TOKENS)
-
-
-def denoiser_module(path: str) -> ModuleNames:
-    return name_layer(path, KEYS.sources(path), prefix="diffusion_model.", others=("transformer.", KOHYA_PREFIX))
-
-
-NAMES = BaseNames("zimage", tuple(map(denoiser_module, KEYS.linear_paths(NUM_BLOCKS))), saved_naming="diffusers")
+KEYS = next_dit_keys(
+    TOP,
+    BLOCK,
+    BLOCK["attention_norm1"],
+    parameters=PAD_TOKENS,
+    prefix=GENERIC_PREFIX,
+    others=("transformer.", KOHYA_PREFIX),
+)
+NAMES = BaseNames("zimage", tuple(KEYS.list_names(NUM_BLOCKS)), saved_naming="diffusers")
 LEFT_OUT = (r".*(_modulation|_refiner).*",)  # unless include_patterns includes them again, as in musubi-tuner
 TARGETS = AdapterTargets(
     denoiser=Part("lora_unet", blocks=("JointTransformerBlock",), exclude=LEFT_OUT),

@@ -3,13 +3,13 @@
 from functools import partial
 
 from library.architectures.specs import list_specs
-from library.architectures.zimage.layers import DIFFUSERS_MARK, KEYS, MARK, denoiser_module
+from library.architectures.zimage.layers import DIFFUSERS_MARK, KEYS, MARK
 from library.architectures.zimage.model import PATCH, ZImage, read_config
 from library.models.language_model_dit import VAE_FLAG, DitFiles, open_models
 from library.models.qwen3 import qwen3_encoder
 from library.models.transformer_file import TransformerFile
 from library.models.vae.flux import CHANNELS, open_ae
-from library.models.vae.vae import load_vae
+from library.models.vae.vae import TransformerVae, load_vae
 
 FILES = DitFiles(
     TransformerFile(
@@ -18,18 +18,13 @@ FILES = DitFiles(
         architecture="Z-Image",
         mark=MARK,
         diffusers_mark=DIFFUSERS_MARK,
-        is_layer=KEYS.is_linear,
-        name=denoiser_module,
+        **KEYS.of_file,
         build=ZImage,
         read_config=read_config,
-        from_diffusers=KEYS.from_diffusers,
         unused=("norm_final.weight",),
     ),
     encoder=qwen3_encoder("4B"),
-    open_vae=partial(open_ae, flag=VAE_FLAG),
-    load_vae=load_vae,
-    num_inputs=CHANNELS * PATCH**2,
-    unit="patch",
+    vae=TransformerVae(partial(open_ae, flag=VAE_FLAG), load_vae, CHANNELS * PATCH**2, "patch"),
     list_specs=list_specs,
     fp8="fp8_llm",
 )

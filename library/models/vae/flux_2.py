@@ -20,7 +20,7 @@ from library.memory.devices import send
 from library.models.loading import Component, MaybeComponent, empty_diffusers_model, materialise
 from library.models.shapes import count, shape_of
 from library.models.vae.flux import check_channels, find_vae
-from library.models.vae.vae import single_vae, vae_of_folder
+from library.models.vae.vae import TransformerVae, single_vae, vae_of_folder
 from library.protocols import LatentSpec
 
 CHANNELS = 32
@@ -134,3 +134,6 @@ def load_flux_2_vae(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
     for name in STATISTICS:
         setattr(vae.get_submodule("bn"), name, component.weights.read(f"{BATCH_NORM}{name}").float())
     return vae
+
+
+PACKED_VAE = TransformerVae(open_vae, load_flux_2_vae, PACKED_CHANNELS, "token")

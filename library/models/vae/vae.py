@@ -1,7 +1,7 @@
 """The VAE of latent diffusion (diffusers' AutoencoderKL), from a file in either layout or from a folder."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from library.checkpoints.weights import (
     with_prefix,
 )
 from library.memory.devices import DTYPES
-from library.models.loading import Component, empty_diffusers_model, load_component
+from library.models.loading import Component, LoadPart, empty_diffusers_model, load_component
 from library.models.shapes import Shapes, count, norm_groups, shape_of
 from library.models.vae.checkpoint_keys import VAE_PREFIX, vae_from_ldm, vae_from_old_diffusers
 from library.options.model import ModelOptions
@@ -35,6 +35,16 @@ class VaeNeeds:
     base: str  # its name in messages
     channels: int  # of the latents
     scale: float  # scales latents to about unit variance
+
+
+@dataclass(frozen=True)
+class TransformerVae:
+    """A transformer's VAE: how it is opened and loaded, and how many values it gives for each `unit`."""
+
+    open: Callable[[str, str | None, BaseFiles], Component]  # title of the base model, name of the VAE, base
+    load: LoadPart
+    num_inputs: int
+    unit: str  # "token", "patch"
 
 
 def vae_config(shapes: Shapes) -> dict[str, Any]:
