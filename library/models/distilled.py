@@ -1,5 +1,6 @@
 """Recognition of distilled models, which have the names and shapes of their base models."""
 
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from pathlib import Path
 from library.base.errors import about
 from library.checkpoints.model_lookup import read_json
 from library.options.model import BASE_FLAG
+from library.options.training.network import NetworkOptions
+
+logger = logging.getLogger(__name__)
 
 DISTILLED_WORDS = frozenset(("turbo", "distilled", "distill"))
 BASE_WORDS = frozenset(("base", "undistilled", "dedistilled", "deturbo"))
@@ -41,6 +45,16 @@ def is_distilled(release: DistilledRelease, chosen: bool | None, path: Path) -> 
         return bool(recorded)
     decisions = (recognise_name(release, name, path) for name in list_names(path, folder))
     return next((decision for decision in decisions if decision is not None), False)
+
+
+def warn_if_distilled(distilled: bool, network: NetworkOptions, path: Path, advice: str) -> bool:
+    """Return `distilled`, and warn of a distilled base at `path` that is trained without a training adapter.
+
+    `advice` names the model and the way out, and follows "PATH is".
+    """
+    if distilled and not network.has_training_adapter:
+        logger.warning("%s is %s", path, advice)
+    return distilled
 
 
 def find_diffusers_folder(path: Path) -> Path | None:

@@ -1,7 +1,7 @@
 """Diffusion transformers whose captions one language model encodes: their files, recipe, tokenizer and text cache."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, Protocol, TypeVar
 
@@ -19,7 +19,6 @@ from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
 from library.models.tokenizer_files import check_marks
 from library.models.transformer_file import TransformerFile
 from library.models.vae.vae import TransformerVae
-from library.options.base import Options
 from library.options.dit import DitTrainOptions, PartOptions
 from library.protocols import Architecture, TextCacheSpec, TextPipeline
 
@@ -154,16 +153,27 @@ def ways_to_build(
 
 
 def shared_parts(
-    files: DitFiles, recipe: Recipe, options: Options, loader: DitLoader, **metadata: str
+    files: DitFiles,
+    recipe: Recipe,
+    options: OptionsT,
+    loader: DitLoader,
+    text: TokenizedText,
+    suffix: str,
+    **cache: Any,
 ) -> dict[str, Any]:
-    """Return the parts of an `Architecture` that follow from its files; `metadata` as for `Recipe.describe`."""
+    """Return the parts of an `Architecture` that follow from its files and its text.
+
+    `suffix` ends the names of text caches; `cache` as for `cache_text`.
+    """
     return {
         "name": files.transformer.base,
         "load": loader,
+        "text": text,
         "view": files.transformer.view,
-        "metadata": recipe.describe(options, **metadata),
+        "metadata": recipe.describe(options),
         "specs": files.list_specs(),
         "ignores": recipe.ignores,
+        "text_cache": cache_text(files, options, loader, text, suffix, **cache),
     }
 
 
@@ -217,18 +227,28 @@ def load_tokenizer(encoder: LanguageModel, options: LanguageModelOptions, loader
 
 
 def cache_text(
-    files: DitFiles, options: LanguageModelOptions, loader: DitLoader, text: TokenizedText, suffix: str
+    files: DitFiles,
+    options: OptionsT,
+    loader: DitLoader,
+    text: TokenizedText,
+    suffix: str,
+    settings: str = "",
+    **more: Any,
 ) -> TextCacheSpec:
-    """Return the text cache of states and their mask, which the denoiser reads on the host."""
-    return TextCacheSpec(
+    """Return the text cache of states and their mask, which the denoiser reads on the host.
+
+    `settings` are what affects the values besides the encoder; `more` are other fields, in place of the usual ones.
+    """
+    cache = TextCacheSpec(
         options=options.text_caching,
         suffix=suffix,
         keys=tuple(PADDING),
         encoders=lambda: fingerprint(*(part.component.weights for part in loader.texts)),
-        settings=f"{loader.text.dtype} {is_in_8_bits(files, options)}",
+        settings=" ".join(filter(None, (str(loader.text.dtype), str(is_in_8_bits(files, options)), settings))),
         tokenizers=(text.tokenizer,),
         padding=PADDING,
         on_host=("attention_mask",),
         can_train=False,
         sees_images=files.encoder.vision is not None,
     )
+    return replace(cache, **more)

@@ -20,7 +20,8 @@ from library.models.identify import DENOISER_PREFIXES, open_denoiser
 from library.models.loading import build_on_meta_device
 from library.models.recipe import Recipe
 from library.models.shapes import Shapes
-from library.protocols import AdapterView
+from library.options.train import TrainOptions
+from library.protocols import AdapterView, Architecture, LatentSpec, Objective
 from networks.core.targets.targets import AdapterTargets
 
 
@@ -92,8 +93,18 @@ class TransformerFile:
         return weights, prefix
 
 
-def transformer_fields(file: TransformerFile, targets: AdapterTargets, recipe: Recipe, **own: str) -> dict[str, Any]:
-    """Return the fields of `BaseModelSpec` that follow from a flow model's transformer; `own` replaces names."""
+def transformer_fields(
+    file: TransformerFile,
+    targets: AdapterTargets,
+    recipe: Recipe,
+    options: type[TrainOptions],
+    build: Callable[[Any], Architecture],
+    objective: Callable[[Any], Objective],
+    latents: LatentSpec,
+    **own: str,
+) -> dict[str, Any]:
+    """Return the fields of `BaseModelSpec` that follow from a flow model's transformer and its assembly; `own` replaces
+    names."""
     assert targets.names is not None
     return {
         "name": file.base,
@@ -105,6 +116,10 @@ def transformer_fields(file: TransformerFile, targets: AdapterTargets, recipe: R
         "open_for_merging": file.open,
         "view_for_networks": file.view_for_networks,
         "adapter_metadata": recipe.of_checkpoint,
+        "options": options,
+        "build": build,
+        "objective": objective,
+        "latents": latents,
         "ignores": recipe.ignores,
         **own,
     }

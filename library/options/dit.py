@@ -89,6 +89,7 @@ class DitCompileOptions(CompileOptions):
 
 ALTERNATIVES: Mapping[str, str] = {
     **FLOW_INSTEAD,
+    "split_mode": "use --blocks_to_swap",
     "ae": "use --vae",
     **dict.fromkeys(("t5xxl", "clip_l", "qwen3", "gemma2", "byt5"), "use --text_encoder"),
 }

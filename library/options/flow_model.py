@@ -14,12 +14,9 @@ from library.options.training.flow import (
     TimestepPreviewOptions,
 )
 
-FLOW_INSTEAD: Mapping[str, str] = {
-    "training_shift": "use --discrete_flow_shift with --timestep_sampling shift",
-    "split_mode": "use --blocks_to_swap",
-}
+FLOW_INSTEAD: Mapping[str, str] = {"training_shift": "use --discrete_flow_shift with --timestep_sampling shift"}
 SD_SCRIPTS_INSTEAD: Mapping[str, str] = {
-    **FLOW_INSTEAD,
+    "split_mode": "use --blocks_to_swap",
     "dit": "use --pretrained_model_name_or_path",
     "guidance_scale": "the model is trained without guidance; use --l in a prompt line to guide a preview",
 }

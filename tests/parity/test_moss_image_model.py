@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from library.architectures.moss_image.assembly import build
+from library.architectures.moss_image.assembly import SKIPPED, build
 from library.architectures.moss_image.options import MossImageOptions
-from library.architectures.moss_image.predict import SKIPPED
 from library.data.decoding.tensors import to_pixels
 from library.models.qwen3_vl_vision import fit_image
 from library.types import CaptionWithImages, Prompt

@@ -6,7 +6,7 @@ from typing import Any
 
 from library.options.base import Options, group, option, without_effect
 from library.options.caching import TextCachingOptions
-from library.options.flow_model import SD_SCRIPTS_INSTEAD
+from library.options.flow_model import FLOW_INSTEAD, SD_SCRIPTS_INSTEAD
 from library.options.kinds import whole
 from library.options.machine.memory import ATTENTION_MODES
 from library.options.model import BASE, ModelFile, ReadingOptions
@@ -98,6 +98,7 @@ FILES: tuple[ModelFile, ...] = (
 PARTS = "--qwen3 qwen3.safetensors --vae vae.safetensors"
 
 INSTEAD: Mapping[str, str] = {
+    **FLOW_INSTEAD,
     **SD_SCRIPTS_INSTEAD,
     "model_prediction_type": "the model has only one prediction type, equal to raw",
     "ae": "use --vae",

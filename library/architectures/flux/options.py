@@ -65,7 +65,7 @@ PARTS = "--clip_l clip_l.safetensors --t5xxl t5xxl.safetensors --ae ae.safetenso
 
 INSTEAD: Mapping[str, str] = {
     "dit": "use --pretrained_model_name_or_path",
-    "training_shift": FLOW_INSTEAD["training_shift"],
+    **FLOW_INSTEAD,
     "clip_g": "the model has only CLIP-L and T5",
     "apply_lg_attn_mask": "only CLIP-L's pooled vector is used, which needs no mask",
     "t5_max_token_length": "use --t5xxl_max_token_length",

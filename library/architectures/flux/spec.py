@@ -69,11 +69,7 @@ def explain_approximator(modules: Mapping[str, FileNaming | None]) -> str | None
 
 SPECS = (
     BaseModelSpec(
-        **transformer_fields(FILE, TARGETS, RECIPE, called="a FLUX"),
-        options=FluxOptions,
-        build=build,
-        latents=LATENTS,
-        objective=build_objective,
+        **transformer_fields(FILE, TARGETS, RECIPE, FluxOptions, build, build_objective, LATENTS, called="a FLUX"),
         checkpoint=(Sign(r"double_blocks\.|single_transformer_blocks\.", Certainty.NAMES),),
         adapter=(
             Sign(r"^transformer_transformer_blocks_.*_attn_to_q_", width=WIDTH),
@@ -92,12 +88,17 @@ SPECS = (
         },
     ),
     BaseModelSpec(
-        **transformer_fields(CHROMA_FILE, CHROMA_TARGETS, CHROMA_RECIPE, script="flux_train_network.py"),
+        **transformer_fields(
+            CHROMA_FILE,
+            CHROMA_TARGETS,
+            CHROMA_RECIPE,
+            FluxOptions,
+            build,
+            build_objective,
+            LATENTS,
+            script="flux_train_network.py",
+        ),
         script_flag="--model_type chroma",
-        options=FluxOptions,
-        build=build,
-        latents=LATENTS,
-        objective=build_objective,
         checkpoint=(Sign(rf"\b{CHROMA_ONLY}\."),),
         adapter=(
             Sign(rf"_{CHROMA_ONLY}_"),

@@ -4,7 +4,6 @@ latents of 16 pixels.
 Start here to read this package.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,14 +16,12 @@ from library.architectures.flux_2.predict import TRAINING_GUIDANCE, predict, pre
 from library.architectures.flux_2.releases import DEV, DISTILLED_KLEIN, Release, TextEncoder, modelspec_architecture
 from library.architectures.flux_2.text import NUM_TOKENS, build_chat_text
 from library.diffusion.flow import build_predicted_flow
-from library.models.distilled import is_distilled
+from library.models.distilled import is_distilled, warn_if_distilled
 from library.models.dit_loader import DitLoader
-from library.models.language_model_dit import VAE_FLAG, build_recipe, cache_text, load_tokenizer, shared_parts
+from library.models.language_model_dit import VAE_FLAG, build_recipe, load_tokenizer, shared_parts
 from library.models.language_models import FLAG, ChatText
 from library.models.vae.flux_2 import pack_latents
 from library.protocols import Architecture, Preview, PromptDefaults
-
-logger = logging.getLogger(__name__)
 
 RECIPE = build_recipe(
     TRANSFORMER,
@@ -50,15 +47,14 @@ def build(options: Flux2Options) -> Architecture:
     version = options.parts.model_version
     chosen = None if version is None else "base" not in version
     # Every dev imitates guidance, which it takes as an input.
-    distilled = release is DEV or is_distilled(DISTILLED_KLEIN, chosen, loader.path)
-    if distilled and not options.network.has_training_adapter:
-        logger.warning(
-            "%s is %s, which is distilled: training undoes the distillation. Train on FLUX.2 klein base, whose "
-            "adapters work with the distilled klein too, or add --training_adapter with a training adapter. "
-            "If it is not distilled, set --model_version",
-            loader.path,
-            release.title,
-        )
+    distilled = warn_if_distilled(
+        release is DEV or is_distilled(DISTILLED_KLEIN, chosen, loader.path),
+        options.network,
+        loader.path,
+        f"{release.title}, which is distilled: training undoes the distillation. Train on FLUX.2 klein base, whose "
+        "adapters work with the distilled klein too, or add --training_adapter with a training adapter. If it is not "
+        "distilled, set --model_version",
+    )
     return assemble(options, loader, release.encoder, release, distilled)
 
 
@@ -79,17 +75,16 @@ def assemble(
     options: Flux2Options, loader: DitLoader, encoder: TextEncoder, release: Release, distilled: bool
 ) -> Architecture:
     text = build_chat_text(encoder, load_tokenizer(encoder.model, options, loader))
-    files = files_with(encoder)
-    cache = cache_text(files, options, loader, text, "_flux_2_te.npz")
+    # The denoiser attends to padding, so all captions have one length and no mask.
+    cache = {"keys": ("hidden_state",), "padding": {}, "on_host": ()}
+    named = {**RECIPE.metadata, "modelspec.architecture": f"{modelspec_architecture(release)}/lora"}
+    recipe = replace(RECIPE, metadata=named)
     return Architecture(
-        **shared_parts(files, RECIPE, options, loader, architecture=f"{modelspec_architecture(release)}/lora"),
-        text=text,
+        **shared_parts(files_with(encoder), recipe, options, loader, text, "_flux_2_te.npz", **cache),
         codec=CODEC,
         objective=build_objective(options),
         predict=partial(predict, guidance=options.guidance.guidance_loss or TRAINING_GUIDANCE),
         preview=build_preview(text, release, distilled),
-        # The denoiser attends to padding, so all captions have one length and no mask.
-        text_cache=replace(cache, keys=("hidden_state",), padding={}, on_host=()),
     )
 
 
@@ -101,16 +96,15 @@ def build_preview(text: ChatText, release: Release, distilled: bool) -> Preview:
     """
     has_input = release is DEV
     return Preview(
-        defaults=PromptDefaults(
-            # dev is distilled for guidance only, not for few steps.
-            4 if distilled and not has_input else 50,
+        PromptDefaults(
+            4 if distilled and not has_input else 50,  # dev is distilled for guidance only, not for few steps
             1024,
             1024,
             scale=1.0 if distilled else GUIDANCE,
             size_step=LATENTS.bucket_step,
             guidance_scale=GUIDANCE if has_input else None,
         ),
-        text=text,
-        predict=lambda prompt: partial(predict, guidance=prompt.guidance_scale or 0.0),
-        sampler=preview_sampler,
+        text,
+        lambda prompt: partial(predict, guidance=prompt.guidance_scale or 0.0),
+        preview_sampler,
     )

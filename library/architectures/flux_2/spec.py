@@ -29,11 +29,7 @@ NO_MODULATION = Gap(
 
 SPECS = (
     BaseModelSpec(
-        **transformer_fields(TRANSFORMER, TARGETS, RECIPE),
-        options=Flux2Options,
-        build=build,
-        objective=build_objective,
-        latents=LATENTS,
+        **transformer_fields(TRANSFORMER, TARGETS, RECIPE, Flux2Options, build, build_objective, LATENTS),
         checkpoint=(Sign(r"(^|\.)(single|double)_stream_modulation(_img|_txt)?\.lin"),),
         adapter=(
             Sign(r"_(single|double)_stream_modulation_|_attn_to_qkv_mlp_proj|_ff(_context)?_linear_(in|out)_"),

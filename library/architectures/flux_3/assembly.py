@@ -4,7 +4,6 @@ encoder, 128-channel latents of 16 pixels. It generates images from text, and ca
 Start here to read this package.
 """
 
-import logging
 from dataclasses import replace
 from functools import partial
 
@@ -16,13 +15,11 @@ from library.architectures.flux_3.text import NUM_TOKENS, build_text
 from library.checkpoints.weights import configure
 from library.diffusion.flow import build_predicted_flow
 from library.diffusion.samplers import build_shifted_sampler
+from library.models.distilled import warn_if_distilled
 from library.models.dit_loader import DitLoader
-from library.models.language_model_dit import build_recipe, cache_text, load_tokenizer, shared_parts, ways_to_build
-from library.models.language_models import ChatText
+from library.models.language_model_dit import build_recipe, load_tokenizer, shared_parts, ways_to_build
 from library.models.vae.flux_2 import pack_latents
 from library.protocols import Architecture, Preview, PromptDefaults
-
-logger = logging.getLogger(__name__)
 
 RECIPE = build_recipe(
     FILES.transformer,
@@ -41,14 +38,13 @@ GUIDANCE = 3.5  # of the base model, as in ComfyUI's workflow; the model's page 
 
 def recognise_distilled(options: Flux3Options, loader: DitLoader) -> bool:
     """Return True for the distilled model, and warn if it is trained without a training adapter."""
-    distilled = configure(loader.denoiser_weights, read_config).has_target
-    if distilled and not options.network.has_training_adapter:
-        logger.warning(
-            "%s is the distilled FLUX.3 Image Klein: training undoes the distillation. Train on its base model, whose "
-            "adapters work with the distilled one too, or add --training_adapter with a training adapter",
-            loader.path,
-        )
-    return distilled
+    return warn_if_distilled(
+        configure(loader.denoiser_weights, read_config).has_target,
+        options.network,
+        loader.path,
+        "the distilled FLUX.3 Image Klein: training undoes the distillation. Train on its base model, whose adapters "
+        "work with the distilled one too, or add --training_adapter with a training adapter",
+    )
 
 
 def assemble(options: Flux3Options, loader: DitLoader, is_trained: bool) -> Architecture:
@@ -56,25 +52,22 @@ def assemble(options: Flux3Options, loader: DitLoader, is_trained: bool) -> Arch
     text, edits = build_text(load_tokenizer(FILES.encoder, options, loader)), options.parts.edit
     latents = replace(LATENTS, needs_references=edits, max_references=LATENTS.max_references if edits else 0)
     return Architecture(
-        **shared_parts(FILES, RECIPE, options, loader),
-        text=text,
+        **shared_parts(FILES, RECIPE, options, loader, text, "_flux_3_te.npz", keeps_bits=True),
         codec=replace(CODEC, spec=latents),
         objective=build_objective(options),
         predict=predict,
-        preview=build_preview(text, distilled),
-        text_cache=replace(cache_text(FILES, options, loader, text, "_flux_3_te.npz"), keeps_bits=True),
+        # Classifier-free guidance, or few steps without guidance for the distilled model.
+        preview=Preview(
+            PromptDefaults(
+                *((16, 1024, 1024, 1.0) if distilled else (50, 1024, 1024, GUIDANCE)),
+                LATENTS.bucket_step,
+                flow_shift=SHIFT,
+            ),
+            text,
+            lambda prompt: partial(predict, levels=build_shifted_sampler(prompt).levels),
+            build_shifted_sampler,
+        ),
     )
 
 
 build, build_for_caching, open_vae = ways_to_build(FILES, RECIPE, open_loader, assemble)
-
-
-def build_preview(text: ChatText, distilled: bool) -> Preview:
-    """Build the preview settings: classifier-free guidance, or few steps without guidance for the distilled model."""
-    num_steps, scale = (16, 1.0) if distilled else (50, GUIDANCE)
-    return Preview(
-        defaults=PromptDefaults(num_steps, 1024, 1024, scale, LATENTS.bucket_step, flow_shift=SHIFT),
-        text=text,
-        predict=lambda prompt: partial(predict, levels=build_shifted_sampler(prompt).levels),
-        sampler=build_shifted_sampler,
-    )

@@ -15,11 +15,7 @@ NO_EMBEDDERS = Gap(
 
 SPECS = (
     BaseModelSpec(
-        **transformer_fields(FILES.transformer, TARGETS, RECIPE),
-        options=Flux3Options,
-        build=build,
-        objective=build_objective,
-        latents=LATENTS,
+        **transformer_fields(FILES.transformer, TARGETS, RECIPE, Flux3Options, build, build_objective, LATENTS),
         checkpoint=(Sign(r"(^|\.)early_stream_modulations\."),),
         adapter=(
             Sign(r"_(early_stream_modulations|single_stream_modulations|emb_in|x_embedders|ref_time_in)_"),

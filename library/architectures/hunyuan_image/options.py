@@ -5,7 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.options.base import group, option, without_effect
-from library.options.flow_model import ONE_CALL_OF_ATTENTION, SD_SCRIPTS_INSTEAD, FlowTrainOptions, PartsOptions
+from library.options.flow_model import (
+    FLOW_INSTEAD,
+    ONE_CALL_OF_ATTENTION,
+    SD_SCRIPTS_INSTEAD,
+    FlowTrainOptions,
+    PartsOptions,
+)
 from library.options.kinds import whole
 from library.options.machine.memory import ATTENTION_MODES, ScaledPrecisionOptions
 from library.options.model import BASE, ModelFile, part
@@ -61,6 +67,7 @@ FILES: tuple[ModelFile, ...] = (
 PARTS = "--text_encoder qwen_2.5_vl.safetensors --byt5 byt5.safetensors --vae vae.safetensors"
 
 INSTEAD: Mapping[str, str] = {
+    **FLOW_INSTEAD,
     **SD_SCRIPTS_INSTEAD,
     "ae": "use --vae",
     **dict.fromkeys(("t5xxl", "clip_l"), "use --text_encoder and --byt5"),

@@ -16,11 +16,9 @@ ORIGINAL_NAMES = Gap(
 
 SPECS = (
     BaseModelSpec(
-        **transformer_fields(TRANSFORMER, TARGETS, RECIPE, called="a HunyuanImage"),
-        options=HunyuanImageOptions,
-        build=build,
-        objective=build_objective,
-        latents=LATENTS,
+        **transformer_fields(
+            TRANSFORMER, TARGETS, RECIPE, HunyuanImageOptions, build, build_objective, LATENTS, called="a HunyuanImage"
+        ),
         checkpoint=(Sign(r"txt_in\.individual_token_refiner|byt5_in\."),),
         adapter=(
             Sign(r"_blocks_\d+_(img|txt)_(mod_linear|mlp_fc[12])|_single_blocks_\d+_modulation_linear"),

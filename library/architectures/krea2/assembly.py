@@ -4,7 +4,6 @@ generates images from text, and can be trained to edit reference images.
 Start here to read this package.
 """
 
-import logging
 from dataclasses import replace
 from functools import partial
 
@@ -13,13 +12,11 @@ from library.architectures.krea2.options import Krea2Options
 from library.architectures.krea2.predict import predict, preview_sampler
 from library.architectures.krea2.text import LAYERS, NUM_TOKENS, Krea2Text
 from library.diffusion.flow import build_predicted_flow
-from library.models.distilled import DistilledRelease, is_distilled
+from library.models.distilled import DistilledRelease, is_distilled, warn_if_distilled
 from library.models.dit_loader import DitLoader
-from library.models.language_model_dit import build_recipe, cache_text, load_tokenizer, shared_parts, ways_to_build
+from library.models.language_model_dit import build_recipe, load_tokenizer, shared_parts, ways_to_build
 from library.models.vae.qwen_image import qwen_image_latents
 from library.protocols import Architecture, Preview, PromptDefaults
-
-logger = logging.getLogger(__name__)
 
 TURBO = DistilledRelease("--dit_variant", base_words=frozenset(("raw",)))
 RECIPE = build_recipe(
@@ -39,32 +36,35 @@ GUIDANCE = 5.5  # of Raw: diffusers' pipeline has 4.5, to which it adds 1
 def recognise_turbo(options: Krea2Options, loader: DitLoader) -> bool:
     """Return True for Krea 2 Turbo, and warn if it is trained without a training adapter."""
     variant = options.parts.dit_variant
-    turbo = is_distilled(TURBO, None if variant is None else variant == "turbo", loader.path)
-    if turbo and not options.network.has_training_adapter:
-        logger.warning(
-            "%s is Krea 2 Turbo, which is distilled: training undoes the distillation, and previews blur. Train on "
-            "Krea 2 Raw, whose adapters work with Turbo too, or add --training_adapter with a training adapter. "
-            "If it is Raw, set --dit_variant raw",
-            loader.path,
-        )
-    return turbo
+    return warn_if_distilled(
+        is_distilled(TURBO, None if variant is None else variant == "turbo", loader.path),
+        options.network,
+        loader.path,
+        "Krea 2 Turbo, which is distilled: training undoes the distillation, and previews blur. Train on Krea 2 Raw, "
+        "whose adapters work with Turbo too, or add --training_adapter with a training adapter. If it is Raw, set "
+        "--dit_variant raw",
+    )
 
 
 def assemble(options: Krea2Options, loader: DitLoader, is_trained: bool) -> Architecture:
     turbo = is_trained and recognise_turbo(options, loader)
+    turbo_loader = open_turbo(options, loader) if is_trained else None
     text = Krea2Text(load_tokenizer(FILES.encoder, options, loader))
     return Architecture(
-        **shared_parts(FILES, RECIPE, options, loader),
-        text=text,
-        codec=replace(CODEC, spec=replace(LATENTS, needs_references=options.parts.edit)),
-        objective=build_objective(options),
-        predict=predict,
-        preview=build_preview(text, turbo, open_turbo(options, loader) if is_trained else None),
-        text_cache=replace(
-            cache_text(FILES, options, loader, text, "_krea2_te.npz"),
+        **shared_parts(
+            FILES,
+            RECIPE,
+            options,
+            loader,
+            text,
+            "_krea2_te.npz",
             bytes_of=lambda caption: feature_bytes(loader, text, caption),
             keeps_bits=True,
         ),
+        codec=replace(CODEC, spec=replace(LATENTS, needs_references=options.parts.edit)),
+        objective=build_objective(options),
+        predict=predict,
+        preview=build_preview(text, turbo, turbo_loader),
     )
 
 
@@ -85,11 +85,9 @@ def build_preview(text: Krea2Text, turbo: bool, turbo_loader: DitLoader | None) 
     """
     turbo = turbo or turbo_loader is not None
     return Preview(
-        defaults=PromptDefaults(
-            8 if turbo else 28, 1024, 1024, scale=1.0 if turbo else GUIDANCE, size_step=LATENTS.bucket_step
-        ),
-        text=text,
-        predict=lambda prompt: predict,
-        sampler=partial(preview_sampler, is_turbo=turbo),
+        PromptDefaults(*((8, 1024, 1024, 1.0) if turbo else (28, 1024, 1024, GUIDANCE)), LATENTS.bucket_step),
+        text,
+        lambda prompt: predict,
+        partial(preview_sampler, is_turbo=turbo),
         load_denoiser=None if turbo_loader is None else turbo_loader.denoiser,
     )

@@ -32,11 +32,7 @@ WIDTH = 6144
 
 SPECS = (
     BaseModelSpec(
-        **transformer_fields(FILES.transformer, TARGETS, RECIPE),
-        options=Krea2Options,
-        build=build,
-        objective=build_objective,
-        latents=LATENTS,
+        **transformer_fields(FILES.transformer, TARGETS, RECIPE, Krea2Options, build, build_objective, LATENTS),
         checkpoint=(Sign(r"(^|\.)(txtfusion|text_fusion)\.projector\."),),
         adapter=(
             Sign(r"_(txtfusion|text_fusion)_|_blocks_\d+_(attn_to_gate|(mlp|ff)_(gate|up|down))_"),

@@ -4,7 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from library.options.base import group, option, redeclare, without_effect
-from library.options.flow_model import NO_SAGE_ATTENTION, SD_SCRIPTS_INSTEAD, FlowTrainOptions, PartsOptions
+from library.options.flow_model import (
+    FLOW_INSTEAD,
+    NO_SAGE_ATTENTION,
+    SD_SCRIPTS_INSTEAD,
+    FlowTrainOptions,
+    PartsOptions,
+)
 from library.options.kinds import whole
 from library.options.model import BASE, ModelFile, part
 from library.options.training.flow import TIMESTEP_SAMPLINGS, FlowSamplingOptions
@@ -63,6 +69,7 @@ FILES: tuple[ModelFile, ...] = (
 PARTS = "--gemma2 gemma2.safetensors --ae ae.safetensors"
 
 INSTEAD: Mapping[str, str] = {
+    **FLOW_INSTEAD,
     **SD_SCRIPTS_INSTEAD,
     **dict.fromkeys([f"{name}_max_token_length" for name in ("t5xxl", "t5", "qwen3")], "use --gemma2_max_token_length"),
     **dict.fromkeys(("t5xxl", "clip_l", "qwen3", "text_encoder"), "use --gemma2"),

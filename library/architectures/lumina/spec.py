@@ -36,11 +36,9 @@ def explain_parts_of_blocks(modules: Mapping[str, FileNaming | None]) -> str | N
 
 SPECS = (
     BaseModelSpec(
-        **transformer_fields(TRANSFORMER, TARGETS, RECIPE, called="a Lumina"),
-        options=LuminaOptions,
-        build=build,
-        objective=build_objective,
-        latents=LATENTS,
+        **transformer_fields(
+            TRANSFORMER, TARGETS, RECIPE, LuminaOptions, build, build_objective, LATENTS, called="a Lumina"
+        ),
         checkpoint=(Sign(r"cap_embedder\.|context_refiner\.", Certainty.NAMES),),
         adapter=(
             Sign(r"_(noise_refiner|context_refiner)_|(unet|diffusion_model|transformer)_layers_\d+_", Certainty.NAMES),

@@ -9,11 +9,7 @@ from library.models.transformer_file import transformer_fields
 
 SPECS = (
     BaseModelSpec(
-        **transformer_fields(FILES.transformer, TARGETS, RECIPE),
-        options=MossImageOptions,
-        build=build,
-        objective=build_objective,
-        latents=LATENTS,
+        **transformer_fields(FILES.transformer, TARGETS, RECIPE, MossImageOptions, build, build_objective, LATENTS),
         checkpoint=(Sign(r"(^|\.)shared_block_modulation\."),),
         adapter=(
             Sign(r"_layers_\d+_proj_(q|k|v|o|qkv|ffn_up_gate|ffn_down)_"),

@@ -4,7 +4,6 @@ pixels. It generates RGBA images from text and edits reference images.
 Start here to read this package.
 """
 
-from dataclasses import replace
 from functools import partial
 
 from library.architectures.qwen_image_21.load import FILES, open_loader
@@ -14,16 +13,8 @@ from library.architectures.qwen_image_21.text import NO_PLACE, NUM_TOKENS, QwenI
 from library.architectures.qwen_image_21.vae import RgbaLatents
 from library.diffusion.flow import build_predicted_flow
 from library.models.dit_loader import DitLoader
-from library.models.language_model_dit import (
-    PADDING,
-    TokenizedText,
-    build_recipe,
-    cache_text,
-    load_tokenizer,
-    shared_parts,
-    ways_to_build,
-)
-from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
+from library.models.language_model_dit import PADDING, build_recipe, load_tokenizer, shared_parts, ways_to_build
+from library.protocols import Architecture, Preview, PromptDefaults
 
 RECIPE = build_recipe(
     FILES.transformer,
@@ -40,38 +31,31 @@ build_objective = partial(build_predicted_flow, patch=1)
 
 def assemble(options: QwenImage21Options, loader: DitLoader, is_trained: bool) -> Architecture:
     text = QwenImage21Text(load_tokenizer(FILES.encoder, options, loader), LATENTS.bucket_step)
+    places = "image_places"
     return Architecture(
-        **shared_parts(FILES, RECIPE, options, loader),
-        text=text,
+        **shared_parts(
+            FILES,
+            RECIPE,
+            options,
+            loader,
+            text,
+            "_qwen_image_21_te.npz",
+            keys=(*PADDING, places),
+            padding={**PADDING, places: NO_PLACE},
+            on_host=("attention_mask", places),
+            places_key=places,
+        ),
         codec=CODEC,
         objective=build_objective(options),
         predict=predict,
-        preview=build_preview(text),
-        text_cache=build_text_cache(options, loader, text),
+        # As the model was made for, without guidance; 0 stands for the shift by image size.
+        preview=Preview(
+            PromptDefaults(40, 1024, 1024, scale=1.0, size_step=LATENTS.bucket_step, flow_shift=0.0),
+            text,
+            lambda prompt: predict,
+            preview_sampler,
+        ),
     )
 
 
 build, build_for_caching, open_vae = ways_to_build(FILES, RECIPE, open_loader, assemble)
-
-
-def build_text_cache(options: QwenImage21Options, loader: DitLoader, text: TokenizedText) -> TextCacheSpec:
-    places = "image_places"
-    cache = cache_text(FILES, options, loader, text, "_qwen_image_21_te.npz")
-    return replace(
-        cache,
-        keys=(*cache.keys, places),
-        padding={**PADDING, places: NO_PLACE},
-        on_host=(*cache.on_host, places),
-        places_key=places,
-    )
-
-
-def build_preview(text: QwenImage21Text) -> Preview:
-    """Build the preview settings that the model was made for, without guidance."""
-    return Preview(
-        # 0 stands for the shift by image size.
-        defaults=PromptDefaults(40, 1024, 1024, scale=1.0, size_step=LATENTS.bucket_step, flow_shift=0.0),
-        text=text,
-        predict=lambda prompt: predict,
-        sampler=preview_sampler,
-    )

@@ -33,11 +33,7 @@ def explain_outer_names(modules: Mapping[str, FileNaming | None]) -> str | None:
 
 SPECS = (
     BaseModelSpec(
-        **transformer_fields(FILES.transformer, TARGETS, RECIPE),
-        options=QwenImage21Options,
-        build=build,
-        objective=build_objective,
-        latents=LATENTS,
+        **transformer_fields(FILES.transformer, TARGETS, RECIPE, QwenImage21Options, build, build_objective, LATENTS),
         checkpoint=(Sign(r"(^|\.)txt_in\.text_norm\.weight$"),),
         adapter=(
             Sign(r"_img_mlp_(gate_layer|gate_up|proj|out)_|_txt_in_(in|out)_layer_"),

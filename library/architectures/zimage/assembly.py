@@ -3,7 +3,6 @@
 Start here to read this package.
 """
 
-import logging
 from functools import partial
 
 from library.architectures.zimage.load import FILES, open_loader
@@ -11,15 +10,12 @@ from library.architectures.zimage.options import ZImageOptions
 from library.architectures.zimage.text import NUM_TOKENS, build_chat_text
 from library.diffusion.flow import build_predicted_flow
 from library.diffusion.samplers import build_shifted_sampler
-from library.models.distilled import DistilledRelease, is_distilled
+from library.models.distilled import DistilledRelease, is_distilled, warn_if_distilled
 from library.models.dit_loader import DitLoader
-from library.models.language_model_dit import build_recipe, cache_text, load_tokenizer, shared_parts, ways_to_build
-from library.models.language_models import ChatText
+from library.models.language_model_dit import build_recipe, load_tokenizer, shared_parts, ways_to_build
 from library.models.next_dit import predict
 from library.models.vae.flux import map_latents
 from library.protocols import Architecture, Preview, PromptDefaults
-
-logger = logging.getLogger(__name__)
 
 TURBO = DistilledRelease("--model_version")
 SAMPLING_SHIFT = 3.0  # used by the model to sample images
@@ -39,41 +35,32 @@ build_objective = partial(build_predicted_flow, target_kind="latent - noise")
 def recognise_turbo(options: ZImageOptions, loader: DitLoader) -> bool:
     """Return True for Z-Image Turbo, and warn if it is trained without a training adapter."""
     version = options.parts.model_version
-    turbo = is_distilled(TURBO, None if version is None else version == "turbo", loader.path)
-    if turbo and not options.network.has_training_adapter:
-        logger.warning(
-            "%s is Z-Image Turbo, which is distilled: training undoes the distillation, and previews blur. Add "
-            "--training_adapter with a training adapter for Turbo, or train on Z-Image or Z-Image-De-Turbo. "
-            "If it is not Turbo, set --model_version",
-            loader.path,
-        )
-    return turbo
+    return warn_if_distilled(
+        is_distilled(TURBO, None if version is None else version == "turbo", loader.path),
+        options.network,
+        loader.path,
+        "Z-Image Turbo, which is distilled: training undoes the distillation, and previews blur. Add "
+        "--training_adapter with a training adapter for Turbo, or train on Z-Image or Z-Image-De-Turbo. If it is not "
+        "Turbo, set --model_version",
+    )
 
 
 def assemble(options: ZImageOptions, loader: DitLoader, is_trained: bool) -> Architecture:
     turbo = is_trained and recognise_turbo(options, loader)
     text = build_chat_text(load_tokenizer(FILES.encoder, options, loader))
     return Architecture(
-        **shared_parts(FILES, RECIPE, options, loader),
-        text=text,
+        **shared_parts(FILES, RECIPE, options, loader, text, "_zimage_te.npz"),
         codec=CODEC,
         objective=build_objective(options),
         predict=predict,
-        preview=build_preview(text, turbo),
-        text_cache=cache_text(FILES, options, loader, text, "_zimage_te.npz"),
+        # Plain classifier-free guidance, or few steps without guidance for Turbo.
+        preview=Preview(
+            PromptDefaults(*((8, 1024, 1024, 1.0) if turbo else (50, 1024, 1024, 5.0)), 16, flow_shift=SAMPLING_SHIFT),
+            text,
+            lambda prompt: predict,
+            partial(build_shifted_sampler, predicts="latent - noise"),
+        ),
     )
 
 
 build, build_for_caching, open_vae = ways_to_build(FILES, RECIPE, open_loader, assemble)
-
-
-def build_preview(text: ChatText, turbo: bool) -> Preview:
-    """Build the preview settings: plain classifier-free guidance, or few steps without guidance for Turbo."""
-    return Preview(
-        defaults=PromptDefaults(
-            8 if turbo else 50, 1024, 1024, scale=1.0 if turbo else 5.0, size_step=16, flow_shift=SAMPLING_SHIFT
-        ),
-        text=text,
-        predict=lambda prompt: predict,
-        sampler=partial(build_shifted_sampler, predicts="latent - noise"),
-    )

@@ -26,11 +26,7 @@ OUTER_NAMES = Gap(
 
 SPECS = (
     BaseModelSpec(
-        **transformer_fields(FILES.transformer, TARGETS, RECIPE),
-        options=ZImageOptions,
-        build=build,
-        objective=build_objective,
-        latents=LATENTS,
+        **transformer_fields(FILES.transformer, TARGETS, RECIPE, ZImageOptions, build, build_objective, LATENTS),
         checkpoint=(Sign(r"(^|\.)(cap|x)_pad_token$"),),
         adapter=(
             Sign(r"_attention_to_(q|k|v|out)_|_adaLN_modulation_0_|_all_(x_embedder|final_layer)_"),
