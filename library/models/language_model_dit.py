@@ -155,7 +155,7 @@ def ways_to_build(
 def shared_parts(
     files: DitFiles,
     recipe: Recipe,
-    options: OptionsT,
+    options: DitTrainOptions,
     loader: DitLoader,
     text: TokenizedText,
     suffix: str,
@@ -228,7 +228,7 @@ def load_tokenizer(encoder: LanguageModel, options: LanguageModelOptions, loader
 
 def cache_text(
     files: DitFiles,
-    options: OptionsT,
+    options: DitTrainOptions,
     loader: DitLoader,
     text: TokenizedText,
     suffix: str,

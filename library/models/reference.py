@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.fused_tensors import swap_halves
+from library.models.double_stream import StreamConfig
+from library.models.layer_keys import LayerKeys
 
 SIDE, LENGTHS = 16, (40, 24)  # side of the latent; tokens of the two captions
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -96,6 +98,23 @@ def split_weights(
         parts = torch.split(tensor, [*first, len(tensor) - sum(first)])
         named_parts |= {name: part.clone() for name, part in zip(names, parts, strict=True)}
     return named_parts
+
+
+def split_stacked(keys: LayerKeys, num_equal: int, state: Mapping[str, Tensor], model_width: int) -> dict[str, Tensor]:
+    """Return the weights of a denoiser under diffusers' names; of what is stacked, the first `num_equal` parts have as
+    many rows as the model is wide."""
+    return split_weights(state, keys.source_keys, [model_width] * num_equal, keys.swapped or "")
+
+
+def stream_arguments(config: StreamConfig) -> dict[str, Any]:
+    """Return the arguments that diffusers' classes of transformers with double and single streams share."""
+    return {
+        "in_channels": config.in_features,
+        "num_layers": config.num_double,
+        "num_single_layers": config.num_single,
+        "attention_head_dim": config.head_width,
+        "num_attention_heads": config.width // config.head_width,
+    }
 
 
 def with_weights(model: Any, state: Mapping[str, Tensor]) -> Any:

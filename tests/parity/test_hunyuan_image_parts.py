@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from hunyuan_image_train_network import setup_parser
-from library.architectures.hunyuan_image.assembly import build
+from library.architectures.hunyuan_image.assembly import build, predict
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
-from library.architectures.hunyuan_image.predict import predict
 from library.architectures.hunyuan_image.qwen import TEMPLATE
 from library.architectures.hunyuan_image.reference import diffusers_model
 from library.architectures.hunyuan_image.text import glyph_text

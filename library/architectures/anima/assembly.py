@@ -9,7 +9,6 @@ import torch
 
 from library.architectures.anima.load import QWEN3, open_loader
 from library.architectures.anima.options import AnimaOptions
-from library.architectures.anima.predict import predict
 from library.architectures.anima.text import AnimaText
 from library.architectures.specs import list_specs
 from library.base.errors import about
@@ -18,6 +17,7 @@ from library.diffusion.flow import FlowMatching, build_sampled_flow
 from library.diffusion.samplers import build_shifted_sampler
 from library.models.adapter_views import view_both
 from library.models.dit_loader import DitLoader
+from library.models.prediction import build_predict
 from library.models.qwen3 import load_qwen3_tokenizer
 from library.models.recipe import Recipe, explain_ignored_attention, folders_of, ignored_by_flow
 from library.models.t5 import holds_t5_tokenizer, load_t5_tokenizer
@@ -47,6 +47,8 @@ RECIPE = Recipe(
 )  # fmt: skip
 CODEC = qwen_image_latents("_anima.npz")
 LATENTS = CODEC.spec
+
+predict = build_predict("prompt_embeds", "attn_mask", "t5_input_ids", "t5_attn_mask")
 
 
 def build(options: AnimaOptions) -> Architecture:

@@ -1,7 +1,7 @@
 """Comparison of FLUX.1's and Chroma's denoiser with diffusers' classes on the same weights."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,9 +9,18 @@ from torch import Tensor, nn
 
 from library.architectures.flux.layers import KEYS
 from library.architectures.flux.model import PATCH, Flux, FluxConfig
-from library.models.double_stream import SWAPPED
 from library.models.patches import patchify
-from library.models.reference import SIDE, diffusers_class, random_inputs, shorten_model, split_weights, with_weights
+from library.models.reference import (
+    SIDE,
+    diffusers_class,
+    random_inputs,
+    shorten_model,
+    split_stacked,
+    stream_arguments,
+    with_weights,
+)
+
+diffusers_state = partial(split_stacked, KEYS, 3)
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -50,15 +59,8 @@ def diffusers_model(denoiser: Flux) -> Any:
 
 def diffusers_config(config: FluxConfig) -> dict[str, Any]:
     """Return the arguments of diffusers' class, whose MLP is always four times as wide as the model."""
-    shared: dict[str, Any] = {
-        "in_channels": config.in_features,
-        "num_layers": config.num_double,
-        "num_single_layers": config.num_single,
-        "attention_head_dim": config.head_width,
-        "num_attention_heads": config.width // config.head_width,
-        "joint_attention_dim": config.text_width,
-        "axes_dims_rope": list(config.rope_axes),
-    }
+    axes = {"joint_attention_dim": config.text_width, "axes_dims_rope": list(config.rope_axes)}
+    shared = {**stream_arguments(config), **axes}
     if config.approximator is None:
         return {**shared, "pooled_projection_dim": config.pooled_width, "guidance_embeds": config.has_guidance}
     approximator = asdict(config.approximator)
@@ -68,8 +70,3 @@ def diffusers_config(config: FluxConfig) -> dict[str, Any]:
         "approximator_hidden_dim": approximator["hidden_width"],
         "approximator_layers": approximator["depth"],
     }
-
-
-def diffusers_state(state: Mapping[str, Tensor], model_width: int) -> dict[str, Tensor]:
-    """Return the weights under diffusers' names, with stacked ones split."""
-    return split_weights(state, KEYS.source_keys, [model_width] * 3, SWAPPED)

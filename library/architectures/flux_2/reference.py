@@ -1,6 +1,6 @@
 """Comparison of FLUX.2's denoiser with diffusers' class on the same weights."""
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,9 +8,18 @@ from torch import Tensor, nn
 
 from library.architectures.flux_2.layers import KEYS
 from library.architectures.flux_2.model import Flux2, Flux2Config
-from library.models.double_stream import SWAPPED
 from library.models.patches import patchify
-from library.models.reference import SIDE, diffusers_class, random_inputs, shorten_model, split_weights, with_weights
+from library.models.reference import (
+    SIDE,
+    diffusers_class,
+    random_inputs,
+    shorten_model,
+    split_stacked,
+    stream_arguments,
+    with_weights,
+)
+
+diffusers_state = partial(split_stacked, KEYS, 2)
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -39,25 +48,16 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
 def diffusers_model(denoiser: Flux2) -> Any:
     """Build diffusers' model with the weights of `denoiser`."""
     c = denoiser.config
-    model = diffusers_class("Flux2Transformer2DModel")
-    return with_weights(model(**diffusers_config(c)), diffusers_state(denoiser.state_dict(), c.width))
+    model = diffusers_class("Flux2Transformer2DModel")(**diffusers_config(c))
+    return with_weights(model, diffusers_state(denoiser.state_dict(), c.width))
 
 
 def diffusers_config(config: Flux2Config) -> dict[str, Any]:
     """Return the arguments of diffusers' class."""
     return {
-        "in_channels": config.in_features,
-        "num_layers": config.num_double,
-        "num_single_layers": config.num_single,
-        "attention_head_dim": config.head_width,
-        "num_attention_heads": config.width // config.head_width,
+        **stream_arguments(config),
         "joint_attention_dim": config.text_width,
         "mlp_ratio": config.mlp_width / config.width,
         "guidance_embeds": config.has_guidance,
         "axes_dims_rope": list(config.rope_axes),
     }
-
-
-def diffusers_state(state: Mapping[str, Tensor], model_width: int) -> dict[str, Tensor]:
-    """Return the weights under diffusers' names, with stacked ones split."""
-    return split_weights(state, KEYS.source_keys, [model_width] * 2, SWAPPED)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from library.architectures.hunyuan_image.load import SPEC, open_loader
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
-from library.architectures.hunyuan_image.predict import predict
 from library.architectures.hunyuan_image.qwen import load_qwen_tokenizer
 from library.architectures.hunyuan_image.text import HunyuanImageText
 from library.architectures.hunyuan_image.vae import SCALE
@@ -19,6 +18,7 @@ from library.diffusion.flow import build_predicted_flow
 from library.diffusion.samplers import build_shifted_sampler
 from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
+from library.models.prediction import build_predict
 from library.models.recipe import Recipe, explain_ignored_attention, folders_of, ignored_by_flow
 from library.models.vae.latents import KlLatents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
@@ -50,6 +50,8 @@ RECIPE = Recipe(
 LATENTS = SPEC
 # sd-scripts gives the model whole timesteps too; previews use the exact levels.
 build_objective = partial(build_predicted_flow, tells_whole_timesteps=True)
+
+predict = build_predict("vlm_embed", "vlm_mask", "byt5_embed", "byt5_mask", takes_timesteps=True)
 
 
 def build(options: HunyuanImageOptions) -> Architecture:

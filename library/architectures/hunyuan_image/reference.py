@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from library.architectures.hunyuan_image.layers import KEYS, to_original
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig
 from library.models.double_stream import SWAPPED
-from library.models.reference import diffusers_class, random_inputs, shorten_model, split_weights, with_weights
+from library.models.reference import (
+    diffusers_class,
+    random_inputs,
+    shorten_model,
+    split_weights,
+    stream_arguments,
+    with_weights,
+)
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -48,12 +55,8 @@ def diffusers_model(denoiser: HunyuanImage) -> Any:
 def diffusers_config(config: HunyuanImageConfig) -> dict[str, Any]:
     """Return the arguments of diffusers' class, whose MLPs are all four times as wide as the model."""
     return {
-        "in_channels": config.in_features,
+        **stream_arguments(config),
         "out_channels": config.in_features,
-        "num_attention_heads": config.width // config.head_width,
-        "attention_head_dim": config.head_width,
-        "num_layers": config.num_double,
-        "num_single_layers": config.num_single,
         "num_refiner_layers": config.num_refiners,
         "text_embed_dim": config.text_width,
         "text_embed_2_dim": config.glyph_width,

@@ -25,10 +25,10 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
 
 def diffusers_model(denoiser: NextDiT) -> Any:
     """Build diffusers' model with the weights of `denoiser`."""
-    model = diffusers_class("Lumina2Transformer2DModel")
     c = denoiser.config
     assert isinstance(c, LuminaConfig)
-    return with_weights(model(**diffusers_config(c)), diffusers_state(denoiser.state_dict(), c))
+    model = diffusers_class("Lumina2Transformer2DModel")(**diffusers_config(c))
+    return with_weights(model, diffusers_state(denoiser.state_dict(), c))
 
 
 def diffusers_config(config: LuminaConfig) -> dict[str, Any]:

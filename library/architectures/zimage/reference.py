@@ -1,6 +1,6 @@
 """Comparison of Z-Image's denoiser with diffusers' class on the same weights."""
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from library.architectures.zimage.layers import KEYS
 from library.architectures.zimage.model import PATCH, ZImage, ZImageConfig
 from library.models.next_dit import COUNT_FIELDS
-from library.models.reference import LENGTHS, diffusers_class, random_inputs, shorten_model, split_weights, with_weights
+from library.models.reference import LENGTHS, diffusers_class, random_inputs, shorten_model, split_stacked, with_weights
+
+diffusers_state = partial(split_stacked, KEYS, 2)
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -28,10 +30,10 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
 
 def diffusers_model(denoiser: ZImage) -> Any:
     """Build diffusers' model with the weights of `denoiser`."""
-    model = diffusers_class("ZImageTransformer2DModel")
     c = denoiser.config
     assert isinstance(c, ZImageConfig)
-    return with_weights(model(**diffusers_config(c)), diffusers_state(denoiser.state_dict(), c.width))
+    model = diffusers_class("ZImageTransformer2DModel")(**diffusers_config(c))
+    return with_weights(model, diffusers_state(denoiser.state_dict(), c.width))
 
 
 def diffusers_config(config: ZImageConfig) -> dict[str, Any]:
@@ -46,8 +48,3 @@ def diffusers_config(config: ZImageConfig) -> dict[str, Any]:
         "cap_feat_dim": config.text_width,
         "axes_dims": list(config.rope_axes),
     }
-
-
-def diffusers_state(state: Mapping[str, Tensor], model_width: int) -> dict[str, Tensor]:
-    """Return the weights under diffusers' names, with stacked ones split."""
-    return split_weights(state, KEYS.source_keys, [model_width] * 2)
