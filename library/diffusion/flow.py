@@ -45,9 +45,9 @@ IGNORES: Mapping[str, str] = dict.fromkeys(  # options without effect on a flow 
     ),
     "it is for DDPM models",
 )  # fmt: skip
+SCHEME_RECORDS = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
 RECORDS = (  # options recorded in saved files as ss_<option>
-    "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
-    "model_prediction_type", "discrete_flow_shift",
+    *SCHEME_RECORDS, "timestep_sampling", "sigmoid_scale", "model_prediction_type", "discrete_flow_shift",
 )  # fmt: skip
 
 

@@ -15,9 +15,9 @@ from library.models.dit_loader import DitLoader, DitLoaderOptions, add_vision, c
 from library.models.language_models import FLAG, WORDS, LanguageModel, choose_load
 from library.models.loading import check_text_width
 from library.models.qwen3 import FOLDER
-from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
+from library.models.recipe import Recipe, build_flow_recipe, tokenizer_folders
 from library.models.tokenizer_files import check_marks
-from library.models.transformer_file import TransformerFile
+from library.models.transformer_file import TransformerFile, file_parts
 from library.models.vae.vae import TransformerVae
 from library.options.dit import DitTrainOptions, PartOptions
 from library.protocols import Architecture, TextCacheSpec, TextPipeline
@@ -166,13 +166,8 @@ def shared_parts(
     `suffix` ends the names of text caches; `cache` as for `cache_text`.
     """
     return {
-        "name": files.transformer.base,
-        "load": loader,
+        **file_parts(files.transformer, recipe, options, loader, files.list_specs()),
         "text": text,
-        "view": files.transformer.view,
-        "metadata": recipe.describe(options),
-        "specs": files.list_specs(),
-        "ignores": recipe.ignores,
         "text_cache": cache_text(files, options, loader, text, suffix, **cache),
     }
 
@@ -196,24 +191,17 @@ def build_recipe(
     `page` is that of its implementation, `version` its ss_base_model_version if that is not its name; the options'
     names stand for the reasons why they are not supported.
     """
-    architecture = {"modelspec.architecture": f"{file.architecture}/lora"} if isinstance(file.architecture, str) else {}
-    return Recipe(
-        title=file.title,
-        metadata={
-            "ss_base_model_version": version or file.base,
-            **architecture,
-            "modelspec.implementation": page,
-            "modelspec.resolution": "1024x1024",
-        },
-        refuses={
-            "weighted_captions": weighted_captions,
-            "network_train_text_encoder_only": "its text encoder cannot be trained",
-        },
-        ignores=ignored_by_flow(
-            file.title, clip_skip=clip_skip, max_token_length=f"its text encoder reads {num_tokens} tokens"
-        ),
+    return build_flow_recipe(
+        file.title,
+        page,
+        version or file.base,
+        file.architecture if isinstance(file.architecture, str) else "",
+        weighted_captions=weighted_captions,
+        refuses={"network_train_text_encoder_only": "its text encoder cannot be trained"},
         records=RECORDS,
-        needs=needs or {},
+        needs=needs,
+        clip_skip=clip_skip,
+        max_token_length=f"its text encoder reads {num_tokens} tokens",
     )
 
 

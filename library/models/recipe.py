@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from library.base.errors import about
-from library.diffusion.flow import IGNORES
+from library.diffusion.flow import IGNORES, RECORDS
 from library.environment.installed import NEEDED_BY_ALL, check_installed
 from library.options.base import Options
 from library.options.no_effect import is_requested
@@ -59,6 +59,39 @@ class Recipe:
     def of_checkpoint(self, architecture: str, predicts_velocity: bool = False) -> dict[str, str]:
         """Return the metadata of an adapter extracted from a checkpoint, for `BaseModelSpec.adapter_metadata`."""
         return {"ss_v2": "False", **self.metadata, "modelspec.architecture": f"{architecture}/lora"}
+
+
+def build_flow_recipe(
+    title: str,
+    page: str,
+    version: str = "",
+    architecture: str = "",
+    *,
+    weighted_captions: str,
+    resolution: str = "1024x1024",
+    records: Sequence[str] = (*RECORDS, "text_encoder_lr"),
+    refuses: Mapping[str, str] | None = None,
+    needs: Mapping[str, str] | None = None,
+    **ignores: str,
+) -> Recipe:
+    """Return the recipe of a flow model; `page` is that of its implementation.
+
+    `version` is its ss_base_model_version and `architecture` its modelspec.architecture, "" if they depend on the file.
+    `weighted_captions` is why these are refused, `ignores` as for `ignored_by_flow`.
+    """
+    named = {"ss_base_model_version": version, "modelspec.architecture": architecture and f"{architecture}/lora"}
+    return Recipe(
+        title=title,
+        metadata={
+            **{key: value for key, value in named.items() if value},
+            "modelspec.implementation": page,
+            "modelspec.resolution": resolution,
+        },
+        refuses={"weighted_captions": weighted_captions, **(refuses or {})},
+        ignores=ignored_by_flow(title, **ignores),
+        records=records,
+        needs=needs or {},
+    )
 
 
 def folders_of(*files: str | Path | None) -> list[Path]:

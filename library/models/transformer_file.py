@@ -20,8 +20,9 @@ from library.models.identify import DENOISER_PREFIXES, open_denoiser
 from library.models.loading import build_on_meta_device
 from library.models.recipe import Recipe
 from library.models.shapes import Shapes
+from library.options.base import Options
 from library.options.train import TrainOptions
-from library.protocols import AdapterView, Architecture, LatentSpec, Objective
+from library.protocols import AdapterView, Architecture, LatentSpec, Loader, Objective
 from networks.core.targets.targets import AdapterTargets
 
 
@@ -91,6 +92,26 @@ class TransformerFile:
         if prefix + self.mark not in weights.shapes:
             raise about(flag, path)(f"has no layers of {self.title}'s transformer")
         return weights, prefix
+
+
+def file_parts(
+    file: TransformerFile,
+    recipe: Recipe,
+    options: Options,
+    loader: Loader,
+    specs: Sequence[BaseModelSpec],
+    **metadata: str,
+) -> dict[str, Any]:
+    """Return the parts of an `Architecture` that follow from its transformer's file; `metadata` as for
+    `Recipe.describe`."""
+    return {
+        "name": file.base,
+        "load": loader,
+        "view": file.view,
+        "metadata": recipe.describe(options, **metadata),
+        "specs": specs,
+        "ignores": recipe.ignores,
+    }
 
 
 def transformer_fields(

@@ -13,38 +13,29 @@ from library.architectures.anima.text import AnimaText
 from library.architectures.specs import list_specs
 from library.base.errors import about
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import FlowMatching, build_sampled_flow
+from library.diffusion.flow import RECORDS, FlowMatching, build_sampled_flow
 from library.diffusion.samplers import build_shifted_sampler
 from library.models.adapter_views import view_both
 from library.models.dit_loader import DitLoader
 from library.models.prediction import build_predict
 from library.models.qwen3 import load_qwen3_tokenizer
-from library.models.recipe import Recipe, explain_ignored_attention, folders_of, ignored_by_flow
+from library.models.recipe import build_flow_recipe, explain_ignored_attention, folders_of
 from library.models.t5 import holds_t5_tokenizer, load_t5_tokenizer
 from library.models.vae.qwen_image import qwen_image_latents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
 QWEN3_TOKENIZER, T5_TOKENIZER = "tokenizer", "t5_tokenizer"  # folders next to the files, named as in diffusers folders
-RECIPE = Recipe(
-    title="Anima",
-    metadata={
-        "ss_base_model_version": "anima",
-        "modelspec.architecture": "anima-preview/lora",
-        "modelspec.implementation": "https://huggingface.co/circlestone-labs/Anima",
-        "modelspec.resolution": "1024x1024",
-    },
-    refuses={"weighted_captions": "Qwen3 has no prompt weighting"},
-    ignores=ignored_by_flow(
-        "Anima",
-        clip_skip="Anima uses Qwen3's last hidden states",
-        max_token_length="use --qwen3_max_token_length and --t5_max_token_length",
-    ),
-    records=(
-        "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
-        "discrete_flow_shift", "text_encoder_lr",
-    ),
+RECIPE = build_flow_recipe(
+    "Anima",
+    "https://huggingface.co/circlestone-labs/Anima",
+    "anima",
+    "anima-preview",
+    weighted_captions="Qwen3 has no prompt weighting",
+    records=[*(name for name in RECORDS if name != "model_prediction_type"), "text_encoder_lr"],
     needs={"diffusers": ">=0.35"},  # AutoencoderKLQwenImage
-)  # fmt: skip
+    clip_skip="Anima uses Qwen3's last hidden states",
+    max_token_length="use --qwen3_max_token_length and --t5_max_token_length",
+)
 CODEC = qwen_image_latents("_anima.npz")
 LATENTS = CODEC.spec
 

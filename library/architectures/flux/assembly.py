@@ -11,45 +11,36 @@ from functools import partial
 
 import torch
 
-from library.architectures.flux.layers import view, view_chroma
 from library.architectures.flux.load import is_schnell, open_loader
+from library.architectures.flux.merging import CHROMA_FILE, FILE, architecture_of
 from library.architectures.flux.options import FluxOptions
 from library.architectures.flux.predict import predict, predict_chroma, preview_sampler
 from library.architectures.flux.text import FluxText, T5Text
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import build_predicted_flow
+from library.diffusion.flow import RECORDS, build_predicted_flow
 from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import ClipTokens
 from library.models.dit_loader import DitLoader
-from library.models.recipe import Recipe, folders_of, ignored_by_flow
+from library.models.recipe import build_flow_recipe, folders_of
 from library.models.t5 import load_t5_tokenizer, precisions
+from library.models.transformer_file import file_parts
 from library.models.vae.flux import map_latents
 from library.protocols import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
 
 logger = logging.getLogger(__name__)
 
 T5_TOKENS_DEV, T5_TOKENS_SCHNELL = 512, 256
-RECIPE = Recipe(
-    title="FLUX.1",
-    metadata={
-        "ss_base_model_version": "flux1",
-        "modelspec.implementation": "https://github.com/black-forest-labs/flux",
-        "modelspec.resolution": "1024x1024",
-    },
-    refuses={"weighted_captions": "T5 has no prompt weighting"},
-    ignores=ignored_by_flow(
-        "FLUX.1",
-        clip_skip="FLUX.1 uses CLIP's pooled state",
-        max_token_length="T5 reads captions whole; use --t5xxl_max_token_length",
-        vae="use --ae",
-    ),
-    records=(
-        "model_type", "apply_t5_attn_mask", "guidance_scale", "weighting_scheme", "logit_mean", "logit_std",
-        "mode_scale", "timestep_sampling", "sigmoid_scale", "model_prediction_type", "discrete_flow_shift",
-        "text_encoder_lr",
-    ),
-)  # fmt: skip
+RECIPE = build_flow_recipe(
+    "FLUX.1",
+    "https://github.com/black-forest-labs/flux",
+    "flux1",
+    weighted_captions="T5 has no prompt weighting",
+    records=("model_type", "apply_t5_attn_mask", "guidance_scale", *RECORDS, "text_encoder_lr"),
+    clip_skip="FLUX.1 uses CLIP's pooled state",
+    max_token_length="T5 reads captions whole; use --t5xxl_max_token_length",
+    vae="use --ae",
+)
 CHROMA_RECIPE = replace(
     RECIPE,
     title="Chroma",
@@ -90,20 +81,17 @@ def build_flux(options: FluxOptions) -> Architecture:
     text = build_text(options, loader)
     masks_text = options.parts.apply_t5_attn_mask
     schnell = is_schnell(loader.denoiser_weights)
-    kind = "schnell" if schnell else "dev"
     schnell_ignores = {"guidance_scale": "FLUX.1 schnell has no input for it"} if schnell else {}
+    recipe = replace(RECIPE, ignores={**RECIPE.ignores, **schnell_ignores})
     return Architecture(
-        name="flux",
-        load=loader,
+        **file_parts(
+            FILE, recipe, options, loader, list_specs(), architecture=f"{architecture_of(loader.denoiser_weights)}/lora"
+        ),
         text=text,
         codec=CODEC_WITHOUT_REFERENCES if schnell else CODEC,
         objective=build_objective(options),
         predict=partial(predict, guidance=options.parts.guidance_scale, masks_text=masks_text),
-        view=view,
         preview=build_preview(text, schnell, masks_text),
-        metadata=RECIPE.describe(options, architecture=f"flux-1-{kind}/lora"),
-        specs=list_specs(),
-        ignores={**RECIPE.ignores, **schnell_ignores},
         text_cache=build_text_cache(options, loader, text),
     )
 
@@ -116,22 +104,17 @@ def build_chroma(options: FluxOptions) -> Architecture:
     loader = open_loader(options)
     text = build_t5_text(options, loader, T5_TOKENS_DEV, ("tokenizer_2", "tokenizer"))
     return Architecture(
-        name="chroma",
-        load=loader,
+        **file_parts(CHROMA_FILE, CHROMA_RECIPE, options, loader, list_specs(), architecture="chroma/lora"),
         text=text,
         codec=CODEC_WITHOUT_REFERENCES,
         objective=build_objective(options),
         predict=partial(predict_chroma, guidance=options.parts.guidance_scale),
-        view=view_chroma,
         preview=Preview(
             defaults=PromptDefaults(num_steps=20, width=512, height=512, scale=4.0, size_step=16, guidance_scale=0.0),
             text=text,
             predict=lambda prompt: partial(predict_chroma, guidance=prompt.guidance_scale or 0.0),
             sampler=lambda prompt: preview_sampler(prompt, is_shifted=True),
         ),
-        metadata=CHROMA_RECIPE.describe(options, architecture="chroma/lora"),
-        specs=list_specs(),
-        ignores=CHROMA_RECIPE.ignores,
         text_cache=build_t5_cache(options, loader, text),
     )
 

@@ -5,7 +5,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from library.architectures.flux.layers import DIFFUSERS_MARK, KEYS, clip_module, denoiser_module, t5_module, view
+from library.architectures.flux.layers import (
+    DIFFUSERS_MARK,
+    KEYS,
+    clip_module,
+    denoiser_module,
+    t5_module,
+    view,
+    view_chroma,
+)
 from library.architectures.flux.load import CLIP_PREFIXES, MARK, T5_MARK, is_schnell
 from library.architectures.flux.model import Flux, read_config
 from library.base.errors import about
@@ -43,7 +51,7 @@ FILE = TransformerFile(
     view=view,
     name_text_layer=name_text_layer,
 )
-CHROMA_FILE = replace(FILE, base="chroma", title="Chroma", architecture="chroma")
+CHROMA_FILE = replace(FILE, base="chroma", title="Chroma", architecture="chroma", view=view_chroma)
 
 
 def open_clip_l(flag: str, path: Path) -> BaseModel:

@@ -4,49 +4,40 @@
 Start here to read this package.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from library.architectures.hunyuan_image.load import SPEC, open_loader
+from library.architectures.hunyuan_image.load import MODEL, SPEC, TRANSFORMER, open_loader
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
 from library.architectures.hunyuan_image.qwen import load_qwen_tokenizer
 from library.architectures.hunyuan_image.text import HunyuanImageText
 from library.architectures.hunyuan_image.vae import SCALE
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import build_predicted_flow
+from library.diffusion.flow import RECORDS, build_predicted_flow
 from library.diffusion.samplers import build_shifted_sampler
-from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
 from library.models.prediction import build_predict
-from library.models.recipe import Recipe, explain_ignored_attention, folders_of, ignored_by_flow
+from library.models.recipe import build_flow_recipe, explain_ignored_attention, folders_of
+from library.models.transformer_file import file_parts
 from library.models.vae.latents import KlLatents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
 SAMPLING_SHIFT = 5.0  # used by the model to sample images
-RECIPE = Recipe(
-    title="HunyuanImage 2.1",
-    metadata={
-        "ss_base_model_version": "hunyuan-image-2.1",
-        "modelspec.architecture": "hunyuan-image-2.1/lora",
-        "modelspec.implementation": "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1",
-        "modelspec.resolution": "2048x2048",
-    },
-    refuses={
-        "weighted_captions": "Qwen2.5-VL has no prompt weighting",
-        "network_train_text_encoder_only": "its text encoders cannot be trained",
-    },
-    ignores=ignored_by_flow(
-        "HunyuanImage 2.1",
-        clip_skip="it has no CLIP",
-        max_token_length="its text encoder reads 1024 tokens",
-    ),
-    records=(
-        "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale", "model_prediction_type",
-        "discrete_flow_shift", "text_encoder_lr",
-    ),
+RECIPE = build_flow_recipe(
+    MODEL,
+    "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1",
+    "hunyuan-image-2.1",
+    "hunyuan-image-2.1",
+    resolution="2048x2048",
+    weighted_captions="Qwen2.5-VL has no prompt weighting",
+    refuses={"network_train_text_encoder_only": "its text encoders cannot be trained"},
+    records=[*(name for name in RECORDS if name != "weighting_scheme"), "text_encoder_lr"],
     needs={"transformers": ">=5", "diffusers": ">=0.36"},  # rope_parameters; AutoencoderKLHunyuanImage
-)  # fmt: skip
+    clip_skip="it has no CLIP",
+    max_token_length="its text encoder reads 1024 tokens",
+)
 LATENTS = SPEC
 # sd-scripts gives the model whole timesteps too; previews use the exact levels.
 build_objective = partial(build_predicted_flow, tells_whole_timesteps=True)
@@ -62,18 +53,14 @@ def build(options: HunyuanImageOptions) -> Architecture:
     RECIPE.check(options)
     loader = open_loader(options)
     text = build_text(options, loader)
+    recipe = replace(RECIPE, ignores={**RECIPE.ignores, **explain_ignored_attention(options.parts.attn_mode)})
     return Architecture(
-        name="hunyuan_image",
-        load=loader,
+        **file_parts(TRANSFORMER, recipe, options, loader, list_specs()),
         text=text,
         codec=KlLatents(SPEC, SCALE),
         objective=build_objective(options),
         predict=predict,
-        view=view_denoiser,
         preview=build_preview(text),
-        metadata=RECIPE.describe(options),
-        specs=list_specs(),
-        ignores={**RECIPE.ignores, **explain_ignored_attention(options.parts.attn_mode)},
         text_cache=build_text_cache(options, loader, text),
     )
 

@@ -7,38 +7,31 @@ from dataclasses import replace
 from functools import partial
 
 from library.architectures.lumina.gemma import load_gemma_tokenizer
-from library.architectures.lumina.load import open_loader
+from library.architectures.lumina.load import TRANSFORMER, open_loader
 from library.architectures.lumina.options import LuminaOptions
 from library.architectures.lumina.text import LuminaText
 from library.architectures.specs import list_specs
 from library.base.errors import about
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import RECORDS, build_predicted_flow
+from library.diffusion.flow import build_predicted_flow
 from library.diffusion.samplers import build_shifted_sampler
-from library.models.adapter_views import view_both
 from library.models.dit_loader import DitLoader
 from library.models.next_dit import predict
-from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
+from library.models.recipe import build_flow_recipe, tokenizer_folders
+from library.models.transformer_file import file_parts
 from library.models.vae.flux import map_latents
 from library.protocols import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
 
 GEMMA_TOKENS = 256
-RECIPE = Recipe(
-    title="Lumina",
-    metadata={
-        "ss_base_model_version": "lumina2",
-        "modelspec.architecture": "lumina-2/lora",
-        "modelspec.implementation": "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
-        "modelspec.resolution": "1024x1024",
-    },
-    refuses={"weighted_captions": "Gemma has no prompt weighting"},
-    ignores=ignored_by_flow(
-        "Lumina Image 2.0",
-        clip_skip="Lumina Image 2.0 uses Gemma's states before its last layer",
-        max_token_length="use --gemma2_max_token_length",
-        vae="use --ae",
-    ),
-    records=(*RECORDS, "text_encoder_lr"),
+RECIPE = build_flow_recipe(
+    "Lumina Image 2.0",
+    "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
+    "lumina2",
+    "lumina-2",
+    weighted_captions="Gemma has no prompt weighting",
+    clip_skip="Lumina Image 2.0 uses Gemma's states before its last layer",
+    max_token_length="use --gemma2_max_token_length",
+    vae="use --ae",
 )
 CODEC = map_latents("_lumina.npz")
 LATENTS = CODEC.spec
@@ -55,17 +48,12 @@ def build(options: LuminaOptions) -> Architecture:
     loader = open_loader(options)
     text = build_text(options, loader)
     return Architecture(
-        name="lumina",
-        load=loader,
+        **file_parts(TRANSFORMER, RECIPE, options, loader, list_specs()),
         text=text,
         codec=CODEC,
         objective=build_objective(options),
         predict=predict,
-        view=view_both,
         preview=build_preview(text),
-        metadata=RECIPE.describe(options),
-        specs=list_specs(),
-        ignores=RECIPE.ignores,
         text_cache=build_text_cache(options, loader, text),
     )
 

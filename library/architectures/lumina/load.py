@@ -12,6 +12,7 @@ from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_files import BaseFiles, open_base
 from library.checkpoints.weights import Weights, configure
 from library.memory.devices import DTYPES
+from library.models.adapter_views import view_both
 from library.models.dit_loader import DitLoader, check_input_width, open_dit_loader
 from library.models.identify import refuse_other_model
 from library.models.language_models import LAYER_LINEAR, WORDS
@@ -41,6 +42,7 @@ TRANSFORMER = TransformerFile(
     build=NextDiT,
     read_config=read_config,
     unused=("norm_final.weight",),
+    view=view_both,
     name_text_layer=name_text_layer,
 )
 

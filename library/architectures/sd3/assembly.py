@@ -20,14 +20,14 @@ from library.architectures.sd3.text import Sd3Text
 from library.architectures.specs import list_specs
 from library.base.errors import needing
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import FlowMatching
+from library.diffusion.flow import SCHEME_RECORDS, FlowMatching
 from library.diffusion.samplers import FlowSampler, Sampler
 from library.diffusion.timesteps import FINEST_LEVEL, build_shifted_scheme, shift_sigmas, takes_offset
 from library.models.clip.clip import CLIP_WORDS, PROJECTION
 from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import ClipTokens
 from library.models.dit_loader import DitLoader
-from library.models.recipe import Recipe, folders_of, ignored_by_flow
+from library.models.recipe import build_flow_recipe, folders_of
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5_tokenizer, precisions
 from library.models.vae.latents import KlLatents
@@ -43,23 +43,14 @@ T5_TOKENIZER = "tokenizer_3"  # a folder next to the model, named as in diffuser
 SAMPLING_SHIFT = 3.0  # used by SD3 to sample images
 
 
-RECIPE = Recipe(
-    title="SD3",
-    metadata={
-        "modelspec.implementation": "https://github.com/Stability-AI/sd3.5",
-        "modelspec.resolution": "1024x1024",
-    },
-    refuses={"weighted_captions": "its text encoders have no prompt weighting"},
-    ignores=ignored_by_flow(
-        "SD3",
-        clip_skip="SD3 uses the second-to-last states of both CLIPs",
-        max_token_length="both CLIPs read 75 tokens; use --t5xxl_max_token_length",
-    ),
-    records=(
-        "apply_lg_attn_mask", "apply_t5_attn_mask", "weighting_scheme", "logit_mean", "logit_std", "mode_scale",
-        "text_encoder_lr",
-    ),
-)  # fmt: skip
+RECIPE = build_flow_recipe(
+    "SD3",
+    "https://github.com/Stability-AI/sd3.5",
+    weighted_captions="its text encoders have no prompt weighting",
+    records=("apply_lg_attn_mask", "apply_t5_attn_mask", *SCHEME_RECORDS, "text_encoder_lr"),
+    clip_skip="SD3 uses the second-to-last states of both CLIPs",
+    max_token_length="both CLIPs read 75 tokens; use --t5xxl_max_token_length",
+)
 
 
 def build(options: Sd3Options) -> Architecture:
