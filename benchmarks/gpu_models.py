@@ -73,7 +73,7 @@ class Subject:
 
 
 def flux(is_tiny: bool) -> Subject:
-    from library.architectures.flux.assembly import view
+    from library.architectures.flux.layers import view
 
     small = {"width": 64, "head_width": 32, "mlp_width": 256, "text_width": 32, "num_double": 4, "num_single": 6}
     config = replace(FLUX, **small if is_tiny else {"num_double": 19, "num_single": 38})

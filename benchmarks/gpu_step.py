@@ -82,7 +82,7 @@ def sd15(is_tiny: bool) -> Subject:
 
 
 def sd3(is_tiny: bool) -> Subject:
-    from library.architectures.sd3.assembly import view
+    from library.architectures.sd3.layers import view
     from library.architectures.sd3.model import MMDiT, MMDiTConfig
     from tests.tiny.sd3 import PLAIN
 

@@ -20,6 +20,7 @@ from library.models.fused_norms import gated_sum, modulated_norm, rotated_norm, 
 from library.models.layer_keys import LayerKeys, Layers, Stack, is_norm, list_leaves
 from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.sinusoids import sinusoids
+from networks.core.targets.targets import Part, qkv_and_rest, thirds
 
 EPS = 1e-6
 rotate_norm = rotated_norm(EPS)
@@ -35,6 +36,41 @@ ATTENTION: Layers = {  # layers of double blocks -> diffusers' paths
     "img_attn.norm.key_norm": ("attn.norm_k",),
     "txt_attn.norm.query_norm": ("attn.norm_added_q",),
     "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+}
+
+
+DOUBLE_GELU: Layers = {
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    **ATTENTION,
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+}
+SINGLE: Layers = {
+    "modulation.lin": ("norm.linear",),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "norm.query_norm": ("attn.norm_q",),
+    "norm.key_norm": ("attn.norm_k",),
+}
+RANKS: Mapping[str, str] = {
+    "img_attn_dim": r"\.img_attn\.",
+    "txt_attn_dim": r"\.txt_attn\.",
+    "img_mlp_dim": r"\.img_mlp\.",
+    "txt_mlp_dim": r"\.txt_mlp\.",
+    "single_dim": r"^single_blocks\.\d+\.linear",
+}
+TARGET_FIELDS: Mapping[str, Any] = {  # fields of `AdapterTargets`
+    "denoiser": Part("lora_unet", blocks=("DoubleStreamBlock", "SingleStreamBlock"), attention=("SelfAttention",)),
+    "ranks": RANKS,
+    "block_choices": {
+        "train_double_block_indices": r"^double_blocks\.(\d+)\.",
+        "train_single_block_indices": r"^single_blocks\.(\d+)\.",
+    },
+    "subsets": {"double": r"^double_blocks\.", "single": r"^single_blocks\."},
+    "fused": {r"_attn\.qkv$": thirds, r"\.linear1$": qkv_and_rest},
 }
 
 

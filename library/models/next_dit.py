@@ -21,6 +21,7 @@ from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import TimestepEmbedder
 from library.types import Batch, Conditioning, Noised
+from networks.core.targets.targets import Embedders
 
 EPS = 1e-5
 rotate_norm = rotated_norm(EPS)
@@ -52,6 +53,18 @@ COUNT_FIELDS: Mapping[str, str] = {  # stack -> field that counts its blocks
     "context_refiner": "num_context_refiners",
     "noise_refiner": "num_noise_refiners",
     "layers": "num_layers",
+}
+
+
+TARGET_FIELDS: Mapping[str, Any] = {  # fields of `AdapterTargets`
+    "ranks": {
+        "attn_dim": r"\.attention\.",
+        "mod_dim": r"\.adaLN_modulation\.",
+        "refiner_dim": r"_refiner\.",
+        "mlp_dim": r"\.feed_forward\.",
+    },
+    "embedders": Embedders("embedder_dims", (r"x_embedder", r"t_embedder", r"cap_embedder")),
+    "block_choices": {"train_block_indices": r"^layers\.(\d+)\."},
 }
 
 

@@ -122,10 +122,10 @@ def transformer_fields(
     build: Callable[[Any], Architecture],
     objective: Callable[[Any], Objective],
     latents: LatentSpec,
-    **own: str,
+    **own: Any,
 ) -> dict[str, Any]:
     """Return the fields of `BaseModelSpec` that follow from a flow model's transformer and its assembly; `own` replaces
-    names."""
+    some of them."""
     assert targets.names is not None
     return {
         "name": file.base,

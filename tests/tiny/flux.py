@@ -9,8 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from library.architectures.flux.assembly import view
-from library.architectures.flux.layers import NAMES
+from library.architectures.flux.layers import NAMES, view
 from library.architectures.flux.model import PATCH, Flux, FluxConfig
 from library.architectures.flux.reference import diffusers_config, diffusers_model, diffusers_state
 from library.models.patches import patchify

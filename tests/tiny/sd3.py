@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.sd3.assembly import view
-from library.architectures.sd3.layers import NAMES
+from library.architectures.sd3.layers import NAMES, view
 from library.architectures.sd3.load import DENOISER_PREFIX, TEXT_PREFIXES
 from library.architectures.sd3.model import MMDiT, MMDiTConfig
 from library.models.vae.checkpoint_keys import VAE_PREFIX, vae_to_ldm

@@ -10,10 +10,10 @@ from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, text_module
 from library.models.clip import names as clip_names
 from library.models.clip.clip import ClipView
-from library.models.double_stream import ATTENTION, SWAPPED, stream_keys
-from library.models.layer_keys import Layers, Stack
+from library.models.double_stream import DOUBLE_GELU, RANKS, SINGLE, SWAPPED, TARGET_FIELDS, stream_keys
+from library.models.layer_keys import Stack
 from library.models.t5 import T5_BLOCKS, T5_LINEAR
-from networks.core.targets.targets import AdapterTargets, Embedders, Part, qkv_and_rest, thirds
+from networks.core.targets.targets import AdapterTargets, Embedders, Part
 
 DIFFUSERS_MARK = "x_embedder.weight"
 APPROXIMATOR = "distilled_guidance_layer."  # Chroma's
@@ -31,25 +31,9 @@ TOP = {
     SWAPPED: "norm_out.linear",
     **{f"{APPROXIMATOR}{side}_proj": f"{APPROXIMATOR}{side}_proj" for side in ("in", "out")},
 }
-DOUBLE: Layers = {
-    "img_mod.lin": ("norm1.linear",),
-    "txt_mod.lin": ("norm1_context.linear",),
-    **ATTENTION,
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
-}
-SINGLE: Layers = {
-    "modulation.lin": ("norm.linear",),
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "linear2": ("proj_out",),
-    "norm.query_norm": ("attn.norm_q",),
-    "norm.key_norm": ("attn.norm_k",),
-}
 KEYS = stream_keys(
     TOP,
-    DOUBLE,
+    DOUBLE_GELU,
     SINGLE,
     Stack(f"{APPROXIMATOR}layers", f"{APPROXIMATOR}layers", {"in_layer": ("linear_1",), "out_layer": ("linear_2",)}),
     Stack(f"{APPROXIMATOR}norms", f"{APPROXIMATOR}norms", {"": ("",)}),
@@ -116,28 +100,15 @@ CHROMA_NAMES = BaseNames(
 
 
 T5 = Part("lora_te3", blocks=T5_BLOCKS, needs="train_t5xxl")
-
-
+MODULATION_RANKS = {
+    "img_mod_dim": r"\.img_mod\.",
+    "txt_mod_dim": r"\.txt_mod\.",
+    "single_mod_dim": r"^single_blocks\.\d+\.modulation\.",
+}
 TARGETS = AdapterTargets(
-    denoiser=Part("lora_unet", blocks=("DoubleStreamBlock", "SingleStreamBlock"), attention=("SelfAttention",)),
+    **{**TARGET_FIELDS, "ranks": {**RANKS, **MODULATION_RANKS}},
     text_encoders=(Part("lora_te1", blocks=clip_names.CLIP_BLOCKS), T5),
-    ranks={
-        "img_attn_dim": r"\.img_attn\.",
-        "txt_attn_dim": r"\.txt_attn\.",
-        "img_mlp_dim": r"\.img_mlp\.",
-        "txt_mlp_dim": r"\.txt_mlp\.",
-        "img_mod_dim": r"\.img_mod\.",
-        "txt_mod_dim": r"\.txt_mod\.",
-        "single_dim": r"^single_blocks\.\d+\.linear",
-        "single_mod_dim": r"^single_blocks\.\d+\.modulation\.",
-    },
     embedders=Embedders("in_dims", (r"img_in", r"time_in", r"vector_in", r"guidance_in", r"txt_in")),
-    block_choices={
-        "train_double_block_indices": r"^double_blocks\.(\d+)\.",
-        "train_single_block_indices": r"^single_blocks\.(\d+)\.",
-    },
-    subsets={"double": r"^double_blocks\.", "single": r"^single_blocks\."},
-    fused={r"_attn\.qkv$": thirds, r"\.linear1$": qkv_and_rest},
     names=NAMES,
     elsewhere=list_network_arguments,
 )
@@ -147,7 +118,7 @@ CHROMA_TARGETS = replace(
     TARGETS,
     denoiser=replace(TARGETS.denoiser, extra_blocks={"train_approximator": ("Approximator",)}),
     text_encoders=(T5,),
-    ranks={name: pattern for name, pattern in TARGETS.ranks.items() if "mod_dim" not in name},
+    ranks=RANKS,
     names=CHROMA_NAMES,
 )
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames
-from library.models.double_stream import ATTENTION, SWAPPED, stream_keys
+from library.models.double_stream import ATTENTION, SWAPPED, TARGET_FIELDS, stream_keys
 from library.models.layer_keys import GENERIC_PREFIX, KOHYA_PREFIX, Layers
-from networks.core.targets.targets import AdapterTargets, Embedders, Part, qkv_and_rest, thirds
+from networks.core.targets.targets import AdapterTargets, Embedders
 
 MARK, DIFFUSERS_MARK = "single_stream_modulation.lin.weight", "x_embedder.weight"
 NUM_BLOCKS = {"double_blocks": 8, "single_blocks": 48}  # of dev; klein has fewer
@@ -44,21 +44,8 @@ SINGLE: Layers = {
 KEYS = stream_keys(TOP, DOUBLE, SINGLE, others=(GENERIC_PREFIX, KOHYA_PREFIX))
 NAMES = BaseNames("flux_2", tuple(KEYS.list_names(NUM_BLOCKS)), saved_naming="generic")
 TARGETS = AdapterTargets(
-    denoiser=Part("lora_unet", blocks=("DoubleStreamBlock", "SingleStreamBlock"), attention=("SelfAttention",)),
-    ranks={
-        "img_attn_dim": r"\.img_attn\.",
-        "txt_attn_dim": r"\.txt_attn\.",
-        "img_mlp_dim": r"\.img_mlp\.",
-        "txt_mlp_dim": r"\.txt_mlp\.",
-        "single_dim": r"^single_blocks\.\d+\.linear",
-    },
+    **TARGET_FIELDS,
     embedders=Embedders("in_dims", (r"img_in", r"time_in", r"guidance_in", r"txt_in", *MODULATIONS)),
-    block_choices={
-        "train_double_block_indices": r"^double_blocks\.(\d+)\.",
-        "train_single_block_indices": r"^single_blocks\.(\d+)\.",
-    },
-    subsets={"double": r"^double_blocks\.", "single": r"^single_blocks\."},
-    fused={r"_attn\.qkv$": thirds, r"\.linear1$": qkv_and_rest},
     names=NAMES,
     expressions="path",
     elsewhere=list_network_arguments,

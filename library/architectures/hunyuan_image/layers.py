@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
-from library.models.double_stream import SWAPPED
+from library.models.double_stream import DOUBLE_GELU, SINGLE, SWAPPED
 from library.models.layer_keys import LayerKeys, Layers, Stack, name_layer, underscore
 from networks.core.targets.targets import AdapterTargets, Part, qkv_and_rest, thirds
 
@@ -44,49 +44,17 @@ REFINER: Layers = {
     "mlp.fc2": ("ff.net.2",),
     "adaLN_modulation.1": ("norm_out.linear",),
 }
-DOUBLE: Layers = {
-    "img_mod.linear": ("norm1.linear",),
-    "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "img_attn_q_norm": ("attn.norm_q",),
-    "img_attn_k_norm": ("attn.norm_k",),
-    "img_attn_proj": ("attn.to_out.0",),
-    "img_mlp.fc1": ("ff.net.0.proj",),
-    "img_mlp.fc2": ("ff.net.2",),
-    "txt_mod.linear": ("norm1_context.linear",),
-    "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "txt_attn_q_norm": ("attn.norm_added_q",),
-    "txt_attn_k_norm": ("attn.norm_added_k",),
-    "txt_attn_proj": ("attn.to_add_out",),
-    "txt_mlp.fc1": ("ff_context.net.0.proj",),
-    "txt_mlp.fc2": ("ff_context.net.2",),
-}
-SINGLE: Layers = {
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "linear2": ("proj_out",),
-    "q_norm": ("attn.norm_q",),
-    "k_norm": ("attn.norm_k",),
-    "modulation.linear": ("norm.linear",),
-}
-KEYS = LayerKeys(
-    TOP,
-    (
-        Stack("txt_in.individual_token_refiner.blocks", f"{TEXT}.token_refiner.refiner_blocks", REFINER),
-        Stack("double_blocks", "transformer_blocks", DOUBLE),
-        Stack("single_blocks", "single_transformer_blocks", SINGLE),
-    ),
-    SWAPPED,
-)
-RENAMED: Mapping[str, str] = {  # parts of names in the blocks of the original layout -> ours
+RENAMED: Mapping[str, str] = {  # parts of names in the blocks of the original layout -> ours, which are FLUX.1's
     "_mod.linear": "_mod.lin",
     "modulation.linear": "modulation.lin",
     "_mlp.fc1": "_mlp.0",
     "_mlp.fc2": "_mlp.2",
     "_attn_qkv": "_attn.qkv",
     "_attn_proj": "_attn.proj",
-    "_attn_q_norm.weight": "_attn.norm.query_norm.scale",
-    "_attn_k_norm.weight": "_attn.norm.key_norm.scale",
-    ".q_norm.weight": ".norm.query_norm.scale",
-    ".k_norm.weight": ".norm.key_norm.scale",
+    "_attn_q_norm": "_attn.norm.query_norm",
+    "_attn_k_norm": "_attn.norm.key_norm",
+    ".q_norm": ".norm.query_norm",
+    ".k_norm": ".norm.key_norm",
 }
 BLOCKS = ("double_blocks.", "single_blocks.")
 
@@ -97,7 +65,7 @@ def from_original(name: str) -> str:
         return name.replace("img_in.proj.", "img_in.")
     for theirs, ours in RENAMED.items():
         name = name.replace(theirs, ours)
-    return name
+    return name.replace("_norm.weight", "_norm.scale")
 
 
 def to_original(name: str) -> str:
@@ -106,9 +74,23 @@ def to_original(name: str) -> str:
         return name.replace("img_in.", "img_in.proj.")
     for theirs, ours in RENAMED.items():
         name = name.replace(ours, theirs)
-    return name
+    return name.replace("_norm.scale", "_norm.weight")
 
 
+def original_layers(stack: str, layers: Layers) -> Layers:
+    """Return the layers of FLUX.1's blocks under their original names."""
+    return {to_original(f"{stack}.{name}").removeprefix(f"{stack}."): theirs for name, theirs in layers.items()}
+
+
+KEYS = LayerKeys(
+    TOP,
+    (
+        Stack("txt_in.individual_token_refiner.blocks", f"{TEXT}.token_refiner.refiner_blocks", REFINER),
+        Stack("double_blocks", "transformer_blocks", original_layers("double_blocks", DOUBLE_GELU)),
+        Stack("single_blocks", "single_transformer_blocks", original_layers("single_blocks", SINGLE)),
+    ),
+    SWAPPED,
+)
 NUM_BLOCKS = {"double_blocks": 20, "single_blocks": 40}
 LINEAR1_SHARES = (1, 1, 1, 4)  # the MLP is four times as wide as the model
 

@@ -5,8 +5,8 @@ from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, text_module
 from library.models.language_models import LAYER_LINEAR
 from library.models.layer_keys import Layers
-from library.models.next_dit import next_dit_keys
-from networks.core.targets.targets import AdapterTargets, Embedders, Part
+from library.models.next_dit import TARGET_FIELDS, next_dit_keys
+from networks.core.targets.targets import AdapterTargets, Part
 
 MARK, DIFFUSERS_MARK = "layers.0.attention.qkv.weight", "time_caption_embed.caption_embedder.1.weight"
 NUM_BLOCKS = {"context_refiner": 2, "noise_refiner": 2, "layers": 26}
@@ -65,14 +65,7 @@ TARGETS = AdapterTargets(
         # sd-scripts' list, with classes that only older versions of transformers have.
         Part("lora_te", blocks=("Gemma2Attention", "Gemma2FlashAttention2", "Gemma2SdpaAttention", "Gemma2MLP")),
     ),
-    ranks={
-        "attn_dim": r"\.attention\.",
-        "mod_dim": r"\.adaLN_modulation\.",
-        "refiner_dim": r"_refiner\.",
-        "mlp_dim": r"\.feed_forward\.",
-    },
-    embedders=Embedders("embedder_dims", (r"x_embedder", r"t_embedder", r"cap_embedder")),
-    block_choices={"train_block_indices": r"^layers\.(\d+)\."},
+    **TARGET_FIELDS,
     subsets={
         "transformer": r"^layers\.",
         "refiners": r"^(noise|context)_refiner\.",

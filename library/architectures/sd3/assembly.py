@@ -5,14 +5,15 @@ Start here to read this package.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from library.architectures.sd3.conditioning_dropout import Variation
-from library.architectures.sd3.layers import view
 from library.architectures.sd3.load import LATENT_CHANNELS, LATENT_SCALE, LATENT_SHIFT, open_loader
-from library.architectures.sd3.model import MMDiT, MMDiTConfig, recognise_version
+from library.architectures.sd3.merging import FILE
+from library.architectures.sd3.model import MMDiT, recognise_version
 from library.architectures.sd3.options import Sd3Options
 from library.architectures.sd3.positions import square_side
 from library.architectures.sd3.predict import predict
@@ -30,6 +31,7 @@ from library.models.dit_loader import DitLoader
 from library.models.recipe import build_flow_recipe, folders_of
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5_tokenizer, precisions
+from library.models.transformer_file import file_parts
 from library.models.vae.latents import KlLatents
 from library.protocols import Architecture, LatentSpec, LiveText, Preview, PromptDefaults, TextCacheSpec, leave_sizes
 from library.types import Prompt
@@ -60,19 +62,16 @@ def build(options: Sd3Options) -> Architecture:
     """
     RECIPE.check(options)
     loader, config = open_loader(options)
-    text = build_text(options, loader)
+    text, version = build_text(options, loader), recognise_version(config)
+    recipe = replace(RECIPE, metadata={**RECIPE.metadata, "ss_base_model_version": version})
+    architecture = f"stable-diffusion-3-{version}/lora"
     return Architecture(
-        name="sd3",
-        load=loader,
+        **file_parts(FILE, recipe, options, loader, list_specs(), architecture=architecture),
         text=text,
         codec=KlLatents(LATENTS, LATENT_SCALE, LATENT_SHIFT),
         objective=build_objective(options),
         predict=predict,
-        view=view,
         preview=build_preview(text),
-        metadata=metadata(options, config),
-        specs=list_specs(),
-        ignores=RECIPE.ignores,
         text_cache=build_text_cache(options, loader, text),
         vary=build_variation(options, loader),
         fit_to_sizes=stretch_positions if options.sd3.enable_scaled_pos_embed else leave_sizes,
@@ -173,12 +172,3 @@ def sampling_sigmas(num_steps: int, shift: float) -> torch.Tensor:
     again, as SD3 was published."""
     finest = shift * FINEST_LEVEL / (1 + (shift - 1) * FINEST_LEVEL)
     return shift_sigmas(torch.linspace(1.0, finest, num_steps, dtype=torch.float64), shift)
-
-
-def metadata(options: Sd3Options, config: MMDiTConfig) -> dict[str, str]:
-    """Return the base model's metadata of files trained on it."""
-    version = recognise_version(config)
-    return {
-        **RECIPE.describe(options, architecture=f"stable-diffusion-3-{version}/lora"),
-        "ss_base_model_version": version,
-    }

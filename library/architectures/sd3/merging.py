@@ -1,41 +1,32 @@
 """Stable Diffusion 3 checkpoints for merging and extracting adapters: the file with the denoiser."""
 
-from pathlib import Path
-
-from torch import nn
-
-from library.architectures.sd3.layers import NAMES, view
+from library.architectures.sd3.layers import KEYS, NAMES, denoiser_module, view
 from library.architectures.sd3.load import read_denoiser
 from library.architectures.sd3.model import MMDiT, read_config, recognise_version
-from library.base.errors import about
-from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
-from library.checkpoints.base_model import BaseModel, open_single_file
-from library.checkpoints.weights import configure, find_prefix
-from library.models.identify import DENOISER_PREFIXES
-from library.models.loading import build_on_meta_device
+from library.checkpoints.weights import Weights, configure
+from library.models.transformer_file import TransformerFile
 
 
-def open_base_model(flag: str, path: Path) -> BaseModel:
-    """Open a single file in the original layout; only its header is read.
-
-    Raises UserError naming `flag` if it is missing, broken or of another kind.
-    """
-    if path.is_dir():
-        raise about(flag, path)("is a folder; for SD3 use a single file in the original layout")
-    weights = model_lookup.open_file(flag, path)
-    prefix = find_prefix(weights.shapes, DENOISER_PREFIXES)
-    version = recognise_version(configure(read_denoiser(weights), read_config))
-
-    def target_names(stem: str) -> ModuleNames | None:
-        if stem.startswith("text_encoders."):
-            return NAMES.find(stem)
-        return NAMES.find(f"diffusion_model.{stem.removeprefix(prefix)}") if stem.startswith(prefix) else None
-
-    return open_single_file(path, weights, target_names, "sd3", f"stable-diffusion-3-{version}")
+def architecture_of(weights: Weights) -> str:
+    return f"stable-diffusion-3-{recognise_version(configure(read_denoiser(weights), read_config))}"
 
 
-def view_for_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
-    """Return ([], denoiser) of a checkpoint as network modules see it, on the meta device."""
-    denoiser = read_denoiser(model_lookup.open_file("the checkpoint", path))
-    return view([], build_on_meta_device(MMDiT, configure(denoiser, read_config)))
+def name_text_layer(stem: str) -> ModuleNames | None:
+    """Return the names of a layer of a text encoder in the file; None for other layers."""
+    return NAMES.find(stem) if stem.startswith("text_encoders.") else None
+
+
+FILE = TransformerFile(
+    base="sd3",
+    title="SD3",
+    architecture=architecture_of,
+    mark="joint_blocks.0.x_block.attn.qkv.weight",
+    diffusers_mark=None,
+    is_layer=KEYS.is_linear,
+    name=denoiser_module,
+    build=MMDiT,
+    read_config=read_config,
+    view=view,
+    name_text_layer=name_text_layer,
+)

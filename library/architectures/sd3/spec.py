@@ -1,8 +1,8 @@
 """The `BaseModelSpec` of Stable Diffusion 3 and 3.5."""
 
 from library.architectures.sd3.assembly import LATENTS, RECIPE, build, build_objective
-from library.architectures.sd3.layers import NAMES, TARGETS
-from library.architectures.sd3.merging import open_base_model, view_for_networks
+from library.architectures.sd3.layers import TARGETS
+from library.architectures.sd3.merging import FILE
 from library.architectures.sd3.options import Sd3Options
 from library.checkpoints.base_model_spec import (
     ALL,
@@ -15,6 +15,7 @@ from library.checkpoints.base_model_spec import (
     Reader,
     Sign,
 )
+from library.models.transformer_file import transformer_fields
 
 T5_OF_DIFFUSERS = Gap(
     DIFFUSERS, r"text_encoder_3_encoder_block_.*", "it does not support LoRA for T5 under diffusers' names"
@@ -30,14 +31,18 @@ def adapter_metadata(architecture: str, predicts_velocity: bool) -> dict[str, st
 
 SPECS = (
     BaseModelSpec(
-        name="sd3",
-        title="Stable Diffusion 3",
-        called="an SD3",
-        script="sd3_train_network.py",
-        options=Sd3Options,
-        build=build,
-        latents=LATENTS,
-        objective=build_objective,
+        **transformer_fields(
+            FILE,
+            TARGETS,
+            RECIPE,
+            Sd3Options,
+            build,
+            build_objective,
+            LATENTS,
+            title="Stable Diffusion 3",
+            called="an SD3",
+            adapter_metadata=adapter_metadata,
+        ),
         checkpoint=(Sign(r"joint_blocks\."),),
         adapter=(Sign(r"_joint_blocks_"), Sign(r"^transformer_transformer_blocks_", Certainty.NAMES)),
         version=r"(5-)?(medium|large)|sd3",
@@ -49,11 +54,5 @@ SPECS = (
             "diffusers": Reader(DIFFUSERS, DIFFUSERS, gaps=(T5_OF_DIFFUSERS,)),
             "stable-diffusion.cpp": Reader(GENERIC | DIFFUSERS, GENERIC),
         },
-        names=NAMES,
-        network_arguments=TARGETS.arguments,
-        open_for_merging=open_base_model,
-        view_for_networks=view_for_networks,
-        adapter_metadata=adapter_metadata,
-        ignores=RECIPE.ignores,
     ),
 )

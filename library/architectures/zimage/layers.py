@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames
 from library.models.layer_keys import GENERIC_PREFIX, KOHYA_PREFIX, Layers
-from library.models.next_dit import next_dit_keys
-from networks.core.targets.targets import AdapterTargets, Embedders, Part, thirds
+from library.models.next_dit import TARGET_FIELDS, next_dit_keys
+from networks.core.targets.targets import AdapterTargets, Part, thirds
 
 MARK, DIFFUSERS_MARK = "cap_pad_token", "all_x_embedder.2-1.weight"
 PAD_TOKENS = ("cap_pad_token", "x_pad_token")  # parameters of the model itself, (1, M)
@@ -45,14 +45,7 @@ NAMES = BaseNames("zimage", tuple(KEYS.list_names(NUM_BLOCKS)), saved_naming="di
 LEFT_OUT = (r".*(_modulation|_refiner).*",)  # unless include_patterns includes them again, as in musubi-tuner
 TARGETS = AdapterTargets(
     denoiser=Part("lora_unet", blocks=("JointTransformerBlock",), exclude=LEFT_OUT),
-    ranks={
-        "attn_dim": r"\.attention\.",
-        "mod_dim": r"\.adaLN_modulation\.",
-        "refiner_dim": r"_refiner\.",
-        "mlp_dim": r"\.feed_forward\.",
-    },
-    embedders=Embedders("embedder_dims", (r"x_embedder", r"t_embedder", r"cap_embedder")),
-    block_choices={"train_block_indices": r"^layers\.(\d+)\."},
+    **TARGET_FIELDS,
     fused={r"\.attention\.qkv$": thirds},
     names=NAMES,
     expressions="path",

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from library.architectures.sd3.assembly import build, metadata
+from library.architectures.sd3.assembly import build
 from library.architectures.sd3.layers import view
 from library.architectures.sd3.load import DENOISER_PREFIX, open_loader
 from library.architectures.sd3.options import Sd3Options
@@ -86,11 +86,13 @@ def test_the_denoiser_loads_with_and_without_its_prefix(sd3_file: Path, tmp_path
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_size_is_recognised_by_its_weights(tmp_path: Path, name: str) -> None:
-    _, config = open_loader(options_of(build_tiny_sd3(tmp_path / "m", 22, name)))
+    options = options_of(build_tiny_sd3(tmp_path / "m", 22, name))
+    _, config = open_loader(options)
     assert config == CONFIGS[name]
     version = {"sd3-medium": "medium", "sd3.5-large": "5-large", "sd3.5-medium": "5-medium"}[name]
-    assert metadata(Sd3Options(), config)["ss_base_model_version"] == version
-    assert metadata(Sd3Options(), config)["modelspec.architecture"] == f"stable-diffusion-3-{version}/lora"
+    metadata = build(options).metadata
+    assert metadata["ss_base_model_version"] == version
+    assert metadata["modelspec.architecture"] == f"stable-diffusion-3-{version}/lora"
 
 
 def test_a_separate_vae_replaces_that_of_the_checkpoint(sd3_file: Path, tmp_path: Path) -> None:
