@@ -71,17 +71,21 @@ def encode_with_images(
     slot: int,
     images: Sequence[Tensor],
     layers: Sequence[int] = (),
+    has_deepstack: bool = True,
 ) -> Tensor:
     """Return the states of one caption, shape SE, with images (each CHW) in place of its tokens `slot`: the last ones,
-    or those after several `layers`, concatenated as by `encode_layers`."""
+    or those after several `layers`, concatenated as by `encode_layers`.
+
+    Without `has_deepstack` the vision model gives the language model nothing but its last states.
+    """
     device = next(vision.parameters()).device
     words_1SE, positions_3S, outputs = embed_with_images(language, vision, ids_S, slot, images)
+    added: dict[str, Any] = {}
+    if has_deepstack:
+        is_slot_1S = (send(ids_S, device) == slot)[None]
+        added = {"visual_pos_masks": is_slot_1S, "deepstack_visual_embeds": outputs.deepstack_features}
     states = language(
-        inputs_embeds=words_1SE,
-        position_ids=positions_3S[:, None],
-        visual_pos_masks=(send(ids_S, device) == slot)[None],
-        deepstack_visual_embeds=outputs.deepstack_features,
-        output_hidden_states=bool(layers),
+        inputs_embeds=words_1SE, position_ids=positions_3S[:, None], output_hidden_states=bool(layers), **added
     )
     chosen = [states.hidden_states[layer] for layer in layers] or [states.last_hidden_state]
     return torch.cat(chosen, dim=-1)[0]

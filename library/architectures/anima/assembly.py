@@ -58,7 +58,12 @@ def build(options: AnimaOptions) -> Architecture:
         objective=build_objective(options),
         predict=predict,
         view=view_both,
-        preview=build_preview(text),
+        preview=Preview(
+            PromptDefaults(num_steps=30, width=512, height=512, scale=7.5, size_step=16, flow_shift=3.0),
+            text,
+            lambda prompt: predict,
+            build_shifted_sampler,
+        ),
         metadata=RECIPE.describe(options),
         specs=list_specs(),
         ignores={**RECIPE.ignores, **explain_ignored_attention(options.computing.attn_mode)},
@@ -104,13 +109,4 @@ def build_text_cache(options: AnimaOptions, loader: DitLoader, text: AnimaText) 
         tokenizers=(text.qwen3_tokenizer, text.t5_tokenizer),
         # sd-scripts would apply the rate of the file in every later run. Here dropped captions are cached separately.
         constants={"caption_dropout_rate": torch.tensor(0.0)},
-    )
-
-
-def build_preview(text: AnimaText) -> Preview:
-    return Preview(
-        defaults=PromptDefaults(num_steps=30, width=512, height=512, scale=7.5, size_step=16, flow_shift=3.0),
-        text=text,
-        predict=lambda prompt: predict,
-        sampler=build_shifted_sampler,
     )

@@ -60,7 +60,13 @@ def build(options: HunyuanImageOptions) -> Architecture:
         codec=KlLatents(SPEC, SCALE),
         objective=build_objective(options),
         predict=predict,
-        preview=build_preview(text),
+        # Plain classifier-free guidance; --fs of a prompt shifts the noise levels.
+        preview=Preview(
+            PromptDefaults(num_steps=20, width=512, height=512, scale=3.5, size_step=32, flow_shift=SAMPLING_SHIFT),
+            text,
+            lambda prompt: predict,
+            build_shifted_sampler,
+        ),
         text_cache=build_text_cache(options, loader, text),
     )
 
@@ -96,16 +102,4 @@ def build_text_cache(options: HunyuanImageOptions, loader: DitLoader, text: Huny
         tokenizers=(text.qwen_tokenizer, text.byt5_tokenizer),
         padding={"vlm_embed": 0.0, "vlm_mask": 0.0},
         can_train=False,
-    )
-
-
-def build_preview(text: HunyuanImageText) -> Preview:
-    """Build the preview settings: plain classifier-free guidance; --fs of a prompt shifts the noise levels."""
-    return Preview(
-        defaults=PromptDefaults(
-            num_steps=20, width=512, height=512, scale=3.5, size_step=32, flow_shift=SAMPLING_SHIFT
-        ),
-        text=text,
-        predict=lambda prompt: predict,
-        sampler=build_shifted_sampler,
     )

@@ -6,14 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from library.base.errors import about, error_in
 from library.checkpoints.weights import Weights, configure, list_first_names
 from library.models.language_models import FLAG, WORDS, LanguageModel, extract_decoder
 from library.models.loading import Component, empty_transformers_model, load_component
 from library.models.qwen3 import BEGIN, END
-from library.models.qwen3_vl_vision import VISION_MARKS, embed_with_images, vision_component
+from library.models.qwen3_vl_vision import VISION_MARKS, vision_component
+from library.models.qwen3_vl_vision import encode_with_images as encode_deepstack
 from library.models.shapes import Shapes, count, shape_of
 from library.models.tokenizer_files import TokenizerFiles
 
@@ -93,16 +92,7 @@ def image_component(weights: Weights) -> Component | None:
 
 load_language = partial(load_component, partial(empty_transformers_model, "qwen3_5", "Qwen3_5Text"))
 load_vision = partial(load_component, partial(empty_transformers_model, "qwen3_5", "Qwen3_5Vision"))
-
-
-def encode_with_images(
-    language: nn.Module, vision: nn.Module, ids_S: Tensor, slot: int, images: Sequence[Tensor]
-) -> Tensor:
-    """Return the last states of one caption, shape SE, with images (each CHW) in place of its tokens `slot`."""
-    words_1SE, positions_3S, _ = embed_with_images(language, vision, ids_S, slot, images)
-    outputs = language(inputs_embeds=words_1SE, position_ids=positions_3S[:, None])
-    states_SE: Tensor = outputs.last_hidden_state[0]
-    return states_SE
+encode_with_images = partial(encode_deepstack, has_deepstack=False)
 
 
 def load_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int | None) -> Any:
