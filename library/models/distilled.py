@@ -28,6 +28,8 @@ class DistilledRelease:
     flag: str  # the option that names the release
     distilled_by_default: frozenset[str] = frozenset()  # words of the distilled release unless the name has a base word
     base_words: frozenset[str] = frozenset()
+    name: str = "turbo"  # the value of the flag
+    advice: str = ""  # names the distilled release, and says what to train instead
 
 
 def is_distilled(release: DistilledRelease, chosen: bool | None, path: Path) -> bool:
@@ -45,6 +47,13 @@ def is_distilled(release: DistilledRelease, chosen: bool | None, path: Path) -> 
         return bool(recorded)
     decisions = (recognise_name(release, name, path) for name in list_names(path, folder))
     return next((decision for decision in decisions if decision is not None), False)
+
+
+def recognise_distilled(release: DistilledRelease, chosen: str | None, network: NetworkOptions, path: Path) -> bool:
+    """Return True for the distilled release, and warn if it is trained without a training adapter; `chosen` is the
+    value of the release's flag."""
+    distilled = is_distilled(release, None if chosen is None else chosen == release.name, path)
+    return warn_if_distilled(distilled, network, path, release.advice)
 
 
 def warn_if_distilled(distilled: bool, network: NetworkOptions, path: Path, advice: str) -> bool:

@@ -12,13 +12,19 @@ from library.architectures.krea2.options import Krea2Options
 from library.architectures.krea2.predict import predict, preview_sampler
 from library.architectures.krea2.text import LAYERS, NUM_TOKENS, Krea2Text
 from library.diffusion.flow import build_predicted_flow
-from library.models.distilled import DistilledRelease, is_distilled, warn_if_distilled
+from library.models.distilled import DistilledRelease, recognise_distilled
 from library.models.dit_loader import DitLoader
 from library.models.language_model_dit import build_recipe, load_tokenizer, shared_parts, ways_to_build
 from library.models.vae.qwen_image import qwen_image_latents
 from library.protocols import Architecture, Preview, PromptDefaults
 
-TURBO = DistilledRelease("--dit_variant", base_words=frozenset(("raw",)))
+TURBO = DistilledRelease(
+    "--dit_variant",
+    advice="Krea 2 Turbo, which is distilled: training undoes the distillation, and previews blur. Train on Krea 2 "
+    "Raw, whose adapters work with Turbo too, or add --training_adapter with a training adapter. If it is Raw, set "
+    "--dit_variant raw",
+    base_words=frozenset(("raw",)),
+)
 RECIPE = build_recipe(
     FILES.transformer,
     "https://github.com/krea-ai/krea-2",
@@ -33,21 +39,8 @@ build_objective = build_predicted_flow
 GUIDANCE = 5.5  # of Raw: diffusers' pipeline has 4.5, to which it adds 1
 
 
-def recognise_turbo(options: Krea2Options, loader: DitLoader) -> bool:
-    """Return True for Krea 2 Turbo, and warn if it is trained without a training adapter."""
-    variant = options.parts.dit_variant
-    return warn_if_distilled(
-        is_distilled(TURBO, None if variant is None else variant == "turbo", loader.path),
-        options.network,
-        loader.path,
-        "Krea 2 Turbo, which is distilled: training undoes the distillation, and previews blur. Train on Krea 2 Raw, "
-        "whose adapters work with Turbo too, or add --training_adapter with a training adapter. If it is Raw, set "
-        "--dit_variant raw",
-    )
-
-
 def assemble(options: Krea2Options, loader: DitLoader, is_trained: bool) -> Architecture:
-    turbo = is_trained and recognise_turbo(options, loader)
+    turbo = is_trained and recognise_distilled(TURBO, options.parts.dit_variant, options.network, loader.path)
     turbo_loader = open_turbo(options, loader) if is_trained else None
     text = Krea2Text(load_tokenizer(FILES.encoder, options, loader))
     return Architecture(

@@ -1,5 +1,6 @@
 """The `BaseModelSpec`s of Stable Diffusion 1.x and 2.x."""
 
+from dataclasses import replace
 from functools import partial
 
 from library.architectures.sd.assembly import LATENTS, build, metadata
@@ -37,61 +38,53 @@ def adapter_metadata(is_v2: bool, architecture: str, predicts_velocity: bool) ->
     return metadata(is_v2, predicts_velocity)
 
 
-SPECS = (
-    BaseModelSpec(
-        name="sd1",
-        title="Stable Diffusion 1.x",
-        called=f"an {TITLES['sd1']}",
-        script="train_network.py",
-        options=TrainOptions,
-        build=build,
-        latents=LATENTS,
-        checkpoint=(Sign(UNET, Certainty.FAMILY), Sign(TEXT_INPUT, Certainty.NAMES, width=SD1_TEXT_WIDTH)),
-        adapter=(
-            Sign(ADAPTED_UNET, Certainty.FAMILY),
-            Sign(ADAPTED_CLIP, Certainty.FAMILY),
-            Sign(ADAPTED_TEXT_INPUT, width=SD1_TEXT_WIDTH),
-        ),
-        version=r"sd_v1",
-        architecture=r"stable-diffusion-v1",
-        pipelines=("StableDiffusion",),
-        folders=("unet",),
-        readers={**READERS, "stable-diffusion.cpp": Reader(ALL, KOHYA, gaps=(NO_OUTER_LAYERS,))},
-        names=NAMES,
-        network_arguments=TARGETS.arguments,
-        open_for_merging=partial(open_base_model, "sd1"),
-        view_for_networks=partial(view_for_networks, "sd1"),
-        adapter_metadata=partial(adapter_metadata, False),
-        block_weights=BLOCK_WEIGHTS,
+SD1 = BaseModelSpec(
+    name="sd1",
+    title="Stable Diffusion 1.x",
+    called=f"an {TITLES['sd1']}",
+    script="train_network.py",
+    options=TrainOptions,
+    build=build,
+    latents=LATENTS,
+    checkpoint=(Sign(UNET, Certainty.FAMILY), Sign(TEXT_INPUT, Certainty.NAMES, width=SD1_TEXT_WIDTH)),
+    adapter=(
+        Sign(ADAPTED_UNET, Certainty.FAMILY),
+        Sign(ADAPTED_CLIP, Certainty.FAMILY),
+        Sign(ADAPTED_TEXT_INPUT, width=SD1_TEXT_WIDTH),
     ),
-    BaseModelSpec(
-        name="sd2",
-        title="Stable Diffusion 2.x",
-        called=f"an {TITLES['sd2']}",
-        script="train_network.py",
-        options=TrainOptions,
-        build=build,
-        latents=LATENTS,
-        script_flag="--v2",
-        checkpoint=(
-            Sign(r"cond_stage_model\.model\."),
-            Sign(TEXT_INPUT, Certainty.NAMES, width=SD2_TEXT_WIDTH),
-            Sign(ATTENTION_INPUT, Certainty.PART, num_axes=2),  # SD 1.x has 1x1 convolutions there
-        ),
-        adapter=(
-            Sign(ADAPTED_TEXT_INPUT, width=SD2_TEXT_WIDTH),
-            Sign(rf"{ADAPTED_CLIP}.*_[qkv]_proj_", width=SD2_TEXT_WIDTH),
-        ),
-        version=r"sd_v2",
-        architecture=r"stable-diffusion-v2",
-        pipelines=("StableDiffusion",),
-        folders=("unet",),
-        readers={**READERS, "stable-diffusion.cpp": Reader(ALL, KOHYA, gaps=(PACKED_QKV,))},
-        names=SD2_NAMES,
-        network_arguments=TARGETS.arguments,
-        open_for_merging=partial(open_base_model, "sd2"),
-        view_for_networks=partial(view_for_networks, "sd2"),
-        adapter_metadata=partial(adapter_metadata, True),
-        block_weights=BLOCK_WEIGHTS,
-    ),
+    version=r"sd_v1",
+    architecture=r"stable-diffusion-v1",
+    pipelines=("StableDiffusion",),
+    folders=("unet",),
+    readers={**READERS, "stable-diffusion.cpp": Reader(ALL, KOHYA, gaps=(NO_OUTER_LAYERS,))},
+    names=NAMES,
+    network_arguments=TARGETS.arguments,
+    open_for_merging=partial(open_base_model, "sd1"),
+    view_for_networks=partial(view_for_networks, "sd1"),
+    adapter_metadata=partial(adapter_metadata, False),
+    block_weights=BLOCK_WEIGHTS,
 )
+SD2 = replace(
+    SD1,
+    name="sd2",
+    title="Stable Diffusion 2.x",
+    called=f"an {TITLES['sd2']}",
+    script_flag="--v2",
+    checkpoint=(
+        Sign(r"cond_stage_model\.model\."),
+        Sign(TEXT_INPUT, Certainty.NAMES, width=SD2_TEXT_WIDTH),
+        Sign(ATTENTION_INPUT, Certainty.PART, num_axes=2),  # SD 1.x has 1x1 convolutions there
+    ),
+    adapter=(
+        Sign(ADAPTED_TEXT_INPUT, width=SD2_TEXT_WIDTH),
+        Sign(rf"{ADAPTED_CLIP}.*_[qkv]_proj_", width=SD2_TEXT_WIDTH),
+    ),
+    version=r"sd_v2",
+    architecture=r"stable-diffusion-v2",
+    readers={**READERS, "stable-diffusion.cpp": Reader(ALL, KOHYA, gaps=(PACKED_QKV,))},
+    names=SD2_NAMES,
+    open_for_merging=partial(open_base_model, "sd2"),
+    view_for_networks=partial(view_for_networks, "sd2"),
+    adapter_metadata=partial(adapter_metadata, True),
+)
+SPECS = (SD1, SD2)

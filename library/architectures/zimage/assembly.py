@@ -10,14 +10,19 @@ from library.architectures.zimage.options import ZImageOptions
 from library.architectures.zimage.text import NUM_TOKENS, build_chat_text
 from library.diffusion.flow import build_predicted_flow
 from library.diffusion.samplers import build_shifted_sampler
-from library.models.distilled import DistilledRelease, is_distilled, warn_if_distilled
+from library.models.distilled import DistilledRelease, recognise_distilled
 from library.models.dit_loader import DitLoader
 from library.models.language_model_dit import build_recipe, load_tokenizer, shared_parts, ways_to_build
 from library.models.next_dit import predict
 from library.models.vae.flux import map_latents
 from library.protocols import Architecture, Preview, PromptDefaults
 
-TURBO = DistilledRelease("--model_version")
+TURBO = DistilledRelease(
+    "--model_version",
+    advice="Z-Image Turbo, which is distilled: training undoes the distillation, and previews blur. Add "
+    "--training_adapter with a training adapter for Turbo, or train on Z-Image or Z-Image-De-Turbo. If it is not "
+    "Turbo, set --model_version",
+)
 SAMPLING_SHIFT = 3.0  # used by the model to sample images
 RECIPE = build_recipe(
     FILES.transformer,
@@ -32,21 +37,8 @@ LATENTS = CODEC.spec
 build_objective = partial(build_predicted_flow, target_kind="latent - noise")
 
 
-def recognise_turbo(options: ZImageOptions, loader: DitLoader) -> bool:
-    """Return True for Z-Image Turbo, and warn if it is trained without a training adapter."""
-    version = options.parts.model_version
-    return warn_if_distilled(
-        is_distilled(TURBO, None if version is None else version == "turbo", loader.path),
-        options.network,
-        loader.path,
-        "Z-Image Turbo, which is distilled: training undoes the distillation, and previews blur. Add "
-        "--training_adapter with a training adapter for Turbo, or train on Z-Image or Z-Image-De-Turbo. If it is not "
-        "Turbo, set --model_version",
-    )
-
-
 def assemble(options: ZImageOptions, loader: DitLoader, is_trained: bool) -> Architecture:
-    turbo = is_trained and recognise_turbo(options, loader)
+    turbo = is_trained and recognise_distilled(TURBO, options.parts.model_version, options.network, loader.path)
     text = build_chat_text(load_tokenizer(FILES.encoder, options, loader))
     return Architecture(
         **shared_parts(FILES, RECIPE, options, loader, text, "_zimage_te.npz"),
