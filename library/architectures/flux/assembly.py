@@ -5,9 +5,10 @@ Start here to read this package.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -31,30 +32,27 @@ from library.protocols import Architecture, LiveText, Preview, PromptDefaults, T
 logger = logging.getLogger(__name__)
 
 T5_TOKENS_DEV, T5_TOKENS_SCHNELL = 512, 256
+T5_READS_CAPTIONS: Mapping[str, Any] = {
+    "weighted_captions": "T5 has no prompt weighting",
+    "max_token_length": "T5 reads captions whole; use --t5xxl_max_token_length",
+    "vae": "use --ae",
+}
 RECIPE = build_flow_recipe(
     "FLUX.1",
     "https://github.com/black-forest-labs/flux",
     "flux1",
-    weighted_captions="T5 has no prompt weighting",
+    **T5_READS_CAPTIONS,
     records=("model_type", "apply_t5_attn_mask", "guidance_scale", *RECORDS, "text_encoder_lr"),
     clip_skip="FLUX.1 uses CLIP's pooled state",
-    max_token_length="T5 reads captions whole; use --t5xxl_max_token_length",
-    vae="use --ae",
 )
-CHROMA_RECIPE = replace(
-    RECIPE,
-    title="Chroma",
-    metadata={
-        "ss_base_model_version": "chroma",
-        "modelspec.implementation": "https://huggingface.co/lodestones/Chroma",
-        "modelspec.resolution": "1024x1024",
-    },
-    ignores={
-        **RECIPE.ignores,
-        "v_parameterization": "Chroma predicts the velocity of a flow",
-        "clip_skip": "Chroma has no CLIP",
-        "clip_l": "Chroma reads captions only with T5",
-    },
+CHROMA_RECIPE = build_flow_recipe(
+    "Chroma",
+    "https://huggingface.co/lodestones/Chroma",
+    "chroma",
+    **T5_READS_CAPTIONS,
+    records=RECIPE.records,
+    clip_skip="Chroma has no CLIP",
+    clip_l="Chroma reads captions only with T5",
 )
 # Settings that Chroma was trained with, besides raw predictions.
 CHROMA_USUAL = {"guidance_scale": 0.0, "timestep_sampling": "sigmoid"}

@@ -23,15 +23,18 @@ from library.models.vae.flux import map_latents
 from library.protocols import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
 
 GEMMA_TOKENS = 256
-RECIPE = build_flow_recipe(
-    "Lumina Image 2.0",
-    "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
-    "lumina2",
-    "lumina-2",
-    weighted_captions="Gemma has no prompt weighting",
-    clip_skip="Lumina Image 2.0 uses Gemma's states before its last layer",
-    max_token_length="use --gemma2_max_token_length",
-    vae="use --ae",
+RECIPE = replace(
+    build_flow_recipe(
+        "Lumina Image 2.0",
+        "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
+        "lumina2",
+        "lumina-2",
+        weighted_captions="Gemma has no prompt weighting",
+        clip_skip="Lumina Image 2.0 uses Gemma's states before its last layer",
+        max_token_length="use --gemma2_max_token_length",
+        vae="use --ae",
+    ),
+    title="Lumina",
 )
 CODEC = map_latents("_lumina.npz")
 LATENTS = CODEC.spec
