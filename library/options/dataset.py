@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.options.base import Options, option
+from library.options.base import Options, option, without_effect
 from library.options.kinds import SHARE, number, whole
 
 MAX_WORKERS = 1024  # data loader processes; more are assumed to be a typing error
@@ -65,7 +65,7 @@ class DatasetOptions(Options, needs_images=True):
         help="Check every image for duplicates, blur, a single colour and damage, report the problems, and exit. Needs "
         "no base model; with --output_dir a report page with thumbnails is written.",
     )
-    cache_info: bool = option(False, ignored=OWN_INDEX, help=f"Has no effect: {OWN_INDEX}.")
+    cache_info: bool = without_effect(False, OWN_INDEX)
     shuffle_caption: bool = option(
         False,
         usual=True,

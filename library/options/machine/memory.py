@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from library.options.base import Options, option
+from library.options.base import Options, option, without_effect
 from library.options.kinds import whole
 from library.options.machine.base_formats import BASE_FORMATS
 
@@ -67,15 +67,9 @@ class MemoryOptions(Options):
         "another computes, more also hide copies of uneven length, and 1 takes the least memory but copies and "
         "computes in turn.",
     )
-    block_swap_h2d_only: bool = option(
-        False, ignored=ONLY_TO_THE_GPU, affects_training=False, help=f"Has no effect: {ONLY_TO_THE_GPU}."
-    )
-    use_pinned_memory_for_block_swap: bool = option(
-        False, ignored=PINNED, affects_training=False, help=f"Has no effect: {PINNED}."
-    )
-    lowram: bool = option(
-        False, affects_training=False, ignored=THROUGH_MAIN_MEMORY, help=f"Has no effect: {THROUGH_MAIN_MEMORY}."
-    )
+    block_swap_h2d_only: bool = without_effect(False, ONLY_TO_THE_GPU, affects_training=False)
+    use_pinned_memory_for_block_swap: bool = without_effect(False, PINNED, affects_training=False)
+    lowram: bool = without_effect(False, THROUGH_MAIN_MEMORY, affects_training=False)
     highvram: bool = option(
         False,
         affects_training=False,

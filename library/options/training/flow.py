@@ -55,7 +55,7 @@ class FlowWeightingOptions(Options):
 class FlowSamplingOptions(Options, needs_images=True):
     """Sampling of noise levels.
 
-    Base models with other defaults use `redeclare`.
+    Base models with other defaults give them to `group`.
     """
 
     timestep_sampling: str = option(
