@@ -1,7 +1,7 @@
 """Options of the scripts that train concepts from prompts alone (LECO)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
 from library.options.base import Options, group, is_group, redeclare
@@ -42,6 +42,10 @@ class LecoOptions(PromptTraining, TrainOptions):
     """The options of train_leco.py, for a base model whose script has only the common options."""
 
 
+def restore(kind: type[TrainOptions], values: Mapping[str, Any]) -> TrainOptions:
+    return leco_options(kind)(**values)
+
+
 def leco_options(kind: type[TrainOptions]) -> type[TrainOptions]:
     """Return the options class for training a base model on prompts, derived from the options of its training script.
 
@@ -58,6 +62,8 @@ def leco_options(kind: type[TrainOptions]) -> type[TrainOptions]:
         "__module__": kind.__module__,
         "__annotations__": dict.fromkeys(prediction_groups, FlowPredictionOptions),
         **{name: group(FlowPredictionOptions) for name in prediction_groups},
+        # A sweep sends options to a process of its own, which has no module with this class.
+        "__reduce__": lambda self: (restore, (kind, {f.name: getattr(self, f.name) for f in fields(self)})),
     }
     options_class = type(kind.__name__.replace("Options", "LecoOptions"), (PromptTraining, kind), namespace)
     return dataclass(frozen=True)(options_class)

@@ -1,7 +1,8 @@
 """The declarations of every option match what the program does with the option."""
 
+import pickle
 import re
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,16 @@ def test_zero_becomes_unset_if_unset_is_the_default(kind: type[TrainOptions]) ->
         name for name, declared in kind.declarations().items() if declared.zero_is_unset
     }
     assert all(kind.defaults()[name] is None for name in values if values[name] is None)
+
+
+@by_script
+def test_defaults_hold_on_the_command_line_and_in_another_process(kind: type[TrainOptions]) -> None:
+    """A sweep sends options to a process, by the names of their classes."""
+    parser = ArgumentParser()
+    kind.add_to(parser)
+    options = kind()
+    assert options.flat() == kind.defaults() == vars(parser.parse_args([]))
+    assert pickle.loads(pickle.dumps(options)).flat() == options.flat()
 
 
 @by_script
