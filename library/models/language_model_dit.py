@@ -32,6 +32,7 @@ class LanguageModelOptions(DitLoaderOptions, Protocol):
 
     @property
     def parts(self) -> PartOptions: ...
+    def flat(self) -> dict[str, Any]: ...
 
 
 Build = Callable[[OptionsT], Architecture]
@@ -155,7 +156,7 @@ def ways_to_build(
 def shared_parts(
     files: DitFiles,
     recipe: Recipe,
-    options: DitTrainOptions,
+    options: LanguageModelOptions,
     loader: DitLoader,
     text: TokenizedText,
     suffix: str,
@@ -216,7 +217,7 @@ def load_tokenizer(encoder: LanguageModel, options: LanguageModelOptions, loader
 
 def cache_text(
     files: DitFiles,
-    options: DitTrainOptions,
+    options: LanguageModelOptions,
     loader: DitLoader,
     text: TokenizedText,
     suffix: str,

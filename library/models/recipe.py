@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 from library.base.errors import about
 from library.diffusion.flow import IGNORES, RECORDS
 from library.environment.installed import NEEDED_BY_ALL, check_installed
-from library.options.base import Options
 from library.options.no_effect import is_requested
 
 OTHER_ATTENTION: Mapping[str, str] = {  # options without effect on this project's denoisers
@@ -27,6 +27,12 @@ def ignored_by_flow(title: str, **reasons: str) -> dict[str, str]:
     }
 
 
+class Values(Protocol):
+    """Options, by name."""
+
+    def flat(self) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The shared options that a base model refuses or ignores, and the metadata of files trained on it."""
@@ -38,7 +44,7 @@ class Recipe:
     records: Sequence[str] = ()  # options written into files as ss_<option>
     needs: Mapping[str, str] = field(default_factory=dict)  # package -> versions, if newer than for other base models
 
-    def check(self, options: Options) -> None:
+    def check(self, options: Values) -> None:
         """Raise UserError for packages that are too old, and for an option that this base model does not support."""
         check_installed(self.title, {**NEEDED_BY_ALL, **self.needs})
         values = options.flat()
@@ -46,7 +52,7 @@ class Recipe:
             if is_requested(values[name]):
                 raise about(f"--{name}", cause="does not fit")(f"does not work with {self.title}: {why}", "remove it")
 
-    def describe(self, options: Options, **more: str) -> dict[str, str]:
+    def describe(self, options: Values, **more: str) -> dict[str, str]:
         """Return a base model's metadata for trained files; `more` are modelspec.* keys without that prefix."""
         values = options.flat()
         return {

@@ -18,10 +18,9 @@ from library.checkpoints.weights import Weights, configure, find_prefix, select_
 from library.models.adapter_views import view_denoiser
 from library.models.identify import DENOISER_PREFIXES, open_denoiser
 from library.models.loading import build_on_meta_device
-from library.models.recipe import Recipe
+from library.models.recipe import Recipe, Values
 from library.models.shapes import Shapes
 from library.options.base import Options
-from library.options.train import TrainOptions
 from library.protocols import AdapterView, Architecture, LatentSpec, Loader, Objective
 from networks.core.targets.targets import AdapterTargets
 
@@ -97,7 +96,7 @@ class TransformerFile:
 def file_parts(
     file: TransformerFile,
     recipe: Recipe,
-    options: Options,
+    options: Values,
     loader: Loader,
     specs: Sequence[BaseModelSpec],
     **metadata: str,
@@ -118,7 +117,7 @@ def transformer_fields(
     file: TransformerFile,
     targets: AdapterTargets,
     recipe: Recipe,
-    options: type[TrainOptions],
+    options: type[Options],
     build: Callable[[Any], Architecture],
     objective: Callable[[Any], Objective],
     latents: LatentSpec,

@@ -42,7 +42,7 @@ class LecoOptions(PromptTraining, TrainOptions):
     """The options of train_leco.py, for a base model whose script has only the common options."""
 
 
-def restore(kind: type[TrainOptions], values: Mapping[str, Any]) -> TrainOptions:
+def restore(kind: Any, values: Mapping[str, Any]) -> Options:
     return leco_options(kind)(**values)
 
 

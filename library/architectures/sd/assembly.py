@@ -11,10 +11,12 @@ from library.architectures.sd.predict import predict
 from library.architectures.sd.text import ClipText
 from library.architectures.specs import list_specs
 from library.base.errors import about
+from library.diffusion.objective import build_ddpm
 from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import CHUNK_TOKENS, OPEN_CLIP_PAD, ClipTokens
 from library.models.shapes import count
-from library.models.unet.assembly import unet_parts
+from library.models.unet.preview import build_unet_preview
+from library.models.unet.unet import run_unet_blocks_with, unet_chains, unet_stacks
 from library.models.unet_loader import UnetLoader
 from library.models.vae.latents import KlLatents
 from library.options.model import ModelOptions
@@ -36,11 +38,26 @@ def build(options: TrainOptions) -> Architecture:
     loader = open_loader(options)
     text = build_text(options.model, loader)
     return Architecture(
-        **unet_parts(options, loader, text, text.with_emphasis(), predict, list_specs()),
         name="sd",
+        load=loader,
+        text=text,
         codec=KlLatents(LATENTS, LATENT_SCALE),
+        objective=build_ddpm(options.noise, options.loss, options.model.v_parameterization),
+        predict=predict,
         view=view,
+        preview=build_unet_preview(
+            options.preview.sample_sampler,
+            options.model.v_parameterization,
+            options.noise.zero_terminal_snr,
+            text.with_emphasis(),
+            predict,
+        ),
         metadata=metadata(options.model.v2, options.model.v_parameterization),
+        specs=list_specs(),
+        run_blocks_with=run_unet_blocks_with,
+        stacks=unet_stacks,
+        chains=unet_chains,
+        inpaints=loader.inpaints,
     )
 
 

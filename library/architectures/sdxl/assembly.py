@@ -12,10 +12,12 @@ from library.architectures.sdxl.predict import predict
 from library.architectures.sdxl.text import CACHE_KEYS, SdxlText
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
+from library.diffusion.objective import build_ddpm
 from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import CHUNK_TOKENS, ClipTokens
 from library.models.recipe import Recipe
-from library.models.unet.assembly import unet_parts
+from library.models.unet.preview import build_unet_preview
+from library.models.unet.unet import run_unet_blocks_with, unet_chains, unet_stacks
 from library.models.unet_loader import UnetLoader
 from library.models.vae.latents import KlLatents
 from library.protocols import Architecture, LatentSpec, TextCacheSpec
@@ -48,13 +50,28 @@ def build(options: SdxlOptions) -> Architecture:
     text = build_text(options, loader)
     call = partial(predict, uses_real_crops=options.sizes.correct_crop_coordinates)
     return Architecture(
-        **unet_parts(options, loader, text, text.with_emphasis(), call, list_specs()),
         name="sdxl",
+        load=loader,
+        text=text,
         codec=KlLatents(LATENTS, LATENT_SCALE),
+        objective=build_ddpm(options.noise, options.loss, options.model.v_parameterization),
+        predict=call,
         view=build_view(recognise_unet_layout(loader.parts.unet)),
+        preview=build_unet_preview(
+            options.preview.sample_sampler,
+            options.model.v_parameterization,
+            options.noise.zero_terminal_snr,
+            text.with_emphasis(),
+            call,
+        ),
         metadata=RECIPE.describe(options, prediction_type="v" if options.model.v_parameterization else "epsilon"),
+        specs=list_specs(),
         ignores=RECIPE.ignores,
         text_cache=build_text_cache(options, loader, text),
+        run_blocks_with=run_unet_blocks_with,
+        stacks=unet_stacks,
+        chains=unet_chains,
+        inpaints=loader.inpaints,
         # Its activations exceed float16's largest value, so latents become NaN; there are VAEs fixed for fp16.
         vae_overflows_in_fp16=True,
         tells_sizes=True,
