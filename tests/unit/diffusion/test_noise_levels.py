@@ -150,7 +150,7 @@ def test_sigma_takes_entries_of_a_shifted_table() -> None:
     assert ks_distance(drawn, shifted(3.0, uniform)) < KS_LIMIT + 1 / 1000, "a table of 1000 steps is that coarse"
 
 
-@pytest.mark.parametrize("kind", sorted({*TIMESTEP_SAMPLINGS} - {*HYBRIDS}))
+@pytest.mark.parametrize("kind", sorted({*TIMESTEP_SAMPLINGS, "nextdit_shift"} - {*HYBRIDS}))
 @pytest.mark.parametrize("u", [0.0, 1.0])
 def test_draws_at_the_ends_give_levels_that_can_be_trained(kind: str, u: float) -> None:
     """float32 rounds to exactly 0 and 1, for which the table has no entry and a normal value no quantile."""
