@@ -12,6 +12,7 @@ import pytest
 
 from library.base.collector import keep_imported
 from tests.running import base_arguments, fresh_process, images, launch, train  # noqa: F401
+from tests.tiers import is_of_new_base
 
 SLOW_FOLDERS = ("made_up", "parity", "runs")
 MANY_MODULES = 20
@@ -20,9 +21,13 @@ MODULES_KEPT = pytest.StashKey[int]()
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark whole training runs and comparisons of whole models as slow."""
+    """Mark whole training runs and comparisons of whole models as slow, and those of new base models no rarer."""
     tests = Path(__file__).parent
     for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and is_of_new_base(callspec.params):
+            item.own_markers[:] = [mark for mark in item.own_markers if mark.name != "nightly"]
+            item.add_marker(pytest.mark.slow)
         if item.path.relative_to(tests).parts[0] in SLOW_FOLDERS and not item.get_closest_marker("nightly"):
             item.add_marker(pytest.mark.slow)
 

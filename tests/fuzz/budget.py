@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from library.base.errors import UserError
 
@@ -29,3 +29,15 @@ def works_or_says_why(action: Callable[[], Any]) -> None:
         action()
     except UserError as error:
         assert len(str(error)) > 15, repr(error)
+
+
+def any_walk(num_examples: int, num_steps: int) -> settings:
+    """Return the settings of a state machine with this many walks in the fast run, each of at most `num_steps`.
+
+    Shrinking a failed walk can take many times as long as the walks, so only the long run does so.
+    """
+    phases = tuple(Phase) if AT_LENGTH else (Phase.generate,)
+    num_steps *= 5 if AT_LENGTH else 1
+    return settings(
+        any_input(num_examples), deadline=None, phases=phases, stateful_step_count=num_steps, report_multiple_bugs=False
+    )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from heapq import heapreplace
 from importlib import import_module
 from itertools import combinations, product
 from typing import Any
@@ -74,11 +75,15 @@ def triples_of_modes() -> list[Mode]:
 def pairs_of_modes() -> list[Mode]:
     """Return few modes that cover every two values of different axes, greedily by the number of new pairs."""
     uncovered = {pair for a, b in combinations(range(len(AXES)), 2) for pair in product(keys(a), keys(b))}
-    everything, chosen = [tuple((i, v) for i, v in enumerate(values)) for values in product(*AXES)], []
+    rows = [tuple((i, v) for i, v in enumerate(values)) for values in product(*AXES)]
+    # A row never covers more than before, so only the row of the largest earlier count is counted again.
+    counts, chosen = [(-len(list(combinations(AXES, 2))), number) for number in range(len(rows))], []
     while uncovered:
-        best = max(everything, key=lambda row: len(uncovered.intersection(combinations(row, 2))))
-        uncovered.difference_update(combinations(best, 2))
-        chosen.append(Mode(*(value for _, value in best)))
+        pairs = uncovered.intersection(combinations(rows[counts[0][1]], 2))
+        if -len(pairs) == counts[0][0]:
+            uncovered -= pairs
+            chosen.append(Mode(*(value for _, value in rows[counts[0][1]])))
+        heapreplace(counts, (-len(pairs), counts[0][1]))
     return chosen
 
 

@@ -184,6 +184,12 @@ def compute_checksums(archive: Mapping[str, Any], tail: str) -> dict[str, int]:
     return {name: zlib.crc32(np.ascontiguousarray(archive[f"{name}{tail}"]).tobytes()) for name in names}
 
 
+def tail_of(key: str) -> str:
+    """Return the suffix of the entry that a key belongs to."""
+    (tail,) = re.findall(r"_\d+x\d+$", key) or ("",)
+    return tail
+
+
 def is_reference(key: str, tail: str) -> bool:
     """Return True if `key` is a reference image of the entry with this suffix."""
     return re.fullmatch(rf"reference_\d+(_flipped)?{re.escape(tail)}", key) is not None
@@ -319,22 +325,24 @@ def foreign_fault(archive: Mapping[str, Any], file: LatentFile, image: ScannedIm
         is_comparable = values.dtype.kind in "iuf" and values.shape == (len(expected),)
         if not is_comparable or not np.allclose(values, expected, rtol=0, atol=0.01):
             return "made for another size or crop"
-    # An image in a larger file has no time of its own.
-    if image.location is None and os.stat(file.path).st_mtime_ns < os.stat(image.key).st_mtime_ns:
-        return "older than the image"
-    return None
+    return "older than the image" if is_older(file, image) else None
 
 
-def write_entry(file: LatentFile, latents: Latents, size: Size, origin: Origin) -> None:
-    """Write an entry into its file atomically. Entries of other sizes are kept.
+def is_older(file: LatentFile, image: ScannedImage) -> bool:
+    """Return True if a cache file is older than its image; an image in a larger file has no time of its own."""
+    return image.location is None and os.stat(file.path).st_mtime_ns < os.stat(image.key).st_mtime_ns
+
+
+def write_entry(file: LatentFile, latents: Latents, image: ScannedImage, origin: Origin) -> None:
+    """Write an entry into its file atomically. Valid entries of other sizes are kept.
 
     Raises UserError naming a folder that cannot be written.
     """
     values: dict[str, Any] = {
         # float32 is what sd-scripts writes, and numpy has no bfloat16.
         "latents": latents.latents_CHW.float().numpy(),
-        "original_size": np.array(size, dtype=np.int64),
-        "crop_ltrb": np.array(crop_ltrb(file.bucket, size), dtype=np.float64),
+        "original_size": np.array(image.size, dtype=np.int64),
+        "crop_ltrb": np.array(crop_ltrb(file.bucket, image.size), dtype=np.float64),
     }
     if latents.flipped_CHW is not None:
         values["latents_flipped"] = latents.flipped_CHW.float().numpy()
@@ -344,15 +352,16 @@ def write_entry(file: LatentFile, latents: Latents, size: Size, origin: Origin) 
         values["alpha_mask"] = latents.alpha_HW.numpy().astype(np.float32) / 255
     record = asdict(origin) | {"checksums": compute_checksums(values, "")}
     values["origin"] = np.frombuffer(json.dumps(record).encode(), dtype=np.uint8)
-    arrays = other_entries(file) | {f"{name}{file.tail}": array for name, array in values.items()}
+    arrays = other_entries(file, image) | {f"{name}{file.tail}": array for name, array in values.items()}
     with open_to_write(file.path, WORDS) as temporary, temporary.open("wb") as target:
         np.savez(target, **arrays)
 
 
-def other_entries(file: LatentFile) -> dict[str, Any]:
+def other_entries(file: LatentFile, image: ScannedImage) -> dict[str, Any]:
     """Return the arrays of the file's other entries; empty if the file is missing or damaged.
 
-    An entry of this size without suffix is left out, because the new entry replaces it.
+    An entry of this size without suffix is left out, because the new entry replaces it. So are entries without an
+    origin in a file older than the image: the time of the file, which is about to change, alone tells that they are.
     """
     names = ("latents", "latents_flipped", "original_size", "crop_ltrb", "alpha_mask", "origin")
     replaced_keys = {f"{name}{file.tail}" for name in names}
@@ -360,8 +369,9 @@ def other_entries(file: LatentFile) -> dict[str, Any]:
         with open_npz(file.path) as archive:
             if has_older_entry(archive, file):
                 replaced_keys |= set(names)
-            return {
-                key: archive[key] for key in archive if key not in replaced_keys and not is_reference(key, file.tail)
-            }
+            others = [key for key in archive if key not in replaced_keys and not is_reference(key, file.tail)]
+            if is_older(file, image):
+                others = [key for key in others if origin_in(archive, tail_of(key)) is not None]
+            return {key: archive[key] for key in others}
     except DAMAGE:
         return {}

@@ -230,7 +230,7 @@ def encode_all(
 
 def write_job(job: Job, latents: Latents, origin: Origin, entries: VerifiedEntries) -> None:
     assert job.file is not None
-    write_entry(job.file, latents, job.sample.image.size, origin)
+    write_entry(job.file, latents, job.sample.image, origin)
     entries.note_written(job.file, job.sample.image, origin)
 
 

@@ -95,14 +95,24 @@ def round_tokens(x_TK: Tensor, code_dtype: torch.dtype) -> tuple[Tensor, Tensor]
     return (scaled_TK.round_() if rounded_dtype == torch.int8 else scaled_TK).to(rounded_dtype), factors_T1
 
 
+def with_fewest_rows(a_TK: Tensor) -> Tensor:
+    """Return the matrix, with rows of zeros if it has fewer than `torch._int_mm` accepts."""
+    num_rows = max(FEWEST_ROWS, len(a_TK))
+    if torch.compiler.is_compiling():
+        # A branch, also one inside of `pad`, would compile a second graph for short captions.
+        padded_RK = a_TK.new_zeros(num_rows, a_TK.shape[1])
+        padded_RK[: len(a_TK)] = a_TK
+        return padded_RK
+    return a_TK if num_rows == len(a_TK) else pad(a_TK, (0, 0, 0, num_rows - len(a_TK)))
+
+
 def product(a_TK: Tensor, b_KN: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the product (T, N).
 
     It is int32 for int8. For fp8 it is bfloat16 if `dtype` is, else float32, because float16 would overflow.
     """
     if a_TK.dtype == torch.int8:
-        num_missing = max(0, FEWEST_ROWS - len(a_TK))
-        return torch._int_mm(pad(a_TK, (0, 0, 0, num_missing)) if num_missing else a_TK, b_KN)[: len(a_TK)]
+        return torch._int_mm(with_fewest_rows(a_TK), b_KN)[: len(a_TK)]
     # The scales of tokens and rows are applied after the product.
     one = torch.ones((), device=a_TK.device)
     out_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32

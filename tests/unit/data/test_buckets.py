@@ -54,6 +54,10 @@ ASSIGNED = [  # image, (bucket, resized), (bucket, resized) without upscaling
     ("100x1000", "256x1024 256x2560", "64x960 100x1000"),
     ("640x384", "640x384 640x384", "640x384 640x384"),
     ("513x512", "512x512 513x512", "512x512 513x512"),
+    # Each side is the nearest whole number: ideal widths and heights of 511.6 and 455.1 by 575.9, and 512.9 and 478.5.
+    ("600x601", "512x512 512x513", "512x512 512x513"),
+    ("600x759", "448x576 455x576", "448x576 455x576"),
+    ("600x642", "512x512 512x548", "448x512 479x512"),
 ]
 
 

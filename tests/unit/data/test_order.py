@@ -30,6 +30,17 @@ def test_the_order_depends_only_on_seed_and_epoch():
     assert epoch_batches(BUCKETS, seed=4, epoch=3) != first != epoch_batches(BUCKETS, seed=5, epoch=2)
 
 
+def test_each_epoch_shuffles_the_batches_and_the_draws_within_each_bucket():
+    """Buckets of one draw show only the order of batches; a bucket of one batch shows only that of its draws."""
+    single = [Bucket(0, (64, 64 * i), 4, (i,)) for i in range(1, 9)]
+    whole = [Bucket(0, (64, 64 * i), 8, tuple(range(8))) for i in (1, 2)]
+    assert len({tuple(epoch_batches(single, 4, epoch)) for epoch in range(1, 6)}) == 5
+    orders = [order for epoch in range(1, 6) for order in epoch_batches(whole, 4, epoch)]
+    assert len(set(orders)) == 10, "also buckets of equal draws have orders of their own"
+    assert {tuple(sorted(order)) for order in orders} == {tuple(range(8))}
+    assert [bucket.num_batches for bucket in BUCKETS] == [3, 2, 1]
+
+
 @pytest.mark.parametrize(
     ("num_train_draws", "repeats", "expected"),
     [

@@ -204,6 +204,11 @@ def test_whole_timesteps_stay_below_the_upper_limit() -> None:
     assert corrupt(flow(has_whole_timesteps=True), torch.zeros(4000, 1, 1, 1)).timesteps_B.max() <= 999
 
 
+def test_a_level_of_exactly_1_is_the_last_whole_timestep_of_the_range() -> None:
+    objective = replace(flow(has_whole_timesteps=True, max_timestep=700), draw_levels=lambda _: torch.ones(3))
+    assert corrupt(objective, latents(4)[:3]).timesteps_B.tolist() == [699.0] * 3
+
+
 def test_at_timestep_fixes_the_noise_level() -> None:
     for has_whole_timesteps in (True, False):
         noised = corrupt(flow(has_whole_timesteps=has_whole_timesteps).at_timestep(400), latents(2))

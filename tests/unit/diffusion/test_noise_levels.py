@@ -150,6 +150,19 @@ def test_sigma_takes_entries_of_a_shifted_table() -> None:
     assert ks_distance(drawn, shifted(3.0, uniform)) < KS_LIMIT + 1 / 1000, "a table of 1000 steps is that coarse"
 
 
+@pytest.mark.parametrize("kind", sorted({*TIMESTEP_SAMPLINGS, "nextdit_shift"} - {*HYBRIDS}))
+@pytest.mark.parametrize("u", [0.0, 1.0])
+def test_draws_at_the_ends_give_levels_that_can_be_trained(kind: str, u: float) -> None:
+    """float32 rounds to exactly 0 and 1, for which the table has no entry and a normal value no quantile."""
+    sampling = FlowSamplingOptions(timestep_sampling=kind, discrete_flow_shift=1.0)
+    draw = build_level_sampler(sampling, FlowWeightingOptions())
+    (level,) = draw(LevelDraws(1, 64, 64, generator(), uniforms_B=torch.tensor([u]))).tolist()
+    # Each shift is finite, so only a uniform draw itself may be an end.
+    assert 0 <= level <= 1 and (kind == "uniform" or level > 0)
+    if kind == "sigma":
+        assert level == (1.0 if u == 0 else pytest.approx(1 / 1000))
+
+
 def test_sigma_descends_from_pure_noise_as_the_draw_grows() -> None:
     drawn = sample_levels(
         timestep_sampling="sigma", discrete_flow_shift=1.0, weighting_scheme="logit_normal", logit_mean=1.0
