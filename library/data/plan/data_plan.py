@@ -330,8 +330,7 @@ def build_plan(
     UserError for other mistakes in the description.
     """
     config = load_dataset_config(options)
-    if options.flat().get("edit") and spec.max_references:
-        spec = replace(spec, needs_references=True)
+    spec = replace(spec, needs_references=spec.needs_references or needs_references(options.flat(), spec))
     if entries is not None:
         config = config.with_subsets(entries=entries)
     # The description is checked before the images are listed, which takes longer.
@@ -345,9 +344,7 @@ def build_plan(
     is_on_disk = caches_to_disk(options.flat())
     if options.caching.cache_dir is not None and not is_on_disk and not any(s.patterns for s in subsets):
         logger.warning("--cache_dir gets nothing but indexes: nothing is cached on disk; add --cache_latents_to_disk")
-    config = leave_out_undrawn(config) if draw is None else config
-    if draw is not None:
-        draw(config)
+    config = with_drawn_images(config, draw)
     storage = open_storage(options.caching, options.saving.output_dir, options.diagnostics.dry_run)
     scanned = collect(config, storage)
     check_images(scanned)
@@ -382,8 +379,17 @@ def build_plan(
     )
 
 
-def leave_out_undrawn(config: RunDataConfig) -> RunDataConfig:
-    """Return the description without subsets whose images the base model has not drawn yet, and name them."""
+def needs_references(values: Mapping[str, Any], spec: LatentSpec) -> bool:
+    """Return True if the values of options ask for reference images, which the base model takes (--edit)."""
+    return bool(values.get("edit") and spec.max_references)
+
+
+def with_drawn_images(config: RunDataConfig, draw: Callable[[RunDataConfig], None] | None) -> RunDataConfig:
+    """Draw the missing images of subsets with a prompt. Without `draw`, return the description without such subsets,
+    and name them."""
+    if draw is not None:
+        draw(config)
+        return config
     config, absent = drawn_alone(config)
     for subset in absent:
         logger.info("%d images of %r are left out here: a training draws them first", subset.num, subset.prompt)
