@@ -180,6 +180,7 @@ class Live:
 
         def keep(result: Any) -> None:
             self.store.write(draft.id, "options.json", result)
+            self.touch(draft)
 
         self.tasks.begin(f"{draft.id}/options", "options", asdict(draft), keep)
 

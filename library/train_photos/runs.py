@@ -18,7 +18,8 @@ from library.train_photos.record import Record
 from library.training.config_file import CONFIG_FLAG, flatten
 from library.training.saving.names import Names
 from library.training.saving.run_lock import run_lock
-from library.training.saving.state import StateManifest, is_state_name, newest_state
+from library.training.saving.state import StateManifest, newest_state
+from library.training.saving.state_names import is_state_name
 from tools.draw import SHEET
 
 

@@ -49,7 +49,7 @@ function fieldOf(option, save) {
 export async function showOptions(box, id) {
   const path = `/api/drafts/${id}`, status = make("div"), list = make("div"), count = make("p", {class: "dim", role: "status"});
   const search = make("input", {type: "search", oninput: () => filter()}), shown = pick(SHOWN, (name) => t(`options.shown.${name}`), () => filter());
-  let fields = [], found = null, planned = {}, given = {}, wrong = {}, last = null, wasRunning = false, planError = "", outdated = "", key = "", basis = "";
+  let fields = [], found = null, planned = {}, given = {}, wrong = {}, last = null, planError = "", outdated = "", key = "", basis = "";
   const check = () => post(`${path}/tasks/options`);
   const save = async (name, value) => {
     outdated = planError;
@@ -78,20 +78,23 @@ export async function showOptions(box, id) {
     count.textContent = t("options.count", {shown: fields.filter((one) => !one.box.hidden).length, all: fields.length});
   }
 
-  return async (data, state) => {
-    const task = state.tasks[`${id}/options`], plan = state.tasks[`${id}/plan`], isRunning = task?.state === "running";
+  async function update(data, state) {
+    const task = state.tasks[`${id}/options`], plan = state.tasks[`${id}/plan`];
     status.replaceChildren(...[found ? null : progress(task, "options.reading"), problem(task)].filter(Boolean));
     const {base, kind, options} = data.draft, now = `${kind} ${base}`;
     if (basis !== now) { basis = now; await check(); }
     if (plan?.state === "running") outdated = "";
     planError = plan?.state === "failed" ? JSON.stringify(plan.error) : "";
-    if (data !== last || (wasRunning && !isRunning)) ({found, planned} = await get(`${path}/options`));
-    [last, wasRunning, given] = [data, isRunning, options];
+    if (data !== last) ({found, planned} = await get(`${path}/options`));
+    [last, given] = [data, options];
     if (!found) return;
     build();
     const errors = [found.error, planError !== outdated ? plan.error : null].filter((error) => error?.setting);
     wrong = {...found.unused, ...Object.fromEntries(errors.map((error) => [error.setting.replace(/^--/, ""), error.message]))};
     for (const {name, set} of fields) set(given[name], found.recipe[name], planned[name], wrong[name]);
     filter();
-  };
+  }
+
+  let before = Promise.resolve();  // an update that waits for the server must not end after the next one
+  return (data, state) => { before = before.then(() => update(data, state)).catch((error) => note(error.message)); };
 }

@@ -23,7 +23,7 @@ export async function showPlan(box, id) {
     if (!options.open || form.firstChild) return;
     try {
       showGiven = await (await import("./options.js")).showOptions(form, id);
-      if (newest) await showGiven(...newest);
+      if (newest) showGiven(...newest);
     } catch (error) { form.replaceChildren(); note(error.message); }
   });
   const again = button(t("plan.make"), () => task("plan"), {class: "main"});
@@ -67,7 +67,7 @@ export async function showPlan(box, id) {
     if (isWrong && !hasFailed) options.open = true;
     hasFailed = isWrong;
     newest = [data, state];
-    showGiven?.(data, state).catch((error) => note(error.message));
+    showGiven?.(data, state);
     if (wasStarting && starting?.state === "done") showStarted(starting.result, written);
     wasStarting = isStarting;
   });
