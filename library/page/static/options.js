@@ -4,14 +4,15 @@ import {field, get, make, note, pick, post, problem, progress, refresh, t} from 
 
 const SHOWN = ["usual", "all", "yours", "planned"];
 const isSet = (value) => value !== undefined && value !== null && value !== "" && value !== false;
-const format = (value) => (isSet(value) || value === 0 ? [value].flat().join(" ") : t("options.unset"));
+const quote = (value) => (Array.isArray(value) ? value.map((word) => (/\s/.test(word) ? `"${word}"` : word)).join(" ") : String(value));
+const format = (value) => (isSet(value) || value === 0 ? quote(value) : t("options.unset"));
 
 /** Return the input of an option, which calls `save` with a text, a list of texts, true, or null for nothing. */
 function inputOf(option, save) {
   if (option.type === "flag") return make("input", {type: "checkbox", onchange: (event) => save(event.target.checked || null)});
   const onchange = (event) => {
-    const lines = event.target.value.split("\n").map((line) => line.trim()).filter(Boolean);
-    save(!lines.length ? null : option.is_list ? lines : lines.join(" "));
+    const text = event.target.value.trim(), words = text.match(/(?:"[^"]*"|[^\s"])+/g) ?? [];
+    save(!text ? null : option.is_list ? words.map((word) => word.replaceAll('"', "")) : text);
   };
   if (option.is_list) return make("textarea", {rows: 2, spellcheck: "false", onchange});
   if (option.takes_other_values || !option.choices) return make("input", {type: "text", spellcheck: "false", autocomplete: "off", onchange});
@@ -21,7 +22,7 @@ function inputOf(option, save) {
 /** Return an option as an element, with a function that shows its value, where it comes from, and what is wrong. */
 function fieldOf(option, save) {
   const input = inputOf(option, save), facts = Object.entries(option.facts).map(([name, text]) => t(`options.facts.${name}`, {text}));
-  const help = [option.help, ...facts, option.is_list && t("options.lines")].filter(Boolean).join(" · ");
+  const help = [option.help, ...facts, option.is_list && t("options.list")].filter(Boolean).join(" · ");
   const box = field(option.name, input, help), usual = make("small", {id: `${input.id}usual`}), wrong = make("small", {id: `${input.id}wrong`, class: "bad"});
   input.setAttribute("aria-describedby", `${input.id}wrong ${input.id}usual ${input.id}help`);
   input.after(wrong, usual);
@@ -35,7 +36,7 @@ function fieldOf(option, save) {
     if (option.type === "flag") {
       input.checked = mine || other === true;
       input.disabled = isSet(recipe);  // no option takes it back
-    } else refresh(input, mine ? [given].flat().join("\n") : "");
+    } else refresh(input, mine ? quote(given) : "");
     usual.textContent = t(`options.${mine ? "yours" : "by"}.${source}`, {value: format(other)});
     box.classList.toggle("mine", mine);
     wrong.textContent = error ?? "";
