@@ -1,5 +1,7 @@
 """The starts of the page: by a double-click, by command, and a second time."""
 
+import asyncio
+import json
 import os
 import platform
 import subprocess
@@ -13,6 +15,7 @@ from library.base.errors import UserError
 from library.environment.requirements import NEWEST_PYTHON, OLDEST_PYTHON
 from library.page import browser, jobs
 from library.page.jobs import Trainings, list_gpu_programs
+from library.page.live import Live, read_code_version
 from library.page.server import serve
 from library.page.store import Store
 from tests.page.serving import serving
@@ -77,6 +80,10 @@ def test_a_second_start_finds_the_first(tmp_path: Path, capsys: pytest.CaptureFi
     with serving(tmp_path) as server:
         assert serve(tmp_path, None, None, opens=False) == 0
         assert capsys.readouterr().out == f"The page is open already: {server.address.first_url}\n"
+        address = tmp_path / "output" / "page" / "server.json"
+        address.write_text(address.read_text().replace('"version": "', '"version": "before '))
+        assert serve(tmp_path, None, None, opens=False) == 0
+        assert "started before the suite was updated: end it" in capsys.readouterr().out
         with pytest.raises(UserError, match=f"--port {server.port} cannot be opened"):
             serve(tmp_path / "other", server.port, None, opens=False)
 
@@ -125,6 +132,24 @@ def test_a_server_that_was_killed_does_not_keep_the_next_one_out(tmp_path: Path)
         assert (tmp_path / "output" / "page" / "server.json").exists()
         with serving(tmp_path) as second:
             assert second.send("GET", "/")[0] == 200 and second.address.token != server.address.token
+
+
+def test_open_pages_are_told_that_the_suite_was_updated(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.create()
+
+    async def follow(version: str) -> bool:
+        live = Live(store, Trainings(store), version=version)
+        watching = asyncio.get_running_loop().create_task(live.watch())
+        try:
+            async for text in live.follow():
+                if "is_updated" in text:
+                    return bool(json.loads(text)["is_updated"])
+        finally:
+            watching.cancel()
+        raise AssertionError
+
+    assert asyncio.run(follow("an older one")) and not asyncio.run(follow(read_code_version()))
 
 
 @on_posix
