@@ -63,10 +63,9 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, listen: str = "", more: Mapping[str, str] | None = None, **limits: Any) -> Iterator[Server]:
-    """Serve the page of a folder inside the block, with `more` variables of the environment."""
-    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HOME": str(folder.parent)}
-    environment = {**os.environ, **own, **(more or {})}
+def serving(folder: Path, listen: str = "", **limits: Any) -> Iterator[Server]:
+    """Serve the page of a folder inside the block."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HOME": str(folder.parent)}
     process = subprocess.Popen(
         [sys.executable, "-c", START, str(folder), listen, repr(limits)],
         cwd=ROOT,

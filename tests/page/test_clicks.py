@@ -15,7 +15,6 @@ from tests.browser import in_browser
 from tests.chromium import Tab, browsing
 from tests.page.serving import serving
 from tests.running import ROOT
-from tests.simulated_gpu.build import obstacle
 
 pytestmark = [in_browser, pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="passes pipes to a shell")]
 
@@ -162,33 +161,6 @@ def test_a_dropped_folder_keeps_photos_of_one_name_in_folders_below_apart(tmp_pa
     assert sorted(path.name for path in root.iterdir()) == [
         "heart_00.png", "heart_00.txt", "old_heart_00.png", "old_heart_00.txt",
     ]  # fmt: skip
-
-
-@pytest.mark.nightly
-@pytest.mark.skipif(obstacle() is not None, reason="no GPU can be simulated here")
-def test_a_base_that_does_not_fit_the_card_is_said_before_it_trains(tmp_path: Path) -> None:
-    copy_photos(tmp_path / "zheart", 4)
-    gpu = {
-        "PYTHONPATH": str(ROOT / "tests" / "simulated_gpu" / "startup"),
-        "SIMULATED_BYTES": "200000000",  # less than PyTorch itself takes
-        "HOME": str(Path.home()),  # of the extension that simulates it
-    }
-    with serving(tmp_path / "suite", more=gpu) as server, browsing(tmp_path) as browser:
-        tab = browser.open(server.address.first_url)
-        choose_folder(tab, tmp_path / "zheart")
-        choose_toy(tab)
-        tab.see("This did not work: --fit auto")
-        shown = tab.run("document.querySelector('[role=alert]').innerText")
-        assert "nothing fits: the least is" in shown and "too much" in shown and "--gradient_checkpointing" in shown
-        tab.click("All that was tried")
-        tab.see("--blocks_to_swap 1 ")
-        trains = "[...document.querySelectorAll('button')].find((one) => one.textContent === 'Train').hidden"
-        assert tab.run(trains) is True
-        tab.click("Make the plan")  # as after another program has ended
-        tab.when("return document.querySelector('progress')")
-        tab.click("Cancel")
-        tab.when("return !document.querySelector('progress')")
-        assert browser.told == [] and not list(tmp_path.glob("suite/output/zheart*"))
 
 
 @pytest.mark.nightly

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,12 +15,14 @@ import train
 from library.options.config_file import read_toml
 from library.page.settings import check_settings, list_settings, read_settings
 from library.page.store import Draft, Store
+from library.page.tasks import START
 from library.page.worker import make_plan, read_photos, start
 from tests.browser import in_browser
 from tests.chromium import Browser, Tab, browsing
 from tests.page.serving import Server, serving
 from tests.page.test_looks import AXE, RULES, SIZES
 from tests.running import ROOT
+from tests.simulated_gpu.build import obstacle
 
 pytestmark = pytest.mark.slow
 
@@ -102,6 +106,16 @@ def test_the_form_has_every_option_but_those_that_are_set_elsewhere() -> None:
     assert listed["unused"] == {
         "multires_noise_discount": "--multires_noise_discount has no effect without --multires_noise_iterations"
     }
+
+
+@pytest.mark.skipif(obstacle() is not None, reason="no GPU can be simulated here")
+def test_a_base_that_does_not_fit_the_card_is_an_error_of_the_plan() -> None:
+    gpu = {"PYTHONPATH": str(ROOT / "tests" / "simulated_gpu" / "startup"), "SIMULATED_BYTES": "200000000"}
+    inputs = json.dumps({**inputs_of(steps=40), "photos": {"heart_00.png": "a", "heart_01.png": "b"}}) + "\n"
+    command, environment = [sys.executable, "-c", START, str(ROOT), "plan"], {**os.environ, **gpu}
+    done = subprocess.run(command, input=inputs, env=environment, capture_output=True, text=True)
+    error = json.loads(done.stdout.splitlines()[-1])["error"]
+    assert error["setting"] == "--fit" and "nothing fits: the least is" in error["message"].splitlines()[-1]
 
 
 # --- in the browser ---
