@@ -24,11 +24,11 @@ from library.training.run_queue.progress import read_progress, remark
 from library.training.run_queue.tending import last_lines, tend_orphans
 from library.training.run_queue.tickets import Ticket
 from library.training.run_queue.trainings import ROOT, group_options
+from library.training.saving.state_names import MANIFEST_FILE
 
 SHOWN: tuple[State, ...] = ("done", "failed", "waiting", "running")  # a later one of the same adapter wins
 REQUESTS = {"draw_now": DRAW_NOW, "save_now": SAVE_NOW}
-STATE = re.compile(r"-step(\d{1,12})-state")
-WEIGHTS, MANIFEST = ".safetensors", "train_state.json"
+WEIGHTS, STEP = ".safetensors", re.compile(r"-step(\d{1,12})-")
 SMI = ("nvidia-smi", "--query-compute-apps=pid,process_name,used_gpu_memory", "--format=csv,noheader")
 
 
@@ -222,7 +222,7 @@ def describe(job: Job, state: str) -> dict[str, Any]:
         "name": job.name,
         "state": state,
         "number": None,
-        "step": read_step(adapter),
+        "step": read_step(job),
         "max_steps": None,
         "adapter": str(adapter) if state == "done" else None,
         "folder": str(adapter.parent),
@@ -246,7 +246,7 @@ class End:
 def read_end(job: Job) -> End | None:
     path = Path(f"{job.output}-state")
     with suppress(OSError, ValueError, KeyError):
-        return End(path, int(parse_json((path / MANIFEST).read_bytes())["current_step"]))
+        return End(path, int(parse_json((path / MANIFEST_FILE).read_bytes())["current_step"]))
     return None
 
 
@@ -256,10 +256,9 @@ def list_sheets(job: Job) -> list[Path]:
     return sorted(paths, key=lambda path: path.stat().st_mtime_ns)
 
 
-def read_step(adapter: Path) -> int | None:
+def read_step(job: Job) -> int | None:
     """Return the step of a run's newest saved state, by its name; None without one."""
-    starts = (path.name for path in adapter.parent.glob(f"{adapter.stem}-step*-state"))
-    steps = [int(match[1]) for name in starts if (match := STATE.fullmatch(name.removeprefix(adapter.stem)))]
+    steps = [int(match[1]) for path in job.list_states() if (match := STEP.search(path.name, len(job.name)))]
     return max(steps, default=None)
 
 

@@ -151,7 +151,7 @@ class Live:
     # --- tasks ---
 
     def cancel(self, draft: Draft) -> None:
-        for task in ("photos", "plan", "captions", "download"):
+        for task in ("photos", "plan", "options", "captions", "download"):
             self.tasks.cancel(f"{draft.id}/{task}")
         self.publish()
 
@@ -174,6 +174,15 @@ class Live:
         inputs = {**asdict(draft), "photos": captions}
         del inputs["choices"]
         self.tasks.begin(f"{draft.id}/plan", "plan", inputs, keep)
+
+    def list_options(self, draft: Draft) -> None:
+        """List the options that a training on the draft's base has, and check those that it sets."""
+
+        def keep(result: Any) -> None:
+            self.store.write(draft.id, "options.json", result)
+            self.touch(draft)
+
+        self.tasks.begin(f"{draft.id}/options", "options", asdict(draft), keep)
 
     def start(self, draft: Draft, plan: Mapping[str, Any], trains: bool) -> None:
         def keep(result: Any) -> Mapping[str, Any]:

@@ -5,9 +5,7 @@ import json
 import os
 import secrets
 import socket
-import threading
 import time
-import webbrowser
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -20,6 +18,7 @@ from library.base.atomic_files import write_whole
 from library.base.errors import about, of_file
 from library.base.json_text import parse_json
 from library.base.terminal import print_line
+from library.page.browser import FIRST_PAGE, OWNER_ALONE, show
 from library.page.jobs import Trainings
 from library.page.live import Live, read_code_version
 from library.page.security import App, Gate, Guard, Limits, limited_protocol
@@ -30,7 +29,7 @@ from library.training.saving.run_lock import Locked, acquire, release
 HOST = "127.0.0.1"
 PORT = 8189  # usual; another one if it is taken
 MAX_PORT = 65535
-NAME, FIRST_PAGE, OWNER_ALONE = "server.json", "open.html", 0o600
+NAME = "server.json"
 OTHER_S, POLL_S = 10.0, 0.05  # for another server to have written its file
 GRACE_S = 1  # for open pages when the server ends
 
@@ -80,14 +79,6 @@ def serve(folder: Path, port: int | None, listen: str | None, opens: bool, limit
     return 0
 
 
-def write_first_page(folder: Path, address: Address) -> str:
-    """Write a file that leads to the page, for the owner alone, and return its address: the arguments of the process
-    that opens a browser are read by all users of the machine."""
-    path = folder / FIRST_PAGE
-    write_whole(path, f'<meta http-equiv="refresh" content="0; url={address.first_url}">\n', OWNER_ALONE)
-    return path.as_uri()
-
-
 def show_other(path: Path, opens: bool) -> int:
     """Show the page of the server that runs. Raises UserError if it does not say where it is."""
     deadline = time.monotonic() + OTHER_S
@@ -95,11 +86,10 @@ def show_other(path: Path, opens: bool) -> int:
         if time.monotonic() > deadline:
             raise of_file(path)("is missing though another page is open", "close that one, and start again")
         time.sleep(POLL_S)
-    print_line(f"The page is open already: {address.first_url}")
+    opening = show("The page is open already: ", address.first_url, path.parent, opens)
     if address.version != read_code_version():
         print_line("It was started before the suite was updated: end it with Ctrl-C where it runs, and start again")
-    if opens:
-        webbrowser.open(write_first_page(path.parent, address))
+    opening.join(OTHER_S)
     return 0
 
 
@@ -137,11 +127,8 @@ def run(store: Store, path: Path, bound: socket.socket, listen: str | None, open
 
     def announce() -> None:
         write_whole(path, json.dumps(asdict(address)), OWNER_ALONE)
-        print_line(f"The page is {address.first_url}; Ctrl-C ends it, and trainings go on")
-        if opens:
-            first = write_first_page(path.parent, address)
-            # Some browsers keep the call waiting until they are closed.
-            threading.Thread(target=webbrowser.open, args=(first,), daemon=True).start()
+        show("The page is ", address.first_url, path.parent, opens)
+        print_line("Ctrl-C ends it, and trainings go on")
 
     app = build_app(Live(store, Trainings(store)), gate, announce)
     config = uvicorn.Config(

@@ -47,6 +47,8 @@ class Draft:
     strength: float = 1.0
     prompts: str | None = None  # None for those of the recipe
     origin: str = ""  # the state of a finished run that this one goes on from
+    # Further options of train.py by name: texts, a list of several, and True for those without a value.
+    options: Mapping[str, Any] = field(default_factory=dict)
     choices: Mapping[str, Choice] = field(default_factory=dict)  # by path below the root
 
     @property

@@ -37,6 +37,7 @@ CAPTIONS = (".txt", ".caption")
 MOST_UPLOADED, MOST_NAME = 20_000, 200
 SPARE_BYTES = 2 * 1024**3  # that uploads leave on the disk
 MOST_STEPS = 10**7
+MOST_OPTION_LETTERS, OPTION_NAME = 2000, re.compile(r"\w{1,60}")
 TEXT_LIMITS = {"trigger": 200, "base": 2000, "models": 2000, "prompts": 20_000}
 
 
@@ -66,6 +67,7 @@ class Views:
             "/static/{name}": self.send_static,
             "/api/events": self.send_events,
             "/api/drafts/{draft}": self.send_draft,
+            "/api/drafts/{draft}/options": self.send_options,
             "/api/drafts/{draft}/thumbnails/{name:path}": self.send_thumbnail,
             "/api/folders": self.send_folder,
             "/api/bases": self.send_bases,
@@ -193,6 +195,9 @@ class Views:
         for name, value in values.items():
             if not is_setting(name, value):
                 raise Refused("setting")
+        if "options" in values:
+            merged = {**draft.options, **values["options"]}
+            values["options"] = {name: value for name, value in merged.items() if value is not None}
         if values.get("steps") is not None:
             values["minutes"] = None
         elif values.get("minutes") is not None:
@@ -246,6 +251,8 @@ class Views:
             if not draft.base:
                 raise Refused("no_base")
             self.live.make_plan(draft)
+        elif task == "options":
+            self.live.list_options(draft)
         elif task in ("train", "write"):
             plan = self.live.store.read(draft.id, "plan.json")
             if plan is None or plan["digest"] != draft.digest:
@@ -256,6 +263,13 @@ class Views:
         else:
             raise Refused("unknown", 404)
         return JSONResponse({})
+
+    async def send_options(self, request: Request) -> Response:
+        """Send the options that a training may have, with the values of its recipe and of its plan."""
+        draft = self.draft_of(request)
+        found, plan = (self.live.store.read(draft.id, f"{name}.json") for name in ("options", "plan"))
+        planned = {} if plan is None else plan["texts"]["values"]
+        return JSONResponse({"found": found, "planned": planned}, headers={"cache-control": "no-store"})
 
     async def send_thumbnail(self, request: Request) -> Response:
         draft = self.draft_of(request)
@@ -422,6 +436,8 @@ def is_setting(name: str, value: object) -> bool:
     """Return True for a value that a field of a draft may have."""
     if name in TEXT_LIMITS:
         return (isinstance(value, str) and len(value) <= TEXT_LIMITS[name]) or (name == "prompts" and value is None)
+    if name == "options":
+        return isinstance(value, dict) and all(map(OPTION_NAME.fullmatch, value)) and all(map(is_given, value.values()))
     if name == "kind":
         return value in KINDS
     if name == "origin":  # a path, which the server alone sets
@@ -432,6 +448,15 @@ def is_setting(name: str, value: object) -> bool:
     if name == "steps":
         return value is None or (is_number and isinstance(value, int))
     return name == "minutes" and (value is None or is_number)
+
+
+def is_given(value: object) -> bool:
+    """Return True for what an option may be given: nothing, a text, several, or True for one without a value."""
+    texts = value if isinstance(value, list) else [value]
+    are_texts = all(
+        isinstance(text, str) and 0 < len(text) <= MOST_OPTION_LETTERS and "\0" not in text for text in texts
+    )
+    return value is None or value is True or (bool(texts) and are_texts)
 
 
 def is_upload_name(name: str) -> bool:

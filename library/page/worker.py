@@ -22,6 +22,7 @@ from library.base.atomic_files import write_whole
 from library.base.errors import UserError, of_file
 from library.page.hub import download, find_logins, list_published
 from library.page.model_folders import find_models
+from library.page.settings import describe_error, list_settings, read_settings
 from library.page.store import is_below, shorten_hash
 from library.training.run_queue.folder import Queue
 
@@ -113,24 +114,21 @@ def choose_photos(inputs: Mapping[str, Any], scratch: Path) -> tuple[list[Any], 
 def make_plan(inputs: Mapping[str, Any], say: Say) -> dict[str, Any]:
     """Plan a run as train.py does, and return the plan as values."""
     from library.train_photos import plan as plans
-    from library.train_photos.base import choose_recipe, recognise
     from library.train_photos.description import describe_plan, remark_on_trigger
     from library.train_photos.photos import clean
-    from library.train_photos.runs import find_runs, list_names, make_record
+    from library.train_photos.runs import find_runs, list_names
+    from library.train_photos.session import build_record, find_recipe
 
-    base = recognise(inputs["base"])
-    recipe = choose_recipe(base, inputs["kind"])
+    args, base, given = read_settings(inputs)
+    recipe = find_recipe(args, base)
     with TemporaryDirectory() as scratch:
         folders, trigger, texts = choose_photos(inputs, Path(scratch))
         rates = {name: recipe.values[name] * inputs["strength"] for name in LR_NAMES if name in recipe.values}
-        given = rates if inputs["strength"] != 1 else {}
-        models = Path(inputs["models"]) if inputs["models"] else None
+        given = {**(rates if inputs["strength"] != 1 else {}), **given}
         side = plans.choose_side(base, recipe.values, given, folders)
-        wishes = plans.Wishes(trigger, side, inputs["steps"], inputs["minutes"], models, None, given)
+        wishes = plans.Wishes(trigger, side, args.steps, args.minutes, args.models, args.prediction, given)
         plan = plans.make_plan(base, recipe, folders, wishes, plans.Files(Path(scratch), "plan"))
-        length = {name: inputs[name] for name in ("steps", "minutes") if inputs[name] is not None}
-        record = make_record(folders, trigger, base.name, inputs["kind"], given, length)
-        record = replace(record, origin=inputs["origin"])
+        record = replace(build_record(args, base, folders, trigger, given), origin=inputs["origin"])
     name = clean(trigger.word if inputs["is_upload"] else Path(inputs["root"]).name)
     _, files = find_runs(list_names(None, name))
     return {
@@ -288,6 +286,7 @@ def draw_sheet(inputs: Mapping[str, Any], say: Say) -> dict[str, Any]:
 TASKS: Mapping[str, Callable[[Mapping[str, Any], Say], dict[str, Any]]] = {
     "photos": read_photos,
     "plan": make_plan,
+    "options": list_settings,
     "start": start,
     "bases": find_bases,
     "download": download,
@@ -310,7 +309,7 @@ def main() -> None:
     try:
         say(result=TASKS[sys.argv[2]](inputs, say))
     except UserError as error:
-        say(error={"message": str(error), "setting": error.setting, "path": error.path, "cause": error.cause})
+        say(error=describe_error(error))
     except Exception as error:  # a bug: the page shows its last line, and the log has the traceback
         traceback.print_exc()
         say(error={"message": f"{type(error).__name__}: {error}", "is_bug": True})

@@ -28,13 +28,17 @@ REFUSED: Mapping[str, str] = {
 
 
 def read_command_line(
-    add_options: Callable[[argparse.ArgumentParser], None], own: argparse.ArgumentParser, argv: Sequence[str] | None
+    add_options: Callable[[argparse.ArgumentParser], None],
+    own: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    raises: bool = False,
 ) -> tuple[argparse.Namespace, Base, dict[str, Any]]:
     """Return the options of train.py, the base, and the options of its script that were typed, in the form of a config
     file.
 
     `own` is the parser of train.py alone, with what `add_options` adds. The script's parser reads all words, because
-    only it knows how many of them belong to its options. Raises UserError for options that train.py does not take.
+    only it knows how many of them belong to its options. Raises UserError for options that train.py does not take; for
+    words that cannot be read it exits with status 2 unless it `raises`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     only_base = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -45,7 +49,7 @@ def read_command_line(
         own.error(f"{FLAG} is missing")
     base = recognise(name)
     parser = import_module(base.spec.script.removesuffix(".py")).setup_parser()
-    parser.prog, parser.allow_abbrev = own.prog, False
+    parser.prog, parser.allow_abbrev, parser.raises_errors = own.prog, False, raises
     for container in (parser, *parser._action_groups):
         container.conflict_handler = "resolve"  # train.py's own --output_dir replaces the script's
     for action in parser._actions:

@@ -184,8 +184,9 @@ class Plan:
 
 
 def read_options(base: Base, files: Files) -> TrainOptions:
-    """Return the options of NAME.toml as the base model's script reads them."""
+    """Return the options of NAME.toml as the base model's script reads them. Raises UserError for what it refuses."""
     parser = import_module(base.spec.script.removesuffix(".py")).setup_parser()
+    parser.raises_errors = True
     return base.spec.options.from_args(parse(parser, ["--config_file", str(files.config)]))
 
 

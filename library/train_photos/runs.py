@@ -17,7 +17,8 @@ from library.train_photos.plan import OUTPUT, TEXT_KIND, Files
 from library.train_photos.record import Record
 from library.training.config_file import CONFIG_FLAG, flatten
 from library.training.saving.run_lock import run_lock
-from library.training.saving.state import StateManifest, is_state_name
+from library.training.saving.state import StateManifest
+from library.training.saving.state_names import is_state_name
 from tools.draw import SHEET
 
 

@@ -39,9 +39,7 @@ def train_photos(args: argparse.Namespace, base: Base, given: Mapping[str, Any])
     """
     check_length(args)
     asks = not args.yes and sys.stdin.isatty() and sys.stdout.isatty()
-    recipe = choose_recipe(base, args.kind)
-    if args.like is not None:
-        recipe = like_recipe(args.like, base, recipe)
+    recipe = find_recipe(args, base)
     side = choose_side(base, recipe.values, given, ())
     folders = find_photos(args.photos, side)
     if args.caption and write_captions(folders):
@@ -62,6 +60,13 @@ def train_photos(args: argparse.Namespace, base: Base, given: Mapping[str, Any])
     if start.earlier is not None and start.earlier.record.length != record.length:
         start = replace(start, steps=choose_length())
     return confirm(make(start), start, replace(record, origin=start.origin), args.plan_only, asks)
+
+
+def find_recipe(args: argparse.Namespace, base: Base) -> Recipe:
+    """Return the recipe for the base, with what the file of --like says. Raises UserError for a file that says
+    nothing."""
+    recipe = choose_recipe(base, args.kind)
+    return recipe if args.like is None else like_recipe(args.like, base, recipe)
 
 
 def check_length(args: argparse.Namespace) -> None:

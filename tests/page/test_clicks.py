@@ -145,6 +145,24 @@ def test_dropped_photos_become_a_file(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
 
 
+def test_a_dropped_folder_keeps_photos_of_one_name_in_folders_below_apart(tmp_path: Path) -> None:
+    for folder in (tmp_path / "mine", tmp_path / "mine" / "old"):
+        copy_photos(folder, 1)
+    (tmp_path / "mine" / "old" / "heart_00.txt").write_text("an old one")
+    with serving(tmp_path / "suite") as server, browsing(tmp_path) as browser:
+        tab = browser.open(server.address.first_url)
+        tab.see("Train a LoRA on your photos")
+        tab.drop(".drop", [tmp_path / "mine"])
+        tab.see("2 of 2 photos are trained")
+        captions = tab.run("[...document.querySelectorAll('textarea')].map((one) => one.value)")
+        assert sorted(captions) == sorted(["an old one", (PHOTOS / "heart_00.txt").read_text().strip()])
+        assert browser.told == []
+    root = next((tmp_path / "suite" / "output" / "page" / "uploads").glob("*/*"))
+    assert sorted(path.name for path in root.iterdir()) == [
+        "heart_00.png", "heart_00.txt", "old_heart_00.png", "old_heart_00.txt",
+    ]  # fmt: skip
+
+
 @pytest.mark.nightly
 def test_trainings_outlive_the_server_and_stop_and_go_on_in_every_tab(tmp_path: Path) -> None:
     copy_photos(tmp_path / "zheart", 4)

@@ -218,13 +218,38 @@ def test_thumbnails_are_loaded_as_they_come_into_sight(opened: Any) -> None:
     assert tab.run("document.querySelectorAll('.photo img[loading=lazy]').length") == 24
 
 
+def test_3000_photos_scroll_with_the_thumbnails_in_sight(tmp_path: Path) -> None:
+    store, root = Store(tmp_path / "suite"), tmp_path / "photos"
+    store.create()
+    root.mkdir()
+    photo, names = next(PHOTOS.glob("*.png")), [f"{number:04}.png" for number in range(3000)]
+    for name in names:
+        (root / name).hardlink_to(photo)
+    draft = Draft(str(root))
+    store.save(draft)
+    photos = [{"name": name, "caption": "a heart", "problems": []} for name in names]
+    store.write(draft.id, "photos.json", {"folders": [{"path": "", "photos": photos, "left_out": []}], "trigger": "x"})
+    with serving(store.folder) as server, browsing(tmp_path) as browser:
+        browser.open(server.address.first_url).see("Train a LoRA on your photos")
+        tab = browser.open(f"{server.address.url}#/photos/{draft.id}")
+        tab.see("3000 of 3000 photos are trained")
+        last = "document.querySelectorAll('.photo img')[2999]"
+        assert tab.run("document.querySelector('.photo img').decode().then(() => true)")
+        assert not tab.run(f"{last}.complete && {last}.naturalWidth")
+        tab.click("2999.png: trained")
+        tab.see("2999 of 3000 photos are trained")
+        assert tab.run(f"{last}.decode().then(() => true)")
+        assert len([*store.thumbnails.iterdir()]) < 500  # the rest was never made
+        assert browser.told == []
+
+
 def test_every_text_that_the_scripts_name_is_in_the_file() -> None:
     static = ROOT / "library" / "page" / "static"
     texts = json.loads((ROOT / "library" / "page" / "texts.json").read_text(encoding="utf-8"))
     for script in static.glob("*.js"):
         source = script.read_text(encoding="utf-8")
         for name in re.findall(
-            r"""\bt\("([\w.]+)"|"((?:home|browse|history|photos|base|plan|run)\.[\w.]+)\"""", source
+            r"""\bt\("([\w.]+)"|"((?:home|browse|history|photos|base|plan|run|options)\.[\w.]+)\"""", source
         ):
             value = texts
             for key in (name[0] or name[1]).split("."):

@@ -105,6 +105,7 @@ def test_the_address_of_the_start_gives_a_browser_its_cookie(server: Server) -> 
 def test_no_process_and_no_file_shows_the_token_to_other_users(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", opened.append)
+    monkeypatch.setenv("DISPLAY", ":0")
     assert serve(server.folder, None, None, opens=True) == 0
     assert len(opened) == 1 and server.address.token not in opened[0]
     page = Path(unquote(urlsplit(opened[0]).path))

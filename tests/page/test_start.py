@@ -1,6 +1,9 @@
 """The starts of the page: by a double-click, by command, and a second time."""
 
+import asyncio
+import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +13,9 @@ import pytest
 
 from library.base.errors import UserError
 from library.environment.requirements import NEWEST_PYTHON, OLDEST_PYTHON
-from library.page import jobs
+from library.page import browser, jobs
 from library.page.jobs import Trainings, list_gpu_programs
+from library.page.live import Live, read_code_version
 from library.page.server import serve
 from library.page.store import Store
 from tests.page.serving import serving
@@ -76,8 +80,49 @@ def test_a_second_start_finds_the_first(tmp_path: Path, capsys: pytest.CaptureFi
     with serving(tmp_path) as server:
         assert serve(tmp_path, None, None, opens=False) == 0
         assert capsys.readouterr().out == f"The page is open already: {server.address.first_url}\n"
+        address = tmp_path / "output" / "page" / "server.json"
+        address.write_text(address.read_text().replace('"version": "', '"version": "before '))
+        assert serve(tmp_path, None, None, opens=False) == 0
+        assert "started before the suite was updated: end it" in capsys.readouterr().out
         with pytest.raises(UserError, match=f"--port {server.port} cannot be opened"):
             serve(tmp_path / "other", server.port, None, opens=False)
+
+
+@on_posix
+def test_a_browser_is_opened_where_there_is_a_screen_and_by_windows_in_wsl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without a screen Python would start a browser of text, which takes the terminal."""
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER", "SSH_CONNECTION"):
+        monkeypatch.delenv(name, raising=False)
+    address = "http://127.0.0.1:8189/?token=x"
+    browser.show("The page is ", address, tmp_path, opens=True).join()
+    assert opened == [] and not (tmp_path / browser.FIRST_PAGE).exists()
+    monkeypatch.setenv("WAYLAND_DISPLAY", "wayland-0")
+    browser.show("The page is ", address, tmp_path, opens=False).join()
+    assert opened == []
+    browser.show("The page is ", address, tmp_path, opens=True).join()
+    assert opened == [(tmp_path / browser.FIRST_PAGE).as_uri()]
+    assert capfd.readouterr().out == f"The page is {address}\n" * 3  # a link alone at the end of its line
+    monkeypatch.setattr(platform, "release", lambda: "5.15.153.1-microsoft-standard-WSL2")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    write_program(tmp_path / "wslpath", '[ "$1" = -w ] && echo "Z:$2"')
+    write_program(tmp_path / "explorer.exe", f'printf "%s" "$1" > "{tmp_path}/seen"; exit 1')
+    browser.show("The page is ", address, tmp_path, opens=True).join()
+    assert len(opened) == 1 and (tmp_path / "seen").read_text() == f"Z:{tmp_path / browser.FIRST_PAGE}"
+
+
+def test_a_start_through_ssh_says_how_to_get_to_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SSH_CONNECTION", "10.0.0.9 51000 10.0.0.5 22")
+    monkeypatch.setenv("USER", "me")
+    browser.show("The page is ", "http://127.0.0.1:8190/?token=x", tmp_path, opens=False)
+    assert "ssh -N -L 8190:127.0.0.1:8190 me@10.0.0.5\n" in capsys.readouterr().out
+    browser.show("The page is ", "http://10.0.0.5:8190/?token=x", tmp_path, opens=False)  # --listen
+    assert "ssh" not in capsys.readouterr().out
 
 
 def test_a_server_that_was_killed_does_not_keep_the_next_one_out(tmp_path: Path) -> None:
@@ -87,6 +132,24 @@ def test_a_server_that_was_killed_does_not_keep_the_next_one_out(tmp_path: Path)
         assert (tmp_path / "output" / "page" / "server.json").exists()
         with serving(tmp_path) as second:
             assert second.send("GET", "/")[0] == 200 and second.address.token != server.address.token
+
+
+def test_open_pages_are_told_that_the_suite_was_updated(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.create()
+
+    async def follow(version: str) -> bool:
+        live = Live(store, Trainings(store), version=version)
+        watching = asyncio.get_running_loop().create_task(live.watch())
+        try:
+            async for text in live.follow():
+                if "is_updated" in text:
+                    return bool(json.loads(text)["is_updated"])
+        finally:
+            watching.cancel()
+        raise AssertionError
+
+    assert asyncio.run(follow("an older one")) and not asyncio.run(follow(read_code_version()))
 
 
 @on_posix

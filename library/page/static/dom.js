@@ -90,5 +90,6 @@ export function progress(task, text, first = text) {
 export function problem(task) {
   if (task?.state !== "failed") return null;
   const bug = task.error.is_bug ? " " + t("bug", {log: "output/page/tasks.log"}) : "";
-  return make("p", {class: "bad", role: "alert"}, t("failed", {reason: task.error.message}) + bug);
+  const [first, ...others] = task.error.message.split("\n"), all = others.length ? make("details", {}, make("summary", {}, t("tried")), make("pre", {tabindex: 0}, task.error.message)) : null;
+  return make("div", {class: "bad", role: "alert"}, t("failed", {reason: [first, others.at(-1)].filter(Boolean).join(" ")}) + bug, all);
 }

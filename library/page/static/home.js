@@ -6,13 +6,17 @@ import {runRow} from "./runs.js";
 
 const IMAGE = /\.(jpe?g|png|webp|bmp|heic|heif|avif|jxl)$/i, CAPTION = /\.(txt|caption)$/;
 
-/** Return the files below the entries of a drop. */
+/** Return the files below the entries of a drop. Each has a name of its own: those of folders below begin with theirs. */
 async function filesOf(transfer) {
   const entries = [...transfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
   if (!entries.length) return [...transfer.files];
-  const files = [];
+  const files = [], isOne = entries.length === 1;
   const walk = async (entry) => {
-    if (entry.isFile) return files.push(await new Promise((resolve, reject) => entry.file(resolve, reject)));
+    if (entry.isFile) {
+      const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
+      const parts = entry.fullPath.split("/").filter(Boolean);
+      return files.push(new File([file], parts.slice(isOne && parts.length > 1 ? 1 : 0).join("_")));
+    }
     const reader = entry.createReader();
     for (;;) {
       const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));

@@ -16,13 +16,22 @@ export async function showPlan(box, id) {
     if (length.value === "recipe") return save({steps: null, minutes: null});
     return count > 0 ? save({[length.value]: count}) : null;
   };
-  const status = make("div"), shown = make("div"), written = make("div");
+  const status = make("div"), shown = make("div"), written = make("div"), form = make("div");
+  const summary = make("summary", {}, t("options.heading")), options = make("details", {}, summary, form);
+  let showGiven = null, hasFailed = false, newest = null;
+  options.addEventListener("toggle", async () => {
+    if (!options.open || form.firstChild) return;
+    try {
+      showGiven = await (await import("./options.js")).showOptions(form, id);
+      if (newest) showGiven(...newest);
+    } catch (error) { form.replaceChildren(); note(error.message); }
+  });
   const again = button(t("plan.make"), () => task("plan"), {class: "main"});
   const train = button(t("plan.train"), () => task("train"), {class: "main"});
   const write = button(t("plan.write"), () => task("write"));
   box.append(make("h1", {}, t("plan.heading")),
     make("div", {class: "tools"}, field(t("plan.kind"), kind), make("div", {class: "pair"}, field(t("plan.length"), length), field(t("plan.number"), number)), field(t("plan.strength"), strength)),
-    status, shown, make("div", {class: "row"}, again, train, write), written);
+    status, shown, make("div", {class: "row"}, again, train, write), written, options);
   number.parentElement.hidden = true;
   let hasAsked = false, wasStarting = false;
 
@@ -52,6 +61,13 @@ export async function showPlan(box, id) {
     train.hidden = write.hidden = !plan || plan.is_stale || isRunning || isStarting;
     showLines(shown, plan, prompts);
     if (plan) refresh(prompts, draft.prompts ?? plan.prompts);
+    const numGiven = Object.keys(draft.options).length;
+    summary.textContent = numGiven ? t("options.given", {count: numGiven}) : t("options.heading");
+    const isWrong = planning?.state === "failed" && planning.error.setting?.replace(/^--/, "") in draft.options;
+    if (isWrong && !hasFailed) options.open = true;
+    hasFailed = isWrong;
+    newest = [data, state];
+    showGiven?.(data, state);
     if (wasStarting && starting?.state === "done") showStarted(starting.result, written);
     wasStarting = isStarting;
   });

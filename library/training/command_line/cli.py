@@ -120,7 +120,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 def read_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> CommandLine:
     """Parse `argv` (default: the process's arguments), which overrides the config file, which overrides the recipe.
 
-    Exits with status 2 for a bad option, 1 for a bad config file, and 0 after writing a config file.
+    Exits with status 2 for a bad option, 1 for a bad config file, and 0 after writing a config file; a parser that
+    `raises_errors` raises UserError for the former two.
     """
     # Parsed alone first, because the command line may name a config file and a recipe, which go beneath it.
     typed = parse_words(parser, argv)
@@ -138,6 +139,8 @@ def read_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
         own_configs = configs[1:] if getattr(args, "recipe", None) else configs
         check_followers(follows_of(parser), vars(args), list_own_names(parser, argv, own_configs))
     except UserError as error:
+        if isinstance(parser, TrainingParser) and parser.raises_errors:
+            raise
         start_logging(parser, typed)
         logger.error("%s", error)
         typed.errors_json = wants_error_line(sys.argv[1:] if argv is None else argv)

@@ -89,6 +89,8 @@ class TrainingParser(argparse.ArgumentParser):
     the options do not show them.
     """
 
+    raises_errors = False  # as UserError, for a program that reads words in place of a person
+
     def __init__(
         self,
         usual: frozenset[str],
@@ -178,8 +180,10 @@ class TrainingParser(argparse.ArgumentParser):
     def refuse(self, error: UserError, words: Sequence[str], text: str | None = None) -> NoReturn:
         """Print a one-line error without the usage, or `text` in its place, and exit with status 2.
 
-        The command line `words` may ask for the error as JSON too.
+        The command line `words` may ask for the error as JSON too. Raises the error if the parser `raises_errors`.
         """
+        if self.raises_errors:
+            raise error
         self._print_message(f"{self.prog}: error: {escape_text(text or str(error))}; see --help\n", sys.stderr)
         print_json_error(error, words)
         self.exit(2)

@@ -11,7 +11,8 @@ from library.training.report_page.page import report_kind
 from library.training.reporting.events import SavedFor
 from library.training.reporting.profile import PROFILE
 from library.training.saving.names import Names
-from library.training.saving.state import STATE, TIMED, is_state_name, newest_state
+from library.training.saving.state import newest_state
+from library.training.saving.state_names import STATE, TIMED, is_state_name
 
 FLAG = "--output_name:"
 

@@ -80,7 +80,12 @@ def measure_gpu(size_or_auto: str, mixed_precision: str, processes: Processes) -
     size = None if size_or_auto == "auto" else parse_size("--fit", size_or_auto)
     available_bytes = free_memory(processes.device) if size is None else size.free_bytes
     available_bytes = min(map(int, processes.merged("room", {processes.rank: str(available_bytes)}).values()))
-    gpu = benchmark_gpu(processes.device, available_bytes, DTYPES[mixed_precision])
+    try:
+        gpu = benchmark_gpu(processes.device, available_bytes, DTYPES[mixed_precision])
+    except torch.OutOfMemoryError:
+        raise about("--fit", cause="does not fit")(
+            f"{size_or_auto}: the GPU has too little free memory to measure it", "close the programs that use it"
+        ) from None
     speeds = processes.share("speed", " ".join(str(getattr(gpu, name)) for name in SPEEDS)).split()
     shared: dict[str, Any] = dict(zip(SPEEDS, map(float, speeds), strict=True))
     return replace(gpu, nominal_bytes=size.num_bytes if size is not None and size.names_gpu else None, **shared)

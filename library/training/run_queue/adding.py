@@ -5,6 +5,7 @@ import glob
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def make_job(
     output = Path(os.path.realpath(args.output_dir)) / (args.output_name or "last")
     warn_of_states(output, args.output_name)
     events = args.log_events if args.log_events in (None, "-") else os.path.abspath(args.log_events)
-    return Job(name, str(path), text, tuple(words), os.getcwd(), str(output), events)
+    since = time.time() if args.resume else None
+    return Job(name, str(path), text, tuple(words), os.getcwd(), str(output), events, since)
 
 
 def choose_script(path: Path, text: str, script: str | None, scripts: Collection[str]) -> str:

@@ -61,6 +61,8 @@ def start_training(queue: Queue, ticket: Ticket, job: Job, scripts: Path = ROOT)
     # Absolute, because the training has its own working folder.
     folder, own = queue.folder.absolute(), ["--config_file", str(config.absolute()), *job.options]
     own += ["--autoresume", "--exit_status_on_stop"]
+    own_state = job.find_own_state()
+    own += [] if own_state is None else ["--resume", own_state]  # the last one counts
     own += [] if job.events else ["--log_events", str(queue.events_of(ticket, job).absolute())]
     command = [sys.executable, "-c", START, str(ROOT), str(folder), ticket.file_name, str(scripts / job.script), *own]
     gpu = {"CUDA_VISIBLE_DEVICES": ticket.claim.slot} if ticket.claim.slot else {}

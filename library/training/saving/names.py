@@ -8,7 +8,7 @@ from library.checkpoints.overwriting import FileKind
 from library.options.output.saving import SavingOptions
 from library.training.reporting.events import SavedFor
 from library.training.saving.own_files import adapter_kind, state_kind
-from library.training.saving.state import MOMENT, STATE, TIMED, is_of_run, is_state_name
+from library.training.saving.state_names import MOMENT, STATE, TIMED, is_of_run, is_state_name
 
 STEM_ENDING = re.compile(rf"({MOMENT}|-best)?")
 

@@ -19,7 +19,8 @@ from library.checkpoints.overwriting import FileKind, judge
 from library.training.reporting.console_lines import announce
 from library.training.reporting.event_stream import Events
 from library.training.reporting.events import Removed
-from library.training.saving.state import MANIFEST_FILE, NETWORK_FILE, OF_SD_SCRIPTS, TENSOR_FILE, is_recorded_for
+from library.training.saving.state import NETWORK_FILE, OF_SD_SCRIPTS, TENSOR_FILE, is_recorded_for
+from library.training.saving.state_names import MANIFEST_FILE
 
 logger = logging.getLogger(__name__)
 

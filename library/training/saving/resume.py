@@ -22,14 +22,8 @@ from library.training.config_file import SECRETS
 from library.training.reporting.sample_images import FOLDER, GRID_FOLDER, is_preview_stem
 from library.training.saving.hub import fetch_state
 from library.training.saving.names import Names, state_folder
-from library.training.saving.state import (
-    MANIFEST_FILE,
-    StateManifest,
-    is_state_name,
-    newest_state,
-    read_manifest,
-    require_undamaged,
-)
+from library.training.saving.state import StateManifest, newest_state, read_manifest, require_undamaged
+from library.training.saving.state_names import MANIFEST_FILE, is_state_name
 from library.training.step.accumulation import StepPlan
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ are no generators to keep. Nothing is pickled.
 import json
 import logging
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -35,11 +34,12 @@ from library.checkpoints.saving import save_safetensors
 from library.checkpoints.tree_json import dump_tree, load_tree
 from library.options.training.run import MAX_SEED
 from library.training.reporting.progress import Part
+from library.training.saving.state_names import MANIFEST_FILE, is_state_name
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-NETWORK_FILE, TENSOR_FILE, MANIFEST_FILE = "network.safetensors", "training.safetensors", "train_state.json"
+NETWORK_FILE, TENSOR_FILE = "network.safetensors", "training.safetensors"
 OF_SD_SCRIPTS = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl")
 
 
@@ -334,22 +334,6 @@ def strip_arguments(name: str) -> str:
 
 
 # Finding states
-
-
-MOMENT = r"-step\d+|-\d{6,7}"  # of saving, after the run's name. Epochs have six digits, dates in names often eight.
-STATE = "-state"  # end of a state folder's name
-TIMED = "-timed"  # before it, in the name of a state of --save_every_n_minutes
-STATE_ENDING = re.compile(rf"({MOMENT}|-step\d+{TIMED})?{STATE}")
-
-
-def is_of_run(text: str, names: Iterable[str], ending: re.Pattern[str]) -> bool:
-    """Return True if `text` is the name of a run, which may itself end in a date, followed by `ending`."""
-    return any(text.startswith(name) and ending.fullmatch(text, len(name)) for name in names)
-
-
-def is_state_name(folder: str, names: tuple[str, ...]) -> bool:
-    """Return True if a folder has the name of a state of a run with one of `names`."""
-    return is_of_run(folder, names, STATE_ENDING)
 
 
 def iterate_states(folder: Path, names: tuple[str, ...]) -> Iterator[StateManifest]:
