@@ -3,6 +3,7 @@
 import argparse
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from library.base.errors import UserError, about
@@ -51,12 +52,14 @@ def list_settings(inputs: Mapping[str, Any], say: Callable[..., None]) -> dict[s
 
     args, base, _ = read_settings({**inputs, "options": {}})
     own = {action.dest: action for action in train.setup_parser()._actions}
-    options = [{**describe_action(own[name]), "group": "train.py", "is_usual": True, "facts": {}} for name in IN_FORM]
+    options = [
+        {**asdict(describe_action(own[name])), "group": "train.py", "is_usual": True, "facts": {}} for name in IN_FORM
+    ]
     declared = base.spec.options.declarations()
     for option in describe_options(base.spec.script):
-        if not is_set_elsewhere(option["name"], own):
-            facts = list_facts(declared[option["name"]], base.spec.ignores)
-            options.append({**{key: option[key] for key in (*SHOWN, "group", "is_usual")}, "facts": facts})
+        if not is_set_elsewhere(option.name, own):
+            facts = list_facts(declared[option.name], base.spec.ignores)
+            options.append({**{key: getattr(option, key) for key in (*SHOWN, "group", "is_usual")}, "facts": facts})
     return {"options": options, "recipe": dict(find_recipe(args, base).values), **check_settings(inputs)}
 
 
