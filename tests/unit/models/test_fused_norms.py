@@ -18,6 +18,7 @@ from library.architectures.moss_image.model import situ, situ_halves
 from library.base.determinism import deterministic_mode
 from library.base.errors import UserError
 from library.memory import fused_kernels as fused
+from library.memory.compiled_calls import CompiledCalls
 from library.memory.fused_kernels import (
     Fused,
     compiles_bf16,
@@ -154,6 +155,38 @@ def test_compiled_forms_agree_with_float64_and_are_compiled_once_for_all_sizes(n
             if num_tokens == 50:
                 known = num_graphs()
             assert num_graphs() == known > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiling")
+def test_a_call_like_an_earlier_one_skips_the_compilers_checks_and_gives_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checked: list[object] = []
+    run_checked = CompiledCalls.run_checked
+    monkeypatch.setattr(CompiledCalls, "run_checked", lambda *values: (checked.append(values), run_checked(*values))[1])
+    for name in ("modulated norm, adapted", "norm without scale", "gated sum"):
+        case = CASES[name]
+        for inputs in (
+            case.inputs(50, torch.bfloat16),
+            case.inputs(33, torch.bfloat16),
+            case.inputs(33, torch.float32),
+        ):
+            checked.clear()
+            first = results(case.operation, case, inputs)
+            assert len(checked) == 2
+            for autocast in (False, True):  # which the graphs do not depend on, but a call might
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    again = results(case.operation, case, inputs)
+                assert all(torch.equal(ours, wanted) for ours, wanted in zip(again, first, strict=True))
+            spread = [x if x is None else strided(x) for x in inputs]  # other strides: another call
+            other = results(case.operation, case, spread)
+            torch.testing.assert_close(other, first, rtol=2**-8, atol=2**-8)
+            assert len(checked) > 3
+
+
+def strided(x: Tensor) -> Tensor:
+    return torch.stack([x, x], dim=-1).detach()[..., 0].requires_grad_(x.requires_grad)
 
 
 @pytest.mark.parametrize("is_strided", [False, True], ids=["contiguous", "strided"])
