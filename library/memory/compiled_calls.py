@@ -59,6 +59,11 @@ class CompiledCalls:
         """Let torch.compile choose or compile a graph, and keep its call."""
         from torch import _dynamo
 
+        # A graph that knows that two arguments are one tensor takes it once, which other tensors like these are not.
+        numbers = {id(x): i for i, x in reversed([*enumerate(arguments)])}
+        arguments = [
+            x if numbers[id(x)] == i or not isinstance(x, Tensor) else x.detach() for i, x in enumerate(arguments)
+        ]
         # The setting is per thread, and autograd has its own threads.
         _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, MOST_GRAPHS)
         for tensor in arguments:
@@ -104,9 +109,8 @@ def trace_call(
     numbers = {id(x): i for i, x in enumerate(arguments) if isinstance(x, Tensor)}
     places = {id(x): i for i, x in enumerate(outputs)}
     is_single = isinstance(results, Tensor)
-    found = [places.get(id(x)) for x in ([results] if is_single else results)]
-    if None in found or any(isinstance(x, Tensor) and id(x) not in numbers for x in inputs):
+    found = [places.get(id(x), -1) for x in ([results] if is_single else results)]
+    if -1 in found or any(isinstance(x, Tensor) and id(x) not in numbers for x in inputs):
         return None
-    return Call(
-        graph, [(numbers[id(x)], None) if isinstance(x, Tensor) else (None, x) for x in inputs], found, is_single
-    )  # type: ignore[arg-type]
+    given = [(numbers[id(x)], None) if isinstance(x, Tensor) else (None, x) for x in inputs]
+    return Call(graph, given, found, is_single)

@@ -63,7 +63,7 @@ class NetworkModule:
     `prepare_for(shapes, source)` before the optimizer is built, with the shapes in the state that the run continues,
     `change_norms() -> Iterable[(norm of the change, norm of the base weight)]` at the end of a run,
     `merge_to(text_encoder, unet, weights, dtype, device)`,
-    `draws_numbers() -> bool`, False if calls in training draw no random numbers, whose states recomputation then leaves,
+    `draws_numbers() -> bool`, False if calls in training draw no random numbers; recomputation is then cheaper,
     `cast_factors() -> Iterable[(layer, modules whose weight is only multiplied with)]`, which are then cast together,
     `merging(weights, device) -> Iterable[Merging]`, which ours have, so that files are merged while the base is read.
     """

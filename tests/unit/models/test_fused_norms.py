@@ -185,6 +185,14 @@ def test_a_call_like_an_earlier_one_skips_the_compilers_checks_and_gives_the_sam
             assert len(checked) > 3
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiling")
+def test_a_call_with_one_tensor_twice_is_not_taken_for_one_with_two() -> None:
+    x, first, second = torch.randn(2, 9, M), torch.randn(2, 1, M), torch.randn(2, 1, M)
+    for values in ((x, first, first), (x, first, second), (x, second, second)):
+        torch.testing.assert_close(modulated_norm(*values), modulated_norm.expression(*values), rtol=1e-5, atol=1e-6)
+
+
 def strided(x: Tensor) -> Tensor:
     return torch.stack([x, x], dim=-1).detach()[..., 0].requires_grad_(x.requires_grad)
 
