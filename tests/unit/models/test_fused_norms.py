@@ -393,3 +393,14 @@ def test_a_step_of_a_full_size_model_is_counted_below_its_limit(
     (mode,) = (mode for mode in model.modes if not mode.options)
     work = mode.forward + mode.backward
     assert work.moved <= most_gigabytes * 1e9 and work.launches <= most_kernels
+
+
+def test_a_block_of_moss_image_moves_about_as_much_per_token_as_one_of_klein() -> None:
+    models = {model.title: model for model in load_models()}
+
+    def megabytes(title: str, num_blocks: int, num_tokens: int) -> float:
+        (mode,) = (mode for mode in models[title].modes if mode.options == "--gradient_checkpointing")
+        return (mode.forward + mode.backward).moved / num_blocks / num_tokens / 1e6
+
+    assert megabytes("FLUX.2 klein 4B", 25, 64**2 + 512) < 1.9
+    assert megabytes("MOSS-Image", 42, 64**2 + 300) < 2.0
