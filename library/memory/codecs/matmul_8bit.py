@@ -144,7 +144,7 @@ def run(operation: Fused, dtype: torch.dtype, device: torch.device, x: Tensor, *
 def largest_of(x_TK: Tensor, scales_K: Tensor | None) -> Tensor:
     """Return each token's largest absolute value, (T, 1) in float32."""
     scaled_TK = x_TK if scales_K is None else x_TK * scales_K
-    largest_T1 = torch.linalg.vector_norm(scaled_TK, float("inf"), dim=1, keepdim=True, dtype=torch.float32)
+    largest_T1: Tensor = torch.linalg.vector_norm(scaled_TK, float("inf"), dim=1, keepdim=True, dtype=torch.float32)
     return largest_T1.clamp(min=1e-35)  # avoids 0 / 0 for all-zero tokens
 
 
