@@ -7,11 +7,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from library.memory import fused_kernels
 from library.memory.codecs.codec import Codec
-from library.memory.codecs.matmul_8bit import FP8, Codes, columns_first, input_gradient, operations, output
+from library.memory.codecs.matmul_8bit import FP8, Codes
 from library.memory.formats.int8 import rotate
 from library.memory.frozen import freeze_layer, freeze_layers, multiply_codes
 from library.memory.fused_kernels import count_fused
 from library.memory.planner.counter import OperationCounter
+from library.memory.products_8bit import columns_first, input_gradient, operations, output
 from tests.tolerances import FLOAT32_SAME_MATH
 from tests.weight_formats import CODECS, EIGHT_BIT_FORMATS
 

@@ -117,6 +117,8 @@ RARE = ("modulation alone", "rotated norm, adapted")  # at most once in a step, 
 def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compile fused operations for the CPU."""
     torch.compiler.reset()
+    for case in CASES.values():
+        case.operation.compiled.clear()
     monkeypatch.setattr(fused, "compiles_for", lambda device: True)
     yield
     torch.compiler.reset()
