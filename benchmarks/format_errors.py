@@ -24,8 +24,8 @@ from torch import Tensor
 from benchmarks.runner import measurement
 from library.base.command_parser import make_parser
 from library.memory.codecs.codec import Codec, Parts
-from library.memory.codecs.matmul_8bit import input_gradient, output
 from library.memory.codecs.weight_format import load_format
+from library.memory.products_8bit import input_gradient, output
 from library.options.machine.base_formats import BASE_FORMATS
 
 HEADINGS = ("`--base_format`", "bytes a weight", "y", "dx", "y, outliers", "dx, outliers", "decoding")

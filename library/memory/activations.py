@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from library.memory.blocks import plain, recompute
+from library.memory.blocks import BlockRunner, plain, recompute
 from library.memory.pinned import empty_host_copy, rounded_size
 
 NUM_KEPT = 2  # blocks whose inputs stay on the GPU while they are copied: the current one and the one before
@@ -24,8 +24,9 @@ class RecomputeFromMainMemory:
     next one in forward order is recomputed.
     """
 
-    def __init__(self, budget: "PinnedBudget | None" = None) -> None:
+    def __init__(self, budget: "PinnedBudget | None" = None, recompute: BlockRunner = recompute) -> None:
         """Inputs within `budget` are pinned, all of them without one."""
+        self.recompute = recompute
         self.transfers = Transfers(budget or PinnedBudget())
         self.last: Callable[[], BlockInputs | None] = lambda: None
 
@@ -47,7 +48,7 @@ class RecomputeFromMainMemory:
             return (block_inputs, block_inputs.add(tensor)) if identify_values(tensor) in moved_keys else tensor
 
         with saved_tensors_hooks(pack, unpack):
-            return recompute(block, *inputs, **named)
+            return self.recompute(block, *inputs, **named)
 
 
 def unpack(packed: Tensor | tuple["BlockInputs", int]) -> Tensor:

@@ -14,7 +14,8 @@ from torch.nn.grad import conv2d_input
 from library.base.errors import about
 from library.memory import small_convolutions
 from library.memory.codecs.codec import Codec, Decoder, Parts
-from library.memory.codecs.matmul_8bit import Codes, input_gradient, output
+from library.memory.codecs.matmul_8bit import Codes
+from library.memory.products_8bit import input_gradient, output
 
 Handle = Callable[[], Parts]
 """A function that returns the stored parts of a weight, wherever they are kept."""

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -15,10 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
 from library.base.errors import error_in
+from library.memory.compiled_calls import CompiledCalls
 
 logger = logging.getLogger(__name__)
 
-MOST_GRAPHS = 128  # of all operations: one for each pattern of dtypes, broadcasting and wanted gradients
 COMPILERS = ("torch._dynamo", "torch._inductor", "triton")  # modules of their exceptions
 
 Kernel = tuple[Sequence[Tensor | None], Sequence[Tensor]]
@@ -40,6 +41,15 @@ class KernelCounter(Protocol):
         """Count a kernel by the tensors that it reads and writes."""
 
 
+@dataclass(frozen=True)
+class BackwardPlan:
+    """Which inputs a backward pass keeps and which gradients it computes."""
+
+    left_out: frozenset[int]  # inputs that are not kept: only their shape matters, which is the output's
+    terms: Sequence[int]  # of a sum, whose gradient is the output's
+    wanted: tuple[int, ...]  # other inputs with a gradient
+
+
 class Fused:
     """An expression that reads each input once and writes its output once, in the dtype of the first input.
 
@@ -58,7 +68,8 @@ class Fused:
         Without `widens` the compiler alone chooses the dtype of intermediate values.
         """
         self.expression, self.reads, self.widens = expression, reads, widens
-        self.compiled: dict[str, Any] = {}
+        self.compiled: dict[str, CompiledCalls] = {}
+        self.plans: dict[tuple[tuple[bool, ...], tuple[bool, ...]], BackwardPlan] = {}
         Fused.num_operations += 1
 
     def __call__(self, x: Tensor, *others: Tensor | None) -> Tensor:
@@ -69,6 +80,8 @@ class Fused:
 
     def run(self, direction: str, *arguments: Any) -> Any:
         """Call `value` or `gradients`: counted as kernels, compiled, or as they are."""
+        if not torch._C._len_torch_dispatch_stack():
+            return self.run_compiled(direction, arguments)
         plain, modes = getattr(self, direction), _get_current_dispatch_mode_stack()
         counters = [mode for mode in modes if isinstance(mode, KernelCounter)]
         if counters and self.is_counted:
@@ -80,21 +93,33 @@ class Fused:
         # torch never compiles a function again that it once met under a mode. There are no products here to count.
         if not all(isinstance(mode, ProductCounter) for mode in modes):
             return plain(*arguments)
-        with _disable_current_modes(), explain_failed_compiler():
+        with _disable_current_modes():
             return self.run_compiled(direction, arguments)
 
     def run_compiled(self, direction: str, arguments: Sequence[Any]) -> Any:
-        from torch import _dynamo
+        try:
+            return self.calls_of(direction)(*arguments)
+        except Exception as error:
+            explain_failed_compiler(error)
+            raise
 
-        plain = getattr(self, direction)
-        # The setting is per thread, and autograd has its own threads.
-        _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, MOST_GRAPHS)
-        for tensor in arguments:
-            if isinstance(tensor, Tensor) and tensor.ndim:
-                _dynamo.mark_static(tensor, tensor.ndim - 1)  # a width; numbers of samples and tokens change
-        if direction not in self.compiled:
-            self.compiled[direction] = torch.compile(plain, dynamic=True, fullgraph=True)
-        return self.compiled[direction](*arguments)
+    def calls_of(self, direction: str) -> CompiledCalls:
+        calls = self.compiled.get(direction)
+        if calls is None:
+            calls = self.compiled[direction] = CompiledCalls(getattr(self, direction))
+        return calls
+
+    def plan_backward(self, needs: tuple[bool, ...], have_shape: tuple[bool, ...]) -> BackwardPlan:
+        """Plan the gradients of the inputs that need one; `have_shape` are those with the output's shape."""
+        plan = self.plans.get((needs, have_shape))
+        if plan is None:
+            with_gradient = [i for i, is_needed in enumerate(needs) if is_needed]
+            read = {j for i in with_gradient for j in self.reads[i]}
+            left_out = frozenset(i for i, has_shape in enumerate(have_shape) if has_shape and i not in read)
+            terms = [i for i in with_gradient if i in left_out and not self.reads[i]]
+            plan = BackwardPlan(left_out, terms, tuple(i for i in with_gradient if i not in terms))
+            self.plans[needs, have_shape] = plan
+        return plan
 
     def value(self, *inputs: Tensor | None) -> Tensor:
         assert inputs[0] is not None
@@ -136,26 +161,26 @@ class FusedFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operation: Fused, *inputs: Tensor | None) -> Tensor:
         out: Tensor = operation.run("value", *inputs)
-        wanted = [i for i, needs in enumerate(ctx.needs_input_grad[1:]) if needs]
-        read = {j for i in wanted for j in operation.reads[i]}
-        # The values of others do not matter, and neither does the shape if it is the output's.
-        ctx.left_out = {i for i, x in enumerate(inputs) if x is not None and i not in read and x.shape == out.shape}
-        ctx.save_for_backward(*(None if i in ctx.left_out else x for i, x in enumerate(inputs)))
-        # A term of a sum has the gradient of the sum.
-        ctx.terms = [i for i in wanted if i in ctx.left_out and not operation.reads[i]]
-        ctx.wanted = tuple(i for i in wanted if i not in ctx.terms)
-        ctx.operation = operation
+        shape = out.shape
+        have_shape = tuple([x is not None and x.shape == shape for x in inputs])
+        ctx.operation, ctx.plan = operation, operation.plan_backward(ctx.needs_input_grad[1:], have_shape)
+        ctx.save_for_backward(*[None if i in ctx.plan.left_out else x for i, x in enumerate(inputs)])
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = [grad if i in ctx.left_out else x for i, x in enumerate(ctx.saved_tensors)]
-        gradients = dict.fromkeys(ctx.terms, grad)
-        if ctx.wanted:
-            computed = ctx.operation.run("gradients", ctx.wanted, grad, *inputs)
-            gradients |= zip(ctx.wanted, computed, strict=True)
-        return None, *(gradients.get(i) for i in range(len(inputs)))
+        plan: BackwardPlan = ctx.plan
+        inputs = [grad if i in plan.left_out else x for i, x in enumerate(ctx.saved_tensors)]
+        gradients: list[Tensor | None] = [None] * (1 + len(inputs))
+        for i in plan.terms:
+            gradients[1 + i] = grad
+        if plan.wanted:
+            for i, gradient in zip(
+                plan.wanted, ctx.operation.run("gradients", plan.wanted, grad, *inputs), strict=True
+            ):
+                gradients[1 + i] = gradient
+        return tuple(gradients)
 
 
 def widen(x: Tensor) -> Tensor:
@@ -216,8 +241,8 @@ def try_compiler(device: torch.device) -> str | None:
     try:
         with _disable_current_modes():  # the planner asks while it counts
             x, y = torch.ones(2, 8, device=device), torch.ones(2, 8, device=device)
-            out = trial.run_compiled("value", (x, y))
-            gradients = trial.run_compiled("gradients", ((0, 1), out, x, y))
+            out = trial.calls_of("value")(x, y)
+            gradients = trial.calls_of("gradients")((0, 1), out, x, y)
             torch.stack(gradients).sum().item()  # the GPU has run the kernels
     except torch.OutOfMemoryError:
         raise
@@ -229,14 +254,9 @@ def try_compiler(device: torch.device) -> str | None:
     return None
 
 
-@contextmanager
-def explain_failed_compiler() -> Iterator[None]:
+def explain_failed_compiler(error: Exception) -> None:
     """Raise UserError for an error of a compiler whose trial worked."""
-    try:
-        yield
-    except Exception as error:
-        if not type(error).__module__.startswith(COMPILERS):
-            raise
+    if type(error).__module__.startswith(COMPILERS):
         reason = str(error).strip().partition("\n")[0]
         raise error_in("--no_fused_operations", cause="needs")(
             f"the compiler of norms, gates and activations failed ({reason}), although its trial at the start worked: "

@@ -63,6 +63,7 @@ class NetworkModule:
     `prepare_for(shapes, source)` before the optimizer is built, with the shapes in the state that the run continues,
     `change_norms() -> Iterable[(norm of the change, norm of the base weight)]` at the end of a run,
     `merge_to(text_encoder, unet, weights, dtype, device)`,
+    `draws_numbers() -> bool`, False if calls in training draw no random numbers; recomputation is then cheaper,
     `cast_factors() -> Iterable[(layer, modules whose weight is only multiplied with)]`, which are then cast together,
     `merging(weights, device) -> Iterable[Merging]`, which ours have, so that files are merged while the base is read.
     """
@@ -235,6 +236,12 @@ class AdoptedNetwork:
         """True if the network uses `note_gradients`, or has `on_gradients` and does not declare whether it uses it."""
         declaration = self._method("looks_at_gradients")
         return self._method("on_gradients") is not None and (declaration is None or declaration())
+
+    @property
+    def draws_numbers(self) -> bool:
+        """True if calls in training draw random numbers, as dropout does, or the network does not say."""
+        declaration = self._method("draws_numbers")
+        return declaration is None or bool(declaration())
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the optimizer updates and whose gradient norm is clipped."""

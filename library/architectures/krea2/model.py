@@ -20,7 +20,7 @@ from library.base.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
 from library.memory.fused_kernels import fuses
-from library.models.fused_norms import rotated_norm, shifted_norm, silu_product
+from library.models.fused_norms import rotated_norm, shifted_norm, sigmoid_product, silu_product
 from library.models.patches import key_mask, patchify, unpatchify
 from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.shapes import ShapeReader
@@ -150,7 +150,7 @@ class Attention(nn.Module):
         shape = q.shape
         q, k, v = (part.flatten(0, -4) for part in (q, k, v))  # attention has fast kernels for four axes
         attended = scaled_dot_product_attention(q, k, v, attn_mask=mask).view(shape).transpose(-3, -2).flatten(-2)
-        y: Tensor = self.wo(attended * torch.sigmoid(self.gate(x)))
+        y: Tensor = self.wo(sigmoid_product(attended, self.gate(x)))
         return y
 
 

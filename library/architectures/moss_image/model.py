@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
 from library.architectures.moss_image.layers import TARGETS
 from library.base.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
-from library.memory.fused_kernels import Fused
+from library.memory.fused_kernels import Fused, fuses, owned
+from library.models.fused_norms import modulated_rms_norm, rotated_norm_of_halves
 from library.models.patches import patchify, unpatchify
 from library.models.rotary import ROPE_BASE, AxisTables, Rope, apply_rope
 from library.models.shapes import ShapeReader
@@ -76,7 +76,14 @@ def situ_of(value: Tensor, gate: Tensor) -> Tensor:
     return limited_gate * (VALUE_LIMIT * torch.tanh(value / VALUE_LIMIT))
 
 
+def situ_of_halves(halves: Tensor) -> Tensor:
+    return situ_of(*halves.chunk(2, dim=-1))
+
+
 situ = Fused(situ_of, {0: (0, 1), 1: (0, 1)})
+situ_halves = Fused(situ_of_halves, {0: (0,)}, widens=False)  # the gradient's halves would be joined in float32
+rotate_norm = rotated_norm_of_halves(EPS)
+modulated_norms = {scale: modulated_rms_norm(EPS * scale**2) for scale in (1, FP16_SCALE)}  # by Stream.scale
 
 
 def split_heads(
@@ -84,16 +91,18 @@ def split_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split queries, keys and values, BTM each, into heads, (B, N, T, D); normalize and rotate queries and keys."""
     q, k, v = (part.unflatten(-1, (-1, block.head_width)).transpose(1, 2) for part in parts)  # type: ignore[no-untyped-call]
+    q, k = (rotate(norm, part, rope).to(v.dtype) for norm, part in ((block.q_norm, q), (block.k_norm, k)))
+    return q, k, owned(v)
+
+
+def rotate(norm: nn.RMSNorm, x_BNTD: Tensor, rope: Rope) -> Tensor:
+    """Normalize queries or keys and rotate values j and j + D / 2 of each head, which may come out as neighbours:
+    queries and keys are reordered alike, which does not change attention."""
+    if fuses(x_BNTD):
+        return rotate_norm(x_BNTD, norm.weight, rope)
     # Norms and attention save inputs for the backward pass; a view of a fused layer would keep all three alive.
-    norms = ((block.q_norm, q.contiguous()), (block.k_norm, k.contiguous()))
-    q, k = (rotate(norm(part), rope).to(v.dtype) for norm, part in norms)
-    return q, k, v.contiguous()
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate values j and j + D / 2 of each head, which come out as neighbours: queries and keys are reordered alike,
-    which does not change attention."""
-    return apply_rope(x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2), rope)  # type: ignore[no-untyped-call]
+    x_BNTD = norm(x_BNTD.contiguous())
+    return apply_rope(x_BNTD.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2), rope)  # type: ignore[no-untyped-call]
 
 
 class TextBlock(nn.Module):
@@ -142,14 +151,15 @@ class Stream:
     lengths: list[int]  # tokens of the image and the text, then those of references if there are any
     scale: float  # of the residual stream
 
-    def times(self, x_BTM: Tensor, factors_BRM: Tensor, offsets_BRM: Tensor) -> Tensor:
-        """Multiply each token by the row of its part, and add that of the offsets."""
+    def modulate(self, norm: nn.RMSNorm, x_BTM: Tensor, scales_BRM: Tensor, shifts_BRM: Tensor) -> Tensor:
+        """Normalize tokens, scale them by 1 + the scales of their part, and add its shifts."""
+        modulated = modulated_norms[self.scale]
         return by_parts(
-            lambda x, factor, offset: x * factor + offset, self.lengths, [x_BTM], [factors_BRM, offsets_BRM]
+            lambda x, scale, shift: modulated(x, norm.weight, scale, shift),
+            self.lengths,
+            [x_BTM],
+            [scales_BRM, shifts_BRM],
         )
-
-    def norm(self, norm: nn.RMSNorm, x_BTM: Tensor) -> Tensor:
-        return functional.rms_norm(x_BTM, x_BTM.shape[-1:], norm.weight, EPS * self.scale**2)
 
     def shrink(self, x_BTM: Tensor) -> Tensor:
         """Scale what a linear layer without bias adds to the residual stream, before that layer can overflow."""
@@ -174,12 +184,12 @@ class SingleStreamBlock(nn.Module):
         """Return the tokens, BTM. The modulation is shift, scale and gate of attention, then of the feed-forward
         layer."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation_BR6M.unbind(2)
-        y_BTM = stream.times(stream.norm(self.norm1, x_BTM), 1 + scale_1, shift_1)
+        y_BTM = stream.modulate(self.norm1, x_BTM, scale_1, shift_1)
         q, k, v = split_heads(self, [self.proj[name](y_BTM) for name in "qkv"], rope)
         attended_BTM = merge_heads(attend(q, k, v, stream.lengths[0], mask))
         x_BTM = add_gated(x_BTM, gate_1, self.proj["o"](stream.shrink(attended_BTM)), stream.lengths)
-        y_BTM = stream.times(stream.norm(self.norm2, x_BTM), 1 + scale_2, shift_2)
-        hidden = situ(*self.proj["ffn_up_gate"](y_BTM).chunk(2, dim=-1))
+        y_BTM = stream.modulate(self.norm2, x_BTM, scale_2, shift_2)
+        hidden = situ_halves(self.proj["ffn_up_gate"](y_BTM))
         return add_gated(x_BTM, gate_2, self.proj["ffn_down"](stream.shrink(hidden)), stream.lengths)
 
 
@@ -261,8 +271,9 @@ class MossImage(nn.Module):
             x_BTM = x_BTM if number in skipped else y_BTM
         shift_BM, scale_BM = self.video_head_modulation(level_BM).chunk(2, dim=-1)
         # A copy, because autograd saves it, and a view would keep the whole sequence.
-        x_BIM = stream.norm(self.final_norm_video, x_BTM[:, :num_image].contiguous())
-        return unpatchify(self.final_linear_video(x_BIM * (1 + scale_BM[:, None]) + shift_BM[:, None]), *sides[0], 1)
+        x_BIM = x_BTM[:, :num_image].contiguous()
+        x_BIM = modulated_norms[stream.scale](x_BIM, self.final_norm_video.weight, scale_BM[:, None], shift_BM[:, None])
+        return unpatchify(self.final_linear_video(x_BIM), *sides[0], 1)
 
     def modulation(self, sigmas_B: Tensor, dtype: torch.dtype, has_references: bool) -> tuple[Tensor, Tensor]:
         """Return the embedded noise level, BM, and the modulation that all blocks share, (B, R, 6, M)."""

@@ -8,9 +8,10 @@ from torch import Tensor
 from library.base.errors import about
 from library.checkpoints.weights import to_meta_device
 from library.memory.codecs.codec import AS_IN_FILE, Codec
-from library.memory.codecs.matmul_8bit import Codes, input_gradient, output
+from library.memory.codecs.matmul_8bit import Codes
 from library.memory.codecs.weight_format import WeightFormat
 from library.memory.frozen import FrozenLinear, frozen_layers
+from library.memory.products_8bit import input_gradient, output
 from library.protocols import Architecture
 from library.training.models.compute import Compute
 from networks.core.protocol import NetworkModule

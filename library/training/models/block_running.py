@@ -4,8 +4,19 @@ import logging
 from dataclasses import replace
 from itertools import chain
 
+from torch import nn
+
 from library.memory.activations import PinnedBudget, RecomputeFromMainMemory
-from library.memory.blocks import BlockRunner, Every, Stacks, plain, recompute, run_encoder_layers_with
+from library.memory.blocks import (
+    BlockRunner,
+    Every,
+    Stacks,
+    draws_nothing,
+    plain,
+    recompute,
+    recompute_without_randomness,
+    run_encoder_layers_with,
+)
 from library.memory.cast_together import cast_in_blocks
 from library.memory.compiled import Compiled, CompileSettings
 from library.memory.offload.streamed import pinned_bytes
@@ -37,13 +48,13 @@ def choose_block_runner(
         model.eval().requires_grad_(False)
     network.module.train()
     budget = PinnedBudget(pinning_limit() - pinned_bytes(models.denoiser))
-    runner = block_runner(memory, budget)
+    runner = block_runner(memory, budget, repeats_itself(models.denoiser, network))
     if compiling.is_on:
         runner = Compiled(runner, compile_settings(compiling))
     arch.run_blocks_with(models.denoiser, runner)
     cast_factors_of(network, arch.stacks(models.denoiser))
     for encoder in models.text_encoders if trains_text_encoders else []:
-        run_encoder_layers_with(encoder, block_runner(memory, budget))
+        run_encoder_layers_with(encoder, block_runner(memory, budget, repeats_itself(encoder, network)))
     if memory.recomputes:
         network.enable_gradient_checkpointing()
 
@@ -73,12 +84,21 @@ def compile_settings(options: CompileOptions) -> CompileSettings:
     return settings if limit is None else replace(settings, most_graphs=limit)
 
 
-def block_runner(memory: MemoryOptions, budget: PinnedBudget | None = None) -> BlockRunner:
+def repeats_itself(model: nn.Module, network: AdoptedNetwork) -> bool:
+    """Return True if a second run of a model's blocks gives the same values whatever the random generators' states."""
+    return draws_nothing(model) and not network.draws_numbers
+
+
+def block_runner(
+    memory: MemoryOptions, budget: PinnedBudget | None = None, repeats_itself: bool = False
+) -> BlockRunner:
     """Return how one model's blocks run; offloaded inputs are pinned within `budget`.
 
-    Each model needs its own runner, because every n-th block is counted.
+    Blocks that draw random numbers must not be said to repeat themselves. Each model needs its own runner, because
+    every n-th block is counted.
     """
     if not memory.recomputes:
         return plain
-    runner = RecomputeFromMainMemory(budget) if memory.offloads_inputs else recompute
+    again = recompute_without_randomness if repeats_itself else recompute
+    runner = RecomputeFromMainMemory(budget, again) if memory.offloads_inputs else again
     return Every(memory.gradient_checkpointing_every, runner) if memory.gradient_checkpointing_every > 1 else runner

@@ -17,6 +17,8 @@ from networks.core.changes.adapter import Adapter
 from networks.core.changes.alpha import ScaledDelta
 from networks.core.changes.change import Change, FollowsGradients, change_norms, get_weight
 from networks.core.changes.dora import DoraArguments, add_magnitudes, are_per_output, can_have_magnitudes
+from networks.core.changes.dropout import Dropout
+from networks.core.changes.ggpo import GgpoArguments
 from networks.core.changes.low_rank import LowRank
 from networks.core.changes.parameter_keys import DORA_SCALE
 from networks.core.changes.qkv_pieces import InRows, changes_in
@@ -264,6 +266,9 @@ class AdapterNetwork(nn.Module):
 
     def looks_at_gradients(self) -> bool:
         return any(isinstance(change, FollowsGradients) for change in self.changes())
+
+    def draws_numbers(self) -> bool:
+        return Dropout.of(self.arguments).is_on or self.arguments.of(GgpoArguments).is_on
 
     def on_gradients(self) -> None:
         """Pass the complete gradients of an optimizer step, before clipping, to the changes that use them."""

@@ -3,11 +3,16 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from library.memory import fused_kernels
 from library.memory.codecs.codec import Codec
-from library.memory.codecs.matmul_8bit import FP8, Codes, columns_first, input_gradient, output
+from library.memory.codecs.matmul_8bit import FP8, Codes
 from library.memory.formats.int8 import rotate
 from library.memory.frozen import freeze_layer, freeze_layers, multiply_codes
+from library.memory.fused_kernels import count_fused
+from library.memory.planner.counter import OperationCounter
+from library.memory.products_8bit import columns_first, input_gradient, operations, output
 from tests.tolerances import FLOAT32_SAME_MATH
 from tests.weight_formats import CODECS, EIGHT_BIT_FORMATS
 
@@ -66,6 +71,43 @@ def test_a_few_tokens_are_multiplied_with_twice_as_many_bits(name: str, num_toke
     errors = relative_error(y, x.double() @ decoded.T), relative_error(dx, gradient.double() @ decoded)
     assert max(errors) < OF_FEW[name], errors
     assert not output(torch.zeros(num_tokens, 256), weight, None).any()
+
+
+# Before operations were fused fp8 took 22 bytes for a value of y in bf16, and int8, whose products are int32, 34.
+@pytest.mark.parametrize(("name", "most_bytes"), [("fp8", 6), ("int8", 10)])
+def test_scales_are_applied_in_one_kernel(name: str, most_bytes: int) -> None:
+    """Bytes that a GPU reads and writes for each value of y and of dx, besides the factors of the product."""
+    weight, mode = stored(name, random(2048, 32, seed=27))[0], FakeTensorMode()
+    codes_OI, scales, x = (mode.from_tensor(t) for t in (weight.codes_OI, weight.scales, random(512, 32, seed=28)))
+    with mode:
+        x = x.bfloat16()
+        tall = Codes(codes_OI.t().contiguous(), scales[:32])
+    for call in (lambda: output(x, Codes(codes_OI, scales), None), lambda: input_gradient(x, tall)):
+        counter = OperationCounter()
+        with mode, count_fused(), counter:
+            call()
+        assert (counter.moved - codes_OI.numel()) / (512 * 2048) < most_bytes + 0.2  # x is a 64th of y
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EIGHT_BIT_FORMATS)
+def test_compiled_operations_are_as_near_the_decoded_weight_as_eager_ones(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, decoded = stored(name, 0.02 * random(96, 256, seed=30))
+    x, gradient, bias = random(24, 256, seed=31).bfloat16(), random(24, 96, seed=32).bfloat16(), random(96, seed=33)
+    eager = output(x, weight, bias.bfloat16()), input_gradient(gradient, weight)
+    torch.compiler.reset()
+    operations.cache_clear()
+    monkeypatch.setattr(fused_kernels, "compiles_for", lambda device: True)
+    compiled = output(x, weight, bias.bfloat16()), input_gradient(gradient, weight)
+    assert all(operations().scale.compiled.values()) and operations().round.compiled
+    operations.cache_clear()
+    for ours, wanted in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=2**-7, atol=2**-7 * float(wanted.abs().max()))
+    exact = x.double() @ decoded.T + bias.bfloat16().double(), gradient.double() @ decoded
+    for ours, wanted, bound in zip(compiled, exact, BOUNDS[name], strict=True):
+        assert relative_error(ours, wanted) < bound
 
 
 def test_rotation_keeps_an_outlier_from_spoiling_other_channels() -> None:

@@ -14,10 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from library.architectures.moss_image.model import situ
+from library.architectures.moss_image.model import situ, situ_halves
 from library.base.determinism import deterministic_mode
 from library.base.errors import UserError
 from library.memory import fused_kernels as fused
+from library.memory.compiled_calls import CompiledCalls
 from library.memory.fused_kernels import (
     Fused,
     compiles_bf16,
@@ -34,9 +35,12 @@ from library.models.fused_norms import (
     gated_norm_sum,
     gated_sum,
     modulated_norm,
+    modulated_rms_norm,
     rotated_norm,
+    rotated_norm_of_halves,
     scaled_norm,
     shifted_norm,
+    sigmoid_product,
     silu_product,
     swiglu,
 )
@@ -44,7 +48,8 @@ from library.models.next_dit import JointTransformerBlock, NextDiTConfig
 from library.models.rotary import Rotary, apply_rope
 
 N, D, M = 4, 16, 256
-rotate = rotated_norm(1e-6)
+rotate, rotate_halves = rotated_norm(1e-6), rotated_norm_of_halves(1e-6)
+rms_norm = modulated_rms_norm(1e-6)
 CPU = torch.device("cpu")
 
 
@@ -62,7 +67,10 @@ class Case:
             None if shape is None else torch.randn(shape, generator=generator).to(dtype)
             for shape in self.shapes(num_samples, num_tokens)
         ]
-        if self.operation is rotate:  # queries are a view of a layer's output, of which the rope covers some tokens
+        if self.operation in (
+            rotate,
+            rotate_halves,
+        ):  # queries are a view of a layer's output, of which the rope covers some tokens
             layer = torch.randn(num_samples, num_tokens, 3 * N * D, generator=generator).to(dtype)
             inputs[0] = layer.chunk(3, dim=-1)[1].unflatten(-1, (N, D)).transpose(1, 2)
             positions = torch.randint(0, 9, (num_tokens + 3, 2), generator=generator)
@@ -84,6 +92,8 @@ CASES = {
     "shifted norm": Case(shifted_norm, lambda B, T: [(B, T, M), (M,), (B, 1, M), (B, 1, M)], (0,)),
     "shifted norm, adapted": Case(shifted_norm, lambda B, T: [(B, T, M), (M,), (B, 1, M), (B, 1, M)], (0, 1, 2, 3)),
     "shifted norm alone": Case(shifted_norm, lambda B, T: [(B, T, M), (M,), None, None], (0,)),
+    "RMS norm": Case(rms_norm, lambda B, T: [(B, T, M), (M,), (B, 1, M), (B, 1, M)], (0,)),
+    "RMS norm, adapted": Case(rms_norm, lambda B, T: [(B, T, M), (M,), (B, 1, M), (B, 1, M)], (0, 1, 2, 3)),
     "gated sum": Case(gated_sum, lambda B, T: [(B, T, M), (B, 1, M), (B, T, M)], (0, 2)),
     "gated sum, adapted": Case(gated_sum, lambda B, T: [(B, T, M), (B, 1, M), (B, T, M)], (0, 1, 2)),
     "first gated sum": Case(gated_sum, lambda B, T: [(B, T, M), (B, 1, M), (B, T, M)], (1, 2)),
@@ -92,8 +102,11 @@ CASES = {
     "norm without gate": Case(gated_norm_sum, lambda B, T: [(B, T, M), None, (B, T, M), (M,)], (0, 2)),
     "rotated norm": Case(rotate, lambda B, T: [(1,), (D,), (1,)], (0,)),
     "rotated norm, adapted": Case(rotate, lambda B, T: [(1,), (D,), (1,)], (0, 1)),
+    "rotated norm of halves": Case(rotate_halves, lambda B, T: [(1,), (D,), (1,)], (0,)),
+    "sigmoid product": Case(sigmoid_product, lambda B, T: [(B, T, M), (B, T, M)], (0, 1)),
     "SiLU product": Case(silu_product, lambda B, T: [(B, T, M), (B, T, M)], (0, 1)),
     "SiTU": Case(situ, lambda B, T: [(B, T, M), (B, T, M)], (0, 1)),
+    "SiTU of halves": Case(situ_halves, lambda B, T: [(B, T, 2 * M)], (0,)),
     "SwiGLU": Case(swiglu, lambda B, T: [(B, T, 2 * M)], (0,)),
 }
 
@@ -104,6 +117,8 @@ RARE = ("modulation alone", "rotated norm, adapted")  # at most once in a step, 
 def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compile fused operations for the CPU."""
     torch.compiler.reset()
+    for case in CASES.values():
+        case.operation.compiled.clear()
     monkeypatch.setattr(fused, "compiles_for", lambda device: True)
     yield
     torch.compiler.reset()
@@ -144,16 +159,59 @@ def test_compiled_forms_agree_with_float64_and_are_compiled_once_for_all_sizes(n
             assert num_graphs() == known > 0
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiling")
+def test_a_call_like_an_earlier_one_skips_the_compilers_checks_and_gives_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checked: list[object] = []
+    run_checked = CompiledCalls.run_checked
+    monkeypatch.setattr(CompiledCalls, "run_checked", lambda *values: (checked.append(values), run_checked(*values))[1])
+    for name in ("modulated norm, adapted", "norm without scale", "gated sum"):
+        case = CASES[name]
+        for inputs in (
+            case.inputs(50, torch.bfloat16),
+            case.inputs(33, torch.bfloat16),
+            case.inputs(33, torch.float32),
+        ):
+            checked.clear()
+            first = results(case.operation, case, inputs)
+            assert len(checked) == 2
+            for autocast in (False, True):  # which the graphs do not depend on, but a call might
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    again = results(case.operation, case, inputs)
+                assert all(torch.equal(ours, wanted) for ours, wanted in zip(again, first, strict=True))
+            spread = [x if x is None else strided(x) for x in inputs]  # other strides: another call
+            other = results(case.operation, case, spread)
+            torch.testing.assert_close(other, first, rtol=2**-8, atol=2**-8)
+            assert len(checked) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiling")
+def test_a_call_with_one_tensor_twice_is_not_taken_for_one_with_two() -> None:
+    x, first, second = torch.randn(2, 9, M), torch.randn(2, 1, M), torch.randn(2, 1, M)
+    for values in ((x, first, first), (x, first, second), (x, second, second)):
+        torch.testing.assert_close(modulated_norm(*values), modulated_norm.expression(*values), rtol=1e-5, atol=1e-6)
+
+
+def strided(x: Tensor) -> Tensor:
+    return torch.stack([x, x], dim=-1).detach()[..., 0].requires_grad_(x.requires_grad)
+
+
 @pytest.mark.parametrize("is_strided", [False, True], ids=["contiguous", "strided"])
-def test_a_rotated_norm_is_a_norm_and_a_rotation(is_strided: bool) -> None:
+@pytest.mark.parametrize("operation", [rotate, rotate_halves], ids=["neighbours", "halves"])
+def test_a_rotated_norm_is_a_norm_and_a_rotation(operation: Fused, is_strided: bool) -> None:
     x, weight, rope = (
         tensor.detach() for tensor in CASES["rotated norm"].inputs(20, torch.float32) if tensor is not None
     )
     x = x if is_strided else x.contiguous()
-    normal = functional.rms_norm(x.double(), (D,), weight.double(), eps=1e-6)
-    torch.testing.assert_close(
-        rotate.expression(x, weight, rope), apply_rope(normal.float(), rope), rtol=1e-5, atol=1e-6
-    )
+    normal = functional.rms_norm(x.double(), (D,), weight.double(), eps=1e-6).float()
+    if operation is rotate:
+        expected = apply_rope(normal, rope)
+    else:  # in the other order, and back
+        expected = apply_rope(normal.unflatten(-1, (2, -1)).mT.flatten(-2), rope).unflatten(-1, (-1, 2)).mT.flatten(-2)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(operation.expression(x, weight, rope), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -337,3 +395,14 @@ def test_a_step_of_a_full_size_model_is_counted_below_its_limit(
     (mode,) = (mode for mode in model.modes if not mode.options)
     work = mode.forward + mode.backward
     assert work.moved <= most_gigabytes * 1e9 and work.launches <= most_kernels
+
+
+def test_a_block_of_moss_image_moves_about_as_much_per_token_as_one_of_klein() -> None:
+    models = {model.title: model for model in load_models()}
+
+    def megabytes(title: str, num_blocks: int, num_tokens: int) -> float:
+        (mode,) = (mode for mode in models[title].modes if mode.options == "--gradient_checkpointing")
+        return (mode.forward + mode.backward).moved / num_blocks / num_tokens / 1e6
+
+    assert megabytes("FLUX.2 klein 4B", 25, 64**2 + 512) < 1.9
+    assert megabytes("MOSS-Image", 42, 64**2 + 300) < 2.0
