@@ -1,7 +1,7 @@
 """A training run from its options to its end, in stages."""
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from time import monotonic
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from library.processes.process_group import from_accelerator
 from library.protocols import Architecture, LatentSpec
 from library.training.command_line.audit_only import check_and_look
 from library.training.command_line.opened_base import open_base
-from library.training.command_line.outputs import name_files, writes
+from library.training.command_line.outputs import holding_outputs, name_files
 from library.training.command_line.resolved import resolve_run, resolve_start
 from library.training.command_line.results import log_results, saving_progress
 from library.training.failures.interruption import Interrupted, Interruption
@@ -24,8 +24,6 @@ from library.training.planning.correction import MemoryWatch
 from library.training.reporting.event_stream import Sink, capture_warnings
 from library.training.run.dry_run import try_out
 from library.training.run.prepare import prepare
-from library.training.run.run_events import open_events
-from library.training.saving.run_lock import run_lock
 
 OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
@@ -50,9 +48,7 @@ def train_as_asked(
         if check_and_look(options, latents, objective, command, warnings):
             return True
         names = name_files(options.saving)
-        is_written = writes(options.diagnostics, options.dataset)
-        stack.enter_context(run_lock(options.saving) if is_written else nullcontext())
-        events = stack.enter_context(open_events(options, names if is_written else None, command, warnings, sinks))
+        events = stack.enter_context(holding_outputs(options, names, command, warnings, sinks))
         stack.enter_context(cuda_kernels(options.kernels))
         stack.enter_context(deterministic(options.diagnostics.deterministic))
         options, module, arch = open_base(options, build)
