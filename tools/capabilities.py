@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,6 +30,7 @@ from library.checkpoints.overwriting import FileKind, check_target, read_start
 from library.commands.command import command
 from library.commands.reference_page import HEAD, render_page
 from library.data.concepts.prompts_file import PAIR_KEYS, SLIDER_KEYS
+from library.data.description.keys import Level, Style
 from library.data.description.schema import ALL_KEYS
 from library.options.base import Options, is_group
 from library.options.declared import Declared, PathKind, list_declared
@@ -50,8 +51,6 @@ SCRIPTS = ("*train_network.py", "*train_leco.py")
 CACHING = "src/musubi_tuner/*_cache_*.py"
 TYPES: Mapping[Any, ValueType] = {str: "text", Path: "path", int: "int", float: "float", int_or_float: "steps"}
 RECIPE = "recipe"
-Level = Literal["general", "dataset", "subset"]
-Style = Literal["dreambooth", "metadata", "masked"]
 EXAMPLES = """\
   python3 tools/capabilities.py --json > capabilities.json
   python3 tools/capabilities.py --script train_network.py --json"""
