@@ -208,7 +208,7 @@ def draw_targets(
     check_values(options)
     check_precision(options.precision, options.network)
     check_format(options.precision.denoiser_format)
-    arch = spec.build(options)
+    arch = (spec.build_to_draw or spec.build)(options)
     prompts = resolve_all(specs, arch)
     prompts_by_row = [[replace(prompts[target.number - 1], strength=target.strength) for target in row] for row in rows]
     drawn_rows = draw_rows(
