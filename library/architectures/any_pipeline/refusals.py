@@ -92,9 +92,9 @@ def name_plain(name: str) -> str:
     words = WORDS.findall(name.removesuffix("Pipeline"))
     stems = [re.sub("I2[VI]$", "T2V", name.removesuffix("Pipeline")), *map("".join, shorten(words))]
     for other in (f"{stem}Pipeline" for stem in stems if f"{stem}Pipeline" != name):
-        kind = getattr(diffusers, other, None)
+        kind: Any = getattr(diffusers, other, None)
         if isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline):
-            candidate = describe(kind, tuple(inspect.signature(kind.__init__).parameters), "", {})
+            candidate = describe(kind, tuple(inspect.signature(kind).parameters), "", {})
             if find_sentence(candidate) is None and {"vae", "movq"} & {*candidate.components}:
                 return f"use a model that {other} draws with"
     return "use a model that draws from a caption alone"
@@ -139,10 +139,7 @@ CAUSES: Sequence[tuple[Callable[[Candidate], bool], str]] = (
     ),
     (lambda p: "Refiner" in p.name, "is a refiner, which starts from the image of another model; {plain}"),
     (
-        (
-            lambda p: p.has("image") and "Img2Img" not in p.name and any(word in p.name for word in ENLARGES),
-            "enlarges images of other models; {plain}",
-        ),
+        lambda p: p.has("image") and "Img2Img" not in p.name and any(word in p.name for word in ENLARGES),
         "enlarges images of other models; {plain}",
     ),
     (
