@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from library.architectures.any_pipeline.experts import BOUNDARY, COMPONENTS, SAV
 from library.architectures.any_pipeline.folder import (
     PipelineFolder,
     PipelineLoader,
+    TextReader,
     load_for_measuring,
     open_both,
     open_folder,
@@ -202,12 +204,13 @@ def measure_folder(folder: PipelineFolder, watched: Watched, precision: str) -> 
         raise refuse(folder, error) from error
     for whole in (False, True):
         watched.set_scheduler(watched.own_scheduler)
-        watched.models = load_for_measuring(folder, precision, whole)
+        watched.models = load_for_measuring(folder, whole)
+        watched.load_text = partial(TextReader.build(folder, precision).load, watched)
         try:
             convention = measure_smallest(watched)
             break
         except Refused as error:
-            if isinstance(error, CannotDraw) and error.in_denoiser and not whole:
+            if isinstance(error, CannotDraw) and error.in_model and not whole:
                 continue
             raise refuse(folder, error) from error
         except Exception as error:
@@ -217,7 +220,7 @@ def measure_folder(folder: PipelineFolder, watched: Watched, precision: str) -> 
             logger.debug("measuring %s failed", folder.kind.__name__, exc_info=True)
             reason = "it does something that this script has no rule for, as --console_log_level DEBUG shows"
             raise refuse(folder, Refused(reason)) from error
-    watched.models = {}
+    watched.models, watched.load_text = {}, None
     return convention
 
 
@@ -269,7 +272,7 @@ def assemble(
     logger.info("%s", say_loader(folder, convention.denoiser))
     if folder.expert is not None:
         logger.info("%s", folder.expert.describe())
-    watched.load_text = lambda: dict(zip(loader.text_names, loader.text_encoders(), strict=True))
+    watched.load_text = lambda _: watched.models.update(zip(loader.text_names, loader.text_encoders(), strict=True))
     return Architecture(
         name=convention.pipeline,
         load=loader,

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from networks.core.targets.targets import AdapterTargets, adaptation_kind
 
 logger = logging.getLogger(__name__)
 
+MOST_TEXT_BYTES = 4 << 30  # of text encoders that a measurement has in memory together
 VERSION = 6  # of the rules that measure
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 LEFT_OUT = {  # not needed to draw from text
@@ -369,15 +370,64 @@ def load_shortened(folder: PipelineFolder, name: str) -> nn.Module:
     return materialise(model, select_weights(folder.open(name).weights, names), torch.float32)
 
 
-def load_for_measuring(folder: PipelineFolder, precision: str, whole: bool = False) -> dict[str, nn.Module]:
-    """Load the text encoders and the VAE, and the denoisers shortened or, if their code needs all blocks, `whole`."""
-    denoisers, of_text = folder.denoisers, text_encoder_dtype(DTYPES[precision])
-    return {
-        name: load_shortened(folder, name)
-        if name in denoisers and not whole
-        else folder.load(name, torch.float32 if name in denoisers or name == folder.vae else of_text)
-        for name in folder.used
-    }
+def load_streamed(folder: PipelineFolder, name: str) -> nn.Module:
+    """Load a denoiser, float32, whose repeated blocks are read for each of their calls, one at a time."""
+    model, weights = folder.build_empty(name), folder.open(name).weights
+    paths = {block: path for path, block in model.named_modules()}
+    blocks = {paths[block]: block for blocks in block_lists(model) for block in blocks}
+    rest = {key: key for key in model.state_dict() if not key.startswith(tuple(f"{path}." for path in blocks))}
+    for path in blocks:
+        model.set_submodule(path, nn.Identity())
+    materialise(model, select_weights(weights, rest), torch.float32)
+    for path, block in blocks.items():
+        model.set_submodule(path, block.requires_grad_(False).eval())
+        own = select_weights(weights, {key: f"{path}.{key}" for key in block.state_dict()})
+        empty = block.state_dict()
+        block.register_forward_pre_hook(partial(fill_block, own))
+        block.register_forward_hook(partial(empty_block, empty))
+    return model
+
+
+def fill_block(weights: Weights, block: nn.Module, _: Any) -> None:
+    materialise(block, weights, torch.float32)
+
+
+def empty_block(state: Mapping[str, Any], block: nn.Module, *_: Any) -> None:
+    block.load_state_dict(state, assign=True)
+
+
+def load_for_measuring(folder: PipelineFolder, whole: bool = False) -> dict[str, nn.Module]:
+    """Load the VAE, and the denoisers shortened or, if their code needs all blocks, `whole`, a block at a time."""
+    load_denoiser = load_streamed if whole else load_shortened
+    models = {name: load_denoiser(folder, name) for name in folder.denoisers if name in folder.used}
+    if folder.vae is not None:
+        models[folder.vae] = folder.load(folder.vae, torch.float32)
+    return models
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """Loads text encoders for a measurement when they are called, one at a time if together they take much memory."""
+
+    folder: PipelineFolder
+    names: tuple[str, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def build(cls, folder: PipelineFolder, precision: str) -> "TextReader":
+        names = tuple(name for name in folder.used if name not in (*folder.denoisers, folder.vae))
+        return cls(folder, names, text_encoder_dtype(DTYPES[precision]))
+
+    @cached_property
+    def num_bytes(self) -> int:
+        parts = [self.folder.open(name).weights for name in self.names]
+        return sum(math.prod(shape) for part in parts for shape in part.shapes.values()) * self.dtype.itemsize
+
+    def load(self, watched: Watched, name: str) -> None:
+        """Add a text encoder to the models in memory."""
+        for other in self.names if self.num_bytes > MOST_TEXT_BYTES else ():
+            watched.models.pop(other, None)
+        watched.models[name] = self.folder.load(name, self.dtype)
 
 
 def open_for_merging(flag: str, path: Path) -> BaseModel:

@@ -60,7 +60,7 @@ class WrongSize(Refused):
 class CannotDraw(WrongSize):
     """The pipeline ends in an error of its own."""
 
-    in_denoiser = False  # which may lack the blocks that are left out of a short one
+    in_model = False  # which may need the blocks that a short one lacks
 
 
 class Stop(Exception):
@@ -205,7 +205,7 @@ class Watched:
         self.idle_value = 0.0  # of their outputs
         self.stops_at_models = False  # end a drawing at the first call of any model
         self.second = ""  # another denoiser, which draws at some noise levels
-        self.load_text: Callable[[], Mapping[str, nn.Module]] | None = None  # if an input is not in memory
+        self.load_text: Callable[[str], None] | None = None  # adds one to `models` if its output is not in memory
         self.vae = ""  # the component that encodes and decodes images; "" if the pipeline draws pixels
         self.options: Mapping[str, inspect.Parameter] = inspect.signature(type(pipe).__call__).parameters
         self._bare = dict[str, nn.Module]()  # the stand-ins themselves, which are not watched
@@ -266,7 +266,7 @@ class Watched:
         also = f"; it may need {list_few(needs)}, which this script does not give" if needs else ""
         reason = own_words(error) or "its code fails, as --console_log_level DEBUG shows"
         failed = CannotDraw(f"it draws no image of {size[1]}x{size[0]} from a caption alone: {reason}{also}")
-        failed.in_denoiser = any(f.f_code is Watched._denoise.__code__ for f, _ in walk_tb(error.__traceback__))
+        failed.in_model = any(f.f_code is Watched.call_model.__code__ for f, _ in walk_tb(error.__traceback__))
         return failed
 
     def require_drawable(self, sizes: Iterable[Size]) -> None:
@@ -320,7 +320,7 @@ class Watched:
         key = key_of(name, path, args, kwargs)
         if key not in self.memory:
             if name not in self.models and self.load_text is not None:
-                self.models |= self.load_text()
+                self.load_text(name)
             output = self.call_model(name, path, map_tensors((args, kwargs), Tensor.detach))
             # Language models also return objects, such as their caches.
             kinds = (Tensor, int, float, str)
