@@ -96,3 +96,9 @@ def test_large_text_encoders_are_in_memory_one_at_a_time(tmp_path: Path, monkeyp
 def test_a_measurement_reads_text_encoders_when_they_are_called(tmp_path: Path) -> None:
     build_tiny_pipeline("FluxPipeline").save_pretrained(tmp_path / "model")
     assert load_for_measuring(open_folder(str(tmp_path / "model"), False)).keys() == {"transformer", "vae"}
+
+
+def test_a_folder_of_half_precision_files_alone_is_measured(tmp_path: Path) -> None:
+    build_tiny_pipeline("FluxPipeline").save_pretrained(tmp_path / "model", variant="fp16")
+    folder = open_folder(str(tmp_path / "model"), trusts_code=False)
+    assert measure_folder(folder, folder.build_stage(), "no").denoiser == "transformer"

@@ -138,7 +138,7 @@ class PipelineFolder:
         self.open(name)
         try:
             model: nn.Module = self.parts[name].from_pretrained(
-                str(self.path / name), torch_dtype=dtype, local_files_only=True
+                str(self.path / name), torch_dtype=dtype, local_files_only=True, variant=self._find_variant(name)
             )
         except Exception as error:  # such as the package of its quantisation, which may be missing
             if isinstance(error, MemoryError) or "memory" in str(error):
@@ -147,9 +147,16 @@ class PipelineFolder:
         return model.eval().requires_grad_(False)
 
     def open(self, name: str) -> Component:
+        return Component(*model_lookup.open_part(self.flag, self.path / name, self._file_kind(name)))
+
+    def _file_kind(self, name: str) -> str:
         is_diffusers = name == self.vae or name in self.denoisers
-        kind = name if is_diffusers or name in model_lookup.WEIGHT_STEMS else "text_encoder"
-        return Component(*model_lookup.open_part(self.flag, self.path / name, kind))
+        return name if is_diffusers or name in model_lookup.WEIGHT_STEMS else "text_encoder"
+
+    def _find_variant(self, name: str) -> str | None:
+        """Return the part of the file's name that from_pretrained asks for, if only such a file is there."""
+        file = model_lookup.find_weight_file(self.path / name, self._file_kind(name))
+        return "fp16" if file is not None and ".fp16." in file.name else None
 
     def build_stage(self) -> Watched:
         """Build the pipeline with stand-ins for all models; tokenizers and scheduler are real.
