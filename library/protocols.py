@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from library.diffusion.samplers import Sampler
 from library.memory.blocks import BlockRunner, Stacks, chains_of, run_blocks_with, stacks_of
 from library.memory.codecs.codec import RequestedFormat
 from library.options.caching import TextCachingOptions
+from library.options.training.noise import NoiseOptions
 from library.types import Batch, Conditioning, Noised, Prompt, Tokens
 
 POSTERIOR_MEAN = "posterior mean"
@@ -132,6 +134,11 @@ class Objective(Protocol):
         ...
 
     @property
+    def noise(self) -> NoiseOptions:
+        """The options of the noise, with the range of timesteps that is trained."""
+        ...
+
+    @property
     def num_strata(self) -> int:
         """The number of equal parts of the distribution of noise levels that are drawn equally often; 1 for one."""
         ...
@@ -237,6 +244,11 @@ def leave_sizes(denoiser: nn.Module, sizes: Sequence[tuple[int, int]]) -> None:
     """Do nothing, for a denoiser that does not depend on the resolutions of the dataset."""
 
 
+def keep_whole(denoiser: nn.Module, file: Path) -> nn.Module:
+    """Return the denoiser, for files whose adapters act on all of it."""
+    return denoiser
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A base model, as the parts that the trainer calls."""
@@ -264,3 +276,5 @@ class Architecture:
     """Hears the sizes (width, height) of the run's images, as far as they are known, before the first step."""
     vae_overflows_in_fp16: bool = False  # the base model's VAE gives NaN in fp16
     tells_sizes: bool = False  # the denoiser is conditioned on original sizes and crops
+    part_of: Callable[[nn.Module, Path], nn.Module] = keep_whole
+    """Maps the denoiser and an adapter file to the part of the denoiser that the file's adapter acts on."""

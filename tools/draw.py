@@ -202,7 +202,7 @@ def draw_targets(
     model, spec = find_base(flag, name, ("unet", "transformer"), "text_encoder")
     model_options = [*spec.script_flag.split(), "--pretrained_model_name_or_path", str(model)]
     _, options = read_checked_options(spec.script, [*model_options, *training])
-    arch = spec.build(options)
+    arch = (spec.build_to_draw or spec.build)(options)
     prompts = resolve_all(specs, arch)
     prompts_by_row = [[replace(prompts[target.number - 1], strength=target.strength) for target in row] for row in rows]
     drawn_rows = draw_rows(

@@ -22,6 +22,7 @@ from library.base.errors import UserError, about, error_in
 from library.checkpoints.adapter_keys import recognise_naming
 from library.checkpoints.adapter_names import BaseNames
 from library.checkpoints.base_model import BaseModel
+from library.checkpoints.metadata import BOUNDARY, EXPERT
 from library.commands.adapter_files import names_in, spec_for_file
 from library.commands.command import parse_dtype, resolve_device
 from library.memory.devices import SAVE_DTYPES
@@ -264,7 +265,7 @@ def make_metadata(
     plain = {m.rank for m in modules if m.form == "low_rank"}
     conv = {m.rank for m in modules if m.form == "conv"}
     metadata = {"ss_network_module": "networks.lora"}
-    for key in ("ss_v2", "ss_base_model_version"):
+    for key in ("ss_v2", "ss_base_model_version", EXPERT, BOUNDARY):
         values = list(dict.fromkeys(a.file.metadata[key] for a in adapters if key in a.file.metadata))
         if len(values) > 1:
             logger.warning("--models were made for different base models: %s is %s", key, " and ".join(values))

@@ -38,6 +38,7 @@ from library.checkpoints.base_model import BaseModel, WeightFile
 from library.checkpoints.folders import atomic_folder
 from library.checkpoints.headers import read_metadata
 from library.checkpoints.marks import mark_folder, mark_of
+from library.checkpoints.metadata import EXPERT
 from library.checkpoints.saving import save_safetensors, save_weights
 from library.commands import block_weights
 from library.commands import command as tool
@@ -92,6 +93,8 @@ def merge_into_checkpoint(
 
 def fit_names(file: AdapterFile, base: BaseModel) -> AdapterFile:
     """Return a file whose modules are layers of the checkpoint, or parts of them."""
+    if base.names_in_file is not None:
+        return rename(file, base.names_in_file(file.metadata, file.origin), "kohya").file
     # In diffusers' naming, several modules can make up one of the base model, or its rows have another order.
     if any(module.pieces or module.swaps_pair for module in base.names.modules):
         return rename(file, base.names, "kohya", keeps_pieces=True).file
@@ -136,6 +139,18 @@ def suggest_fix(base: BaseModel, missing: Sequence[str], num_modules: int) -> st
     if all(are_known) and all(map(is_of_text_encoder, missing)):
         return "they belong to a text encoder; use a checkpoint with all parts of the model"
     return "was it made for another base model?"
+
+
+def require_one_expert(files: Sequence[AdapterFile]) -> None:
+    """Raise UserError if files that become one were trained on different denoisers of a model."""
+    first, *others = files
+    if other := next((f for f in others if f.metadata.get(EXPERT) != first.metadata.get(EXPERT)), None):
+        raise UserError(
+            f"{first.origin} and {other.origin} were trained on different denoisers ({EXPERT} "
+            f"{first.metadata.get(EXPERT, 'none')} and {other.metadata.get(EXPERT, 'none')}), so they cannot become "
+            "one file",
+            "merge both into the model with --sd_model",
+        )
 
 
 @dataclass(frozen=True)
@@ -323,6 +338,7 @@ def merge(args: argparse.Namespace, squares: bool = False) -> None:
         adapters = [replace(adapter, file=fit_names(adapter.file, base)) for adapter in adapters]
         merge_into_checkpoint(base, adapters, args.save_to, arithmetic, not args.no_metadata)
         return
+    require_one_expert(files)
     trained_on = None if args.base_model is None else open_base_model("--base_model", args.base_model)
     if args.concat:
         log_strengths(ratios, squares)

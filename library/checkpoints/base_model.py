@@ -59,6 +59,9 @@ class BaseModel:
     files: tuple[WeightFile, ...]
     names: BaseNames
     architecture: str  # modelspec.architecture of a merged file
+    names_in_file: Callable[[Mapping[str, str], str], BaseNames] | None = None
+    """Maps (metadata, path) of an adapter file to the modules by their names in that file, where it depends on the
+    file; raises UserError for a file that does not say it."""
 
     @property
     def modules(self) -> frozenset[str]:

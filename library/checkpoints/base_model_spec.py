@@ -132,6 +132,7 @@ class BaseModelSpec:
     script_flag: str = ""  # selects this model if the script trains several
     prompts_script: str = "train_leco.py"  # trains concepts from prompts alone
     folders: tuple[str, ...] = ()  # identify a diffusers folder with a U-Net that names no pipeline
+    build_to_draw: Callable[[Any], Any] | None = None  # as `build`, for tools/draw.py; None for `build` itself
     variants: Mapping[str, str] = field(default_factory=dict)  # pattern of names -> unsupported model that has them
 
     @property

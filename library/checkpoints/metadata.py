@@ -23,9 +23,11 @@ from library.options.model import ModelOptions
 from library.options.train import TrainOptions
 from library.options.training.averaging import FILES
 
-# The keys that sd-scripts writes even with --no_metadata.
+EXPERT, BOUNDARY = "ss_expert", "ss_boundary_ratio"  # which of two denoisers was trained, and where they change
+# The keys that sd-scripts writes even with --no_metadata, and those without which a file cannot be used.
 KEPT_WITHOUT_METADATA = (
     "ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args",
+    EXPERT, BOUNDARY,
 )  # fmt: skip
 RECORDED_OPTIONS = (
     "output_name", "learning_rate", "unet_lr", "gradient_accumulation_steps", "lr_warmup_steps", "lr_scheduler",

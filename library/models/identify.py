@@ -51,8 +51,11 @@ def base_of_folder(specs: Sequence[BaseModelSpec], class_name: str, unet_shapes:
 
 
 def bases_of_pipeline(specs: Sequence[BaseModelSpec], class_name: str) -> tuple[BaseModelSpec, ...]:
-    """Return the base models that list the longest matching prefix of a diffusers pipeline's class name."""
-    lengths = [max((len(s) for s in spec.pipelines if class_name.startswith(s)), default=0) for spec in specs]
+    """Return the base models that list the longest matching prefix of a diffusers pipeline's class name, of whole
+    words: a longer word that begins with one is none."""
+    lengths = [
+        max((len(s) for s in spec.pipelines if re.match(rf"{s}(?![a-z])", class_name)), default=0) for spec in specs
+    ]
     return tuple(spec for spec, length in zip(specs, lengths, strict=True) if length and length == max(lengths))
 
 

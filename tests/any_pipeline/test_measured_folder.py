@@ -7,11 +7,20 @@ from typing import Any
 import pytest
 import torch
 
+from library.architectures.any_pipeline import folder as folders
 from library.architectures.any_pipeline.assembly import measure_folder
 from library.architectures.any_pipeline.convention import Convention
-from library.architectures.any_pipeline.folder import load_shortened, open_folder
+from library.architectures.any_pipeline.folder import (
+    PipelineFolder,
+    load_for_measuring,
+    load_shortened,
+    load_streamed,
+    open_folder,
+)
 from library.architectures.any_pipeline.measuring import measure
-from tests.any_pipeline.test_convention import SIZE
+from library.architectures.any_pipeline.targets import block_lists
+from library.architectures.any_pipeline.trees import join_values
+from tests.any_pipeline.test_convention import SIZE, measured
 from tests.tiny.pipelines import PIPELINES, build_tiny_pipeline, watch_pipeline
 
 pytestmark = pytest.mark.slow
@@ -42,3 +51,54 @@ def test_a_denoiser_is_shortened_to_the_first_block_of_each_list(tmp_path: Path)
     assert len(whole) == 4 and len(short.single_transformer_blocks) == 1
     pairs = zip(short.single_transformer_blocks[0].parameters(), whole[0].parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_streamed_denoiser_holds_one_block_at_a_time_and_gives_the_same(tmp_path: Path) -> None:
+    name = "AuraFlowPipeline"
+    pipe = build_tiny_pipeline(name)
+    pipe.save_pretrained(tmp_path / "model")
+    _, convention, maps = measured(name)
+    streamed: Any = load_streamed(open_folder(str(tmp_path / "model"), False), convention.denoiser)
+    blocks = [block for blocks in block_lists(streamed) for block in blocks]
+    in_memory = []
+
+    def count(*_: Any) -> None:
+        in_memory.append(sum(not next(block.parameters()).is_meta for block in blocks))
+
+    for block in blocks:
+        block.register_forward_pre_hook(count)
+    with torch.no_grad():
+        outputs = [join_values(model(**maps.kwargs)) for model in (streamed, pipe.transformer)]
+    assert torch.equal(*outputs)
+    assert in_memory == [1] * len(blocks) and len(blocks) == 6
+    assert all(parameter.is_meta for block in blocks for parameter in block.parameters())
+
+
+def test_large_text_encoders_are_in_memory_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_tiny_pipeline("FluxPipeline").save_pretrained(tmp_path / "model")
+    folder = open_folder(str(tmp_path / "model"), trusts_code=False)
+    watched, most, loaded, load = folder.build_stage(), [0], set[str](), PipelineFolder.load
+
+    def note(self: PipelineFolder, name: str, dtype: torch.dtype) -> Any:
+        model = load(self, name, dtype)
+        loaded.add(name)
+        most.append(len(watched.models.keys() & {"text_encoder", "text_encoder_2"}))
+        return model
+
+    monkeypatch.setattr(PipelineFolder, "load", note)
+    monkeypatch.setattr(folders, "MOST_TEXT_BYTES", 0)
+    one_by_one = measure_folder(folder, watched, "no")
+    assert max(most) == 0 and loaded >= {"text_encoder", "text_encoder_2"}  # beside the one that is loaded
+    monkeypatch.undo()
+    assert values_of(one_by_one) == values_of(measure_folder(folder, folder.build_stage(), "no"))
+
+
+def test_a_measurement_reads_text_encoders_when_they_are_called(tmp_path: Path) -> None:
+    build_tiny_pipeline("FluxPipeline").save_pretrained(tmp_path / "model")
+    assert load_for_measuring(open_folder(str(tmp_path / "model"), False)).keys() == {"transformer", "vae"}
+
+
+def test_a_folder_of_half_precision_files_alone_is_measured(tmp_path: Path) -> None:
+    build_tiny_pipeline("FluxPipeline").save_pretrained(tmp_path / "model", variant="fp16")
+    folder = open_folder(str(tmp_path / "model"), trusts_code=False)
+    assert measure_folder(folder, folder.build_stage(), "no").denoiser == "transformer"

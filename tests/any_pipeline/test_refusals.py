@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,9 @@ from library.architectures.any_pipeline.options import PipelineOptions
 from library.architectures.any_pipeline.refusals import find_cause
 from library.architectures.any_pipeline.training import PipelinePredict, build_objective
 from library.architectures.any_pipeline.watch import Refused
+from library.architectures.specs import list_specs
 from library.environment import packages
+from library.models.identify import bases_of_pipeline
 from tests.any_pipeline.test_convention import measured
 from tests.any_pipeline.test_training import SCRIPT, arguments
 from tests.hiding import hide
@@ -193,19 +196,80 @@ def test_arguments_that_follow_caption_and_size_in_no_order_are_refused(monkeypa
 
 
 @pytest.mark.slow
+def test_every_refusal_is_a_sentence_of_words_that_says_what_to_use() -> None:
+    """None quotes an error of Python, and a pipeline that is named as the one to use is not refused itself."""
+    kinds = list_pipelines()
+    causes = {name: find_cause(kind, tuple(list_arguments(kind)), "", {}) for name, kind in kinds.items()}
+    refused = {name: cause for name, cause in causes.items() if cause is not None}
+    assert len(refused) > 200
+    for name, cause in refused.items():
+        assert re.match(r"(is|draws?|makes|needs|has|joins|does|enlarges|computes) ", cause), (name, cause)
+        assert not re.search(r"Error|Exception|None|[{}]", cause), (name, cause)
+        instead = re.search(r"\b(\w+Pipeline)\b", cause)
+        assert instead is None or (causes[instead[1]] is None and name != instead[1]), (name, cause)
+        if re.search("draws from other|ControlNet|inpainting|prior|refiner|enlarges", cause):
+            assert "use a model that" in cause, (name, cause)
+
+
 @pytest.mark.parametrize(
-    ("name", "sentence"),
+    ("name", "end"),
     [
-        ("IFPipeline", "it draws without a VAE, which this script does not train"),
-        ("WanPipeline of two transformers", "two models share the noise levels"),
+        ("AnimateDiffVideoToVideoPipeline", "; use a model that AnimateDiffPipeline draws with"),
+        ("StableDiffusionXLControlNetPAGPipeline", "; use a model that StableDiffusionXLPipeline draws with"),
+        ("Kandinsky5I2VPipeline", "; use a model that Kandinsky5T2VPipeline draws with"),
+        ("FluxImg2ImgPipeline", "; flux_train_network.py trains it, also with pairs of images; use a model that "
+                                "FluxPipeline draws with"),
+        ("QwenImage21Pipeline", "; qwen_image_21_train_network.py trains it, also with pairs of images; use a model "
+                                "that draws from a caption alone"),
+        ("HunyuanImageRefinerPipeline", "is a refiner, which starts from the image of another model; use a model that "
+                                        "HunyuanImagePipeline draws with"),
+        ("LatentConsistencyModelImg2ImgPipeline", "; use a model that draws from a caption alone"),
     ],
-)
-def test_what_cannot_be_measured_is_refused(name: str, sentence: str, tmp_path: Path, train: Train) -> None:
-    build_tiny_pipeline(name).save_pretrained(tmp_path / "model")
+)  # fmt: skip
+def test_a_refusal_names_what_to_use(name: str, end: str) -> None:
+    kind = getattr(diffusers, name)
+    cause = find_cause(kind, tuple(list_arguments(kind)), "", {})
+    assert cause is not None and cause.endswith(end), cause
+
+
+def test_a_pipeline_belongs_to_the_base_model_whose_whole_words_begin_its_name() -> None:
+    found = {
+        name: {spec.name for spec in bases_of_pipeline(list_specs(), f"{name}Pipeline")}
+        for name in ("AnimateDiff", "Anima", "Flux", "Flux2Klein")
+    }
+    assert found["AnimateDiff"] == set() and found["Anima"] == {"anima"}
+    assert found["Flux"] != found["Flux2Klein"] and len(found["Flux2Klein"]) == 1
+
+
+def test_a_pipeline_without_a_vae_is_refused_before_weights_are_read(tmp_path: Path, train: Train) -> None:
+    build_tiny_pipeline("IFPipeline").save_pretrained(tmp_path / "model")
+    for file in (tmp_path / "model").rglob("*.safetensors"):
+        file.unlink()
     done = train(arguments(tmp_path / "model", tmp_path), script=SCRIPT)
     assert done.status == 1
-    start = f"--pretrained_model_name_or_path {tmp_path / 'model'}: {name.split()[0]} cannot be trained: "
-    assert start in done.stderr and sentence in done.stderr.split(start)[1], done.stderr
+    start = f"--pretrained_model_name_or_path {tmp_path / 'model'}: IFPipeline "
+    assert f"{start}draws without a VAE, which this script does not train" in done.stderr
+
+
+@pytest.mark.parametrize("is_check", [True, False])
+def test_a_pipeline_that_draws_at_no_size_is_refused_before_weights_are_read(
+    is_check: bool, tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own words are the reason, not an error of Python."""
+    model = tmp_path / "model"
+    build_tiny_pipeline("AuraFlowPipeline").save_pretrained(model)
+    (model / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+
+    def check_inputs(*_: Any, **__: Any) -> None:
+        if is_check:
+            raise ValueError("`image` has to be given")
+        len(None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(diffusers.AuraFlowPipeline, "check_inputs", check_inputs)
+    done = train(arguments(model, tmp_path), script=SCRIPT)
+    assert done.status == 1 and "AuraFlowPipeline cannot be trained: it draws no image of 64x64" in done.stderr
+    reason = "`image` has to be given" if is_check else "its code fails, as --console_log_level DEBUG shows"
+    assert f"from a caption alone: {reason}" in done.stderr and "TypeError" not in done.stderr
 
 
 @pytest.mark.parametrize(("name", "target"), [("FluxPipeline", "noise"), ("StableDiffusionPipeline", "latent")])

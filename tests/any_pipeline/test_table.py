@@ -6,11 +6,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import diffusers
 import pytest
 
+from library.architectures.any_pipeline.folder import list_arguments
+from library.architectures.any_pipeline.refusals import find_cause
 from library.architectures.any_pipeline.trees import format_path
 from tests.any_pipeline.published import MODELS, UNKNOWN
-from tests.any_pipeline.test_any_class import NOT_TRAINED, TRAINED
+from tests.any_pipeline.test_any_class import NOT_TRAINED, SHOWN, TRAINED
 from tests.any_pipeline.test_convention import measured
 from tests.running import ROOT
 from tests.tiny.more_pipelines import MORE
@@ -51,12 +54,14 @@ def list_classes() -> str:
         known = [model.scheduler for model in MODELS if name in model.pipelines and model.scheduler != UNKNOWN]
         schedulers.setdefault(", ".join(dict.fromkeys(known)) or "not known", []).append(name)
     reasons: dict[str, list[str]] = {}
-    for name, reason in sorted(NOT_TRAINED.items()):
-        reasons.setdefault(reason, []).append(name)
+    shown = {name: find_cause(kind := getattr(diffusers, name), tuple(list_arguments(kind)), "", {}) for name in SHOWN}
+    by_class = {**NOT_TRAINED, **shown}
+    for name, reason in sorted(by_class.items()):
+        reasons.setdefault(reason or "", []).append(name)
     num_trained = sum(map(len, schedulers.values()))
     return "\n".join(
         [
-            f"Of {num_trained + len(NOT_TRAINED)} classes of diffusers that draw from a text alone, {num_trained} are "
+            f"Of {num_trained + len(by_class)} classes of diffusers that draw from a text alone, {num_trained} are "
             "trained, each on a tiny random model with the scheduler that its publisher uses, where that is known.",
             "",
             *write_table("publisher's scheduler", "classes that are trained", schedulers),

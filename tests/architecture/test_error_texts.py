@@ -12,7 +12,7 @@ from tests.architecture.sources import python_files, scripts, text_of
 READ_ELSEWHERE: Mapping[str, str] = {  # function that reads an error's text -> whose words they are
     "library/architectures/any_pipeline/kept.py::read_convention": "safetensors' and json's first line",
     "library/architectures/any_pipeline/folder.py::PipelineFolder.load": "torch's, of memory that ran out",
-    "library/architectures/any_pipeline/watch.py::Watched.draw": "the pipeline's own",
+    "library/architectures/any_pipeline/watch.py::own_words": "the pipeline's own",
     "library/checkpoints/files.py::load_pickle": "torch's: objects that it refuses, and its first line",
     "library/base/atomic_files.py::full_disk_named": "safetensors' and torch's, on a full disk",
     "library/checkpoints/model_lookup.py::fetch_snapshot": "the hub's",

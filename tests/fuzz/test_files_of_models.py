@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from library.architectures.any_pipeline.folder import load_for_measuring, open_folder
+from library.architectures.any_pipeline.folder import PipelineFolder, load_for_measuring, open_folder
 from library.base.errors import UserError
 from library.checkpoints.files import PEFT_STEM
 from library.checkpoints.headers import read_header
@@ -43,6 +43,11 @@ VALUES = [
     ["a", "b"], ["a", "b", "c"], [1, 2], {}, {"a": 1}, {"a": {"b": None}}, "torch", "os",
 ]  # fmt: skip
 values = st.sampled_from(VALUES)
+
+
+def load_models(folder: PipelineFolder) -> None:
+    for name in folder.used - load_for_measuring(folder).keys():
+        folder.load(name, torch.float32)
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -91,7 +96,7 @@ def with_file(folder: Path, name: str, data: st.DataObject, action: Callable[[Pa
 
 PIPELINE_READERS: dict[str, Callable[[Path], Any]] = {
     "train": lambda folder: open_folder(str(folder), False).build_stage(),
-    "load": lambda folder: load_for_measuring(open_folder(str(folder), False), "no"),
+    "load": lambda folder: load_models(open_folder(str(folder), False)),
     "merge": lambda folder: open_base_model("--model", folder),
     "train.py": lambda folder: recognise(str(folder)).title,
 }
@@ -120,7 +125,7 @@ def test_quantisation_whose_package_is_missing_is_named(method: Any, pipeline: P
     file = folder / "text_encoder" / "config.json"
     quantised = {"quant_method": method, "bits": 4, "load_in_4bit": True}
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": quantised}))
-    works_or_says_why(lambda: load_for_measuring(open_folder(str(folder), False), "no"))
+    works_or_says_why(lambda: load_models(open_folder(str(folder), False)))
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ import torch
 from library.architectures.any_pipeline.check import PROMPT, check, gives_same_in_batch, require_exact
 from library.architectures.any_pipeline.conditioning import CapturedText, capture_text
 from library.architectures.any_pipeline.convention import PROMPTS, Convention
+from library.architectures.any_pipeline.experts import BOUNDARY, COMPONENTS, SAVED_AS, find_part, list_parts
 from library.architectures.any_pipeline.folder import (
     PipelineFolder,
     PipelineLoader,
+    TextReader,
     load_for_measuring,
+    open_both,
     open_folder,
     open_loader,
 )
@@ -37,7 +41,7 @@ from library.architectures.any_pipeline.start_check import check_denoiser, compa
 from library.architectures.any_pipeline.targets import block_lists, run_blocks_with, stacks
 from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict, build_objective
 from library.architectures.any_pipeline.trees import format_path
-from library.architectures.any_pipeline.watch import Refused, Watched, WrongSize, setting
+from library.architectures.any_pipeline.watch import CannotDraw, Refused, Watched, WrongSize, setting
 from library.architectures.specs import list_specs
 from library.base.errors import UserError, error_in
 from library.base.progress import progress_bar
@@ -92,8 +96,30 @@ def build(options: PipelineOptions) -> Architecture:
 
     Raises UserError for a pipeline that cannot be trained, with the reason.
     """
+    return build_from(options, draws_both=False)
+
+
+def build_to_draw(options: PipelineOptions) -> Architecture:
+    """Assemble a pipeline that draws: with both denoisers if it has two, unless --expert names one."""
+    if options.experts.expert is not None:
+        return build(options)
+    architecture = build_from(options, draws_both=True)
+    predict, codec, loader = architecture.predict, architecture.codec, architecture.load
+    assert isinstance(predict, PipelinePredict) and isinstance(loader, PipelineLoader)
+    assert isinstance(codec, PipelineLatents)
+    if loader.folder.expert is None:
+        return architecture
+    predict.watched.second = COMPONENTS["low"]
+    predict.watched.pipe.register_to_config(**{BOUNDARY: loader.folder.expert.boundary})
+    return replace(
+        architecture, load=open_both(loader), preview=build_preview(predict, codec, list_parts), part_of=find_part
+    )
+
+
+def build_from(options: PipelineOptions, draws_both: bool) -> Architecture:
     RECIPE.check(options)
-    folder = open_folder(options.model.pretrained_model_name_or_path, options.trust.trust_remote_code)
+    name, trusts_code = options.model.pretrained_model_name_or_path, options.trust.trust_remote_code
+    folder = open_folder(name, trusts_code, options.experts.expert, draws_both)
     for spec in bases_of_pipeline(list_specs(), folder.kind.__name__)[:1]:
         logger.info("%s is %s model, which %s is made for; going on", folder.kind.__name__, spec.called, spec.script)
     watched = folder.build_stage()
@@ -118,7 +144,8 @@ def say_loader(folder: PipelineFolder, denoiser: str) -> str:
     name = folder.kind.__name__
     has_own = getattr(folder.classes[denoiser], "load_lora_adapter", None) is not None
     if has_own and denoiser in getattr(folder.kind, "_lora_loadable_modules", ()):
-        return f"the adapter is loaded by load_lora_weights of {name}"
+        second = f" with load_into_{denoiser}=True" if denoiser in SAVED_AS else ""
+        return f"the adapter is loaded by load_lora_weights of {name}{second}"
     how = f"pipe.{denoiser}.load_lora_adapter" if has_own else "PEFT's inject_adapter_in_model"
     return f"the adapter is not loaded by {name} itself but by {how}, as docs/any_model.md shows"
 
@@ -171,14 +198,19 @@ def measure_folder(folder: PipelineFolder, watched: Watched, precision: str) -> 
 
     Raises Refused with the reason.
     """
+    try:
+        watched.require_drawable((side, side) for side in SIDES)
+    except Refused as error:
+        raise refuse(folder, error) from error
     for whole in (False, True):
         watched.set_scheduler(watched.own_scheduler)
-        watched.models = load_for_measuring(folder, precision, whole)
+        watched.models = load_for_measuring(folder, whole)
+        watched.load_text = partial(TextReader.build(folder, precision).load, watched)
         try:
             convention = measure_smallest(watched)
             break
         except Refused as error:
-            if isinstance(error, WrongSize) and not whole:
+            if isinstance(error, CannotDraw) and error.in_model and not whole:
                 continue
             raise refuse(folder, error) from error
         except Exception as error:
@@ -186,9 +218,9 @@ def measure_folder(folder: PipelineFolder, watched: Watched, precision: str) -> 
             if isinstance(error, UserError | MemoryError | torch.OutOfMemoryError):
                 raise
             logger.debug("measuring %s failed", folder.kind.__name__, exc_info=True)
-            reason = f"it does something that this script has no rule for ({type(error).__name__}: {error})"
+            reason = "it does something that this script has no rule for, as --console_log_level DEBUG shows"
             raise refuse(folder, Refused(reason)) from error
-    watched.models = {}
+    watched.models, watched.load_text = {}, None
     return convention
 
 
@@ -233,12 +265,14 @@ def assemble(
     text = build_text(watched, convention, loader)
     predict = PipelinePredict(watched, convention, text, check_denoiser)
     codec = PipelineLatents(read_latent_spec(convention), convention)
-    objective = build_objective(options, predict)
+    objective = build_objective(options, predict, folder.expert)
     require_exact(compare_training(predict, codec, objective))
     for line in convention.describe():
         logger.info("%s", line)
     logger.info("%s", say_loader(folder, convention.denoiser))
-    watched.load_text = lambda: dict(zip(loader.text_names, loader.text_encoders(), strict=True))
+    if folder.expert is not None:
+        logger.info("%s", folder.expert.describe())
+    watched.load_text = lambda _: watched.models.update(zip(loader.text_names, loader.text_encoders(), strict=True))
     return Architecture(
         name=convention.pipeline,
         load=loader,
@@ -248,7 +282,10 @@ def assemble(
         predict=predict,
         view=view_denoiser,
         preview=build_preview(predict, codec),
-        metadata=RECIPE.describe(options, architecture=f"{convention.pipeline}/lora"),
+        metadata={
+            **RECIPE.describe(options, architecture=f"{convention.pipeline}/lora"),
+            **({} if folder.expert is None else folder.expert.metadata),
+        },
         ignores={**RECIPE.ignores, **(IGNORES if convention.mix == "flow" else {})},
         text_cache=build_text_cache(options, loader, text),
         run_blocks_with=run_blocks_with,

@@ -8,8 +8,8 @@ import inspect
 import logging
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,24 @@ import torch
 from torch import nn
 
 from library.architectures.any_pipeline.classes import INDEX, FolderClasses, find_components, is_absent
-from library.architectures.any_pipeline.refusals import find_cause
-from library.architectures.any_pipeline.targets import block_lists, with_targets
+from library.architectures.any_pipeline.experts import (
+    BOUNDARY,
+    COMPONENTS,
+    EVERYWHERE,
+    SAVED_AS,
+    Expert,
+    Experts,
+    choose_expert,
+    expert_of,
+    name_modules,
+    read_boundary,
+)
+from library.architectures.any_pipeline.refusals import NO_VAE, find_cause
+from library.architectures.any_pipeline.targets import BASE, block_lists, with_targets
 from library.architectures.any_pipeline.watch import SMALL, Watched, describe_package, is_vae, stand_in
 from library.base.errors import UserError, about
 from library.checkpoints import model_lookup
+from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.checkpoints.base_files import require_base_name
 from library.checkpoints.base_model import BaseModel, WeightFile
 from library.checkpoints.model_lookup import read_json, read_model_config
@@ -32,10 +45,11 @@ from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.models.loading import Component, MaybeComponent, materialise, open_if_there, text_encoder_dtype
 from library.options.model import BASE_FLAG
-from networks.core.targets.targets import AdapterTargets
+from networks.core.targets.targets import AdapterTargets, adaptation_kind
 
 logger = logging.getLogger(__name__)
 
+MOST_TEXT_BYTES = 4 << 30  # of text encoders that a measurement has in memory together
 VERSION = 6  # of the rules that measure
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 LEFT_OUT = {  # not needed to draw from text
@@ -53,6 +67,12 @@ class PipelineFolder:
     parts: Mapping[str, type[Any]]
     settings: Mapping[str, Any]  # other arguments of the pipeline
     flag: str  # that named the folder
+    expert: Expert | None = None  # the denoiser that is trained of two
+
+    @property
+    def used(self) -> list[str]:
+        """The models, without the one of two denoisers that rests."""
+        return [name for name in self.classes if self.expert is None or name != self.expert.resting]
 
     @property
     def classes(self) -> dict[str, type[Any]]:
@@ -83,7 +103,9 @@ class PipelineFolder:
         import diffusers
         import transformers
 
-        digest = blake2b(f"{VERSION} {diffusers.__version__} {transformers.__version__}".encode(), digest_size=10)
+        expert = "" if self.expert is None else f" {self.expert.name}"
+        rules = f"{VERSION} {diffusers.__version__} {transformers.__version__}{expert}"
+        digest = blake2b(rules.encode(), digest_size=10)
         for path in sorted(self.path.rglob("*")):
             if path.suffix in (".json", ".jinja", ".model", ".py", ".txt"):
                 digest.update(f"{path.relative_to(self.path)}".encode() + path.read_bytes())
@@ -116,7 +138,7 @@ class PipelineFolder:
         self.open(name)
         try:
             model: nn.Module = self.parts[name].from_pretrained(
-                str(self.path / name), torch_dtype=dtype, local_files_only=True
+                str(self.path / name), torch_dtype=dtype, local_files_only=True, variant=self._find_variant(name)
             )
         except Exception as error:  # such as the package of its quantisation, which may be missing
             if isinstance(error, MemoryError) or "memory" in str(error):
@@ -125,9 +147,16 @@ class PipelineFolder:
         return model.eval().requires_grad_(False)
 
     def open(self, name: str) -> Component:
+        return Component(*model_lookup.open_part(self.flag, self.path / name, self._file_kind(name)))
+
+    def _file_kind(self, name: str) -> str:
         is_diffusers = name == self.vae or name in self.denoisers
-        kind = name if is_diffusers or name in model_lookup.WEIGHT_STEMS else "text_encoder"
-        return Component(*model_lookup.open_part(self.flag, self.path / name, kind))
+        return name if is_diffusers or name in model_lookup.WEIGHT_STEMS else "text_encoder"
+
+    def _find_variant(self, name: str) -> str | None:
+        """Return the part of the file's name that from_pretrained asks for, if only such a file is there."""
+        file = model_lookup.find_weight_file(self.path / name, self._file_kind(name))
+        return "fp16" if file is not None and ".fp16." in file.name else None
 
     def build_stage(self) -> Watched:
         """Build the pipeline with stand-ins for all models; tokenizers and scheduler are real.
@@ -197,16 +226,23 @@ def build_by_config(kind: Any, config: Any) -> nn.Module:
     return model
 
 
-def open_folder(name: str | None, trusts_code: bool) -> PipelineFolder:
+def open_folder(
+    name: str | None, trusts_code: bool, expert: str | None = None, draws_both: bool = False
+) -> PipelineFolder:
     """Open the pipeline that --pretrained_model_name_or_path names; only its JSON files are read.
 
+    Of two denoisers the one that `expert` names is used; with `draws_both` the first is measured, and both are there.
     Raises UserError saying why a pipeline cannot be trained, as far as its class shows it.
     """
     name = require_base_name(name, "a folder in diffusers' layout, or a Hugging Face name")
     folder = read_folder(BASE_FLAG, find_folder(name, trusts_code), trusts_code)
     refuse_by_class(folder)
+    boundary = read_boundary(folder.classes, folder.settings)
+    wanted = "high" if draws_both and boundary is not None else expert
+    if (chosen := choose_expert(folder.kind.__name__, boundary, wanted)) is not None:
+        folder = replace(folder, expert=chosen, settings={**folder.settings, BOUNDARY: EVERYWHERE[chosen.name]})
     if not Path(name).expanduser().exists():
-        model_lookup.find_model(BASE_FLAG, name, [(part,) for part in folder.classes])
+        model_lookup.find_model(BASE_FLAG, name, [(p,) for p in (folder.classes if draws_both else folder.used)])
     return folder
 
 
@@ -250,6 +286,8 @@ def refuse_by_class(folder: PipelineFolder) -> None:
     """Raise UserError for a pipeline that is not made to draw images from text, or was distilled to few steps."""
     config = read_json(folder.path / "scheduler" / "scheduler_config.json")
     reason = find_cause(folder.kind, tuple(list_arguments(folder.kind)), folder.scheduler, config)
+    if reason is None and folder.vae is None:
+        reason = NO_VAE
     if reason is not None:
         raise about(folder.flag, folder.path)(f": {folder.kind.__name__} {reason}")
 
@@ -281,7 +319,7 @@ class PipelineLoader:
     def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
         model = self.folder.build_empty(self.name)
         loaded = materialise(model, self.denoiser_weights, DTYPES[self.precision], weight_format)
-        return with_targets(loaded, self.name)
+        return with_targets(loaded, SAVED_AS.get(self.name, self.name))
 
     def _load(self, name: str, part: MaybeComponent, dtype: torch.dtype) -> nn.Module:
         weights = part.weights
@@ -290,11 +328,34 @@ class PipelineLoader:
         return self.folder.load(name, dtype)
 
 
+@dataclass(frozen=True)
+class ExpertsLoader:
+    """A loader of a pipeline that draws with both of its denoisers."""
+
+    high: PipelineLoader
+    low: PipelineLoader
+
+    def text_encoders(self) -> list[nn.Module]:
+        return self.high.text_encoders()
+
+    def vae(self) -> nn.Module:
+        return self.high.vae()
+
+    def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
+        return Experts({loader.name: loader.denoiser(weight_format) for loader in (self.high, self.low)})
+
+
+def open_both(high: PipelineLoader) -> ExpertsLoader:
+    """Open the weights of the second denoiser, too."""
+    name = COMPONENTS["low"]
+    return ExpertsLoader(high, replace(high, name=name, denoiser_weights=high.folder.open(name).weights))
+
+
 def open_loader(folder: PipelineFolder, denoiser: str, idle: Collection[str], options: Any) -> PipelineLoader:
     """Open the weights of all models. Those whose outputs are cached on disk may be missing."""
     texts_are_cached = options.text_caching.cache_text_encoder_outputs_to_disk
     precision = options.precision.mixed_precision
-    names = tuple(name for name in folder.classes if name not in (denoiser, folder.vae, *idle))
+    names = tuple(name for name in folder.used if name not in (denoiser, folder.vae, *idle))
     return PipelineLoader(
         folder,
         denoiser,
@@ -316,23 +377,75 @@ def load_shortened(folder: PipelineFolder, name: str) -> nn.Module:
     return materialise(model, select_weights(folder.open(name).weights, names), torch.float32)
 
 
-def load_for_measuring(folder: PipelineFolder, precision: str, whole: bool = False) -> dict[str, nn.Module]:
-    """Load the text encoders and the VAE, and the denoisers shortened or, if their code needs all blocks, `whole`."""
-    denoisers, of_text = folder.denoisers, text_encoder_dtype(DTYPES[precision])
-    return {
-        name: load_shortened(folder, name)
-        if name in denoisers and not whole
-        else folder.load(name, torch.float32 if name in denoisers or name == folder.vae else of_text)
-        for name in folder.classes
-    }
+def load_streamed(folder: PipelineFolder, name: str) -> nn.Module:
+    """Load a denoiser, float32, whose repeated blocks are read for each of their calls, one at a time."""
+    model, weights = folder.build_empty(name), folder.open(name).weights
+    paths = {block: path for path, block in model.named_modules()}
+    blocks = {paths[block]: block for blocks in block_lists(model) for block in blocks}
+    rest = {key: key for key in model.state_dict() if not key.startswith(tuple(f"{path}." for path in blocks))}
+    for path in blocks:
+        model.set_submodule(path, nn.Identity())
+    materialise(model, select_weights(weights, rest), torch.float32)
+    for path, block in blocks.items():
+        model.set_submodule(path, block.requires_grad_(False).eval())
+        own = select_weights(weights, {key: f"{path}.{key}" for key in block.state_dict()})
+        empty = block.state_dict()
+        block.register_forward_pre_hook(partial(fill_block, own))
+        block.register_forward_hook(partial(empty_block, empty))
+    return model
+
+
+def fill_block(weights: Weights, block: nn.Module, _: Any) -> None:
+    materialise(block, weights, torch.float32)
+
+
+def empty_block(state: Mapping[str, Any], block: nn.Module, *_: Any) -> None:
+    block.load_state_dict(state, assign=True)
+
+
+def load_for_measuring(folder: PipelineFolder, whole: bool = False) -> dict[str, nn.Module]:
+    """Load the VAE, and the denoisers shortened or, if their code needs all blocks, `whole`, a block at a time."""
+    load_denoiser = load_streamed if whole else load_shortened
+    models = {name: load_denoiser(folder, name) for name in folder.denoisers if name in folder.used}
+    if folder.vae is not None:
+        models[folder.vae] = folder.load(folder.vae, torch.float32)
+    return models
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """Loads text encoders for a measurement when they are called, one at a time if together they take much memory."""
+
+    folder: PipelineFolder
+    names: tuple[str, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def build(cls, folder: PipelineFolder, precision: str) -> "TextReader":
+        names = tuple(name for name in folder.used if name not in (*folder.denoisers, folder.vae))
+        return cls(folder, names, text_encoder_dtype(DTYPES[precision]))
+
+    @cached_property
+    def num_bytes(self) -> int:
+        parts = [self.folder.open(name).weights for name in self.names]
+        return sum(math.prod(shape) for part in parts for shape in part.shapes.values()) * self.dtype.itemsize
+
+    def load(self, watched: Watched, name: str) -> None:
+        """Add a text encoder to the models in memory."""
+        for other in self.names if self.num_bytes > MOST_TEXT_BYTES else ():
+            watched.models.pop(other, None)
+        watched.models[name] = self.folder.load(name, self.dtype)
 
 
 def open_for_merging(flag: str, path: Path) -> BaseModel:
     """Open the denoiser of a pipeline's folder; only the headers of its weights are read.
 
-    Raises UserError naming `flag` unless exactly one model may be the denoiser.
+    Raises UserError naming `flag` unless exactly one model may be the denoiser, or two share the noise levels.
     """
-    folder, name, view = find_denoiser(flag, path)
+    folder = read_folder(flag, path)
+    if read_boundary(folder.classes, folder.settings) is not None:
+        return open_experts(folder)
+    name, view = find_denoiser(folder)
     targets = view.adapter_targets
     assert isinstance(targets, AdapterTargets) and targets.names is not None
     stems = {module.kohya: str(module.diffusers).removeprefix(f"{name}.") for module in targets.names.modules}
@@ -342,16 +455,33 @@ def open_for_merging(flag: str, path: Path) -> BaseModel:
 
 def view_for_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     """Return ([], denoiser) as network modules see it, on the meta device."""
-    return [], find_denoiser("the base model", path)[2]
+    return [], find_denoiser(read_folder("the base model", path))[1]
 
 
-def find_denoiser(flag: str, path: Path) -> tuple[PipelineFolder, str, nn.Module]:
-    """Return the folder, the name of the model that draws, and the model itself on the meta device, with its targets.
+def open_experts(folder: PipelineFolder) -> BaseModel:
+    """Open both denoisers of a pipeline; adapter files say in their metadata which one they change."""
+    files: list[WeightFile] = []
+    modules: list[ModuleNames] = []
+    of_files: dict[str, BaseNames] = {}
+    for expert, component in COMPONENTS.items():
+        model = folder.build_empty(component)
+        paths = [path for path, part in model.named_modules() if adaptation_kind(part) is not None]
+        own, of_files[expert] = (name_modules(BASE, component, paths, is_of_file) for is_of_file in (False, True))
+        stems = {names.kohya: path for names, path in zip(own.modules, paths, strict=True)}
+        files.append(WeightFile(component, folder.open(component).weights, stems))
+        modules += own.modules
+    return BaseModel(
+        folder.path, tuple(files), BaseNames(BASE, tuple(modules)), f"{folder.kind.__name__}/lora",
+        lambda entries, origin: of_files[expert_of(entries, origin)],
+    )  # fmt: skip
+
+
+def find_denoiser(folder: PipelineFolder) -> tuple[str, nn.Module]:
+    """Return the name of the model that draws, and the model itself on the meta device, with its targets.
 
     Raises UserError unless there is exactly one.
     """
-    folder = read_folder(flag, path)
-    names, kind = folder.denoisers, folder.kind.__name__
+    flag, path, names, kind = folder.flag, folder.path, folder.denoisers, folder.kind.__name__
     if not names:
         raise about(flag, path, cause="missing")(
             f": model_index.json names no model of {kind} that draws", "use another copy"
@@ -361,4 +491,4 @@ def find_denoiser(flag: str, path: Path) -> tuple[PipelineFolder, str, nn.Module
             f": {kind} has several models that an adapter may belong to ({', '.join(names)})",
             "load the adapter with the pipeline and call its fuse_lora",
         )
-    return folder, names[0], with_targets(folder.build_empty(names[0]), names[0])
+    return names[0], with_targets(folder.build_empty(names[0]), names[0])

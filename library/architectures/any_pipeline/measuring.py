@@ -36,6 +36,7 @@ from library.architectures.any_pipeline.maps import (
     read_maps,
     read_pattern,
 )
+from library.architectures.any_pipeline.refusals import NO_VAE
 from library.architectures.any_pipeline.trees import Path, differing, is_same, join_values, leaves, list_paths
 from library.architectures.any_pipeline.watch import (
     Answers,
@@ -62,7 +63,7 @@ def measure(watched: Watched, size: Size) -> tuple[Convention, SizeMaps]:
     Raises Refused with the reason if the rules cannot express the pipeline.
     """
     if not watched.vae:
-        raise Refused("it draws without a VAE, which this script does not train")
+        raise Refused(f"it {NO_VAE}")
     watched.denoiser, watched.idle = None, ()
     watched.memory.clear()
     convention = read_roles(watched, size)

@@ -26,6 +26,18 @@ class TrustOptions(Options):
 
 
 @dataclass(frozen=True)
+class ExpertOptions(Options):
+    """The denoiser to train of a model that has two."""
+
+    expert: str | None = option(
+        None,
+        choices=("high", "low"),
+        help="Which of two denoisers to train, for a model such as Wan 2.2 A14B: high draws the noisier levels, low "
+        "the others. Unset for models with one.",
+    )
+
+
+@dataclass(frozen=True)
 class PipelineSamplingOptions(FlowSamplingOptions):
     """Sampling of noise levels."""
 
@@ -51,6 +63,7 @@ class PipelineOptions(TrainOptions):
     """All options of diffusers_train_network.py."""
 
     trust: TrustOptions = group(TrustOptions)
+    experts: ExpertOptions = group(ExpertOptions)
     precision: ScaledPrecisionOptions = group(ScaledPrecisionOptions)
     text_caching: TextCachingOptions = group(TextCachingOptions)
     flow_sampling: PipelineSamplingOptions = group(PipelineSamplingOptions)

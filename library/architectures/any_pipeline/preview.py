@@ -1,6 +1,6 @@
 """Previews of a measured pipeline, drawn by the pipeline itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,8 +19,13 @@ SIDE = 1024  # of a preview whose pipeline has no default size
 STEPS, SCALE = 30, 1.0  # of a pipeline without defaults
 
 
-def build_preview(predict: PipelinePredict, codec: PipelineLatents) -> Preview:
+Parts = Callable[[nn.Module], Mapping[str, nn.Module]]
+"""Maps what is loaded as the denoiser to the pipeline's models that it is, by component."""
+
+
+def build_preview(predict: PipelinePredict, codec: PipelineLatents, parts_of: Parts | None = None) -> Preview:
     """Build the preview settings from the defaults of the pipeline's call."""
+    name = predict.convention.denoiser
     pipe, spec = predict.watched.pipe, codec.spec
     options = {name: option.default for name, option in predict.watched.options.items()}
     defaults = {name: value for name, value in options.items() if isinstance(value, int | float)}
@@ -36,7 +41,7 @@ def build_preview(predict: PipelinePredict, codec: PipelineLatents) -> Preview:
         text=replace(predict.text, remembers=True),
         predict=lambda prompt: predict,
         sampler=lambda prompt: build_sampler(predict, prompt),
-        draw=partial(draw, predict),
+        draw=partial(draw, predict, parts_of or (lambda denoiser: {name: denoiser})),
     )
 
 
@@ -47,6 +52,7 @@ def scale_of(predict: PipelinePredict) -> str:
 
 def draw(
     predict: PipelinePredict,
+    parts_of: Parts,
     denoiser: nn.Module,
     prompt: Prompt,
     generator: torch.Generator,
@@ -65,7 +71,7 @@ def draw(
             raise Stop
 
     answers = Answers(samples=check_interruption)
-    models = {**watched.models, c.denoiser: denoiser}
+    models = {**watched.models, **parts_of(denoiser)}
     with setting(watched, models=models), setting(watched.pipe, scheduler=watched.own_scheduler):
         trace = watched.draw(prompt.text, size, answers, steps=prompt.num_steps, **extra)
     if not trace.decoded:

@@ -1,6 +1,6 @@
 """The `BaseModelSpec` of pipelines that no other package trains. It recognises no file."""
 
-from library.architectures.any_pipeline.assembly import LATENTS, RECIPE, build
+from library.architectures.any_pipeline.assembly import LATENTS, RECIPE, build, build_to_draw
 from library.architectures.any_pipeline.folder import open_for_merging, view_for_networks
 from library.architectures.any_pipeline.options import SCRIPT, PipelineOptions
 from library.architectures.any_pipeline.targets import BASE, TARGETS
@@ -31,5 +31,6 @@ SPECS = (
         view_for_networks=view_for_networks,
         adapter_metadata=RECIPE.of_checkpoint,
         ignores=RECIPE.ignores,
+        build_to_draw=build_to_draw,
     ),
 )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from library.architectures.any_pipeline.check import TOLERANCE, difference, encode_raw
 from library.architectures.any_pipeline.conditioning import CapturedText, fill_arguments
 from library.architectures.any_pipeline.convention import PROMPTS, Convention
+from library.architectures.any_pipeline.experts import Expert
 from library.architectures.any_pipeline.maps import SizeMaps, read_maps
 from library.architectures.any_pipeline.options import PipelineOptions
 from library.architectures.any_pipeline.trees import Unequal, join_rows, join_values, split_rows, take_row
@@ -160,8 +161,12 @@ class PipelinePredict:
         return self.draw_first(size, default if isinstance(default, int) else NUM_STEPS)
 
 
-def build_objective(options: PipelineOptions, predict: PipelinePredict) -> Objective:
-    """Build the measured objective. Raises UserError for a target that is not trained, and for invalid timesteps."""
+def build_objective(options: PipelineOptions, predict: PipelinePredict, expert: Expert | None = None) -> Objective:
+    """Build the measured objective. Raises UserError for a target that is not trained, and for invalid timesteps.
+
+    The levels of an `expert` are those of the whole model, cut off at its boundary.
+    """
+    noise = options.noise if expert is None else expert.narrow(options.noise)
     target, pipeline = predict.convention.target, predict.convention.pipeline
     if predict.convention.mix == "flow":
         if target not in ("noise - latent", "latent - noise", "latent"):
@@ -172,7 +177,7 @@ def build_objective(options: PipelineOptions, predict: PipelinePredict) -> Objec
             draw = build_level_sampler(replace(sampling, timestep_sampling="sigmoid", sigmoid_scale=1.0), weighting)
             draw = partial(draw_like_pipeline, predict, draw)
         return FlowMatching(
-            options.noise,
+            noise,
             options.loss,
             draw,
             target,
@@ -180,16 +185,16 @@ def build_objective(options: PipelineOptions, predict: PipelinePredict) -> Objec
             weighting.weighting_scheme,
             takes_offset=takes_offset(weighting, sampling),
             num_strata=sampling.num_timestep_buckets or 1,
-            keeps_shape=sampling.preserve_distribution_shape,
+            keeps_shape=sampling.preserve_distribution_shape or expert is not None,
         )
     if target not in ("noise", "velocity"):
         raise Refused(f"{pipeline} predicts {target} of a DDPM schedule, which is not trained here")
     abar_T = predict.watched.pipe.scheduler.alphas_cumprod.double()
-    timesteps = resolve_timestep_range(options.noise, len(abar_T))
+    timesteps = resolve_timestep_range(noise, len(abar_T))
     check_huber(options.loss)
     # The loss weights of a schedule that ends in pure noise would be 0 / 0 there.
     snr_T = snr_of(abar_T.clamp(min=1e-6))
-    return DDPM(abar_T, snr_T, target == "velocity", *timesteps, options.noise, options.loss)
+    return DDPM(abar_T, snr_T, target == "velocity", *timesteps, noise, options.loss)
 
 
 def draw_like_pipeline(predict: PipelinePredict, draw: LevelSampler, draws: LevelDraws) -> Tensor:

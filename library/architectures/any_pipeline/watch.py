@@ -8,9 +8,10 @@ only some of its models are in memory, or none.
 import copy
 import inspect
 import linecache
+import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial, update_wrapper
@@ -39,6 +40,8 @@ from library.architectures.any_pipeline.trees import (
 from library.base.errors import UserError, list_few
 from library.environment.packages import describe_fault, describe_lack, is_missing, pip_name_of
 
+logger = logging.getLogger(__name__)
+
 SMALL = 4096  # values of a tensor that a stand-in keeps, such as the VAE's statistics of latents
 OFF = ("cache", "rewrite", "use_pe", "upsampling", "enhance", "binning")
 """Parts of the names of options that rewrite the caption, round the size or keep state between steps."""
@@ -56,6 +59,8 @@ class WrongSize(Refused):
 
 class CannotDraw(WrongSize):
     """The pipeline ends in an error of its own."""
+
+    in_model = False  # which may need the blocks that a short one lacks
 
 
 class Stop(Exception):
@@ -118,6 +123,14 @@ def describe_package(error: Exception) -> str | None:
     if isinstance(error, NameError) and error.name and is_missing(root := imported_from(error)):
         return describe_lack(pip_name_of(root))
     return describe_fault(error)
+
+
+def own_words(error: Exception) -> str:
+    """Return what a pipeline says of its input in a check of its own; "" for an error that Python or torch raises."""
+    frame, line = [*walk_tb(error.__traceback__)][-1]
+    is_check = linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
+    is_own = isinstance(error, ValueError) and not str(frame.f_globals.get("__name__")).startswith("torch")
+    return " ".join(str(error).split())[:300] if is_check and is_own else ""
 
 
 def imported_from(error: NameError) -> str:
@@ -190,7 +203,9 @@ class Watched:
         self.read: set[tuple[str, Path]] | None = None  # notes which outputs in memory are read: (key, path)
         self.idle: tuple[str, ...] = ()  # those that are called beside it in each step
         self.idle_value = 0.0  # of their outputs
-        self.load_text: Callable[[], Mapping[str, nn.Module]] | None = None  # if an input is not in memory
+        self.stops_at_models = False  # end a drawing at the first call of any model
+        self.second = ""  # another denoiser, which draws at some noise levels
+        self.load_text: Callable[[str], None] | None = None  # adds one to `models` if its output is not in memory
         self.vae = ""  # the component that encodes and decodes images; "" if the pipeline draws pixels
         self.options: Mapping[str, inspect.Parameter] = inspect.signature(type(pipe).__call__).parameters
         self._bare = dict[str, nn.Module]()  # the stand-ins themselves, which are not watched
@@ -242,13 +257,31 @@ class Watched:
             except Exception as error:  # the pipeline's own
                 if fault := describe_package(error):
                     raise Refused(f"it {fault}", cause="not installed") from error
-                what = f"{type(error).__name__}: {str(error).strip()[:300]}"
-                needs = list_other_inputs(self.options)
-                also = f"; it may need {list_few(needs)}, which this script does not give" if needs else ""
-                raise CannotDraw(
-                    f"it cannot draw an image of {size[0]}x{size[1]} from a caption ({what}){also}"
-                ) from error
+                raise self._explain(error, size) from error
         return self._trace
+
+    def _explain(self, error: Exception, size: Size) -> CannotDraw:
+        logger.debug("a drawing of %s ended in an error", type(self.pipe).__name__, exc_info=error)
+        needs = list_other_inputs(self.options)
+        also = f"; it may need {list_few(needs)}, which this script does not give" if needs else ""
+        reason = own_words(error) or "its code fails, as --console_log_level DEBUG shows"
+        failed = CannotDraw(f"it draws no image of {size[1]}x{size[0]} from a caption alone: {reason}{also}")
+        failed.in_model = any(f.f_code is Watched.call_model.__code__ for f, _ in walk_tb(error.__traceback__))
+        return failed
+
+    def require_drawable(self, sizes: Iterable[Size]) -> None:
+        """Draw until the first call of a model, for which none is needed. Raises CannotDraw if the pipeline refuses
+        every size before."""
+        failure: CannotDraw | None = None
+        for size in sizes:
+            try:
+                with setting(self, stops_at_models=True):
+                    self.draw("a cat", size)
+                return
+            except CannotDraw as error:
+                failure = failure or error
+        assert failure is not None
+        raise failure
 
     @contextmanager
     def real_tensors(self) -> Iterator[None]:
@@ -278,14 +311,16 @@ class Watched:
         return move(output, torch.device("cpu"), torch.float32)
 
     def _forward(self, name: str, path: str, part: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if name == self.denoiser or (self.denoiser is None and self._trace.steps):
+        if self.stops_at_models:
+            raise Stop
+        if name in (self.denoiser, self.second) or (self.denoiser is None and self._trace.steps):
             return self._denoise(name, part, args, kwargs)
         if name in self.idle:
             return self._idle(name, path, args, kwargs)
         key = key_of(name, path, args, kwargs)
         if key not in self.memory:
             if name not in self.models and self.load_text is not None:
-                self.models |= self.load_text()
+                self.load_text(name)
             output = self.call_model(name, path, map_tensors((args, kwargs), Tensor.detach))
             # Language models also return objects, such as their caches.
             kinds = (Tensor, int, float, str)

@@ -91,7 +91,7 @@ class Validation:
         self._run, self._charts = run, charts
         self._schedule = ValidationSchedule.build(options, run.plan.max_train_steps)
         self._measurement, probe = resolve_measurements(
-            options, run.options.noise, run.batches.validation, run.context.seed
+            options, run.context.arch.objective.noise, run.batches.validation, run.context.seed
         )
         self._save_schedule = Schedule.build(run.options.saving, run.plan.num_epochs)
         self._patience = options.early_stop_patience or None

@@ -51,7 +51,7 @@ class NoAdapter(nn.Module):
 
 
 @contextmanager
-def install_adapters(files: Stack, models: Models, compute: Compute) -> Iterator[AdoptedNetwork]:
+def install_adapters(files: Stack, models: Models, compute: Compute, arch: Architecture) -> Iterator[AdoptedNetwork]:
     """Attach the adapters of files to the models inside the block. Raises UserError for a file that does not fit.
 
     Yields the last adapter: notifications during drawing or measuring have no effect on the others.
@@ -59,8 +59,11 @@ def install_adapters(files: Stack, models: Models, compute: Compute) -> Iterator
     network: Any = NoAdapter()
     with ExitStack() as applied:
         for file, strength in files:
-            network, _ = create_frozen_adapter(file, strength, models)
-            network.apply_to(*models.network_view)
+            part = arch.part_of(models.denoiser, file)
+            is_whole = part is models.denoiser
+            view = models.network_view if is_whole else arch.view(models.text_encoders, part)
+            network, _ = create_frozen_adapter(file, strength, replace(models, network_view=view))
+            network.apply_to(*view)
             # Registered before the weights are loaded, so that a file that does not fit leaves no adapter behind.
             applied.callback(network.remove)
             load_frozen_adapter(network, file, compute.device)

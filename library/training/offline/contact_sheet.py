@@ -72,7 +72,7 @@ def draw_rows(
     compute = Compute.build(precision, device)
     loaded = load(network, precision, formats, memory, arch, rows, compute)
     for row in rows:
-        with torch.no_grad(), install_adapters(row.files, loaded.context.models, compute) as adapter:
+        with torch.no_grad(), install_adapters(row.files, loaded.context.models, compute, arch) as adapter:
             context, encoded = replace(loaded.context, network=adapter), loaded.encoded
             if encoded is None:
                 encoded = encode_prompts(arch, context.models.text_encoders, compute.autocast, row.prompts)

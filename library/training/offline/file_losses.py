@@ -109,7 +109,7 @@ def losses_of_files(
     resolve_models(options.precision, formats, options.memory, arch, loaded.models, compute)
     loaded = replace(loaded, models=attach_training_adapter(options.network, arch, loaded.models, device))
     batches = PlannedBatches(plan, loaded.latents, loaded.texts)
-    held_out, probe = resolve_measurements(options.validation, options.noise, batches.validation, seed)
+    held_out, probe = resolve_measurements(options.validation, arch.objective.noise, batches.validation, seed)
     trained = select_all(batches.measured(indices), held_out)
     if held_out.rows:
         # Both groups are measured with the same noise, so that only their images differ.
@@ -127,7 +127,7 @@ def losses_of_files(
             name = "the base model" if row is None else row.name
             with (
                 torch.no_grad(),
-                install_adapters([] if row is None else [(row, 1.0)], loaded.models, compute) as network,
+                install_adapters([] if row is None else [(row, 1.0)], loaded.models, compute, arch) as network,
             ):
                 for each in (arch, *others):
                     context = step_context(
