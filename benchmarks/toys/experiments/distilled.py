@@ -1,10 +1,10 @@
 """LoRAs of hearts on distilled copies of the toy base model (`benchmarks/toys/make_distilled_toy.py`), drawn as the
 copies draw: without guidance, in 20 steps or in 4. 300 steps of the U-Net alone. Preservation is
 `diff_output_preservation` of 16 circles and 16 triangles, a quarter of the samples of 400 steps, which see as many
-hearts. The training adapter is a LoRA of 600 steps with the plain loss on 210 images of the known world, which the copy
-draws. Shares of images that show shape, colour, background and style of their prompt: of 64 hearts whose combination of
-words was trained, of 20 new ones, and of 84 prompts of the known world; last, of those 84 the images that show what the
-copy draws there.
+hearts. The training adapter is a LoRA of 600 steps with the plain loss on 210 images of the known world. Shares of
+images that show shape, colour, background and style of their prompt: of 64 hearts whose combination of words was
+trained, of 20 new ones, and of 84 prompts of the known world; of those 84 the images that show what the copy draws
+there, and their mean difference from what it draws, of the range of a pixel (39 % between different prompts).
 """
 
 import json
