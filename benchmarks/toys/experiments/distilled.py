@@ -46,7 +46,6 @@ ROWS: Mapping[str, Row] = {
     "preservation": Row("guidance", "guidance", KEPT),
     "`--guidance_loss 1.5`, preservation": Row("guidance", "guidance", f"--guidance_loss 1.5 {KEPT}"),
     "training adapter": Row("guidance", "guidance", ADAPTER),
-    "training adapter, preservation": Row("guidance", "guidance", f"{ADAPTER} {KEPT}"),
     "plain, on the toy base model": Row("guidance", "toy_base"),
     "copy with guidance as an input, of 3": Row("guidance_input/input_3", None),
     "input 1, plain": Row("guidance_input/input_3", "guidance_input/input_1"),
