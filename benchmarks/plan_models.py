@@ -5,6 +5,7 @@ minutes.
 
     python -m benchmarks plan_models
     python -m benchmarks plan_models --models FLUX.1 --cards "RTX 3060 12GB" 24GB
+    python -m benchmarks plan_models --models FLUX.1 --cards 24GB --longer_with="--guidance_loss 3"
     python -m benchmarks plan_models --write
 """
 
@@ -151,6 +152,19 @@ def work_lines(models: Sequence[KnownModel]) -> Iterator[str]:
                 yield f"{model.title}, {name}: {work.moved / 1e9:.0f} GB, {work.launches:,} kernels"
 
 
+def longer_lines(title: str, words: Sequence[str], gpus: Mapping[str, Gpu]) -> Iterator[str]:
+    """Yield lines with the times of a step without and with more options of a training, plain and recomputed."""
+    model = FULL_SIZE[title]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = arguments_for(model, Path(folder))
+        steps = [count(model.script, [*arguments, *more])[1].step for more in ((), words)]
+    for card, gpu in gpus.items():
+        for mode in (MemoryMode(), MemoryMode(recompute_every=1)):
+            before, after = (predict(step, mode, gpu).seconds for step in steps)
+            times = f"{before:.2f} s, with {' '.join(words)} {after:.2f} s, {after / before:.2f} times"
+            yield f"{title}, {model.side} px, {describe(mode)}, {card}: {times}"
+
+
 def gpus_of(cards: Sequence[str]) -> dict[str, Gpu]:
     """Return the GPU of each name or size, in a machine with the usual main memory."""
     return {card: replace(parse_cards(card)[0], main_memory_bytes=MAIN_MEMORY_BYTES) for card in cards}
@@ -169,10 +183,17 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", default=list(FULL_SIZE), choices=list(FULL_SIZE))
     parser.add_argument("--cards", nargs="+", default=CARDS)
     parser.add_argument("--write", action="store_true", help="write the counts, and the table of the page")
+    parser.add_argument(
+        "--longer_with", type=str.split, help="options of a training, in quotes: print how much longer a step takes"
+    )
     return parser
 
 
 def count_models(args: argparse.Namespace) -> None:
+    if args.longer_with:
+        for title in args.models:
+            print("\n".join(longer_lines(title, args.longer_with, gpus_of(args.cards))))
+        return
     models = [count_model(title) for title in args.models]
     if args.write:
         kept = {} if set(args.models) == set(FULL_SIZE) else {model.title: model for model in load_models()}

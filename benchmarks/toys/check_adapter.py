@@ -20,7 +20,7 @@ from library.checkpoints.files import load_state_dict
 from library.commands.command import command
 from library.training.evaluation.strength_response import rank_correlation
 from tools.contact_sheet import parse_numbers
-from tools.quickstart.sampling import GUIDANCE_SCALE, Prompt, load_pipeline, merge_lora, sample
+from tools.quickstart.sampling import GUIDANCE_SCALE, SAMPLING_STEPS, Prompt, load_pipeline, merge_lora, sample
 from tools.quickstart.toy_world import (
     HELD_OUT_SHAPES,
     KNOWN_SHAPES,
@@ -73,12 +73,13 @@ def draw_images(
     parts: Iterable[Sequence[Prompt]],
     strength: float = 1.0,
     guidance: float = GUIDANCE_SCALE,
+    num_steps: int = SAMPLING_STEPS,
 ) -> list[list[ImageArray]]:
     """Return the images of each part, with an adapter's weights unless they are empty."""
     pipeline = load_pipeline(base)
     if weights and strength:
         merge_lora(pipeline, weights, strength)
-    return [sample(pipeline, prompts, guidance) for prompts in parts]
+    return [sample(pipeline, prompts, guidance, num_steps) for prompts in parts]
 
 
 def describe(prompts: Sequence[Prompt], colour: str, images: Mapping[float, Sequence[ImageArray]]) -> Iterator[str]:

@@ -67,14 +67,16 @@ def load_pipeline(base: Path, dtype: torch.dtype = torch.float32) -> Any:
     return pipeline
 
 
-def sample(pipeline: Any, prompts: Sequence[Prompt], guidance: float = GUIDANCE_SCALE) -> list[ImageArray]:
+def sample(
+    pipeline: Any, prompts: Sequence[Prompt], guidance: float = GUIDANCE_SCALE, num_steps: int = SAMPLING_STEPS
+) -> list[ImageArray]:
     """Sample one image (64, 64, 3) per prompt; each depends only on its own seed."""
     drawn: list[ImageArray] = []
     for start in range(0, len(prompts), BATCH_SIZE):
         batch = prompts[start : start + BATCH_SIZE]
         images = pipeline(
             [prompt.caption for prompt in batch],
-            num_inference_steps=SAMPLING_STEPS,
+            num_inference_steps=num_steps,
             guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(prompt.seed) for prompt in batch],
             output_type="np",

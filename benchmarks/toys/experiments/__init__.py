@@ -3,28 +3,32 @@
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from benchmarks.toys.check_adapter import draw_images, draw_prompts
 from library.checkpoints.files import load_state_dict
+from library.environment.running import child_environment
 from tools import start
-from tools.quickstart.sampling import GUIDANCE_SCALE, Prompt, count_right
+from tools.quickstart.sampling import GUIDANCE_SCALE, SAMPLING_STEPS, Prompt, count_right
 from tools.quickstart.toy_world import KNOWN_SHAPES, QUICKSTART, ImageArray, look_at
 
 CONFIG = "configs/quickstart/train.toml"
 BASE = start.ROOT / start.TOY_BASE
 HEARTS, KNOWN_WORLD = draw_prompts(("heart",), 84), draw_prompts(KNOWN_SHAPES, 21)
+WIDE_WORLD = draw_prompts(KNOWN_SHAPES, 84)
 CAPTIONS = {file.read_text(encoding="utf-8").strip() for file in (QUICKSTART / "dataset").glob("*.txt")}
 TRAINED = [prompt for prompt in HEARTS if prompt.caption in CAPTIONS]
 NEW = [prompt for prompt in HEARTS if prompt.caption not in CAPTIONS]
-SPLIT_COLUMNS = ("trained hearts", "new hearts", "known world", "like the base model")
+SPLIT_COLUMNS = ("trained hearts", "new hearts", "known world", "like the base model", "pixels differ")
 
 
 def call(*words: str) -> None:
     """Run a script of this repository; only its errors and progress are shown."""
-    environment = start.child_environment()
+    environment = child_environment()
     subprocess.run([sys.executable, *words], cwd=start.ROOT, env=environment, stdout=subprocess.DEVNULL, check=True)
 
 
@@ -47,14 +51,24 @@ def measure(file: Path) -> tuple[float, ...]:
     return count_shares(load_state_dict(file), HEARTS, KNOWN_WORLD)
 
 
-def measure_split(base: Path, weights: dict[str, Tensor], guidance: float = GUIDANCE_SCALE) -> tuple[float, ...]:
+def measure_split(
+    base: Path, weights: dict[str, Tensor], guidance: float = GUIDANCE_SCALE, num_steps: int = SAMPLING_STEPS
+) -> tuple[float, ...]:
     """Return the shares of hearts of trained combinations of words, of new ones, and of 84 images of the known world
-    that are as asked; last, of those 84 the share that shows what the base model draws there."""
-    parts = (TRAINED, NEW, draw_prompts(KNOWN_SHAPES, 84))
-    drawn = draw_images(base, weights, parts, guidance=guidance)
+    that are as asked; of those 84 the share that shows what the base model draws there, and their mean difference from
+    its images, of the range of a pixel."""
+    parts = (TRAINED, NEW, WIDE_WORLD)
+    drawn = draw_images(base, weights, parts, guidance=guidance, num_steps=num_steps)
     shares = [count_right(images, prompts) / len(prompts) for images, prompts in zip(drawn, parts, strict=True)]
-    (expected,) = draw_images(base, {}, parts[-1:], guidance=guidance) if weights else drawn[-1:]
-    return (*shares, sum(map(show_the_same, drawn[-1], expected)) / len(expected))
+    expected = draw_wide_world(base, guidance, num_steps)
+    difference = np.abs(np.stack(drawn[-1]).astype(float) - np.stack(expected)).mean() / 255
+    return (*shares, sum(map(show_the_same, drawn[-1], expected)) / len(expected), float(difference))
+
+
+@cache
+def draw_wide_world(base: Path, guidance: float, num_steps: int) -> list[ImageArray]:
+    """Draw what a base model shows of the known world; an experiment asks for it in each of its rows."""
+    return draw_images(base, {}, [WIDE_WORLD], guidance=guidance, num_steps=num_steps)[0]
 
 
 def show_the_same(image: ImageArray, other: ImageArray) -> bool:

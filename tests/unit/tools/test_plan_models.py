@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_step import STEP_MODES
-from benchmarks.plan_models import CARDS, FORMATS, arguments_for, count_model, gpus_of, table, to_json
+from benchmarks.plan_models import CARDS, FORMATS, arguments_for, count_model, gpus_of, longer_lines, table, to_json
 from benchmarks.results_page import PAGE, put_into
 from library.commands.counted_plan import count
 from library.memory.planner import gpus
@@ -74,6 +74,14 @@ def test_the_system_is_windows_only_without_triton(monkeypatch: pytest.MonkeyPat
     for found, system in ((None, WINDOWS), (object(), LINUX)):
         monkeypatch.setattr(gpus, "find_spec", lambda name, found=found: found)
         assert find_system() == system
+
+
+@pytest.mark.slow
+def test_the_guidance_loss_costs_less_than_half_a_step_at_full_size() -> None:
+    """1.5 times a plain step, 1.34 times a recomputed one, at most."""
+    lines = list(longer_lines("FLUX.1", ["--guidance_loss", "3"], gpus_of(["24GB"])))
+    for line, most in zip(lines, (1.5, 1.34), strict=True):
+        assert 1.2 < float(line.split()[-2]) <= most, line
 
 
 def test_the_table_of_the_page_has_every_model() -> None:
