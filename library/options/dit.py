@@ -30,21 +30,16 @@ FORMATS: Mapping[str, str] = {  # of musubi-tuner's options that name a dtype, b
 class DitOptions(Options):
     """The base model and attention in musubi-tuner's words."""
 
-    dit: str | None = option(
-        None,
-        path="model",
-        logged=False,
-        help="The base model, as --pretrained_model_name_or_path, in musubi-tuner's words. As there, latents and text "
-        "features are then cached in files.",
-    )
+    dit: str | None = option(None, path="model", logged=False)
+    """The base model, as --pretrained_model_name_or_path, in musubi-tuner's words. As there, latents and text features
+    are then cached in files."""
     flash_attn: bool = without_effect(False, OWN_ATTENTION)
     sage_attn: bool = without_effect(False, *NO_SAGE_ATTENTION)
     split_attn: bool = without_effect(False, ONE_CALL_OF_ATTENTION)
     flash3: bool = without_effect(False, OWN_ATTENTION, f"Has no effect, like --flash_attn: {OWN_ATTENTION}.")
     use_32bit_attention: bool = without_effect(False, IN_MIXED_PRECISION)
-    gradient_checkpointing_cpu_offload: bool = option(
-        False, affects_training=False, help="musubi-tuner's name of --cpu_offload_checkpointing."
-    )
+    gradient_checkpointing_cpu_offload: bool = option(False, affects_training=False)
+    """musubi-tuner's name of --cpu_offload_checkpointing."""
     img_in_txt_in_offloading: bool = without_effect(False, EMBEDDERS_STAY)
     disable_numpy_memmap: bool = without_effect(False, NEVER_MAPPED)
     vae_tiling: bool = without_effect(False, TILED_IF_NEEDED)
@@ -60,11 +55,12 @@ class DitOptions(Options):
         choices=tuple(FORMATS),
         help=f"Number format of the text encoders. Has no effect: {TEXT_ENCODER_DTYPE}.",
     )
-    dynamo_mode: str | None = option(
-        None, choices=("default", "reduce-overhead", "max-autotune"), help="Old name of --compile_mode."
-    )
-    dynamo_fullgraph: bool = option(False, help="Old name of --compile_fullgraph.")
-    dynamo_dynamic: bool = option(False, help="Old name of --compile_dynamic true.")
+    dynamo_mode: str | None = option(None, choices=("default", "reduce-overhead", "max-autotune"))
+    """Old name of --compile_mode."""
+    dynamo_fullgraph: bool = option(False)
+    """Old name of --compile_fullgraph."""
+    dynamo_dynamic: bool = option(False)
+    """Old name of --compile_dynamic true."""
     guidance_scale: float | None = without_effect(None, NO_GUIDANCE_INPUT)
 
 

@@ -27,22 +27,17 @@ def rate_of(part: str) -> Any:
 class AnimaTextOptions(Options):
     """The text encoder and token limits."""
 
-    qwen3: str | None = option(None, path="part", usual=True, help="File or folder of the text encoder Qwen3 0.6B.")
-    llm_adapter_path: str | None = option(
-        None, path="file", help="File with a text adapter (llm_adapter) that replaces the base model's."
-    )
-    t5_tokenizer_path: str | None = option(
-        None,
-        path="folder",
-        help="Folder of T5's tokenizer. Unset looks for t5_tokenizer next to the text encoder and the base model, then "
-        "in --tokenizer_cache_dir, then on the hub.",
-    )
-    qwen3_max_token_length: int = option(
-        512, kind=whole(1), help="Longest caption in Qwen3's tokens; longer captions are cut."
-    )
-    t5_max_token_length: int = option(
-        512, kind=whole(2), help="Longest caption in T5's tokens; longer captions are cut."
-    )
+    qwen3: str | None = option(None, path="part", usual=True)
+    """File or folder of the text encoder Qwen3 0.6B."""
+    llm_adapter_path: str | None = option(None, path="file")
+    """File with a text adapter (llm_adapter) that replaces the base model's."""
+    t5_tokenizer_path: str | None = option(None, path="folder")
+    """Folder of T5's tokenizer. Unset looks for t5_tokenizer next to the text encoder and the base model, then in
+    --tokenizer_cache_dir, then on the hub."""
+    qwen3_max_token_length: int = option(512, kind=whole(1))
+    """Longest caption in Qwen3's tokens; longer captions are cut."""
+    t5_max_token_length: int = option(512, kind=whole(2))
+    """Longest caption in T5's tokens; longer captions are cut."""
 
 
 @dataclass(frozen=True)
@@ -60,28 +55,19 @@ class AnimaRateOptions(Options):
 class AnimaMemoryOptions(Options):
     """Memory and kernels of the models."""
 
-    attn_mode: str | None = option(
-        None,
-        help="Attention implementation of the denoiser. Always PyTorch's own, which torch and sdpa select; other "
-        "values only log a warning.",
-        choices=ATTENTION_MODES,
-    )
+    attn_mode: str | None = option(None, choices=ATTENTION_MODES)
+    """Attention implementation of the denoiser. Always PyTorch's own, which torch and sdpa select; other values only
+    log a warning."""
     split_attn: bool = without_effect(
         False,
         "torch's attention needs no more memory for several images",
         "Attend to one image at a time. Has no effect: PyTorch's attention needs no more memory for several.",
     )
-    vae_chunk_size: int | None = option(
-        None,
-        kind=whole(0),
-        ignored="the VAE processes images whole",
-        help="Pixels that the VAE processes at a time. Has no effect: it processes images whole.",
-    )
-    qwen_image_vae_2d: bool = option(
-        False,
-        help="Compute the VAE's convolutions over time in two dimensions, which suffices for images and takes less "
-        "time and memory. Latents are the same up to rounding, and caches are valid both ways.",
-    )
+    vae_chunk_size: int | None = option(None, kind=whole(0), ignored="the VAE processes images whole")
+    """Pixels that the VAE processes at a time. Has no effect: it processes images whole."""
+    qwen_image_vae_2d: bool = option(False)
+    """Compute the VAE's convolutions over time in two dimensions, which suffices for images and takes less time and
+    memory. Latents are the same up to rounding, and caches are valid both ways."""
     vae_disable_cache: bool = without_effect(
         False,
         "an image has one frame, so the VAE caches nothing",

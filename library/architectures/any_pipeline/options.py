@@ -18,23 +18,18 @@ SCRIPT = "diffusers_train_network.py"
 class TrustOptions(Options):
     """Code that a model brings."""
 
-    trust_remote_code: bool = option(
-        False,
-        help="Run Python code that comes with the model, for classes that diffusers and transformers do not have. It "
-        "has all rights that you have, so read it first.",
-    )
+    trust_remote_code: bool = option(False)
+    """Run Python code that comes with the model, for classes that diffusers and transformers do not have. It has all
+    rights that you have, so read it first."""
 
 
 @dataclass(frozen=True)
 class ExpertOptions(Options):
     """The denoiser to train of a model that has two."""
 
-    expert: str | None = option(
-        None,
-        choices=("high", "low"),
-        help="Which of two denoisers to train, for a model such as Wan 2.2 A14B: high draws the noisier levels, low "
-        "the others. Unset for models with one.",
-    )
+    expert: str | None = option(None, choices=("high", "low"))
+    """Which of two denoisers to train, for a model such as Wan 2.2 A14B: high draws the noisier levels, low the others.
+    Unset for models with one."""
 
 
 @dataclass(frozen=True)

@@ -17,40 +17,25 @@ SPLIT_MODE_BLOCKS = 18  # offloaded blocks with `split_mode`
 class FluxModelOptions(PartsOptions):
     """The parts of the base model and the text limits."""
 
-    clip_l: str | None = option(
-        None,
-        path="part",
-        needs="model_type=flux",
-        usual=True,
-        help="File or folder of the text encoder CLIP-L. Unset takes it from the base. Chroma has none.",
-    )
+    clip_l: str | None = option(None, path="part", needs="model_type=flux", usual=True)
+    """File or folder of the text encoder CLIP-L. Unset takes it from the base. Chroma has none."""
     t5xxl: str | None = part("the text encoder T5-XXL")
     ae: str | None = part("the VAE")
     controlnet_model_name_or_path: str | None = without_effect(
         None, "training adapters with a ControlNet is not supported"
     )
-    t5xxl_max_token_length: int | None = option(
-        None,
-        kind=whole(2),
-        help="Longest caption in T5's tokens; longer captions are cut. Unset is 256 for schnell and 512 otherwise.",
-    )
-    apply_t5_attn_mask: bool = option(
-        False, help="Keep T5 and the denoiser from attending to caption padding. Always on for Chroma."
-    )
-    guidance_scale: float = option(
-        3.5,
-        usual=True,
-        help="Guidance strength given to the denoiser in training; schnell has no such input. Most FLUX.1 recipes "
-        "train with 1; Chroma was trained with 0.",
-        follows=("guidance_loss", "model_type=flux"),
-    )
-    model_type: str = option(
-        "flux", help="The base model: flux for FLUX.1 dev and schnell.", choices=("flux", "chroma")
-    )
+    t5xxl_max_token_length: int | None = option(None, kind=whole(2))
+    """Longest caption in T5's tokens; longer captions are cut. Unset is 256 for schnell and 512 otherwise."""
+    apply_t5_attn_mask: bool = option(False)
+    """Keep T5 and the denoiser from attending to caption padding. Always on for Chroma."""
+    guidance_scale: float = option(3.5, usual=True, follows=("guidance_loss", "model_type=flux"))
+    """Guidance strength given to the denoiser in training; schnell has no such input. Most FLUX.1 recipes train with 1;
+    Chroma was trained with 0."""
+    model_type: str = option("flux", choices=("flux", "chroma"))
+    """The base model: flux for FLUX.1 dev and schnell."""
     edit: bool = edit()
-    split_mode: bool = option(
-        False, unless="blocks_to_swap", affects_training=False, help="An old name for --blocks_to_swap 18."
-    )
+    split_mode: bool = option(False, unless="blocks_to_swap", affects_training=False)
+    """An old name for --blocks_to_swap 18."""
 
 
 FILES: tuple[ModelFile, ...] = (

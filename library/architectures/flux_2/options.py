@@ -15,22 +15,15 @@ VERSIONS = ("dev", "klein-4b", "klein-base-4b", "klein-9b", "klein-base-9b")
 class Flux2ModelOptions(PartOptions):
     """The parts of the base model."""
 
-    text_encoder: str | None = option(
-        None,
-        path="part",
-        usual=True,
-        help="File or folder of the text encoder: Qwen3 4B for klein 4B, Qwen3 8B for klein 9B, Mistral Small 3 for "
-        "dev. Unset takes it from the base.",
-    )
+    text_encoder: str | None = option(None, path="part", usual=True)
+    """File or folder of the text encoder: Qwen3 4B for klein 4B, Qwen3 8B for klein 9B, Mistral Small 3 for dev. Unset
+    takes it from the base."""
     edit: bool = edit()
-    fp8_text_encoder: bool = option(False, help="Keep the text encoder in 8 bits.")
-    model_version: str | None = option(
-        None,
-        usual=True,
-        choices=VERSIONS,
-        help="Which FLUX.2 the base is. Unset recognises it from the file; distilled klein is then told from base by "
-        "is_distilled in a folder's model_index.json, or by words such as base in the name.",
-    )
+    fp8_text_encoder: bool = option(False)
+    """Keep the text encoder in 8 bits."""
+    model_version: str | None = option(None, usual=True, choices=VERSIONS)
+    """Which FLUX.2 the base is. Unset recognises it from the file; distilled klein is then told from base by
+    is_distilled in a folder's model_index.json, or by words such as base in the name."""
 
 
 FILES: tuple[ModelFile, ...] = (

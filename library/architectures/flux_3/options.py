@@ -15,13 +15,11 @@ SHIFT = 6.93  # of noise levels at every size, in training and at inference
 class Flux3ModelOptions(PartOptions):
     """The parts of the base model."""
 
-    fp8_text_encoder: bool = option(False, help="Keep the text encoder in 8 bits.")
-    edit: bool = option(
-        False,
-        usual=True,
-        help="Train with the reference images of the data set. Unset leaves out the layers that only they need, which "
-        "are an eighth of the model.",
-    )
+    fp8_text_encoder: bool = option(False)
+    """Keep the text encoder in 8 bits."""
+    edit: bool = option(False, usual=True)
+    """Train with the reference images of the data set. Unset leaves out the layers that only they need, which are an
+    eighth of the model."""
 
 
 FILES: tuple[ModelFile, ...] = (

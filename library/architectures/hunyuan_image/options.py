@@ -24,24 +24,15 @@ class HunyuanImageModelOptions(PartsOptions):
     """The parts of the base model and their execution."""
 
     text_encoder: str | None = part("the text encoder Qwen2.5-VL", "a base in diffusers' layout")
-    byt5: str | None = option(
-        None,
-        path="part",
-        usual=True,
-        help="File or folder of ByT5, which reads text to be rendered in an image. Unset takes it from a base in "
-        "diffusers' layout.",
-    )
-    fp8_vl: bool = option(False, help="Keep the text encoder Qwen2.5-VL in 8 bits.")
-    vae_chunk_size: int | None = option(
-        None,
-        kind=whole(0),
-        help="Compute the convolutions of the VAE for this many rows at a time, which saves GPU memory.",
-    )
-    attn_mode: str | None = option(
-        None,
-        help="Attention implementation. Always PyTorch's own, which torch and sdpa select.",
-        choices=ATTENTION_MODES,
-    )
+    byt5: str | None = option(None, path="part", usual=True)
+    """File or folder of ByT5, which reads text to be rendered in an image. Unset takes it from a base in diffusers'
+    layout."""
+    fp8_vl: bool = option(False)
+    """Keep the text encoder Qwen2.5-VL in 8 bits."""
+    vae_chunk_size: int | None = option(None, kind=whole(0))
+    """Compute the convolutions of the VAE for this many rows at a time, which saves GPU memory."""
+    attn_mode: str | None = option(None, choices=ATTENTION_MODES)
+    """Attention implementation. Always PyTorch's own, which torch and sdpa select."""
     split_attn: bool = without_effect(False, ONE_CALL_OF_ATTENTION)
 
 

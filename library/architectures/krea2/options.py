@@ -16,14 +16,11 @@ class Krea2ModelOptions(PartOptions):
     """The parts of the base model."""
 
     text_encoder: str | None = part("the text encoder Qwen3-VL 4B")
-    fp8_text_encoder: bool = option(False, help="Keep the text encoder in 8 bits.")
-    dit_variant: str | None = option(
-        None,
-        usual=True,
-        choices=("raw", "turbo"),
-        help="Which Krea 2 the base is: turbo is distilled, and previews take 8 steps without guidance. Unset reads "
-        "is_distilled in a folder's model_index.json, or looks for words such as turbo in the name.",
-    )
+    fp8_text_encoder: bool = option(False)
+    """Keep the text encoder in 8 bits."""
+    dit_variant: str | None = option(None, usual=True, choices=("raw", "turbo"))
+    """Which Krea 2 the base is: turbo is distilled, and previews take 8 steps without guidance. Unset reads
+    is_distilled in a folder's model_index.json, or looks for words such as turbo in the name."""
     edit: bool = edit()
     turbo_dit: str | None = option(
         None,
@@ -38,9 +35,9 @@ class Krea2ModelOptions(PartOptions):
             "base_weights": "they are merged into the model that is trained, and previews would lack them",
         },
         refused_by_leco="prompts are trained on what the model draws itself",
-        help="File or folder of Krea 2 Turbo, stored as the base is, to draw previews with: 8 steps without guidance. "
-        "It is read for each event of previews and takes as much main memory as the base.",
     )
+    """File or folder of Krea 2 Turbo, stored as the base is, to draw previews with: 8 steps without guidance. It is
+    read for each event of previews and takes as much main memory as the base."""
     turbo_dit_cache: bool = without_effect(
         False, "the system caches the file of --turbo_dit while main memory has room for it", affects_training=False
     )

@@ -22,14 +22,11 @@ class LuminaModelOptions(PartsOptions):
 
     gemma2: str | None = part("the text encoder Gemma 2")
     ae: str | None = part("the VAE")
-    gemma2_max_token_length: int | None = option(
-        None, kind=whole(2), help="Longest caption in Gemma's tokens; longer captions are cut. Unset is 256."
-    )
-    system_prompt: str = option(
-        "",
-        help="Instruction before every caption and preview prompt, followed by the marker that the model was trained "
-        "with. Empty captions and negative prompts get none.",
-    )
+    gemma2_max_token_length: int | None = option(None, kind=whole(2))
+    """Longest caption in Gemma's tokens; longer captions are cut. Unset is 256."""
+    system_prompt: str = option("")
+    """Instruction before every caption and preview prompt, followed by the marker that the model was trained with.
+    Empty captions and negative prompts get none."""
     use_flash_attn: bool = without_effect(
         False,
         "attention is torch's scaled dot product, which includes flash attention",

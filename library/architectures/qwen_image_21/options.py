@@ -15,7 +15,8 @@ class QwenImage21ModelOptions(PartOptions):
 
     text_encoder: str | None = part("the text encoder Qwen3-VL 8B")
     edit: bool = edit()
-    fp8_vl: bool = option(False, help="Keep the text encoder Qwen3-VL in 8 bits.")
+    fp8_vl: bool = option(False)
+    """Keep the text encoder Qwen3-VL in 8 bits."""
 
 
 FILES: tuple[ModelFile, ...] = (

@@ -18,13 +18,9 @@ class Sd3TextOptions(Options):
 
     clip_l: str | None = part("the text encoder CLIP-L")
     clip_g: str | None = part("the text encoder CLIP-G")
-    t5xxl: str | None = option(
-        None,
-        path="part",
-        usual=True,
-        help="File or folder of the text encoder T5-XXL. Unset takes it from the base model, and trains without T5 if "
-        "that has none.",
-    )
+    t5xxl: str | None = option(None, path="part", usual=True)
+    """File or folder of the text encoder T5-XXL. Unset takes it from the base model, and trains without T5 if that has
+    none."""
     save_clip: bool = without_effect(
         False, "adapter files contain no text encoders", "Has no effect: adapter files hold no text encoders."
     )
@@ -35,51 +31,33 @@ class Sd3TextOptions(Options):
     )
     t5xxl_device: str | None = without_effect(None, "T5-XXL runs on the same device as everything else")
     t5xxl_dtype: str | None = without_effect(None, "T5-XXL runs in the precision of --mixed_precision")
-    t5xxl_max_token_length: int = option(
-        256, kind=whole(2), help="Longest caption in T5's tokens; longer captions are cut."
-    )
-    apply_lg_attn_mask: bool = option(False, help="Keep both CLIP encoders from attending to caption padding.")
-    apply_t5_attn_mask: bool = option(False, help="Keep T5 from attending to caption padding.")
-    clip_l_dropout_rate: float = option(
-        0.0,
-        kind=SHARE,
-        needs_images=True,
-        help="Share of samples trained with zeros instead of CLIP-L's features, 0 to 1.",
-    )
-    clip_g_dropout_rate: float = option(
-        0.0,
-        kind=SHARE,
-        needs_images=True,
-        help="Share of samples trained with zeros instead of CLIP-G's features, 0 to 1.",
-    )
-    t5_dropout_rate: float = option(
-        0.0, kind=SHARE, needs_images=True, help="Share of samples trained with zeros instead of T5's features, 0 to 1."
-    )
+    t5xxl_max_token_length: int = option(256, kind=whole(2))
+    """Longest caption in T5's tokens; longer captions are cut."""
+    apply_lg_attn_mask: bool = option(False)
+    """Keep both CLIP encoders from attending to caption padding."""
+    apply_t5_attn_mask: bool = option(False)
+    """Keep T5 from attending to caption padding."""
+    clip_l_dropout_rate: float = option(0.0, kind=SHARE, needs_images=True)
+    """Share of samples trained with zeros instead of CLIP-L's features, 0 to 1."""
+    clip_g_dropout_rate: float = option(0.0, kind=SHARE, needs_images=True)
+    """Share of samples trained with zeros instead of CLIP-G's features, 0 to 1."""
+    t5_dropout_rate: float = option(0.0, kind=SHARE, needs_images=True)
+    """Share of samples trained with zeros instead of T5's features, 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Sd3TrainingOptions(Options):
     """Positions and noise levels."""
 
-    pos_emb_random_crop_rate: float = option(
-        0.0,
-        kind=SHARE,
-        needs_images=True,
-        help="Share of batches whose images are placed at random in the table of positions instead of its centre, "
-        "0 to 1. For SD3.5 medium.",
-    )
+    pos_emb_random_crop_rate: float = option(0.0, kind=SHARE, needs_images=True)
+    """Share of batches whose images are placed at random in the table of positions instead of its centre, 0 to 1. For
+    SD3.5 medium."""
     enable_scaled_pos_embed: bool = option(
-        False,
-        refused_by_leco="there is no data set whose resolutions it could follow; leave it out",
-        help="Scale the table of positions to each resolution of the data set, for SD3.5 medium.",
+        False, refused_by_leco="there is no data set whose resolutions it could follow; leave it out"
     )
-    training_shift: float = option(
-        1.0,
-        usual=True,
-        kind=number(above=0),
-        needs_images=True,
-        help="Shift of the drawn noise levels toward pure noise: 1 leaves them unchanged, SD3 generates images with 3.",
-    )
+    """Scale the table of positions to each resolution of the data set, for SD3.5 medium."""
+    training_shift: float = option(1.0, usual=True, kind=number(above=0), needs_images=True)
+    """Shift of the drawn noise levels toward pure noise: 1 leaves them unchanged, SD3 generates images with 3."""
 
 
 FILES: tuple[ModelFile, ...] = (

@@ -14,14 +14,11 @@ class ZImageModelOptions(PartOptions):
     """The parts of the base model."""
 
     text_encoder: str | None = part("the text encoder Qwen3 4B")
-    fp8_llm: bool = option(False, help="Keep the text encoder Qwen3 in 8 bits.")
-    model_version: str | None = option(
-        None,
-        usual=True,
-        choices=("base", "turbo", "de-turbo"),
-        help="Which Z-Image the base is: turbo is distilled, and previews take 8 steps without guidance. Unset reads "
-        "is_distilled in a folder's model_index.json, or looks for words such as turbo in the name.",
-    )
+    fp8_llm: bool = option(False)
+    """Keep the text encoder Qwen3 in 8 bits."""
+    model_version: str | None = option(None, usual=True, choices=("base", "turbo", "de-turbo"))
+    """Which Z-Image the base is: turbo is distilled, and previews take 8 steps without guidance. Unset reads
+    is_distilled in a folder's model_index.json, or looks for words such as turbo in the name."""
 
 
 FILES: tuple[ModelFile, ...] = (
