@@ -20,7 +20,7 @@ PART_BYTES = 1 << 17
 AT_ONCE = 4096  # images hashed together
 
 WHERE = (
-    "entries", "image_dir", "metadata_file", "conditioning_data_dir", "source_key",
+    "entries", "image_dir", "prompt", "num", "metadata_file", "conditioning_data_dir", "source_key",
     "control_dirs", "opposite_dir", "control_resolution", "control_no_resize",  # covered by the digest of the images
     "exclude", "cache_directory", "patterns", "image_column", "caption_column", "control_columns",
 )  # fmt: skip
@@ -98,6 +98,9 @@ def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) 
             for name in ("enable_multiline_caption", "fixed", "trigger_word"):
                 if not subset["captions"][name]:
                     subset["captions"].pop(name)
+            for name in ("brightness_aug", "contrast_aug", "saturation_aug"):
+                if not subset[name]:
+                    subset.pop(name)
     images, captions = blake2b(digest_size=16), blake2b(digest_size=16)
     first = 0
     for subset, scanned in enumerate(samples.subsets):
