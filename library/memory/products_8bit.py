@@ -9,8 +9,7 @@ for 17 tokens as for one.
 Letters: T tokens, O outputs, I inputs; K the summed axis of a product, N its other axis.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -66,7 +65,7 @@ def products_of_rounded(
         remainders_TK, finer_T1 = round_tokens(scaled_TK / factors_T1 - rounded_TK.float(), None, code_dtype)
         large_TN, small_TN = product(torch.cat([rounded_TK, remainders_TK]), codes_KN, dtype).chunk(2)
         products_TN = large_TN + small_TN * finer_T1
-    return run(operations().scale, dtype, x_TK.device, products_TN, factors_T1, scales_N, bias_N)
+    return run(scaled_of, dtype, x_TK.device, products_TN, factors_T1, scales_N, bias_N)
 
 
 def round_tokens(x_TK: Tensor, scales_K: Tensor | None, code_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -75,44 +74,38 @@ def round_tokens(x_TK: Tensor, scales_K: Tensor | None, code_dtype: torch.dtype)
     # For e5m2 codes the activations are e4m3: torch requires one side to be, and with a scale per token its smaller
     # range is enough.
     rounded_dtype = torch.int8 if code_dtype == torch.int8 else FP8
-    kinds, device = operations(), x_TK.device
-    factors_T1 = run(kinds.measure[rounded_dtype], torch.float32, device, x_TK, scales_K)
-    return run(kinds.round, rounded_dtype, device, x_TK, scales_K, factors_T1), factors_T1
+    measure, device = measure_int8 if rounded_dtype == torch.int8 else measure_fp8, x_TK.device
+    factors_T1 = run(measure, torch.float32, device, x_TK, scales_K)
+    return run(rounded_of, rounded_dtype, device, x_TK, scales_K, factors_T1), factors_T1
 
 
-@dataclass(frozen=True)
-class Operations:
-    """Fused operations around a product, each of which returns the dtype of its first input."""
-
-    measure: Mapping[torch.dtype, Fused]
-    round: Fused
-    scale: Fused
-
-
-@cache  # at the first product: other models have nothing to compile
-def operations() -> Operations:
-    # Constants defined outside of functions become inputs of the compiled graph, which torch.compile loses in autograd
-    # passes.
-    def measure_int8(like: Tensor, x_TK: Tensor, scales_K: Tensor | None) -> Tensor:
-        return largest_of(x_TK, scales_K) / 127.0
-
-    def measure_fp8(like: Tensor, x_TK: Tensor, scales_K: Tensor | None) -> Tensor:
-        return largest_of(x_TK, scales_K) / 448.0
-
-    measure = {torch.int8: measure_int8, FP8: measure_fp8}
-    return Operations(
-        {dtype: Fused(expression, {}, widens=False) for dtype, expression in measure.items()},
-        Fused(rounded_of, {}, widens=False),
-        Fused(scaled_of, {}, widens=False),
-    )
-
-
-def run(operation: Fused, dtype: torch.dtype, device: torch.device, x: Tensor, *others: Tensor | None) -> Tensor:
-    """Run an operation of `Operations` without gradients: as one kernel, or as it is."""
+def run(
+    expression: Callable[..., Tensor], dtype: torch.dtype, device: torch.device, x: Tensor, *others: Tensor | None
+) -> Tensor:
+    """Evaluate an expression without gradients, in `dtype`: as one kernel, or as it is."""
     like = torch.empty(0, dtype=dtype, device=device)
+    if torch.compiler.is_compiling():  # of the block, whose graph would depend on what is cached here
+        return expression(like, x, *others).to(dtype)
+    operation = fused(expression)
     is_fused = fuses(x) and fuses(like)
     out: Tensor = operation.run("value", like, x, *others) if is_fused else operation.value(like, x, *others)
     return out
+
+
+@cache  # at the first product: other models have nothing to compile
+def fused(expression: Callable[..., Tensor]) -> Fused:
+    """Return the fused operation of an expression, which returns the dtype of its first input."""
+    return Fused(expression, {}, widens=False)
+
+
+# Constants defined outside of functions become inputs of the compiled graph, which torch.compile loses in autograd
+# passes.
+def measure_int8(like: Tensor, x_TK: Tensor, scales_K: Tensor | None) -> Tensor:
+    return largest_of(x_TK, scales_K) / 127.0
+
+
+def measure_fp8(like: Tensor, x_TK: Tensor, scales_K: Tensor | None) -> Tensor:
+    return largest_of(x_TK, scales_K) / 448.0
 
 
 def largest_of(x_TK: Tensor, scales_K: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from library.memory.formats.int8 import rotate
 from library.memory.frozen import freeze_layer, freeze_layers, multiply_codes
 from library.memory.fused_kernels import count_fused
 from library.memory.planner.counter import OperationCounter
-from library.memory.products_8bit import columns_first, input_gradient, operations, output
+from library.memory.products_8bit import columns_first, fused, input_gradient, output, rounded_of, scaled_of
 from tests.tolerances import FLOAT32_SAME_MATH
 from tests.weight_formats import CODECS, EIGHT_BIT_FORMATS
 
@@ -98,11 +98,11 @@ def test_compiled_operations_are_as_near_the_decoded_weight_as_eager_ones(
     x, gradient, bias = random(24, 256, seed=31).bfloat16(), random(24, 96, seed=32).bfloat16(), random(96, seed=33)
     eager = output(x, weight, bias.bfloat16()), input_gradient(gradient, weight)
     torch.compiler.reset()
-    operations.cache_clear()
+    fused.cache_clear()
     monkeypatch.setattr(fused_kernels, "compiles_for", lambda device: True)
     compiled = output(x, weight, bias.bfloat16()), input_gradient(gradient, weight)
-    assert all(operations().scale.compiled.values()) and operations().round.compiled
-    operations.cache_clear()
+    assert all(fused(scaled_of).compiled.values()) and fused(rounded_of).compiled
+    fused.cache_clear()
     for ours, wanted in zip(compiled, eager, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=2**-7, atol=2**-7 * float(wanted.abs().max()))
     exact = x.double() @ decoded.T + bias.bfloat16().double(), gradient.double() @ decoded
