@@ -35,6 +35,7 @@ NOT_RUN = {  # start of a command -> where it is tested, or why it cannot run he
     "python3 -m benchmarks.toys check_edits": "tests/runs/test_toy_edits.py",
     "python3 -m benchmarks.toys evidence": "tests/unit/tools/test_toy_evidence.py",
     "python3 tools/verify.py": "tests/runs/test_verify.py; with --fit auto it needs a GPU",
+    "python3 tools/draw.py path/to/wan_2_2": "tests/any_pipeline/test_experts.py",
     "python3 tools/vote.py": "waits for a browser: tests/runs/test_vote.py",
     "python3 tools/front_end.py": "tests/runs/test_front_end.py",
     "python3 tools/report.py output/quickstart --serve": "tests/unit/training/report/test_live.py",
