@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from library.memory.planner.prediction import MemoryMode, apply_mode, pass_work
+from library.memory.planner.speed import Work
 from library.protocols import Architecture
 from library.training.evaluation.preview import PreviewSchedule, read_wanted_prompts
 from library.training.evaluation.prompts import PromptSpec, resolve
@@ -61,13 +62,16 @@ def predict_duration(
         return None
     run, batch, steps = options.run, counted.batch, options.run.max_train_steps
     forward, _ = pass_work(apply_mode(counted.step, MemoryMode()))
-    prediction_s = forward.seconds(gpu, 1.0) / batch.count
+    # A call for one image launches as many kernels as one for a batch.
+    launching_s = Work(launches=forward.launches).seconds(gpu, 1.0)
+    arithmetic_s = (forward.seconds(gpu, 1.0) - launching_s) / batch.count
     pixels = batch.width * batch.height
     decoding_s = 0.0 if counted.preview is None else counted.preview.work.seconds(gpu, 1.0)
 
     def image_s(prompt: Prompt) -> float:
         num_predictions = prompt.num_steps * (2 if prompt.scale > 1 else 1)
-        return num_predictions * prediction_s * prompt.width * prompt.height / pixels + decoding_s
+        prediction_s = arithmetic_s * prompt.width * prompt.height / pixels + launching_s
+        return num_predictions * prediction_s + decoding_s
 
     class_prompt = resolve(PromptSpec("", "", width=batch.width, height=batch.height), arch.preview.defaults)
     round_s = sum(map(image_s, read_wanted_prompts(options.preview, arch)))
@@ -83,7 +87,7 @@ def predict_duration(
         step=run.gradient_accumulation_steps * chosen.seconds + STEP_S,
         num_steps=steps,
         previews=num_rounds * round_s,
-        validation=num_validations * num_held_out * NUM_LEVELS * prediction_s,
+        validation=num_validations * num_held_out * NUM_LEVELS * (arithmetic_s + launching_s),
         saving=(1 + count_times(steps, options.saving.save_every_n_steps)) * SAVE_S,
         sheets=num_rows * round_s + (loading_s if num_rows else 0.0),
         class_images=num_class_images * image_s(class_prompt) + loading_s if num_class_images else 0.0,
