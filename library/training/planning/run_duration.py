@@ -14,7 +14,7 @@ from library.training.planning.fit import Fit
 from library.types import Prompt
 
 # Assumptions, which benchmarks/run_duration.py compares with a clock.
-START_S = 4.0  # of a process that loads models of no size
+START_S = 2.5  # of a process that loads models of no size
 READ_BYTES_PER_S = 1e9  # an SSD's, or less than that of a file in memory
 DECODE_S = 0.03  # of a photo's file
 STEP_S = 0.03  # of a step besides its passes: the optimizer, the batch, what is reported
