@@ -66,7 +66,7 @@ def describe_files(path: str) -> Iterator[tuple[str, int, int]]:
     if top.is_file():
         stat = top.stat()
         yield top.name, stat.st_size, stat.st_mtime_ns
-    for folder, _, names in os.walk(top) if top.is_dir() else ():
+    for folder, _, names in sorted(os.walk(top)) if top.is_dir() else ():
         for name in sorted(names):
             if name.endswith((".safetensors", ".bin", ".json")):
                 yield from describe_files(os.path.join(folder, name))
