@@ -1,4 +1,4 @@
-"""What git has of an installed folder and takes of what is kept beside it."""
+"""Hides from git what is kept beside an installed folder, and finds the files in it that are as in its commit."""
 
 import os
 import re

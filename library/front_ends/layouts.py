@@ -54,7 +54,7 @@ scripts = Path(__file__).resolve().parents[{depth}]
 original = scripts.with_name(scripts.name + ".original")
 script = original / "{path}"
 if not script.is_file():
-    raise SystemExit(f"{path} needs the front end's own script, but {{script}} is missing")
+    raise SystemExit(f"{path} needs the front end's own script, but {{script}} is missing; use another program")
 # It imports the `library` of the front end's own scripts, also in processes that it starts.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(original), os.environ.get("PYTHONPATH")]))
 sys.path[:1] = [str(script.parent), str(original)]

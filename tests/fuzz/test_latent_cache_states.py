@@ -41,7 +41,7 @@ places = st.integers(0, 5)
 
 @dataclass(frozen=True)
 class Entry:
-    """What an entry was made from, and with which extras."""
+    """Hold the content that an entry of the cache was made from, and its extras."""
 
     source: tuple[str, str, str, str]  # image, its digest, VAE, filter
     extras: frozenset[str] = frozenset()

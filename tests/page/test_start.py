@@ -134,7 +134,7 @@ def test_a_server_that_was_killed_does_not_keep_the_next_one_out(tmp_path: Path)
             assert second.send("GET", "/")[0] == 200 and second.address.token != server.address.token
 
 
-def test_open_pages_are_told_that_the_suite_was_updated(tmp_path: Path) -> None:
+def test_open_pages_show_that_the_suite_was_updated(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.create()
 

@@ -196,7 +196,7 @@ def test_scripts_that_this_suite_lacks_are_those_of_the_original(suite: SmallSui
     (gui / "sd-scripts.original" / path).unlink()
     missing = subprocess.run([sys.executable, str(gui / "sd-scripts" / path)], capture_output=True, text=True)
     assert missing.returncode == 1 and f"{path} needs the front end's own script" in missing.stderr
-    assert missing.stderr.count("\n") == 1
+    assert "use another program" in missing.stderr and missing.stderr.count("\n") == 1
 
 
 def test_the_commands_of_the_page_start_the_originals_or_refuse() -> None:

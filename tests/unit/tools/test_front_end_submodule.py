@@ -211,7 +211,7 @@ TAKING = [("clean", "-fd"), ("stash", "--include-untracked"), ("add", "--all")]
 
 
 @pytest.mark.parametrize("words", TAKING, ids=[words[0] for words in TAKING])
-def test_git_takes_nothing_that_is_kept_beside_the_folder(
+def test_git_leaves_alone_what_is_kept_beside_the_folder(
     suite: SmallSuite, nested: Path, git: Git, words: tuple[str, ...]
 ) -> None:
     exclude = nested / ".git/info/exclude"
