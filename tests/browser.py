@@ -1,17 +1,14 @@
-"""Pages in headless Chromium, without a driver: a script inserted into a copy of the page inspects it from inside."""
+"""The command that starts headless Chromium, and scripts that are inserted into a copy of a page."""
 
 import base64
 import hashlib
-import json
 import os
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from html import unescape
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -33,15 +30,6 @@ addEventListener("error", (event) => tell(event.message), true);
 addEventListener("unhandledrejection", (event) => tell(event.reason));
 addEventListener("securitypolicyviolation", (event) => tell(`policy: ${event.violatedDirective} ${event.blockedURI}`));
 """
-ASK = """
-addEventListener("load", () => setTimeout(async () => {
-  let found;
-  try { found = await (async () => { %s })(); } catch (error) { found = {failed: String(error)}; }
-  document.body.append(Object.assign(document.createElement("pre"), {id: "answer", textContent: JSON.stringify(
-    {found, told: window.told})}));
-}, 0));
-"""
-ANSWER = re.compile(r'<pre id="answer">(.*?)</pre>', re.DOTALL)
 
 
 def with_scripts(page: str, *scripts: str) -> str:
@@ -70,23 +58,3 @@ def opened(address: str, folder: Path) -> Iterator[None]:
     finally:
         browser.terminate()
         browser.wait(timeout=60)
-
-
-def run(page: Path, folder: Path, *words: str) -> bytes:
-    """Return Chromium's output for a file."""
-    done = subprocess.run(command(page.resolve().as_uri(), folder, *words), capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr.decode(errors="replace")
-    return done.stdout
-
-
-def ask(page: str, script: str, folder: Path) -> tuple[Any, list[str]]:
-    """Return (result of `script`, the body of an async function that runs in the page; errors and warnings of the
-    page)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    copy = folder / "asked.html"
-    copy.write_text(with_scripts(page, WATCH, ASK % script), encoding="utf-8")
-    dumped = run(copy, folder, "--virtual-time-budget=5000", "--dump-dom").decode("utf-8")
-    answer = ANSWER.search(dumped)
-    assert answer is not None, dumped[-2000:]
-    answer_data = json.loads(unescape(answer[1]))
-    return answer_data["found"], answer_data["told"]

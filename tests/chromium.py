@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from tests.browser import CHROMIUM, command
+from tests.browser import CHROMIUM, WATCH, command, with_scripts
 
 DEADLINE_MS = 600_000  # of a condition, for a test that fails; a page that works never waits for it
 # Conditions are looked at after every change of the page, not by the clock.
@@ -34,7 +34,10 @@ const name = (one) => one.getAttribute("aria-label") ?? (one.labels?.[0]?.textCo
 const controls = document.querySelectorAll("button, a, input, textarea, select, summary");
 const all = [...controls].filter((one) => shown(one) && name(one) === %s);
 """
-
+LOADED = """new Promise((resolve) => {
+  if (document.readyState === "complete") setTimeout(resolve, 0);
+  else addEventListener("load", () => setTimeout(resolve, 0));
+})"""
 
 # The browser has its pipes as 3 and 4.
 START = """
@@ -199,3 +202,16 @@ def browsing(folder: Path) -> Iterator[Browser]:
     finally:
         process.terminate()
         process.wait(timeout=60)
+
+
+def ask(page: str, script: str, folder: Path) -> tuple[Any, list[str]]:
+    """Return (result of `script`, the body of an async function that runs in the loaded page; errors and warnings of
+    the page)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / "asked.html"
+    copy.write_text(with_scripts(page, WATCH), encoding="utf-8")
+    with browsing(folder) as browser:
+        tab = browser.open(copy.resolve().as_uri(), width=1250, height=1400)
+        tab.run(LOADED)
+        found = tab.run(f"(async () => {{ {script} }})().catch((error) => ({{failed: String(error)}}))")
+        return found, tab.run("window.told")

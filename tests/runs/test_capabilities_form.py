@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import flux_2_train_network
-from tests.browser import ask, in_browser
+from tests.browser import in_browser
+from tests.chromium import ask
 from tests.running import ROOT
 from tools.capabilities import main
 

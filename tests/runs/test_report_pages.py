@@ -12,7 +12,8 @@ from library.training.report_page.writer import build_report
 from library.training.reporting.events import Warned
 from library.training.sweep.ranking import rank_and_write
 from library.training.sweep.worker import Standing
-from tests.browser import ask, in_browser
+from tests.browser import in_browser
+from tests.chromium import ask
 from tests.event_lines import EVIL, lines_of, thumbnail, whole_run
 
 LOOK = """
