@@ -65,6 +65,8 @@ class NetworkModule:
     `merge_to(text_encoder, unet, weights, dtype, device)`,
     `draws_numbers() -> bool`, False if calls in training draw no random numbers; recomputation is then cheaper,
     `cast_factors() -> Iterable[(layer, modules whose weight is only multiplied with)]`, which are then cast together,
+    `joined_downs() -> Iterable[down factors (modules) whose layers may get one input]`, which have a function `product`
+    of their input while a block runs,
     `merging(weights, device) -> Iterable[Merging]`, which ours have, so that files are merged while the base is read.
     """
 
@@ -275,6 +277,11 @@ class AdoptedNetwork:
     def cast_factors(self) -> Iterable[tuple[nn.Module, Sequence[nn.Module]]]:
         """Return the layers whose change has factors that autocast casts whole, and the modules that hold these."""
         method = self._method("cast_factors")
+        return () if method is None else method()
+
+    def joined_downs(self) -> Iterable[Sequence[nn.Module]]:
+        """Return the down factors whose products are computed together where their layers get one input."""
+        method = self._method("joined_downs")
         return () if method is None else method()
 
     def relative_change(self) -> float | None:

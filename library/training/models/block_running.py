@@ -60,8 +60,8 @@ def choose_block_runner(
 
 
 def cast_factors_of(network: AdoptedNetwork, stacks: Stacks) -> None:
-    """Let each block cast the factors of its adapter together."""
-    cast_in_blocks(chain.from_iterable(stacks), dict(network.cast_factors()))
+    """Let each block cast the factors of its adapter together, and multiply with those of one input at once."""
+    cast_in_blocks(chain.from_iterable(stacks), dict(network.cast_factors()), network.joined_downs())
 
 
 def compile_settings(options: CompileOptions) -> CompileSettings:

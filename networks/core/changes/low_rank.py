@@ -4,6 +4,7 @@ Letters: O output features or channels, I input features or channels, R rank, h 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,10 @@ class LowRank(TwoFactors):
             self.lora_down = narrow_like(layer, rank)
             self.lora_up = nn.Conv2d(rank, layer.out_channels, 1, bias=False, dtype=torch.float32)
         self.draw(self.lora_down)
+
+    def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
+        product: Callable[[Tensor], Tensor] | None = self.lora_down.__dict__.get("product")
+        return super().down(x, columns) if product is None or columns is not None else product(x)
 
     def modules_of_factors(self) -> tuple[nn.Module, nn.Module]:
         """Return the modules that hold down and up, which only multiply and convolve with them."""

@@ -27,11 +27,12 @@ from networks.core.files.adapter_file import open_adapter, save_network, sort_te
 from networks.core.files.file_spelling import FileSpelling
 from networks.core.files.foreign_names import to_own_names
 from networks.core.files.reading_writing import collect_saved_tensors, load_into, network_tensors
+from networks.core.network.shared_inputs import list_shared
 from networks.core.network.summary import describe_part, describe_rates
 from networks.core.protocol import Merging
 from networks.core.registry.adapter_kind import StartStep
 from networks.core.targets.rules import TargetSettings
-from networks.core.targets.targets import AdapterTargets
+from networks.core.targets.targets import AdapterTargets, TargetModule
 
 logger = logging.getLogger(__name__)
 
@@ -313,10 +314,20 @@ class AdapterNetwork(nn.Module):
 
     def cast_factors(self) -> Iterator[tuple[nn.Module, Sequence[nn.Module]]]:
         """Yield the layers with a plain LoRA, and the modules of its factors; other kinds compute with the factors."""
+        for target, _, delta in self._plain_loras():
+            yield target.module, delta.modules_of_factors()
+
+    def joined_downs(self) -> Iterator[Sequence[nn.Module]]:
+        """Yield the down factors of plain LoRAs without dropout whose layers may get one input."""
+        loras = self._plain_loras()
+        downs = {target.path: delta.modules_of_factors()[0] for target, drops, delta in loras if not drops.is_on}
+        return list_shared({path: down for path, down in downs.items() if isinstance(down, nn.Linear)})
+
+    def _plain_loras(self) -> Iterator[tuple[TargetModule, Dropout, LowRank]]:
         for member in self.members:
             change = member.adapter.change
             if type(change) is ScaledDelta and type(change.delta) is LowRank:
-                yield member.adapter.target.module, change.delta.modules_of_factors()
+                yield member.adapter.target, change.drops, change.delta
 
     def _warn_of_idle_rates(self) -> None:
         """Warn about rates in the network arguments for a side of the base model that has no adapter."""

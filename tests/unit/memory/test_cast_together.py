@@ -2,16 +2,18 @@
 
 import importlib
 from collections import Counter
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from library.memory.blocks import BlockRunner, Every, plain, recompute
-from library.memory.cast_together import CastTogether, cast_factors, cast_in_blocks
+from library.memory.blocks import BlockBody, BlockRunner, Every, plain, recompute
+from library.memory.cast_together import FACTORS, CastTogether, Factors, cast_factors, cast_in_blocks, given_as
 from library.training.models.block_running import cast_factors_of
 from networks.core.protocol import adopt
 from tests.tiers import first_is_fast
@@ -48,7 +50,7 @@ def test_losses_and_gradients_are_the_same_to_the_bit_with_fewer_casts(name: str
         for parameter in network.parameters():
             nn.init.normal_(parameter, std=0.1)
         if is_together:
-            cast_factors_of(adopt(network), base.deep.stacks(model))
+            cast_in_blocks(chain.from_iterable(base.deep.stacks(model)), dict(network.cast_factors()))
         run: BlockRunner = RUNNERS[runner]()
         base.deep.run_blocks_with(model, run)
         with Casts() as counted:
@@ -65,11 +67,83 @@ def test_losses_and_gradients_are_the_same_to_the_bit_with_fewer_casts(name: str
     assert casts[1]["_to_copy"] < casts[0]["_to_copy"]
 
 
+JOINING = ["sd", "anima", "flux_3", "krea2", "lumina", "moss_image", "qwen_image_21", "zimage"]
+
+
+@pytest.mark.parametrize("name", first_is_fast(JOINING))
+def test_factors_of_one_input_give_the_same_loss_and_gradients_in_fewer_products(name: str) -> None:
+    base = BASES[name]
+    assert base.deep is not None
+    results, products = [], []
+    for is_joined in (False, True):
+        model = base.deep.frozen(5)
+        seen, module = base.deep.seen(model), importlib.import_module(base.module)
+        torch.manual_seed(3)
+        network = module.create_network(1.0, 4, 2, None, [], seen)
+        network.apply_to([], seen, False, True)
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        stacks = base.deep.stacks(model)
+        if is_joined:
+            cast_factors_of(adopt(network), stacks)
+        else:
+            cast_in_blocks(chain.from_iterable(stacks), dict(network.cast_factors()))
+        base.deep.run_blocks_with(model, in_float32)
+        with Casts() as counted:
+            loss = base.deep.loss(model, torch.device("cpu"))
+            loss.backward()
+        results.append([loss, *(parameter.grad for parameter in network.parameters())])
+        products.append(counted.calls["mm"] + counted.calls["addmm"])
+    scale = max(float(gradient.abs().max()) for gradient in results[0][1:])
+    for apart, joined in zip(*results, strict=True):
+        torch.testing.assert_close(joined, apart, rtol=1e-5, atol=4e-6 * scale)
+    blocks = chain.from_iterable(stacks)
+    saved = sum(len(group) - 1 for block in blocks if block in FACTORS for group in FACTORS[block].joined)
+    assert saved and products[0] - products[1] >= 2 * saved  # forward, backward to the factors, and to most inputs
+
+
+def in_float32(block: nn.Module, *inputs: Any, **named: Any) -> Any:
+    factors = FACTORS.get(block.block if isinstance(block, BlockBody) else block)
+    with nullcontext() if factors is None else given_as(factors, torch.float32):
+        return block(*inputs, **named)
+
+
+def test_a_layer_with_another_input_gets_its_own_product() -> None:
+    """Queries of cross-attention can be as wide as its keys and values."""
+    torch.manual_seed(4)
+    downs = [nn.Linear(5, rank, bias=False) for rank in (2, 3, 1)]
+    image = torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True)
+    text = torch.randn(2, 4, 5, dtype=torch.float64)
+    inputs = (image, text, text)
+    expected = [linear(x, down.weight.double()) for down, x in zip(downs, inputs, strict=True)]
+    weights = [torch.randn_like(product) for product in expected]
+    parameters = [image, *(down.weight for down in downs)]
+    gradients = torch.autograd.grad(expected, parameters, weights)
+    with Casts() as counted, given_as(Factors([], [downs]), torch.float64):
+        products = [down.product(x) for down, x in zip(downs, inputs, strict=True)]
+    assert counted.calls["mm"] == 2  # the queries', and one for keys and values
+    torch.testing.assert_close(products, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(products, parameters, weights), gradients)  # type: ignore[arg-type]
+    assert not any(hasattr(down, "product") for down in downs)
+
+
+@pytest.mark.parametrize("argument", ["rank_dropout", "module_dropout", "dora_wd", "ggpo_sigma"])
+def test_dropout_and_other_changes_are_computed_alone(argument: str) -> None:
+    base = BASES["sd"]
+    assert base.deep is not None
+    seen = base.deep.seen(base.deep.frozen(5))
+    module = importlib.import_module(base.module)
+    values = {"dora_wd": "True", "ggpo_sigma": "0.03"} | ({"ggpo_beta": "0.01"} if argument == "ggpo_sigma" else {})
+    given = {name: value for name, value in values.items() if name[:4] == argument[:4]} or {argument: "0.5"}
+    assert list(module.create_network(1.0, 4, 2, None, [], seen).joined_downs())
+    assert not list(module.create_network(1.0, 4, 2, None, [], seen, **given).joined_downs())
+
+
 def test_an_unused_and_a_frozen_factor_have_no_gradient_and_others_that_of_their_cast() -> None:
     torch.manual_seed(8)
     used, unused, frozen = torch.randn(3, 5), torch.randn(4), torch.randn(5)
     used.requires_grad_(), unused.requires_grad_()
-    casts = CastTogether.apply(torch.bfloat16, used, unused, frozen)  # type: ignore[no-untyped-call]
+    casts = CastTogether.apply(torch.bfloat16, [], used, unused, frozen)  # type: ignore[no-untyped-call]
     expected = used.to(torch.bfloat16)
     assert [cast.dtype for cast in casts] == [torch.bfloat16] * 3 and torch.equal(casts[0], expected)
     weights = torch.randn(5, dtype=torch.bfloat16)
