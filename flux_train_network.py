@@ -1,13 +1,13 @@
 """Train a LoRA-family adapter for FLUX.1 dev and schnell."""
 
 from library import train_util as train_util
-from library.training.command_line.training_script import Trainer, TrainingScript
+from library.training.command_line.training_script import ScriptTrainer, TrainingScript
 
 SCRIPT = TrainingScript("flux")
 setup_parser = SCRIPT.setup_parser
 
 
-class FluxNetworkTrainer(Trainer, script=SCRIPT):
+class FluxNetworkTrainer(ScriptTrainer, script=SCRIPT):
     """The trainer for programs that import this script."""
 
 

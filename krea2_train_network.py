@@ -1,13 +1,13 @@
 """Train a LoRA-family adapter for Krea 2."""
 
 from library import train_util as train_util
-from library.training.command_line.training_script import Trainer, TrainingScript
+from library.training.command_line.training_script import ScriptTrainer, TrainingScript
 
 SCRIPT = TrainingScript("krea2")
 setup_parser = SCRIPT.setup_parser
 
 
-class Krea2NetworkTrainer(Trainer, script=SCRIPT):
+class Krea2NetworkTrainer(ScriptTrainer, script=SCRIPT):
     """The trainer for programs that import this script."""
 
 

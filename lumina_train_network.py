@@ -1,13 +1,13 @@
 """Train a LoRA-family adapter for Lumina Image 2.0."""
 
 from library import train_util as train_util
-from library.training.command_line.training_script import Trainer, TrainingScript
+from library.training.command_line.training_script import ScriptTrainer, TrainingScript
 
 SCRIPT = TrainingScript("lumina")
 setup_parser = SCRIPT.setup_parser
 
 
-class LuminaNetworkTrainer(Trainer, script=SCRIPT):
+class LuminaNetworkTrainer(ScriptTrainer, script=SCRIPT):
     """The trainer for programs that import this script."""
 
 

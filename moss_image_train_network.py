@@ -1,13 +1,13 @@
 """Train a LoRA-family adapter for MOSS-Image."""
 
 from library import train_util as train_util
-from library.training.command_line.training_script import Trainer, TrainingScript
+from library.training.command_line.training_script import ScriptTrainer, TrainingScript
 
 SCRIPT = TrainingScript("moss_image")
 setup_parser = SCRIPT.setup_parser
 
 
-class MossImageNetworkTrainer(Trainer, script=SCRIPT):
+class MossImageNetworkTrainer(ScriptTrainer, script=SCRIPT):
     """The trainer for programs that import this script."""
 
 

@@ -1,13 +1,13 @@
 """Train a LoRA-family adapter for Qwen-Image 2.1."""
 
 from library import train_util as train_util
-from library.training.command_line.training_script import Trainer, TrainingScript
+from library.training.command_line.training_script import ScriptTrainer, TrainingScript
 
 SCRIPT = TrainingScript("qwen_image_21")
 setup_parser = SCRIPT.setup_parser
 
 
-class QwenImage21NetworkTrainer(Trainer, script=SCRIPT):
+class QwenImage21NetworkTrainer(ScriptTrainer, script=SCRIPT):
     """The trainer for programs that import this script."""
 
 

@@ -1,13 +1,13 @@
 """Train a LoRA-family adapter for Stable Diffusion 3 and 3.5."""
 
 from library import train_util as train_util
-from library.training.command_line.training_script import Trainer, TrainingScript
+from library.training.command_line.training_script import ScriptTrainer, TrainingScript
 
 SCRIPT = TrainingScript("sd3")
 setup_parser = SCRIPT.setup_parser
 
 
-class Sd3NetworkTrainer(Trainer, script=SCRIPT):
+class Sd3NetworkTrainer(ScriptTrainer, script=SCRIPT):
     """The trainer for programs that import this script."""
 
 

@@ -44,7 +44,7 @@ class TrainingScript:
         return main(command_line.parser, spec.options, spec.build, **functions, command_line=command_line)
 
 
-class Trainer:
+class ScriptTrainer:
     """Base class of the trainers that sd-scripts' scripts have, for programs that import a script."""
 
     SCRIPT: ClassVar[TrainingScript]
