@@ -62,7 +62,7 @@ SMALL_PRODUCT = 1024  # side of the matrices that measure a CPU
 
 @dataclass(frozen=True)
 class RunOrder:
-    """What a run is asked to be."""
+    """The photos, the base and the options that a run is asked for."""
 
     args: Namespace  # the options of train.py
     base: Base
