@@ -1,20 +1,14 @@
 """Train a LoRA-family adapter for Stable Diffusion 1.x."""
 
-import argparse
-
 from library import train_util as train_util
-from library.training.command_line.training_script import TrainingScript
+from library.training.command_line.training_script import ScriptTrainer, TrainingScript
 
 SCRIPT = TrainingScript("sd")
 setup_parser = SCRIPT.setup_parser
 
 
-class NetworkTrainer:
+class NetworkTrainer(ScriptTrainer, script=SCRIPT):
     """The trainer for programs that import this script."""
-
-    def train(self, args: argparse.Namespace) -> None:
-        """Train with the options in `args`. Raises UserError for errors that the user can fix."""
-        SCRIPT.train(self, args)
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def vae_pair(encodes: bool, is_2d: bool, side: int, dtype: torch.dtype) -> Pair:
 
     theirs = AutoencoderKLQwenImage(**QWEN_IMAGE_VAE).to(dtype).eval().requires_grad_(False)
     ours = replace_layers_for_images(deepcopy(theirs)) if is_2d else theirs
-    codec, (mean, std) = qwen_image_latents("_anima.npz"), statistics(torch.device("cpu"))
+    codec, (mean, std) = qwen_image_latents("_anima.npz"), statistics(None, torch.device("cpu"))
     if encodes:
         return Pair(
             lambda x: codec.encode(ours, x, []),

@@ -131,13 +131,13 @@ class NotThere(UserError):
 
 
 @contextmanager
-def needing(what: str, setting: str | None = None) -> Iterator[None]:
+def needing(what: str) -> Iterator[None]:
     """Prefix the message of a NotThere raised in the block with `what`, which needs the model, and raise it as
     UserError."""
     try:
         yield
     except NotThere as error:
-        raise error.prefixed(f"{what}: ", setting) from error
+        raise error.prefixed(f"{what}: ") from error
 
 
 @contextmanager

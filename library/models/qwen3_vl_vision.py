@@ -151,12 +151,10 @@ def join_rows(rows: Sequence[Sequence[int]], images: Sequence[Sequence[Tensor]])
 
 def encode_captions(
     encoders: Sequence[nn.Module],
-    ids_BT: Tensor,
-    mask_BT: Tensor,
+    tokens: Tokens,
     slot: int,
-    images: Sequence[Sequence[Tensor]],
-    encode_one: Callable[[nn.Module, nn.Module, Tensor, int, Sequence[Tensor]], Tensor],
     encoder: str,
+    encode_one: Callable[[nn.Module, nn.Module, Tensor, int, Sequence[Tensor]], Tensor] = encode_with_images,
     encode_texts: Callable[[nn.Module, Tensor, Tensor], Tensor] = encode_qwen3,
 ) -> Tensor:
     """Return states, BTE: of all captions at once, or one by one if any has images.
@@ -166,21 +164,24 @@ def encode_captions(
     model, naming the `encoder` to use.
     """
     language, *vision = encoders
-    if not any(images):
-        return encode_texts(language, ids_BT, mask_BT)
-    if not vision:
+    ids_BT, mask_BT = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
+    if not vision and any(tokens.images):
         raise about("--text_encoder")(
             "has no vision model, which reference images require", f"use a complete file or folder of {encoder}"
         )
-    rows = []
-    for ids_T, mask_T, shown in zip(ids_BT, mask_BT, images, strict=True):
-        ids_S = ids_T[mask_T.bool()]
-        if shown:
-            states_SE = encode_one(language, vision[0], ids_S, slot, shown)
-        else:
-            states_SE = encode_texts(language, ids_S[None], torch.ones_like(ids_S)[None])[0]
-        rows.append(pad(states_SE, (0, 0, 0, len(ids_T) - len(ids_S))))
-    return torch.stack(rows)
+    # The encoders' states overflow float16.
+    with torch.autocast(next(language.parameters()).device.type, enabled=False):
+        if not any(tokens.images):
+            return encode_texts(language, ids_BT, mask_BT)
+        rows = []
+        for ids_T, mask_T, shown in zip(ids_BT, mask_BT, tokens.images, strict=True):
+            ids_S = ids_T[mask_T.bool()]
+            if shown:
+                states_SE = encode_one(language, vision[0], ids_S, slot, shown)
+            else:
+                states_SE = encode_texts(language, ids_S[None], torch.ones_like(ids_S)[None])[0]
+            rows.append(pad(states_SE, (0, 0, 0, len(ids_T) - len(ids_S))))
+        return torch.stack(rows)
 
 
 def cut_patches(image_CHW: Tensor, patch: int, num_frames: int) -> Tensor:

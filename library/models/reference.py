@@ -1,7 +1,8 @@
 """Comparison of a denoiser with another library's class: code that the base models' `reference.py` share.
 
 Each of these modules defines `outputs(denoiser, generator)`, which returns the outputs of both for the same random
-inputs, in float32. Only two blocks of each stack are kept, so that models of any size fit in main memory.
+inputs, in float32. Only the first and the last block of each stack are kept, so that models of any size fit in main
+memory. `diffusers_config` returns the arguments of diffusers' class, `diffusers_state` our weights under its names.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -100,10 +101,10 @@ def split_weights(
     return named_parts
 
 
-def split_stacked(keys: LayerKeys, num_equal: int, state: Mapping[str, Tensor], model_width: int) -> dict[str, Tensor]:
+def split_stacked(keys: LayerKeys, num_equal: int, state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
     """Return the weights of a denoiser under diffusers' names; of what is stacked, the first `num_equal` parts have as
     many rows as the model is wide."""
-    return split_weights(state, keys.source_keys, [model_width] * num_equal, keys.swapped or "")
+    return split_weights(state, keys.source_keys, [config.width] * num_equal, keys.swapped or "")
 
 
 def stream_arguments(config: StreamConfig) -> dict[str, Any]:
@@ -115,6 +116,17 @@ def stream_arguments(config: StreamConfig) -> dict[str, Any]:
         "attention_head_dim": config.head_width,
         "num_attention_heads": config.width // config.head_width,
     }
+
+
+def build_theirs(
+    name: str,
+    arguments: Callable[[Any], dict[str, Any]],
+    rename: Callable[[Mapping[str, Tensor], Any], Mapping[str, Tensor]],
+    denoiser: Any,
+) -> Any:
+    """Build diffusers' class of this name with the weights of `denoiser`, whose configuration gives its arguments."""
+    config = denoiser.config
+    return with_weights(diffusers_class(name)(**arguments(config)), rename(denoiser.state_dict(), config))
 
 
 def with_weights(model: Any, state: Mapping[str, Tensor]) -> Any:

@@ -113,11 +113,12 @@ def choose_photos(inputs: Mapping[str, Any], scratch: Path) -> tuple[list[Any], 
 
 def make_plan(inputs: Mapping[str, Any], say: Say) -> dict[str, Any]:
     """Plan a run as train.py does, and return the plan as values."""
-    from library.train_photos import plan as plans
     from library.train_photos.description import describe_plan, remark_on_trigger
     from library.train_photos.photos import clean
-    from library.train_photos.runs import find_runs, list_names
-    from library.train_photos.session import build_record, find_recipe
+    from library.train_photos.plan import Files, RunOrder, choose_side
+    from library.train_photos.plan import make_plan as build_plan
+    from library.train_photos.runs import find_runs, list_names, make_record
+    from library.train_photos.session import find_recipe
 
     args, base, given = read_settings(inputs)
     recipe = find_recipe(args, base)
@@ -125,10 +126,10 @@ def make_plan(inputs: Mapping[str, Any], say: Say) -> dict[str, Any]:
         folders, trigger, texts = choose_photos(inputs, Path(scratch))
         rates = {name: recipe.values[name] * inputs["strength"] for name in LR_NAMES if name in recipe.values}
         given = {**(rates if inputs["strength"] != 1 else {}), **given}
-        side = plans.choose_side(base, recipe.values, given, folders)
-        wishes = plans.Wishes(trigger, side, args.steps, args.minutes, args.models, args.prediction, given)
-        plan = plans.make_plan(base, recipe, folders, wishes, plans.Files(Path(scratch), "plan"))
-        record = replace(build_record(args, base, folders, trigger, given), origin=inputs["origin"])
+        side = choose_side(base, recipe.values, given, folders)
+        order = RunOrder(args, base, recipe, folders, trigger, side, given)
+        plan = build_plan(order, Files(Path(scratch), "plan"))
+        record = replace(make_record(order), origin=inputs["origin"])
     name = clean(trigger.word if inputs["is_upload"] else Path(inputs["root"]).name)
     _, files = find_runs(list_names(None, name))
     return {

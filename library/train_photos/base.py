@@ -4,6 +4,7 @@ import gc
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -51,6 +52,10 @@ class Base:
         """The options of its script that select it."""
         flag, _, value = self.spec.script_flag.removeprefix("--").partition(" ")
         return {BASE_FLAG.removeprefix("--"): self.name, **({flag: value or True} if flag else {})}
+
+    def make_parser(self) -> Any:
+        """Return the parser of its script."""
+        return import_module(self.spec.script.removesuffix(".py")).setup_parser()
 
     @property
     def title(self) -> str:

@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
 from library.base.errors import about
@@ -48,7 +47,7 @@ def read_command_line(
         own.parse_args(words)
         own.error(f"{FLAG} is missing")
     base = recognise(name)
-    parser = import_module(base.spec.script.removesuffix(".py")).setup_parser()
+    parser = base.make_parser()
     parser.prog, parser.allow_abbrev, parser.raises_errors = own.prog, False, raises
     for container in (parser, *parser._action_groups):
         container.conflict_handler = "resolve"  # train.py's own --output_dir replaces the script's

@@ -33,7 +33,7 @@ COMMON = re.compile(
 
 def describe_plan(plan: Plan, files: Files) -> list[str]:
     """Return the plan as lines."""
-    values, base = plan.values, plan.base
+    values, order, base = plan.values, plan.order, plan.order.base
     prediction = ""
     if plan.predicted is not None:
         what = "velocity" if plan.predicted.prediction == "v" else "noise"
@@ -42,13 +42,13 @@ def describe_plan(plan: Plan, files: Files) -> list[str]:
     lines = [
         f"base      {base.title}: {base.name}{prediction}",
         *(f"part      --{name} {format_value(values[name])}" for name in list_part_names(plan)),
-        f"photos    {describe_photos(plan.folders)}",
-        *list_folders(plan.folders),
+        f"photos    {describe_photos(order.folders)}",
+        *list_folders(order.folders),
         *(f"kept      {finding.line}" for finding in plan.findings),
-        f"captions  {describe_captions(plan.folders, plan.trigger)}",
+        f"captions  {describe_captions(order.folders, order.trigger)}",
         *list_captions(plan),
-        *list_class_images(plan),
-        f"recipe    {plan.recipe.name}: {plan.recipe.title}",
+        *list_class_images(order.args.class_images, order.trigger),
+        f"recipe    {order.recipe.name}: {order.recipe.title}",
         f"training  {describe_size(plan)}, batches of {values['train_batch_size']}, {steps} steps"
         + (f": each photo is seen {plan.times_seen:.0f} times" if plan.times_seen else "")
         + (f"; {values['validation_split']:.0%} of the photos only measure" if values.get("validation_split") else "")
@@ -56,8 +56,8 @@ def describe_plan(plan: Plan, files: Files) -> list[str]:
         f"takes     {describe_cost(plan)}",
         f"saves     {files.adapter}, a file every {every} steps, previews without it and with it",
     ]
-    if plan.given:
-        lines.append(f"given     {describe_given(plan.given, plan.recipe.values)}")
+    if order.given:
+        lines.append(f"given     {describe_given(order.given, order.recipe.values)}")
     if plan.missing is not None:
         lines.append(f"note      {DISTILLED}, or put its training adapter beside it: {plan.missing}")
     elif base.is_distilled and not values.get("training_adapter") and not values.get("base_weights"):
@@ -65,15 +65,15 @@ def describe_plan(plan: Plan, files: Files) -> list[str]:
     return lines
 
 
-def list_class_images(plan: Plan) -> Iterator[str]:
-    if plan.num_class_images:
-        what = f"{plan.num_class_images} images of {plan.trigger.subject!r}"
+def list_class_images(number: int, trigger: Trigger) -> Iterator[str]:
+    if number:
+        what = f"{number} images of {trigger.subject!r}"
         yield f"class     {what}, which the base draws first; every second image of a step is one"
 
 
 def list_part_names(plan: Plan) -> list[str]:
     """Return the options of the files beside the base that the run reads: parts, and adapters."""
-    declared = plan.base.spec.options.declarations()
+    declared = plan.order.base.spec.options.declarations()
     parts = {name for name in declared if declared[name].path in ("part", "model")} - {BASE}
     given = {name for name, value in plan.values.items() if value and (name, value) != REFUSED_ADAPTER}
     return sorted(given & (parts | ADAPTERS))
@@ -99,8 +99,8 @@ def remark_on_trigger(trigger: Trigger) -> Iterator[str]:
 
 
 def describe_size(plan: Plan) -> str:
-    side, usual = (str(values["resolution"]).partition(",")[0] for values in (plan.values, plan.recipe.values))
-    if side == usual or "resolution" in plan.given:
+    side, usual = (str(values["resolution"]).partition(",")[0] for values in (plan.values, plan.order.recipe.values))
+    if side == usual or "resolution" in plan.order.given:
         return f"{side} px"
     return f"{side} px instead of {usual}, for the size of the base or the photos"
 
@@ -144,16 +144,16 @@ def pick_captions(captions: Sequence[str]) -> list[str]:
 
 def list_captions(plan: Plan) -> Iterator[str]:
     """Yield the captions that differ most as they are trained, and where folders have words of their own."""
-    counts = Counter(plan.captions)
+    counts, folders, trigger = Counter(plan.captions), plan.order.folders, plan.order.trigger
     for caption in pick_captions(plan.captions):
         number = format_count(counts[caption], "photo")
         yield f'          trained as "{shorten(caption)}" ({number})'
-    for folder in plan.folders:
+    for folder in folders:
         if folder.own_words:
-            wins = f'"{folder.describe_uncaptioned(plan.trigger)}", '
-            wins += "as given, and not its words" if plan.trigger.is_given else "its words"
+            wins = f'"{folder.describe_uncaptioned(trigger)}", '
+            wins += "as given, and not its words" if trigger.is_given else "its words"
             yield f"          {folder.path.name}: each photo {folder.num_repeats} times; without a caption {wins}"
-    if plan.recipe.name.endswith("_style") and not any(folder.captions for folder in plan.folders):
+    if plan.order.recipe.name.endswith("_style") and not any(folder.captions for folder in folders):
         yield (
             "          without captions a style learns what the photos show as well: --caption, or text files that "
             "describe each, keep that out"

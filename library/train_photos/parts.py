@@ -79,12 +79,16 @@ def find_missing(build: Build) -> tuple[str, UserError] | None:
 def find_part(base: Base, build: Build, flag: str, models: Path | None) -> Path | None:
     """Return the file or folder that the base model accepts as this part; those named like the released one first."""
     usual = " ".join(file.file for file in list_files(base) if file.flag == flag) or flag
-    likely = sorted(set(list_candidates(base.path, models)), key=lambda path: (-likeness(path, usual), str(path)))
-    return next((path for path in likely if is_accepted(build, flag, path)), None)
+    return next((path for path in rank_candidates(base.path, models, usual) if is_accepted(build, flag, path)), None)
 
 
-def likeness(path: Path, usual: str) -> float:
-    return SequenceMatcher(None, path.name.lower(), usual.lower()).ratio()
+def rank_candidates(base: Path, models: Path | None, usual: str, names: Sequence[str] = PARTS) -> list[Path]:
+    """Return the candidates, those with a name like `usual` first."""
+    likeness = {
+        path: SequenceMatcher(None, path.name.lower(), usual.lower()).ratio()
+        for path in list_candidates(base, models, names)
+    }
+    return sorted(likeness, key=lambda path: (-likeness[path], str(path)))
 
 
 def is_accepted(build: Build, flag: str, path: Path) -> bool:
@@ -109,7 +113,7 @@ def list_roots(base: Path, models: Path | None) -> list[Path]:
     return list(dict.fromkeys([*([models] if models else []), base.parent, *above]))
 
 
-def list_candidates(base: Path, models: Path | None, names: Sequence[str] = PARTS) -> Iterator[Path]:
+def list_candidates(base: Path, models: Path | None, names: Sequence[str]) -> Iterator[Path]:
     """Yield the files and transformers or diffusers folders that may be a part, in folders of these names."""
     for root in list_roots(base, models):
         files = root.rglob("*") if root == models else root.glob("*")
@@ -135,7 +139,7 @@ def find_training_adapter(
     if published is None:
         return None, None
     usual = published.file or published.repository
-    found = sorted(set(list_candidates(base.path, models, ADAPTERS)), key=lambda path: (-likeness(path, usual), path))
+    found = rank_candidates(base.path, models, usual, ADAPTERS)
     return published, next((path for path in found if is_training_adapter(base, path)), None)
 
 

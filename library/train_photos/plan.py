@@ -1,10 +1,10 @@
 """The plan of a run: its options, resolved, with the steps, the time and the memory that they take."""
 
 import re
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,9 +26,9 @@ from library.options.model import TRAINING_ADAPTER, ModelFile
 from library.options.train import TrainOptions
 from library.processes.process_group import ALONE
 from library.protocols import Architecture
-from library.train_photos.base import Base, Predicted, Prediction, find_prediction, measure_losses
+from library.train_photos.base import Base, Predicted, find_prediction, measure_losses
 from library.train_photos.parts import find_parts, find_training_adapter
-from library.train_photos.photos import PhotoFolder, Trigger
+from library.train_photos.photos import Photo, PhotoFolder, Trigger
 from library.training.command_line.checks import check
 from library.training.command_line.cli import parse
 from library.training.command_line.recipes import FOLDER, Recipe
@@ -61,17 +61,20 @@ SMALL_PRODUCT = 1024  # side of the matrices that measure a CPU
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """The options of train.py."""
+class RunOrder:
+    """The photos, the base and the options that a run is asked for."""
 
+    args: Namespace  # the options of train.py
+    base: Base
+    recipe: Recipe
+    folders: Sequence[PhotoFolder]
     trigger: Trigger
-    side: int  # to train at
-    steps: int | None
-    minutes: float | None
-    models: Path | None
-    prediction: Prediction | None
-    given: Mapping[str, Any] = field(default_factory=dict)  # options of the base model's script
-    num_class_images: int = 0  # that the base draws
+    side: int  # of the images that are trained
+    given: Mapping[str, Any] = field(default_factory=dict)  # typed options of the script, which override all others
+
+    @property
+    def photos(self) -> list[Photo]:
+        return [photo for folder in self.folders for photo in folder.photos]
 
 
 @dataclass(frozen=True)
@@ -142,79 +145,71 @@ class RunTexts:
 class Plan:
     """A run before its start."""
 
-    base: Base
-    recipe: Recipe
-    folders: Sequence[PhotoFolder]
-    trigger: Trigger
+    order: RunOrder
     values: Mapping[str, Any]  # options of the base model's script
-    prompts: str  # content of the prompts file
-    predicted: Predicted | None
-    fit: Fit | None  # None if the time and the memory are not known
-    given: Mapping[str, Any] = field(default_factory=dict)  # typed options of the script, which override all others
+    prompts: str = ""  # content of the prompts file
+    predicted: Predicted | None = None
+    fit: Fit | None = None  # None if the time and the memory are not known
     captions: Sequence[str] = ()  # as trained, one for each photo
     num_repeats: int = 1  # of each photo in an epoch
     draws_per_step: float = 0.0  # of photos; 0 if unknown
-    num_class_images: int = 0  # that the base draws, and that are trained as often as the photos
     missing: ModelFile | None = None  # the training adapter of a distilled base, which is not there
     findings: Sequence[Finding] = ()  # about the photos
     duration: RunDuration | None = None
 
     def with_options(self, values: Mapping[str, Any]) -> "Plan":
         """Return the plan with more options, which replace none that the user gave."""
-        given = {name: value for name, value in self.given.items() if (name, value) != REFUSED_ADAPTER}
+        given = {name: value for name, value in self.order.given.items() if (name, value) != REFUSED_ADAPTER}
         return replace(self, values={**self.values, **values, **given})
 
     @property
     def times_seen(self) -> float:
         """How often each photo is trained on; 0 if unknown."""
-        num_trained = self.num_photos * (1 - self.values.get("validation_split", 0.0))
+        num_trained = len(self.order.photos) * (1 - self.values.get("validation_split", 0.0))
         return float(self.values["max_train_steps"] * self.draws_per_step / num_trained) if num_trained else 0.0
 
     @property
-    def num_photos(self) -> int:
-        return sum(len(folder.photos) for folder in self.folders)
-
-    @property
-    def texts(self) -> "RunTexts":
+    def texts(self) -> RunTexts:
         """The content of the run's files."""
-        subsets = [f.describe(self.trigger, self.num_repeats) for f in self.folders if f.photos]
-        if self.num_class_images:
-            subsets += [{"is_reg": True, "prompt": self.trigger.subject, "num": self.num_class_images}]
-        return RunTexts(self.base.spec.script, self.values, {"datasets": [{"subsets": subsets}]}, self.prompts)
+        order = self.order
+        subsets = [f.describe(order.trigger, self.num_repeats) for f in order.folders if f.photos]
+        if order.args.class_images:
+            subsets += [{"is_reg": True, "prompt": order.trigger.subject, "num": order.args.class_images}]
+        return RunTexts(order.base.spec.script, self.values, {"datasets": [{"subsets": subsets}]}, self.prompts)
 
 
 def read_options(base: Base, files: Files) -> TrainOptions:
     """Return the options of NAME.toml as the base model's script reads them. Raises UserError for what it refuses."""
-    parser = import_module(base.spec.script.removesuffix(".py")).setup_parser()
+    parser = base.make_parser()
     parser.raises_errors = True
     return base.spec.options.from_args(parse(parser, ["--config_file", str(files.config)]))
 
 
-def make_plan(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder], wishes: Wishes, scratch: Files) -> Plan:
+def make_plan(order: RunOrder, scratch: Files) -> Plan:
     """Resolve every option of a run, with temporary files. Raises UserError for what the user has to decide."""
-    side, given, num_photos = wishes.side, wishes.given, sum(len(f.photos) for f in folders)
-    steps = wishes.steps or interpolate_steps(recipe.steps, num_photos)
-    prompts = write_prompts(recipe, wishes.trigger, side)
-    repeats = given.get("dataset_repeats") or choose_repeats({**recipe.values, **given}["train_batch_size"], num_photos)
-    plan = Plan(base, recipe, folders, wishes.trigger, {}, prompts, None, None, given, num_repeats=repeats)
-    plan = replace(plan, num_class_images=wishes.num_class_images)
-    missing, adapter = find_training_adapter(base, given, wishes.models)
-    beside = {} if adapter is None else {TRAINING_ADAPTER: str(adapter)}
-    findings = find_problems(folders, side, bool(base.spec.latents.has_alpha or given.get("alpha_mask")))
-    plan = replace(plan, findings=findings, missing=None if adapter else missing)
-    plan = plan.with_options({**choose_values(recipe, side, num_photos, steps), **base.values, **beside})
+    args, base, recipe, given = order.args, order.base, order.recipe, order.given
+    usual, side, num_photos = {**recipe.values, **given}, order.side, len(order.photos)
+    missing, adapter = find_training_adapter(base, given, args.models)
+    plan = Plan(
+        order,
+        choose_values(recipe, side, num_photos, args.steps or interpolate_steps(recipe.steps, num_photos)),
+        write_prompts(recipe, order.trigger, side),
+        num_repeats=given.get("dataset_repeats") or choose_repeats(usual["train_batch_size"], num_photos),
+        missing=None if adapter else missing,
+        findings=find_problems(order.photos, side, bool(base.spec.latents.has_alpha or given.get("alpha_mask"))),
+    ).with_options({**base.values, **({} if adapter is None else {TRAINING_ADAPTER: str(adapter)})})
     with mute_logging():  # the run itself logs the same
         plan.texts.write(scratch)
         options = read_options(base, scratch)
-        plan, options = add_values(plan, options, find_parts(base, options, wishes.models))
+        plan, options = add_values(plan, options, find_parts(base, options, args.models))
         check(options)
         arch = base.spec.build(options)
-        predicted = find_prediction(base, arch, wishes.prediction, partial(measure_losses, base, options))
+        predicted = find_prediction(base, arch, args.prediction, partial(measure_losses, base, options))
         if predicted is not None:
             plan, options = add_values(replace(plan, predicted=predicted), options, predicted.values)
             arch = base.spec.build(options)
-        plan = with_fit(plan, options, arch, {**recipe.values, **given}.get("fit_formats"))
-    return plan if wishes.minutes is None else limit_time(plan, wishes.minutes)
+        plan = with_fit(plan, options, arch, usual.get("fit_formats"))
+    return plan if args.minutes is None else limit_time(plan, args.minutes)
 
 
 def add_values(plan: Plan, options: TrainOptions, values: Mapping[str, Any]) -> tuple[Plan, TrainOptions]:
@@ -228,9 +223,8 @@ def choose_repeats(batch_size: int, num_photos: int) -> int:
     return max(1, -(-FEWEST_BATCHES * batch_size // num_photos))
 
 
-def find_problems(folders: Sequence[PhotoFolder], side: int, uses_alpha: bool) -> list[Finding]:
+def find_problems(photos: Sequence[Photo], side: int, uses_alpha: bool) -> list[Finding]:
     """Return what the audit finds in the photos that are trained, with short names."""
-    photos = [photo for folder in folders for photo in folder.photos]
     measured, trained = [photo.measures for photo in photos], {photo.measures.path for photo in photos}
     found = [*collect_findings(measured, trained), *find_file_kinds(measured, trained if uses_alpha else set())]
     small = [photo.measures for photo in photos if MOST_ENLARGED * photo.side < side]
@@ -308,9 +302,9 @@ def with_fit(plan: Plan, options: TrainOptions, arch: Architecture, formats: lis
     """Return the plan with the fastest settings that fit this machine's GPU; elsewhere only its time is predicted."""
     run = RequestedRun.resolve(options, arch)
     data, device = open_data_plan(options, arch, run.text, options.run.seed or 0, 1), find_device()
-    draws = data.num_train_images / max(1, data.num_batches) / (2 if plan.num_class_images else 1)
+    draws = data.num_train_images / max(1, data.num_batches) / (2 if plan.order.args.class_images else 1)
     plan = replace(plan, captions=compose_captions(data), draws_per_step=draws)
-    if plan.base.spec.is_general:
+    if plan.order.base.spec.is_general:
         return plan
     if device.type == "cuda":
         options = replace(options, fit=replace(options.fit, fit="auto", fit_formats=formats))
@@ -321,9 +315,9 @@ def with_fit(plan: Plan, options: TrainOptions, arch: Architecture, formats: lis
         fit = fit_to(count_adapter_run(run, largest_batch(data), device), gpu, num_steps=data.max_train_steps)
     num_files = -(-int(plan.values["max_train_steps"]) // max(1, int(plan.values.get("save_every_n_steps") or 1)))
     num_rows = min(NUM_SHEET_FILES, num_files) + NUM_STRENGTHS
-    plan = replace(
-        plan, fit=fit, duration=predict_duration(fit, arch, plan.num_photos, num_rows, plan.num_class_images)
-    )
+    order = plan.order
+    takes = predict_duration(fit, arch, len(order.photos), num_rows, order.args.class_images)
+    plan = replace(plan, fit=fit, duration=takes)
     return plan.with_options(fit.values()) if device.type == "cuda" else plan
 
 
@@ -347,6 +341,5 @@ def limit_time(plan: Plan, minutes: float) -> Plan:
         raise about("--minutes")(
             f"is {minutes:g}, but loading, previews and sheets take {beside / 60:.1f} alone", "give more, or --steps"
         )
-    return replace(plan, duration=replace(plan.duration, num_steps=steps)).with_options(
-        choose_length(steps, plan.num_photos)
-    )
+    plan = replace(plan, duration=replace(plan.duration, num_steps=steps))
+    return plan.with_options(choose_length(steps, len(plan.order.photos)))

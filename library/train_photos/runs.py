@@ -1,7 +1,7 @@
 """The runs of train.py that are there, and which of them a command line goes on with."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -12,8 +12,8 @@ from library.base.formatting import format_count
 from library.checkpoints.overwriting import check_target, judge
 from library.options.config_file import read_toml
 from library.options.output.saving import SavingOptions
-from library.train_photos.photos import PhotoFolder, Trigger, digest_texts
-from library.train_photos.plan import OUTPUT, TEXT_KIND, Files
+from library.train_photos.photos import digest_texts
+from library.train_photos.plan import OUTPUT, TEXT_KIND, Files, RunOrder
 from library.train_photos.record import Record
 from library.training.config_file import CONFIG_FLAG, flatten
 from library.training.saving.run_lock import run_lock
@@ -22,20 +22,21 @@ from library.training.saving.state_names import is_state_name
 from tools.draw import SHEET
 
 
-def make_record(
-    folders: Sequence[PhotoFolder],
-    trigger: Trigger,
-    base: str,
-    kind: str,
-    options: Mapping[str, Any],
-    length: Mapping[str, Any],
-) -> Record:
-    """Return the record of a run on these photos."""
-    num_photos = format_count(sum(len(folder.photos) for folder in folders), "photo")
+def make_record(order: RunOrder) -> Record:
+    """Return the record of a run."""
+    args, folders, trigger = order.args, order.folders, order.trigger
     photos = digest_texts(f"{folder.path} {folder.digest}" for folder in folders)
     subsets = [json.dumps([folder.describe(trigger), folder.captions]) for folder in folders]
+    like = None if args.like is None else str(args.like.absolute())
+    own = {"prediction": args.prediction, "like": like, "class_images": args.class_images or None}
     return Record(
-        f"{num_photos} ({photos})", digest_texts(subsets), trigger.text, base, kind, dict(options), dict(length)
+        f"{format_count(len(order.photos), 'photo')} ({photos})",
+        digest_texts(subsets),
+        trigger.text,
+        order.base.name,
+        args.kind,
+        {**order.given, **{name: value for name, value in own.items() if value is not None}},
+        {name: value for name in ("steps", "minutes") if (value := getattr(args, name)) is not None},
     )
 
 

@@ -24,7 +24,7 @@ from library.train_photos.photos import (
     select_photos,
     suggest_trigger,
 )
-from library.train_photos.plan import Files, Plan, Wishes, choose_side, make_plan, read_options
+from library.train_photos.plan import Files, Plan, RunOrder, choose_side, make_plan, read_options
 from library.train_photos.record import Record
 from library.train_photos.runs import EarlierRun, Start, check_name, choose_start, find_runs, list_names, make_record
 from library.train_photos.training import train, write, write_command
@@ -52,9 +52,8 @@ def train_photos(args: argparse.Namespace, base: Base, given: Mapping[str, Any])
     runs, free = find_runs(names())
     trigger = choose_trigger(args.trigger, args.photos, folders, runs, asks)
     check_class_images(args.class_images, trigger)
-    wishes = Wishes(trigger, side, args.steps, args.minutes, args.models, args.prediction, given, args.class_images)
-    record = build_record(args, base, folders, trigger, given)
-    make = partial(plan_run, base, recipe, folders, wishes)
+    order = RunOrder(args, base, recipe, folders, trigger, side, given)
+    record, make = make_record(order), partial(plan_run, order)
     choose_length = cache(partial(choose_steps, args, make))
     start = choose_start(runs, free, record, choose_length, partial(ask, asks))
     if start.earlier is not None and start.earlier.record.length != record.length:
@@ -104,24 +103,13 @@ def choose_trigger(
     return trigger
 
 
-def build_record(
-    args: argparse.Namespace, base: Base, folders: Sequence[PhotoFolder], trigger: Trigger, given: Mapping[str, Any]
-) -> Record:
-    length = {name: value for name in ("steps", "minutes") if (value := getattr(args, name)) is not None}
-    prediction = {} if args.prediction is None else {"prediction": args.prediction}
-    like = {} if args.like is None else {"like": str(args.like.absolute())}
-    drawn = {"class_images": args.class_images} if args.class_images else {}
-    return make_record(folders, trigger, base.name, args.kind, {**given, **prediction, **like, **drawn}, length)
-
-
-def plan_run(base: Base, recipe: Recipe, folders: Sequence[PhotoFolder], wishes: Wishes, start: Start | None) -> Plan:
+def plan_run(order: RunOrder, start: Start | None) -> Plan:
     """Return the plan of a run, or that of NAME.toml for one that goes on."""
     if start is not None and start.earlier is not None:
-        values = read_options(base, start.files).flat()
-        values |= {} if start.steps is None else {"max_train_steps": start.steps}
-        return Plan(base, recipe, folders, wishes.trigger, values, "", None, None, wishes.given)
+        values = read_options(order.base, start.files).flat()
+        return Plan(order, values | ({} if start.steps is None else {"max_train_steps": start.steps}))
     with TemporaryDirectory() as folder:
-        return make_plan(base, recipe, folders, wishes, Files(Path(folder), "plan"))
+        return make_plan(order, Files(Path(folder), "plan"))
 
 
 def choose_steps(args: argparse.Namespace, make: "partial[Plan]") -> int | None:

@@ -2,23 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 from time import monotonic
-
-from PIL import Image
 
 from library.base.atomic_files import remove_temporary
 from library.base.errors import UserError, error_in
 from library.checkpoints.base_model_spec import Program
-from library.data.decoding.images import read_pixels
 from library.environment.requirements import quote
 from library.train_photos.description import describe_plan
 from library.train_photos.plan import OUTPUT, Files, Plan, RunTexts
 from library.train_photos.record import Record
 from library.train_photos.runs import Start, holding, is_free
 from library.train_photos.screen import Screen, logging_to
-from library.train_photos.sheets import Sheets, draw_sheets, save_sheets
+from library.train_photos.sheets import Sheets, draw_sheets, read_photos, save_sheets
 from library.training.command_line.main import main
 from library.training.report_page.index import IndexedRuns, write_index
 from library.training.report_page.writer import add_notes, read_report
@@ -46,8 +42,7 @@ def train(plan: Plan, start: Start, record: Record) -> int:
         if status == 0 and is_trained(files):
             screen.show_stage("drawing")
             adapter, why = choose_adapter(files)
-            photos = [photo.path for folder in plan.folders for photo in folder.photos]
-            sheets = draw_sheets(plan.base, photos, files, adapter)
+            sheets = draw_sheets(plan.order.base, [photo.path for photo in plan.order.photos], files, adapter)
             advice = [*advise(plan, files, adapter, why, sheets), describe_time(plan, monotonic() - began)]
             add_to_report(plan, files, sheets, advice)
             save_sheets(sheets)
@@ -60,15 +55,11 @@ def train(plan: Plan, start: Start, record: Record) -> int:
 
 def run_script(plan: Plan, start: Start, screen: Screen) -> int:
     """Train by the base model's own script. Return its exit status."""
-    files, spec, status = start.files, plan.base.spec, 1
-    assembly = import_module(spec.build.__module__)
-    parser = import_module(spec.script.removesuffix(".py")).setup_parser()
-    objective = vars(assembly).get("build_objective")  # of flow models
+    files, spec, status = start.files, plan.order.base.spec, 1
+    functions = {"latents": spec.latents, "objective": spec.objective}
     try:
-        status = main(
-            parser, spec.options, spec.build, list_arguments(start), latents=assembly.LATENTS, objective=objective,
-            sinks=[screen],
-        )  # fmt: skip
+        parser = plan.order.base.make_parser()
+        status = main(parser, spec.options, spec.build, list_arguments(start), **functions, sinks=[screen])
     finally:
         if status == 1 and start.earlier is None and files.find_state() is None:
             remove(files)
@@ -109,7 +100,7 @@ def list_arguments(start: Start) -> list[str]:
 
 def write_command(plan: Plan, start: Start) -> str:
     """Return the command that trains as the plan says."""
-    return f"python3 {plan.base.spec.script} {' '.join(map(quote, list_arguments(start)))}"
+    return f"python3 {plan.order.base.spec.script} {' '.join(map(quote, list_arguments(start)))}"
 
 
 def choose_adapter(files: Files) -> tuple[Path, str]:
@@ -123,16 +114,17 @@ def choose_adapter(files: Files) -> tuple[Path, str]:
 
 def advise(plan: Plan, files: Files, adapter: Path, why: str, sheets: Sheets) -> Iterator[str]:
     """Yield what to do with the adapter."""
+    base, trigger = plan.order.base, plan.order.trigger
     yield f"Use {adapter}: {why}"
     yield f"  an earlier one if it draws better: {sheets.files}; {sheets.seen}"
     yield (
         "  at strength 1, as it was trained; less if the other words of a prompt get lost: "
         f"{sheets.strengths} shows the prompts at several strengths"
     )
-    yield f"  with {plan.trigger.word!r} in the prompt, such as {plan.trigger.text!r}"
+    yield f"  with {trigger.word!r} in the prompt, such as {trigger.text!r}"
     for program, name in FOLDERS.items():
-        if program in plan.base.spec.readers:
-            yield f"  {program}: copy it to {find_folder(plan.base.path, name) or f'models/{name} of {program}'}"
+        if program in base.spec.readers:
+            yield f"  {program}: copy it to {find_folder(base.path, name) or f'models/{name} of {program}'}"
     longer = int(LONGER * read_num_steps(files.adapter))
     yield f"To train longer, give the same command with --steps {longer}: it goes on under a new name"
 
@@ -144,8 +136,8 @@ def describe_time(plan: Plan, seconds: float) -> str:
 
 def add_to_report(plan: Plan, files: Files, sheets: Sheets, advice: list[str]) -> None:
     """Put the plan, some photos, the sheets and the advice into the report, and list all runs of the default folder."""
-    photos = [photo for folder in plan.folders for photo in folder.photos][:MOST_PHOTOS]
-    thumbnails = [encode_data_url(Image.fromarray(read_pixels(str(photo.path))[0])) for photo in photos]
+    photos = [photo.path for photo in plan.order.photos[:MOST_PHOTOS]]
+    thumbnails = [encode_data_url(image) for image in read_photos(photos)]
     images = {title: encode_data_url(image, *LARGEST_IN_REPORT) for title, image in sheets.images.items()}
     notes = {"Use it": advice, "Plan": describe_plan(plan, files)}
     with suppress(UserError):  # no report, if the user's options turn it off

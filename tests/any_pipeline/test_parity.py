@@ -72,10 +72,8 @@ def in_folder(name: str, *more: Any) -> Callable[[Path], Family]:
 
 def split_layers(name: str) -> Callable[[dict[str, Tensor]], Mapping[str, Tensor]]:
     """Return the function that renames and splits tensors of the denoiser as diffusers has them."""
-    convert = getattr(reference(name), "diffusers_state", lambda state, *_: state)
-    config = tiny(name).CONFIG
-    more = {"krea2": (), "lumina": (config,)}.get(name, (getattr(config, "width", 0),))
-    return lambda state: convert(state, *more)  # type: ignore[no-any-return]
+    convert = getattr(reference(name), "diffusers_state", lambda state, config: state)
+    return lambda state: convert(state, tiny(name).CONFIG)  # type: ignore[no-any-return]
 
 
 def flux(folder: Path) -> Family:

@@ -2,13 +2,17 @@
 
 import ast
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TABLE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Where things are")[2]
-NAMED = sorted({path for path in re.findall(r"`((?:library|networks|tests|docs|tools)/[\w./]+)`", TABLE)})
+PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+TABLE = PAGE.partition("## Where things are")[2]
+PATH = r"(?<![\w./-])(?:library|networks|tests|docs|tools|benchmarks|\.ci)/[\w./-]*[\w/]"
+NAMED = sorted(set(re.findall(PATH, PAGE)))
+MODULES = sorted(set(re.findall(r"(?<!\w)(?:tests|benchmarks)(?:\.[a-z_]+)+", PAGE)))  # of commands
 SYMBOLS = sorted(set(re.findall(r"`([\w/]+\.py)` \(`(\w+)`\)", TABLE)))
 
 
@@ -21,6 +25,10 @@ def test_the_table_names_files_and_symbols() -> None:
 def test_named_files_exist(path: str) -> None:
     place = ROOT / path
     assert any(place.iterdir()) if path.endswith("/") else place.stat().st_size > 0
+
+
+def test_named_modules_exist() -> None:
+    assert len(MODULES) > 3 and [name for name in MODULES if find_spec(name) is None] == []
 
 
 @pytest.mark.parametrize(("path", "symbol"), SYMBOLS)

@@ -20,7 +20,8 @@ def test_weight_gradients_match_diffusers() -> None:
         output = run(*inputs(4, 6))
         (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(5))).sum().backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
-    actual = diffusers_state({name: parameter.grad for name, parameter in ours.named_parameters()})  # type: ignore[misc]
+    gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    actual = diffusers_state(gradients, ours.config)  # type: ignore[arg-type]
     for name, parameter in theirs.named_parameters():
         torch.testing.assert_close(actual[name], parameter.grad, **FLOAT32_DEEP)
 

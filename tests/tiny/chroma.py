@@ -39,7 +39,7 @@ def build_tiny_chroma(folder: Path, seed: int, layout: Layout = "files") -> list
     if layout == "diffusers":
         return [
             *write_folder(
-                folder, {"_class_name": "ChromaPipeline"}, parts, lambda state: diffusers_state(state, CONFIG.width)
+                folder, {"_class_name": "ChromaPipeline"}, parts, lambda state: diffusers_state(state, CONFIG)
             ),
             *kind,
         ]

@@ -80,7 +80,7 @@ def build_tiny_flux(folder: Path, seed: int, layout: Layout = "files", has_guida
     parts = tiny_parts(seed, num_clip_words, num_t5_words, has_guidance)
     if layout == "diffusers":
         return write_folder(
-            folder, {"_class_name": "FluxPipeline"}, parts, lambda state: diffusers_state(state, CONFIG.width)
+            folder, {"_class_name": "FluxPipeline"}, parts, lambda state: diffusers_state(state, CONFIG)
         )
     flux, vae = parts["transformer"][1], ldm_vae(parts["vae"][1])
     clip, t5 = parts["text_encoder"][1], parts["text_encoder_2"][1]

@@ -91,7 +91,7 @@ def build_tiny_flux_2(
             folder,
             {"_class_name": "Flux2Pipeline"} if is_dev else klein,
             parts,
-            lambda state: diffusers_state(state, CONFIG.width),
+            lambda state: diffusers_state(state, CONFIG),
             flag,
         )
     denoiser, encoder, vae = parts["transformer"][1], parts["text_encoder"][1], original_vae(parts["vae"][1])

@@ -74,7 +74,7 @@ def build_tiny_hunyuan_image(folder: Path, seed: int, layout: Layout = "files") 
     parts = tiny_parts(seed, write_qwen_tokenizer(folder / "tokenizer"))
     if layout == "diffusers":
         return write_folder(
-            folder, {"_class_name": "HunyuanImagePipeline"}, parts, lambda state: diffusers_state(state, CONFIG.width)
+            folder, {"_class_name": "HunyuanImagePipeline"}, parts, lambda state: diffusers_state(state, CONFIG)
         )
     qwen = {name.replace("model.language_model.", "model."): t for name, t in parts["text_encoder"][1].items()}
     files = {

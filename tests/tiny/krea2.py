@@ -65,7 +65,7 @@ def build_tiny_krea2(
     parts = tiny_parts(seed, write_qwen3_tokenizer(folder / "tokenizer", MARKS))
     if layout == "diffusers":
         index = {"_class_name": "Krea2Pipeline", "is_distilled": False}
-        return write_folder(folder, index, parts, diffusers_state, flag)
+        return write_folder(folder, index, parts, lambda state: diffusers_state(state, CONFIG), flag)
     denoiser, encoder = parts["transformer"][1], parts["text_encoder"][1]
     vae = {to_original(key): tensor for key, tensor in parts["vae"][1].items()}
     if layout == "whole":

@@ -75,7 +75,7 @@ def build_tiny_zimage(folder: Path, seed: int, layout: Layout = "files", flag: s
     parts = tiny_parts(seed, write_qwen3_tokenizer(folder / "tokenizer"))
     if layout == "diffusers":
         return write_folder(
-            folder, {"_class_name": "ZImagePipeline"}, parts, lambda state: diffusers_state(state, CONFIG.width), flag
+            folder, {"_class_name": "ZImagePipeline"}, parts, lambda state: diffusers_state(state, CONFIG), flag
         )
     denoiser = {**parts["transformer"][1], "norm_final.weight": torch.ones(CONFIG.width)}
     qwen3, vae = parts["text_encoder"][1], ldm_vae(parts["vae"][1])

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+from argparse import Namespace
+from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +22,7 @@ from library.data.plan.data_plan import build_plan
 from library.options.train import TrainOptions
 from library.train_photos.base import (
     Base,
+    Kind,
     choose_recipe,
     measure_losses,
     measure_prediction,
@@ -40,6 +43,7 @@ from library.train_photos.photos import PhotoFolder, Trigger, find_photos, parse
 from library.train_photos.plan import (
     Files,
     Plan,
+    RunOrder,
     choose_length,
     choose_repeats,
     choose_side,
@@ -63,6 +67,10 @@ HEARTS, TOY = "configs/quickstart/dataset", "configs/quickstart/toy_base"
 def base_of(spec: str, name: str, *tensors: str) -> Base:
     (found,) = (candidate for candidate in list_specs() if candidate.name == spec)
     return Base(name, Path(name), found, frozenset(tensors))
+
+
+def order_of(base: Base, kind: Kind, folders: Sequence[PhotoFolder], trigger: Trigger) -> RunOrder:
+    return RunOrder(Namespace(class_images=0), base, choose_recipe(base, kind), folders, trigger, 64)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +185,8 @@ def test_other_problems_are_named_and_the_photos_kept(tmp_path: Path) -> None:
     for number, name in ((1, "near"), (2, "photo")):
         draw_photo(number).resize((1170, 2532)).save(tmp_path / f"{name}.jpg", exif=exif, quality=98)
     write_photos(tmp_path, small=500)
-    lines = [finding.line for finding in find_problems(find_photos(tmp_path), 1024, uses_alpha=False)]
+    photos = [photo for folder in find_photos(tmp_path) for photo in folder.photos]
+    lines = [finding.line for finding in find_problems(photos, 1024, uses_alpha=False)]
     assert any(re.match(r"1 image like screenshots.*: IMG_1.PNG \(1170x2532\)", line) for line in lines), lines
     assert any("near-duplicated" in line and "IMG_1.PNG" in line and "near.jpg" in line for line in lines)
     assert any("upscaled more than 1.5x" in line and "small.png (500x500)" in line for line in lines)
@@ -224,14 +233,13 @@ def test_what_the_user_typed_wins_over_a_folders_words_and_the_plan_says_so(tmp_
     make_images(tmp_path / "10_sks cat", 2)
     make_images(tmp_path / "2_other dog", 2)
     base, folders = base_of("sd1", "/m/a.safetensors"), find_photos(tmp_path)
-    recipe = choose_recipe(base, "style")
     for text, class_tokens, said in (
         ("mycat, a cat", ["mycat, a cat"] * 2, '"mycat, a cat", as given, and not its words'),
         (None, ["sks cat", "other dog"], '"sks cat", its words'),
     ):
         trigger = parse_trigger(text) if text else suggest_trigger(tmp_path, folders)
         assert [folder.describe(trigger)["class_tokens"] for folder in folders if folder.photos] == class_tokens
-        plan = Plan(base, recipe, folders, trigger, {}, "", None, None, captions=["a", "b c d", "b c d", "x"])
+        plan = Plan(order_of(base, "style", folders, trigger), {}, captions=["a", "b c d", "b c d", "x"])
         lines = "\n".join(list_captions(plan))
         assert f"10_sks cat: each photo 10 times; without a caption {said}" in lines
         assert '"b c d" (2 photos)' in lines and "as well" not in lines
@@ -240,7 +248,7 @@ def test_what_the_user_typed_wins_over_a_folders_words_and_the_plan_says_so(tmp_
 def test_a_style_without_captions_is_remarked_on(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     base, folders = base_of("sd1", "/m/a.safetensors"), find_photos(tmp_path)
-    plan = Plan(base, choose_recipe(base, "style"), folders, Trigger("ink"), {}, "", None, None, captions=["ink"])
+    plan = Plan(order_of(base, "style", folders, Trigger("ink")), {}, captions=["ink"])
     assert any("learns what the photos show as well" in line for line in list_captions(plan))
 
 
@@ -292,7 +300,7 @@ def test_the_losses_of_a_trained_base_tell_that_it_predicts_noise(
     base, folders = recognise(TOY), find_photos(Path(HEARTS))
     recipe, trigger = choose_recipe(base, "character"), Trigger("heart")
     values = {**choose_values(recipe, 64, 32, 10), **base.values}
-    plan = Plan(base, recipe, folders, trigger, values, write_prompts(recipe, trigger, 64), None, None)
+    plan = Plan(order_of(base, "character", folders, trigger), values, write_prompts(recipe, trigger, 64))
     plan.texts.write(files := Files(tmp_path, "mine"))
     measured = measure_prediction(base, partial(measure_losses, base, read_options(base, files)))
     assert measured.prediction == "epsilon" and "on 5 photos" in measured.why
@@ -356,7 +364,7 @@ def test_a_step_distilled_base_takes_its_training_adapter_beside_it_or_of_the_mo
 def test_parts_and_adapters_are_listed_and_not_what_is_unset() -> None:
     base = base_of("flux", "/m/a.safetensors")
     values = {"ae": "/m/ae", "clip_l": None, "training_adapter": "none", "base_weights": ["/m/b"], "output_dir": "/o"}
-    plan = Plan(base, choose_recipe(base, "style"), [], Trigger("ink"), values, "", None, None)
+    plan = Plan(order_of(base, "style", [], Trigger("ink")), values)
     assert list_part_names(plan) == ["ae", "base_weights"]
 
 

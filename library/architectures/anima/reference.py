@@ -13,10 +13,7 @@ from library.models.reference import diffusers_class, random_inputs, shorten_mod
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the velocities of our class and of diffusers' for the same random inputs, float32.
-
-    Only the first and the last block of the transformer are kept, and the whole text adapter.
-    """
+    """Compare with the whole text adapter."""
     assert isinstance(denoiser, Anima)
     ours = shorten_model(denoiser, {"blocks": "num_blocks"})
     adapter = ours.config.adapter
@@ -44,7 +41,6 @@ def diffusers_models(denoiser: Anima) -> tuple[Any, Any]:
 
 
 def transformer_config(config: AnimaConfig) -> dict[str, Any]:
-    """Return the arguments of CosmosTransformer3DModel."""
     return {
         "in_channels": config.channels + MASK_CHANNELS,
         "out_channels": config.channels,
@@ -61,7 +57,6 @@ def transformer_config(config: AnimaConfig) -> dict[str, Any]:
 
 
 def conditioner_config(config: AdapterConfig) -> dict[str, Any]:
-    """Return the arguments of AnimaTextConditioner."""
     return {
         "source_dim": config.source_width,
         "target_dim": config.width,

@@ -160,16 +160,14 @@ def build_t5_text(options: FluxOptions, loader: DitLoader, default_length: int, 
 def build_text_cache(options: FluxOptions, loader: DitLoader, text: FluxText) -> TextCacheSpec:
     """Return the cache format, which matches sd-scripts'; its `txt_ids` are the positions of the text tokens, all
     zero."""
-    masks, (clip, t5) = text.t5.masks_padding, (part.component for part in loader.texts)
-    return TextCacheSpec(
-        options=options.text_caching,
-        suffix="_flux_te.npz",
-        keys=("l_pooled", "t5_out", "t5_attn_mask"),
+    cache, (clip, t5) = build_t5_cache(options, loader, text.t5), (part.component for part in loader.texts)
+    return replace(
+        cache,
+        keys=("l_pooled", *cache.keys),
         # A folder's configuration may name another activation than is assumed for a file, and no weight shows it.
         encoders=lambda: f"{fingerprint(clip.weights, t5.weights)} {clip.config['hidden_act']}",
-        settings=f"{precisions(loader.dtype)} {text.t5.num_tokens} {masks}",
         tokenizers=(text.clip.tokenizer, text.t5.tokenizer),
-        constants={"txt_ids": torch.zeros(text.t5.num_tokens, 3), "apply_t5_attn_mask": torch.tensor(masks)},
+        constants={name: value for name, value in cache.constants.items() if name != "l_pooled"},
         live=LiveText(lambda: [loader.text.load()], ("l_pooled",), text.encode_clip, 1, excluded_by="train_t5xxl"),
     )
 

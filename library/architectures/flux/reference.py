@@ -10,24 +10,12 @@ from torch import Tensor, nn
 from library.architectures.flux.layers import KEYS
 from library.architectures.flux.model import PATCH, Flux, FluxConfig
 from library.models.patches import patchify
-from library.models.reference import (
-    SIDE,
-    diffusers_class,
-    random_inputs,
-    shorten_model,
-    split_stacked,
-    stream_arguments,
-    with_weights,
-)
+from library.models.reference import SIDE, build_theirs, random_inputs, shorten_model, split_stacked, stream_arguments
 
 diffusers_state = partial(split_stacked, KEYS, 3)
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the velocities of our class and of diffusers' for the same random inputs, float32.
-
-    Only the first and the last block of each kind are kept.
-    """
     assert isinstance(denoiser, Flux)
     ours = shorten_model(denoiser, {"double_blocks": "num_double", "single_blocks": "num_single"})
     config = ours.config
@@ -52,13 +40,12 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
 
 def diffusers_model(denoiser: Flux) -> Any:
     """Build diffusers' model with the weights of `denoiser`."""
-    c = denoiser.config
-    model = diffusers_class("FluxTransformer2DModel" if c.approximator is None else "ChromaTransformer2DModel")
-    return with_weights(model(**diffusers_config(c)), diffusers_state(denoiser.state_dict(), c.width))
+    name = "FluxTransformer2DModel" if denoiser.config.approximator is None else "ChromaTransformer2DModel"
+    return build_theirs(name, diffusers_config, diffusers_state, denoiser)
 
 
 def diffusers_config(config: FluxConfig) -> dict[str, Any]:
-    """Return the arguments of diffusers' class, whose MLP is always four times as wide as the model."""
+    # Its MLP is always four times as wide as the model.
     axes = {"joint_attention_dim": config.text_width, "axes_dims_rope": list(config.rope_axes)}
     shared = {**stream_arguments(config), **axes}
     if config.approximator is None:

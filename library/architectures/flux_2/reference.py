@@ -9,24 +9,12 @@ from torch import Tensor, nn
 from library.architectures.flux_2.layers import KEYS
 from library.architectures.flux_2.model import Flux2, Flux2Config
 from library.models.patches import patchify
-from library.models.reference import (
-    SIDE,
-    diffusers_class,
-    random_inputs,
-    shorten_model,
-    split_stacked,
-    stream_arguments,
-    with_weights,
-)
+from library.models.reference import SIDE, build_theirs, random_inputs, shorten_model, split_stacked, stream_arguments
 
 diffusers_state = partial(split_stacked, KEYS, 2)
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the velocities of our class and of diffusers' for the same random inputs, float32.
-
-    Only the first and the last block of each kind are kept.
-    """
     assert isinstance(denoiser, Flux2)
     ours = shorten_model(denoiser, {"double_blocks": "num_double", "single_blocks": "num_single"})
     config = ours.config
@@ -45,15 +33,7 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
     return patchify(ours(latents_BChw, sigmas_B, text_BLE, guidance_B), 1), expected_BTC
 
 
-def diffusers_model(denoiser: Flux2) -> Any:
-    """Build diffusers' model with the weights of `denoiser`."""
-    c = denoiser.config
-    model = diffusers_class("Flux2Transformer2DModel")(**diffusers_config(c))
-    return with_weights(model, diffusers_state(denoiser.state_dict(), c.width))
-
-
 def diffusers_config(config: Flux2Config) -> dict[str, Any]:
-    """Return the arguments of diffusers' class."""
     return {
         **stream_arguments(config),
         "joint_attention_dim": config.text_width,
@@ -61,3 +41,6 @@ def diffusers_config(config: Flux2Config) -> dict[str, Any]:
         "guidance_embeds": config.has_guidance,
         "axes_dims_rope": list(config.rope_axes),
     }
+
+
+diffusers_model = partial(build_theirs, "Flux2Transformer2DModel", diffusers_config, diffusers_state)

@@ -1,6 +1,7 @@
 """Comparison of HunyuanImage 2.1's denoiser with diffusers' class on the same weights."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,21 +10,10 @@ from torch import Tensor, nn
 from library.architectures.hunyuan_image.layers import KEYS, to_original
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig
 from library.models.double_stream import SWAPPED
-from library.models.reference import (
-    diffusers_class,
-    random_inputs,
-    shorten_model,
-    split_weights,
-    stream_arguments,
-    with_weights,
-)
+from library.models.reference import build_theirs, random_inputs, shorten_model, split_weights, stream_arguments
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the velocities of our class and of diffusers' for the same random inputs, float32.
-
-    Only the first and the last block of each kind are kept.
-    """
     assert isinstance(denoiser, HunyuanImage)
     ours = shorten_model(denoiser, {"double_blocks": "num_double", "single_blocks": "num_single"})
     latents_BCHW, sigmas_B, text_BLE, mask_BL = random_inputs(
@@ -45,15 +35,8 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
     return found_BCHW, expected_BCHW
 
 
-def diffusers_model(denoiser: HunyuanImage) -> Any:
-    """Build diffusers' model with the weights of `denoiser`."""
-    c = denoiser.config
-    model = diffusers_class("HunyuanImageTransformer2DModel")
-    return with_weights(model(**diffusers_config(c)), diffusers_state(denoiser.state_dict(), c.width))
-
-
 def diffusers_config(config: HunyuanImageConfig) -> dict[str, Any]:
-    """Return the arguments of diffusers' class, whose MLPs are all four times as wide as the model."""
+    # Its MLPs are all four times as wide as the model.
     return {
         **stream_arguments(config),
         "out_channels": config.in_features,
@@ -66,8 +49,10 @@ def diffusers_config(config: HunyuanImageConfig) -> dict[str, Any]:
     }
 
 
-def diffusers_state(state: Mapping[str, Tensor], model_width: int) -> dict[str, Tensor]:
-    """Return the weights under diffusers' names, with stacked ones split; diffusers' first layer is a convolution."""
-    weights = split_weights(state, lambda key: KEYS.source_keys(to_original(key)), [model_width] * 3, SWAPPED)
-    input_key = "x_embedder.proj.weight"
+def diffusers_state(state: Mapping[str, Tensor], config: HunyuanImageConfig) -> dict[str, Tensor]:
+    weights = split_weights(state, lambda key: KEYS.source_keys(to_original(key)), [config.width] * 3, SWAPPED)
+    input_key = "x_embedder.proj.weight"  # diffusers' first layer is a convolution
     return {**weights, input_key: weights[input_key][:, :, None, None]}
+
+
+diffusers_model = partial(build_theirs, "HunyuanImageTransformer2DModel", diffusers_config, diffusers_state)

@@ -1,6 +1,7 @@
 """Comparison of Krea 2's denoiser with diffusers' class on the same weights."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,14 +9,11 @@ from torch import Tensor, nn
 
 from library.architectures.krea2.model import PATCH, Krea2Config, SingleStreamDiT
 from library.models.patches import patchify
-from library.models.reference import SIDE, diffusers_class, random_inputs, shorten_model, with_weights
+from library.models.reference import SIDE, build_theirs, random_inputs, shorten_model
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the velocities of our class and of diffusers' for the same random inputs, float32.
-
-    Only the first and the last main block are kept, and all blocks that fuse text.
-    """
+    """Compare with all blocks that fuse text."""
     assert isinstance(denoiser, SingleStreamDiT)
     ours = shorten_model(denoiser, {"blocks": "num_blocks"})
     c, theirs = ours.config, diffusers_model(ours)
@@ -34,15 +32,7 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
     return patchify(ours(*inputs), PATCH), expected_BTF
 
 
-def diffusers_model(denoiser: SingleStreamDiT) -> Any:
-    """Build diffusers' model with the weights of `denoiser`."""
-    model = diffusers_class("Krea2Transformer2DModel")
-    return with_weights(model(**diffusers_config(denoiser.config)), diffusers_state(denoiser.state_dict()))
-
-
-def diffusers_config(config: Krea2Config) -> dict[str, Any]:
-    """Return the arguments of diffusers' class."""
-    c = config
+def diffusers_config(c: Krea2Config) -> dict[str, Any]:
     return {
         "in_channels": c.in_features,
         "num_layers": c.num_blocks,
@@ -62,8 +52,11 @@ def diffusers_config(config: Krea2Config) -> dict[str, Any]:
     }
 
 
-def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def diffusers_state(state: Mapping[str, Tensor], config: Krea2Config) -> dict[str, Tensor]:
     """Return the weights under diffusers' names, converted by diffusers' own converter of single files."""
     from diffusers.loaders.single_file_utils import convert_krea2_transformer_checkpoint_to_diffusers
 
     return dict(convert_krea2_transformer_checkpoint_to_diffusers({k: tensor.clone() for k, tensor in state.items()}))
+
+
+diffusers_model = partial(build_theirs, "Krea2Transformer2DModel", diffusers_config, diffusers_state)

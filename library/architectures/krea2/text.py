@@ -70,15 +70,9 @@ class Krea2Text:
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
         """Return {"hidden_state": (B, L, F), "attention_mask": (B, L)}; states of padding are 0."""
-        ids_BT, mask_BT = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
         slot = self.tokenizer.convert_tokens_to_ids(SLOT)
-        encode_one = partial(encode_with_images, layers=self.layers)
-        encode_texts = partial(encode_layers, layers=self.layers)
-        # The encoder's states overflow float16.
-        with torch.autocast(next(encoders[0].parameters()).device.type, enabled=False):
-            states_BTF = encode_captions(
-                encoders, ids_BT, mask_BT, slot, tokens.images, encode_one, ENCODER, encode_texts
-            )
-        mask_BL, states_BLF = mask_BT[:, self.num_begin :], states_BTF[:, self.num_begin :]
+        ways = (partial(encode, layers=self.layers) for encode in (encode_with_images, encode_layers))
+        states_BLF = encode_captions(encoders, tokens, slot, ENCODER, *ways)[:, self.num_begin :]
+        mask_BL = tokens.ids_BLT[1][:, 0, self.num_begin :]
         is_text_BL1: Tensor = send(mask_BL, states_BLF.device)[..., None].bool()
         return {"hidden_state": torch.where(is_text_BL1, states_BLF, 0), "attention_mask": mask_BL}

@@ -1,6 +1,7 @@
 """Comparison of Lumina Image 2.0's denoiser with diffusers' class on the same weights."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,34 +10,18 @@ from torch import Tensor, nn
 from library.architectures.lumina.layers import KEYS
 from library.architectures.lumina.model import PATCH, LuminaConfig, NextDiT
 from library.models.next_dit import COUNT_FIELDS
-from library.models.reference import diffusers_class, random_inputs, shorten_model, split_weights, with_weights
+from library.models.reference import build_theirs, random_inputs, shorten_model, split_weights
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the velocities of our class and of diffusers' for the same random inputs, float32.
-
-    Only the first and the last block of each kind are kept.
-    """
     assert isinstance(denoiser, NextDiT)
     ours = shorten_model(denoiser, COUNT_FIELDS)
     inputs = random_inputs(generator, ours.config.in_features // PATCH**2, ours.config.text_width)
     return ours(*inputs), diffusers_model(ours)(*inputs, return_dict=False)[0]
 
 
-def diffusers_model(denoiser: NextDiT) -> Any:
-    """Build diffusers' model with the weights of `denoiser`."""
-    c = denoiser.config
-    assert isinstance(c, LuminaConfig)
-    model = diffusers_class("Lumina2Transformer2DModel")(**diffusers_config(c))
-    return with_weights(model, diffusers_state(denoiser.state_dict(), c))
-
-
 def diffusers_config(config: LuminaConfig) -> dict[str, Any]:
-    """Return the arguments of diffusers' class.
-
-    Its MLP is always four times as wide as the model, and its embedding of the noise level as wide as the model up to
-    1024.
-    """
+    # Its MLP is always four times as wide as the model, and its embedding of the noise level as wide up to 1024.
     return {
         "in_channels": config.in_features // PATCH**2,
         "hidden_size": config.width,
@@ -51,6 +36,8 @@ def diffusers_config(config: LuminaConfig) -> dict[str, Any]:
 
 
 def diffusers_state(state: Mapping[str, Tensor], config: LuminaConfig) -> dict[str, Tensor]:
-    """Return the weights under diffusers' names, with stacked ones split."""
     kv_width = config.num_kv_heads * config.head_width
     return split_weights(state, KEYS.source_keys, [config.width, kv_width])
+
+
+diffusers_model = partial(build_theirs, "Lumina2Transformer2DModel", diffusers_config, diffusers_state)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from library.architectures.moss_image.qwen3_5 import HUB_NAME, encode_with_images
@@ -63,11 +62,9 @@ class MossImageText:
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
         """Return {"hidden_state": (B, T, E), "attention_mask": (B, T)}, the mask on the host."""
-        ids_BT, mask_BT = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
-        # The encoder's states overflow float16. Deterministic mode refuses its cumulative sums of 64 values, though
-        # torch adds those of rows in a fixed order.
-        device_type = next(encoders[0].parameters()).device.type
-        with torch.autocast(device_type, enabled=False), deterministic_mode(False):
-            slot = self.tokenizer.convert_tokens_to_ids(SLOT)
-            states_BTE = encode_captions(encoders, ids_BT, mask_BT, slot, tokens.images, encode_with_images, HUB_NAME)
-        return {"hidden_state": states_BTE, "attention_mask": mask_BT}
+        slot = self.tokenizer.convert_tokens_to_ids(SLOT)
+        # Deterministic mode refuses the encoder's cumulative sums of 64 values, though torch adds those of rows in a
+        # fixed order.
+        with deterministic_mode(False):
+            states_BTE = encode_captions(encoders, tokens, slot, HUB_NAME, encode_with_images)
+        return {"hidden_state": states_BTE, "attention_mask": tokens.ids_BLT[1][:, 0]}

@@ -10,10 +10,11 @@ from library.architectures.qwen_image_21.load import FILES, open_loader
 from library.architectures.qwen_image_21.options import QwenImage21Options
 from library.architectures.qwen_image_21.predict import predict, preview_sampler
 from library.architectures.qwen_image_21.text import NO_PLACE, NUM_TOKENS, QwenImage21Text
-from library.architectures.qwen_image_21.vae import RgbaLatents
+from library.architectures.qwen_image_21.vae import SPEC, decode_rgba, encode_rgba, statistics
 from library.diffusion.flow import build_predicted_flow
 from library.models.dit_loader import DitLoader
 from library.models.language_model_dit import PADDING, build_recipe, load_tokenizer, shared_parts, ways_to_build
+from library.models.vae.latents import NormalizedLatents
 from library.protocols import Architecture, Preview, PromptDefaults
 
 RECIPE = build_recipe(
@@ -24,7 +25,7 @@ RECIPE = build_recipe(
     num_tokens=NUM_TOKENS,
     needs={"diffusers": ">=0.41", "transformers": ">=4.57"},  # AutoencoderKLQwenImage21, Qwen3-VL
 )
-CODEC = RgbaLatents()
+CODEC = NormalizedLatents(SPEC, statistics, encode_rgba, decode_rgba)
 LATENTS = CODEC.spec
 build_objective = partial(build_predicted_flow, patch=1)
 

@@ -1,5 +1,7 @@
 """Comparison of Qwen-Image 2.1's denoiser with diffusers' class on the same weights."""
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,17 +10,13 @@ from torch import Tensor, nn
 from library.architectures.qwen_image_21.layers import BLOCKS
 from library.architectures.qwen_image_21.model import QwenImage21, QwenImage21Config
 from library.models.patches import patchify
-from library.models.reference import SIDE, diffusers_class, random_inputs, shorten_model, with_weights
+from library.models.reference import SIDE, build_theirs, random_inputs, shorten_model
 
 SLOT_SIDE = 2  # a slot, a text token that `img_mask` marks, represents a square of this many image tokens a side
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the velocities of our class and of diffusers' for the same random inputs, without reference images,
-    float32.
-
-    Only the first and the last block are kept.
-    """
+    """Compare without reference images."""
     assert isinstance(denoiser, QwenImage21)
     ours = shorten_model(denoiser, {BLOCKS: "num_blocks"})
     c, theirs = ours.config, diffusers_model(ours)
@@ -39,14 +37,7 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
     return patchify(ours(latents_BChw, sigmas_B, text_BLE, mask_BL), 1), torch.cat(expected)
 
 
-def diffusers_model(denoiser: QwenImage21) -> Any:
-    """Build diffusers' model with the weights of `denoiser`, which have the same names."""
-    model = diffusers_class("QwenImage21Transformer2DModel")
-    return with_weights(model(**diffusers_config(denoiser.config)), denoiser.state_dict())
-
-
 def diffusers_config(config: QwenImage21Config) -> dict[str, Any]:
-    """Return the arguments of diffusers' class."""
     return {
         "in_channels": config.in_features,
         "out_channels": config.in_features,
@@ -57,3 +48,10 @@ def diffusers_config(config: QwenImage21Config) -> dict[str, Any]:
         "mlp_ratio": config.mlp_width // config.width,
         "axes_dims_rope": list(config.rope_axes),
     }
+
+
+def diffusers_state(state: Mapping[str, Tensor], config: QwenImage21Config) -> Mapping[str, Tensor]:
+    return state
+
+
+diffusers_model = partial(build_theirs, "QwenImage21Transformer2DModel", diffusers_config, diffusers_state)

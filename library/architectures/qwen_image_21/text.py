@@ -4,22 +4,14 @@ Letters: B captions, T tokens of the longest, E width of the encoder, R referenc
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from library.models.qwen3_vl_vision import (
-    SLOT,
-    VISION_BEGIN,
-    VISION_END,
-    VISION_MARKS,
-    encode_captions,
-    encode_with_images,
-    join_rows,
-)
+from library.models.qwen3_vl_vision import SLOT, VISION_BEGIN, VISION_END, VISION_MARKS, encode_captions, join_rows
 from library.types import CaptionWithImages, Conditioning, Tokens, plain_caption
 
 ENCODER = "Qwen3-VL 8B"
@@ -80,10 +72,8 @@ class QwenImage21Text:
         """
         ids_BT, mask_BT = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
         first, slot = len(self.ids(SYSTEM)), self.tokenizer.convert_tokens_to_ids(SLOT)
-        # The encoder's states overflow float16.
-        with torch.autocast(next(encoders[0].parameters()).device.type, enabled=False):
-            shown = [[composite_on_white(image) for image in images] for images in tokens.images]
-            states_BTE = encode_captions(encoders, ids_BT, mask_BT, slot, shown, encode_with_images, ENCODER)
+        shown = tuple(tuple(map(composite_on_white, images)) for images in tokens.images)
+        states_BTE = encode_captions(encoders, replace(tokens, images=shown), slot, ENCODER)
         if not any(tokens.images):
             places_BR = torch.empty(len(ids_BT), 0, dtype=torch.long)
             return {

@@ -4,13 +4,11 @@ It encodes RGBA images; images without alpha get an opaque channel. Letters: B s
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from library.base.errors import about
@@ -20,66 +18,38 @@ from library.memory.devices import send
 from library.models.loading import Component, empty_diffusers_model, load_component
 from library.models.shapes import Shapes, count, shape_of
 from library.models.vae.flux import find_vae
-from library.models.vae.qwen_image import outside_levels, rename_in_block
+from library.models.vae.qwen_image import encode_frame, outside_levels, rename_in_block
 from library.protocols import LatentSpec
 
 FLAG = "--vae"
 CHANNELS = 64
 MAX_REFERENCES = 10  # the model has no limit; each reference adds as many tokens as an image of its size
-SPEC = LatentSpec(
-    channels=CHANNELS,
-    downscale=16,
-    bucket_step=32,
-    cache_suffix="_qwen_image_21.npz",
-    had_keys_without_size=False,
-    max_references=MAX_REFERENCES,
-    has_alpha=True,
-    patch=2,
-)
+SPEC = LatentSpec(CHANNELS, 16, 32, "_qwen_image_21.npz", False, MAX_REFERENCES, has_alpha=True, patch=2)
 
 MARKS = ("decoder.conv_in.weight", "decoder.conv1.weight")  # of diffusers' layout and of ComfyUI's
 
 
-@dataclass(frozen=True)
-class RgbaLatents:
-    """Latents of 64 channels, 16 pixels a side, cached in the normalized form that the denoiser gets."""
+def encode_rgba(vae: Any, pixels_BCHW: Tensor) -> Tensor:
+    """Return the posterior's mean, BCHW. Pixels without alpha are opaque."""
+    if pixels_BCHW.shape[1] == 3:
+        pixels_BCHW = pad(pixels_BCHW, (0, 0, 0, 0, 0, 1), value=1.0)
+    if not vae.use_tiling:
+        return encode_frame(vae, pixels_BCHW)
+    # Tiling needs a call of the whole VAE.
+    mean: Tensor = vae.encode(pixels_BCHW[:, :, None].to(vae.device, vae.dtype)).latent_dist.mean
+    return mean[:, :, 0]
 
-    spec: LatentSpec = SPEC
 
-    def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-        """Return the posterior's mean, normalized by each channel's mean and deviation, float32; nothing is sampled.
-
-        Pixels without alpha are opaque.
-        """
-        model: Any = vae
-        if pixels_BCHW.shape[1] == 3:
-            pixels_BCHW = pad(pixels_BCHW, (0, 0, 0, 0, 0, 1), value=1.0)
-        frames = pixels_BCHW[:, :, None].to(model.device, model.dtype)
-        # A call of the whole VAE keeps every layer's input for a next frame, which an image does not have. Tiling needs
-        # that call all the same.
-        if model.use_tiling:
-            mean = model.encode(frames).latent_dist.mean
-        else:
-            mean, _ = model.quant_conv(model.encoder(frames)).chunk(2, dim=1)
-        latents_BCHW: Tensor = mean[:, :, 0].float()
-        mean_C11, deviation_C11 = statistics(model, latents_BCHW.device)
-        return (latents_BCHW - mean_C11) / deviation_C11
-
-    def normalize(self, latents_BCHW: Tensor) -> Tensor:
-        return latents_BCHW
-
-    def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
-        """Decode normalized latents to RGBA images, float32, -1..1."""
-        model: Any = vae
-        mean_C11, deviation_C11 = statistics(model, latents_BCHW.device)
-        frames = (latents_BCHW.float() * deviation_C11 + mean_C11)[:, :, None].to(model.device, model.dtype)
-        if model.use_tiling:
-            decoded = model.decode(frames).sample
-        else:
-            decoded = model.decoder(model.post_quant_conv(frames), first_chunk=True)
-        # diffusers clamps in `decode`, which is not called without tiling.
-        pixels_BCHW: Tensor = decoded[:, :, 0].float().clamp(-1, 1)
-        return pixels_BCHW
+def decode_rgba(vae: Any, latents_BCHW: Tensor) -> Tensor:
+    """Decode to RGBA images of values -1..1, float32."""
+    frames = latents_BCHW[:, :, None].to(vae.device, vae.dtype)
+    if vae.use_tiling:
+        decoded = vae.decode(frames).sample
+    else:
+        decoded = vae.decoder(vae.post_quant_conv(frames), first_chunk=True)
+    # diffusers clamps in `decode`, which is not called without tiling.
+    pixels_BCHW: Tensor = decoded[:, :, 0].float().clamp(-1, 1)
+    return pixels_BCHW
 
 
 def statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,6 @@ from library.models.reference import SIDE, diffusers_class, random_inputs, short
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the velocities of our class and of diffusers' for the same random inputs, float32.
-
-    Only the first and the last block are kept.
-    """
     from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 
     assert isinstance(denoiser, MMDiT)

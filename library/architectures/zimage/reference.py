@@ -9,16 +9,12 @@ from torch import Tensor, nn
 from library.architectures.zimage.layers import KEYS
 from library.architectures.zimage.model import PATCH, ZImage, ZImageConfig
 from library.models.next_dit import COUNT_FIELDS
-from library.models.reference import LENGTHS, diffusers_class, random_inputs, shorten_model, split_stacked, with_weights
+from library.models.reference import LENGTHS, build_theirs, random_inputs, shorten_model, split_stacked
 
 diffusers_state = partial(split_stacked, KEYS, 2)
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the velocities of our class and of diffusers' for the same random inputs, float32.
-
-    Only the first and the last block of each kind are kept.
-    """
     assert isinstance(denoiser, ZImage)
     ours = shorten_model(denoiser, COUNT_FIELDS)
     inputs = random_inputs(generator, ours.config.in_features // PATCH**2, ours.config.text_width)
@@ -28,16 +24,8 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
     return ours(*inputs), torch.stack(frames)[:, :, 0]
 
 
-def diffusers_model(denoiser: ZImage) -> Any:
-    """Build diffusers' model with the weights of `denoiser`."""
-    c = denoiser.config
-    assert isinstance(c, ZImageConfig)
-    model = diffusers_class("ZImageTransformer2DModel")(**diffusers_config(c))
-    return with_weights(model, diffusers_state(denoiser.state_dict(), c.width))
-
-
 def diffusers_config(config: ZImageConfig) -> dict[str, Any]:
-    """Return the arguments of diffusers' class, whose MLP is always 8/3 times as wide as the model."""
+    # Its MLP is always 8/3 times as wide as the model.
     return {
         "in_channels": config.in_features // PATCH**2,
         "dim": config.width,
@@ -48,3 +36,6 @@ def diffusers_config(config: ZImageConfig) -> dict[str, Any]:
         "cap_feat_dim": config.text_width,
         "axes_dims": list(config.rope_axes),
     }
+
+
+diffusers_model = partial(build_theirs, "ZImageTransformer2DModel", diffusers_config, diffusers_state)

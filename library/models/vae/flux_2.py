@@ -5,8 +5,7 @@ Its latents of 32 channels are packed 2 x 2 into 128 and normalized by the stati
 B samples, C channels, H and W sides.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from library.memory.devices import send
 from library.models.loading import Component, MaybeComponent, empty_diffusers_model, materialise
 from library.models.shapes import count, shape_of
 from library.models.vae.flux import check_channels, find_vae
+from library.models.vae.latents import NormalizedLatents
 from library.models.vae.vae import TransformerVae, single_vae, vae_of_folder
 from library.protocols import LatentSpec
 
@@ -33,37 +33,19 @@ PACKED_CHANNELS = CHANNELS * PATCH**2
 DOWNSCALE = 16  # pixels per packed latent
 
 
-@dataclass(frozen=True)
-class PackedLatents:
-    """Latents of 128 channels, 16 pixels a side, cached in the normalized form that the denoiser gets."""
-
-    spec: LatentSpec
-
-    def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-        """Return the mean of the posterior, packed and normalized, float32.
-
-        Nothing is sampled, as in the reference implementation, whose encoder adds no noise.
-        """
-        model: Any = vae
-        posterior = model.encode(pixels_BCHW.to(model.device, model.dtype)).latent_dist
-        mean_C11, deviation_C11 = statistics(vae, posterior.mean.device)
-        return (pixel_unshuffle(posterior.mean.float(), PATCH) - mean_C11) / deviation_C11
-
-    def normalize(self, latents_BCHW: Tensor) -> Tensor:
-        return latents_BCHW
-
-    def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
-        """Decode normalized latents to images, float32, about -1..1."""
-        model: Any = vae
-        mean_C11, deviation_C11 = statistics(vae, latents_BCHW.device)
-        latents_BCHW = pixel_shuffle(latents_BCHW.float() * deviation_C11 + mean_C11, PATCH)
-        pixels_BCHW: Tensor = model.decode(latents_BCHW.to(model.device, model.dtype)).sample
-        return pixels_BCHW.float()
-
-
-def pack_latents(cache_suffix: str, max_references: int) -> PackedLatents:
+def pack_latents(cache_suffix: str, max_references: int) -> NormalizedLatents:
     """Return the codec of a base model whose denoiser takes each packed latent as a token."""
-    return PackedLatents(LatentSpec(PACKED_CHANNELS, DOWNSCALE, DOWNSCALE, cache_suffix, False, max_references))
+    spec = LatentSpec(PACKED_CHANNELS, DOWNSCALE, DOWNSCALE, cache_suffix, False, max_references)
+    return NormalizedLatents(spec, statistics, encode_packed, decode_packed)
+
+
+def encode_packed(vae: Any, pixels_BCHW: Tensor) -> Tensor:
+    return pixel_unshuffle(vae.encode(pixels_BCHW.to(vae.device, vae.dtype)).latent_dist.mean, PATCH)
+
+
+def decode_packed(vae: Any, latents_BCHW: Tensor) -> Tensor:
+    pixels_BCHW: Tensor = vae.decode(pixel_shuffle(latents_BCHW, PATCH).to(vae.device, vae.dtype)).sample
+    return pixels_BCHW
 
 
 def statistics(vae: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:

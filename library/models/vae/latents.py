@@ -1,6 +1,6 @@
 """Encoding of pixels to the latents of a VAE, and decoding."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,3 +47,28 @@ class KlLatents:
         latents_BCHW = latents_BCHW / self.scale + self.shift
         pixels_BCHW: Tensor = model.decode(latents_BCHW.to(model.device, model.dtype)).sample
         return pixels_BCHW.float()
+
+
+@dataclass(frozen=True)
+class NormalizedLatents:
+    """Latents with a mean and a deviation for each channel, cached in the normalized form that the denoiser gets."""
+
+    spec: LatentSpec
+    statistics: Callable[[Any, torch.device], tuple[Tensor, Tensor]]  # of a VAE's latents: mean, deviation
+    encode_mean: Callable[[Any, Tensor], Tensor]  # (VAE, pixels BCHW) -> the posterior's mean, BCHW
+    decode_latents: Callable[[Any, Tensor], Tensor]  # (VAE, its latents BCHW, float32) -> pixels BCHW
+
+    def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+        """Return the normalized mean of the posterior, float32; nothing is sampled, as in the reference
+        implementations."""
+        latents_BCHW = self.encode_mean(vae, pixels_BCHW).float()
+        mean, deviation = self.statistics(vae, latents_BCHW.device)
+        return (latents_BCHW - mean) / deviation
+
+    def normalize(self, latents_BCHW: Tensor) -> Tensor:
+        return latents_BCHW
+
+    def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
+        """Decode normalized latents to images, float32, about -1..1."""
+        mean, deviation = self.statistics(vae, latents_BCHW.device)
+        return self.decode_latents(vae, latents_BCHW.float() * deviation + mean).float()

@@ -5,13 +5,11 @@ It is a video VAE derived from Wan's; an image is a video's first frame.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from library.base.errors import NotThere, about
 from library.checkpoints import model_lookup
@@ -20,6 +18,7 @@ from library.checkpoints.weights import Weights, configure, list_first_names, re
 from library.memory.devices import send
 from library.models.loading import Component, empty_diffusers_model, load_component
 from library.models.shapes import Shapes, shape_of
+from library.models.vae.latents import NormalizedLatents
 from library.protocols import LatentSpec
 
 FLAG = "--vae"
@@ -46,45 +45,32 @@ QUANT = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
 ORIGINAL_MARK, DIFFUSERS_MARK = "decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma"
 
 
-@dataclass(frozen=True)
-class QwenImageLatents:
-    """Latents of 16 channels, 8 pixels a side, cached in the normalized form that the denoiser gets."""
-
-    spec: LatentSpec
-
-    def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-        """Return the posterior's mean, normalized by each channel's mean and deviation, float32; nothing is sampled."""
-        model: Any = vae
-        frames = pixels_BCHW[:, :, None].to(model.device, model.dtype)
-        # The parts are called one by one: a call of the whole VAE caches every layer's input for a next frame, which an
-        # image does not have.
-        posterior_mean, _ = model.quant_conv(model.encoder(frames)).chunk(2, dim=1)
-        latents_BCHW: Tensor = posterior_mean[:, :, 0].float()
-        mean, std = statistics(latents_BCHW.device)
-        return (latents_BCHW - mean) / std
-
-    def normalize(self, latents_BCHW: Tensor) -> Tensor:
-        return latents_BCHW
-
-    def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
-        """Decode normalized latents to images, float32, -1..1."""
-        model: Any = vae
-        mean, std = statistics(latents_BCHW.device)
-        frames = (latents_BCHW.float() * std + mean)[:, :, None]
-        pixels_BCHW: Tensor = model.decoder(model.post_quant_conv(frames.to(model.device, model.dtype)))[:, :, 0]
-        # Clamped as in a call of diffusers' VAE.
-        return pixels_BCHW.float().clamp(-1, 1)
+def encode_frame(vae: Any, pixels_BCHW: Tensor) -> Tensor:
+    """Return the posterior's mean of images, BCHW."""
+    # The parts are called one by one: a call of the whole VAE caches every layer's input for a next frame, which an
+    # image does not have.
+    frames = pixels_BCHW[:, :, None].to(vae.device, vae.dtype)
+    mean: Tensor = vae.quant_conv(vae.encoder(frames)).chunk(2, dim=1)[0]
+    return mean[:, :, 0]
 
 
-def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each channel, each (1, C, 1, 1)."""
+def decode_frame(vae: Any, latents_BCHW: Tensor) -> Tensor:
+    """Decode to images of values -1..1, float32: clamped as in a call of diffusers' VAE."""
+    frames = latents_BCHW[:, :, None].to(vae.device, vae.dtype)
+    pixels_BCHW: Tensor = vae.decoder(vae.post_quant_conv(frames))[:, :, 0]
+    return pixels_BCHW.float().clamp(-1, 1)
+
+
+def statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each channel, each (1, C, 1, 1); every VAE has the same."""
     mean, std = (send(torch.tensor(values), device).view(1, -1, 1, 1) for values in (MEAN, STD))
     return mean, std
 
 
-def qwen_image_latents(cache_suffix: str, max_references: int = 0) -> QwenImageLatents:
+def qwen_image_latents(cache_suffix: str, max_references: int = 0) -> NormalizedLatents:
     """Return the latents of a base model whose tokens are 2 x 2 latents."""
-    return QwenImageLatents(LatentSpec(CHANNELS, DOWNSCALE, 16, cache_suffix, False, max_references, patch=2))
+    spec = LatentSpec(CHANNELS, DOWNSCALE, 16, cache_suffix, False, max_references, patch=2)
+    return NormalizedLatents(spec, statistics, encode_frame, decode_frame)
 
 
 def open_vae(model: str, name: str | None, base: BaseFiles | None = None) -> Component:

@@ -38,12 +38,10 @@ def read_requested(words: Sequence[str]) -> tuple[str, str]:
     return base, prompts
 
 
-def check_common_words(
-    elsewhere: Callable[[str], str], others: Sequence[argparse.ArgumentParser], argv: Sequence[str] | None = None
-) -> None:
+def check_common_words(elsewhere: Callable[[str], str], others: Sequence[argparse.ArgumentParser]) -> None:
     """Answer --help and refuse wrong options that do not depend on the base model; `others` are the parsers of all base
     models. Exits as `check_words`."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:]
     parser = build_parser_of_prompts(LecoOptions, elsewhere)
     known = {name for other in others for name in other._option_string_actions}
     flags = [word.partition("=")[0] for word in words if word.startswith("--")]

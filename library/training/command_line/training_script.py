@@ -4,7 +4,7 @@ import argparse
 import importlib
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from library.architectures.scripts import OtherScripts, script_of
 from library.base.collector import freeze_imports
@@ -27,13 +27,6 @@ class TrainingScript:
         """Import the package and return the spec of its first base model."""
         return importlib.import_module(f"library.architectures.{self.package}.spec").SPECS[0]
 
-    def train(self, trainer: object, args: argparse.Namespace) -> None:
-        """Train for a program that imports the script. Raises UserError for errors that the user can fix."""
-        from library.training.command_line.main import train_for_program
-
-        spec = self.spec()
-        train_for_program(trainer, args, self.setup_parser(), spec.options, spec.build, spec.latents, spec.objective)
-
     def run(self) -> int:
         """Train as the command line says, and return the exit status."""
         kind = script_of(self.package).options
@@ -49,6 +42,24 @@ class TrainingScript:
             spec = self.spec()
         functions = {"latents": spec.latents, "objective": spec.objective}
         return main(command_line.parser, spec.options, spec.build, **functions, command_line=command_line)
+
+
+class ScriptTrainer:
+    """Base class of the trainers that sd-scripts' scripts have, for programs that import a script."""
+
+    SCRIPT: ClassVar[TrainingScript]
+
+    def __init_subclass__(cls, script: TrainingScript | None = None) -> None:
+        if script is not None:  # a program's own subclass names none
+            cls.SCRIPT = script
+
+    def train(self, args: argparse.Namespace) -> None:
+        """Train with the options in `args`. Raises UserError for errors that the user can fix."""
+        from library.training.command_line.main import train_for_program
+
+        spec = self.SCRIPT.spec()
+        parser = self.SCRIPT.setup_parser()
+        train_for_program(self, args, parser, spec.options, spec.build, spec.latents, spec.objective)
 
 
 def find_build(package: str) -> Any:

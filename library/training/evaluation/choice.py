@@ -108,13 +108,13 @@ def estimate(values_G: Tensor, level: float = 1 - CONFIDENCE) -> Estimate:
     )
 
 
-def estimate_of_difference(values_G: Tensor, others_G: Tensor, level: float = 1 - CONFIDENCE) -> Estimate:
+def estimate_of_difference(values_G: Tensor, others_G: Tensor) -> Estimate:
     """Estimate the mean of `values_G` minus that of `others_G`, two independent samples (Welch 1947)."""
     counts = len(values_G), len(others_G)
     mean = (values_G.mean() - others_G.mean()).item()
     variances = (values.var().item() / len(values) if len(values) > 1 else nan for values in (values_G, others_G))
     # At most Welch's degrees of freedom, so the interval is never too narrow.
-    return make_interval(mean, sqrt(sum(variances)), min(counts) - 1, level)
+    return make_interval(mean, sqrt(sum(variances)), min(counts) - 1, 1 - CONFIDENCE)
 
 
 def make_interval(mean: float, error: float, degrees: int, level: float) -> Estimate:

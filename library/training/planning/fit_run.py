@@ -91,14 +91,12 @@ def measure_gpu(size_or_auto: str, mixed_precision: str, processes: Processes) -
     return replace(gpu, nominal_bytes=size.num_bytes if size is not None and size.names_gpu else None, **shared)
 
 
-def count_adapter_run(
-    run: RequestedRun, batch: BatchShape, device: torch.device, is_fused: bool | None = None
-) -> CountedRun:
+def count_adapter_run(run: RequestedRun, batch: BatchShape, device: torch.device) -> CountedRun:
     """Count the run. Raises UserError for third-party network modules that need real weights."""
     module = run.module
     try:
         with needing("--fit counts captions with the text encoders; give them, or leave it out"):
-            return count_run(run, batch, device, is_fused)
+            return count_run(run, batch, device)
     except UserError:
         raise
     except Exception as error:  # third-party code may raise anything when it reads missing values

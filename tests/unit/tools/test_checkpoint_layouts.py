@@ -45,7 +45,7 @@ def test_a_diffusers_flux_transformer_gets_the_original_key_names(tmp_path: Path
 
 
 def test_shards_are_read_from_the_first_file_on_and_cast(tmp_path: Path) -> None:
-    state = diffusers_state(tiny_flux(34).state_dict(), CONFIG.width)
+    state = diffusers_state(tiny_flux(34).state_dict(), CONFIG)
     names, stem = list(state), "diffusion_pytorch_model"
     shards = {f"{stem}-0000{n + 1}-of-00003.safetensors": names[n::3] for n in range(3)}
     for shard, keys in shards.items():
