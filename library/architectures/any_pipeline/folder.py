@@ -34,6 +34,7 @@ from library.architectures.any_pipeline.refusals import NO_VAE, find_cause
 from library.architectures.any_pipeline.targets import BASE, block_lists, with_targets
 from library.architectures.any_pipeline.watch import SMALL, Watched, describe_package, is_vae, stand_in
 from library.base.errors import UserError, about
+from library.base.formatting import format_gib
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.checkpoints.base_files import require_base_name
@@ -50,7 +51,7 @@ from networks.core.targets.targets import AdapterTargets, adaptation_kind
 logger = logging.getLogger(__name__)
 
 MOST_TEXT_BYTES = 4 << 30  # of text encoders that a measurement has in memory together
-VERSION = 6  # of the rules that measure
+VERSION = 7  # of the rules that measure
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 LEFT_OUT = {  # not needed to draw from text
     **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder", "watermark")),
@@ -147,6 +148,15 @@ class PipelineFolder:
         return model.eval().requires_grad_(False)
 
     def open(self, name: str) -> Component:
+        """Open a model's files. Raises UserError for a denoiser whose values another program has packed."""
+        packed = read_model_config(self.path / name).get("quantization_config")
+        if packed and name in self.denoisers:
+            method = packed.get("quant_method") if isinstance(packed, dict) else None
+            raise about(self.flag, self.path)(
+                f": its {name} is quantised ({method or 'in a way that its config.json does not name'}), and such "
+                "weights are not read",
+                "use the model in bf16; --base_format nf4 stores it in 4 bits while it trains",
+            )
         return Component(*model_lookup.open_part(self.flag, self.path / name, self._file_kind(name)))
 
     def _file_kind(self, name: str) -> str:
@@ -370,11 +380,18 @@ def open_loader(folder: PipelineFolder, denoiser: str, idle: Collection[str], op
 
 def load_shortened(folder: PipelineFolder, name: str) -> nn.Module:
     """Load a denoiser with the first of each list of repeated blocks, float32: enough to measure how it is called."""
+    model, shapes = shorten(folder, name)
+    weights = select_weights(folder.open(name).weights, dict(zip(shapes, shapes, strict=True)))
+    return materialise(model, weights, torch.float32)
+
+
+def shorten(folder: PipelineFolder, name: str) -> tuple[nn.Module, dict[str, tuple[int, ...]]]:
+    """Return a denoiser with the first of each list of repeated blocks, on the meta device, and the shapes of its
+    weights."""
     model = folder.build_empty(name)
     for blocks in block_lists(model):
         del blocks[1:]
-    names = {key: key for key in model.state_dict()}
-    return materialise(model, select_weights(folder.open(name).weights, names), torch.float32)
+    return model, {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 
 def load_streamed(folder: PipelineFolder, name: str) -> nn.Module:
@@ -412,6 +429,23 @@ def load_for_measuring(folder: PipelineFolder, whole: bool = False) -> dict[str,
     return models
 
 
+def require_memory(folder: PipelineFolder, texts: "TextReader") -> int:
+    """Return the bytes of main memory that the weights of a measurement take. Raises UserError if they are not free."""
+    import psutil
+
+    shapes = [shape for name in folder.denoisers if name in folder.used for shape in shorten(folder, name)[1].values()]
+    if folder.vae is not None:
+        shapes += folder.open(folder.vae).weights.shapes.values()
+    needed = texts.resident_bytes + sum(map(math.prod, shapes)) * torch.float32.itemsize
+    if needed > (free := psutil.virtual_memory().available):
+        raise about(folder.flag, folder.path, cause="does not fit")(
+            f": measuring {folder.kind.__name__} takes {format_gib(needed)} of main memory, and {format_gib(free)} are "
+            "free",
+            "close other programs",
+        )
+    return needed
+
+
 @dataclass(frozen=True)
 class TextReader:
     """Loads text encoders for a measurement when they are called, one at a time if together they take much memory."""
@@ -426,13 +460,23 @@ class TextReader:
         return cls(folder, names, text_encoder_dtype(DTYPES[precision]))
 
     @cached_property
-    def num_bytes(self) -> int:
+    def sizes(self) -> list[int]:
+        """The bytes of each."""
         parts = [self.folder.open(name).weights for name in self.names]
-        return sum(math.prod(shape) for part in parts for shape in part.shapes.values()) * self.dtype.itemsize
+        return [sum(map(math.prod, part.shapes.values())) * self.dtype.itemsize for part in parts]
+
+    @property
+    def is_one_at_a_time(self) -> bool:
+        return sum(self.sizes) > MOST_TEXT_BYTES
+
+    @property
+    def resident_bytes(self) -> int:
+        """The most bytes in memory together."""
+        return max(self.sizes, default=0) if self.is_one_at_a_time else sum(self.sizes)
 
     def load(self, watched: Watched, name: str) -> None:
         """Add a text encoder to the models in memory."""
-        for other in self.names if self.num_bytes > MOST_TEXT_BYTES else ():
+        for other in self.names if self.is_one_at_a_time else ():
             watched.models.pop(other, None)
         watched.models[name] = self.folder.load(name, self.dtype)
 
