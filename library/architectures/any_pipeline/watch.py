@@ -122,7 +122,8 @@ def describe_package(error: Exception) -> str | None:
     # Pipelines of diffusers leave a name undefined where its import failed.
     if isinstance(error, NameError) and error.name and is_missing(root := imported_from(error)):
         return describe_lack(pip_name_of(root))
-    return describe_fault(error)
+    fault = describe_fault(error)
+    return None if fault is None else fault.removeprefix("this ")
 
 
 def own_words(error: Exception) -> str:
