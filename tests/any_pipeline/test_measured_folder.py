@@ -10,16 +10,15 @@ import psutil
 import pytest
 import torch
 
-from library.architectures.any_pipeline import folder as folders
+from library.architectures.any_pipeline import measured_models
 from library.architectures.any_pipeline.assembly import measure_folder
 from library.architectures.any_pipeline.convention import Convention
-from library.architectures.any_pipeline.folder import (
-    PipelineFolder,
+from library.architectures.any_pipeline.folder import PipelineFolder, open_folder
+from library.architectures.any_pipeline.measured_models import (
     TextReader,
     load_for_measuring,
     load_shortened,
     load_streamed,
-    open_folder,
     require_memory,
 )
 from library.architectures.any_pipeline.measuring import measure
@@ -92,7 +91,7 @@ def test_large_text_encoders_are_in_memory_one_at_a_time(tmp_path: Path, monkeyp
         return model
 
     monkeypatch.setattr(PipelineFolder, "load", note)
-    monkeypatch.setattr(folders, "MOST_TEXT_BYTES", 0)
+    monkeypatch.setattr(measured_models, "MOST_TEXT_BYTES", 0)
     one_by_one = measure_folder(folder, watched, "no")
     assert max(most) == 0 and loaded >= {"text_encoder", "text_encoder_2"}  # beside the one that is loaded
     monkeypatch.undo()
@@ -107,7 +106,7 @@ def test_the_main_memory_of_a_measurement_is_counted_before_weights_are_read(
     build_tiny_pipeline("FluxPipeline").save_pretrained(tmp_path / "model")
     folder = open_folder(str(tmp_path / "model"), trusts_code=False)
     watched, texts = folder.build_stage(), TextReader.build(folder, "no")
-    monkeypatch.setattr(folders, "MOST_TEXT_BYTES", most)
+    monkeypatch.setattr(measured_models, "MOST_TEXT_BYTES", most)
     counted = require_memory(folder, texts)
     watched.models = load_for_measuring(folder)
     in_memory = []

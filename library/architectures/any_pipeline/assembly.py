@@ -1,7 +1,8 @@
 """Assembly of any text-to-image pipeline of diffusers. Start here to read this package.
 
 `watch` draws with the pipeline and records, `maps` reads elementwise maps, `convention` finds which argument is what,
-and `check` compares the result with the pipeline. `folder` opens and loads, `training` predicts.
+and `check` compares the result with the pipeline. `folder` opens and loads, `measured_models` loads for a measurement,
+`training` predicts.
 """
 
 import logging
@@ -21,12 +22,9 @@ from library.architectures.any_pipeline.experts import BOUNDARY, COMPONENTS, SAV
 from library.architectures.any_pipeline.folder import (
     PipelineFolder,
     PipelineLoader,
-    TextReader,
-    load_for_measuring,
     open_both,
     open_folder,
     open_loader,
-    require_memory,
 )
 from library.architectures.any_pipeline.kept import (
     NotBelieved,
@@ -35,6 +33,7 @@ from library.architectures.any_pipeline.kept import (
     read_convention,
     write_convention,
 )
+from library.architectures.any_pipeline.measured_models import TextReader, load_for_measuring, require_memory
 from library.architectures.any_pipeline.measuring import find_unconditional, measure, plain_scheduler
 from library.architectures.any_pipeline.options import PipelineOptions
 from library.architectures.any_pipeline.preview import build_preview
