@@ -18,6 +18,7 @@ from library.checkpoints.weights import Weights, select_weights
 from library.memory.devices import DTYPES
 from library.models.loading import materialise, text_encoder_dtype
 
+Shapes = Mapping[str, tuple[int, ...]]
 MOST_TEXT_BYTES = 4 << 30  # of text encoders in memory together
 
 
@@ -28,7 +29,7 @@ def load_shortened(folder: PipelineFolder, name: str) -> nn.Module:
     return materialise(model, weights, torch.float32)
 
 
-def shorten(folder: PipelineFolder, name: str) -> tuple[nn.Module, dict[str, tuple[int, ...]]]:
+def shorten(folder: PipelineFolder, name: str) -> tuple[nn.Module, Shapes]:
     """Return a denoiser with the first of each list of repeated blocks, on the meta device, and the shapes of its
     weights."""
     model = folder.build_empty(name)
@@ -76,16 +77,14 @@ def require_memory(folder: PipelineFolder, texts: "TextReader") -> int:
     """Return the bytes of main memory that the weights of a measurement take. Raises UserError if they are not free."""
     import psutil
 
-    shapes = [shape for name in folder.denoisers if name in folder.used for shape in shorten(folder, name)[1].values()]
-    if folder.vae is not None:
-        shapes += folder.open(folder.vae).weights.shapes.values()
-    needed = texts.resident_bytes + sum(map(math.prod, shapes)) * torch.float32.itemsize
-    if needed > (free := psutil.virtual_memory().available):
-        raise about(folder.flag, folder.path, cause="does not fit")(
-            f": measuring {folder.kind.__name__} takes {format_gib(needed)} of main memory, and {format_gib(free)} are "
-            "free",
-            "close other programs",
-        )
+    parts = [shorten(folder, name)[1] for name in folder.denoisers if name in folder.used]
+    parts += [] if folder.vae is None else [folder.open(folder.vae).weights.shapes]
+    size = torch.float32.itemsize * sum(math.prod(shape) for part in parts for shape in part.values())
+    needed, free = texts.resident_bytes + size, psutil.virtual_memory().available
+    if needed > free:
+        lack = f"takes {format_gib(needed)} of main memory, and {format_gib(free)} are free"
+        reason = f": measuring {folder.kind.__name__} {lack}"
+        raise about(folder.flag, folder.path, cause="does not fit")(reason, "close other programs")
     return needed
 
 
@@ -109,16 +108,12 @@ class TextReader:
         return [sum(map(math.prod, part.shapes.values())) * self.dtype.itemsize for part in parts]
 
     @property
-    def is_one_at_a_time(self) -> bool:
-        return sum(self.sizes) > MOST_TEXT_BYTES
-
-    @property
     def resident_bytes(self) -> int:
         """The most bytes in memory together."""
-        return max(self.sizes, default=0) if self.is_one_at_a_time else sum(self.sizes)
+        return max(self.sizes) if sum(self.sizes) > MOST_TEXT_BYTES else sum(self.sizes)
 
     def load(self, watched: Watched, name: str) -> None:
         """Add a text encoder to the models in memory."""
-        for other in self.names if self.is_one_at_a_time else ():
+        for other in self.names if self.resident_bytes < sum(self.sizes) else ():
             watched.models.pop(other, None)
         watched.models[name] = self.folder.load(name, self.dtype)
