@@ -21,9 +21,11 @@ from library.base.terminal import print_line
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.compatibility import programs_that_read
 from library.checkpoints.marks import mark_of
+from library.checkpoints.recognition import pipeline_in
 from library.commands.adapter_files import read_adapter, spec_for_file
 from library.commands.command import add_options, check_output, command
 from networks.core.files.adapter_file import save_adapter_file
+from networks.core.files.foreign_names import split_fused
 from networks.core.files.renaming import Renamed, list_some_keys, rename
 
 logger = logging.getLogger(__name__)
@@ -38,10 +40,13 @@ def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) 
     """Write `model` to `save_to` in another naming. Raises UserError if that is impossible."""
     file = read_adapter(model, "--model")
     spec = spec_for_file(file, f"--model {model}")
-    if not programs_that_read(spec, to):
+    names = spec.names_of(pipeline_in(file.metadata), file.modules) or spec.names
+    if names is not spec.names:  # of a pipeline whose publisher has other names, which no program is known to read
+        file = split_fused(file, names)
+    elif not programs_that_read(spec, to):
         read = " and ".join(naming for naming in NAMINGS if programs_that_read(spec, naming))
         raise about("--to")(f"{to}: no program reads adapters of {spec.title} in that naming; {read} are read")
-    renamed = rename(file, spec.names, to, drop_unsupported)
+    renamed = rename(file, names, to, drop_unsupported)
     if renamed.dropped:
         logger.warning("dropped keys that the %s naming cannot express: %s", to, list_some_keys(renamed.dropped))
     if renamed.widened:

@@ -5,7 +5,7 @@ scripts and tools list the specs of all packages and pass them on.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -133,6 +133,8 @@ class BaseModelSpec:
     prompts_script: str = "train_leco.py"  # trains concepts from prompts alone
     folders: tuple[str, ...] = ()  # identify a diffusers folder with a U-Net that names no pipeline
     build_to_draw: Callable[[Any], Any] | None = None  # as `build`, for tools/draw.py; None for `build` itself
+    names_of: Callable[[str, Collection[str]], BaseNames | None] = lambda pipeline, modules: None
+    """Maps a pipeline's class and the modules in an adapter file to their names, for pipelines without a spec."""
     variants: Mapping[str, str] = field(default_factory=dict)  # pattern of names -> unsupported model that has them
 
     @property
@@ -157,3 +159,12 @@ def recognise(
         return None
     rivals = [spec for spec, certainty in zip(specs, certainties, strict=True) if certainty == strongest]
     return rivals[0] if len(rivals) == 1 else max(rivals, key=count_known)
+
+
+def bases_of_pipeline(specs: Sequence[BaseModelSpec], class_name: str) -> tuple[BaseModelSpec, ...]:
+    """Return the base models that list the longest matching prefix of a diffusers pipeline's class name, of whole
+    words: a longer word that begins with one is none."""
+    lengths = [
+        max((len(s) for s in spec.pipelines if re.match(rf"{s}(?![a-z])", class_name)), default=0) for spec in specs
+    ]
+    return tuple(spec for spec, length in zip(specs, lengths, strict=True) if length and length == max(lengths))

@@ -15,7 +15,7 @@ from library.checkpoints.adapter_keys import (
     to_underscores,
 )
 from library.checkpoints.adapter_names import add_missing_prefixes
-from library.checkpoints.base_model_spec import BaseModelSpec, recognise
+from library.checkpoints.base_model_spec import BaseModelSpec, bases_of_pipeline, recognise
 from library.checkpoints.files import file_in_folder
 from library.checkpoints.weights import open_weights
 
@@ -44,8 +44,10 @@ def recognise_adapter(
         if all(re.match(TEXT_ENCODER, to_underscores(key)) for key in shapes):
             return recorded
         most = max(map(count_known, specs))
-        # A pipeline without a spec of its own has no table of modules.
-        if most < len(modules) if recorded.is_general else count_known(recorded) == most > 0:
+        # A pipeline without a spec of its own has no table of modules; those of others may have all of their names.
+        pipeline = pipeline_in(metadata)
+        is_unlike = most < len(modules) or (pipeline and not bases_of_pipeline(specs, pipeline))
+        if is_unlike if recorded.is_general else count_known(recorded) == most > 0:
             return recorded
     products = composed_shapes(shapes)
     return recognise(
@@ -66,6 +68,12 @@ def is_dora(path: Path) -> bool:
     """Return True for an adapter file or PEFT folder with DoRA's magnitudes; only the header is read."""
     keys = map(AdapterKey.parse, open_weights(file_in_folder(path, str(path))).shapes)
     return any(key is not None and key.leaf == "dora_scale" for key in keys)
+
+
+def pipeline_in(metadata: Mapping[str, str]) -> str:
+    """Return the class of the pipeline that an adapter file's metadata name; "" without one."""
+    name = metadata.get("modelspec.architecture", "").partition("/")[0]
+    return name if name.endswith("Pipeline") else ""
 
 
 def base_in_metadata(specs: Sequence[BaseModelSpec], metadata: Mapping[str, str]) -> BaseModelSpec | None:

@@ -6,8 +6,8 @@ from typing import Any
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.base_model import BaseModel
-from library.checkpoints.base_model_spec import BaseModelSpec
-from library.models.identify import base_of_checkpoint, bases_of_pipeline, find_spec
+from library.checkpoints.base_model_spec import BaseModelSpec, bases_of_pipeline
+from library.models.identify import base_of_checkpoint, find_spec
 from networks.core.targets.targets import AdapterTargets, TargetModule, find_target_modules
 
 

@@ -19,7 +19,7 @@ from library.environment.module_names import MODULES, module_of
 
 ROOT = Path(__file__).parents[2]
 # transformers and diffusers name packages that they look for by metadata, and raise a bare ImportError.
-LACKS = re.compile(r"requires the (\w[\w.-]*) library but it was not found")
+LACKS = re.compile(r"(?:requires the |^`)(\w[\w.-]*)(?: library but it was not found|` is not installed)")
 
 
 def version_of(package: str) -> str | None:

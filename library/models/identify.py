@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from library.base.errors import NotThere, about
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles
-from library.checkpoints.base_model_spec import BaseModelSpec, Shapes, recognise
+from library.checkpoints.base_model_spec import BaseModelSpec, Shapes, bases_of_pipeline, recognise
 from library.checkpoints.model_lookup import read_json, read_pipeline_class
 from library.checkpoints.weights import Weights, find_prefix, list_first_names, with_prefix
 from library.models.unet.checkpoint_keys import UNET_NAME, UNET_PREFIX
@@ -48,15 +48,6 @@ def base_of_folder(specs: Sequence[BaseModelSpec], class_name: str, unet_shapes:
     if len(named) == 1:
         return named[0]
     return base_of_file(specs, {f"unet.{name}": shape for name, shape in unet_shapes.items()})
-
-
-def bases_of_pipeline(specs: Sequence[BaseModelSpec], class_name: str) -> tuple[BaseModelSpec, ...]:
-    """Return the base models that list the longest matching prefix of a diffusers pipeline's class name, of whole
-    words: a longer word that begins with one is none."""
-    lengths = [
-        max((len(s) for s in spec.pipelines if re.match(rf"{s}(?![a-z])", class_name)), default=0) for spec in specs
-    ]
-    return tuple(spec for spec, length in zip(specs, lengths, strict=True) if length and length == max(lengths))
 
 
 def base_of_checkpoint(specs: Sequence[BaseModelSpec], flag: str, path: Path) -> BaseModelSpec:

@@ -57,6 +57,9 @@ RELATIONS: Mapping[str, Mapping[str, Any]] = {
         "in_text_dim": 16, "in_text_dim2": WIDTH, "time_dim": 16, "model_dim": 32, "ff_dim": 48, "axes_dims": (8, 4, 4),
         "in_visual_dim": 4, "out_visual_dim": 4, "num_text_blocks": 1, "num_visual_blocks": 2,
     },
+    "EasyAnimateTransformer3DModel": {
+        "in_channels": 4, "out_channels": 4, "patch_size": 2, "time_embed_dim": 16, "text_embed_dim": WIDTH,
+    },
     "LatteTransformer3DModel": {
         "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 8, "num_attention_heads": 2,
         "attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": WIDTH, "video_length": 1,

@@ -17,17 +17,16 @@ from tests.tiny.pipelines import PIPELINES
 
 TRAINED = (
     "AnimateDiffPAGPipeline", "AnimateDiffPipeline", "AnimateDiffSDXLPipeline", "CogVideoXPipeline",
-    "HunyuanVideo15Pipeline", "HunyuanVideoPipeline", "Kandinsky5T2VPipeline", "LTXPipeline", "LattePipeline",
-    "MochiPipeline", "SemanticStableDiffusionPipeline", "SkyReelsV2DiffusionForcingPipeline", "SkyReelsV2Pipeline",
-    "StableDiffusionModelEditingPipeline", "StableDiffusionPanoramaPipeline", "StableDiffusionPipelineSafe",
-    "TextToVideoSDPipeline",
+    "EasyAnimatePipeline", "HunyuanVideo15Pipeline", "HunyuanVideoPipeline", "Kandinsky5T2VPipeline", "LTXPipeline",
+    "LattePipeline", "MochiPipeline", "SemanticStableDiffusionPipeline", "SkyReelsV2DiffusionForcingPipeline",
+    "SkyReelsV2Pipeline", "StableDiffusionModelEditingPipeline", "StableDiffusionPanoramaPipeline",
+    "StableDiffusionPipelineSafe", "TextToVideoSDPipeline",
 )  # fmt: skip
 NOT_TRAINED = {
     "AltDiffusionPipeline": "its text encoder is a class of its own module",
     "Cosmos2TextToImagePipeline": "needs torchvision and cosmos_guardrail, which the tests do without",
     "Cosmos2_5_PredictBasePipeline": "needs torchvision and cosmos_guardrail, which the tests do without",
     "CosmosTextToWorldPipeline": "draws with EDMEulerScheduler, whose scaling by the noise level is not trained",
-    "EasyAnimatePipeline": "is measured; the check at starts cannot draw with its recorded text",
     "IFPipeline": "draws without a VAE",
     "LDMTextToImagePipeline": "its text encoder is a class of its own module",
     "MotifVideoPipeline": "its text encoder, T5Gemma 2, is not built by the tests",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from library.architectures.any_pipeline.convention import Convention
@@ -41,6 +41,9 @@ def compare_with_float64(
     level, (signal, share) = mix_of(c, trace, watched.own_scheduler, middle)
     own = draw(lambda old: signal * clean + share * noise)
     theirs, adapter = adapted(build(), c.denoiser)
+    for layer in theirs.modules():  # Kandinsky 5 computes times in float32, whatever its type
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(lambda layer, given: (given[0].to(layer.weight.dtype), *given[1:]))
     output = theirs.double()(**move(own.calls[middle].kwargs, torch.device("cpu"), torch.float64))
     prediction = maps.out(join_values(output)[None]).reshape(clean.shape)
     expected_loss, expected = backward(prediction, target_of(c, clean, noise, signal, share), adapter)

@@ -1,25 +1,30 @@
 """A folder is measured on one block of each list of its denoiser, which gives what the whole denoiser gives."""
 
+import json
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
-from library.architectures.any_pipeline import folder as folders
+from library.architectures.any_pipeline import measured_models
 from library.architectures.any_pipeline.assembly import measure_folder
 from library.architectures.any_pipeline.convention import Convention
-from library.architectures.any_pipeline.folder import (
-    PipelineFolder,
+from library.architectures.any_pipeline.folder import PipelineFolder, open_folder
+from library.architectures.any_pipeline.measured_models import (
+    TextReader,
     load_for_measuring,
     load_shortened,
     load_streamed,
-    open_folder,
+    require_memory,
 )
 from library.architectures.any_pipeline.measuring import measure
 from library.architectures.any_pipeline.targets import block_lists
 from library.architectures.any_pipeline.trees import join_values
+from library.base.errors import UserError
 from tests.any_pipeline.test_convention import SIZE, measured
 from tests.tiny.pipelines import PIPELINES, build_tiny_pipeline, watch_pipeline
 
@@ -86,11 +91,43 @@ def test_large_text_encoders_are_in_memory_one_at_a_time(tmp_path: Path, monkeyp
         return model
 
     monkeypatch.setattr(PipelineFolder, "load", note)
-    monkeypatch.setattr(folders, "MOST_TEXT_BYTES", 0)
+    monkeypatch.setattr(measured_models, "MOST_TEXT_BYTES", 0)
     one_by_one = measure_folder(folder, watched, "no")
     assert max(most) == 0 and loaded >= {"text_encoder", "text_encoder_2"}  # beside the one that is loaded
     monkeypatch.undo()
     assert values_of(one_by_one) == values_of(measure_folder(folder, folder.build_stage(), "no"))
+
+
+@pytest.mark.parametrize("most", [0, 1 << 40])
+def test_the_main_memory_of_a_measurement_is_counted_before_weights_are_read(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is what the models take that are in memory together."""
+    build_tiny_pipeline("FluxPipeline").save_pretrained(tmp_path / "model")
+    folder = open_folder(str(tmp_path / "model"), trusts_code=False)
+    watched, texts = folder.build_stage(), TextReader.build(folder, "no")
+    monkeypatch.setattr(measured_models, "MOST_TEXT_BYTES", most)
+    counted = require_memory(folder, texts)
+    watched.models = load_for_measuring(folder)
+    in_memory = []
+    for name in texts.names:
+        texts.load(watched, name)
+        in_memory.append(sum(p.numel() * p.element_size() for m in watched.models.values() for p in m.parameters()))
+    assert counted == pytest.approx(max(in_memory), rel=0.01)
+    free = SimpleNamespace(available=counted - 1)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    with pytest.raises(UserError, match=r"measuring FluxPipeline takes .* of main memory, and .* are free"):
+        require_memory(folder, texts)
+
+
+def test_a_quantised_denoiser_is_named(tmp_path: Path) -> None:
+    build_tiny_pipeline("FluxPipeline").save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "transformer" / "config.json"
+    packed = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **packed}))
+    folder = open_folder(str(tmp_path / "model"), trusts_code=False)
+    with pytest.raises(UserError, match=r"its transformer is quantised \(bitsandbytes\).*use the model in bf16"):
+        measure_folder(folder, folder.build_stage(), "no")
 
 
 def test_a_measurement_reads_text_encoders_when_they_are_called(tmp_path: Path) -> None:

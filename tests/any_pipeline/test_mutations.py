@@ -123,7 +123,7 @@ RULES: Mapping[str, tuple[Callable[[], None], tuple[Change, ...]]] = {
         published("CogVideoXPipeline"), ((measuring, "plain_scheduler", plain_ddim),)),
     "a scheduler is replaced": (
         published("StableDiffusionXLPipeline"), ((measuring, "plain_scheduler", lambda scheduler: scheduler),)),
-    "text before values for the image": (measured("ChromaPipeline"), ((measuring, "find_text_part", nothing),)),
+    "text before values for the image": (measured("ChromaPipeline"), ((measuring, "find_parts", nothing),)),
     "the negative prompt": (
         lambda: test_convention.test_a_dropped_caption_of_sdxl_is_zeros(),
         ((measuring, "find_unconditional", nothing),)),

@@ -63,7 +63,7 @@ def test_every_class_that_is_trained_has_a_published_scheduler_or_none_was_found
     known = {name: model for model in MODELS for name in model.pipelines if not model.refused}
     assert known.keys() == {*PIPELINES, *MORE, *TRAINED}
     assert all(model.source for model in MODELS)
-    assert sum(model.scheduler != UNKNOWN for model in known.values()) >= 37
+    assert sum(model.scheduler != UNKNOWN for model in known.values()) >= 52
 
 
 @pytest.mark.parametrize("model", [model for model in MODELS if model.refused], ids=lambda model: model.name)

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from library.architectures.any_pipeline.refusals import find_cause
 from library.architectures.any_pipeline.training import PipelinePredict, build_objective
 from library.architectures.any_pipeline.watch import Refused
 from library.architectures.specs import list_specs
+from library.checkpoints.base_model_spec import bases_of_pipeline
 from library.environment import packages
-from library.models.identify import bases_of_pipeline
 from tests.any_pipeline.test_convention import measured
 from tests.any_pipeline.test_training import SCRIPT, arguments
 from tests.hiding import hide
@@ -134,6 +135,25 @@ def test_a_class_whose_package_is_missing_names_it(
     monkeypatch.setattr(diffusers, "SongPipeline", stand_in, raising=False)
     done = train(arguments(write_index(tmp_path / "model", "SongPipeline"), tmp_path), script=SCRIPT)
     assert done.status == 1 and "SongPipeline needs the package no_songs, which is not installed: pip" in done.stderr
+
+
+def test_a_pipeline_whose_part_lacks_its_package_names_it(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of Cosmos build a checker of what they draw, unless they are given one."""
+    from diffusers.pipelines.cosmos.pipeline_cosmos2_text2image import CosmosSafetyChecker
+
+    model, begin = tmp_path / "model", diffusers.AuraFlowPipeline.__init__
+    build_tiny_pipeline("AuraFlowPipeline").save_pretrained(model)
+
+    def build(self: Any, **parts: Any) -> None:
+        CosmosSafetyChecker()
+        begin(self, **parts)
+
+    monkeypatch.setattr(diffusers.AuraFlowPipeline, "__init__", wraps(begin)(build))
+    done = train(arguments(model, tmp_path), script=SCRIPT)
+    sentence = ": AuraFlowPipeline needs the package cosmos_guardrail, which is not installed: pip install"
+    assert done.status == 1 and sentence in done.stderr and "download the whole folder" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -136,8 +136,9 @@ def row_of_unconditional(row: int | None) -> Change:
     return of_convention(change)
 
 
-FLUX, SD, SDXL, WAN, SD3 = (
+FLUX, SD, SDXL, WAN, SD3, CHROMA = (
     "FluxPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline", "WanPipeline", "StableDiffusion3Pipeline",
+    "ChromaPipeline",
 )  # fmt: skip
 WRONG: Mapping[str, tuple[str, Change]] = {
     "target with the other sign": (FLUX, of_convention(lambda c: replace(c, target="latent - noise"))),
@@ -177,5 +178,15 @@ WRONG: Mapping[str, tuple[str, Change]] = {
     "objective of v": (SD, of_objective(predicts_velocity=True)),
     "objective of another schedule": (SD, lambda t: replace(t, objective=replace(
         t.objective, abar_T=t.objective.abar_T.square()))),  # type: ignore[attr-defined,type-var]
+    "an alpha channel": (FLUX, of_convention(lambda c: replace(c, has_alpha=True))),
+    "latents of half the size": (FLUX, of_convention(lambda c: replace(
+        c, latent_shape=(*c.latent_shape[:-2], *(side // 2 for side in c.latent_shape[-2:]))))),
+    "text and image joined a place off": (CHROMA, of_convention(lambda c: replace(
+        c, joint={path: (axis, text - 1, image) for path, (axis, text, image) in c.joint.items()}))),
+    "level off by a thousandth": (FLUX, of_convention(lambda c: replace(
+        c, lines={path: Line(line.factor, line.offset + 1e-3 * line.factor) for path, line in c.lines.items()}))),
+    "one statistic of latents": (WAN, of_convention(lambda c: replace(
+        c, offset_Cpp=c.offset_Cpp + 0.1 * (torch.arange(len(c.offset_Cpp)) == 0).reshape(-1, 1, 1)))),
+    "shift of levels off by a twentieth": (SD3, of_shift(1.05)),
 }  # fmt: skip
 """What is wrong -> (pipeline, change)."""

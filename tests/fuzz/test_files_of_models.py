@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from library.architectures.any_pipeline.folder import PipelineFolder, load_for_measuring, open_folder
+from library.architectures.any_pipeline.folder import PipelineFolder, open_folder
+from library.architectures.any_pipeline.measured_models import load_for_measuring
 from library.base.errors import UserError
 from library.checkpoints.files import PEFT_STEM
 from library.checkpoints.headers import read_header

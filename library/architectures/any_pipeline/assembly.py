@@ -1,7 +1,8 @@
 """Assembly of any text-to-image pipeline of diffusers. Start here to read this package.
 
 `watch` draws with the pipeline and records, `maps` reads elementwise maps, `convention` finds which argument is what,
-and `check` compares the result with the pipeline. `folder` opens and loads, `training` predicts.
+and `check` compares the result with the pipeline. `folder` opens and loads, `measured_models` loads for a measurement,
+`training` predicts.
 """
 
 import logging
@@ -21,8 +22,6 @@ from library.architectures.any_pipeline.experts import BOUNDARY, COMPONENTS, SAV
 from library.architectures.any_pipeline.folder import (
     PipelineFolder,
     PipelineLoader,
-    TextReader,
-    load_for_measuring,
     open_both,
     open_folder,
     open_loader,
@@ -34,6 +33,7 @@ from library.architectures.any_pipeline.kept import (
     read_convention,
     write_convention,
 )
+from library.architectures.any_pipeline.measured_models import TextReader, load_for_measuring, require_memory
 from library.architectures.any_pipeline.measuring import find_unconditional, measure, plain_scheduler
 from library.architectures.any_pipeline.options import PipelineOptions
 from library.architectures.any_pipeline.preview import build_preview
@@ -44,11 +44,12 @@ from library.architectures.any_pipeline.trees import format_path
 from library.architectures.any_pipeline.watch import CannotDraw, Refused, Watched, WrongSize, setting
 from library.architectures.specs import list_specs
 from library.base.errors import UserError, error_in
+from library.base.formatting import format_gib
 from library.base.progress import progress_bar
+from library.checkpoints.base_model_spec import bases_of_pipeline
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES
 from library.models.adapter_views import view_denoiser
-from library.models.identify import bases_of_pipeline
 from library.models.recipe import OTHER_ATTENTION, Recipe
 from library.options.model import BASE_FLAG
 from library.options.network_args import is_switched_on
@@ -177,9 +178,13 @@ def measure_and_assemble(
     options: PipelineOptions, folder: PipelineFolder, watched: Watched, place: Path
 ) -> Architecture:
     """Measure a pipeline, assemble it, and keep the measurement."""
-    logger.info("measuring how %s is trained, once; the result is kept in %s", folder.kind.__name__, place)
-    begun = time.monotonic()
-    convention = measure_folder(folder, watched, options.precision.mixed_precision)
+    begun, precision = time.monotonic(), options.precision.mixed_precision
+    num_bytes = require_memory(folder, TextReader.build(folder, precision))
+    logger.info(
+        "measuring how %s is trained, once, with %s of weights in main memory; the result is kept in %s",
+        folder.kind.__name__, format_gib(num_bytes), place,
+    )  # fmt: skip
+    convention = measure_folder(folder, watched, precision)
     try:
         architecture = assemble(options, folder, watched, convention)
     except Refused as error:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import pad_sequence
 
-from library.architectures.any_pipeline.convention import PROMPTS, Convention
+from library.architectures.any_pipeline.convention import PROMPTS, Convention, Joint
 from library.architectures.any_pipeline.maps import SizeMaps
 from library.architectures.any_pipeline.trees import (
     Path,
@@ -172,12 +172,12 @@ def text_of(convention: Convention, kwargs: Any) -> dict[Path, Any]:
     return {path: found[path] for path in convention.text}
 
 
-def compose(joint: Mapping[Path, tuple[int, int]], of_size: Mapping[Path, Any], text: Mapping[Path, Any]) -> Any:
+def compose(joint: Mapping[Path, Joint], of_size: Mapping[Path, Any], text: Mapping[Path, Any]) -> Any:
     """Return the denoiser's arguments from those of a size and a text that was captured apart."""
     made = {**of_size, **text}
-    for path, (axis, length) in joint.items():
-        more = of_size[path].narrow(axis, length, of_size[path].shape[axis] - length)
-        made[path] = torch.cat([text[path].narrow(axis, 0, length), more], axis)
+    for path, (axis, num_text, num_image) in joint.items():
+        image = of_size[path].narrow(axis, num_text, of_size[path].shape[axis] - num_text)
+        made[path] = torch.cat([text[path].narrow(axis, 0, text[path].shape[axis] - num_image), image], axis)
     return made
 
 

@@ -14,6 +14,7 @@ from library.architectures.any_pipeline.watch import Size, Trace
 Mix = Literal["flow", "ddpm"]
 Target = Literal["noise - latent", "latent - noise", "noise", "latent", "velocity"]
 Whole = Literal["", "cut", "rounded"]
+Joint = tuple[int, int, int]  # axis, and at the size and the caption of a measurement the lengths of text and image
 LEVEL_ROUNDING = 1e-6  # of a level, relative
 PROMPTS = ("a cat", 'two dogs and a "sign"')  # of the measurement; some pipelines encode quoted words by another model
 
@@ -88,7 +89,7 @@ class Convention:
     time: tuple[Path, ...]
     text: tuple[Path, ...]
     geometry: tuple[Path, ...]
-    joint: Mapping[Path, tuple[int, int]]  # text before values for the image: the axis, and the text's length
+    joint: Mapping[Path, Joint]  # text before values for the image
     constant: Mapping[Path, str]  # with values as the log shows them
     fixed: Mapping[Path, str]  # digests of the constants and, at `size`, of the geometry
     extra: Mapping[str, Any]  # options that switch guidance off

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from library.architectures.any_pipeline.experts import (
     read_boundary,
 )
 from library.architectures.any_pipeline.refusals import NO_VAE, find_cause
-from library.architectures.any_pipeline.targets import BASE, block_lists, with_targets
+from library.architectures.any_pipeline.targets import BASE, with_targets
 from library.architectures.any_pipeline.watch import SMALL, Watched, describe_package, is_vae, stand_in
 from library.base.errors import UserError, about
 from library.checkpoints import model_lookup
@@ -39,7 +39,7 @@ from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.checkpoints.base_files import require_base_name
 from library.checkpoints.base_model import BaseModel, WeightFile
 from library.checkpoints.model_lookup import read_json, read_model_config
-from library.checkpoints.weights import Weights, select_weights
+from library.checkpoints.weights import Weights
 from library.environment.packages import describe_lack, list_lacks
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
@@ -49,8 +49,7 @@ from networks.core.targets.targets import AdapterTargets, adaptation_kind
 
 logger = logging.getLogger(__name__)
 
-MOST_TEXT_BYTES = 4 << 30  # of text encoders that a measurement has in memory together
-VERSION = 6  # of the rules that measure
+VERSION = 7  # of the rules that measure
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 LEFT_OUT = {  # not needed to draw from text
     **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder", "watermark")),
@@ -147,6 +146,15 @@ class PipelineFolder:
         return model.eval().requires_grad_(False)
 
     def open(self, name: str) -> Component:
+        """Open a model's files. Raises UserError for a denoiser whose values another program has packed."""
+        packed = read_model_config(self.path / name).get("quantization_config")
+        if packed and name in self.denoisers:
+            method = packed.get("quant_method") if isinstance(packed, dict) else None
+            raise about(self.flag, self.path)(
+                f": its {name} is quantised ({method or 'in a way that its config.json does not name'}), and such "
+                "weights are not read",
+                "use the model in bf16; --base_format nf4 stores it in 4 bits while it trains",
+            )
         return Component(*model_lookup.open_part(self.flag, self.path / name, self._file_kind(name)))
 
     def _file_kind(self, name: str) -> str:
@@ -366,75 +374,6 @@ def open_loader(folder: PipelineFolder, denoiser: str, idle: Collection[str], op
         precision,
         torch.float32 if options.model.no_half_vae else DTYPES[precision],
     )
-
-
-def load_shortened(folder: PipelineFolder, name: str) -> nn.Module:
-    """Load a denoiser with the first of each list of repeated blocks, float32: enough to measure how it is called."""
-    model = folder.build_empty(name)
-    for blocks in block_lists(model):
-        del blocks[1:]
-    names = {key: key for key in model.state_dict()}
-    return materialise(model, select_weights(folder.open(name).weights, names), torch.float32)
-
-
-def load_streamed(folder: PipelineFolder, name: str) -> nn.Module:
-    """Load a denoiser, float32, whose repeated blocks are read for each of their calls, one at a time."""
-    model, weights = folder.build_empty(name), folder.open(name).weights
-    paths = {block: path for path, block in model.named_modules()}
-    blocks = {paths[block]: block for blocks in block_lists(model) for block in blocks}
-    rest = {key: key for key in model.state_dict() if not key.startswith(tuple(f"{path}." for path in blocks))}
-    for path in blocks:
-        model.set_submodule(path, nn.Identity())
-    materialise(model, select_weights(weights, rest), torch.float32)
-    for path, block in blocks.items():
-        model.set_submodule(path, block.requires_grad_(False).eval())
-        own = select_weights(weights, {key: f"{path}.{key}" for key in block.state_dict()})
-        empty = block.state_dict()
-        block.register_forward_pre_hook(partial(fill_block, own))
-        block.register_forward_hook(partial(empty_block, empty))
-    return model
-
-
-def fill_block(weights: Weights, block: nn.Module, _: Any) -> None:
-    materialise(block, weights, torch.float32)
-
-
-def empty_block(state: Mapping[str, Any], block: nn.Module, *_: Any) -> None:
-    block.load_state_dict(state, assign=True)
-
-
-def load_for_measuring(folder: PipelineFolder, whole: bool = False) -> dict[str, nn.Module]:
-    """Load the VAE, and the denoisers shortened or, if their code needs all blocks, `whole`, a block at a time."""
-    load_denoiser = load_streamed if whole else load_shortened
-    models = {name: load_denoiser(folder, name) for name in folder.denoisers if name in folder.used}
-    if folder.vae is not None:
-        models[folder.vae] = folder.load(folder.vae, torch.float32)
-    return models
-
-
-@dataclass(frozen=True)
-class TextReader:
-    """Loads text encoders for a measurement when they are called, one at a time if together they take much memory."""
-
-    folder: PipelineFolder
-    names: tuple[str, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def build(cls, folder: PipelineFolder, precision: str) -> "TextReader":
-        names = tuple(name for name in folder.used if name not in (*folder.denoisers, folder.vae))
-        return cls(folder, names, text_encoder_dtype(DTYPES[precision]))
-
-    @cached_property
-    def num_bytes(self) -> int:
-        parts = [self.folder.open(name).weights for name in self.names]
-        return sum(math.prod(shape) for part in parts for shape in part.shapes.values()) * self.dtype.itemsize
-
-    def load(self, watched: Watched, name: str) -> None:
-        """Add a text encoder to the models in memory."""
-        for other in self.names if self.num_bytes > MOST_TEXT_BYTES else ():
-            watched.models.pop(other, None)
-        watched.models[name] = self.folder.load(name, self.dtype)
 
 
 def open_for_merging(flag: str, path: Path) -> BaseModel:

@@ -21,6 +21,7 @@ from library.architectures.any_pipeline.conditioning import digest_others
 from library.architectures.any_pipeline.convention import (
     PROMPTS,
     Convention,
+    Joint,
     Line,
     Mix,
     Target,
@@ -168,31 +169,32 @@ def sort(paths: Any) -> tuple[Path, ...]:
 
 def find_joint(
     paths: Set[Path], base: Mapping[Path, Any], sizes: Sequence[Mapping[Path, Any]], other: Mapping[Path, Any]
-) -> dict[Path, tuple[int, int]]:
-    """Return (axis, length) of the text in each argument that follows the size too. `sizes` are two arguments of twice
-    the area, `other` those of another caption. Raises Refused if caption and size do not follow one another."""
-    found = {p: find_text_part(base.get(p), [size.get(p) for size in sizes], other.get(p)) for p in paths}
-    if together := sort(path for path, axis in found.items() if axis is None):
+) -> dict[Path, Joint]:
+    """Return the parts of each text argument that follows the size too. `sizes` are two arguments of twice the area,
+    `other` those of another caption. Raises Refused if caption and size do not follow one another."""
+    found = {p: find_parts(base.get(p), [size.get(p) for size in sizes], other.get(p)) for p in paths}
+    if together := sort(path for path, joint in found.items() if joint is None):
         raise Refused(f"{list_paths(together)} follows caption and size together, so captions cannot be cached")
-    return {path: axis for path, axis in found.items() if axis is not None}
+    return {path: joint for path, joint in found.items() if joint is not None}
 
 
-def find_text_part(base: Any, sizes: Sequence[Any], other: Any) -> tuple[int, int] | None:
-    """Return (axis, length) of the text at the beginning of an argument that ends with a value for each part of the
-    image, so that the rest doubles with the area; None for another one."""
+def find_parts(base: Any, sizes: Sequence[Any], other: Any) -> Joint | None:
+    """Return the parts of an argument that ends with a value for each part of the image, so that the end doubles with
+    the area, behind text of any length; None for another one."""
     tensors = [value for value in (base, *sizes, other) if isinstance(value, Tensor)]
     if len(tensors) != len(sizes) + 2 or len({tensor.ndim for tensor in tensors}) != 1:
         return None
     axes = [axis for axis in range(base.ndim) if base.shape[axis] < sizes[0].shape[axis]]
     if len(axes) != 1:
         return None
-    (axis,), length = axes, base.shape[axes[0]]
-    num_text = 2 * length - sizes[0].shape[axis]
-    if num_text < 0 or other.shape != base.shape:
+    (axis,), num_image = axes, sizes[0].shape[axes[0]] - base.shape[axes[0]]
+    num_text, others = (tensor.shape[axis] - num_image for tensor in (base, other))
+    if num_text < 0 or others < 0:
         return None
-    text, image = base.narrow(axis, 0, num_text), base.narrow(axis, num_text, length - num_text)
-    is_apart = is_same(other.narrow(axis, num_text, length - num_text), image)
-    return (axis, num_text) if is_apart and all(is_same(s.narrow(axis, 0, num_text), text) for s in sizes) else None
+    text, image = base.narrow(axis, 0, num_text), base.narrow(axis, num_text, num_image)
+    is_apart = is_same(other.narrow(axis, others, num_image), image)
+    is_apart = is_apart and all(is_same(size.narrow(axis, 0, num_text), text) for size in sizes)
+    return (axis, num_text, num_image) if is_apart else None
 
 
 def find_quiet(watched: Watched, size: Size) -> tuple[dict[str, Any], Trace]:
@@ -241,8 +243,9 @@ def plain_scheduler(scheduler: Any) -> Any:
     from diffusers import DDIMScheduler
 
     plain = DDIMScheduler.from_config(
-        scheduler.config, clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading", steps_offset=0
-    )
+        scheduler.config, clip_sample=False, thresholding=False, set_alpha_to_one=True,
+        timestep_spacing="leading", steps_offset=0,
+    )  # fmt: skip
     # Their own, because DDIM does not know every setting that makes them, such as CogVideoX's shift.
     plain.alphas_cumprod = scheduler.alphas_cumprod.clone()
     return plain
@@ -313,8 +316,20 @@ def find_unconditional(watched: Watched, convention: Convention) -> Unconditiona
             a, b = (trace.calls[-1] for trace in drawn)
             rows = find_rows(c, leaves(a.kwargs), leaves(b.kwargs)) if a.step == 0 else []
             if len(rows) == 1:
-                return Unconditional(extra, place, rows[0])
+                return Unconditional(with_negative_prompt(watched, c, extra, answers), place, rows[0])
     return None
+
+
+def with_negative_prompt(
+    watched: Watched, convention: Convention, extra: Mapping[str, Any], answers: Answers
+) -> Mapping[str, Any]:
+    """Return the options with which a pipeline draws with its negative prompt: an empty one if it fails on its own
+    default, as EasyAnimate's."""
+    try:
+        watched.draw(PROMPTS[0], convention.size, answers, **extra)
+    except CannotDraw:
+        return {**extra, "negative_prompt": ""}
+    return extra
 
 
 def find_rows(convention: Convention, a: Mapping[Path, Any], b: Mapping[Path, Any]) -> list[int | None]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.architectures.specs import list_specs
-from library.models.identify import bases_of_pipeline
+from library.checkpoints.base_model_spec import bases_of_pipeline
 
 # In names of classes whose image is needed, though it is optional.
 EDITS = ("Edit", "Img2Img", "ImageTo", "Image2", "I2V", "Pix2Pix")
@@ -17,7 +17,8 @@ OWN_KINDS: Mapping[str, str] = {
     "Amused": "draws tokens of a codebook, which have no noise levels",
     "AnyFlow": "is told two noise levels, of a flow map, of which this script tells one",
     "AnyFlowFAR|Helios|HeliosPyramid|LTXI2VLongMultiPrompt": "draws the parts of a video one after another",
-    "Allegro": "has a VAE that encodes 24 frames or more, so images cannot train it",
+    "Allegro": "has a VAE that encodes 24 frames or more, so images cannot train it; use a model that WanPipeline "
+    "draws with",
     "Cosmos3Omni|GlmImage|OmniGen": "draws with a language model, which this script does not train",
     "LatentConsistencyModel|SanaSprint": f"is {UNDONE}",
     "DreamLiteMobile": f"is {UNDONE}, DreamLitePipeline",
@@ -161,7 +162,8 @@ CAUSES: Sequence[tuple[Callable[[Candidate], bool], str]] = (
     (lambda p: p.scheduler.startswith(DISTILLED), f"draws with {{scheduler}}, so the model is {UNDONE}"),
     (
         lambda p: p.scheduler.startswith(PRECONDITIONED),
-        "draws with {scheduler}, whose scaling of input and output by the noise level this script does not train",
+        "draws with {scheduler}, whose scaling of input and output by the noise level this script does not train; "
+        "use a model with a scheduler of flows or of DDPM",
     ),
     (
         lambda p: p.variance.startswith("learned"),

@@ -80,6 +80,8 @@ def compare_training(predict: PipelinePredict, codec: PipelineLatents, objective
             errors[f"the latents of a {name} image"] = compare_codec(predict, codec, maps, size)
             errors[f"the prediction of a {name} image"] = compare_prediction(predict, maps, size)
         own = watched.draw(PROMPT, c.size, answer_with(c.output), steps=NUM_STEPS, **c.extra)
+        scale, channels = own.pixel_shape[-1] // own.decoded[0].shape[-1], own.pixel_shape[1]
+        errors["the shape of images"] = 0.0 if (scale, channels == 4) == (c.downscale, c.has_alpha) else WRONG
         errors["a step of the scheduler"] = compare_step(c, own)
         errors["the objective"] = compare_objective(objective, c, watched.pipe.scheduler)
         errors["the noise levels of steps"] = compare_levels(watched, c, predict.prepare(c.size, CPU))

@@ -122,7 +122,7 @@ def describe_package(error: Exception) -> str | None:
     # Pipelines of diffusers leave a name undefined where its import failed.
     if isinstance(error, NameError) and error.name and is_missing(root := imported_from(error)):
         return describe_lack(pip_name_of(root))
-    return describe_fault(error)
+    return (describe_fault(error) or "").removeprefix("this ") or None
 
 
 def own_words(error: Exception) -> str:
