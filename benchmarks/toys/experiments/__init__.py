@@ -23,7 +23,13 @@ WIDE_WORLD = draw_prompts(KNOWN_SHAPES, 84)
 CAPTIONS = {file.read_text(encoding="utf-8").strip() for file in (QUICKSTART / "dataset").glob("*.txt")}
 TRAINED = [prompt for prompt in HEARTS if prompt.caption in CAPTIONS]
 NEW = [prompt for prompt in HEARTS if prompt.caption not in CAPTIONS]
-SPLIT_COLUMNS = ("trained hearts", "new hearts", "known world", "like the base model", "pixels differ")
+SPLIT_COLUMNS = (
+    f"trained hearts, of {len(TRAINED)}",
+    f"new hearts, of {len(NEW)}",
+    f"known world, of {len(WIDE_WORLD)}",
+    f"like the base model, of {len(WIDE_WORLD)}",
+    "pixels differ",
+)
 
 
 def call(*words: str) -> None:

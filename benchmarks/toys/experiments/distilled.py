@@ -49,6 +49,9 @@ ROWS: Mapping[str, Row] = {
     "plain, on the toy base model": Row("guidance", "toy_base"),
     "copy with guidance as an input, of 3": Row("guidance_input/input_3", None),
     "input 1, plain": Row("guidance_input/input_3", "guidance_input/input_1"),
+    "input 1.5, `--guidance_loss 1.5`": Row(
+        "guidance_input/input_3", "guidance_input/input_1.5", "--guidance_loss 1.5"
+    ),
     "input 3, plain": Row("guidance_input/input_3", "guidance_input/input_3"),
     "input 3, `--guidance_loss 3`": Row("guidance_input/input_3", "guidance_input/input_3", "--guidance_loss 3"),
     "copy for 4 steps": Row("four_steps", None, "", 4),
