@@ -62,7 +62,7 @@ def choose_warmup(draft: Draft) -> None:
     if draft.program.warms_constant:
         origins = warmup.origins if scheduler is None else (*scheduler.origins, *warmup.origins)
         draft.options["lr_scheduler"] = Line(f"{CONSTANT}_with_warmup", origins)
-    elif draft.program.key not in ("sd_scripts", "musubi_tuner", "kohya_ss"):
+    elif draft.program.key not in ("sd_scripts", "musubi_tuner", "kohya_ss", "lora_easy"):
         del draft.options["lr_warmup_steps"]
 
 
