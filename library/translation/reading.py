@@ -11,7 +11,7 @@ from library.base.errors import about, naming, of_file
 from library.base.json_text import InvalidJson, parse_json
 from library.checkpoints.headers import WEIGHT_SUFFIXES, holds_safetensors
 from library.options.config_file import read_text
-from library.options.other_programs import MUSUBI_TUNER, SD_SCRIPTS, read_program
+from library.options.other_programs import MUSUBI_TUNER, SD_SCRIPTS, read_program, read_whole_program
 from library.translation.adapter_metadata import read_adapter
 from library.translation.configuration import Configuration, Setting, flatten, flatten_list
 from library.translation.shell import Command, read_commands, to_number
@@ -192,7 +192,7 @@ def read_lora_easy(tables: Mapping[str, Any], path: Path) -> Configuration:
         }
         for part in ("args", "dataset_args")
     )
-    own["network_module"] = choose_network_module(own, "flux_args" in sections)
+    own["network_module"] = choose_network_module(own)
     for name in ("network_args", "optimizer_args", "lr_scheduler_args"):
         if isinstance(own.get(name), dict):
             own[name] = [f"{key}={to_words(value)}" for key, value in own[name].items()]
@@ -202,23 +202,24 @@ def read_lora_easy(tables: Mapping[str, Any], path: Path) -> Configuration:
     listed = tables.get("subsets")
     subsets = [{name: value for name, value in one.items() if value} for one in listed or () if isinstance(one, dict)]
     names, mode = written.keys(), sections.get("train_mode", {}).get("train_mode")
+    marks = {name: True for name in sections if name in read_whole_program(LORA_EASY).base and name != "train_mode"}
 
     def settings() -> Iterator[Setting]:
-        yield from flatten({**written, "train_mode": mode, "flux": "flux_args" in sections}, names)
+        yield from flatten({**written, **marks, "train_mode": mode}, names)
         yield from flatten({name: value for name, value in data.items() if value}, names, "datasets.")
         yield from flatten_list(subsets, names, "datasets", "subsets")
 
     return Configuration(LORA_EASY, tuple(settings()))
 
 
-def choose_network_module(own: Mapping[str, Any], is_flux: bool) -> str:
+def choose_network_module(own: Mapping[str, Any]) -> str:
     """Return the module that LoRA_Easy_Training_Scripts' server takes for a form."""
     arguments = own.get("network_args") or {}
     if "unit" in arguments:
         return "networks.dylora"
     if "algo" in arguments:
         return "lycoris.kohya"
-    return "networks.lora_fa" if own.get("fa") else "networks.lora_flux" if is_flux else "networks.lora"
+    return "networks.lora_fa" if own.get("fa") else "networks.lora"
 
 
 def to_words(value: Any) -> Any:
