@@ -21,6 +21,7 @@ from library.checkpoints.headers import read_metadata
 from library.commands.command import make_training_parser, training_command
 from library.commands.counted_plan import read_training_options
 from library.options.output.preview import PreviewOptions
+from library.options.output.prompts import read_prompts
 from library.options.output.reports import ReportOptions
 from library.options.output.saving import SavingOptions
 from library.options.training.validation import ValidationOptions
@@ -41,7 +42,7 @@ from library.training.evaluation.choosing import (
 )
 from library.training.evaluation.image_scores import read_scorer
 from library.training.evaluation.measurement import Measurement
-from library.training.evaluation.prompts import read_prompts, refuse_strengths, resolve_all
+from library.training.evaluation.prompts import refuse_strengths, resolve_all
 from library.training.models.opening import open_data_plan
 from library.training.models.text_caching import TextPlan
 from library.training.models.weight_formats import check_format

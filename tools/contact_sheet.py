@@ -24,12 +24,13 @@ from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import check_target
 from library.commands.command import check_at_least_one, make_training_parser, training_command, written_by
 from library.commands.counted_plan import read_checked_options
+from library.options.output.prompts import read_preview_prompts
 from library.options.output.saving import SavingOptions
 from library.options.training.run import MAX_SEED
 from library.protocols import LatentSpec
 from library.training.evaluation.image_scores import Scorer, format_means, read_scorer
 from library.training.evaluation.prompt_images import show_with_references
-from library.training.evaluation.prompts import read_prompts, refuse_strengths, resolve_all
+from library.training.evaluation.prompts import refuse_strengths, resolve_all
 from library.training.evaluation.strength_response import FEWEST, measure_response
 from library.training.models.opening import open_data_plan
 from library.training.models.text_caching import TextPlan
@@ -207,7 +208,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     files = drop_copies(files)
     arch, device = base.build(options), find_device()
     draw = partial(draw_rows, options.network, options.precision, options.memory, arch)
-    specs = read_prompts(Path(options.preview.sample_prompts))
+    specs = read_preview_prompts(options.preview)
     refuse_strengths(specs, "--multipliers")
     columns, spec = expand_columns(resolve_all(specs, arch), args.seeds), arch.codec.spec
     scorer = None

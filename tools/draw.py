@@ -25,15 +25,8 @@ from library.checkpoints.overwriting import FileKind, check_target, judge, marke
 from library.commands.base_models import find_base
 from library.commands.command import make_training_parser, training_command
 from library.commands.counted_plan import read_checked_options
-from library.training.evaluation.prompts import (
-    STRENGTH,
-    PromptSpec,
-    parse_number,
-    parse_strip,
-    read_prompts,
-    refuse_strengths,
-    resolve_all,
-)
+from library.options.output.prompts import STRENGTH, PromptSpec, parse_number, parse_strip, read_prompts
+from library.training.evaluation.prompts import refuse_strengths, resolve_all
 from library.training.models.frozen_adapters import parse_adapter
 from library.training.offline.adapter_files import Stack
 from library.training.offline.contact_sheet import Row, arrange, draw_rows

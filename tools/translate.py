@@ -1,8 +1,9 @@
 """Translate a configuration of another trainer into options and a dataset file for a script here.
 
-Reads ai-toolkit's YAML, OneTrainer's, SimpleTuner's and kohya_ss' JSON, TOML and command lines of sd-scripts,
-musubi-tuner, fluxgym and diffusers' scripts (.sh, .bat or text), and the metadata of an adapter. Nothing of it is run.
-Every line says where it comes from, and what has no equal is listed with what happens instead.
+Reads ai-toolkit's YAML, OneTrainer's, SimpleTuner's and kohya_ss' JSON, LoRA_Easy_Training_Scripts' TOML, TOML and
+command lines of sd-scripts, musubi-tuner, fluxgym and diffusers' scripts (.sh, .bat or text), and the metadata of an
+adapter. Nothing of it is run. Every line says where it comes from, and what has no equal is listed with what happens
+instead.
 """
 
 import argparse

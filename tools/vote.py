@@ -24,8 +24,8 @@ from library.base.formatting import format_count
 from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import FileKind, check_target, judge, marked
 from library.commands.command import check_at_least_one, make_training_parser, training_command
+from library.options.output.prompts import REFERENCES, PromptSpec, describe_setting
 from library.options.training.run import MAX_SEED
-from library.training.evaluation.prompts import REFERENCES, PromptSpec, describe_setting
 from library.training.models.frozen_adapters import parse_adapter
 from library.training.report_page.local_server import LocalServer
 from library.training.report_page.page import build_page

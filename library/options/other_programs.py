@@ -114,7 +114,6 @@ class Program:
     letters: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # script -> letter of a prompt -> its own
     remarks: Mapping[str, str] = field(default_factory=dict)  # script -> what differs whatever a file says
     prompts: str = ""  # beginning of the names in the table of one prompt
-    walk_seed: str = ""  # setting that gives each prompt the next seed
     warms_constant: bool = False  # a constant rate has a warmup
     has_bucket_limits: bool = False
 
@@ -131,9 +130,6 @@ class Program:
 
     def name_letter(self, script: str, letter: str) -> str:
         return self.letters.get(script, {}).get(letter, letter)
-
-    def walks_seed(self, values: Mapping[str, Any]) -> bool:
-        return bool(values.get(self.walk_seed))
 
     def read_prompt(self, table: Mapping[str, Any], script: str) -> dict[str, Any]:
         """Return the letters of a prompt that is a table."""

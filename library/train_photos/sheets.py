@@ -11,10 +11,11 @@ from PIL import Image
 from library.base.formatting import format_count
 from library.checkpoints.marks import mark_of, save_image
 from library.data.decoding.images import read_pixels
+from library.options.output.prompts import read_prompts
 from library.train_photos.base import Base
 from library.train_photos.plan import NUM_SHEET_FILES, Files, read_options
 from library.training.evaluation.image_scores import NEAR_COPIES, build_scorer, measure_change
-from library.training.evaluation.prompts import read_prompts, resolve_all
+from library.training.evaluation.prompts import resolve_all
 from library.training.offline.contact_sheet import Row, arrange, draw_rows
 from library.training.saving.saved_files import drop_copies, files_of_run, read_num_steps
 from tools.contact_sheet import expand_columns, find_device

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from library.options.training.run import MAX_SEED
 from library.translation.draft import Draft, Line, is_off, to_word
 
 CONSTANT = "constant"
@@ -61,7 +62,7 @@ def choose_warmup(draft: Draft) -> None:
     if draft.program.warms_constant:
         origins = warmup.origins if scheduler is None else (*scheduler.origins, *warmup.origins)
         draft.options["lr_scheduler"] = Line(f"{CONSTANT}_with_warmup", origins)
-    elif draft.program.key not in ("sd_scripts", "musubi_tuner", "kohya_ss"):
+    elif draft.program.key not in ("sd_scripts", "musubi_tuner", "kohya_ss", "lora_easy"):
         del draft.options["lr_warmup_steps"]
 
 
@@ -112,18 +113,19 @@ def split_resolutions(draft: Draft) -> tuple[Mapping[str, Any], ...]:
 
 
 def render_prompts(draft: Draft) -> tuple[str, ...]:
-    """Return the lines of a prompts file; with walk_seed each has the next seed."""
+    """Return the lines of a prompts file."""
     tables = (draft.general, *draft.subsets.values())
     trigger = next((table["trigger_word"].value for table in tables if "trigger_word" in table), "")
     lines = []
     for number, prompt in enumerate(draft.prompts):
         own = dict(draft.letters)
-        if draft.program.walks_seed(draft.values) and isinstance(own.get("d"), int):
-            own["d"] += number
         text = prompt
         if isinstance(prompt, dict):
             text = next((prompt[key] for key in PROMPT_KEYS if key in prompt), "")
-            own |= draft.program.read_prompt(prompt, draft.script)
+            letters = draft.program.read_prompt(prompt, draft.script)
+            if "walk_seed" in draft.options and isinstance(letters.get("d"), int):
+                letters["d"] = (letters["d"] - number) % (MAX_SEED + 1)  # a prompt's own seed does not walk there
+            own |= letters
         words = [f"--{letter} {value}" for letter, value in own.items() if not is_off(value)]
         lines.append(" ".join([str(text).replace("[trigger]", str(trigger)).replace("\n", " "), *words]))
     return tuple(lines)

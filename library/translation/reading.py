@@ -11,7 +11,7 @@ from library.base.errors import about, naming, of_file
 from library.base.json_text import InvalidJson, parse_json
 from library.checkpoints.headers import WEIGHT_SUFFIXES, holds_safetensors
 from library.options.config_file import read_text
-from library.options.other_programs import MUSUBI_TUNER, SD_SCRIPTS, read_program
+from library.options.other_programs import MUSUBI_TUNER, SD_SCRIPTS, read_program, read_whole_program
 from library.translation.adapter_metadata import read_adapter
 from library.translation.configuration import Configuration, Setting, flatten, flatten_list
 from library.translation.shell import Command, read_commands, to_number
@@ -21,8 +21,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-AI_TOOLKIT, ONETRAINER, SIMPLETUNER, DIFFUSERS, KOHYA_SS = (
-    "ai_toolkit", "onetrainer", "simpletuner", "diffusers", "kohya_ss",
+AI_TOOLKIT, ONETRAINER, SIMPLETUNER, DIFFUSERS, KOHYA_SS, LORA_EASY = (
+    "ai_toolkit", "onetrainer", "simpletuner", "diffusers", "kohya_ss", "lora_easy",
 )  # fmt: skip
 MOST_BYTES = 4 << 20  # of a text file
 MOST_VALUES = 100_000  # of a YAML file, whose aliases repeat others
@@ -98,7 +98,7 @@ def read_tables(tables: Any, path: Path) -> Configuration | None:
         return read_ai_toolkit(inner, path)
     readers: Mapping[str, Callable[[Mapping[str, Any], Path], Configuration]] = {
         "LoRA_type": read_kohya_ss, "training_method": read_onetrainer, "base_model_name": read_onetrainer,
-        "model_family": read_simpletuner, "data_backend_config": read_simpletuner,
+        "model_family": read_simpletuner, "data_backend_config": read_simpletuner, "train_mode": read_lora_easy,
     }  # fmt: skip
     if isinstance(inner, dict) and "--model_family" in inner:
         return read_simpletuner(inner, path)
@@ -178,6 +178,57 @@ def read_kohya_ss(config: Mapping[str, Any], path: Path) -> Configuration:
     # Its forms write numbers as text.
     values = {key: to_number(value) if isinstance(value, str) else value for key, value in config.items()}
     return Configuration(KOHYA_SS, tuple(flatten(values, values.keys())))
+
+
+def read_lora_easy(tables: Mapping[str, Any], path: Path) -> Configuration:
+    """Return the settings as its server passes them to sd-scripts: what is empty or zero in the data is left out."""
+    sections = {name: table for name, table in tables.items() if isinstance(table, dict)}
+    own, data = (
+        {
+            name: value
+            for table in sections.values()
+            if isinstance(table.get(part), dict)
+            for name, value in table[part].items()
+        }
+        for part in ("args", "dataset_args")
+    )
+    own["network_module"] = choose_network_module(own)
+    for name in ("network_args", "optimizer_args", "lr_scheduler_args"):
+        if isinstance(own.get(name), dict):
+            own[name] = [f"{key}={to_words(value)}" for key, value in own[name].items()]
+    written = {name: fill_in(value, str(own.get("easy_name", ""))) for name, value in own.items() if name != "fa"}
+    if isinstance(data.get("resolution"), list):
+        data["resolution"] = [data["resolution"]]  # one size; a list has several
+    listed = tables.get("subsets")
+    subsets = [{name: value for name, value in one.items() if value} for one in listed or () if isinstance(one, dict)]
+    names, mode = written.keys(), sections.get("train_mode", {}).get("train_mode")
+    marks = {name: True for name in sections if name in read_whole_program(LORA_EASY).base and name != "train_mode"}
+
+    def settings() -> Iterator[Setting]:
+        yield from flatten({**written, **marks, "train_mode": mode}, names)
+        yield from flatten({name: value for name, value in data.items() if value}, names, "datasets.")
+        yield from flatten_list(subsets, names, "datasets", "subsets")
+
+    return Configuration(LORA_EASY, tuple(settings()))
+
+
+def choose_network_module(own: Mapping[str, Any]) -> str:
+    """Return the module that LoRA_Easy_Training_Scripts' server takes for a form."""
+    arguments = own.get("network_args") or {}
+    if "unit" in arguments:
+        return "networks.dylora"
+    if "algo" in arguments:
+        return "lycoris.kohya"
+    return "networks.lora_fa" if own.get("fa") else "networks.lora"
+
+
+def to_words(value: Any) -> Any:
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def fill_in(value: Any, name: str) -> Any:
+    """Put the name of a run in place of ${replace}."""
+    return value.replace("${replace}", name) if isinstance(value, str) else value
 
 
 def read_toml(tables: Mapping[str, Any], path: Path) -> Configuration | None:

@@ -231,7 +231,7 @@ WITHOUT_SETTING: Mapping[str, str] = {  # file or folder -> why its raises name 
     "library/training/command_line/replaced.py": "a program's own code",
     "library/training/evaluation/drawing.py": "the adapter diverged",
     "library/training/evaluation/preview_weights.py": "the memory of the machine",
-    "library/training/evaluation/prompts.py": "`read_prompts` names the flag, the file and the line",
+    "library/training/evaluation/prompts.py": "a prompt has the place that `read_prompts` gave it",
     "library/training/failures/": "training diverged, or memory ran out: several settings may help",
     "library/training/optimization/ema.py": "the state that it belongs to is put before it",
     "library/training/saving/": "the adapter diverged, a full disk, or the state is put before it",

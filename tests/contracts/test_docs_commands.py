@@ -17,11 +17,11 @@ import train
 from library.architectures.scripts import OtherScripts, Script, list_scripts
 from library.architectures.specs import list_network_arguments, list_specs
 from library.options.leco import leco_options
+from library.options.output.prompts import LINE_OPTIONS
 from library.options.requirements import unsupported
 from library.options.train import TrainOptions
 from library.training.command_line.cli import build_parser_of_prompts
 from library.training.config_file import read_config
-from library.training.evaluation.prompts import LINE_OPTIONS
 from library.training.sweep.combinations import expand_combinations
 from networks.core.registry.parsing import parse_arguments
 from tools import choose_checkpoint, contact_sheet, make_shards, plan_memory, run_queue, start, verify

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from library.training.evaluation.prompts import KINDS, LINE_OPTIONS, read_prompts
+from library.options.output.prompts import KINDS, LINE_OPTIONS, read_prompts
 from tests.contracts.test_docs_commands import ROOT, blocks_of
 
 PAGE = ROOT / "docs" / "previews.md"

@@ -17,8 +17,8 @@ from library.data.description.schema import ALL_KEYS
 from library.options.declared import list_declared
 from library.options.leco import LecoOptions
 from library.options.other_programs import CONVERSIONS, FOLDER, Equivalent, has_option, list_programs, read_program
+from library.options.output.prompts import PromptSpec
 from library.training.command_line.cli import parse
-from library.training.evaluation.prompts import PromptSpec
 from networks.core.arguments.common import COMMON
 from networks.core.arguments.network_arguments import read_groups
 from networks.core.registry.layouts import list_kinds

@@ -12,7 +12,7 @@ import pytest
 
 from library.architectures.scripts import script_of
 from library.options.leco import LecoOptions
-from library.training.evaluation.prompts import LINE_OPTIONS
+from library.options.output.prompts import LINE_OPTIONS
 from tests.architecture.sources import python_files, text_of
 from tests.running import ROOT
 from tools.capabilities import CACHING, list_tools

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from library.data.concepts.prompts_file import PAIR_KEYS, SLIDER_KEYS, read_prompt_pairs
 from library.data.description.schema import ALL_KEYS
 from library.options.network_args import parse_network_args
+from library.options.output.prompts import read_prompts
 from library.protocols import PromptDefaults
 from library.training.config_file import basic_string
-from library.training.evaluation.prompts import read_prompts, resolve
+from library.training.evaluation.prompts import resolve
 from networks import dylora, lora, lora_fa
 from networks.core.registry.parsing import list_arguments
 from tests.fuzz.budget import any_input, works_or_says_why

@@ -15,6 +15,7 @@ from tests.browser import in_browser
 from tests.chromium import Tab, browsing
 from tests.page.serving import serving
 from tests.running import ROOT
+from tests.simulated_gpu.build import cache_folder, extension, obstacle
 
 pytestmark = [in_browser, pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="passes pipes to a shell")]
 
@@ -161,6 +162,27 @@ def test_a_dropped_folder_keeps_photos_of_one_name_in_folders_below_apart(tmp_pa
     assert sorted(path.name for path in root.iterdir()) == [
         "heart_00.png", "heart_00.txt", "old_heart_00.png", "old_heart_00.txt",
     ]  # fmt: skip
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(obstacle() is not None, reason="no GPU can be simulated here")
+def test_a_base_that_does_not_fit_the_card_is_named_with_what_the_least_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_photos(tmp_path / "zheart", 4)
+    extension()  # built here, because the server has a home folder of its own
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_folder().parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "simulated_gpu" / "startup"))
+    monkeypatch.setenv("SIMULATED_BYTES", "200000000")
+    with serving(tmp_path / "suite") as server, browsing(tmp_path) as browser:
+        tab = browser.open(server.address.first_url)
+        choose_folder(tab, tmp_path / "zheart")
+        choose_toy(tab)
+        tab.see("This did not work: --fit")
+        tab.see("nothing fits: the least is")
+        trains = "[...document.querySelectorAll('button')].find((one) => one.textContent === 'Train')"
+        assert tab.run(f"{trains}.getClientRects().length") == 0
+        assert browser.told == []
 
 
 @pytest.mark.nightly

@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from library.data.description.dataset_file import load_dataset_config
 from library.training.offline import contact_sheet
 from tests.running import Finished, load_saved, make_images
 from tests.tiny.bases import BASES
+from tests.unit.data.builders import write_config
 from tools import draw
 
 Train = Callable[..., Finished]
@@ -36,6 +38,14 @@ def arguments(folder: Path, base: list[str], module: str = "networks.lora", name
         "--seed", "5", "--max_data_loader_n_workers", "0", "--cache_dir", str(folder / "cache"), "--no_report",
         "--mixed_precision", "no",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", ["a black cat --s 2", "a --w 64 black --s 2 cat", "--n blue --w 64 a black cat"])
+def test_the_caption_is_the_text_of_the_prompt(prompt: str, tmp_path: Path) -> None:
+    """Words behind an option's value are text too, and drawn."""
+    path = describe(tmp_path, 1, prompt)
+    (dataset,) = load_dataset_config(write_config(path, path.read_text())).datasets
+    assert [subset.class_tokens for subset in dataset.subsets if subset.is_reg] == ["a black cat"]
 
 
 def drawn(folder: Path) -> dict[str, bytes]:

@@ -62,9 +62,11 @@ def test_a_sheet_shows_the_previews_of_the_run(train: Train, tmp_path: Path, nam
         "--output_dir", str(out), "--output_name", "mine", "--network_module", base.module, "--network_dim", "4",
         "--learning_rate", "3e-2", "--max_train_steps", "4", "--save_every_n_steps", "2", "--seed", "5",
         "--max_data_loader_n_workers", "0", "--sample_prompts", str(tmp_path / "prompts.txt"),
+        "--walk_seed",
     ]  # fmt: skip
     run = [*words, "--sample_every_n_steps", "2", "--sample_at_first", "--network_dropout", "0.1"]
     assert train(run, script=base.script).status == 0
+    assert {path.stem.rpartition("_")[2] for path in (out / "sample").glob("mine_0*.png")} == {"3", "9"}
     assert contact_sheet.main(["--script", f"{base.script}.py", *words]) == 0
     rows = cells(out / "mine-sheet.png", 3, 2)  # the last file equals that of step 4 and is drawn once
     report = read_report(out / "mine-report.html")

@@ -44,7 +44,7 @@ addEventListener("load", async () => {
 
 
 class Browsed(LocalServer):
-    """Shows its pages to a browser until that sends what they showed, for two minutes at most."""
+    """Shows its pages to a browser until that sends what they showed, for ten minutes at most."""
 
     shown: ClassVar[list[Any]] = []
 
@@ -62,7 +62,7 @@ class Browsed(LocalServer):
         """Go on after the last vote: the page that says so is to send what it shows."""
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        deadline = Timer(120, super().shutdown)
+        deadline = Timer(600, super().shutdown)
         deadline.start()
         with tempfile.TemporaryDirectory() as profile, opened(self.url, Path(profile)):
             super().serve_forever(poll_interval)

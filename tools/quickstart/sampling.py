@@ -12,7 +12,7 @@ from torch import Tensor
 from library.architectures.sd.layers import view
 from library.base.errors import about
 from library.checkpoints.model_lookup import existing
-from library.training.evaluation import prompts as evaluation
+from library.options.output import prompts
 from networks import lora
 from tools.quickstart.toy_world import ImageArray, look_at, parse_caption
 
@@ -34,7 +34,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
     Raises UserError if the file has no prompts.
     """
-    specs = evaluation.read_prompts(path)
+    specs = prompts.read_prompts(path)
     if not specs:
         raise about("--prompts", path)(
             "contains no prompts", 'write one per line, e.g. "a large red star on a white background"'

@@ -8,9 +8,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from library.base.errors import naming
 from library.data.description.schema import DatasetConfig, RunDataConfig, SubsetConfig
 from library.options.declared import Declared
 from library.options.model import ModelOptions
+from library.options.output.prompts import PromptSpec, parse_line
 from library.options.train import TrainOptions
 
 FOLDER = "sd-scripts-class-images"  # below HF_HOME, for runs without --cache_dir
@@ -25,7 +27,7 @@ def place_class_images(
     def place(dataset: DatasetConfig, subset: SubsetConfig) -> SubsetConfig:
         if subset.prompt is None:
             return subset
-        text = re.split(r"\s--\w", subset.prompt)[0].strip()
+        text = parse_prompt(subset).prompt
         # Images of another base model, prompt or size are never taken for these.
         drawn_with = repr((list(describe_base(values, declared)), subset.prompt, dataset.resolution))
         digest = blake2b(drawn_with.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
@@ -38,6 +40,12 @@ def place_class_images(
         for dataset in config.datasets
     )
     return replace(config, datasets=tuple(datasets))
+
+
+def parse_prompt(subset: SubsetConfig) -> PromptSpec:
+    """Return the text and settings of a subset's prompt. Raises UserError for a prompt that is none."""
+    with naming("prompt"):
+        return parse_line(str(subset.prompt), f"prompt {subset.prompt!r}")
 
 
 def find_parent(cache_dir: str | None) -> Path:

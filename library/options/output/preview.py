@@ -26,6 +26,8 @@ class PreviewOptions(Options, affects_training=False):
     """Draw images every N epochs. Unset or 0 draws none."""
     sample_prompts: str | None = option(None, path="file", usual=True, needs=TIMES)
     """File with the prompts to draw images of: .txt with one a line, .toml or .json."""
+    walk_seed: bool = option(False, needs=TIMES)
+    """Raise the seed of each prompt by its number in the file: by 0 for the first, by 1 for the second."""
     sample_with_training_adapter: bool = option(False, needs="training_adapter")
     """Draw images with the adapter of --training_adapter too."""
     sample_sampler: str = option(

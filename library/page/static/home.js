@@ -83,8 +83,8 @@ function showDrafts(box, {drafts}) {
   keep(box, JSON.stringify(drafts), () => !drafts.length ? [] : [
     make("h2", {}, t("home.drafts")),
     make("ul", {class: "list"}, drafts.map((draft) => make("li", {},
-      make("a", {href: `#/${draft.base ? "plan" : "photos"}/${draft.id}`}, nameOf(draft.root)),
-      make("span", {class: "dim"}, draft.base ? nameOf(draft.base) : t("home.no_base")),
+      make("div", {}, make("a", {href: `#/${draft.base ? "plan" : "photos"}/${draft.id}`}, nameOf(draft.root)),
+        make("div", {class: "dim"}, draft.base ? nameOf(draft.base) : t("home.no_base"))),
       button(t("home.discard"), () => post(`/api/drafts/${draft.id}/remove`), {"aria-label": t("home.discard_of", {name: nameOf(draft.root)})}),
     ))),
   ]);

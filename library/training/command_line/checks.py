@@ -24,13 +24,13 @@ from library.options.machine.memory import PrecisionOptions
 from library.options.model import ModelOptions
 from library.options.no_effect import find_unused
 from library.options.output.preview import PreviewOptions
+from library.options.output.prompts import SAMPLER, read_prompts
 from library.options.train import TrainOptions
 from library.options.training.network import NetworkOptions
 from library.training.command_line import doubtful
 from library.training.command_line.option_checks import check_options
 from library.training.command_line.targets import check_targets
 from library.training.evaluation.preview import PreviewSchedule
-from library.training.evaluation.prompts import SAMPLER, read_prompts
 from library.training.models.frozen_adapters import TRAINING_ADAPTER, parse_adapter
 from library.training.models.weight_formats import check_format
 from library.training.optimization.optimizers import class_path, import_class, resolve_optimizer_type

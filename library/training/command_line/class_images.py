@@ -12,14 +12,14 @@ from PIL import Image
 from library.base.errors import naming
 from library.base.progress import progress_bar
 from library.checkpoints.marks import mark_of
-from library.data.description.class_images import list_missing
+from library.data.description.class_images import list_missing, parse_prompt
 from library.data.description.schema import RunDataConfig, SubsetConfig
 from library.data.training_data import TrainingData
 from library.memory.devices import release_memory
 from library.processes.process_group import Processes
 from library.protocols import Architecture
 from library.training.command_line.resolved import Start
-from library.training.evaluation.prompts import parse_line, resolve_all
+from library.training.evaluation.prompts import resolve_all
 from library.training.evaluation.without_side_effects import random_streams_kept
 from library.training.failures.out_of_memory import explain_out_of_memory
 from library.training.models import opening
@@ -61,9 +61,8 @@ def open_data(start: Start[Any], device: torch.device, processes: Processes) -> 
 
 def list_prompts(subset: SubsetConfig, resolution: tuple[int, int], arch: Architecture) -> list[tuple[Path, Prompt]]:
     """Return the images of a subset that are missing, with what each is drawn from."""
+    spec, (width, height) = parse_prompt(subset), resolution
     with naming("prompt"):
-        spec = parse_line(str(subset.prompt), f"prompt {subset.prompt!r}")
-        width, height = resolution
         (prompt,) = resolve_all([replace(spec, width=spec.width or width, height=spec.height or height)], arch)
     return [(path, replace(prompt, seed=int(path.stem))) for path in list_missing(subset)]
 

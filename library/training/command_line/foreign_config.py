@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from library.base.errors import about
+from library.base.launcher import launched_rank
 from library.base.terminal import print_error, print_line
 from library.training.command_line.recipes import IMAGES
 from library.training.config_file import CONFIG_FLAG, Config, read_values
@@ -20,7 +21,8 @@ CONFIRM = "--yes trains with these options; tools/translate.py writes them to a 
 def read_foreign(
     typed: argparse.Namespace, script: str, actions: Mapping[str, argparse.Action], elsewhere: Callable[[str], str]
 ) -> Config:
-    """Print the translation of another trainer's file, write its files to the output folder, and return its options.
+    """Print the translation of another trainer's file in the main process, write its files to the output folder, and
+    return its options.
 
     Exits with status 2 without --yes, before anything is written. Raises UserError for a file that is none, and for one
     of another script.
@@ -37,10 +39,12 @@ def read_foreign(
     folder = typed.output_dir or translation.values.get("output_dir") or "."
     files = TranslatedFiles(Path(str(folder)) / f"{source.stem}.toml")
     texts = render_files(translation, source, files)
-    for line in describe(translation, source, texts):
+    is_main = launched_rank() == 0  # each process reads the file
+    for line in describe(translation, source, texts) if is_main else ():
         print_line(line)
     if not typed.yes:
-        print_error(f"{CONFIG_FLAG} {source} is a file of {translation.title}; {CONFIRM}")
+        if is_main:
+            print_error(f"{CONFIG_FLAG} {source} is a file of {translation.title}; {CONFIRM}")
         sys.exit(2)
     check_files(files, CONFIG_FLAG, source)
     write_files(texts)

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
-from pathlib import Path
 
 from PIL import Image
 from torch import nn
@@ -18,13 +17,14 @@ from library.base.determinism import deterministic_mode
 from library.base.progress import progress_bar
 from library.memory.devices import move_to_device, release_memory
 from library.options.output.preview import PreviewOptions
+from library.options.output.prompts import read_preview_prompts
 from library.options.training.averaging import PREVIEWS
 from library.protocols import Architecture
 from library.training.evaluation.drawing import collect_texts, decode, draw_latents, encode_prompts, seed_generator
 from library.training.evaluation.image_scores import Scorer, format_means
 from library.training.evaluation.preview_weights import with_preview_weights, without_training_adapter
 from library.training.evaluation.prompt_images import show_with_references
-from library.training.evaluation.prompts import read_prompts, resolve_all
+from library.training.evaluation.prompts import resolve_all
 from library.training.evaluation.strength_response import FEWEST, measure_response
 from library.training.evaluation.without_side_effects import evaluating
 from library.training.failures.interruption import Interruption
@@ -79,7 +79,7 @@ def read_wanted_prompts(options: PreviewOptions, arch: Architecture) -> list[Pro
     path = options.sample_prompts
     if PreviewSchedule.build(options).is_empty or not path:
         return []
-    specs = read_prompts(Path(path))
+    specs = read_preview_prompts(options)
     if not specs:
         logger.warning("--sample_prompts %s holds no prompts: no images are drawn", path)
     defaults = arch.preview.defaults

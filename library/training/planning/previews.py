@@ -11,9 +11,10 @@ from library.memory.planner.counter import OperationCounter
 from library.memory.planner.prediction import ALLOCATOR_SHARE, CONTEXT_BYTES, CountedStep, ModeCost
 from library.memory.planner.speed import NO_WORK, Work
 from library.options.output.preview import PreviewOptions
+from library.options.output.prompts import read_prompts
 from library.protocols import Architecture
 from library.training.evaluation.preview import PreviewSchedule
-from library.training.evaluation.prompts import read_prompts, resolve_all
+from library.training.evaluation.prompts import resolve_all
 
 
 @dataclass(frozen=True)

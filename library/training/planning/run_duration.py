@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from library.memory.planner.prediction import MemoryMode, apply_mode, pass_work
 from library.memory.planner.speed import Work
+from library.options.output.prompts import PromptSpec
 from library.protocols import Architecture
 from library.training.evaluation.preview import PreviewSchedule, read_wanted_prompts
-from library.training.evaluation.prompts import PromptSpec, resolve
+from library.training.evaluation.prompts import resolve
 from library.training.evaluation.validation_loss import NUM_LEVELS
 from library.training.planning.fit import Fit
 from library.types import Prompt

@@ -35,13 +35,17 @@ class Job:
         manifests = [path for path in folder.glob(f"*/{MANIFEST_FILE}") if is_state_name(path.parent.name, names)]
         return [path.parent for path in sorted(manifests, key=lambda path: path.stat().st_mtime)]
 
-    def find_own_state(self) -> str | None:
-        """Return the value of --resume with which a job that was stopped goes on from its own state instead of the one
-        that it began with; None if it has none yet, "" if --autoresume finds it."""
-        states = self.list_states() if self.since is not None else []
-        own = [path for path in states if (path / MANIFEST_FILE).stat().st_mtime > (self.since or 0)]
-        # An earlier run of this name may have come farther.
-        return (str(own[-1]) if len(own) < len(states) else "") if own else None
+    def find_own_state(self) -> Path | None:
+        """Return the latest undamaged state that a job that begins with --resume saved itself, from which it goes on;
+        None if it has none yet. Other jobs have --autoresume."""
+        if self.since is None:
+            return None
+        from library.training.saving.state import are_undamaged, iterate_states  # imports torch
+
+        states = iterate_states(Path(self.output).parent, (self.name,))
+        own = [state for state in states if state.written_at > self.since]
+        own.sort(key=lambda state: state.written_at, reverse=True)
+        return next((state.path for state in own if are_undamaged([state])), None)
 
     def as_text(self) -> str:
         return json.dumps({"queue": VERSION, **asdict(self)}, ensure_ascii=False, indent=1) + "\n"

@@ -9,7 +9,7 @@ from library.data.description.dataset_file import load_dataset_config
 from library.data.plan.collect import collect
 from library.options.config_file import read_toml
 from library.options.encodings import likely_encoding
-from library.training.evaluation.prompts import read_prompts
+from library.options.output.prompts import read_prompts
 from tests.unit.data.builders import write_config, write_folder
 
 CASES = [

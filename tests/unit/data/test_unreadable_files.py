@@ -16,7 +16,7 @@ from library.checkpoints import model_lookup, weights
 from library.data.description.dataset_file import load_dataset_config
 from library.data.sources.folders.metadata_file import read_metadata
 from library.options.config_file import read_toml
-from library.training.evaluation.prompts import read_prompts
+from library.options.output.prompts import read_prompts
 from tests.unit.data.builders import options_of
 
 READERS: dict[str, tuple[str, Callable[[Path], Any], str]] = {

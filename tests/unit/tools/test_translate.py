@@ -1,8 +1,11 @@
 """tools/translate.py, and --config_file of another trainer's file."""
 
+import copy
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from library.base.errors import UserError
+from library.options.output.prompts import read_prompts, walk_seeds
 from library.translation.reading import read_configuration
 from library.translation.shell import read_commands
 from library.translation.translating import Translation, translate
@@ -131,6 +135,90 @@ def test_uploads_tokens_and_remote_code_are_never_taken_over(tmp_path: Path) -> 
         assert not any("huggingface" in name or "trust" in name for name in found.options)
 
 
+def test_previews_have_the_seeds_of_ai_toolkit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = find_example("ostris/ai-toolkit", "lora_flux_24gb")
+    sample = {"prompts": [], "samples": [{"prompt": "a"}, {"prompt": "b", "seed": 0}, {"prompt": "c"}]}
+    content = copy.deepcopy(example.content)
+    content["config"]["process"][0]["sample"] |= sample
+    example = replace(example, content=content)
+    assert main([str(example.write(tmp_path)), "-o", str(tmp_path / "own.toml")]) == 0
+    assert toml.loads((tmp_path / "own.toml").read_text())["walk_seed"] is True
+    specs = walk_seeds(read_prompts(tmp_path / "own-prompts.txt"))
+    assert [spec.seed for spec in specs] == [42, 0, 44]  # jobs/process/BaseSDTrainProcess.py:301 and 337
+
+
+LORA_EASY = """
+[[subsets]]
+name = "subset 1"
+image_dir = "photos/cat"
+num_repeats = 2
+caption_extension = ".txt"
+keep_tokens = 0
+shuffle_caption = true
+
+[train_mode]
+train_mode = "lora"
+
+[general_args.args]
+pretrained_model_name_or_path = "base.safetensors"
+sdxl = true
+mixed_precision = "bf16"
+seed = 23
+max_train_epochs = 10
+[general_args.dataset_args]
+resolution = [1024, 768]
+batch_size = 2
+
+[network_args.args]
+network_dim = 16
+network_alpha = 8.0
+[network_args.args.network_args]
+conv_dim = 4
+algo = "locon"
+
+[optimizer_args.args]
+optimizer_type = "AdamW8bit"
+lr_scheduler = "cosine"
+learning_rate = 0.0001
+warmup_ratio = 0.1
+[optimizer_args.args.optimizer_args]
+weight_decay = "0.1"
+
+[saving_args.args]
+output_dir = "out"
+output_name = "my_${replace}"
+easy_name = "cat"
+save_toml = true
+
+[bucket_args.dataset_args]
+enable_bucket = true
+min_bucket_reso = 256
+"""
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_the_toml_of_lora_easy_training_scripts(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flux = LORA_EASY.replace("sdxl = true\n", "") + "[flux_args.args]\nguidance_scale = 3.5\n"
+    (tmp_path / "easy.toml").write_text(LORA_EASY if family == "sdxl" else flux.replace('algo = "locon"\n', ""))
+    assert main([str(tmp_path / "easy.toml"), "-o", str(tmp_path / "own.toml")]) == 0
+    out = capsys.readouterr().out
+    assert "0 without an equal" in out and f"python3 {family}_train_network.py" in out
+    options, data = (toml.loads((tmp_path / f"own{end}.toml").read_text()) for end in ("", "-dataset"))
+    expected = {"network_args": ["conv_dim=4", "algo=locon"], "network_module": "lycoris.kohya"}
+    if family == "flux":
+        expected = {"network_args": ["conv_dim=4"], "network_module": "networks.lora", "guidance_scale": 3.5}
+    expected |= {"output_name": "my_cat", "optimizer_args": ["weight_decay=0.1"], "lr_warmup_steps": 0.1, "seed": 23}
+    assert {name: options.get(name) for name in expected} == expected
+    (dataset,) = data["datasets"]
+    (subset,) = dataset["subsets"]
+    keys = {**data.get("general", {}), **dataset, **subset}
+    assert (keys["resolution"], keys["batch_size"], keys["min_bucket_reso"]) == ([1024, 768], 2, 256)
+    assert (keys["image_dir"], keys["num_repeats"], keys["shuffle_caption"]) == ("photos/cat", 2, True)
+    assert "keep_tokens" not in keys
+
+
 def test_class_images_are_a_subset_of_their_own(tmp_path: Path) -> None:
     command = (
         "python train_dreambooth_lora_sdxl.py --instance_data_dir cats --instance_prompt 'a sks cat' "
@@ -193,6 +281,8 @@ def test_config_file_shows_another_trainers_file_and_ends(tmp_path: Path) -> Non
     command = [sys.executable, str(ROOT / "flux_train_network.py"), "--config_file", str(source)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, input="y\n")
     assert done.returncode == 2 and "--yes trains with these options" in done.stderr
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "RANK": "1"})
+    assert (second.returncode, second.stdout, second.stderr) == (2, "", "")  # the first process says it for all
     assert "network_dim = 16" in done.stdout and "0 without an equal" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
     other = [sys.executable, str(ROOT / "sdxl_train_network.py"), "--config_file", str(source), "--yes"]

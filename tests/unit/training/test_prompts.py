@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from library.base.errors import UserError
+from library.options.output.prompts import LINE_OPTIONS, PromptSpec, parse_line, read_prompts, walk_seeds
+from library.options.training.run import MAX_SEED
 from library.protocols import PromptDefaults
-from library.training.evaluation.prompts import LINE_OPTIONS, PromptSpec, parse_line, read_prompts, resolve
+from library.training.evaluation.prompts import resolve
 
 SD = PromptDefaults(num_steps=30, width=512, height=512, scale=7.5, size_step=8, sampler="ddim")
 FLOW = PromptDefaults(num_steps=20, width=512, height=512, scale=1.0, size_step=16, guidance_scale=3.5, flow_shift=3.0)
@@ -56,6 +58,12 @@ def test_an_empty_negative_prompt_is_allowed() -> None:
 def test_a_seed_of_minus_one_means_no_seed() -> None:
     assert parse_line("a --d -1", "p").seed is None
     assert parse_line("a --d 0", "p").seed == 0
+
+
+def test_seeds_walk_by_the_number_of_a_prompt(tmp_path: Path) -> None:
+    text = f"a --d 42\n\n# b\nc\nd --am -1,1 --d 42\ne --d {MAX_SEED}\n"
+    specs = walk_seeds(read_prompts(written(tmp_path, "p.txt", text)))
+    assert [spec.seed for spec in specs] == [42, None, 44, 44, 2]
 
 
 def test_text_files_may_have_comments_blank_and_indented_lines(tmp_path: Path) -> None:

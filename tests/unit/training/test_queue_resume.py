@@ -7,12 +7,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from library.architectures.scripts import list_scripts
 from library.base.errors import UserError
 from library.training.run_queue.adding import make_job
 from library.training.run_queue.jobs import Job
 from library.training.run_queue.runner import run_queue
+from library.training.saving.state import NETWORK_FILE, TENSOR_FILE, save_state
 from library.training.saving.state_names import MANIFEST_FILE
 from tests.running import ROOT
 from tests.unit.training.queue_jobs import StandIns
@@ -24,12 +26,13 @@ DATASET = ROOT / "configs" / "quickstart" / "dataset.toml"
 
 
 def make_state(job: Job, ending: str, seconds: float) -> Path:
-    """Write what the queue sees of a state, as if it were saved some seconds after the job was added."""
-    path = Path(f"{job.output}{ending}") / MANIFEST_FILE
-    path.parent.mkdir(parents=True)
-    path.write_text("{}")
-    os.utime(path, (NOW + seconds, NOW + seconds))
-    return path.parent
+    """Save a state, as if it were some seconds after the job was added."""
+    path = Path(f"{job.output}{ending}")
+    save_state(
+        path, step=1, epoch=1, seed=0, num_processes=1, options={}, dataset={}, network=nn.Linear(1, 1), keepers={}
+    )
+    os.utime(path / MANIFEST_FILE, (NOW + seconds, NOW + seconds))
+    return path
 
 
 def job_in(folder: Path, since: float | None = NOW) -> Job:
@@ -42,8 +45,8 @@ def test_a_job_goes_on_from_the_state_that_it_saved_itself(tmp_path: Path) -> No
     make_state(replace(job, output=f"{job.output}-2"), "-state", 5)  # of another run
     (tmp_path / "out" / "cat-step00000300-state").mkdir()  # not whole
     assert job.find_own_state() is None
-    make_state(job, "-step00000020-timed-state", 10)
-    assert job.find_own_state() == ""  # --autoresume finds it
+    own = make_state(job, "-step00000020-timed-state", 10)
+    assert job.find_own_state() == own
     assert job_in(tmp_path, None).find_own_state() is None  # --autoresume alone has always done so
 
 
@@ -52,7 +55,20 @@ def test_a_farther_state_of_an_earlier_run_is_not_taken_for_its_own(tmp_path: Pa
     make_state(job, "-step00000200-state", -10)
     assert job.find_own_state() is None
     own = make_state(job, "-step00000120-state", 10)
-    assert job.find_own_state() == str(own)
+    assert job.find_own_state() == own
+
+
+@pytest.mark.parametrize("file", [MANIFEST_FILE, NETWORK_FILE, TENSOR_FILE])
+def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path: Path, file: str) -> None:
+    job = job_in(tmp_path)
+    first, second = make_state(job, "-step00000120-state", 10), make_state(job, "-step00000140-state", 20)
+    for state, found in ((second, first), (first, None)):  # at last the one that the job began with
+        content = bytearray((state / file).read_bytes())
+        content[-2] ^= 1
+        modified = (state / file).stat().st_mtime
+        (state / file).write_bytes(content)
+        os.utime(state / file, (modified, modified))
+        assert job.find_own_state() == found
 
 
 def test_jobs_keep_when_they_were_added_and_those_of_earlier_versions_are_read(tmp_path: Path) -> None:
