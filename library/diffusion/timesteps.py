@@ -160,6 +160,8 @@ def build_level_sampler(
     ends = next((ends for name, ends in ENDS.items() if name in kind), FLUX_SHIFT_ENDS)
 
     def draw(draws: LevelDraws) -> Tensor:
+        if kind in HYBRID_SHARES:
+            draws = replace(draws, offsets_B=None)  # not all of their levels come from a normal value of the logit
         if kind == "sigma":
             u_B = draw_scheme(weighting, draws, -1)  # the table descends, so a draw near 1 means little noise
             # A draw of exactly 1 has no entry.
@@ -181,7 +183,7 @@ def build_level_sampler(
         if kind not in HYBRID_SHARES:
             return q_B
         first, second = HYBRID_SHARES[kind]
-        fresh = replace(draws, offsets_B=None, uniforms_B=None)
+        fresh = replace(draws, uniforms_B=None)
         u_B = fresh.uniform()
         style_B, detail_B = (draw_logsnr(*logsnr, fresh) for logsnr in (style, DETAIL_LOGSNR))
         return torch.where(u_B < first, q_B, torch.where(u_B < second, style_B, detail_B))

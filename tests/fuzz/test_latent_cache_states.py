@@ -1,6 +1,7 @@
 """The latent cache as a state machine: whatever happens to images, files, settings and runs, no latent is stale, no
 entry is encoded without need, and no file is lost."""
 
+import json
 import logging
 import os
 import re
@@ -245,19 +246,35 @@ class LatentCacheStates(RuleBasedStateMachine):
         (line,) = [line for line in self.log if "stale" in line and " 0 stale" not in line]
         assert "0 to encode, 1 stale" in line and re.search(f"1 .*{reason}", line) and self.file_of(path).name in line
 
-    @rule(place=places)
-    def save_by_sd_scripts(self, place: int) -> None:
-        """Take away the notes, which sd-scripts does not write: then the VAE is unknown and the latents are used."""
+    @rule(place=places, replaced=st.sampled_from(["origin", "latents", "latents_flipped"]))
+    def save_by_sd_scripts(self, place: int, replaced: str) -> None:
+        """Take away the notes, which sd-scripts does not write, or leave them beside other latents: then the VAE is
+        unknown and the latents are used."""
         if self.gathered:
             return
         self.check()
         path, time = self.file_of(self.image(place)), self.now()
-        change_arrays(path, False)
+        change_arrays(path, replaced != "origin", **({} if replaced == "origin" else {replaced: lambda a: a + 1}))
         os.utime(path, (time, time))
         with np.load(path) as archive:
             for key, entry in self.entries.items():
-                if key[0] == path.name:
+                if key[0] == path.name and (replaced == "origin" or f"{replaced}{key[1]}" in archive):
                     self.entries[key] = replace(entry, foreign=(time, archive[f"latents{key[1]}"].tolist()))
+
+    @rule(place=places)
+    def save_by_earlier_version(self, place: int) -> None:
+        """Let the notes hold the time of an image that is not compressed, in place of that it hides edits."""
+        if self.gathered:
+            return
+        self.check()
+        path = self.image(place)
+        stamp = path.stat().st_mtime_ns
+
+        def with_time(note: np.ndarray) -> np.ndarray:
+            text = json.dumps({**json.loads(note.tobytes()), "picture_mtime_ns": stamp})
+            return np.frombuffer(text.encode(), dtype=np.uint8)
+
+        change_arrays(self.file_of(path), True, origin=with_time)
 
     @rule(place=places)
     def put_foreign_file(self, place: int) -> None:
@@ -428,13 +445,21 @@ PATHS: dict[str, Sequence[Step]] = {
     "mirrored, then another VAE": [("use_flags", {"flags": {FLAGS[0]}}), ("use_vae", {"name": "other vae"}),
                                    ("use_flags", {"flags": set()}), ("use_flags", {"flags": {FLAGS[0]}})],
     "mask": [("use_flags", {"flags": {FLAGS[1]}}), ("use_flags", {"flags": set()})],
-    "alpha as mask": [("use_base_model", {"is_rgba": True}), ("use_flags", {"flags": {FLAGS[1]}})],
+    "alpha as mask": [("use_base_model", {"is_rgba": True}), ("use_flags", {"flags": {FLAGS[1]}}),
+                      ("use_flags", {"flags": set()})],
     "two sizes in one file": [("use_resolution", {"width": 128}), ("use_resolution", {"width": 64})],
-    "of sd-scripts, other VAE, then edited": [("save_by_sd_scripts", {"place": 0}), ("use_vae", {"name": "other vae"}),
-                                              ("edit", {"place": 0, "keeps_time": False})],
+    "of sd-scripts, other VAE, then edited": [
+        ("save_by_sd_scripts", {"place": 0, "replaced": "origin"}), ("use_vae", {"name": "other vae"}),
+        ("edit", {"place": 0, "keeps_time": False})],
+    "mirrored copies replaced, then another VAE": [
+        ("use_flags", {"flags": {FLAGS[0]}}), ("save_by_sd_scripts", {"place": 0, "replaced": "latents_flipped"}),
+        ("use_vae", {"name": "other vae"})],
+    "of an earlier version, then edited": [("save_by_earlier_version", {"place": 1}),
+                                           ("edit", {"place": 1, "keeps_time": True})],
     "of sd-scripts, edited before another size": [
-        ("save_by_sd_scripts", {"place": 0}), ("gather", {}), ("edit", {"place": 0, "keeps_time": False}),
-        ("use_resolution", {"width": 128}), ("use_resolution", {"width": 64})],
+        ("save_by_sd_scripts", {"place": 0, "replaced": "origin"}), ("gather", {}),
+        ("edit", {"place": 0, "keeps_time": False}), ("use_resolution", {"width": 128}),
+        ("use_resolution", {"width": 64})],
     "foreign file": [("put_foreign_file", {"place": 0})],
     "disk full": [("use_vae", {"name": "other vae"}), ("gather", {}), ("use_vae", {"name": "vae"}),
                   ("edit", {"place": 0, "keeps_time": False}), ("fill_disk", {"number": 0})],

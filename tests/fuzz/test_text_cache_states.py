@@ -42,8 +42,14 @@ def features(caption: str, encoders: Sequence[str]) -> dict[str, Tensor]:
     return {"hidden": hidden.bfloat16(), "pooled": pooled, "mask": torch.arange(5) < len(caption) % 5}
 
 
-def spoil_note(path: Path) -> None:
-    rewrite(path, True, captions=np.frombuffer(json.dumps([1, "x"]).encode(), dtype=np.uint8))
+def change_note(path: Path, change: Callable[[Any], Any]) -> None:
+    with np.load(path) as archive:
+        note = change(json.loads(archive["captions"].tobytes()))
+    rewrite(path, True, captions=np.frombuffer(json.dumps(note).encode(), dtype=np.uint8))
+
+
+def drop_last_checksum(note: Any) -> Any:
+    return {**note, "checksums": dict(list(note["checksums"].items())[:-1])}
 
 
 ANOTHER = "by another program"
@@ -51,7 +57,8 @@ SPOILERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut off": (lambda path: damage(path, slice(path.stat().st_size // 2)), "damaged"),
     "empty": (lambda path: path.write_bytes(b""), "damaged"),
     "zeros": (lambda path: path.write_bytes(bytes(5000)), "damaged"),
-    "note": (spoil_note, ANOTHER),
+    "note": (lambda path: change_note(path, lambda note: [1, "x"]), ANOTHER),
+    "a caption without a checksum": (lambda path: change_note(path, drop_last_checksum), "damaged"),
     "rewritten": (lambda path: rewrite(path, True, pooled=np.zeros(4, dtype=np.float32)), ANOTHER),
     "without note": (lambda path: rewrite(path, False, pooled=np.zeros(4, dtype=np.float32)), ANOTHER),
     "without a key": (lambda path: remove_entry(path, "mask"), ANOTHER),
@@ -164,10 +171,7 @@ class TextCacheStates(RuleBasedStateMachine):
         self.check()
         before = {path: path.read_bytes() for path in self.folder.glob("*_tiny_te.npz")}
         for path in before:
-            with np.load(path) as archive:
-                note = json.loads(archive["captions"].tobytes())
-            assert note.pop("tokenizers")
-            rewrite(path, True, captions=np.frombuffer(json.dumps(note).encode(), dtype=np.uint8))
+            change_note(path, lambda note: {key: note[key] for key in note if key != "tokenizers"})
         words, self.encoders["words"] = self.encoders["words"], "x y z"
         assert self.run()[1] == []
         self.encoders["words"] = words
@@ -315,6 +319,8 @@ PATHS: dict[str, Sequence[Step]] = {
     **{f"two at once, {'' if is_shared else 'not '}together": [
         ("gather", {}), ("use", {"change": ("identity", "others")}), ("run_two", {"is_shared": is_shared})]
        for is_shared in (True, False)},
+    "the last variant without a checksum": [("use_variants", {"number": 3}),
+                                            ("spoil", {"place": 0, "how": "a caption without a checksum"})],
     **{how: [("spoil", {"place": 0, "how": how})] for how in SPOILERS},
 }  # fmt: skip
 

@@ -92,6 +92,7 @@ def test_noisy_input_target_masks_and_weights_match_the_recomputation(tiny_sd_fo
     calls: list[tuple[Noised, Tensor]] = []
     run = context_of(options_for(tiny_sd_folder, v_parameterization=velocity), calls)
     batch = batch_of(seed=21, masks=True)
+    batch.masks_B1HW[1, :, 16:] = 0  # type: ignore[index]
     loss = loss_of(run, batch, batch_number=4)
 
     noised, prediction_BCHW = calls[0]

@@ -131,7 +131,9 @@ class DoRA(ScaledDelta):
     def _scales(self, magnitudes: Tensor, device: torch.device | None = None) -> Tensor:
         assert self.layer is not None
         strength = self.unit_strength
-        up_OR, down_RN = self.factors()
+        # Autocast would compute a Tucker core's product with down in 16 bits, and with it the norms.
+        with torch.autocast(self.dora_scale.device.type, enabled=False):
+            up_OR, down_RN = self.factors()
         if device is not None:
             strength = strength.to(device) if isinstance(strength, Tensor) else strength
             up_OR, down_RN = up_OR.to(device), down_RN.to(device)

@@ -160,6 +160,19 @@ def test_the_temporary_file_is_next_to_the_target_and_keeps_its_extension(tmp_pa
     assert (tmp_path / "new" / "x.safetensors").read_text() == "done"
 
 
+def test_the_bytes_are_on_the_disk_before_the_file_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a power cut may leave the name with an empty file."""
+    calls: list[str] = []
+    for name in ("fsync", "replace"):
+        plain = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, plain=plain: calls.append(name) or plain(*args))
+    with atomic_path(tmp_path / "x") as temporary:
+        temporary.write_text("done")
+    assert calls[:2] == ["fsync", "replace"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
 def test_a_written_file_has_the_default_permissions(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from library.base.errors import UserError
-from library.data.description.buckets import BucketRules, assign_shapes, bucket_sizes, crop_ltrb
+from library.data.description.buckets import BucketRules, ReferenceRules, Shape, assign_shapes, bucket_sizes, crop_ltrb
 
 
 def parse_sizes(text: str) -> list[tuple[int, int]]:
@@ -45,6 +45,10 @@ def test_the_number_of_buckets_at_1024_matches_the_reference(arguments, count):
     assert len(bucket_sizes(*arguments)) == count
 
 
+def test_no_side_is_below_a_limit_between_two_steps():
+    assert min(map(min, bucket_sizes((512, 512), 330, 1024, 64))) == 330
+
+
 ASSIGNED = [  # image, (bucket, resized), (bucket, resized) without upscaling
     ("512x512", "512x512 512x512", "512x512 512x512"),
     ("1000x1000", "512x512 512x512", "512x512 512x512"),
@@ -76,6 +80,13 @@ def test_a_small_image_keeps_its_size_without_upscaling():
 def test_a_side_below_the_step_gets_a_bucket_of_one_step():
     (shape,) = assign_shapes([(63, 300)], bucket_rules(no_upscale=True))
     assert (shape.bucket, shape.resized) == ((64, 256), (64, 305))
+
+
+def test_a_reference_of_the_size_of_its_image_is_placed_alike():
+    (target,) = assign_shapes([(300, 200)], bucket_rules(no_upscale=True))
+    rules = ReferenceRules(resolution=None, no_resize=False, step=64)
+    assert rules.shape((300, 200), (300, 200), target) == target
+    assert rules.shape((600, 400), (300, 200), target) == Shape(target.bucket, (288, 192))
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,10 @@ def test_masks_are_stored_in_the_file_and_mirrored_with_the_image(folder):
     with np.load(file_of(folder, "q_0064x0064_sd.npz")) as archive:
         mask = archive["alpha_mask_8x8"]
         assert mask.dtype == np.float32 and np.abs(mask - alpha).max() < 1e-6
+    rewrite(file_of(folder, "q_0064x0064_sd.npz"), keeps_origin=True, alpha_mask=np.full((64, 64), 0.7005, np.float32))
+    batches, num_encoded = cache(folder, "--alpha_mask --flip_aug")
+    mask = next(batch.masks_B1HW for batch in batches_of(batches) if batch.keys[0].endswith("q.png"))
+    assert num_encoded == 0 and mask.unique().tolist() == pytest.approx([179 / 255]), "178.6 is nearest to 179"
 
 
 def test_a_mask_in_the_file_is_ignored_without_alpha_mask(folder):

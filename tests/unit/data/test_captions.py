@@ -67,6 +67,7 @@ def test_without_wildcards_the_first_line_is_used_between_prefix_and_suffix():
         ("a cat", "sks, a cat"),
         ("a SKS cat", "a SKS cat"),
         ("asks a cat", "sks, asks a cat"),
+        ("skse a cat", "sks, skse a cat"),
         ("", "sks"),
         ("a cat\nsks", "sks, a cat"),
     ],

@@ -162,7 +162,8 @@ def test_a_caption_variant_depends_only_on_names_and_number():
     versions = [caption_variant("/x/cats/p.png", text, rules, v) for v in range(8)]
     assert len(set(versions)) > 4 and {tuple(sorted(version)) for version in versions} == {tuple(sorted(text))}
     assert versions == [caption_variant("/elsewhere/cats/p.jpg", text, rules, v) for v in range(8)]
-    assert versions != [caption_variant("/x/cats/q.png", text, rules, v) for v in range(8)]
+    for other in ("/x/cats/q.png", "/x/dogs/p.png"):
+        assert versions != [caption_variant(other, text, rules, v) for v in range(8)]
 
 
 def test_draws_use_every_variant_and_the_empty_prompt_only(tmp_path):
@@ -508,6 +509,8 @@ def test_shorter_features_are_padded_in_a_batch():
     assert stacked["m"].shape == (3, TOKEN_STEP) and stacked["m"].sum(1).tolist() == [2 - 62, 4 - 60, 4 - 60]
     assert stacked["p"].tolist() == [[1, -2, -2], [1, 1, 1], [1, 1, 1]]
     assert stack_rows(rows[1:], padding)["a"].shape == (2, 4, 3)
+    halves = [{"a": torch.ones(1).bfloat16()}, {"a": torch.full((1,), 1 / 3)}]
+    assert stack_rows(halves, {})["a"].tolist() == [[1.0], [float(torch.tensor(1 / 3))]], "nothing is rounded"
     full = [{"a": torch.ones(n, 3)} for n in (TOKEN_STEP, 1)]
     assert stack_rows(full, padding={"a": 0.0})["a"].shape == (2, TOKEN_STEP, 3)
     with pytest.raises(RuntimeError):

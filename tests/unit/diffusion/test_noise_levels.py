@@ -184,6 +184,18 @@ def mode_cdf(scale: float) -> Cdf:
     return cdf
 
 
+def test_a_large_mode_scale_stays_within_the_range() -> None:
+    drawn = draw_scheme(FlowWeightingOptions("mode", mode_scale=9.0), draws())
+    assert (drawn.min(), drawn.max()) == (0, 1)
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_an_offset_moves_no_level_of_a_hybrid(kind: str) -> None:
+    draw = build_level_sampler(FlowSamplingOptions(kind), FlowWeightingOptions())
+    plain, moved = (draw(LevelDraws(100, 64, 64, generator(), o)) for o in (None, torch.ones(100)))
+    assert torch.equal(plain, moved)
+
+
 @pytest.mark.parametrize("scale", [-0.8, 0.0, 1.29, 1.75])
 def test_mode_sampling_follows_its_distribution(scale: float) -> None:
     drawn = draw_scheme(FlowWeightingOptions("mode", mode_scale=scale), draws())

@@ -212,6 +212,7 @@ def test_int8_is_within_half_a_step_of_its_row_scale(shape: tuple[int, ...], mon
     step = weight.flatten(1).abs().amax(1) / 127
     off = (Int8Rows().decode(parts, weight.shape, torch.float32) - weight).flatten(1).abs().amax(1)
     assert (off <= step / 2 + 1e-6).all() and off.any()
+    assert (parts["scales"] > 0).all(), "a NaN has no code, so a row of zeros must not divide by 0"
 
 
 def test_rotation_spreads_an_outlier_over_its_group() -> None:
@@ -238,10 +239,11 @@ def test_groups_are_the_largest_power_of_two_that_divides(num_inputs: int, size:
 def test_every_format_takes_the_planned_bytes_and_chunking_changes_no_bit(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight = random_weight((256, 512), 12).to(torch.bfloat16)
-    unchunked = CODECS[name].encode(weight)
-    num_bytes = sum(part.numel() * part.element_size() for part in unchunked.values())
-    assert num_bytes == StorageCost.of(name).num_bytes(Matrix.of(weight))
+    for shape in ((6, 27), (256, 512)):  # the first ends in a part of a group
+        weight = random_weight(shape, 12).to(torch.bfloat16)
+        unchunked = CODECS[name].encode(weight)
+        num_bytes = sum(part.numel() * part.element_size() for part in unchunked.values())
+        assert num_bytes == StorageCost.of(name).num_bytes(Matrix.of(weight))
     monkeypatch.setattr("library.memory.codecs.chunks.NUM_VALUES", 64 * 512)
     for key, part in CODECS[name].encode(weight).items():
         assert part.dtype == unchunked[key].dtype and torch.equal(

@@ -61,6 +61,16 @@ def test_slots_hold_the_requested_block_and_the_ones_that_follow(num_slots: int)
             assert ring.num_missed - before == (10 if num_slots == 1 else 0)
 
 
+def test_a_block_that_was_not_expected_takes_no_slot_of_the_one_that_computes() -> None:
+    """Its copy would wait for the computation."""
+    masters = [torch.full((8,), number, dtype=torch.uint8) for number in range(6)]
+    ring, other = (Ring(masters, HostStreams(2, 8, CPU)) for _ in range(2))
+    computing = ring.need(0)
+    assert ring.need(3) is not computing
+    other.need(3), other.need(0)
+    assert ring.digest != other.digest, "the order counts"
+
+
 def test_a_ring_of_another_size_changes_no_gradient() -> None:
     deep = DEEP["flux"]
     gradients = []

@@ -289,9 +289,10 @@ def test_under_autocast_output_is_bf16_and_gradients_are_float32(name: str, is_p
     adapter = decomposed(layer, 1292, Tucker if name == "3x3" else LowRank, is_per_output=is_per_output)
     x = torch.randn(shape)
     adapter.install()
-    exact = layer(x)
+    exact, scales = layer(x), adapter.change.scales()
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
+        assert torch.equal(adapter.change.scales(), scales), "norms are computed in float32"
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.08)
     y.float().sum().backward()

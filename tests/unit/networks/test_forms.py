@@ -170,6 +170,7 @@ def test_norms_use_the_learning_rate_of_their_block_and_rank_0_excludes_them() -
         "down.0.attention.norm": 1.0,
         "up.0.attention.norm": 2.0,
     }
+    assert not [path for path in (m.adapter.target.path for m in network.members) if path.startswith("mid")]
     network = create_network(1.0, 4, 2.0, None, text, unet, train_norm="1", block_dims="0,4,0,4")
     norm_paths = [m.adapter.target.path for m in network.members if isinstance(m.adapter.change, Norm)]
     assert norm_paths == ["down.0.attention.norm", "up.0.attention.norm"]

@@ -66,7 +66,7 @@ def test_concatenated_factors_multiply_to_the_sum() -> None:
 S = torch.tensor([8.0, 4.0, 2.0, 1.0])
 
 
-@pytest.mark.parametrize(("most", "rank"), [(1.5, 1), (2.5, 2), (4.1, 3), (100, 4), (8, 3)])
+@pytest.mark.parametrize(("most", "rank"), [(1.5, 1), (2.5, 2), (4.1, 3), (100, 4), (8, 3), (1, 1)])
 def test_ratio_keeps_values_above_the_largest_over_it(most: float, rank: int) -> None:
     assert rank_by_ratio(S, most) == rank
 

@@ -80,12 +80,18 @@ def test_weights_without_an_adapter_are_copied_bit_for_bit_in_their_dtype(tmp_pa
     assert metadata["note"] == "kept" and "modelspec.hash_sha256" not in metadata
 
 
-def test_save_precision_casts_every_tensor_of_a_checkpoint(tmp_path: Path, tiny_sd_file: Path) -> None:
-    adapter = write_adapter(tmp_path / "a.safetensors", tiny_sd_file, 73)
+def test_save_precision_casts_every_tensor_of_a_checkpoint_but_whole_numbers(
+    tmp_path: Path, tiny_sd_file: Path
+) -> None:
+    adapter, base = write_adapter(tmp_path / "a.safetensors", tiny_sd_file, 73), tmp_path / "base.safetensors"
+    positions = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
+    save_safetensors(base, {**load_state_dict(tiny_sd_file), **positions})
     out = tmp_path / "m.ckpt"
-    arguments = ("--sd_model", tiny_sd_file, "--models", adapter, "--save_to", out, "--save_precision", "bf16")
+    arguments = ("--sd_model", base, "--models", adapter, "--save_to", out, "--save_precision", "bf16")
     assert merge(*arguments) == 0
-    assert {tensor.dtype for tensor in load_state_dict(out).values() if tensor.is_floating_point()} == {torch.bfloat16}
+    before = load_state_dict(base)
+    dtypes = {(before[key].is_floating_point(), tensor.dtype) for key, tensor in load_state_dict(out).items()}
+    assert dtypes == {(True, torch.bfloat16), (False, torch.int64)}
 
 
 def test_namings_of_other_trainers_and_all_kinds_are_merged(tmp_path: Path, tiny_sd_file: Path) -> None:

@@ -105,6 +105,9 @@ def test_metadata_records_the_resize_and_hashes_match_the_new_file(tmp_path: Pat
     assert metadata["ss_training_comment"] == "resized from rank 4 to 2"
     assert (metadata["sshs_model_hash"], metadata["sshs_legacy_hash"]) == sshs_hashes(tensors, metadata)
     assert metadata["modelspec.title"] == "my cat"
+    write(model, 62, {f"{CLIP}.alpha": torch.tensor(1.0)})
+    assert main(["--model", str(model), "--save_to", str(out), *arguments]) == 0
+    assert (read_metadata(out)["ss_network_dim"], read_metadata(out)["ss_network_alpha"]) == ("2", "Dynamic")
 
 
 def test_tucker_cores_become_plain_kernels_and_dora_and_norms_are_kept(tmp_path: Path) -> None:

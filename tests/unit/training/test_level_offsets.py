@@ -57,8 +57,10 @@ def test_the_offset_shifts_the_logit_of_a_noise_level(model: str) -> None:
     assert torch.equal(moved.noise_BCHW, plain.noise_BCHW) and moved.sigmas_B[0] == plain.sigmas_B[0]
 
 
-def test_the_offset_shifts_levels_of_the_sigma_table_in_the_same_direction() -> None:
-    words = ["--weighting_scheme", "logit_normal", "--discrete_flow_shift", "1"]
+@pytest.mark.parametrize(
+    "words", [["--weighting_scheme", "logit_normal", "--discrete_flow_shift", "1"], ["--timestep_sampling", "logsnr"]]
+)
+def test_the_offset_shifts_other_levels_in_the_same_direction(words: list[str]) -> None:
     objective = objective_of("flux", words)
     plain, moved = noised(objective, [{}] * 3), noised(objective, [{"timestep_sampling": {"offset": 0.5}}] * 3)
     assert (moved.sigmas_B > plain.sigmas_B).all()

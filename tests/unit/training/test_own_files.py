@@ -45,6 +45,13 @@ def test_an_adapter_is_known_by_module_and_name(
     assert judge(tmp_path / "cat.safetensors", names_of(tmp_path, output_name).adapter_kind) == expected
 
 
+@pytest.mark.parametrize("extension", ["safetensors", "ckpt"])
+def test_a_file_that_cannot_be_read_is_not_ours(tmp_path: Path, extension: str) -> None:
+    path = tmp_path / f"cat.{extension}"
+    path.write_bytes(b"half a file")
+    assert judge(path, names_of(tmp_path).adapter_kind) == "foreign"
+
+
 def test_a_pickled_adapter_is_known_by_its_keys_or_its_mark(tmp_path: Path) -> None:
     kind, path = names_of(tmp_path).adapter_kind, tmp_path / "cat.ckpt"
     for tensors, mark, expected in (

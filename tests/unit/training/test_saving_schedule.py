@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.options.output.saving import SavingOptions
+from library.options.output.saving import SavingOptions, StateOptions
 from library.training.saving.checkpoints import save_dtype
 from library.training.saving.names import Names
 from library.training.saving.schedule import Schedule
@@ -40,6 +40,13 @@ def test_last_n_steps_is_a_distance_in_steps() -> None:
     """q - (q mod n) with q = s - k - 1: with n = 10 and k = 20 the files of the last 20 steps stay, and the newest."""
     s = schedule(save_every_n_steps=10, save_last_n_steps=20)
     assert [s.outdated_step(n) for n in (10, 20, 30, 40, 50)] == [None, None, None, 10, 20]
+
+
+def test_states_are_kept_for_their_own_number_of_steps_and_epochs() -> None:
+    s = schedule(save_every_n_steps=10, save_last_n_steps=20, save_every_n_epochs=1, save_last_n_epochs=3)
+    assert s.for_states(StateOptions()) == s
+    own = s.for_states(replace(StateOptions(), save_last_n_steps_state=40, save_last_n_epochs_state=2))
+    assert (own.outdated_step(50), own.outdated_epoch(5)) == (None, 3)
 
 
 def test_files_of_stops_are_deleted_by_steps_if_steps_are_saved_else_by_epochs() -> None:

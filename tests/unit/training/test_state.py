@@ -458,8 +458,9 @@ def begin(options: TrainOptions, plan: StepPlan, manifest: StateManifest | None)
 
 def test_a_run_with_nothing_left_is_refused_or_complete(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").touch()
-    with pytest.raises(ValueError, match="nothing is left to train; raise --max_train_steps"):
-        begin(options_with(tmp_path, resume="s"), PLAN, at_step(100, "step", "end"))
+    for named in (options_with(tmp_path, resume="s"), options_with(tmp_path, resume="s", autoresume=True)):
+        with pytest.raises(ValueError, match="nothing is left to train; raise --max_train_steps"):
+            begin(named, PLAN, at_step(100, "step", "end"))
     with pytest.raises(AlreadyComplete):
         begin(options_with(tmp_path, autoresume=True), PLAN, at_step(100, "end"))
     with pytest.raises(AlreadyComplete):
