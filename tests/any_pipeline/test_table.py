@@ -13,8 +13,8 @@ from library.architectures.any_pipeline.folder import list_arguments
 from library.architectures.any_pipeline.refusals import find_cause
 from library.architectures.any_pipeline.trees import format_path
 from tests.any_pipeline.published import MODELS, UNKNOWN
-from tests.any_pipeline.test_any_class import NOT_TRAINED, SHOWN, TRAINED
 from tests.any_pipeline.test_convention import measured
+from tests.any_pipeline.test_refusals import NOT_TRAINED, SHOWN, TRAINED
 from tests.running import ROOT
 from tests.tiny.more_pipelines import MORE
 from tests.tiny.pipelines import PIPELINES

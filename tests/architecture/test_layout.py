@@ -1,4 +1,4 @@
-"""Folders are layers: imports point down, and no two folders import each other, even indirectly."""
+"""Layers hold: imports point down and resolve, and files and functions stay short."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.architecture.sources import ROOT, python_files, source_of, text_of
+from tests.architecture.sources import ROOT, python_files, scripts, source_of, text_of
 
 PATHS = python_files("library", "networks")
 MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in PATHS}
@@ -224,3 +224,59 @@ def test_files_are_written_and_recognised_without_torch() -> None:
     modules = "library.base.atomic_files, library.checkpoints.headers, library.checkpoints.marks"
     command = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'safetensors' in sys.modules)"
     subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=True)
+
+
+# Every import of our modules resolves, also inside functions that no test calls, such as in benchmarks.
+
+OURS = ("library", "networks", "tools", "finetune", "tests", "benchmarks")
+MADE_UP = ("library.architectures.knots", "tests.made_up.knots")  # where a test copies a package to, and its source
+
+
+def file_of(module: str) -> Path | None:
+    """Return the source of one of our modules."""
+    path = Path(*module.replace(*MADE_UP).split("."))
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if (ROOT / p).is_file()), None)
+
+
+def missing_in(path: Path) -> list[str]:
+    """Return the names that a file imports from our modules and that do not exist."""
+    missing = []
+    for module, names in source_of(path).imports:
+        if module.split(".")[0] in OURS:
+            source = file_of(module)
+            there = source_of(source).defined if source is not None else frozenset()
+            missing += [f"{module}.{name}" for name in names if name not in there and not file_of(f"{module}.{name}")]
+    return missing
+
+
+def test_imports_of_our_modules_resolve() -> None:
+    unresolved = {path.as_posix(): missing_in(path) for path in (*python_files(*OURS), *scripts())}
+    assert {path: missing for path, missing in unresolved.items() if missing} == {}
+
+
+# No file is too long to read at once, and no function has too many branches.
+
+MOST_LINES, MOST_BRANCHES = 500, 20
+# Functions that have more, with their number. None may be added.
+MORE_BRANCHES = {
+    ("tools/check_lora_weights.py", "judge"): 21,
+    ("tools/merge_adapters.py", "make_metadata"): 22,
+    ("tools/merge_adapters.py", "merge_adapters"): 22,
+}
+
+SOURCES = [*python_files("library", "networks", "tools", "benchmarks"), *scripts()]
+
+
+def test_files_have_at_most_500_lines() -> None:
+    long = {str(path): count for path in SOURCES if (count := text_of(path).count("\n")) > MOST_LINES}
+    assert not long, "split them by topic"
+
+
+def test_functions_have_at_most_20_branches() -> None:
+    over = {
+        f"{path}: {name} has {count}"
+        for path in SOURCES
+        for name, count, _ in source_of(path).functions
+        if count > MORE_BRANCHES.get((path.as_posix(), name), MOST_BRANCHES)
+    }
+    assert not over

@@ -18,7 +18,7 @@ from transformers import Qwen3Config, Qwen3Model
 
 from library.architectures.anima.model import Anima, read_config
 from tests.contracts.full_size import view_for_networks
-from tests.contracts.test_lora_keys_anima import QWEN3
+from tests.contracts.test_lora_keys import QWEN3
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,9 @@ from library.base.errors import UserError
 from library.checkpoints.files import load_state_dict
 from library.checkpoints.headers import read_metadata
 from networks.core.protocol import AdoptedNetwork, adopt, open_network_module
-from tests.parity.test_lora_merge import tiny_clip, tiny_unet
+from tests.contracts.full_size import facts, view_for_networks
+from tests.parity.test_dit_lora import tiny_clip, tiny_unet
+from tests.tiers import first_is_fast
 from tests.tolerances import FLOAT32_DEEP
 
 pytest.importorskip("lycoris")
@@ -109,3 +111,25 @@ def test_a_rank_that_does_not_fit_the_model_is_a_user_error(models: Any) -> None
     module = open_network_module("lycoris.kohya")
     with pytest.raises(UserError, match=r"lycoris\.kohya cannot make a network .*check --network_dim"):
         module.create_network(1.0, 4, 1.0, None, *viewed, algo="boft", preset="full", conv_dim="1")  # type: ignore[arg-type]
+
+
+# LyCORIS finds the layers of Stable Diffusion 2.1 and XL in our views, at full size, and names them as files do.
+
+kohya = pytest.importorskip("lycoris.kohya")
+
+
+@pytest.mark.parametrize("model", first_is_fast(["sd21", "sdxl"]))
+def test_its_modules_have_the_names_of_a_plain_lora(model: str) -> None:
+    with torch.device("meta"):
+        network = kohya.create_network(1.0, 4, 1, None, *view_for_networks(model), algo="lora", preset="attn-mlp")
+    wanted = {key.partition(".")[0] for key in facts(f"lora_keys_{model}")["networks.lora"]["default"]}
+    assert {module.lora_name for module in network.loras} == wanted
+
+
+def test_its_default_preset_fits() -> None:
+    """LyCORIS 4 lists the timestep embedding layers and their diffusers class."""
+    with torch.device("meta"):
+        network = kohya.create_network(1.0, 4, 1, None, *view_for_networks("sd21"), algo="lora", conv_dim="4")
+    names = [module.lora_name.removeprefix("lora_unet_") for module in network.loras]
+    assert {"conv_in", "conv_out", "time_embedding_linear_1", "time_embedding_linear_2"} <= set(names)
+    assert len(names) == len(set(names))

@@ -1,17 +1,27 @@
-"""--dry_run, and runs that run out of memory."""
+"""Runs that train nothing: --dry_run, --audit_only, and what is checked before anything is read."""
 
+import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from jsonschema import Draft202012Validator
+from PIL import Image
 from schedulefree import AdamWScheduleFree
+from torch import Tensor
 
+from library.checkpoints.weights import Weights
 from library.data.caching import latents
 from library.data.sources.folders import image_index
+from library.training.command_line import audit_only as module
 from library.training.loop import loop
-from tests.running import Finished, make_images
+from library.training.report_page.page import read_data
+from library.training.reporting.events import Event
+from tests.running import ROOT, SCRIPTS, Finished, make_images
+from tests.tiny.bases import BASES
 
 Train = Callable[..., Finished]
 
@@ -111,3 +121,174 @@ def test_running_out_of_memory_while_caching_is_explained(
     assert done.status == 1 and "Traceback" not in done.stderr
     assert "out of memory while loading the models and caching" in done.stderr
     assert "--vae_batch_size 1" in done.stderr
+
+
+# --audit_only inspects every image without loading a base model.
+
+
+@pytest.mark.parametrize("script", ["train_network", "flux_train_network"])
+def test_findings_are_logged_and_shown_in_the_report(
+    train: Train, tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert script in SCRIPTS
+    folder = make_images(tmp_path / "data" / "1_<b>thing", 4, side=96, seed=12)
+    Image.new("RGB", (96, 96), (9, 90, 9)).save(folder / "green.png")
+    with Image.open(folder / "01.png") as image:
+        image.resize((80, 80)).save(folder / "copy.jpg", quality=60)
+    logged: list[Event] = []
+    monkeypatch.setattr(
+        module, "collect_events", lambda events, make=module.collect_events: logged.extend(events) or make(events)
+    )
+    arguments = ["--train_data_dir", str(tmp_path / "data"), "--resolution", "64", "--caption_extension", ".txt"]
+    done = train([*arguments, "--audit_only", "--output_dir", str(tmp_path / "out"), "--output_name", "cat"], script)
+    assert done.status == 0, done.stderr
+    assert "1 image of a single colour" in done.stderr
+    assert "2 images near-duplicated" in done.stderr and "copy.jpg (group 1)" in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["cat-audit.html"]
+    page = (tmp_path / "out" / "cat-audit.html").read_text(encoding="utf-8")
+    findings = read_data(page)["findings"]
+    assert [finding["num_pictures"] for finding in findings][:2] == [1, 2]
+    assert all(
+        p["thumbnail"].startswith("data:image/webp;base64,") for finding in findings for p in finding["pictures"]
+    )
+    schema = Draft202012Validator(json.loads((ROOT / "docs" / "events.schema.json").read_text(encoding="utf-8")))
+    for event in logged:
+        schema.validate(json.loads(json.dumps(module.plain(event.as_line(1.0)))))
+
+
+def test_file_formats_crops_and_all_warnings_are_on_the_page(train: Train, tmp_path: Path) -> None:
+    folder, rng = make_images(tmp_path / "data" / "1_cat", 3, side=96, seed=13), random.Random(14)
+
+    def noise(mode: str, size: tuple[int, int]) -> Image.Image:
+        return Image.frombytes(mode, size, rng.randbytes(size[0] * size[1] * len(mode)))
+
+    noise("CMYK", (96, 96)).save(folder / "print.jpg")
+    noise("RGBA", (96, 96)).save(folder / "logo.png")
+    first, *rest = [noise("RGB", (96, 96)).quantize() for _ in range(3)]
+    first.save(folder / "dance.webp", save_all=True, append_images=rest)
+    noise("RGB", (400, 64)).save(folder / "wide.png")
+    (folder / "scan.tiff").write_bytes(b"x")
+    out = tmp_path / "out"
+    config = tmp_path / "data.toml"
+    subset = f"[[datasets.subsets]]\nimage_dir = '{folder.as_posix()}'\ncaption_extension = '.txt'\n"
+    config.write_text("".join(f"[[datasets]]\nresolution = {side}\n{subset}" for side in (64, 96)))
+    done = train(["--dataset_config", str(config), "--audit_only", "--output_dir", str(out), "--output_name", "cat"])
+    assert done.status == 0, done.stderr
+    data = read_data((out / "cat-audit.html").read_text(encoding="utf-8"))
+    findings = {finding["text"].partition(" ")[2][:24]: finding["pictures"] for finding in data["findings"]}
+    file_names = {text: [Path(image["file"]).name for image in images] for text, images in findings.items()}
+    assert file_names["image animated; only the"] == ["dance.webp"]
+    assert file_names["image partly transparent"] == ["logo.png"] and file_names["image in CMYK, whose col"] == [
+        "print.jpg"
+    ]
+    assert file_names["image of which a third o"] == ["wide.png"]
+    warnings = [finding["text"] for finding in data["warnings"]]
+    assert any("unsupported extensions" in text and text.endswith("scan.tiff") for text in warnings)
+    assert sum("without a caption file" in text for text in warnings) == 1, "said once for both sizes"
+    masked = config.read_text().replace("caption_extension", "alpha_mask = true\ncaption_extension")
+    config.write_text(masked)
+    assert "partly transparent" not in train(["--dataset_config", str(config), "--audit_only"]).stderr
+
+
+def test_nothing_is_written_without_an_output_path_and_good_images_are_reported_as_fine(
+    train: Train, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "inspect", lambda *samples, has_alpha: [])
+    before = sorted(images.rglob("*"))
+    done = train(["--train_data_dir", str(images), "--resolution", "64", "--caption_extension", ".txt", "--audit_only"])
+    assert done.status == 0 and "no problems found in the images" in done.stderr
+    assert sorted(images.rglob("*")) == before
+
+
+def test_options_that_a_dataset_file_overrides_are_warned_of(train: Train, tmp_path: Path) -> None:
+    images = make_images(tmp_path / "images", 2)
+    file = tmp_path / "data.toml"
+    file.write_text(
+        f"[[datasets]]\nresolution = 64\nbatch_size = 4\n[[datasets.subsets]]\nimage_dir = '{images.as_posix()}'\n"
+    )
+    done = train(
+        ["--dataset_config", str(file), "--resolution", "128", "--train_batch_size", "2", "--audit_only"],
+        "train_network",
+    )
+    assert done.status == 0, done.stderr
+    assert f"--resolution 128 has no effect: {file} sets resolution = 64; change it there" in done.stderr
+    assert f"--train_batch_size 2 has no effect: {file} sets batch_size = 4; change it there" in done.stderr
+
+
+def test_an_option_typed_with_its_default_is_warned_of_too(train: Train, tmp_path: Path) -> None:
+    images = make_images(tmp_path / "images", 2)
+    text = "[[datasets]]\nresolution = 64\nbatch_size = 4\n[[datasets.subsets]]\n"
+    (tmp_path / "data.toml").write_text(f"{text}image_dir = '{images.as_posix()}'\n")
+    words = ["--dataset_config", str(tmp_path / "data.toml"), "--audit_only"]
+    line = f"--train_batch_size 1 has no effect: {tmp_path / 'data.toml'} sets batch_size = 4; change it there"
+    for typed in (["--train_batch_size", "1"], ["--train_batch_size=1"]):
+        assert train([*words, *typed], "train_network").stderr.count(line) == 1
+    assert "has no effect" not in train(words, "train_network").stderr
+    (tmp_path / "data.toml").write_text("datasets = 3")
+    assert "must be an array of tables" in train([*words, "--train_batch_size", "1"], "train_network").stderr
+
+
+# Errors that would end a run later are found before anything is read or encoded.
+
+TYPOS = [
+    (["--network_args", "conv_dimm=4"], "conv_dimm"),
+    (["--network_args", "block_dims=4,4"], "block_dims"),
+    (["--network_module", "networks.lorra"], "did you mean networks.lora?"),
+    (["--network_module", "lycoriss.kohya"], "lycoriss"),
+    (["--optimizer_type", "AdamWW"], "AdamWW"),
+    (["--optimizer_args", "betass=0.9,0.99"], "betass"),
+    (["--lr_scheduler", "cosin"], "cosin"),
+    (["--lr_scheduler_type", "StepLR", "--lr_scheduler_args", "step_sizes=2"], "step_sizes"),
+    (["--learning_rate", "0"], "nothing would be trained"),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), TYPOS, ids=lambda value: str(value))
+def test_a_typo_ends_the_run_before_caching(
+    train: Train, base_arguments: list[str], images: Path, words: list[str], named: str
+) -> None:
+    done = train([*base_arguments, "--cache_latents_to_disk", *words])
+    assert done.status == 1 and named in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(images.rglob("*.npz"))
+
+
+def test_a_misspelled_network_module_is_named_before_model_and_images_are_opened(
+    train: Train, base_arguments: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "none").touch()
+    (tmp_path / "neither").mkdir()
+    words = ["--pretrained_model_name_or_path", str(tmp_path / "none"), "--train_data_dir", str(tmp_path / "neither")]
+    done = train([*base_arguments, *words, "--network_module", "networks.lroa"])
+    assert done.status == 1
+    assert "--network_module networks.lroa: there is no such module; did you mean networks.lora?" in done.stderr
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_adapter_of_every_base_model_is_rehearsed_without_reading_weights(
+    train: Train, tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_images(tmp_path / "data" / "1_a", 2, seed=71)
+    model = BASES[base].build(tmp_path / "model")
+    command = [
+        *model, "--train_data_dir", str(tmp_path / "data"), "--caption_extension", ".txt", "--resolution", "64",
+        "--output_dir", str(tmp_path / "out"), "--network_module", BASES[base].module, "--network_dim", "4",
+        "--max_train_steps", "1", "--max_data_loader_n_workers", "0",
+    ]  # fmt: skip
+    created: list[Weights] = []
+    honest = Weights.__init__
+
+    def watched(weights: Weights, origin: str, shapes: object, read: Callable[[str], Tensor], **more: object) -> None:
+        def without_memory(name: str) -> Tensor:
+            tensor = read(name)
+            assert tensor.is_meta, f"{name} of {origin} was read"
+            return tensor
+
+        honest(weights, origin, shapes, without_memory, **more)  # type: ignore[arg-type]
+        created.append(weights)
+
+    monkeypatch.setattr(Weights, "__init__", watched)
+    assert BASES[base].script in SCRIPTS
+    done = train([*command, "--network_args", "no_such_argument=1"], script=BASES[base].script)
+    assert done.status == 1 and "no_such_argument" in done.stderr and created, done.stderr
+    assert "was read" not in done.stderr

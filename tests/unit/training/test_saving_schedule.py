@@ -1,13 +1,22 @@
-"""The checkpoint schedule: which files are written and which are deleted."""
+"""When a run saves and ends: schedule, signals, and the digest of a finished run."""
 
-from dataclasses import replace
+import os
+import signal
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from library.options.base import Options, group, option
 from library.options.output.saving import SavingOptions
+from library.options.train import TrainOptions
+from library.training.failures import interruption as module
+from library.training.failures.interruption import Interruption, list_stop_signals
 from library.training.saving.checkpoints import save_dtype
+from library.training.saving.finished import digest_run
 from library.training.saving.names import Names
 from library.training.saving.schedule import Schedule
 
@@ -87,3 +96,70 @@ def test_an_unknown_precision_in_a_config_file_is_named() -> None:
     assert save_dtype(None) is None
     with pytest.raises(ValueError, match="--save_precision is fp8"):
         save_dtype("fp8")
+
+
+# The digest by which a finished run is recognised.
+
+DATA: Any = SimpleNamespace(identity={"images": "abc"})
+
+
+@dataclass(frozen=True)
+class LaterOptions(Options):
+    """What a later release adds."""
+
+    something_new: float = option(0.5, help="Has an effect.")
+
+
+@dataclass(frozen=True)
+class LaterTrainOptions(TrainOptions):
+    later: LaterOptions = group(LaterOptions)
+
+
+def test_a_release_with_one_more_option_recognises_the_runs_of_this_one() -> None:
+    assert digest_run(LaterTrainOptions(), DATA, 1) == digest_run(TrainOptions(), DATA, 1)
+    used = LaterTrainOptions(later=LaterOptions(something_new=0.25))
+    assert digest_run(used, DATA, 1) != digest_run(TrainOptions(), DATA, 1)
+
+
+def test_options_seed_and_data_change_the_digest() -> None:
+    options = TrainOptions()
+    other = replace(options, optimizer=replace(options.optimizer, learning_rate=3e-5))
+    elsewhere = replace(options, saving=replace(options.saving, output_name="other"))
+    digest = digest_run(options, DATA, 1)
+    assert digest_run(elsewhere, DATA, 1) == digest
+    changed = [
+        digest_run(other, DATA, 1),
+        digest_run(options, DATA, 2),
+        digest_run(options, SimpleNamespace(identity={"images": "abd"}), 1),
+    ]
+    assert digest not in changed and len(set(changed)) == 3
+
+
+# The signals that a run answers by saving, on each system.
+
+POSIX = {"SIGINT": 2, "SIGTERM": 15, "SIGHUP": 1, "SIGKILL": 9}
+WINDOWS = {"SIGINT": 2, "SIGTERM": 15, "SIGBREAK": 21, "CTRL_BREAK_EVENT": 1}
+
+
+def test_each_system_has_its_signals() -> None:
+    assert list_stop_signals(POSIX) == (2, 15, 1)
+    assert list_stop_signals(WINDOWS) == (2, 15, 21)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGUSR1 stands for SIGBREAK")
+def test_ctrl_break_saves_as_ctrl_c_does(
+    fresh_process: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Windows sends it to one process group, such as that of a job in a queue."""
+    former = signal.getsignal(signal.SIGUSR1)
+    monkeypatch.setattr(module, "HANGUP", None)
+    monkeypatch.setattr(module, "STOP_SIGNALS", list_stop_signals({**WINDOWS, "SIGBREAK": signal.SIGUSR1}))
+    interruption = Interruption()
+    interruption.install()
+    interruption.defer()
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+    assert interruption.is_requested and interruption.exit_status == 128 + signal.SIGUSR1
+    assert "received: finishing this step and saving" in caplog.text
