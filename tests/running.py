@@ -47,6 +47,11 @@ class Finished:
     stdout: str
     stderr: str
 
+    def ok(self) -> "Finished":
+        """Return this result; raise AssertionError with the log unless the run succeeded."""
+        assert self.status == 0, self.stderr
+        return self
+
     @property
     def losses(self) -> list[float]:
         """The average loss after every step, with three digits, as the progress bar shows it.

@@ -345,8 +345,7 @@ def test_a_class_that_the_rule_builds_is_trained_and_draws(
     build_published(find_model(name), name).save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("a red bird --w 64 --h 64 --s 3 --l 2.5 --n blurred\n")
     words = ("--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "2")
-    done = train(arguments(tmp_path / "model", tmp_path, *words), script=SCRIPT)
-    assert done.status == 0, done.stderr
+    done = train(arguments(tmp_path / "model", tmp_path, *words), script=SCRIPT).ok()
     assert "failed, training continues" not in done.stderr, done.stderr
     trained = weights(tmp_path / "out" / "mine.safetensors")
     assert trained and all(tensor.isfinite().all() for tensor in trained.values())
@@ -430,8 +429,7 @@ def refusal(model: Path, mark: Path) -> str:
 def test_a_folder_full_of_python_files_trains_and_runs_none(
     model: Path, mark: Path, tmp_path: Path, train: Train
 ) -> None:
-    done = train(arguments(model, tmp_path), script=SCRIPT)
-    assert done.status == 0, done.stderr
+    train(arguments(model, tmp_path), script=SCRIPT).ok()
     assert not mark.exists() and refusal(model, mark) == ""
 
 
@@ -514,8 +512,7 @@ def test_code_that_is_trusted_trains_and_is_named(
     path.with_name(f"own_{part}.py").write_text("NAME = 'own'\n")
     change_json(model / "model_index.json", **{key: [file, f"Own{part}"]})
     assert "add --trust_remote_code" in refusal(model, mark)
-    done = train(arguments(model, tmp_path, "--trust_remote_code"), script=SCRIPT)
-    assert done.status == 0, done.stderr
+    done = train(arguments(model, tmp_path, "--trust_remote_code"), script=SCRIPT).ok()
     assert mark.exists()
     for ran in (path, path.with_name(f"own_{part}.py")):
         assert f"--trust_remote_code runs {ran}, which has all rights that you have" in done.stderr

@@ -31,8 +31,7 @@ def metadata(path: Path) -> dict[str, str]:
 def test_a_plain_run_writes_these_94_keys(
     train: Train, base_arguments: list[str], tmp_path: Path, tiny_sd_file: Path
 ) -> None:
-    done = train([*base_arguments, "--pretrained_model_name_or_path", str(tiny_sd_file), "--network_alpha", "2"])
-    assert done.status == 0, done.stderr
+    train([*base_arguments, "--pretrained_model_name_or_path", str(tiny_sd_file), "--network_alpha", "2"]).ok()
     actual = metadata(tmp_path / "out" / "mine.safetensors")
     assert set(actual) == {*ALWAYS, *FOLDER_ONLY}
     assert len(actual) == 94
@@ -69,8 +68,7 @@ def test_a_dataset_file_is_described_in_full(train: Train, base_arguments: list[
         "[general]\ncaption_extension = '.txt'\n[[datasets]]\nresolution = 64\nbatch_size = 2\n"
         f"[[datasets.subsets]]\nimage_dir = '{folder.as_posix()}'\nnum_repeats = 3\nkeep_tokens = 1\n"
     )
-    done = train([*base_arguments, "--dataset_config", str(config), "--network_args", "rank_dropout=0"])
-    assert done.status == 0, done.stderr
+    train([*base_arguments, "--dataset_config", str(config), "--network_args", "rank_dropout=0"]).ok()
     actual = metadata(tmp_path / "out" / "mine.safetensors")
     assert not set(FOLDER_ONLY) & set(actual)
     (dataset,) = json.loads(actual["ss_datasets"])
@@ -93,8 +91,7 @@ def test_the_resolution_of_the_model_spec_is_the_largest_of_the_datasets(
     config.write_text(
         "[general]\nbatch_size = 1\n" + "".join(f"[[datasets]]\nresolution = {s}\n{subsets}" for s in sizes)
     )
-    done = train([*base_arguments, "--dataset_config", str(config), "--max_train_steps", "1"])
-    assert done.status == 0, done.stderr
+    train([*base_arguments, "--dataset_config", str(config), "--max_train_steps", "1"]).ok()
     assert metadata(tmp_path / "out" / "mine.safetensors")["modelspec.resolution"] == "128x64"
 
 

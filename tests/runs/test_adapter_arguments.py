@@ -42,8 +42,7 @@ def without_suffix(weights: dict[str, Tensor], leaf: str) -> dict[str, Tensor]:
 def test_the_documented_full_example_trains_and_loads_in_diffusers(
     train: Train, base_arguments: list[str], tiny_sd_folder: Path, tmp_path: Path
 ) -> None:
-    done = train([*base_arguments, *PAGE_OPTIONS, "--network_args", *PAGE_ARGUMENTS])
-    assert done.status == 0, done.stderr
+    done = train([*base_arguments, *PAGE_OPTIONS, "--network_args", *PAGE_ARGUMENTS]).ok()
     weights = load_saved(tmp_path)
     assert weight_suffixes(weights) == {"alpha", "dora_scale", "lora_down.weight", "lora_up.weight"}
     assert all(tensor.isfinite().all() for tensor in weights.values())
@@ -67,8 +66,7 @@ def test_norms_stay_within_the_limit_and_are_shown_in_the_progress_bar(
     train: Train, base_arguments: list[str], tmp_path: Path, module: str
 ) -> None:
     limit = ["--scale_weight_norms", "0.02", "--learning_rate", "0.05", "--logging_dir", str(tmp_path / "logs")]
-    done = train([*base_arguments, "--network_module", module, *limit])
-    assert done.status == 0, done.stderr
+    done = train([*base_arguments, "--network_module", module, *limit]).ok()
     weights = load_saved(tmp_path)
     names = {key.partition(".")[0] for key in weights}
     norms = []
@@ -101,8 +99,7 @@ def test_a_module_that_cannot_limit_norms_trains_with_a_warning(
     (tmp_path / "adapter_without_limit.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
     options = ["--network_module", "adapter_without_limit", "--scale_weight_norms", "0.01"]
-    done = train([*base_arguments, *options])
-    assert done.status == 0, done.stderr
+    done = train([*base_arguments, *options]).ok()
     assert "--scale_weight_norms has no effect: the network of adapter_without_limit has no" in done.stderr
     assert "Keys Scaled" not in done.stderr
 
@@ -120,8 +117,7 @@ def path_of(tmp_path: Path, name: str) -> Path:
 def test_every_rank_extracted_from_a_trained_file_trains_and_merges(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
-    done = train([*base_arguments, *DYLORA, "--network_args", "dyloRA=4", *CONV])
-    assert done.status == 0, done.stderr
+    train([*base_arguments, *DYLORA, "--network_args", "dyloRA=4", *CONV]).ok()
     trained_path = path_of(tmp_path, "mine")
     assert extract(["--model", str(trained_path), "--save_to", str(trained_path)]) == 0  # the unit is in the metadata
     assert sorted(p.stem for p in trained_path.parent.iterdir()) == ["mine", "mine-0004", "mine-0008"]
@@ -138,11 +134,9 @@ def test_every_rank_extracted_from_a_trained_file_trains_and_merges(
 
     cut = str(path_of(tmp_path, "mine-0004"))
     options = [*base_arguments, "--max_train_steps", "1"]
-    goes_on = train([*options, "--output_name", "on", "--network_weights", cut, "--dim_from_weights"])
-    assert goes_on.status == 0, goes_on.stderr
+    train([*options, "--output_name", "on", "--network_weights", cut, "--dim_from_weights"]).ok()
     assert {key: w.shape for key, w in load_saved(tmp_path, "on").items()} == {key: w.shape for key, w in half.items()}
-    merged = train([*options, *DYLORA, "--output_name", "merged", "--base_weights", str(trained_path)])
-    assert merged.status == 0, merged.stderr
+    train([*options, *DYLORA, "--output_name", "merged", "--base_weights", str(trained_path)]).ok()
 
 
 def test_training_continues_from_a_dylora_file_with_its_unit(
@@ -152,11 +146,9 @@ def test_training_continues_from_a_dylora_file_with_its_unit(
     train([*first, "--network_args", "unit=2"])
     file = ["--network_weights", str(path_of(tmp_path, "first")), "--network_module", "networks.dylora"]
     more = ["--output_name", "more", "--max_train_steps", "3"]
-    by_dim = train([*base_arguments, *DYLORA, *file, *more, "--network_args", "unit=2"])
-    assert by_dim.status == 0, by_dim.stderr
+    train([*base_arguments, *DYLORA, *file, *more, "--network_args", "unit=2"]).ok()
     expected = load_saved(tmp_path, "more")
-    by_file = train([*base_arguments, *file, *more, "--dim_from_weights", "--network_args", "unit=2"])
-    assert by_file.status == 0, by_file.stderr
+    train([*base_arguments, *file, *more, "--dim_from_weights", "--network_args", "unit=2"]).ok()
     assert all(torch.equal(weight, expected[key]) for key, weight in load_saved(tmp_path, "more").items())
 
 
@@ -177,10 +169,9 @@ def test_all_batches_of_an_accumulation_window_use_the_rank_of_their_step(
         "    return network\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    done = train(
+    train(
         [*base_arguments, *DYLORA, "--network_module", "recording_network", "--gradient_accumulation_steps", "4"]
-    )
-    assert done.status == 0, done.stderr
+    ).ok()
     calls = importlib.import_module("recording_network").calls
     del sys.modules["recording_network"]
     assert [(seed, step) for seed, step, _ in calls] == [(5, s) for s in (0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3)]
@@ -214,8 +205,7 @@ def test_tlora_receives_noise_levels_in_training_and_validation_but_not_in_previ
     monkeypatch.syspath_prepend(str(tmp_path))
     measuring = ["--validation_split", "0.5", "--validate_every_n_steps", "2", "--max_validation_steps", "1"]
     drawing = ["--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "2"]
-    done = train([*base_arguments, "--network_module", "recording_levels", *measuring, *drawing])
-    assert done.status == 0, done.stderr
+    train([*base_arguments, "--network_module", "recording_levels", *measuring, *drawing]).ok()
     levels = importlib.import_module("recording_levels").levels
     del sys.modules["recording_levels"]
     trained = [values for is_training, values in levels if is_training and values is not None]
@@ -231,19 +221,16 @@ def test_a_pissa_run_on_an_8_bit_base_resumes_bit_for_bit_and_continues_from_its
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
     arguments = [*base_arguments, "--base_format", "int8", "--network_args", "init=pissa", "rank_dropout=0.2"]
-    uninterrupted = train([*arguments, "--save_state", "--save_every_n_steps", "2"])
-    assert uninterrupted.status == 0, uninterrupted.stderr
+    train([*arguments, "--save_state", "--save_every_n_steps", "2"]).ok()
     expected = load_saved(tmp_path, "mine")
     state = str(tmp_path / "out" / "mine-step00000002-state")
-    resumed = train([*arguments, "--resume", state, "--output_name", "resumed"])
-    assert resumed.status == 0, resumed.stderr
+    train([*arguments, "--resume", state, "--output_name", "resumed"]).ok()
     actual = load_saved(tmp_path, "resumed")
     assert all(torch.equal(actual[key], weight) for key, weight in expected.items())
     assert {w.shape[0] for key, w in actual.items() if key.endswith("lora_down.weight")} == {8}
 
     more = ["--network_weights", str(path_of(tmp_path, "mine")), "--max_train_steps", "1", "--learning_rate", "0"]
-    still = train([*arguments, *more, "--unet_lr", "1e-9", "--output_name", "still"])
-    assert still.status == 0, still.stderr
+    train([*arguments, *more, "--unet_lr", "1e-9", "--output_name", "still"]).ok()
     for key, weight in load_saved(tmp_path, "still").items():
         torch.testing.assert_close(weight, expected[key], rtol=1e-6, atol=1e-6)  # one rounding of a sum in the file
 
@@ -252,13 +239,11 @@ def test_files_hold_the_averaged_weights_unless_the_trained_ones_are_requested(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
     """Compare with the average of the weights of each step, saved by a run without averaging."""
-    done = train([*base_arguments, "--save_every_n_steps", "1", "--learning_rate", "0.05"])
-    assert done.status == 0, done.stderr
+    train([*base_arguments, "--save_every_n_steps", "1", "--learning_rate", "0.05"]).ok()
     steps = [load_saved(tmp_path, f"mine-step{step:08d}") for step in (1, 2, 3)] + [load_saved(tmp_path, "mine")]
     arguments = [*base_arguments, "--learning_rate", "0.05", "--ema_decay", "0.3"]
     for name, more in (("average", []), ("trained", ["--ema_used_for", "previews"])):
-        done = train([*arguments, "--output_name", name, *more])
-        assert done.status == 0, done.stderr
+        train([*arguments, "--output_name", name, *more]).ok()
     average, trained = load_saved(tmp_path, "average"), load_saved(tmp_path, "trained")
     for key, weight in steps[-1].items():
         assert torch.equal(trained[key], weight)
@@ -280,19 +265,16 @@ def test_a_bf16_adapter_with_stochastic_rounding_learns_and_resumes_bit_for_bit(
     """At this learning rate plain bf16 changes few of the randomly initialised weights."""
     arguments = [*base_arguments, "--mixed_precision", "bf16", "--full_bf16", "--learning_rate", "1e-5"]
     words = [*arguments, "--stochastic_rounding", "--optimizer_type", "Muon", "--network_args", *CONV]
-    done = train([*words, "--save_state", "--save_every_n_steps", "2"])
-    assert done.status == 0, done.stderr
+    done = train([*words, "--save_state", "--save_every_n_steps", "2"]).ok()
     assert "AdamW moves the others" in done.stderr
     expected, early = load_saved(tmp_path, "mine"), load_saved(tmp_path, "mine-step00000002")
     state = str(tmp_path / "out" / "mine-step00000002-state")
-    resumed = train([*words, "--resume", state, "--output_name", "resumed"])
-    assert resumed.status == 0, resumed.stderr
+    train([*words, "--resume", state, "--output_name", "resumed"]).ok()
     assert all(torch.equal(weight, expected[key]) for key, weight in load_saved(tmp_path, "resumed").items())
     assert {w.dtype for key, w in expected.items() if "lora" in key.partition(".")[2]} == {torch.bfloat16}
     moved = [float((expected[k] != early[k]).float().mean()) for k in expected if k.endswith("lora_down.weight")]
     assert sum(moved) / len(moved) > 0.002
-    plain = train([*arguments, "--network_args", *CONV, "--output_name", "plain", "--optimizer_type", "Muon"])
-    assert plain.status == 0, plain.stderr
+    train([*arguments, "--network_args", *CONV, "--output_name", "plain", "--optimizer_type", "Muon"]).ok()
 
 
 # Third-party network modules that train the base model's norms on the CPU.
@@ -342,8 +324,7 @@ def size_in(text: str) -> float:
 def test_the_last_line_and_the_tool_agree(
     train: Train, base_arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
-    done = train([*base_arguments, "--network_train_unet_only", *options])
-    assert done.status == 0, done.stderr
+    done = train([*base_arguments, "--network_train_unet_only", *options]).ok()
     base = base_arguments[base_arguments.index("--pretrained_model_name_or_path") + 1]
     file = str(tmp_path / "out" / "mine.safetensors")
     assert main([file, "--base_model", base]) == 0
@@ -361,8 +342,7 @@ def test_a_word_of_all_prompts_that_no_caption_has_is_warned_of(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a zxqcat on grass --w 64 --h 64 --s 1\na sitting zxqcat --w 64 --h 64 --s 1\n")
     arguments = [*base_arguments, "--max_train_steps", "1", "--sample_prompts", str(prompts), "--sample_at_first"]
-    done = train([*arguments, "--network_dim", "32"])
-    assert done.status == 0, done.stderr
+    done = train([*arguments, "--network_dim", "32"]).ok()
     assert "--sample_prompts: every prompt has 'zxqcat', and no caption, caption_prefix or class_tokens" in done.stderr
     assert "--network_alpha is 1 (its default), so the adapter of --network_dim 32 acts at 1/32" in done.stderr
     prompts.write_text(prompts.read_text().replace("zxqcat", "cat"))

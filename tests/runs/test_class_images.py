@@ -54,8 +54,7 @@ def test_the_images_are_drawn_once_and_training_with_kept_ones_is_equal(
     base = BASES[name]
     model = base.build(tmp_path / "model")
     describe(tmp_path, 3)
-    first = train(arguments(tmp_path, model, base.module), script=base.script)
-    assert first.status == 0, first.stderr
+    first = train(arguments(tmp_path, model, base.module), script=base.script).ok()
     assert "3 regularisation images are drawn" in first.stderr
     images = drawn(tmp_path)
     assert list(images) == ["00001.png", "00002.png", "00003.png"]
@@ -153,8 +152,7 @@ def test_padding_to_a_multiple_changes_no_result(
     for step in (1, text_files.TOKEN_STEP):
         monkeypatch.setattr(text_files, "TOKEN_STEP", step)
         words = [*model, *small_run(images, tmp_path, base.module, "2"), "--output_name", f"of_{step}"]
-        done = train([*words, "--mixed_precision", "no", "--optimizer_type", "SGD"], script=base.script)
-        assert done.status == 0, done.stderr
+        done = train([*words, "--mixed_precision", "no", "--optimizer_type", "SGD"], script=base.script).ok()
         shows_two = "inputs had 2 shapes in an epoch" in done.stderr
         assert shows_two == (step == 1) or (name != "krea2" and not shows_two), done.stderr
     files = [load_state_dict(tmp_path / "out" / f"of_{step}.safetensors") for step in (1, 64)]
@@ -182,13 +180,11 @@ def test_training_uses_masks_and_a_resumed_run_equals_the_uninterrupted_one(
 ) -> None:
     """Validation losses agree too at each step with equal weights."""
     masked = ["--validation_split", "0.34", "--validate_every_n_steps", "2"]
-    uninterrupted = train([*inpainting, *masked, "--max_train_steps", "4", "--output_name", "whole"])
-    assert uninterrupted.status == 0, uninterrupted.stderr
+    uninterrupted = train([*inpainting, *masked, "--max_train_steps", "4", "--output_name", "whole"]).ok()
     half = ["--save_every_n_steps", "2", "--save_state", "--max_train_steps", "4", "--output_name", "half"]
     assert train([*inpainting, *masked, *half]).status == 0
     state = str(tmp_path / "out" / "half-step00000002-state")
-    done = train([*inpainting, *masked, "--max_train_steps", "4", "--resume", state, "--output_name", "again"])
-    assert done.status == 0, done.stderr
+    done = train([*inpainting, *masked, "--max_train_steps", "4", "--resume", state, "--output_name", "again"]).ok()
     expected, other = load_saved(tmp_path, "whole"), load_saved(tmp_path, "again")
     assert all(torch.equal(weight, other[name]) for name, weight in expected.items())
     (line,) = {line for line in uninterrupted.stderr.splitlines() if "validation after step 4:" in line}
@@ -202,8 +198,7 @@ def test_gradient_checkpointing_and_vae_batch_size_do_not_change_the_adapter(
     # Adam would amplify gradients that are nearly zero, of which only rounding errors remain.
     words = [*inpainting, "--optimizer_type", "SGD", "--learning_rate", "0.5"]
     train([*words, "--output_name", "plain"])
-    done = train([*words, "--output_name", "saving", "--gradient_checkpointing", "--vae_batch_size", "2"])
-    assert done.status == 0, done.stderr
+    train([*words, "--output_name", "saving", "--gradient_checkpointing", "--vae_batch_size", "2"]).ok()
     plain, saving = load_saved(tmp_path, "plain"), load_saved(tmp_path, "saving")
     assert max(weight.abs().max() for name, weight in plain.items() if "lora_up" in name) > 1e-3
     for name, weight in plain.items():
@@ -219,8 +214,7 @@ def test_previews_inpaint_the_image_named_in_the_prompt(train: Train, inpainting
     Image.fromarray(rgba[..., :3]).save(tmp_path / "opaque.png")
     lines = [f"a cat --w 64 --h 64 --s 2 --d 4 --i {tmp_path / name}" for name in ("shown.png", "opaque.png")]
     (tmp_path / "prompts.txt").write_text("\n".join(lines))
-    done = train([*inpainting, "--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_at_first"])
-    assert done.status == 0, done.stderr
+    train([*inpainting, "--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_at_first"]).ok()
     previews = sorted((tmp_path / "out" / "sample").glob("*.png"))
     first, second = (np.asarray(Image.open(path)).astype(int) for path in previews)
     assert first.shape == (64, 64, 3) and np.abs(first - second).max() > 0
@@ -230,8 +224,7 @@ def test_sdxl_inpainting_trains_from_a_single_file(
     train: Train, tiny_sdxl_file: Path, images: Path, tmp_path: Path, base_arguments: list[str]
 ) -> None:
     base = widen_file(tiny_sdxl_file, tmp_path / "inpainting", seed=53)
-    done = train(with_base_model(base_arguments, base), script="sdxl_train_network")
-    assert done.status == 0, done.stderr
+    train(with_base_model(base_arguments, base), script="sdxl_train_network").ok()
     assert all(w.isfinite().all() for w in load_saved(tmp_path, "mine").values())
 
 

@@ -44,8 +44,7 @@ def test_a_dry_run_reports_its_requirements_and_writes_nothing(
     monkeypatch.setattr(latents, "encode_batch", lambda jobs, *rest: encoded.append(len(jobs)) or honest(jobs, *rest))
     buckets = ["--enable_bucket", "--bucket_no_upscale", "--min_bucket_reso", "64", "--resolution", "128"]
     logs = ["--logging_dir", str(tmp_path / "logs")]
-    done = train([*base_arguments, *buckets, *logs, *options, "--dry_run", "--max_train_steps", "50"])
-    assert done.status == 0, done.stderr
+    done = train([*base_arguments, *buckets, *logs, *options, "--dry_run", "--max_train_steps", "50"]).ok()
     assert files_below(tmp_path) == before
     assert "the largest batch has 2 images of 128x128" in done.stderr
     assert "27904 parameters are trained" in done.stderr
@@ -55,8 +54,7 @@ def test_a_dry_run_reports_its_requirements_and_writes_nothing(
 
 def test_a_resolution_far_from_the_base_models_own_is_warned_of(train: Train, base_arguments: list[str]) -> None:
     for side, is_far in ((64, False), (24, True)):  # the tiny model's folder states 64
-        done = train([*base_arguments, "--resolution", str(side), "--debug_dataset"])
-        assert done.status == 0, done.stderr
+        done = train([*base_arguments, "--resolution", str(side), "--debug_dataset"]).ok()
         line = f"resolution is {side}x{side}, but this base model is trained at 512x512"
         assert (line in done.stderr) == is_far
 
@@ -80,8 +78,7 @@ def test_a_dry_run_rounds_and_swaps_the_weights_like_a_real_run(
     words = [*base_arguments, *ROUNDED, "--optimizer_type", "AdamWScheduleFree"]
     for more in (["--dry_run"], ["--max_train_steps", "1"]):
         met.clear()
-        done = train([*words, *more])
-        assert done.status == 0, done.stderr
+        train([*words, *more]).ok()
         assert met[:2] == [("step", torch.float32), ("eval", torch.float32)]
         # The size of the change is measured in evaluation mode too.
         assert set(met[2:]) <= {("eval", torch.float32)}
@@ -209,8 +206,7 @@ def test_options_that_a_dataset_file_overrides_are_warned_of(train: Train, tmp_p
     done = train(
         ["--dataset_config", str(file), "--resolution", "128", "--train_batch_size", "2", "--audit_only"],
         "train_network",
-    )
-    assert done.status == 0, done.stderr
+    ).ok()
     assert f"--resolution 128 has no effect: {file} sets resolution = 64; change it there" in done.stderr
     assert f"--train_batch_size 2 has no effect: {file} sets batch_size = 4; change it there" in done.stderr
 

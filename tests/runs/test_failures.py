@@ -40,8 +40,7 @@ def before_batch(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[
 
 
 def assert_resumes_to_the_same_result(train: Train, words: list[str], tmp_path: Path) -> None:
-    again = train([*words, "--autoresume"])
-    assert again.status == 0, again.stderr
+    again = train([*words, "--autoresume"]).ok()
     assert "resuming from" in again.stderr
     assert train([*words, "--output_dir", str(tmp_path / "whole")]).status == 0
     actual, other = (load_state_dict(tmp_path / name / "mine.safetensors") for name in ("out", "whole"))

@@ -48,8 +48,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 @pytest.mark.nightly
 def test_with_a_large_budget_activations_are_kept(train: Train, tmp_path: Path) -> None:
     command = ["--log_events", str(tmp_path / "events.jsonl"), "--no_report"]
-    done = train(flux_arguments(tmp_path, "--fit", "12GB", *command), script="flux_train_network")
-    assert done.status == 0, done.stderr
+    done = train(flux_arguments(tmp_path, "--fit", "12GB", *command), script="flux_train_network").ok()
     assert "11.2 GiB free of 12 GB (counted as this processor" in done.stderr
     assert "selected: ->. To pin this choice, add: --vae_batch_size 8 --text_encoder_batch_size 8" in done.stderr
     assert metadata_of(tmp_path / "out" / "mine.safetensors")["ss_gradient_checkpointing"] == "False"
@@ -62,8 +61,7 @@ def test_with_a_large_budget_activations_are_kept(train: Train, tmp_path: Path) 
 def test_with_a_small_budget_activations_are_recomputed(train: Train, tmp_path: Path) -> None:
     arguments = flux_arguments(tmp_path, "--blocks_to_swap", "0")
     room = budget_between(arguments, MemoryMode(recompute_every=2), MemoryMode(recompute_every=1))
-    done = train([*arguments, "--fit", room], script="flux_train_network")
-    assert done.status == 0, done.stderr
+    done = train([*arguments, "--fit", room], script="flux_train_network").ok()
     assert re.search(r"add: --gradient_checkpointing(?! --gradient_checkpointing_every)", done.stderr)
     assert metadata_of(tmp_path / "out" / "mine.safetensors")["ss_gradient_checkpointing"] == "True"
 
@@ -75,8 +73,7 @@ def test_weight_formats_are_chosen_from_the_allowed_ones(train: Train, tmp_path:
     room = (
         f"{float(budget_between(arguments, MemoryMode(None, 1, True), MemoryMode('int8', 1, True))[:-2]) - 512:.3f}MB"
     )
-    done = train([*arguments, "--fit", room, "--fit_formats", "int8"], script="flux_train_network")
-    assert done.status == 0, done.stderr
+    done = train([*arguments, "--fit", room, "--fit_formats", "int8"], script="flux_train_network").ok()
     assert re.search(r"denoiser: \d+ layers in int8", done.stderr)
     refused = train([*arguments, "--fit", room], script="flux_train_network")
     assert refused.status == 1
@@ -94,8 +91,7 @@ def test_every_base_model_can_be_fitted(name: str, train: Train, tmp_path: Path)
         str(tmp_path / "out"), "--max_train_steps", "1", "--fit", "12GB", "--fit_formats", "int8", "--blocks_to_swap",
         "0", "--gradient_checkpointing",
     ]  # fmt: skip
-    done = train(arguments, script=base.script)
-    assert done.status == 0, done.stderr
+    done = train(arguments, script=base.script).ok()
     assert re.search(r"-> +--base_format int8 --gradient_checkpointing ", done.stderr)
     assert re.search(r"denoiser: \d+ layers in int8", done.stderr)
 
@@ -153,8 +149,7 @@ def test_the_first_steps_are_compared_with_the_plan_which_is_corrected_once(
     resets: list[int] = []
     gauge = Gauge(lambda: next(measured), lambda: resets.append(1))
     monkeypatch.setattr(correction, "make_gauge", lambda device: gauge)
-    done = train([*arguments, "--fit", room], script="flux_train_network")
-    assert done.status == 0, done.stderr
+    done = train([*arguments, "--fit", room], script="flux_train_network").ok()
     for message in messages:
         assert message in done.stderr
     assert ("than was planned" in done.stderr) == (len(messages) == 2)

@@ -241,19 +241,16 @@ def assert_equal_but_for_the_stop(whole: Path, asked: Path) -> None:
 def test_a_run_that_is_asked_to_save_and_draw_trains_as_one_that_is_not(
     train: Train, arguments: list[str], tmp_path: Path, asked: dict[int, list[str]]
 ) -> None:
-    whole = train([*arguments, "--output_dir", str(tmp_path / "whole")])
-    assert whole.status == 0, whole.stderr
+    whole = train([*arguments, "--output_dir", str(tmp_path / "whole")]).ok()
     asked |= {2: ["mine-save-now", "mine-draw-now"], 3: ["mine-save-now", "mine-draw-now"], 8: ["mine-save-now"]}
-    done = train(arguments)
-    assert done.status == 0, done.stderr
+    done = train(arguments).ok()
     more = {"mine-step00000003.safetensors", "mine-step00000003-state"}
     assert {*names(tmp_path / "out")} == {*names(tmp_path / "whole")} | more
     drawn = [path.name.split("_")[1] for path in sorted((tmp_path / "out" / "sample").glob("*.png"))]
     assert drawn == ["000003", "000004", "000008"]
     assert done.stdout.count("saving checkpoint") == whole.stdout.count("saving checkpoint") + 1
     assert_equal_but_for_the_stop(tmp_path / "whole" / "mine-state", tmp_path / "out" / "mine-state")
-    resumed = train([*arguments, "--resume", str(tmp_path / "out" / "mine-step00000003-state")])
-    assert resumed.status == 0, resumed.stderr
+    train([*arguments, "--resume", str(tmp_path / "out" / "mine-step00000003-state")]).ok()
     assert_equal_but_for_the_stop(tmp_path / "whole" / "mine-state", tmp_path / "out" / "mine-state")
 
 
@@ -261,8 +258,7 @@ def test_what_was_saved_on_request_is_outdated_like_a_stop(
     train: Train, arguments: list[str], tmp_path: Path, asked: dict[int, list[str]]
 ) -> None:
     asked |= {2: ["mine-save-now"]}
-    done = train([*arguments, "--save_last_n_steps", "4"])
-    assert done.status == 0, done.stderr
+    train([*arguments, "--save_last_n_steps", "4"]).ok()
     assert not [name for name in names(tmp_path / "out") if "step00000003" in name]
 
 
@@ -288,8 +284,7 @@ def test_two_processes_answer_together(arguments: list[str], tmp_path: Path) -> 
     (tmp_path / "out").mkdir()
     for name in ("mine-save-now", "mine-draw-now"):
         (tmp_path / "out" / name).touch()
-    done = launch_two(arguments)
-    assert done.status == 0, done.stderr
+    launch_two(arguments).ok()
     assert "mine-step00000001.safetensors" in names(tmp_path / "out")
     drawn = [path.name.split("_")[1] for path in sorted((tmp_path / "out" / "sample").glob("*.png"))]
     assert drawn == ["000001", "000004", "000008"]

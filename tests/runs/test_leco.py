@@ -288,15 +288,14 @@ def test_the_script_runs_with_a_users_command(
     launch: Callable[..., Finished], tiny_sd_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "pairs.toml").write_text(PAIRS)
-    done = launch(
+    launch(
         [
             "--pretrained_model_name_or_path", str(tiny_sd_folder), "--prompts_file", str(tmp_path / "pairs.toml"),
             "--output_dir", str(tmp_path / "out"), "--learning_rate", "1e-3", "--max_train_steps", "2",
             "--max_denoising_steps", "3", "--mixed_precision", "bf16",
         ],
         script="train_leco.py",
-    )  # fmt: skip
-    assert done.status == 0, done.stderr
+    ).ok()  # fmt: skip
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"last.safetensors", "last-report.html"}
 
 
@@ -317,8 +316,7 @@ def test_model_and_prompts_may_come_from_a_config_file(train: Train, tmp_path: P
     }
     (tmp_path / "train.toml").write_text("".join(f"{name} = '{value}'\n" for name, value in values.items()))
     words = ["--config_file", str(tmp_path / "train"), "--v_parameterization", "--max_train_steps", "1", "--no_report"]
-    done = train([*words, "--max_denoising_steps", "2", "--output_name", "mine"], script="train_leco")
-    assert done.status == 0, done.stderr
+    train([*words, "--max_denoising_steps", "2", "--output_name", "mine"], script="train_leco").ok()
     assert read_metadata(tmp_path / "out" / "mine.safetensors")["ss_v2"] == "True"
 
 

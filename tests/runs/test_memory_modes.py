@@ -60,8 +60,7 @@ def run(train: Train, name: str, model: list[str], tmp_path: Path) -> Callable[.
     start = partial(train, script=BASES[name].script)
 
     def into(folder: str, *more: str) -> Finished:
-        done = start([*arguments, "--output_dir", str(tmp_path / folder), *more])
-        assert done.status == 0, done.stderr
+        done = start([*arguments, "--output_dir", str(tmp_path / folder), *more]).ok()
         return done
 
     return into
@@ -232,8 +231,7 @@ def test_swapped_and_recomputed_blocks_do_not_change_results(
     ]  # fmt: skip
     saved = {}
     for name, more in {"plain": [], "saving": ["--gradient_checkpointing", "--blocks_to_swap", "1"]}.items():
-        done = train([*words, "--output_name", name, *more], base.script)
-        assert done.status == 0, done.stderr
+        train([*words, "--output_name", name, *more], base.script).ok()
         saved[name] = load_file(tmp_path / "out" / f"{name}.safetensors")
     for key, weight in saved["plain"].items():
         torch.testing.assert_close(saved["saving"][key], weight, rtol=1e-4, atol=1e-5)  # float32 sums in another order
@@ -261,8 +259,7 @@ def test_a_ring_of_any_size_trains_the_same_and_the_other_options_warn_once(
     words = [*words, "--guidance_loss", "2"]  # whose second pass reads the blocks once more
     swap = ["--blocks_to_swap", "1", "--block_swap_h2d_only", "--use_pinned_memory_for_block_swap"]
     for size in ("1", "3"):
-        done = train([*words, "--output_name", size, *swap, "--block_swap_ring_size", size], BASES["sd3"].script)
-        assert done.status == 0, done.stderr
+        done = train([*words, "--output_name", size, *swap, "--block_swap_ring_size", size], BASES["sd3"].script).ok()
         log = " ".join(done.stderr.split())
         assert log.count("--block_swap_h2d_only has no effect: swapped blocks are frozen and always only copied") == 1
         assert log.count("--use_pinned_memory_for_block_swap has no effect: swapped blocks are in pinned memory") == 1

@@ -262,12 +262,10 @@ def test_a_resumed_run_on_pairs_equals_the_uninterrupted_one(
 ) -> None:
     write_config(tmp_path, keys)
     uninterrupted = [*arguments, *cache, "--save_every_n_steps", "2", "--save_state"]
-    done = train(uninterrupted, "flux_train_network")
-    assert done.status == 0, done.stderr
+    done = train(uninterrupted, "flux_train_network").ok()
     assert "1 reference image for each image" in done.stderr
     state = str(tmp_path / "out" / "mine-step00000002-state")
-    done = train([*uninterrupted, "--output_name", "resumed", "--resume", state], "flux_train_network")
-    assert done.status == 0, done.stderr
+    done = train([*uninterrupted, "--output_name", "resumed", "--resume", state], "flux_train_network").ok()
     assert "dataset is not the one of the state" not in done.stderr
     assert are_equal_edits(load_saved(tmp_path), load_saved(tmp_path, "resumed"))
 
@@ -290,8 +288,7 @@ def test_held_out_pairs_are_validated_and_batches_of_mixed_sizes_accumulate(
     make_images(tmp_path / "wide", 1, side=128, seed=3)
     (tmp_path / "wide" / "00.png").rename(tmp_path / "before" / "00.png")
     extra = ["--gradient_accumulation_steps", "2", "--gradient_checkpointing", "--save_every_n_epochs", "1"]
-    done = train([*arguments, *extra], "flux_train_network")
-    assert done.status == 0, done.stderr
+    done = train([*arguments, *extra], "flux_train_network").ok()
     assert "2 of 6 images are held out for validation" in done.stderr and "validation" in done.stdout + done.stderr
 
 
@@ -308,15 +305,13 @@ def test_models_without_reference_support_are_rejected_before_loading(
 
 
 def test_batches_are_shown_with_their_references(train: Train, arguments: list[str]) -> None:
-    done = train([*arguments, "--debug_dataset"], "flux_train_network")
-    assert done.status == 0, done.stderr
+    done = train([*arguments, "--debug_dataset"], "flux_train_network").ok()
     assert "3 x pixels (2, 3, 64, 64), reference 0 pixels (2, 3, 64, 64)" in done.stderr
     assert re.search(r"after/00.png <- \S*before/00.png: ", done.stderr)
 
 
 def test_the_audit_and_the_report_show_pairs_side_by_side(train: Train, arguments: list[str], tmp_path: Path) -> None:
-    done = train([*arguments, "--audit_only"], "flux_train_network")
-    assert done.status == 0, done.stderr
+    train([*arguments, "--audit_only"], "flux_train_network").ok()
     assert train(arguments, "flux_train_network").status == 0
     for name in ("mine-audit.html", "mine-report.html"):
         pairs = read_data((tmp_path / "out" / name).read_text(encoding="utf-8"))["audit"]["pairs"]
@@ -338,8 +333,7 @@ def test_previews_and_contact_sheets_show_the_reference_next_to_the_image(
         f"a red cat --ci {before} --w 64 --h 64 --s 2 --d 1\na red cat --w 64 --h 64 --s 2 --d 1\n"
     )
     extra = ["--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "4", "--cache_latents"]
-    done = train([*arguments, *extra], "flux_train_network")
-    assert done.status == 0, done.stderr
+    done = train([*arguments, *extra], "flux_train_network").ok()
     assert "failed" not in done.stderr
     sizes = [Image.open(path).size for path in sorted((tmp_path / "out" / "sample").glob("*.png"))]
     beside = round(80 * 64 / 48)  # a 2:1 reference falls into the 80 x 48 bucket and is shown at the image's height

@@ -69,10 +69,8 @@ def test_two_processes_equal_one_with_doubled_accumulation(arguments: list[str],
     words = [*arguments, *random, "--cache_latents"]
     words.remove("--flip_aug")
     event_options = ["--log_events", str(tmp_path / "events.jsonl")]
-    two = launch_two([*words, "--save_state", "--logging_dir", str(tmp_path / "logs"), *event_options])
-    assert two.status == 0, two.stderr
-    single = launch_one([*words, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")])
-    assert single.status == 0, single.stderr
+    two = launch_two([*words, "--save_state", "--logging_dir", str(tmp_path / "logs"), *event_options]).ok()
+    single = launch_one([*words, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")]).ok()
     first = load_state_dict(tmp_path / "out" / "mine.safetensors")
     second = load_state_dict(tmp_path / "one" / "mine.safetensors")
     assert first.keys() == second.keys()
@@ -115,12 +113,10 @@ def cosine_with_warmup(warmup: int, length: int) -> list[float]:
 @pytest.mark.nightly
 def test_a_state_of_two_processes_resumes_with_one(arguments: list[str], tmp_path: Path) -> None:
     """The number of batches per step stays the same, whether requested or derived."""
-    done = launch_two([*arguments, "--save_state", "--save_every_n_steps", "4"])
-    assert done.status == 0, done.stderr
+    launch_two([*arguments, "--save_state", "--save_every_n_steps", "4"]).ok()
     state = tmp_path / "out" / "mine-step00000004-state"
     for name, more in (("asked", ["--gradient_accumulation_steps", "2"]), ("by itself", [])):
-        resumed = launch_one([*arguments, *more, "--resume", str(state), "--output_dir", str(tmp_path / name)])
-        assert resumed.status == 0, resumed.stderr
+        resumed = launch_one([*arguments, *more, "--resume", str(state), "--output_dir", str(tmp_path / name)]).ok()
         assert "a step averages as many batches as before" in resumed.stderr
         assert ("keeps the 2 batches of a step" in resumed.stderr) == (not more)
         first = load_state_dict(tmp_path / "out" / "mine.safetensors")
@@ -147,12 +143,10 @@ def test_two_processes_suggest_the_same_checkpoint_as_one(arguments: list[str], 
 
 @pytest.mark.nightly
 def test_each_latent_is_cached_by_one_process_only(arguments: list[str], tmp_path: Path) -> None:
-    done = launch_two([*arguments, "--cache_latents_to_disk", "--max_train_epochs", "1"])
-    assert done.status == 0, done.stderr
+    launch_two([*arguments, "--cache_latents_to_disk", "--max_train_epochs", "1"]).ok()
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*_sd.npz")}
     assert len(files) == 12
-    again = launch_two([*arguments, "--cache_latents_to_disk", "--max_train_epochs", "1"])
-    assert again.status == 0, again.stderr
+    launch_two([*arguments, "--cache_latents_to_disk", "--max_train_epochs", "1"]).ok()
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*_sd.npz")}
 
 
@@ -458,8 +452,7 @@ def test_files_are_merged_before_the_base_is_sharded(sharded_arguments: Argument
 def test_an_fsdp2_configuration_of_accelerate_enables_sharding(sharded_arguments: Arguments, tmp_path: Path) -> None:
     """Launch real processes, as users do."""
     words = [*sharded_arguments("flux"), "--output_dir", str(tmp_path / "out")]
-    done = launch_fsdp(words, "2")
-    assert done.status == 0, done.stderr
+    done = launch_fsdp(words, "2").ok()
     assert "accelerate is configured for FSDP2" in done.stderr and "spread over 2 processes" in done.stderr
     done = launch_fsdp(words, "1")
     assert done.status != 0 and "FSDP 1" in done.stderr

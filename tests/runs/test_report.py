@@ -50,8 +50,7 @@ def test_the_report_of_a_run_equals_the_report_built_from_its_events(
         str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "3", "--save_state", "--autoresume",
     ]  # fmt: skip
     for num_steps in ("4", "7"):
-        done = train([*words, "--max_train_steps", num_steps])
-        assert done.status == 0, done.stderr
+        train([*words, "--max_train_steps", num_steps]).ok()
         assert report.main([str(events), "--output", str(rebuilt)]) == 0
         assert rebuilt.read_bytes() == written.read_bytes()
     record = read_report(written)
@@ -427,8 +426,7 @@ def test_a_run_logs_an_event_for_everything_that_happens(
             "--huggingface_token", "hf_secret", "--log_prefix", "idle", "--network_args", "loraplus_lr_ratio=4",
             "--keep_best_checkpoint", "--save_state_on_train_end",
         ]
-    )  # fmt: skip
-    assert done.status == 0, done.stderr
+    ).ok()  # fmt: skip
     events = events_of(file)
     elsewhere = {"finding", "forgetting", "strengths", "scores"}  # of audits, probes, --am, --score_previews
     assert set(Counter(event["event"] for event in events)) == {*SCHEMA["properties"]["event"]["enum"]} - elsewhere
@@ -522,8 +520,7 @@ def test_events_do_not_change_training_and_a_resumed_run_appends_to_the_file(
 
 
 def test_standard_output_contains_only_events(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
-    done = train([*base_arguments, "--log_events", "-"])
-    assert done.status == 0, done.stderr
+    done = train([*base_arguments, "--log_events", "-"]).ok()
     for line in done.stdout.splitlines():
         VALIDATOR.validate(json.loads(line))
     assert "training: 12 images" in done.stderr

@@ -61,18 +61,15 @@ def interrupt_and_resume(
     train: Train, arguments: list[str], folder: Path, cuts: list[int], **changes: list[str]
 ) -> None:
     """Train into `folder/whole`, and with interruptions after every step of `cuts` into `folder/parts`."""
-    uninterrupted = train([*arguments, "--save_state_on_train_end", "--output_dir", str(folder / "whole")])
-    assert uninterrupted.status == 0, uninterrupted.stderr
+    uninterrupted = train([*arguments, "--save_state_on_train_end", "--output_dir", str(folder / "whole")]).ok()
     parts = [*arguments, "--save_state", "--save_every_n_steps", "1", "--output_dir", str(folder / "parts")]
-    first = train(parts)
-    assert first.status == 0, first.stderr
+    train(parts).ok()
     for number, cut in enumerate(cuts):
         for path in (folder / "parts").iterdir():
             if path.name != f"mine-step{cut:08d}-state":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         resumed = [*parts, "--resume", str(folder / "parts" / f"mine-step{cut:08d}-state")]
-        done = train([*resumed, *changes.get(f"after_{number}", [])])
-        assert done.status == 0, done.stderr
+        done = train([*resumed, *changes.get(f"after_{number}", [])]).ok()
         assert "uninterrupted" not in done.stderr
         assert uninterrupted.losses[-1] == done.losses[-1]
     assert_equal_states(folder / "whole" / "mine-state", folder / "parts" / "mine-state")
@@ -152,8 +149,7 @@ def test_options_changed_on_resume_take_effect_and_are_logged(
     edited.write_bytes((images / "2_thing" / "01.png").read_bytes())
     state = str(tmp_path / "out" / "mine-state")
     more = ["--max_train_steps", "4", "--learning_rate", "4e-3", "--logging_dir", str(tmp_path / "logs")]
-    done = train([*words, "--resume", state, *more])
-    assert done.status == 0, done.stderr
+    done = train([*words, "--resume", state, *more]).ok()
     assert "--learning_rate was 0.001 in the state and is 0.004, which takes effect from here on" in done.stderr
     assert "--max_train_steps was 3 in the state and is 4: learning rates that depend on the length" in done.stderr
     assert f"1 image changed since the state was saved: {edited}" in done.stderr
@@ -189,8 +185,7 @@ def test_an_interruption_at_the_end_of_an_epoch_still_saves_the_epoch(
 
     stop_requests = iter([False] * 8 + [True] * 9)
     monkeypatch.setattr(Interruption, "is_requested", property(lambda _: next(stop_requests)))
-    done = train([*arguments, "--max_train_steps", "18", "--save_every_n_epochs", "1"])
-    assert done.status == 0, done.stderr
+    train([*arguments, "--max_train_steps", "18", "--save_every_n_epochs", "1"]).ok()
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"mine-000001.safetensors", "mine-step00000009.safetensors", "mine-step00000009-state"}
 
@@ -202,8 +197,7 @@ def test_an_interruption_within_an_epoch_logs_no_epoch_average(
 
     stop_requests = iter([False, True])
     monkeypatch.setattr(Interruption, "is_requested", property(lambda _: next(stop_requests)))
-    done = train([*arguments, "--logging_dir", str(tmp_path / "logs")])
-    assert done.status == 0, done.stderr
+    train([*arguments, "--logging_dir", str(tmp_path / "logs")]).ok()
     charts = points(tmp_path / "logs")
     assert "loss/current" in charts and "loss/epoch_average" not in charts
 
@@ -256,8 +250,7 @@ def run_until(clock: Clock, step: int, train: Train, arguments: list[str]) -> No
 def test_a_run_that_is_cut_between_timed_states_goes_on_exactly(
     clock: Clock, train: Train, timed_arguments: list[str], tmp_path: Path
 ) -> None:
-    whole = train([*timed_arguments, "--output_dir", str(tmp_path / "whole")])
-    assert whole.status == 0, whole.stderr
+    train([*timed_arguments, "--output_dir", str(tmp_path / "whole")]).ok()
     parts = [*timed_arguments, "--autoresume", "--save_every_n_minutes", "2"]
     run_until(clock, 6, train, parts)
     out = tmp_path / "out"
@@ -316,10 +309,8 @@ def test_two_processes_that_save_by_the_clock_of_the_first_train_as_without(
     base_arguments: list[str], tmp_path: Path
 ) -> None:
     arguments = [*base_arguments, "--save_state_on_train_end"]
-    plain = launch_two([*arguments, "--output_dir", str(tmp_path / "plain")])
-    assert plain.status == 0, plain.stderr
-    done = launch_two([*arguments, "--save_every_n_minutes", "1e-9"])  # at every step
-    assert done.status == 0, done.stderr
+    launch_two([*arguments, "--output_dir", str(tmp_path / "plain")]).ok()
+    done = launch_two([*arguments, "--save_every_n_minutes", "1e-9"]).ok()  # at every step
     assert done.stdout.count("saving state") == 4 and done.stdout.count("removing old state") == 3
     assert_equal_states(tmp_path / "plain" / "mine-state", tmp_path / "out" / "mine-state")
 
@@ -448,8 +439,7 @@ def test_a_run_with_cached_features_is_the_same_without_the_encoders(
     delete_encoders(words, not BASES[name].caches_text)
     if name == "sd3":  # nothing else shows that T5 encoded captions too
         words += ["--t5xxl", str(tmp_path / "t5xxl.safetensors")]
-    without = train([*words, "--output_dir", str(tmp_path / "without")], script=base.script)
-    assert without.status == 0, without.stderr
+    without = train([*words, "--output_dir", str(tmp_path / "without")], script=base.script).ok()
     assert without.losses == with_models.losses and len(without.losses) == 3
     assert without.stderr.count("latents are not verified against their VAE, which is missing") == 1
     assert without.stderr.count("text features are not verified against their encoders") == BASES[name].caches_text

@@ -66,8 +66,7 @@ def test_the_adapter_equals_that_of_the_folder(
 ) -> None:
     options = ["--cache_latents_to_disk", "--validation_split", "0.3", "--shuffle_caption"]
     for name in ("folder", source):
-        done = train(arguments_of(base_arguments, tmp_path / name, sources[name], *options))
-        assert done.status == 0, done.stderr
+        done = train(arguments_of(base_arguments, tmp_path / name, sources[name], *options)).ok()
         assert "2 of 7 images are held out" in done.stderr
     assert have_equal_weights(tmp_path / "folder", tmp_path / source)
 
@@ -85,8 +84,7 @@ def test_launched_run_reads_shards_in_workers(
     launch: Callable[..., Finished], train: Train, base_arguments: list[str], sources: dict[str, str], tmp_path: Path
 ) -> None:
     workers = ["--max_data_loader_n_workers", "2"]
-    done = launch(arguments_of(base_arguments, tmp_path / "shards_run", sources["shards"], *workers))
-    assert done.status == 0, done.stderr
+    launch(arguments_of(base_arguments, tmp_path / "shards_run", sources["shards"], *workers)).ok()
     assert train(arguments_of(base_arguments, tmp_path / "folder_run", sources["folder"])).status == 0
     assert have_equal_weights(tmp_path / "shards_run", tmp_path / "folder_run")
 
@@ -105,8 +103,7 @@ def test_launched_run_survives_broken_responses_of_a_bucket(
         store.cuts = 3
         options = ["--max_data_loader_n_workers", "2", "--cache_dir", str(tmp_path / "caches")]
         shards = f'shards = "s3://{BUCKET}/cats/*.tar"'
-        done = launch(arguments_of(base_arguments, tmp_path / "bucket_run", shards, *options))
-        assert done.status == 0, done.stderr
+        done = launch(arguments_of(base_arguments, tmp_path / "bucket_run", shards, *options)).ok()
         assert store.cuts == 0
     assert train(arguments_of(base_arguments, tmp_path / "folder_run", sources["folder"])).status == 0
     assert have_equal_weights(tmp_path / "bucket_run", tmp_path / "folder_run")
@@ -428,8 +425,7 @@ def test_caches_next_to_the_shards_make_vae_and_text_encoders_unnecessary(
     packing_arguments = [*common, "--dataset_config", str(tmp_path / "data.toml"), "--out", str(out), *caches]
     assert make_shards.main(["--script", "sdxl_train_network.py", *packing_arguments]) == 0
     plain = [*common, "--dataset_config", str(tmp_path / "data.toml"), "--output_dir", str(tmp_path / "plain")]
-    done = train([*plain, "--cache_latents", "--cache_text_encoder_outputs"], script="sdxl_train_network")
-    assert done.status == 0, done.stderr
+    train([*plain, "--cache_latents", "--cache_text_encoder_outputs"], script="sdxl_train_network").ok()
 
     for part in ("vae", "text_encoders"):
         meta = getattr(UnetLoader, part)
@@ -440,8 +436,7 @@ def test_caches_next_to_the_shards_make_vae_and_text_encoders_unnecessary(
 
         monkeypatch.setattr(UnetLoader, part, load)
     cached = [*common, "--dataset_config", str(out / "dataset.toml"), "--output_dir", str(tmp_path / "cached"), *caches]
-    done = train([*cached, "--skip_cache_check"], script="sdxl_train_network")
-    assert done.status == 0, done.stderr
+    train([*cached, "--skip_cache_check"], script="sdxl_train_network").ok()
     expected, other = load_saved(tmp_path / "plain"), load_saved(tmp_path / "cached")
     assert expected.keys() == other.keys() and all(bool((expected[key] == other[key]).all()) for key in expected)
 

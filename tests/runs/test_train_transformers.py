@@ -77,8 +77,7 @@ def test_commands_for_editing_cache_what_training_reuses(
     run_command("krea2_cache_latents", "--dataset_config {data} --vae {vae} --edit", paths)
     texts = "--dataset_config {data} --text_encoder {text} --batch_size 1 --edit"
     run_command("krea2_cache_text_encoder_outputs", texts, paths)
-    done = train_krea2(train)
-    assert done.status == 0, done.stderr
+    done = train_krea2(train).ok()
     assert "latent cache: 3 entries reused, 0 to encode" in done.stderr
     assert re.search(r"text cache: \d files reused, 0 to encode", done.stderr)
 
@@ -94,8 +93,7 @@ def test_previews_use_turbo_and_do_not_change_training(
     plain = train_krea2(arguments)
     for more in ([], ["--base_format", "int8"]):
         out = tmp_path / f"out{len(more)}"
-        done = train_krea2([*arguments, *shown, *more, "--turbo_dit", turbo[1], "--output_dir", str(out)])
-        assert done.status == 0, done.stderr
+        done = train_krea2([*arguments, *shown, *more, "--turbo_dit", turbo[1], "--output_dir", str(out)]).ok()
         images = [path.read_bytes() for path in sorted((out / "sample").glob("*.png"))]
         assert len(images) == 3 and len(set(images)) == 3
         if not more:
@@ -249,8 +247,7 @@ def test_stratified_levels_of_a_cut_off_distribution_with_rex_resume_exactly(
     assert whole.losses != plain.losses
     file = tmp_path / "out" / "mine.safetensors"
     expected = load_file(file)
-    resumed = train_zimage([*words, "--resume", str(tmp_path / "out" / "mine-step00000001-state")])
-    assert resumed.status == 0, resumed.stderr
+    train_zimage([*words, "--resume", str(tmp_path / "out" / "mine-step00000001-state")]).ok()
     actual = load_file(file)
     assert all(torch.equal(actual[key], weight) for key, weight in expected.items())
     with safe_open(file, "pt") as opened:
@@ -330,13 +327,11 @@ def test_training_on_pairs_resumes_exactly_and_previews_show_the_references(
         *tiny_qwen_arguments, *settings(config, tmp_path), *caches, "--save_every_n_steps", "2", "--save_state",
         "--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "4", "--guidance_loss", "2",
     ]  # fmt: skip
-    done = train_qwen(uninterrupted)
-    assert done.status == 0, done.stderr
+    done = train_qwen(uninterrupted).ok()
     assert "2 reference images for each image" in done.stderr and "failed" not in done.stderr
     assert "alpha channel" not in done.stderr  # the alpha channel is not dropped
     state = str(tmp_path / "out" / "mine-step00000002-state")
-    done = train_qwen([*uninterrupted, "--output_name", "resumed", "--resume", state])
-    assert done.status == 0, done.stderr
+    done = train_qwen([*uninterrupted, "--output_name", "resumed", "--resume", state]).ok()
     assert are_equal(load_saved(tmp_path), load_saved(tmp_path, "resumed"))
     sizes = []
     for path in sorted((tmp_path / "out" / "sample").glob("mine*.png")):
@@ -346,8 +341,7 @@ def test_training_on_pairs_resumes_exactly_and_previews_show_the_references(
 
     # Its caption must be encoded again: plain, mirrored and empty.
     make_half_transparent(tmp_path / "before0" / "02.png")
-    done = train_qwen([*uninterrupted, "--output_name", "changed"])
-    assert done.status == 0, done.stderr
+    done = train_qwen([*uninterrupted, "--output_name", "changed"]).ok()
     assert "text cache: 4 files reused, 0 to encode, 1 stale (1 made for other captions" in done.stderr
     assert "latent cache: 3 entries reused, 0 to encode, 1 stale" in done.stderr
     assert not are_equal(load_saved(tmp_path), load_saved(tmp_path, "changed"))
@@ -365,8 +359,7 @@ def test_files_are_compared_on_trained_pairs_and_their_mirror_images(
         "--cache_text_encoder_outputs",
         "--network_train_unet_only",
     ]
-    done = train_qwen([*words, "--max_train_steps", "1"])
-    assert done.status == 0, done.stderr
+    train_qwen([*words, "--max_train_steps", "1"]).ok()
     assert choose_checkpoint.main(["--script", "qwen_image_21_train_network.py", *words]) == 0
     assert "memorization gap" in capfd.readouterr().out
 
@@ -410,7 +403,7 @@ def test_the_alpha_channel_is_trained_unless_it_is_used_as_a_mask(
             f'[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\nclass_tokens = "cat"\n{keys}\n'
             f'image_dir = "{(tmp_path / folder).as_posix()}"\n'
         )
-        done = train_qwen(
+        train_qwen(
             [
                 *tiny_qwen_arguments,
                 *settings(config, tmp_path),
@@ -419,8 +412,7 @@ def test_the_alpha_channel_is_trained_unless_it_is_used_as_a_mask(
                 name,
                 "--network_train_unet_only",
             ]
-        )
-        assert done.status == 0, done.stderr
+        ).ok()
         weights[name] = load_saved(tmp_path, name)
     assert not are_equal(weights["image"], weights["opaque"])
     assert not are_equal(weights["image"], weights["mask"]) and not are_equal(weights["mask"], weights["opaque"])
@@ -484,8 +476,7 @@ def test_a_settings_file_for_sd_scripts_trains_and_saves_names_that_comfyui_find
     base, vae, text = tiny_moss_arguments[1::2]
     values = {"base": base, "vae": vae, "text": text, "images": images.as_posix(), "out": (tmp_path / "out").as_posix()}
     (tmp_path / "settings.toml").write_text(SETTINGS.format(**values))
-    done = train_moss(["--config_file", str(tmp_path / "settings.toml")])
-    assert done.status == 0, done.stderr
+    train_moss(["--config_file", str(tmp_path / "settings.toml")]).ok()
     tensors = load_file(tmp_path / "out" / "mine.safetensors")
     layers = [f"proj.{name}" for name in ("q", "k", "v", "o", "ffn_up_gate", "ffn_down")]
     assert tensors.keys() == {
@@ -511,7 +502,6 @@ def test_caching_commands_fill_the_caches_that_training_reuses(
             states, mask = archive["hidden_state"], archive["attention_mask"]
         assert states.shape == (len(mask), MOSS_CONFIG.text_width) and mask.all()
     words = "--dit {dit} --dataset_config {data} --output_dir {out} --network_module networks.lora --max_train_steps 1"
-    done = train_moss([*words.format(**paths).split(), "--mixed_precision", "bf16"])
-    assert done.status == 0, done.stderr
+    done = train_moss([*words.format(**paths).split(), "--mixed_precision", "bf16"]).ok()
     assert "latent cache: 3 entries reused, 0 to encode" in done.stderr
     assert re.search(r"text cache: \d files reused, 0 to encode", done.stderr)

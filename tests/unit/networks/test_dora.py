@@ -512,11 +512,9 @@ def test_an_earlier_run_is_resumed_as_it_began(
     ]  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr("networks.core.network.members.can_have_magnitudes", lambda layer: True)
-        whole = train([*arguments, "--output_name", "whole", "--save_every_n_steps", "1"], "krea2_train_network")
-        assert whole.status == 0, whole.stderr
+        whole = train([*arguments, "--output_name", "whole", "--save_every_n_steps", "1"], "krea2_train_network").ok()
     state = str(tmp_path / "out" / "whole-step00000001-state")
-    rest = train([*arguments, "--output_name", "rest", "--resume", state], "krea2_train_network")
-    assert rest.status == 0, rest.stderr
+    rest = train([*arguments, "--output_name", "rest", "--resume", state], "krea2_train_network").ok()
     assert rest.losses == whole.losses[1:]
     expected, actual = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("whole", "rest"))
     assert expected.keys() == actual.keys()
