@@ -11,9 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
-from diffusers.utils import DummyObject
 
 from library.architectures.any_pipeline.convention import Target
 from library.architectures.any_pipeline.folder import list_arguments, open_folder
@@ -32,11 +30,12 @@ from library.train_photos.base import recognise
 from tests.any_pipeline.published import build_published, find_model
 from tests.any_pipeline.test_convention import measured
 from tests.any_pipeline.test_training import SCRIPT, arguments, weights
-from tests.hiding import hide
+from tests.hiding import hide, lazily
 from tests.running import Finished
 from tests.tiny.more_pipelines import MORE
 from tests.tiny.pipelines import PIPELINES, build_tiny_pipeline, watch_pipeline
 
+diffusers = lazily("diffusers")
 Train = Callable[..., Finished]
 
 
@@ -138,8 +137,8 @@ def test_a_folder_without_one_of_its_parts_is_refused(tmp_path: Path, train: Tra
 def test_a_class_whose_package_is_missing_names_it(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stand_in = DummyObject("SongPipeline", (), {"_backends": ["torch", "no_songs"]})
-    monkeypatch.setattr(diffusers, "SongPipeline", stand_in, raising=False)
+    stand_in = lazily("diffusers.utils").DummyObject("SongPipeline", (), {"_backends": ["torch", "no_songs"]})
+    monkeypatch.setattr("diffusers.SongPipeline", stand_in, raising=False)
     done = train(arguments(write_index(tmp_path / "model", "SongPipeline"), tmp_path), script=SCRIPT)
     assert done.status == 1 and "SongPipeline needs the package no_songs, which is not installed: pip" in done.stderr
 

@@ -6,8 +6,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import diffusers.loaders.lora_pipeline as loaders
-import diffusers.loaders.single_file_utils as single_file
 import pytest
 import torch
 from torch import Tensor, nn
@@ -26,6 +24,7 @@ from library.models.qwen3 import empty_qwen3
 from library.models.qwen3_vl import empty_qwen3_vl
 from networks.core.files.reading_writing import collect_saved_tensors
 from tests.contracts.full_size import shapes_of_model, weights_of_shapes
+from tests.hiding import lazily
 from tests.recognising import base_of
 from tests.tiers import first_is_fast
 from tests.tiny import flux_2 as tiny
@@ -34,6 +33,9 @@ from tests.tiny.bases import BASES
 from tests.tiny.flux_2 import full_size_encoder
 from tests.tiny.krea2 import FULL_SIZE, full_size_qwen3_vl
 from tests.tiny.zimage import full_size_qwen3
+
+loaders = lazily("diffusers.loaders.lora_pipeline")
+single_file = lazily("diffusers.loaders.single_file_utils")
 
 DITS = {name: base for name, base in BASES.items() if base.dit is not None}
 SIZES = first_is_fast((name, size) for name, base in DITS.items() for size in base.dit.full_size)  # type: ignore[union-attr]

@@ -13,7 +13,7 @@ from library.models.clip.clip import empty_clip
 from library.models.t5 import empty_t5
 from networks.lora_sd3 import create_network
 from tests.contracts.saved_tensors import saved_shapes
-from tests.contracts.test_lora_keys import CLIP_L, T5_XXL
+from tests.contracts.test_lora_keys_flux1 import CLIP_L, T5_XXL
 from tests.tiers import first_is_fast
 from tests.tiny.sd3 import full_size_keys
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from library.architectures.sd.layers import view
@@ -15,17 +14,19 @@ from library.checkpoints.files import load_state_dict
 from library.checkpoints.headers import read_metadata
 from networks.core.protocol import AdoptedNetwork, adopt, open_network_module
 from tests.contracts.full_size import facts, view_for_networks
+from tests.hiding import lazily
 from tests.parity.test_dit_lora import tiny_clip, tiny_unet
 from tests.tiers import first_is_fast
 from tests.tolerances import FLOAT32_DEEP
 
-pytest.importorskip("lycoris")
+diffusers, kohya = lazily("diffusers"), lazily("lycoris.kohya")
+
 
 LOKR = {"algo": "lokr", "preset": "attn-mlp", "factor": "4", "dropout": None}
 
 
 @pytest.fixture
-def models() -> tuple[UNet2DConditionModel, tuple[nn.Module | list[nn.Module], nn.Module]]:
+def models() -> tuple[Any, tuple[nn.Module | list[nn.Module], nn.Module]]:
     unet = tiny_unet(501, torch.float32)
     return unet, view([tiny_clip(502, torch.float32)], unet)
 
@@ -114,8 +115,6 @@ def test_a_rank_that_does_not_fit_the_model_is_a_user_error(models: Any) -> None
 
 
 # LyCORIS finds the layers of Stable Diffusion 2.1 and XL in our views, at full size, and names them as files do.
-
-kohya = pytest.importorskip("lycoris.kohya")
 
 
 @pytest.mark.parametrize("model", first_is_fast(["sd21", "sdxl"]))

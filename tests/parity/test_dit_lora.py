@@ -9,13 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import diffusers
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from library.architectures.sd.layers import view
 from library.base.errors import UserError
@@ -26,6 +23,7 @@ from networks.core.files.adapter_file import adapter_tensors, read_adapter_file
 from networks.core.files.foreign_names import add_model
 from networks.core.files.renaming import rename
 from networks.lora import create_network
+from tests.hiding import lazily
 from tests.parity.denoisers import save_trained
 from tests.tiny.base import Dit
 from tests.tiny.bases import BASES
@@ -33,6 +31,9 @@ from tests.tiny.init import fixed_init
 from tests.tiny.sd import CLIP, UNET
 from tests.tolerances import FLOAT32_DEEP, FLOAT64
 from tests.unit.networks.toy import randomize
+
+diffusers = lazily("diffusers")
+transformers = lazily("transformers")
 
 Keys = Callable[[str, Tensor, Tensor], dict[str, Tensor]]
 
@@ -245,14 +246,14 @@ def test_other_trainers_files_are_merged_trained_and_converted(
 # Gradients of adapters in a U-Net whose blocks are recomputed.
 
 
-def tiny_unet(seed: int, dtype: torch.dtype) -> UNet2DConditionModel:
-    unet = UNet2DConditionModel(**UNET)
+def tiny_unet(seed: int, dtype: torch.dtype) -> Any:
+    unet = diffusers.UNet2DConditionModel(**UNET)
     unet.load_state_dict(fixed_init(unet, seed))
     return unet.to(dtype).requires_grad_(False).eval()
 
 
-def tiny_clip(seed: int, dtype: torch.dtype) -> CLIPTextModel:
-    clip = CLIPTextModel(CLIPTextConfig(**CLIP, vocab_size=99))
+def tiny_clip(seed: int, dtype: torch.dtype) -> Any:
+    clip = transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP, vocab_size=99))
     clip.load_state_dict(fixed_init(clip, seed))
     return clip.to(dtype).requires_grad_(False).eval()
 

@@ -20,12 +20,13 @@ from networks.core.kinds.loha import LoHa
 from networks.core.kinds.lokr import factorize, make_fresh
 from networks.core.registry.layouts import make_change, recognise_layout
 from networks.core.targets.targets import adaptation_kind
+from tests.hiding import lazily
 from tests.tolerances import FLOAT32_SAME_MATH
 from tests.unit.networks.one_layer import adapter_on, module_of
 from tests.unit.networks.toy import toy_models
 from tools import check_lora_weights, merge_lora, resize_lora
 
-locon: Any = pytest.importorskip("lycoris.modules.locon")
+locon = lazily("lycoris.modules.locon")
 
 LAYERS = {
     "linear": (lambda: nn.Linear(11, 6), (2, 5, 11)),
@@ -122,9 +123,9 @@ def test_initial_values_with_a_trained_strength_match_lycoris(name: str) -> None
 
 # LoHa and LoKr against LyCORIS: equal initial values, outputs, gradients, merged weights and files.
 
-loha: Any = pytest.importorskip("lycoris.modules.loha")
-lokr: Any = pytest.importorskip("lycoris.modules.lokr")
-general: Any = pytest.importorskip("lycoris.functional.general")
+loha = lazily("lycoris.modules.loha")
+lokr = lazily("lycoris.modules.lokr")
+general = lazily("lycoris.functional.general")
 
 PRODUCT_LAYERS = {
     "linear": (lambda: nn.Linear(48, 36), (2, 5, 48)),
@@ -271,14 +272,14 @@ def test_sizes_are_factorised_as_in_lycoris() -> None:
 
 # (IA)^3 and GLoRA files merge as in LyCORIS, with tools and --base_weights.
 
-ia3 = pytest.importorskip("lycoris.modules.ia3")
-glora = pytest.importorskip("lycoris.modules.glora")
+ia3 = lazily("lycoris.modules.ia3")
+glora = lazily("lycoris.modules.glora")
 
 PATHS = ("mid.attention.to_q", "mid.attention.proj_in", "mid.resnet.conv1", "up.0.resnet.time_emb_proj")
 KINDS = {
-    "ia3": (ia3.IA3Module, {}),
-    "ia3 on inputs": (ia3.IA3Module, {"train_on_input": True}),
-    "glora": (glora.GLoRAModule, {"lora_dim": 3, "alpha": 1.5}),
+    "ia3": (ia3, "IA3Module", {}),
+    "ia3 on inputs": (ia3, "IA3Module", {"train_on_input": True}),
+    "glora": (glora, "GLoRAModule", {"lora_dim": 3, "alpha": 1.5}),
 }
 
 
@@ -288,10 +289,10 @@ def name_of(path: str) -> str:
 
 def file_by_lycoris(unet: nn.Module, kind: str, strength: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return (a file by LyCORIS, the merged weights by path)."""
-    generator, (make, settings) = torch.Generator().manual_seed(621), KINDS[kind]
+    generator, (module, made, settings) = torch.Generator().manual_seed(621), KINDS[kind]
     tensors, after = {}, {}
     for path in PATHS:
-        theirs = make(name_of(path), unet.get_submodule(path), 1.0, **settings)
+        theirs = getattr(module, made)(name_of(path), unet.get_submodule(path), 1.0, **settings)
         with torch.no_grad():
             for parameter in theirs.parameters():
                 parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
@@ -334,8 +335,9 @@ def test_they_merge_into_checkpoints_and_convert_to_a_full_rank_lora(
     before = load_state_dict(tiny_sd_file)
     layer = nn.Linear(*reversed(before[key].shape), bias=False)
     layer.weight.data = before[key].clone()
-    make, settings = KINDS[kind]
-    theirs, generator = make(name_of(path), layer, 1.0, **settings), torch.Generator().manual_seed(628)
+    module, made, settings = KINDS[kind]
+    theirs = getattr(module, made)(name_of(path), layer, 1.0, **settings)
+    generator = torch.Generator().manual_seed(628)
     for parameter in theirs.parameters():
         parameter.data.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
     file, out = str(tmp_path / "a.safetensors"), str(tmp_path / "out.safetensors")
@@ -419,7 +421,7 @@ def test_ia3_values_are_read_in_half_precision_and_flags_unchanged(caplog: pytes
 
 # Full weight differences in LyCORIS's `full` format merge as in LyCORIS, with tools and --base_weights.
 
-full = pytest.importorskip("lycoris.modules.full")
+full = lazily("lycoris.modules.full")
 
 FULL_PATHS = {
     "lora_unet_mid_attention_to_q": "mid.attention.to_q",

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -34,12 +33,15 @@ from library.options.machine.memory import MemoryOptions
 from library.training.models.block_running import block_runner, repeats_itself
 from networks.core.changes.ggpo import DEVIATION, Perturbed
 from networks.core.protocol import AdoptedNetwork, adopt, open_network_module
+from tests.hiding import lazily
 from tests.parity.deep import DEEP
 from tests.parity.modes import ADAPTERS, ALL_CODECS, RUNNERS, Mode, gradients, pairs_of_modes, triples_of_modes
 from tests.ranks import Job, Rank, run_ranks
 from tests.tiny.flux import CONFIG, build_tiny_flux
 from tests.tiny.sd import UNET
 from tests.unit.networks.toy import Denoiser, randomize, toy_models
+
+diffusers = lazily("diffusers")
 
 PAIRS = pairs_of_modes()
 DECODED: dict[tuple[str, str, str], list[torch.Tensor]] = {}
@@ -169,7 +171,7 @@ def test_without_its_generators_state_a_dropout_would_differ(kind: str, argument
 
 
 def test_foreign_networks_modules_and_training_mode_keep_the_states() -> None:
-    network, unet = adapted("lora", {})[1], UNet2DConditionModel(**UNET).eval()
+    network, unet = adapted("lora", {})[1], diffusers.UNet2DConditionModel(**UNET).eval()
     foreign: Any = nn.Module()
     foreign.apply_to = foreign.prepare_optimizer_params = foreign.save_weights = lambda *_: None
     assert repeats_itself(unet, network) and not repeats_itself(unet, adopt(foreign))

@@ -17,12 +17,13 @@ from networks.core.kinds.boft import BLOCKS, SCALES, Boft, fits, read, sizes_for
 from networks.core.kinds.boft import make_fresh as make_fresh_boft
 from networks.core.kinds.oft_v2 import ANGLES, OftV2, make_fresh
 from networks.core.registry.layouts import make_change
+from tests.hiding import lazily
 from tests.parity.test_dit_lora import tiny_clip
 from tests.tolerances import FLOAT32_DEEP, FLOAT64
 from tests.unit.networks.test_dora import Largest
 from tools import merge_lora
 
-peft: Any = pytest.importorskip("peft")
+peft = lazily("peft")
 
 LAYERS = {
     "linear": (lambda: nn.Linear(24, 10), (2, 5, 24)),

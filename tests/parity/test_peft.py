@@ -16,12 +16,13 @@ from networks.core.changes.init import INITS, FromStart, make_starting_delta
 from networks.core.changes.low_rank import LowRank
 from networks.core.files.adapter_file import COMPUTED, read_adapter_file, require_layouts
 from networks.core.targets.targets import adaptation_kind
+from tests.hiding import lazily
 from tests.tiny.sd import build_tiny_sd
 from tests.tolerances import EXACT, FLOAT32_DEEP, FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double, module_of
 from tools import check_lora_weights, merge_lora
 
-peft = pytest.importorskip("peft")
+peft = lazily("peft")
 
 SHAPES = {
     "linear": (lambda: nn.Linear(11, 6), (2, 5, 11)),

@@ -7,11 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from library.architectures.sd.assembly import build
 from library.architectures.sd.assembly import build as build_sd
@@ -27,7 +24,12 @@ from library.options.model import ModelOptions
 from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.types import Batch, Noised
+from tests.hiding import lazily
 from tests.tolerances import EXACT, FLOAT32_DEEP, FLOAT32_SAME_MATH
+
+diffusers = lazily("diffusers")
+single_file = lazily("diffusers.loaders.single_file_utils")
+transformers = lazily("transformers")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,8 @@ def loader(tiny_sd_folder: Path):
 
 @torch.no_grad()
 def test_the_unet_matches_diffusers(loader, tiny_sd_folder):
-    theirs = UNet2DConditionModel.from_pretrained(tiny_sd_folder / "unet").eval().to(memory_format=torch.channels_last)
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(tiny_sd_folder / "unet").eval()
+    theirs.to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(51)
     latents_BCHW = torch.randn(2, 4, 8, 8, generator=generator)
     text_BTW = torch.randn(2, 77, 32, generator=generator)
@@ -48,7 +51,8 @@ def test_the_unet_matches_diffusers(loader, tiny_sd_folder):
 
 @torch.no_grad()
 def test_the_vae_matches_diffusers(loader, tiny_sd_folder):
-    theirs = AutoencoderKL.from_pretrained(tiny_sd_folder / "vae").eval().to(memory_format=torch.channels_last)
+    theirs = diffusers.AutoencoderKL.from_pretrained(tiny_sd_folder / "vae").eval()
+    theirs.to(memory_format=torch.channels_last)
     pixels_BCHW = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(52))
     actual, wanted = (m.encode(pixels_BCHW).latent_dist.parameters for m in (loader.vae(), theirs))
     torch.testing.assert_close(actual, wanted, **EXACT)
@@ -63,9 +67,9 @@ UNETS = {
 }
 
 
-def meta_unet(channels, layers, attention, depth=1) -> UNet2DConditionModel:
+def meta_unet(channels, layers, attention, depth=1) -> Any:
     with torch.device("meta"):
-        return UNet2DConditionModel(
+        return diffusers.UNet2DConditionModel(
             block_out_channels=channels,
             layers_per_block=layers,
             down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
@@ -85,7 +89,7 @@ def test_unet_names_of_any_size_are_converted_as_in_diffusers(kind):
     ldm = {unet_to_ldm(name, layout): tensor for name, tensor in unet.state_dict().items()}
     assert len(ldm) == len(unet.state_dict())
     assert {unet_from_ldm(name, layout) for name in ldm} == unet.state_dict().keys()
-    theirs = convert_ldm_unet_checkpoint({UNET_PREFIX + k: v for k, v in ldm.items()}, dict(unet.config))
+    theirs = single_file.convert_ldm_unet_checkpoint({UNET_PREFIX + k: v for k, v in ldm.items()}, dict(unet.config))
     assert {name: id(tensor) for name, tensor in theirs.items()} == {
         unet_from_ldm(name, layout): id(tensor) for name, tensor in ldm.items()
     }
@@ -107,7 +111,7 @@ def test_a_unet_of_any_size_is_rebuilt_from_its_shapes(kind):
 def test_vae_names_of_any_size_are_converted_as_in_diffusers_and_rebuilt(channels, layers):
     num_levels = len(channels)
     with torch.device("meta"):
-        vae = AutoencoderKL(
+        vae = diffusers.AutoencoderKL(
             block_out_channels=channels,
             layers_per_block=layers,
             down_block_types=("DownEncoderBlock2D",) * num_levels,
@@ -118,7 +122,7 @@ def test_vae_names_of_any_size_are_converted_as_in_diffusers_and_rebuilt(channel
     ldm = {VAE_PREFIX + vae_to_ldm(name, num_levels): torch.empty(shape) for name, shape in actual.items()}
     ours = {name.removeprefix(VAE_PREFIX): name for name in ldm}
     back = single_vae(Weights("vae", {k: tuple(ldm[n].shape) for k, n in ours.items()}, lambda k: ldm[ours[k]]))
-    theirs = convert_ldm_vae_checkpoint(ldm, dict(vae.config))
+    theirs = single_file.convert_ldm_vae_checkpoint(ldm, dict(vae.config))
     assert {name: id(tensor) for name, tensor in theirs.items()} == {
         name: id(back.weights.read(name)) for name in back.weights.shapes
     }
@@ -137,13 +141,13 @@ def encode(folder: Path, captions: list[str], **model: object) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def theirs(tiny_sd_folder: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
+def theirs(tiny_sd_folder: Path) -> tuple[Any, Any]:
     """Load the same folder with transformers."""
-    tokenizer = CLIPTokenizer.from_pretrained(tiny_sd_folder / "tokenizer")
-    return tokenizer, CLIPTextModel.from_pretrained(tiny_sd_folder / "text_encoder").eval()
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(tiny_sd_folder / "tokenizer")
+    return tokenizer, transformers.CLIPTextModel.from_pretrained(tiny_sd_folder / "text_encoder").eval()
 
 
-def their_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+def their_ids(tokenizer: Any, captions: list[str]) -> Tensor:
     return tokenizer(captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt")["input_ids"]
 
 

@@ -19,6 +19,7 @@ from library.architectures.sd3.positions import nearest_side, scaled_positions, 
 from library.types import Prompt
 from networks.core.network.network import AdapterNetwork
 from networks.lora_sd3 import create_network
+from tests.hiding import lazily
 from tests.parity.test_preview import ours
 from tests.tiny.sd3 import (
     CONFIGS,
@@ -103,7 +104,7 @@ def test_an_image_larger_than_the_position_table_is_rejected() -> None:
 
 # Position embeddings scaled to the dataset's resolutions, against diffusers' table and in the model.
 
-embeddings: Any = pytest.importorskip("diffusers.models.embeddings")
+embeddings = lazily("diffusers.models.embeddings")
 
 
 @pytest.mark.parametrize("side", [24, 32, 64])

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -22,6 +21,9 @@ from library.training.step.context import Models, StepContext
 from library.training.step.losses import add_noise_to, loss_of
 from library.types import Batch, Noised
 from networks.core.protocol import AdoptedNetwork
+from tests.hiding import lazily
+
+diffusers = lazily("diffusers")
 
 
 def options_for(folder: Path, **noise_or_loss: Any) -> TrainOptions:
@@ -384,7 +386,7 @@ def test_every_option_equals_its_float64_recomputation(flags: dict[str, Any]) ->
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 def test_noisy_latents_and_targets_match_diffusers(zero_terminal_snr: bool) -> None:
-    scheduler = DDPMScheduler(
+    scheduler = diffusers.DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=zero_terminal_snr
     )
     # diffusers computes its table in float32, and the rescaled schedule from betas derived from it

@@ -279,13 +279,12 @@ def test_a_bf16_adapter_with_stochastic_rounding_learns_and_resumes_bit_for_bit(
 
 # Third-party network modules that train the base model's norms on the CPU.
 
-pytest.importorskip("lycoris")
-
 
 @pytest.mark.parametrize("algo", ["locon", pytest.param("lokr", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.nightly)])
 def test_training_group_norms_on_the_cpu_does_not_crash(tmp_path: Path, algo: str, precision: str) -> None:
     """Use a subprocess, since torch's backward pass of channels-last group norms caused a segmentation fault."""
+    pytest.importorskip("lycoris")
     make_images(tmp_path / "data" / "1_thing", 2, seed=64)
     command = [
         sys.executable, str(ROOT / "sdxl_train_network.py"), "--pretrained_model_name_or_path",

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor
 
 from library.diffusion.guidance import apply_guidance
@@ -16,7 +15,10 @@ from library.options.output.sampler_names import ALIASES, SAMPLERS
 from library.options.training.loss import LossOptions
 from library.options.training.noise import NoiseOptions
 from library.types import Conditioning, Prompt
+from tests.hiding import lazily
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
+
+diffusers = lazily("diffusers")
 
 
 def sample(sampler: Sampler, clean_BCHW: Tensor, seed: int = 0) -> Tensor:
@@ -165,8 +167,8 @@ def test_a_flow_sampler_uses_the_given_levels() -> None:
 # The noise schedule, compared with diffusers and literal values.
 
 
-def reference(**settings: bool) -> DDPMScheduler:
-    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **settings)
+def reference(**settings: bool) -> Any:
+    return diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **settings)
 
 
 def test_the_table_matches_stable_diffusion() -> None:
@@ -180,7 +182,7 @@ def test_the_table_matches_stable_diffusion() -> None:
 
 @pytest.mark.parametrize("schedule", [LATENT_DIFFUSION, BetaSchedule(1e-4, 0.02, "linear")])  # the second is PixArt's
 def test_a_schedule_is_that_of_diffusers(schedule: BetaSchedule) -> None:
-    theirs = DDPMScheduler(**asdict(schedule))
+    theirs = diffusers.DDPMScheduler(**asdict(schedule))
     torch.testing.assert_close(schedule.betas().float(), theirs.betas, rtol=1e-6, atol=0)
     torch.testing.assert_close(schedule.abar(False).float(), theirs.alphas_cumprod, rtol=5e-6, atol=0)
     assert build_ddpm(NoiseOptions(), LossOptions(), False, schedule).abar_T.equal(schedule.abar(False))

@@ -11,17 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from library.memory.activations import BlockInputs, PinnedBudget, RecomputeFromMainMemory, Transfers
 from library.memory.blocks import BlockRunner, Every, plain, recompute, run_encoder_layers_with
 from library.memory.cast_together import CastTogether, cast_factors, cast_in_blocks
 from library.training.models.block_running import cast_factors_of
 from networks.core.protocol import adopt
+from tests.hiding import lazily
 from tests.tiers import first_is_fast
 from tests.tiny.bases import BASES
 from tests.tiny.init import fixed_init
 from tests.tiny.sd import CLIP
+
+transformers = lazily("transformers")
 
 
 class Block(nn.Module):
@@ -98,7 +100,7 @@ RUNNERS: dict[str, Callable[[], BlockRunner]] = {
 
 @pytest.mark.parametrize("build", RUNNERS.values(), ids=RUNNERS)
 def test_inputs_of_text_encoder_layers_are_offloaded_too(build: Callable[[], BlockRunner], moved: list[Tensor]) -> None:
-    clip = CLIPTextModel(CLIPTextConfig(**CLIP)).eval()
+    clip = transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP)).eval()
     clip.load_state_dict(fixed_init(clip, 102))
     ids = torch.tensor([[0, 5, 7, 1], [0, 3, 1, 1]])
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from library.memory.devices import bytes_of, is_on, make_input_contiguous, release_memory
 from library.memory.frozen import frozen_layers
@@ -18,10 +17,13 @@ from library.memory.offload import encoders as offload
 from library.memory.offload.encoders import count_streamed_bytes, least_bytes, place_encoders, stream_layers
 from library.memory.offload.streamed import OffloadedHandle
 from library.memory.planner.stages import StageMemory
+from tests.hiding import lazily
 from tests.parity.tiny_models import opened_with
 from tests.running import ROOT
 from tests.tiers import first_is_fast
 from tests.tiny.bases import BASES
+
+transformers = lazily("transformers")
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a red cat", "dog"], ["a dog"]
@@ -50,11 +52,11 @@ def test_streamed_layers_compute_the_same_bits(base: str, precision: str, tmp_pa
 
 def deep_encoders() -> list[nn.Module]:
     """Return a CLIP of 4 layers and a larger T5 of 8."""
-    clip = CLIPTextConfig(
+    clip = transformers.CLIPTextConfig(
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2
     )
-    t5 = T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=96, num_layers=8, num_heads=4)
-    return [CLIPTextModel(clip).eval(), T5EncoderModel(t5).eval()]
+    t5 = transformers.T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=96, num_layers=8, num_heads=4)
+    return [transformers.CLIPTextModel(clip).eval(), transformers.T5EncoderModel(t5).eval()]
 
 
 def test_only_the_largest_encoders_are_streamed_and_only_as_many_layers_as_needed(

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from library.base.errors import UserError
 from library.memory import exchange as module
@@ -27,10 +25,14 @@ from library.memory.offload.streamed import allocate_own_master, choose_blocks, 
 from library.memory.offload.streams import CudaStreams, HostStreams, StagedStreams
 from library.models.unet.unet import run_unet_blocks_with
 from library.training.models.frozen_base import count_offloaded_blocks
+from tests.hiding import lazily
 from tests.parity.deep import DEEP
 from tests.tiny.init import fixed_init
 from tests.tiny.sd import CLIP, UNET
 from tests.tolerances import FLOAT32_SAME_MATH
+
+diffusers = lazily("diffusers")
+transformers = lazily("transformers")
 
 CPU = torch.device("cpu")
 
@@ -375,8 +377,8 @@ def test_shared_masters_use_dev_shm_if_there_is_room(monkeypatch: pytest.MonkeyP
 # Running blocks: every denoiser runs all of its blocks through its runner.
 
 
-def tiny_unet() -> UNet2DConditionModel:
-    unet = UNet2DConditionModel(**UNET).eval()
+def tiny_unet() -> Any:
+    unet = diffusers.UNet2DConditionModel(**UNET).eval()
     unet.load_state_dict(fixed_init(unet, 31))
     return unet.requires_grad_(False)
 
@@ -391,7 +393,7 @@ def gradient(unet: nn.Module) -> Tensor:
 
 
 def test_layers_of_a_text_encoder_are_recomputed_with_the_base_models_dropout_off() -> None:
-    clip = CLIPTextModel(CLIPTextConfig(**{**CLIP, "attention_dropout": 0.5})).eval()
+    clip = transformers.CLIPTextModel(transformers.CLIPTextConfig(**{**CLIP, "attention_dropout": 0.5})).eval()
     clip.load_state_dict(fixed_init(clip, 34))
     ids = torch.tensor([[0, 5, 7, 1]])
 

@@ -5,10 +5,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 
 import pytest
 import torch
-import torch._dynamo.utils  # binds has_triton, which tests replace
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
@@ -310,6 +310,7 @@ def test_a_compiler_that_fails_its_trial_is_named_once_and_not_used(
     has_triton: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A recomputed step then equals a plain one."""
+    import_module("torch._dynamo.utils")  # binds has_triton, which is replaced here
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: has_triton)
     monkeypatch.setattr(torch, "compile", fail_to_compile)
     monkeypatch.setattr(fused, "try_compiler", lambda device: try_compiler(CPU))

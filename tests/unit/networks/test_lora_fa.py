@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from lycoris.modules.tlora import compute_timestep_mask
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -27,9 +26,12 @@ from networks.core.changes.qkv_split import SplitRank
 from networks.core.changes.tlora import NoiseLevels, NoiseMask
 from networks.core.kinds.lora_fa import frozen_down
 from networks.core.targets.targets import adaptation_kind
+from tests.hiding import lazily
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double, module_of
 from tests.unit.networks.toy import randomize, toy_models
+
+their_tlora = lazily("lycoris.modules.tlora")
 
 CONV = {"conv_dim": "3", "conv_alpha": "2"}
 
@@ -212,7 +214,7 @@ def test_limiting_the_norm_of_a_change_scales_only_its_up_factor() -> None:
 )
 def test_ranks_match_lycoris_at_every_timestep(rank: int, least: int, power: float) -> None:
     levels_B = torch.arange(1000) / 1000
-    expected = torch.cat([compute_timestep_mask(t, 1000, rank, least, power) for t in range(1000)]).bool()
+    expected = torch.cat([their_tlora.compute_timestep_mask(t, 1000, rank, least, power) for t in range(1000)]).bool()
     assert torch.equal(NoiseMask(least, power, NoiseLevels()).kept(rank, rank, levels_B), expected)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from library.architectures.sd.layers import view
@@ -19,11 +18,14 @@ from library.checkpoints.saving import save_safetensors
 from library.commands.base_models import find_adapter_targets, open_base_model
 from networks import sdxl_merge_lora, svd_merge_lora
 from networks.core.files.adapter_file import read_adapter_file
+from tests.hiding import lazily
 from tests.parity.test_dit_lora import tiny_clip
 from tests.tolerances import FLOAT32_SAME_MATH
 from tests.unit.networks.test_forms import perturb
 from tests.unit.tools.adapter_files import write as write_small_adapter
 from tools import check_lora_weights, convert_lora, merge_flux_lora, merge_lora, resize_lora, show_metadata
+
+diffusers = lazily("diffusers")
 
 pytestmark = pytest.mark.slow
 
@@ -57,8 +59,8 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def unet_of(folder: Path) -> UNet2DConditionModel:
-    return UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+def unet_of(folder: Path) -> Any:
+    return diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
 
 
 def weights_of(view_of_models: nn.Module, names: list[str]) -> dict[str, Tensor]:
