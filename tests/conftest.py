@@ -4,14 +4,12 @@ import gc
 import logging
 import sys
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from library.base.collector import keep_imported
-from tests.running import base_arguments, fresh_process, images, launch, train  # noqa: F401
+from tests.running import base_arguments, fresh_process, images, launch, tiny_model, train  # noqa: F401
 from tests.tiers import is_of_new_base
 
 SLOW_FOLDERS = ("made_up", "parity", "runs")
@@ -69,19 +67,6 @@ def _log_handlers() -> Iterator[None]:
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
-
-
-def tiny_model(name: str, seed: int, **settings: Any) -> Any:
-    """Return a fixture with the path of a tiny model, a diffusers folder unless its layout is a single .safetensors
-    file with tokenizer/ next to it. It is read-only."""
-
-    @pytest.fixture(scope="session")
-    def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-        build = getattr(import_module(f"tests.tiny.{name}"), f"build_tiny_{name}")
-        path: Path = build(tmp_path_factory.mktemp(name), seed, **settings)
-        return path
-
-    return model
 
 
 tiny_sd_folder, tiny_sd_file = tiny_model("sd", 11), tiny_model("sd", 11, layout="safetensors")

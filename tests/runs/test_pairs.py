@@ -16,7 +16,7 @@ from library.checkpoints.files import load_state_dict
 from library.training.evaluation.prompt_images import GAP
 from library.training.report_page.page import read_data
 from library.training.report_page.writer import read_report
-from tests.running import SCRIPTS, Finished, load_saved, make_images
+from tests.running import SCRIPTS, Finished, load_saved, make_images, tiny_model
 from tests.runs.test_report import events_of, of_kind
 from tests.tiny.bases import BASES
 from tests.tiny.flux import build_tiny_flux
@@ -214,9 +214,7 @@ def test_invalid_options_are_named_before_loading(run: Run, words: tuple[str, ..
 Train = Callable[..., Finished]
 
 
-@pytest.fixture(scope="session")
-def kontext_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return build_tiny_flux(tmp_path_factory.mktemp("tiny_kontext"), seed=23)
+kontext_arguments = tiny_model("flux", 23)
 
 
 @pytest.fixture

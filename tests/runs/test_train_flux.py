@@ -12,14 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.checkpoints.headers import read_metadata
-from tests.running import Finished, load_saved, small_run
+from tests.running import Finished, load_saved, small_run, tiny_model
 from tests.runs.musubi_tuner import paths_of, run_command
 from tests.runs.test_pairs import (
     test_other_models_train_on_two_references_of_a_musubi_dataset as train_on_two_references,
 )
 from tests.runs.test_validation import charts, scalars
 from tests.tiny.flux import build_tiny_flux
-from tests.tiny.flux_2 import DIT, build_tiny_flux_2
+from tests.tiny.flux_2 import DIT
 from tests.tiny.flux_3 import CONFIG, build_tiny_flux_3
 
 Train = Callable[..., Finished]
@@ -27,9 +27,7 @@ LOKR = {"lokr_w1": (4, 4), "lokr_w2_a": (16, 2), "lokr_w2_b": (2, 16)}  # for 64
 LOHA = {f"hada_w{i}_{side}": (64, 2) if side == "a" else (2, 64) for i in (1, 2) for side in "ab"}
 
 
-@pytest.fixture(scope="session")
-def tiny_flux_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return build_tiny_flux(tmp_path_factory.mktemp("tiny_flux"), seed=21)
+tiny_flux_arguments = tiny_model("flux", 21)
 
 
 @pytest.fixture
@@ -134,9 +132,7 @@ def test_captions_cached_with_another_token_limit_are_encoded_again(train_flux: 
 TRAINING = DIT.training + " --model_version klein-base-4b"
 
 
-@pytest.fixture(scope="session")
-def tiny_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return build_tiny_flux_2(tmp_path_factory.mktemp("tiny_flux_2"), seed=31)
+tiny_arguments = tiny_model("flux_2", 31)
 
 
 @pytest.fixture
@@ -166,9 +162,7 @@ def test_our_option_names_give_the_same_result(
 LAYERS = ("q_proj", "k_proj", "v_proj", "attn_out", "mlp_in", "mlp_out")
 
 
-@pytest.fixture(scope="session")
-def tiny_flux_3_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return build_tiny_flux_3(tmp_path_factory.mktemp("tiny_flux_3"), seed=31)
+tiny_flux_3_arguments = tiny_model("flux_3", 31)
 
 
 @pytest.fixture

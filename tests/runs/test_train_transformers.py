@@ -13,15 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.checkpoints.headers import read_metadata
-from tests.running import Finished, load_saved, make_images, small_run
+from tests.running import Finished, load_saved, make_images, small_run, tiny_model
 from tests.runs.musubi_tuner import paths_of, run_command
 from tests.tiny.krea2 import CONFIG, build_tiny_krea2
-from tests.tiny.lumina import build_tiny_lumina
 from tests.tiny.moss_image import CONFIG as MOSS_CONFIG
-from tests.tiny.moss_image import build_tiny_moss_image
-from tests.tiny.qwen_image_21 import build_tiny_qwen_image_21
 from tests.tiny.zimage import CONFIG as ZIMAGE_CONFIG
-from tests.tiny.zimage import build_tiny_zimage
 from tools import choose_checkpoint, draw
 
 # krea2_train_network.py on a tiny Krea 2 model: musubi-tuner's commands, previews, resuming, and third-party
@@ -30,9 +26,7 @@ from tools import choose_checkpoint, draw
 Train = Callable[..., Finished]
 
 
-@pytest.fixture(scope="session")
-def tiny_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return build_tiny_krea2(tmp_path_factory.mktemp("tiny_krea2"), seed=31)
+tiny_arguments = tiny_model("krea2", 31)
 
 
 @pytest.fixture
@@ -112,9 +106,7 @@ def test_previews_use_turbo_and_do_not_change_training(
 SYSTEM = "be a good red dog"
 
 
-@pytest.fixture(scope="session")
-def tiny_lumina_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return build_tiny_lumina(tmp_path_factory.mktemp("tiny_lumina"), seed=31)
+tiny_lumina_arguments = tiny_model("lumina", 31)
 
 
 @pytest.fixture
@@ -146,9 +138,7 @@ def test_captions_cached_with_another_system_prompt_are_encoded_again(
 # zimage_train_network.py on a tiny Z-Image model: a training adapter, and noise levels that resume.
 
 
-@pytest.fixture(scope="session")
-def tiny_zimage_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return build_tiny_zimage(tmp_path_factory.mktemp("tiny_zimage"), seed=31)
+tiny_zimage_arguments = tiny_model("zimage", 31)
 
 
 @pytest.fixture
@@ -258,9 +248,7 @@ def test_stratified_levels_of_a_cut_off_distribution_with_rex_resume_exactly(
 # qwen_image_21_train_network.py on a tiny model: musubi-tuner's commands, pairs, and alpha channels.
 
 
-@pytest.fixture(scope="session")
-def tiny_qwen_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return build_tiny_qwen_image_21(tmp_path_factory.mktemp("tiny_qwen_image_21"), seed=31)
+tiny_qwen_arguments = tiny_model("qwen_image_21", 31)
 
 
 @pytest.fixture
@@ -460,9 +448,7 @@ max_data_loader_n_workers = 0
 """
 
 
-@pytest.fixture(scope="session")
-def tiny_moss_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return build_tiny_moss_image(tmp_path_factory.mktemp("tiny_moss_image"), seed=31)
+tiny_moss_arguments = tiny_model("moss_image", 31)
 
 
 @pytest.fixture

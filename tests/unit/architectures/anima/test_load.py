@@ -21,7 +21,7 @@ from library.training.models.base_model import hash_module
 from library.training.models.requests import RequestedRun
 from library.training.planning.counting import count_run
 from library.training.planning.meta_run import BatchShape
-from tests.running import Finished
+from tests.running import Finished, tiny_model
 from tests.tiny.anima import CONFIG, build_tiny_anima
 
 
@@ -87,9 +87,7 @@ def test_adding_a_text_adapter_keeps_the_storage_formats_of_both_files() -> None
 # --qwen_image_vae_2d: the VAE of Qwen-Image gives the same results with 2-D as with 3-D convolutions.
 
 
-@pytest.fixture(scope="module")
-def vae_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return build_tiny_anima(tmp_path_factory.mktemp("anima"), 61)
+vae_arguments = tiny_model("anima", 61)
 
 
 def build_arch(arguments: list[str], *more: str) -> Any:

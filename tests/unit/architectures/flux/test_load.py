@@ -15,15 +15,13 @@ from library.architectures.specs import list_specs
 from library.base.errors import UserError
 from library.checkpoints.recognition import recognise_adapter
 from library.protocols import Architecture
+from tests.running import tiny_model
 from tests.tiny.changes import without
 from tests.tiny.chroma import build_tiny_chroma
 from tests.tiny.flux import build_tiny_flux
 from tests.unit.architectures.test_dit_files import open_tiny
 
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return build_tiny_flux(tmp_path_factory.mktemp("flux"), 3)
+tiny = tiny_model("flux", 3)
 
 
 @pytest.mark.parametrize("prefix", ["vae.", "first_stage_model."])
@@ -41,9 +39,7 @@ def test_a_vae_with_a_prefix_loads_the_same(tiny: list[str], tmp_path: Path, pre
 CHROMA_DEFAULTS = ["--guidance_scale", "0", "--timestep_sampling", "sigmoid", "--model_prediction_type", "raw"]
 
 
-@pytest.fixture(scope="module")
-def tiny_chroma(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return build_tiny_chroma(tmp_path_factory.mktemp("chroma"), 6)
+tiny_chroma = tiny_model("chroma", 6)
 
 
 def options_of(arguments: list[str]) -> FluxOptions:

@@ -11,14 +11,12 @@ import torch
 from library.architectures.lumina import gemma
 from library.architectures.lumina.gemma import find_gemma_tokenizer, load_gemma_tokenizer
 from library.architectures.lumina.text import LuminaText
+from tests.running import tiny_model
 from tests.tiny.lumina import build_tiny_lumina
 from tests.tolerances import EXACT, FLOAT32_SAME_MATH
 from tests.unit.architectures.test_dit_files import open_tiny
 
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return build_tiny_lumina(tmp_path_factory.mktemp("lumina"), 3)
+tiny = tiny_model("lumina", 3)
 
 
 def test_a_folder_of_another_text_encoder_is_refused(tiny: list[str], tmp_path: Path) -> None:

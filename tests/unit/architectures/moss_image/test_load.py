@@ -21,15 +21,13 @@ from library.models.dit_loader import DitLoader
 from library.types import CaptionWithImages
 from moss_image_train_network import setup_parser
 from tests.parity.test_preview import prompt_of
+from tests.running import tiny_model
 from tests.tiers import first_is_fast
 from tests.tiny.changes import assert_same_models, rename_token, with_changes
 from tests.tiny.moss_image import build_tiny_moss_image, with_fused_qkv
 from tests.tiny.parts import BASE
 
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return build_tiny_moss_image(tmp_path_factory.mktemp("moss_image"), 3)
+tiny = tiny_model("moss_image", 3)
 
 
 def options_of(arguments: list[str]) -> MossImageOptions:

@@ -9,15 +9,12 @@ import torch
 
 from library.architectures.zimage.assembly import CODEC, build
 from library.architectures.zimage.options import ZImageOptions
-from tests.running import Finished, make_images
+from tests.running import Finished, make_images, tiny_model
 from tests.tiny.zimage import build_tiny_zimage
 from tests.tolerances import FLOAT32_SAME_MATH
 from zimage_train_network import setup_parser
 
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return build_tiny_zimage(tmp_path_factory.mktemp("zimage"), 3)
+tiny = tiny_model("zimage", 3)
 
 
 def options_of(arguments: list[str]) -> ZImageOptions:
