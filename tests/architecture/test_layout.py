@@ -1,5 +1,7 @@
 """Layers hold: imports point down and resolve, and files and functions stay short."""
 
+import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -280,3 +282,41 @@ def test_functions_have_at_most_20_branches() -> None:
         if count > MORE_BRANCHES.get((path.as_posix(), name), MOST_BRANCHES)
     }
     assert not over
+
+
+# CONTRIBUTING.md sends readers to files and names that exist.
+
+TABLE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Where things are")[2]
+NAMED = sorted({path for path in re.findall(r"`((?:library|networks|tests|docs|tools)/[\w./]+)`", TABLE)})
+SYMBOLS = sorted(set(re.findall(r"`([\w/]+\.py)` \(`(\w+)`\)", TABLE)))
+
+
+def test_the_table_names_files_and_symbols() -> None:
+    assert len(NAMED) > 40 and len(SYMBOLS) > 10
+    assert len(SYMBOLS) == len(set(re.findall(r"`\S+` \(`.*?\)", TABLE))), "write `path.py` (`name`)"
+
+
+@pytest.mark.parametrize("path", NAMED)
+def test_named_files_exist(path: str) -> None:
+    place = ROOT / path
+    assert any(place.iterdir()) if path.endswith("/") else place.stat().st_size > 0
+
+
+@pytest.mark.parametrize(("path", "symbol"), SYMBOLS)
+def test_named_symbols_are_defined_there(path: str, symbol: str) -> None:
+    """A path without folders is a module of every base model."""
+    files = [ROOT / path] if "/" in path else [*(ROOT / "library" / "architectures").glob(f"*/{path}")]
+    defined = {name for file in files for name in definitions(ast.parse(file.read_text(encoding="utf-8")))}
+    assert symbol in defined
+
+
+def definitions(tree: ast.Module) -> set[str]:
+    """Return the names of functions, classes, constants and fields."""
+    names = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.AnnAssign(target=ast.Name(name)):
+                names.add(name)
+            case ast.Assign(targets=[ast.Name(name)]):
+                names.add(name)
+    return names

@@ -35,7 +35,7 @@ from tools.recipes import main
 Train = Callable[..., Finished]
 NOT_RUN = {  # start of a command -> where it is tested, or why it cannot run here
     "source .venv/bin/activate": "a matter of the shell",
-    "python3 tools/start.py": "tests/runs/test_quickstart.py and tests/unit/tools/test_start.py",
+    "python3 tools/start.py": "tests/runs/test_toys.py and tests/unit/tools/test_start.py",
     "python3 -m pip": "a program of others",
     "python3 -m pytest": "a program of others",
     "python3 -m pre_commit": "a program of others",

@@ -1,4 +1,4 @@
-"""Weights in main memory, exchanged weights, and the running of blocks; test_ring.py of parity tests whole models."""
+"""Weights in main memory, exchanged weights, and the running of blocks; parity/test_modes.py tests whole models."""
 
 import os
 import sys
