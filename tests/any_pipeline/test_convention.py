@@ -385,7 +385,7 @@ def in_folder(name: str, *more: Any) -> Callable[[Path], Family]:
 
     def build(folder: Path) -> Family:
         getattr(tiny(name), f"build_tiny_{name}")(folder, 9, "diffusers")
-        tests = parity(f"test_{name}_pipeline")
+        tests = parity(f"test_{name}")
         return Family(tests.run_of(folder), tests.pipeline_of(folder, *more), convert=split_layers(name))
 
     return build
@@ -400,7 +400,7 @@ def split_layers(name: str) -> Callable[[dict[str, Tensor]], Mapping[str, Tensor
 
 
 def flux(folder: Path) -> Family:
-    tests = parity("test_flux_preview")
+    tests = parity("test_flux1")
     words = tiny("flux").build_tiny_flux(folder, 9, "diffusers", True)
     options = {"max_sequence_length": tests.NUM_TOKENS}
     run = tests.run_of([*words, "--guidance_scale", "1.0"])
@@ -408,7 +408,7 @@ def flux(folder: Path) -> Family:
 
 
 def lumina(folder: Path) -> Family:
-    tests = parity("test_lumina_preview")
+    tests = parity("test_lumina")
     words = tiny("lumina").build_tiny_lumina(folder, 9, "diffusers")
     options = {"max_sequence_length": tests.NUM_TOKENS, "system_prompt": tests.SYSTEM}
     return Family(tests.run_of(words), tests.pipeline_of(folder), options, split_layers("lumina"))
@@ -419,7 +419,7 @@ def sd3(folder: Path) -> Family:
 
     from library.architectures.sd3.assembly import build
 
-    tests = parity("test_sd3_preview")
+    tests = parity("test_sd3")
     files = tiny("sd3").build_tiny_sd3(folder, 9, "sd3.5-medium")
     arch = build(tests.options_of(files, t5xxl_max_token_length=tests.NUM_TOKENS))
     run = bundle(arch, arch.load.denoiser(), arch.load.text_encoders())
@@ -440,7 +440,7 @@ def hunyuan_image(folder: Path) -> Family:
     from library.architectures.hunyuan_image.assembly import build
     from library.architectures.hunyuan_image.options import HunyuanImageOptions
 
-    tests = parity("test_hunyuan_image_parts")
+    tests = parity("test_hunyuan_image")
     words = tiny("hunyuan_image").build_tiny_hunyuan_image(folder, tests.SEED)
     arch = build(HunyuanImageOptions.from_args(setup_parser().parse_args(words)))
     run = bundle(arch, arch.load.denoiser(), arch.load.text_encoders())
@@ -464,7 +464,7 @@ def sdxl(folder: Path) -> Family:
     from diffusers import StableDiffusionXLPipeline
 
     file = tiny("sdxl").build_tiny_sdxl(folder, 9)
-    arch = parity("test_sd2_sdxl_load").open_sdxl(file, True)
+    arch = parity("test_sd").open_sdxl(file, True)
     pipe = StableDiffusionXLPipeline.from_pretrained(file, add_watermarker=False)
     return Family(bundle(arch, arch.load.denoiser(), arch.load.text_encoders()), pipe)
 

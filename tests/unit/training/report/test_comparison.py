@@ -16,7 +16,7 @@ from library.training.report_page.page import read_data
 from library.training.report_page.record import Record
 from library.training.report_page.writer import ReportWriter, build_report, read_report
 from library.training.reporting.events import Event
-from tests import browser
+from tests import browser, chromium
 from tests.event_lines import EVIL, audit, lines_of, plan, start, validation, whole_run
 from tools import compare_runs
 
@@ -251,5 +251,5 @@ def test_the_index_opens_in_a_browser(tmp_path: Path) -> None:
       const link = (row) => row.querySelector("a").getAttribute("href");
       return rows.map((row) => [link(row), row.querySelectorAll("img").length, short(2.5e-6)]);
     """
-    answer, browser_log = browser.ask((tmp_path / FILE_NAME).read_text(encoding="utf-8"), script, tmp_path / "browser")
+    answer, browser_log = chromium.ask((tmp_path / FILE_NAME).read_text(encoding="utf-8"), script, tmp_path / "browser")
     assert browser_log == [] and sorted(answer) == [["cat-report.html", 1, "2.5e-6"], ["mean-report.html", 1, "2.5e-6"]]
