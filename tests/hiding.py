@@ -1,7 +1,9 @@
-"""Packages that this process lacks for a test, or that are broken."""
+"""Packages that a test needs, and packages that this process lacks for a test, or that are broken."""
 
 import sys
+from importlib import import_module
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +15,26 @@ OPTIONAL = (
 )  # fmt: skip
 """The modules of packages that only some options or files need; no command fails without those that it was not asked
 for."""
+
+
+class LazyModule:
+    """A module that is imported when one of its attributes is first read."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("_"):  # pytest looks for its marks at every name of a file
+            raise AttributeError(attribute)
+        return getattr(import_module(self._name), attribute)
+
+
+def lazily(name: str) -> Any:
+    """Return a module that is imported when it is first used, as importing it takes seconds that every collection of
+    tests would wait for. Skip the tests of the calling file if its package is not installed."""
+    if find_spec(name.partition(".")[0]) is None:
+        pytest.skip(f"{name} is not installed", allow_module_level=True)
+    return LazyModule(name)
 
 
 def hide(module: str, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:

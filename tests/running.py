@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,6 +47,11 @@ class Finished:
     status: int
     stdout: str
     stderr: str
+
+    def ok(self) -> "Finished":
+        """Return this result; raise AssertionError with the log unless the run succeeded."""
+        assert self.status == 0, self.stderr
+        return self
 
     @property
     def losses(self) -> list[float]:
@@ -100,6 +106,19 @@ def small_run(images: Path, folder: Path, module: str, num_steps: str) -> list[s
         "--output_dir", str(folder / "out"), "--output_name", "mine", "--network_module", module, "--network_dim", "4",
         "--learning_rate", "1e-3", "--max_train_steps", num_steps, "--seed", "5", "--max_data_loader_n_workers", "0",
     ]  # fmt: skip
+
+
+def tiny_model(name: str, seed: int, **settings: Any) -> Any:
+    """Return a fixture with what `build_tiny_…` of tests/tiny returns: the options that select a tiny model, or its
+    path, a diffusers folder unless its layout is a single .safetensors file with tokenizer/ next to it. The files are
+    read-only."""
+
+    @pytest.fixture(scope="session")
+    def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+        build = getattr(importlib.import_module(f"tests.tiny.{name}"), f"build_tiny_{name}")
+        return build(tmp_path_factory.mktemp(name), seed, **settings)
+
+    return model
 
 
 @pytest.fixture

@@ -4,14 +4,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import diffusers
 import tomllib
 
 from tests.any_pipeline.any_class import build_parts
+from tests.hiding import lazily
 from tests.running import ROOT
 from tests.tiny.more_pipelines import MORE
 from tests.tiny.pipeline_parts import replace_ftfy
 from tests.tiny.pipelines import PIPELINES, build_tiny_pipeline
+
+diffusers = lazily("diffusers")
 
 UNKNOWN = "?"
 

@@ -31,9 +31,7 @@ from library.diffusion.timesteps import LevelDraws
 from library.options.training.noise import NoiseOptions
 from library.types import Noised
 from tests.any_pipeline.published import MODELS
-from tests.any_pipeline.test_convention import SIZE
-from tests.any_pipeline.test_files import attach_adapter
-from tests.any_pipeline.test_parity import BATCH, CAPTION, parts_of
+from tests.any_pipeline.test_convention import BATCH, CAPTION, SIZE, attach_adapter, parts_of
 from tests.any_pipeline.test_training import SCRIPT, Train, arguments
 from tests.tiny.language_model_pipelines import wan_2_2
 from tests.tiny.pipelines import build_tiny_pipeline, watch_pipeline
@@ -179,8 +177,7 @@ def test_the_denoiser_that_rests_is_not_read(wan: Path) -> None:
 
 def adapter(folder: Path, wan: Path, train: Train, expert: str) -> Path:
     words = ["--expert", expert, "--output_name", expert, "--learning_rate", "1"]
-    done = train(arguments(wan, folder, *words), script=SCRIPT)
-    assert done.status == 0, done.stderr
+    done = train(arguments(wan, folder, *words), script=SCRIPT).ok()
     second = " with load_into_transformer_2=True" if expert == "low" else ""
     assert f"the adapter is loaded by load_lora_weights of WanPipeline{second}\n" in done.stderr
     return folder / "out" / f"{expert}.safetensors"

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from library.architectures.any_pipeline import (
@@ -26,6 +25,9 @@ from library.architectures.any_pipeline import (
 from library.architectures.any_pipeline.training import PipelinePredict
 from tests.any_pipeline import test_convention, test_every_start, test_more_pipelines, test_published_schedulers
 from tests.any_pipeline.published import find_model
+from tests.hiding import lazily
+
+diffusers = lazily("diffusers")
 
 pytestmark = pytest.mark.nightly
 Change = tuple[Any, str, Any]  # (owner, name, what stands there instead)
@@ -80,7 +82,7 @@ def setting_but(name: str) -> Callable[..., Any]:
 
 
 def plain_ddim(scheduler: Any) -> Any:
-    return DDIMScheduler.from_config(
+    return diffusers.DDIMScheduler.from_config(
         scheduler.config, clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading", steps_offset=0
     )
 

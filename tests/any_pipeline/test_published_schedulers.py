@@ -20,10 +20,16 @@ from library.architectures.any_pipeline.refusals import find_cause
 from library.architectures.any_pipeline.watch import Refused, Watched
 from library.types import Noised
 from tests.any_pipeline.published import MODELS, UNKNOWN, Published, build_published
-from tests.any_pipeline.test_any_class import TRAINED
-from tests.any_pipeline.test_gradients import compare_with_float64
-from tests.any_pipeline.test_parity import BATCH, CAPTION, HEIGHT, WIDTH, loss_and_gradients, parts_of
-from tests.any_pipeline.test_refusals import list_pipelines
+from tests.any_pipeline.test_convention import (
+    BATCH,
+    CAPTION,
+    HEIGHT,
+    WIDTH,
+    compare_with_float64,
+    loss_and_gradients,
+    parts_of,
+)
+from tests.any_pipeline.test_refusals import TRAINED, list_pipelines
 from tests.tiers import first_is_fast
 from tests.tiny.more_pipelines import MORE
 from tests.tiny.pipelines import PIPELINES, watch_pipeline

@@ -6,18 +6,20 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import diffusers
 import pytest
 
 from library.architectures.any_pipeline.folder import list_arguments
 from library.architectures.any_pipeline.refusals import find_cause
 from library.architectures.any_pipeline.trees import format_path
 from tests.any_pipeline.published import MODELS, UNKNOWN
-from tests.any_pipeline.test_any_class import NOT_TRAINED, SHOWN, TRAINED
 from tests.any_pipeline.test_convention import measured
+from tests.any_pipeline.test_refusals import NOT_TRAINED, SHOWN, TRAINED
+from tests.hiding import lazily
 from tests.running import ROOT
 from tests.tiny.more_pipelines import MORE
 from tests.tiny.pipelines import PIPELINES
+
+diffusers = lazily("diffusers")
 
 PAGE = ROOT / "docs" / "any_model.md"
 BEGIN, END = "<!-- classes: written by tests/any_pipeline/test_table.py -->", "<!-- end of classes -->"

@@ -1,15 +1,18 @@
-"""Folders are layers: imports point down, and no two folders import each other, even indirectly."""
+"""Layers hold: imports point down and resolve, and files and functions stay short."""
 
+import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from tests.architecture.sources import ROOT, python_files, source_of, text_of
+from tests.architecture.sources import ROOT, python_files, scripts, source_of, text_of
 
 PATHS = python_files("library", "networks")
 MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in PATHS}
@@ -224,3 +227,104 @@ def test_files_are_written_and_recognised_without_torch() -> None:
     modules = "library.base.atomic_files, library.checkpoints.headers, library.checkpoints.marks"
     command = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'safetensors' in sys.modules)"
     subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=True)
+
+
+# Every import of our modules resolves, also inside functions that no test calls, such as in benchmarks.
+
+OURS = ("library", "networks", "tools", "finetune", "tests", "benchmarks")
+MADE_UP = ("library.architectures.knots", "tests.made_up.knots")  # where a test copies a package to, and its source
+
+
+def file_of(module: str) -> Path | None:
+    """Return the source of one of our modules."""
+    path = Path(*module.replace(*MADE_UP).split("."))
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if (ROOT / p).is_file()), None)
+
+
+def missing_in(path: Path) -> list[str]:
+    """Return the names that a file imports from our modules and that do not exist."""
+    missing = []
+    for module, names in source_of(path).imports:
+        if module.split(".")[0] in OURS:
+            source = file_of(module)
+            there = source_of(source).defined if source is not None else frozenset()
+            missing += [f"{module}.{name}" for name in names if name not in there and not file_of(f"{module}.{name}")]
+    return missing
+
+
+def test_imports_of_our_modules_resolve() -> None:
+    unresolved = {path.as_posix(): missing_in(path) for path in (*python_files(*OURS), *scripts())}
+    assert {path: missing for path, missing in unresolved.items() if missing} == {}
+
+
+# No file is too long to read at once, and no function has too many branches.
+
+MOST_LINES, MOST_BRANCHES = 500, 20
+# Functions that have more, with their number. None may be added.
+MORE_BRANCHES = {
+    ("tools/check_lora_weights.py", "judge"): 21,
+    ("tools/merge_adapters.py", "make_metadata"): 22,
+    ("tools/merge_adapters.py", "merge_adapters"): 22,
+}
+
+SOURCES = [*python_files("library", "networks", "tools", "benchmarks"), *scripts()]
+
+
+def test_files_have_at_most_500_lines() -> None:
+    long = {str(path): count for path in SOURCES if (count := text_of(path).count("\n")) > MOST_LINES}
+    assert not long, "split them by topic"
+
+
+def test_functions_have_at_most_20_branches() -> None:
+    over = {
+        f"{path}: {name} has {count}"
+        for path in SOURCES
+        for name, count, _ in source_of(path).functions
+        if count > MORE_BRANCHES.get((path.as_posix(), name), MOST_BRANCHES)
+    }
+    assert not over
+
+
+# CONTRIBUTING.md sends readers to files and names that exist.
+
+PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+TABLE = PAGE.partition("## Where things are")[2]
+PATH = r"(?<![\w./-])(?:library|networks|tests|docs|tools|benchmarks|\.ci)/[\w./-]*[\w/]"
+NAMED = sorted(set(re.findall(PATH, PAGE)))
+MODULES = sorted(set(re.findall(r"(?<!\w)(?:tests|benchmarks)(?:\.[a-z_]+)+", PAGE)))  # of commands
+SYMBOLS = sorted(set(re.findall(r"`([\w/]+\.py)` \(`(\w+)`\)", TABLE)))
+
+
+def test_the_table_names_files_and_symbols() -> None:
+    assert len(NAMED) > 40 and len(SYMBOLS) > 10
+    assert len(SYMBOLS) == len(set(re.findall(r"`\S+` \(`.*?\)", TABLE))), "write `path.py` (`name`)"
+
+
+@pytest.mark.parametrize("path", NAMED)
+def test_named_files_exist(path: str) -> None:
+    place = ROOT / path
+    assert any(place.iterdir()) if path.endswith("/") else place.stat().st_size > 0
+
+
+def test_named_modules_exist() -> None:
+    assert len(MODULES) > 3 and [name for name in MODULES if find_spec(name) is None] == []
+
+
+@pytest.mark.parametrize(("path", "symbol"), SYMBOLS)
+def test_named_symbols_are_defined_there(path: str, symbol: str) -> None:
+    """A path without folders is a module of every base model."""
+    files = [ROOT / path] if "/" in path else [*(ROOT / "library" / "architectures").glob(f"*/{path}")]
+    defined = {name for file in files for name in definitions(ast.parse(file.read_text(encoding="utf-8")))}
+    assert symbol in defined
+
+
+def definitions(tree: ast.Module) -> set[str]:
+    """Return the names of functions, classes, constants and fields."""
+    names = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.AnnAssign(target=ast.Name(name)):
+                names.add(name)
+            case ast.Assign(targets=[ast.Name(name)]):
+                names.add(name)
+    return names

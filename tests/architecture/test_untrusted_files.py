@@ -12,7 +12,7 @@ FILES = python_files("library", "networks", "tools")
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # Data for workers is pickled by the process that starts them and passed in memory, never in a file.
 FOR_WORKERS = "library/data/batches/shared.py"
-# With --trust_remote_code alone, which tests/any_pipeline/test_trust.py shows.
+# With --trust_remote_code alone, which tests/any_pipeline/test_refusals.py shows.
 ON_REQUEST = "library/architectures/any_pipeline/classes.py"
 
 RUNNING = {"eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "torch.jit.load", "torch.hub.load"}

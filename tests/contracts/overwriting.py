@@ -15,7 +15,7 @@ from tests.tiny.flux import build_tiny_flux
 from tests.tiny.sd import build_tiny_sd
 from tests.tiny.sd3 import build_tiny_sd3
 from tests.unit.tools import adapter_files
-from tests.unit.tools.test_extract_lora_from_dylora import nested_tensors
+from tests.unit.tools.test_extract_lora import nested_tensors
 from tools.quickstart.toy_world import QUICKSTART
 
 Tier = Literal["fast", "slow", "nightly"]

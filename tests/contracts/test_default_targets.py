@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import Qwen3Config, Qwen3Model
 
 from library.architectures.anima.model import Anima, read_config
 from tests.contracts.full_size import view_for_networks
 from tests.contracts.test_lora_keys_anima import QWEN3
+from tests.hiding import lazily
+
+transformers = lazily("transformers")
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +44,7 @@ def models() -> dict[str, Models]:
     components = json.loads(gzip.decompress(data.read_bytes()))["components"]
     shapes = {name: tuple(shape) for name, shape in components["dit"].items()}
     with torch.device("meta"):
-        anima = [Qwen3Model(Qwen3Config(**QWEN3))], Anima(read_config(shapes))
+        anima = [transformers.Qwen3Model(transformers.Qwen3Config(**QWEN3))], Anima(read_config(shapes))
     return {"sdxl": view_for_networks("sdxl"), "anima": anima}
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from library.architectures.sd.layers import view
@@ -14,16 +13,20 @@ from library.base.errors import UserError
 from library.checkpoints.files import load_state_dict
 from library.checkpoints.headers import read_metadata
 from networks.core.protocol import AdoptedNetwork, adopt, open_network_module
-from tests.parity.test_lora_merge import tiny_clip, tiny_unet
+from tests.contracts.full_size import facts, view_for_networks
+from tests.hiding import lazily
+from tests.parity.test_dit_lora import tiny_clip, tiny_unet
+from tests.tiers import first_is_fast
 from tests.tolerances import FLOAT32_DEEP
 
-pytest.importorskip("lycoris")
+diffusers, kohya = lazily("diffusers"), lazily("lycoris.kohya")
+
 
 LOKR = {"algo": "lokr", "preset": "attn-mlp", "factor": "4", "dropout": None}
 
 
 @pytest.fixture
-def models() -> tuple[UNet2DConditionModel, tuple[nn.Module | list[nn.Module], nn.Module]]:
+def models() -> tuple[Any, tuple[nn.Module | list[nn.Module], nn.Module]]:
     unet = tiny_unet(501, torch.float32)
     return unet, view([tiny_clip(502, torch.float32)], unet)
 
@@ -109,3 +112,23 @@ def test_a_rank_that_does_not_fit_the_model_is_a_user_error(models: Any) -> None
     module = open_network_module("lycoris.kohya")
     with pytest.raises(UserError, match=r"lycoris\.kohya cannot make a network .*check --network_dim"):
         module.create_network(1.0, 4, 1.0, None, *viewed, algo="boft", preset="full", conv_dim="1")  # type: ignore[arg-type]
+
+
+# LyCORIS finds the layers of Stable Diffusion 2.1 and XL in our views, at full size, and names them as files do.
+
+
+@pytest.mark.parametrize("model", first_is_fast(["sd21", "sdxl"]))
+def test_its_modules_have_the_names_of_a_plain_lora(model: str) -> None:
+    with torch.device("meta"):
+        network = kohya.create_network(1.0, 4, 1, None, *view_for_networks(model), algo="lora", preset="attn-mlp")
+    wanted = {key.partition(".")[0] for key in facts(f"lora_keys_{model}")["networks.lora"]["default"]}
+    assert {module.lora_name for module in network.loras} == wanted
+
+
+def test_its_default_preset_fits() -> None:
+    """LyCORIS 4 lists the timestep embedding layers and their diffusers class."""
+    with torch.device("meta"):
+        network = kohya.create_network(1.0, 4, 1, None, *view_for_networks("sd21"), algo="lora", conv_dim="4")
+    names = [module.lora_name.removeprefix("lora_unet_") for module in network.loras]
+    assert {"conv_in", "conv_out", "time_embedding_linear_1", "time_embedding_linear_2"} <= set(names)
+    assert len(names) == len(set(names))

@@ -42,8 +42,7 @@ def test_a_launched_run_prints_what_front_ends_parse(
     launch: Callable[..., Finished], six_steps: list[str], tmp_path: Path
 ) -> None:
     logs = tmp_path / "logs"
-    done = launch([*six_steps, "--logging_dir", str(logs), "--log_prefix", "run-", "--save_every_n_steps", "2"])
-    assert done.status == 0, done.stderr
+    done = launch([*six_steps, "--logging_dir", str(logs), "--log_prefix", "run-", "--save_every_n_steps", "2"]).ok()
     assert HEADER in done.stdout
     first = next(line for line in done.stderr.splitlines() if re.match(r"\d{4}-", line))  # the launcher's are not dated
     assert first.endswith(f"INFO     {NAME} {VERSION}")

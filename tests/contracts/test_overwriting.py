@@ -362,8 +362,7 @@ def test_what_appears_during_a_run_is_kept_and_saves_go_beside_it(
     prompts.write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
     words = [*training_words(tmp_path, "train_network", model_of("train_network.py", tmp_path / "model"))]
     more = ["--max_train_steps", "2", "--save_every_n_steps", "1", "--save_last_n_steps", "0"]
-    done = train([*words, *more, "--sample_prompts", str(prompts), "--sample_every_n_steps", "2"])
-    assert done.status == 0, done.stderr
+    done = train([*words, *more, "--sample_prompts", str(prompts), "--sample_every_n_steps", "2"]).ok()
     assert len(planted) == 5 and all(path.read_bytes() == content for path, content in planted.items())
     for name in ("mine-step00000001-rescued.safetensors", "mine-rescued.safetensors"):
         assert f"is kept; saving {out / name} instead" in done.stderr

@@ -2,8 +2,14 @@
 
 import argparse
 import importlib
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import toml
 import torch
 from hypothesis import given
@@ -17,8 +23,13 @@ from library.training.config_file import basic_string, read_config
 from library.training.models.preflight import mute_logging, take_first_step
 from library.training.optimization.lr_schedules import build_schedule
 from library.training.optimization.optimizers import build_optimizer
+from library.translation.reading import read_configuration
+from library.translation.translating import translate
+from library.translation.writing import TranslatedFiles, describe, render_files
+from tests.contracts.other_trainers import Example, list_examples
 from tests.fuzz.budget import any_input, works_or_says_why
-from tests.running import SCRIPTS
+from tests.fuzz.test_files_of_models import places, values, with_value
+from tests.running import ROOT, SCRIPTS
 
 # These act on the test process.
 LEFT_ALONE = {"help", "config_file", "output_config", "console_log_file", "console_log_level"}
@@ -31,7 +42,7 @@ numbers = st.one_of(
     st.sampled_from([0.5, 1e-4, 1e308, -1e-9]),
 )
 scalars = st.one_of(texts, numbers, st.booleans())
-values = st.one_of(scalars, st.lists(scalars, max_size=3))
+drawn_values = st.one_of(scalars, st.lists(scalars, max_size=3))
 
 
 def parser_of(script: str) -> argparse.ArgumentParser:
@@ -84,7 +95,7 @@ def test_any_command_line_works_or_gives_an_error(data: st.DataObject) -> None:
 def test_any_config_file_values_work_or_give_an_error(tmp_path: Path, data: st.DataObject) -> None:
     script = data.draw(st.sampled_from(sorted(SCRIPTS)))
     names = st.one_of(st.sampled_from(KNOWN[script]), st.from_regex(r"[a-z_]{1,8}", fullmatch=True))
-    table = data.draw(st.dictionaries(names, values, max_size=3))
+    table = data.draw(st.dictionaries(names, drawn_values, max_size=3))
     encoder = toml.TomlEncoder()
     encoder.dump_funcs[str] = basic_string
     path = tmp_path / "config.toml"
@@ -105,7 +116,7 @@ def test_any_config_file_values_work_or_give_an_error(tmp_path: Path, data: st.D
 def test_any_values_set_by_a_program_work_or_give_an_error(fresh_process: None, data: st.DataObject) -> None:
     """The values include Python objects that no file can contain."""
     script = data.draw(st.sampled_from(sorted(SCRIPTS)))
-    odd = st.one_of(values, st.none(), st.tuples(scalars, scalars), st.just(Path("a/b")), st.binary(max_size=4))
+    odd = st.one_of(drawn_values, st.none(), st.tuples(scalars, scalars), st.just(Path("a/b")), st.binary(max_size=4))
     table = data.draw(st.dictionaries(st.sampled_from(KNOWN[script]), odd, max_size=3))
     namespace = argparse.Namespace(**{**GOOD, **table})
     works_or_says_why(lambda: check_options(script, from_program(PARSERS[script], namespace)))
@@ -163,3 +174,44 @@ def test_any_optimizer_and_schedule_work_or_give_an_error(data: st.DataObject) -
             take_first_step(options.schedule, schedule)
 
     works_or_says_why(make)
+
+
+# Values of every type in other trainers' configurations are translated, listed as without an equal, or refused.
+
+EXAMPLES = {f"{example.program} {example.form}": example for example in reversed(list_examples())}
+
+
+def translate_file(path: Path) -> None:
+    """Translate a file as tools/translate.py does."""
+    configuration = read_configuration(path, "config")
+    if configuration is not None:
+        translation = translate(configuration)
+        describe(translation, path, render_files(translation, path, TranslatedFiles(path.with_name("x.toml"))))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@any_input(40)
+@given(data=st.data())
+def test_any_value_in_a_configuration(name: str, data: st.DataObject, tmp_path: Path) -> None:
+    example: Example = EXAMPLES[name]
+    part = "options" if example.form == "command" else "content"
+    valid = getattr(example, part)
+    place = data.draw(st.sampled_from([path for path in places(valid) if path]))
+    changed = with_value(valid, place, data.draw(values))
+    path = replace(example, **{part: changed}).write(tmp_path)
+    works_or_says_why(lambda: translate_file(path))
+
+
+# The fuzz tests with ten thousand examples in total, different ones each time.
+
+ALL_EXAMPLES = 10_000
+
+
+@pytest.mark.nightly
+def test_ten_thousand_examples_end_without_a_traceback() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not nightly", "tests/fuzz"]
+    listed = subprocess.run([*command, "--collect-only"], cwd=ROOT, capture_output=True, text=True, check=True)
+    num_tests = len(re.findall(r"::test_", listed.stdout))
+    environment = {**os.environ, "FUZZ_EXAMPLES": str(-(-ALL_EXAMPLES // num_tests))}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-20_000:]

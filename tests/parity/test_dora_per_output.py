@@ -17,11 +17,12 @@ from networks.core.changes.qkv_rows import peft_magnitudes
 from networks.core.changes.tucker import Tucker
 from networks.core.kinds.loha import LoHa
 from networks.core.kinds.lokr import make_fresh
+from tests.hiding import lazily
 from tests.tolerances import FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double, module_of
 
-lycoris: Any = pytest.importorskip("lycoris.modules")
-peft: Any = pytest.importorskip("peft")
+lycoris = lazily("lycoris.modules")
+peft = lazily("peft")
 
 LAYERS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(16, 12), (2, 5, 16)),

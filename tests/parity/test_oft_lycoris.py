@@ -17,12 +17,13 @@ from networks.core.files.adapter_file import parse_adapter
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds.oft import OrthogonalOutputs
 from networks.core.registry.layouts import make_change, recognise_layout
-from tests.parity.test_lora_merge import tiny_clip, tiny_unet
+from tests.hiding import lazily
+from tests.parity.test_dit_lora import tiny_clip, tiny_unet
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.test_forms import assert_same, outputs
 from tests.unit.networks.toy import toy_models
 
-diag_oft: Any = pytest.importorskip("lycoris.modules.diag_oft")
+diag_oft = lazily("lycoris.modules.diag_oft")
 
 LAYERS = {
     "linear": (lambda: nn.Linear(14, 20), (2, 5, 14)),

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.contracts.test_docs_commands import ROOT, commands_of
+from tests.contracts.test_docs import ROOT, commands_of
 
 
 def run_commands(page: Path, pattern: str, folder: Path, options: Sequence[str] = ()) -> str:

@@ -1,20 +1,35 @@
-"""The checkpoint that a run suggests, and the measurements of tools/choose_checkpoint.py on the same files."""
+"""The checkpoint that a run suggests, by losses, by votes, and for stopping early."""
 
+import json
 import re
-from collections.abc import Callable
+import shlex
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from threading import Timer
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.headers import read_metadata
+from library.training.report_page.local_server import LocalServer, TakeForm
+from library.training.report_page.page import build_page
 from library.training.report_page.writer import read_report
 from library.training.saving.saved_files import read_num_steps
+from tests.browser import WATCH, in_browser, opened, with_scripts
+from tests.contracts.test_docs import ROOT, commands_of
+from tests.ranks import Job, Rank, run_ranks
 from tests.running import Finished, make_images
-from tests.runs.test_events import events_of, of_kind
+from tests.runs.test_report import events_of, of_kind
 from tests.tiny.bases import BASES
-from tools import choose_checkpoint
+from tests.tolerances import SUMS_OF_A_RUN
+from tools import choose_checkpoint, vote
 
 Train = Callable[..., Finished]
 
@@ -226,3 +241,169 @@ def test_missing_inputs_are_named(
     Path("some.pt").write_bytes(b"x")
     assert choose_checkpoint.main(words) == 1
     assert wanted in capfd.readouterr().err
+
+
+# Early stopping with two processes, which all stop at the same step as a single process.
+
+WARMED = ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "4"]  # so that the best loss comes early
+RUNS = {"patience": ["--learning_rate", "2000", *WARMED, "--early_stop_patience", "2", "--max_train_steps", "9"]}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Rank]]]:
+    """Return the folder and the logs of each run: "<name> 2" with two processes, "<name> 1" with one."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_images(folder / "data" / "1_thing", 25, seed=71)
+    (folder / "model").mkdir()
+    words = [
+        *BASES["flux"].build(folder / "model"), "--train_data_dir", str(folder / "data"), "--caption_extension",
+        ".txt", "--resolution", "64", "--train_batch_size", "2", "--output_name", "mine", "--network_module",
+        "networks.lora_flux", "--network_dim", "2", "--optimizer_type", "SGD", "--seed", "8", "--max_grad_norm", "0",
+        "--max_data_loader_n_workers", "0", "--save_precision", "float", "--no_report", "--network_train_unet_only",
+        "--validation_split", "0.5", "--validate_every_n_steps", "1",
+    ]  # fmt: skip
+    jobs = []
+    for name, more in RUNS.items():
+        for count, accumulated in ((2, "1"), (1, "2")):
+            run_folder = folder / f"{name} {count}"
+            run_folder.mkdir()
+            command = [
+                *words,
+                *more,
+                "--gradient_accumulation_steps",
+                accumulated,
+                "--output_dir",
+                str(run_folder / "out"),
+            ]
+            jobs.append(Job(command, count, str(run_folder), "flux_train_network"))
+    results = run_ranks(jobs, folder)
+    return folder, {Path(job.folder).name: ranks for job, ranks in zip(jobs, results, strict=True)}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_stop_at_the_same_step_as_one(name: str, runs: tuple[Path, dict[str, list[Rank]]]) -> None:
+    folder, ranks = runs
+    for rank in (*ranks[f"{name} 2"], *ranks[f"{name} 1"]):
+        assert rank.status == 0, rank.said
+    two, single = (early_stopping_lines(ranks[f"{name} {count}"][0].said) for count in (2, 1))
+    assert two == single and len(two) == 1
+    files = {path.name: path for path in (folder / f"{name} 1" / "out").glob("*.safetensors")}
+    assert files.keys() == {path.name for path in (folder / f"{name} 2" / "out").glob("*.safetensors")}
+    for file, path in files.items():
+        other = folder / f"{name} 2" / "out" / file
+        assert read_metadata(path)["ss_steps"] == read_metadata(other)["ss_steps"]
+        wanted, ours = load_state_dict(path), load_state_dict(other)
+        for key, tensor in wanted.items():
+            assert float((ours[key] - tensor).norm()) <= SUMS_OF_A_RUN * float(tensor.norm()), (file, key)
+
+
+def early_stopping_lines(log: str) -> list[str]:
+    """Return the log lines about early stopping."""
+    lines = [line.partition("INFO")[2].strip() for line in log.splitlines()]
+    return [line for line in lines if "ends after step" in line]
+
+
+# Votes in a browser on images of a tiny model, and the documented preference training on them.
+
+PROMPTS = "a red circle --w 64 --h 64 --s 1\na blue square --w 64 --h 64 --s 1\na <b>dog --w 64 --h 64 --s 1\n"
+# Votes as soon as the images of a page are there, and sends in the end what the pages showed.
+PRESS = """
+addEventListener("load", async () => {
+  const images = [...document.querySelectorAll("img")];
+  await Promise.all(images.map((one) => one.decode()));
+  const shown = JSON.parse(sessionStorage.shown ?? "[]");
+  const [left, right] = images.map((one) => one.getBoundingClientRect());
+  const sizes = images.map((one) => one.naturalWidth);
+  shown.push([document.querySelector("h1").textContent, sizes, images.length && left.right <= right.left, window.told]);
+  sessionStorage.shown = JSON.stringify(shown);
+  const key = ["ArrowRight", "ArrowLeft", "ArrowDown", ""][shown.length - 1];
+  for (const repeat of [true, false]) dispatchEvent(new KeyboardEvent("keydown", {key, repeat, cancelable: true}));
+  if (!key) {
+    const form = Object.assign(document.createElement("form"), {method: "post"});
+    form.append(Object.assign(document.createElement("input"), {name: "shown", value: sessionStorage.shown}));
+    document.body.append(form);
+    form.submit();
+  }
+});
+"""
+
+
+class Browsed(LocalServer):
+    """Shows its pages to a browser until that sends what they showed, for ten minutes at most."""
+
+    shown: ClassVar[list[Any]] = []
+
+    def __init__(self, pages: vote.VotingPages, port: int, take: TakeForm) -> None:
+        def take_shown(fields: Mapping[str, str]) -> bool:
+            if "shown" not in fields:
+                return take(fields)
+            self.shown[:] = json.loads(fields["shown"])
+            super(Browsed, self).shutdown()
+            return True
+
+        super().__init__(pages, port, take_shown)
+
+    def shutdown(self) -> None:
+        """Go on after the last vote: the page that says so is to send what it shows."""
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        deadline = Timer(600, super().shutdown)
+        deadline.start()
+        with tempfile.TemporaryDirectory() as profile, opened(self.url, Path(profile)):
+            super().serve_forever(poll_interval)
+        deadline.cancel()
+
+
+@in_browser
+def test_votes_by_key_become_the_data_of_the_documented_training(
+    train: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base = BASES["sdxl"].build(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text(PROMPTS)
+
+    def pressed_page(title: str, script: str, data: Mapping[str, Any]) -> str:
+        return with_scripts(build_page(title, script, data), WATCH, PRESS)
+
+    monkeypatch.setattr(vote, "LocalServer", Browsed)
+    monkeypatch.setattr(vote, "build_page", pressed_page)
+    model = base[base.index("--pretrained_model_name_or_path") + 1]
+    assert vote.main(["--base", model, "--prompts", "prompts.txt", "--output", "pictures"]) == 0
+
+    texts = ["a red circle", "a blue square", "a <b>dog"]
+    assert Browsed.shown == [*([text, [64, 64], True, []] for text in texts), ["All pairs are voted", [], 0, []]]
+    assert sorted(path.name for path in Path("pictures/preferred").iterdir()) == [
+        "01_1.png",
+        "01_1.txt",
+        "03_1.png",
+        "03_1.txt",
+    ]
+    assert [path.name for path in Path("pictures/skipped").iterdir()] == ["05_1.png"]
+    assert Path("pictures/preferred/03_1.txt").read_text() == "a blue square"
+    for voted, drawn in {
+        "preferred/01_1": "02_2",
+        "rejected/01_1": "01_1",
+        "preferred/03_1": "03_1",
+        "rejected/03_1": "04_2",
+    }.items():
+        images = (Image.open(f"pictures/{name}.png") for name in (voted, f"candidates/{drawn}"))
+        one, other = map(np.asarray, images)
+        assert np.array_equal(one, other)
+
+    example = (ROOT / "configs/examples/preferences.toml").read_text()
+    Path("data.toml").write_text(example.replace("resolution = 1024", "resolution = 64\nmin_bucket_reso = 64"))
+    command = next(line for line in commands_of(ROOT / "docs/preferences.md") if "sdxl_train_network.py" in line)
+    words = shlex.split(command)[2:]
+    changes = {
+        "--dataset_config": ["data.toml"],
+        "--pretrained_model_name_or_path": [model],
+        "--max_train_steps": ["2"],
+    }
+    for flag, values in changes.items():
+        at = words.index(flag)
+        words[at + 1 : at + 2] = values
+    words[words.index("--mixed_precision") + 1] = "no"
+    done = train(words, script="sdxl_train_network").ok()
+    assert "one partner in pictures/rejected for each image" in done.stderr
+    assert done.losses[0] == 0.693 and Path("output/preferred/preferred.safetensors").is_file()

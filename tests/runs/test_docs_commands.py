@@ -3,17 +3,25 @@
 Only model paths, sizes and lengths are replaced. tests/contracts checks the commands as written with the parsers.
 """
 
+import contextlib
 import importlib
+import io
+import os
 import re
 import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
+from safetensors import safe_open
 
-from tests.contracts.test_docs_commands import PAGES, ROOT, TOYS, commands_of
+from library.training.command_line.recipes import FOLDER, list_recipes
+from tests.contracts.test_docs import PAGES, ROOT, TOYS, commands_of
 from tests.running import Finished, make_images
+from tests.tiny.base import Base
 from tests.tiny.bases import BASES
 from tests.tiny.flux import build_tiny_flux
 from tests.tiny.pipelines import build_tiny_pipeline
@@ -22,29 +30,30 @@ from tests.tiny.sd import build_tiny_sd
 from tests.tiny.sd3 import build_tiny_sd3
 from tests.tiny.sdxl import build_tiny_sdxl
 from tools import convert_lora, merge_lora
+from tools.recipes import main
 
 Train = Callable[..., Finished]
 NOT_RUN = {  # start of a command -> where it is tested, or why it cannot run here
     "source .venv/bin/activate": "a matter of the shell",
-    "python3 tools/start.py": "tests/runs/test_quickstart.py and tests/unit/tools/test_start.py",
+    "python3 tools/start.py": "tests/runs/test_toys.py and tests/unit/tools/test_start.py",
     "python3 -m pip": "a program of others",
     "python3 -m pytest": "a program of others",
     "python3 -m pre_commit": "a program of others",
     "python3 -m benchmarks gpu_step": "needs a card; tests/runs/test_memory_modes.py runs it in small",
-    "python3 -m benchmarks.toys check_adapter": "tests/runs/test_leco_toy.py and test_toy_preferences.py",
-    "python3 -m benchmarks.toys check_edits": "tests/runs/test_toy_edits.py",
+    "python3 -m benchmarks.toys check_adapter": "tests/runs/test_toys.py and test_toy_preferences.py",
+    "python3 -m benchmarks.toys check_edits": "tests/runs/test_toys.py",
     "python3 -m benchmarks.toys evidence": "tests/unit/tools/test_toy_evidence.py",
     "python3 tools/verify.py": "tests/runs/test_verify.py; with --fit auto it needs a GPU",
     "python3 tools/draw.py path/to/wan_2_2": "tests/any_pipeline/test_experts.py",
-    "python3 tools/vote.py": "waits for a browser: tests/runs/test_vote.py",
+    "python3 tools/vote.py": "waits for a browser: tests/runs/test_choose_checkpoint.py",
     "python3 tools/front_end.py": "tests/runs/test_front_end.py",
     "python3 tools/report.py output/quickstart --serve": "tests/unit/training/report/test_live.py",
     **{
-        f"python3 {base.script}.py --recipe": "tests/runs/test_recipes.py"
+        f"python3 {base.script}.py --recipe": "tests/runs/test_docs_commands.py"
         for base in BASES.values()
         if base.script != "train_network"
     },
-    "python3 train_network.py --recipe sd15_character --pretrained": "tests/runs/test_recipes.py",
+    "python3 train_network.py --recipe sd15_character --pretrained": "tests/runs/test_docs_commands.py",
     "python3 tools/translate.py": "tests/unit/tools/test_translate.py",
     "python3 train.py": "tests/train_photos",
     "seq 4 | xargs": "tests/runs/test_sweep.py",
@@ -145,8 +154,7 @@ def add_result(page: Path, name: str, place: Path, train: Train) -> None:
     kind = BASE_OF_SCRIPT.get(page.stem, "sd")
     words = "--train_data_dir pictures --resolution 64 --min_bucket_reso 64 --caption_extension .txt --network_dim 4 "
     words += f"--network_module networks.lora --max_train_steps 1 --output_dir output/{name} --output_name {name}"
-    done = train([*words.split(), *BASES[kind].build(place / "base_of_page")], BASES[kind].script)
-    assert done.status == 0, done.stderr
+    train([*words.split(), *BASES[kind].build(place / "base_of_page")], BASES[kind].script).ok()
 
 
 def with_tiny_models(words: list[str], folder: Path, script: str) -> list[str]:
@@ -226,9 +234,136 @@ def test_the_commands_of_a_page_run_in_order(page: Path, place: Path, train: Tra
         (place / "flux1.safetensors").rename("flux1-dev.safetensors")
     results = re.findall(r"output/(\w+)/\1\.safetensors", " ".join(runnable(page)))
     if page.name == "faults.md":  # its only training is a dry run of the quickstart
-        done = train(["--config_file", "configs/quickstart/train.toml", "--max_train_steps", "1"], "train_network")
-        assert done.status == 0, done.stderr
+        train(["--config_file", "configs/quickstart/train.toml", "--max_train_steps", "1"], "train_network").ok()
     elif results and any(" train" in command for command in commands_of(page)):
         add_result(page, results[0], place, train)
     for command in runnable(page):
         run_command(command, place, train)
+
+
+# docs/notebook.ipynb runs cell by cell on the toy base, as in a notebook service.
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_its_cells_train_and_show_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("PATH", f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    images = make_images(tmp_path / "images", 2)
+    notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
+    settings, *cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    values = {
+        "IMAGES": str(images),
+        "MODEL": str(ROOT / "configs" / "quickstart" / "toy_base"),
+        "OUTPUT": str(tmp_path / "out"),
+        "MORE": ["--steps", "2"],
+    }
+    assert values.keys() <= {line.split(" = ")[0] for line in settings.source.splitlines()}
+    settings.source += "".join(f"\n{name} = {value!r}" for name, value in values.items())
+    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": ROOT / "docs"}}).execute()
+    image_outputs = [output for output in cells[-1].outputs if "image/png" in output.get("data", {})]
+    assert len(image_outputs) == 2
+    assert (tmp_path / "out" / "mine.safetensors").is_file()
+
+
+# --recipe: every recipe is planned and dry-run on a tiny model of its base; explicit options override it.
+
+NAMES = [recipe.name for recipe in list_recipes()]
+
+
+def base_of(name: str) -> Base:
+    """Return the base model of a recipe: one script trains relatives, which a setting selects."""
+    (recipe,) = (recipe for recipe in list_recipes() if recipe.name == name)
+    text = (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
+    bases = [base for base in BASES.values() if f"{base.script}.py" == recipe.script]
+    settings = {base.name: base.spec.script_flag.removeprefix("--").partition(" ") for base in bases}
+    selected = [b for b in bases if (s := settings[b.name])[0] and f'{s[0]} = "{s[2]}"' in text]
+    return (selected or [base for base in bases if not base.spec.script_flag])[0]
+
+
+QUICK = ("sd15_character", "flux_character")
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Create pictures/my_cat with captions in the current directory, as a user would."""
+    make_images(tmp_path / "pictures" / "my_cat", 3)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in QUICK else pytest.mark.nightly) for name in NAMES]
+)
+def test_a_recipe_is_planned_and_dry_run(name: str, train: Train, data: Path) -> None:
+    """At 64 px on a simulated GPU no option is ignored, and the largest batch of the dataset is computed."""
+    base = base_of(name)
+    (recipe,) = (candidate for candidate in list_recipes() if candidate.name == name)
+    assert recipe.script == f"{base.script}.py" and recipe.title
+    size = ["--fit", "12GB"] if "sd15" not in name else []
+    arguments = [
+        "128" if word == "32" else word for word in base.build(data / "base")
+    ]  # a system prompt takes 78 tokens
+    done = train(
+        [
+            *arguments, "--recipe", name, "--resolution", "64", "--min_bucket_reso", "64",
+            "--max_bucket_reso", "128", *size,
+            "--mixed_precision", "no", "--output_dir", str(data / "out"), "--output_name", "mine", "--dry_run",
+        ],
+        base.script,
+    ).ok()  # fmt: skip
+    log = done.stdout + done.stderr
+    assert f"options are read from {FOLDER / name}.toml" in log
+    assert "no effect" not in log and "ignored" not in log and "no such option" not in log, log
+    assert "dry run: the largest batch has" in log
+    assert bool(size) == ("selected: ->" in log)
+
+
+def test_command_line_and_config_file_override_the_recipe(train: Train, data: Path) -> None:
+    make_images(data / "mine" / "2_cat", 2)
+    (data / "own.toml").write_text("network_dim = 3\nmax_bucket_reso = 128\nseed = 5\nmax_train_steps = 9\n")
+    train(
+        [
+            *BASES["sd"].build(data / "base"), "--recipe", "sd15_style", "--config_file", "own.toml", "--seed", "6",
+            "--train_data_dir", "mine", "--resolution", "64", "--mixed_precision", "no", "--sample_prompts", "",
+            "--max_train_steps", "2", "--output_dir", "out", "--output_name", "mine", "--min_bucket_reso", "64",
+        ]
+    ).ok()  # fmt: skip
+    with safe_open(data / "out" / "mine.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_network_dim"] == "3" and metadata["ss_seed"] == "6" and metadata["ss_steps"] == "2"
+    assert float(metadata["ss_network_alpha"]) == 16 and metadata["ss_lr_scheduler"] == "cosine"  # from the recipe
+    assert metadata["ss_num_train_images"] == "4"  # not the recipe's dataset
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--recipe", "sd15_charakter"], "there is no recipe sd15_charakter (did you mean sd15_character?)"),
+        (["--recipe", "flux_style"], "--recipe flux_style is for flux_train_network.py"),
+    ],
+)
+def test_an_unknown_recipe_is_rejected(arguments: list[str], error: str, train: Train) -> None:
+    done = train(arguments)
+    assert done.status == 1 and error in done.stderr
+
+
+def test_the_tool_lists_and_prints_them() -> None:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main([]) == 0 and main(["sdxl_style"]) == 0
+    text = printed.getvalue()
+    assert all(f"--recipe {name} " in text for name in NAMES) and 'script = "sdxl_train_network.py"' in text
+    assert main(["sdxl_stile"]) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_value_has_a_reason(name: str) -> None:
+    text = (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
+    for line in re.sub(r"\[steps\].*?(?=\n\[|\Z)", "", text, flags=re.DOTALL).splitlines():
+        if " = " in line and not line.startswith(("#", "script", "title")):
+            assert "  # " in line, line
+
+
+def test_every_documented_base_model_has_a_recipe() -> None:
+    scripts = {recipe.script for recipe in list_recipes()}
+    assert scripts == {path.name for path in ROOT.glob("*train_network.py")}

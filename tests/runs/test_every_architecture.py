@@ -52,8 +52,7 @@ def run(train: Train, base: Base, model: list[str], tmp_path: Path) -> Callable[
 
     def start(folder: str, *more: str) -> Finished:
         words = [*arguments, "--network_module", base.module, "--output_dir", str(tmp_path / folder), *more]
-        done = train(words, script=base.script)
-        assert done.status == 0, done.stderr
+        done = train(words, script=base.script).ok()
         return done
 
     return start

@@ -48,8 +48,7 @@ def run(
     def start(name: str, *more: str) -> dict[str, Tensor]:
         small = small_run(images, tmp_path, base.module, "2")
         named = ["--output_dir", str(tmp_path), "--output_name", name, "--no_report"]
-        done = train([*model, *small, *named, *more], script=base.script)
-        assert done.status == 0, done.stderr
+        train([*model, *small, *named, *more], script=base.script).ok()
         return load_state_dict(tmp_path / f"{name}.safetensors")
 
     return start

@@ -1,5 +1,6 @@
-"""After an error in mid-run the trained weights are saved and the run can be resumed."""
+"""What a run leaves and says after an error in mid-run or a bad value."""
 
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -39,8 +40,7 @@ def before_batch(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[
 
 
 def assert_resumes_to_the_same_result(train: Train, words: list[str], tmp_path: Path) -> None:
-    again = train([*words, "--autoresume"])
-    assert again.status == 0, again.stderr
+    again = train([*words, "--autoresume"]).ok()
     assert "resuming from" in again.stderr
     assert train([*words, "--output_dir", str(tmp_path / "whole")]).status == 0
     actual, other = (load_state_dict(tmp_path / name / "mine.safetensors") for name in ("out", "whole"))
@@ -98,3 +98,24 @@ def test_partly_updated_weights_are_not_saved_as_a_state(
     assert done.status == 1
     assert "the error came during the weight update of step 3; the weights are saved as they are in" in done.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine-step00000002.safetensors"]
+
+
+# Invalid values that libraries would reject with a traceback end the run with a sentence naming the option.
+
+
+def test_logs_that_cannot_be_written_do_not_end_a_run(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
+    done = train([*base_arguments, "--max_train_steps", "1", "--logging_dir", "/proc/x"])
+    assert done.status == 0 and "--logging_dir /proc/x: charts are off" in done.stderr
+    assert (tmp_path / "out" / "mine.safetensors").exists()
+
+
+def test_a_damaged_tokenizer_is_named(
+    train: Train, base_arguments: list[str], tiny_sd_folder: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_sd_folder, tmp_path / "model")
+    for file in (model / "tokenizer").glob("*.json"):
+        if file.name in ("vocab.json", "tokenizer.json"):
+            file.write_text("{broken")
+    done = train([str(model) if word == str(tiny_sd_folder) else word for word in base_arguments])
+    assert done.status == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"the tokenizer {model / 'tokenizer'} cannot be read" in done.stderr

@@ -10,8 +10,8 @@ import torch
 from library.checkpoints.files import load_state_dict
 from library.training.report_page.writer import read_report
 from tests.running import Finished, make_images
-from tests.runs.test_events import events_of, of_kind
 from tests.runs.test_exit_status import stop_in_step  # noqa: F401
+from tests.runs.test_report import events_of, of_kind
 from tools import choose_checkpoint
 
 Run = Callable[..., Finished]

@@ -1,20 +1,30 @@
-"""Memory-saving options in the scripts give the images and adapters of a run without them."""
+"""Memory-saving options and compiled blocks give the images and adapters of a run without them."""
 
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_leaves
 
-from tests.running import ROOT, Finished, make_images
+from library.memory.offload.readback import Readback
+from library.processes.process_group import Processes
+from library.training.command_line import training
+from library.training.loop.update import Updates
+from library.training.models import frozen_base
+from tests.device_reads import HostWaits, NoWaiting
+from tests.device_standin import OnDevice, device_without_float64
+from tests.running import ROOT, Finished, make_images, small_run
 from tests.tiny.bases import BASES
 
 Train = Callable[..., Finished]
@@ -50,8 +60,7 @@ def run(train: Train, name: str, model: list[str], tmp_path: Path) -> Callable[.
     start = partial(train, script=BASES[name].script)
 
     def into(folder: str, *more: str) -> Finished:
-        done = start([*arguments, "--output_dir", str(tmp_path / folder), *more])
-        assert done.status == 0, done.stderr
+        done = start([*arguments, "--output_dir", str(tmp_path / folder), *more]).ok()
         return done
 
     return into
@@ -195,3 +204,189 @@ def measure_step(*words: str) -> dict[str, float]:
     assert done.returncode == 0, done.stderr
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+# Adapter kinds that depend on noise levels or weights train the same with recomputed and swapped blocks.
+
+KINDS = {
+    "T-LoRA on split projections": ["networks.tlora", "--network_args", "split_qkv=True", "tlora_min_rank=2"],
+    "OLoRA": ["networks.lora", "--network_args", "init=olora"],
+    "GGPO": ["networks.lora", "--network_args", "ggpo_sigma=0.05", "ggpo_beta=0.05"],
+}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", KINDS)
+def test_swapped_and_recomputed_blocks_do_not_change_results(
+    train: Callable[..., Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(frozen_base, "NUM_STAYING", 1)  # of the two blocks of a tiny model
+    make_images(tmp_path / "data" / "1_thing", 2)
+    base = BASES["sd3"]
+    words = [
+        *base.build(tmp_path / "model"), "--train_data_dir", str(tmp_path / "data"), "--caption_extension", ".txt",
+        "--resolution", "64", "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--network_dim", "4",
+        "--max_train_steps", "3", "--seed", "3", "--learning_rate", "1e-3", "--max_data_loader_n_workers", "0",
+        "--network_train_unet_only", "--network_module", *KINDS[kind],
+    ]  # fmt: skip
+    saved = {}
+    for name, more in {"plain": [], "saving": ["--gradient_checkpointing", "--blocks_to_swap", "1"]}.items():
+        train([*words, "--output_name", name, *more], base.script).ok()
+        saved[name] = load_file(tmp_path / "out" / f"{name}.safetensors")
+    for key, weight in saved["plain"].items():
+        torch.testing.assert_close(saved["saving"][key], weight, rtol=1e-4, atol=1e-5)  # float32 sums in another order
+
+
+# sd-scripts' options of block swapping on a run's command line.
+
+
+@pytest.fixture
+def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A training of SD3, which sd-scripts refuses to swap without copying back, without gradient checkpointing."""
+    monkeypatch.setattr(frozen_base, "NUM_STAYING", 1)  # of the two blocks of a tiny model
+    make_images(tmp_path / "data" / "1_thing", 2)
+    return [
+        *BASES["sd3"].build(tmp_path / "model"), "--train_data_dir", str(tmp_path / "data"), "--resolution", "64",
+        "--caption_extension", ".txt", "--output_dir", str(tmp_path / "out"), "--network_module",
+        "networks.lora_generic", "--network_train_unet_only", "--network_dim", "4", "--max_train_steps", "2",
+        "--seed", "3", "--learning_rate", "1e-3", "--max_data_loader_n_workers", "0",
+    ]  # fmt: skip
+
+
+def test_a_ring_of_any_size_trains_the_same_and_the_other_options_warn_once(
+    train: Callable[..., Finished], tmp_path: Path, words: list[str]
+) -> None:
+    words = [*words, "--guidance_loss", "2"]  # whose second pass reads the blocks once more
+    swap = ["--blocks_to_swap", "1", "--block_swap_h2d_only", "--use_pinned_memory_for_block_swap"]
+    for size in ("1", "3"):
+        done = train([*words, "--output_name", size, *swap, "--block_swap_ring_size", size], BASES["sd3"].script).ok()
+        log = " ".join(done.stderr.split())
+        assert log.count("--block_swap_h2d_only has no effect: swapped blocks are frozen and always only copied") == 1
+        assert log.count("--use_pinned_memory_for_block_swap has no effect: swapped blocks are in pinned memory") == 1
+        assert "--block_swap_ring_size has no effect" not in log
+    one, three = (load_file(tmp_path / "out" / f"{size}.safetensors") for size in ("1", "3"))
+    assert any(weight.abs().sum() for key, weight in one.items() if "lora_up" in key)
+    assert one.keys() == three.keys() and all(torch.equal(three[key], weight) for key, weight in one.items())
+
+
+@pytest.mark.parametrize("size", ["0", "-1"])
+def test_a_ring_without_a_slot_is_refused(train: Callable[..., Finished], words: list[str], size: str) -> None:
+    done = train([*words, "--blocks_to_swap", "1", "--block_swap_ring_size", size], BASES["sd3"].script)
+    assert done.status == 1 and f"--block_swap_ring_size is {size}; use at least 1" in done.stderr
+
+
+# In each step of a run the host waits for the device only once, to read the results of the previous step.
+
+NUM_STEPS = 5
+VALUES = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.nonzero.default)
+
+
+class NoReading(NoWaiting):
+    """A mode that rejects blocking copies and reading values of tensors on the device."""
+
+    is_on = False
+    num_reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.is_on:
+            return func(*args, **(kwargs or {}))
+        if func in VALUES and any(isinstance(leaf, OnDevice) for leaf in tree_leaves((args, kwargs))):
+            raise HostWaits(f"{func} of a tensor on the device")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def tolist(self, tensor: OnDevice) -> Any:
+        if self.is_on:
+            raise HostWaits("tolist of a tensor on the device")
+        return tensor.inner.tolist()
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        before, self.is_on = self.is_on, False
+        self.num_reads += before
+        try:
+            yield
+        finally:
+            self.is_on = before
+
+
+@pytest.mark.nightly  # the fast tier covers the steps of every base model
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(["--ema_decay", "0.9", "--scale_weight_norms", "0.01"], id="plain"),
+        pytest.param(
+            ["--cache_latents", "--network_train_unet_only", "--gradient_accumulation_steps", "2"], id="accumulated"
+        ),
+    ],
+)
+def test_a_run_waits_for_the_device_once_per_step(
+    train: Train, base_arguments: list[str], monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    """Watch the steps between the first, which creates shared tensors, and the last."""
+    watch = NoReading()
+    take, read = Updates.apply, Readback.read
+
+    def watched_take(updates: Updates, window: Any, losses: Any) -> None:
+        watch.is_on = watch.is_on and window.step + 1 < NUM_STEPS
+        take(updates, window, losses)
+        watch.is_on = window.step + 1 < NUM_STEPS
+
+    def watched_read(readback: Readback) -> list[float]:
+        with watch.allowed():
+            return read(readback)
+
+    monkeypatch.setattr(Updates, "apply", watched_take)
+    monkeypatch.setattr(Readback, "read", watched_read)
+    monkeypatch.setattr(OnDevice, "tolist", lambda tensor: watch.tolist(tensor))
+    with device_without_float64() as device, watch:
+        monkeypatch.setattr(training, "from_accelerator", lambda accelerator: Processes(device=device))
+        done = train([*base_arguments, *more, "--max_train_steps", str(NUM_STEPS)])
+    assert "skipped" not in done.stderr, "a damaged step is explained, for which values are asked"
+    assert done.status == 0, done.stderr
+    assert watch.num_reads >= NUM_STEPS - 1
+
+
+# Compilations of a whole run: as many as there are kinds of blocks, regardless of captions and sizes.
+
+TOGETHER = (
+    "--gradient_checkpointing", "--network_args", "dora_wd=True", "--base_format", "int8", "--base_arithmetic", "8bit",
+    "--compile", "--compile_backend", "eager", "--no_report", "--train_batch_size", "1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("zimage", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in BASES if name != "zimage"),
+    ],
+)
+def test_captions_and_buckets_add_no_compilation(name: str, train: Callable[..., Finished], tmp_path: Path) -> None:
+    from torch import _dynamo
+
+    base = BASES[name]
+    model, graphs = base.build(tmp_path / "model"), []
+    for folder, lengths, sizes in (("one", [3], [(64, 64)]), ("many", [1, 70], [(64, 64), (128, 64)])):
+        images = make_images(tmp_path / folder / "1_thing", len(lengths) * len(sizes))
+        for number, path in enumerate(sorted(images.glob("*.png"))):
+            Image.open(path).resize(sizes[number % len(sizes)]).save(path)
+            path.with_suffix(".txt").write_text("red " * lengths[number // len(sizes)])
+        _dynamo.reset()
+        _dynamo.utils.counters.clear()
+        # The first step of each shape is uncompiled, because its operations are counted.
+        words = small_run(tmp_path / folder, tmp_path, base.module, str(2 * len(lengths) * len(sizes)))
+        train([*model, *words, *TOGETHER, "--enable_bucket", "--min_bucket_reso", "64"], script=base.script).ok()
+        graphs.append(_dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < graphs[1] <= graphs[0]
+
+
+@pytest.mark.nightly
+def test_compiling_the_blocks_of_sdxl_leaves_few_generated_kernels() -> None:
+    words = [sys.executable, "-m", "benchmarks", "compiled_blocks"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    rows = [[int(cell) for cell in line.split("|")[2:6]] for line in lines]
+    *kinds, (num_blocks, eager, generated, called) = rows
+    assert num_blocks == 87 and all(row[1] > row[2] + row[3] for row in kinds)
+    assert generated < called < generated + called < 0.8 * eager

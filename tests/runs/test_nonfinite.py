@@ -80,8 +80,7 @@ def test_a_nan_step_leaves_the_weights_and_the_next_one_changes_them(
 ) -> None:
     """Schedule-free weights change by the rounding of swapping them in and out at each save."""
     spoil([2], only_gradient)
-    done = train([*base_arguments, "--optimizer_type", *optimizer, "--save_every_n_steps", "1"])
-    assert done.status == 0, done.stderr
+    done = train([*base_arguments, "--optimizer_type", *optimizer, "--save_every_n_steps", "1"]).ok()
     before, skipped, after = (load_saved(tmp_path, f"mine-step0000000{step}") for step in (2, 3, 4))
     rounding = 1e-7 if "ScheduleFree" in optimizer[0] else 0.0
     assert largest_change(before, skipped) <= rounding
@@ -105,8 +104,7 @@ def test_learning_rate_and_optimizer_do_not_see_a_nan_step(
     train: Train, base_arguments: list[str], tmp_path: Path, spoil: Any
 ) -> None:
     runs = spoil([1, 3])
-    done = train([*base_arguments, "--lr_scheduler", "linear", "--max_train_steps", "6"])
-    assert done.status == 0, done.stderr
+    train([*base_arguments, "--lr_scheduler", "linear", "--max_train_steps", "6"]).ok()
     optimizer = runs[0].optimization.optimizer
     assert {int(state["step"]) for state in optimizer.state.values()} == {4}
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -119,8 +117,7 @@ def test_a_nan_batch_affects_only_its_window(
     """Batches 2 and 3 form step 2; the message names the images of batch 3 only."""
     spoil([3])
     options = ["--gradient_accumulation_steps", "2", "--save_every_n_steps", "1", "--max_train_steps", "3"]
-    done = train([*base_arguments, *options])
-    assert done.status == 0, done.stderr
+    done = train([*base_arguments, *options]).ok()
     first, second, third = (load_saved(tmp_path, f"mine-step0000000{step}") for step in (1, 2, 3))
     assert are_equal(first, second) and not are_equal(second, third)
     (line,) = [line for line in done.stderr.splitlines() if "step 2: loss nan" in line]
@@ -143,8 +140,7 @@ def test_isolated_nan_steps_do_not_end_the_run(
     train: Train, base_arguments: list[str], tmp_path: Path, spoil: Any
 ) -> None:
     spoil(range(1, 16, 2))
-    done = train([*base_arguments, "--max_train_steps", "16"])
-    assert done.status == 0, done.stderr
+    done = train([*base_arguments, "--max_train_steps", "16"]).ok()
     assert "8 of 16 steps were skipped" in done.stderr
 
 
@@ -187,8 +183,7 @@ def test_gradient_overflow_while_the_loss_scale_adapts_is_not_an_error(
     scaler, honest = torch.amp.GradScaler("cpu", init_scale=2.0**127), loop.loss_of
     monkeypatch.setattr(optimization, "gradient_scaler", lambda options, device: scaler)
     monkeypatch.setattr(loop, "loss_of", lambda run, batch, number: 64 * honest(run, batch, number))
-    done = train([*base_arguments, "--max_train_steps", "14", "--on_nonfinite", "stop"])
-    assert done.status == 0, done.stderr
+    done = train([*base_arguments, "--max_train_steps", "14", "--on_nonfinite", "stop"]).ok()
     assert 2.0**115 < scaler.get_scale() < 2.0**127
     assert "loss scale is halved" in done.stderr and "were skipped" not in done.stderr
 
@@ -198,8 +193,7 @@ def test_a_nan_loss_with_loss_scaling_is_an_error(
 ) -> None:
     monkeypatch.setattr(optimization, "gradient_scaler", lambda *_: torch.amp.GradScaler("cpu", init_scale=8.0))
     spoil([2])
-    done = train([*base_arguments, "--save_every_n_steps", "1"])
-    assert done.status == 0, done.stderr
+    done = train([*base_arguments, "--save_every_n_steps", "1"]).ok()
     before, skipped, after = (load_saved(tmp_path, f"mine-step0000000{step}") for step in (2, 3, 4))
     assert are_equal(before, skipped) and not are_equal(skipped, after)
     assert "step 3: loss nan" in done.stderr

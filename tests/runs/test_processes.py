@@ -1,13 +1,14 @@
-"""Several processes train like one process that accumulates as many batches."""
+"""Several processes train like one; one that is lost ends the others with its name."""
 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -16,8 +17,10 @@ import torch
 
 from library.checkpoints.files import load_state_dict
 from library.checkpoints.headers import read_metadata
+from tests.ranks import Job, Rank, run_ranks
 from tests.running import ROOT, Finished, launch_command, make_images
-from tests.unit.training.test_run_lock import OtherRun, other_run  # noqa: F401
+from tests.tiny.bases import BASES
+from tests.unit.training.test_own_files import OtherRun, other_run  # noqa: F401
 
 Train = Callable[..., Finished]
 
@@ -67,10 +70,8 @@ def test_two_processes_equal_one_with_doubled_accumulation(arguments: list[str],
     words = [*arguments, *random, "--cache_latents"]
     words.remove("--flip_aug")
     event_options = ["--log_events", str(tmp_path / "events.jsonl")]
-    two = launch_two([*words, "--save_state", "--logging_dir", str(tmp_path / "logs"), *event_options])
-    assert two.status == 0, two.stderr
-    single = launch_one([*words, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")])
-    assert single.status == 0, single.stderr
+    two = launch_two([*words, "--save_state", "--logging_dir", str(tmp_path / "logs"), *event_options]).ok()
+    single = launch_one([*words, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")]).ok()
     first = load_state_dict(tmp_path / "out" / "mine.safetensors")
     second = load_state_dict(tmp_path / "one" / "mine.safetensors")
     assert first.keys() == second.keys()
@@ -113,12 +114,10 @@ def cosine_with_warmup(warmup: int, length: int) -> list[float]:
 @pytest.mark.nightly
 def test_a_state_of_two_processes_resumes_with_one(arguments: list[str], tmp_path: Path) -> None:
     """The number of batches per step stays the same, whether requested or derived."""
-    done = launch_two([*arguments, "--save_state", "--save_every_n_steps", "4"])
-    assert done.status == 0, done.stderr
+    launch_two([*arguments, "--save_state", "--save_every_n_steps", "4"]).ok()
     state = tmp_path / "out" / "mine-step00000004-state"
     for name, more in (("asked", ["--gradient_accumulation_steps", "2"]), ("by itself", [])):
-        resumed = launch_one([*arguments, *more, "--resume", str(state), "--output_dir", str(tmp_path / name)])
-        assert resumed.status == 0, resumed.stderr
+        resumed = launch_one([*arguments, *more, "--resume", str(state), "--output_dir", str(tmp_path / name)]).ok()
         assert "a step averages as many batches as before" in resumed.stderr
         assert ("keeps the 2 batches of a step" in resumed.stderr) == (not more)
         first = load_state_dict(tmp_path / "out" / "mine.safetensors")
@@ -145,12 +144,10 @@ def test_two_processes_suggest_the_same_checkpoint_as_one(arguments: list[str], 
 
 @pytest.mark.nightly
 def test_each_latent_is_cached_by_one_process_only(arguments: list[str], tmp_path: Path) -> None:
-    done = launch_two([*arguments, "--cache_latents_to_disk", "--max_train_epochs", "1"])
-    assert done.status == 0, done.stderr
+    launch_two([*arguments, "--cache_latents_to_disk", "--max_train_epochs", "1"]).ok()
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*_sd.npz")}
     assert len(files) == 12
-    again = launch_two([*arguments, "--cache_latents_to_disk", "--max_train_epochs", "1"])
-    assert again.status == 0, again.stderr
+    launch_two([*arguments, "--cache_latents_to_disk", "--max_train_epochs", "1"]).ok()
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*_sd.npz")}
 
 
@@ -266,3 +263,310 @@ def process_of_rank(launcher: int, rank: int) -> int:
         pid for pid in children_of(launcher) if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text()
     )
     return rank_pid
+
+
+# --shard_base: runs whose processes each keep a shard of the base model, compared with single-process runs.
+
+Arguments = Callable[[str], list[str]]
+CHANGES = ["--optimizer_type", "SGD", "--optimizer_args", "momentum=0.9", "--learning_rate", "0.3"]
+"""An optimizer that does not divide by the size of the gradient, which would blow the rounding of small ones up."""
+
+
+@pytest.fixture
+def sharded_arguments(tmp_path: Path) -> Arguments:
+    """Build arguments for five batches per epoch and three validation images, which do not divide among processes."""
+    make_images(tmp_path / "data" / "1_thing", 8, seed=91)
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2\na red dog --w 64 --h 64 --s 2\n")
+
+    def of(base: str) -> list[str]:
+        (tmp_path / base).mkdir()
+        words = [*BASES[base].build(tmp_path / base), "--network_module", BASES[base].module, "--output_name", "mine"]
+        words += ["--train_data_dir", str(tmp_path / "data"), "--resolution", "64", "--caption_extension", ".txt"]
+        words += ["--validation_split", "0.375", "--validate_every_n_steps", "2", "--max_train_steps", "5"]
+        words += ["--validate_every_n_epochs", "1"]
+        words += ["--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "3", "--seed", "92"]
+        return [*words, "--max_data_loader_n_workers", "0", "--no_report", "--network_dim", "2", *CHANGES]
+
+    return of
+
+
+def run(jobs: Sequence[tuple[str, int, list[str]]], base: str, folder: Path) -> dict[str, str]:
+    """Run jobs given by name, number of processes and arguments; return the main process's log of each."""
+    for name, *_ in jobs:
+        (folder / name).mkdir()
+    all_jobs = [
+        Job([*words, "--output_dir", str(folder / name / "out")], count, str(folder / name), BASES[base].script)
+        for name, count, words in jobs
+    ]
+    results = run_ranks(all_jobs, folder)
+    for (name, count, _), ranks in zip(jobs, results, strict=True):
+        assert [rank.status for rank in ranks] == [0] * count, (name, [rank.said[-3000:] for rank in ranks])
+    return {name: ranks[0].said for (name, *_), ranks in zip(jobs, results, strict=True)}
+
+
+def relative_difference(folder: Path, ours: str, theirs: str, name: str = "mine.safetensors") -> float:
+    """Return the largest weight difference, relative to the largest weight of its tensor."""
+    first, second = (load_state_dict(folder / run / "out" / name) for run in (ours, theirs))
+    assert first.keys() == second.keys() and len(first) > 10
+    return max(float((first[k] - second[k]).abs().max() / second[k].abs().max().clamp(min=1e-12)) for k in first)
+
+
+def losses(log: str) -> list[str]:
+    return [line.partition("validation after")[2] for line in log.splitlines() if "validation after" in line]
+
+
+def images_of(folder: Path, name: str) -> list[bytes]:
+    return [path.read_bytes() for path in sorted((folder / name / "out" / "sample").glob("*.png"))]
+
+
+@pytest.mark.nightly
+def test_two_processes_with_a_sharded_base_equal_one(sharded_arguments: Arguments, tmp_path: Path) -> None:
+    words = sharded_arguments("flux")
+    more = ["--gradient_checkpointing", "--base_format", "int8", "--network_args", "dora_wd=True"]
+    logs = run(
+        [
+            ("two", 2, [*words, *more, "--shard_base"]),
+            ("one", 1, [*words, *more, "--gradient_accumulation_steps", "2"]),
+        ],
+        "flux",
+        tmp_path,
+    )
+    assert "spread over 2 processes" in logs["two"]
+    assert relative_difference(tmp_path, "two", "one") <= 1e-5
+    assert losses(logs["two"]) == losses(logs["one"]) and len(losses(logs["two"])) == 4
+    drawn = images_of(tmp_path, "two")
+    assert drawn == images_of(tmp_path, "one") and len(drawn) == 2
+
+
+@pytest.mark.nightly
+def test_a_sharded_run_resumes_exactly_and_with_another_number_of_processes(
+    sharded_arguments: Arguments, tmp_path: Path
+) -> None:
+    words = [*sharded_arguments("lumina"), "--save_state", "--save_every_n_steps", "3", "--network_dropout", "0.1"]
+    state = str(tmp_path / "two" / "out" / "mine-step00000003-state")
+    run(
+        [
+            ("two", 2, [*words, "--shard_base"]),
+            ("again", 2, [*words, "--shard_base", "--resume", state]),
+            ("whole", 2, [*words, "--resume", state]),
+            ("one", 1, [*words, "--resume", state, "--gradient_accumulation_steps", "2"]),
+        ],
+        "lumina",
+        tmp_path,
+    )
+    assert relative_difference(tmp_path, "again", "two") == 0.0
+    assert relative_difference(tmp_path, "whole", "two") <= 1e-5
+    assert relative_difference(tmp_path, "one", "two") <= 1e-5
+
+
+@pytest.mark.nightly
+def test_four_processes_in_groups_of_two_equal_one(sharded_arguments: Arguments, tmp_path: Path) -> None:
+    words = sharded_arguments("anima")
+    run(
+        [
+            ("four", 4, [*words, "--shard_base"]),
+            ("groups", 4, [*words, "--shard_base", "--shard_group", "2"]),
+            ("one", 1, [*words, "--gradient_accumulation_steps", "4"]),
+        ],
+        "anima",
+        tmp_path,
+    )
+    assert relative_difference(tmp_path, "four", "one") <= 1e-5
+    assert relative_difference(tmp_path, "groups", "one") <= 1e-5
+
+
+@pytest.mark.nightly
+def test_a_subset_that_needs_the_bare_base_model_keeps_processes_in_step(
+    sharded_arguments: Arguments, tmp_path: Path
+) -> None:
+    words = [*sharded_arguments("flux"), "--guidance_loss", "2"]
+    make_images(tmp_path / "data" / "1_other", 3, seed=93)
+    config = tmp_path / "data.toml"
+    subsets = "".join(
+        f'[[datasets.subsets]]\nimage_dir = "{tmp_path / "data" / name}"\ncaption_extension = ".txt"\n{more}'
+        for name, more in (("1_thing", ""), ("1_other", "custom_attributes = {diff_output_preservation = true}\n"))
+    )
+    config.write_text(f"[[datasets]]\nresolution = 64\nvalidation_split = 0.3\n{subsets}")
+    place = words.index("--train_data_dir")
+    words[place : place + 2] = ["--dataset_config", str(config)]
+    run(
+        [("two", 2, [*words, "--shard_base"]), ("one", 1, [*words, "--gradient_accumulation_steps", "2"])],
+        "flux",
+        tmp_path,
+    )
+    assert relative_difference(tmp_path, "two", "one") <= 1e-5
+
+
+KINDS = {
+    "networks.loha": [],
+    "networks.lokr": ["factor=2"],
+    "networks.oft_v2": [],
+    "networks.dylora": [],
+    "lycoris.kohya": ["algo=lokr", "factor=2", "preset=attn-mlp"],
+    "networks.lora": ["init=pissa", "conv_dim=2"],
+}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("base", BASES)
+def test_every_base_model_can_be_sharded(sharded_arguments: Arguments, tmp_path: Path, base: str) -> None:
+    words = sharded_arguments(base)
+    run(
+        [("two", 2, [*words, "--shard_base"]), ("one", 1, [*words, "--gradient_accumulation_steps", "2"])],
+        base,
+        tmp_path,
+    )
+    assert relative_difference(tmp_path, "two", "one") <= 2e-5  # measured through nine layers of float32 convolutions
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_adapter_kind_is_saved_from_a_sharded_base(
+    sharded_arguments: Arguments, tmp_path: Path, kind: str
+) -> None:
+    words = [*sharded_arguments("sd"), "--network_module", kind]
+    if KINDS[kind]:
+        words += ["--network_args", *KINDS[kind]]
+    run(
+        [("two", 2, [*words, "--shard_base"]), ("one", 1, [*words, "--gradient_accumulation_steps", "2"])],
+        "sd",
+        tmp_path,
+    )
+    assert relative_difference(tmp_path, "two", "one") <= 1e-5
+
+
+@pytest.mark.nightly
+def test_files_are_merged_before_the_base_is_sharded(sharded_arguments: Arguments, tmp_path: Path) -> None:
+    words = sharded_arguments("flux")
+    run([("first", 1, words)], "flux", tmp_path)
+    merged = [*words, "--base_weights", str(tmp_path / "first" / "out" / "mine.safetensors"), "--base_format", "fp8"]
+    logs = run(
+        [("two", 2, [*merged, "--shard_base"]), ("one", 1, [*merged, "--gradient_accumulation_steps", "2"])],
+        "flux",
+        tmp_path,
+    )
+    assert "merged" in logs["two"] and losses(logs["two"]) == losses(logs["one"])
+    assert relative_difference(tmp_path, "two", "one") <= 1e-5
+
+
+@pytest.mark.nightly
+def test_an_fsdp2_configuration_of_accelerate_enables_sharding(sharded_arguments: Arguments, tmp_path: Path) -> None:
+    """Launch real processes, as users do."""
+    words = [*sharded_arguments("flux"), "--output_dir", str(tmp_path / "out")]
+    done = launch_fsdp(words, "2").ok()
+    assert "accelerate is configured for FSDP2" in done.stderr and "spread over 2 processes" in done.stderr
+    done = launch_fsdp(words, "1")
+    assert done.status != 0 and "FSDP 1" in done.stderr
+
+
+def launch_fsdp(arguments: list[str], version: str) -> Finished:
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", version,
+        "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", "0", str(ROOT / "flux_train_network.py"), *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, timeout=300, env=environment)
+    return Finished(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+# When one of several processes dies, the others end soon, name it and save the trained weights.
+
+GONE = "process 1 was killed without an error message"
+MOST_SECONDS = 150  # of a run with its imports on a busy machine; an unnoticed broken connection takes half an hour
+
+
+def run_and_lose(arguments: list[str], folder: Path, killed_at: str, *, killed: int = 1, killer: int = 0) -> list[Rank]:
+    """Run two processes, one of which is killed when the other calls a function."""
+    started = time.monotonic()
+    job = Job(arguments, 2, str(folder), killed=killed, killer=killer, killed_at=killed_at)
+    (ranks,) = run_ranks([job], folder)
+    assert time.monotonic() - started < MOST_SECONDS
+    assert ranks[killed].status == -signal.SIGKILL
+    return ranks
+
+
+def test_a_process_that_dies_while_encoding_images_is_named(base_arguments: list[str], tmp_path: Path) -> None:
+    words = [*base_arguments, "--cache_latents_to_disk"]
+    main, _ = run_and_lose(words, tmp_path, "library.data.caching.latents:encode_all")
+    assert main.status == 1 and GONE in main.said and "Traceback" not in main.said
+
+
+@pytest.mark.nightly
+def test_an_error_of_the_main_process_is_reported_by_the_other(base_arguments: list[str], tmp_path: Path) -> None:
+    """The main process fails on an image; the waiting process ends with that error, not a broken connection."""
+    words = [*base_arguments, "--cache_latents_to_disk", "--max_train_steps", "1"]
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    (first,) = run_ranks([Job(words, 2, str(tmp_path / "first"))], tmp_path)
+    assert [rank.status for rank in first] == [0, 0]
+    next(tmp_path.rglob("*_sd.npz")).unlink()
+    shutil.copytree(words[words.index("--pretrained_model_name_or_path") + 1], tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "vae")
+    words += ["--pretrained_model_name_or_path", str(tmp_path / "model")]
+    started = time.monotonic()
+    ((main, other),) = run_ranks([Job(words, 2, str(tmp_path / "second"))], tmp_path)
+    assert time.monotonic() - started < MOST_SECONDS
+    assert main.status == other.status == 1
+    assert "1 image must be encoded" in main.said and "Traceback" not in main.said + other.said
+    assert "process 0 ended with an error: UserError: 1 image must be encoded" in other.said
+
+
+@pytest.mark.nightly
+def test_the_death_of_the_main_process_is_noticed_by_the_others(base_arguments: list[str], tmp_path: Path) -> None:
+    words = [*base_arguments, "--cache_latents_to_disk"]
+    _, other = run_and_lose(words, tmp_path, "library.data.caching.latents:encode_all", killed=0, killer=1)
+    assert other.status == 1
+    assert "process 0 was killed without an error message" in other.said or "the main process" in other.said
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_process_that_dies_during_previews_is_named_and_the_run_is_saved(
+    base_arguments: list[str], tmp_path: Path, is_shared: bool
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 200\na dog --w 64 --h 64 --s 200\n")
+    words = [*base_arguments, "--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "2"]
+    words += ["--shard_base"] if is_shared else []
+    main, _ = run_and_lose(words, tmp_path, "library.training.evaluation.preview:draw_latents")
+    assert main.status == 1 and GONE in main.said
+    assert [path.name for path in (tmp_path / "out").glob("*-state")] == ["mine-step00000002-state"]
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found below /proc")
+@pytest.mark.parametrize("name", ["accelerate", "torchrun"])
+def test_a_run_restarted_by_its_launcher_equals_an_undisturbed_one(
+    name: str, base_arguments: list[str], tmp_path: Path
+) -> None:
+    """The run is started with `--max_restarts 2`, and a process is killed in mid-run."""
+    words = [*base_arguments, "--max_train_steps", "60", "--autoresume", "--network_dropout", "0.1"]
+    words += ["--lr_scheduler", "cosine"]
+    undisturbed = [*words, "--output_dir", str(tmp_path / "whole")]
+    done = subprocess.run(restarted(undisturbed, name), capture_output=True, timeout=300, env=cpu_environment("true"))
+    assert done.returncode == 0, done.stderr.decode()
+    log_path = tmp_path / "said"
+    with log_path.open("w") as file:
+        launcher = subprocess.Popen(restarted(words, name), env=cpu_environment("true"), stdout=file, stderr=file)
+        wait_for(lambda: re.search(r" [5-9]/60 ", log_path.read_text()), 200)
+        os.kill(process_of_rank(launcher.pid, 1), signal.SIGKILL)
+        assert launcher.wait(timeout=300) == 0, log_path.read_text()
+    assert not children_alive(launcher.pid)
+    text = log_path.read_text()
+    assert GONE in text and "60/60" in text
+    ours, theirs = (load_state_dict(tmp_path / name / "mine.safetensors") for name in ("out", "whole"))
+    assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)
+
+
+def restarted(arguments: list[str], launcher: str) -> list[str]:
+    command = two_processes(arguments)
+    if launcher == "torchrun":
+        script = next(word for word in command if word.endswith("train_network.py"))
+        options = ["--standalone", "--nproc_per_node", "2", "--max_restarts", "2"]
+        return [sys.executable, "-m", "torch.distributed.run", *options, *command[command.index(script) :]]
+    place = command.index("--multi_gpu")
+    return [*command[:place], "--max_restarts", "2", *command[place:]]
+
+
+def children_alive(launcher: int) -> bool:
+    return Path(f"/proc/{launcher}").exists() and bool(children_of(launcher))

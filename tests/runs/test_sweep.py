@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.runner import list_commands
 from flux_train_network import FluxNetworkTrainer, setup_parser
 from library.checkpoints.files import load_state_dict
 from library.checkpoints.headers import read_metadata
@@ -65,8 +66,7 @@ def files_in(folder: Path) -> set[str]:
 def test_every_run_equals_the_one_of_its_own_command(train: Train, words: list[str], tmp_path: Path) -> None:
     """With caches that the runs share, dropout, a trained text encoder, and a seed for each."""
     swept = ["--sweep", "network_dim=2,3", "seed=4,5", "--network_dropout", "0.2", "--cache_latents"]
-    done = train([*words, *swept, "--validation_split", "0.4"], SCRIPT)
-    assert done.status == 0, done.stderr
+    done = train([*words, *swept, "--validation_split", "0.4"], SCRIPT).ok()
     names = {f"mine-dim{dim}-seed{seed}.safetensors" for dim in "23" for seed in "45"}
     assert files_in(tmp_path / "out") == names, "shared caches and events are gone"
     command = commands_of(done)["dim3-seed5"]
@@ -80,8 +80,7 @@ def test_every_run_equals_the_one_of_its_own_command(train: Train, words: list[s
 
 def test_runs_that_are_not_finite_end_alone(train: Train, words: list[str], tmp_path: Path) -> None:
     more = ["--max_grad_norm", "0", "--on_nonfinite", "stop", "--network_train_unet_only"]
-    done = train([*words, *more, "--sweep", "learning_rate=1e38,0.5"], SCRIPT)
-    assert done.status == 0, done.stderr
+    done = train([*words, *more, "--sweep", "learning_rate=1e38,0.5"], SCRIPT).ok()
     assert "lr1e38 ended, because its losses were not finite. The other runs go on" in done.stderr
     assert (tmp_path / "out" / "mine-lr0.5.safetensors").exists()
     assert not (tmp_path / "out" / "mine-lr1e38.safetensors").exists()
@@ -96,8 +95,7 @@ def test_worse_runs_end_in_their_round_and_all_are_ranked(train: Train, words: l
         "--validation_split", "0.5", "--validate_every_n_steps", "2", "--max_train_steps", "5",
         "--log_events", str(tmp_path / "events.jsonl"), "--network_train_unet_only",
     ]  # fmt: skip
-    done = train([word for word in [*words, *more] if word != "--no_report"], SCRIPT)
-    assert done.status == 0, done.stderr
+    done = train([word for word in [*words, *more] if word != "--no_report"], SCRIPT).ok()
     assert "lr1e6 ends after step 2: another one was significantly better" in done.stderr
     out = tmp_path / "out"
     assert read_metadata(out / "mine-lr1e6.safetensors")["ss_steps"] == "2"
@@ -128,8 +126,7 @@ def test_early_stopping_ends_one_run(train: Train, words: list[str], tmp_path: P
         "--sweep", "learning_rate=1000,1e-3", "--early_stop_patience", "1", "--validation_split", "0.6",
         "--validate_every_n_steps", "1", "--max_train_steps", "5", "--network_train_unet_only",
     ]  # fmt: skip
-    done = train([*words, *more], SCRIPT)
-    assert done.status == 0, done.stderr
+    done = train([*words, *more], SCRIPT).ok()
     assert "run 2 of 2" in done.stderr and "early stopping (--early_stop_patience)" in done.stderr
     assert files_in(tmp_path / "out") == {"mine-lr1000.safetensors", "mine-lr1e-3.safetensors"}
     assert int(read_metadata(tmp_path / "out" / "mine-lr1000.safetensors")["ss_steps"]) < 5
@@ -207,8 +204,7 @@ def test_options_work_in_a_sweep_as_in_a_run(case: str, train: Train, words: lis
     save_file({f"{name}.{part}.weight": torch.ones(size) for part, size in shape.items()}, lora)
     more = [word.format(lora=lora, config=config) for word in IN_SWEEPS[case]]
     swept = [] if case == "config file" else ["--sweep", "learning_rate=0.5,1", "--network_train_unet_only"]
-    done = train([*words, *swept, *more], SCRIPT)
-    assert done.status == 0, done.stderr
+    done = train([*words, *swept, *more], SCRIPT).ok()
     file = tmp_path / "out" / "mine-lr1.safetensors"
     assert files_in(tmp_path / "out") == {"mine-lr0.5.safetensors", file.name}
     (tmp_path / "out").rename(tmp_path / "swept")
@@ -217,8 +213,7 @@ def test_options_work_in_a_sweep_as_in_a_run(case: str, train: Train, words: lis
 
 
 def test_a_dry_run_tries_the_first_and_the_largest(train: Train, words: list[str], tmp_path: Path) -> None:
-    done = train([*words, "--sweep", "network_dim=2,5,3", "--dry_run"], SCRIPT)
-    assert done.status == 0, done.stderr
+    done = train([*words, "--sweep", "network_dim=2,5,3", "--dry_run"], SCRIPT).ok()
     assert list(commands_of(done)) == ["dim2", "dim5"] and done.stderr.count("dry run: the largest batch has") == 2
     assert not (tmp_path / "out").exists()
 
@@ -235,8 +230,7 @@ def test_processes_that_are_launched_are_refused_with_the_remedy(
 @pytest.mark.nightly
 def test_a_launcher_stands_before_each_run(train: Train, words: list[str], tmp_path: Path) -> None:
     launcher = f"{sys.executable} -m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1"
-    done = train([*words, "--sweep", "learning_rate=0.5,1", "--launcher", launcher], SCRIPT)
-    assert done.status == 0, done.stderr
+    train([*words, "--sweep", "learning_rate=0.5,1", "--launcher", launcher], SCRIPT).ok()
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
 
 
@@ -310,8 +304,7 @@ def test_a_sweep_whose_driver_is_killed_continues_with_the_same_command(
     sweeping.wait()
     said = sweeping.stdout.read()  # until the run, which notices that its driver is gone, has ended too
     assert "the launcher of this run is gone; saving and ending" in said
-    done = train([*words, *LONG], SCRIPT)
-    assert done.status == 0, done.stderr
+    done = train([*words, *LONG], SCRIPT).ok()
     assert "resuming from" in done.stderr and not any("sweep-" in name for name in files_in(tmp_path / "out"))
     own = [*words, *LONG[:2], "--network_train_unet_only", "--output_name", "own", "--validation_seed", "8"]
     assert train(own, SCRIPT).status == 0
@@ -333,8 +326,7 @@ def test_rounds_continue_after_their_driver_was_killed(train: Train, words: list
         assert next(starts, None) and next(starts, None), "the second round has not begun"
         process.kill()
         process.stdout.read()  # until the run, which notices that its driver is gone, has ended too
-    done = train(swept, SCRIPT)
-    assert done.status == 0, done.stderr
+    train(swept, SCRIPT).ok()
     assert files_in(tmp_path / "out") == {"mine-lr1e-3.safetensors", "mine-lr1.1e-3.safetensors"}
     own = [*trained, "--learning_rate", "1.1e-3", "--output_name", "own", "--validation_seed", "8"]
     assert train(own, SCRIPT).status == 0
@@ -353,3 +345,46 @@ def test_the_state_of_an_earlier_versions_sweep_continues_as_a_single_run(
     manifest.write_text(json.dumps(content), encoding="utf-8")
     done = train([*words, "--resume", str(manifest.parent), "--network_train_unet_only"], SCRIPT)
     assert done.status == 0 and "it continues as a single run" in done.stderr, done.stderr
+
+
+# Every measurement and maker of toys starts by its name; those that no other test runs measure once in small.
+
+# The others: test_memory_modes (gpu_step), test_compile, made_up/test_a_new_weight_format, unit/tools/test_plan_models.
+SMALL = {
+    "adapters": ("--rounds 1 --rank 4", "LoRA-FA"),
+    "denoisers": ("--models lumina --tokens 16 --passes 1", "lumina"),
+    "own_overhead": ("--steps 2 --case plain", "overhead"),
+    "quickstart": ("--steps 3 --rounds 1", "x the fastest"),
+    "recipe_heads": ("", "Planned at 1024 px"),
+    "run_duration": ("--steps 2 --only 1", "measured / planned"),
+}
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["benchmarks", "benchmarks.toys"])
+def test_a_name_that_there_is_not_is_answered_with_those_there_are(package: str) -> None:
+    done = run(package, "speed", "--device", "cuda")
+    assert done.returncode == 2 and all(name in done.stderr for name in list_commands(package))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("package", "name"), [(p, name) for p in ("benchmarks", "benchmarks.toys") for name in list_commands(p)]
+)
+def test_its_help_has_its_own_name(package: str, name: str) -> None:
+    done = run(package, name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: python3 -m {package} {name} ")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", SMALL)
+def test_it_measures_in_small(name: str) -> None:
+    words, expected = SMALL[name]
+    done = run("benchmarks", name, *words.split())
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout

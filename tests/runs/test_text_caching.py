@@ -1,4 +1,4 @@
-"""Runs that free the text encoders before the denoiser is loaded."""
+"""Runs that free the text encoders before the denoiser is loaded, or cache a part of the captions."""
 
 import dataclasses
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -23,7 +24,8 @@ from library.protocols import Architecture, TextCacheSpec
 from library.training.command_line.cli import build_parser
 from library.training.command_line.main import main
 from library.training.loop.loop import loss_of
-from tests.running import Finished
+from tests.running import Finished, load_saved, make_images
+from tests.tiny.bases import BASES
 
 Run = Callable[[list[str]], tuple[Finished, list[float], int]]
 """Train; gives what the run left behind, the loss of every batch, and how often text encoders were loaded."""
@@ -226,3 +228,95 @@ def test_third_party_networks_see_no_text_encoder(run: Run, base_arguments: list
     done, _, _ = run([*base_arguments, *CACHED, *module])
     assert done.status == 0, done.stderr
     assert all(name.startswith("lora_unet_") for name in weights_of(tmp_path, "mine"))
+
+
+# Training some text encoders while caching the outputs of the others.
+
+PartialRun = Callable[..., Finished]
+PARTLY_CACHED, PARTLY_ON_DISK = "--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk"
+
+
+@pytest.fixture
+def run_partly(train: Callable[..., Finished], tmp_path: Path) -> PartialRun:
+    """Return `run(base, name, ...)`, which trains two steps of one image and writes `name`.safetensors."""
+    make_images(tmp_path / "data" / "1_thing", 3, seed=63)
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
+    models: dict[str, list[str]] = {}
+
+    def start(name: str, output: str, *more: str) -> Finished:
+        base = BASES[name]
+        model = models.get(name) or models.setdefault(name, base.build(tmp_path / name))
+        return train([
+            *model, "--train_data_dir", str(tmp_path / "data"), "--caption_extension", ".txt", "--resolution", "64",
+            "--output_dir", str(tmp_path / "out"), "--output_name", output, "--network_module", base.module,
+            "--network_dim", "4", "--learning_rate", "1e-2", "--seed", "5", "--max_data_loader_n_workers", "0",
+            "--max_train_steps", "2", "--caption_dropout_rate", "0.3", *more,
+        ], script=base.script)  # fmt: skip
+
+    return start
+
+
+def images_of(tmp_path: Path, name: str) -> list[bytes]:
+    return [Image.open(path).tobytes() for path in sorted((tmp_path / "out" / "sample").glob(f"{name}_*.png"))]
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "extra"),
+    [
+        ("flux", {"te1"}, []),
+        pytest.param("sd3", {"te1", "te2"}, [], marks=pytest.mark.nightly),
+        pytest.param("flux", set(), ["--text_encoder_lr", "0"], marks=pytest.mark.nightly),
+    ],
+)
+def test_the_adapter_equals_that_of_a_run_without_caches_bit_for_bit(
+    run_partly: PartialRun, tmp_path: Path, name: str, trained: set[str], extra: list[str]
+) -> None:
+    """Validation and previews agree too, as the trained encoder's features include its adapter."""
+    looks = [
+        "--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "2", "--validation_split", "0.4",
+        "--validate_every_n_steps", "2", *extra,
+    ]  # fmt: skip
+    runs = {"plain": [], "memory": [PARTLY_CACHED], "disk": [PARTLY_ON_DISK]}
+    measured = {}
+    for output, more in runs.items():
+        done = run_partly(name, output, *looks, *more).ok()
+        measured[output] = [line.split("loss")[1] for line in done.stderr.splitlines() if "validation after" in line]
+    plain = load_saved(tmp_path, "plain")
+    learned = {key.split("_")[1] for key, tensor in plain.items() if "lora_up" in key and tensor.abs().max() > 0}
+    assert learned == {*trained, "unet"}
+    for output in ("memory", "disk"):
+        actual = load_saved(tmp_path, output)
+        assert actual.keys() == plain.keys() and all(torch.equal(actual[key], plain[key]) for key in plain)
+        assert measured[output] == measured["plain"] != []
+        assert images_of(tmp_path, output) == images_of(tmp_path, "plain") != []
+
+
+@pytest.mark.nightly
+def test_the_disk_cache_serves_runs_that_train_only_the_denoiser(run_partly: PartialRun, tmp_path: Path) -> None:
+    """The files contain the features of all untrained encoders."""
+    assert run_partly("flux", "both", PARTLY_ON_DISK).status == 0
+    done = run_partly("flux", "again", PARTLY_ON_DISK)
+    assert done.status == 0 and "0 to encode, 0 stale" in done.stderr
+    both, again = load_saved(tmp_path, "both"), load_saved(tmp_path, "again")
+    assert all(torch.equal(both[key], again[key]) for key in both)
+    done = run_partly("flux", "alone", PARTLY_ON_DISK, "--network_train_unet_only")
+    assert done.status == 0 and "0 to encode, 0 stale" in done.stderr
+    assert run_partly("flux", "fresh", PARTLY_CACHED, "--network_train_unet_only").status == 0
+    alone, fresh = load_saved(tmp_path, "alone"), load_saved(tmp_path, "fresh")
+    assert all(torch.equal(alone[key], fresh[key]) for key in fresh) and not any("lora_te" in key for key in alone)
+
+
+def test_lumina_has_only_the_trained_encoder(run_partly: PartialRun, tmp_path: Path) -> None:
+    assert run_partly("lumina", "plain").status == 0
+    done = run_partly("lumina", "cached", PARTLY_ON_DISK).ok()
+    assert "--cache_text_encoder_outputs has no effect: every text encoder trains" in done.stderr
+    plain, cached = load_saved(tmp_path, "plain"), load_saved(tmp_path, "cached")
+    assert all(torch.equal(plain[key], cached[key]) for key in plain)
+    assert not list((tmp_path / "data").rglob("*_te.npz"))
+
+
+def test_encoders_without_adapters_may_all_be_freed(run_partly: PartialRun, tmp_path: Path) -> None:
+    assert run_partly("hunyuan_image", "alone", PARTLY_CACHED, "--network_train_unet_only").status == 0
+    run_partly("hunyuan_image", "cached", PARTLY_CACHED).ok()
+    alone, cached = load_saved(tmp_path, "alone"), load_saved(tmp_path, "cached")
+    assert all(torch.equal(alone[key], cached[key]) for key in alone)

@@ -93,8 +93,7 @@ def test_validation_is_shown_in_charts_metadata_and_log(
 ) -> None:
     options = ["--logging_dir", str(tmp_path / "logs"), "--validate_every_n_steps", "3", "--validate_at_first"]
     options += ["--validate_every_n_epochs", "1"]
-    done = train([*split_arguments, *options, "--max_validation_steps", "2", "--validation_seed", "3"])
-    assert done.status == 0, done.stderr
+    done = train([*split_arguments, *options, "--max_validation_steps", "2", "--validation_seed", "3"]).ok()
     assert "training: 8 images with repeats, 2 for validation\n" in done.stdout
     assert not re.search(r"^[^\r\n]*validation steps.*avr_loss=", done.stderr, re.MULTILINE)
     assert "validation steps" in done.stderr and "epoch validation steps" in done.stderr
@@ -188,7 +187,6 @@ def test_renamed_copies_of_a_validation_set_have_the_same_loss(
     losses = []
     for folder in (images, tmp_path / "copy"):
         words = [*split_arguments, "--train_data_dir", str(folder), "--validate_at_first", "--max_train_steps", "1"]
-        done = train([*words, "--logging_dir", str(tmp_path / f"logs of {folder.name}"), *options])
-        assert done.status == 0, done.stderr
+        train([*words, "--logging_dir", str(tmp_path / f"logs of {folder.name}"), *options]).ok()
         losses.append(scalars(charts(tmp_path / f"logs of {folder.name}"), "loss/validation/step_average")[0])
     assert losses[0] == losses[1]

@@ -109,8 +109,7 @@ def run(train: Run, tmp_path: Path, waits: StepWaits) -> Run:
             "--mixed_precision", "bf16", "--no_report", *more,
         ]  # fmt: skip
         waits.start()
-        done = train(arguments, script=base.script)
-        assert done.status == 0, done.stderr
+        done = train(arguments, script=base.script).ok()
         assert done.losses and all(map(math.isfinite, done.losses))
         assert waits.num_steps and waits.places() <= ALLOWED | allowed, waits.found
         return done

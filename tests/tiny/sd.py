@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from library.architectures.sd import assembly
 from library.architectures.sd.layers import unet_module
@@ -20,6 +18,7 @@ from library.models.unet.checkpoint_keys import UNET_PREFIX, UnetLayout, unet_to
 from library.models.unet.unet import run_unet_blocks_with, unet_stacks
 from library.models.vae.checkpoint_keys import VAE_PREFIX, vae_to_ldm
 from tests.contracts.full_size import facts
+from tests.hiding import lazily
 from tests.tiny.base import Base, Deep, Pair, layers_of, path_argument
 from tests.tiny.headers import shapes_of, write_headers
 from tests.tiny.init import fixed_init
@@ -27,6 +26,9 @@ from tests.tiny.keys import Shapes, kohya, peft
 from tests.tiny.open_clip import to_open_clip
 from tests.tiny.parts import Parts
 from tests.tiny.parts import write_folder as write_parts
+
+diffusers = lazily("diffusers")
+transformers = lazily("transformers")
 
 Layout = Literal["diffusers", "safetensors", "ckpt"]
 FULL_SIZE = Path(__file__).parents[1] / "contracts" / "data" / "sd15.json.gz"
@@ -190,7 +192,7 @@ def unet_values() -> tuple[Tensor, ...]:
 
 
 def view_with_clip(encoders: Sequence[nn.Module], denoiser: nn.Module) -> Any:
-    return assembly.view([*encoders, CLIPTextModel(CLIPTextConfig(**CLIP))], denoiser)
+    return assembly.view([*encoders, transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP))], denoiser)
 
 
 def pair(base: str, config: Mapping[str, Any]) -> Pair:
@@ -210,7 +212,7 @@ def unets(config: Mapping[str, Any]) -> list[Any]:
     """Return two U-Nets of diffusers with the same weights."""
     models = []
     for _ in range(2):
-        model: Any = UNet2DConditionModel(**config)
+        model: Any = diffusers.UNet2DConditionModel(**config)
         model.load_state_dict(fixed_init(model, 7))
         models.append(model.requires_grad_(False).eval())
     return models
@@ -265,7 +267,7 @@ BASES = (
         },
         blocks_to_swap="9",
         deep=Deep(
-            lambda: UNet2DConditionModel(**UNET),
+            lambda: diffusers.UNet2DConditionModel(**UNET),
             unet_values,
             view_with_clip,
             most_graphs=12,

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -55,11 +54,14 @@ from library.train_photos.plan import (
 )
 from library.training.command_line.recipes import list_recipes
 from library.training.config_file import format_config
+from tests.hiding import lazily
 from tests.running import make_images
 from tests.tiny.bases import BASES
 from tests.train_photos.test_train import GENERIC, KINDS, build_base, draw_photo
 from tests.unit.data.builders import SPEC
 from tools.recipes import interpolate_steps
+
+diffusers = lazily("diffusers")
 
 HEARTS, TOY = "configs/quickstart/dataset", "configs/quickstart/toy_base"
 
@@ -295,8 +297,8 @@ def test_the_losses_of_a_trained_base_tell_that_it_predicts_noise(
     tmp_path: Path, fresh_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[int] = []
-    encode = AutoencoderKL.encode
-    monkeypatch.setattr(AutoencoderKL, "encode", lambda vae, x: encoded.append(len(x)) or encode(vae, x))
+    encode = diffusers.AutoencoderKL.encode
+    monkeypatch.setattr(diffusers.AutoencoderKL, "encode", lambda vae, x: encoded.append(len(x)) or encode(vae, x))
     base, folders = recognise(TOY), find_photos(Path(HEARTS))
     recipe, trigger = choose_recipe(base, "character"), Trigger("heart")
     values = {**choose_values(recipe, 64, 32, 10), **base.values}

@@ -17,12 +17,11 @@ from library.train_photos.runs import Start, choose_start, find_runs, list_names
 from library.training.config_file import format_config
 from library.training.reporting.progress import Part
 from library.training.saving.state import TENSOR_FILE, save_state
-from tests.runs.test_resume import assert_equal_states
-from tests.runs.test_timed_states import Clock, Killed
-from tests.runs.test_timed_states import clock as clock
+from tests.runs.test_resume import Clock, Killed, assert_equal_states
+from tests.runs.test_resume import clock as clock
 from tests.train_photos.test_train import build_base, write_turned
-from tests.unit.training.test_run_lock import OtherRun
-from tests.unit.training.test_run_lock import other_run as other_run
+from tests.unit.training.test_own_files import OtherRun
+from tests.unit.training.test_own_files import other_run as other_run
 
 RECORD = Record("3 photos (ab)", "cd", "mycat, a cat", "/m/a.safetensors", "character")
 

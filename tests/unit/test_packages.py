@@ -1,14 +1,22 @@
-"""What is said of an error that a missing or broken package led to, and of others."""
+"""Missing, broken and hidden packages, temporary folders of killed processes, and the garbage collector's pause."""
 
+import gc
 import importlib
+import importlib.util
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from library.base.collector import freeze_imports, keep_imported, pause_collection
+from library.base.temporary_folders import delete_abandoned_folders, make_temporary_folder
+from library.environment.hidden_libraries import BITSANDBYTES, hide_library, unhide_library
 from library.environment.packages import describe_fault
 from library.environment.requirements import show_uncaught
 from tests.running import ROOT
@@ -91,3 +99,144 @@ raise RuntimeError(sys.argv[1])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "RuntimeError: \\x1b[31m" in done.stderr and "\x1b" not in done.stderr
+
+
+# Temporary folders of killed processes are deleted by a later run, those of running processes are not.
+
+WAITS = """
+import sys
+from library.base.temporary_folders import make_temporary_folder
+print(make_temporary_folder("latents", sys.argv[1]), flush=True)
+sys.stdin.read()
+"""
+
+
+def start(parent: Path) -> tuple["subprocess.Popen[str]", Path]:
+    """Start a process that creates a folder and waits until its input is closed; return both."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITS, str(parent)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    return process, Path(process.stdout.readline().strip())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no SIGKILL")
+def test_the_folder_of_a_killed_process_is_deleted_and_that_of_a_running_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed, killed_folder = start(tmp_path)
+    running, running_folder = start(tmp_path)
+    own_folder = Path(make_temporary_folder("weights", str(tmp_path)))
+    (tmp_path / "latents-of-a-user").mkdir()
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert killed_folder.name.startswith(f"latents-{killed.pid}-") and killed_folder.is_dir()
+    delete_abandoned_folders([tmp_path, tmp_path / "nowhere"])
+    assert {path.name for path in tmp_path.iterdir()} == {running_folder.name, own_folder.name, "latents-of-a-user"}
+    with monkeypatch.context() as patch:  # as seen from a container that cannot see the process
+        patch.setattr(psutil, "pid_exists", lambda number: False)
+        delete_abandoned_folders([tmp_path])
+    assert running_folder.is_dir() and own_folder.is_dir()
+    running.communicate("")
+    assert not running_folder.exists(), "a process that ends deletes its folder"
+
+
+# Python's garbage collector is paused during imports and always resumed.
+
+
+def test_garbage_collection_is_paused_during_imports_and_always_resumed() -> None:
+    assert gc.isenabled()
+    with pytest.raises(ImportError), pause_collection():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
+    keep_imported.cache_clear()
+    with freeze_imports("this"):
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    count = gc.get_freeze_count()
+    lists = [[] for _ in range(50)]  # type: ignore[var-annotated]
+    with freeze_imports("this"):
+        pass
+    # Frozen objects may be freed once nothing refers to them: the count can fall, but it never grows.
+    assert len(lists) < gc.get_freeze_count() <= count, "only once in a process"
+
+
+IN_A_RUN = """
+from library.base.collector import keep_imported
+keep_imported("a test")
+"""
+IN_A_TEST = """
+from types import SimpleNamespace
+from tests.conftest import freeze_collected
+freeze_collected(SimpleNamespace(stash={}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "num_kept", "freeze"),
+    [("triton", "0", IN_A_RUN), ("trident", "more", IN_A_RUN), ("triton", "0", IN_A_TEST)],
+    ids=["run", "run without triton", "pytest"],
+)
+def test_kept_objects_are_deleted_at_exit_if_triton_is_loaded(module: str, num_kept: str, freeze: str) -> None:
+    """Triton reports its objects that are still alive as leaked."""
+    code = f"""
+import atexit, gc, sys
+atexit.register(lambda: print("more" if gc.get_freeze_count() else 0))  # runs last
+sys.modules[{module!r}] = sys
+{freeze}
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [num_kept]
+
+
+# Runs that do not use bitsandbytes and scipy do not import them.
+
+
+@pytest.mark.slow
+def test_a_hidden_library_is_not_found_inside_the_block_and_is_found_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (BITSANDBYTES, "diffusers.utils.import_utils"):  # as in a new process
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    with hide_library(BITSANDBYTES):
+        assert importlib.util.find_spec(BITSANDBYTES) is None
+    assert BITSANDBYTES not in sys.modules
+    with hide_library(BITSANDBYTES):
+        unhide_library(BITSANDBYTES)
+        assert BITSANDBYTES not in sys.modules
+
+
+@pytest.mark.slow
+def test_a_library_that_is_already_loaded_stays_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, BITSANDBYTES, os)
+    with hide_library(BITSANDBYTES):
+        assert sys.modules[BITSANDBYTES] is os
+    assert sys.modules[BITSANDBYTES] is os
+
+
+@pytest.mark.slow
+def test_a_run_does_not_import_scipy_but_can_import_it_when_needed() -> None:
+    """Runs in a process of its own: diffusers and transformers cache which libraries they found."""
+    code = """
+import sys
+from library.environment.hidden_libraries import import_diffusers_hiding_libraries
+import_diffusers_hiding_libraries()
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel
+assert "scipy" not in sys.modules, "imported on the side"
+from scipy.special import stdtrit
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_a_library_that_diffusers_has_already_found_stays_visible() -> None:
+    """A program may import diffusers before it trains; its lazy imports rely on the libraries found then."""
+    code = """
+import diffusers
+from library.environment.hidden_libraries import BITSANDBYTES, import_diffusers_hiding_libraries, hide_library
+import_diffusers_hiding_libraries()
+with hide_library(BITSANDBYTES):
+    from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -5,7 +5,7 @@ share of 60 edits, of images outside the training data, that are right, and that
 import re
 from pathlib import Path
 
-from tests.contracts.test_docs_commands import TOYS
+from tests.contracts.test_docs import TOYS
 from tests.runs.docs_pages import run_commands
 
 COLUMNS = ("right", "shape", "colour", "background", "place")

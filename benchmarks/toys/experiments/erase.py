@@ -6,7 +6,7 @@ in other colours, sizes or on other backgrounds.
 from pathlib import Path
 
 from benchmarks.toys.check_adapter import read_shares
-from tests.contracts.test_docs_commands import TOYS
+from tests.contracts.test_docs import TOYS
 from tests.runs.docs_pages import run_commands
 
 COLUMNS = ("right shape before", "after", "right colour before", "after")

@@ -5,7 +5,7 @@ images that are red, and that have the right shape.
 from pathlib import Path
 
 from benchmarks.toys.check_adapter import read_shares
-from tests.contracts.test_docs_commands import TOYS
+from tests.contracts.test_docs import TOYS
 from tests.runs.docs_pages import run_commands
 
 COLUMNS = ("red before", "after", "right shape before", "after")

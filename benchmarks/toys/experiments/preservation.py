@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.toys.check_adapter import draw_prompts
 from benchmarks.toys.experiments import count_shares
 from library.checkpoints.files import load_state_dict
-from tests.contracts.test_docs_commands import TOYS
+from tests.contracts.test_docs import TOYS
 from tests.runs.docs_pages import run_commands
 
 COLUMNS = ("hearts", "squares", "circles", "triangles")

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from benchmarks.toys.check_adapter import read_shares
-from tests.contracts.test_docs_commands import TOYS
+from tests.contracts.test_docs import TOYS
 from tests.runs.docs_pages import run_commands
 
 COLUMNS = ("as asked at -1", "at 0", "at 1", "rank correlation")

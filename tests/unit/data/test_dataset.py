@@ -1,4 +1,4 @@
-"""Batches are determined by the seed, the epoch and their index."""
+"""Batches are determined by the seed, the epoch and their index, also of a user's own dataset."""
 
 import dataclasses
 import logging
@@ -11,18 +11,24 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from library.base.errors import UserError
+from library.base.errors import NoDataFound, UserError
 from library.data.batches.batches import BatchMaker, BatchOrder, PartialBatch
+from library.data.batches.own_dataset import OwnDataset, build_batch, open_own_dataset
 from library.data.batches.planned import build_batch_maker
 from library.data.caching.stores import NO_LATENTS, NO_TEXTS
 from library.data.debug_dataset import show_batches
+from library.data.plan.data_plan import DataPlan
 from library.data.training_data import open_batches
+from library.options.dataset import DatasetOptions
+from library.options.train import TrainOptions
+from library.protocols import LatentSpec
 from tests.unit.data.builders import (
     SPEC,
     batches_of,
@@ -470,3 +476,179 @@ def test_a_resolution_that_is_not_a_multiple_of_a_latent_is_warned_about_once(tm
         plan_of(write_config(tmp_path / "data.toml", dataset + subset))
     message = "resolution 70x70 is not a multiple of 8, the pixels of one latent: images are trained at 64x64"
     assert caplog.text.count(message) == 1
+
+
+# Batches from a user-defined class (--dataset_class).
+
+OWN_SPEC = LatentSpec(channels=4, downscale=8, bucket_step=8, cache_suffix="_sd.npz", had_keys_without_size=True)
+
+
+def item(seed: int = 1, count: int = 2, **changes: Any) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(seed)
+    pixels = torch.rand(count, 3, 16, 24, generator=g) * 2 - 1
+    return {"images": pixels, "captions": [f"caption {seed} {n}" for n in range(count)], "input_ids": None, **changes}
+
+
+class UserDataset:
+    batch_size = 2
+    num_train_images = 7
+
+    def __init__(self, tokenizer: None, max_token_length: int | None, resolution: Any, debug_dataset: bool) -> None:
+        self.arguments = (tokenizer, max_token_length, resolution, debug_dataset)
+        self.epochs: list[int] = []
+
+    def set_current_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return item(seed=10 + number)
+
+
+DATA = DatasetOptions(dataset_class="my.Pictures", resolution="512,768")
+
+
+def captions(data: OwnDataset, epoch: int, batch_indices: range) -> list[str]:
+    return [batch.captions[0] for batch in data.iterate_epoch(epoch, batch_indices, lambda index: 0, 0, False)]
+
+
+def test_a_dataset_class_is_called_like_in_sd_scripts() -> None:
+    data = open_own_dataset(UserDataset, DATA, 150, OWN_SPEC, seed=3)
+    assert data._source.arguments == (None, 150, (512, 768), False)
+    assert (data.num_batches, data.batch_sizes, data.num_train_images, data.num_reg_images) == (4, [2], 7, 0)
+    first, second = captions(data, 1, range(4)), captions(data, 2, range(4))
+    assert sorted(first) == sorted(second) == [f"caption {10 + n} 0" for n in range(4)]
+    assert first != second
+    assert captions(data, 2, range(2, 4)) == second[2:]  # a resumed run continues at its batch
+    assert data._source.epochs[-1] == 2
+    assert data.validation.num_batches == 0
+
+
+def test_all_parts_of_a_batch_are_used() -> None:
+    entry = item(
+        count=2, loss_weights=torch.tensor([1.0, 0.5]), alpha_masks=torch.rand(2, 16, 24), image_keys=["a", 7],
+        original_sizes_hw=torch.tensor([[30, 40], [50, 60]]), crop_top_lefts=torch.tensor([[1, 2], [3, 4]]),
+        custom_attributes=[{"diff_output_preservation": True}, {}],
+    )  # fmt: skip
+    batch = build_batch(entry, "batch 0", OWN_SPEC)
+    assert batch.pixels_BCHW is not None and torch.equal(batch.pixels_BCHW, entry["images"])
+    assert batch.latents_BCHW is None and batch.keys == ["a", "7"]
+    assert batch.loss_weights_B.tolist() == [1.0, 0.5]
+    assert batch.masks_B1HW is not None and batch.masks_B1HW.shape == (2, 1, 16, 24)
+    assert batch.sizes_B6.tolist() == [[30, 40, 1, 2, 16, 24], [50, 60, 3, 4, 16, 24]]
+    assert batch.attributes[0] == {"diff_output_preservation": True}
+    latents = build_batch({"captions": ["a"], "latents": torch.randn(1, 4, 5, 6)}, "batch 1", OWN_SPEC)
+    assert latents.pixels_BCHW is None and latents.sizes_B6.tolist() == [[40, 48, 0, 0, 40, 48]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"images": torch.zeros(1, 3, 8, 8)}, "batch 5 has no `captions`"),
+        ({"captions": ["a"]}, "batch 5 has neither `images` nor `latents`"),
+        (item(count=2, captions=["one"]), r"expected \(1, 3, height, width\) for 1 captions, not \[2, 3, 16, 24\]"),
+        ({"captions": ["a"], "latents": torch.zeros(1, 16, 4, 4)}, r"expected \(1, 4, height, width\)"),
+        ({"captions": ["a"], "images": [1, 2]}, "not list"),
+        (item(count=2, loss_weights=[0.5]), "`loss_weights` has 1 entries for 2 captions; give one for each"),
+        (item(count=2, custom_attributes=[{}]), "`custom_attributes` has 1 entries for 2 captions"),
+        (item(count=2, original_sizes_hw=[[1, 2]]), "`original_sizes_hw` has 1 entries for 2 captions"),
+        (item(count=2, alpha_masks=torch.ones(2, 1, 16, 24)), r"`alpha_masks` of shape \(2, height, width\)"),
+    ],
+)
+def test_invalid_batches_raise_errors_that_name_them(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_batch(content, "batch 5", OWN_SPEC)
+
+
+def test_errors_for_an_unsuitable_class_say_what_it_must_provide() -> None:
+    with pytest.raises(ValueError, match=r"is called with \(tokenizer=None, max_token_length"):
+        open_own_dataset(dict.fromkeys, DATA, None, OWN_SPEC, seed=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"must return the number of its batches from len\(\)"):
+        OwnDataset(object(), "my.Thing", 3, OWN_SPEC)
+    with pytest.raises(ValueError, match="has no batches"):
+        OwnDataset([], "my.Thing", 3, OWN_SPEC)
+    with pytest.raises(ValueError, match="batch 0 is int, not a mapping"):
+        next(OwnDataset([5], "my.Thing", 3, OWN_SPEC).iterate_epoch(1, [0], lambda index: 0, 0, False))
+
+
+# skip_image_resolution: images whose own area is not larger are neither trained nor cached nor counted.
+
+SIZES = {"a": (64, 64), "b": (128, 32), "c": (65, 64), "d": (96, 128), "e": (300, 20)}  # b has the same area as a
+SUBSET = "[[datasets.subsets]]\nimage_dir = '{here}/2_cat'\ncaption_extension = '.txt'\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for seed, (name, size) in enumerate(SIZES.items(), 40):
+        path = write_image(tmp_path / "2_cat" / f"{name}.png", size, seed)
+        if name in "cde":  # skipped images have no captions
+            path.with_suffix(".txt").write_text(f"{name} tag", encoding="utf-8")
+    return tmp_path
+
+
+def trained_images(plan: DataPlan) -> list[tuple[int, str]]:
+    """Return the dataset number and name of each image."""
+    return [(sample.dataset, os.path.basename(sample.image.key)[0]) for sample in plan.samples]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", "abcde"),
+        ("--skip_image_resolution 64", "cde"),
+        ("--skip_image_resolution 96,63", "d"),
+        ("--skip_image_resolution 0", "abcde"),
+    ],
+)
+def test_the_flag_compares_the_original_area_of_each_image(folder: Path, arguments: str, expected: str) -> None:
+    options = options_of(f"--resolution 64 --caption_extension .txt {arguments} --train_data_dir", str(folder))
+    plan = plan_of(options)
+    assert trained_images(plan) == [(0, name) for name in expected]
+    assert plan.num_train_images == 2 * len(expected)
+
+
+def write_two_datasets(folder: Path, general: str = "") -> TrainOptions:
+    high = "resolution = 128\nskip_image_resolution = [96, 64]\n"
+    text = f"{general}[[datasets]]\nresolution = 64\n{SUBSET}[[datasets]]\n{high}{SUBSET}"
+    return write_config(folder / "data.toml", text)
+
+
+def test_datasets_over_one_folder_may_override_the_general_value(folder: Path) -> None:
+    low = [(0, name) for name in "abcde"]
+    assert trained_images(plan_of(write_two_datasets(folder))) == [*low, (1, "d")]
+    options = write_two_datasets(folder, "[general]\nskip_image_resolution = 64\n")
+    assert trained_images(plan_of(options)) == [*low[2:], (1, "d")]
+    datasets = plan_of(options).metadata(options.dataset)["ss_datasets"]
+    assert [dataset["skip_image_resolution"] for dataset in datasets] == [[64, 64], [96, 64]]
+    assert [dataset["num_train_images"] for dataset in datasets] == [3, 1]
+
+
+def test_the_audit_reports_skipped_images_but_not_their_missing_captions(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = options_of(
+        "--resolution 64 --caption_extension .txt --skip_image_resolution 64 --train_data_dir", str(folder)
+    )
+    with caplog.at_level(logging.INFO):
+        plan_of(options).audit(logging.getLogger("audit"))
+    assert "2 images are skipped by skip_image_resolution" in caplog.text and "a.png" in caplog.text
+    assert "captions are missing" not in caplog.text
+
+
+def test_the_error_says_why_no_image_is_left(folder: Path) -> None:
+    arguments = "--resolution 64 --caption_extension .txt --skip_image_resolution 512 --train_data_dir"
+    with pytest.raises(NoDataFound, match="skip_image_resolution skips 5 as too small"):
+        plan_of(options_of(arguments, str(folder)))
+    text = (
+        f"[[datasets]]\nresolution = 64\n{SUBSET}[[datasets]]\nresolution = 64\nskip_image_resolution = 200\n{SUBSET}"
+    )
+    with pytest.raises(UserError, match=r"no images in .*2_cat; skip_image_resolution skips 5"):
+        plan_of(write_config(folder / "data.toml", text))
+
+
+def test_a_value_that_is_not_a_size_is_refused(folder: Path) -> None:
+    arguments = "--resolution 64 --skip_image_resolution 512x512 --train_data_dir"
+    with pytest.raises(UserError, match=r"--skip_image_resolution is '512x512', but must look like 512 or 768,512"):
+        plan_of(options_of(arguments, str(folder)))

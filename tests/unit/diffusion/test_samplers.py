@@ -1,13 +1,24 @@
-"""Samplers: properties that all share, and the parts implemented in this project."""
+"""Samplers, their schedules, and guidance."""
+
+from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from library.diffusion.guidance import apply_guidance
+from library.diffusion.objective import build_ddpm
 from library.diffusion.samplers import FlowSampler, Sampler, adams_bashforth, betas_of, build_ddpm_sampler, even_sigmas
-from library.diffusion.schedules import LATENT_DIFFUSION, abar_of
+from library.diffusion.schedules import LATENT_DIFFUSION, BetaSchedule, abar_of, sigmas_of, snr_of
 from library.options.output.sampler_names import ALIASES, SAMPLERS
+from library.options.training.loss import LossOptions
+from library.options.training.noise import NoiseOptions
+from library.types import Conditioning, Prompt
+from tests.hiding import lazily
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
+
+diffusers = lazily("diffusers")
 
 
 def sample(sampler: Sampler, clean_BCHW: Tensor, seed: int = 0) -> Tensor:
@@ -151,3 +162,93 @@ def test_a_flow_sampler_uses_the_given_levels() -> None:
     levels = FlowSampler(sigmas_N).levels
     assert [level.sigma for level in levels] == pytest.approx([1.0, 0.9, 0.75, 0.5])
     assert [level.timestep for level in levels] == pytest.approx([1000, 900, 750, 500])
+
+
+# The noise schedule, compared with diffusers and literal values.
+
+
+def reference(**settings: bool) -> Any:
+    return diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **settings)
+
+
+def test_the_table_matches_stable_diffusion() -> None:
+    abar_T = LATENT_DIFFUSION.abar(zero_terminal_snr=False)
+    assert abar_T.dtype == torch.float64
+    assert abar_T.shape == (1000,)
+    # Read from a scheduler of SD 1.5, float32.
+    for index, value in ((0, 0.9991499781608582), (499, 0.27766942977905273), (999, 0.00466009508818388)):
+        assert abar_T[index].item() == pytest.approx(value, rel=2e-6)
+
+
+@pytest.mark.parametrize("schedule", [LATENT_DIFFUSION, BetaSchedule(1e-4, 0.02, "linear")])  # the second is PixArt's
+def test_a_schedule_is_that_of_diffusers(schedule: BetaSchedule) -> None:
+    theirs = diffusers.DDPMScheduler(**asdict(schedule))
+    torch.testing.assert_close(schedule.betas().float(), theirs.betas, rtol=1e-6, atol=0)
+    torch.testing.assert_close(schedule.abar(False).float(), theirs.alphas_cumprod, rtol=5e-6, atol=0)
+    assert build_ddpm(NoiseOptions(), LossOptions(), False, schedule).abar_T.equal(schedule.abar(False))
+    sampler = build_ddpm_sampler("ddim", 10, predicts_velocity=False, zero_terminal_snr=False, schedule=schedule)
+    expected = [float(((1 - a) / a).sqrt()) for a in theirs.alphas_cumprod[[int(t) for t, _ in sampler.levels]]]
+    assert [sigma for _, sigma in sampler.levels] == pytest.approx(expected, rel=1e-4)  # theirs are float32
+
+
+def test_zero_terminal_snr_agrees_with_diffusers_and_keeps_the_first_value() -> None:
+    abar_T = LATENT_DIFFUSION.abar(zero_terminal_snr=True)
+    assert abar_T[-1] == 0
+    assert abar_T[0].item() == pytest.approx(LATENT_DIFFUSION.abar(False)[0].item(), rel=1e-14)
+    assert (abar_T.diff() < 0).all()
+    # diffusers goes back to float32 betas and multiplies them again, which loses digits near the end.
+    theirs = reference(rescale_betas_zero_snr=True).alphas_cumprod.double()
+    torch.testing.assert_close(abar_T[:-1], theirs[:-1], rtol=2e-3, atol=1e-7)
+
+
+def test_snr_and_sigma_agree() -> None:
+    abar_T = LATENT_DIFFUSION.abar(zero_terminal_snr=True)
+    torch.testing.assert_close(sigmas_of(abar_T)[:-1] ** -2, snr_of(abar_T)[:-1], rtol=1e-12, atol=0)
+    assert sigmas_of(abar_T)[-1] == torch.inf
+    assert snr_of(abar_T)[-1] == 0
+    assert snr_of(LATENT_DIFFUSION.abar(False))[0].item() == pytest.approx(0.99915 / 0.00085, rel=1e-9)
+
+
+# Classifier-free guidance.
+
+POSITIVE, NEGATIVE = torch.tensor([[[[3.0, 0.0]]]]), torch.tensor([[[[1.0, 4.0]]]])
+
+
+def prompt_of(**values: Any) -> Prompt:
+    unset = dict.fromkeys(("sampler", "guidance_scale", "cfg_trunc_ratio", "renorm_cfg", "flow_shift"))
+    common = {"text": "a", "negative": "b", "width": 64, "height": 64, "seed": 1, "num_steps": 4, "scale": 2.0}
+    return Prompt(**{**common, **unset, **values})  # type: ignore[arg-type]
+
+
+def guide(progress: float = 0.5, **values: Any) -> tuple[Tensor, int]:
+    """Return the guided prediction and the number of model calls."""
+    calls = []
+
+    def predict(conditioning: Conditioning) -> Tensor:
+        calls.append(conditioning)
+        return conditioning["x"]
+
+    prediction = apply_guidance(predict, {"x": POSITIVE}, {"x": NEGATIVE}, prompt_of(**values), progress)
+    return prediction, len(calls)
+
+
+def test_guidance_moves_away_from_the_negative_prompt() -> None:
+    assert guide()[0].flatten().tolist() == [5.0, -4.0]  # 1 + 2 * (3 - 1), 4 + 2 * (0 - 4)
+
+
+def test_without_guidance_the_model_is_called_once() -> None:
+    prediction, num_calls = guide(scale=1.0)
+    assert num_calls == 1 and torch.equal(prediction, POSITIVE)
+
+
+def test_guidance_ends_after_cfg_trunc_ratio_of_the_steps() -> None:
+    assert guide(0.25, cfg_trunc_ratio=0.25)[1] == 2
+    prediction, num_calls = guide(0.5, cfg_trunc_ratio=0.25)
+    assert num_calls == 1 and torch.equal(prediction, POSITIVE)
+
+
+def test_renorm_cfg_limits_the_norm_of_the_prediction() -> None:
+    plain, limited, loose = (guide(renorm_cfg=limit)[0] for limit in (0.0, 1.0, 10.0))
+    assert torch.equal(plain, loose)
+    torch.testing.assert_close(limited.norm(), POSITIVE.norm(), **FLOAT32_SAME_MATH)
+    torch.testing.assert_close(limited / limited.norm(), plain / plain.norm(), **FLOAT32_SAME_MATH)

@@ -1,4 +1,4 @@
-"""Inputs of recomputed blocks in main memory: which tensors move, and that results do not change."""
+"""Inputs of recomputed blocks in main memory, and factors cast together: results do not change."""
 
 import weakref
 from collections.abc import Callable
@@ -6,12 +6,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from library.memory.activations import BlockInputs, PinnedBudget, RecomputeFromMainMemory, Transfers
 from library.memory.blocks import BlockRunner, Every, plain, recompute, run_encoder_layers_with
+from tests.hiding import lazily
 from tests.tiny.init import fixed_init
 from tests.tiny.sd import CLIP
+
+transformers = lazily("transformers")
 
 
 class Block(nn.Module):
@@ -88,7 +90,7 @@ RUNNERS: dict[str, Callable[[], BlockRunner]] = {
 
 @pytest.mark.parametrize("build", RUNNERS.values(), ids=RUNNERS)
 def test_inputs_of_text_encoder_layers_are_offloaded_too(build: Callable[[], BlockRunner], moved: list[Tensor]) -> None:
-    clip = CLIPTextModel(CLIPTextConfig(**CLIP)).eval()
+    clip = transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP)).eval()
     clip.load_state_dict(fixed_init(clip, 102))
     ids = torch.tensor([[0, 5, 7, 1], [0, 3, 1, 1]])
 

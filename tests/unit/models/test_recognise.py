@@ -1,20 +1,25 @@
-"""Recognition of a checkpoint's base model."""
+"""Recognition of a checkpoint's base model, and loading weights into modules."""
 
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from library.architectures.sdxl.load import CLIP_G_PREFIX, single_file_parts
 from library.architectures.specs import list_specs
-from library.base.errors import NotThere
+from library.base.errors import NotThere, UserError
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.base_model_spec import BaseModelSpec, Shapes, Sign
 from library.checkpoints.recognition import recognise_adapter
-from library.checkpoints.weights import Weights, select_weights
+from library.checkpoints.weights import Weights, open_weights, select_weights
+from library.commands.base_models import open_base_model
+from library.memory.devices import move_to_device
+from library.models import loading
 from library.models.identify import (
     base_of_file,
     base_of_folder,
@@ -24,10 +29,11 @@ from library.models.identify import (
     refuse_other_model,
     suggest_fix,
 )
-from library.models.loading import Absent
+from library.models.loading import Absent, cast, materialise
 from library.models.unet.checkpoint_keys import UNET_PREFIX
 from tests.contracts.full_size import checkpoint, facts
-from tests.parity.test_what_diffusers_reads import file_of
+from tests.parity.test_what_others_read import file_of
+from tests.running import SCRIPTS, Finished, make_images
 from tests.tiny.bases import BASES
 
 ATTENTION = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
@@ -194,3 +200,139 @@ def test_a_unet_alone_loads_where_the_text_encoders_are_optional() -> None:
     assert all(isinstance(clip, Absent) for clip in unet_only.clips)
     with pytest.raises(NotThere, match=r"--flag sdxl has a U-Net but no text encoder.*use a full checkpoint"):
         unet_only.clips[1].config  # noqa: B018
+
+
+# Diffusers folders of a pipeline that no script trains are refused with the name of that pipeline.
+
+UNKNOWN = ("SanaPipeline", "QwenImagePipeline", "PixArtSigmaPipeline")
+
+
+def write_folder(path: Path, class_name: str | None) -> Path:
+    path.mkdir()
+    (path / "model_index.json").write_text(json.dumps({} if class_name is None else {"_class_name": class_name}))
+    return path
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.keys() - {"diffusers_train_network"}))
+@pytest.mark.parametrize("class_name", UNKNOWN[:2])
+def test_no_script_accepts_the_folder_of_an_unknown_pipeline(
+    train, tmp_path: Path, script: str, class_name: str
+) -> None:
+    folder = write_folder(tmp_path / "model", class_name)
+    make_images(tmp_path / "data" / "1_a", 1)
+    done: Finished = train(
+        ["--pretrained_model_name_or_path", str(folder), "--train_data_dir", str(tmp_path / "data"), "--resolution",
+         "64", "--output_dir", str(tmp_path / "out"), "--network_module", "networks.lora"], script=script,
+    )  # fmt: skip
+    assert done.status == 1 and "Traceback" not in done.stderr
+    assert f"{folder}: its model_index.json names {class_name}, which has no script of its own" in done.stderr
+    assert "try diffusers_train_network.py" in done.stderr
+
+
+def test_the_error_for_a_known_pipeline_names_its_script_and_unnamed_folders_pass(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"this is an SDXL model; use sdxl_train_network\.py"):
+        refuse_other_folder(list_specs(), "--x", write_folder(tmp_path / "a", "StableDiffusionXLPipeline"), "flux")
+    with pytest.raises(UserError, match=r"this is an SD 1\.x model; use train_network\.py"):
+        refuse_other_folder(list_specs(), "--x", write_folder(tmp_path / "b", "StableDiffusionPipeline"), "flux")
+    refuse_other_folder(list_specs(), "--x", write_folder(tmp_path / "c", "FluxPipeline"), "flux")
+    refuse_other_folder(list_specs(), "--x", write_folder(tmp_path / "d", None), "flux")
+    with pytest.raises(UserError, match=r"this is a Chroma model; add --model_type chroma"):
+        refuse_other_folder(list_specs(), "--x", write_folder(tmp_path / "f", "ChromaPipeline"), "flux")
+    custom = write_folder(tmp_path / "e", "SomebodysOwnPipeline")
+    (custom / "unet").mkdir()
+    refuse_other_folder(list_specs(), "--x", custom, "sd1")  # its U-Net takes precedence over its name
+
+
+@pytest.mark.parametrize("class_name", UNKNOWN)
+def test_the_folder_of_a_pipeline_without_its_denoiser_is_refused(tmp_path: Path, class_name: str) -> None:
+    with pytest.raises(UserError, match=rf"--sd_model .* names no model of {class_name} that draws"):
+        open_base_model("--sd_model", write_folder(tmp_path / "model", class_name))
+
+
+# Loading weights into modules.
+
+
+def random_weights(dtype: torch.dtype) -> Weights:
+    tensors = {"weight": torch.arange(6).reshape(2, 3).to(dtype), "bias": torch.arange(2).float()}
+    return Weights("model.safetensors", {key: tuple(t.shape) for key, t in tensors.items()}, tensors.__getitem__)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
+def test_a_quantised_checkpoint_is_refused_by_name(dtype: torch.dtype) -> None:
+    """Integer weights are meaningless without their scales."""
+    with torch.device("meta"):
+        layer = nn.Linear(3, 2)
+    with pytest.raises(UserError, match=r"model.safetensors: weight holds integers \(.*\).*quantised checkpoint"):
+        materialise(layer, random_weights(dtype), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn])
+def test_floats_of_every_width_are_loaded(dtype: torch.dtype) -> None:
+    with torch.device("meta"):
+        layer = nn.Linear(3, 2)
+    loaded = materialise(layer, random_weights(dtype), torch.float32)
+    assert torch.equal(loaded.get_parameter("weight"), torch.arange(6).reshape(2, 3).float())
+
+
+@pytest.mark.parametrize("has_frames", [False, True], ids=["pictures", "frames"])
+def test_convolution_weights_are_loaded_in_their_final_memory_format(has_frames: bool) -> None:
+    """Moving the model then copies nothing; a model with 3-D convolutions stays contiguous."""
+    with torch.device("meta"):
+        layers: list[nn.Module] = [nn.Conv2d(3, 5, 2), *([nn.Conv3d(2, 2, 2)] if has_frames else [])]
+        model = nn.Sequential(*layers)
+    generator = torch.Generator().manual_seed(4120)
+    tensors = {
+        name: torch.randn(weight.shape, generator=generator).half() for name, weight in model.state_dict().items()
+    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    loaded = materialise(model, Weights("model.safetensors", shapes, tensors.__getitem__), torch.float32)
+    weight = loaded.get_parameter("0.weight")
+    assert weight.is_contiguous(memory_format=torch.channels_last) is not has_frames
+    assert torch.equal(weight, tensors["0.weight"].float())
+    assert move_to_device(loaded, torch.device("cpu")).get_parameter("0.weight").data_ptr() == weight.data_ptr()
+
+
+@pytest.mark.parametrize("layout", [torch.preserve_format, torch.channels_last], ids=["as it is", "channels last"])
+@pytest.mark.parametrize("bytes_at_once", [100, 1 << 19], ids=["in parts", "whole"])
+def test_every_float16_is_rounded_to_the_nearest_bfloat16(
+    layout: torch.memory_format, bytes_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "BYTES_IN_CACHE", bytes_at_once)
+    bits = torch.randperm(1 << 16, generator=torch.Generator().manual_seed(83)).to(torch.int32)
+    value = bits.to(torch.int16).view(torch.float16).reshape(64, 32, 8, 4)
+    actual = cast(value, torch.bfloat16, layout)
+    assert actual.is_contiguous(memory_format=torch.channels_last) == (layout is torch.channels_last)
+    # Round to nearest, ties to even: bfloat16 is the upper half of float32, which represents every float16.
+    upper = value.float().numpy().view(np.uint32).astype(np.uint64)
+    nearest = (upper + 0x7FFF + ((upper >> 16) & 1)) >> 16
+    is_number = ~value.isnan().numpy()
+    assert np.array_equal(actual.contiguous().view(torch.uint16).numpy()[is_number], nearest[is_number])
+    assert np.array_equal(actual.isnan().numpy(), ~is_number)
+
+
+def test_scalar_and_empty_float16_tensors_are_cast() -> None:
+    for value in (torch.tensor(0.1, dtype=torch.float16), torch.empty(0, 3, dtype=torch.float16)):
+        actual = cast(value, torch.bfloat16, torch.preserve_format)
+        assert actual.shape == value.shape
+        assert torch.equal(actual, value.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("bytes_at_once", [64, 1 << 19], ids=["in parts", "whole"])
+def test_weights_converted_while_loading_match_a_cast_by_torch(
+    stored: torch.dtype, bytes_at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are converted through a reused buffer; some files store 1x1 kernels as matrices."""
+    monkeypatch.setattr(loading, "BYTES_IN_CACHE", bytes_at_once)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(5, 7, 3), nn.Linear(9, 4), nn.Conv2d(6, 8, 1, bias=False), nn.Embedding(0, 3))
+    generator = torch.Generator().manual_seed(5107)
+    tensors = {
+        name: torch.randn(weight.shape, generator=generator).to(stored) for name, weight in model.state_dict().items()
+    }
+    tensors["2.weight"] = tensors["2.weight"].flatten(1)
+    save_file(tensors, tmp_path / "a.safetensors")
+    loaded = materialise(model, open_weights(tmp_path / "a.safetensors"), torch.bfloat16).state_dict()
+    for name, value in loaded.items():
+        assert torch.equal(value, tensors[name].to(torch.bfloat16).reshape(value.shape)), name
+    assert loaded["0.weight"].is_contiguous(memory_format=torch.channels_last)

@@ -1,22 +1,37 @@
-"""LoRA-FA: the down factor is never trained and never keeps its layer's input in memory."""
+"""LoRA-FA, T-LoRA and GGPO: what is trained, how many ranks apply, and noise on the weights."""
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
-from networks import lora, lora_fa
+from library.diffusion.objective import DDPM
+from library.diffusion.schedules import LATENT_DIFFUSION
+from library.options.training.loss import LossOptions
+from library.options.training.noise import NoiseOptions
+from library.types import Noised
+from networks import lora, lora_fa, tlora
 from networks.core.changes.change import Delta, get_weight
+from networks.core.changes.ggpo import GgpoArguments, Perturbed, add_noise, draw
 from networks.core.changes.low_rank import LowRank
+from networks.core.changes.qkv_split import SplitRank
+from networks.core.changes.tlora import NoiseLevels, NoiseMask
 from networks.core.kinds.lora_fa import frozen_down
 from networks.core.targets.targets import adaptation_kind
-from tests.tolerances import FLOAT32_SAME_MATH
-from tests.unit.networks.one_layer import adapter_on, module_of
+from tests.hiding import lazily
+from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
+from tests.unit.networks.one_layer import adapter_on, double, module_of
 from tests.unit.networks.toy import randomize, toy_models
+
+their_tlora = lazily("lycoris.modules.tlora")
 
 CONV = {"conv_dim": "3", "conv_alpha": "2"}
 
@@ -189,3 +204,240 @@ def test_limiting_the_norm_of_a_change_scales_only_its_up_factor() -> None:
     for name, adapter in network.adapters.items():
         assert torch.equal(network.state_dict()[f"{name}.lora_down.weight"], before[f"{name}.lora_down.weight"])
         assert adapter.change.weight().norm() <= 0.5 * 1.0001
+
+
+# T-LoRA: the noisier a sample, the fewer ranks of the adapter apply to it.
+
+
+@pytest.mark.parametrize(
+    ("rank", "least", "power"), [(1, 1, 1.0), (4, 1, 1.0), (7, 2, 1.0), (32, 5, 2.0), (16, 16, 1.0), (12, 3, 0.5)]
+)
+def test_ranks_match_lycoris_at_every_timestep(rank: int, least: int, power: float) -> None:
+    levels_B = torch.arange(1000) / 1000
+    expected = torch.cat([their_tlora.compute_timestep_mask(t, 1000, rank, least, power) for t in range(1000)]).bool()
+    assert torch.equal(NoiseMask(least, power, NoiseLevels()).kept(rank, rank, levels_B), expected)
+
+
+def test_pure_noise_uses_the_fewest_ranks_and_a_small_module_all_of_its_ranks() -> None:
+    levels_B = torch.tensor([0.0, 0.25, 0.999, 1.0])
+    assert NoiseMask(2, 1.0, NoiseLevels()).ranks(10, levels_B).tolist() == [10, 8, 2, 2]
+    assert NoiseMask(9, 1.0, NoiseLevels()).ranks(4, levels_B).tolist() == [4, 4, 4, 4]
+
+
+def test_a_noise_level_is_the_timesteps_share_of_the_schedule() -> None:
+    objective = DDPM(
+        LATENT_DIFFUSION.abar(False), LATENT_DIFFUSION.abar(False), False, 0, 1000, NoiseOptions(), LossOptions()
+    )
+    nothing = torch.zeros(3, 1, 1, 1)
+    noised = Noised(nothing, nothing, nothing, torch.tensor([0.0, 1.0, 9.0]), torch.tensor([0, 400, 999]))
+    assert objective.noise_levels(noised).tolist() == pytest.approx([0.0, 0.4, 0.999])
+
+
+def layers() -> dict[str, tuple[nn.Module, Any, Tensor]]:
+    """Return layers, deltas of rank 3 and inputs of two samples, in float64."""
+    torch.manual_seed(71)
+    linear, conv = nn.Linear(5, 6).double(), nn.Conv2d(4, 3, 3, padding=1).double()
+    return {
+        "linear": (linear, LowRank(linear, 3), torch.randn(2, 7, 5).double()),
+        "vector": (linear, LowRank(linear, 3), torch.randn(2, 5).double()),
+        "conv": (conv, LowRank(conv, 3), torch.randn(2, 4, 5, 5).double()),
+        "split": (linear, SplitRank(linear, 3, [2, 4]), torch.randn(2, 7, 5).double()),
+    }
+
+
+@pytest.mark.parametrize("name", ["linear", "vector", "conv", "split"])
+def test_each_sample_uses_the_first_ranks_for_its_noise_level(name: str) -> None:
+    layer, delta, x = layers()[name]
+    adapter = double(adapter_on(layer, delta, 1.5))
+    randomize(adapter.change, 72)  # type: ignore[arg-type]
+    change: Any = adapter.change
+    change.mask = NoiseMask(1, 1.0, NoiseLevels(torch.tensor([0.0, 0.9])))
+    adapter.install()
+    actual = layer(x)
+    adapter.remove()
+    ranks = [3, 1]
+    up_OK, down_KN = delta.factors()
+    for place, rank in enumerate(ranks):
+        kept_K = torch.arange(down_KN.shape[0]) % 3 < rank
+        weight = 0.5 * (up_OK[:, kept_K] @ down_KN[kept_K])
+        merged = layer.weight + weight.view_as(layer.weight)  # type: ignore[operator]
+        expected = torch.func.functional_call(layer, {"weight": merged}, (x[place : place + 1],), strict=False)
+        torch.testing.assert_close(actual[place : place + 1], expected, **FLOAT64)
+
+
+def make_network(network_module: Any, **arguments: str) -> tuple[Any, tuple[nn.Module, nn.Module]]:
+    models = toy_models(73)
+    network = network_module.create_network(1.0, 6, 3.0, None, *models, conv_dim="4", **arguments)
+    randomize(network, 74)
+    network.apply_to(*models)
+    return network, models
+
+
+def gradients(network: Any, models: tuple[nn.Module, nn.Module], is_recomputed: bool = False) -> list[Tensor]:
+    network.zero_grad()
+    x = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(75))
+    out = checkpoint(models[1], x, use_reentrant=False) if is_recomputed else models[1](x)
+    text = models[0](torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(76)))
+    (out.square().sum() + text.square().sum()).backward()
+    return [p.grad.clone() for p in network.parameters()]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"use_tucker": "True"}, {"use_scalar": "True", "rank_dropout": "0.3"}])
+def test_masked_ranks_get_no_gradient_and_recomputing_repeats_the_mask(arguments: dict[str, str]) -> None:
+    network, models = make_network(tlora, tlora_min_rank="2", **arguments)
+    network.on_noise_levels(torch.tensor([0.95, 1.0]))
+    torch.manual_seed(77)
+    plain = gradients(network, models)
+    torch.manual_seed(77)
+    for expected, actual in zip(plain, gradients(network, models, is_recomputed=True), strict=True):
+        torch.testing.assert_close(expected, actual, **FLOAT32_SAME_MATH)
+    for name, parameter in network.named_parameters():
+        if name.endswith("lora_up.weight") and not arguments.get("use_scalar"):
+            moved = parameter.grad.flatten(1).abs().amax(0) > 0
+            assert int(moved.sum()) == (2 if name.startswith("lora_unet") else 6)  # text encoders have all ranks
+
+
+def test_without_noise_levels_and_in_the_file_it_is_a_plain_lora() -> None:
+    network, models = make_network(tlora)
+    plain, others = make_network(lora)
+    plain.load_state_dict(network.state_dict())
+    x = torch.randn(2, 6, 4, 4)
+    network.on_noise_levels(torch.tensor([0.7, 0.7]))
+    assert not torch.allclose(models[1](x), others[1](x))
+    network.on_noise_levels(None)
+    assert torch.equal(models[1](x), others[1](x))
+    assert {k: t.shape for k, t in network.state_dict().items()} == {k: t.shape for k, t in plain.state_dict().items()}
+
+
+def test_the_tlora_argument_of_other_modules_equals_networks_tlora() -> None:
+    network, models = make_network(tlora, tlora_power="2")
+    by_argument, others = make_network(lora, tlora="True", tlora_power="2")
+    x, levels_B = torch.randn(2, 6, 4, 4), torch.tensor([0.2, 0.6])
+    for each in (network, by_argument):
+        each.on_noise_levels(levels_B)
+    assert torch.equal(models[1](x), others[1](x))
+    frozen, _ = make_network(lora_fa, tlora="True")
+    assert all(a.change.mask is not None for n, a in frozen.adapters.items() if n.startswith("lora_unet"))
+
+
+def test_a_tlora_setting_without_tlora_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        lora.create_network(1.0, 4, 2.0, None, *toy_models(79), tlora_min_rank="2")
+    assert "tlora_min_rank has no effect without tlora=True or networks.tlora" in caplog.text
+
+
+# GGPO: noise on the weights during training, scaled by the norms of rows and of their gradients.
+
+GGPO_LAYERS: dict[str, Any] = {
+    "linear": (lambda: nn.Linear(11, 7), (2, 5, 11)),
+    "3x3": (lambda: nn.Conv2d(5, 7, 3, stride=2, padding=1), (2, 5, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("name", GGPO_LAYERS)
+def test_deviations_equal_those_of_the_dense_products(name: str) -> None:
+    """Compare with sd-scripts' formula on whole matrices in float64."""
+    torch.manual_seed(301)
+    layer = GGPO_LAYERS[name][0]().requires_grad_(False)
+    change = Perturbed(layer, LowRank(layer, 3), 4.0, GgpoArguments(0.03, 0.2))
+    randomize(change, 302)
+    for parameter in change.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    change.note_gradients()
+
+    up, down = (change.get_parameter(f"lora_{end}.weight") for end in ("up", "down"))
+    b, a = up.detach().double().flatten(1), down.detach().double().flatten(1)
+    db, da = up.grad.double().flatten(1), down.grad.double().flatten(1)
+    w = layer.weight.double().flatten(1).norm(dim=1).mean()
+    c = (w**2 + (b @ a).square().sum(1)).sqrt()
+    g = (4 / 3 * (b @ da + db @ a)).norm(dim=1)
+    expected = (0.03 * c + 0.2 * g**2) / 7**0.5
+    torch.testing.assert_close(change.ggpo_deviation.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", GGPO_LAYERS)
+def test_noise_on_the_output_equals_noise_on_the_weight_and_has_its_gradient(name: str) -> None:
+    torch.manual_seed(303)
+    make, shape = GGPO_LAYERS[name]
+    layer = make().double().requires_grad_(False)
+    deviations_O = torch.rand(7).double()
+    x = torch.randn(shape).double().requires_grad_()
+    out = layer(x.detach())
+    state = torch.get_rng_state()
+    actual = add_noise(out, x, layer, deviations_O)
+    torch.set_rng_state(state)
+    noise = draw(layer, deviations_O, int(torch.randint(2**62, ())), torch.float64)
+    y = x.detach().clone().requires_grad_()
+    expected = torch.func.functional_call(layer, {"weight": layer.weight + noise}, (y,))
+    torch.testing.assert_close(actual, expected, **FLOAT64)
+    weights = torch.randn_like(actual)
+    (actual * weights).sum().backward()
+    ((expected - torch.func.functional_call(layer, {}, (y,))) * weights).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, **FLOAT64)
+    many = torch.stack([draw(layer, deviations_O, seed, torch.float64) for seed in range(300)])
+    spread_O = many.flatten(2).transpose(0, 1).flatten(1).std(1)
+    torch.testing.assert_close(spread_O, deviations_O, rtol=0.05, atol=0.0)  # of 300 * N values each
+
+
+def test_the_base_norm_covers_all_rows_of_a_large_weight() -> None:
+    torch.manual_seed(304)
+    layer = nn.Linear(20, 1500).requires_grad_(False)
+    layer.weight.copy_(torch.randn(1500, 20) * torch.rand(1500, 1))
+    change = Perturbed(layer, LowRank(layer, 1), 1.0, GgpoArguments(1.0, 1.0))
+    torch.testing.assert_close(change.base_norm, layer.weight.norm(dim=1).mean(), **FLOAT32_SAME_MATH)
+
+
+def make_noisy_network(**arguments: str) -> tuple[Any, tuple[nn.Module, nn.Module]]:
+    models = toy_models(305)
+    network = lora.create_network(1.0, 4, 2.0, None, *models, conv_dim="2", **arguments)
+    randomize(network, 306)
+    network.apply_to(*models)
+    return network, models
+
+
+def step(network: Any, models: tuple[nn.Module, nn.Module], is_recomputed: bool = False) -> Tensor:
+    x = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(307))
+    network.zero_grad()
+    torch.manual_seed(308)
+    out = checkpoint(models[1], x, use_reentrant=False) if is_recomputed else models[1](x)
+    out.square().mean().backward()
+    return out.detach()
+
+
+def test_noise_starts_after_the_first_step_only_in_training_and_is_repeated_on_recompute() -> None:
+    network, models = make_noisy_network(ggpo_sigma="0.1", ggpo_beta="0.1")
+    plain, others = make_noisy_network()
+    first = step(network, models)
+    assert torch.equal(first, step(plain, others))
+    network.on_gradients()
+    second = step(network, models)
+    assert (second - first).abs().max() > 1e-3
+    grads = [p.grad.clone() for name, p in network.named_parameters() if "lora_unet" in name]
+    assert torch.equal(step(network, models, is_recomputed=True), second)
+    for expected, actual in zip(
+        grads, (p.grad for n, p in network.named_parameters() if "lora_unet" in n), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, **FLOAT32_SAME_MATH)
+    network.eval()
+    assert torch.equal(step(network, models), first)
+
+
+def test_states_contain_the_noise_and_adapter_files_do_not(tmp_path: Path) -> None:
+    network, models = make_noisy_network(ggpo_sigma="0.1", ggpo_beta="0.1")
+    step(network, models)
+    network.on_gradients()
+    other, others = make_noisy_network(ggpo_sigma="0.1", ggpo_beta="0.1")
+    other.load_state_dict(network.state_dict())
+    assert torch.equal(step(other, others), step(network, models))
+    path = str(tmp_path / "a.safetensors")
+    network.save_weights(path, None, {})
+    assert {key.partition(".")[2] for key in load_file(path)} == {"lora_down.weight", "lora_up.weight", "alpha"}
+    other.load_weights(path)
+
+
+def test_only_one_of_the_two_arguments_is_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    network, models = make_noisy_network(ggpo_sigma="0.5")
+    assert "ggpo_sigma has no effect without ggpo_beta" in caplog.text
+    first = step(network, models)
+    network.on_gradients()
+    assert torch.equal(step(network, models), first)

@@ -1,4 +1,4 @@
-"""The declarations of every option match what the program does with the option."""
+"""The declarations of options match what the program does with them, in every dialect."""
 
 import pickle
 import re
@@ -9,19 +9,25 @@ from typing import Any
 
 import pytest
 
+import zimage_train_network
+from library.architectures.flux.options import FluxOptions
 from library.architectures.scripts import Script, list_scripts
 from library.architectures.sdxl.options import SdxlOptions
+from library.architectures.zimage.options import ZImageOptions
 from library.base.errors import UserError
 from library.options.declared import Declared, read_docs_of_file
+from library.options.keyword_args import call_with_keywords
 from library.options.kinds import TEXT
 from library.options.leco import LecoNetworkOptions, leco_options, list_ignored_by_leco
 from library.options.machine.memory import PrecisionOptions, ScaledPrecisionOptions
 from library.options.no_effect import find_unused
 from library.options.output.saving import SavingOptions
+from library.options.requirements import check_requirements
+from library.options.toml_lines import find_line
 from library.options.train import TrainOptions
 from library.options.training.network import NetworkOptions
 from library.training.command_line.checks import ignored_for_concepts
-from library.training.command_line.cli import normalize
+from library.training.command_line.cli import normalize, parse
 from library.training.command_line.option_checks import check_choices
 from library.training.command_line.targets import find_input_files
 from library.training.config_file import SECRETS
@@ -205,3 +211,146 @@ def test_a_docstring_elsewhere_is_no_help(tmp_path: Path) -> None:
     (tmp_path / "some.py").write_text("\n".join(lines))
     docs = read_docs_of_file(str(tmp_path / "some.py"))
     assert docs["Some"] == {"first": "Of two lines."}
+
+
+# Requirements and exclusions that options declare.
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_required_and_excluded_options_exist_in_some_script(kind: Any) -> None:
+    option_names = {name for options in KINDS.values() for name in options.declarations()}
+    for name, declared in kind.declarations().items():
+        assert {need.partition("=")[0] for need in (*declared.requires, *declared.excludes)} <= option_names, name
+
+
+def test_a_named_events_file_does_not_conflict_with_options_that_need_standard_output() -> None:
+    check_requirements(FluxOptions().with_values({"console_log_simple": True, "log_events": "events.jsonl"}))
+
+
+def test_a_negative_strength_counts_as_set_and_a_negative_count_as_unset() -> None:
+    darker = FluxOptions().with_values({"noise_offset": -0.1, "noise_offset_random_strength": True})
+    assert not [line for line in find_unused(darker, {}) if line.startswith("--noise_offset_random_strength")]
+    every = {"sample_prompts": "prompts.txt", "sample_every_n_steps": 10, "sample_every_n_epochs": -1}
+    assert not [
+        line for line in find_unused(FluxOptions().with_values(every), {}) if line.startswith("--sample_every_n_s")
+    ]
+
+
+def test_a_misspelt_keyword_of_an_optimizer_is_answered_with_the_nearest() -> None:
+    def build(parameters: object, weight_decay: float = 0.0) -> None: ...
+
+    with pytest.raises(UserError, match=r"weight_decy is unknown to build; .* \(did you mean weight_decay\?\)"):
+        call_with_keywords(build, (0,), {"weight_decy": 1.0}, flag="--optimizer_args", set_elsewhere={})
+
+
+# musubi-tuner's options, from a command line or a config file, stand for ours.
+
+CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"gradient_checkpointing_cpu_offload": True}, {"cpu_offload_checkpointing": True}),
+    ({"vae_dtype": "float32", "mixed_precision": "bf16"}, {"no_half_vae": True}),
+    ({"vae_dtype": "bfloat16", "text_encoder_dtype": "bf16", "mixed_precision": "bf16"}, {"no_half_vae": False}),
+    ({"dynamo_backend": "AOT_EAGER", "dynamo_mode": "max-autotune"}, {"compile": True, "compile_backend": "aot_eager"}),
+    (
+        {"dynamo_backend": "INDUCTOR", "dynamo_fullgraph": True, "dynamo_dynamic": True},
+        {"compile": True, "compile_backend": "inductor", "compile_fullgraph": True, "compile_dynamic": "true"},
+    ),
+    ({"dynamo_backend": "NO"}, {"compile": False, "torch_compile": False}),
+    ({"save_precision": "fp32"}, {"save_precision": "fp32"}),
+]
+
+
+def options_of(words: dict[str, Any], tmp_path: Path, in_file: bool) -> ZImageOptions:
+    parser = zimage_train_network.setup_parser()
+    if in_file:
+        values = {name: str(value).lower() if value is True else repr(value) for name, value in words.items()}
+        (tmp_path / "run.toml").write_text("\n".join(f"{name} = {value}" for name, value in values.items()))
+        return ZImageOptions.from_args(parse(parser, ["--config_file", str(tmp_path / "run.toml")]))
+    line = [word for name, value in words.items() for word in (f"--{name}", *([] if value is True else [value]))]
+    return ZImageOptions.from_args(parse(parser, line))
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+@pytest.mark.parametrize(("words", "meaning"), CASES)
+def test_words_of_musubi_tuner_stand_for_ours(
+    words: dict[str, Any], meaning: dict[str, Any], tmp_path: Path, in_file: bool
+) -> None:
+    options = options_of(words, tmp_path, in_file)
+    values = options.flat()
+    assert {name: values[name] for name in meaning} == meaning
+    unused = [line for line in find_unused(options, {}) if any(f"--{name} " in line for name in words)]
+    assert not unused  # obeyed, so no warning says otherwise
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"vae_dtype": "float16", "mixed_precision": "bf16"},
+        {"text_encoder_dtype": "float32", "mixed_precision": "bf16"},
+        {"flash3": True}, {"use_32bit_attention": True}, {"img_in_txt_in_offloading": True}, {"vae_tiling": True},
+        {"disable_numpy_memmap": True}, {"guidance_scale": "3.5"}, {"preserve_distribution_shape": True},
+        {"block_swap_h2d_only": True}, {"use_pinned_memory_for_block_swap": True}, {"block_swap_ring_size": "3"},
+    ],
+)  # fmt: skip
+def test_words_without_effect_here_warn_once(words: dict[str, Any], tmp_path: Path) -> None:
+    name = next(iter(words))
+    lines = [line for line in find_unused(options_of(words, tmp_path, False), {}) if f"--{name} has no effect" in line]
+    assert len(lines) == 1
+
+
+# The line of a key in a TOML file.
+
+TOML = """\
+seed = 1  # seed = 2
+"max_steps" = 3
+[general]
+flip_aug = true
+sides = [
+  [512, 768],
+  ["a"]
+]
+[[datasets]]  # the first
+resolution = 512
+  [[datasets.subsets]]
+  image_dir = "num_repeats = 3"
+  [[ datasets . "subsets" ]]
+  num_repeats = 2
+[[datasets]]
+resolution = 768
+  [[datasets.subsets]]
+  num_repeats = 4
+  [datasets.subsets.custom_attributes]
+  seed = 1
+[prompt]
+[[prompt.subset]]
+[[prompt.subset]]
+width = 64
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "place", "line"),
+    [
+        ("--max_steps", None, 2),
+        ("flip_aug", "data['general']", 4),
+        ("resolution", "data['datasets'][0]", 10),
+        ("resolution", "data['datasets'][1]", 16),
+        ("num_repeats", "data['datasets'][0]['subsets'][1]", 14),
+        ("num_repeats", "data['datasets'][1]['subsets'][0]", 18),
+        ("width", "[[prompt.subset]] number 2", 24),
+        ("seed", "data", 1),
+        ("seed", None, None),  # twice
+        ("num_repeats", "data['datasets'][0]['subsets'][0]", None),  # in a text
+        ("width", "[[prompt.subset]] number 1", None),
+        ("image_dir", "data['datasets'][1]['subsets'][1]", None),  # as of an inline table
+    ],
+)
+def test_the_line_is_that_of_the_key_in_its_table(setting: str, place: str, line: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(TOML, encoding="utf-8-sig")
+    assert find_line(path, setting, place) == line
+
+
+def test_a_text_of_several_lines_and_a_missing_file_say_none(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text('seed = 1\nnote = """\nsteps = 2\n"""\n')
+    assert find_line(path, "seed", None) is None and find_line(tmp_path / "b.toml", "seed", None) is None

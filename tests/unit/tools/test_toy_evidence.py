@@ -1,12 +1,23 @@
-"""Tables of toy experiments show means with standard errors over seeds; figures that exist are not made again."""
+"""Toy experiments: tables with standard errors, guidance as an input, and the image generator."""
 
+import copy
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks.results_page import put_into
-from benchmarks.toys import evidence
+from benchmarks.toys import evidence, experiments
 from benchmarks.toys.check_adapter import read_shares
+from benchmarks.toys.make_distilled_toy import GuidanceInput, Noisy
+from library.base.errors import UserError
+from library.environment.running import child_environment
+from tests.parity.test_dit_lora import tiny_clip, tiny_unet
+from tests.tiny.init import fixed_init
+from tests.tolerances import FLOAT32_SAME_MATH
+from tools.quickstart.sampling import merge_lora
 
 PAGE = "# Results\n\n## First\n\ntext\n\n## Not measured yet\n\nmuch\n"
 
@@ -107,3 +118,68 @@ a blue star
         "a red star": {0.0: (0.125, 1.0, 0.0), -1.0: (0.5, 0.25, pytest.approx(0.031))},
         "a blue star": {1.0: (0.0, 0.0, 0.0)},
     }
+
+
+# Copies of the toy base model with guidance as an input, and the training that an experiment starts.
+
+
+def test_a_fixed_guidance_input_is_that_of_the_trained_copy() -> None:
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        norm_num_groups=8,
+        block_out_channels=(32,),
+        layers_per_block=1,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+    )
+    student = GuidanceInput(unet.eval())
+    student.load_state_dict(fixed_init(student, 1))
+    generator = torch.Generator().manual_seed(2)
+    latents, texts = (torch.randn(2, *shape, generator=generator) for shape in ((4, 4, 4), (3, 8)))
+    noisy = Noisy(latents, torch.tensor([10, 900]), texts, torch.tensor([False, False]), torch.tensor([3.0, 3.0]))
+    with torch.no_grad():
+        plain, guided = student(noisy, None), student(noisy, noisy.scales_B)
+        for scale, expected in ((1.0, plain), (3.0, guided)):
+            found = student.fix_input(scale)(noisy.latents_BCHW, noisy.timesteps_B, noisy.texts_BTC).sample
+            assert torch.allclose(found, expected, atol=1e-5)
+    assert (guided - plain).abs().mean() > 1e-3
+
+
+def test_an_experiment_starts_a_script_in_the_environment_of_child_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **settings: started.append((command[1:], settings)))
+    experiments.call("train_network.py", "--seed", "1")
+    ((words, settings),) = started
+    assert words == ["train_network.py", "--seed", "1"] and settings["env"] == child_environment()
+
+
+# The quickstart's image generator accepts adapters in any naming and rejects those for another model.
+
+LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def test_an_adapter_is_merged_at_its_strength() -> None:
+    pipeline = SimpleNamespace(unet=tiny_unet(5002, torch.float32), text_encoder=tiny_clip(5001, torch.float32))
+    before = copy.deepcopy(pipeline.unet.state_dict())
+    width = before[f"{LAYER}.weight"].shape[0]
+    generator = torch.Generator().manual_seed(5003)
+    down, up = torch.randn(3, width, generator=generator), torch.randn(width, 3, generator=generator)
+    name = f"lora_unet_{LAYER.replace('.', '_')}"
+    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.5)}
+    merge_lora(pipeline, tensors, 0.4)
+    after = pipeline.unet.state_dict()
+    expected = before[f"{LAYER}.weight"] + 0.4 * 1.5 / 3 * up @ down
+    torch.testing.assert_close(after[f"{LAYER}.weight"], expected, **FLOAT32_SAME_MATH)
+    assert [key for key, tensor in after.items() if not torch.equal(tensor, before[key])] == [f"{LAYER}.weight"]
+
+
+def test_a_file_for_another_model_is_refused() -> None:
+    pipeline = SimpleNamespace(unet=tiny_unet(5012, torch.float32), text_encoder=tiny_clip(5011, torch.float32))
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 4), f"{name}.lora_up.weight": torch.ones(6, 2)}
+    with pytest.raises(UserError, match="--lora: none of its 1 modules is in this base model"):
+        merge_lora(pipeline, tensors)

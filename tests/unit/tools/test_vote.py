@@ -1,4 +1,4 @@
-"""tools/vote.py without a model: what votes write, which forms are taken, and where it goes on."""
+"""tools/vote.py without a model, and the quickstart's scores."""
 
 import re
 import urllib.request
@@ -16,6 +16,9 @@ from library.checkpoints.marks import save_image
 from library.training.report_page.local_server import LocalServer
 from library.training.report_page.page import read_data
 from tools import draw, vote
+from tools.quickstart.draw_before_after import CAPTIONS, score
+from tools.quickstart.sampling import Prompt, read_prompts
+from tools.quickstart.toy_world import QUICKSTART, draw_scene, parse_caption
 
 PROMPTS = "a cat --d 7\na dog\n"
 
@@ -208,3 +211,22 @@ def test_the_page_names_nothing_outside(drawn: list[str], monkeypatch: pytest.Mo
     assert run_votes(monkeypatch, []) == 0
     (page,) = pages
     assert not re.search(r"(src|href)=", page) and "default-src &#x27;none&#x27;; img-src data:" in page
+
+
+# The quickstart's score counts prompts that stood in the training apart from new combinations.
+
+
+def test_trained_and_new_prompts_are_counted_apart() -> None:
+    prompts = [Prompt(f"a large red {shape} on a white background", n) for n, shape in enumerate(["square", "circle"])]
+    images = [
+        draw_scene(parse_caption(prompt.caption), np.random.default_rng(n)) for n, prompt in enumerate(prompts * 2)
+    ]
+    result = score(images, prompts * 2, {prompts[0].caption})
+    assert str(result) == "2 of 2 trained on, 2 of 2 new combinations"
+    wrong = score([images[1], images[1]], prompts, {prompts[0].caption})
+    assert (wrong.right, wrong.of, wrong.share) == ((0, 1), (1, 1), 0.5)
+
+
+def test_ten_of_the_quickstarts_prompts_are_new() -> None:
+    captions = {file.read_text().strip() for file in CAPTIONS.glob("*.txt")}
+    assert [p.caption in captions for p in read_prompts(QUICKSTART / "prompts.txt")] == [False] * 10 + [True] * 14

@@ -13,8 +13,9 @@ from library.training.evaluation.without_side_effects import show_weights
 from library.training.optimization.ema import WeightAverage
 from library.training.run.optimization import build_average
 from networks.core.protocol import adopt
+from tests.hiding import lazily
 
-training_utils: Any = pytest.importorskip("diffusers.training_utils")
+training_utils = lazily("diffusers.training_utils")
 
 
 def model_of(seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:

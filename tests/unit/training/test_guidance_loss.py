@@ -1,10 +1,12 @@
-"""Options of the loss that keeps a distilled model's guidance: what it excludes, and where its scale also goes."""
+"""The loss that keeps a distilled model's guidance, and frozen captions."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from library.architectures.flux.options import FluxOptions
 from library.architectures.flux_2.options import Flux2Options
@@ -13,6 +15,8 @@ from library.options.leco import leco_options
 from library.options.train import TrainOptions
 from library.training.command_line.cli import build_parser, check_words, from_program
 from library.training.command_line.option_checks import check_concepts, check_options
+from library.training.step.conditioning import CaptionMemo
+from library.types import Conditioning
 from tests.parity.test_counting import open_tiny
 
 REFUSED = "--guidance_scale is {}, but takes the value of --guidance_loss, 3.0; leave out --guidance_scale"
@@ -80,3 +84,41 @@ def test_prompts_without_images_and_preferences_are_refused(tmp_path: Path) -> N
         check_options(TrainOptions().with_values(values))
     with pytest.raises(UserError, match=r"--guidance_loss is 0\.5; use at least 1"):
         check_options(TrainOptions().with_values({**values, "guidance_loss": 0.5}))
+
+
+# Frozen captions are encoded once.
+
+
+class Encoder:
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+
+    def __call__(self, captions: Sequence[str]) -> Conditioning:
+        self.calls.append(list(captions))
+        return {"hidden_state": torch.tensor([[float(len(caption))] * 4 for caption in captions])}
+
+
+def test_each_caption_is_encoded_once_in_a_batch_of_its_own() -> None:
+    encoder = Encoder()
+    memo = CaptionMemo(encoder)
+    first = memo(["a", "bcd", "a"])
+    second = memo(["bcd", ""])
+    assert encoder.calls == [["a"], ["bcd"], [""]]
+    assert first["hidden_state"][:, 0].tolist() == [1, 3, 1]
+    assert second["hidden_state"][:, 0].tolist() == [3, 0]
+
+
+def test_beyond_the_limit_the_least_recently_used_caption_is_evicted() -> None:
+    encoder = Encoder()
+    memo = CaptionMemo(encoder, limit_bytes=2 * 16)
+    memo(["a"]), memo(["b"]), memo(["a"]), memo(["c"])  # b is the least recently used when c is added
+    memo(["a"])
+    assert encoder.calls == [["a"], ["b"], ["c"]]
+    memo(["b"])
+    assert encoder.calls[-1] == ["b"]
+
+
+def test_conditioning_of_frozen_captions_has_no_gradient() -> None:
+    weight = torch.ones(4, requires_grad=True)
+    memo = CaptionMemo(lambda captions: {"hidden_state": weight.expand(len(captions), 4) * 2})
+    assert not memo(["x"])["hidden_state"].requires_grad

@@ -1,9 +1,10 @@
-"""Scores of drawn images, compared with constructed images and with direct calls of transformers."""
+"""Scores of drawn images, ranking of adapters, and the correlation of strength and change."""
 
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from io import BytesIO
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,11 @@ from library.training.evaluation.image_scores import (
     read_scorer,
 )
 from library.training.evaluation.preview import crop_references
+from library.training.evaluation.strength_response import measure_response, rank_correlation
+from library.training.report_page.page import read_data
 from library.training.reporting.sample_images import Drawn
+from library.training.sweep.ranking import MeasuredAdapter, clearly_worse, format_ranking, rank, rank_and_write
+from library.training.sweep.worker import Standing
 from tests.tiny.score_models import write_clip, write_dinov2
 from tests.unit.training.test_preview import prompt_of
 from tools.quickstart.toy_world import QUICKSTART, draw_scene, list_scenes
@@ -211,3 +216,118 @@ def test_reference_images_beside_a_preview_are_not_scored() -> None:
     prompt = replace(prompt_of(width=64, height=8), reference_paths=(Path("before.png"),))
     assert crop_references(Drawn(0, prompt, shown)).getcolors() == [(64 * 8, (0, 0, 255))]
     assert crop_references(Drawn(0, prompt_of(width=100, height=8), shown)).size == (100, 8)
+
+
+# Ranking the adapters of a sweep; the error rate of "significantly worse" covers repeated looks.
+
+
+def measured(label: str, losses_G: list[float] | None, ended: str = "") -> MeasuredAdapter:
+    return MeasuredAdapter(label, 8, losses_G, ended, f"{label}.safetensors")
+
+
+def test_adapters_are_sorted_by_loss_with_unmeasured_ones_last() -> None:
+    common_G = torch.randn(9, generator=torch.Generator().manual_seed(81), dtype=torch.float64) + 5
+    wobble_G = 0.01 * torch.randn(9, generator=torch.Generator().manual_seed(82), dtype=torch.float64)
+    ranking = rank(
+        [
+            measured("unmeasured", None, "its losses were not finite"),
+            measured("worse", (common_G + 0.2 + wobble_G).tolist()),
+            measured("broken", [nan] * 9),
+            measured("close", (common_G + wobble_G).tolist()),
+            measured("best", (common_G - 0.0001).tolist()),
+        ]
+    )
+    assert [row.measured.label for row in ranking.rows][2:] == ["worse", "broken", "unmeasured"]
+    verdicts = {row.measured.label: row.compared and row.compared.is_worse for row in ranking.rows}
+    assert verdicts == {"best": False, "close": False, "worse": True, "broken": True, "unmeasured": None}
+    first, second = (row.measured.label for row in ranking.rows[:2])
+    assert ranking.verdict == f"{first} has the lowest loss, not significantly lower than {second}"
+    lines = format_ranking(ranking)
+    assert len(lines) == 6 and lines[3].split()[-1] == "yes" and lines[5].endswith("its losses were not finite")
+
+
+@pytest.mark.parametrize(
+    ("losses", "verdict"),
+    [
+        ([None, None], "nothing is ranked: no adapter has validation losses"),
+        ([[1.0], [2.0]], "a single image tells no difference from chance"),
+        ([[1.0, 2.0, 3.0], [2.0, 3.1, 4.0]], "a0 is significantly better than every other adapter"),
+    ],
+)
+def test_the_verdict_on_a_ranking(losses: list[list[float] | None], verdict: str) -> None:
+    assert rank([measured(f"a{i}", losses_G) for i, losses_G in enumerate(losses)]).verdict.startswith(verdict)
+
+
+def test_page_and_log_name_the_word_by_which_nothing_is_ranked(tmp_path: Path) -> None:
+    losses = {"a": 1.0, "b": 2.0}
+    runs = [Standing(label, 8, 8, losses, "", f"{label}.safetensors") for label in ("l1", "l2")]
+    lines = rank_and_write(runs, "cat", tmp_path / "cat-sweep.html", ["loss_type"], {}, {})
+    verdict = "nothing is ranked: loss_type changes the held-out images or what their losses mean"
+    assert lines == [f"sweep: {verdict}; the ranking is {tmp_path / 'cat-sweep.html'}"]
+    page = read_data((tmp_path / "cat-sweep.html").read_text(encoding="utf-8"))
+    assert page["verdict"] == verdict and all(row["compared"] is None for row in page["rows"])
+
+
+@pytest.mark.slow
+def test_adapters_that_are_equally_good_are_seldom_dropped() -> None:
+    """Four adapters that differ by chance alone, ranked 15 times: in at most 5 % of sweeps one is dropped."""
+    generator, num_sweeps, dropped = torch.Generator().manual_seed(83), 300, 0
+    for _ in range(num_sweeps):
+        images_G = torch.randn(10, generator=generator, dtype=torch.float64)
+        for look in range(1, 16):
+            own_AG = images_G + 0.1 * torch.randn(4, 10, generator=generator, dtype=torch.float64)
+            if clearly_worse({str(i): row.tolist() for i, row in enumerate(own_AG)}, 4, look):
+                dropped += 1
+                break
+    assert dropped / num_sweeps <= 0.05 + 0.025  # two standard errors of the share
+
+
+def test_clearly_worse_or_nan_adapters_are_dropped_and_later_looks_need_more_evidence() -> None:
+    images_G = torch.arange(8.0, dtype=torch.float64)
+    wobble_G = 0.02 * torch.randn(8, generator=torch.Generator().manual_seed(84), dtype=torch.float64)
+    losses = {
+        "nan": [1.0] * 7 + [nan],
+        "best": images_G.tolist(),
+        "worse": (images_G + 0.5 + wobble_G).tolist(),
+        "slightly": (images_G + 0.025 + wobble_G).tolist(),
+    }
+    assert clearly_worse(losses, 4, 1) == ["nan", "worse", "slightly"]
+    assert clearly_worse(losses, 4, 40) == ["nan", "worse"]
+    assert clearly_worse({"nan": losses["nan"]}, 2, 1) == []
+
+
+# The rank correlation of an adapter's strength with the change of its images.
+
+
+def test_without_ties_the_correlation_is_spearmans_formula() -> None:
+    rng = np.random.default_rng(7)
+    x, y = rng.permutation(9), rng.permutation(9)
+    expected = 1 - 6 * float(((x - y) ** 2).sum()) / (9 * (81 - 1))
+    assert rank_correlation(x.tolist(), y.tolist()) == pytest.approx(expected)
+
+
+def test_ties_share_their_mean_rank() -> None:
+    expected = np.corrcoef([3.5, 1.0, 3.5, 2.0], [1, 2, 3, 4])[0, 1]
+    assert rank_correlation([3.0, 1.0, 3.0, 2.0], [5.0, 6.0, 7.0, 8.0]) == pytest.approx(expected)
+    assert np.isnan(rank_correlation([1.0, 2.0], [5.0, 5.0]))
+
+
+def image(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.rint(values).astype(np.uint8))
+
+
+def test_the_change_is_the_position_on_the_line_from_the_first_to_the_last_image() -> None:
+    """Changes orthogonal to that line do not count; strengths may come in any order."""
+    first, last = np.zeros((2, 2, 3)), np.zeros((2, 2, 3))
+    last[0, 0], across = 200, np.zeros((2, 2, 3))
+    across[1, 1] = 90
+    shares = {-2.0: 0.0, -1.0: 0.6, 0.0: 0.5, 2.0: 1.0}
+    order = [0.0, 2.0, -2.0, -1.0]
+    response = measure_response(order, [image(first + shares[s] * (last - first) + across * (s == -1)) for s in order])
+    assert list(response.strengths) == [-2.0, -1.0, 0.0, 2.0]
+    assert response.changes == pytest.approx([0.0, 0.6, 0.5, 1.0])
+    assert response.correlation == pytest.approx(0.8)
+
+
+def test_equal_images_have_no_correlation() -> None:
+    assert np.isnan(measure_response([-1.0, 0.0, 1.0], [image(np.full((2, 2, 3), 7.0))] * 3).correlation)

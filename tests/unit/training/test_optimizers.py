@@ -1,5 +1,6 @@
-"""Every optimizer by its name: it trains and reports invalid settings."""
+"""Every optimizer by its name, Muon, and stochastic rounding."""
 
+import logging
 import re
 import sys
 import types
@@ -16,6 +17,7 @@ from library.base.errors import UserError
 from library.options.keyword_args import read_keyword_args
 from library.options.no_effect import find_unused
 from library.options.training.optimizer import OptimizerOptions
+from library.training.optimization.muon import MuonWithAdamW, is_matrix
 from library.training.optimization.optimizers import (
     KNOWN,
     BuiltOptimizer,
@@ -24,7 +26,7 @@ from library.training.optimization.optimizers import (
     can_skip_by_flag,
     effective_rates,
 )
-from library.training.optimization.rounding import stochastic_rounding
+from library.training.optimization.rounding import round_to_bf16, stochastic_rounding
 from tests.hiding import hide
 
 # A rate at which each optimizer makes progress within 60 steps of the small problem below.
@@ -412,3 +414,152 @@ def test_train_and_eval_do_not_affect_other_optimizers() -> None:
     built.eval()
     built.train()
     assert torch.equal(weight, before)
+
+
+# Muon for matrices, AdamW for the rest: each weight is updated as by its optimizer alone.
+
+SHAPES = [(8, 5), (6, 4, 3, 3), (1, 7), (), (9,), (4, 12)]
+
+
+def parameters(seed: int) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+def test_every_weight_is_updated_as_by_its_optimizer_alone_at_the_rate_of_its_group() -> None:
+    combined, alone = parameters(701), parameters(701)
+    groups = [{"params": combined[:3], "lr": 0.02}, {"params": combined[3:], "lr": 0.005}]
+    built = build_optimizer(OptimizerOptions("muon", optimizer_args=["weight_decay=0.03"]), groups)
+    assert len(built.optimizer.param_groups) == 2
+    theirs = []
+    for number, parameter in enumerate(alone):
+        lr = 0.02 if number < 3 else 0.005
+        if number in (0, 5):
+            theirs.append(torch.optim.Muon([parameter], lr, 0.03, adjust_lr_fn="match_rms_adamw"))
+        else:
+            theirs.append(torch.optim.AdamW([parameter], lr, weight_decay=0.03))
+    generator = torch.Generator().manual_seed(702)
+    for step in range(6):
+        for actual, expected in zip(combined, alone, strict=True):
+            actual.grad = torch.randn(actual.shape, generator=generator)
+            expected.grad = actual.grad.clone()
+        if step == 3:  # as a schedule does
+            for group in (*built.optimizer.param_groups, *(g for optimizer in theirs for g in optimizer.param_groups)):
+                group["lr"] *= 0.1
+        built.optimizer.step()
+        for optimizer in theirs:
+            optimizer.step()
+    for actual, expected in zip(combined, alone, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_log_counts_the_weights_of_each_optimizer(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        MuonWithAdamW([{"params": parameters(703)}])
+    assert "Muon moves 2 of the 6 weights, which are matrices; AdamW moves the others" in caplog.text
+    assert [is_matrix(p) for p in parameters(703)] == [True, False, False, False, False, True]
+
+
+def test_only_matrices_or_no_matrices_are_trained() -> None:
+    for shapes in ([(3, 4)], [(3,), (2, 2, 1, 1)]):
+        weights = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+        optimizer = MuonWithAdamW([{"params": weights}], lr=0.1)
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        assert all((weight < 1).all() for weight in weights)
+
+
+def test_a_loaded_state_keeps_its_settings() -> None:
+    """torch's optimizers keep theirs too. Other --optimizer_args on resume have no effect, as the log says."""
+    trained = []
+    for weight_decay in (0.5, 0.0):
+        weights = parameters(704)
+        before, after = (MuonWithAdamW([{"params": weights}], weight_decay=decay) for decay in (0.5, weight_decay))
+        after.load_state_dict(before.state_dict())
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        after.step()
+        trained.append(weights)
+    for kept, other in zip(*trained, strict=True):
+        assert torch.equal(kept, other)
+
+
+# Stochastic rounding is unbiased, and bf16 training progresses where rounding to nearest stalls.
+
+
+def test_values_are_rounded_to_a_neighbour_and_unchanged_on_average() -> None:
+    torch.manual_seed(801)
+    values = torch.cat([torch.randn(40), torch.randn(40) * 1e-20, torch.tensor([0.0, -0.0, 1.0, -2.5])])
+    generator = torch.Generator().manual_seed(802)
+    num_draws = 4_000
+    rounded = torch.stack([round_to_bf16(values, generator).double() for _ in range(num_draws)])
+    below = torch.minimum(values.abs().view(torch.int32) >> 16 << 16, values.abs().view(torch.int32)).view(
+        torch.float32
+    )
+    spacing = ((below.view(torch.int32) + (1 << 16)).view(torch.float32) - below).double()
+    assert ((rounded - values.double()).abs() < spacing).all()
+    # The mean of draws between two neighbours errs by at most half a spacing / sqrt(draws): five times that.
+    error = (rounded.mean(0) - values.double()).abs()
+    assert (error <= 5 * 0.5 * spacing / num_draws**0.5).all()
+    exact = values.bfloat16().float() == values
+    assert exact.sum() >= 4
+    assert torch.equal(rounded[:, exact], values[exact].double().expand(num_draws, -1))
+
+
+def test_non_finite_values_are_unchanged() -> None:
+    values = torch.tensor([float("inf"), -float("inf"), float("nan")])
+    rounded = round_to_bf16(values, torch.Generator().manual_seed(803))
+    assert rounded[:2].tolist() == [float("inf"), -float("inf")]
+    assert rounded[2].isnan()
+
+
+def problem(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(64, 12, generator=generator)
+    return inputs, inputs @ torch.randn(12, 5, generator=generator), torch.randn(12, 5, generator=generator)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_training_reaches_the_float32_loss_where_plain_bf16_stalls(name: str) -> None:
+    """Linear regression in small steps: plain bf16 loses updates below 1/512 of a weight, stochastic rounding does not.
+
+    Losses are of the float32 arithmetic with each run's weights, relative to that at the start.
+    """
+    inputs, targets, start = problem(804)
+    make = {
+        "AdamW": lambda weights: torch.optim.AdamW(weights, lr=4e-3, weight_decay=0.0),
+        "SGD": lambda weights: torch.optim.SGD(weights, lr=1e-2),
+    }[name]
+    reached = {}
+    for kind in ("float32", "bf16", "rounded"):
+        weight = nn.Parameter(start.clone().to(torch.float32 if kind == "float32" else torch.bfloat16))
+        optimizer = make([weight])
+        for step in range(1000):
+            loss = (inputs @ weight.float() - targets).square().mean()
+            loss.backward()
+            if kind == "rounded":
+                with stochastic_rounding([weight], torch.Generator().manual_seed(805_000 + step)):
+                    optimizer.step()
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
+        assert weight.dtype == (torch.float32 if kind == "float32" else torch.bfloat16)
+        first = float((inputs @ start - targets).square().mean())
+        reached[kind] = float((inputs @ weight.detach().float() - targets).square().mean()) / first
+    assert reached["float32"] < 0.01
+    assert reached["rounded"] == pytest.approx(reached["float32"], abs=0.003)
+    assert reached["bf16"] > 10 * reached["rounded"]
+
+
+def test_the_optimizer_state_is_float32_and_gradients_are_freed() -> None:
+    weight, other = nn.Parameter(torch.ones(3, dtype=torch.bfloat16)), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight, other], lr=0.1)
+    weight.grad, other.grad = torch.ones(3, dtype=torch.bfloat16), torch.ones(2)
+    with stochastic_rounding([weight, other], torch.Generator().manual_seed(806)):
+        assert weight.dtype == torch.float32
+        optimizer.step()
+    assert (weight.dtype, other.dtype) == (torch.bfloat16, torch.float32)
+    assert weight.grad is None
+    assert optimizer.state[weight]["exp_avg"].dtype == torch.float32

@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.optimization import Adafactor
 
 from library.architectures.flux.options import FluxOptions
 from library.base.errors import UserError
@@ -39,7 +38,10 @@ from library.training.saving.resume import (
 )
 from library.training.saving.state import OptimizerState, StateManifest, read_manifest, restore, save_state
 from library.training.step.accumulation import StepPlan
+from tests.hiding import lazily
 from tests.unit.test_processes import Board
+
+optimization = lazily("transformers.optimization")
 
 DATASET = {"num_pictures": 6, "num_batches": 3, "pictures": "a", "captions": "b", "settings": "c"}
 
@@ -285,7 +287,7 @@ def test_a_float32_optimizer_state_of_bfloat16_weights_is_not_rounded() -> None:
 def test_adafactor_does_not_change_who_sets_its_rates() -> None:
     """Otherwise the optimizer would keep the state's setting under a schedule that is made for the other one."""
     weight = nn.Parameter(torch.ones(2, 2))
-    own, scheduled = (Adafactor([weight], lr=rate, relative_step=rate is None) for rate in (None, 0.1))
+    own, scheduled = (optimization.Adafactor([weight], lr=rate, relative_step=rate is None) for rate in (None, 0.1))
     with pytest.raises(UserError, match="relative_step of a group of parameters is False, here it is True"):
         OptimizerState(own, "x").load_state_dict(OptimizerState(scheduled, "x").state_dict())
 

@@ -1,22 +1,49 @@
-"""The duration of steps, its breakdown, and their number of operations."""
+"""Measuring steps: durations, operations, noise, and why a run slows down."""
 
 import logging
+import sys
 from collections.abc import Callable
+from dataclasses import replace
+from math import isnan
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from library.base.randomness import generator_for
+from library.diffusion.flow import FlowMatching
+from library.diffusion.objective import build_ddpm
+from library.diffusion.timesteps import LevelSampler
 from library.memory.blocks import plain, recompute
 from library.memory.frozen import freeze_layer, frozen_layers, multiply_codes
 from library.memory.planner import measured
 from library.memory.planner.counter import FlopCounter
 from library.memory.planner.gpus import CARDS
 from library.memory.planner.measured import measure_peak_flops
+from library.options.training.noise import NoiseOptions
+from library.training.evaluation.validation import ValidationSchedule
+from library.training.evaluation.validation_loss import (
+    Difference,
+    corrupt_each,
+    estimate_paired_difference,
+    noise_levels,
+)
+from library.training.reporting.slowdown import (
+    GIB,
+    NUM_BASELINE,
+    NUM_RECENT,
+    Machine,
+    ReservedWatch,
+    SlowdownWatch,
+    StepSeconds,
+    read_throttling,
+)
 from library.training.reporting.step_times import IN_STEP, StepTimes
 from library.types import Batch
+from tests.unit.data.builders import options_of
 from tests.weight_formats import CODECS
 
 CPU = torch.device("cpu")
@@ -239,3 +266,182 @@ def test_peak_flops_are_known_by_gpu_name(monkeypatch):
     for place, name in enumerate(names):
         hidden = [earlier for earlier in names[:place] if f" {earlier} " in f" {name} "]
         assert not hidden, f"{name} is never reached"
+
+
+# Noise levels, the noise of each image, and the standard error of a paired difference.
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "levels"),
+    [
+        (None, None, (200, 400, 600, 800)),
+        (0, 1000, (200, 400, 600, 800)),
+        (100, 333, (146, 193, 239, 286)),
+        (500, 502, (500, 501)),
+        (999, 1000, (999,)),
+    ],
+)
+def test_levels_divide_the_range_as_numpy_does(low, high, levels):
+    options = replace(NoiseOptions(), min_timestep=low, max_timestep=high)
+    expected = np.linspace(low or 0, 1000 if high is None else high, 6)[1:-1].astype(int)
+    assert noise_levels(options) == levels == tuple(dict.fromkeys(expected.tolist()))
+
+
+def test_the_error_of_a_difference_matches_a_paired_t_test():
+    rng = np.random.default_rng(1)
+    before, now = rng.normal(size=(2, 9, 4))
+    difference = estimate_paired_difference(torch.tensor(now), torch.tensor(before), [f"picture {i}" for i in range(9)])
+    differences = (now - before).mean(1)
+    assert difference.mean == pytest.approx(differences.mean(), rel=1e-12)
+    assert difference.standard_error == pytest.approx(
+        differences.std(ddof=1) / np.sqrt(9), rel=1e-12
+    )  # both are float64
+
+
+def test_several_rows_of_one_image_are_one_observation():
+    """Two equal rows per image carry no more information than one: only (G / (G - 1)) is unchanged."""
+    rng = np.random.default_rng(2)
+    before, now = (torch.tensor(values) for values in rng.normal(size=(2, 6, 4)))
+    once = estimate_paired_difference(now, before, range(6))
+    twice = estimate_paired_difference(now.repeat(2, 1), before.repeat(2, 1), [*range(6), *range(6)])
+    assert twice.mean == pytest.approx(once.mean, rel=1e-12)
+    assert twice.standard_error == pytest.approx(once.standard_error, rel=1e-12)
+    assert (
+        estimate_paired_difference(now.repeat(2, 1), before.repeat(2, 1), range(12)).standard_error
+        < once.standard_error
+    )
+
+
+def test_one_image_has_no_error_and_equal_weights_no_difference():
+    losses = torch.rand(1, 4, dtype=torch.float64)
+    alone = estimate_paired_difference(losses, losses + 1, ["a"])
+    assert alone.mean == pytest.approx(-1) and isnan(alone.standard_error) and not alone.is_clear
+    same = estimate_paired_difference(losses.repeat(3, 1), losses.repeat(3, 1), "abc")
+    assert (same.mean, same.standard_error) == (0.0, 0.0) and not same.is_clear
+    assert Difference(-0.3, 0.1).is_clear and not Difference(0.1, 0.1).is_clear
+
+
+def uniform() -> LevelSampler:
+    return lambda draws: torch.rand(draws.num_samples, generator=draws.generator)
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "flow"])
+def test_noise_and_level_of_an_image_do_not_depend_on_its_neighbours(kind):
+    options = options_of("--multires_noise_iterations 2 --ip_noise_gamma 0.1" if kind == "ddpm" else "")
+    objective = (
+        build_ddpm(options.noise, options.loss, predicts_velocity=False)
+        if kind == "ddpm"
+        else FlowMatching(options.noise, options.loss, uniform(), "noise - latent", "raw", "none")
+    ).at_timestep(600)
+    clean_BCHW = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def noised(places):
+        return corrupt_each(objective, clean_BCHW[list(places)], [generator_for(1, "test", place) for place in places])
+
+    together, apart = noised([0, 1, 2]), noised([2])
+    assert together.timesteps_B.tolist() == [600] * 3
+    assert torch.equal(together.latents_BCHW[2:], apart.latents_BCHW)
+    assert torch.equal(together.noise_BCHW[2:], apart.noise_BCHW)
+    assert not torch.equal(together.noise_BCHW[0], together.noise_BCHW[1])
+
+
+def test_validation_is_due_by_steps_and_at_the_end_of_epochs():
+    options = options_of("--validate_every_n_steps 3 --validate_every_n_epochs 2").validation
+    timetable = ValidationSchedule.build(options, 10)
+    assert list(timetable.due(3, None)) == ["step"] and list(timetable.due(4, 1)) == []
+    assert list(timetable.due(6, 2)) == ["step", "epoch"]
+    always = ValidationSchedule.build(options_of("").validation, 8)
+    assert list(always.due(3, None)) == [] and list(always.due(4, 1)) == list(always.due(8, 2)) == ["epoch"]
+
+
+def test_with_an_interval_in_steps_epochs_are_ignored_and_the_last_step_is_measured():
+    timetable = ValidationSchedule.build(options_of("--validate_every_n_steps 3").validation, 8)
+    assert [step for step in range(1, 9) if list(timetable.due(step, step // 2 if step % 2 == 0 else None))] == [
+        3,
+        6,
+        8,
+    ]
+    assert list(timetable.due(6, 3)) == list(timetable.due(8, 4)) == ["step"]
+
+
+# Detecting why a run slows down, with a fake clock, allocator and NVML.
+
+AT_FIRST = Machine(
+    pages=100, retries=2, allocated_bytes=9 * GIB, reserved_bytes=10 * GIB, free_bytes=2 * GIB, total_bytes=12 * GIB
+)
+
+
+def warnings_of(seconds: list[float], waiting: list[float] | None = None, **later: Any) -> list[tuple[int, str]]:
+    """Return (step, warning) of a run whose machine changes after its first hundred steps."""
+    states = iter([AT_FIRST, replace(AT_FIRST, **later)])
+    watch = SlowdownWatch(lambda: next(states))
+    waits = waiting or [0.1] * len(seconds)
+    warnings = [watch.add(StepSeconds(*pair)) for pair in zip(seconds, waits, strict=True)]
+    return [(step, text) for step, text in enumerate(warnings, 1) if text is not None]
+
+
+SLOW = [30.0, *[1.0] * NUM_BASELINE, *[1.0] * 100, *[2.5] * 100]  # the first one compiles
+
+
+@pytest.mark.parametrize(
+    ("later", "cause"),
+    [
+        ({"retries": 9}, "GPU memory ran full 7 times and cached memory was freed"),
+        ({"reserved_bytes": 12 * GIB}, "torch holds 2.0 GiB more GPU memory than it uses (fragmentation)"),
+        ({"free_bytes": GIB // 10}, "GPU memory is full (0.1 of 12.0 GiB free)"),
+        ({"throttling": ("temperature",)}, "the GPU lowers its clock (temperature)"),
+        ({"pages": 90_100}, "system memory ran full: 90000 pages were swapped in"),
+        ({}, "no cause found"),
+        ({"retries": 3, "pages": 90_100}, "for options that need less; system memory ran full"),
+    ],
+)
+def test_a_single_warning_names_the_cause(later: dict[str, Any], cause: str) -> None:
+    ((step, text),) = warnings_of(SLOW, **later)
+    assert text.startswith("the last 50 steps took 2.50 s each, the first 100 1.00 s: ") and cause in text
+    assert 201 + NUM_RECENT // 2 <= step <= 201 + NUM_RECENT // 2 + 10
+
+
+@pytest.mark.parametrize(
+    ("change", "is_warned"),
+    [
+        ({"retries": 1}, True),
+        ({"free_bytes": GIB // 10}, True),
+        ({}, False),
+        ({"retries": 1, "reserved_peak": 6 * GIB}, False),
+    ],
+)
+def test_memory_that_torch_holds_on_a_full_gpu_is_warned_about_once(change: dict[str, Any], is_warned: bool) -> None:
+    state = replace(AT_FIRST, retries=0, allocated_peak=5 * GIB, reserved_peak=8 * GIB)
+    watch = ReservedWatch(lambda: replace(state, **change))
+    warnings = [text for _ in range(200) if (text := watch.add_step()) is not None]
+    assert len(warnings) == is_warned and all("8.0 GiB from the GPU for at most 5.0 GiB" in text for text in warnings)
+
+
+def test_waiting_for_images_is_reported_as_a_cause() -> None:
+    ((_, text),) = warnings_of(SLOW, [0.1] * 201 + [1.5] * 100)
+    assert "each waits 1.40 s longer for images" in text
+
+
+@pytest.mark.parametrize(
+    "seconds", [[1.0] * 400, [1.0] * 201 + [1.9] * 100, [1.0] * 201 + [9.0] * 20 + [1.0] * 100, [1.0] * 90 + [5.0] * 50]
+)
+def test_normal_runs_are_not_warned_about(seconds: list[float]) -> None:
+    assert warnings_of(seconds) == []
+
+
+@pytest.mark.parametrize(
+    ("reasons", "expected"), [(0x4, ()), (0x60, ("temperature",)), (0x88, ("hardware slowdown", "power brake"))]
+)
+def test_the_reason_for_a_low_clock_comes_from_nvml(
+    reasons: int, expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = SimpleNamespace(
+        NVMLError=ValueError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda name: name,
+        nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: {"GPU-12-34": reasons}[handle],
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    assert read_throttling("12-34") == expected
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert read_throttling("12-34") == ()

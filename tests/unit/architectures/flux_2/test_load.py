@@ -17,19 +17,13 @@ from library.base.errors import UserError
 from library.checkpoints.weights import Weights
 from library.models.dit_loader import DitLoader
 from library.models.vae.flux_2 import COUNTER, statistics
+from tests.running import tiny_model
 from tests.tiny import flux_2 as tiny_flux_2
 from tests.tiny.changes import rename_token, without
 from tests.tiny.flux_2 import build_tiny_flux_2
 
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return build_tiny_flux_2(tmp_path_factory.mktemp("flux_2"), 3)
-
-
-@pytest.fixture(scope="module")
-def tiny_dev(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return build_tiny_flux_2(tmp_path_factory.mktemp("flux_2_dev"), 3, is_dev=True)
+tiny = tiny_model("flux_2", 3)
+tiny_dev = tiny_model("flux_2", 3, is_dev=True)
 
 
 def options_of(arguments: list[str]) -> Flux2Options:

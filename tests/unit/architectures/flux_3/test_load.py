@@ -19,16 +19,14 @@ from library.checkpoints.quantised import rotate_groups
 from library.checkpoints.recognition import recognise_adapter
 from library.models.dit_loader import DitLoader
 from library.models.identify import base_of_file
+from tests.running import tiny_model
 from tests.tiers import first_is_fast
 from tests.tiny.changes import assert_same_models, with_changes
 from tests.tiny.flux_3 import build_tiny_flux_3
 from tests.tiny.keys import peft
 from tests.tiny.parts import BASE
 
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return build_tiny_flux_3(tmp_path_factory.mktemp("flux_3"), 3)
+tiny = tiny_model("flux_3", 3)
 
 
 def options_of(arguments: list[str]) -> Flux3Options:

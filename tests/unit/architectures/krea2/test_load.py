@@ -13,12 +13,10 @@ from library.architectures.krea2.load import open_loader
 from library.architectures.krea2.options import Krea2Options
 from library.base.errors import UserError
 from library.models.dit_loader import DitLoader
+from tests.running import tiny_model
 from tests.tiny.krea2 import build_tiny_krea2
 
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return build_tiny_krea2(tmp_path_factory.mktemp("krea2"), 3)
+tiny = tiny_model("krea2", 3)
 
 
 def options_of(arguments: list[str]) -> Krea2Options:

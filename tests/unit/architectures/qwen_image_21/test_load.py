@@ -15,15 +15,14 @@ from library.base.errors import UserError
 from library.models.dit_loader import DitLoader
 from library.types import CaptionWithImages
 from qwen_image_21_train_network import setup_parser
+from tests.running import tiny_model
 from tests.tiny.changes import with_changes
-from tests.tiny.qwen_image_21 import build_tiny_qwen_image_21, with_fused_gates
+from tests.tiny.qwen_image_21 import with_fused_gates
 
 BASE = "--pretrained_model_name_or_path"
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return build_tiny_qwen_image_21(tmp_path_factory.mktemp("qwen_image_21"), 3)
+tiny = tiny_model("qwen_image_21", 3)
 
 
 def options_of(arguments: list[str]) -> QwenImage21Options:

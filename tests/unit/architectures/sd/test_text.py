@@ -1,4 +1,4 @@
-"""SD 1.x captions: token ids, text encoder states and where the tokenizer is found."""
+"""SD 1.x: captions, latents, and the view for network modules."""
 
 import shutil
 
@@ -7,6 +7,8 @@ import torch
 
 from library.models import tokenizer_files
 from library.models.clip.tokenizer import TOKENIZER, load_tokenizer
+from library.types import Noised
+from tests.tolerances import EXACT, FLOAT32_DEEP, FLOAT32_SAME_MATH
 
 
 def test_a_caption_is_wrapped_and_padded_with_the_end_token(open_sd, tiny_sd_folder):
@@ -124,3 +126,110 @@ def test_a_tokenizer_with_more_tokens_than_the_text_encoder_is_refused(open_sd, 
     shutil.copy(tiny_sd_file, tmp_path)
     with pytest.raises(ValueError, match=r"has token IDs up to 60000, but CLIP has 522 embeddings"):
         open_sd(tmp_path / tiny_sd_file.name)
+
+
+# Latents are sampled from the VAE's posterior, each with its own generator.
+
+
+@pytest.fixture
+def pixels_BCHW() -> torch.Tensor:
+    return torch.rand(3, 3, 64, 128, generator=torch.Generator().manual_seed(41)) * 2 - 1
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_a_latent_is_the_mean_plus_deviation_times_its_own_noise(open_sd, tiny_sd_folder, pixels_BCHW):
+    arch = open_sd(tiny_sd_folder)
+    vae = arch.load.vae()
+    actual_BCHW = arch.codec.encode(vae, pixels_BCHW, generators(3, 4, 5))
+    posterior = vae.encode(pixels_BCHW).latent_dist
+    for b, seed in enumerate((3, 4, 5)):
+        noise_CHW = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(seed))
+        expected_CHW = posterior.mean[b] + torch.exp(0.5 * posterior.logvar[b]) * noise_CHW
+        torch.testing.assert_close(actual_BCHW[b], expected_CHW, **FLOAT32_SAME_MATH)
+
+
+def test_a_latent_does_not_depend_on_the_rest_of_its_batch(open_sd, tiny_sd_folder, pixels_BCHW):
+    arch = open_sd(tiny_sd_folder)
+    vae = arch.load.vae()
+    together = arch.codec.encode(vae, pixels_BCHW, generators(6, 7, 8))[1:2]
+    alone = arch.codec.encode(vae, pixels_BCHW[1:2], generators(7))
+    torch.testing.assert_close(together, alone, **FLOAT32_DEEP)
+
+
+def test_decoding_undoes_scaling(open_sd, tiny_sd_folder):
+    arch = open_sd(tiny_sd_folder)
+    vae = arch.load.vae()
+    latents_BCHW = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(42))
+    assert torch.equal(arch.codec.normalize(latents_BCHW), latents_BCHW * 0.18215)
+    decoded = arch.codec.decode(vae, arch.codec.normalize(latents_BCHW))
+    torch.testing.assert_close(decoded, vae.decode(latents_BCHW).sample, **FLOAT32_DEEP)
+
+
+def test_a_half_precision_vae_returns_float32(open_sd, tiny_sd_folder, pixels_BCHW):
+    arch = open_sd(tiny_sd_folder, "bf16")
+    vae = arch.load.vae()
+    latents_BCHW = arch.codec.encode(vae, pixels_BCHW, generators(1, 2, 3))
+    assert latents_BCHW.dtype == torch.float32
+    assert arch.codec.decode(vae, latents_BCHW).dtype == torch.float32
+    full = open_sd(tiny_sd_folder)
+    expected = full.codec.encode(full.load.vae(), pixels_BCHW, generators(1, 2, 3))
+    torch.testing.assert_close(latents_BCHW, expected, rtol=0.1, atol=0.1)
+
+
+def test_the_cache_uses_the_file_suffix_and_keys_of_sd_scripts(open_sd, tiny_sd_folder):
+    spec = open_sd(tiny_sd_folder).codec.spec
+    assert (spec.cache_suffix, spec.had_keys_without_size) == ("_sd.npz", True)
+    assert (spec.channels, spec.downscale, spec.bucket_step) == (4, 8, 64)
+
+
+def test_encoding_is_deterministic(open_sd, tiny_sd_folder, pixels_BCHW):
+    arch = open_sd(tiny_sd_folder)
+    vae = arch.load.vae()
+    first, second = (arch.codec.encode(vae, pixels_BCHW, generators(1, 2, 3)) for _ in range(2))
+    torch.testing.assert_close(first, second, **EXACT)
+
+
+# The view of SD 1.x for network modules: names as in adapter files, and the models' own layers.
+
+
+def test_text_encoder_paths_begin_with_text_model_in_every_transformers_version(open_sd, tiny_sd_folder):
+    arch = open_sd(tiny_sd_folder)
+    (encoder,) = arch.load.text_encoders()
+    text_view, _ = arch.view([encoder], arch.load.denoiser())
+    paths = {name for name, _ in text_view.named_parameters()}
+    assert all(path.startswith("text_model.") for path in paths)
+    assert "text_model.encoder.layers.1.self_attn.q_proj.weight" in paths
+    assert {id(p) for p in text_view.parameters()} == {id(p) for p in encoder.parameters()}
+
+
+def test_a_forward_replaced_through_the_view_affects_the_models(open_sd, tiny_sd_folder):
+    arch = open_sd(tiny_sd_folder)
+    encoders, unet = arch.load.text_encoders(), arch.load.denoiser()
+    text_view, unet_view = arch.view(encoders, unet)
+    tokens = arch.text.tokenize(["red dog"])
+    latents_BCHW = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(61))
+    noised = Noised(latents_BCHW, latents_BCHW, latents_BCHW, torch.ones(1), torch.tensor([500]))
+    text = arch.text.encode(encoders, tokens)
+    prediction = arch.predict(unet, noised, text, None)
+    for layer in (
+        text_view.get_submodule("text_model.encoder.layers.0.mlp.fc1"),
+        unet_view.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_k"),
+    ):
+        original = layer.forward
+        layer.forward = lambda x, original=original: original(x) + torch.linspace(-3, 3, original(x).shape[-1])
+    changed = arch.text.encode(encoders, tokens)
+    assert not torch.allclose(changed["hidden_state"], text["hidden_state"])
+    assert not torch.allclose(arch.predict(unet, noised, text, None), prediction)
+
+
+def test_adapter_targets_do_not_change_the_state_dict(open_sd, tiny_sd_folder):
+    arch = open_sd(tiny_sd_folder)
+    unet = arch.load.denoiser()
+    names = list(unet.state_dict())
+    _, unet_view = arch.view(arch.load.text_encoders(), unet)
+    assert unet_view.adapter_targets.denoiser.prefix == "lora_unet"
+    assert [part.prefix for part in unet_view.adapter_targets.text_encoders] == ["lora_te"]
+    assert list(unet.state_dict()) == names

@@ -1,15 +1,23 @@
-"""The planner chooses the fastest plan that fits and reports the needs of each."""
+"""The planner chooses the fastest plan that fits, from formulas that match what the formats use."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Collection
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.format_errors import errors_of
+from library.memory.codecs.weight_format import load_format
 from library.memory.devices import bytes_of
+from library.memory.frozen import freeze_layer
 from library.memory.pinned import max_pinned_bytes
 from library.memory.planner import measured
 from library.memory.planner.choice import Allowed, choose
@@ -29,8 +37,9 @@ from library.memory.planner.stages import StageMemory, max_images
 from library.memory.planner.steps import CountedOptimizer, CountedPass, Segment, Timeline
 from library.memory.planner.table import format_table
 from library.memory.planner.weights import Matrix, ModelWeights, StorageCost
-from tests.unit.memory.planner.made_up import Adapter, MadeUp
+from tests.unit.memory.planner.made_up import Adapter, MadeUp, allocated_peak
 from tests.unit.memory.planner.test_steps import model_of
+from tests.weight_formats import CODECS
 
 MIB = 2**20
 NUM_BLOCKS = 8
@@ -397,3 +406,55 @@ def test_passes_without_gradients_take_time_and_count_if_they_need_more_memory_t
         for passes in (None, GradientlessPasses(21, 43.0, peak))
     )
     assert drawn.seconds / alone.seconds == pytest.approx(1 + 21 / 2)
+
+
+# The formulas for the memory of stored weights match the memory that the formats use for storage and decoding.
+
+
+@pytest.mark.parametrize("shape", [(48, 128), (33, 64), (32, 16, 3, 3)])
+@pytest.mark.parametrize("name", CODECS)
+def test_a_format_stores_the_bytes_of_its_formula(name: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(95)
+    weight = torch.randn(shape).bfloat16()
+    stored = sum(part.numel() * part.element_size() for part in CODECS[name].encode(weight).values())
+    assert StorageCost.of(name).num_bytes(Matrix.of(weight)) == stored
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_decoding_takes_the_declared_number_of_copies(name: str) -> None:
+    torch.manual_seed(96)
+    layer = nn.Linear(1024, 2048, bias=False).bfloat16().requires_grad_(False)
+    matrix = Matrix.of(layer.weight)
+    freeze_layer(CODECS[name], layer)
+    x = torch.randn(1, 1024).bfloat16().requires_grad_()
+    layer(x)  # one-time allocations such as tables
+    taken = allocated_peak(lambda: layer(x).sum().backward(), multiplies_bf16=True) / matrix.plain_bytes
+    # CPU kernels use workspaces of up to a fifth of this small weight, more with more threads.
+    assert taken == pytest.approx(StorageCost.of(name).num_copies, abs=0.25)
+
+
+@pytest.mark.slow
+def test_the_declared_error_of_a_format_matches_a_product_with_outliers() -> None:
+    """benchmarks/format_errors.py measures the same product with a larger weight."""
+    measured = {name: errors_of(load_format(name).codec, 2048)[2] for name in CODECS}
+    for name, value in measured.items():
+        declared = load_format(name).error
+        assert declared is not None and value == pytest.approx(declared, rel=0.15), name
+
+
+# The planner's prediction matches the growth of a real process: a U-Net of SD 1.5's size on the CPU.
+
+ROOT = Path(__file__).parents[4]
+SHARE = 0.07  # the allocator's rounding and the workspaces of oneDNN, measured: 4 to 6 % in float32
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be measured anew")
+@pytest.mark.parametrize(("side", "recomputes"), [(256, 0), (512, 1)])
+def test_a_step_of_sd15_grows_the_process_by_the_planned_bytes(side: int, recomputes: int) -> None:
+    command = [sys.executable, "-m", "tests.unit.memory.planner.sd15_step", str(side), str(recomputes)]
+    # Return freed memory to the system at once: arenas that keep it would count as growth.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True, timeout=500)
+    measured = json.loads(done.stdout.splitlines()[-1])
+    assert measured["planned"] == pytest.approx(measured["grown"], rel=SHARE)

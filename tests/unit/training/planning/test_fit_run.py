@@ -1,5 +1,6 @@
-"""The GPU memory and the largest batch that --fit assumes."""
+"""Plans of --fit: what is assumed, logged and advised."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,18 @@ import pytest
 import torch
 
 from library.data.description.captions import CaptionRules
+from library.memory.planner.choice import Allowed, choose
 from library.memory.planner.gpus import GIB, TYPICAL, Gpu
-from library.memory.planner.prediction import CONTEXT_BYTES, CountedStep, MemoryMode, predict
+from library.memory.planner.prediction import CONTEXT_BYTES, OPTIMIZER_STEP, CountedStep, MemoryMode, predict
+from library.memory.planner.stages import StageMemory
 from library.processes.process_group import Processes
 from library.training.models.requests import RequestedRun
-from library.training.planning import correction, fit_run
+from library.training.planning import advice, correction, fit_run
+from library.training.planning.advice import lines, memory_hints, pick_evenly
 from library.training.planning.correction import Gauge, MemoryWatch
 from library.training.planning.counted_step import count_pinned_batches
-from library.training.planning.counting import count_run
+from library.training.planning.counting import CountedRun, count_run
+from library.training.planning.fit import Fit, fit_to
 from library.training.planning.fit_run import (
     count_adapter_run,
     count_captions,
@@ -26,10 +31,12 @@ from library.training.planning.fit_run import (
     measure_gpu,
 )
 from library.training.planning.meta_run import BatchShape, fake_batch, longest_caption, shape_of_batch
+from library.training.planning.previews import CountedPreview
 from library.training.step.conditioning import MEMO_BYTES, CaptionMemo
 from tests.parity.tiny_models import opened_with
 from tests.tiny.bases import BASES
 from tests.unit.data.builders import SPEC
+from tests.unit.memory.planner.test_choice import counted_step
 from tests.unit.training.test_checks import make_options
 from tests.unit.training.test_loop import batch_of
 from tests.unit.training.test_text_caching import Board
@@ -198,3 +205,101 @@ def test_batches_that_are_copied_count_as_pinned_memory() -> None:
     batch = fake_batch(arch, BatchShape(2, 64, 32), features, True)
     assert count_pinned_batches(batch, ("ids",)) == 2 * (1024 + 128)
     assert count_pinned_batches(batch, ()) == 2 * (1024 + 128 + 32)
+
+
+# The log lines about a chosen plan.
+
+IMAGES = StageMemory("encoding images", "vae_batch_size", 5 * GIB, GIB, GIB, streamed_weights=GIB)
+
+
+def fitted(gib: float, *stages: StageMemory, adapter: int = 0) -> Fit:
+    options: Any = make_options(network_module="networks.lora")
+    counted = CountedRun(options, BatchShape(1, 64, 64), counted_step(adapter), stages)
+    return fit_to(counted, Gpu("made up", int(gib * GIB), 1e12, 1e9, 1e12))
+
+
+def test_the_stage_that_needs_the_most_memory_is_named() -> None:
+    training = predict(counted_step(), MemoryMode(), Gpu("made up", 0, 1e12, 1e9, 1e12)).device_bytes / GIB
+    lines = list(fitted(7.5, IMAGES).lines())
+    # 5 GiB of weights and 2.1 of two images and a context of 0.7 do not fit, so one is encoded.
+    assert "encoding images: 6.7 GiB with --vae_batch_size 1" in lines
+    assert "peak of the run: encoding images, 6.7 GiB" in lines
+    assert f"peak of the run: training (forward and backward pass), {training:.1f} GiB" in fitted(4.5).lines()
+
+
+def test_an_optimizer_step_that_needs_more_memory_than_the_pass_is_named() -> None:
+    step = predict(counted_step(adapter=4 * GIB), MemoryMode(), Gpu("made up", 0, 1e12, 1e9, 1e12))
+    assert step.peak == OPTIMIZER_STEP  # state and gradients are three adapters, a pass keeps 2.4 GiB
+    plan = fitted(60, adapter=4 * GIB)
+    assert plan.choice.chosen is not None and plan.choice.chosen.device_bytes > CONTEXT_BYTES
+    assert any(line.startswith("peak of the run: training (optimizer step), ") for line in plan.lines())
+
+
+def test_previews_are_planned_on_top_of_the_memory_that_training_keeps() -> None:
+    """Weights, adapter and optimizer state, and the VAE; the make_options-up step has 0.4 GiB of weights."""
+    step, preview = counted_step(), CountedPreview(1024, 768, GIB, 2 * GIB)
+    roomy, tight = (
+        fit_to(
+            CountedRun(fitted(8).options, BatchShape(1, 64, 64), step, (), preview), Gpu("made up", gib * GIB, 1, 1, 1)
+        )
+        for gib in (8, 3)
+    )
+    assert "previews of 1024x768: 4.2 GiB" in roomy.lines()
+    assert "peak of the run: previews, 4.2 GiB" in roomy.lines()
+    more = "more than there is: the VAE decodes them in tiles, or on the processor"
+    assert any(line.startswith("previews of 1024x768: 4.") and line.endswith(more) for line in tight.lines())
+
+
+def test_streamed_encoders_need_less_memory() -> None:
+    lines = list(fitted(4, IMAGES).lines())
+    assert "encoding images: 3.8 GiB with --vae_batch_size 2, layers streamed from main memory" in lines
+
+
+def test_the_search_space_follows_from_the_options() -> None:
+    assert fitted(8).allowed == Allowed(offloads_inputs=(False, True))
+    assert choose(counted_step(), fitted(8).allowed, fitted(8).choice.gpu).chosen == fitted(8).choice.chosen
+
+
+# The advice when a step runs out of memory: fastest first, each option saving more than the previous one.
+
+LINE = re.compile(r"(--.*) needs ([\d.]+) GiB less and takes (?:(\d+) % longer|no longer)")
+
+
+def hints(used: MemoryMode, **allowed: Any) -> list[tuple[str, float, int]]:
+    matches = [LINE.fullmatch(line) for line in lines(counted_step(), used, Allowed(**allowed), TYPICAL[0])]
+    return [(m[1], float(m[2]), int(m[3] or 0)) for m in matches if m is not None]
+
+
+def test_each_line_saves_more_and_takes_longer_than_the_previous_one() -> None:
+    advice = hints(MemoryMode(), weight_formats=(None, "nf4"))
+    assert len(advice) >= 4
+    assert [saved for _, saved, _ in advice] == sorted(saved for _, saved, _ in advice)  # to a tenth of a GiB
+    assert [percent for *_, percent in advice] == sorted(percent for *_, percent in advice)
+
+
+def test_recomputing_all_blocks_of_the_made_up_step_costs_a_third() -> None:
+    """Each of 8 blocks keeps 300 MiB, or 10 if recomputed; the running block keeps all; the allocator adds 5 %."""
+    options = [
+        line for line in hints(MemoryMode(), offloads_inputs=(False,), recompute_every=(1,)) if "blocks" not in line[0]
+    ]
+    assert options == [("--gradient_checkpointing", round(7 * 290 * 1.05 / 1024, 1), 33)]
+
+
+def test_options_already_in_use_are_not_advised() -> None:
+    used = MemoryMode("nf4_double", 1, True, 6)
+    assert hints(used, weight_formats=(None, "nf4_double")) == []
+
+
+def test_a_long_list_of_advice_is_shortened() -> None:
+    assert pick_evenly([str(i) for i in range(14)]) == ["1", "4", "7", "10", "13"]
+    assert pick_evenly(["1", "2"]) == ["1", "2"]
+    assert pick_evenly([]) == []
+
+
+def test_third_party_modules_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(advice, "count_run", None)
+    arch: Any = SimpleNamespace(text_cache=None)
+    requested = RequestedRun.resolve(make_options(network_module="lycoris.kohya"), arch)
+    run: Any = SimpleNamespace(context=SimpleNamespace(device=None))
+    batch: Any = None  # counting would fail
+    assert memory_hints(requested, run, batch) == []

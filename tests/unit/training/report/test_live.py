@@ -1,17 +1,22 @@
-"""tools/report.py --serve: which files it serves and to which clients."""
+"""tools/report.py --serve: which files it serves, and clients that misbehave."""
 
 import http.client
 import os
+import socket
+import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
 
 from library.base.errors import UserError
+from library.training.report_page import local_server
 from library.training.report_page.index import IndexedRuns, write_index
 from library.training.report_page.live import ReportServer
+from library.training.report_page.local_server import MOST_CONNECTIONS, Handler, LocalServer
 from library.training.report_page.page import read_data
 from library.training.report_page.writer import ReportWriter, build_report, read_events
 from tests.event_lines import lines_of, plan, start, whole_run
@@ -155,3 +160,102 @@ def test_reports_of_folders_below_are_served_as_the_index_links_them(server: Rep
     status, page = get(server, "/my%20dog/dog-report.html")
     assert status == 200 and read_data(page)["plan"]["max_train_steps"] == 7
     assert get(server, "/my%20dog/index.html")[0] == 404 and get(server, "/../cat-report.html")[0] == 404
+
+
+# The server of reports and votes with clients that misbehave.
+
+TAKEN: list[Mapping[str, str]] = []
+
+
+@pytest.fixture
+def started_server() -> Iterator[LocalServer]:
+    pages = SimpleNamespace(is_over=False, build=lambda name: "page" * 10**6)
+    served = LocalServer(pages, 0, lambda fields: TAKEN.append(fields) is None)
+    thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    TAKEN.clear()
+    yield served
+    served.shutdown()
+    served.server_close()
+    thread.join()
+
+
+def connect(server: LocalServer, request: bytes) -> socket.socket:
+    client = socket.create_connection(server.server_address[:2])
+    client.sendall(request)
+    return client
+
+
+def post(length: str) -> bytes:
+    return f"POST / HTTP/1.0\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode()
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "-1", "x", "", "4097", "\u0663"])
+def test_a_length_that_is_none_is_refused(
+    started_server: LocalServer, length: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with connect(started_server, post(length)) as client:
+        assert client.recv(1000).startswith(b"HTTP/1.0 413")
+    assert capfd.readouterr().err == "" and TAKEN == []
+
+
+def test_half_a_form_is_not_taken(started_server: LocalServer) -> None:
+    with connect(started_server, post("20") + b"choice=a") as client:
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(1000).startswith(b"HTTP/1.0 400")
+    assert TAKEN == []
+
+
+def test_a_client_that_hangs_up_leaves_no_traceback(
+    started_server: LocalServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    client = connect(started_server, b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n")
+    assert client.recv(10)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # resets the connection
+    client.close()
+    wait_until_free(started_server)
+    assert capfd.readouterr().err == ""
+
+
+def wait_until_free(server: LocalServer) -> None:
+    for _ in range(MOST_CONNECTIONS):
+        server.free_connections.acquire()
+    for _ in range(MOST_CONNECTIONS):
+        server.free_connections.release()
+
+
+def test_half_requests_take_a_limited_number_of_threads_for_a_limited_time(
+    started_server: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Handler.timeout == local_server.SECONDS
+    monkeypatch.setattr(Handler, "timeout", 1.0)
+    before = threading.active_count()
+    clients = [connect(started_server, b"GET / HT") for _ in range(MOST_CONNECTIONS + 20)]
+    assert threading.active_count() <= before + MOST_CONNECTIONS
+    wait_until_free(started_server)
+    with connect(started_server, b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n") as client:
+        assert client.recv(12) == b"HTTP/1.0 200"
+    for client in clients:
+        client.close()
+
+
+@pytest.mark.parametrize("start", [b"GET / HTTP/1.0\r\nX: ", post("4096")])
+def test_a_client_that_sends_a_byte_now_and_then_is_hung_up_on(
+    started_server: LocalServer, monkeypatch: pytest.MonkeyPatch, start: bytes
+) -> None:
+    monkeypatch.setattr(Handler, "timeout", 0.5)
+    with connect(started_server, start) as client:
+        client.settimeout(0.02)
+        for _ in range(200):  # four seconds, with a byte every 20 ms
+            try:
+                client.sendall(b"a")
+                assert client.recv(1000) == b""
+                break
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+        else:
+            pytest.fail("the server still listens")
+    wait_until_free(started_server)
+    assert TAKEN == []
