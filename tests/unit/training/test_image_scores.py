@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
-from scipy import ndimage, stats
 
 from library.base.errors import UserError
 from library.options.output.preview import PreviewOptions
@@ -33,9 +32,12 @@ from library.training.report_page.page import read_data
 from library.training.reporting.sample_images import Drawn
 from library.training.sweep.ranking import MeasuredAdapter, clearly_worse, format_ranking, rank, rank_and_write
 from library.training.sweep.worker import Standing
+from tests.hiding import lazily
 from tests.tiny.score_models import write_clip, write_dinov2
 from tests.unit.training.test_preview import prompt_of
 from tools.quickstart.toy_world import QUICKSTART, draw_scene, list_scenes
+
+ndimage, stats = lazily("scipy.ndimage"), lazily("scipy.stats")
 
 TEXTS = ["a red cat", "a dog on a large blue field of grass", "cat"]
 

@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from library.training.evaluation.choice import RankedFiles, average_by_image, choose, estimate, is_clearly_worse
 from library.training.evaluation.choosing import MeasuredFile, choose_measured, format_choice, memorised
+from tests.hiding import lazily
+
+stats = lazily("scipy.stats")
 
 pytestmark = pytest.mark.slow
 
