@@ -22,7 +22,7 @@ from library.training.saving.checkpoints import Writer
 from library.training.saving.finished import digest_run
 from library.training.saving.hub import Uploads
 from library.training.saving.names import Names
-from library.training.saving.resume import LATENTS, record_options, report_differences
+from library.training.saving.resume import LATENTS, record_options, report_differences, shares_to_store
 from library.training.saving.schedule import Schedule
 from library.training.saving.state import (
     OptimizerState,
@@ -111,14 +111,17 @@ def build_writer(
     base_files = executor.submit(base_file_metadata, options.model)
     executor.shutdown(wait=False)
 
+    num_processes, accumulation = shares_to_store(resumed, options.run.gradient_accumulation_steps, run.processes.count)
+    recorded = record_options(options) | {"gradient_accumulation_steps": accumulation}
+
     def write_state(folder: Path, step: int, epoch: int, done: Collection[Part]) -> None:
         save_state(
             folder,
             step=step,
             epoch=epoch,
             seed=run.context.seed,
-            num_processes=run.processes.count,
-            options=record_options(options),
+            num_processes=num_processes,
+            options=recorded,
             dataset={**data.identity_with_contents, LATENTS: run.context.arch.codec.spec.computed_as},
             network=run.context.network.module,
             keepers=stateful_parts(run, progress, validation),

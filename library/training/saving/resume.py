@@ -107,6 +107,19 @@ def batches_of_state(accumulation: int, manifest: StateManifest | None, num_proc
     return {"gradient_accumulation_steps": total // num_processes}
 
 
+def shares_to_store(manifest: StateManifest | None, accumulation: int, num_processes: int) -> tuple[int, int]:
+    """Return the (processes, gradient accumulation) that a state of this run holds.
+
+    While a step averages as many batches as in the state that the run goes on from, they are that state's: the same
+    command line goes on from the new state as it did from that one, with any number of processes.
+    """
+    if manifest is not None:
+        before = int(manifest.options.get("gradient_accumulation_steps", accumulation))
+        if manifest.num_processes * before == num_processes * accumulation:
+            return manifest.num_processes, before
+    return num_processes, accumulation
+
+
 def check_latents(manifest: StateManifest, computed_as: str) -> None:
     """Raise UserError for a state of an earlier version that computed latents in another way."""
     if manifest.dataset.get(LATENTS, "") != computed_as:

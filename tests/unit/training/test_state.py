@@ -35,6 +35,7 @@ from library.training.saving.resume import (
     record_options,
     report_differences,
     resolve_starting_step,
+    shares_to_store,
 )
 from library.training.saving.state import OptimizerState, StateManifest, read_manifest, restore, save_state
 from library.training.step.accumulation import StepPlan
@@ -598,6 +599,19 @@ def test_a_step_with_another_number_of_processes_has_as_many_batches(count: int,
     assert batches_of_state(num_own, manifest, count) == (
         {} if expected == num_own else {"gradient_accumulation_steps": expected}
     )
+
+
+def test_one_command_line_goes_on_with_any_number_of_processes_and_again() -> None:
+    """Each run is cut and goes on; the first has four processes, and every command says two batches in each."""
+    manifest, steps = None, list[int]()
+    for count in (4, 2, 2, 1, 8, 4):
+        accumulation = batches_of_state(2, manifest, count).get("gradient_accumulation_steps", 2)
+        steps.append(accumulation * count)
+        processes, stored = shares_to_store(manifest, accumulation, count)
+        options = TrainOptions().with_values({"gradient_accumulation_steps": stored})
+        manifest = StateManifest(Path("s"), 1, 0, processes, record_options(options), DATASET, {})
+    assert steps == [8] * 6
+    assert shares_to_store(manifest, 5, 3) == (3, 5)  # other steps, as the command asks: the state holds them
 
 
 def test_an_uneven_number_of_batches_is_refused_with_numbers_that_work() -> None:
