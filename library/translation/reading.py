@@ -183,15 +183,7 @@ def read_kohya_ss(config: Mapping[str, Any], path: Path) -> Configuration:
 def read_lora_easy(tables: Mapping[str, Any], path: Path) -> Configuration:
     """Return the settings as its server passes them to sd-scripts: what is empty or zero in the data is left out."""
     sections = {name: table for name, table in tables.items() if isinstance(table, dict)}
-    own, data = (
-        {
-            name: value
-            for table in sections.values()
-            if isinstance(table.get(part), dict)
-            for name, value in table[part].items()
-        }
-        for part in ("args", "dataset_args")
-    )
+    own, data = join_parts(sections, "args"), join_parts(sections, "dataset_args")
     own["network_module"] = choose_network_module(own)
     for name in ("network_args", "optimizer_args", "lr_scheduler_args"):
         if isinstance(own.get(name), dict):
@@ -210,6 +202,11 @@ def read_lora_easy(tables: Mapping[str, Any], path: Path) -> Configuration:
         yield from flatten_list(subsets, names, "datasets", "subsets")
 
     return Configuration(LORA_EASY, tuple(settings()))
+
+
+def join_parts(sections: Mapping[str, Any], part: str) -> dict[str, Any]:
+    tables = [section[part] for section in sections.values() if isinstance(section.get(part), dict)]
+    return {name: value for table in tables for name, value in table.items()}
 
 
 def choose_network_module(own: Mapping[str, Any]) -> str:

@@ -13,8 +13,7 @@ from library.architectures.any_pipeline.published_names import TABLES, names_of
 from library.architectures.any_pipeline.targets import with_targets
 from library.checkpoints.files import load_state_dict
 from networks.core.targets.targets import adaptation_kind
-from tests.any_pipeline.test_convention import measured
-from tests.any_pipeline.test_files import attach_adapter, load_into, predict
+from tests.any_pipeline.test_convention import attach_adapter, load_into, measured, predict
 from tests.tiny.pipelines import build_tiny_pipeline
 from tests.tolerances import FLOAT32_SAME_MATH
 from tools import convert_lora

@@ -291,7 +291,7 @@ PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 TABLE = PAGE.partition("## Where things are")[2]
 PATH = r"(?<![\w./-])(?:library|networks|tests|docs|tools|benchmarks|\.ci)/[\w./-]*[\w/]"
 NAMED = sorted(set(re.findall(PATH, PAGE)))
-MODULES = sorted(set(re.findall(r"(?<!\w)(?:tests|benchmarks)(?:\.[a-z_]+)+", PAGE)))  # of commands
+NAMED_MODULES = sorted(set(re.findall(r"(?<!\w)(?:tests|benchmarks)(?:\.[a-z_]+)+", PAGE)))  # of commands
 SYMBOLS = sorted(set(re.findall(r"`([\w/]+\.py)` \(`(\w+)`\)", TABLE)))
 
 
@@ -307,7 +307,7 @@ def test_named_files_exist(path: str) -> None:
 
 
 def test_named_modules_exist() -> None:
-    assert len(MODULES) > 3 and [name for name in MODULES if find_spec(name) is None] == []
+    assert len(NAMED_MODULES) > 3 and [name for name in NAMED_MODULES if find_spec(name) is None] == []
 
 
 @pytest.mark.parametrize(("path", "symbol"), SYMBOLS)
