@@ -67,6 +67,15 @@ def test_the_script_accepts_every_line(example: Example, tmp_path: Path) -> None
     check_values(kind.from_args(normalize(argparse.Namespace(**{**kind.defaults(), **given}))))
 
 
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.path)
+def test_a_number_of_steps_is_the_length_where_it_is_that_of_the_other_trainer(example: Example) -> None:
+    """Here --max_train_epochs counts if both are given, as in sd-scripts and what is built on it."""
+    translation = example.translate()
+    of_epochs = {"sd_scripts", "musubi_tuner", "kohya_ss", "lora_easy", "fluxgym"}
+    if example.program not in of_epochs and "max_train_steps" in translation.options:
+        assert "max_train_epochs" not in translation.options
+
+
 def test_nothing_is_dropped_in_silence() -> None:
     """Every setting of a file has an outcome, and each without an equal says what happens instead."""
     for example in EXAMPLES:
