@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 
 
 class Factors(NamedTuple):
-    """What is cast in a block: modules by their `weight`."""
+    """The modules of a block whose `weight` is cast."""
 
     alone: Sequence[nn.Module]
     joined: Sequence[Sequence[nn.Module]]  # down factors (R, I) of layers that get one input
@@ -32,7 +32,7 @@ class Factors(NamedTuple):
 
 
 FACTORS: MutableMapping[nn.Module, Factors] = WeakKeyDictionary()
-"""By block, what is cast in it."""
+"""By block, the factors that are cast in it."""
 
 
 class JoinedProduct:

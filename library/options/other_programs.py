@@ -48,7 +48,7 @@ CONVERSIONS: Mapping[str, str] = {  # what the value becomes, as the end of "use
 
 @dataclass(frozen=True)
 class Equivalent:
-    """What stands here for a name of another program."""
+    """The option or key here for a name of another program, or why there is none."""
 
     program: str
     name: str

@@ -37,7 +37,7 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may take."""
+    """The bounds of one request."""
 
     body_bytes: int = 2_000_000
     upload_bytes: int = 200_000_000

@@ -1,4 +1,4 @@
-"""What the page keeps below the output folder: drafts of trainings, thumbnails, and trainings that were stopped."""
+"""The page's files below the output folder: drafts of trainings, thumbnails, and trainings that were stopped."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def shorten_hash(text: str) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the user changed about a photo."""
+    """The user's changes to a photo."""
 
     is_out: bool = False
     caption: str | None = None  # None: that of the file beside the photo

@@ -23,7 +23,7 @@ Finish = Callable[[Any], Mapping[str, Any] | None]
 
 @dataclass(frozen=True)
 class TaskState:
-    """What the page shows of a task."""
+    """The state of a task that the page shows."""
 
     state: Literal["running", "done", "failed"] = "running"
     done: int = 0

@@ -1,4 +1,5 @@
-"""What needs torch: reading photos, recognising base models, planning and starting. Each runs in a process of its own.
+"""The work of the page that needs torch: reading photos, recognising base models, planning and starting. Each runs in
+a process of its own.
 
 The process reads its inputs as JSON from standard input and writes JSON lines to standard output: progress, and last
 the result or an error.

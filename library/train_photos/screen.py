@@ -1,5 +1,5 @@
-"""What train.py shows while it trains: one bar, and a line for each round of previews and each file. All else that the
-script writes goes to a log file."""
+"""The screen of train.py while it trains: one bar, and a line for each round of previews and each file. All else that
+the script writes goes to a log file."""
 
 import io
 import logging

@@ -1,4 +1,4 @@
-"""What several settings of another trainer decide together, once all of them are known."""
+"""Settings of another trainer that decide together, once all of them are known."""
 
 import re
 from collections.abc import Mapping

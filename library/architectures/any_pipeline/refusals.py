@@ -50,7 +50,7 @@ def list_other_inputs(options: Mapping[str, inspect.Parameter]) -> list[str]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is known of a pipeline before weights are read."""
+    """Facts of a pipeline before weights are read."""
 
     name: str
     options: Mapping[str, inspect.Parameter]  # of its call
