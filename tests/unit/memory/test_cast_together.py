@@ -35,6 +35,20 @@ class Casts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def make_adapted(name: str) -> tuple[Any, Any]:
+    """Return (a model, its LoRA, with no factor at zero), the same each time."""
+    base = BASES[name]
+    assert base.deep is not None
+    model = base.deep.frozen(5)
+    seen = base.deep.seen(model)
+    torch.manual_seed(3)
+    network = importlib.import_module(base.module).create_network(1.0, 4, 2, None, [], seen)
+    network.apply_to([], seen, False, True)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model, network
+
+
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("name", first_is_fast(DEEP))
 def test_losses_and_gradients_are_the_same_to_the_bit_with_fewer_casts(name: str, runner: str) -> None:
@@ -42,13 +56,7 @@ def test_losses_and_gradients_are_the_same_to_the_bit_with_fewer_casts(name: str
     assert base.deep is not None
     results, casts = [], []
     for is_together in (False, True):
-        model = base.deep.frozen(5)
-        seen, module = base.deep.seen(model), importlib.import_module(base.module)
-        torch.manual_seed(3)
-        network = module.create_network(1.0, 4, 2, None, [], seen)
-        network.apply_to([], seen, False, True)
-        for parameter in network.parameters():
-            nn.init.normal_(parameter, std=0.1)
+        model, network = make_adapted(name)
         if is_together:
             cast_in_blocks(chain.from_iterable(base.deep.stacks(model)), dict(network.cast_factors()))
         run: BlockRunner = RUNNERS[runner]()
@@ -76,13 +84,7 @@ def test_factors_of_one_input_give_the_same_loss_and_gradients_in_fewer_products
     assert base.deep is not None
     results, products = [], []
     for is_joined in (False, True):
-        model = base.deep.frozen(5)
-        seen, module = base.deep.seen(model), importlib.import_module(base.module)
-        torch.manual_seed(3)
-        network = module.create_network(1.0, 4, 2, None, [], seen)
-        network.apply_to([], seen, False, True)
-        for parameter in network.parameters():
-            nn.init.normal_(parameter, std=0.1)
+        model, network = make_adapted(name)
         stacks = base.deep.stacks(model)
         if is_joined:
             cast_factors_of(adopt(network), stacks)
