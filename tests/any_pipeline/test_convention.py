@@ -180,7 +180,7 @@ def compare_with_float64(
     theirs, adapter = adapted(build(), c.denoiser)
     for layer in theirs.modules():  # Kandinsky 5 computes times in float32, whatever its type
         if isinstance(layer, nn.Linear):
-            layer.register_forward_pre_hook(lambda layer, given: (given[0].to(layer.weight.dtype), *given[1:]))
+            layer.register_forward_pre_hook(lambda layer, given: tuple(x.to(layer.weight.dtype) for x in given))
     output = theirs.double()(**move(own.calls[middle].kwargs, torch.device("cpu"), torch.float64))
     prediction = maps.out(join_values(output)[None]).reshape(clean.shape)
     expected_loss, expected = backward(prediction, target_of(c, clean, noise, signal, share), adapter)
