@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import diffusers  # noqa: F401  # a run has imported it before it reads a model, whose memory is measured here
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
