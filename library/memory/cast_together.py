@@ -46,11 +46,9 @@ class JoinedProduct:
     def __call__(self, index: int, x: Tensor) -> Tensor:
         """Return the product (..., R) of x (..., I) and the factor at `index`."""
         if x is not self._input:  # a cross-attention's keys have another input than its queries
-            rows_JI, ranks = self.weight_JI[sum(self.ranks[:index]) :], self.ranks[index:]
-            self._input, self._products = (
-                x,
-                dict(enumerate(linear(x, rows_JI).split_with_sizes(list(ranks), -1), index)),
-            )
+            rows_JI, ranks = self.weight_JI[sum(self.ranks[:index]) :], list(self.ranks[index:])
+            products = linear(x, rows_JI).split_with_sizes(ranks, -1)
+            self._input, self._products = x, dict(enumerate(products, index))
         return self._products[index]
 
 
@@ -121,7 +119,8 @@ class CastTogether(torch.autograd.Function):
     def forward(ctx: Any, dtype: torch.dtype, sizes: Sequence[int], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.dtype = tensors[0].dtype
-        groups, alone = apart(sizes, tensors)
+        rest = iter(tensors)
+        groups, alone = [list(islice(rest, size)) for size in sizes], list(rest)
         ctx.rows = [[len(tensor) for tensor in group] for group in groups]
         joined = [
             group[0].new_empty(sum(rows), *group[0].shape[1:], dtype=dtype)
@@ -144,12 +143,6 @@ class CastTogether(torch.autograd.Function):
         copy_all(copies, given)
         copied = iter(copies)
         return None, None, *(None if part is None else next(copied) for part in parts)
-
-
-def apart(sizes: Sequence[int], tensors: Sequence[Tensor]) -> tuple[list[Sequence[Tensor]], Sequence[Tensor]]:
-    """Return (the tensors of each joined one, the others)."""
-    rest = iter(tensors)
-    return [list(islice(rest, size)) for size in sizes], list(rest)
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
