@@ -147,7 +147,7 @@ def test_a_class_whose_package_is_missing_names_it(
 def test_a_pipeline_whose_part_lacks_its_package_names_it(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of Cosmos build a checker of what they draw, unless they are given one."""
+    """Cosmos' classes build a checker of the drawn images, unless they are given one."""
     from diffusers.pipelines.cosmos.pipeline_cosmos2_text2image import CosmosSafetyChecker
 
     model, begin = tmp_path / "model", diffusers.AuraFlowPipeline.__init__

@@ -280,7 +280,7 @@ def test_gpus_are_found_as_people_write_them(text: str, names: list[str]) -> Non
 
 
 def test_the_timings_of_the_first_day_fit_their_budget() -> None:
-    """As counted, with the context of CUDA, which the budget excludes."""
+    """The counted memory, with the context of CUDA, which the budget excludes."""
     page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     (line,) = (line for line in page.splitlines() if "gpu_step --models flux" in line)
     words = shlex.split(line)

@@ -438,7 +438,7 @@ DATA: Any = SimpleNamespace(identity={"images": "abc"})
 
 @dataclass(frozen=True)
 class LaterOptions(Options):
-    """What a later release adds."""
+    """An option that a later release adds."""
 
     something_new: float = option(0.5, help="Has an effect.")
 
