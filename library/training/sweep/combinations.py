@@ -229,11 +229,12 @@ def resolve_run_options(
         if values[name]:
             path = Path(values[name])
             overrides[name] = str(path.with_name(f"{path.stem}-{label}{path.suffix}"))
-    resolved = options.with_values(overrides)
-    if is_alpha_strength(resolved.network):
+    chosen_values = values | overrides
+    if is_alpha_strength(chosen_values["network_module"], chosen_values["network_args"]):
         for strength in strengths:
             if strength.rank_name in ranks:
-                resolved = resolved.with_values(strength.as_option(resolved.network, ranks[strength.rank_name]))
+                overrides |= strength.as_option(chosen_values["network_args"], ranks[strength.rank_name])
+    resolved = options.with_values(overrides)
     for line in find_idle_words(resolved, resolved.network, chosen):
         raise about("--sweep")(f"{line}")
     return resolved

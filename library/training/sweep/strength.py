@@ -28,12 +28,12 @@ class Strength:
         """Return an adapter's alpha; the given one if the network module chooses the rank."""
         return self.alpha * int(rank) / self.rank if rank.isdecimal() else self.alpha
 
-    def as_option(self, network: NetworkOptions, rank: str) -> dict[str, object]:
-        """Return the option that sets the alpha of an adapter with these options and this rank."""
+    def as_option(self, network_args: Sequence[str] | None, rank: str) -> dict[str, object]:
+        """Return the option that sets the alpha of an adapter with these arguments and this rank."""
         alpha = self.alpha_at(rank)
         if self.rank_name == NETWORK_DIM:
             return {"network_alpha": alpha}
-        other_arguments = [item for item in network.network_args or () if item.partition("=")[0] != "conv_alpha"]
+        other_arguments = [item for item in network_args or () if item.partition("=")[0] != "conv_alpha"]
         return {"network_args": [*other_arguments, f"conv_alpha={alpha:.9g}"]} if alpha != self.alpha else {}
 
 
@@ -83,10 +83,9 @@ def varied_ranks(
     return ranks
 
 
-def is_alpha_strength(network: NetworkOptions) -> bool:
+def is_alpha_strength(module: str | None, network_args: Sequence[str] | None) -> bool:
     """Return True if the strength is alpha / rank; with rslora one alpha suits all ranks."""
-    is_rotation = (network.network_module or "").startswith(ROTATIONS)
-    return not is_rotation and not is_switched_on(network.network_args, "rslora")
+    return not (module or "").startswith(ROTATIONS) and not is_switched_on(network_args, "rslora")
 
 
 def describe_strengths(
@@ -96,7 +95,7 @@ def describe_strengths(
 ) -> Iterator[str]:
     """Yield a line for each rank that varies with `words` of the sweep; `adapters` holds each adapter's options and its
     `varied_ranks`."""
-    affected = [ranks for network, ranks in adapters if is_alpha_strength(network)]
+    affected = [ranks for network, ranks in adapters if is_alpha_strength(network.network_module, network.network_args)]
     for strength in strengths if affected else ():
         name, alpha_name = (full.rpartition(".")[2] for full in (strength.rank_name, ALPHA_NAMES[strength.rank_name]))
         varied = dict.fromkeys(ranks[strength.rank_name] for ranks in affected if strength.rank_name in ranks)
