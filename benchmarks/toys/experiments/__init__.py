@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from benchmarks.toys.check_adapter import draw_images, draw_prompts
-from library.checkpoints.files import load_state_dict
+from library.base.errors import UserError
 from library.environment.running import child_environment
 from tools import start
 from tools.quickstart.sampling import GUIDANCE_SCALE, SAMPLING_STEPS, Prompt, count_right
@@ -18,7 +18,7 @@ from tools.quickstart.toy_world import KNOWN_SHAPES, QUICKSTART, ImageArray, loo
 
 CONFIG = "configs/quickstart/train.toml"
 BASE = start.ROOT / start.TOY_BASE
-HEARTS, KNOWN_WORLD = draw_prompts(("heart",), 84), draw_prompts(KNOWN_SHAPES, 21)
+HEARTS = draw_prompts(("heart",), 84)
 WIDE_WORLD = draw_prompts(KNOWN_SHAPES, 84)
 CAPTIONS = {file.read_text(encoding="utf-8").strip() for file in (QUICKSTART / "dataset").glob("*.txt")}
 TRAINED = [prompt for prompt in HEARTS if prompt.caption in CAPTIONS]
@@ -52,9 +52,12 @@ def count_shares(weights: dict[str, Tensor], *parts: Sequence[Prompt]) -> tuple[
     return tuple(count_right(images, prompts) / len(prompts) for images, prompts in of_parts)
 
 
-def measure(file: Path) -> tuple[float, ...]:
-    """Return the shares of 84 hearts and of 21 images of the known world."""
-    return count_shares(load_state_dict(file), HEARTS, KNOWN_WORLD)
+def find_hearts(folder: Path) -> Path:
+    """Return the quickstart's adapter of the seed whose folder of another experiment this is."""
+    hearts = folder.parents[1] / "quickstart" / folder.name / Path(start.ADAPTER).name
+    if not hearts.is_file():
+        raise UserError(f"{hearts} does not exist; name quickstart before {folder.parent.name}, which reads it")
+    return hearts
 
 
 def measure_split(
