@@ -10,7 +10,7 @@ class ConsoleOptions(Options, affects_training=False):
     """Destination and level of log lines."""
 
     console_log_level: str | None = option(None, usual=True, choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"))
-    """Least important messages to show, from DEBUG to CRITICAL. Unset shows INFO and above."""
+    """Least important messages to show, from DEBUG to CRITICAL, which shows errors too. Unset shows INFO and above."""
     console_log_file: str | None = option(None, path="new file")
     """File for the log messages; the terminal then shows errors only. Overwritten at the start of each run."""
     console_log_simple: bool = option(False, excludes={"log_events=-": "both write to standard output"})

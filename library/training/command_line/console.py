@@ -141,12 +141,12 @@ def start_run_log(options: ConsoleOptions) -> None:
 
 
 def resolve_log_level(options: ConsoleOptions) -> int:
-    """Return the lowest level to show; the default is INFO."""
+    """Return the lowest level to show; the default is INFO, and the error that ends a run is always shown."""
     name = options.console_log_level or "INFO"
     level = logging.getLevelName(name)
     if not isinstance(level, int):
         raise about("--console_log_level")(f"is {name}", "use DEBUG, INFO, WARNING, ERROR or CRITICAL")
-    return level
+    return min(level, logging.ERROR)
 
 
 def is_log(path: Path) -> bool:

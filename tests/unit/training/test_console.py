@@ -1,5 +1,6 @@
 """Destinations of log lines and of values sent to trackers."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -92,6 +93,10 @@ logging.error("it broke")
 def test_an_unknown_level_in_a_config_file_is_refused() -> None:
     with pytest.raises(ValueError, match="--console_log_level is LOUD"):
         resolve_log_level(ConsoleOptions(console_log_level="LOUD"))
+
+
+def test_no_level_hides_the_error_that_ends_a_run() -> None:
+    assert resolve_log_level(ConsoleOptions(console_log_level="CRITICAL")) == logging.ERROR
 
 
 @pytest.mark.parametrize(("level", "place"), [("None", "file"), ("'DEBUG'", "terminal"), ("None", "nowhere")])
