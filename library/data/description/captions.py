@@ -46,6 +46,22 @@ class CaptionRules:
         return self.fixed is None and (self.moves_tags or self.enable_wildcard)
 
 
+def find_idle_rules(rules: CaptionRules, texts: bytes) -> Iterator[str]:
+    """Yield why keys of captions have no effect, as continuations of "has no effect"; `texts` joins all captions."""
+    text = b"".join([(rules.caption_prefix or "").encode(), texts, (rules.caption_suffix or "").encode()])
+    where = "no caption has"
+    if rules.keep_tokens and not rules.moves_tags:
+        yield "keep_tokens has no effect: no tag moves without shuffle_caption, token_warmup_step or dropped tags"
+    if rules.shuffle_caption and rules.caption_separator.encode() not in text:
+        yield f"shuffle_caption has no effect: {where} the caption_separator {rules.caption_separator!r}"
+    for name in ("keep_tokens_separator", "secondary_separator"):
+        sign = getattr(rules, name)
+        if sign and sign.encode() not in text:
+            yield f"{name} has no effect: {where} {sign!r}"
+    if rules.enable_wildcard and not (b"{" in text or b"\n" in texts):
+        yield f"enable_wildcard has no effect: {where} braces or several lines"
+
+
 def compose_caption(
     text: str, rules: CaptionRules, rng: random.Random, epoch: int, step: int, max_train_steps: int
 ) -> str:

@@ -63,7 +63,7 @@ def load_dataset_config(options: TrainOptions) -> RunDataConfig:
         )
     fallbacks = option_values(options.flat())
     config = read_folders(data, fallbacks) if data.dataset_config is None else read_file(data, fallbacks)
-    warn_of_idle_masks(data, config)
+    warn_of_idle_options(data, config)
     return place_class_images(config, options.flat(), type(options).declarations())
 
 
@@ -120,14 +120,16 @@ def with_styles(content: Table, data: DatasetOptions) -> list[tuple[Table, Style
     return [(dataset, resolve_style(dataset, data.masked_loss)) for dataset in content.get("datasets", [])]
 
 
-def warn_of_idle_masks(data: DatasetOptions, config: RunDataConfig) -> None:
-    """Warn about options for masks that no subset can use."""
+def warn_of_idle_options(data: DatasetOptions, config: RunDataConfig) -> None:
+    """Warn about options for masks or for regularisation images that no subset can use."""
     subsets = [subset for dataset in config.datasets for subset in dataset.subsets]
     have_files = [bool(subset.conditioning_data_dir) for subset in subsets]
     if data.masked_loss and not any(have_files) and not any(subset.alpha_mask for subset in subsets):
         logger.warning("--masked_loss has no effect: no subset has masks; set conditioning_data_dir or alpha_mask")
     if data.alpha_mask and subsets and all(have_files):
         logger.warning("--alpha_mask has no effect: the masks of conditioning_data_dir are used")
+    if data.prior_loss_weight != type(data).prior_loss_weight and not any(subset.is_reg for subset in subsets):
+        logger.warning("--prior_loss_weight has no effect: no subset has regularisation images")
 
 
 # Reading
@@ -272,6 +274,8 @@ def warn_of_unused(general: Table, styles: set[Style], path: str) -> None:
 
 # Building
 
+BUCKET_SIZES = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
+
 
 def option_values(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of options that are defaults of keys, checked like values of the file. None means not given."""
@@ -324,6 +328,12 @@ def build_dataset(dataset: Table, general: Table, fallbacks: Table, style: Style
         raise error_in("resolution", cause="missing")(
             f"{place}['resolution'] is missing", "set it there, in [general], or with --resolution"
         )
+    # 0 is the step of a description in musubi-tuner's form, which gets limits of its own.
+    if not values["enable_bucket"] and values["bucket_reso_steps"]:
+        idle = [name for name in BUCKET_SIZES if values[name] != ALL_KEYS[name].default]
+        if idle:
+            verb = "have" if len(idle) > 1 else "has"
+            logger.warning("%s: %s %s no effect without enable_bucket", place, " and ".join(idle), verb)
     warn_if_given(NETWORK_MULTIPLIER, resolve_value(NETWORK_MULTIPLIER, tables), place)
     subsets = []
     for j, subset in enumerate(dataset["subsets"]):

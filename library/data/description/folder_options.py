@@ -35,6 +35,8 @@ def list_subsets(data: DatasetOptions) -> tuple[Style, list[Table]]:
             setting="--train_data_dir",
             path=folder,
         )
+    if data.dataset_repeats > 1:
+        logger.warning("--dataset_repeats is ignored: folders called N_name have their own repeats")
     if data.reg_data_dir:
         subsets += list_numbered_folders("--reg_data_dir", data.reg_data_dir, is_reg=True)
     return "dreambooth", subsets

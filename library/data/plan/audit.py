@@ -8,7 +8,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, compress
+from itertools import chain, compress, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,16 @@ from library.base.errors import list_few
 from library.base.formatting import format_count
 from library.data.decoding.images import parse_face
 from library.data.description.buckets import BucketRules, Size
-from library.data.description.captions import has_nested_wildcard, iterate_fullest_captions
+from library.data.description.captions import (
+    CaptionRules,
+    find_idle_rules,
+    has_nested_wildcard,
+    iterate_fullest_captions,
+)
 from library.data.plan.folder_audit import Line, folder_lines
-from library.data.plan.references import reference_lines
+from library.data.plan.references import is_transparent, reference_lines
 from library.data.plan.samples import Draws, Samples, find_duplicated_stems
+from library.data.scanned.columns import Texts
 from library.data.scanned.images import ScannedImages
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 from library.data.sources.storage.storage import Storage
@@ -28,6 +34,7 @@ from library.data.sources.storage.storage import Storage
 MOST_COUNTED_AT_START = 2000  # captions; tokenizing this many takes 0.2 s
 COUNTED_AT_ONCE = 16
 MOST_ENLARGED = 1.5  # upscaling factor above which the audit warns
+MOST_OPENED = 100  # images whose headers are searched for an alpha channel
 MOST_ALIKE = 8  # equal captions in a subset above which the audit warns
 MOST_SHOWN = 3  # images listed in a line
 MOST_REMEMBERED = 4096  # captions whose token counts are remembered
@@ -62,7 +69,7 @@ def audit_lines(
     for number, (dataset, rule) in enumerate(zip(datasets, rules, strict=True)):
         yield logging.INFO, f"dataset {number + 1}: {describe_size(rule)}, batch size {dataset.config.batch_size}"
         for index, subset in enumerate(dataset.subsets, first_subset):
-            own_lines = subset_lines(subset, num_draws[index], unused[index])
+            own_lines = chain(subset_lines(subset, num_draws[index], unused[index]), mask_lines(subset, storage))
             for level, text in chain(own_lines, folder_lines(subset), reference_lines(subset, storage, has_alpha)):
                 if level == logging.INFO or text not in warned:
                     yield level, text
@@ -77,6 +84,7 @@ def audit_lines(
         yield from warn_enlarged(samples, number)
         if not rule.enable_bucket:
             yield from cropping_lines(dataset, rule)
+    yield from idle_lines(datasets)
     yield from pair_lines(datasets)
     if limit is not None:
         yield from length_lines(datasets, limit)
@@ -112,6 +120,26 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
         is_nested = np.fromiter(map(has_nested_wildcard, subset.images.captions), dtype=bool)
         effect = "captions have nested braces, of which only the inner ones are alternatives"
         yield from warn_about(subset, is_nested, f"{source} {{}} {effect}")
+
+
+def mask_lines(subset: ScannedSubset, storage: Storage) -> Iterator[Line]:
+    """Yield a warning if alpha_mask is set and none of the first images has an alpha channel."""
+    config, first = subset.config, list(islice(subset.images, MOST_OPENED))
+    if config.alpha_mask and first and not any(is_transparent(image, storage) for image in first):
+        of_many = "" if len(first) == len(subset.images) else f" of the first {len(first)}"
+        effect = f"alpha_mask has no effect: no image{of_many} has an alpha channel"
+        yield logging.WARNING, f"  {config.source}: {effect}"
+
+
+def idle_lines(datasets: Sequence[ScannedDataset]) -> Iterator[Line]:
+    """Yield a warning for each key of captions that changes none of the captions for which it is set."""
+    texts_of: dict[CaptionRules, list[Texts]] = {}
+    for subset in chain.from_iterable(dataset.subsets for dataset in datasets):
+        if not subset.config.is_reg and subset.config.captions.fixed is None:
+            texts_of.setdefault(subset.config.captions, []).append(subset.images.captions)
+    for rules, columns in texts_of.items():
+        for text in find_idle_rules(rules, b"".join(column.content.tobytes() for column in columns)):
+            yield logging.WARNING, f"  {text}"
 
 
 def held_out_lines(trained: Sequence[ScannedDataset], held_out: Sequence[ScannedDataset]) -> Iterator[Line]:

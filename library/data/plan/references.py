@@ -143,9 +143,9 @@ def content_lines(images: ScannedImages, source: str, storage: Storage, has_alph
         )
 
 
-def is_transparent(reference: ScannedImage, storage: Storage) -> bool:
+def is_transparent(image: ScannedImage, storage: Storage) -> bool:
     """Return True if an image's header declares an alpha channel or transparent colour; False for images at URLs."""
-    if is_remote(reference.key):
+    if is_remote(image.key):
         return False
-    with open_image(reference.key, storage.content(reference)) as image:
-        return has_alpha(image)
+    with open_image(image.key, storage.content(image)) as file:
+        return has_alpha(file)

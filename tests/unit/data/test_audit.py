@@ -152,6 +152,36 @@ def test_nested_braces_are_reported(tmp_path, caplog):
     assert "1 captions have nested braces" in audit_log(write_one_subset(tmp_path, "enable_wildcard = true"), caplog)
 
 
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ("keep_tokens = 1", "keep_tokens has no effect: no tag moves"),
+        (
+            "caption_separator = ';'\nshuffle_caption = true",
+            "shuffle_caption has no effect: no caption has the caption_s",
+        ),
+        ("keep_tokens_separator = '|||'", "keep_tokens_separator has no effect: no caption has '|||'"),
+        ("secondary_separator = ';;;'", "secondary_separator has no effect: no caption has ';;;'"),
+        ("enable_wildcard = true", "enable_wildcard has no effect: no caption has braces or several lines"),
+        ("enable_wildcard = true\ncaption_prefix = '{a|the}'", ""),
+        ("shuffle_caption = true\nkeep_tokens = 1", ""),
+        ("keep_tokens_separator = 'ca'\nsecondary_separator = 'ca'", ""),
+    ],
+)
+def test_keys_that_change_no_caption_are_named(tmp_path, caplog, keys, line):
+    write_folder(tmp_path / "a", 2, caption="a cat, sitting")
+    text = audit_log(write_one_subset(tmp_path, keys), caplog)
+    assert line in text and text.count("WARNING") == bool(line)
+
+
+@pytest.mark.parametrize(("modes", "is_named"), [(["RGB", "RGB"], True), (["RGB", "RGBA"], False)])
+def test_alpha_masks_of_opaque_images_alone_are_named(tmp_path, caplog, modes, is_named):
+    for number, mode in enumerate(modes):
+        write_image(tmp_path / "a" / f"{number}.png", mode=mode).with_suffix(".txt").write_text("a tag")
+    text = audit_log(write_one_subset(tmp_path, "alpha_mask = true"), caplog)
+    assert ("alpha_mask has no effect: no image has an alpha channel" in text) == is_named
+
+
 def test_surplus_regularisation_images_are_counted(tmp_path, caplog):
     write_folder(tmp_path / "a", 1)
     write_folder(tmp_path / "r", 3)

@@ -191,6 +191,10 @@ def test_a_preserved_subset_may_have_one_caption(tmp_path: Path, caplog: pytest.
             "--reg_data_dir is ignored: with --conditioning",
         ),
         ("--masked_loss --conditioning_data_dir m --alpha_mask", "--alpha_mask has no effect: the masks of condition"),
+        (
+            "--in_json m.json --max_bucket_reso 2048",
+            "command line: max_bucket_reso has no effect without enable_bucket",
+        ),
         ("--masked_loss --in_json m.json", "--masked_loss has no effect: no subset has masks; set conditioning_data"),
         ("--masked_loss --in_json m.json --alpha_mask", ""),
     ],
@@ -198,6 +202,12 @@ def test_a_preserved_subset_may_have_one_caption(tmp_path: Path, caplog: pytest.
 def test_folder_options_without_effect_are_warned_about(arguments, message, caplog):
     load_dataset_config(options_of(f"--resolution 64 --train_data_dir a {arguments}"))
     assert message in caplog.text and bool(message) == bool(caplog.text)
+
+
+def test_repeats_of_numbered_folders_win_over_the_option(tmp_path, caplog):
+    (tmp_path / "2_a").mkdir()
+    load_dataset_config(options_of(f"--resolution 64 --train_data_dir {tmp_path} --dataset_repeats 3"))
+    assert "--dataset_repeats is ignored: folders called N_name have their own repeats" in caplog.text
 
 
 def test_general_keys_that_no_subset_can_use_are_warned_about(tmp_path, caplog):
