@@ -61,6 +61,17 @@ def test_the_documented_full_example_trains_and_loads_in_diffusers(
     assert num_loaded == sum(key.endswith(".alpha") for key in weights)
 
 
+def test_the_argument_named_like_the_parameter_of_modules_is_the_option(
+    train: Train, base_arguments: list[str], tmp_path: Path
+) -> None:
+    train([*base_arguments, "--network_dropout", "0.5"]).ok()
+    by_option = load_saved(tmp_path)
+    train([*base_arguments, "--network_args", "neuron_dropout=0.5"]).ok()
+    by_argument = load_saved(tmp_path)
+    assert by_option.keys() == by_argument.keys()
+    assert all(torch.equal(by_option[key], by_argument[key]) for key in by_option)
+
+
 @pytest.mark.parametrize("module", ["networks.lora", "networks.lora_fa", "networks.dylora"])
 def test_norms_stay_within_the_limit_and_are_shown_in_the_progress_bar(
     train: Train, base_arguments: list[str], tmp_path: Path, module: str

@@ -66,8 +66,7 @@ def create(options: NetworkOptions, module: NetworkModule, models: Models) -> An
             models.vae,
             text_encoder,
             denoiser,
-            neuron_dropout=options.network_dropout,
-            **keywords,
+            **({"neuron_dropout": options.network_dropout} | keywords),
         )
     if network is None:
         raise about("--network_module")(f"{module.name} made no network", "see its own messages above")
