@@ -44,7 +44,9 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: 
         from safetensors.torch import load_file
 
         require_dtypes(path, read_header(path))  # clearer errors for a damaged file
-        return dict(load_file(path, str(device)))
+        # Old versions of safetensors create tensors on torch's default device, such as "meta".
+        with torch.device(device):
+            return dict(load_file(path, str(device)))
     content = load_pickle(path, device, mmap)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]

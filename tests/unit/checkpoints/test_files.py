@@ -268,6 +268,13 @@ def test_every_dtype_of_a_safetensors_file_is_read(tmp_path):
     assert_contains_all(open_weights(tmp_path / "a.safetensors"))
 
 
+def test_a_file_is_read_on_the_named_device_whatever_the_default_is(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "a.safetensors")
+    with torch.device("meta"):
+        tensors = load_state_dict(tmp_path / "a.safetensors")
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
+
+
 @pytest.mark.parametrize("suffix", ["ckpt", "pt", "pth", "bin"])
 def test_every_dtype_of_a_pickle_is_read(tmp_path, suffix):
     torch.save({"state_dict": TENSORS, "epoch": 3}, tmp_path / f"a.{suffix}")
