@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.results_page import PAGE, put_into
 from benchmarks.runner import measurement
+from library.architectures.specs import recognise_base_model
 from library.base.command_parser import make_parser
 from library.base.formatting import format_gib
 from library.commands.counted_plan import count
@@ -30,6 +31,7 @@ from library.memory.planner.known import FILE, KnownFormat, KnownMode, KnownMode
 from library.memory.planner.prediction import CountedStep, MemoryMode, apply_mode, pass_work, predict
 from library.memory.planner.weights import StorageCost
 from library.options.config_file import read_toml
+from library.options.model import BASE_FLAG
 from library.training.command_line.recipes import FOLDER, list_recipes
 from library.training.planning.settings import describe
 from tests.contracts.header_only import FULL_SIZE, FullSize
@@ -60,12 +62,14 @@ def count_model(title: str) -> KnownModel:
         arguments = arguments_for(model, Path(folder) / "model")
         step, unfused = (count(model.script, arguments, is_fused)[1].step for is_fused in (True, False))
         disk = sum(map(size_of_data, Path(folder).rglob("*.safetensors")))
+        spec = recognise_base_model(BASE_FLAG, arguments[arguments.index(BASE_FLAG) + 1])
         print(f"{title}: {time.process_time() - began:.1f} CPU seconds", file=sys.stderr)
     modes = [replace(mode, weight_format=None) for mode in Allowed().modes()]
     known_modes = [known_mode(step, mode) for mode in modes]
     unfused_modes = [known_mode(unfused, mode) for mode in modes]
     return KnownModel(
         title,
+        spec.name,
         model.side,
         num_passes(model, arguments),
         disk // MIB,

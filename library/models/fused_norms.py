@@ -17,6 +17,10 @@ def modulated_norm_of(x_BTM: Tensor, shift_B1M: Tensor | None, scale_B1M: Tensor
     return y_BTM if shift_B1M is None else y_BTM + shift_B1M
 
 
+def parted_norm_of(x_BTM: Tensor, scale_B1M: Tensor, second_B1M: Tensor, is_second_T1: Tensor) -> Tensor:
+    return modulated_norm_of(x_BTM, None, torch.where(is_second_T1 > 0, second_B1M, scale_B1M))
+
+
 def scaled_norm_of(x_BTM: Tensor, weight_M: Tensor, scale_B1M: Tensor | None) -> Tensor:
     y_BTM = functional.rms_norm(x_BTM, weight_M.shape, weight_M, eps=1e-5)
     return y_BTM if scale_B1M is None else y_BTM * scale_B1M
@@ -40,6 +44,10 @@ def modulated_rms_norm(eps: float) -> Fused:
 
 def gated_sum_of(x_BTM: Tensor, gate_B1M: Tensor, y_BTM: Tensor) -> Tensor:
     return x_BTM + gate_B1M * y_BTM
+
+
+def parted_sum_of(x_BTM: Tensor, gate_B1M: Tensor, second_B1M: Tensor, y_BTM: Tensor, is_second_T1: Tensor) -> Tensor:
+    return gated_sum_of(x_BTM, torch.where(is_second_T1 > 0, second_B1M, gate_B1M), y_BTM)
 
 
 def gated_norm_sum_of(x_BTM: Tensor, gate_B1M: Tensor | None, y_BTM: Tensor, weight_M: Tensor) -> Tensor:
@@ -92,6 +100,8 @@ modulated_norm = Fused(modulated_norm_of, {0: (0, 2), 1: (), 2: (0,)})
 scaled_norm = Fused(scaled_norm_of, {0: (0, 1, 2), 1: (0, 2), 2: (0, 1)})
 shifted_norm = Fused(shifted_norm_of, {0: (0, 1, 2), 1: (0, 2), 2: (0, 1), 3: ()})
 gated_sum = Fused(gated_sum_of, {0: (), 1: (2,), 2: (1,)})
+parted_norm = Fused(parted_norm_of, {0: (0, 1, 2, 3), 1: (0, 3), 2: (0, 3)})
+parted_sum = Fused(parted_sum_of, {0: (), 1: (3, 4), 2: (3, 4), 3: (1, 2, 4)})
 gated_norm_sum = Fused(gated_norm_sum_of, {0: (), 1: (2, 3), 2: (1, 2, 3), 3: (1, 2)})
 silu_product = Fused(silu_product_of, {0: (0, 1), 1: (0, 1)})
 sigmoid_product = Fused(sigmoid_product_of, {0: (1,), 1: (0, 1)})

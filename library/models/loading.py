@@ -269,7 +269,8 @@ def read_as(weights: Weights, name: str, expected: Tensor, dtype: torch.dtype, l
     """
     source = weights.read.places.get(name) if isinstance(weights.read, FromFiles) else None
     layout = layout if expected.ndim == 4 else torch.contiguous_format
-    if source is None or source.dtype == dtype or not source.dtype.is_floating_point or expected.ndim < 2:
+    is_stored_so = source is not None and source.dtype == dtype and expected.is_contiguous(memory_format=layout)
+    if source is None or is_stored_so or not source.dtype.is_floating_point or expected.ndim < 2:
         return cast(read_number(weights, name, expected), dtype, layout)
     return join_pieces(source.pieces(BYTES_IN_CACHE), torch.empty(expected.shape, dtype=dtype, memory_format=layout))
 

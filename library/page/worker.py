@@ -21,6 +21,8 @@ from uuid import uuid4
 
 from library.base.atomic_files import write_whole
 from library.base.errors import UserError, of_file
+from library.memory.planner.gpus import Gpu, MemorySize, find_card, find_system, typical_gpu
+from library.memory.planner.known import find_model, plan
 from library.page.hub import download, find_logins, list_published
 from library.page.model_folders import find_models
 from library.page.settings import describe_error, list_settings, read_settings
@@ -29,6 +31,9 @@ from library.training.run_queue.folder import Queue
 
 Say = Callable[..., None]
 LR_NAMES = ("learning_rate", "unet_lr", "text_encoder_lr")
+WAYS = {"--gradient_checkpointing": "recomputed", "--cpu_offload_checkpointing": "inputs", "int8": "int8", "nf4": "nf4",
+        "--blocks_to_swap": "streamed"}  # fmt: skip
+"""Words of a planned configuration -> the text that says what they do."""
 
 
 # --- photos ---
@@ -216,23 +221,43 @@ def add_job(queue: Queue, config: Path, script: str) -> str:
 def find_bases(inputs: Mapping[str, Any], say: Say) -> dict[str, Any]:
     """Recognise the base models in the folders of other programs; only headers and configs are read."""
     paths = find_models([Path(folder) for folder in inputs["folders"]])
-    found = []
+    found, gpu = [], read_gpu()
     for number, path in enumerate(paths):
         say(done=number, total=len(paths))
-        described = describe_base(path)
+        described = describe_base(path, gpu)
         if described is not None:
             found.append(described)
-    return {"bases": found, "published": list_published(), "gpu_bytes": read_gpu_bytes()}
+    return {"bases": found, "published": list_published()}
 
 
-def read_gpu_bytes() -> int | None:
-    """Return the memory of the first GPU; None without one."""
+def read_gpu() -> Gpu | None:
+    """Return the first GPU; None without one."""
+    import psutil
     import torch
 
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    size, card = MemorySize(properties.total_memory), find_card(properties.name)
+    gpu = typical_gpu(size) if card is None else card.gpu(size.free_bytes)
+    return replace(gpu, main_memory_bytes=psutil.virtual_memory().available)
 
 
-def describe_base(path: Path) -> dict[str, Any] | None:
+def describe_fit(base: Any, gpu: Gpu | None) -> dict[str, Any] | None:
+    """Return how a usual training of a base model fits a GPU, as counted; None if neither is known."""
+    model = None if gpu is None else find_model(base.spec.name, base.num_values)
+    if gpu is None or model is None:
+        return None
+    planned = plan(model, gpu, find_system())
+    chosen = planned.chosen
+    return {
+        "gpu_bytes": gpu.memory_bytes,
+        "bytes": planned.least_bytes if chosen is None else chosen.device_bytes,
+        "ways": None if chosen is None else [way for option, way in WAYS.items() if option in chosen.options],
+    }
+
+
+def describe_base(path: Path, gpu: Gpu | None) -> dict[str, Any] | None:
     """Return a base model as values; None for a file that is none."""
     from library.train_photos.base import read_prediction, recognise
 
@@ -250,6 +275,7 @@ def describe_base(path: Path) -> dict[str, Any] | None:
         "bytes": sum(file.stat().st_size for file in files),
         "is_distilled": base.is_distilled,
         "prediction": None if predicted is None else predicted.prediction,
+        "fit": describe_fit(base, gpu),
     }
 
 

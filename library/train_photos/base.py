@@ -2,9 +2,10 @@
 
 import gc
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -33,6 +34,7 @@ Kind = Literal["character", "style"]
 Prediction = Literal["epsilon", "v"]
 NUM_MEASURED = 5  # photos
 CLEAR = 0.7  # a model's loss as what it predicts is at most this share of its loss as the other
+DENOISER = "model.diffusion_model."  # in files that also hold encoders or a VAE
 V_MARK, TERMINAL_MARK = "v_pred", "ztsnr"  # tensors that some checkpoints carry for programs
 DISTILLED_WORDS = frozenset(("schnell", "klein", "lightning", "hyper", "lcm", "dmd", "dmd2"))
 DISTILLED = DistilledRelease("a clear file name", DISTILLED_WORDS, frozenset(("raw",)))  # of any base model
@@ -45,7 +47,7 @@ class Base:
     name: str  # as the scripts take it: an absolute path, or a name on the hub
     path: Path
     spec: BaseModelSpec
-    tensors: frozenset[str]  # names in the file of the denoiser
+    tensors: Mapping[str, Sequence[int]]  # shapes by name, in the file of the denoiser
 
     @property
     def values(self) -> dict[str, Any]:
@@ -60,6 +62,12 @@ class Base:
     @property
     def title(self) -> str:
         return (read_pipeline_class(self.path) if self.spec.is_general else "") or self.spec.title
+
+    @property
+    def num_values(self) -> int:
+        """The number of values of the denoiser."""
+        inside = [name for name in self.tensors if name.startswith(DENOISER)]
+        return sum(prod(self.tensors[name]) for name in inside or self.tensors)
 
     @property
     def called(self) -> str:
@@ -78,14 +86,14 @@ def recognise(name: str, bar: type[Any] | None = None) -> Base:
     return Base(str(path.absolute()) if is_local else name, path.absolute(), spec, list_tensors(path))
 
 
-def list_tensors(path: Path) -> frozenset[str]:
-    """Return the names of the tensors of a file, or of the denoiser in a diffusers folder."""
+def list_tensors(path: Path) -> Mapping[str, Sequence[int]]:
+    """Return the shapes of the tensors of a file, or of the denoiser in a diffusers folder."""
     if path.is_dir():
         found = (find_weight_file(path / part, part) for part in ("transformer", "unet"))
         file = next((file for file in found if file is not None), None)
     else:
         file = path
-    return frozenset() if file is None else frozenset(model_lookup.open_file(FLAG, file).shapes)
+    return {} if file is None else model_lookup.open_file(FLAG, file).shapes
 
 
 # --- the recipe ---

@@ -53,6 +53,24 @@ def make_plan(tab: Tab, steps: int) -> None:
     tab.see(f"batches of 8, {steps} steps")
 
 
+def test_dropped_photos_of_any_name_are_taken_with_their_captions(tmp_path: Path) -> None:
+    """As macOS names screenshots, and as no Windows writes them; `._` files are macOS' own, of other disks."""
+    names = ["Shot at 10.00\u202fAM", 'a<b>:"?*', "a<b>|?*:", "x" * 240, "\U0001f468\u200d\U0001f469"]
+    (tmp_path / "mine").mkdir()
+    for number, name in enumerate(names):
+        shutil.copy(PHOTOS / f"heart_{number:02}.png", tmp_path / "mine" / f"{name}.Png")
+        (tmp_path / "mine" / f"{name}.TXT").write_text(f"caption {number}")
+    (tmp_path / "mine" / "._a.png").write_bytes(b"x")
+    with serving(tmp_path / "suite") as server, browsing(tmp_path) as browser:
+        tab = browser.open(server.address.first_url)
+        tab.see("Train a LoRA on your photos")
+        tab.drop(".drop", sorted((tmp_path / "mine").iterdir()))
+        tab.see(f"{len(names)} of {len(names)} photos are trained")
+        captions = tab.run("[...document.querySelectorAll('textarea')].map((one) => one.value)")
+        assert sorted(captions) == [f"caption {number}" for number in range(len(names))]
+        assert browser.told == []
+
+
 def test_dropped_photos_become_a_file(tmp_path: Path) -> None:
     files = copy_photos(tmp_path / "mine", 6)
     (tmp_path / "mine" / "broken.png").write_bytes(files[0].read_bytes()[:300])

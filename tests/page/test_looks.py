@@ -28,6 +28,7 @@ pytestmark = [in_browser, pytest.mark.slow]
 
 PHOTOS = ROOT / "configs" / "quickstart" / "dataset"
 AXE = Path(__file__).parent / "axe" / "axe.min.js"  # MPL 2.0, from https://github.com/dequelabs/axe-core
+FIT = {"bytes": 9.5 * 2**30, "gpu_bytes": 11.8 * 2**30}
 SIZES = ((390, 844), (1400, 900), (2560, 1300))
 RULES = "{runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa'], iframes: false}"
 RELOADS = """<!doctype html><title>report</title><body><script>
@@ -71,8 +72,11 @@ def fill(folder: Path) -> dict[str, str]:
     }
     store.write(draft.id, "plan.json", {**planned, "digest": draft.digest})
     facts = {"family": "Stable Diffusion 1.x", "bytes": 2 * 10**9, "is_distilled": True, "prediction": "v"}
-    bases = [{"path": f"/models/{name}.safetensors", "name": f"{name}.safetensors", **facts} for name in ("one", "two")]
-    store.write("bases", "bases.json", {"bases": bases, "folders": [], "published": PUBLISHED, "gpu_bytes": 10**9})
+    bases = [
+        {"path": f"/models/{name}.safetensors", "name": f"{name}.safetensors", **facts, "fit": {**FIT, "ways": ways}}
+        for name, ways in (("one", ["recomputed", "int8"]), ("two", None))
+    ]
+    store.write("bases", "bases.json", {"bases": bases, "folders": [], "published": PUBLISHED})
     job = Job("train_network.py", str(folder / "cat.toml"), "", (), str(folder), str(folder / "cat"), None)
     write_whole(store.stopped / f"{id_of(job)}.json", job.as_text())
     (folder / f"cat{ENDING}").write_text(RELOADS)
@@ -132,9 +136,10 @@ def test_axe_finds_nothing_and_no_width_scrolls_sideways(opened: Any, name: str)
     assert opened[1].told == []
 
 
-def test_the_bases_say_what_is_too_large_and_what_the_hub_has(opened: Any) -> None:
+def test_the_bases_say_how_they_fit_and_what_the_hub_has(opened: Any) -> None:
     tab = open_view(opened, "base", *SIZES[1])
-    tab.see("larger than the 1 GB of this GPU")
+    tab.see("fits this GPU: 9.5 of 11.8 GiB, recomputed, in 8 bits")
+    tab.see("does not fit this GPU: 9.5 of 11.8 GiB")
     tab.click("Download a base model from the Hugging Face hub")
     tab.see("one.safetensors · 6.9 GB · MIT")
     assert tab.run("document.querySelector('details a').href") == "https://huggingface.co/me/one"

@@ -68,7 +68,7 @@ HEARTS, TOY = "configs/quickstart/dataset", "configs/quickstart/toy_base"
 
 def base_of(spec: str, name: str, *tensors: str) -> Base:
     (found,) = (candidate for candidate in list_specs() if candidate.name == spec)
-    return Base(name, Path(name), found, frozenset(tensors))
+    return Base(name, Path(name), found, dict.fromkeys(tensors, ()))
 
 
 def order_of(base: Base, kind: Kind, folders: Sequence[PhotoFolder], trigger: Trigger) -> RunOrder:
@@ -351,7 +351,7 @@ def write_adapter(path: Path, base: Base) -> Path:
 def test_a_step_distilled_base_takes_its_training_adapter_beside_it_or_of_the_models(tmp_path: Path) -> None:
     (tmp_path / "diffusion_models").mkdir()
     path = tmp_path / "diffusion_models" / "z_image_turbo_bf16.safetensors"
-    base = Base(str(path), path, base_of("zimage", "x").spec, frozenset())
+    base = Base(str(path), path, base_of("zimage", "x").spec, {})
     published, found = find_training_adapter(base, {}, tmp_path)
     assert published is not None and found is None and "ostris/zimage_turbo_training_adapter" in str(published)
     write_adapter(tmp_path / "loras" / "my_cat.safetensors", base)

@@ -21,7 +21,7 @@ from library.base.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
 from library.memory.fused_kernels import fuses
-from library.models.fused_norms import modulated_norm, rotated_norm, silu_product
+from library.models.fused_norms import modulated_norm, parted_norm, parted_sum, rotated_norm, silu_product
 from library.models.patches import patchify, unpatchify
 from library.models.rotary import Rope, Rotary, apply_rope
 from library.models.shapes import ShapeReader
@@ -184,6 +184,21 @@ def scaled_norm(x_BTM: Tensor, scale_B1M: Tensor) -> Tensor:
     return modulated_norm(x_BTM, None, scale_B1M)
 
 
+def scale_parts(x_BTM: Tensor, scales_B2M: Tensor, is_noisy_T1: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Normalize tokens and scale them by 1 + the scales of their part, clean or noisy."""
+    if fuses(x_BTM):
+        return parted_norm(x_BTM, scales_B2M[:, :1], scales_B2M[:, 1:], is_noisy_T1)
+    return by_parts(scaled_norm, lengths, [x_BTM], [scales_B2M])
+
+
+def gate_parts(x_BTM: Tensor, gates_B2M: Tensor, y_BTM: Tensor, is_noisy_T1: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Add tokens `y_BTM` times the tanh of the gates of their part."""
+    gates_B2M = gates_B2M.tanh()
+    if fuses(x_BTM):
+        return parted_sum(x_BTM, gates_B2M[:, :1], gates_B2M[:, 1:], y_BTM, is_noisy_T1)
+    return add_gated(x_BTM, gates_B2M, y_BTM, lengths)
+
+
 class QwenImageTransformerBlock(nn.Module):
     """Attention and a feed-forward layer, scaled and gated by modulation that all blocks share.
 
@@ -196,7 +211,13 @@ class QwenImageTransformerBlock(nn.Module):
         self.img_mlp = FeedForward(config)
 
     def forward(
-        self, x_BTM: Tensor, modulation_BV4: Tensor, rope: Rope, segments: Segments, mask: Tensor | None
+        self,
+        x_BTM: Tensor,
+        modulation_BV4: Tensor,
+        rope: Rope,
+        segments: Segments,
+        mask: Tensor | None,
+        is_noisy_T1: Tensor,
     ) -> Tensor:
         """Return the tokens, BTM.
 
@@ -205,10 +226,10 @@ class QwenImageTransformerBlock(nn.Module):
         """
         lengths = segments[-1][1], x_BTM.shape[1] - segments[-1][1]
         scale_1, gate_1, scale_2, gate_2 = modulation_BV4.chunk(4, dim=-1)
-        scaled = by_parts(scaled_norm, lengths, [x_BTM], [scale_1])
-        x_BTM = add_gated(x_BTM, gate_1.tanh(), self.attn(scaled, rope, segments, mask), lengths)
-        scaled = by_parts(scaled_norm, lengths, [x_BTM], [scale_2])
-        return add_gated(x_BTM, gate_2.tanh(), self.img_mlp(scaled), lengths)
+        scaled = scale_parts(x_BTM, scale_1, is_noisy_T1, lengths)
+        x_BTM = gate_parts(x_BTM, gate_1, self.attn(scaled, rope, segments, mask), is_noisy_T1, lengths)
+        scaled = scale_parts(x_BTM, scale_2, is_noisy_T1, lengths)
+        return gate_parts(x_BTM, gate_2, self.img_mlp(scaled), is_noisy_T1, lengths)
 
 
 class LastNorm(nn.Module):
@@ -278,8 +299,9 @@ class QwenImage21(nn.Module):
         modulation_X4 = self.modulation(vec_XM)
         clean_B4 = modulation_X4[-1:].expand(len(sigmas_B), -1)
         modulation_BV4 = torch.stack([clean_B4, modulation_X4[:-1]], dim=1)
+        is_noisy_T1 = torch.arange(x_BTM.shape[1], device=device)[:, None] >= num_clean
         for block in self.transformer_blocks:
-            x_BTM = self.runner(block, x_BTM, modulation_BV4, rope, segments, mask)
+            x_BTM = self.runner(block, x_BTM, modulation_BV4, rope, segments, mask, is_noisy_T1)
         # A copy, because autograd saves it, and a view would keep the whole sequence.
         velocity_BTC = self.proj_out(self.norm_out(x_BTM[:, num_clean:].contiguous(), vec_XM[:-1]))
         return unpatchify(velocity_BTC, *sides[-1], 1)

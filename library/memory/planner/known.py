@@ -13,6 +13,7 @@ from library.memory.planner.speed import StepSpeed, Work
 
 FILE = Path(__file__).with_name("models.json")  # written by benchmarks/plan_models.py
 MIB = 2**20
+MOST_TIMES = 1.2  # larger or smaller than a model that was counted
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class KnownModel:
     """The counts of a usual training of a base model."""
 
     title: str
+    spec: str  # name of the `BaseModelSpec`
     side: int  # of the images, in pixels
     num_passes: int  # of its recipe
     disk_mib: int  # of the model's files
@@ -88,6 +90,15 @@ def read_model(entry: Mapping[str, Any]) -> KnownModel:
         for name in ("modes", "unfused_modes")
     }
     return KnownModel(**{**entry, **modes, "formats": [KnownFormat(**item) for item in entry["formats"]]})
+
+
+def find_model(spec: str, num_values: int) -> KnownModel | None:
+    """Return the model of this base model whose denoiser has about as many values; None if none was counted."""
+    models = [model for model in load_models() if model.spec == spec]
+    # A value has two bytes in bf16, the first format.
+    ratios = {2 * num_values / (model.formats[0].resident_mib[0] * MIB): model for model in models}
+    near = [ratio for ratio in ratios if 1 / MOST_TIMES < ratio < MOST_TIMES]
+    return ratios[min(near, key=lambda ratio: abs(ratio - 1))] if near else None
 
 
 def plan(model: KnownModel, gpu: Gpu, system: str) -> ModelPlan:

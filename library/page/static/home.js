@@ -4,7 +4,7 @@ import {browse} from "./browse.js";
 import {button, make, nameOf, note, post, t, upload} from "./dom.js";
 import {runRow} from "./runs.js";
 
-const IMAGE = /\.(jpe?g|png|webp|bmp|heic|heif|avif|jxl)$/i, CAPTION = /\.(txt|caption)$/;
+const IMAGE = /\.(jpe?g|png|webp|bmp|heic|heif|avif|jxl)$/i, CAPTION = /\.(txt|caption)$/i;
 
 /** Return the files below the entries of a drop. Each has a name of its own: those of folders below begin with theirs. */
 async function filesOf(transfer) {
@@ -28,17 +28,32 @@ async function filesOf(transfer) {
   return files;
 }
 
+/** Return a function that gives files names that every system takes; files of one stem keep one. */
+function cleaner() {
+  const stems = new Map();
+  return (name) => {
+    const at = name.lastIndexOf("."), stem = name.slice(0, at);
+    if (!stems.has(stem)) {
+      let clean = stem.replace(/\p{Z}/gu, " ").replace(/[\\/:*?"<>|\p{C}]/gu, "_");
+      if (new TextEncoder().encode(clean).length > 200) clean = [...clean].slice(0, 50).join("");
+      while ([...stems.values()].includes(clean)) clean += "_";
+      stems.set(stem, clean);
+    }
+    return stems.get(stem) + name.slice(at).toLowerCase();
+  };
+}
+
 /** Copy photos and captions to the server, and go to their view. */
 async function take(files, name, status) {
-  const taken = files.filter((file) => IMAGE.test(file.name) || CAPTION.test(file.name));
+  const taken = files.filter(({name}) => !name.startsWith(".") && (IMAGE.test(name) || CAPTION.test(name)));
   if (!taken.some((file) => IMAGE.test(file.name))) return note(t("home.nothing"));
   const others = files.filter((file) => !taken.includes(file) && !file.name.startsWith(".")).map((file) => file.name);
   if (others.length) note(t("home.others", {names: others.slice(0, 5).join(", ") + (others.length > 5 ? " …" : ""), count: others.length}));
-  const {id} = await post("/api/drafts", {is_upload: true, name});
+  const {id} = await post("/api/drafts", {is_upload: true, name}), clean = cleaner();
   for (const [done, file] of taken.entries()) {
     status.textContent = t("home.uploading", {done, total: taken.length});
     try {
-      await upload(`/api/upload/${id}/${encodeURIComponent(file.name)}`, file);
+      await upload(`/api/upload/${id}/${encodeURIComponent(clean(file.name))}`, file);
     } catch (error) {
       note(t("home.upload_failed", {name: file.name, reason: error.message}));
     }

@@ -85,6 +85,12 @@ export async function showPhotos(box, id) {
   });
 }
 
+function sayFit({bytes, gpu_bytes, ways}) {
+  const names = ways?.length ? ways : ["plain"];
+  const sizes = {needed: (bytes / 2 ** 30).toFixed(1), all: (gpu_bytes / 2 ** 30).toFixed(1)};
+  return t(ways ? "base.fits" : "base.unfit", {...sizes, ways: names.map((name) => t(`base.ways.${name}`)).join(", ")});
+}
+
 export async function showBase(box, id) {
   const path = `/api/drafts/${id}`, list = make("ul", {class: "list bases"}), status = make("div");
   const typed = make("input", {type: "text", spellcheck: "false"}), models = make("input", {type: "text", spellcheck: "false", onchange: () => choose({models: models.value.trim()})});
@@ -105,7 +111,7 @@ export async function showBase(box, id) {
 
   function row(base, chosen) {
     const size = t("base.size", {gb: (base.bytes / 1e9).toFixed(base.bytes < 1e9 ? 2 : 1)});
-    const facts = [base.family, size, base.prediction && t(`base.predicts_${base.prediction}`), base.is_distilled && t("base.distilled"), found.gpu_bytes && base.bytes > found.gpu_bytes && t("base.large", {gb: (found.gpu_bytes / 1e9).toFixed(0)})];
+    const facts = [base.family, size, base.prediction && t(`base.predicts_${base.prediction}`), base.is_distilled && t("base.distilled"), base.fit && sayFit(base.fit)];
     return make("li", {class: base.path === chosen ? "chosen" : null},
       make("div", {}, make("b", {}, base.name), make("div", {class: "dim"}, facts.filter(Boolean).join(" · ")), make("small", {class: "dim"}, base.path)),
       base.path === chosen ? make("span", {class: "mark"}, t("base.chosen")) : button(t("base.use"), () => choose({base: base.path}), {"aria-label": t("base.choose", {name: base.name})}));

@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from library.architectures.moss_image.model import situ, situ_halves
+from library.architectures.qwen_image_21 import model as qwen_image
 from library.base.determinism import deterministic_mode
 from library.base.errors import UserError
 from library.memory import fused_kernels as fused
@@ -37,6 +38,8 @@ from library.models.fused_norms import (
     gated_sum,
     modulated_norm,
     modulated_rms_norm,
+    parted_norm,
+    parted_sum,
     rotated_norm,
     rotated_norm_of_halves,
     scaled_norm,
@@ -47,6 +50,7 @@ from library.models.fused_norms import (
 )
 from library.models.next_dit import JointTransformerBlock, NextDiTConfig
 from library.models.rotary import Rotary, apply_rope
+from tests.tolerances import FLOAT32_SAME_MATH
 
 N, D, M = 4, 16, 256
 rotate, rotate_halves = rotated_norm(1e-6), rotated_norm_of_halves(1e-6)
@@ -98,6 +102,14 @@ CASES = {
     "gated sum": Case(gated_sum, lambda B, T: [(B, T, M), (B, 1, M), (B, T, M)], (0, 2)),
     "gated sum, adapted": Case(gated_sum, lambda B, T: [(B, T, M), (B, 1, M), (B, T, M)], (0, 1, 2)),
     "first gated sum": Case(gated_sum, lambda B, T: [(B, T, M), (B, 1, M), (B, T, M)], (1, 2)),
+    "norm of two parts": Case(parted_norm, lambda B, T: [(B, T, M), (B, 1, M), (B, 1, M), (T, 1)], (0,)),
+    "norm of two parts, adapted": Case(parted_norm, lambda B, T: [(B, T, M), (B, 1, M), (B, 1, M), (T, 1)], (0, 1, 2)),
+    "gated sum of two parts": Case(
+        parted_sum, lambda B, T: [(B, T, M), (B, 1, M), (B, 1, M), (B, T, M), (T, 1)], (0, 3)
+    ),
+    "gated sum of two parts, adapted": Case(
+        parted_sum, lambda B, T: [(B, T, M), (B, 1, M), (B, 1, M), (B, T, M), (T, 1)], (0, 1, 2, 3)
+    ),
     "gated norm": Case(gated_norm_sum, lambda B, T: [(B, T, M), (B, 1, M), (B, T, M), (M,)], (0, 2)),
     "gated norm, adapted": Case(gated_norm_sum, lambda B, T: [(B, T, M), (B, 1, M), (B, T, M), (M,)], (0, 1, 2, 3)),
     "norm without gate": Case(gated_norm_sum, lambda B, T: [(B, T, M), None, (B, T, M), (M,)], (0, 2)),
@@ -408,6 +420,27 @@ def test_a_block_of_moss_image_moves_about_as_much_per_token_as_one_of_klein() -
 
     assert megabytes("FLUX.2 klein 4B", 25, 64**2 + 512) < 1.9
     assert megabytes("MOSS-Image", 42, 64**2 + 300) < 2.0
+    assert megabytes("Qwen-Image 2.1", 32, 64**2 + 300) < 2.8  # a third wider than klein
+
+
+def test_a_fused_block_of_qwen_image_is_the_block_that_runs_its_parts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, T, num_clean = torch.Generator().manual_seed(32), 12, 5
+    config = qwen_image.QwenImage21Config(16, 64, 32, 96, 24, 1)
+    block = qwen_image.QwenImageTransformerBlock(config)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=generator)
+    x, rows = (torch.randn(2, *shape, generator=generator) for shape in ((T, 64), (2, 4 * 64)))
+    rope = Rotary((4, 14, 14))(torch.randint(0, 9, (T, 3), generator=generator), (9, 9, 9))
+    is_noisy_T1 = torch.arange(T)[:, None] >= num_clean
+    results = []
+    for is_fused in (False, True):
+        monkeypatch.setattr(qwen_image, "fuses", lambda x, is_fused=is_fused: is_fused)
+        leaves = [values.clone().requires_grad_() for values in (x, rows)]
+        y = block(*leaves, rope, ((0, num_clean, True),), None, is_noisy_T1)
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    for parts, whole in zip(*results, strict=True):
+        torch.testing.assert_close(whole, parts, **FLOAT32_SAME_MATH)
+    assert not torch.equal(rows[:, 0], rows[:, 1])
 
 
 # Rotary position embedding: complex and real arithmetic give the same rotation.

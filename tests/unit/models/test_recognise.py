@@ -16,7 +16,7 @@ from library.base.errors import NotThere, UserError
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.base_model_spec import BaseModelSpec, Shapes, Sign
 from library.checkpoints.recognition import recognise_adapter
-from library.checkpoints.weights import Weights, open_weights, select_weights
+from library.checkpoints.weights import Place, Weights, open_weights, select_weights
 from library.commands.base_models import open_base_model
 from library.memory.devices import move_to_device
 from library.models import loading
@@ -336,3 +336,15 @@ def test_weights_converted_while_loading_match_a_cast_by_torch(
     for name, value in loaded.items():
         assert torch.equal(value, tensors[name].to(torch.bfloat16).reshape(value.shape)), name
     assert loaded["0.weight"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_kernel_that_only_changes_its_layout_is_never_in_memory_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.device("meta"):
+        model = nn.Conv2d(5, 7, 3, bias=False)
+    kernel = torch.randn(7, 5, 3, 3, generator=torch.Generator().manual_seed(5108))
+    save_file({"weight": kernel}, tmp_path / "a.safetensors")
+    monkeypatch.setattr(Place, "read", lambda place: pytest.fail("read as a whole, besides its copy"))
+    loaded = materialise(model, open_weights(tmp_path / "a.safetensors"), torch.float32).state_dict()["weight"]
+    assert torch.equal(loaded, kernel) and loaded.is_contiguous(memory_format=torch.channels_last)

@@ -20,9 +20,12 @@ from library.commands.counted_plan import count
 from library.memory.devices import bytes_of
 from library.memory.planner import fakes, gpus
 from library.memory.planner.gpus import GIB, LINUX, TYPICAL, WINDOWS, find_system, parse_cards
-from library.memory.planner.known import FILE, load_models, plan
+from library.memory.planner.known import FILE, find_model, load_models, plan
 from library.memory.planner.steps import compute_peak_bytes
 from library.memory.planner.weights import StorageCost
+from library.options.model import BASE_FLAG
+from library.page.worker import describe_fit
+from library.train_photos.base import recognise
 from library.training.planning import counting
 from library.training.planning.fit import fit_to
 from tests.contracts.header_only import FULL_SIZE
@@ -239,6 +242,27 @@ def test_operations_are_counted_as_the_system_and_the_card_run_them(card: str, s
         (item.resident_mib[0] + mode.other_mib[item.name]) << 20 for item in klein.formats for mode in modes
     }
     assert klein.unfused_modes[0].other_mib["bf16"] > 1.2 * klein.modes[0].other_mib["bf16"]
+
+
+@pytest.mark.parametrize("title", FULL_SIZE)
+def test_a_base_model_is_found_by_its_kind_and_number_of_values(title: str, tmp_path: Path) -> None:
+    words = FULL_SIZE[title].build(tmp_path)
+    base = recognise(words[words.index(BASE_FLAG) + 1])
+    found = find_model(base.spec.name, base.num_values)
+    assert found is not None and found.title == title
+    for times in (0.5, 1.4):  # another model, or one in 4 bits; Anima's two are 1.4 times apart
+        other = find_model(base.spec.name, int(times * base.num_values))
+        assert other is None or other.title != title
+
+
+@pytest.mark.parametrize(("gib", "ways"), [(80, []), (12, ["streamed"]), (4, ["recomputed", "streamed"]), (1, None)])
+def test_the_page_says_how_a_base_model_fits(gib: int, ways: list[str] | None, tmp_path: Path) -> None:
+    words = FULL_SIZE["SDXL"].build(tmp_path)
+    (card,) = parse_cards("RTX 3060 12GB")
+    gpu = replace(card, memory_bytes=gib << 30)
+    fit = describe_fit(recognise(words[words.index(BASE_FLAG) + 1]), gpu)
+    assert fit is not None and fit["ways"] == ways and (fit["bytes"] <= fit["gpu_bytes"]) == (ways is not None)
+    assert describe_fit(recognise(str(ROOT / "configs" / "quickstart" / "toy_base")), gpu) is None
 
 
 def test_models_without_fused_operations_have_one_count() -> None:
