@@ -104,8 +104,10 @@ def split_resolutions(draft: Draft) -> tuple[Mapping[str, Any], ...]:
         draft.subsets[0] = {}
     for number in sorted(draft.subsets):
         keys = {**draft.general, **draft.subsets[number]}
-        if "image_dir" not in keys and "metadata_file" not in keys:
+        if not keys.keys() & {"image_dir", "metadata_file", "dataset_name"}:
             keys["image_dir"] = Line("", ("write your folder of images here",))
+        if "dataset_name" in keys and "class_tokens" in keys and "caption_column" not in keys:
+            keys["caption_column"] = Line("", keys["class_tokens"].origins)  # one caption for all images
         for side in as_list(keys["resolution"].value) if "resolution" in keys else [None]:
             sized = {} if side is None else {"resolution": Line(side, keys["resolution"].origins)}
             datasets.append({**keys, **sized})

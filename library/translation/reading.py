@@ -30,7 +30,18 @@ VERSION = 11  # of OneTrainer's files, that names/onetrainer.json knows
 PROCESSES = ("sd_trainer", "diffusion_trainer", "ui_trainer")  # of ai-toolkit, that train adapters
 CONFIG_EXTENSION = ".toml"
 SUBSETS = {
-    **dict.fromkeys(("instance_data_dir", "instance_prompt", "train_data_dir"), 0),
+    **dict.fromkeys(
+        (
+            "instance_data_dir",
+            "instance_prompt",
+            "train_data_dir",
+            "dataset_name",
+            "dataset_config_name",
+            "image_column",
+            "caption_column",
+        ),
+        0,
+    ),
     **dict.fromkeys(("with_prior_preservation", "class_data_dir", "class_prompt"), 1),
 }
 

@@ -195,7 +195,7 @@ USUAL_OF_DIFFUSERS = {
     "class_prompt": "use class_tokens and is_reg = true in the dataset file",
     "with_prior_preservation": "use is_reg in the dataset file",
     "num_class_images": "prompt and num",
-    "dataset_name": "data sets of the hub are not read",
+    "dataset_name": "use dataset_name in the dataset file",
     "caption_column": "use caption_column in the dataset file",
     "repeats": "use num_repeats in the dataset file",
     "center_crop": "use --random_crop, its opposite",

@@ -43,8 +43,8 @@ def first_of(candidates: Sequence[str], names: Sequence[str]) -> str | None:
 
 
 def find_columns(schema: Any, image: str | None, caption: str | None, references: Sequence[str], label: str) -> Columns:
-    """Find the columns of a file: the named ones, or else the first with a usual name. Raises UserError that lists
-    the columns."""
+    """Find the columns of a file: the named ones, or else the first with a usual name; no captions if that name is "".
+    Raises UserError that lists the columns."""
     names = list(schema.names)
     listed = f"it has {', '.join(names) or 'none'}"
     requested = (
@@ -53,12 +53,12 @@ def find_columns(schema: Any, image: str | None, caption: str | None, references
         *(("control_columns", reference) for reference in references),
     )
     for key, name in requested:
-        if name is not None and name not in names:
+        if name and name not in names:
             raise about(key)(f"is {name!r}, but {label} has no such column; {listed}")
     image = image or first_of((*IMAGE_COLUMNS, *URL_COLUMNS), names)
     if image is None:
         raise of_file(label)("has no image column with a usual name", f"set image_column, {listed}")
-    caption = caption or first_of(CAPTION_COLUMNS, names)
+    caption = first_of(CAPTION_COLUMNS, names) if caption is None else caption or None
     if caption is not None and not is_text(schema.field(caption).type):
         raise about("caption_column")(f"{caption!r} of {label} has {schema.field(caption).type}, but must be text")
     reference_columns = tuple(bytes_column(schema, reference) for reference in references)
