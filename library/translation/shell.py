@@ -52,7 +52,7 @@ def put_arrays(text: str) -> str:
     """Replace "${NAME[@]}" by the words of NAME=(…)."""
     for name, words in ARRAY.findall(text):
         joined = " ".join(line for line in words.splitlines() if not COMMENT.match(line))
-        text = re.sub(rf'"?\$\{{{name}\[@\]\}}"?', lambda match, joined=joined: joined, text)
+        text = re.sub(rf'"?\$\{{{name}\[@\]\}}"?', joined.replace("\\", r"\\"), text)
     return ARRAY.sub("", text)
 
 

@@ -142,13 +142,18 @@ def add(value: Any, entry: Equivalent, setting: Setting, draft: Draft, default: 
             raise Unanswered(f"{draft.program.title} has no such value for it") from error
     if value is not None:
         place(value, entry, setting, draft, Line(value, origins, is_weak))
+    add_companions(entry, setting, draft, origins)
+    return ("converted" if entry.beside else how), ""
+
+
+def add_companions(entry: Equivalent, setting: Setting, draft: Draft, origins: tuple[str, ...]) -> None:
+    """Add the settings that go with one, where the script has them."""
     for name, companion in entry.beside.items():
         table = draft.options if name in draft.known else draft.arguments if entry.argument else draft.general
         if entry.key and setting.subset is not None:
             table = draft.subsets.setdefault(setting.subset, {})
-        if table is not draft.general or entry.key:  # a script may lack a companion of an option
+        if table is not draft.general or entry.key:
             draft.put(table, name, Line(companion, origins, is_weak=True))
-    return ("converted" if entry.beside else how), ""
 
 
 def place(value: Any, entry: Equivalent, setting: Setting, draft: Draft, line: Line) -> None:

@@ -137,13 +137,18 @@ def dataset_identity(
         remaining = iter(scanned.captions)
         while block := list(islice(remaining, AT_ONCE)):
             captions.update("".join([f"{caption!a}\0" for caption in block]).encode())
-    of_hub = [subset for subset in scanned_as if subset.source_key == HUB_SOURCE]
-    commits = dict(name.split("@") for subset in of_hub for name in subset.patterns if re.fullmatch(COMMIT, name))
     return {
-        **({REVISIONS: commits} if commits else {}),
+        **list_commits(scanned_as),
         "num_pictures": len(samples),
         "num_batches": num_batches,
         "pictures": images.hexdigest(),
         "captions": captions.hexdigest(),
         "settings": blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16).hexdigest(),
     }
+
+
+def list_commits(subsets: Sequence[SubsetConfig]) -> dict[str, dict[str, str]]:
+    """Return the commits of data sets of the hub by their names, as a state has them; {} without any."""
+    names = [name for subset in subsets if subset.source_key == HUB_SOURCE for name in subset.patterns]
+    commits = dict(name.split("@") for name in names if re.fullmatch(COMMIT, name))
+    return {REVISIONS: commits} if commits else {}
