@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 OPTIONAL = (
-    "bitsandbytes", "dadaptation", "lion_pytorch", "pillow_heif", "prodigyopt", "pyarrow", "pynvml", "schedulefree",
-    "tensorboard", "wandb", "xformers",
+    "bitsandbytes", "dadaptation", "datasets", "lion_pytorch", "pillow_heif", "prodigyopt", "pyarrow", "pynvml",
+    "schedulefree", "tensorboard", "wandb", "xformers",
 )  # fmt: skip
 """The modules of packages that only some options or files need; no command fails without those that it was not asked
 for."""

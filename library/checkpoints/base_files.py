@@ -1,7 +1,7 @@
 """The files of a base model: a diffusers folder or a single file, in which flags may replace parts."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from library.base.errors import NotThere, about
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights
-from library.options.model import BASE_FLAG
+from library.options.model import BASE_FLAG, ModelOptions
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,11 @@ class BaseFiles:
     path: Path
     whole: Weights | None = None  # the tensors of a single file; None for a folder
     flag: str = BASE_FLAG  # for messages
+    variant: str | None = None  # in the names of the weight files that are opened
 
     def open_folder(self, name: str) -> tuple[dict[str, Any], Weights]:
         """Open one part of a diffusers folder: its configuration and weights. Raises NotThere if it is missing."""
-        return model_lookup.open_part(self.flag, self.path / name, name)
+        return model_lookup.open_part(self.flag, self.path / name, name, self.variant)
 
     def open_text_encoder(
         self, flag: str, name: str | None, folder: str, prefix: str
@@ -49,14 +50,21 @@ def open_files(flag: str, path: Path) -> BaseFiles:
     return BaseFiles(path, None if path.is_dir() else model_lookup.open_file(flag, path), flag)
 
 
-def open_base(name: str | None, give: str, folders: Iterable[str] = ()) -> BaseFiles:
+def open_base(model: ModelOptions, give: str, folders: Collection[str]) -> BaseFiles:
     """Open the base model of a run, downloading `folders` if it is a hub repository.
 
-    Raises UserError if there is no name; `give` says which option to set.
+    Raises UserError if there is no name, of which `give` says which option to set, and if nothing is of the variant.
     """
-    return open_files(
-        BASE_FLAG, model_lookup.find_model(BASE_FLAG, require_base_name(name, give), [(f,) for f in folders])
-    )
+    name = require_base_name(model.pretrained_model_name_or_path, give)
+    path = model_lookup.find_model(BASE_FLAG, name, [(f,) for f in folders], variant=model.variant)
+    check_variant(path, folders, model.variant)
+    return replace(open_files(BASE_FLAG, path), variant=model.variant)
+
+
+def check_variant(path: Path, folders: Iterable[str], variant: str | None) -> None:
+    """Raise NotThere if no part of a base model has files of a variant."""
+    if variant and not any(model_lookup.find_weight_file(path / folder, folder, variant) for folder in folders):
+        raise about("--variant", variant, kind=NotThere)(f"is in the name of no weight file of {path}", "remove it")
 
 
 def open_without_base(flag: str, name: str | None) -> tuple[BaseFiles, Weights]:

@@ -22,17 +22,19 @@ WEIGHT_STEMS = {"text_encoder": TEXT_STEMS, "text_encoder_2": TEXT_STEMS, "text_
 PLAIN_STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model")
 
 
-def find_model(flag: str, name: str, parts: Sequence[Sequence[str]], bar: type[Any] | None = None) -> Path:
+def find_model(
+    flag: str, name: str, parts: Sequence[Sequence[str]], bar: type[Any] | None = None, variant: str | None = None
+) -> Path:
     """Return the local file or folder of `name`, downloading it if `name` is a hub repository.
 
     `parts` lists what is needed from a repository: for each part, the folders that may contain it ("" is the top).
-    `bar` is the hub client's class of progress bars, or one like it.
-    Raises UserError saying what to do.
+    `variant` is in the names of the files that are wanted. `bar` is the hub client's class of progress bars, or one
+    like it. Raises UserError saying what to do.
     """
     path = Path(name).expanduser()
     # A mistyped path must end in an error with the nearest file name, not in a request to the hub.
     is_local = path.is_absolute() or path.suffix.lower() in WEIGHT_SUFFIXES or not re.fullmatch(HUB_NAME, name)
-    return existing(flag, name) if path.exists() or is_local else fetch_model(flag, name, parts, bar)
+    return existing(flag, name) if path.exists() or is_local else fetch_model(flag, name, parts, bar, variant)
 
 
 def existing(flag: str, name: str) -> Path:
@@ -43,17 +45,25 @@ def existing(flag: str, name: str) -> Path:
     return path
 
 
-def fetch_model(flag: str, name: str, parts: Sequence[Sequence[str]], bar: type[Any] | None = None) -> Path:
-    """Download the needed files of a diffusers repository: configurations, and the weights in one format.
+def fetch_model(
+    flag: str, name: str, parts: Sequence[Sequence[str]], bar: type[Any] | None = None, variant: str | None = None
+) -> Path:
+    """Download the needed files of a diffusers repository: configurations, and the weights in one format; of a part
+    that has `variant`, only that.
 
     Raises NotThere if the repository can neither be downloaded nor found in the cache.
     """
-    folders = [folder for part in parts for folder in part]
+    folders, lacking = [folder for part in parts for folder in part], list(parts)
     small_files = ["model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt"]
     small_files += [in_repository(folder, "config.json") for folder in folders]
     snapshot = Path()
-    for num_format in range(NUM_FORMATS):
-        weights = [in_repository(folder, file) for folder in folders for file in weight_files(folder)[num_format]]
+    for num_format in range(-1 if variant else 0, NUM_FORMATS):
+        weights = [
+            in_repository(folder, file)
+            for part in lacking
+            for folder in part
+            for file in (weight_files(folder)[num_format] if num_format >= 0 else variant_files(folder, str(variant)))
+        ]
         try:
             snapshot = fetch_snapshot(name, [*small_files, *weights], bar)
         except ConnectionError as error:
@@ -61,7 +71,9 @@ def fetch_model(flag: str, name: str, parts: Sequence[Sequence[str]], bar: type[
                 f"is neither a file nor a folder, and cannot be downloaded from the hub ({error}). "
                 "Check the path, or download the model elsewhere and use the path of its folder or file"
             ) from error
-        if all(any(find_weight_file(snapshot / folder, folder) for folder in part) for part in parts):
+        if num_format < 0:  # plain files that are cached do not count
+            lacking = [part for part in parts if not any(find_weight_file(snapshot / f, f, variant) for f in part)]
+        if all(any(find_weight_file(snapshot / folder, folder) for folder in part) for part in lacking):
             break
     return snapshot
 
@@ -112,6 +124,17 @@ def weight_files(kind: str) -> tuple[tuple[str, ...], ...]:
     )
 
 
+def variant_files(kind: str, variant: str) -> tuple[str, ...]:
+    """Return the possible names of a part's weight files of a variant; * matches the numbers of sharded files."""
+    endings = (f".{variant}.safetensors", f".safetensors.index.{variant}.json", f".{variant}-*-of-*.safetensors")
+    stem, pickled = WEIGHT_STEMS.get(kind, PLAIN_STEMS)
+    return (
+        *(f"{stem}{ending}" for ending in endings),
+        f"{stem}-*-of-*.{variant}.safetensors",
+        f"{pickled}.{variant}.bin",
+    )
+
+
 NUM_FORMATS = len(weight_files("unet"))
 
 
@@ -120,11 +143,8 @@ def find_weight_file(folder: Path, kind: str, variant: str | None = None) -> Pat
 
     With `variant`, such as "fp16", the name must contain it.
     """
-    formats = weight_files(kind)
-    if variant is None:
-        names = [name for names in formats for name in names if "*" not in name]
-    else:
-        names = [f"{name.stem}.{variant}{name.suffix}" for name in (Path(formats[0][0]), Path(formats[2][0]))]
+    formats = weight_files(kind) if variant is None else (variant_files(kind, variant),)
+    names = [name for names in formats for name in names if "*" not in name]
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
@@ -143,7 +163,8 @@ def open_model(flag: str, name: str, kind: str) -> tuple[dict[str, Any] | None, 
 def open_part(flag: str, folder: Path, kind: str, variant: str | None = None) -> tuple[dict[str, Any], Weights]:
     """Open the configuration and weights of the part `kind` of a diffusers folder: "unet", "vae", "text_encoder", ...
 
-    `folder` is the part's folder. Raises NotThere naming what is missing.
+    `folder` is the part's folder. Without files of `variant` its plain ones are opened, with a warning. Raises NotThere
+    naming what is missing.
     """
     if not (folder / "config.json").is_file():
         files = sorted(file.name for file in folder.parent.glob("*") if file.suffix.lower() in WEIGHT_SUFFIXES)
@@ -152,9 +173,11 @@ def open_part(flag: str, folder: Path, kind: str, variant: str | None = None) ->
             f"is not a diffusers folder: {folder / 'config.json'} is missing{hint}"
         )
     file = find_weight_file(folder, kind, variant)
+    if file is None and variant is not None:
+        file = find_weight_file(folder, kind)
+        logger.warning("--variant %s: %s has no such weights; taking %s", variant, folder, file)
     if file is None:
-        name, ending = weight_files(kind)[0][0], "" if variant is None else f".{variant}"
-        expected = f"{Path(name).stem}{ending}.safetensors"
+        expected = weight_files(kind)[0][0]
         raise NotThere(f"{flag}: {folder} has no weights; expected {expected} in it", setting=flag, path=folder)
     logger.info("%s: %s", kind, file)
     return read_model_config(folder), open_file(flag, file)

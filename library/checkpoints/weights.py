@@ -143,7 +143,7 @@ def open_weights(path: Path) -> Weights:
     Content, not the name, distinguishes safetensors from torch's pickles. Raises UserError naming the file if it is
     truncated, of another type, or a pickle with more than tensors.
     """
-    if path.name.endswith(".index.json"):
+    if path.suffix == ".json":  # model.safetensors.index.json, or index.fp16.json
         return open_sharded(path)
     if (first := FIRST_FILE.fullmatch(path.name)) is not None:
         return open_numbered(path, first[1], int(first[2]), first[3])

@@ -76,7 +76,7 @@ def open_dit(transformer: TransformerFile, options: LanguageModelOptions) -> Bas
     """
     replacements = {"text_encoder": options.parts.text_encoder, "vae": options.model.vae}
     return open_base(
-        options.model.pretrained_model_name_or_path,
+        options.model,
         f"the file of {transformer.title}'s transformer, or a diffusers folder",
         [folder for folder in ("transformer", "text_encoder", "vae") if replacements.get(folder) is None],
     )

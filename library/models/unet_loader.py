@@ -77,7 +77,7 @@ def open_unet_loader(
     Raises UserError naming the flag if a file is missing, broken, incomplete or another kind of model.
     """
     vae, inpaints = options.model.vae, options.dataset.train_inpainting
-    base = open_base(options.model.pretrained_model_name_or_path, GIVE, ("unet", "vae", *encoders))
+    base = open_base(options.model, GIVE, ("unet", "vae", *encoders))
     if base.whole is None:
         warn_of_other_prediction(base.path, options.model.v_parameterization)
     parts = open_parts(base)

@@ -46,6 +46,10 @@ class ModelOptions(Options):
     pretrained_model_name_or_path: str | None = option(None, path="model", usual=True, logged=False)
     """Base model that the adapter is trained on: a checkpoint file, a folder in diffusers layout, or a Hugging Face
     name, which may end in @ and a branch, tag or commit."""
+    variant: str | None = option(None)
+    """Variant of the weights in a folder in diffusers layout or a Hugging Face repository, such as fp16: the files with
+    it in their names, and no others are downloaded. A part without such files has its plain ones. Unset takes the plain
+    ones, or fp16 where there are no others."""
     v2: bool = option(False, usual=True)
     """The base model is Stable Diffusion 2.x."""
     v_parameterization: bool = option(False, usual=True)

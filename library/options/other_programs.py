@@ -6,9 +6,9 @@ or JSON file, and has one of `option` (several: that of the base model's script)
 `value` is what a mere switch stands for, `values` translate words (null: no equal), `convert` names how the value
 changes, `beside` are settings that go with it, and `note` is for people. `same` lists values, or is true for all of
 them, with which a `none` has the same effect as there. `only_with` lists settings that have to be on, be off (!name) or
-have one of some values (name=A|B); `otherwise` is what happens instead if they do not and it matters, and `zero_is_off`
-says that 0 is no value. `since` and `scripts` say which version and scripts have the name; without `scripts` all of
-them.
+have one of some values (name=A|B), joined by " & "; `otherwise` is what happens instead if they do not and it matters,
+and `zero_is_off` says that 0 is no value. `since` and `scripts` say which version and scripts have the name; without
+`scripts` all of them.
 """
 
 import json

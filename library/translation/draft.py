@@ -65,7 +65,7 @@ class Draft:
 
     def meets(self, conditions: str) -> bool:
         """Return True if the settings meet all of an entry's `only_with`."""
-        return all(self.meets_one(condition) for condition in conditions.split(" ")) if conditions else True
+        return all(self.meets_one(condition) for condition in conditions.split(" & ")) if conditions else True
 
     def meets_one(self, condition: str) -> bool:
         name, equals, words = condition.removeprefix("!").partition("=")

@@ -20,10 +20,11 @@ def finish(draft: Draft) -> None:
     choose_warmup(draft)
     choose_saves(draft)
     choose_buckets(draft)
+    if "train_inpainting" in draft.options:  # each image gets a mask in each draw
+        forget_weak(draft, "cache_latents_to_disk")
     if not ("network_train_unet_only" in draft.options and draft.options["network_train_unet_only"].value):
-        for name in ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"):
-            if name in draft.options and draft.options[name].is_weak:
-                del draft.options[name]  # a text encoder that is trained cannot be cached
+        # A text encoder that is trained cannot be cached.
+        forget_weak(draft, "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
     if draft.arguments:
         words = [f"{name}={to_word(line.value)}" for name, line in draft.arguments.items()]
         add_words(draft, "network_args", words, draft.arguments)
@@ -31,6 +32,13 @@ def finish(draft: Draft) -> None:
         words = [f"{name}={','.join(map(str, line.value)) if isinstance(line.value, list) else line.value}"
                  for name, line in draft.optimizer.items()]  # fmt: skip
         add_words(draft, "optimizer_args", words, draft.optimizer)
+
+
+def forget_weak(draft: Draft, *names: str) -> None:
+    """Drop options that are defaults."""
+    for name in names:
+        if name in draft.options and draft.options[name].is_weak:
+            del draft.options[name]
 
 
 def add_words(draft: Draft, name: str, words: list[str], lines: Mapping[str, Line]) -> None:
@@ -104,8 +112,10 @@ def split_resolutions(draft: Draft) -> tuple[Mapping[str, Any], ...]:
         draft.subsets[0] = {}
     for number in sorted(draft.subsets):
         keys = {**draft.general, **draft.subsets[number]}
-        if "image_dir" not in keys and "metadata_file" not in keys:
+        if not keys.keys() & {"image_dir", "metadata_file", "dataset_name"}:
             keys["image_dir"] = Line("", ("write your folder of images here",))
+        if "dataset_name" in keys and "class_tokens" in keys and "caption_column" not in keys:
+            keys["caption_column"] = Line("", keys["class_tokens"].origins)  # one caption for all images
         for side in as_list(keys["resolution"].value) if "resolution" in keys else [None]:
             sized = {} if side is None else {"resolution": Line(side, keys["resolution"].origins)}
             datasets.append({**keys, **sized})

@@ -14,7 +14,7 @@ from library.options.config_file import read_text
 from library.options.other_programs import MUSUBI_TUNER, SD_SCRIPTS, read_program, read_whole_program
 from library.translation.adapter_metadata import read_adapter
 from library.translation.configuration import Configuration, Setting, flatten, flatten_list
-from library.translation.shell import Command, read_commands, to_number
+from library.translation.shell import Command, read_commands, read_options, split_words, to_number
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,11 +26,25 @@ AI_TOOLKIT, ONETRAINER, SIMPLETUNER, DIFFUSERS, KOHYA_SS, LORA_EASY = (
 )  # fmt: skip
 MOST_BYTES = 4 << 20  # of a text file
 MOST_VALUES = 100_000  # of a YAML file, whose aliases repeat others
+WORDS_OF_KOHYA_SS = {"optimizer_args", "lr_scheduler_args"}  # in one text
+LYCORIS = "lycoris_config"  # of SimpleTuner: a file
+ADDITIONAL = "additional_parameters"  # of kohya_ss: a text with options of sd-scripts
 VERSION = 11  # of OneTrainer's files, that names/onetrainer.json knows
 PROCESSES = ("sd_trainer", "diffusion_trainer", "ui_trainer")  # of ai-toolkit, that train adapters
 CONFIG_EXTENSION = ".toml"
 SUBSETS = {
-    **dict.fromkeys(("instance_data_dir", "instance_prompt", "train_data_dir"), 0),
+    **dict.fromkeys(
+        (
+            "instance_data_dir",
+            "instance_prompt",
+            "train_data_dir",
+            "dataset_name",
+            "dataset_config_name",
+            "image_column",
+            "caption_column",
+        ),
+        0,
+    ),
     **dict.fromkeys(("with_prior_preservation", "class_data_dir", "class_prompt"), 1),
 }
 
@@ -50,7 +64,19 @@ def read_configuration(path: Path, flag: str) -> Configuration | None:
     with naming(flag, path, file=path):
         tables = parse_tables(text, path)
         found = None if tables is None else read_tables(tables, path)
-        return found or read_command_lines(text)
+        found = found or read_command_lines(text)
+        if found is None and tables is None and text.lstrip().startswith(("{", "//", "/*")):
+            refuse_damaged(text, path)
+        return found
+
+
+def refuse_damaged(text: str, path: Path) -> None:
+    """Raise UserError for text that looks like JSON and is none, such as one with comments."""
+    try:
+        parse_json(text)
+    except InvalidJson as error:
+        reason = f"is no JSON, which it begins as: {error}"
+        raise of_file(path, cause="unreadable")(reason, "mend it; JSON has no comments") from None
 
 
 def parse_tables(text: str, path: Path) -> Any:
@@ -99,6 +125,7 @@ def read_tables(tables: Any, path: Path) -> Configuration | None:
     readers: Mapping[str, Callable[[Mapping[str, Any], Path], Configuration]] = {
         "LoRA_type": read_kohya_ss, "training_method": read_onetrainer, "base_model_name": read_onetrainer,
         "model_family": read_simpletuner, "data_backend_config": read_simpletuner, "train_mode": read_lora_easy,
+        "general_args": read_lora_easy,
     }  # fmt: skip
     if isinstance(inner, dict) and "--model_family" in inner:
         return read_simpletuner(inner, path)
@@ -112,6 +139,11 @@ def read_ai_toolkit(config: Mapping[str, Any], path: Path) -> Configuration:
     process = processes[0] if processes and isinstance(processes[0], dict) else {}
     kind, names = process.get("type"), read_program(AI_TOOLKIT).keys()
     remarks = []
+    if "slider" in process or kind in ("textual_inversion", "extract", "generate"):
+        raise of_file(path, cause="does not fit")(
+            f"is no training on images (process type {kind})",
+            "train sliders with train_leco.py, or with --pair_slider of a training script",
+        )
     if kind not in PROCESSES:
         remarks.append(f"ai-toolkit's process type {kind} is not known; settings are read as those of {PROCESSES[0]}")
     if len(processes) > 1:
@@ -146,8 +178,9 @@ def read_onetrainer(config: Mapping[str, Any], path: Path) -> Configuration:
 
 
 def read_simpletuner(config: Mapping[str, Any], path: Path) -> Configuration:
-    names, remarks = read_program(SIMPLETUNER).keys(), list[str]()
+    names, remarks = read_program(SIMPLETUNER).keys() - {LYCORIS}, list[str]()
     own = {str(key).removeprefix("--"): value for key, value in config.items()}
+    own[LYCORIS] = read_named(own, LYCORIS, path) or own.get(LYCORIS)
     backends = read_named_list(own, "data_backend_config", path, remarks)
     images = [b for b in backends if isinstance(b, dict) and b.get("dataset_type", "image") == "image"]
 
@@ -160,24 +193,37 @@ def read_simpletuner(config: Mapping[str, Any], path: Path) -> Configuration:
 
 def read_named_list(config: Mapping[str, Any], name: str, path: Path, remarks: list[str]) -> list[Any]:
     """Return the JSON list in the file that a setting names, looked for where the trainer does and beside `path`."""
+    content = read_named(config, name, path)
+    if content is None and config.get(name):
+        remarks.append(
+            f"{name} is {config[name]}, which is not there: write your folder of images into the dataset file"
+        )
+    return content if isinstance(content, list) else []
+
+
+def read_named(config: Mapping[str, Any], name: str, path: Path) -> Any:
+    """Return the JSON in the file that a setting names, as `read_named_list` looks for it; None without such a file."""
     given = config.get(name)
     if not isinstance(given, str) or not given:
-        return []
+        return None
     candidates = [Path(given), *(folder / given for folder in path.absolute().parents), path.parent / Path(given).name]
     found = None
     with suppress(OSError, ValueError):  # no path can be so long, or has such a character
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if found is None:
-        remarks.append(f"{name} is {given}, which is not there: write your folder of images into the dataset file")
-        return []
-    content = parse_json(found.read_text(encoding="utf-8-sig"))
-    return content if isinstance(content, list) else []
+    return None if found is None else parse_json(found.read_text(encoding="utf-8-sig"))
 
 
 def read_kohya_ss(config: Mapping[str, Any], path: Path) -> Configuration:
     # Its forms write numbers as text.
     values = {key: to_number(value) if isinstance(value, str) else value for key, value in config.items()}
-    return Configuration(KOHYA_SS, tuple(flatten(values, values.keys())))
+    for name in WORDS_OF_KOHYA_SS & values.keys():
+        values[name] = str(values[name]).replace('"', "").split()
+    more = read_options(split_words(str(values.pop(ADDITIONAL, "") or "")))
+    settings = (
+        *flatten(values, values.keys()),
+        *(Setting(name, value, f"{ADDITIONAL} --{name}") for name, value in more),
+    )
+    return Configuration(KOHYA_SS, settings)
 
 
 def read_lora_easy(tables: Mapping[str, Any], path: Path) -> Configuration:
@@ -193,7 +239,7 @@ def read_lora_easy(tables: Mapping[str, Any], path: Path) -> Configuration:
         data["resolution"] = [data["resolution"]]  # one size; a list has several
     listed = tables.get("subsets")
     subsets = [{name: value for name, value in one.items() if value} for one in listed or () if isinstance(one, dict)]
-    names, mode = written.keys(), sections.get("train_mode", {}).get("train_mode")
+    names, mode = written.keys(), sections.get("train_mode", {}).get("train_mode", "lora")
     marks = {name: True for name in sections if name in read_whole_program(LORA_EASY).base and name != "train_mode"}
 
     def settings() -> Iterator[Setting]:
@@ -252,6 +298,8 @@ def read_command_lines(text: str) -> Configuration | None:
         remarks.append(f"only the first of {len(commands)} training commands is read: {command.script}")
     if command.unknown_variables:
         remarks.append(f"variables that the file does not set stay as they are: {', '.join(command.unknown_variables)}")
+    if command.comment:
+        remarks.append(f"behind a # in a command a shell reads nothing, and so it is here: {command.comment[:80]}")
     options = dict(command.options)
     for name, value in command.launch_options:
         if name == "mixed_precision":

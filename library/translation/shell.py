@@ -9,9 +9,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 SCRIPT = re.compile(r"(?:.*[/\\])?((?:train|\w+_train)_[\w.-]*|train)\.py", re.IGNORECASE)
-ASSIGNMENT = re.compile(r"(?:export\s+|set\s+|\$env:|\$)?([A-Za-z_]\w*)\s?=\s?(.*)", re.DOTALL)
-VARIABLE = re.compile(r"\$\{(\w+)\}|\$(\w+)|%(\w+)%")
-CONTINUED = re.compile(r"[ \t]*[\\^`][ \t]*\r?\n")  # of sh, cmd and PowerShell
+ASSIGNMENT = re.compile(r"(?:export\s+|set\s+(?:/a\s+)?|\$env:|\$)?([A-Za-z_]\w*)\s?=\s?(.*)", re.DOTALL)
+VARIABLE = re.compile(r"\$\{(\w+)(?:\[@\])?(?::-([^}]*))?\}|\$(\w+)|%(\w+)%")
+ARRAY = re.compile(r"^[ \t]*(\w+)=\(\s*(.*?)\s*\)[ \t]*$", re.DOTALL | re.MULTILINE)
+CONTINUED = re.compile(r"[ \t]*[\\^`][ \t]*(\r\n?|\n)")  # of sh, cmd and PowerShell
 OPERATORS = (";", "&", "&&", "|", "||")
 COMMENT = re.compile(r"\s*(#|::|rem\b|@?echo\b)", re.IGNORECASE)
 
@@ -24,23 +25,35 @@ class Command:
     options: tuple[tuple[str, Any], ...]
     launch_options: tuple[tuple[str, Any], ...]  # of accelerate
     unknown_variables: tuple[str, ...]  # that the text does not set
+    comment: str = ""  # behind a # in the command, where a shell stops reading
 
 
 def read_commands(text: str) -> list[Command]:
     """Return the training commands of a text; variables that the text sets itself are replaced."""
     variables, commands = dict[str, str](), list[Command]()
+    text = put_arrays(text)
     lines = (line for line in CONTINUED.sub(" ", text).splitlines() if not COMMENT.match(line))
     for statement in (statement for line in lines for statement in split_statements(split_words(line))):
         unknown = list[str]()
+        end = next((number for number, word in enumerate(statement) if word.startswith("#")), len(statement))
+        statement, comment = statement[:end], " ".join(statement[end:])
         words = [replace_variables(word, variables, unknown) for word in statement]
         place = next((number for number, word in enumerate(words) if SCRIPT.fullmatch(word)), None)
         if place is not None:
             script = PurePosixPath(words[place].replace("\\", "/")).name
             options, launch = tuple(read_options(words[place + 1 :])), tuple(read_options(words[:place]))
-            commands.append(Command(script, options, launch, tuple(dict.fromkeys(unknown))))
+            commands.append(Command(script, options, launch, tuple(dict.fromkeys(unknown)), comment))
         elif match := ASSIGNMENT.fullmatch(" ".join(statement)):
             variables[match[1]] = replace_variables(match[2], variables, [])
     return commands
+
+
+def put_arrays(text: str) -> str:
+    """Replace "${NAME[@]}" by the words of NAME=(…)."""
+    for name, words in ARRAY.findall(text):
+        joined = " ".join(line for line in words.splitlines() if not COMMENT.match(line))
+        text = re.sub(rf'"?\$\{{{name}\[@\]\}}"?', joined.replace("\\", r"\\"), text)
+    return ARRAY.sub("", text)
 
 
 def split_statements(words: Sequence[str]) -> Iterator[list[str]]:
@@ -58,7 +71,7 @@ def split_words(line: str) -> list[str]:
     """Split a line at spaces outside of quotes. Backslashes stay where they are Windows paths."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
     lexer.whitespace_split, lexer.commenters = True, ""
-    if re.search(r"[A-Za-z]:\\|\w\\\w", line):
+    if re.search(r"[A-Za-z]:\\|[\w%]\\\w", line):
         lexer.escape = ""
     try:
         return list(lexer)
@@ -68,10 +81,10 @@ def split_words(line: str) -> list[str]:
 
 def replace_variables(word: str, variables: dict[str, str], unknown: list[str]) -> str:
     def value_of(match: re.Match[str]) -> str:
-        name = match[1] or match[2] or match[3]
-        if name not in variables:
+        name = match[1] or match[3] or match[4]
+        if name not in variables and match[2] is None:
             unknown.append(name)
-        return variables.get(name, match[0])
+        return variables.get(name, match[0] if match[2] is None else match[2])
 
     return VARIABLE.sub(value_of, word)
 

@@ -8,7 +8,8 @@ from library.options.other_programs import DATA_TABLES, Equivalent, read_names, 
 from library.translation.configuration import Configuration, Setting
 from library.translation.conversions import BY_NAME, Unanswered
 from library.translation.draft import Draft, How, Line, Outcome, find_script, is_off, list_options, to_word
-from library.translation.finishing import finish, render_prompts, split_resolutions
+from library.translation.finishing import finish, forget_weak, render_prompts, split_resolutions
+from library.translation.shell import read_options
 
 SECRET = "a password or token is never copied; log in to the service, or give --{} on the command line"
 NEVER = "is never taken over from a file of another program; add --{} yourself if you want it"
@@ -49,8 +50,8 @@ def translate(configuration: Configuration, script: str = "") -> Translation:
     defaults = {name: refer(value, {**defaults, **own}) for name, value in defaults.items()}
     all_values = {setting.name: setting.value for setting in configuration.settings}
     draft = Draft(program, script, list_options(script), {**defaults, **all_values})
-    if flag:
-        draft.options[flag[0].removeprefix("--")] = Line(flag[1] if flag[1:] else True, ("the base model",))
+    for name, value in read_options(flag):
+        draft.options[name] = Line(value, ("the base model",))
     outcomes = [apply(setting, draft) for setting in configuration.settings]
     sets = sorted({setting.subset for setting in configuration.settings if setting.subset is not None})
     for setting in list_unset(defaults, configuration.settings, sets):
@@ -130,7 +131,7 @@ def add(value: Any, entry: Equivalent, setting: Setting, draft: Draft, default: 
         how = "equal" if word == to_word(value).lower() else "converted"
     if entry.convert != "negate" and (is_off(value) or (value == 0 and entry.zero_is_off)):
         # A file that switches something off does so also where a default of the same name switches it on.
-        forget_weak(entry, draft)
+        forget_weak(draft, *entry.options)
         return "idle", ""
     if entry.value is not None:
         value, how = entry.value, "converted"
@@ -141,12 +142,18 @@ def add(value: Any, entry: Equivalent, setting: Setting, draft: Draft, default: 
             raise Unanswered(f"{draft.program.title} has no such value for it") from error
     if value is not None:
         place(value, entry, setting, draft, Line(value, origins, is_weak))
+    add_companions(entry, setting, draft, origins)
+    return ("converted" if entry.beside else how), ""
+
+
+def add_companions(entry: Equivalent, setting: Setting, draft: Draft, origins: tuple[str, ...]) -> None:
+    """Add the settings that go with one, where the script has them."""
     for name, companion in entry.beside.items():
         table = draft.options if name in draft.known else draft.arguments if entry.argument else draft.general
         if entry.key and setting.subset is not None:
             table = draft.subsets.setdefault(setting.subset, {})
-        draft.put(table, name, Line(companion, origins, is_weak=True))
-    return ("converted" if entry.beside else how), ""
+        if table is not draft.general or entry.key:
+            draft.put(table, name, Line(companion, origins, is_weak=True))
 
 
 def place(value: Any, entry: Equivalent, setting: Setting, draft: Draft, line: Line) -> None:
@@ -191,12 +198,6 @@ def add_several(
             raise Unanswered(f"{draft.script} has no option --{name}")
         draft.put(draft.options if name in draft.known else draft.optimizer, name, Line(value, origins, is_weak=True))
     return "converted", ""
-
-
-def forget_weak(entry: Equivalent, draft: Draft) -> None:
-    for name in entry.options:
-        if name in draft.options and draft.options[name].is_weak:
-            del draft.options[name]
 
 
 def describe_default(entry: Equivalent, draft: Draft) -> str:

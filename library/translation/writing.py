@@ -16,7 +16,10 @@ from library.translation.translating import Translation
 TRANSLATE_PY = "# Written by tools/translate.py, which replaces it as long as nobody has changed it."  # first line
 KIND = sealed("a file that a translation wrote, unchanged", TRANSLATE_PY)
 MOST_LETTERS = 60  # of a value that is shown
-OF_DATASETS = ("resolution", "batch_size", "enable_bucket", "bucket_reso_steps", "skip_image_resolution")
+OF_DATASETS = (
+    "resolution", "batch_size", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps",
+    "bucket_no_upscale", "skip_image_resolution",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ READ_ELSEWHERE: Mapping[str, str] = {  # function that reads an error's text -> 
     "library/checkpoints/files.py::load_pickle": "torch's: objects that it refuses, and its first line",
     "library/base/atomic_files.py::full_disk_named": "safetensors' and torch's, on a full disk",
     "library/checkpoints/model_lookup.py::fetch_snapshot": "the hub's",
+    "library/data/sources/dataset_name.py::first_line": "those of datasets, or of the hub",
     "library/data/sources/storage/object_storage.py::clean_message": "fsspec's, which may hold passwords",
     "library/base/errors.py::reason_of": "the system's, without blanks at its ends",
     "library/environment/packages.py::describe_broken": "a package's own, of which the first line is shown",

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import toml
 import yaml
 
 from library.translation.reading import read_configuration
@@ -33,7 +34,7 @@ class Example:
     repository: str
     commit: str
     path: str
-    form: str  # yaml, json or command
+    form: str  # yaml, json, toml or command
     content: Mapping[str, Any] = field(default_factory=dict)
     beside: Mapping[str, Any] = field(default_factory=dict)  # other files, by path
     script: str = ""  # of a command
@@ -42,12 +43,17 @@ class Example:
 
     def write(self, folder: Path) -> Path:
         """Write the file as the trainer has it."""
-        path = folder / {"yaml": "config.yaml", "json": "config.json", "command": "train.sh"}[self.form]
+        path = (
+            folder
+            / {"yaml": "config.yaml", "json": "config.json", "command": "train.sh", "toml": "config.toml"}[self.form]
+        )
         for name, content in self.beside.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(json.dumps(content), encoding="utf-8")
-        text = yaml.safe_dump(self.content) if self.form == "yaml" else json.dumps(self.content)
-        path.write_text(self.render_command() if self.form == "command" else text, encoding="utf-8")
+        forms = {"yaml": yaml.safe_dump, "json": json.dumps, "toml": toml.dumps}
+        path.write_text(
+            self.render_command() if self.form == "command" else forms[self.form](self.content), encoding="utf-8"
+        )
         return path
 
     def render_command(self) -> str:

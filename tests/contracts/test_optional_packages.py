@@ -54,6 +54,7 @@ TOOLS = {
 }
 DATA = {
     "pyarrow": ('parquet = "{folder}/a.parquet"', "parquet (and shards)"),
+    "datasets": ('dataset_name = "me/cats"', "dataset_name"),
     "s3fs": ('shards = "s3://bucket/a.tar"', "s3://"),
 }
 BROKEN = (OSError("libcudart.so.9: no such file"), RuntimeError("CUDA setup failed"), AttributeError("np.float_"))
@@ -72,7 +73,9 @@ WORK_WITHOUT = {"pillow_heif", "pynvml", "xformers"}
 
 
 def test_every_optional_package_has_a_case() -> None:
-    assert {*OPTIONAL} == {module.partition(".")[0] for module in OPTIONS} & {*OPTIONAL} | {"pyarrow"} | WORK_WITHOUT
+    assert {*OPTIONAL} == {module.partition(".")[0] for module in OPTIONS} & {*OPTIONAL} | {*DATA} & {
+        *OPTIONAL
+    } | WORK_WITHOUT
 
 
 @pytest.mark.parametrize("error", STATES[:2])

@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,12 +16,21 @@ import pytest
 
 from library.architectures.scripts import Script, list_scripts
 from library.base.errors import UserError
-from library.data.description.dataset_file import explain_key
+from library.data.description.dataset_file import explain_key, find_problems, read_description
 from library.data.description.schema import ALL_KEYS
 from library.options.declared import list_declared
 from library.options.dit import DitTrainOptions
 from library.options.leco import LecoOptions
-from library.options.other_programs import CONVERSIONS, FOLDER, Equivalent, has_option, list_programs, read_program
+from library.options.other_programs import (
+    CONVERSIONS,
+    FOLDER,
+    Equivalent,
+    has_option,
+    list_programs,
+    read_names,
+    read_program,
+    read_whole_program,
+)
 from library.options.output.prompts import PromptSpec
 from library.training.command_line.cli import normalize, parse
 from library.training.command_line.option_checks import check_values
@@ -65,6 +74,10 @@ def test_the_script_accepts_every_line(example: Example, tmp_path: Path) -> None
     paths = [name for name, declared in kind.declarations().items() if declared.path]  # are not on this machine
     given = {name: value for name, value in config.values.items() if name not in paths}
     check_values(kind.from_args(normalize(argparse.Namespace(**{**kind.defaults(), **given}))))
+    if translation.datasets:
+        assert find_problems(read_description(str(files.dataset)), masked_loss=False) == []
+    for words in (config.values.get("optimizer_args"), config.values.get("network_args")):
+        assert all(re.fullmatch(r"\w+=[^\s\"]+", word) for word in words or () if "patterns" not in word)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.path)
@@ -183,7 +196,7 @@ ARGUMENTS = {
     for kind in list_kinds()
     for group in (*COMMON, *kind.wrappers, kind.arguments)
     for name in list_declared(group)
-} | {"dora_wd", "wd_on_output"}
+} | {"algo", "dora_wd", "wd_on_output"}
 LETTERS = {declared.letters for declared in list_declared(PromptSpec).values()}
 TARGETS = ("option", "key", "argument", "optimizer", "prompt", "none")
 ENTRIES = [entry for program in list_programs() for entry in read_program(program).values()]
@@ -195,7 +208,7 @@ USUAL_OF_DIFFUSERS = {
     "class_prompt": "use class_tokens and is_reg = true in the dataset file",
     "with_prior_preservation": "use is_reg in the dataset file",
     "num_class_images": "prompt and num",
-    "dataset_name": "data sets of the hub are not read",
+    "dataset_name": "use dataset_name in the dataset file",
     "caption_column": "use caption_column in the dataset file",
     "repeats": "use num_repeats in the dataset file",
     "center_crop": "use --random_crop, its opposite",
@@ -223,8 +236,8 @@ def error_of(script: str, words: list[str], capsys: pytest.CaptureFixture[str]) 
     return capsys.readouterr().err
 
 
-def find_faults(entry: Equivalent) -> list[str]:
-    """Return what an entry names that does not exist."""
+def find_faults(entry: Equivalent, names: Collection[str]) -> list[str]:
+    """Return what an entry of a table with these `names` refers to that does not exist."""
     checks = {
         "one target": len([target for target in TARGETS if getattr(entry, target)]) == 1,
         "option": {*entry.options} <= OPTIONS,
@@ -233,6 +246,7 @@ def find_faults(entry: Equivalent) -> list[str]:
         "prompt": entry.prompt in {"", *LETTERS},
         "beside": entry.beside.keys() <= OPTIONS | ALL_KEYS.keys() | ARGUMENTS,
         "convert": entry.convert in {"", *CONVERSIONS},
+        "only_with": {part.strip("!").partition("=")[0] for part in entry.only_with.split(" & ")} <= {*names, ""},
         "words": {*re.findall(r"--(\w+)", entry.none + entry.note)} <= OPTIONS | LETTERS,
     }
     return [check for check, is_right in checks.items() if not is_right]
@@ -240,9 +254,12 @@ def find_faults(entry: Equivalent) -> list[str]:
 
 @pytest.mark.parametrize("program", list_programs())
 def test_every_name_leads_to_something_that_exists(program: str) -> None:
-    faults = {name: find_faults(entry) for name, entry in read_program(program).items()}
+    known = {*read_names(program), *read_whole_program(program).list_defaults(""), "script"}
+    faults = {name: find_faults(entry, known) for name, entry in read_program(program).items()}
     assert {name: found for name, found in faults.items() if found} == {}
-    assert find_faults(Equivalent("x", "y", option="no_such_option", key="image_dir")) == ["one target", "option"]
+    assert find_faults(Equivalent("x", "y", option="none_such", key="image_dir"), ()) == ["one target", "option"]
+    spaced = Equivalent("x", "y", key="image_dir", only_with="kind=A B")  # a word with a space is one word
+    assert find_faults(spaced, {"kind"}) == [] and find_faults(spaced, ()) == ["only_with"]
 
 
 def test_every_conversion_is_used() -> None:

@@ -112,4 +112,4 @@ def test_its_key_is_validated_like_those_of_other_sources(project: Project, tmp_
     done = project.run("\n[[datasets.subsets]]\n".join(subsets), tmp_path / "wrong")
     assert done.returncode == 1
     assert "has image_dir and zip; each is a separate source" in done.stderr
-    assert "['image_column'] has no effect with zip; it is for parquet" in done.stderr
+    assert "['image_column'] has no effect with zip; it is for dataset_name and parquet" in done.stderr

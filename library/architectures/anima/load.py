@@ -9,7 +9,7 @@ from library.architectures.anima.options import AnimaOptions
 from library.architectures.specs import list_specs
 from library.base.errors import about
 from library.checkpoints import model_lookup
-from library.checkpoints.base_files import BaseFiles, require_base_name
+from library.checkpoints.base_files import BaseFiles, check_variant, require_base_name
 from library.checkpoints.model_lookup import existing
 from library.checkpoints.weights import Weights, configure, join_weights, list_first_names, rename_weights, with_prefix
 from library.memory.devices import DTYPES
@@ -35,6 +35,7 @@ def open_loader(options: AnimaOptions) -> tuple[DitLoader, AnimaConfig]:
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
     path, weights = open_base(options.model.pretrained_model_name_or_path)
+    check_variant(path, (), options.model.variant)
     if options.text.llm_adapter_path:
         weights = with_adapter(weights, open_adapter(options.text.llm_adapter_path))
     elif f"{ADAPTER}{ADAPTER_MARK}" not in weights.shapes:

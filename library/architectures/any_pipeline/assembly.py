@@ -119,8 +119,9 @@ def build_to_draw(options: PipelineOptions) -> Architecture:
 
 def build_from(options: PipelineOptions, draws_both: bool) -> Architecture:
     RECIPE.check(options)
-    name, trusts_code = options.model.pretrained_model_name_or_path, options.trust.trust_remote_code
-    folder = open_folder(name, trusts_code, options.experts.expert, draws_both)
+    model, trusts_code = options.model, options.trust.trust_remote_code
+    name = model.pretrained_model_name_or_path
+    folder = open_folder(name, trusts_code, options.experts.expert, draws_both, model.variant)
     for spec in bases_of_pipeline(list_specs(), folder.kind.__name__)[:1]:
         logger.info("%s is %s model, which %s is made for; going on", folder.kind.__name__, spec.called, spec.script)
     watched = folder.build_stage()

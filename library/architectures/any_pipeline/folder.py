@@ -36,7 +36,7 @@ from library.architectures.any_pipeline.watch import SMALL, Watched, describe_pa
 from library.base.errors import UserError, about
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
-from library.checkpoints.base_files import require_base_name
+from library.checkpoints.base_files import check_variant, require_base_name
 from library.checkpoints.base_model import BaseModel, WeightFile
 from library.checkpoints.model_lookup import read_json, read_model_config
 from library.checkpoints.weights import Weights
@@ -67,6 +67,7 @@ class PipelineFolder:
     settings: Mapping[str, Any]  # other arguments of the pipeline
     flag: str  # that named the folder
     expert: Expert | None = None  # the denoiser that is trained of two
+    variant: str | None = None  # in the names of the weight files that are opened
 
     @property
     def used(self) -> list[str]:
@@ -155,15 +156,19 @@ class PipelineFolder:
                 "weights are not read",
                 "use the model in bf16; --base_format nf4 stores it in 4 bits while it trains",
             )
-        return Component(*model_lookup.open_part(self.flag, self.path / name, self._file_kind(name)))
+        return Component(*model_lookup.open_part(self.flag, self.path / name, self._file_kind(name), self.variant))
 
     def _file_kind(self, name: str) -> str:
         is_diffusers = name == self.vae or name in self.denoisers
         return name if is_diffusers or name in model_lookup.WEIGHT_STEMS else "text_encoder"
 
     def _find_variant(self, name: str) -> str | None:
-        """Return the part of the file's name that from_pretrained asks for, if only such a file is there."""
-        file = model_lookup.find_weight_file(self.path / name, self._file_kind(name))
+        """Return the part of the file's name that from_pretrained asks for: that of the wanted file, or of the only one
+        there is."""
+        place = self.path / name, self._file_kind(name)
+        if self.variant and model_lookup.find_weight_file(*place, self.variant) is not None:
+            return self.variant
+        file = model_lookup.find_weight_file(*place)
         return "fp16" if file is not None and ".fp16." in file.name else None
 
     def build_stage(self) -> Watched:
@@ -235,7 +240,7 @@ def build_by_config(kind: Any, config: Any) -> nn.Module:
 
 
 def open_folder(
-    name: str | None, trusts_code: bool, expert: str | None = None, draws_both: bool = False
+    name: str | None, trusts_code: bool, expert: str | None = None, draws_both: bool = False, variant: str | None = None
 ) -> PipelineFolder:
     """Open the pipeline that --pretrained_model_name_or_path names; only its JSON files are read.
 
@@ -249,9 +254,11 @@ def open_folder(
     wanted = "high" if draws_both and boundary is not None else expert
     if (chosen := choose_expert(folder.kind.__name__, boundary, wanted)) is not None:
         folder = replace(folder, expert=chosen, settings={**folder.settings, BOUNDARY: EVERYWHERE[chosen.name]})
+    needed = list(folder.classes) if draws_both else folder.used
     if not Path(name).expanduser().exists():
-        model_lookup.find_model(BASE_FLAG, name, [(p,) for p in (folder.classes if draws_both else folder.used)])
-    return folder
+        model_lookup.find_model(BASE_FLAG, name, [(part,) for part in needed], variant=variant)
+    check_variant(folder.path, needed, variant)
+    return replace(folder, variant=variant)
 
 
 def read_folder(flag: str, path: Path, trusts_code: bool = False) -> PipelineFolder:

@@ -44,7 +44,7 @@ def open_loader(options: FluxOptions) -> DitLoader:
     title = find_spec(list_specs(), flux.model_type).title
     paths = {"clip_l": flux.clip_l, "t5xxl": flux.t5xxl, "ae": flux.ae}
     base = open_base(
-        options.model.pretrained_model_name_or_path,
+        options.model,
         f"the file of {title}'s transformer, or a diffusers folder",
         [folder for part, folder in folders.items() if paths.get(part) is None],
     )

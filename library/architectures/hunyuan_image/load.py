@@ -52,7 +52,7 @@ def open_loader(options: HunyuanImageOptions) -> DitLoader:
     model_options = options.parts
     paths = {"vae": options.model.vae, "text_encoder": model_options.text_encoder, "byt5": model_options.byt5}
     base = open_base(
-        options.model.pretrained_model_name_or_path,
+        options.model,
         "hunyuanimage2.1.safetensors, or a diffusers folder",
         ["transformer", *(folder for part, folder in FOLDERS.items() if paths[part] is None)],
     )

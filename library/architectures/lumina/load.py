@@ -55,7 +55,7 @@ def open_loader(options: LuminaOptions) -> DitLoader:
     gemma, ae = options.parts.gemma2, options.parts.ae
     paths = {"text_encoder": gemma, "vae": ae}
     base = open_base(
-        options.model.pretrained_model_name_or_path,
+        options.model,
         "the file of Lumina's transformer, or a diffusers folder",
         [folder for folder in ("transformer", "text_encoder", "vae") if paths.get(folder) is None],
     )

@@ -13,7 +13,7 @@ from library.architectures.sd3.options import Sd3Options, Sd3TextOptions
 from library.architectures.specs import list_specs
 from library.base.errors import NotThere, about
 from library.checkpoints import model_lookup
-from library.checkpoints.base_files import BaseFiles, require_base_name
+from library.checkpoints.base_files import BaseFiles, check_variant, require_base_name
 from library.checkpoints.model_lookup import existing
 from library.checkpoints.weights import Weights, configure, find_prefix, list_first_names, select_weights, with_prefix
 from library.memory.devices import DTYPES
@@ -48,6 +48,7 @@ def open_loader(options: Sd3Options) -> tuple[DitLoader, MMDiTConfig]:
     is missing, broken, incomplete or another kind of model.
     """
     path, base = open_checkpoint(options.model.pretrained_model_name_or_path)
+    check_variant(path, (), options.model.variant)
     mmdit = read_denoiser(base)
     config = configure(mmdit, read_config)
     name, needs = options.model.vae, VaeNeeds("SD3", LATENT_CHANNELS, LATENT_SCALE)

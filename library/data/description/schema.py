@@ -79,6 +79,10 @@ class SubsetConfig:
     """Column of Parquet files with the images or their URLs."""
     caption_column: str | None = key(TEXT, None, levels=GDS, styles=("dreambooth",))
     """Column of Parquet files with the captions, or field of the .json members of a shard."""
+    dataset_config_name: str | None = key(TEXT, None, levels=ONLY_S, styles=("dreambooth",))
+    """Configuration of the data set of dataset_name. Unset is its default one."""
+    dataset_split: str | None = key(TEXT, None, levels=ONLY_S, styles=("dreambooth",))
+    """Split of the data set of dataset_name. Unset is train, or the only one."""
     class_tokens: str | None = key(TEXT, None, levels=GDS, styles=("dreambooth", "masked"))
     """Caption of images without a caption file."""
     is_reg: bool = key(BOOL, False, levels=ONLY_S, styles=("dreambooth",))
@@ -123,7 +127,9 @@ class SubsetConfig:
     @property
     def source(self) -> str:
         """The folder or files of the images, for messages and metadata."""
-        return self.metadata_file or self.image_dir or ", ".join(map(strip_secrets, self.patterns))
+        part = " ".join(filter(None, (self.dataset_config_name, self.dataset_split)))
+        names = ", ".join(map(strip_secrets, self.patterns))
+        return self.metadata_file or self.image_dir or (f"{names} ({part})" if part else names)
 
     @property
     def base_name(self) -> str:
@@ -171,10 +177,14 @@ class UnusedKeys:
 
 
 NETWORK_MULTIPLIER, CACHE_INFO = keys_of(UnusedKeys)
+FILES = "{} files that contain images: a path, a pattern, or a list of them."
+HELP_OF_SOURCES = {
+    "dataset_name": "Data set for the library datasets: a Hugging Face name, which may end in @ and a branch, tag or "
+    "commit; a folder; or a list of them."
+}
 FILE_SOURCES = [
     Declared(
-        TEXTS, (), f"{name} files that contain images: a path, a pattern, or a list of them.", name, levels=ONLY_S,
-        styles=("dreambooth",),
+        TEXTS, (), HELP_OF_SOURCES.get(name, FILES.format(name)), name, levels=ONLY_S, styles=("dreambooth",),
     )
     for name in SOURCES
     if name not in ("image_dir", "metadata_file")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from functools import cached_property
 from tempfile import TemporaryFile
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from library.data.description.schema import DatasetConfig, RunDataConfig, Subset
 from library.data.plan.audit import MOST_COUNTED_AT_START, TokenLimit, audit_lines, held_out_lines, log_lengths_later
 from library.data.plan.audit_values import collect_values
 from library.data.plan.collect import collect
-from library.data.plan.dataset_digest import dataset_identity, image_digests
+from library.data.plan.dataset_digest import HUB_SOURCE, dataset_identity, image_digests
 from library.data.plan.dataset_metadata import TagFrequency, dataset_metadata, tag_frequency
 from library.data.plan.order import epoch_batches
 from library.data.plan.pair_checks import check_pairs
@@ -82,7 +83,7 @@ class DataPlan:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """A description of the data that two runs can compare."""
-        return dataset_identity(self.config, self.samples, self.num_batches)
+        return dataset_identity(self.config, self.samples, self.num_batches, self.subsets)
 
     @cached_property
     def identity_with_contents(self) -> dict[str, Any]:
@@ -322,11 +323,13 @@ def build_plan(
     num_processes: int = 1,
     entries: Sequence[tuple[str, Any]] | None = None,
     draw: Callable[[RunDataConfig], None] | None = None,
+    revisions: Mapping[str, str] = MappingProxyType({}),
 ) -> DataPlan:
     """Read the dataset description, list the images and sort them into buckets, without decoding any.
 
     `entries` is the content of `in_json`, if already read; `draw` draws the missing images of subsets with a prompt,
-    which are left out without it. Raises NoDataFound if there are no training images,
+    which are left out without it. `revisions` are those of a state, for data sets of the hub that are named without
+    one. Raises NoDataFound if there are no training images,
     UserError for other mistakes in the description.
     """
     config = load_dataset_config(options)
@@ -344,7 +347,7 @@ def build_plan(
     is_on_disk = caches_to_disk(options.flat())
     if options.caching.cache_dir is not None and not is_on_disk and not any(s.patterns for s in subsets):
         logger.warning("--cache_dir gets nothing but indexes: nothing is cached on disk; add --cache_latents_to_disk")
-    config = with_drawn_images(config, draw)
+    config = with_revisions(with_drawn_images(config, draw), revisions)
     storage = open_storage(options.caching, options.saving.output_dir, options.diagnostics.dry_run)
     scanned = collect(config, storage)
     check_images(scanned)
@@ -377,6 +380,16 @@ def build_plan(
         num_workers=options.dataset.max_data_loader_n_workers,
         token_limit=None if count_tokens is None or max_tokens is None else TokenLimit(count_tokens, max_tokens),
     )
+
+
+def with_revisions(config: RunDataConfig, revisions: Mapping[str, str]) -> RunDataConfig:
+    """Return the description with the revisions of data sets of the hub that are named without one."""
+
+    def pin(subset: SubsetConfig) -> SubsetConfig:
+        names = (f"{name}@{revisions[name]}" if name in revisions else name for name in subset.patterns)
+        return replace(subset, patterns=tuple(names)) if subset.source_key == HUB_SOURCE else subset
+
+    return replace(config, datasets=tuple(replace(d, subsets=tuple(map(pin, d.subsets))) for d in config.datasets))
 
 
 def needs_references(values: Mapping[str, Any], spec: LatentSpec) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from hashlib import blake2b
@@ -12,17 +13,20 @@ from typing import Any
 
 from library.checkpoints.hashes import digest_of_file
 from library.data.decoding.threads import read_many
-from library.data.description.schema import RunDataConfig
+from library.data.description.schema import RunDataConfig, SubsetConfig
 from library.data.plan.samples import Samples
 
 MAX_IMAGES = 20_000  # reading every file of a larger set would delay the start
 PART_BYTES = 1 << 17
 AT_ONCE = 4096  # images hashed together
+HUB_SOURCE, REVISIONS = "dataset_name", "revisions"  # of a subset; of a state
+COMMIT = r"[^@]+@[0-9a-f]{40}"
 
 WHERE = (
     "entries", "image_dir", "prompt", "num", "metadata_file", "conditioning_data_dir", "source_key",
     "control_dirs", "opposite_dir", "control_resolution", "control_no_resize",  # covered by the digest of the images
     "exclude", "cache_directory", "patterns", "image_column", "caption_column", "control_columns",
+    "dataset_config_name", "dataset_split",
 )  # fmt: skip
 
 
@@ -85,8 +89,13 @@ def whole_digest(path: str) -> str:
         return ""
 
 
-def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) -> dict[str, Any]:
-    """Return counts and digests of images, captions and settings. Moving a folder as a whole does not change them."""
+def dataset_identity(
+    config: RunDataConfig, samples: Samples, num_batches: int, scanned_as: Sequence[SubsetConfig] = ()
+) -> dict[str, Any]:
+    """Return counts and digests of images, captions and settings. Moving a folder as a whole does not change them.
+
+    `scanned_as` are the subsets with the commits of data sets of the hub.
+    """
     settings = asdict(config)
     for dataset in settings["datasets"]:
         dataset.pop("skip_image_resolution")  # changes the list of images, which is covered
@@ -129,9 +138,17 @@ def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) 
         while block := list(islice(remaining, AT_ONCE)):
             captions.update("".join([f"{caption!a}\0" for caption in block]).encode())
     return {
+        **list_commits(scanned_as),
         "num_pictures": len(samples),
         "num_batches": num_batches,
         "pictures": images.hexdigest(),
         "captions": captions.hexdigest(),
         "settings": blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16).hexdigest(),
     }
+
+
+def list_commits(subsets: Sequence[SubsetConfig]) -> dict[str, dict[str, str]]:
+    """Return the commits of data sets of the hub by their names, as a state has them; {} without any."""
+    names = [name for subset in subsets if subset.source_key == HUB_SOURCE for name in subset.patterns]
+    commits = dict(name.split("@") for name in names if re.fullmatch(COMMIT, name))
+    return {REVISIONS: commits} if commits else {}

@@ -35,6 +35,7 @@ class ParquetReader:
     """A reader of the images in a column, which reads a whole row group at a time."""
 
     name: str  # name of the column
+    kind: type[ParquetRows] = ParquetRows
 
     def read(self, files: OpenFiles, location: ImageLocation) -> bytes:
         return self._rows(files, location.file).value(self.name, location.start)
@@ -43,27 +44,34 @@ class ParquetReader:
         return self._rows(files, location.file).group(self.name, location.start)
 
     def _rows(self, files: OpenFiles, file: str) -> ParquetRows:
-        return files.kept_open(
-            file, lambda: ParquetRows(files.file(file), strip_secrets(file), files.shared(KeptGroups))
-        )
+        return files.kept_open(file, lambda: self.kind(files.file(file), strip_secrets(file), files.shared(KeptGroups)))
 
 
-def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSubset:
-    """List the images in the order of the files and their rows."""
+def scan(
+    config: SubsetConfig, storage: Storage, num_threads: int, kind: type[ParquetRows] = ParquetRows
+) -> ScannedSubset:
+    """List the images in the order of the files and their rows; `kind` opens a file."""
+
+    def open_rows(file: str, label: str) -> tuple[ParquetRows, Columns]:
+        opened = kind(storage.file(file), label)
+        column_keys = config.image_column, config.caption_column, config.control_columns
+        return opened, opened.locate_images(find_columns(opened.schema, *column_keys, label))
 
     def read_rows(file: SourceFile) -> Sequence[Row]:
-        return rows_of_parquet(file.path, file.label, config, storage)
+        return rows_of_parquet(*open_rows(file.path, file.label), os.path.dirname(file.path), storage)
 
     def open_readers(file: SourceFile) -> list[Reader]:
-        columns = columns_in(ParquetRows(storage.file(file.path), file.label), config)
-        return [ParquetReader(name) for name in (columns.image, *columns.references)]
+        columns = open_rows(file.path, file.label)[1]
+        return [ParquetReader(name, kind) for name in (columns.image, *columns.references)]
 
     def stamp_images(paths: Sequence[str]) -> Sequence[str]:
         local = [path for path in paths if not is_remote(path)]
         # The files have the same columns, and opening each would make every start slower.
-        if not local or not columns_in(ParquetRows(storage.file(local[0]), local[0]), config).is_url:
+        if not local or not open_rows(local[0], local[0])[1].is_url:
             return [""] * len(paths)
-        return read_many(lambda path: stamp_of_paths(path, config, storage), paths, num_threads)
+        return read_many(
+            lambda path: "" if is_remote(path) else stamp_of_paths(path, *open_rows(path, path)), paths, num_threads
+        )
 
     return scan_files(config, storage, num_threads, KEYS, read_rows, open_readers, stamp_images)
 
@@ -71,18 +79,10 @@ def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSub
 SOURCE = Source(KEYS, scan, check_packages)
 
 
-def columns_in(opened: ParquetRows, config: SubsetConfig) -> Columns:
-    column_keys = config.image_column, config.caption_column, config.control_columns
-    return find_columns(opened.schema, *column_keys, opened.label)
-
-
-def stamp_of_paths(file: str, config: SubsetConfig, storage: Storage) -> str:
+def stamp_of_paths(file: str, opened: ParquetRows, columns: Columns) -> str:
     """Return a digest of size and time of the images that a local Parquet file names by their paths; "" if it names
-    none, or is remote."""
-    if is_remote(file):
-        return ""
-    opened = ParquetRows(storage.file(file), file)
-    column, digest, has_paths = columns_in(opened, config).image, blake2b(digest_size=16), False
+    none."""
+    column, digest, has_paths = columns.image, blake2b(digest_size=16), False
     for batch in opened.batches([column]):
         for path in batch[column]:
             if path and not is_remote(path):
@@ -94,10 +94,9 @@ def stamp_of_paths(file: str, config: SubsetConfig, storage: Storage) -> str:
     return digest.hexdigest() if has_paths else ""
 
 
-def rows_of_parquet(file: str, label: str, config: SubsetConfig, storage: Storage) -> list[Row]:
-    """Read the index rows of a Parquet file."""
-    opened = ParquetRows(storage.file(file), label)
-    columns = columns_in(opened, config)
+def rows_of_parquet(opened: ParquetRows, columns: Columns, folder: str, storage: Storage) -> list[Row]:
+    """Read the index rows of a file in `folder`."""
+    label = opened.label
     num_rows, num_bytes = opened.largest_group(columns.image)
     if num_bytes > MOST_GROUP_BYTES and not columns.is_url:
         logger.warning(
@@ -107,7 +106,7 @@ def rows_of_parquet(file: str, label: str, config: SubsetConfig, storage: Storag
             num_rows,
             num_bytes / 1e6,
         )
-    digits, folder = len(str(opened.num_rows)), os.path.dirname(file)
+    digits = len(str(opened.num_rows))
     rows: list[Row] = []
     with ThreadPoolExecutor(URLS_AT_ONCE, thread_name_prefix="look at URLs") as pool:
         column_names = [name for name in (columns.image, columns.caption, *columns.references) if name is not None]
@@ -143,7 +142,7 @@ def row_of_url(url: str | None, caption: str | None, folder: str, storage: Stora
     """Return the index row of an image outside the file: at a URL, or at a path relative to the Parquet file."""
     if not url:
         return Row("?", 0, 0, 0, 0, caption, bytes(16), "has no URL")
-    location = url if is_remote(url) else f"{folder}/{url}" if folder else url
+    location = url if is_remote(url) or os.path.isabs(url) or not folder else f"{folder}/{url}"
     if is_remote(location):
         storage.required_cache_dir("images at URLs")
     label = strip_secrets(location)

@@ -14,6 +14,7 @@ from library.base.progress import progress_bar
 from library.checkpoints.marks import mark_of
 from library.data.description.class_images import list_missing, parse_prompt
 from library.data.description.schema import RunDataConfig, SubsetConfig
+from library.data.plan.dataset_digest import REVISIONS
 from library.data.training_data import TrainingData
 from library.memory.devices import release_memory
 from library.processes.process_group import Processes
@@ -55,7 +56,13 @@ def open_data(start: Start[Any], device: torch.device, processes: Processes) -> 
 
     only_looks = options.diagnostics.dry_run or options.dataset.debug_dataset
     return opening.open_training_data(
-        options, arch, start.text, start.seed, processes.count, None if only_looks else draw
+        options,
+        arch,
+        start.text,
+        start.seed,
+        processes.count,
+        None if only_looks else draw,
+        {} if start.state is None else start.state.dataset.get(REVISIONS, {}),
     )
 
 

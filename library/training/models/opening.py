@@ -67,16 +67,22 @@ def choose_seed(seed: int | None, processes: Processes, state: StateManifest | N
 
 
 def open_training_data(
-    options: TrainOptions, arch: Architecture, text: TextPlan, seed: int, num_processes: int, draw: Draw | None
+    options: TrainOptions,
+    arch: Architecture,
+    text: TextPlan,
+    seed: int,
+    num_processes: int,
+    draw: Draw | None,
+    revisions: Mapping[str, str],
 ) -> TrainingData:
     """Open prompts to train on, the user's dataset class, or the described images, of which `draw` draws those of
-    subsets with a prompt; log what was found."""
+    subsets with a prompt; log what was found. `revisions` are the commits of data sets of the hub in a state."""
     if options.concepts is not None:
         require_no_text_changes(options.network)
         return open_prompt_pairs(options.concepts, options.run, arch, seed, num_processes)
     name = options.dataset.dataset_class
     if name is None:
-        return open_data_plan(options, arch, text, seed, num_processes, draw)
+        return open_data_plan(options, arch, text, seed, num_processes, draw, revisions)
     cls = import_class(name, "--dataset_class", name)
     warn_of_replaced(options.flat())
     dataset = open_own_dataset(cls, options.dataset, options.model.max_token_length, arch.codec.spec, seed)
@@ -96,12 +102,20 @@ def require_no_text_changes(options: NetworkOptions) -> None:
 
 
 def open_data_plan(
-    options: TrainOptions, arch: Architecture, text: TextPlan, seed: int, num_processes: int, draw: Draw | None = None
+    options: TrainOptions,
+    arch: Architecture,
+    text: TextPlan,
+    seed: int,
+    num_processes: int,
+    draw: Draw | None = None,
+    revisions: Mapping[str, str] | None = None,
 ) -> DataPlan:
     """Read the dataset description and the image headers, and log what was found."""
     check_text_caching(options.network, arch.text_cache, text)
     spec, count_tokens, max_tokens = arch.codec.spec, arch.text.count_tokens, arch.text.max_tokens
-    plan = build_plan(options, spec, seed, count_tokens, max_tokens, num_processes, draw=draw)
+    plan = build_plan(
+        options, spec, seed, count_tokens, max_tokens, num_processes, draw=draw, revisions=revisions or {}
+    )
     if text.cached is not None:
         plan = plan.with_fixed_captions(text.cached.options.text_cache_variants)
         if options.guidance.guidance_scale_of_loss is not None:

@@ -455,7 +455,10 @@ def test_images_with_a_dot_in_their_name_are_not_lost_silently(tmp_path):
             r"\['cache_info'\] has no effect with shards; it is for image_dir",
         ),
         ('parquet = "x"\ncaption_extension = ".txt"', r"_extension'\] has no effect with parquet; .* and shards"),
-        ('shards = "{here}/0.tar"\nimage_column = "a"', r"\['image_column'\] has no effect with shards.* for parquet"),
+        (
+            'shards = "{here}/0.tar"\nimage_column = "a"',
+            r"\['image_column'\] has no effect with shards.* for dataset_name and parquet",
+        ),
         ("num_repeats = 2", r"\['image_dir'\] is missing: set a folder, or tar files as shards, or Parquet files"),
         ("shards = 3", r"\['shards'\] is 3, but must be text in quotes, or a list of such texts"),
     ],

@@ -298,3 +298,92 @@ def test_a_bare_name_is_still_that_of_a_toml_file(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("seed = 1")
     assert not is_foreign(str(tmp_path / "run")) and not is_foreign(str(tmp_path / "other"))
     assert not is_foreign(str(tmp_path / "run.toml"))
+
+
+KOHYA_SS = {"LoRA_type": "LyCORIS/LoHa", "conv_dim": 8, "conv_alpha": 4, "use_cp": True, "network_dim": 32}
+
+
+def test_the_layers_and_the_words_of_kohya_ss_are_kept(tmp_path: Path) -> None:
+    more = {
+        "optimizer_args": '"decouple=True" "betas=0.9,0.91"',
+        "additional_parameters": "--min_timestep 5 --ip_noise_gamma=0.1",
+    }
+    values = of_text(tmp_path, "a.json", json.dumps({**KOHYA_SS, **more})).values
+    assert {*values["network_args"]} == {"algo=loha", "conv_dim=8", "conv_alpha=4", "use_tucker=true"}
+    assert values["optimizer_args"] == ["decouple=True", "betas=0.9,0.91"]
+    assert (values["min_timestep"], values["ip_noise_gamma"]) == (5, 0.1)
+    plain = of_text(tmp_path, "b.json", json.dumps({**KOHYA_SS, "LoRA_type": "Standard"})).values
+    assert "network_args" not in plain  # its form has the fields, and Standard has no such layers
+
+
+def test_the_lycoris_file_of_simpletuner_is_read(tmp_path: Path) -> None:
+    own = {"model_family": "flux", "lora_type": "lycoris", "lora_rank": 8, "lycoris_config": "config/lokr.json"}
+    missing = of_text(tmp_path, "a.json", json.dumps(own))
+    assert "lycoris_config" in missing_names(missing) and "network_dim" not in missing.values
+    (tmp_path / "lokr.json").write_text(
+        '{"algo": "lokr", "linear_dim": 64, "linear_alpha": 2, "factor": 4, "multiplier": 1.0}'
+    )
+    values = of_text(tmp_path, "a.json", json.dumps(own)).values
+    assert (values["network_module"], values["network_dim"], values["network_alpha"]) == ("lycoris.kohya", 64, 2)
+    assert values["network_args"] == ["algo=lokr", "factor=4"] and "network_dropout" not in values
+
+
+@pytest.mark.parametrize(("optimizer", "has"), [("prodigy", True), ("AdamW", False)])
+def test_prodigy_is_that_of_diffusers(tmp_path: Path, optimizer: str, has: bool) -> None:
+    command = f"accelerate launch train_dreambooth_lora_flux.py --optimizer={optimizer} --learning_rate 1"
+    words = of_text(tmp_path, "a.sh", command).values["optimizer_args"]
+    assert {"use_bias_correction=True", "safeguard_warmup=True"} <= {*words} if has else "safeguard" not in str(words)
+
+
+def test_an_inpainting_model_of_onetrainer_is_trained_with_masks(tmp_path: Path) -> None:
+    own = {"training_method": "LORA", "model_type": "STABLE_DIFFUSION_20_INPAINTING"}
+    translation = of_text(tmp_path, "a.json", json.dumps(own))
+    assert translation.values["v2"] and translation.values["train_inpainting"]
+    assert "cache_latents_to_disk" not in translation.values
+    assert not any("cache" in name for dataset in translation.datasets for name in dataset)
+
+
+def test_a_slider_of_ai_toolkit_is_not_trained_on_images(tmp_path: Path) -> None:
+    text = "config:\n  process:\n    - type: slider\n      slider: {targets: []}\n"
+    with pytest.raises(UserError, match=r"process type slider.*train_leco\.py"):
+        of_text(tmp_path, "a.yaml", text)
+
+
+DREAMBOOTH = "accelerate launch train_dreambooth_lora_sdxl.py --dataset_name me/cats --instance_prompt 'a sks cat'"
+
+
+@pytest.mark.parametrize(
+    ("command", "keys"),
+    [
+        (DREAMBOOTH, {"class_tokens": "a sks cat", "caption_column": ""}),
+        (f"{DREAMBOOTH} --caption_column words", {"class_tokens": "a sks cat", "caption_column": "words"}),
+        ("accelerate launch train_text_to_image_lora.py --dataset_name me/cats", {"caption_column": "text"}),
+    ],
+)
+def test_a_data_set_of_the_hub_has_the_captions_that_diffusers_trains(
+    tmp_path: Path, command: str, keys: dict[str, str]
+) -> None:
+    (dataset,) = of_text(tmp_path, "a.sh", command).datasets
+    found = {name: line.value for name, line in dataset.items()}
+    assert found["dataset_name"] == "me/cats" and "image_dir" not in found
+    assert {name: found[name] for name in ("class_tokens", "caption_column") if name in found} == keys
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ('D=8\nA=(--vae "$D"\n  # --seed 1\n  --seed 2)\npython train_network.py "${A[@]}"', {"vae": 8, "seed": 2}),
+        ("python train_network.py --seed ${S:-7} --network_dim ${D:-16}", {"seed": 7, "network_dim": 16}),
+        ("python train_network.py \\\r  --seed 3 \\\r  --network_dim 4\r", {"seed": 3, "network_dim": 4}),
+        ("set /a N=4\r\npython train_network.py ^\r\n --seed=%N% --vae=%H%\\v", {"seed": 4, "vae": "%H%\\v"}),
+        ("python train_network.py --seed 3 # --network_dim 4", {"seed": 3}),
+    ],
+)  # fmt: skip
+def test_words_of_a_shell_are_read_as_it_reads_them(tmp_path: Path, text: str, values: dict[str, object]) -> None:
+    assert of_text(tmp_path, "a.sh", text).values == values
+
+
+@pytest.mark.parametrize("text", ['// mine\n{"training_method": "LORA"}', '{"training_method": "LO'])
+def test_damaged_json_is_named(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match="is no JSON, which it begins as"):
+        of_text(tmp_path, "a.json", text)

@@ -43,8 +43,8 @@ def first_of(candidates: Sequence[str], names: Sequence[str]) -> str | None:
 
 
 def find_columns(schema: Any, image: str | None, caption: str | None, references: Sequence[str], label: str) -> Columns:
-    """Find the columns of a file: the named ones, or else the first with a usual name. Raises UserError that lists
-    the columns."""
+    """Find the columns of a file: the named ones, or else the first with a usual name; no captions if that name is "".
+    Raises UserError that lists the columns."""
     names = list(schema.names)
     listed = f"it has {', '.join(names) or 'none'}"
     requested = (
@@ -53,12 +53,12 @@ def find_columns(schema: Any, image: str | None, caption: str | None, references
         *(("control_columns", reference) for reference in references),
     )
     for key, name in requested:
-        if name is not None and name not in names:
+        if name and name not in names:
             raise about(key)(f"is {name!r}, but {label} has no such column; {listed}")
     image = image or first_of((*IMAGE_COLUMNS, *URL_COLUMNS), names)
     if image is None:
         raise of_file(label)("has no image column with a usual name", f"set image_column, {listed}")
-    caption = caption or first_of(CAPTION_COLUMNS, names)
+    caption = first_of(CAPTION_COLUMNS, names) if caption is None else caption or None
     if caption is not None and not is_text(schema.field(caption).type):
         raise about("caption_column")(f"{caption!r} of {label} has {schema.field(caption).type}, but must be text")
     reference_columns = tuple(bytes_column(schema, reference) for reference in references)
@@ -124,12 +124,16 @@ class ParquetRows:
     def __init__(self, file: io.RawIOBase, label: str, kept: KeptGroups | None = None) -> None:
         """Open a Parquet file. Raises UserError if it is not one, or is damaged."""
         parquet = pyarrow_parquet()
-        self.label = label
         try:
             self._file = parquet.ParquetFile(file, pre_buffer=False)
         except (OSError, ValueError) as error:
             raise of_file(label)(f"is not a Parquet file, or is damaged: {error}") from None
         counts = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
+        self._keep(label, counts, kept)
+
+    def _keep(self, label: str, counts: Sequence[int], kept: KeptGroups | None) -> None:
+        """Prepare reading of groups with these numbers of rows."""
+        self.label = label
         self._firsts = list(accumulate(counts, initial=0))[:-1]
         self._kept = kept or KeptGroups()
         self._lock = threading.Lock()
@@ -162,9 +166,13 @@ class ParquetRows:
         num_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, row_bytes)))
         try:
             for batch in self._file.iter_batches(batch_size=num_rows, columns=list(columns)):
-                yield {name: _values(batch, name) for name in columns}
+                yield {name: values_of(batch, name) for name in columns}
         except (OSError, pa.ArrowException) as error:
             raise of_file(self.label)(f"is damaged: {error}") from None
+
+    def locate_images(self, columns: Columns) -> Columns:
+        """Return the columns as they are read, after a look at their values."""
+        return columns
 
     def value(self, column: str, row: int) -> bytes:
         """Return the bytes in a row of a column. Raises UserError if there are none, because the file was replaced."""
@@ -195,12 +203,12 @@ class ParquetRows:
         import pyarrow as pa
 
         try:
-            return _leaf(self._file.read_row_group(group, columns=[column], use_threads=False), column)
+            return leaf_of(self._file.read_row_group(group, columns=[column], use_threads=False), column)
         except (OSError, KeyError, pa.ArrowException) as error:
             raise of_file(self.label)(f"cannot be read any more: {error}") from None
 
 
-def _leaf(table: Any, column: str) -> Any:
+def leaf_of(table: Any, column: str) -> Any:
     """Return a column, or a field of a struct column."""
     import pyarrow.compute as compute
 
@@ -210,6 +218,6 @@ def _leaf(table: Any, column: str) -> Any:
     return compute.struct_field(table.column(name), field)
 
 
-def _values(batch: Any, column: str) -> list[Any]:
-    values: list[Any] = _leaf(batch, column).to_pylist()
+def values_of(batch: Any, column: str) -> list[Any]:
+    values: list[Any] = leaf_of(batch, column).to_pylist()
     return values

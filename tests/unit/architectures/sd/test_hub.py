@@ -1,12 +1,16 @@
 """Models given as a repository name on the Hugging Face Hub, with a fake hub."""
 
 import fnmatch
+import json
 import shutil
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from library.base.errors import UserError
 from library.checkpoints.model_lookup import find_model
 from library.train_photos.base import recognise
 
@@ -88,6 +92,55 @@ def test_a_repository_with_only_half_precision_weights_loads(hub, open_sd):
     ):
         (hub.folder / part / f"{stem}.safetensors").rename(hub.folder / part / f"{stem}.fp16.safetensors")
     assert open_sd("someone/tiny-sd").load.denoiser() is not None
+
+
+def save_variant(part: Path, stem: str, name: str) -> dict[str, torch.Tensor]:
+    """Write another half of a part's weights as its variant `name`, and return them."""
+    other = {key: (value / 2).half() for key, value in load_file(part / f"{stem}.safetensors").items()}
+    save_file(other, part / f"{stem}.{name}.safetensors", {"format": "pt"})
+    return other
+
+
+@pytest.mark.parametrize("name", ["fp16", "non_ema"])
+def test_of_a_variant_nothing_else_is_downloaded_and_a_part_without_it_is_whole(hub, open_sd, caplog, name):
+    unet = save_variant(hub.folder / "unet", "diffusion_pytorch_model", name)
+    save_variant(hub.folder / "text_encoder", "model", name)
+    arch = open_sd("someone/tiny-sd", variant=name)
+    assert {path for path in hub.got if path.endswith(".safetensors")} == {
+        f"unet/diffusion_pytorch_model.{name}.safetensors",
+        f"text_encoder/model.{name}.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+    assert f"--variant {name}:" in caplog.text and "vae has no such weights; taking" in caplog.text
+    loaded = arch.load.denoiser().state_dict()
+    assert all(torch.equal(loaded[key], value.float()) for key, value in unet.items())
+
+
+def test_a_folder_has_the_variant_that_is_named_or_its_plain_weights(hub, open_sd):
+    unet = save_variant(hub.folder / "unet", "diffusion_pytorch_model", "ema")
+    plain = load_file(hub.folder / "unet" / "diffusion_pytorch_model.safetensors")
+    for variant, expected in ((None, plain), ("ema", unet)):
+        loaded = open_sd(hub.folder, variant=variant).load.denoiser().state_dict()
+        assert all(torch.equal(loaded[key], value.float()) for key, value in expected.items())
+
+
+def test_a_sharded_variant_is_found_by_its_index(hub, open_sd):
+    part, stem = hub.folder / "unet", "diffusion_pytorch_model"
+    unet = save_variant(part, stem, "fp16")
+    (part / f"{stem}.fp16.safetensors").unlink()
+    names = sorted(unet)
+    files = {key: f"{stem}.fp16-0000{1 + n % 2}-of-00002.safetensors" for n, key in enumerate(names)}
+    for file in set(files.values()):
+        save_file({key: unet[key] for key in names if files[key] == file}, part / file, {"format": "pt"})
+    (part / f"{stem}.safetensors.index.fp16.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    loaded = open_sd("someone/tiny-sd", variant="fp16").load.denoiser().state_dict()
+    assert all(torch.equal(loaded[key], value.float()) for key, value in unet.items())
+
+
+def test_a_variant_that_no_part_has_is_named(hub, open_sd, tiny_sd_file):
+    for base in ("someone/tiny-sd", hub.folder, tiny_sd_file):
+        with pytest.raises(UserError, match="--variant bf16 is in the name of no weight file of"):
+            open_sd(base, variant="bf16")
 
 
 @pytest.mark.parametrize("has_subfolder", [True, False])
