@@ -285,11 +285,11 @@ def require_own_timesteps(scheduler: Any) -> None:
         return
     abar_T = own.alphas_cumprod.double().cpu().clamp(min=1e-9)
     place = int(torch.searchsorted(((1 - abar_T) / abar_T).sqrt(), own.sigmas.double().cpu().max()))
-    told = float(own.timesteps.max())
-    if abs(min(place, len(abar_T) - 1) - told) > 2:  # both are rounded
+    timestep = float(own.timesteps.max())
+    if abs(min(place, len(abar_T) - 1) - timestep) > 2:  # both are rounded
         raise Refused(
-            f"its {type(scheduler).__name__} tells the denoiser {told:.4g} at a noise level that is number {place} of "
-            f"its {len(abar_T)}, and other numbers than these are not trained; use a scheduler_config.json with "
+            f"its {type(scheduler).__name__} tells the denoiser {timestep:.4g} at a noise level that is number {place} "
+            f"of its {len(abar_T)}, and other numbers than these are not trained; use a scheduler_config.json with "
             "discrete timesteps, if the model was trained with them"
         )
 
