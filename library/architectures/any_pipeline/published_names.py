@@ -73,7 +73,10 @@ def find_published(modules: Collection[str]) -> str:
     for pipeline in TABLES:
         names = names_of(pipeline, modules)
         full_names = {} if names is None else add_missing_prefixes(modules, [names])
-        if names is not None and modules and all(names.find(full_names.get(name, name)) for name in modules):
+        full = {full_names.get(name, name) for name in modules}
+        found = {} if names is None else {name: names.find(name) for name in full}
+        # Names of diffusers are in the table too, and may be those of other models.
+        if found and all(m and to_underscores(n) in (m.kohya, to_underscores(m.generic)) for n, m in found.items()):
             return pipeline
     return ""
 
