@@ -45,6 +45,7 @@ from library.commands import command as tool
 from library.commands.adapter_files import names_in, read_adapter, spec_for_file, write_lora
 from library.commands.base_models import open_base_model, spec_for
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts
+from networks.core.files.foreign_names import from_published
 from networks.core.files.module_weights import ModuleWeights, make_name_error
 from networks.core.files.renaming import rename
 from networks.core.kinds import norm
@@ -95,6 +96,8 @@ def fit_names(file: AdapterFile, base: BaseModel) -> AdapterFile:
     """Return a file whose modules are layers of the checkpoint, or parts of them."""
     if base.names_in_file is not None:
         return rename(file, base.names_in_file(file.metadata, file.origin), "kohya").file
+    if (converted := from_published(file, base.names.published)) is not file:
+        return converted
     # In diffusers' naming, several modules can make up one of the base model, or its rows have another order.
     if any(module.pieces or module.swaps_pair for module in base.names.modules):
         return rename(file, base.names, "kohya", keeps_pieces=True).file

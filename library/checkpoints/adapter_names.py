@@ -133,6 +133,8 @@ class BaseNames:
     """Layers that diffusers alone fuses, in the same form; its naming has the parts only in these tables."""
     saved_naming: FileNaming = "kohya"  # of files that hold LoRA alone; other kinds mostly have kohya's names
     holds_all_kinds_in_diffusers: bool = False  # some program reads kinds other than LoRA under diffusers' names
+    published: "BaseNames | None" = None
+    """The same layers by the names of the model's publisher, if `modules` has diffusers' alone."""
 
     @cached_property
     def index(self) -> Mapping[str, ModuleNames]:

@@ -135,6 +135,8 @@ class BaseModelSpec:
     build_to_draw: Callable[[Any], Any] | None = None  # as `build`, for tools/draw.py; None for `build` itself
     names_of: Callable[[str, Collection[str]], BaseNames | None] = lambda pipeline, modules: None
     """Maps a pipeline's class and the modules in an adapter file to their names, for pipelines without a spec."""
+    find_published: Callable[[Collection[str]], str] = lambda modules: ""
+    """Returns the class of such a pipeline whose publisher names layers like these modules; "" if none does."""
     variants: Mapping[str, str] = field(default_factory=dict)  # pattern of names -> unsupported model that has them
 
     @property

@@ -1,6 +1,7 @@
 """Reading, recognising and writing of adapter files, for all tools."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,10 +12,10 @@ from library.checkpoints.adapter_keys import recognise_naming
 from library.checkpoints.adapter_names import BaseNames, name_by_path
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.marks import mark_of
-from library.checkpoints.recognition import base_in_metadata, recognise_adapter, require_spec
+from library.checkpoints.recognition import base_in_metadata, pipeline_in, recognise_adapter, require_spec
 from library.commands.base_models import general_spec
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, save_adapter_file
-from networks.core.files.foreign_names import add_model, split_fused
+from networks.core.files.foreign_names import add_model, from_published, split_fused
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import to_saved_naming
 
@@ -23,9 +24,15 @@ def read_adapter(path: Path, flag: str) -> AdapterFile:
     """Read an adapter file of any trainer, or a folder saved by PEFT. Raises UserError naming `flag`."""
     file, specs = read_adapter_file(path, flag), list_specs()
     recorded = base_in_metadata(specs, file.metadata)
+    if recorded is None and not any(all(map(spec.names.find, file.modules)) for spec in specs):
+        general = general_spec()
+        if pipeline := general.find_published(file.modules):
+            # Diffusers' names, into which it is converted, do not show whose they are.
+            file = replace(file, metadata={**file.metadata, "modelspec.architecture": f"{pipeline}/lora"})
+            return from_published(file, general.names_of(pipeline, file.modules))
     # Names of a pipeline without a table may look like those of other base models.
     if recorded is not None and recorded.is_general and spec_for_file(file, flag) is recorded:
-        return file
+        return from_published(file, recorded.names_of(pipeline_in(file.metadata), file.modules))
     file = add_model(file, [spec.names for spec in specs])
     spec = recognise_adapter(specs, shapes_by_key(file), file.metadata)
     return file if spec is None else split_fused(file, spec.names)

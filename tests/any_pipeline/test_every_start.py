@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,12 +16,12 @@ from library.architectures.any_pipeline.conditioning import CapturedText
 from library.architectures.any_pipeline.maps import CPU
 from library.architectures.any_pipeline.measuring import measure, plain_scheduler
 from library.architectures.any_pipeline.options import PipelineOptions
-from library.architectures.any_pipeline.start_check import check_denoiser, compare_training
+from library.architectures.any_pipeline.start_check import check_denoiser, compare_training, leaf_error
 from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict, Repeated, build_objective
 from library.architectures.any_pipeline.trees import leaves
-from library.architectures.any_pipeline.watch import Refused, Watched
+from library.architectures.any_pipeline.watch import Refused, Watched, setting
 from tests.any_pipeline.published import build_published, find_model
-from tests.any_pipeline.wrong_conventions import WRONG, Trained
+from tests.any_pipeline.wrong_conventions import WRONG, Trained, of_convention
 from tests.tiers import first_is_fast
 from tests.tiny.pipelines import PIPELINES, build_tiny_pipeline, watch_pipeline
 
@@ -36,7 +37,10 @@ def build(name: str) -> Any:
 def trained(name: str) -> tuple[nn.Module, Trained, Trained]:
     """Return the denoiser, and what a later start and the start that measures train with: no model is in memory, only
     recorded outputs."""
-    pipe = build(name)
+    return prepare(build(name))
+
+
+def prepare(pipe: Any) -> tuple[nn.Module, Trained, Trained]:
     watched = watch_pipeline(pipe)
     convention, maps = measure(watched, SIZE)
     require_exact(check(watched, convention, maps))
@@ -86,6 +90,56 @@ def test_the_denoiser_is_called_once_for_each_new_size() -> None:
         hook.remove()
     assert len(passes) == 1
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_models_that_are_wrongly_called_without_effect_are_refused() -> None:
+    _, part, _ = trained("FluxPipeline")
+    wrong = of_convention(lambda c: replace(c, idle=("text_encoder",)))(part)
+    with setting(part.predict.watched, idle=("text_encoder",)), pytest.raises(Refused, match="models without effect"):
+        require_right(wrong)
+
+
+def test_both_parts_of_complex_arguments_are_compared() -> None:
+    angles = torch.polar(torch.ones(3), torch.tensor([0.1, 0.2, 0.3]))
+    assert leaf_error(angles, angles) == 0 and leaf_error(angles.conj().resolve_conj(), angles) > 0.5
+
+
+def check_first_size(name: str, *, pads: bool = False, count: int = 2, change: Any = None) -> int:
+    """Check a denoiser as at the first size of a run, `change`d by a hook, and return how often it ran."""
+    denoiser, part, _ = trained(name)
+    part = of_convention(lambda c: replace(c, takes_batches=True, pads=pads))(part)
+    passes = list[int]()
+    hooks = [denoiser.register_forward_hook(lambda *_: passes.append(1))]
+    hooks += [] if change is None else [denoiser.register_forward_hook(change)]
+    try:
+        check_denoiser(part.predict, Repeated(denoiser, count), part.predict.prepare(SIZE, CPU), SIZE)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return len(passes)
+
+
+def test_a_denoiser_that_takes_batches_is_called_three_times_at_the_first_size() -> None:
+    assert check_first_size("FluxPipeline") == 3 and check_first_size("FluxPipeline", count=1) == 1
+    assert check_first_size("LuminaPipeline", pads=True, count=3) == 3
+
+
+def test_samples_that_reach_one_another_in_a_batch_are_refused() -> None:
+    def mix(_: Any, __: Any, output: Any) -> Any:
+        return (output[0] + 0.1 * output[0].mean(0, keepdim=True),)
+
+    with pytest.raises(Refused, match="in a batch of 2 the loaded denoiser gives a sample another"):
+        check_first_size("FluxPipeline", change=mix)
+
+
+def test_captions_that_are_wrongly_padded_are_refused_unless_adapters_are_random() -> None:
+    with pytest.raises(Refused, match="in a batch of 2"):
+        check_first_size("QwenImagePipeline", pads=True)
+
+    def drop(_: Any, __: Any, output: Any) -> Any:
+        return (output[0] + 1e-3 * torch.randn(len(output[0]), 1, 1),)
+
+    assert check_first_size("QwenImagePipeline", pads=True, change=drop) == 4
 
 
 def test_too_little_memory_for_the_check_is_no_end_of_a_run(

@@ -1,6 +1,7 @@
 """A folder is measured on one block of each list of its denoiser, which gives what the whole denoiser gives."""
 
 import json
+from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from library.architectures.any_pipeline import measured_models
-from library.architectures.any_pipeline.assembly import measure_folder
+from library.architectures.any_pipeline.assembly import build, measure_folder
 from library.architectures.any_pipeline.convention import Convention
 from library.architectures.any_pipeline.folder import PipelineFolder, open_folder
 from library.architectures.any_pipeline.measured_models import (
@@ -22,9 +23,13 @@ from library.architectures.any_pipeline.measured_models import (
     require_memory,
 )
 from library.architectures.any_pipeline.measuring import measure
+from library.architectures.any_pipeline.options import PipelineOptions
 from library.architectures.any_pipeline.targets import block_lists
+from library.architectures.any_pipeline.training import PipelinePredict
 from library.architectures.any_pipeline.trees import join_values
+from library.architectures.any_pipeline.watch import Watched
 from library.base.errors import UserError
+from library.types import Prompt
 from tests.any_pipeline.test_convention import SIZE, measured
 from tests.tiny.pipelines import PIPELINES, build_tiny_pipeline, watch_pipeline
 
@@ -79,10 +84,10 @@ def test_a_streamed_denoiser_holds_one_block_at_a_time_and_gives_the_same(tmp_pa
     assert all(parameter.is_meta for block in blocks for parameter in block.parameters())
 
 
-def test_large_text_encoders_are_in_memory_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build_tiny_pipeline("FluxPipeline").save_pretrained(tmp_path / "model")
-    folder = open_folder(str(tmp_path / "model"), trusts_code=False)
-    watched, most, loaded, load = folder.build_stage(), [0], set[str](), PipelineFolder.load
+def note_loads(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> tuple[set[str], list[int]]:
+    """Return, filled by what loads, the models that are loaded and how many text encoders are in memory before each.
+    None are so small that they stay there together."""
+    most, loaded, load = [0], set[str](), PipelineFolder.load
 
     def note(self: PipelineFolder, name: str, dtype: torch.dtype) -> Any:
         model = load(self, name, dtype)
@@ -92,10 +97,30 @@ def test_large_text_encoders_are_in_memory_one_at_a_time(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(PipelineFolder, "load", note)
     monkeypatch.setattr(measured_models, "MOST_TEXT_BYTES", 0)
+    return loaded, most
+
+
+def test_large_text_encoders_are_in_memory_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_tiny_pipeline("FluxPipeline").save_pretrained(tmp_path / "model")
+    folder = open_folder(str(tmp_path / "model"), trusts_code=False)
+    watched = folder.build_stage()
+    loaded, most = note_loads(watched, monkeypatch)
     one_by_one = measure_folder(folder, watched, "no")
     assert max(most) == 0 and loaded >= {"text_encoder", "text_encoder_2"}  # beside the one that is loaded
     monkeypatch.undo()
     assert values_of(one_by_one) == values_of(measure_folder(folder, folder.build_stage(), "no"))
+
+
+def test_a_preview_loads_large_text_encoders_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_tiny_pipeline("FluxPipeline").save_pretrained(tmp_path / "model")
+    words = {"pretrained_model_name_or_path": str(tmp_path / "model")}
+    architecture = build(PipelineOptions.from_args(Namespace(**{**PipelineOptions.defaults(), **words})))
+    assert isinstance(architecture.predict, PipelinePredict) and architecture.preview is not None
+    denoiser, draw = architecture.load.denoiser(), architecture.preview.draw
+    loaded, most = note_loads(architecture.predict.watched, monkeypatch)
+    prompt = Prompt("a red bird", "", 64, 64, 1, 2, 1.0, None, None, None, None, None)
+    assert draw is not None and draw(denoiser, prompt, torch.Generator().manual_seed(1), lambda: True) is not None
+    assert max(most) == 0 and loaded == {"text_encoder", "text_encoder_2"}
 
 
 @pytest.mark.parametrize("most", [0, 1 << 40])
@@ -139,3 +164,16 @@ def test_a_folder_of_half_precision_files_alone_is_measured(tmp_path: Path) -> N
     build_tiny_pipeline("FluxPipeline").save_pretrained(tmp_path / "model", variant="fp16")
     folder = open_folder(str(tmp_path / "model"), trusts_code=False)
     assert measure_folder(folder, folder.build_stage(), "no").denoiser == "transformer"
+
+
+def test_a_folder_without_one_of_several_text_encoders_is_measured(tmp_path: Path) -> None:
+    pipe = build_tiny_pipeline("StableDiffusion3Pipeline")
+    pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
+    pipe.save_pretrained(tmp_path / "model")
+    folder = open_folder(str(tmp_path / "model"), trusts_code=False)
+    assert "text_encoder_2" in folder.used and "text_encoder_3" not in folder.used
+    assert measure_folder(folder, folder.build_stage(), "no").denoiser == "transformer"
+    index = tmp_path / "model" / "model_index.json"
+    index.write_text(index.read_text().replace('"transformers",\n    "CLIPTextModelWithProjection"', "null, null"))
+    with pytest.raises(UserError, match="lacks text_encoder"):
+        open_folder(str(tmp_path / "model"), trusts_code=False).build_stage()

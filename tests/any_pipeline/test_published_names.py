@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from library.architectures.any_pipeline.published_names import TABLES, names_of
@@ -14,9 +17,10 @@ from library.architectures.any_pipeline.targets import with_targets
 from library.checkpoints.files import load_state_dict
 from networks.core.targets.targets import adaptation_kind
 from tests.any_pipeline.test_convention import attach_adapter, load_into, measured, predict
+from tests.any_pipeline.test_training import SCRIPT, Train, arguments
 from tests.tiny.pipelines import build_tiny_pipeline
 from tests.tolerances import FLOAT32_SAME_MATH
-from tools import convert_lora
+from tools import convert_lora, draw, merge_lora
 
 # The layers of the blocks of AIDC-AI/Ovis-Image (ovis_image/model/layers.py) and of Sana's checkpoints as
 # diffusers' converter reads them: (blocks at full size, layers).
@@ -101,6 +105,50 @@ def test_a_file_in_the_publishers_names_has_the_same_changes_and_loads_when_it_i
     fresh = build_tiny_pipeline(name)
     load_into(fresh, convention.denoiser, back)
     torch.testing.assert_close(predict(fresh, "transformer", maps.kwargs), trained, **FLOAT32_SAME_MATH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_a_file_in_the_publishers_names_is_read_directly(name: str, tmp_path: Path, train: Train) -> None:
+    """Its metadata is removed, as in a file of another program."""
+    build_tiny_pipeline(name).save_pretrained(tmp_path / "model")
+    train(arguments(tmp_path / "model", tmp_path, "--learning_rate", "1"), script=SCRIPT).ok()
+    own, theirs = tmp_path / "out" / "mine.safetensors", tmp_path / "theirs.safetensors"
+    convert(own, theirs, "generic")
+    save_file(load_state_dict(theirs), theirs)
+    said = f"{theirs}: converted from the names of the model's publisher to those of diffusers"
+
+    frozen = ["--learning_rate", "1e-12", "--dim_from_weights", "--max_train_steps", "1"]
+    for file, word in ((own, "a"), (theirs, "b")):
+        words = [*frozen, "--output_name", word, "--network_weights", str(file)]
+        done = train(arguments(tmp_path / "model", tmp_path, *words), script=SCRIPT).ok()
+        assert (said in done.stderr) == (file == theirs)
+    states = [load_state_dict(tmp_path / "out" / f"{word}.safetensors") for word in "ab"]
+    stems = {key.partition(".lora_")[0] for key in states[0]}
+    assert stems == {key.partition(".lora_")[0] for key in states[1]} and len(stems) > 10
+    for stem in stems:
+        torch.testing.assert_close(change_of(states[1], stem), change_of(states[0], stem), rtol=1e-4, atol=1e-5)
+
+    images, merged = [], []
+    for file, word in ((own, "c"), (theirs, "d")):
+        drawing = [str(tmp_path / "model"), "--prompt", "a red bird --w 64 --h 64 --s 2 --l 1 --d 11", "--no_half_vae"]
+        assert draw.main([*drawing, "--adapter", str(file), "--output", str(tmp_path / word)]) == 0
+        images += [np.asarray(Image.open(next((tmp_path / word).glob("*.png"))), dtype=float)]
+        target = tmp_path / f"merged {word}"
+        words = ["--sd_model", str(tmp_path / "model"), "--models", str(file), "--save_to", str(target)]
+        assert merge_lora.main(words) == 0
+        merged.append(load_state_dict(next((target / "transformer").glob("*.safetensors"))))
+        joined = ["--models", str(file), str(file), "--concat", "--save_to", str(tmp_path / f"{word}.safetensors")]
+        assert merge_lora.main(joined) == 0
+    assert np.abs(images[0] - images[1]).max() <= 1.0
+    base = load_state_dict(next((tmp_path / "model" / "transformer").glob("*.safetensors")))
+    changed = {key for key in base if not torch.equal(base[key], merged[0][key])}
+    assert len(changed) == len(stems)
+    for key in base:
+        torch.testing.assert_close(merged[1][key], merged[0][key], rtol=1e-4, atol=1e-5)
+    twice = load_state_dict(tmp_path / "d.safetensors")
+    for stem in stems:
+        torch.testing.assert_close(change_of(twice, stem), 2 * change_of(states[0], stem), rtol=1e-4, atol=1e-4)
 
 
 def test_a_pipeline_without_a_table_keeps_its_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

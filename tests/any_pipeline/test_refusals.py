@@ -57,6 +57,7 @@ def write_index(folder: Path, class_name: object, scheduler: str = "DDIMSchedule
         ("DDPMPipeline", "DDPMScheduler", {}, "does not draw from text"),
         ("LatentConsistencyModelPipeline", "LCMScheduler", {}, "distilled to a few steps"),
         ("SanaSprintPipeline", "SCMScheduler", {}, "distilled to a few steps"),
+        ("StableDiffusionPipeline", "ScoreSdeVeScheduler", {}, "which has no single step"),
         ("IFPipeline", "DDPMScheduler", {"variance_type": "learned_range"}, "predicts the variance of the noise too"),
         ("NoSuchPipeline", "DDIMScheduler", {}, "install a newer version that has it"),
         (

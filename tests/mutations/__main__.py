@@ -2,9 +2,10 @@
 
     python -m tests.mutations [--areas buckets captions] [--limit 90] [--only TEXT] [--report score.txt]
 
-`mutations.toml` lists the areas, their tests, and the mutations. A mutation is killed if a test of its area fails, or
-if the tests do not end within the limit though the unchanged project's do. It survives if they all pass, unless the
-table calls it `equivalent` and says why. Exits with 1 if a mutation survives, with 2 if the text of one is gone.
+`*.toml` list the areas, their tests, and the mutations, which may name tests of their own. A mutation is killed if one
+of its tests fails, or if they do not end within the limit though the unchanged project's do. It survives if they all
+pass, unless the table calls it `equivalent` and says why. Exits with 1 if a mutation survives, with 2 if one's text is
+gone.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from typing import Any
 from library.options.config_file import tomllib
 
 ROOT = Path(__file__).parents[2]
-TABLE = Path(__file__).with_name("mutations.toml")
+TABLES = sorted(Path(__file__).parent.glob("*.toml"))
 HEAVY = ("torch", "diffusers", "transformers.models.clip", "peft", "hypothesis")  # imported once, not in every child
 OWN = ("library", "networks", "tests", "tools")
 PASSED, FAILED = 0, 1  # exit codes of pytest
@@ -39,6 +40,7 @@ class Mutation:
     replace: str
     effect: str
     equivalent: str = ""  # why no test can tell it from the unchanged program
+    tests: tuple[str, ...] = ()  # those of the area are tried if it names none
 
     def apply(self, root: Path) -> str:
         """Write the mutation and return the text before it. Raises ValueError unless `find` occurs once."""
@@ -60,9 +62,9 @@ class Area:
 
 
 def read_areas(names: list[str], only: str) -> list[Area]:
-    """Read the table, restricted to some areas, and to mutations whose file or effect contains `only`."""
+    """Read the tables, restricted to some areas, and to mutations whose file or effect contains `only`."""
     areas = []
-    for name, table in tomllib.loads(TABLE.read_text(encoding="utf-8")).items():
+    for name, table in (row for path in TABLES for row in tomllib.loads(path.read_text(encoding="utf-8")).items()):
         mutations = tuple(Mutation(**one) for one in table["mutations"])
         chosen = tuple(one for one in mutations if only in f"{one.file} {one.effect}")
         if chosen and (not names or name in names):
@@ -115,7 +117,7 @@ def try_mutation(mutation: Mutation, area: Area, root: Path, log: Path, limit: f
     except ValueError as error:
         return f"gone: {error}"
     try:
-        code = run_tests(root, area.tests, log, limit)
+        code = run_tests(root, tuple(mutation.tests) or area.tests, log, limit)
     finally:
         (root / mutation.file).write_text(before, encoding="utf-8")
     if code == PASSED:
@@ -126,7 +128,7 @@ def try_mutation(mutation: Mutation, area: Area, root: Path, log: Path, limit: f
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__.splitlines()[0])
-    parser.add_argument("--areas", nargs="*", default=[], help="only these areas of mutations.toml")
+    parser.add_argument("--areas", nargs="*", default=[], help="only these areas of the tables")
     parser.add_argument("--only", default="", help="only mutations whose file or effect contains this")
     parser.add_argument("--limit", type=float, default=90.0, help="seconds for the tests of an area")
     parser.add_argument("--report", type=Path, help="also write the results to this file")

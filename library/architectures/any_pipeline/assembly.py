@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,6 @@ def measure_folder(folder: PipelineFolder, watched: Watched, precision: str) -> 
     except Refused as error:
         raise refuse(folder, error) from error
     for whole in (False, True):
-        watched.set_scheduler(watched.own_scheduler)
         watched.models = load_for_measuring(folder, whole)
         watched.load_text = partial(TextReader.build(folder, precision).load, watched)
         try:
@@ -278,7 +278,7 @@ def assemble(
     logger.info("%s", say_loader(folder, convention.denoiser))
     if folder.expert is not None:
         logger.info("%s", folder.expert.describe())
-    watched.load_text = lambda _: watched.models.update(zip(loader.text_names, loader.text_encoders(), strict=True))
+    watched.load_text = partial(TextReader.build(folder, options.precision.mixed_precision).load, watched)
     return Architecture(
         name=convention.pipeline,
         load=loader,
@@ -326,19 +326,23 @@ def build_text(watched: Watched, convention: Convention, loader: PipelineLoader)
 def find_tokenizer(components: Mapping[str, Any]) -> tuple[Any, int]:
     """Return the tokenizer that takes most tokens, and how many; 0 if none of them says it, as Kolors' own."""
     parts = [part for name, part in components.items() if name.startswith(("tokenizer", "processor"))]
-    tokenizers = [getattr(part, "tokenizer", part) for part in parts if part]  # processors of text and images have one
+    # Processors of text and images have one.
+    tokenizers = [getattr(part, "tokenizer", part) for part in parts if part is not None]
+    if not tokenizers:
+        raise Refused("it has no tokenizer by which captions are counted; use a copy of the model that has one")
     lengths = [int(getattr(part, "model_max_length", 0)) for part in tokenizers]
     return tokenizers[lengths.index(max(lengths))], max(lengths)
 
 
 def build_text_cache(options: PipelineOptions, loader: PipelineLoader, text: CapturedText) -> TextCacheSpec:
-    convention = text.convention
+    # Diffusers' code puts captions into the templates of the model.
+    convention, software = text.convention, f"diffusers {version('diffusers')}"
     return TextCacheSpec(
         options=options.text_caching,
         suffix=read_latent_spec(convention).cache_suffix.replace(".npz", "_te.npz"),
         keys=text.keys,
         encoders=lambda: fingerprint(*(part.weights for part in loader.texts)),
-        settings=f"{loader.text_dtype} {sorted(convention.extra.items())} {convention.unconditional}",
+        settings=f"{software} {loader.text_dtype} {sorted(convention.extra.items())} {convention.unconditional}",
         tokenizers=(text.tokenizer,),
         padding={format_path(path): 0.0 for path in convention.text},
         on_host=text.host_keys,

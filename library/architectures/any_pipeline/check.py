@@ -59,7 +59,9 @@ def check(watched: Watched, convention: Convention, maps: SizeMaps) -> Errors:
 
 def difference(actual: Tensor, expected: Tensor) -> float:
     """Return the largest difference relative to the largest value."""
-    actual, expected = actual.float().cpu(), expected.float().cpu()
+    # Angles of rotary embeddings may be complex numbers.
+    actual, expected = (torch.view_as_real(x) if x.is_complex() else x for x in (actual.cpu(), expected.cpu()))
+    actual, expected = actual.float(), expected.float()
     return float((actual.reshape(expected.shape) - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
 
 

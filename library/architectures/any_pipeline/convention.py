@@ -104,6 +104,7 @@ class Convention:
     argument_shape: tuple[int, ...] = ()  # of the denoiser's latents at `size`
     latent_shape: tuple[int, ...] = ()  # of what the VAE decodes, at `size`
     has_alpha: bool = False  # it decodes to RGBA
+    decoding: Any = ((), {})  # other arguments of the VAE's decoder
     scale_Cpp: Any = None  # the VAE's latents are this times the sample, for each channel and place in a patch,
     offset_Cpp: Any = None  # plus this
     unconditional: Unconditional | None = None  # None if the pipeline has no negative prompt

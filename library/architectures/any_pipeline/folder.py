@@ -30,6 +30,7 @@ from library.architectures.any_pipeline.experts import (
     name_modules,
     read_boundary,
 )
+from library.architectures.any_pipeline.published_names import names_of
 from library.architectures.any_pipeline.refusals import NO_VAE, find_cause
 from library.architectures.any_pipeline.targets import BASE, with_targets
 from library.architectures.any_pipeline.watch import SMALL, Watched, describe_package, is_vae, stand_in
@@ -49,7 +50,7 @@ from networks.core.targets.targets import AdapterTargets, adaptation_kind
 
 logger = logging.getLogger(__name__)
 
-VERSION = 7  # of the rules that measure
+VERSION = 8  # of the rules that measure
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 LEFT_OUT = {  # not needed to draw from text
     **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder", "watermark")),
@@ -97,6 +98,10 @@ class PipelineFolder:
 
         found = [key for key, kind in self.classes.items() if issubclass(kind, ModelMixin) and key != self.vae]
         return [key for key in found if not issubclass(self.classes[key], PreTrainedModel)]
+
+    def published(self, modules: Collection[str]) -> BaseNames | None:
+        """Return the names that the model's publisher gives some layers of the denoiser; None if they are not known."""
+        return names_of(self.kind.__name__, modules)
 
     def fingerprint(self) -> str:
         """Return a digest of what a convention depends on: versions, classes, configurations, weight files."""
@@ -277,7 +282,10 @@ def read_folder(flag: str, path: Path, trusts_code: bool = False) -> PipelineFol
     parts = find_components(classes, entries, arguments)
     optional = {name for name, argument in arguments.items() if argument.default is not argument.empty} - parts.keys()
     settings = {name: value for name, value in entries.items() if name in optional and not is_absent(value)}
-    return PipelineFolder(path, kind, parts, {**settings, **left_out}, flag)
+    # Such as the third text encoder of Stable Diffusion 3, of which there are others.
+    stems = [name.rstrip("_0123456789") for name in parts]
+    without = {name: None for name in arguments if is_absent(entries.get(name)) and name.rstrip("_0123456789") in stems}
+    return PipelineFolder(path, kind, parts, {**without, **settings, **left_out}, flag)
 
 
 def list_arguments(kind: type[Any]) -> dict[str, inspect.Parameter]:
@@ -301,6 +309,8 @@ def refuse_by_class(folder: PipelineFolder) -> None:
     """Raise UserError for a pipeline that is not made to draw images from text, or was distilled to few steps."""
     config = read_json(folder.path / "scheduler" / "scheduler_config.json")
     reason = find_cause(folder.kind, tuple(list_arguments(folder.kind)), folder.scheduler, config)
+    if reason is None and folder.scheduler and not hasattr(folder.parts["scheduler"], "step"):
+        reason = f"draws with {folder.scheduler}, which has no single step; use a model with another scheduler"
     if reason is None and folder.vae is None:
         reason = NO_VAE
     if reason is not None:
@@ -334,7 +344,7 @@ class PipelineLoader:
     def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
         model = self.folder.build_empty(self.name)
         loaded = materialise(model, self.denoiser_weights, DTYPES[self.precision], weight_format)
-        return with_targets(loaded, SAVED_AS.get(self.name, self.name))
+        return with_targets(loaded, SAVED_AS.get(self.name, self.name), self.folder.published)
 
     def _load(self, name: str, part: MaybeComponent, dtype: torch.dtype) -> nn.Module:
         weights = part.weights
@@ -437,4 +447,4 @@ def find_denoiser(folder: PipelineFolder) -> tuple[str, nn.Module]:
             f": {kind} has several models that an adapter may belong to ({', '.join(names)})",
             "load the adapter with the pipeline and call its fuse_lora",
         )
-    return names[0], with_targets(folder.build_empty(names[0]), names[0])
+    return names[0], with_targets(folder.build_empty(names[0]), names[0], folder.published)

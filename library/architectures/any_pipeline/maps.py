@@ -155,7 +155,10 @@ def read_maps(watched: Watched, convention: Convention, size: Size, device: torc
     decode = read_map([t.decoded[0] for t in traces], num_sample, "the way from the scheduler to the VAE", device)
     places = list(range(num_sample))
     if sorted(decode.index_M.tolist()) != places:
-        raise Refused("the VAE does not decode the whole sample")
+        raise Refused(
+            "the VAE does not decode the whole sample, as where two frames are the least that is drawn; use a model "
+            "that draws single images"
+        )
     if sorted({*into.index_M.tolist()} - {-1}) != places:
         raise Refused("the denoiser does not see the whole sample")
     tables = {}

@@ -47,6 +47,7 @@ from library.architectures.any_pipeline.watch import (
     Trace,
     Watched,
     WrongSize,
+    copy_scheduler,
     replace_sample,
     setting,
 )
@@ -55,6 +56,7 @@ NEGATIVE = ("blue", "a red house")
 SCALES = ("guidance_scale", "cfg_scale", "pag_scale", "sag_scale")  # ends of the names of options that guide
 NUM_TRIED_STEPS = (2, 3, 7)  # of drawings whose first steps show the objective
 MOST_CALLS = 3  # of the denoiser in a step with guidance
+DETERMINISTIC = {"algorithm_type": "dpmsolver++", "stochastic_sampling": False}  # settings of schedulers of flows
 NUM_LEVELS = 7  # steps of a drawing from which lines of levels are fitted
 
 
@@ -67,15 +69,18 @@ def measure(watched: Watched, size: Size) -> tuple[Convention, SizeMaps]:
         raise Refused(f"it {NO_VAE}")
     watched.denoiser, watched.idle = None, ()
     watched.memory.clear()
-    convention = read_roles(watched, size)
+    watched.set_scheduler(watched.own_scheduler)
+    convention = read_roles_plainly(watched, size)
     try:
         convention, maps = read_numbers(watched, convention)
     except Refused:
-        # A scheduler that is random or rescales its sample gives way to DDIM of its configuration.
-        if getattr(watched.pipe.scheduler, "alphas_cumprod", None) is None:
+        # A scheduler that is random or rescales its sample gives way to a plain one of its configuration.
+        if (plain := plain_scheduler(watched.pipe.scheduler)) is None:
             raise
-        watched.set_scheduler(plain_scheduler(watched.pipe.scheduler))
+        watched.set_scheduler(plain)
         convention, maps = read_numbers(watched, replace(convention, replaces_scheduler=True))
+    if convention.mix == "ddpm":
+        require_own_timesteps(watched.own_scheduler)
     scale_Cpp, offset_Cpp = read_pattern(maps.decode)
     convention = replace(convention, latent_shape=maps.decode.shape, scale_Cpp=scale_Cpp, offset_Cpp=offset_Cpp)
     return replace(convention, unconditional=find_unconditional(watched, convention)), maps
@@ -133,8 +138,23 @@ def read_roles(watched: Watched, size: Size) -> Convention:
         size=size,
         output=trace.calls[0].output,
         has_alpha=trace.pixel_shape[1] == 4,
+        decoding=trace.decoding,
         argument_shape=tuple(base[latents].shape),
     )
+
+
+def read_roles_plainly(watched: Watched, size: Size) -> Convention:
+    """Find the roles, with a plain scheduler where the pipeline's own does not draw in few steps."""
+    try:
+        return read_roles(watched, size)
+    except CannotDraw as error:
+        if not error.in_scheduler or (plain := plain_scheduler(watched.pipe.scheduler)) is None:
+            raise
+        watched.set_scheduler(plain)
+        try:
+            return replace(read_roles(watched, size), replaces_scheduler=True)
+        except CannotDraw:
+            raise error from None
 
 
 def find_denoiser(
@@ -239,16 +259,39 @@ def read_numbers(watched: Watched, convention: Convention) -> tuple[Convention, 
 
 
 def plain_scheduler(scheduler: Any) -> Any:
-    """Return DDIM with the noise levels and the prediction of another scheduler."""
+    """Return a scheduler that is not random and does not rescale its sample: for a flow one of the same class, else
+    DDIM, with the noise levels and the prediction of the other. None if there is none."""
     from diffusers import DDIMScheduler
 
+    config = scheduler.config
+    if config.get("prediction_type") == "flow_prediction" or getattr(scheduler, "alphas_cumprod", None) is None:
+        changed = {name: value for name, value in DETERMINISTIC.items() if config.get(name, value) != value}
+        return type(scheduler).from_config(config, **changed) if changed else None
+    # DDIM does not know every schedule and setting that makes noise levels, such as CogVideoX's shift.
     plain = DDIMScheduler.from_config(
-        scheduler.config, clip_sample=False, thresholding=False, set_alpha_to_one=True,
-        timestep_spacing="leading", steps_offset=0,
+        config, clip_sample=False, thresholding=False, set_alpha_to_one=True, timestep_spacing="leading",
+        steps_offset=0, beta_schedule="linear", trained_betas=None, rescale_betas_zero_snr=False,
     )  # fmt: skip
-    # Their own, because DDIM does not know every setting that makes them, such as CogVideoX's shift.
     plain.alphas_cumprod = scheduler.alphas_cumprod.clone()
     return plain
+
+
+def require_own_timesteps(scheduler: Any) -> None:
+    """Raise Refused if a scheduler of DDPM's noise levels calls them by other numbers than their places in the list,
+    as EulerDiscreteScheduler does with continuous timesteps."""
+    own = copy_scheduler(scheduler)
+    own.set_timesteps(NUM_LEVELS)
+    if getattr(own, "sigmas", None) is None:  # it takes its levels from the list by their places
+        return
+    abar_T = own.alphas_cumprod.double().cpu().clamp(min=1e-9)
+    place = int(torch.searchsorted(((1 - abar_T) / abar_T).sqrt(), own.sigmas.double().cpu().max()))
+    timestep = float(own.timesteps.max())
+    if abs(min(place, len(abar_T) - 1) - timestep) > 2:  # both are rounded
+        raise Refused(
+            f"its {type(scheduler).__name__} tells the denoiser {timestep:.4g} at a noise level that is number {place} "
+            f"of its {len(abar_T)}, and other numbers than these are not trained; use a scheduler_config.json with "
+            "discrete timesteps, if the model was trained with them"
+        )
 
 
 def find_objective(convention: Convention, traces: Sequence[Trace]) -> Convention:
@@ -265,7 +308,10 @@ def find_objective(convention: Convention, traces: Sequence[Trace]) -> Conventio
                 continue
             if error < TOLERANCE:
                 return c
-    raise Refused(f"no known objective makes a step of {type(traces[0].scheduler).__name__} exact")
+    raise Refused(
+        f"no known objective makes a step of its {type(traces[0].scheduler).__name__} exact; use the "
+        "scheduler_config.json of its publisher"
+    )
 
 
 def fit_line(levels: list[float], given: list[float]) -> Line | None:

@@ -32,7 +32,9 @@ OWN_KINDS: Mapping[str, str] = {
 WORDS = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z][a-z]*\d*")  # of the name of a class
 NO_VAE = "draws without a VAE, which this script does not train"
 PRECONDITIONED = "EDM"  # begins the names of schedulers that scale the model's input and output by the noise level
-DISTILLED = ("LCM", "SCM", "TCD", "CMStochastic", "Wuerstchen", "FlowMatchLCM", "HeliosDMD")
+DISTILLED = (
+    "LCM", "SCM", "TCD", "CMStochastic", "Wuerstchen", "FlowMatchLCM", "HeliosDMD", "FlowMap", "Piflow",
+)  # fmt: skip
 
 
 SEEN = re.compile(r"(?!.*ip_adapter)(.*_)?(images?|videos?|boxes|phrases)")  # names of what a model sees or is told

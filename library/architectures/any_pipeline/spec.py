@@ -3,7 +3,7 @@
 from library.architectures.any_pipeline.assembly import LATENTS, RECIPE, build, build_to_draw
 from library.architectures.any_pipeline.folder import open_for_merging, view_for_networks
 from library.architectures.any_pipeline.options import SCRIPT, PipelineOptions
-from library.architectures.any_pipeline.published_names import names_of
+from library.architectures.any_pipeline.published_names import find_published, names_of
 from library.architectures.any_pipeline.targets import BASE, TARGETS
 from library.checkpoints.adapter_names import BaseNames
 from library.checkpoints.base_model_spec import DIFFUSERS, NONE, BaseModelSpec, Reader
@@ -34,5 +34,6 @@ SPECS = (
         ignores=RECIPE.ignores,
         build_to_draw=build_to_draw,
         names_of=names_of,
+        find_published=find_published,
     ),
 )

@@ -6,7 +6,7 @@ stands a value, so the comparison of its arguments is exact; as the denoiser tra
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,14 +23,24 @@ from library.architectures.any_pipeline.check import (
     compare_step,
     difference,
 )
-from library.architectures.any_pipeline.conditioning import CapturedText, capture_text
-from library.architectures.any_pipeline.convention import Convention, levels_of, targets_of
+from library.architectures.any_pipeline.conditioning import CapturedText, capture_text, fill_arguments
+from library.architectures.any_pipeline.convention import PROMPTS, Convention, levels_of, targets_of
 from library.architectures.any_pipeline.maps import CPU, SizeMaps, answer_with
 from library.architectures.any_pipeline.measuring import find_unconditional
 from library.architectures.any_pipeline.training import PipelineLatents, PipelinePredict, Repeated
-from library.architectures.any_pipeline.trees import Path, copy_tensors, fill_like, join_values, leaves, move
+from library.architectures.any_pipeline.trees import (
+    Path,
+    copy_tensors,
+    differing,
+    fill_like,
+    join_rows,
+    join_values,
+    leaves,
+    move,
+    split_rows,
+)
 from library.architectures.any_pipeline.watch import Answers, Refused, Size, copy_scheduler, replace_sample, setting
-from library.diffusion.timesteps import shift_sigmas
+from library.diffusion.timesteps import NUM_TIMESTEPS, shift_sigmas
 from library.options.training.noise import NoiseOptions
 from library.protocols import Objective
 from library.types import Conditioning, Noised
@@ -39,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 TOLERANCE_IN_16_BITS = 0.02  # of values that text encoders computed, relative to the largest
 WRONG = float("inf")
-TIMESTEP = 500
+TIMESTEP = NUM_TIMESTEPS // 2  # of a flow
 
 
 class Echo(nn.Module):
@@ -86,6 +96,7 @@ def compare_training(predict: PipelinePredict, codec: PipelineLatents, objective
         errors["the objective"] = compare_objective(objective, c, watched.pipe.scheduler)
         errors["the noise levels of steps"] = compare_levels(watched, c, predict.prepare(c.size, CPU))
         errors["the shift of noise levels"] = compare_shift(predict) if c.mix == "flow" else 0.0
+        errors["models without effect"] = compare_idle(predict)
         errors["dropped captions"] = 0.0 if find_unconditional(watched, c) == c.unconditional else WRONG
     return errors
 
@@ -145,11 +156,12 @@ def to_conditioning(text: CapturedText, arguments: Mapping[Path, Any], device: t
 def compare_objective(objective: Any, convention: Convention, scheduler: Any) -> float:
     """Return the error of the target and of the noisy latents at one level."""
     c = convention
-    plain = replace(objective, noise=NoiseOptions()).at_timestep(TIMESTEP)
+    timestep = TIMESTEP if c.mix == "flow" else len(scheduler.alphas_cumprod) // 2
+    plain = replace(objective, noise=NoiseOptions()).at_timestep(timestep)
     generator = torch.Generator().manual_seed(5)
     clean = torch.randn(1, c.latent_shape[1], 8, 8, generator=generator)
     noised = plain.corrupt(clean, generator)
-    level = TIMESTEP / 1000 if c.mix == "flow" else float(TIMESTEP)
+    level = timestep / NUM_TIMESTEPS if c.mix == "flow" else float(timestep)
     signal, share = c.weights_at(scheduler, level)
     mixed = signal * clean + share * noised.noise_BCHW
     target = targets_of(clean, noised.noise_BCHW, signal, share)[c.target]
@@ -182,6 +194,50 @@ def compare_shift(predict: PipelinePredict) -> float:
     return difference(shift_sigmas(own, predict.shift(size)), sigmas)
 
 
+def compare_idle(predict: PipelinePredict) -> float:
+    """Return 0 if the models that are called without effect have none on the denoiser and the scheduler."""
+    c, watched = predict.convention, predict.watched
+    if not c.idle:
+        return 0.0
+    given: list[Mapping[Path, Any]] = []
+    for value in (0.0, 1.0):
+        with setting(watched, idle_value=value):
+            trace = watched.draw(PROMPT, c.size, answer_with(c.output), **c.extra)
+        given.append(leaves([[call.kwargs for call in trace.calls], [step.output for step in trace.steps]]))
+    return WRONG if differing(*given) else 0.0
+
+
+def compare_batch(predict: PipelinePredict, denoiser: Repeated, maps: SizeMaps) -> float:
+    """Return the difference between the last sample of a batch and the same sample in a batch of copies, in which it is
+    not padded; 0 for a denoiser that gets one sample at a time, and where adapters drop values at random."""
+    c, watched, count = predict.convention, predict.watched, denoiser.count
+    if count == 1:
+        return 0.0
+    device = maps.decode.scale_M.device
+    samples = torch.randn(2, maps.into.num_source, generator=torch.Generator().manual_seed(12)).to(device)
+    trace = watched.draw(PROMPTS[0], c.size, answer_with(c.output), steps=NUM_STEPS, **c.extra)
+    other, row = [
+        fill_arguments(
+            c, maps, predict.text.restore(to_conditioning(predict.text, text, device), 0), samples[step],
+            torch.tensor([c.level_of(trace, step)], device=device),
+        )
+        for step, caption in enumerate((PROMPT if c.pads else PROMPTS[0], PROMPTS[0]))
+        for text in (capture_text(watched, c, caption),)
+    ]  # fmt: skip
+
+    def last_of(rows: Sequence[Any], seed: int = 0) -> Tensor:
+        torch.manual_seed(seed)
+        output = denoiser.denoiser(**join_rows(rows, maps.kwargs, c.pads))
+        return maps.out(split_rows(output, count)[-1][None].float())
+
+    alone = last_of([row] * count)
+    error = difference(last_of([*[other] * (count - 1), row]), alone)
+    rounding = 1.0 if predict.text.dtype == torch.float32 else TOLERANCE / TOLERANCE_IN_16_BITS
+    if rounding * error > TOLERANCE and not torch.equal(last_of([row] * count, 1), alone):
+        return 0.0
+    return rounding * error
+
+
 @torch.no_grad()
 def check_denoiser(predict: PipelinePredict, denoiser: Repeated, maps: SizeMaps, size: Size) -> None:
     """Compare the prediction of the denoiser as it trains, for one size of image, and log the result.
@@ -192,6 +248,7 @@ def check_denoiser(predict: PipelinePredict, denoiser: Repeated, maps: SizeMaps,
     try:
         with predict.watched.real_tensors(), torch.random.fork_rng():
             error = compare_prediction(predict, maps, size, denoiser)
+            mixing = 0.0 if predict.ready else compare_batch(predict, denoiser, maps)
     except torch.OutOfMemoryError:
         logger.warning("too little memory to compare images of %dx%d with the pipeline; going on", *size[::-1])
         return
@@ -199,6 +256,12 @@ def check_denoiser(predict: PipelinePredict, denoiser: Repeated, maps: SizeMaps,
         raise Refused(
             f"{c.pipeline}: the prediction of the loaded denoiser for images of {size[1]}x{size[0]} differs "
             f"from the pipeline's own by {error:.2g} of its largest value (at most {TOLERANCE:g} is accepted)"
+        )
+    if not mixing <= TOLERANCE:
+        raise Refused(
+            f"{c.pipeline}: in a batch of {denoiser.count} the loaded denoiser gives a sample another prediction than "
+            "alone, unlike when it was measured",
+            "delete the kept measurement, and start again",
         )
     logger.info(
         "the prediction for images of %dx%d agrees with the pipeline's own (%.1g), checked in %.1f s",

@@ -1,5 +1,6 @@
 """The layers of a pipeline's denoiser that adapters target: all inside its repeated blocks, by diffusers' paths."""
 
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from torch import nn
@@ -13,6 +14,7 @@ BASE = "any_pipeline"
 MOST_STACKS = 2  # that can be offloaded
 TARGETS = AdapterTargets(denoiser=Part("lora_unet", blocks=()), expressions="path", elsewhere=list_network_arguments)
 """Each denoiser adds its blocks and the names of its layers."""
+NamesOf = Callable[[Collection[str]], BaseNames | None]
 
 
 def block_lists(denoiser: nn.Module) -> list[nn.ModuleList]:
@@ -39,10 +41,12 @@ def run_blocks_with(denoiser: nn.Module, runner: BlockRunner) -> None:
     run_library_blocks_with((block for blocks in block_lists(denoiser) for block in blocks), runner)
 
 
-def with_targets(denoiser: nn.Module, component: str) -> nn.Module:
-    """Declare the targets of a denoiser, which network modules read. `component` is its name in the pipeline."""
+def with_targets(denoiser: nn.Module, component: str, published: NamesOf = lambda paths: None) -> nn.Module:
+    """Declare the targets of a denoiser, which network modules read. `component` is its name in the pipeline, and
+    `published` maps the layers to the names that the model's publisher gives them."""
     paths = [path for path, part in denoiser.named_modules() if adaptation_kind(part) is not None]
-    names = BaseNames(BASE, tuple(name_by_path(component, path) for path in paths), saved_naming="diffusers")
+    layers = tuple(name_by_path(component, path) for path in paths)
+    names = BaseNames(BASE, layers, saved_naming="diffusers", published=published(paths))
     classes = sorted({type(block).__name__ for blocks in block_lists(denoiser) for block in blocks})
     part = replace(TARGETS.denoiser, blocks=tuple(classes))
     denoiser.adapter_targets = replace(TARGETS, denoiser=part, names=names)  # type: ignore[assignment]

@@ -15,7 +15,7 @@ from library.architectures.any_pipeline.convention import PROMPTS, Convention
 from library.architectures.any_pipeline.experts import Expert
 from library.architectures.any_pipeline.maps import SizeMaps, read_maps
 from library.architectures.any_pipeline.options import PipelineOptions
-from library.architectures.any_pipeline.trees import Unequal, join_rows, join_values, split_rows, take_row
+from library.architectures.any_pipeline.trees import Unequal, join_rows, join_values, move, split_rows, take_row
 from library.architectures.any_pipeline.watch import Answers, Refused, Size, Trace, Watched, bind, is_fake
 from library.diffusion.flow import FlowMatching
 from library.diffusion.objective import DDPM
@@ -56,7 +56,9 @@ class PipelineLatents:
         """Decode latents to images, float32, about -1..1."""
         model: Any = vae
         raw = self.convention.raw_of(latents_BCHW).to(next(iter(vae.parameters())))
-        pixels: Tensor = model.decode(raw.unsqueeze(2) if len(self.convention.latent_shape) == 5 else raw).sample
+        raw = raw.unsqueeze(2) if len(self.convention.latent_shape) == 5 else raw
+        others, options = move(self.convention.decoding, raw.device, raw.dtype)
+        pixels: Tensor = model.decode(raw, *others, **options).sample
         return (pixels[:, :, 0] if pixels.ndim == 5 else pixels).float()
 
 
@@ -90,6 +92,8 @@ class PipelinePredict:
     )  # of the denoiser, at each size
     ready: dict[tuple[Size, torch.device], SizeMaps] = field(default_factory=dict)
     expected: list[Size] = field(default_factory=list)  # the sizes of a run that are checked before its first step
+
+    shifts: dict[Size, float] = field(default_factory=dict)
 
     def expect_sizes(self, sizes: Iterable[tuple[int, int]]) -> None:
         """Check the tallest and the widest of these (width, height) before the first step."""
@@ -148,7 +152,12 @@ class PipelinePredict:
 
     def shift(self, size: Size) -> float:
         """Return how far the pipeline shifts the noise levels of a size toward noise, at its default number of steps,
-        which some pipelines' shift follows."""
+        which some pipelines' shift follows. It is read once for each size."""
+        if size not in self.shifts:
+            self.shifts[size] = self.read_shift(size)
+        return self.shifts[size]
+
+    def read_shift(self, size: Size) -> float:
         mu, config = self.draw_default(size).mu, self.watched.pipe.scheduler.config
         if mu is None or not config.get("use_dynamic_shifting"):
             return float(config.get("shift") or config.get("flow_shift") or 1.0)

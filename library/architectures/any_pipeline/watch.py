@@ -61,6 +61,7 @@ class CannotDraw(WrongSize):
     """The pipeline ends in an error of its own."""
 
     in_model = False  # which may need the blocks that a short one lacks
+    in_scheduler = False  # which may not draw in two steps
 
 
 class Stop(Exception):
@@ -93,6 +94,7 @@ class Trace:
     calls: list[DenoiserCall] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     decoded: list[Tensor] = field(default_factory=list)  # what the VAE decoded
+    decoding: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})  # its other arguments
     pixel_shape: tuple[int, ...] = ()  # of the VAE's output
     scheduler: Any = None  # a copy, as it was at the first step
     schedule: Mapping[str, Any] = field(default_factory=dict)  # the arguments of its `set_timesteps`
@@ -131,6 +133,14 @@ def own_words(error: Exception) -> str:
     is_check = linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
     is_own = isinstance(error, ValueError) and not str(frame.f_globals.get("__name__")).startswith("torch")
     return " ".join(str(error).split())[:300] if is_check and is_own else ""
+
+
+def fails_in(scheduler: Any, error: Exception) -> bool:
+    """Return True for an error in a scheduler's code, and for one about a function or a value that it lacks."""
+    is_lack = isinstance(error, AttributeError) and error.obj in (scheduler, scheduler.config)
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    is_called = any(frame.f_code is Followed.__call__.__code__ for frame in frames)
+    return is_lack or is_called or any(f.f_globals.get("__name__") == type(scheduler).__module__ for f in frames)
 
 
 def imported_from(error: NameError) -> str:
@@ -265,7 +275,11 @@ class Watched:
         needs = list_other_inputs(self.options)
         also = f"; it may need {list_few(needs)}, which this script does not give" if needs else ""
         reason = own_words(error) or "its code fails, as --console_log_level DEBUG shows"
+        if in_scheduler := fails_in(self.pipe.scheduler, error):
+            reason = own_words(error) or f"it does not work with its {type(self.pipe.scheduler).__name__}"
+            also = "; use the scheduler_config.json of its publisher"
         failed = CannotDraw(f"it draws no image of {size[1]}x{size[0]} from a caption alone: {reason}{also}")
+        failed.in_scheduler = in_scheduler
         failed.in_model = any(f.f_code is Watched.call_model.__code__ for f, _ in walk_tb(error.__traceback__))
         return failed
 
@@ -371,7 +385,10 @@ class Watched:
 
     def _decode(self, vae: Any, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
         self._trace.decoded.append(latents.detach().clone())
-        pixels = torch.zeros(vae.decode(latents.to("meta"))[0].shape)
+        named = {name: value for name, value in kwargs.items() if name not in ("return_dict", "generator")}
+        self._trace.decoding = copy_tensors((args, named))
+        others, options = move((args, named), torch.device("meta"))
+        pixels = torch.zeros(vae.decode(latents.to("meta"), *others, **options)[0].shape)
         self._trace.pixel_shape = tuple(pixels.shape)
         return (pixels,) if kwargs.get("return_dict") is False else Output(sample=pixels)
 
