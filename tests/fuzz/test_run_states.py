@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,15 +38,16 @@ from library.training.saving.resume import (
     find_state,
     resolve_starting_step,
 )
-from library.training.saving.state import NETWORK_FILE, TENSOR_FILE, save_state
-from library.training.saving.state_names import MANIFEST_FILE
+from library.training.saving.state import NETWORK_FILE, TENSOR_FILE
+from library.training.saving.state_names import MANIFEST_FILE, TIMED
+from library.training.saving.timed import NUM_KEPT
 from library.training.step.accumulation import StepPlan
 from tests.fuzz.budget import any_walk
 from tests.fuzz.test_latent_cache_states import Step
 from tests.unit.training.test_loop import Line, batch_of, run_of
 
 NUM_BATCHES, NUM_STEPS, PER_STEP = 19, 13, 4  # five steps in an epoch, the last of them with fewer batches
-TIMED_STATE = "mine-step00000015-timed-state"  # of a run that was lengthened
+TIMED_STATE = f"mine-step00000016{TIMED}-state"  # of a run that was lengthened
 OPERATIONS = ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync")
 
 
@@ -162,8 +163,8 @@ class RunStates(RuleBasedStateMachine):
             "save_last_n_steps_state": keeps_states, "save_every_n_epochs": epochs, "save_last_n_epochs": 1,
         }  # fmt: skip
 
-    @rule(minutes=st.sampled_from([1.0, 2.0, 4.0]))
-    def use_clock(self, minutes: float) -> None:
+    @rule(minutes=st.sampled_from([None, 1.0, 2.0, 4.0]))
+    def use_clock(self, minutes: float | None) -> None:
         self.options["save_every_n_minutes"] = minutes
 
     @rule(count=st.sampled_from([1, 2, 4]))
@@ -201,7 +202,8 @@ class RunStates(RuleBasedStateMachine):
         if states:
             newest = max(states, key=lambda path: (self.saved.get(path.name, 0), path.name))
             flip(newest / name)
-            self.saved.pop(newest.name, None)
+            others = {path.name for path in states} - {newest.name}
+            self.saved = {name: step for name, step in self.saved.items() if name in others}
             self.is_full = True  # what is damaged is not repaired, and the run may have lost all states
 
     def finish(self) -> None:
@@ -232,12 +234,8 @@ class RunStates(RuleBasedStateMachine):
     def out(self) -> Path:
         return self.root / "above" / "out"
 
-    def newest(self) -> int:
-        """Return the step of the newest state that was written whole and has not been outdated."""
-        return max((step for name, step in self.saved.items() if (self.out / name).is_dir()), default=0)
-
     def run(
-        self, stop: int | None = None, reads: str = "", trouble: AbstractContextManager[None] = nullcontext()
+        self, stop: int | None = None, reads: str = "", trouble: AbstractContextManager[None] | None = None
     ) -> None:
         """Start the command, which ends after `stop` steps of the whole run if it is asked to."""
         with ExitStack() as stack:
@@ -245,14 +243,15 @@ class RunStates(RuleBasedStateMachine):
             stack.enter_context(mock.patch.object(os, "fsync", lambda handle: None))
             stack.enter_context(mock.patch.object(tempfile, "tempdir", str(self.root)))
             stack.enter_context(mock.patch.object(timed, "monotonic", lambda: 60.0 * self.minutes))
-            stack.enter_context(trouble)
+            if trouble is not None:
+                stack.enter_context(trouble)
             self.has_begun = True
             self.start(stop, reads)
 
     def start(self, stop: int | None, reads: str) -> None:
         values = {**self.options, "output_dir": str(self.out), "output_name": "mine", "autoresume": True}
         values |= {"optimizer_type": "AdamW", "lr_scheduler": "cosine", "max_train_steps": self.lengths[-1]}
-        run, expected = run_of(batches=(), **values), self.newest()
+        run, expected = run_of(batches=(), **values), max(self.saved.values(), default=0)
         names = Names.build(run.options.saving)
         clear_up(names)
         state = find_state(run.options.state, run.options.hub, names, ALONE)
@@ -289,7 +288,12 @@ class RunStates(RuleBasedStateMachine):
 
     def noting(self, write: Callable[..., None], names: Names) -> Callable[..., None]:
         def write_state(folder: Path, step: int, epoch: int, done: Any) -> None:
+            timed = {name for name in self.saved if TIMED in name}
+            num_whole = sum((self.out / name).is_dir() for name in timed)
+            assert num_whole >= min(NUM_KEPT, len(timed)) or self.is_full
             write(folder, step, epoch, done)
+            if folder.name == "mine-state":
+                self.saved = {name: step for name, step in self.saved.items() if name not in timed}
             if "-rescued" not in folder.name:
                 self.saved[folder.name] = step
 
@@ -354,7 +358,9 @@ PATHS: dict[str, Sequence[Step]] = {
     "killed": [("kill", {"number": number}) for number in (30, 60, 45, 90)],
     "stopped": [("stop", {"step": step}) for step in (3, 5, 11)],
     "stopped at the last step": [("stop", {"step": NUM_STEPS})],
-    "stopped without other states": [("use_schedule", BY_CLOCK), ("stop", {"step": 3}), ("stop", {"step": 7})],
+    "stopped without other states": [("use_schedule", {**EVERY_STATE, "keeps_states": 1, "saves_states": False}),
+                                     ("use_clock", {"minutes": None}), ("stop", {"step": 3}),
+                                     ("kill_after", {"name": "mine-step00000008.safetensors"})],
     "by the clock": [("use_schedule", BY_CLOCK), ("use_clock", {"minutes": 1.0}), ("kill", {"number": 60}),
                      ("use_clock", {"minutes": 4.0}), ("kill", {"number": 30})],
     "killed once its last state is whole": [("use_schedule", BY_CLOCK), ("use_clock", {"minutes": 1.0}),
