@@ -47,7 +47,8 @@ from tests.fuzz.test_latent_cache_states import Step
 from tests.unit.training.test_loop import Line, batch_of, run_of
 
 NUM_BATCHES, NUM_STEPS, PER_STEP = 19, 13, 4  # five steps in an epoch, the last of them with fewer batches
-TIMED_STATE = f"mine-step00000016{TIMED}-state"  # of a run that was lengthened
+TIMED_STATES = [f"mine-step{step:08d}{TIMED}-state" for step in (7, 16)]  # before and after the run is lengthened
+KILLED_AFTER = ("mine-step00000004-state", "mine-step00000004.safetensors", "mine-state", *TIMED_STATES)
 OPERATIONS = ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync")
 
 
@@ -133,7 +134,7 @@ class RunStates(RuleBasedStateMachine):
         self.saved: dict[str, int] = {}  # the step of every state that was written where it belongs
         self.stops: set[int] = set()
         self.minutes = 0
-        self.is_full = self.has_begun = False
+        self.is_full = self.is_damaged = self.has_begun = False
 
     def teardown(self) -> None:
         try:
@@ -178,10 +179,12 @@ class RunStates(RuleBasedStateMachine):
     def kill(self, number: int) -> None:
         self.run(trouble=killed_at(number))
 
-    @rule(name=st.sampled_from(["mine-step00000004-state", "mine-step00000004.safetensors", "mine-state", TIMED_STATE]))
+    @rule(name=st.sampled_from(KILLED_AFTER))
     def kill_after(self, name: str) -> None:
         """Kill the run when a file or state has its name, and before anything else happens."""
         self.run(trouble=killed_after(name))
+        if not self.is_damaged and (self.out / name / MANIFEST_FILE).is_file():
+            self.saved[name] = self.lengths[-1] if name == "mine-state" else int(name.split("-")[1][4:])
 
     @rule(step=st.integers(1, NUM_STEPS + 4))
     def stop(self, step: int) -> None:
@@ -204,7 +207,7 @@ class RunStates(RuleBasedStateMachine):
             flip(newest / name)
             others = {path.name for path in states} - {newest.name}
             self.saved = {name: step for name, step in self.saved.items() if name in others}
-            self.is_full = True  # what is damaged is not repaired, and the run may have lost all states
+            self.is_damaged = True  # what is damaged is not repaired, and the run may have lost all states
 
     def finish(self) -> None:
         """Finish the run and compare it with one that nothing has happened to."""
@@ -223,8 +226,8 @@ class RunStates(RuleBasedStateMachine):
             expected = {path.name for path in whole.out.iterdir()}
             more = {f"mine-step{step:08d}{end}" for step in self.stops for end in (".safetensors", "-state")}
             rescued = {name for name in names if "-rescued" in name}
-            # On a full disk files have got other names.
-            assert self.is_full or expected <= names <= expected | more | rescued, names ^ expected
+            # A full disk gives files other names.
+            assert self.is_full or self.is_damaged or expected <= names <= expected | more | rescued, names ^ expected
         finally:
             shutil.rmtree(whole.root)
 
@@ -363,10 +366,14 @@ PATHS: dict[str, Sequence[Step]] = {
                                      ("kill_after", {"name": "mine-step00000008.safetensors"})],
     "by the clock": [("use_schedule", BY_CLOCK), ("use_clock", {"minutes": 1.0}), ("kill", {"number": 60}),
                      ("use_clock", {"minutes": 4.0}), ("kill", {"number": 30})],
+    "by the clock, damaged": [("use_schedule", BY_CLOCK), ("use_clock", {"minutes": 1.0}),
+                              ("kill_after", {"name": TIMED_STATES[0]}), ("damage", {"name": TENSOR_FILE}),
+                              ("use_clock", {"minutes": 4.0}), ("kill", {"number": 40}),
+                              ("use_clock", {"minutes": 1.0}), ("kill", {"number": 70})],
     "killed once its last state is whole": [("use_schedule", BY_CLOCK), ("use_clock", {"minutes": 1.0}),
                                             ("kill_after", {"name": "mine-state"})],
     "killed when longer than its last state": [("use_schedule", BY_CLOCK), ("use_clock", {"minutes": 1.0}),
-                                               ("lengthen", {}), ("kill_after", {"name": TIMED_STATE})],
+                                               ("lengthen", {}), ("kill_after", {"name": TIMED_STATES[1]})],
     "killed between a file and its state": [("use_schedule", EVERY_STATE),
                                             ("kill_after", {"name": "mine-step00000008.safetensors"})],
     "damaged": [("stop", {"step": 5}), ("damage", {"name": TENSOR_FILE}), ("stop", {"step": 9}),
