@@ -34,10 +34,16 @@ def works_or_says_why(action: Callable[[], Any]) -> None:
 def any_walk(num_examples: int, num_steps: int) -> settings:
     """Return the settings of a state machine with this many walks in the fast run, each of at most `num_steps`.
 
-    Shrinking a failed walk can take many times as long as the walks, so only the long run does so.
+    Shrinking a failed walk can take many times as long as the walks, so only the long run does so. That one takes ten
+    times as many walks of five times as many steps: some minutes for each machine.
     """
     phases = tuple(Phase) if AT_LENGTH else (Phase.generate,)
     num_steps *= 5 if AT_LENGTH else 1
     return settings(
-        any_input(num_examples), deadline=None, phases=phases, stateful_step_count=num_steps, report_multiple_bugs=False
+        any_input(num_examples),
+        max_examples=min(10 * num_examples, AT_LENGTH or num_examples),
+        deadline=None,
+        phases=phases,
+        stateful_step_count=num_steps,
+        report_multiple_bugs=False,
     )

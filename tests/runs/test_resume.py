@@ -13,8 +13,7 @@ from torch import Tensor
 
 from library.checkpoints.files import load_state_dict
 from library.training.loop.steps import Steps
-from library.training.saving import checkpoints, timed
-from library.training.saving.state import TENSOR_FILE
+from library.training.saving import timed
 from library.training.step.accumulation import Window
 from tests.ranks import Job, run_ranks
 from tests.running import ROOT, Finished, make_images
@@ -245,48 +244,6 @@ def run_until(clock: Clock, step: int, train: Train, arguments: list[str]) -> No
     with pytest.raises(Killed):
         train(arguments)
     clock.cut_at = 0
-
-
-def test_a_run_that_is_cut_between_timed_states_goes_on_exactly(
-    clock: Clock, train: Train, timed_arguments: list[str], tmp_path: Path
-) -> None:
-    train([*timed_arguments, "--output_dir", str(tmp_path / "whole")]).ok()
-    parts = [*timed_arguments, "--autoresume", "--save_every_n_minutes", "2"]
-    run_until(clock, 6, train, parts)
-    out = tmp_path / "out"
-    assert states(out) == ["step00000002-timed", "step00000004-timed"]
-    run_until(clock, 8, train, [*parts, "--save_every_n_minutes", "1"])
-    assert states(out) == ["step00000006-timed", "step00000007-timed"]
-    done = train(parts)
-    assert done.status == 0 and "at step 7 of 8" in done.stderr and "uninterrupted" not in done.stderr
-    assert [path.name for path in out.glob("*-state")] == ["mine-state"]
-    assert_equal_states(tmp_path / "whole" / "mine-state", out / "mine-state")
-
-
-def test_the_state_before_is_kept_until_the_next_is_whole_and_taken_if_the_newest_is_damaged(
-    clock: Clock, train: Train, timed_arguments: list[str], tmp_path: Path
-) -> None:
-    parts, out = [*timed_arguments, "--autoresume", "--save_every_n_minutes", "1"], tmp_path / "out"
-    run_until(clock, 5, train, parts)
-    assert states(out) == ["step00000003-timed", "step00000004-timed"]
-    damaged = out / "mine-step00000004-timed-state" / TENSOR_FILE
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
-    run_until(clock, 5, train, [*parts, "--save_every_n_minutes", "9"])
-    assert states(out) == ["step00000003-timed", "step00000004-timed"]  # none is outdated before two are whole
-    run_until(clock, 7, train, parts)
-    assert states(out) == ["step00000005-timed", "step00000006-timed"]
-
-
-def test_a_run_that_is_killed_after_its_last_state_leaves_no_timed_ones(
-    clock: Clock, train: Train, timed_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, words = tmp_path / "out", [*timed_arguments, "--autoresume", "--save_every_n_minutes", "1"]
-    with monkeypatch.context() as context:
-        context.setattr(checkpoints, "remove", lambda name, path, kind, events: None)
-        assert train(words).status == 0
-    assert len(states(out)) == 8
-    assert train(words).status == 0
-    assert [path.name for path in out.glob("*-state")] == ["mine-state"]
 
 
 def test_scheduled_states_are_not_outdated_by_timed_ones(

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -202,13 +201,6 @@ def test_masks_are_stored_in_the_file_and_mirrored_with_the_image(folder):
     assert num_encoded == 0 and mask.unique().tolist() == pytest.approx([179 / 255]), "178.6 is nearest to 179"
 
 
-def test_a_mask_in_the_file_is_ignored_without_alpha_mask(folder):
-    write_image(folder / "2_a/q.png", (64, 64), seed=31, mode="RGBA")
-    cache(folder, "--alpha_mask")
-    batches, num_encoded = cache(folder)
-    assert num_encoded == 0 and all(batch.masks_B1HW is None for batch in batches_of(batches))
-
-
 @pytest.mark.parametrize("options", [DISK, MEMORY], ids=["disk", "memory"])
 def test_subsets_that_share_an_image_only_get_its_mask_if_they_want_it(tmp_path, options):
     write_image(tmp_path / "a/q.png", (64, 64), seed=30, mode="RGBA")
@@ -390,10 +382,6 @@ def put_whole_numbers(folder: Path) -> None:
     rewrite(file_of(folder), latents=np.ones((4, 8, 8), np.int64))
 
 
-def put_text(folder: Path) -> None:
-    rewrite(file_of(folder), latents=np.full((4, 8, 8), "one"))
-
-
 def put_other_shape(folder: Path) -> None:
     rewrite(file_of(folder), latents=np.zeros((4, 8, 16), np.float32))
 
@@ -415,48 +403,6 @@ def make_older_than_image(folder: Path) -> None:
     os.utime(file_of(folder), (1, 1))
 
 
-@pytest.mark.parametrize(
-    ("spoil", "reason"),
-    [
-        (edit_image, "1 made from another image"),
-        (truncate, "1 damaged"),
-        (flip_bits, "1 damaged"),
-        (put_nan, "1 holding NaN"),
-        (put_other_shape, r"1 holding latents of shape \(4, 8, 16\)"),
-        (put_whole_numbers, "1 holding latents of the type int64"),
-        (put_text, "1 holding latents of the type <U3"),
-        (put_other_crop, "1 made for another size or crop"),
-        (put_other_size, "1 made for another size or crop"),
-        (drop_latents, "1 without latents of this size"),
-        (make_older_than_image, "1 older than the image"),
-    ],
-)
-def test_only_the_stale_entry_is_encoded_again_with_a_warning(folder, caplog, spoil, reason):
-    before = {key: value for key, value in latents_by_key(cache(folder)[0]).items() if "p0" not in key}
-    spoil(folder)
-    caplog.clear()
-    batches, num_encoded = cache(folder)
-    assert num_encoded == 1
-    (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert "latent cache: 2 entries reused, 0 to encode, 1 stale" in line
-    assert re.search(reason, line)
-    assert "p0_0064x0064_sd.npz" in line
-    latents = latents_by_key(batches)
-    assert {key: value for key, value in latents.items() if "p0" not in key} == before
-    assert latents == latents_by_key(cache(folder, options=MEMORY)[0])
-    assert cache(folder)[1] == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "vae"),
-    [("", "another vae"), ("--resize_interpolation bicubic", "vae"), ("--flip_aug", "vae"), ("--alpha_mask", "vae")],
-)
-def test_changed_settings_invalidate_every_entry(folder, arguments, vae):
-    cache(folder)
-    assert cache(folder, arguments, vae=vae)[1] == (6 if arguments == "--flip_aug" else 3)
-    assert cache(folder, arguments, vae=vae)[1] == 0
-
-
 def test_entries_with_random_samples_by_an_earlier_version_are_encoded_again(folder, caplog):
     spec = replace(SPEC, computed_as=POSTERIOR_MEAN)
     line = "3 stale (3 made of random samples by an earlier version, where the VAE's mean is needed"
@@ -474,21 +420,6 @@ def test_entries_with_random_samples_by_an_earlier_version_are_encoded_again(fol
         cache_latents(open_folder(folder, spec=spec), averaging_vae(), missing, DISK, 1)
         assert cache(folder, vae=f"vae{spec.vae_suffix}", spec=spec)[1] == 0
     assert caplog.text.count(line) == 2
-
-
-def test_another_resolution_encodes_every_image_again(folder):
-    cache(folder)
-    plan = plan_of(options_of("--resolution 128", "--train_data_dir", str(folder)))
-    calls: list[int] = []
-    cache_latents(plan, averaging_vae(calls), lambda: "vae", DISK, 1)
-    assert sum(calls) == 3
-
-
-def test_a_stale_mirrored_copy_is_removed_with_its_entry(folder):
-    cache(folder, "--flip_aug")
-    cache(folder, vae="other")
-    with np.load(file_of(folder)) as archive:
-        assert "latents_flipped" not in archive.files
 
 
 @pytest.mark.parametrize("extension", ["bmp", "BMP", "dib", "tif", "tiff", "tga", "ppm"])
@@ -537,12 +468,6 @@ def test_an_uncompressed_image_is_known_by_its_content_whatever_its_name(folder,
     assert counts == [3, 0, 0, 1, 0]
 
 
-def test_an_image_that_was_only_touched_is_not_encoded_again(folder):
-    cache(folder)
-    os.utime(folder / "2_a/p0.png", (4_000_000_000, 4_000_000_000))
-    assert cache(folder)[1] == 0
-
-
 def test_entries_of_sd_scripts_are_used_and_their_unknown_vae_is_reported(folder, caplog):
     cache(folder)
     for path in (folder / "2_a").glob("*.npz"):
@@ -550,15 +475,6 @@ def test_entries_of_sd_scripts_are_used_and_their_unknown_vae_is_reported(folder
     with caplog.at_level(logging.INFO):
         assert cache(folder, vae="another vae")[1] == 0
     assert "3 cache entries do not name their VAE" in caplog.text
-
-
-def test_complex_sizes_from_another_program_are_rejected(folder, caplog):
-    """Their real part would match the image."""
-    cache(folder)
-    rewrite(file_of(folder), original_size=np.array([64 + 1j, 64 + 1j], np.complex64))
-    with caplog.at_level(logging.INFO):
-        assert cache(folder)[1] == 1
-    assert "1 made for another size or crop" in caplog.text
 
 
 def test_an_origin_note_is_ignored_if_another_program_replaced_the_latents(folder, caplog):
@@ -653,37 +569,6 @@ def test_latents_of_another_vae_that_replace_an_entry_during_the_run_are_refused
 
 
 # Interruption and failure
-
-
-def test_an_interrupted_run_resumes_and_leaves_no_partial_files(folder):
-    encode, calls = averaging_vae(), []
-
-    def encode_once_then_interrupt(pixels, generators):
-        if calls:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return encode(pixels, generators)
-
-    with pytest.raises(KeyboardInterrupt):
-        cache_latents(open_folder(folder), encode_once_then_interrupt, lambda: "vae", DISK, 1)
-    assert sorted(path.suffix for path in (folder / "2_a").iterdir()) == [".npz", ".npz", ".png", ".png", ".png"]
-    batches, num_encoded = cache(folder)
-    assert num_encoded == 1
-    assert latents_by_key(batches) == latents_by_key(cache(folder, options=MEMORY)[0])
-
-
-def test_a_failed_write_keeps_the_old_file_and_suggests_a_solution(folder, monkeypatch):
-    cache(folder)
-    before = file_of(folder).read_bytes()
-
-    def fail_to_sync(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail_to_sync)
-    with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\); .*use --cache_latents to"):
-        cache(folder, vae="another vae")
-    assert file_of(folder).read_bytes() == before
-    assert not list((folder / "2_a").glob(".*"))
 
 
 def test_the_error_for_nan_from_the_vae_names_the_image_and_a_solution(folder):

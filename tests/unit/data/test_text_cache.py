@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import logging
 import os
 import shutil
@@ -313,15 +312,6 @@ def test_only_changed_captions_are_encoded_again(tmp_path, caplog):
         assert_same_features(row, features(caption))
 
 
-def test_additional_variants_are_added_to_existing_ones(tmp_path):
-    folder = write_data(tmp_path)
-    few = cache(folder, "--shuffle_caption", dataclasses.replace(DISK, text_cache_variants=3))
-    more = cache(folder, "--shuffle_caption", dataclasses.replace(DISK, text_cache_variants=5))
-    assert len(few.encoded) == 3 * 3 + 1 and len(more.encoded) == 3 * 2
-    fewer = cache(folder, "--shuffle_caption", dataclasses.replace(DISK, text_cache_variants=2))
-    assert fewer.encoded == []
-
-
 @pytest.mark.parametrize(
     "change",
     [{"identity": "others"}, {"dtype": "no"}, {"constants": {"applies": torch.tensor(False)}}],
@@ -345,17 +335,6 @@ def test_another_tokenizer_invalidates_the_whole_cache(tmp_path, caplog):
     assert cache(folder, words="cat a").num_loads == 0
 
 
-def test_a_file_that_does_not_name_its_tokenizer_is_used(tmp_path):
-    folder = write_data(tmp_path)
-    cache(folder)
-    for path in [*folder.rglob("*_tiny_te.npz")]:
-        with np.load(path) as archive:
-            note = json.loads(archive["captions"].tobytes())
-        assert note.pop("tokenizers")
-        rewrite(path, True, captions=np.frombuffer(json.dumps(note).encode(), dtype=np.uint8))
-    assert cache(folder, words="cat a").num_loads == 0
-
-
 def rewrite(path: Path, leaves_note: bool, **changes: np.ndarray) -> None:
     """Rewrite the file as another program would."""
     with np.load(path) as archive:
@@ -363,58 +342,10 @@ def rewrite(path: Path, leaves_note: bool, **changes: np.ndarray) -> None:
     np.savez(path, **{**arrays, **changes})
 
 
-@pytest.mark.parametrize("leaves_note", [True, False])
-def test_a_file_of_another_program_is_encoded_again(tmp_path, caplog, leaves_note):
-    """Such a file does not name its caption, or it has our note next to features of its own."""
-    folder = write_data(tmp_path)
-    cache(folder)
-    rewrite(file_of(folder), leaves_note, pooled=np.zeros(4, dtype=np.float32))
-    with caplog.at_level(logging.WARNING):
-        again = cache(folder)
-    assert len(again.encoded) == 1 and "1 by another program" in caplog.text
-    assert_same_features(TextFile(str(file_of(folder)), KEYS).read(again.encoded[0]), features(again.encoded[0]))
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "zeros", "note"])
-def test_a_damaged_file_is_encoded_again(tmp_path, damage):
-    folder = write_data(tmp_path)
-    cache(folder)
-    path = file_of(folder)
-    content = path.read_bytes()
-    if damage == "note":
-        rewrite(path, True, captions=np.frombuffer(json.dumps([1, "x"]).encode(), dtype=np.uint8))
-    else:
-        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "zeros": bytes(5000)}[damage])
-    again = cache(folder)
-    assert len(again.encoded) == 1
-    assert len(draws_of(again.batches)) == 6
-
-
-def test_a_file_that_is_no_cache_is_kept(tmp_path):
-    folder = write_data(tmp_path)
-    cache(folder)
-    for content in (b"no archive", npz_bytes(depth=np.zeros(4))):
-        file_of(folder).write_bytes(content)
-        with pytest.raises(UserError, match=r"_to_disk: .* not a cache of text features"):
-            cache(folder)
-        assert file_of(folder).read_bytes() == content
-
-
 def npz_bytes(**arrays):
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     return buffer.getvalue()
-
-
-def test_flipped_bits_are_detected_when_read(tmp_path):
-    folder = write_data(tmp_path)
-    cached = cache(folder)
-    content = bytearray(file_of(folder).read_bytes())
-    place = content.index(features(next(cached.plan.caption_texts())[0])["pooled"].numpy().tobytes())
-    content[place] ^= 1
-    file_of(folder).write_bytes(content)
-    with pytest.raises(ValueError, match=r"p0_tiny_te.npz is damaged.*delete it and run again"):
-        draws_of(cached.batches)
 
 
 def test_skipping_the_check_trusts_files_by_name(tmp_path):

@@ -1,7 +1,7 @@
 """Common behaviour of all kinds in a network: initial state, files, loading, norms, dropout, refusals."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,11 +30,13 @@ class Case:
     scaled: str  # the leaf that a trained scalar is folded into
     fast: str = ""  # the factor that LoRA+ trains faster; "" if it is refused
     refused: tuple[str, ...] = ("split_qkv",)
+    own: dict[str, str] = field(default_factory=dict)  # arguments that go with those of every kind
 
 
 EVERYTHING = {"conv_dim": "1", "use_tucker": "1", "use_scalar": "1", "train_norm": "1", "dora_wd": "1"}
+WITH_DORA = {"dora_wd": "1", "use_tucker": "1", "rank_dropout": "0.1", LORAPLUS: "4", "conv_alpha": "2"}
 CASES: dict[str, Case] = {
-    "lora": Case(lora, 4, FORMS, scaled="lora_up.weight", fast="lora_up.weight", refused=()),
+    "lora": Case(lora, 4, FORMS, scaled="lora_up.weight", fast="lora_up.weight", refused=(), own=WITH_DORA),
     "loha": Case(
         loha, 3,
         {
@@ -44,7 +46,7 @@ CASES: dict[str, Case] = {
             "everything": EVERYTHING,
             "per output": {**EVERYTHING, "wd_on_output": "1"},
         },
-        scaled="hada_w2_a", fast="hada_w2_a",
+        scaled="hada_w2_a", fast="hada_w2_a", own=WITH_DORA,
     ),
     "lokr": Case(
         lokr, 1,
@@ -57,7 +59,7 @@ CASES: dict[str, Case] = {
             "everything": {**EVERYTHING, "factor": "2"},
             "per output": {**EVERYTHING, "factor": "2", "wd_on_output": "1"},
         },
-        scaled="lokr_w1", fast="lokr_w1",
+        scaled="lokr_w1", fast="lokr_w1", own={**WITH_DORA, "factor": "2", "decompose_both": "1"},
     ),
     "oft_v2": Case(
         oft_v2, 2,
@@ -70,6 +72,7 @@ CASES: dict[str, Case] = {
         },
         scaled="oft_R.weight",
         refused=("split_qkv", "dora_wd", "use_tucker", "rank_dropout", "rslora", "tlora", LORAPLUS),
+        own={"coft": "1", "coft_eps": "0.5", "enable_conv": "1"},
     ),
     "boft": Case(
         boft, 2,
@@ -82,6 +85,7 @@ CASES: dict[str, Case] = {
         },
         scaled="boft_R",
         refused=("split_qkv", "dora_wd", "use_tucker", "rank_dropout", "rslora", "tlora", LORAPLUS),
+        own={"enable_conv": "1"},
     ),
 }  # fmt: skip
 PAIRS = [(kind, form) for kind, case in CASES.items() for form in case.forms]
@@ -295,14 +299,6 @@ TOGETHER = {  # accepted by every kind, combined
     "network_reg_dims": "mid_attention_to_q=4", "network_reg_lrs": "up_0_attention=1e-3", "block_dims": "0,2,3,2",
     "down_lr_weight": "0.5", "mid_lr_weight": "2", "exclude_patterns": ".*time_emb.*", "verbose": "True",
 }  # fmt: skip
-OWN = {
-    "lora": {"dora_wd": "1", "use_tucker": "1", "rank_dropout": "0.1", LORAPLUS: "4", "conv_alpha": "2"},
-    "loha": {"dora_wd": "1", "use_tucker": "1", "rank_dropout": "0.1", LORAPLUS: "4", "conv_alpha": "2"},
-    "lokr": {"dora_wd": "1", "use_tucker": "1", "rank_dropout": "0.1", LORAPLUS: "4", "factor": "2", "conv_alpha": "2",
-             "decompose_both": "1"},
-    "oft_v2": {"coft": "1", "coft_eps": "0.5", "enable_conv": "1"},
-    "boft": {"enable_conv": "1"},
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -311,13 +307,13 @@ def test_all_options_work_together(tmp_path: Path, kind: str) -> None:
     text, unet = toy_models(7601)
     before = outputs(text, unet, 7602)
     network_module: Any = CASES[kind].network_module
-    network = network_module.create_network(1.0, 2, 2.0, None, text, unet, **TOGETHER, **OWN[kind])
+    network = network_module.create_network(1.0, 2, 2.0, None, text, unet, **TOGETHER, **CASES[kind].own)
     network.apply_to(text, unet)
     assert_same([out.detach() for out in outputs(text, unet, 7602)], before)
     groups, names = network.prepare_optimizer_params([1e-3], 1e-4, 1e-3)
     assert len(names) == len(set(names)) == len(groups) > 4
     assert any("block" in name for name in names) and any("reg_lr" in name for name in names)
-    assert any(name.endswith("plus") for name in names) == (LORAPLUS in OWN[kind])
+    assert any(name.endswith("plus") for name in names) == (LORAPLUS in CASES[kind].own)
     assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
     optimizer = torch.optim.Adam(groups, eps=1e-20)
     network.prepare_grad_etc(text, unet)

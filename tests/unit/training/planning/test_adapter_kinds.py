@@ -12,14 +12,13 @@ from library.memory.planner import counter
 from library.training.models.requests import RequestedRun
 from library.training.planning.counting import count_run
 from library.training.planning.meta_run import BatchShape
+from networks.core.registry.layouts import list_kinds
 from tests.parity.tiny_models import opened_with
 from tests.tiny.bases import BASES
 
 pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options configures logging
 
-KINDS = tuple(
-    f"networks.{kind}" for kind in ("lora", "lora_fa", "tlora", "dylora", "loha", "lokr", "oft", "oft_v2", "boft")
-)
+KINDS = sorted(kind.network_module for kind in list_kinds() if kind.network_module)
 FAST = "sd"  # which has convolutions
 WORDS = ("--cache_latents", "--network_train_unet_only", "--mixed_precision", "bf16")
 
