@@ -34,7 +34,7 @@ from tests.tiny.sd3 import (
     tiny_mmdit,
 )
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAMPLED
-from tests.unit.architectures.sd3.test_load import options_of
+from tests.unit.architectures.test_sd3 import options_of
 from tools.convert_lora import convert
 
 SEED = 41

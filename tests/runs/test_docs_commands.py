@@ -47,7 +47,7 @@ NOT_RUN = {  # start of a command -> where it is tested, or why it cannot run he
     "python3 tools/draw.py path/to/wan_2_2": "tests/any_pipeline/test_experts.py",
     "python3 tools/vote.py": "waits for a browser: tests/runs/test_choose_checkpoint.py",
     "python3 tools/front_end.py": "tests/runs/test_front_end.py",
-    "python3 tools/report.py output/quickstart --serve": "tests/unit/training/report/test_live.py",
+    "python3 tools/report.py output/quickstart --serve": "tests/unit/training/test_report_live.py",
     **{
         f"python3 {base.script}.py --recipe": "tests/runs/test_docs_commands.py"
         for base in BASES.values()

@@ -22,8 +22,13 @@ from library.architectures.sd3.text import Sd3Text, mask_to_end
 from library.models.dit_loader import DitLoader
 from library.options.ranges import check_ranges
 from library.types import Conditioning
+from tests.running import tiny_model
 from tests.tiny.sd3 import CONFIGS, build_tiny_sd3
 from tests.tolerances import FLOAT32_DEEP
+
+# A file with all text encoders and each part in a file next to it, and one without them.
+sd3_file = tiny_model("sd3", 21)
+sd3_without_text = tiny_model("sd3", 21, with_text=False)
 
 
 def options_of(path: Path | str | None, **flags: Any) -> Sd3Options:
