@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,14 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from library.checkpoints.files import load_state_dict
-from library.environment import installed
 from library.environment.hidden_libraries import BITSANDBYTES
 from library.environment.lock_file import read_entries
 from library.models import rotary
 from library.processes.process_group import Processes
 from library.training.command_line import training
 from tests.device_standin import device_without_float64
-from tests.running import ROOT, SCRIPTS, Finished, make_images
+from tests.running import ROOT, Finished, make_images
 from tests.tiny.bases import BASES
 
 ERRORS = [
@@ -326,45 +325,3 @@ def test_its_commands_build_an_environment_that_trains(tmp_path: Path) -> None:
         "--output_dir", str(tmp_path / "out"), "--output_name", "mine",
     )  # fmt: skip
     assert (tmp_path / "out" / "mine.safetensors").is_file()
-
-
-# Runs in environments of front ends, which pin other package versions than requirements.txt.
-
-KOHYA_SS = {"transformers": "4.54.1", "diffusers": "0.32.2"}
-LORA_SCRIPTS = {"transformers": "4.44.0", "diffusers": "0.25.0"}
-REFUSED = {
-    "diffusers_train_network": "diffusers 0.32.2",
-    **{base.script: base.needs_newer for base in BASES.values() if base.needs_newer},
-}
-
-
-def error_of(
-    train: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch, versions: Mapping[str, str], script: str
-) -> str:
-    """Return the error of a run whose base model is missing."""
-    monkeypatch.setattr(installed, "version_of", versions.get)
-    done = train(
-        ["--pretrained_model_name_or_path", __file__, "--network_module", "networks.lora",
-         "--output_dir", "out", "--train_data_dir", str(Path(__file__).parent), "--resolution", "64"],
-        script,
-    )  # fmt: skip
-    assert done.status == 1 and "this is a bug" not in done.stderr
-    return done.stderr
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_only_base_models_that_need_newer_packages_are_rejected(
-    train: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch, script: str
-) -> None:
-    error = error_of(train, monkeypatch, KOHYA_SS, script)
-    assert ("The installed packages cannot train" in error) is (script in REFUSED)
-    assert REFUSED.get(script, "") in error
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_packages_too_old_for_any_base_model_are_named_before_loading(
-    train: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch, script: str
-) -> None:
-    error = error_of(train, monkeypatch, LORA_SCRIPTS, script)
-    assert "train adapters: transformers 4.44.0 (required: >=4.53); diffusers 0.25.0 (required: >=0.32)." in error
-    assert 'Run python3 -m pip install -U "transformers>=4.53" "diffusers>=0.32"' in error
