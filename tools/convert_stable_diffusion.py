@@ -28,6 +28,7 @@ from library.base.command_parser import make_parser
 from library.base.errors import about
 from library.base.terminal import print_line
 from library.checkpoints import model_lookup
+from library.checkpoints.base_files import check_variant
 from library.checkpoints.files import load_pickle
 from library.checkpoints.folders import atomic_folder
 from library.checkpoints.headers import holds_safetensors, is_safetensors
@@ -75,6 +76,7 @@ def open_source(name: str, required: str | None, variant: str | None) -> Opened:
         weights = model_lookup.open_file(SOURCE, path)
         parts = {**single_file_parts(SOURCE, weights, spec.name), "vae": vae_of_checkpoint(SOURCE, weights)}
         return Opened(path, spec.name, parts, weights)
+    check_variant(path, layouts.PARTS, variant)
     unet, vae, text = (model_lookup.open_part(SOURCE, path / part, part, variant) for part in layouts.PARTS)
     parts = {"unet": Component(*unet), "vae": vae_of_folder(*vae), "text_encoder": clip_of_folder(*text)}
     return Opened(path, spec.name, parts, None)
