@@ -4,7 +4,7 @@ import math
 import os
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from library.base.randomness import random_for
@@ -46,19 +46,22 @@ class CaptionRules:
         return self.fixed is None and (self.moves_tags or self.enable_wildcard)
 
 
-def find_idle_rules(rules: CaptionRules, texts: bytes) -> Iterator[str]:
-    """Yield why keys of captions have no effect, as continuations of "has no effect"; `texts` joins all captions."""
-    text = b"".join([(rules.caption_prefix or "").encode(), texts, (rules.caption_suffix or "").encode()])
+def find_idle_rules(rules: CaptionRules, occurs: Callable[[str], bool]) -> Iterator[str]:
+    """Yield a line for each key that changes no caption; `occurs` tells whether a text is in one of them."""
+
+    def is_in_captions(sign: str) -> bool:
+        return sign in f"{rules.caption_prefix or ''} {rules.caption_suffix or ''}" or occurs(sign)
+
     where = "no caption has"
     if rules.keep_tokens and not rules.moves_tags:
         yield "keep_tokens has no effect: no tag moves without shuffle_caption, token_warmup_step or dropped tags"
-    if rules.shuffle_caption and rules.caption_separator.encode() not in text:
+    if rules.shuffle_caption and not is_in_captions(rules.caption_separator):
         yield f"shuffle_caption has no effect: {where} the caption_separator {rules.caption_separator!r}"
     for name in ("keep_tokens_separator", "secondary_separator"):
         sign = getattr(rules, name)
-        if sign and sign.encode() not in text:
+        if sign and not is_in_captions(sign):
             yield f"{name} has no effect: {where} {sign!r}"
-    if rules.enable_wildcard and not (b"{" in text or b"\n" in texts):
+    if rules.enable_wildcard and not (is_in_captions("{") or occurs("\n")):
         yield f"enable_wildcard has no effect: {where} braces or several lines"
 
 

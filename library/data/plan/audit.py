@@ -8,6 +8,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, compress, islice
 
 import numpy as np
@@ -124,8 +125,9 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
 
 def mask_lines(subset: ScannedSubset, storage: Storage) -> Iterator[Line]:
     """Yield a warning if alpha_mask is set and none of the first images has an alpha channel."""
-    config, first = subset.config, list(islice(subset.images, MOST_OPENED))
-    if config.alpha_mask and first and not any(is_transparent(image, storage) for image in first):
+    config = subset.config
+    first = list(islice(subset.images, MOST_OPENED)) if config.alpha_mask else []
+    if first and not any(is_transparent(image, storage) for image in first):
         of_many = "" if len(first) == len(subset.images) else f" of the first {len(first)}"
         effect = f"alpha_mask has no effect: no image{of_many} has an alpha channel"
         yield logging.WARNING, f"  {config.source}: {effect}"
@@ -138,8 +140,12 @@ def idle_lines(datasets: Sequence[ScannedDataset]) -> Iterator[Line]:
         if not subset.config.is_reg and subset.config.captions.fixed is None:
             texts_of.setdefault(subset.config.captions, []).append(subset.images.captions)
     for rules, columns in texts_of.items():
-        for text in find_idle_rules(rules, b"".join(column.content.tobytes() for column in columns)):
+        for text in find_idle_rules(rules, partial(is_in_any, columns)):
             yield logging.WARNING, f"  {text}"
+
+
+def is_in_any(columns: Sequence[Texts], text: str) -> bool:
+    return any(column.contain(text) for column in columns)
 
 
 def held_out_lines(trained: Sequence[ScannedDataset], held_out: Sequence[ScannedDataset]) -> Iterator[Line]:

@@ -61,6 +61,10 @@ class Texts(Column[str]):
     def __len__(self) -> int:
         return len(self.ends)
 
+    def contain(self, text: str) -> bool:
+        """Return True if a text has the other one in it, or several do that follow each other."""
+        return text.encode(errors=ERRORS) in self.content.tobytes()
+
     def item(self, index: int) -> str:
         start = self.ends[index - 1] if index else 0
         return self.content[start : self.ends[index]].tobytes().decode(errors=ERRORS)
