@@ -134,7 +134,7 @@ class BaseNames:
     saved_naming: FileNaming = "kohya"  # of files that hold LoRA alone; other kinds mostly have kohya's names
     holds_all_kinds_in_diffusers: bool = False  # some program reads kinds other than LoRA under diffusers' names
     published: "BaseNames | None" = None
-    """The same layers by the names of the model's publisher, if `modules` has diffusers' alone."""
+    """Names of the same layers by the model's publisher, for a table that has only those of diffusers."""
 
     @cached_property
     def index(self) -> Mapping[str, ModuleNames]:
@@ -197,6 +197,16 @@ def add_missing_prefixes(modules: Collection[str], tables: Sequence[BaseNames]) 
         candidates = {name: other for name in unknown if (other := _add_model(bare_path(name), table)) is not None}
         prefixed = candidates if len(candidates) > len(prefixed) else prefixed
     return prefixed
+
+
+def have_own_names(modules: Collection[str], table: BaseNames) -> list[bool]:
+    """Return for each module name of a file whether it is the kohya or the generic name of a module in the table."""
+    full_names = add_missing_prefixes(modules, [table])
+    names = {name: table.find(name) for name in (full_names.get(name, name) for name in modules)}
+    return [
+        entry is not None and to_underscores(name) in (entry.kohya, to_underscores(entry.generic))
+        for name, entry in names.items()
+    ]
 
 
 def _add_model(path: str, table: BaseNames) -> str | None:

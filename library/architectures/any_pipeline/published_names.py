@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 
 from library.architectures.any_pipeline.targets import BASE
 from library.checkpoints.adapter_keys import to_underscores
-from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece, add_missing_prefixes, name_by_path
+from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece, have_own_names, name_by_path
 
 COMPONENT = "transformer"
 Table = Mapping[tuple[str, str], Mapping[str, str]]
@@ -72,11 +72,8 @@ def find_published(modules: Collection[str]) -> str:
     """Return the class of the pipeline whose publisher has all of an adapter file's modules; "" if none has."""
     for pipeline in TABLES:
         names = names_of(pipeline, modules)
-        full_names = {} if names is None else add_missing_prefixes(modules, [names])
-        full = {full_names.get(name, name) for name in modules}
-        found = {} if names is None else {name: names.find(name) for name in full}
         # Names of diffusers are in the table too, and may be those of other models.
-        if found and all(m and to_underscores(n) in (m.kohya, to_underscores(m.generic)) for n, m in found.items()):
+        if names is not None and modules and all(have_own_names(modules, names)):
             return pipeline
     return ""
 

@@ -1,14 +1,14 @@
 """Conversion of adapter files with other programs' module names to the names of this network."""
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
 
 from library.base.errors import UserError
-from library.checkpoints.adapter_keys import PEFT_PREFIX, bare_path, replace_module, to_underscores
-from library.checkpoints.adapter_names import BaseNames, add_missing_prefixes
+from library.checkpoints.adapter_keys import PEFT_PREFIX, bare_path, replace_module
+from library.checkpoints.adapter_names import BaseNames, FileNaming, add_missing_prefixes, have_own_names
 from networks.core.changes import qkv_rows
 from networks.core.files.adapter_file import AdapterFile, complete_file
 from networks.core.files.module_weights import ModuleWeights, make_name_error
@@ -27,9 +27,14 @@ def to_own_names(file: AdapterFile, names: BaseNames | None, keeps_pieces: bool 
     file = from_published(file, None if names is None else names.published)
     if names is None or not any(is_foreign(name, names) for name in file.modules):
         return file
+    return convert(file, names, "kohya", keeps_pieces)
+
+
+def convert(file: AdapterFile, names: BaseNames, to: FileNaming, keeps_pieces: bool = False) -> AdapterFile:
+    """Return a file in the naming `to`; `keeps_pieces` and the errors are those of `rename`."""
     with torch.device("cpu"):  # the network may be built on the meta device, but a file has values
         whole = split_fused(add_model(complete_file(file), [names]), names)
-        return rename(whole, names, "kohya", keeps_pieces=keeps_pieces).file
+        return rename(whole, names, to, keeps_pieces=keeps_pieces).file
 
 
 def from_published(file: AdapterFile, published: BaseNames | None) -> AdapterFile:
@@ -38,23 +43,11 @@ def from_published(file: AdapterFile, published: BaseNames | None) -> AdapterFil
     Raises UserError for a module that occurs twice, and for a kind that cannot be joined or split where diffusers has
     other layers.
     """
-    if published is None or not has_published_names(file.modules, published):
+    if published is None or not any(have_own_names(file.modules, published)):
         return file
-    with torch.device("cpu"):
-        whole = split_fused(add_model(complete_file(file), [published]), published)
-        renamed = rename(whole, published, "diffusers").file
+    renamed = convert(file, published, "diffusers")
     logger.info("%s: converted from the names of the model's publisher to those of diffusers", file.origin)
     return renamed
-
-
-def has_published_names(modules: Collection[str], published: BaseNames) -> bool:
-    """Return True if one of some module names is the publisher's own."""
-    full_names = add_missing_prefixes(modules, [published])
-    names = {name: published.find(name) for name in (full_names.get(name, name) for name in modules)}
-    return any(
-        to_underscores(name) in (entry.kohya, to_underscores(entry.generic))
-        for name, entry in names.items() if entry is not None
-    )  # fmt: skip
 
 
 def is_foreign(module: str, names: BaseNames) -> bool:
