@@ -7,6 +7,8 @@ import importlib
 import pkgutil
 from pathlib import Path
 
+HUB_SOURCE = "dataset_name"
+COMMIT = r"[0-9a-f]{40}"  # of a data set on the hub
 FOLDER = Path(__file__).parents[1] / "sources"
 SOURCES = tuple(sorted(module.name for module in pkgutil.iter_modules([str(FOLDER)]) if not module.ispkg))
 

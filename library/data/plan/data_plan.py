@@ -20,10 +20,11 @@ from library.data.description.captions import caption_variant
 from library.data.description.class_images import drawn_alone
 from library.data.description.dataset_file import load_dataset_config
 from library.data.description.schema import DatasetConfig, RunDataConfig, SubsetConfig
+from library.data.description.source_keys import HUB_SOURCE
 from library.data.plan.audit import MOST_COUNTED_AT_START, TokenLimit, audit_lines, held_out_lines, log_lengths_later
 from library.data.plan.audit_values import collect_values
 from library.data.plan.collect import collect
-from library.data.plan.dataset_digest import HUB_SOURCE, dataset_identity, image_digests
+from library.data.plan.dataset_digest import dataset_identity, image_digests
 from library.data.plan.dataset_metadata import TagFrequency, dataset_metadata, tag_frequency
 from library.data.plan.order import epoch_batches
 from library.data.plan.pair_checks import check_pairs

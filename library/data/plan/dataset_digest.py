@@ -14,13 +14,13 @@ from typing import Any
 from library.checkpoints.hashes import digest_of_file
 from library.data.decoding.threads import read_many
 from library.data.description.schema import RunDataConfig, SubsetConfig
+from library.data.description.source_keys import COMMIT, HUB_SOURCE
 from library.data.plan.samples import Samples
 
 MAX_IMAGES = 20_000  # reading every file of a larger set would delay the start
 PART_BYTES = 1 << 17
 AT_ONCE = 4096  # images hashed together
-HUB_SOURCE, REVISIONS = "dataset_name", "revisions"  # of a subset; of a state
-COMMIT = r"[^@]+@[0-9a-f]{40}"
+REVISIONS = "revisions"  # key of a state
 
 WHERE = (
     "entries", "image_dir", "prompt", "num", "metadata_file", "conditioning_data_dir", "source_key",
@@ -150,5 +150,5 @@ def dataset_identity(
 def list_commits(subsets: Sequence[SubsetConfig]) -> dict[str, dict[str, str]]:
     """Return the commits of data sets of the hub by their names, as a state has them; {} without any."""
     names = [name for subset in subsets if subset.source_key == HUB_SOURCE for name in subset.patterns]
-    commits = dict(name.split("@") for name in names if re.fullmatch(COMMIT, name))
+    commits = dict(name.split("@") for name in names if re.fullmatch(f"[^@]+@{COMMIT}", name))
     return {REVISIONS: commits} if commits else {}

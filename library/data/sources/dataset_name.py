@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 from library.base.errors import about, error_in, of_file
 from library.checkpoints.model_lookup import HUB_NAME, HUB_TIMEOUT_S, read_json
 from library.data.description.schema import SubsetConfig
+from library.data.description.source_keys import COMMIT
+from library.data.description.source_keys import HUB_SOURCE as KEY
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources import parquet
 from library.data.sources.indexed.arrow_files import ArrowRows
@@ -20,10 +22,8 @@ from library.environment.packages import import_needed, version_of
 
 logger = logging.getLogger(__name__)
 
-KEY = "dataset_name"
 KEYS = (KEY, "dataset_config_name", "dataset_split", *parquet.KEYS)
 OLDEST = 4  # version of datasets; earlier ones run the script of a data set
-COMMIT = re.compile(r"[0-9a-f]{40}")
 SPLIT = "train"
 
 T = TypeVar("T")
@@ -135,7 +135,7 @@ def find_cached(repository: str, revision: str, config: SubsetConfig, reason: st
     from datasets.packaged_modules.cache.cache import Cache
 
     lacks = about(KEY, f"{repository}@{revision}" if revision else repository)
-    if revision and not COMMIT.fullmatch(revision):
+    if revision and not re.fullmatch(COMMIT, revision):
         raise lacks(f"cannot be looked up on the hub ({reason})", "write the commit, 40 digits, behind the @")
     owner, _, own = repository.rpartition("/")
     folder = "___".join(filter(None, (owner, camelcase_to_snakecase(own))))
