@@ -103,7 +103,7 @@ def test_a_random_scheduler_of_a_flow_is_trained_as_a_step_in_float64(case: str)
     compare_with_float64(lambda: build(name, scheduler, config), watched, convention, maps, steps=4)
 
 
-def test_levels_that_are_told_by_other_numbers_than_their_places_are_refused() -> None:
+def test_timesteps_other_than_the_places_of_their_levels_are_refused() -> None:
     config = {**BETAS, **V, "timestep_type": "continuous", "sigma_min": 0.002, "sigma_max": 120.0}
     for karras in (False, True):
         with pytest.raises(Refused, match="its EulerDiscreteScheduler tells the denoiser"):

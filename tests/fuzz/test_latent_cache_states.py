@@ -314,6 +314,7 @@ class LatentCacheStates(RuleBasedStateMachine):
                 self.cache(DISK)
             except UserError as error:
                 assert "cannot be written (No space left on device)" in str(error)
+                assert "use --cache_latents to" in str(error)
         self.is_certain = False
         assert not list(self.folder.glob(".*"))
 

@@ -54,7 +54,7 @@ def make_plan(tab: Tab, steps: int) -> None:
 
 
 def test_dropped_photos_of_any_name_are_taken_with_their_captions(tmp_path: Path) -> None:
-    """As macOS names screenshots, and as no Windows writes them; `._` files are macOS' own, of other disks."""
+    """Upload names that macOS gives screenshots and that Windows refuses; `._` files of macOS are left out."""
     names = ["Shot at 10.00\u202fAM", 'a<b>:"?*', "a<b>|?*:", "x" * 240, "\U0001f468\u200d\U0001f469"]
     (tmp_path / "mine").mkdir()
     for number, name in enumerate(names):

@@ -66,7 +66,7 @@ def create(options: NetworkOptions, module: NetworkModule, models: Models) -> An
             models.vae,
             text_encoder,
             denoiser,
-            **({"neuron_dropout": options.network_dropout} | keywords),
+            **({"neuron_dropout": options.network_dropout} | keywords),  # an argument may have the parameter's name
         )
     if network is None:
         raise about("--network_module")(f"{module.name} made no network", "see its own messages above")
