@@ -1,5 +1,6 @@
 """Run the commands of a documentation page as a reader would type them."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -20,8 +21,10 @@ def run_commands(page: Path, pattern: str, folder: Path, options: Sequence[str] 
     printed = ""
     for command in (command_line for command_line in commands_of(page) if re.search(pattern, command_line)):
         _, script, *words = shlex.split(command)
-        line = [sys.executable, ROOT / script, *words, *(options if "train" in script else ())]
-        done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=1800)
+        start = (script,) if script == "-m" else (ROOT / script,)
+        line = [sys.executable, *start, *words, *(options if "train" in script else ())]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # where -m finds benchmarks/
+        done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, done.stderr
         printed += done.stdout
     return printed
