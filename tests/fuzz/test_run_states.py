@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from torch import Tensor
 
 from library.checkpoints.files import load_state_dict
+from library.checkpoints.hashes import with_hashes
 from library.checkpoints.saving import save_safetensors
 from library.processes.process_group import ALONE
 from library.training.loop.loop import train
@@ -60,7 +61,8 @@ class LineWithFile(Line):
     """A network of one number with a file."""
 
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
-        save_safetensors(file, {"weight": self.weight.detach()}, {**metadata, "ss_network_module": "networks.lora"})
+        tensors = {"weight": self.weight.detach()}
+        save_safetensors(file, tensors, with_hashes(tensors, {**metadata, "ss_network_module": "networks.lora"}))
 
 
 @contextmanager
