@@ -5,6 +5,7 @@ the model itself: beside model_index.json for the pipeline, in the component's s
 """
 
 import logging
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ class FolderClasses:
             )
         return kind
 
-    def find_component(self, component: str, entry: Any) -> type[Any]:
+    def find_component(self, component: str, entry: Any, pipeline: type[Any]) -> type[Any]:
         """Return the class of a component. Raises UserError for one that cannot be loaded, or is not trusted."""
         import diffusers
         import transformers
@@ -57,6 +58,11 @@ class FolderClasses:
         library, name = self._read_words(component, entry)
         file = self.path / component / f"{library}.py"
         owner = {"diffusers": diffusers, "transformers": transformers}.get(library)
+        if owner is transformers and not hasattr(owner, name):
+            # Diffusers adds a class of PRX to transformers, which exchanges its module in sys.modules while it loads:
+            # the class may be in the old one. It is in the pipeline's package, too.
+            package = sys.modules.get(pipeline.__module__.rpartition(".")[0])
+            owner = package if hasattr(package, name) else owner
         if owner is None:
             owner = getattr(diffusers.pipelines, library, None)
         is_native = isinstance(owner, ModuleType) and isinstance(getattr(owner, name, None), type)
@@ -118,13 +124,15 @@ class FolderClasses:
         return kind
 
 
-def find_components(classes: FolderClasses, index: Mapping[str, Any], taken: Mapping[str, Any]) -> dict[str, type[Any]]:
+def find_components(
+    classes: FolderClasses, index: Mapping[str, Any], pipeline: type[Any], taken: Mapping[str, Any]
+) -> dict[str, type[Any]]:
     """Return the classes of the components that the index names and the pipeline takes, in the order of the index."""
     # Lists of numbers are settings of the pipeline.
     entries = {k: v for k, v in index.items() if isinstance(v, list) and any(isinstance(word, str) for word in v)}
     for name in sorted(entries.keys() - taken.keys()):
         logger.warning("%s: its pipeline takes no component %s; ignoring it", classes.path / INDEX, name)
-    return {name: classes.find_component(name, entry) for name, entry in entries.items() if name in taken}
+    return {name: classes.find_component(name, entry, pipeline) for name, entry in entries.items() if name in taken}
 
 
 def is_absent(entry: Any) -> bool:

@@ -279,7 +279,7 @@ def read_folder(flag: str, path: Path, trusts_code: bool = False) -> PipelineFol
     arguments = list_arguments(kind)
     left_out = {name: value for name, value in LEFT_OUT.items() if name in arguments}
     entries = {name: entry for name, entry in index.items() if name not in LEFT_OUT and not name.startswith("_")}
-    parts = find_components(classes, entries, arguments)
+    parts = find_components(classes, entries, kind, arguments)
     optional = {name for name, argument in arguments.items() if argument.default is not argument.empty} - parts.keys()
     settings = {name: value for name, value in entries.items() if name in optional and not is_absent(value)}
     # Such as the third text encoder of Stable Diffusion 3, of which there are others.
