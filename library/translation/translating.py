@@ -2,8 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
+from library.data.description.schema import ALL_KEYS
+from library.options.declared import Declared
+from library.options.kinds import is_finite_number
 from library.options.other_programs import DATA_TABLES, Equivalent, read_names, read_whole_program
 from library.translation.configuration import Configuration, Setting
 from library.translation.conversions import BY_NAME, Unanswered
@@ -17,6 +21,7 @@ NEVER_TAKEN = (
     "trust_remote_code", "huggingface_repo_id", "huggingface_repo_type", "huggingface_repo_visibility",
     "huggingface_path_in_repo", "save_state_to_huggingface", "resume_from_huggingface", "async_upload",
 )  # fmt: skip
+NUMBERS = ("int", "float", "steps")  # types of settings
 RUN_SETTINGS = ("config_file", "output_config", "yes", "recipe")  # of a command line, not of a training
 
 
@@ -159,6 +164,7 @@ def add_companions(entry: Equivalent, setting: Setting, draft: Draft, origins: t
 def place(value: Any, entry: Equivalent, setting: Setting, draft: Draft, line: Line) -> None:
     """Put a value where its entry says. Raises Unanswered for what the script lacks, or what is never taken over."""
     if entry.key:
+        require_number(line.value, ALL_KEYS[entry.key])
         table = draft.general if setting.subset is None else draft.subsets.setdefault(setting.subset, {})
         draft.put(table, entry.key, line)
     elif entry.argument:
@@ -183,9 +189,29 @@ def put_option(entry: Equivalent, draft: Draft, line: Line) -> None:
         raise Unanswered(NEVER.format(name))
     if declared.unsupported is not None and not declared.needs.names:
         raise Unanswered(f"--{name} is refused: {declared.unsupported}")
+    require_number(line.value, declared)
     if declared.choices is not None and not declared.takes_other_values and line.value not in declared.choices:
         raise Unanswered(f"{line.value} is no choice of --{name}; {describe_default(entry, draft)}")
     draft.put(draft.options, name, line)
+
+
+def require_number(value: Any, declared: Declared) -> None:
+    """Raise Unanswered for a value of a setting of numbers that has none; their range is checked by the run."""
+    kind = declared.kind
+    if kind.type in NUMBERS and not is_numeric(value, takes_lists=bool(kind.is_list or declared.nargs)):
+        raise Unanswered(f"{value!r} is not {kind.name}; {declared.name} is not set")
+
+
+def is_numeric(value: Any, takes_lists: bool) -> bool:
+    """Return True for a number, for text of numbers or percentages between commas, and for lists of them."""
+    if isinstance(value, list | tuple) and takes_lists:
+        return all(is_numeric(part, takes_lists) for part in value)
+    if not isinstance(value, str):
+        return is_finite_number(value)
+    try:
+        return all(isfinite(float(part.strip().removesuffix("%"))) for part in value.split(","))
+    except ValueError:
+        return False
 
 
 def add_several(

@@ -387,3 +387,14 @@ def test_words_of_a_shell_are_read_as_it_reads_them(tmp_path: Path, text: str, v
 def test_damaged_json_is_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match="is no JSON, which it begins as"):
         of_text(tmp_path, "a.json", text)
+
+
+@pytest.mark.parametrize("value", ["abc", [1, 2], {"a": 1}, True, "nan", "1e-4x"])
+def test_a_setting_of_numbers_is_not_given_what_is_none(value: object, tmp_path: Path) -> None:
+    values = {"pretrained_model_name_or_path": "base", "output_name": "a", "train_data_dir": "images"}
+    own = {**values, "LoRA_type": "Standard", "learning_rate": value, "bucket_reso_steps": value, "seed": "7"}
+    translation = of_text(tmp_path, "config.json", json.dumps(own))
+    assert missing_names(translation) == {"learning_rate", "bucket_reso_steps"}
+    assert not {"learning_rate", "bucket_reso_steps"} & set(translation.values)
+    assert all(str(value) in outcome.text or repr(value) in outcome.text for outcome in translation.missing)
+    assert str(translation.values["seed"]) == "7"
