@@ -16,9 +16,9 @@ from library.base.errors import UserError, error_in, of_file
 from library.checkpoints.model_lookup import fetch_snapshot
 from library.checkpoints.weights import Weights, configure, list_first_names
 from library.memory.devices import send
-from library.models.language_models import extract_decoder
+from library.models.language_models import decoder_config, extract_decoder
 from library.models.loading import Component, empty_transformers_model, load_component
-from library.models.shapes import Shapes, count, shape_of
+from library.models.shapes import Shapes, shape_of
 from library.models.tokenizer_files import check_ids, read_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ HUB: Mapping[str, str] = {  # repository -> its tokenizer file
 HUB_CACHE = "models--google--gemma-2-2b/snapshots/*"  # where sd-scripts stores it in --tokenizer_cache_dir
 GEMMA_PREFIXES = ("text_encoders.gemma2_2b.transformer.model.", "model.", "")
 HEAD_WIDTH = 256
+ROPE_BASE = 10_000.0
+EPS = 1e-6
 BEGIN, PADDING = "<bos>", "<pad>"
 
 
@@ -53,20 +55,9 @@ def gemma_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
 
 def gemma_config(shapes: Shapes) -> dict[str, Any]:
     """Return the arguments of transformers' Gemma2Config."""
-    vocab, width = shape_of(shapes, "embed_tokens.weight")
-    num_keys = shape_of(shapes, "layers.0.self_attn.k_proj.weight")[0]
     # min: a model narrower than a usual head has one head of keys.
-    head_width = min(HEAD_WIDTH, num_keys)
-    return {
-        "vocab_size": vocab,
-        "hidden_size": width,
-        "intermediate_size": shape_of(shapes, "layers.0.mlp.gate_proj.weight")[0],
-        "num_hidden_layers": count(shapes, r"layers\.(\d+)\."),
-        "num_attention_heads": shape_of(shapes, "layers.0.self_attn.q_proj.weight")[0] // head_width,
-        "num_key_value_heads": num_keys // head_width,
-        "head_dim": head_width,
-        "query_pre_attn_scalar": head_width,
-    }
+    head_width = min(HEAD_WIDTH, shape_of(shapes, "layers.0.self_attn.k_proj.weight")[0])
+    return {**decoder_config(shapes, head_width, ROPE_BASE, EPS), "query_pre_attn_scalar": head_width}
 
 
 # transformers up to 5.0 defaults to sdpa, which ignores the cap on attention logits.
