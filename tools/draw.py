@@ -22,7 +22,7 @@ from PIL import Image
 from library.base.errors import error_in
 from library.checkpoints.marks import mark_of, save_image
 from library.checkpoints.overwriting import FileKind, check_target, judge, marked
-from library.commands.base_models import find_base
+from library.commands.base_models import find_base, find_variant
 from library.commands.command import make_training_parser, training_command
 from library.commands.counted_plan import read_checked_options
 from library.options.output.prompts import STRENGTH, PromptSpec, parse_number, parse_strip, read_prompts
@@ -192,8 +192,10 @@ def draw_targets(
     rows: Sequence[Sequence[Target]],
 ) -> tuple[list[Prompt], list[list[Image.Image]]]:
     """Draw and write the targets with the base model `name`, which `flag` gives. Return the prompts and the images."""
-    model, spec = find_base(flag, name, ("unet", "transformer"), "text_encoder")
-    model_options = [*spec.script_flag.split(), "--pretrained_model_name_or_path", str(model)]
+    model, spec = find_base(flag, name, ("unet", "transformer"), "text_encoder", variant=find_variant(training))
+    # Of a name on the hub the script's options fetch what is not needed to recognise it.
+    base = str(model) if Path(name).expanduser().exists() else name
+    model_options = [*spec.script_flag.split(), "--pretrained_model_name_or_path", base]
     _, options = read_checked_options(spec.script, [*model_options, *training])
     arch = (spec.build_to_draw or spec.build)(options)
     prompts = resolve_all(specs, arch)

@@ -1,5 +1,7 @@
 """Opening of the checkpoints that adapters are merged into or extracted from, whatever their base model."""
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +14,29 @@ from networks.core.targets.targets import AdapterTargets, TargetModule, find_tar
 
 
 def find_base(
-    flag: str, name: str, *parts: str | tuple[str, ...], bar: type[Any] | None = None
+    flag: str, name: str, *parts: str | tuple[str, ...], bar: type[Any] | None = None, variant: str | None = None
 ) -> tuple[Path, BaseModelSpec]:
     """Locate a checkpoint and recognise its base model; for a hub name, `parts` are the folders to download, in tuples
-    of which one is enough, and `bar` is the class of progress bars.
+    of which one is enough, `bar` is the class of progress bars, and `variant` that of weight files.
 
     Raises UserError naming `flag` if the checkpoint is missing, broken or of an unknown base model.
     """
     choices = [(part,) if isinstance(part, str) else part for part in parts]
-    specs, path = list_specs(), model_lookup.find_model(flag, name, choices, bar)
+    specs, path = list_specs(), model_lookup.find_model(flag, name, choices, bar, variant)
     pipeline = pipeline_of(path)
     is_of_family = not pipeline or bool(bases_of_pipeline(specs, pipeline))
     # The weights of a U-Net tell more than a name that diffusers does not have.
     if is_of_family or ((path / "unet").is_dir() and not has_pipeline(pipeline)):
         return path, base_of_checkpoint(specs, flag, path)
     return path, general_spec()
+
+
+def find_variant(words: Sequence[str]) -> str | None:
+    """Return the value of --variant in a command line whose script is not known yet."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--variant")
+    variant: str | None = parser.parse_known_args(list(words))[0].variant
+    return variant
 
 
 def pipeline_of(path: Path) -> str:

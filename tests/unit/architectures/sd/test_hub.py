@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from library.base.errors import UserError
 from library.checkpoints.model_lookup import find_model
 from library.train_photos.base import recognise
+from tools import draw
 
 
 class Hub:
@@ -161,3 +162,13 @@ def test_an_error_of_the_hub_names_the_flag_and_a_solution(monkeypatch, tmp_path
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", refuse)
     with pytest.raises(ValueError, match=r"--vae someone/never is neither .*no route to host.*use the path"):
         find_model("--vae", "someone/never", (("",),))
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_name_on_the_hub_is_drawn_with_its_vae(hub, tmp_path, variant):
+    save_variant(hub.folder / "unet", "diffusion_pytorch_model", "fp16")
+    words = ["someone/tiny-sd", "--prompt", "a cat --w 64 --h 64 --s 1", "--output", str(tmp_path / "drawn")]
+    assert draw.main([*words, *([] if variant is None else ["--variant", variant])]) == 0
+    unets = {path for path in hub.got if path.startswith("unet/") and path.endswith(".safetensors")}
+    assert unets == {f"unet/diffusion_pytorch_model.{'' if variant is None else 'fp16.'}safetensors"}
+    assert "vae/diffusion_pytorch_model.safetensors" in hub.got and list((tmp_path / "drawn").glob("*.png"))
