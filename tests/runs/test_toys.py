@@ -115,7 +115,7 @@ def test_a_slider_works_in_both_directions(
 
 # The toy edit model learns from pairs to recolour shapes, a new task, with the documented commands.
 
-MOST_BEFORE, LEAST_AFTER = 0.1, 0.5  # 0.03 and 0.60 to 0.65 over three seeds
+MOST_BEFORE, LEAST_AFTER = 0.1, 0.5  # 0.03 and 0.60 to 0.67 over five seeds
 
 
 @pytest.mark.nightly
