@@ -7,11 +7,9 @@ weights and layers that LoRA does not target are omitted.
 """
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
@@ -31,7 +29,7 @@ from library.commands.base_models import find_adapter_targets, open_base_model, 
 from library.memory.devices import SAVE_DTYPES
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.targets.targets import TargetModule
-from tools.merge_adapters import approximate_change, sum_errors
+from tools.merge_adapters import approximate_change, modelspec, rank_metadata, sum_errors
 
 logger = logging.getLogger(__name__)
 
@@ -108,18 +106,11 @@ def make_metadata(args: argparse.Namespace, base: BaseModel) -> dict[str, str]:
     metadata = {
         **spec_for(base).adapter_metadata(base.architecture, args.v_parameterization),
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(args.dim),
-        "ss_network_alpha": str(float(args.dim)),
+        **rank_metadata(args.dim, args.conv_dim),
     }
-    if args.conv_dim is not None:
-        arguments = {"conv_dim": str(args.conv_dim), "conv_alpha": str(float(args.conv_dim))}
-        metadata["ss_network_args"] = json.dumps(arguments)
     if args.no_metadata:
         return {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    metadata["modelspec.sai_model_spec"] = "1.0.1"
-    metadata["modelspec.title"] = args.save_to.stem
-    metadata["modelspec.date"] = datetime.now().isoformat(timespec="seconds")
-    return metadata
+    return {**metadata, "modelspec.sai_model_spec": "1.0.1", **modelspec(args.save_to)}
 
 
 def setup_parser() -> argparse.ArgumentParser:

@@ -271,13 +271,9 @@ def make_metadata(
             logger.warning("--models were made for different base models: %s is %s", key, " and ".join(values))
         if values:
             metadata[key] = values[0]
-    ranks = plain or conv
-    if ranks:
-        dim = str(ranks.copy().pop()) if len(ranks) == 1 else "Dynamic"
-        metadata.update(ss_network_dim=dim, ss_network_alpha=f"{dim}.0" if len(ranks) == 1 else dim)
-    if plain and len(conv) == 1:
-        rank = str(conv.pop())
-        metadata["ss_network_args"] = json.dumps({"conv_dim": rank, "conv_alpha": f"{rank}.0"})
+    if ranks := plain or conv:
+        rank = next(iter(ranks)) if len(ranks) == 1 else None
+        metadata |= rank_metadata(rank, next(iter(conv)) if plain and len(conv) == 1 else None)
     files = [adapter.file for adapter in adapters]
     if with_modelspec:
         first = next((f.metadata for f in files if "modelspec.architecture" in f.metadata), {})
@@ -294,10 +290,21 @@ def find_path(file: AdapterFile) -> Path:
     return Path(file.origin.removeprefix("--models "))
 
 
-def modelspec(save_to: Path, sources: Sequence[Path]) -> dict[str, str]:
-    """Return title, date and sources of a merged file as `modelspec.*` keys."""
+def rank_metadata(rank: int | None, conv_rank: int | None) -> dict[str, str]:
+    """Return the metadata of a LoRA with alpha equal to its rank, None if its modules have several; `conv_rank` is that
+    of larger convolutions, None to record none."""
+    dim, alpha = ("Dynamic", "Dynamic") if rank is None else (str(rank), str(float(rank)))
+    metadata = {"ss_network_dim": dim, "ss_network_alpha": alpha}
+    if conv_rank is not None:
+        arguments = {"conv_dim": str(conv_rank), "conv_alpha": str(float(conv_rank))}
+        metadata["ss_network_args"] = json.dumps(arguments)
+    return metadata
+
+
+def modelspec(save_to: Path, sources: Sequence[Path] = ()) -> dict[str, str]:
+    """Return title and date of a new file, and the sources of a merged one, as `modelspec.*` keys."""
     return {
         "modelspec.title": save_to.stem,
         "modelspec.date": datetime.now().isoformat(timespec="seconds"),
-        "modelspec.merged_from": ", ".join(path.stem for path in sources),
+        **({"modelspec.merged_from": ", ".join(path.stem for path in sources)} if sources else {}),
     }
