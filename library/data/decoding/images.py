@@ -94,7 +94,10 @@ def read_tags(image: Image.Image) -> Mapping[int, Any]:
 
 
 def read_orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8, without decoding. A PNG's tags count only if they precede the pixels."""
+    """Return the EXIF orientation, 1 to 8, without decoding: 1 for a TIFF, which Pillow turns upright itself. A PNG's
+    tags count only if they precede the pixels."""
+    if image.format == "TIFF":
+        return 1
     value = read_tags(image).get(ORIENTATION, 1)
     return value if value in TRANSPOSITIONS else 1
 
