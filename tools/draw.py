@@ -192,10 +192,9 @@ def draw_targets(
     rows: Sequence[Sequence[Target]],
 ) -> tuple[list[Prompt], list[list[Image.Image]]]:
     """Draw and write the targets with the base model `name`, which `flag` gives. Return the prompts and the images."""
-    model, spec = find_base(flag, name, ("unet", "transformer"), "text_encoder", variant=find_variant(training))
-    # Of a name on the hub the script's options fetch what is not needed to recognise it.
-    base = str(model) if Path(name).expanduser().exists() else name
-    model_options = [*spec.script_flag.split(), "--pretrained_model_name_or_path", base]
+    _, spec = find_base(flag, name, ("unet", "transformer"), "text_encoder", variant=find_variant(training))
+    # The name, as the script fetches parts from the hub that are not needed to recognise the base model.
+    model_options = [*spec.script_flag.split(), "--pretrained_model_name_or_path", name]
     _, options = read_checked_options(spec.script, [*model_options, *training])
     arch = (spec.build_to_draw or spec.build)(options)
     prompts = resolve_all(specs, arch)

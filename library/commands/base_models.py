@@ -34,7 +34,7 @@ def find_base(
 def find_variant(words: Sequence[str]) -> str | None:
     """Return the value of --variant in a command line whose script is not known yet."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--variant")
+    parser.add_argument("--variant", nargs="?")  # a missing value is reported by the script's parser
     variant: str | None = parser.parse_known_args(list(words))[0].variant
     return variant
 
