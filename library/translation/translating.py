@@ -203,13 +203,14 @@ def require_number(value: Any, declared: Declared) -> None:
 
 
 def is_numeric(value: Any, takes_lists: bool) -> bool:
-    """Return True for a number, for text of numbers or percentages between commas, and for lists of them."""
+    """Return True for a number or percentage, also as text; with `takes_lists` for several, in text between commas."""
     if isinstance(value, list | tuple) and takes_lists:
         return all(is_numeric(part, takes_lists) for part in value)
     if not isinstance(value, str):
         return is_finite_number(value)
     try:
-        return all(isfinite(float(part.strip().removesuffix("%"))) for part in value.split(","))
+        parts = value.split(",") if takes_lists else [value]
+        return all(isfinite(float(part.strip().removesuffix("%"))) for part in parts)
     except ValueError:
         return False
 

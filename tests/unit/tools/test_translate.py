@@ -389,7 +389,7 @@ def test_damaged_json_is_named(tmp_path: Path, text: str) -> None:
         of_text(tmp_path, "a.json", text)
 
 
-@pytest.mark.parametrize("value", ["abc", [1, 2], {"a": 1}, True, "nan", "1e-4x"])
+@pytest.mark.parametrize("value", ["abc", [1, 2], {"a": 1}, True, "nan", "1e-4x", "1,2"])
 def test_a_setting_of_numbers_is_not_given_what_is_none(value: object, tmp_path: Path) -> None:
     values = {"pretrained_model_name_or_path": "base", "output_name": "a", "train_data_dir": "images"}
     own = {**values, "LoRA_type": "Standard", "learning_rate": value, "bucket_reso_steps": value, "seed": "7"}
