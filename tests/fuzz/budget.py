@@ -1,14 +1,17 @@
 """The number of examples per fuzz test, and the check that all of them share."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import RuleBasedStateMachine
 
 from library.base.errors import UserError
 
 SECONDS = 20  # limit of one example; most take milliseconds
+Step = tuple[str, dict[str, Any]]
+"""A rule of a state machine by name, and its values."""
 AT_LENGTH = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 """Examples of each test in the long run, which draws others every time; 0 in the fast one, which repeats itself."""
 
@@ -47,3 +50,11 @@ def any_walk(num_examples: int, num_steps: int) -> settings:
         stateful_step_count=num_steps,
         report_multiple_bugs=False,
     )
+
+
+def walk(states: RuleBasedStateMachine, path: Sequence[Step], check: Callable[[], None] = lambda: None) -> None:
+    """Walk a path of rules by hand, `check` after each, and end the machine."""
+    for name, values in path:
+        getattr(states, name)(**values)
+        check()
+    states.teardown()

@@ -29,7 +29,7 @@ from library.data.caching.latents import cache_latents
 from library.data.training_data import open_batches
 from library.options.caching import CachingOptions
 from library.processes.process_group import ALONE, Processes
-from tests.fuzz.budget import any_walk
+from tests.fuzz.budget import Step, any_walk, walk
 from tests.unit.data.builders import SPEC, batches_of, options_of, plan_of
 from tests.unit.test_processes import Board
 
@@ -433,7 +433,6 @@ def wrap(function: Callable[..., Any], first: Callable[..., None]) -> Callable[.
 TestLatentCacheStates = LatentCacheStates.TestCase
 TestLatentCacheStates.settings = any_walk(num_examples=6, num_steps=10)
 
-Step = tuple[str, dict[str, Any]]
 PATHS: dict[str, Sequence[Step]] = {
     "edited": [("edit", {"place": 0, "keeps_time": False})],
     "edited, not compressed, with its time": [("edit", {"place": 1, "keeps_time": True})],
@@ -477,7 +476,4 @@ PATHS: dict[str, Sequence[Step]] = {
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 def test_the_cache_is_never_stale_on_a_path_where_it_once_could_be(path: Sequence[Step]) -> None:
     states = LatentCacheStates()
-    for name, values in path:
-        getattr(states, name)(**values)
-        states.check_unless_gathering()
-    states.teardown()
+    walk(states, path, states.check_unless_gathering)

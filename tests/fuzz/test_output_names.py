@@ -19,8 +19,7 @@ from library.checkpoints.saving import save_safetensors
 from library.training.command_line.targets import check_targets
 from library.training.saving.names import Names
 from library.training.saving.state import NETWORK_FILE
-from tests.fuzz.budget import any_walk
-from tests.fuzz.test_latent_cache_states import Step
+from tests.fuzz.budget import Step, any_walk, walk
 from tests.fuzz.test_run_states import BY_CLOCK, EVERY_STATE, NUM_STEPS, PER_STEP, TIMED_STATES, RunStates
 from tests.unit.training.test_loop import run_of
 
@@ -162,7 +161,4 @@ PATHS: dict[str, Sequence[Step]] = {
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 def test_nothing_is_lost_on_a_path_where_it_once_might_be(path: Sequence[Step]) -> None:
     states = OutputNames()
-    for name, values in path:
-        getattr(states, name)(**values)
-        states.nothing_foreign_is_lost()
-    states.teardown()
+    walk(states, path, states.nothing_foreign_is_lost)

@@ -43,8 +43,7 @@ from library.training.saving.state import NETWORK_FILE, TENSOR_FILE
 from library.training.saving.state_names import MANIFEST_FILE, TIMED
 from library.training.saving.timed import NUM_KEPT
 from library.training.step.accumulation import StepPlan
-from tests.fuzz.budget import any_walk
-from tests.fuzz.test_latent_cache_states import Step
+from tests.fuzz.budget import Step, any_walk, walk
 from tests.unit.training.test_loop import Line, batch_of, run_of
 
 NUM_BATCHES, NUM_STEPS, PER_STEP = 19, 13, 4  # five steps in an epoch, the last of them with fewer batches
@@ -390,7 +389,4 @@ PATHS: dict[str, Sequence[Step]] = {
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 def test_a_run_goes_on_exactly_on_a_path_where_it_once_might_not(path: Sequence[Step]) -> None:
-    states = RunStates()
-    for name, values in path:
-        getattr(states, name)(**values)
-    states.teardown()
+    walk(RunStates(), path)

@@ -24,8 +24,8 @@ from torch import Tensor
 from library.base.errors import UserError
 from library.processes.process_group import ALONE, Processes
 from library.types import Conditioning
-from tests.fuzz.budget import any_walk
-from tests.fuzz.test_latent_cache_states import Step, damage, stop_at, wrap
+from tests.fuzz.budget import Step, any_walk, walk
+from tests.fuzz.test_latent_cache_states import damage, stop_at, wrap
 from tests.unit.data.builders import write_image
 from tests.unit.data.test_text_cache import DISK, Cached, assert_same_features, cache, draws_of, npz_bytes, rewrite
 from tests.unit.test_processes import Board
@@ -328,7 +328,4 @@ PATHS: dict[str, Sequence[Step]] = {
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 def test_the_cache_is_never_stale_on_a_path_where_it_once_could_be(path: Sequence[Step]) -> None:
     states = TextCacheStates()
-    for name, values in path:
-        getattr(states, name)(**values)
-        states.check_unless_gathering()
-    states.teardown()
+    walk(states, path, states.check_unless_gathering)
