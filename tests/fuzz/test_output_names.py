@@ -121,15 +121,8 @@ class OutputNames(RunStates):
         """Finish the run: an adapter of its own has the values of the run that nothing has happened to."""
         self.run()
         self.nothing_foreign_is_lost()
-        whole = RunStates()
-        whole.options = self.options
-        try:
-            for length in self.lengths:
-                whole.lengths = [length]
-                whole.run()
+        with self.undisturbed() as whole:
             expected = load_state_dict(whole.out / "mine.safetensors")["weight"]
-        finally:
-            shutil.rmtree(whole.root)
         own = [path for path in self.out.glob("mine*.safetensors") if path.read_bytes() not in self.foreign]
         assert self.is_taken or any(torch.equal(load_state_dict(path)["weight"], expected) for path in own)
         assert not [path for path in self.out.iterdir() if path.name.startswith(".")]

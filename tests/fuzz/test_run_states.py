@@ -217,18 +217,24 @@ class RunStates(RuleBasedStateMachine):
         assert not [name for name in names if name.startswith(".")]
         self.run(reads="nothing is left")
         assert {path.name for path in self.out.iterdir()} == names
-        whole = RunStates()
-        whole.options = self.options
-        try:
-            for length in self.lengths:
-                whole.lengths = [length]
-                whole.run()
+        with self.undisturbed() as whole:
             assert values_of(self.out) == values_of(whole.out)
             expected = {path.name for path in whole.out.iterdir()}
             more = {f"mine-step{step:08d}{end}" for step in self.stops for end in (".safetensors", "-state")}
             rescued = {name for name in names if "-rescued" in name}
             # A full disk gives files other names.
             assert self.is_full or self.is_damaged or expected <= names <= expected | more | rescued, names ^ expected
+
+    @contextmanager
+    def undisturbed(self) -> "Iterator[RunStates]":
+        """Yield the run that nothing has happened to, whose folder lasts as long as the block."""
+        whole = RunStates()
+        whole.options = self.options
+        try:
+            for length in self.lengths:
+                whole.lengths = [length]
+                whole.run()
+            yield whole
         finally:
             shutil.rmtree(whole.root)
 
